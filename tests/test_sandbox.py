@@ -1,9 +1,10 @@
-"""How a sandbox hands out its processes; what they do is in tests/data/test_templates.py."""
+"""How a sandbox hands out its processes, and to whom; what they do is in tests/data/test_templates.py."""
 
 import functools
 import os
 import signal
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -44,6 +45,85 @@ def test_one_who_waited_in_vain_is_forgotten():
     for worker in taken:
         pool._give(worker)
     assert sorted(map(id, pool._free)) == sorted(map(id, pool.workers))
+
+
+def test_who_gets_no_process_in_time_is_told_that_they_are_busy_and_the_others_come_in_order(monkeypatch):
+    renderer = Sandbox(templates.WORK)
+    renderer._note("quick", 0.0)
+    taken = [renderer._take("quick", 1, 0) for _ in renderer.workers]
+    assert 2 <= len(taken) <= 4
+    monkeypatch.setattr(sandbox, "WAIT_S", 0.05)
+    with pytest.raises(
+        SandboxBusyError, match=r"^busy: none of the \d processes that render chat templates was free in 0.05 s$"
+    ):
+        renderer.ask("quick", {})
+    assert order_of(renderer, taken.pop(), [("quick", 1)] * 3) == [0, 1, 2]
+    assert len(renderer._free) == 1
+
+
+def order_of(renderer, worker, requests):
+    """The order in which requests (source, bytes) get the only free worker, where they come one after another before it is free."""
+    order = []
+
+    def wait(number, source, size):
+        got = renderer._take(source, size, time.monotonic() + 60)
+        order.append(number)
+        renderer._give(got)
+
+    with ThreadPoolExecutor(len(requests)) as pool:
+        for number, (source, size) in enumerate(requests):
+            pool.submit(wait, number, source, size)
+            while len(renderer._waiting) <= number:
+                time.sleep(0.001)
+        renderer._give(worker)
+    return order
+
+
+def test_sources_take_turns_whoever_asks_most():
+    renderer = Sandbox(templates.WORK)
+    for source in "abc":
+        renderer._note(source, 0.0)
+    taken = [renderer._take("c", 1, 0) for _ in renderer.workers]
+    assert order_of(renderer, taken.pop(), [("a", 1)] * 4 + [("b", 1)] * 2) == [0, 4, 1, 5, 2, 3]
+
+
+@pytest.mark.parametrize("source", ["quick", "slow"])
+def test_one_process_is_kept_for_short_requests_of_quick_sources(source):
+    renderer = Sandbox(templates.WORK)
+    renderer._note("quick", 0.0)
+    renderer._note("slow", 1.0)
+    large = 200_000 if source == "quick" else 1
+    slow = [renderer._take(source, large, 0) for _ in range(len(renderer.workers) - 1)]
+    for asked in (("slow", 1), ("quick", 200_000), ("new", 200_000)):
+        with pytest.raises(SandboxBusyError, match=r"^busy"):
+            renderer._take(*asked, 0)
+    # A new one may be quick, but comes after those that are.
+    kept = renderer._take("new", 1, 0)
+    with pytest.raises(SandboxBusyError, match=r"^busy"):
+        renderer._take("quick", 1, 0)
+    assert order_of(renderer, kept, [("another", 1), ("quick", 1), ("quick", 1)]) == [1, 2, 0]
+    # One that was quick and is no more.
+    renderer._note("quick", 1.0)
+    with pytest.raises(SandboxBusyError, match=r"^busy"):
+        renderer._take("quick", 1, 0)
+    for worker in slow:
+        renderer._give(worker)
+    assert not renderer._slow
+    assert len(renderer._free) == len(renderer.workers)
+
+
+def test_times_of_sources_are_not_remembered_without_end():
+    renderer = Sandbox(templates.WORK)
+    for number in range(sandbox.MOST_SOURCES + 5):
+        renderer._note(str(number), 0.0)
+        renderer._give(renderer._take(str(number), 1, 0))
+    assert len(renderer._seconds) == sandbox.MOST_SOURCES
+    # The one that came again is as new as it can be.
+    first = next(iter(renderer._seconds))
+    renderer._note(first, 0.0)
+    renderer._note("another", 0.0)
+    assert first in renderer._seconds
+    assert len(renderer._served) == 1
 
 
 def test_an_interrupt_at_the_terminal_is_not_for_its_processes():

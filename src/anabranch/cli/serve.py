@@ -74,7 +74,12 @@ def serve(
         list[Path] | None, typer.Option("--config", metavar="FILE", help="TOML file with tables engine and http.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", metavar=FLAG, help="Read the config, say what is wrong with it, and end.")
+        bool,
+        typer.Option(
+            "--check",
+            metavar=FLAG,
+            help="Read the config and the model's, say what is wrong with them, and end.",
+        ),
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -97,6 +102,7 @@ def serve(
     settings = {path: value for path, value in given.items() if value is not None}
     config = _config(only_file(config_files), {**settings, **read_assignments(assignments)})
     if check:
+        config.check_model()
         say(f"the config is right: {config.engine.model} at {config.http.host}, port {config.http.port}")
         return
 

@@ -339,15 +339,26 @@ class Decoder(Part, nn.Module):
     @property
     def is_causal(self) -> bool:
         """Whether no output depends on later tokens; expert-choice routing makes it so."""
-        return all(module.is_causal for module in self.modules() if isinstance(module, Score | Select))
+        return not self._not_causal()
+
+    def check_causal(self) -> None:
+        """Raises ConfigError, with the parts that look at later tokens, for a model that cannot generate."""
+        if parts := self._not_causal():
+            raise ConfigError(
+                f"this model routes by looking at later tokens ({', '.join(parts)}), so it cannot generate"
+            )
+
+    def _not_causal(self) -> list[str]:
+        """Kinds of the parts whose routing depends on later tokens."""
+        parts = [module for module in self.modules() if isinstance(module, Score | Select) and not module.is_causal]
+        return list(dict.fromkeys(str(getattr(part, "kind", type(part).__name__)) for part in parts))
 
     def new_cache(self, max_length: int, num_streams: int | None = None) -> KeyValueCache:
         """An empty cache for up to ``max_length`` positions, of passes with ``num_streams`` streams (None: those in use).
 
         Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them, or for a P without a gate.
         """
-        if not self.is_causal:
-            raise ConfigError("this model routes by looking at later tokens (expert_choice), so it cannot generate")
+        self.check_causal()
         num_streams, _ = self.streams_of(num_streams)
         if self.streams is None:
             return KeyValueCache(self.config.num_layers, max_length)

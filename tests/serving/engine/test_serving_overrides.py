@@ -190,3 +190,49 @@ def test_a_model_that_does_not_route_has_no_decision_to_override(tiny_model):
     outputs = serve(model, {"closed one": PROMPTS["one"], "plain two": PROMPTS["two"]}, Otherwise(), **PLENTY)
     assert outputs["closed one"]["error"] == "the model has no Router, so there is no decision to override"
     assert outputs["plain two"]["finish"] is Finish.LENGTH
+
+
+class Paths(Otherwise):
+    """Says of a request the path that is in ``paths`` under its id."""
+
+    def __init__(self, **paths):
+        super().__init__()
+        self.paths = paths
+
+    def override(self, batch, tokens):
+        return {
+            chunk.id: RequestOverride(path=self.paths[chunk.id]) for chunk in batch.chunks if chunk.id in self.paths
+        }
+
+
+def test_two_hooks_that_name_two_paths_refuse_the_request_and_two_that_name_one_do_not(tiny_model):
+    model = tiny_model()
+    llm = LLM(model, hooks=[Paths(a=(0,), b=(0,), c=(1,)), Paths(a=(1, 0), b=(0,))], **PLENTY)
+    for id in "abc":
+        llm._loop.put(Add(Request(id=id, prompt=(1, 2), sampling=SAMPLING, options=(("routing", id),))))
+    llm._loop.run(until_idle=True)
+    ends = {event.id: event for event in llm._events if isinstance(event, Output) and event.finish is not None}
+    assert ends["a"].error == "hooks say path (0,) and (1, 0) of request 'a'; say one for all its steps"
+    assert ends["b"].finish is ends["c"].finish is Finish.LENGTH
+    llm.close()
+
+
+def test_an_id_that_comes_again_has_no_path_of_before(tiny_model):
+    model = tiny_model()
+    hook = Paths(a=(1,))
+    llm = LLM(model, hooks=[hook], prefix_cache=False, **PLENTY)
+
+    def tokens():
+        llm._events.clear()
+        llm._loop.put(Add(Request(id="a", prompt=PROMPTS["one"], sampling=SAMPLING, options=(("routing", "a"),))))
+        llm._loop.run(until_idle=True)
+        outputs = [event for event in llm._events if isinstance(event, Output)]
+        assert outputs[-1].finish is Finish.LENGTH, outputs[-1].error
+        return tuple(token for output in outputs for token in output.tokens)
+
+    of_path = tokens()
+    hook.paths.clear()
+    usual = tokens()
+    sampling = SamplingConfig(temperature=0.0, max_tokens=SAMPLING.max_tokens)
+    assert usual == tuple(generate(model, [PROMPTS["one"]], sampling)[0]) != of_path
+    llm.close()

@@ -140,6 +140,13 @@ def test_unknown_fields_are_told_or_refused(server):
     status, headers, _ = server.chat(max_tokens=2, colour="red", flavour=1)
     assert status == 200
     assert headers["x-warning"] == "ignored unknown fields: colour, flavour"
+    near = server.chat(max_tokens=2, num_stream=3, top_probs=1)[1]["x-warning"]
+    assert (
+        near == "ignored unknown fields: num_stream (did you mean num_streams?), top_probs (did you mean top_logprobs?)"
+    )
+    refused = server.chat(max_tokens=2, path=[0, 1])
+    assert refused[0] == 400
+    assert refused[2]["error"]["message"] == "path is a list, which this server does not do; leave it out"
     assert server.chat(max_tokens=2, **{"ü\r\nx: y": 1})[1]["x-warning"] == "ignored unknown fields: ???x: y"
     with serving(strict=True) as strict:
         status, _, body = strict.chat(colour="red")

@@ -15,7 +15,7 @@ from anabranch.lm import SamplingConfig, generate
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
-from serving_models import saved_streams, serve_process, small_moe, small_streams
+from serving_models import saved_moe, saved_streams, serve_process, small_moe, small_streams
 from serving_thread import serving, streamed
 
 BODY = {"prompt": "hello", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -124,6 +124,24 @@ def test_a_server_gives_what_generate_streams_gives_beside_a_neighbour(capsys):
         for (prompt, number), text in zip(asked, answers, strict=True):
             assert text == wanted[prompt, number or 2]
         assert ask(server.url, "hello", 5) == "num_streams is 5; the model runs with 1, 2, 3"
+
+
+@pytest.mark.parametrize(
+    ("model", "streams", "says"),
+    [
+        (saved_streams, "5", "num_streams is 5, but the model has gates for 1, 2, 3"),
+        (saved_moe, "4", "num_streams is 4, but the model has no streams; leave it out"),
+    ],
+)
+def test_a_check_refuses_a_number_that_the_model_has_not(model, streams, says, capsys):
+    assert main(["serve", model(), "--streams", streams, "--check"]) == 2
+    assert says in capsys.readouterr().err
+    assert main(["serve", model(), "--streams", "1", "--check"]) == 0
+
+
+def test_a_check_refuses_a_model_that_is_not_there(capsys):
+    assert main(["serve", "/nowhere", "--check"]) == 2
+    assert "no model at /nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.slow

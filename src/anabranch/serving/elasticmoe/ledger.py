@@ -359,9 +359,7 @@ class Ledger:
             self._queue.clear()
             for live in ended:
                 self._tell(live, "abort")
-                live.emit(
-                    Output(id=live.request.id, finish=finish, error=error, engine_failed=finish is Finish.ERROR)
-                )
+                live.emit(Output(id=live.request.id, finish=finish, error=error, engine_failed=finish is Finish.ERROR))
             self.changed.notify_all()
 
     def spread(self, parcels: Sequence[Carried], devices: Sequence[int]) -> dict[int, list[Carried]]:

@@ -74,15 +74,10 @@ class RequestOverrides:
                 refused[chunk.id] = Sampled(id=chunk.id, token=0 if chunk.samples else PENDING, error=str(error))
         return found, refused
 
-    def variants_of(self, batch: Batch, usual: Callable[[Chunk], Variant]) -> dict[str, Variant]:
-        """How those requests of the step run the model of which hooks say it; ``usual`` says how they do else."""
-        found = {}
-        for chunk in batch.chunks:
-            number, path = self._variants.get(chunk.id, (None, None))
-            if number is not None or path is not None:
-                own = usual(chunk)
-                found[chunk.id] = Variant(number or own.num_streams, own.path if path is None else path)
-        return found
+    def variant_of(self, id: str, own: Variant) -> Variant:
+        """How a request runs the model, where it does as ``own`` unless hooks say otherwise."""
+        number, path = self._variants.get(id, (None, None))
+        return own if number is path is None else Variant(number or own.num_streams, own.path if path is None else path)
 
     @staticmethod
     def placed(said: Said, chunks: Sequence[Chunk], num_streams: int) -> list[Overrides]:

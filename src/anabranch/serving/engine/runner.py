@@ -85,8 +85,7 @@ class ModelRunner:
         num_streams: int | None = None,
         max_depth: int | None = None,
     ) -> None:
-        if not model.is_causal:
-            raise ConfigError("this model routes by looking at later tokens (expert_choice), so it cannot generate")
+        model.check_causal()
         self.model = model.eval()
         self.device = model.embedding.weight.device
         self.num_streams, _ = model.streams_of(num_streams)
@@ -124,7 +123,7 @@ class ModelRunner:
         self._last: dict[str, int] = {}
         self._isolation = Isolation(self._step, self._try_out)
         self._usual = Variant(self.num_streams)
-        # Of requests that run the model otherwise.
+        # Of requests that ask for another; of what hooks say knows `RequestOverrides`.
         self._variants: dict[str, Variant] = {}
         # Blocks whose attention runs more than once in a pass of their own take what room there is behind the others.
         self._slots = VisitSlots(self.pool.shape.layers, range(model.config.num_layers))
@@ -142,7 +141,6 @@ class ModelRunner:
         refused: dict[str, Sampled] = {}
         if self._overrides is not None:
             self._said, refused = self._overrides.of(batch, tokens)
-            self._variants |= self._overrides.variants_of(batch, self._variant_of)
         sampled = self._isolation.run(batch.chunks, tokens) if batch.chunks else []
         sampled = [*(result for result in sampled if result.id not in refused), *refused.values()]
         self._said, self._routing = {}, []
@@ -262,11 +260,15 @@ class ModelRunner:
         """The compiled step where there is one, and nobody listens whom it would run past."""
         return None if self.fast is None or self.watch.is_watched else self.fast
 
+    def _compiled_for(self, chunks: Sequence[Chunk]) -> FastDecoder | None:
+        """The same, for chunks that run the model alike: it knows no path but the usual one."""
+        return self._compiled() if self._variant_of(chunks[0]).path is None else None
+
     def _hidden_of(
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
     ) -> Tensor:
         """x_RD of ``rows``; fills in ``routes``."""
-        if not self._variants:
+        if not self._variants and self._overrides is None:
             return self._hidden_alike(chunks, tokens, rows, routes)
         x_RD: Tensor | None = None
         for part in passes_of(chunks, tokens, self._variant_of):
@@ -281,7 +283,8 @@ class ModelRunner:
 
     def _variant_of(self, chunk: Chunk) -> Variant:
         """How a request runs the model."""
-        return self._variants.get(chunk.id, self._usual)
+        own = self._variants.get(chunk.id, self._usual)
+        return own if self._overrides is None else self._overrides.variant_of(chunk.id, own)
 
     def check_variant(self, num_streams: int | None, path: Sequence[int] | None) -> None:
         """Raise ConfigError for streams or a path that no request can have; None is the usual."""
@@ -308,8 +311,8 @@ class ModelRunner:
             self._routing = self._overrides.placed(self._said, chunks, variant.num_streams)
         if not routes:
             return self._hidden(chunks, tokens, rows)
-        fast = self._compiled()
-        if fast is not None and variant.path is None:
+        fast = self._compiled_for(chunks)
+        if fast is not None:
             return self._fast_hidden(fast, chunks, tokens, rows, routes)
         with self.tap.listen(list(routes), len(tokens)) as found:
             x_RD = self._hidden(chunks, tokens, rows)
@@ -319,8 +322,8 @@ class ModelRunner:
 
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """x_RD of ``rows`` of the step, after the last norm."""
-        fast = self._compiled()
-        if fast is not None and self._variant_of(chunks[0]).path is None:
+        fast = self._compiled_for(chunks)
+        if fast is not None:
             return self._fast_hidden(fast, chunks, tokens, rows, {})
         model = self.model
         layout = StepLayout(chunks, self.pool.block_tokens, self.device)

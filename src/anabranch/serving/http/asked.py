@@ -40,7 +40,7 @@ class Asked:
         is_echo: put the prompt before the answer.
         tools: what may be called.
         is_routing: tell which experts each token went to.
-        priority, cache_salt, user, num_streams: see `Request`.
+        priority, cache_salt, num_streams: see `Request`.
         unknown: fields that nobody knows.
     """
 

@@ -1,8 +1,10 @@
 """`Call`: one HTTP request as the routes see it: who asks, what for, until when, and what the log will say of it."""
 
+import difflib
 import math
 import re
 import time
+from collections.abc import Collection
 from typing import Any
 
 from aiohttp import web
@@ -69,11 +71,11 @@ class Call:
                 return value
         return self._config.limits.deadline_s
 
-    def warn(self, unknown: tuple[str, ...]) -> None:
-        """Tell of fields that nobody knows, or refuse them in strict mode (ApiError)."""
+    def warn(self, unknown: tuple[str, ...], known: Collection[str]) -> None:
+        """Tell of fields that nobody knows, each with the one of ``known`` it may be, or refuse them in strict mode (ApiError)."""
         if not unknown:
             return
-        names = ", ".join(sorted(_PLAIN.sub("?", name[:40]) for name in unknown)[:10])
+        names = ", ".join(sorted(_told(name, known) for name in unknown)[:10])
         if self._config.strict:
             raise wrong(unknown[0][:80], f"nobody knows these fields: {names}", "unknown_parameter")
         self.headers["x-warning"] = f"ignored unknown fields: {names}"
@@ -109,3 +111,8 @@ class Call:
             return {}
         shown = "*" if "*" in allowed else _PLAIN.sub("", origin)
         return {"access-control-allow-origin": shown, "access-control-expose-headers": EXPOSED, "vary": "origin"}
+
+
+def _told(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name[:40], known, n=1, cutoff=0.8)
+    return _PLAIN.sub("?", name[:40]) + (f" (did you mean {near[0]}?)" if near else "")

@@ -11,6 +11,7 @@ from anabranch.serving.http.asked import Asked, check_model, read_chat, read_com
 from anabranch.serving.http.buffer import Buffer
 from anabranch.serving.http.call import Call
 from anabranch.serving.http.choice import Choice, Piece
+from anabranch.serving.http.fields import KNOWN
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import ChatShape, CompletionShape, Shape
@@ -89,7 +90,7 @@ class Generate:
             asked = await asyncio.to_thread(_READ[kind], body, reader, info, limit)
         else:
             asked = _READ[kind](body, reader, info, limit)
-        call.warn(asked.unknown)
+        call.warn(asked.unknown, KNOWN[kind])
         if self._frontend.config.log_prompts:
             call.facts["prompts"] = [reader.decode(prompt) for prompt in asked.prompts]
         call.facts |= {"stream": asked.is_stream, "n": asked.n, "prompt_tokens": asked.prompt_tokens}

@@ -26,6 +26,7 @@ ENGINE_COUNTERS = {
     "expert_bytes_moved": "Bytes of experts that were loaded",
 }
 ENGINE_GAUGES = {
+    "streams": "Sequences whose readers the engine answers, those that wait included",
     "running": "Sequences under way in the engine",
     "waiting": "Sequences that wait in the engine",
     "queued_tokens": "Prompt tokens that wait in the engine",

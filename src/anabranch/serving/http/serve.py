@@ -75,6 +75,20 @@ class ServeConfig(Config):
 
         return run(self.http, make_engine, make_reader, on_bound=on_bound, on_ready=on_ready)
 
+    def check_model(self) -> None:
+        """Read the model's config and tokenizer, not its weights.
+
+        Raises as loading would: AnabranchError for a model that cannot be served, or not like this.
+        """
+        from anabranch.lm.checkpoint import check_weights, load_config
+        from anabranch.lm.tensors import build_empty
+
+        check_weights(self.engine.model)
+        model = build_empty(load_config(self.engine.model))
+        model.check_causal()
+        model.streams_of(self.engine.num_streams)
+        read_tokenizer(self.engine.model)
+
     def _elastic(self) -> ElasticConfig:
         """The group of devices."""
         assert self.devices is not None

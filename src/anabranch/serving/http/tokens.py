@@ -111,7 +111,7 @@ class Tokens:
         for name, value in body.items():
             if name in known and value is not None:
                 fields.expect(name, value, known[name])
-        call.warn(tuple(name for name in body if name not in known))
+        call.warn(tuple(name for name in body if name not in known), known)
         return body
 
 
