@@ -51,6 +51,8 @@ class ServingConfig(Config):
         admit_by_peak: let a request in only if all that run are expected to fit at their peak.
         expert_budget: bytes of expert weights kept in memory, such as ``2GiB``; None keeps them all.
         deterministic: no output depends on what else is in a step, to the bit; slower, see `anabranch.serving.engine.steady`.
+        watchdog_s: an engine that gives no sign of life for so many seconds, which no step should take, counts as dead and is started
+            again; None waits for ever.
         process: the engine has a process of its own, so that neither a crash nor Python's lock reaches the front end.
         seed: of requests that bring none; None draws it.
         max_depth: most blocks that a request's own path may run; keys and values take room for as many. None for those of the model.
@@ -78,6 +80,7 @@ class ServingConfig(Config):
     admit_by_peak: bool = False
     expert_budget: str | None = None
     deterministic: bool = False
+    watchdog_s: float | None = Field(default=120.0, gt=0)
     process: bool = True
     seed: Seed | None = None
     max_depth: Repeats | None = Field(default=None, ge=1)
@@ -101,6 +104,7 @@ class ServingConfig(Config):
         from anabranch.serving.engine.local import LocalEngine
         from anabranch.serving.engine.process import ProcessEngine
 
+        kwargs.setdefault("watchdog_s", self.watchdog_s)
         return (ProcessEngine if self.process else LocalEngine)(self.make_engine, *args, **kwargs)
 
     def make_engine(self) -> "Engine":

@@ -1,6 +1,7 @@
 """A reader that is slow, told by hand: when its request is paused, resumed and given up, and that no output is lost."""
 
 import asyncio
+import math
 
 import pytest
 
@@ -16,9 +17,9 @@ class Told:
     def __init__(self):
         self.calls = []
 
-    def stream(self):
+    def stream(self, **limits):
         names = ("pause", "resume", "abort")
-        return Stream("a", **{name: lambda id, name=name: self.calls.append((name, id)) for name in names})
+        return Stream("a", **{name: lambda id, name=name: self.calls.append((name, id)) for name in names}, **limits)
 
 
 def told(work, monkeypatch, buffer=4):
@@ -37,6 +38,25 @@ def told(work, monkeypatch, buffer=4):
 def push(stream, *tokens):
     for token in tokens:
         stream.push(Output(id="a", tokens=(token,)))
+
+
+def test_a_stream_may_have_limits_of_its_own(monkeypatch):
+    monkeypatch.setattr(streams, "STALL_S", 0.001)
+
+    async def main():
+        told = Told()
+        patient = told.stream(buffer=2, stall_s=math.inf)
+        push(patient, 0, 1)
+        assert told.calls == [("pause", "a")]
+        await asyncio.sleep(0.02)
+        assert (await patient.take()).tokens == (0,)
+        assert told.calls == [("pause", "a"), ("resume", "a")]
+        hasty = told.stream(buffer=1, stall_s=0.001)
+        push(hasty, 0)
+        await asyncio.sleep(0.02)
+        assert told.calls[2:] == [("pause", "a"), ("abort", "a")]
+
+    asyncio.run(main())
 
 
 def test_a_full_buffer_pauses_and_one_half_empty_resumes(monkeypatch):

@@ -13,6 +13,7 @@ class Item:
     rank: tuple[int, float, int]
     key: str
     cost: int
+    own_priority: int = 0
 
 
 def items(specs):
@@ -43,6 +44,24 @@ def test_priority_first_then_arrival_within_a_key(specs, quantum):
     for key in "ab":
         ranks = [item.rank for item in taken if item.key == key]
         assert ranks == sorted(ranks)
+
+
+@given(st.lists(st.tuples(spec, st.integers(-3, 3)), max_size=30), st.integers(1, 600))
+def test_a_keys_own_priority_is_of_no_account_to_others(specs, quantum):
+    """Of equal costs: whose turn it is stays the same, whatever numbers one gives its own."""
+    made = [items([(0, float(at), one[2], 7) for at, (one, _) in enumerate(specs)]) for _ in range(2)]
+    for item, (_, own) in zip(made[1], specs, strict=True):
+        item.own_priority = own
+    taken = []
+    for own_items in made:
+        queue = WaitingQueue(quantum)
+        for item in own_items:
+            queue.add(item)
+        taken.append(drain(queue))
+    assert [item.key for item in taken[0]] == [item.key for item in taken[1]]
+    for key in "ab":
+        orders = [(item.own_priority, item.rank) for item in taken[1] if item.key == key]
+        assert orders == sorted(orders)
 
 
 @given(st.lists(spec.map(lambda s: (*s[:2], "one", s[3])), max_size=30), st.integers(1, 600))

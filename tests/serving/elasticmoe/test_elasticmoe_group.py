@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import threading
 import time
 from collections import defaultdict
@@ -104,6 +105,36 @@ def check(client, numbers, greedy):
     for number in numbers:
         assert client.finish[f"r{number}"] is Finish.LENGTH
         assert client.tokens[f"r{number}"] == greedy(number), number
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_replaced_and_its_requests_go_on(make, greedy, caplog):
+    group = make(watchdog_s=1.0, devices=2)
+    client = Client(group)
+    for number in range(8):
+        client.submit(f"r{number}", prompt_of(number))
+    client.wait_tokens(4)
+    os.kill(group.ledger.active.pids[1], signal.SIGSTOP)
+    check(client, range(8), greedy)
+    assert "device 1: its rank gives no sign of life for 1 s" in caplog.text
+    assert group.counts.recoveries == 1
+    assert group.is_serving
+
+
+@pytest.mark.slow
+def test_a_fork_server_that_has_died_is_replaced_when_ranks_are_wanted(folder):
+    group = Group(ElasticConfig(model=str(folder), num_blocks=16, ahead=False))
+    group.start()
+    try:
+        dead = group.fork_server
+        os.kill(dead.pid, signal.SIGKILL)
+        while dead.is_alive:
+            time.sleep(0.01)
+        assert group.scale(2).phases.keys() >= {"switch", "commit"}
+        assert group.fork_server is not dead
+        assert len(group.devices) == 2
+    finally:
+        group.close()
 
 
 def test_logits_before_while_and_after(make, model, device):

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from anabranch.errors import BackendError, CheckpointError, InputError
 from anabranch.lm import SamplingConfig, generate, save_model
 from anabranch.serving import Finish, LocalEngine, ProcessEngine, Request, Sampling, ServingConfig
 from anabranch.serving.core import stream
-from anabranch.serving.engine import ModelRunner
+from anabranch.serving.core.client import NotBegunError
+from anabranch.serving.engine import Engine, ModelRunner
 
 COUNT = 12
 GREEDY = Sampling(temperature=0.0, max_tokens=COUNT, ignore_eos=True)
@@ -157,8 +159,8 @@ def test_closing_drains_or_aborts(config, prompts, expected):
             await asyncio.sleep(0.01)
             closing = asyncio.create_task(engine.close(drain_s))
             await asyncio.sleep(0)
-            late = await collect(engine, Request(id="late", prompt=prompts[0]))
-            assert (late.finish, late.error) == (Finish.ERROR, "the engine is not ready")
+            with pytest.raises(NotBegunError, match="the engine is not ready"):
+                await collect(engine, Request(id="late", prompt=prompts[0]))
             result = await task
             assert result.finish is finish
             if drain_s:
@@ -239,6 +241,58 @@ def test_a_process_that_is_killed_loses_its_requests_and_no_more(config, prompts
     assert "ended with code -9" in caplog.text
 
 
+@pytest.mark.parametrize("scheduling", ["sync", "async"])
+def test_an_engine_that_hangs_is_given_up_and_tells_whom_it_had_begun_with(model, prompts, scheduling, caplog):
+    hangs, may_go = threading.Event(), threading.Event()
+    config = ServingConfig(num_blocks=80, max_seqs=1, scheduling=scheduling)
+
+    def make():
+        engine = Engine.of(model, config, tokenizer=ByteTokenizer())
+        run = engine.runner.run
+
+        def hanging(batch):
+            if any(request.id == "bad" for request in batch.new):
+                hangs.set()
+                may_go.wait(20)
+            return run(batch)
+
+        engine.runner.run = hanging
+        return engine
+
+    async def body():
+        engine = LocalEngine(make, watchdog_s=0.3)
+        await engine.start()
+        await asyncio.sleep(0.5)  # an idle one is alive
+        assert engine.is_ready
+        bad = asyncio.create_task(collect(engine, Request(id="bad", prompt=prompts[0])))
+        await asyncio.to_thread(hangs.wait)
+        waits = asyncio.create_task(collect(engine, Request(id="good", prompt=prompts[0])))
+        ended = await bad
+        assert (ended.finish, ended.engine_failed) == (Finish.ERROR, True)
+        assert ended.error == "the engine has made no progress for 0.3 s"
+        with pytest.raises(NotBegunError, match="no progress"):
+            await waits
+        assert not engine.is_ready
+        await asyncio.wait_for(engine.close(), 5)
+        may_go.set()
+
+    asyncio.run(body())
+    assert "no progress for 0.3 s; it is given up" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_is_ended(config, prompts, caplog):
+    async def body(engine):
+        iterator = engine.submit(Request(id="a", prompt=prompts[0], sampling=ENDLESS))
+        await anext(iterator)
+        os.kill(engine.process.pid, signal.SIGSTOP)
+        last = [output async for output in iterator][-1]
+        assert (last.finish, last.error) == (Finish.ERROR, "the engine has made no progress for 1 s")
+        assert engine.process.wait(10) == -signal.SIGKILL
+
+    running(config.replace(watchdog_s=1.0), body)
+
+
 @pytest.mark.slow
 def test_a_process_that_cannot_start_says_why(config):
     async def body():
@@ -262,8 +316,8 @@ def test_a_process_serves_dies_and_is_restarted(config, prompts, expected, caplo
         last = [output async for output in iterator][-1]
         assert (last.finish, last.error) == (Finish.ERROR, "the engine's process ended with code -9")
         assert not engine.is_ready
-        refused = await collect(engine, Request(id="b", prompt=prompts[0]))
-        assert refused.finish is Finish.ERROR
+        with pytest.raises(NotBegunError):
+            await collect(engine, Request(id="b", prompt=prompts[0]))
         with pytest.raises(BackendError, match="not ready"):
             await engine.control("reset_prefix_cache")
         await engine.restart()

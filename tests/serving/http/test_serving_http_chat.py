@@ -142,7 +142,7 @@ def test_every_sampling_parameter_reaches_the_engine(server):
     assert sampling.max_tokens == 9
     assert sampling.logit_bias == ((65, -100.0), (66, 3.5))
     assert sampling.stop_tokens == (10,)
-    assert (request.priority, request.cache_salt) == (-2, "pepper")
+    assert (request.priority, request.own_priority, request.cache_salt) == (0, -2, "pepper")
 
 
 def test_how_many_tokens_there_may_be(server):

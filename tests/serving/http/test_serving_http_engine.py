@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +13,7 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
 from serving_models import EXPERTS, LAYERS, small_moe
-from serving_thread import events, serving, streamed
+from serving_thread import events, serving, streamed, until
 
 openai = pytest.importorskip("openai")
 MODEL = "small"
@@ -63,6 +64,44 @@ def test_greedy_text_is_that_of_the_model(server, model):
     assert status == 200
     assert body["choices"][0]["text"] == ByteTokenizer().decode(wanted)
     assert streamed(ask(server, stream=True)[2]) == body["choices"][0]["text"]
+
+
+def test_requests_that_an_engine_had_not_begun_are_answered_by_the_next(model):
+    """The first hangs in its step; two wait behind it, one of them with two choices."""
+    config = ServingConfig(num_blocks=256, name=MODEL, dtype="float32", max_seqs=1, scheduling="sync")
+    may_go, made = threading.Event(), []
+
+    def make_engine():
+        engine = Engine.of(model, config, tokenizer=ByteTokenizer())
+        run = engine.runner.run
+        is_first = not made
+        made.append(engine)
+
+        def hanging(batch):
+            if is_first and batch.new:
+                may_go.wait(20)
+            return run(batch)
+
+        engine.runner.run = hanging
+        return engine
+
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    with serving(lambda: LocalEngine(make_engine, watchdog_s=0.5)) as running, ThreadPoolExecutor(3) as pool:
+        first = pool.submit(running.ask, "/v1/completions", body)
+        until(
+            lambda: running.frontend.admission.in_flight == 1 and running.frontend.engine.stats().gauges["streams"] == 1
+        )
+        others = [pool.submit(running.ask, "/v1/completions", {**body, "n": n}) for n in (1, 2)]
+        until(lambda: running.frontend.state == "loading")
+        assert running.ask("/health/ready")[0] == 503
+        status, _, answer = first.result(20)
+        assert (status, answer["error"]["code"]) == (500, "engine_failed")
+        texts = [[choice["text"] for choice in other.result(20)[2]["choices"]] for other in others]
+        assert texts[0] * 2 == texts[1]
+        assert len(made) == 2
+        assert running.metrics()["engine_restarts_total"] == 1
+        assert running.frontend.admission.in_flight == 0
+        may_go.set()
 
 
 def test_text_does_not_depend_on_company(server):

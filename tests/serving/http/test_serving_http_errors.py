@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from anabranch.errors import ConfigError
+from anabranch.serving.http.config import HttpConfig
 from fake_engine import Script
 from serving_thread import HELLO, serving
 
@@ -246,16 +248,81 @@ def test_cors_is_off_unless_asked_for():
         answer = running.ask("/v1/models", origin="http://page.example")
         assert "access-control-allow-origin" not in answer[1]
         preflight = {"origin": "http://page.example", "access_control_request_method": "POST"}
-        assert running.ask("/v1/models", None, "OPTIONS", **preflight)[0] == 405
+        assert running.ask("/v1/models", None, "OPTIONS", **preflight)[0] == 403
     with serving(cors_origins=("http://page.example",)) as running:
         headers = running.ask("/v1/models", origin="http://page.example")[1]
         assert headers["access-control-allow-origin"] == "http://page.example"
-        assert "access-control-allow-origin" not in running.ask("/v1/models", origin="http://other.example")[1]
+        other = running.ask("/v1/models", origin="http://other.example")
+        assert (other[0], other[2]["error"]["code"]) == (403, "forbidden_origin")
+        assert "access-control-allow-origin" not in other[1]
         status, headers, _ = running.ask("/v1/chat/completions", None, "OPTIONS", **preflight)
         assert status == 204
         assert "POST" in headers["access-control-allow-methods"]
         raw = running.ask("/v1/chat/completions", {**HELLO, "stream": True}, origin="http://page.example")
         assert raw[1]["access-control-allow-origin"] == "http://page.example"
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"host": "page.example"}, "forbidden_host"),  # a page's name that means this machine now
+        ({"host": "192.168.0.1:80"}, "forbidden_host"),
+        ({"host": ""}, "forbidden_host"),
+        ({"host": "localhost.page.example"}, "forbidden_host"),
+        ({"host": "["}, "forbidden_host"),
+        ({"origin": "http://page.example"}, "forbidden_origin"),
+        ({"origin": "null"}, "forbidden_origin"),
+        ({"origin": "http://localhost:1"}, "forbidden_origin"),  # another server of this machine
+        ({"host": "localhost:7", "origin": "http://localhost:7"}, None),
+        ({"host": "LOCALHOST."}, None),
+        ({"host": "[::1]:80"}, None),
+        ({"host": "127.0.0.9"}, None),
+    ],
+)
+def test_no_web_page_drives_a_server_of_this_machine(server, headers, code):
+    status, _, body = server.ask("/v1/chat/completions", {**HELLO, "max_tokens": 1}, **headers)
+    assert (status, body.get("error", {}).get("code")) == ((403, code) if code else (200, None))
+
+
+def test_names_that_a_server_may_have_are_said():
+    with serving(hosts=("proxy.example",)) as running:
+        assert running.ask("/version", host="proxy.example:80")[0] == 200
+        assert running.ask("/version", host="other.example")[0] == 403
+    with serving(hosts=("*",)) as running:
+        assert running.ask("/version", host="other.example")[0] == 200
+    with serving(host="0.0.0.0") as running:
+        assert running.ask("/version", host="other.example", origin="http://page.example")[0] == 200
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_a_body_that_does_not_say_it_is_json_is_refused(server, kind):
+    status, _, body = server.ask("/v1/chat/completions", {**HELLO, "max_tokens": 1}, content_type=kind)
+    assert (status, body["error"]["code"]) == (415, "unsupported_media_type")
+
+
+KEYS = ("alice=a", "bob=b")
+
+
+def as_key(name):
+    return {"authorization": f"Bearer {name[0]}"}
+
+
+def test_keys_share_no_prefix_and_no_order_unless_they_may():
+    asked = {"model": "fake", "prompt": "hello", "max_tokens": 1, "priority": -1000, "cache_salt": "s"}
+
+    def request(running, name):
+        assert running.ask("/v1/completions", asked, **as_key(name))[0] == 200
+        made = running.script.requests[-1]
+        return made.priority, made.own_priority, made.cache_salt
+
+    with serving(api_keys=KEYS, priority_keys=("bob",)) as running:
+        alice, bob = request(running, "alice"), request(running, "bob")
+        assert alice == (0, -1000, "5 alice s")
+        assert bob == (-1000, 0, "3 bob s")
+    with serving(api_keys=KEYS, priority_keys=("*",), shared_prefixes=True) as running:
+        assert request(running, "alice") == (-1000, 0, "s")
+    with pytest.raises(ConfigError, match=r"priority_keys has 'carol', which no key is called \(alice, bob\)"):
+        HttpConfig(api_keys=KEYS, priority_keys=("carol",))
 
 
 def test_other_routes(server):

@@ -1,11 +1,14 @@
 """Overload, deadlines, readers who go or stand still, engines that die; and what the metrics say of it."""
 
+import contextlib
 import json
+import math
 import socket
 import time
 
 import pytest
 
+from anabranch.serving.core import stream
 from anabranch.serving.core.admission import AdmissionConfig
 from anabranch.serving.http.config import Limits
 from fake_engine import Script
@@ -24,7 +27,7 @@ class Link:
         self.socket.settimeout(10)
         self.socket.connect(("127.0.0.1", server.port))
         raw = json.dumps({**HELLO, **body}).encode()
-        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         head += f"{headers}content-length: {len(raw)}\r\n\r\n"
         self.socket.sendall(head.encode() + raw)
 
@@ -34,6 +37,13 @@ class Link:
             part = self.socket.recv(4096)
             assert part, data
             data += part
+        return data
+
+    def rest(self):
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            while part := self.socket.recv(1 << 16):
+                data += part
         return data
 
     def close(self):
@@ -114,6 +124,43 @@ def test_a_reader_who_stands_still_is_cut_off():
         until(lambda: running.metrics()['aborted_total{reason="slow_reader"}'] == 1, 30)
         assert not running.engine.running
         link.close()
+
+
+def test_a_whole_answer_that_nobody_reads_is_not_kept():
+    with serving(Script(say="x" * 4000), limits=Limits(stall_s=0.3)) as running:
+        link = Link(running, {"max_tokens": 4000, "logprobs": True, "top_logprobs": 20}, buffer=4096)
+        until(lambda: not running.engine.running and running.script.requests, 30)
+        until(lambda: not running.app.under_way, 30)
+        until(lambda: running.metrics()['requests_total{code="499",endpoint="chat"}'] == 1)
+        assert running.chat(max_tokens=1)[0] == 200
+        head, _, body = link.rest().partition(b"\r\n\r\n")
+        link.close()
+        assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0])
+
+
+def test_a_reader_may_stand_still_for_as_long_as_the_config_says(monkeypatch):
+    """The engine's own patience is for those who use it without a server."""
+    monkeypatch.setattr(stream, "STALL_S", 0.01)
+    with serving(limits=Limits(stream_events=4, stall_s=100)) as running:
+        assert running.chat(max_tokens=3, stream=True)[0] == 200
+        request = running.script.requests[-1]
+        assert (request.buffer, request.stall_s) == (4, math.inf)
+
+
+def test_an_engine_that_dies_while_it_drains_is_started_again_when_requests_are_taken():
+    with serving(Script(endless=True, delay_s=0.01)) as running:
+        link = Link(running, {**SLOW, "stream": True})
+        link.until(b"data: ")
+        running.on_loop(running.frontend.drain)
+        running.on_loop(running.engine.kill)
+        assert b"engine_failed" in link.until(b"[DONE]")
+        link.close()
+        time.sleep(0.2)
+        assert (running.frontend.state, len(running.script.made)) == ("draining", 1)
+        running.on_loop(running.frontend.resume)
+        until(lambda: running.frontend.state == "ready")
+        assert len(running.script.made) == 2
+        assert running.chat(max_tokens=2)[0] == 200
 
 
 @pytest.mark.parametrize("header", [{"x_deadline_ms": "100"}, {"x_request_timeout": "0.1"}])
@@ -262,12 +309,14 @@ def test_the_access_log_has_no_prompts(caplog):
 def test_half_a_request_is_dropped():
     with serving(limits=Limits(header_timeout_s=0.2, body_timeout_s=0.2)) as running:
         with socket.create_connection(("127.0.0.1", running.port), timeout=5) as link:
-            link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
+            link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n")
             begin = time.monotonic()
             assert link.recv(100) == b""
             assert time.monotonic() - begin < 3
         with socket.create_connection(("127.0.0.1", running.port), timeout=5) as link:
-            link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            link.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+            )
             assert b"408" in link.recv(1000)
         with socket.create_connection(("127.0.0.1", running.port), timeout=5) as link:
             link.sendall(b"what is this\r\n\r\n")
@@ -277,9 +326,11 @@ def test_half_a_request_is_dropped():
 
 def test_pipelined_requests_are_answered_in_order():
     with serving() as running, socket.create_connection(("127.0.0.1", running.port), timeout=5) as link:
-        ask = b"GET /version HTTP/1.1\r\nhost: x\r\nx-request-id: %d\r\n\r\n"
+        ask = b"GET /version HTTP/1.1\r\nhost: localhost\r\nx-request-id: %d\r\n\r\n"
         link.sendall(
-            ask % 1 + ask % 2 + b"GET /v1/models HTTP/1.1\r\nhost: x\r\nx-request-id: 3\r\nconnection: close\r\n\r\n"
+            ask % 1
+            + ask % 2
+            + b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx-request-id: 3\r\nconnection: close\r\n\r\n"
         )
         data = b""
         while part := link.recv(4096):

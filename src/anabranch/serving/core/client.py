@@ -13,6 +13,10 @@ class BusyError(AnabranchError):
     """Something that a request needs has no room for it now: no fault of the request, and worth asking again."""
 
 
+class NotBegunError(AnabranchError):
+    """The engine failed before it did anything for a request, which may be given to the next one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What an engine serves; known once it is ready.
@@ -80,7 +84,7 @@ class EngineClient(Protocol):
         """Run one request. The last output carries `Output.finish`; closing the iterator before aborts the request.
 
         The iterator raises InputError for a request that can never run (too long, tokens outside the vocabulary), `BusyError` for one
-        that cannot now.
+        that cannot now, and `NotBegunError` where the engine fails before it has begun with it.
         """
 
     async def abort(self, id: str) -> None:

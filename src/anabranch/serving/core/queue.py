@@ -1,4 +1,5 @@
 """`WaitingQueue`: who is next. Lower priority numbers first; then those that were sent back; then the keys in turn, by tokens.
+Within a key an item's own priority goes before its arrival.
 
 Among the keys (whose requests they are) of one priority it is deficit round robin (Shreedhar and Varghese, SIGCOMM 1995): a key in its
 turn gets a quantum of tokens and sends requests, oldest first, while their cost is covered; what is left over stays for its next turn.
@@ -17,11 +18,13 @@ class Waiting(Protocol):
 
     Attributes:
         rank: (priority, arrival, serial number): the order among items of one key, and of all that were sent back.
+        own_priority: goes before the rank among items of one key that were not sent back.
         key: whose it is.
         cost: tokens that it is charged with when it is taken.
     """
 
     rank: tuple[int, float, int]
+    own_priority: int
     key: str
     cost: int
 
@@ -50,16 +53,16 @@ class WaitingQueue(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         for level in self._levels.values():
             for flow in (level.front, *level.flows.values()):
-                yield from (item for rank, item in flow.heap if rank[2] in self._where)
+                yield from (item for order, item in flow.heap if order[-1] in self._where)
 
     def add(self, item: T) -> None:
-        """A new item, to the end of its key's."""
+        """A new item, to the end of its key's of its own priority."""
         level = self._level(item.rank[0])
         flow = level.flows.get(item.key)
         if flow is None:
             flow = level.flows[item.key] = _Flow(item.key)
             level.active.append(flow)
-        self._put(item, flow)
+        self._put(item, flow, item.own_priority)
 
     def add_front(self, item: T) -> None:
         """An item that was taken before and was sent back: before all others of its priority, and not charged again."""
@@ -88,7 +91,7 @@ class WaitingQueue(Generic[T]):
         flow.count -= 1
         # Mostly removed ones: let go of them.
         if len(flow.heap) > 2 * flow.count + 32:
-            flow.heap = [entry for entry in flow.heap if entry[0][2] in self._where]
+            flow.heap = [entry for entry in flow.heap if entry[0][-1] in self._where]
             heapify(flow.heap)
 
     def refund(self, item: T, tokens: int) -> None:
@@ -105,8 +108,8 @@ class WaitingQueue(Generic[T]):
             heappush(self._order, priority)
         return level
 
-    def _put(self, item: T, flow: "_Flow[T]") -> None:
-        heappush(flow.heap, (item.rank, item))
+    def _put(self, item: T, flow: "_Flow[T]", own_priority: int = 0) -> None:
+        heappush(flow.heap, ((own_priority, *item.rank), item))
         flow.count += 1
         self._where[item.rank[2]] = flow
 
@@ -152,7 +155,7 @@ class WaitingQueue(Generic[T]):
 
     def _trim(self, flow: "_Flow[T]") -> bool:
         heap = flow.heap
-        while heap and heap[0][0][2] not in self._where:
+        while heap and heap[0][0][-1] not in self._where:
             heappop(heap)
         return bool(heap)
 
@@ -164,7 +167,8 @@ class _Flow(Generic[T]):
 
     def __init__(self, key: str = "") -> None:
         self.key = key
-        self.heap: list[tuple[tuple[int, float, int], T]] = []
+        # Own priority and rank, item.
+        self.heap: list[tuple[tuple[int, int, float, int], T]] = []
         # Items that were not removed.
         self.count = 0
         self.deficit = 0

@@ -160,6 +160,7 @@ class Request:
         prompt: token ids, at least one.
         sampling: how to choose.
         priority: lower numbers go first.
+        own_priority: the same among the requests of one key that wait, and of no account to those of others.
         key: whose it is (an API key's name), for fairness.
         arrival: when it came, seconds of `time.monotonic`.
         cache_salt: requests share prefixes only with those of the same salt.
@@ -169,12 +170,15 @@ class Request:
         num_streams: parallel streams, of a model that has them; None for the engine's number.
         path: the blocks to run, in order, instead of each once, see `Decoder.forward`; at most as many as the engine keeps keys and values
             of (`ServingConfig.max_depth`).
+        buffer: outputs that wait for its reader before it is paused; None for `core.stream.BUFFER`.
+        stall_s: seconds that its reader may leave it paused before it is ended; None for `core.stream.STALL_S`, infinity for no end.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     priority: int = 0
+    own_priority: int = 0
     key: str = ""
     arrival: float = 0.0
     cache_salt: str = ""
@@ -182,6 +186,8 @@ class Request:
     record_routing: bool = False
     num_streams: int | None = None
     path: tuple[int, ...] | None = None
+    buffer: int | None = None
+    stall_s: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _tokens(self.prompt))
@@ -200,7 +206,7 @@ class Request:
             )
         if not isinstance(self.sampling, Sampling):
             raise InputError(f"sampling is {shown(self.sampling)}; it must be a Sampling")
-        for name in ("priority", "arrival"):
+        for name in ("priority", "own_priority", "arrival"):
             value = getattr(self, name)
             if not _is_real(value) or value != value:
                 raise InputError(f"{name} is {shown(value)}; it must be a number")

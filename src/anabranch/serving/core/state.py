@@ -10,6 +10,7 @@ class RequestState:
     Attributes:
         request: what was asked.
         rank: (priority, arrival, serial number): order of service.
+        own_priority: goes before it among those of one key that wait.
         key, cost: for fairness, see `WaitingQueue`.
         tokens: prompt and output; the last ``num_pending`` are `PENDING`, since the steps that sample them are under way.
         computed: tokens whose keys and values are stored, or will be when the steps under way have run.
@@ -28,7 +29,7 @@ class RequestState:
 
     __slots__ = (
         "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "key", "keys", "last_step", "most_tokens",
-        "num_pending", "num_prompt", "num_published", "num_scored", "prompt_logprobs", "queue_s", "rank", "request", "root",
+        "num_pending", "num_prompt", "num_published", "num_scored", "own_priority", "prompt_logprobs", "queue_s", "rank", "request", "root",
         "stop_tokens", "table", "tokens",
     )  # fmt: skip
 
@@ -40,6 +41,7 @@ class RequestState:
         self.num_prompt = len(request.prompt)
         self.most_tokens = min(self.num_prompt + sampling.max_tokens, max_positions)
         self.rank = (request.priority, request.arrival or now, serial)
+        self.own_priority = request.own_priority
         self.key, self.cost = request.key, self.most_tokens
         self.tokens = list(request.prompt)
         self.computed = 0

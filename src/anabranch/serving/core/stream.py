@@ -10,6 +10,7 @@ Every engine client has one per request, so a slow reader is the same everywhere
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,14 +47,25 @@ class Stream:
     Args:
         id: the request's.
         pause, resume, abort: told the id when that is to happen. Each may come too late, for a request that has ended.
+        buffer, stall_s: instead of `BUFFER` and `STALL_S`, see `Request`.
     """
 
     def __init__(
-        self, id: str, *, pause: Callable[[str], None], resume: Callable[[str], None], abort: Callable[[str], None]
+        self,
+        id: str,
+        *,
+        pause: Callable[[str], None],
+        resume: Callable[[str], None],
+        abort: Callable[[str], None],
+        buffer: int | None = None,
+        stall_s: float | None = None,
     ) -> None:
         self.id = id
-        self.has_ended = False
+        # For whoever runs it to say.
+        self.has_begun = self.has_ended = False
         self._pause, self._resume, self._abort = pause, resume, abort
+        self._buffer, self._stall_s = buffer or BUFFER, STALL_S if stall_s is None else stall_s
+        self._is_paused = False
         self._held: deque[Output | Exception] = deque()
         self._news = asyncio.Event()
         # While the request is paused.
@@ -76,7 +88,7 @@ class Stream:
 
     def push(self, output: Output) -> None:
         """Add an output. The one with a reason to finish is the last."""
-        last = self._held[-1] if len(self._held) >= BUFFER else None
+        last = self._held[-1] if len(self._held) >= self._buffer else None
         if isinstance(last, Output):
             self._held[-1] = joined(last, output)
         else:
@@ -84,8 +96,10 @@ class Stream:
         if output.finish is not None:
             self.has_ended = True
             self._unstall()
-        elif len(self._held) >= BUFFER and self._stall is None:
-            self._stall = asyncio.get_running_loop().call_later(STALL_S, self._give_up)
+        elif len(self._held) >= self._buffer and not self._is_paused:
+            self._is_paused = True
+            if self._stall_s < math.inf:
+                self._stall = asyncio.get_running_loop().call_later(self._stall_s, self._give_up)
             self._pause(self.id)
         self._news.set()
 
@@ -103,7 +117,7 @@ class Stream:
         output = self._held.popleft()
         if isinstance(output, Exception):
             raise output
-        if len(self._held) <= BUFFER // 2 and self._unstall():
+        if len(self._held) <= self._buffer // 2 and self._unstall():
             self._resume(self.id)
         return output
 
@@ -112,8 +126,9 @@ class Stream:
         stall, self._stall = self._stall, None
         if stall is not None:
             stall.cancel()
-        return stall is not None
+        was_paused, self._is_paused = self._is_paused, False
+        return was_paused
 
     def _give_up(self) -> None:
-        logger.warning("request %s is ended: nobody has read its output for %g s", self.id, STALL_S)
+        logger.warning("request %s is ended: nobody has read its output for %g s", self.id, self._stall_s)
         self._abort(self.id)

@@ -36,6 +36,7 @@ class ElasticConfig(Config):
         mapped: False copies weights into each instance (ablation: without the shared arena).
         forks: copy ranks from a process that has imported everything; False starts an interpreter for each.
         p2p: False reads what is new from disk (ablation; with ``weights="own"``).
+        watchdog_s: a rank that serves and gives no sign of life for so many seconds is ended, and replaced; None waits for ever.
         pace_s, pace_token_s: see `Limits`.
         seed: of the sampler.
     """
@@ -60,6 +61,7 @@ class ElasticConfig(Config):
     mapped: bool = True
     p2p: bool = True
     forks: bool = sys.platform == "linux"
+    watchdog_s: float | None = Field(default=120.0, gt=0)
     pace_s: float = Field(default=0.0, ge=0)
     pace_token_s: float = Field(default=0.0, ge=0)
     seed: Seed = 0

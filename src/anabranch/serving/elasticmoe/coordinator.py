@@ -84,7 +84,10 @@ class Coordinator:
             text = text_of(request.sampling.grammar)
             await asyncio.wrap_future(self._trials.submit(request.key, try_out, text, request.key))
         loop, ledger = asyncio.get_running_loop(), self.group.ledger
-        stream = Stream(request.id, pause=ledger.pause_request, resume=ledger.resume_request, abort=ledger.abort)
+        stream = Stream(
+            request.id, pause=ledger.pause_request, resume=ledger.resume_request, abort=ledger.abort,
+            buffer=request.buffer, stall_s=request.stall_s,
+        )  # fmt: skip
 
         def emit(output: Output) -> None:
             # The loop has ended, and with it whoever waited.

@@ -29,6 +29,7 @@ from anabranch.serving.elasticmoe.recovery import FAULTS, recover, recover_if_br
 from anabranch.serving.elasticmoe.report import ScaleReport
 from anabranch.serving.elasticmoe.sizes import backend_for, sizes_of
 from anabranch.serving.elasticmoe.switch import drain, migrate
+from anabranch.serving.elasticmoe.watchdog import Watchdog
 from anabranch.serving.elasticmoe.wire import ChannelClosedError
 
 __all__ = ["Group", "ScaleReport"]
@@ -70,7 +71,9 @@ class Group:
         self.reports: list[ScaleReport] = []
         # Held by whoever changes or mends the group.
         self.operator = threading.RLock()
+        self._forking = threading.Lock()
         self._ahead: threading.Thread | None = None
+        self._watchdog: Watchdog | None = None
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -102,7 +105,6 @@ class Group:
             self._check_memory(plan)
             self.memory = self.start_memory()
             try:
-                self.start_fork_server()
                 instance = self.boot(self.devices)
                 self.memory.load(self.placement)
                 self.bring_up(instance, "current")
@@ -111,6 +113,8 @@ class Group:
                 self.close()
                 raise
             self.ledger.resume(instance)
+        if self.config.watchdog_s is not None:
+            self._watchdog = Watchdog(lambda: self.ledger.active, self.config.watchdog_s)
         self.look_ahead()
 
     def close(self, drain_s: float = 0.0) -> None:
@@ -120,6 +124,8 @@ class Group:
             while self.ledger.live and time.monotonic() < end:
                 self.ledger.changed.wait(end - time.monotonic())
         self.is_closed = True
+        if self._watchdog is not None:
+            self._watchdog.close()
         self.ledger.end_all(Finish.ABORT)
         with self.operator:
             active, self.ledger.active = self.ledger.active, None
@@ -291,15 +297,22 @@ class Group:
         shares = self.config.weights == "shared"
         return MemoryManager.start(self.layout, self.kv_bytes, shares=shares, kind=self.config.device)
 
-    def start_fork_server(self) -> None:
-        """Have a fork server that can make ranks."""
-        if self.fork_server is None or not self.fork_server.is_alive:
-            self.fork_server, self._own_fork_server = ForkServer(forks=self.config.forks), True
+    def start_fork_server(self) -> ForkServer:
+        """A fork server that can make ranks: the one there is, or another if it has died."""
+        with self._forking:
+            dead = self.fork_server
+            if dead is None or not dead.is_alive:
+                self.fork_server = ForkServer(forks=self.config.forks)
+                if dead is not None and self._own_fork_server:
+                    dead.close()
+                self._own_fork_server = True
+            assert self.fork_server is not None
+            return self.fork_server
 
     def boot(self, devices: Sequence[int]) -> Instance:
         """Start the processes of a configuration."""
         assert self.memory is not None
-        assert self.fork_server is not None
+        fork_server = self.start_fork_server()
         boots = [
             Boot(
                 layout=self.layout,
@@ -312,7 +325,7 @@ class Group:
             )
             for rank, device in enumerate(devices)
         ]
-        return Instance.boot(self.fork_server, self.memory, boots, self._event)
+        return Instance.boot(fork_server, self.memory, boots, self._event)
 
     @staticmethod
     def bring_up(instance: Instance, which: Which) -> None:

@@ -159,6 +159,10 @@ class Instance:
         """Tell one rank something that is not answered."""
         self._handles[device].tell(name, **arguments)
 
+    def call(self, device: int, name: str) -> "Future[Any]":
+        """Call one rank; its answer, or InstanceError."""
+        return self._handles[device].call(name)
+
     def kill(self, device: int) -> None:
         """End one rank at once, as a fault would."""
         self._handles[device].process.kill()

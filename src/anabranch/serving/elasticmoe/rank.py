@@ -246,6 +246,9 @@ class Rank:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def do_ping(self) -> None:
+        """Be there."""
+
     def do_probe(self, tokens: Sequence[int]) -> list[list[float]]:
         """Logits of each position, without the cache: to check a placement against the whole model."""
         with torch.inference_mode():

@@ -61,7 +61,6 @@ def _bring_back(group: "Group", *, is_memory_lost: bool) -> None:
         group.standby.close()
         group.memory = group.start_memory()
         group.memory.load(group.placement)
-    group.start_fork_server()
     new = group.boot(group.devices)
     try:
         group.bring_up(new, "current")

@@ -17,11 +17,11 @@ class LocalEngine(StreamsClient):
 
     Args:
         make: makes the engine, in its thread.
-        max_restarts: how often `restart` may be called.
+        max_restarts, watchdog_s: see `StreamsClient`. A thread cannot be ended: one that is given up is left where it hangs.
     """
 
-    def __init__(self, make: Callable[[], Engine], *, max_restarts: int = 3) -> None:
-        super().__init__(max_restarts)
+    def __init__(self, make: Callable[[], Engine], *, max_restarts: int = 3, watchdog_s: float | None = None) -> None:
+        super().__init__(max_restarts, watchdog_s)
         self._make = make
         self._loop: EngineLoop | None = None
         self._thread: threading.Thread | None = None
@@ -48,6 +48,9 @@ class LocalEngine(StreamsClient):
     def _send(self, command: Command) -> None:
         assert self._loop is not None
         self._loop.put(command)
+
+    def _abandon(self) -> None:
+        self._thread = None
 
     async def _ended(self) -> None:
         if self._thread is not None:

@@ -15,6 +15,7 @@ from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.engine.messages import (
     Abort,
     Add,
+    Begun,
     Close,
     Closed,
     Command,
@@ -34,6 +35,9 @@ DEPTH = 2
 
 # Least time between two pictures of the engine.
 PICTURE_S = 0.2
+
+# The control that asks for a sign of life.
+PING = "ping"
 
 # How long to wait for news where there is work that cannot go on.
 IDLE_S = 0.002
@@ -136,16 +140,23 @@ class EngineLoop:
     def _turn(self) -> None:
         self._take_commands()
         if self._worker is None:
-            batch = self.scheduler.schedule()
+            batch = self._schedule_step()
             if batch is None:
                 return self._rest()
             return self._finish(batch, *self._timed(batch))
-        while len(self._flight) < DEPTH and (batch := self.scheduler.schedule()) is not None:
+        while len(self._flight) < DEPTH and (batch := self._schedule_step()) is not None:
             self._flight.append((batch, self._worker.submit(self._timed, batch)))
         if not self._flight:
             return self._rest()
         batch, future = self._flight.popleft()
         return self._finish(batch, *future.result())
+
+    def _schedule_step(self) -> Batch | None:
+        batch = self.scheduler.schedule()
+        if batch is not None and batch.new:
+            # Before it runs: whatever becomes of it, the others have had no part in it.
+            self._emit([Begun(tuple(request.id for request in batch.new))])
+        return batch
 
     def _timed(self, batch: Batch) -> tuple[list[Sampled], float]:
         start = time.perf_counter()
@@ -285,6 +296,8 @@ class EngineLoop:
         self._held.pop(id, None)
 
     def _answer(self, command: Control) -> Reply:
+        if command.name == PING:
+            return Reply(command.number)
         function = self._controls.get(command.name)
         if function is None:
             known = ", ".join(sorted(self._controls)) or "none"

@@ -39,7 +39,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A command of an operator's; it is answered by a `Reply` of the same number."""
+    """A command of an operator's; it is answered by a `Reply` of the same number. ``ping`` is answered and does nothing."""
 
     number: int
     name: str
@@ -84,10 +84,17 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """Requests that are in the step which runs next, for the first time."""
+
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """The loop has ended; with an error if it crashed."""
 
     error: str | None = None
 
 
-Event = Output | Refused | Reply | EngineStats | Closed
+Event = Output | Refused | Reply | EngineStats | Begun | Closed

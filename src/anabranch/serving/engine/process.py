@@ -34,11 +34,11 @@ class ProcessEngine(StreamsClient):
 
     Args:
         make: makes the engine there; it must pickle (`ServingConfig.make_engine` does).
-        max_restarts: how often `restart` may be called.
+        max_restarts, watchdog_s: see `StreamsClient`.
     """
 
-    def __init__(self, make: Callable[[], Engine], *, max_restarts: int = 3) -> None:
-        super().__init__(max_restarts)
+    def __init__(self, make: Callable[[], Engine], *, max_restarts: int = 3, watchdog_s: float | None = None) -> None:
+        super().__init__(max_restarts, watchdog_s)
         self._make = make
         self.process: subprocess.Popen[bytes] | None = None
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -123,6 +123,10 @@ class ProcessEngine(StreamsClient):
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+
+    def _abandon(self) -> None:
+        if self.process is not None:
+            self.process.kill()
 
     async def _ended(self) -> None:
         threads, self._threads = self._threads, []

@@ -2,18 +2,21 @@
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from anabranch.errors import AnabranchError, BackendError, InputError
-from anabranch.serving.core.client import BusyError, EngineInfo, EngineStats
+from anabranch.serving.core.client import BusyError, EngineInfo, EngineStats, NotBegunError
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.core.stream import Stream
+from anabranch.serving.engine.loop import PING
 from anabranch.serving.engine.messages import (
     Abort,
     Add,
+    Begun,
     Close,
     Closed,
     Command,
@@ -25,6 +28,8 @@ from anabranch.serving.engine.messages import (
     Resume,
 )
 
+logger = logging.getLogger(__name__)
+
 # Values of one histogram between two pictures.
 KEPT_SAMPLES = 4096
 
@@ -34,10 +39,13 @@ class StreamsClient:
 
     Args:
         max_restarts: how often `restart` may be called.
+        watchdog_s: a loop that gives no sign of life for so long counts as dead; None waits for ever.
     """
 
-    def __init__(self, max_restarts: int = 3) -> None:
+    def __init__(self, max_restarts: int = 3, watchdog_s: float | None = None) -> None:
         self.max_restarts, self.restarts = max_restarts, 0
+        self.watchdog_s = watchdog_s
+        self._watchdog: asyncio.Task[None] | None = None
         self.info: EngineInfo | None = None
         self._streams: dict[str, Stream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
@@ -57,6 +65,10 @@ class StreamsClient:
         """Wait until nothing is left of a loop that was closed or has crashed."""
         raise NotImplementedError  # abstract
 
+    def _abandon(self) -> None:
+        """Have nothing more to do with a loop that does not move."""
+        raise NotImplementedError  # abstract
+
     async def restart(self) -> EngineInfo:
         """Start anew after a crash. Raises BackendError when that has been done ``max_restarts`` times."""
         if self.restarts >= self.max_restarts:
@@ -72,13 +84,31 @@ class StreamsClient:
 
     def _opened(self, info: EngineInfo) -> EngineInfo:
         self.info, self._closed, self._is_open = info, asyncio.Event(), True
+        if self.watchdog_s is not None:
+            self._watchdog = asyncio.get_running_loop().create_task(self._watch(self.watchdog_s))
         return info
+
+    async def _watch(self, patience_s: float) -> None:
+        """Ask for signs of life; without one in so many seconds the loop is given up."""
+        while self._is_open:
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self.control(PING)
+            except TimeoutError:
+                if not self._is_open:
+                    return
+                message = f"the engine has made no progress for {patience_s:g} s"
+                logger.error("%s; it is given up", message)
+                self._abandon()
+                self._lost(message, crashed=True)
+            except BackendError:
+                return
+            await asyncio.sleep(patience_s / 4)
 
     async def submit(self, request: Request) -> AsyncIterator[Output]:
         """Run one request, see `EngineClient`. It begins when the iterator is first asked."""
         if not self._is_open:
-            yield Output(id=request.id, finish=Finish.ERROR, error="the engine is not ready", engine_failed=True)
-            return
+            raise NotBegunError("the engine is not ready")
         if request.id in self._streams:
             raise InputError(f"a request {request.id!r} is under way; ids must differ")
         stream = self._streams[request.id] = Stream(
@@ -86,6 +116,8 @@ class StreamsClient:
             pause=lambda id: self._send(Pause(id)),
             resume=lambda id: self._send(Resume(id)),
             abort=lambda id: self._send(Abort(id)),
+            buffer=request.buffer,
+            stall_s=request.stall_s,
         )
         with stream:
             try:
@@ -121,6 +153,8 @@ class StreamsClient:
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Take no more requests, let those under way end for ``drain_s`` seconds, abort the rest; nothing is left of the loop then."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         if self._closed is not None:
             self._is_open = False
             self._send(Close(drain_s))
@@ -134,6 +168,10 @@ class StreamsClient:
             match event:
                 case Output() | Refused():
                     self._push(event)
+                case Begun(ids):
+                    for id in ids:
+                        if id in self._streams:
+                            self._streams[id].has_begun = True
                 case EngineStats():
                     self._note(event)
                 case Reply(number, value, error):
@@ -163,7 +201,11 @@ class StreamsClient:
         self._is_open = False
         finish = Finish.ERROR if crashed else Finish.ABORT
         for id, stream in list(self._streams.items()):
-            if not stream.has_ended:
+            if stream.has_ended:
+                continue
+            if crashed and not stream.has_begun:
+                stream.refuse(NotBegunError(reason))
+            else:
                 stream.push(Output(id=id, finish=finish, error=reason, engine_failed=crashed))
         for future in self._replies.values():
             if not future.done():

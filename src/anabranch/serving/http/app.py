@@ -15,9 +15,11 @@ from anabranch.errors import AnabranchError
 from anabranch.serving.http.admin import Admin
 from anabranch.serving.http.call import Call
 from anabranch.serving.http.frontend import Frontend
+from anabranch.serving.http.gate import Gate
 from anabranch.serving.http.generate import Generate
 from anabranch.serving.http.keys import Keys
 from anabranch.serving.http.openapi import describe
+from anabranch.serving.http.stream import SlowReaderError, write
 from anabranch.serving.http.tokens import Tokens
 from anabranch.serving.ui.page import HEADERS, page
 from anabranch.web.answers import wrong_method
@@ -42,7 +44,7 @@ class App:
 
     def __init__(self, frontend: Frontend) -> None:
         self.frontend, self.config, self.metrics = frontend, frontend.config, frontend.metrics
-        self._keys = Keys(self.config.api_keys)
+        self._keys, self._gate = Keys(self.config.api_keys), Gate(self.config)
         self._generate, self._tokens, self._admin = Generate(frontend), Tokens(frontend), Admin(frontend)
         self._created = int(time.time())
         self.under_way = 0
@@ -76,7 +78,13 @@ class App:
             call.code = response.status
             if self.frontend.state == "draining":
                 response.force_close()
+            if isinstance(response, web.Response) and not response.prepared:
+                await write(response, request, self.config.limits.stall_s)
             return response
+        except SlowReaderError:
+            if request.transport is not None:
+                request.transport.abort()
+            raise
         finally:
             self.under_way -= 1
             self.metrics.requests.labels(call.endpoint, str(call.code)).inc()
@@ -84,6 +92,7 @@ class App:
 
     async def _answer(self, call: Call) -> web.StreamResponse:
         try:
+            self._gate.check(call.request)
             return call.preflight() or await self._route(call)
         except ApiError as error:
             return call.refuse(error)

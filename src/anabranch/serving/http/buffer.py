@@ -1,4 +1,8 @@
-"""`Buffer`: news of several choices on their way to one reader; a full one makes those who write wait."""
+"""`Buffer`: news of several choices on their way to one reader.
+
+Each choice brings its next when that before has been taken: what waits for a slow reader waits in the engine's client
+(`anabranch.serving.core.stream`), and nowhere else.
+"""
 
 import asyncio
 from collections import deque
@@ -16,11 +20,10 @@ class Buffer(Generic[T]):
 
     Args:
         sources: async iterators; one that fails fails all.
-        most: pieces that are held; a source waits while there are so many.
     """
 
-    def __init__(self, sources: Sequence[AsyncIterator[T]], most: int) -> None:
-        self._sources, self._most = sources, most
+    def __init__(self, sources: Sequence[AsyncIterator[T]]) -> None:
+        self._sources = sources
         self._held: deque[T] = deque()
         self._news, self._room = asyncio.Event(), asyncio.Event()
         self._open = len(sources)
@@ -66,11 +69,11 @@ class Buffer(Generic[T]):
     async def _read(self, source: AsyncIterator[T]) -> None:
         try:
             async for piece in source:
-                while len(self._held) >= self._most and self._error is None:
-                    self._room.clear()
-                    await self._room.wait()
                 self._held.append(piece)
                 self._news.set()
+                while any(held is piece for held in self._held) and self._error is None:
+                    self._room.clear()
+                    await self._room.wait()
         except asyncio.CancelledError:
             raise
         except Exception as error:

@@ -51,7 +51,8 @@ class Call:
 
     async def body(self) -> dict[str, Any]:
         """Its JSON. Raises ApiError: 413, 408, 415 or 400."""
-        kind = self.request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        # A form of a web page, or a script of it that asks nobody first, can send no such header.
+        kind = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON and not kind.endswith("+json"):
             raise ApiError(415, "unsupported_media_type", "send the body as content-type: application/json")
         limits = self._config.limits

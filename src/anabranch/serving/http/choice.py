@@ -4,8 +4,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from anabranch.serving.core.client import EngineClient
 from anabranch.serving.core.request import Finish, Output, Request, TokenLogprob
 from anabranch.serving.core.text import Detokenizer, StopMatcher
 from anabranch.serving.http.reading import Reader
@@ -51,6 +51,13 @@ class Piece:
     finish: Finish | None = None
 
 
+class Runs(Protocol):
+    """What runs a sequence, such as an `EngineClient`."""
+
+    def submit(self, request: Request) -> AsyncIterator[Output]:
+        """See `EngineClient.submit`."""
+
+
 class Choice:
     """Runs one sequence.
 
@@ -73,7 +80,7 @@ class Choice:
     def __init__(
         self,
         index: int,
-        engine: EngineClient,
+        engine: Runs,
         request: Request,
         reader: Reader,
         stop: tuple[str, ...],

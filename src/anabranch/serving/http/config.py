@@ -14,16 +14,16 @@ class Limits(Config):
         body_bytes: largest body.
         header_timeout_s: the first request's head has to come within it.
         body_timeout_s: a body has to come within it.
-        deadline_s: seconds a request may take where it gives no deadline; None for no bound.
-        stream_events: events of one stream that are kept for a reader who is slow; then its generation pauses.
-        stall_s: a stream that is not read for so long is cancelled.
+        deadline_s: seconds a request may take where it gives no deadline; None for no bound. The default is what OpenAI's clients wait.
+        stream_events: outputs of one sequence that are kept for a reader who is slow; then its generation pauses.
+        stall_s: an answer, whole or streamed, that is not read for so long is cancelled.
     """
 
     most_n: int = Field(default=16, ge=1, le=128)
     body_bytes: int = Field(default=8 << 20, ge=1024)
     header_timeout_s: float = Field(default=10.0, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
-    deadline_s: float | None = Field(default=None, gt=0)
+    deadline_s: float | None = Field(default=600.0, gt=0)
     stream_events: int = Field(default=256, ge=1)
     stall_s: float = Field(default=30.0, gt=0)
 
@@ -39,6 +39,10 @@ class HttpConfig(Config):
         api_keys: ``name=secret`` or ``name=sha256:HEX`` (``printf %s SECRET | sha256sum``); none lets everybody in.
         admin_token: opens ``/v1/admin``; None closes it.
         cors_origins: origins whose pages may call, ``*`` for all; none by default.
+        hosts: names beside those of this machine that a request may be for, ``*`` for all, where the server listens on this machine
+            only: no web page may reach it by a name of its own.
+        priority_keys: keys whose ``priority`` counts among all requests, ``*`` for all; that of others counts among their own alone.
+        shared_prefixes: the prefix cache is one for all keys. One can then find out by asking what others have asked.
         strict: fields nobody knows are refused, not ignored with a warning header.
         admission: how many sequences may be under way and wait (a request of n choices is n); more are refused at once.
         limits: see `Limits`.
@@ -57,6 +61,9 @@ class HttpConfig(Config):
     api_keys: tuple[str, ...] = ()
     admin_token: str | None = Field(default=None, min_length=8)
     cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    priority_keys: tuple[str, ...] = ()
+    shared_prefixes: bool = False
     strict: bool = False
     admission: AdmissionConfig = AdmissionConfig()
     limits: Limits = Limits()
@@ -76,3 +83,7 @@ class HttpConfig(Config):
         names = [entry.partition("=")[0] for entry in self.api_keys]
         if len(set(names)) < len(names):
             raise ConfigError("api_keys has a name twice; each key needs its own")
+        unknown = [name for name in self.priority_keys if name != "*" and name not in names]
+        if unknown:
+            known = ", ".join(names) or "there are none"
+            raise ConfigError(f"priority_keys has {unknown[0]!r}, which no key is called ({known}); '*' is for all")

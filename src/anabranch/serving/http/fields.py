@@ -101,8 +101,8 @@ COMPLETION: dict[str, Check] = {
     "best_of": integer(1, 128),
 }
 
-# What OpenAI's API knows, or our own in Python, and this server does not do: the values that ask for nothing pass, the others are refused by
-# name.
+# What OpenAI's API knows, or our own in Python, and this server does not do: the values that ask for nothing pass, the others are refused
+# by name.
 _HINTS = {name: (lambda value: True) for name in ("safety_identifier", "prompt_cache_key", "prompt_cache_retention")}
 _SHARED_REFUSED: dict[str, Callable[[Any], bool]] = {
     "service_tier": lambda value: value in ("auto", "default"),

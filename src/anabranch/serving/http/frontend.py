@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Literal
 
 from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.admission import OverloadError, Ticket
-from anabranch.serving.core.client import BusyError, EngineClient, EngineInfo
-from anabranch.serving.core.request import Request
+from anabranch.serving.core.client import BusyError, EngineClient, EngineInfo, NotBegunError
+from anabranch.serving.core.request import Output, Request
 from anabranch.serving.http.asked import Asked
 from anabranch.serving.http.buffer import Buffer
 from anabranch.serving.http.choice import ENGINE_FAILED, Choice, Piece
@@ -51,7 +52,7 @@ class Frontend:
         self.failed = asyncio.Event()
         self.admission = config.admission.build()
         self._engine: EngineClient | None = None
-        self._live: set[Buffer[Piece]] = set()
+        self._live: dict[Buffer[Piece], list[_Lasting]] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._restarts, self._ready_at, self._serial = 0, 0.0, 0
 
@@ -103,10 +104,20 @@ class Frontend:
         if self.state == "draining":
             self._become("ready" if self._engine is not None and self._engine.is_ready else "loading")
 
-    def cut(self, error: ApiError) -> None:
-        """End every request under way with this error."""
-        for buffer in list(self._live):
-            buffer.fail(error)
+    def cut(self, error: ApiError, *, keeps_waiting: bool = False) -> None:
+        """End every request under way with this error; ``keeps_waiting``: but for those that wait for the next engine."""
+        for buffer, engines in list(self._live.items()):
+            if not (keeps_waiting and any(engine.is_waiting for engine in engines)):
+                buffer.fail(error)
+
+    async def engine_after(self, gone: EngineClient) -> EngineClient:
+        """The engine that is started in place of one that has failed. Raises ApiError (500) if there is to be none."""
+        while self._engine is gone or self.state != "ready":
+            if self.state in ("draining", "failed"):
+                raise ApiError(500, "engine_failed", ENGINE_FAILED)
+            await asyncio.sleep(WATCH_S)
+        assert self._engine is not None
+        return self._engine
 
     async def close(self) -> None:
         """End the engine."""
@@ -142,32 +153,38 @@ class Frontend:
         self, asked: Asked, id: str, key: str, tickets: Sequence[Ticket]
     ) -> AsyncIterator[tuple[list[Choice], Buffer[Piece]]]:
         """Choices and the buffer their pieces come through; all is aborted at the end. Raises ApiError."""
-        engine, reader = self.engine, self.check_ready()[1]
+        engines = [_Lasting(self, self.engine) for _ in range(asked.num_choices)]
+        reader = self.check_ready()[1]
         # Senders choose their ids, and may choose one twice.
         self._serial += 1
         is_scored = asked.sampling.prompt_logprobs is not None
         scores = [PromptScores(len(prompt)) if is_scored else None for prompt in asked.prompts]
         choices = [
-            Choice(at, engine, self._request(asked, f"{id}-{self._serial}", key, at), reader, asked.stop, scores[at // asked.n])
+            Choice(at, engines[at], self._request(asked, f"{id}-{self._serial}", key, at), reader, asked.stop, scores[at // asked.n])
             for at in range(asked.num_choices)
         ]  # fmt: skip
         buffer: Buffer[Piece] = Buffer(
-            [_checked(choice, ticket, asked.grammar_param) for choice, ticket in zip(choices, tickets, strict=True)],
-            self.config.limits.stream_events,
+            [_checked(choice, ticket, asked.grammar_param) for choice, ticket in zip(choices, tickets, strict=True)]
         )
-        self._live.add(buffer)
+        self._live[buffer] = engines
         try:
             async with buffer:
                 yield choices, buffer
         finally:
-            self._live.discard(buffer)
+            del self._live[buffer]
 
-    @staticmethod
-    def _request(asked: Asked, id: str, key: str, at: int) -> Request:
+    def _request(self, asked: Asked, id: str, key: str, at: int) -> Request:
         prompt, choice = asked.prompts[at // asked.n], at % asked.n
+        config = self.config
+        # Times, and usage, would tell one key what another has asked.
+        salt = asked.cache_salt if config.shared_prefixes or not key else f"{len(key)} {key} {asked.cache_salt}"
+        is_above = key in config.priority_keys or "*" in config.priority_keys
         return Request(
-            id=f"{id}-{at}", prompt=prompt, sampling=asked.sampling_of(choice), priority=asked.priority, key=key,
-            arrival=time.monotonic(), cache_salt=asked.cache_salt, record_routing=asked.is_routing, num_streams=asked.num_streams,
+            id=f"{id}-{at}", prompt=prompt, sampling=asked.sampling_of(choice), key=key, arrival=time.monotonic(), cache_salt=salt,
+            priority=asked.priority if is_above else 0, own_priority=0 if is_above else asked.priority,
+            record_routing=asked.is_routing, num_streams=asked.num_streams,
+            # How long one may wait for a reader is the connection's to say.
+            buffer=config.limits.stream_events, stall_s=math.inf,
         )  # fmt: skip
 
     def _become(self, state: State) -> None:
@@ -185,7 +202,12 @@ class Frontend:
             if time.monotonic() - pictured >= PICTURE_S:
                 pictured = time.monotonic()
                 self.picture()
-            if not engine.is_ready and self.state == "ready":
+            if engine.is_ready:
+                continue
+            if self.state == "draining":
+                # It is started again when requests are to be taken again.
+                self.cut(ApiError(500, "engine_failed", ENGINE_FAILED))
+            else:
                 await self._restart(engine)
 
     def picture(self) -> None:
@@ -198,7 +220,9 @@ class Frontend:
         if time.monotonic() - self._ready_at > self.config.restart_reset_s:
             self._restarts = 0
         self._become("loading")
-        self.cut(ApiError(500, "engine_failed", ENGINE_FAILED))
+        # Those with which it had not begun find out, and wait for the next.
+        await asyncio.sleep(WATCH_S)
+        self.cut(ApiError(500, "engine_failed", ENGINE_FAILED), keeps_waiting=True)
         await self._end(engine)
         while self._restarts < self.config.restarts:
             self._restarts += 1
@@ -225,6 +249,31 @@ class Frontend:
             # It is dead already: what it says of that is for the log.
             logger.error("the engine did not end well: %s", error)
         self.metrics.forget_engine()
+
+
+class _Lasting:
+    """What runs a choice: the engine there is, and where that fails before it has begun, the next one.
+
+    Attributes:
+        is_waiting: for the next one.
+    """
+
+    def __init__(self, frontend: Frontend, engine: EngineClient) -> None:
+        self._frontend, self._engine = frontend, engine
+        self.is_waiting = False
+
+    async def submit(self, request: Request) -> AsyncGenerator[Output]:
+        """See `EngineClient.submit`."""
+        while True:
+            try:
+                async with contextlib.aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
+                    async for output in outputs:
+                        yield output
+                return
+            except NotBegunError:
+                self.is_waiting = True
+                self._engine = await self._frontend.engine_after(self._engine)
+                self.is_waiting = False
 
 
 async def _checked(choice: Choice, ticket: Ticket, param: str | None) -> AsyncIterator[Piece]:

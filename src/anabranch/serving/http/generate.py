@@ -15,7 +15,7 @@ from anabranch.serving.http.fields import KNOWN
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import ChatShape, CompletionShape, Shape
-from anabranch.serving.http.stream import HEARTBEAT, SlowReaderError, event, send
+from anabranch.serving.http.stream import HEARTBEAT, SlowReaderError, event, send, write
 from anabranch.web.answers import SAFE
 from anabranch.web.api_error import ApiError
 
@@ -65,8 +65,6 @@ class Generate:
                 return await self._complete(call, shape, buffer, deadline_s)
         except SlowReaderError:
             self._abort(choices, "slow_reader")
-            if call.request.transport is not None:
-                call.request.transport.abort()
             raise
         except (asyncio.CancelledError, ConnectionError):
             self._abort(choices, "client_gone")
@@ -110,8 +108,7 @@ class Generate:
             call.headers["x-route-experts"] = _experts(shape)
         response = call.json(shape.whole(pieces))
         # Written here, not after the handler, so that a drain waits for it.
-        await response.prepare(call.request)
-        await response.write_eof()
+        await write(response, call.request, self._frontend.config.limits.stall_s)
         call.code = response.status
         return response
 

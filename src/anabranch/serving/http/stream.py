@@ -54,4 +54,14 @@ async def _write(response: web.StreamResponse, data: bytes, stall_s: float) -> N
         raise SlowReaderError("the reader of a stream stood still") from None
 
 
-__all__ = ["DONE", "HEARTBEAT", "SlowReaderError", "event", "send"]
+async def write(response: web.Response, request: web.BaseRequest, stall_s: float) -> None:
+    """Write a whole answer. Raises SlowReaderError for a reader who does not take it, ConnectionError for one that has gone."""
+    try:
+        async with asyncio.timeout(stall_s):
+            await response.prepare(request)
+            await response.write_eof()
+    except TimeoutError:
+        raise SlowReaderError("the reader of an answer stood still") from None
+
+
+__all__ = ["DONE", "HEARTBEAT", "SlowReaderError", "event", "send", "write"]
