@@ -198,6 +198,8 @@ def test_layers_of_a_pool_have_one_cache():
 
 def test_where_only_all_experts_would_do_no_size_is_recommended():
     found = summarize(made(num_layers=2, length=64))
+    one = replace(found, caches=replace(found.caches, recommended_capacity={0: 1, 1: 1}, is_everything=False))
+    assert any("cache 1 expert of each layer," in text for text in explain(one))
     found = replace(found, caches=replace(found.caches, is_everything=True))
     (text,) = [text for text in explain(found) if "SRP" in text]
     assert "No cache smaller than all experts of each layer hits 90% of what one that knows the future does" in text

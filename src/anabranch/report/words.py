@@ -160,9 +160,10 @@ def _recommended(facts: CacheFacts) -> str:
         )
     sizes = sorted(set(facts.recommended_capacity.values()))
     size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    size = f"{size} expert{'s' * (sizes[-1] > 1)}"
     of_all = " of all its layers" if shared else ""
     return (
-        f"To run it with experts offloaded, cache {size} experts of {owner}, {facts.recommended_ratio:.3g} times the active "
+        f"To run it with experts offloaded, cache {size} of {owner}, {facts.recommended_ratio:.3g} times the active "
         f"ones{of_all}: that hits {percent(facts.lru)} of accesses with LRU and {percent(facts.sch)} if the next {MAIN} tokens are known."
     )
 

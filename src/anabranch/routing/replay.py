@@ -57,7 +57,8 @@ def replay_routing(
 
     A decision that was recorded several times for one item and position is taken in that order, and from the first again when all were
     taken: a block that a pass visits twice, and a second epoch over items that ``context.state`` names. What is not named is counted on,
-    so an epoch over counted items needs a block of its own. A pass must visit a layer as often as it was recorded to, for each item.
+    so an epoch over counted items needs a block of its own. A pass visits a layer as often as it was recorded to, or
+    not at all.
 
     Raises ConfigError for a model without a `Router`. Raises DataError for a trace of other layers, destinations or numbers of choices, and
     in the block for a layer, an item or a visit that was not recorded, for a visit that was recorded and is missing (in the next pass, or
