@@ -93,3 +93,29 @@ def test_what_cannot_be_measured_is_refused(index_STLK, windows, caches, error, 
 def test_layers_without_a_choice_have_no_consistency(index_STLK):
     with pytest.raises(DataError, match="no layer of the trace has a choice"):
         window_facts(trace_of(index_STLK % 2 * 0 + np.arange(2), 2), [4], [1])
+
+
+def test_a_window_may_be_as_long_as_the_longest_sequence(index_STLK):
+    (facts,) = window_facts(trace_of(index_STLK, 8), [40], [1])
+    assert facts.window == 40
+    assert 0 < facts.srp < 1
+
+
+def test_layers_that_routed_other_sequences(index_STLK, caplog):
+    """A window must fit into a sequence of each layer; and no sequences can be drawn for all of them, so the model has no interval."""
+    builder = TraceBuilder()
+    for number, (sequences, tokens) in enumerate(((6, 40), (4, 20))):
+        builder.add(
+            TraceLayer(layer=number, name=f"layer {number}", num_destinations=8, top_k=2),
+            index_STLK[:sequences, :tokens, number].reshape(-1, 2),
+            np.full((sequences * tokens, 2), 0.5, np.float32),
+            item_N=np.repeat(np.arange(sequences), tokens),
+            position_N=np.tile(np.arange(tokens), sequences),
+        )
+    trace = builder.trace()
+    with caplog.at_level(logging.WARNING, "anabranch"):
+        (facts,) = window_facts(trace, [30, 4], [1])
+    assert facts.window == 4
+    assert caplog.messages == ["a window of 30 tokens is left out: the longest sequence has 20"]
+    assert facts.srp_interval is None
+    assert all(interval is not None for interval in facts.srp_interval_by_layer.values())
