@@ -423,7 +423,8 @@ def _whole_model(layers: list[Routes]) -> Routes:
 
 def near_belady(sch_C: np.ndarray, belady_C: np.ndarray, top_k: int) -> int:
     """The smallest capacity, at least K, at which SCH reaches 0.9 of Belady's hits (E if none)."""
-    good_C = sch_C >= GOOD_ENOUGH * belady_C
+    # Where even Belady hits nothing, nothing is near it.
+    good_C = (belady_C > 0) & (sch_C >= GOOD_ENOUGH * belady_C)
     good_C[: top_k - 1] = False
     return int(np.argmax(good_C)) + 1 if good_C.any() else len(sch_C)
 
