@@ -273,7 +273,9 @@ def test_recommended_capacity_and_knee():
     assert lrc.near_belady(np.array([0.19, 0.4, 0.75, 0.9, 1.0]), belady, 2) == 3  # 0.19 is near, but below K
     assert lrc.near_belady(belady, belady, 2) == 2
     assert lrc.near_belady(0.5 * belady, belady, 2) == 5
-    assert lrc.near_belady(np.array([0.0, 0.0, 0.5]), np.array([0.0, 0.0, 0.5]), 1) == 3  # a cache that hits nothing is near nothing
+    assert (
+        lrc.near_belady(np.array([0.0, 0.0, 0.5]), np.array([0.0, 0.0, 0.5]), 1) == 3
+    )  # a cache that hits nothing is near nothing
     assert lrc.knee(np.array([0.0, 0.7, 0.8, 0.9, 1.0])) == 2
     assert lrc.knee(np.array([0.5, 0.5])) == 1
     assert lrc.recommended_capacity(belady, belady, 2) == 3  # 0.5 0.8 0.9 1.0 bends at 0.8

@@ -139,7 +139,7 @@ def _at(
 def _near_belady(hits: dict[Policy, list[float]], first: int) -> int | None:
     """Place of the first ratio, from ``first`` on, at which SCH is near Belady's hits."""
     sch, belady = (np.array(hits[policy][first:]) for policy in ("segment", "belady"))
-    near = np.flatnonzero(sch >= lrc.GOOD_ENOUGH * belady)
+    near = np.flatnonzero((belady > 0) & (sch >= lrc.GOOD_ENOUGH * belady))
     return first + int(near[0]) if len(near) else None
 
 
