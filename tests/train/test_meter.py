@@ -1,8 +1,14 @@
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from anabranch.lm import Decoder
-from anabranch.train.meter import LoadMeter
+from anabranch.nn import MoE
+from anabranch.routing import HashScore, Router, TopK
+from anabranch.train.meter import Counted, LoadMeter
 
 TOKENS = torch.arange(48).view(3, 16)
 
@@ -99,3 +105,49 @@ def test_nan_scores_are_counted_where_a_router_does_not_look_itself(routed_model
     assert meter.layers_with_nan() == [2, 3]
     meter.reset()
     assert meter.layers_with_nan() == []
+
+
+def test_masks_of_single_items_close_no_destination_of_a_layer(token_mask_model):
+    """Each token has four candidates of its own, so any of the eight may be busy."""
+    model = Decoder(token_mask_model).train()
+    meter = LoadMeter(model)
+    model(TOKENS, TOKENS)
+    counted, measures = meter.count(training=True), meter.read(training=True)
+    assert measures["candidates_open"] == [4, 4, 4, 4]
+    assert measures["max_violation_by_layer"] == [load.max() / load.mean() - 1 for load in counted.loads]
+    assert all(load_E.size == 8 for load_E in counted.loads_while_open().values())
+
+
+def test_a_router_without_parameters_is_counted():
+    router = Router.Config(score=HashScore.Config(), select=TopK.Config(top_k=1), balance=())
+    layer = MoE.Config(num_experts=4, hidden_dim=8, router=router)
+    model = Decoder.Config(vocab_size=64, dim=16, num_layers=1, feed_forward=layer).build(seed=0)
+    assert not list(model.blocks[0].feed_forward.router.parameters())
+    meter = LoadMeter(model)
+    model(TOKENS)
+    assert meter.count(training=False).loads[0].sum() == 48
+
+
+def test_layers_of_a_pool_are_named_by_the_first_and_the_last():
+    """In whatever order a set has 7 and 8."""
+    routers: Any = [SimpleNamespace(layer=layer, destinations=SimpleNamespace(pool="p")) for layer in (7, 8)]
+    counted = Counted(routers, [np.array([1, 2]), np.array([3, 4])], [None, np.array([True, False])])
+    loads = counted.loads_while_open()
+    assert {name: load_E.tolist() for name, load_E in loads.items()} == {"layers 7 to 8": [2.0, 6.0]}
+
+
+def test_nan_scores_are_not_counted_where_a_router_looks_itself(routed_model, monkeypatch):
+    monkeypatch.setattr("anabranch.train.meter.count_nan", None)
+    model = Decoder(routed_model).train()
+    meter = LoadMeter(model)
+    model(TOKENS, TOKENS)
+    assert meter.layers_with_nan() == []
+
+
+def test_counters_are_where_the_routers_are():
+    """Of a router without a tensor of its own, where the model is."""
+    router = Router.Config(score=HashScore.Config(), select=TopK.Config(top_k=1), balance=())
+    for config in (MoE.Config(router=router), MoE.Config()):
+        with torch.device("meta"):
+            model = Decoder.Config(num_layers=1, feed_forward=config).build()
+        assert [counter.load_E.device.type for counter in LoadMeter(model)._counters] == ["meta"]

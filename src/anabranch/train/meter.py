@@ -29,7 +29,8 @@ class LoadMeter:
 
     def __init__(self, model: nn.Module) -> None:
         self._routers = [module for module in model.modules() if isinstance(module, Router)]
-        self._counters = [_Counter(router) for router in self._routers]
+        # A router need not have parameters or buffers, as one that hashes tokens has none.
+        self._counters = [_Counter(router.num_destinations, _device_of(router, model)) for router in self._routers]
         self._hooks = [
             router.register_forward_hook(partial(_emit, counter), with_kwargs=True)
             for router, counter in zip(self._routers, self._counters, strict=True)
@@ -141,11 +142,15 @@ def _openness(mask: np.ndarray | None, size: int) -> np.ndarray:
     return np.ones(size) if mask is None or mask.ndim > 1 else mask.astype(float)
 
 
+def _device_of(*modules: nn.Module) -> torch.device:
+    """Where the first of these is that has a tensor; the CPU if none has."""
+    tensors = chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
 class _Counter:
-    def __init__(self, router: Router) -> None:
-        # A router need not have parameters.
-        device = next(chain(router.parameters(), router.buffers())).device
-        self.load_E = torch.zeros(router.num_destinations, dtype=torch.int64, device=device)
+    def __init__(self, num_destinations: int, device: torch.device) -> None:
+        self.load_E = torch.zeros(num_destinations, dtype=torch.int64, device=device)
         self.nan = _NaNCounter(device)
 
     def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:
