@@ -90,7 +90,7 @@ class Admission:
 
         ``deadline_s``: seconds from now by which its first token must be there. Raises OverloadError.
         """
-        self._check_limits(num_tokens, key)
+        self.check(num_tokens, key)
         if deadline_s is not None:
             expected_s = self.expected_first_token_s(num_tokens)
             if expected_s is not None and expected_s > deadline_s:
@@ -103,7 +103,8 @@ class Admission:
         expected_s = self._pace.expected_s(self.queued + 1, self.queued_tokens + num_tokens)
         return None if expected_s is None else expected_s * self._request_rate.slowdown(self._clock())
 
-    def _check_limits(self, num_tokens: int, key: str) -> None:
+    def check(self, num_tokens: int, key: str = "") -> None:
+        """Raises OverloadError for a request that would not be let in now, whatever its deadline."""
         config, now = self.config, self._clock()
         if config.max_in_flight is not None and self.in_flight >= config.max_in_flight:
             wait_s = _wait_s(self.in_flight + 1 - config.max_in_flight, self._end_rate.per_s(now))

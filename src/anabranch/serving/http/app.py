@@ -71,7 +71,7 @@ class App:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        call = Call(request, self.config)
+        call = Call(request, self.config, self.frontend.apart)
         self.under_way += 1
         try:
             response = await self._answer(call)

@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from aiohttp import web
@@ -17,6 +17,9 @@ from anabranch.web.ids import new_id
 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _PLAIN = re.compile(r"[^\x20-\x7e]")
+# Reading more than this would hold up the others, so it is done in a thread.
+LONG_CHARACTERS = 20_000
+Apart = Callable[..., Awaitable[Any]]
 EXPOSED = "x-request-id, x-route-model, x-route-layers, x-route-streams, x-route-experts, x-warning, retry-after"
 
 
@@ -32,10 +35,15 @@ class Call:
         facts: for the access log.
         endpoint: label in the metrics.
         code: status of the answer once that is written; 499 until then, in case the sender goes away.
+
+    Args:
+        request: see above.
+        config: of the server.
+        apart: calls a function in a thread, see `Frontend.apart`.
     """
 
-    def __init__(self, request: web.BaseRequest, config: HttpConfig) -> None:
-        self.request, self._config = request, config
+    def __init__(self, request: web.BaseRequest, config: HttpConfig, apart: Apart) -> None:
+        self.request, self._config, self._apart = request, config, apart
         given = request.headers.get("x-request-id", "")
         self.id = given if _ID.fullmatch(given) else new_id()
         self.began = time.monotonic()
@@ -56,7 +64,8 @@ class Call:
         if kind != JSON and not kind.endswith("+json"):
             raise ApiError(415, "unsupported_media_type", "send the body as content-type: application/json")
         limits = self._config.limits
-        return parse(await read_body(self.request, limits.body_bytes, limits.body_timeout_s))
+        raw = await read_body(self.request, limits.body_bytes, limits.body_timeout_s)
+        return parse(raw) if len(raw) <= LONG_CHARACTERS else await self._apart(self.key, parse, raw)
 
     def deadline_s(self) -> float | None:
         """Seconds it has, from its beginning: ``x-deadline-ms``, else ``x-request-timeout`` (s), else the config's. Raises ApiError."""

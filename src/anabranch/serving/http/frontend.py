@@ -5,13 +5,14 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Literal
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.admission import OverloadError, Ticket
 from anabranch.serving.core.client import BusyError, EngineClient, EngineInfo, NotBegunError
 from anabranch.serving.core.request import Output, Request
+from anabranch.serving.core.turns import Turns
 from anabranch.serving.http.asked import Asked
 from anabranch.serving.http.buffer import Buffer
 from anabranch.serving.http.choice import ENGINE_FAILED, Choice, Piece
@@ -23,6 +24,7 @@ from anabranch.web.api_error import ApiError
 
 logger = logging.getLogger(__name__)
 WATCH_S, PICTURE_S, CLOSE_S = 0.05, 1.0, 10.0
+T = TypeVar("T")
 State = Literal["loading", "ready", "draining", "failed"]
 
 
@@ -51,6 +53,12 @@ class Frontend:
         self.error = ""
         self.failed = asyncio.Event()
         self.admission = config.admission.build()
+        self._reading = Turns(
+            "anabranch-reading", "long requests wait to be read", threads=4, at_once=3, most_waiting=256
+        )
+        self._rendering = Turns(
+            "anabranch-template", "chats wait to be rendered", threads=32, at_once=16, most_waiting=256
+        )
         self._engine: EngineClient | None = None
         self._live: dict[Buffer[Piece], list[_Lasting]] = {}
         self._watcher: asyncio.Task[None] | None = None
@@ -126,6 +134,29 @@ class Frontend:
             await asyncio.gather(self._watcher, return_exceptions=True)
         if self._engine is not None:
             await self._end(self._engine)
+        self._reading.close()
+        self._rendering.close()
+
+    async def apart(
+        self, call_key: str, function: Callable[..., T], *args: Any, is_rendering: bool = False, **kwargs: Any
+    ) -> T:
+        """What a function returns that reads what a client sent, and may take long: from a thread, in turn with those of other keys.
+
+        Args:
+            call_key: whose it is.
+            function, args, kwargs: what to call.
+            is_rendering: it asks for a chat template, and mostly waits: what renders nothing never waits behind templates.
+
+        Raises what it raises, and ApiError (429, or 503 by config) where there is no room for the request, or for so much of one key.
+        """
+        with self._refusing():
+            self.admission.check(0, call_key)
+        try:
+            future = (self._rendering if is_rendering else self._reading).submit(call_key, function, *args, **kwargs)
+        except BusyError as error:
+            self.metrics.rejections.labels("queued").inc()
+            raise _overloaded(self.admission.config.status, str(error), 1.0) from None
+        return await asyncio.wrap_future(future)
 
     def admit(self, prompts: Sequence[int], key: str, deadline_s: float | None) -> list[Ticket]:
         """A place for each sequence, or for none of them.
@@ -138,15 +169,22 @@ class Frontend:
         Raises ApiError (429, or 503 by config) with ``Retry-After``.
         """
         tickets: list[Ticket] = []
-        try:
-            tickets.extend(self.admission.admit(tokens, key, deadline_s) for tokens in prompts)
-        except OverloadError as error:
-            for ticket in tickets:
-                ticket.close()
-            self.metrics.rejections.labels(error.reason).inc()
-            headers = {"Retry-After": f"{error.retry_after_s:.0f}", "x-should-retry": "true"}
-            raise ApiError(error.status, "overloaded", str(error), type="rate_limit_error", headers=headers) from None
+        with self._refusing():
+            try:
+                tickets.extend(self.admission.admit(tokens, key, deadline_s) for tokens in prompts)
+            except OverloadError:
+                for ticket in tickets:
+                    ticket.close()
+                raise
         return tickets
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except OverloadError as error:
+            self.metrics.rejections.labels(error.reason).inc()
+            raise _overloaded(error.status, str(error), error.retry_after_s or 1.0) from None
 
     @contextlib.asynccontextmanager
     async def run(
@@ -249,6 +287,11 @@ class Frontend:
             # It is dead already: what it says of that is for the log.
             logger.error("the engine did not end well: %s", error)
         self.metrics.forget_engine()
+
+
+def _overloaded(status: int, message: str, retry_after_s: float) -> ApiError:
+    headers = {"Retry-After": f"{retry_after_s:.0f}", "x-should-retry": "true"}
+    return ApiError(status, "overloaded", message, type="rate_limit_error", headers=headers)
 
 
 class _Lasting:

@@ -9,7 +9,7 @@ from aiohttp import web
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.http.asked import Asked, check_model, read_chat, read_completion
 from anabranch.serving.http.buffer import Buffer
-from anabranch.serving.http.call import Call
+from anabranch.serving.http.call import LONG_CHARACTERS, Call
 from anabranch.serving.http.choice import Choice, Piece
 from anabranch.serving.http.fields import KNOWN
 from anabranch.serving.http.frontend import Frontend
@@ -18,9 +18,6 @@ from anabranch.serving.http.shape import ChatShape, CompletionShape, Shape
 from anabranch.serving.http.stream import HEARTBEAT, SlowReaderError, event, send, write
 from anabranch.web.answers import SAFE
 from anabranch.web.api_error import ApiError
-
-# Reading more than this would hold up the others, so it is done in a thread.
-LONG_CHARACTERS = 20_000
 
 # Characters of x-route-experts.
 MOST_HEADER = 900
@@ -82,10 +79,11 @@ class Generate:
         check_model(body, [self._frontend.name])
         limit = self._frontend.config.limits.most_n
         length = call.request.content_length
-        if kind == "chat" and reader.has_template:
-            asked = await reader.apart(_READ[kind], body, reader, info, limit)
-        elif length is None or length > LONG_CHARACTERS:
-            asked = await asyncio.to_thread(_READ[kind], body, reader, info, limit)
+        is_rendering = kind == "chat" and reader.has_template
+        if is_rendering or length is None or length > LONG_CHARACTERS:
+            asked = await self._frontend.apart(
+                call.key, _READ[kind], body, reader, info, limit, is_rendering=is_rendering
+            )
         else:
             asked = _READ[kind](body, reader, info, limit)
         call.warn(asked.unknown, KNOWN[kind])

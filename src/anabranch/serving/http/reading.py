@@ -1,10 +1,7 @@
 """`Reader`: text into tokens and back for one model: its tokenizer, its chat template, its grammars."""
 
-import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from anabranch.data import Tokenizer
 from anabranch.data.templates import TemplatesBusyError
@@ -13,11 +10,6 @@ from anabranch.serving.chat import render
 from anabranch.serving.core.text import Detokenizer
 from anabranch.serving.http.messages import Tools
 from anabranch.web.api_error import ApiError, wrong
-
-T = TypeVar("T")
-
-# That wait for templates at a time.
-_THREADS = 32
 
 
 class Reader:
@@ -29,16 +21,11 @@ class Reader:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="template")
 
     @property
     def has_template(self) -> bool:
         """Whether `render` asks another process, and may have to wait for it."""
         return self.tokenizer.chat_template is not None
-
-    async def apart(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """What a function that renders returns, from one of the threads for that: what renders nothing never waits behind templates."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Tools | None, *, is_open: bool = True) -> str:
         """The prompt of a conversation. Raises ApiError: 400 for one that the template refuses, 503 where none can be rendered now."""

@@ -2,13 +2,14 @@
 
 import base64
 import struct
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from aiohttp import web
 
 from anabranch.serving.http import fields
 from anabranch.serving.http.asked import check_model
-from anabranch.serving.http.call import Call
+from anabranch.serving.http.call import LONG_CHARACTERS, Call
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.messages import read_messages
 from anabranch.web.api_error import ApiError, wrong
@@ -24,6 +25,7 @@ _EMBED = {
     "encoding_format": (lambda value: value in ("float", "base64"), '"float" or "base64"'), "user": fields.text(512),
 }  # fmt: skip
 MOST_INPUTS = 256
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -50,16 +52,21 @@ class Tokens:
         body = await self._body(call, _TOKENIZE, is_model_needed=False)
         if (body.get("prompt") is None) == (body.get("messages") is None):
             raise wrong("prompt", "give prompt or messages, one of the two")
-        text, encode = body.get("prompt"), reader.encode
+        text, encode, apart = body.get("prompt"), reader.encode, self._frontend.apart
         if text is None:
             is_open = body.get("add_generation_prompt") is not False
-            text = await reader.apart(reader.render, read_messages(body["messages"]), None, is_open=is_open)
+            messages = read_messages(body["messages"])
+            text = await apart(call.key, reader.render, messages, None, is_open=is_open, is_rendering=True)
             encode = reader.encode_chat
-        tokens = encode(text) if text else ()
-        made: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_positions}
-        if body.get("return_token_strs"):
-            made["token_strs"] = [reader.token_text(token)[0] for token in tokens]
-        return call.json(made)
+
+        def made() -> web.Response:
+            tokens = encode(text) if text else ()
+            found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_positions}
+            if body.get("return_token_strs"):
+                found["token_strs"] = [reader.token_text(token)[0] for token in tokens]
+            return call.json(found)
+
+        return await self._maybe_apart(call, len(text or ""), made)
 
     async def detokenize(self, call: Call) -> web.StreamResponse:
         """``{"tokens": [...]}`` as text."""
@@ -68,7 +75,7 @@ class Tokens:
         tokens = body.get("tokens")
         if tokens is None or not all(is_int(token) and 0 <= token < info.vocab_size for token in tokens):
             raise wrong("tokens", f"tokens must be a list of token ids from 0 to {info.vocab_size - 1:,}")
-        return call.json({"prompt": reader.decode(tokens)})
+        return await self._maybe_apart(call, len(tokens), lambda: call.json({"prompt": reader.decode(tokens)}))
 
     async def embeddings(self, call: Call) -> web.StreamResponse:
         """Vectors of texts, where the engine makes them (501 otherwise)."""
@@ -86,7 +93,7 @@ class Tokens:
             is_ids = isinstance(part, list) and part and all(is_int(x) and 0 <= x < info.vocab_size for x in part)
             if not is_ids and not isinstance(part, str):
                 raise wrong(f"input[{at}]", f"input[{at}] is {said(part)}; it must be text or a list of token ids")
-            prompts.append(tuple(part) if is_ids else reader.encode(part))
+            prompts.append(tuple(part) if is_ids else await self._maybe_apart(call, len(part), reader.encode, part))
             if len(prompts[-1]) > info.max_positions:
                 message = f"input[{at}] has {len(prompts[-1]):,} tokens; the model reads {info.max_positions:,}"
                 raise wrong(f"input[{at}]", message, "context_length_exceeded")
@@ -104,6 +111,10 @@ class Tokens:
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return call.json({"object": "list", "data": data, "model": self._frontend.name, "usage": usage})
+
+    async def _maybe_apart(self, call: Call, length: int, function: Callable[..., T], *args: Any) -> T:
+        """What a function returns, from a thread if it reads so much."""
+        return await self._frontend.apart(call.key, function, *args) if length > LONG_CHARACTERS else function(*args)
 
     async def _body(self, call: Call, known: dict[str, fields.Check], is_model_needed: bool = True) -> dict[str, Any]:
         body = await call.body()
