@@ -91,9 +91,7 @@ class Rank:
         matrices = self.boot.layout.layers[0]
         dtype, dim = torch_dtype(matrices[0].dtype), self.model.config.dim
         rows = self.limits.max_batched_tokens
-        places = max(getattr(router, "num_choices", 0) for router in _layers(self.model)) or max(
-            self.boot.layout.num_experts
-        )
+        places = max(_choices(self.model), default=0) or max(self.boot.layout.num_experts)
         others = [rank for rank in range(self.boot.num_ranks) if rank != self.boot.rank]
         asking, answering = fds[: len(others)], fds[len(others) :]
         peers = []
@@ -385,9 +383,11 @@ class Rank:
         return [each.load_E.tolist() for each in self.sharded]
 
 
-def _layers(model: torch.nn.Module) -> list[Any]:
-    """Configs of the routed layers, for the most places that a token may take."""
-    return [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "num_choices")]
+def _choices(model: torch.nn.Module) -> list[int]:
+    """The most places that a token may take, of each routed layer that knows it."""
+    found = [getattr(getattr(module, "config", None), "num_choices", None) for module in model.modules()]
+    # A router's config says it for a number of destinations.
+    return [number for number in found if isinstance(number, int)]
 
 
 def rehearse() -> None:
