@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -467,6 +468,17 @@ def test_batches_of_any_form_are_moved():
     assert isinstance(found["b"], Pair)
     assert found["b"][0].is_meta
     assert found["c"] is None
+    named = moved(ImageAndLabel(tensor, 3), torch.device("meta"))
+    assert isinstance(named, ImageAndLabel)
+    assert named.image.is_meta
+    assert named.label == 3
+
+
+class ImageAndLabel(NamedTuple):
+    """A batch with names."""
+
+    image: torch.Tensor
+    label: int
 
 
 def test_names_of_the_trainer_are_its_own_where_they_would_stand_beside_them():
