@@ -24,7 +24,7 @@ def build_theirs(family, **changes):
     config = getattr(transformers, f"{family}Config")(**{**BODY, **changes})
     config._experts_implementation = "eager"
     torch.manual_seed(1)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if any(part in name for part in DRAWN):

@@ -45,8 +45,8 @@ PUBLIC = {
         load_model load_weights save_model stream upcycle write_model
     """,
     "anabranch.nn": """
-        Attention Block BuildContext Count Dense ExpertPool FeedForward ForwardContext Linear MLP MoE PreNorm RMSNorm Rotary SelfAttention
-        SwiGLU
+        Attention Block BuildContext Count Dense ExpertPool FeedForward ForwardContext LatentAttention Linear MLP MoE PreNorm RMSNorm Rotary
+        Sandwich SelfAttention SwiGLU
     """,
     "anabranch.report": """
         CacheFacts LayerFacts PoolFacts Summary explain summarize write_report

@@ -52,9 +52,11 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "attention": {
         "attention": "anabranch.nn.attention:SelfAttention",
+        "latent": "anabranch.nn.latent_attention:LatentAttention",
     },
     "block": {
         "pre_norm": "anabranch.nn.block:PreNorm",
+        "sandwich": "anabranch.nn.block:Sandwich",
     },
     "linear": {
         "dense": "anabranch.nn.linear:Dense",

@@ -37,6 +37,24 @@ def gelu(value):
     return 0.5 * value * (1 + torch.erf(value / math.sqrt(2)))
 
 
+def gelu_by_tanh(value):
+    """As Hendrycks and Gimpel approximate it."""
+    return 0.5 * value * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
+
+
+def clamped(gate, up):
+    gate, up = torch.minimum(gate, gate.new_tensor(7.0)), up.maximum(up.new_tensor(-7.0)).minimum(up.new_tensor(7.0))
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+GATED = {
+    "swiglu": lambda gate, up: gate * torch.sigmoid(gate) * up,
+    "geglu": lambda gate, up: gelu(gate) * up,
+    "geglu_tanh": lambda gate, up: gelu_by_tanh(gate) * up,
+    "clamped_swiglu": clamped,
+}
+
+
 def naive(x_ND, routing, weight_NK, w13, w2, activation, weight_on):
     """Item by item and choice by choice."""
     rows = []
@@ -47,11 +65,7 @@ def naive(x_ND, routing, weight_NK, w13, w2, activation, weight_on):
                 continue
             weight = weight_NK[n, k]
             z = w13[expert] @ (x_ND[n] * weight if weight_on == "input" else x_ND[n])
-            if activation == "gelu":
-                a = gelu(z)
-            else:
-                gate, up = z[:HIDDEN], z[HIDDEN:]
-                a = (gate * torch.sigmoid(gate) if activation == "swiglu" else gelu(gate)) * up
+            a = gelu(z) if activation == "gelu" else GATED[activation](z[:HIDDEN], z[HIDDEN:])
             y = y + (w2[expert] @ a) * (1 if weight_on == "input" else weight)
         rows.append(y)
     return torch.stack(rows)
@@ -129,7 +143,9 @@ def test_a_compiled_graph_is_whole(activation):
 def test_what_there_is_not():
     x, routing, w13, w2 = make("gelu")
     arguments = (x, plan_dispatch(routing), routing.weight_NK, w13, w2)
-    with pytest.raises(ConfigError, match="activation is 'relu'; use one of swiglu, geglu, gelu"):
+    with pytest.raises(
+        ConfigError, match="activation is 'relu'; use one of swiglu, geglu, geglu_tanh, clamped_swiglu, gelu"
+    ):
         expert_mlp(*arguments, activation="relu")
     with pytest.raises(BackendError, match="kernels compute swiglu, not gelu; use backend 'auto'"):
         expert_mlp(*arguments, activation="gelu", backend="native")
@@ -141,7 +157,7 @@ def test_what_there_is_not():
 
 def test_matrices_of_a_feed_forward():
     assert {name: activation.num_matrices for name, activation in ACTIVATIONS.items()} == {
-        "swiglu": 3, "geglu": 3, "gelu": 2,
+        "swiglu": 3, "geglu": 3, "geglu_tanh": 3, "clamped_swiglu": 3, "gelu": 2,
     }  # fmt: skip
 
 

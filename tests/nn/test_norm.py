@@ -73,3 +73,17 @@ def test_any_number_of_leading_sizes_is_rows(shape):
         strict=True,
     ):
         assert torch.equal(ours, wanted.view(ours.shape))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_an_offset_is_added_to_the_weight_in_float32(learns):
+    norm = RMSNorm(8, eps=1e-6, offset=1.0)
+    assert not norm.weight.any()
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    plain = RMSNorm(8, eps=1e-6)
+    with torch.set_grad_enabled(learns):
+        torch.testing.assert_close(norm(x), plain(x))
+        norm.weight.data = torch.full((8,), 2.0**-10).bfloat16()
+        plain.weight.data = torch.full((8,), 1 + 2.0**-10)
+        # 1 + 2^-10 is 1 in bfloat16.
+        torch.testing.assert_close(norm(x), plain(x), rtol=1e-6, atol=0)

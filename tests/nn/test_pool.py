@@ -179,3 +179,37 @@ def test_one_expert_of_one_number_is_a_pool():
     routing = Routing(torch.tensor([[0]]), torch.tensor([[0.5]]), torch.tensor([[0.5]]))
     expected = 0.5 * pool.w2.item() * torch.nn.functional.silu(torch.tensor(2 * gate)) * 2 * up
     torch.testing.assert_close(pool(torch.tensor([[2.0]]), routing), expected.view(1, 1))
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_biases_of_experts_are_added_behind_both_matrices(weight_on, recompute):
+    generator = torch.Generator().manual_seed(0)
+    pool = ExpertPool(
+        4, 6, 5, activation="clamped_swiglu", bias=True, recompute=recompute, generator=generator
+    ).double()
+    for parameter in pool.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(7, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([[0, 1], [1, 2], [0, -1], [2, 1], [1, 0], [-1, -1], [2, 0]])  # none to the last
+    weight = torch.rand(7, 2, generator=generator, dtype=torch.float64) * (index >= 0)
+    routing = Routing(index, weight, torch.zeros(7, 4))
+    y = pool(x, routing, weight_on=weight_on)
+    rows = []
+    for n in range(7):
+        row = torch.zeros(6, dtype=torch.float64)
+        for k, expert in enumerate(index[n].tolist()):
+            if expert < 0:
+                continue
+            z = pool.w13[expert] @ (x[n] * (weight[n, k] if weight_on == "input" else 1)) + pool.b13[expert]
+            gate, up = z[:5].clamp(max=7), z[5:].clamp(-7, 7)
+            out = pool.w2[expert] @ ((up + 1) * gate * torch.sigmoid(1.702 * gate)) + pool.b2[expert]
+            row = row + out * (1 if weight_on == "input" else weight[n, k])
+        rows.append(row)
+    expected = torch.stack(rows)
+    torch.testing.assert_close(y, expected)
+    leaves = [x, *pool.parameters()]
+    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    for ours, wanted in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
+        torch.testing.assert_close(ours, wanted)
+    assert not pool.is_plain

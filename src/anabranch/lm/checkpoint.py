@@ -194,6 +194,7 @@ def check_weights(path: str | Path) -> None:
     table, source = read_json(found / "config.json"), open_tensors(found)
     ignore: Sequence[str] = ()
     if is_foreign(table):
+        source = formats.unpacked(source, table)
         model, layout, _, ignore = formats.prepare(source, table, found / "config.json")
     elif quantization_of(found) is not None:
         return
@@ -289,6 +290,7 @@ def open_model(path: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
     check_dtype_device(dtype, None)
     table, source, hint = read_json(found / "config.json"), open_tensors(found), ""
     if is_foreign(table):
+        source = formats.unpacked(source, table)
         model, layout, kind, ignore = formats.prepare(source, table, found / "config.json", dtype=dtype)
     else:
         check_undamaged(found)

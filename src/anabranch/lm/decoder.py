@@ -28,7 +28,6 @@ from anabranch.nn.block import Block, PreNorm
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.linear import Linear, Projection, build_linear, call_linear, check_patterns, count_linear
-from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary
 from anabranch.nn.streams import Streams
 from anabranch.nn.visits import Path, check_path, on_rows, steps_of
@@ -79,6 +78,8 @@ class Decoder(Part, nn.Module):
                 and head.
             rotary: rotary positions.
             norm_eps: epsilon of all norms.
+            norm_offset: added to the weights of all norms (Gemma: 1).
+            embedding_scale: factor on the embedding where it goes in, not where it is the head (Gemma: sqrt(dim)).
             tie_embeddings: the head is the transposed embedding.
             max_positions: longest context the model is meant for.
             init_std: standard deviation of initial weights.
@@ -99,6 +100,8 @@ class Decoder(Part, nn.Module):
         linears: dict[str, Linear.Config] = Field(default_factory=dict)
         rotary: Rotary.Config = Rotary.Config()
         norm_eps: float = Field(default=1e-5, gt=0)
+        norm_offset: float = Field(default=0.0, ge=0, le=1)
+        embedding_scale: float = Field(default=1.0, gt=0)
         tie_embeddings: bool = False
         max_positions: Size = Field(default=2048, ge=1)
         init_std: float = Field(default=0.02, gt=0)
@@ -167,6 +170,7 @@ class Decoder(Part, nn.Module):
                 residual_std=self.init_std * scale,
                 linears=self.linears,
                 norm_eps=self.norm_eps,
+                norm_offset=self.norm_offset,
                 **values,
             )
             context.num_routed_layers = len(routed)
@@ -205,7 +209,7 @@ class Decoder(Part, nn.Module):
         self.blocks = nn.ModuleList()
         for context in config.contexts(seed=seed, generator=generator, shared=self.shared):
             self.blocks.append(config.block.build(context))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = context.norm(config.dim)
         self.rotary: Rotary = config.rotary.build(config.attention.width(config.dim))
         nn.init.normal_(self.embedding.weight, std=config.init_std, generator=generator)
         self.head: Any = None
@@ -311,7 +315,7 @@ class Decoder(Part, nn.Module):
 
     def hidden(self, token_BL: Tensor, context: ForwardContext, *, keep_L: Tensor | None = None) -> Tensor:
         """x_BLD after the last norm, of all streams if there are several; of the positions ``keep_L`` alone where given."""
-        x_BLD = self.embedding(token_BL)
+        x_BLD = self.embed(token_BL)
         if self.streams is not None:
             x_BLD = self.streams.expand(x_BLD, context.num_streams)
         if context.path is None:
@@ -324,6 +328,13 @@ class Decoder(Part, nn.Module):
         if isinstance(context.cache, KeyValueCache):
             context.cache.advance(token_BL.shape[1])
         return self.norm(x_BLD if keep_L is None else x_BLD[:, keep_L])
+
+    def embed(self, token_BL: Tensor) -> Tensor:
+        """x_BLD that goes into the first block."""
+        x_BLD: Tensor = self.embedding(token_BL)
+        scale = self.config.embedding_scale
+        # In the type of the embedding, as models were trained.
+        return x_BLD if scale == 1.0 else x_BLD * torch.tensor(scale, dtype=x_BLD.dtype, device=x_BLD.device)
 
     def _run(self, block: nn.Module, x_BLD: Tensor, context: ForwardContext) -> Tensor:
         if self.recompute and torch.is_grad_enabled():

@@ -21,7 +21,7 @@ from anabranch.lm.gguf import GgufFile
 from anabranch.lm.gguf_blocks import kept_form, packed_rows
 from anabranch.lm.mixed_types import fit_types
 from anabranch.lm.quantized_form import Quantized, check_scheme
-from anabranch.lm.tensors import Layout, Piece, TensorSource, check, fill, state_once
+from anabranch.lm.tensors import Change, Layout, Piece, TensorSource, check, fill, state_once
 from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import FEWEST, QuantizedLinear, QuantizedPool, module_of, put, quantizable, replace
@@ -200,19 +200,22 @@ class _Part:
         name: of the stored tensor.
         where: which part of the matrix.
         index: which of the stack; None for all of the tensor.
+        change: to the order of ours.
     """
 
     name: str
     where: tuple[int | slice, ...] = ()
     index: int | None = None
+    change: Change | None = None
 
     def read(self, source: TensorSource) -> Tensor:
-        return source.read(self.name) if self.index is None else source.read_one(self.name, self.index)
+        stored = source.read(self.name) if self.index is None else source.read_one(self.name, self.index)
+        return stored if self.change is None else self.change.read(stored)
 
 
 def _of_one(pieces: Sequence[Piece]) -> list[_Part]:
     """The parts of a matrix, from the first row on."""
-    return sorted((_Part(piece.name, piece.where) for piece in pieces), key=_first_row)
+    return sorted((_Part(piece.name, piece.where, change=piece.change) for piece in pieces), key=_first_row)
 
 
 def _of_experts(pieces: Sequence[Piece], num_experts: int) -> list[list[_Part]]:

@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,11 +52,33 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
+class Change:
+    """Numbers that stand in another order in files: ``read`` makes ours of a stored tensor, ``write`` takes it back."""
+
+    read: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Piece:
     """The tensor ``name`` of a file is the part ``where`` (an index expression) of one of ours; all of it by default."""
 
     name: str
     where: tuple[int | slice, ...] = ()
+    change: Change | None = None
+
+    def read(self, stored: Tensor) -> Tensor:
+        """The part of ours that a stored tensor is."""
+        return stored if self.change is None else self.change.read(stored)
+
+    def write(self, ours: Tensor) -> Tensor:
+        """The tensor to store of one of ours."""
+        part = ours[self.where]
+        return part if self.change is None else self.change.write(part)
+
+    def stored_shape(self, ours: Tensor) -> tuple[int, ...]:
+        """Shape of the stored tensor, by that of ours."""
+        return tuple(self.write(torch.empty_like(ours, device="meta")).shape)
 
 
 Layout = Mapping[str, Sequence[Piece]]
@@ -411,7 +433,7 @@ def overwrite(model: nn.Module, source: TensorSource, layout: Layout, *, where: 
 
 def _copy(target: Tensor, source: TensorSource, pieces: Sequence[Piece]) -> None:
     for piece in pieces:
-        target[piece.where].copy_(source.read(piece.name))
+        target[piece.where].copy_(piece.read(source.read(piece.name)))
 
 
 def check(
@@ -435,7 +457,7 @@ def check(
             f"{where} has {some(unexpected)}, which the model of its config.json has no place for{hint}"
         )
     for stored, (name, piece) in pieces.items():
-        wanted, given = tuple(state[name][piece.where].shape), source.shape(stored)
+        wanted, given = piece.stored_shape(state[name]), source.shape(stored)
         # A single number used to be stored without an axis.
         if wanted != given and (wanted, given) != ((1,), ()):
             raise CheckpointError(f"{stored} in {where} has shape {list(given)}, the model needs {list(wanted)}{hint}")

@@ -1,8 +1,10 @@
 """Activations of feed-forward layers: what is made of the first matrix's outputs, and its derivative.
 
-    swiglu   silu(gate) * up         Shazeer 2020, arXiv 2002.05202
-    geglu    gelu(gate) * up         the same paper
-    gelu     gelu(up)                Hendrycks and Gimpel 2016, arXiv 1606.08415; the exact one, by the error function
+    swiglu          silu(gate) * up         Shazeer 2020, arXiv 2002.05202
+    geglu           gelu(gate) * up         the same paper
+    geglu_tanh      the same, with gelu's approximation by tanh (Gemma)
+    clamped_swiglu  (up + 1) * gate * sigmoid(1.702 gate), gate at most 7, up within +-7 (gpt-oss, arXiv 2508.10925)
+    gelu            gelu(up)                Hendrycks and Gimpel 2016, arXiv 1606.08415; the exact one, by the error function
 
 Those with a gate take the rows of both parts from one matrix, the gate's first.
 """
@@ -10,6 +12,7 @@ Those with a gate take the rows of both parts from one matrix, the gate's first.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,7 +23,9 @@ from anabranch.errors import ConfigError
 
 __all__ = ["ACTIVATIONS", "Activation", "ActivationName", "activation_of", "swiglu"]
 
-ActivationName = Literal["swiglu", "geglu", "gelu"]
+ActivationName = Literal["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu"]
+# Of clamped_swiglu.
+SLOPE, LIMIT = 1.702, 7.0
 Pullback = Callable[[Tensor], Tensor]
 
 
@@ -64,19 +69,40 @@ def _linear_swiglu(z_R2F: Tensor) -> tuple[Tensor, Pullback]:
     return silu * up, pull
 
 
-def _geglu(z_R2F: Tensor) -> Tensor:
+def _geglu(z_R2F: Tensor, approximate: str = "none") -> Tensor:
     gate, up = z_R2F.chunk(2, dim=-1)
-    return F.gelu(gate) * up
+    return F.gelu(gate, approximate=approximate) * up
 
 
-def _linear_geglu(z_R2F: Tensor) -> tuple[Tensor, Pullback]:
+def _linear_geglu(z_R2F: Tensor, approximate: str = "none") -> tuple[Tensor, Pullback]:
     gate, up = z_R2F.chunk(2, dim=-1)
-    gelu = F.gelu(gate)
+    gelu = F.gelu(gate, approximate=approximate)
 
     def pull(da: Tensor) -> Tensor:
-        return torch.cat([torch.ops.aten.gelu_backward(da * up, gate), da * gelu], dim=-1)
+        dgate = torch.ops.aten.gelu_backward(da * up, gate, approximate=approximate)
+        return torch.cat([dgate, da * gelu], dim=-1)
 
     return gelu * up, pull
+
+
+def _clamped_swiglu(z_R2F: Tensor) -> Tensor:
+    gate, up = z_R2F.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+    return (up + 1) * (gate * torch.sigmoid(SLOPE * gate))
+
+
+def _linear_clamped_swiglu(z_R2F: Tensor) -> tuple[Tensor, Pullback]:
+    gate, up = z_R2F.chunk(2, dim=-1)
+    is_free = gate <= LIMIT, up.abs() <= LIMIT
+    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+    sigmoid = torch.sigmoid(SLOPE * gate)
+    glu = gate * sigmoid
+
+    def pull(da: Tensor) -> Tensor:
+        slope = sigmoid * (1 + SLOPE * gate * (1 - sigmoid))
+        return torch.cat([da * (up + 1) * slope * is_free[0], da * glu * is_free[1]], dim=-1)
+
+    return (up + 1) * glu, pull
 
 
 def _linear_gelu(z_RF: Tensor) -> tuple[Tensor, Pullback]:
@@ -86,6 +112,10 @@ def _linear_gelu(z_RF: Tensor) -> tuple[Tensor, Pullback]:
 ACTIVATIONS: dict[str, Activation] = {
     "swiglu": Activation(("gate", "up"), swiglu, _linear_swiglu),
     "geglu": Activation(("gate", "up"), _geglu, _linear_geglu),
+    "geglu_tanh": Activation(
+        ("gate", "up"), partial(_geglu, approximate="tanh"), partial(_linear_geglu, approximate="tanh")
+    ),
+    "clamped_swiglu": Activation(("gate", "up"), _clamped_swiglu, _linear_clamped_swiglu),
     "gelu": Activation(("up",), F.gelu, _linear_gelu),
 }
 

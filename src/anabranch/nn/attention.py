@@ -17,7 +17,6 @@ from anabranch.errors import ConfigError
 from anabranch.nn.causal import SHORT, attention, causal_attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
-from anabranch.nn.norm import RMSNorm
 from anabranch.nn.rotary import Rotary, rotate
 from anabranch.nn.scored import PLAIN, Scoring, scored_attention
 from anabranch.nn.shared_prefix import SharedPrefix, attend_few, with_prefix
@@ -170,7 +169,7 @@ class SelfAttention(Attention, kind="attention"):
         self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm != "none":
             q_dim, k_dim = (query, store) if config.qk_norm == "full" else (self.head_dim, self.head_dim)
-            self.q_norm, self.k_norm = RMSNorm(q_dim, config.norm_eps), RMSNorm(k_dim, config.norm_eps)
+            self.q_norm, self.k_norm = (context.norm(dim, config.norm_eps) for dim in (q_dim, k_dim))
         self.sink_H = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
         self.rotary: Rotary | None = None if config.rotary is None else config.rotary.build(self.head_dim)
 

@@ -10,9 +10,8 @@ from anabranch.config import Part, configclass
 from anabranch.nn.attention import Attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.feed_forward import FeedForward
-from anabranch.nn.norm import RMSNorm
 
-__all__ = ["Block", "PreNorm"]
+__all__ = ["Block", "PreNorm", "Sandwich"]
 
 
 class Block(Part, nn.Module, family="block", default="pre_norm"):
@@ -59,15 +58,46 @@ class PreNorm(Block, kind="pre_norm"):
         super().__init__()
         self.config = config
         attention, feed_forward = _parts(context)
-        self.attention_norm = RMSNorm(context.dim, context.norm_eps)
+        self.attention_norm = context.norm(context.dim)
         self.attention: Attention = attention.build(context.at("attention"))
-        self.feed_forward_norm = RMSNorm(context.dim, context.norm_eps)
+        self.feed_forward_norm = context.norm(context.dim)
         self.feed_forward: FeedForward = feed_forward.build(context.at("feed_forward"))
 
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
         """x_BLD of the next layer."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), context)
         return self.feed_forward.add_to(x_BLD, self.feed_forward_norm, context)
+
+
+class Sandwich(Block, kind="sandwich"):
+    """Norms before and behind attention and feed-forward layer (Gemma 2 and 3; CogView, arXiv 2105.13290).
+
+    x = x + after(attention(norm(x)));  x = x + after(feed_forward(norm(x)))
+    """
+
+    @configclass
+    class Config(Block.Config):
+        """Nothing to choose: the parts are the model's."""
+
+        def count(self, context: BuildContext, sequence_length: int) -> Count:
+            """Two norms more than `PreNorm`."""
+            return PreNorm.Config().count(context, sequence_length) + Count(2 * context.dim, 2 * context.dim, 0)
+
+    def __init__(self, config: Config, context: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        attention, feed_forward = _parts(context)
+        self.attention_norm = context.norm(context.dim)
+        self.attention: Attention = attention.build(context.at("attention"))
+        self.attention_after = context.norm(context.dim)
+        self.feed_forward_norm = context.norm(context.dim)
+        self.feed_forward: FeedForward = feed_forward.build(context.at("feed_forward"))
+        self.feed_forward_after = context.norm(context.dim)
+
+    def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
+        """x_BLD of the next layer."""
+        x_BLD = x_BLD + self.attention_after(self.attention(self.attention_norm(x_BLD), context))
+        return x_BLD + self.feed_forward_after(self.feed_forward(self.feed_forward_norm(x_BLD), context))
 
 
 def _parts(context: BuildContext) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anabranch.nn.count import Count
 from anabranch.nn.linear import Linear, Projection, build_linear
+from anabranch.nn.norm import RMSNorm
 from anabranch.nn.visits import Path, Visits
 from anabranch.routing.context import RoutingContext
 
@@ -52,6 +53,7 @@ class BuildContext:
         attention: attention of the block being built; None where a part is built outside a model.
         feed_forward: feed-forward of the block being built, likewise.
         norm_eps: epsilon of the block's norms.
+        norm_offset: what is added to the weights of all norms, see `anabranch.nn.norm`.
     """
 
     dim: int
@@ -70,6 +72,11 @@ class BuildContext:
     attention: "Attention.Config | None" = None
     feed_forward: "FeedForward.Config | None" = None
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+
+    def norm(self, dim: int, eps: float | None = None) -> RMSNorm:
+        """A norm of the model; ``eps`` None for the block's."""
+        return RMSNorm(dim, self.norm_eps if eps is None else eps, self.norm_offset)
 
     def at(self, name: str) -> Self:
         """The same for a module ``name`` of the one being built."""

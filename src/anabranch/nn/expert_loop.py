@@ -11,9 +11,10 @@ from anabranch.bounds import shown
 from anabranch.errors import InputError
 from anabranch.nn.activation import ACTIVATIONS
 from anabranch.nn.expert_call import ExpertCall, Gradients, Needed
-from anabranch.routing.dispatch import combine, dispatch, weigh
+from anabranch.routing.decision import Routing
+from anabranch.routing.dispatch import combine, dispatch, plan_dispatch, weigh
 
-__all__ = ["backward", "forward", "plain_experts"]
+__all__ = ["backward", "biased_experts", "forward", "plain_experts"]
 
 
 def plain_experts(call: ExpertCall) -> Tensor:
@@ -25,6 +26,33 @@ def plain_experts(call: ExpertCall) -> Tensor:
     parts = [F.linear(apply(F.linear(rows_RD[start:end], w13)), w2) for start, end, w13, w2 in matrices]
     parts.append(rows_RD.new_zeros(ends[-1] - ends[-2], call.x_ND.shape[1]))
     return combine(torch.cat(parts), plan, None if call.on_input else call.weight_NK)
+
+
+def biased_experts(
+    x_ND: Tensor,
+    routing: Routing,
+    w13_EZD: Tensor,
+    b13_EZ: Tensor,
+    w2_EDF: Tensor,
+    b2_ED: Tensor,
+    *,
+    activation: str,
+    on_input: bool = False,
+) -> Tensor:
+    """y_ND of experts with biases, ``w2_e act(w13_e x + b13_e) + b2_e``, under autograd, in the dtypes of the operands."""
+    plan, apply = plan_dispatch(routing), ACTIVATIONS[activation].apply
+    rows_RD = dispatch(x_ND, plan)
+    if on_input:
+        rows_RD = rows_RD * routing.weight_NK.reshape(-1)[plan.choice_R].unsqueeze(-1).to(rows_RD.dtype)
+    ends = [*_ends(plan.offset_E, len(rows_RD)), len(rows_RD)]
+    # Taken apart at once: indexed one by one, each would get a gradient of the size of all.
+    stacks = zip(*(stack.unbind(0) for stack in (w13_EZD, b13_EZ, w2_EDF, b2_ED)), strict=True)
+    made, start = [], 0
+    for end, (w13, b13, w2, b2) in zip(ends[:-1], stacks, strict=True):
+        made.append(F.linear(apply(F.linear(rows_RD[start:end], w13, b13)), w2, b2))
+        start = end
+    made.append(rows_RD.new_zeros(ends[-1] - start, x_ND.shape[1]))
+    return combine(torch.cat(made), plan, None if on_input else routing.weight_NK)
 
 
 def forward(call: ExpertCall, keep: bool) -> tuple[Tensor, Tensor]:

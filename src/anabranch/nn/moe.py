@@ -7,7 +7,7 @@ from torch import Tensor
 
 from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
-from anabranch.nn.activation import ActivationName
+from anabranch.nn.activation import ActivationName, activation_of
 from anabranch.nn.context import BuildContext, Count, ForwardContext, set_unregistered
 from anabranch.nn.description import FeedForwardForm, Passes
 from anabranch.nn.expert_call import WeightOn
@@ -43,6 +43,7 @@ class MoE(FeedForward, kind="moe"):
             recompute: recompute expert activations in the backward pass, to save memory.
             backend: expert compute, see `anabranch.nn.grouped`.
             activation: of the routed experts, see `anabranch.nn.activation`; shared ones are SwiGLUs.
+            bias: routed experts have biases behind both matrices (gpt-oss).
         """
 
         is_routed: ClassVar[bool] = True
@@ -61,6 +62,7 @@ class MoE(FeedForward, kind="moe"):
         recompute: bool = False
         backend: str = "auto"
         activation: ActivationName = "swiglu"
+        bias: bool = False
 
         def __post_init__(self) -> None:
             choices = self.router.select.exact_choices or 1
@@ -109,7 +111,9 @@ class MoE(FeedForward, kind="moe"):
         def count_routed(self, context: BuildContext, num_choices: int) -> Count:
             """The layer's routed experts, of which a token uses ``num_choices``."""
             place, numbers = self.pool_policy.place(self.num_experts, context)
-            return count_experts(place, numbers, self.hidden_dim, self.activation, num_choices)
+            made = count_experts(place, numbers, self.hidden_dim, self.activation, num_choices)
+            width = sum(activation_of(self.activation).rows(self.hidden_dim).values()) + context.dim
+            return made + Count(len(numbers) * width, num_choices * width, 0) if self.bias else made
 
         def count_shared(self, context: BuildContext) -> Count:
             """The shared experts, and their gate."""

@@ -14,25 +14,30 @@ from anabranch.precision import cast, wide
 
 
 class RMSNorm(nn.Module):
-    """Normalise the last dimension (size ``dim``) by its root mean square; the weight starts at 1."""
+    """Normalise the last dimension (size ``dim``) by its root mean square; the factor starts at 1.
 
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+    Factors are ``offset`` + weight; with an offset of 1 a weight of 0 changes nothing (Gemma).
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
-        is_compiled = native.can_norm(x, self.weight)
+        weight_D: Tensor = self.weight
+        if self.offset:
+            # In float32: half types lose what a weight adds to 1.
+            weight_D = wide(weight_D) + self.offset
+        is_compiled = native.can_norm(x, weight_D)
         if not torch.is_grad_enabled():
-            return (
-                native.norm(x, self.weight, self.eps, keep=False)[1] if is_compiled else _norm(x, self.weight, self.eps)
-            )
+            return native.norm(x, weight_D, self.eps, keep=False)[1] if is_compiled else _norm(x, weight_D, self.eps)
         if is_compiled:
-            return _CompiledRMSNorm.apply(x, self.weight, self.eps)
+            return _CompiledRMSNorm.apply(x, weight_D, self.eps)
         if x.device.type == "cpu" and takes():
-            return _RMSNorm.apply(x, self.weight, self.eps)
-        return _norm(x, self.weight, self.eps)
+            return _RMSNorm.apply(x, weight_D, self.eps)
+        return _norm(x, weight_D, self.eps)
 
 
 def _norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

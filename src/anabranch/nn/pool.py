@@ -18,6 +18,7 @@ from anabranch.nn.activation import activation_of
 from anabranch.nn.context import recomputed
 from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.expert_layers import ExpertLayers
+from anabranch.nn.expert_loop import biased_experts
 from anabranch.nn.grouped import expert_mlp
 from anabranch.nn.kernels.operands import takes
 from anabranch.nn.sums import GradientSums, gather_gradients
@@ -46,11 +47,13 @@ class ExpertPool(nn.Module):
         backend: how to compute, see `anabranch.nn.grouped`.
         is_shared: several layers of a model use this pool; their gradients then add up in place.
         activation: a name of `anabranch.nn.activation`.
+        bias: experts have biases behind both matrices (gpt-oss); they then run in torch, one after the other.
         layers: what experts have beside the stacked matrices, or instead of them; None if there is nothing.
 
     Attributes:
         w13: parameter [E, 2F, D], gate rows, then up rows; [E, F, D] without a gate. None where each expert has a layer of its own.
         w2: parameter [E, D, F], or None likewise.
+        b13, b2: parameters [E, Z] and [E, D]; None without biases.
         exchange: how rows come to the experts of other processes; None where all are here, see `anabranch.nn.expert_parallel`.
 
     Raises:
@@ -70,6 +73,7 @@ class ExpertPool(nn.Module):
         backend: str = "auto",
         is_shared: bool = False,
         activation: str = "swiglu",
+        bias: bool = False,
         layers: ExpertLayers | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -82,6 +86,8 @@ class ExpertPool(nn.Module):
             raise ConfigError(
                 "backend is 'native', whose kernels compute stacked matrices, and linears names parts of experts; use backend 'auto'"
             )
+        if bias and (layers is not None or backend not in ("auto", "torch")):
+            raise ConfigError("experts with biases run in torch and have no layers of their own; use backend 'auto'")
         self.recompute = recompute
         self.backend = backend
         self.is_shared = is_shared
@@ -93,10 +99,15 @@ class ExpertPool(nn.Module):
         for name, stacked, shape in zip(("w13", "w2"), is_stacked, ((rows, dim), (dim, hidden_dim)), strict=True):
             weight = nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype)) if stacked else None
             self.register_parameter(name, weight)
+        for name, width in (("b13", rows), ("b2", dim)):
+            made = nn.Parameter(torch.zeros(num_experts, width, device=device, dtype=dtype)) if bias else None
+            self.register_parameter(name, made)
         self.reset_parameters(init_std=init_std, w2_scale=w2_scale, generator=generator)
 
     w13: nn.Parameter | None
     w2: nn.Parameter | None
+    b13: nn.Parameter | None
+    b2: nn.Parameter | None
 
     @property
     def stacks(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -125,7 +136,7 @@ class ExpertPool(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether experts are SwiGLUs of the stacked matrices and nothing else, which other code may then read instead of calling it."""
-        return self.activation == "swiglu" and self.layers is None
+        return self.activation == "swiglu" and self.layers is None and self.b13 is None
 
     def reset_parameters(
         self, *, init_std: float = 0.02, w2_scale: float = 1.0, generator: torch.Generator | None = None
@@ -155,6 +166,8 @@ class ExpertPool(nn.Module):
         context: RoutingContext | None = None,
     ) -> Tensor:
         """y_ND: each item's experts, weighted and summed. ``context`` tells a shared pool which calls belong to one forward pass."""
+        if self.b13 is not None:
+            return self._with_biases(x_ND, routing, weight_on, context)
         if self.layers is not None:
             return self._by_layers(x_ND, routing, weight_on, context)
         if self.exchange is None:
@@ -164,6 +177,27 @@ class ExpertPool(nn.Module):
             return self._compute(x_MD, local, "output", context)
 
         return self.exchange(here, x_ND, routing, on_input=weight_on == "input")
+
+    def _with_biases(
+        self,
+        x_ND: Tensor,
+        routing: Routing,
+        weight_on: WeightOn,
+        context: RoutingContext | None,
+    ) -> Tensor:
+        """y_ND where experts have biases."""
+        if self.exchange is not None:
+            raise ConfigError("experts with biases do not run on several processes")
+
+        def run(x_ND: Tensor, context: RoutingContext | None) -> Tensor:
+            assert self.b13 is not None
+            assert self.b2 is not None
+            w13, w2 = self.stacks
+            parts = (w13, self.b13, w2, self.b2)
+            return biased_experts(x_ND, routing, *parts, activation=self.activation, on_input=weight_on == "input")
+
+        learns = self.recompute and torch.is_grad_enabled()
+        return recomputed(run, x_ND, context) if learns else run(x_ND, context)
 
     def _by_layers(
         self,

@@ -74,5 +74,6 @@ def make_pool(config: "MoE.Config", context: BuildContext, num_experts: int, *, 
         backend=config.backend,
         is_shared=is_shared,
         activation=config.activation,
+        bias=config.bias,
         layers=build_expert_layers(context, num_experts, config.hidden_dim, config.activation),
     )

@@ -96,10 +96,21 @@ class LinearScore(Score, kind="linear"):
 
     @configclass
     class Config(Score.Config):
-        """Attributes: ``init``: ``normal`` N(0, init_std), or ``kaiming_uniform`` with a = sqrt(5) (DeepSeek)."""
+        """Settings.
+
+        Attributes:
+            init: ``normal`` N(0, init_std), or ``kaiming_uniform`` with a = sqrt(5) (DeepSeek).
+            jitter: see the class.
+            bias: z = W x + b (gpt-oss).
+        """
 
         init: Literal["normal", "kaiming_uniform"] = "normal"
         jitter: float = Field(default=0.0, ge=0, lt=1)
+        bias: bool = False
+
+        def num_parameters(self, dim: int, num_destinations: int) -> int:
+            """E D, and E of a bias."""
+            return num_destinations * (dim + self.bias)
 
     config: Config
 
@@ -112,9 +123,12 @@ class LinearScore(Score, kind="linear"):
             nn.init.normal_(self.weight, std=config.init_std, generator=generator)
         else:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=generator)
+        self.bias = nn.Parameter(torch.zeros(num_destinations)) if config.bias else None
 
     def describe(self) -> ScoreForm | str:
         """W x."""
+        if self.bias is not None:
+            return "a router's logits have a bias"
         return ScoreForm(self.weight, self.config.activation)
 
     def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
@@ -123,7 +137,8 @@ class LinearScore(Score, kind="linear"):
         if context.training and self.config.jitter:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
         with full_precision(x_ND.device.type):
-            return F.linear(x_ND, cast(self.weight, x_ND.dtype))
+            bias_E = None if self.bias is None else cast(self.bias, x_ND.dtype)
+            return F.linear(x_ND, cast(self.weight, x_ND.dtype), bias_E)
 
 
 class CosineScore(Score, kind="cosine"):

@@ -42,8 +42,8 @@ def edit(folder, **changes):
     ("changes", "message"),
     [
         (
-            {"model_type": "deepseek_v2"},
-            r"model_type in .*config.json is 'deepseek_v2' \(multi-head latent attention is not built\); supported: llama, .*deepseek, .*$",
+            {"model_type": "deepseek_v9"},
+            r"model_type in .*config.json is 'deepseek_v9'; supported: llama, .*deepseek, .*$",
         ),
         ({"model_type": None}, "model_type in .* is None"),
         ({"hidden_act": "gelu"}, "hidden_act in .* is 'gelu', which is not supported; supported: 'silu' or 'swish'"),

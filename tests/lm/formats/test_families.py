@@ -35,6 +35,47 @@ YARN = {
     "original_max_position_embeddings": 16,
 }
 
+GEMMA = {
+    "intermediate_size": 48,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}
+GPT_OSS = {
+    "intermediate_size": 24,
+    "head_dim": 8,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 6,
+    "rope_parameters": {**YARN, "truncate": False},
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+}
+DEEPSEEK = {**LATENT, "topk_method": "greedy", "routed_scaling_factor": 1.0}
+DEEPSEEK3 = {**LATENT, "n_group": 4, "topk_group": 2}
+GLM = {
+    "intermediate_size": 48,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "head_dim": 16,
+}
+
 CASES = {
     "llama": ("Llama", {"intermediate_size": 48}),
     "llama tied": ("Llama", {"intermediate_size": 48, "tie_word_embeddings": True}),
@@ -91,6 +132,78 @@ CASES = {
     "llama yarn of two scales": (
         "Llama",
         {"intermediate_size": 48, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    ),
+    "gemma3": ("Gemma3Text", GEMMA),
+    "gemma3, scaled positions, another pattern": (
+        "Gemma3Text",
+        {
+            **GEMMA,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "sliding_window": 1,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+            },
+        },
+    ),
+    "gemma3, all with a window": ("Gemma3Text", {**GEMMA, "layer_types": ["sliding_attention"] * 3}),
+    "gpt-oss": ("GptOss", GPT_OSS),
+    "gpt-oss, plain positions, tied": (
+        "GptOss",
+        {
+            **GPT_OSS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+            "num_experts_per_tok": 1,
+            "sliding_window": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "deepseek v2": ("DeepseekV2", DEEPSEEK),
+    "deepseek v2, no latent of queries, groups, all routed, bias": (
+        "DeepseekV2",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": None,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 0,
+            "routed_scaling_factor": 2.5,
+            "attention_bias": True,
+        },
+    ),
+    "deepseek v2, longer by yarn": (
+        "DeepseekV2",
+        {**DEEPSEEK, "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek v3": ("DeepseekV3", DEEPSEEK3),
+    "deepseek v3, one group, raw weights, yarn, tied": (
+        "DeepseekV3",
+        {
+            **DEEPSEEK3,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            "q_lora_rank": None,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8},
+        },
+    ),
+    "glm4 moe": ("Glm4Moe", GLM),
+    "glm4 moe, qk norm, bias, groups": (
+        "Glm4Moe",
+        {
+            **GLM,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+        },
     ),
     "mixtral with a window": (
         "Mixtral",

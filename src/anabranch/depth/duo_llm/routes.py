@@ -173,7 +173,7 @@ class Walk:
     def __call__(self, token_BL: Tensor, allowed: Allowed | None = None) -> Iterator[tuple[int, Tensor]]:
         """(code, logits_BLV) of every allowed route, depth first."""
         context = self.model.context(token_BL)
-        for code, x_BLD in self._below(self.model.embedding(token_BL), 0, 0, 0, context, allowed or self.space.allows):
+        for code, x_BLD in self._below(self.model.embed(token_BL), 0, 0, 0, context, allowed or self.space.allows):
             self.routes += 1
             yield code, self.model.logits(self.model.norm(x_BLD))
 

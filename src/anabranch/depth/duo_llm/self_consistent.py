@@ -101,7 +101,7 @@ def _step(
     model, prefixes = walk.model, _Prefixes(space)
     token_B1 = token_BL[:, position : position + 1]
     rotary = sequence.rotary[0][:, :, position : position + 1], sequence.rotary[1][:, :, position : position + 1]
-    x_BRD = model.embedding(token_B1)
+    x_BRD = model.embed(token_B1)
     for block in blocks_of(model):
         context = ForwardContext(
             position_BL=sequence.position_BL[:, position : position + 1].expand(-1, x_BRD.shape[1]),

@@ -14,9 +14,20 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats.common import Foreign, place_embedding, spare, tied_as_stored
 from anabranch.lm.formats.export import choose, export
 from anabranch.lm.formats.families import FAMILIES
+from anabranch.lm.formats.mxfp4 import Unpacked
 from anabranch.lm.tensors import Layout, TensorSource, build_empty, check_amount, fill
 
-__all__ = ["FAMILIES", "choose", "export", "load", "prepare", "read_config", "tied_as_stored", "type_of_embedding"]
+__all__ = [
+    "FAMILIES",
+    "choose",
+    "export",
+    "load",
+    "prepare",
+    "read_config",
+    "tied_as_stored",
+    "type_of_embedding",
+    "unpacked",
+]
 
 
 def read_config(table: dict[str, Any], path: Path) -> Decoder.Config:
@@ -26,8 +37,7 @@ def read_config(table: dict[str, Any], path: Path) -> Decoder.Config:
     """
     kind = table.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        why = " (multi-head latent attention is not built)" if kind in ("deepseek_v2", "deepseek_v3") else ""
-        raise CheckpointError(f"model_type in {path} is {shown(kind)}{why}; supported: {', '.join(FAMILIES)}")
+        raise CheckpointError(f"model_type in {path} is {shown(kind)}; supported: {', '.join(FAMILIES)}")
     try:
         return FAMILIES[kind].read(Foreign(table, path))
     except ConfigError as error:
@@ -57,10 +67,17 @@ def load(
 
     ``dtype`` None keeps that of each stored tensor. Raises CheckpointError as `read_config`, and if tensors do not fit.
     """
+    source = unpacked(source, table)
     model, layout, _, ignore = prepare(source, table, path, dtype=dtype)
     where = path.parent if path.suffix == ".json" else path
     fill(model, source, layout, where=where, dtype=dtype, device=device, ignore=ignore)
     return model
+
+
+def unpacked(source: TensorSource, table: dict[str, Any]) -> TensorSource:
+    """``source`` with tensors in few bits as they are when dequantised, where ``quantization_config`` tells of any."""
+    given = table.get("quantization_config")
+    return Unpacked(source) if isinstance(given, dict) and given.get("quant_method") == "mxfp4" else source
 
 
 def prepare(
@@ -69,8 +86,10 @@ def prepare(
     """(empty model, layout, ``dtype`` or that of the stored embedding, names to ignore) of what `load` loads."""
     config = tied_as_stored(read_config(table, path), source, path)
     check_amount(config.count(1).parameters, source, path)
-    layout = place_embedding(FAMILIES[table["model_type"]].sanitize(config, source.names), config, source.names)
-    return build_empty(config), layout, type_of_embedding(source, layout, dtype), spare(source.names, config)
+    family = FAMILIES[table["model_type"]]
+    ignore = spare(source.names, config, has_drafts=getattr(family, "HAS_DRAFT_LAYERS", False))
+    layout = place_embedding(family.sanitize(config, source.names), config, source.names)
+    return build_empty(config), layout, type_of_embedding(source, layout, dtype), ignore
 
 
 def type_of_embedding(source: TensorSource, layout: Layout, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -15,7 +15,7 @@ and where it needs them
 # Shapes: E experts, D width, F hidden
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,38 +26,46 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats.foreign import Foreign
 from anabranch.lm.formats.positions import read_rotary, read_windows, write_rotary
 from anabranch.lm.tensors import Piece, TensorSource
-from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.nn import MoE, Rotary, SelfAttention, SwiGLU
+from anabranch.nn.attention import Attention
 from anabranch.routing import LinearScore, Router, SwitchLoss, TopK
 
 logger = logging.getLogger(__name__)
 
 Pieces = dict[str, list[Piece]]
+# Of attention of one layer: (config, our name of it, theirs).
+AttentionPieces = Callable[[Decoder.Config, str, str], Pieces]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_body(
     foreign: Foreign,
-    attention: SelfAttention.Config,
+    attention: Attention.Config,
     *,
     default_theta: float = 10000.0,
     local: Iterable[int] | None = None,
     activations: Collection[str] = ("silu", "swish"),
+    quantized: Collection[str] = (),
+    rotary: Rotary.Config | None = None,
 ) -> dict[str, Any]:
-    """The fields of `Decoder.Config` that all families have, but for the feed-forward; ``local`` as for `read_windows`."""
+    """The fields of `Decoder.Config` that all families have, but for the feed-forward.
+
+    ``local`` as for `read_windows`; ``quantized`` are the forms of weights in few bits that are read; ``rotary`` where a family reads it.
+    """
     foreign.require("hidden_act", activations)
     foreign.require("mlp_bias", (False,))
     # Where transformers 5 looks for weights that do not lie under their usual names.
     foreign.require("transformers_weights", ("model.safetensors", "model.safetensors.index.json"))
-    if foreign.get("quantization_config"):
-        method = foreign.get("quantization_config").get("quant_method", "unknown")
+    method = foreign.get("quantization_config", {}).get("quant_method", "unknown")
+    if foreign.get("quantization_config") and method not in quantized:
         foreign.refuse("quantization_config.quant_method", method, "weights that are not quantised")
     return {
         "vocab_size": foreign["vocab_size"],
         "dim": foreign["hidden_size"],
         "num_layers": foreign.num_layers,
         **read_windows(foreign, attention, local),
-        "rotary": read_rotary(foreign, default_theta),
-        "norm_eps": attention.norm_eps,
+        "rotary": rotary or read_rotary(foreign, default_theta),
+        "norm_eps": foreign.get("rms_norm_eps", attention.norm_eps),  # type: ignore[attr-defined]
         "tie_embeddings": foreign.get("tie_word_embeddings", False),
         "max_positions": foreign.get("max_position_embeddings", 2048),
         "init_std": foreign.get("initializer_range", 0.02),
@@ -149,21 +157,33 @@ def place_embedding(pieces: Mapping[str, list[Piece]], config: Decoder.Config, n
     return dict(pieces)
 
 
-def spare(names: Collection[str], config: Decoder.Config) -> list[str]:
-    """Names that a model has no need of: tables that older versions of transformers stored, and a head that is the embedding."""
+def spare(names: Collection[str], config: Decoder.Config, *, has_drafts: bool = False) -> list[str]:
+    """Names that a model has no need of: tables that older versions of transformers stored, and a head that is the embedding.
+
+    With ``has_drafts`` also layers behind the last one, which predict further tokens.
+    """
     is_doubled = config.tie_embeddings and EMBEDDING in names
-    return [name for name in names if name.endswith(".rotary_emb.inv_freq") or (is_doubled and name == HEAD)]
+    found = [name for name in names if name.endswith(".rotary_emb.inv_freq") or (is_doubled and name == HEAD)]
+    drafts = [name for name in names if has_drafts and _layer_of(name) >= config.num_layers]
+    return [*found, *(name for name in drafts if name not in found)]
 
 
-def write_body(config: Decoder.Config) -> dict[str, Any]:
-    """The fields that `read_body` and `read_attention` read."""
-    attention = self_attention(config)
+def _layer_of(name: str) -> int:
+    """The number of the layer that a tensor is of; -1 for none."""
+    start, _, rest = name.partition("model.layers.")
+    number = rest.partition(".")[0]
+    return int(number) if not start and number.isdecimal() else -1
+
+
+def write_body(config: Decoder.Config, heads: int | None = None) -> dict[str, Any]:
+    """The fields that `read_body` and `read_attention` read; ``heads`` of attention that is another."""
+    attention = None if heads else self_attention(config)
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "num_hidden_layers": config.num_layers,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.kv_heads,
+        "num_attention_heads": attention.num_heads if attention else heads,
+        "num_key_value_heads": attention.kv_heads if attention else heads,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_positions,
         "initializer_range": config.init_std,
@@ -191,8 +211,9 @@ def write_moe(config: Decoder.Config) -> dict[str, Any]:
     }
 
 
-def body(config: Decoder.Config) -> Pieces:
-    """Embedding, head, norms and attention under the names of Llama."""
+def body(config: Decoder.Config, attention: AttentionPieces | None = None) -> Pieces:
+    """Embedding, head, norms and attention under the names of Llama; ``attention`` gives that of another kind."""
+    place = attention or _attention
     pieces = {"embedding.weight": [Piece(EMBEDDING)], "norm.weight": [Piece("model.norm.weight")]}
     if not config.tie_embeddings:
         pieces["head.weight"] = [Piece(HEAD)]
@@ -200,14 +221,14 @@ def body(config: Decoder.Config) -> Pieces:
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         pieces[f"{ours}.attention_norm.weight"] = [Piece(f"{theirs}.input_layernorm.weight")]
         pieces[f"{ours}.feed_forward_norm.weight"] = [Piece(f"{theirs}.post_attention_layernorm.weight")]
-        pieces |= _attention(config, f"{ours}.attention", f"{theirs}.self_attn")
+        pieces |= place(config, f"{ours}.attention", f"{theirs}.self_attn")
     return pieces
 
 
 def self_attention(config: Decoder.Config) -> SelfAttention.Config:
     """The attention of a model that a family of Hugging Face can be. Raises CheckpointError if it is of another kind."""
     if not isinstance(config.attention, SelfAttention.Config):
-        raise CheckpointError(f"no Hugging Face family has attention of kind {config.attention.owner.kind!r}")
+        raise CheckpointError(f"attention.kind={config.attention.owner.kind!r}")
     return config.attention
 
 
@@ -262,9 +283,20 @@ def experts(
     return {f"{ours}.w13": w13, f"{ours}.w2": w2}
 
 
-def mixture(config: Decoder.Config, names: Collection[str], shared: str = "") -> Pieces:
-    """All of a model whose mixtures stand under ``mlp``; ``shared`` is the name of the shared expert there, if any."""
-    pieces = body(config)
+def mixture(
+    config: Decoder.Config,
+    names: Collection[str],
+    shared: str = "",
+    *,
+    attention: AttentionPieces | None = None,
+    bias: str = "",
+) -> Pieces:
+    """All of a model whose mixtures stand under ``mlp``.
+
+    ``shared`` is the name of the shared expert there, if any, and ``bias`` that of what is added to scores to select; ``attention`` as for
+    `body`.
+    """
+    pieces = body(config, attention)
     for layer in range(config.num_layers):
         feed_forward = config.feed_forward_of(layer)
         ours, theirs = f"blocks.{layer}.feed_forward", f"model.layers.{layer}.mlp"
@@ -272,6 +304,8 @@ def mixture(config: Decoder.Config, names: Collection[str], shared: str = "") ->
             pieces |= swiglu(ours, theirs, feed_forward.hidden_dim)  # type: ignore[attr-defined]
             continue
         pieces[f"{ours}.router.score.weight"] = [Piece(f"{theirs}.gate.weight")]
+        if bias:
+            pieces[f"{ours}.router.balance.0.expert_bias"] = [Piece(f"{theirs}.{bias}")]
         pieces |= experts(f"{ours}.experts", f"{theirs}.experts", feed_forward, names)
         if feed_forward.shared_experts:
             pieces |= swiglu(f"{ours}.shared", f"{theirs}.{shared}", feed_forward.shared_width)

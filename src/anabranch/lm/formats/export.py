@@ -18,11 +18,13 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.folder import MARK
 from anabranch.lm.formats import deepseek, qwen2_moe
-from anabranch.lm.formats.common import Foreign, self_attention
+from anabranch.lm.formats.common import Foreign
 from anabranch.lm.formats.families import FAMILIES
 from anabranch.lm.shards import MAX_SHARD_BYTES, write_tensors
 from anabranch.lm.tensors import some, state_once
-from anabranch.nn import MoE, PreNorm, Rotary, SelfAttention, SwiGLU
+from anabranch.nn import MLP, MoE, PreNorm, Rotary, SelfAttention, SwiGLU
+from anabranch.nn.block import Sandwich
+from anabranch.nn.latent_attention import LatentAttention
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def export(
         raise CheckpointError(
             f"the model has {some(homeless)}, which Hugging Face's {chosen.MODEL_TYPE} has no place for"
         )
-    tensors = {piece.name: state[name][piece.where] for name in state for piece in layout[name]}
+    tensors = {piece.name: piece.write(state[name]) for name in state for piece in layout[name]}
     write_tensors(folder, tensors, max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -125,7 +127,7 @@ def lacks(family: Any, config: Decoder.Config) -> list[str]:
     """What of ``config`` the ``family`` cannot say, as ``path=value``."""
     try:
         back = family.read(Foreign(family.write(config), Path("config.json")))
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         return [str(error)]
     ours, theirs = dict(essence(config)), dict(essence(back))
     different = [path for path, value in ours.items() if theirs.get(path) != value]
@@ -141,7 +143,7 @@ def lacks(family: Any, config: Decoder.Config) -> list[str]:
 def essence(config: Decoder.Config) -> Iterator[tuple[str, Any]]:
     """The (path, value) pairs that decide what a model computes, alike for configs that compute the same."""
     table = to_dict(config)
-    _settle_attention(table["attention"], self_attention(config), config.dim)
+    _settle_attention(table["attention"], config.attention, config.dim)
     if config.local_layers:
         _settle_attention(table["local_attention"], config.local_attention, config.dim)
     else:
@@ -162,6 +164,8 @@ def essence(config: Decoder.Config) -> Iterator[tuple[str, Any]]:
 
 def _settle_attention(table: dict[str, Any], attention: Any, dim: int) -> None:
     """Write out in ``table`` what follows from other fields, and leave out what does not count."""
+    if not isinstance(attention, SelfAttention.Config):
+        return
     table["num_kv_heads"], table["head_dim"] = attention.kv_heads, attention.width(dim)
     table["scale"] = None if attention.scale == attention.width(dim) ** -0.5 else attention.scale
     if attention.qk_norm == "none":
@@ -192,13 +196,19 @@ def _essence_of_mixture(moe: MoE.Config) -> dict[str, Any]:
         "hidden_dim": moe.hidden_dim,
         "weight_on": moe.weight_on,
         "activation": moe.activation,
+        "bias": moe.bias,
         "shared_width": moe.shared_width,
         "shared_gate": moe.shared_gate,
         "shared_weight": moe.shared_weight,
         "router": {
-            "score": {"kind": score["kind"], "activation": score["activation"]},
+            "score": {"kind": score["kind"], "activation": score["activation"], "bias": score.get("bias", False)},
             "select": select,
-            "balance": [part for part in to_dict(moe.router)["balance"] if part["kind"] == "bias"],
+            # How a bias learns is of training.
+            "balance": [
+                (number, part["kind"], part["form"])
+                for number, part in enumerate(to_dict(moe.router)["balance"])
+                if part["kind"] == "bias"
+            ],
         },
     }
 
@@ -214,9 +224,9 @@ def _flat(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def _check_kinds(config: Decoder.Config) -> None:
     """Only plain parts can be compared with a family's."""
     fields: list[tuple[str, Any, tuple[type, ...]]] = [
-        ("block", config.block, (PreNorm.Config,)),
-        ("attention", config.attention, (SelfAttention.Config,)),
-        ("feed_forward", config.feed_forward, (SwiGLU.Config, MoE.Config)),
+        ("block", config.block, (PreNorm.Config, Sandwich.Config)),
+        ("attention", config.attention, (SelfAttention.Config, LatentAttention.Config)),
+        ("feed_forward", config.feed_forward, (SwiGLU.Config, MoE.Config, MLP.Config)),
     ]
     if config.dense_layers:
         fields.append(("dense_feed_forward", config.dense_feed_forward, (SwiGLU.Config,)))
@@ -231,7 +241,8 @@ def _check_kinds(config: Decoder.Config) -> None:
 def _objection(lacking: dict[str, list[str]], family: str | None) -> str:
     if family is not None:
         return f"Hugging Face's {family} has no {some(lacking[family])}; leave the family out to take one that fits, if any does"
-    close = {name: features for name, features in lacking.items() if not features[0].startswith("feed_forward.kind=")}
+    others = ("feed_forward.kind=", "attention.kind=")
+    close = {name: features for name, features in lacking.items() if not features[0].startswith(others)} or lacking
     nowhere = set.intersection(*map(set, close.values()))
     if nowhere:
         return f"no Hugging Face family has {some(sorted(nowhere))}"

@@ -23,6 +23,11 @@ _MODULES = {
     "qwen3_moe": "anabranch.lm.formats.qwen3_moe",
     "mixtral": "anabranch.lm.formats.mixtral",
     "qwen2_moe": "anabranch.lm.formats.qwen2_moe",
+    "glm4_moe": "anabranch.lm.formats.glm4_moe",
+    "gemma3_text": "anabranch.lm.formats.gemma3_text",
+    "gpt_oss": "anabranch.lm.formats.gpt_oss",
+    "deepseek_v2": "anabranch.lm.formats.deepseek_v2",
+    "deepseek_v3": "anabranch.lm.formats.deepseek_v3",
     "deepseek": "anabranch.lm.formats.deepseek",
     "qwen2_parscale": "anabranch.experts.parscale.formats",
 }

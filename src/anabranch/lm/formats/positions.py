@@ -6,18 +6,19 @@ from typing import Any
 from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats.foreign import Foreign
-from anabranch.nn import Rotary, SelfAttention
+from anabranch.nn import Rotary
+from anabranch.nn.attention import Attention
 from anabranch.nn.rotary import yarn_factor
 
 __all__ = [
-    "local_layers", "read_rotary", "read_windows", "rotary_of", "window_of", "write_rotary", "write_windows",
+    "local_layers", "read_rotary", "read_windows", "rotary_of", "rotary_table", "window_of", "write_rotary", "write_windows",
 ]  # fmt: skip
 
 # In ``layer_types``.
 FULL, LOCAL = "full_attention", "sliding_attention"
 
 
-def read_windows(foreign: Foreign, attention: SelfAttention.Config, local: Iterable[int] | None) -> dict[str, Any]:
+def read_windows(foreign: Foreign, attention: Attention.Config, local: Iterable[int] | None) -> dict[str, Any]:
     """``attention``, ``local_attention`` and ``local_layers`` of a model whose layers ``local`` see a window alone, if it has one.
 
     A window counts where it is narrower than the context, unless the switch that some families have is off. It is refused where
@@ -126,6 +127,12 @@ def _attention_factor(scaling: Foreign, factor: float) -> float | None:
     if given is None and mscale and of_all:
         return yarn_factor(factor, mscale) / yarn_factor(factor, of_all)
     return None if given is None else float(given)
+
+
+def rotary_table(rotary: Rotary.Config) -> dict[str, Any]:
+    """As ``rope_parameters`` of transformers 5, of one kind of layers."""
+    table = write_rotary(rotary)
+    return {"rope_type": "default", **(table["rope_scaling"] or {}), "rope_theta": rotary.theta}
 
 
 def write_rotary(rotary: Rotary.Config) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def why_not(model: Decoder) -> str | None:
             return why_refused(**{name: tensor})
     if model.streams is not None:
         return "the model runs as parallel streams"
+    if model.config.norm_offset or model.config.embedding_scale != 1.0:
+        return "norms or embeddings are scaled"
     if model.config.rotary.fraction != 1.0:
         return "a part of each head is not rotated"
     if type(model).hidden is not Decoder.hidden:

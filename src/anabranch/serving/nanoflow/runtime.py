@@ -167,7 +167,7 @@ class _Step:
         device, size = runner.device, runner.pool.block_tokens
         self.token_1T = torch.tensor([self.tokens], dtype=torch.int64, device=device)
         self.context = runner._context(StepLayout(self.chunks, size, device), self.token_1T, self.chunks)
-        self.x_1TW = model.embedding(self.token_1T)
+        self.x_1TW = model.embed(self.token_1T)
         total = len(self.tokens)
         attention: Any = model.blocks[0].attention
         heads = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
