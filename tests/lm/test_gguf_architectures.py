@@ -15,6 +15,8 @@ from anabranch.lm.formats import FAMILIES
 from anabranch.lm.gguf import GgufFile
 from anabranch.lm.quantized import load_quantized
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize
+from anabranch.serving import LLM, Sampling
+from anabranch.serving.expertflow import load_offloaded
 from gguf_files import TEXT, bpe, interleaved
 
 gguf = pytest.importorskip("gguf")
@@ -207,6 +209,104 @@ def test_routing_that_no_family_has_is_refused(field, value, message, tmp_path):
 
     with pytest.raises(CheckpointError, match=message):
         load_config(write(tmp_path / "m.gguf", theirs("qwen2moe"), "qwen2moe", extra=extra))
+
+
+# -- K types, which the package reads and does not write: blocks of random bytes
+
+
+def random_blocks(shape, kind, seed):
+    """Blocks whose scales make weights of about 0.05."""
+    size, low = {"Q4_K": (144, 4), "Q5_K": (176, 4), "Q6_K": (210, -2)}[kind]
+    draw = np.random.default_rng(seed)
+    blocks = draw.integers(0, 256, (int(np.prod(shape)) // 256, size), dtype=np.uint8)
+    # Of q6_k they are multiplied by signed bytes.
+    least = 2e-6 if kind == "Q6_K" else 2e-5
+    scale = draw.uniform(least, 10 * least, (len(blocks), 2)).astype(np.float16).view(np.uint8)
+    blocks[:, slice(0, low) if low > 0 else slice(low, None)] = scale[:, : abs(low)]
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def with_blocks(path, kinds):
+    """A small Mixtral whose matrices are of 256 columns and stored as ``kinds`` says of a name."""
+    config = transformers.MixtralConfig(
+        **COMMON | {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 3}
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {
+        "block_count": 2, "context_length": 64, "embedding_length": 256, "attention.head_count": HEADS,
+        "attention.head_count_kv": STORES, "feed_forward_length": 256, "expert_count": 3, "expert_used_count": 2,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for number, (name, array) in enumerate(tensors_of(model, "llama")):
+        kind = None if array.ndim == 1 or "gate_inp" in name else kinds(name)
+        if kind is None:
+            writer.add_tensor(name, np.ascontiguousarray(array))
+        else:
+            type_ = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, random_blocks(array.shape, kind, number), raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def medium(name):
+    """As llama.cpp mixes them in Q4_K_M."""
+    return "Q6_K" if name.startswith("output") or "attn_v" in name or "ffn_down" in name else "Q4_K"
+
+
+@pytest.mark.parametrize("kinds", [lambda name: "Q4_K", lambda name: "Q5_K", lambda name: "Q6_K", medium])
+def test_superblocks_stay_as_they_are_stored(kinds, tmp_path):
+    path = with_blocks(tmp_path / "m.gguf", kinds)
+    plain, _ = load_model(path)
+    stored, _ = load_quantized(path, "int4")
+    found = {
+        name: module for name, module in stored.named_modules() if isinstance(module, QuantizedLinear | QuantizedPool)
+    }
+    assert len(found) == 2 * 3 + 1
+    for name, module in found.items():
+        packed = module.packed if isinstance(module, QuantizedPool) else (module.packed,)
+        if "qkv" in name and kinds is medium:
+            assert packed[0].kind == "int8"  # of two kinds, so of neither
+            continue
+        names = {"head": ("output.weight",), "out": ("attn_output",), "experts": ("ffn_gate", "ffn_down")}
+        wanted = [kinds(part).lower() for part in names.get(name.rpartition(".")[2], ("attn_q",))]
+        assert [part.kind for part in packed] == wanted
+    token_BL = TOKENS
+    with torch.no_grad():
+        logits = plain.eval()(token_BL).logits_BLV
+        assert (stored.eval()(token_BL).logits_BLV - logits).norm() / logits.norm() < 0.05
+    convert(path, tmp_path / "q", quantize="int4")
+    saved, _ = load_model(tmp_path / "q")
+    assert saved.state_dict().keys() == stored.state_dict().keys()
+    assert all(torch.equal(saved.state_dict()[key], value) for key, value in stored.state_dict().items())
+    with torch.no_grad():
+        offloaded, _, engine = load_offloaded(tmp_path / "q", None, dtype=torch.float32)
+        with engine, torch.inference_mode():
+            assert torch.equal(offloaded(token_BL).logits_BLV, saved.eval()(token_BL).logits_BLV)
+    dequantize(saved)
+    for key, value in plain.state_dict().items():
+        if kinds is not medium or "qkv" not in key:
+            assert torch.equal(saved.state_dict()[key], value), key
+
+
+def test_an_engine_runs_superblocks(tmp_path):
+    path = with_blocks(tmp_path / "m.gguf", medium)
+    convert(path, tmp_path / "q", quantize="int4")
+    said = []
+    for place, options in (
+        (path, {"quantize": "int4"}),
+        (tmp_path / "q", {}),
+        (tmp_path / "q", {"expert_budget": "1MiB"}),
+    ):
+        llm = LLM(place, num_blocks=20, dtype="float32", **options)
+        sampling = Sampling(temperature=0.0, max_tokens=8, ignore_eos=True)
+        said.append([answer.tokens for answer in llm.generate([[1, 2, 3], [9, 7]], sampling)])
+        llm.close()
+    assert said[1:] == said[:1] * 2
 
 
 # -- split files

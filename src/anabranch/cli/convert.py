@@ -75,7 +75,9 @@ def convert(
     )  # fmt: skip
     counts = load_config(target).count()
     num_bytes = sum(map(_size, Path(target).iterdir()))
-    kinds = list((quantization_of(Path(target)) or {"modules": {}})["modules"].values())
+    said = (quantization_of(Path(target)) or {"modules": {}})["modules"].values()
+    # The matrices of experts may be of two kinds.
+    kinds = [kind if isinstance(kind, str) else " and ".join(kind) for kind in said]
     quantized = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     if as_json:
         print_json(

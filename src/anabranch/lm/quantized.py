@@ -18,7 +18,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm.checkpoint import find_model, load_model, open_any, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.gguf import GgufFile
-from anabranch.lm.gguf_blocks import kept_form, packed_rows
+from anabranch.lm.gguf_blocks import is_mixed, kept_form, packed_rows
 from anabranch.lm.mixed_types import fit_types
 from anabranch.lm.quantized_form import Quantized, check_scheme
 from anabranch.lm.tensors import Change, Layout, Piece, TensorSource, check, fill, state_once
@@ -36,9 +36,10 @@ def load_quantized(
 ) -> tuple[Decoder, Tokenizer | None]:
     """A model in ``bits`` and its tokenizer.
 
-    With int4, matrices that a GGUF file stores in blocks of Q4_0, Q4_1 or Q8_0 keep these numbers, scales and minima to the bit, and
-    with int8 those in Q8_0; a folder that was saved in ``bits`` is loaded as it is; everything else is rounded as
-    `anabranch.nn.quantize.quantize` does, one layer after the other.
+    With int4, matrices that a GGUF file stores in blocks of Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K keep these numbers, scales and minima to
+    the bit, and with int8 those in Q8_0; one whose parts (query, key and value; gate and up) are in several of these becomes int8. A folder
+    that was saved in ``bits`` is loaded as it is; everything else is rounded as `anabranch.nn.quantize.quantize` does, one layer after the
+    other.
 
     Args:
         path: as for `load_model`.
@@ -141,6 +142,10 @@ class _Layers:
         """Sizes of the matrices ``[E, N, K]`` of a weight: as they are stored where they stay so, else as they are asked for."""
         kept = self._kept(weight)
         kind, size = (bits, group) if kept is None else kept
+        source, names = self._source, [piece.name for piece in self._layout[weight]]
+        if kept is None and isinstance(source, GgufFile) and is_mixed(source, names):
+            # Rounding what has six bits to four would lose what the file was made to keep.
+            kind, size = "int8", SHARE
         num, rows, depth = shape
         return Packed.empty(num, rows, depth, kind, size or depth, device="meta")
 

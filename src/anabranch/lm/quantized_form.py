@@ -1,10 +1,11 @@
 """How quantised layers lie in a model folder.
 
-Linear layers are there as plain integers, scales and minima, which know the layout of no kernel: ``name.number`` (uint8; of int4 two in a
-byte, the one of the even column in the low half), ``name.scale`` and, of int4, ``name.least`` (float16), and ``name.bias``. They are
-packed when the model is loaded, which loses nothing. Pools are there as they are computed with, so that an expert can be read from its
-file straight to where it is used: ``name.w13.panels`` and ``name.w2.panels``, uint8 ``[E, P, bytes]`` of `anabranch.nn.packed`. Folders of
-schema 2 have pools as integers too. The table ``quantization`` of ``config.json`` says what there is:
+Linear layers in int8 or int4 are there as plain integers, scales and minima, which know the layout of no kernel: ``name.number`` (uint8;
+of int4 two in a byte, the one of the even column in the low half), ``name.scale`` and, of int4, ``name.least`` (float16), and
+``name.bias``. They are packed when the model is loaded, which loses nothing. Pools are there as they are computed with, so that an expert
+can be read from its file straight to where it is used: ``name.w13.panels`` and ``name.w2.panels``, uint8 ``[E, P, bytes]`` of
+`anabranch.nn.packed`; so are linear layers of `anabranch.nn.superblocks` (``name.panels``, E = 1). Folders of schema 2 have pools as
+integers too. The table ``quantization`` of ``config.json`` says what there is, of a pool whose matrices are of two kinds both:
 
     {"scheme": "int4", "group": 32, "modules": {"blocks.0.attention.qkv": "int4", ..., "head": "int8"}}
 """
@@ -24,6 +25,7 @@ from anabranch.lm.tensors import FLOATS, Piece, TensorSource, fill, state_once
 from anabranch.nn.packed import SIDE, WIDE, Packed, check_depth, panel_bytes
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, module_of, put, replace
+from anabranch.nn.superblocks import BITS_OF, BLOCK
 
 __all__ = [
     "SCHEMES",
@@ -35,6 +37,7 @@ __all__ = [
     "fill_quantized",
     "has_panels",
     "is_table",
+    "kinds_of_pool",
     "packed_of",
     "stored_state",
 ]
@@ -42,6 +45,7 @@ __all__ = [
 Scheme = Literal["int8", "int4"]
 Quantized = QuantizedLinear | QuantizedPool
 SCHEMES = ("int8", "int4")
+KINDS = {*SCHEMES, *BITS_OF}
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
@@ -52,11 +56,18 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     modules = dict(_quantized(model))
     if not modules:
         return None
-    kinds = {name: _packed(module)[0][1].kind for name, module in modules.items()}
-    scheme = "int4" if "int4" in kinds.values() else "int8"
-    packed = [part for name, module in modules.items() if kinds[name] == scheme for _, part in _packed(module)]
+    kinds = {name: _kind_of(module) for name, module in modules.items()}
+    packed = [part for module in modules.values() for _, part in _packed(module)]
+    scheme = "int8" if all(part.kind == "int8" for part in packed) else "int4"
+    packed = [part for part in packed if part.kind == scheme] or packed
     groups = [None if part.group == part.depth and scheme == "int8" else part.group for part in packed]
     return {"scheme": scheme, "group": max(groups, key=groups.count), "modules": kinds}
+
+
+def _kind_of(module: Quantized) -> Any:
+    """The kind of its matrix, of a pool whose two are of several kinds both."""
+    kinds = list(dict.fromkeys(packed.kind for _, packed in _packed(module)))
+    return kinds[0] if len(kinds) == 1 else kinds
 
 
 def is_table(given: Any) -> bool:
@@ -101,23 +112,27 @@ def _itself(module: Quantized) -> Quantized:
 
 def _sizes(name: str, module: Quantized) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """(shape, type) of the tensors that `_tensors` makes."""
-    if isinstance(module, QuantizedPool):
-        return {f"{name}{part}.panels": (tuple(packed.data.shape), torch.uint8) for part, packed in _packed(module)}
-    packed, sizes = module.packed, dict[str, tuple[tuple[int, ...], torch.dtype]]()
+    sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if isinstance(module, QuantizedLinear) and module.bias is not None:
+        sizes[f"{name}.bias"] = tuple(module.bias.shape), module.bias.dtype
+    if isinstance(module, QuantizedPool) or module.packed.kind in BITS_OF:
+        return sizes | {
+            f"{name}{part}.panels": (tuple(packed.data.shape), torch.uint8) for part, packed in _packed(module)
+        }
+    packed = module.packed
     groups, columns = packed.depth // packed.group, packed.depth // (2 if packed.kind == "int4" else 1)
     sizes[f"{name}.number"] = (packed.rows, columns), torch.uint8
     sizes[f"{name}.scale"] = (packed.rows, groups), torch.float16
     if packed.kind == "int4":
         sizes[f"{name}.least"] = sizes[f"{name}.scale"]
-    if module.bias is not None:
-        sizes[f"{name}.bias"] = (tuple(module.bias.shape), module.bias.dtype)
     return sizes
 
 
 def _tensors(name: str, make: Callable[[], Quantized]) -> dict[str, Tensor]:
     module = make()
-    if isinstance(module, QuantizedPool):
-        return {f"{name}{part}.panels": packed.data for part, packed in _packed(module)}
+    bias = {} if isinstance(module, QuantizedPool) or module.bias is None else {f"{name}.bias": module.bias}
+    if isinstance(module, QuantizedPool) or module.packed.kind in BITS_OF:
+        return bias | {f"{name}{part}.panels": packed.data for part, packed in _packed(module)}
     number, scale, least = (part[0] for part in module.packed.integers())
     if module.packed.kind == "int4":
         low, high = number.unflatten(-1, (-1, 2)).unbind(-1)
@@ -125,7 +140,7 @@ def _tensors(name: str, make: Callable[[], Quantized]) -> dict[str, Tensor]:
     tensors = {f"{name}.number": number, f"{name}.scale": scale}
     if module.packed.kind == "int4":
         tensors[f"{name}.least"] = least
-    return tensors if module.bias is None else {**tensors, f"{name}.bias": module.bias}
+    return tensors | bias
 
 
 def fill_quantized(
@@ -186,18 +201,24 @@ def _made(
     """The quantised layer ``name``; notes the tensors it is made of in ``used``."""
     module: Any = module_of(model, name)
     is_odd = isinstance(module, ExpertPool) and not module.is_plain
-    if kind not in SCHEMES or is_odd or not isinstance(module, nn.Linear | ExpertPool):
+    first, second = kinds_of_pool(kind) if isinstance(module, ExpertPool) else (kind, kind)
+    is_known = all(isinstance(one, str) and one in KINDS for one in (first, second))
+    if not is_known or is_odd or not isinstance(module, nn.Linear | ExpertPool):
         raise CheckpointError(
             f"quantization in {where / 'config.json'} says {name} is {kind}; the model has no such layer"
         )
     if isinstance(module, ExpertPool):
         read = _read_panels if has_panels(source, name) else _read
         w13, w2 = (
-            read(source, f"{name}.{part}", kind, tuple(getattr(module, part).shape), where, used)
-            for part in ("w13", "w2")
+            read(source, f"{name}.{part}", own, tuple(getattr(module, part).shape), where, used)
+            for part, own in (("w13", first), ("w2", second))
         )
         return QuantizedPool(w13, w2)
-    packed = _read(source, name, kind, (module.out_features, module.in_features), where, used)
+    size = (module.out_features, module.in_features)
+    if kind in BITS_OF:
+        packed = _read_panels(source, name, kind, (1, *size), where, used)
+    else:
+        packed = _read(source, name, kind, size, where, used)
     bias = None
     if module.bias is not None:
         _check(source, f"{name}.bias", (module.out_features,), FLOATS, where)
@@ -205,6 +226,11 @@ def _made(
         stored = source.read(f"{name}.bias")
         bias = stored if dtype is None else stored.to(dtype)
     return QuantizedLinear(packed, bias)
+
+
+def kinds_of_pool(kind: Any) -> tuple[Any, Any]:
+    """Of the two matrices of a pool: what the table ``modules`` says of it is one of both, or two."""
+    return (kind[0], kind[1]) if isinstance(kind, list) and len(kind) == 2 else (kind, kind)
 
 
 def has_panels(source: TensorSource, pool: str) -> bool:
@@ -221,6 +247,12 @@ def check_panels(source: TensorSource, name: str, kind: str, shape: tuple[int, .
     num, rows, depth = shape
     _check(source, f"{name}.panels", (num, -(-rows // WIDE), None), (torch.uint8,), where)
     given = source.shape(f"{name}.panels")[-1]
+    if kind in BITS_OF:
+        if depth % BLOCK or given != panel_bytes(kind, depth, BLOCK):  # type: ignore[arg-type]
+            raise CheckpointError(
+                f"{name} in {where}: its panels have {given} bytes, which {depth} weights in {kind} do not give"
+            )
+        return Packed.empty(num, rows, depth, kind, BLOCK, device="meta")  # type: ignore[arg-type]
     groups, left = divmod(given - panel_bytes(kind, depth, depth) + SIDE, SIDE)  # type: ignore[arg-type]
     try:
         if left or groups < 1 or depth % groups:
@@ -232,8 +264,11 @@ def check_panels(source: TensorSource, name: str, kind: str, shape: tuple[int, .
 
 
 def _check_kind(name: str, kind: str, where: Path) -> None:
-    if kind not in SCHEMES:
-        raise CheckpointError(f"quantization in {where / 'config.json'} says {name} is {kind}; it must be int8 or int4")
+    if not isinstance(kind, str) or kind not in KINDS:
+        known = ", ".join(sorted(KINDS))
+        raise CheckpointError(
+            f"quantization in {where / 'config.json'} says {name} is {kind}; it must be one of {known}"
+        )
 
 
 def check_integers(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path) -> list[str]:

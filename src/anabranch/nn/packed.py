@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.errors import ConfigError
+from anabranch.nn.superblocks import BITS_OF, BLOCK, block_bytes, unpack_blocks
 
 __all__ = ["KINDS", "Kind", "Packed"]
 
-Kind = Literal["float32", "bfloat16", "int8", "int4"]
+Kind = Literal["float32", "bfloat16", "int8", "int4", "q4_k", "q5_k", "q6_k"]
+# What weights can be packed to; those of `anabranch.nn.superblocks` are only ever kept.
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4")
 
 WIDE = 16  # rows of a panel
@@ -145,7 +147,7 @@ class Packed:
         return Packed(data, self.rows, self.depth, self.kind, self.group)
 
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(number_ENK uint8, scale_ENG, least_ENG), both fp16: the inverse of `of_integers`."""
+        """(number_ENK uint8, scale_ENG, least_ENG), both fp16: the inverse of `of_integers`. Of int8 and int4 alone."""
         groups = self.depth // self.group
         stored = self.data.unflatten(-1, (groups, -1))
         sides = stored[..., -SIDE:].contiguous().view(torch.float16).unflatten(-1, (2, WIDE))
@@ -159,6 +161,8 @@ class Packed:
         """The weights as they count, ``[E, N, K]``."""
         if self.kind == "float32":
             return self._rows(self.data.view(torch.float32).unflatten(-1, (-1, WIDE)).transpose(2, 3)).to(dtype)
+        if self.kind in BITS_OF:
+            return unpack_blocks(self.kind, self.data, self.rows).to(dtype)
         if self.kind == "bfloat16":
             pairs = self.data.view(torch.bfloat16).unflatten(-1, (-1, WIDE, 2)).transpose(2, 3)
             return self._rows(pairs.flatten(3)).to(dtype)
@@ -193,6 +197,8 @@ def panel_bytes(kind: Kind, depth: int, group: int) -> int:
     """Bytes of 16 rows. ``group`` counts for integers."""
     if kind in ("float32", "bfloat16"):
         return WIDE * depth * (4 if kind == "float32" else 2)
+    if kind in BITS_OF:
+        return depth // BLOCK * block_bytes(kind)
     return WIDE * depth // (1 if kind == "int8" else 2) + depth // group * SIDE
 
 

@@ -92,7 +92,7 @@ class QuantizedLinear(nn.Module):
     def _plain(self, packed: Packed, x_CK: Tensor) -> Tensor:
         """By torch's own kernels for packed weights on a CPU, where they know the format; else unpacked."""
         bias = None if self.bias is None else self.bias.to(x_CK.dtype)
-        known = packed.kind == "int4" or packed.group == packed.depth
+        known = packed.kind == "int4" or (packed.kind == "int8" and packed.group == packed.depth)
         on_cpu = x_CK.device.type == "cpu" and x_CK.dtype in (torch.float32, torch.bfloat16) and packed.rows % 16 == 0
         if not on_cpu or not known or (torch.is_grad_enabled() and x_CK.requires_grad):
             return F.linear(x_CK, packed.unpack(x_CK.dtype)[0], bias)

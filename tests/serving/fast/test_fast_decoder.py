@@ -187,7 +187,7 @@ def test_experts_that_come_when_they_are_wanted_compute_the_same(name, bits):
         more, none = store.run([(1, [7])])
         assert engine.cache.total().misses > 0
         assert engine.arena.bytes <= engine.budget_bytes
-        assert {kind.scheme for kind in engine.arena.kinds} == {bits}
+        assert {kind.schemes for kind in engine.arena.kinds} == {None if bits is None else (bits, bits)}
     assert torch.allclose(logits, wanted, rtol=0, atol=1e-5)
     assert torch.equal(found, routes)
     assert none is None

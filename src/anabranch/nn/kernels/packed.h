@@ -9,6 +9,13 @@
 //     INT4     groups of [k / 8][16][4] bytes, low half k .. k + 3, high half k + 4 .. k + 7 (u),
 //              then [16] fp16 scales s, then [16] fp16 minima m:                                          w = s u + m
 //
+// Blocks of 256 along the depth, of 32 weights each (parts), with scales of small integers (superblocks.py), are kept as they were stored:
+//
+//     SUPER4   8 parts as of INT4, then [8][16] bytes s, [8][16] bytes m, [16] fp16 d, [16] fp16 e:      w = d s u - e m
+//     SUPER5   the same, behind each part [16][4] bytes with the fifth bits: that of column 4 i + j is bit i of byte j
+//     SUPER6   8 parts as of INT4, behind each two times [16][4] bytes with the two highest bits: those of column 4 i + j are bits 2 i of
+//              byte j of the first or (i > 3) second; then [16][16] signed bytes s, one for 16 weights, and [16] fp16 d: w = d s (u - 32)
+//
 // and what is not packed, since it has just come and goes soon (experts of a budget), has its rows as they lie:
 //
 //     ROWS     [16][k] float
@@ -29,9 +36,9 @@ constexpr int NV = WIDE / VL;  // vectors that hold them
 constexpr int SHARE = 32;      // activations that share a scale
 constexpr int BLOCK_ROWS = VL == 16 ? 12 : 4;
 
-enum Kind : int64_t { FLOAT, HALF, INT8, INT4, ROWS, HALVES };
+enum Kind : int64_t { FLOAT, HALF, INT8, INT4, ROWS, HALVES, SUPER4, SUPER5, SUPER6 };
 
-inline bool takes_floats(int64_t kind) { return kind == FLOAT || kind >= ROWS; }
+inline bool takes_floats(int64_t kind) { return kind == FLOAT || kind == ROWS || kind == HALVES; }
 
 struct Matrix {  // mirrored by packed.py
   const char* data;
@@ -51,7 +58,7 @@ struct Activations {
   int64_t depth, row_bytes, kind;
 
   static int64_t bytes_of_row(int64_t depth, int64_t kind) {
-    int64_t bytes = takes_floats(kind) ? depth * 4 : kind == HALF ? depth * 2 : depth + depth / SHARE * 8;
+    int64_t bytes = takes_floats(kind) ? depth * 4 : kind == HALF ? depth * 2 : depth + depth / SHARE * 12;
     return (bytes + 63) / 64 * 64;
   }
   char* row(int64_t i) const { return data + i * row_bytes; }
@@ -61,7 +68,7 @@ using bvec = int8_t __attribute__((vector_size(VL)));
 
 inline void round_row(char* to, const float* x, int64_t depth) {
   float* scale = (float*)(to + depth);
-  int32_t* sum = (int32_t*)(scale + depth / SHARE);
+  int32_t *sum = (int32_t*)(scale + depth / SHARE), *half = sum + depth / SHARE;
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   for (int64_t g = 0; g < depth / SHARE; ++g, x += SHARE, to += SHARE) {
     vec most{};
@@ -72,15 +79,17 @@ inline void round_row(char* to, const float* x, int64_t depth) {
     float top = most[0];
     for (int i = 1; i < VL; ++i) top = std::max(top, most[i]);
     float inverse = top > 0.f ? 127.f / top : 0.f;
-    vec added{};
+    vec added{}, first{};
     for (int k = 0; k < SHARE; k += VL) {
       vec whole = (load(x + k) * inverse + magic) - magic;
       added += whole;
+      if (k < SHARE / 2) first += whole;
       bvec bytes = __builtin_convertvector(__builtin_convertvector(whole, ivec), bvec);
       memcpy(to + k, &bytes, sizeof bytes);
     }
     scale[g] = top / 127.f;
     sum[g] = (int32_t)total(added);
+    half[g] = (int32_t)total(first);
   }
 }
 
@@ -215,6 +224,76 @@ void product_integers(const Matrix& w, const char* panel, const char* const* row
     for (int v = 0; v < NV; ++v) store(out + i * WIDE + v * VL, sum[i][v]);
 }
 
+// A part's numbers of one step: 4 columns in the low halves of bytes, 4 in the high ones, and above them the bits that are kept apart.
+template <int BITS>
+inline void numbers_of(const char* part, int step, int v, uvec8& low, uvec8& high) {
+  uvec8 u = read<uvec8>(part + step * 64 + v * 4 * VL);
+  low = u & 15, high = as<uvec8>((as<uvec>(u) >> 4) & 0x0f0f0f0fu);
+  if constexpr (BITS > 4) {
+    constexpr int own = BITS - 4;
+    constexpr uint32_t mask = own == 1 ? 0x01010101u : 0x03030303u;
+    uvec bits = as<uvec>(read<uvec8>(part + 256 + (own == 1 ? 0 : step / 2 * 64) + v * 4 * VL));
+    int shift = own == 1 ? 2 * step : 4 * (step % 2);
+    low |= as<uvec8>(((bits >> shift) & mask) << 4);
+    high |= as<uvec8>(((bits >> (shift + own)) & mask) << 4);
+  }
+}
+
+template <int BITS, int M>
+void product_super(const Matrix& w, const char* panel, const char* const* rows, float* out) {
+  using ubvec = uint8_t __attribute__((vector_size(VL)));
+  constexpr int PARTS = 8, TURNS = BITS == 6 ? 2 : 1, STEPS = 4 / TURNS;  // turns: weights of a part with one scale
+  vec sum[M][NV] = {};
+  const int64_t shares = w.depth / SHARE;
+  const int32_t* a[M];
+  for (int i = 0; i < M; ++i) a[i] = (const int32_t*)rows[i];
+  for (int64_t share = 0; share < shares;) {
+    const char* side = panel + PARTS * 64 * BITS;
+    const uint16_t* whole = (const uint16_t*)(side + PARTS * 2 * WIDE);
+    for (int part = 0; part < PARTS; ++part, ++share, panel += 64 * BITS)
+      for (int turn = 0; turn < TURNS; ++turn) {
+        ivec dot[M][NV];
+#pragma GCC unroll 12
+        for (int i = 0; i < M; ++i) {
+          const int32_t* sums = (const int32_t*)(rows[i] + w.depth) + shares;
+          int32_t start = BITS != 6 ? 0 : -32 * (turn ? sums[share] - sums[shares + share] : sums[shares + share]);
+          for (int v = 0; v < NV; ++v) dot[i][v] = ivec{} + start;
+        }
+#pragma GCC unroll 4
+        for (int step = turn * STEPS; step < (turn + 1) * STEPS; ++step)
+          for (int v = 0; v < NV; ++v) {
+            uvec8 low, high;
+            numbers_of<BITS>(panel, step, v, low, high);
+            const int64_t base = share * (SHARE / 4) + 2 * step;
+#pragma GCC unroll 12
+            for (int i = 0; i < M; ++i) dot[i][v] = dot4(dot[i][v], low, a[i][base]);
+#pragma GCC unroll 12
+            for (int i = 0; i < M; ++i) dot[i][v] = dot4(dot[i][v], high, a[i][base + 1]);
+          }
+        for (int v = 0; v < NV; ++v) {
+          const char* at = side + (part * TURNS + turn) * WIDE + v * VL;
+          vec scale = half_floats(whole + v * VL), least{};
+          if constexpr (BITS == 6)
+            scale *= __builtin_convertvector(read<bvec>(at), vec);
+          else {
+            scale *= __builtin_convertvector(read<ubvec>(at), vec);
+            least = -half_floats(whole + WIDE + v * VL) * __builtin_convertvector(read<ubvec>(at + PARTS * WIDE), vec);
+          }
+#pragma GCC unroll 12
+          for (int i = 0; i < M; ++i) {
+            const float* scales = (const float*)(rows[i] + w.depth);
+            float own = scales[share];
+            sum[i][v] = fused(__builtin_convertvector(dot[i][v], vec), scale * spread(own), sum[i][v]);
+            if constexpr (BITS != 6) sum[i][v] = fused(least, spread(own * (float)((const int32_t*)scales)[shares + share]), sum[i][v]);
+          }
+        }
+      }
+    panel += WIDE * (BITS == 6 ? 18 : 20);
+  }
+  for (int i = 0; i < M; ++i)
+    for (int v = 0; v < NV; ++v) store(out + i * WIDE + v * VL, sum[i][v]);
+}
+
 template <int M>
 void product_floats(const Matrix& w, const char* panel, const char* const* rows, float* out) {
   vec sum[M][NV] = {};
@@ -283,7 +362,9 @@ inline Product product_of(std::integer_sequence<int, M...>, int64_t kind, int m)
   static constexpr Product floats[] = {product_floats<M + 1>...}, halves[] = {product_halves<M + 1>...};
   static constexpr Product bytes[] = {product_integers<8, M + 1>...}, nibbles[] = {product_integers<4, M + 1>...};
   static constexpr Product rows[] = {product_rows<float, M + 1>...}, half_rows[] = {product_rows<bf16, M + 1>...};
-  static constexpr const Product* of_kind[] = {floats, halves, bytes, nibbles, rows, half_rows};
+  static constexpr Product super4[] = {product_super<4, M + 1>...}, super5[] = {product_super<5, M + 1>...};
+  static constexpr Product super6[] = {product_super<6, M + 1>...};
+  static constexpr const Product* of_kind[] = {floats, halves, bytes, nibbles, rows, half_rows, super4, super5, super6};
   return of_kind[kind][m - 1];
 }
 

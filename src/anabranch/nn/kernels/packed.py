@@ -11,11 +11,14 @@ from anabranch.nn.kernels import load
 from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.operands import address, takes
 from anabranch.nn.packed import KINDS, SHARE, WIDE, Packed, panel_bytes
+from anabranch.nn.superblocks import BITS_OF, BLOCK
 
 __all__ = ["Matrix", "advise", "can", "linear", "matrix", "matrix_of_rows"]
 
 # Kinds of packed.h whose rows lie as they are.
 ROWS_OF = {torch.float32: 4, torch.bfloat16: 5}
+# And those that are packed.
+CODE_OF = {**{kind: code for code, kind in enumerate(KINDS)}, "q4_k": 6, "q5_k": 7, "q6_k": 8}
 
 
 class Matrix(ctypes.Structure):
@@ -44,7 +47,7 @@ ADVISE = Kernel("anabranch_advise", "data: uint8[B], B")
 
 def matrix(packed: Packed) -> Matrix:
     """What the kernels are told; ``packed`` must outlive it. Raises InputError where its memory is not what its sizes say."""
-    kind, rows, depth, group = KINDS.index(packed.kind), packed.rows, packed.depth, packed.group
+    kind, rows, depth, group = CODE_OF[packed.kind], packed.rows, packed.depth, packed.group
     panel_bytes, panels = _panel_bytes(packed), -(-rows // WIDE)
     start = address(packed.data, "uint8", None, panels, panel_bytes)
     return Matrix(start, rows, depth, group, panel_bytes, kind, panels * panel_bytes)
@@ -57,6 +60,8 @@ def _panel_bytes(packed: Packed) -> int:
         raise InputError(
             f"a matrix has groups of {packed.group}; they must be multiples of {SHARE} that divide {packed.depth}"
         )
+    if packed.kind in BITS_OF and packed.depth % BLOCK:
+        raise InputError(f"a matrix of {packed.kind} has {packed.depth} columns; they must be a multiple of {BLOCK}")
     return panel_bytes(packed.kind, packed.depth, packed.group)
 
 
@@ -85,7 +90,7 @@ def linear(packed: Packed, x_CK: Tensor, bias_N: Tensor | None = None) -> Tensor
     x = x_CK.float().contiguous()
     bias = None if bias_N is None else bias_N.detach().float().contiguous()
     y_CN = torch.empty(x.shape[0], packed.rows)
-    rows, kind = packed.rows, KINDS.index(packed.kind)
+    rows, kind = packed.rows, CODE_OF[packed.kind]
     LINEAR(
         packed.data, rows, packed.depth, packed.group, _panel_bytes(packed), kind, -(-rows // WIDE), x, bias, y_CN
     )  # fmt: skip

@@ -24,14 +24,14 @@ class Kind:
         dim: D.
         hidden_dim: F.
         dtype: of its weights in a slot; uint8 of those in few bits.
-        scheme: ``int8`` or ``int4`` for experts that are in slots as they are computed with (`anabranch.nn.packed`).
-        groups: with ``scheme``, weights that share a scale in each of the two matrices.
+        schemes: of the two matrices of experts that are in slots as they are computed with, kinds of `anabranch.nn.packed`.
+        groups: with ``schemes``, weights that share a scale in each of the two.
     """
 
     dim: int
     hidden_dim: int
     dtype: torch.dtype
-    scheme: PackedKind | None = None
+    schemes: tuple[PackedKind, PackedKind] | None = None
     groups: tuple[int, int] = (0, 0)
 
     @classmethod
@@ -40,21 +40,21 @@ class Kind:
         if isinstance(pool, ExpertPool):
             return cls(pool.dim, pool.hidden_dim, pool.stacks[0].dtype)
         w13, w2 = pool.packed
-        return cls(pool.dim, pool.hidden_dim, torch.uint8, w13.kind, (w13.group, w2.group))
+        return cls(pool.dim, pool.hidden_dim, torch.uint8, (w13.kind, w2.kind), (w13.group, w2.group))
 
     def packed(self, num: int) -> tuple[Packed, Packed]:
-        """(w13, w2) of so many experts without their weights, with ``scheme``."""
-        assert self.scheme is not None, "floating-point experts are not packed"
+        """(w13, w2) of so many experts without their weights, with ``schemes``."""
+        assert self.schemes is not None, "floating-point experts are not packed"
         sizes = ((2 * self.hidden_dim, self.dim), (self.dim, self.hidden_dim))
         w13, w2 = (
-            Packed.empty(num, *size, self.scheme, group, device="meta")
-            for size, group in zip(sizes, self.groups, strict=True)
+            Packed.empty(num, *size, scheme, group, device="meta")
+            for size, scheme, group in zip(sizes, self.schemes, self.groups, strict=True)
         )
         return w13, w2
 
     def shapes(self, num: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of the two stacks of slots: ``[S, 2F, D]`` and ``[S, D, F]``, or ``[S, P, bytes]`` twice."""
-        if self.scheme is None:
+        if self.schemes is None:
             return (num, 2 * self.hidden_dim, self.dim), (num, self.dim, self.hidden_dim)
         w13, w2 = self.packed(num)
         return tuple(w13.data.shape), tuple(w2.data.shape)

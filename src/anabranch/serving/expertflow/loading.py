@@ -22,7 +22,7 @@ from anabranch.errors import CapacityError, CheckpointError, ConfigError
 from anabranch.lm.checkpoint import OpenedModel, find_model, open_model, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.quantized import Rounding, open_quantized
-from anabranch.lm.quantized_form import check_integers, check_panels, fill_quantized, has_panels
+from anabranch.lm.quantized_form import check_integers, check_panels, fill_quantized, has_panels, kinds_of_pool
 from anabranch.lm.tensors import FLOATS, SafetensorsFiles, fill, read_header
 from anabranch.lm.tensors import Piece as StoredPiece
 from anabranch.nn.packed import Packed
@@ -178,7 +178,10 @@ def _put_quantized(opened: OpenedModel) -> None:
         kind, source = opened.quantization["modules"][name], opened.source
         sizes = {part: tuple(getattr(pool, part).shape) for part in ("w13", "w2")}
         if has_panels(source, name):
-            made = [check_panels(source, f"{name}.{part}", kind, size, opened.where) for part, size in sizes.items()]
+            made = [
+                check_panels(source, f"{name}.{part}", own, size, opened.where)
+                for (part, size), own in zip(sizes.items(), kinds_of_pool(kind), strict=True)
+            ]
         else:
             made = []
             for part, size in sizes.items():

@@ -117,7 +117,7 @@ class OffloadedPool(nn.Module):
     def packed(self) -> tuple[Packed, Packed] | None:
         """The slots of experts in few bits: gate and up of each, then the second matrix; None for others."""
         kind = self.arena.kinds[self.kind]
-        if kind.scheme is None:
+        if kind.schemes is None:
             return None
         w13, w2 = kind.packed(0)
         return w13.with_data(self.w13_SFD), w2.with_data(self.w2_SDF)
