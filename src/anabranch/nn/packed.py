@@ -174,6 +174,13 @@ class Packed:
             values = values * scale.float().unsqueeze(-1) + least.float().unsqueeze(-1)
         return values.flatten(2).to(dtype)
 
+    def rows_at(self, index_T: Tensor) -> Tensor:
+        """Rows ``[T, K]`` of a single matrix in float32 or bfloat16, as an embedding is asked for."""
+        panel_T, lane_T = index_T // WIDE, index_T % WIDE
+        if self.kind == "float32":
+            return self.data[0].view(torch.float32).unflatten(-1, (-1, WIDE))[panel_T, :, lane_T]
+        return self.data[0].view(torch.bfloat16).unflatten(-1, (-1, WIDE, 2))[panel_T, :, lane_T, :].flatten(-2)
+
     def expert(self, index: int) -> "Packed":
         """One matrix of the stack."""
         return self.with_data(self.data[index : index + 1])

@@ -25,6 +25,7 @@ from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, dispatch, plan_dispatch
 
 __all__ = [
+    "PackedEmbedding",
     "QuantizedLinear",
     "QuantizedPool",
     "check_bits",
@@ -109,6 +110,38 @@ class QuantizedLinear(nn.Module):
         """Sizes, for ``print(model)``."""
         like = self._like
         return f"in_features={like.depth}, out_features={like.rows}, kind={like.kind}, group={like.group}"
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding whose table is a packed matrix in float32 or bfloat16, which a product reads too: for inference."""
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        self._like = packed
+        self.register_buffer("data", packed.data)
+
+    data: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing, of the type and on the device of the table: what is asked of it beside numbers."""
+        dtype = torch.float32 if self._like.kind == "float32" else torch.bfloat16
+        return torch.empty(0, self._like.depth, dtype=dtype, device=self.data.device)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows."""
+        return self._like.rows
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns."""
+        return self._like.depth
+
+    def forward(self, index: Tensor) -> Tensor:
+        """``[..., D]`` of ``[...]``."""
+        rows = self._like.with_data(self.data).rows_at(index.reshape(-1))
+        return rows.view(*index.shape, self._like.depth)
 
 
 def _torch_form(packed: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -323,10 +356,12 @@ def _is_tied(model: nn.Module) -> bool:
 
 
 def replace(model: nn.Module, name: str, made: nn.Module) -> None:
-    """Set the module ``name``, and every plain reference to it (a pool that layers share)."""
-    parent, _, leaf = name.rpartition(".")
+    """Set the module ``name``, wherever it stands, and every plain reference to it (a pool that layers share)."""
     old = model.get_submodule(name)
-    setattr(model.get_submodule(parent), leaf, made)
+    for module in list(model.modules()):
+        for leaf, part in list(module._modules.items()):
+            if part is old:
+                setattr(module, leaf, made)
     for module in model.modules():
         for key, value in list(vars(module).items()):
             if value is old:

@@ -111,11 +111,11 @@ def build(name, bits=None):
 class Sequences:
     """A store of a model's own, with the blocks of sequences scattered over it."""
 
-    def __init__(self, model, dtype=torch.float32, blocks=64):
+    def __init__(self, model, dtype=torch.float32, blocks=64, **options):
         attention = model.blocks[0].attention
         shape = (len(model.blocks), blocks * BLOCK, attention.num_kv_heads, attention.head_dim)
         self.key, self.value = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
-        self.fast = FastDecoder(model, self.key, self.value, block_tokens=BLOCK)
+        self.fast = FastDecoder(model, self.key, self.value, block_tokens=BLOCK, **options)
         self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(7)).tolist()
         self.blocks, self.length = {}, {}
 
@@ -535,3 +535,35 @@ def test_a_matrix_of_another_size():
     model.blocks[1].attention.out = torch.nn.Linear(32, 64, bias=False)
     with pytest.raises(ConfigError, match=r"a matrix of out in part 1 is \[64, 32\]; the model needs \[64, 64\]"):
         Sequences(model)
+
+
+# -- weights that are nobody else's
+
+
+def float_bytes(model):
+    return sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_weight_is_there_twice_where_the_model_is_taken(name, dtype):
+    model = build(name).to(dtype)
+    given, before = prompts(9, 1, 40), float_bytes(model)
+    wanted, _ = Sequences(model, dtype).run(list(enumerate(given)))
+    assert float_bytes(model) == before  # what is not taken stays
+    reference = ordinary(model, given[2])
+    places = {part.data_ptr() for part in model.parameters()}
+    taken = Sequences(model, dtype, takes_weights=True)
+    logits, _ = taken.run(list(enumerate(given)))
+    assert torch.equal(logits, wanted)
+    memory = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in model.buffers()}
+    own = [part for part in model.parameters() if part.data_ptr() in places]
+    # Rows are filled up to 16, matrices to pages; norms and routers are all that is left of before.
+    slack = 4096 * 2 * len(list(model.modules()))
+    assert sum(part.nbytes for part in own) + sum(memory.values()) < before + slack
+    left = [key for key, part in model.named_parameters() if part.dim() > 1]
+    assert all(any(part in key for part in ("router", "score", "gate", "embedding")) for key in left), left
+    # The model itself computes the same with what has come in their place.
+    error = (ordinary(model, given[2]) - reference).norm() / reference.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 3e-2)
+    assert not Sequences(model, dtype).fast.supports(model)

@@ -56,6 +56,7 @@ class Engine:
         host_blocks: int = 0,
         pool: PagedPool | None = None,
         make_runner: Callable[..., ModelRunner] = ModelRunner,
+        takes_weights: bool = False,
     ) -> Self:
         """An engine for a model that is loaded.
 
@@ -70,6 +71,7 @@ class Engine:
             memory: admission by what requests are expected to need.
             host_blocks: see ``tier``.
             pool: memory for keys and values made elsewhere.
+            takes_weights: the model is nobody else's, see `anabranch.serving.fast.FastDecoder`.
             make_runner: makes the runner, such as `anabranch.serving.nanoflow.NanoRunner`.
         """
         shape = PagedShape.of(model, config.max_depth)
@@ -89,6 +91,7 @@ class Engine:
             deterministic=config.deterministic,
             num_streams=config.num_streams,
             max_depth=config.max_depth,
+            takes_weights=takes_weights,
         )
         limits = _limits(config, num_blocks, model.config.max_positions, stop_tokens).replace(
             num_streams=runner.num_streams

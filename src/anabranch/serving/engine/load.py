@@ -30,6 +30,7 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
         torch.set_num_threads(config.threads)
     model, tokenizer, experts = _model(config)
     config, more = _nanoflow(model, config)
+    more["takes_weights"] = True
     if experts is None:
         return Engine.of(model, config, tokenizer=tokenizer, **more), tokenizer
     controls = {"expert_cache": experts.by_layer}

@@ -61,6 +61,7 @@ class ModelRunner:
         deterministic: results do not depend on what else is in a step, to the bit (`anabranch.serving.engine.steady`).
         num_streams: parallel streams of requests that do not say it; None for the model's number in use.
         max_depth: most blocks of a request's own path, see `ServingConfig`.
+        takes_weights: the model is nobody else's, see `FastDecoder`.
 
     While hooks listen inside the model (`record_routing` around an engine), and always with a hook that overrides requests, steps go
     through its modules one by one, as with ``use_kernel=False``. Of a request that is computed again after it was preempted, recorders are
@@ -84,6 +85,7 @@ class ModelRunner:
         deterministic: bool = False,
         num_streams: int | None = None,
         max_depth: int | None = None,
+        takes_weights: bool = False,
     ) -> None:
         model.check_causal()
         self.model = model.eval()
@@ -108,7 +110,9 @@ class ModelRunner:
         self.fast: FastDecoder | None = None
         if use_kernel and not overriding and self.pool.shape.streams == 1 and FastDecoder.supports(self.model) is None:
             pool_ASGD = tuple(part[: model.config.num_layers, 0] for part in (self.pool.key, self.pool.value))
-            self.fast = FastDecoder(self.model, *pool_ASGD, block_tokens=self.pool.block_tokens)
+            self.fast = FastDecoder(
+                self.model, *pool_ASGD, block_tokens=self.pool.block_tokens, takes_weights=takes_weights
+            )
         self.tap, self.watch = RoutingTap(model), Watch(model)
         # Requests that want to know where their tokens go.
         self._recorded: set[str] = set()

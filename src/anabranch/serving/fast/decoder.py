@@ -25,7 +25,7 @@ from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.linear import is_plain
 from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.pool import ExpertPool
-from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
+from anabranch.nn.quantize import PackedEmbedding, QuantizedLinear, QuantizedPool, replace
 from anabranch.routing.router import Router
 from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.fast.layout import (
@@ -59,7 +59,7 @@ PIECE = 64
 class FastDecoder:
     """The compiled form of ``model``. Its weights are those at the time: what is trained afterwards is not seen.
 
-    Linear layers in float32 and bfloat16 are packed into memory of their own, beside the model's; quantised ones share theirs. Offloaded
+    Linear layers in float32 and bfloat16 are packed into memory of their own; quantised ones share theirs. Offloaded
     experts are read in their slots, when they have come: whoever calls tells the `OffloadEngine` that a step begins.
 
     Args:
@@ -67,6 +67,8 @@ class FastDecoder:
         key_ASGW: the store of keys, float32 or bfloat16; a position's slot is ``block * block_tokens + offset``.
         value_ASGW: that of values.
         block_tokens: positions per block.
+        takes_weights: the model is nobody else's: its layers in floating point give way to ones that share the packed memory, so that no
+            weight is there twice. Otherwise it keeps them, beside.
 
     Attributes:
         routed: the layer of each routing, in order; one that routes several times is there as often.
@@ -80,7 +82,9 @@ class FastDecoder:
         """Why not, or None."""
         return why_not(model)
 
-    def __init__(self, model: Decoder, key_ASGW: Tensor, value_ASGW: Tensor, *, block_tokens: int) -> None:
+    def __init__(
+        self, model: Decoder, key_ASGW: Tensor, value_ASGW: Tensor, *, block_tokens: int, takes_weights: bool = False
+    ) -> None:
         reason = self.supports(model)
         if reason is not None:
             raise ConfigError(f"no compiled step for this model: {reason}")
@@ -89,7 +93,7 @@ class FastDecoder:
         self.model = model
         # What the structures point at.
         self._keep: list[Tensor] = []
-        self._packed = _pack(model)
+        self._packed = _pack(model, takes_weights)
         self._head = self._packed.get(model.head if model.head is not None else model.embedding)
         self._recurrent: dict[Tensor, Packed] = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
@@ -292,44 +296,80 @@ def _state_dim(router: Any) -> int:
 
 
 @torch.no_grad()
-def _pack(model: Decoder) -> Mapping[nn.Module, Sequence[Packed]]:
-    """The packed matrices of each module, all in one piece of memory with large pages."""
-    packed: dict[nn.Module, list[Packed]] = {}
+def _pack(model: Decoder, takes_weights: bool) -> Mapping[nn.Module, Sequence[Packed]]:
+    """The packed matrices of each module, all in one piece of memory with large pages.
+
+    With ``takes_weights`` modules in floating point, which would be there twice, give way to ones that share this memory.
+    """
     head: Any = model.head if model.head is not None else model.embedding
-    for module in (*(part for block in model.blocks for part in products(block)), head):
-        if module not in packed:
-            packed[module] = _packed_of(module)
-    packed = {module: parts for module, parts in packed.items() if parts}
-    sizes = [-(-part.nbytes // ALIGN) * ALIGN for parts in packed.values() for part in parts]
+    found = dict.fromkeys((*(part for block in model.blocks for part in products(block)), head))
+    like = {module: parts for module in found if (parts := _sizes_of(module))}
+    sizes = [-(-part.nbytes // ALIGN) * ALIGN for parts in like.values() for part in parts]
     memory = torch.empty(sum(sizes), dtype=torch.uint8)
     native.advise(memory)
     start, pieces = 0, iter(sizes)
-    for module, parts in packed.items():
-        for place, part in enumerate(parts):
-            own = memory[start : start + part.nbytes].view(part.data.shape)
-            own.copy_(part.data)
+    packed: dict[nn.Module, list[Packed]] = {}
+    names = {module: name for name, module in model.named_modules()}
+    while like:
+        module = next(iter(like))
+        own = []
+        for part, weight in zip(like.pop(module), _weights_of(module), strict=True):
+            own.append(part.with_data(memory[start : start + part.nbytes].view(part.data.shape)))
             start += next(pieces)
-            parts[place] = part.with_data(own)
+            _put(own[-1], weight)
         if isinstance(module, QuantizedLinear):
-            module.data = parts[0].data
+            module.data = own[0].data
         elif isinstance(module, QuantizedPool):
-            module.data13, module.data2 = parts[0].data, parts[1].data
+            module.data13, module.data2 = own[0].data, own[1].data
+        elif takes_weights:
+            found.pop(module)
+            module = _in_place(model, names.pop(module), module, own)
+        packed[module] = own
     return packed
 
 
-def _packed_of(module: Any) -> list[Packed]:
-    """Quantised weights as they are, others packed; none for a head that cannot be, which the model runs itself."""
+def _in_place(model: Any, name: str, module: Any, own: list[Packed]) -> nn.Module:
+    """What stands from now on where ``module`` stood: it computes with the packed weights."""
+    made: nn.Module
+    if isinstance(module, nn.Embedding):
+        replace(model, name, PackedEmbedding(own[0]))
+        # The head, which it was too.
+        model.head = made = QuantizedLinear(own[0])
+        return made
+    made = QuantizedPool(*own) if isinstance(module, ExpertPool) else QuantizedLinear(own[0], module.bias)
+    replace(model, name, made)
+    return made
+
+
+def _put(packed: Packed, weight: Packed | Tensor) -> None:
+    """Write the weights to the place that ``packed`` has for them."""
+    if isinstance(weight, Packed):
+        packed.data.copy_(weight.data)
+        return
+    for expert, matrix in enumerate(weight if weight.dim() == 3 else weight.unsqueeze(0)):
+        packed.put(expert, matrix)
+
+
+def _sizes_of(module: Any) -> list[Packed]:
+    """The matrices of a module without their weights; none for a head that cannot be packed, which the model runs itself."""
+    made = []
+    for weight in _weights_of(module):
+        if isinstance(weight, Packed):
+            made.append(weight)
+            continue
+        if weight.dtype not in KIND_OF or weight.shape[-1] % SHARE:
+            return []
+        num, (rows, depth) = len(weight) if weight.dim() == 3 else 1, weight.shape[-2:]
+        made.append(Packed.empty(num, rows, depth, KIND_OF[weight.dtype], depth, device="meta"))
+    return made
+
+
+def _weights_of(module: Any) -> Sequence[Packed | Tensor]:
+    """The matrices of a module: quantised ones as they are."""
     if isinstance(module, QuantizedLinear):
         return [module.packed]
     if isinstance(module, QuantizedPool):
-        return list(module.packed)
-    weights: tuple[Tensor, ...]
+        return module.packed
     if isinstance(module, ExpertPool):
-        weights = module.stacks
-    elif is_plain(module) or type(module) is nn.Embedding:
-        weights = (module.weight,)
-    else:
-        return []
-    if any(weight.dtype not in KIND_OF or weight.shape[-1] % SHARE for weight in weights):
-        return []
-    return [Packed.pack(weight, KIND_OF[weight.dtype]) for weight in weights]
+        return [weight.detach() for weight in module.stacks]
+    return [module.weight.detach()] if is_plain(module) or type(module) is nn.Embedding else []
