@@ -9,7 +9,7 @@ import typer
 
 from anabranch.bounds import MOST_SEED
 from anabranch.cli.boundary import USER_ERROR
-from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, Streams, load
+from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, Streams, load, sampling_of
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.extras import require
@@ -27,8 +27,16 @@ def chat(
         str | None, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 0.2,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Sample among the likeliest that make up P.")] = 0.9,
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="T", min=0, help="0 takes the likeliest token. Default: as the model says, else 0.2."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P", help="Sample among the likeliest that make up P. Default: as the model says, else 0.9."
+        ),
+    ] = None,
     seed: Seed = 0,
     streams: Streams = None,
     dtype: Dtype = None,
@@ -45,7 +53,8 @@ def chat(
     network, tokenizer = load(model, dtype, device)
     # A number that cannot be is no matter of a message.
     network.streams_of(streams)
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    said = {"temperature": temperature, "top_p": top_p}
+    sampling = {"max_tokens": max_tokens, **sampling_of(model, said, {"temperature": 0.2, "top_p": 0.9})}
     talk = Conversation(network, tokenizer, system, sampling, num_streams=streams)
     if message is not None:
         ids, answer = talk.answer(message, seed, show=not as_json)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, Streams, load
+from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, Streams, load, sampling_of
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -17,9 +17,20 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue; - reads stdin.")],
     max_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="Most new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Sample among the K likeliest.")] = None,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Sample among the likeliest that make up P.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="T", min=0, help="0 takes the likeliest token. Default: as the model says, else 0.8."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="Sample among the K likeliest. Default: as the model says, else all."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P", help="Sample among the likeliest that make up P. Default: as the model says, else 1."
+        ),
+    ] = None,
     seed: Seed = 0,
     streams: Streams = None,
     dtype: Dtype = None,
@@ -28,7 +39,8 @@ def generate(
 ) -> None:
     """Continue a prompt.
 
-    Text comes as it is made. With --json: text and token_ids of the continuation alone.
+    Text comes as it is made. With --json: text and token_ids of the continuation alone. A model says how it is sampled from in its
+    generation_config.json.
     """
     require("lm", by="anabranch generate")
     from anabranch.lm import SamplingConfig, stream
@@ -38,13 +50,9 @@ def generate(
         raise ConfigError("--prompt is empty; give at least one character")
     network, tokenizer = load(model, dtype, device)
     used = network.streams_of(streams)[0]
+    said = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = SamplingConfig(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=tokenizer.stop_ids,
-        seed=seed,
+        **sampling_of(model, said, {"temperature": 0.8}), max_tokens=max_tokens, stop=tokenizer.stop_ids, seed=seed
     )
     prompt_ids = tokenizer.encode_prompt(text)
     # A file gets what the model said, a terminal what it can bear.

@@ -96,6 +96,16 @@ def load(path: str, dtype: str | None, device: str | None) -> tuple[Decoder, Tok
     return model.eval(), tokenizer
 
 
+def sampling_of(path: str, said: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `SamplingConfig`: what the user ``said`` (not None), else what the model's makers say, else the ``usual``."""
+    from anabranch.lm.generation_defaults import generation_defaults
+
+    of_model = {name: value for name, value in generation_defaults(path).items() if name in said}
+    chosen = {**usual, **of_model, **{name: value for name, value in said.items() if value is not None}}
+    # Among all, which makers write as 0.
+    return {name: value for name, value in chosen.items() if (name, value) != ("top_k", 0)}
+
+
 def only_file(files: list[Path] | None) -> Path | None:
     """The one file that ``--config`` names, or None. Raises ConfigError for several: they are not merged."""
     if files is None or len(files) < 2:

@@ -12,6 +12,7 @@ from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
 from anabranch.lm import SamplingConfig, generate, load_model
 from anabranch.serving import LLM, Sampling
+from anabranch.serving.expertflow import load_offloaded
 from anabranch.serving.fast import FastDecoder
 from foreign_models import build_theirs
 
@@ -137,6 +138,18 @@ def their_tokens(theirs, prompt, count):
         if ids[-1] == 256:
             break
     return ids[len(prompt) :]
+
+
+def test_experts_of_a_budget(checkpoint):
+    folder, theirs, _ = checkpoint
+    if theirs.config.model_type not in ("deepseek_v2", "deepseek_v3", "glm4_moe"):
+        pytest.skip("no experts, or such as are not offloaded")
+    plain = SamplingConfig(temperature=0.0, max_tokens=10)
+    prompt = list(TEXT[:20].encode())
+    size = 3 * 64 * 32 * 4  # bytes of an expert
+    model, _, engine = load_offloaded(folder, 10 * size)
+    with engine:
+        assert generate(model, [prompt], plain) == generate(load_model(folder)[0], [prompt], plain)
 
 
 @pytest.mark.parametrize("blocks", [200, 14], ids=["plenty", "scarce"])

@@ -92,6 +92,7 @@ class Asked:
 def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> Asked:
     """A request to ``/v1/chat/completions``. Raises ApiError (400) that names the parameter."""
     unknown = fields.check(body, "chat")
+    body = reader.with_defaults(body)
     if body.get("messages") is None:
         raise wrong("messages", "messages is missing; it must be a list of at least one message")
     tools = read_tools(body)
@@ -116,6 +117,7 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
 def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> Asked:
     """A request to ``/v1/completions``. Raises ApiError (400) that names the parameter."""
     unknown = fields.check(body, "completions")
+    body = reader.with_defaults(body)
     grammar = _grammar(body, None)
     prompts, texts = _prompts(body.get("prompt"), reader, info)
     logprobs, is_echo = body.get("logprobs"), bool(body.get("echo"))

@@ -1,6 +1,6 @@
 """`Reader`: text into tokens and back for one model: its tokenizer, its chat template, its grammars."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from anabranch.data import Tokenizer
@@ -17,10 +17,15 @@ class Reader:
 
     Args:
         tokenizer: the model's.
+        defaults: fields of requests that do not say them, see `anabranch.lm.generation_defaults`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, defaults: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer, self.defaults = tokenizer, dict(defaults or {})
+
+    def with_defaults(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A request with what it does not say."""
+        return {**self.defaults, **{name: value for name, value in body.items() if value is not None}}
 
     @property
     def has_template(self) -> bool:

@@ -65,13 +65,14 @@ class ServeConfig(Config):
         self, *, on_bound: Callable[[str], None] = lambda url: None, on_ready: Callable[[str], None] = lambda url: None
     ) -> int:
         """See `anabranch.serving.http.run.run`."""
+        from anabranch.lm.generation_defaults import generation_defaults
         from anabranch.serving.http.reading import Reader
         from anabranch.serving.http.run import run
 
         make_engine = self.engine.build if self.devices is None else self._elastic().build
 
         def make_reader() -> Reader:
-            return Reader(read_tokenizer(self.engine.model))
+            return Reader(read_tokenizer(self.engine.model), generation_defaults(self.engine.model))
 
         return run(self.http, make_engine, make_reader, on_bound=on_bound, on_ready=on_ready)
 
