@@ -54,6 +54,11 @@ class Connection(RequestHandler):
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         """What aiohttp answers itself: headers that are too large or no HTTP, and bugs."""
+        if isinstance(exc, ConnectionError):
+            # They have gone, and what is answered is read by nobody.
+            gone = web.Response(status=499)
+            gone.force_close()
+            return gone
         if status >= 500:
             logger.error("a bug: %s %.80s", request.method, request.path, exc_info=exc)
         response = self._refuse(status, message or "")

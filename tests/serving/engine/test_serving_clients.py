@@ -280,6 +280,28 @@ def test_an_engine_that_hangs_is_given_up_and_tells_whom_it_had_begun_with(model
     assert "no progress for 0.3 s; it is given up" in caplog.text
 
 
+def deep(levels):
+    found = {}
+    for _ in range(levels):
+        found = {"items": found}
+    return found
+
+
+@pytest.mark.slow
+def test_what_cannot_be_sent_to_a_process_refuses_its_request_alone(config, prompts, expected, caplog):
+    async def body(engine):
+        for levels in (300, 700, 5000):
+            sampling = Sampling(max_tokens=1, grammar=deep(levels))
+            with pytest.raises(InputError, match=r"nested too deeply|sent to the engine: RecursionError"):
+                await collect(engine, Request(id="a", prompt=prompts[0], sampling=sampling))
+        with pytest.raises(InputError, match="cannot be sent to the engine"):
+            await engine.control("reset_prefix_cache", unknown=lambda: None)
+        assert (await collect(engine, Request(id="a", prompt=prompts[0], sampling=GREEDY))).tokens == expected[0]
+
+    running(config, body)
+    assert "Add cannot be sent to the engine" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_process_that_is_stopped_is_ended(config, prompts, caplog):
     async def body(engine):

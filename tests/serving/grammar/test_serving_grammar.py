@@ -133,6 +133,8 @@ def chain(length):
         (properties(20_005), r"has \d{3},\d{3} characters as JSON; at most 250,000"),
         ({"type": "integer", "multipleOf": 1_234_567}, "more than (128 MiB of memory|1 s of computing)"),
         (chain(4000), "nested too deeply"),
+        (functools.reduce(lambda inner, _: {"items": inner}, range(forms.MOST_DEPTH), {}), "nested too deeply: at most 200 objects"),
+        ({"anyOf": [functools.reduce(lambda inner, _: {"anyOf": [inner]}, range(99), {})]}, "nested too deeply: at most 200 objects"),
         ({"allOf": [{"anyOf": [{"minimum": n}, {"maximum": n}]} for n in range(20)], "type": "integer"}, "too large|more than"),
     ],
 )  # fmt: skip

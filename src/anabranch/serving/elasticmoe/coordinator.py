@@ -25,7 +25,7 @@ from anabranch.serving.elasticmoe.fork_server import ForkServer
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Autoscaler, Load
 from anabranch.serving.grammar import try_out
-from anabranch.serving.grammar.forms import text_of
+from anabranch.serving.grammar.forms import key_of, text_of
 from anabranch.serving.grammar.store import MOST_WAITING
 
 __all__ = ["Coordinator"]
@@ -81,6 +81,7 @@ class Coordinator:
             raise InputError("a request has a path, which a group of devices does not run; leave it out")
         # The ranks have no time for what cannot be followed.
         if request.sampling.grammar is not None:
+            key_of(request.sampling.grammar)
             text = text_of(request.sampling.grammar)
             await asyncio.wrap_future(self._trials.submit(request.key, try_out, text, request.key))
         loop, ledger = asyncio.get_running_loop(), self.group.ledger

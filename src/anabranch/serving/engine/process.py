@@ -16,11 +16,12 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
-from anabranch.errors import BackendError
+from anabranch.errors import BackendError, InputError
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.engine.engine import Engine
-from anabranch.serving.engine.messages import Closed, Command
+from anabranch.serving.engine.messages import Add, Closed, Command, Control, Refused, Reply
 from anabranch.serving.engine.streams import StreamsClient, as_error, deliver_to
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,12 @@ class ProcessEngine(StreamsClient):
             raise
         self._outbox = queue.SimpleQueue()
         info = self._opened(first)
-        for target, arguments in ((self._read, (connection, loop)), (self._write, (connection, self._outbox))):
-            thread: threading.Thread = threading.Thread(target=target, args=arguments, daemon=True)
+        ways: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...] = (
+            (self._read, (connection, loop)),
+            (self._write, (connection, self._outbox, loop)),
+        )
+        for target, arguments in ways:
+            thread = threading.Thread(target=target, args=arguments, daemon=True)
             thread.start()
             self._threads.append(thread)
         return info
@@ -93,11 +98,24 @@ class ProcessEngine(StreamsClient):
     def _send(self, command: Command) -> None:
         self._outbox.put(command)
 
-    def _write(self, connection: Connection, outbox: "queue.SimpleQueue[Command | None]") -> None:
+    def _write(
+        self, connection: Connection, outbox: "queue.SimpleQueue[Command | None]", loop: asyncio.AbstractEventLoop
+    ) -> None:
         while (command := outbox.get()) is not None:
             # The reader sees that the process is gone, and tells.
             with contextlib.suppress(OSError):
-                connection.send(command)
+                try:
+                    connection.send(command)
+                except OSError:
+                    raise
+                except Exception as error:
+                    # Nothing of it was sent: what cannot be pickled concerns nobody else.
+                    logger.error("%s cannot be sent to the engine: %s", type(command).__name__, error)
+                    message = f"it cannot be sent to the engine: {type(error).__name__}: {error}"
+                    if isinstance(command, Add):
+                        deliver_to(self, loop, [Refused(command.request.id, f"the request cannot be taken: {message}")])
+                    elif isinstance(command, Control):
+                        deliver_to(self, loop, [Reply(command.number, error=InputError(message))])
 
     def _read(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         is_told = False

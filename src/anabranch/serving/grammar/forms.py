@@ -19,6 +19,8 @@ __all__ = ["MOST_CHARACTERS", "choice", "key_of", "regex", "repeat", "sequence",
 
 # Of a grammar as JSON; OpenAI takes 120,000.
 MOST_CHARACTERS = 250_000
+# Of objects and lists in each other; OpenAI takes 10. What is deeper may not get through a pipe, which pickles by recursion.
+MOST_DEPTH = 200
 _REGEX, _CHOICE, _SEQUENCE, _REPEAT = (f"anabranch:{name}" for name in ("regex", "choice", "sequence", "repeat"))
 _FORMS = (_REGEX, _CHOICE, _SEQUENCE, _REPEAT)
 
@@ -56,7 +58,7 @@ def repeat(part: str | dict[str, Any], least: int = 0, most: int | None = None) 
 def key_of(form: Any) -> str:
     """A form as JSON, by which equal ones are known; the order of an object's properties counts.
 
-    Raises InputError for what is no JSON object, or longer than `MOST_CHARACTERS`.
+    Raises InputError for what is no JSON object, or longer than `MOST_CHARACTERS`, or deeper than `MOST_DEPTH`.
     """
     if not isinstance(form, dict):
         raise InputError(f"a grammar is a JSON schema, which is an object; this is {type(form).__name__}")
@@ -70,7 +72,20 @@ def key_of(form: Any) -> str:
         raise InputError(
             f"the grammar has {len(key):,} characters as JSON; at most {MOST_CHARACTERS:,} can be followed"
         )
+    if _depth_of(form) > MOST_DEPTH:
+        raise InputError(
+            f"the grammar is nested too deeply: at most {MOST_DEPTH} objects and lists in each other can be followed"
+        )
     return key
+
+
+def _depth_of(form: Any) -> int:
+    """Objects and lists in each other, of what is JSON."""
+    depth, level = 0, [form]
+    while level := [part for part in level if isinstance(part, dict | list | tuple)]:
+        depth += 1
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return depth
 
 
 def text_of(form: dict[str, Any]) -> str:
