@@ -21,7 +21,7 @@ from anabranch.lm.gguf import GgufFile
 from anabranch.lm.gguf_blocks import is_mixed, kept_form, packed_rows
 from anabranch.lm.mixed_types import fit_types
 from anabranch.lm.quantized_form import Quantized, check_scheme
-from anabranch.lm.tensors import Change, Layout, Piece, TensorSource, check, fill, state_once
+from anabranch.lm.tensors import Layout, Piece, TensorSource, check, fill, state_once
 from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import FEWEST, QuantizedLinear, QuantizedPool, module_of, put, quantizable, replace
@@ -150,7 +150,7 @@ class _Layers:
         return Packed.empty(num, rows, depth, kind, size or depth, device="meta")
 
     def _kept(self, weight: str) -> tuple[Any, int] | None:
-        if not isinstance(self._source, GgufFile):
+        if not isinstance(self._source, GgufFile) or any(piece.change for piece in self._layout[weight]):
             return None
         return kept_form(self._source, [piece.name for piece in self._layout[weight]], self._bits)
 
@@ -182,7 +182,7 @@ class _Layers:
         is_kept, source = self._kept(weight) is not None, self._source
         for number, pieces in enumerate(parts):
             if is_kept and isinstance(source, GgufFile):
-                made.data[number] = packed_rows(source, [part.name for part in pieces], like)
+                made.data[number] = packed_rows(source, [part.piece.name for part in pieces], like)
             else:
                 made.put(number, self._read(pieces, (like.rows, like.depth)))
         return made
@@ -202,25 +202,24 @@ class _Part:
     """A stored tensor, or one of a stored stack, that is a part of a matrix.
 
     Attributes:
-        name: of the stored tensor.
+        piece: the stored tensor.
         where: which part of the matrix.
         index: which of the stack; None for all of the tensor.
-        change: to the order of ours.
     """
 
-    name: str
+    piece: Piece
     where: tuple[int | slice, ...] = ()
     index: int | None = None
-    change: Change | None = None
 
     def read(self, source: TensorSource) -> Tensor:
-        stored = source.read(self.name) if self.index is None else source.read_one(self.name, self.index)
-        return stored if self.change is None else self.change.read(stored)
+        name = self.piece.name
+        # What stands in another order does so in each matrix of a stack.
+        return self.piece.read(source.read(name) if self.index is None else source.read_one(name, self.index))
 
 
 def _of_one(pieces: Sequence[Piece]) -> list[_Part]:
     """The parts of a matrix, from the first row on."""
-    return sorted((_Part(piece.name, piece.where, change=piece.change) for piece in pieces), key=_first_row)
+    return sorted((_Part(piece, piece.where) for piece in pieces), key=_first_row)
 
 
 def _of_experts(pieces: Sequence[Piece], num_experts: int) -> list[list[_Part]]:
@@ -228,10 +227,10 @@ def _of_experts(pieces: Sequence[Piece], num_experts: int) -> list[list[_Part]]:
     found: list[list[_Part]] = [[] for _ in range(num_experts)]
     for piece in pieces:
         if piece.where and isinstance(piece.where[0], int):
-            found[piece.where[0]].append(_Part(piece.name, piece.where[1:]))
+            found[piece.where[0]].append(_Part(piece, piece.where[1:]))
             continue
         for expert, parts in enumerate(found):
-            parts.append(_Part(piece.name, piece.where[1:], expert))
+            parts.append(_Part(piece, piece.where[1:], expert))
     return [sorted(parts, key=_first_row) for parts in found]
 
 

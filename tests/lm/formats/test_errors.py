@@ -57,7 +57,7 @@ def edit(folder, **changes):
         ({"rope_scaling": {"type": "linear"}}, "config.json has no factor, without which"),
         ({"rope_scaling": "linear"}, "does not describe a model that can be built: "),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in .* is 0.5"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method in .* is 'gptq'"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quantization_config.quant_method in .* is 'aqlm'"),
         ({"mlp_bias": True}, "mlp_bias in .* is True"),
         ({"hidden_size": None}, "config.json has no hidden_size, without which"),
         ({"hidden_size": "wide"}, "does not describe a model that can be built: .*dim is 'wide'"),

@@ -14,6 +14,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats.common import Foreign, place_embedding, spare, tied_as_stored
 from anabranch.lm.formats.export import choose, export
 from anabranch.lm.formats.families import FAMILIES
+from anabranch.lm.formats.few_bits import METHODS, dequantised
 from anabranch.lm.formats.mxfp4 import Unpacked
 from anabranch.lm.tensors import Layout, TensorSource, build_empty, check_amount, fill
 
@@ -77,7 +78,11 @@ def load(
 def unpacked(source: TensorSource, table: dict[str, Any]) -> TensorSource:
     """``source`` with tensors in few bits as they are when dequantised, where ``quantization_config`` tells of any."""
     given = table.get("quantization_config")
-    return Unpacked(source) if isinstance(given, dict) and given.get("quant_method") == "mxfp4" else source
+    if not isinstance(given, dict) or not isinstance(method := given.get("quant_method"), str):
+        return source
+    if method == "mxfp4":
+        return Unpacked(source)
+    return dequantised(source, given) if method in METHODS else source
 
 
 def prepare(

@@ -23,6 +23,7 @@ import torch
 
 from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.formats.few_bits import METHODS
 from anabranch.lm.formats.foreign import Foreign
 from anabranch.lm.formats.positions import read_rotary, read_windows, write_rotary
 from anabranch.lm.tensors import Piece, TensorSource
@@ -50,15 +51,19 @@ def read_body(
 ) -> dict[str, Any]:
     """The fields of `Decoder.Config` that all families have, but for the feed-forward.
 
-    ``local`` as for `read_windows`; ``quantized`` are the forms of weights in few bits that are read; ``rotary`` where a family reads it.
+    ``local`` as for `read_windows`; ``quantized`` are forms of weights in few bits that are read beside those of all families; ``rotary``
+    where a family reads it.
     """
     foreign.require("hidden_act", activations)
     foreign.require("mlp_bias", (False,))
     # Where transformers 5 looks for weights that do not lie under their usual names.
     foreign.require("transformers_weights", ("model.safetensors", "model.safetensors.index.json"))
     method = foreign.get("quantization_config", {}).get("quant_method", "unknown")
-    if foreign.get("quantization_config") and method not in quantized:
-        foreign.refuse("quantization_config.quant_method", method, "weights that are not quantised")
+    known = (*METHODS, *quantized)
+    if foreign.get("quantization_config") and method not in known:
+        foreign.refuse(
+            "quantization_config.quant_method", method, f"{', '.join(known)}, or weights that are not quantised"
+        )
     return {
         "vocab_size": foreign["vocab_size"],
         "dim": foreign["hidden_size"],

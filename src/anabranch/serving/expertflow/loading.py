@@ -76,7 +76,7 @@ def load_offloaded(
     opened = open_model(path, dtype=dtype)
     if not isinstance(opened.source, SafetensorsFiles):
         raise CheckpointError(
-            f"{opened.where} has no safetensors files, which experts are read from; convert it (anabranch convert)"
+            f"{opened.where} has no safetensors files that experts can be read from as they lie; convert it (anabranch convert)"
         )
     model = opened.model
     _retype(model, opened)

@@ -1,0 +1,197 @@
+"""Folders in FP8, GPTQ and AWQ: by hand, against a naive packing, and through the front door; rounded layer by layer they are what loading
+and rounding gives, in every family."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from anabranch.errors import CheckpointError
+from anabranch.lm import convert, load_config, load_model
+from anabranch.lm.formats.few_bits import AWQ_ORDER, dequantised
+from anabranch.lm.quantized import load_quantized
+from anabranch.nn.quantize import quantize
+from anabranch.serving.expertflow import load_offloaded
+from foreign_models import build_theirs
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
+FAMILIES = {
+    "Llama": {"intermediate_size": 64},
+    "Qwen3Moe": {**MOE, "head_dim": 16},
+    "Mixtral": {"intermediate_size": 64, "num_local_experts": 4},
+    "Gemma3Text": {"intermediate_size": 64, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "DeepseekV3": {
+        "intermediate_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
+        "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounded_layer_by_layer_is_loaded_and_rounded(family, dtype, tmp_path):
+    build_theirs(family, **FAMILIES[family]).save_pretrained(tmp_path)
+    wanted, _ = load_model(tmp_path, dtype=dtype)
+    assert quantize(wanted, "int4")
+    found, _ = load_quantized(tmp_path, "int4", dtype=dtype)
+    assert found.state_dict().keys() == wanted.state_dict().keys()
+    assert all(torch.equal(found.state_dict()[key], value) for key, value in wanted.state_dict().items())
+
+
+def packed_int32(number, bits, dim):
+    """The lowest bits first."""
+    number = number.movedim(dim, -1).long().unflatten(-1, (-1, 32 // bits))
+    made = sum(number[..., i] << (bits * i) for i in range(32 // bits))
+    return torch.where(made >= 2**31, made - 2**32, made).int().movedim(-1, dim).contiguous()
+
+
+def fp8(weight, table):
+    blocks = table["weight_block_size"]
+    number = torch.randn(weight.shape).to(torch.float8_e4m3fn)
+    scale = torch.rand([-(-length // part) for length, part in zip(weight.shape, blocks, strict=True)]) * 0.2
+    value = number.float()
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            value[i, j] *= scale[i // blocks[0], j // blocks[1]]
+    return {"weight": number, "weight_scale_inv": scale}, value.bfloat16().float()
+
+
+def gptq(weight, table):
+    bits, size = table["bits"], table["group_size"]
+    rows, depth = weight.shape
+    number = torch.randint(0, 2**bits, (depth, rows))
+    zero, scale = torch.randint(0, 2**bits, (depth // size, rows)), (torch.rand(depth // size, rows) * 0.1).half()
+    group = torch.arange(depth) // size
+    if table["desc_act"]:
+        group = group[torch.randperm(depth)]
+    value = (number - zero[group]).float() * scale.float()[group]
+    stored = zero if table.get("checkpoint_format") == "gptq_v2" else (zero - 1) % 2**bits
+    parts = {"qweight": packed_int32(number, bits, 0), "qzeros": packed_int32(stored, bits, 1), "scales": scale}
+    return {**parts, "g_idx": group.int()}, value.t()
+
+
+def awq(weight, table):
+    size = table["group_size"]
+    rows, depth = weight.shape
+    number, zero = torch.randint(0, 16, (depth, rows)), torch.randint(0, 16, (depth // size, rows))
+    scale = (torch.rand(depth // size, rows) * 0.1).half()
+    value = (number - zero.repeat_interleave(size, 0)).float() * scale.float().repeat_interleave(size, 0)
+    order = torch.tensor(AWQ_ORDER)
+    number, zero = (part.unflatten(1, (-1, 8))[..., order].flatten(1) for part in (number, zero))
+    return {"qweight": packed_int32(number, 4, 1), "qzeros": packed_int32(zero, 4, 1), "scales": scale}, value.t()
+
+
+WAYS = {
+    "fp8": (fp8, {"quant_method": "fp8", "weight_block_size": [24, 16]}),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False}),
+    "gptq, ordered": (gptq, {"quant_method": "gptq", "bits": 8, "group_size": 16, "desc_act": True}),
+    "gptq v2": (
+        gptq,
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "checkpoint_format": "gptq_v2"},
+    ),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}),
+}
+
+
+def folder_of(place, way):
+    """A Qwen3-MoE whose projections are stored so, beside one of the same numbers in floating point."""
+    pack, table = WAYS[way]
+    torch.manual_seed(5)
+    build_theirs("Qwen3Moe", **FAMILIES["Qwen3Moe"]).save_pretrained(place / "plain")
+    build_theirs("Qwen3Moe", **FAMILIES["Qwen3Moe"]).save_pretrained(place / "few")
+    plain, few = load_file(place / "plain" / "model.safetensors"), {}
+    for name, tensor in list(plain.items()):
+        if not name.endswith("_proj.weight"):
+            few[name] = tensor
+            continue
+        parts, plain[name] = pack(tensor, table)
+        few |= {f"{name.removesuffix('.weight')}.{part}": stored for part, stored in parts.items()}
+    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, place / "plain" / "model.safetensors")
+    save_file(few, place / "few" / "model.safetensors")
+    config = json.loads((place / "few" / "config.json").read_text())
+    (place / "few" / "config.json").write_text(json.dumps({**config, "quantization_config": table}))
+    return place / "few"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_folder_in_few_bits_is_the_model_of_its_numbers(way, tmp_path):
+    few = folder_of(tmp_path, way)
+    wanted, _ = load_model(tmp_path / "plain")
+    assert load_config(few) == wanted.config
+    found, _ = load_model(few, dtype=torch.float32)
+    for key, value in wanted.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[key], value, rtol=1e-6, atol=1e-7)
+    convert(few, tmp_path / "q", dtype=torch.float32, quantize="int4")
+    rounded, _ = load_model(tmp_path / "q")
+    quantize(found, "int4")
+    assert all(torch.equal(rounded.state_dict()[key], value) for key, value in found.state_dict().items())
+    offloaded, _, engine = load_offloaded(few, None, dtype=torch.float32, quantize="int4")
+    with engine, torch.inference_mode():
+        tokens = torch.arange(20).view(1, 20)
+        assert torch.equal(offloaded(tokens).logits_BLV, rounded.eval()(tokens).logits_BLV)
+
+
+class Held(dict):
+    names = property(dict.keys)
+    read = dict.__getitem__
+
+    def shape(self, name):
+        return tuple(self[name].shape)
+
+    def dtype(self, name):
+        return self[name].dtype
+
+
+def test_by_hand():
+    # One input, eight outputs: the number of output AWQ_ORDER[i] in nibble i, as AutoAWQ's GEMM kernels read it.
+    number = sum((output + 1) << 4 * place for place, output in enumerate(AWQ_ORDER))
+    stored = {"a.qweight": torch.tensor([[number - 2**32 if number >= 2**31 else number]]).int()}
+    stored |= {"a.qzeros": torch.tensor([[0x11111111]]).int(), "a.scales": torch.full((1, 8), 0.5).half()}
+    source = dequantised(Held(stored), {"quant_method": "awq", "bits": 4})
+    assert list(source.names) == ["a.weight"]
+    assert source.read("a.weight")[:, 0].tolist() == [0.5 * output for output in range(8)]
+    # Two of eight inputs: 3 (8 - z) and 3 (15 - z), z stored as z - 1.
+    stored = {"a.qweight": torch.tensor([[0x000000F8]]).int(), "a.qzeros": torch.tensor([[6]]).int()}
+    stored |= {"a.scales": torch.tensor([[3.0] * 8]).half()}
+    stored["a.qweight"] = stored["a.qweight"].expand(1, 8).contiguous()
+    found = dequantised(Held(stored), {"quant_method": "gptq", "bits": 4}).read("a.weight")
+    assert found[0, :3].tolist() == [3.0, 24.0, -21.0]
+
+
+@pytest.mark.parametrize(
+    ("way", "change", "message"),
+    [
+        ("gptq", {"bits": 3}, "quantization_config.bits is 3; GPTQ is read with 2, 4 or 8"),
+        ("awq", {"version": "gemv"}, "quantization_config.version is 'gemv'; AWQ is read with 'gemm'"),
+        ("fp8", {"weight_block_size": [0, 1]}, r"weight_block_size is \[0, 1\]; it must be two whole numbers"),
+        (
+            "fp8",
+            {"weight_block_size": [8, 8]},
+            r"weight_scale_inv has shape .*; a weight of .* in blocks of \[8, 8\] needs",
+        ),
+        ("awq", {"quant_method": "bitsandbytes"}, "quant_method in .* is 'bitsandbytes'.*fp8, gptq, awq"),
+    ],
+)
+def test_variants_that_are_not_read(way, change, message, tmp_path):
+    few = folder_of(tmp_path, way)
+    config = json.loads((few / "config.json").read_text())
+    config["quantization_config"] |= change
+    (few / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(few)
+
+
+@pytest.mark.parametrize("part", ["scales", "qzeros"])
+def test_parts_that_are_missing_or_do_not_fit(part, tmp_path):
+    few = folder_of(tmp_path, "awq")
+    stored = load_file(few / "model.safetensors")
+    name = f"model.layers.1.self_attn.q_proj.{part}"
+    save_file({**stored, name: stored[name][:1].clone()}, few / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"q_proj.qweight, scales .* do not fit each other"):
+        load_model(few)
+    del stored[name]
+    save_file(stored, few / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        load_model(few)
