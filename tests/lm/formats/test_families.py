@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from anabranch.data import ByteTokenizer
+from anabranch.errors import CheckpointError
 from anabranch.lm import Decoder, convert, export_huggingface, load_config, load_model, save_model
 from anabranch.nn import MoE, Rotary, SelfAttention, SwiGLU
 from anabranch.routing import Router, TopK
@@ -481,3 +482,93 @@ def test_settings_as_transformers_4_wrote_them(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # a table that old files carry
     save_file(tensors, tmp_path / "model.safetensors")
     assert_same(load_model(tmp_path)[0], theirs)
+
+
+def edited(folder, tensors=(), drop=(), **changes):
+    """A folder's config.json with other fields, and its weights with further ones."""
+    table = {
+        name: value for name, value in json.loads((folder / "config.json").read_text()).items() if name not in drop
+    }
+    (folder / "config.json").write_text(json.dumps(table | changes))
+    if tensors:
+        save_file({**load_file(folder / "model.safetensors"), **dict(tensors)}, folder / "model.safetensors")
+
+
+def test_gemma_as_its_makers_published_it(tmp_path):
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+    }
+    theirs = build_theirs(
+        "Gemma3Text",
+        **{**GEMMA, "num_hidden_layers": 4, "layer_types": None, "sliding_window_pattern": 3, "rope_parameters": rope},
+    )
+    theirs.save_pretrained(tmp_path)
+    edited(
+        tmp_path,
+        drop=("rope_parameters", "layer_types", "tie_word_embeddings"),
+        sliding_window_pattern=3,
+        rope_theta=1e4,
+        rope_local_base_freq=1e2,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        cache_implementation="hybrid",
+    )
+    assert load_config(tmp_path).local_layers == (0, 1, 3)
+    assert_same(load_model(tmp_path)[0], theirs)
+
+
+def test_deepseek_as_its_makers_published_it(tmp_path):
+    yarn = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8}
+    theirs = build_theirs("DeepseekV3", **{**DEEPSEEK3, "rope_parameters": yarn})
+    theirs.save_pretrained(tmp_path)
+    scaling = {"type": "yarn", **{name: value for name, value in yarn.items() if not name.startswith("rope_")}}
+    # One layer more, which predicts a further token, as V3's files have it.
+    state = load_file(tmp_path / "model.safetensors")
+    draft = {
+        name.replace("layers.2.", "layers.3."): value.clone() for name, value in state.items() if "layers.2." in name
+    }
+    edited(
+        tmp_path,
+        {**draft, "model.layers.3.eh_proj.weight": torch.zeros(32, 64)},
+        drop=("rope_parameters", "rope_interleave"),
+        rope_theta=500.0,
+        rope_scaling=scaling,
+        num_nextn_predict_layers=1,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        moe_layer_freq=1,
+    )
+    assert_same(load_model(tmp_path)[0], theirs)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("Gemma3Text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping in .* is 30.0"),
+        ("Gemma3Text", {"use_bidirectional_attention": True}, "use_bidirectional_attention in .* is True"),
+        ("Gemma3Text", {"hidden_activation": "silu"}, "hidden_act in .* is 'silu'"),
+        ("Gemma3Text", {"layer_types": ["chunked_attention"] * 3}, "layer_types in .* is 'chunked_attention'"),
+        ("Gemma3Text", {"layer_types": ["full_attention"]}, "layer_types in .* are 1, and num_hidden_layers is 3"),
+        ("GptOss", {"swiglu_limit": 5.0}, "swiglu_limit in .* is 5.0"),
+        (
+            "GptOss",
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config.quant_method in .* is 'gptq'",
+        ),
+        ("DeepseekV2", {"norm_topk_prob": True}, "norm_topk_prob in .* is True"),
+        ("DeepseekV3", {"rope_interleave": False}, "rope_interleave in .* is False"),
+        ("DeepseekV3", {"topk_method": "greedy"}, "topk_method in .* is 'greedy'"),
+        ("DeepseekV3", {"moe_layer_freq": 2}, "moe_layer_freq in .* is 2"),
+        (
+            "Glm4Moe",
+            {"partial_rotary_factor": 0.1, "rope_parameters": None},
+            "fraction is 0.1, which rotates 1 numbers",
+        ),
+    ],
+)
+def test_what_the_families_may_ask_for_and_we_do_not_compute(family, changes, message, tmp_path):
+    fields = {"Gemma3Text": GEMMA, "GptOss": GPT_OSS, "DeepseekV2": DEEPSEEK, "DeepseekV3": DEEPSEEK3, "Glm4Moe": GLM}
+    build_theirs(family, **fields[family]).save_pretrained(tmp_path)
+    edited(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_config(tmp_path)
