@@ -253,10 +253,10 @@ def test_conversion(tmp_path):
         (
             "llama",
             lambda writer: (
-                writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+                writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
                 writer.add_rope_scaling_factor(2.0),
             ),
-            "rope_scaling.rope_type in .* is 'yarn'",
+            "rope_scaling.rope_type in .* is 'longrope'",
         ),
         (
             "llama",

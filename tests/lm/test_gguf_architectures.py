@@ -53,7 +53,15 @@ MADE = {
         {"feed_forward_length": 32, "expert_count": 5, "expert_used_count": 2},
     ),
 }  # fmt: skip
-MIXTURES = [name for name in MADE if "moe" in name or "experts" in name]
+GEMMA = {
+    "intermediate_size": 96, **WIDE, "num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": HEAD_DIM,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+MADE["gemma3"] = (
+    "Gemma3TextConfig",
+    GEMMA,
+    {"feed_forward_length": 96, "attention.sliding_window": 8, "attention.key_length": HEAD_DIM, "block_count": 7},
+)
 
 
 def theirs(name):
@@ -75,6 +83,10 @@ def tensors_of(model, architecture):
     table = name_table(architecture)
     for key, tensor in model.state_dict().items():
         array = tensor.numpy()
+        if architecture == "gemma3":
+            if key == "lm_head.weight":
+                continue
+            array = array + 1 if key.endswith("norm.weight") else array
         layer = re.match(r"model\.layers\.(\d+)\.", key)
         if key.endswith("experts.gate_up_proj"):  # as transformers 5 has them in memory
             gate, up = np.split(array, 2, axis=1)
@@ -95,7 +107,7 @@ def tensors_of(model, architecture):
 
 def name_table(architecture):
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    return gguf.get_tensor_name_map(arch, 2)
+    return gguf.get_tensor_name_map(arch, 8)
 
 
 def write(path, model, name, *, kind=None, split=None, tensors=None, extra=None):
@@ -109,9 +121,15 @@ def write(path, model, name, *, kind=None, split=None, tensors=None, extra=None)
         "attention.head_count_kv": config.num_key_value_heads, **fields,
     }.items():  # fmt: skip
         writer.add_uint32(f"{architecture}.{key}", value)
-    if (head_dim := getattr(config, "head_dim", None) or DIM // HEADS) != DIM // HEADS:
+    if (
+        "attention.key_length" not in fields
+        and (head_dim := getattr(config, "head_dim", None) or DIM // HEADS) != DIM // HEADS
+    ):
         writer.add_key_length(head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rotary = config.rope_parameters
+    writer.add_rope_freq_base(
+        rotary["rope_theta"] if "rope_theta" in rotary else rotary["full_attention"]["rope_theta"]
+    )
     writer.add_layer_norm_rms_eps(1e-5)
     if extra is not None:
         extra(writer)
@@ -147,6 +165,23 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     wanted = model(TOKENS).logits
     assert wanted.std() > 0.1
     torch.testing.assert_close(loaded.eval()(TOKENS).logits_BLV, wanted, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_yarn_is_that_of_transformers(tmp_path):
+    kind, changes, _ = MADE["qwen2"]
+    rotary = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+    torch.manual_seed(7)
+    config = getattr(transformers, kind)(**{**COMMON, **changes, "rope_parameters": rotary})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    def extra(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+
+    loaded, _ = load_model(write(tmp_path / "m.gguf", model, "qwen2", extra=extra))
+    torch.testing.assert_close(loaded.eval()(TOKENS).logits_BLV, model(TOKENS).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])

@@ -117,6 +117,8 @@ class GgufFile:
                 f"{stored.name} in {self.path} is stored as {kind}, which cannot be dequantised"
             ) from None
         tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(self.shape(name))
+        if self._architecture.norm_offset and name.endswith("norm.weight"):
+            tensor -= self._architecture.norm_offset
         self._forget(data.nbytes)
         return tensor if heads is None else half_split(tensor, heads)
 

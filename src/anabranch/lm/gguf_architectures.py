@@ -48,6 +48,7 @@ class Architecture:
         interleaved: whether the rows of query and key projections are turned for llama.cpp's rotary layout.
         names: of its tensors, where they are not those of most.
         experts: names of an expert's matrices, ``{}`` its number.
+        norm_offset: what norms are stored with more than the family has them.
     """
 
     model_type: str
@@ -55,6 +56,7 @@ class Architecture:
     interleaved: bool = False
     names: tuple[tuple[str, str], ...] = ()
     experts: tuple[tuple[str, str], ...] = tuple(_EXPERTS.items())
+    norm_offset: float = 0.0
 
     def places(self, tensor: Stored) -> Iterator[tuple[str, int | None]]:
         """(Hugging Face's name, which of the stack) of what a tensor holds: itself (None), or one matrix of each expert.
@@ -139,6 +141,28 @@ def _qwen3_moe(fields: Fields, prefix: str) -> dict[str, Any]:
     return _qwen_moe(fields, prefix, renormalize=True)
 
 
+def _gemma3(fields: Fields, prefix: str) -> dict[str, Any]:
+    """As llama.cpp reads it (gemma3.cpp): every sixth layer sees all, and the largest model has a scale of its own."""
+    width, heads = fields.integer(f"{prefix}.embedding_length"), fields.integer(f"{prefix}.attention.head_count")
+    head_dim = fields.integer(f"{prefix}.attention.key_length", 0, default=0) or 256
+    layers = fields.integer(f"{prefix}.block_count")
+    return {
+        **_dense(fields, prefix),
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": width // heads if layers == _GEMMA3_27B else head_dim,
+        "rope_theta": fields.real(f"{prefix}.rope.freq_base", default=1e6),
+        "rope_local_base_freq": fields.real(f"{prefix}.rope.freq_base_swa", default=1e4),
+        "sliding_window_pattern": 6,
+    }
+
+
+# Layers of it.
+_GEMMA3_27B = 62
+_GEMMA3_NORMS = (
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("ffn_norm", "pre_feedforward_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+)
 _MIXTRAL = tuple(
     (kind, f"block_sparse_moe.experts.{{}}.{name}") for kind, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
 )
@@ -150,6 +174,7 @@ ARCHITECTURES = {
     "qwen2moe": Architecture("qwen2_moe", _qwen2_moe),
     "qwen3moe": Architecture("qwen3_moe", _qwen3_moe),
     "olmoe": Architecture("olmoe", _olmoe),
+    "gemma3": Architecture("gemma3_text", _gemma3, names=_GEMMA3_NORMS, norm_offset=1.0),
 }
 _LLAMA_WITH_EXPERTS = Architecture(
     "mixtral", _mixtral, interleaved=True, names=(("ffn_gate_inp", "block_sparse_moe.gate"),), experts=_MIXTRAL
