@@ -121,7 +121,7 @@ def properties(random: Random, most: int) -> Body:
 
 def nested(random: Random) -> Any:
     form: Any = {"type": "null"}
-    for _ in range(random.randrange(1, 900)):
+    for _ in range(random.randrange(1, 450)):
         form = {random.choice(("items", "additionalProperties", "anyOf")): form}
         form = {"anyOf": [form["anyOf"]]} if "anyOf" in form else {"type": "array", **form}
     return form
