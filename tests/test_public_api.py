@@ -29,7 +29,7 @@ PUBLIC = {
     """,
     "anabranch.gateway.data": """
         SETS UNITS Columns RoutingSet check_disjoint deduplicated folds from_ledger groups llmrouter load load_csv load_jsonl
-        load_store measured_in merged pool_of read_joules read_prices routellm_mmlu split
+        load_store measured_in merged pool_of pooled read_joules read_prices routellm_mmlu split
     """,
     "anabranch.gateway.embed": "Embedder embed_cached",
     "anabranch.gateway.referee": """

@@ -21,6 +21,7 @@ from anabranch.gateway.data import (
     measured_in,
     merged,
     pool_of,
+    pooled,
     read_joules,
     read_prices,
     split,
@@ -402,6 +403,22 @@ def test_the_ledger_is_a_log_of_one_answer_per_query():
     np.testing.assert_array_equal(data.signals["probability"], [[np.nan, np.nan], [np.nan, 0.25]])
     with pytest.raises(DataError, match="no request with both its text and a score"):
         from_ledger(rows[2:])
+
+
+def test_a_question_of_a_log_is_all_its_answers_together():
+    nan = np.nan
+    log = Recorded(
+        query=("Ask!", "other", "ask", "ask?"), models=("m", "n"), task=("t", None, "u", "t"),
+        score_NM=np.array([[1, nan], [nan, 0.5], [nan, 0.25], [0.5, nan]]), cost_NM=np.array([[2, nan], [nan, 1], [nan, nan], [4, nan]]),
+        answers=({"m": "one"}, {"n": "x"}, {"n": "two"}, {"m": "three"}), signals={"probability": np.full((4, 2), 0.5)},
+    )  # fmt: skip
+    found = pooled(log)
+    assert (found.query, found.task) == (("Ask!", "other"), ("t", None))
+    np.testing.assert_array_equal(found.score_NM, [[0.75, 0.25], [nan, 0.5]])
+    np.testing.assert_array_equal(found.cost_NM, [[3, nan], [nan, 1]])
+    assert found.answers == ({"m": "one", "n": "two"}, {"n": "x"})
+    assert not found.signals
+    assert pooled(found).score_NM.tobytes() == found.score_NM.tobytes()
 
 
 @pytest.mark.parametrize("page", [1, 2, 1000])

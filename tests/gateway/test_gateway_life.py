@@ -212,6 +212,22 @@ def test_a_strategy_chooses_and_the_decision_is_kept(tmp_path):
     assert decision.body["candidates"][0]["model"] == "small"
 
 
+def test_a_stream_says_before_its_first_token_who_answers(tmp_path):
+    """Its headers named no model: they go out before it has ended."""
+
+    async def work(gateway):
+        broken = await gateway.handle("chat", ask(model="auto/cheapest", stream=True))
+        async for _ in broken.stream:
+            pass
+        return broken.headers
+
+    models = (model("small", fails=1.0), model("large", Price.of_dollars(10, 20)))
+    headers, [row] = run(config(tmp_path, *models), work)
+    assert (
+        (headers["x-route-model"], headers["x-route-deployment"]) == (row.model, row.deployment) == ("large", "large")
+    )
+
+
 def test_calls_of_a_strategy_are_charged_and_answers_are_judged(tmp_path):
     strategy = Picky()
 

@@ -102,7 +102,7 @@ def test_rows_without_a_score_are_left_out_and_logs_without_any_refused():
         replay({}, Recorded(query=("q",), models=MODELS, score_NM=np.full((1, 3), np.nan)), POOL)
 
 
-@pytest.mark.parametrize("chance", [0.0, -0.5, 1.5, np.nan])
+@pytest.mark.parametrize("chance", [0.0, -0.5, 1.5])
 def test_chances_that_cannot_be_are_named(chance):
     _, log = logged({name: [1 / 3] * 3 for name in ("maths", "poetry", "code")}, num=5)
     log.signals["probability"][3, np.isfinite(log.score_NM[3])] = chance
@@ -114,3 +114,48 @@ def test_probabilities_are_read_from_a_file(tmp_path):
     row = {"query": "q", "scores": {"m": 1}, "probability": {"m": 0.25}}
     (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n")
     np.testing.assert_array_equal(load(tmp_path / "log.jsonl").signals["probability"], [[0.25]])
+
+
+def test_a_log_with_one_chance_missing_is_read_without_that_row():
+    _, log = logged({name: [1 / 3] * 3 for name in ("maths", "poetry", "code")}, num=50)
+    log.signals["probability"][3] = np.nan
+    whole = replay({"large": Told(np.full(50, 2))}, log, POOL)
+    assert (whole.drawn, whole.rows) == (49, 50)
+
+
+def test_the_three_estimates_by_hand():
+    nan = np.nan
+    log = Recorded(
+        query=("a", "b", "c", "d"), models=("m", "n"), score_NM=np.array([[1, nan], [nan, 0.5], [0, nan], [nan, 1.0]]),
+        signals={"probability": np.array([[0.5, nan], [nan, 0.25], [0.2, nan], [nan, 0.5]])},
+    )  # fmt: skip
+    one = replay({"told": Told([0, 1, 1, 0])}, log, pool_of(("m", "n")), seed=0).strategies[0]
+    # Rows a and b match, weighing 2 and 4; four rows were drawn. Each row is expected from the other three.
+    assert one.ips == pytest.approx((2 * 1 + 4 * 0.5) / 4)
+    assert one.support == pytest.approx(6 / 4)
+    expected = [0.0, 1.0, (0.5 + 1.0) / 2, 0.5]
+    corrected = [0.0 + 2 * (1 - 0.0), 1.0 + 4 * (0.5 - 1.0), expected[2], expected[3]]
+    assert one.doubly_robust == pytest.approx(np.mean(corrected))
+
+
+def test_traffic_that_was_not_drawn_is_no_evidence_beside_traffic_that_was():
+    """Half the log is a rule's, which sends each query where it does best; alone, random choices say what a model is worth."""
+    data, log = logged({name: [1 / 3] * 3 for name in ("maths", "poetry", "code")}, num=3000)
+    best_N = data.score_NM.argmax(1)
+    ruled_N = np.arange(3000) % 2 == 0
+    is_best = np.arange(3) == best_N[:, None]
+    score_NM = np.where(ruled_N[:, None], np.where(is_best, data.score_NM, np.nan), log.score_NM)
+    chance_NM = np.where(ruled_N[:, None], np.where(is_best, 1.0, np.nan), log.signals["probability"])
+    mixed = type(log)(
+        query=log.query, models=log.models, task=log.task, score_NM=score_NM, signals={"probability": chance_NM}
+    )
+    one = replay({"large": Told(np.full(3000, 2))}, mixed, POOL).strategies[0]
+    truth = data.score_NM[:, 2].mean()
+    assert one.interval[0] < truth < one.interval[1]
+    assert one.doubly_robust_interval[0] < truth < one.doubly_robust_interval[1]
+
+
+def test_what_the_log_never_tries_is_told_by_its_support():
+    _, log = logged({"maths": [0.5, 0.5, 0], "poetry": [0.5, 0.5, 0], "code": [0.25, 0.25, 0.5]}, num=2000)
+    one = replay({"large": Told(np.full(2000, 2))}, log, POOL).strategies[0]
+    assert one.support == pytest.approx(1 / 3, abs=0.08)

@@ -845,5 +845,46 @@ def test_migrations(url):
         run(main(look))
     finally:
         schema.MIGRATIONS.pop()
-    with pytest.raises(DataError, match="has schema 2, and this version knows up to 1; upgrade anabranch"):
+    known = len(schema.MIGRATIONS)
+    with pytest.raises(
+        DataError, match=f"has schema {known + 1}, and this version knows up to {known}; upgrade anabranch"
+    ):
         open_store(url)
+
+
+def test_a_store_of_the_first_release_is_brought_up_to_date(url, monkeypatch):
+    async def old():
+        async with open_store(url) as store:
+            await spend(store, "a", ["global"], 5, 5)
+            await store.feedback("a", 1.0)
+
+    async def new():
+        async with open_store(url) as store:
+            assert [(row.request_id, row.quality) for row in await store.ledger()] == [("a", 1.0)]
+            await store.append_texts("a", {"query": "what?"})
+            assert await store.told_of(["a", "b"]) == ({}, {"a": {"query": "what?"}})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+        for module in ("sqlite", "postgres"):
+            patch.setattr(f"anabranch.gateway.store.{module}.MIGRATIONS", schema.MIGRATIONS)
+        run(old())
+    run(new())
+
+
+def test_texts_go_with_what_they_were_said_in(url):
+    async def main():
+        clock = Clock(NOON - DAY)
+        async with open_store(url, clock=clock) as store:
+            store.append_texts("old", {"query": "\ud800 half", "messages": [{"role": "user"}]})
+            store.append_decision("old", "knn", "a", {"reason": "so"})
+            clock.now = NOON
+            await store.append_texts("new", {"query": "x"})
+            assert await store.told_of(["old"]) == (
+                {"old": {"reason": "so"}},
+                {"old": {"query": "\ud800 half", "messages": [{"role": "user"}]}},
+            )
+            assert await store.prune(NOON) == 2
+            assert await store.told_of(["old", "new"]) == ({}, {"new": {"query": "x"}})
+
+    run(main())

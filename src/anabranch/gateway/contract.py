@@ -391,6 +391,8 @@ def _check_decision(decision: Decision, pool: Pool) -> None:
     )
     _is(bool(decision.strategy) and bool(decision.reason), "a decision names no strategy, or gives no reason")
     _is(decision.confidence is None or 0 <= decision.confidence <= 1, f"confidence is {decision.confidence}")
+    chance = decision.probability
+    _is(chance is None or 0 < chance <= 1, f"probability is {chance}; it must be above 0 and at most 1, or None")
     _is(json.loads(json.dumps(dict(decision.details), allow_nan=False)) is not None, "details are not ready for JSON")
 
 

@@ -79,6 +79,14 @@ def last_text(messages: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(texts)
 
 
+def asked_text(endpoint: str, body: Mapping[str, Any]) -> str:
+    """What a request asks: the last user message of a chat, else prompt or input; of several, one below the other."""
+    if endpoint == "chat":
+        return last_text(body["messages"])
+    prompt = body.get("prompt", body.get("input", ""))
+    return prompt if isinstance(prompt, str) else "\n".join(part for part in prompt if isinstance(part, str))
+
+
 def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a message carries an image."""
     return any(

@@ -262,7 +262,8 @@ class Decider:
         ready = sorted(pool.models, key=lambda model: not model.is_available)
         candidates = tuple(Candidate(model=model.name, score=-float(at)) for at, model in enumerate(ready))
         reason = "the order of the config, since no strategy could decide"
-        return Decided(Decision(candidates=candidates, strategy="order", reason=reason), bypassed, query)
+        decision = Decision(candidates=candidates, strategy="order", reason=reason, probability=1.0)
+        return Decided(decision, bypassed, query)
 
     def keeps_answers(self, name: str) -> bool:
         """Whether a strategy wants the texts of answers."""
@@ -320,6 +321,9 @@ def _check(decision: Any, pool: Pool) -> None:
         one is None or isinstance(one, int | float) for one in (sure, *numbers)
     ):
         raise BypassError("odd", "its reason is no text, or a figure is no number")
+    chance = decision.probability
+    if chance is not None and not (isinstance(chance, int | float) and 0 < chance <= 1):
+        raise BypassError("odd", "its probability is not above 0 and at most 1")
     try:
         json.dumps(dict(decision.details), default=str)
     except (TypeError, ValueError, RecursionError):

@@ -11,23 +11,24 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import BudgetError, InputError, LimitError, RateError, UnknownModelError
 from anabranch.gateway.cache import Entry, SingleFlight, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
-from anabranch.gateway.count import BYTES_PER_TOKEN, PromptCount, count_prompt, has_images, last_text, num_prompts
+from anabranch.gateway.count import BYTES_PER_TOKEN, PromptCount, asked_text, count_prompt, has_images, num_prompts
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.http.sse import chunks_of
 from anabranch.gateway.metrics import Ended
 from anabranch.gateway.money import dollars
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest
-from anabranch.gateway.query import Candidate, Decision, Outcome, Query
+from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.store import KeyRecord, LedgerRow, Reservation, subjects_of
-from anabranch.gateway.told import explained, headers_of, row_of, seen_of
+from anabranch.gateway.told import explained, headers_of, row_of, seen_of, texts_of
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.ids import new_id
@@ -68,7 +69,9 @@ class Life:
         self.label = ""
         self.count = PromptCount(0, 0, True)
         self.query: Query | None = None
+        # Of a whole answer, for the strategy and the store.
         self.answer_text: str | None = None
+        self.answer_is_whole = False
         self.decided: Decided | None = None
         self.candidates: tuple[str, ...] = ()
         # Messages that the strategy sends to a model in place of the sender's.
@@ -243,23 +246,37 @@ class Life:
             assert self.target.model is not None
             names = (self.target.model, *runtime.config.fallbacks.get(self.target.model, ()))
             candidates = tuple(Candidate(model=name, score=1 / (1 + at)) for at, name in enumerate(names))
+            # With which chance the sender named it, nobody knows.
             decision = Decision(candidates=candidates, strategy="", reason="the sender named the model")
             self.decided = Decided(decision, "", Query(text=""))
             return
         is_chat, has_limit = self.endpoint == "chat", self.endpoint != "embeddings"
         messages = self.body["messages"] if is_chat else ()
         most = self.body.get("max_completion_tokens") or self.body.get("max_tokens") if has_limit else None
-        text = last_text(messages) if is_chat else _flat(self.body.get("prompt", self.body.get("input", "")))
         headers = {name.lower(): value for name, value in self.headers.items() if name.lower() not in SECRET_HEADERS}
         query = Query(
-            text=text, messages=messages, task=headers.get("x-task"), prompt_tokens=self.count.tokens,
+            text=asked_text(self.endpoint, self.body), messages=messages, task=headers.get("x-task"), prompt_tokens=self.count.tokens,
             max_tokens=most, has_tools=bool(self.body.get("tools")),
             has_images=has_images(messages), headers=headers, tenant=self.tenant, user=self.user,
             knobs=self.target.knobs, vector_D=self.vector,
         )  # fmt: skip
-        self.decided = decided = await runtime.decider.decide(self.target.strategy, query, runtime.dispatcher.pool())
+        self.decided = decided = await runtime.decider.decide(self.target.strategy, query, self._pool())
         if not decided.bypassed:
             self.prepared = await runtime.decider.prepared(self.target.strategy, decided.query, decided.decision)
+
+    def _pool(self) -> Pool:
+        """The models as they are, those that this request may not use marked as not available: what is never given was never drawn."""
+        pool, record = self.runtime.dispatcher.pool(), self.record
+        open_P = [record is None or record.allows(model.name) for model in pool.models]
+        fits_P = [allowed and self._fits(model.name) for allowed, model in zip(open_P, pool.models, strict=True)]
+        usable_P = fits_P if any(fits_P) else open_P
+        if all(usable_P):
+            return pool
+        models = (
+            model if usable else replace(model, is_available=False)
+            for model, usable in zip(pool.models, usable_P, strict=True)
+        )
+        return Pool(tuple(models), pool.now_s)
 
     async def _reserve(self) -> None:
         """Set aside the most that the first candidate may cost; a strategy's candidates that no budget has room for are passed over."""
@@ -343,10 +360,7 @@ class Life:
         self.dispatched = self.elapsed()
         request = UpstreamRequest(self.endpoint, self._bounded(), request_id=self.id, prompt_tokens=self.count.tokens)
         keeps = request.stream and (
-            self.ticket is not None
-            or self.context is not None
-            or self.runtime.config.log.prompts
-            or self._strategy_keeps
+            self.ticket is not None or self.context is not None or self._keeps_texts or self._strategy_keeps
         )
         self.report = Report()
         plan = Plan(
@@ -399,14 +413,19 @@ class Life:
         for attempt in report.attempts:
             gateway.metrics.attempted(attempt.deployment, attempt.status)
         gateway.seen(seen_of(self, row, report, http_status, latency_s, overhead_s))
-        if decided is None or not self.strategy:
+        if decided is None:
             return
         if self.runtime.config.log.decisions:
             gateway.store.append_decision(self.id, self.strategy, row.model, explained(decided))
+        if self._keeps_texts and report.model is not None:
+            gateway.store.append_texts(self.id, texts_of(self))
+        if not self.strategy:
+            return
         if report.model is not None or report.attempts:
             outcome = Outcome(
                 query=decided.query, model=report.model or report.attempts[-1].model, cost=dollars(row.cost_nano), latency_s=latency_s,
-                succeeded=row.status == "ok", decision=decided.decision, answer=self.answer_text,
+                succeeded=row.status == "ok", decision=decided.decision,
+                answer=self.answer_text if self._strategy_keeps and self.answer_is_whole else None,
             )  # fmt: skip
             gateway.learn(self.strategy, self.id, outcome)
 
@@ -423,7 +442,7 @@ class Life:
         elif is_cut:
             self.end("cancelled", CLIENT_GONE)
         else:
-            if self.ticket is not None or self.context is not None or self._strategy_keeps:
+            if self.ticket is not None or self.context is not None or self._strategy_keeps or self._keeps_texts:
                 try:
                     answer = stream.answer()
                     self._keep(answer)
@@ -443,10 +462,15 @@ class Life:
             return False
         return self.body.get("store") is not False and self.runtime.decider.keeps_answers(name)
 
+    @property
+    def _keeps_texts(self) -> bool:
+        """Whether the store may keep what was asked and answered: the config lets it, and the sender did not forbid it."""
+        return self.runtime.config.log.prompts and self.endpoint != "embeddings" and self.body.get("store") is not False
+
     def _note(self, answer: Answer) -> None:
-        """Hold on to the text of a whole answer, for the strategy."""
-        if self._strategy_keeps and answer.finish_reason == "stop" and answer.text:
-            self.answer_text = answer.text
+        """Hold on to the text of an answer, for the strategy and the store."""
+        if answer.text and (self._strategy_keeps or self._keeps_texts):
+            self.answer_text, self.answer_is_whole = answer.text, answer.finish_reason == "stop"
 
     def _keep(self, answer: Answer) -> None:
         """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones."""
@@ -535,9 +559,3 @@ def _label(target: Target) -> str:
         return target.model
     knobs = "&".join(f"{name}={value}" for name, value in sorted(target.knobs.items()))
     return f"auto/{target.strategy}" + (f"?{knobs}" if knobs else "")
-
-
-def _flat(prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(part for part in prompt if isinstance(part, str))

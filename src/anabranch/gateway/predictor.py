@@ -168,6 +168,7 @@ class Ranked(Strategy, kind="ranked"):
             reason=reason,
             confidence=confidence,
             details=self.predictor.explain(query) if prediction.details is None else prediction.details,
+            probability=1.0,
         )
 
     def _grow(self) -> None:

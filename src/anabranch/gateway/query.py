@@ -126,6 +126,8 @@ class Decision:
         reason: one sentence for people.
         confidence: between 0 and 1; None if the strategy has none.
         details: what else explains it, ready for JSON (neighbours, category, rule).
+        probability: with which the strategy makes `model` its first choice, for this query, pool and what it knows; 1 if nothing is left
+            to chance; None if it cannot be said. What off-policy estimates weigh by.
     """
 
     candidates: tuple[Candidate, ...]
@@ -133,6 +135,7 @@ class Decision:
     reason: str
     confidence: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    probability: float | None = None
 
     @property
     def model(self) -> str:

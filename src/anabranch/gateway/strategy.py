@@ -171,7 +171,7 @@ class Strategy(Part, family="strategy"):
         ]
         return {
             "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence,
-            "candidates": candidates, "details": dict(decision.details),
+            "candidates": candidates, "details": dict(decision.details), "probability": decision.probability,
         }  # fmt: skip
 
     def state(self) -> tuple[Arrays, Facts]:

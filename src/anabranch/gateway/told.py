@@ -5,21 +5,30 @@ Read from a `Life`; nothing here changes it.
 
 from typing import TYPE_CHECKING, Any
 
+from anabranch.gateway.count import asked_text
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.query import Decision
 from anabranch.gateway.store import LedgerRow
+from anabranch.gateway.store.records import clean
 from anabranch.gateway.ui import Seen
 
 if TYPE_CHECKING:
     from anabranch.gateway.life import Life
 
+# Characters of a question or an answer that are kept; more are cut off.
+LONGEST_TEXT = 100_000
+
 
 def headers_of(life: "Life", report: Report) -> dict[str, str]:
     """Where it went, and what the gateway took."""
-    decided = life.decided
+    decided, live = life.decided, report.answering
+    # Of a stream, these go out before its end.
+    model, deployment = (
+        (live.model, live.deployment) if report.model is None and live else (report.model, report.deployment)
+    )
     found = {
-        "x-request-id": life.id, "x-route-model": report.model or "", "x-route-deployment": report.deployment or "",
+        "x-request-id": life.id, "x-route-model": model or "", "x-route-deployment": deployment or "",
         "x-route-attempts": str(len(report.attempts)), "x-overhead-ms": f"{overhead_s(life, report) * 1e3:.3f}",
     }  # fmt: skip
     if life.strategy and decided is not None:
@@ -100,8 +109,31 @@ def explained(decided: Decided) -> dict[str, Any]:
     decision = decided.decision
     return {
         "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence, "candidates": _candidates(decision),
-        "details": dict(decision.details), "bypassed": decided.bypassed,
+        "details": dict(decision.details), "bypassed": decided.bypassed, "probability": decision.probability,
     }  # fmt: skip
+
+
+def texts_of(life: "Life") -> dict[str, Any]:
+    """What was asked and answered, for the store: as much as a router is learned from, and another model asked with.
+
+    ``messages`` is there where they are more than the one text; ``None`` where they are too long to be kept.
+    """
+    body = life.body
+    query = asked_text(life.endpoint, body)
+    found: dict[str, Any] = {
+        "endpoint": life.endpoint,
+        "query": clean(query, LONGEST_TEXT),
+        "task": clean(life.headers.get("x-task") or "") or None,
+    }
+    messages = body.get("messages", ())
+    if messages and [(one.get("role"), one.get("content")) for one in messages] != [("user", query)]:
+        # Tokens are at most bytes, so this needs no second look at what may be megabytes.
+        found["messages"] = messages if life.count.at_most <= LONGEST_TEXT else None
+    if body.get("tools"):
+        found["has_tools"] = True
+    if life.answer_text is not None:
+        found["answer"] = clean(life.answer_text, LONGEST_TEXT)
+    return found
 
 
 def _candidates(decision: Decision) -> list[dict[str, Any]]:

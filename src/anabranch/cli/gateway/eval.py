@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.gateway.off_policy import is_log, rest, show_log
 from anabranch.cli.gateway.options import (
     AllowLeak,
     ColumnMap,
@@ -25,7 +26,7 @@ from anabranch.cli.gateway.options import (
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
 from anabranch.cli.output import fact, print_json, say, table
-from anabranch.errors import DataError
+from anabranch.errors import DataError, InputError
 from anabranch.extras import require
 from anabranch.files import check_apart
 
@@ -76,7 +77,8 @@ def evaluate(
 ) -> None:
     """Judge routers on recorded outcomes, against random choice, every single model, the best for each task, and the oracle.
 
-    Without --router, each strategy learns from a part of DATA and is judged on the rest.
+    Without --router, each strategy learns from a part of DATA and is judged on the rest. Of a log, in which no question was answered by
+    every model, what they would have earned is estimated from the choices that were drawn, as gateway replay does.
 
     Example: anabranch gateway eval outcomes.jsonl.gz --strategy knn --html report.html
     """
@@ -90,6 +92,15 @@ def evaluate(
         recorded, pool = read_data(data, columns, prices)
     recorded = measured(recorded, unit, prices)
     settings: dict[str, Any] = {"pool": pool, "dollar": dollar, "allow_leak": allow_leak}
+    if test is None and is_log(recorded):
+        if wanted := [str(path) for path in (html, picture, markdown) if path is not None]:
+            raise InputError(
+                f"{wanted[0]} needs questions that every model answered, to compare them on; of {data} each has the answer of some. "
+                "What can be told of such a log is printed, or --json"
+            )
+        log = measured(read_data(data, columns, prices, keep_copies=True)[0], unit, prices)
+        show_log(log, pool, router, strategy, fields, embedder, test_share, seed, allow_leak, quiet, as_json)
+        return
     if router is None:
         other = None if test is None else measured(read_data(test, columns, prices)[0], unit, prices)
         parts = _parts(recorded, other, test_share, seed)
@@ -157,7 +168,7 @@ def _judge(
     found = load_folder(folder, names)
     if not settings["allow_leak"]:
         if unseen or digest(data) == found.manifest.get("data"):
-            data = _rest(found, data)
+            data = rest(found, data)
         found.check_unseen(data)
     data = data.only([name for name in found.manifest["models"] if name in data.models] or data.models)
     embedded: dict[str, Recorded] = {}
@@ -176,17 +187,6 @@ def _judge(
 
 def _nothing(text: str) -> None:
     pass
-
-
-def _rest(found: Any, data: Recorded) -> Recorded:
-    import numpy as np
-
-    rows = np.flatnonzero([not found.has_seen(text) for text in data.query])
-    if not len(rows):
-        raise DataError(
-            "the routers learned from all of these questions; judge them on others, fit with --hold-out, or use --allow-leak"
-        )
-    return data.take(rows)
 
 
 def _write(report: Report, name: str, html: Path | None, picture: Path | None, markdown: Path | None) -> list[str]:

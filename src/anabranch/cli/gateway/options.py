@@ -59,15 +59,23 @@ AllowLeak = Annotated[
 def read_data(
     name: str, columns: str | None, prices: Path | None, *, keep_copies: bool = False
 ) -> tuple[Recorded, Pool]:
-    """Outcomes, each question once unless copies are kept, and the pool of their models."""
-    from anabranch.gateway.data import SETS, Columns, deduplicated, load, pool_of, read_prices
+    """Outcomes, and the pool of their models.
+
+    Each question once: what a log knows of it from several answers together. With ``keep_copies`` each answer as it was chosen, for
+    what weighs choices.
+    """
+    import numpy as np
+
+    from anabranch.gateway.data import SETS, Columns, deduplicated, load, pool_of, pooled, read_prices
 
     if name in SETS and not Path(name).is_file():
         found = SETS[name]()
         return found.data, found.pool
     known = None if prices is None else read_prices(prices)
-    data = load(name, columns=None if columns is None else Columns.parse(columns), prices=known)
-    data = data if keep_copies else deduplicated(data)
+    parsed = None if columns is None else Columns.parse(columns)
+    data = load(name, columns=parsed, prices=known, by_choice=keep_copies)
+    if not keep_copies:
+        data = deduplicated(data) if np.isfinite(data.score_NM).all() else pooled(data)
     return data, pool_of(data.models, known)
 
 

@@ -15,6 +15,9 @@ from anabranch.cli.output import print_json, say, table
 if TYPE_CHECKING:
     from anabranch.gateway.referee.replay import Replay
 
+# Share of a router's choices that the log may have made, below which one is told.
+ENOUGH_SUPPORT = 0.8
+
 
 def replay(
     data: Data,
@@ -49,29 +52,45 @@ def replay(
     if as_json:
         print_json(result.to_dict())
         return
-    _print(result)
+    print_replay(result)
 
 
-def _print(result: Replay) -> None:
+def print_replay(result: Replay) -> None:
+    """As a table, with what is to be known about it below."""
+
     def number(value: float | None, form: str = ".4f") -> str:
         return "" if value is None else f"{value:{form}}"
 
+    def span(interval: list[float] | None, form: str, between: str) -> str:
+        return "" if interval is None else between.join(f"{end:{form}}" for end in interval)
+
     rows = [
         [
-            one.name, f"{one.matched:,}", number(one.effective, ",.0f"), number(one.score),
-            "" if one.interval is None else f"{one.interval[0]:.4f}-{one.interval[1]:.4f}", number(one.gain, "+.4f"),
-            "" if one.gain_interval is None else f"{one.gain_interval[0]:+.4f} to {one.gain_interval[1]:+.4f}",
+            one.name, f"{one.matched:,}", number(one.effective, ",.0f"), number(one.score), span(one.interval, ".4f", "-"),
+            number(one.gain, "+.4f"), span(one.gain_interval, "+.4f", " to "),
+            *([number(one.ips), number(one.doubly_robust), span(one.doubly_robust_interval, ".4f", "-")] if result.drawn else []),
             "" if one.cost is None else f"{1000 * one.cost:.4g}",
         ]
         for one in result.strategies
     ]  # fmt: skip
+    robust = ["IPS", "doubly\nrobust", "95% interval"] if result.drawn else []
     headers = (
-        "router", "rows\nmatched", "worth\nrows", "score", "95% interval", "gain on\nthe log", "95% interval", "$ per 1k\nqueries",
+        "router", "rows\nmatched", "worth\nrows", "score", "95% interval", "gain on\nthe log", "95% interval", *robust, "$ per 1k\nqueries",
     )  # fmt: skip
     table(headers, rows)
     cost = "" if result.cost is None else f" at ${1000 * result.cost:.4g} per thousand"
     print(f"\nthe log: {result.rows:,} scored answers, mean score {result.score:.4f}{cost}")
-    if not result.has_probabilities:
+    if not result.drawn:
+        what = "no choice of the log was drawn" if result.has_probabilities else "The log says no probabilities"
         print(
-            "The log says no probabilities: estimates are right only if models were drawn without a look at the query."
+            f"{what[0].upper()}{what[1:]}: estimates are right only if models were drawn without a look at the query."
         )
+    elif result.drawn < result.rows:
+        print(
+            f"Estimated on the {result.drawn:,} answers whose model was drawn; the others say nothing of another model."
+        )
+    for one in result.strategies:
+        if one.support is not None and one.support < ENOUGH_SUPPORT:
+            print(
+                f"{one.name}: the log may have made only about {one.support:.0%} of its choices, and the estimate is of those."
+            )

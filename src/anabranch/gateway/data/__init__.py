@@ -10,7 +10,7 @@ from pathlib import Path
 from anabranch.errors import DataError
 from anabranch.gateway.data.budget import UNITS, measured_in
 from anabranch.gateway.data.csv import Columns, load_csv
-from anabranch.gateway.data.guard import check_disjoint, deduplicated, folds, groups, split
+from anabranch.gateway.data.guard import check_disjoint, deduplicated, folds, groups, pooled, split
 from anabranch.gateway.data.jsonl import load_jsonl
 from anabranch.gateway.data.ledger import from_ledger, load_store
 from anabranch.gateway.data.prices import pool_of, read_joules, read_prices
@@ -36,6 +36,7 @@ __all__ = [
     "measured_in",
     "merged",
     "pool_of",
+    "pooled",
     "read_joules",
     "read_prices",
     "routellm_mmlu",
@@ -43,13 +44,21 @@ __all__ = [
 ]
 
 
-def load(path: str | Path, *, columns: Columns | None = None, prices: Mapping[str, Model] | None = None) -> Recorded:
+def load(
+    path: str | Path,
+    *,
+    columns: Columns | None = None,
+    prices: Mapping[str, Model] | None = None,
+    by_choice: bool = False,
+) -> Recorded:
     """Outcomes from a file, by the ending of its name: .jsonl, .csv or .tsv, each with or without .gz, or a gateway's store (.db, a URL).
+
+    ``by_choice`` is for logs of traffic, see `load_store`.
 
     Raises DataError for another ending, or a file that is malformed, with the line.
     """
     if "://" in str(path) or Path(path).suffix in (".db", ".sqlite", ".sqlite3"):
-        return load_store(str(path))
+        return load_store(str(path), by_choice=by_choice)
     path = Path(path)
     endings = [ending for ending in path.suffixes[-2:] if ending != ".gz"]
     kind = endings[-1] if endings else ""

@@ -2,6 +2,7 @@
 # Shapes: N queries, G different questions, T those of one task, P parts
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,6 +29,33 @@ def groups(data: Recorded) -> np.ndarray:
 def deduplicated(data: Recorded) -> Recorded:
     """The first row of each question."""
     return data.take(np.sort(np.unique(groups(data), return_index=True)[1]))
+
+
+def pooled(data: Recorded) -> Recorded:
+    """One row of each question, each value the mean over all its copies that know it; texts, tasks and vectors of the first.
+
+    Of a log, in which every copy was answered by one model, that is all that is known of the question. Probabilities, which are of one
+    answer each, are left out.
+    """
+    group_N = groups(data)
+    first_G = np.unique(group_N, return_index=True)[1]
+    found = data.take(first_G)
+
+    def mean(value_NM: np.ndarray | None) -> np.ndarray | None:
+        if value_NM is None:
+            return None
+        known_NM = np.isfinite(value_NM)
+        total_GM, count_GM = (np.zeros((len(first_G), *value_NM.shape[1:])) for _ in range(2))
+        np.add.at(total_GM, group_N, np.where(known_NM, value_NM, 0.0))
+        np.add.at(count_GM, group_N, known_NM)
+        return np.where(count_GM > 0, total_GM / np.maximum(count_GM, 1), np.nan)
+
+    answers: list[dict[str, str]] = [{} for _ in first_G]
+    for group, of_model in zip(group_N, data.answers, strict=False):
+        answers[group] = {**of_model, **answers[group]}
+    signals = {name: mean(value_NM) for name, value_NM in data.signals.items() if name != "probability"}
+    means = {name: mean(getattr(data, name)) for name in ("score_NM", "cost_NM", "tokens_NM2", "latency_NM")}
+    return replace(found, answers=tuple(answers) if data.answers else (), signals=signals, **means)  # type: ignore[arg-type]
 
 
 def split(data: Recorded, fractions: Sequence[float] = HOLD_OUT, *, seed: int) -> list[Recorded]:

@@ -1,6 +1,6 @@
 """The gateway's own log as recorded outcomes: requests that somebody scored, each answered by the one model that was asked.
 
-A decision that was stored holds the text under ``query``, where the gateway is let keep prompts, and may hold ``task`` and ``probability``.
+Texts are in the store where the gateway is let keep prompts (``log.prompts``), probabilities where it keeps decisions.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.money import dollars
 
 if TYPE_CHECKING:
+    from anabranch.gateway.store.records import LedgerRow
     from anabranch.gateway.store.store import Store
 
 # Named in errors.
@@ -23,9 +24,18 @@ SOURCE = Path("the ledger")
 # Rows of the ledger read at a time.
 PAGE = 10_000
 
+# Of them, those whose texts are read at a time.
+TOLD = 500
 
-def load_store(url: str) -> Recorded:
-    """Outcomes from a gateway's store (a SQLite file or a PostgreSQL URL), which may be in use. Raises DataError if it holds none."""
+
+def load_store(url: str, *, by_choice: bool = False) -> Recorded:
+    """Outcomes from a gateway's store (a SQLite file or a PostgreSQL URL), which may be in use. Raises DataError if it holds none.
+
+    Args:
+        url: of the store.
+        by_choice: put what came of a request under the model that was chosen for it, also where that one failed and another answered:
+            that is what the choice led to, and what its probability is of.
+    """
     if "://" not in url and not Path(url).is_file():
         raise DataError(f"cannot read {url}: no such file")
 
@@ -33,12 +43,12 @@ def load_store(url: str) -> Recorded:
         from anabranch.gateway.store.store import open_store
 
         async with open_store(url, serves=False) as store:
-            return from_ledger(await scored_requests(store))
+            return from_ledger(await scored_requests(store, by_choice=by_choice))
 
     return asyncio.run(read())
 
 
-async def scored_requests(store: "Store") -> list[dict[str, Any]]:
+async def scored_requests(store: "Store", *, by_choice: bool = False) -> list[dict[str, Any]]:
     """Rows for `from_ledger`: every request that a model answered and somebody scored, oldest first."""
     from anabranch.gateway.store.records import LedgerQuery
 
@@ -46,34 +56,49 @@ async def scored_requests(store: "Store") -> list[dict[str, Any]]:
     after: int | None = None
     while rows := await store.ledger(LedgerQuery(after_seq=after, limit=PAGE, newest_first=False)):
         after = rows[-1].seq
-        for row in rows:
-            if not row.model or row.quality is None:
-                continue
-            decisions = await store.decisions(row.request_id, limit=1)
-            body = decisions[0].body if decisions else {}
-            found.append({
-                **{name: body.get(name) for name in ("query", "task", "probability")}, "model": row.model, "score": row.quality,
-                "cost_nano": row.cost_nano, "prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens,
-                "latency_us": row.latency_us,
-            })  # fmt: skip
+        scored = [row for row in rows if row.model and row.quality is not None]
+        for at in range(0, len(scored), TOLD):
+            part = scored[at : at + TOLD]
+            decisions, texts = await store.told_of([row.request_id for row in part])
+            found += [
+                _scored(row, decisions.get(row.request_id, {}), texts.get(row.request_id, {}), by_choice)
+                for row in part
+            ]
     return found
+
+
+def _scored(row: "LedgerRow", decision: dict[str, Any], texts: dict[str, Any], by_choice: bool) -> dict[str, Any]:
+    told = {**decision, **texts}
+    candidates = decision.get("candidates") or ()
+    chosen = candidates[0]["model"] if candidates and row.strategy else row.model
+    return {
+        "query": told.get("query"), "task": told.get("task"), "answer": told.get("answer"), "score": row.quality,
+        "model": chosen if by_choice else row.model, "probability": told.get("probability") if by_choice or chosen == row.model else None,
+        "cost_nano": row.cost_nano, "prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens,
+        "latency_us": row.latency_us,
+    }  # fmt: skip
 
 
 def from_ledger(rows: Iterable[Mapping[str, Any]]) -> Recorded:
     """Outcomes from rows of the ledger, joined with what was asked and the feedback on it.
 
     Args:
-        rows: each with ``query`` (its text, where prompts are kept), ``model``, ``score``, and what there is of ``task``,
+        rows: each with ``query`` (its text, where prompts are kept), ``model``, ``score``, and what there is of ``task``, ``answer``,
             ``cost_nano``, ``prompt_tokens``, ``completion_tokens``, ``latency_us`` and ``probability``. Rows without a text or a score are
             left out, since nothing can be learned from them.
 
     Raises DataError if that leaves none.
     """
-    found = [_row(row) for row in rows if row.get("query") and _is_number(row.get("score"))]
+    scored = [row for row in rows if _is_number(row.get("score"))]
+    found = [_row(row) for row in scored if (row.get("query") or "").strip()]
     if not found:
-        raise DataError(
-            "the ledger holds no request with both its text and a score; let the gateway keep prompts, and send feedback"
+        missing = (
+            "nobody has scored an answer yet: send scores to POST /v1/feedback"
+            if not scored
+            else f"{len(scored):,} answers were scored, but their texts are not kept: set prompts = true under [log] of the gateway's "
+            "config; what is asked from then on can be learned from"
         )
+        raise DataError(f"the ledger holds no request with both its text and a score; {missing}")
     return gather(found, SOURCE, None)
 
 
@@ -88,6 +113,7 @@ def _row(row: Mapping[str, Any]) -> Row:
     chance = row.get("probability")
     return Row(
         row["query"], row.get("task"), {part: {model: value} for part, value in values.items() if value is not None},
+        answers={model: row["answer"]} if row.get("answer") else {},
         signals={} if chance is None else {"probability": {model: float(chance)}},
     )  # fmt: skip
 

@@ -110,3 +110,10 @@ class Report:
     def winner(self) -> Attempt | None:
         """The last attempt that succeeded."""
         return next((item for item in reversed(self.attempts) if item.status == "ok"), None)
+
+    @property
+    def answering(self) -> Attempt | None:
+        """The attempt whose answer is under way, once its first token is there."""
+        return next(
+            (item for item in reversed(self.attempts) if item.status == "open" and item.first_token_s is not None), None
+        )

@@ -158,9 +158,12 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             "second": None if choice is None else choice.second, "autoscale": cache.router.autoscale,
         }  # fmt: skip
         confidence = None if choice is None else float(choice.probability_M.max())
-        return Decision(
-            candidates=candidates, strategy=self.name, reason=reason, confidence=confidence, details=details
+        chance = (
+            None if choice is None or choice.arm != first else float(choice.probability_M[choice.arms.index(first)])
         )
+        return Decision(
+            candidates=candidates, strategy=self.name, reason=reason, confidence=confidence, details=details, probability=chance
+        )  # fmt: skip
 
     def prepare(
         self, query: Query, model: str, messages: Sequence[Mapping[str, Any]], *, decision: Decision | None = None

@@ -1,15 +1,24 @@
 """Strategies on logged traffic: what they would have earned, where each query was answered by one model only.
 
-A strategy is judged on the rows where it would have chosen the model that answered (Li et al., "Unbiased Offline Evaluation of
-Contextual-bandit-based News Article Recommendation Algorithms", arXiv 1003.5956). Where the log says with which probability that model
-was chosen, rows weigh the inverse of it and weights are normalised (Swaminathan and Joachims, "The Self-Normalized Estimator for
-Counterfactual Learning", 2015): right for any way of choosing that gave every model a chance. Without probabilities the mean is right only
-if what answered was drawn without a look at the query.
+A strategy is judged on the rows where it would have chosen the model that was chosen (Li et al., "Unbiased Offline Evaluation of
+Contextual-bandit-based News Article Recommendation Algorithms", arXiv 1003.5956). Where the log says with which probability p that model
+was chosen, rows weigh w = 1/p, which is right for any way of choosing that gave every model a chance. Three estimates, on the same rows:
+
+    ips             mean w r                                       Horvitz and Thompson 1952; r is the score, w = 0 without a match
+    score           sum w r / sum w                                Swaminathan and Joachims, "The Self-Normalized Estimator", 2015
+    doubly robust   mean q(x, chosen) + w (r - q(x, asked))        Dudik, Langford and Li, arXiv 1103.4601
+
+q is what a ridge regression on the vectors (without vectors each model's mean) expects of a model, learned from other rows than it is
+used on. The doubly robust estimate is right if the probabilities are, and narrower the better q is.
+
+Rows whose choice was not drawn (a probability of 1, or none, as where the sender named the model) say nothing of what another model would
+have done, and are left out where others were drawn. Where none was, the mean over matches is right only if what answered was chosen
+without a look at the query.
 """
 # Shapes: N rows, M models
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +27,14 @@ from anabranch.errors import DataError
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Pool
 from anabranch.gateway.referee.compare import DRAWS, resampled_means
+from anabranch.gateway.strategies.ridge import Ridge
+from anabranch.gateway.strategies.training import folds, means
 from anabranch.gateway.strategy import Strategy
 
 PROBABILITY = "probability"
+
+# Parts, each of which is expected from the others.
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -31,10 +45,14 @@ class Replayed:
         name: of the strategy.
         matched: rows whose answer it would have asked for.
         effective: how many rows of equal weight tell as much.
-        score: estimated mean score; None if nothing matched.
+        score: estimated mean score, weights normalised; None if nothing matched.
         interval: 95%, bootstrap over rows.
         cost: estimated mean dollars of a call; None if unknown.
         gain: score - that of the log, and its interval, paired.
+        ips: the estimate without normalised weights; None without probabilities.
+        doubly_robust: and its interval; None without probabilities.
+        support: mean weight; 1 but for chance where the log may have made all of the strategy's choices, and else their share that it may
+            have made. The estimates are of that share.
     """
 
     name: str
@@ -45,6 +63,10 @@ class Replayed:
     cost: float | None
     gain: float | None
     gain_interval: list[float] | None
+    ips: float | None = None
+    doubly_robust: float | None = None
+    doubly_robust_interval: list[float] | None = None
+    support: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,7 @@ class Replay:
         rows: of the log.
         score, cost: means of what was answered.
         has_probabilities: the log says with which probability models were chosen.
+        drawn: rows in which another model might have been chosen; all estimates are of them, if there are any.
     """
 
     strategies: list[Replayed]
@@ -63,6 +86,7 @@ class Replay:
     score: float
     cost: float | None
     has_probabilities: bool
+    drawn: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -88,28 +112,50 @@ def replay(
         raise DataError("the log holds no scored answer; send feedback for some requests first")
     log = log.take(np.flatnonzero(known_NM.any(1)))
     known_NM = np.isfinite(log.score_NM)
-    weight_NM = _weights(log, known_NM)
+    weight_NM, drawn_N = _weights(log, known_NM)
     logged_N = _row_means(log.score_NM, known_NM)
-    cost_NM = log.cost_NM
+    expected_NM = _expected(log, seed) if drawn_N.any() else None
     found = []
     for name, strategy in strategies.items():
         model_N = strategy.play(log, pool).model_N
-        found.append(_estimate(name, log, model_N, weight_NM, logged_N, draws, seed))
-    cost = None if cost_NM is None else float(np.nanmean(np.where(known_NM, cost_NM, np.nan)))
-    return Replay(found, len(log), float(logged_N.mean()), cost, PROBABILITY in log.signals)
+        found.append(_estimate(name, log, model_N, weight_NM, drawn_N, expected_NM, logged_N, draws, seed))
+    cost = None if log.cost_NM is None else float(np.nanmean(np.where(known_NM, log.cost_NM, np.nan)))
+    return Replay(found, len(log), float(logged_N.mean()), cost, PROBABILITY in log.signals, int(drawn_N.sum()))
 
 
-def _weights(log: Recorded, known_NM: np.ndarray) -> np.ndarray:
+def _weights(log: Recorded, known_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a match weighs, and the rows whose choice was drawn."""
     chance_NM = log.signals.get(PROBABILITY)
     if chance_NM is None:
-        return known_NM.astype(float)
-    wrong_N = (known_NM & ~((chance_NM > 0) & (chance_NM <= 1))).any(1)
+        return known_NM.astype(float), np.zeros(len(log), bool)
+    told_NM = known_NM & ~np.isnan(chance_NM)
+    wrong_N = (told_NM & ~((chance_NM > 0) & (chance_NM <= 1))).any(1)
     if wrong_N.any():
         row = int(np.flatnonzero(wrong_N)[0])
-        raise DataError(
-            f"row {row + 1} of the log has no probability between 0 and 1 for a model that answered; give it in every row, or in none"
-        )
-    return np.where(known_NM, 1 / np.where(known_NM, chance_NM, 1), 0.0)
+        raise DataError(f"row {row + 1} of the log has no probability between 0 and 1 for a model that answered")
+    drawn_N = (told_NM & (chance_NM < 1)).any(1)
+    if not drawn_N.any():
+        return known_NM.astype(float), drawn_N
+    used_NM = told_NM & drawn_N[:, None]
+    return np.where(used_NM, 1 / np.where(used_NM, chance_NM, 1), 0.0), drawn_N
+
+
+def _expected(log: Recorded, seed: int) -> np.ndarray:
+    """Score ``[N, M]`` that each model is expected to get, learned from the other parts of the log."""
+    expected_NM = np.empty(log.score_NM.shape)
+    parts = min(FOLDS, len(log))
+    for learned, held in folds(len(log), parts, seed) if parts > 1 else ():
+        part = log.take(learned)
+        mean_M = means(part.score_NM)
+        # Of a model that this part says nothing of, what any model gets.
+        usual = float(np.nanmean(part.score_NM))
+        expected_NM[held] = np.where(np.isfinite(mean_M), mean_M, usual)
+        if log.vector_ND is not None:
+            quality_NM = Ridge(Ridge.Config(predicts_cost=False)).fit(part).predict(log.take(held)).quality_NM
+            expected_NM[held] = np.where(np.isfinite(quality_NM), quality_NM, expected_NM[held])
+    if parts < 2:
+        expected_NM[:] = np.nanmean(log.score_NM)
+    return expected_NM
 
 
 def _row_means(value_NM: np.ndarray, known_NM: np.ndarray) -> np.ndarray:
@@ -117,28 +163,39 @@ def _row_means(value_NM: np.ndarray, known_NM: np.ndarray) -> np.ndarray:
 
 
 def _estimate(
-    name: str, log: Recorded, model_N: np.ndarray, weight_NM: np.ndarray, logged_N: np.ndarray, draws: int, seed: int
-) -> Replayed:
+    name: str, log: Recorded, model_N: np.ndarray, weight_NM: np.ndarray, drawn_N: np.ndarray, expected_NM: np.ndarray | None,
+    logged_N: np.ndarray, draws: int, seed: int,
+) -> Replayed:  # fmt: skip
     rows = np.arange(len(log))
     weight_N = weight_NM[rows, model_N]
     matched = int((weight_N > 0).sum())
     if not matched:
-        return Replayed(name, 0, 0.0, None, None, None, None, None)
+        return Replayed(name, 0, 0.0, None, None, None, None, None, support=0.0 if drawn_N.any() else None)
     value_N = np.where(weight_N > 0, weight_N * np.nan_to_num(log.score_NM[rows, model_N]), 0)
-    score = float(value_N.sum() / weight_N.sum())
-    count_N = np.ones(len(log))
-    mean_B3 = resampled_means(np.column_stack([value_N, weight_N, logged_N]), count_N, draws, seed)
+    robust_N = np.zeros(len(log))
+    if expected_NM is not None:
+        expected_N = expected_NM[rows, model_N]
+        robust_N = np.where(drawn_N, expected_N + value_N - weight_N * expected_N, 0.0)
+    summed_N5 = np.column_stack([value_N, weight_N, logged_N, robust_N, drawn_N])
+    mean_B5 = resampled_means(summed_N5, np.ones(len(log)), draws, seed)
     # A draw without a match estimates nothing.
-    mean_B3 = mean_B3[mean_B3[:, 1] > 0]
-    score_B = mean_B3[:, 0] / mean_B3[:, 1]
+    mean_B5 = mean_B5[mean_B5[:, 1] > 0]
+    score, score_B = float(value_N.sum() / weight_N.sum()), mean_B5[:, 0] / mean_B5[:, 1]
     cost = None
     if log.cost_NM is not None:
         cost_N = log.cost_NM[rows, model_N]
         priced_N = (weight_N > 0) & np.isfinite(cost_N)
         cost = float(np.average(cost_N[priced_N], weights=weight_N[priced_N])) if priced_N.any() else None
-    return Replayed(
+    found = Replayed(
         name, matched, float(weight_N.sum() ** 2 / (weight_N**2).sum()), score, _interval(score_B), cost,
-        score - float(logged_N.mean()), _interval(score_B - mean_B3[:, 2]),
+        score - float(logged_N.mean()), _interval(score_B - mean_B5[:, 2]),
+    )  # fmt: skip
+    if not drawn_N.any():
+        return found
+    num_drawn = drawn_N.sum()
+    return replace(
+        found, ips=float(value_N.sum() / num_drawn), doubly_robust=float(robust_N.sum() / num_drawn),
+        doubly_robust_interval=_interval(mean_B5[:, 3] / mean_B5[:, 4]), support=float(weight_N.sum() / num_drawn),
     )  # fmt: skip
 
 

@@ -195,6 +195,15 @@ def read_decisions(connection: Connection, request_id: str | None, limit: int) -
     ]
 
 
+def read_bodies(connection: Connection, table: str, request_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What ``decisions`` or ``texts`` hold of some requests, by their ids."""
+    rows = connection.rows(
+        f"SELECT request_id, body FROM {table} WHERE {connection.among('request_id', 'requests')}",
+        requests=connection.values(request_ids),
+    )
+    return {request: json.loads(body) for request, body in rows}
+
+
 def read_feedback(connection: Connection, request_id: str | None, limit: int) -> list[FeedbackRow]:
     """Newest first."""
     part = "1 = 1" if request_id is None else "request_id = :request"
@@ -207,9 +216,9 @@ def read_feedback(connection: Connection, request_id: str | None, limit: int) ->
 
 
 def delete_before(connection: Connection, before_us: int, most: int) -> int:
-    """Delete old rows of the ledger, decisions and feedback, ``most`` of each at once; how many were deleted."""
+    """Delete old rows of the ledger, decisions, texts and feedback, ``most`` of each at once; how many were deleted."""
     count = 0
-    for table, key in (("ledger", "seq"), ("decisions", "request_id"), ("feedback", "seq")):
+    for table, key in (("ledger", "seq"), ("decisions", "request_id"), ("texts", "request_id"), ("feedback", "seq")):
         count += connection.run(
             f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE ts_us < :before LIMIT {most})",
             before=before_us,

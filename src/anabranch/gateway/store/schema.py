@@ -36,6 +36,11 @@ MIGRATIONS: list[Sequence[str]] = [
             comment TEXT NOT NULL)""",
         "CREATE INDEX feedback_by_request ON feedback (request_id)",
     ),
+    # What was asked and answered, apart from why: most stores keep none of it, and nobody who looks at decisions reads it by the way.
+    (
+        "CREATE TABLE texts (request_id TEXT PRIMARY KEY, ts_us BIGINT NOT NULL, body TEXT NOT NULL)",
+        "CREATE INDEX texts_by_time ON texts (ts_us)",
+    ),
 ]
 
 # What is in every store, of whatever version.
@@ -53,3 +58,4 @@ LEDGER = (
 )  # fmt: skip
 DECISIONS = ("request_id", "ts_us", "strategy", "model", "body")
 FEEDBACK = ("request_id", "ts_us", "key_id", "score", "comment")
+TEXTS = ("request_id", "ts_us", "body")

@@ -333,6 +333,20 @@ class Store:
         row = (request_id, self._now_us(), clean(strategy), clean(model), text)
         return self._writer.give(Insert("decisions", schema.DECISIONS, row), at_once=False)
 
+    def append_texts(self, request_id: str, body: dict[str, Any]) -> "asyncio.Future[Any]":
+        """Keep what was asked and answered."""
+        row = (request_id, self._now_us(), json.dumps(body, separators=(",", ":"), default=str))
+        return self._writer.give(Insert("texts", schema.TEXTS, row), at_once=False)
+
+    async def told_of(self, request_ids: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+        """Of some requests, by their ids: why a model was chosen, and what was asked and answered, as far as they are kept."""
+        return await self._read(
+            lambda connection: (
+                questions.read_bodies(connection, "decisions", request_ids),
+                questions.read_bodies(connection, "texts", request_ids),
+            )
+        )
+
     async def decisions(self, request_id: str | None = None, limit: int = 100) -> list[DecisionRow]:
         """Of one request, or of all, newest first."""
         return await self._read(lambda connection: questions.read_decisions(connection, request_id, limit))
@@ -389,7 +403,7 @@ class Store:
     # Care
 
     async def prune(self, before_s: float) -> int:
-        """Delete rows of the ledger, decisions and feedback older than unix second ``before_s``; how many. Budgets stay as they are."""
+        """Delete what happened (ledger, decisions, texts, feedback) before unix second ``before_s``; how many rows. Budgets stay."""
         before_us, count = int(before_s * 1e6), 0
         while deleted := await self._do(lambda connection: questions.delete_before(connection, before_us, PRUNED)):
             count += deleted

@@ -24,6 +24,7 @@ D-LinUCB has its extra ridge term for.
 """
 # Shapes: N queries, M arms, P models of the pool, V dimensions of a vector, D of z
 
+import math
 from typing import Any, Self
 
 import numpy as np
@@ -39,6 +40,10 @@ from anabranch.gateway.strategy import Arrays, Facts, Played, Strategy, ordered,
 
 # Observations, beyond which an arm is as uncertain as can be.
 MOST_AGE = 10_000
+
+# Of a standard normal number: where its distribution is looked at, and the distribution there.
+_STEPS = np.linspace(-6, 6, 193)
+_BELOW = np.array([(1 + math.erf(step / math.sqrt(2))) / 2 for step in _STEPS])
 KNOBS = (0.0, *np.logspace(-3, 3, 61).tolist())
 
 
@@ -213,19 +218,25 @@ class Bandit(Strategy):
 
     def route(self, query: Query, pool: Pool) -> Decision:
         """By index, less the weighed cost. A model never asked has the prior's index and no cost but that of its price."""
+        mean_P, width_P, cost_P = self._view(query, pool)
+        charge_P = self.config.trade_off * cost_P
+        index_P, how = self._index(query, pool, mean_P, width_P, charge_P)
+        candidates = ordered(pool, index_P, quality=mean_P, cost=cost_P)
+        best = pool.names.index(candidates[0].model)
+        is_open_P = np.isin(pool.names, [candidate.model for candidate in candidates])
+        return Decision(
+            candidates=candidates, strategy=self.name, reason=f"{self.name} {how} {candidates[0].model}",
+            details={"mean": round(float(mean_P[best]), 4), "width": round(float(width_P[best]), 4), "steps": self.steps},
+            probability=self._chance(best, is_open_P, mean_P - charge_P, width_P),
+        )  # fmt: skip
+
+    def _view(self, query: Query, pool: Pool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean and standard error of each model's quality, and its mean cost."""
         if query.vector_D is None:
             raise InputError(f"{self.name} needs the vector of a query; give the gateway an embedder")
         z_D = self.features(np.asarray(query.vector_D)[None])[0]
         mean_P, variance_P = self._beliefs(z_D, pool.names)
-        width_P = np.sqrt(variance_P)
-        cost_P = np.array([self._cost(model) for model in pool.models])
-        index_P, how = self._index(query, pool, mean_P, width_P, self.config.trade_off * cost_P)
-        candidates = ordered(pool, index_P, quality=mean_P, cost=cost_P)
-        best = pool.names.index(candidates[0].model)
-        return Decision(
-            candidates=candidates, strategy=self.name, reason=f"{self.name} {how} {candidates[0].model}",
-            details={"mean": round(float(mean_P[best]), 4), "width": round(float(width_P[best]), 4), "steps": self.steps},
-        )  # fmt: skip
+        return mean_P, np.sqrt(variance_P), np.array([self._cost(model) for model in pool.models])
 
     def _beliefs(self, z_D: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance z^T A^-1 z of each model's quality as of now: variance grows while an arm is not asked, up to the prior's."""
@@ -262,6 +273,10 @@ class Bandit(Strategy):
         """What to order by, and a verb for the reason."""
         raise NotImplementedError
 
+    def _chance(self, best: int, is_open_P: np.ndarray, value_P: np.ndarray, width_P: np.ndarray) -> float:
+        """With which probability the model at ``best`` is the first choice among the open ones, over all that may be drawn."""
+        return 1.0
+
     # -- judging
 
     def knobs(self, data: Recorded) -> list[float]:
@@ -287,13 +302,13 @@ class Bandit(Strategy):
         recorded = Pool(tuple(pool.models[pool.names.index(data.models[column])] for column in columns), pool.now_s)
         choice_N = np.zeros(len(data), np.int64)
         for row, query in enumerate(data.queries()):
-            decision = learner.route(query, recorded)
-            column = data.models.index(decision.model)
+            mean_P, width_P, cost_P = learner._view(query, recorded)
+            index_P, _ = learner._index(query, recorded, mean_P, width_P, learner.config.trade_off * cost_P)
+            model = ordered(recorded, index_P)[0].model
+            column = data.models.index(model)
             choice_N[row] = column
             cost = None if data.cost_NM is None else float(data.cost_NM[row, column])
-            learner.observe(
-                Outcome(query=query, model=decision.model, quality=float(data.score_NM[row, column]), cost=cost)
-            )
+            learner.observe(Outcome(query=query, model=model, quality=float(data.score_NM[row, column]), cost=cost))
         return played(data, choice_N)
 
     def state(self) -> tuple[Arrays, Facts]:
@@ -342,6 +357,12 @@ class Thompson(Bandit, kind="thompson"):
         draw_P = np.array([_normal(self.config.seed, self.steps, name, query.text) for name in pool.names])
         return mean_P + self.config.scale * width_P * draw_P - charge_P, "drew the most for"
 
+    def _chance(self, best: int, is_open_P: np.ndarray, value_P: np.ndarray, width_P: np.ndarray) -> float:
+        """That its draw is the largest, see `largest_of_normals`."""
+        chance_P = largest_of_normals(value_P[is_open_P], self.config.scale * width_P[is_open_P])
+        # A draw that fell where the integral sees nothing was possible all the same.
+        return float(np.clip(chance_P[np.count_nonzero(is_open_P[:best])], 1e-9, 1.0))
+
 
 class EpsGreedy(Bandit, kind="eps_greedy"):
     """The best model so far; now and then any."""
@@ -362,15 +383,42 @@ class EpsGreedy(Bandit, kind="eps_greedy"):
         self, query: Query, pool: Pool, mean_P: np.ndarray, width_P: np.ndarray, charge_P: np.ndarray
     ) -> tuple[np.ndarray, str]:
         value_P = mean_P - charge_P
-        epsilon = self.config.epsilon / (1 + self.config.decay * self.steps)
+        epsilon = self._epsilon()
         if share(self.config.seed, self.steps, query.text) >= epsilon:
             return value_P, "found best"
         lot_P = np.array([share(self.config.seed, self.steps, name, query.text) for name in pool.names])
         open_P = np.array([model.is_available for model in pool.models])
+        open_P |= ~open_P.any()
         drawn = int(np.where(open_P, lot_P, -1.0).argmax())
         value_P = value_P.copy()
         value_P[drawn] = value_P.max() + 1.0
         return value_P, "drew by lot"
+
+    def _epsilon(self) -> float:
+        return self.config.epsilon / (1 + self.config.decay * self.steps)
+
+    def _chance(self, best: int, is_open_P: np.ndarray, value_P: np.ndarray, width_P: np.ndarray) -> float:
+        """Its share of the lot, and, if it is the best so far, all the rest."""
+        epsilon = self._epsilon()
+        greedy = int(np.where(is_open_P, value_P, -np.inf).argmax())
+        return float(epsilon / is_open_P.sum() + (1 - epsilon) * (best == greedy))
+
+
+def largest_of_normals(mean_K: np.ndarray, deviation_K: np.ndarray) -> np.ndarray:
+    """Probability ``[K]`` of each of K independent normal numbers to be the largest.
+
+    The integral of prod_{j != k} F_j dF_k, F the distributions, by the trapezoidal rule on a grid that is fine wherever one of them
+    rises; right to about 1e-4. Without a deviation a number is its mean; equal ones share.
+    """
+    # As wide as floats tell apart, so that a number without a deviation rises within its own part of the grid.
+    deviation_K = np.maximum(deviation_K, 1e-9 * max(1.0, float(np.abs(mean_K).max())))
+    grid_G = np.sort((mean_K[:, None] + deviation_K[:, None] * _STEPS).ravel())
+    below_KG = np.interp((grid_G - mean_K[:, None]) / deviation_K[:, None], _STEPS, _BELOW, left=0.0, right=1.0)
+    chance_K = np.empty(len(mean_K))
+    for k in range(len(mean_K)):
+        others_G = np.delete(below_KG, k, axis=0).prod(axis=0)
+        chance_K[k] = ((others_G[1:] + others_G[:-1]) / 2) @ np.diff(below_KG[k])
+    return chance_K / chance_K.sum()
 
 
 def _normal(*what: object) -> float:

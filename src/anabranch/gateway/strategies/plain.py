@@ -42,8 +42,9 @@ class Static(Strategy, kind="static"):
         if name is not None:
             score_P[pool.names.index(name)] = 1.0
         return Decision(
-            candidates=ordered(pool, score_P), strategy=self.name, reason=f"always {name or 'the first model'}"
-        )
+            candidates=ordered(pool, score_P), strategy=self.name, reason=f"always {name or 'the first model'}",
+            probability=1.0,
+        )  # fmt: skip
 
 
 class Random(Strategy, kind="random"):
@@ -96,7 +97,10 @@ class Random(Strategy, kind="random"):
         candidates = ordered(pool, key_P)
         if not candidates:
             raise InputError(f"random draws none of the pool's models: {', '.join(pool.names)}")
-        return Decision(candidates=candidates, strategy=self.name, reason="drawn by lot")
+        first = pool.names.index(candidates[0].model)
+        drawn_P = np.isin(pool.names, [candidate.model for candidate in candidates])
+        chance = float(weight_P[first] / weight_P[drawn_P].sum())
+        return Decision(candidates=candidates, strategy=self.name, reason="drawn by lot", probability=chance)
 
     def _weights(self, pool: Pool) -> np.ndarray:
         config = self.config
@@ -128,7 +132,21 @@ class RoundRobin(Strategy, kind="round_robin"):
         """The next of the pool; the ones after it are the fallback chain. Moves the turn on."""
         score_P = -((np.arange(len(pool)) - self.turn) % len(pool)).astype(float)
         self.turn += 1
-        return Decision(candidates=ordered(pool, score_P), strategy=self.name, reason=f"turn {self.turn}")
+        candidates = ordered(pool, score_P)
+        # The turn knows nothing of the query: to it, whose turn it is is chance. Those that are not available leave theirs to the next.
+        chance = self._chance(pool, candidates[0].model)
+        return Decision(candidates=candidates, strategy=self.name, reason=f"turn {self.turn}", probability=chance)
+
+    @staticmethod
+    def _chance(pool: Pool, chosen: str) -> float:
+        """Share of the turns that come to a model."""
+        is_open_P = [model.is_available for model in pool.models]
+        if not any(is_open_P):
+            return 1 / len(pool)
+        at, turns = pool.names.index(chosen), 1
+        while not is_open_P[at - turns]:
+            turns += 1
+        return turns / len(pool)
 
     def play(self, data: Recorded, pool: Pool) -> Played:
         """From the turn it is at, which stays."""
@@ -193,7 +211,8 @@ class LeastLatency(_OfModel, kind="least_latency"):
         )
         candidates = ordered(pool, -waiting_P)
         return Decision(
-            candidates=candidates, strategy=self.name, reason=f"{candidates[0].model} answers in {-candidates[0].score:.2f} s"
+            candidates=candidates, strategy=self.name, reason=f"{candidates[0].model} answers in {-candidates[0].score:.2f} s",
+            probability=1.0,
         )  # fmt: skip
 
 
@@ -220,7 +239,7 @@ class Cheapest(_OfModel, kind="cheapest"):
         cost_P = np.array([self._cost(query, model) for model in pool.models])
         candidates = ordered(pool, -cost_P, cost=cost_P)
         reason = f"{candidates[0].model} costs least: {candidates[0].cost:.2g} dollars"
-        return Decision(candidates=candidates, strategy=self.name, reason=reason)
+        return Decision(candidates=candidates, strategy=self.name, reason=reason, probability=1.0)
 
     def _cost(self, query: Query, model: Model) -> float:
         learned = self.learned(model.name)

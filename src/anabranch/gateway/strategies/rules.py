@@ -140,6 +140,7 @@ class Rules(Strategy, kind="rules"):
         return Decision(
             candidates=ordered(pool, usable_P), strategy=self.name, reason=reason,
             details={"rule": None if rule is None else rule.name, "tokens": seen.tokens},
+            probability=1.0,
         )  # fmt: skip
 
     def _fits(self, rule: Rule, query: Query, seen: "_Seen") -> bool:

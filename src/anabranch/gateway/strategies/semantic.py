@@ -189,7 +189,7 @@ class Semantic(Strategy, kind="semantic"):
         return Decision(
             candidates=ordered(pool, listed(models, pool)), strategy=self.name, reason=reason,
             confidence=float(np.clip(similarity_R[best], 0, 1)) if found else None,
-            details={"route": self.names[best] if found else None, "similarities": top},
+            details={"route": self.names[best] if found else None, "similarities": top}, probability=1.0,
         )  # fmt: skip
 
     def state(self) -> tuple[Arrays, Facts]:

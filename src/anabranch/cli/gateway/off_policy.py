@@ -1,0 +1,103 @@
+"""How ``anabranch gateway eval`` judges on a log: by weighing the choices that were made, since nobody knows what others had come to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anabranch.cli.gateway.options import embed, make_embedder, read_strategies
+from anabranch.cli.gateway.replay import print_replay
+from anabranch.cli.graph.waiting import waiting
+from anabranch.cli.output import print_json, say
+from anabranch.errors import DataError
+
+if TYPE_CHECKING:
+    from anabranch.gateway.dataset import Recorded
+    from anabranch.gateway.query import Pool
+    from anabranch.gateway.saving import RouterFolder
+
+
+def is_log(data: Recorded) -> bool:
+    """No question has an answer of every model."""
+    import numpy as np
+
+    return not np.isfinite(data.score_NM).all(1).any()
+
+
+def rest(found: RouterFolder, data: Recorded) -> Recorded:
+    """The questions that routers did not learn from. Raises DataError if there are none."""
+    import numpy as np
+
+    rows = np.flatnonzero([not found.has_seen(text) for text in data.query])
+    if not len(rows):
+        raise DataError(
+            "the routers learned from all of these questions; judge them on others, fit with --hold-out, or use --allow-leak"
+        )
+    return data.take(rows)
+
+
+def show_log(
+    log: Recorded, pool: Pool, router: Path | None, names: list[str] | None, fields: list[str] | None, embedder: str, share: float,
+    seed: int, allow_leak: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Judge on the questions that were not learned from, beside every single model, and print it."""
+    from anabranch.gateway.referee import replay
+    from anabranch.gateway.strategies.plain import Static
+
+    if router is None:
+        judged, log = _learned(log, names, fields, embedder, share, seed, quiet)
+    else:
+        judged, log = _fitted(log, router, names, allow_leak, quiet)
+    alone = {f"always {name}": Static(Static.Config(model=name)) for name in pool.names}
+    with waiting("judging", quiet):
+        result = replay({**judged, **alone}, log, pool)
+    if as_json:
+        print_json({"estimated": "off_policy", **result.to_dict()})
+        return
+    print_replay(result)
+
+
+def _learned(
+    log: Recorded,
+    names: list[str] | None,
+    fields: list[str] | None,
+    embedder: str,
+    share: float,
+    seed: int,
+    quiet: bool,
+) -> tuple[dict[str, Any], Recorded]:
+    from anabranch.gateway.data import pooled, split
+
+    train, test = split(log, (1 - share, share), seed=seed)
+    train, chosen = pooled(train), read_strategies(names, fields)
+    if any(one.needs_vector for one in chosen.values()):
+        made = make_embedder(embedder).fit(train.query)
+        tell = _tell(quiet)
+        train, test = embed(made, train, tell), embed(made, test, tell)
+        for one in chosen.values():
+            one.connect(embed=made.embed)
+    for name, one in chosen.items():
+        with waiting(f"fitting {name}", quiet):
+            one.fit(train, seed=seed)
+    return chosen, test
+
+
+def _fitted(
+    log: Recorded, router: Path, names: list[str] | None, allow_leak: bool, quiet: bool
+) -> tuple[dict[str, Any], Recorded]:
+    from anabranch.gateway.embed.cache import fingerprint
+    from anabranch.gateway.saving import load_folder
+
+    found = load_folder(router, names)
+    # A log grows from fit to eval, so that what is held out cannot be told from what is new: neither was learned from.
+    log = log if allow_leak else rest(found, log)
+    embedders = {fingerprint(one.embedder): one.embedder for one in found.routers.values() if one.embedder is not None}
+    if len(embedders) > 1:
+        raise DataError(f"the routers in {router} were fitted with different embedders; judge them one at a time")
+    for made in embedders.values():
+        log = embed(made, log, _tell(quiet))
+    return {name: one.strategy for name, one in found.routers.items()}, log
+
+
+def _tell(quiet: bool) -> Any:
+    return (lambda text: None) if quiet else say

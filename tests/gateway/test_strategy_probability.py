@@ -1,0 +1,150 @@
+"""Chances that strategies say of their choices are those with which they choose."""
+
+import asyncio
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.gateway import strategies
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.contract import made_outcomes, made_pool
+from anabranch.gateway.data import load, pool_of
+from anabranch.gateway.embed.hashed import Hashed
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.money import Price
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.query import Model, Outcome, Pool, Query
+from anabranch.gateway.referee import replay
+from anabranch.gateway.strategies.bandit import largest_of_normals
+from anabranch.gateway.strategies.plain import Static
+
+VECTOR = np.array([0.6, 0.8], np.float32)
+DRAWS = {
+    "random": {},
+    "weighted": {"kind": "random", "weights": {"a": 1.0, "b": 3.0, "c": 0.5}},
+    "two": {"kind": "random", "strong": "a", "weak": "c", "share": 0.7},
+    "thompson": {"scale": 0.3},
+    "eps_greedy": {"epsilon": 0.4, "decay": 0.0},
+    "round_robin": {},
+}
+
+
+def pool(*closed):
+    return Pool(tuple(Model(name=name, is_available=name not in closed) for name in "abcd"))
+
+
+def made(name):
+    fields = dict(DRAWS[name])
+    one = strategies.make(fields.pop("kind", name), **fields)
+    for model, quality in (("a", 0.5), ("b", 0.6), ("a", 0.4), ("c", 0.55)):
+        one.observe(Outcome(query=Query(text="x", vector_D=VECTOR), model=model, quality=quality))
+    return one
+
+
+@pytest.mark.parametrize("closed", [(), ("b",), ("a", "d")])
+@pytest.mark.parametrize("name", DRAWS)
+def test_models_are_chosen_as_often_as_is_said(name, closed):
+    if name == "two" and "a" in closed:
+        closed = ("b",)
+    one, counts, told, num = made(name), {}, {}, 1200
+    for number in range(num):
+        decision = one.route(Query(text=f"question {number}", vector_D=VECTOR), pool(*closed))
+        counts[decision.model] = counts.get(decision.model, 0) + 1
+        told.setdefault(decision.model, set()).add(round(decision.probability, 9))
+    for model, count in counts.items():
+        [chance] = told[model]
+        assert abs(count / num - chance) < 4.5 * math.sqrt(chance * (1 - chance) / num) + 1e-9, (model, count, chance)
+    assert sum(chance for [chance] in told.values()) == pytest.approx(1, abs=0.02)  # what was never drawn has little
+
+
+def test_nobody_available_is_drawn_from_as_if_all_were():
+    for name in ("random", "eps_greedy", "round_robin"):
+        one = made(name)
+        seen = {one.route(Query(text=f"{n}", vector_D=VECTOR), pool(*"abcd")).model for n in range(80)}
+        assert name == "round_robin" or seen == set("abcd")
+
+
+@pytest.mark.parametrize("kind", ["static", "cheapest", "least_latency", "rules", "linucb", "knn", "semantic"])
+def test_what_leaves_nothing_to_chance_says_so(kind):
+    data = made_outcomes(60)
+    one = strategies.make(kind).fit(data)
+    for query in list(data.queries())[:5]:
+        assert one.route(query, made_pool()).probability == 1.0
+
+
+@pytest.mark.parametrize("kind", ["cascade", "automix", "consistency", "logprob"])
+def test_where_an_answer_decides_there_is_no_chance_to_say(kind):
+    data = made_outcomes(60)
+    one = strategies.make(kind).fit(data)
+    assert one.route(next(data.queries()), made_pool()).probability is None
+
+
+def test_the_largest_of_two_normals_by_hand():
+    """P(X > Y) = Phi((m - n) / sqrt(s^2 + t^2))."""
+    found = largest_of_normals(np.array([0.5, 0.2]), np.array([0.3, 0.4]))
+    assert found[0] == pytest.approx((1 + math.erf(0.3 / 0.5 / math.sqrt(2))) / 2, abs=1e-4)
+    assert largest_of_normals(np.array([1.0, 1.0, 0.0]), np.zeros(3)) == pytest.approx([0.5, 0.5, 0.0], abs=1e-6)
+    assert largest_of_normals(np.array([0.3]), np.array([0.0])) == pytest.approx([1.0])
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.sampled_from([0.0, 1e-3, 0.05, 1.0, 30.0])), min_size=2, max_size=6))
+def test_the_largest_of_normals_is_as_often_as_drawn(pairs):
+    mean, deviation = np.array(pairs).T
+    # Ties of what has no deviation are shared; a draw breaks them by place.
+    mean = mean + 1e-6 * np.arange(len(mean))
+    found = largest_of_normals(mean, deviation)
+    draws = mean + deviation * np.random.default_rng(0).standard_normal((4000, len(mean)))
+    share = np.bincount(draws.argmax(1), minlength=len(mean)) / 4000
+    assert found.sum() == pytest.approx(1)
+    np.testing.assert_allclose(found, share, atol=0.045)
+
+
+@pytest.mark.parametrize("name", ["thompson", "eps_greedy", "random"])
+def test_estimates_from_the_ledger_of_drawn_traffic_are_right(tmp_path, name):
+    """Each model's worth is known; the log is one answer per request of a strategy that goes on learning."""
+    worth = {"a": {"maths": 0.9, "poetry": 0.3}, "b": {"maths": 0.4, "poetry": 0.8}, "c": {"maths": 0.5, "poetry": 0.4}}
+    fields = {"thompson": {"scale": 4.0, "dim": 2}, "eps_greedy": {"epsilon": 0.5, "decay": 0.0, "dim": 2}}.get(
+        name, {}
+    )
+    config = GatewayConfig(
+        models=tuple(
+            ModelConfig(name=one, price=Price.of_dollars(1, 2), deployments=(DeploymentConfig(provider=Mock.Config(model=one)),))
+            for one in worth
+        ),
+        strategies={"try": StrategyConfig(use=name, fields=fields)},
+        embedder=Hashed.Config(), require_key=False, store=str(tmp_path / "g.db"), log=LogConfig(prompts=True),
+    )  # fmt: skip
+    draw = np.random.default_rng(1)
+
+    async def work():
+        async with Gateway(config) as gateway:
+            for number in range(400):
+                topic = ("maths", "poetry")[number % 2]
+                body = {"model": "auto/try", "messages": [{"role": "user", "content": f"{topic} {number}"}]}
+                reply = await gateway.handle("chat", body)
+                right = float(draw.random() < worth[reply.headers["x-route-model"]][topic])
+                await gateway.feedback({"request_id": reply.headers["x-request-id"], "score": right})
+            # What the sender chose says nothing of chances, and is left out: these would say that c is always right.
+            for number in range(50):
+                body = {"model": "c", "messages": [{"role": "user", "content": f"maths {number}"}]}
+                reply = await gateway.handle("chat", body)
+                await gateway.feedback({"request_id": reply.headers["x-request-id"], "score": 1.0})
+
+    asyncio.run(work())
+    log = load(tmp_path / "g.db", by_choice=True)
+    chance_NM = log.signals["probability"]
+    assert np.isfinite(chance_NM).any(1).sum() == 400
+    alone = {model: Static(Static.Config(model=model)) for model in worth}
+    found = replay(alone, log, pool_of(log.models))
+    assert (found.drawn, found.rows) == (400, 450)
+    for one in found.strategies:
+        truth = np.mean(list(worth[one.name].values()))
+        low, high = one.doubly_robust_interval
+        margin = 0.04
+        assert low - margin < truth < high + margin
+        assert abs(one.ips - truth) < 0.2
+        assert abs(one.score - truth) < 0.15
+        assert one.support == pytest.approx(1, abs=0.3)
