@@ -1,11 +1,12 @@
 """What this process may use of the machine: cores and memory, with the limits that containers set."""
 
+import ctypes
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Limits", "Memory", "affinity", "cgroup_limits", "memory", "usable_cores"]
+__all__ = ["Limits", "Memory", "affinity", "cgroup_limits", "give_back_freed", "memory", "usable_cores"]
 
 _UNLIMITED = 1 << 60  # bytes; cgroups of version 1 write a number near 2^63 for "no limit"
 
@@ -87,6 +88,13 @@ def memory(root: Path = Path("/")) -> Memory:
         available = min(available, limits.memory_free_bytes)
     usable = min((size for size in (total, limits.memory_bytes) if size is not None), default=None)
     return Memory(total, available, usable)
+
+
+def give_back_freed() -> None:
+    """Give memory that was freed, and that the C library keeps for later, back to the system (glibc; elsewhere nothing is done)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _groups(root: Path) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Train one language model and measure it: what studies and comparisons run for an arm and a seed."""
 
 import contextlib
-import ctypes
 import gc
 import itertools
 import logging
@@ -18,6 +17,7 @@ import torch
 
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
+from anabranch.machine import give_back_freed
 from anabranch.routing import Router, RoutingTrace, record_routing
 from anabranch.routing.consistency import srp
 from anabranch.routing.measure import (
@@ -216,6 +216,6 @@ def _reset_peak_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed()
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

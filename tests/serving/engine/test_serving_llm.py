@@ -1,6 +1,8 @@
 """`LLM`: text and tokens in, text out, seeds; and a real model where its package is installed."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from anabranch import presets
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError
-from anabranch.lm import save_model
+from anabranch.lm import Decoder, save_model
+from anabranch.nn import SelfAttention, SwiGLU, kernels
 from anabranch.serving import LLM, EngineStats, Finish, Sampling, ServingConfig
 from anabranch.serving.config import parse_bytes
 from anabranch.serving.core.request import Output, Request
@@ -275,3 +278,39 @@ def test_no_prompt_and_no_options_end_the_engine_or_a_neighbour(llm):
         event.id for event in llm._events if isinstance(event, Output) and event.finish in (Finish.LENGTH, Finish.STOP)
     }
     assert ended == {"good", "mixed"}
+
+
+GROWTH = """
+import sys
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.engine.load import load
+
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+load(ServingConfig(model=sys.argv[1], dtype="float32", num_blocks=2))  # what is made once
+before = anonymous()
+engine, _ = load(ServingConfig(model=sys.argv[2], dtype="float32", num_blocks=2))
+print(anonymous() - before, engine.runner.fast is not None)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its memory")
+@pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+def test_an_engine_takes_the_memory_of_its_weights_once(tmp_path):
+    for name, dim in (("small", 64), ("large", 768)):
+        config = Decoder.Config(
+            vocab_size=512, dim=dim, num_layers=6, attention=SelfAttention.Config(num_heads=4),
+            feed_forward=SwiGLU.Config(hidden_dim=2 * dim), max_positions=64,
+        )  # fmt: skip
+        model = config.build(seed=1)
+        save_model(tmp_path / name, model, ByteTokenizer())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tmp_path / "small"), str(tmp_path / "large")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    grown, fast = done.stdout.split()
+    assert fast == "True"
+    assert int(grown) < 1.3 * weights, f"{int(grown):,} bytes for weights of {weights:,}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.machine import give_back_freed
 from anabranch.nn.description import FeedForwardForm, Loops, Passes
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.kernels.operands import address, array_address
@@ -325,6 +326,9 @@ def _pack(model: Decoder, takes_weights: bool) -> Mapping[nn.Module, Sequence[Pa
             found.pop(module)
             module = _in_place(model, names.pop(module), module, own)
         packed[module] = own
+    if takes_weights:
+        # What was let go of would stay with the C library, for nobody to use.
+        give_back_freed()
     return packed
 
 
