@@ -35,13 +35,17 @@ def _kernels():
     kernels.load()
 
 
+# A test may put another in its place, which is still there when the fixtures that were made before monkeypatch end.
+_LOAD = kernels.load
+
+
 @pytest.fixture(autouse=True)
 def _kernels_stay():
     """Without kernels the bits are others: a test that takes them away gives them back."""
     yield
-    is_without = kernels.load.cache_info().currsize > 0 and kernels.load() is None
+    is_without = _LOAD.cache_info().currsize > 0 and _LOAD() is None
     if is_without and native.load() is not None:
-        kernels.load.cache_clear()
+        _LOAD.cache_clear()
         raise AssertionError("this test leaves the process without kernels; use the fixture without_kernels")
 
 
