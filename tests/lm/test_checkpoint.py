@@ -275,8 +275,8 @@ def test_corrupt_config(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 3}, "schema version 3, and this anabranch .* reads up to 2; update anabranch"),
-        ({"schema": "one"}, "schema in .* is 'one'; it must be 1 to 2"),
+        ({"schema": 4}, "schema version 4, and this anabranch .* reads up to 3; update anabranch"),
+        ({"schema": "one"}, "schema in .* is 'one'; it must be 1 to 3"),
         ({"format": "other"}, "neither format='anabranch' nor a Hugging Face model_type"),
         ({"model": {"dmi": 3}}, "does not describe a model: .*has no field 'dmi'; did you mean 'dim'"),
         ({"model": None}, "does not describe a model"),

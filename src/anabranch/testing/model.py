@@ -312,10 +312,11 @@ def _check_state(model: Decoder, token_BL: Tensor) -> None:
 
 
 def _check_record(model: Decoder, token_BL: Tensor) -> None:
+    # What decides in an evaluation may mix all destinations in training.
+    model.eval()
     routers = list(find_routers(model).values())
     if not routers:
         return
-    model.eval()
     mask_BL = torch.ones_like(token_BL, dtype=torch.bool)
     mask_BL[0, :4] = False
     with torch.no_grad():
