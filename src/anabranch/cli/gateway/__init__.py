@@ -5,6 +5,7 @@ from collections.abc import Callable
 import typer
 
 from anabranch.cli.gateway.budget import app as budget
+from anabranch.cli.gateway.collect import collect
 from anabranch.cli.gateway.convert import convert
 from anabranch.cli.gateway.eval import evaluate
 from anabranch.cli.gateway.fit import fit
@@ -28,6 +29,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "route": route,
     "replay": replay,
+    "collect": collect,
     "import": convert,
 }
 for _name, _command in _COMMANDS.items():

@@ -22,7 +22,7 @@ from anabranch.cli.gateway.options import (
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed
 from anabranch.cli.output import print_json, say, size, table, wrote
-from anabranch.errors import InputError
+from anabranch.errors import DataError, InputError
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
@@ -80,9 +80,18 @@ def fit(
     for name, one in chosen.items():
         with waiting(f"fitting {name}", quiet):
             one.connect(embed=made.embed)
-            one.fit(learned, seed=seed)
+            try:
+                one.fit(learned, seed=seed)
+            except DataError as error:
+                # Of all there are, some cannot learn from data like these.
+                if strategy != ["all"]:
+                    raise
+                say(f"{name} was left out: {error}")
+                continue
         needed = made if one.needs_vector else None
         routers[name] = FittedRouter(strategy=one, models=pool.models, embedder=needed, about=about)
+    if not routers:
+        raise DataError(f"no strategy can learn from {data}")
     save_folder(out, routers, learned, about)
     sizes = {name: (out / f"{name}.safetensors").stat().st_size for name in routers}
     if as_json:

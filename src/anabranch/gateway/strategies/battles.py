@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anabranch.errors import DataError
+from anabranch.gateway.strategies.training import check_compared
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,10 @@ class Battles:
 
 def battles_of(score_NM: np.ndarray, name: str) -> Battles:
     """Every pair of known scores of a query, in the order of queries. Raises DataError if no two models answered the same query."""
+    check_compared(score_NM, name)
     first_P, second_P = np.triu_indices(score_NM.shape[1], 1)
     first_NP, second_NP = score_NM[:, first_P], score_NM[:, second_P]
     row_B, pair_B = np.nonzero(np.isfinite(first_NP) & np.isfinite(second_NP))
-    if not len(row_B):
-        raise DataError(f"{name} compares models; no query has scores of two")
     gap_B = first_NP[row_B, pair_B] - second_NP[row_B, pair_B]
     winner_B = np.where(gap_B >= 0, first_P[pair_B], second_P[pair_B])
     loser_B = np.where(gap_B >= 0, second_P[pair_B], first_P[pair_B])

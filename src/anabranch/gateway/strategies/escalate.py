@@ -25,7 +25,7 @@ from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Decision, Pool, Query
 from anabranch.gateway.strategies.rules import by_price
 from anabranch.gateway.strategies.semantic import listed
-from anabranch.gateway.strategies.training import means, training_set
+from anabranch.gateway.strategies.training import check_compared, means, training_set
 from anabranch.gateway.strategy import Arrays, Facts, Played, Strategy, ordered
 
 # A threshold that no confidence reaches; finite, so that JSON can hold it.
@@ -106,6 +106,8 @@ class Escalating(Strategy):
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Choose chains and thresholds on recorded outcomes. Raises DataError without costs."""
         training_set(data, self.name, vector=self.needs_vector, cost=True)
+        if len(data.models) > 1:
+            check_compared(data.score_NM, self.name)
         confidence_NM = self.learn(data, seed=seed)
         unknown = [name for name in self.config.models if name not in data.models]
         if unknown:

@@ -26,7 +26,7 @@ from anabranch.gateway.predictor import Prediction, Predictor
 from anabranch.gateway.query import Query
 from anabranch.gateway.strategies.knn import one_vector
 from anabranch.gateway.strategies.logistic import fit_logistic, sigmoid
-from anabranch.gateway.strategies.training import Kept, means, training_set, vectors_of
+from anabranch.gateway.strategies.training import Kept, check_compared, means, training_set, vectors_of
 from anabranch.gateway.strategy import Arrays, Facts
 
 
@@ -61,6 +61,8 @@ class Hybrid(Kept, Predictor, kind="hybrid"):
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """A classifier for each model but the large one, on rows where both are known. Needs no chance."""
         training_set(data, "hybrid")
+        if len(data.models) > 1:
+            check_compared(data.score_NM, "hybrid")
         self.models, mean_M = data.models, means(data.score_NM)
         name = self.config.large
         if name is not None and name not in self.models:

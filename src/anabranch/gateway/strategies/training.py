@@ -48,6 +48,15 @@ def training_set(data: Recorded, name: str, *, vector: bool = True, cost: bool =
     return data
 
 
+def check_compared(score_NM: np.ndarray, name: str) -> None:
+    """Raises DataError if ``name``, which compares models, is given a log in which no query was answered by two."""
+    if (np.isfinite(score_NM).sum(1) < 2).all():
+        raise DataError(
+            f"{name} compares models; no query has scores of two. Ask the other models too (anabranch gateway collect), or take a strategy "
+            "that learns from one answer per query: ridge, knn, irt, linucb"
+        )
+
+
 def vectors_of(data: Recorded, dim: int, name: str) -> np.ndarray:
     """float32 ``[N, D]``. Raises InputError where there are none, or of another length than learned from."""
     if data.vector_ND is None:

@@ -1,0 +1,154 @@
+"""``anabranch gateway collect``: what the other models would have said to stored questions, and what that is worth."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.gateway.stores import moment, seconds
+from anabranch.cli.options import AsJson, Quiet
+from anabranch.cli.output import fact, print_json, say, wrote
+from anabranch.errors import DataError, InputError
+from anabranch.extras import require
+from anabranch.files import check_apart
+
+if TYPE_CHECKING:
+    from anabranch.gateway.collect import Collected
+    from anabranch.gateway.config import GatewayConfig
+    from anabranch.gateway.judges import Judge
+
+RULES = ("exact", "contains")
+
+
+def collect(
+    config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="Of the gateway whose store is read.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Recorded outcomes (.jsonl); gone on with where it is there.")
+    ],
+    judge: Annotated[
+        str,
+        typer.Option(metavar="HOW", help="exact or contains (with --references), or the name of a model that judges."),
+    ],
+    references: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Right answers as JSON lines of query and answer, for exact and contains."),
+    ] = None,
+    anchor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Whose answers a judging model compares the others with. Default: the first."
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", metavar="MODEL", help="To compare; may be repeated. Default: all.")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="USD", min=0, help="Dollars that all collecting may cost (the budget of tag:collect)."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Questions to add at most.")] = None,
+    share: Annotated[
+        float, typer.Option(metavar="F", min=0, max=1, help="Share of the questions, always the same.")
+    ] = 1.0,
+    since: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="From then: a date (UTC) or so long ago, e.g. 24h, 7d.")
+    ] = None,
+    rate: Annotated[float, typer.Option(metavar="N", min=0.01, help="Calls a minute, the judge's among them.")] = 60.0,
+    every: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Look for new questions again after so long (30s, 10m), until stopped."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of an answer. Default: as the config says of the model.")
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option(metavar="STORE", help="SQLite file or URL. Default: as the config says.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask every model what users asked, judge the answers, and write a table of all outcomes for gateway fit and eval.
+
+    Needs a store with texts (prompts under [log]). Each call is a request of the gateway, tagged collect; an interrupted run goes on.
+
+    Example: anabranch gateway collect -c gateway.toml --judge gpt-4o --budget 5 --out outcomes.jsonl
+    """
+    require("gateway", by="anabranch gateway collect")
+    from anabranch.gateway.http.run import load
+    from anabranch.gateway.store.store import store_file
+
+    check_apart([out], [config, references])
+    if out.suffix != ".jsonl":
+        raise InputError(f"--out is {str(out)!r}; its name must end in .jsonl")
+    since_s = moment(since, "--since") or 0.0
+    every_s = None if every is None else seconds(every, "--every")
+    if every_s == 0:
+        raise InputError(f"--every is {every!r}; it must be at least 1s")
+    held = load(config, store)
+    file = store_file(held.store)
+    if file is not None and not file.exists():
+        raise DataError(f"no store at {file}; give that of the gateway with --store")
+    check_apart([out], [file])
+    names = model or [one.name for one in held.models]
+    chosen = _judge(judge, references, anchor, names)
+    tell = (lambda text: None) if quiet or as_json else say
+    settings = {"per_minute": rate, "max_tokens": max_tokens, "told": tell}
+    bounds = {"limit": limit, "share_of": share, "since_s": since_s}
+    done = asyncio.run(_run(held, names, chosen, out, budget, every_s, settings, bounds))
+    if as_json:
+        print_json({"out": str(out), "models": names, "judge": chosen.name, **dataclasses.asdict(done)})
+        return
+    _print(done, out)
+
+
+def _judge(how: str, references: Path | None, anchor: str | None, names: list[str]) -> Judge:
+    from anabranch.gateway.judges import ModelJudge, ReferenceJudge
+
+    if how in RULES:
+        if references is None:
+            raise InputError(f"--judge {how} needs --references, the right answers")
+        return ReferenceJudge.read(references, how)
+    if references is not None:
+        raise InputError(
+            f"--references goes with --judge {' or '.join(RULES)}; {how!r} is taken for a model that judges"
+        )
+    if anchor is not None and anchor not in names:
+        raise InputError(f"--anchor is {anchor!r}, which is not compared; take one of {', '.join(names)}")
+    return ModelJudge(how, anchor or names[0])
+
+
+async def _run(
+    config: GatewayConfig, names: list[str], judge: Judge, out: Path, budget: float | None, every_s: float | None,
+    settings: dict[str, Any], bounds: dict[str, Any],
+) -> Collected:  # fmt: skip
+    from anabranch.gateway.collect import TAG, Collector, for_collecting
+    from anabranch.gateway.gateway import Gateway
+    from anabranch.gateway.money import nano_dollars
+
+    async with Gateway(for_collecting(config)) as gateway:
+        collector = Collector(gateway, names, judge, **settings)
+        if budget is not None:
+            await gateway.store.set_budget(f"tag:{TAG}", nano_dollars(budget))
+        while True:
+            done = await collector.run(out, **bounds)
+            enough = bounds["limit"] is not None and done.questions >= bounds["limit"]
+            if every_s is None or done.stopped or enough:
+                return done
+            await asyncio.sleep(every_s)
+
+
+def _print(done: Collected, out: Path) -> None:
+    fact(
+        "added",
+        f"{done.questions:,} questions ({done.there:,} were there), {done.calls:,} answers asked for, {done.reused:,} reused",
+    )
+    if done.failed or done.unjudged:
+        fact("left out", f"{done.failed:,} that a model did not answer, {done.unjudged:,} that could not be judged")
+    if done.stopped:
+        fact("stopped", done.stopped)
+    if done.questions + done.there:
+        wrote(str(out), f"anabranch gateway eval {out}")

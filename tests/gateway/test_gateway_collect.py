@@ -1,0 +1,272 @@
+"""What the other models would have said: asked, judged, paid for once, gone on with."""
+
+import asyncio
+import json
+import os
+import stat
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.cli.main import main
+from anabranch.errors import DataError
+from anabranch.gateway.collect import TAG
+from anabranch.gateway.config import load_config
+from anabranch.gateway.data import load
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.judges import ModelJudge, ReferenceJudge, prompt_of, verdict
+from anabranch.gateway.store import LedgerQuery, open_store
+
+CONFIG = """
+require_key = true
+store = "{folder}/gateway.db"
+fallbacks = {{ a = ["b"] }}
+[log]
+prompts = {prompts}
+[strategies.try]
+kind = "random"
+{models}
+"""
+MODEL = """
+[[models]]
+name = "{name}"
+max_tokens = 20
+price = {{ input_usd = 10, output_usd = 10 }}
+deployments = [{{ provider = {{ kind = "mock", model = "{name}", reply = "{reply}", script = {script} }} }}]
+"""
+REPLIES = {"a": "a says it.", "b": "b says it.", "c": "c says it.", "judge": "verdict: A"}
+
+
+def write(folder, prompts=True, scripts=None):
+    models = "".join(
+        MODEL.format(name=name, reply=reply, script=json.dumps((scripts or {}).get(name, [])))
+        for name, reply in REPLIES.items()
+    )
+    path = folder / "gateway.toml"
+    path.write_text(CONFIG.format(folder=folder, prompts=str(prompts).lower(), models=models))
+    return path
+
+
+def traffic(path, num=12):
+    """Requests of a user, answered by a or b."""
+
+    async def work():
+        async with Gateway(load_config(path)) as gateway:
+            secret, _ = await gateway.store.create_key("user", models=["a", "b"])
+            for number in range(num):
+                talk = [{"role": "system", "content": "be brief"}] if number % 3 == 0 else []
+                talk = [*talk, {"role": "user", "content": f"question {number}?"}]
+                tools = {"tools": [{"type": "function", "function": {"name": "f"}}]} if number == 5 else {}
+                await gateway.achat(
+                    {"model": "auto/try", "messages": talk, **tools}, key=secret, headers={"x-task": "t"}
+                )
+            # The same again, which is no new question.
+            await gateway.achat({"model": "a", "messages": [{"role": "user", "content": "Question 1"}]}, key=secret)
+
+    asyncio.run(work())
+
+
+def references(folder, num=12):
+    """Every third question has an answer that only c gives, the others one that a gives; one has none."""
+    path = folder / "references.jsonl"
+    rows = [{"query": f"question {n}?", "answer": "C says it" if n % 3 == 0 else "a says it"} for n in range(1, num)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def collect(capsys, path, out, *arguments, code=0):
+    capsys.readouterr()
+    three = [word for name in "abc" for word in ("--model", name)]
+    given = ["gateway", "collect", "-c", str(path), "--out", str(out), "--rate", "100000", *three, *map(str, arguments)]
+    assert main([*given, "--json"]) == code
+    said = capsys.readouterr()
+    return json.loads(said.out) if code == 0 else said.err
+
+
+def collected_rows(folder):
+    async def work():
+        async with open_store(str(folder / "gateway.db"), serves=False) as store:
+            return await store.ledger(LedgerQuery(tag=TAG, limit=1000)), await store.budgets()
+
+    return asyncio.run(work())
+
+
+def test_a_log_becomes_a_table_of_all_outcomes(tmp_path, capsys):
+    path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
+    traffic(path)
+    before = open(path).read()
+    done = collect(capsys, path, out, "--judge", "exact", "--references", references(tmp_path))
+    # Of twelve, one has tools and one no reference; of each one answer was there.
+    assert (done["questions"], done["calls"], done["reused"], done["unjudged"], done["failed"]) == (10, 20, 10, 1, 0)
+    rows, _ = collected_rows(tmp_path)
+    assert len(rows) == 20
+    assert all((row.status, row.attempts, row.requested) == ("ok", 1, row.model) for row in rows)
+    data = load(out)
+    assert (data.models, set(data.task)) == (("a", "b", "c"), {"t"})
+    assert np.isfinite(data.score_NM).all()
+    for query, score, answers in zip(data.query, data.score_NM, data.answers, strict=True):
+        is_third = int(query.split()[1].rstrip("?")) % 3 == 0
+        assert score.tolist() == ([0, 0, 1] if is_third else [1, 0, 0])
+        assert answers == {name: REPLIES[name] for name in "abc"}
+    assert (data.cost_NM > 0).all()
+    assert (
+        sum(row.cost_nano for row in rows) < data.cost_NM.sum() * 1e9 + 0.5
+    )  # the users' own answers are in the table too
+    assert stat.S_IMODE(os.stat(out).st_mode) == 0o600
+    again = collect(capsys, path, out, "--judge", "exact", "--references", tmp_path / "references.jsonl")
+    assert (again["questions"], again["there"], again["calls"]) == (0, 10, 0)
+    assert main(["gateway", "fit", str(out), "--out", str(tmp_path / "routers"), "--quiet", "--hold-out", "0.3"]) == 0
+    assert main(["gateway", "eval", str(out), "--router", str(tmp_path / "routers"), "--quiet"]) == 0
+    assert open(path).read() == before
+
+
+def test_its_own_budget_ends_it_and_nothing_is_paid_twice(tmp_path, capsys):
+    path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
+    traffic(path)
+    options = ("--judge", "contains", "--references", references(tmp_path))
+    first = collect(capsys, path, out, *options, "--budget", "0.0014")
+    assert "budget of tag collect" in first["stopped"]
+    assert 0 < first["questions"] < 10
+    rows, [budget] = collected_rows(tmp_path)
+    assert budget.spent_nano == sum(row.cost_nano for row in rows) <= budget.limit_nano
+    assert budget.reserved_nano == 0
+    # A line was cut off when the machine went down: its answers are still there.
+    raw = out.read_bytes()
+    out.write_bytes(raw[:-30])
+    second = collect(capsys, path, out, *options, "--budget", "1")
+    assert second["there"] == first["questions"] - 1
+    rows, _ = collected_rows(tmp_path)
+    assert len([row for row in rows if row.status == "ok"]) == 20
+    assert len({line for line in out.read_text().splitlines() if json.loads(line)}) == 10
+
+
+def test_a_model_that_fails_is_asked_again_by_the_next_run(tmp_path, capsys):
+    path, out = write(tmp_path, scripts={"c": ["400"] * 4}), tmp_path / "outcomes.jsonl"
+    traffic(path)
+    first = collect(capsys, path, out, "--judge", "exact", "--references", references(tmp_path))
+    assert (first["questions"], first["failed"]) == (6, 4)
+    write(tmp_path)
+    second = collect(capsys, path, out, "--judge", "exact", "--references", tmp_path / "references.jsonl")
+    assert (second["questions"], second["calls"], second["reused"]) == (4, 4, 8)
+
+
+def test_a_model_judges_in_both_orders(tmp_path, capsys):
+    path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
+    traffic(path, 4)
+    done = collect(capsys, path, out, "--judge", "judge", "--anchor", "b", "--limit", 3)
+    assert (done["questions"], done["judge"]) == (3, "judge against b")
+    # It always likes the first, which says nothing.
+    assert load(out).score_NM.tolist() == [[0.5, 0.5, 0.5]] * 3
+    rows, _ = collected_rows(tmp_path)
+    assert sum(row.model == "judge" for row in rows) == 3 * 2 * 2
+
+
+def test_new_questions_are_collected_while_they_come_in(tmp_path, capsys):
+    """Three questions are there; three more come while it waits, and it ends once it has five."""
+    path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
+    traffic(path, 3)
+    later = threading.Thread(target=lambda: (time.sleep(0.5), traffic(path, 8)))
+    later.start()
+    done = collect(capsys, path, out, "--judge", "judge", "--every", "1s", "--limit", 5)
+    later.join()
+    assert (done["questions"], done["there"]) == (5, 0)
+    assert len(set(load(out).query)) == 5
+
+
+WRONG = {
+    "no references": (("--judge", "exact"), "needs --references"),
+    "references for a model": (("--judge", "judge", "--references", "references.jsonl"), "goes with --judge"),
+    "a judge that is not there": (("--judge", "nobody"), "no model 'nobody'"),
+    "an anchor that is not compared": (("--judge", "judge", "--anchor", "judge"), "--anchor is 'judge'"),
+    "another store": (("--judge", "judge", "--store", "none.db"), "no store at"),
+    "another ending": (("--judge", "judge", "--out", "x.csv"), ".jsonl"),
+    "no time at all": (("--judge", "judge", "--every", "0m"), "at least 1s"),
+    "an unknown time": (("--judge", "judge", "--since", "soon"), "--since"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_is_said_before_anything_is_asked(tmp_path, capsys, monkeypatch, name):
+    arguments, message = WRONG[name]
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path)
+    traffic(path, 1)
+    references(tmp_path)
+    assert message in collect(capsys, path, tmp_path / "out.jsonl", *arguments, code=2)
+    assert collected_rows(tmp_path)[0] == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["years of work", '{"query": "q"}\n', '{"query": "q", "scores": {"a": 1, "z": 0}}\n', "\n[]\n"],
+)
+def test_a_file_of_something_else_is_left_alone(tmp_path, capsys, content):
+    path, out = write(tmp_path), tmp_path / "out.jsonl"
+    traffic(path, 2)
+    out.write_text(content)
+    assert "choose a new file" in collect(capsys, path, out, "--judge", "judge", code=2)
+    assert out.read_text() == content
+
+
+def test_a_store_without_texts_is_told(tmp_path, capsys):
+    path = write(tmp_path, prompts=False)
+    traffic(path, 2)
+    assert "prompts = true under [log]" in collect(capsys, path, tmp_path / "out.jsonl", "--judge", "judge", code=2)
+
+
+# Judges
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("verdict: A", 1.0), ("I think\nVerdict: **B**", 0.0), ("verdict: tie.", 0.5), ("B", 0.0), (" tie ", 0.5),
+        ("verdict: A, or B? verdict: B", 0.0),
+        ("A is better", None), ("verdict: Apples", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_read_or_not_clear(said, wanted):
+    assert verdict(said) == wanted
+
+
+def judged(judge, answers, say):
+    async def ask(model, prompt):
+        return say(json.loads(prompt.split("\n\n")[1]))
+
+    return asyncio.run(judge.scores("q", answers, ask))
+
+
+def test_scores_by_hand():
+    longer = lambda shown: f"verdict: {'A' if len(shown['answer_A']) > len(shown['answer_B']) else 'B'}"  # noqa: E731
+    judge = ModelJudge("j", "b")
+    answers = {"a": "much longer", "b": "middling", "c": "short", "d": "middling"}
+    assert judged(judge, answers, longer) == {"a": 1.0, "b": 0.5, "c": 0.0, "d": 0.5}
+    assert judged(judge, answers, lambda shown: "verdict: B") == dict.fromkeys("abcd", 0.5)
+    assert judged(judge, answers, lambda shown: "who knows") is None
+
+
+@given(st.text(), st.text(), st.text())
+def test_no_text_ends_what_the_judge_is_shown(query, first, second):
+    shown = prompt_of(query, first, second)
+    assert json.loads(shown[shown.index("{") : shown.rindex("}") + 1]) == {
+        "question": query, "answer_A": first, "answer_B": second
+    }  # fmt: skip
+
+
+def test_references_by_hand(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"query": "How many?", "answer": "42"}\n')
+    exact, contains = ReferenceJudge.read(path), ReferenceJudge.read(path, "contains")
+    assert exact.knows("how MANY")
+    assert not exact.knows("who?")
+    answers = {"a": "42.", "b": "It is 42!", "c": "420"}
+    for judge, wanted in ((exact, [1, 0, 0]), (contains, [1, 1, 0])):
+        assert list(asyncio.run(judge.scores("How many?", answers, None)).values()) == wanted
+    for bad in ("[]", '{"query": "q"}', '{"query": "q", "answer": "?"}', "{"):
+        path.write_text(bad + "\n")
+        with pytest.raises(DataError, match=r"r.jsonl, line 1"):
+            ReferenceJudge.read(path)
