@@ -28,7 +28,7 @@ PUBLIC = {
         frontier_of_trade_off solve_map
     """,
     "anabranch.gateway.data": """
-        SETS UNITS Columns RoutingSet check_disjoint deduplicated folds from_ledger groups llmrouter load load_csv load_jsonl
+        SETS UNITS Columns RoutingSet check_disjoint deduplicated folds from_ledger groups is_store llmrouter load load_csv load_jsonl
         load_store measured_in merged pool_of pooled read_joules read_prices routellm_mmlu split
     """,
     "anabranch.gateway.embed": "Embedder embed_cached",

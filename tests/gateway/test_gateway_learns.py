@@ -111,6 +111,8 @@ def test_from_requests_and_feedback_to_a_router_that_serves(tmp_path, capsys, mo
         fitted = command(capsys, "fit", store, "--out", routers, "--strategy", "knn", "--set", "knn.k=10")
         assert fitted["learned"] + fitted["held_out"] == 76  # all but the one that was not to be stored
         judged = command(capsys, "eval", store, "--router", routers)
+        replayed = command(capsys, "replay", store, "--router", routers)
+        assert replayed["strategies"] == [row for row in judged["strategies"] if row["name"] == "knn"]
         # Beside the gateway, on the store that it has open.
         options = ("--judge", "large", "--limit", 4, "--rate", 100_000, "--out", table)
         collected = command(capsys, "collect", "-c", tmp_path / "gateway.toml", *options)

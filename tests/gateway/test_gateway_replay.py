@@ -159,3 +159,7 @@ def test_what_the_log_never_tries_is_told_by_its_support():
     _, log = logged({"maths": [0.5, 0.5, 0], "poetry": [0.5, 0.5, 0], "code": [0.25, 0.25, 0.5]}, num=2000)
     one = replay({"large": Told(np.full(2000, 2))}, log, POOL).strategies[0]
     assert one.support == pytest.approx(1 / 3, abs=0.08)
+    assert one.support_interval[0] < 1 / 3 < one.support_interval[1] < 0.5
+    others = log.take(np.flatnonzero(np.isnan(log.score_NM[:, 2])))
+    never = replay({"large": Told(np.full(len(others), 2))}, others, POOL).strategies[0]
+    assert (never.score, never.support_interval) == (None, [0.0, 0.0])

@@ -2,12 +2,14 @@
 
 import asyncio
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anabranch.cli.gateway.replay import print_replay
 from anabranch.gateway import strategies
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.contract import made_outcomes, made_pool
@@ -148,3 +150,23 @@ def test_estimates_from_the_ledger_of_drawn_traffic_are_right(tmp_path, name):
         assert abs(one.ips - truth) < 0.2
         assert abs(one.score - truth) < 0.15
         assert one.support == pytest.approx(1, abs=0.3)
+
+
+def test_who_draws_by_the_lot_of_the_log_is_found_out(capsys):
+    """The same kind with the same seed chooses as the log did each time, so that every row matches."""
+    data, drawn = made_outcomes(400), strategies.make("random")
+    choice_N = drawn.play(data, made_pool()).model_N
+    known_NM = np.arange(4) == choice_N[:, None]
+    log = replace(
+        data,
+        score_NM=np.where(known_NM, data.score_NM, np.nan),
+        signals={"probability": np.where(known_NM, 0.25, np.nan)},
+    )
+    found = replay({"same": drawn, "other": strategies.make("random", seed=5)}, log, made_pool())
+    same, other = found.strategies
+    assert same.support == pytest.approx(4)
+    assert other.support_interval[0] < 1 < other.support_interval[1]
+    print_replay(found)
+    said = capsys.readouterr().out
+    assert "same: it draws as the log did" in said
+    assert "other:" not in said

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.gateway.off_policy import is_log, rest, show_log
+from anabranch.cli.gateway.off_policy import is_log, show_log
 from anabranch.cli.gateway.options import (
     AllowLeak,
     ColumnMap,
@@ -22,6 +22,7 @@ from anabranch.cli.gateway.options import (
     measured,
     read_data,
     read_strategies,
+    rest,
 )
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.gateway.options import embed, make_embedder, read_strategies
+from anabranch.cli.gateway.options import embed, make_embedder, read_strategies, rest
 from anabranch.cli.gateway.replay import print_replay
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.output import print_json, say
-from anabranch.errors import DataError
+from anabranch.errors import AnabranchError, DataError
 
 if TYPE_CHECKING:
     from anabranch.gateway.dataset import Recorded
     from anabranch.gateway.query import Pool
-    from anabranch.gateway.saving import RouterFolder
 
 
 def is_log(data: Recorded) -> bool:
@@ -22,18 +21,6 @@ def is_log(data: Recorded) -> bool:
     import numpy as np
 
     return not np.isfinite(data.score_NM).all(1).any()
-
-
-def rest(found: RouterFolder, data: Recorded) -> Recorded:
-    """The questions that routers did not learn from. Raises DataError if there are none."""
-    import numpy as np
-
-    rows = np.flatnonzero([not found.has_seen(text) for text in data.query])
-    if not len(rows):
-        raise DataError(
-            "the routers learned from all of these questions; judge them on others, fit with --hold-out, or use --allow-leak"
-        )
-    return data.take(rows)
 
 
 def show_log(
@@ -45,7 +32,7 @@ def show_log(
     from anabranch.gateway.strategies.plain import Static
 
     if router is None:
-        judged, log = _learned(log, names, fields, embedder, share, seed, quiet)
+        judged, log = _learned(log, pool, names, fields, embedder, share, seed, quiet)
     else:
         judged, log = _fitted(log, router, names, allow_leak, quiet)
     alone = {f"always {name}": Static(Static.Config(model=name)) for name in pool.names}
@@ -58,14 +45,8 @@ def show_log(
 
 
 def _learned(
-    log: Recorded,
-    names: list[str] | None,
-    fields: list[str] | None,
-    embedder: str,
-    share: float,
-    seed: int,
-    quiet: bool,
-) -> tuple[dict[str, Any], Recorded]:
+    log: Recorded, pool: Pool, names: list[str] | None, fields: list[str] | None, embedder: str, share: float, seed: int, quiet: bool
+) -> tuple[dict[str, Any], Recorded]:  # fmt: skip
     from anabranch.gateway.data import pooled, split
 
     train, test = split(log, (1 - share, share), seed=seed)
@@ -76,10 +57,21 @@ def _learned(
         train, test = embed(made, train, tell), embed(made, test, tell)
         for one in chosen.values():
             one.connect(embed=made.embed)
+    judged = {}
     for name, one in chosen.items():
         with waiting(f"fitting {name}", quiet):
-            one.fit(train, seed=seed)
-    return chosen, test
+            try:
+                one.fit(train, seed=seed)
+                # Of all there are, some cannot learn from a log, or not be played on one.
+                if names == ["all"]:
+                    one.play(test.take([0]), pool)
+            except AnabranchError as error:
+                if names != ["all"]:
+                    raise
+                say(f"{name} was left out: {error}")
+                continue
+        judged[name] = one
+    return judged, test
 
 
 def _fitted(

@@ -9,12 +9,13 @@ import typer
 
 from anabranch.cli.options import FLAG, read_assignments
 from anabranch.cli.output import say
-from anabranch.errors import ConfigError, InputError
+from anabranch.errors import ConfigError, DataError, InputError
 
 if TYPE_CHECKING:
     from anabranch.gateway.dataset import Recorded
     from anabranch.gateway.embed import Embedder
     from anabranch.gateway.query import Pool
+    from anabranch.gateway.saving import RouterFolder
     from anabranch.gateway.strategy import Strategy
 
 # Learn in seconds and need no torch.
@@ -77,6 +78,18 @@ def read_data(
     if not keep_copies:
         data = deduplicated(data) if np.isfinite(data.score_NM).all() else pooled(data)
     return data, pool_of(data.models, known)
+
+
+def rest(found: RouterFolder, data: Recorded) -> Recorded:
+    """The questions that routers did not learn from. Raises DataError if there are none."""
+    import numpy as np
+
+    rows = np.flatnonzero([not found.has_seen(text) for text in data.query])
+    if not len(rows):
+        raise DataError(
+            "the routers learned from all of these questions; judge them on others, fit with --hold-out, or use --allow-leak"
+        )
+    return data.take(rows)
 
 
 def measured(data: Recorded, unit: str, prices: Path | None) -> Recorded:

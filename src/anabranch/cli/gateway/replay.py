@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anabranch.cli.gateway.options import AllowLeak, ColumnMap, Data, Named, Prices, embed, read_data
+from anabranch.cli.gateway.options import AllowLeak, ColumnMap, Data, Named, Prices, embed, read_data, rest
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import print_json, say, table
@@ -15,8 +15,8 @@ from anabranch.cli.output import print_json, say, table
 if TYPE_CHECKING:
     from anabranch.gateway.referee.replay import Replay
 
-# Share of a router's choices that the log may have made, below which one is told.
-ENOUGH_SUPPORT = 0.8
+# Share of a router's choices that the log may have made; one is told where it is surely below.
+ENOUGH_SUPPORT = 0.95
 
 
 def replay(
@@ -35,13 +35,17 @@ def replay(
 
     Example: anabranch gateway replay traffic.jsonl --router routers
     """
+    from anabranch.gateway.data import is_store
     from anabranch.gateway.referee.replay import replay as estimate
     from anabranch.gateway.saving import load_folder
 
     found = load_folder(router, strategy)
     with waiting(f"reading {data}", quiet):
         log, pool = read_data(data, columns, prices, keep_copies=True)
-    if not allow_leak:
+    if not allow_leak and is_store(data):
+        # It goes on growing: what was not learned from is what was held out, and what came since.
+        log = rest(found, log)
+    elif not allow_leak:
         found.check_unseen(log)
     strategies = {}
     for name, one in found.routers.items():
@@ -90,7 +94,10 @@ def print_replay(result: Replay) -> None:
             f"Estimated on the {result.drawn:,} answers whose model was drawn; the others say nothing of another model."
         )
     for one in result.strategies:
-        if one.support is not None and one.support < ENOUGH_SUPPORT:
+        low, high = one.support_interval or (1.0, 1.0)
+        if high < ENOUGH_SUPPORT:
             print(
-                f"{one.name}: the log may have made only about {one.support:.0%} of its choices, and the estimate is of those."
+                f"{one.name}: the log may have made only about {one.support:.0%} of its choices; the estimate is of those."
             )
+        elif low > 1 / ENOUGH_SUPPORT:
+            print(f"{one.name}: it draws as the log did, which flatters or harms it; judge it with another seed.")

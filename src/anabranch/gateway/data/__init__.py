@@ -28,6 +28,7 @@ __all__ = [
     "folds",
     "from_ledger",
     "groups",
+    "is_store",
     "llmrouter",
     "load",
     "load_csv",
@@ -44,6 +45,11 @@ __all__ = [
 ]
 
 
+def is_store(path: str | Path) -> bool:
+    """Whether outcomes by this name are those of a gateway's store."""
+    return "://" in str(path) or Path(path).suffix in (".db", ".sqlite", ".sqlite3")
+
+
 def load(
     path: str | Path,
     *,
@@ -57,7 +63,7 @@ def load(
 
     Raises DataError for another ending, or a file that is malformed, with the line.
     """
-    if "://" in str(path) or Path(path).suffix in (".db", ".sqlite", ".sqlite3"):
+    if is_store(path):
         return load_store(str(path), by_choice=by_choice)
     path = Path(path)
     endings = [ending for ending in path.suffixes[-2:] if ending != ".gz"]

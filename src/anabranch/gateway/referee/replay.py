@@ -35,6 +35,7 @@ PROBABILITY = "probability"
 
 # Parts, each of which is expected from the others.
 FOLDS = 5
+_NO_SUPPORT: dict[str, Any] = {"support": 0.0, "support_interval": [0.0, 0.0]}
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Replayed:
         gain: score - that of the log, and its interval, paired.
         ips: the estimate without normalised weights; None without probabilities.
         doubly_robust: and its interval; None without probabilities.
-        support: mean weight; 1 but for chance where the log may have made all of the strategy's choices, and else their share that it may
-            have made. The estimates are of that share.
+        support: mean weight, and its interval; 1 but for chance where the log may have made all of the strategy's choices, and else the
+            share of them that it may have made. The estimates are of that share. Surely above 1, the strategy draws by the very lot that
+            the log was drawn by (kind and seed are the same), and no estimate is right.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Replayed:
     doubly_robust: float | None = None
     doubly_robust_interval: list[float] | None = None
     support: float | None = None
+    support_interval: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def _estimate(
     weight_N = weight_NM[rows, model_N]
     matched = int((weight_N > 0).sum())
     if not matched:
-        return Replayed(name, 0, 0.0, None, None, None, None, None, support=0.0 if drawn_N.any() else None)
+        return Replayed(name, 0, 0.0, None, None, None, None, None, **_NO_SUPPORT if drawn_N.any() else {})
     value_N = np.where(weight_N > 0, weight_N * np.nan_to_num(log.score_NM[rows, model_N]), 0)
     robust_N = np.zeros(len(log))
     if expected_NM is not None:
@@ -196,6 +199,7 @@ def _estimate(
     return replace(
         found, ips=float(value_N.sum() / num_drawn), doubly_robust=float(robust_N.sum() / num_drawn),
         doubly_robust_interval=_interval(mean_B5[:, 3] / mean_B5[:, 4]), support=float(weight_N.sum() / num_drawn),
+        support_interval=_interval(mean_B5[:, 1] / mean_B5[:, 4]),
     )  # fmt: skip
 
 
