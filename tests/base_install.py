@@ -74,6 +74,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "gateway serve": "gateway",
     "gateway serve --check": "gateway",
     "gateway import x": "gateway",
+    "gateway collect -c x --out x.jsonl --judge exact": "gateway",
     "gateway eval x.jsonl --html x.html": "plots",
 }
 WORKS = (
