@@ -1,7 +1,10 @@
+import contextlib
 import math
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.errors import LimitError
 from anabranch.serving.core.admission import REASONS, Admission, AdmissionConfig, DrainRate, OverloadError, Pace
@@ -219,6 +222,74 @@ def test_those_who_go_away_do_not_count_as_served():
     for _ in range(50):
         admission.admit(10_000).close()
     assert admission.expected_first_token_s(1000) == pytest.approx(before)
+
+
+@pytest.mark.parametrize("waited_s", [60, 150, 240, 86_400])
+def test_what_one_that_went_away_has_waited_for_is_forgotten(waited_s):
+    admission, clock = gate(max_in_flight=100)
+    serve(admission, clock, seconds=0.1, tokens=20, count=20)
+    admission.admit(20, "running").started()
+    before = admission.expected_first_token_s(20)
+    alone = admission.admit(20, "a")
+    clock.now += waited_s
+    alone.close()
+    assert admission.expected_first_token_s(20) == pytest.approx(before)
+    # With another beside it, that one's wait counts.
+    gone = admission.admit(20, "a")
+    clock.now += waited_s
+    stays = admission.admit(20, "b")
+    clock.now += 0.05
+    gone.close()
+    assert admission.expected_first_token_s(20) == pytest.approx(2 * before)
+    clock.now += 30
+    assert admission.expected_first_token_s(20) > 4.0
+    stays.close()
+
+
+def test_a_request_of_several_sequences_is_let_in_to_an_idle_engine_whole_and_refused_whole():
+    admission, clock = gate(max_in_flight=4)
+    serve(admission, clock, seconds=300.0, count=3)
+    tickets = admission.admit_all([10] * 4, "a", 600.0)
+    assert admission.in_flight == 4
+    for ticket in tickets:
+        ticket.close()
+    with admission.admit(10), pytest.raises(OverloadError):
+        admission.admit_all([10] * 4, "a", 1e9)
+    assert (admission.in_flight, admission.queued) == (0, 0)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(("admit", "start", "close")), st.floats(0, 1e5), st.integers(0, 5000), st.sampled_from("ab")
+    ),
+    max_size=40,
+)
+
+
+@given(STEPS, st.floats(1e-3, 1e3), st.integers(0, 10**5), st.integers(1, 3))
+@settings(max_examples=150, deadline=None)
+def test_an_idle_server_admits_whatever_was_before(steps, deadline_s, tokens, count):
+    admission, clock = gate(max_in_flight=8, max_queued=4, max_queued_tokens=9000, max_per_key=5)
+    live = []
+    for step, seconds, number, key in steps:
+        clock.now += seconds
+        if step == "admit":
+            with contextlib.suppress(OverloadError):
+                live.append(admission.admit(number, key, 600.0))
+        elif live:
+            ticket = live[number % len(live)]
+            if step == "start":
+                ticket.started()
+            else:
+                ticket.close()
+                live.remove(ticket)
+    for ticket in live:
+        ticket.close()
+    assert (admission.in_flight, admission.queued, admission.queued_tokens) == (0, 0, 0)
+    assert not admission._waiting
+    admission.admit(tokens, "c", deadline_s).close()
+    for ticket in admission.admit_all([10] * count, "c", deadline_s):
+        ticket.close()
 
 
 def test_the_drain_rate_is_that_of_busy_time():

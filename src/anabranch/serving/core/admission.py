@@ -7,7 +7,7 @@ first token after its deadline; both are told after how many seconds there shoul
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -78,6 +78,8 @@ class Admission:
         self.in_flight = self.queued = self.queued_tokens = 0
         self.rejections: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         self._of_key: Counter[str] = Counter()
+        # Since when each of the queued waits, the one that came first first.
+        self._waiting: dict[Ticket, float] = {}
         window_s = self.config.window_s
         # That leave the queue.
         self._token_rate, self._request_rate = DrainRate(window_s), DrainRate(window_s)
@@ -90,6 +92,25 @@ class Admission:
 
         ``deadline_s``: seconds from now by which its first token must be there. Raises OverloadError.
         """
+        return self.admit_all([num_tokens], key, deadline_s)[0]
+
+    def admit_all(self, prompts: Sequence[int], key: str = "", deadline_s: float | None = None) -> list["Ticket"]:
+        """`admit` for each of ``prompts`` (tokens of each), or for none of them.
+
+        When nothing is in flight no deadline is refused: what is known of the pace is then old, and only who is let in renews it.
+        """
+        if not self.in_flight:
+            deadline_s = None
+        tickets: list[Ticket] = []
+        try:
+            tickets.extend(self._admit(num_tokens, key, deadline_s) for num_tokens in prompts)
+        except OverloadError:
+            for ticket in tickets:
+                ticket.close()
+            raise
+        return tickets
+
+    def _admit(self, num_tokens: int, key: str, deadline_s: float | None) -> "Ticket":
         self.check(num_tokens, key)
         if deadline_s is not None:
             expected_s = self.expected_first_token_s(num_tokens)
@@ -142,6 +163,7 @@ class Admission:
         self.queued += 1
         self.queued_tokens += ticket.num_tokens
         self._of_key[ticket.key] += 1
+        self._waiting[ticket] = now
         for rate in (self._token_rate, self._request_rate, self._end_rate):
             rate.resume(now)
 
@@ -149,10 +171,15 @@ class Admission:
         now = self._clock()
         self.queued -= 1
         self.queued_tokens -= ticket.num_tokens
-        # One that goes away makes room, but says nothing of the engine's pace.
+        del self._waiting[ticket]
         if is_served:
             self._token_rate.drained(ticket.num_tokens, now)
             self._pace.took(ticket.num_tokens, self._request_rate.drained(1, now))
+        else:
+            # One that goes away makes room, but says nothing of the engine's pace: only those that still wait tell of a standstill.
+            since = next(iter(self._waiting.values()), now)
+            self._token_rate.forget(since, now)
+            self._request_rate.forget(since, now)
         if not self.queued:
             self._token_rate.pause(now)
             self._request_rate.pause(now)
@@ -238,6 +265,11 @@ class DrainRate:
         self._times = self._times * kept + 1
         self._elapsed_s = 0.0
         return took_s
+
+    def forget(self, since: float, now: float) -> None:
+        """What was waited for before ``since`` did not come, and shall not count."""
+        self._advance(now)
+        self._elapsed_s = min(self._elapsed_s, now - since)
 
     def per_s(self, now: float) -> float | None:
         """Amount per second; None before anything has drained."""

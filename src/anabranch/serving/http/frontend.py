@@ -168,15 +168,8 @@ class Frontend:
 
         Raises ApiError (429, or 503 by config) with ``Retry-After``.
         """
-        tickets: list[Ticket] = []
         with self._refusing():
-            try:
-                tickets.extend(self.admission.admit(tokens, key, deadline_s) for tokens in prompts)
-            except OverloadError:
-                for ticket in tickets:
-                    ticket.close()
-                raise
-        return tickets
+            return self.admission.admit_all(prompts, key, deadline_s)
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
