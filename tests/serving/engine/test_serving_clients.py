@@ -1,6 +1,7 @@
 """Engines seen from an event loop: in a thread, and in a process that may be killed."""
 
 import asyncio
+import errno
 import functools
 import os
 import random
@@ -320,6 +321,51 @@ def test_a_process_that_cannot_start_says_why(config):
     async def body():
         with pytest.raises(CheckpointError, match="no model at /nowhere"):
             await config.replace(model="/nowhere").build().start()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("socket.socketpair", OSError(errno.EMFILE, "Too many open files")),
+        ("subprocess.Popen", OSError(errno.EAGAIN, "Resource temporarily unavailable")),
+    ],
+)
+def test_a_process_that_the_machine_does_not_give_is_a_clear_error(config, what, error, monkeypatch):
+    def failing(*args, **more):
+        raise error
+
+    async def body():
+        engine, before = config.build(), len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(f"anabranch.serving.engine.process.{what}", failing)
+        with pytest.raises(BackendError, match=f"the engine's process cannot be started: {error.strerror}"):
+            await engine.start()
+        assert not engine.is_ready
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_a_thread_that_the_machine_does_not_give_is_a_clear_error(config, in_process, monkeypatch):
+    start = threading.Thread.start
+
+    def failing(thread):
+        if thread.daemon:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def body():
+        engine = config.replace(process=in_process).build()
+        monkeypatch.setattr(engine, "_greet", lambda connection: None, raising=False)
+        monkeypatch.setattr(threading.Thread, "start", failing)
+        with pytest.raises(BackendError, match="can't start new thread"):
+            await engine.start()
+        assert not engine.is_ready
+        if in_process:
+            assert engine.process.returncode == -signal.SIGKILL
+        await engine.close()
 
     asyncio.run(body())
 

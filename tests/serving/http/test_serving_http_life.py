@@ -1,6 +1,7 @@
 """Overload, deadlines, readers who go or stand still, engines that die; and what the metrics say of it."""
 
 import contextlib
+import errno
 import json
 import math
 import socket
@@ -8,8 +9,10 @@ import time
 
 import pytest
 
+from anabranch.errors import BackendError
 from anabranch.serving.core import stream
 from anabranch.serving.core.admission import AdmissionConfig
+from anabranch.serving.http import frontend
 from anabranch.serving.http.config import Limits
 from fake_engine import Script
 from serving_thread import HELLO, events, serving, streamed, until
@@ -241,6 +244,80 @@ def test_an_engine_that_dies_too_often_is_given_up():
         assert running.frontend.failed.is_set()
         assert running.chat()[0] == 503
         assert running.ask("/health/live")[0] == 503
+
+
+def failing_after_the_first(script, error, times):
+    """Engines of which the second and further ones cannot be started, ``times`` times."""
+    left = [times]
+
+    def make():
+        engine = script()
+        start = engine.start
+
+        async def failing():
+            if len(script.made) > 1 and left[0]:
+                left[0] -= 1
+                raise error
+            return await start()
+
+        engine.start = failing
+        return engine
+
+    return make
+
+
+SHORTAGES = [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread"), BackendError("no")]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=lambda error: type(error).__name__)
+def test_an_engine_that_cannot_be_started_again_at_once_is_tried_again(error, monkeypatch, caplog):
+    monkeypatch.setattr(frontend, "AGAIN_S", 0.05)
+    script = Script()
+    with serving(failing_after_the_first(script, error, 2), restarts=3) as running:
+        before = time.monotonic()
+        running.on_loop(script.made[0].kill)
+        until(lambda: len(script.made) == 4 and running.frontend.state == "ready")
+        # Twice as long before each further start.
+        assert time.monotonic() - before > 0.05 + 0.1
+        assert running.chat(max_tokens=2)[0] == 200
+        assert running.metrics()["engine_restarts_total"] == 3
+    assert f"the engine did not start: {error}" in caplog.text
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=lambda error: type(error).__name__)
+def test_an_engine_that_cannot_be_started_again_is_given_up(error, monkeypatch):
+    monkeypatch.setattr(frontend, "AGAIN_S", 0.01)
+    script = Script()
+    with serving(failing_after_the_first(script, error, 99), restarts=2) as running:
+        running.on_loop(script.made[0].kill)
+        until(lambda: running.frontend.state == "failed")
+        assert running.frontend.failed.is_set()
+        assert len(script.made) == 3
+        assert running.ask("/health/live")[0] == 503
+
+
+def test_an_engine_whose_end_fails_is_started_again_nonetheless(monkeypatch):
+    script = Script()
+    with serving(script) as running:
+
+        async def failing(drain_s=0.0):
+            raise RuntimeError("can't start new thread")
+
+        script.made[0].close = failing
+        running.on_loop(script.made[0].kill)
+        until(lambda: len(script.made) == 2 and running.frontend.state == "ready")
+        assert running.chat(max_tokens=2)[0] == 200
+
+
+def test_a_server_that_cannot_look_after_its_engine_gives_up(monkeypatch, caplog):
+    with serving() as running:
+        monkeypatch.setattr(running.frontend.metrics, "absorb", lambda stats: stats.nothing)
+        until(lambda: running.frontend.state == "failed")
+        assert running.frontend.failed.is_set()
+        status, _, said = running.ask("/health/live")
+        assert (status, said["error"]["code"]) == (503, "failed")
+        assert "cannot be looked after: AttributeError" in said["error"]["message"]
+    assert "a bug: the engine cannot be looked after" in caplog.text
 
 
 def test_loading_is_told():

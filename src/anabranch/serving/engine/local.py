@@ -5,6 +5,7 @@ import functools
 import threading
 from collections.abc import Callable
 
+from anabranch.errors import BackendError
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.loop import EngineLoop
@@ -30,8 +31,12 @@ class LocalEngine(StreamsClient):
         """Load and warm up. Raises AnabranchError if it cannot."""
         loop = asyncio.get_running_loop()
         started: asyncio.Future[EngineInfo] = loop.create_future()
-        self._thread = threading.Thread(target=self._run, args=(loop, started), name="anabranch-engine", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(loop, started), name="anabranch-engine", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise BackendError(f"the engine's thread cannot be started: {error}") from error
+        self._thread = thread
         return self._opened(await started)
 
     def _run(self, loop: asyncio.AbstractEventLoop, started: "asyncio.Future[EngineInfo]") -> None:

@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
 
 from anabranch.errors import BackendError, InputError
 from anabranch.serving.core.client import EngineInfo
@@ -48,36 +47,43 @@ class ProcessEngine(StreamsClient):
     async def start(self) -> EngineInfo:
         """Start the process, load and warm up there. Raises AnabranchError if it cannot."""
         loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "anabranch.serving.engine.worker", str(theirs.fileno())]
-            # A session of its own: an interrupt at the terminal is for the front end, which drains the engine.
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        connection = Connection(ours.detach())
+        try:
+            connection, self.process = self._spawn()
+        except OSError as error:
+            raise BackendError(f"the engine's process cannot be started: {error.strerror or error}") from error
+        self._outbox = queue.SimpleQueue()
         try:
             first = await asyncio.to_thread(self._greet, connection)
+            for thread in (
+                threading.Thread(target=self._write, args=(connection, self._outbox, loop), daemon=True),
+                threading.Thread(target=self._read, args=(connection, loop), daemon=True),
+            ):
+                thread.start()
+                self._threads.append(thread)
         except BaseException as error:
-            connection.close()
             # It has said what it had to, or nobody waits for it any longer.
             self.process.kill()
+            self._outbox.put(None)
+            connection.close()
             await asyncio.to_thread(self.process.wait)
             if isinstance(error, Exception):
                 raise as_error(error) from error
             raise
-        self._outbox = queue.SimpleQueue()
-        info = self._opened(first)
-        ways: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...] = (
-            (self._read, (connection, loop)),
-            (self._write, (connection, self._outbox, loop)),
-        )
-        for target, arguments in ways:
-            thread = threading.Thread(target=target, args=arguments, daemon=True)
-            thread.start()
-            self._threads.append(thread)
-        return info
+        return self._opened(first)
+
+    def _spawn(self) -> tuple[Connection, "subprocess.Popen[bytes]"]:
+        """Our end of a socket pair, and a process with the other end. Raises OSError where either cannot be had."""
+        ours, theirs = socket.socketpair()
+        with theirs, contextlib.ExitStack() as unless_started:
+            unless_started.enter_context(ours)
+            command = [sys.executable, "-m", "anabranch.serving.engine.worker", str(theirs.fileno())]
+            # A session of its own: an interrupt at the terminal is for the front end, which drains the engine.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            unless_started.pop_all()
+        return Connection(ours.detach()), process
 
     def _greet(self, connection: Connection) -> EngineInfo:
         """Send the function, wait for what the engine is."""

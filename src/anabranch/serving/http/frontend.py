@@ -24,6 +24,8 @@ from anabranch.web.api_error import ApiError
 
 logger = logging.getLogger(__name__)
 WATCH_S, PICTURE_S, CLOSE_S = 0.05, 1.0, 10.0
+# Before a start that follows one that has failed; twice as long before each further one. What was short may be there again.
+AGAIN_S = 1.0
 T = TypeVar("T")
 State = Literal["loading", "ready", "draining", "failed"]
 
@@ -223,7 +225,16 @@ class Frontend:
         self.metrics.state.state(state)
 
     async def _watch(self) -> None:
-        """Look after the engine: take its picture, and start it again when it has died."""
+        """Look after the engine as long as that can be done; a server that nobody looks after gives up."""
+        try:
+            await self._look()
+        except Exception as error:
+            # A bug of ours: who runs the server starts it anew.
+            logger.error("a bug: the engine cannot be looked after", exc_info=error)
+            self._give_up(f"the engine cannot be looked after: {type(error).__name__}: {error}")
+
+    async def _look(self) -> None:
+        """Take the engine's picture, and start it again when it has died."""
         pictured = 0.0
         while True:
             await asyncio.sleep(WATCH_S)
@@ -255,18 +266,27 @@ class Frontend:
         await asyncio.sleep(WATCH_S)
         self.cut(ApiError(500, "engine_failed", ENGINE_FAILED), keeps_waiting=True)
         await self._end(engine)
+        pause_s = AGAIN_S
         while self._restarts < self.config.restarts:
             self._restarts += 1
             self.metrics.restarts.inc()
             logger.error("the engine died; starting it again (%d of %d)", self._restarts, self.config.restarts)
             try:
                 await self.start()
-            except AnabranchError as error:
-                logger.error("the engine did not start: %s", error)
-                continue
-            return
-        self.error = f"the engine died more than {self.config.restarts} times"
-        logger.error("%s; giving up", self.error)
+            except Exception as error:
+                # Whatever was short, such as descriptors or processes, may be there the next time.
+                trace = None if isinstance(error, AnabranchError) else error
+                logger.error("the engine did not start: %s", error, exc_info=trace)
+            else:
+                return
+            if self._restarts < self.config.restarts:
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+        self._give_up(f"the engine died more than {self.config.restarts} times")
+
+    def _give_up(self, why: str) -> None:
+        self.error = why
+        logger.error("%s; giving up", why)
         self._become("failed")
         self.failed.set()
 
@@ -276,9 +296,9 @@ class Frontend:
                 await engine.close()
         except TimeoutError:
             logger.error("the engine did not end within %g s", CLOSE_S)
-        except AnabranchError as error:
+        except Exception as error:
             # It is dead already: what it says of that is for the log.
-            logger.error("the engine did not end well: %s", error)
+            logger.error("the engine did not end well: %s: %s", type(error).__name__, error)
         self.metrics.forget_engine()
 
 
