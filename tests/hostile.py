@@ -188,6 +188,9 @@ FORMS: dict[str, Callable[[Random], Attack]] = {
     "half a body": lambda random: Attack(
         "/v1/completions", b'{"model": "small-moe", "prompt": "' + b"x" * 5000 + b'"}', share=random.random()
     ),
+    "many names": lambda random: random.choice((completion, chat))(
+        **{f"{random.choice(FIELDS)}{n:x}": 1 for n in range(random.choice((11, 1000, 150_000)))}
+    ),
     "wrong type": lambda random: random.choice((completion, chat))(**{random.choice(FIELDS): random.choice(WRONG)}),
     "wrong types": lambda random: random.choice((completion, chat))(
         **{random.choice(FIELDS): random.choice(WRONG) for _ in range(5)}

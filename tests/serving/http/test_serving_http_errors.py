@@ -1,5 +1,6 @@
 """What is refused, how: OpenAI's form, the right status, and the name of the parameter."""
 
+import difflib
 import json
 
 import pytest
@@ -153,6 +154,24 @@ def test_unknown_fields_are_told_or_refused(server):
     with serving(strict=True) as strict:
         status, _, body = strict.chat(colour="red")
         assert (status, body["error"]["param"]) == (400, "colour")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize"])
+def test_of_very_many_unknown_fields_only_the_first_are_looked_at(server, monkeypatch, path):
+    looked, find = [], difflib.get_close_matches
+
+    def counted(name, *rest, **more):
+        looked.append(name)
+        return find(name, *rest, **more)
+
+    monkeypatch.setattr(difflib, "get_close_matches", counted)
+    names = [f"presence_{number:04}" for number in range(9999, 0, -1)]
+    content = {"messages": HELLO["messages"]} if "chat" in path else {"prompt": "x"}
+    most = {} if path == "/tokenize" else {"max_tokens": 1}
+    status, headers, _ = server.ask(path, {"model": "fake", **content, **most, **dict.fromkeys(names, 1)})
+    assert status == 200
+    assert looked == names[:10]
+    assert headers["x-warning"] == f"ignored unknown fields: {', '.join(sorted(names[:10]))} and 9,989 more"
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def attack(port, forms, count, seed, max_tokens, at_once):
     """Send attacks of alice's while bob streams; what alice was told, by form, and what went wrong with bob's."""
     alone = [innocent(port, number, max_tokens) for number in range(4)]
     random, told, wrong = Random(seed), Counter(), []
-    names = [random.choice(forms) for _ in range(count)]
+    names = [forms[place % len(forms)] for place in range(count)]
+    random.shuffle(names)
     attacks = [(name, FORMS[name](Random(f"{seed} {place}"))) for place, name in enumerate(names)]
     with ThreadPoolExecutor(at_once) as pool:
         answers = [(name, pool.submit(one.run, port, "a")) for name, one in attacks]

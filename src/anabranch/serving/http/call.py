@@ -19,6 +19,8 @@ _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _PLAIN = re.compile(r"[^\x20-\x7e]")
 # Reading more than this would hold up the others, so it is done in a thread.
 LONG_CHARACTERS = 20_000
+# Of the fields that nobody knows.
+MOST_TOLD = 10
 Apart = Callable[..., Awaitable[Any]]
 EXPOSED = "x-request-id, x-route-model, x-route-layers, x-route-streams, x-route-experts, x-warning, retry-after"
 
@@ -82,10 +84,13 @@ class Call:
         return self._config.limits.deadline_s
 
     def warn(self, unknown: tuple[str, ...], known: Collection[str]) -> None:
-        """Tell of fields that nobody knows, each with the one of ``known`` it may be, or refuse them in strict mode (ApiError)."""
+        """Tell of the first fields that nobody knows, each with the one of ``known`` it may be; refuse them in strict mode (ApiError)."""
         if not unknown:
             return
-        names = ", ".join(sorted(_told(name, known) for name in unknown)[:10])
+        # A look for what a name may be takes time, and a body may have very many names.
+        names = ", ".join(sorted(_told(name, known) for name in unknown[:MOST_TOLD]))
+        if len(unknown) > MOST_TOLD:
+            names += f" and {len(unknown) - MOST_TOLD:,} more"
         if self._config.strict:
             raise wrong(unknown[0][:80], f"nobody knows these fields: {names}", "unknown_parameter")
         self.headers["x-warning"] = f"ignored unknown fields: {names}"
