@@ -21,6 +21,7 @@ from anabranch.serving import Finish, LocalEngine, ProcessEngine, Request, Sampl
 from anabranch.serving.core import stream
 from anabranch.serving.core.client import NotBegunError
 from anabranch.serving.engine import Engine, ModelRunner
+from anabranch.serving.engine.streams import StreamsClient
 
 COUNT = 12
 GREEDY = Sampling(temperature=0.0, max_tokens=COUNT, ignore_eos=True)
@@ -316,6 +317,80 @@ def test_a_process_that_is_stopped_is_ended(config, prompts, caplog):
     running(config.replace(watchdog_s=1.0), body)
 
 
+class Mute(StreamsClient):
+    """A client of a loop that never says anything."""
+
+    def __init__(self, watchdog_s=None):
+        super().__init__(watchdog_s=watchdog_s)
+        self.sent, self.is_abandoned, self.has_ended = [], False, False
+
+    async def start(self):
+        return self._opened(None)
+
+    def _send(self, command):
+        self.sent.append(command)
+
+    def _abandon(self):
+        self.is_abandoned = True
+
+    async def _ended(self):
+        self.has_ended = True
+
+
+@pytest.mark.parametrize("drain_s", [0.0, 0.2])
+def test_a_loop_that_does_not_end_is_given_up_with_the_patience_of_the_watchdog(drain_s, caplog):
+    async def body():
+        client = Mute(watchdog_s=0.1)
+        await client.start()
+        waits = asyncio.create_task(collect(client, Request(id="a", prompt=(1,))))
+        await asyncio.sleep(0)
+        before = time.monotonic()
+        await asyncio.wait_for(client.close(drain_s), 5)
+        assert time.monotonic() - before >= drain_s + 0.1
+        assert client.is_abandoned
+        assert client.has_ended
+        with pytest.raises(NotBegunError, match="did not end when it was closed"):
+            await waits
+
+    asyncio.run(body())
+    assert "the engine did not end when it was closed; it is given up" in caplog.text
+
+
+def test_a_loop_whose_end_nobody_waits_for_any_longer_is_given_up():
+    async def body():
+        client = Mute()
+        await client.start()
+        waits = asyncio.create_task(collect(client, Request(id="a", prompt=(1,))))
+        await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.close(), 0.05)
+        assert client.is_abandoned
+        with pytest.raises(NotBegunError, match="did not end when it was closed"):
+            await waits
+
+    asyncio.run(body())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("watchdog_s", [None, 1.0])
+def test_a_process_that_is_stopped_is_ended_when_it_is_closed(config, prompts, watchdog_s):
+    async def body():
+        engine = config.replace(watchdog_s=watchdog_s).build()
+        await engine.start()
+        iterator = engine.submit(Request(id="a", prompt=prompts[0], sampling=ENDLESS))
+        await anext(iterator)
+        os.kill(engine.process.pid, signal.SIGSTOP)
+        if watchdog_s is None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(engine.close(), 0.5)
+        else:
+            await asyncio.wait_for(engine.close(), 10)
+        assert [output async for output in iterator][-1].finish is Finish.ERROR
+        assert engine.process.wait(10) == -signal.SIGKILL
+
+    asyncio.run(body())
+
+
 @pytest.mark.slow
 def test_a_process_that_cannot_start_says_why(config):
     async def body():
@@ -403,13 +478,31 @@ def test_a_process_serves_dies_and_is_restarted(config, prompts, expected, caplo
 
 
 @pytest.mark.slow
-def test_a_process_ends_when_its_front_end_does(config):
-    script = (
-        "import asyncio, sys, os\n"
-        "from anabranch.serving import ServingConfig\n"
-        "async def main():\n"
-        f"    engine = ServingConfig(model={config.model!r}, dtype='float32', num_blocks=4).build()\n"
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_process_ends_when_its_front_end_does(config, hangs, tmp_path):
+    (tmp_path / "hanging.py").write_text(
+        "import sys, time\n"
+        "def make(config):\n"
+        "    engine = config.make_engine()\n"
+        "    engine.runner.run = lambda batch: time.sleep(600)\n"
+        "    sys.modules['__main__'].LEAVE_S = 0.5\n"
+        "    return engine\n"
+    )
+    start = (
+        "    engine = ProcessEngine(functools.partial(hanging.make, config))\n"
         "    await engine.start()\n"
+        "    waits = asyncio.create_task(anext(engine.submit(Request(id='a', prompt=(1, 2)))))\n"
+        "    await asyncio.sleep(1)\n"
+    )
+    start = start if hangs else "    engine = config.build()\n    await engine.start()\n"
+    script = (
+        "import asyncio, functools, sys, os\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import hanging\n"
+        "from anabranch.serving import ProcessEngine, Request, ServingConfig\n"
+        "async def main():\n"
+        f"    config = ServingConfig(model={config.model!r}, dtype='float32', num_blocks=4)\n"
+        f"{start}"
         "    print(engine.process.pid, flush=True)\n"
         "    os._exit(1)\n"
         "asyncio.run(main())\n"

@@ -93,6 +93,22 @@ def test_a_signal_lets_requests_end_and_a_dead_engine_comes_back():
 
 
 @pytest.mark.slow
+def test_a_server_that_stops_leaves_no_engine_that_hangs():
+    with serve_process("--drain-timeout", "0.5") as server:
+        [engine] = children(server.process.pid)
+        thread, made = in_background(ask, server, {"max_tokens": 900, "ignore_eos": True, "n": 8})
+        until(lambda: b"anabranch_serving_in_flight 8" in ask(server, None, "/metrics")[1])
+        os.kill(engine, signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join(20)
+        assert made[0][0] == 503
+        assert server.process.wait(30) == 1
+        until(
+            lambda: not Path(f"/proc/{engine}").exists() or "Z" in Path(f"/proc/{engine}/stat").read_text().split()[2]
+        )
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_it_now():
     with serve_process("--set", "engine.process=false") as server:
         thread, made = in_background(ask, server, {"max_tokens": 500, "ignore_eos": True, "stream": True, "n": 8})

@@ -97,13 +97,15 @@ class StreamsClient:
             except TimeoutError:
                 if not self._is_open:
                     return
-                message = f"the engine has made no progress for {patience_s:g} s"
-                logger.error("%s; it is given up", message)
-                self._abandon()
-                self._lost(message, crashed=True)
+                self._give_up(f"the engine has made no progress for {patience_s:g} s")
             except BackendError:
                 return
             await asyncio.sleep(patience_s / 4)
+
+    def _give_up(self, message: str) -> None:
+        logger.error("%s; it is given up", message)
+        self._abandon()
+        self._lost(message, crashed=True)
 
     async def submit(self, request: Request) -> AsyncIterator[Output]:
         """Run one request, see `EngineClient`. It begins when the iterator is first asked."""
@@ -152,13 +154,24 @@ class StreamsClient:
             self._replies.pop(number, None)
 
     async def close(self, drain_s: float = 0.0) -> None:
-        """Take no more requests, let those under way end for ``drain_s`` seconds, abort the rest; nothing is left of the loop then."""
+        """Take no more requests, let those under way end for ``drain_s`` seconds, abort the rest; nothing is left of the loop then.
+
+        A loop that has not ended ``watchdog_s`` seconds later is given up; so is one whose end nobody waits for any longer, where this is
+        cancelled.
+        """
         if self._watchdog is not None:
             self._watchdog.cancel()
         if self._closed is not None:
             self._is_open = False
             self._send(Close(drain_s))
-            await self._closed.wait()
+            try:
+                async with asyncio.timeout(None if self.watchdog_s is None else drain_s + self.watchdog_s):
+                    await self._closed.wait()
+            except TimeoutError:
+                self._give_up("the engine did not end when it was closed")
+            except asyncio.CancelledError:
+                self._give_up("the engine did not end when it was closed")
+                raise
         await self._ended()
 
     # What comes back; in the thread of the event loop

@@ -1,13 +1,18 @@
 """The process of a `ProcessEngine`: ``python -m anabranch.serving.engine.worker FD``, with FD an open socket."""
 
+import os
 import signal
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 
 from anabranch.errors import AnabranchError, BackendError
 from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Close, Event
+
+# For a loop to end once nobody waits for it any longer.
+LEAVE_S = 10.0
 
 
 def main(descriptor: int) -> None:
@@ -51,6 +56,9 @@ def _listen(connection: Connection, loop: EngineLoop, is_cut: threading.Event) -
         # The front end is gone, and with it everyone who waits.
         is_cut.set()
         loop.put(Close())
+        # The process ends with its loop, and this thread with it; a step that hangs keeps neither.
+        time.sleep(LEAVE_S)
+        os._exit(1)
 
 
 if __name__ == "__main__":
