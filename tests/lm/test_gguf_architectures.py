@@ -184,6 +184,88 @@ def test_yarn_is_that_of_transformers(tmp_path):
     torch.testing.assert_close(loaded.eval()(TOKENS).logits_BLV, model(TOKENS).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"yarn_beta_fast": 8.0, "yarn_beta_slow": 2.0}, {"beta_fast": 8.0, "beta_slow": 2.0}),
+        ({"yarn_log_multiplier": 1.0}, {"mscale": 1.0, "mscale_all_dim": 1.0}),
+        ({"yarn_log_multiplier": 0.5}, {"mscale": 1.0, "mscale_all_dim": 0.5}),
+        ({"yarn_log_multiplier": 0.0, "yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0}, {}),
+    ],
+)
+@torch.no_grad()
+def test_yarn_of_ministral_is_that_of_transformers(given, wanted, tmp_path):
+    kind, changes, _ = MADE["mistral3"]
+    rotary = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4, **wanted}
+    torch.manual_seed(7)
+    config = getattr(transformers, kind)(**{**COMMON, **changes, "rope_parameters": rotary})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    def extra(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+        writer.add_value_length(HEAD_DIM)
+        for key, value in given.items():
+            writer.add_float32(f"mistral3.rope.scaling.{key}", value)
+
+    loaded, _ = load_model(write(tmp_path / "m.gguf", model, "mistral3", extra=extra))
+    torch.testing.assert_close(loaded.eval()(TOKENS).logits_BLV, model(TOKENS).logits, rtol=0, atol=1e-4)
+
+
+# Every field of the package that says what attention, positions and scales are.
+TELLING = sorted(
+    value.removeprefix("{arch}.")
+    for part in (gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.LLM)
+    for value in vars(part).values()
+    if isinstance(value, str) and re.match(r"\{arch\}\.(attention\.|rope\.|.*(_scale|_softcapping)$)", value)
+)
+# Notes, and what has a meaning beside another field only.
+IDLE = {"attention.layer_norm_epsilon", "attention.temperature_length", "rope.scaling.finetuned"}
+# Refused under the name that it has as a folder's.
+SEEN_ELSEWHERE = {"attention.sliding_window", "rope.dimension_count"}
+
+
+@pytest.mark.parametrize("name", ["mistral3", "qwen3", "qwen3moe", "olmoe", "gemma3"])
+def test_a_field_that_would_change_the_model_changes_it_or_is_refused(name, tmp_path):
+    supported(name)
+    model, architecture = theirs(name), name.split()[0]
+
+    def config_with(field, value):
+        def extra(writer):
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(4.0)
+            if field is not None:
+                {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)](
+                    f"{architecture}.{field}", value
+                )
+
+        tensors = [("token_embd.weight", model.get_input_embeddings().weight.detach().numpy())]
+        return load_config(write(tmp_path / "m.gguf", model, name, extra=extra, tensors=tensors))
+
+    plain, left = config_with(None, None), set()
+    written = {"attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base"}
+    written |= {"rope.scaling.type", "rope.scaling.factor", "attention.key_length"}
+    written |= {"attention.sliding_window"} if name == "gemma3" else set()
+    assert {"attention.temperature_scale", "attention.scale", "rope.scaling.yarn_log_multiplier"} <= set(TELLING)
+    for field in [field for field in TELLING if field not in written | IDLE]:
+        value = 3 if re.search("count|length|window|pattern|layers|groups|buckets|rank|sections", field) else 0.375
+        value = False if field == "attention.causal" else value
+        said = None
+        try:
+            found = config_with(field, value)
+        except CheckpointError as error:
+            said = str(error)
+        assert said is None or f"{architecture}.{field} in" in said or field in SEEN_ELSEWHERE
+        if said is None and found == plain:
+            left.add(field)
+    # Whose windows have a switch, which these files cannot have; llama.cpp gives them none either.
+    assert left == ({"attention.sliding_window"} if name.startswith("qwen") else set())
+
+
+# Refused under the name that it has as a folder's.
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 @pytest.mark.parametrize("name", ["llama with experts", "qwen2moe"])
 @torch.no_grad()

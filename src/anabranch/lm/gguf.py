@@ -22,6 +22,7 @@ from anabranch.extras import require
 from anabranch.lm import formats
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.gguf_architectures import architecture_of
+from anabranch.lm.gguf_fields import check_fields
 from anabranch.lm.gguf_file import Fields, open_parts
 from anabranch.lm.gguf_tokenizer import tokenizer_of
 from anabranch.lm.tensors import Layout
@@ -163,7 +164,7 @@ class GgufFile:
             raise CheckpointError(
                 f"{self.path} has no matrix token_embd.weight, without which the model cannot be built"
             )
-        return {
+        table = {
             "model_type": self._architecture.model_type,
             "vocab_size": self.shape(embedding)[0],
             "hidden_size": width,
@@ -182,6 +183,10 @@ class GgufFile:
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             **self._architecture.config(self.fields, self._prefix),
         }
+        check_fields(
+            self.fields, self._prefix, head_dim=table["head_dim"] or width // heads, read=self._architecture.reads
+        )
+        return table
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
         """As llama.cpp reads it (llama-model.cpp, load_hparams): a kind that is not said is linear, ``scale_linear`` the older factor."""
@@ -203,8 +208,16 @@ class GgufFile:
 
     def _scaled(self, kind: Any, factor: float) -> dict[str, Any]:
         before = self._integer("rope.scaling.original_context_length", 0, default=0)
-        own = {"original_max_position_embeddings": before} if before else {}
-        return {"rope_type": kind, "factor": factor, **own}
+        table = {"rope_type": kind, "factor": factor}
+        if before:
+            table["original_max_position_embeddings"] = before
+        if kind == "yarn":
+            table["beta_fast"] = self._real("rope.scaling.yarn_beta_fast", default=32.0)
+            table["beta_slow"] = self._real("rope.scaling.yarn_beta_slow", default=1.0)
+            # llama.cpp takes 1 for the other of DeepSeek's two (llama-context.cpp).
+            if self.fields.get(f"{self._prefix}.rope.scaling.yarn_log_multiplier"):
+                table |= {"mscale": 1.0, "mscale_all_dim": self._real("rope.scaling.yarn_log_multiplier")}
+        return table
 
     def _llama3(self, head_dim: int) -> dict[str, Any]:
         """Llama 3.1's scaling from the table of divisors that it became. Its other constants are the same in all releases."""

@@ -49,6 +49,7 @@ class Architecture:
         names: of its tensors, where they are not those of most.
         experts: names of an expert's matrices, ``{}`` its number.
         norm_offset: what norms are stored with more than the family has them.
+        reads: names of fields that ``config`` reads and `check_fields` does not know, without the prefix.
     """
 
     model_type: str
@@ -57,6 +58,7 @@ class Architecture:
     names: tuple[tuple[str, str], ...] = ()
     experts: tuple[tuple[str, str], ...] = tuple(_EXPERTS.items())
     norm_offset: float = 0.0
+    reads: tuple[str, ...] = ()
 
     def places(self, tensor: Stored) -> Iterator[tuple[str, int | None]]:
         """(Hugging Face's name, which of the stack) of what a tensor holds: itself (None), or one matrix of each expert.
@@ -90,7 +92,7 @@ def _dense(fields: Fields, prefix: str) -> dict[str, Any]:
 
 def _chosen(fields: Fields, prefix: str, *, renormalize: bool) -> dict[str, Any]:
     """What all mixtures have. Raises CheckpointError for a routing that none of these families has."""
-    known = {"expert_weights_scale": (0.0, 1.0), "expert_gating_func": (0, 1), "expert_group_count": (0, 1)}
+    known = {"expert_gating_func": (0, 1), "expert_group_count": (0, 1)}
     for name, allowed in known.items():
         given = fields.get(f"{prefix}.{name}")
         if given is not None and given not in allowed:
@@ -142,7 +144,7 @@ def _qwen3_moe(fields: Fields, prefix: str) -> dict[str, Any]:
 
 
 def _gemma3(fields: Fields, prefix: str) -> dict[str, Any]:
-    """As llama.cpp reads it (gemma3.cpp): every sixth layer sees all, and the largest model has a scale of its own."""
+    """As llama.cpp reads it (gemma3.cpp): every sixth layer sees all unless told, and the largest model has its own scale."""
     width, heads = fields.integer(f"{prefix}.embedding_length"), fields.integer(f"{prefix}.attention.head_count")
     head_dim = fields.integer(f"{prefix}.attention.key_length", 0, default=0) or 256
     layers = fields.integer(f"{prefix}.block_count")
@@ -152,7 +154,7 @@ def _gemma3(fields: Fields, prefix: str) -> dict[str, Any]:
         "query_pre_attn_scalar": width // heads if layers == _GEMMA3_27B else head_dim,
         "rope_theta": fields.real(f"{prefix}.rope.freq_base", default=1e6),
         "rope_local_base_freq": fields.real(f"{prefix}.rope.freq_base_swa", default=1e4),
-        "sliding_window_pattern": 6,
+        "sliding_window_pattern": fields.integer(f"{prefix}.attention.sliding_window_pattern", default=6),
     }
 
 
@@ -173,8 +175,14 @@ ARCHITECTURES = {
     "qwen3": Architecture("qwen3", _dense),
     "qwen2moe": Architecture("qwen2_moe", _qwen2_moe),
     "qwen3moe": Architecture("qwen3_moe", _qwen3_moe),
-    "olmoe": Architecture("olmoe", _olmoe),
-    "gemma3": Architecture("gemma3_text", _gemma3, names=_GEMMA3_NORMS, norm_offset=1.0),
+    "olmoe": Architecture("olmoe", _olmoe, reads=("attention.clamp_kqv",)),
+    "gemma3": Architecture(
+        "gemma3_text",
+        _gemma3,
+        names=_GEMMA3_NORMS,
+        norm_offset=1.0,
+        reads=("attention.sliding_window_pattern", "rope.freq_base_swa"),
+    ),
 }
 _LLAMA_WITH_EXPERTS = Architecture(
     "mixtral", _mixtral, interleaved=True, names=(("ffn_gate_inp", "block_sparse_moe.gate"),), experts=_MIXTRAL

@@ -7,6 +7,8 @@ import math
 import mmap
 import re
 import struct
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,9 +180,12 @@ def open_parts(path: Path, gguf: Any) -> list[Container]:
             )
     names = [tensor.name for part in parts for tensor in part.tensors]
     wanted = fields.integer("split.tensors.count", 0, default=len(names))
-    if len(set(names)) != len(names) or len(names) != wanted:
+    twice = next((name for name, times in Counter(names).items() if times > 1), None)
+    if twice is not None:
+        raise CheckpointError(f"the {count} parts of {path} hold {shown(twice)} more than once; copy them again")
+    if len(names) != wanted:
         raise CheckpointError(
-            f"the {count} parts of {path} hold {len(set(names))} tensors, and split.tensors.count is {wanted}; copy them again"
+            f"the {count} parts of {path} hold {len(names)} tensors, and split.tensors.count is {wanted}; copy them again"
         )
     return parts
 
@@ -203,6 +208,12 @@ class Fields:
     def get(self, name: str) -> Any:
         """A value, None if there is none."""
         return self._table.get(name)
+
+    def under(self, prefix: str) -> Iterator[tuple[str, Any]]:
+        """(name behind ``prefix`` and a dot, value) of the fields that have it."""
+        for name, value in self._table.items():
+            if name.startswith(f"{prefix}."):
+                yield name.removeprefix(f"{prefix}."), value
 
     def require(self, name: str) -> Any:
         """A value that must be there."""

@@ -45,14 +45,15 @@ def read_body(
     *,
     default_theta: float = 10000.0,
     local: Iterable[int] | None = None,
+    switch: bool = False,
     activations: Collection[str] = ("silu", "swish"),
     quantized: Collection[str] = (),
     rotary: Rotary.Config | None = None,
 ) -> dict[str, Any]:
     """The fields of `Decoder.Config` that all families have, but for the feed-forward.
 
-    ``local`` as for `read_windows`; ``quantized`` are forms of weights in few bits that are read beside those of all families; ``rotary``
-    where a family reads it.
+    ``local`` and ``switch`` as for `read_windows`; ``quantized`` are forms of weights in few bits that are read beside those of all
+    families; ``rotary`` where a family reads it.
     """
     foreign.require("hidden_act", activations)
     foreign.require("mlp_bias", (False,))
@@ -68,7 +69,7 @@ def read_body(
         "vocab_size": foreign["vocab_size"],
         "dim": foreign["hidden_size"],
         "num_layers": foreign.num_layers,
-        **read_windows(foreign, attention, local),
+        **read_windows(foreign, attention, local, switch=switch),
         "rotary": rotary or read_rotary(foreign, default_theta),
         "norm_eps": foreign.get("rms_norm_eps", attention.norm_eps),  # type: ignore[attr-defined]
         "tie_embeddings": foreign.get("tie_word_embeddings", False),

@@ -27,6 +27,10 @@ class Foreign:
         value = self.table.get(name)
         return default if value is None else value
 
+    def with_usual(self, **usual: Any) -> "Foreign":
+        """The same, with what a family takes for fields that are absent; null stays null."""
+        return Foreign({**usual, **self.table}, self.path)
+
     @property
     def num_layers(self) -> int:
         """``num_hidden_layers``, checked here because families walk through the layers before a config of ours is made."""

@@ -28,6 +28,7 @@ HAS_DRAFT_LAYERS = True
 
 def read(foreign: Foreign) -> Decoder.Config:
     """config.json as ours."""
+    foreign = foreign.with_usual(max_position_embeddings=131072)
     attention = read_attention(
         foreign,
         qk_norm="head" if foreign.get("use_qk_norm", False) else "none",

@@ -23,8 +23,8 @@ IS_DENSE = True
 
 def read(foreign: Foreign) -> Decoder.Config:
     """config.json as ours."""
-    # The default of transformers, of files that leave it out.
-    foreign = Foreign({"sliding_window": 4096, **foreign.table}, foreign.path)
+    # The defaults of transformers, of files that leave them out.
+    foreign = foreign.with_usual(sliding_window=4096, max_position_embeddings=131072)
     attention = read_attention(foreign, head_dim=foreign.get("head_dim"))
     body = read_body(foreign, attention, local=range(foreign.num_layers))
     return Decoder.Config(**body, feed_forward=SwiGLU.Config(hidden_dim=foreign["intermediate_size"]))

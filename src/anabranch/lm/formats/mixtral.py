@@ -25,6 +25,7 @@ ARCHITECTURE = "MixtralForCausalLM"
 
 def read(foreign: Foreign) -> Decoder.Config:
     """config.json as ours."""
+    foreign = foreign.with_usual(max_position_embeddings=131072)
     attention = read_attention(foreign, head_dim=foreign.get("head_dim"), default_eps=1e-5)
     moe = read_moe(
         foreign,

@@ -22,6 +22,7 @@ ARCHITECTURE = "OlmoeForCausalLM"
 
 def read(foreign: Foreign) -> Decoder.Config:
     """config.json as ours."""
+    foreign = foreign.with_usual(max_position_embeddings=4096)
     bias = foreign.get("attention_bias", False)
     attention = read_attention(foreign, qk_norm="full", qkv_bias=bias, out_bias=bias, default_eps=1e-5)
     attention = attention.replace(clip_qkv=foreign.get("clip_qkv"))

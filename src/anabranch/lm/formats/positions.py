@@ -18,28 +18,37 @@ __all__ = [
 FULL, LOCAL = "full_attention", "sliding_attention"
 
 
-def read_windows(foreign: Foreign, attention: Attention.Config, local: Iterable[int] | None) -> dict[str, Any]:
+def read_windows(
+    foreign: Foreign, attention: Attention.Config, local: Iterable[int] | None, *, switch: bool = False
+) -> dict[str, Any]:
     """``attention``, ``local_attention`` and ``local_layers`` of a model whose layers ``local`` see a window alone, if it has one.
 
-    A window counts where it is narrower than the context, unless the switch that some families have is off. It is refused where
-    ``local`` is None, for families that have none.
+    In families with a ``switch``, ``use_sliding_window``, there is none unless that is on, and then one of 4096 where no width is given, as
+    in transformers; others have no such field. A window narrower than the context is refused where ``local`` is None, for families that
+    have none.
     """
-    window = foreign.get("sliding_window")
-    on = foreign.get("use_sliding_window", "use_sliding_window" not in foreign.table)
-    is_narrow = bool(window and on) and window < foreign.get("max_position_embeddings", 2048)
     if local is None:
-        if is_narrow:
-            foreign.refuse("sliding_window", window, "none (full attention)")
-        other = [kind for kind in foreign.get("layer_types", ()) if kind != FULL]
-        if other:
-            foreign.refuse("layer_types", other[0], repr(FULL))
+        _refuse_windows(foreign)
         return {"attention": attention}
-    layers = tuple(sorted(local)) if is_narrow else ()
+    window = foreign.table.get("sliding_window", 4096 if switch else None)
+    if switch and not foreign.get("use_sliding_window", False):
+        window = None
+    layers = tuple(sorted(local)) if window else ()
     if len(layers) == foreign.num_layers:
         return {"attention": attention.replace(window=window)}
     if not layers:
         return {"attention": attention}
     return {"attention": attention, "local_attention": attention.replace(window=window), "local_layers": layers}
+
+
+def _refuse_windows(foreign: Foreign) -> None:
+    """Raise CheckpointError for a window in a family that has none; a wide one, or one that is said to be off, changes nothing."""
+    window, on = foreign.get("sliding_window"), foreign.get("use_sliding_window", True)
+    if window and on and window < foreign.get("max_position_embeddings", 2048):
+        foreign.refuse("sliding_window", window, "none (full attention)")
+    other = [kind for kind in foreign.get("layer_types", ()) if kind != FULL]
+    if other:
+        foreign.refuse("layer_types", other[0], repr(FULL))
 
 
 def local_layers(foreign: Foreign, otherwise: Iterable[int] = ()) -> list[int]:

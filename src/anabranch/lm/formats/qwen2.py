@@ -23,9 +23,10 @@ IS_DENSE = True
 
 def read(foreign: Foreign) -> Decoder.Config:
     """config.json as ours."""
+    foreign = foreign.with_usual(max_position_embeddings=32768)
     attention = read_attention(foreign, qkv_bias=True, head_dim=foreign.get("head_dim"))
     return Decoder.Config(
-        **read_body(foreign, attention, local=upper_layers(foreign)),
+        **read_body(foreign, attention, local=upper_layers(foreign), switch=True),
         feed_forward=SwiGLU.Config(hidden_dim=foreign["intermediate_size"]),
     )
 

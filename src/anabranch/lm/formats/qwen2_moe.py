@@ -35,6 +35,7 @@ _SPARE_DIM = 16
 
 def read(foreign: Foreign) -> Decoder.Config:
     """config.json as ours."""
+    foreign = foreign.with_usual(max_position_embeddings=32768)
     attention = read_attention(foreign, qkv_bias=foreign.get("qkv_bias", True), head_dim=foreign.get("head_dim"))
     moe = read_moe(
         foreign,
@@ -47,7 +48,7 @@ def read(foreign: Foreign) -> Decoder.Config:
         shared_gate=True,
     )
     lower = range(0, min(foreign.get("max_window_layers", 28), foreign.num_layers), 2)
-    body = read_body(foreign, attention, local=local_layers(foreign, lower))
+    body = read_body(foreign, attention, local=local_layers(foreign, lower), switch=True)
     return with_dense_layers(body, moe, foreign["intermediate_size"], dense_layers(foreign))
 
 

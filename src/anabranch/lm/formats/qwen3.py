@@ -24,11 +24,12 @@ IS_DENSE = True
 
 def read(foreign: Foreign) -> Decoder.Config:
     """config.json as ours."""
+    foreign = foreign.with_usual(max_position_embeddings=32768)
     bias = foreign.get("attention_bias", False)
     head_dim = foreign.get("head_dim", 128)
     attention = read_attention(foreign, qk_norm="head", qkv_bias=bias, out_bias=bias, head_dim=head_dim)
     return Decoder.Config(
-        **read_body(foreign, attention, local=upper_layers(foreign)),
+        **read_body(foreign, attention, local=upper_layers(foreign), switch=True),
         feed_forward=SwiGLU.Config(hidden_dim=foreign["intermediate_size"]),
     )
 

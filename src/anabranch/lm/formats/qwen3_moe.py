@@ -26,6 +26,7 @@ ARCHITECTURE = "Qwen3MoeForCausalLM"
 
 def read(foreign: Foreign) -> Decoder.Config:
     """config.json as ours."""
+    foreign = foreign.with_usual(max_position_embeddings=32768)
     bias = foreign.get("attention_bias", False)
     attention = read_attention(foreign, qk_norm="head", qkv_bias=bias, out_bias=bias, head_dim=foreign.get("head_dim"))
     # transformers 5 reads and writes num_experts under the name num_local_experts too.
@@ -37,7 +38,7 @@ def read(foreign: Foreign) -> Decoder.Config:
         renormalize=foreign.get("norm_topk_prob", False),
         default_alpha=0.001,
     )
-    body = read_body(foreign, attention, local=range(foreign.num_layers))
+    body = read_body(foreign, attention, local=range(foreign.num_layers), switch=True)
     return with_dense_layers(body, moe, foreign["intermediate_size"], dense_layers(foreign))
 
 
