@@ -552,8 +552,8 @@ def test_deepseek_as_its_makers_published_it(tmp_path):
         ("GptOss", {"swiglu_limit": 5.0}, "swiglu_limit in .* is 5.0"),
         (
             "GptOss",
-            {"quantization_config": {"quant_method": "gptq"}},
-            "quantization_config.quant_method in .* is 'gptq'",
+            {"quantization_config": {"quant_method": "aqlm"}},
+            "quantization_config.quant_method in .* is 'aqlm'",
         ),
         ("DeepseekV2", {"norm_topk_prob": True}, "norm_topk_prob in .* is True"),
         ("DeepseekV3", {"rope_interleave": False}, "rope_interleave in .* is False"),

@@ -55,7 +55,7 @@ def fp8(weight, table):
     for i in range(weight.shape[0]):
         for j in range(weight.shape[1]):
             value[i, j] *= scale[i // blocks[0], j // blocks[1]]
-    return {"weight": number, "weight_scale_inv": scale}, value.bfloat16().float()
+    return {"weight": number, "weight_scale_inv": scale}, value
 
 
 def gptq(weight, table):
@@ -131,6 +131,15 @@ def test_a_folder_in_few_bits_is_the_model_of_its_numbers(way, tmp_path):
     with engine, torch.inference_mode():
         tokens = torch.arange(20).view(1, 20)
         assert torch.equal(offloaded(tokens).logits_BLV, rounded.eval()(tokens).logits_BLV)
+
+
+def test_fp8_is_rounded_once_to_the_type_that_is_asked_for(tmp_path):
+    few = folder_of(tmp_path, "fp8")
+    stored = load_file(tmp_path / "plain" / "model.safetensors")["model.layers.1.self_attn.o_proj.weight"]
+    assert not torch.equal(stored, stored.bfloat16().float())
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, None):
+        found = load_model(few, dtype=dtype)[0].blocks[1].attention.out.weight
+        assert torch.equal(found, stored.to(dtype or torch.bfloat16))
 
 
 class Held(dict):

@@ -92,11 +92,12 @@ def _fp8(source: TensorSource, table: dict[str, Any]) -> Dequantised:
         def read(name: str = name, scale: str = scale) -> Tensor:
             weight_NK, scale_NK = source.read(name).float(), source.read(scale).float()
             if scale_NK.numel() == 1 or size is None:
-                return (weight_NK * scale_NK.reshape(())).bfloat16()
+                return weight_NK.mul_(scale_NK.reshape(()))
             for dim, (part, length) in enumerate(zip(size, weight_NK.shape, strict=True)):
                 scale_NK = scale_NK.repeat_interleave(part, dim).narrow(dim, 0, length)
-            return weight_NK.mul_(scale_NK).bfloat16()
+            return weight_NK.mul_(scale_NK)
 
+        # The type that is kept where none is asked for; what is read is exact.
         made[name] = _Made(shape, torch.bfloat16, read)
         hidden.append(scale)
     # Of activations, which are not rounded here.
