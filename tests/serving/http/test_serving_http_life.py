@@ -1,11 +1,13 @@
 """Overload, deadlines, readers who go or stand still, engines that die; and what the metrics say of it."""
 
+import asyncio
 import contextlib
 import errno
 import json
 import math
 import socket
 import time
+import types
 
 import pytest
 
@@ -14,6 +16,7 @@ from anabranch.serving.core import stream
 from anabranch.serving.core.admission import AdmissionConfig
 from anabranch.serving.http import frontend
 from anabranch.serving.http.config import Limits
+from anabranch.serving.http.run import _drain
 from fake_engine import Script
 from serving_thread import HELLO, events, serving, streamed, until
 
@@ -264,6 +267,58 @@ def failing_after_the_first(script, error, times):
         return engine
 
     return make
+
+
+def drained(running, drain_s=10.0):
+    """A drain as a signal begins it; whether some requests were cut short, once that is known."""
+    signals = types.SimpleNamespace(kill=asyncio.Event())
+    made = asyncio.run_coroutine_threadsafe(_drain(running.frontend, running.app, signals, drain_s), running.loop)
+    until(lambda: running.frontend.state == "draining")
+    return made
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_drain_tells_that_an_engine_failed_its_requests(is_stream, has_begun):
+    with serving(Script(endless=True, delay_s=0.01, slots=1 if has_begun else 0)) as running:
+        links = [Link(running, {**SLOW, "stream": is_stream}) for _ in range(2)]
+        until(lambda: running.frontend.admission.in_flight == 2 and len(running.engine.running) == 2)
+        made = drained(running)
+        running.on_loop(running.engine.kill)
+        assert made.result(10)
+        for link in links:
+            assert b"engine_failed" in link.rest()
+            link.close()
+
+
+def test_a_drain_in_which_all_are_answered_tells_of_none_cut_short():
+    with serving(Script(endless=True, delay_s=0.01)) as running:
+        # What was cut before it began is another matter.
+        running.on_loop(running.engine.kill)
+        assert running.chat()[0] == 500
+        until(lambda: len(running.script.made) == 2 and running.frontend.state == "ready")
+        assert running.frontend.num_cut == 1
+        links = [
+            Link(running, {"max_tokens": 30}),
+            # How long it waits is its own to say.
+            Link(running, SLOW, headers="x-deadline-ms: 300\r\n"),
+        ]
+        until(lambda: running.frontend.admission.in_flight == 2)
+        assert not drained(running).result(10)
+        assert b'"finish_reason"' in links[0].rest()
+        assert b"deadline_exceeded" in links[1].rest()
+        for link in links:
+            link.close()
+
+
+def test_a_drain_that_takes_too_long_tells_of_those_cut_short():
+    with serving(Script(endless=True, delay_s=0.01)) as running:
+        link = Link(running, {**SLOW, "stream": True})
+        link.until(b"data: ")
+        assert drained(running, 0.05).result(10)
+        assert b"shutting_down" in link.rest()
+        assert running.frontend.num_cut == 1
+        link.close()
 
 
 SHORTAGES = [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread"), BackendError("no")]

@@ -93,6 +93,20 @@ def test_a_signal_lets_requests_end_and_a_dead_engine_comes_back():
 
 
 @pytest.mark.slow
+def test_an_engine_that_dies_while_it_drains_is_in_the_exit_code():
+    with serve_process() as server:
+        [engine] = children(server.process.pid)
+        thread, made = in_background(ask, server, {"max_tokens": 900, "ignore_eos": True, "n": 8})
+        until(lambda: b"anabranch_serving_in_flight 8" in ask(server, None, "/metrics")[1])
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: ask(server, None, "/health/ready")[0] == 503)
+        os.kill(engine, signal.SIGKILL)
+        thread.join(20)
+        assert made[0][0] == 500
+        assert server.process.wait(30) == 1
+
+
+@pytest.mark.slow
 def test_a_server_that_stops_leaves_no_engine_that_hangs():
     with serve_process("--drain-timeout", "0.5") as server:
         [engine] = children(server.process.pid)

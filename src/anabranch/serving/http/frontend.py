@@ -37,6 +37,7 @@ class Frontend:
         state: ``loading`` (also while a crashed engine is started again), ``ready``, ``draining`` or ``failed``.
         info, reader: of the model; set once it was ready for the first time.
         failed: set when the engine is given up.
+        num_cut: requests whose answers ended early for no fault of theirs or of their senders': the engine failed, or the server stopped.
 
     Args:
         config: of the server.
@@ -54,6 +55,7 @@ class Frontend:
         self.reader: Reader | None = None
         self.error = ""
         self.failed = asyncio.Event()
+        self.num_cut = 0
         self.admission = config.admission.build()
         self._reading = Turns(
             "anabranch-reading", "long requests wait to be read", threads=4, at_once=3, most_waiting=256

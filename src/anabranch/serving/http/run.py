@@ -108,14 +108,15 @@ async def _first(*things: asyncio.Event | asyncio.Task[None]) -> None:
 
 
 async def _drain(frontend: Frontend, app: App, signals: Signals, drain_s: float) -> bool:
-    """Let requests under way end; returns whether some had to be cut short. The port still answers: 503."""
+    """Let requests under way end; returns whether some were cut short, here or by an engine that failed. The port still answers: 503."""
+    cut_before = frontend.num_cut
     frontend.drain()
     clock = asyncio.get_running_loop().time
     end = clock() + drain_s
     while app.under_way and not signals.kill.is_set() and clock() < end and not frontend.failed.is_set():
         await asyncio.sleep(0.01)
     if not frontend.admission.in_flight:
-        return False
+        return frontend.num_cut > cut_before
     frontend.cut(ApiError(503, "shutting_down", "the server was stopped before the answer was complete"))
     end = clock() + TELL_S
     while app.under_way and clock() < end:
