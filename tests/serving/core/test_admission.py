@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import LimitError
-from anabranch.serving.core.admission import REASONS, Admission, AdmissionConfig, DrainRate, OverloadError, Pace
+from anabranch.serving.core.admission import REASONS, Admission, AdmissionConfig, DrainRate, Held, OverloadError, Pace
 
 OPEN = {"max_in_flight": None, "max_queued": None, "max_queued_tokens": None}
 
@@ -19,9 +19,9 @@ class Clock:
         return self.now
 
 
-def gate(**limits):
+def gate(*, is_shared=False, **limits):
     clock = Clock()
-    return Admission(AdmissionConfig(**{**OPEN, **limits}), clock=clock), clock
+    return Admission(AdmissionConfig(**{**OPEN, **limits}), is_shared=is_shared, clock=clock), clock
 
 
 def serve(admission, clock, *, seconds, tokens=10, count=50):
@@ -102,7 +102,7 @@ def test_a_refused_request_leaves_no_trace():
     for _ in range(5):
         refused(admission, "queued", 4, "b")
     assert (admission.in_flight, admission.queued, admission.queued_tokens) == (1, 1, 3)
-    assert dict(admission._of_key) == {"a": 1}
+    assert admission._of_key == {"a": Held(1, 1, 3)}
 
 
 def test_the_status_of_a_refusal_can_be_chosen():
@@ -256,6 +256,88 @@ def test_a_request_of_several_sequences_is_let_in_to_an_idle_engine_whole_and_re
     with admission.admit(10), pytest.raises(OverloadError):
         admission.admit_all([10] * 4, "a", 1e9)
     assert (admission.in_flight, admission.queued) == (0, 0)
+
+
+def greedy(admission, key, tokens=1, is_started=False):
+    """As many as are let in of a key that asks without end."""
+    for taken in range(1000):
+        try:
+            ticket = admission.admit(tokens, key)
+        except OverloadError:
+            return taken
+        if is_started:
+            ticket.started()
+    raise AssertionError("nothing is refused")
+
+
+@pytest.mark.parametrize("limit", ["max_queued", "max_in_flight"])
+def test_each_of_several_keys_leaves_the_others_as_much_as_it_has(limit):
+    admission, _ = gate(is_shared=True, **{limit: 128})
+    assert [greedy(admission, key, is_started=limit == "max_in_flight") for key in "abc"] == [64, 32, 16]
+    assert refused(admission, "key_share", 1, "a").retry_after_s == 1
+    admission.admit(1, "new")
+
+
+def test_prompt_tokens_are_shared_too_and_a_long_prompt_of_a_key_without_any_is_taken():
+    admission, _ = gate(is_shared=True, max_queued_tokens=1000)
+    assert greedy(admission, "a", tokens=100) == 5
+    admission.admit(450, "b")
+    refused(admission, "key_share", 10, "b")
+    admission.admit(50, "c")
+
+
+def test_a_key_that_has_more_than_its_share_waits_until_it_has_less():
+    admission, _ = gate(is_shared=True, max_queued=12)
+    own = [admission.admit(1, "a") for _ in range(6)]
+    assert greedy(admission, "b") == 3
+    # A share of half of 9 is 4.
+    for ticket in own[:2]:
+        ticket.started()
+        refused(admission, "key_share", 1, "a")
+    own[2].started()
+    admission.admit(1, "a")
+    refused(admission, "key_share", 1, "a")
+
+
+def test_a_key_alone_or_with_a_share_of_all_may_take_everything():
+    assert greedy(gate(max_queued=128)[0], "a") == 128
+    assert greedy(gate(max_queued=128, is_shared=True, key_share=1.0)[0], "a") == 128
+    # The only place there is can be had.
+    assert greedy(gate(max_queued=1, is_shared=True)[0], "a") == 1
+
+
+def test_the_queue_of_another_key_is_no_reason_to_refuse_a_deadline():
+    admission, clock = gate(is_shared=True)
+    serve(admission, clock, seconds=1.0, count=30)
+    for _ in range(1000):
+        admission.admit(10, "a")
+    assert admission.expected_first_token_s(10, "b") == pytest.approx(2.0)
+    admission.admit(10, "b", deadline_s=2.5)
+    assert admission.expected_first_token_s(10, "b") == pytest.approx(4.0)
+    assert admission.expected_first_token_s(10, "a") == pytest.approx(1002.0)
+    refused(admission, "deadline", 10, "a", deadline_s=600.0)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 40), st.sampled_from(("admit", "start", "close")))),
+    st.integers(16, 40),
+)
+@settings(max_examples=100, deadline=None)
+def test_whatever_up_to_three_neighbours_do_another_key_is_let_in(steps, limit):
+    admission, _ = gate(is_shared=True, max_in_flight=limit, max_queued=limit, max_queued_tokens=limit * 40)
+    live = []
+    for key, tokens, step in steps:
+        if step == "admit" and key != "d":
+            with contextlib.suppress(OverloadError):
+                live.append(admission.admit(tokens, key))
+        elif step == "start" and live:
+            live[tokens % len(live)].started()
+        elif step == "close" and live:
+            live.pop(tokens % len(live)).close()
+    for key in "abc":
+        greedy(admission, key, tokens=40)
+        greedy(admission, key, tokens=1, is_started=True)
+    admission.admit(40, "d").close()
 
 
 STEPS = st.lists(

@@ -93,6 +93,30 @@ def test_each_key_has_its_share():
         link.close()
 
 
+@pytest.mark.parametrize("limits", [{"max_in_flight": 8}, {"max_queued": 6}])
+def test_a_key_that_takes_all_it_can_keeps_nobody_out(limits):
+    script = Script(delay_s=0.01, endless=True, slots=2 if "max_queued" in limits else 64)
+    with serving(script, admission=AdmissionConfig(**limits), api_keys=("a=aa", "b=bb")) as running:
+        links, greedy = [], "authorization: Bearer aa\r\n"
+        for count in range(1, 9):
+            links.append(Link(running, {**SLOW, "stream": True}, headers=greedy))
+            until(lambda count=count: running.frontend.admission.in_flight + refusals(running) == count)
+        assert refusals(running) > 0
+        held = running.frontend.admission.in_flight
+        answer = running.ask("/v1/chat/completions", HELLO, authorization="Bearer aa")
+        assert (answer[0], answer[2]["error"]["code"]) == (429, "overloaded")
+        other = Link(running, {**SLOW, "stream": True}, headers="authorization: Bearer bb\r\n")
+        until(lambda: running.frontend.admission.in_flight == held + 1)
+        for link in links:
+            link.close()
+        other.until(b"data: ")
+        other.close()
+
+
+def refusals(running):
+    return running.metrics()['admission_rejections_total{reason="key_share"}']
+
+
 def test_who_waits_in_the_queue_counts_until_the_engine_begins():
     limits = AdmissionConfig(max_queued=1)
     with serving(Script(delay_s=0.01, endless=True, slots=1), admission=limits) as running:

@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -19,7 +20,7 @@ MOST_RETRY_S = 120.0
 
 # Retry-After has whole seconds.
 LEAST_RETRY_S = 1.0
-REASONS = ("in_flight", "queued", "queued_tokens", "key_concurrency", "deadline")
+REASONS = ("in_flight", "queued", "queued_tokens", "key_concurrency", "key_share", "deadline")
 
 
 class OverloadError(LimitError):
@@ -45,6 +46,9 @@ class AdmissionConfig(Config):
         max_queued: of these, requests without a first token.
         max_queued_tokens: prompt tokens of the queued ones. A single request larger than that is admitted to an empty queue.
         max_per_key: requests of one key in flight.
+        key_share: where several keys share an engine, the part of each of the first three that one may have of what the others leave:
+            a key alone never takes the last place, and among n busy ones there is room for another (dynamic thresholds, Choudhury and
+            Hahne, IEEE/ACM Transactions on Networking 1998). A key that has nothing is let in where there is room; 1 shares nothing out.
         status: HTTP status of a refusal: 429, or 503 as some balancers want it.
         window_s: time over which the drain rate is averaged.
     """
@@ -53,19 +57,41 @@ class AdmissionConfig(Config):
     max_queued: int | None = Field(default=128, ge=1)
     max_queued_tokens: int | None = Field(default=65536, ge=1)
     max_per_key: int | None = Field(default=None, ge=1)
+    key_share: float = Field(default=0.5, gt=0, le=1)
     status: int = Field(default=429, ge=400, le=599)
     window_s: float = Field(default=30.0, gt=0)
 
-    def build(self) -> "Admission":
-        """Make the gate."""
-        return Admission(self)
+    def build(self, *, is_shared: bool = False) -> "Admission":
+        """Make the gate; see `Admission`."""
+        return Admission(self, is_shared=is_shared)
 
 
-class Admission:
+@dataclass
+class Held:
+    """What is let in: requests that have not ended, those of them without a first token, and prompt tokens of these."""
+
+    in_flight: int = 0
+    queued: int = 0
+    queued_tokens: int = 0
+
+    def enter(self, num_tokens: int) -> None:
+        """One more, queued."""
+        self.in_flight += 1
+        self.queued += 1
+        self.queued_tokens += num_tokens
+
+    def dequeue(self, num_tokens: int) -> None:
+        """One is no longer queued."""
+        self.queued -= 1
+        self.queued_tokens -= num_tokens
+
+
+class Admission(Held):
     """The gate before an engine. For one thread (an event loop).
 
     Args:
         config: limits.
+        is_shared: there are several keys, none of which may keep the others out (``key_share``).
         clock: seconds, monotonic.
 
     Attributes:
@@ -73,11 +99,17 @@ class Admission:
         rejections: refusals by reason, all of them there from the start.
     """
 
-    def __init__(self, config: AdmissionConfig | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.config, self._clock = config or AdmissionConfig(), clock
-        self.in_flight = self.queued = self.queued_tokens = 0
+    def __init__(
+        self,
+        config: AdmissionConfig | None = None,
+        *,
+        is_shared: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self.config, self._is_shared, self._clock = config or AdmissionConfig(), is_shared, clock
         self.rejections: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
-        self._of_key: Counter[str] = Counter()
+        self._of_key: dict[str, Held] = {}
         # Since when each of the queued waits, the one that came first first.
         self._waiting: dict[Ticket, float] = {}
         window_s = self.config.window_s
@@ -113,15 +145,24 @@ class Admission:
     def _admit(self, num_tokens: int, key: str, deadline_s: float | None) -> "Ticket":
         self.check(num_tokens, key)
         if deadline_s is not None:
-            expected_s = self.expected_first_token_s(num_tokens)
+            expected_s = self.expected_first_token_s(num_tokens, key)
             if expected_s is not None and expected_s > deadline_s:
                 text = f"the first token is expected in {expected_s:.1f} s, after the deadline of {deadline_s:g} s"
                 raise self._refusal("deadline", text, expected_s - deadline_s)
         return Ticket(self, num_tokens, key)
 
-    def expected_first_token_s(self, num_tokens: int) -> float | None:
-        """Seconds to the first token of a request that came now; None before anything is known of the engine's pace."""
-        expected_s = self._pace.expected_s(self.queued + 1, self.queued_tokens + num_tokens)
+    def expected_first_token_s(self, num_tokens: int, key: str = "") -> float | None:
+        """Seconds to the first token of a request that came now; None before anything is known of the engine's pace.
+
+        Keys take turns in the queue, so of each other key only so much is before it as there is of its own.
+        """
+        own = self._of_key.get(key, Held())
+        count, tokens = own.queued + 1, own.queued_tokens + num_tokens
+        others = [held for name, held in self._of_key.items() if name != key]
+        expected_s = self._pace.expected_s(
+            count + sum(min(held.queued, count) for held in others),
+            tokens + sum(min(held.queued_tokens, tokens) for held in others),
+        )
         return None if expected_s is None else expected_s * self._request_rate.slowdown(self._clock())
 
     def check(self, num_tokens: int, key: str = "") -> None:
@@ -130,7 +171,7 @@ class Admission:
         if config.max_in_flight is not None and self.in_flight >= config.max_in_flight:
             wait_s = _wait_s(self.in_flight + 1 - config.max_in_flight, self._end_rate.per_s(now))
             raise self._refusal("in_flight", f"{self.in_flight} requests are in flight, as many as may be", wait_s)
-        own = self._of_key[key] if key in self._of_key else 0
+        own = self._of_key[key].in_flight if key in self._of_key else 0
         if config.max_per_key is not None and own >= config.max_per_key:
             # This key's requests end as often as others, so its share of all that end is its share of what is in flight.
             rate = self._end_rate.per_s(now)
@@ -146,6 +187,26 @@ class Admission:
             wait_s = _wait_s(min(over, self.queued_tokens), self._token_rate.per_s(now))
             text = f"{self.queued_tokens} prompt tokens wait; {num_tokens} more are over the limit of {config.max_queued_tokens}"
             raise self._refusal("queued_tokens", text, wait_s)
+        self._check_share(num_tokens, key)
+
+    def _check_share(self, num_tokens: int, key: str) -> None:
+        """Raises OverloadError where a key would have more than its part of what the others leave."""
+        if not self._is_shared or key not in self._of_key:
+            return
+        config, held, now = self.config, self._of_key[key], self._clock()
+        most_tokens = config.max_queued_tokens
+        for what, limit, total, has, more, rate in (
+            ("requests of this key are in flight", config.max_in_flight, self.in_flight, held.in_flight, 1, self._end_rate),
+            ("requests of this key wait", config.max_queued, self.queued, held.queued, 1, self._request_rate),
+            ("prompt tokens of this key wait", most_tokens, self.queued_tokens, held.queued_tokens, num_tokens, self._token_rate),
+        ):  # fmt: skip
+            most = math.inf if limit is None else config.key_share * (limit - total + has)
+            if has and has + more > most:
+                # Of what goes its part goes for it.
+                per_s = rate.per_s(now)
+                wait_s = _wait_s(min(has + more - most, has), None if per_s is None else per_s * has / total)
+                text = f"{has} {what}; beside the other keys {max(int(most), 1)} may"
+                raise self._refusal("key_share", text, wait_s)
 
     def _refusal(self, reason: str, text: str, wait_s: float) -> OverloadError:
         self.rejections[reason] += 1
@@ -159,18 +220,16 @@ class Admission:
 
     def _enter(self, ticket: "Ticket") -> None:
         now = self._clock()
-        self.in_flight += 1
-        self.queued += 1
-        self.queued_tokens += ticket.num_tokens
-        self._of_key[ticket.key] += 1
+        self.enter(ticket.num_tokens)
+        self._of_key.setdefault(ticket.key, Held()).enter(ticket.num_tokens)
         self._waiting[ticket] = now
         for rate in (self._token_rate, self._request_rate, self._end_rate):
             rate.resume(now)
 
     def _dequeue(self, ticket: "Ticket", *, is_served: bool) -> None:
         now = self._clock()
-        self.queued -= 1
-        self.queued_tokens -= ticket.num_tokens
+        self.dequeue(ticket.num_tokens)
+        self._of_key[ticket.key].dequeue(ticket.num_tokens)
         del self._waiting[ticket]
         if is_served:
             self._token_rate.drained(ticket.num_tokens, now)
@@ -187,8 +246,8 @@ class Admission:
     def _leave(self, ticket: "Ticket") -> None:
         now = self._clock()
         self.in_flight -= 1
-        self._of_key[ticket.key] -= 1
-        if not self._of_key[ticket.key]:
+        self._of_key[ticket.key].in_flight -= 1
+        if not self._of_key[ticket.key].in_flight:
             del self._of_key[ticket.key]
         self._end_rate.drained(1, now)
         if not self.in_flight:

@@ -56,7 +56,7 @@ class Frontend:
         self.error = ""
         self.failed = asyncio.Event()
         self.num_cut = 0
-        self.admission = config.admission.build()
+        self.admission = config.admission.build(is_shared=len(config.api_keys) > 1)
         self._reading = Turns(
             "anabranch-reading", "long requests wait to be read", threads=4, at_once=3, most_waiting=256
         )
