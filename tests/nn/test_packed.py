@@ -9,7 +9,7 @@ import torch
 
 from anabranch.errors import ConfigError
 from anabranch.native.sources import HERE
-from anabranch.nn import kernels
+from anabranch.nn import kernels, packed
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.kernels.binding import Library
 from anabranch.nn.packed import KINDS, Packed
@@ -76,6 +76,37 @@ def test_sizes_that_cannot_be_packed(shape, group, message):
 def test_weights_beyond_the_scales(value):
     with pytest.raises(ConfigError, match="not finite"):
         Packed.pack(torch.full((16, 32), value), "int8")
+
+
+@pytest.mark.parametrize(("kind", "symmetric"), [("int8", False), ("int4", False), ("int4", True)])
+@pytest.mark.parametrize("power", range(-12, 1))
+def test_small_weights_keep_their_digits_or_are_refused(kind, symmetric, power):
+    """fp16 ends at 6e-8: a matrix loses no more than one of ordinary size, a hundredth of its greatest weight beside, or is not taken."""
+    weight = normal(32, 64) * 10.0**power
+    step = {"int8": 254, "int4": 8 if symmetric else 15}[kind]
+    try:
+        found = Packed.pack(weight, kind, group=32, symmetric=symmetric).unpack()[0]
+    except ConfigError as error:
+        said = str(error)
+        greatest = float(weight.abs().max())
+        assert said.startswith(f"weights of at most {greatest:.3g} are too small for fp16 scales; keep this matrix in")
+        assert power <= -4
+        return
+    assert power >= -5
+    assert (found - weight).abs().max() <= weight.abs().max() * (1 / step + 0.02)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_small_row_beside_ordinary_ones_is_taken_and_small_rows_at_the_end_are_refused_alike(kind, monkeypatch):
+    weight = normal(64, 64)
+    weight[40:] *= 1e-9
+    found = Packed.pack(weight, kind, group=32).unpack()[0]
+    assert (found[40:] - weight[40:]).abs().max() < 1e-8
+    # Of a matrix that is rounded a few rows at a time, all count.
+    monkeypatch.setattr(packed, "AT_ONCE", 16 * 64)
+    assert torch.equal(Packed.pack(weight, kind, group=32).unpack()[0], found)
+    with pytest.raises(ConfigError, match="too small for fp16 scales"):
+        Packed.pack(weight * 1e-7, kind, group=32)
 
 
 def rounded(x):

@@ -63,8 +63,8 @@ class Packed:
             symmetric: int4 with w = s (u - 8), whose zero is exact; otherwise the range from the least to the greatest is used whole.
 
         Raises:
-            ConfigError: a depth that is not a multiple of 32 (float32: 16), a group that does not divide it, or weights beyond fp16
-                scales.
+            ConfigError: a depth that is not a multiple of 32 (float32: 16), a group that does not divide it, or weights too large or too
+                small for fp16 scales.
         """
         weight_ENK = weight_ENK.detach()
         if weight_ENK.dim() == 2:
@@ -92,20 +92,28 @@ class Packed:
     def put(self, expert: int, weight_NK: Tensor, *, symmetric: bool = False) -> None:
         """Round and pack one matrix into its place, a few rows at a time. Raises ConfigError as `pack`."""
         step = max(AT_ONCE // self.depth // WIDE, 1) * WIDE
+        is_whole = self.kind in ("float32", "bfloat16")
+        greatest = 0.0 if is_whole else max(float(end.abs()) for end in weight_NK.detach().aminmax())
         for first in range(0, self.rows, step):
-            part = self._packed(weight_NK[first : first + step], symmetric)
+            part = self._packed(weight_NK[first : first + step], symmetric, greatest)
             self.data[expert, first // WIDE : first // WIDE + part.shape[1]] = part[0]
 
-    def _packed(self, weight_NK: Tensor, symmetric: bool) -> Tensor:
-        """The panels ``[1, P, bytes]`` of some rows."""
+    def _packed(self, weight_NK: Tensor, symmetric: bool, greatest: float) -> Tensor:
+        """The panels ``[1, P, bytes]`` of some rows of a matrix whose ``greatest`` weight has this size."""
         if self.kind in ("float32", "bfloat16"):
             return _pack_floats(weight_NK.unsqueeze(0), self.kind)
         grouped = weight_NK.unsqueeze(0).float().unflatten(-1, (-1, self.group))
         is_bytes = self.kind == "int8"
-        number, scale_ENG, least_ENG = _round_bytes(grouped) if is_bytes else _round_nibbles(grouped, symmetric)
+        number, scale_ENG, least_ENG, short_ENG = (
+            _round_bytes(grouped) if is_bytes else _round_nibbles(grouped, symmetric)
+        )
         if not (torch.isfinite(scale_ENG).all() and torch.isfinite(least_ENG).all()):
             raise ConfigError(
                 "weights are not finite, or too large for fp16 scales; keep this matrix in floating point"
+            )
+        if float(short_ENG.max()) > greatest * MOST_SHORT:
+            raise ConfigError(
+                f"weights of at most {greatest:.3g} are too small for fp16 scales; keep this matrix in floating point"
             )
         return Packed.of_integers(number.flatten(-2), scale_ENG, least_ENG, self.kind).data
 
@@ -233,24 +241,33 @@ def _pack_floats(weight_ENK: Tensor, kind: Kind) -> Tensor:
     return columns.contiguous().flatten(2).view(torch.uint8)
 
 
-def _round_bytes(grouped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, s, m of ``[E, N, G, group]``: u - 128 is -127 to 127."""
-    scale = (grouped.abs().amax(-1) / 127).half()
+# fp16 has no numbers between 0 and 6e-8, and few near it: by how much, of the greatest weight of a matrix, the ends of a group may be
+# missed for it. Half a step of int8 is less than half of this, and fp16's own digits a twentieth.
+MOST_SHORT = 0.01
+
+
+def _round_bytes(grouped: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u, s, m of ``[E, N, G, group]``: u - 128 is -127 to 127; and by how much stored scales miss the ends of a group."""
+    most = grouped.abs().amax(-1)
+    scale = (most / 127).half()
     number = (grouped / _divisor(scale)).round().clamp(-127, 127) + 128
-    return number.to(torch.uint8), scale, torch.zeros_like(scale)
+    return number.to(torch.uint8), scale, torch.zeros_like(scale), (most - 127 * scale.float()).abs()
 
 
-def _round_nibbles(grouped: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _round_nibbles(grouped: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The side with the greater weight gets the eighth step.
     if symmetric:
         most = torch.where(grouped.amax(-1) >= -grouped.amin(-1), grouped.amax(-1), grouped.amin(-1))
         scale = (most / -8).half()
         least = -8 * scale
+        short = (most - least.float()).abs()
     else:
-        least = grouped.amin(-1).half()
-        scale = ((grouped.amax(-1) - least.float()) / 15).half()
+        low, high = grouped.amin(-1), grouped.amax(-1)
+        least = low.half()
+        scale = ((high - least.float()) / 15).half()
+        short = torch.maximum((low - least.float()).abs(), (high - least.float() - 15 * scale.float()).abs())
     number = ((grouped - least.float().unsqueeze(-1)) / _divisor(scale)).round().clamp(0, 15)
-    return number.to(torch.uint8), scale, least
+    return number.to(torch.uint8), scale, least, short
 
 
 def _divisor(scale: Tensor) -> Tensor:
