@@ -458,6 +458,13 @@ def test_parts_that_are_missing_or_not_the_first_are_told(parts):
     parts[2].write_bytes(last[: len(last) // 2])
     with pytest.raises(CheckpointError, match=r"cannot read .*m-00003-of-00003.gguf: .*truncated or corrupt"):
         load_model(parts[0])
+    # The same part with the number of another: its tensors are there twice.
+    key = b"split.no" + (2).to_bytes(4, "little")
+    second = parts[1].read_bytes()
+    at = second.index(key) + len(key)
+    parts[2].write_bytes(second[:at] + (2).to_bytes(2, "little") + second[at + 2 :])
+    with pytest.raises(CheckpointError, match=r"the 3 parts of .* hold 'blk.* more than once; copy them again"):
+        load_model(parts[0])
     parts[2].write_bytes(last)
     parts[0].rename(parts[0].with_name("first.gguf"))
     with pytest.raises(CheckpointError, match=r"names must end in -00001-of-00003.gguf"):

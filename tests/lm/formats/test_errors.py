@@ -58,6 +58,11 @@ def edit(folder, **changes):
         ({"rope_scaling": "linear"}, "does not describe a model that can be built: "),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in .* is 0.5"),
         ({"quantization_config": {"quant_method": "aqlm"}}, "quantization_config.quant_method in .* is 'aqlm'"),
+        (
+            {"quantization_config": "fp8"},
+            "quantization_config in .* is 'fp8', .*; supported: a table with a quant_method",
+        ),
+        ({"quantization_config": ["fp8"]}, r"quantization_config in .* is \['fp8'\], which is not supported"),
         ({"mlp_bias": True}, "mlp_bias in .* is True"),
         ({"hidden_size": None}, "config.json has no hidden_size, without which"),
         ({"hidden_size": "wide"}, "does not describe a model that can be built: .*dim is 'wide'"),

@@ -262,6 +262,15 @@ def logits(model):
     return output.logits_BLV if isinstance(model, Decoder) else output.logits
 
 
+# Torch tells transformers that there is nothing to draw.
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
+@pytest.mark.parametrize(("family", "fields"), [("DeepseekV3", DEEPSEEK3), ("Glm4Moe", GLM)])
+def test_no_shared_experts_are_shared_experts_of_no_width(family, fields, tmp_path):
+    theirs = build_theirs(family, **{**fields, "n_shared_experts": 0})
+    theirs.save_pretrained(tmp_path)
+    assert_same(load_model(tmp_path)[0], theirs)
+
+
 @torch.no_grad()
 def cached_logits(model):
     """As in generation: a prompt, more of it, then token by token."""

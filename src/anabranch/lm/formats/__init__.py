@@ -93,6 +93,8 @@ def prepare(
     check_amount(config.count(1).parameters, source, path)
     family = FAMILIES[table["model_type"]]
     ignore = spare(source.names, config, has_drafts=getattr(family, "HAS_DRAFT_LAYERS", False))
+    # Shared experts of no width, which transformers stores where there are none.
+    ignore += [name for name in source.names if 0 in source.shape(name)]
     layout = place_embedding(family.sanitize(config, source.names), config, source.names)
     return build_empty(config), layout, type_of_embedding(source, layout, dtype), ignore
 

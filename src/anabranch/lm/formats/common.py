@@ -59,9 +59,12 @@ def read_body(
     foreign.require("mlp_bias", (False,))
     # Where transformers 5 looks for weights that do not lie under their usual names.
     foreign.require("transformers_weights", ("model.safetensors", "model.safetensors.index.json"))
-    method = foreign.get("quantization_config", {}).get("quant_method", "unknown")
+    table = foreign.get("quantization_config", {})
+    if not isinstance(table, dict):
+        foreign.refuse("quantization_config", table, "a table with a quant_method")
+    method = table.get("quant_method", "unknown")
     known = (*METHODS, *quantized)
-    if foreign.get("quantization_config") and method not in known:
+    if table and method not in known:
         foreign.refuse(
             "quantization_config.quant_method", method, f"{', '.join(known)}, or weights that are not quantised"
         )

@@ -168,7 +168,7 @@ def pool_names(model: Any) -> list[str]:
     odd = [name for name, pool in pools.items() if not pool.is_plain]
     if odd:
         raise ConfigError(
-            f"experts of {odd[0]} are not plain SwiGLUs (linears names parts of them, or activation is another), so they cannot be spread"
+            f"experts of {odd[0]} are not plain SwiGLUs (biases, another activation, or linears), so they cannot be spread"
         )
     return list(pools)
 

@@ -205,7 +205,7 @@ def find_pools(model: nn.Module) -> Pools:
         raise ConfigError(f"{type(model).__name__} has no layers of experts ('moe' and designs on it) to offload")
     if not all(layer.experts.is_plain for layer in layers if isinstance(layer.experts, ExpertPool)):
         raise ConfigError(
-            "experts are not plain SwiGLUs (linears names parts of them, or activation is another), so they cannot be offloaded"
+            "experts are not plain SwiGLUs (biases, another activation, or linears), so they cannot be offloaded"
         )
     return Pools(layers)
 
