@@ -1,5 +1,6 @@
 """``anabranch serve --devices``: a group of devices behind HTTP, changed while it answers."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from anabranch.config import override
 from anabranch.errors import ConfigError
+from anabranch.serving.config import ServingConfig
 from anabranch.serving.elasticmoe import ElasticConfig
 from anabranch.serving.elasticmoe.cuda_driver import LIBRARY
 from anabranch.serving.http.serve import NOT_ELASTIC, ServeConfig
@@ -38,10 +40,31 @@ def test_options_of_one_engine_are_refused(name):
         "host_kv": "1MiB",
         "num_streams": 2,
         "max_depth": 2,
+        "threads": 2,
+        "scheduling": "async",
+        "kv_memory": "1MiB",
+        "process": False,
     }
     value = values.get(name, True)
     with pytest.raises(ConfigError, match=rf"devices is 2, but engine\.{name}"):
         override(ServeConfig(), {"devices": 2, f"engine.{name}": value})
+
+
+# A name is what clients call the model, whatever runs it.
+KNOWN = {field.name for field in dataclasses.fields(ServingConfig)} - {*NOT_ELASTIC, "name"}
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_every_other_option_reaches_the_group(name):
+    values = {"device": "cuda", "prefix_cache": False, "model": "there", "watchdog_s": None}
+    config = override(ServeConfig(), {"devices": 2, "engine.model": "somewhere"})
+    if name == "disk_kv":
+        # It needs host_kv, which is refused.
+        with pytest.raises(ConfigError, match=r"engine\.host_kv is for one engine"):
+            override(config, {"engine.host_kv": "1MiB", "engine.disk_kv": "1MiB"})
+        return
+    changed = override(config, {f"engine.{name}": values.get(name, 7)})
+    assert changed._elastic() != config._elastic()
 
 
 @pytest.mark.parametrize("weights", ["shared", "own"])

