@@ -1,6 +1,7 @@
 """Long requests are read beside the loop, in turn by key, and not at all where there is no room for them."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -107,3 +108,21 @@ def test_too_many_that_wait_to_be_read_are_told_to_ask_again():
         assert headers["retry-after"] == "1"
         reader.may_go.set()
         assert {one.result(20)[0] for one in waiting} == {200}
+
+
+def test_a_deadline_that_passes_while_a_request_waits_to_be_read_is_told_as_one():
+    reader = Slow()
+    script = Script(positions=100_000, endless=True, delay_s=0.01)
+    with serving(script, reader=reader) as server, ThreadPoolExecutor(2) as pool:
+        body = {"model": "fake", "prompt": LONG, "max_tokens": 1}
+        # So that the pace is known and the engine is not idle.
+        under_way = pool.submit(server.ask, "/v1/completions", {**body, "prompt": "b", "max_tokens": 60})
+        until(lambda: server.frontend.admission.in_flight == 1 and not server.frontend.admission.queued)
+        asked = pool.submit(lambda: server.ask("/v1/completions", body, x_deadline_ms="50"))
+        until(lambda: len(reader.waiting) == 1)
+        time.sleep(0.06)
+        reader.may_go.set()
+        status, _, answer = asked.result(20)
+        assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
+        assert sum(server.frontend.admission.rejections.values()) == 0
+        assert under_way.result(20)[0] == 200

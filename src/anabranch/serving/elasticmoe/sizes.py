@@ -1,5 +1,7 @@
 """What follows from a model and the settings of its group: limits of a rank, what a front end is told, bytes of a cache, whose memory."""
 
+from pathlib import Path
+
 from anabranch.data.tokenizer import load_tokenizer
 from anabranch.errors import ConfigError
 from anabranch.lm.checkpoint import find_model, load_config
@@ -35,7 +37,8 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
     )
     built = build_empty(model).eval()
     info = EngineInfo(
-        model=folder.name,
+        # As one engine would be called: by what was given, not by the checkpoint found there.
+        model=Path(config.model).name or "model",
         vocab_size=model.vocab_size,
         max_positions=min(limits.max_positions, config.num_blocks * config.block_tokens),
         block_tokens=config.block_tokens,

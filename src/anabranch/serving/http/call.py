@@ -83,6 +83,11 @@ class Call:
                 return value
         return self._config.limits.deadline_s
 
+    def left_s(self) -> float | None:
+        """What is left of `deadline_s` now, less than 0 once it has passed. Raises ApiError."""
+        deadline_s = self.deadline_s()
+        return None if deadline_s is None else deadline_s - (time.monotonic() - self.began)
+
     def warn(self, unknown: tuple[str, ...], known: Collection[str]) -> None:
         """Tell of the first fields that nobody knows, each with the one of ``known`` it may be; refuse them in strict mode (ApiError)."""
         if not unknown:

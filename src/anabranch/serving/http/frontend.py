@@ -170,8 +170,10 @@ class Frontend:
             key: whose they are.
             deadline_s: seconds from now.
 
-        Raises ApiError (429, or 503 by config) with ``Retry-After``.
+        Raises ApiError (429, or 503 by config) with ``Retry-After``, and 504 where the deadline has passed before anything was done.
         """
+        if deadline_s is not None and deadline_s <= 0:
+            raise ApiError(504, "deadline_exceeded", "the request's deadline has passed")
         with self._refusing():
             return self.admission.admit_all(prompts, key, deadline_s)
 

@@ -43,10 +43,8 @@ class Generate:
         deadline_s = call.deadline_s()
         if asked.is_echo and asked.max_tokens == 0 and asked.logprobs is None:
             return call.json(CompletionShape(asked, [], reader, frontend.name, info).echoed())
-        spent_s = time.monotonic() - call.began
-        left_s = None if deadline_s is None else deadline_s - spent_s
         lengths = [len(prompt) for prompt in asked.prompts for _ in range(asked.n)]
-        tickets = frontend.admit(lengths, call.key, left_s)
+        tickets = frontend.admit(lengths, call.key, call.left_s())
         choices: list[Choice] = []
         try:
             async with frontend.run(asked, call.id, call.key, tickets) as (choices, buffer):

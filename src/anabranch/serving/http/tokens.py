@@ -98,7 +98,7 @@ class Tokens:
                 message = f"input[{at}] has {len(prompts[-1]):,} tokens; the model reads {info.max_positions:,}"
                 raise wrong(f"input[{at}]", message, "context_length_exceeded")
         tokens = sum(map(len, prompts))
-        tickets = self._frontend.admit([len(prompt) for prompt in prompts], call.key, call.deadline_s())
+        tickets = self._frontend.admit([len(prompt) for prompt in prompts], call.key, call.left_s())
         try:
             vectors = await engine.embed(prompts)
         finally:
