@@ -19,6 +19,11 @@ COMMANDS = {
     "gateway fit": (
         "{data} --prices {prices} --out {OUT}", {"data": "routers/d.jsonl", "prices": "routers/p.json"}, {"OUT": "routers"}
     ),
+    "gateway collect": (
+        "--config {config} --references {references} --judge exact --out {OUT}",
+        {"config": "c.toml", "references": "r.jsonl"},
+        {"OUT": "o.jsonl"},
+    ),
     "gateway ledger export": ("--store {store} --out {OUT}", {"store": "store.csv"}, {"OUT": "o.csv"}),
     "gateway ledger backup": ("--store {store} {OUT}", {"store": "g.db"}, {"OUT": "o.db"}),
     "graph info": ("{source} --out {OUT} --picture {PICTURE}", {"source": "e.csv"}, {"OUT": "o.csv", "PICTURE": "o.svg"}),
@@ -55,7 +60,7 @@ OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
     "compare", "convert", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
-    "eval data", "train config_file", "serve config_file", "gateway serve config", "gateway serve store", "gateway replay router",
+    "eval data", "train config_file", "serve config_files", "gateway serve config_files", "gateway serve store", "gateway replay router",
     "gateway replay prices", "gateway route router",
 }  # fmt: skip
 FOLDERS = {"model": "m", "router": "routers"}  # what is named on the command line is not the file but its folder

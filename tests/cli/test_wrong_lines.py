@@ -147,6 +147,9 @@ gateway fit holes.parquet --out z
 gateway eval scores.jsonl --seeds {HUGE}
 gateway route holes.parquet x
 gateway replay no.db
+gateway collect -c latin.toml --judge a --out o.jsonl
+gateway collect -c none.toml --judge exact --out o.jsonl
+gateway collect -c deep.toml --judge a --out o.jsonl
 gateway import deep.yaml
 gateway import date.yaml
 gateway keys list --store no.db
