@@ -73,8 +73,9 @@ def closing(compiled, tokenizer, taken, pieces, text, rng):
         # what the patterns of `json_schemas` wait for
         plain = [piece for piece in pieces if len(piece) == 1 and piece in b"abx "]
         return [b'"' if b'"' in pieces else rng.choice(plain or list(pieces))]
+    # A zero comes last: behind the point of a number that must be greater than 0 it leads nowhere, and so many make a float 0.
     return [
-        next((bytes([byte]) for byte in b'}],0123456789n"' if bytes([byte]) in pieces), None)
+        next((bytes([byte]) for byte in b'}],1234567890n"' if bytes([byte]) in pieces), None)
         or rng.choice(list(pieces))
     ]
 
