@@ -29,6 +29,13 @@ def serve(
         str | None,
         typer.Option(metavar="ADDRESS", help="Where to listen (http.host); 0.0.0.0 is seen from other machines."),
     ] = None,
+    served_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What the model is called (http.name). Repeated: further names that requests may use (http.names).",
+        ),
+    ] = None,
     port: Annotated[
         int | None, typer.Option(metavar="N", help="Default: 8000. 0 takes a free one (http.port).")
     ] = None,
@@ -96,6 +103,7 @@ def serve(
     require("serve", by="anabranch serve")
     given = {
         "engine.model": model, "http.host": host, "http.port": port, "engine.expert_budget": expert_budget, "engine.quantize": quantize,
+        "http.name": served_name[0] if served_name else None, "http.names": served_name[1:] if served_name else None,
         "devices": devices, "engine.num_streams": streams,
         "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
     }  # fmt: skip

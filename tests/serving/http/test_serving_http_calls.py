@@ -67,7 +67,9 @@ class Cut:
 def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
     """The message and the reason of the whole answer, and those that the deltas of a stream make."""
     tools = Tools((WEATHER, CLOCK), is_parallel=is_parallel)
-    asked = Asked(kind="chat", prompts=((1,),), tools=tools, stop=stop, sampling=Sampling(logprobs=0), logprobs=0)
+    asked = Asked(
+        kind="chat", model="small", prompts=((1,),), tools=tools, stop=stop, sampling=Sampling(logprobs=0), logprobs=0
+    )
     reader = Reader(ByteTokenizer())
     choice = Choice(0, Cut(outputs, finish), Request(id="a", prompt=(1,), sampling=asked.sampling), reader, stop)
 
@@ -75,7 +77,7 @@ def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
         return [piece async for piece in choice.run()]
 
     pieces = asyncio.run(run())
-    whole, stream = (ChatShape(asked, [choice], reader, "small", INFO) for _ in range(2))
+    whole, stream = (ChatShape(asked, [choice], reader, INFO) for _ in range(2))
     [told] = whole.whole([pieces])["choices"]
     parts = [chunk["choices"][0] for piece in pieces for chunk in stream.chunks(piece)]
     rows = [row for part in parts for row in (part["logprobs"] or {"content": []})["content"]]

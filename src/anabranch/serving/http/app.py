@@ -168,20 +168,22 @@ class App:
         return web.Response(body=page(), content_type="text/html", charset="utf-8", headers={**HEADERS, **call.headers})
 
     async def _models(self, call: Call) -> web.StreamResponse:
-        return call.json({"object": "list", "data": [self._facts()] if self.frontend.info is not None else []})
+        names = self.frontend.names if self.frontend.info is not None else ()
+        made = [self._facts(name) for name in names]
+        return call.json({"object": "list", "data": made})
 
     async def _model(self, call: Call) -> web.StreamResponse:
         name = unquote(call.request.rel_url.raw_path[len(MODELS) :])
-        if self.frontend.info is None or name != self.frontend.name:
+        if self.frontend.info is None or name not in self.frontend.names:
             shown = name[:80] if name.isprintable() else "?"
             raise ApiError(404, "model_not_found", f"there is no model {shown!r}; GET /v1/models lists what there is")
-        return call.json(self._facts())
+        return call.json(self._facts(name))
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, name: str) -> dict[str, Any]:
         info = self.frontend.info
         assert info is not None
         return {
-            "id": self.frontend.name, "object": "model", "created": self._created, "owned_by": "anabranch",
+            "id": name, "object": "model", "created": self._created, "owned_by": "anabranch",
             "max_model_len": info.max_positions, "routed_layers": {str(at): count for at, count in info.routed_layers.items()},
         }  # fmt: skip
 

@@ -29,6 +29,7 @@ class Asked:
 
     Attributes:
         kind: ``chat`` or ``completions``.
+        model: the name it calls the model by.
         prompts: token ids of each prompt; a chat has one.
         max_tokens: most new tokens; 0 only with ``echo``.
         texts: of the prompts, for ``echo``.
@@ -45,6 +46,7 @@ class Asked:
     """
 
     kind: str
+    model: str
     prompts: tuple[tuple[int, ...], ...]
     max_tokens: int = 1
     texts: tuple[str, ...] = ()
@@ -160,6 +162,7 @@ def _shared(
         raise wrong("n", f"n is {n}; this server makes at most {most_n} choices")
     stop = body.get("stop") or ()
     return {
+        "model": body["model"],
         "n": n,
         "max_tokens": most,
         "sampling": _sampling(body, info, most, logprobs, grammar),
@@ -269,10 +272,9 @@ def check_model(body: Mapping[str, Any], names: Sequence[str], *, is_needed: boo
     name = body.get("model")
     if name is None and not is_needed:
         return
+    known = ", ".join(map(repr, names))
     if not isinstance(name, str) or not name:
-        raise wrong("model", f"model is {said(name)}; it must be {names[0]!r} (GET /v1/models)")
+        raise wrong("model", f"model is {said(name)}; it must be {known} (GET /v1/models)")
     if name not in names:
         shown = name[:80] if name.isprintable() else "?"
-        raise ApiError(
-            404, "model_not_found", f"there is no model {shown!r}; this server has {names[0]!r}", param="model"
-        )
+        raise ApiError(404, "model_not_found", f"there is no model {shown!r}; this server has {known}", param="model")

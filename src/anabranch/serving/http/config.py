@@ -1,5 +1,6 @@
 """`HttpConfig`: what a server is told: where it listens, whom it answers, how much it takes."""
 
+from anabranch.bounds import shown
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.serving.core.admission import AdmissionConfig
@@ -36,6 +37,7 @@ class HttpConfig(Config):
         host: address; the default is seen from this machine only.
         port: 0 takes a free one.
         name: what the model is called; None for the engine's name of it.
+        names: what else it is called. A request may use any, and its answer names the one that it used.
         api_keys: ``name=secret`` or ``name=sha256:HEX`` (``printf %s SECRET | sha256sum``); none lets everybody in.
         admin_token: opens ``/v1/admin``; None closes it.
         cors_origins: origins whose pages may call, ``*`` for all; none by default.
@@ -58,6 +60,7 @@ class HttpConfig(Config):
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)
     name: str | None = Field(default=None, min_length=1, max_length=256)
+    names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     admin_token: str | None = Field(default=None, min_length=8)
     cors_origins: tuple[str, ...] = ()
@@ -76,6 +79,9 @@ class HttpConfig(Config):
     page: bool = True
 
     def __post_init__(self) -> None:
+        for place, name in enumerate(self.names):
+            if not isinstance(name, str) or not 0 < len(name) <= 256:
+                raise ConfigError(f"names.{place} is {shown(name)}; a name has 1 to 256 characters")
         for place, entry in enumerate(self.api_keys):
             # What was given may be a secret, so it is not shown.
             if not all(entry.partition("=")[::2]):

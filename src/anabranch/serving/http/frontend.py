@@ -74,6 +74,11 @@ class Frontend:
         return self.config.name or (self.info.model if self.info is not None else "")
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All that the model is called, each once; `name` is the first."""
+        return tuple(dict.fromkeys([self.name, *self.config.names]))
+
+    @property
     def engine(self) -> EngineClient:
         """The engine that is ready. Raises ApiError (503) if there is none."""
         self.check_ready()

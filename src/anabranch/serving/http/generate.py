@@ -42,13 +42,13 @@ class Generate:
         asked = await self._read(call, kind, info, reader)
         deadline_s = call.deadline_s()
         if asked.is_echo and asked.max_tokens == 0 and asked.logprobs is None:
-            return call.json(CompletionShape(asked, [], reader, frontend.name, info).echoed())
+            return call.json(CompletionShape(asked, [], reader, info).echoed())
         lengths = [len(prompt) for prompt in asked.prompts for _ in range(asked.n)]
         tickets = frontend.admit(lengths, call.key, call.left_s())
         choices: list[Choice] = []
         try:
             async with frontend.run(asked, call.id, call.key, tickets) as (choices, buffer):
-                shape = _SHAPES[kind](asked, choices, reader, frontend.name, info)
+                shape = _SHAPES[kind](asked, choices, reader, info)
                 call.headers |= {
                     "x-route-model": _header(frontend.name),
                     "x-route-layers": str(len(info.routed_layers)),
@@ -74,7 +74,7 @@ class Generate:
 
     async def _read(self, call: Call, kind: str, info: EngineInfo, reader: Reader) -> Asked:
         body = await call.body()
-        check_model(body, [self._frontend.name])
+        check_model(body, self._frontend.names)
         limit = self._frontend.config.limits.most_n
         length = call.request.content_length
         is_rendering = kind == "chat" and reader.has_template

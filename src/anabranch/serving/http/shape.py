@@ -31,7 +31,6 @@ class Shape:
         asked: the request.
         choices: of it, for usage at the end.
         reader: shows tokens as text.
-        model: name.
         info: of the engine.
     """
 
@@ -39,10 +38,10 @@ class Shape:
     chunk_name = ""
     id_kind = ""
 
-    def __init__(self, asked: Asked, choices: Sequence[Choice], reader: Reader, model: str, info: EngineInfo) -> None:
+    def __init__(self, asked: Asked, choices: Sequence[Choice], reader: Reader, info: EngineInfo) -> None:
         self.asked, self.choices, self.reader, self.info = asked, choices, reader, info
         self._head = {
-            "id": new_id(self.id_kind), "created": int(time.time()), "model": model, "system_fingerprint": fingerprint(info)
+            "id": new_id(self.id_kind), "created": int(time.time()), "model": asked.model, "system_fingerprint": fingerprint(info)
         }  # fmt: skip
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ class Tokens:
             for at, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return call.json({"object": "list", "data": data, "model": self._frontend.name, "usage": usage})
+        return call.json({"object": "list", "data": data, "model": body["model"], "usage": usage})
 
     async def _maybe_apart(self, call: Call, length: int, function: Callable[..., T], *args: Any) -> T:
         """What a function returns, from a thread if it reads so much."""
@@ -118,7 +118,7 @@ class Tokens:
 
     async def _body(self, call: Call, known: dict[str, fields.Check], is_model_needed: bool = True) -> dict[str, Any]:
         body = await call.body()
-        check_model(body, [self._frontend.name], is_needed=is_model_needed)
+        check_model(body, self._frontend.names, is_needed=is_model_needed)
         for name, value in body.items():
             if name in known and value is not None:
                 fields.expect(name, value, known[name])
