@@ -1,6 +1,7 @@
 """``anabranch plan``: the paper's table, every way to name a model and hardware, the search and its files."""
 
 import json
+import sys
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_mistakes_are_one_line(words, message, capsys):
 
 
 def test_share_tables_are_read(tmp_path, capsys):
-    from anabranch.serving.nanoflow import PAPER_TABLE
+    from anabranch.serving.planning import PAPER_TABLE
 
     path = tmp_path / "shares.json"
     path.write_text(json.dumps(PAPER_TABLE.to_dict()))
@@ -160,20 +161,27 @@ def test_a_profile_that_was_saved_is_read(tmp_path, capsys):
     assert path.read_bytes() == before
 
 
-def test_this_machine_is_measured(monkeypatch, capsys):
+def test_this_machine_is_measured(tmp_path, monkeypatch, capsys):
     import functools
 
-    from anabranch.serving.nanoflow import measure
+    from anabranch.serving.planning import measure
 
     quick = functools.partial(measure.measure, seconds=0.01, stream_bytes=1 << 20)
     monkeypatch.setattr(measure, "measure", quick)
     monkeypatch.setattr(
         measure, "measure_shares", functools.partial(measure.measure_shares, seconds=0.01, stream_bytes=1 << 20)
     )
-    assert main(["plan", "demo", "--search", "--budget", "0.1", "--json"]) == 0
+    out = tmp_path / "pipeline.json"
+    assert main(["plan", "demo", "--batch", "512", "--out", str(out), "--budget", "0.1", "--json"]) == 0
     told = capsys.readouterr()
     assert "measuring how operations slow each other" in told.err
-    assert json.loads(told.out)["pipeline"]["key"]["table"]["source"].startswith("measured on")
+    assert json.loads(told.out)["pipeline"]["key"]["table"]["machine"]
+    before = out.read_bytes()
+    # Measured anew, to other figures; the machine is the same, and so is the pipeline.
+    monkeypatch.setattr(sys.modules["anabranch.serving.planning.search"], "search", None)
+    assert main(["plan", "demo", "--batch", "512", "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pipeline"]["period_s"] == json.loads(before)["period_s"]
+    assert out.read_bytes() == before
     found = read_hardware("cpu", "float32")
     assert found.compute > 1e8
     assert found.memory_bandwidth > 1e7

@@ -14,11 +14,11 @@ from anabranch.errors import ConfigError
 from anabranch.files import check_apart, parse_json
 
 if TYPE_CHECKING:
-    from anabranch.serving.nanoflow.cost import Estimate
-    from anabranch.serving.nanoflow.hardware import Hardware
-    from anabranch.serving.nanoflow.interference import ShareTable
-    from anabranch.serving.nanoflow.search import Pipeline
-    from anabranch.serving.nanoflow.shape import ModelShape
+    from anabranch.serving.planning.cost import Estimate
+    from anabranch.serving.planning.hardware import Hardware
+    from anabranch.serving.planning.interference import ShareTable
+    from anabranch.serving.planning.search import Pipeline
+    from anabranch.serving.planning.shape import ModelShape
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
 POWERS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -88,7 +88,7 @@ def plan(
 
     The formulas are NanoFlow's (arXiv 2408.12757); --search finds the order and shares in which its operations run side by side.
     """
-    from anabranch.serving.nanoflow.cost import Workload, estimate, fitting_devices, largest_batch
+    from anabranch.serving.planning.cost import Workload, estimate, fitting_devices, largest_batch
 
     if model is None:
         _list_known(as_json)
@@ -97,7 +97,7 @@ def plan(
         raise ConfigError(f"--dtype is {dtype!r}; use one of {', '.join(BYTES)}")
     check_apart([out, save_hardware, gantt], [*_read_of(model), hardware, table_file])
     shape = _shape(model, BYTES[dtype])
-    device = read_hardware(hardware, dtype)
+    device = read_hardware(hardware, dtype, devices or 1)
     count = devices or (fitting_devices(shape, device) if device.network_bandwidth else 1)
     device = device.replace(num_devices=count)
     tokens = batch or largest_batch(shape, device, prompt, output)
@@ -109,7 +109,7 @@ def plan(
     shares = _shares(table_file, hardware) if wants_pipeline else None
     pipeline = _pipeline(found, budget, shares, out) if shares is not None else None
     if pipeline is not None and gantt is not None:
-        from anabranch.serving.nanoflow.simulate import save_gantt
+        from anabranch.serving.planning.simulate import save_gantt
 
         save_gantt(pipeline.timeline(shares), gantt)
     if as_json:
@@ -170,18 +170,19 @@ def describe(found: Estimate) -> dict[str, Any]:
     }
 
 
-def read_hardware(text: str, dtype: str = "float16") -> Hardware:
-    """A profile by name, file, measurement or numbers. Raises ConfigError for anything else."""
-    from anabranch.serving.nanoflow.hardware import Hardware, find_hardware
+def read_hardware(text: str, dtype: str = "float16", devices: int = 1) -> Hardware:
+    """A profile by name, file, measurement (of so many devices) or numbers. Raises ConfigError for anything else."""
+    from anabranch.serving.planning.hardware import Hardware, find_hardware
 
     if text in ("cpu", "cuda"):
         import torch
 
-        from anabranch.serving.nanoflow.measure import measure
+        from anabranch.serving.planning.measure import measure
 
         say(f"measuring {text} ...")
         return measure(
             text,
+            num_devices=devices,
             dtype=getattr(torch, dtype if dtype in ("float32", "bfloat16", "float16") and text != "cpu" else "float32"),
         )
     if "=" not in text:
@@ -205,7 +206,7 @@ def _shape(model: str, weight_bytes: float) -> ModelShape:
     """A model's shape: a published name, else what ``anabranch info`` takes."""
     import dataclasses
 
-    from anabranch.serving.nanoflow.shape import PUBLISHED, find_shape, shape_of
+    from anabranch.serving.planning.shape import PUBLISHED, find_shape, shape_of
 
     # Keys, values and activations are not packed below 16 bits.
     cached = max(weight_bytes, 2.0)
@@ -234,10 +235,10 @@ def _shares(path: Path | None, hardware: str) -> ShareTable:
     """A table from a file, of this machine's CPU, or the paper's."""
 
     from anabranch.errors import DataError
-    from anabranch.serving.nanoflow.interference import PAPER_TABLE, ShareTable
+    from anabranch.serving.planning.interference import PAPER_TABLE, ShareTable
 
     if path is None and hardware == "cpu":
-        from anabranch.serving.nanoflow.measure import measure_shares
+        from anabranch.serving.planning.measure import measure_shares
 
         say("measuring how operations slow each other ...")
         return measure_shares()
@@ -252,7 +253,7 @@ def _shares(path: Path | None, hardware: str) -> ShareTable:
 
 
 def _pipeline(found: Estimate, budget: float, shares: ShareTable, out: Path | None) -> Pipeline:
-    from anabranch.serving.nanoflow.search import load_pipeline, search
+    from anabranch.serving.planning.search import load_pipeline, search
 
     if out is not None:
         known = load_pipeline(out, found.model, found.hardware, found.workload, shares)
@@ -331,8 +332,8 @@ def _print_pipeline(pipeline: Pipeline, found: Estimate) -> None:
 
 
 def _list_known(as_json: bool) -> None:
-    from anabranch.serving.nanoflow.hardware import PROFILES
-    from anabranch.serving.nanoflow.shape import PUBLISHED
+    from anabranch.serving.planning.hardware import PROFILES
+    from anabranch.serving.planning.shape import PUBLISHED
 
     if as_json:
         models = {

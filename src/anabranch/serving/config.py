@@ -44,8 +44,10 @@ class ServingConfig(Config):
         long_prefill_chunk: most tokens of one prompt in a step; None for all that fit.
         prefix_cache: keep keys and values of earlier requests for those that begin alike.
         scheduling: ``async`` forms the next step while one runs; ``sync`` when it has ended; ``auto`` is ``sync`` on a CPU, whose cores
-            the model needs itself, and ``async`` elsewhere.
+            the model needs itself, and ``async`` elsewhere and with ``nano_batches``.
         nano_batches: run big steps as nano-operations side by side where that pays, see `anabranch.serving.nanoflow`.
+        pipeline: file with the order and shares of nano-operations, as ``anabranch plan --search --out`` writes it; where it is not there
+            yet it is searched for and written. None searches at each start.
         host_kv: bytes of main memory for keys and values that have no room in ``kv_memory``; None for none.
         disk_kv: bytes of a file behind that.
         admit_by_peak: let a request in only if all that run are expected to fit at their peak.
@@ -75,6 +77,7 @@ class ServingConfig(Config):
     prefix_cache: bool = True
     scheduling: Literal["auto", "async", "sync"] = "auto"
     nano_batches: bool = False
+    pipeline: str | None = None
     host_kv: str | None = None
     disk_kv: str | None = None
     admit_by_peak: bool = False
@@ -89,13 +92,16 @@ class ServingConfig(Config):
     @property
     def is_async(self) -> bool:
         """Whether the next step is formed while one runs."""
-        return self.scheduling == "async" or (self.scheduling == "auto" and not self.device.startswith("cpu"))
+        is_better = self.nano_batches or not self.device.startswith("cpu")
+        return self.scheduling == "async" or (self.scheduling == "auto" and is_better)
 
     def __post_init__(self) -> None:
         parse_bytes(self.kv_memory, "kv_memory")
         for name in ("expert_budget", "host_kv", "disk_kv"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name), name)
+        if self.pipeline is not None and not self.nano_batches:
+            raise ConfigError("pipeline is set, but nano_batches is not; only nano-operations run by a pipeline")
         if self.disk_kv is not None and self.host_kv is None:
             raise ConfigError("disk_kv is set, but host_kv is not; blocks reach the disk by way of main memory")
 

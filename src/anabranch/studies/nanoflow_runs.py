@@ -24,15 +24,15 @@ from anabranch.serving.core.batch import Batch, Chunk, Sampled
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.engine.llm import LLM
 from anabranch.serving.engine.runner import ModelRunner
-from anabranch.serving.nanoflow.cost import Workload, estimate
 from anabranch.serving.nanoflow.execute import Sequential, Threads
-from anabranch.serving.nanoflow.graph import LayerGraph, Operation
-from anabranch.serving.nanoflow.hardware import find_hardware
-from anabranch.serving.nanoflow.interference import PAPER_POINTS, PAPER_TABLE, ShareTable
 from anabranch.serving.nanoflow.runtime import NanoRunner
-from anabranch.serving.nanoflow.search import search
-from anabranch.serving.nanoflow.shape import find_shape
-from anabranch.serving.nanoflow.simulate import Schedule
+from anabranch.serving.planning.cost import Workload, estimate
+from anabranch.serving.planning.graph import LayerGraph, Operation
+from anabranch.serving.planning.hardware import find_hardware
+from anabranch.serving.planning.interference import PAPER_POINTS, PAPER_TABLE, ShareTable
+from anabranch.serving.planning.search import search
+from anabranch.serving.planning.shape import find_shape
+from anabranch.serving.planning.simulate import Schedule
 from anabranch.studies.harness import Metrics, Progress
 
 

@@ -16,8 +16,8 @@ from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Add, Close
 from anabranch.serving.engine.paged import PagedShape
 from anabranch.serving.engine.runner import ModelRunner
+from anabranch.serving.engine.tiered import TieredPool
 from anabranch.serving.nanoflow.execute import Threads
-from anabranch.serving.nanoflow.offload import TieredPool
 from anabranch.serving.nanoflow.runtime import NanoRunner
 
 VOCAB, STOPS = 31, tuple(range(0, 31, 4))

@@ -14,15 +14,15 @@ from anabranch.nn.attention import SelfAttention
 from anabranch.serving.core.batch import Batch, Chunk
 from anabranch.serving.core.request import Request
 from anabranch.serving.engine.runner import ModelRunner
-from anabranch.serving.nanoflow.cost import Workload
 from anabranch.serving.nanoflow.execute import Sequential, Streams, Threads
-from anabranch.serving.nanoflow.graph import LayerGraph, Operation
-from anabranch.serving.nanoflow.hardware import find_hardware
-from anabranch.serving.nanoflow.order import list_order
 from anabranch.serving.nanoflow.runtime import NanoRunner, default_executor
-from anabranch.serving.nanoflow.search import search
-from anabranch.serving.nanoflow.shape import find_shape
-from anabranch.serving.nanoflow.simulate import Schedule
+from anabranch.serving.planning.cost import Workload
+from anabranch.serving.planning.graph import LayerGraph, Operation
+from anabranch.serving.planning.hardware import find_hardware
+from anabranch.serving.planning.order import list_order
+from anabranch.serving.planning.search import search
+from anabranch.serving.planning.shape import find_shape
+from anabranch.serving.planning.simulate import Schedule
 
 VOCAB, BLOCKS = 97, 64
 CLOSE = 1e-5  # float32: a product of fewer rows may add in another order

@@ -12,6 +12,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.hooks import StepHook
+from anabranch.serving.core.offload import PeakMemory
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
 from anabranch.serving.core.tier import KVTier, Memory
@@ -19,6 +20,7 @@ from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Event
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.engine.runner import ModelRunner, TokenSampler
+from anabranch.serving.engine.tiered import second_place
 from anabranch.serving.sampling import Sampler
 
 
@@ -67,15 +69,19 @@ class Engine:
             sampler: chooses tokens; None for `anabranch.serving.sampling.Sampler`.
             hooks: see every step. One with ``stats() -> EngineStats`` adds to pictures of the engine, one with ``controls`` commands.
             controls: more commands.
-            tier: where keys and values go that have no room, in ``host_blocks`` slots.
-            memory: admission by what requests are expected to need.
+            tier: where keys and values go that have no room, in ``host_blocks`` slots; None for that of ``config.host_kv``.
+            memory: admission by what requests are expected to need; None for that of ``config.admit_by_peak``.
             host_blocks: see ``tier``.
             pool: memory for keys and values made elsewhere.
             takes_weights: the model is nobody else's, see `anabranch.serving.fast.FastDecoder`.
             make_runner: makes the runner, such as `anabranch.serving.nanoflow.NanoRunner`.
         """
         shape = PagedShape.of(model, config.max_depth)
+        if pool is None and tier is None and config.host_kv is not None:
+            pool, tier = second_place(shape, config, model.embedding.weight.device)
         num_blocks = config.blocks_for(shape.bytes_per_token) if pool is None else pool.num_blocks
+        if memory is None and config.admit_by_peak:
+            memory = PeakMemory(num_blocks * config.block_tokens)
         stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
         if sampler is None:
             vocab_size = model.config.vocab_size

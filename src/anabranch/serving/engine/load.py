@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,25 +30,22 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model, tokenizer, experts = _model(config)
-    config, more = _nanoflow(model, config)
-    more["takes_weights"] = True
+    more = {"takes_weights": True, **_nano_runner(model, config)}
     if experts is None:
         return Engine.of(model, config, tokenizer=tokenizer, **more), tokenizer
     controls = {"expert_cache": experts.by_layer}
     return Engine.of(model, config, tokenizer=tokenizer, hooks=[experts], controls=controls, **more), tokenizer
 
 
-def _nanoflow(model: Decoder, config: ServingConfig) -> tuple[ServingConfig, dict[str, Any]]:
-    """The config and further arguments of the engine that NanoFlow's options mean."""
-    if not (config.nano_batches or config.host_kv or config.admit_by_peak):
-        return config, {}
-    from anabranch.serving.nanoflow.options import NanoFlowConfig
+def _nano_runner(model: Decoder, config: ServingConfig) -> dict[str, Any]:
+    """The argument of the engine that ``nano_batches`` means, where they pay."""
+    if not config.nano_batches:
+        return {}
+    from anabranch.serving.nanoflow.options import find_pipeline
+    from anabranch.serving.nanoflow.runtime import NanoRunner
 
-    overlap: Any = "nano" if config.nano_batches else "async" if config.is_async else "off"
-    options = NanoFlowConfig(
-        overlap=overlap, host_kv=config.host_kv, disk_kv=config.disk_kv, admit_by_peak=config.admit_by_peak
-    )
-    return options.engine(model, config)
+    pipeline = find_pipeline(model, config)
+    return {} if pipeline is None else {"make_runner": partial(NanoRunner, pipeline=pipeline)}
 
 
 def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEngine | None]:

@@ -22,6 +22,7 @@ NOT_ELASTIC = (
     "expert_budget",
     "host_kv",
     "nano_batches",
+    "pipeline",
     "admit_by_peak",
     "deterministic",
     "num_streams",

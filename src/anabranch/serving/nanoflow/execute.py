@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 
 from anabranch.errors import BackendError, InputError
-from anabranch.serving.nanoflow.cost import RESOURCES, Resource
-from anabranch.serving.nanoflow.graph import NanoOp
-from anabranch.serving.nanoflow.simulate import Schedule, dependences
+from anabranch.serving.planning.cost import RESOURCES, Resource
+from anabranch.serving.planning.graph import NanoOp
+from anabranch.serving.planning.simulate import Schedule, dependences
 
 Work = Callable[[int, NanoOp], None]
 
@@ -38,8 +38,12 @@ class Sequential:
 class Threads:
     """A thread per resource, each with its own number of cores for one operation.
 
+    Where the schedule has shares, an operation gets its share of all cores, at least one; a product the cores that what runs beside
+    it, or could begin beside it, leaves. That is what the shares of `simulate` say, in whole cores and until the operation ends.
+
     Args:
-        cores: {resource: threads inside an operation}; a resource that is not named runs in the calling thread, with products.
+        cores: {resource: threads inside an operation}; a resource that is not named runs in the calling thread, with products. Their
+            sum is what shares are of.
     """
 
     def __init__(self, cores: Mapping[Resource, int] | None = None) -> None:
@@ -72,6 +76,7 @@ class _ThreadedRun:
 
     def __init__(self, schedule: Schedule, work: Work, num_layers: int, cores: Mapping[str, int]) -> None:
         self.ops, self.work, self.cores = schedule.graph.ops, work, cores
+        self.shares, self.total = schedule.shares, sum(cores.values())
         self.count = len(self.ops)
         waiting, self.followers = dependences(schedule.graph, num_layers)
         self.waiting = list(waiting)
@@ -83,24 +88,34 @@ class _ThreadedRun:
                 name = self.ops[number].resource
                 name = name if name in cores else "compute"
                 self.streams.setdefault(name, []).append(layer * self.count + number)
+        # Of each stream the job that runs or is next.
+        self.heads = {name: jobs[0] for name, jobs in self.streams.items() if jobs}
         self.is_inference = torch.is_inference_mode_enabled()
         self.has_grad = torch.is_grad_enabled()
 
     def stream(self, name: str) -> None:
         """Run one stream to its end, or until another fails."""
         torch.set_num_threads(self.cores.get(name, 1))
+        jobs = self.streams[name]
         try:
             with (
                 torch.inference_mode(self.is_inference),
                 torch.set_grad_enabled(self.has_grad and not self.is_inference),
             ):
-                for job in self.streams[name]:
+                for place, job in enumerate(jobs):
                     with self.condition:
                         self.condition.wait_for(lambda job=job: not self.waiting[job] or self.error is not None)  # type: ignore[misc]
                         if self.error is not None:
                             return
+                        cores = None if self.shares is None else self._cores(name, job)
+                    if cores is not None and cores != torch.get_num_threads():
+                        torch.set_num_threads(cores)
                     self.work(job // self.count, self.ops[job % self.count])
                     with self.condition:
+                        if place + 1 < len(jobs):
+                            self.heads[name] = jobs[place + 1]
+                        else:
+                            del self.heads[name]
                         for follower in self.followers[job]:
                             self.waiting[follower] -= 1
                         self.condition.notify_all()
@@ -108,6 +123,17 @@ class _ThreadedRun:
             with self.condition:
                 self.error = self.error or error
                 self.condition.notify_all()
+
+    def _cores(self, name: str, job: int) -> int:
+        """Cores for ``job`` of stream ``name``, which begins now."""
+        if name != "compute":
+            return self._share(job)
+        beside = [other for stream, other in self.heads.items() if stream != name and not self.waiting[other]]
+        return max(self.total - sum(self._share(other) for other in beside), 1)
+
+    def _share(self, job: int) -> int:
+        assert self.shares is not None
+        return min(max(round(self.shares[job % self.count] * self.total), 1), self.total)
 
 
 class Streams:

@@ -24,16 +24,12 @@ from anabranch.serving.core.batch import Chunk
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import PagedStore
 from anabranch.serving.engine.runner import ModelRunner
-from anabranch.serving.nanoflow.cost import TILE
 from anabranch.serving.nanoflow.execute import Executor, Sequential, Streams, Threads
-from anabranch.serving.nanoflow.graph import LayerGraph, NanoOp, Operation
-from anabranch.serving.nanoflow.order import list_order
-from anabranch.serving.nanoflow.search import Pipeline
-from anabranch.serving.nanoflow.simulate import Schedule
-
-HALVES: dict[str, tuple[float, ...]] = dict.fromkeys(
-    ("kqv", "decode_attention", "prefill_attention", "o", "up_gate", "down"), (0.5,)
-)
+from anabranch.serving.nanoflow.step_plan import StepPlan
+from anabranch.serving.planning.cost import TILE
+from anabranch.serving.planning.graph import LayerGraph, NanoOp, Operation
+from anabranch.serving.planning.search import Pipeline
+from anabranch.serving.planning.simulate import Schedule
 
 
 class NanoRunner(ModelRunner):
@@ -41,7 +37,7 @@ class NanoRunner(ModelRunner):
 
     Args:
         model: a decoder.
-        pipeline: a searched one, whose cuts are scaled to each step; None for halves.
+        pipeline: a searched one, whose cuts, order and shares are fitted to each step; None for halves.
         parts: for each operation the shares of the batch at which it is cut, instead of a pipeline.
         executor: None for streams on CUDA, threads on a CPU of several cores, else one after the other.
         min_tokens: steps of fewer rows are not cut.
@@ -66,7 +62,7 @@ class NanoRunner(ModelRunner):
         super().__init__(model, **options)
         if pipeline is not None and parts is not None:
             raise InputError("pipeline and parts both say how to cut; give one")
-        self.parts = dict(parts) if parts is not None else HALVES if pipeline is None else parts_of(pipeline)
+        self.plan = StepPlan.of_cuts(parts) if pipeline is None else StepPlan.of(pipeline)
         self.executor: Executor = executor or default_executor(self.device)
         self.min_tokens, self.tile = max(min_tokens, 2), tile
         self._is_known = all(
@@ -94,17 +90,6 @@ def default_executor(device: torch.device) -> Executor:
         return Streams(device)
     cores = torch.get_num_threads()
     return Threads({"compute": cores - 1, "memory": 1}) if cores > 1 else Sequential()
-
-
-def parts_of(pipeline: Pipeline) -> dict[str, tuple[float, ...]]:
-    """A pipeline's cuts as shares of each operation's range."""
-    layer = pipeline.schedule.graph.layer
-    spans = {operation.name: (operation.start, operation.end) for operation in layer.operations}
-    return {
-        name: tuple((cut - spans[name][0]) / (spans[name][1] - spans[name][0]) for cut in cuts)
-        for name, cuts in pipeline.schedule.graph.cuts.items()
-        if name in HALVES
-    }
 
 
 class _Step:
@@ -144,17 +129,16 @@ class _Step:
             start, end = spans.get(name, (0, total))
             if end > start:
                 there = tuple(other for other in others if any(operation.name == other for operation in made))
-                resource = "memory" if name == "decode_attention" else "compute"
-                made.append(Operation(name, resource, start, end, there, float))  # type: ignore[arg-type]
+                made.append(Operation(name, self.runner.plan.resources[name], start, end, there, float))
         graph = LayerGraph(tuple(made), total, ("kqv",), ("down",)).split(self._cuts(made))
-        return Schedule(graph, list_order(graph))
+        return self.runner.plan.schedule(graph)
 
     def _cuts(self, operations: Sequence[Operation]) -> dict[str, list[int]]:
         """Cuts in whole tiles; of attention of prompts between sequences, of the feed-forward alike where it is one piece."""
         cuts = {}
         for operation in operations:
             size = operation.end - operation.start
-            wanted = [operation.start + size * share for share in self.runner.parts.get(operation.name, ())]
+            wanted = [operation.start + size * share for share in self.runner.plan.cuts.get(operation.name, ())]
             if operation.name == "prefill_attention":
                 cuts[operation.name] = [min(self.edges, key=lambda edge: abs(edge - at)) for at in wanted]
             else:

@@ -11,23 +11,25 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.files import atomic_write_json, parse_json
-from anabranch.serving.nanoflow.cost import ATTENTION, TILE, Workload, estimate
-from anabranch.serving.nanoflow.graph import Cuts, Form, LayerGraph, NanoGraph, layer_graph
-from anabranch.serving.nanoflow.hardware import Hardware
-from anabranch.serving.nanoflow.interference import PAPER_TABLE, ShareTable
-from anabranch.serving.nanoflow.order import find_order, linear_orders, neighbours
-from anabranch.serving.nanoflow.shape import ModelShape
-from anabranch.serving.nanoflow.simulate import LAYERS, Schedule, Timeline, simulate
+from anabranch.serving.planning.cost import ATTENTION, TILE, Workload, estimate
+from anabranch.serving.planning.graph import Cuts, Form, LayerGraph, NanoGraph, layer_graph
+from anabranch.serving.planning.hardware import Hardware
+from anabranch.serving.planning.interference import PAPER_TABLE, ShareTable
+from anabranch.serving.planning.order import find_order, linear_orders, neighbours
+from anabranch.serving.planning.shape import ModelShape
+from anabranch.serving.planning.simulate import LAYERS, Schedule, Timeline, simulate
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
+# Of a workload, in a pipeline's key.
+LENGTHS = ("prompt", "output", "dense_batch")
 LEVELS = tuple(tenth / 10 for tenth in range(1, 11))
 
 # Structures of stage I that go on to stage II.
@@ -43,6 +45,7 @@ class Pipeline:
 
     Attributes:
         key: the model, the devices and the lengths it is for.
+        hardware: profile of the devices.
         form: of the collectives.
         schedule: nano-operations, order, shares.
         period_s: of a layer in steady state, simulated.
@@ -53,6 +56,7 @@ class Pipeline:
     """
 
     key: dict[str, Any]
+    hardware: Hardware
     form: Form
     schedule: Schedule
     period_s: float
@@ -77,6 +81,7 @@ class Pipeline:
         return {
             "schema": SCHEMA,
             "key": self.key,
+            "hardware": self.hardware.to_dict(),
             "form": self.form,
             "cuts": self.schedule.graph.cuts,
             "order": [ops[number].name for number in self.schedule.order],
@@ -95,17 +100,20 @@ class Pipeline:
 
 
 def key_of(model: ModelShape, hardware: Hardware, workload: Workload, table: ShareTable) -> dict[str, Any]:
-    """What a pipeline depends on: it is searched again when any of this changes."""
-    numbers = {name: getattr(workload, name) for name in ("prompt", "output", "dense_batch")}
-    layers = [[part.num_layers, part.hidden_dim, part.num_experts, part.top_k] for part in model.feed_forwards]
-    size = [model.dim, model.num_heads, model.num_kv_heads, model.head_dim, model.weight_bytes, model.kv_bytes]
+    """What a pipeline depends on: it is searched again when any of this changes. Of what was measured the machine, not the figures."""
+    numbers = {name: getattr(workload, name) for name in LENGTHS}
     made = {
-        "model": {"name": model.name, "size": size, "layers": layers},
-        "hardware": hardware.to_dict(),
+        "model": {"name": model.name, "bytes": [model.weight_bytes, model.kv_bytes], **_widths(model)},
+        "hardware": hardware.identity,
         "workload": numbers,
-        "table": table.to_dict(),
+        "table": table.identity,
     }
     return json.loads(json.dumps(made))
+
+
+def _widths(model: ModelShape) -> dict[str, Any]:
+    layers = [[part.num_layers, part.hidden_dim, part.num_experts, part.top_k] for part in model.feed_forwards]
+    return {"size": [model.dim, model.num_heads, model.num_kv_heads, model.head_dim], "layers": layers}
 
 
 def load_pipeline(
@@ -115,14 +123,50 @@ def load_pipeline(
 
     Raises DataError if the file is malformed.
     """
-    try:
-        values = parse_json(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not Path(path).exists():
         return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no pipeline ({error}); remove it to search again") from None
+    values = _values(path)
     if values.get("schema") != SCHEMA or values.get("key") != key_of(model, hardware, workload, table):
         return None
+    return _pipeline(values, path, model, hardware, workload)
+
+
+def read_pipeline(path: str | Path, model: ModelShape) -> Pipeline:
+    """A saved pipeline for a model of this shape, whatever the device, the lengths and the bytes of its weights that it was searched for.
+
+    Raises DataError if the file is malformed, ConfigError if it is for a model of another shape.
+    """
+    values = _values(path)
+    if values.get("schema") != SCHEMA:
+        raise DataError(f"{path} is a pipeline of another version ({values.get('schema')!r}); search it again")
+    try:
+        saved, numbers = values["key"]["model"], values["key"]["workload"]
+        theirs = {name: saved[name] for name in ("size", "layers")}
+        hardware = Hardware.from_dict(values["hardware"])
+        workload = Workload(**{name: numbers[name] for name in LENGTHS})
+    except (KeyError, TypeError, ConfigError) as error:
+        raise DataError(f"{path} is no pipeline ({error}); remove it to search again") from None
+    if theirs != json.loads(json.dumps(_widths(model))):
+        raise ConfigError(
+            f"{path} is a pipeline for {saved.get('name')!r}, a model of another shape than {model.name!r}"
+        )
+    return _pipeline(values, path, model, hardware, workload)
+
+
+def _values(path: str | Path) -> dict[str, Any]:
+    try:
+        values = parse_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no pipeline ({error}); remove it to search again") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is no pipeline; remove it to search again")
+    return values
+
+
+def _pipeline(
+    values: dict[str, Any], path: str | Path, model: ModelShape, hardware: Hardware, workload: Workload
+) -> Pipeline:
+    """What `Pipeline.to_dict` gave."""
     try:
         graph = layer_graph(model, hardware, workload, values["form"]).split(values["cuts"])
         number = {op.name: at for at, op in enumerate(graph.ops)}
@@ -130,9 +174,9 @@ def load_pipeline(
         shares = tuple(values["shares"][op.name] for op in graph.ops)
         schedule = Schedule(graph, order, shares)
         numbers = [values[name] for name in ("period_s", "sequential_s", "split_s", "evaluations", "is_complete")]
-    except (KeyError, TypeError, InputError) as error:
+    except (KeyError, TypeError, InputError, ConfigError) as error:
         raise DataError(f"{path} is no pipeline ({error}); remove it to search again") from None
-    return Pipeline(values["key"], values["form"], schedule, *numbers)
+    return Pipeline(values["key"], hardware, values["form"], schedule, *numbers)
 
 
 class _Search:
@@ -187,7 +231,7 @@ def search(
     key = key_of(model, hardware, workload, table)
     alone = Schedule(uncut[form], tuple(range(len(uncut[form].ops))), (1.0,) * len(uncut[form].ops))
     uncut_s = uncut[form].sequential_s
-    sequential = Pipeline(key, form, alone, uncut_s, uncut_s, uncut_s)
+    sequential = Pipeline(key, hardware, form, alone, uncut_s, uncut_s, uncut_s)
     if workload.dense_batch < 2 * TILE or not overlap:
         return sequential
     if not found.pays:
@@ -202,9 +246,7 @@ def search(
         best = found_here if best is None or found_here.period_s < best.period_s else best
     best = sequential if best is None else _grow(best, graphs, state, overlap)
     best = best if best.period_s < sequential.period_s * (1 - GAIN) else sequential
-    return Pipeline(
-        key, best.form, best.schedule, best.period_s, best.sequential_s, best.split_s, state.spent, not state.is_late
-    )
+    return replace(best, evaluations=state.spent, is_complete=not state.is_late)
 
 
 def _structures(graphs: dict[Form, LayerGraph], state: _Search) -> list[tuple[Form, Cuts]]:
@@ -238,7 +280,8 @@ def _staged(
     order, _ = find_order(graph, evaluations=60)
     limit = state.spent + int(share_of_budget * state.left)
     order, shares, period = find_shares(graph, order, state, overlap=overlap, limit=limit)
-    return Pipeline(origin.key, form, Schedule(graph, order, shares), period, origin.sequential_s, graph.sequential_s)
+    schedule = Schedule(graph, order, shares)
+    return replace(origin, form=form, schedule=schedule, period_s=period, split_s=graph.sequential_s)
 
 
 def _grow(best: Pipeline, graphs: dict[Form, LayerGraph], state: _Search, overlap: Sequence[str]) -> Pipeline:

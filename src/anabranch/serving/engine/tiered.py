@@ -21,6 +21,8 @@ from torch import Tensor
 
 from anabranch.errors import CapacityError, InputError
 from anabranch.files import is_full
+from anabranch.serving.config import ServingConfig, parse_bytes
+from anabranch.serving.core.offload import LruTier
 from anabranch.serving.engine.paged import PagedPool, PagedShape, Pairs
 
 
@@ -133,6 +135,23 @@ class TieredPool(PagedPool):
         self._file.read(slot, self._memory[place])
         self.fetched += 1
         return place
+
+
+def second_place(shape: PagedShape, config: ServingConfig, device: torch.device) -> tuple[TieredPool, LruTier]:
+    """The pool and the policy that ``config.host_kv`` and ``config.disk_kv`` mean.
+
+    Raises CapacityError if not even one block fits where it is to go.
+    """
+    assert config.host_kv is not None
+    host, disk = (
+        0 if size is None else shape.blocks_in(parse_bytes(size, name), config.block_tokens)
+        for name, size in (("host_kv", config.host_kv), ("disk_kv", config.disk_kv))
+    )
+    num_blocks = config.blocks_for(shape.bytes_per_token)
+    pool = TieredPool(
+        shape, num_blocks, host_blocks=host, disk_blocks=disk, block_tokens=config.block_tokens, device=device
+    )
+    return pool, LruTier(pool.num_slots)
 
 
 class _BlockFile:

@@ -15,8 +15,8 @@ from typing import Literal
 
 from anabranch.bounds import shown
 from anabranch.errors import CapacityError, ConfigError
-from anabranch.serving.nanoflow.hardware import Hardware
-from anabranch.serving.nanoflow.shape import FeedForwardShape, ModelShape
+from anabranch.serving.planning.hardware import Hardware
+from anabranch.serving.planning.shape import FeedForwardShape, ModelShape
 
 Resource = Literal["compute", "memory", "network"]
 RESOURCES: tuple[Resource, ...] = ("compute", "memory", "network")

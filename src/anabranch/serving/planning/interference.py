@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from anabranch.errors import ConfigError
-from anabranch.serving.nanoflow.cost import RESOURCES
+from anabranch.serving.planning.cost import RESOURCES
 
 # The points of the paper's table 3 that we know; compute is P = R by definition.
 PAPER_POINTS: dict[str, tuple[tuple[float, float], ...]] = {
@@ -84,10 +84,11 @@ def _edge(step: float, next_step: float, secant: float, next_secant: float) -> f
 
 @dataclass(frozen=True)
 class ShareTable:
-    """R -> P of each resource. ``source`` says where the points are from."""
+    """R -> P of each resource. ``source`` says where the points are from; ``machine`` what was measured, where they were."""
 
     points: Mapping[str, Sequence[tuple[float, float]]]
     source: str = "paper"
+    machine: str | None = None
 
     def __post_init__(self) -> None:
         missing = [name for name in RESOURCES if name not in self.points]
@@ -113,10 +114,16 @@ class ShareTable:
     def _known(self) -> dict[tuple[str, float], float]:
         return {}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What stays the same when it is measured again; all of it where it was not measured."""
+        return self.to_dict() if self.machine is None else {"machine": self.machine}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
             "source": self.source,
+            **({} if self.machine is None else {"machine": self.machine}),
             "points": {name: [list(point) for point in self.points[name]] for name in RESOURCES},
         }
 
@@ -125,7 +132,7 @@ class ShareTable:
         """Read back what `to_dict` gives. Raises ConfigError if it is malformed."""
         try:
             points = {name: tuple((low, high) for low, high in of) for name, of in values["points"].items()}
-            return cls(points, values.get("source", "file"))
+            return cls(points, values.get("source", "file"), values.get("machine"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise

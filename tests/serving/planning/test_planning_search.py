@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, ConfigError, DataError, InputError
-from anabranch.serving.nanoflow.cost import Workload
-from anabranch.serving.nanoflow.graph import LayerGraph, Operation
-from anabranch.serving.nanoflow.hardware import find_hardware
-from anabranch.serving.nanoflow.interference import PAPER_POINTS, PAPER_TABLE, Curve, ShareTable, monotone
-from anabranch.serving.nanoflow.order import (
+from anabranch.serving.planning.cost import Workload
+from anabranch.serving.planning.graph import LayerGraph, Operation
+from anabranch.serving.planning.hardware import find_hardware
+from anabranch.serving.planning.interference import PAPER_POINTS, PAPER_TABLE, Curve, ShareTable, monotone
+from anabranch.serving.planning.order import (
     branch_and_bound,
     find_order,
     improve,
@@ -22,9 +22,9 @@ from anabranch.serving.nanoflow.order import (
     list_order,
     milp,
 )
-from anabranch.serving.nanoflow.search import _Search, find_shares, load_pipeline, search
-from anabranch.serving.nanoflow.shape import find_shape
-from anabranch.serving.nanoflow.simulate import Schedule, gantt, save_gantt, simulate, violations
+from anabranch.serving.planning.search import _Search, find_shares, load_pipeline, search
+from anabranch.serving.planning.shape import find_shape
+from anabranch.serving.planning.simulate import Schedule, gantt, save_gantt, simulate, violations
 
 LLAMA, A100 = find_shape("llama-2-70b"), find_hardware("a100", 8)
 RESOURCES = ("compute", "memory", "network")
@@ -255,7 +255,7 @@ def test_mixed_integer_programming_agrees(seed):
 
 def test_larger_graphs_reach_what_programming_proves():
     pytest.importorskip("scipy.optimize")
-    from anabranch.serving.nanoflow.graph import layer_graph
+    from anabranch.serving.planning.graph import layer_graph
 
     layer = layer_graph(LLAMA, A100, Workload(), "reduce")
     graph = layer.split({name: [1024] for name in ("kqv", "decode_attention", "o", "ar_o", "up_gate")})
@@ -267,7 +267,7 @@ def test_larger_graphs_reach_what_programming_proves():
 
 
 def test_branch_and_bound_gives_up_in_time():
-    from anabranch.serving.nanoflow.graph import even_cuts, layer_graph
+    from anabranch.serving.planning.graph import even_cuts, layer_graph
 
     layer = layer_graph(LLAMA, A100, Workload(), "gather")
     graph = layer.split({operation.name: even_cuts(2048, 8) for operation in layer.operations})

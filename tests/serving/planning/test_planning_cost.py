@@ -9,9 +9,9 @@ import pytest
 
 from anabranch import presets
 from anabranch.errors import CapacityError, ConfigError, DataError
-from anabranch.serving.nanoflow.cost import Workload, estimate, fitting_devices, largest_batch, op_cost
-from anabranch.serving.nanoflow.hardware import PROFILES, Efficiency, Hardware, find_hardware
-from anabranch.serving.nanoflow.shape import PUBLISHED, find_shape, shape_of
+from anabranch.serving.planning.cost import Workload, estimate, fitting_devices, largest_batch, op_cost
+from anabranch.serving.planning.hardware import PROFILES, Efficiency, Hardware, find_hardware
+from anabranch.serving.planning.shape import PUBLISHED, find_shape, shape_of
 
 A100 = find_hardware("a100", 8)
 LLAMA = find_shape("llama-2-70b")
@@ -216,7 +216,7 @@ def test_streams_multiply_rows_and_keys():
 
 def test_planning_needs_neither_torch_nor_numpy():
     script = (
-        "import sys, anabranch.serving.nanoflow as n\n"
+        "import sys, anabranch.serving.planning as n\n"
         "n.search(n.find_shape('llama-3-8b'), n.find_hardware('a100'), n.Workload(dense_batch=512), evaluations=20)\n"
         "print([name for name in ('torch', 'numpy', 'scipy') if name in sys.modules])"
     )

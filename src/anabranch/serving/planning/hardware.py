@@ -63,6 +63,7 @@ class Hardware:
         num_units: processors of one device over which the tiles of a product are dealt out in whole rounds; 0 for no rounds.
         tile: rows and columns of such a tile.
         efficiency: see `Efficiency`.
+        machine: what was measured, where the figures were: a pipeline is for it, and not for the figures of one measuring.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Hardware:
     num_units: int = 0
     tile: tuple[int, int] = (128, 128)
     efficiency: Efficiency = field(default_factory=Efficiency)
+    machine: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "memory_bandwidth", "compute"):
@@ -96,6 +98,13 @@ class Hardware:
     def best_compute(self) -> float:
         """FLOP/s of one device for the optimum."""
         return self.sustained_compute or self.compute
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What stays the same when it is measured again; all of it where it was not measured."""
+        if self.machine is None:
+            return self.to_dict()
+        return {"machine": self.machine, "num_devices": self.num_devices}
 
     def replace(self, **changes: Any) -> "Hardware":
         """A copy with some fields changed, checked again."""

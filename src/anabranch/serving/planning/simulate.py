@@ -13,9 +13,9 @@ from typing import Any
 
 from anabranch.errors import InputError
 from anabranch.files import atomic_write_text
-from anabranch.serving.nanoflow.cost import RESOURCES, Resource
-from anabranch.serving.nanoflow.graph import NanoGraph
-from anabranch.serving.nanoflow.interference import ShareTable
+from anabranch.serving.planning.cost import RESOURCES, Resource
+from anabranch.serving.planning.graph import NanoGraph
+from anabranch.serving.planning.interference import ShareTable
 
 # Of sums of shares, which are tenths in floating point.
 SLACK = 1e-9

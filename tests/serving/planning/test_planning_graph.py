@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, InputError
-from anabranch.serving.nanoflow.cost import Workload
-from anabranch.serving.nanoflow.graph import LayerGraph, Operation, even_cuts, layer_graph, split_range
-from anabranch.serving.nanoflow.hardware import find_hardware
-from anabranch.serving.nanoflow.shape import find_shape
+from anabranch.serving.planning.cost import Workload
+from anabranch.serving.planning.graph import LayerGraph, Operation, even_cuts, layer_graph, split_range
+from anabranch.serving.planning.hardware import find_hardware
+from anabranch.serving.planning.shape import find_shape
 
 LLAMA, A100 = find_shape("llama-2-70b"), find_hardware("a100", 8)
 cut_lists = st.lists(st.integers(-2, 22), max_size=6)
@@ -107,7 +107,7 @@ def test_one_device_has_no_network_and_experts_have_a_gate():
 
 
 def test_layers_together_take_what_the_table_says():
-    from anabranch.serving.nanoflow.cost import estimate
+    from anabranch.serving.planning.cost import estimate
 
     table = {op.name: op.duration_s for op in estimate(LLAMA, A100).operations}
     graph = layer_graph(LLAMA, A100, Workload(), "gather").split()

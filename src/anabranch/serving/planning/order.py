@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from anabranch.errors import CapacityError
 from anabranch.extras import require
-from anabranch.serving.nanoflow.cost import RESOURCES
-from anabranch.serving.nanoflow.graph import NanoGraph
-from anabranch.serving.nanoflow.simulate import LAYERS, Schedule, simulate
+from anabranch.serving.planning.cost import RESOURCES
+from anabranch.serving.planning.graph import NanoGraph
+from anabranch.serving.planning.simulate import LAYERS, Schedule, simulate
 
 Objective = Callable[[tuple[int, ...]], float]
 
@@ -216,7 +216,7 @@ def milp(graph: NanoGraph, *, is_steady: bool = False, limit_s: float = 60.0) ->
     )
     if found.status != 0:
         raise CapacityError(f"no exact order of {count} nano-operations in {limit_s:.0f} s: {found.message}")
-    order = _by_start(graph, found.x[:count])
+    order = order_by(graph, found.x[:count])
     return order, float(found.x[count] * unit) if is_steady else layer_time(graph, order)
 
 
@@ -248,8 +248,8 @@ def _rules(graph: NanoGraph, pairs: Sequence[tuple[int, int]], seconds: Sequence
     return rules
 
 
-def _by_start(graph: NanoGraph, starts: Sequence[float]) -> tuple[int, ...]:
-    """Numbers by start, dependences first where starts are equal."""
+def order_by(graph: NanoGraph, ranks: Sequence[float]) -> tuple[int, ...]:
+    """Numbers by rank, such as times of starts; what a nano-operation waits for always stands before it."""
     order: list[int] = []
     while len(order) < len(graph.ops):
         ready = [
@@ -257,5 +257,5 @@ def _by_start(graph: NanoGraph, starts: Sequence[float]) -> tuple[int, ...]:
             for number in range(len(graph.ops))
             if number not in order and all(other in order for other in graph.before[number])
         ]
-        order.append(min(ready, key=lambda number: (round(float(starts[number]), 12), number)))
+        order.append(min(ready, key=lambda number: (round(float(ranks[number]), 12), number)))
     return tuple(order)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from anabranch.errors import BackendError
-from anabranch.serving.nanoflow.hardware import Hardware
-from anabranch.serving.nanoflow.measure import measure, measure_shares
+from anabranch.serving.planning.hardware import Hardware
+from anabranch.serving.planning.measure import measure, measure_shares
 
 QUICK = {"seconds": 0.01, "stream_bytes": 1 << 20}
 

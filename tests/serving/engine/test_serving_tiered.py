@@ -15,7 +15,7 @@ from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.core.scheduler import SchedulerConfig
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.engine.runner import ModelRunner
-from anabranch.serving.nanoflow.offload import TieredPool
+from anabranch.serving.engine.tiered import TieredPool
 
 SHAPE = PagedShape(layers=2, heads=1, width=4, streams=2)
 

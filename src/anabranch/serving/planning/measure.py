@@ -6,16 +6,19 @@ machine: a figure is the best of several rounds, but a busy core halves it all t
 # Shapes: M rows, K and N widths, B sequences, H heads, S positions, D head width
 
 import os
+import platform
+import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from anabranch.errors import BackendError
-from anabranch.serving.nanoflow.hardware import Efficiency, Hardware
-from anabranch.serving.nanoflow.interference import PAPER_POINTS, ShareTable, monotone
+from anabranch.serving.planning.hardware import Efficiency, Hardware
+from anabranch.serving.planning.interference import PAPER_POINTS, ShareTable, monotone
 
 ROWS = (128, 512, 2048)
 WIDTH = 1024
@@ -25,9 +28,20 @@ STREAM_BYTES = 256 << 20
 
 
 def measure(
-    device: str = "cpu", *, dtype: torch.dtype = torch.float32, seconds: float = 0.2, stream_bytes: int = STREAM_BYTES
+    device: str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seconds: float = 0.2,
+    stream_bytes: int = STREAM_BYTES,
+    num_devices: int = 1,
 ) -> Hardware:
-    """The profile of ``device``; about ten times ``seconds``. Raises BackendError if there is no such device."""
+    """The profile of ``device``; about ten times ``seconds``.
+
+    With several devices their collectives are measured too, see `anabranch.serving.planning.network`; several on a CPU are processes
+    of it, which share its cores and its memory.
+
+    Raises BackendError if there is no such device, or not as many.
+    """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise BackendError("hardware cuda was asked for, but torch finds no CUDA device; use cpu or a named profile")
     place = torch.device(device)
@@ -37,12 +51,22 @@ def measure(
         read = _attention_rate(place, dtype, seconds, stream_bytes)
         launch = _seconds_of(_small(place, dtype), place, seconds / 4)
     bandwidth = max(copied, read)
+    # Processes of one processor share it.
+    shared = 1 if place.type == "cuda" else num_devices
+    network = collective = 0.0
+    if num_devices > 1:
+        from anabranch.serving.planning.network import measure_network
+
+        network, collective = measure_network(num_devices, place.type, seconds=seconds, size=stream_bytes // 16)
     return Hardware(
         name=device if place.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
-        memory_bytes=_memory_bytes(place),
-        memory_bandwidth=bandwidth,
-        compute=max(rates.values()),
-        efficiency=Efficiency(attention=min(read / bandwidth, 1.0), launch_s=launch),
+        num_devices=num_devices,
+        network_bandwidth=network,
+        machine=_machine(place, dtype),
+        memory_bytes=_memory_bytes(place) / shared,
+        memory_bandwidth=bandwidth / shared,
+        compute=max(rates.values()) / shared,
+        efficiency=Efficiency(attention=min(read / bandwidth, 1.0), launch_s=launch, collective_s=collective),
     )
 
 
@@ -62,7 +86,20 @@ def measure_shares(
     for given in range(1, cores):
         beside = _together((product, cores - given), (stream, given), seconds)
         points.append((1 - beside[0] / alone[0], beside[1] / alone[1]))
-    return ShareTable({**PAPER_POINTS, "memory": tuple(monotone(points))}, source=f"measured on {cores} threads")
+    table = {**PAPER_POINTS, "memory": tuple(monotone(points))}
+    return ShareTable(table, source=f"measured on {cores} threads", machine=_machine(place, dtype))
+
+
+def _machine(place: torch.device, dtype: torch.dtype) -> str:
+    """The processor, its threads and the type of numbers: what figures are of."""
+    if place.type == "cuda":
+        return f"{torch.cuda.get_device_name(place)}, {dtype}"
+    try:
+        named = re.search(r"^model name\s*: *(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        named = None
+    name = named[1].strip() if named else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, {dtype}"
 
 
 def _memory_bytes(place: torch.device) -> float:

@@ -12,15 +12,15 @@ from functools import cached_property
 from typing import Any, Literal
 
 from anabranch.errors import ConfigError, InputError
-from anabranch.serving.nanoflow.cost import (
+from anabranch.serving.planning.cost import (
     TILE,
     Resource,
     Workload,
     op_cost,
     span_of,
 )
-from anabranch.serving.nanoflow.hardware import Hardware
-from anabranch.serving.nanoflow.shape import ModelShape
+from anabranch.serving.planning.hardware import Hardware
+from anabranch.serving.planning.shape import ModelShape
 
 # Of the collectives: two all-gathers and an all-reduce, or two all-reduces.
 Form = Literal["gather", "reduce"]
