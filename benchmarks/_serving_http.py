@@ -56,7 +56,7 @@ class Server:
     def _said_url(self) -> str:
         assert self.process.stdout is not None
         said = b""
-        while not said.endswith(b"}\n"):
+        while not said.endswith(b"\n}\n"):
             line = self.process.stdout.readline()
             if not line:
                 self.process.wait(10)

@@ -47,7 +47,7 @@ def started(*arguments: str, environment: dict[str, str] | None = None) -> Itera
         try:
             assert process.stdout is not None
             said = b""
-            while not said.endswith(b"}\n"):
+            while not said.endswith(b"\n}\n"):
                 line = process.stdout.readline()
                 if not line:
                     process.wait(10)

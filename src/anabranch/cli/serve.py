@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, only_file, read_assignments, read_toml
-from anabranch.cli.output import fact, print_json, say
+from anabranch.cli.output import fact, print_json, say, size
 from anabranch.extras import require
 
 if TYPE_CHECKING:
@@ -122,19 +122,41 @@ def serve(
                 to=sys.stderr,
             )
 
+    experts: dict[str, Any] = {}
+
     def ready(url: str) -> None:
         if as_json:
-            print_json({"url": url, "page": f"{url}/", "pid": os.getpid()})
+            said = {"experts": experts} if experts else {}
+            print_json({"url": url, "page": f"{url}/", "pid": os.getpid(), **said})
         else:
+            if experts:
+                fact("experts", told_of(experts))
             fact("serving", f"{url}/v1   page {url}/   (Ctrl-C stops)")
             fact("next", f"curl -s {url}/v1/models")
         sys.stdout.flush()
 
-    code = config.serve(on_bound=bound, on_ready=ready)
+    code = config.serve(on_bound=bound, on_ready=ready, on_info=lambda info: experts.update(info.experts))
     if not quiet:
         say(_ENDS.get(code, "stopped"))
     if code:
         raise typer.Exit(code)
+
+
+def told_of(experts: dict[str, Any]) -> str:
+    """How experts come, in words; ``experts`` as `EngineInfo` has it."""
+    held, total = (size(experts[name]) for name in ("budget_bytes", "all_bytes"))
+    words = [f"{held} of {total} in memory", f"policy {experts['policy']}"]
+    if experts["predictor"] is None:
+        words.append("no predictor")
+    elif experts["sees_all_layers"]:
+        words.append(f"predictor {experts['predictor']}")
+    else:
+        words.append(
+            f"predictor {experts['predictor']}, which sees one layer ahead (anabranch experts fit-predictor makes one for all)"
+        )
+    if experts["dual_batch"]:
+        words.append(f"dual batches of {experts['dual_batch']}{', regrouped' if experts['regroup'] else ''}")
+    return ", ".join(words)
 
 
 _ENDS = {

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from anabranch.config import Config, Field, Repeats, Seed, Size, configclass
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.serving.core.client import EngineClient
+from anabranch.serving.experts import ExpertsConfig
 
 if TYPE_CHECKING:
     from anabranch.data.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ class ServingConfig(Config):
         disk_kv: bytes of a file behind that.
         admit_by_peak: let a request in only if all that run are expected to fit at their peak.
         expert_budget: bytes of expert weights kept in memory, such as ``2GiB``; None keeps them all.
+        experts: how those of a budget come and go.
         deterministic: no output depends on what else is in a step, to the bit; slower, see `anabranch.serving.engine.steady`.
         watchdog_s: an engine that gives no sign of life for so many seconds, which no step should take, counts as dead and is started
             again; None waits for ever.
@@ -82,6 +84,7 @@ class ServingConfig(Config):
     disk_kv: str | None = None
     admit_by_peak: bool = False
     expert_budget: str | None = None
+    experts: ExpertsConfig = ExpertsConfig()
     deterministic: bool = False
     watchdog_s: float | None = Field(default=120.0, gt=0)
     process: bool = True
@@ -93,7 +96,8 @@ class ServingConfig(Config):
     def is_async(self) -> bool:
         """Whether the next step is formed while one runs."""
         is_better = self.nano_batches or not self.device.startswith("cpu")
-        return self.scheduling == "async" or (self.scheduling == "auto" and is_better)
+        is_fit = is_better and self.experts.dual_batch is None
+        return self.scheduling == "async" or (self.scheduling == "auto" and is_fit)
 
     def __post_init__(self) -> None:
         parse_bytes(self.kv_memory, "kv_memory")
@@ -104,6 +108,20 @@ class ServingConfig(Config):
             raise ConfigError("pipeline is set, but nano_batches is not; only nano-operations run by a pipeline")
         if self.disk_kv is not None and self.host_kv is None:
             raise ConfigError("disk_kv is set, but host_kv is not; blocks reach the disk by way of main memory")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        self.experts.check_budget(self.expert_budget is not None)
+        pair = self.experts.dual_batch
+        if pair is not None and pair >= self.max_seqs:
+            raise ConfigError(
+                f"experts.dual_batch is {pair}, but a step has at most max_seqs={self.max_seqs} requests, so there are never two batches"
+            )
+        if pair is not None and (self.scheduling == "async" or self.nano_batches):
+            other = "nano_batches" if self.nano_batches else "scheduling='async'"
+            raise ConfigError(
+                f"experts.dual_batch is {pair}, which needs each step's tokens before the next one is formed; leave {other} out"
+            )
 
     def build(self, *args: Any, **kwargs: Any) -> EngineClient:
         """The engine's client, not started."""

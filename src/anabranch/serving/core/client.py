@@ -31,6 +31,7 @@ class EngineInfo:
         routed_layers: {layer: number of destinations} of layers that route; empty for a dense model.
         num_streams: parallel streams of a request that does not say it.
         stream_choices: the numbers of streams that a request may ask for, ascending.
+        experts: how experts come where only some are in memory, as `anabranch.serving.expertflow.served.describe` has it; else empty.
     """
 
     model: str
@@ -42,6 +43,7 @@ class EngineInfo:
     routed_layers: dict[int, int] = field(default_factory=dict)
     num_streams: int = 1
     stream_choices: tuple[int, ...] = (1,)
+    experts: dict[str, Any] = field(default_factory=dict)
 
     def check_streams(self, num_streams: int | None) -> None:
         """Raises InputError for a number of parallel streams that a request cannot have."""

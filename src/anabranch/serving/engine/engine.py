@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from anabranch.data.tokenizer import Tokenizer
@@ -11,6 +12,7 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.client import EngineInfo, EngineStats
+from anabranch.serving.core.dual_batches import Order
 from anabranch.serving.core.hooks import StepHook
 from anabranch.serving.core.offload import PeakMemory
 from anabranch.serving.core.request import Request
@@ -59,6 +61,8 @@ class Engine:
         pool: PagedPool | None = None,
         make_runner: Callable[..., ModelRunner] = ModelRunner,
         takes_weights: bool = False,
+        order: Order | None = None,
+        experts: Mapping[str, Any] = MappingProxyType({}),
     ) -> Self:
         """An engine for a model that is loaded.
 
@@ -75,6 +79,8 @@ class Engine:
             pool: memory for keys and values made elsewhere.
             takes_weights: the model is nobody else's, see `anabranch.serving.fast.FastDecoder`.
             make_runner: makes the runner, such as `anabranch.serving.nanoflow.NanoRunner`.
+            order: groups the requests that decode into two steps of ``config.experts.dual_batch`` each.
+            experts: see `EngineInfo`.
         """
         shape = PagedShape.of(model, config.max_depth)
         if pool is None and tier is None and config.host_kv is not None:
@@ -102,7 +108,7 @@ class Engine:
         limits = _limits(config, num_blocks, model.config.max_positions, stop_tokens).replace(
             num_streams=runner.num_streams
         )
-        scheduler = limits.build(tier=tier, memory=memory)
+        scheduler = limits.build(tier=tier, memory=memory, order=order)
         engine = cls(
             info=EngineInfo(
                 model=config.name or Path(config.model).name or "model",
@@ -114,6 +120,7 @@ class Engine:
                 routed_layers=runner.tap.layers,
                 num_streams=runner.num_streams,
                 stream_choices=model.config.stream_choices,
+                experts=dict(experts),
             ),
             scheduler=scheduler,
             runner=runner,
@@ -177,4 +184,5 @@ def _limits(
         prefix_cache=config.prefix_cache,
         is_async=config.is_async,
         stop_tokens=stop_tokens,
+        max_decodes=config.experts.dual_batch,
     )

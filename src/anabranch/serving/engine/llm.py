@@ -53,7 +53,17 @@ class LLM:
 
     def __init__(self, model: str | Path | Decoder, tokenizer: Tokenizer | None = None, **options: Any) -> None:
         if isinstance(model, Decoder):
-            of_engine = ("sampler", "hooks", "controls", "tier", "memory", "host_blocks", "pool", "make_runner")
+            of_engine = (
+                "sampler",
+                "hooks",
+                "controls",
+                "tier",
+                "memory",
+                "host_blocks",
+                "pool",
+                "make_runner",
+                "order",
+            )
             parts = {name: options.pop(name) for name in of_engine if name in options}
             self.tokenizer = tokenizer
             self.engine = Engine.of(model, ServingConfig(**options), tokenizer=tokenizer, **parts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -15,6 +17,7 @@ from anabranch.lm.quantized import load_quantized
 from anabranch.lm.quantized_form import check_scheme
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
+from anabranch.serving.experts import ExpertsConfig
 
 if TYPE_CHECKING:
     from anabranch.serving.expertflow import OffloadEngine
@@ -23,18 +26,48 @@ if TYPE_CHECKING:
 HALF_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        model: the decoder, in evaluation mode.
+        tokenizer: of its folder; None if there is none.
+        experts: what brings its experts where they have a budget; None where all are in memory.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer | None
+    experts: OffloadEngine | None = None
+
+
 def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     """Load the model of ``config`` and make its engine; see `ServingConfig.load`."""
     if not config.model:
         raise ConfigError("model is ''; give the folder or file of a model")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model, tokenizer, experts = _model(config)
-    more = {"takes_weights": True, **_nano_runner(model, config)}
-    if experts is None:
-        return Engine.of(model, config, tokenizer=tokenizer, **more), tokenizer
-    controls = {"expert_cache": experts.by_layer}
-    return Engine.of(model, config, tokenizer=tokenizer, hooks=[experts], controls=controls, **more), tokenizer
+    loaded = load_weights(
+        config.model,
+        dtype=dtype_of(config),
+        quantize=config.quantize,
+        device=config.device,
+        expert_budget=config.expert_budget,
+        experts=config.experts,
+    )
+    return engine_of(loaded, config), loaded.tokenizer
+
+
+def engine_of(loaded: Loaded, config: ServingConfig) -> Engine:
+    """The engine of a model that is nobody else's. What ``config`` says of loading is not read, but what it says of ``experts``."""
+    model, experts = loaded.model, loaded.experts
+    more: dict[str, Any] = {"takes_weights": True, **_nano_runner(model, config)}
+    if experts is not None:
+        from anabranch.serving.expertflow.served import describe, paired
+
+        more |= {"hooks": [experts], "controls": {"expert_cache": experts.by_layer}}
+        more |= {**paired(config.experts, experts), "experts": describe(config.experts, experts)}
+    return Engine.of(model, config, tokenizer=loaded.tokenizer, **more)
 
 
 def _nano_runner(model: Decoder, config: ServingConfig) -> dict[str, Any]:
@@ -48,27 +81,47 @@ def _nano_runner(model: Decoder, config: ServingConfig) -> dict[str, Any]:
     return {} if pipeline is None else {"make_runner": partial(NanoRunner, pipeline=pipeline)}
 
 
-def _model(config: ServingConfig) -> tuple[Decoder, Tokenizer | None, OffloadEngine | None]:
-    """The model, and what brings its experts where they have a budget: from files, from memory if a file cannot be read in parts."""
-    dtype, budget = dtype_of(config), config.expert_budget
-    found = find_model(config.model)
+def load_weights(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: Literal["none", "int8", "int4"] = "none",
+    device: str = "cpu",
+    expert_budget: str | int | None = None,
+    experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008
+) -> Loaded:
+    """The model at ``path``, and what brings its experts where they have a budget: from files, or from memory if that cannot be.
+
+    Args:
+        path: as `anabranch.lm.load_model` takes it.
+        dtype: of the weights; None as they are stored.
+        quantize: see `ServingConfig`; a folder that is saved in the same bits may be named with them.
+        device: where the model shall be.
+        expert_budget: bytes of experts in memory; None for all.
+        experts: how the others come and go.
+
+    Raises CheckpointError, ConfigError or CapacityError if that cannot be.
+    """
+    found = find_model(path)
     saved = quantization_of(found)
-    if saved is not None and config.quantize != "none":
-        check_scheme(saved, config.quantize, None, found)
-    bits = None if config.quantize == "none" else config.quantize
-    if budget is None:
+    if saved is not None and quantize != "none":
+        check_scheme(saved, quantize, None, found)
+    bits = None if quantize == "none" else quantize
+    if expert_budget is None:
         if bits is None:
-            return *load_model(config.model, dtype=dtype, device=config.device), None
+            return Loaded(*load_model(path, dtype=dtype, device=device))
         # Blocks of a GGUF file are not rounded twice.
-        model, tokenizer = load_quantized(config.model, bits, dtype=dtype)
-        return model.to(config.device), tokenizer, None
+        model, tokenizer = load_quantized(path, bits, dtype=dtype)
+        return Loaded(model.to(device), tokenizer)
     # What it imports takes two seconds.
     from anabranch.serving.expertflow import load_offloaded, offload
+    from anabranch.serving.expertflow.served import offload_options
 
+    options = offload_options(experts, path)
     if found.is_dir() or bits is not None:
-        return load_offloaded(config.model, budget, dtype=dtype, quantize=bits, device=config.device)
-    model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
-    return model, tokenizer, offload(model, budget, tokenizer=tokenizer)
+        return Loaded(*load_offloaded(path, expert_budget, dtype=dtype, quantize=bits, device=device, **options))
+    model, tokenizer = load_model(path, dtype=dtype, device=device)
+    return Loaded(model, tokenizer, offload(model, expert_budget, tokenizer=tokenizer, **options))
 
 
 def dtype_of(config: ServingConfig) -> torch.dtype:

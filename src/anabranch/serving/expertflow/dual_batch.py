@@ -24,7 +24,7 @@ from anabranch.nn.context import ForwardContext
 from anabranch.serving.expertflow.expertflow import OffloadEngine
 from anabranch.serving.expertflow.layout import Expert
 from anabranch.serving.expertflow.predictors.base import Row
-from anabranch.serving.expertflow.token_scheduler import TokenScheduler, reindex
+from anabranch.serving.expertflow.token_scheduler import TokenScheduler, likeliest, reindex
 from anabranch.serving.fast import FastDecoder, Watch
 
 # Positions that lie together.
@@ -229,7 +229,7 @@ class DualBatch:
             rows = self._described(unit.rows, 1)
             prob_TLE = predictor.predict(np.array([row.ids[-1] for row in rows]), rows)
         if prob_TLE is not None and self.scheduler is not None and size < len(order):
-            plan = self.scheduler.regroup(self._chosen(prob_TLE), size)
+            plan = self.scheduler.regroup(likeliest(prob_TLE, self.engine.layout.top_k), size)
             self.objective_before += plan.objective_before
             self.objective_after += plan.objective_after
             order = plan.order_X
@@ -237,15 +237,6 @@ class DualBatch:
         unit.batches = [reindex(unit.rows, part) for part in places]
         if prob_TLE is not None:
             unit.wanted = [self.engine.named(prob_TLE[part]) for part in places]
-
-    def _chosen(self, prob_TLE: np.ndarray) -> np.ndarray:
-        """The k likeliest experts of each token and layer."""
-        chosen_TLE, top_k = np.zeros(prob_TLE.shape, bool), self.engine.layout.top_k
-        for places in sorted(set(top_k)):
-            layers = [layer for layer, one in enumerate(top_k) if one == places]
-            index_TLK = np.argpartition(prob_TLE[:, layers], -places, axis=-1)[..., -places:]
-            chosen_TLE[np.arange(len(prob_TLE))[:, None, None], np.array(layers)[:, None], index_TLK] = True
-        return chosen_TLE
 
     def _described(self, rows: Sequence[int], new: int) -> list[Row]:
         """With the ids where they lie: those of a row are never written again."""

@@ -45,11 +45,13 @@ from anabranch.serving.expertflow.cache import Audit, Counters, ExpertCache
 from anabranch.serving.expertflow.history import BatchHistory, call_rows
 from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.native_mover import make_mover
+from anabranch.serving.expertflow.pairs import Pairs
 from anabranch.serving.expertflow.policy import Policy, make_policy
 from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.expertflow.predictors import find_predictor
-from anabranch.serving.expertflow.predictors.base import Fingerprint, Naming, RoutePredictor, Row
+from anabranch.serving.expertflow.predictors.base import Fingerprint, Naming, RoutePredictor, Row, new_ids
 from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, MemoryTier, Tier, write_experts
+from anabranch.serving.expertflow.token_scheduler import TokenScheduler
 
 TIERS = ("memory", "file", "int8", "int4")
 PROBE = "The quick brown fox: 0123456789 += naïve façade, 東京\n\tdef __init__(self): return None"
@@ -218,6 +220,7 @@ class OffloadEngine:
         cache: book-keeping; hold ``mover.lock`` to look at more than counters.
         predictor: names experts ahead; None for none.
         fingerprint: of the model.
+        pairs: of a serving engine that forms its steps in units of two, see `pair`; None for others.
         predict_s: seconds spent on predictions.
         steps: forward passes.
     """
@@ -248,6 +251,7 @@ class OffloadEngine:
         )
         self.predict_s, self.steps = 0.0, 0
         self._history, self._driven, self._closed = BatchHistory(), False, False
+        self.pairs: Pairs | None = None
         self._rows: list[Row] = []
         self._last: list[list[Expert]] = [[] for _ in range(found.layout.num_layers)]
         self._replace(found)
@@ -279,6 +283,20 @@ class OffloadEngine:
 
     # steps
 
+    def pair(self, scheduler: TokenScheduler | None) -> Pairs:
+        """The dual-batch pipeline for a serving engine: its `Pairs.order` is that of `anabranch.serving.core.dual_batches`.
+
+        ``scheduler`` None leaves requests in the order in which they came. Raises ConfigError without a predictor of whole routes.
+        """
+        if self.predictor is None or not self.predictor.knows_steps:
+            what = "none" if self.predictor is None else self.predictor.kind
+            raise ConfigError(
+                f"the dual-batch pipeline needs the predicted routes of all layers before a step begins, and the predictor is {what!r}; "
+                "fit one (anabranch experts fit-predictor)"
+            )
+        self.pairs = Pairs(self.predictor, self.layout.top_k, self._history, scheduler)
+        return self.pairs
+
     def before_step(self, batch: Batch, tokens: Sequence[int]) -> None:
         """See `StepHook`."""
         self._forget(batch.gone)
@@ -288,6 +306,8 @@ class OffloadEngine:
     def after_step(self, batch: Batch, sampled: Sequence[Sampled]) -> None:
         """See `StepHook`."""
         self._driven = False
+        if self.pairs is not None:
+            self._history.sampled(sampled)
 
     def _before_call(self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not self._driven:
@@ -295,6 +315,8 @@ class OffloadEngine:
 
     def _forget(self, ids: Sequence[str]) -> None:
         self._history.forget(ids)
+        if self.pairs is not None:
+            self.pairs.forget(ids)
         if self.predictor is not None:
             for id in ids:
                 self.predictor.forget(id)
@@ -320,13 +342,19 @@ class OffloadEngine:
         """What the layers of this forward pass will want and, for what is worth keeping only, those of the next."""
         if self.predictor is None:
             return [], 0
-        token_T = [row.ids[len(row.ids) - row.num_new :] for row in rows]
-        prob_TLE = self.predictor.predict(np.concatenate(token_T) if rows else np.empty(0, np.int32), rows)
+        later_TLE = None
+        if self.pairs is None:
+            prob_TLE = self.predictor.predict(new_ids(rows), rows)
+        else:
+            prob_TLE, later_TLE = self.pairs.predict(rows), self.pairs.later(rows)
+            self.pairs.ran(rows)
         if prob_TLE is None:
             nothing: list[list[Expert]] = [[] for _ in self._last]
             return nothing + self._last, len(nothing)
         steps = self.named(prob_TLE)
         ahead = [self.named(prob) for prob in self.predictor.predict_ahead(rows)]
+        if later_TLE is not None:
+            ahead.insert(0, self.named(later_TLE))
         known = steps + [step for later in ahead for step in later]
         return known + steps, len(known)
 
@@ -393,6 +421,8 @@ class OffloadEngine:
             total = self.cache.total()
             counters = {f"expert_{name}": float(value) for name, value in counter_values(total).items()}
             counters |= {"expert_retries": float(self.mover.num_retried), "expert_predict_s": self.predict_s}
+            if self.pairs is not None:
+                counters |= self.pairs.counters()
             gauges = {
                 "expert_resident_bytes": float(self.cache.resident_bytes),
                 "expert_budget_bytes": float(self.budget_bytes),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anabranch.lm.cache import KeyValueCache
-from anabranch.serving.core.batch import Batch
+from anabranch.serving.core.batch import PENDING, Batch, Sampled
 from anabranch.serving.expertflow.predictors.base import Row
 
 # Name in a key-value cache's state.
@@ -38,6 +38,17 @@ class BatchHistory:
             so_far = np.array(ids[: chunk.start + len(new)], np.int32)
             rows.append(Row(chunk.id, so_far, len(new), self._prompt.get(chunk.id, len(ids))))
         return rows
+
+    def sampled(self, sampled: Sequence[Sampled]) -> None:
+        """The next token of each of these requests is known."""
+        for one in sampled:
+            if one.error is None and one.token != PENDING and one.id in self._ids:
+                self._ids[one.id].append(one.token)
+
+    def next_row(self, id: str) -> Row:
+        """Of a request that decodes, with its next token as the only new one."""
+        ids = self._ids[id]
+        return Row(id, np.array(ids, np.int32), 1, self._prompt[id])
 
     def forget(self, ids: Sequence[str]) -> None:
         """These requests are over."""

@@ -15,7 +15,7 @@ copied.
 It is decided on whole numbers, differing cells instead of similarities, so that the compiled form (`nn/kernels/regroup.cpp`) and the one in
 numpy give the same order, ties too.
 """
-# Shapes: X = 2T tokens, T per batch, L routed layers, E experts, C = L E cells, G groups
+# Shapes: X = 2T tokens, T per batch, L routed layers, E experts, K choices, C = L E cells, G groups
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +64,16 @@ def reindex(rows: Sequence[A], order_X: np.ndarray) -> list[A]:
 def objective(chosen_XLE: np.ndarray, first: np.ndarray) -> int:
     """Experts of two batches together; ``first`` says (bool) which rows are in the first one."""
     return int(chosen_XLE[first].any(0).sum() + chosen_XLE[~first].any(0).sum())
+
+
+def likeliest(prob_TLE: np.ndarray, top_k: Sequence[int]) -> np.ndarray:
+    """bool chosen_TLE: the k likeliest experts of each token and layer, ``top_k`` of each layer."""
+    chosen_TLE = np.zeros(prob_TLE.shape, bool)
+    for places in sorted(set(top_k)):
+        layers = [layer for layer, one in enumerate(top_k) if one == places]
+        index_TLK = np.argpartition(prob_TLE[:, layers], -places, axis=-1)[..., -places:]
+        chosen_TLE[np.arange(len(prob_TLE))[:, None, None], np.array(layers)[:, None], index_TLK] = True
+    return chosen_TLE
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ ENGINE_COUNTERS = {
     "expert_late": "Experts whose loading was under way when they were needed",
     "expert_prefetched_unused": "Experts that were loaded early for nothing",
     "expert_bytes_moved": "Bytes of experts that were loaded",
+    "expert_unit_loads_given": "Experts that pairs of steps load by prediction, as requests came",
+    "expert_unit_loads_regrouped": "The same, as requests were regrouped",
 }
 ENGINE_GAUGES = {
     "streams": "Sequences whose readers the engine answers, those that wait included",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 
 from anabranch.errors import AnabranchError
-from anabranch.serving.core.client import EngineClient
+from anabranch.serving.core.client import EngineClient, EngineInfo
 from anabranch.serving.http.app import App, access
 from anabranch.serving.http.config import HttpConfig
 from anabranch.serving.http.frontend import Frontend
@@ -39,6 +39,7 @@ def run(
     *,
     on_bound: Callable[[str], None] = lambda url: None,
     on_ready: Callable[[str], None] = lambda url: None,
+    on_info: Callable[[EngineInfo], None] = lambda info: None,
 ) -> int:
     """Serve until a signal or until the engine is given up; returns the exit code. Call it in the main thread.
 
@@ -47,11 +48,12 @@ def run(
         make_engine, make_reader: see `Frontend`.
         on_bound: called with the URL when the port answers, if only with 503.
         on_ready: called with the URL when requests are taken.
+        on_info: called before that with what the engine serves.
 
     Raises AnabranchError: the address cannot be used, or the engine cannot start.
     """
     _log_access(config)
-    return runner()(_main(config, make_engine, make_reader, on_bound, on_ready))
+    return runner()(_main(config, make_engine, make_reader, on_bound, on_ready, on_info))
 
 
 def _log_access(config: HttpConfig) -> None:
@@ -68,6 +70,7 @@ async def _main(
     make_reader: Callable[[], Reader],
     on_bound: Callable[[str], None],
     on_ready: Callable[[str], None],
+    on_info: Callable[[EngineInfo], None],
 ) -> int:
     frontend = Frontend(config, make_engine, make_reader)
     app = App(frontend)
@@ -81,6 +84,8 @@ async def _main(
             await _first(starting, signals.stop)
             if starting.done():
                 starting.result()
+                assert frontend.info is not None, "it has started"
+                on_info(frontend.info)
                 on_ready(url)
                 await _first(signals.stop, frontend.failed)
             else:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from anabranch.config import Config, Field, configclass, override, parse_assignment
 from anabranch.errors import ConfigError, TokenizerError
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.policy import Policy
 from anabranch.serving.http.config import HttpConfig
@@ -67,7 +68,11 @@ class ServeConfig(Config):
             )
 
     def serve(
-        self, *, on_bound: Callable[[str], None] = lambda url: None, on_ready: Callable[[str], None] = lambda url: None
+        self,
+        *,
+        on_bound: Callable[[str], None] = lambda url: None,
+        on_ready: Callable[[str], None] = lambda url: None,
+        on_info: Callable[[EngineInfo], None] = lambda info: None,
     ) -> int:
         """See `anabranch.serving.http.run.run`."""
         from anabranch.lm.generation_defaults import generation_defaults
@@ -79,7 +84,7 @@ class ServeConfig(Config):
         def make_reader() -> Reader:
             return Reader(read_tokenizer(self.engine.model), generation_defaults(self.engine.model))
 
-        return run(self.http, make_engine, make_reader, on_bound=on_bound, on_ready=on_ready)
+        return run(self.http, make_engine, make_reader, on_bound=on_bound, on_ready=on_ready, on_info=on_info)
 
     def check_model(self) -> None:
         """Read the model's config and tokenizer, not its weights.

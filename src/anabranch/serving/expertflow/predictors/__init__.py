@@ -17,17 +17,20 @@ PREDICTORS: dict[str, type[RoutePredictor]] = {
 def find_predictor(name: str, fingerprint: Fingerprint, layers: Sequence[Any]) -> RoutePredictor:
     """A predictor that needs no fitting by name, or a fitted one from a file.
 
-    Raises ConfigError for a name of one that has to be fitted, or of none; DataError if a file holds no predictor.
+    Raises ConfigError for a name of one that has to be fitted, or of none; DataError if a file holds no predictor; CheckpointError for
+    one that was made for another model.
     """
     if name in ("tlp", "slp"):
         return PREDICTORS[name](fingerprint)  # type: ignore[call-arg]
     if name == RouterLookahead.kind:
         return RouterLookahead(fingerprint, layers)
     if Path(name).is_file():
-        return load_predictor(name)
+        made = load_predictor(name)
+        made.fingerprint.check(fingerprint, name)
+        return made
     if name in PREDICTORS:
         raise ConfigError(
-            f"predictor {name!r} has to be fitted on recorded routes first; give the fitted one or its file"
+            f"predictor {name!r} has to be fitted first (anabranch experts fit-predictor); give the fitted one or its file"
         )
     raise ConfigError(f"no predictor {name!r} and no such file; known: {', '.join(PREDICTORS)}")
 

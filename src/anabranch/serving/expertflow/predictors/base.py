@@ -31,17 +31,17 @@ class Fingerprint:
     top_k: tuple[int, ...]
     tokenizer: str
 
-    def check(self, model: "Fingerprint") -> None:
-        """Raise CheckpointError if this is not the ``model``'s."""
-        for name, what in (
+    def check(self, model: "Fingerprint", name: str = "") -> None:
+        """Raise CheckpointError, which says the predictor's ``name``, if this is not the ``model``'s."""
+        for field, what in (
             ("num_experts", "experts by layer"),
             ("top_k", "active experts"),
             ("tokenizer", "tokenizer"),
         ):
-            ours, theirs = getattr(self, name), getattr(model, name)
+            ours, theirs = getattr(self, field), getattr(model, field)
             if ours != theirs:
                 raise CheckpointError(
-                    f"the route predictor was made for a model of another {what} ({_short(ours)}, this one has "
+                    f"the route predictor {f'{name} ' if name else ''}was made for a model of another {what} ({_short(ours)}, this one has "
                     f"{_short(theirs)}); fit one on this model's routes"
                 )
 
@@ -82,6 +82,11 @@ class Row:
     prompt_length: int
 
 
+def new_ids(rows: Sequence[Row]) -> np.ndarray:
+    """token_T of a step, row after row."""
+    return np.concatenate([row.ids[len(row.ids) - row.num_new :] for row in rows]) if rows else np.empty(0, np.int32)
+
+
 class RoutePredictor:
     """Base of predictors; one that knows nothing.
 
@@ -91,12 +96,14 @@ class RoutePredictor:
         observes: wants to be told what was routed.
         refines: predicts a layer from the one before it.
         is_calibrated: what it gives are probabilities; others only order experts.
+        knows_steps: `predict` tells something of all layers before a step begins.
     """
 
     kind: ClassVar[str]
     observes: ClassVar[bool] = False
     refines: ClassVar[bool] = False
     is_calibrated: ClassVar[bool] = False
+    knows_steps: ClassVar[bool] = True
     fingerprint: Fingerprint
 
     def fit(self, routes: Routes) -> Self:

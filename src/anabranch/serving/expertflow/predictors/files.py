@@ -11,9 +11,24 @@ from torch import Tensor
 
 from anabranch.errors import DataError
 from anabranch.files import atomic_file, parse_json
+from anabranch.lm.checkpoint import find_model
 from anabranch.serving.expertflow.predictors.base import Fingerprint
 
 VERSION = 1
+# In the folder of a model, or of a training run.
+FILE = "route-predictor.safetensors"
+
+
+def place_of(model: str | Path) -> Path:
+    """Where the predictor of a model lies: in its folder, or beside its file under the same name."""
+    path = Path(model)
+    return path.with_name(f"{path.name}.{FILE}") if path.is_file() else path / FILE
+
+
+def find_file(model: str | Path) -> Path | None:
+    """The file of the predictor that lies beside a model; for a training run in the run's folder, else in that of its checkpoint."""
+    places = (place_of(model), place_of(find_model(model)))
+    return next((place for place in places if place.is_file()), None)
 
 
 def write(path: str | Path, kind: str, fingerprint: Fingerprint, tensors: dict[str, Tensor], **settings: Any) -> None:

@@ -72,6 +72,7 @@ class Slp(RoutePredictor):
     kind = "slp"
     is_calibrated = True
     refines = True
+    knows_steps = False
 
     def __init__(self, fingerprint: Fingerprint) -> None:
         self.fingerprint = fingerprint
@@ -141,6 +142,7 @@ class RouterLookahead(RoutePredictor):
 
     kind = "router_lookahead"
     refines = True
+    knows_steps = False
 
     def __init__(self, fingerprint: Fingerprint, layers: Sequence[Any]) -> None:
         self.fingerprint, self._layers = fingerprint, list(layers)
