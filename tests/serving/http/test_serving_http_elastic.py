@@ -54,14 +54,21 @@ def test_options_of_one_engine_are_refused(name):
 KNOWN = {field.name for field in dataclasses.fields(ServingConfig)} - {*NOT_ELASTIC, "name"}
 
 
+NEEDS = {
+    "disk_kv": ("host_kv", "1MiB", "disk_kv", "1MiB"),
+    "experts": ("expert_budget", "1MiB", "experts.policy", "lru"),
+}
+
+
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_every_other_option_reaches_the_group(name):
     values = {"device": "cuda", "prefix_cache": False, "model": "there", "watchdog_s": None}
     config = override(ServeConfig(), {"devices": 2, "engine.model": "somewhere"})
-    if name == "disk_kv":
-        # It needs host_kv, which is refused.
-        with pytest.raises(ConfigError, match=r"engine\.host_kv is for one engine"):
-            override(config, {"engine.host_kv": "1MiB", "engine.disk_kv": "1MiB"})
+    if name in NEEDS:
+        # It needs another, which is refused.
+        other, value, path, own = NEEDS[name]
+        with pytest.raises(ConfigError, match=rf"engine\.{other} is for one engine"):
+            override(config, {f"engine.{other}": value, f"engine.{path}": own})
         return
     changed = override(config, {f"engine.{name}": values.get(name, 7)})
     assert changed._elastic() != config._elastic()
