@@ -16,6 +16,7 @@ from anabranch.data import train_bpe
 from anabranch.errors import BackendError, CheckpointError
 from anabranch.lm import SamplingConfig, convert, generate, load_config, load_model, save_model
 from anabranch.lm.gguf import GgufFile, half_split
+from anabranch.lm.gguf_tokenizer import _SPLITS
 from anabranch.lm.quantized import load_quantized
 from anabranch.nn import Rotary, SelfAttention
 from anabranch.nn.quantize import QuantizedLinear, dequantize
@@ -181,6 +182,8 @@ def test_the_tokenizer_is_rebuilt(tmp_path, cut):
         ("tekken", ["a", "1", "2", "3", "4", "5", " +", " bc", "'s"]),
         ("gpt-4o", ["a", "123", "45", " +", " bc's"]),
         ("deepseek-v3", ["a", "123", "45", " +", " bc", "'s"]),
+        ("deepseek-llm", ["a", "1", "2", "3", "4", "5", " +", " bc", "'", "s"]),
+        ("deepseek-coder", ["a", "1", "2", "3", "4", "5", " +", " bc", "'", "s"]),
     ],
 )
 def test_where_text_is_cut(tmp_path, cut, words):
@@ -196,6 +199,15 @@ def test_where_text_is_cut(tmp_path, cut, words):
     path = write(tmp_path / "m.gguf", tiny(512), reference, extra=lambda writer: writer.add_tokenizer_pre(cut))
     _, tokenizer = load_model(path)
     assert [tokenizer.decode([index]) for index in tokenizer.encode(text)] == words
+
+
+def test_letters_without_a_case_stand_apart_for_deepseek():
+    """As its tokenizer.json cuts: cased letters, which Georgian ones are not, and then again ASCII, which its class of marks has whole."""
+    text = "Ünª  Дა 日本語。x\r\nß"
+    words = ["Ü", "n", "ª", " ", " Д", "ა", " ", "日本語", "。", "x", "\r", "\n", "ß"]
+    steps = [pre_tokenizers.Split(tokenizers.Regex(part), "isolated") for part in _SPLITS["deepseek-llm"]]
+    found = pre_tokenizers.Sequence(steps).pre_tokenize_str(text)
+    assert [word for word, _ in found] == words
 
 
 @pytest.mark.parametrize(

@@ -17,132 +17,11 @@ from anabranch.lm.quantized import load_quantized
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize
 from anabranch.serving import LLM, Sampling
 from anabranch.serving.expertflow import load_offloaded
-from gguf_files import TEXT, bpe, interleaved
+from gguf_files import TEXT, bpe
+from gguf_made import COMMON, DIM, HEAD_DIM, HEADS, MADE, STORES, VOCAB, tensors_of, theirs, write
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
-
-VOCAB, DIM, HEADS, STORES, HEAD_DIM = 96, 64, 4, 2, 32
-COMMON = {
-    "vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": STORES,
-    "max_position_embeddings": 64, "tie_word_embeddings": False, "initializer_range": 0.3, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-WIDE = {"head_dim": HEAD_DIM}
-EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
-# Architecture in the file: (transformers' config, its changes, fields of the file beside those of all).
-MADE = {
-    "llama": ("LlamaConfig", {"intermediate_size": 96}, {"feed_forward_length": 96}),
-    "mistral3": ("LlamaConfig", {"intermediate_size": 96, **WIDE}, {"feed_forward_length": 96}),
-    "llama with experts": (
-        "MixtralConfig", {"intermediate_size": 96, "num_local_experts": 5, "num_experts_per_tok": 2},
-        {"feed_forward_length": 96, "expert_count": 5, "expert_used_count": 2},
-    ),
-    "qwen2": ("Qwen2Config", {"intermediate_size": 96}, {"feed_forward_length": 96}),
-    "qwen3": ("Qwen3Config", {"intermediate_size": 96, **WIDE}, {"feed_forward_length": 96}),
-    "qwen2moe": (
-        "Qwen2MoeConfig", {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
-        {"feed_forward_length": 96, "expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 32,
-         "expert_shared_feed_forward_length": 64},
-    ),
-    "qwen3moe": (
-        "Qwen3MoeConfig", {**EXPERTS, **WIDE, "moe_intermediate_size": 32, "norm_topk_prob": True},
-        {"feed_forward_length": 96, "expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 32},
-    ),
-    "olmoe": (
-        "OlmoeConfig", {**EXPERTS, "intermediate_size": 32, "num_key_value_heads": HEADS},
-        {"feed_forward_length": 32, "expert_count": 5, "expert_used_count": 2},
-    ),
-}  # fmt: skip
-GEMMA = {
-    "intermediate_size": 96, **WIDE, "num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": HEAD_DIM,
-    "tie_word_embeddings": True,
-}  # fmt: skip
-MADE["gemma3"] = (
-    "Gemma3TextConfig",
-    GEMMA,
-    {"feed_forward_length": 96, "attention.sliding_window": 8, "attention.key_length": HEAD_DIM, "block_count": 7},
-)
-
-
-def theirs(name):
-    """A random model of transformers', with no norm of ones and no bias of zeros."""
-    kind, changes, _ = MADE[name]
-    config = getattr(transformers, kind)(**{**COMMON, **changes})
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if parameter.dim() == 1:
-                    parameter.normal_(1.0 if "norm" in key else 0.0, 0.2)
-    return model
-
-
-def tensors_of(model, architecture):
-    """(name in the file, array) as convert_hf_to_gguf.py gives them: names of the package's table, experts stacked."""
-    table = name_table(architecture)
-    for key, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        if architecture == "gemma3":
-            if key == "lm_head.weight":
-                continue
-            array = array + 1 if key.endswith("norm.weight") else array
-        layer = re.match(r"model\.layers\.(\d+)\.", key)
-        if key.endswith("experts.gate_up_proj"):  # as transformers 5 has them in memory
-            gate, up = np.split(array, 2, axis=1)
-            yield f"blk.{layer[1]}.ffn_gate_exps.weight", gate
-            yield f"blk.{layer[1]}.ffn_up_exps.weight", up
-            continue
-        if key.endswith("experts.down_proj"):
-            yield f"blk.{layer[1]}.ffn_down_exps.weight", array
-            continue
-        if architecture in ("llama", "mistral3") and re.search(r"[qk]_proj", key):
-            array = interleaved(array, HEADS if "q_proj" in key else STORES)
-        if "shared_expert_gate" in key:
-            array = array[0]
-        name = table.get_name(key.replace("block_sparse_moe", "mlp"), (".weight", ".bias"))
-        assert name is not None, key
-        yield name, array
-
-
-def name_table(architecture):
-    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    return gguf.get_tensor_name_map(arch, 8)
-
-
-def write(path, model, name, *, kind=None, split=None, tensors=None, extra=None):
-    """The file of a model, its matrices stored as ``kind``; ``split`` tensors in each of its parts."""
-    architecture, fields = name.split()[0], MADE[name][2]
-    options = {} if split is None else {"split_max_tensors": split}
-    writer = gguf.GGUFWriter(path, architecture, **options)
-    config = model.config
-    for key, value in {
-        "block_count": 2, "context_length": 64, "embedding_length": DIM, "attention.head_count": HEADS,
-        "attention.head_count_kv": config.num_key_value_heads, **fields,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"{architecture}.{key}", value)
-    if (
-        "attention.key_length" not in fields
-        and (head_dim := getattr(config, "head_dim", None) or DIM // HEADS) != DIM // HEADS
-    ):
-        writer.add_key_length(head_dim)
-    rotary = config.rope_parameters
-    writer.add_rope_freq_base(
-        rotary["rope_theta"] if "rope_theta" in rotary else rotary["full_attention"]["rope_theta"]
-    )
-    writer.add_layer_norm_rms_eps(1e-5)
-    if extra is not None:
-        extra(writer)
-    for tensor, array in tensors or tensors_of(model, architecture):
-        if kind is None or array.ndim == 1 or "gate_inp" in tensor:
-            writer.add_tensor(tensor, np.ascontiguousarray(array))
-        else:
-            writer.add_tensor(tensor, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def supported(name):
@@ -213,6 +92,81 @@ def test_yarn_of_ministral_is_that_of_transformers(given, wanted, tmp_path):
     torch.testing.assert_close(loaded.eval()(TOKENS).logits_BLV, model(TOKENS).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("mscale", [1.0, 0.707])
+@torch.no_grad()
+def test_yarn_of_deepseek_is_that_of_transformers(mscale, tmp_path):
+    """Its files have a tenth of the factor, and attention is scaled by it too."""
+    kind, changes, _ = MADE["deepseek2"]
+    rotary = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+    rotary |= {"mscale": mscale, "mscale_all_dim": mscale}
+    torch.manual_seed(7)
+    config = getattr(transformers, kind)(**{**COMMON, **changes, "rope_parameters": rotary})
+    config.is_apart = True
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    def extra(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+        writer.add_rope_scaling_yarn_log_mul(0.1 * mscale)
+
+    loaded, _ = load_model(write(tmp_path / "m.gguf", model, "deepseek2", extra=extra))
+    torch.testing.assert_close(loaded.eval()(TOKENS).logits_BLV, model(TOKENS).logits, rtol=0, atol=1e-4)
+    plain, _ = load_model(write(tmp_path / "p.gguf", model, "deepseek2"))
+    assert (plain.eval()(TOKENS).logits_BLV - model(TOKENS).logits).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_yarn_of_gpt_oss_is_that_of_transformers(tmp_path):
+    """Whose ramp is not rounded to whole dimensions."""
+    kind, changes, _ = MADE["gpt-oss"]
+    rotary = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+    torch.manual_seed(7)
+    config = getattr(transformers, kind)(**COMMON | changes | {"rope_parameters": {**rotary, "truncate": False}})
+    config.is_apart = False
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    def extra(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+
+    loaded, _ = load_model(write(tmp_path / "m.gguf", model, "gpt-oss", extra=extra))
+    torch.testing.assert_close(loaded.eval()(TOKENS).logits_BLV, model(TOKENS).logits, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_mxfp4_is_what_a_folder_has(tmp_path):
+    """The same numbers, blocks of which lie in another order in a folder: its experts, and the logits."""
+    model = theirs("gpt-oss")
+    path = write(tmp_path / "m.gguf", model, "gpt-oss", kind=gguf.GGMLQuantizationType.MXFP4)
+    loaded, _ = load_model(path)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for layer in range(3):
+        whole = {
+            name: gguf.dequantize(tensor.data, tensor.tensor_type)
+            for name in ("gate", "up", "down")
+            for tensor in (stored[f"blk.{layer}.ffn_{name}_exps.weight"],)
+        }
+        pool = loaded.blocks[layer].feed_forward.experts
+        assert np.array_equal(pool.w13.numpy(), np.concatenate((whole["gate"], whole["up"]), axis=1))
+        assert np.array_equal(pool.w2.numpy(), whole["down"])
+        experts = model.model.layers[layer].mlp.experts
+        experts.gate_up_proj.copy_(
+            torch.from_numpy(np.stack((whole["gate"], whole["up"]), axis=2).reshape(5, 64, DIM).swapaxes(1, 2))
+        )
+        experts.down_proj.copy_(torch.from_numpy(whole["down"].swapaxes(1, 2)))
+    for name, parameter in model.named_parameters():
+        if "experts" not in name and parameter.dim() > 1 and "router" not in name:
+            parameter.copy_(mxfp4(parameter))
+    torch.testing.assert_close(loaded.eval()(TOKENS).logits_BLV, model(TOKENS).logits, rtol=0, atol=1e-4)
+
+
+def mxfp4(weight):
+    kind = gguf.GGMLQuantizationType.MXFP4
+    return torch.from_numpy(gguf.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind))
+
+
 # Every field of the package that says what attention, positions and scales are.
 TELLING = sorted(
     value.removeprefix("{arch}.")
@@ -226,7 +180,7 @@ IDLE = {"attention.layer_norm_epsilon", "attention.temperature_length", "rope.sc
 SEEN_ELSEWHERE = {"attention.sliding_window", "rope.dimension_count"}
 
 
-@pytest.mark.parametrize("name", ["mistral3", "qwen3", "qwen3moe", "olmoe", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral3", "qwen3", "qwen3moe", "olmoe", "gemma3", "gpt-oss", "deepseek2 v3"])
 def test_a_field_that_would_change_the_model_changes_it_or_is_refused(name, tmp_path):
     supported(name)
     model, architecture = theirs(name), name.split()[0]
@@ -246,7 +200,7 @@ def test_a_field_that_would_change_the_model_changes_it_or_is_refused(name, tmp_
     plain, left = config_with(None, None), set()
     written = {"attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base"}
     written |= {"rope.scaling.type", "rope.scaling.factor", "attention.key_length"}
-    written |= {"attention.sliding_window"} if name == "gemma3" else set()
+    written |= MADE[name][2].keys() & set(TELLING)
     assert {"attention.temperature_scale", "attention.scale", "rope.scaling.yarn_log_multiplier"} <= set(TELLING)
     for field in [field for field in TELLING if field not in written | IDLE]:
         value = 3 if re.search("count|length|window|pattern|layers|groups|buckets|rank|sections", field) else 0.375
@@ -261,9 +215,6 @@ def test_a_field_that_would_change_the_model_changes_it_or_is_refused(name, tmp_
             left.add(field)
     # Whose windows have a switch, which these files cannot have; llama.cpp gives them none either.
     assert left == ({"attention.sliding_window"} if name.startswith("qwen") else set())
-
-
-# Refused under the name that it has as a folder's.
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])

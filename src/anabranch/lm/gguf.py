@@ -214,9 +214,9 @@ class GgufFile:
         if kind == "yarn":
             table["beta_fast"] = self._real("rope.scaling.yarn_beta_fast", default=32.0)
             table["beta_slow"] = self._real("rope.scaling.yarn_beta_slow", default=1.0)
-            # llama.cpp takes 1 for the other of DeepSeek's two (llama-context.cpp).
             if self.fields.get(f"{self._prefix}.rope.scaling.yarn_log_multiplier"):
-                table |= {"mscale": 1.0, "mscale_all_dim": self._real("rope.scaling.yarn_log_multiplier")}
+                table |= self._architecture.logarithm(self._real("rope.scaling.yarn_log_multiplier"))
+            table |= self._architecture.yarn
         return table
 
     def _llama3(self, head_dim: int) -> dict[str, Any]:

@@ -65,4 +65,4 @@ def write(config: Decoder.Config) -> dict[str, Any]:
 
 def sanitize(config: Decoder.Config, names: Collection[str]) -> Pieces:
     """Their tensors in ours."""
-    return mixture(config, names, shared="shared_experts", attention=latent_pieces)
+    return mixture(config, names, shared="shared_experts", attention=latent_pieces(names))

@@ -3,7 +3,8 @@
 Layers behind the last one, which predict further tokens, are left out.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor
 
 from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.formats.common import Foreign, Pieces, mixture, read_body, with_dense_layers, write_body
+from anabranch.lm.formats.common import (
+    AttentionPieces,
+    Foreign,
+    Pieces,
+    mixture,
+    read_body,
+    with_dense_layers,
+    write_body,
+)
 from anabranch.lm.formats.routers import read_biased_moe, write_biased_moe
 from anabranch.lm.tensors import Change, Piece
 from anabranch.nn.latent_attention import LatentAttention
@@ -42,7 +51,9 @@ def write(config: Decoder.Config) -> dict[str, Any]:
 
 def sanitize(config: Decoder.Config, names: Collection[str]) -> Pieces:
     """Their tensors in ours."""
-    return mixture(config, names, shared="shared_experts", attention=latent_pieces, bias="gate.e_score_correction_bias")
+    return mixture(
+        config, names, shared="shared_experts", attention=latent_pieces(names), bias="gate.e_score_correction_bias"
+    )
 
 
 def read_latent_body(foreign: Foreign) -> dict[str, Any]:
@@ -94,8 +105,15 @@ def latent_attention(config: Decoder.Config) -> LatentAttention.Config:
     return config.attention
 
 
-def latent_pieces(config: Decoder.Config, ours: str, theirs: str) -> Pieces:
-    """Attention of one layer. Rotated numbers stand in pairs there and in halves here."""
+def latent_pieces(names: Collection[str]) -> AttentionPieces:
+    """Attention of one layer of a file with these ``names``. Rotated numbers stand in pairs there and in halves here.
+
+    Keys and values of all heads come from one matrix, or from two for each head as llama.cpp stores them.
+    """
+    return partial(_latent_pieces, names)
+
+
+def _latent_pieces(stored_names: Collection[str], config: Decoder.Config, ours: str, theirs: str) -> Pieces:
     attention = latent_attention(config)
     head, turned = attention.head_dim + attention.rotary_dim, attention.rotary_dim
     queries = Change(lambda x: _halved(x, head, turned), lambda x: _paired(x, head, turned))
@@ -115,10 +133,23 @@ def latent_pieces(config: Decoder.Config, ours: str, theirs: str) -> Pieces:
         f"{ours}.{name}.weight": [Piece(f"{theirs}.{stored}.weight", change=change)]
         for name, (stored, change) in names.items()
     }
+    if f"{theirs}.k_b_proj.0.weight" in stored_names:
+        pieces[f"{ours}.kv_up.weight"] = list(_of_heads(attention, theirs))
     for name in ("kv_down", "out", *(() if attention.q_rank is None else ("q_down",))) if attention.bias else ():
         stored, change = names[name]
         pieces[f"{ours}.{name}.bias"] = [Piece(f"{theirs}.{stored}.bias", change=change)]
     return pieces
+
+
+def _of_heads(attention: LatentAttention.Config, theirs: str) -> Iterator[Piece]:
+    """Keys' and values' rows of each head. Those of keys are stored with the latent first."""
+    turned = Change(lambda x: x.transpose(-1, -2), lambda x: x.transpose(-1, -2))
+    rows = attention.head_dim + attention.value_dim
+    for head in range(attention.num_heads):
+        first = head * rows
+        last = first + attention.head_dim
+        yield Piece(f"{theirs}.k_b_proj.{head}.weight", (slice(first, last),), turned)
+        yield Piece(f"{theirs}.v_b_proj.{head}.weight", (slice(last, first + rows),))
 
 
 def _halved(stored: Tensor, head: int, turned: int) -> Tensor:

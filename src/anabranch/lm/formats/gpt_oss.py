@@ -11,6 +11,7 @@ from anabranch.lm.formats.common import (
     Foreign,
     Pieces,
     body,
+    experts,
     read_attention,
     read_body,
     self_attention,
@@ -86,7 +87,7 @@ def write(config: Decoder.Config) -> dict[str, Any]:
 
 
 def sanitize(config: Decoder.Config, names: Collection[str]) -> Pieces:
-    """Their tensors in ours. Experts stand with inputs first, and gate and up alternate."""
+    """Their tensors in ours. Stacked experts stand with inputs first, and gate and up alternate; those that stand alone do neither."""
     pieces = body(config)
     turned = Change(_turned, _turned)
     for layer in range(config.num_layers):
@@ -95,11 +96,25 @@ def sanitize(config: Decoder.Config, names: Collection[str]) -> Pieces:
         for kind in ("weight", "bias"):
             pieces[f"{ours}.router.score.{kind}"] = [Piece(f"{theirs}.router.{kind}")]
         stored = f"{theirs}.experts"
+        if f"{stored}.gate_up_proj" not in names and f"{stored}.0.gate_proj.weight" in names:
+            moe: Any = config.feed_forward
+            pieces |= experts(f"{ours}.experts", stored, moe, names) | _biases(f"{ours}.experts", stored, moe)
+            continue
         pieces[f"{ours}.experts.w13"] = [Piece(f"{stored}.gate_up_proj", change=Change(_parted, _mingled))]
         pieces[f"{ours}.experts.b13"] = [Piece(f"{stored}.gate_up_proj_bias", change=Change(_apart, _together))]
         pieces[f"{ours}.experts.w2"] = [Piece(f"{stored}.down_proj", change=turned)]
         pieces[f"{ours}.experts.b2"] = [Piece(f"{stored}.down_proj_bias")]
     return pieces
+
+
+def _biases(ours: str, theirs: str, moe: MoE.Config) -> Pieces:
+    """Of experts that stand alone."""
+    hidden_dim, first, second = moe.hidden_dim, [], []
+    for expert in range(moe.num_experts):
+        first.append(Piece(f"{theirs}.{expert}.gate_proj.bias", (expert, slice(0, hidden_dim))))
+        first.append(Piece(f"{theirs}.{expert}.up_proj.bias", (expert, slice(hidden_dim, 2 * hidden_dim))))
+        second.append(Piece(f"{theirs}.{expert}.down_proj.bias", (expert,)))
+    return {f"{ours}.b13": first, f"{ours}.b2": second}
 
 
 def _turned(weight: Tensor) -> Tensor:
