@@ -38,8 +38,23 @@ def bearer(request: web.BaseRequest) -> str | None:
     return request.headers.get("x-api-key") or request.headers.get("api-key")
 
 
-async def read_body(request: web.BaseRequest, most_bytes: int, timeout_s: float) -> bytes:
-    """The whole body. Raises ApiError if it is too large or too slow, or compressed."""
+async def read_body(
+    request: web.BaseRequest,
+    most_bytes: int,
+    timeout_s: float,
+    keep: Callable[[int, asyncio.Timeout], None] | None = None,
+) -> bytes:
+    """The whole body.
+
+    Args:
+        request: whose it is.
+        most_bytes: it may have.
+        timeout_s: it has to come in.
+        keep: told of the bytes of each part before it is kept, and given the time that the body has, which it may cut short; what it
+            raises ends the reading.
+
+    Raises ApiError if it is too large or too slow, or compressed.
+    """
     close = {"connection": "close"}
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding != "identity":
@@ -49,18 +64,26 @@ async def read_body(request: web.BaseRequest, most_bytes: int, timeout_s: float)
     if length is not None and length > most_bytes:
         raise large
     content = request.content
-    if content.is_eof() and length is not None:  # it came with the headers
+    if keep is None and content.is_eof() and length is not None:  # it came with the headers
         return content.read_nowait()
-    parts, size = [], 0
+    parts, size, began = [], 0, asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(timeout_s) as left:
             while part := await content.readany():
                 size += len(part)
                 if size > most_bytes:
                     raise large
+                if keep is not None:
+                    keep(len(part), left)
                 parts.append(part)
     except TimeoutError:
-        raise ApiError(408, "slow_body", f"the body did not come within {timeout_s:g} s", headers=close) from None
+        waited_s = asyncio.get_running_loop().time() - began
+        raise ApiError(408, "slow_body", f"the body did not come within {waited_s:.1f} s", headers=close) from None
+    except RuntimeError as error:
+        # aiohttp's word for a body of which nothing was read before its sender went away.
+        if request.transport is not None:
+            raise
+        raise ConnectionResetError(str(error)) from None
     except (web.RequestPayloadError, ValueError):
         raise ApiError(
             400, "invalid_body", "the body is broken: its length or its chunks are wrong", headers=close

@@ -14,11 +14,14 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from anabranch.errors import AnabranchError
+from anabranch.web.places import Places
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE_S = 75.0
+# For a request of a connection beyond the limit, and for one to say something where others wait for its place.
+BEYOND_S = 1.0
 HEADER_BYTES, NUM_HEADERS = 16 << 10, 100
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -28,23 +31,38 @@ Refuse = Callable[[int, str], web.Response]
 class Connection(RequestHandler):
     """aiohttp's, but the first request's headers have to come soon, and what is no HTTP is refused in OpenAI's form."""
 
-    __slots__ = ("_header_timeout_s", "_late", "_refuse")
+    __slots__ = ("_began", "_header_timeout_s", "_late", "_places", "_refuse", "is_beyond")
 
-    def __init__(self, manager: Any, refuse: Refuse, header_timeout_s: float, **settings: Any) -> None:
+    def __init__(
+        self, manager: Any, refuse: Refuse, header_timeout_s: float, places: Places["Connection"], **settings: Any
+    ) -> None:
         super().__init__(manager, **settings)
-        self._refuse, self._header_timeout_s = refuse, header_timeout_s
+        self._refuse, self._header_timeout_s, self._places = refuse, header_timeout_s, places
         self._late: asyncio.TimerHandle | None = None
+        self._began = self._loop.time()
+        # There was no place for it: it may ask whether the server lives, and is closed.
+        self.is_beyond = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Someone has connected."""
         super().connection_made(transport)
-        self._late = self._loop.call_later(self._header_timeout_s, self._close_silent)
+        peer = transport.get_extra_info("peername")
+        self.is_beyond = not self._places.enter(self, str(peer[0]) if isinstance(peer, tuple) else "")
+        patience_s = min(self._header_timeout_s, BEYOND_S) if self.is_beyond else self._header_timeout_s
+        self._late = self._loop.call_later(patience_s, self._close_silent)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """They have gone."""
+        self._places.leave(self)
         if self._late is not None:
             self._late.cancel()
         super().connection_lost(exc)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing would be lost with it: it is between two requests, or has been open for a while and said nothing whole."""
+        is_waiting = self._current_request is None and not self._messages
+        return is_waiting and (self._request_count > 0 or self._loop.time() - self._began > BEYOND_S)
 
     def _close_silent(self) -> None:
         if self._request_count == 0:
@@ -67,16 +85,26 @@ class Connection(RequestHandler):
 
 
 class Server(web.Server):
-    """A listener's connections."""
+    """A listener's connections.
 
-    def __init__(self, handler: Handler, refuse: Refuse, header_timeout_s: float) -> None:
+    Args:
+        handler: answers requests.
+        refuse: answers what is no HTTP.
+        header_timeout_s: the first request's head has to come within it.
+        places: for how many there are; None for as many as come.
+    """
+
+    def __init__(
+        self, handler: Handler, refuse: Refuse, header_timeout_s: float, places: Places[Connection] | None = None
+    ) -> None:
         super().__init__(handler, handler_cancellation=True)
         self._refuse, self._header_timeout_s = refuse, header_timeout_s
+        self._places: Places[Connection] = Places(None) if places is None else places
 
     def __call__(self) -> RequestHandler:
         """A new connection."""
         connection = Connection(
-            self, self._refuse, self._header_timeout_s, loop=self._loop, access_log=None, keepalive_timeout=KEEP_ALIVE_S,
+            self, self._refuse, self._header_timeout_s, self._places, loop=self._loop, access_log=None, keepalive_timeout=KEEP_ALIVE_S,
             max_line_size=HEADER_BYTES, max_field_size=HEADER_BYTES, max_headers=NUM_HEADERS, auto_decompress=False, lingering_time=0.5,
         )  # fmt: skip
         return connection

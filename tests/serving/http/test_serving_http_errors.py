@@ -201,7 +201,7 @@ def test_another_model(server):
     ("raw", "code"),
     [
         (b"", "invalid_json"), (b"{", "invalid_json"), (b"[]", "invalid_json"), (b'{"a": NaN}', "invalid_json"),
-        (b'{"model": "\xff"}', "invalid_utf8"), (b"[" * 100_000, "invalid_json"),
+        (b'{"model": "\xff"}', "invalid_utf8"), (b"[" * 60_000, "invalid_json"), (b"[" * 100_000, "too_many_values"),
     ],
 )  # fmt: skip
 def test_bodies_that_are_no_json(server, raw, code):

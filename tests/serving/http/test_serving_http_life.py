@@ -77,8 +77,16 @@ def test_too_many_requests_are_refused_at_once(status):
 
 
 def test_choices_count_and_are_let_in_together_or_not_at_all():
-    with serving(admission=AdmissionConfig(max_in_flight=3)) as running:
-        assert running.chat(n=4)[0] == 429
+    with serving(Script(delay_s=0.01), admission=AdmissionConfig(max_in_flight=3)) as running:
+        holder = Link(running, {**SLOW, "stream": True})
+        until(lambda: running.frontend.admission.in_flight == 1)
+        assert running.chat(n=3)[0] == 429
+        assert running.frontend.admission.in_flight == 1
+        holder.close()
+        until(lambda: running.frontend.admission.in_flight == 0)
+        status, _, body = running.chat(n=4)
+        assert (status, body["error"]["code"]) == (400, "too_many_sequences")
+        assert "never takes more than 3 of them at once" in body["error"]["message"]
         assert running.frontend.admission.in_flight == 0
         assert running.chat(n=3, max_tokens=2)[0] == 200
 

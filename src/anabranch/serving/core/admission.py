@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Self
 
 from anabranch.config import Config, Field, configclass
-from anabranch.errors import LimitError
+from anabranch.errors import InputError, LimitError
+from anabranch.sharing import most_beside
 
 # The official Python client gives up rather than wait longer.
 MOST_RETRY_S = 120.0
@@ -47,8 +48,8 @@ class AdmissionConfig(Config):
         max_queued_tokens: prompt tokens of the queued ones. A single request larger than that is admitted to an empty queue.
         max_per_key: requests of one key in flight.
         key_share: where several keys share an engine, the part of each of the first three that one may have of what the others leave:
-            a key alone never takes the last place, and among n busy ones there is room for another (dynamic thresholds, Choudhury and
-            Hahne, IEEE/ACM Transactions on Networking 1998). A key that has nothing is let in where there is room; 1 shares nothing out.
+            a key alone never takes the last place, and among n busy ones there is room for another (`anabranch.sharing`). A key that has
+            nothing is let in where there is room; 1 shares nothing out.
         status: HTTP status of a refusal: 429, or 503 as some balancers want it.
         window_s: time over which the drain rate is averaged.
     """
@@ -129,18 +130,36 @@ class Admission(Held):
     def admit_all(self, prompts: Sequence[int], key: str = "", deadline_s: float | None = None) -> list["Ticket"]:
         """`admit` for each of ``prompts`` (tokens of each), or for none of them.
 
-        When nothing is in flight no deadline is refused: what is known of the pace is then old, and only who is let in renews it.
+        When nothing is in flight no deadline is refused: what is known of the pace is then old, and only who is let in renews it. Raises
+        InputError for more than would be let in even then.
         """
         if not self.in_flight:
             deadline_s = None
         tickets: list[Ticket] = []
         try:
             tickets.extend(self._admit(num_tokens, key, deadline_s) for num_tokens in prompts)
-        except OverloadError:
+        except OverloadError as error:
             for ticket in tickets:
                 ticket.close()
+            most = self._most_together(prompts)
+            if most < len(prompts):
+                self.rejections[error.reason] -= 1
+                raise InputError(
+                    f"{len(prompts)} sequences are asked for together (n, best_of, prompts); this server never takes more than {most} of "
+                    "them at once, so ask for fewer in one request"
+                ) from None
             raise
         return tickets
+
+    def _most_together(self, prompts: Sequence[int]) -> int:
+        """How many of these, from the first on, are let in together where there is nothing else."""
+        empty = Admission(self.config, is_shared=self._is_shared, clock=self._clock)
+        try:
+            for num_tokens in prompts:
+                empty._admit(num_tokens, "", None)
+        except OverloadError:
+            return empty.in_flight
+        return len(prompts)
 
     def _admit(self, num_tokens: int, key: str, deadline_s: float | None) -> "Ticket":
         self.check(num_tokens, key)
@@ -200,7 +219,7 @@ class Admission(Held):
             ("requests of this key wait", config.max_queued, self.queued, held.queued, 1, self._request_rate),
             ("prompt tokens of this key wait", most_tokens, self.queued_tokens, held.queued_tokens, num_tokens, self._token_rate),
         ):  # fmt: skip
-            most = math.inf if limit is None else config.key_share * (limit - total + has)
+            most = math.inf if limit is None else most_beside(total - has, limit, config.key_share)
             if has and has + more > most:
                 # Of what goes its part goes for it.
                 per_s = rate.per_s(now)

@@ -13,6 +13,7 @@ from aiohttp import web
 from anabranch import __version__
 from anabranch.errors import AnabranchError
 from anabranch.serving.http.admin import Admin
+from anabranch.serving.http.body_room import BodyRoom
 from anabranch.serving.http.call import Call
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.gate import Gate
@@ -24,7 +25,8 @@ from anabranch.serving.http.tokens import Tokens
 from anabranch.serving.ui.page import HEADERS, page
 from anabranch.web.answers import wrong_method
 from anabranch.web.api_error import ApiError
-from anabranch.web.server import Server
+from anabranch.web.places import Places
+from anabranch.web.server import Connection, Server
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("anabranch.serving.access")
@@ -40,12 +42,17 @@ class App:
 
     Args:
         frontend: whose engine answers.
+        connections: that there may be; None for as many as the config says.
     """
 
-    def __init__(self, frontend: Frontend) -> None:
+    def __init__(self, frontend: Frontend, connections: int | None = None) -> None:
         self.frontend, self.config, self.metrics = frontend, frontend.config, frontend.metrics
         self._keys, self._gate = Keys(self.config.api_keys), Gate(self.config)
         self._generate, self._tokens, self._admin = Generate(frontend), Tokens(frontend), Admin(frontend)
+        limits, admission = self.config.limits, self.config.admission
+        self.places: Places[Connection] = Places(connections or limits.connections, limits.address_share)
+        refused = self.metrics.rejections.labels("bodies").inc
+        self.room = BodyRoom(limits.bodies_bytes, admission.key_share, admission.status, refused)
         self._created = int(time.time())
         self.under_way = 0
         self._open: dict[str, dict[str, Answer]] = {
@@ -67,16 +74,16 @@ class App:
 
     def server(self) -> Server:
         """For `asyncio.loop.create_server`."""
-        return Server(self, self.refuse, self.config.limits.header_timeout_s)
+        return Server(self, self.refuse, self.config.limits.header_timeout_s, self.places)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        call = Call(request, self.config, self.frontend.apart)
+        call = Call(request, self.config, self.frontend.apart, self.room)
         self.under_way += 1
         try:
             response = await self._answer(call)
             call.code = response.status
-            if self.frontend.state == "draining":
+            if self.frontend.state == "draining" or _is_beyond(request):
                 response.force_close()
             if isinstance(response, web.Response) and not response.prepared:
                 await write(response, request, self.config.limits.stall_s)
@@ -86,6 +93,7 @@ class App:
                 request.transport.abort()
             raise
         finally:
+            call.let_go()
             self.under_way -= 1
             self.metrics.requests.labels(call.endpoint, str(call.code)).inc()
             self._log(call)
@@ -93,6 +101,7 @@ class App:
     async def _answer(self, call: Call) -> web.StreamResponse:
         try:
             self._gate.check(call.request)
+            self._check_place(call.request)
             return call.preflight() or await self._route(call)
         except ApiError as error:
             return call.refuse(error)
@@ -104,6 +113,14 @@ class App:
             # A bug of ours: the log says what, the client only that.
             logger.error("a bug: %s %.80s", call.request.method, call.request.path, exc_info=error)
             return call.refuse(ApiError(500, "internal_error", "the server failed; its log says how"))
+
+    def _check_place(self, request: web.BaseRequest) -> None:
+        """Raises ApiError (503) on a connection that there was no place for, for all but the question whether the server lives."""
+        if _is_beyond(request) and request.path != "/health/live":
+            self.metrics.rejections.labels("connections").inc()
+            message = "too many connections are open, in all or from your address; try again in 1 s"
+            headers = {"Retry-After": "1", "x-should-retry": "true", "connection": "close"}
+            raise ApiError(503, "too_many_connections", message, headers=headers)
 
     async def _route(self, call: Call) -> web.StreamResponse:
         request = call.request
@@ -204,3 +221,8 @@ async def _method(call: Call, methods: dict[str, Answer]) -> web.StreamResponse:
     if answer is None:
         raise wrong_method(call.request, methods)
     return await answer(call)
+
+
+def _is_beyond(request: web.BaseRequest) -> bool:
+    """Whether it came on a connection that there was no place for."""
+    return isinstance(request.protocol, Connection) and request.protocol.is_beyond

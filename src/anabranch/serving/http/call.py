@@ -3,17 +3,20 @@
 import difflib
 import math
 import re
+import threading
 import time
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from aiohttp import web
 
+from anabranch.serving.http.body_room import BodyRoom, Kept
 from anabranch.serving.http.config import HttpConfig
 from anabranch.web.answers import JSON, bearer, error_response, json_response, read_body
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import parse
 from anabranch.web.ids import new_id
+from anabranch.web.json_size import check_json_size
 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _PLAIN = re.compile(r"[^\x20-\x7e]")
@@ -21,6 +24,7 @@ _PLAIN = re.compile(r"[^\x20-\x7e]")
 LONG_CHARACTERS = 20_000
 # Of the fields that nobody knows.
 MOST_TOLD = 10
+_PARSING = threading.Lock()
 Apart = Callable[..., Awaitable[Any]]
 EXPOSED = "x-request-id, x-route-model, x-route-layers, x-route-streams, x-route-experts, x-warning, retry-after"
 
@@ -42,10 +46,12 @@ class Call:
         request: see above.
         config: of the server.
         apart: calls a function in a thread, see `Frontend.apart`.
+        room: of bodies.
     """
 
-    def __init__(self, request: web.BaseRequest, config: HttpConfig, apart: Apart) -> None:
-        self.request, self._config, self._apart = request, config, apart
+    def __init__(self, request: web.BaseRequest, config: HttpConfig, apart: Apart, room: BodyRoom) -> None:
+        self.request, self._config, self._apart, self._room = request, config, apart, room
+        self._kept: Kept | None = None
         given = request.headers.get("x-request-id", "")
         self.id = given if _ID.fullmatch(given) else new_id()
         self.began = time.monotonic()
@@ -59,15 +65,28 @@ class Call:
         """The secret it came with."""
         return bearer(self.request)
 
-    async def body(self) -> dict[str, Any]:
-        """Its JSON. Raises ApiError: 413, 408, 415 or 400."""
+    async def body(self, most_tokens: int = 0) -> dict[str, Any]:
+        """Its JSON, with room for ``most_tokens`` token ids; `let_go` when nothing is left of it.
+
+        Raises ApiError: 413, 408, 415, 400, or 429 (503 by config) where too much is being read already.
+        """
         # A form of a web page, or a script of it that asks nobody first, can send no such header.
         kind = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON and not kind.endswith("+json"):
             raise ApiError(415, "unsupported_media_type", "send the body as content-type: application/json")
         limits = self._config.limits
-        raw = await read_body(self.request, limits.body_bytes, limits.body_timeout_s)
-        return parse(raw) if len(raw) <= LONG_CHARACTERS else await self._apart(self.key, parse, raw)
+        kept = self._kept = self._room.enter(self.key or self.request.remote or "", self.request.content_length)
+        raw = await read_body(self.request, limits.body_bytes, limits.body_timeout_s, kept.more)
+        kept.is_whole()
+        if len(raw) <= LONG_CHARACTERS:
+            return parse(raw)
+        most_values = max(limits.body_values, most_tokens)
+        return await self._apart(self.key, _parse_long, raw, most_values, limits.body_parts)
+
+    def let_go(self) -> None:
+        """Nothing is left of its body. A second call does nothing."""
+        if self._kept is not None:
+            self._kept.close()
 
     def deadline_s(self) -> float | None:
         """Seconds it has, from its beginning: ``x-deadline-ms``, else ``x-request-timeout`` (s), else the config's. Raises ApiError."""
@@ -131,6 +150,13 @@ class Call:
             return {}
         shown = "*" if "*" in allowed else _PLAIN.sub("", origin)
         return {"access-control-allow-origin": shown, "access-control-expose-headers": EXPOSED, "vary": "origin"}
+
+
+def _parse_long(raw: bytes, most_values: int, most_parts: int) -> dict[str, Any]:
+    check_json_size(raw, most_values, most_parts)
+    # One at a time: each holds Python's lock while it lasts, and all other threads together may have it as often.
+    with _PARSING:
+        return parse(raw)
 
 
 def _told(name: str, known: Collection[str]) -> str:

@@ -13,6 +13,13 @@ class Limits(Config):
     Attributes:
         most_n: largest ``n``.
         body_bytes: largest body.
+        bodies_bytes: of all bodies that come, or wait to be read, together; of what the others leave, one key (one address, where there
+            are no keys) may have the part ``admission.key_share``. A body beyond that is refused before it is read.
+        body_values: values in a body that stand side by side in lists and objects, such as token ids; where the model has more positions
+            than that, as many as it has.
+        body_parts: lists, objects and names in a body, together. What a parser makes of more would hold up all other requests.
+        connections: that are open at once. On those beyond it only ``/health/live`` answers, all else is 503.
+        address_share: of the connections that others leave, the part that one address may have; 1 behind a proxy, where all come from one.
         header_timeout_s: the first request's head has to come within it.
         body_timeout_s: a body has to come within it.
         deadline_s: seconds a request may take where it gives no deadline; None for no bound. The default is what OpenAI's clients wait.
@@ -22,11 +29,22 @@ class Limits(Config):
 
     most_n: int = Field(default=16, ge=1, le=128)
     body_bytes: int = Field(default=8 << 20, ge=1024)
+    bodies_bytes: int = Field(default=128 << 20, ge=1024)
+    body_values: int = Field(default=1 << 18, ge=1024)
+    body_parts: int = Field(default=1 << 16, ge=1024)
+    connections: int = Field(default=2048, ge=1)
+    address_share: float = Field(default=0.5, gt=0, le=1)
     header_timeout_s: float = Field(default=10.0, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
     deadline_s: float | None = Field(default=600.0, gt=0)
     stream_events: int = Field(default=256, ge=1)
     stall_s: float = Field(default=30.0, gt=0)
+
+    def __post_init__(self) -> None:
+        if self.bodies_bytes < self.body_bytes:
+            raise ConfigError(
+                f"bodies_bytes is {self.bodies_bytes}; it must be at least body_bytes={self.body_bytes}, or no such body is ever read"
+            )
 
 
 @configclass

@@ -175,12 +175,16 @@ class Frontend:
             key: whose they are.
             deadline_s: seconds from now.
 
-        Raises ApiError (429, or 503 by config) with ``Retry-After``, and 504 where the deadline has passed before anything was done.
+        Raises ApiError (429, or 503 by config) with ``Retry-After``, 504 where the deadline has passed before anything was done, and 400
+        for more sequences than are ever let in together.
         """
         if deadline_s is not None and deadline_s <= 0:
             raise ApiError(504, "deadline_exceeded", "the request's deadline has passed")
-        with self._refusing():
-            return self.admission.admit_all(prompts, key, deadline_s)
+        try:
+            with self._refusing():
+                return self.admission.admit_all(prompts, key, deadline_s)
+        except InputError as error:
+            raise ApiError(400, "too_many_sequences", str(error)) from None
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:

@@ -40,6 +40,7 @@ class Generate:
         frontend = self._frontend
         info, reader = frontend.check_ready()
         asked = await self._read(call, kind, info, reader)
+        call.let_go()
         deadline_s = call.deadline_s()
         if asked.is_echo and asked.max_tokens == 0 and asked.logprobs is None:
             return call.json(CompletionShape(asked, [], reader, info).echoed())
@@ -73,7 +74,8 @@ class Generate:
             self._count(call, asked, choices)
 
     async def _read(self, call: Call, kind: str, info: EngineInfo, reader: Reader) -> Asked:
-        body = await call.body()
+        # Not only the longest prompt there is, but what else a request says.
+        body = await call.body(most_tokens=2 * info.max_positions)
         check_model(body, self._frontend.names)
         limit = self._frontend.config.limits.most_n
         length = call.request.content_length

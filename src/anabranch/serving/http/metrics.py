@@ -12,6 +12,8 @@ from anabranch.serving.core.client import EngineStats
 PREFIX = "anabranch_serving_"
 ENDPOINTS = ("chat", "completions", "embeddings", "tokenize", "detokenize", "models", "admin", "other")
 CODES = ("200", "400", "401", "404", "405", "408", "413", "415", "429", "499", "500", "501", "503", "504")
+# Beside those of `anabranch.serving.core.admission`.
+HTTP_REASONS = ("bodies", "connections")
 ABORTS = ("client_gone", "deadline", "slow_reader", "shutdown", "engine_failed", "request_failed")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
@@ -80,7 +82,7 @@ class Metrics:
         for endpoint in ENDPOINTS:
             for code in CODES:
                 self.requests.labels(endpoint, code)
-        for reason in REASONS:
+        for reason in (*REASONS, *HTTP_REASONS):
             self.rejections.labels(reason)
         for reason in ABORTS:
             self.aborted.labels(reason)

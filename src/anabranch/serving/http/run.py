@@ -18,6 +18,7 @@ from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.reading import Reader
 from anabranch.sockets import listening, url_of
 from anabranch.web.api_error import ApiError
+from anabranch.web.places import room_for_files
 from anabranch.web.server import BACKLOG, Server, Signals, runner
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,14 @@ async def _main(
     on_info: Callable[[EngineInfo], None],
 ) -> int:
     frontend = Frontend(config, make_engine, make_reader)
-    app = App(frontend)
+    connections = room_for_files(config.limits.connections)
+    if connections < config.limits.connections:
+        logger.warning(
+            "http.limits.connections is %d, but this process may open so few files that there is room for %d (ulimit -n)",
+            config.limits.connections,
+            connections,
+        )
+    app = App(frontend, connections)
     server = app.server()
     with listening(config.host, config.port) as socket, Signals() as signals:
         url = url_of(config.host, socket)

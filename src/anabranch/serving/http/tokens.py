@@ -117,7 +117,8 @@ class Tokens:
         return await self._frontend.apart(call.key, function, *args) if length > LONG_CHARACTERS else function(*args)
 
     async def _body(self, call: Call, known: dict[str, fields.Check], is_model_needed: bool = True) -> dict[str, Any]:
-        body = await call.body()
+        info, _ = self._frontend.check_ready()
+        body = await call.body(most_tokens=2 * info.max_positions)
         check_model(body, self._frontend.names, is_needed=is_model_needed)
         for name, value in body.items():
             if name in known and value is not None:

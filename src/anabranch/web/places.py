@@ -1,0 +1,97 @@
+"""`Places`: how many connections a server keeps open, in all and from one address."""
+
+import resource
+from collections import Counter
+from typing import Generic, Protocol, TypeVar
+
+from anabranch.sharing import most_beside
+
+__all__ = ["Places", "room_for_files"]
+
+# Beyond the limit, so that who asks whether the server lives is told; the one that came first makes place for the next.
+NUM_BEYOND = 64
+# Files that a server opens for other things than connections: its engine, its model, its logs.
+_OTHER_FILES = 256
+
+
+class Closable(Protocol):
+    """A connection."""
+
+    @property
+    def is_idle(self) -> bool: ...
+    def force_close(self) -> None: ...
+
+
+T = TypeVar("T", bound=Closable)
+
+
+class Places(Generic[T]):
+    """For one thread (an event loop).
+
+    Args:
+        limit: connections; None for no limit.
+        share: of what others leave, that one address may have; see `most_beside`. A first one is taken where there is a place.
+    """
+
+    def __init__(self, limit: int | None, share: float = 1.0) -> None:
+        self._limit, self._share = limit, share
+        # In the order of coming, with their addresses.
+        self._open: dict[T, str] = {}
+        self._of_address: Counter[str] = Counter()
+        self._beyond: dict[T, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def enter(self, connection: T, address: str) -> bool:
+        """Whether there is a place for it. One that is idle makes place: of the same address where that has too many."""
+        if self._limit is not None and (why_not := self._why_not(address)) is not None:
+            idle = (
+                other
+                for other, whose in self._open.items()
+                if (why_not == "limit" or whose == address) and other.is_idle
+            )
+            gone = next(idle, None)
+            if gone is None:
+                self._keep_beyond(connection)
+                return False
+            self.leave(gone)
+            gone.force_close()
+        self._open[connection] = address
+        self._of_address[address] += 1
+        return True
+
+    def leave(self, connection: T) -> None:
+        """It is closed. A second call does nothing."""
+        self._beyond.pop(connection, None)
+        address = self._open.pop(connection, None)
+        if address is not None:
+            self._of_address[address] -= 1
+            if not self._of_address[address]:
+                del self._of_address[address]
+
+    def _why_not(self, address: str) -> str | None:
+        assert self._limit is not None
+        own = self._of_address[address]
+        if own and own + 1 > most_beside(len(self._open) - own, self._limit, self._share):
+            return "share"
+        return "limit" if len(self._open) >= self._limit else None
+
+    def _keep_beyond(self, connection: T) -> None:
+        self._beyond[connection] = None
+        if len(self._beyond) > NUM_BEYOND:
+            oldest = next(iter(self._beyond))
+            self.leave(oldest)
+            oldest.force_close()
+
+
+def room_for_files(connections: int) -> int:
+    """How many of so many connections this process can have open, once it is allowed as many files as it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + NUM_BEYOND + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY:
+        return connections
+    return max(1, min(connections, soft - NUM_BEYOND - _OTHER_FILES))

@@ -1,0 +1,88 @@
+"""Connections that are open: as many as may be, of one address its part of what others leave, and those beyond for a moment."""
+
+import resource
+import subprocess
+import sys
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.web.places import NUM_BEYOND, Places
+
+
+class Connection:
+    def __init__(self, *, is_idle=False):
+        self.is_idle, self.is_closed = is_idle, False
+
+    def force_close(self):
+        self.is_closed = True
+
+
+def test_as_many_as_there_are_places_and_one_that_is_idle_makes_place():
+    places = Places(2)
+    first, second = Connection(), Connection()
+    assert places.enter(first, "a")
+    assert places.enter(second, "b")
+    assert not places.enter(Connection(), "c")
+    second.is_idle = True
+    third = Connection()
+    assert places.enter(third, "c")
+    assert (first.is_closed, second.is_closed, third.is_closed) == (False, True, False)
+    places.leave(first)
+    places.leave(first)
+    assert len(places) == 1
+    assert places.enter(Connection(), "c")
+
+
+def test_an_address_has_its_part_and_makes_place_for_itself_alone():
+    places = Places(8, 0.5)
+    of_a = [Connection() for _ in range(4)]
+    assert all(places.enter(each, "a") for each in of_a)
+    other = Connection(is_idle=True)
+    assert places.enter(other, "b")
+    # The fifth of eight would be more than half, and of what b leaves it is even less.
+    assert not places.enter(Connection(), "a")
+    assert not other.is_closed
+    of_a[2].is_idle = of_a[3].is_idle = True
+    assert not places.enter(Connection(), "a") or of_a[2].is_closed
+
+
+def test_those_beyond_are_few_and_the_first_makes_place_for_the_next():
+    places = Places(1)
+    assert places.enter(Connection(), "a")
+    beyond = [Connection() for _ in range(NUM_BEYOND + 3)]
+    assert not any(places.enter(each, "b") for each in beyond)
+    assert [each.is_closed for each in beyond] == [True] * 3 + [False] * NUM_BEYOND
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60), st.floats(0.05, 1), st.integers(1, 12))
+def test_never_more_than_may_be_and_room_for_an_address_that_has_none(steps, share, limit):
+    places, open_ = Places(limit, share), []
+    for address, is_leaving in steps:
+        if is_leaving and open_:
+            places.leave(open_.pop(0)[0])
+            continue
+        connection, before = Connection(), len(places)
+        own = sum(whose == address for _, whose in open_)
+        entered = places.enter(connection, address)
+        if entered:
+            open_.append((connection, address))
+        elif not own:
+            assert before == limit
+        assert len(places) == len(open_) <= limit
+        if entered and own:
+            assert own + 1 <= share * (limit - (len(open_) - own - 1))
+
+
+def test_a_process_may_open_as_many_files_as_its_connections_need():
+    program = (
+        "import resource; from anabranch.web.places import room_for_files;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (400, 900));"
+        "print(room_for_files(100), resource.getrlimit(resource.RLIMIT_NOFILE)[0]);"
+        "print(room_for_files(5000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 900:
+        program = program.replace("900", "420")
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    hard = 900 if "900" in program else 420
+    assert said.split() == ["100", str(min(hard, 420)), str(hard - NUM_BEYOND - 256), str(hard)]
