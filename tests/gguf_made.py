@@ -49,7 +49,13 @@ GEMMA = {
 MADE["gemma3"] = (
     "Gemma3TextConfig",
     GEMMA,
-    {"feed_forward_length": 96, "attention.sliding_window": 8, "attention.key_length": HEAD_DIM, "block_count": 7},
+    {
+        "feed_forward_length": 96,
+        "attention.sliding_window": 8,
+        "attention.key_length": HEAD_DIM,
+        "attention.value_length": HEAD_DIM,
+        "block_count": 7,
+    },
 )
 
 
@@ -187,6 +193,7 @@ def write(path, model, name, *, kind=None, split=None, tensors=None, extra=None)
         and (head_dim := getattr(config, "head_dim", None) or DIM // HEADS) != DIM // HEADS
     ):
         writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     rotary = config.rope_parameters
     writer.add_rope_freq_base(
         rotary["rope_theta"] if "rope_theta" in rotary else rotary["full_attention"]["rope_theta"]
