@@ -50,6 +50,8 @@ FIELDS = (
     "suffix",
     "parallel_tool_calls",
     "max_completion_tokens",
+    "chat_template_kwargs",
+    "reasoning_effort",
 )
 
 
@@ -213,6 +215,19 @@ FORMS: dict[str, Callable[[Random], Attack]] = {
         "/v1/completions",
         {"model": "small-moe", "prompt": "x"},
         random.choice(({"host": "page.example"}, {"content-type": "text/plain"})),
+    ),
+    "template values": lambda random: chat(
+        reasoning_effort=random.choice((None, "none", "high", "x" * 1000)),
+        chat_template_kwargs=random.choice(
+            (
+                {"messages": []},
+                {f"a{n}": "x" * random.randrange(2000) for n in range(random.randrange(20))},
+                {"enable_thinking": nested(random)},
+                {"\x00": 1},
+                {"\ud83d": "\ud83d"},
+            )
+        ),
+        messages=[{"role": "assistant", "content": "x", "reasoning_content": random.choice(("<think>" * 99, 5, None))}],
     ),
     "tools": lambda random: chat(
         tool_choice="required",

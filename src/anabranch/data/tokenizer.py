@@ -36,6 +36,7 @@ _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_en
 # In a config.json.
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SENTENCE_PIECE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})  # steps of its decoders
+_HARMONY_ENDS = ("<|return|>", "<|call|>")
 _END_OF_TURN_NAMES = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 
 
@@ -153,6 +154,10 @@ class Tokenizer(Part, family="tokenizer"):
     def stream(self) -> "StreamDecoder":
         """A decoder that is fed one id at a time."""
         return StreamDecoder(self)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token that is written so, such as ``<|im_start|>``; None where there is none."""
+        return self._id_of(token)
 
     def _id_of(self, token: str) -> int | None:
         return None
@@ -298,7 +303,9 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """See `Tokenizer`."""
-        named = [self._id_of(name) for name in _END_OF_TURN_NAMES]
+        # Of gpt-oss, whose turns have several messages.
+        names = _HARMONY_ENDS if self._id_of("<|channel|>") is not None else _END_OF_TURN_NAMES
+        named = [self._id_of(name) for name in names]
         return tuple(dict.fromkeys(index for index in [self.eos_id, *self._ends, *named] if index is not None))
 
     @cached_property

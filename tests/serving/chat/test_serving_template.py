@@ -102,12 +102,12 @@ def test_a_models_own_calls_are_read_back_from_its_prompt():
     ("messages", "message"),
     [
         ([], "messages is empty"),
-        (["x"], r"messages\[0\] is str"),
+        (["x"], r"messages\[0\] is 'x'"),
         ([{"role": "robot", "content": ""}], r"messages\[0\].role is 'robot'"),
-        ([{"role": "user"}], r"messages\[0\].content must be text"),
+        ([{"role": "user"}], r"messages\[0\].content is missing"),
         ([*ASK, {"role": "user", "content": [{"type": "image_url"}]}], r"messages\[2\].content\[0\] is of type 'image_url'"),
-        ([{"role": "user", "content": "", "tool_calls": [{}]}], r"messages\[0\].tool_calls must be"),
-        ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], r"tool_calls\[0\] must be an object with a function"),
+        ([{"role": "user", "content": "", "tool_calls": [{}]}], r"messages\[0\].tool_calls belongs to"),
+        ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], r"tool_calls\[0\] must be an object with id, type and a function"),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
             r"tool_calls\[0\].function.arguments is no JSON",

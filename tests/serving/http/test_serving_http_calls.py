@@ -13,9 +13,9 @@ from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, Output, Request, Sampling, TokenLogprob
 from anabranch.serving.http.asked import Asked
 from anabranch.serving.http.choice import Choice
-from anabranch.serving.http.messages import Tools
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import ChatShape
+from anabranch.serving.http.tools import Tools
 from fake_engine import Script
 from serving_models import serve_process
 from serving_thread import events, serving
@@ -71,7 +71,7 @@ def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
         kind="chat", model="small", prompts=((1,),), tools=tools, stop=stop, sampling=Sampling(logprobs=0), logprobs=0
     )
     reader = Reader(ByteTokenizer())
-    choice = Choice(0, Cut(outputs, finish), Request(id="a", prompt=(1,), sampling=asked.sampling), reader, stop)
+    choice = Choice(0, Cut(outputs, finish), Request(id="a", prompt=(1,), sampling=asked.sampling), asked.text(reader))
 
     async def run():
         return [piece async for piece in choice.run()]

@@ -24,11 +24,11 @@ class Waiting(Reader):
         self.is_asked, self.may_answer = threading.Event(), threading.Event()
         self.asked = []
 
-    def render(self, messages, tools, *, is_open=True):
+    def render(self, messages, tools, **more):
         self.is_asked.set()
         self.asked.append(messages)
         assert self.may_answer.wait(5)
-        return super().render(messages, tools, is_open=is_open)
+        return super().render(messages, tools, **more)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])

@@ -10,19 +10,10 @@ until it is known; and as a JSON text within the JSON, whose escapes are told wh
 
 from collections.abc import Iterable
 
-from anabranch.serving.chat.reader import (
-    CLOSES,
-    KEYS,
-    PLAIN,
-    ArgumentsDelta,
-    CallReader,
-    CallRefused,
-    CallStarted,
-    Event,
-    TextDelta,
-)
+from anabranch.serving.chat.events import Event, TextDelta, held
+from anabranch.serving.chat.reader import CLOSES, KEYS, PLAIN, CallReader
 
-__all__ = ["ArgumentsDelta", "CallRefused", "CallStarted", "TextDelta", "ToolParser"]
+__all__ = ["ToolParser"]
 
 _MARKERS = tuple(filter(None, CLOSES))
 _BETWEEN = " \t\r\n;,"  # plain calls
@@ -126,9 +117,6 @@ def _is_plain_call(text: str) -> bool | None:
 
 def _held(text: str) -> int:
     """How many characters at the end may still become a marker, with the blanks before it."""
-    longest = max(
-        (size for marker in _MARKERS for size in range(len(marker)) if text.endswith(marker[:size])),
-        default=0,
-    )
+    longest = held(text, _MARKERS)
     before = text[: len(text) - longest]
     return longest + len(before) - len(before.rstrip())

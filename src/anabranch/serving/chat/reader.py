@@ -7,22 +7,12 @@ to the end of their object, whatever is in between. Until then everything is hel
 import json
 import re
 from collections.abc import Container, Generator
-from dataclasses import dataclass
 from typing import Any
 
+from anabranch.serving.chat.events import ArgumentsDelta, CallRefused, CallStarted, Event
 from anabranch.serving.chat.growing import Growing
 
-__all__ = [
-    "CLOSES",
-    "KEYS",
-    "PLAIN",
-    "ArgumentsDelta",
-    "CallReader",
-    "CallRefused",
-    "CallStarted",
-    "Event",
-    "TextDelta",
-]
+__all__ = ["CLOSES", "KEYS", "NAME", "PLAIN", "CallReader", "parsed"]
 
 # The marker of a call without one.
 PLAIN = ""
@@ -34,41 +24,11 @@ CLOSES = {
     PLAIN: "",
 }
 KEYS = ("name", "arguments", "parameters", "type", "id")  # of a call
-_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _BETWEEN = " \t\r\n,;"  # calls
 _NO_CALL = "what is called is no JSON object with a name and arguments"
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """Text for the reader."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallStarted:
-    """A call of a tool that is offered begins."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class ArgumentsDelta:
-    """More of the arguments of the call that was told last; joined they are the text that the model gave, a JSON object if it is right."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallRefused:
-    """What looks like a call but is none: of a tool that is not offered, without JSON arguments, or cut off before them."""
-
-    text: str
-    reason: str
-
-
-Event = TextDelta | CallStarted | ArgumentsDelta | CallRefused
 Step = Generator[None, None, bool]
 
 
@@ -132,7 +92,7 @@ class CallReader:
     def _function(self) -> Generator[None, None, str]:
         """The name in ``<function=name>``; empty if it is none."""
         name = ""
-        while (character := (yield from self._text.ahead())) and (_NAME.fullmatch(name + character)):
+        while (character := (yield from self._text.ahead())) and (NAME.fullmatch(name + character)):
             name += self._text.take(1)
         if character == ">":
             self._text.take(1)
@@ -177,7 +137,7 @@ class CallReader:
                     return (yield from (self._end() if is_told else self._no_call(depth=1)))
                 held = yield from text.value()
             else:
-                value = _parsed((yield from text.value()))
+                value = parsed((yield from text.value()))
                 if key == "name":
                     name = value
                     if not isinstance(name, str):
@@ -192,7 +152,7 @@ class CallReader:
         """A key and the colon after it; None if there is none."""
         if (yield from self._text.blanks()) != '"':
             return None
-        key = _parsed((yield from self._text.value()))
+        key = parsed((yield from self._text.value()))
         if (yield from self._text.blanks()) != ":":
             return None
         self._text.take(1)
@@ -239,9 +199,9 @@ class CallReader:
 
     def _whole(self, name: str | None, held: str) -> Step:
         """A call that was read to its end without being told."""
-        value = _parsed(held)
+        value = parsed(held)
         arguments = value if isinstance(value, str) else held
-        if name is None or not isinstance(_parsed(arguments), dict):
+        if name is None or not isinstance(parsed(arguments), dict):
             return (yield from self._no_call(depth=0))
         if name not in self._names:
             return self._refuse(f"there is no tool {name!r}", is_call=True)
@@ -283,7 +243,7 @@ class CallReader:
         self._refused, self._reason = "", ""
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     """What ``text`` says as JSON; None if it is none."""
     try:
         return json.loads(text, parse_constant=_no_constant)

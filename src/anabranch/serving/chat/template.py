@@ -4,18 +4,16 @@ Messages are those of OpenAI's chat API. A template that knows no tools gets the
 are trained on: the definitions in the system message, calls as ``<tool_call>{json}</tool_call>``, results as ``<tool_response>``.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anabranch.data.templates import TemplatesBusyError, render_template, template_variables
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import InputError, TokenizerError
+from anabranch.serving.chat.messages import read_messages
 from anabranch.serving.chat.tools import call_text, check_tools, system_text
 
 __all__ = ["render", "takes_tools"]
-
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def render(
@@ -30,17 +28,15 @@ def render(
 
     Args:
         tokenizer: the model's; without a template of its own ChatML where the vocabulary has its tokens, else plain ``User:`` lines.
-        messages: {"role", "content": text or a list of text parts, "tool_calls", "tool_call_id", "name"}.
+        messages: see `anabranch.serving.chat.messages.read_messages`.
         tools: {"type": "function", "function": {"name", "description", "parameters"}}.
         add_generation_prompt: end with the beginning of the assistant's turn.
         values: more for the template (``enable_thinking``).
 
     Raises InputError for a message that is malformed, or that the template refuses, TemplatesBusyError if no process was free to render.
     """
-    if not messages:
-        raise InputError("messages is empty; give at least one")
     check_tools(tools)
-    said = [_message(message, at) for at, message in enumerate(messages)]
+    said = read_messages(messages)
     template = tokenizer.chat_template
     if template is None or not takes_tools(tokenizer):
         said = _as_text(said, tools)
@@ -66,56 +62,6 @@ def takes_tools(tokenizer: Tokenizer) -> bool:
         raise
     except TokenizerError as error:
         raise InputError(str(error)) from None
-
-
-def _message(message: Mapping[str, Any], at: int) -> dict[str, Any]:
-    """A message as templates expect it: its content text, the arguments of its calls objects."""
-    where = f"messages[{at}]"
-    if not isinstance(message, Mapping):
-        raise InputError(f"{where} is {type(message).__name__}; it must be an object with role and content")
-    role = message.get("role")
-    if role not in _ROLES:
-        raise InputError(f"{where}.role is {role!r}; it must be one of {', '.join(_ROLES)}")
-    result: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    calls = message.get("tool_calls")
-    result["content"] = _content(message.get("content"), f"{where}.content", is_optional=bool(calls))
-    if calls:
-        if role != "assistant" or not isinstance(calls, list):
-            raise InputError(f"{where}.tool_calls must be a list, in a message of the assistant")
-        result["tool_calls"] = [_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
-    for name in ("name", "tool_call_id"):
-        if message.get(name) is not None:
-            result[name] = message[name]
-    return result
-
-
-def _content(content: Any, where: str, *, is_optional: bool) -> str:
-    if content is None and is_optional:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise InputError(f"{where} must be text or a list of text parts; it is {type(content).__name__}")
-    texts = []
-    for number, part in enumerate(content):
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise InputError(f"{where}[{number}] is of type {kind!r}; only text is supported")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise InputError(f"{where} must be an object with a function that has a name")
-    arguments = function.get("arguments", "{}")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise InputError(f"{where}.function.arguments is no JSON") from None
-    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _as_text(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anabranch.errors import InputError
-from anabranch.serving import grammar
+from anabranch.serving.chat.formats import Dialect
 from anabranch.serving.chat.parser import ToolParser
 
 __all__ = ["call_grammar", "call_text", "check_tools", "parser_for", "system_text"]
 
-# In one answer that must be calls.
-_MOST_CALLS = 16
 _INSTRUCTIONS = """You may call one or more functions to assist with the user query. Their signatures are within <tools></tools> tags:
 <tools>
 {tools}
@@ -53,7 +51,11 @@ def call_text(name: str, arguments: Any) -> str:
 
 
 def call_grammar(
-    tools: Sequence[Mapping[str, Any]], choice: Any = "auto", *, is_parallel: bool = True
+    tools: Sequence[Mapping[str, Any]],
+    choice: Any = "auto",
+    *,
+    is_parallel: bool = True,
+    dialect: Dialect | None = None,
 ) -> dict[str, Any] | None:
     """What ``tool_choice`` makes of the output, for `Sampling.grammar`; None where it may be anything.
 
@@ -61,10 +63,12 @@ def call_grammar(
         tools: those offered.
         choice: ``none``, ``auto``, ``required`` or {"type": "function", "function": {"name": ...}}.
         is_parallel: whether several calls may be made; with a named tool it is one all the same.
+        dialect: of the model; None for one that calls as Hermes and Qwen do.
 
-    Raises InputError for another choice, a name that no tool has, or ``required`` without tools.
+    Raises InputError for another choice, a name that no tool has, ``required`` without tools, and a dialect that no grammar holds.
     """
     check_tools(tools)
+    dialect = dialect or Dialect()
     if choice in ("none", "auto"):
         return None
     if choice == "required":
@@ -80,20 +84,9 @@ def call_grammar(
         called = [tool for tool in tools if tool["function"]["name"] == name]
         if not called:
             raise InputError(f"tool_choice names {name!r}, which no tool has")
-    one = grammar.sequence(["<tool_call>\n", grammar.choice([_schema(tool) for tool in called]), "\n</tool_call>"])
-    if choice != "required" or not is_parallel:
-        return one
-    return grammar.sequence([one, grammar.repeat(grammar.sequence(["\n", one]), 0, _MOST_CALLS - 1)])
+    return dialect.demanded(called, is_parallel=is_parallel and choice == "required")
 
 
 def parser_for(tools: Sequence[Mapping[str, Any]]) -> ToolParser:
     """A parser of the calls of these tools."""
     return ToolParser(tool["function"]["name"] for tool in tools)
-
-
-def _schema(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object that calls ``tool``; references of its parameters' schema stay within it."""
-    function = tool["function"]
-    parameters = dict(function.get("parameters") or {"type": "object", "properties": {}})
-    parameters.setdefault("type", "object")
-    return grammar.sequence([f'{{"name": {json.dumps(function["name"])}, "arguments": ', parameters, "}"])

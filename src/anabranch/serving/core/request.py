@@ -61,6 +61,25 @@ def _are_tokens(value: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Preamble:
+    """What may come before the output that a grammar holds for: reasoning, which is free.
+
+    Attributes:
+        open: the tokens that begin it, where the output may also begin at once; none where it has begun before the output.
+        close: texts one of which ends it, special tokens among them by their names.
+    """
+
+    open: tuple[int, ...] = ()
+    close: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.close or not all(isinstance(text, str) and text for text in self.close):
+            raise InputError(f"close is {shown(self.close)}; it must have texts, or a preamble would never end")
+        if not _are_tokens(self.open):
+            raise InputError(f"open is {shown(self.open)}; it must be a tuple of token ids")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next token of one request is chosen. Numbers of numpy and torch are taken as Python's.
 
@@ -82,6 +101,7 @@ class Sampling:
         prompt_logprobs: the same for the prompt's own tokens from the second on, see `Output.prompt_logprobs`. The whole prompt is
             then computed, whatever the prefix cache has of it.
         grammar: what the output must be: a JSON schema as a dict, {} for any JSON object, None for free text (`anabranch.serving.grammar`).
+        preamble: what may come before the output that the grammar is of; None for nothing.
     """
 
     max_tokens: int = 256
@@ -100,6 +120,7 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: dict[str, Any] | None = None
+    preamble: Preamble | None = None
 
     def __post_init__(self) -> None:
         for name in _WHOLE:
@@ -123,6 +144,8 @@ class Sampling:
             raise InputError(f"ignore_eos is {shown(self.ignore_eos)}; it must be True or False")
         if self.grammar is not None and not isinstance(self.grammar, dict):
             raise InputError(f"grammar is {shown(self.grammar)}; it must be a JSON schema, which is an object, or None")
+        if self.preamble is not None and not isinstance(self.preamble, Preamble):
+            raise InputError(f"preamble is {shown(self.preamble)}; it must be a Preamble or None")
         if not _are_tokens(self._made_plain("stop_tokens", _tokens)):
             raise InputError(f"stop_tokens is {shown(self.stop_tokens)}; it must be a tuple of token ids")
         self._made_plain("logit_bias", _biases)

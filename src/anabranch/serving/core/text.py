@@ -5,11 +5,19 @@ string. A token costs the same wherever it is in the text.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from anabranch.errors import InputError
 
+# Special tokens that are part of what a model says: the marks of its reasoning and of its calls of tools.
+MARKS = frozenset(
+    {
+        "<think>", "</think>", "[THINK]", "[/THINK]", "<tool_call>", "</tool_call>", "<|python_tag|>", "<|python_start|>", "<|python_end|>",
+        "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>",
+        "<|return|>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
+    }
+)  # fmt: skip
 UNFINISHED = "\ufffd"
 # Three bytes of a character may wait for its last, and byte fallback shows three more of the character before as broken with them.
 MOST_UNFINISHED = 6
@@ -23,6 +31,15 @@ class Decodes(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; broken UTF-8 as U+FFFD."""
+
+
+def marks_of(tokenizer: Any, wanted: Iterable[str] = MARKS) -> dict[int, str]:
+    """{token: its text} of the marks that a tokenizer has as special tokens, whose text nobody is shown otherwise."""
+    id_of = getattr(tokenizer, "id_of", None)
+    if id_of is None:
+        return {}
+    found = {id_of(text): text for text in wanted}
+    return {token: text for token, text in found.items() if token is not None and not tokenizer.decode([token])}
 
 
 class TextStream:
@@ -73,10 +90,14 @@ class Detokenizer:
     """Text of tokens one by one; joined it is what `Decodes.decode` makes of all, and no piece ends inside a character.
 
     (With SentencePiece-style byte fallback, whose decoder judges a run of bytes as a whole, as long as the bytes are UTF-8.)
+
+    Args:
+        tokenizer: decodes.
+        shown: texts of special tokens that are shown, see `marks_of`.
     """
 
-    def __init__(self, tokenizer: Decodes) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Decodes, shown: Mapping[int, str] | None = None) -> None:
+        self._tokenizer, self._marks = tokenizer, dict(shown or {})
         self._bytes_of: Any = getattr(tokenizer, "token_bytes", None)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # For tokenizers whose tokens lean on their neighbours: tokens from the last piece on, and how much of their text was shown.
@@ -87,6 +108,9 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty inside a character."""
+        mark = self._marks.get(token)
+        if mark is not None:
+            return self.flush() + mark
         if self._bytes_of is not None:
             piece = self._bytes_of(token)
             if piece is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from anabranch.errors import InputError
 
-__all__ = ["MOST_CHARACTERS", "choice", "key_of", "regex", "repeat", "sequence", "text_of"]
+__all__ = ["MOST_CHARACTERS", "choice", "depth_of", "key_of", "regex", "repeat", "sequence", "text_of"]
 
 # Of a grammar as JSON; OpenAI takes 120,000.
 MOST_CHARACTERS = 250_000
@@ -72,14 +72,14 @@ def key_of(form: Any) -> str:
         raise InputError(
             f"the grammar has {len(key):,} characters as JSON; at most {MOST_CHARACTERS:,} can be followed"
         )
-    if _depth_of(form) > MOST_DEPTH:
+    if depth_of(form) > MOST_DEPTH:
         raise InputError(
             f"the grammar is nested too deeply: at most {MOST_DEPTH} objects and lists in each other can be followed"
         )
     return key
 
 
-def _depth_of(form: Any) -> int:
+def depth_of(form: Any) -> int:
     """Objects and lists in each other, of what is JSON."""
     depth, level = 0, [form]
     while level := [part for part in level if isinstance(part, dict | list | tuple)]:

@@ -40,6 +40,16 @@ class Grammar:
         if self._begun.is_error():
             raise InputError(f"the grammar cannot be followed: {trial_worker.told(self._begun.get_error())}")
 
+    @property
+    def size(self) -> int:
+        """V."""
+        return self._vocabulary.size
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """See the class."""
+        return self._ends
+
     def matcher(self) -> "Matcher":
         """One at the beginning of a text."""
         return Matcher(self, self._begun.deep_copy(), self._vocabulary, self._ends)

@@ -84,6 +84,12 @@ class GrammarStore:
             with suppress(InputError):
                 vocabulary_of(self.tokenizer)
 
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of a token, those of marks included; none for other special tokens and ids without a token."""
+        if self.tokenizer is None or not 0 <= token < self.tokenizer.vocab_size:
+            return b""
+        return vocabulary_of(self.tokenizer).pieces[token]
+
     def prepare(self, form: Any, source: str = "") -> "Future[Grammar]":
         """The grammar of ``form``, at once if it is known, else when it has been compiled in another thread.
 

@@ -5,24 +5,29 @@ import weakref
 
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import InputError
+from anabranch.serving.core.text import marks_of
 from anabranch.serving.grammar.library import llguidance
 
 __all__ = ["Vocabulary", "vocabulary_of"]
 
 
 class Vocabulary:
-    """Tokens by their bytes. Special tokens and ids without a token stand for no bytes and are never allowed.
+    """Tokens by their bytes. Ids without a token and special tokens stand for no bytes and are never allowed.
+
+    But for the marks that models say (`anabranch.serving.core.text.MARKS`): they stand for their text.
 
     Args:
         pieces: bytes of each token.
 
     Attributes:
+        pieces: see above.
         size: V.
         end: a token after the last, which stands for the end of a text; a tokenizer may have none of its own, or several.
         walked: llguidance's own object.
     """
 
     def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = pieces
         self.size = self.end = len(pieces)
         library = llguidance()
         # Slices make masks faster that take a millisecond anyway, and twice as long to begin.
@@ -53,7 +58,8 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     Raises InputError if they do not stand for fixed bytes (WordPiece), MissingExtraError without llguidance.
     """
     if tokenizer not in _known:
-        pieces = [tokenizer.inner_bytes(token) for token in range(tokenizer.vocab_size)]
+        marks = {token: text.encode() for token, text in marks_of(tokenizer).items()}
+        pieces = [marks.get(token) or tokenizer.inner_bytes(token) for token in range(tokenizer.vocab_size)]
         if any(piece is None for piece in pieces):
             raise InputError(
                 "a grammar needs tokens that stand for fixed bytes; this tokenizer's text depends on neighbours"

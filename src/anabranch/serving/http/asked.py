@@ -5,13 +5,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anabranch.errors import InputError
+from anabranch.serving.chat import Dialect
+from anabranch.serving.chat.reasoning import Reasoning
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Sampling
 from anabranch.serving.grammar.forms import key_of
 from anabranch.serving.http import fields
+from anabranch.serving.http.answer_text import AnswerText
 from anabranch.serving.http.fields import unsupported
-from anabranch.serving.http.messages import Tools, read_messages, read_tools
 from anabranch.serving.http.reading import Reader
+from anabranch.serving.http.tools import Tools, read_tools
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
 
@@ -40,6 +43,7 @@ class Asked:
         logprobs: how many alternatives to tell beside each token, with ``echo`` of the prompt too; None for none.
         is_echo: put the prompt before the answer.
         tools: what may be called.
+        reasoning: how the model's reasoning is told apart; None where it is part of the text.
         is_routing: tell which experts each token went to.
         priority, cache_salt, num_streams: see `Request`.
         unknown: fields that nobody knows.
@@ -58,6 +62,7 @@ class Asked:
     logprobs: int | None = None
     is_echo: bool = False
     tools: Tools | None = None
+    reasoning: Reasoning | None = None
     is_routing: bool = False
     priority: int = 0
     cache_salt: str = ""
@@ -73,6 +78,10 @@ class Asked:
     def prompt_tokens(self) -> int:
         """Of all prompts."""
         return sum(map(len, self.prompts))
+
+    def text(self, reader: Reader) -> AnswerText:
+        """What makes the text of a choice."""
+        return AnswerText(reader, self.stop, self.reasoning, shows_marks=self.tools is not None)
 
     @property
     def grammar_param(self) -> str | None:
@@ -98,9 +107,10 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
     if body.get("messages") is None:
         raise wrong("messages", "messages is missing; it must be a list of at least one message")
     tools = read_tools(body)
-    grammar = _grammar(body, tools)
-    text = reader.render(read_messages(body["messages"]), tools)
-    prompt = reader.encode_chat(text)
+    grammar = _grammar(body, tools, reader.dialect)
+    values, unknown_values = reader.template_values(body)
+    text = reader.render(body["messages"], tools, values=values)
+    prompt, reasoning = reader.encode_chat(text), reader.dialect.reasoning_after(text)
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
         raise wrong("top_logprobs", "top_logprobs needs logprobs to be true")
     logprobs = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
@@ -110,9 +120,14 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
     if wanted == 0:
         raise wrong("max_tokens", "max_tokens is 0; it must be at least 1")
     most = _room([prompt], wanted, None, info, "messages")
+    shared = _shared(body, info, most, most_n, logprobs, grammar)
+    if grammar is not None:
+        is_call = tools is not None and tools.choice != "auto"
+        preamble = reader.dialect.preamble(reasoning, reader.tokenizer, is_call=is_call)
+        shared["sampling"] = replace(shared["sampling"], preamble=preamble)
     return Asked(
-        kind="chat", prompts=(prompt,), tools=tools, logprobs=logprobs,
-        **_shared(body, info, most, most_n, logprobs, grammar), unknown=tuple(unknown),
+        kind="chat", prompts=(prompt,), tools=tools, reasoning=reasoning, logprobs=logprobs, **shared,
+        unknown=(*unknown, *unknown_values),
     )  # fmt: skip
 
 
@@ -120,7 +135,7 @@ def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most
     """A request to ``/v1/completions``. Raises ApiError (400) that names the parameter."""
     unknown = fields.check(body, "completions")
     body = reader.with_defaults(body)
-    grammar = _grammar(body, None)
+    grammar = _grammar(body, None, reader.dialect)
     prompts, texts = _prompts(body.get("prompt"), reader, info)
     logprobs, is_echo = body.get("logprobs"), bool(body.get("echo"))
     best_of, n = body.get("best_of"), body.get("n") or 1
@@ -195,9 +210,9 @@ def _sampling(
     )  # fmt: skip
 
 
-def _grammar(body: Mapping[str, Any], tools: Tools | None) -> dict[str, Any] | None:
+def _grammar(body: Mapping[str, Any], tools: Tools | None, dialect: Dialect) -> dict[str, Any] | None:
     """The schema the output has to follow; the engine refuses one it cannot follow. Raises ApiError (400)."""
-    form, param = _demanded(body, tools)
+    form, param = _demanded(body, tools, dialect)
     if form is not None:
         try:
             key_of(form)
@@ -206,7 +221,7 @@ def _grammar(body: Mapping[str, Any], tools: Tools | None) -> dict[str, Any] | N
     return form
 
 
-def _demanded(body: Mapping[str, Any], tools: Tools | None) -> tuple[dict[str, Any] | None, str]:
+def _demanded(body: Mapping[str, Any], tools: Tools | None, dialect: Dialect) -> tuple[dict[str, Any] | None, str]:
     """The schema, and the field of the request that it is from."""
     form = body.get("response_format") or {"type": "text"}
     kind = form.get("type")
@@ -217,9 +232,9 @@ def _demanded(body: Mapping[str, Any], tools: Tools | None) -> tuple[dict[str, A
         if kind != "text":
             raise unsupported("response_format", "a call that is demanded and a response_format cannot both be had")
         try:
-            return tools.grammar(), "tools"
+            return tools.grammar(dialect), "tools"
         except InputError as error:
-            raise wrong("tools", str(error)) from None
+            raise unsupported("tool_choice", str(error)) from None
     if kind == "text":
         return None, "response_format"
     if kind == "json_object":

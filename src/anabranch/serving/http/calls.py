@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from anabranch.serving.chat import ArgumentsDelta, CallStarted, TextDelta, parser_for
-from anabranch.serving.chat.reader import Event
-from anabranch.serving.http.messages import Tools
+from anabranch.serving.chat.events import ArgumentsDelta, CallStarted, Event, Parser, TextDelta
+from anabranch.serving.http.tools import Tools
 from anabranch.web.ids import new_id
 
 Delta = dict[str, Any]
@@ -20,12 +19,13 @@ class Speech:
         has_called: a call was told, and the last one to its end.
 
     Args:
-        tools: what may be called; None where the text is what it is.
+        tools: what may be called; None for nothing.
+        parser: tells calls apart; None where the text is what it is.
     """
 
-    def __init__(self, tools: Tools | None) -> None:
+    def __init__(self, tools: Tools | None, parser: Parser | None) -> None:
         self._most = None if tools is None or tools.is_parallel else 1
-        self._parser = None if tools is None else parser_for(tools.offered)
+        self._parser = parser
         # Of calls, those that are one too many included.
         self._count = 0
 
@@ -76,6 +76,8 @@ def merged(deltas: Sequence[Delta]) -> dict[str, Any]:
         pieces[call["index"]].append(call)
     calls = [_joined(parts) for parts in pieces]
     message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+    if reasoning := "".join(delta.get("reasoning_content", "") for delta in deltas):
+        message["reasoning_content"] = reasoning
     return {**message, "tool_calls": calls} if calls else message
 
 

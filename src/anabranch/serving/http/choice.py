@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from anabranch.serving.core.request import Finish, Output, Request, TokenLogprob
-from anabranch.serving.core.text import Detokenizer, StopMatcher
-from anabranch.serving.http.reading import Reader
+from anabranch.serving.http.answer_text import AnswerText, Text
 from anabranch.serving.http.scores import PromptScores
 from anabranch.web.api_error import ApiError
 
@@ -41,6 +40,7 @@ class Piece:
     Attributes:
         index: of the choice.
         text: new text.
+        reasoning: what was thought, where the model's reasoning is told apart.
         tokens: whose text is told now; kept only where log probabilities or routing were asked for.
         finish: why it ended; with the last piece.
     """
@@ -49,6 +49,7 @@ class Piece:
     text: str
     tokens: list[Shown] = field(default_factory=list)
     finish: Finish | None = None
+    reasoning: str = ""
 
 
 class Runs(Protocol):
@@ -73,8 +74,7 @@ class Choice:
     Args:
         engine: runs it.
         request: what. One that asks for `Sampling.prompt_logprobs` brings the scores.
-        reader: of the model.
-        stop: strings that end it.
+        text: makes the text of its tokens.
     """
 
     def __init__(
@@ -82,18 +82,13 @@ class Choice:
         index: int,
         engine: Runs,
         request: Request,
-        reader: Reader,
-        stop: tuple[str, ...],
+        text: AnswerText,
         scores: PromptScores | None = None,
     ) -> None:
-        self.index, self._engine, self._request, self._reader = index, engine, request, reader
-        self._decoder = Detokenizer(reader.tokenizer)
-        self._matcher = StopMatcher(stop) if stop else None
-        # Characters, those held back included.
-        self._read = 0
+        self.index, self._engine, self._request, self._text = index, engine, request, text
         self._keeps = request.sampling.logprobs is not None or request.record_routing
         self._held: list[Shown] = []
-        self._told = 0
+        self._has_told = False
         self.scores, self._brings_scores = scores, request.sampling.prompt_logprobs is not None
         self.prompt_tokens, self.completion_tokens = len(request.prompt), 0
         self.cached_tokens: int = 0
@@ -102,6 +97,11 @@ class Choice:
         self.experts: Counter[tuple[int, int]] = Counter()
         self.recorded, self.layers_run = 0, 0
         self.finish: Finish | None = None
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Of `completion_tokens`, those that were thought."""
+        return self._text.reasoning_tokens
 
     async def run(self) -> AsyncIterator[Piece]:
         """Pieces to the end. Closing it aborts the request; one that fails, alone or with the engine, raises ApiError (500)."""
@@ -114,7 +114,7 @@ class Choice:
                     if self._brings_scores:
                         continue
                     await self.scores.wait()
-                if piece.text or piece.tokens or piece.finish is not None or not self._told:
+                if piece.text or piece.reasoning or piece.tokens or piece.finish is not None or not self._has_told:
                     yield piece
                 if self.finish is not None:
                     return
@@ -139,25 +139,24 @@ class Choice:
             self.scores.add(output.prompt_logprobs)
         if output.tokens:
             self.times.append((time.monotonic(), len(output.tokens)))
-        text = ""
+        piece = Piece(self.index, "")
         for at, token in enumerate(output.tokens):
             self.completion_tokens += 1
-            start = self._read
-            text += self._match(self._decoder.push(token))
+            start = self._text.read
+            self._add(piece, self._text.push(token))
             self._note(output, at, token, start)
-            if self._matcher is not None and self._matcher.stopped_by is not None:
-                return self._end(text, Finish.STOP)
+            if self._text.is_stopped:
+                return self._end(piece, Finish.STOP)
         if output.finish is not None:
-            text += self._match(self._decoder.flush())
-            if self._matcher is not None:
-                text += self._matcher.flush()
-            return self._end(text, output.finish)
-        self._told += len(text)
-        return Piece(self.index, text, self._release(self._told))
+            self._add(piece, self._text.end())
+            return self._end(piece, output.finish)
+        piece.tokens = self._release(self._text.told)
+        return piece
 
-    def _match(self, text: str) -> str:
-        self._read += len(text)
-        return text if self._matcher is None else self._matcher.push(text)
+    def _add(self, piece: Piece, told: Text) -> None:
+        piece.reasoning += told[0]
+        piece.text += told[1]
+        self._has_told = self._has_told or bool(told[0] or told[1])
 
     def _note(self, output: Output, at: int, token: int, start: int) -> None:
         experts = output.routing[at] if at < len(output.routing) else None
@@ -167,7 +166,7 @@ class Choice:
             self.experts.update((layer, expert) for layer, chosen in experts.items() for expert in chosen)
         if self._keeps:
             logprob = output.logprobs[at] if at < len(output.logprobs) else None
-            self._held.append(Shown(token, start, self._read, logprob, experts))
+            self._held.append(Shown(token, start, self._text.read, logprob, experts))
 
     def _release(self, told: int) -> list[Shown]:
         """Tokens whose text is told in full."""
@@ -177,8 +176,9 @@ class Choice:
         free, self._held = self._held[:count], self._held[count:]
         return free
 
-    def _end(self, text: str, finish: Finish) -> Piece:
-        self.finish = finish
-        self._told += len(text)
-        tokens, self._held = [shown for shown in self._held if shown.start < self._told or shown.end <= self._told], []
-        return Piece(self.index, text, tokens, finish)
+    def _end(self, piece: Piece, finish: Finish) -> Piece:
+        self.finish = piece.finish = finish
+        told = self._text.told
+        piece.tokens = [shown for shown in self._held if shown.start < told or shown.end <= told]
+        self._held = []
+        return piece

@@ -1,5 +1,7 @@
 """`HttpConfig`: what a server is told: where it listens, whom it answers, how much it takes."""
 
+from typing import Literal
+
 from anabranch.bounds import shown
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
@@ -63,6 +65,8 @@ class HttpConfig(Config):
             only: no web page may reach it by a name of its own.
         priority_keys: keys whose ``priority`` counts among all requests, ``*`` for all; that of others counts among their own alone.
         shared_prefixes: the prefix cache is one for all keys. One can then find out by asking what others have asked.
+        reasoning_format: how the model's reasoning is told apart from its answers; ``auto`` by its chat template, ``none`` leaves it in.
+        tool_format: how it writes calls of tools; ``auto`` by its chat template.
         strict: fields nobody knows are refused, not ignored with a warning header.
         admission: how many sequences may be under way and wait (a request of n choices is n); more are refused at once.
         limits: see `Limits`.
@@ -85,6 +89,19 @@ class HttpConfig(Config):
     hosts: tuple[str, ...] = ()
     priority_keys: tuple[str, ...] = ()
     shared_prefixes: bool = False
+    reasoning_format: Literal["auto", "none", "think", "magistral", "harmony"] = "auto"
+    tool_format: Literal[
+        "auto",
+        "hermes",
+        "llama3",
+        "mistral",
+        "mistral_args",
+        "deepseek_v3",
+        "deepseek_v31",
+        "pythonic",
+        "qwen3_coder",
+        "harmony",
+    ] = "auto"
     strict: bool = False
     admission: AdmissionConfig = AdmissionConfig()
     limits: Limits = Limits()

@@ -1,14 +1,18 @@
 """What a request may say: each parameter with what it may be, and those we know and do not serve. Wrong ones are named (400)."""
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from anabranch.serving.grammar.forms import depth_of
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
 
 Check = tuple[Callable[[Any], bool], str]
 MOST_STOPS, MOST_STOP_LENGTH, MOST_LOGPROBS = 4, 1000, 20
 INT64 = 2**63
+_NAME = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
 
 
 def integer(low: int, high: int) -> Check:
@@ -54,8 +58,19 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 64 and all(is_int(part) and 0 <= part < 2**31 for part in value)
 
 
+def _is_kwargs(value: Any) -> bool:
+    if not isinstance(value, dict) or len(value) > 16 or not all(map(_NAME.fullmatch, value)):
+        return False
+    return depth_of(value) <= 8 and len(json.dumps(value)) <= 10_000
+
+
 BOOL: Check = (lambda value: isinstance(value, bool), "true or false")
 OBJECT: Check = (lambda value: isinstance(value, dict), "an object")
+KWARGS: Check = (
+    _is_kwargs,
+    "an object of at most 16 names, nested at most 8 deep, with at most 10,000 characters as JSON",
+)
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 SHARED: dict[str, Check] = {
     "model": text(256),
     "max_tokens": integer(0, 2**31 - 1),
@@ -92,6 +107,8 @@ CHAT: dict[str, Check] = {
     "tools": (lambda value: isinstance(value, list) and len(value) <= 128, "a list of at most 128 tools"),
     "tool_choice": (lambda value: isinstance(value, str | dict), '"none", "auto", "required" or an object'),
     "parallel_tool_calls": BOOL,
+    "chat_template_kwargs": KWARGS,
+    "reasoning_effort": (lambda value: isinstance(value, str) and value in EFFORTS, f"one of {', '.join(EFFORTS)}"),
 }
 COMPLETION: dict[str, Check] = {
     **SHARED,
@@ -120,7 +137,6 @@ REFUSED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
         "web_search_options": lambda value: False,
         "functions": lambda value: value == [],
         "function_call": lambda value: value == "none",
-        "reasoning_effort": lambda value: value == "none",
         "verbosity": lambda value: value == "medium",
     },
     "completions": {**_SHARED_REFUSED, "suffix": lambda value: value == ""},

@@ -206,7 +206,9 @@ class Frontend:
         is_scored = asked.sampling.prompt_logprobs is not None
         scores = [PromptScores(len(prompt)) if is_scored else None for prompt in asked.prompts]
         choices = [
-            Choice(at, engines[at], self._request(asked, f"{id}-{self._serial}", key, at), reader, asked.stop, scores[at // asked.n])
+            Choice(
+                at, engines[at], self._request(asked, f"{id}-{self._serial}", key, at), asked.text(reader), scores[at // asked.n]
+            )
             for at in range(asked.num_choices)
         ]  # fmt: skip
         buffer: Buffer[Piece] = Buffer(

@@ -73,6 +73,7 @@ def _message() -> dict[str, Any]:
             "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
             "content": {"anyOf": [_TEXT, {"type": "array", "items": part}]},
             "name": _maybe("string"),
+            "reasoning_content": _maybe("string"),
             "tool_call_id": _TEXT,
             "tool_calls": _maybe("array", items=_OBJECT),
         },
@@ -101,6 +102,8 @@ def _bodies(most_n: int) -> dict[str, dict[str, Any]]:
             ["model", "messages"], **shared, messages=messages, max_completion_tokens=_integer(1), logprobs=_maybe("boolean"),
             top_logprobs=_integer(0, 20), tools=_maybe("array", maxItems=128, items=_tool()),
             tool_choice={"anyOf": [{"enum": ["none", "auto", "required", None]}, _OBJECT]}, parallel_tool_calls=_maybe("boolean"),
+            chat_template_kwargs={**_maybe("object", maxProperties=16), "description": "more for the model's chat template"},
+            reasoning_effort={"enum": ["none", "minimal", "low", "medium", "high", "xhigh", None]},
         ),
         "Completion": body(
             ["model", "prompt"], **shared, prompt=_texts(),
@@ -111,7 +114,7 @@ def _bodies(most_n: int) -> dict[str, dict[str, Any]]:
         "Embeddings": body(["model", "input"], model=_NAME, input=_texts(), encoding_format={"enum": ["float", "base64", None]}),
         "Tokenize": body(
             [], model=_NAME, prompt=_TEXT, messages=messages, add_generation_prompt=_maybe("boolean"),
-            return_token_strs=_maybe("boolean"),
+            chat_template_kwargs=_maybe("object", maxProperties=16), return_token_strs=_maybe("boolean"),
         ),
         "Detokenize": body(["tokens"], model=_NAME, tokens={"type": "array", "items": {"type": "integer", "minimum": 0}}),
         "Scale": body(["devices"], devices={"type": "integer", "minimum": 1, "maximum": 1024}),

@@ -1,15 +1,22 @@
 """`Reader`: text into tokens and back for one model: its tokenizer, its chat template, its grammars."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from anabranch.data import Tokenizer
-from anabranch.data.templates import TemplatesBusyError
-from anabranch.errors import InputError
-from anabranch.serving.chat import render
-from anabranch.serving.core.text import Detokenizer
-from anabranch.serving.http.messages import Tools
+from anabranch.data.templates import TemplatesBusyError, template_variables
+from anabranch.errors import InputError, TokenizerError
+from anabranch.serving.chat import Dialect, MessageError, render
+from anabranch.serving.core.text import Detokenizer, marks_of
+from anabranch.serving.http.fields import unsupported
+from anabranch.serving.http.tools import Tools
 from anabranch.web.api_error import ApiError, wrong
+
+# Of a template's values, what is not for a request to say.
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "tokenizer")
+# What templates that know no effort call the switch.
+_SWITCHES = ("enable_thinking", "thinking")
+_EFFORTS = {"minimal": "low", "xhigh": "high"}
 
 
 class Reader:
@@ -18,10 +25,15 @@ class Reader:
     Args:
         tokenizer: the model's.
         defaults: fields of requests that do not say them, see `anabranch.lm.generation_defaults`.
+        dialect: how the model says what it thinks and calls; None for what its chat template tells of it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, defaults: Mapping[str, Any] | None = None, dialect: Dialect | None = None
+    ) -> None:
         self.tokenizer, self.defaults = tokenizer, dict(defaults or {})
+        self.dialect = dialect or Dialect.of(tokenizer)
+        self.marks = marks_of(tokenizer)
 
     def with_defaults(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A request with what it does not say."""
@@ -32,11 +44,52 @@ class Reader:
         """Whether `render` asks another process, and may have to wait for it."""
         return self.tokenizer.chat_template is not None
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Tools | None, *, is_open: bool = True) -> str:
-        """The prompt of a conversation. Raises ApiError: 400 for one that the template refuses, 503 where none can be rendered now."""
+    def template_values(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """What a request has for the chat template, and the fields of it that the template does not know. Raises ApiError."""
+        given, effort = dict(body.get("chat_template_kwargs") or {}), body.get("reasoning_effort")
+        if not given and effort is None:
+            return {}, []
+        names = self._template_names()
+        for name in given:
+            if name in RESERVED or name.endswith("_token"):
+                what = f"chat_template_kwargs has {name!r}, which the server gives"
+                raise wrong(f"chat_template_kwargs.{name}", what)
+        values = {**effort_values(effort, names), **given}
+        return values, [f"chat_template_kwargs.{name}" for name in given if name not in names]
+
+    def _template_names(self) -> frozenset[str]:
+        """What the chat template expects to be given."""
+        template = self.tokenizer.chat_template
+        try:
+            return frozenset() if template is None else template_variables(template)
+        except TemplatesBusyError as error:
+            raise ApiError(503, "busy", str(error), headers={"Retry-After": "1"}) from None
+        except TokenizerError as error:
+            raise wrong("messages", str(error)) from None
+
+    def render(
+        self,
+        messages: Sequence[Any],
+        tools: Tools | None,
+        *,
+        is_open: bool = True,
+        values: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a conversation. Raises ApiError: 400 for one that the template refuses, 503 where none can be rendered now.
+
+        Args:
+            messages: as they came.
+            tools: what may be called.
+            is_open: end with the beginning of the assistant's turn.
+            values: more for the template, see `template_values`.
+        """
         offered = tools.offered if tools is not None else ()
         try:
-            return render(self.tokenizer, messages, tools=offered, add_generation_prompt=is_open)
+            return render(self.tokenizer, messages, tools=offered, add_generation_prompt=is_open, **(values or {}))
+        except MessageError as error:
+            raise wrong(
+                error.param, str(error), "unsupported_parameter" if error.is_unsupported else "invalid_value"
+            ) from None
         except InputError as error:
             raise wrong("messages", str(error)) from None
         except TemplatesBusyError as error:
@@ -84,3 +137,30 @@ class Reader:
         if raw is None or text.encode() == bytes(raw):
             return text, raw
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+
+
+def effort_values(effort: str | None, names: Container[str]) -> dict[str, Any]:
+    """What ``reasoning_effort`` is to a template that expects ``names``.
+
+    Args:
+        effort: of the request: ``none`` to ``xhigh``; None where it says nothing.
+        names: of the template's values.
+
+    Raises ApiError (400) for a model that cannot reason, or cannot do without, as OpenAI does.
+    """
+    if effort is None:
+        return {}
+    switch = next((name for name in _SWITCHES if name in names), None)
+    if effort == "none":
+        if switch is None and "reasoning_effort" in names:
+            raise unsupported(
+                "reasoning_effort",
+                "reasoning_effort is 'none', but this model always reasons; give low, medium or high",
+            )
+        return {} if switch is None else {switch: False}
+    if "reasoning_effort" in names:
+        return {"reasoning_effort": _EFFORTS.get(effort, effort)}
+    if switch is None:
+        what = f"reasoning_effort is {effort!r}, but this model's chat template knows of no reasoning; leave it out"
+        raise unsupported("reasoning_effort", what)
+    return {switch: True}

@@ -76,13 +76,16 @@ class ServeConfig(Config):
     ) -> int:
         """See `anabranch.serving.http.run.run`."""
         from anabranch.lm.generation_defaults import generation_defaults
+        from anabranch.serving.chat import Dialect
         from anabranch.serving.http.reading import Reader
         from anabranch.serving.http.run import run
 
         make_engine = self.engine.build if self.devices is None else self._elastic().build
 
         def make_reader() -> Reader:
-            return Reader(read_tokenizer(self.engine.model), generation_defaults(self.engine.model))
+            tokenizer = read_tokenizer(self.engine.model)
+            dialect = Dialect.of(tokenizer, reasoning=self.http.reasoning_format, tools=self.http.tool_format)
+            return Reader(tokenizer, generation_defaults(self.engine.model), dialect)
 
         return run(self.http, make_engine, make_reader, on_bound=on_bound, on_ready=on_ready, on_info=on_info)
 

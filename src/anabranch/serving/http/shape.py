@@ -74,10 +74,14 @@ class Shape:
     def usage(self) -> dict[str, Any]:
         """Tokens. A prompt of several choices counts once."""
         prompt, completion = self.asked.prompt_tokens, sum(choice.completion_tokens for choice in self.choices)
-        return {
+        made: dict[str, Any] = {
             "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }  # fmt: skip
+        if self.asked.reasoning is not None:
+            thought = sum(choice.reasoning_tokens for choice in self.choices)
+            made["completion_tokens_details"] = {"reasoning_tokens": thought}
+        return made
 
     @property
     def cached_tokens(self) -> int:
@@ -120,7 +124,9 @@ class ChatShape(Shape):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._speech = [Speech(self.asked.tools) for _ in self.choices]
+        tools, reasoning = self.asked.tools, self.asked.reasoning
+        offered = () if tools is None else tools.offered
+        self._speech = [Speech(tools, self.reader.dialect.parser(offered, reasoning)) for _ in self.choices]
         self._has_begun = [False] * len(self.choices)
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
@@ -140,7 +146,8 @@ class ChatShape(Shape):
 
     def _said(self, piece: Piece) -> list[Delta]:
         speech = self._speech[piece.index]
-        deltas = speech.push(piece.text)
+        deltas: list[Delta] = [{"reasoning_content": piece.reasoning}] if piece.reasoning else []
+        deltas += speech.push(piece.text)
         return deltas if piece.finish is None else [*deltas, *speech.end()]
 
     def _reason(self, piece: Piece) -> str:

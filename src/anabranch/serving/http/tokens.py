@@ -11,13 +11,12 @@ from anabranch.serving.http import fields
 from anabranch.serving.http.asked import check_model
 from anabranch.serving.http.call import LONG_CHARACTERS, Call
 from anabranch.serving.http.frontend import Frontend
-from anabranch.serving.http.messages import read_messages
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
 
 _TOKENIZE = {
     "model": fields.text(256), "prompt": fields.text(2**30), "messages": (lambda value: isinstance(value, list), "a list"),
-    "add_generation_prompt": fields.BOOL, "return_token_strs": fields.BOOL,
+    "add_generation_prompt": fields.BOOL, "chat_template_kwargs": fields.KWARGS, "return_token_strs": fields.BOOL,
 }  # fmt: skip
 _DETOKENIZE = {"model": fields.text(256), "tokens": (lambda value: isinstance(value, list), "a list of token ids")}
 _EMBED = {
@@ -55,8 +54,11 @@ class Tokens:
         text, encode, apart = body.get("prompt"), reader.encode, self._frontend.apart
         if text is None:
             is_open = body.get("add_generation_prompt") is not False
-            messages = read_messages(body["messages"])
-            text = await apart(call.key, reader.render, messages, None, is_open=is_open, is_rendering=True)
+
+            def rendered() -> str:
+                return reader.render(body["messages"], None, is_open=is_open, values=reader.template_values(body)[0])
+
+            text = await apart(call.key, rendered, is_rendering=True)
             encode = reader.encode_chat
 
         def made() -> web.Response:

@@ -94,7 +94,9 @@ class Sampler:
             compiled = None if request.sampling.grammar is None else self.grammars.get(request.sampling.grammar)
         except AnabranchError as refused:
             error = str(refused)
-        state = SequenceState(request, seed=seed, ends=self.stop_tokens, grammar=compiled)
+        state = SequenceState(
+            request, seed=seed, ends=self.stop_tokens, grammar=compiled, text_of=self.grammars.bytes_of
+        )
         state.error = error
         for token in output:
             state.took(token)

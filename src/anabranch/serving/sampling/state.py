@@ -1,13 +1,14 @@
 """What the sampler remembers of one request: its random numbers, the tokens so far, the additions to its logits, its grammar."""
 # Shapes: N different tokens of a request, V vocabulary
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anabranch.serving.core.request import Request
-from anabranch.serving.grammar import Grammar
+from anabranch.serving.grammar import Grammar, Matcher
+from anabranch.serving.sampling.preamble import PreambledMatcher
 from anabranch.serving.sampling.uniform import Uniforms
 
 __all__ = ["SequenceState", "TokenCounts"]
@@ -57,9 +58,18 @@ class SequenceState:
         seed: for a request without one of its own.
         ends: the model's own end-of-text tokens.
         grammar: compiled from the request's, or None.
+        text_of: the bytes of a token, for `Sampling.preamble`.
     """
 
-    def __init__(self, request: Request, *, seed: int, ends: tuple[int, ...], grammar: Grammar | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        *,
+        seed: int,
+        ends: tuple[int, ...],
+        grammar: Grammar | None,
+        text_of: Callable[[int], bytes] = lambda token: b"",
+    ) -> None:
         sampling = request.sampling
         self.sampling = sampling
         # Tokens sampled so far.
@@ -71,7 +81,10 @@ class SequenceState:
         self.bias = np.array([value for _, value in sampling.logit_bias], dtype=np.float32)
         own = sampling.stop_tokens if sampling.ignore_eos else (*sampling.stop_tokens, *ends)
         self.stops = np.array(sorted(set(own)), dtype=np.int64)
-        self.matcher = None if grammar is None else grammar.matcher()
+        self.matcher: Matcher | PreambledMatcher | None = None
+        if grammar is not None:
+            preamble = sampling.preamble
+            self.matcher = grammar.matcher() if preamble is None else PreambledMatcher(grammar, preamble, text_of)
         self.is_plain = (
             sampling.temperature == 0
             and sampling.min_tokens == 0

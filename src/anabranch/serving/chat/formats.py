@@ -1,0 +1,240 @@
+"""The ways in which models write calls of tools, by name: how each is parsed, and demanded by a grammar. `Dialect` is that of one model."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anabranch.data.tokenizer import Tokenizer
+from anabranch.errors import InputError
+from anabranch.serving import grammar
+from anabranch.serving.chat.events import Parser
+from anabranch.serving.chat.harmony import HarmonyParser, Messages
+from anabranch.serving.chat.marked import DeepSeekParser, MistralParser, XmlParser, names_of
+from anabranch.serving.chat.parser import ToolParser
+from anabranch.serving.chat.pythonic import PythonicParser, python_text
+from anabranch.serving.chat.reasoning import Reasoning
+from anabranch.serving.core.request import Preamble
+
+__all__ = ["FORMATS", "Dialect", "ToolFormat"]
+
+Offered = Sequence[Mapping[str, Any]]
+# In one answer that must be calls.
+_MOST_CALLS = 16
+# Text without a closing tag of a parameter.
+_NO_TAG = r"([^<]|<+([^</]|/[^p<]))*"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How calls are written.
+
+    Attributes:
+        parser: makes a parser for tools that are offered.
+        text: a call by its name and the JSON of its arguments.
+        call: the same as the form of a grammar, by the tool's function; None where no grammar holds it.
+        frame: what stands before the first call, between two and after the last.
+        is_always: answers are read so even where no tools are offered.
+    """
+
+    parser: Callable[[Offered], Parser]
+    text: Callable[[str, str], str]
+    call: Callable[[Mapping[str, Any]], Any] | None = None
+    frame: tuple[str, str, str] = ("", "\n", "")
+    is_always: bool = False
+
+    def written(self, calls: Sequence[tuple[str, str]]) -> str:
+        """The text of calls, each a name and the JSON of its arguments."""
+        before, between, after = self.frame
+        return before + between.join(self.text(name, arguments) for name, arguments in calls) + after
+
+    def demanded(self, tools: Offered, *, is_parallel: bool) -> dict[str, Any] | None:
+        """The grammar of one call of ``tools``, or with ``is_parallel`` up to 16; None where no grammar holds this form."""
+        if self.call is None:
+            return None
+        before, between, after = self.frame
+        one = grammar.choice([self.call(tool["function"]) for tool in tools])
+        next_one = grammar.sequence([between, one]) if between else one
+        more = [grammar.repeat(next_one, 0, _MOST_CALLS - 1)] if is_parallel else []
+        return grammar.sequence([*([before] if before else []), one, *more, *([after] if after else [])])
+
+
+def _json_call(begin: str, name_end: str, end: str) -> Callable[[Mapping[str, Any]], Any]:
+    """A grammar of calls whose arguments are JSON: ``begin``, the name, ``name_end``, the arguments, ``end``."""
+
+    def made(function: Mapping[str, Any]) -> Any:
+        return grammar.sequence(
+            [f"{begin}{function['name']}{name_end}", _parameters(function), *([end] if end else [])]
+        )
+
+    return made
+
+
+def _json_text(begin: str, name_end: str, end: str) -> Callable[[str, str], str]:
+    return lambda name, arguments: f"{begin}{name}{name_end}{arguments}{end}"
+
+
+def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a tool's arguments; its references stay within it."""
+    parameters = dict(function.get("parameters") or {"type": "object", "properties": {}})
+    parameters.setdefault("type", "object")
+    return parameters
+
+
+def _json_format(
+    parser: Callable[[Offered], Parser],
+    parts: tuple[str, str, str],
+    frame: tuple[str, str, str] = ("", "\n", ""),
+    **more: Any,
+) -> ToolFormat:
+    return ToolFormat(parser, _json_text(*parts), _json_call(*parts), frame, **more)
+
+
+def _xml_call(function: Mapping[str, Any]) -> Any:
+    """Required parameters in their order, the others perhaps. Raises InputError for a schema that has no plain list of them."""
+    schema = _parameters(function)
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        raise InputError("a call that is demanded of this model needs parameters with properties by name")
+    parts: list[Any] = [f"<tool_call>\n<function={function['name']}>\n"]
+    shared: dict[str, Any] = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    for name, inner in properties.items():
+        is_text = isinstance(inner, Mapping) and inner.get("type") == "string" and "enum" not in inner
+        value = grammar.regex(_NO_TAG) if is_text else {**inner, **shared} if isinstance(inner, Mapping) else {}
+        part = grammar.sequence([f"<parameter={name}>\n", value, "\n</parameter>\n"])
+        parts.append(part if name in required else grammar.repeat(part, 0, 1))
+    return grammar.sequence([*parts, "</function>\n</tool_call>"])
+
+
+def _xml_text(name: str, arguments: str) -> str:
+    values = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in json.loads(arguments).items()
+    }
+    parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
+
+
+def _generic(tools: Offered) -> Parser:
+    return ToolParser(names_of(tools))
+
+
+_HERMES = ('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>")
+_DEEPSEEK_FRAME = ("<｜tool▁calls▁begin｜>", "\n", "<｜tool▁calls▁end｜>")
+FORMATS: Mapping[str, ToolFormat] = {
+    "hermes": _json_format(_generic, _HERMES),
+    "llama3": _json_format(_generic, ('{"name": "', '", "parameters": ', "}"), ("", "; ", "")),
+    "mistral": _json_format(_generic, ('{"name": "', '", "arguments": ', "}"), ("[TOOL_CALLS][", ", ", "]")),
+    "mistral_args": _json_format(MistralParser, ("[TOOL_CALLS]", "[ARGS]", ""), ("", "", "")),
+    "deepseek_v3": _json_format(
+        DeepSeekParser,
+        ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>"),
+        _DEEPSEEK_FRAME,
+    ),
+    "deepseek_v31": _json_format(
+        DeepSeekParser, ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"), _DEEPSEEK_FRAME
+    ),
+    "pythonic": ToolFormat(
+        PythonicParser, lambda name, arguments: python_text(name, json.loads(arguments)), frame=("[", ", ", "]")
+    ),
+    "qwen3_coder": ToolFormat(XmlParser, _xml_text, _xml_call),
+    "harmony": _json_format(
+        lambda tools: HarmonyParser(names_of(tools)),
+        ("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", ""),
+        ("", "<|call|><|start|>assistant", ""),
+        is_always=True,
+    ),
+}
+
+# A mark of a chat template that says which format its model was trained on; the first that is there does.
+_TOOL_SIGNS = (
+    ("<|channel|>", "harmony"),
+    ("<｜tool▁sep｜>", "deepseek_v31"),
+    ("<parameter=", "qwen3_coder"),
+    ("<|python_start|>", "pythonic"),
+    ("[func_name1(", "pythonic"),
+    ("[ARGS]", "mistral_args"),
+    ("[TOOL_CALLS]", "mistral"),
+    ("<tool_call>", "hermes"),
+    ("<|python_tag|>", "llama3"),
+)
+_REASONING_SIGNS = (("<|channel|>", "harmony"), ("[THINK]", "magistral"), ("</think>", "think"), ("<think>", "think"))
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one model says what it thinks and what it calls.
+
+    Attributes:
+        reasoning: one of `anabranch.serving.chat.reasoning.FORMATS`; empty where it does not reason.
+        tools: one of `FORMATS`.
+    """
+
+    reasoning: str = ""
+    tools: str = "hermes"
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, *, reasoning: str = "auto", tools: str = "auto") -> "Dialect":
+        """The dialect of a model by its chat template, where a name is ``auto``; ``none`` is for one that does not reason."""
+        template = tokenizer.chat_template or ""
+        found = cls(_sign(template, _REASONING_SIGNS), _tools_of(template))
+        if reasoning != "auto":
+            found = replace(found, reasoning="" if reasoning == "none" else reasoning)
+        return found if tools == "auto" else replace(found, tools=tools)
+
+    @property
+    def format(self) -> ToolFormat:
+        """How it calls tools."""
+        return FORMATS[self.tools]
+
+    def reasoning_after(self, prompt: str) -> Reasoning | None:
+        """How the reasoning of an answer to ``prompt`` is told apart; None where there is none."""
+        return Reasoning.after(self.reasoning, prompt) if self.reasoning else None
+
+    def parser(self, tools: Offered, reasoning: Reasoning | None = None) -> Parser | None:
+        """A parser of an answer; None where all of it is text."""
+        if not tools and not self.format.is_always:
+            return None
+        if self.tools == "harmony":
+            begun = reasoning.begun if reasoning is not None else ""
+            # What was begun is left out, with the reasoning it is of.
+            messages = Messages(begun)
+            is_left_out = messages.in_body and messages.header.is_reasoning
+            return HarmonyParser(names_of(tools), "" if is_left_out else begun)
+        return self.format.parser(tools)
+
+    def demanded(self, tools: Offered, *, is_parallel: bool) -> dict[str, Any]:
+        """The grammar of an answer that must call. Raises InputError where no grammar holds the format."""
+        form = self.format.demanded(tools, is_parallel=is_parallel and self.tools != "harmony")
+        if form is None:
+            raise InputError(
+                f"this model writes calls as {self.tools} does, which no grammar holds: tool_choice can be auto or none"
+            )
+        if self.tools == "harmony":
+            # Behind reasoning a message begins with its author.
+            form = grammar.sequence([grammar.repeat("<|start|>assistant", 0, 1), form])
+        return form
+
+    def preamble(self, reasoning: Reasoning | None, tokenizer: Tokenizer, *, is_call: bool) -> Preamble | None:
+        """What may come before what a grammar holds for, an answer or with ``is_call`` calls."""
+        if reasoning is None:
+            return None
+        if reasoning.format == "harmony" and is_call:
+            has_begun = Messages(reasoning.begun).in_body
+            return Preamble(
+                open=() if has_begun else tuple(tokenizer.encode("<|channel|>analysis")), close=("<|end|>",)
+            )
+        return reasoning.preamble(tokenizer)
+
+
+def _sign(template: str, signs: Sequence[tuple[str, str]], default: str = "") -> str:
+    return next((name for mark, name in signs if mark in template), default)
+
+
+def _tools_of(template: str) -> str:
+    if "<|channel|>" not in template and "tools" not in template:
+        # It is told of tools, and how to call them, in our words.
+        return "hermes"
+    if "<｜tool▁sep｜>" in template and "```json" in template:
+        return "deepseek_v3"
+    return _sign(template, _TOOL_SIGNS, "hermes")

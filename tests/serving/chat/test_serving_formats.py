@@ -1,0 +1,244 @@
+"""Formats of calls: what is written in each is read back, however it is cut, and can be demanded; whatever comes, nothing raises."""
+
+import itertools
+import json
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anabranch.data.tokenizer import ByteTokenizer
+from anabranch.errors import InputError
+from anabranch.serving.chat import (
+    FORMATS,
+    ArgumentsDelta,
+    CallRefused,
+    CallStarted,
+    Dialect,
+    TextDelta,
+    call_grammar,
+)
+from anabranch.serving.core.text import MARKS
+from grammar_walks import takes
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "a": {"type": "integer"}, "text": {"type": "string"}, "on": {"type": "boolean"}, "list": {"type": "array"},
+                "map": {"type": "object"}, "x": {"type": ["number", "null"]},
+            },
+            "required": ["a"],
+        },
+    },
+}  # fmt: skip
+NOW = {"type": "function", "function": {"name": "now"}}
+TOOLS = [ADD, NOW]
+
+
+def told(format, pieces, tools=TOOLS):
+    """The events of a text in pieces, neighbours of one kind joined."""
+    parser, events = Dialect(tools=format).parser(tools), []
+    for event in [event for piece in pieces for event in parser.push(piece)] + parser.end():
+        assert isinstance(event, CallStarted) or event.text
+        if isinstance(event, TextDelta | ArgumentsDelta) and events and isinstance(events[-1], type(event)):
+            events[-1] = type(event)(events[-1].text + event.text)
+        else:
+            events.append(event)
+    return events, parser.is_cut
+
+
+def calls_of(events):
+    """[(name, arguments)], and nothing else among the events."""
+    made = []
+    for event in events:
+        if isinstance(event, CallStarted):
+            made.append([event.name, ""])
+        else:
+            assert isinstance(event, ArgumentsDelta), events
+            made[-1][1] += event.text
+    return [(name, json.loads(arguments)) for name, arguments in made]
+
+
+def cut(text, data):
+    places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    return [text[a:b] for a, b in itertools.pairwise([0, *places, len(text)])]
+
+
+plain = st.text(st.characters(codec="utf-8", exclude_characters="<\x00"), max_size=20)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | plain,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(plain, inner, max_size=3),
+    max_leaves=6,
+)
+arguments = st.fixed_dictionaries(
+    {"a": st.integers()},
+    optional={
+        "text": plain, "on": st.booleans(), "list": st.lists(values, max_size=3), "map": st.dictionaries(plain, values, max_size=3),
+        "x": st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    },
+)  # fmt: skip
+calls = st.lists(st.tuples(st.just("add"), arguments) | st.tuples(st.just("now"), st.just({})), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(made=calls, data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_what_is_written_is_read_however_it_is_cut(format, made, data):
+    text = FORMATS[format].written([(name, json.dumps(values)) for name, values in made])
+    for pieces in ([text], list(text), cut(text, data)):
+        events, is_cut = told(format, pieces)
+        assert calls_of(events) == made
+        assert not is_cut
+
+
+@pytest.mark.parametrize("format", sorted(set(FORMATS) - {"pythonic", "llama3", "harmony"}))
+def test_text_before_calls_is_told(format):
+    text = "Let me see.\n" + FORMATS[format].written([("add", '{"a": 1}')])
+    events, _ = told(format, list(text))
+    assert events[0] == TextDelta("Let me see.")
+    assert calls_of(events[1:]) == [("add", {"a": 1})]
+
+
+def test_harmony_tells_what_is_said_to_the_reader():
+    text = (
+        "<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant to=functions.add<|channel|>commentary json<|message|>"
+        '{"a": 1}<|call|><|start|>assistant<|channel|>commentary to=functions.rm<|message|>{}<|call|>'
+        "<|start|>assistant<|channel|>final<|message|>It is <b>1</b>.<|return|>"
+    )
+    wanted = [
+        TextDelta("Let me see."), CallStarted("add"), ArgumentsDelta('{"a": 1}'), CallRefused("{}", "there is no tool 'rm'"),
+        TextDelta("It is <b>1</b>."),
+    ]  # fmt: skip
+    for pieces in ([text], list(text)):
+        assert told("harmony", pieces) == (wanted, False)
+    assert told("harmony", list("Plain text.")) == ([TextDelta("Plain text.")], False)
+    # Its stop token is not part of the text.
+    assert told("harmony", ['<|channel|>commentary to=functions.add<|message|>{"a": 1}'])[1] is False
+    assert told("harmony", ['<|channel|>commentary to=functions.add<|message|>{"a": '])[1] is True
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "wanted"),
+    [
+        ("qwen3_coder", "<tool_call><function=add><parameter=a>1</parameter><parameter=on>True</parameter></function></tool_call>",
+         {"a": 1, "on": True}),
+        ("qwen3_coder", "<function=add><parameter=a>one</parameter><parameter=text>\n\n a\n\n</parameter></function>",
+         {"a": "one", "text": "\n a\n"}),
+        ("qwen3_coder", "<tool_call><function=add><parameter=x>None</parameter><parameter=b>1</parameter></function>",
+         {"x": None, "b": "1"}),
+        ("pythonic", "<|python_start|>[add(a=1, x=-2.5, list=(1, None), on=true)]<|python_end|>",
+         {"a": 1, "x": -2.5, "list": [1, None], "on": True}),
+        ("pythonic", ' [ add ( text = "a]\\"b" ) ]', {"text": 'a]"b'}),
+        ("pythonic", '<|python_start|>{"name": "add", "parameters": {"a": 2}}', {"a": 2}),
+        ("deepseek_v3", '<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>', {"a": 1}),
+        ("mistral_args", '[TOOL_CALLS]add[CALL_ID]abc[ARGS] {"a": 1}', {"a": 1}),
+    ],
+)  # fmt: skip
+def test_other_ways_of_writing(format, text, wanted):
+    for pieces in ([text], list(text)):
+        assert calls_of(told(format, pieces)[0]) == [("add", wanted)]
+
+
+@pytest.mark.parametrize(
+    ("format", "text"),
+    [
+        ("pythonic", "[1] says so"), ("pythonic", "[add(1)]"), ("pythonic", "[add(a=b)]"), ("pythonic", "[add(a=1e999)]"),
+        ("pythonic", "[add(a=1"), ("pythonic", "[add(a={1: 2})]"), ("pythonic", "[add(a=0x" + "f" * 5000 + ")]"), ("pythonic", "[" * 999),
+        ("pythonic", "[add(**x)]"), ("pythonic", "[add(a='\\d' '\\q' b''))]"), ("qwen3_coder", "<tool_call>add(1)</tool_call>"),
+        ("qwen3_coder", "<function=rm><parameter=a>1</parameter></function>"), ("deepseek_v3", "<｜tool▁call▁begin｜>function"),
+        ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>rm<｜tool▁sep｜>{}<｜tool▁call▁end｜>"),
+        ("deepseek_v31", "<｜tool▁call▁begin｜>add<｜tool▁sep｜>[1]<｜tool▁call▁end｜>"), ("mistral_args", "[TOOL_CALLS]rm[ARGS]{}"),
+        ("mistral_args", "[TOOL_CALLS]add"),
+    ],
+)  # fmt: skip
+def test_what_is_no_call_is_content(format, text):
+    whole = told(format, [text])[0]
+    assert told(format, list(text))[0] == whole
+    assert all(isinstance(event, TextDelta | CallRefused) for event in whole)
+    assert "".join("".join(event.text for event in whole).split()) == "".join(text.split())
+
+
+HOSTILE = [
+    *MARKS, "<function=", "<parameter=", "</parameter>", "</function>", "add", "now", "a", ">", "{", "}", "[", "]", "(", ")", "=", '"', "'",
+    "\\", "```json\n", "```", "\n", " ", '{"a": 1}', "[add(a=", "functions.add", "to=functions.add", "analysis", "final", "é😀", "function",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(parts=st.lists(st.sampled_from(HOSTILE), max_size=16), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_mixture_of_parts_tells_the_same_in_pieces(format, parts, data):
+    text = "".join(parts)
+    whole = told(format, [text])
+    assert told(format, cut(text, data)) == whole
+    assert told(format, list(text)) == whole
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_long_answers_take_time_in_proportion(format):
+    text = FORMATS[format].written([("add", json.dumps({"a": 1, "text": "a b é" * 2000}))])
+    for pieces in ([text], list(text), ["<" * 10_000], list("[" * 10_000)):
+        begin = time.process_time()
+        told(format, pieces)
+        assert time.process_time() - begin < 5
+
+
+BYTES = ByteTokenizer()
+
+
+@pytest.mark.parametrize("format", sorted(set(FORMATS) - {"pythonic"}))
+def test_calls_that_are_demanded_are_read_back(format):
+    dialect = Dialect(tools=format)
+    form = call_grammar(TOOLS, "required", dialect=dialect)
+    one = call_grammar(TOOLS, {"type": "function", "function": {"name": "add"}}, dialect=dialect)
+    write = FORMATS[format].written
+    add, now = ("add", '{"a": 1, "text": "b c"}'), ("now", "{}")
+    assert takes(form, write([add]), BYTES)
+    assert takes(form, write([now]), BYTES)
+    assert takes(form, write([now, add]), BYTES) == (format != "harmony")
+    assert takes(one, write([add]), BYTES)
+    assert not takes(one, write([now]), BYTES)
+    assert not takes(one, write([add, add]), BYTES)
+    assert not takes(form, "Let me see.", BYTES)
+    assert not takes(form, write([("add", '{"a": "one"}')]), BYTES)
+    assert not takes(form, write([("rm", "{}")]), BYTES)
+
+
+def test_calls_as_python_cannot_be_demanded():
+    with pytest.raises(InputError, match="this model writes calls as pythonic does, which no grammar holds"):
+        call_grammar(TOOLS, "required", dialect=Dialect(tools="pythonic"))
+
+
+TEMPLATES = {
+    "{{ tools }}<tool_call>{{ '</think>' }}": Dialect("think", "hermes"),
+    "{{ tools }}<tool_call><function=f><parameter=p>": Dialect("", "qwen3_coder"),
+    "{{ tools }}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>```json": Dialect("", "deepseek_v3"),
+    "{{ tools }}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜><think>": Dialect("think", "deepseek_v31"),
+    "{{ tools }}<|start|>assistant<|channel|>final<|message|>": Dialect("harmony", "harmony"),
+    "{{ tools }}[TOOL_CALLS] [{": Dialect("", "mistral"),
+    "{{ tools }}[TOOL_CALLS]f[ARGS]{}[THINK]": Dialect("magistral", "mistral_args"),
+    "{{ tools }}[func_name1(params_name1=params_value1)]": Dialect("", "pythonic"),
+    "{{ tools }}<|python_tag|>": Dialect("", "llama3"),
+    "{{ messages }}<|python_tag|>": Dialect("", "hermes"),
+    "{{ messages }}": Dialect("", "hermes"),
+}
+
+
+class Templated(ByteTokenizer):
+    def __init__(self, template):
+        self.chat_template = template
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_tells_the_dialect(template):
+    assert Dialect.of(Templated(template)) == TEMPLATES[template]
+
+
+def test_a_dialect_can_be_given():
+    assert Dialect.of(Templated("<think>"), reasoning="none", tools="mistral") == Dialect("", "mistral")
+    assert Dialect.of(Templated(None), reasoning="think") == Dialect("think", "hermes")

@@ -1,0 +1,270 @@
+"""Models that reason, through a server and the official client: what is thought comes apart from what is said, whole and streamed."""
+
+import json
+
+import pytest
+
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.local import LocalEngine
+from anabranch.serving.http.reading import Reader
+from fake_engine import FakeEngine, Script
+from reasoning_models import HARMONY, QWEN3, R1, tokenizer_of
+from serving_models import small_moe
+from serving_thread import serving
+
+openai = pytest.importorskip("openai")
+ASK = [{"role": "user", "content": "2+3?"}]
+TOOLS = [{
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
+}]  # fmt: skip
+THOUGHT = "<think>\nTwo and\nthree. So stop.\n</think>\n\n"
+
+
+class Says(FakeEngine):
+    """Says a text in the tokens of its tokenizer."""
+
+    def __init__(self, script, tokenizer):
+        super().__init__(script)
+        self.tokenizer = tokenizer
+
+    def _tokens(self, request):
+        return self.tokenizer.encode(self.script.say)[: request.sampling.max_tokens]
+
+
+class Spoken(Script):
+    """Makes engines that say a text."""
+
+    tokenizer = None
+
+    def __call__(self):
+        self.made.append(Says(self, self.tokenizer))
+        return self.made[-1]
+
+
+class Asked:
+    """A server that says what it is told to, and a client of it."""
+
+    def __init__(self, template, *, has_marks=True, **config):
+        self.tokenizer = tokenizer_of(template, has_marks=has_marks)
+        self.script = Spoken()
+        self.script.tokenizer = self.tokenizer
+        self._serving = serving(self.script, Reader(self.tokenizer), **config)
+
+    def __enter__(self):
+        self.server = self._serving.__enter__()
+        self.client = openai.OpenAI(base_url=f"{self.server.url}/v1", api_key="x", max_retries=0)
+        return self
+
+    def __exit__(self, *error):
+        self.client.close()
+        return self._serving.__exit__(*error)
+
+    def ask(self, say, **fields):
+        """The message and the reason of a whole answer, which those of a stream must equal; and the usage."""
+        self.script.say = say
+        fields = {"model": "fake", "messages": ASK, **fields}
+        whole = self.client.chat.completions.create(**fields)
+        stream = self.client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+        [choice] = whole.choices
+        told = told_of(choice.message)
+        joined, finish, usage = streamed(stream)
+        assert (joined, finish, usage) == (told, choice.finish_reason, whole.usage)
+        return *told, finish, usage
+
+    @property
+    def prompt(self):
+        return self.tokenizer.decode(self.script.requests[-1].prompt, skip_special=False)
+
+
+def told_of(message):
+    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or []]
+    return getattr(message, "reasoning_content", None) or "", message.content or "", calls
+
+
+def streamed(stream):
+    thought, said, calls, finish, usage = "", "", [], None, None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            thought += getattr(choice.delta, "reasoning_content", None) or ""
+            said += choice.delta.content or ""
+            finish = choice.finish_reason or finish
+            for call in choice.delta.tool_calls or []:
+                if call.id:
+                    calls.append([call.function.name, ""])
+                calls[call.index][1] += call.function.arguments
+    return (thought, said, [tuple(call) for call in calls]), finish, usage
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    with Asked(QWEN3) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def gpt_oss():
+    with Asked(HARMONY) as made:
+        yield made
+
+
+def test_what_is_thought_comes_apart(qwen3):
+    thought, said, calls, finish, usage = qwen3.ask(f"{THOUGHT}It is 5.")
+    assert (thought, said, calls, finish) == ("Two and\nthree. So stop.", "It is 5.", [], "stop")
+    # The marks count as thought.
+    assert usage.completion_tokens_details.reasoning_tokens == len("\nTwo and\nthree. So stop.\n") + 2
+    assert usage.completion_tokens == usage.completion_tokens_details.reasoning_tokens + len("\n\nIt is 5.")
+
+
+def test_a_model_that_does_not_think_just_answers(qwen3):
+    assert qwen3.ask("It is <think>5</think>.")[:4] == ("", "It is <think>5</think>.", [], "stop")
+    assert qwen3.ask("It is 5.")[4].completion_tokens_details.reasoning_tokens == 0
+
+
+def test_a_tag_of_several_tokens_is_one_all_the_same():
+    with Asked(QWEN3, has_marks=False) as made:
+        assert made.ask(f"{THOUGHT}It is 5.")[:2] == ("Two and\nthree. So stop.", "It is 5.")
+
+
+def test_a_template_may_have_begun_the_reasoning():
+    with Asked(R1) as made:
+        assert made.ask("Two and three.\n</think>\n\nIt is 5.")[:2] == ("Two and three.", "It is 5.")
+        assert made.ask("cut off", max_tokens=3)[:4] == ("cut", "", [], "length")
+        assert made.prompt.endswith("<think>\n")
+
+
+def test_stop_strings_are_looked_for_in_the_answer_alone(qwen3):
+    thought, said, _, finish, usage = qwen3.ask(f"{THOUGHT}It is 5, stop. Or so.", stop=["stop", "and"])
+    assert (thought, said, finish) == ("Two and\nthree. So stop.", "It is 5, ", "stop")
+    assert usage.completion_tokens - usage.completion_tokens_details.reasoning_tokens == len("\n\nIt is 5, stop")
+
+
+def test_log_probabilities_are_of_all_tokens(qwen3):
+    text = f"{THOUGHT}It is 5."
+    qwen3.script.say = text
+    fields = {"model": "fake", "messages": ASK, "logprobs": True}
+    whole = qwen3.client.chat.completions.create(**fields)
+    told = [row.token for row in whole.choices[0].logprobs.content]
+    assert "".join(told) == text
+    chunks = qwen3.client.chat.completions.create(**fields, stream=True)
+    rows = [
+        row.token
+        for chunk in chunks
+        for row in (chunk.choices[0].logprobs or chunk.choices[0]).__dict__.get("content") or []
+    ]
+    assert rows == told
+
+
+def test_calls_come_after_what_is_thought(qwen3):
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+    thought, said, calls, finish, _ = qwen3.ask(THOUGHT + call, tools=TOOLS)
+    assert (thought, said, calls, finish) == ("Two and\nthree. So stop.", "", [("add", '{"a": 2}')], "tool_calls")
+
+
+def test_the_template_gets_what_the_request_has_for_it(qwen3):
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert qwen3.ask("<think>5", extra_body=off)[:2] == ("", "<think>5")
+    assert qwen3.prompt.endswith("<think>\n\n</think>\n\n")
+    qwen3.ask("5", reasoning_effort="none")
+    assert qwen3.prompt.endswith("<think>\n\n</think>\n\n")
+    qwen3.ask("5", reasoning_effort="high")
+    assert qwen3.prompt.endswith("assistant")
+    before = {"role": "assistant", "content": "It is 5.", "reasoning_content": "Easy."}
+    qwen3.ask("5", messages=[*ASK, before, *ASK])
+    assert "<think>Easy.</think>It is 5." in qwen3.prompt
+    counted = qwen3.server.ask("/tokenize", {"messages": ASK, **off})[2]["tokens"]
+    assert qwen3.tokenizer.decode(counted, skip_special=False).endswith("</think>\n\n")
+
+
+def test_what_the_template_does_not_know_is_told(qwen3):
+    status, headers, _ = qwen3.server.chat(chat_template_kwargs={"enable_thoughts": False})
+    assert (status, headers["x-warning"]) == (200, "ignored unknown fields: chat_template_kwargs.enable_thoughts")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"messages": []}, {"bos_token": "x"}, {"add_generation_prompt": False}, {f"a{n}": 1 for n in range(17)}, {"a b": 1}, {"": 1},
+        {"a": "x" * 10_001}, {"a": json.loads("[" * 9 + "]" * 9)}, [], "x", {"a" * 65: 1},
+    ],
+)  # fmt: skip
+def test_what_no_template_may_get_is_refused(qwen3, kwargs):
+    status, _, body = qwen3.server.chat(chat_template_kwargs=kwargs)
+    assert status == 400, body
+    assert body["error"]["param"].startswith("chat_template_kwargs")
+
+
+def test_an_effort_that_a_model_cannot_make_is_refused(qwen3, gpt_oss):
+    with serving() as plain:
+        status, _, body = plain.chat(reasoning_effort="low")
+        assert (status, body["error"]["code"], body["error"]["param"]) == (
+            400,
+            "unsupported_parameter",
+            "reasoning_effort",
+        )
+        assert plain.chat(reasoning_effort="none")[0] == 200
+    assert qwen3.server.chat(reasoning_effort="much")[0] == 400
+    status, _, body = gpt_oss.server.chat(reasoning_effort="none")
+    assert (status, body["error"]["param"]) == (400, "reasoning_effort")
+    for effort, told in (("low", "low"), ("minimal", "low"), ("xhigh", "high")):
+        gpt_oss.ask("x", reasoning_effort=effort)
+        assert f"Reasoning: {told}<|end|>" in gpt_oss.prompt
+
+
+def test_gpt_oss_thinks_on_a_channel_and_calls_by_messages(gpt_oss):
+    analysis = "<|channel|>analysis<|message|>Two, and three.<|end|>"
+    final = "<|start|>assistant<|channel|>final<|message|>It is 5."
+    thought, said, calls, finish, usage = gpt_oss.ask(analysis + final)
+    assert (thought, said, calls, finish) == ("Two, and three.", "It is 5.", [], "stop")
+    assert usage.completion_tokens_details.reasoning_tokens == len("analysis") + len("Two, and three.") + 3
+    call = '<|start|>assistant<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 2}'
+    assert gpt_oss.ask(analysis + call, tools=TOOLS)[:4] == ("Two, and three.", "", [("add", '{"a": 2}')], "tool_calls")
+    # No header is a stop string's, and none without tools is told.
+    assert gpt_oss.ask(analysis + final, stop=["final", "5"])[:4] == ("Two, and three.", "It is ", [], "stop")
+    assert gpt_oss.ask(analysis)[:4] == ("Two, and three.", "", [], "stop")
+    assert gpt_oss.tokenizer.id_of("<|end|>") not in gpt_oss.tokenizer.stop_ids
+    assert {gpt_oss.tokenizer.id_of(name) for name in ("<|call|>", "<|return|>")} <= set(gpt_oss.tokenizer.stop_ids)
+
+
+def test_reasoning_can_be_left_in_the_text():
+    with serving(Script(say=f"{THOUGHT}5")) as plain:
+        assert plain.chat()[2]["choices"][0]["message"]["content"] == f"{THOUGHT}5"
+
+
+# -- with a real engine: what the grammar is of comes after what is thought
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["a"]}
+FORM = {"type": "json_schema", "json_schema": {"name": "form", "schema": SCHEMA}}
+
+
+def engine_of(template):
+    tokenizer = tokenizer_of(template)
+    model = small_moe().config.replace(vocab_size=tokenizer.vocab_size).build(seed=0).eval()
+    config = ServingConfig(num_blocks=256, name="fake", dtype="float32", max_seqs=8, max_batched_tokens=64)
+    return tokenizer, lambda: LocalEngine(lambda: Engine.of(model, config, tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize("template", [QWEN3, R1], ids=["qwen3", "r1"])
+def test_a_form_holds_for_the_answer_after_the_reasoning(template):
+    tokenizer, make = engine_of(template)
+    # So likely that a model of no mind says it.
+    bias = {str(tokenizer.id_of("</think>")): 3.0}
+    with serving(make, Reader(tokenizer)) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+            seen = set()
+            for seed in range(6):
+                answer = client.chat.completions.create(
+                    model="fake", messages=ASK, response_format=FORM, max_tokens=300, seed=seed, logit_bias=bias,
+                    extra_body={"min_tokens": 2},
+                )  # fmt: skip
+                [choice] = answer.choices
+                thought, said, _ = told_of(choice.message)
+                if choice.finish_reason == "stop":
+                    assert set(json.loads(said)) == {"a"}
+                    seen.add(bool(thought) or answer.usage.completion_tokens_details.reasoning_tokens > 0)
+                else:
+                    assert said == ""
+                    seen.add("cut")
+            assert (template == R1) in seen
