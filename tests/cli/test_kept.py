@@ -53,6 +53,11 @@ COMMANDS = {
         {"model": "m/config.json", "hardware": "h.json", "shares": "s.json"},
         {"OUT": "o.json", "SAVE": "h2.json", "GANTT": "g.json"},
     ),
+    "experts fit-predictor": (
+        "{model} {data} --out {OUT} --save-routes {SAVE_ROUTES}",
+        {"model": "m/config.json", "data": "r.npz"},
+        {"OUT": "o.npz", "SAVE_ROUTES": "s.npz"},
+    ),
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
 }  # fmt: skip

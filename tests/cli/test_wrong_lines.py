@@ -108,6 +108,11 @@ oracle text --out z
 convert no.gguf z --to native
 convert trained z --to native --quantize int4 --group {HUGE}
 convert trained /dev/null --to native
+experts fit-predictor trained no.npz --out z
+experts fit-predictor trained text --out z --expert-budget nan
+experts fit-predictor trained holes.parquet --out z
+experts fit-predictor trained text --out z --max-tokens {HUGE}
+experts fit-predictor trained text --out z --seconds nan
 info no.gguf
 info demo --size ''
 info trained --dtype ''

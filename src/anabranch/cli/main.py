@@ -17,6 +17,7 @@ from anabranch.cli.compare import compare
 from anabranch.cli.convert import convert
 from anabranch.cli.doctor import doctor
 from anabranch.cli.eval import evaluate
+from anabranch.cli.experts import app as experts
 from anabranch.cli.gateway import app as gateway
 from anabranch.cli.generate import generate
 from anabranch.cli.graph import app as graph
@@ -80,7 +81,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=TrainCommand if _command is train else None)(_command)
-_GROUPS = {"graph": graph, "gateway": gateway}
+_GROUPS = {"experts": experts, "graph": graph, "gateway": gateway}
 for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 

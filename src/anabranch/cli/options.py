@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from anabranch.data import Tokenizer
     from anabranch.lm import Decoder
+    from anabranch.serving.engine.load import Loaded
 
 Model = Annotated[
     str,
@@ -43,6 +44,18 @@ Dtype = Annotated[
 ]
 Device = Annotated[
     str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1. Default: a GPU if there is one.")
+]
+Quantize = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option("--quantize", metavar="KIND", help="Weights in fewer bits: int8 or int4. Default: as stored."),
+]
+ExpertBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-budget",
+        metavar="SIZE",
+        help="Memory for experts, such as 2GiB; the others are loaded on demand. Default: all in memory.",
+    ),
 ]
 Assignments = Annotated[
     list[str] | None,
@@ -86,6 +99,36 @@ def load(path: str, dtype: str | None, device: str | None) -> tuple[Decoder, Tok
 
     wanted = read_dtype(dtype)
     model, tokenizer = load_model(path, dtype=wanted, device=read_device(device))
+    return model.eval(), _of_model(path, model, tokenizer)
+
+
+def load_parts(
+    path: str,
+    dtype: str | None,
+    device: str | None,
+    quantize: Literal["int8", "int4"] | None,
+    expert_budget: str | None,
+) -> Loaded:
+    """As `load`, as `anabranch serve` does: in fewer bits, or with a budget for experts. The errors of those are raised too."""
+    from anabranch.serving.config import parse_bytes
+    from anabranch.serving.engine.load import load_weights
+
+    if expert_budget is not None:
+        parse_bytes(expert_budget, "--expert-budget")
+    loaded = load_weights(
+        path,
+        dtype=read_dtype(dtype),
+        quantize=quantize or "none",
+        device=read_device(device),
+        expert_budget=expert_budget,
+    )
+    loaded.model.eval()
+    _of_model(path, loaded.model, loaded.tokenizer)
+    return loaded
+
+
+def _of_model(path: str, model: Decoder, tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer, if it can be the model's. Raises TokenizerError."""
     if tokenizer is None:
         raise TokenizerError(f"{path} has no tokenizer.json, so its text cannot be read; put the file beside the model")
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -93,7 +136,7 @@ def load(path: str, dtype: str | None, device: str | None) -> tuple[Decoder, Tok
             f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}; "
             "is it another model's tokenizer?"
         )
-    return model.eval(), tokenizer
+    return tokenizer
 
 
 def sampling_of(path: str, said: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:

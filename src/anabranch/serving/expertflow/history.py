@@ -61,24 +61,29 @@ class CacheHistory:
     """Tokens of the sequences of a key-value cache; it lies in the cache's state and follows when rows leave."""
 
     def __init__(self) -> None:
+        # Names of its own: the cache gives those that it has away again when its first batch comes.
+        self.keys: list[object] = []
         self.ids: list[np.ndarray] = []
         self.prompt: list[int] = []
 
-    def add(self, keys: Sequence[object], token_BL: Tensor, mask_BL: Tensor | None) -> list[Row]:
-        """The rows of a forward pass over these tokens, of the sequences that have these names."""
+    def add(self, token_BL: Tensor, mask_BL: Tensor | None) -> list[Row]:
+        """The rows of a forward pass over these tokens."""
         tokens = token_BL.cpu().numpy().astype(np.int32)
         real = np.ones(tokens.shape, bool) if mask_BL is None else mask_BL.cpu().numpy().astype(bool)
         new = [row[keep] for row, keep in zip(tokens, real, strict=True)]
         if not self.ids:
+            self.keys = [object() for _ in new]
             self.ids = [np.empty(0, np.int32) for _ in new]
             self.prompt = [len(ids) for ids in new]
         self.ids = [np.concatenate((old, more)) for old, more in zip(self.ids, new, strict=True)]
-        rows = zip(keys, self.ids, new, self.prompt, strict=True)
+        rows = zip(self.keys, self.ids, new, self.prompt, strict=True)
         return [Row(key, ids, len(more), prompt) for key, ids, more, prompt in rows]
 
     def keep_rows(self, row_B: Tensor) -> None:
-        """Follow `KeyValueCache.keep_rows`."""
+        """Follow `KeyValueCache.keep_rows`. Copies of a sequence go on under names of their own."""
         kept = torch.arange(len(self.ids), device=row_B.device)[row_B].tolist()
+        is_copy = [number in kept[:place] for place, number in enumerate(kept)]
+        self.keys = [object() if copy else self.keys[number] for number, copy in zip(kept, is_copy, strict=True)]
         self.ids, self.prompt = [self.ids[number] for number in kept], [self.prompt[number] for number in kept]
 
 
@@ -86,7 +91,7 @@ def call_rows(arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Row]:
     """The rows of a call ``decoder(token_BL, cache=..., token_mask_BL=...)``."""
     token_BL = arguments[0] if arguments else options["token_BL"]
     cache: KeyValueCache | None = options.get("cache")
-    history, keys = CacheHistory(), [object() for _ in token_BL]
+    history = CacheHistory()
     if cache is not None:
-        history, keys = cache.state.setdefault(STATE, history), cache.sequences(len(token_BL))  # type: ignore[assignment]
-    return history.add(keys, token_BL, options.get("token_mask_BL"))
+        history = cache.state.setdefault(STATE, history)  # type: ignore[assignment]
+    return history.add(token_BL, options.get("token_mask_BL"))
