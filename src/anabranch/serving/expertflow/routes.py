@@ -7,11 +7,13 @@ routes.save("routes.npz")
 """
 # Shapes: N tokens (sequence after sequence, in order), L routed layers, E experts of the widest layer, K choices, S sequences, T tokens
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -134,7 +136,7 @@ class Routes:
                 if int(file["version"]) != VERSION:
                     raise DataError(f"{path} holds routes of version {int(file['version'])}; this is {VERSION}")
                 values = {name: file[name] for name in cls.__dataclass_fields__}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error) as error:
             raise DataError(f"{path} does not hold recorded routes: {error}") from None
         sizes = {name: tuple(values.pop(name).tolist()) for name in ("num_experts", "top_k")}
         return cls(**values, **sizes)  # type: ignore[arg-type]
