@@ -144,7 +144,7 @@ def test_an_attention_of_the_interface_alone_keeps_the_contract():
         (FirstAlone, r"an output has shape \[3, 1, 32\] for inputs of \[3, 5, 32\]"),
         (Wide, "an output is torch.float64 for inputs of torch.float32"),
         (Frozen, "temperature_H gets no gradient"),
-        (Stores, "kv_heads and width say 32 numbers of a position in the cache of a layer; it keeps 64"),
+        (Stores, "kv_heads and kept say 32 numbers of a position in the cache of a layer; it keeps 64"),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )

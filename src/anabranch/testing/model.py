@@ -76,7 +76,7 @@ def check_attention(
 
     So no position sees a later one or padding; decoding with a cache gives what one pass gives, also where blocks are visited again; and
     gradients, checkpoints and ``torch.compile`` work. Besides, outputs have the shape of their inputs, and the cache keeps as much of a
-    position as the config's ``kv_heads`` and ``width`` say, by which memory is told before a model is built. Arguments as for
+    position as the config's ``kv_heads`` and ``kept`` say, by which memory is told before a model is built. Arguments as for
     `check_feed_forward`.
     """
     model_config = _decoder(dim, num_layers, attention=config)
@@ -104,9 +104,9 @@ def _check_attention_layers(model: Decoder) -> None:
         model(torch.zeros(batch, length, dtype=torch.int64, device=weight.device), cache=cache)
     expect(num_calls == len(model.blocks), f"{len(model.blocks)} blocks call attention {num_calls} times")
     kept = cache.size_bytes / (len(model.blocks) * batch * length * weight.itemsize)
-    said = 2 * config.kv_heads * config.width(model.config.dim)
+    said = config.kv_heads * sum(config.kept(model.config.dim))
     expect(
-        kept == said, f"kv_heads and width say {said} numbers of a position in the cache of a layer; it keeps {kept:g}"
+        kept == said, f"kv_heads and kept say {said} numbers of a position in the cache of a layer; it keeps {kept:g}"
     )
 
 
