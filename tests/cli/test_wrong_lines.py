@@ -118,7 +118,14 @@ info demo --size ''
 info trained --dtype ''
 plan demo --hardware deep.json
 plan demo --hardware text.parquet
+plan demo --memory 2GiB --hardware a100
+plan trained --memory 0
+plan --memory 2GiB
+plan deep.json --memory 2GiB
 serve trained --port 99999999
+serve trained --memory many
+serve trained --memory 1MiB
+serve trained --memory 2GiB --devices 2
 serve no.gguf
 graph info deep.json
 graph info nan.csv

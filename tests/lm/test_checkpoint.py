@@ -158,7 +158,7 @@ def test_large_models_are_split(tmp_path, model):
 
 
 def test_tensors_outlive_the_mapping_they_were_read_from(folder, model, monkeypatch):
-    monkeypatch.setattr("anabranch.lm.tensors._REMAP_BYTES", 0)  # map the file anew after every tensor
+    monkeypatch.setattr("anabranch.lm.tensors.REMAP_BYTES", 0)  # map the file anew after every tensor
     torch.testing.assert_close(logits(load_model(folder)[0].eval()), logits(model), rtol=0, atol=0)
     source = open_tensors(folder)
     first = source.read("norm.weight")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from anabranch.serving.planning.shape import ModelShape
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
+PROMPT, OUTPUT = 512, 1024
+DTYPE = "float16"
 POWERS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 FIELDS = {
     "compute": "compute",
@@ -38,6 +40,13 @@ def plan(
             help="A model, a preset, or a published one (llama-2-70b). Without it, published ones and hardware are listed.",
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Instead of speed: how serve --memory SIZE, such as 8GiB, would hold the model. No weights are read.",
+        ),
+    ] = None,
     hardware: Annotated[
         str,
         typer.Option(
@@ -51,8 +60,8 @@ def plan(
             metavar="N", min=1, help="Tensor-parallel devices. Default: so many that weights fill a quarter of them."
         ),
     ] = None,
-    prompt: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Mean tokens of a prompt.")] = 512,
-    output: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Mean tokens of an answer.")] = 1024,
+    prompt: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Mean tokens of a prompt.")] = PROMPT,
+    output: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Mean tokens of an answer.")] = OUTPUT,
     batch: Annotated[
         int | None,
         typer.Option(
@@ -63,7 +72,7 @@ def plan(
     ] = None,
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="Type of the weights: float32, bfloat16, float16, int8, int4.")
-    ] = "float16",
+    ] = DTYPE,
     search: Annotated[
         bool, typer.Option("--search", metavar=" ", help="Search the best pipeline of nano-batches.")
     ] = False,
@@ -88,6 +97,14 @@ def plan(
 
     The formulas are NanoFlow's (arXiv 2408.12757); --search finds the order and shares in which its operations run side by side.
     """
+    if memory is not None:
+        others = {
+            "--hardware": hardware != "cpu", "--devices": devices is not None, "--prompt": prompt != PROMPT, "--output": output != OUTPUT,
+            "--batch": batch is not None, "--search": search, "--shares": table_file is not None, "--out": out is not None,
+            "--save-hardware": save_hardware is not None, "--gantt": gantt is not None,
+        }  # fmt: skip
+        _plan_memory(model, memory, dtype, [name for name, is_given in others.items() if is_given], as_json)
+        return
     from anabranch.serving.planning.cost import Workload, estimate, fitting_devices, largest_batch
 
     if model is None:
@@ -121,6 +138,20 @@ def plan(
     for path in (save_hardware, out, gantt):
         if path is not None:
             fact("wrote", str(path))
+
+
+def _plan_memory(model: str | None, memory: str, dtype: str, others: list[str], as_json: bool) -> None:
+    """The plan of a server's memory. Raises ConfigError for ``others``, options that say nothing of it, if there are any."""
+    from anabranch.cli.memory import show
+
+    if model is None:
+        raise ConfigError(f"--memory is {memory}, but no model is given; it is a model's memory that is planned")
+    if others:
+        raise ConfigError(
+            f"--memory plans what one engine holds, which {others[0]} says nothing of; leave one of them out"
+        )
+    if code := show(model, memory, None if dtype == DTYPE else dtype, as_json):
+        raise typer.Exit(code)
 
 
 def _read_of(model: str) -> list[Path]:

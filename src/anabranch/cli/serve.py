@@ -39,6 +39,13 @@ def serve(
     port: Annotated[
         int | None, typer.Option(metavar="N", help="Default: 8000. 0 takes a free one (http.port).")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for everything, such as 8GiB: bits of weights and an expert budget follow from it (engine.memory).",
+        ),
+    ] = None,
     expert_budget: Annotated[
         str | None,
         typer.Option(
@@ -102,7 +109,8 @@ def serve(
     """  # fmt: skip
     require("serve", by="anabranch serve")
     given = {
-        "engine.model": model, "http.host": host, "http.port": port, "engine.expert_budget": expert_budget, "engine.quantize": quantize,
+        "engine.model": model, "http.host": host, "http.port": port, "engine.memory": memory,
+        "engine.expert_budget": expert_budget, "engine.quantize": quantize,
         "http.name": served_name[0] if served_name else None, "http.names": served_name[1:] if served_name else None,
         "devices": devices, "engine.num_streams": streams,
         "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
@@ -111,8 +119,10 @@ def serve(
     config = _config(only_file(config_files), {**settings, **read_assignments(assignments)})
     if check:
         config.check_model()
+        _planned(config, is_shown=not quiet)
         say(f"the config is right: {config.engine.model} at {config.http.host}, port {config.http.port}")
         return
+    config = _planned(config, is_shown=not quiet)
 
     def bound(url: str) -> None:
         if not as_json and not quiet:
@@ -164,6 +174,19 @@ _ENDS = {
     1: "stopped; some requests were cut short",
     3: "stopped: the engine died too often",
 }
+
+
+def _planned(config: ServeConfig, *, is_shown: bool) -> ServeConfig:
+    """With what ``engine.memory`` means in its place; the plan goes to stderr. Raises CapacityError if the model does not fit."""
+    if config.engine.memory is None:
+        return config
+    from anabranch.cli.memory import print_plan
+    from anabranch.serving.memory import plan_memory
+
+    made = plan_memory(config.engine).check()
+    if is_shown:
+        print_plan(made, to=sys.stderr)
+    return config.replace(engine=made.config)
 
 
 def _config(path: Path | None, settings: dict[str, Any]) -> ServeConfig:

@@ -25,15 +25,13 @@ from anabranch.lm.gguf_architectures import architecture_of
 from anabranch.lm.gguf_fields import check_fields
 from anabranch.lm.gguf_file import Fields, open_parts
 from anabranch.lm.gguf_tokenizer import tokenizer_of
-from anabranch.lm.tensors import Layout
+from anabranch.lm.tensors import REMAP_BYTES, Layout
 from anabranch.nn import Rotary
 
 __all__ = ["GgufFile", "half_split", "load_gguf", "open_gguf", "read_gguf_config"]
 
 # What each rotary frequency is divided by (Llama 3.1).
 _ROPE_FACTORS = "rope_freqs.weight"
-# Of a file, that are forgotten once as much was read.
-_FORGET_BYTES = 256_000_000
 
 
 def load_gguf(
@@ -130,7 +128,7 @@ class GgufFile:
     def _forget(self, num_bytes: int) -> None:
         """What was read of a mapped file counts as our memory until it is let go."""
         self._read_bytes += num_bytes
-        if self._read_bytes > _FORGET_BYTES:
+        if self._read_bytes > REMAP_BYTES:
             self._read_bytes = 0
             for part in self._parts:
                 part.forget()

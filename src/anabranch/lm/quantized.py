@@ -4,7 +4,7 @@ A layer is read, rounded and let go before the next one is read, so that what a 
 """
 # Shapes: N rows (outputs), K depth (inputs), E experts
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import FEWEST, QuantizedLinear, QuantizedPool, module_of, put, quantizable, replace
 
-__all__ = ["Rounding", "load_quantized", "open_quantized"]
+__all__ = ["Rounding", "check_some", "empty_layers", "load_quantized", "open_quantized"]
 
 Bits = Literal["int8", "int4"]
 
@@ -85,15 +85,11 @@ def open_quantized(
     model, source, layout = opened.model, opened.source, opened.layout
     check(state_once(model), source, layout, where=opened.where, ignore=opened.ignore, hint=opened.hint)
     chosen: dict[str, tuple[Any, int | None]] = dict(quantizable(model, bits, group=group))
-    if not chosen:
-        raise ConfigError(
-            f"quantize is {bits!r}, but no layer of {path} can be in {bits}: that takes inputs that are a multiple of {SHARE} and "
-            f"at least {FEWEST} outputs; leave it out"
-        )
-    rounding = _Layers(source, layout, opened.dtype or torch.float32, bits)
-    modules = {name: module_of(model, name) for name in chosen}
-    makers = {name: rounding.maker(name, modules[name], *chosen[name]) for name in chosen}
-    empty = {name: rounding.empty(name, modules[name], *chosen[name]) for name in chosen}
+    check_some(chosen, bits, str(path))
+    kind = opened.dtype or torch.float32
+    rounding = _Layers(source, layout, kind, bits)
+    makers = {name: rounding.maker(name, module_of(model, name), *chosen[name]) for name in chosen}
+    empty = empty_layers(model, chosen, source, layout, kind, bits)
     used = []
     for name in chosen:
         if name != "head" or model.head is not None:
@@ -110,6 +106,31 @@ def open_quantized(
     return Rounding(model, makers, opened.tokenizer)
 
 
+def check_some(chosen: Collection[str], bits: Bits, path: str) -> None:
+    """Raise ConfigError for a model of which no layer can be in ``bits``."""
+    if not chosen:
+        raise ConfigError(
+            f"quantize is {bits!r}, but no layer of {path} can be in {bits}: that takes inputs that are a multiple of {SHARE} and "
+            f"at least {FEWEST} outputs; leave it out"
+        )
+
+
+def empty_layers(
+    model: Decoder,
+    chosen: Mapping[str, tuple[Any, int | None]],
+    source: TensorSource | None,
+    layout: Layout,
+    dtype: torch.dtype,
+    bits: Bits,
+) -> dict[str, Quantized]:
+    """What stands in place of the layers ``chosen`` of a model, by name, without weights (on the device ``meta``).
+
+    ``source`` may be None where all is rounded: of GGUF it says which blocks are kept.
+    """
+    layers = _Layers(source, layout, dtype, bits)
+    return {name: layers.empty(name, module_of(model, name), *chosen[name]) for name in chosen}
+
+
 class _Layers:
     """Makes the quantised layers of a model from the stored tensors.
 
@@ -119,8 +140,10 @@ class _Layers:
         bits: that are asked for.
     """
 
-    def __init__(self, source: TensorSource, layout: Layout, dtype: torch.dtype, bits: Bits) -> None:
-        self._source, self._layout, self._dtype, self._bits = source, layout, dtype, bits
+    def __init__(self, source: TensorSource | None, layout: Layout, dtype: torch.dtype, bits: Bits) -> None:
+        # Without one nothing can be made, but for what tells sizes.
+        self._source: Any = source
+        self._layout, self._dtype, self._bits = layout, dtype, bits
 
     def maker(self, name: str, module: Any, bits: Bits, group: int | None) -> Callable[[], Quantized]:
         """Makes the layer ``name``, whose sizes are those of ``module``."""

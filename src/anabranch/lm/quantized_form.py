@@ -34,6 +34,7 @@ __all__ = [
     "check_panels",
     "check_scheme",
     "describe",
+    "empty_quantized",
     "fill_quantized",
     "has_panels",
     "is_table",
@@ -176,6 +177,63 @@ def fill_quantized(
         put(model, name, module.to(device))
 
 
+def empty_quantized(
+    model: nn.Module,
+    source: TensorSource,
+    table: dict[str, Any],
+    *,
+    where: Path,
+    dtype: torch.dtype | None = None,
+    pools_only: bool = False,
+) -> dict[str, Quantized]:
+    """The quantised layers of ``quantization`` ``table`` by name, without weights (on the device ``meta``): they tell their sizes.
+
+    Raises CheckpointError as `fill_quantized`.
+    """
+    made: dict[str, Quantized] = {}
+    for name, kind in table["modules"].items():
+        module: Any = module_of(model, name)
+        is_pool = isinstance(module, ExpertPool)
+        if pools_only and not is_pool:
+            continue
+        _check_module(module, name, kind, where)
+        if is_pool:
+            kinds = zip(("w13", "w2"), kinds_of_pool(kind), strict=True)
+            sizes = {part: tuple(getattr(module, part).shape) for part in ("w13", "w2")}
+            w13, w2 = (_empty(source, f"{name}.{part}", own, sizes[part], where) for part, own in kinds)
+            made[name] = QuantizedPool(w13, w2)
+            continue
+        bias = None
+        if module.bias is not None:
+            _check(source, f"{name}.bias", (module.out_features,), FLOATS, where)
+            stored: Any = source.dtype(f"{name}.bias")
+            bias = torch.empty(module.out_features, dtype=dtype or stored, device="meta")
+        made[name] = QuantizedLinear(_empty(source, name, kind, (module.out_features, module.in_features), where), bias)
+    return made
+
+
+def _empty(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path) -> Packed:
+    """Of the matrices ``[N, K]`` or ``[E, N, K]`` stored under this name, what tells their sizes."""
+    *num, rows, depth = shape
+    size = (num[0] if num else 1, rows, depth)
+    if f"{name}.panels" in source.names or kind in BITS_OF:
+        return check_panels(source, name, kind, size, where)
+    check_integers(source, name, kind, shape, where)
+    group = depth // source.shape(f"{name}.scale")[-1]
+    return Packed.empty(*size, kind, group, device="meta")  # type: ignore[arg-type]
+
+
+def _check_module(module: Any, name: str, kind: Any, where: Path) -> None:
+    """Raise CheckpointError unless a model has such a layer, and the kind is one that it can be of."""
+    is_odd = isinstance(module, ExpertPool) and not module.is_plain
+    kinds = kinds_of_pool(kind) if isinstance(module, ExpertPool) else (kind,)
+    is_known = all(isinstance(one, str) and one in KINDS for one in kinds)
+    if not is_known or is_odd or not isinstance(module, nn.Linear | ExpertPool):
+        raise CheckpointError(
+            f"quantization in {where / 'config.json'} says {name} is {kind}; the model has no such layer"
+        )
+
+
 def _quantized(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear | QuantizedPool):
@@ -200,14 +258,9 @@ def _made(
 ) -> Quantized:
     """The quantised layer ``name``; notes the tensors it is made of in ``used``."""
     module: Any = module_of(model, name)
-    is_odd = isinstance(module, ExpertPool) and not module.is_plain
-    first, second = kinds_of_pool(kind) if isinstance(module, ExpertPool) else (kind, kind)
-    is_known = all(isinstance(one, str) and one in KINDS for one in (first, second))
-    if not is_known or is_odd or not isinstance(module, nn.Linear | ExpertPool):
-        raise CheckpointError(
-            f"quantization in {where / 'config.json'} says {name} is {kind}; the model has no such layer"
-        )
+    _check_module(module, name, kind, where)
     if isinstance(module, ExpertPool):
+        first, second = kinds_of_pool(kind)
         read = _read_panels if has_panels(source, name) else _read
         w13, w2 = (
             read(source, f"{name}.{part}", own, tuple(getattr(module, part).shape), where, used)

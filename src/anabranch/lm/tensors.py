@@ -27,7 +27,8 @@ from anabranch.files import parse_json
 
 logger = logging.getLogger(__name__)
 
-_REMAP_BYTES = 256_000_000
+# Of files, that stay mapped once they were read: they count as memory of the process.
+REMAP_BYTES = 64_000_000
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -157,7 +158,7 @@ class SafetensorsFiles:
         """What was read of a mapped file counts as our memory until it is unmapped."""
         path = self._path_of[name]
         self._read_bytes[path] = self._read_bytes.get(path, 0) + num_bytes
-        if sum(self._read_bytes.values()) > _REMAP_BYTES:
+        if sum(self._read_bytes.values()) > REMAP_BYTES:
             for read in self._read_bytes:
                 self._files[read] = self._open(read)
             self._read_bytes = {}

@@ -49,7 +49,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, packed: Packed, bias_N: Tensor | None = None) -> None:
         super().__init__()
-        self._like = packed
+        self._like = _sizes_of(packed)
         self.register_buffer("data", packed.data)
         self.register_buffer("bias", None if bias_N is None else bias_N.detach().clone())
         # The weights as torch's own kernels want them, made when first needed.
@@ -117,7 +117,7 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, packed: Packed) -> None:
         super().__init__()
-        self._like = packed
+        self._like = _sizes_of(packed)
         self.register_buffer("data", packed.data)
 
     data: Tensor
@@ -144,6 +144,11 @@ class PackedEmbedding(nn.Module):
         return rows.view(*index.shape, self._like.depth)
 
 
+def _sizes_of(packed: Packed) -> Packed:
+    """The matrices without their weights: who holds them alone can let them go."""
+    return packed.with_data(packed.data.to("meta"))
+
+
 def _torch_form(packed: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(weights, scales) of torch's kernels: int4 is w = s (u - 8) + z, with (s, z) as ``[G, N, 2]``."""
     number, scale, least = (part[0] for part in packed.integers())
@@ -159,7 +164,7 @@ class QuantizedPool(nn.Module):
 
     def __init__(self, w13: Packed, w2: Packed) -> None:
         super().__init__()
-        self._like = w13, w2
+        self._like = _sizes_of(w13), _sizes_of(w2)
         self.register_buffer("data13", w13.data)
         self.register_buffer("data2", w2.data)
 

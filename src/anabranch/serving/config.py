@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from anabranch.serving.engine.engine import Engine
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+# Bytes of the key-value cache where nobody says.
+DEFAULT_KV = "1GiB"
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?\s*", re.IGNORECASE)
 
 
@@ -36,7 +38,9 @@ class ServingConfig(Config):
         quantize: weights of linear layers in fewer bits.
         device: where it runs.
         threads: of one step; None leaves PyTorch's choice.
-        kv_memory: bytes of the key-value cache, such as ``1GiB``.
+        memory: bytes for everything: the program, weights, keys and values, and what a step takes. ``quantize``, ``expert_budget`` and
+            ``kv_memory`` follow from it unless they are given, see `anabranch.serving.memory`; None leaves them as they are.
+        kv_memory: bytes of the key-value cache, such as ``2GiB``; None for 1 GiB, or with ``memory`` a part of that.
         num_blocks: of the key-value cache, instead of ``kv_memory``.
         block_tokens: tokens per block.
         max_positions: longest prompt and output together; None for the model's own limit.
@@ -69,7 +73,8 @@ class ServingConfig(Config):
     quantize: Literal["none", "int8", "int4"] = "none"
     device: str = "cpu"
     threads: Repeats | None = Field(default=None, ge=1)
-    kv_memory: str = "1GiB"
+    memory: str | None = None
+    kv_memory: str | None = None
     num_blocks: Size | None = Field(default=None, ge=1)
     block_tokens: Size = Field(default=16, ge=1)
     max_positions: Size | None = Field(default=None, ge=2)
@@ -100,8 +105,7 @@ class ServingConfig(Config):
         return self.scheduling == "async" or (self.scheduling == "auto" and is_fit)
 
     def __post_init__(self) -> None:
-        parse_bytes(self.kv_memory, "kv_memory")
-        for name in ("expert_budget", "host_kv", "disk_kv"):
+        for name in ("memory", "kv_memory", "expert_budget", "host_kv", "disk_kv"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name), name)
         if self.pipeline is not None and not self.nano_batches:
@@ -122,6 +126,17 @@ class ServingConfig(Config):
             raise ConfigError(
                 f"experts.dual_batch is {pair}, which needs each step's tokens before the next one is formed; leave {other} out"
             )
+
+    def planned(self) -> "ServingConfig":
+        """With what ``memory`` means in its place, see `anabranch.serving.memory.plan_memory`; itself without it.
+
+        Raises CapacityError if the model does not fit, with the least that would do; ConfigError, CheckpointError or BackendError as that.
+        """
+        if self.memory is None:
+            return self
+        from anabranch.serving.memory import plan_memory
+
+        return plan_memory(self).check().config
 
     def build(self, *args: Any, **kwargs: Any) -> EngineClient:
         """The engine's client, not started."""
@@ -148,9 +163,8 @@ class ServingConfig(Config):
         """Blocks of the key-value cache for a model that keeps so much per position. Raises CapacityError if not even one fits."""
         if self.num_blocks is not None:
             return self.num_blocks
-        size, block = parse_bytes(self.kv_memory, "kv_memory"), bytes_per_token * self.block_tokens
+        given = self.kv_memory or DEFAULT_KV
+        size, block = parse_bytes(given, "kv_memory"), bytes_per_token * self.block_tokens
         if size < block:
-            raise CapacityError(
-                f"kv_memory is {self.kv_memory}; a block of {self.block_tokens} tokens takes {block} bytes"
-            )
+            raise CapacityError(f"kv_memory is {given}; a block of {self.block_tokens} tokens takes {block} bytes")
         return size // block

@@ -1,5 +1,7 @@
 """The compiled step against the ordinary path: same numbers, same greedy streams, rows that do not depend on each other."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,7 +20,7 @@ from anabranch.lm.generate import SamplingConfig, generate
 from anabranch.nn import BuildContext, Dense, MoE, SelfAttention, SwiGLU, kernels
 from anabranch.nn.description import passes_as
 from anabranch.nn.linear import Projection
-from anabranch.nn.quantize import quantize
+from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, quantize
 from anabranch.routing import CosineScore, LinearScore, Router, TopK
 from anabranch.routing.bias import BiasBalancer
 from anabranch.routing.record import record_routing
@@ -567,3 +569,17 @@ def test_no_weight_is_there_twice_where_the_model_is_taken(name, dtype):
     error = (ordinary(model, given[2]) - reference).norm() / reference.norm()
     assert error < (1e-5 if dtype == torch.float32 else 3e-2)
     assert not Sequences(model, dtype).fast.supports(model)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["grouped, tied", "mixture"])
+def test_quantised_weights_are_let_go_of_once_they_lie_in_the_packed_memory(name, bits):
+    model = build(name)
+    quantize(model, bits)
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedPool)]
+    before = [weakref.ref(part) for layer in layers for part in layer.buffers()]
+    assert before
+    steps = Sequences(model, takes_weights=True)
+    gc.collect()
+    assert steps.fast is not None
+    assert not [one for one in before if one() is not None]

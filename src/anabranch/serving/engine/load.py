@@ -45,6 +45,7 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     """Load the model of ``config`` and make its engine; see `ServingConfig.load`."""
     if not config.model:
         raise ConfigError("model is ''; give the folder or file of a model")
+    config = config.planned()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     loaded = load_weights(

@@ -22,10 +22,9 @@ from anabranch.errors import CapacityError, CheckpointError, ConfigError
 from anabranch.lm.checkpoint import OpenedModel, find_model, open_model, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.quantized import Rounding, open_quantized
-from anabranch.lm.quantized_form import check_integers, check_panels, fill_quantized, has_panels, kinds_of_pool
+from anabranch.lm.quantized_form import check_integers, empty_quantized, fill_quantized, has_panels
 from anabranch.lm.tensors import FLOATS, SafetensorsFiles, fill, read_header
 from anabranch.lm.tensors import Piece as StoredPiece
-from anabranch.nn.packed import Packed
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedPool, put, replace
 from anabranch.places import cache_folder, make_cache
@@ -171,25 +170,11 @@ def _is_in_bits(opened: OpenedModel, pool: str) -> bool:
 
 def _put_quantized(opened: OpenedModel) -> None:
     """In place of the pools that are saved in few bits, ones that tell their sizes."""
-    for name, pool in list(opened.model.named_modules()):
-        if not isinstance(pool, ExpertPool) or not _is_in_bits(opened, name):
-            continue
-        assert opened.quantization is not None
-        kind, source = opened.quantization["modules"][name], opened.source
-        sizes = {part: tuple(getattr(pool, part).shape) for part in ("w13", "w2")}
-        if has_panels(source, name):
-            made = [
-                check_panels(source, f"{name}.{part}", own, size, opened.where)
-                for (part, size), own in zip(sizes.items(), kinds_of_pool(kind), strict=True)
-            ]
-        else:
-            made = []
-            for part, size in sizes.items():
-                check_integers(source, f"{name}.{part}", kind, size, opened.where)
-                num, rows, depth = size
-                group = depth // source.shape(f"{name}.{part}.scale")[-1]
-                made.append(Packed.empty(num, rows, depth, kind, group, device="meta"))
-        replace(opened.model, name, QuantizedPool(*made))
+    if opened.quantization is None:
+        return
+    made = empty_quantized(opened.model, opened.source, opened.quantization, where=opened.where, pools_only=True)
+    for name, pool in made.items():
+        replace(opened.model, name, pool)
 
 
 def _fill(opened: OpenedModel, pools: Sequence[str], device: torch.device | str | None) -> None:

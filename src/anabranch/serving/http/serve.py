@@ -21,6 +21,7 @@ NOT_ELASTIC = (
     "dtype",
     "quantize",
     "expert_budget",
+    "memory",
     "host_kv",
     "nano_batches",
     "pipeline",

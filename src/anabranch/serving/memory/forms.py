@@ -1,0 +1,65 @@
+"""`Form`: a model's weights in one number of bits, and what they take, without reading them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.outline import outline, weight_bytes
+from anabranch.nn.pool import ExpertPool
+from anabranch.nn.quantize import QuantizedPool
+from anabranch.serving.engine.paged import PagedShape
+from anabranch.serving.expertflow.expertflow import Pools, find_pools
+
+__all__ = ["Form", "Quantize"]
+
+Quantize = Literal["none", "int8", "int4"]
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """The weights of a model in one number of bits.
+
+    Attributes:
+        quantize: of `ServingConfig`; ``none`` for weights as they are stored, or in the type that the model is served in.
+        model: the outline, see `anabranch.lm.outline`.
+    """
+
+    quantize: Quantize
+    model: Decoder
+
+    @classmethod
+    def of(cls, model: str | Decoder.Config, quantize: Quantize, dtype: torch.dtype) -> "Form":
+        """Of a model by its path, or by its config. Raises CheckpointError or ConfigError where it cannot be so."""
+        return cls(quantize, outline(model, bits=None if quantize == "none" else quantize, dtype=dtype))
+
+    @cached_property
+    def pools(self) -> Pools | None:
+        """The experts that may stay on disk; None for a model that has none of this kind."""
+        try:
+            return find_pools(self.model)
+        except ConfigError:
+            return None
+
+    @cached_property
+    def experts(self) -> int:
+        """Bytes of all experts."""
+        known = [module for module in self.model.modules() if isinstance(module, ExpertPool | QuantizedPool)]
+        return sum(map(weight_bytes, dict.fromkeys(known)))
+
+    @cached_property
+    def rest(self) -> int:
+        """Bytes of everything else."""
+        return weight_bytes(self.model) - self.experts
+
+    @property
+    def least_budget(self) -> int | None:
+        """The smallest ``expert_budget``; None where experts cannot stay on disk."""
+        return None if self.pools is None else self.pools.layout.least_bytes()
+
+    def kv_per_token(self, max_depth: int | None) -> int:
+        """Bytes of keys and values of one position."""
+        return PagedShape.of(self.model, max_depth).bytes_per_token

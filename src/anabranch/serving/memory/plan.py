@@ -1,0 +1,289 @@
+"""`plan_memory`: the first rung of a ladder on which a model fits into so much memory.
+
+    1. all weights in memory, as they are stored or in the type that they are served in
+    2. all in memory, in int8
+    3. all in memory, in int4
+    4. experts on disk in the fewest bits they can be in, with a budget of what is left beside everything else
+
+Each rung is asked whether it fits with a fair share for keys and values; the last may take that share down to one context of
+`LEAST_POSITIONS`. What the config says itself (``quantize``, ``expert_budget``, ``kv_memory``, ``num_blocks``) stays, and the rest is
+planned around it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anabranch.errors import CapacityError, ConfigError
+from anabranch.lm.checkpoint import find_model, open_model, quantization_of
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.outline import stored_bits
+from anabranch.lm.tensors import SafetensorsFiles, has_weights
+from anabranch.nn.quantize import QuantizedPool
+from anabranch.serving.config import DEFAULT_KV, ServingConfig, parse_bytes
+from anabranch.serving.engine.load import dtype_of
+from anabranch.serving.memory.forms import Form, Quantize
+from anabranch.serving.memory.program import program_bytes
+from anabranch.serving.memory.work import load_bytes, step_bytes
+
+__all__ = ["LEAST_POSITIONS", "Ladder", "MemoryPlan", "plan_memory"]
+
+# One request of so many tokens can always run, or of the model's own limit.
+LEAST_POSITIONS = 4096
+
+# Of the memory, that keys and values get where there is not much.
+KV_SHARE = 8
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a model is served in so much memory. Sizes are in bytes.
+
+    Attributes:
+        config: what to serve it with: ``quantize``, ``expert_budget`` and ``kv_memory`` in place of ``memory``.
+        memory: what there is.
+        rest: weights beside experts, in memory.
+        experts: all experts, in the bits they are served in.
+        resident: of them, in memory at a time.
+        kv: keys and values.
+        work: what a step takes beside all this, or loading does, whichever is more; a bound.
+        program: interpreters and libraries of all processes, tokenizers too; measured.
+        disk: of the cache folder, for experts that are rounded when the engine starts; 0 where they are read from the model's own files.
+        least: memory that would do for this model, on its last rung.
+    """
+
+    config: ServingConfig
+    memory: int
+    rest: int
+    experts: int
+    resident: int
+    kv: int
+    work: int
+    program: int
+    disk: int
+    least: int
+
+    @property
+    def total(self) -> int:
+        """The most that is in memory at a time."""
+        return self.rest + self.resident + self.kv + self.work + self.program
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is no more than there is."""
+        return self.total <= self.memory
+
+    @property
+    def resident_share(self) -> float | None:
+        """Of the experts' bytes; None without experts."""
+        return self.resident / self.experts if self.experts else None
+
+    def check(self) -> "MemoryPlan":
+        """Itself. Raises CapacityError, with the least memory that would do, if it does not fit."""
+        if not self.fits:
+            raise CapacityError(
+                f"memory is {self.memory:,} bytes, and {self.config.model} takes at least {self.least:,}: {self.program:,} for the "
+                f"program, {self.work:,} for steps, {self.rest:,} for weights beside experts, {self.resident:,} for experts, "
+                f"{self.kv:,} for keys and values"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        config = self.config
+        return {
+            "model": config.model,
+            "memory": self.memory,
+            "fits": self.fits,
+            "least_memory": self.least,
+            "quantize": config.quantize,
+            "expert_budget": None if config.expert_budget is None else parse_bytes(config.expert_budget),
+            "kv_memory": self.kv,
+            "bytes": {
+                "rest": self.rest,
+                "experts": self.resident,
+                "kv": self.kv,
+                "work": self.work,
+                "program": self.program,
+            },
+            "total_bytes": self.total,
+            "all_expert_bytes": self.experts,
+            "resident_share": self.resident_share,
+            "disk_bytes": self.disk,
+        }
+
+
+def plan_memory(
+    config: ServingConfig,
+    *,
+    shape: Decoder.Config | None = None,
+    measure: Callable[..., int] | None = None,
+) -> MemoryPlan:
+    """How to serve the model of ``config`` in ``config.memory``. No weights are read; `MemoryPlan.check` tells whether it fits.
+
+    Args:
+        config: ``memory`` must be set.
+        shape: of the model, where there is no folder or file of it.
+        measure: `program_bytes`, or what stands for it.
+
+    Raises:
+        ConfigError: ``memory`` together with what it does not go with.
+        CheckpointError, BackendError: as `anabranch.lm.load_config`.
+    """
+    if config.memory is None:
+        raise ConfigError("memory is None; give a size such as 8GiB")
+    return Ladder(config, shape, measure).plan(parse_bytes(config.memory, "memory"))
+
+
+class Ladder:
+    """What of a plan does not depend on how much memory there is. Arguments and errors as `plan_memory`."""
+
+    def __init__(
+        self, config: ServingConfig, shape: Decoder.Config | None = None, measure: Callable[..., int] | None = None
+    ) -> None:
+        if not config.device.startswith("cpu"):
+            raise ConfigError(
+                f"memory is {config.memory} and device is {config.device!r}; only the memory of a CPU is planned, leave one of them out"
+            )
+        self.config = config
+        self.model: str | Decoder.Config = config.model if shape is None else shape
+        self.found = None if shape is not None else find_model(config.model)
+        self.resident, self.on_disk = self._rungs()
+        self.program = (measure or program_bytes)(config.model, processes=2 if config.process else 1)
+
+    def plan(self, memory: int) -> MemoryPlan:
+        """The first rung that fits into so many bytes, else the one that takes least."""
+        made = [self._in_memory(memory, form, self._kv_share(memory, form)) for form in self.resident]
+        made += [self._on_disk(memory, form) for form in self.on_disk]
+        # Where no experts can go, or rounding takes more than it saves, there still is the share of keys and values to give up.
+        made += [self._in_memory(memory, form, self._kv_least(form)) for form in self.resident]
+        least = min(one.least for one in made)
+        best = next((one for one in made if one.fits), None) or min(made, key=lambda one: one.total)
+        return replace(best, least=least)
+
+    def _rungs(self) -> tuple[list[Form], list[Form]]:
+        """Forms with all in memory, and forms with experts on disk, in the order in which they are tried."""
+        config = self.config
+        found = [form for quantize in self._bits() if (form := self._form(quantize)) is not None]
+        on_disk = [form for form in found if self._can_stay_on_disk(form)]
+        if config.expert_budget is None:
+            return found, on_disk[-1:]
+        if not on_disk:
+            raise ConfigError(
+                f"expert_budget is {config.expert_budget}, but {config.model} has no experts that can stay on disk; leave it out"
+            )
+        return [], on_disk
+
+    def _bits(self) -> Sequence[Quantize]:
+        """Kinds of weights, the one with the most digits first."""
+        if self.config.quantize != "none":
+            return (self.config.quantize,)
+        if self.found is not None and quantization_of(self.found) is not None:
+            return ("none",)
+        stored = stored_bits(self.model)
+        return ("none", "int8", "int4") if stored is None else (stored,)
+
+    def _form(self, quantize: Quantize) -> Form | None:
+        try:
+            return Form.of(self.model, quantize, dtype_of(self.config))
+        except ConfigError:
+            # No layer can be in these bits.
+            if quantize == "none" or self.config.quantize != "none":
+                raise
+            return None
+
+    def _can_stay_on_disk(self, form: Form) -> bool:
+        if form.pools is None:
+            return False
+        if form.quantize != "none":
+            return all(isinstance(pool, QuantizedPool) for pool in form.pools.pools)
+        if self.found is None or (self.found.is_dir() and not has_weights(self.found)):
+            return True
+        return self.found.is_dir() and isinstance(open_model(self.found).source, SafetensorsFiles)
+
+    # one rung
+
+    def _in_memory(self, memory: int, form: Form, kv: int) -> MemoryPlan:
+        """All weights in memory, with at least ``kv`` bytes for keys and values."""
+        made = self._made(memory, form, form.experts, kv, on_disk=False)
+        more = min(memory - made.total, self._kv_most(form) - kv)
+        # What is left goes to keys and values, as far as they may want it.
+        if made.fits and more > 0 and not self._is_kv_given:
+            made = self._made(memory, form, form.experts, kv + more, on_disk=False)
+        return replace(made, least=self._made(memory, form, form.experts, self._kv_least(form), on_disk=False).total)
+
+    def _on_disk(self, memory: int, form: Form) -> MemoryPlan:
+        """Experts on disk, with a budget of what is left."""
+        smallest = form.least_budget or 0
+        given = self.config.expert_budget
+        least = smallest if given is None else parse_bytes(given, "expert_budget")
+        if least < smallest:
+            raise ConfigError(
+                f"expert_budget is {given}, but experts of one token in one layer take {smallest:,} bytes; give at least that"
+            )
+        least = min(least, form.experts)
+        made = [
+            self._made(memory, form, least, kv, on_disk=True)
+            for kv in (self._kv_share(memory, form), self._kv_least(form))
+        ]
+        best = next((one for one in made if one.fits), made[-1])
+        more = min(memory - best.total, form.experts - least)
+        if best.fits and more > 0 and given is None:
+            best = self._made(memory, form, least + more, best.kv, on_disk=True)
+        return replace(best, least=made[-1].total)
+
+    def _made(self, memory: int, form: Form, resident: int, kv: int, *, on_disk: bool) -> MemoryPlan:
+        config = self.config
+        is_rounded = form.quantize != "none"
+        step = step_bytes(form, config.max_batched_tokens, config.max_seqs, self._positions(form))
+        # Slots of experts, keys and values are not written before all else is there.
+        later = kv + (resident if on_disk else 0)
+        work = max(step, load_bytes(form, is_rounded=is_rounded, on_disk=on_disk) - later)
+        changes: dict[str, Any] = {"memory": None, "quantize": form.quantize}
+        if on_disk and config.expert_budget is None:
+            changes["expert_budget"] = str(resident)
+        if not self._is_kv_given:
+            changes["kv_memory"] = str(kv)
+        return MemoryPlan(
+            config.replace(**changes), memory=memory, rest=form.rest, experts=form.experts, resident=resident, kv=kv, work=work,
+            program=self.program, disk=form.experts if on_disk and is_rounded else 0, least=0,
+        )  # fmt: skip
+
+    # keys and values
+
+    @property
+    def _is_kv_given(self) -> bool:
+        return self.config.kv_memory is not None or self.config.num_blocks is not None
+
+    def _positions(self, form: Form) -> int:
+        """Of the longest request."""
+        most = form.model.config.max_positions
+        return min(self.config.max_positions or most, most)
+
+    def _kv_least(self, form: Form) -> int:
+        """For one request of `LEAST_POSITIONS`, or what was given; main memory behind it counts too."""
+        config, per_token = self.config, form.kv_per_token(self.config.max_depth)
+        behind = 0 if config.host_kv is None else parse_bytes(config.host_kv, "host_kv")
+        if config.num_blocks is not None:
+            return behind + config.num_blocks * config.block_tokens * per_token
+        if config.kv_memory is not None:
+            return behind + parse_bytes(config.kv_memory, "kv_memory")
+        return behind + _blocks(min(self._positions(form), LEAST_POSITIONS), config.block_tokens) * per_token
+
+    def _kv_most(self, form: Form) -> int:
+        """The usual, or as much as all requests of a step can fill."""
+        config = self.config
+        filled = (
+            config.max_seqs * _blocks(self._positions(form), config.block_tokens) * form.kv_per_token(config.max_depth)
+        )
+        return max(min(parse_bytes(DEFAULT_KV), filled), self._kv_least(form))
+
+    def _kv_share(self, memory: int, form: Form) -> int:
+        if self._is_kv_given:
+            return self._kv_least(form)
+        return max(min(memory // KV_SHARE, self._kv_most(form)), self._kv_least(form))
+
+
+def _blocks(positions: int, block_tokens: int) -> int:
+    """Positions that whole blocks have."""
+    return -(-positions // block_tokens) * block_tokens

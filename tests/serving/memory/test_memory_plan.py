@@ -1,0 +1,209 @@
+"""The ladder of `plan_memory`: which rung which memory means, what stays as it was given, what is refused."""
+
+import functools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anabranch.cli.main import main
+from anabranch.data import ByteTokenizer
+from anabranch.errors import CapacityError, ConfigError
+from anabranch.lm import Decoder, convert, save_model
+from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
+from anabranch.serving import LLM
+from anabranch.serving.config import ServingConfig, parse_bytes
+from anabranch.serving.engine.paged import PagedPool, PagedShape
+from anabranch.serving.fast import FastDecoder
+from anabranch.serving.fast.layout import BYTES
+from anabranch.serving.http.serve import ServeConfig
+from anabranch.serving.memory import plan_memory
+from anabranch.serving.memory.forms import Form
+from anabranch.serving.memory.plan import Ladder
+from anabranch.serving.memory.work import step_bytes
+
+PROGRAM = 100 << 20
+MIXTURE = Decoder.Config(
+    vocab_size=257, dim=256, num_layers=4, attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+    feed_forward=MoE.Config(num_experts=64, hidden_dim=512), max_positions=1024,
+)  # fmt: skip
+DENSE = MIXTURE.replace(feed_forward=SwiGLU.Config(hidden_dim=2048), dim=512)
+
+
+SHAPES = {"mixture": MIXTURE, "dense": DENSE, "long": DENSE.replace(max_positions=1 << 20)}
+
+
+@functools.cache
+def ladder(shape, **fields):
+    config = ServingConfig(model="m", dtype="bfloat16", **fields)
+    return Ladder(config, SHAPES[shape], measure=lambda model, processes: PROGRAM * processes)
+
+
+def planned(shape, memory, **fields):
+    return ladder(shape, **fields).plan(parse_bytes(memory))
+
+
+def rung(plan):
+    return plan.config.quantize, plan.config.expert_budget is not None
+
+
+def tightest(shape, **fields):
+    """The smallest memory on each rung, to 1 MiB, from the top down."""
+    found = {}
+    most = planned(shape, "1TiB", **fields).total
+    for memory in range(most + (1 << 20), 0, -(1 << 20)):
+        made = planned(shape, memory, **fields)
+        if not made.fits:
+            return found, memory, made
+        found[rung(made)] = made
+    raise AssertionError("something always takes memory")
+
+
+def test_less_memory_means_fewer_bits_and_then_experts_on_disk():
+    found, memory, beyond = tightest("mixture")
+    assert list(found) == [("none", False), ("int8", False), ("int4", False), ("int4", True)]
+    assert memory < beyond.least <= found["int4", True].memory
+    for (quantize, on_disk), made in found.items():
+        assert made.total <= made.memory
+        form = Form.of(MIXTURE, quantize, torch.bfloat16)
+        assert (made.rest, made.experts) == (form.rest, form.experts)
+        assert made.resident_share == (made.resident / form.experts if on_disk else 1.0)
+        assert made.disk == (form.experts if on_disk else 0)
+        assert form.pools.layout.total_bytes == form.experts
+    last = found["int4", True]
+    assert form.least_budget <= int(last.config.expert_budget) == last.resident < form.experts
+    # One request of 1,024 positions: 4 layers, 2 heads, keys and values of 64, two bytes each.
+    assert last.kv >= 1024 * 4 * 2 * 2 * 64 * 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(50, 700), st.sampled_from(["mixture", "dense"]), st.sampled_from(["none", "int8", "int4"]))
+def test_a_plan_never_takes_more_than_there_is_nor_refuses_what_would_do(mebibytes, shape, quantize):
+    made = planned(shape, mebibytes << 20, quantize=quantize, process=False)
+    assert made.fits == (made.total <= made.memory) == (made.memory >= made.least)
+    assert planned(shape, made.least, quantize=quantize, process=False).fits
+    assert not planned(shape, made.least - 1, quantize=quantize, process=False).fits
+    if quantize != "none":
+        assert made.config.quantize == quantize
+
+
+def test_what_is_not_used_by_weights_goes_to_keys_and_values_as_far_as_they_can_be_filled():
+    rich = planned("dense", "1TiB")
+    # 16 requests of 1,024 positions.
+    assert rich.kv == 16 * 1024 * 4 * 2 * 2 * 128 * 2
+    long = planned("long", "1TiB")
+    assert long.kv == 1 << 30
+    assert planned("dense", rich.total).kv == rich.kv
+    assert planned("dense", rich.total - (1 << 20)).kv == rich.kv - (1 << 20)
+
+
+def test_what_is_given_stays_and_the_rest_is_planned_around_it():
+    top = planned("mixture", "1TiB")
+    memory = top.total + (1 << 20)
+    assert rung(planned("mixture", memory, quantize="int4")) == ("int4", False)
+    fixed = planned("mixture", memory, kv_memory="8MiB")
+    assert (fixed.config.kv_memory, fixed.kv) == ("8MiB", 8 << 20)
+    blocks = planned("mixture", memory, num_blocks=3)
+    assert (blocks.config.num_blocks, blocks.config.kv_memory, blocks.kv) == (3, None, 3 * 16 * 4 * 2 * 2 * 64 * 2)
+    assert planned("mixture", memory, kv_memory="8MiB", host_kv="4MiB").kv == 12 << 20
+    budget = planned("mixture", memory, expert_budget="16MiB")
+    assert (rung(budget), budget.config.expert_budget, budget.resident) == (("none", True), "16MiB", 16 << 20)
+    with pytest.raises(CapacityError, match=r"m takes at least [\d,]+"):
+        planned("mixture", memory, kv_memory="4GiB").check()
+
+
+def test_what_contradicts_is_refused():
+    with pytest.raises(ConfigError, match="memory is None"):
+        plan_memory(ServingConfig(model="m"))
+    with pytest.raises(ConfigError, match="memory is '8 apples'"):
+        ServingConfig(memory="8 apples")
+    with pytest.raises(ConfigError, match="device is 'cuda'; only the memory of a CPU"):
+        planned("dense", "8GiB", device="cuda")
+    with pytest.raises(ConfigError, match="m has no experts that can stay on disk"):
+        planned("dense", "8GiB", expert_budget="1MiB")
+    with pytest.raises(ConfigError, match="expert_budget is 1KiB, but experts of one token"):
+        planned("mixture", "8GiB", expert_budget="1KiB")
+    with pytest.raises(ConfigError, match=r"devices is 2, but engine\.memory is for one engine"):
+        ServeConfig(devices=2, engine=ServingConfig(memory="8GiB"))
+
+
+def test_a_dense_model_that_is_too_large_says_what_it_takes():
+    made = planned("dense", "1MiB")
+    with pytest.raises(CapacityError, match=f"m takes at least {made.least:,}: 209,715,200 for the program"):
+        made.check()
+    assert planned("dense", made.least).fits
+    assert made.resident_share is None
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    config = MIXTURE.replace(num_layers=2, dim=64, feed_forward=MoE.Config(num_experts=4, hidden_dim=64))
+    save_model(folder / "m", config.build(seed=0), ByteTokenizer())
+    convert(folder / "m", folder / "q", "native", quantize="int8")
+    return folder
+
+
+def test_a_folder_in_few_bits_has_two_rungs(saved):
+    def of(memory, **fields):
+        config = ServingConfig(model=str(saved / "q"), memory=str(memory), **fields)
+        return plan_memory(config, measure=lambda model, processes: 0)
+
+    rich = of("1TiB")
+    assert (rung(rich), rich.disk) == (("none", False), 0)
+    assert (rung(of(rich.least)), of(rich.least).disk) == (("none", True), 0)
+    with pytest.raises(ConfigError, match="saved in int8, and int4 is asked for"):
+        of("1TiB", quantize="int4")
+
+
+def test_the_engine_is_loaded_as_planned(saved, monkeypatch):
+    monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", lambda model, processes: 0)
+    config = ServingConfig(model=str(saved / "m"), memory="1TiB", process=False)
+    plan = plan_memory(config, measure=lambda model, processes: 0)
+    assert config.planned() == plan.config
+    assert plan.config.planned() is plan.config
+    llm = LLM(str(saved / "m"), memory="1TiB", process=False, dtype="float32")
+    assert (
+        llm.engine.info.num_blocks * 16 * 2 * 2 * 2 * 16 * 4
+        == plan_memory(config.replace(dtype="float32"), measure=lambda *a, **k: 0).kv
+    )
+    llm.close()
+    with pytest.raises(CapacityError, match="takes at least"):
+        config.replace(memory="1MiB").planned()
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+@pytest.mark.parametrize("shape", [MIXTURE, DENSE.replace(dim=256)])
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_work_bounds_what_the_compiled_step_takes(shape, tokens):
+    model = shape.replace(num_layers=1).build(seed=0).eval()
+    pool = PagedPool(PagedShape.of(model), 1)
+    fast = FastDecoder(model, pool.key[:, 0], pool.value[:, 0], block_tokens=16)
+    form = Form.of(shape.replace(num_layers=1), "none", torch.float32)
+    assert step_bytes(form, tokens, 1, 64) > BYTES(fast._model, tokens)
+
+
+def test_the_command_prints_the_plan(saved, monkeypatch, capsys):
+    monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", lambda model, processes: 5 << 20)
+    assert main(["plan", str(saved / "m"), "--memory", "1GiB", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == [
+        "model", "memory", "fits", "least_memory", "quantize", "expert_budget", "kv_memory", "bytes", "total_bytes",
+        "all_expert_bytes", "resident_share", "disk_bytes",
+    ]  # fmt: skip
+    assert list(told["bytes"]) == ["rest", "experts", "kv", "work", "program"]
+    assert (told["memory"], told["fits"], told["expert_budget"], told["resident_share"]) == (1 << 30, True, None, 1.0)
+    assert told["total_bytes"] == sum(told["bytes"].values())
+    assert main(["plan", str(saved / "m"), "--memory", "20MiB"]) == 1
+    assert "does not fit: give at least" in capsys.readouterr().out
+    assert main(["plan", "moe", "--memory", "1GiB", "--dtype", "int4"]) == 0
+    assert "weights in int4, all in memory" in capsys.readouterr().out
+    for words in (
+        ["--memory", "1GiB"],
+        ["moe", "--memory", "1GiB", "--devices", "2"],
+        ["moe", "--memory", "1GiB", "--dtype", "bits"],
+    ):
+        assert main(["plan", *words]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
