@@ -216,6 +216,18 @@ FORMS: dict[str, Callable[[Random], Attack]] = {
         {"model": "small-moe", "prompt": "x"},
         random.choice(({"host": "page.example"}, {"content-type": "text/plain"})),
     ),
+    "vectors": lambda random: Attack(
+        "/v1/embeddings",
+        {
+            "model": "small-moe",
+            "input": random.choice(
+                ("x" * random.randrange(3000), ["x"] * random.randrange(2100), [[random.randrange(300)]], WRONG)
+            ),
+            "dimensions": random.choice((None, 1, 16, 17, *WRONG)),
+            "encoding_format": random.choice((None, "base64", "float", "x")),
+        },
+        read_s=random.choice((None, None, 0.05)),
+    ),
     "template values": lambda random: chat(
         reasoning_effort=random.choice((None, "none", "high", "x" * 1000)),
         chat_template_kwargs=random.choice(

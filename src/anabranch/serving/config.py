@@ -64,6 +64,8 @@ class ServingConfig(Config):
         process: the engine has a process of its own, so that neither a crash nor Python's lock reaches the front end.
         seed: of requests that bring none; None draws it.
         max_depth: most blocks that a request's own path may run; keys and values take room for as many. None for those of the model.
+        pooling: how ``/v1/embeddings`` makes a vector of a text's states: of the ``last`` token, or their ``mean``; ``auto`` as the model's
+            folder says (``1_Pooling/config.json`` of sentence-transformers), else the last, as Qwen3-Embedding does.
         num_streams: parallel streams of requests that do not say it, of a model that has them; None for the number it was saved with.
     """
 
@@ -95,6 +97,7 @@ class ServingConfig(Config):
     process: bool = True
     seed: Seed | None = None
     max_depth: Repeats | None = Field(default=None, ge=1)
+    pooling: Literal["auto", "last", "mean"] = "auto"
     num_streams: Repeats | None = Field(default=None, ge=1)
 
     @property

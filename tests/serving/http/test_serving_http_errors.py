@@ -361,23 +361,3 @@ def test_tokens_of_a_text(server):
     assert server.ask("/detokenize", {"tokens": chat})[2] == {"prompt": "User: hi\nAssistant:"}
     assert server.ask("/detokenize", {"tokens": [-1]})[2]["error"]["param"] == "tokens"
     assert server.ask("/tokenize", {})[2]["error"]["param"] == "prompt"
-
-
-def test_vectors_where_the_engine_makes_them():
-    class Embedding(Script):
-        def __call__(self):
-            engine = super().__call__()
-
-            async def embed(prompts):
-                return [[float(len(prompt)), 0.5] for prompt in prompts]
-
-            engine.embed = embed
-            return engine
-
-    with serving(Embedding()) as running:
-        body = running.ask("/v1/embeddings", {"model": "fake", "input": ["a", "bcd"]})[2]
-        assert [row["embedding"] for row in body["data"]] == [[1.0, 0.5], [3.0, 0.5]]
-        assert body["usage"] == {"prompt_tokens": 4, "total_tokens": 4}
-        packed = running.ask("/v1/embeddings", {"model": "fake", "input": [1, 2], "encoding_format": "base64"})[2]
-        assert packed["data"][0]["embedding"] == "AAAAQAAAAD8="
-        assert running.ask("/v1/embeddings", {"model": "fake", "input": []})[2]["error"]["param"] == "input"

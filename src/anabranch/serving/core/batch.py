@@ -19,6 +19,8 @@ class Chunk:
         blocks: numbers of the request's blocks, all of them, in order: position p is at slot ``blocks[p // 16] * 16 + p % 16``.
         samples: whether the last token's logits give a new token; not while a part of the prompt is still to come.
         targets: tokens of the prompt whose log probabilities are asked for; the last may be the one after ``tokens``.
+        pooling: how its states become a vector, see `Request.pooling`.
+        is_whole: the prompt, or what there is of the text, ends with it.
         first_scored: the row of the chunk whose logits the first of ``targets`` is scored by, the next ones by the rows after it.
     """
 
@@ -29,11 +31,13 @@ class Chunk:
     samples: bool
     targets: tuple[int, ...] = ()
     first_scored: int = 0
+    pooling: str | None = None
+    is_whole: bool = False
 
     @property
     def is_answered(self) -> bool:
         """Whether the runner gives a `Sampled` for it."""
-        return self.samples or bool(self.targets)
+        return self.samples or bool(self.targets) or (self.pooling is not None and self.is_whole)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,7 @@ class Sampled:
         routing: {layer: destinations}, where recorded.
         error: why there is neither a token nor a score.
         prompt_logprobs: of the chunk's ``targets``.
+        embedding: the vector of the prompt, where asked for and whole.
     """
 
     id: str
@@ -82,3 +87,4 @@ class Sampled:
     routing: dict[int, tuple[int, ...]] = field(default_factory=dict)
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()

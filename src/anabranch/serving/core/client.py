@@ -31,6 +31,8 @@ class EngineInfo:
         routed_layers: {layer: number of destinations} of layers that route; empty for a dense model.
         num_streams: parallel streams of a request that does not say it.
         stream_choices: the numbers of streams that a request may ask for, ascending.
+        pooling: how it makes vectors of texts where a request does not say; None where it makes none. See `Request.pooling`.
+        width: numbers in a vector.
         experts: how experts come where only some are in memory, as `anabranch.serving.expertflow.served.describe` has it; else empty.
     """
 
@@ -43,6 +45,8 @@ class EngineInfo:
     routed_layers: dict[int, int] = field(default_factory=dict)
     num_streams: int = 1
     stream_choices: tuple[int, ...] = (1,)
+    pooling: str | None = None
+    width: int = 0
     experts: dict[str, Any] = field(default_factory=dict)
 
     def check_streams(self, num_streams: int | None) -> None:

@@ -17,6 +17,7 @@ from anabranch.errors import InputError
 _MAY_BE_NONE = ("seed", "logprobs", "prompt_logprobs")
 _WHOLE = ("max_tokens", "min_tokens", "top_k", *_MAY_BE_NONE)
 _MOST_BIAS = 1e30
+POOLINGS = ("last", "mean")
 
 
 class Finish(StrEnum):
@@ -193,6 +194,8 @@ class Request:
         num_streams: parallel streams, of a model that has them; None for the engine's number.
         path: the blocks to run, in order, instead of each once, see `Decoder.forward`; at most as many as the engine keeps keys and values
             of (`ServingConfig.max_depth`).
+        pooling: make a vector of the prompt (`Output.embedding`) of the model's last states, after the norm: that of the ``last`` token, or
+            their ``mean``, for which the whole prompt is computed; it makes no tokens (`Sampling.max_tokens` is 0). None makes none.
         buffer: outputs that wait for its reader before it is paused; None for `core.stream.BUFFER`.
         stall_s: seconds that its reader may leave it paused before it is ended; None for `core.stream.STALL_S`, infinity for no end.
     """
@@ -209,6 +212,7 @@ class Request:
     record_routing: bool = False
     num_streams: int | None = None
     path: tuple[int, ...] | None = None
+    pooling: str | None = None
     buffer: int | None = None
     stall_s: float | None = None
 
@@ -233,6 +237,10 @@ class Request:
             value = getattr(self, name)
             if not _is_real(value) or value != value:
                 raise InputError(f"{name} is {shown(value)}; it must be a number")
+        if self.pooling not in (None, *POOLINGS):
+            raise InputError(f"pooling is {shown(self.pooling)}; it must be one of {', '.join(POOLINGS)}, or None")
+        if self.pooling is not None and self.sampling.max_tokens:
+            raise InputError(f"pooling makes no tokens; max_tokens is {self.sampling.max_tokens}, and must be 0")
         pairs = self.options if isinstance(self.options, tuple | list) else [self.options]
         for pair in pairs:
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
@@ -275,6 +283,7 @@ class Output:
         routing: where recorded, for each new token {layer: destinations}.
         prompt_logprobs: where asked for, of the prompt's next tokens since the last output; the first is of the second token, as nothing
             comes before the first. All are told before the first new token, or with it, and each once.
+        embedding: the vector of the prompt, where asked for; with the last output.
     """
 
     id: str
@@ -287,3 +296,4 @@ class Output:
     queue_s: float | None = None
     routing: tuple[dict[int, tuple[int, ...]], ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()

@@ -415,6 +415,7 @@ class Scheduler:
             if computed >= state.most_tokens:
                 self._end(state, Finish.LENGTH)
                 outputs.append(state.output())
+                outputs[-1].embedding = () if item is None else item.embedding
             elif chunk.samples and item is not None:
                 outputs.append(self._take(state, item))
             elif state.prompt_logprobs:

@@ -78,6 +78,8 @@ class RequestState:
     def num_reusable(self) -> int:
         """Tokens whose keys and values may come from a cache. The others' rows have to run, for their logits sample or score."""
         last = len(self.tokens) - 1
+        if self.request.pooling == "mean":
+            return 0
         return last if self.num_scored >= self.num_prompt - 1 else min(last, self.num_scored)
 
     def advance(self, count: int, step: int) -> Chunk:
@@ -96,6 +98,8 @@ class RequestState:
             samples=end == len(tokens) < self.most_tokens,
             targets=tuple(tokens[first + 1 : last + 1]) if first < last else (),
             first_scored=first - start if first < last else 0,
+            pooling=self.request.pooling,
+            is_whole=end == len(tokens),
         )
         self.last_step = step
         if chunk.samples:

@@ -37,6 +37,7 @@ def joined(first: Output, second: Output) -> Output:
         routing=first.routing + second.routing,
         prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
         cached_tokens=second.cached_tokens if first.cached_tokens is None else first.cached_tokens,
+        embedding=second.embedding or first.embedding,
         queue_s=second.queue_s if first.queue_s is None else first.queue_s,
     )
 

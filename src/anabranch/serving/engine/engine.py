@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import ConfigError, InputError
+from anabranch.files import parse_json
 from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.client import EngineInfo, EngineStats
@@ -120,6 +121,8 @@ class Engine:
                 routed_layers=runner.tap.layers,
                 num_streams=runner.num_streams,
                 stream_choices=model.config.stream_choices,
+                pooling=pooling_of(config),
+                width=model.config.dim,
                 experts=dict(experts),
             ),
             scheduler=scheduler,
@@ -168,6 +171,18 @@ class Engine:
             controls=self.controls,
             sources=self.sources,
         )
+
+
+def pooling_of(config: ServingConfig) -> str:
+    """How texts become vectors: as the config says, else as the model's folder does in sentence-transformers' form, else ``last``."""
+    if config.pooling != "auto":
+        return config.pooling
+    file = Path(config.model) / "1_Pooling" / "config.json"
+    try:
+        table = parse_json(file.read_text("utf-8")) if config.model and file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from None
+    return "mean" if isinstance(table, dict) and table.get("pooling_mode_mean_tokens") is True else "last"
 
 
 def _limits(

@@ -23,6 +23,7 @@ from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.overrides import RequestOverrides, Said
 from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore, VisitSlots
 from anabranch.serving.engine.passes import Variant, passes_of
+from anabranch.serving.engine.pool import Pooling
 from anabranch.serving.engine.record import Route, RoutingTap
 from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.steady import steady
@@ -118,6 +119,7 @@ class ModelRunner:
         self._recorded: set[str] = set()
         # Of requests that want their prompts scored, see `Sampling.prompt_logprobs`.
         self._tops: dict[str, int] = {}
+        self._pooling = Pooling()
         # Of requests, for whoever records where they go: an id may come again.
         self._names: dict[str, object] = {}
         # Positions of each request that hooks have seen, and what they have recorded of the step under way: it may fail and be run again.
@@ -221,6 +223,7 @@ class ModelRunner:
         self._told.pop(id, None)
         self._recorded.discard(id)
         self._tops.pop(id, None)
+        self._pooling.forget(id)
         self._variants.pop(id, None)
         if self._overrides is not None:
             self._overrides.forget(id)
@@ -228,18 +231,25 @@ class ModelRunner:
     def _step(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> list[Sampled]:
         rows, routes = _last_rows(chunks), self._routes(chunks)
         self._recordings.clear()
-        x_RD = self._hidden_of(chunks, tokens, [*rows, *scored_rows(chunks)], routes)
+        scored, pooled_rows = scored_rows(chunks), self._pooling.rows(chunks)
+        x_RD = self._hidden_of(chunks, tokens, [*rows, *scored, *pooled_rows], routes)
         ids = [chunk.id for chunk in chunks if chunk.samples]
-        told = score(x_RD[len(ids) :], self._head, chunks, self._tops)
+        first = len(ids) + len(scored)
+        told = score(x_RD[len(ids) : first], self._head, chunks, self._tops)
+        pooled = self._pooling.of(x_RD[first:], chunks)
         self._tell(chunks)
         # Last of what may fail: a sample that is taken cannot be taken back.
         results = {result.id: result for result in self.sampler(self._head(x_RD[: len(ids)]), ids)} if ids else {}
         for row, route in routes.items():
             result = results[ids[rows.index(row)]]
             result.routing = route
-        for id, scored in told.items():
-            result = results.setdefault(id, scored)
-            result.prompt_logprobs, result.error = scored.prompt_logprobs, result.error or scored.error
+        for id, found in told.items():
+            result = results.setdefault(id, found)
+            result.prompt_logprobs, result.error = found.prompt_logprobs, result.error or found.error
+        for id, found in pooled.done.items():
+            result = results.setdefault(id, found)
+            result.embedding, result.error = found.embedding, result.error or found.error
+        self._pooling.keep(pooled)
         return [results[chunk.id] for chunk in chunks if chunk.is_answered]
 
     def _routes(self, chunks: Sequence[Chunk]) -> dict[int, Route]:

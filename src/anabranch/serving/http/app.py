@@ -15,6 +15,7 @@ from anabranch.errors import AnabranchError
 from anabranch.serving.http.admin import Admin
 from anabranch.serving.http.body_room import BodyRoom
 from anabranch.serving.http.call import Call
+from anabranch.serving.http.embeddings import Embeddings
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.gate import Gate
 from anabranch.serving.http.generate import Generate
@@ -49,6 +50,7 @@ class App:
         self.frontend, self.config, self.metrics = frontend, frontend.config, frontend.metrics
         self._keys, self._gate = Keys(self.config.api_keys), Gate(self.config)
         self._generate, self._tokens, self._admin = Generate(frontend), Tokens(frontend), Admin(frontend)
+        self._embeddings = Embeddings(frontend)
         limits, admission = self.config.limits, self.config.admission
         self.places: Places[Connection] = Places(connections or limits.connections, limits.address_share)
         refused = self.metrics.rejections.labels("bodies").inc
@@ -67,7 +69,7 @@ class App:
             "/v1/models": ("models", {"GET": self._models}),
             "/v1/chat/completions": ("chat", {"POST": lambda call: self._generate.answer(call, "chat")}),
             "/v1/completions": ("completions", {"POST": lambda call: self._generate.answer(call, "completions")}),
-            "/v1/embeddings": ("embeddings", {"POST": self._tokens.embeddings}),
+            "/v1/embeddings": ("embeddings", {"POST": self._embeddings.answer}),
             "/tokenize": ("tokenize", {"POST": self._tokens.tokenize}),
             "/detokenize": ("detokenize", {"POST": self._tokens.detokenize}),
         }

@@ -59,6 +59,19 @@ class Runs(Protocol):
         """See `EngineClient.submit`."""
 
 
+def refused(output: Output) -> ApiError | None:
+    """The error that an output is; None for any other."""
+    if output.finish is Finish.ABORT:
+        return ApiError(503, "aborted", "the request was aborted by the server", headers={"Retry-After": "1"})
+    if output.finish is not Finish.ERROR:
+        return None
+    if output.engine_failed:
+        return ApiError(500, "engine_failed", ENGINE_FAILED)
+    # Asked again it would fail again.
+    message, again = output.error or "the request failed", {"x-should-retry": "false"}
+    return ApiError(500, "request_failed", message, headers=again)
+
+
 class Choice:
     """Runs one sequence.
 
@@ -123,14 +136,8 @@ class Choice:
             await outputs.aclose()  # type: ignore[attr-defined]
 
     def _take(self, output: Output) -> Piece:
-        if output.finish is Finish.ERROR:
-            if output.engine_failed:
-                raise ApiError(500, "engine_failed", ENGINE_FAILED)
-            # Asked again it would fail again.
-            message, again = output.error or "the request failed", {"x-should-retry": "false"}
-            raise ApiError(500, "request_failed", message, headers=again)
-        if output.finish is Finish.ABORT:
-            raise ApiError(503, "aborted", "the request was aborted by the server", headers={"Retry-After": "1"})
+        if (error := refused(output)) is not None:
+            raise error
         if output.cached_tokens is not None:
             self.cached_tokens = output.cached_tokens
         if output.queue_s is not None:

@@ -224,8 +224,7 @@ class Frontend:
     def _request(self, asked: Asked, id: str, key: str, at: int) -> Request:
         prompt, choice = asked.prompts[at // asked.n], at % asked.n
         config = self.config
-        # Times, and usage, would tell one key what another has asked.
-        salt = asked.cache_salt if config.shared_prefixes or not key else f"{len(key)} {key} {asked.cache_salt}"
+        salt = self.salt_of(key, asked.cache_salt)
         is_above = key in config.priority_keys or "*" in config.priority_keys
         return Request(
             id=f"{id}-{at}", prompt=prompt, sampling=asked.sampling_of(choice), key=key, arrival=time.monotonic(), cache_salt=salt,
@@ -234,6 +233,14 @@ class Frontend:
             # How long one may wait for a reader is the connection's to say.
             buffer=config.limits.stream_events, stall_s=math.inf,
         )  # fmt: skip
+
+    def salt_of(self, key: str, salt: str) -> str:
+        """What the prefixes of a request are shared by: times, and usage, would tell one key what another has asked."""
+        return salt if self.config.shared_prefixes or not key else f"{len(key)} {key} {salt}"
+
+    def runs(self) -> "_Lasting":
+        """What runs one sequence. Raises ApiError (503) if there is no engine."""
+        return _Lasting(self, self.engine)
 
     def _become(self, state: State) -> None:
         self.state = state

@@ -111,7 +111,9 @@ def _bodies(most_n: int) -> dict[str, dict[str, Any]]:
             echo={**_maybe("boolean"), "description": "put the prompt before the answer; max_tokens may then be 0"},
             best_of=_integer(1, 128),
         ),
-        "Embeddings": body(["model", "input"], model=_NAME, input=_texts(), encoding_format={"enum": ["float", "base64", None]}),
+        "Embeddings": body(["model", "input"], model=_NAME, input=_texts(), encoding_format={"enum": ["float", "base64", None]},
+            dimensions={**_integer(1), "description": "of the vectors: as many of their first numbers, of length 1 again"},
+            cache_salt=_maybe("string", maxLength=256)),
         "Tokenize": body(
             [], model=_NAME, prompt=_TEXT, messages=messages, add_generation_prompt=_maybe("boolean"),
             chat_template_kwargs=_maybe("object", maxProperties=16), return_token_strs=_maybe("boolean"),

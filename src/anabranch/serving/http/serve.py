@@ -29,6 +29,7 @@ NOT_ELASTIC = (
     "deterministic",
     "num_streams",
     "max_depth",
+    "pooling",
     "long_prefill_chunk",
     "threads",
     "scheduling",

@@ -1,9 +1,7 @@
-"""Routes that do not generate: tokens of a text, text of tokens, vectors."""
+"""Routes that ask no engine: tokens of a text, text of tokens."""
 
-import base64
-import struct
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -11,28 +9,15 @@ from anabranch.serving.http import fields
 from anabranch.serving.http.asked import check_model
 from anabranch.serving.http.call import LONG_CHARACTERS, Call
 from anabranch.serving.http.frontend import Frontend
-from anabranch.web.api_error import ApiError, wrong
-from anabranch.web.body import is_int, said
+from anabranch.web.api_error import wrong
+from anabranch.web.body import is_int
 
 _TOKENIZE = {
     "model": fields.text(256), "prompt": fields.text(2**30), "messages": (lambda value: isinstance(value, list), "a list"),
     "add_generation_prompt": fields.BOOL, "chat_template_kwargs": fields.KWARGS, "return_token_strs": fields.BOOL,
 }  # fmt: skip
 _DETOKENIZE = {"model": fields.text(256), "tokens": (lambda value: isinstance(value, list), "a list of token ids")}
-_EMBED = {
-    "model": fields.text(256), "input": (lambda value: isinstance(value, str | list), "text, texts or lists of token ids"),
-    "encoding_format": (lambda value: value in ("float", "base64"), '"float" or "base64"'), "user": fields.text(512),
-}  # fmt: skip
-MOST_INPUTS = 256
 T = TypeVar("T")
-
-
-@runtime_checkable
-class Embeds(Protocol):
-    """An engine whose model makes vectors of texts."""
-
-    async def embed(self, prompts: list[tuple[int, ...]]) -> list[list[float]]:
-        """A vector of each prompt."""
 
 
 class Tokens:
@@ -79,41 +64,6 @@ class Tokens:
             raise wrong("tokens", f"tokens must be a list of token ids from 0 to {info.vocab_size - 1:,}")
         return await self._maybe_apart(call, len(tokens), lambda: call.json({"prompt": reader.decode(tokens)}))
 
-    async def embeddings(self, call: Call) -> web.StreamResponse:
-        """Vectors of texts, where the engine makes them (501 otherwise)."""
-        info, reader = self._frontend.check_ready()
-        engine = self._frontend.engine
-        body = await self._body(call, _EMBED)
-        if not isinstance(engine, Embeds):
-            raise ApiError(501, "not_supported", "this model makes no embeddings")
-        given = body.get("input")
-        parts = [given] if isinstance(given, str) or (isinstance(given, list) and given and is_int(given[0])) else given
-        if not isinstance(parts, list) or not 0 < len(parts) <= MOST_INPUTS:
-            raise wrong("input", f"input is {said(given)}; it must be text, or a list of 1 to {MOST_INPUTS} texts")
-        prompts = []
-        for at, part in enumerate(parts):
-            is_ids = isinstance(part, list) and part and all(is_int(x) and 0 <= x < info.vocab_size for x in part)
-            if not is_ids and not isinstance(part, str):
-                raise wrong(f"input[{at}]", f"input[{at}] is {said(part)}; it must be text or a list of token ids")
-            prompts.append(tuple(part) if is_ids else await self._maybe_apart(call, len(part), reader.encode, part))
-            if len(prompts[-1]) > info.max_positions:
-                message = f"input[{at}] has {len(prompts[-1]):,} tokens; the model reads {info.max_positions:,}"
-                raise wrong(f"input[{at}]", message, "context_length_exceeded")
-        tokens = sum(map(len, prompts))
-        tickets = self._frontend.admit([len(prompt) for prompt in prompts], call.key, call.left_s())
-        try:
-            vectors = await engine.embed(prompts)
-        finally:
-            for ticket in tickets:
-                ticket.close()
-        is_packed = body.get("encoding_format") == "base64"
-        data = [
-            {"object": "embedding", "index": at, "embedding": _packed(vector) if is_packed else vector}
-            for at, vector in enumerate(vectors)
-        ]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return call.json({"object": "list", "data": data, "model": body["model"], "usage": usage})
-
     async def _maybe_apart(self, call: Call, length: int, function: Callable[..., T], *args: Any) -> T:
         """What a function returns, from a thread if it reads so much."""
         return await self._frontend.apart(call.key, function, *args) if length > LONG_CHARACTERS else function(*args)
@@ -127,7 +77,3 @@ class Tokens:
                 fields.expect(name, value, known[name])
         call.warn(tuple(name for name in body if name not in known), known)
         return body
-
-
-def _packed(vector: list[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,0 +1,161 @@
+"""``/v1/embeddings``: vectors of texts, made by the engine among all else that it does."""
+
+import asyncio
+import base64
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+
+from anabranch.errors import InputError
+from anabranch.serving.core.client import BusyError, EngineInfo
+from anabranch.serving.core.request import Request, Sampling
+from anabranch.serving.http import fields
+from anabranch.serving.http.asked import check_model
+from anabranch.serving.http.call import LONG_CHARACTERS, Call
+from anabranch.serving.http.choice import refused
+from anabranch.serving.http.frontend import Frontend
+from anabranch.serving.http.reading import Reader
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import is_int, said
+
+KNOWN = {
+    "model": fields.text(256), "input": (lambda value: isinstance(value, str | list), "text, texts or lists of token ids"),
+    "encoding_format": (lambda value: value in ("float", "base64"), '"float" or "base64"'), "user": fields.text(512),
+    "dimensions": fields.integer(1, 2**20), "cache_salt": fields.text(256),
+}  # fmt: skip
+MOST_INPUTS = 2048
+# Sequences of one request in the engine at a time: the others wait for them, not among everybody's.
+AT_ONCE = 16
+Prompts = list[tuple[int, ...]]
+
+
+class Embeddings:
+    """This route.
+
+    Args:
+        frontend: whose engine makes the vectors.
+    """
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend, self._metrics = frontend, frontend.metrics
+        self._serial = 0
+
+    async def answer(self, call: Call) -> web.StreamResponse:
+        """Vectors of texts. Raises ApiError: 501 for an engine that makes none."""
+        frontend = self._frontend
+        info, reader = frontend.check_ready()
+        body = await call.body()
+        check_model(body, frontend.names)
+        for name, value in body.items():
+            if name in KNOWN and value is not None:
+                fields.expect(name, value, KNOWN[name])
+        call.warn(tuple(name for name in body if name not in KNOWN), KNOWN)
+        if info.pooling is None:
+            raise ApiError(501, "not_supported", "this engine makes no embeddings")
+        size = body.get("dimensions") or info.width
+        if size > info.width:
+            raise wrong("dimensions", f"dimensions is {size:,}; this model's vectors have {info.width:,}")
+        prompts = await self._read(call, body.get("input"), reader, info)
+        vectors, cached = await self._made(call, prompts, info, str(body.get("cache_salt") or ""))
+        tokens = sum(map(len, prompts))
+        is_packed = body.get("encoding_format") == "base64"
+        data = [
+            {"object": "embedding", "index": at, "embedding": _shown(vector[:size], is_packed)}
+            for at, vector in enumerate(vectors)
+        ]
+        call.facts |= {"prompt_tokens": tokens, "cached_tokens": cached, "n": len(prompts)}
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return call.json({"object": "list", "data": data, "model": body["model"], "usage": usage})
+
+    async def _read(self, call: Call, given: Any, reader: Reader, info: EngineInfo) -> Prompts:
+        length = (
+            sum(len(part) for part in given if isinstance(part, str | list))
+            if isinstance(given, list)
+            else len(given or "")
+        )
+        if length > LONG_CHARACTERS:
+            return await self._frontend.apart(call.key, read_inputs, given, reader, info)
+        return read_inputs(given, reader, info)
+
+    async def _made(
+        self, call: Call, prompts: Prompts, info: EngineInfo, salt: str
+    ) -> tuple[list[tuple[float, ...]], int]:
+        """Vectors of prompts, and how many of their tokens were there. Raises ApiError."""
+        frontend, left_s = self._frontend, call.left_s()
+        [ticket] = frontend.admit([sum(map(len, prompts))], call.key, left_s)
+        room, cached = asyncio.Semaphore(AT_ONCE), 0
+        self._serial += 1
+        salt = frontend.salt_of(call.key, salt)
+
+        async def one(at: int, prompt: tuple[int, ...]) -> tuple[float, ...]:
+            nonlocal cached
+            request = Request(
+                id=f"{call.id}-embed-{self._serial}-{at}", prompt=prompt, sampling=Sampling(max_tokens=0), key=call.key,
+                arrival=time.monotonic(), cache_salt=salt, pooling=info.pooling, stall_s=math.inf,
+            )  # fmt: skip
+            async with room, contextlib.aclosing(frontend.runs().submit(request)) as outputs:
+                async for output in outputs:
+                    if (error := refused(output)) is not None:
+                        raise error
+                    ticket.started()
+                    cached += output.cached_tokens or 0
+                    if output.finish is not None:
+                        return output.embedding
+            raise ApiError(500, "engine_failed", "the engine ended a request without a reason")
+
+        try:
+            async with asyncio.timeout(left_s), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(at, prompt)) for at, prompt in enumerate(prompts)]
+        except TimeoutError:
+            raise ApiError(504, "deadline_exceeded", "the request's deadline has passed") from None
+        except BaseExceptionGroup as several:
+            raise _told(several) from None
+        finally:
+            ticket.close()
+        self._metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        self._metrics.cached_tokens.inc(cached)
+        return [task.result() for task in tasks], cached
+
+
+def read_inputs(given: Any, reader: Reader, info: EngineInfo) -> Prompts:
+    """Token ids of each input. Raises ApiError (400) that names it."""
+    parts = [given] if isinstance(given, str) or (isinstance(given, list) and given and is_int(given[0])) else given
+    if not isinstance(parts, list) or not 0 < len(parts) <= MOST_INPUTS:
+        raise wrong("input", f"input is {said(given)}; it must be text, or a list of 1 to {MOST_INPUTS:,} texts")
+    prompts = []
+    for at, part in enumerate(parts):
+        is_ids = isinstance(part, list) and part and all(is_int(x) and 0 <= x < info.vocab_size for x in part)
+        if not is_ids and not isinstance(part, str):
+            raise wrong(f"input[{at}]", f"input[{at}] is {said(part)}; it must be text or a list of token ids")
+        prompts.append(tuple(part) if is_ids else reader.encode(part))
+        if not prompts[-1]:
+            raise wrong(f"input[{at}]", f"input[{at}] is empty, and the model has no token for a beginning")
+        if len(prompts[-1]) > info.max_positions:
+            message = f"input[{at}] has {len(prompts[-1]):,} tokens; the model reads {info.max_positions:,}"
+            raise wrong(f"input[{at}]", message, "context_length_exceeded")
+    return prompts
+
+
+def _told(several: BaseExceptionGroup[Any]) -> BaseException:
+    """What the sender is told of several failures: the first."""
+    first: Any = several
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    if isinstance(first, InputError):
+        return ApiError(400, "invalid_value", str(first), param="input")
+    if isinstance(first, BusyError):
+        return ApiError(503, "busy", str(first), headers={"Retry-After": "1"})
+    return first
+
+
+def _shown(vector: Sequence[float], is_packed: bool) -> list[float] | str:
+    """A vector of length 1, as numbers or as the bytes of float32 numbers in base64; of nothing but zeros as it is."""
+    values = np.asarray(vector, dtype=np.float64)
+    length = np.linalg.norm(values)
+    values = (values / length if length else values).astype(np.float32)
+    return base64.b64encode(values.astype("<f4").tobytes()).decode() if is_packed else values.tolist()
