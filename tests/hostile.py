@@ -216,6 +216,27 @@ FORMS: dict[str, Callable[[Random], Attack]] = {
         {"model": "small-moe", "prompt": "x"},
         random.choice(({"host": "page.example"}, {"content-type": "text/plain"})),
     ),
+    "responses": lambda random: Attack(
+        "/v1/responses",
+        {
+            "model": "small-moe",
+            "input": random.choice(
+                (
+                    "x",
+                    WRONG,
+                    [{"role": "user", "content": WRONG}],
+                    [{"type": random.choice(WRONG)}],
+                    [{"type": "reasoning"}] * 2000,
+                )
+            ),
+            "max_output_tokens": 8,
+            random.choice(
+                ("text", "reasoning", "tools", "tool_choice", "instructions", "stream", "previous_response_id")
+            ): random.choice(
+                (*WRONG, {"format": {"type": "json_schema", "schema": OPEN}}, [{"type": "function", "name": {}}])
+            ),
+        },
+    ),
     "vectors": lambda random: Attack(
         "/v1/embeddings",
         {

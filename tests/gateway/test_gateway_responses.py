@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from anabranch.gateway.http.responses import ResponseStream, to_chat, to_response
 from anabranch.gateway.http.sse import Assembler, chunks_of
 from anabranch.web.api_error import ApiError
+from anabranch.web.responses import ResponseStream, to_chat, to_response
 from anabranch.web.sse import DONE, event, read_data
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 4}}

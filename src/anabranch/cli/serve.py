@@ -100,8 +100,8 @@ def serve(
 ) -> None:
     """Serve a model to any OpenAI client, with a chat page at /.
 
-    POST /v1/chat/completions, /v1/completions, /v1/embeddings, /tokenize, /detokenize; GET /v1/models, /health/live, /health/ready,
-    /metrics, /version, /openapi.json. Variables ANABRANCH_SERVE_... set any field: ANABRANCH_SERVE_HTTP__PORT=9000.
+    POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings, /tokenize, /detokenize; GET /v1/models, /health/live,
+    /health/ready, /metrics, /version, /openapi.json. Variables ANABRANCH_SERVE_... set any field: ANABRANCH_SERVE_HTTP__PORT=9000.
 
     SIGTERM and Ctrl-C stop when the requests under way are answered; a second one stops at once.
 

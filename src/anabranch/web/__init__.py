@@ -5,6 +5,7 @@
     api_error   `ApiError`, an answer that is an error
     body        JSON that is checked, and how an error shows a value
     sse         server-sent events
+    responses   /v1/responses as chat, and chat as /v1/responses
     ids         of requests
 
 `server` and `answers` need aiohttp (extras ``gateway`` and ``serve``).

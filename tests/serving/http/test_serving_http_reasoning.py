@@ -8,13 +8,12 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
 from anabranch.serving.http.reading import Reader
-from fake_engine import FakeEngine, Script
-from reasoning_models import HARMONY, QWEN3, R1, tokenizer_of
+from fake_engine import Script
+from reasoning_models import ASK, HARMONY, QWEN3, R1, Speaking, tokenizer_of, told_of
 from serving_models import small_moe
 from serving_thread import serving
 
 openai = pytest.importorskip("openai")
-ASK = [{"role": "user", "content": "2+3?"}]
 TOOLS = [{
     "type": "function",
     "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
@@ -22,91 +21,15 @@ TOOLS = [{
 THOUGHT = "<think>\nTwo and\nthree. So stop.\n</think>\n\n"
 
 
-class Says(FakeEngine):
-    """Says a text in the tokens of its tokenizer."""
-
-    def __init__(self, script, tokenizer):
-        super().__init__(script)
-        self.tokenizer = tokenizer
-
-    def _tokens(self, request):
-        return self.tokenizer.encode(self.script.say)[: request.sampling.max_tokens]
-
-
-class Spoken(Script):
-    """Makes engines that say a text."""
-
-    tokenizer = None
-
-    def __call__(self):
-        self.made.append(Says(self, self.tokenizer))
-        return self.made[-1]
-
-
-class Asked:
-    """A server that says what it is told to, and a client of it."""
-
-    def __init__(self, template, *, has_marks=True, **config):
-        self.tokenizer = tokenizer_of(template, has_marks=has_marks)
-        self.script = Spoken()
-        self.script.tokenizer = self.tokenizer
-        self._serving = serving(self.script, Reader(self.tokenizer), **config)
-
-    def __enter__(self):
-        self.server = self._serving.__enter__()
-        self.client = openai.OpenAI(base_url=f"{self.server.url}/v1", api_key="x", max_retries=0)
-        return self
-
-    def __exit__(self, *error):
-        self.client.close()
-        return self._serving.__exit__(*error)
-
-    def ask(self, say, **fields):
-        """The message and the reason of a whole answer, which those of a stream must equal; and the usage."""
-        self.script.say = say
-        fields = {"model": "fake", "messages": ASK, **fields}
-        whole = self.client.chat.completions.create(**fields)
-        stream = self.client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True})
-        [choice] = whole.choices
-        told = told_of(choice.message)
-        joined, finish, usage = streamed(stream)
-        assert (joined, finish, usage) == (told, choice.finish_reason, whole.usage)
-        return *told, finish, usage
-
-    @property
-    def prompt(self):
-        return self.tokenizer.decode(self.script.requests[-1].prompt, skip_special=False)
-
-
-def told_of(message):
-    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or []]
-    return getattr(message, "reasoning_content", None) or "", message.content or "", calls
-
-
-def streamed(stream):
-    thought, said, calls, finish, usage = "", "", [], None, None
-    for chunk in stream:
-        usage = chunk.usage or usage
-        for choice in chunk.choices:
-            thought += getattr(choice.delta, "reasoning_content", None) or ""
-            said += choice.delta.content or ""
-            finish = choice.finish_reason or finish
-            for call in choice.delta.tool_calls or []:
-                if call.id:
-                    calls.append([call.function.name, ""])
-                calls[call.index][1] += call.function.arguments
-    return (thought, said, [tuple(call) for call in calls]), finish, usage
-
-
 @pytest.fixture(scope="module")
 def qwen3():
-    with Asked(QWEN3) as made:
+    with Speaking(QWEN3) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def gpt_oss():
-    with Asked(HARMONY) as made:
+    with Speaking(HARMONY) as made:
         yield made
 
 
@@ -124,12 +47,12 @@ def test_a_model_that_does_not_think_just_answers(qwen3):
 
 
 def test_a_tag_of_several_tokens_is_one_all_the_same():
-    with Asked(QWEN3, has_marks=False) as made:
+    with Speaking(QWEN3, has_marks=False) as made:
         assert made.ask(f"{THOUGHT}It is 5.")[:2] == ("Two and\nthree. So stop.", "It is 5.")
 
 
 def test_a_template_may_have_begun_the_reasoning():
-    with Asked(R1) as made:
+    with Speaking(R1) as made:
         assert made.ask("Two and three.\n</think>\n\nIt is 5.")[:2] == ("Two and three.", "It is 5.")
         assert made.ask("cut off", max_tokens=3)[:4] == ("cut", "", [], "length")
         assert made.prompt.endswith("<think>\n")

@@ -2,7 +2,6 @@
 
     app         routes, and what is the same for all of them
     openai      the /v1 routes
-    responses   /v1/responses as chat, and chat as /v1/responses
     admin       keys, budgets, providers, strategies, decisions, reload
     sse         whole answers as streams, and streams as whole answers
 

@@ -10,11 +10,11 @@ from typing import Any
 from aiohttp import web
 
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.http.responses import ResponseStream, to_chat, to_response
 from anabranch.gateway.reply import Reply
 from anabranch.web.answers import JSON, SAFE, Route, bearer, json_response, read_body
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse
+from anabranch.web.responses import ResponseStream, to_chat, to_response
 from anabranch.web.sse import read_data
 
 logger = logging.getLogger(__name__)

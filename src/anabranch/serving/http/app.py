@@ -68,6 +68,7 @@ class App:
         self._keyed: dict[str, tuple[str, dict[str, Answer]]] = {
             "/v1/models": ("models", {"GET": self._models}),
             "/v1/chat/completions": ("chat", {"POST": lambda call: self._generate.answer(call, "chat")}),
+            "/v1/responses": ("responses", {"POST": lambda call: self._generate.answer(call, "responses")}),
             "/v1/completions": ("completions", {"POST": lambda call: self._generate.answer(call, "completions")}),
             "/v1/embeddings": ("embeddings", {"POST": self._embeddings.answer}),
             "/tokenize": ("tokenize", {"POST": self._tokens.tokenize}),

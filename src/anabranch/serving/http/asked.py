@@ -47,6 +47,7 @@ class Asked:
         is_routing: tell which experts each token went to.
         priority, cache_salt, num_streams: see `Request`.
         unknown: fields that nobody knows.
+        response_of: the request to ``/v1/responses`` that this chat is made of; None for any other.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Asked:
     cache_salt: str = ""
     num_streams: int | None = None
     unknown: tuple[str, ...] = ()
+    response_of: dict[str, Any] | None = None
 
     @property
     def num_choices(self) -> int:

@@ -1,4 +1,4 @@
-"""The two routes that generate: from a checked request to an answer, whole or streamed, with its metrics whatever its end."""
+"""The routes that generate: from a checked request to an answer, whole or streamed, with its metrics whatever its end."""
 
 import asyncio
 import time
@@ -14,15 +14,16 @@ from anabranch.serving.http.choice import Choice, Piece
 from anabranch.serving.http.fields import KNOWN
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.reading import Reader
+from anabranch.serving.http.responses import ResponseShape, read_response
 from anabranch.serving.http.shape import ChatShape, CompletionShape, Shape
-from anabranch.serving.http.stream import HEARTBEAT, SlowReaderError, event, send, write
+from anabranch.serving.http.stream import HEARTBEAT, SlowReaderError, send, write
 from anabranch.web.answers import SAFE
 from anabranch.web.api_error import ApiError
 
 # Characters of x-route-experts.
 MOST_HEADER = 900
-_READ: dict[str, Callable[..., Asked]] = {"chat": read_chat, "completions": read_completion}
-_SHAPES: dict[str, type[Shape]] = {"chat": ChatShape, "completions": CompletionShape}
+_READ: dict[str, Callable[..., Asked]] = {"chat": read_chat, "completions": read_completion, "responses": read_response}
+_SHAPES: dict[str, type[Shape]] = {"chat": ChatShape, "completions": CompletionShape, "responses": ResponseShape}
 
 
 class Generate:
@@ -36,7 +37,7 @@ class Generate:
         self._frontend, self._metrics = frontend, frontend.metrics
 
     async def answer(self, call: Call, kind: str) -> web.StreamResponse:
-        """Answer a request to ``chat`` or ``completions``. Raises ApiError, and ConnectionError when the sender has gone."""
+        """Answer a request to ``chat``, ``completions`` or ``responses``. Raises ApiError, and ConnectionError when the sender has gone."""
         frontend = self._frontend
         info, reader = frontend.check_ready()
         asked = await self._read(call, kind, info, reader)
@@ -79,14 +80,14 @@ class Generate:
         check_model(body, self._frontend.names)
         limit = self._frontend.config.limits.most_n
         length = call.request.content_length
-        is_rendering = kind == "chat" and reader.has_template
+        is_rendering = kind != "completions" and reader.has_template
         if is_rendering or length is None or length > LONG_CHARACTERS:
             asked = await self._frontend.apart(
                 call.key, _READ[kind], body, reader, info, limit, is_rendering=is_rendering
             )
         else:
             asked = _READ[kind](body, reader, info, limit)
-        call.warn(asked.unknown, KNOWN[kind])
+        call.warn(asked.unknown, KNOWN[asked.kind])
         if self._frontend.config.log_prompts:
             call.facts["prompts"] = [reader.decode(prompt) for prompt in asked.prompts]
         call.facts |= {"stream": asked.is_stream, "n": asked.n, "prompt_tokens": asked.prompt_tokens}
@@ -117,7 +118,9 @@ class Generate:
         end = None if deadline_s is None else call.began + deadline_s
         events = self._events(shape, buffer, end, config.keep_alive_s)
         try:
-            response, failure = await send(call.request, {**SAFE, **call.headers}, events, config.limits.stall_s)
+            response, failure = await send(
+                call.request, {**SAFE, **call.headers}, events, config.limits.stall_s, shape.failed, shape.ending
+            )
         finally:
             await events.aclose()
         call.code = response.status
@@ -131,10 +134,10 @@ class Generate:
     ) -> AsyncGenerator[bytes]:
         """What is new at any time as one block of bytes: a reader who is slow gets more at once."""
         while (taken := await _take(buffer, end, beat_s)) is not None:
-            block = b"".join(event(chunk) for piece in taken for chunk in shape.chunks(piece))
+            block = b"".join(map(shape.events, taken))
             if block or not taken:
                 yield block or HEARTBEAT
-        if last := b"".join(map(event, shape.last())):
+        if last := shape.last_events():
             yield last
 
     def _failed(self, choices: Sequence[Choice], error: ApiError) -> None:

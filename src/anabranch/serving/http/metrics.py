@@ -10,7 +10,7 @@ from anabranch.serving.core.admission import REASONS
 from anabranch.serving.core.client import EngineStats
 
 PREFIX = "anabranch_serving_"
-ENDPOINTS = ("chat", "completions", "embeddings", "tokenize", "detokenize", "models", "admin", "other")
+ENDPOINTS = ("chat", "completions", "responses", "embeddings", "tokenize", "detokenize", "models", "admin", "other")
 CODES = ("200", "400", "401", "404", "405", "408", "413", "415", "429", "499", "500", "501", "503", "504")
 # Beside those of `anabranch.serving.core.admission`.
 HTTP_REASONS = ("bodies", "connections")

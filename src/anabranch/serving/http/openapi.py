@@ -111,6 +111,14 @@ def _bodies(most_n: int) -> dict[str, dict[str, Any]]:
             echo={**_maybe("boolean"), "description": "put the prompt before the answer; max_tokens may then be 0"},
             best_of=_integer(1, 128),
         ),
+        "Responses": body(
+            ["model", "input"], model=_NAME, input={"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": _OBJECT}]},
+            instructions=_maybe("string"), max_output_tokens=_integer(1), temperature=_number(0, 2), top_p=_number(0, 1),
+            tools=_maybe("array", maxItems=128, items=_OBJECT),
+            tool_choice={"anyOf": [{"enum": ["none", "auto", "required", None]}, _OBJECT]},
+            parallel_tool_calls=_maybe("boolean"), text=_maybe("object"), reasoning=_maybe("object"), stream=_maybe("boolean"),
+            metadata=_maybe("object", maxProperties=16, additionalProperties=_TEXT), user=_maybe("string", maxLength=512),
+        ),
         "Embeddings": body(["model", "input"], model=_NAME, input=_texts(), encoding_format={"enum": ["float", "base64", None]},
             dimensions={**_integer(1), "description": "of the vectors: as many of their first numbers, of length 1 again"},
             cache_salt=_maybe("string", maxLength=256)),
@@ -159,6 +167,7 @@ def describe(version: str, most_n: int) -> dict[str, Any]:
         "info": {"title": "anabranch serving", "version": version},
         "paths": {
             "/v1/chat/completions": {"post": post("Chat", "Answer a conversation", stream=True)},
+            "/v1/responses": {"post": post("Responses", "Answer, in the form of the Responses API", stream=True)},
             "/v1/completions": {"post": post("Completion", "Go on with a text", stream=True)},
             "/v1/embeddings": {"post": post("Embeddings", "Turn texts into vectors", "501")},
             "/v1/models": {"get": act("The model", "401", scheme="key")},

@@ -12,7 +12,9 @@ from anabranch.serving.http.asked import Asked
 from anabranch.serving.http.calls import Delta, Speech, merged
 from anabranch.serving.http.choice import Choice, Piece, Shown
 from anabranch.serving.http.reading import Reader
+from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
+from anabranch.web.sse import DONE, event
 
 # Told for a token that cannot be, as OpenAI does: JSON has no infinity.
 LEAST_LOGPROB = -9999.0
@@ -43,6 +45,21 @@ class Shape:
         self._head = {
             "id": new_id(self.id_kind), "created": int(time.time()), "model": asked.model, "system_fingerprint": fingerprint(info)
         }  # fmt: skip
+
+    # After all events of a stream.
+    ending = DONE
+
+    def events(self, piece: Piece) -> bytes:
+        """The events of a stream for what is new of a choice."""
+        return b"".join(map(event, self.chunks(piece)))
+
+    def last_events(self) -> bytes:
+        """Those after every choice has ended."""
+        return b"".join(map(event, self.last()))
+
+    def failed(self, error: ApiError) -> bytes:
+        """The event that ends a stream instead of the rest."""
+        return event(error.to_dict())
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """The chunks of a stream for what is new of a choice."""

@@ -1,7 +1,7 @@
 """Server-sent events to one reader: an error before the first byte is a status, after it an event; ``[DONE]`` ends every stream."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from aiohttp import web
 
@@ -16,7 +16,12 @@ class SlowReaderError(ConnectionError):
 
 
 async def send(
-    request: web.BaseRequest, headers: Mapping[str, str], events: AsyncIterator[bytes], stall_s: float
+    request: web.BaseRequest,
+    headers: Mapping[str, str],
+    events: AsyncIterator[bytes],
+    stall_s: float,
+    failed: Callable[[ApiError], bytes] = lambda error: event(error.to_dict()),
+    ending: bytes = DONE,
 ) -> tuple[web.StreamResponse, ApiError | None]:
     """Write events as they come.
 
@@ -25,6 +30,8 @@ async def send(
         headers: of the response.
         events: bytes of whole events, the first before anything is written; an ApiError that it raises becomes the last one.
         stall_s: longest a write may wait for the reader.
+        failed: that last event.
+        ending: comes after all.
 
     Returns the response, and the error that ended it. Raises ApiError where nothing has been written, SlowReaderError, and
     ConnectionError when the reader has gone.
@@ -40,8 +47,9 @@ async def send(
             await _write(response, data, stall_s)
     except ApiError as error:
         failure = error
-        await _write(response, event(error.to_dict()), stall_s)
-    await _write(response, DONE, stall_s)
+        await _write(response, failed(error), stall_s)
+    if ending:
+        await _write(response, ending, stall_s)
     await response.write_eof()
     return response, failure
 

@@ -1,7 +1,7 @@
 """OpenAI's Responses API on top of chat: a request becomes one of chat, the answer or its stream becomes a response.
 
-What holds state on the server (``previous_response_id``, ``conversation``, ``background``) and tools that run there are refused: a gateway
-keeps no conversation. Fields that chat has too, and those nobody knows, pass through.
+What holds state on the server (``previous_response_id``, ``conversation``, ``background``) and tools that run there are refused: nothing
+here keeps a conversation. Fields that chat has too, and those nobody knows, pass through. A gateway and a server of a model both use it.
 """
 
 import time
@@ -16,19 +16,28 @@ _HERE = frozenset(
     {"input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "reasoning", "include", "truncation", "prompt"}
 )  # fmt: skip
 _STATE = ("previous_response_id", "conversation", "background", "prompt")
+# Events of a part, by what it is.
+_TEXTS = {"text": "output_text", "refusal": "refusal", "reasoning": "reasoning_text"}
 _SHOWN: dict[str, Any] = {
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "temperature": 1.0,
     "tool_choice": "auto", "tools": [], "top_p": 1.0, "truncation": "disabled", "user": None, "store": False,
 }  # fmt: skip
 
 
-def to_chat(body: dict[str, Any]) -> dict[str, Any]:
-    """The request of ``/v1/chat/completions`` that asks the same. Raises ApiError for what chat cannot do."""
+def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str, Any]:
+    """The request of ``/v1/chat/completions`` that asks the same.
+
+    Args:
+        body: the request, as it came.
+        keeps_reasoning: what a model thought comes back to it; what another did is not for it to see.
+
+    Raises ApiError for what chat cannot do.
+    """
     for name in _STATE:
         if body.get(name):
             raise wrong(name, f"{name} needs a server that keeps conversations; send all of it in input", "unsupported")
     chat = {name: value for name, value in body.items() if name not in _HERE}
-    chat["messages"] = _messages(body)
+    chat["messages"] = _messages(body, keeps_reasoning)
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]
     if body.get("tools"):
@@ -37,7 +46,7 @@ def to_chat(body: dict[str, Any]) -> dict[str, Any]:
         choice = body["tool_choice"]
         is_named = isinstance(choice, dict) and choice.get("type") == "function"
         chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}} if is_named else choice
-    wanted = _table(body, "text").get("format")
+    wanted = _table(_table(body, "text"), "format", "text.format")
     if wanted and wanted.get("type") != "text":
         form = {name: value for name, value in wanted.items() if name != "type"}
         is_schema = wanted.get("type") == "json_schema"
@@ -59,6 +68,8 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     choice = (answer.get("choices") or [{}])[0]
     message = choice.get("message") or {}
     output: list[dict[str, Any]] = []
+    if message.get("reasoning_content"):
+        output.append(_reasoning_item(_new("rs"), message["reasoning_content"]))
     if message.get("content") is not None or message.get("refusal"):
         output.append(_message_item(_new("msg"), message.get("content") or "", message.get("refusal") or ""))
     for call in message.get("tool_calls") or ():
@@ -75,8 +86,8 @@ class ResponseStream:
         self._made = _response(body, body.get("model"), None)
         self._number = -1
         self._output: list[dict[str, Any]] = []
-        self._message: dict[str, Any] | None = None
-        # "text" or "refusal".
+        # The message or reasoning that is being told, and what its last part is: "text", "refusal" or "reasoning".
+        self._item: dict[str, Any] | None = None
         self._part: str | None = None
         self._calls: dict[int, dict[str, Any]] = {}
         self._reason: str | None = None
@@ -94,7 +105,7 @@ class ResponseStream:
         for choice in (chunk.get("choices") or ())[:1]:
             delta = choice.get("delta") or {}
             self._reason = choice.get("finish_reason") or self._reason
-            for kind, field in (("text", "content"), ("refusal", "refusal")):
+            for kind, field in (("reasoning", "reasoning_content"), ("text", "content"), ("refusal", "refusal")):
                 if delta.get(field):
                     yield from self._add_text(kind, delta[field])
             for call in delta.get("tool_calls") or ():
@@ -102,9 +113,8 @@ class ResponseStream:
 
     def end(self) -> Iterator[bytes]:
         """After the last chunk."""
-        yield from self._close_message()
-        for call in self._calls.values():
-            yield from self._close_call(call)
+        yield from self._close_item()
+        yield from self._close_calls()
         made = _finished(self._made, self._output, self._reason, self._usage)
         yield self._event(f"response.{made['status']}", response=made)
 
@@ -119,50 +129,65 @@ class ResponseStream:
         return event({"type": name, "sequence_number": self._number, **fields}, name)
 
     def _add_text(self, kind: str, text: str) -> Iterator[bytes]:
-        if self._message is None:
-            self._message = _message_item(_new("msg"), "", "", status="in_progress")
-            self._message["content"] = []
-            self._output.append(self._message)
-            yield self._event("response.output_item.added", output_index=self._at(self._message), item=self._message)
+        is_thought = kind == "reasoning"
+        if self._item is not None and (self._item["type"] == "reasoning") != is_thought:
+            yield from self._close_item()
+        item = self._item
+        if item is None:
+            yield from self._close_calls()
+            made = _reasoning_item(_new("rs"), "") if is_thought else _message_item(_new("msg"), "", "")
+            item = self._item = {**made, "status": "in_progress", "content": []}
+            self._output.append(item)
+            yield self._event("response.output_item.added", output_index=self._at(item), item=item)
         if self._part != kind:
             yield from self._close_part()
             self._part = kind
-            self._message["content"].append(_part(kind, ""))
-            yield self._event("response.content_part.added", **self._where(), part=self._message["content"][-1])
-        self._message["content"][-1][kind] += text
-        name = "response.output_text.delta" if kind == "text" else "response.refusal.delta"
-        yield self._event(name, **self._where(), delta=text, **({"logprobs": []} if kind == "text" else {}))
+            item["content"].append(_part(kind, ""))
+            yield self._event("response.content_part.added", **self._where(item), part=item["content"][-1])
+        item["content"][-1]["refusal" if kind == "refusal" else "text"] += text
+        more: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+        yield self._event(f"response.{_TEXTS[kind]}.delta", **self._where(item), delta=text, **more)
 
     def _close_part(self) -> Iterator[bytes]:
-        if self._part is None or self._message is None:
+        if self._part is None or self._item is None:
             return
-        part, kind = self._message["content"][-1], self._part
-        name = "response.output_text.done" if kind == "text" else "response.refusal.done"
-        yield self._event(name, **self._where(), **{kind: part[kind]}, **({"logprobs": []} if kind == "text" else {}))
-        yield self._event("response.content_part.done", **self._where(), part=part)
+        part, kind, item = self._item["content"][-1], self._part, self._item
+        field = "refusal" if kind == "refusal" else "text"
+        more: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+        yield self._event(f"response.{_TEXTS[kind]}.done", **self._where(item), **{field: part[field]}, **more)
+        yield self._event("response.content_part.done", **self._where(item), part=part)
         self._part = None
 
-    def _close_message(self) -> Iterator[bytes]:
-        if self._message is None or self._message["status"] == "completed":
+    def _close_item(self) -> Iterator[bytes]:
+        if self._item is None:
             return
         yield from self._close_part()
-        self._message["status"] = "completed"
-        yield self._event("response.output_item.done", output_index=self._at(self._message), item=self._message)
+        item, self._item = self._item, None
+        item["status"] = "completed"
+        yield self._event("response.output_item.done", output_index=self._at(item), item=item)
 
     def _add_call(self, part: dict[str, Any]) -> Iterator[bytes]:
         number, function = part.get("index", 0), part.get("function") or {}
         call = self._calls.get(number)
         if call is None:
-            yield from self._close_message()
+            yield from self._close_item()
+            yield from self._close_calls()
             call = _call_item(_new("fc"), part.get("id"), function.get("name"), "", status="in_progress")
             self._calls[number] = call
             self._output.append(call)
             yield self._event("response.output_item.added", output_index=self._at(call), item=call)
         if text := function.get("arguments"):
+            # Of one that was taken for ended, where several are told at a time.
+            call["status"] = "in_progress"
             call["arguments"] += text
             yield self._event(
                 "response.function_call_arguments.delta", item_id=call["id"], output_index=self._at(call), delta=text
             )
+
+    def _close_calls(self) -> Iterator[bytes]:
+        for call in self._calls.values():
+            if call["status"] == "in_progress":
+                yield from self._close_call(call)
 
     def _close_call(self, call: dict[str, Any]) -> Iterator[bytes]:
         call["status"] = "completed"
@@ -176,13 +201,11 @@ class ResponseStream:
     def _at(self, item: dict[str, Any]) -> int:
         return next(at for at, held in enumerate(self._output) if held is item)
 
-    def _where(self) -> dict[str, Any]:
-        assert self._message is not None
-        place = len(self._message["content"]) - 1
-        return {"item_id": self._message["id"], "output_index": self._at(self._message), "content_index": place}
+    def _where(self, item: dict[str, Any]) -> dict[str, Any]:
+        return {"item_id": item["id"], "output_index": self._at(item), "content_index": len(item["content"]) - 1}
 
 
-def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
+def _messages(body: dict[str, Any], keeps_reasoning: bool) -> list[dict[str, Any]]:
     wanted, messages = body.get("input"), []
     if body.get("instructions") is not None:
         messages.append({"role": "system", "content": body["instructions"]})
@@ -193,14 +216,34 @@ def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
     for at, item in enumerate(wanted):
         if not isinstance(item, dict):
             raise wrong(f"input[{at}]", f"input[{at}] must be an object")
-        _add_item(messages, item, f"input[{at}]")
+        if item.get("type") == "reasoning":
+            thought = _thought(item) if keeps_reasoning else ""
+            # It is of the message or the call that follows.
+            if thought:
+                messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
+        else:
+            _add_item(messages, item, f"input[{at}]")
     return messages
+
+
+def _thought(item: dict[str, Any]) -> str:
+    parts = item.get("content")
+    texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -> None:
     kind = item.get("type", "message")
     if kind == "message":
-        messages.append({"role": item.get("role"), "content": _content(item.get("content"), name)})
+        made: dict[str, Any] = {"role": item.get("role"), "content": _content(item.get("content"), name)}
+        if (
+            made["role"] == "assistant"
+            and messages
+            and messages[-1].get("reasoning_content")
+            and not messages[-1]["content"]
+        ):
+            made["reasoning_content"] = messages.pop()["reasoning_content"]
+        messages.append(made)
     elif kind == "function_call":
         call = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
         made = {"id": item.get("call_id"), "type": "function", "function": call}
@@ -212,13 +255,9 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -
     elif kind == "function_call_output":
         content = _content(item.get("output"), name)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
-    elif kind != "reasoning":
-        # What a model thought is not sent to another.
-        raise wrong(
-            f"{name}.type",
-            f"{name} is of type {str(kind)[:40]!r}, which a gateway to chat models cannot send",
-            "unsupported",
-        )
+    else:
+        what = f"{name} is of type {str(kind)[:40]!r}, which no chat model can be sent"
+        raise wrong(f"{name}.type", what, "unsupported")
 
 
 def _content(content: Any, name: str) -> Any:
@@ -286,12 +325,18 @@ def _usage(usage: dict[str, Any] | None) -> dict[str, Any] | None:
 def _part(kind: str, text: str) -> dict[str, Any]:
     if kind == "refusal":
         return {"type": "refusal", "refusal": text}
+    if kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _message_item(id: str, text: str, refusal: str, status: str = "completed") -> dict[str, Any]:
     content = [_part(kind, value) for kind, value in (("text", text), ("refusal", refusal)) if value or kind == "text"]
     return {"id": id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+
+def _reasoning_item(id: str, text: str, status: str = "completed") -> dict[str, Any]:
+    return {"id": id, "type": "reasoning", "summary": [], "content": [_part("reasoning", text)], "status": status}
 
 
 def _call_item(id: str, call_id: Any, name: Any, arguments: str, status: str = "completed") -> dict[str, Any]:
@@ -306,10 +351,10 @@ def _listed(body: dict[str, Any], name: str) -> list[Any]:
     return body[name]
 
 
-def _table(body: dict[str, Any], name: str) -> dict[str, Any]:
+def _table(body: dict[str, Any], name: str, shown: str | None = None) -> dict[str, Any]:
     value = body.get(name) or {}
     if not isinstance(value, dict):
-        raise wrong(name, f"{name} must be an object")
+        raise wrong(shown or name, f"{shown or name} must be an object")
     return value
 
 

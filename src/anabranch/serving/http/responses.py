@@ -1,0 +1,78 @@
+"""``/v1/responses``: read as a chat and answered as one, in the form of OpenAI's Responses API (`anabranch.web.responses`)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.http.asked import Asked, read_chat
+from anabranch.serving.http.choice import Piece
+from anabranch.serving.http.fields import unsupported
+from anabranch.serving.http.reading import Reader
+from anabranch.serving.http.shape import ChatShape
+from anabranch.web.api_error import ApiError
+from anabranch.web.body import said
+from anabranch.web.responses import ResponseStream, to_chat, to_response
+
+# Of this API alone; what asks for nothing passes.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "top_logprobs": (0,), "truncation": ("disabled",), "n": (1,), "max_tool_calls": (), "include": ([],), "context_management": ([],),
+}  # fmt: skip
+# What a field of chat is called here.
+_NAMES = {
+    "messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}  # fmt: skip
+
+
+def read_response(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> Asked:
+    """A request to ``/v1/responses``. Raises ApiError (400) that names the parameter."""
+    for name, allowed in _REFUSED.items():
+        if body.get(name) is not None and body[name] not in allowed:
+            raise unsupported(name, f"{name} is {said(body[name])}, which this server does not do; leave it out")
+    # Nothing is stored, which the response says.
+    own = {name: value for name, value in body.items() if name not in _REFUSED and name != "store"}
+    try:
+        chat = to_chat(own, keeps_reasoning=True)
+        return replace(read_chat(chat, reader, info, most_n), response_of=own)
+    except ApiError as error:
+        error.param = _renamed(error.param)
+        raise
+
+
+def _renamed(param: str | None) -> str | None:
+    for name, here in _NAMES.items():
+        if param is not None and param.startswith(name):
+            # Items are not messages: several make one.
+            return here if name == "messages" else here + param[len(name) :]
+    return param
+
+
+class ResponseShape(ChatShape):
+    """``/v1/responses``: what a chat says, in this form."""
+
+    # Its streams end with their last event.
+    ending = b""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._request = dict(self.asked.response_of or {})
+        self._events, self._has_started = ResponseStream(self._request), False
+
+    def whole(self, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+        """See `Shape`."""
+        return to_response(self._request, super().whole(pieces))
+
+    def events(self, piece: Piece) -> bytes:
+        """See `Shape`."""
+        begin = [] if self._has_started else list(self._events.begin())
+        self._has_started = True
+        return b"".join([*begin, *(made for chunk in self.chunks(piece) for made in self._events.add(chunk))])
+
+    def last_events(self) -> bytes:
+        """See `Shape`."""
+        return b"".join([*(made for chunk in self.last() for made in self._events.add(chunk)), *self._events.end()])
+
+    def failed(self, error: ApiError) -> bytes:
+        """See `Shape`."""
+        return b"".join(self._events.fail(str(error), error.code))

@@ -1,0 +1,244 @@
+"""OpenAI's Responses API through a server and the official client: text, tools and reasoning, whole and as events in their order."""
+
+import json
+
+import pytest
+
+from anabranch.data import ByteTokenizer
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.local import LocalEngine
+from fake_engine import Script
+from reasoning_models import QWEN3, Speaking
+from serving_models import serve_process, small_moe
+from serving_thread import serving
+
+openai = pytest.importorskip("openai")
+TOOL = {
+    "type": "function", "name": "weather", "description": "Tells it.",
+    "parameters": {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"], "additionalProperties": False},
+}  # fmt: skip
+FORM = {"format": {"type": "json_schema", "name": "form", "schema": TOOL["parameters"], "strict": True}}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"warm": true}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def said():
+    with serving(Script(say="It is warm.")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(said):
+    with openai.OpenAI(base_url=f"{said.url}/v1", api_key="x", max_retries=0) as made:
+        yield made
+
+
+def in_order(events):
+    """Check that a stream's events follow each other as they should; its last response."""
+    events = list(events)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+    last = events.pop()
+    open_item, open_part, items = None, None, []
+    for event in events[2:]:
+        kind = event.type.removeprefix("response.")
+        if kind == "output_item.added":
+            assert open_item is None
+            assert event.output_index == len(items)
+            open_item = event.item
+            assert open_item.status == "in_progress"
+        elif kind == "output_item.done":
+            assert event.item.id == open_item.id
+            assert (event.item.status, open_part) == ("completed", None)
+            items.append(event.item)
+            open_item = None
+        elif kind == "content_part.added":
+            assert open_part is None
+            open_part = ""
+        elif kind == "content_part.done":
+            assert event.part.text == open_part
+            open_part = None
+        elif kind.endswith(".delta"):
+            assert (event.item_id, event.output_index) == (open_item.id, len(items))
+            open_part = (open_part or "") + event.delta
+        else:
+            assert (event.text if hasattr(event, "text") else event.arguments) == open_part
+            open_part = None if kind == "function_call_arguments.done" else open_part
+    assert open_item is None
+    assert [item.id for item in last.response.output] == [item.id for item in items]
+    assert last.type == f"response.{last.response.status}"
+    return last.response
+
+
+def parts(response):
+    """What a response says, without ids."""
+    made = []
+    for item in response.output:
+        if item.type == "function_call":
+            made.append((item.type, item.name, item.arguments))
+        else:
+            made.append((item.type, "".join(part.text for part in item.content)))
+    return made
+
+
+def both(client, **fields):
+    """The response, which the events of a stream make too."""
+    whole = client.responses.create(model="fake", **fields)
+    stream = in_order(client.responses.create(model="fake", stream=True, **fields))
+    assert parts(stream) == parts(whole)
+    assert (stream.status, stream.usage, stream.incomplete_details) == (
+        whole.status,
+        whole.usage,
+        whole.incomplete_details,
+    )
+    return whole
+
+
+def test_text(client, said):
+    made = both(client, input="hello", instructions="Be brief.", temperature=0.5, metadata={"a": "b"})
+    assert made.output_text == "It is warm."
+    assert (made.status, made.object, made.model, made.error) == ("completed", "response", "fake", None)
+    assert (made.instructions, made.temperature, made.metadata, made.store) == ("Be brief.", 0.5, {"a": "b"}, False)
+    request = said.script.requests[-1]
+    assert bytes(request.prompt).decode() == "System: Be brief.\nUser: hello\nAssistant:"
+    assert request.sampling.temperature == 0.5
+    assert (made.usage.input_tokens, made.usage.output_tokens) == (len(request.prompt), len("It is warm."))
+    assert made.usage.total_tokens == made.usage.input_tokens + made.usage.output_tokens
+
+
+def test_items_of_a_conversation(client, said):
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Is it warm?"}]},
+        {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "yes"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "It is."}]},
+        {"role": "user", "content": "Sure?"},
+    ]
+    both(client, input=items)
+    prompt = bytes(said.script.requests[-1].prompt).decode()
+    for text in (
+        "User: Is it warm?",
+        '"name": "weather", "arguments": {}',
+        "<tool_response>\nyes",
+        "Assistant: It is.",
+        "User: Sure?",
+    ):
+        assert text in prompt
+
+
+def test_the_end_of_what_there_may_be(client):
+    made = both(client, input="hello", max_output_tokens=4)
+    assert (made.output_text, made.status, made.incomplete_details.reason) == (
+        "It i",
+        "incomplete",
+        "max_output_tokens",
+    )
+
+
+def test_calls_come_back_and_are_answered():
+    with serving(Script(say=f"Let me see. {CALL}\n{CALL}")) as running:
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
+            made = both(client, input="Is it warm?", tools=[TOOL])
+            call = ("function_call", "weather", '{"warm": true}')
+            assert parts(made) == [("message", "Let me see."), call, call]
+            assert made.tools[0].name == "weather"
+            running.script.say = "Warm."
+            answers = [
+                {"type": "function_call_output", "call_id": item.call_id, "output": "yes"}
+                for item in made.output
+                if item.type == "function_call"
+            ]
+            again = both(
+                client, input=[{"role": "user", "content": "Is it warm?"}, *made.output, *answers], tools=[TOOL]
+            )
+            assert again.output_text == "Warm."
+
+
+def test_reasoning_is_an_item_of_its_own():
+    with Speaking(QWEN3) as asked:
+        asked.script.say = f"<think>\nSo, so.\n</think>\n\nYes.{CALL}"
+        made = both(asked.client, input="Is it warm?", tools=[TOOL], reasoning={"effort": "high"})
+        assert parts(made) == [
+            ("reasoning", "So, so."),
+            ("message", "Yes."),
+            ("function_call", "weather", '{"warm": true}'),
+        ]
+        assert made.usage.output_tokens_details.reasoning_tokens == len("\nSo, so.\n") + 2
+        asked.script.say = "Warm."
+        items = [item.model_dump(exclude_none=True) for item in made.output]
+        answer = {"type": "function_call_output", "call_id": made.output[2].call_id, "output": "yes"}
+        both(asked.client, input=[{"role": "user", "content": "Is it warm?"}, *items, answer])
+        assert "<think>So, so.</think>Yes." in asked.prompt
+        both(asked.client, input="hello", reasoning={"effort": "none"})
+        assert asked.prompt.endswith("</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "c"}, "conversation"),
+        ({"background": True}, "background"), ({"input": []}, "input"), ({"input": 5}, "input"), ({"input": ["x"]}, "input[0]"),
+        ({"input": [{"role": "king", "content": "x"}]}, "input"), ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"), ({"tools": 5}, "tools"), ({"text": "x"}, "text"),
+        ({"text": {"format": "x"}}, "text.format"), ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"reasoning": {"effort": "low"}}, "reasoning.effort"), ({"reasoning": 5}, "reasoning"), ({"truncation": "auto"}, "truncation"),
+        ({"max_output_tokens": 0}, "max_output_tokens"), ({"max_output_tokens": "x"}, "max_output_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_output_tokens": 10**6}, "max_tokens"), ({"n": 2}, "n"), ({"tool_choice": "required"}, "tool_choice"),
+        ({"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, "input"),
+        ({"input": [{"type": "function_call", "name": "f", "arguments": [5]}]}, "input"),
+        ({"input": [{"type": "reasoning", "content": 5}]}, "input"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_by_its_name(said, fields, param):
+    status, _, body = said.ask("/v1/responses", {"model": "fake", "input": "hello", **fields})
+    assert (status, body["error"]["param"]) == (400, param), body
+
+
+def test_a_stream_that_fails_says_so():
+    with serving(Script(say="x" * 50, crash_after=3), restarts=0) as running:
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
+            events = list(client.responses.create(model="fake", input="hello", stream=True))
+    assert events[-1].type == "response.failed"
+    assert events[-1].response.error.code == "engine_failed"
+
+
+def test_streams_end_with_their_last_event(said):
+    raw = said.ask("/v1/responses", {"model": "fake", "input": "hello", "stream": True})[2].decode()
+    assert "[DONE]" not in raw
+    assert "chat.completion" not in raw
+    assert raw.split("\n\n")[-2].startswith("event: response.completed\ndata: ")
+
+
+def check_demands(client, model):
+    made = client.responses.create(model=model, input="hello", text=FORM, max_output_tokens=200)
+    assert set(json.loads(made.output_text)) == {"warm"}
+    named = {"type": "function", "name": "weather"}
+    for choice in ("required", named):
+        made = client.responses.create(
+            model=model,
+            input="hello",
+            tools=[TOOL],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            max_output_tokens=300,
+        )
+        [call] = made.output
+        assert (call.type, call.name, set(json.loads(call.arguments))) == ("function_call", "weather", {"warm"})
+    with client.responses.stream(model=model, input="hello", text=FORM, max_output_tokens=200) as stream:
+        assert set(json.loads(stream.get_final_response().output_text)) == {"warm"}
+
+
+def test_forms_and_calls_are_demanded_of_a_real_engine():
+    model, config = small_moe(), ServingConfig(num_blocks=256, name="small", dtype="float32")
+    with serving(lambda: LocalEngine(lambda: Engine.of(model, config, tokenizer=ByteTokenizer()))) as running:
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
+            check_demands(client, "small")
+
+
+@pytest.mark.slow
+def test_a_server_process_answers_them():
+    with serve_process() as served, openai.OpenAI(base_url=f"{served.url}/v1", api_key="x") as client:
+        check_demands(client, "small-moe")
