@@ -27,6 +27,14 @@ def parse_bytes(text: str | int, name: str = "size") -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
+def blocks_in(kv_memory: str, bytes_per_token: int, block_tokens: int) -> int:
+    """Blocks of a key-value cache of so many bytes. Raises CapacityError if not even one fits."""
+    size, block = parse_bytes(kv_memory, "kv_memory"), bytes_per_token * block_tokens
+    if size < block:
+        raise CapacityError(f"kv_memory is {kv_memory}; a block of {block_tokens} tokens takes {block} bytes")
+    return size // block
+
+
 @configclass
 class ServingConfig(Config):
     """How a model is loaded, how much memory it gets, and how its steps are formed.
@@ -166,8 +174,4 @@ class ServingConfig(Config):
         """Blocks of the key-value cache for a model that keeps so much per position. Raises CapacityError if not even one fits."""
         if self.num_blocks is not None:
             return self.num_blocks
-        given = self.kv_memory or DEFAULT_KV
-        size, block = parse_bytes(given, "kv_memory"), bytes_per_token * self.block_tokens
-        if size < block:
-            raise CapacityError(f"kv_memory is {given}; a block of {self.block_tokens} tokens takes {block} bytes")
-        return size // block
+        return blocks_in(self.kv_memory or DEFAULT_KV, bytes_per_token, self.block_tokens)

@@ -236,3 +236,63 @@ def test_ranks_that_die_of_themselves_end_nobody():
         book.ledger.resume(book.ranks)
         assert book.ranks.news() == [(0, "go"), (0, "submit", "a"), (0, "submit", "b")]
     assert [output for output in book.given if output.finish is not None] == []
+
+
+def order_of(book, count):
+    """Ids in the order in which the rank gets them, each ended as soon as it is there."""
+    taken = []
+    for _ in range(count):
+        (id,) = [id for _, name, id in book.ranks.news() if name == "submit"]
+        taken.append(id)
+        book.gives(id, 5, finish=Finish.LENGTH)
+    return taken
+
+
+def put(book, id, key, tokens=400, **fields):
+    sampling = Sampling(max_tokens=tokens)
+    book.ledger.submit(Request(id=id, prompt=(1,), sampling=sampling, key=key, **fields), book.given.append)
+
+
+def test_a_request_s_own_priority_goes_before_others_of_its_key_and_no_other_s():
+    book = Book(0)
+    put(book, "first", "a")
+    for number in range(3):
+        put(book, f"a{number}", "a", own_priority=-number)
+    put(book, "b", "b")
+    put(book, "urgent", "c", priority=-1)
+    assert order_of(book, 6) == ["first", "urgent", "a2", "b", "a1", "a0"]
+
+
+def test_keys_take_turns_by_tokens():
+    book = Book(0)
+    put(book, "first", "a")
+    for number in range(4):
+        put(book, f"a{number}", "a")
+    for number in range(4):
+        put(book, f"b{number}", "b", tokens=200)
+    taken = order_of(book, 9)
+    # A turn is 512 tokens: one of a's, two of b's.
+    assert taken[:5] == ["first", "a0", "b0", "b1", "a1"]
+    assert sorted(taken[1:]) == sorted(f"{key}{number}" for key in "ab" for number in range(4))
+
+
+def test_one_that_was_paused_while_it_waited_keeps_its_place_and_is_taken_once():
+    book = Book(0)
+    for id in ("runs", "slow", "next"):
+        put(book, id, "a")
+    book.ledger.pause_request("slow")
+    book.ledger.resume_request("slow")
+    assert order_of(book, 3) == ["runs", "slow", "next"]
+    assert not book.ledger.live
+
+
+def test_requests_of_a_group_with_a_seed_get_the_same_ones_again():
+    def seeds(seed):
+        ledger = Ledger(Limits(num_blocks=8, max_seqs=9, seed=seed), 61, lambda *times: None)
+        for number in range(3):
+            sampling = Sampling(max_tokens=9)
+            ledger.submit(Request(id=f"{number}", prompt=(1,), sampling=sampling), lambda output: None)
+        return [live.request.sampling.seed for live in ledger.live.values()]
+
+    assert seeds(3) == seeds(3) != seeds(4)
+    assert seeds(None) != seeds(None)

@@ -21,6 +21,7 @@ from anabranch.serving import Finish, LocalEngine, ProcessEngine, Request, Sampl
 from anabranch.serving.core import stream
 from anabranch.serving.core.client import NotBegunError
 from anabranch.serving.engine import Engine, ModelRunner
+from anabranch.serving.engine.messages import Begun, Reply
 from anabranch.serving.engine.streams import StreamsClient
 
 COUNT = 12
@@ -335,6 +336,29 @@ class Mute(StreamsClient):
 
     async def _ended(self):
         self.has_ended = True
+
+
+@pytest.mark.parametrize("last", ["reply", "output"])
+def test_a_loop_is_given_up_so_long_after_its_last_sign_of_life_and_not_a_quarter_later(last):
+    patience_s = 0.4
+
+    async def body():
+        client = Mute(watchdog_s=patience_s)
+        await client.start()
+        await asyncio.sleep(0.01)
+        clock = asyncio.get_running_loop().time
+        for _ in range(3):
+            # Each ping is answered after most of the time that it has.
+            await asyncio.sleep(0.6 * patience_s)
+            command = client.sent[-1]
+            client._deliver([Reply(command.number) if last == "reply" else Begun(())])
+            heard = clock()
+        while not client.is_abandoned:
+            await asyncio.sleep(0.001)
+        assert patience_s - 0.001 <= clock() - heard < 1.2 * patience_s
+        await client.close()
+
+    asyncio.run(body())
 
 
 @pytest.mark.parametrize("drain_s", [0.0, 0.2])

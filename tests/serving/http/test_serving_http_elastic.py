@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -10,11 +11,11 @@ import urllib.request
 import pytest
 
 from anabranch.config import override
-from anabranch.errors import ConfigError
+from anabranch.errors import CapacityError, ConfigError
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.elasticmoe import ElasticConfig
 from anabranch.serving.elasticmoe.cuda_driver import LIBRARY
-from anabranch.serving.http.serve import NOT_ELASTIC, ServeConfig
+from anabranch.serving.http.serve import ServeConfig
 from elastic_backends import NEEDS_GPU, compile_standin
 from elastic_models import save_moe
 from server_process import SOURCE
@@ -30,48 +31,90 @@ def post(server, path, body, **headers):
         return json.loads(answer.read())
 
 
-@pytest.mark.parametrize("name", NOT_ELASTIC)
-def test_options_of_one_engine_are_refused(name):
-    values = {
-        "dtype": "float32",
-        "quantize": "int4",
-        "long_prefill_chunk": 8,
-        "expert_budget": "1MiB",
-        "host_kv": "1MiB",
-        "num_streams": 2,
-        "max_depth": 2,
-        "threads": 2,
-        "scheduling": "async",
-        "kv_memory": "1MiB",
-        "process": False,
-    }
-    value = values.get(name, True)
-    with pytest.raises(ConfigError, match=rf"devices is 2, but engine\.{name}"):
-        override(ServeConfig(), {"devices": 2, f"engine.{name}": value})
-
-
-# A name is what clients call the model, whatever runs it.
-KNOWN = {field.name for field in dataclasses.fields(ServingConfig)} - {*NOT_ELASTIC, "name"}
-
-
-NEEDS = {
-    "disk_kv": ("host_kv", "1MiB", "disk_kv", "1MiB"),
-    "experts": ("expert_budget", "1MiB", "experts.policy", "lru"),
+# Of fields whose types do not say what they may be, or that need another beside them.
+GIVEN = {
+    "model": "there",
+    "name": "called",
+    "dtype": "float32",
+    "quantize": "int4",
+    "device": "cuda",
+    "memory": "4GiB",
+    "kv_memory": "2GiB",
+    "pooling": "mean",
+    "scheduling": "async",
+    "expert_budget": "1MiB",
+    "host_kv": "1MiB",
+    "disk_kv": {"host_kv": "1MiB", "disk_kv": "1MiB"},
+    "pipeline": {"nano_batches": True, "pipeline": "order.json"},
+    "experts": {"expert_budget": "1MiB", "experts.policy": "lru"},
 }
 
 
-@pytest.mark.parametrize("name", sorted(KNOWN))
-def test_every_other_option_reaches_the_group(name):
-    values = {"device": "cuda", "prefix_cache": False, "model": "there", "watchdog_s": None}
-    config = override(ServeConfig(), {"devices": 2, "engine.model": "somewhere"})
-    if name in NEEDS:
-        # It needs another, which is refused.
-        other, value, path, own = NEEDS[name]
-        with pytest.raises(ConfigError, match=rf"engine\.{other} is for one engine"):
-            override(config, {f"engine.{other}": value, f"engine.{path}": own})
+@pytest.mark.parametrize("field", dataclasses.fields(ServingConfig), ids=lambda field: field.name)
+def test_every_option_of_an_engine_reaches_a_group_or_is_refused_by_name(field):
+    """Also one that is new: it is set to something else than its default."""
+    name, plain = field.name, ServeConfig(devices=2, engine=ServingConfig(model="somewhere"))
+    value = GIVEN.get(name, not field.default if isinstance(field.default, bool) else 7)
+    own = {f"engine.{path}": each for path, each in (value if isinstance(value, dict) else {name: value}).items()}
+    one = override(ServeConfig(), own)
+    assert getattr(one.engine, name) != field.default
+    try:
+        changed = override(plain, own)
+    except ConfigError as error:
+        refusal = str(error)
+    else:
+        assert changed._elastic() != plain._elastic()
         return
-    changed = override(config, {f"engine.{name}": values.get(name, 7)})
-    assert changed._elastic() != config._elastic()
+    assert any(f"engine.{path.removeprefix('engine.').partition('.')[0]} is" in refusal for path in own), refusal
+    assert refusal.startswith("devices is 2")
+
+
+def test_a_group_forms_steps_as_it_does_whether_that_is_said_or_not():
+    plain, said = ServeConfig(devices=2), override(ServeConfig(devices=2), {"engine.scheduling": "sync"})
+    assert said._elastic() == plain._elastic()
+
+
+@pytest.mark.parametrize(
+    ("setting", "reaches"),
+    [
+        ({"group.mode": "drain"}, {"mode": "drain"}),
+        ({"group.standby": 0}, {"standby": 0}),
+        ({"group.ahead": False}, {"ahead": False}),
+        ({"group.busy": "refuse"}, {"busy": "refuse"}),
+        ({"group.device_memory": "2MiB"}, {"device_memory": 2 << 20}),
+        ({"engine.kv_memory": "3GiB"}, {"kv_memory": "3GiB"}),
+        ({"engine.num_blocks": 9}, {"num_blocks": 9, "kv_memory": None}),
+        ({"engine.threads": 3}, {"threads": 3}),
+        ({"engine.seed": 0}, {"seed": 0}),
+        ({}, {"kv_memory": "1GiB", "threads": 1, "seed": None, "mode": "migrate", "device_memory": None}),
+    ],
+)
+def test_what_is_said_of_a_group_reaches_it(setting, reaches):
+    made = override(ServeConfig(devices=2), setting)._elastic()
+    assert {name: getattr(made, name) for name in reaches} == reaches
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"group.mode": "jump"}, "group.mode is 'jump'"),
+        ({"group.device_memory": "much"}, "device_memory is 'much'"),
+        ({"scaling.max_devices": 1}, "devices is 2; policy.max_devices=1 is less"),
+    ],
+)
+def test_mistakes_in_what_is_said_of_a_group(setting, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        override(ServeConfig(devices=2), setting)
+
+
+def test_a_cache_is_as_large_as_its_memory_and_no_larger_than_it_can_be_used():
+    config = ElasticConfig(model="there", kv_memory="1MiB", block_tokens=16, max_seqs=2)
+    # 16 tokens of 64 bytes are a KiB.
+    assert config.blocks_for(64, 100_000) == 1024
+    assert config.blocks_for(64, 160) == 4 * 2 * 10
+    assert ElasticConfig(model="there").blocks_for(64, 160) == 256
+    with pytest.raises(CapacityError, match="kv_memory is 1MiB; a block of 16 tokens takes 1600000 bytes"):
+        config.blocks_for(100_000, 160)
 
 
 @pytest.mark.parametrize("weights", ["shared", "own"])
@@ -119,10 +162,14 @@ def test_devices_change_while_it_answers(where, tmp_path):
     with serve_process(*options, environment=environment) as server:
         before = post(server, "/v1/completions", body)
         report = post(server, "/v1/admin/scale", {"devices": 2}, authorization=f"Bearer {TOKEN}")["result"]
+        drained = post(server, "/v1/admin/scale", {"devices": 3, "mode": "drain"}, authorization=f"Bearer {TOKEN}")
+        lost = post(server, "/v1/admin/scale", {"devices": 2, "lost": [0]}, authorization=f"Bearer {TOKEN}")["result"]
         after = post(server, "/v1/completions", body)
         with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
             metrics = answer.read().decode()
-    assert report
+    assert (report["mode"], report["new"]) == ("migrate", [0, 1])
+    assert (drained["result"]["mode"], drained["result"]["new"]) == ("drain", [0, 1, 2])
+    assert lost["new"] == [1, 2]
     texts = [answer["choices"][0]["text"] for answer in (alone, before, after)]
     assert len(set(texts)) == 1
     assert "elastic" in metrics

@@ -251,6 +251,17 @@ def test_admin_has_a_token_of_its_own():
         assert running.ask("/v1/admin/scale", {"devices": 2}, **token)[2] == {"result": True}
         assert running.ask("/v1/admin/cache", None, "DELETE", **token)[2] == {"result": True}
         assert running.engine.controls == [("scale", {"devices": 2}), ("reset_prefix_cache", {})]
+        full = {"devices": 3, "mode": "drain", "lost": [1]}
+        assert running.ask("/v1/admin/scale", full, **token)[2] == {"result": True}
+        assert running.engine.controls[-1] == ("scale", full)
+        for wrong in (
+            {"devices": 3, "mode": "jump"},
+            {"devices": 3, "lost": [-1]},
+            {"devices": 3, "lost": 1},
+            {"devices": 3, "now": 1},
+        ):
+            param = [*wrong][1]
+            assert running.ask("/v1/admin/scale", wrong, **token)[2]["error"]["param"] == param
         assert running.ask("/v1/admin/scale", {"devices": 0}, **token)[2]["error"]["param"] == "devices"
         assert running.ask("/v1/admin/cache", **token)[2]["kv_usage_ratio"] == 0.25
         assert running.ask("/v1/admin/nothing", **token)[0] == 404

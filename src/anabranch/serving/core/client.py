@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from anabranch.bounds import is_whole
 from anabranch.errors import AnabranchError, InputError
@@ -104,3 +104,12 @@ class EngineClient(Protocol):
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Take no more requests, let those under way end for up to ``drain_s`` seconds, abort the rest, free everything."""
+
+
+@runtime_checkable
+class Mends(Protocol):
+    """An engine that replaces parts of itself while it takes requests, which wait until it is whole."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing that answers requests is being replaced."""

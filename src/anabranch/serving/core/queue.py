@@ -23,10 +23,14 @@ class Waiting(Protocol):
         cost: tokens that it is charged with when it is taken.
     """
 
-    rank: tuple[int, float, int]
-    own_priority: int
-    key: str
-    cost: int
+    @property
+    def rank(self) -> tuple[int, float, int]: ...  # noqa: D102
+    @property
+    def own_priority(self) -> int: ...  # noqa: D102
+    @property
+    def key(self) -> str: ...  # noqa: D102
+    @property
+    def cost(self) -> int: ...  # noqa: D102
 
 
 T = TypeVar("T", bound=Waiting)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from anabranch.config import Config, Field, Repeats, Seed, Size, configclass
 from anabranch.errors import ConfigError
+from anabranch.serving.config import blocks_in, parse_bytes
 from anabranch.serving.elasticmoe.policy import Policy
 
 __all__ = ["ElasticConfig"]
@@ -19,9 +20,14 @@ class ElasticConfig(Config):
         devices: to start with; each is a process and its memory.
         device: what they compute on. ``cpu``: all in main memory. ``cuda``: dealt to the GPUs of the machine in turn, several to one if
             there are more devices than GPUs.
+        name: what the model is called; empty for the last part of the path.
+        threads: of one step of one device.
         num_blocks, block_tokens: of the key-value cache of each device.
+        kv_memory: bytes of that cache instead of ``num_blocks``, such as ``1GiB``: as many blocks as fit, but no more than four times those
+            that ``max_seqs`` requests at their longest fill, since a change of devices hands their tables over.
         max_positions: longest prompt and output; None for the model's.
         max_batched_tokens, max_seqs: of a step of one device.
+        long_prefill_chunk: most tokens of one prompt in a step; None for all that fit.
         prefix_cache: use blocks of earlier requests.
         stop_tokens: the model's own ends of text; None takes those of its tokenizer.
         weights: ``shared`` lets all devices map the same pages of weights (ours): nothing is copied when experts change their device, and
@@ -38,17 +44,21 @@ class ElasticConfig(Config):
         p2p: False reads what is new from disk (ablation; with ``weights="own"``).
         watchdog_s: a rank that serves and gives no sign of life for so many seconds is ended, and replaced; None waits for ever.
         pace_s, pace_token_s: see `Limits`.
-        seed: of the sampler.
+        seed: of requests that bring none; None draws it.
     """
 
     model: str
     devices: Repeats = Field(default=1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
+    name: str = ""
+    threads: Repeats = Field(default=1, ge=1)
     num_blocks: Size = Field(default=256, ge=1)
+    kv_memory: str | None = None
     block_tokens: Size = Field(default=16, ge=1)
     max_positions: Size | None = Field(default=None, ge=2)
     max_batched_tokens: Size = Field(default=512, ge=1)
     max_seqs: Size = Field(default=16, ge=1)
+    long_prefill_chunk: Size | None = Field(default=None, ge=1)
     prefix_cache: bool = True
     stop_tokens: tuple[int, ...] | None = None
     weights: Literal["shared", "own"] = "shared"
@@ -64,9 +74,11 @@ class ElasticConfig(Config):
     watchdog_s: float | None = Field(default=120.0, gt=0)
     pace_s: float = Field(default=0.0, ge=0)
     pace_token_s: float = Field(default=0.0, ge=0)
-    seed: Seed = 0
+    seed: Seed | None = None
 
     def __post_init__(self) -> None:
+        if self.kv_memory is not None:
+            parse_bytes(self.kv_memory, "kv_memory")
         if self.devices > self.policy.max_devices:
             raise ConfigError(f"devices is {self.devices}; policy.max_devices={self.policy.max_devices} is less")
         if not self.mapped and self.device != "cpu":
@@ -75,6 +87,14 @@ class ElasticConfig(Config):
             raise ConfigError(
                 "p2p is false; that needs weights='own', as shared weights are not copied between devices"
             )
+
+    def blocks_for(self, bytes_per_token: int, max_positions: int) -> int:
+        """Blocks of a device for a model that keeps so much per position. Raises CapacityError if not even one fits."""
+        if self.kv_memory is None:
+            return self.num_blocks
+        fit = blocks_in(self.kv_memory, bytes_per_token, self.block_tokens)
+        longest = -(-max_positions // self.block_tokens)
+        return min(fit, 4 * self.max_seqs * longest)
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """The `Coordinator`."""

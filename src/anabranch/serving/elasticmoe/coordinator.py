@@ -64,6 +64,11 @@ class Coordinator:
         """Whether requests are taken. They are while devices change, and while a rank that died is replaced."""
         return self.group.ledger.active is not None and not self.group.is_closed and not self._is_draining
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is being replaced that answers requests; until it is they are taken, and wait."""
+        return self.group.is_serving
+
     async def start(self) -> EngineInfo:
         """Load, boot and warm up. Raises AnabranchError if it cannot."""
         await asyncio.to_thread(self.group.start)

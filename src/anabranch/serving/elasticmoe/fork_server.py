@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import threading
+import time
 
 from anabranch.serving.elasticmoe.processes import Process, start_process
 from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError, pair
@@ -84,6 +85,17 @@ class ForkServer:
             os.close(fd)
         return ForkedProcess(name, pid, pidfd, ours)
 
+    def ping(self) -> None:
+        """Wait for a sign of life. Raises ChannelClosedError if the fork server has died."""
+        if self._process is not None:
+            with self._lock:
+                self._process.channel.ask(None)
+
+    def kill(self) -> None:
+        """End it at once, as a fault would."""
+        if self._process is not None:
+            self._process.kill()
+
     @property
     def pid(self) -> int | None:
         """Of the process that is copied."""
@@ -93,6 +105,13 @@ class ForkServer:
     def is_alive(self) -> bool:
         """Whether it can make ranks."""
         return self._process is None or self._process.is_alive
+
+    def is_gone(self, patience_s: float = 1.0) -> bool:
+        """Whether it cannot make ranks any more; one whose channel is closed may take a moment to end."""
+        end = time.monotonic() + patience_s
+        while self.is_alive and time.monotonic() < end:
+            time.sleep(0.01)
+        return not self.is_alive
 
     def close(self) -> None:
         """End it; ranks that were made live on."""
@@ -113,7 +132,11 @@ def main() -> None:
         while True:
             while not control.poll(1.0):
                 _reap()
-            _, (fd,) = control.recv()
+            name, fds = control.recv()
+            if name is None:
+                control.send(None)
+                continue
+            (fd,) = fds
             pid = os.fork()
             if pid == 0:
                 control.forget()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from anabranch.errors import BackendError, InputError
 from anabranch.serving.core.request import Finish
@@ -25,11 +26,11 @@ from anabranch.serving.elasticmoe.ledger import Ledger
 from anabranch.serving.elasticmoe.memory import MemoryManager, Which
 from anabranch.serving.elasticmoe.plan import Placement, ScalePlan, check_memory, place, plan_scale
 from anabranch.serving.elasticmoe.rank_boot import Boot
-from anabranch.serving.elasticmoe.recovery import FAULTS, recover, recover_if_broken
+from anabranch.serving.elasticmoe.recovery import FAULTS, recover, recover_if_broken, recover_memory
 from anabranch.serving.elasticmoe.report import ScaleReport
 from anabranch.serving.elasticmoe.sizes import backend_for, sizes_of
 from anabranch.serving.elasticmoe.switch import drain, migrate
-from anabranch.serving.elasticmoe.watchdog import Watchdog
+from anabranch.serving.elasticmoe.watchdog import Watchdog, Watched, in_thread
 from anabranch.serving.elasticmoe.wire import ChannelClosedError
 
 __all__ = ["Group", "ScaleReport"]
@@ -114,7 +115,7 @@ class Group:
                 raise
             self.ledger.resume(instance)
         if self.config.watchdog_s is not None:
-            self._watchdog = Watchdog(lambda: self.ledger.active, self.config.watchdog_s)
+            self._watchdog = Watchdog(self._watched, self.config.watchdog_s)
         self.look_ahead()
 
     def close(self, drain_s: float = 0.0) -> None:
@@ -288,7 +289,43 @@ class Group:
                 self.ledger.changed.notify_all()
             if instance is self.ledger.active:
                 self.counts.down()
-                threading.Thread(target=recover_if_broken, args=(self,), daemon=True, name="anabranch-recover").start()
+                in_thread(partial(recover_if_broken, self), "anabranch-recover")
+            else:
+                in_thread(partial(self._replace_standby, instance), "anabranch-standby")
+
+    def _replace_standby(self, broken: Instance) -> None:
+        """One that was on standby is gone; what is to be ready is made ready again."""
+        if broken in self.standby.instances():
+            self.standby.drop(broken)
+            self.look_ahead()
+
+    def _watched(self) -> list[Watched]:
+        """The processes to look after; of ranks those that have nothing else that waits for them, with a bound."""
+        active, memory, fork_server = self.ledger.active, self.memory, self.fork_server
+        instances = [each for each in (active, *self.standby.instances()) if each is not None]
+        watched = [
+            Watched(
+                (instance, device),
+                f"device {device}: its rank{'' if instance is active else ' on standby'}",
+                partial(instance.call, device, "ping"),
+                partial(instance.kill, device),
+            )
+            for instance in instances
+            if not (instance.is_broken or instance.is_closed)
+            for device in instance.devices
+        ]
+        if memory is not None and not self.is_closed:
+            lost = partial(in_thread, partial(recover_memory, self, memory), "anabranch-recover")
+            ping = partial(in_thread, memory.ping, "anabranch-ping")
+            process = memory.process
+            watched.append(Watched((memory,), "the memory manager", ping, process.kill, lambda: process.is_alive, lost))
+        if fork_server is not None and fork_server.pid is not None and not self.is_closed:
+            lost = partial(in_thread, self.start_fork_server, "anabranch-fork-server")
+            ping = partial(in_thread, fork_server.ping, "anabranch-ping")
+            watched.append(
+                Watched((fork_server,), "the fork server", ping, fork_server.kill, lambda: fork_server.is_alive, lost)
+            )
+        return watched
 
     # Parts
 
@@ -312,7 +349,6 @@ class Group:
     def boot(self, devices: Sequence[int]) -> Instance:
         """Start the processes of a configuration."""
         assert self.memory is not None
-        fork_server = self.start_fork_server()
         boots = [
             Boot(
                 layout=self.layout,
@@ -325,7 +361,14 @@ class Group:
             )
             for rank, device in enumerate(devices)
         ]
-        return Instance.boot(fork_server, self.memory, boots, self._event)
+        fork_server = self.start_fork_server()
+        try:
+            return Instance.boot(fork_server, self.memory, boots, self._event)
+        except ChannelClosedError:
+            # One that died, or was ended as it hung, while it was asked: there is another.
+            if not fork_server.is_gone():
+                raise
+            return Instance.boot(self.start_fork_server(), self.memory, boots, self._event)
 
     @staticmethod
     def bring_up(instance: Instance, which: Which) -> None:

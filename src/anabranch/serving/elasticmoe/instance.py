@@ -225,6 +225,15 @@ class Standby:
             if each is not None:
                 each.close()
 
+    def drop(self, instance: Instance) -> None:
+        """End an instance if it waits here."""
+        with self._lock:
+            is_here = self._kept.get(instance.devices) is instance
+            if is_here:
+                del self._kept[instance.devices]
+        if is_here:
+            instance.close()
+
     def configurations(self) -> list[tuple[int, ...]]:
         """What waits, least recently used first."""
         with self._lock:

@@ -8,10 +8,11 @@ until each has given something: whoever is alone when the ranks fail again ends 
 
 A request whose reader is slow is paused in the rank that has it, and takes no place there. That it is paused stands here: ranks that it is
 handed to are told, and should its rank die it does not begin again before its reader has caught up.
+
+Who waits here is taken as in the queue of one engine (`WaitingQueue`): by priority, then the keys in turn, each by its own priorities.
 """
 
-import heapq
-import secrets
+import random
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from anabranch.errors import InputError
+from anabranch.serving.core.queue import WaitingQueue
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.elasticmoe.handover import Carried
 from anabranch.serving.elasticmoe.instance import Instance
@@ -51,6 +53,7 @@ class Live:
         came, first, last: times of arrival, first and newest token, seconds.
         longest_gap_s: between two outputs.
         is_held: its rank waits with it until no other is suspect.
+        is_queued: it waits for a rank.
         paused: since when its reader is too slow for it; None while it may run.
         paused_s: how long that was so before; no fault of the devices.
     """
@@ -66,6 +69,7 @@ class Live:
     reruns: int = 0
     failures: int = 0
     is_held: bool = False
+    is_queued: bool = False
     came: float = 0.0
     first: float | None = None
     last: float = 0.0
@@ -84,9 +88,22 @@ class Live:
         return self.failures >= _SUSPECT and self.paused is None
 
     @property
-    def order(self) -> tuple[int, float, int, str]:
-        """Its place among those that wait."""
-        return self.request.priority, self.came, self.serial, self.request.id
+    def rank(self) -> tuple[int, float, int]:
+        """See `Waiting`, as the others."""
+        return self.request.priority, self.came, self.serial
+
+    @property
+    def own_priority(self) -> int:  # noqa: D102
+        return self.request.own_priority
+
+    @property
+    def key(self) -> str:  # noqa: D102
+        return self.request.key
+
+    @property
+    def cost(self) -> int:
+        """Tokens that it may have."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens
 
     @property
     def carried(self) -> Carried:
@@ -118,7 +135,8 @@ class Ledger:
         # Counted here and not by the ranks, whose last counts are lost with them.
         self.counted: Counter[str] = Counter(prompt_tokens=0, generation_tokens=0)
         self.counted.update({f"finished_{finish.value}": 0 for finish in Finish})
-        self._queue: list[tuple[int, float, int, str]] = []
+        self._queue: WaitingQueue[Live] = WaitingQueue()
+        self._random = random.SystemRandom() if limits.seed is None else random.Random(limits.seed)
         self._serial = 0
         # While ``is_paused``.
         self._aborted: set[str] = set()
@@ -158,7 +176,7 @@ class Ledger:
             raise InputError(f"the prompt has the token {outside[0]}; use 0 to {self.vocab_size - 1}")
         # Of its own, so that it goes on the same wherever it is taken.
         if request.sampling.seed is None:
-            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
+            request = replace(request, sampling=replace(request.sampling, seed=self._random.getrandbits(62)))
         longest = min(len(request.prompt) + request.sampling.max_tokens, positions)
         now = time.monotonic()
         with self.lock:
@@ -179,6 +197,7 @@ class Ledger:
                 return
             if self.is_paused:
                 self._aborted.add(id)
+            self._unqueue(live)
             self._tell(live, "abort")
             self.counted["finished_abort"] += 1
             live.emit(Output(id=id, finish=Finish.ABORT))
@@ -195,6 +214,7 @@ class Ledger:
             if live is None or live.paused is not None:
                 return
             live.paused = time.monotonic()
+            self._unqueue(live)
             self._resumed.discard(id)
             self._tell(live, "pause_request")
             self.dispatch()
@@ -223,26 +243,19 @@ class Ledger:
                 return
             suspects = [live for live in self.live.values() if live.is_suspect]
             if suspects:
-                self._dispatch_alone(active, min(suspects, key=lambda live: live.order))
+                self._dispatch_alone(active, min(suspects, key=lambda live: live.rank))
                 return
             self._let_go()
             held: dict[int, list[Live]] = {device: [] for device in active.devices}
             for live in self.with_instance(active):
                 if live.device is not None and live.paused is None:
                     held[live.device].append(live)
-            while self._queue:
-                first = self.live.get(self._queue[0][-1])
-                # It has ended, was queued twice, or waits for its reader: then it is queued again when that one has caught up.
-                if first is None or first.instance is not None or first.paused is not None:
-                    heapq.heappop(self._queue)
-                    continue
-                live = first
+            while (first := self._queue.peek()) is not None:
                 device = min(held, key=lambda device: len(held[device]))
-                if len(held[device]) >= self.limits.max_seqs or not self._has_room(device, live, held[device]):
+                if len(held[device]) >= self.limits.max_seqs or not self._has_room(device, first, held[device]):
                     return
-                heapq.heappop(self._queue)
-                held[device].append(live)
-                self._give(live, active, device)
+                held[device].append(first)
+                self._give(first, active, device)
 
     def _dispatch_alone(self, active: Instance, live: Live) -> None:
         """Let one request run once nothing else does."""
@@ -251,8 +264,12 @@ class Ledger:
             if devices:
                 self._give(live, active, devices[0])
 
-    @staticmethod
-    def _give(live: Live, active: Instance, device: int) -> None:
+    def _give(self, live: Live, active: Instance, device: int) -> None:
+        if live is self._queue.peek():
+            # Its key is charged with it.
+            self._queue.pop()
+            live.is_queued = False
+        self._unqueue(live)
         live.instance, live.device = active, device
         active.tell(device, "submit", request=live.request, output=tuple(live.output), num_scored=live.num_scored)
 
@@ -356,7 +373,7 @@ class Ledger:
         with self.lock:
             ended = list(self.live.values())
             self.live.clear()
-            self._queue.clear()
+            self._queue = WaitingQueue()
             for live in ended:
                 self._tell(live, "abort")
                 live.emit(Output(id=live.request.id, finish=finish, error=error, engine_failed=finish is Finish.ERROR))
@@ -401,8 +418,18 @@ class Ledger:
         return live.need + sum(each.need for each in held) <= self.room[device]
 
     def enqueue(self, live: Live) -> None:
-        """Let a request wait for a rank, in its place."""
-        heapq.heappush(self._queue, live.order)
+        """Let a request wait for a rank, in its place; one that a rank has had goes before those that none has had."""
+        # A paused one is queued when its reader has caught up.
+        if live.is_queued or live.paused is not None:
+            return
+        live.is_queued = True
+        (self._queue.add_front if live.reruns else self._queue.add)(live)
+
+    def _unqueue(self, live: Live) -> None:
+        """It does not wait for a rank any more."""
+        if live.is_queued:
+            live.is_queued = False
+            self._queue.remove(live)
 
     def _clock(self, live: Live, output: Output, now: float) -> None:
         self.counted["generation_tokens"] += len(output.tokens)

@@ -162,6 +162,10 @@ class MemoryManager:
         """See `Host.usage`."""
         return self._ask("usage")
 
+    def ping(self) -> None:
+        """Wait for a sign of life. Raises ChannelClosedError if the process has died."""
+        self._ask("ping")
+
     def connect(self) -> int:
         """A file descriptor through which another process may `attach`; it is given to that process and closed here."""
         ours, theirs = pair()
@@ -243,6 +247,9 @@ class _Served:
     def do_drop(self) -> tuple[Any, tuple]:
         if self.host.plan is not None:
             self.host.drop()
+        return None, ()
+
+    def do_ping(self) -> tuple[Any, tuple]:
         return None, ()
 
     def do_usage(self) -> tuple[Any, tuple]:

@@ -411,6 +411,7 @@ def main(fd: int) -> None:
     channel = Channel.of_fd(fd)
     try:
         boot, fds = channel.recv()
+        torch.set_num_threads(boot.limits.threads)
         rank = Rank(channel, boot, fds)
         channel.send(("ready",))
         rank.run()

@@ -13,6 +13,8 @@ __all__ = ["Boot", "Limits"]
 class Limits:
     """Sizes of every rank of a group; see `SchedulerConfig`.
 
+    ``threads``: of a step.
+
     ``pace_s`` and ``pace_token_s`` make a *paced* device: each step takes at least that long, and that long per token, while the
     computation stays real. For studies of more devices than the machine has cores.
     """
@@ -22,6 +24,8 @@ class Limits:
     max_positions: int = 2048
     max_batched_tokens: int = 512
     max_seqs: int = 16
+    long_prefill_chunk: int | None = None
+    threads: int = 1
     prefix_cache: bool = True
     stop_tokens: tuple[int, ...] = ()
     seed: int | None = None
@@ -36,6 +40,7 @@ class Limits:
             max_positions=self.max_positions,
             max_batched_tokens=self.max_batched_tokens,
             max_seqs=self.max_seqs,
+            long_prefill_chunk=self.long_prefill_chunk,
             prefix_cache=self.prefix_cache,
             stop_tokens=self.stop_tokens,
         ).build()

@@ -14,8 +14,9 @@ from anabranch.serving.elasticmoe.wire import ChannelClosedError
 
 if TYPE_CHECKING:
     from anabranch.serving.elasticmoe.group import Group
+    from anabranch.serving.elasticmoe.memory import MemoryManager
 
-__all__ = ["FAULTS", "recover", "recover_if_broken"]
+__all__ = ["FAULTS", "recover", "recover_if_broken", "recover_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,16 @@ def recover_if_broken(group: "Group") -> None:
         active = group.ledger.active
         if active is not None and active.is_broken and not group.is_closed:
             recover(group)
+
+
+def recover_memory(group: "Group", lost: "MemoryManager") -> None:
+    """Recover from the loss of a memory manager once no change is under way, unless that has put it right already.
+
+    What serves has mapped its memory and goes on until the new ranks are there.
+    """
+    with group.operator:
+        if group.memory is lost and not group.is_closed and group.ledger.active is not None:
+            recover(group, is_memory_lost=True)
 
 
 def recover(group: "Group", *, is_memory_lost: bool = False) -> None:

@@ -23,38 +23,42 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
     stops = config.stop_tokens
     if stops is None:
         stops = tuple(load_tokenizer(folder).stop_ids) if (folder / "tokenizer.json").is_file() else ()
-    limits = Limits(
-        num_blocks=config.num_blocks,
-        block_tokens=config.block_tokens,
-        max_positions=min(config.max_positions or model.max_positions, model.max_positions),
-        max_batched_tokens=config.max_batched_tokens,
-        max_seqs=config.max_seqs,
-        prefix_cache=config.prefix_cache,
-        stop_tokens=stops,
-        seed=config.seed,
-        pace_s=config.pace_s,
-        pace_token_s=config.pace_token_s,
-    )
     built = build_empty(model).eval()
-    info = EngineInfo(
-        # As one engine would be called: by what was given, not by the checkpoint found there.
-        model=Path(config.model).name or "model",
-        vocab_size=model.vocab_size,
-        max_positions=min(limits.max_positions, config.num_blocks * config.block_tokens),
-        block_tokens=config.block_tokens,
-        num_blocks=config.num_blocks,
-        stop_tokens=stops,
-        routed_layers=dict(enumerate(layout.num_experts)),
-        num_streams=built.streams_of(None)[0],
-        stream_choices=model.stream_choices,
-    )
     shape = PagedShape.of(built)
     if shape.value_width is not None:
         raise ConfigError(
             f"{folder} keeps compressed keys that hold the values too (multi-head latent attention), which several devices do not "
             "yet; serve it on one"
         )
-    size = config.num_blocks * config.block_tokens * shape.bytes_per_token
+    max_positions = min(config.max_positions or model.max_positions, model.max_positions)
+    num_blocks = config.blocks_for(shape.bytes_per_token, max_positions)
+    limits = Limits(
+        num_blocks=num_blocks,
+        block_tokens=config.block_tokens,
+        max_positions=max_positions,
+        max_batched_tokens=config.max_batched_tokens,
+        max_seqs=config.max_seqs,
+        long_prefill_chunk=config.long_prefill_chunk,
+        threads=config.threads,
+        prefix_cache=config.prefix_cache,
+        stop_tokens=stops,
+        seed=config.seed,
+        pace_s=config.pace_s,
+        pace_token_s=config.pace_token_s,
+    )
+    info = EngineInfo(
+        # As one engine would be called: by what was given, not by the checkpoint found there.
+        model=config.name or Path(config.model).name or "model",
+        vocab_size=model.vocab_size,
+        max_positions=min(max_positions, num_blocks * config.block_tokens),
+        block_tokens=config.block_tokens,
+        num_blocks=num_blocks,
+        stop_tokens=stops,
+        routed_layers=dict(enumerate(layout.num_experts)),
+        num_streams=built.streams_of(None)[0],
+        stream_choices=model.stream_choices,
+    )
+    size = num_blocks * config.block_tokens * shape.bytes_per_token
     return limits, info, 2 * padded(size // 2, layout.page)
 
 

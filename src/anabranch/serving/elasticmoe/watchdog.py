@@ -1,25 +1,50 @@
-"""`Watchdog`: a rank that has stopped, without having died, is ended: what becomes of it then is a recovery."""
+"""`Watchdog`: a process of a group that has stopped, without having died, is ended: what becomes of it then is a recovery.
+
+Watched are all of them: the ranks that serve and those on standby, the memory manager, and the fork server.
+"""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
-from anabranch.serving.elasticmoe.instance import Instance
+from anabranch.errors import AnabranchError
 
-__all__ = ["Watchdog"]
+__all__ = ["Watchdog", "Watched", "in_thread"]
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Watched:
+    """One process.
+
+    Attributes:
+        key: tells it from all others, and from the one that takes its place.
+        name: for the log.
+        ping: asks for a sign of life.
+        kill: ends it.
+        is_alive: whether there is a process.
+        lost: called once where there is none; None where that is told by other ways.
+    """
+
+    key: tuple[object, ...]
+    name: str
+    ping: Callable[[], "Future[Any]"]
+    kill: Callable[[], None]
+    is_alive: Callable[[], bool] = lambda: True
+    lost: Callable[[], object] | None = None
+
+
 class _Ping:
-    """A question to one rank.
+    """A question to one process.
 
     Attributes:
         future: its answer.
-        heard: seconds of `time.monotonic` at which the rank gave its last sign of life.
+        heard: seconds of `time.monotonic` at which the process gave its last sign of life.
     """
 
     def __init__(self, future: Future[Any], heard: float) -> None:
@@ -31,16 +56,17 @@ class _Ping:
 
 
 class Watchdog:
-    """Asks the ranks of the instance that serves for signs of life, in a thread.
+    """Asks processes for signs of life, in a thread.
 
     Args:
-        active: the instance that serves now, if one does.
-        patience_s: from a rank's last sign of life to its end.
+        watched: the processes there are now.
+        patience_s: from a process's last sign of life to its end.
     """
 
-    def __init__(self, active: Callable[[], Instance | None], patience_s: float) -> None:
-        self._active, self._patience_s = active, patience_s
-        self._pings: dict[tuple[Instance, int], _Ping] = {}
+    def __init__(self, watched: Callable[[], Iterable[Watched]], patience_s: float) -> None:
+        self._watched, self._patience_s = watched, patience_s
+        self._pings: dict[tuple[object, ...], _Ping] = {}
+        self._lost: set[tuple[object, ...]] = set()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="anabranch-watchdog")
         self._thread.start()
@@ -56,22 +82,45 @@ class Watchdog:
             wait_s = min(self._patience_s / 4, self._look())
 
     def _look(self) -> float:
-        """Ask ranks that have answered once more, end those that are too late; gives the seconds until the next one would be."""
-        instance = self._active()
-        if instance is None or instance.is_broken or instance.is_closed:
-            self._pings.clear()
-            return self._patience_s
+        """Ask those that have answered once more, end those that are too late; gives the seconds until the next one would be."""
         before, self._pings = self._pings, {}
-        left_s = self._patience_s
-        for device in instance.devices:
-            ping = before.get((instance, device))
+        left_s, watched = self._patience_s, list(self._watched())
+        self._lost &= {each.key for each in watched}
+        for each in watched:
+            if not each.is_alive():
+                self._tell_lost(each)
+                continue
+            ping = before.get(each.key)
             if ping is None or ping.future.done():
-                ping = _Ping(instance.call(device, "ping"), time.monotonic() if ping is None else ping.heard)
+                ping = _Ping(each.ping(), time.monotonic() if ping is None else ping.heard)
             silent_s = time.monotonic() - ping.heard
             if silent_s < self._patience_s:
-                self._pings[instance, device] = ping
+                self._pings[each.key] = ping
                 left_s = min(left_s, self._patience_s - silent_s)
                 continue
-            logger.error("device %d: its rank gives no sign of life for %g s, and is ended", device, self._patience_s)
-            instance.kill(device)
+            logger.error("%s gives no sign of life for %g s, and is ended", each.name, self._patience_s)
+            # That it is gone is found out the next time.
+            each.kill()
         return left_s
+
+    def _tell_lost(self, each: Watched) -> None:
+        if each.lost is not None and each.key not in self._lost:
+            self._lost.add(each.key)
+            logger.error("%s has ended", each.name)
+            each.lost()
+
+
+def in_thread(function: Callable[[], Any], name: str) -> "Future[Any]":
+    """What a function gives or raises that may wait for ever, in a thread of its own."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            if not isinstance(error, AnabranchError | ConnectionError):
+                logger.error("a bug: %s", name, exc_info=error)
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name=name).start()
+    return future

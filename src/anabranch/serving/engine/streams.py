@@ -46,6 +46,8 @@ class StreamsClient:
         self.max_restarts, self.restarts = max_restarts, 0
         self.watchdog_s = watchdog_s
         self._watchdog: asyncio.Task[None] | None = None
+        # When the loop gave its last sign of life.
+        self._heard = 0.0
         self.info: EngineInfo | None = None
         self._streams: dict[str, Stream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
@@ -89,17 +91,25 @@ class StreamsClient:
         return info
 
     async def _watch(self, patience_s: float) -> None:
-        """Ask for signs of life; without one in so many seconds the loop is given up."""
+        """Ask for signs of life; so many seconds after the last one the loop is given up."""
+        clock = asyncio.get_running_loop().time
+        self._heard = clock()
         while self._is_open:
+            asked = asyncio.ensure_future(self.control(PING))
             try:
-                async with asyncio.timeout(patience_s):
-                    await self.control(PING)
-            except TimeoutError:
-                if not self._is_open:
-                    return
-                self._give_up(f"the engine has made no progress for {patience_s:g} s")
+                while not asked.done():
+                    await asyncio.wait([asked], timeout=self._heard + patience_s - clock())
+                    if not asked.done() and clock() - self._heard >= patience_s:
+                        if self._is_open:
+                            self._give_up(f"the engine has made no progress for {patience_s:g} s")
+                        return
+                await asked
             except BackendError:
                 return
+            finally:
+                asked.cancel()
+                # Whatever becomes of it now: nobody asks.
+                asked.add_done_callback(lambda future: future.cancelled() or future.exception())
             await asyncio.sleep(patience_s / 4)
 
     def _give_up(self, message: str) -> None:
@@ -177,6 +187,7 @@ class StreamsClient:
     # What comes back; in the thread of the event loop
 
     def _deliver(self, events: Iterable[Event]) -> None:
+        self._heard = asyncio.get_running_loop().time()
         for event in events:
             match event:
                 case Output() | Refused():

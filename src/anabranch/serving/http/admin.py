@@ -13,6 +13,8 @@ from anabranch.web.answers import wrong_method
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
 
+# Fields of a change of devices.
+_SCALE = ("devices", "mode", "lost")
 Work = Callable[[dict[str, Any]], Awaitable[Any]]
 
 
@@ -66,10 +68,21 @@ class Admin:
         return await self._state(body)
 
     async def _scale(self, body: dict[str, Any]) -> Any:
-        devices = body.get("devices")
+        unknown = [name for name in body if name not in _SCALE]
+        if unknown:
+            raise wrong(
+                unknown[0][:80], f"nobody knows {unknown[0]:.80}; a change of devices takes {', '.join(_SCALE)}"
+            )
+        devices, mode, lost = (body.get(name) for name in _SCALE)
         if devices is None or not is_int(devices) or not 1 <= devices <= 1024:
             raise wrong("devices", f"devices is {said(devices)}; it must be an integer from 1 to 1,024")
-        return {"result": await self._frontend.engine.control("scale", devices=devices)}
+        if mode not in (None, "migrate", "drain"):
+            raise wrong("mode", f"mode is {said(mode)}; it must be 'migrate' or 'drain'")
+        if lost is not None and not (isinstance(lost, list) and all(is_int(device) and device >= 0 for device in lost)):
+            raise wrong("lost", f"lost is {said(lost)}; it must be a list of numbers of devices that are gone")
+        given = {"devices": devices, "mode": mode, "lost": lost}
+        told = {name: value for name, value in given.items() if value is not None}
+        return {"result": await self._frontend.engine.control("scale", **told)}
 
     async def _cache(self, body: dict[str, Any]) -> Any:
         stats = self._frontend.engine.stats()

