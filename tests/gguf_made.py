@@ -59,6 +59,20 @@ MADE["gemma3"] = (
 )
 
 
+MADE["mistral3 with a temperature"] = (
+    "Ministral3Config",
+    {
+        "intermediate_size": 96, **WIDE,
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6, "rope_theta": 1e4, "llama_4_scaling_beta": 0.4,
+            "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    },
+    {
+        "feed_forward_length": 96, "attention.temperature_scale": 0.4, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 6, "rope.scaling.yarn_log_multiplier": 1.0,
+    },
+)  # fmt: skip
 GPT_OSS = {
     **WIDE, "num_hidden_layers": 3, "intermediate_size": 32, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 8,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
@@ -186,7 +200,9 @@ def write(path, model, name, *, kind=None, split=None, tensors=None, extra=None)
         "block_count": 2, "context_length": 64, "embedding_length": DIM, "attention.head_count": HEADS,
         "attention.head_count_kv": config.num_key_value_heads, **fields,
     }.items():  # fmt: skip
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
+            type(value)
+        ]
         add(f"{architecture}.{key}", value)
     if (
         "attention.key_length" not in fields

@@ -53,6 +53,9 @@ def naive(attention, x_LW, visible_LL):
         if config.qk_norm == "head":
             q, k = norm(q, attention.q_norm.weight), norm(k, attention.k_norm.weight)
         q, k = (rotate(part[None, None], context.rotary)[0, 0] for part in (q, k))
+        if config.temperature_scale:
+            steps = [1 + config.temperature_scale * math.log(1 + i // config.temperature_length) for i in range(length)]
+            q = q * torch.tensor(steps, dtype=q.dtype)[:, None]
         for i in range(length):
             seen = [j for j in range(length) if visible_LL[i, j]]
             score = torch.stack([q[i] @ k[j] / math.sqrt(width) for j in seen]).softmax(0)
@@ -70,6 +73,7 @@ VARIANTS = {
     "full_norm": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "qk_norm": "full"},
     "clip": {"clip_qkv": 0.7},
     "full_norm_clip": {"qk_norm": "full", "clip_qkv": 0.7},
+    "temperature": {"temperature_scale": 0.8, "temperature_length": 2},
     "biases": {"qkv_bias": True, "out_bias": True},
 }
 

@@ -132,7 +132,7 @@ class Decoder(Part, nn.Module):
                     )
             if self.streams is not None and not self.has_plain_attention:
                 raise ConfigError(
-                    "streams have keys and values in front, for attention without windows, sinks or a scale"
+                    "streams have keys and values in front, for attention without windows, sinks, a scale or a temperature"
                 )
 
         @property

@@ -176,6 +176,16 @@ def _gemma3(fields: Fields, prefix: str) -> dict[str, Any]:
     }
 
 
+def _ministral3(fields: Fields, prefix: str) -> dict[str, Any]:
+    """As llama.cpp reads it: the temperature goes with the length of the context that YaRN made longer."""
+    length = fields.integer(f"{prefix}.rope.scaling.original_context_length", 0, default=0)
+    scaling = {
+        "beta": fields.real(f"{prefix}.attention.temperature_scale"),
+        "original_max_position_embeddings": length or fields.integer(f"{prefix}.context_length"),
+    }
+    return {**_dense(fields, prefix), "llama_4_scaling": scaling}
+
+
 def _gpt_oss(fields: Fields, prefix: str) -> dict[str, Any]:
     """As the model was published. llama.cpp rounds the bounds of YaRN's ramp to whole dimensions; the model does not."""
     chosen = _chosen(fields, prefix, renormalize=True, gating=(0, _SOFTMAX_OF_CHOSEN))
@@ -293,6 +303,7 @@ ARCHITECTURES = {
     "deepseek2": Architecture("deepseek_v2", _deepseek_v2, **_DEEPSEEK),  # type: ignore[arg-type]
 }
 _DEEPSEEK_V3 = Architecture("deepseek_v3", _deepseek_v3, **_DEEPSEEK)  # type: ignore[arg-type]
+_MINISTRAL3 = Architecture("ministral3", _ministral3, interleaved=True, reads=("attention.temperature_scale",))
 _LLAMA_WITH_EXPERTS = Architecture(
     "mixtral", _mixtral, interleaved=True, names=(("ffn_gate_inp", "block_sparse_moe.gate"),), experts=_MIXTRAL
 )
@@ -307,5 +318,7 @@ def architecture_of(fields: Fields) -> tuple[str, Architecture]:
     made = ARCHITECTURES[name]
     if name == "deepseek2" and fields.get(f"{name}.expert_gating_func") == _SIGMOID:
         return name, _DEEPSEEK_V3
+    if name == "mistral3" and fields.get(f"{name}.attention.temperature_scale"):
+        return name, _MINISTRAL3
     has_experts = fields.integer(f"{name}.expert_count", 0, default=0) > 0
     return name, _LLAMA_WITH_EXPERTS if made.model_type == "llama" and has_experts else made

@@ -89,6 +89,8 @@ class SelfAttention(Attention, kind="attention"):
             window: positions that a query sees, its own among them, and that a cache keeps (Mistral); None for all.
             sinks: each head has a learned score that takes weight and gives nothing (gpt-oss), see `anabranch.nn.scored`.
             scale: factor on scores; None for 1 / sqrt(head_dim).
+            temperature_scale, temperature_length: queries at position p are multiplied by
+                1 + temperature_scale ln(1 + floor(p / temperature_length)) (Llama 4, Ministral 3); a scale of 0 for not at all.
             rotary: rotary positions of this attention alone (Gemma 3's local layers); None for the model's.
         """
 
@@ -103,12 +105,14 @@ class SelfAttention(Attention, kind="attention"):
         window: Size | None = Field(default=None, ge=1)
         sinks: bool = False
         scale: float | None = Field(default=None, gt=0)
+        temperature_scale: float = Field(default=0.0, ge=0)
+        temperature_length: Size = Field(default=8192, ge=1)
         rotary: Rotary.Config | None = None
 
         @property
         def is_plain(self) -> bool:
             """See `Attention.Config.is_plain`."""
-            return self.window is None and not self.sinks and self.scale is None
+            return self.window is None and not self.sinks and self.scale is None and not self.temperature_scale
 
         def __post_init__(self) -> None:
             if self.num_heads % self.kv_heads:
@@ -176,8 +180,8 @@ class SelfAttention(Attention, kind="attention"):
     @property
     def scoring(self) -> Scoring:
         """How scores become weights."""
-        config = self.config
-        return PLAIN if config.is_plain else Scoring(config.scale, config.window, self.sink_H)
+        made = Scoring(self.config.scale, self.config.window, self.sink_H)
+        return PLAIN if made.is_plain else made
 
     def forward(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
         """Same shape as ``x_BLW``. Reads and extends ``context.cache`` where there is one."""
@@ -197,7 +201,15 @@ class SelfAttention(Attention, kind="attention"):
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         rotary = context.rotary if self.rotary is None else self.rotary(distinct(context.position_BL), query.dtype)
-        return rotate(query, rotary), rotate(key, rotary), value
+        query = rotate(query, rotary)
+        if self.config.temperature_scale:
+            query = query * self._growth(distinct(context.position_BL)).to(query.dtype)
+        return query, rotate(key, rotary), value
+
+    def _growth(self, position_BL: Tensor) -> Tensor:
+        """``[B, 1, L, 1]``: what queries are multiplied by, see ``temperature_scale``."""
+        steps_BL = (position_BL // self.config.temperature_length).clamp(min=0).float()
+        return (1 + self.config.temperature_scale * torch.log1p(steps_BL))[:, None, :, None]
 
     def _heads(self, x_BLW: Tensor) -> Tensor:
         return x_BLW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

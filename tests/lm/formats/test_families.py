@@ -162,6 +162,24 @@ CASES = {
             "tie_word_embeddings": True,
         },
     ),
+    "ministral3": (
+        "Ministral3",
+        {"intermediate_size": 48, "head_dim": 12, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3}},
+    ),
+    "ministral3, windows, plain positions": (
+        "Ministral3",
+        {
+            "intermediate_size": 48,
+            "head_dim": 16,
+            "sliding_window": 7,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 500.0,
+                "original_max_position_embeddings": 5,
+                "llama_4_scaling_beta": 0.3,
+            },
+        },
+    ),
     "deepseek v2": ("DeepseekV2", DEEPSEEK),
     "deepseek v2, no latent of queries, groups, all routed, bias": (
         "DeepseekV2",

@@ -170,6 +170,8 @@ def _settle_attention(table: dict[str, Any], attention: Any, dim: int) -> None:
     table["scale"] = None if attention.scale == attention.width(dim) ** -0.5 else attention.scale
     if attention.qk_norm == "none":
         del table["norm_eps"]
+    if not attention.temperature_scale:
+        del table["temperature_length"]
     if attention.rotary is not None:
         table["rotary"] = _essence_of_rotary(attention.rotary)
 

@@ -24,6 +24,7 @@ _MODULES = {
     "mixtral": "anabranch.lm.formats.mixtral",
     "qwen2_moe": "anabranch.lm.formats.qwen2_moe",
     "glm4_moe": "anabranch.lm.formats.glm4_moe",
+    "ministral3": "anabranch.lm.formats.ministral3",
     "gemma3_text": "anabranch.lm.formats.gemma3_text",
     "gpt_oss": "anabranch.lm.formats.gpt_oss",
     "deepseek_v2": "anabranch.lm.formats.deepseek_v2",

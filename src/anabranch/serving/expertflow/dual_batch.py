@@ -139,7 +139,7 @@ class DualBatch:
             raise ConfigError("the dual-batch pipeline runs one stream; leave out ParScale")
         if not engine.model.config.has_plain_attention:
             raise ConfigError(
-                "the dual-batch pipeline runs attention without windows, sinks, a scale or compressed keys"
+                "the dual-batch pipeline runs attention without windows, sinks, a scale, a temperature or compressed keys"
             )
         self.engine, self.batch_size, self.scheduler = engine, batch_size, scheduler
         self.use_kernel = use_kernel

@@ -75,7 +75,7 @@ def _of_block(block: nn.Module) -> str | None:
         return f"attention is a {type(block.attention).__name__}"
     attention: Any = block.attention
     if not attention.config.is_plain:
-        return "attention has a window, sinks or a scale"
+        return "attention has a window, sinks, a scale or a temperature"
     if attention.rotary is not None:
         return "attention has rotary positions of its own"
     norms = [block.attention_norm, block.feed_forward_norm]
