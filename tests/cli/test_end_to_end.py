@@ -26,7 +26,7 @@ from anabranch.report.write import check_place
 from anabranch.routing import RoutingTrace, consistency, measure
 from anabranch.routing.pool_routes import pool_routes
 from anabranch.routing.srp_statistics import srp_interval
-from anabranch.serving import LLM
+from anabranch.serving import LLM, Sampling
 
 TEXT = "def total(values):\n    return sum(values)\n" * 40
 
@@ -150,10 +150,14 @@ def test_generate_gives_what_the_library_gives(trained, here):
     found = json.loads(out)
     model, tokenizer = load_model(folder)
     assert isinstance(tokenizer, ByteTokenizer)
-    sampling = SamplingConfig(max_tokens=12, temperature=0.8, seed=3, stop=tokenizer.stop_ids)
-    (expected,) = generate(model, [tokenizer.encode("def ")], sampling)
-    assert found["token_ids"] == expected
-    assert found["text"] == tokenizer.decode(expected)
+    [expected] = LLM(model, tokenizer, num_blocks=8).generate(
+        ["def "], Sampling(max_tokens=12, temperature=0.8, seed=3)
+    )
+    assert found["token_ids"] == list(expected.tokens)
+    assert found["text"] == expected.text
+    _, out, _ = here("generate", folder, *options, "--temperature", 0, "--max-tokens", 200)
+    greedy = SamplingConfig(max_tokens=200, temperature=0, stop=tokenizer.stop_ids)
+    assert [json.loads(out)["token_ids"]] == generate(model, [tokenizer.encode("def ")], greedy)
 
 
 def test_a_prompt_begins_as_the_models_own_tokenizer_begins_it(here, tmp_path):

@@ -99,7 +99,7 @@ def test_mistakes(here, work, arguments, message):
         ("generate trained -p a --device meta", "device 'meta' is not available: it holds no numbers"),
         ("chat trained --message a --device nowhere", "device 'nowhere' is not available: "),
         ("eval trained --device cuda:77", "device 'cuda:77' is not available"),
-        ("generate trained --prompt x --top-p 3", "top_p is 3.0; it must be less than or equal to 1"),
+        ("generate trained --prompt x --top-p 3", "top_p is 3.0; it must be 0 to 1"),
         ("generate trained --prompt=", "--prompt is empty; give at least one character"),
         ("train demo --out trained", "trained already holds a run (config.json); resume it with --resume"),
         (

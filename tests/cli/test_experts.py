@@ -37,6 +37,7 @@ def test_a_predictor_is_fitted_on_sampled_routes_and_lies_where_serve_finds_it(h
     assert "frequency" in out and "encdec" not in out  # noqa: PT018
 
 
+@pytest.mark.slow
 def test_a_trace_of_a_report_serves_as_well(here, model, work):
     pytest.importorskip("matplotlib")
     assert here("report", model, "--out", "rep", "--tokens", 256, "--quiet")[0] == 0

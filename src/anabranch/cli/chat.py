@@ -9,13 +9,14 @@ import typer
 
 from anabranch.bounds import MOST_SEED
 from anabranch.cli.boundary import USER_ERROR
-from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, Streams, load, sampling_of
+from anabranch.cli.continuing import MinP, RepetitionPenalty, TopK, running, sampling_fields, tokens_of
+from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Model, Quantize, Seed, Streams, load_parts
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.extras import require
 
 if TYPE_CHECKING:
-    from anabranch.lm import Decoder
+    from anabranch.serving.engine.background import Background
 
 
 def chat(
@@ -31,14 +32,19 @@ def chat(
         float | None,
         typer.Option(metavar="T", min=0, help="0 takes the likeliest token. Default: as the model says, else 0.2."),
     ] = None,
+    top_k: TopK = None,
     top_p: Annotated[
         float | None,
         typer.Option(
             metavar="P", help="Sample among the likeliest that make up P. Default: as the model says, else 0.9."
         ),
     ] = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     streams: Streams = None,
+    quantize: Quantize = None,
+    expert_budget: ExpertBudget = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -50,17 +56,29 @@ def chat(
     require("lm", by="anabranch chat")
     if as_json and message is None:
         raise ConfigError("--json answers one message; give it with --message")
-    network, tokenizer = load(model, dtype, device)
+    said = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    fields = {**sampling_fields(model, said, {"temperature": 0.2, "top_p": 0.9}), "max_tokens": max_tokens}
+    loaded = load_parts(model, dtype, device, quantize, expert_budget)
     # A number that cannot be is no matter of a message.
-    network.streams_of(streams)
-    said = {"temperature": temperature, "top_p": top_p}
-    sampling = {"max_tokens": max_tokens, **sampling_of(model, said, {"temperature": 0.2, "top_p": 0.9})}
-    talk = Conversation(network, tokenizer, system, sampling, num_streams=streams)
-    if message is not None:
-        ids, answer = talk.answer(message, seed, show=not as_json)
-        if as_json:
-            print_json({"text": answer, "token_ids": ids, "messages": talk.messages})
-        return
+    loaded.model.streams_of(streams)
+    with running(loaded, loaded.model.config.max_positions, streams=streams, prefix_cache=True) as engine:
+        talk = Conversation(engine, loaded.tokenizer, system, fields, num_streams=streams)
+        if message is not None:
+            ids, answer = talk.answer(message, seed, show=not as_json)
+            if as_json:
+                print_json({"text": answer, "token_ids": ids, "messages": talk.messages})
+            return
+        _talk(model, talk, seed)
+
+
+def _talk(model: str, talk: Conversation, seed: int) -> None:
+    """Answer messages until the input ends."""
     interactive = sys.stdin.isatty()
     if interactive:
         say(f"{model} is listening. /reset begins again, /quit leaves.")
@@ -88,18 +106,18 @@ def _try(talk: Conversation, line: str, seed: int) -> bool:
 
 
 class Conversation:
-    """Messages so far, and the model that answers them. ``sampling`` are fields of `SamplingConfig`, ``num_streams`` as of `stream`."""
+    """Messages so far, and the engine that answers them. ``sampling`` are fields of `anabranch.serving.Sampling`."""
 
     def __init__(
         self,
-        model: Decoder,
+        engine: Background,
         tokenizer: Any,
         system: str | None,
         sampling: dict[str, Any],
         *,
         num_streams: int | None = None,
     ) -> None:
-        self._model, self._tokenizer, self._system, self._sampling = model, tokenizer, system, sampling
+        self._engine, self._tokenizer, self._system, self._sampling = engine, tokenizer, system, sampling
         self._num_streams = num_streams
         self.reset()
 
@@ -109,23 +127,20 @@ class Conversation:
 
     def answer(self, text: str, seed: int, *, show: bool = True) -> tuple[list[int], str]:
         """Add a message of the user's and the model's answer; returns the answer's ids and text. ``show`` prints it as it comes."""
-        from anabranch.lm import SamplingConfig, stream
-
         self.messages.append({"role": "user", "content": text})
         prompt = self._tokenizer.encode_chat(self._tokenizer.apply_chat_template(self.messages))
-        room = self._model.config.max_positions - len(prompt)
+        most = self._engine.info.max_positions
+        room = most - len(prompt)
         if room < 1:
-            most = self._model.config.max_positions
             is_first = all(message["role"] == "system" for message in self.messages[:-1])
             advice = "shorten the message" if is_first else "begin again with /reset, or shorten the message"
             raise ConfigError(f"the conversation has {len(prompt)} tokens, and the model reads {most}; {advice}")
-        most = min(self._sampling["max_tokens"], room)
-        sampling = SamplingConfig(**{**self._sampling, "max_tokens": most}, stop=self._tokenizer.stop_ids, seed=seed)
+        fields = {**self._sampling, "max_tokens": min(self._sampling["max_tokens"], room), "seed": seed}
         decoder, ids, pieces = self._tokenizer.stream(), [], []
         try:
-            for step in stream(self._model, [prompt], sampling, num_streams=self._num_streams):
-                ids += step.tokens
-                pieces.append(decoder.push(step.tokens[0]))
+            for token in tokens_of(self._engine, prompt, fields, streams=self._num_streams):
+                ids.append(token)
+                pieces.append(decoder.push(token))
                 if show:
                     print(visible(pieces[-1]), end="", flush=True)
         except KeyboardInterrupt:

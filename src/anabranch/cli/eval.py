@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, Streams, load
+from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Model, Quantize, Quiet, Streams, parts
 from anabranch.cli.output import fact, print_json, quantity, say, table
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -36,6 +36,8 @@ def evaluate(
         bool, typer.Option("--cached", help="Feed the text in pieces, with a key-value cache, as in generation.")
     ] = False,
     streams: Streams = None,
+    quantize: Quantize = None,
+    expert_budget: ExpertBudget = None,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -50,18 +52,18 @@ def evaluate(
     from anabranch.lm.on_path import OnPath
     from anabranch.train import evaluate as measure
 
-    network, tokenizer = load(model, dtype, device)
-    used = network.streams_of(streams)[0]
-    run = run_of(model)
-    length = sequence_length or default_length(run, network.config.max_positions)
-    if length > network.config.max_positions:
-        say(f"warning: {model} is meant for {network.config.max_positions} positions, windows have {length}")
-    windows, name = windows_of(data, run, tokenizer, length, tokens)
-    say_defaults(model, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
-    measured = OnPath(
-        network, None if path is None else read_path(path), chunk=PIECE if cached else None, num_streams=streams
-    )
-    result = measure(measured, Tracked(windows, quiet))
+    with parts(model, dtype, device, quantize, expert_budget) as (network, tokenizer):
+        used = network.streams_of(streams)[0]
+        run = run_of(model)
+        length = sequence_length or default_length(run, network.config.max_positions)
+        if length > network.config.max_positions:
+            say(f"warning: {model} is meant for {network.config.max_positions} positions, windows have {length}")
+        windows, name = windows_of(data, run, tokenizer, length, tokens)
+        say_defaults(model, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
+        measured = OnPath(
+            network, None if path is None else read_path(path), chunk=PIECE if cached else None, num_streams=streams
+        )
+        result = measure(measured, Tracked(windows, quiet))
     if as_json:
         how = {"path": None if measured.path is None else list(measured.path), "cached": cached, "streams": used}
         print_json({**result.to_dict(), "model": model, "data": name, "sequence_length": length, **how})

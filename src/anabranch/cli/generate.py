@@ -3,11 +3,12 @@
 import itertools
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson, Device, Dtype, Model, Seed, Streams, load, sampling_of
+from anabranch.cli.continuing import MinP, RepetitionPenalty, TopK, running, sampling_fields, tokens_of
+from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Model, Quantize, Seed, Streams, load_parts
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -21,18 +22,19 @@ def generate(
         float | None,
         typer.Option(metavar="T", min=0, help="0 takes the likeliest token. Default: as the model says, else 0.8."),
     ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(metavar="K", min=1, help="Sample among the K likeliest. Default: as the model says, else all."),
-    ] = None,
+    top_k: TopK = None,
     top_p: Annotated[
         float | None,
         typer.Option(
             metavar="P", help="Sample among the likeliest that make up P. Default: as the model says, else 1."
         ),
     ] = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     streams: Streams = None,
+    quantize: Quantize = None,
+    expert_budget: ExpertBudget = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -43,30 +45,34 @@ def generate(
     generation_config.json.
     """
     require("lm", by="anabranch generate")
-    from anabranch.lm import SamplingConfig, stream
-
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ConfigError("--prompt is empty; give at least one character")
-    network, tokenizer = load(model, dtype, device)
-    used = network.streams_of(streams)[0]
-    said = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling = SamplingConfig(
-        **sampling_of(model, said, {"temperature": 0.8}), max_tokens=max_tokens, stop=tokenizer.stop_ids, seed=seed
-    )
+    said = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    fields = {**sampling_fields(model, said, {"temperature": 0.8}), "max_tokens": max_tokens, "seed": seed}
+    loaded = load_parts(model, dtype, device, quantize, expert_budget)
+    tokenizer: Any = loaded.tokenizer
+    used = loaded.model.streams_of(streams)[0]
     prompt_ids = tokenizer.encode_prompt(text)
     # A file gets what the model said, a terminal what it can bear.
     show = visible if sys.stdout.isatty() else str
     decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
-    steps = stream(network, [prompt_ids], sampling, num_streams=streams)
-    # What cannot be continued is refused here, with nothing printed.
-    first = list(itertools.islice(steps, 1))
-    if not as_json:
-        print(text, end="", flush=True)
-    for step in itertools.chain(first, steps):
-        ids += step.tokens
+    with running(loaded, len(prompt_ids) + max_tokens, streams=streams) as engine:
+        tokens = tokens_of(engine, prompt_ids, fields, streams=streams)
+        # What cannot be continued is refused here, with nothing printed.
+        first = list(itertools.islice(tokens, 1))
         if not as_json:
-            print(show(decoder.push(step.tokens[0])), end="", flush=True)
+            print(text, end="", flush=True)
+        for token in itertools.chain(first, tokens):
+            ids.append(token)
+            if not as_json:
+                print(show(decoder.push(token)), end="", flush=True)
     seconds = time.perf_counter() - started
     if as_json:
         print_json(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -125,6 +127,26 @@ def load_parts(
     loaded.model.eval()
     _of_model(path, loaded.model, loaded.tokenizer)
     return loaded
+
+
+@contextmanager
+def parts(
+    path: str,
+    dtype: str | None,
+    device: str | None,
+    quantize: Literal["int8", "int4"] | None,
+    expert_budget: str | None,
+) -> Iterator[tuple[Decoder, Tokenizer]]:
+    """As `load_parts`: model and tokenizer for as long as the block runs."""
+    if quantize is None and expert_budget is None:
+        yield load(path, dtype, device)
+        return
+    loaded = load_parts(path, dtype, device, quantize, expert_budget)
+    try:
+        yield loaded.model, loaded.tokenizer  # type: ignore[misc]
+    finally:
+        if loaded.experts is not None:
+            loaded.experts.close()
 
 
 def _of_model(path: str, model: Decoder, tokenizer: Tokenizer | None) -> Tokenizer:

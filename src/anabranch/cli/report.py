@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson, Device, Dtype, Quiet, load
+from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Quantize, Quiet, parts
 from anabranch.cli.output import fact, print_json, table, wrote
-from anabranch.errors import DataError
+from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
+    from anabranch.data import Tokenizer
+    from anabranch.lm import Decoder
     from anabranch.routing import RoutingTrace
 
 
@@ -73,6 +75,8 @@ def report(
         bool,
         typer.Option("--predictions", help="Also keep the next token that the model predicts after each one."),
     ] = False,
+    quantize: Quantize = None,
+    expert_budget: ExpertBudget = None,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -90,6 +94,9 @@ def report(
     from anabranch.routing import RoutingTrace
 
     is_trace = Path(source).suffix == ".parquet"
+    if is_trace and (quantize is not None or expert_budget is not None):
+        option = "--quantize" if quantize is not None else "--expert-budget"
+        raise ConfigError(f"{option} is of models, and {source} is a trace, whose model has run; leave it out")
     # Before the model runs, which may take long; the same goes for windows, once the length of its sequences is known.
     check_caches(cache or [])
     own = [*report_files(out), *(() if is_trace else [Path(out) / _TRACE])]
@@ -106,9 +113,10 @@ def report(
         )
     else:
         kept = _Kept(scores=scores or balance_audit, predictions=predictions)
-        trace, text, bias = _record(
-            source, out, data, tokens, sequence_length, dtype, device, quiet, kept, window or []
-        )
+        with parts(source, dtype, device, quantize, expert_budget) as (network, tokenizer):
+            trace, text, bias = _record(
+                source, network, tokenizer, out, data, tokens, sequence_length, quiet, kept, window or []
+            )
     summary = summarize(trace, windows=window or [], caches=cache or [], balance_audit=balance_audit, bias=bias)
     extra = {"model": source, "text": text}
     page = write_report(trace, out, title=Path(source).name or source, extra=extra, summary=summary)
@@ -155,12 +163,12 @@ def _read_of(model: str, data: str | None, own: list[Path]) -> list[str | Path]:
 
 def _record(
     source: str,
+    network: Decoder,
+    tokenizer: Tokenizer,
     out: str,
     data: str | None,
     tokens: int,
     sequence_length: int | None,
-    dtype: str | None,
-    device: str | None,
     quiet: bool,
     kept: _Kept,
     windows_asked: list[int],
@@ -174,7 +182,6 @@ def _record(
     from anabranch.routing.discovery import find_routers
     from anabranch.routing.predicted import with_predictions
 
-    network, tokenizer = load(source, dtype, device)
     config = network.config
     if not any(config.feed_forward_of(layer).is_routed for layer in range(config.num_layers)):
         raise DataError(f"{source} has no routed layers, so there is no routing to report")

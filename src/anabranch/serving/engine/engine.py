@@ -64,6 +64,7 @@ class Engine:
         takes_weights: bool = False,
         order: Order | None = None,
         experts: Mapping[str, Any] = MappingProxyType({}),
+        most_positions: int | None = None,
     ) -> Self:
         """An engine for a model that is loaded.
 
@@ -82,6 +83,7 @@ class Engine:
             make_runner: makes the runner, such as `anabranch.serving.nanoflow.NanoRunner`.
             order: groups the requests that decode into two steps of ``config.experts.dual_batch`` each.
             experts: see `EngineInfo`.
+            most_positions: longest prompt and output together, where ``config`` says no less; None for what the model is meant for.
         """
         shape = PagedShape.of(model, config.max_depth)
         if pool is None and tier is None and config.host_kv is not None:
@@ -106,7 +108,7 @@ class Engine:
             max_depth=config.max_depth,
             takes_weights=takes_weights,
         )
-        limits = _limits(config, num_blocks, model.config.max_positions, stop_tokens).replace(
+        limits = _limits(config, num_blocks, most_positions or model.config.max_positions, stop_tokens).replace(
             num_streams=runner.num_streams
         )
         scheduler = limits.build(tier=tier, memory=memory, order=order)

@@ -59,8 +59,11 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     return engine_of(loaded, config), loaded.tokenizer
 
 
-def engine_of(loaded: Loaded, config: ServingConfig) -> Engine:
-    """The engine of a model that is nobody else's. What ``config`` says of loading is not read, but what it says of ``experts``."""
+def engine_of(loaded: Loaded, config: ServingConfig, *, most_positions: int | None = None) -> Engine:
+    """The engine of a model that is nobody else's. What ``config`` says of loading is not read, but what it says of ``experts``.
+
+    ``most_positions`` is how far a request may go, also beyond what the model is meant for; None for that.
+    """
     model, experts = loaded.model, loaded.experts
     more: dict[str, Any] = {"takes_weights": True, **_nano_runner(model, config)}
     if experts is not None:
@@ -68,7 +71,7 @@ def engine_of(loaded: Loaded, config: ServingConfig) -> Engine:
 
         more |= {"hooks": [experts], "controls": {"expert_cache": experts.by_layer}}
         more |= {**paired(config.experts, experts), "experts": describe(config.experts, experts)}
-    return Engine.of(model, config, tokenizer=loaded.tokenizer, **more)
+    return Engine.of(model, config, tokenizer=loaded.tokenizer, most_positions=most_positions, **more)
 
 
 def _nano_runner(model: Decoder, config: ServingConfig) -> dict[str, Any]:
