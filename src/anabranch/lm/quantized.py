@@ -17,6 +17,7 @@ from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import ConfigError
 from anabranch.lm.checkpoint import find_model, load_model, open_any, quantization_of
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.formats.few_bits import Dequantised
 from anabranch.lm.gguf import GgufFile
 from anabranch.lm.gguf_blocks import is_mixed, kept_form, packed_rows
 from anabranch.lm.mixed_types import fit_types
@@ -37,7 +38,8 @@ def load_quantized(
     """A model in ``bits`` and its tokenizer.
 
     With int4, matrices that a GGUF file stores in blocks of Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K keep these numbers, scales and minima to
-    the bit, and with int8 those in Q8_0; one whose parts (query, key and value; gate and up) are in several of these becomes int8. A folder
+    the bit, and with int8 those in Q8_0; with int4 those that GPTQ and AWQ store in four bits keep numbers and scales, see
+    `anabranch.lm.formats.few_bits`; one whose parts (query, key and value; gate and up) are in several of these becomes int8. A folder
     that was saved in ``bits`` is loaded as it is; everything else is rounded as `anabranch.nn.quantize.quantize` does, one layer after the
     other.
 
@@ -173,9 +175,14 @@ class _Layers:
         return Packed.empty(num, rows, depth, kind, size or depth, device="meta")
 
     def _kept(self, weight: str) -> tuple[Any, int] | None:
-        if not isinstance(self._source, GgufFile) or any(piece.change for piece in self._layout[weight]):
+        names, source = [piece.name for piece in self._layout[weight]], self._source
+        if any(piece.change for piece in self._layout[weight]):
             return None
-        return kept_form(self._source, [piece.name for piece in self._layout[weight]], self._bits)
+        if isinstance(source, Dequantised) and self._bits == "int4":
+            groups = {source.group_of(name) for name in names}
+            group = groups.pop()
+            return None if groups or group is None else ("int4", group)
+        return kept_form(source, names, self._bits) if isinstance(source, GgufFile) else None
 
     def _weight(self, name: str) -> str:
         """The stored weight of a linear layer: the embedding's for a head that is one with it."""
@@ -204,8 +211,12 @@ class _Layers:
         made = Packed.empty(like.num_experts, like.rows, like.depth, like.kind, like.group)
         is_kept, source = self._kept(weight) is not None, self._source
         for number, pieces in enumerate(parts):
+            names = [part.piece.name for part in pieces]
             if is_kept and isinstance(source, GgufFile):
-                made.data[number] = packed_rows(source, [part.piece.name for part in pieces], like)
+                made.data[number] = packed_rows(source, names, like)
+            elif is_kept and isinstance(source, Dequantised):
+                rows = zip(*map(source.integers, names), strict=True)
+                made.data[number] = Packed.of_integers(*map(torch.cat, rows), "int4").data[0]
             else:
                 made.put(number, self._read(pieces, (like.rows, like.depth)))
         return made

@@ -4,13 +4,16 @@
     gptq    NAME.qweight int32 [K bits / 32, N], NAME.scales [G, N], NAME.qzeros int32 [G, N bits / 32], NAME.g_idx [K]: an input's group
     awq     NAME.qweight int32 [K, N / 8], NAME.scales [G, N], NAME.qzeros int32 [G, N / 8], eight numbers in an order of their own
 
-GPTQ and AWQ have w = s (u - z); GPTQ stores z - 1 unless ``checkpoint_format`` is ``gptq_v2``.
+GPTQ and AWQ have w = s (u - z); GPTQ stores z - 1 unless ``checkpoint_format`` is ``gptq_v2``. Of four bits, in groups of inputs that stand
+in order, u and s are the numbers and scales of our own int4, whose minima -s z are kept in half precision: to the bit where all z are 8
+(symmetric), else within 1/2048 of them.
 """
 # Shapes: N rows (outputs), K columns (inputs), G groups of a row
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +29,12 @@ __all__ = ["METHODS", "Dequantised", "dequantised"]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
+# (number_NK uint8, scale_NG, least_NG), both float16.
+Integers = tuple[Tensor, Tensor, Tensor]
+# Groups that kernels take, and what a scale may be so that no minimum overflows.
+_SHARE, _LARGEST = 32, 65504 / 16
+
+
 @dataclass(frozen=True)
 class _Made:
     """A tensor that is made of stored ones."""
@@ -33,6 +42,8 @@ class _Made:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    group: Callable[[], int | None] = lambda: None
+    integers: Callable[[], Integers] | None = None
 
 
 class Dequantised:
@@ -59,6 +70,16 @@ class Dequantised:
     def read(self, name: str) -> Tensor:
         """See `TensorSource`."""
         return self._made[name].read() if name in self._made else self._source.read(name)
+
+    def group_of(self, name: str) -> int | None:
+        """Inputs that share a scale, of a matrix that may stay in its four bits; None for another."""
+        return self._made[name].group() if name in self._made else None
+
+    def integers(self, name: str) -> Integers:
+        """The numbers, scales and minima of one that `group_of` tells a group of."""
+        made = self._made[name].integers
+        assert made is not None, name
+        return made()
 
     def read_one(self, name: str, index: int) -> Tensor:
         """See `TensorSource`."""
@@ -111,10 +132,13 @@ def _gptq(source: TensorSource, table: dict[str, Any]) -> Dequantised:
         raise CheckpointError(f"quantization_config.bits is {shown(bits)}; GPTQ is read with 2, 4 or 8")
     per = 32 // bits
 
-    def read(name: str) -> Tensor:
-        number_KN = _numbers(source.read(f"{name}.qweight"), bits, 0)
+    def parts(name: str) -> tuple[Tensor, Tensor]:
         # Kept within the bits: of z = 0, z - 1 is all ones.
         zero_GN = (_numbers(source.read(f"{name}.qzeros"), bits, 1) + added) & (2**bits - 1)
+        return _numbers(source.read(f"{name}.qweight"), bits, 0), zero_GN
+
+    def read(name: str) -> Tensor:
+        number_KN, zero_GN = parts(name)
         scale_GN = source.read(f"{name}.scales").float()
         given = f"{name}.g_idx" in source.names
         group = number_KN.shape[0] // len(scale_GN)
@@ -128,7 +152,8 @@ def _gptq(source: TensorSource, table: dict[str, Any]) -> Dequantised:
     def size(stored: tuple[int, ...]) -> tuple[int, int]:
         return stored[1], stored[0] * per
 
-    return _of_int32(source, size, read, ("qweight", "qzeros", "scales", "g_idx"), lambda rows: rows // per)
+    names = ("qweight", "qzeros", "scales", "g_idx")
+    return _of_int32(source, size, read, names, lambda rows: rows // per, parts if bits == 4 else None)
 
 
 def _awq(source: TensorSource, table: dict[str, Any]) -> Dequantised:
@@ -137,10 +162,14 @@ def _awq(source: TensorSource, table: dict[str, Any]) -> Dequantised:
         if (given.lower() if isinstance(given, str) else given) != only:
             raise CheckpointError(f"quantization_config.{name} is {shown(given)}; AWQ is read with {only!r}")
 
-    def read(name: str) -> Tensor:
+    def parts(name: str) -> tuple[Tensor, Tensor]:
         number_KN, zero_GN = (
             _reordered(_numbers(source.read(f"{name}.{part}"), 4, 1)) for part in ("qweight", "qzeros")
         )
+        return number_KN, zero_GN
+
+    def read(name: str) -> Tensor:
+        number_KN, zero_GN = parts(name)
         scale_GN = source.read(f"{name}.scales").float()
         group = number_KN.shape[0] // len(scale_GN)
         grouped = number_KN.unflatten(0, (-1, group))
@@ -149,7 +178,7 @@ def _awq(source: TensorSource, table: dict[str, Any]) -> Dequantised:
     def size(stored: tuple[int, ...]) -> tuple[int, int]:
         return stored[1] * 8, stored[0]
 
-    return _of_int32(source, size, read, ("qweight", "qzeros", "scales"), lambda rows: rows // 8)
+    return _of_int32(source, size, read, ("qweight", "qzeros", "scales"), lambda rows: rows // 8, parts)
 
 
 def _of_int32(
@@ -158,8 +187,12 @@ def _of_int32(
     read: Callable[[str], Tensor],
     parts: tuple[str, ...],
     packed: Callable[[int], int],
+    numbers: Callable[[str], tuple[Tensor, Tensor]] | None,
 ) -> Dequantised:
-    """``read(NAME)`` as NAME.weight of every NAME.qweight, whose shape ``size`` tells; ``packed`` is how many int32 rows of zeros take."""
+    """``read(NAME)`` as NAME.weight of every NAME.qweight, whose shape ``size`` tells; ``packed`` is how many int32 rows of zeros take.
+
+    ``numbers(NAME)`` gives (number_KN, zero_GN) of four bits; None for others.
+    """
     made, hidden = {}, []
     for stored in [name for name in source.names if name.endswith(".qweight")]:
         name = stored.removesuffix(".qweight")
@@ -174,9 +207,35 @@ def _of_int32(
             raise CheckpointError(
                 f"{stored}, scales {list(scales)} and qzeros {list(zeros)} do not fit each other; copy the model folder again"
             )
-        made[f"{name}.weight"] = _Made((rows, depth), torch.float32, lambda name=name: read(name))  # type: ignore[misc]
+        made[f"{name}.weight"] = _Made((rows, depth), torch.float32, partial(read, name))
+        if numbers is not None:
+            made[f"{name}.weight"] = replace(
+                made[f"{name}.weight"],
+                group=partial(_group_of, source, name, depth),
+                integers=partial(_integers, source, name, numbers),
+            )
         hidden += [f"{name}.{part}" for part in parts]
     return Dequantised(source, made, hidden)
+
+
+def _group_of(source: TensorSource, name: str, depth: int) -> int | None:
+    """See `Dequantised.group_of`: groups in order, of a width that kernels take, with scales that half precision has."""
+    scale_GN = source.read(f"{name}.scales")
+    group, exact = depth // len(scale_GN), scale_GN.half()
+    if group % _SHARE or scale_GN.abs().max() > _LARGEST or not torch.equal(exact.to(scale_GN.dtype), scale_GN):
+        return None
+    if f"{name}.g_idx" in source.names:
+        index_K = source.read(f"{name}.g_idx")
+        if not torch.equal(index_K.long(), torch.arange(depth) // group):
+            return None
+    return group
+
+
+def _integers(source: TensorSource, name: str, numbers: Callable[[str], tuple[Tensor, Tensor]]) -> Integers:
+    number_KN, zero_GN = numbers(name)
+    scale_GN = source.read(f"{name}.scales").float()
+    least_GN = (-zero_GN * scale_GN).half()
+    return number_KN.t().to(torch.uint8).contiguous(), scale_GN.t().half(), least_GN.t()
 
 
 def _numbers(packed: Tensor, bits: int, dim: int) -> Tensor:
