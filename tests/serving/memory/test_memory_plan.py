@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
 from anabranch.errors import CapacityError, ConfigError
-from anabranch.lm import Decoder, convert, save_model
+from anabranch.lm import Decoder, convert, export_huggingface, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
-from anabranch.serving import LLM
+from anabranch.serving import LLM, Sampling
 from anabranch.serving.config import ServingConfig, parse_bytes
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.fast import FastDecoder
@@ -172,6 +173,46 @@ def test_the_engine_is_loaded_as_planned(saved, monkeypatch):
     llm.close()
     with pytest.raises(CapacityError, match="takes at least"):
         config.replace(memory="1MiB").planned()
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_1"])
+def test_gguf_files_have_rungs_as_they_are_stored(kind, tmp_path, monkeypatch):
+    files = pytest.importorskip("gguf_files")
+    files.write(tmp_path / "m.gguf", files.tiny(300), kind=files.gguf.GGMLQuantizationType[kind])
+    monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", lambda model, processes: 0)
+    config = ServingConfig(model=str(tmp_path / "m.gguf"), memory="1TiB", process=False)
+    found = Ladder(config)
+    assert [form.quantize for form in found.resident] == (["none", "int8", "int4"] if kind == "F16" else ["int4"])
+    assert found.on_disk == []
+    # Loaded by the plan it is what the same bits give.
+    greedy = Sampling(max_tokens=12, temperature=0, ignore_eos=True)
+    made = []
+    for fields in ({"memory": "1TiB"}, {"quantize": found.resident[0].quantize}):
+        llm = LLM(config.model, process=False, dtype="float32", **fields)
+        made.append(llm.generate([[1, 2, 3]], greedy)[0].tokens)
+        llm.close()
+    assert made[0] == made[1]
+
+
+def test_huggingface_folders_and_those_that_cannot_be_read_in_parts(tmp_path):
+    config = MIXTURE.replace(num_layers=2, dim=64, feed_forward=MoE.Config(num_experts=4, hidden_dim=64))
+    model = config.build(seed=0)
+    export_huggingface(tmp_path / "hf", model, None)
+    ladder = Ladder(ServingConfig(model=str(tmp_path / "hf")), measure=lambda model, processes: 0)
+    assert [form.quantize for form in ladder.resident] == ["none", "int8", "int4"]
+    assert [form.quantize for form in ladder.on_disk] == ["int4"]
+    with_budget = Ladder(
+        ServingConfig(model=str(tmp_path / "hf"), expert_budget="1MiB"), measure=lambda model, processes: 0
+    )
+    assert (with_budget.resident, [form.quantize for form in with_budget.on_disk]) == ([], ["none", "int8", "int4"])
+    # Pickled weights are not read in parts: they can only be rounded into a file of their own.
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "hf" / "pytorch_model.bin")
+    pickled = Ladder(
+        ServingConfig(model=str(tmp_path / "hf"), expert_budget="1MiB"), measure=lambda model, processes: 0
+    )
+    assert [form.quantize for form in pickled.on_disk] == ["int8", "int4"]
 
 
 @pytest.mark.skipif(kernels.load() is None, reason="no compiler")
