@@ -8,7 +8,7 @@ from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
-from anabranch.serving import LLM, Sampling
+from anabranch.serving import LLM, Sampling, ServingConfig
 
 BUDGET = ["--expert-budget", "60KB"]
 
@@ -59,6 +59,29 @@ def test_generate_and_chat_run_on_the_engine_that_serves(more, folder, said):
     assert answer["token_ids"] == list(expected.tokens)
 
 
+def test_a_plan_of_memory_is_what_is_loaded(folder, said, capsys, monkeypatch):
+    asked = []
+
+    def planned(config):
+        asked.append((config.memory, config.max_seqs, config.process))
+        return config.replace(memory=None, quantize="int8", expert_budget="30KB", kv_memory="40KB")
+
+    llm = LLM(folder, quantize="int8", expert_budget="30KB", dtype="float32", num_blocks=50)
+    [expected] = llm.generate(["def "], Sampling(max_tokens=30, temperature=0))
+    llm.close()
+    monkeypatch.setattr(ServingConfig, "planned", planned)
+    # 1 KiB a position, in blocks of 16.
+    room = 40_000 // (16 * 1024) * 16
+    code = main([*map(str, ["generate", folder, *GENERATE, "--memory", "1GiB", "--dtype", "float32"])])
+    out, err = capsys.readouterr()
+    tokens = json.loads(out)["token_ids"]
+    assert (code, len(tokens), tokens) == (0, room - 4, list(expected.tokens[: room - 4]))
+    assert err == f"note: keys and values have room for {room} tokens, so the text ends there\n"
+    assert asked == [("1GiB", 1, False)]
+    short = said("chat", folder, "-m", "a", "--max-tokens", 2, "--temperature", 0, "--memory", "1GiB", "--json")
+    assert len(short["token_ids"]) == 2
+
+
 def test_what_is_measured_does_not_depend_on_a_budget_and_is_that_of_the_bits(folder, said, tmp_path, capsys):
     text = ["--data", folder.parent / "text.txt", "--sequence-length", 64, "--json", "--quiet"]
     plain = said("eval", folder, *text)
@@ -101,6 +124,8 @@ def test_a_report_of_a_model_with_a_budget_is_that_of_the_model(folder, said, tm
         ("generate DENSE -p x --expert-budget 1MB", "has no layers of experts"),
         ("chat MODEL -m x --expert-budget 1KB", "budget"),
         ("eval MODEL --expert-budget little", "--expert-budget is 'little'"),
+        ("generate MODEL -p x --memory little", "--memory is 'little'"),
+        ("generate MODEL -p x --memory 8GiB --dtype float16", "with --memory it is float32 or bfloat16"),
         ("eval MODEL --quantize int3", "--quantize is 'int3'"),
         (
             "report trace.parquet --out o --expert-budget 1MB",

@@ -56,6 +56,8 @@ def test_without_a_budget_nothing_can_be_said_of_experts(fields):
     with pytest.raises(ConfigError, match=f"experts.{next(iter(fields))} is .* no expert_budget"):
         ServingConfig(model="m", experts=ExpertsConfig(**fields))
     assert ServingConfig(model="m", experts=ExpertsConfig(**fields), expert_budget="1MiB").expert_budget == "1MiB"
+    # Which may mean a budget.
+    assert ServingConfig(model="m", experts=ExpertsConfig(**fields), memory="8GiB").memory == "8GiB"
 
 
 @pytest.mark.parametrize(

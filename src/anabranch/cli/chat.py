@@ -10,7 +10,18 @@ import typer
 from anabranch.bounds import MOST_SEED
 from anabranch.cli.boundary import USER_ERROR
 from anabranch.cli.continuing import MinP, RepetitionPenalty, TopK, running, sampling_fields, tokens_of
-from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Model, Quantize, Seed, Streams, load_parts
+from anabranch.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    ExpertBudget,
+    Memory,
+    Model,
+    Quantize,
+    Seed,
+    Streams,
+    load_parts,
+)
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.extras import require
@@ -43,6 +54,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     streams: Streams = None,
+    memory: Memory = None,
     quantize: Quantize = None,
     expert_budget: ExpertBudget = None,
     dtype: Dtype = None,
@@ -64,7 +76,7 @@ def chat(
         "repetition_penalty": repetition_penalty,
     }
     fields = {**sampling_fields(model, said, {"temperature": 0.2, "top_p": 0.9}), "max_tokens": max_tokens}
-    loaded = load_parts(model, dtype, device, quantize, expert_budget)
+    loaded = load_parts(model, dtype, device, quantize, expert_budget, memory)
     # A number that cannot be is no matter of a message.
     loaded.model.streams_of(streams)
     with running(loaded, loaded.model.config.max_positions, streams=streams, prefix_cache=True) as engine:

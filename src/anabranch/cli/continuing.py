@@ -44,7 +44,7 @@ def running(
 ) -> Iterator[Background]:
     """The engine of a model, for one request of up to so many ``positions`` at a time; it ends with the block.
 
-    More positions than the model is meant for are run, as `anabranch.lm.generate` does, and no more than fit `MOST_BYTES`.
+    More positions than the model is meant for are run, as `anabranch.lm.generate` does, and no more than fit `MOST_BYTES`, or a plan.
     """
     from anabranch.serving.config import ServingConfig
     from anabranch.serving.engine.background import Background
@@ -52,7 +52,9 @@ def running(
     from anabranch.serving.engine.paged import PagedShape
 
     shape = PagedShape.of(loaded.model)
-    blocks = min(-(-positions // BLOCK) + 1, max(MOST_BYTES // (shape.bytes_per_token * BLOCK), 1))
+    blocks = min(
+        -(-positions // BLOCK) + 1, max((loaded.kv_memory or MOST_BYTES) // (shape.bytes_per_token * BLOCK), 1)
+    )
     config = ServingConfig(
         num_blocks=blocks,
         block_tokens=BLOCK,

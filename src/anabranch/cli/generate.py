@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.continuing import MinP, RepetitionPenalty, TopK, running, sampling_fields, tokens_of
-from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Model, Quantize, Seed, Streams, load_parts
+from anabranch.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    ExpertBudget,
+    Memory,
+    Model,
+    Quantize,
+    Seed,
+    Streams,
+    load_parts,
+)
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -33,6 +44,7 @@ def generate(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     streams: Streams = None,
+    memory: Memory = None,
     quantize: Quantize = None,
     expert_budget: ExpertBudget = None,
     dtype: Dtype = None,
@@ -56,7 +68,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }
     fields = {**sampling_fields(model, said, {"temperature": 0.8}), "max_tokens": max_tokens, "seed": seed}
-    loaded = load_parts(model, dtype, device, quantize, expert_budget)
+    loaded = load_parts(model, dtype, device, quantize, expert_budget, memory)
     tokenizer: Any = loaded.tokenizer
     used = loaded.model.streams_of(streams)[0]
     prompt_ids = tokenizer.encode_prompt(text)
@@ -64,6 +76,8 @@ def generate(
     show = visible if sys.stdout.isatty() else str
     decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
     with running(loaded, len(prompt_ids) + max_tokens, streams=streams) as engine:
+        if engine.info.max_positions < len(prompt_ids) + max_tokens:
+            say(f"note: keys and values have room for {engine.info.max_positions} tokens, so the text ends there")
         tokens = tokens_of(engine, prompt_ids, fields, streams=streams)
         # What cannot be continued is refused here, with nothing printed.
         first = list(itertools.islice(tokens, 1))

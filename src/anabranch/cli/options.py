@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,6 +60,14 @@ ExpertBudget = Annotated[
         help="Memory for experts, such as 2GiB; the others are loaded on demand. Default: all in memory.",
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory for everything, such as 8GiB: bits of weights and an expert budget follow from it, see anabranch plan.",
+    ),
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option(
@@ -110,23 +119,34 @@ def load_parts(
     device: str | None,
     quantize: Literal["int8", "int4"] | None,
     expert_budget: str | None,
+    memory: str | None = None,
 ) -> Loaded:
-    """As `load`, as `anabranch serve` does: in fewer bits, or with a budget for experts. The errors of those are raised too."""
-    from anabranch.serving.config import parse_bytes
-    from anabranch.serving.engine.load import load_weights
+    """As `load`, as `anabranch serve` does: in fewer bits, with a budget for experts, or what a plan for so much ``memory`` says.
 
-    if expert_budget is not None:
-        parse_bytes(expert_budget, "--expert-budget")
-    loaded = load_weights(
-        path,
-        dtype=read_dtype(dtype),
-        quantize=quantize or "none",
-        device=read_device(device),
-        expert_budget=expert_budget,
-    )
+    The errors of those are raised too.
+    """
+    from anabranch.serving.config import ServingConfig, parse_bytes
+    from anabranch.serving.engine.load import dtype_of, load_weights
+
+    for option, value in (("--expert-budget", expert_budget), ("--memory", memory)):
+        if value is not None:
+            parse_bytes(value, option)
+    wanted, place, bits = read_dtype(dtype), read_device(device), quantize or "none"
+    kv_memory: int | None = None
+    if memory is not None:
+        if dtype not in (None, "float32", "bfloat16"):
+            raise ConfigError(f"--dtype is {dtype!r}; with --memory it is float32 or bfloat16")
+        kind: Any = dtype or "auto"
+        # One request at a time, in this process.
+        config = ServingConfig(
+            model=path, memory=memory, dtype=kind, quantize=bits, expert_budget=expert_budget, device=place, max_seqs=1, process=False
+        ).planned()  # fmt: skip
+        wanted, bits, expert_budget = dtype_of(config), config.quantize, config.expert_budget
+        kv_memory = None if config.kv_memory is None else parse_bytes(config.kv_memory, "kv_memory")
+    loaded = load_weights(path, dtype=wanted, quantize=bits, device=place, expert_budget=expert_budget)
     loaded.model.eval()
     _of_model(path, loaded.model, loaded.tokenizer)
-    return loaded
+    return loaded if kv_memory is None else replace(loaded, kv_memory=kv_memory)
 
 
 @contextmanager

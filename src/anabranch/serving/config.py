@@ -126,7 +126,7 @@ class ServingConfig(Config):
         self._check_experts()
 
     def _check_experts(self) -> None:
-        self.experts.check_budget(self.expert_budget is not None)
+        self.experts.check_budget(self.expert_budget is not None or self.memory is not None)
         pair = self.experts.dual_batch
         if pair is not None and pair >= self.max_seqs:
             raise ConfigError(

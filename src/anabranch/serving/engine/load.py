@@ -34,11 +34,13 @@ class Loaded:
         model: the decoder, in evaluation mode.
         tokenizer: of its folder; None if there is none.
         experts: what brings its experts where they have a budget; None where all are in memory.
+        kv_memory: bytes that a plan of memory leaves for keys and values; None where nothing was planned.
     """
 
     model: Decoder
     tokenizer: Tokenizer | None
     experts: OffloadEngine | None = None
+    kv_memory: int | None = None
 
 
 def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
