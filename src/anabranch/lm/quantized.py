@@ -4,6 +4,7 @@ A layer is read, rounded and let go before the next one is read, so that what a 
 """
 # Shapes: N rows (outputs), K depth (inputs), E experts
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,8 @@ from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import FEWEST, QuantizedLinear, QuantizedPool, module_of, put, quantizable, replace
 
 __all__ = ["Rounding", "check_some", "empty_layers", "load_quantized", "open_quantized"]
+
+logger = logging.getLogger(__name__)
 
 Bits = Literal["int8", "int4"]
 
@@ -88,6 +91,7 @@ def open_quantized(
     check(state_once(model), source, layout, where=opened.where, ignore=opened.ignore, hint=opened.hint)
     chosen: dict[str, tuple[Any, int | None]] = dict(quantizable(model, bits, group=group))
     check_some(chosen, bits, str(path))
+    _tell_of_others(model, bits, path)
     kind = opened.dtype or torch.float32
     rounding = _Layers(source, layout, kind, bits)
     makers = {name: rounding.maker(name, module_of(model, name), *chosen[name]) for name in chosen}
@@ -114,6 +118,19 @@ def check_some(chosen: Collection[str], bits: Bits, path: str) -> None:
         raise ConfigError(
             f"quantize is {bits!r}, but no layer of {path} can be in {bits}: that takes inputs that are a multiple of {SHARE} and "
             f"at least {FEWEST} outputs; leave it out"
+        )
+
+
+def _tell_of_others(model: Decoder, bits: Bits, path: str | Path) -> None:
+    """Warn of experts that no kernel for few bits takes."""
+    left = [module for module in model.modules() if isinstance(module, ExpertPool) and not module.is_plain]
+    if left:
+        share = sum(part.numel() for pool in left for part in pool.parameters())
+        logger.warning(
+            "experts of %s have biases or another activation, which no %s kernel has: %.0f%% of the weights stay in floating point",
+            path,
+            bits,
+            100 * share / sum(part.numel() for part in model.parameters()),
         )
 
 
@@ -215,8 +232,8 @@ class _Layers:
             if is_kept and isinstance(source, GgufFile):
                 made.data[number] = packed_rows(source, names, like)
             elif is_kept and isinstance(source, Dequantised):
-                rows = zip(*map(source.integers, names), strict=True)
-                made.data[number] = Packed.of_integers(*map(torch.cat, rows), "int4").data[0]
+                number_NK, scale_NG, least_NG = map(torch.cat, zip(*map(source.integers, names), strict=True))
+                made.data[number] = Packed.of_integers(number_NK, scale_NG, least_NG, "int4").data[0]
             else:
                 made.put(number, self._read(pieces, (like.rows, like.depth)))
         return made

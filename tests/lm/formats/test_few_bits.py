@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from anabranch.errors import CheckpointError
+from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm import convert, load_config, load_model
 from anabranch.lm.formats.few_bits import AWQ_ORDER, dequantised
 from anabranch.lm.quantized import load_quantized
@@ -183,6 +183,26 @@ def test_what_kernels_do_not_take_is_rounded(way, tmp_path):
     quantize(wanted, "int4")
     found, _ = load_quantized(few, "int4", dtype=torch.float32)
     assert all(torch.equal(found.state_dict()[key], value) for key, value in wanted.state_dict().items())
+
+
+def test_experts_that_no_kernel_takes_are_told(tmp_path, caplog):
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    build_theirs("GptOss", **sizes, rope_parameters={"rope_type": "default", "rope_theta": 1e4}).save_pretrained(
+        tmp_path
+    )
+    model, _ = load_quantized(tmp_path, "int4")
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
+    assert not any(isinstance(module, QuantizedPool) for module in model.modules())
+    assert "experts of" in caplog.text
+    assert "of the weights stay in floating point" in caplog.text
+    with pytest.raises(ConfigError, match="experts are not plain SwiGLUs"):
+        load_offloaded(tmp_path, None, dtype=torch.float32)
 
 
 def test_fp8_is_rounded_once_to_the_type_that_is_asked_for(tmp_path):
