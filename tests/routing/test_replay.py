@@ -191,6 +191,52 @@ def test_visits_are_those_of_each_item():
     assert done == [([4],)]
 
 
+class FailureError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_pass_that_fails_midway_and_is_run_again_takes_its_decisions_again(before, alone):
+    """As an engine runs a step: once for all, and where that fails once more, or for each request alone; two steps of two visits."""
+    model = Tower(num_layers=2)
+    names, done = [4, 5], []
+
+    def step(names, fails_after=None):
+        done.clear()
+        context = RoutingContext(state={"item_N": torch.tensor(names), "when_done": done})
+        x_ND = items()[names]
+        for count, number in enumerate((0, 1, 0, 1)):
+            if count == fails_after:
+                raise FailureError
+            x_ND = model(x_ND, context, (number,))
+        for each in done:
+            each()
+        done.clear()
+        return x_ND
+
+    with record_routing(model) as recorder:
+        expected = [step(names), step(names)]
+    trace = recorder.trace()
+    for layer in (0, 1):
+        # What it decides by itself would be something else.
+        torch.nn.init.normal_(model.routers[layer].score.weight)
+    with replay_routing(model, trace):
+        for number in range(2):
+            with pytest.raises(FailureError):
+                step(names, before)
+            if alone:
+                with pytest.raises(FailureError):
+                    step([4], before)
+                found = torch.cat([step([4]), step([5])])
+            else:
+                found = step(names)
+            assert torch.equal(found, expected[number])
+        # One more that is not run again leaves nothing behind.
+        with pytest.raises(FailureError):
+            step(names, before)
+
+
 def test_a_trace_from_before_visits_were_counted_is_replayed_in_order(tmp_path):
     model = Tower(num_layers=1)
     with record_routing(model) as recorder:

@@ -15,8 +15,9 @@ round differently, and near-ties between experts then go other ways): weights ar
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ from anabranch.routing.discovery import RouterLayer
 from anabranch.routing.layer_overrides import overriding, own_layers
 from anabranch.routing.override import Override
 from anabranch.routing.router import Router
-from anabranch.routing.sequences import ItemNumbers, real_items
+from anabranch.routing.sequences import WHEN_DONE, ItemNumbers, real_items
 from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_schema import TraceLayer
 
@@ -103,6 +104,8 @@ class Replay:
         self._numbers = ItemNumbers()
         self._owners: dict[tuple[nn.Module, int], object] = {}
         self._passes = itertools.count()
+        # What passes have taken that may fail and be run again, by the list that tells when they have not.
+        self._unsure: dict[int, _Unsure] = {}
         # Engines in threads may share a model.
         self._lock = threading.Lock()
 
@@ -115,7 +118,11 @@ class Replay:
             return context.once(owner, lambda: self._find(router, visit, x_ND, context))
 
     def check_whole(self) -> None:
-        """Raise DataError if a pass has visited a layer less often than was recorded."""
+        """Raise DataError if a pass has visited a layer less often than was recorded; one that has failed counts for nothing."""
+        with self._lock:
+            for unsure in self._unsure.values():
+                unsure.undo()
+            self._unsure.clear()
         for recorded in self._recorded.values():
             recorded.check_whole()
 
@@ -131,8 +138,12 @@ class Replay:
             raise DataError(f"the trace does not have layer {getattr(router, 'layer', '?')}, in which this pass routes")
         item_N, position_N = self._numbers.of(num_items, context)
         real_N = real_items(context)
+        unsure = self._unsure_of(context.state.get(WHEN_DONE))
         row_N = recorded.rows(
-            item_N[real_N], position_N[real_N], context.once(self._passes, lambda: next(self._passes))
+            item_N[real_N],
+            position_N[real_N],
+            context.once(self._passes, lambda: next(self._passes)),
+            None if unsure is None else unsure.undos,
         )
         index_NK = np.full((num_items, recorded.layer.top_k), UNUSED, np.int64)
         index_NK[real_N] = recorded.decisions.index_NK[row_N]
@@ -147,6 +158,42 @@ class Replay:
             learn=self._learn,
             of_all_routers=True,
         )
+
+    def _unsure_of(self, done: list[Callable[[], None]] | None) -> "_Unsure | None":
+        """Where to note what a pass takes; None for one that is not run again. What a pass took that has failed is given back."""
+        if done is None:
+            return None
+        unsure = self._unsure.get(id(done))
+        if unsure is not None and not any(each is unsure.keep for each in done):
+            # The list was emptied, and nobody was called: that pass has failed.
+            unsure.undo()
+            unsure = None
+        if unsure is None:
+            unsure = self._unsure[id(done)] = _Unsure(partial(self._sure, id(done)))
+            done.append(unsure.keep)
+        return unsure
+
+    def _sure(self, key: int) -> None:
+        with self._lock:
+            self._unsure.pop(key, None)
+
+
+class _Unsure:
+    """What is taken of a trace by a pass that may yet fail.
+
+    Attributes:
+        keep: to be called when it has not.
+        undos: give it back, the last one first.
+    """
+
+    def __init__(self, keep: Callable[[], None]) -> None:
+        self.keep = keep
+        self.undos: list[Callable[[], None]] = []
+
+    def undo(self) -> None:
+        """The pass has failed."""
+        while self.undos:
+            self.undos.pop()()
 
 
 class _Recorded:
@@ -164,8 +211,10 @@ class _Recorded:
         self._taken_R, self._visit_R = np.zeros((2, len(key_R)), np.int64)
         self._pass_R = np.full(len(key_R), -1)
 
-    def rows(self, item_N: np.ndarray, position_N: np.ndarray, number: int) -> np.ndarray:
-        """Which decision is the next of each item, in pass ``number``.
+    def rows(
+        self, item_N: np.ndarray, position_N: np.ndarray, number: int, undos: list[Callable[[], None]] | None = None
+    ) -> np.ndarray:
+        """Which decision is the next of each item, in pass ``number``; how to give them back is put into ``undos``.
 
         Raises DataError if one was not recorded, or was recorded in another visit of its pass.
         """
@@ -184,10 +233,17 @@ class _Recorded:
                 f"({self.layer.name}); of this pass's {len(item_N)} items it lacks {int((~known_N).sum())}. Items that context.state does "
                 "not name are counted from the start of the block"
             )
+        before = self._visit_R[first_N], self._pass_R[first_N]
         self._count_visits(first_N, count_N, number)
+        if undos is not None:
+            undos.append(partial(self._give_back, first_N, *before))
         before_N = self._taken_R[first_N] + _rank_among_equals(first_N)
         np.add.at(self._taken_R, first_N, 1)
         return self._order_R[first_N + before_N % count_N]
+
+    def _give_back(self, first_N: np.ndarray, visit_N: np.ndarray, pass_N: np.ndarray) -> None:
+        np.subtract.at(self._taken_R, first_N, 1)
+        self._visit_R[first_N], self._pass_R[first_N] = visit_N, pass_N
 
     def _count_visits(self, first_N: np.ndarray, count_N: np.ndarray, number: int) -> None:
         """One visit more of keys in pass ``number``. Raises DataError for one that was not recorded, or where the pass before lacks one."""
