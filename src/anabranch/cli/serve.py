@@ -60,7 +60,8 @@ def serve(
         int | None,
         typer.Option(
             metavar="N",
-            help="A mixture of experts on N processes that may become more or fewer while it serves (POST /v1/admin/scale).",
+            help="A mixture of experts on N processes that may become more or fewer while it serves (POST /v1/admin/scale). On CUDA "
+            "experimental: never run on a GPU.",
         ),
     ] = None,
     api_key: Annotated[

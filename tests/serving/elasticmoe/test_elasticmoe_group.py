@@ -382,8 +382,8 @@ def _is_zombie(pid):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_random_changes_under_load(make, greedy):
-    """Random devices, modes and deaths: nothing is dropped. ``ANABRANCH_SCALE_EVENTS=1000`` for the whole thing."""
-    events, draw = int(os.environ.get("ANABRANCH_SCALE_EVENTS", "60")), random.Random(0)
+    """Random devices, modes and deaths, a thousand of them: nothing is dropped. ``ANABRANCH_SCALE_EVENTS=60`` for a short form."""
+    events, draw = int(os.environ.get("ANABRANCH_SCALE_EVENTS", "1000")), random.Random(0)
     group = make(policy=Policy(max_devices=4))
     served = 0
     for event in range(events):
