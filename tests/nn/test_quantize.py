@@ -12,6 +12,7 @@ from anabranch.nn.kernels import packed as native
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantize
 from anabranch.routing import Router, TopK
 from anabranch.routing.context import RoutingContext
+from anabranch.routing.decision import Routing
 
 
 def decoder(feed_forward=None, **fields):
@@ -167,3 +168,19 @@ def test_without_kernels_each_type_of_activations_has_its_form(bits, monkeypatch
 def test_a_group_is_a_multiple_of_what_kernels_take_at_once(group):
     with pytest.raises(ConfigError, match=f"group is {group}; it must be a multiple of 32"):
         quantize(nn.Sequential(nn.Linear(96, 16)), "int4", group=group)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_no_rows_give_none_in_the_shape_of_rows(dtype, bits, is_compiled, monkeypatch):
+    layer = QuantizedLinear.of(nn.Linear(64, 48), bits, group=32 if bits == "int4" else None)
+    pool = QuantizedPool.of(ExpertPool(4, 64, 32), bits, group=32)
+    if not is_compiled:
+        monkeypatch.setattr(native, "load", lambda: None)
+    assert layer(torch.empty(1, 0, 64, dtype=dtype)).shape == (1, 0, 48)
+    assert layer(torch.empty(0, 64, dtype=dtype)).shape == (0, 48)
+    index_NK = torch.empty(0, 2, dtype=torch.int64)
+    routing = Routing(index_NK, torch.empty(0, 2, dtype=dtype), torch.empty(0, 4, dtype=dtype))
+    assert pool(torch.empty(0, 64, dtype=dtype), routing).shape == (0, 64)

@@ -88,7 +88,7 @@ class QuantizedLinear(nn.Module):
             y_CN = native.linear(packed, x_CK, self.bias)
         else:
             y_CN = self._plain(packed, x_CK)
-        return y_CN.view(*x.shape[:-1], -1)
+        return y_CN.view(*x.shape[:-1], self._like.rows)
 
     def _plain(self, packed: Packed, x_CK: Tensor) -> Tensor:
         """By torch's own kernels for packed weights on a CPU, where they know the format; else unpacked."""

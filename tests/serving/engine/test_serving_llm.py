@@ -314,3 +314,18 @@ def test_an_engine_takes_the_memory_of_its_weights_once(tmp_path):
     grown, fast = done.stdout.split()
     assert fast == "True"
     assert int(grown) < 1.3 * weights, f"{int(grown):,} bytes for weights of {weights:,}"
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_model_in_few_bits_that_goes_module_by_module_warms_up_and_answers(bits, tmp_path):
+    config = Decoder.Config(
+        vocab_size=257, dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=2, window=8), max_positions=64,
+        feed_forward=SwiGLU.Config(hidden_dim=64),
+    )  # fmt: skip
+    save_model(tmp_path / "m", config.build(seed=0), ByteTokenizer())
+    made = LLM(str(tmp_path / "m"), quantize=bits, kv_memory="1MiB")
+    assert made.engine.runner.fast is None
+    made.engine.runner.warm_up()
+    [answer] = made.generate(["hello"], Sampling(max_tokens=20, temperature=0, ignore_eos=True))
+    assert len(answer.tokens) == 20
+    made.close()

@@ -68,7 +68,9 @@ class LLM:
             self.tokenizer = tokenizer
             self.engine = Engine.of(model, ServingConfig(**options), tokenizer=tokenizer, **parts)
         else:
-            self.engine, self.tokenizer = ServingConfig(model=str(model), **options).load()
+            # It runs in this process, which a plan of `memory` counts.
+            config = ServingConfig(model=str(model), **{"process": False, **options})
+            self.engine, self.tokenizer = config.load()
         self._events: list[Event] = []
         self._loop = self.engine.loop(self._events.extend)
         self._numbers = itertools.count()
