@@ -105,6 +105,17 @@ def test_of_a_process_that_is_gone_one_is_told_once():
     watchdog.close()
 
 
+@pytest.mark.parametrize("start_s", [0.0, 1.0])
+def test_one_that_starts_has_the_time_that_takes(start_s):
+    killed, began = [], time.monotonic()
+    watched = [Watched(("a",), "a", Future, lambda: killed.append(time.monotonic()), start_s=start_s)]
+    watchdog = Watchdog(lambda: watched, 0.2)
+    until(lambda: killed)
+    watchdog.close()
+    assert killed[0] - began >= max(start_s, 0.2)
+    assert start_s or killed[0] - began < 0.9
+
+
 @pytest.fixture
 def group(folder):
     group = Group(ElasticConfig(model=str(folder), devices=2, watchdog_s=1.5, policy=Policy(max_devices=4)))

@@ -37,6 +37,8 @@ __all__ = ["Group", "ScaleReport"]
 
 logger = logging.getLogger(__name__)
 
+# For a fork server to import what ranks need, on a busy machine.
+START_S = 120.0
 PHASES = ("plan", "prepare", "attach", "warm", "switch", "release", "commit")
 
 
@@ -323,7 +325,15 @@ class Group:
             lost = partial(in_thread, self.start_fork_server, "anabranch-fork-server")
             ping = partial(in_thread, fork_server.ping, "anabranch-ping")
             watched.append(
-                Watched((fork_server,), "the fork server", ping, fork_server.kill, lambda: fork_server.is_alive, lost)
+                Watched(
+                    (fork_server,),
+                    "the fork server",
+                    ping,
+                    fork_server.kill,
+                    lambda: fork_server.is_alive,
+                    lost,
+                    start_s=START_S,
+                )
             )
         return watched
 

@@ -29,6 +29,7 @@ class Watched:
         kill: ends it.
         is_alive: whether there is a process.
         lost: called once where there is none; None where that is told by other ways.
+        start_s: seconds that its first sign of life may take, if that is longer than later ones may: it is looked after while it starts.
     """
 
     key: tuple[object, ...]
@@ -37,6 +38,7 @@ class Watched:
     kill: Callable[[], None]
     is_alive: Callable[[], bool] = lambda: True
     lost: Callable[[], object] | None = None
+    start_s: float = 0.0
 
 
 class _Ping:
@@ -44,11 +46,12 @@ class _Ping:
 
     Attributes:
         future: its answer.
-        heard: seconds of `time.monotonic` at which the process gave its last sign of life.
+        heard: seconds of `time.monotonic` at which the process gave its last sign of life, or was first asked.
+        has_begun: it has given one.
     """
 
-    def __init__(self, future: Future[Any], heard: float) -> None:
-        self.future, self.heard = future, heard
+    def __init__(self, future: Future[Any], heard: float, *, has_begun: bool = False) -> None:
+        self.future, self.heard, self.has_begun = future, heard, has_begun
         future.add_done_callback(self._answered)
 
     def _answered(self, future: Future[Any]) -> None:
@@ -92,13 +95,15 @@ class Watchdog:
                 continue
             ping = before.get(each.key)
             if ping is None or ping.future.done():
-                ping = _Ping(each.ping(), time.monotonic() if ping is None else ping.heard)
+                heard = time.monotonic() if ping is None else ping.heard
+                ping = _Ping(each.ping(), heard, has_begun=ping is not None)
             silent_s = time.monotonic() - ping.heard
-            if silent_s < self._patience_s:
+            patience_s = self._patience_s if ping.has_begun else max(self._patience_s, each.start_s)
+            if silent_s < patience_s:
                 self._pings[each.key] = ping
-                left_s = min(left_s, self._patience_s - silent_s)
+                left_s = min(left_s, patience_s - silent_s)
                 continue
-            logger.error("%s gives no sign of life for %g s, and is ended", each.name, self._patience_s)
+            logger.error("%s gives no sign of life for %g s, and is ended", each.name, patience_s)
             # That it is gone is found out the next time.
             each.kill()
         return left_s
