@@ -1,12 +1,18 @@
 """``anabranch serve --devices``: a group of devices behind HTTP, changed while it answers."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +26,7 @@ from elastic_backends import NEEDS_GPU, compile_standin
 from elastic_models import save_moe
 from server_process import SOURCE
 from serving_models import serve_process
+from serving_thread import until
 
 TOKEN = "operator-secret"
 
@@ -173,3 +180,57 @@ def test_devices_change_while_it_answers(where, tmp_path):
     texts = [answer["choices"][0]["text"] for answer in (alone, before, after)]
     assert len(set(texts)) == 1
     assert "elastic" in metrics
+
+
+def children(pid):
+    """Processes below one, with what they were started as."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                found[int(entry.name)] = parent, (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    below, last = {pid}, set()
+    while below != last:
+        last, below = below, below | {child for child, (parent, _) in found.items() if parent in below}
+    return {child: found[child] for child in below - {pid}}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_process_of_the_group_that_stops_is_replaced_beside_a_stream():
+    body = {"model": "called", "prompt": "hello", "max_tokens": 600, "temperature": 0, "ignore_eos": True}
+    options = ["--devices", "2", "--set", "engine.watchdog_s=5", "--set", f"http.admin_token={TOKEN}"]
+    options += ["--set", "engine.name=called", "--set", "group.ahead=false"]
+    admin = {"authorization": f"Bearer {TOKEN}"}
+
+    def readiness(server):
+        try:
+            with urllib.request.urlopen(f"{server.url}/health/ready", timeout=30) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    with serve_process(*options) as server, ThreadPoolExecutor(2) as pool:
+        alone = post(server, "/v1/completions", body)["choices"][0]["text"]
+        processes = children(server.process.pid)
+        (forge,) = (
+            pid for pid, (parent, what) in processes.items() if "fork_server" in what and parent == server.process.pid
+        )
+        (memory,) = (pid for pid, (_, what) in processes.items() if "elasticmoe.memory" in what)
+        ranks = [pid for pid, (parent, _) in processes.items() if parent == forge]
+        for name, pid in (("rank", ranks[0]), ("forge", forge), ("memory", memory)):
+            stream = pool.submit(post, server, "/v1/completions", body)
+            time.sleep(0.2)
+            os.kill(pid, signal.SIGSTOP)
+            seen, end = set(), time.monotonic() + 40
+            while pid in children(server.process.pid) and time.monotonic() < end:
+                seen.add(readiness(server))
+            until(lambda: readiness(server) == 200, 30)
+            assert stream.result(60)["choices"][0]["text"] == alone, name
+            assert pid not in children(server.process.pid), name
+            if name == "rank":
+                assert 503 in seen
+            devices = {"rank": 3, "forge": 2, "memory": 3}[name]
+            assert len(post(server, "/v1/admin/scale", {"devices": devices}, **admin)["result"]["new"]) == devices
+        assert "a bug:" not in server.log.read_text()
