@@ -19,6 +19,7 @@ from server_process import started
 openai = pytest.importorskip("openai")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure by"),
     pytest.mark.skipif(kernels.load() is None, reason="no compiler"),
 ]
