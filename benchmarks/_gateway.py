@@ -210,7 +210,7 @@ def running(
 def _answers(port: int, path: str) -> bool:
     try:
         with socket.create_connection(("127.0.0.1", port), 1) as link:
-            link.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+            link.sendall(f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nconnection: close\r\n\r\n".encode())
             return link.recv(64).split(b" ")[1:2] in ([b"200"], [b"404"], [b"405"])
     except OSError:
         return False

@@ -89,7 +89,8 @@ class Server:
             path, fields = "/v1/completions", {"model": self.model, "max_tokens": count}
         body = json.dumps({**common, **fields}).encode()
         head = (
-            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1:{self.port}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
         )
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
         answer, lines = Answer(time.perf_counter()), []

@@ -53,6 +53,61 @@ def expected(model, prompts):
     return [tuple(generate(model, [prompt], sampling)[0]) for prompt in prompts]
 
 
+class NotedSampler:
+    """A sampler that notes for whom it chooses."""
+
+    def __init__(self, sampler, sampled):
+        self.sampler, self.sampled = sampler, sampled
+        self.add, self.forget = sampler.add, sampler.forget
+
+    def __call__(self, logits_RV, ids):
+        self.sampled.append(list(ids))
+        return self.sampler(logits_RV, ids)
+
+
+class WatchedRunner(ModelRunner):
+    """Notes its steps, as (first position, tokens) of each chunk, and whom the sampler answers; ``is_ready`` is asked at each."""
+
+    is_ready = staticmethod(lambda: False)
+
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        self.steps, self.sampled = [], []
+        self.sampler = NotedSampler(self.sampler, self.sampled)
+
+    def _step(self, chunks, tokens):
+        self.steps.append(([(chunk.start, len(chunk.tokens)) for chunk in chunks], self.is_ready()))
+        return super()._step(chunks, tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [({}, 256), ({"max_batched_tokens": 64}, 64), ({"num_blocks": 3}, 48), ({"num_blocks": 70}, 256)],
+)
+def test_a_whole_request_of_nobodys_has_run_before_an_engine_is_ready(model, config, changes, length):
+    made = []
+
+    def make():
+        engine = Engine.of(model, config.replace(**changes), make_runner=WatchedRunner)
+        made.append(engine.runner)
+        engine.runner.is_ready = lambda: client.is_ready
+        return engine
+
+    async def steps_when_ready():
+        await client.start()
+        assert client.is_ready
+        found = list(made[0].steps), list(made[0].sampled)
+        await client.close()
+        return found
+
+    client = LocalEngine(make)
+    steps, sampled = asyncio.run(steps_when_ready())
+    assert steps == [([(0, length - 1)], False), ([(length - 1, 1)], False)]
+    # A token is chosen from both, as for a request.
+    assert [len(ids) for ids in sampled] == [1, 1]
+    assert not made[0]._told
+
+
 async def collect(engine, request):
     outputs = [output async for output in engine.submit(request)]
     assert [output.finish is not None for output in outputs] == [False] * (len(outputs) - 1) + [True]

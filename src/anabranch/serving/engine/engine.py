@@ -22,7 +22,7 @@ from anabranch.serving.core.tier import KVTier, Memory
 from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Event
 from anabranch.serving.engine.paged import PagedPool, PagedShape
-from anabranch.serving.engine.runner import ModelRunner, TokenSampler
+from anabranch.serving.engine.runner import WARM_TOKENS, ModelRunner, TokenSampler
 from anabranch.serving.engine.tiered import second_place
 from anabranch.serving.sampling import Sampler
 
@@ -160,6 +160,10 @@ class Engine:
         """What a request needs before it can run: its grammar, compiled in another thread. None for nothing."""
         sampler = self.runner.sampler
         return sampler.prepare(request) if isinstance(sampler, Sampler) else None
+
+    def warm_up(self) -> None:
+        """Run a request of nobody's, so that the first one waits for nothing but itself; before `loop`."""
+        self.runner.warm_up(min(WARM_TOKENS, self.scheduler.config.max_batched_tokens))
 
     def loop(self, emit: Callable[[list[Event]], None]) -> EngineLoop:
         """A loop that runs it."""

@@ -42,7 +42,7 @@ class LocalEngine(StreamsClient):
     def _run(self, loop: asyncio.AbstractEventLoop, started: "asyncio.Future[EngineInfo]") -> None:
         try:
             engine = self._make()
-            engine.runner.warm_up()
+            engine.warm_up()
         except BaseException as error:
             loop.call_soon_threadsafe(_settle, started, None, as_error(error))
             return

@@ -33,6 +33,9 @@ from anabranch.serving.sampling import Sampler
 # An id that no request has.
 _NOBODY = "\0"
 
+# Of the prompt that is run before the first request: a step's usual size, short enough to hold up no start.
+WARM_TOKENS = 256
+
 
 class TokenSampler(Protocol):
     """What chooses tokens; see `anabranch.serving.sampling.Sampler`."""
@@ -155,19 +158,19 @@ class ModelRunner:
             hook.after_step(batch, sampled)
         return sampled
 
-    def warm_up(self) -> None:
-        """Run a prompt and one more token, so that kernels are compiled and memory is touched. Before any request: it writes block 0."""
-        length = min(self.pool.block_tokens, 4)
-        chunks = [
-            Chunk(id="warm-up", tokens=(0,) * (length - 1), start=0, blocks=(0,), samples=False),
-            Chunk(id="warm-up", tokens=(0,), start=length - 1, blocks=(0,), samples=True),
-        ]
-        # Nobody's request, so not for traces.
-        self._told["warm-up"] = length
-        with torch.inference_mode():
-            for chunk in chunks:
-                self._logits([chunk], list(chunk.tokens))
-        self._forget("warm-up")
+    def warm_up(self, tokens: int = WARM_TOKENS) -> None:
+        """Run a request of nobody's before any other: a prompt, a token chosen, one more step.
+
+        So kernels are made, threads are started and memory is touched, at the size of a real prompt. It writes the first blocks.
+
+        Args:
+            tokens: of the prompt and the one chosen, at least 2; fewer where there is no room for so many.
+        """
+        room = min(self.pool.num_blocks * self.pool.block_tokens, self.model.config.max_positions)
+        length = max(min(tokens, room), 2)
+        blocks = tuple(range(-(-length // self.pool.block_tokens)))
+        prompt = Chunk(id=_NOBODY, tokens=(0,) * (length - 1), start=0, blocks=blocks, samples=True)
+        self._run_nobody([prompt, Chunk(id=_NOBODY, tokens=(0,), start=length - 1, blocks=blocks, samples=True)])
         if isinstance(self.sampler, Sampler):
             self.sampler.warm_up()
 
@@ -178,16 +181,24 @@ class ModelRunner:
             part.unflatten(2, (-1, self.pool.block_tokens))[:, :, block] for part in (self.pool.key, self.pool.value)
         ]
         saved = [part.clone() for part in parts]
-        self.sampler.add(Request(id=_NOBODY, prompt=(0,), sampling=Sampling(max_tokens=1, temperature=0.0)))
-        # Not for traces.
-        self._told[_NOBODY] = 1
         try:
-            self._step([Chunk(id=_NOBODY, tokens=(0,), start=0, blocks=(block,), samples=True)], [0])
+            self._run_nobody([Chunk(id=_NOBODY, tokens=(0,), start=0, blocks=(block,), samples=True)])
+        finally:
+            for part, before in zip(parts, saved, strict=True):
+                part.copy_(before)
+
+    @torch.inference_mode()
+    def _run_nobody(self, chunks: Sequence[Chunk]) -> None:
+        """Steps of one chunk each, of a request that no scheduler has; nothing is left of it but what its blocks hold."""
+        self.sampler.add(Request(id=_NOBODY, prompt=(0,), sampling=Sampling(max_tokens=len(chunks), temperature=0.0)))
+        # Not for traces.
+        self._told[_NOBODY] = max(chunk.start + len(chunk.tokens) for chunk in chunks)
+        try:
+            for chunk in chunks:
+                self._step([chunk], chunk.tokens)
         finally:
             self.sampler.forget(_NOBODY)
             self._forget(_NOBODY)
-            for part, before in zip(parts, saved, strict=True):
-                part.copy_(before)
 
     def close(self) -> None:
         """Tell the hooks that the engine ends."""
@@ -256,10 +267,6 @@ class ModelRunner:
         """Rows whose routes are wanted, each with a route that is to be filled in."""
         rows = zip(_last_rows(chunks), [chunk.id for chunk in chunks if chunk.samples], strict=True)
         return {row: {} for row, id in rows if id in self._recorded}
-
-    def _logits(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> Tensor:
-        """logits_RV of the rows that sample."""
-        return self._head(self._hidden(chunks, tokens, _last_rows(chunks)))
 
     def _head(self, x_RD: Tensor) -> Tensor:
         """logits_RV of hidden states."""

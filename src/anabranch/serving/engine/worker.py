@@ -22,7 +22,7 @@ def main(descriptor: int) -> None:
     connection = Connection(descriptor)
     try:
         engine = connection.recv()()
-        engine.runner.warm_up()
+        engine.warm_up()
     except EOFError:
         return
     except AnabranchError as error:
