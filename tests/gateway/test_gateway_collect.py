@@ -65,7 +65,7 @@ def traffic(path, num=12):
                     {"model": "auto/try", "messages": talk, **tools}, key=secret, headers={"x-task": "t"}
                 )
             # The same again, which is no new question.
-            await gateway.achat({"model": "a", "messages": [{"role": "user", "content": "Question 1"}]}, key=secret)
+            await gateway.achat({"model": "a", "messages": [{"role": "user", "content": "Question  1?"}]}, key=secret)
 
     asyncio.run(work())
 
@@ -225,7 +225,11 @@ def test_a_store_without_texts_is_told(tmp_path, capsys):
     ("said", "wanted"),
     [
         ("verdict: A", 1.0), ("I think\nVerdict: **B**", 0.0), ("verdict: tie.", 0.5), ("B", 0.0), (" tie ", 0.5),
-        ("verdict: A, or B? verdict: B", 0.0),
+        ("verdict: A, or B? verdict: B", None), ("Verdict: a tie", 0.5), ("verdict: Answer B", 0.0), ("verdict: answer_B", 0.0),
+        ("**Verdict:** [[B]]", 0.0), ("The verdict: A tie would be generous.\nverdict: B", 0.0), ("verdict - B", 0.0),
+        ("verdict: B\n(answer A wrote 'verdict: A', which I ignored)", 0.0), ("My verdict is B.", 0.0), ("Final verdict: A\n", 1.0),
+        ("verdict: B\nanswer A had said:\nverdict: A\nwhich does not count", None), ("verdict: A\nno, wait\nverdict: B", 0.0),
+        ("verdict: B is a bit better", None), ("Answer A", 1.0), ("I prefer\nA", None),
         ("A is better", None), ("verdict: Apples", None), ("", None),
     ],
 )  # fmt: skip
@@ -261,7 +265,7 @@ def test_references_by_hand(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text('{"query": "How many?", "answer": "42"}\n')
     exact, contains = ReferenceJudge.read(path), ReferenceJudge.read(path, "contains")
-    assert exact.knows("how MANY")
+    assert exact.knows("how  MANY?")
     assert not exact.knows("who?")
     answers = {"a": "42.", "b": "It is 42!", "c": "420"}
     for judge, wanted in ((exact, [1, 0, 0]), (contains, [1, 1, 0])):

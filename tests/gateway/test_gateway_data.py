@@ -303,8 +303,8 @@ def test_budgets_of_other_things_than_money(tmp_path):
         read_joules(written(tmp_path, '{"a": {"joules_per_token": 0}}', "prices.json"))
 
 
-def test_copies_are_found_whatever_their_case_and_marks():
-    data = of(["What is it?", "what  IS it", "+++", "---", "else"])
+def test_copies_are_found_whatever_their_case_and_white_space():
+    data = of(["What is it?", "what  IS it?", "+++", "---", "else"])
     np.testing.assert_array_equal(groups(data), [0, 0, 1, 2, 3])
     assert deduplicated(data).query == ("What is it?", "+++", "---", "else")
     np.testing.assert_array_equal(deduplicated(data).score_NM, [[0], [2], [3], [4]])
@@ -365,9 +365,9 @@ def test_splits_that_cannot_be():
 
 
 def test_a_leak_is_told_with_its_first_question():
-    with pytest.raises(DataError, match=r"1 of 2 test questions were learned from.*'A  b!'|'A b!'"):
-        check_disjoint(of(["a b", "c"]), of(["d", "A  b!"]))
-    check_disjoint(of(["a b"]), of(["b a"]))
+    with pytest.raises(DataError, match=r"1 of 2 test questions were learned from.*'A b'"):
+        check_disjoint(of(["a b", "c"]), of(["d", "A  b"]))
+    check_disjoint(of(["a b"]), of(["b a", "a + b", "a b!"]))
 
 
 def test_parts_are_merged_by_model(tmp_path):
@@ -408,7 +408,7 @@ def test_the_ledger_is_a_log_of_one_answer_per_query():
 def test_a_question_of_a_log_is_all_its_answers_together():
     nan = np.nan
     log = Recorded(
-        query=("Ask!", "other", "ask", "ask?"), models=("m", "n"), task=("t", None, "u", "t"),
+        query=("Ask!", "other", "ask!", "ASK! "), models=("m", "n"), task=("t", None, "u", "t"),
         score_NM=np.array([[1, nan], [nan, 0.5], [nan, 0.25], [0.5, nan]]), cost_NM=np.array([[2, nan], [nan, 1], [nan, nan], [4, nan]]),
         answers=({"m": "one"}, {"n": "x"}, {"n": "two"}, {"m": "three"}), signals={"probability": np.full((4, 2), 0.5)},
     )  # fmt: skip

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -159,7 +160,8 @@ def test_a_folder_holds_routers_and_knows_what_they_learned_from(tmp_path):
     found = load_folder(tmp_path / "routers")
     assert list(found.routers) == ["one", "two-b"]
     assert (found.manifest["data"], found.manifest["models"]) == ("abc", list(MODELS))
-    assert found.has_seen(data.query[3].upper() + "?")
+    assert found.has_seen(f" {data.query[3].upper()}")
+    assert not found.has_seen(data.query[3] + "?")
     with pytest.raises(DataError, match="2 of 2 questions were learned from"):
         found.check_unseen(data.take([0, 1]))
     found.check_unseen(made_outcomes(60, seed=1))
@@ -228,3 +230,16 @@ def test_routers_take_the_place_of_routers_alone(tmp_path):
     with pytest.raises(DataError, match=r"has no manifest\.json"):
         save_folder(weights, {"one": fitted(data)}, data, {})
     assert (weights / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_folder_that_knows_letters_and_digits_alone_still_tells_what_it_learned_from(tmp_path):
+    from anabranch.gateway.wording import letters_and_digits
+
+    data = made_outcomes(40)
+    save_folder(tmp_path / "routers", {"one": fitted(data)}, data, {})
+    forms = [letters_and_digits(text) for text in data.query]
+    hashes = [int.from_bytes(hashlib.sha256(form.encode()).digest()[:8], "little") for form in forms]
+    saving._write(tmp_path / "routers" / saving.SEEN, {"hash": np.array(sorted(hashes), np.uint64)}, {"version": 1})
+    found = load_folder(tmp_path / "routers")
+    assert all(found.has_seen(text) for text in data.query)
+    assert not found.has_seen("something else")

@@ -103,7 +103,7 @@ def test_expired_examples_are_not_shown_and_then_go():
     pool = make_pool(ttl_s=10)
     for number in range(5):
         admit(pool, f"list files {number}", now_s=float(number))
-    shown = [example.id for example in search(pool, "list files", k=2, now_s=12.5)[0]]
+    shown = [example.id for example in search(pool, "list files!", k=2, now_s=12.5)[0]]
     assert sorted(shown) == [3, 4]  # 0, 1 and 2 are past 10, 11 and 12
     assert pool.expire(12.5) == 3
     assert len(pool) == len(pool.index) == 2
@@ -114,11 +114,11 @@ def test_the_same_request_replaces_the_answer_and_keeps_the_record():
     pool = make_pool(trust={"large": 1, "huge": 2})
     admit(pool, "List files!", "ls", quality=0.5)
     pool.get(0).offloads = 7.0
-    assert admit(pool, "list  files", "ls -l", quality=0.4).reason == "a better answer is there"
-    assert admit(pool, "list files", "ls -la", quality=0.9).id == 1
+    assert admit(pool, "list  files!", "ls -l", quality=0.4).reason == "a better answer is there"
+    assert admit(pool, "list files!", "ls -la", quality=0.9).id == 1
     assert [(e.id, e.response, e.offloads) for e in pool] == [(1, "ls -la", 7.0)]
-    assert admit(pool, "list files", "dir", model="huge", quality=0.1).id == 2  # trusted more
-    assert admit(pool, "list files", "ls", quality=1.0).reason == "a better answer is there"
+    assert admit(pool, "list files!", "dir", model="huge", quality=0.1).id == 2  # trusted more
+    assert admit(pool, "list files!", "ls", quality=1.0).reason == "a better answer is there"
     assert len(pool) == len(pool.index) == 1
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from anabranch.errors import DataError, InputError
-from anabranch.gateway.dataset import Recorded, normal_form
+from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Model, Pool
 
 
@@ -57,14 +57,6 @@ def test_what_does_not_fit_together_is_refused(change, message):
     fields = {name: getattr(table(), name) for name in table().__dataclass_fields__}
     with pytest.raises(DataError, match=message):
         Recorded(**{**fields, **change})
-
-
-@pytest.mark.parametrize(
-    ("text", "same"),
-    [("What is  2+2?", "what is 2 2"), ("Straße\n1.", "strasse 1"), ("", ""), ("!?", "")],
-)
-def test_normal_form_leaves_letters_and_digits(text, same):
-    assert normal_form(text) == same
 
 
 def test_a_pool_has_models_with_different_names():

@@ -214,7 +214,7 @@ def test_entropy_is_the_less_the_better():
         ("First 3 and 4 make 7, and then 7 times 6 makes the result of 42", "42"),
         ("So x = 3.\nThe answer is 12.50 dollars", "12.5"),
         ("Reasoning... #### 1,024", "1024"),
-        (r"Hence \boxed{\pi}", "pi"),
+        (r"Hence \boxed{\pi}", r"\pi"),
         ("Answer: B", "B"),
         ("B) because it floats", "B"),
         ("Paris.", "paris"),

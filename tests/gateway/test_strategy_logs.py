@@ -41,4 +41,9 @@ def test_what_compares_models_says_what_is_missing(kind):
     with pytest.raises(DataError, match="compares models; no query has scores of two") as error:
         strategies.make(kind).fit(LOG)
     assert "anabranch gateway collect" in str(error.value)
+    # One pair among many is no comparison either.
+    score_NM = LOG.score_NM.copy()
+    score_NM[7] = (0.0, 1.0, 0.0, np.nan)
+    with pytest.raises(DataError, match="only 1 of 300 queries have scores of two, and 10 must"):
+        strategies.make(kind).fit(replace(LOG, score_NM=score_NM))
     strategies.make(kind).fit(made_outcomes(60))

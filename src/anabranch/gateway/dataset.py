@@ -1,7 +1,6 @@
 """Recorded outcomes: queries, and for each model what its answer was worth and cost. What routers learn from and are judged on."""
 # Shapes: N queries, M models, D dimensions of a vector
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -116,8 +115,3 @@ class Recorded:
                 vector_D=None if self.vector_ND is None else self.vector_ND[row],
                 answers=self.answers[row] if self.answers else {},
             )  # fmt: skip
-
-
-def normal_form(text: str) -> str:
-    """What two texts share that ask the same: lower case, letters and digits, single spaces."""
-    return " ".join(re.findall(r"\w+", text.casefold()))

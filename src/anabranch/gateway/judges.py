@@ -9,7 +9,7 @@ from typing import Protocol
 from anabranch.errors import DataError
 from anabranch.gateway.data.guard import question
 from anabranch.gateway.data.lines import read_lines
-from anabranch.gateway.dataset import normal_form
+from anabranch.gateway.wording import answer_form, is_same_answer, says
 
 # Model and prompt to an answer's text.
 Ask = Callable[[str, str], Awaitable[str]]
@@ -34,7 +34,7 @@ class Judge(Protocol):
 
 
 class ReferenceJudge:
-    """1 for an answer that is the reference, or holds it, in lower case and without punctuation; else 0.
+    """1 for an answer that is the reference, or holds it, whatever its case and the marks around it (`answer_form`); else 0.
 
     Args:
         references: by question, as `question` gives it.
@@ -58,9 +58,9 @@ class ReferenceJudge:
                 query, answer = row["query"], row["answer"]
             except (ValueError, TypeError, KeyError):
                 query = answer = None
-            if not isinstance(query, str) or not isinstance(answer, str) or not normal_form(answer):
+            if not isinstance(query, str) or not isinstance(answer, str) or not answer_form(answer):
                 raise DataError(
-                    f'{path}, line {number} must be {{"query": "...", "answer": "..."}}, both with letters or digits'
+                    f'{path}, line {number} must be {{"query": "...", "answer": "..."}}, and the answer more than marks'
                 )
             found[question(query)] = answer
         return cls(found, rule)
@@ -71,11 +71,8 @@ class ReferenceJudge:
 
     async def scores(self, query: str, answers: Mapping[str, str], ask: Ask) -> dict[str, float] | None:
         """See the class."""
-        wanted = normal_form(self._references[question(query)])
-        return {model: float(self._is_right(normal_form(text), wanted)) for model, text in answers.items()}
-
-    def _is_right(self, said: str, wanted: str) -> bool:
-        return said == wanted if self.name == "exact" else f" {wanted} " in f" {said} "
+        wanted, is_right = self._references[question(query)], is_same_answer if self.name == "exact" else says
+        return {model: float(is_right(text, wanted)) for model, text in answers.items()}
 
 
 class ModelJudge:
@@ -122,9 +119,24 @@ def prompt_of(query: str, first: str, second: str) -> str:
     )
 
 
+# A whole line: what stands within one may be quoted, or only thought of.
+_SIDE = r"\W*(?:answer[\W_]*)?(A|B)\W*|\W*(?:a[ ])?(tie)\W*"
+_VERDICT = re.compile(
+    rf"\W*(?:(?:so|thus|my|the|final)\W+)*verdict\b(?:\W*\bis\b)?(?:\W*\bthat\b)?(?:{_SIDE})", re.IGNORECASE
+)
+_BARE = re.compile(_SIDE, re.IGNORECASE)
+
+
 def verdict(text: str) -> float | None:
-    """1 if A is said to be better, 0 if B, 1/2 for a tie; None if it is not clear. The last verdict counts."""
-    found = re.findall(r"verdict\W*(A|B|tie)\b", text, re.IGNORECASE) or re.findall(
-        r"\A\W*(A|B|tie)\W*\Z", text, re.IGNORECASE
-    )
-    return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()] if found else None
+    """1 if A is said to be better, 0 if B, 1/2 for a tie; None if it is not clear.
+
+    A verdict is a line of its own, or all there is. That of the last line counts, or else the one that all such lines agree on.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    found = [match and (match[1] or match[2]).lower() for match in map(_VERDICT.fullmatch, lines)]
+    if len(lines) == 1 and found == [None] and (bare := _BARE.fullmatch(lines[0])):
+        found = [(bare[1] or bare[2]).lower()]
+    said = set(found) - {None}
+    if not said or (found[-1] is None and len(said) > 1):
+        return None
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}[str(found[-1] or said.pop())]

@@ -28,6 +28,7 @@ from anabranch.gateway.embed.embedder import Embedder
 from anabranch.gateway.money import Price
 from anabranch.gateway.query import Decision, Model, Pool, Query
 from anabranch.gateway.strategy import Arrays, Facts, Strategy
+from anabranch.gateway.wording import letters_and_digits
 
 VERSION = 1
 ENDING = ".safetensors"
@@ -140,7 +141,7 @@ def save_folder(folder: str | Path, routers: Mapping[str, FittedRouter], learned
         for name, router in routers.items():
             router.save(temporary / f"{name}{ENDING}")
         hashes = np.unique(np.array([_hash(text) for text in learned.query], np.uint64))
-        _write(temporary / SEEN, {"hash": hashes}, {"version": VERSION})
+        _write(temporary / SEEN, {"hash": hashes}, {"version": VERSION, "signs": True})
         atomic_write_json(
             temporary / MANIFEST,
             {"version": VERSION, "routers": list(routers), "models": list(learned.models), **about},
@@ -155,15 +156,17 @@ class RouterFolder:
         routers: by name.
         manifest: as it stands in the folder.
         seen: hashes of the questions learned from.
+        with_signs: those are of questions with their signs; older folders know letters and digits alone.
     """
 
     routers: dict[str, FittedRouter]
     manifest: Facts
     seen: frozenset[int]
+    with_signs: bool = True
 
     def has_seen(self, text: str) -> bool:
         """Whether this question was learned from."""
-        return _hash(text) in self.seen
+        return _hash(text, self.with_signs) in self.seen
 
     def check_unseen(self, test: Recorded) -> None:
         """Raises DataError if a question of ``test`` was learned from."""
@@ -204,12 +207,13 @@ def load_folder(folder: str | Path, names: Sequence[str] | None = None) -> Route
     for name in known if names is None else names:
         routers[name] = FittedRouter.load(folder / f"{name}{ENDING}", embedder)
         embedder = embedder or routers[name].embedder
-    seen = _read(folder / SEEN)[0]["hash"]
-    return RouterFolder(routers, manifest, frozenset(seen.tolist()))
+    arrays, content = _read(folder / SEEN)
+    return RouterFolder(routers, manifest, frozenset(arrays["hash"].tolist()), bool(content.get("signs")))
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(question(text).encode("utf-8", "surrogatepass")).digest()[:8], "little")
+def _hash(text: str, with_signs: bool = True) -> int:
+    form = question(text) if with_signs else letters_and_digits(text) or text
+    return int.from_bytes(hashlib.sha256(form.encode("utf-8", "surrogatepass")).digest()[:8], "little")
 
 
 def _part(tensors: Arrays, prefix: str) -> Arrays:

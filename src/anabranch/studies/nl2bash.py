@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from anabranch.gateway.dataset import normal_form
 from anabranch.gateway.ic_cache.example import literals
+from anabranch.gateway.wording import letters_and_digits
 from anabranch.places import data_file
 
 TOKEN = re.compile(r"[^\s|;&()<>'\"`{}=,]+|[|;&<>]")
@@ -29,14 +29,14 @@ class Pair:
 
 
 def load_pairs(path: Path | None = None) -> list[Pair]:
-    """All pairs, in the file's order, each request once (as `normal_form` has it)."""
+    """All pairs, in the file's order, each request once (as `letters_and_digits` has it)."""
     with gzip.open(
         path or data_file("qa/nl2bash.jsonl.gz", "TellinaTool/nl2bash, all.nl and all.cm"), "rt", encoding="utf-8"
     ) as file:
         rows = [json.loads(line) for line in file]
     found: dict[str, Pair] = {}
     for row in rows:
-        found.setdefault(normal_form(row["query"]), Pair(row["query"].strip(), row["command"].strip()))
+        found.setdefault(letters_and_digits(row["query"]), Pair(row["query"].strip(), row["command"].strip()))
     return list(found.values())
 
 

@@ -78,8 +78,8 @@ def evaluate(
 ) -> None:
     """Judge routers on recorded outcomes, against random choice, every single model, the best for each task, and the oracle.
 
-    Without --router, each strategy learns from a part of DATA and is judged on the rest. Of a log, in which no question was answered by
-    every model, what they would have earned is estimated from the choices that were drawn, as gateway replay does.
+    Without --router, each strategy learns from a part of DATA and is judged on the rest. Of a log, in which few questions were answered
+    by every model, what they would have earned is estimated from the choices that were drawn, as gateway replay does.
 
     Example: anabranch gateway eval outcomes.jsonl.gz --strategy knn --html report.html
     """
@@ -93,14 +93,17 @@ def evaluate(
         recorded, pool = read_data(data, columns, prices)
     recorded = measured(recorded, unit, prices)
     settings: dict[str, Any] = {"pool": pool, "dollar": dollar, "allow_leak": allow_leak}
-    if test is None and is_log(recorded):
+
+    def read_copies() -> Recorded:
+        return measured(read_data(data, columns, prices, keep_copies=True)[0], unit, prices)
+
+    if test is None and is_log(recorded, read_copies):
         if wanted := [str(path) for path in (html, picture, markdown) if path is not None]:
             raise InputError(
-                f"{wanted[0]} needs questions that every model answered, to compare them on; of {data} each has the answer of some. "
+                f"{wanted[0]} needs questions that every model answered, to compare them on; of {data} most have the answers of some. "
                 "What can be told of such a log is printed, or --json"
             )
-        log = measured(read_data(data, columns, prices, keep_copies=True)[0], unit, prices)
-        show_log(log, pool, router, strategy, fields, embedder, test_share, seed, allow_leak, quiet, as_json)
+        show_log(read_copies(), pool, router, strategy, fields, embedder, test_share, seed, allow_leak, quiet, as_json)
         return
     if router is None:
         other = None if test is None else measured(read_data(test, columns, prices)[0], unit, prices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,25 @@ if TYPE_CHECKING:
     from anabranch.gateway.query import Pool
 
 
-def is_log(data: Recorded) -> bool:
-    """No question has an answer of every model."""
+# Questions that every model answered, below which a table with more of the others is judged on as a log.
+ENOUGH = 20
+
+
+def is_log(data: Recorded, read_copies: Callable[[], Recorded]) -> bool:
+    """Whether outcomes tell more as a log of choices than as a table of all outcomes.
+
+    They do if no question has an answer of every model; and if most lack some and either choices were drawn, so that they can be weighed,
+    or the whole ones are too few. ``read_copies`` gives each answer as it was chosen.
+    """
     import numpy as np
 
-    return not np.isfinite(data.score_NM).all(1).any()
+    whole_N = np.isfinite(data.score_NM).all(1)
+    if not whole_N.any():
+        return True
+    if whole_N.mean() >= 0.5:
+        return False
+    chance_NM = read_copies().signals.get("probability")
+    return int(whole_N.sum()) < ENOUGH or (chance_NM is not None and bool((chance_NM < 1).any()))
 
 
 def show_log(

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from anabranch.errors import DataError, InputError
-from anabranch.gateway.dataset import Recorded, normal_form
+from anabranch.gateway.dataset import Recorded
+from anabranch.gateway.wording import normal_form
 
 HOLD_OUT = (0.8, 0.2)  # train, test
 
@@ -16,7 +17,7 @@ WITH_VALIDATION = (0.7, 0.1, 0.2)
 
 
 def question(text: str) -> str:
-    """What tells a question from others: its `normal_form`, or itself if it has neither letters nor digits."""
+    """What tells a question from others: its `normal_form`, or itself if it is nothing but white space."""
     return normal_form(text) or text
 
 

@@ -7,6 +7,7 @@ drawn with chance ~ |error|^alpha, weighted (N P)^-beta / max         Schaul et 
 """
 # Shapes: N remembered, B drawn, I inputs, M arms
 
+import json
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,8 @@ class ReplayBuffer:
         return {
             "x_NI": self.x_NI[:held], "arm_N2": self.arm_N2[:held], "target_N": self.target_N[:held],
             "priority_N": self.priority_N[:held], "count": np.array(self._count),
-            "owner_N2": np.array(self.owner_N[:held], np.str_).reshape(held, 2),
+            # As bytes of JSON, since files hold numbers.
+            "owners": np.frombuffer(json.dumps(self.owner_N[:held]).encode(), np.uint8).copy(),
         }  # fmt: skip
 
     def load_state(self, arrays: Arrays) -> None:
@@ -91,7 +93,7 @@ class ReplayBuffer:
         held = len(arrays["target_N"])
         for name in ("x_NI", "arm_N2", "target_N", "priority_N"):
             getattr(self, name)[:held] = arrays[name]
-        self.owner_N[:held] = [(str(tenant), str(user)) for tenant, user in arrays["owner_N2"]]
+        self.owner_N[:held] = [(str(tenant), str(user)) for tenant, user in json.loads(bytes(arrays["owners"]))]
         self._count = int(arrays["count"])
 
 

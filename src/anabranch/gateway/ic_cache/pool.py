@@ -16,12 +16,12 @@ import numpy as np
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import InputError
-from anabranch.gateway.dataset import normal_form
 from anabranch.gateway.ic_cache.example import ANY_DOMAIN, Example
 from anabranch.gateway.ic_cache.redact import Redact, redact_personal
 from anabranch.gateway.query import Query
 from anabranch.gateway.retrieve.index import Index, unit_rows
 from anabranch.gateway.strategy import Arrays, Facts
+from anabranch.gateway.wording import normal_form
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 

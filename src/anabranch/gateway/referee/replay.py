@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError
+from anabranch.gateway.data.guard import groups
 from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Pool
 from anabranch.gateway.referee.compare import DRAWS, resampled_means
@@ -47,9 +48,9 @@ class Replayed:
         matched: rows whose answer it would have asked for.
         effective: how many rows of equal weight tell as much.
         score: estimated mean score, weights normalised; None if nothing matched.
-        interval: 95%, bootstrap over rows.
+        interval: 95%, bootstrap over questions: copies of one are drawn together.
         cost: estimated mean dollars of a call; None if unknown.
-        gain: score - that of the log, and its interval, paired.
+        gain: score - what the log got on the rows that the score is of (those that were drawn, if any were), and its interval, paired.
         ips: the estimate without normalised weights; None without probabilities.
         doubly_robust: and its interval; None without probabilities.
         support: mean weight, and its interval; 1 but for chance where the log may have made all of the strategy's choices, and else the
@@ -147,7 +148,11 @@ def _expected(log: Recorded, seed: int) -> np.ndarray:
     """Score ``[N, M]`` that each model is expected to get, learned from the other parts of the log."""
     expected_NM = np.empty(log.score_NM.shape)
     parts = min(FOLDS, len(log))
-    for learned, held in folds(len(log), parts, seed) if parts > 1 else ():
+    # Copies of a question stay on one side, or it would be expected from itself.
+    group_N = groups(log)
+    parts = min(parts, int(group_N.max()) + 1)
+    for learned_G, held_G in folds(int(group_N.max()) + 1, parts, seed) if parts > 1 else ():
+        learned, held = (np.flatnonzero(np.isin(group_N, part_G)) for part_G in (learned_G, held_G))
         part = log.take(learned)
         mean_M = means(part.score_NM)
         # Of a model that this part says nothing of, what any model gets.
@@ -179,11 +184,17 @@ def _estimate(
     if expected_NM is not None:
         expected_N = expected_NM[rows, model_N]
         robust_N = np.where(drawn_N, expected_N + value_N - weight_N * expected_N, 0.0)
-    summed_N5 = np.column_stack([value_N, weight_N, logged_N, robust_N, drawn_N])
-    mean_B5 = resampled_means(summed_N5, np.ones(len(log)), draws, seed)
+    # Rows that estimates are of: what the log got on others is no match for them.
+    used_N = drawn_N if drawn_N.any() else np.ones(len(log), bool)
+    summed_N5 = np.column_stack([value_N, weight_N, np.where(used_N, logged_N, 0.0), robust_N, used_N])
+    group_N = groups(log)
+    summed_G5 = np.zeros((group_N.max() + 1, 5))
+    np.add.at(summed_G5, group_N, summed_N5)
+    mean_B5 = resampled_means(summed_G5, np.ones(len(summed_G5)), draws, seed)
     # A draw without a match estimates nothing.
     mean_B5 = mean_B5[mean_B5[:, 1] > 0]
     score, score_B = float(value_N.sum() / weight_N.sum()), mean_B5[:, 0] / mean_B5[:, 1]
+    logged, logged_B = float(logged_N[used_N].mean()), mean_B5[:, 2] / mean_B5[:, 4]
     cost = None
     if log.cost_NM is not None:
         cost_N = log.cost_NM[rows, model_N]
@@ -191,7 +202,7 @@ def _estimate(
         cost = float(np.average(cost_N[priced_N], weights=weight_N[priced_N])) if priced_N.any() else None
     found = Replayed(
         name, matched, float(weight_N.sum() ** 2 / (weight_N**2).sum()), score, _interval(score_B), cost,
-        score - float(logged_N.mean()), _interval(score_B - mean_B5[:, 2]),
+        score - logged, _interval(score_B - logged_B),
     )  # fmt: skip
     if not drawn_N.any():
         return found

@@ -20,10 +20,11 @@ import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, DataError
-from anabranch.gateway.dataset import Recorded, normal_form
+from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Query
 from anabranch.gateway.strategies.escalate import Escalating
 from anabranch.gateway.strategy import Complete, Embed
+from anabranch.gateway.wording import answer_form
 
 _MARKED = re.compile(r"(?:####|final answer(?: is)?|answer(?: is)?)\s*[:=]?\s*\**\s*([^\n]{1,200})", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\{([^{}]{1,200})\}")
@@ -116,7 +117,7 @@ def final_answer(text: str) -> str:
     numbers = _NUMBER.findall(last)
     if numbers and (marked or len(last) > SHORT or numbers[0] == last):
         return _plain(numbers[-1])
-    return normal_form(last)
+    return answer_form(last)
 
 
 def _plain(number: str) -> str:

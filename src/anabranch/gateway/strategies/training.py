@@ -12,6 +12,9 @@ from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.query import Query
 from anabranch.gateway.strategy import Arrays, Facts
 
+# Queries that two models answered, below which their comparison says nothing of a log.
+LEAST_COMPARED = 10
+
 
 class Kept:
     """What was learned is the arrays named in ``learned``: mixed into a predictor or strategy, saves and reads them."""
@@ -49,10 +52,18 @@ def training_set(data: Recorded, name: str, *, vector: bool = True, cost: bool =
 
 
 def check_compared(score_NM: np.ndarray, name: str) -> None:
-    """Raises DataError if ``name``, which compares models, is given a log in which no query was answered by two."""
-    if (np.isfinite(score_NM).sum(1) < 2).all():
+    """Raises DataError if too few queries were answered by two models for ``name``, which compares them.
+
+    At least `LEAST_COMPARED`, or all if there are no more than that.
+    """
+    count = int((np.isfinite(score_NM).sum(1) >= 2).sum())
+    least = min(LEAST_COMPARED, len(score_NM))
+    if count < least:
+        have = "no query has scores of two"
+        if count:
+            have = f"only {count:,} of {len(score_NM):,} queries have scores of two, and {least} must"
         raise DataError(
-            f"{name} compares models; no query has scores of two. Ask the other models too (anabranch gateway collect), or take a strategy "
+            f"{name} compares models; {have}. Ask the other models too (anabranch gateway collect), or take a strategy "
             "that learns from one answer per query: ridge, knn, irt, linucb"
         )
 
