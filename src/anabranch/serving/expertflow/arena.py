@@ -103,11 +103,51 @@ class Arena:
             event = torch.cuda.current_stream(self.device).record_event()
             self._used.update({(kind, number): event for number in numbers})
 
+    def of(self, kind: int) -> "SlotsOfKind":
+        """The slots of one kind, for the pools whose experts are of it."""
+        return SlotsOfKind(self, kind)
+
     def wait_unused(self, kind: int, number: int) -> None:
         """Until they have run."""
         event = self._used.pop((kind, number), None)
         if event is not None:
             event.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class SlotsOfKind:
+    """Those of an arena that hold experts of one kind, as `anabranch.nn.offloaded.ExpertSlots`.
+
+    Attributes:
+        arena: whose they are.
+        kind: number of the kind.
+    """
+
+    arena: Arena
+    kind: int
+
+    @property
+    def w13_SFD(self) -> Tensor:
+        """See `Arena`."""
+        return self.arena.w13_SFD[self.kind]
+
+    @property
+    def w2_SDF(self) -> Tensor:
+        """See `Arena`."""
+        return self.arena.w2_SDF[self.kind]
+
+    @property
+    def packed(self) -> tuple[Packed, Packed] | None:
+        """Both, of experts in few bits; None of others."""
+        kind = self.arena.kinds[self.kind]
+        if kind.schemes is None:
+            return None
+        w13, w2 = kind.packed(0)
+        return w13.with_data(self.w13_SFD), w2.with_data(self.w2_SDF)
+
+    def mark_used(self, numbers: Sequence[int]) -> None:
+        """Kernels that read these slots have been launched."""
+        self.arena.mark_used(self.kind, numbers)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

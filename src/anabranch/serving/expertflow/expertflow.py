@@ -35,6 +35,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import set_unregistered
 from anabranch.nn.moe import MoE
+from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedPool
 from anabranch.serving.config import parse_bytes
@@ -47,7 +48,6 @@ from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.native_mover import make_mover
 from anabranch.serving.expertflow.pairs import Pairs
 from anabranch.serving.expertflow.policy import Policy, make_policy
-from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.expertflow.predictors import find_predictor
 from anabranch.serving.expertflow.predictors.base import Fingerprint, Naming, RoutePredictor, Row, new_ids
 from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, MemoryTier, Tier, write_experts
@@ -270,7 +270,7 @@ class OffloadEngine:
             backend = pool.backend if isinstance(pool, ExpertPool) else "auto"
             sizes = (pool.num_experts, pool.dim, pool.hidden_dim, backend)
             is_watched = self.predictor is not None and self.predictor.refines
-            made = OffloadedPool(number, *sizes, kind, self.arena, self._waves, is_watched)
+            made = OffloadedPool(number, *sizes, self.arena.of(kind), self._waves, is_watched)
             if "experts" in layer._modules:
                 layer.experts = made  # type: ignore[assignment]
             else:

@@ -24,11 +24,11 @@ from anabranch.nn.kernels import packed as native
 from anabranch.nn.kernels.operands import address, array_address
 from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.linear import is_plain
+from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import PackedEmbedding, QuantizedLinear, QuantizedPool, replace
 from anabranch.routing.router import Router
-from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.fast.layout import (
     BYTES,
     EXPERTS,

@@ -14,10 +14,10 @@ from anabranch.nn.description import Passes
 from anabranch.nn.kernels import load
 from anabranch.nn.kernels.operands import takes, why_refused
 from anabranch.nn.linear import is_plain
+from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.packed import SHARE
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
-from anabranch.serving.expertflow.pool import OffloadedPool
 from anabranch.serving.fast.layout import KIND_OF
 from anabranch.serving.fast.routed import form_of, why_not_run
 

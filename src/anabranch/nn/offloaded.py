@@ -1,7 +1,8 @@
 """`OffloadedPool`: stands where an `ExpertPool` stood, computes the same, and owns no weights."""
 # Shapes: N items, K choices, E experts, P = N K choices in a row, R rows of a wave, S slots, D width, F hidden
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,9 +16,27 @@ from anabranch.nn.quantize import packed_experts
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import DispatchPlan, sum_choices
-from anabranch.serving.expertflow.arena import Arena
 
 Waves = Callable[[int, list[int], Tensor | None, Tensor, Mapping[str, Tensor]], Iterator[dict[int, int]]]
+
+
+class ExpertSlots(Protocol):
+    """Places in memory for experts of one shape and type, each for one expert at a time."""
+
+    @property
+    def w13_SFD(self) -> Tensor:
+        """Gate and up of each, [S, 2F, D], or [S, P, bytes] of experts in few bits."""
+
+    @property
+    def w2_SDF(self) -> Tensor:
+        """The second matrix of each, [S, D, F], or [S, P, bytes]."""
+
+    @property
+    def packed(self) -> tuple[Packed, Packed] | None:
+        """Both of experts in few bits; None of others."""
+
+    def mark_used(self, numbers: Sequence[int]) -> None:
+        """Kernels that read these slots have been launched."""
 
 
 class OffloadedPool(nn.Module):
@@ -26,8 +45,7 @@ class OffloadedPool(nn.Module):
     Args:
         layer: number among the routed layers.
         num_experts, dim, hidden_dim, backend: as the pool that it replaces.
-        kind: of its experts in the arena.
-        arena: the slots.
+        slots: where its experts are while they run.
         waves: given the layer and the arguments of `OffloadedPool.waves`, yields what that says.
         is_watched: whether it looks at their input.
     """
@@ -39,14 +57,13 @@ class OffloadedPool(nn.Module):
         dim: int,
         hidden_dim: int,
         backend: str,
-        kind: int,
-        arena: Arena,
+        slots: ExpertSlots,
         waves: Waves,
         is_watched: bool,
     ) -> None:
         super().__init__()
         self.layer, self.num_experts, self.dim, self.hidden_dim = layer, num_experts, dim, hidden_dim
-        self.backend, self.kind, self.arena, self._waves = backend, kind, arena, waves
+        self.backend, self.slots, self._waves = backend, slots, waves
         self.is_shared, self.is_watched = False, is_watched
 
     @torch.compiler.disable
@@ -79,7 +96,7 @@ class OffloadedPool(nn.Module):
             if y_PD is None:
                 y_PD = y_RD.new_zeros(num_items * num_choices, self.dim)
             y_PD.index_copy_(0, choice_R, y_RD)
-            self.arena.mark_used(self.kind, list(slot_of.values()))
+            self.slots.mark_used(list(slot_of.values()))
         if y_PD is None:
             return torch.zeros_like(x_ND)
         y_NKD = y_PD.view(num_items, num_choices, self.dim)
@@ -116,21 +133,17 @@ class OffloadedPool(nn.Module):
     @property
     def packed(self) -> tuple[Packed, Packed] | None:
         """The slots of experts in few bits: gate and up of each, then the second matrix; None for others."""
-        kind = self.arena.kinds[self.kind]
-        if kind.schemes is None:
-            return None
-        w13, w2 = kind.packed(0)
-        return w13.with_data(self.w13_SFD), w2.with_data(self.w2_SDF)
+        return self.slots.packed
 
     @property
     def w13_SFD(self) -> Tensor:
         """The slots: gate and up of each, [S, 2F, D], or [S, P, bytes]."""
-        return self.arena.w13_SFD[self.kind]
+        return self.slots.w13_SFD
 
     @property
     def w2_SDF(self) -> Tensor:
         """The slots: the second matrix of each, [S, D, F], or [S, P, bytes]."""
-        return self.arena.w2_SDF[self.kind]
+        return self.slots.w2_SDF
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
