@@ -28,7 +28,7 @@ from anabranch.graph.fully_ppr.rounds import (
     run_rounds,
     split,
 )
-from anabranch.graph.fully_ppr.session import check_java, check_packages, parse_bytes, session
+from anabranch.graph.fully_ppr.session import check_java, check_packages, session, spark_bytes
 from anabranch.graph.fully_ppr.spark import _rows_for, choose_plan
 from anabranch.graph.ppr import power_iteration
 from anabranch.graph.rows import SparseRows
@@ -136,7 +136,7 @@ def test_methods_of_one_machine_are_refused():
     [("512m", 512 << 20), ("4g", 4 << 30), ("4GB", 4 << 30), ("2048", 2048 << 20), ("1t", 1 << 40)],
 )
 def test_sizes_in_spark_s_words(text, expected):
-    assert parse_bytes(text) == expected
+    assert spark_bytes(text) == expected
 
 
 def test_a_plan_is_chosen_by_bytes():

@@ -12,7 +12,7 @@ from anabranch.cli.options import sampling_of
 
 if TYPE_CHECKING:
     from anabranch.serving.engine.background import Background
-    from anabranch.serving.engine.load import Loaded
+    from anabranch.serving.load import Loaded
 
 TopK = Annotated[
     int | None,
@@ -48,8 +48,8 @@ def running(
     """
     from anabranch.serving.config import ServingConfig
     from anabranch.serving.engine.background import Background
-    from anabranch.serving.engine.load import engine_of
     from anabranch.serving.engine.paged import PagedShape
+    from anabranch.serving.load import engine_of
 
     shape = PagedShape.of(loaded.model)
     blocks = min(

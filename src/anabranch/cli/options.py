@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from anabranch.data import Tokenizer
     from anabranch.lm import Decoder
-    from anabranch.serving.engine.load import Loaded
+    from anabranch.serving.load import Loaded
 
 Model = Annotated[
     str,
@@ -125,8 +125,9 @@ def load_parts(
 
     The errors of those are raised too.
     """
-    from anabranch.serving.config import ServingConfig, parse_bytes
-    from anabranch.serving.engine.load import dtype_of, load_weights
+    from anabranch.serving.config import ServingConfig
+    from anabranch.serving.load import dtype_of, load_weights
+    from anabranch.sizes import parse_bytes
 
     for option, value in (("--expert-budget", expert_budget), ("--memory", memory)):
         if value is not None:

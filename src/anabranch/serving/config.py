@@ -1,30 +1,19 @@
 """`ServingConfig`: everything about an engine that can be said in a file or on a command line."""
 
-import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from anabranch.config import Config, Field, Repeats, Seed, Size, configclass
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.serving.core.client import EngineClient
 from anabranch.serving.experts import ExpertsConfig
+from anabranch.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from anabranch.data.tokenizer import Tokenizer
     from anabranch.serving.engine.engine import Engine
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 # Bytes of the key-value cache where nobody says.
 DEFAULT_KV = "1GiB"
-SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?\s*", re.IGNORECASE)
-
-
-def parse_bytes(text: str | int, name: str = "size") -> int:
-    """Bytes of ``"2GiB"``, ``"512 MB"`` or a plain number. Raises ConfigError that names the field ``name``."""
-    match = SIZE.fullmatch(str(text))
-    units = {unit.lower(): factor for unit, factor in UNITS.items()}
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"{name} is {text!r}; give a number of bytes with a unit, such as 2GiB or 512MB")
-    return int(float(match[1]) * units[match[2].lower()])
 
 
 def blocks_in(kv_memory: str, bytes_per_token: int, block_tokens: int) -> int:
@@ -166,7 +155,7 @@ class ServingConfig(Config):
 
         Raises CheckpointError, ConfigError, CapacityError or BackendError if it cannot be.
         """
-        from anabranch.serving.engine.load import load
+        from anabranch.serving.load import load
 
         return load(self)
 

@@ -15,7 +15,6 @@ from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, 
 from anabranch.nn import SwiGLU
 from anabranch.nn.context import BuildContext
 from anabranch.routing import Router, TopK, record_routing
-from anabranch.serving.config import parse_bytes
 from anabranch.serving.core.batch import Batch, Chunk
 from anabranch.serving.core.request import Request
 from anabranch.serving.expertflow import Expert, Routes, find_pools, load_offloaded, offload
@@ -253,14 +252,6 @@ def test_what_cannot_be_offloaded_is_refused(model) -> None:
     with pytest.raises(ConfigError, match="cannot be trained"):
         model(TOKENS)
     engine.restore()
-
-
-def test_sizes() -> None:
-    assert parse_bytes("2GiB") == 2 << 30
-    assert parse_bytes("1.5 MB") == 1_500_000
-    assert parse_bytes(12) == 12
-    with pytest.raises(ConfigError):
-        parse_bytes(0)
 
 
 @pytest.mark.parametrize("save", [save_model, export_huggingface])

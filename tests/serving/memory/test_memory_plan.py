@@ -15,7 +15,7 @@ from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm import Decoder, convert, export_huggingface, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
 from anabranch.serving import LLM, Sampling
-from anabranch.serving.config import ServingConfig, parse_bytes
+from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.fast import FastDecoder
 from anabranch.serving.fast.layout import BYTES
@@ -24,6 +24,7 @@ from anabranch.serving.memory import plan_memory
 from anabranch.serving.memory.forms import Form
 from anabranch.serving.memory.plan import Ladder
 from anabranch.serving.memory.work import step_bytes
+from anabranch.sizes import parse_bytes
 
 PROGRAM = 100 << 20
 MIXTURE = Decoder.Config(

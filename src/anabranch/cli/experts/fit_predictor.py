@@ -16,9 +16,9 @@ from anabranch.extras import require
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
-    from anabranch.serving.engine.load import Loaded
     from anabranch.serving.expertflow import Routes
     from anabranch.serving.expertflow.predictors import Fingerprint, RoutePredictor
+    from anabranch.serving.load import Loaded
 
 # Of recorded routes, whose prompts nobody knows.
 MIDDLE = 1 << 30

@@ -98,10 +98,10 @@ def executor_bytes(spark: Any) -> int:
 
     if spark.conf.get("spark.master", "").startswith("local"):
         return physical_memory()
-    return parse_bytes(spark.conf.get("spark.executor.memory", "1g"))
+    return spark_bytes(spark.conf.get("spark.executor.memory", "1g"))
 
 
-def parse_bytes(text: str) -> int:
+def spark_bytes(text: str) -> int:
     """Bytes of Spark's "512m", "4g", "2048" (MiB)."""
     text = text.strip().lower().removesuffix("b") or "1g"
     return int(text[:-1]) * UNITS[text[-1]] if text[-1] in UNITS else int(text) * UNITS["m"]

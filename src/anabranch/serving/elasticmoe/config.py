@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from anabranch.config import Config, Field, Repeats, Seed, Size, configclass
 from anabranch.errors import ConfigError
-from anabranch.serving.config import blocks_in, parse_bytes
+from anabranch.serving.config import blocks_in
 from anabranch.serving.elasticmoe.policy import Policy
+from anabranch.sizes import parse_bytes
 
 __all__ = ["ElasticConfig"]
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from anabranch.errors import CapacityError, InputError
 from anabranch.files import is_full
-from anabranch.serving.config import ServingConfig, parse_bytes
+from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.offload import LruTier
 from anabranch.serving.engine.paged import PagedPool, PagedShape, Pairs
+from anabranch.sizes import parse_bytes
 
 
 class TieredPool(PagedPool):

@@ -38,7 +38,6 @@ from anabranch.nn.moe import MoE
 from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedPool
-from anabranch.serving.config import parse_bytes
 from anabranch.serving.core.batch import Batch, Sampled
 from anabranch.serving.core.client import EngineStats
 from anabranch.serving.expertflow.arena import Arena, Kind
@@ -52,6 +51,7 @@ from anabranch.serving.expertflow.predictors import find_predictor
 from anabranch.serving.expertflow.predictors.base import Fingerprint, Naming, RoutePredictor, Row, new_ids
 from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, MemoryTier, Tier, write_experts
 from anabranch.serving.expertflow.token_scheduler import TokenScheduler
+from anabranch.sizes import parse_bytes
 
 TIERS = ("memory", "file", "int8", "int4")
 PROBE = "The quick brown fox: 0123456789 += naïve façade, 東京\n\tdef __init__(self): return None"

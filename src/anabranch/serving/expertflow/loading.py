@@ -28,13 +28,13 @@ from anabranch.lm.tensors import Piece as StoredPiece
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedPool, put, replace
 from anabranch.places import cache_folder, make_cache
-from anabranch.serving.config import parse_bytes
 from anabranch.serving.expertflow.cache import Audit
 from anabranch.serving.expertflow.expertflow import OffloadEngine, Pools, find_pools, tokenizer_fingerprint
 from anabranch.serving.expertflow.layout import Expert
 from anabranch.serving.expertflow.policy import Policy, make_policy
 from anabranch.serving.expertflow.predictors.base import Naming, RoutePredictor
 from anabranch.serving.expertflow.tiers import FileTier, IntegerTier, Piece, Tier, write_experts
+from anabranch.sizes import parse_bytes
 
 Table = dict[Expert, list[Piece]]
 Bits = Literal["int8", "int4"]

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from anabranch.config import Config, Field, configclass, override, parse_assignment
 from anabranch.errors import ConfigError, TokenizerError
-from anabranch.serving.config import DEFAULT_KV, ServingConfig, parse_bytes
+from anabranch.serving.config import DEFAULT_KV, ServingConfig
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.policy import Policy
 from anabranch.serving.http.config import HttpConfig
+from anabranch.sizes import parse_bytes
 
 # ANABRANCH_SERVE_HTTP__PORT=9000 sets http.port.
 ENVIRONMENT = "ANABRANCH_SERVE_"

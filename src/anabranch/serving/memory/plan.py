@@ -20,11 +20,12 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.outline import stored_bits
 from anabranch.lm.tensors import SafetensorsFiles, has_weights
 from anabranch.nn.quantize import QuantizedPool
-from anabranch.serving.config import DEFAULT_KV, ServingConfig, parse_bytes
-from anabranch.serving.engine.load import dtype_of
+from anabranch.serving.config import DEFAULT_KV, ServingConfig
+from anabranch.serving.load import dtype_of
 from anabranch.serving.memory.forms import Form, Quantize
 from anabranch.serving.memory.program import program_bytes
 from anabranch.serving.memory.work import load_bytes, step_bytes
+from anabranch.sizes import parse_bytes
 
 __all__ = ["LEAST_POSITIONS", "Ladder", "MemoryPlan", "plan_memory"]
 

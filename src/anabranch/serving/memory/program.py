@@ -60,10 +60,10 @@ def main(model: str) -> None:
     import torch
     import typer  # noqa: F401
 
-    import anabranch.serving.engine.load
     import anabranch.serving.engine.worker
     import anabranch.serving.expertflow
-    import anabranch.serving.http.run  # noqa: F401
+    import anabranch.serving.http.run
+    import anabranch.serving.load  # noqa: F401
     from anabranch.nn.kernels import load
     from anabranch.serving.http.serve import read_tokenizer
     from anabranch.serving.sampling import Sampler

@@ -1,0 +1,19 @@
+"""`parse_bytes`: sizes as people write them."""
+
+import re
+
+from anabranch.errors import ConfigError
+
+__all__ = ["parse_bytes"]
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int, name: str = "size") -> int:
+    """Bytes of ``"2GiB"``, ``"512 MB"`` or a plain number. Raises ConfigError that names the field ``name``."""
+    match = SIZE.fullmatch(str(text))
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"{name} is {text!r}; give a number of bytes with a unit, such as 2GiB or 512MB")
+    return int(float(match[1]) * units[match[2].lower()])
