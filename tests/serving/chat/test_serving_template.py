@@ -137,9 +137,10 @@ def test_templates_that_refuse_are_an_error_of_the_input(template, message):
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
-        ([{"type": "function"}], r"tools\[0\] must be"),
+        ([{"type": "retrieval"}], r"tools\[0\] is of type 'retrieval'; only functions"),
+        ([{"type": "function"}], r"tools\[0\].function.name is None"),
         ([{"type": "function", "function": {"name": "no blanks"}}], r"tools\[0\].function.name is 'no blanks'"),
-        ([ADD, ADD], r"tools\[1\].function.name is 'add', as an earlier"),
+        ([ADD, ADD], "tools has two functions of the name 'add'"),
         ([{"type": "function", "function": {"name": "f", "parameters": []}}], "must be a JSON schema"),
     ],
 )

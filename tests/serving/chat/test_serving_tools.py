@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.data.tokenizer import ByteTokenizer
-from anabranch.errors import InputError
 from anabranch.serving import chat
 from anabranch.serving.chat import ArgumentsDelta, CallRefused, CallStarted, TextDelta, ToolParser
 from grammar_walks import takes
@@ -294,6 +293,16 @@ TOOLS = [
 ]
 
 
+ANYTHING = st.recursive(
+    st.none() | st.integers() | st.sampled_from(["function", "auto", "required", "f", "a b"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "function", "name", "parameters"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
 def call(name, **arguments):
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
@@ -322,13 +331,37 @@ def test_what_a_demanded_call_says_is_parsed():
 
 
 @pytest.mark.parametrize(
-    ("tools", "choice", "message"),
+    ("tools", "choice", "param", "message"),
     [
-        ([], "required", "no tools"),
-        (TOOLS, "any", "tool_choice is 'any'"),
-        (TOOLS, {"type": "function", "function": {"name": "rm"}}, "tool_choice names 'rm'"),
+        ([], "required", "tool_choice", "no tools"),
+        (TOOLS, "any", "tool_choice", "tool_choice is 'any'"),
+        (TOOLS, {"type": "function"}, "tool_choice", "tool_choice as an object is"),
+        (TOOLS, {"type": "function", "function": {"name": "rm"}}, "tool_choice.function.name", "tool_choice names 'rm'"),
+        ([*TOOLS, TOOLS[1]], "auto", "tools", "two functions of the name 'now'"),
+        ([5], "none", "tools[0].type", "only functions can be offered"),
+        ([TOOLS[0], {"type": "function", "function": {"name": "a\n"}}], None, "tools[1].function.name", "1 to 64 letters"),
+        ([{"type": "function", "function": {"name": "f", "parameters": 1}}], None, "tools[0].function.parameters", "a JSON schema"),
     ],
-)
-def test_choices_that_cannot_be_are_refused(tools, choice, message):
-    with pytest.raises(InputError, match=message):
+)  # fmt: skip
+def test_tools_and_choices_that_cannot_be_are_refused_by_the_field_they_are_in(tools, choice, param, message):
+    with pytest.raises(chat.FieldError, match=message) as raised:
         chat.call_grammar(tools, choice)
+    assert raised.value.param == param
+
+
+def test_parameters_that_are_null_are_none():
+    null = {"type": "function", "function": {"name": "now", "parameters": None}}
+    assert chat.call_grammar([null], "required") == chat.call_grammar([TOOLS[1]], "required")
+    assert "now" in chat.render(ByteTokenizer(), [{"role": "user", "content": "?"}], tools=[null])
+
+
+@given(tools=ANYTHING, choice=ANYTHING)
+@settings(max_examples=200, deadline=None)
+def test_whatever_is_sent_is_read_or_refused_by_a_field(tools, choice):
+    param, read = "tool", None
+    try:
+        read = chat.read_tools(tools if isinstance(tools, list) else [tools], choice)
+    except chat.FieldError as error:
+        param = error.param
+    assert param.startswith("tool")
+    assert read is None or read.choice in ("none", "auto", "required", "named")

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.data import ByteTokenizer
+from anabranch.serving.chat import Tools
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, Output, Request, Sampling, TokenLogprob
 from anabranch.serving.http.asked import Asked
 from anabranch.serving.http.choice import Choice
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import ChatShape
-from anabranch.serving.http.tools import Tools
 from fake_engine import Script
 from serving_models import serve_process
 from serving_thread import events, serving

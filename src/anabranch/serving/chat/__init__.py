@@ -7,12 +7,13 @@ from anabranch.extras import require
 
 require("lm", by=__name__)
 
+from anabranch.serving.chat.errors import FieldError
 from anabranch.serving.chat.events import ArgumentsDelta, CallRefused, CallStarted, TextDelta
 from anabranch.serving.chat.formats import FORMATS, Dialect
-from anabranch.serving.chat.messages import MessageError, read_messages
+from anabranch.serving.chat.messages import read_messages
 from anabranch.serving.chat.parser import ToolParser
 from anabranch.serving.chat.template import render, takes_tools
-from anabranch.serving.chat.tools import call_grammar, check_tools, parser_for
+from anabranch.serving.chat.tools import Tools, call_grammar, parser_for, read_tools
 
 __all__ = [
     "FORMATS",
@@ -20,13 +21,14 @@ __all__ = [
     "CallRefused",
     "CallStarted",
     "Dialect",
-    "MessageError",
+    "FieldError",
     "TextDelta",
     "ToolParser",
+    "Tools",
     "call_grammar",
-    "check_tools",
     "parser_for",
     "read_messages",
+    "read_tools",
     "render",
     "takes_tools",
 ]

@@ -5,27 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anabranch.bounds import shown
-from anabranch.errors import InputError
+from anabranch.serving.chat.errors import FieldError
 
-__all__ = ["MessageError", "read_messages"]
+__all__ = ["read_messages"]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXTS = ("text", "refusal")
 # What an assistant thought, as clients send it back: DeepSeek's and vLLM's names for it.
 _REASONING = ("reasoning_content", "reasoning")
-
-
-class MessageError(InputError):
-    """A message has a value it may not have.
-
-    Attributes:
-        param: the field, such as ``messages[2].content``.
-        is_unsupported: it is something that OpenAI's API knows and no model here can read.
-    """
-
-    def __init__(self, param: str, message: str, *, is_unsupported: bool = False) -> None:
-        super().__init__(message)
-        self.param, self.is_unsupported = param, is_unsupported
 
 
 def read_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -34,37 +21,37 @@ def read_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     Args:
         messages: {"role", "content": text or a list of text parts, "tool_calls", "tool_call_id", "name", "reasoning_content"}.
 
-    Raises MessageError, which names the message.
+    Raises FieldError, which names the message.
     """
     if not messages:
-        raise MessageError("messages", "messages is empty; give at least one")
+        raise FieldError("messages", "messages is empty; give at least one")
     return [_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise MessageError(where, f"{where} is {shown(message)}; it must be an object with role and content")
+        raise FieldError(where, f"{where} is {shown(message)}; it must be an object with role and content")
     role = message.get("role")
     if role not in _ROLES:
-        raise MessageError(f"{where}.role", f"{where}.role is {shown(role)}; it must be one of {', '.join(_ROLES)}")
+        raise FieldError(f"{where}.role", f"{where}.role is {shown(role)}; it must be one of {', '.join(_ROLES)}")
     made: dict[str, Any] = {"role": "system" if role == "developer" else role}
     calls = message.get("tool_calls")
     if calls:
         name = f"{where}.tool_calls"
         if role != "assistant":
-            raise MessageError(name, f"{name} belongs to an assistant message, not to {role}")
+            raise FieldError(name, f"{name} belongs to an assistant message, not to {role}")
         if not isinstance(calls, list):
-            raise MessageError(name, f"{name} is {shown(calls)}; it must be a list")
+            raise FieldError(name, f"{name} is {shown(calls)}; it must be a list")
         made["tool_calls"] = [_call(call, f"{name}[{at}]") for at, call in enumerate(calls)]
     content = message.get("content")
     if content is None and not calls:
-        raise MessageError(f"{where}.content", f"{where}.content is missing; a message of role {role} needs one")
+        raise FieldError(f"{where}.content", f"{where}.content is missing; a message of role {role} needs one")
     made["content"] = "" if content is None else _content(content, f"{where}.content")
     for name in ("name", "tool_call_id"):
         if message.get(name) is not None:
             made[name] = _text(message[name], f"{where}.{name}")
     if role == "tool" and "tool_call_id" not in made:
-        raise MessageError(f"{where}.tool_call_id", f"{where}.tool_call_id is missing; say which call it answers")
+        raise FieldError(f"{where}.tool_call_id", f"{where}.tool_call_id is missing; say which call it answers")
     thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
     if thought is not None and role == "assistant":
         # gpt-oss' template calls it thinking.
@@ -74,7 +61,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise MessageError(where, f"{where} is {shown(value)}; it must be text")
+        raise FieldError(where, f"{where} is {shown(value)}; it must be text")
     return value
 
 
@@ -82,16 +69,16 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise MessageError(where, f"{where} is {shown(content)}; it must be text or a list of parts")
+        raise FieldError(where, f"{where} is {shown(content)}; it must be text or a list of parts")
     texts = []
     for at, part in enumerate(content):
         place = f"{where}[{at}]"
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(kind, str):
-            raise MessageError(place, f"{place} is {shown(part)}; it must be an object with a type")
+            raise FieldError(place, f"{place} is {shown(part)}; it must be an object with a type")
         if kind not in _TEXTS:
             what = f"{place} is of type {kind[:40]!r}; this model reads text only"
-            raise MessageError(f"{place}.type", what, is_unsupported=True)
+            raise FieldError(f"{place}.type", what, is_unsupported=True)
         texts.append(_text(part.get(kind), f"{place}.{kind}"))
     return "".join(texts)
 
@@ -99,14 +86,14 @@ def _content(content: Any, where: str) -> str:
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise MessageError(where, f"{where} must be an object with id, type and a function that has a name")
+        raise FieldError(where, f"{where} must be an object with id, type and a function that has a name")
     name, arguments = f"{where}.function.arguments", function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
-            raise MessageError(name, f"{name} is no JSON") from None
+            raise FieldError(name, f"{name} is no JSON") from None
     elif arguments is not None and not isinstance(arguments, Mapping):
-        raise MessageError(name, f"{name} must be JSON as text")
+        raise FieldError(name, f"{name} must be JSON as text")
     made = {"name": function["name"], "arguments": {} if arguments is None else arguments}
     return {"id": str(call.get("id", "")), "type": "function", "function": made}

@@ -11,7 +11,7 @@ from anabranch.data.templates import TemplatesBusyError, render_template, templa
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import InputError, TokenizerError
 from anabranch.serving.chat.messages import read_messages
-from anabranch.serving.chat.tools import call_text, check_tools, system_text
+from anabranch.serving.chat.tools import call_text, read_tools, system_text
 
 __all__ = ["render", "takes_tools"]
 
@@ -35,7 +35,7 @@ def render(
 
     Raises InputError for a message that is malformed, or that the template refuses, TemplatesBusyError if no process was free to render.
     """
-    check_tools(tools)
+    read_tools(tools)
     said = read_messages(messages)
     template = tokenizer.chat_template
     if template is None or not takes_tools(tokenizer):

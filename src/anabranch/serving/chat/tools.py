@@ -3,13 +3,17 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from anabranch.errors import InputError
+from anabranch.bounds import shown
+from anabranch.serving.chat.errors import FieldError
 from anabranch.serving.chat.formats import Dialect
 from anabranch.serving.chat.parser import ToolParser
 
-__all__ = ["call_grammar", "call_text", "check_tools", "parser_for", "system_text"]
+__all__ = ["Tools", "call_grammar", "call_text", "parser_for", "read_tools", "system_text"]
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 _INSTRUCTIONS = """You may call one or more functions to assist with the user query. Their signatures are within <tools></tools> tags:
 <tools>
@@ -22,21 +26,91 @@ For each function call return a JSON object with the function's name and argumen
 </tool_call>"""
 
 
-def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError for a definition that is malformed, and for two of one name."""
-    seen: set[str] = set()
-    for at, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
-        if not isinstance(function, Mapping):
-            raise InputError(f"tools[{at}] must be an object of type 'function' with a function")
-        name = function.get("name")
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
-            raise InputError(f"tools[{at}].function.name is {name!r}; it must be 1 to 64 letters, digits, _, . or -")
-        if name in seen:
-            raise InputError(f"tools[{at}].function.name is {name!r}, as an earlier tool's; names must differ")
-        if not isinstance(function.get("parameters", {}), Mapping):
-            raise InputError(f"tools[{at}].function.parameters must be a JSON schema, which is an object")
-        seen.add(name)
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What may be called.
+
+    Attributes:
+        offered: the tools as they came, for the template.
+        choice: ``none``, ``auto``, ``required``, or ``named``.
+        name: of the one that has to be called, with ``named``.
+        is_parallel: several calls in one answer.
+    """
+
+    offered: tuple[Mapping[str, Any], ...] = ()
+    choice: str = "auto"
+    name: str = ""
+    is_parallel: bool = True
+
+    @property
+    def is_demanded(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.choice in ("required", "named")
+
+    def grammar(self, dialect: Dialect) -> dict[str, Any] | None:
+        """What the output has to be where a call is demanded; None where it may be anything.
+
+        With a named tool that is one call, whatever `is_parallel` says. Raises InputError for a dialect that no grammar holds.
+        """
+        if not self.is_demanded:
+            return None
+        called = [tool for tool in self.offered if self.choice == "required" or tool["function"]["name"] == self.name]
+        return dialect.demanded(called, is_parallel=self.is_parallel and self.choice == "required")
+
+
+def read_tools(tools: Sequence[Any] | None, choice: Any = None, *, is_parallel: bool = True) -> Tools:
+    """Tools as OpenAI's API has them, checked.
+
+    Args:
+        tools: {"type": "function", "function": {"name", "description", "parameters"}}; names differ.
+        choice: ``none``, ``auto``, ``required`` or {"type": "function", "function": {"name": ...}}; None is ``auto``.
+        is_parallel: whether several calls may be made.
+
+    Raises FieldError, which names the field.
+    """
+    offered = tuple(_tool(tool, f"tools[{at}]") for at, tool in enumerate(tools or ()))
+    names = [tool["function"]["name"] for tool in offered]
+    twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
+    if twice is not None:
+        raise FieldError("tools", f"tools has two functions of the name {twice!r}; names must differ")
+    if choice is None or choice in ("none", "auto"):
+        return Tools(offered, choice or "auto", "", is_parallel)
+    if not offered:
+        raise FieldError("tool_choice", f"tool_choice is {shown(choice)}, but there are no tools")
+    if choice == "required":
+        return Tools(offered, "required", "", is_parallel)
+    return Tools(offered, "named", _named(choice, names), is_parallel)
+
+
+def _named(choice: Any, names: Sequence[str]) -> str:
+    if not isinstance(choice, Mapping):
+        what = f'tool_choice is {shown(choice)}; it must be "none", "auto", "required" or an object'
+        raise FieldError("tool_choice", what)
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if choice.get("type") != "function" or not isinstance(name, str):
+        what = 'tool_choice as an object is {"type": "function", "function": {"name": ...}}'
+        raise FieldError("tool_choice", what)
+    if name not in names:
+        raise FieldError("tool_choice.function.name", f"tool_choice names {name[:60]!r}, which is none of tools")
+    return name
+
+
+def _tool(tool: Any, where: str) -> Mapping[str, Any]:
+    kind = tool.get("type") if isinstance(tool, Mapping) else None
+    if kind != "function":
+        what = f"{where} is of type {shown(kind)}; only functions can be offered"
+        raise FieldError(f"{where}.type", what, is_unsupported=True)
+    function = tool.get("function")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        what = f"{where}.function.name is {shown(name)}; it must be 1 to 64 letters, digits, _, - or ."
+        raise FieldError(f"{where}.function.name", what)
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        what = f"{where}.function.parameters is {shown(parameters)}; it must be a JSON schema, which is an object"
+        raise FieldError(f"{where}.function.parameters", what)
+    return tool
 
 
 def system_text(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -60,31 +134,12 @@ def call_grammar(
     """What ``tool_choice`` makes of the output, for `Sampling.grammar`; None where it may be anything.
 
     Args:
-        tools: those offered.
-        choice: ``none``, ``auto``, ``required`` or {"type": "function", "function": {"name": ...}}.
-        is_parallel: whether several calls may be made; with a named tool it is one all the same.
+        tools, choice, is_parallel: see `read_tools`; with a named tool it is one call all the same.
         dialect: of the model; None for one that calls as Hermes and Qwen do.
 
-    Raises InputError for another choice, a name that no tool has, ``required`` without tools, and a dialect that no grammar holds.
+    Raises FieldError as `read_tools`, and InputError for a dialect that no grammar holds.
     """
-    check_tools(tools)
-    dialect = dialect or Dialect()
-    if choice in ("none", "auto"):
-        return None
-    if choice == "required":
-        if not tools:
-            raise InputError("tool_choice is 'required', but there are no tools")
-        called = list(tools)
-    else:
-        name = choice.get("function", {}).get("name") if isinstance(choice, Mapping) else None
-        if name is None:
-            raise InputError(
-                f"tool_choice is {choice!r}; it must be none, auto, required or an object that names a function"
-            )
-        called = [tool for tool in tools if tool["function"]["name"] == name]
-        if not called:
-            raise InputError(f"tool_choice names {name!r}, which no tool has")
-    return dialect.demanded(called, is_parallel=is_parallel and choice == "required")
+    return read_tools(tools, choice, is_parallel=is_parallel).grammar(dialect or Dialect())
 
 
 def parser_for(tools: Sequence[Mapping[str, Any]]) -> ToolParser:

@@ -5,16 +5,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anabranch.errors import InputError
-from anabranch.serving.chat import Dialect
+from anabranch.serving.chat import Dialect, FieldError, Tools, read_tools
 from anabranch.serving.chat.reasoning import Reasoning
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Sampling
 from anabranch.serving.grammar.forms import key_of
 from anabranch.serving.http import fields
 from anabranch.serving.http.answer_text import AnswerText
-from anabranch.serving.http.fields import unsupported
+from anabranch.serving.http.fields import of_field, unsupported
 from anabranch.serving.http.reading import Reader
-from anabranch.serving.http.tools import Tools, read_tools
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
 
@@ -90,7 +89,7 @@ class Asked:
         """The field of the request that its grammar comes from."""
         if self.sampling.grammar is None:
             return None
-        return "tools" if self.tools is not None and self.tools.choice != "auto" else "response_format"
+        return "tools" if self.tools is not None and self.tools.is_demanded else "response_format"
 
     def sampling_of(self, choice: int) -> Sampling:
         """Choices of one prompt differ in their seeds, so each can be had again; the first brings the prompt's scores for all."""
@@ -108,7 +107,7 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
     body = reader.with_defaults(body)
     if body.get("messages") is None:
         raise wrong("messages", "messages is missing; it must be a list of at least one message")
-    tools = read_tools(body)
+    tools = _tools(body)
     grammar = _grammar(body, tools, reader.dialect)
     values, unknown_values = reader.template_values(body)
     text = reader.render(body["messages"], tools, values=values)
@@ -124,7 +123,7 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
     most = _room([prompt], wanted, None, info, "messages")
     shared = _shared(body, info, most, most_n, logprobs, grammar)
     if grammar is not None:
-        is_call = tools is not None and tools.choice != "auto"
+        is_call = tools is not None and tools.is_demanded
         preamble = reader.dialect.preamble(reasoning, reader.tokenizer, is_call=is_call)
         shared["sampling"] = replace(shared["sampling"], preamble=preamble)
     return Asked(
@@ -153,6 +152,16 @@ def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most
         kind="completions", prompts=tuple(prompts), texts=tuple(texts), is_echo=is_echo, logprobs=logprobs,
         **shared, unknown=tuple(unknown),
     )  # fmt: skip
+
+
+def _tools(body: Mapping[str, Any]) -> Tools | None:
+    """What may be called; None for nothing. Raises ApiError (400)."""
+    is_parallel = body.get("parallel_tool_calls") is not False
+    try:
+        tools = read_tools(body.get("tools"), body.get("tool_choice"), is_parallel=is_parallel)
+    except FieldError as error:
+        raise of_field(error) from None
+    return tools if tools.offered and tools.choice != "none" else None
 
 
 def _shared(
@@ -230,7 +239,7 @@ def _demanded(body: Mapping[str, Any], tools: Tools | None, dialect: Dialect) ->
     if kind not in ("text", "json_object", "json_schema"):
         what = f"response_format.type is {said(kind)}; it must be text, json_object or json_schema"
         raise wrong("response_format.type", what)
-    if tools is not None and tools.choice != "auto":
+    if tools is not None and tools.is_demanded:
         if kind != "text":
             raise unsupported("response_format", "a call that is demanded and a response_format cannot both be had")
         try:

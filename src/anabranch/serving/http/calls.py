@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from anabranch.serving.chat import Tools
 from anabranch.serving.chat.events import ArgumentsDelta, CallStarted, Event, Parser, TextDelta
-from anabranch.serving.http.tools import Tools
 from anabranch.web.ids import new_id
 
 Delta = dict[str, Any]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from anabranch.serving.chat import FieldError
 from anabranch.serving.grammar.forms import depth_of
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
@@ -191,3 +192,8 @@ def only(value: Mapping[str, Any], name: str, allowed: Mapping[str, Check]) -> N
 def unsupported(param: str, message: str) -> ApiError:
     """400: known, but not served."""
     return wrong(param, message, "unsupported_parameter")
+
+
+def of_field(error: FieldError) -> ApiError:
+    """400: what was found wrong in messages or tools."""
+    return unsupported(error.param, str(error)) if error.is_unsupported else wrong(error.param, str(error))

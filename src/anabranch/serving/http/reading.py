@@ -6,10 +6,9 @@ from typing import Any
 from anabranch.data import Tokenizer
 from anabranch.data.templates import TemplatesBusyError, template_variables
 from anabranch.errors import InputError, TokenizerError
-from anabranch.serving.chat import Dialect, MessageError, render
+from anabranch.serving.chat import Dialect, FieldError, Tools, render
 from anabranch.serving.core.text import Detokenizer, marks_of
-from anabranch.serving.http.fields import unsupported
-from anabranch.serving.http.tools import Tools
+from anabranch.serving.http.fields import of_field, unsupported
 from anabranch.web.api_error import ApiError, wrong
 
 # Of a template's values, what is not for a request to say.
@@ -86,10 +85,8 @@ class Reader:
         offered = tools.offered if tools is not None else ()
         try:
             return render(self.tokenizer, messages, tools=offered, add_generation_prompt=is_open, **(values or {}))
-        except MessageError as error:
-            raise wrong(
-                error.param, str(error), "unsupported_parameter" if error.is_unsupported else "invalid_value"
-            ) from None
+        except FieldError as error:
+            raise of_field(error) from None
         except InputError as error:
             raise wrong("messages", str(error)) from None
         except TemplatesBusyError as error:

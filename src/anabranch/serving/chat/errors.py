@@ -1,0 +1,18 @@
+"""`FieldError`: what is wrong with a chat, and with which field of it."""
+
+from anabranch.errors import InputError
+
+__all__ = ["FieldError"]
+
+
+class FieldError(InputError):
+    """A message or a tool of a chat has a value it may not have.
+
+    Attributes:
+        param: the field, such as ``messages[2].content``.
+        is_unsupported: it is something that OpenAI's API knows and no model here can do.
+    """
+
+    def __init__(self, param: str, message: str, *, is_unsupported: bool = False) -> None:
+        super().__init__(message)
+        self.param, self.is_unsupported = param, is_unsupported
