@@ -8,6 +8,7 @@ import asyncio
 import csv
 import gzip
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -130,16 +131,24 @@ class Server:
 
 
 class Worker:
-    """transformers' continuous batching, which has no server: this file as a process, spoken to through pipes."""
+    """A peer without a server: a process that is spoken to through pipes.
 
-    def __init__(self, name: str, folder: Path, threads: int, most: int, log: Path) -> None:
+    Its first line on stdout says that it is ready, and is kept as ``said``; then each line of JSON with work gets a line of answers.
+    """
+
+    def __init__(self, name: str, command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
         self.name = name
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(folder), str(threads), str(most)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env={**os.environ, **(environment or {})},
             )  # fmt: skip
-        self._line()
+        self.said = self._line()
+
+    @classmethod
+    def transformers(cls, folder: Path, threads: int, most: int, log: Path) -> "Worker":
+        """transformers' continuous batching: this file as a process."""
+        return cls("transformers", [sys.executable, __file__, str(folder), str(threads), str(most)], log)
 
     async def run(self, work: Work) -> list[Answer]:
         """As `Server.run`."""
@@ -153,13 +162,34 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
+            self.close()
             raise SystemExit(f"{self.name} ended; see its log")
         return line
 
     def close(self) -> None:
+        """End it."""
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.stdout.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+# Of Debian's package libtcmalloc-minimal4t64, which vLLM's documentation asks for.
+TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
+
+
+def vllm_environment(bind: str, tcmalloc: Path = TCMALLOC) -> dict[str, str]:
+    """What vLLM's CPU server is to be run with as its documentation says; ``bind``: cores of its threads, such as "0-1"."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": bind, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": "",
+        **({"LD_PRELOAD": str(tcmalloc)} if tcmalloc.exists() else {}),
+    }  # fmt: skip
 
 
 def summary(answers: Sequence[Answer], work: Work) -> dict[str, float]:

@@ -65,6 +65,12 @@ class Server:
             said += line
         return json.loads(said)["url"]
 
+    def logged(self) -> str:
+        """What it has written to stderr, and to stdout where that is no pipe."""
+        # The server writes where the file is: it must not be moved.
+        number = self.log.fileno()
+        return os.pread(number, os.fstat(number).st_size, 0).decode(errors="replace")
+
     def children(self) -> list[int]:
         """Processes that it has started."""
         found: list[int] = []

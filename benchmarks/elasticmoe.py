@@ -8,7 +8,8 @@ Contestants take turns within each round, on the same model from disk, idle othe
     horizontal    a second server of one device started beside the first
     vLLM, llama.cpp   restarted on the same weights (--vllm, --llama); they have no other way
 
-A row's ``ratio`` is the better of cold and horizontal over ours (over own in its row), or that of a peer in its row; bar: 5. The second
+A row's ``ratio`` is the better of cold and horizontal over ours (over own in its row); bar: 5. A peer's restart stands beside our own cold
+one, as neither has processes made ready. The second
 table of numbers says what a command of 64-256 experts costs inside a device: mapping blocks anew against copying them into a new buffer.
 
     python benchmarks/elasticmoe.py [--vllm PATH] [--llama PATH] --json benchmarks/results/elasticmoe.json
@@ -67,7 +68,8 @@ def change_rows(options: Any) -> list[dict[str, Any]]:
     return [
         row(case, ways["ours"], ways[best], best),
         row(f"{case}, weights copied", ways["own"], ways[best], best),
-        *(row(f"{case}, a peer's restart", ways["ours"], ways[name], name) for name in peers),
+        # A peer has no processes made ready: its cold start is compared with ours.
+        *(row(f"a cold restart, model of {megabytes:.0f} MB", ways["cold"], ways[name], name) for name in peers),
     ]
 
 

@@ -1,11 +1,13 @@
 """Does goodput stay flat when more is asked for than can be done? Open-loop load at 0.5 to 5 times what saturates a server.
 
-Goodput is requests per second that end whole within the objective (the client waits no longer). Contestants, in turns within each
-round: ours with its limits, told each request's deadline; ours without limits; vLLM's CPU server where --vllm gives the Python of an
-environment that has it, with its own defaults. Prompts and answers have random lengths; each load has the same requests for all.
+Goodput is requests per second that end whole within the objective (the client waits no longer), counted until the last answer: what
+comes while a queue drains takes time as well. Contestants, in turns within each round: ours with its limits, told each request's
+deadline; ours without limits; vLLM's CPU server where --vllm gives the Python of an environment that has it, compiled, its threads
+bound to cores, with the allocator its documentation asks for. Prompts and answers have random lengths.
 
-The saturating load is found with a few clients that wait for their answers, which is less than an open loop gets done; so what is kept
-is the least goodput from the load of the best one up to 5 times, over that best. At the end clients that wait as long as it takes, and
+Each contestant is saturated by a few clients that wait for their answers; loads are times the best contestant's saturation, so that all
+are offered the same requests at the same times. What is kept is the least goodput from the load of the best one up to 5 times, over that
+best. At the end clients that wait as long as it takes, and
 tell no deadline, ask for ``--patient`` seconds at 3 times: a server that takes everything lets them wait the longer the longer that lasts.
 Bars: ours with limits keeps at least 90%; its P99 to the first token at 3 times is at most a third of vLLM's.
 
@@ -27,7 +29,10 @@ import aiohttp
 
 from _bars import with_bars
 from _gateway import machine
+from _harness import kernels
+from _serving import vllm_environment
 from _serving_http import Result, Server, ask, ours, save_small_moe
+from _system_info import vllm_instructions
 
 LOADS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 NAME, VLLM_PORT = "model", 18123
@@ -63,7 +68,9 @@ async def capacity(url: str, streams: int, seconds: float) -> tuple[float, float
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*(client(number, session) for number in range(streams)))
-    return len(done) / seconds, statistics.median(result.total_s for result in done)
+    # Those that were under way at the end took their time as well.
+    took = max(seconds, max(result.sent + result.total_s for result in done) - (end - seconds))
+    return len(done) / took, statistics.median(result.total_s for result in done)
 
 
 async def load(
@@ -84,9 +91,10 @@ async def load(
             at += rng.expovariate(rate)
         await asyncio.gather(*tasks)
     good = [result for result in results if result.outcome == "whole" and result.total_s <= slo_s]
+    took = max(seconds, time.monotonic() - begin)
     firsts = sorted(result.ttft_s for result in results if result.ttft_s is not None)
     return {
-        "rate": round(rate, 2), "sent": len(results), "goodput": round(len(good) / seconds, 3),
+        "rate": round(rate, 2), "sent": len(results), "goodput": round(len(good) / took, 3), "took_s": round(took, 3),
         "rejected": sum(result.status in (429, 503) for result in results), "late": sum(result.outcome in ("late",) for result in results),
         "ttft_p50_s": _quantile(firsts, 0.5), "ttft_p99_s": _quantile(firsts, 0.99),
     }  # fmt: skip
@@ -97,7 +105,7 @@ def _quantile(values: list[float], share: float) -> float | None:
 
 
 def vllm(python: str, model: str, threads: int) -> Server:
-    """vLLM's server on the processor, as it comes."""
+    """vLLM's server on the processor, as its documentation says to run it."""
     command = [
         python,
         "-m",
@@ -109,13 +117,7 @@ def vllm(python: str, model: str, threads: int) -> Server:
         "--port",
         str(VLLM_PORT),
     ]
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "",
-        "OMP_NUM_THREADS": str(threads),
-    }
+    environment = vllm_environment(f"0-{threads - 1}" if threads > 1 else "0")
     server = Server([*command, "--dtype", "auto"], f"http://127.0.0.1:{VLLM_PORT}", environment)
     asyncio.run(_until_ready(server.url))
     return server
@@ -196,7 +198,10 @@ def main() -> None:
     parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM")
     parser.add_argument("--threads", type=int, default=1, help="of each server's computing")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="seconds of few loads: does it run at all?")
     given = parser.parse_args()
+    if given.quick:
+        given.seconds, given.patient, given.loads = 2.0, 2.0, (1.0, 3.0)
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or save_small_moe(Path(folder))
         base = [
@@ -225,6 +230,8 @@ def main() -> None:
         for name, (server, _) in contestants.items():
             limits[name] = asyncio.run(capacity(server.url, BUSY * given.streams, given.seconds))
             print(f"{name}: {limits[name][0]:.2f} requests/s at saturation, median {limits[name][1]:.2f} s", flush=True)
+        offered = max(rate for rate, _ in limits.values())
+        report["saturating_1_s"] = round(offered, 3)
         slo_s = given.slo or 4 * limits["ours"][1]
         report["slo_s"] = round(slo_s, 3)
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
@@ -232,7 +239,7 @@ def main() -> None:
             for times in given.loads:
                 for name, (server, tells) in contestants.items():
                     row = asyncio.run(
-                        load(server.url, times * limits[name][0], given.seconds, slo_s, round_number, tells, slo_s)
+                        load(server.url, times * offered, given.seconds, slo_s, round_number, tells, slo_s)
                     )
                     rows[name].append({"times": times, **row})
                     print(f"{name} {times}x: {row}", flush=True)
@@ -240,7 +247,7 @@ def main() -> None:
         patient: dict[str, dict[str, Any]] = {}
         for name, (server, _) in contestants.items():
             if given.patient:
-                found = asyncio.run(load(server.url, 3 * limits[name][0], given.patient, slo_s, 0, False, 3600.0))
+                found = asyncio.run(load(server.url, 3 * offered, given.patient, slo_s, 0, False, 3600.0))
                 patient[name] = {"patient": {"seconds": given.patient, **found}}
                 print(f"{name}, clients that wait: {found}", flush=True)
         for name, (server, _) in contestants.items():
@@ -253,6 +260,7 @@ def main() -> None:
                 "kept": kept,
                 "rows": rows[name],
                 **patient.get(name, {}),
+                "instructions": vllm_instructions(server.logged()) if name == "vllm" else kernels(),
                 "exit": server.end(),
             }
     print(json.dumps({name: {"kept": row["kept"]} for name, row in report["contestants"].items()}))

@@ -1,11 +1,16 @@
 """What benchmarks promise: one precision on both sides, memory in any order of contestants, records that say what was asked."""
 
+import asyncio
+import dataclasses
 import importlib
 import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,11 +156,246 @@ def test_a_record_says_what_was_asked_where_and_when(path, benchmark):
     assert not instructions or instructions in record["device"]
 
 
-def test_every_bar_is_of_a_recorded_case(benchmark):
+def test_every_bar_is_of_a_recorded_case_or_awaited(benchmark):
     bars = benchmark("_bars")
     rows = [
         (record["name"], row) for path in RECORDS for record in [json.loads(path.read_text())] for row in record["rows"]
     ]
+    assert bars.AWAITED.keys() <= bars.BARS.keys()
     for name, asked in bars.BARS.items():
-        seen = {bars.bar_of(name, row) for of, row in rows if of == name}
-        assert {bar.ratio for bar in asked} <= seen, name
+        seen = {bars.bar_of(name, row) for of, row in rows if of == name and not row.get("withdrawn")}
+        assert {bar.ratio for bar in asked} - seen == bars.AWAITED.get(name, frozenset()), name
+
+
+# Serving
+
+
+def test_a_worker_without_a_server_answers_through_pipes(benchmark, tmp_path):
+    serving = benchmark("_serving")
+    code = (
+        "import json, sys\nprint('ready', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    print(json.dumps([{'sent': 0.0, 'times': [1.0] * count, 'text': 'x', 'ids': prompt} for stream in json.loads(line)"
+        " for prompt, count in stream]), flush=True)\n"
+    )
+    worker = serving.Worker("echo", [sys.executable, "-c", code], tmp_path / "log")
+    assert worker.said == "ready\n"
+    answers = asyncio.run(worker.run([[([1, 2], 3)], [([4], 2)]]))
+    worker.close()
+    assert [(answer.ids, len(answer.times)) for answer in answers] == [([1, 2], 3), ([4], 2)]
+    with pytest.raises(SystemExit, match="early ended"):
+        serving.Worker("early", [sys.executable, "-c", "pass"], tmp_path / "log")
+
+
+def test_instructions_are_taken_from_logs(benchmark, tmp_path):
+    info = benchmark("_system_info")
+    log = tmp_path / "log"
+    assert info.system_info(log) == info.last_error(log) == ""
+    log.write_text(
+        "load\n0.1 I system_info: n_threads = 2 | CPU : AVX2 = 1 | REPACK = 1 | \nerror: no model at /root/x/m.gguf here\n"
+    )
+    assert info.system_info(log) == "n_threads = 2 | CPU : AVX2 = 1 | REPACK = 1 |"
+    assert info.last_error(log) == "error: no model at PATH here"
+    told = "INFO auto thread-binding list 0,1\nINFO other\nWARNING libtcmalloc at /usr/lib/x/libtcmalloc.so is loaded\n"
+    assert info.vllm_instructions(told) == [
+        "INFO auto thread-binding list 0,1",
+        "WARNING libtcmalloc at PATH is loaded",
+    ]
+
+
+def test_requests_of_a_round_are_at_least_what_is_asked(benchmark):
+    each = benchmark("serving_engine").each
+    assert [each(50, streams) * streams for streams in (1, 4, 16)] == [50, 52, 64]
+
+
+def test_vllm_runs_as_its_documentation_says(benchmark, tmp_path):
+    engine = benchmark("serving_engine")
+    options = engine.arguments(
+        ["--vllm", "vllm", "--llama", "llama-server", "--model", "x.gguf", "--tcmalloc", str(tmp_path)]
+    )
+    files = {kind: tmp_path / f"{kind}.gguf" for kind in ("Q4_0", "BF16")}
+    made = {server.name: server for server in engine.servers(options, tmp_path, tmp_path, files)}
+    assert list(made) == [
+        "ours bfloat16",
+        "ours int8",
+        "ours int4",
+        "vllm",
+        "vllm eager",
+        "llama.cpp Q4_0",
+        "llama.cpp BF16",
+    ]
+    assert "--enforce-eager" not in made["vllm"].command
+    assert "--enforce-eager" in made["vllm eager"].command
+    assert made["vllm"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    assert made["vllm"].environment["LD_PRELOAD"] == str(tmp_path)
+    # Both in 4 bits from the same file.
+    assert str(files["Q4_0"]) in made["ours int4"].command
+    assert str(files["Q4_0"]) in made["llama.cpp Q4_0"].command
+    assert options.rounds >= 7
+    assert options.requests >= 50
+
+
+def test_goodput_counts_the_time_that_a_queue_takes_to_drain(benchmark, monkeypatch):
+    goodput = benchmark("serving_goodput")
+    http = benchmark("_serving_http")
+
+    async def ask(session, url, body, headers=None, timeout_s=120):
+        sent = time.monotonic()
+        await asyncio.sleep(0.3)
+        return http.Result(sent, 200, "whole", 0.01, time.monotonic() - sent, 1)
+
+    monkeypatch.setattr(goodput, "ask", ask)
+    # Two clients begin within 0.1 s and end after 0.3: two requests in 0.3 s, not in 0.1.
+    rate, median = asyncio.run(goodput.capacity("http://x", 2, 0.1))
+    assert 4 < rate <= 2 / 0.3
+    assert median == pytest.approx(0.3, abs=0.2)
+    row = asyncio.run(goodput.load("http://x", 50.0, 0.1, 5.0, 0, False, 5.0))
+    assert row["took_s"] >= 0.3
+    assert row["goodput"] == pytest.approx(row["sent"] / row["took_s"], rel=0.01)
+
+
+# Memory
+
+
+def test_the_best_limit_that_a_system_allows_is_taken_and_says_what_it_covers(benchmark, tmp_path, monkeypatch):
+    memory = benchmark("_memory_limit")
+    # No group can be made where none lies: a plain folder gets no files of a control group.
+    nothing = memory.best_way(tmp_path, "0::/\n4:memory:/mine\n", has_systemd=False)
+    assert nothing.name == "RLIMIT_DATA"
+    assert "not counted" in nothing.covers
+    monkeypatch.setattr(memory, "_can_make", lambda way: way.name == "cgroup v1")
+    found = memory.best_way(tmp_path, "0::/\n4:memory:/mine\n", has_systemd=False)
+    assert (found.name, found.parent) == ("cgroup v1", tmp_path / "memory" / "mine")
+    assert "pages of files" in found.covers
+
+
+def test_a_limit_holds(benchmark):
+    memory = benchmark("_memory_limit")
+    way = memory.best_way(has_systemd=False)
+    taken = [sys.executable, "-c", "print(len(bytearray(300 << 20)))"]
+    with memory.limited(way, None) as group:
+        done = subprocess.run(group.wrap(taken), capture_output=True, check=False)
+        assert done.stdout.strip() == str(300 << 20).encode()
+        assert group.peak_bytes() is None or group.peak_bytes() > 300 << 20
+    with memory.limited(way, 100 << 20) as group:
+        assert subprocess.run(group.wrap(taken), capture_output=True, check=False).returncode != 0
+        assert group.peak_bytes() is None or group.peak_bytes() <= 100 << 20
+
+
+def test_anonymous_memory_is_of_a_process_and_what_it_started(benchmark):
+    anonymous = benchmark("_memory_limit").anonymous_bytes
+    held = "held = bytearray(b'1' * (40 << 20)); print('x', flush=True); sys.stdin.read()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; ' + {held!r}], check=True)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert anonymous(process.pid) > 40 << 20
+        process.stdin.close()
+    assert anonymous(process.pid) == 0
+
+
+@pytest.mark.parametrize(("kind", "top", "width"), [("Q4_0", 7, 18), ("Q8_0", 127, 34)])
+def test_random_blocks_are_those_of_gguf_with_the_deviation_asked_for(benchmark, kind, top, width):
+    gguf = pytest.importorskip("gguf")
+    models = benchmark("_moe_models")
+    packed = models.blocks(np.random.default_rng(0), (4, 8, 64), kind, 0.5)
+    assert packed.shape == (4, 8, 64 // 32 * width)
+    values = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
+    assert values.shape == (4, 8, 64)
+    assert values.std() == pytest.approx(0.5, rel=0.1)
+    assert abs(values.mean()) < 0.05
+    scale = packed.reshape(-1, width)[:, :2].copy().view(np.float16).astype(np.float32)
+    assert (abs(values.reshape(-1, 32) / scale) <= top + 1e-3).all()
+
+
+def test_a_random_model_has_the_shape_it_says_and_routes_that_vary(benchmark, tmp_path):
+    pytest.importorskip("gguf")
+    from anabranch.lm import load_model
+    from anabranch.routing import record_routing
+
+    models = benchmark("_moe_models")
+    shape = dataclasses.replace(models.SMALL["qwen3"], dim=64, hidden=32, head_dim=32, vocabulary=320)
+    path = tmp_path / "model.gguf"
+    models.write_random(path, shape)
+    model, tokenizer = load_model(path)
+    assert tokenizer.decode([300]) == f" {300}"
+    assert model.config.vocab_size == 320
+    token_BL = torch.randint(256, 320, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), record_routing(model) as recorder:
+        model(token_BL)
+    for _, decided in recorder.trace():
+        assert len({tuple(sorted(index_K)) for index_K in decided.index_NK.tolist()}) > 32
+    expert_bytes = sum(tensor.n_bytes for tensor in gguf_tensors(path) if "_exps" in tensor.name)
+    assert expert_bytes == shape.expert_bytes
+
+
+def gguf_tensors(path):
+    import gguf
+
+    return gguf.GGUFReader(path).tensors
+
+
+def turns_of(memory, speeds):
+    """{share: {name: [a turn]}} of {share: {name: tokens a second, None for who failed}}, one stream."""
+    answer = memory.Answer(0.0, [0.1], "a b")
+    made = {"ttft_ms": 5.0, "answers": [answer]}
+    return {
+        share: {
+            name: [
+                {
+                    "limit_bytes": 9,
+                    "peak_bytes": None,
+                    "anonymous_bytes": 7,
+                    "streams": {1: {**made, "tokens_s": speed}},
+                }
+            ]
+            if speed
+            else [{"limit_bytes": 9, "peak_bytes": None, "streams": {}, "failed": "killed"}]
+            for name, speed in each.items()
+        }
+        for share, each in speeds.items()
+    }
+
+
+def test_rows_of_memory_by_hand(benchmark):
+    memory, bars = benchmark("serving_moe_memory"), benchmark("_bars")
+    turns = turns_of(
+        memory,
+        {0.25: {"ours": 6.0, "llama.cpp mmap": 3.0, "ik_llama.cpp": None}, 1.0: {"ours": 8.0, "llama.cpp": 10.0}},
+    )
+    rows = bars.with_bars("serving_moe_memory", memory.table("M", turns, [1]))
+    assert [(row["case"], row["peer_name"], row["ratio"], row.get("bar")) for row in rows] == [
+        ("M, 25% of experts, 1 stream", "llama.cpp mmap", 2.0, 1.5),
+        ("M, 25% of experts, 1 stream", "ik_llama.cpp", None, None),
+        ("M, 100% of experts, 1 stream", "llama.cpp", 0.8, 1.0),
+    ]
+    assert rows[1]["failed"] == "ik_llama.cpp: killed"
+    assert (rows[0]["first_ms_ours"], rows[0]["anonymous_bytes_peer"], rows[0]["peak_bytes_ours"]) == (5.0, 7, None)
+    assert memory.check_same(turns, [1]) == {"ours, 25%, 1 streams": 1.0}
+    turns[0.25]["ours"][0]["streams"][1]["answers"] = [memory.Answer(0.0, [0.1], "b a")]
+    with pytest.raises(SystemExit, match="ours with 25% of its experts does not answer as with all"):
+        memory.check_same(turns, [1])
+
+
+def test_everyone_has_the_share_of_experts_the_rest_and_its_room(benchmark, tmp_path):
+    memory, models = benchmark("serving_moe_memory"), benchmark("_moe_models")
+    path = tmp_path / "model.gguf"
+    shape = models.SMALL["olmoe"]
+    path.write_bytes(bytes(shape.expert_bytes + 1000))
+    model = models.Written(shape, path, tmp_path)
+    assert memory.limit_bytes(model, 0.25, 50) == shape.expert_bytes // 4 + 1000 + 50
+    options = memory.arguments(["--llama", "llama-server", "--ik", "python", "--planned", "--room", "ours=1MiB"])
+    assert options.room["ours"] == 1 << 20
+    assert options.rounds >= 5
+    assert memory.contestants(options, 0.25) == ["ours", "ours --memory", "llama.cpp mmap", "ik_llama.cpp"]
+    assert memory.contestants(options, 1.0) == ["ours", "llama.cpp mmap", "llama.cpp", "ik_llama.cpp"]
+
+    def command(name, share):
+        return memory.command_of(name, model, share, 12345, 80, options)
+
+    assert command("ours", 0.25)[command("ours", 0.25).index("--expert-budget") + 1] == str(shape.expert_bytes // 4)
+    assert "--expert-budget" not in command("ours", 1.0)
+    assert command("ours --memory", 0.25)[-6:-4] == ["--memory", "12345"]
+    assert "--no-repack" in command("llama.cpp mmap", 0.25)
+    assert "--no-repack" not in command("llama.cpp", 1.0)
+    with pytest.raises(SystemExit, match="nobody is none of them"):
+        memory.arguments(["--room", "nobody=1MiB"])
