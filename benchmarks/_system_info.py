@@ -1,19 +1,24 @@
 """What instructions a peer computes with, as it says itself."""
 
 import re
+import subprocess
 from pathlib import Path
 
 # Of somebody's machine.
 _PATHS = re.compile(r"(?<![\w.])(?:~|/[\w.+-]+)/[\w./+-]+")
 
 
-def system_info(log: Path) -> str:
-    """The line that llama.cpp and its kin print of the processor's features in use; empty where a log has none."""
-    if not log.exists():
-        return ""
-    text = log.read_text(errors="replace")
-    found = re.search(r"system_info:\s*(.+)|^((?:AVX|SSE3|NEON)\S* = \d.*)$", text, re.MULTILINE)
-    return " ".join((found.group(1) or found.group(2)).split()) if found else ""
+def system_info(text: str) -> str:
+    """The line that llama.cpp and its kin print of the processor's features in use; empty where a text has none."""
+    found = re.search(r"system_info:\s*(.+)", text)
+    return " ".join(found.group(1).split()) if found else ""
+
+
+def llama_instructions(program: str) -> str:
+    """What llama-server computes with. It says so before it looks for its model, and only to who asks for more than it usually tells."""
+    command = [program, "-m", "none.gguf", "--port", "0", "-lv", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)
+    return system_info(done.stdout + done.stderr)
 
 
 def vllm_instructions(log: str) -> list[str]:

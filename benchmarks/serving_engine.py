@@ -53,7 +53,7 @@ from _bars import with_bars
 from _gateway import free_port, machine, running
 from _harness import kernels
 from _serving import TCMALLOC, Answer, Prompts, Server, Work, Worker, agreement, lengths, summary, vllm_environment
-from _system_info import system_info, vllm_instructions
+from _system_info import llama_instructions, vllm_instructions
 from anabranch.lm import export_huggingface, load_model
 from anabranch.studies.small_model import find_weights
 
@@ -163,13 +163,13 @@ def vllm(options: argparse.Namespace, folder: Path, most: int, how: Sequence[str
     return Server(name, command, port, "/health", model="small", environment=environment)
 
 
-def instructions(found: Sequence[Any], logs: Path) -> dict[str, Any]:
+def instructions(found: Sequence[Any], logs: Path, llama: str | None) -> dict[str, Any]:
     """What each computes with, as it says itself."""
     told: dict[str, Any] = {}
     for one in found:
         log = logs / f"{one.name.replace(' ', '-')}.log"
         if one.name.startswith("llama.cpp"):
-            told[one.name] = system_info(log)
+            told[one.name] = llama_instructions(llama) if llama else ""
         elif one.name.startswith("vllm"):
             told[one.name] = vllm_instructions(log.read_text(errors="replace"))
         elif one.name == "transformers":
@@ -338,7 +338,7 @@ def main() -> None:
         with contestants(options, folder, logs, files) as (those, ready):
             rows = measured(options, those, prompts)
             firsts = first_tokens(options, those, prompts)
-            isa = instructions(those, logs)
+            isa = instructions(those, logs, options.llama)
         found = {**report(rows, ready), "first_token_ms": firsts, "instructions": isa}
         result = {
             "name": "serving_engine", "rows": with_bars("serving_engine", table(found)), **found, **machine(),

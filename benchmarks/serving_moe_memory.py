@@ -43,10 +43,11 @@ from typing import Any
 
 from _bars import with_bars
 from _gateway import free_port, machine, running
+from _harness import kernels
 from _memory_limit import Group, Way, anonymous_bytes, best_way, forget_pages, limited
 from _moe_models import Written, written
 from _serving import Answer, Server, Work, Worker, agreement, summary
-from _system_info import last_error, system_info
+from _system_info import last_error, llama_instructions, system_info
 from anabranch.serving.config import parse_bytes
 
 ROOM = {
@@ -199,8 +200,8 @@ def turn(
             killed = " (killed by the limit)" if group.killed() else ""
             found["failed"] = f"{error}{killed} {last_error(log)}".strip()
         found["peak_bytes"] = group.peak_bytes()
-    if name not in OURS:
-        found["system_info"] = system_info(log)
+    if name == "ik_llama.cpp":
+        found["system_info"] = system_info(log.read_text(errors="replace"))
     return found
 
 
@@ -341,7 +342,9 @@ def main() -> None:
             }  # fmt: skip
     result = {
         "name": "serving_moe_memory", "rows": with_bars("serving_moe_memory", rows), "limit": f"{way.name}: {way.covers}",
-        "room_bytes": options.room, "models": models, **machine(), "threads": options.threads,
+        "room_bytes": options.room, "models": models,
+        "instructions": {"ours": kernels(), **({"llama.cpp": llama_instructions(options.llama)} if options.llama else {})},
+        **machine(), "threads": options.threads,
         "options": {key: value for key, value in vars(options).items() if key not in ("llama", "ik", "folder", "logs", "json", "room")},
     }  # fmt: skip
     for row in result["rows"]:

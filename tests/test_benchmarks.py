@@ -187,15 +187,18 @@ def test_a_worker_without_a_server_answers_through_pipes(benchmark, tmp_path):
         serving.Worker("early", [sys.executable, "-c", "pass"], tmp_path / "log")
 
 
-def test_instructions_are_taken_from_logs(benchmark, tmp_path):
+def test_instructions_are_taken_from_what_peers_say(benchmark, tmp_path):
     info = benchmark("_system_info")
     log = tmp_path / "log"
-    assert info.system_info(log) == info.last_error(log) == ""
-    log.write_text(
-        "load\n0.1 I system_info: n_threads = 2 | CPU : AVX2 = 1 | REPACK = 1 | \nerror: no model at /root/x/m.gguf here\n"
-    )
-    assert info.system_info(log) == "n_threads = 2 | CPU : AVX2 = 1 | REPACK = 1 |"
+    assert info.last_error(log) == info.system_info("nothing") == ""
+    log.write_text("load\nerror: no model at /root/x/m.gguf here\n")
     assert info.last_error(log) == "error: no model at PATH here"
+    program = tmp_path / "llama-server"
+    program.write_text(
+        "#!/bin/sh\necho '0.1 I system_info: n_threads = 2 |  CPU : AVX2 = 1 | REPACK = 1 | ' >&2; exit 1\n"
+    )
+    program.chmod(0o755)
+    assert info.llama_instructions(str(program)) == "n_threads = 2 | CPU : AVX2 = 1 | REPACK = 1 |"
     told = "INFO auto thread-binding list 0,1\nINFO other\nWARNING libtcmalloc at /usr/lib/x/libtcmalloc.so is loaded\n"
     assert info.vllm_instructions(told) == [
         "INFO auto thread-binding list 0,1",
