@@ -7,7 +7,7 @@ from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, save_model
 from anabranch.lm.generation_defaults import generation_defaults
 from anabranch.serving.core.client import EngineInfo
-from anabranch.serving.http.asked import read_chat, read_completion
+from anabranch.serving.http.generation_request import read_chat, read_completion
 from anabranch.serving.http.reading import Reader
 from anabranch.web.api_error import ApiError
 
@@ -68,11 +68,11 @@ def test_requests_take_them_where_they_say_nothing(folder):
     reader = Reader(ByteTokenizer(), generation_defaults(folder))
     info = EngineInfo(model="m", vocab_size=257, max_positions=100, block_tokens=4, num_blocks=10)
     chat = {"messages": [{"role": "user", "content": "hi"}], "temperature": None}
-    for body, read in ((chat, read_chat), ({"prompt": "hi"}, read_completion)):
+    for body, read in (({"model": "m", **chat}, read_chat), ({"model": "m", "prompt": "hi"}, read_completion)):
         sampling = read(body, reader, info, 8).sampling
         assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.6, 20, 1.0)
         assert (sampling.min_p, sampling.repetition_penalty) == (0.02, 1.1)
         own = read({**body, "temperature": 0, "top_k": 0, "min_p": 0}, reader, info, 8).sampling
         assert (own.temperature, own.top_k, own.min_p, own.repetition_penalty) == (0, 0, 0, 1.1)
     with pytest.raises(ApiError, match="temperature"):
-        read_completion({"prompt": "hi", "temperature": 3}, reader, info, 8)
+        read_completion({"model": "m", "prompt": "hi", "temperature": 3}, reader, info, 8)

@@ -13,10 +13,10 @@ from anabranch.errors import InputError
 from anabranch.serving.chat import (
     FORMATS,
     ArgumentsDelta,
-    CallRefused,
-    CallStarted,
     Dialect,
     TextDelta,
+    ToolCallRefused,
+    ToolCallStarted,
     call_grammar,
 )
 from anabranch.serving.core.text import MARKS
@@ -44,7 +44,7 @@ def told(format, pieces, tools=TOOLS):
     """The events of a text in pieces, neighbours of one kind joined."""
     parser, events = Dialect(tools=format).parser(tools), []
     for event in [event for piece in pieces for event in parser.push(piece)] + parser.end():
-        assert isinstance(event, CallStarted) or event.text
+        assert isinstance(event, ToolCallStarted) or event.text
         if isinstance(event, TextDelta | ArgumentsDelta) and events and isinstance(events[-1], type(event)):
             events[-1] = type(event)(events[-1].text + event.text)
         else:
@@ -56,7 +56,7 @@ def calls_of(events):
     """[(name, arguments)], and nothing else among the events."""
     made = []
     for event in events:
-        if isinstance(event, CallStarted):
+        if isinstance(event, ToolCallStarted):
             made.append([event.name, ""])
         else:
             assert isinstance(event, ArgumentsDelta), events
@@ -111,7 +111,7 @@ def test_harmony_tells_what_is_said_to_the_reader():
         "<|start|>assistant<|channel|>final<|message|>It is <b>1</b>.<|return|>"
     )
     wanted = [
-        TextDelta("Let me see."), CallStarted("add"), ArgumentsDelta('{"a": 1}'), CallRefused("{}", "there is no tool 'rm'"),
+        TextDelta("Let me see."), ToolCallStarted("add"), ArgumentsDelta('{"a": 1}'), ToolCallRefused("{}", "there is no tool 'rm'"),
         TextDelta("It is <b>1</b>."),
     ]  # fmt: skip
     for pieces in ([text], list(text)):
@@ -159,7 +159,7 @@ def test_other_ways_of_writing(format, text, wanted):
 def test_what_is_no_call_is_content(format, text):
     whole = told(format, [text])[0]
     assert told(format, list(text))[0] == whole
-    assert all(isinstance(event, TextDelta | CallRefused) for event in whole)
+    assert all(isinstance(event, TextDelta | ToolCallRefused) for event in whole)
     assert "".join("".join(event.text for event in whole).split()) == "".join(text.split())
 
 

@@ -95,7 +95,7 @@ def test_a_models_own_calls_are_read_back_from_its_prompt():
     text = chat.render(with_chatml(), CALLED[:3], tools=[ADD], add_generation_prompt=False)
     parser = chat.parser_for([ADD])
     said = text.split("<|im_start|>assistant\n")[1].removesuffix("<|im_end|>\n")
-    assert [*parser.push(said), *parser.end()] == [chat.CallStarted("add"), chat.ArgumentsDelta('{"a": 2}')]
+    assert [*parser.push(said), *parser.end()] == [chat.ToolCallStarted("add"), chat.ArgumentsDelta('{"a": 2}')]
 
 
 @pytest.mark.parametrize(

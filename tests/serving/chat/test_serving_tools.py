@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.serving import chat
-from anabranch.serving.chat import ArgumentsDelta, CallRefused, CallStarted, TextDelta, ToolParser
+from anabranch.serving.chat import ArgumentsDelta, TextDelta, ToolCallRefused, ToolCallStarted, ToolParser
 from grammar_walks import takes
 
 NAMES = ("add", "get.time")
@@ -18,7 +18,7 @@ ADD = '{"name": "add", "arguments": {"a": 2}}'
 
 
 def call_of(name, arguments):
-    return [CallStarted(name), ArgumentsDelta(arguments)]
+    return [ToolCallStarted(name), ArgumentsDelta(arguments)]
 
 
 CALL = call_of("add", '{"a": 2}')
@@ -28,7 +28,7 @@ def told(pieces, names=NAMES):
     """The events of a text in pieces, neighbours of one kind joined; and that nothing is told in empty pieces."""
     parser, events = ToolParser(names), []
     for event in [event for piece in pieces for event in parser.push(piece)] + parser.end():
-        if not isinstance(event, CallStarted):
+        if not isinstance(event, ToolCallStarted):
             assert event.text
         if isinstance(event, TextDelta | ArgumentsDelta) and events and isinstance(events[-1], type(event)):
             events[-1] = type(event)(events[-1].text + event.text)
@@ -96,7 +96,7 @@ CASES = {
         *CALL, TextDelta("so</tool_call>"),
     ],
     f'[{ADD}, {{"age": 3}}]': [*CALL, TextDelta(', {"age": 3}]')],
-    f'[{{"name": "rm", "arguments": {{}}}}, {ADD}]': [CallRefused('[{"name": "rm", "arguments": {}}', "there is no tool 'rm'"), *CALL],
+    f'[{{"name": "rm", "arguments": {{}}}}, {ADD}]': [ToolCallRefused('[{"name": "rm", "arguments": {}}', "there is no tool 'rm'"), *CALL],
 }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_any_cut_tells_the_same(text, cuts):
 def test_any_text_tells_the_same_in_pieces_and_loses_nothing_but_blanks(text, size):
     events = told([text[at : at + size] for at in range(0, len(text), size)])
     assert events == told([text])
-    kept = "".join(event.text for event in events if not isinstance(event, CallStarted))
+    kept = "".join(event.text for event in events if not isinstance(event, ToolCallStarted))
     assert "".join(kept.split()) == "".join(text.split())
 
 
@@ -141,7 +141,7 @@ def test_any_mixture_of_parts_tells_the_same_in_pieces(text, data):
     whole = told([text])
     assert told([text[a:b] for a, b in itertools.pairwise(places)]) == whole
     assert told(list(text)) == whole
-    if not any(isinstance(event, CallStarted) for event in whole):
+    if not any(isinstance(event, ToolCallStarted) for event in whole):
         kept = "".join(event.text for event in whole)
         assert "".join(kept.split()) == "".join(text.split())
 
@@ -184,7 +184,7 @@ def test_arguments_are_told_as_they_come(form):
     text, parser = FORMS[form]("add", inner), ToolParser(NAMES)
     begin = text.index("word")
     assert (
-        [CallStarted("add")] == [event for event in parser.push(text[:begin]) if isinstance(event, CallStarted)]
+        [ToolCallStarted("add")] == [event for event in parser.push(text[:begin]) if isinstance(event, ToolCallStarted)]
     ) == (form != "name last")
     pieces = [parser.push(character) for character in text[begin : begin + 100]]
     wanted = [[] if form == "name last" else [ArgumentsDelta(character)] for character in text[begin : begin + 100]]
@@ -213,7 +213,7 @@ def test_text_is_not_held_back_longer_than_needed():
     assert parser.push(" <tool") == []
     assert parser.push("_call>") == []
     assert parser.push('{"name": "add", "arguments": ') == []
-    assert parser.push('{"a"') == [CallStarted("add"), ArgumentsDelta('{"a"')]
+    assert parser.push('{"a"') == [ToolCallStarted("add"), ArgumentsDelta('{"a"')]
     assert parser.push(": 2}") == [ArgumentsDelta(": 2}")]
     assert parser.push("}</tool_call>") == []
     assert ToolParser(NAMES).push('{"answer') == [TextDelta('{"answer')]
@@ -257,7 +257,7 @@ def told_length(pieces):
 def test_what_is_no_call_of_an_offered_tool_is_refused(text, reason):
     for pieces in ([text], list(text)):
         (event,) = told(pieces)
-        assert isinstance(event, CallRefused)
+        assert isinstance(event, ToolCallRefused)
         assert reason in event.reason
         assert event.text == text
 
@@ -268,7 +268,7 @@ def test_what_is_no_call_of_an_offered_tool_is_refused(text, reason):
 def test_a_marker_without_json_is_text_at_once(text):
     for pieces in ([text], list(text)):
         first, *more = told(pieces)
-        assert isinstance(first, CallRefused)
+        assert isinstance(first, ToolCallRefused)
         assert first.text + "".join(event.text for event in more) == text
 
 

@@ -8,7 +8,7 @@ from anabranch.extras import require
 require("lm", by=__name__)
 
 from anabranch.serving.chat.errors import FieldError
-from anabranch.serving.chat.events import ArgumentsDelta, CallRefused, CallStarted, TextDelta
+from anabranch.serving.chat.events import ArgumentsDelta, TextDelta, ToolCallRefused, ToolCallStarted
 from anabranch.serving.chat.formats import FORMATS, Dialect
 from anabranch.serving.chat.messages import read_messages
 from anabranch.serving.chat.parser import ToolParser
@@ -18,11 +18,11 @@ from anabranch.serving.chat.tools import Tools, call_grammar, parser_for, read_t
 __all__ = [
     "FORMATS",
     "ArgumentsDelta",
-    "CallRefused",
-    "CallStarted",
     "Dialect",
     "FieldError",
     "TextDelta",
+    "ToolCallRefused",
+    "ToolCallStarted",
     "ToolParser",
     "Tools",
     "call_grammar",

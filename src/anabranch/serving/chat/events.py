@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["ArgumentsDelta", "CallRefused", "CallStarted", "Event", "Parser", "TextDelta", "held"]
+__all__ = ["ArgumentsDelta", "Event", "Parser", "TextDelta", "ToolCallRefused", "ToolCallStarted", "held"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class CallStarted:
+class ToolCallStarted:
     """A call of a tool that is offered begins."""
 
     name: str
@@ -29,14 +29,14 @@ class ArgumentsDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class CallRefused:
+class ToolCallRefused:
     """What looks like a call but is none: of a tool that is not offered, without JSON arguments, or cut off before them."""
 
     text: str
     reason: str
 
 
-Event = TextDelta | CallStarted | ArgumentsDelta | CallRefused
+Event = TextDelta | ToolCallStarted | ArgumentsDelta | ToolCallRefused
 
 
 class Parser(Protocol):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from anabranch.serving.chat.events import ArgumentsDelta, CallRefused, CallStarted, Event, TextDelta, held
+from anabranch.serving.chat.events import ArgumentsDelta, Event, TextDelta, ToolCallRefused, ToolCallStarted, held
 
 __all__ = ["HarmonyParser", "Header", "Messages"]
 
@@ -146,7 +146,7 @@ class HarmonyParser:
             if kind == "begin":
                 self._arguments = [] if header.to else None
                 if header.to in self._names:
-                    events.append(CallStarted(header.to))
+                    events.append(ToolCallStarted(header.to))
             elif kind == "end":
                 events += self._ended()
             else:
@@ -170,7 +170,7 @@ class HarmonyParser:
         arguments, self._arguments = self._arguments, None
         if arguments is None or self._header.to in self._names:
             return []
-        return [CallRefused("".join(arguments), f"there is no tool {self._header.to!r}")] if arguments else []
+        return [ToolCallRefused("".join(arguments), f"there is no tool {self._header.to!r}")] if arguments else []
 
 
 def _is_json(text: str) -> bool:

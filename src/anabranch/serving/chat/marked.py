@@ -4,7 +4,7 @@ import json
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from anabranch.serving.chat.events import ArgumentsDelta, CallRefused, CallStarted, Event, TextDelta, held
+from anabranch.serving.chat.events import ArgumentsDelta, Event, TextDelta, ToolCallRefused, ToolCallStarted, held
 from anabranch.serving.chat.growing import Growing
 
 __all__ = ["DeepSeekParser", "MarkedParser", "MistralParser", "XmlParser", "names_of"]
@@ -64,7 +64,7 @@ class MarkedParser:
             yield from self._behind(mark)
             # What was read and is no call.
             if text.taken.strip():
-                self._events.append(CallRefused(text.taken, "what is called is no tool with arguments"))
+                self._events.append(ToolCallRefused(text.taken, "what is called is no tool with arguments"))
             text.taken = ""
 
     def _outside(self) -> Generator[None, None, str]:
@@ -108,7 +108,7 @@ class MarkedParser:
     def _begin(self, name: str) -> None:
         self._text.taken = ""
         self._has_called = True
-        self._events.append(CallStarted(name))
+        self._events.append(ToolCallStarted(name))
 
     def _tell(self, piece: str) -> None:
         """More arguments."""
@@ -160,7 +160,7 @@ class DeepSeekParser(MarkedParser):
         if taken.strip():
             is_other = name is not None and name.strip() not in self._tools
             reason = f"there is no tool {(name or '').strip()!r}" if is_other else "its arguments are no JSON object"
-            self._events.append(CallRefused(taken, reason))
+            self._events.append(ToolCallRefused(taken, reason))
 
 
 class MistralParser(MarkedParser):
@@ -195,7 +195,7 @@ class XmlParser(MarkedParser):
             yield from self._until(_FUNCTION_END, _TOOL_END)
             yield from text.has(_TOOL_END)
             taken, text.taken = text.taken, ""
-            self._events.append(CallRefused(taken, f"there is no tool {name!r}"))
+            self._events.append(ToolCallRefused(taken, f"there is no tool {name!r}"))
             return
         self._begin(name)
         yield from self._parameters(name)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anabranch.serving.chat.events import ArgumentsDelta, CallRefused, CallStarted, Event, TextDelta
+from anabranch.serving.chat.events import ArgumentsDelta, Event, TextDelta, ToolCallRefused, ToolCallStarted
 from anabranch.serving.chat.marked import names_of
 from anabranch.serving.chat.parser import ToolParser
 
@@ -120,11 +120,11 @@ class PythonicParser:
         events: list[Event] = []
         for name, arguments in calls:
             if name in self._names:
-                events += [CallStarted(name), ArgumentsDelta(arguments)]
+                events += [ToolCallStarted(name), ArgumentsDelta(arguments)]
             else:
-                events.append(CallRefused(text, f"there is no tool {name!r}"))
+                events.append(ToolCallRefused(text, f"there is no tool {name!r}"))
         # One that is refused is told as the text that it is, and that is the whole list.
-        refused: list[Event] = [event for event in events if isinstance(event, CallRefused)]
+        refused: list[Event] = [event for event in events if isinstance(event, ToolCallRefused)]
         return refused[:1] or events
 
 

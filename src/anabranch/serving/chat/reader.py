@@ -9,7 +9,7 @@ import re
 from collections.abc import Container, Generator
 from typing import Any
 
-from anabranch.serving.chat.events import ArgumentsDelta, CallRefused, CallStarted, Event
+from anabranch.serving.chat.events import ArgumentsDelta, Event, ToolCallRefused, ToolCallStarted
 from anabranch.serving.chat.growing import Growing
 
 __all__ = ["CLOSES", "KEYS", "NAME", "PLAIN", "CallReader", "parsed"]
@@ -222,7 +222,7 @@ class CallReader:
 
     def _begin(self, name: str) -> None:
         self._tell_refused()
-        self._events.append(CallStarted(name))
+        self._events.append(ToolCallStarted(name))
         self.has_called = True
 
     def _argue(self, piece: str) -> None:
@@ -239,7 +239,7 @@ class CallReader:
         # Brackets that nothing stands in.
         is_rest = self.has_called and not self._refused.strip(_BETWEEN + "]}")
         if self._reason and not is_rest:
-            self._events.append(CallRefused(self._refused, self._reason))
+            self._events.append(ToolCallRefused(self._refused, self._reason))
         self._refused, self._reason = "", ""
 
 

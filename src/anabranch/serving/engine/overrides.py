@@ -24,7 +24,7 @@ from anabranch.serving.engine.passes import Variant
 OPTION = "routing"
 
 # Overrides of requests by id: of each hook that says some, by router and pass.
-Said = dict[str, list[Mapping[nn.Module, Sequence[Override | None]]]]
+OverridesById = dict[str, list[Mapping[nn.Module, Sequence[Override | None]]]]
 
 
 class RequestOverrides:
@@ -59,9 +59,9 @@ class RequestOverrides:
         self._apart.discard(id)
         self._variants.pop(id, None)
 
-    def of(self, batch: Batch, tokens: Sequence[int]) -> tuple[Said, dict[str, Sampled]]:
+    def of(self, batch: Batch, tokens: Sequence[int]) -> tuple[OverridesById, dict[str, Sampled]]:
         """How the requests of the step are routed, and the errors of those that cannot have what was said of them, by id."""
-        found: Said = {}
+        found: OverridesById = {}
         refused: dict[str, Sampled] = {}
         said = [hook.override(batch, tokens) for hook in self._hooks]
         for chunk in batch.chunks:
@@ -80,7 +80,7 @@ class RequestOverrides:
         return own if number is path is None else Variant(number or own.num_streams, own.path if path is None else path)
 
     @staticmethod
-    def placed(said: Said, chunks: Sequence[Chunk], num_streams: int) -> list[Overrides]:
+    def placed(said: OverridesById, chunks: Sequence[Chunk], num_streams: int) -> list[Overrides]:
         """What the forward pass of some chunks carries, which has so many streams."""
         found: list[Overrides] = []
         start, num_rows = 0, sum(len(chunk.tokens) for chunk in chunks)

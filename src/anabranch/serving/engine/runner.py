@@ -20,7 +20,7 @@ from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.engine.isolate import Isolation
 from anabranch.serving.engine.layout import StepLayout
-from anabranch.serving.engine.overrides import RequestOverrides, Said
+from anabranch.serving.engine.overrides import OverridesById, RequestOverrides
 from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore, VisitSlots
 from anabranch.serving.engine.passes import Variant, passes_of
 from anabranch.serving.engine.pool import Pooling
@@ -107,7 +107,7 @@ class ModelRunner:
         overriding = [hook for hook in self.hooks if isinstance(hook, OverrideHook)]
         self._overrides = RequestOverrides(model, overriding, self.check_variant) if overriding else None
         # What hooks say of the step under way.
-        self._said: Said = {}
+        self._said: OverridesById = {}
         # And of the pass under way.
         self._routing: list[Overrides] = []
         # Whose rows never depend on each other.

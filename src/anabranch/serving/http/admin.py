@@ -6,7 +6,7 @@ from typing import Any
 from aiohttp import web
 
 from anabranch.errors import InputError
-from anabranch.serving.http.call import Call
+from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.keys import is_token
 from anabranch.web.answers import wrong_method
@@ -34,12 +34,12 @@ class Admin:
             "routes": {"GET": self._routes},
         }
 
-    async def answer(self, call: Call, name: str) -> web.StreamResponse:
+    async def answer(self, context: RequestContext, name: str) -> web.StreamResponse:
         """``/v1/admin/NAME``. Raises ApiError."""
         token = self._frontend.config.admin_token
         if token is None:
             raise ApiError(404, "not_found", "the admin routes are closed; set http.admin_token to open them")
-        if not is_token(call.bearer, token):
+        if not is_token(context.bearer, token):
             raise ApiError(
                 401, "wrong_admin_token", "this needs the admin token", headers={"WWW-Authenticate": "Bearer"}
             )
@@ -48,11 +48,11 @@ class Admin:
             raise ApiError(
                 404, "not_found", f"there is no admin route {name[:40]!r}; there are {', '.join(self._table)}"
             )
-        work = methods.get(call.request.method)
+        work = methods.get(context.request.method)
         if work is None:
-            raise wrong_method(call.request, methods)
-        has_body = call.request.method == "POST" and call.request.body_exists
-        return call.json(await work(await call.body() if has_body else {}))
+            raise wrong_method(context.request, methods)
+        has_body = context.request.method == "POST" and context.request.body_exists
+        return context.json(await work(await context.body() if has_body else {}))
 
     async def _state(self, body: dict[str, Any]) -> Any:
         gate = self._frontend.admission

@@ -15,7 +15,7 @@ from anabranch.errors import AnabranchError
 from anabranch.serving.core.client import Mends
 from anabranch.serving.http.admin import Admin
 from anabranch.serving.http.body_room import BodyRoom
-from anabranch.serving.http.call import Call
+from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.embeddings import Embeddings
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.gate import Gate
@@ -33,7 +33,7 @@ from anabranch.web.server import Connection, Server
 logger = logging.getLogger(__name__)
 access = logging.getLogger("anabranch.serving.access")
 MODELS = "/v1/models/"
-Answer = Callable[[Call], Awaitable[web.StreamResponse]]
+Answer = Callable[[RequestContext], Awaitable[web.StreamResponse]]
 
 
 class App:
@@ -68,9 +68,9 @@ class App:
         }
         self._keyed: dict[str, tuple[str, dict[str, Answer]]] = {
             "/v1/models": ("models", {"GET": self._models}),
-            "/v1/chat/completions": ("chat", {"POST": lambda call: self._generate.answer(call, "chat")}),
-            "/v1/responses": ("responses", {"POST": lambda call: self._generate.answer(call, "responses")}),
-            "/v1/completions": ("completions", {"POST": lambda call: self._generate.answer(call, "completions")}),
+            "/v1/chat/completions": ("chat", {"POST": lambda context: self._generate.answer(context, "chat")}),
+            "/v1/responses": ("responses", {"POST": lambda context: self._generate.answer(context, "responses")}),
+            "/v1/completions": ("completions", {"POST": lambda context: self._generate.answer(context, "completions")}),
             "/v1/embeddings": ("embeddings", {"POST": self._embeddings.answer}),
             "/tokenize": ("tokenize", {"POST": self._tokens.tokenize}),
             "/detokenize": ("detokenize", {"POST": self._tokens.detokenize}),
@@ -82,11 +82,11 @@ class App:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        call = Call(request, self.config, self.frontend.apart, self.room)
+        context = RequestContext(request, self.config, self.frontend.apart, self.room)
         self.under_way += 1
         try:
-            response = await self._answer(call)
-            call.code = response.status
+            response = await self._answer(context)
+            context.code = response.status
             if self.frontend.state == "draining" or _is_beyond(request):
                 response.force_close()
             if isinstance(response, web.Response) and not response.prepared:
@@ -97,26 +97,26 @@ class App:
                 request.transport.abort()
             raise
         finally:
-            call.let_go()
+            context.let_go()
             self.under_way -= 1
-            self.metrics.requests.labels(call.endpoint, str(call.code)).inc()
-            self._log(call)
+            self.metrics.requests.labels(context.endpoint, str(context.code)).inc()
+            self._log(context)
 
-    async def _answer(self, call: Call) -> web.StreamResponse:
+    async def _answer(self, context: RequestContext) -> web.StreamResponse:
         try:
-            self._gate.check(call.request)
-            self._check_place(call.request)
-            return call.preflight() or await self._route(call)
+            self._gate.check(context.request)
+            self._check_place(context.request)
+            return context.preflight() or await self._route(context)
         except ApiError as error:
-            return call.refuse(error)
+            return context.refuse(error)
         except (asyncio.CancelledError, ConnectionError):
             raise
         except AnabranchError as error:
-            return call.refuse(ApiError(400, "invalid_value", str(error)))
+            return context.refuse(ApiError(400, "invalid_value", str(error)))
         except Exception as error:
             # A bug of ours: the log says what, the client only that.
-            logger.error("a bug: %s %.80s", call.request.method, call.request.path, exc_info=error)
-            return call.refuse(ApiError(500, "internal_error", "the server failed; its log says how"))
+            logger.error("a bug: %s %.80s", context.request.method, context.request.path, exc_info=error)
+            return context.refuse(ApiError(500, "internal_error", "the server failed; its log says how"))
 
     def _check_place(self, request: web.BaseRequest) -> None:
         """Raises ApiError (503) on a connection that there was no place for, for all but the question whether the server lives."""
@@ -126,30 +126,30 @@ class App:
             headers = {"Retry-After": "1", "x-should-retry": "true", "connection": "close"}
             raise ApiError(503, "too_many_connections", message, headers=headers)
 
-    async def _route(self, call: Call) -> web.StreamResponse:
-        request = call.request
+    async def _route(self, context: RequestContext) -> web.StreamResponse:
+        request = context.request
         path = request.path
         if path in self._open:
-            return await _method(call, self._open[path])
+            return await _method(context, self._open[path])
         if path.startswith("/v1/admin/"):
-            call.endpoint = "admin"
-            return await self._admin.answer(call, path[len("/v1/admin/") :])
+            context.endpoint = "admin"
+            return await self._admin.answer(context, path[len("/v1/admin/") :])
         if path in self._keyed:
-            call.endpoint, methods = self._keyed[path]
-            self._authenticate(call)
-            return await _method(call, methods)
+            context.endpoint, methods = self._keyed[path]
+            self._authenticate(context)
+            return await _method(context, methods)
         if path.startswith(MODELS):
-            call.endpoint = "models"
-            self._authenticate(call)
-            return await _method(call, {"GET": self._model})
+            context.endpoint = "models"
+            self._authenticate(context)
+            return await _method(context, {"GET": self._model})
         raise ApiError(404, "not_found", f"there is no {path!r:.80}; GET /openapi.json lists what there is")
 
-    def _authenticate(self, call: Call) -> None:
+    def _authenticate(self, context: RequestContext) -> None:
         try:
-            call.key = self._keys.name_of(call.bearer)
+            context.key = self._keys.name_of(context.bearer)
         except ApiError as error:
             # Nobody without a key may make us read on.
-            if not call.request.content.is_eof():
+            if not context.request.content.is_eof():
                 error.headers["connection"] = "close"
             raise
 
@@ -165,43 +165,45 @@ class App:
 
     # Routes
 
-    async def _live(self, call: Call) -> web.StreamResponse:
+    async def _live(self, context: RequestContext) -> web.StreamResponse:
         if self.frontend.state == "failed":
             raise ApiError(503, "failed", self.frontend.error)
-        return call.json({"status": "ok"})
+        return context.json({"status": "ok"})
 
-    async def _ready(self, call: Call) -> web.StreamResponse:
+    async def _ready(self, context: RequestContext) -> web.StreamResponse:
         engine = self.frontend.engine
         if isinstance(engine, Mends) and not engine.is_whole:
             what = "a part of the engine has failed and is being replaced; requests wait for it"
             raise ApiError(503, "recovering", what, headers={"Retry-After": "2"})
-        return call.json({"status": "ready"})
+        return context.json({"status": "ready"})
 
-    async def _version(self, call: Call) -> web.StreamResponse:
-        return call.json({"version": __version__})
+    async def _version(self, context: RequestContext) -> web.StreamResponse:
+        return context.json({"version": __version__})
 
-    async def _metrics(self, call: Call) -> web.StreamResponse:
+    async def _metrics(self, context: RequestContext) -> web.StreamResponse:
         self.frontend.picture()
-        headers = {**call.headers, "content-type": "text/plain; version=0.0.4; charset=utf-8"}
+        headers = {**context.headers, "content-type": "text/plain; version=0.0.4; charset=utf-8"}
         return web.Response(body=self.metrics.text(), headers=headers)
 
-    async def _openapi(self, call: Call) -> web.StreamResponse:
-        return call.json(describe(__version__, self.config.limits.most_n))
+    async def _openapi(self, context: RequestContext) -> web.StreamResponse:
+        return context.json(describe(__version__, self.config.limits.most_n))
 
-    async def _page(self, call: Call) -> web.StreamResponse:
-        return web.Response(body=page(), content_type="text/html", charset="utf-8", headers={**HEADERS, **call.headers})
+    async def _page(self, context: RequestContext) -> web.StreamResponse:
+        return web.Response(
+            body=page(), content_type="text/html", charset="utf-8", headers={**HEADERS, **context.headers}
+        )
 
-    async def _models(self, call: Call) -> web.StreamResponse:
+    async def _models(self, context: RequestContext) -> web.StreamResponse:
         names = self.frontend.names if self.frontend.info is not None else ()
         made = [self._facts(name) for name in names]
-        return call.json({"object": "list", "data": made})
+        return context.json({"object": "list", "data": made})
 
-    async def _model(self, call: Call) -> web.StreamResponse:
-        name = unquote(call.request.rel_url.raw_path[len(MODELS) :])
+    async def _model(self, context: RequestContext) -> web.StreamResponse:
+        name = unquote(context.request.rel_url.raw_path[len(MODELS) :])
         if self.frontend.info is None or name not in self.frontend.names:
             shown = name[:80] if name.isprintable() else "?"
             raise ApiError(404, "model_not_found", f"there is no model {shown!r}; GET /v1/models lists what there is")
-        return call.json(self._facts(name))
+        return context.json(self._facts(name))
 
     def _facts(self, name: str) -> dict[str, Any]:
         info = self.frontend.info
@@ -211,23 +213,23 @@ class App:
             "max_model_len": info.max_positions, "routed_layers": {str(at): count for at, count in info.routed_layers.items()},
         }  # fmt: skip
 
-    def _log(self, call: Call) -> None:
+    def _log(self, context: RequestContext) -> None:
         """One line of JSON: what was asked for and how long it took; never what was said, unless the config asks for it."""
         if not self.config.access_log or not access.isEnabledFor(logging.INFO):
             return
         line = {
-            "time": round(time.time(), 3), "request_id": call.id, "method": call.request.method[:20],
-            "path": call.request.path[:200], "status": call.code, "key": call.key,
-            "ms": round((time.monotonic() - call.began) * 1000, 1), **call.facts,
+            "time": round(time.time(), 3), "request_id": context.id, "method": context.request.method[:20],
+            "path": context.request.path[:200], "status": context.code, "key": context.key,
+            "ms": round((time.monotonic() - context.began) * 1000, 1), **context.facts,
         }  # fmt: skip
         access.info("%s", json.dumps(line, ensure_ascii=True))
 
 
-async def _method(call: Call, methods: dict[str, Answer]) -> web.StreamResponse:
-    answer = methods.get(call.request.method)
+async def _method(context: RequestContext, methods: dict[str, Answer]) -> web.StreamResponse:
+    answer = methods.get(context.request.method)
     if answer is None:
-        raise wrong_method(call.request, methods)
-    return await answer(call)
+        raise wrong_method(context.request, methods)
+    return await answer(context)
 
 
 def _is_beyond(request: web.BaseRequest) -> bool:

@@ -16,7 +16,7 @@ Experts = dict[int, tuple[int, ...]]
 
 
 @dataclass(slots=True)
-class Shown:
+class TokenText:
     """A token whose text has been told.
 
     Attributes:
@@ -34,7 +34,7 @@ class Shown:
 
 
 @dataclass(slots=True)
-class Piece:
+class ChoiceDelta:
     """What is new of one choice.
 
     Attributes:
@@ -42,12 +42,12 @@ class Piece:
         text: new text.
         reasoning: what was thought, where the model's reasoning is told apart.
         tokens: whose text is told now; kept only where log probabilities or routing were asked for.
-        finish: why it ended; with the last piece.
+        finish: why it ended; with the last change.
     """
 
     index: int
     text: str
-    tokens: list[Shown] = field(default_factory=list)
+    tokens: list[TokenText] = field(default_factory=list)
     finish: Finish | None = None
     reasoning: str = ""
 
@@ -82,7 +82,7 @@ class Choice:
         times: seconds of `time.monotonic` at which outputs came, with their numbers of tokens.
         experts: tokens by (layer, expert), and tokens that were recorded, for the summary.
         finish: why it ended; None while it goes on.
-        scores: of its prompt, complete before the first piece; None where they were not asked for.
+        scores: of its prompt, complete before the first change; None where they were not asked for.
 
     Args:
         engine: runs it.
@@ -100,7 +100,7 @@ class Choice:
     ) -> None:
         self.index, self._engine, self._request, self._text = index, engine, request, text
         self._keeps = request.sampling.logprobs is not None or request.record_routing
-        self._held: list[Shown] = []
+        self._held: list[TokenText] = []
         self._has_told = False
         self.scores, self._brings_scores = scores, request.sampling.prompt_logprobs is not None
         self.prompt_tokens, self.completion_tokens = len(request.prompt), 0
@@ -116,26 +116,26 @@ class Choice:
         """Of `completion_tokens`, those that were thought."""
         return self._text.reasoning_tokens
 
-    async def run(self) -> AsyncIterator[Piece]:
+    async def run(self) -> AsyncIterator[ChoiceDelta]:
         """Pieces to the end. Closing it aborts the request; one that fails, alone or with the engine, raises ApiError (500)."""
         outputs = self._engine.submit(self._request)
         try:
             async for output in outputs:
-                piece = self._take(output)
+                change = self._take(output)
                 if self.scores is not None and not self.scores.is_complete:
                     # There is nothing new to show before the last of them.
                     if self._brings_scores:
                         continue
                     await self.scores.wait()
-                if piece.text or piece.reasoning or piece.tokens or piece.finish is not None or not self._has_told:
-                    yield piece
+                if change.text or change.reasoning or change.tokens or change.finish is not None or not self._has_told:
+                    yield change
                 if self.finish is not None:
                     return
             raise ApiError(500, "engine_failed", "the engine ended a request without a reason")
         finally:
             await outputs.aclose()  # type: ignore[attr-defined]
 
-    def _take(self, output: Output) -> Piece:
+    def _take(self, output: Output) -> ChoiceDelta:
         if (error := refused(output)) is not None:
             raise error
         if output.cached_tokens is not None:
@@ -146,23 +146,23 @@ class Choice:
             self.scores.add(output.prompt_logprobs)
         if output.tokens:
             self.times.append((time.monotonic(), len(output.tokens)))
-        piece = Piece(self.index, "")
+        change = ChoiceDelta(self.index, "")
         for at, token in enumerate(output.tokens):
             self.completion_tokens += 1
             start = self._text.read
-            self._add(piece, self._text.push(token))
+            self._add(change, self._text.push(token))
             self._note(output, at, token, start)
             if self._text.is_stopped:
-                return self._end(piece, Finish.STOP)
+                return self._end(change, Finish.STOP)
         if output.finish is not None:
-            self._add(piece, self._text.end())
-            return self._end(piece, output.finish)
-        piece.tokens = self._release(self._text.told)
-        return piece
+            self._add(change, self._text.end())
+            return self._end(change, output.finish)
+        change.tokens = self._release(self._text.told)
+        return change
 
-    def _add(self, piece: Piece, told: Text) -> None:
-        piece.reasoning += told[0]
-        piece.text += told[1]
+    def _add(self, change: ChoiceDelta, told: Text) -> None:
+        change.reasoning += told[0]
+        change.text += told[1]
         self._has_told = self._has_told or bool(told[0] or told[1])
 
     def _note(self, output: Output, at: int, token: int, start: int) -> None:
@@ -173,9 +173,9 @@ class Choice:
             self.experts.update((layer, expert) for layer, chosen in experts.items() for expert in chosen)
         if self._keeps:
             logprob = output.logprobs[at] if at < len(output.logprobs) else None
-            self._held.append(Shown(token, start, self._text.read, logprob, experts))
+            self._held.append(TokenText(token, start, self._text.read, logprob, experts))
 
-    def _release(self, told: int) -> list[Shown]:
+    def _release(self, told: int) -> list[TokenText]:
         """Tokens whose text is told in full."""
         count = 0
         while count < len(self._held) and self._held[count].end <= told:
@@ -183,9 +183,9 @@ class Choice:
         free, self._held = self._held[:count], self._held[count:]
         return free
 
-    def _end(self, piece: Piece, finish: Finish) -> Piece:
-        self.finish = piece.finish = finish
+    def _end(self, change: ChoiceDelta, finish: Finish) -> ChoiceDelta:
+        self.finish = change.finish = finish
         told = self._text.told
-        piece.tokens = [shown for shown in self._held if shown.start < told or shown.end <= told]
+        change.tokens = [item for item in self._held if item.start < told or item.end <= told]
         self._held = []
-        return piece
+        return change

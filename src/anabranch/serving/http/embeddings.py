@@ -15,10 +15,10 @@ from anabranch.errors import InputError
 from anabranch.serving.core.client import BusyError, EngineInfo
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.http import fields
-from anabranch.serving.http.asked import check_model
-from anabranch.serving.http.call import LONG_CHARACTERS, Call
 from anabranch.serving.http.choice import refused
+from anabranch.serving.http.context import LONG_CHARACTERS, RequestContext
 from anabranch.serving.http.frontend import Frontend
+from anabranch.serving.http.generation_request import check_model
 from anabranch.serving.http.reading import Reader
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
@@ -45,57 +45,57 @@ class Embeddings:
         self._frontend, self._metrics = frontend, frontend.metrics
         self._serial = 0
 
-    async def answer(self, call: Call) -> web.StreamResponse:
+    async def answer(self, context: RequestContext) -> web.StreamResponse:
         """Vectors of texts. Raises ApiError: 501 for an engine that makes none."""
         frontend = self._frontend
         info, reader = frontend.check_ready()
-        body = await call.body()
+        body = await context.body()
         check_model(body, frontend.names)
         for name, value in body.items():
             if name in KNOWN and value is not None:
                 fields.expect(name, value, KNOWN[name])
-        call.warn(tuple(name for name in body if name not in KNOWN), KNOWN)
+        context.warn(tuple(name for name in body if name not in KNOWN), KNOWN)
         if info.pooling is None:
             raise ApiError(501, "not_supported", "this engine makes no embeddings")
         size = body.get("dimensions") or info.width
         if size > info.width:
             raise wrong("dimensions", f"dimensions is {size:,}; this model's vectors have {info.width:,}")
-        prompts = await self._read(call, body.get("input"), reader, info)
-        vectors, cached = await self._made(call, prompts, info, str(body.get("cache_salt") or ""))
+        prompts = await self._read(context, body.get("input"), reader, info)
+        vectors, cached = await self._made(context, prompts, info, str(body.get("cache_salt") or ""))
         tokens = sum(map(len, prompts))
         is_packed = body.get("encoding_format") == "base64"
         data = [
             {"object": "embedding", "index": at, "embedding": _shown(vector[:size], is_packed)}
             for at, vector in enumerate(vectors)
         ]
-        call.facts |= {"prompt_tokens": tokens, "cached_tokens": cached, "n": len(prompts)}
+        context.facts |= {"prompt_tokens": tokens, "cached_tokens": cached, "n": len(prompts)}
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return call.json({"object": "list", "data": data, "model": body["model"], "usage": usage})
+        return context.json({"object": "list", "data": data, "model": body["model"], "usage": usage})
 
-    async def _read(self, call: Call, given: Any, reader: Reader, info: EngineInfo) -> Prompts:
+    async def _read(self, context: RequestContext, given: Any, reader: Reader, info: EngineInfo) -> Prompts:
         length = (
             sum(len(part) for part in given if isinstance(part, str | list))
             if isinstance(given, list)
             else len(given or "")
         )
         if length > LONG_CHARACTERS:
-            return await self._frontend.apart(call.key, read_inputs, given, reader, info)
+            return await self._frontend.apart(context.key, read_inputs, given, reader, info)
         return read_inputs(given, reader, info)
 
     async def _made(
-        self, call: Call, prompts: Prompts, info: EngineInfo, salt: str
+        self, context: RequestContext, prompts: Prompts, info: EngineInfo, salt: str
     ) -> tuple[list[tuple[float, ...]], int]:
         """Vectors of prompts, and how many of their tokens were there. Raises ApiError."""
-        frontend, left_s = self._frontend, call.left_s()
-        [ticket] = frontend.admit([sum(map(len, prompts))], call.key, left_s)
+        frontend, left_s = self._frontend, context.left_s()
+        [ticket] = frontend.admit([sum(map(len, prompts))], context.key, left_s)
         room, cached = asyncio.Semaphore(AT_ONCE), 0
         self._serial += 1
-        salt = frontend.salt_of(call.key, salt)
+        salt = frontend.salt_of(context.key, salt)
 
         async def one(at: int, prompt: tuple[int, ...]) -> tuple[float, ...]:
             nonlocal cached
             request = Request(
-                id=f"{call.id}-embed-{self._serial}-{at}", prompt=prompt, sampling=Sampling(max_tokens=0), key=call.key,
+                id=f"{context.id}-embed-{self._serial}-{at}", prompt=prompt, sampling=Sampling(max_tokens=0), key=context.key,
                 arrival=time.monotonic(), cache_salt=salt, pooling=info.pooling, stall_s=math.inf,
             )  # fmt: skip
             async with room, contextlib.aclosing(frontend.runs().submit(request)) as outputs:

@@ -13,10 +13,10 @@ from anabranch.serving.core.admission import OverloadError, Ticket
 from anabranch.serving.core.client import BusyError, EngineClient, EngineInfo, NotBegunError
 from anabranch.serving.core.request import Output, Request
 from anabranch.serving.core.turns import Turns
-from anabranch.serving.http.asked import Asked
 from anabranch.serving.http.buffer import Buffer
-from anabranch.serving.http.choice import ENGINE_FAILED, Choice, Piece
+from anabranch.serving.http.choice import ENGINE_FAILED, Choice, ChoiceDelta
 from anabranch.serving.http.config import HttpConfig
+from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.metrics import Metrics
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.scores import PromptScores
@@ -64,7 +64,7 @@ class Frontend:
             "anabranch-template", "chats wait to be rendered", threads=32, at_once=16, most_waiting=256
         )
         self._engine: EngineClient | None = None
-        self._live: dict[Buffer[Piece], list[_Lasting]] = {}
+        self._live: dict[Buffer[ChoiceDelta], list[_Lasting]] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._restarts, self._ready_at, self._serial = 0, 0.0, 0
 
@@ -147,21 +147,21 @@ class Frontend:
         self._rendering.close()
 
     async def apart(
-        self, call_key: str, function: Callable[..., T], *args: Any, is_rendering: bool = False, **kwargs: Any
+        self, key: str, function: Callable[..., T], *args: Any, is_rendering: bool = False, **kwargs: Any
     ) -> T:
         """What a function returns that reads what a client sent, and may take long: from a thread, in turn with those of other keys.
 
         Args:
-            call_key: whose it is.
+            key: whose it is.
             function, args, kwargs: what to call.
             is_rendering: it asks for a chat template, and mostly waits: what renders nothing never waits behind templates.
 
         Raises what it raises, and ApiError (429, or 503 by config) where there is no room for the request, or for so much of one key.
         """
         with self._refusing():
-            self.admission.check(0, call_key)
+            self.admission.check(0, key)
         try:
-            future = (self._rendering if is_rendering else self._reading).submit(call_key, function, *args, **kwargs)
+            future = (self._rendering if is_rendering else self._reading).submit(key, function, *args, **kwargs)
         except BusyError as error:
             self.metrics.rejections.labels("queued").inc()
             raise _overloaded(self.admission.config.status, str(error), 1.0) from None
@@ -196,23 +196,24 @@ class Frontend:
 
     @contextlib.asynccontextmanager
     async def run(
-        self, asked: Asked, id: str, key: str, tickets: Sequence[Ticket]
-    ) -> AsyncIterator[tuple[list[Choice], Buffer[Piece]]]:
+        self, request: GenerationRequest, id: str, key: str, tickets: Sequence[Ticket]
+    ) -> AsyncIterator[tuple[list[Choice], Buffer[ChoiceDelta]]]:
         """Choices and the buffer their pieces come through; all is aborted at the end. Raises ApiError."""
-        engines = [_Lasting(self, self.engine) for _ in range(asked.num_choices)]
+        engines = [_Lasting(self, self.engine) for _ in range(request.num_choices)]
         reader = self.check_ready()[1]
         # Senders choose their ids, and may choose one twice.
         self._serial += 1
-        is_scored = asked.sampling.prompt_logprobs is not None
-        scores = [PromptScores(len(prompt)) if is_scored else None for prompt in asked.prompts]
+        is_scored = request.sampling.prompt_logprobs is not None
+        scores = [PromptScores(len(prompt)) if is_scored else None for prompt in request.prompts]
         choices = [
             Choice(
-                at, engines[at], self._request(asked, f"{id}-{self._serial}", key, at), asked.text(reader), scores[at // asked.n]
+                at, engines[at], self._engine_request(request, f"{id}-{self._serial}", key, at), request.text(reader),
+                scores[at // request.n],
             )
-            for at in range(asked.num_choices)
+            for at in range(request.num_choices)
         ]  # fmt: skip
-        buffer: Buffer[Piece] = Buffer(
-            [_checked(choice, ticket, asked.grammar_param) for choice, ticket in zip(choices, tickets, strict=True)]
+        buffer: Buffer[ChoiceDelta] = Buffer(
+            [_checked(choice, ticket, request.grammar_param) for choice, ticket in zip(choices, tickets, strict=True)]
         )
         self._live[buffer] = engines
         try:
@@ -221,15 +222,15 @@ class Frontend:
         finally:
             del self._live[buffer]
 
-    def _request(self, asked: Asked, id: str, key: str, at: int) -> Request:
-        prompt, choice = asked.prompts[at // asked.n], at % asked.n
+    def _engine_request(self, request: GenerationRequest, id: str, key: str, at: int) -> Request:
+        prompt, choice = request.prompts[at // request.n], at % request.n
         config = self.config
-        salt = self.salt_of(key, asked.cache_salt)
+        salt = self.salt_of(key, request.cache_salt)
         is_above = key in config.priority_keys or "*" in config.priority_keys
         return Request(
-            id=f"{id}-{at}", prompt=prompt, sampling=asked.sampling_of(choice), key=key, arrival=time.monotonic(), cache_salt=salt,
-            priority=asked.priority if is_above else 0, own_priority=0 if is_above else asked.priority,
-            record_routing=asked.is_routing, num_streams=asked.num_streams,
+            id=f"{id}-{at}", prompt=prompt, sampling=request.sampling_of(choice), key=key, arrival=time.monotonic(), cache_salt=salt,
+            priority=request.priority if is_above else 0, own_priority=0 if is_above else request.priority,
+            record_routing=request.is_routing, num_streams=request.num_streams,
             # How long one may wait for a reader is the connection's to say.
             buffer=config.limits.stream_events, stall_s=math.inf,
         )  # fmt: skip
@@ -354,7 +355,7 @@ class _Lasting:
                 self.is_waiting = False
 
 
-async def _checked(choice: Choice, ticket: Ticket, param: str | None) -> AsyncIterator[Piece]:
+async def _checked(choice: Choice, ticket: Ticket, param: str | None) -> AsyncIterator[ChoiceDelta]:
     """Pieces of a choice; what the engine says can never run is the client's mistake."""
     pieces = choice.run()
     try:

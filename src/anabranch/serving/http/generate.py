@@ -7,12 +7,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from aiohttp import web
 
 from anabranch.serving.core.client import EngineInfo
-from anabranch.serving.http.asked import Asked, check_model, read_chat, read_completion
 from anabranch.serving.http.buffer import Buffer
-from anabranch.serving.http.call import LONG_CHARACTERS, Call
-from anabranch.serving.http.choice import Choice, Piece
+from anabranch.serving.http.choice import Choice, ChoiceDelta
+from anabranch.serving.http.context import LONG_CHARACTERS, RequestContext
 from anabranch.serving.http.fields import KNOWN
 from anabranch.serving.http.frontend import Frontend
+from anabranch.serving.http.generation_request import GenerationRequest, check_model, read_chat, read_completion
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.responses import ResponseShape, read_response
 from anabranch.serving.http.shape import ChatShape, CompletionShape, Shape
@@ -22,7 +22,11 @@ from anabranch.web.api_error import ApiError
 
 # Characters of x-route-experts.
 MOST_HEADER = 900
-_READ: dict[str, Callable[..., Asked]] = {"chat": read_chat, "completions": read_completion, "responses": read_response}
+_READ: dict[str, Callable[..., GenerationRequest]] = {
+    "chat": read_chat,
+    "completions": read_completion,
+    "responses": read_response,
+}
 _SHAPES: dict[str, type[Shape]] = {"chat": ChatShape, "completions": CompletionShape, "responses": ResponseShape}
 
 
@@ -36,30 +40,30 @@ class Generate:
     def __init__(self, frontend: Frontend) -> None:
         self._frontend, self._metrics = frontend, frontend.metrics
 
-    async def answer(self, call: Call, kind: str) -> web.StreamResponse:
+    async def answer(self, context: RequestContext, kind: str) -> web.StreamResponse:
         """Answer a request to ``chat``, ``completions`` or ``responses``. Raises ApiError, and ConnectionError when the sender has gone."""
         frontend = self._frontend
         info, reader = frontend.check_ready()
-        asked = await self._read(call, kind, info, reader)
-        call.let_go()
-        deadline_s = call.deadline_s()
-        if asked.is_echo and asked.max_tokens == 0 and asked.logprobs is None:
-            return call.json(CompletionShape(asked, [], reader, info).echoed())
-        lengths = [len(prompt) for prompt in asked.prompts for _ in range(asked.n)]
-        tickets = frontend.admit(lengths, call.key, call.left_s())
+        request = await self._read(context, kind, info, reader)
+        context.let_go()
+        deadline_s = context.deadline_s()
+        if request.is_echo and request.max_tokens == 0 and request.logprobs is None:
+            return context.json(CompletionShape(request, [], reader, info).echoed())
+        lengths = [len(prompt) for prompt in request.prompts for _ in range(request.n)]
+        tickets = frontend.admit(lengths, context.key, context.left_s())
         choices: list[Choice] = []
         try:
-            async with frontend.run(asked, call.id, call.key, tickets) as (choices, buffer):
-                shape = _SHAPES[kind](asked, choices, reader, info)
-                call.headers |= {
+            async with frontend.run(request, context.id, context.key, tickets) as (choices, buffer):
+                shape = _SHAPES[kind](request, choices, reader, info)
+                context.headers |= {
                     "x-route-model": _header(frontend.name),
                     "x-route-layers": str(len(info.routed_layers)),
                 }
                 if info.stream_choices != (1,):
-                    call.headers["x-route-streams"] = str(asked.num_streams or info.num_streams)
-                if asked.is_stream:
-                    return await self._stream(call, shape, buffer, deadline_s)
-                return await self._complete(call, shape, buffer, deadline_s)
+                    context.headers["x-route-streams"] = str(request.num_streams or info.num_streams)
+                if request.is_stream:
+                    return await self._stream(context, shape, buffer, deadline_s)
+                return await self._complete(context, shape, buffer, deadline_s)
         except SlowReaderError:
             self._abort(choices, "slow_reader")
             raise
@@ -72,65 +76,65 @@ class Generate:
         finally:
             for ticket in tickets:
                 ticket.close()
-            self._count(call, asked, choices)
+            self._count(context, request, choices)
 
-    async def _read(self, call: Call, kind: str, info: EngineInfo, reader: Reader) -> Asked:
+    async def _read(self, context: RequestContext, kind: str, info: EngineInfo, reader: Reader) -> GenerationRequest:
         # Not only the longest prompt there is, but what else a request says.
-        body = await call.body(most_tokens=2 * info.max_positions)
+        body = await context.body(most_tokens=2 * info.max_positions)
         check_model(body, self._frontend.names)
         limit = self._frontend.config.limits.most_n
-        length = call.request.content_length
+        length = context.request.content_length
         is_rendering = kind != "completions" and reader.has_template
         if is_rendering or length is None or length > LONG_CHARACTERS:
-            asked = await self._frontend.apart(
-                call.key, _READ[kind], body, reader, info, limit, is_rendering=is_rendering
+            request = await self._frontend.apart(
+                context.key, _READ[kind], body, reader, info, limit, is_rendering=is_rendering
             )
         else:
-            asked = _READ[kind](body, reader, info, limit)
-        call.warn(asked.unknown, KNOWN[asked.kind])
+            request = _READ[kind](body, reader, info, limit)
+        context.warn(request.unknown, KNOWN[request.kind])
         if self._frontend.config.log_prompts:
-            call.facts["prompts"] = [reader.decode(prompt) for prompt in asked.prompts]
-        call.facts |= {"stream": asked.is_stream, "n": asked.n, "prompt_tokens": asked.prompt_tokens}
+            context.facts["prompts"] = [reader.decode(prompt) for prompt in request.prompts]
+        context.facts |= {"stream": request.is_stream, "n": request.n, "prompt_tokens": request.prompt_tokens}
         if info.stream_choices != (1,):
-            call.facts["num_streams"] = asked.num_streams or info.num_streams
-        return asked
+            context.facts["num_streams"] = request.num_streams or info.num_streams
+        return request
 
     async def _complete(
-        self, call: Call, shape: Shape, buffer: Buffer[Piece], deadline_s: float | None
+        self, context: RequestContext, shape: Shape, buffer: Buffer[ChoiceDelta], deadline_s: float | None
     ) -> web.StreamResponse:
-        pieces: list[list[Piece]] = [[] for _ in shape.choices]
-        end = None if deadline_s is None else call.began + deadline_s
+        changes: list[list[ChoiceDelta]] = [[] for _ in shape.choices]
+        end = None if deadline_s is None else context.began + deadline_s
         while (taken := await _take(buffer, end)) is not None:
-            for piece in taken:
-                pieces[piece.index].append(piece)
-        if shape.asked.is_routing:
-            call.headers["x-route-experts"] = _experts(shape)
-        response = call.json(shape.whole(pieces))
+            for change in taken:
+                changes[change.index].append(change)
+        if shape.request.is_routing:
+            context.headers["x-route-experts"] = _experts(shape)
+        response = context.json(shape.whole(changes))
         # Written here, not after the handler, so that a drain waits for it.
-        await write(response, call.request, self._frontend.config.limits.stall_s)
-        call.code = response.status
+        await write(response, context.request, self._frontend.config.limits.stall_s)
+        context.code = response.status
         return response
 
     async def _stream(
-        self, call: Call, shape: Shape, buffer: Buffer[Piece], deadline_s: float | None
+        self, context: RequestContext, shape: Shape, buffer: Buffer[ChoiceDelta], deadline_s: float | None
     ) -> web.StreamResponse:
         config = self._frontend.config
-        end = None if deadline_s is None else call.began + deadline_s
+        end = None if deadline_s is None else context.began + deadline_s
         events = self._events(shape, buffer, end, config.keep_alive_s)
         try:
             response, failure = await send(
-                call.request, {**SAFE, **call.headers}, events, config.limits.stall_s, shape.failed, shape.ending
+                context.request, {**SAFE, **context.headers}, events, config.limits.stall_s, shape.failed, shape.ending
             )
         finally:
             await events.aclose()
-        call.code = response.status
+        context.code = response.status
         if failure is not None:
-            call.facts["error"] = failure.code
+            context.facts["error"] = failure.code
             self._failed(shape.choices, failure)
         return response
 
     async def _events(
-        self, shape: Shape, buffer: Buffer[Piece], end: float | None, beat_s: float
+        self, shape: Shape, buffer: Buffer[ChoiceDelta], end: float | None, beat_s: float
     ) -> AsyncGenerator[bytes]:
         """What is new at any time as one block of bytes: a reader who is slow gets more at once."""
         while (taken := await _take(buffer, end, beat_s)) is not None:
@@ -149,22 +153,22 @@ class Generate:
         cut = sum(1 for choice in choices if choice.finish is None)
         self._metrics.aborted.labels(reason).inc(cut)
 
-    def _count(self, call: Call, asked: Asked, choices: Sequence[Choice]) -> None:
+    def _count(self, context: RequestContext, request: GenerationRequest, choices: Sequence[Choice]) -> None:
         """Tokens and times of a request that is over, of whatever of it was done."""
         now, metrics = time.monotonic(), self._metrics
         tokens = sum(choice.completion_tokens for choice in choices)
-        cached = sum(choice.cached_tokens for choice in choices[:: asked.n])
+        cached = sum(choice.cached_tokens for choice in choices[:: request.n])
         if any(choice.times or choice.finish is not None for choice in choices):
-            metrics.prompt_tokens.inc(asked.prompt_tokens)
+            metrics.prompt_tokens.inc(request.prompt_tokens)
             metrics.cached_tokens.inc(cached)
             metrics.generation_tokens.inc(tokens)
-        call.facts |= {"completion_tokens": tokens, "cached_tokens": cached}
+        context.facts |= {"completion_tokens": tokens, "cached_tokens": cached}
         firsts = [choice.times[0][0] for choice in choices if choice.times]
         if firsts:
-            call.facts["ttft_ms"] = round((min(firsts) - call.began) * 1000, 1)
-        call.facts["finish"] = sorted({str(choice.finish) for choice in choices if choice.finish is not None})
+            context.facts["ttft_ms"] = round((min(firsts) - context.began) * 1000, 1)
+        context.facts["finish"] = sorted({str(choice.finish) for choice in choices if choice.finish is not None})
         for choice in choices:
-            self._observe(choice, call.began, now)
+            self._observe(choice, context.began, now)
 
     def _observe(self, choice: Choice, began: float, now: float) -> None:
         metrics = self._metrics
@@ -192,7 +196,9 @@ _ABORTED = {
 _CUT = ("engine_failed", "aborted", "shutting_down")
 
 
-async def _take(buffer: Buffer[Piece], end: float | None, beat_s: float | None = None) -> list[Piece] | None:
+async def _take(
+    buffer: Buffer[ChoiceDelta], end: float | None, beat_s: float | None = None
+) -> list[ChoiceDelta] | None:
     """See `Buffer.take`. Raises ApiError (504) once ``end`` (s of `time.monotonic`) has passed."""
     left_s = None if end is None else max(0.0, end - time.monotonic())
     waits = [wait_s for wait_s in (left_s, beat_s) if wait_s is not None]

@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from anabranch.serving.core.client import EngineInfo
-from anabranch.serving.http.asked import Asked, read_chat
-from anabranch.serving.http.choice import Piece
+from anabranch.serving.http.choice import ChoiceDelta
 from anabranch.serving.http.fields import unsupported
+from anabranch.serving.http.generation_request import GenerationRequest, read_chat
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import ChatShape
 from anabranch.web.api_error import ApiError
@@ -25,7 +25,7 @@ _NAMES = {
 }  # fmt: skip
 
 
-def read_response(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> Asked:
+def read_response(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> GenerationRequest:
     """A request to ``/v1/responses``. Raises ApiError (400) that names the parameter."""
     for name, allowed in _REFUSED.items():
         if body.get(name) is not None and body[name] not in allowed:
@@ -56,18 +56,18 @@ class ResponseShape(ChatShape):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._request = dict(self.asked.response_of or {})
-        self._events, self._has_started = ResponseStream(self._request), False
+        self._body = dict(self.request.response_of or {})
+        self._events, self._has_started = ResponseStream(self._body), False
 
-    def whole(self, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+    def whole(self, changes: Sequence[Sequence[ChoiceDelta]]) -> dict[str, Any]:
         """See `Shape`."""
-        return to_response(self._request, super().whole(pieces))
+        return to_response(self._body, super().whole(changes))
 
-    def events(self, piece: Piece) -> bytes:
+    def events(self, change: ChoiceDelta) -> bytes:
         """See `Shape`."""
         begin = [] if self._has_started else list(self._events.begin())
         self._has_started = True
-        return b"".join([*begin, *(made for chunk in self.chunks(piece) for made in self._events.add(chunk))])
+        return b"".join([*begin, *(made for chunk in self.chunks(change) for made in self._events.add(chunk))])
 
     def last_events(self) -> bytes:
         """See `Shape`."""

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from anabranch.serving.http import fields
-from anabranch.serving.http.asked import check_model
-from anabranch.serving.http.call import LONG_CHARACTERS, Call
+from anabranch.serving.http.context import LONG_CHARACTERS, RequestContext
 from anabranch.serving.http.frontend import Frontend
+from anabranch.serving.http.generation_request import check_model
 from anabranch.web.api_error import wrong
 from anabranch.web.body import is_int
 
@@ -30,10 +30,10 @@ class Tokens:
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
 
-    async def tokenize(self, call: Call) -> web.StreamResponse:
+    async def tokenize(self, context: RequestContext) -> web.StreamResponse:
         """``{"prompt": text}`` or ``{"messages": [...]}`` as token ids."""
         info, reader = self._frontend.check_ready()
-        body = await self._body(call, _TOKENIZE, is_model_needed=False)
+        body = await self._body(context, _TOKENIZE, is_model_needed=False)
         if (body.get("prompt") is None) == (body.get("messages") is None):
             raise wrong("prompt", "give prompt or messages, one of the two")
         text, encode, apart = body.get("prompt"), reader.encode, self._frontend.apart
@@ -43,7 +43,7 @@ class Tokens:
             def rendered() -> str:
                 return reader.render(body["messages"], None, is_open=is_open, values=reader.template_values(body)[0])
 
-            text = await apart(call.key, rendered, is_rendering=True)
+            text = await apart(context.key, rendered, is_rendering=True)
             encode = reader.encode_chat
 
         def made() -> web.Response:
@@ -51,29 +51,31 @@ class Tokens:
             found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_positions}
             if body.get("return_token_strs"):
                 found["token_strs"] = [reader.token_text(token)[0] for token in tokens]
-            return call.json(found)
+            return context.json(found)
 
-        return await self._maybe_apart(call, len(text or ""), made)
+        return await self._maybe_apart(context, len(text or ""), made)
 
-    async def detokenize(self, call: Call) -> web.StreamResponse:
+    async def detokenize(self, context: RequestContext) -> web.StreamResponse:
         """``{"tokens": [...]}`` as text."""
         info, reader = self._frontend.check_ready()
-        body = await self._body(call, _DETOKENIZE, is_model_needed=False)
+        body = await self._body(context, _DETOKENIZE, is_model_needed=False)
         tokens = body.get("tokens")
         if tokens is None or not all(is_int(token) and 0 <= token < info.vocab_size for token in tokens):
             raise wrong("tokens", f"tokens must be a list of token ids from 0 to {info.vocab_size - 1:,}")
-        return await self._maybe_apart(call, len(tokens), lambda: call.json({"prompt": reader.decode(tokens)}))
+        return await self._maybe_apart(context, len(tokens), lambda: context.json({"prompt": reader.decode(tokens)}))
 
-    async def _maybe_apart(self, call: Call, length: int, function: Callable[..., T], *args: Any) -> T:
+    async def _maybe_apart(self, context: RequestContext, length: int, function: Callable[..., T], *args: Any) -> T:
         """What a function returns, from a thread if it reads so much."""
-        return await self._frontend.apart(call.key, function, *args) if length > LONG_CHARACTERS else function(*args)
+        return await self._frontend.apart(context.key, function, *args) if length > LONG_CHARACTERS else function(*args)
 
-    async def _body(self, call: Call, known: dict[str, fields.Check], is_model_needed: bool = True) -> dict[str, Any]:
+    async def _body(
+        self, context: RequestContext, known: dict[str, fields.Check], is_model_needed: bool = True
+    ) -> dict[str, Any]:
         info, _ = self._frontend.check_ready()
-        body = await call.body(most_tokens=2 * info.max_positions)
+        body = await context.body(most_tokens=2 * info.max_positions)
         check_model(body, self._frontend.names, is_needed=is_model_needed)
         for name, value in body.items():
             if name in known and value is not None:
                 fields.expect(name, value, known[name])
-        call.warn(tuple(name for name in body if name not in known), known)
+        context.warn(tuple(name for name in body if name not in known), known)
         return body

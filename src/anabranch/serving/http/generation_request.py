@@ -1,4 +1,4 @@
-"""`Asked`: a request that was checked and understood: prompts as tokens, how to sample, what to show of it."""
+"""`GenerationRequest`: a request that was checked and understood: prompts as tokens, how to sample, what to show of it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ _TO_SAMPLING = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class GenerationRequest:
     """One request.
 
     Attributes:
@@ -101,7 +101,7 @@ class Asked:
         return replace(self.sampling, **changes) if changes else self.sampling
 
 
-def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> Asked:
+def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> GenerationRequest:
     """A request to ``/v1/chat/completions``. Raises ApiError (400) that names the parameter."""
     unknown = fields.check(body, "chat")
     body = reader.with_defaults(body)
@@ -126,13 +126,13 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
         is_call = tools is not None and tools.is_demanded
         preamble = reader.dialect.preamble(reasoning, reader.tokenizer, is_call=is_call)
         shared["sampling"] = replace(shared["sampling"], preamble=preamble)
-    return Asked(
+    return GenerationRequest(
         kind="chat", prompts=(prompt,), tools=tools, reasoning=reasoning, logprobs=logprobs, **shared,
         unknown=(*unknown, *unknown_values),
     )  # fmt: skip
 
 
-def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> Asked:
+def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> GenerationRequest:
     """A request to ``/v1/completions``. Raises ApiError (400) that names the parameter."""
     unknown = fields.check(body, "completions")
     body = reader.with_defaults(body)
@@ -148,7 +148,7 @@ def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most
     shared = _shared(body, info, most, most_n, logprobs, grammar)
     if is_echo:
         shared["sampling"] = replace(shared["sampling"], prompt_logprobs=logprobs)
-    return Asked(
+    return GenerationRequest(
         kind="completions", prompts=tuple(prompts), texts=tuple(texts), is_echo=is_echo, logprobs=logprobs,
         **shared, unknown=tuple(unknown),
     )  # fmt: skip

@@ -1,16 +1,16 @@
-"""From the text of a chat to what is said of it: content, or calls of tools."""
+"""`MessageDeltas`: the text of a chat as deltas of a message: content, or calls of tools."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from anabranch.serving.chat import Tools
-from anabranch.serving.chat.events import ArgumentsDelta, CallStarted, Event, Parser, TextDelta
+from anabranch.serving.chat.events import ArgumentsDelta, Event, Parser, TextDelta, ToolCallStarted
 from anabranch.web.ids import new_id
 
 Delta = dict[str, Any]
 
 
-class Speech:
+class MessageDeltas:
     """Turns the text of one choice into deltas of a message, as OpenAI's: a call begins with empty arguments, which follow in pieces.
 
     What looks like a call but is none, of a tool that nobody offered, is content.
@@ -48,15 +48,15 @@ class Speech:
     def _deltas(self, events: Sequence[Event]) -> list[Delta]:
         deltas = []
         for event in events:
-            if isinstance(event, CallStarted | ArgumentsDelta):
+            if isinstance(event, ToolCallStarted | ArgumentsDelta):
                 deltas += self._call(event)
             else:
                 text = event.text.rstrip() if self._count and isinstance(event, TextDelta) else event.text
                 deltas += [{"content": text}] if text else []
         return deltas
 
-    def _call(self, event: CallStarted | ArgumentsDelta) -> list[Delta]:
-        self._count += isinstance(event, CallStarted)
+    def _call(self, event: ToolCallStarted | ArgumentsDelta) -> list[Delta]:
+        self._count += isinstance(event, ToolCallStarted)
         if self._most is not None and self._count > self._most:
             return []
         index = self._count - 1
@@ -66,7 +66,7 @@ class Speech:
         return [{"tool_calls": [{"index": index, "id": new_id("call"), "type": "function", "function": function}]}]
 
 
-def merged(deltas: Sequence[Delta]) -> dict[str, Any]:
+def message_of(deltas: Sequence[Delta]) -> dict[str, Any]:
     """The message that these deltas make."""
     content = "".join(delta.get("content", "") for delta in deltas)
     pieces: list[list[Delta]] = []  # by call

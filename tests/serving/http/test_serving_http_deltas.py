@@ -12,8 +12,8 @@ from anabranch.data import ByteTokenizer
 from anabranch.serving.chat import Tools
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, Output, Request, Sampling, TokenLogprob
-from anabranch.serving.http.asked import Asked
 from anabranch.serving.http.choice import Choice
+from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import ChatShape
 from fake_engine import Script
@@ -67,17 +67,19 @@ class Cut:
 def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
     """The message and the reason of the whole answer, and those that the deltas of a stream make."""
     tools = Tools((WEATHER, CLOCK), is_parallel=is_parallel)
-    asked = Asked(
+    request = GenerationRequest(
         kind="chat", model="small", prompts=((1,),), tools=tools, stop=stop, sampling=Sampling(logprobs=0), logprobs=0
     )
     reader = Reader(ByteTokenizer())
-    choice = Choice(0, Cut(outputs, finish), Request(id="a", prompt=(1,), sampling=asked.sampling), asked.text(reader))
+    choice = Choice(
+        0, Cut(outputs, finish), Request(id="a", prompt=(1,), sampling=request.sampling), request.text(reader)
+    )
 
     async def run():
         return [piece async for piece in choice.run()]
 
     pieces = asyncio.run(run())
-    whole, stream = (ChatShape(asked, [choice], reader, INFO) for _ in range(2))
+    whole, stream = (ChatShape(request, [choice], reader, INFO) for _ in range(2))
     [told] = whole.whole([pieces])["choices"]
     parts = [chunk["choices"][0] for piece in pieces for chunk in stream.chunks(piece)]
     rows = [row for part in parts for row in (part["logprobs"] or {"content": []})["content"]]
@@ -197,11 +199,11 @@ def client():
 @pytest.mark.parametrize("is_parallel", [True, False])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_the_official_client_joins_what_a_server_streams(client, choice, is_parallel):
-    asked = {**ASKED, "tool_choice": choice, "parallel_tool_calls": is_parallel}
-    whole = client.chat.completions.create(**asked).choices[0]
+    request = {**ASKED, "tool_choice": choice, "parallel_tool_calls": is_parallel}
+    whole = client.chat.completions.create(**request).choices[0]
     calls = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls]
     assert len(calls) > 1 if is_parallel and choice == "required" else len(calls) == 1
-    with client.chat.completions.stream(**asked) as stream:
+    with client.chat.completions.stream(**request) as stream:
         pieces = [event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"]
         end = stream.get_final_completion().choices[0]
     assert [(call.function.name, call.function.arguments) for call in end.message.tool_calls] == calls

@@ -1,4 +1,4 @@
-"""`Call`: one HTTP request as the routes see it: who asks, what for, until when, and what the log will say of it."""
+"""`RequestContext`: one HTTP request as the routes see it: who asks, what for, until when, and what the log will say of it."""
 
 import difflib
 import math
@@ -29,7 +29,7 @@ Apart = Callable[..., Awaitable[Any]]
 EXPOSED = "x-request-id, x-route-model, x-route-layers, x-route-streams, x-route-experts, x-warning, retry-after"
 
 
-class Call:
+class RequestContext:
     """One request.
 
     Attributes:
