@@ -51,11 +51,11 @@ from _system_info import last_error, llama_instructions, system_info
 from anabranch.serving.config import parse_bytes
 
 ROOM = {
-    "ours": "900MiB",
-    "ours --memory": "900MiB",
-    "llama.cpp mmap": "256MiB",
-    "llama.cpp": "256MiB",
-    "ik_llama.cpp": "384MiB",
+    "ours": "1100MiB",
+    "ours --memory": "1100MiB",
+    "llama.cpp mmap": "192MiB",
+    "llama.cpp": "192MiB",
+    "ik_llama.cpp": "192MiB",
 }
 CONTEXT = 256  # tokens of a sequence
 OURS = ("ours", "ours --memory")
