@@ -1,6 +1,5 @@
 """Calls of tools in a stream: their pieces make the whole answer's, however the model's text is cut; OpenAI's client joins them."""
 
-import asyncio
 import itertools
 import json
 
@@ -48,20 +47,12 @@ TEXTS = [
 ]  # fmt: skip
 
 
-class Cut:
-    """An engine that tells these bytes, in outputs of these sizes, with a log probability each."""
-
-    def __init__(self, outputs, finish):
-        self.outputs, self.finish = outputs, finish
-
-    async def submit(self, request):
-        for piece in self.outputs:
-            yield Output(
-                id=request.id,
-                tokens=tuple(piece),
-                logprobs=tuple(TokenLogprob(token=token, logprob=-0.5) for token in piece),
-            )
-        yield Output(id=request.id, finish=self.finish)
+def outputs_of(cuts, finish):
+    """Outputs that tell bytes, cut like this, with a log probability each."""
+    for piece in cuts:
+        scores = tuple(TokenLogprob(token=token, logprob=-0.5) for token in piece)
+        yield Output(id="a", tokens=tuple(piece), logprobs=scores)
+    yield Output(id="a", finish=finish)
 
 
 def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
@@ -71,14 +62,13 @@ def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
         kind="chat", model="small", prompts=((1,),), tools=tools, stop=stop, sampling=Sampling(logprobs=0), logprobs=0
     )
     reader = Reader(ByteTokenizer())
-    choice = Choice(
-        0, Cut(outputs, finish), Request(id="a", prompt=(1,), sampling=request.sampling), request.text(reader)
-    )
-
-    async def run():
-        return [piece async for piece in choice.run()]
-
-    pieces = asyncio.run(run())
+    choice, pieces = Choice(0, Request(id="a", prompt=(1,), sampling=request.sampling), request.text(reader)), []
+    for output in outputs_of(outputs, finish):
+        change = choice.push(output)
+        pieces += [] if change is None else [change]
+        # A stop string ends it before the engine does.
+        if choice.finish is not None:
+            break
     whole, stream = (ChatShape(request, [choice], reader, INFO) for _ in range(2))
     [told] = whole.whole([pieces])["choices"]
     parts = [chunk["choices"][0] for piece in pieces for chunk in stream.chunks(piece)]

@@ -1,10 +1,8 @@
-"""One sequence on its way from an engine to a reader: tokens become text, stop strings are found, log probabilities follow their text."""
+"""`Choice`: outputs of one sequence become what is new for its reader: text up to a stop string, and log probabilities."""
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from anabranch.serving.core.request import Finish, Output, Request, TokenLogprob
 from anabranch.serving.http.answer_text import AnswerText, Text
@@ -52,13 +50,6 @@ class ChoiceDelta:
     reasoning: str = ""
 
 
-class Runs(Protocol):
-    """What runs a sequence, such as an `EngineClient`."""
-
-    def submit(self, request: Request) -> AsyncIterator[Output]:
-        """See `EngineClient.submit`."""
-
-
 def refused(output: Output) -> ApiError | None:
     """The error that an output is; None for any other."""
     if output.finish is Finish.ABORT:
@@ -73,10 +64,11 @@ def refused(output: Output) -> ApiError | None:
 
 
 class Choice:
-    """Runs one sequence.
+    """One sequence of an answer.
 
     Attributes:
         index: of the choice.
+        request: what the engine runs.
         prompt_tokens, completion_tokens, cached_tokens: for usage.
         queue_s: seconds it waited in the engine.
         times: seconds of `time.monotonic` at which outputs came, with their numbers of tokens.
@@ -84,25 +76,25 @@ class Choice:
         finish: why it ended; None while it goes on.
         scores: of its prompt, complete before the first change; None where they were not asked for.
 
+        brings_scores: its outputs have them.
+
     Args:
-        engine: runs it.
-        request: what. One that asks for `Sampling.prompt_logprobs` brings the scores.
+        index, request, scores: see above.
         text: makes the text of its tokens.
     """
 
     def __init__(
         self,
         index: int,
-        engine: Runs,
         request: Request,
         text: AnswerText,
         scores: PromptScores | None = None,
     ) -> None:
-        self.index, self._engine, self._request, self._text = index, engine, request, text
+        self.index, self.request, self._text = index, request, text
         self._keeps = request.sampling.logprobs is not None or request.record_routing
         self._held: list[TokenText] = []
         self._has_told = False
-        self.scores, self._brings_scores = scores, request.sampling.prompt_logprobs is not None
+        self.scores, self.brings_scores = scores, request.sampling.prompt_logprobs is not None
         self.prompt_tokens, self.completion_tokens = len(request.prompt), 0
         self.cached_tokens: int = 0
         self.queue_s: float | None = None
@@ -116,24 +108,11 @@ class Choice:
         """Of `completion_tokens`, those that were thought."""
         return self._text.reasoning_tokens
 
-    async def run(self) -> AsyncIterator[ChoiceDelta]:
-        """Pieces to the end. Closing it aborts the request; one that fails, alone or with the engine, raises ApiError (500)."""
-        outputs = self._engine.submit(self._request)
-        try:
-            async for output in outputs:
-                change = self._take(output)
-                if self.scores is not None and not self.scores.is_complete:
-                    # There is nothing new to show before the last of them.
-                    if self._brings_scores:
-                        continue
-                    await self.scores.wait()
-                if change.text or change.reasoning or change.tokens or change.finish is not None or not self._has_told:
-                    yield change
-                if self.finish is not None:
-                    return
-            raise ApiError(500, "engine_failed", "the engine ended a request without a reason")
-        finally:
-            await outputs.aclose()  # type: ignore[attr-defined]
+    def push(self, output: Output) -> ChoiceDelta | None:
+        """What is new by an output; None where nothing is. Raises ApiError where it says that the sequence has failed."""
+        change = self._take(output)
+        is_new = change.text or change.reasoning or change.tokens or change.finish is not None or not self._has_told
+        return change if is_new else None
 
     def _take(self, output: Output) -> ChoiceDelta:
         if (error := refused(output)) is not None:

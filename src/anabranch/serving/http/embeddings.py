@@ -98,7 +98,7 @@ class Embeddings:
                 id=f"{context.id}-embed-{self._serial}-{at}", prompt=prompt, sampling=Sampling(max_tokens=0), key=context.key,
                 arrival=time.monotonic(), cache_salt=salt, pooling=info.pooling, stall_s=math.inf,
             )  # fmt: skip
-            async with room, contextlib.aclosing(frontend.runs().submit(request)) as outputs:
+            async with room, contextlib.aclosing(frontend.submit(request)) as outputs:
                 async for output in outputs:
                     if (error := refused(output)) is not None:
                         raise error

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from anabranch.errors import AnabranchError, InputError
@@ -13,8 +14,8 @@ from anabranch.serving.core.admission import OverloadError, Ticket
 from anabranch.serving.core.client import BusyError, EngineClient, EngineInfo, NotBegunError
 from anabranch.serving.core.request import Output, Request
 from anabranch.serving.core.turns import Turns
-from anabranch.serving.http.buffer import Buffer
-from anabranch.serving.http.choice import ENGINE_FAILED, Choice, ChoiceDelta
+from anabranch.serving.http.choice import ENGINE_FAILED, Choice
+from anabranch.serving.http.completion import Completion
 from anabranch.serving.http.config import HttpConfig
 from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.metrics import Metrics
@@ -64,7 +65,9 @@ class Frontend:
             "anabranch-template", "chats wait to be rendered", threads=32, at_once=16, most_waiting=256
         )
         self._engine: EngineClient | None = None
-        self._live: dict[Buffer[ChoiceDelta], list[_Lasting]] = {}
+        self._live: set[Completion] = set()
+        # Ids of sequences that wait for the next engine.
+        self._waiting: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._restarts, self._ready_at, self._serial = 0, 0.0, 0
 
@@ -123,9 +126,9 @@ class Frontend:
 
     def cut(self, error: ApiError, *, keeps_waiting: bool = False) -> None:
         """End every request under way with this error; ``keeps_waiting``: but for those that wait for the next engine."""
-        for buffer, engines in list(self._live.items()):
-            if not (keeps_waiting and any(engine.is_waiting for engine in engines)):
-                buffer.fail(error)
+        for completion in list(self._live):
+            if not (keeps_waiting and any(choice.request.id in self._waiting for choice in completion.choices)):
+                completion.fail(error)
 
     async def engine_after(self, gone: EngineClient) -> EngineClient:
         """The engine that is started in place of one that has failed. Raises ApiError (500) if there is to be none."""
@@ -197,30 +200,44 @@ class Frontend:
     @contextlib.asynccontextmanager
     async def run(
         self, request: GenerationRequest, id: str, key: str, tickets: Sequence[Ticket]
-    ) -> AsyncIterator[tuple[list[Choice], Buffer[ChoiceDelta]]]:
-        """Choices and the buffer their pieces come through; all is aborted at the end. Raises ApiError."""
-        engines = [_Lasting(self, self.engine) for _ in range(request.num_choices)]
-        reader = self.check_ready()[1]
+    ) -> AsyncIterator[Completion]:
+        """The answer to a request while it is made; what is left of it is aborted at the end. Raises ApiError."""
+        engine, reader = self.engine, self.check_ready()[1]
         # Senders choose their ids, and may choose one twice.
         self._serial += 1
         is_scored = request.sampling.prompt_logprobs is not None
         scores = [PromptScores(len(prompt)) if is_scored else None for prompt in request.prompts]
         choices = [
             Choice(
-                at, engines[at], self._engine_request(request, f"{id}-{self._serial}", key, at), request.text(reader),
-                scores[at // request.n],
+                at, self._engine_request(request, f"{id}-{self._serial}", key, at), request.text(reader), scores[at // request.n]
             )
             for at in range(request.num_choices)
         ]  # fmt: skip
-        buffer: Buffer[ChoiceDelta] = Buffer(
-            [_checked(choice, ticket, request.grammar_param) for choice, ticket in zip(choices, tickets, strict=True)]
-        )
-        self._live[buffer] = engines
+        completion = Completion(partial(self._submit, engine), choices, tickets, request.grammar_param)
+        self._live.add(completion)
         try:
-            async with buffer:
-                yield choices, buffer
+            async with completion:
+                yield completion
         finally:
-            del self._live[buffer]
+            self._live.remove(completion)
+
+    def submit(self, request: Request) -> AsyncGenerator[Output]:
+        """Outputs of one sequence: of the engine there is, and where that fails before it has begun, of the next one. Raises ApiError."""
+        return self._submit(self.engine, request)
+
+    async def _submit(self, engine: EngineClient, request: Request) -> AsyncGenerator[Output]:
+        while True:
+            try:
+                async with contextlib.aclosing(engine.submit(request)) as outputs:  # type: ignore[type-var]
+                    async for output in outputs:
+                        yield output
+                return
+            except NotBegunError:
+                self._waiting.add(request.id)
+                try:
+                    engine = await self.engine_after(engine)
+                finally:
+                    self._waiting.discard(request.id)
 
     def _engine_request(self, request: GenerationRequest, id: str, key: str, at: int) -> Request:
         prompt, choice = request.prompts[at // request.n], at % request.n
@@ -238,10 +255,6 @@ class Frontend:
     def salt_of(self, key: str, salt: str) -> str:
         """What the prefixes of a request are shared by: times, and usage, would tell one key what another has asked."""
         return salt if self.config.shared_prefixes or not key else f"{len(key)} {key} {salt}"
-
-    def runs(self) -> "_Lasting":
-        """What runs one sequence. Raises ApiError (503) if there is no engine."""
-        return _Lasting(self, self.engine)
 
     def _become(self, state: State) -> None:
         self.state = state
@@ -328,44 +341,3 @@ class Frontend:
 def _overloaded(status: int, message: str, retry_after_s: float) -> ApiError:
     headers = {"Retry-After": f"{retry_after_s:.0f}", "x-should-retry": "true"}
     return ApiError(status, "overloaded", message, type="rate_limit_error", headers=headers)
-
-
-class _Lasting:
-    """What runs a choice: the engine there is, and where that fails before it has begun, the next one.
-
-    Attributes:
-        is_waiting: for the next one.
-    """
-
-    def __init__(self, frontend: Frontend, engine: EngineClient) -> None:
-        self._frontend, self._engine = frontend, engine
-        self.is_waiting = False
-
-    async def submit(self, request: Request) -> AsyncGenerator[Output]:
-        """See `EngineClient.submit`."""
-        while True:
-            try:
-                async with contextlib.aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
-                    async for output in outputs:
-                        yield output
-                return
-            except NotBegunError:
-                self.is_waiting = True
-                self._engine = await self._frontend.engine_after(self._engine)
-                self.is_waiting = False
-
-
-async def _checked(choice: Choice, ticket: Ticket, param: str | None) -> AsyncIterator[ChoiceDelta]:
-    """Pieces of a choice; what the engine says can never run is the client's mistake."""
-    pieces = choice.run()
-    try:
-        async for piece in pieces:
-            ticket.started()
-            yield piece
-    except InputError as error:
-        raise ApiError(400, "invalid_value", str(error), param=param) from None
-    except BusyError as error:
-        raise ApiError(503, "busy", str(error), param=param, headers={"Retry-After": "1"}) from None
-    finally:
-        ticket.close()
-        await pieces.aclose()  # type: ignore[attr-defined]

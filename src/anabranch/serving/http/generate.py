@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from aiohttp import web
 
 from anabranch.serving.core.client import EngineInfo
-from anabranch.serving.http.buffer import Buffer
 from anabranch.serving.http.choice import Choice, ChoiceDelta
+from anabranch.serving.http.completion import Completion
 from anabranch.serving.http.context import LONG_CHARACTERS, RequestContext
 from anabranch.serving.http.fields import KNOWN
 from anabranch.serving.http.frontend import Frontend
@@ -51,9 +51,10 @@ class Generate:
             return context.json(CompletionShape(request, [], reader, info).echoed())
         lengths = [len(prompt) for prompt in request.prompts for _ in range(request.n)]
         tickets = frontend.admit(lengths, context.key, context.left_s())
-        choices: list[Choice] = []
+        choices: Sequence[Choice] = ()
         try:
-            async with frontend.run(request, context.id, context.key, tickets) as (choices, buffer):
+            async with frontend.run(request, context.id, context.key, tickets) as completion:
+                choices = completion.choices
                 shape = _SHAPES[kind](request, choices, reader, info)
                 context.headers |= {
                     "x-route-model": _header(frontend.name),
@@ -62,8 +63,8 @@ class Generate:
                 if info.stream_choices != (1,):
                     context.headers["x-route-streams"] = str(request.num_streams or info.num_streams)
                 if request.is_stream:
-                    return await self._stream(context, shape, buffer, deadline_s)
-                return await self._complete(context, shape, buffer, deadline_s)
+                    return await self._stream(context, shape, completion, deadline_s)
+                return await self._complete(context, shape, completion, deadline_s)
         except SlowReaderError:
             self._abort(choices, "slow_reader")
             raise
@@ -100,11 +101,11 @@ class Generate:
         return request
 
     async def _complete(
-        self, context: RequestContext, shape: Shape, buffer: Buffer[ChoiceDelta], deadline_s: float | None
+        self, context: RequestContext, shape: Shape, completion: Completion, deadline_s: float | None
     ) -> web.StreamResponse:
         changes: list[list[ChoiceDelta]] = [[] for _ in shape.choices]
         end = None if deadline_s is None else context.began + deadline_s
-        while (taken := await _take(buffer, end)) is not None:
+        while (taken := await _take(completion, end)) is not None:
             for change in taken:
                 changes[change.index].append(change)
         if shape.request.is_routing:
@@ -116,11 +117,11 @@ class Generate:
         return response
 
     async def _stream(
-        self, context: RequestContext, shape: Shape, buffer: Buffer[ChoiceDelta], deadline_s: float | None
+        self, context: RequestContext, shape: Shape, completion: Completion, deadline_s: float | None
     ) -> web.StreamResponse:
         config = self._frontend.config
         end = None if deadline_s is None else context.began + deadline_s
-        events = self._events(shape, buffer, end, config.keep_alive_s)
+        events = self._events(shape, completion, end, config.keep_alive_s)
         try:
             response, failure = await send(
                 context.request, {**SAFE, **context.headers}, events, config.limits.stall_s, shape.failed, shape.ending
@@ -134,10 +135,10 @@ class Generate:
         return response
 
     async def _events(
-        self, shape: Shape, buffer: Buffer[ChoiceDelta], end: float | None, beat_s: float
+        self, shape: Shape, completion: Completion, end: float | None, beat_s: float
     ) -> AsyncGenerator[bytes]:
         """What is new at any time as one block of bytes: a reader who is slow gets more at once."""
-        while (taken := await _take(buffer, end, beat_s)) is not None:
+        while (taken := await _take(completion, end, beat_s)) is not None:
             block = b"".join(map(shape.events, taken))
             if block or not taken:
                 yield block or HEARTBEAT
@@ -196,13 +197,11 @@ _ABORTED = {
 _CUT = ("engine_failed", "aborted", "shutting_down")
 
 
-async def _take(
-    buffer: Buffer[ChoiceDelta], end: float | None, beat_s: float | None = None
-) -> list[ChoiceDelta] | None:
-    """See `Buffer.take`. Raises ApiError (504) once ``end`` (s of `time.monotonic`) has passed."""
+async def _take(completion: Completion, end: float | None, beat_s: float | None = None) -> list[ChoiceDelta] | None:
+    """See `Completion.take`. Raises ApiError (504) once ``end`` (s of `time.monotonic`) has passed."""
     left_s = None if end is None else max(0.0, end - time.monotonic())
     waits = [wait_s for wait_s in (left_s, beat_s) if wait_s is not None]
-    taken = await buffer.take(min(waits) if waits else None)
+    taken = await completion.take(min(waits) if waits else None)
     if taken is not None and end is not None and time.monotonic() >= end:
         raise ApiError(504, "deadline_exceeded", "the request's deadline has passed")
     return taken
