@@ -64,11 +64,24 @@ class FakeRunner:
                 sampled.append(Sampled(id=chunk.id, token=0, error="made to fail"))
             elif chunk.is_answered:
                 scores = self._scores(request, values, chunk)
+                tokens = self._samples(values, chunk) if chunk.samples else [PENDING]
                 if chunk.samples:
-                    self.last[chunk.id] = token_of(values)
-                token = self.last[chunk.id] if chunk.samples else PENDING
-                sampled.append(Sampled(id=chunk.id, token=token, prompt_logprobs=scores))
+                    self.last[chunk.id] = tokens[-1]
+                later = tuple(Sampled(id=chunk.id, token=token) for token in tokens[1:])
+                sampled.append(Sampled(id=chunk.id, token=tokens[0], prompt_logprobs=scores, later=later))
         return sampled
+
+    @staticmethod
+    def _samples(values: list[int], chunk: Chunk) -> list[int]:
+        """A token for each guess that holds, and one more."""
+        end = len(values) - chunk.drafts
+        tokens = [token_of(values[:end])]
+        for guess in chunk.tokens[len(chunk.tokens) - chunk.drafts :]:
+            if tokens[-1] != guess:
+                break
+            end += 1
+            tokens.append(token_of(values[:end]))
+        return tokens
 
     def _scores(self, request: Request, values: list[int], chunk: Chunk) -> tuple[TokenLogprob, ...]:
         first = chunk.start + chunk.first_scored
@@ -201,7 +214,8 @@ class Drive:
         assert len({block for _, block in batch.swaps_in}) == len(batch.swaps_in)
         for chunk in batch.chunks:
             assert chunk.id not in self.paused
-            assert len(chunk.tokens) <= (self.config.long_prefill_chunk or 10**9)
+            assert len(chunk.tokens) - chunk.drafts <= (self.config.long_prefill_chunk or 10**9)
+            assert chunk.drafts <= self.config.prompt_lookup
             assert chunk.start + len(chunk.tokens) <= len(chunk.blocks) * self.config.block_tokens
             assert PENDING not in chunk.tokens[:-1]
         self.started += [request.id for request in batch.new]
@@ -222,6 +236,9 @@ class Drive:
         for output in self.scheduler.update(batch, sampled):
             self._see(output)
         self.scheduler.pool.check()
+        if self.config.prompt_lookup:
+            for state in self.scheduler._running:
+                assert len(state.blocks) == self.scheduler.pool.blocks_for(state.computed), "a guess has left a block"
 
     def step(self) -> bool:
         """One turn of an engine's loop; False when nothing is left."""
@@ -320,11 +337,14 @@ def random_request(rng: random.Random, id: str, most: int, now: float, num_keys:
     )
 
 
-def random_run(seed: int, pauses: float = 0.0, **arguments: object) -> Drive:
+def random_run(seed: int, pauses: float = 0.0, has_drafts: bool = False, **arguments: object) -> Drive:
     """One life of a server: requests come and some go, or are paused, until none is left. Checked at every step and at the end."""
     rng = random.Random(seed)
     # A tier finds blocks by their prefix.
-    drive = Drive(random_config(rng, **({"prefix_cache": True} if arguments.get("tier") else {})), **arguments)
+    changes: dict[str, object] = {"prefix_cache": True} if arguments.get("tier") else {}
+    if has_drafts:
+        changes |= {"is_async": False, "prompt_lookup": 1 + seed % 5, "prompt_lookup_ngram": 1 + seed % 3}
+    drive = Drive(random_config(rng, **changes), **arguments)
     most = drive.scheduler.max_positions
     if most < 2:
         return drive

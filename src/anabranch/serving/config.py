@@ -45,8 +45,12 @@ class ServingConfig(Config):
         max_seqs: requests in a step.
         long_prefill_chunk: most tokens of one prompt in a step; None for all that fit.
         prefix_cache: keep keys and values of earlier requests for those that begin alike.
+        prompt_lookup: most tokens guessed for a request in a step by looking up what followed where its last tokens stood before, and
+            checked in that step (`anabranch.serving.core.lookup`): outputs stay what they are, and text that repeats comes sooner. Guesses
+            take only what is left of ``max_batched_tokens``. 0 for none.
+        prompt_lookup_ngram: most tokens that are looked up; where they stood nowhere fewer are, down to one.
         scheduling: ``async`` forms the next step while one runs; ``sync`` when it has ended; ``auto`` is ``sync`` on a CPU, whose cores
-            the model needs itself, and ``async`` elsewhere and with ``nano_batches``.
+            the model needs itself, and with ``prompt_lookup``, and ``async`` elsewhere and with ``nano_batches``.
         nano_batches: run big steps as nano-operations side by side where that pays, see `anabranch.serving.nanoflow`.
         pipeline: file with the order and shares of nano-operations, as ``anabranch plan --search --out`` writes it; where it is not there
             yet it is searched for and written. None searches at each start.
@@ -81,6 +85,8 @@ class ServingConfig(Config):
     max_seqs: Size = Field(default=16, ge=1)
     long_prefill_chunk: Size | None = Field(default=None, ge=1)
     prefix_cache: bool = True
+    prompt_lookup: int = Field(default=0, ge=0, le=1024)
+    prompt_lookup_ngram: int = Field(default=3, ge=1, le=64)
     scheduling: Literal["auto", "async", "sync"] = "auto"
     nano_batches: bool = False
     pipeline: str | None = None
@@ -101,7 +107,7 @@ class ServingConfig(Config):
     def is_async(self) -> bool:
         """Whether the next step is formed while one runs."""
         is_better = self.nano_batches or not self.device.startswith("cpu")
-        is_fit = is_better and self.experts.dual_batch is None
+        is_fit = is_better and self.experts.dual_batch is None and not self.prompt_lookup
         return self.scheduling == "async" or (self.scheduling == "auto" and is_fit)
 
     def __post_init__(self) -> None:
@@ -113,6 +119,7 @@ class ServingConfig(Config):
         if self.disk_kv is not None and self.host_kv is None:
             raise ConfigError("disk_kv is set, but host_kv is not; blocks reach the disk by way of main memory")
         self._check_experts()
+        self._check_lookup()
 
     def _check_experts(self) -> None:
         self.experts.check_budget(self.expert_budget is not None or self.memory is not None)
@@ -126,6 +133,22 @@ class ServingConfig(Config):
             raise ConfigError(
                 f"experts.dual_batch is {pair}, which needs each step's tokens before the next one is formed; leave {other} out"
             )
+
+    def _check_lookup(self) -> None:
+        if not self.prompt_lookup:
+            if self.prompt_lookup_ngram != ServingConfig.prompt_lookup_ngram:
+                raise ConfigError(
+                    f"prompt_lookup_ngram is {self.prompt_lookup_ngram}, but prompt_lookup is 0, so nothing is looked up; set both or none"
+                )
+            return
+        others = {
+            "scheduling='async'": (self.scheduling == "async", "needs each step's tokens before the next one is formed"),
+            "nano_batches": (self.nano_batches, "needs each step's tokens before the next one is formed"),
+            "expert_budget": (self.expert_budget is not None, "would load experts for guesses that do not hold"),
+        }
+        for name, (is_set, why) in others.items():
+            if is_set:
+                raise ConfigError(f"prompt_lookup is {self.prompt_lookup}, which {why}; leave {name} out")
 
     def planned(self) -> "ServingConfig":
         """With what ``memory`` means in its place, see `anabranch.serving.memory.plan_memory`; itself without it.

@@ -18,6 +18,8 @@ class Chunk:
         start: tokens before them whose keys and values are stored.
         blocks: numbers of the request's blocks, all of them, in order: position p is at slot ``blocks[p // 16] * 16 + p % 16``.
         samples: whether the last token's logits give a new token; not while a part of the prompt is still to come.
+        drafts: so many of the last ``tokens`` are guesses of what the request samples. The row before each of them samples, too, and the
+            guess holds if that gives the same token; what comes behind the first that does not counts for nothing.
         targets: tokens of the prompt whose log probabilities are asked for; the last may be the one after ``tokens``.
         pooling: how its states become a vector, see `Request.pooling`.
         is_whole: the prompt, or what there is of the text, ends with it.
@@ -31,8 +33,14 @@ class Chunk:
     samples: bool
     targets: tuple[int, ...] = ()
     first_scored: int = 0
+    drafts: int = 0
     pooling: str | None = None
     is_whole: bool = False
+
+    @property
+    def num_samples(self) -> int:
+        """Rows that sample, the last ones."""
+        return 1 + self.drafts if self.samples else 0
 
     @property
     def is_answered(self) -> bool:
@@ -79,6 +87,7 @@ class Sampled:
         error: why there is neither a token nor a score.
         prompt_logprobs: of the chunk's ``targets``.
         embedding: the vector of the prompt, where asked for and whole.
+        later: the tokens behind it, one for each guess of the chunk that held (`Chunk.drafts`); perhaps fewer, never with errors.
     """
 
     id: str
@@ -88,3 +97,4 @@ class Sampled:
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()
+    later: "tuple[Sampled, ...]" = ()

@@ -6,7 +6,8 @@ One that decodes lacks one token, one that starts lacks its prompt, one that was
 1. Running requests in order of rank (priority, arrival). A prompt takes what the decodes of the step leave. Without a free block the
    last in rank is sent back to the front of the queue, so the first in rank is never sent back, and every request ends.
 2. If no block was short: waiting requests (`WaitingQueue`), each with what the prefix cache has of it.
-3. The batch. A chunk samples if it ends with the last token; of a prompt that is to be scored, each token is by the row before it.
+3. With ``prompt_lookup``: what is left of the budget goes to guesses for those that decode (`Drafts`).
+4. The batch. A chunk samples if it ends with the last token; of a prompt that is to be scored, each token is by the row before it.
 
 With ``is_async`` a step may be formed while the one before runs; what that one will sample is then `PENDING`.
 
@@ -25,6 +26,7 @@ from anabranch.config import Config, Field, Repeats, Size, configclass
 from anabranch.errors import InputError
 from anabranch.serving.core.batch import Batch, Chunk, Sampled
 from anabranch.serving.core.client import EngineStats
+from anabranch.serving.core.drafts import Drafts
 from anabranch.serving.core.dual_batches import DualBatches, Order
 from anabranch.serving.core.queue import WaitingQueue
 from anabranch.serving.core.request import Finish, Output, Request
@@ -34,6 +36,7 @@ from anabranch.serving.core.tier import KVTier, Memory
 
 COUNTERS = (
     "prompt_tokens", "cached_prompt_tokens", "generation_tokens", "discarded_tokens", "preemptions", "steps",
+    "drafted_tokens", "accepted_draft_tokens",
     "evicted_blocks", "swapped_out_blocks", "swapped_in_blocks", *(f"finished_{finish.value}" for finish in Finish),
 )  # fmt: skip
 KEPT_SAMPLES = 4096
@@ -58,6 +61,9 @@ class SchedulerConfig(Config):
         stop_tokens: the model's own ends of text.
         quantum: tokens that a key gets in its turn, see `WaitingQueue`.
         max_decodes: most requests that decode in a step, the others in the next; None for all. See `DualBatches`.
+        prompt_lookup: most tokens guessed for a request in a step, see `anabranch.serving.core.lookup`; 0 for none. A guess needs the tokens
+            that come before it, so ``is_async`` must be false.
+        prompt_lookup_ngram: tokens of the longest end of the text that is looked for.
         num_streams: parallel streams of a request that does not say it; None where nobody knows, so such a request never shares
             keys and values with one that says it.
     """
@@ -73,6 +79,8 @@ class SchedulerConfig(Config):
     stop_tokens: tuple[int, ...] = ()
     quantum: int = Field(default=512, ge=1)
     max_decodes: int | None = Field(default=None, ge=1)
+    prompt_lookup: int = Field(default=0, ge=0, le=1024)
+    prompt_lookup_ngram: int = Field(default=3, ge=1, le=64)
     num_streams: Repeats | None = Field(default=None, ge=1)
 
     def build(
@@ -110,6 +118,10 @@ class Scheduler:
             raise InputError("a tier finds blocks by their prefix; it needs prefix_cache=True")
         if order is not None and config.max_decodes is None:
             raise InputError("order groups what decodes into two steps; it needs max_decodes")
+        if config.prompt_lookup and config.is_async:
+            raise InputError(
+                f"prompt_lookup is {config.prompt_lookup}; a step that is formed ahead has no tokens to look up, so is_async must be false"
+            )
         self.config, self._memory, self._clock = config, memory, clock
         self._tables = BlockTables(
             config.num_blocks,
@@ -119,6 +131,8 @@ class Scheduler:
             num_streams=config.num_streams,
         )
         self.pool, self.prefixes = self._tables.pool, self._tables.prefixes
+        ngram = config.prompt_lookup_ngram
+        self._drafts = Drafts(config.prompt_lookup, ngram, self._tables) if config.prompt_lookup else None
         self._dual_batches = None if config.max_decodes is None else DualBatches(config.max_decodes, order)
         # A step takes a token of each running request at least, and a request must fit alone.
         self._most_running = min(config.max_seqs, config.max_batched_tokens)
@@ -222,6 +236,9 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """Counters, gauges, and the sizes of batches since the last call."""
         self._counts["evicted_blocks"] = self.pool.evictions
+        if self._drafts is not None:
+            self._counts["drafted_tokens"] = self._drafts.drafted
+            self._counts["accepted_draft_tokens"] = self._drafts.accepted
         gauges = {
             "running": len(self._running),
             "waiting": len(self._waiting),
@@ -252,6 +269,8 @@ class Scheduler:
             budget = self._admit_waiting(parts, budget)
         if not parts:
             return None
+        if self._drafts is not None:
+            budget = self._drafts.extend(parts, budget, is_short=self._is_short)
         tables = self._tables
         batch = Batch(
             step=self._step,
@@ -406,7 +425,8 @@ class Scheduler:
                 self._end(state, Finish.ERROR)
                 outputs.append(state.output(error=error))
                 continue
-            computed = chunk.start + len(chunk.tokens)
+            # A guess may not hold: `_take` tells.
+            computed = chunk.start + len(chunk.tokens) - chunk.drafts
             if epoch == state.epoch and computed >= (state.num_published + 1) * block_tokens:
                 self._tables.publish(state, computed)
             if item is not None:
@@ -417,22 +437,25 @@ class Scheduler:
                 outputs.append(state.output())
                 outputs[-1].embedding = () if item is None else item.embedding
             elif chunk.samples and item is not None:
-                outputs.append(self._take(state, item))
+                outputs.append(self._take(state, chunk, item))
             elif state.prompt_logprobs:
                 outputs.append(state.output())
         self._tables.ran(batch.step)
         return outputs
 
-    def _take(self, state: RequestState, item: Sampled) -> Output:
-        is_output = state.take(item.token)
+    def _take(self, state: RequestState, chunk: Chunk, item: Sampled) -> Output:
+        kept = state.take_all(item)
+        if self._drafts is not None and chunk.drafts:
+            # No step is under way, so the request is where it was.
+            if state.computed >= (state.num_published + 1) * self.config.block_tokens:
+                self._tables.publish(state, state.computed)
+            self._drafts.settle(state, chunk, len(item.later))
         if state.finish is not None:
             self._end(state, state.finish)
             if self._memory is not None:
                 self._memory.saw(state.num_output)
-        if not is_output:
-            return state.output()
-        self._counts["generation_tokens"] += 1
-        return state.output(item)
+        self._counts["generation_tokens"] += len(kept)
+        return state.output(kept)
 
     def _end(self, state: RequestState, finish: Finish) -> None:
         """Take a request out of everything."""

@@ -1,6 +1,9 @@
 """`RequestState`: what the scheduler knows of one request while it is in its hands."""
 
+from collections.abc import Sequence
+
 from anabranch.serving.core.batch import PENDING, Chunk, Sampled
+from anabranch.serving.core.lookup import PromptLookup
 from anabranch.serving.core.request import Finish, Output, Request, TokenLogprob
 
 
@@ -23,12 +26,13 @@ class RequestState:
         stop_tokens: what ends it.
         most_tokens: length at which it ends.
         num_scored: tokens of the prompt after the first whose log probabilities the steps formed so far give, or that nobody asked for.
+        lookup: guesses what it says next; None until that is asked for.
         is_known: the runner has been told of it.
         finish: why it ended.
     """
 
     __slots__ = (
-        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "key", "keys", "last_step", "most_tokens",
+        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "key", "keys", "last_step", "lookup", "most_tokens",
         "num_pending", "num_prompt", "num_published", "num_scored", "own_priority", "prompt_logprobs", "queue_s", "rank", "request", "root",
         "stop_tokens", "table", "tokens",
     )  # fmt: skip
@@ -55,6 +59,7 @@ class RequestState:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.epoch = 0
         self.last_step = -1
+        self.lookup: PromptLookup | None = None
         self.stop_tokens = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else stop_tokens)
         self.is_known = False
         self.num_pending = 0
@@ -131,8 +136,23 @@ class RequestState:
             self.finish = Finish.LENGTH
         return True
 
-    def output(self, item: Sampled | None = None, error: str | None = None) -> Output:
-        """News of it: a new token or none."""
+    def take_all(self, item: Sampled) -> list[Sampled]:
+        """Put what a chunk gave in its place, see `take`; what of it is part of the output.
+
+        That there is a token behind another tells that the other was run in the same step, so its keys and values are stored.
+        """
+        kept = [item] if self.take(item.token) else []
+        for each in item.later:
+            if self.finish is not None:
+                break
+            self.computed += 1
+            self.expect()
+            if self.take(each.token):
+                kept.append(each)
+        return kept
+
+    def output(self, items: Sequence[Sampled] = (), error: str | None = None) -> Output:
+        """News of it: new tokens or none."""
         output = Output(
             id=self.request.id,
             finish=self.finish,
@@ -143,8 +163,8 @@ class RequestState:
         )
         self.cached_tokens = self.queue_s = None  # told once
         self.prompt_logprobs.clear()
-        if item is not None:
-            output.tokens = (item.token,)
-            output.logprobs = () if item.logprob is None else (item.logprob,)
-            output.routing = (item.routing,) if item.routing else ()
+        if items:
+            output.tokens = tuple([item.token for item in items])
+            output.logprobs = tuple([item.logprob for item in items if item.logprob is not None])
+            output.routing = tuple([item.routing for item in items if item.routing])
         return output

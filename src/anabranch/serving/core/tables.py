@@ -94,6 +94,14 @@ class BlockTables:
             state.table = tuple(state.blocks)
         return has_room
 
+    def shrink(self, state: RequestState, num_tokens: int) -> None:
+        """Take the blocks behind the first ``num_tokens`` tokens of a running request, which no step needs; they are not published."""
+        kept = self.pool.blocks_for(num_tokens)
+        if len(state.blocks) > kept:
+            self.pool.free(state.blocks[kept:])
+            del state.blocks[kept:]
+            state.table = tuple(state.blocks)
+
     def publish(self, state: RequestState, computed: int) -> None:
         """Let others find the blocks of a request that have become full."""
         if not self._has_prefixes:

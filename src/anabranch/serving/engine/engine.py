@@ -206,4 +206,6 @@ def _limits(
         is_async=config.is_async,
         stop_tokens=stop_tokens,
         max_decodes=config.experts.dual_batch,
+        prompt_lookup=config.prompt_lookup,
+        prompt_lookup_ngram=config.prompt_lookup_ngram,
     )

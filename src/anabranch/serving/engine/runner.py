@@ -27,6 +27,7 @@ from anabranch.serving.engine.pool import Pooling
 from anabranch.serving.engine.record import Route, RoutingTap
 from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.steady import steady
+from anabranch.serving.engine.verify import sampled_rows, verify, without_drafts
 from anabranch.serving.fast import FastDecoder, Watch
 from anabranch.serving.sampling import Sampler
 
@@ -69,7 +70,7 @@ class ModelRunner:
 
     While hooks listen inside the model (`record_routing` around an engine), and always with a hook that overrides requests, steps go
     through its modules one by one, as with ``use_kernel=False``. Of a request that is computed again after it was preempted, recorders are
-    told each position once.
+    told each position once. In such steps nothing is guessed (`Chunk.drafts`): what listens is told of tokens, not of guesses.
 
     Raises ConfigError if a token's routing depends on later ones, as cached decoding cannot know them, and for a number of streams that the
     model cannot run with.
@@ -142,6 +143,8 @@ class ModelRunner:
     def run(self, batch: Batch) -> list[Sampled]:
         """One result for each chunk that samples or is scored, in order."""
         self._set_up(batch)
+        if self._overrides is not None or self.watch.is_watched:
+            batch = without_drafts(batch)
         tokens = [
             self._last[chunk.id] if token == PENDING else token for chunk in batch.chunks for token in chunk.tokens
         ]
@@ -153,7 +156,8 @@ class ModelRunner:
         sampled = self._isolation.run(batch.chunks, tokens) if batch.chunks else []
         sampled = [*(result for result in sampled if result.id not in refused), *refused.values()]
         self._said, self._routing = {}, []
-        self._last.update((result.id, result.token) for result in sampled if result.token != PENDING)
+        newest = [(result.later or (result,))[-1] for result in sampled]
+        self._last.update((result.id, result.token) for result in newest if result.token != PENDING)
         for hook in self.hooks:
             hook.after_step(batch, sampled)
         return sampled
@@ -240,20 +244,18 @@ class ModelRunner:
             self._overrides.forget(id)
 
     def _step(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> list[Sampled]:
-        rows, routes = _last_rows(chunks), self._routes(chunks)
+        rows, routes = sampled_rows(chunks), self._routes(chunks)
         self._recordings.clear()
         scored, pooled_rows = scored_rows(chunks), self._pooling.rows(chunks)
         x_RD = self._hidden_of(chunks, tokens, [*rows, *scored, *pooled_rows], routes)
-        ids = [chunk.id for chunk in chunks if chunk.samples]
-        first = len(ids) + len(scored)
-        told = score(x_RD[len(ids) : first], self._head, chunks, self._tops)
+        first = len(rows) + len(scored)
+        told = score(x_RD[len(rows) : first], self._head, chunks, self._tops)
         pooled = self._pooling.of(x_RD[first:], chunks)
         self._tell(chunks)
         # Last of what may fail: a sample that is taken cannot be taken back.
-        results = {result.id: result for result in self.sampler(self._head(x_RD[: len(ids)]), ids)} if ids else {}
-        for row, route in routes.items():
-            result = results[ids[rows.index(row)]]
-            result.routing = route
+        sampled = verify(self.sampler, self._head(x_RD[: len(rows)]), chunks) if rows else []
+        results = {result.id: result for result in sampled}
+        _tell_routes(sampled, chunks, rows, routes)
         for id, found in told.items():
             result = results.setdefault(id, found)
             result.prompt_logprobs, result.error = found.prompt_logprobs, result.error or found.error
@@ -265,8 +267,8 @@ class ModelRunner:
 
     def _routes(self, chunks: Sequence[Chunk]) -> dict[int, Route]:
         """Rows whose routes are wanted, each with a route that is to be filled in."""
-        rows = zip(_last_rows(chunks), [chunk.id for chunk in chunks if chunk.samples], strict=True)
-        return {row: {} for row, id in rows if id in self._recorded}
+        ids = [chunk.id for chunk in chunks for _ in range(chunk.num_samples)]
+        return {row: {} for row, id in zip(sampled_rows(chunks), ids, strict=True) if id in self._recorded}
 
     def _head(self, x_RD: Tensor) -> Tensor:
         """logits_RV of hidden states."""
@@ -431,11 +433,14 @@ def _prefixes(model: Decoder, num_streams: int) -> list[tuple[Tensor, Tensor]]:
     return [(key.detach(), value.detach()) for key, value in model.streams.prefixes(num_streams)]
 
 
-def _last_rows(chunks: Sequence[Chunk]) -> list[int]:
-    """The last row of each chunk that samples."""
-    rows, end = [], 0
-    for chunk in chunks:
-        end += len(chunk.tokens)
-        if chunk.samples:
-            rows.append(end - 1)
-    return rows
+def _tell_routes(
+    sampled: Sequence[Sampled], chunks: Sequence[Chunk], rows: Sequence[int], routes: Mapping[int, Route]
+) -> None:
+    """Give each token that was sampled the route of its row."""
+    if not routes:
+        return
+    start = 0
+    for first, chunk in zip(sampled, [chunk for chunk in chunks if chunk.samples], strict=True):
+        for result, row in zip((first, *first.later), rows[start:], strict=False):
+            result.routing = routes.get(row, {})
+        start += chunk.num_samples

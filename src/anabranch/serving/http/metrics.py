@@ -21,6 +21,8 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 ENGINE_COUNTERS = {
     "preemptions": "Requests that lost their blocks and were computed again",
     "steps": "Steps of the engine",
+    "drafted_tokens": "Tokens that prompt lookup guessed (engine.prompt_lookup)",
+    "accepted_draft_tokens": "Of them, those that the model chose; their share of drafted_tokens is the rate of acceptance",
     "expert_hits": "Experts that were there when needed",
     "expert_misses": "Experts that were not",
     "expert_late": "Experts whose loading was under way when they were needed",

@@ -31,6 +31,8 @@ NOT_ELASTIC = (
     "admit_by_peak",
     "deterministic",
     "num_streams",
+    "prompt_lookup",
+    "prompt_lookup_ngram",
     "max_depth",
     "pooling",
     "process",

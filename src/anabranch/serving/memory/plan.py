@@ -194,7 +194,8 @@ class Ladder:
             return None
 
     def _can_stay_on_disk(self, form: Form) -> bool:
-        if form.pools is None:
+        # Guesses would load experts for nothing, see `ServingConfig`.
+        if form.pools is None or self.config.prompt_lookup:
             return False
         if form.quantize != "none":
             return all(isinstance(pool, QuantizedPool) for pool in form.pools.pools)
@@ -236,7 +237,9 @@ class Ladder:
     def _made(self, memory: int, form: Form, resident: int, kv: int, *, on_disk: bool) -> MemoryPlan:
         config = self.config
         is_rounded = form.quantize != "none"
-        step = step_bytes(form, config.max_batched_tokens, config.max_seqs, self._positions(form))
+        step = step_bytes(
+            form, config.max_batched_tokens, config.max_seqs, self._positions(form), config.prompt_lookup
+        )
         # Slots of experts, keys and values are not written before all else is there.
         later = kv + (resident if on_disk else 0)
         work = max(step, load_bytes(form, is_rounded=is_rounded, on_disk=on_disk) - later)

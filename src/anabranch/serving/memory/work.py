@@ -39,8 +39,8 @@ ROUNDED = 24
 PAGE = 4096
 
 
-def step_bytes(form: Form, max_batched_tokens: int, max_seqs: int, max_positions: int) -> int:
-    """Of the largest step: ``max_batched_tokens`` rows, of which ``max_seqs`` are sampled from."""
+def step_bytes(form: Form, max_batched_tokens: int, max_seqs: int, max_positions: int, prompt_lookup: int = 0) -> int:
+    """Of the largest step: ``max_batched_tokens`` rows, of which ``max_seqs`` are sampled from, each before ``prompt_lookup`` guesses."""
     model, tokens = form.model, max_batched_tokens
     config: Any = model.config
     attention: Any = config.attention
@@ -49,6 +49,9 @@ def step_bytes(form: Form, max_batched_tokens: int, max_seqs: int, max_positions
     row += max((_row_of_experts(module) for module in model.modules() if isinstance(module, MoE)), default=0)
     row += 3 * max((_width(module) for module in model.blocks.modules()), default=0)
     logits = max(min(TILE, tokens) * SCORED, max_seqs * SAMPLED) * config.vocab_size
+    if prompt_lookup:
+        # Those of guesses lie there until it is their turn, and whose turn it is are copied.
+        logits += FLOAT * (min(tokens, max_seqs * prompt_lookup) + max_seqs) * config.vocab_size
     return FLOAT * tokens * row + logits + _scores(model, tokens, max_positions) + _beside(model) + LOADERS * CHUNK
 
 
