@@ -142,7 +142,10 @@ class ServingConfig(Config):
                 )
             return
         others = {
-            "scheduling='async'": (self.scheduling == "async", "needs each step's tokens before the next one is formed"),
+            "scheduling='async'": (
+                self.scheduling == "async",
+                "needs each step's tokens before the next one is formed",
+            ),
             "nano_batches": (self.nano_batches, "needs each step's tokens before the next one is formed"),
             "expert_budget": (self.expert_budget is not None, "would load experts for guesses that do not hold"),
         }

@@ -80,6 +80,23 @@ def test_less_memory_means_fewer_bits_and_then_experts_on_disk():
     assert last.kv >= 1024 * 4 * 2 * 2 * 64 * 2
 
 
+def test_with_guesses_experts_stay_in_memory():
+    """Rows of guesses would load those that no token goes to."""
+    smallest = planned("mixture", "1TiB", quantize="int4", prompt_lookup=4).least
+    assert rung(planned("mixture", smallest, prompt_lookup=4)) == ("int4", False)
+    assert rung(planned("mixture", smallest - 1)) == ("int4", True)
+    with pytest.raises(CapacityError, match="m takes at least"):
+        planned("mixture", smallest - 1, prompt_lookup=4).check()
+
+
+def test_logits_of_guesses_take_memory():
+    form = Form.of(MIXTURE, "none", torch.bfloat16)
+    without, few, many = (step_bytes(form, 64, 16, 1024, number) for number in (0, 1, 1000))
+    # A row of 257 numbers for each guess, of which a step of 64 tokens has at most as many, and for each request.
+    assert few - without == (16 + 16) * 257 * 4
+    assert many - without == (64 + 16) * 257 * 4
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(50, 700), st.sampled_from(["mixture", "dense"]), st.sampled_from(["none", "int8", "int4"]))
 def test_a_plan_never_takes_more_than_there_is_nor_refuses_what_would_do(mebibytes, shape, quantize):

@@ -28,16 +28,16 @@ class Drafts:
         self._most, self._ngram, self._tables = most, ngram, tables
         self.drafted = self.accepted = 0
 
-    def extend(self, parts: Iterable[tuple[RequestState, int, Chunk]], budget: int, *, is_short: bool) -> int:
-        """Lengthen chunks of one token that sample; the budget that is left. ``is_short``: of blocks, so none are taken."""
+    def extend(self, parts: Iterable[tuple[RequestState, int, Chunk]], budget: int) -> int:
+        """Lengthen chunks of one token that sample; the budget that is left."""
         for state, _, chunk in parts:
             if not budget:
                 break
             if chunk.samples and len(chunk.tokens) == 1:
-                budget -= self._extend(state, chunk, budget, is_short)
+                budget -= self._extend(state, chunk, budget)
         return budget
 
-    def _extend(self, state: RequestState, chunk: Chunk, budget: int, is_short: bool) -> int:
+    def _extend(self, state: RequestState, chunk: Chunk, budget: int) -> int:
         # The token that the chunk samples anyway is the last of ``tokens``, and pending.
         most = min(self._most, budget, state.most_tokens - len(state.tokens))
         if state.lookup is None:
@@ -46,7 +46,7 @@ class Drafts:
         # Behind an end of the text nothing would be kept.
         count = next((at for at, token in enumerate(guess) if token in state.stop_tokens), len(guess))
         needed = chunk.start + 1 + count
-        if count and (is_short or not self._tables.grow(state, needed)):
+        if count and not self._tables.grow(state, needed):
             count = min(count, len(state.blocks) * self._tables.pool.block_tokens - chunk.start - 1)
         if count:
             chunk.tokens += tuple(guess[:count])

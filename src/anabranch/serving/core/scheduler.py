@@ -61,8 +61,8 @@ class SchedulerConfig(Config):
         stop_tokens: the model's own ends of text.
         quantum: tokens that a key gets in its turn, see `WaitingQueue`.
         max_decodes: most requests that decode in a step, the others in the next; None for all. See `DualBatches`.
-        prompt_lookup: most tokens guessed for a request in a step, see `anabranch.serving.core.lookup`; 0 for none. A guess needs the tokens
-            that come before it, so ``is_async`` must be false.
+        prompt_lookup: most tokens guessed for a request in a step, see `anabranch.serving.core.lookup`; 0 for none. A guess needs the
+            tokens that come before it, so ``is_async`` must be false.
         prompt_lookup_ngram: tokens of the longest end of the text that is looked for.
         num_streams: parallel streams of a request that does not say it; None where nobody knows, so such a request never shares
             keys and values with one that says it.
@@ -270,7 +270,7 @@ class Scheduler:
         if not parts:
             return None
         if self._drafts is not None:
-            budget = self._drafts.extend(parts, budget, is_short=self._is_short)
+            budget = self._drafts.extend(parts, budget)
         tables = self._tables
         batch = Batch(
             step=self._step,

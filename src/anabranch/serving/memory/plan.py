@@ -237,9 +237,7 @@ class Ladder:
     def _made(self, memory: int, form: Form, resident: int, kv: int, *, on_disk: bool) -> MemoryPlan:
         config = self.config
         is_rounded = form.quantize != "none"
-        step = step_bytes(
-            form, config.max_batched_tokens, config.max_seqs, self._positions(form), config.prompt_lookup
-        )
+        step = step_bytes(form, config.max_batched_tokens, config.max_seqs, self._positions(form), config.prompt_lookup)
         # Slots of experts, keys and values are not written before all else is there.
         later = kv + (resident if on_disk else 0)
         work = max(step, load_bytes(form, is_rounded=is_rounded, on_disk=on_disk) - later)
