@@ -1,8 +1,10 @@
 """What the other models would have said: asked, judged, paid for once, gone on with."""
 
 import asyncio
+import contextlib
 import json
 import os
+import sqlite3
 import stat
 import threading
 import time
@@ -13,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.cli.main import main
-from anabranch.errors import DataError
+from anabranch.errors import DataError, InputError
 from anabranch.gateway.collect import TAG
 from anabranch.gateway.config import load_config
 from anabranch.gateway.data import load
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.judges import ModelJudge, ReferenceJudge, prompt_of, verdict
 from anabranch.gateway.store import LedgerQuery, open_store
+from anabranch.web.api_error import ApiError
 
 CONFIG = """
 require_key = true
@@ -29,6 +32,7 @@ fallbacks = {{ a = ["b"] }}
 prompts = {prompts}
 [strategies.try]
 kind = "random"
+models = ["a", "b"]
 {models}
 """
 MODEL = """
@@ -51,12 +55,12 @@ def write(folder, prompts=True, scripts=None):
     return path
 
 
-def traffic(path, num=12):
+def traffic(path, num=12, models=()):
     """Requests of a user, answered by a or b."""
 
     async def work():
         async with Gateway(load_config(path)) as gateway:
-            secret, _ = await gateway.store.create_key("user", models=["a", "b"])
+            secret, _ = await gateway.store.create_key("user", models=models)
             for number in range(num):
                 talk = [{"role": "system", "content": "be brief"}] if number % 3 == 0 else []
                 talk = [*talk, {"role": "user", "content": f"question {number}?"}]
@@ -274,3 +278,206 @@ def test_references_by_hand(tmp_path):
         path.write_text(bad + "\n")
         with pytest.raises(DataError, match=r"r.jsonl, line 1"):
             ReferenceJudge.read(path)
+
+
+# Who may be asked, and what counts as an answer
+
+
+def used(path, *asked, key=None, **created):
+    """Requests of users: (model, messages or text, further fields); with a key of its own if ``created`` says of which kind."""
+
+    async def work():
+        async with Gateway(load_config(path)) as gateway:
+            secret = (await gateway.store.create_key("user", **created))[0]
+            for model, text, fields in asked:
+                messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+                await gateway.achat({"model": model, "messages": messages, **fields}, key=secret)
+
+    asyncio.run(work())
+
+
+def lines_of(out):
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def test_questions_of_a_key_go_to_no_model_that_it_may_not_use(tmp_path, capsys):
+    """The judge is one of them."""
+    path, out = write(tmp_path), tmp_path / "out.jsonl"
+    for models in (["a"], ["a", "b", "c"]):
+        used(path, ("a", f"secret of {len(models)}", {}), models=models)
+    used(path, ("a", "open to all four", {}), models=["a", "b", "c", "judge"])
+    done = collect(capsys, path, out, "--judge", "judge")
+    assert (done["questions"], done["not_allowed"]) == (1, 2)
+    assert [line["query"] for line in lines_of(out)] == ["open to all four"]
+    rows, _ = collected_rows(tmp_path)
+    assert len(rows) == 2 + 4
+    # Without the judge, what is open to the three may be compared by a rule.
+    (tmp_path / "r.jsonl").write_text('{"query": "secret of 3", "answer": "a says it"}\n')
+    done = collect(capsys, path, tmp_path / "o2.jsonl", "--judge", "exact", "--references", tmp_path / "r.jsonl")
+    assert (done["questions"], done["not_allowed"], done["unjudged"]) == (1, 1, 1)
+
+
+def test_what_users_were_told_is_not_asked_again_but_only_whole_and_plain_answers(tmp_path, capsys):
+    path, out = write(tmp_path), tmp_path / "out.jsonl"
+    fields = [{}, {"max_tokens": 2}, {"temperature": 1.5}, {"stop": ["x"]}, {"max_tokens": 20}]
+    used(path, *((model, f"question {n}?", more) for n, more in enumerate(fields) for model in "abc"))
+    done = collect(capsys, path, out, "--judge", "judge")
+    assert (done["questions"], done["calls"], done["reused"]) == (5, 9, 6)
+    assert all(line["answers"] == {name: REPLIES[name] for name in "abc"} for line in lines_of(out))
+
+
+def test_an_empty_answer_is_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(REPLIES, "b", "")
+    path, out = write(tmp_path), tmp_path / "out.jsonl"
+    used(path, ("a", "question?", {}))
+    for calls in (2, 0):
+        assert collect(capsys, path, out, "--judge", "judge")["calls"] == calls
+    assert lines_of(out)[0]["answers"]["b"] == ""
+
+
+def test_conversations_are_told_apart_and_judged_whole(tmp_path, capsys):
+    """Two that end in yes were one question, of which the judge saw the yes."""
+    path, out = write(tmp_path), tmp_path / "out.jsonl"
+    talks = [
+        [{"role": "user", "content": ask}, {"role": "assistant", "content": f"{ask} Sure?"}, {"role": "user", "content": "yes"}]
+        for ask in ("Delete the file?", "Translate it?")
+    ]  # fmt: skip
+    used(path, *(("a", talk, {}) for talk in talks))
+    for wanted in (2, 0):
+        assert collect(capsys, path, out, "--judge", "judge")["questions"] == wanted
+    assert [line["messages"] for line in lines_of(out)] == talks
+    shown = prompt_of(talks[0], "x", "y")
+    assert json.loads(shown[shown.index("{") : shown.rindex("}") + 1])["conversation"] == talks[0]
+    judge = ReferenceJudge({"yes": "done"})
+    assert (judge.knows(talks[0]), judge.knows([{"role": "system", "content": "s"}, talks[0][2]])) == (False, True)
+    assert main(["gateway", "fit", str(out), "--out", str(tmp_path / "r"), "--quiet"]) == 0
+
+
+def test_a_file_is_of_one_judge(tmp_path, capsys):
+    path, out = write(tmp_path), tmp_path / "out.jsonl"
+    used(path, ("a", "question 1?", {}))
+    collect(capsys, path, out, "--judge", "judge", "--anchor", "a")
+    assert "judged by judge against a, not by judge against b" in collect(
+        capsys, path, out, "--judge", "judge", "--anchor", "b", code=2
+    )
+
+
+def test_a_place_that_cannot_be_written_is_noticed_before_anything_is_paid_for(tmp_path, capsys):
+    path = write(tmp_path)
+    used(path, ("a", "question 1?", {}))
+    (tmp_path / "folder.jsonl").mkdir()
+    for out in (tmp_path / "nowhere" / "out.jsonl", tmp_path / "folder.jsonl"):
+        assert "cannot write" in collect(capsys, path, out, "--judge", "judge", code=2)
+    assert collected_rows(tmp_path)[0] == []
+
+
+def test_a_budget_with_room_for_one_call_after_another_is_enough(tmp_path, capsys):
+    """Side by side their worst cases did not fit, which was taken for its end."""
+    path, out = write(tmp_path), tmp_path / "out.jsonl"
+    path.write_text(path.read_text().replace("max_tokens = 20", "max_tokens = 2000"))
+    used(path, ("a", "question 1?", {}), ("a", "question 2?", {}))
+    (tmp_path / "r.jsonl").write_text(
+        '{"query": "question 1?", "answer": "x"}\n{"query": "question 2?", "answer": "x"}\n'
+    )
+    options = ("--judge", "exact", "--references", tmp_path / "r.jsonl", "--budget", "0.025")
+    done = collect(capsys, path, out, *options)
+    assert (done["questions"], done["stopped"]) == (2, "")
+
+
+def test_nobody_else_carries_the_tag_of_collecting(tmp_path):
+    async def work():
+        async with Gateway(load_config(write(tmp_path))) as gateway:
+            secret, _ = await gateway.store.create_key("mallory")
+            await gateway.store.set_budget(f"tag:{TAG}", 10**9)
+            body = {"model": "b", "messages": [{"role": "user", "content": "hi"}]}
+            with pytest.raises(ApiError, match="tag collect"):
+                await gateway.achat(body, key=secret, headers={"x-tags": f"x,{TAG}"})
+            with pytest.raises(InputError, match="no key may carry it"):
+                await gateway.store.create_key("mallory", tags=[TAG])
+            return (await gateway.store.budgets())[0].spent_nano
+
+    assert asyncio.run(work()) == 0
+
+
+def test_what_is_collected_of_a_question_goes_when_the_question_goes(tmp_path, capsys):
+    """Its text is copied nowhere in the store, and its answers are as old as it is."""
+    path = write(tmp_path)
+    used(path, ("a", "MY-OLD-SECRET?", {}))
+
+    def held(*statements):
+        with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db")) as connection, connection:
+            return [connection.execute(sql).fetchall() for sql in statements][-1]
+
+    for table in ("ledger", "texts", "decisions"):
+        held(f"UPDATE {table} SET ts_us = ts_us - 29 * 86400 * 1000000")
+    collect(capsys, path, tmp_path / "out.jsonl", "--judge", "judge")
+    assert held("SELECT count(*) FROM texts WHERE body LIKE '%MY-OLD-SECRET%'") == [(1,)]
+    assert held("SELECT count(*) FROM collected") == [(6,)]
+
+    async def prune():
+        async with open_store(str(tmp_path / "gateway.db"), serves=False) as store:
+            await store.prune(time.time() - 28 * 86400)
+
+    asyncio.run(prune())
+    assert held("SELECT count(*) FROM texts") == held("SELECT count(*) FROM collected") == [(0,)]
+
+
+def test_watching_a_store_without_texts_waits_for_them(tmp_path, capsys):
+    path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
+    used(path)
+    later = threading.Thread(target=lambda: (time.sleep(0.3), used(path, ("a", "question 1?", {}))))
+    later.start()
+    done = collect(capsys, path, out, "--judge", "judge", "--every", "1s", "--limit", 1)
+    later.join()
+    assert done["questions"] == 1
+
+
+@pytest.mark.parametrize("option", ["--since", "--every"])
+def test_times_beyond_all_calendars_are_refused(tmp_path, capsys, option):
+    path = write(tmp_path)
+    used(path, ("a", "question 1?", {}))
+    said = collect(capsys, path, tmp_path / "o.jsonl", "--judge", "judge", option, "99999999999w", code=2)
+    assert f"{option} is '99999999999w'" in said
+
+
+DAMAGED = [
+    "{", "null", "[]", '{"endpoint":"chat"}', '{"query":5,"endpoint":"chat"}', '{"query":"x","endpoint":"chat","messages":"no"}',
+    '{"query":"x","endpoint":"chat","messages":[1]}', '{"query":"x","endpoint":"chat","task":5}',
+    '{"query":"x","endpoint":"chat","answer":5,"settings":7,"asked_nano":"x"}',
+]  # fmt: skip
+
+
+def test_damaged_rows_are_passed_over(tmp_path, capsys):
+    path = write(tmp_path)
+
+    async def work():
+        async with Gateway(load_config(path)) as gateway:
+            secret, _ = await gateway.store.create_key("user")
+            for number in range(len(DAMAGED) + 1):
+                body = {"model": "auto/try", "messages": [{"role": "user", "content": f"question {number}?"}]}
+                reply = await gateway.handle("chat", body, key=secret)
+                await gateway.feedback({"request_id": reply.headers["x-request-id"], "score": 1}, key=secret)
+
+    asyncio.run(work())
+    with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db")) as connection, connection:
+        for number, body in enumerate(DAMAGED, 1):
+            connection.execute("UPDATE texts SET body = ? WHERE rowid = ?", (body, number))
+        for body in ('{"candidates": [5]}', "7", '{"candidates": {"a": 1}, "probability": "x"}'):
+            connection.execute("UPDATE decisions SET body = ? WHERE rowid = ?", (body, 7))
+    store = tmp_path / "gateway.db"
+    assert main(["gateway", "fit", str(store), "--out", str(tmp_path / "r"), "--quiet", "--json"]) == 0
+    assert (
+        main(["gateway", "replay", str(store), "--router", str(tmp_path / "r"), "--json", "--allow-leak", "--quiet"])
+        == 0
+    )
+    done = collect(capsys, path, tmp_path / "out.jsonl", "--judge", "judge")
+    assert done["questions"] >= 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no database at all"])
+def test_a_file_that_is_no_store_is_left_as_it_is(tmp_path, capsys, content):
+    path = tmp_path / "empty.db"
+    path.write_bytes(content)
+    assert main(["gateway", "fit", str(path), "--out", str(tmp_path / "r"), "--quiet"]) == 2
+    assert "empty.db" in capsys.readouterr().err
+    assert path.read_bytes() == content

@@ -3,10 +3,12 @@
 import asyncio
 import json
 
+import numpy as np
 import pytest
 
 from anabranch.cli.main import main
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.data import load
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
@@ -110,3 +112,74 @@ def test_every_strategy_that_can_learn_is_written(tmp_path, capsys):
     assert set(command(capsys, "fit", data, "--out", tmp_path / "r", *names)["routers"]) == {"ic_cache", "ridge"}
     routed = command(capsys, "route", "question 3 on 3", "--router", tmp_path / "r", "--strategy", "ic_cache")
     assert {one["model"] for one in routed["candidates"]} == {"a", "b"}
+
+
+def test_a_model_that_no_budget_had_room_for_is_not_told_what_another_earned(tmp_path, capsys):
+    """b is drawn half of the time and never asked: its estimate was a's score."""
+    a, b = settings(tmp_path).models
+    config = settings(tmp_path, models=(a, b.replace(price=Price.of_dollars(100_000, 100_000))))
+
+    async def work(gateway):
+        await gateway.store.set_budget("global", 10**9)
+        return [await rated(gateway, "auto/try", f"question number {n}", {"a": 0.9, "b": 0.1}) for n in range(80)]
+
+    assert set(used(config, work)) == {"a"}
+    log = load(tmp_path / "gateway.db", by_choice=True)
+    chance_NM = log.only(["a", "b"]).signals["probability"]
+    drawn_M = np.isfinite(chance_NM).sum(0)
+    assert drawn_M.sum() == 80
+    assert min(drawn_M) > 20
+    by_name = {
+        row["name"]: row
+        for row in command(capsys, "eval", tmp_path / "gateway.db", "--strategy", "ridge")["strategies"]
+    }
+    assert (by_name["always b"]["matched"], by_name["always b"]["score"]) == (0, None)
+    assert by_name["always a"]["score"] == pytest.approx(0.9)
+    # Half of the rows, each weighing two: as it should be of all that were drawn.
+    assert by_name["always a"]["support"] == pytest.approx(1, abs=0.6)
+    assert by_name["always a"]["ips"] == pytest.approx(0.9 * by_name["always a"]["support"])
+    assert by_name["always a"]["gain"] == pytest.approx(0)
+    # To learn from, the answers are a's.
+    assert np.isfinite(load(tmp_path / "gateway.db").only(["a"]).score_NM).all()
+
+
+def asking(folder, reply, prompts=True):
+    """A strategy that asks b where to go, which says ``reply``."""
+    path = folder / "gateway.toml"
+    models = "".join(
+        f'[[models]]\nname = "{name}"\nmax_tokens = 20\nprice = {{ input_usd = {usd}, output_usd = {usd} }}\n'
+        f'deployments = [{{ provider = {{ kind = "mock", model = "{name}", reply = "{said}" }} }}]\n'
+        for name, usd, said in (("a", 10, "fine"), ("b", 5, reply))
+    )
+    path.write_text(
+        f'require_key = false\nstore = "{folder}/gateway.db"\n[log]\nprompts = {str(prompts).lower()}\n'
+        f'[strategies.ask]\nkind = "prompt"\nmodel = "b"\n{models}'
+    )
+    return path
+
+
+def test_what_a_strategy_asked_others_is_no_cost_of_the_model_it_chose(tmp_path):
+    async def work(gateway):
+        for model in ("auto/ask", "a"):
+            assert await rated(gateway, model, "question?", {"a": 1.0}) == "a"
+        return await gateway.store.ledger()
+
+    named, chosen = used(asking(tmp_path, "5"), work)
+    assert chosen.cost_nano > named.cost_nano
+    costs = load(tmp_path / "gateway.db").cost_NM[:, 0] * 1e9
+    np.testing.assert_allclose(costs, named.cost_nano)
+
+
+def test_without_prompts_nothing_that_was_asked_or_said_is_on_the_disk(tmp_path):
+    """A routing model's own words were kept with its decision."""
+
+    async def work(gateway):
+        for model in ("auto/ask", "a", "b"):
+            body = {"model": model, "messages": [{"role": "user", "content": "CANARY has it, what now?"}]}
+            await gateway.handle("chat", body, headers={"x-task": "CANARY", "authorization": "CANARY"})
+        return await gateway.store.decisions()
+
+    decisions = used(asking(tmp_path, "2, as CANARY has it", prompts=False), work)
+    [asked] = [row.body["details"] for row in decisions if row.strategy == "ask"]
+    assert asked == {"asked": "b", "read": None, "is_cached": False}
+    assert not any(b"CANARY" in path.read_bytes() for path in tmp_path.iterdir() if path.name != "gateway.toml")

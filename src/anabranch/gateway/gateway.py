@@ -29,8 +29,9 @@ from anabranch.gateway.overview import Overview
 from anabranch.gateway.query import Decision, Outcome
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.runtime import Runtime
-from anabranch.gateway.store import KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
+from anabranch.gateway.store import CollectedRow, KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
 from anabranch.gateway.strategy import Strategy
+from anabranch.gateway.told import Collecting
 from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.sse import read_data
@@ -171,6 +172,7 @@ class Gateway:
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
         shown_as: str | None = None,
+        collecting: Collecting | None = None,
     ) -> Reply:
         """Answer one request. Raises ApiError.
 
@@ -180,13 +182,14 @@ class Gateway:
             key: of this gateway.
             headers: of the request; names in lower case, or a mapping that does not mind.
             shown_as: what metrics call the endpoint, if not by its name.
+            collecting: what it is collected for; None for a request of a user.
         """
         if self.in_flight >= self.config.limits.in_flight:
             self.metrics.refused.labels("too_many").inc()
             message = f"{self.in_flight:,} requests are under way, which is the limit; try again"
             raise ApiError(429, "rate_limit_exceeded", message, type="requests", headers={"Retry-After": "1"})
         runtime = self.runtime
-        life = Life(self, runtime, endpoint, body, headers or {}, shown_as or endpoint)
+        life = Life(self, runtime, endpoint, body, headers or {}, shown_as or endpoint, collecting)
         self.in_flight += 1
         runtime.users += 1
         token = _CURRENT.set(life)
@@ -353,10 +356,14 @@ class Gateway:
             _, (_, old) = self._outcomes.popitem(last=False)
             self._held_characters -= len(old.query.text)
 
-    def settle(self, reservation: Reservation | None, row: LedgerRow) -> None:
+    def settle(self, reservation: Reservation | None, row: LedgerRow, collected: CollectedRow | None = None) -> None:
         """End a request in the store; it is written soon, whoever waits or not."""
-        done = self.store.append(row) if reservation is None else self.store.settle(reservation, row)
+        done = self.store.append(row) if reservation is None else self.store.settle(reservation, row, collected)
         done.add_done_callback(_noted)
+
+    def keeps_texts(self, body: Mapping[str, Any]) -> bool:
+        """Whether the store keeps what is asked and answered: the config lets it, and the sender does not forbid it (``store: false``)."""
+        return self.config.log.prompts and body.get("store") is not False
 
     def seen(self, request: Seen) -> None:
         """Show it on the page."""

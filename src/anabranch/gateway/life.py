@@ -27,8 +27,8 @@ from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError,
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
-from anabranch.gateway.store import KeyRecord, LedgerRow, Reservation, subjects_of
-from anabranch.gateway.told import explained, headers_of, row_of, seen_of, texts_of
+from anabranch.gateway.store import COLLECT, KeyRecord, LedgerRow, Reservation, subjects_of
+from anabranch.gateway.told import Collecting, collected_of, explained, headers_of, row_of, seen_of, texts_of
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.ids import new_id
@@ -56,9 +56,10 @@ class Life:
         body: dict[str, Any],
         headers: Mapping[str, str],
         shown_as: str,
+        collecting: Collecting | None = None,
     ) -> None:
         self.gateway, self.runtime, self.endpoint, self.body = gateway, runtime, endpoint, body
-        self.headers, self.shown_as, self.caches = headers, shown_as, gateway.caches
+        self.headers, self.shown_as, self.caches, self.collecting = headers, shown_as, gateway.caches, collecting
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
         # Of the key; None if none is needed.
         self.record: KeyRecord | None = None
@@ -71,7 +72,7 @@ class Life:
         self.query: Query | None = None
         # Of a whole answer, for the strategy and the store.
         self.answer_text: str | None = None
-        self.answer_is_whole = False
+        self.finish_reason: str | None = None
         self.decided: Decided | None = None
         self.candidates: tuple[str, ...] = ()
         # Messages that the strategy sends to a model in place of the sender's.
@@ -137,6 +138,10 @@ class Life:
         given = self.headers.get("x-tags", "")
         added = tuple(tag.strip() for tag in given.split(",") if tag.strip()) if given else ()
         named = self.body.get("user") or ""
+        if self.collecting is not None:
+            added = (COLLECT, *added)
+        elif COLLECT in added:
+            raise wrong("x-tags", f"the tag {COLLECT} is that of the gateway's own questions; take another")
         try:
             self.subjects = subjects_of(record, user=named, tags=added)
         except InputError as error:
@@ -392,7 +397,7 @@ class Life:
             self.ticket.abandon()
         report, latency_s = self.report or Report(), self.elapsed()
         row = row_of(self, report, latency_s, status, code, cache)
-        self.gateway.settle(self.reservation, row)
+        self.gateway.settle(self.reservation, row, collected_of(self, row))
         self._tell(row, report, http_status, latency_s)
 
     def _tell(self, row: LedgerRow, report: Report, http_status: int, latency_s: float) -> None:
@@ -416,16 +421,16 @@ class Life:
         if decided is None:
             return
         if self.runtime.config.log.decisions:
-            gateway.store.append_decision(self.id, self.strategy, row.model, explained(decided))
+            gateway.store.append_decision(self.id, self.strategy, row.model, explained(decided, report))
         if self._keeps_texts and report.model is not None:
             gateway.store.append_texts(self.id, texts_of(self))
         if not self.strategy:
             return
         if report.model is not None or report.attempts:
             outcome = Outcome(
-                query=decided.query, model=report.model or report.attempts[-1].model, cost=dollars(row.cost_nano), latency_s=latency_s,
+                query=decided.query, model=report.model or report.attempts[-1].model, cost=dollars(report.cost), latency_s=latency_s,
                 succeeded=row.status == "ok", decision=decided.decision,
-                answer=self.answer_text if self._strategy_keeps and self.answer_is_whole else None,
+                answer=self.answer_text or None if self._strategy_keeps and self.finish_reason == "stop" else None,
             )  # fmt: skip
             gateway.learn(self.strategy, self.id, outcome)
 
@@ -464,13 +469,13 @@ class Life:
 
     @property
     def _keeps_texts(self) -> bool:
-        """Whether the store may keep what was asked and answered: the config lets it, and the sender did not forbid it."""
-        return self.runtime.config.log.prompts and self.endpoint != "embeddings" and self.body.get("store") is not False
+        """Whether the store may keep what was asked and answered. What is collected it keeps elsewhere, and no question anew."""
+        return self.endpoint != "embeddings" and self.collecting is None and self.gateway.keeps_texts(self.body)
 
     def _note(self, answer: Answer) -> None:
         """Hold on to the text of an answer, for the strategy and the store."""
-        if answer.text and (self._strategy_keeps or self._keeps_texts):
-            self.answer_text, self.answer_is_whole = answer.text, answer.finish_reason == "stop"
+        if self._strategy_keeps or self._keeps_texts or self.collecting is not None:
+            self.answer_text, self.finish_reason = answer.text, answer.finish_reason
 
     def _keep(self, answer: Answer) -> None:
         """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones."""

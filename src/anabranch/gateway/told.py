@@ -3,13 +3,15 @@
 Read from a `Life`; nothing here changes it.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from anabranch.gateway.cache.exact import IGNORED
 from anabranch.gateway.count import asked_text
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.query import Decision
-from anabranch.gateway.store import LedgerRow
+from anabranch.gateway.store import CollectedRow, LedgerRow
 from anabranch.gateway.store.records import clean
 from anabranch.gateway.ui import Seen
 
@@ -18,6 +20,20 @@ if TYPE_CHECKING:
 
 # Characters of a question or an answer that are kept; more are cut off.
 LONGEST_TEXT = 100_000
+_NO_SETTINGS = IGNORED | {"model", "messages", "prompt", "input", "tools"}
+
+
+@dataclass(frozen=True, slots=True)
+class Collecting:
+    """What a request is collected for.
+
+    Attributes:
+        key: by which its answer is found again.
+        asked_us: microseconds since 1970, when the user asked whose request it is about; what is collected is kept no longer.
+    """
+
+    key: str
+    asked_us: int
 
 
 def headers_of(life: "Life", report: Report) -> dict[str, str]:
@@ -104,19 +120,24 @@ def row_of(life: "Life", report: Report, latency_s: float, status: str, code: st
     )  # fmt: skip
 
 
-def explained(decided: Decided) -> dict[str, Any]:
-    """A decision, ready for JSON but for what the store writes as text."""
+def explained(decided: Decided, report: Report) -> dict[str, Any]:
+    """A decision, ready for JSON but for what the store writes as text, and the models that were asked.
+
+    One that was chosen and never asked, as where no budget had room for it, tells nothing of what choosing it comes to.
+    """
     decision = decided.decision
     return {
         "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence, "candidates": _candidates(decision),
         "details": dict(decision.details), "bypassed": decided.bypassed, "probability": decision.probability,
+        "asked": list(dict.fromkeys(attempt.model for attempt in report.attempts)),
     }  # fmt: skip
 
 
 def texts_of(life: "Life") -> dict[str, Any]:
     """What was asked and answered, for the store: as much as a router is learned from, and another model asked with.
 
-    ``messages`` is there where they are more than the one text; ``None`` where they are too long to be kept.
+    ``messages`` is there where they are more than the one text; ``None`` where they are too long to be kept. ``settings`` are what else
+    was asked for, with which the same model would have said something else; ``asked_nano`` what others cost that helped to choose it.
     """
     body = life.body
     query = asked_text(life.endpoint, body)
@@ -133,7 +154,32 @@ def texts_of(life: "Life") -> dict[str, Any]:
         found["has_tools"] = True
     if life.answer_text is not None:
         found["answer"] = clean(life.answer_text, LONGEST_TEXT)
+        found["finish_reason"] = life.finish_reason
+    settings = {name: _short(value) for name, value in body.items() if name not in _NO_SETTINGS}
+    if life.report is not None and life.report.model in life.prepared:
+        # What the model was sent in truth.
+        settings["messages"] = True
+    if settings:
+        found["settings"] = settings
+    if life.asked_nano:
+        found["asked_nano"] = life.asked_nano
     return found
+
+
+def _short(value: Any) -> Any:
+    """A setting as far as it is short; of others, that they were there."""
+    return value if isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 64) else True
+
+
+def collected_of(life: "Life", row: LedgerRow) -> CollectedRow | None:
+    """What came of a call that was collected; None if no answer did."""
+    if life.collecting is None or row.status != "ok" or life.answer_text is None:
+        return None
+    body = {
+        "answer": clean(life.answer_text, LONGEST_TEXT), "finish_reason": life.finish_reason, "cost_nano": row.cost_nano,
+        "tokens": [row.prompt_tokens, row.completion_tokens], "latency_us": row.latency_us, "request_id": row.request_id,
+    }  # fmt: skip
+    return CollectedRow(life.collecting.key, life.collecting.asked_us, body)
 
 
 def _candidates(decision: Decision) -> list[dict[str, Any]]:

@@ -134,11 +134,12 @@ async def _run(
         if budget is not None:
             await gateway.store.set_budget(f"tag:{TAG}", nano_dollars(budget))
         while True:
-            done = await collector.run(out, **bounds)
+            done = await collector.run(out, waits=every_s is not None, **bounds)
             enough = bounds["limit"] is not None and done.questions >= bounds["limit"]
-            if every_s is None or done.stopped or enough:
+            # A budget that has room again later ends a run, not the watch.
+            if every_s is None or enough or (done.stopped and done.wait_s is None):
                 return done
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(max(every_s, done.wait_s or 0.0))
 
 
 def _print(done: Collected, out: Path) -> None:
@@ -146,8 +147,12 @@ def _print(done: Collected, out: Path) -> None:
         "added",
         f"{done.questions:,} questions ({done.there:,} were there), {done.calls:,} answers asked for, {done.reused:,} reused",
     )
-    if done.failed or done.unjudged:
-        fact("left out", f"{done.failed:,} that a model did not answer, {done.unjudged:,} that could not be judged")
+    left = {
+        "that a model did not answer": done.failed, "that could not be judged": done.unjudged,
+        "of keys that may not use all of the models": done.not_allowed,
+    }  # fmt: skip
+    if any(left.values()):
+        fact("without", ", ".join(f"{count:,} {why}" for why, count in left.items() if count))
     if done.stopped:
         fact("stopped", done.stopped)
     if done.questions + done.there:

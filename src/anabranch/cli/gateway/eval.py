@@ -33,6 +33,7 @@ from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     from anabranch.gateway.dataset import Recorded
+    from anabranch.gateway.query import Pool
     from anabranch.gateway.referee import Report
 
 
@@ -94,16 +95,17 @@ def evaluate(
     recorded = measured(recorded, unit, prices)
     settings: dict[str, Any] = {"pool": pool, "dollar": dollar, "allow_leak": allow_leak}
 
-    def read_copies() -> Recorded:
-        return measured(read_data(data, columns, prices, keep_copies=True)[0], unit, prices)
+    def read_copies() -> tuple[Recorded, Pool]:
+        log, pool = read_data(data, columns, prices, keep_copies=True)
+        return measured(log, unit, prices), pool
 
-    if test is None and is_log(recorded, read_copies):
+    if test is None and is_log(recorded, lambda: read_copies()[0]):
         if wanted := [str(path) for path in (html, picture, markdown) if path is not None]:
             raise InputError(
                 f"{wanted[0]} needs questions that every model answered, to compare them on; of {data} most have the answers of some. "
                 "What can be told of such a log is printed, or --json"
             )
-        show_log(read_copies(), pool, router, strategy, fields, embedder, test_share, seed, allow_leak, quiet, as_json)
+        show_log(*read_copies(), router, strategy, fields, embedder, test_share, seed, allow_leak, quiet, as_json)
         return
     if router is None:
         other = None if test is None else measured(read_data(test, columns, prices)[0], unit, prices)

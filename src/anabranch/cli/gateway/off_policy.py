@@ -32,10 +32,13 @@ def is_log(data: Recorded, read_copies: Callable[[], Recorded]) -> bool:
     whole_N = np.isfinite(data.score_NM).all(1)
     if not whole_N.any():
         return True
-    if whole_N.mean() >= 0.5:
+    # Where one model has answered all, others may have been drawn in vain.
+    is_alone = len(data.models) == 1
+    if whole_N.mean() >= 0.5 and not is_alone:
         return False
     chance_NM = read_copies().signals.get("probability")
-    return int(whole_N.sum()) < ENOUGH or (chance_NM is not None and bool((chance_NM < 1).any()))
+    is_drawn = chance_NM is not None and bool((chance_NM < 1).any())
+    return is_drawn or (not is_alone and int(whole_N.sum()) < ENOUGH)
 
 
 def show_log(

@@ -29,6 +29,7 @@ StoreOption = Annotated[
     ),
 ]
 DEFAULT_STORE = "gateway.db"
+LONGEST_S = 100 * 365 * 86_400
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -40,7 +41,7 @@ def with_store(url: str, work: Callable[[Store], Awaitable[T]], *, makes: bool =
         raise DataError(f"no store at {url}; give its place with --store, or make one: anabranch gateway keys create")
 
     async def run() -> T:
-        async with open_store(url, serves=False) as store:
+        async with open_store(url, serves=False, makes=makes) as store:
             return await work(store)
 
     return asyncio.run(run())
@@ -52,7 +53,10 @@ def moment(text: str | None, option: str) -> float | None:
         return None
     ago = re.fullmatch(r"(\d+)([smhdw])", text)
     if ago:
-        return time.time() - int(ago[1]) * UNITS_S[ago[2]]
+        found_s = time.time() - int(ago[1]) * UNITS_S[ago[2]]
+        if found_s < 0:
+            raise InputError(f"{option} is {text!r}, which is before 1970; take a shorter time")
+        return found_s
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
@@ -65,7 +69,10 @@ def seconds(text: str, option: str) -> float:
     match = re.fullmatch(r"(\d+)([smhdw])", text)
     if not match:
         raise InputError(f"{option} is {text!r}; write a number and s, m, h, d or w, such as 90d")
-    return float(int(match[1]) * UNITS_S[match[2]])
+    found_s = int(match[1]) * UNITS_S[match[2]]
+    if found_s > LONGEST_S:
+        raise InputError(f"{option} is {text!r}; it must be at most 100 years")
+    return float(found_s)
 
 
 def amount(nano: int) -> str:

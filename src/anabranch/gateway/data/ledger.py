@@ -34,7 +34,8 @@ def load_store(url: str, *, by_choice: bool = False) -> Recorded:
     Args:
         url: of the store.
         by_choice: put what came of a request under the model that was chosen for it, also where that one failed and another answered:
-            that is what the choice led to, and what its probability is of.
+            that is what the choice led to, and what its probability is of. Where it was not even asked, as where no budget had room for
+            it, the answer is the other's, and the choice has a probability and no score.
     """
     if "://" not in url and not Path(url).is_file():
         raise DataError(f"cannot read {url}: no such file")
@@ -42,7 +43,7 @@ def load_store(url: str, *, by_choice: bool = False) -> Recorded:
     async def read() -> Recorded:
         from anabranch.gateway.store.store import open_store
 
-        async with open_store(url, serves=False) as store:
+        async with open_store(url, serves=False, makes=False) as store:
             return from_ledger(await scored_requests(store, by_choice=by_choice))
 
     return asyncio.run(read())
@@ -69,14 +70,36 @@ async def scored_requests(store: "Store", *, by_choice: bool = False) -> list[di
 
 def _scored(row: "LedgerRow", decision: dict[str, Any], texts: dict[str, Any], by_choice: bool) -> dict[str, Any]:
     told = {**decision, **texts}
-    candidates = decision.get("candidates") or ()
-    chosen = candidates[0]["model"] if candidates and row.strategy else row.model
+    chosen = _chosen(decision) if row.strategy else None
+    chosen = row.model if chosen is None else chosen
+    asked = decision.get("asked")
+    was_asked = chosen in asked if isinstance(asked, list) else chosen == row.model or row.attempts > 1
+    # What others cost that a strategy asked is no cost of the model it chose.
+    helpers = texts.get("asked_nano")
+    cost_nano = row.cost_nano - helpers if _is_number(helpers) else row.cost_nano
     return {
-        "query": told.get("query"), "task": told.get("task"), "answer": told.get("answer"), "score": row.quality,
-        "model": chosen if by_choice else row.model, "probability": told.get("probability") if by_choice or chosen == row.model else None,
-        "cost_nano": row.cost_nano, "prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens,
+        "query": _text(told.get("query")), "task": _text(told.get("task")), "answer": _text(told.get("answer")), "score": row.quality,
+        "model": chosen if by_choice and was_asked else row.model, "chosen": chosen if by_choice else row.model,
+        "probability": _chance(told.get("probability")) if by_choice or chosen == row.model else None,
+        "cost_nano": max(0, cost_nano), "prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens,
         "latency_us": row.latency_us,
     }  # fmt: skip
+
+
+def _chosen(decision: dict[str, Any]) -> str | None:
+    """The first candidate; None for a decision that is damaged."""
+    match decision.get("candidates"):
+        case [{"model": str(model)}, *_]:
+            return model
+    return None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _chance(value: Any) -> float | None:
+    return float(value) if _is_number(value) and 0 < value <= 1 else None
 
 
 def from_ledger(rows: Iterable[Mapping[str, Any]]) -> Recorded:
@@ -84,8 +107,8 @@ def from_ledger(rows: Iterable[Mapping[str, Any]]) -> Recorded:
 
     Args:
         rows: each with ``query`` (its text, where prompts are kept), ``model``, ``score``, and what there is of ``task``, ``answer``,
-            ``cost_nano``, ``prompt_tokens``, ``completion_tokens``, ``latency_us`` and ``probability``. Rows without a text or a score are
-            left out, since nothing can be learned from them.
+            ``cost_nano``, ``prompt_tokens``, ``completion_tokens``, ``latency_us`` and ``probability``, which is that of ``chosen`` where
+            this is another than ``model``. Rows without a text or a score are left out, since nothing can be learned from them.
 
     Raises DataError if that leaves none.
     """
@@ -110,13 +133,17 @@ def _row(row: Mapping[str, Any]) -> Row:
         "prompt": row.get("prompt_tokens"), "completion": row.get("completion_tokens"),
         "latency": None if latency is None else latency / 1e6,
     }  # fmt: skip
-    chance = row.get("probability")
+    chance, chosen = row.get("probability"), row.get("chosen", model)
+    known: dict[str, dict[str, float | None]] = {
+        part: {model: value} for part, value in values.items() if value is not None
+    }
+    known["score"].setdefault(chosen, None)
     return Row(
-        row["query"], row.get("task"), {part: {model: value} for part, value in values.items() if value is not None},
+        row["query"], row.get("task"), known,
         answers={model: row["answer"]} if row.get("answer") else {},
-        signals={} if chance is None else {"probability": {model: float(chance)}},
+        signals={} if chance is None else {"probability": {chosen: float(chance)}},
     )  # fmt: skip
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -58,6 +58,8 @@ class OpenAIRoutes:
         reply = await self._gateway.handle(
             "chat", to_chat(body), key=bearer(request), headers=request.headers, shown_as="responses"
         )
+        # Unlike OpenAI's, ours cannot be asked for again; it is said all the same whether its text is kept.
+        body = {**body, "store": self._gateway.keeps_texts(body)}
         source = reply.stream
         if reply.stream is not None:
             reply.stream = _as_response(body, reply.stream)

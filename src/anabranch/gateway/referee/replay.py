@@ -12,8 +12,9 @@ q is what a ridge regression on the vectors (without vectors each model's mean) 
 used on. The doubly robust estimate is right if the probabilities are, and narrower the better q is.
 
 Rows whose choice was not drawn (a probability of 1, or none, as where the sender named the model) say nothing of what another model would
-have done, and are left out where others were drawn. Where none was, the mean over matches is right only if what answered was chosen
-without a look at the query.
+have done, and are left out where others were drawn. A model that was drawn and never asked, since no budget had room for it, has a
+probability without a score: its row counts as drawn and matches nobody. Where none was drawn, the mean over matches is right only if what
+answered was chosen without a look at the query.
 """
 # Shapes: N rows, M models
 
@@ -132,15 +133,15 @@ def _weights(log: Recorded, known_NM: np.ndarray) -> tuple[np.ndarray, np.ndarra
     chance_NM = log.signals.get(PROBABILITY)
     if chance_NM is None:
         return known_NM.astype(float), np.zeros(len(log), bool)
-    told_NM = known_NM & ~np.isnan(chance_NM)
-    wrong_N = (told_NM & ~((chance_NM > 0) & (chance_NM <= 1))).any(1)
+    has_NM = ~np.isnan(chance_NM)
+    wrong_N = (has_NM & ~((chance_NM > 0) & (chance_NM <= 1))).any(1)
     if wrong_N.any():
         row = int(np.flatnonzero(wrong_N)[0])
         raise DataError(f"row {row + 1} of the log has no probability between 0 and 1 for a model that answered")
-    drawn_N = (told_NM & (chance_NM < 1)).any(1)
+    drawn_N = (has_NM & (chance_NM < 1)).any(1)
     if not drawn_N.any():
         return known_NM.astype(float), drawn_N
-    used_NM = told_NM & drawn_N[:, None]
+    used_NM = known_NM & has_NM & drawn_N[:, None]
     return np.where(used_NM, 1 / np.where(used_NM, chance_NM, 1), 0.0), drawn_N
 
 

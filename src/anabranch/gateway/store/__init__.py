@@ -6,7 +6,9 @@ from anabranch.gateway.store.limits import Bucket, RateLimits, refill, take
 from anabranch.gateway.store.period import PERIODS, Period, window
 from anabranch.gateway.store.questions import GROUPS
 from anabranch.gateway.store.records import (
+    COLLECT,
     Budget,
+    CollectedRow,
     DecisionRow,
     FeedbackRow,
     KeyRecord,
@@ -19,12 +21,14 @@ from anabranch.gateway.store.records import (
 from anabranch.gateway.store.store import Store, open_store
 
 __all__ = [
+    "COLLECT",
     "GROUPS",
     "PERIODS",
     "Bucket",
     "Budget",
     "BudgetError",
     "Calibration",
+    "CollectedRow",
     "DecisionRow",
     "FeedbackRow",
     "KeyRecord",

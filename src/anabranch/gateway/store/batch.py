@@ -57,14 +57,6 @@ class Grow(Job):
 
 
 @dataclass(slots=True, eq=False)
-class Settle(Job):
-    """Replace what was set aside by what was spent, and write the row of the request."""
-
-    reservation: Reservation
-    row: LedgerRow
-
-
-@dataclass(slots=True, eq=False)
 class Append(Job):
     """Write the row of a request that reserved nothing."""
 
@@ -78,6 +70,15 @@ class Insert(Job):
     table: str
     columns: Sequence[str]
     row: Row
+
+
+@dataclass(slots=True, eq=False)
+class Settle(Job):
+    """Replace what was set aside by what was spent, and write the row of the request; ``also`` what belongs to it, both or neither."""
+
+    reservation: Reservation
+    row: LedgerRow
+    also: tuple[Insert, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -176,7 +177,10 @@ class _Books:
         elif isinstance(job, Append):
             self.ledger.append(ledger_values(replace(job.row, ts_us=self.now_us)))
         elif isinstance(job, Insert):
-            self.inserts.setdefault(job.table, (job.columns, []))[1].append(job.row)
+            self._insert(job)
+
+    def _insert(self, job: Insert) -> None:
+        self.inserts.setdefault(job.table, (job.columns, []))[1].append(job.row)
 
     def _reserve(self, job: Reserve) -> Reservation:
         made = job.reservation
@@ -227,6 +231,8 @@ class _Books:
         flags = (*job.row.flags, "over_reserved") if job.row.cost_nano > nano else job.row.flags
         row = replace(job.row, ts_us=self.now_us, reserved_nano=nano, flags=flags, **owners(job.reservation.subjects))
         self.ledger.append(ledger_values(row))
+        for one in job.also:
+            self._insert(one)
 
     def write(self) -> None:
         connection, gone = self.connection, set(self.gone)

@@ -4,6 +4,7 @@ Parameters are named (``:name``). Where the two differ, the connection says how:
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 Row = tuple[Any, ...]
@@ -64,8 +65,8 @@ class Database(Protocol):
     def connect(self) -> Connection:
         """A new connection. Raises DataError if the database cannot be reached."""
 
-    def open(self) -> None:
-        """Create or migrate. Raises DataError for data of a newer version or another kind."""
+    def open(self, *, makes: bool = True) -> None:
+        """Create, unless ``makes`` forbids it, or migrate. Raises DataError for data of a newer version or another kind."""
 
     def hold(self) -> None:
         """Say that this process is alive, until `let_go` or its end."""
@@ -78,6 +79,9 @@ class Database(Protocol):
 
     def let_go(self) -> None:
         """The opposite of `hold`."""
+
+    def alone(self, work: str) -> AbstractContextManager[bool]:
+        """Whether nobody else does ``work`` on this data; then nobody can meanwhile, until the block or the process ends."""
 
     def backup(self, path: Any) -> None:
         """Write a copy as of now. Raises BackendError where the database has tools of its own for that."""

@@ -5,8 +5,8 @@ what it had reserved is settled by another.
 """
 
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -145,12 +145,14 @@ class PostgresDatabase:
         """See `Database`."""
         return PostgresConnection(self._engine)
 
-    def open(self) -> None:
+    def open(self, *, makes: bool = True) -> None:
         """See `Database`."""
         connection = self.connect()
         try:
             connection.begin()
             connection.rows("SELECT 1 FROM (SELECT pg_advisory_xact_lock(:lock)) AS locked", lock=_LOCK)
+            if not makes and not connection.rows("SELECT to_regclass('anabranch_schema') IS NOT NULL")[0][0]:
+                raise DataError(f"{self.name} holds no store of a gateway")
             connection.run("CREATE TABLE IF NOT EXISTS anabranch_schema (version BIGINT NOT NULL)")
             found = connection.rows("SELECT coalesce(max(version), 0) FROM anabranch_schema")[0][0]
             if found > len(MIGRATIONS):
@@ -206,6 +208,25 @@ class PostgresDatabase:
         with suppress(BusyError):
             connection.run("DELETE FROM replicas WHERE id = :id", id=self.replica)
         connection.close()
+
+    @contextmanager
+    def alone(self, work: str) -> Iterator[bool]:
+        """See `Database`. The lock is the connection's, and ends with it."""
+        connection = self.connect()
+        try:
+            names = {"lock": _LOCK, "work": work}
+            is_alone = bool(connection.rows("SELECT pg_try_advisory_lock(:lock, hashtext(:work))", **names)[0][0])
+        except BusyError as error:
+            connection.close()
+            raise DataError(f"the store {self.name} cannot be locked: {error}") from None
+        try:
+            yield is_alone
+        finally:
+            # A connection that broke has let go of it already.
+            with suppress(BusyError):
+                if is_alone:
+                    connection.rows("SELECT pg_advisory_unlock(:lock, hashtext(:work))", **names)
+            connection.close()
 
     def backup(self, path: str | Path) -> None:
         """See `Database`."""

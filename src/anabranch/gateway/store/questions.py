@@ -1,6 +1,7 @@
 """What is asked of a store: SQL for ledgers, spending, keys and budgets, and how its rows are read."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from anabranch.gateway.store.records import (
     joined,
     parted,
 )
+
+logger = logging.getLogger(__name__)
 
 # Of a WHERE, with its values.
 Part = tuple[str, dict[str, Any]]
@@ -195,13 +198,24 @@ def read_decisions(connection: Connection, request_id: str | None, limit: int) -
     ]
 
 
-def read_bodies(connection: Connection, table: str, request_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What ``decisions`` or ``texts`` hold of some requests, by their ids."""
+def read_bodies(
+    connection: Connection, table: str, ids: Sequence[str], column: str = "request_id"
+) -> dict[str, dict[str, Any]]:
+    """What ``decisions``, ``texts`` or ``collected`` hold under some ids. A row that is damaged is as if it were not there."""
     rows = connection.rows(
-        f"SELECT request_id, body FROM {table} WHERE {connection.among('request_id', 'requests')}",
-        requests=connection.values(request_ids),
+        f"SELECT {column}, body FROM {table} WHERE {connection.among(column, 'ids')}", ids=connection.values(ids)
     )
-    return {request: json.loads(body) for request, body in rows}
+    found = {}
+    for id, body in rows:
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            found[id] = value
+        else:
+            logger.warning("the row %s of %s is damaged and left out", id, table)
+    return found
 
 
 def read_feedback(connection: Connection, request_id: str | None, limit: int) -> list[FeedbackRow]:
@@ -216,9 +230,15 @@ def read_feedback(connection: Connection, request_id: str | None, limit: int) ->
 
 
 def delete_before(connection: Connection, before_us: int, most: int) -> int:
-    """Delete old rows of the ledger, decisions, texts and feedback, ``most`` of each at once; how many were deleted."""
+    """Delete old rows of all that happened, ``most`` of each table at once; how many were deleted."""
     count = 0
-    for table, key in (("ledger", "seq"), ("decisions", "request_id"), ("texts", "request_id"), ("feedback", "seq")):
+    for table, key in (
+        ("ledger", "seq"),
+        ("decisions", "request_id"),
+        ("texts", "request_id"),
+        ("collected", "key"),
+        ("feedback", "seq"),
+    ):
         count += connection.run(
             f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE ts_us < :before LIMIT {most})",
             before=before_us,

@@ -10,6 +10,9 @@ from anabranch.gateway.money import Price
 from anabranch.gateway.store.period import Period
 
 GLOBAL = "global"
+
+# The tag of what `anabranch gateway collect` asks; no user and no key may carry it.
+COLLECT = "collect"
 SCOPES = ("key", "user", "team", "tag")
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/+=-]{0,63}")
 
@@ -285,6 +288,21 @@ class DecisionRow:
     ts_us: int
     strategy: str
     model: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedRow:
+    """A call that collecting has paid for.
+
+    Attributes:
+        key: of what was asked of whom.
+        ts_us: when the user asked whose request it is about: it is kept as long as that.
+        body: what came of it, ready for JSON.
+    """
+
+    key: str
+    ts_us: int
     body: dict[str, Any]
 
 

@@ -41,6 +41,12 @@ MIGRATIONS: list[Sequence[str]] = [
         "CREATE TABLE texts (request_id TEXT PRIMARY KEY, ts_us BIGINT NOT NULL, body TEXT NOT NULL)",
         "CREATE INDEX texts_by_time ON texts (ts_us)",
     ),
+    # Calls that collecting has paid for, by what was asked of whom, so that none is paid for again. Their time is that of the request
+    # of a user that they are about.
+    (
+        "CREATE TABLE collected (key TEXT PRIMARY KEY, ts_us BIGINT NOT NULL, body TEXT NOT NULL)",
+        "CREATE INDEX collected_by_time ON collected (ts_us)",
+    ),
 ]
 
 # What is in every store, of whatever version.
@@ -59,3 +65,4 @@ LEDGER = (
 DECISIONS = ("request_id", "ts_us", "strategy", "model", "body")
 FEEDBACK = ("request_id", "ts_us", "key_id", "score", "comment")
 TEXTS = ("request_id", "ts_us", "body")
+COLLECTED = ("key", "ts_us", "body")

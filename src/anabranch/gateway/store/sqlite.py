@@ -6,7 +6,7 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from anabranch.errors import DataError
 from anabranch.files import SQLITE_LOGS, atomic_file, check_apart, mode_of
 from anabranch.gateway.store.database import BusyError, Row
 from anabranch.gateway.store.schema import MIGRATIONS, TABLES
+from anabranch.locks import locked
 
 try:
     import fcntl
@@ -178,8 +179,12 @@ class SqliteDatabase:
         """See `Database`."""
         return SqliteConnection(self.path, self._synchronous, 1000 if self._mover is None else WAL_PAGES)
 
-    def open(self) -> None:
+    def open(self, *, makes: bool = True) -> None:
         """See `Database`."""
+        if not makes and not (self.path.is_file() and self.path.stat().st_size):
+            raise DataError(
+                f"{self.path} is no store of a gateway: it is {'empty' if self.path.is_file() else 'not there'}"
+            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -277,6 +282,12 @@ class SqliteDatabase:
             self._lock_path(self.replica).unlink(missing_ok=True)
             os.close(self._held)
             self._held = None
+
+    def alone(self, work: str) -> AbstractContextManager[bool]:
+        """See `Database`."""
+        # One file has one lock, whatever names lead to it.
+        path = self.path.resolve()
+        return locked(path.with_name(f".{path.name}-{work}.lock"))
 
     def backup(self, path: str | Path) -> None:
         """A compact copy of one moment, while others go on writing, for the eyes of those who may read the store.

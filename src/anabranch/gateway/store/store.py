@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -30,7 +31,9 @@ from anabranch.gateway.store.database import BusyError, Connection, Database
 from anabranch.gateway.store.keyring import FRESH_S, Keyring, digest_of, new_secret
 from anabranch.gateway.store.period import check_period
 from anabranch.gateway.store.records import (
+    COLLECT,
     Budget,
+    CollectedRow,
     DecisionRow,
     FeedbackRow,
     KeyRecord,
@@ -57,20 +60,21 @@ MOST_NANO = 2**53
 REQUEST_CHARACTERS = 128
 
 
-def open_store(url: str, *, serves: bool = True, clock: Callable[[], float] = time.time) -> "Store":
+def open_store(url: str, *, serves: bool = True, makes: bool = True, clock: Callable[[], float] = time.time) -> "Store":
     """Open a store, made or migrated where that is needed.
 
     Args:
         url: path of a SQLite file, ``sqlite:///PATH`` (``?synchronous=full`` to outlive a power cut), or
             ``postgresql://user@host/name``.
         serves: it reserves money: what a process that is gone had reserved is settled first. Tools that only look or edit say no.
+        makes: a new store where there is none; else that is an error. An old one is migrated all the same.
         clock: unix seconds.
 
     Raises DataError for what is no store or cannot be reached, BackendError if a package is missing.
     """
     database = _database(url)
     try:
-        database.open()
+        database.open(makes=makes)
         return Store(database, serves=serves, clock=clock)
     except BaseException:
         database.close()
@@ -186,8 +190,12 @@ class Store:
         job = Grow(reservation, _money("a reservation", nano))
         return await self._writer.give(job, at_once=True)  # type: ignore[return-value]
 
-    def settle(self, reservation: Reservation, row: LedgerRow) -> "asyncio.Future[Any]":
+    def settle(
+        self, reservation: Reservation, row: LedgerRow, collected: CollectedRow | None = None
+    ) -> "asyncio.Future[Any]":
         """End a request: what it cost takes the place of what was set aside, and its row is written.
+
+        With it what was ``collected``: there is no moment at which it is paid for and not to be found.
 
         A cost above the reservation is charged in full and flagged, since the money is spent: reserve the worst case.
 
@@ -196,7 +204,11 @@ class Store:
         assert row.request_id == reservation.request_id, (row.request_id, reservation.request_id)
         _money("a cost", row.cost_nano)
         self._open.discard(row.request_id)
-        return self._writer.give(Settle(reservation, row), at_once=False)
+        also = ()
+        if collected is not None:
+            body = json.dumps(collected.body, separators=(",", ":"))
+            also = (Insert("collected", schema.COLLECTED, (collected.key, collected.ts_us, body)),)
+        return self._writer.give(Settle(reservation, row, also), at_once=False)
 
     def release(self, reservation: Reservation, row: LedgerRow) -> "asyncio.Future[Any]":
         """`settle` for a request that cost nothing."""
@@ -286,6 +298,8 @@ class Store:
         for label, limit in (("rpm", rpm), ("tpm", tpm)):
             if limit is not None and limit < 1:
                 raise InputError(f"{label} is {limit}; it must be at least 1")
+        if COLLECT in (tags := tuple(tags)):
+            raise InputError(f"the tag {COLLECT} is that of anabranch gateway collect, and no key may carry it")
         now_us = self._now_us()
         expires_us = None if expires_s is None else int(expires_s * 1e6)
         if expires_us is not None and expires_us <= now_us:
@@ -347,6 +361,14 @@ class Store:
             )
         )
 
+    async def collected(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Of calls that were collected, by their keys: what came of them."""
+        return await self._read(lambda connection: questions.read_bodies(connection, "collected", keys, "key"))
+
+    def alone(self, work: str) -> AbstractContextManager[bool]:
+        """Whether nobody else does ``work`` on this store, in this process or another; then nobody can meanwhile."""
+        return self._database.alone(work)
+
     async def decisions(self, request_id: str | None = None, limit: int = 100) -> list[DecisionRow]:
         """Of one request, or of all, newest first."""
         return await self._read(lambda connection: questions.read_decisions(connection, request_id, limit))
@@ -403,7 +425,10 @@ class Store:
     # Care
 
     async def prune(self, before_s: float) -> int:
-        """Delete what happened (ledger, decisions, texts, feedback) before unix second ``before_s``; how many rows. Budgets stay."""
+        """Delete what happened before unix second ``before_s`` (ledger, decisions, texts, what was collected of them, feedback).
+
+        Returns how many rows. Budgets stay.
+        """
         before_us, count = int(before_s * 1e6), 0
         while deleted := await self._do(lambda connection: questions.delete_before(connection, before_us, PRUNED)):
             count += deleted

@@ -105,12 +105,13 @@ class Prompt(Strategy, kind="prompt"):
                     asked, self.text(query, pool), max_tokens=self.config.max_tokens, temperature=0.0
                 )
             except AnabranchError as error:
-                return self._decision(None, pool, {"asked": asked, "error": str(error)})
+                return self._decision(None, pool, {"asked": asked, "error": type(error).__name__})
             self._keep(key, answer)
         else:
             self._answers.move_to_end(key)
         read = self.parse(answer, pool)
-        return self._decision(read, pool, {"asked": asked, "answer": answer[:100], "is_cached": is_cached})
+        # Not what it said: that may repeat the question, and details are kept where texts are not.
+        return self._decision(read, pool, {"asked": asked, "read": read, "is_cached": is_cached})
 
     def route(self, query: Query, pool: Pool) -> Decision:
         """The same where no event loop runs. Raises InputError inside of one: await `aroute` there."""

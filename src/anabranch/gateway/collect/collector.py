@@ -1,0 +1,218 @@
+"""Goes through stored questions: who may be asked, what was answered, what that is worth."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anabranch.errors import DataError, InputError
+from anabranch.gateway.collect.calls import Calls, OutOfBudgetError, Said
+from anabranch.gateway.collect.origins import Answers, Origin, may_ask, told_requests
+from anabranch.gateway.collect.table import Table
+from anabranch.gateway.config import GatewayConfig, StrategyConfig
+from anabranch.gateway.judges import Judge
+from anabranch.gateway.store import COLLECT, KeyRecord
+from anabranch.gateway.strategies.training import share
+
+if TYPE_CHECKING:
+    from anabranch.gateway.gateway import Gateway
+
+# Questions in a row that were asked and came to nothing, after which there is no use in going on.
+IN_VAIN = 10
+NO_TEXTS = (
+    "the store holds no texts of requests: set prompts = true under [log] of the gateway's config; what is asked from then on can be "
+    "collected"
+)
+
+
+@dataclass(slots=True)
+class Collected:
+    """What a run came to.
+
+    Attributes:
+        questions: written in this run.
+        there: written before.
+        calls: made to answer, without the judge's.
+        reused: answers that were there already.
+        unjudged: questions that the judge knows nothing of, or said nothing clear about.
+        failed: questions that a model did not answer.
+        not_allowed: questions of keys that may not use all of the models.
+        stopped: why the run ended before its end; "" if it did not.
+        wait_s: seconds after which it may go on; None if waiting does not help.
+    """
+
+    questions: int = 0
+    there: int = 0
+    calls: int = 0
+    reused: int = 0
+    unjudged: int = 0
+    failed: int = 0
+    not_allowed: int = 0
+    stopped: str = ""
+    wait_s: float | None = None
+
+
+def for_collecting(config: GatewayConfig) -> GatewayConfig:
+    """A gateway's config for a collector beside it: the operator's, so without keys, and each model answers for itself alone."""
+    cache = config.cache.replace(exact=False, semantic=False)
+    strategies = {"static": StrategyConfig(use="static")}
+    return config.replace(
+        require_key=False, fallbacks={}, cache=cache, strategies=strategies, default_strategy=None, embedder=None
+    )
+
+
+class Collector:
+    """Asks and judges.
+
+    Every call is a request of the gateway like any other: money is reserved for it, it has a row in the ledger, and it carries the tag
+    ``collect``, whose budget is the collector's own. What users were told, and what any earlier run has paid for, answers and
+    verdicts, is found again and not asked.
+
+    Args:
+        gateway: started, with a config of `for_collecting`; its store holds the questions.
+        models: to be compared.
+        judge: of the answers.
+        per_minute: calls, the judge's among them.
+        max_tokens: of an answer; None for the model's.
+        told: called with a sentence after each question.
+
+    Raises InputError for fewer than two models, or one that the config does not have.
+    """
+
+    def __init__(
+        self,
+        gateway: "Gateway",
+        models: Sequence[str],
+        judge: Judge,
+        *,
+        per_minute: float = 60.0,
+        max_tokens: int | None = None,
+        told: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        known = [model.name for model in gateway.config.models]
+        if unknown := [name for name in (*models, *judge.models) if name not in known]:
+            raise InputError(f"there is no model {unknown[0]!r} in the config; it has {', '.join(known)}")
+        if len(set(models)) < 2:
+            raise InputError(f"{len(set(models))} model is nothing to compare; name at least two")
+        self.gateway, self.models, self.judge = gateway, tuple(dict.fromkeys(models)), judge
+        self._calls, self._told = Calls(gateway, per_minute), told
+        self._max_tokens = max_tokens
+        self._fields: Mapping[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
+        self.done = Collected()
+        # Questions that this collector has done with; what came to nothing is left to the next one.
+        self._tried: set[str] = set()
+
+    async def run(
+        self, out: Path, *, limit: int | None = None, share_of: float = 1.0, since_s: float = 0.0, waits: bool = False
+    ) -> Collected:
+        """Go through the stored questions, oldest first; called again, through those that have come since.
+
+        Args:
+            out: JSON lines; made, or gone on with.
+            limit: questions to add at most.
+            share_of: of the questions that are looked at, always the same ones.
+            since_s: unix second from which on.
+            waits: for questions to come; else a store without texts is an error.
+
+        Raises DataError if ``out`` cannot be written or is of something else, the store holds no texts, or another run is at work.
+        """
+        with self.gateway.store.alone(COLLECT) as is_alone, Table.open(out, self.models, self.judge.name) as table:
+            if not is_alone:
+                raise DataError("another anabranch gateway collect is at work on this store; wait for its end")
+            self.done.there = table.lines - self.done.questions
+            self.done.stopped, self.done.wait_s = "", None
+            any_text = await self._through(table, limit, share_of, since_s)
+            if not any_text and not table.lines and not waits:
+                raise DataError(NO_TEXTS)
+        return self.done
+
+    async def _through(self, table: Table, limit: int | None, share_of: float, since_s: float) -> bool:
+        """All questions that are not in the table; whether there was any text."""
+        store = self.gateway.store
+        keys = {key.id: key for key in await store.keys()}
+        answers, any_text, in_vain = Answers(), False, 0
+        async for origin in told_requests(store, 0):
+            answers.note(origin)
+        async for origin in told_requests(store, int(since_s * 1e6)):
+            any_text = True
+            key = origin.identity
+            if key in self._tried or table.has(key, origin.request_id) or share("collect", key) >= share_of:
+                continue
+            if limit is not None and self.done.questions >= limit:
+                break
+            # What is passed over costs nothing; what is asked in vain does.
+            if not self._may_collect(origin, keys.get(origin.key_id)):
+                self._tried.add(key)
+                continue
+            try:
+                line = await self._outcome(origin, answers)
+            except OutOfBudgetError as error:
+                self.done.stopped, self.done.wait_s = str(error), error.wait_s
+                break
+            self._tried.add(key)
+            in_vain = in_vain + 1 if line is None else 0
+            if line is not None:
+                table.add(key, line)
+                self.done.questions += 1
+                self._told(f"{self.done.questions + self.done.there} questions, {self.done.calls} calls")
+            if in_vain >= IN_VAIN:
+                self.done.stopped = (
+                    f"{IN_VAIN} questions in a row came to nothing ({self.done.failed} of all were not answered, {self.done.unjudged} not "
+                    f"judged); see to the models, or to the judge, {self.judge.name}"
+                )
+                break
+        return any_text
+
+    def _may_collect(self, origin: Origin, key: KeyRecord | None) -> bool:
+        """Whether all models, the judge's too, may see a question, and the judge knows what to say of it."""
+        if not may_ask(key, origin.key_id, (*self.models, *self.judge.models)):
+            self.done.not_allowed += 1
+            return False
+        if not self.judge.knows(origin.shown):
+            self.done.unjudged += 1
+            return False
+        return True
+
+    async def _outcome(self, origin: Origin, answers: Answers) -> dict[str, Any] | None:
+        """The line of a question; None if it cannot be had. Raises OutOfBudgetError."""
+        asked = (self._answer(origin, model, answers) for model in self.models)
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        # Only once all are there: what the others said is paid for, and in the store.
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+        said = {model: one for model, one in zip(self.models, found, strict=True) if isinstance(one, Said)}
+        if len(said) < len(self.models):
+            self.done.failed += 1
+            return None
+
+        async def judged(model: str, prompt: str) -> str:
+            messages, fields = [{"role": "user", "content": prompt}], {"temperature": 0}
+            verdict = await self._calls.find(model, messages, fields)
+            verdict = verdict or await self._calls.make(model, messages, fields, origin.asked_us)
+            return "" if verdict is None else verdict.text
+
+        scores = await self.judge.scores(origin.shown, {model: one.text for model, one in said.items()}, judged)
+        if scores is None:
+            self.done.unjudged += 1
+            return None
+        return {
+            "query": origin.query, "task": origin.task, "scores": scores, "cost": {model: one.cost for model, one in said.items()},
+            "tokens": {model: list(one.tokens) for model, one in said.items()},
+            "latency": {model: one.latency_s for model, one in said.items()},
+            "answers": {model: one.text for model, one in said.items()}, "judge": self.judge.name, "request_id": origin.request_id,
+            **({} if origin.is_plain else {"messages": origin.messages}),
+        }  # fmt: skip
+
+    async def _answer(self, origin: Origin, model: str, answers: Answers) -> Said | None:
+        said = await answers.of(origin, model, self.gateway.store)
+        if said is not None and self._max_tokens is not None and said.tokens[1] > self._max_tokens:
+            said = None
+        if said is None:
+            said = await self._calls.find(model, origin.messages, self._fields)
+        if said is not None:
+            self.done.reused += 1
+            return said
+        self.done.calls += 1
+        return await self._calls.make(model, origin.messages, self._fields, origin.asked_us, origin.task)

@@ -1,0 +1,136 @@
+"""What the store holds of users' requests: questions that other models can be asked, and answers that need not be asked for."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anabranch.gateway.collect.calls import Messages, Said, call_key
+from anabranch.gateway.data.guard import question
+from anabranch.gateway.store import COLLECT, KeyRecord, LedgerQuery, LedgerRow
+from anabranch.gateway.store.store import Store
+from anabranch.gateway.told import LONGEST_TEXT
+from anabranch.gateway.wording import normal_form
+
+# Rows of the ledger read at a time.
+PAGE = 500
+
+# Settings that a whole answer is the same without.
+_BOUNDS = {"max_tokens", "max_completion_tokens"}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A stored request.
+
+    Attributes:
+        request_id: of it.
+        asked_us: when, in microseconds since 1970.
+        query, task: as strategies see them.
+        messages: the whole conversation, to ask another model with.
+        key_id: of whoever asked.
+        model: that answered.
+        said: its answer, where one to the same question alone would have been the same.
+    """
+
+    request_id: str
+    asked_us: int
+    query: str
+    task: str | None
+    messages: list[dict[str, Any]]
+    key_id: str
+    model: str
+    said: Said | None
+
+    @property
+    def is_plain(self) -> bool:
+        """There is nothing but the one text."""
+        return self.messages == [{"role": "user", "content": self.query}]
+
+    @property
+    def identity(self) -> str:
+        """What tells it from other questions."""
+        return identity(self.messages)
+
+    @property
+    def shown(self) -> str | list[dict[str, Any]]:
+        """What a judge is shown: the text, or the conversation where there is more."""
+        return self.query if self.is_plain else self.messages
+
+
+def identity(messages: Messages) -> str:
+    """What tells a conversation from others: who said what, case and white space aside; of one text alone, its `question`."""
+    said = [
+        (one.get("role"), normal_form(text) if isinstance(text := one.get("content"), str) else repr(text)) for one in messages
+    ]  # fmt: skip
+    match messages:
+        case [{"role": "user", "content": str(text)}]:
+            return question(text)
+    return repr(said)
+
+
+async def told_requests(store: Store, since_us: int) -> AsyncIterator[Origin]:
+    """Answered requests of users that another model can be asked with, oldest first. What is damaged is passed over."""
+    after = 0
+    while rows := await store.ledger(LedgerQuery(since_us=since_us, after_seq=after, newest_first=False, limit=PAGE)):
+        after = rows[-1].seq or 0
+        answered = [row for row in rows if row.status == "ok" and row.model and COLLECT not in row.tags]
+        _, texts = await store.told_of([row.request_id for row in answered])
+        for row in answered:
+            origin = _origin(row, texts.get(row.request_id, {}))
+            if origin is not None:
+                yield origin
+
+
+def _origin(row: LedgerRow, texts: Mapping[str, Any]) -> Origin | None:
+    query, task = texts.get("query"), texts.get("task")
+    messages = texts.get("messages", [{"role": "user", "content": query}])
+    is_whole = isinstance(query, str) and query.strip() and len(query) < LONGEST_TEXT
+    if not is_whole or texts.get("endpoint") != "chat" or texts.get("has_tools"):
+        return None
+    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+        return None
+    assert isinstance(query, str)
+    return Origin(
+        row.request_id, row.ts_us, query, task if isinstance(task, str) else None, messages, row.key_id, row.model, _said(row, texts)
+    )  # fmt: skip
+
+
+def _said(row: LedgerRow, texts: Mapping[str, Any]) -> Said | None:
+    """The answer, if it is what the model says to this conversation and nothing else: whole, at one go, with no setting of its own."""
+    answer, settings, helpers = texts.get("answer"), texts.get("settings") or {}, texts.get("asked_nano")
+    if not isinstance(answer, str) or len(answer) >= LONGEST_TEXT or texts.get("finish_reason") != "stop":
+        return None
+    if row.attempts != 1 or not isinstance(settings, dict) or set(settings) - _BOUNDS:
+        return None
+    # Not every upstream says that it was cut.
+    if any(isinstance(bound, int) and bound <= row.completion_tokens for bound in settings.values()):
+        return None
+    return Said.of_row(answer, row, helpers if isinstance(helpers, int) else 0)
+
+
+class Answers:
+    """Which requests of users hold the answer of a model to a conversation: what one user was told is not asked for again for that user."""
+
+    def __init__(self) -> None:
+        self._request: dict[tuple[str, str], str] = {}
+
+    def note(self, origin: Origin) -> None:
+        """Remember where it is."""
+        if origin.said is not None:
+            self._request.setdefault((origin.key_id, call_key(origin.model, origin.messages, {})), origin.request_id)
+
+    async def of(self, origin: Origin, model: str, store: Store) -> Said | None:
+        """The answer of a model; None if nobody with the same key was given one."""
+        if origin.model == model and origin.said is not None:
+            return origin.said
+        request_id = self._request.get((origin.key_id, call_key(model, origin.messages, {})))
+        if request_id is None:
+            return None
+        rows = await store.ledger(LedgerQuery(request_id=request_id))
+        _, texts = await store.told_of([request_id])
+        return _said(rows[0], texts.get(request_id, {})) if rows else None
+
+
+def may_ask(key: KeyRecord | None, key_id: str, models: Sequence[str]) -> bool:
+    """Whether a question that came with a key may be shown to all of these models; of a key that is not known, to none."""
+    return not key_id if key is None else all(key.allows(model) for model in models)
