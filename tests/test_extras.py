@@ -51,6 +51,11 @@ def test_extras_bring_what_users_expect():
     assert set(found["all"].modules) == {name for extra in users for name in found[extra].modules}
 
 
+def test_a_server_has_one_http_stack():
+    stacks = {"aiohttp", "starlette", "uvicorn", "fastapi", "httpx", "requests", "flask", "hypercorn"}
+    assert stacks & set(extras()["serve"].modules) == {"aiohttp"}
+
+
 def test_metadata_of_a_wheel_says_the_same_as_the_source(monkeypatch):
     built = _built()
     module._requirements.cache_clear()
