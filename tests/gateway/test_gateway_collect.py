@@ -188,6 +188,7 @@ WRONG = {
     "an anchor that is not compared": (("--judge", "judge", "--anchor", "judge"), "--anchor is 'judge'"),
     "another store": (("--judge", "judge", "--store", "none.db"), "no store at"),
     "another ending": (("--judge", "judge", "--out", "x.csv"), ".jsonl"),
+    "longer answers than may be": (("--judge", "judge", "--max-tokens", "9" * 20), "the limit of the config"),
     "no time at all": (("--judge", "judge", "--every", "0m"), "at least 1s"),
     "an unknown time": (("--judge", "judge", "--since", "soon"), "--since"),
 }
@@ -367,7 +368,7 @@ def test_a_place_that_cannot_be_written_is_noticed_before_anything_is_paid_for(t
     used(path, ("a", "question 1?", {}))
     (tmp_path / "folder.jsonl").mkdir()
     for out in (tmp_path / "nowhere" / "out.jsonl", tmp_path / "folder.jsonl"):
-        assert "cannot write" in collect(capsys, path, out, "--judge", "judge", code=2)
+        assert f"cannot write {out}" in collect(capsys, path, out, "--judge", "judge", code=2)
     assert collected_rows(tmp_path)[0] == []
 
 

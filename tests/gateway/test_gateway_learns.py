@@ -14,6 +14,7 @@ from anabranch.gateway.data import load
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.store import open_store
 from gateway_process import served
 
 ADMIN = "admin-key-of-this-test"
@@ -248,3 +249,20 @@ def test_nothing_is_kept_unless_the_config_says_so(tmp_path):
     decision, texts = kept(decisions=False, prompts=True)
     assert decision is None
     assert texts["query"] == "hello"
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_a_response_says_whether_its_text_is_stored(tmp_path, prompts):
+    with running(config(tmp_path, prompts=prompts)) as gateway:
+        client = CLIENT.with_options(base_url=f"{gateway.url}/v1")
+        for wish, kept in (({}, prompts), ({"store": False}, False), ({"store": True}, prompts)):
+            assert client.responses.create(model="small", input=f"hello {wish}", **wish).store == kept
+        events = list(client.responses.create(model="small", input="hello", stream=True))
+        assert events[-1].response.store == prompts
+
+    async def texts():
+        async with open_store(str(tmp_path / "gateway.db"), serves=False) as store:
+            rows = await store.ledger()
+            return (await store.told_of([row.request_id for row in rows]))[1]
+
+    assert len(asyncio.run(texts())) == (3 if prompts else 0)

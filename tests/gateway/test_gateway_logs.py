@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from anabranch.cli.gateway.options import read_data
 from anabranch.cli.main import main
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.data import load
@@ -183,3 +184,24 @@ def test_without_prompts_nothing_that_was_asked_or_said_is_on_the_disk(tmp_path)
     [asked] = [row.body["details"] for row in decisions if row.strategy == "ask"]
     assert asked == {"asked": "b", "read": None, "is_cached": False}
     assert not any(b"CANARY" in path.read_bytes() for path in tmp_path.iterdir() if path.name != "gateway.toml")
+
+
+def test_a_table_of_few_questions_goes_from_fit_to_eval(tmp_path, capsys):
+    """As the guide goes; of 18, none was held out, and the last command refused."""
+    rows = [
+        {"query": f"question {n}", "scores": {"a": n % 2, "b": 1 - n % 2}, "cost": {"a": 0.1, "b": 0.2}}
+        for n in range(18)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command(capsys, "fit", data, "--out", tmp_path / "r")["held_out"] == 4
+    assert command(capsys, "eval", data, "--router", tmp_path / "r")["num_test"] == 4
+
+
+def test_copies_that_were_scored_apart_are_one_question_with_all_their_scores(tmp_path, capsys):
+    """Conversations that end alike: a router sees the same text, and of the two the first alone was learned from."""
+    rows = [{"query": "yes", "scores": {"a": float(n), "b": 0.5}} for n in range(2)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read, _ = read_data(str(data), None, None)
+    assert (read.query, read.score_NM.tolist()) == (("yes",), [[0.5, 0.5]])

@@ -16,7 +16,7 @@ import pytest
 
 from anabranch.errors import BackendError, BudgetError, DataError, InputError
 from anabranch.gateway.money import Price
-from anabranch.gateway.store import LedgerQuery, LedgerRow, Spend, open_store, schema, subjects_of
+from anabranch.gateway.store import CollectedRow, LedgerQuery, LedgerRow, Spend, open_store, schema, subjects_of
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86_400.0
@@ -886,5 +886,45 @@ def test_texts_go_with_what_they_were_said_in(url):
             )
             assert await store.prune(NOON) == 2
             assert await store.told_of(["old", "new"]) == ({}, {"new": {"query": "x"}})
+
+    run(main())
+
+
+def test_what_was_collected_is_written_with_its_settlement_and_once(url):
+    async def main():
+        async with open_store(url, clock=Clock()) as store:
+            for number in range(2):
+                held = await store.reserve(f"r{number}", ["global"], 10)
+                store.settle(
+                    held, row(f"r{number}", 5), CollectedRow("k", int(NOON * 1e6) - 1, {"answer": f"{number}"})
+                )
+            # A second settlement is ignored, and what came with it too.
+            store.settle(held, row("r1", 5), CollectedRow("other", 0, {}))
+            assert await store.collected(["k", "other", "none"]) == {"k": {"answer": "0"}}
+            await store.prune(NOON)
+            assert await store.collected(["k"]) == {}
+
+    run(main())
+
+
+def test_work_is_done_by_one_at_a_time(url):
+    async def main():
+        async with open_store(url) as one, open_store(url, serves=False) as other:
+            with one.alone("this") as first, other.alone("this") as second, other.alone("that") as third:
+                assert (first, second, third) == (True, False, True)
+            with pytest.raises(RuntimeError, match="broke"), one.alone("this"):
+                raise RuntimeError("broke")
+            with other.alone("this") as again:
+                assert again
+
+    run(main())
+
+
+def test_a_link_to_a_store_has_its_lock(tmp_path):
+    async def main():
+        (tmp_path / "link.db").symlink_to(tmp_path / "g.db")
+        async with open_store(str(tmp_path / "g.db")) as one, open_store(str(tmp_path / "link.db")) as other:
+            with one.alone("this"), other.alone("this") as second:
+                assert not second
 
     run(main())

@@ -65,8 +65,6 @@ def read_data(
     Each question once: what a log knows of it from several answers together. With ``keep_copies`` each answer as it was chosen, for
     what weighs choices.
     """
-    import numpy as np
-
     from anabranch.gateway.data import SETS, Columns, deduplicated, load, pool_of, pooled, read_prices
 
     if name in SETS and not Path(name).is_file():
@@ -76,8 +74,22 @@ def read_data(
     parsed = None if columns is None else Columns.parse(columns)
     data = load(name, columns=parsed, prices=known, by_choice=keep_copies)
     if not keep_copies:
-        data = deduplicated(data) if np.isfinite(data.score_NM).all() else pooled(data)
+        # Copies that were scored apart, as conversations that end alike are, are all that is known of the text that they share.
+        data = deduplicated(data) if _is_agreed(data) else pooled(data)
     return data, pool_of(data.models, known)
+
+
+def _is_agreed(data: Recorded) -> bool:
+    """Every model has a score everywhere, and copies of a question have the same."""
+    import numpy as np
+
+    from anabranch.gateway.data import groups
+
+    if not np.isfinite(data.score_NM).all():
+        return False
+    group_N = groups(data)
+    first_G = np.unique(group_N, return_index=True)[1]
+    return bool((data.score_NM == data.score_NM[first_G][group_N]).all())
 
 
 def rest(found: RouterFolder, data: Recorded) -> Recorded:
@@ -87,7 +99,7 @@ def rest(found: RouterFolder, data: Recorded) -> Recorded:
     rows = np.flatnonzero([not found.has_seen(text) for text in data.query])
     if not len(rows):
         raise DataError(
-            "the routers learned from all of these questions; judge them on others, fit with --hold-out, or use --allow-leak"
+            "the routers learned from all of these questions; judge them on others, fit anew with --hold-out 0.3, or use --allow-leak"
         )
     return data.take(rows)
 

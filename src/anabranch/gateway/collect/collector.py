@@ -77,7 +77,7 @@ class Collector:
         max_tokens: of an answer; None for the model's.
         told: called with a sentence after each question.
 
-    Raises InputError for fewer than two models, or one that the config does not have.
+    Raises InputError for fewer than two models, one that the config does not have, or more tokens than its limit.
     """
 
     def __init__(
@@ -95,6 +95,9 @@ class Collector:
             raise InputError(f"there is no model {unknown[0]!r} in the config; it has {', '.join(known)}")
         if len(set(models)) < 2:
             raise InputError(f"{len(set(models))} model is nothing to compare; name at least two")
+        most = gateway.config.limits.most_tokens
+        if max_tokens is not None and not 1 <= max_tokens <= most:
+            raise InputError(f"max_tokens is {max_tokens}; it must be 1 to {most:,}, the limit of the config")
         self.gateway, self.models, self.judge = gateway, tuple(dict.fromkeys(models)), judge
         self._calls, self._told = Calls(gateway, per_minute), told
         self._max_tokens = max_tokens

@@ -35,11 +35,14 @@ class Table:
     @classmethod
     @contextlib.contextmanager
     def open(cls, out: Path, models: Sequence[str], judge: str) -> Iterator[Self]:
-        """Read what is there, and see to it that it can be written to, by nobody else meanwhile.
+        """See to it that it can be written to, by nobody else meanwhile, and read what is there.
 
         Raises DataError if it cannot, or is of something else than these models and this judge.
         """
-        path = out.resolve()
+        path, was_there = out.resolve(), out.exists()
+        # Before anything is paid for. The texts are the users', so nobody else may read them.
+        with explained(out):
+            os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         with contextlib.ExitStack() as held:
             if not held.enter_context(locked(path.with_name(f".{path.name}.lock"))):
                 raise DataError(
@@ -47,10 +50,6 @@ class Table:
                 )
             made = cls(out, models, judge)
             made._read()
-            was_there = out.exists()
-            # Before anything is paid for. The texts are the users', so nobody else may read them.
-            with explained(out):
-                os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
             try:
                 yield made
             finally:
@@ -73,8 +72,6 @@ class Table:
 
     def _read(self) -> None:
         """Take in what is there; a line that an interruption cut off is taken away."""
-        if not self._out.exists():
-            return
         with explained(self._out):
             raw = self._out.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]

@@ -76,7 +76,7 @@ def _scored(row: "LedgerRow", decision: dict[str, Any], texts: dict[str, Any], b
     was_asked = chosen in asked if isinstance(asked, list) else chosen == row.model or row.attempts > 1
     # What others cost that a strategy asked is no cost of the model it chose.
     helpers = texts.get("asked_nano")
-    cost_nano = row.cost_nano - helpers if _is_number(helpers) else row.cost_nano
+    cost_nano = row.cost_nano - helpers if isinstance(helpers, int) else row.cost_nano
     return {
         "query": _text(told.get("query")), "task": _text(told.get("task")), "answer": _text(told.get("answer")), "score": row.quality,
         "model": chosen if by_choice and was_asked else row.model, "chosen": chosen if by_choice else row.model,

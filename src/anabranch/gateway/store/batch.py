@@ -231,8 +231,8 @@ class _Books:
         flags = (*job.row.flags, "over_reserved") if job.row.cost_nano > nano else job.row.flags
         row = replace(job.row, ts_us=self.now_us, reserved_nano=nano, flags=flags, **owners(job.reservation.subjects))
         self.ledger.append(ledger_values(row))
-        for one in job.also:
-            self._insert(one)
+        for insert in job.also:
+            self._insert(insert)
 
     def write(self) -> None:
         connection, gone = self.connection, set(self.gone)

@@ -204,7 +204,7 @@ class Store:
         assert row.request_id == reservation.request_id, (row.request_id, reservation.request_id)
         _money("a cost", row.cost_nano)
         self._open.discard(row.request_id)
-        also = ()
+        also: tuple[Insert, ...] = ()
         if collected is not None:
             body = json.dumps(collected.body, separators=(",", ":"))
             also = (Insert("collected", schema.COLLECTED, (collected.key, collected.ts_us, body)),)
