@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.errors import LimitError
-from anabranch.serving.core.admission import REASONS, Admission, AdmissionConfig, DrainRate, Held, OverloadError, Pace
+from anabranch.errors import InputError, LimitError
+from anabranch.serving.core.admission import REASONS, Admission, AdmissionConfig, Held, OverloadError
+from anabranch.serving.core.pace import DrainRate, Pace
 
 OPEN = {"max_in_flight": None, "max_queued": None, "max_queued_tokens": None}
 
@@ -102,7 +103,7 @@ def test_a_refused_request_leaves_no_trace():
     for _ in range(5):
         refused(admission, "queued", 4, "b")
     assert (admission.in_flight, admission.queued, admission.queued_tokens) == (1, 1, 3)
-    assert admission._of_key == {"a": Held(1, 1, 3)}
+    assert admission._of_key == {"a": Held(1, 1, 3, 3)}
 
 
 def test_the_status_of_a_refusal_can_be_chosen():
@@ -122,8 +123,8 @@ def test_when_to_come_back_follows_from_how_fast_the_queue_drains():
     waiting.pop().started()
     clock.now += 1e-9
     rate = admission._token_rate.per_s(clock.now)
-    # 400 tokens wait; 700 more are 100 over the limit
-    assert refused(admission, "queued_tokens", 700).retry_after_s == min(120, math.ceil(100 / rate))
+    # 400 tokens wait; 700 more are 100 over the limit, and the first of those that wait is through as a whole, with its 200.
+    assert refused(admission, "queued_tokens", 700).retry_after_s == min(120, math.ceil(200 / rate))
 
 
 def test_nobody_is_told_to_wait_more_than_two_minutes():
@@ -338,6 +339,83 @@ def test_whatever_up_to_three_neighbours_do_another_key_is_let_in(steps, limit):
         greedy(admission, key, tokens=40)
         greedy(admission, key, tokens=1, is_started=True)
     admission.admit(40, "d").close()
+
+
+def test_the_only_prompt_of_a_key_however_long_counts_for_its_part():
+    admission, _ = gate(is_shared=True, max_queued_tokens=1000)
+    first = admission.admit(3_000_000, "a")
+    refused(admission, "key_share", 1, "a")
+    admission.admit(1, "b")
+    admission.admit(4000, "c")
+    admission.admit(1, "d")
+    assert admission.queued_tokens == 3_004_002
+    assert admission.counted_tokens == 500 + 1 + 249 + 1
+    first.started()
+    admission.admit(1, "a")
+    # Among those who are one, it has the queue to itself.
+    alone, _ = gate(max_queued_tokens=1000)
+    alone.admit(3_000_000, "a")
+    refused(alone, "queued_tokens", 1, "b")
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 10**7), st.integers(1, 4), st.sampled_from(("admit", "start", "close")))),
+    st.integers(2, 40),
+    st.sampled_from((0.25, 0.5, 0.9)),
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_one_key_asks_for_a_small_request_of_another_is_let_in(steps, limit, share):
+    limits = {"max_in_flight": limit, "max_queued": limit, "max_queued_tokens": limit * 100, "key_share": share}
+    admission, _ = gate(is_shared=True, **limits)
+    live = []
+    for number, count, step in steps:
+        if step == "admit":
+            with contextlib.suppress(OverloadError, InputError):
+                live += admission.admit_all([number] * count, "a")
+        elif step == "start" and live:
+            live[number % len(live)].started()
+        elif live:
+            live.pop(number % len(live)).close()
+        admission.admit(10, "b").close()
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=10), st.integers(1, 2000))
+@settings(max_examples=100, deadline=None)
+def test_who_comes_back_when_told_is_let_in(waiting, tokens):
+    """Where the queue drains as fast as it has, one token a second here."""
+    admission, clock = gate(max_queued_tokens=2000, window_s=1e9)
+    serve(admission, clock, seconds=100.0, tokens=100, count=3)
+    tickets = []
+    for number in waiting:
+        with contextlib.suppress(OverloadError):
+            tickets.append(admission.admit(number))
+    if admission.has_room(tokens):
+        return
+    told_s = refused(admission, "queued_tokens", tokens).retry_after_s
+    passed_s = 0
+    for ticket in tickets:
+        if admission.has_room(tokens):
+            break
+        passed_s += ticket.num_tokens
+        ticket.started()
+    assert told_s == min(max(passed_s, 1), 120)
+
+
+def test_what_is_in_no_hurry_leaves_a_part_of_each_limit_and_counts_no_refusal():
+    for limits, most in (({"max_in_flight": 8}, 4), ({"max_queued": 9}, 4), ({"max_queued_tokens": 100}, 5)):
+        admission, _ = gate(**limits)
+        for _ in range(most):
+            assert admission.has_spare(10)
+            admission.admit(10)
+        assert not admission.has_spare(10)
+        admission.admit(10)
+        assert not any(admission.rejections.values())
+    assert gate()[0].has_spare(10**9)
+    admission, _ = gate(max_per_key=1)
+    admission.admit(1, "a")
+    assert not admission.has_spare(1, "a")
+    assert admission.has_spare(1, "b")
+    assert not any(admission.rejections.values())
 
 
 STEPS = st.lists(

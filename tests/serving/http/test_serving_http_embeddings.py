@@ -13,11 +13,13 @@ import torch
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError, InputError
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.admission import AdmissionConfig
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.engine.engine import Engine, pooling_of
 from anabranch.serving.engine.local import LocalEngine
+from anabranch.web.api_error import ApiError
 from serving_models import serve_process, small_moe
-from serving_thread import serving, streamed
+from serving_thread import serving, streamed, until
 
 openai = pytest.importorskip("openai")
 TEXTS = ["hello", "a", "a text of more than two blocks of sixteen tokens, so that it takes several steps", "hello"]
@@ -180,6 +182,103 @@ def test_one_who_leaves_ends_what_was_asked(model):
         may_go.set()
         assert running.ask("/v1/embeddings", {"model": "small", "input": "x"})[0] == 200
         assert running.frontend.admission.in_flight == 0
+
+
+class Gated:
+    """An engine that takes one step for each ``step()``, and all there are after ``go()``."""
+
+    def __init__(self, model, **config):
+        self._steps, self._is_open, self._model, self._config = threading.Semaphore(0), False, model, config
+
+    def step(self):
+        self._steps.release()
+
+    def go(self):
+        self._is_open = True
+        self.step()
+
+    def __call__(self):
+        return LocalEngine(self._make)
+
+    def _make(self):
+        config = ServingConfig(num_blocks=400, name="small", dtype="float32", scheduling="sync", **self._config)
+        engine = Engine.of(self._model, config, tokenizer=ByteTokenizer())
+        run = engine.runner.run
+
+        def slow(batch):
+            if not self._is_open:
+                assert self._steps.acquire(timeout=10)
+            return run(batch)
+
+        engine.runner.run = slow
+        return engine
+
+
+def test_the_texts_of_one_key_keep_no_other_key_out(model):
+    gated = Gated(model)
+    limits = AdmissionConfig(max_in_flight=40, max_queued=40, max_queued_tokens=1000)
+    with serving(gated, admission=limits, api_keys=("a=aa", "b=bb")) as running, ThreadPoolExecutor(3) as pool:
+        body = {"model": "small", "input": [f"{n:03} " + "x" * 96 for n in range(60)]}
+        made = [pool.submit(running.ask, "/v1/embeddings", body, authorization="Bearer aa") for _ in range(2)]
+        admission = running.frontend.admission
+        until(lambda: admission.queued > 2)
+        assert admission.queued_tokens <= 500
+        chat = {"model": "small", "prompt": "hi", "max_tokens": 1}
+        asked = pool.submit(running.ask, "/v1/completions", chat, authorization="Bearer bb")
+        until(lambda: "b" in admission._of_key or asked.done())
+        gated.go()
+        assert asked.result()[0] == 200
+        answers = [each.result() for each in made]
+        # What has a place is answered in full, and what has none is told so at once.
+        assert {answer[0] for answer in answers} <= {200, 429}
+        for _, _, answer in (each for each in answers if each[0] == 200):
+            got = np.array([row["embedding"] for row in answer["data"]])
+            assert np.allclose(got[[0, 30, 59]], [plain(body["input"][at]) for at in (0, 30, 59)], atol=1e-5)
+        assert 200 in {answer[0] for answer in answers}
+        assert admission.in_flight == admission.queued_tokens == 0
+        # The pace is that of texts, not of whole requests.
+        assert admission._token_rate._amount / admission._request_rate._amount < 120
+
+
+def test_more_than_fits_in_the_queue_waits_for_what_is_in_it(model):
+    """Also where there are no keys, and where one text alone is more than may wait."""
+    limits = AdmissionConfig(max_in_flight=1, max_queued_tokens=150)
+    with serving(engine_of(model), admission=limits) as running:
+        texts = ["x" * size for size in (100, 200, 1, 100, 100)]
+        status, _, body = running.ask("/v1/embeddings", {"model": "small", "input": texts})
+        assert status == 200
+        got = np.array([row["embedding"] for row in body["data"]])
+        assert np.allclose(got, [plain(text) for text in texts], atol=1e-5)
+        assert running.frontend.admission.in_flight == 0
+
+
+def test_a_drain_lets_vectors_under_way_end(model):
+    gated = Gated(model)
+    with serving(gated) as running, ThreadPoolExecutor(1) as pool:
+        texts = [f"text {n} of many" for n in range(40)]
+        made = pool.submit(running.ask, "/v1/embeddings", {"model": "small", "input": texts})
+        gated.step()
+        until(lambda: running.frontend.admission.in_flight)
+        running.on_loop(running.frontend.drain)
+        assert running.ask("/v1/embeddings", {"model": "small", "input": "x"})[2]["error"]["code"] == "draining"
+        gated.go()
+        status, _, body = made.result()
+        assert (status, len(body["data"])) == (200, 40)
+        assert running.frontend.num_cut == 0
+
+
+def test_vectors_under_way_are_told_when_the_server_stops(model):
+    gated = Gated(model)
+    with serving(gated) as running, ThreadPoolExecutor(1) as pool:
+        made = pool.submit(running.ask, "/v1/embeddings", {"model": "small", "input": ["a", "b"] * 20})
+        until(lambda: running.frontend.admission.in_flight)
+        stopped = ApiError(503, "shutting_down", "the server was stopped before the answer was complete")
+        running.on_loop(running.frontend.cut, stopped)
+        status, _, body = made.result()
+        assert (status, body["error"]["code"]) == (503, "shutting_down")
+        assert running.frontend.num_cut == 1
+        assert running.frontend.admission.in_flight == 0
+        gated.go()
 
 
 def test_a_vector_that_is_none_is_an_error_of_its_request(model):

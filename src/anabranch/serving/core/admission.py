@@ -14,6 +14,7 @@ from typing import Self
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import InputError, LimitError
+from anabranch.serving.core.pace import DrainRate, Pace
 from anabranch.sharing import most_beside
 
 # The official Python client gives up rather than wait longer.
@@ -45,7 +46,8 @@ class AdmissionConfig(Config):
     Attributes:
         max_in_flight: requests that are admitted and have not ended.
         max_queued: of these, requests without a first token.
-        max_queued_tokens: prompt tokens of the queued ones. A single request larger than that is admitted to an empty queue.
+        max_queued_tokens: prompt tokens of the queued ones. A single request larger than that is admitted to an empty queue; where several
+            keys share an engine, the only one of a key counts for no more than the key's part.
         max_per_key: requests of one key in flight.
         key_share: where several keys share an engine, the part of each of the first three that one may have of what the others leave:
             a key alone never takes the last place, and among n busy ones there is room for another (`anabranch.sharing`). A key that has
@@ -69,22 +71,25 @@ class AdmissionConfig(Config):
 
 @dataclass
 class Held:
-    """What is let in: requests that have not ended, those of them without a first token, and prompt tokens of these."""
+    """What is let in: requests that have not ended, those of them without a first token, prompt tokens of these, and as what they count."""
 
     in_flight: int = 0
     queued: int = 0
     queued_tokens: int = 0
+    counted_tokens: int = 0
 
-    def enter(self, num_tokens: int) -> None:
+    def enter(self, num_tokens: int, counted: int) -> None:
         """One more, queued."""
         self.in_flight += 1
         self.queued += 1
         self.queued_tokens += num_tokens
+        self.counted_tokens += counted
 
-    def dequeue(self, num_tokens: int) -> None:
+    def dequeue(self, num_tokens: int, counted: int) -> None:
         """One is no longer queued."""
         self.queued -= 1
         self.queued_tokens -= num_tokens
+        self.counted_tokens -= counted
 
 
 class Admission(Held):
@@ -167,8 +172,39 @@ class Admission(Held):
             expected_s = self.expected_first_token_s(num_tokens, key)
             if expected_s is not None and expected_s > deadline_s:
                 text = f"the first token is expected in {expected_s:.1f} s, after the deadline of {deadline_s:g} s"
+                self.rejections["deadline"] += 1
                 raise self._refusal("deadline", text, expected_s - deadline_s)
-        return Ticket(self, num_tokens, key)
+        return Ticket(self, num_tokens, key, self._counted(num_tokens, key))
+
+    def _counted(self, num_tokens: int, key: str) -> int:
+        """As how many tokens a prompt counts for the limit: the only one of a key, however long, leaves the others their part."""
+        limit = self.config.max_queued_tokens
+        if not self._is_shared or limit is None or self._of_key.get(key, Held()).queued:
+            return num_tokens
+        return min(num_tokens, int(most_beside(self.counted_tokens, limit, self.config.key_share)))
+
+    def has_spare(self, num_tokens: int, key: str = "") -> bool:
+        """Whether a request that is in no hurry may come in now: it would be let in, and leaves a part of each limit to those that are.
+
+        That part is what ``key_share`` leaves of it, whether there are several keys or not. Counts no refusal.
+        """
+        config = self.config
+        for limit, has, more in (
+            (config.max_in_flight, self.in_flight, 1),
+            (config.max_queued, self.queued, 1),
+            (config.max_queued_tokens, self.counted_tokens, num_tokens),
+        ):
+            if limit is not None and has + more > config.key_share * limit:
+                return False
+        return self.has_room(num_tokens, key)
+
+    def has_room(self, num_tokens: int, key: str = "") -> bool:
+        """Whether `check` would pass; counts no refusal."""
+        try:
+            self._find_room(num_tokens, key)
+        except OverloadError:
+            return False
+        return True
 
     def expected_first_token_s(self, num_tokens: int, key: str = "") -> float | None:
         """Seconds to the first token of a request that came now; None before anything is known of the engine's pace.
@@ -186,6 +222,13 @@ class Admission(Held):
 
     def check(self, num_tokens: int, key: str = "") -> None:
         """Raises OverloadError for a request that would not be let in now, whatever its deadline."""
+        try:
+            self._find_room(num_tokens, key)
+        except OverloadError as error:
+            self.rejections[error.reason] += 1
+            raise
+
+    def _find_room(self, num_tokens: int, key: str) -> None:
         config, now = self.config, self._clock()
         if config.max_in_flight is not None and self.in_flight >= config.max_in_flight:
             wait_s = _wait_s(self.in_flight + 1 - config.max_in_flight, self._end_rate.per_s(now))
@@ -201,12 +244,23 @@ class Admission(Held):
         if config.max_queued is not None and self.queued >= config.max_queued:
             wait_s = _wait_s(self.queued + 1 - config.max_queued, self._request_rate.per_s(now))
             raise self._refusal("queued", f"{self.queued} requests wait, as many as may", wait_s)
-        over = 0 if config.max_queued_tokens is None else self.queued_tokens + num_tokens - config.max_queued_tokens
+        counted, limit = self._counted(num_tokens, key), config.max_queued_tokens
+        over = 0 if limit is None else self.counted_tokens + counted - limit
         if over > 0 and self.queued:
-            wait_s = _wait_s(min(over, self.queued_tokens), self._token_rate.per_s(now))
+            wait_s = _wait_s(self._tokens_before(over), self._token_rate.per_s(now))
             text = f"{self.queued_tokens} prompt tokens wait; {num_tokens} more are over the limit of {config.max_queued_tokens}"
             raise self._refusal("queued_tokens", text, wait_s)
         self._check_share(num_tokens, key)
+
+    def _tokens_before(self, over: float, key: str | None = None) -> int:
+        """Prompt tokens that are through when ``over`` of what they count for are, of all or of one key: a prompt goes as a whole."""
+        tokens, freed = 0, 0.0
+        for ticket in self._waiting:
+            if freed >= over:
+                break
+            if key is None or ticket.key == key:
+                tokens, freed = tokens + ticket.num_tokens, freed + ticket.counted
+        return tokens
 
     def _check_share(self, num_tokens: int, key: str) -> None:
         """Raises OverloadError where a key would have more than its part of what the others leave."""
@@ -217,18 +271,19 @@ class Admission(Held):
         for what, limit, total, has, more, rate in (
             ("requests of this key are in flight", config.max_in_flight, self.in_flight, held.in_flight, 1, self._end_rate),
             ("requests of this key wait", config.max_queued, self.queued, held.queued, 1, self._request_rate),
-            ("prompt tokens of this key wait", most_tokens, self.queued_tokens, held.queued_tokens, num_tokens, self._token_rate),
+            ("prompt tokens of this key wait", most_tokens, self.counted_tokens, held.counted_tokens, num_tokens, self._token_rate),
         ):  # fmt: skip
             most = math.inf if limit is None else most_beside(total - has, limit, config.key_share)
             if has and has + more > most:
+                over, per_s = min(has + more - most, has), rate.per_s(now)
+                if rate is self._token_rate:
+                    has, total, over = held.queued_tokens, self.queued_tokens, self._tokens_before(over, key)
                 # Of what goes its part goes for it.
-                per_s = rate.per_s(now)
-                wait_s = _wait_s(min(has + more - most, has), None if per_s is None else per_s * has / total)
+                wait_s = _wait_s(over, None if per_s is None else per_s * has / total)
                 text = f"{has} {what}; beside the other keys {max(int(most), 1)} may"
                 raise self._refusal("key_share", text, wait_s)
 
     def _refusal(self, reason: str, text: str, wait_s: float) -> OverloadError:
-        self.rejections[reason] += 1
         retry_after_s = min(max(float(math.ceil(min(wait_s, MOST_RETRY_S))), LEAST_RETRY_S), MOST_RETRY_S)
         return OverloadError(
             f"overloaded: {text}; try again in {retry_after_s:.0f} s",
@@ -239,16 +294,16 @@ class Admission(Held):
 
     def _enter(self, ticket: "Ticket") -> None:
         now = self._clock()
-        self.enter(ticket.num_tokens)
-        self._of_key.setdefault(ticket.key, Held()).enter(ticket.num_tokens)
+        self.enter(ticket.num_tokens, ticket.counted)
+        self._of_key.setdefault(ticket.key, Held()).enter(ticket.num_tokens, ticket.counted)
         self._waiting[ticket] = now
         for rate in (self._token_rate, self._request_rate, self._end_rate):
             rate.resume(now)
 
     def _dequeue(self, ticket: "Ticket", *, is_served: bool) -> None:
         now = self._clock()
-        self.dequeue(ticket.num_tokens)
-        self._of_key[ticket.key].dequeue(ticket.num_tokens)
+        self.dequeue(ticket.num_tokens, ticket.counted)
+        self._of_key[ticket.key].dequeue(ticket.num_tokens, ticket.counted)
         del self._waiting[ticket]
         if is_served:
             self._token_rate.drained(ticket.num_tokens, now)
@@ -276,10 +331,10 @@ class Admission(Held):
 class Ticket:
     """A request that was let in. Also a context manager that closes it."""
 
-    __slots__ = ("_admission", "_is_open", "_is_queued", "key", "num_tokens")
+    __slots__ = ("_admission", "_is_open", "_is_queued", "counted", "key", "num_tokens")
 
-    def __init__(self, admission: Admission, num_tokens: int, key: str) -> None:
-        self._admission, self.num_tokens, self.key = admission, num_tokens, key
+    def __init__(self, admission: Admission, num_tokens: int, key: str, counted: int) -> None:
+        self._admission, self.num_tokens, self.key, self.counted = admission, num_tokens, key, counted
         self._is_open = self._is_queued = True
         admission._enter(self)
 
@@ -305,106 +360,6 @@ class Ticket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class DrainRate:
-    """How fast something drains while there is something to drain, the past fading with e^(-t / window).
-
-    Idle time does not count: an engine without work is not slow. A queue that stands still does, once nothing has gone for longer
-    than it takes on average.
-    """
-
-    def __init__(self, window_s: float) -> None:
-        self._window_s = window_s
-        # Faded sums: what has gone, the time before it, how many times.
-        self._amount = self._busy_s = self._times = 0.0
-        # Busy since something has gone.
-        self._elapsed_s = 0.0
-        # Up to when that is brought; None while idle.
-        self._since: float | None = None
-
-    def resume(self, now: float) -> None:
-        """There is something to drain."""
-        if self._since is None:
-            self._since = now
-
-    def pause(self, now: float) -> None:
-        """There is nothing left."""
-        self._advance(now)
-        self._since = None
-
-    def drained(self, amount: float, now: float) -> float:
-        """So much has gone; gives the busy seconds since the last time."""
-        self._advance(now)
-        took_s = self._elapsed_s
-        kept = math.exp(-self._elapsed_s / self._window_s)
-        self._amount = self._amount * kept + amount
-        self._busy_s = self._busy_s * kept + self._elapsed_s
-        self._times = self._times * kept + 1
-        self._elapsed_s = 0.0
-        return took_s
-
-    def forget(self, since: float, now: float) -> None:
-        """What was waited for before ``since`` did not come, and shall not count."""
-        self._advance(now)
-        self._elapsed_s = min(self._elapsed_s, now - since)
-
-    def per_s(self, now: float) -> float | None:
-        """Amount per second; None before anything has drained."""
-        self._advance(now)
-        if self._busy_s <= 0:
-            return None
-        return self._amount / self._busy_s / self.slowdown(now)
-
-    def slowdown(self, now: float) -> float:
-        """How many times slower it has become by what is overdue now; 1 as long as nothing is."""
-        self._advance(now)
-        if self._busy_s <= 0:
-            return 1.0
-        overdue_s = max(0.0, self._elapsed_s - self._busy_s / self._times)
-        # A queue that stands still for hours is as good as dead.
-        fade = min(overdue_s / self._window_s, 100.0)
-        return 1 + overdue_s * math.exp(fade) / self._busy_s
-
-    def _advance(self, now: float) -> None:
-        if self._since is not None and now > self._since:
-            self._elapsed_s += now - self._since
-            self._since = now
-
-
-class Pace:
-    """What a request and what a token of its prompt add to the time between two first tokens: a line fitted to the faded past.
-
-    Both are at least zero. As long as prompts were of about one length there is no telling them apart, and all is the requests': a
-    long prompt is then expected too early rather than refused for what short ones took.
-    """
-
-    def __init__(self, window_s: float) -> None:
-        self._window_s = window_s
-        self._count = self._tokens = self._seconds = self._squares = self._products = 0.0  # faded sums
-
-    def took(self, num_tokens: int, seconds: float) -> None:
-        """A request of so many prompt tokens got its first token, so many seconds after the one before."""
-        kept = math.exp(-seconds / self._window_s)
-        self._count = self._count * kept + 1
-        self._tokens = self._tokens * kept + num_tokens
-        self._seconds = self._seconds * kept + seconds
-        self._squares = self._squares * kept + num_tokens * num_tokens
-        self._products = self._products * kept + num_tokens * seconds
-
-    def expected_s(self, count: int, num_tokens: int) -> float | None:
-        """Seconds that ``count`` requests of ``num_tokens`` in all take; None before any did."""
-        if self._seconds <= 0:
-            return None
-        mean_tokens, mean_s = self._tokens / self._count, self._seconds / self._count
-        variance = self._squares / self._count - mean_tokens * mean_tokens
-        per_token = 0.0
-        # Lengths that differ by a tenth.
-        if variance > 0.01 * mean_tokens * mean_tokens:
-            slope = (self._products / self._count - mean_tokens * mean_s) / variance
-            # Up to where a request alone costs nothing.
-            per_token = min(max(slope, 0.0), mean_s / mean_tokens)
-        return (mean_s - per_token * mean_tokens) * count + per_token * num_tokens
 
 
 def _wait_s(amount: float, rate: float | None) -> float:

@@ -56,6 +56,11 @@ class Completion:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of its sequences."""
+        return tuple(choice.request.id for choice in self.choices)
+
     def fail(self, error: BaseException) -> None:
         """End with this error once what is held has been taken."""
         self._error = self._error or error

@@ -5,15 +5,17 @@ import base64
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from aiohttp import web
 
 from anabranch.errors import InputError
+from anabranch.serving.core.admission import Admission, Ticket
 from anabranch.serving.core.client import BusyError, EngineInfo
-from anabranch.serving.core.request import Request, Sampling
+from anabranch.serving.core.request import Output, Request, Sampling
 from anabranch.serving.http import fields
 from anabranch.serving.http.choice import refused
 from anabranch.serving.http.context import LONG_CHARACTERS, RequestContext
@@ -31,7 +33,10 @@ KNOWN = {
 MOST_INPUTS = 2048
 # Sequences of one request in the engine at a time: the others wait for them, not among everybody's.
 AT_ONCE = 16
+# Between two looks for room that others leave, s.
+LOOK_S = 0.02
 Prompts = list[tuple[int, ...]]
+Submit = Callable[[Request], AsyncGenerator[Output]]
 
 
 class Embeddings:
@@ -87,39 +92,130 @@ class Embeddings:
     ) -> tuple[list[tuple[float, ...]], int]:
         """Vectors of prompts, and how many of their tokens were there. Raises ApiError."""
         frontend, left_s = self._frontend, context.left_s()
-        [ticket] = frontend.admit([sum(map(len, prompts))], context.key, left_s)
-        room, cached = asyncio.Semaphore(AT_ONCE), 0
+        [first] = frontend.admit([len(prompts[0])], context.key, left_s)
         self._serial += 1
         salt = frontend.salt_of(context.key, salt)
-
-        async def one(at: int, prompt: tuple[int, ...]) -> tuple[float, ...]:
-            nonlocal cached
-            request = Request(
+        requests = [
+            Request(
                 id=f"{context.id}-embed-{self._serial}-{at}", prompt=prompt, sampling=Sampling(max_tokens=0), key=context.key,
                 arrival=time.monotonic(), cache_salt=salt, pooling=info.pooling, stall_s=math.inf,
-            )  # fmt: skip
-            async with room, contextlib.aclosing(frontend.submit(request)) as outputs:
-                async for output in outputs:
-                    if (error := refused(output)) is not None:
-                        raise error
-                    ticket.started()
-                    cached += output.cached_tokens or 0
-                    if output.finish is not None:
-                        return output.embedding
-            raise ApiError(500, "engine_failed", "the engine ended a request without a reason")
-
+            )
+            for at, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        made = Vectors(requests, frontend.admission, first)
         try:
-            async with asyncio.timeout(left_s), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(at, prompt)) for at, prompt in enumerate(prompts)]
+            with frontend.under_way(made) as submit:
+                async with asyncio.timeout(left_s):
+                    vectors = await made.run(submit)
         except TimeoutError:
             raise ApiError(504, "deadline_exceeded", "the request's deadline has passed") from None
-        except BaseExceptionGroup as several:
-            raise _told(several) from None
+        except InputError as error:
+            raise ApiError(400, "invalid_value", str(error), param="input") from None
+        except BusyError as error:
+            raise ApiError(503, "busy", str(error), headers={"Retry-After": "1"}) from None
+        except ApiError as error:
+            frontend.count_cut(error)
+            raise
         finally:
-            ticket.close()
+            first.close()
         self._metrics.prompt_tokens.inc(sum(map(len, prompts)))
-        self._metrics.cached_tokens.inc(cached)
-        return [task.result() for task in tasks], cached
+        self._metrics.cached_tokens.inc(made.cached_tokens)
+        return vectors, made.cached_tokens
+
+
+class Vectors:
+    """The texts of one request while their vectors are made: each with a place of its own in the queue.
+
+    The first has one. The others are in no hurry: they come in while there is room to spare, and one by one where there is none.
+
+    Attributes:
+        cached_tokens: of prompts, that were there.
+
+    Args:
+        requests: of the engine, one for each text.
+        admission: which gives places.
+        first: the place of the first.
+    """
+
+    def __init__(self, requests: Sequence[Request], admission: Admission, first: Ticket) -> None:
+        self._requests, self._admission, self._first = requests, admission, first
+        self.cached_tokens = 0
+        self._vectors: list[tuple[float, ...]] = [()] * len(requests)
+        self._open: set[asyncio.Task[None]] = set()
+        self._error: BaseException | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of its sequences."""
+        return tuple(request.id for request in self._requests)
+
+    def fail(self, error: BaseException) -> None:
+        """End with this error, unless it has failed already."""
+        self._error = self._error or error
+        self._news.set()
+
+    async def run(self, submit: Submit) -> list[tuple[float, ...]]:
+        """The vectors, in order; ``submit`` runs one sequence. Raises what the first that fails raises; what still runs is aborted."""
+        try:
+            for at, request in enumerate(self._requests):
+                ticket = self._first if at == 0 else await self._place(request)
+                task = asyncio.get_running_loop().create_task(self._one(submit, at, ticket))
+                self._open.add(task)
+                # One that is cancelled before it begins has a place too.
+                task.add_done_callback(partial(self._ended, ticket))
+            while self._open and self._error is None:
+                await self._wait(None)
+        finally:
+            open_now = list(self._open)
+            for task in open_now:
+                task.cancel()
+            await asyncio.gather(*open_now, return_exceptions=True)
+        if self._error is not None:
+            raise self._error
+        return self._vectors
+
+    async def _place(self, request: Request) -> Ticket:
+        """A place for one more text, when there is one."""
+        size, key = len(request.prompt), request.key
+        while self._error is None:
+            is_room = self._admission.has_spare(size, key) if self._open else self._admission.has_room(size, key)
+            if len(self._open) < AT_ONCE and is_room:
+                break
+            await self._wait(LOOK_S)
+        if self._error is not None:
+            raise self._error
+        return self._admission.admit(size, key)
+
+    async def _wait(self, timeout_s: float | None) -> None:
+        """Until one has ended or failed, or the time is up."""
+        self._news.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
+
+    async def _one(self, submit: Submit, at: int, ticket: Ticket) -> None:
+        try:
+            self._vectors[at] = await self._vector(submit, self._requests[at], ticket)
+        except Exception as error:
+            # Told to whoever waits for all.
+            self.fail(error)
+
+    def _ended(self, ticket: Ticket, task: "asyncio.Task[None]") -> None:
+        ticket.close()
+        self._open.discard(task)
+        self._news.set()
+
+    async def _vector(self, submit: Submit, request: Request, ticket: Ticket) -> tuple[float, ...]:
+        async with contextlib.aclosing(submit(request)) as outputs:
+            async for output in outputs:
+                if (error := refused(output)) is not None:
+                    raise error
+                ticket.started()
+                self.cached_tokens += output.cached_tokens or 0
+                if output.finish is not None:
+                    return output.embedding
+        raise ApiError(500, "engine_failed", "the engine ended a request without a reason")
 
 
 def read_inputs(given: Any, reader: Reader, info: EngineInfo) -> Prompts:
@@ -139,18 +235,6 @@ def read_inputs(given: Any, reader: Reader, info: EngineInfo) -> Prompts:
             message = f"input[{at}] has {len(prompts[-1]):,} tokens; the model reads {info.max_positions:,}"
             raise wrong(f"input[{at}]", message, "context_length_exceeded")
     return prompts
-
-
-def _told(several: BaseExceptionGroup[Any]) -> BaseException:
-    """What the sender is told of several failures: the first."""
-    first: Any = several
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    if isinstance(first, InputError):
-        return ApiError(400, "invalid_value", str(first), param="input")
-    if isinstance(first, BusyError):
-        return ApiError(503, "busy", str(first), headers={"Retry-After": "1"})
-    return first
 
 
 def _shown(vector: Sequence[float], is_packed: bool) -> list[float] | str:

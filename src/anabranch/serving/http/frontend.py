@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.admission import OverloadError, Ticket
@@ -29,6 +29,22 @@ WATCH_S, PICTURE_S, CLOSE_S = 0.05, 1.0, 10.0
 AGAIN_S = 1.0
 T = TypeVar("T")
 State = Literal["loading", "ready", "draining", "failed"]
+# Codes of errors that neither a request nor its sender is the reason of, and that end it before its answer is complete.
+_CUT = ("engine_failed", "aborted", "shutting_down")
+
+
+class UnderWay(Protocol):
+    """A request as `Frontend` sees it.
+
+    Attributes:
+        ids: of its sequences.
+    """
+
+    @property
+    def ids(self) -> Sequence[str]: ...  # noqa: D102
+
+    def fail(self, error: BaseException) -> None:
+        """End with this error."""
 
 
 class Frontend:
@@ -65,7 +81,7 @@ class Frontend:
             "anabranch-template", "chats wait to be rendered", threads=32, at_once=16, most_waiting=256
         )
         self._engine: EngineClient | None = None
-        self._live: set[Completion] = set()
+        self._live: set[UnderWay] = set()
         # Ids of sequences that wait for the next engine.
         self._waiting: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
@@ -126,9 +142,13 @@ class Frontend:
 
     def cut(self, error: ApiError, *, keeps_waiting: bool = False) -> None:
         """End every request under way with this error; ``keeps_waiting``: but for those that wait for the next engine."""
-        for completion in list(self._live):
-            if not (keeps_waiting and any(choice.request.id in self._waiting for choice in completion.choices)):
-                completion.fail(error)
+        for one in list(self._live):
+            if not (keeps_waiting and any(id in self._waiting for id in one.ids)):
+                one.fail(error)
+
+    def count_cut(self, error: ApiError) -> None:
+        """Note the end of a request by this error, for `num_cut`."""
+        self.num_cut += error.code in _CUT
 
     async def engine_after(self, gone: EngineClient) -> EngineClient:
         """The engine that is started in place of one that has failed. Raises ApiError (500) if there is to be none."""
@@ -214,16 +234,23 @@ class Frontend:
             for at in range(request.num_choices)
         ]  # fmt: skip
         completion = Completion(partial(self._submit, engine), choices, tickets, request.grammar_param)
-        self._live.add(completion)
-        try:
+        with self.under_way(completion):
             async with completion:
                 yield completion
-        finally:
-            self._live.remove(completion)
 
-    def submit(self, request: Request) -> AsyncGenerator[Output]:
-        """Outputs of one sequence: of the engine there is, and where that fails before it has begun, of the next one. Raises ApiError."""
-        return self._submit(self.engine, request)
+    @contextlib.contextmanager
+    def under_way(self, one: UnderWay) -> Iterator[Callable[[Request], AsyncGenerator[Output]]]:
+        """While a request is under way, `cut` may end it, and a drain keeps no part of it out.
+
+        Yields what runs one sequence: its outputs, of the engine there is, and where that fails before it has begun, of the next one.
+        Raises ApiError if no engine is ready.
+        """
+        engine = self.engine
+        self._live.add(one)
+        try:
+            yield partial(self._submit, engine)
+        finally:
+            self._live.remove(one)
 
     async def _submit(self, engine: EngineClient, request: Request) -> AsyncGenerator[Output]:
         while True:

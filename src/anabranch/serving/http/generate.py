@@ -148,7 +148,7 @@ class Generate:
     def _failed(self, choices: Sequence[Choice], error: ApiError) -> None:
         if error.code in _ABORTED:
             self._abort(choices, _ABORTED[error.code])
-        self._frontend.num_cut += error.code in _CUT
+        self._frontend.count_cut(error)
 
     def _abort(self, choices: Sequence[Choice], reason: str) -> None:
         cut = sum(1 for choice in choices if choice.finish is None)
@@ -193,8 +193,6 @@ _ABORTED = {
     "engine_failed": "engine_failed", "request_failed": "request_failed", "aborted": "shutdown", "shutting_down": "shutdown",
     "deadline_exceeded": "deadline",
 }  # fmt: skip
-# Of these, what neither the request nor its sender is the reason of.
-_CUT = ("engine_failed", "aborted", "shutting_down")
 
 
 async def _take(completion: Completion, end: float | None, beat_s: float | None = None) -> list[ChoiceDelta] | None:
