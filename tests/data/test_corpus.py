@@ -329,7 +329,7 @@ def test_stretches_are_cut_where_no_blank_is_near():
 def test_a_missing_path(kind):
     with pytest.raises(
         DataError,
-        match=r"^no corpus at data/wiki; name a file or folder of text, or leave it out to use the standard-library corpus$",
+        match=r"^no corpus at data/wiki; name a file or folder of text$",
     ):
         list(kind.Config(paths=("data/wiki",)).build().documents())
     with pytest.raises(DataError, match="no corpus at"):

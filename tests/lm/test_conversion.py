@@ -23,7 +23,7 @@ from anabranch.data import ByteTokenizer, load_tokenizer
 from anabranch.data.bpe import train_bpe
 from anabranch.errors import AnabranchError, CheckpointError, ConfigError, DataError, TokenizerError
 from anabranch.lm import Decoder, convert, export_huggingface, load_model, save_model
-from anabranch.lm.folder import RECORD, verify
+from anabranch.lm.folder import PREDICTOR_FILE, RECORD, verify
 from anabranch.nn import SelfAttention, SwiGLU
 
 CHAT = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -221,6 +221,21 @@ def test_force_loses_no_file_that_is_not_as_we_saved_it(tmp_path, native):
     assert (target / "config.json.old1").read_bytes() == edited
     # What we saved and nobody has changed is replaced.
     assert not (target / "model.safetensors.old1").exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_predictor_is_no_stranger_and_does_not_stay_beside_other_weights(tmp_path, native, force):
+    target = tmp_path / "own"
+    convert(native, target)
+    (target / PREDICTOR_FILE).write_bytes(b"fitted")
+    convert(native, target, force=force)
+    assert not (target / PREDICTOR_FILE).exists()
+    assert (target / f"{PREDICTOR_FILE}.old").read_bytes() == b"fitted"
+    (target / PREDICTOR_FILE).write_bytes(b"fitted again")
+    save_model(target, tiny())
+    assert [path.read_bytes() for path in sorted(target.glob("route*"))] == [b"fitted", b"fitted again"]
+    assert (target / f"{PREDICTOR_FILE}.old1").exists()
+    load_model(target)
 
 
 @pytest.mark.parametrize("listed", [True, False])

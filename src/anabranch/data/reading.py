@@ -23,9 +23,7 @@ _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codec
 
 def missing_corpus(path: str | Path) -> DataError:
     """The error for a path that is not there."""
-    return DataError(
-        f"no corpus at {path}; name a file or folder of text, or leave it out to use the standard-library corpus"
-    )
+    return DataError(f"no corpus at {path}; name a file or folder of text")
 
 
 def open_bytes(file: Path) -> IO[bytes]:

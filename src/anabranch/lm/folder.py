@@ -27,6 +27,7 @@ __all__ = [
     "MARK",
     "METRICS_FILE",
     "OPTIMIZER_FILE",
+    "PREDICTOR_FILE",
     "RECORD",
     "STEPS_FOLDER",
     "TRAINER_FILE",
@@ -48,6 +49,9 @@ RECORD = "SHA256SUMS"
 # What makes a model folder a checkpoint of a training run, see `anabranch.train.checkpoint`.
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+# Of a route predictor, see `anabranch.serving.expertflow.predictors.files`: made for a model that is there, and so not in its record.
+PREDICTOR_FILE = "route-predictor.safetensors"
+_PREDICTORS = re.compile(rf"{re.escape(PREDICTOR_FILE)}(\.old\d*)?")
 # In the folder of a run; the second has a folder for each step.
 METRICS_FILE = "metrics.jsonl"
 STEPS_FOLDER = "checkpoints"
@@ -146,12 +150,13 @@ def model_folder(path: str | Path, *, before: Entries | None = None, force: bool
         yield temporary
         seal(temporary)
         check_same(place)
-        if force:
-            _keep(place.resolve(), temporary, before)
+        # A predictor took longer than the model it was made for, and would be taken for the new one's: it goes on under another name.
+        kept = before if force else {name: entry for name, entry in before.items() if _PREDICTORS.fullmatch(name)}
+        _keep(place.resolve(), temporary, kept)
 
 
 def check_replaceable(folder: Path, *, force: bool = False, advice: str = "choose a new folder") -> Entries:
-    """What lies in ``folder``, which a model may replace: nothing, or a model that we saved and nothing else.
+    """What lies in ``folder``, which a model may replace: nothing, or a model that we saved and nothing else but its route predictor.
 
     ``force`` lets it hold other files too. Raises CheckpointError, with ``advice``, for any other folder, and always for a training run
     and its checkpoints; DataError for the working directory, and what holds it.
@@ -227,10 +232,11 @@ def _foreign(folder: Path, entries: Entries) -> str | None:
         if not any(other.startswith(name) for other in recorded):
             return name
     # Names first: a file that nobody recorded may be large, or a pipe that never ends.
-    unknown = next((name for name in files if name != RECORD and name not in recorded), None)
+    files = [name for name in files if name != RECORD and not _PREDICTORS.fullmatch(name)]
+    unknown = next((name for name in files if name not in recorded), None)
     if unknown is not None:
         return unknown
-    changed = next((name for name in files if name != RECORD and not _is_as_saved(folder, name, recorded)), None)
+    changed = next((name for name in files if not _is_as_saved(folder, name, recorded)), None)
     return None if changed is None else f"{changed}, which is not as it was saved"
 
 
@@ -345,7 +351,12 @@ def _is_marked(table: dict[str, Any]) -> bool:
 
 def _is_read(name: str) -> bool:
     """Whether a loader takes a file of this name for a part of the model; the old model's must not be taken for the new one's."""
-    parts = (_PARTS, _WEIGHTS, re.compile(rf"{re.escape(_ADAPTER)}|{re.escape(_TEMPLATES)}/.*"))
+    parts = (
+        _PARTS,
+        _WEIGHTS,
+        re.compile(re.escape(PREDICTOR_FILE)),
+        re.compile(rf"{re.escape(_ADAPTER)}|{re.escape(_TEMPLATES)}/.*"),
+    )
     return any(pattern.fullmatch(name) for pattern in parts)
 
 

@@ -114,6 +114,12 @@ class ServingConfig(Config):
         for name in ("memory", "kv_memory", "expert_budget", "host_kv", "disk_kv"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name), name)
+        if self.memory is not None and self.expert_budget is not None:
+            if parse_bytes(self.expert_budget) >= parse_bytes(self.memory):
+                raise ConfigError(
+                    f"expert_budget is {self.expert_budget}, and memory, which is for everything, is {self.memory}; give experts less, or "
+                    "leave one of them out"
+                )
         if self.pipeline is not None and not self.nano_batches:
             raise ConfigError("pipeline is set, but nano_batches is not; only nano-operations run by a pipeline")
         if self.disk_kv is not None and self.host_kv is None:

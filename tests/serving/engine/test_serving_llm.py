@@ -170,7 +170,7 @@ def test_experts_in_a_budget_give_the_same_tokens(tmp_path):
         for answer in LLM(model, num_blocks=20).generate([tuple(map(ord, prompt)) for prompt in prompts], sampling)
     ]
     pool_bytes = sum(weight.nbytes for block in model.blocks for weight in block.feed_forward.experts.parameters())
-    llm = LLM(tmp_path / "m", dtype="float32", num_blocks=20, expert_budget=str(pool_bytes // 2))
+    llm = LLM(tmp_path / "m", dtype="float32", num_blocks=20, expert_budget=f"{pool_bytes // 2}B")
     assert [answer.tokens for answer in llm.generate(prompts, sampling)] == expected
     llm.close()
     stats = [event for event in llm._events if isinstance(event, EngineStats)][-1]

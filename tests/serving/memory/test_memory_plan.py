@@ -51,6 +51,7 @@ def rung(plan):
     return plan.config.quantize, plan.config.expert_budget is not None
 
 
+@functools.cache
 def tightest(shape, **fields):
     """The smallest memory on each rung, to 1 MiB, from the top down."""
     found = {}
@@ -75,9 +76,34 @@ def test_less_memory_means_fewer_bits_and_then_experts_on_disk():
         assert made.disk == (form.experts if on_disk else 0)
         assert form.pools.layout.total_bytes == form.experts
     last = found["int4", True]
-    assert form.least_budget <= int(last.config.expert_budget) == last.resident < form.experts
+    assert form.least_budget <= parse_bytes(last.config.expert_budget) == last.resident < form.experts
     # One request of 1,024 positions: 4 layers, 2 heads, keys and values of 64, two bytes each.
     assert last.kv >= 1024 * 4 * 2 * 2 * 64 * 2
+
+
+def test_bits_are_not_given_up_for_more_than_a_few_requests_keys():
+    """A rung is left where four requests of up to 4,096 tokens have no more room, whatever else could be kept for them."""
+    few = 4 * 1024 * 4 * 2 * 2 * 64 * 2
+    found, _, _ = tightest("mixture")
+    for bits in ("none", "int8", "int4"):
+        last = found[bits, False]
+        assert few <= last.kv < few + (1 << 20) < last.memory // 8
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(300, 900), st.sampled_from([None, "8MiB", "100MiB"]))
+def test_more_memory_never_means_fewer_bits(mebibytes, budget):
+    order = [("none", False), ("none", True), ("int8", False), ("int8", True), ("int4", False), ("int4", True)]
+    ranks = []
+    for memory in (mebibytes, mebibytes + 1, mebibytes + 50):
+        made = planned("mixture", memory << 20, expert_budget=budget)
+        if made.fits:
+            ranks.append(order.index(rung(made)))
+            if budget is not None:
+                # What the budget leaves goes to keys and values.
+                most = 16 * 1024 * 4 * 2 * 2 * 64 * 2
+                assert made.kv == most or made.total == made.memory
+    assert ranks == sorted(ranks, reverse=True)
 
 
 def test_with_guesses_experts_stay_in_memory():
@@ -138,6 +164,8 @@ def test_what_contradicts_is_refused():
         plan_memory(ServingConfig(model="m"))
     with pytest.raises(ConfigError, match="memory is '8 apples'"):
         ServingConfig(memory="8 apples")
+    with pytest.raises(ConfigError, match="expert_budget is 2GiB, and memory, which is for everything, is 1GiB"):
+        ServingConfig(memory="1GiB", expert_budget="2GiB")
     with pytest.raises(ConfigError, match="device is 'cuda'; only the memory of a CPU"):
         planned("dense", "8GiB", device="cuda")
     with pytest.raises(ConfigError, match="m has no experts that can stay on disk"):

@@ -5,8 +5,9 @@
     3. all in memory, in int4
     4. experts on disk in the fewest bits they can be in, with a budget of what is left beside everything else
 
-Each rung is asked whether it fits with a fair share for keys and values; the last may take that share down to one context of
-`LEAST_POSITIONS`. What the config says itself (``quantize``, ``expert_budget``, ``kv_memory``, ``num_blocks``) stays, and the rest is
+Bits are not given up for keys and values: a rung fits where `FEW` requests of `LEAST_POSITIONS` still have room for theirs, or less where
+that is more than an eighth of the memory or than all requests can fill. The last rung may take that down to one such request. What the
+config says itself (``quantize``, ``expert_budget``, ``kv_memory``, ``num_blocks``) stays, and the rest is
 planned around it.
 """
 
@@ -32,7 +33,10 @@ __all__ = ["LEAST_POSITIONS", "Ladder", "MemoryPlan", "plan_memory"]
 # One request of so many tokens can always run, or of the model's own limit.
 LEAST_POSITIONS = 4096
 
-# Of the memory, that keys and values get where there is not much.
+# Requests of so many tokens that a rung still serves well, see above.
+FEW = 4
+
+# Of the memory, that keys and values get at most before bits of weights do.
 KV_SHARE = 8
 
 
@@ -154,8 +158,12 @@ class Ladder:
 
     def plan(self, memory: int) -> MemoryPlan:
         """The first rung that fits into so many bytes, else the one that takes least."""
-        made = [self._in_memory(memory, form, self._kv_share(memory, form)) for form in self.resident]
-        made += [self._on_disk(memory, form) for form in self.on_disk]
+        made = [self._in_memory(memory, form, self._kv_few(memory, form)) for form in self.resident]
+        # Of experts on disk it is their budget that pays for keys; of a budget that is given it is bits again.
+        if self.config.expert_budget is None:
+            made += [self._on_disk(memory, form, self._kv_share(memory, form)) for form in self.on_disk]
+        made += [self._on_disk(memory, form, self._kv_few(memory, form)) for form in self.on_disk]
+        made += [self._on_disk(memory, form, self._kv_least(form)) for form in self.on_disk]
         # Where no experts can go, or rounding takes more than it saves, there still is the share of keys and values to give up.
         made += [self._in_memory(memory, form, self._kv_least(form)) for form in self.resident]
         least = min(one.least for one in made)
@@ -214,25 +222,24 @@ class Ladder:
             made = self._made(memory, form, form.experts, kv + more, on_disk=False)
         return replace(made, least=self._made(memory, form, form.experts, self._kv_least(form), on_disk=False).total)
 
-    def _on_disk(self, memory: int, form: Form) -> MemoryPlan:
-        """Experts on disk, with a budget of what is left."""
+    def _on_disk(self, memory: int, form: Form, kv: int) -> MemoryPlan:
+        """Experts on disk, with a budget of what is left beside ``kv`` bytes for keys and values; these get what a given one leaves."""
         smallest = form.least_budget or 0
         given = self.config.expert_budget
-        least = smallest if given is None else parse_bytes(given, "expert_budget")
-        if least < smallest:
+        resident = smallest if given is None else parse_bytes(given, "expert_budget")
+        if resident < smallest:
             raise ConfigError(
                 f"expert_budget is {given}, but experts of one token in one layer take {smallest:,} bytes; give at least that"
             )
-        least = min(least, form.experts)
-        made = [
-            self._made(memory, form, least, kv, on_disk=True)
-            for kv in (self._kv_share(memory, form), self._kv_least(form))
-        ]
-        best = next((one for one in made if one.fits), made[-1])
-        more = min(memory - best.total, form.experts - least)
-        if best.fits and more > 0 and given is None:
-            best = self._made(memory, form, least + more, best.kv, on_disk=True)
-        return replace(best, least=made[-1].total)
+        resident = min(resident, form.experts)
+        least = self._made(memory, form, resident, self._kv_least(form), on_disk=True).total
+        made = self._made(memory, form, resident, kv, on_disk=True)
+        left = memory - made.total
+        if left > 0 and given is None:
+            made = self._made(memory, form, min(resident + left, form.experts), kv, on_disk=True)
+        elif left > 0 and not self._is_kv_given:
+            made = self._made(memory, form, resident, min(kv + left, max(self._kv_most(form), kv)), on_disk=True)
+        return replace(made, least=least)
 
     def _made(self, memory: int, form: Form, resident: int, kv: int, *, on_disk: bool) -> MemoryPlan:
         config = self.config
@@ -243,9 +250,9 @@ class Ladder:
         work = max(step, load_bytes(form, is_rounded=is_rounded, on_disk=on_disk) - later)
         changes: dict[str, Any] = {"memory": None, "quantize": form.quantize}
         if on_disk and config.expert_budget is None:
-            changes["expert_budget"] = str(resident)
+            changes["expert_budget"] = f"{resident}B"
         if not self._is_kv_given:
-            changes["kv_memory"] = str(kv)
+            changes["kv_memory"] = f"{kv}B"
         return MemoryPlan(
             config.replace(**changes), memory=memory, rest=form.rest, experts=form.experts, resident=resident, kv=kv, work=work,
             program=self.program, disk=form.experts if on_disk and is_rounded else 0, least=0,
@@ -280,7 +287,14 @@ class Ladder:
         )
         return max(min(parse_bytes(DEFAULT_KV), filled), self._kv_least(form))
 
+    def _kv_few(self, memory: int, form: Form) -> int:
+        """For `FEW` requests of `LEAST_POSITIONS`, where that is no more than the share."""
+        blocks = _blocks(min(self._positions(form), LEAST_POSITIONS), self.config.block_tokens)
+        few = min(FEW, self.config.max_seqs) * blocks * form.kv_per_token(self.config.max_depth)
+        return max(min(few, self._kv_share(memory, form)), self._kv_least(form))
+
     def _kv_share(self, memory: int, form: Form) -> int:
+        """An eighth of the memory, where all requests can fill it."""
         if self._is_kv_given:
             return self._kv_least(form)
         return max(min(memory // KV_SHARE, self._kv_most(form)), self._kv_least(form))

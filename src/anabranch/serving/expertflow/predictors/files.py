@@ -12,11 +12,12 @@ from torch import Tensor
 from anabranch.errors import DataError
 from anabranch.files import atomic_file, parse_json
 from anabranch.lm.checkpoint import find_model
+from anabranch.lm.folder import PREDICTOR_FILE
 from anabranch.serving.expertflow.predictors.base import Fingerprint
 
 VERSION = 1
 # In the folder of a model, or of a training run.
-FILE = "route-predictor.safetensors"
+FILE = PREDICTOR_FILE
 
 
 def place_of(model: str | Path) -> Path:
