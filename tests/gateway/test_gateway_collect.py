@@ -21,7 +21,7 @@ from anabranch.gateway.config import load_config
 from anabranch.gateway.data import load
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.judges import ModelJudge, ReferenceJudge, prompt_of, verdict
-from anabranch.gateway.store import LedgerQuery, open_store
+from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store
 from anabranch.web.api_error import ApiError
 
 CONFIG = """
@@ -482,3 +482,26 @@ def test_a_file_that_is_no_store_is_left_as_it_is(tmp_path, capsys, content):
     assert main(["gateway", "fit", str(path), "--out", str(tmp_path / "r"), "--quiet"]) == 2
     assert "empty.db" in capsys.readouterr().err
     assert path.read_bytes() == content
+
+
+def test_what_others_hold_of_a_budget_for_a_while_does_not_end_the_watch(tmp_path, capsys, monkeypatch):
+    """It ended for good, though a second later there was room."""
+    monkeypatch.setattr("anabranch.gateway.collect.calls.PATIENCE", 1)
+    path, out = write(tmp_path), tmp_path / "out.jsonl"
+    used(path, ("a", "question 1?", {}))
+    is_held = threading.Event()
+
+    async def hold():
+        async with open_store(str(tmp_path / "gateway.db")) as store:
+            await store.set_budget("global", 10**8)
+            held = await store.reserve("live", ["global"], 10**8)
+            is_held.set()
+            await asyncio.sleep(1.5)
+            await store.release(held, LedgerRow(request_id="live"))
+
+    other = threading.Thread(target=lambda: asyncio.run(hold()))
+    other.start()
+    is_held.wait()
+    done = collect(capsys, path, out, "--judge", "judge", "--every", "1s", "--limit", 1)
+    other.join()
+    assert (done["questions"], done["stopped"]) == (1, "")
