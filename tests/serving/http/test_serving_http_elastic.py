@@ -40,6 +40,7 @@ def post(server, path, body, **headers):
 
 # Of fields whose types do not say what they may be, or that need another beside them.
 GIVEN = {
+    "prompt_lookup_ngram": {"prompt_lookup": 4, "prompt_lookup_ngram": 7},
     "model": "there",
     "name": "called",
     "dtype": "float32",
