@@ -69,6 +69,17 @@ def test_what_has_no_counterpart_is_said_to_be_unsupported(fields):
     assert caught.value.failure.kind == "unsupported"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [("[" + "[]," * 40_000 + "[]]", "more than 65,536 lists, objects"), ("[" * 10_000 + "]" * 10_000, "too deep")],
+)
+def test_arguments_that_take_long_to_parse_are_not(arguments, why):
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(UpstreamError, match=why) as raised:
+        translated({"messages": [{"role": "assistant", "tool_calls": [call] * 2}]}, "m", 1)
+    assert raised.value.failure.status == 400
+
+
 def test_arguments_that_are_no_json_are_the_senders_mistake():
     call = {"id": "c", "function": {"name": "f", "arguments": "{"}}
     with pytest.raises(UpstreamError) as caught:

@@ -110,6 +110,11 @@ def test_a_body_over_the_limit_is_a_413(server):
     assert error_of(answer.split(b"\r\n\r\n", 1)[1])["code"] == "request_too_large"
 
 
+def test_a_body_that_takes_long_to_parse_is_a_400(server):
+    status, _, answer = post(server, json.dumps(HELLO).encode()[:-1] + b', "x": [' + b"[]," * 70_000 + b"[]]}")
+    assert (status, error_of(answer)["code"]) == (400, "too_many_values")
+
+
 def test_a_chunked_body_over_the_limit_is_a_413(server):
     chunk = b"%x\r\n" % 1_000_000 + b" " * 1_000_000 + b"\r\n"
     answer, _ = raw(

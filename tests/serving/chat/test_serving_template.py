@@ -9,6 +9,8 @@ from anabranch.data.bpe import train_bpe
 from anabranch.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from anabranch.errors import InputError
 from anabranch.serving import chat
+from anabranch.serving.chat.errors import FieldError
+from anabranch.serving.chat.messages import read_messages
 
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+3?"}]
 ADD = {
@@ -109,7 +111,7 @@ def test_a_models_own_calls_are_read_back_from_its_prompt():
         ([{"role": "user", "content": "", "tool_calls": [{}]}], r"messages\[0\].tool_calls belongs to"),
         ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], r"tool_calls\[0\] must be an object with id, type and a function"),
         (
-            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "a: 5"}}]}],
             r"tool_calls\[0\].function.arguments is no JSON",
         ),
     ],
@@ -117,6 +119,46 @@ def test_a_models_own_calls_are_read_back_from_its_prompt():
 def test_messages_that_are_malformed_are_refused(messages, message):
     with pytest.raises(InputError, match=message):
         chat.render(ByteTokenizer(), messages)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "[" + "[]," * 40_000 + "[]]", "[" + "1," * 70_000 + "1]", "{" + ",".join(f'"{n}":{{}}' for n in range(20_000)) + "}",
+        "[" + "1" * 600_000 + "]",
+    ],
+)  # fmt: skip
+def test_arguments_with_too_much_in_them_are_not_parsed(arguments, monkeypatch):
+    monkeypatch.setattr("json.loads", lambda text: pytest.fail("parsed"))
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(FieldError, match=r"more than .* as many as may be") as raised:
+        chat.render(ByteTokenizer(), [*ASK, {"role": "assistant", "tool_calls": [call]}])
+    assert raised.value.param == f"messages[{len(ASK)}].tool_calls[0].function.arguments"
+
+
+def test_the_arguments_of_all_calls_count_together():
+    call = {"id": "1", "function": {"name": "f", "arguments": "[" + "[]," * 3000 + "[]]"}}
+    assert chat.render(ByteTokenizer(), [*ASK, {"role": "assistant", "tool_calls": [call] * 10}])
+    with pytest.raises(FieldError, match=r"messages\[5\].tool_calls\[0\]"):
+        chat.render(ByteTokenizer(), [{"role": "assistant", "tool_calls": [call] * 2}] * 9)
+    # What stands in texts is none of it.
+    call["function"]["arguments"] = json.dumps({"code": "[{:," * 100_000})
+    assert chat.render(ByteTokenizer(), [*ASK, {"role": "assistant", "tool_calls": [call]}])
+
+
+@pytest.mark.parametrize(
+    ("said", "content"),
+    [
+        ({"content": None, "refusal": "no"}, "no"), ({"content": "a", "refusal": "no"}, "a"), ({"reasoning": "hm"}, ""),
+        ({"content": None, "reasoning_content": "hm"}, ""), ({"tool_calls": [{"function": {"name": "f"}}], "refusal": None}, ""),
+    ],
+)  # fmt: skip
+def test_an_assistant_needs_no_content_where_it_says_something_else(said, content):
+    [made] = read_messages([{"role": "assistant", **said}])
+    assert made["content"] == content
+    for wrong in ({"role": "user", **said, "content": None}, {"role": "assistant", "content": None}):
+        with pytest.raises(FieldError):
+            read_messages([{**wrong}])
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,31 @@ def test_too_many_that_wait_to_be_read_are_told_to_ask_again():
         assert {one.result(20)[0] for one in waiting} == {200}
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize"])
+def test_json_in_a_text_holds_up_nobody(path):
+    """As the JSON of a body: 8 MiB of lists take the parser seconds, in which no other thread runs."""
+    arguments = "[" + "[]," * 1_000_000 + "[]]"
+    item = {"type": "function_call", "call_id": "1", "name": "f", "arguments": arguments}
+    said = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
+    ask = {"role": "user", "content": "hello"}
+    body = (
+        {"model": "fake", "input": [ask, item]}
+        if path == "/v1/responses"
+        else {"model": "fake", "messages": [ask, said]}
+    )
+    with serving(Script()) as server, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.ask, path, body)
+        gaps = [0.0]
+        while not asked.done():
+            began = time.monotonic()
+            assert server.ask("/health/live")[0] == 200
+            gaps.append(time.monotonic() - began)
+        status, _, answer = asked.result()
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+        assert "the arguments of all calls together have more than 65,536 values" in answer["error"]["message"]
+        assert max(gaps) < 1
+
+
 def test_a_deadline_that_passes_while_a_request_waits_to_be_read_is_told_as_one():
     reader = Slow()
     script = Script(positions=100_000, endless=True, delay_s=0.01)

@@ -17,6 +17,7 @@ from anabranch.gateway.store import GROUPS, Budget, LedgerQuery
 from anabranch.web.answers import json_response, read_body
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import parse
+from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 
 Work = Callable[["_Call"], Awaitable[Any]]
 MOST_ROWS = 1000
@@ -79,7 +80,9 @@ class AdminRoutes:
         body: dict[str, Any] = {}
         if request.method in ("POST", "PUT") and thing != "reload":
             limits = self._gateway.config.limits
-            body = parse(await read_body(request, limits.body_bytes, limits.body_timeout_s))
+            raw = await read_body(request, limits.body_bytes, limits.body_timeout_s)
+            check_json_size(raw, MOST_VALUES, MOST_PARTS)
+            body = parse(raw)
         return json_response(await work(_Call(request, unquote(name), body)))
 
     async def _keys(self, call: _Call) -> Any:

@@ -14,6 +14,7 @@ from anabranch.gateway.reply import Reply
 from anabranch.web.answers import JSON, SAFE, Route, bearer, json_response, read_body
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse
+from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 from anabranch.web.responses import ResponseStream, to_chat, to_response
 from anabranch.web.sse import read_data
 
@@ -86,7 +87,9 @@ class OpenAIRoutes:
                 error.headers["connection"] = "close"
             raise
         limits = self._gateway.config.limits
-        return parse(await read_body(request, limits.body_bytes, limits.body_timeout_s))
+        raw = await read_body(request, limits.body_bytes, limits.body_timeout_s)
+        check_json_size(raw, MOST_VALUES, MOST_PARTS)
+        return parse(raw)
 
     async def _send(
         self, request: web.BaseRequest, reply: Reply, source: AsyncIterator[bytes] | None

@@ -22,6 +22,7 @@ from anabranch.gateway.providers.provider import (
     hidden,
     parse_object,
 )
+from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, JsonRoom, JsonSizeError
 
 FINISH = {
     "end_turn": "stop", "stop_sequence": "stop", "pause_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls",
@@ -187,6 +188,7 @@ def _messages(given: Iterable[Json]) -> tuple[str, list[Json]]:
     """The system prompt, and turns that alternate between user and assistant."""
     system: list[str] = []
     turns: list[Json] = []
+    room = JsonRoom(MOST_VALUES, MOST_PARTS)
     for message in given:
         role, content = message.get("role"), message.get("content")
         if role in ("system", "developer"):
@@ -198,7 +200,7 @@ def _messages(given: Iterable[Json]) -> tuple[str, list[Json]]:
                 [{"type": "tool_result", "tool_use_id": message.get("tool_call_id"), "content": _text(content)}],
             )
         elif role == "assistant":
-            blocks = [*_blocks(content), *map(_tool_use, message.get("tool_calls") or [])]
+            blocks = [*_blocks(content), *(_tool_use(call, room) for call in message.get("tool_calls") or [])]
         else:
             role, blocks = "user", _blocks(content)
         if not blocks:
@@ -235,16 +237,23 @@ def _block(part: Json) -> Json:
     raise unsupported(f"a part of a message of type {kind!r} cannot be sent to anthropic")
 
 
-def _tool_use(call: Json) -> Json:
+def _tool_use(call: Json, room: JsonRoom) -> Json:
+    """A call; its arguments count in ``room``. Raises UpstreamError."""
     function = call["function"]
+    text, why_not = function.get("arguments") or "{}", ""
     try:
-        given = json.loads(function.get("arguments") or "{}")
+        # The parser holds up all other requests for as long as it takes.
+        room.take(text.encode("utf-8", "replace"))
+        given = json.loads(text)
+    except JsonSizeError as error:
+        why_not = f"have, with those of the other calls, {error}"
+    except RecursionError:
+        why_not = "are nested too deep"
     except ValueError:
-        raise UpstreamError(
-            Failure(
-                kind="request", message=f"the arguments of the tool call {call.get('id')!r} are no JSON", status=400
-            )
-        ) from None
+        why_not = "are no JSON"
+    if why_not:
+        message = f"the arguments of the tool call {call.get('id')!r} {why_not}"
+        raise UpstreamError(Failure(kind="request", message=message, status=400))
     return {"type": "tool_use", "id": call.get("id"), "name": function["name"], "input": given}
 
 

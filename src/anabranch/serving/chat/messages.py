@@ -5,12 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anabranch.bounds import shown
+from anabranch.serving.chat.cut_json import read_cut_object
 from anabranch.serving.chat.errors import FieldError
+from anabranch.web.json_size import JsonRoom, JsonSizeError
 
 __all__ = ["read_messages"]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXTS = ("text", "refusal")
+# In the arguments of all calls of a request together: they are parsed while all other requests wait.
+MOST_VALUES, MOST_PARTS = 1 << 16, 1 << 15
 # What an assistant thought, as clients send it back: DeepSeek's and vLLM's names for it.
 _REASONING = ("reasoning_content", "reasoning")
 
@@ -19,16 +23,18 @@ def read_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """The messages with their parts joined to text.
 
     Args:
-        messages: {"role", "content": text or a list of text parts, "tool_calls", "tool_call_id", "name", "reasoning_content"}.
+        messages: {"role", "content": text or a list of text parts, "tool_calls", "tool_call_id", "name", "reasoning_content",
+            "refusal"}; an assistant's without content says what it refused, called or thought.
 
     Raises FieldError, which names the message.
     """
     if not messages:
         raise FieldError("messages", "messages is empty; give at least one")
-    return [_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
+    room = JsonRoom(MOST_VALUES, MOST_PARTS)
+    return [_message(message, f"messages[{at}]", room) for at, message in enumerate(messages)]
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, where: str, room: JsonRoom) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise FieldError(where, f"{where} is {shown(message)}; it must be an object with role and content")
     role = message.get("role")
@@ -42,9 +48,12 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             raise FieldError(name, f"{name} belongs to an assistant message, not to {role}")
         if not isinstance(calls, list):
             raise FieldError(name, f"{name} is {shown(calls)}; it must be a list")
-        made["tool_calls"] = [_call(call, f"{name}[{at}]") for at, call in enumerate(calls)]
+        made["tool_calls"] = [_call(call, f"{name}[{at}]", room) for at, call in enumerate(calls)]
     content = message.get("content")
-    if content is None and not calls:
+    if content is None and role == "assistant":
+        content = message.get("refusal")
+    is_silent = role == "assistant" and any(message.get(name) is not None for name in _REASONING)
+    if content is None and not calls and not is_silent:
         raise FieldError(f"{where}.content", f"{where}.content is missing; a message of role {role} needs one")
     made["content"] = "" if content is None else _content(content, f"{where}.content")
     for name in ("name", "tool_call_id"):
@@ -83,17 +92,31 @@ def _content(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def _call(call: Any, where: str) -> dict[str, Any]:
+def _call(call: Any, where: str, room: JsonRoom) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise FieldError(where, f"{where} must be an object with id, type and a function that has a name")
     name, arguments = f"{where}.function.arguments", function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise FieldError(name, f"{name} is no JSON") from None
+        arguments = _arguments(arguments, name, room)
     elif arguments is not None and not isinstance(arguments, Mapping):
         raise FieldError(name, f"{name} must be JSON as text")
     made = {"name": function["name"], "arguments": {} if arguments is None else arguments}
     return {"id": str(call.get("id", "")), "type": "function", "function": made}
+
+
+def _arguments(text: str, name: str, room: JsonRoom) -> Any:
+    """What arguments say; of those that end in the middle, as where an answer reached its limit of tokens, what is there."""
+    try:
+        room.take(text.encode("utf-8", "replace"))
+    except JsonSizeError as error:
+        raise FieldError(name, f"{name}: the arguments of all calls together have {error}") from None
+    try:
+        return json.loads(text or "{}")
+    except RecursionError:
+        raise FieldError(name, f"{name} is nested too deep") from None
+    except ValueError:
+        made = read_cut_object(text)
+    if made is None:
+        raise FieldError(name, f"{name} is no JSON")
+    return made

@@ -6,6 +6,7 @@ from anabranch.bounds import shown
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.serving.core.admission import AdmissionConfig
+from anabranch.web.json_size import MOST_PARTS, MOST_VALUES
 
 
 @configclass
@@ -32,8 +33,8 @@ class Limits(Config):
     most_n: int = Field(default=16, ge=1, le=128)
     body_bytes: int = Field(default=8 << 20, ge=1024)
     bodies_bytes: int = Field(default=128 << 20, ge=1024)
-    body_values: int = Field(default=1 << 18, ge=1024)
-    body_parts: int = Field(default=1 << 16, ge=1024)
+    body_values: int = Field(default=MOST_VALUES, ge=1024)
+    body_parts: int = Field(default=MOST_PARTS, ge=1024)
     connections: int = Field(default=2048, ge=1)
     address_share: float = Field(default=0.5, gt=0, le=1)
     header_timeout_s: float = Field(default=10.0, gt=0)
