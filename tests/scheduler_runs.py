@@ -6,9 +6,11 @@ points to, so one stale, missing or foreign slot changes the stream.
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
+from anabranch.serving.core.kinds import most_blocks
 from anabranch.serving.core.request import Finish, Output, Request, Sampling, TokenLogprob
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
 
@@ -30,6 +32,16 @@ def token_of(values: list[int]) -> int:
     return sum((i + 1) * value for i, value in enumerate(values)) % MODULUS % VOCABULARY
 
 
+def windows_of(config: SchedulerConfig) -> list[int | None]:
+    """Of each kind of layers."""
+    return [config.window] if config.local_blocks is None else [config.window, config.local_window]
+
+
+def token_seen(values: list[int], windows: Sequence[int | None] = (None,)) -> int:
+    """What is sampled behind ``values``, by layers that see so far back each."""
+    return sum(token_of(values[-window if window else 0 :]) for window in windows) % VOCABULARY
+
+
 def score_of(values: list[int], token: int) -> float:
     """A log probability that depends on all that is stored before a token."""
     return -float((values[-1] + token) % 1009)
@@ -40,7 +52,13 @@ class FakeRunner:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.block_tokens = config.block_tokens
-        self.slots: list[int | None] = [None] * (config.num_blocks * config.block_tokens)
+        self.windows = windows_of(config)
+        counts = [config.num_blocks, config.local_blocks or 0]
+        # Of each kind of layers; what the first has is what there is of a model without windows.
+        self.memories: list[list[int | None]] = [[None] * (count * config.block_tokens) for count in counts]
+        self.slots = self.memories[0]
+        # What each request has stored at each position, or would have.
+        self.truth: dict[str, list[int]] = {}
         self.host: dict[int, list[int | None]] = {}
         self.requests: dict[str, Request] = {}
         self.last: dict[str, int] = {}
@@ -49,6 +67,7 @@ class FakeRunner:
     def run(self, batch: Batch, failing: frozenset[str] = frozenset()) -> list[Sampled]:
         for id in batch.gone:
             del self.requests[id]  # told of before, and gone once
+            self.truth.pop(id, None)
             self.last.pop(id, None)
         for request in batch.new:
             assert request.id not in self.requests
@@ -58,7 +77,7 @@ class FakeRunner:
         for chunk in batch.chunks:
             request = self.requests[chunk.id]
             tokens = [self.last[chunk.id] if token == PENDING else token for token in chunk.tokens]
-            values = self._run(request, tokens, chunk.start, chunk.blocks)
+            values = self._run(request, tokens, chunk)
             if chunk.id in failing:
                 self.last[chunk.id] = 0  # a step that was formed ahead has this one pending
                 sampled.append(Sampled(id=chunk.id, token=0, error="made to fail"))
@@ -71,16 +90,15 @@ class FakeRunner:
                 sampled.append(Sampled(id=chunk.id, token=tokens[0], prompt_logprobs=scores, later=later))
         return sampled
 
-    @staticmethod
-    def _samples(values: list[int], chunk: Chunk) -> list[int]:
+    def _samples(self, values: list[int], chunk: Chunk) -> list[int]:
         """A token for each guess that holds, and one more."""
         end = len(values) - chunk.drafts
-        tokens = [token_of(values[:end])]
+        tokens = [token_seen(values[:end], self.windows)]
         for guess in chunk.tokens[len(chunk.tokens) - chunk.drafts :]:
             if tokens[-1] != guess:
                 break
             end += 1
-            tokens.append(token_of(values[:end]))
+            tokens.append(token_seen(values[:end], self.windows))
         return tokens
 
     def _scores(self, request: Request, values: list[int], chunk: Chunk) -> tuple[TokenLogprob, ...]:
@@ -95,17 +113,25 @@ class FakeRunner:
             for row, token in enumerate(chunk.targets, first)
         )
 
-    def _run(self, request: Request, tokens: list[int], start: int, blocks: tuple[int, ...]) -> list[int]:
-        size = self.block_tokens
-        slot = [block * size + i for block in blocks for i in range(size)]
-        values = [self.slots[index] for index in slot[:start]]
-        assert None not in values, f"{request.id} reads a slot that nobody has written"
+    def _run(self, request: Request, tokens: list[int], chunk: Chunk) -> list[int]:
+        size, start = self.block_tokens, chunk.start
+        values = self.truth.setdefault(request.id, [])
+        for position in range(len(values), start):
+            # Stored by another request that begins alike.
+            values.append(stored(values[-1] if values else seed_of(request), request.prompt[position], position))
+        del values[start:]
         for position, token in enumerate(tokens, start):
-            before = values[-1] if values else seed_of(request)
-            values.append(stored(before, token, position))
-            self.slots[slot[position]] = values[-1]
+            values.append(stored(values[-1] if values else seed_of(request), token, position))
+        for memory, table, window in zip(self.memories, (chunk.blocks, chunk.local), self.windows, strict=False):
+            for position in range(0 if window is None else max(0, start - window + 1), len(values)):
+                block = table[position // size]
+                assert block >= 0, f"{request.id} reads a block that was given back"
+                slot = block * size + position % size
+                if position >= start:
+                    memory[slot] = values[position]
+                assert memory[slot] == values[position], f"{request.id} reads a slot that is not its own"
         self.computed += len(tokens)
-        return values
+        return list(values)
 
     def _move(self, batch: Batch) -> None:
         size = self.block_tokens
@@ -117,7 +143,12 @@ class FakeRunner:
             self.slots[block * size : (block + 1) * size] = self.host[slot]
 
 
-def expected(request: Request, max_positions: int, stop_tokens: tuple[int, ...] = ()) -> tuple[list[int], Finish]:
+def expected(
+    request: Request,
+    max_positions: int,
+    stop_tokens: tuple[int, ...] = (),
+    windows: Sequence[int | None] = (None,),
+) -> tuple[list[int], Finish]:
     """What the request gives alone: token by token, no blocks."""
     values: list[int] = []
     for position, token in enumerate(request.prompt):
@@ -125,7 +156,7 @@ def expected(request: Request, max_positions: int, stop_tokens: tuple[int, ...] 
     stops = set(request.sampling.stop_tokens) | (set() if request.sampling.ignore_eos else set(stop_tokens))
     output: list[int] = []
     while request.sampling.max_tokens:
-        token = token_of(values)
+        token = token_seen(values, windows)
         if token in stops and len(output) >= request.sampling.min_tokens:
             return output, Finish.STOP
         output.append(token)
@@ -227,7 +258,7 @@ class Drive:
         """Run the oldest step that was formed and tell of it."""
         for batch in self.formed:
             for chunk in batch.chunks:
-                assert all(self.scheduler.pool.holders(block) for block in chunk.blocks), "a block in use is free"
+                self._check_held(chunk)
         batch = self.formed.popleft()
         failing = frozenset(id for id, seen in self.seen.items() if seen.is_failing)
         sampled = self.runner.run(batch, failing)
@@ -235,10 +266,21 @@ class Drive:
             self.seen[item.id].discarded += self.seen[item.id].finish is not None
         for output in self.scheduler.update(batch, sampled):
             self._see(output)
-        self.scheduler.pool.check()
+        for kind in self.scheduler._tables.kinds:
+            kind.pool.check()
         if self.config.prompt_lookup:
             for state in self.scheduler._running:
                 assert len(state.blocks) == self.scheduler.pool.blocks_for(state.computed), "a guess has left a block"
+
+    def _check_held(self, chunk: Chunk) -> None:
+        """What a step that is to run reads and writes is held."""
+        for kind, table in zip(self.scheduler._tables.kinds, (chunk.blocks, chunk.local), strict=False):
+            seen = table[kind.first(chunk.start) :]
+            assert all(block >= 0 and kind.pool.holders(block) for block in seen), "a block in use is free"
+            if kind.window is not None:
+                live = len(table) - kind.num_gone(table)
+                most = most_blocks(kind.window, self.config.num_new, self.config.block_tokens)
+                assert live <= most, f"{live} blocks of a window of {kind.window} are held"
 
     def step(self) -> bool:
         """One turn of an engine's loop; False when nothing is left."""
@@ -268,7 +310,7 @@ class Drive:
         """Every stream is what the request gives alone; nothing is left behind."""
         most = self.scheduler.max_positions
         for id, seen in self.seen.items():
-            tokens, finish = expected(self.requests[id], most, self.config.stop_tokens)
+            tokens, finish = expected(self.requests[id], most, self.config.stop_tokens, windows_of(self.config))
             scores = expected_scores(self.requests[id])
             if seen.is_aborted or seen.is_failing:
                 assert seen.tokens == tokens[: len(seen.tokens)]
@@ -283,11 +325,13 @@ class Drive:
 
     def check_empty(self) -> None:
         scheduler = self.scheduler
-        assert scheduler.pool.num_free == scheduler.pool.num_blocks
+        for kind in scheduler._tables.kinds:
+            assert kind.pool.num_free == kind.pool.num_blocks
+            assert not kind.num_held
         assert not scheduler.has_work
         for name in ("_states", "_running", "_paused", "_under_way", "_queued_tokens"):
             assert not getattr(scheduler, name), f"{name} is left"
-        for name in ("_coming", "_held", "num_held"):
+        for name in ("_coming", "_held"):
             assert not getattr(scheduler._tables, name), f"{name} is left"
         assert not len(scheduler._waiting)
         assert set(self.runner.requests) == set(scheduler._gone)
@@ -314,6 +358,14 @@ def random_config(rng: random.Random, **changes: object) -> SchedulerConfig:
     return SchedulerConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
+def random_windows(rng: random.Random) -> dict[str, object]:
+    """Kinds of layers: some with a window, or all, wider or narrower ones."""
+    window = rng.choice([None, None, rng.randint(2, 24)])
+    if window is not None and rng.random() < 0.5:
+        return {"window": window}
+    return {"window": window, "local_window": rng.randint(2, window or 24), "local_blocks": rng.randint(2, 40)}
+
+
 def random_request(rng: random.Random, id: str, most: int, now: float, num_keys: int = 3) -> Request:
     length = rng.randint(1, most - 1)
     shared = [i * i % VOCABULARY for i in range(length)]
@@ -337,13 +389,17 @@ def random_request(rng: random.Random, id: str, most: int, now: float, num_keys:
     )
 
 
-def random_run(seed: int, pauses: float = 0.0, has_drafts: bool = False, **arguments: object) -> Drive:
+def random_run(
+    seed: int, pauses: float = 0.0, has_drafts: bool = False, has_windows: bool = False, **arguments: object
+) -> Drive:
     """One life of a server: requests come and some go, or are paused, until none is left. Checked at every step and at the end."""
     rng = random.Random(seed)
     # A tier finds blocks by their prefix.
     changes: dict[str, object] = {"prefix_cache": True} if arguments.get("tier") else {}
     if has_drafts:
         changes |= {"is_async": False, "prompt_lookup": 1 + seed % 5, "prompt_lookup_ngram": 1 + seed % 3}
+    if has_windows:
+        changes |= random_windows(rng)
     drive = Drive(random_config(rng, **changes), **arguments)
     most = drive.scheduler.max_positions
     if most < 2:

@@ -48,21 +48,19 @@ def running(
     """
     from anabranch.serving.config import ServingConfig
     from anabranch.serving.engine.background import Background
-    from anabranch.serving.engine.paged import PagedShape
+    from anabranch.serving.engine.kinds import Kinds
     from anabranch.serving.load import engine_of
 
-    shape = PagedShape.of(loaded.model)
-    blocks = min(
-        -(-positions // BLOCK) + 1, max((loaded.kv_memory or MOST_BYTES) // (shape.bytes_per_token * BLOCK), 1)
-    )
     config = ServingConfig(
-        num_blocks=blocks,
         block_tokens=BLOCK,
         max_seqs=1,
         scheduling="sync",
         num_streams=streams,
         prefix_cache=prefix_cache,
     )
+    kinds = Kinds.of(loaded.model, config)
+    blocks = min(kinds.needed(positions) + 1, kinds.blocks_in(loaded.kv_memory or MOST_BYTES))
+    config = config.replace(num_blocks=blocks)
     engine = Background(engine_of(loaded, config, most_positions=positions))
     try:
         yield engine

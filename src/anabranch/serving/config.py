@@ -38,7 +38,8 @@ class ServingConfig(Config):
         memory: bytes for everything: the program, weights, keys and values, and what a step takes. ``quantize``, ``expert_budget`` and
             ``kv_memory`` follow from it unless they are given, see `anabranch.serving.memory`; None leaves them as they are.
         kv_memory: bytes of the key-value cache, such as ``2GiB``; None for 1 GiB, or with ``memory`` a part of that.
-        num_blocks: of the key-value cache, instead of ``kv_memory``.
+        num_blocks: of the key-value cache, instead of ``kv_memory``; of layers with windows there may be fewer, see
+            `anabranch.serving.engine.kinds`.
         block_tokens: tokens per block.
         max_positions: longest prompt and output together; None for the model's own limit.
         max_batched_tokens: tokens in a step.
@@ -54,7 +55,8 @@ class ServingConfig(Config):
         nano_batches: run big steps as nano-operations side by side where that pays, see `anabranch.serving.nanoflow`.
         pipeline: file with the order and shares of nano-operations, as ``anabranch plan --search --out`` writes it; where it is not there
             yet it is searched for and written. None searches at each start.
-        host_kv: bytes of main memory for keys and values that have no room in ``kv_memory``; None for none.
+        host_kv: bytes of main memory for keys and values that have no room in ``kv_memory``; None for none. With it, layers with a window
+            keep whole sequences.
         disk_kv: bytes of a file behind that.
         admit_by_peak: let a request in only if all that run are expected to fit at their peak.
         expert_budget: bytes of expert weights kept in memory, such as ``2GiB``; None keeps them all.
@@ -64,7 +66,8 @@ class ServingConfig(Config):
             again; None waits for ever.
         process: the engine has a process of its own, so that neither a crash nor Python's lock reaches the front end.
         seed: of requests that bring none; None draws it.
-        max_depth: most blocks that a request's own path may run; keys and values take room for as many. None for those of the model.
+        max_depth: most blocks that a request's own path may run; keys and values take room for as many, and layers with a window keep whole
+            sequences. None for those of the model.
         pooling: how ``/v1/embeddings`` makes a vector of a text's states: of the ``last`` token, or their ``mean``; ``auto`` as the model's
             folder says (``1_Pooling/config.json`` of sentence-transformers), else the last, as Qwen3-Embedding does.
         num_streams: parallel streams of requests that do not say it, of a model that has them; None for the number it was saved with.
@@ -109,6 +112,14 @@ class ServingConfig(Config):
         is_better = self.nano_batches or not self.device.startswith("cpu")
         is_fit = is_better and self.experts.dual_batch is None and not self.prompt_lookup
         return self.scheduling == "async" or (self.scheduling == "auto" and is_fit)
+
+    @property
+    def num_new(self) -> int:
+        """Tokens of one request that steps under way, and the one that is formed, compute at most."""
+        chunk = min(
+            self.max_batched_tokens, max(self.long_prefill_chunk or self.max_batched_tokens, 1 + self.prompt_lookup)
+        )
+        return chunk * 2 if self.is_async else chunk
 
     def __post_init__(self) -> None:
         for name in ("memory", "kv_memory", "expert_budget", "host_kv", "disk_kv"):

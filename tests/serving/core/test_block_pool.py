@@ -5,6 +5,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from anabranch.errors import ConfigError, InputError
 from anabranch.serving.core.blocks import BlockPool
+from anabranch.serving.core.kinds import Kind
 from anabranch.serving.core.prefix import PrefixCache, child_key, root_key
 
 
@@ -126,7 +127,7 @@ TestPool.settings = settings(max_examples=80, stateful_step_count=40, deadline=N
 
 
 def published_chain(pool, length):
-    cache, keys = PrefixCache(pool), []
+    cache, keys = PrefixCache([Kind(pool)]), []
     cache.extend(keys, cache.root("", ()), list(range(length * pool.block_tokens)), length * pool.block_tokens)
     blocks = pool.allocate(length)
     for block, key in zip(blocks, keys, strict=True):
@@ -140,7 +141,7 @@ def test_the_tail_of_a_chain_is_evicted_first():
     pool.free(blocks)
     for kept in (3, 2, 1, 0):
         assert pool.allocate(1) == [blocks[kept]]
-        assert cache.match(keys) == blocks[:kept]
+        assert cache.match(keys) == [blocks[:kept]]
 
 
 def test_the_least_recently_used_chain_is_evicted_first_and_blocks_without_a_key_before_all():
@@ -163,7 +164,7 @@ def test_a_head_in_use_outlives_its_free_tail():
     pool.free(blocks)
     assert pool.allocate(3) is None
     pool.allocate(2)
-    assert cache.match(keys) == blocks[:1]
+    assert cache.match(keys) == [blocks[:1]]
 
 
 def test_wrong_use_is_refused():
@@ -220,7 +221,7 @@ def test_each_block_is_hashed_once_and_a_reset_changes_the_root():
     cache.extend(keys, root, [0, 1, 2, 3, 4, 5, 6, 7], 8)
     assert keys == [*before, child_key(before[-1], [6, 7])]
     assert cache.reset() == 3
-    assert cache.match(keys) == []
+    assert cache.match(keys) == [[]]
     assert cache.root("", ()) != root
     pool.free(blocks)
     pool.check()

@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 
 import pytest
 
@@ -38,3 +39,26 @@ def test_random_lives_with_a_second_tier():
         moved += counters["swapped_in_blocks"]
         assert counters["swapped_out_blocks"] <= tier.saved
     assert moved > 50
+
+
+def windowed_lives(first, count):
+    """Counters of random lives of models with windows, in all."""
+    total = Counter()
+    for seed in range(first, first + count):
+        driven = random_run(seed, pauses=0.1 * (seed % 2), has_drafts=seed % 3 == 0, has_windows=True)
+        total.update(driven.scheduler.stats().counters)
+    return total
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_lives_of_models_with_windows(part):
+    total = windowed_lives(30_000 + 60 * part, 60)
+    assert total["preemptions"] > 20
+    assert total["cached_prompt_tokens"] > 200
+    assert total["accepted_draft_tokens"] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(5))
+def test_thousands_of_random_lives_of_models_with_windows(part):
+    windowed_lives(40_000 + 1000 * part, 1000)

@@ -294,3 +294,29 @@ def test_the_command_prints_the_plan(saved, monkeypatch, capsys):
     ):
         assert main(["plan", *words]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_layers_with_windows_are_planned_with_what_they_keep():
+    windowed = DENSE.replace(
+        max_positions=1 << 15,
+        local_attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, window=64),
+        local_layers=(0, 1, 2),
+    )
+    config = ServingConfig(model="m", dtype="bfloat16", max_seqs=2, max_batched_tokens=128)
+    made = Ladder(config, windowed, measure=lambda model, processes: PROGRAM).plan(1 << 40)
+    # Two requests of 32,768 positions in one layer, of 2 heads with keys and values of 128, two bytes each. In three layers the window, a
+    # step's tokens and another window for what requests begin with: 63 + 128 tokens lie in at most 13 blocks of 16, a window in 4.
+    layer = 16 * 2 * 2 * 128 * 2
+    assert made.kv == 2 * 2048 * layer + 2 * (13 + 4) * 3 * layer
+    assert made.kv < 0.3 * 2 * 2048 * 4 * layer
+    llm = LLM(
+        windowed.build(seed=0),
+        num_blocks=3,
+        **{name: getattr(config, name) for name in ("max_seqs", "max_batched_tokens")},
+    )
+    llm.close()
+    # As much as before where there is room for no more than windows.
+    pools = llm.engine.runner.stores.pools
+    assert [pool.num_blocks for pool in pools] == [3, 3]
+    fixed = Ladder(config.replace(num_blocks=3), windowed, measure=lambda model, processes: PROGRAM).plan(1 << 40)
+    assert 2 * fixed.kv == sum(pool.size_bytes for pool in pools)

@@ -17,6 +17,8 @@ class Chunk:
         tokens: ids; the last may be `PENDING`.
         start: tokens before them whose keys and values are stored.
         blocks: numbers of the request's blocks, all of them, in order: position p is at slot ``blocks[p // 16] * 16 + p % 16``.
+        local: the same of layers that see less far back than others, where a model has both, see `Kind`; each with a memory of its own. In
+            both, what no token from ``start`` on sees may be `GONE`.
         samples: whether the last token's logits give a new token; not while a part of the prompt is still to come.
         drafts: so many of the last ``tokens`` are guesses of what the request samples. The row before each of them samples, too, and the
             guess holds if that gives the same token; what comes behind the first that does not counts for nothing.
@@ -36,6 +38,7 @@ class Chunk:
     drafts: int = 0
     pooling: str | None = None
     is_whole: bool = False
+    local: tuple[int, ...] = ()
 
     @property
     def num_samples(self) -> int:

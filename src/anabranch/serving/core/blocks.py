@@ -101,15 +101,18 @@ class BlockPool:
         self.hold(blocks[:full])
         return [*blocks[:full], *own], tuple(zip(blocks[full : full + len(own)], own, strict=True))
 
-    def free(self, blocks: Sequence[int]) -> None:
-        """One holder less for each of a sequence's ``blocks``. Those nobody holds go back, the tail of the sequence to be taken first."""
+    def free(self, blocks: Sequence[int], *, is_spent: bool = False) -> None:
+        """One holder less for each of a sequence's ``blocks``. Those nobody holds go back, the tail of the sequence to be taken first.
+
+        With ``is_spent`` they are taken before all others: a key finds them no longer than that.
+        """
         for block in reversed(blocks):
             holders = self._holders[block] - 1
             if holders < 0:
                 raise InputError(f"block {block} is freed, but nobody holds it")
             self._holders[block] = holders
             if holders == 0:
-                self._link(block)
+                self._link(block, at_front=is_spent)
 
     def publish(self, block: int, key: bytes) -> bool:
         """Let ``key`` find a held block that is full; False if another block has the key already (this one stays without)."""
@@ -151,10 +154,10 @@ class BlockPool:
             "keys and blocks disagree"
         )
 
-    def _link(self, block: int) -> None:
+    def _link(self, block: int, at_front: bool) -> None:
         """Put a block that nobody holds any more into the list: at its end if a key finds it, else at its front."""
         end = self.num_blocks
-        if self._key[block] is None:
+        if at_front or self._key[block] is None:
             before, after = end, self._next[end]
         else:
             before, after = self._previous[end], end

@@ -50,7 +50,7 @@ class Drafts:
             count = min(count, len(state.blocks) * self._tables.pool.block_tokens - chunk.start - 1)
         if count:
             chunk.tokens += tuple(guess[:count])
-            chunk.drafts, chunk.blocks = count, state.table
+            chunk.drafts, chunk.blocks, chunk.local = count, state.table, state.local_table
         return count
 
     def settle(self, state: RequestState, chunk: Chunk, right: int) -> None:

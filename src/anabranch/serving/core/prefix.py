@@ -9,7 +9,7 @@ import struct
 from collections.abc import Sequence
 from hashlib import sha256
 
-from anabranch.serving.core.blocks import BlockPool
+from anabranch.serving.core.kinds import Kind, match
 
 
 def root_key(
@@ -37,10 +37,10 @@ def child_key(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class PrefixCache:
-    """Keys of sequences, and the blocks they find in a pool."""
+    """Keys of sequences, and the blocks they find: one in the pool of each kind of layers, see `Kind`."""
 
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
+    def __init__(self, kinds: Sequence[Kind]) -> None:
+        self._kinds = kinds
         self._generation = 0
 
     def root(
@@ -56,27 +56,22 @@ class PrefixCache:
 
     def extend(self, keys: list[bytes], root: bytes, tokens: Sequence[int], num_tokens: int) -> None:
         """Lengthen ``keys`` to all full blocks of the first ``num_tokens`` tokens; each block is hashed once."""
-        size = self._pool.block_tokens
+        size = self._kinds[0].pool.block_tokens
         for index in range(len(keys), num_tokens // size):
             keys.append(child_key(keys[-1] if keys else root, tokens[index * size : (index + 1) * size]))
 
-    def match(self, keys: Sequence[bytes]) -> list[int]:
-        """Blocks of the longest known prefix of ``keys``. `BlockPool.hold` them before anything else is allocated."""
-        found = []
-        for key in keys:
-            block = self._pool.find(key)
-            if block is None:
-                break
-            found.append(block)
-        return found
+    def match(self, keys: Sequence[bytes]) -> list[list[int]]:
+        """A table of each kind for the longest known prefix of ``keys``. `Kind.hold` them before anything else is allocated."""
+        return match(self._kinds, keys)
 
     def reset(self) -> int:
-        """Forget everything; how many blocks that were.
+        """Forget everything; how many blocks that were, of the first kind.
 
         What sequences under way publish later has an older root, so that no new request finds it.
         """
         self._generation += 1
-        return self._pool.forget_all()
+        counts = [kind.pool.forget_all() for kind in self._kinds]
+        return counts[0]
 
 
 def _framed(text: str) -> bytes:

@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Sequence
 
 from anabranch.config import Config, Field, Repeats, Size, configclass
-from anabranch.errors import InputError
+from anabranch.errors import ConfigError, InputError
 from anabranch.serving.core.batch import Batch, Chunk, Sampled
 from anabranch.serving.core.client import EngineStats
 from anabranch.serving.core.drafts import Drafts
@@ -66,6 +66,9 @@ class SchedulerConfig(Config):
         prompt_lookup_ngram: tokens of the longest end of the text that is looked for.
         num_streams: parallel streams of a request that does not say it; None where nobody knows, so such a request never shares
             keys and values with one that says it.
+        window: positions that a token sees in any layer, its own among them; None for all. Blocks before it are given back.
+        local_window: where some layers see less than others, what they do; the blocks that others have are the ``num_blocks``.
+        local_blocks: blocks of these layers.
     """
 
     num_blocks: Size = Field(ge=1)
@@ -82,6 +85,23 @@ class SchedulerConfig(Config):
     prompt_lookup: int = Field(default=0, ge=0, le=1024)
     prompt_lookup_ngram: int = Field(default=3, ge=1, le=64)
     num_streams: Repeats | None = Field(default=None, ge=1)
+    window: Size | None = Field(default=None, ge=1)
+    local_window: Size | None = Field(default=None, ge=1)
+    local_blocks: Size | None = Field(default=None, ge=1)
+
+    def __post_init__(self) -> None:
+        if (self.local_window is None) != (self.local_blocks is None):
+            raise ConfigError(
+                f"local_window is {self.local_window} and local_blocks {self.local_blocks}; layers that see less need both"
+            )
+
+    @property
+    def num_new(self) -> int:
+        """Tokens of one request that steps under way, and the one that is formed, compute at most."""
+        chunk = min(
+            self.max_batched_tokens, max(self.long_prefill_chunk or self.max_batched_tokens, 1 + self.prompt_lookup)
+        )
+        return chunk * 2 if self.is_async else chunk
 
     def build(
         self, *, tier: KVTier | None = None, memory: Memory | None = None, order: Order | None = None
@@ -116,6 +136,8 @@ class Scheduler:
     ) -> None:
         if tier is not None and not config.prefix_cache:
             raise InputError("a tier finds blocks by their prefix; it needs prefix_cache=True")
+        if tier is not None and (config.window or config.local_window):
+            raise InputError("a tier keeps whole sequences; it needs window=None and local_window=None")
         if order is not None and config.max_decodes is None:
             raise InputError("order groups what decodes into two steps; it needs max_decodes")
         if config.prompt_lookup and config.is_async:
@@ -129,14 +151,19 @@ class Scheduler:
             has_prefixes=config.prefix_cache,
             tier=tier,
             num_streams=config.num_streams,
+            window=config.window,
+            local_window=config.local_window,
+            local_blocks=config.local_blocks,
+            num_new=config.num_new,
         )
         self.pool, self.prefixes = self._tables.pool, self._tables.prefixes
         ngram = config.prompt_lookup_ngram
         self._drafts = Drafts(config.prompt_lookup, ngram, self._tables) if config.prompt_lookup else None
         self._dual_batches = None if config.max_decodes is None else DualBatches(config.max_decodes, order)
+        self._has_windows = config.window is not None or config.local_window is not None
         # A step takes a token of each running request at least, and a request must fit alone.
         self._most_running = min(config.max_seqs, config.max_batched_tokens)
-        self.max_positions = min(config.max_positions, config.num_blocks * config.block_tokens)
+        self.max_positions = min(config.max_positions, self._tables.most_positions() or config.max_positions)
         self._stop_tokens = frozenset(config.stop_tokens)
         self._states: dict[str, RequestState] = {}
         self._waiting: WaitingQueue[RequestState] = WaitingQueue(config.quantum)
@@ -235,7 +262,7 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Counters, gauges, and the sizes of batches since the last call."""
-        self._counts["evicted_blocks"] = self.pool.evictions
+        self._counts["evicted_blocks"] = sum([kind.pool.evictions for kind in self._tables.kinds])
         if self._drafts is not None:
             self._counts["drafted_tokens"] = self._drafts.drafted
             self._counts["accepted_draft_tokens"] = self._drafts.accepted
@@ -244,7 +271,7 @@ class Scheduler:
             "waiting": len(self._waiting),
             "paused": len(self._paused),
             "queued_tokens": self._queued_tokens,
-            "kv_usage_ratio": 1 - self.pool.num_free / self.pool.num_blocks,
+            "kv_usage_ratio": self._tables.usage,
             "cached_blocks": self.pool.num_cached,
         }
         sizes = list(self._batch_tokens)
@@ -331,17 +358,16 @@ class Scheduler:
 
     def _make_room(self, state: RequestState, count: int) -> int:
         """Blocks for ``count`` more tokens, from requests of later rank if need be; for how many tokens there is room."""
-        pool, running = self.pool, self._running
-        while not self._tables.grow(state, state.computed + count):
+        tables, running = self._tables, self._running
+        while not tables.grow(state, state.computed + count):
             self._is_short = True
-            needed = pool.blocks_for(state.computed + count) - len(state.blocks)
             last = next((each for each in self._paused if each.blocks), running[-1])
-            if last is not state and pool.num_free + self._tables.num_held < needed:
+            if last is not state and not tables.will_hold(state, state.computed + count):
                 self._send_back(last)
             else:
                 # It is the last itself, or a step under way is about to give back enough: it takes what there is and
                 # waits.
-                count = (len(state.blocks) + pool.num_free) * pool.block_tokens - state.computed
+                count = tables.can_hold(state) - state.computed
         return count
 
     def _send_back(self, state: RequestState) -> None:
@@ -356,7 +382,7 @@ class Scheduler:
     def _admit_waiting(self, parts: list[Part], budget: int) -> int:
         """First chunks of waiting requests, in order, until one does not fit; the budget that is left."""
         tables, waiting = self._tables, self._waiting
-        promised = sum([tables.missing(each) for each in self._running])
+        promised = tables.promised(self._running)
         expected = None if self._memory is None else [self._expected(each, self._memory) for each in self._running]
         later: list[RequestState] = []
         while budget and len(self._running) < self._most_running and len(later) <= self.config.max_seqs:
@@ -376,7 +402,7 @@ class Scheduler:
                 expected.append(candidate)
             waiting.pop()
             count = self._start(state, cached, budget)
-            promised += tables.missing(state)
+            tables.promise(promised, state)
             budget -= count
             parts.append((state, state.epoch, state.advance(count, self._step)))
         for state in later:
@@ -386,12 +412,14 @@ class Scheduler:
     def _expected(self, state: RequestState, memory: Memory) -> tuple[int, int]:
         return len(state.tokens), memory.remaining(state.num_output, state.most_tokens - state.num_prompt)
 
-    def _start(self, state: RequestState, cached: list[int], budget: int) -> int:
+    def _start(self, state: RequestState, cached: list[list[int]], budget: int) -> int:
         """Let a waiting request run, from behind its cached blocks; the size of its first chunk."""
         self._tables.begin(state, cached)
-        count = self._portion(len(state.tokens) - state.computed, budget)
+        missing = min(len(state.tokens), self._tables.can_hold(state)) - state.computed
+        count = self._portion(missing, budget)
         has_room = self._tables.grow(state, state.computed + count)
         assert has_room, "blocks for the whole request were counted"
+        assert count > 0, "what its windows need was counted"
         insort(self._running, state, key=_rank)
         self._queued_tokens -= state.num_prompt
         if not state.is_known:
@@ -429,6 +457,8 @@ class Scheduler:
             computed = chunk.start + len(chunk.tokens) - chunk.drafts
             if epoch == state.epoch and computed >= (state.num_published + 1) * block_tokens:
                 self._tables.publish(state, computed)
+            if epoch == state.epoch and self._has_windows:
+                self._tables.trim(state, computed)
             if item is not None:
                 state.prompt_logprobs += item.prompt_logprobs
             # It asked for no new token.

@@ -18,6 +18,7 @@ class RequestState:
         tokens: prompt and output; the last ``num_pending`` are `PENDING`, since the steps that sample them are under way.
         computed: tokens whose keys and values are stored, or will be when the steps under way have run.
         blocks: in order; ``table`` is the same as a tuple.
+        local: of a model with two kinds of layers, the blocks of those that see less far back, see `Kind`; ``local_table`` likewise.
         root: prefix key before the first block; empty until it is asked for.
         keys: prefix keys of full blocks, each hashed once.
         num_published: how many of ``blocks`` have been given theirs.
@@ -32,9 +33,9 @@ class RequestState:
     """
 
     __slots__ = (
-        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "key", "keys", "last_step", "lookup", "most_tokens",
-        "num_pending", "num_prompt", "num_published", "num_scored", "own_priority", "prompt_logprobs", "queue_s", "rank", "request", "root",
-        "stop_tokens", "table", "tokens",
+        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "key", "keys", "last_step", "local", "local_table",
+        "lookup", "most_tokens", "num_pending", "num_prompt", "num_published", "num_scored", "own_priority", "prompt_logprobs", "queue_s", "rank",
+        "request", "root", "stop_tokens", "table", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +52,8 @@ class RequestState:
         self.computed = 0
         self.blocks: list[int] = []
         self.table: tuple[int, ...] = ()
+        self.local: list[int] = []
+        self.local_table: tuple[int, ...] = ()
         self.root = b""
         self.keys: list[bytes] = []
         self.num_published = 0
@@ -100,6 +103,7 @@ class RequestState:
             tokens=(tokens[start],) if count == 1 else tuple(tokens[start:end]),
             start=start,
             blocks=self.table,
+            local=self.local_table,
             samples=end == len(tokens) < self.most_tokens,
             targets=tuple(tokens[first + 1 : last + 1]) if first < last else (),
             first_scored=first - start if first < last else 0,
@@ -111,9 +115,19 @@ class RequestState:
             self.expect()
         return chunk
 
+    @property
+    def tables(self) -> tuple[list[int], list[int]]:
+        """``blocks`` and ``local``: one for each kind of layers, and where there is but one kind an empty one behind."""
+        return self.blocks, self.local
+
+    def renew_tables(self) -> None:
+        """What chunks carry from now on is as the lists are."""
+        self.table, self.local_table = tuple(self.blocks), tuple(self.local)
+
     def drop_blocks(self) -> None:
         """Its blocks are no longer its own; should it go on, all is to be computed again."""
-        self.blocks, self.table = [], ()
+        self.blocks, self.local = [], []
+        self.renew_tables()
         self.computed = self.num_published = 0
         self.epoch += 1
 

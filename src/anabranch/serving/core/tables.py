@@ -1,8 +1,9 @@
 """`BlockTables`: the blocks of requests, from the prefix cache, from a second tier, or new, and back when no step needs them."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable, Sequence
 
 from anabranch.serving.core.blocks import BlockPool
+from anabranch.serving.core.kinds import Kind
 from anabranch.serving.core.prefix import PrefixCache
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.state import RequestState
@@ -17,10 +18,12 @@ class BlockTables:
         has_prefixes: use what is cached.
         tier: where blocks go that have no room on the device.
         num_streams: of requests that do not say it; see `SchedulerConfig`.
+        window, local_window, local_blocks: see `SchedulerConfig`.
+        num_new: see `Kind`.
 
     Attributes:
-        pool, prefixes: the blocks there are, and what is found again.
-        num_held: blocks that will be free when the steps under way have run.
+        kinds: of layers, the one that sees furthest back first; one or two.
+        pool, prefixes: the blocks of the first kind, and what is found again.
         saves: block that the next batch has to save, by slot: should a tier give a slot twice, what was to be saved first is forgotten.
         loads: (slot, block) that it has to bring back.
     """
@@ -33,24 +36,39 @@ class BlockTables:
         has_prefixes: bool,
         tier: KVTier | None = None,
         num_streams: int | None = None,
+        window: int | None = None,
+        local_window: int | None = None,
+        local_blocks: int | None = None,
+        num_new: int = 1,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_tokens, self._on_evicted)
-        self.prefixes = PrefixCache(self.pool)
-        self.num_held = 0
+        self.kinds = [Kind(self.pool, window, num_new)]
+        if local_blocks is not None:
+            self.kinds.append(Kind(BlockPool(local_blocks, block_tokens), local_window, num_new))
+        self.prefixes = PrefixCache(self.kinds)
         self.saves: dict[int, int] = {}
         self.loads: list[tuple[int, int]] = []
         self._has_prefixes, self._tier, self._num_streams = has_prefixes, tier, num_streams
         # Prefixes that are being computed, and by whom.
         self._coming: dict[bytes, RequestState] = {}
         # Blocks to free, by the step that has to run before.
-        self._held: dict[int, list[list[int]]] = {}
+        self._held: dict[int, list[tuple[list[int], list[int]]]] = {}
 
-    def look_up(self, state: RequestState) -> list[int] | None:
-        """Blocks that hold the beginning of a waiting request already; None if it had better wait for a step under way."""
+    @property
+    def usage(self) -> float:
+        """Of the blocks of the kind that is used most, the part that requests hold."""
+        return max([1 - kind.pool.num_free / kind.pool.num_blocks for kind in self.kinds])
+
+    def most_positions(self) -> int | None:
+        """Tokens of the longest request that fits alone; None for any."""
+        return min([kind.limit for kind in self.kinds if kind.limit is not None], default=None)
+
+    def look_up(self, state: RequestState) -> list[list[int]] | None:
+        """Tables of what is stored of the beginning of a waiting request; None if it had better wait for a step under way."""
         if state.num_pending:
             return None
         if not self._has_prefixes:
-            return []
+            return [[] for _ in self.kinds]
         if not state.root:
             state.root = self.root_of(state.request)
         # All keys, also of blocks that it computes anew: others may wait for them.
@@ -58,7 +76,8 @@ class BlockTables:
         usable = state.keys[: state.num_reusable // self.pool.block_tokens]
         cached = self.prefixes.match(usable)
         # Another request computes the next block just now (one prompt with n choices): to wait is cheaper than to do it twice.
-        other = self._coming.get(usable[len(cached)]) if len(cached) < len(usable) else None
+        length = len(cached[0])
+        other = self._coming.get(usable[length]) if length < len(usable) else None
         return None if other is not None and other.rank[0] <= state.rank[0] else cached
 
     def root_of(self, request: Request) -> bytes:
@@ -66,20 +85,32 @@ class BlockTables:
         own_streams = None if request.num_streams == self._num_streams else request.num_streams
         return self.prefixes.root(request.cache_salt, request.options, num_streams=own_streams, path=request.path)
 
-    def fits(self, state: RequestState, cached: list[int], promised: int) -> bool:
-        """Whether there is room for a waiting request as long as it is now, beside ``promised`` blocks of others."""
-        new = self.pool.blocks_for(len(state.tokens)) - len(cached)
-        revived = sum([self.pool.holders(block) == 0 for block in cached])
-        return new + revived + promised <= self.pool.num_free
+    def fits(self, state: RequestState, cached: Sequence[Sequence[int]], promised: Sequence[int]) -> bool:
+        """Whether there is room for a waiting request as long as it is now, beside ``promised`` blocks of others, by kind."""
+        for kind, table, others in zip(self.kinds, cached, promised, strict=True):
+            new, pool = kind.missing(table, len(state.tokens)), kind.pool
+            revived = sum([pool.holders(block) == 0 for block in table[kind.num_gone(table) :]])
+            if new + revived + others > pool.num_free:
+                return False
+        return True
 
-    def missing(self, state: RequestState) -> int:
-        """Blocks that a running request lacks for the tokens it has now."""
-        return self.pool.blocks_for(len(state.tokens)) - len(state.blocks)
+    def promised(self, states: Iterable[RequestState]) -> list[int]:
+        """Blocks that running requests lack for the tokens they have now, by kind."""
+        counts = [0] * len(self.kinds)
+        for state in states:
+            self.promise(counts, state)
+        return counts
 
-    def begin(self, state: RequestState, cached: list[int]) -> None:
+    def promise(self, counts: list[int], state: RequestState) -> None:
+        """Add what one more running request lacks."""
+        for place, (kind, table) in enumerate(zip(self.kinds, state.tables, strict=False)):
+            counts[place] += kind.missing(table, len(state.tokens))
+
+    def begin(self, state: RequestState, cached: list[list[int]]) -> None:
         """Give a waiting request, which `fits`, what is cached of it; all that follows is to be computed."""
-        self.pool.hold(cached)
-        state.blocks = cached
+        for kind, table in zip(self.kinds, cached, strict=True):
+            kind.hold(table)
+        state.blocks, state.local = cached[0], cached[1] if len(cached) > 1 else []
         if self._tier is not None:
             self._bring_back(state, self._tier)
         state.num_published = len(state.blocks)
@@ -87,20 +118,47 @@ class BlockTables:
         for key in state.keys[state.num_published :]:
             self._coming.setdefault(key, state)
 
+    def can_hold(self, state: RequestState) -> int:
+        """Tokens that a running request has room for with all that is free."""
+        return min([kind.can_hold(table) for kind, table in zip(self.kinds, state.tables, strict=False)])
+
+    def will_hold(self, state: RequestState, num_tokens: int) -> bool:
+        """Whether it has room for so many when the steps under way have run."""
+        return all(
+            kind.pool.blocks_for(num_tokens) - len(table) <= kind.pool.num_free + kind.num_held
+            for kind, table in zip(self.kinds, state.tables, strict=False)
+        )
+
     def grow(self, state: RequestState, num_tokens: int) -> bool:
-        """Blocks for the first ``num_tokens`` tokens of a running request; False if too few are free."""
-        has_room = self.pool.append(state.blocks, num_tokens)
-        if has_room:
-            state.table = tuple(state.blocks)
-        return has_room
+        """Blocks for the first ``num_tokens`` tokens of a running request; False, and nothing changed, if too few are free."""
+        if self.can_hold(state) < num_tokens:
+            return False
+        for kind, table in zip(self.kinds, state.tables, strict=False):
+            kind.pool.append(table, num_tokens)
+        state.renew_tables()
+        return True
+
+    def trim(self, state: RequestState, computed: int) -> None:
+        """Give back the blocks that no token of a request behind the first ``computed`` sees; none of a model without windows.
+
+        Whatever step is under way or to come starts there at the earliest.
+        """
+        trimmed = [
+            kind.trim(table, computed, state.num_prompt)
+            for kind, table in zip(self.kinds, state.tables, strict=False)
+            if kind.window is not None
+        ]
+        if any(trimmed):
+            state.renew_tables()
 
     def shrink(self, state: RequestState, num_tokens: int) -> None:
         """Take the blocks behind the first ``num_tokens`` tokens of a running request, which no step needs; they are not published."""
         kept = self.pool.blocks_for(num_tokens)
         if len(state.blocks) > kept:
-            self.pool.free(state.blocks[kept:])
-            del state.blocks[kept:]
-            state.table = tuple(state.blocks)
+            for kind, table in zip(self.kinds, state.tables, strict=False):
+                kind.pool.free(table[kept:])
+                del table[kept:]
+            state.renew_tables()
 
     def publish(self, state: RequestState, computed: int) -> None:
         """Let others find the blocks of a request that have become full."""
@@ -116,6 +174,8 @@ class BlockTables:
                 slot = self._tier.filled(key, block)
                 if slot is not None:
                     self.saves[slot] = block
+            for kind in self.kinds[1:]:
+                kind.pool.publish(state.local[index], key)
         state.num_published = full
 
     def release(self, state: RequestState, under_way: Container[int]) -> None:
@@ -124,17 +184,20 @@ class BlockTables:
             if self._coming.get(key) is state:
                 del self._coming[key]
         if state.last_step in under_way:
-            self._held.setdefault(state.last_step, []).append(state.blocks)
-            self.num_held += len(state.blocks)
-        else:
-            self.pool.free(state.blocks)
+            self._held.setdefault(state.last_step, []).append(state.tables)
+        for kind, table in zip(self.kinds, state.tables, strict=False):
+            if state.last_step in under_way:
+                kind.num_held += len(table) - kind.num_gone(table)
+            else:
+                kind.free(table)
         state.drop_blocks()
 
     def ran(self, step: int) -> None:
         """A step has run."""
-        for blocks in self._held.pop(step, ()):
-            self.num_held -= len(blocks)
-            self.pool.free(blocks)
+        for tables in self._held.pop(step, ()):
+            for kind, table in zip(self.kinds, tables, strict=False):
+                kind.num_held -= len(table) - kind.num_gone(table)
+                kind.free(table)
 
     def formed(self) -> None:
         """The moves are in a batch."""

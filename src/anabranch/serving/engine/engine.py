@@ -19,6 +19,7 @@ from anabranch.serving.core.offload import PeakMemory
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
 from anabranch.serving.core.tier import KVTier, Memory
+from anabranch.serving.engine.kinds import Kinds
 from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Event
 from anabranch.serving.engine.paged import PagedPool, PagedShape
@@ -85,10 +86,12 @@ class Engine:
             experts: see `EngineInfo`.
             most_positions: longest prompt and output together, where ``config`` says no less; None for what the model is meant for.
         """
-        shape = PagedShape.of(model, config.max_depth)
         if pool is None and tier is None and config.host_kv is not None:
+            shape = PagedShape.of(model, config.max_depth)
             pool, tier = second_place(shape, config, model.embedding.weight.device)
-        num_blocks = config.blocks_for(shape.bytes_per_token) if pool is None else pool.num_blocks
+        is_whole = pool is not None or tier is not None
+        kinds = (Kinds.whole if is_whole else Kinds.of)(model, config)
+        num_blocks = kinds.blocks() if pool is None else pool.num_blocks
         if memory is None and config.admit_by_peak:
             memory = PeakMemory(num_blocks * config.block_tokens)
         stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
@@ -107,9 +110,13 @@ class Engine:
             num_streams=config.num_streams,
             max_depth=config.max_depth,
             takes_weights=takes_weights,
+            kinds=kinds,
         )
         limits = _limits(config, num_blocks, most_positions or model.config.max_positions, stop_tokens).replace(
-            num_streams=runner.num_streams
+            num_streams=runner.num_streams,
+            window=kinds.windows[0],
+            local_window=kinds.windows[1],
+            local_blocks=kinds.second_blocks(num_blocks),
         )
         scheduler = limits.build(tier=tier, memory=memory, order=order)
         engine = cls(

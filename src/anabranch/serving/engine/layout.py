@@ -36,6 +36,12 @@ class Span:
 class StepLayout:
     """Rows, positions and slots of a step's chunks.
 
+    Args:
+        chunks: the step's.
+        block_tokens: tokens per block.
+        device: where tensors shall be.
+        is_local: read the blocks of layers that see less far back than others (`Chunk.local`).
+
     Attributes:
         spans: one per chunk.
         table_U: int32, the block numbers of all sequences, one after the other.
@@ -43,7 +49,14 @@ class StepLayout:
         position_T: int64, position of each row in its sequence.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], block_tokens: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        block_tokens: int,
+        device: torch.device | str = "cpu",
+        *,
+        is_local: bool = False,
+    ) -> None:
         self.block_tokens, self.device = block_tokens, torch.device(device)
         self.spans: list[Span] = []
         first, starts, used, positions = 0, [], 0, []
@@ -52,7 +65,7 @@ class StepLayout:
             count = len(chunk.tokens)
             self.spans.append(Span(first, count, chunk.start))
             needed = -(-(chunk.start + count) // block_tokens)
-            tables.append(chunk.blocks[:needed])
+            tables.append((chunk.local if is_local else chunk.blocks)[:needed])
             positions.append(np.arange(chunk.start, chunk.start + count))
             starts.append(used)
             first, used = first + count, used + needed
@@ -62,7 +75,7 @@ class StepLayout:
         self.position_T: NDArray[np.int64] = np.concatenate(positions) if positions else np.zeros(0, np.int64)
 
     def slots(self, sequence: int) -> NDArray[np.int64]:
-        """Slots of all positions of one sequence, in order."""
+        """Slots of all positions of one sequence, in order; negative numbers for what was given back (`GONE`)."""
         span, size = self.spans[sequence], self.block_tokens
         start = self.start_N[sequence]
         block_S = self.table_U[start : start - (-span.length // size)].astype(np.int64)

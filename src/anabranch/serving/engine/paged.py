@@ -2,7 +2,7 @@
 # Shapes: P streams, T tokens of a step, H query heads, G key-value heads, D head width, M prefix entries, N sequences, S slots or positions
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -283,6 +283,25 @@ class PagedStore:
             y = y.unflatten(0, (-1, size)).transpose(1, 2).flatten(2, 3)
             y_PHTD[:, :, group.row_NL.reshape(-1)] = y
         return y_PHTD
+
+
+class StoreByKind:
+    """`PagedStore` for a model whose layers see back differently far: each kind of them with a pool of its own.
+
+    Args:
+        stores: one per kind.
+        kind_of: of each layer, the place of its store.
+    """
+
+    keeps_visits = True
+    takes_scoring = True
+
+    def __init__(self, stores: Sequence[PagedStore], kind_of: Mapping[int, int]) -> None:
+        self.stores, self._kind_of = stores, kind_of
+
+    def attend(self, layer: int, *parts: Tensor, visit: int = 0, scoring: Scoring = PLAIN) -> Tensor:
+        """See `PagedStore.attend`."""
+        return self.stores[self._kind_of[layer]].attend(layer, *parts, visit=visit, scoring=scoring)
 
 
 def _gather(part_PSGD: Tensor, slot_NS: Tensor) -> Tensor:

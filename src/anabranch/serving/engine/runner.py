@@ -15,18 +15,21 @@ from anabranch.nn.context import ForwardContext
 from anabranch.nn.visits import check_path
 from anabranch.routing.override import Overrides
 from anabranch.routing.sequences import WHEN_DONE
+from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.engine.isolate import Isolation
+from anabranch.serving.engine.kinds import Kinds
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.overrides import OverridesById, RequestOverrides
-from anabranch.serving.engine.paged import PagedPool, PagedShape, PagedStore, VisitSlots
+from anabranch.serving.engine.paged import PagedPool
 from anabranch.serving.engine.passes import Variant, passes_of
 from anabranch.serving.engine.pool import Pooling
 from anabranch.serving.engine.record import Route, RoutingTap
 from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.steady import steady
+from anabranch.serving.engine.stores import Stores
 from anabranch.serving.engine.verify import sampled_rows, verify, without_drafts
 from anabranch.serving.fast import FastDecoder, Watch
 from anabranch.serving.sampling import Sampler
@@ -67,6 +70,7 @@ class ModelRunner:
         num_streams: parallel streams of requests that do not say it; None for the model's number in use.
         max_depth: most blocks of a request's own path, see `ServingConfig`.
         takes_weights: the model is nobody else's, see `FastDecoder`.
+        kinds: of its layers, by how far back they see, with memory for each; None for one kind that keeps all.
 
     While hooks listen inside the model (`record_routing` around an engine), and always with a hook that overrides requests, steps go
     through its modules one by one, as with ``use_kernel=False``. Of a request that is computed again after it was preempted, recorders are
@@ -91,18 +95,24 @@ class ModelRunner:
         num_streams: int | None = None,
         max_depth: int | None = None,
         takes_weights: bool = False,
+        kinds: Kinds | None = None,
     ) -> None:
         model.check_causal()
         self.model = model.eval()
         self.device = model.embedding.weight.device
         self.num_streams, _ = model.streams_of(num_streams)
+        kinds = kinds or Kinds.whole(model, ServingConfig(max_depth=max_depth, block_tokens=block_tokens))
+        first, *others = [kind.shape for kind in kinds.kinds]
         self.pool = pool or PagedPool(
-            PagedShape.of(model, max_depth),
+            first,
             num_blocks,
             block_tokens=block_tokens,
             device=self.device,
             host_blocks=host_blocks,
         )
+        count = kinds.second_blocks(num_blocks) or 0
+        local = [PagedPool(shape, count, block_tokens=block_tokens, device=self.device) for shape in others]
+        self.stores = Stores(kinds.kinds, [self.pool, *local], use_kernel=use_kernel)
         self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
         overriding = [hook for hook in self.hooks if isinstance(hook, OverrideHook)]
@@ -135,8 +145,6 @@ class ModelRunner:
         self._usual = Variant(self.num_streams)
         # Of requests that ask for another; of what hooks say knows `RequestOverrides`.
         self._variants: dict[str, Variant] = {}
-        # Blocks whose attention runs more than once in a pass of their own take what room there is behind the others.
-        self._slots = VisitSlots(self.pool.shape.layers, range(model.config.num_layers))
         self._prefixes = {number: _prefixes(model, number) for number in model.config.stream_choices}
 
     @torch.inference_mode()
@@ -170,26 +178,22 @@ class ModelRunner:
         Args:
             tokens: of the prompt and the one chosen, at least 2; fewer where there is no room for so many.
         """
-        room = min(self.pool.num_blocks * self.pool.block_tokens, self.model.config.max_positions)
+        room = min(self.stores.num_tokens, self.model.config.max_positions)
         length = max(min(tokens, room), 2)
         blocks = tuple(range(-(-length // self.pool.block_tokens)))
-        prompt = Chunk(id=_NOBODY, tokens=(0,) * (length - 1), start=0, blocks=blocks, samples=True)
-        self._run_nobody([prompt, Chunk(id=_NOBODY, tokens=(0,), start=length - 1, blocks=blocks, samples=True)])
+        self._run_nobody(
+            [
+                Chunk(id=_NOBODY, tokens=tokens, start=start, blocks=blocks, local=blocks, samples=True)
+                for tokens, start in (((0,) * (length - 1), 0), ((0,), length - 1))
+            ]
+        )
         if isinstance(self.sampler, Sampler):
             self.sampler.warm_up()
 
     def _try_out(self, chunk: Chunk) -> None:
         """Run a token of nobody's, in a block of ``chunk`` that is as it was afterwards. Raises whatever that raises."""
-        block = chunk.blocks[-1]
-        parts = [
-            part.unflatten(2, (-1, self.pool.block_tokens))[:, :, block] for part in (self.pool.key, self.pool.value)
-        ]
-        saved = [part.clone() for part in parts]
-        try:
-            self._run_nobody([Chunk(id=_NOBODY, tokens=(0,), start=0, blocks=(block,), samples=True)])
-        finally:
-            for part, before in zip(parts, saved, strict=True):
-                part.copy_(before)
+        with self.stores.lent(chunk, _NOBODY) as own:
+            self._run_nobody([own])
 
     @torch.inference_mode()
     def _run_nobody(self, chunks: Sequence[Chunk]) -> None:
@@ -318,12 +322,7 @@ class ModelRunner:
             return
         if check_path(path, len(self.model.blocks), 1) != tuple(path):
             raise ConfigError(f"path is {path!r}; a request has one path, of block numbers")
-        visits = self._slots.per_pass
-        needed, depth = sum(visits[block] for block in path), self.pool.shape.layers
-        if needed > depth:
-            raise ConfigError(
-                f"path has {needed} visits of blocks; the engine keeps keys and values of {depth} (engine.max_depth)"
-            )
+        self.stores.check_path(path)
 
     def _hidden_alike(
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
@@ -386,7 +385,6 @@ class ModelRunner:
         rotary = self.model.rotary(position_1T, self.pool.shape.dtype)
         variant = self._variant_of(chunks[0])
         streams = variant.num_streams
-        slots = self._slots if variant.path is None else VisitSlots(self.pool.shape.layers, variant.path)
         return ForwardContext(
             num_streams=streams,
             path=variant.path,
@@ -397,7 +395,7 @@ class ModelRunner:
             state=self._for_recorders(chunks) if self.watch.is_watched else {},
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,
-            cache=PagedStore(self.pool, layout, self._prefixes[streams], visits=slots, use_kernel=self.use_kernel),
+            cache=self.stores.view(layout, chunks, self._prefixes[streams], variant.path),
             token_BL=token_1T.expand(streams, -1),
         )
 

@@ -11,7 +11,8 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.outline import outline, weight_bytes
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedPool
-from anabranch.serving.engine.paged import PagedShape
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.engine.kinds import Kinds
 from anabranch.serving.expertflow.expertflow import Pools, find_pools
 
 __all__ = ["Form", "Quantize"]
@@ -60,6 +61,6 @@ class Form:
         """The smallest ``expert_budget``; None where experts cannot stay on disk."""
         return None if self.pools is None else self.pools.layout.least_bytes()
 
-    def kv_per_token(self, max_depth: int | None) -> int:
-        """Bytes of keys and values of one position."""
-        return PagedShape.of(self.model, max_depth).bytes_per_token
+    def kinds(self, config: ServingConfig) -> Kinds:
+        """Of layers, by how far back they see."""
+        return Kinds.of(self.model, config)

@@ -271,20 +271,18 @@ class Ladder:
 
     def _kv_least(self, form: Form) -> int:
         """For one request of `LEAST_POSITIONS`, or what was given; main memory behind it counts too."""
-        config, per_token = self.config, form.kv_per_token(self.config.max_depth)
+        config, kinds = self.config, form.kinds(self.config)
         behind = 0 if config.host_kv is None else parse_bytes(config.host_kv, "host_kv")
         if config.num_blocks is not None:
-            return behind + config.num_blocks * config.block_tokens * per_token
+            return behind + kinds.bytes_of(config.num_blocks)
         if config.kv_memory is not None:
             return behind + parse_bytes(config.kv_memory, "kv_memory")
-        return behind + _blocks(min(self._positions(form), LEAST_POSITIONS), config.block_tokens) * per_token
+        return behind + kinds.bytes_of(kinds.needed(min(self._positions(form), LEAST_POSITIONS)))
 
     def _kv_most(self, form: Form) -> int:
         """The usual, or as much as all requests of a step can fill."""
-        config = self.config
-        filled = (
-            config.max_seqs * _blocks(self._positions(form), config.block_tokens) * form.kv_per_token(config.max_depth)
-        )
+        kinds = form.kinds(self.config)
+        filled = kinds.bytes_of(kinds.needed(self._positions(form), self.config.max_seqs))
         return max(min(parse_bytes(DEFAULT_KV), filled), self._kv_least(form))
 
     def _kv_few(self, memory: int, form: Form) -> int:
@@ -298,8 +296,3 @@ class Ladder:
         if self._is_kv_given:
             return self._kv_least(form)
         return max(min(memory // KV_SHARE, self._kv_most(form)), self._kv_least(form))
-
-
-def _blocks(positions: int, block_tokens: int) -> int:
-    """Positions that whole blocks have."""
-    return -(-positions // block_tokens) * block_tokens

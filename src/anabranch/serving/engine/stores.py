@@ -1,0 +1,82 @@
+"""`Stores`: the memory of keys and values of each kind of a model's layers, and one step's view of all of it."""
+# Shapes: P streams, G key-value heads, D head width, M prefix entries
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from anabranch.errors import ConfigError
+from anabranch.serving.core.batch import Chunk
+from anabranch.serving.engine.kinds import LayerKind
+from anabranch.serving.engine.layout import StepLayout
+from anabranch.serving.engine.paged import PagedPool, PagedStore, StoreByKind, VisitSlots
+
+__all__ = ["Stores"]
+
+
+class Stores:
+    """The pools of one model.
+
+    Args:
+        kinds: of its layers; the second one's blocks are `Chunk.local`.
+        pools: the memory of each.
+        use_kernel: see `PagedStore`.
+    """
+
+    def __init__(self, kinds: Sequence[LayerKind], pools: Sequence[PagedPool], *, use_kernel: bool = True) -> None:
+        self.kinds, self.pools, self._use_kernel = kinds, pools, use_kernel
+        self._kind_of = {layer: place for place, kind in enumerate(kinds) for layer in kind.layers}
+        # Blocks whose attention runs more than once in a pass of their own take what room there is behind the others.
+        self._usual = [
+            VisitSlots(pool.shape.layers, kind.layers) for kind, pool in zip(self.kinds, self.pools, strict=True)
+        ]
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that each pool has room for."""
+        return min(pool.num_blocks * pool.block_tokens for pool in self.pools)
+
+    def view(
+        self,
+        layout: StepLayout,
+        chunks: Sequence[Chunk],
+        prefix: Sequence[tuple[Tensor, Tensor]],
+        path: Sequence[int] | None,
+    ) -> PagedStore | StoreByKind:
+        """What the layers of one step attend through; ``layout`` is that of its first kind, ``path`` None for the usual."""
+        stores = []
+        for place, (kind, pool) in enumerate(zip(self.kinds, self.pools, strict=True)):
+            own = layout if place == 0 else StepLayout(chunks, pool.block_tokens, layout.device, is_local=True)
+            visits = self._usual[place]
+            if path is not None:
+                visits = VisitSlots(pool.shape.layers, [layer for layer in path if layer in kind.layers])
+            stores.append(PagedStore(pool, own, prefix, visits=visits, use_kernel=self._use_kernel))
+        return stores[0] if len(stores) == 1 else StoreByKind(stores, self._kind_of)
+
+    def check_path(self, path: Sequence[int]) -> None:
+        """Raise ConfigError for a path with more visits of blocks than there is room for."""
+        for kind, pool, slots in zip(self.kinds, self.pools, self._usual, strict=True):
+            visits, depth = slots.per_pass, pool.shape.layers
+            needed = sum(visits[block] for block in path if block in kind.layers)
+            if needed > depth:
+                raise ConfigError(
+                    f"path has {needed} visits of blocks{'' if len(self.kinds) == 1 else ' that see equally far back'}; the engine keeps "
+                    f"keys and values of {depth} (engine.max_depth)"
+                )
+
+    @contextmanager
+    def lent(self, chunk: Chunk, id: str) -> Iterator[Chunk]:
+        """A token of ``id`` in the last block of ``chunk``, which is as it was afterwards."""
+        blocks = [table[-1] for table in (chunk.blocks, chunk.local)[: len(self.pools)]]
+        parts = [
+            part.unflatten(2, (-1, pool.block_tokens))[:, :, block]
+            for pool, block in zip(self.pools, blocks, strict=True)
+            for part in (pool.key, pool.value)
+        ]
+        saved = [part.clone() for part in parts]
+        try:
+            yield Chunk(id=id, tokens=(0,), start=0, blocks=(blocks[0],), local=tuple(blocks[1:]), samples=True)
+        finally:
+            for part, before in zip(parts, saved, strict=True):
+                part.copy_(before)
