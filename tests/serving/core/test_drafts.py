@@ -171,7 +171,7 @@ def test_one_that_is_aborted_or_paused_while_guesses_run(monkeypatch):
     driven.abort("a")
     driven.pause("b")
     driven.finish_step()
-    assert not driven.scheduler._tables.num_held
+    assert not driven.scheduler._tables.kinds[0].num_held
     driven.resume("b")
     to_end(driven)
 

@@ -218,3 +218,14 @@ def _made(tiny_model):
 
 
 MADE = {}
+
+
+def test_guesses_run_and_go_behind_windows(model_of):
+    model = model_of("in some")
+    llm, sampler, watching = engine_of(model, num_blocks=60, prompt_lookup=3)
+    check(model, llm, sampler, [[5, 6, 7] * 6, [9] * 18], Sampling(temperature=0.0, max_tokens=60, ignore_eos=True))
+    assert llm.engine.scheduler.stats().counters["drafted_tokens"]
+    assert watching.most
+    llm.close()
+    for kind in llm.engine.scheduler._tables.kinds:
+        assert kind.pool.num_free == kind.pool.num_blocks

@@ -14,6 +14,7 @@ from anabranch.nn.attention import SelfAttention
 from anabranch.serving.core.batch import Batch, Chunk
 from anabranch.serving.core.request import Request
 from anabranch.serving.engine.runner import ModelRunner
+from anabranch.serving.engine.verify import sampled_rows
 from anabranch.serving.nanoflow.execute import Sequential, Streams, Threads
 from anabranch.serving.nanoflow.runtime import NanoRunner, default_executor
 from anabranch.serving.planning.cost import Workload
@@ -54,7 +55,10 @@ def chunks(lengths, start=0, blocks=4):
 def logits_of(runner, steps):
     """Logits of each step, run in order on one pool."""
     with torch.inference_mode():
-        return [runner._logits(step, [token for chunk in step for token in chunk.tokens]) for step in steps]
+        return [
+            runner._head(runner._hidden(step, [token for chunk in step for token in chunk.tokens], sampled_rows(step)))
+            for step in steps
+        ]
 
 
 def steps():

@@ -441,7 +441,6 @@ class Scheduler:
         parts = self._under_way.pop(batch.step)
         given = {item.id: item for item in sampled}
         outputs = []
-        block_tokens = self.config.block_tokens
         for state, epoch, chunk in parts:
             # It ended while the step was under way.
             if state.finish is not None:
@@ -455,10 +454,8 @@ class Scheduler:
                 continue
             # A guess may not hold: `_take` tells.
             computed = chunk.start + len(chunk.tokens) - chunk.drafts
-            if epoch == state.epoch and computed >= (state.num_published + 1) * block_tokens:
-                self._tables.publish(state, computed)
-            if epoch == state.epoch and self._has_windows:
-                self._tables.trim(state, computed)
+            if epoch == state.epoch:
+                self._store(state, computed)
             if item is not None:
                 state.prompt_logprobs += item.prompt_logprobs
             # It asked for no new token.
@@ -473,12 +470,18 @@ class Scheduler:
         self._tables.ran(batch.step)
         return outputs
 
+    def _store(self, state: RequestState, computed: int) -> None:
+        """So many tokens of a request are stored: others may find its full blocks, and what no token behind them sees is given back."""
+        if computed >= (state.num_published + 1) * self.config.block_tokens:
+            self._tables.publish(state, computed)
+        if self._has_windows:
+            self._tables.trim(state, computed)
+
     def _take(self, state: RequestState, chunk: Chunk, item: Sampled) -> Output:
         kept = state.take_all(item)
         if self._drafts is not None and chunk.drafts:
             # No step is under way, so the request is where it was.
-            if state.computed >= (state.num_published + 1) * self.config.block_tokens:
-                self._tables.publish(state, state.computed)
+            self._store(state, state.computed)
             self._drafts.settle(state, chunk, len(item.later))
         if state.finish is not None:
             self._end(state, state.finish)

@@ -34,8 +34,8 @@ class RequestState:
 
     __slots__ = (
         "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "key", "keys", "last_step", "local", "local_table",
-        "lookup", "most_tokens", "num_pending", "num_prompt", "num_published", "num_scored", "own_priority", "prompt_logprobs", "queue_s", "rank",
-        "request", "root", "stop_tokens", "table", "tokens",
+        "lookup", "most_tokens", "num_pending", "num_prompt", "num_published", "num_scored", "own_priority", "prompt_logprobs", "queue_s",
+        "rank", "request", "root", "stop_tokens", "table", "tokens",
     )  # fmt: skip
 
     def __init__(
