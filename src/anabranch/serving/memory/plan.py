@@ -287,8 +287,8 @@ class Ladder:
 
     def _kv_few(self, memory: int, form: Form) -> int:
         """For `FEW` requests of `LEAST_POSITIONS`, where that is no more than the share."""
-        blocks = _blocks(min(self._positions(form), LEAST_POSITIONS), self.config.block_tokens)
-        few = min(FEW, self.config.max_seqs) * blocks * form.kv_per_token(self.config.max_depth)
+        kinds, positions = form.kinds(self.config), min(self._positions(form), LEAST_POSITIONS)
+        few = kinds.bytes_of(kinds.needed(positions, min(FEW, self.config.max_seqs)))
         return max(min(few, self._kv_share(memory, form)), self._kv_least(form))
 
     def _kv_share(self, memory: int, form: Form) -> int:
