@@ -167,7 +167,7 @@ def test_a_shared_question_is_refused_unless_allowed():
     train = data.take(range(30))
     shouted = data.take([3, *range(30, 40)])
     shouted = Recorded(
-        query=(shouted.query[0].upper() + "!", *shouted.query[1:]), models=data.models, score_NM=shouted.score_NM
+        query=(f" {shouted.query[0].upper()}", *shouted.query[1:]), models=data.models, score_NM=shouted.score_NM
     )
     with pytest.raises(DataError, match=r"1 of 11 test questions were learned from"):
         evaluate({"word_means": word_means()}, train=train, test=shouted)
