@@ -34,7 +34,7 @@ def _answer(line: bytes) -> dict[str, Any]:
         compiled, variables = _compiled(request["template"])
         if request["values"] is None:
             return {"answer": sorted(variables)}
-        text = compiled.render(**request["values"])
+        text = compiled.render(request["values"])
         most = MOST_TEXT + MOST_GROWTH * len(line)
         return {"answer": text} if len(text) <= most else {"error": f"it makes more than {most:,} characters of them"}
     except MemoryError:

@@ -20,7 +20,7 @@ WORK = Work(
 )
 
 
-def render_template(template: str, **values: Any) -> str:
+def render_template(template: str, /, **values: Any) -> str:
     """The text of a Jinja chat template.
 
     It is rendered in another process, with a second of computing, a gigabyte of memory, and a million characters beyond eight for each of

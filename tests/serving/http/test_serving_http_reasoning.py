@@ -1,13 +1,18 @@
 """Models that reason, through a server and the official client: what is thought comes apart from what is said, whole and streamed."""
 
 import json
+import keyword
 
+import jinja2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
-from anabranch.serving.http.reading import Reader
+from anabranch.serving.http.fields import KWARGS
+from anabranch.serving.http.reading import FUNCTIONS, RESERVED, Reader
 from fake_engine import Script
 from reasoning_models import ASK, HARMONY, QWEN3, R1, Speaking, tokenizer_of, told_of
 from serving_models import small_moe
@@ -117,6 +122,31 @@ def test_what_no_template_may_get_is_refused(qwen3, kwargs):
     status, _, body = qwen3.server.chat(chat_template_kwargs=kwargs)
     assert status == 400, body
     assert body["error"]["param"].startswith("chat_template_kwargs")
+
+
+@pytest.mark.parametrize("name", ["template", "self", "caller", "loop", "true", "class", "values", "source", "line", "request", "args"])
+def test_whatever_a_value_is_called_it_is_one(qwen3, name):
+    assert qwen3.server.chat(chat_template_kwargs={name: 1})[0] == 200
+
+
+def test_what_templates_call_is_no_value(qwen3):
+    for name in FUNCTIONS:
+        status, _, body = qwen3.server.chat(chat_template_kwargs={name: 1})
+        assert (status, body["error"]["param"]) == (400, f"chat_template_kwargs.{name}")
+
+
+NAMES = st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,9}", fullmatch=True) | st.sampled_from(keyword.kwlist + dir(jinja2.Template))
+
+
+@given(NAMES.filter(lambda name: KWARGS[0]({name: 1}) and name not in RESERVED and name not in FUNCTIONS))
+@settings(max_examples=100, deadline=None)
+def test_every_name_is_that_of_a_value(name):
+    reader = Reader(tokenizer_of("{% for m in messages %}{{ m.content }}{% endfor %}{% set a = range(3) | list %}"))
+    if name.endswith("_token"):
+        return
+    values, unknown = reader.template_values({"chat_template_kwargs": {name: 1}})
+    assert (values, unknown) == ({name: 1}, [f"chat_template_kwargs.{name}"])
+    assert reader.render(ASK, None, values=values) == "2+3?"
 
 
 def test_an_effort_that_a_model_cannot_make_is_refused(qwen3, gpt_oss):

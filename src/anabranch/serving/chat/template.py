@@ -19,6 +19,7 @@ __all__ = ["render", "takes_tools"]
 def render(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
+    /,
     *,
     tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = True,

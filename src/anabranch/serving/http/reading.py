@@ -13,6 +13,8 @@ from anabranch.web.api_error import ApiError, wrong
 
 # Of a template's values, what is not for a request to say.
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "tokenizer")
+# What every template may call.
+FUNCTIONS = ("range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now")
 # What templates that know no effort call the switch.
 _SWITCHES = ("enable_thinking", "thinking")
 _EFFORTS = {"minimal": "low", "xhigh": "high"}
@@ -50,7 +52,7 @@ class Reader:
             return {}, []
         names = self._template_names()
         for name in given:
-            if name in RESERVED or name.endswith("_token"):
+            if name in RESERVED or name in FUNCTIONS or name.endswith("_token"):
                 what = f"chat_template_kwargs has {name!r}, which the server gives"
                 raise wrong(f"chat_template_kwargs.{name}", what)
         values = {**effort_values(effort, names), **given}
