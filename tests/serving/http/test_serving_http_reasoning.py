@@ -124,7 +124,9 @@ def test_what_no_template_may_get_is_refused(qwen3, kwargs):
     assert body["error"]["param"].startswith("chat_template_kwargs")
 
 
-@pytest.mark.parametrize("name", ["template", "self", "caller", "loop", "true", "class", "values", "source", "line", "request", "args"])
+@pytest.mark.parametrize(
+    "name", ["template", "self", "caller", "loop", "true", "class", "values", "source", "line", "request", "args"]
+)
 def test_whatever_a_value_is_called_it_is_one(qwen3, name):
     assert qwen3.server.chat(chat_template_kwargs={name: 1})[0] == 200
 
@@ -135,7 +137,9 @@ def test_what_templates_call_is_no_value(qwen3):
         assert (status, body["error"]["param"]) == (400, f"chat_template_kwargs.{name}")
 
 
-NAMES = st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,9}", fullmatch=True) | st.sampled_from(keyword.kwlist + dir(jinja2.Template))
+NAMES = st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,9}", fullmatch=True) | st.sampled_from(
+    keyword.kwlist + dir(jinja2.Template)
+)
 
 
 @given(NAMES.filter(lambda name: KWARGS[0]({name: 1}) and name not in RESERVED and name not in FUNCTIONS))

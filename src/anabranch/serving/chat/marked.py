@@ -6,6 +6,7 @@ from typing import Any
 
 from anabranch.serving.chat.events import ArgumentsDelta, Event, TextDelta, ToolCallRefused, ToolCallStarted, held
 from anabranch.serving.chat.growing import Growing
+from anabranch.serving.chat.values import json_value
 
 __all__ = ["DeepSeekParser", "MarkedParser", "MistralParser", "XmlParser", "names_of"]
 
@@ -204,46 +205,15 @@ class XmlParser(MarkedParser):
 
     def _parameters(self, name: str) -> Steps:
         text, separator = self._text, "{"
-        schemas = self._tools[name].get("parameters") or {}
-        properties = schemas.get("properties") if isinstance(schemas, Mapping) else None
         while (yield from text.has(_PARAMETER)):
             key = yield from self._until(">", _FUNCTION_END)
             value = None if key is None else (yield from self._until(_PARAMETER_END, _FUNCTION_END))
             if key is None or value is None:
                 break
-            schema = properties.get(key.strip()) if isinstance(properties, Mapping) else None
-            self._tell(f"{separator}{json.dumps(key.strip(), ensure_ascii=False)}: {_value(value, schema)}")
+            value = json_value(value, key.strip(), self._tools[name].get("parameters"))
+            self._tell(f"{separator}{json.dumps(key.strip(), ensure_ascii=False)}: {value}")
             separator = ", "
         is_whole = yield from text.has(_FUNCTION_END)
         self.is_cut = not is_whole
         if is_whole:
             self._tell("{}" if separator == "{" else "}")
-
-
-def _value(text: str, schema: Any) -> str:
-    """A value as JSON."""
-    # The form puts a line feed before and after it.
-    text = text.removeprefix("\n").removesuffix("\n")
-    kinds = _kinds_of(schema) if isinstance(schema, Mapping) else []
-    if not kinds or "string" in kinds:
-        is_null = "null" in kinds and text.strip() in ("null", "None")
-        return "null" if is_null else json.dumps(text, ensure_ascii=False)
-    plain = {"True": "true", "False": "false", "None": "null"}.get(text.strip(), text.strip())
-    try:
-        json.loads(plain, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return json.dumps(text, ensure_ascii=False)
-    return plain
-
-
-def _kinds_of(schema: Mapping[str, Any]) -> list[Any]:
-    """The types that a schema names, or whether those that it lists are texts; none where it says neither."""
-    kinds = schema.get("type")
-    if kinds is None:
-        listed = schema.get("enum", [schema["const"]] if "const" in schema else [])
-        return ["string" if isinstance(each, str) else "value" for each in listed] if isinstance(listed, list) else []
-    return kinds if isinstance(kinds, list) else [kinds]
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
