@@ -372,7 +372,7 @@ def test_convert_says_what_it_quantised(trained, here, work):
     folder, _ = trained
     code, out, _ = here("convert", folder, work / "few", "--to", "native", "--quantize", "int4")
     assert code == 0
-    assert re.search(r"parameters as native, \d+ layers in int4 and 1 layer in int8\n", out)
+    assert re.search(r"parameters as native, \d+ matrices in int4 and 1 matrix in int8\n", out)
     code, out, _ = here("convert", work / "few", work / "few-again", "--to", "native", "--json")
     assert json.loads(out)["quantized_layers"]["int8"] == 1
 

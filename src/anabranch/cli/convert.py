@@ -76,7 +76,7 @@ def convert(
     counts = load_config(target).count()
     num_bytes = sum(map(_size, Path(target).iterdir()))
     said = (quantization_of(Path(target)) or {"modules": {}})["modules"].values()
-    # The matrices of experts may be of two kinds.
+    # A linear layer counts as one matrix, and so do the experts of a layer, whose matrices may be of two kinds.
     kinds = [kind if isinstance(kind, str) else " and ".join(kind) for kind in said]
     quantized = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     if as_json:
@@ -85,7 +85,9 @@ def convert(
             | ({"quantized_layers": quantized} if quantized else {})
         )
     elif not quiet:
-        bits = " and ".join(f"{count} layer{'s' * (count != 1)} in {kind}" for kind, count in quantized.items())
+        bits = " and ".join(
+            f"{count} {'matrices' if count != 1 else 'matrix'} in {kind}" for kind, count in quantized.items()
+        )
         fact("model", f"{source}   {quantity(counts.parameters)} parameters as {to.value}{bits and f', {bits}'}")
         wrote(f"{target}   {size(num_bytes)}", f"anabranch {'serve' if quantized else 'info'} {shell_word(target)}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.options import AsJson, read_dtype
-from anabranch.cli.output import fact, print_json, quantity, size, table
+from anabranch.cli.output import binary_size, fact, print_json, quantity, table
 from anabranch.extras import require
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ def _print(model: str, config: Decoder.Config, facts: dict[str, Any]) -> None:
     fact("work", f"{quantity(facts['flops_per_token'])} FLOPs per token forward, at {facts['sequence_length']} tokens")
     fact(
         "memory",
-        f"{size(memory['weights_bytes'])} weights ({facts['dtype']}), "
-        f"{size(memory['cache_bytes_per_token'])} cache per token, "
-        f"{size(memory['training_bytes'])} to train (weights, gradients, AdamW; activations not counted)",
+        f"{binary_size(memory['weights_bytes'])} weights ({facts['dtype']}), "
+        f"{binary_size(memory['cache_bytes_per_token'])} cache per token, "
+        f"{binary_size(memory['training_bytes'])} to train (weights, gradients, AdamW; activations not counted)",
     )
 
 

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from anabranch.cli.output import fact, print_json
+from anabranch.cli.output import binary_size, fact, print_json, say
 
 if TYPE_CHECKING:
+    from anabranch.lm import Decoder
+    from anabranch.serving.config import ServingConfig
     from anabranch.serving.memory import MemoryPlan
 
 # Exit code of a model that does not fit.
 NO_FIT = 1
 
+# After which somebody at a terminal is told what takes so long.
+PATIENCE_S = 1.0
 
-def show(model: str, memory: str, dtype: str | None, as_json: bool) -> int:
+
+def show(settings: dict[str, Any], as_json: bool) -> int:
     """Plan a model, a preset or a folder with a config.json alone, and print that; the exit code.
 
-    ``dtype`` is of the weights, or bits that they shall have; None leaves it to the plan.
+    ``settings`` are paths and values of a `ServeConfig`, resolved as ``anabranch serve`` does.
     """
     from anabranch import presets
-    from anabranch.serving.config import ServingConfig
-    from anabranch.serving.memory import plan_memory
+    from anabranch.cli.serve import config_of
 
-    is_preset = not Path(model).exists() and model in presets.names()
-    shape = presets.find(model)("tiny").model if is_preset else None
-    bits = {} if dtype is None else {"quantize" if dtype in ("int8", "int4") else "dtype": dtype}
-    config = ServingConfig(model=model, memory=memory, **bits)  # type: ignore[arg-type]
-    made = plan_memory(config, shape=shape)
+    config = config_of(None, settings).engine
+    is_preset = not Path(config.model).exists() and config.model in presets.names()
+    made = planned(config, shape=presets.find(config.model)("tiny").model if is_preset else None)
     if as_json:
         print_json(made.to_dict())
     else:
@@ -36,19 +39,31 @@ def show(model: str, memory: str, dtype: str | None, as_json: bool) -> int:
     return 0 if made.fits else NO_FIT
 
 
+def planned(config: ServingConfig, *, shape: Decoder.Config | None = None) -> MemoryPlan:
+    """`plan_memory`; a terminal that waits is told for what."""
+    from anabranch.serving.memory import plan_memory
+
+    note = threading.Timer(PATIENCE_S, say, ["measuring what the program takes without a model ..."])
+    if sys.stderr.isatty():
+        note.start()
+    try:
+        return plan_memory(config, shape=shape)
+    finally:
+        note.cancel()
+
+
 def print_plan(plan: MemoryPlan, *, to: TextIO | None = None) -> None:
     """What goes where, and how large it is."""
     out = to or sys.stdout
     config = plan.config
-    how = "as stored or in the type of the model" if config.quantize == "none" else f"in {config.quantize}"
-    fact("plan", f"{config.model}   in {_size(plan.memory)}: weights {how}{_where(plan)}", to=out)
+    fact("plan", f"{config.model}   in {_size(plan.memory)}: weights {_how(config)}{_where(plan)}", to=out)
     rows = [("weights", plan.rest, "beside experts" if plan.experts else "all of them")]
     if plan.experts:
         rows.append(("experts", plan.resident, f"{plan.resident / plan.experts:.0%} of {_size(plan.experts)}"))
     rows += [
         ("keys", plan.kv, "and values of requests"),
         ("work", plan.work, "at most, of a step or of loading"),
-        ("program", plan.program, "measured: interpreters and libraries of all processes, tokenizer"),
+        ("program", plan.program, "measured, with a margin: interpreters and libraries of all processes, tokenizer"),
         (
             "total",
             plan.total,
@@ -64,9 +79,29 @@ def print_plan(plan: MemoryPlan, *, to: TextIO | None = None) -> None:
 def _where(plan: MemoryPlan) -> str:
     if not plan.experts:
         return ", all in memory"
-    return ", all in memory" if plan.config.expert_budget is None else ", experts on disk"
+    if plan.config.expert_budget is None:
+        return ", all in memory"
+    if plan.resident < plan.experts:
+        return ", experts on disk"
+    return f", experts on disk and all in memory once used: the budget of {plan.config.expert_budget} is more than they are"
+
+
+def _how(config: ServingConfig) -> str:
+    """In which bits the weights are."""
+    from anabranch.errors import AnabranchError
+    from anabranch.lm.checkpoint import find_model, quantization_of
+
+    if config.quantize != "none":
+        return f"in {config.quantize}"
+    try:
+        saved = quantization_of(find_model(config.model))
+    except AnabranchError:
+        # A preset.
+        saved = None
+    if saved is None:
+        return "as stored or in the type of the model"
+    return f"in {saved['scheme']}, as they are saved"
 
 
 def _size(num_bytes: int) -> str:
-    """Bytes in the units that memory is given in."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+    return binary_size(num_bytes)

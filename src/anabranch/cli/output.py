@@ -138,6 +138,14 @@ def size(num_bytes: float) -> str:
     return f"{text}B" if text[-1].isalpha() else f"{text} B"
 
 
+def binary_size(num_bytes: float) -> str:
+    """Bytes of memory as it is given to ``--memory`` (powers of 1024): ``1.50 GiB``, ``12 MiB``, ``45 KiB``."""
+    for power, unit, digits in ((30, "GiB", 2), (20, "MiB", 0), (10, "KiB", 0)):
+        if num_bytes >= 1 << power:
+            return f"{num_bytes / (1 << power):.{digits}f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
 def duration(seconds: float) -> str:
     """Seconds as ``42 s``, ``3 min 05 s`` or ``2 h 10 min``."""
     if not math.isfinite(seconds):

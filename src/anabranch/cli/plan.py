@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson
+from anabranch.cli.options import AsJson, read_assignments
 from anabranch.cli.output import fact, print_json, say, size, table
 from anabranch.errors import ConfigError
 from anabranch.files import check_apart, parse_json
@@ -45,6 +45,21 @@ def plan(
         typer.Option(
             metavar="SIZE",
             help="Instead of speed: how serve --memory SIZE, such as 8GiB, would hold the model. No weights are read.",
+        ),
+    ] = None,
+    expert_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="With --memory: as serve takes it (engine.expert_budget).")
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="With --memory: int8 or int4, as serve takes it (engine.quantize)."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="With --memory: as serve takes it, e.g. --set engine.max_seqs=4. May be repeated.",
         ),
     ] = None,
     hardware: Annotated[
@@ -93,9 +108,10 @@ def plan(
     gantt: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pipeline as a picture (SVG).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Calculate what a model can reach on hardware: what bounds it, tokens per second, time of each operation.
+    """Calculate how fast a model can be on hardware, or how it fits in so much memory (--memory).
 
-    The formulas are NanoFlow's (arXiv 2408.12757); --search finds the order and shares in which its operations run side by side.
+    Of speed it says what bounds it, tokens per second, and the time of each operation, by NanoFlow's formulas (arXiv 2408.12757); --search
+    finds the order and shares in which its operations run side by side.
     """
     if memory is not None:
         others = {
@@ -103,8 +119,13 @@ def plan(
             "--batch": batch is not None, "--search": search, "--shares": table_file is not None, "--out": out is not None,
             "--save-hardware": save_hardware is not None, "--gantt": gantt is not None,
         }  # fmt: skip
-        _plan_memory(model, memory, dtype, [name for name, is_given in others.items() if is_given], as_json)
+        given = {"engine.expert_budget": expert_budget, "engine.quantize": quantize, **_weights(dtype, quantize)}
+        settings = {path: value for path, value in given.items() if value is not None} | read_assignments(assignments)
+        _plan_memory(model, memory, settings, [name for name, is_given in others.items() if is_given], as_json)
         return
+    of_memory = {"--expert-budget": expert_budget, "--quantize": quantize, "--set": assignments}
+    if said := [name for name, value in of_memory.items() if value]:
+        raise ConfigError(f"{said[0]} is of a plan of memory; give --memory SIZE too, or leave it out")
     from anabranch.serving.planning.cost import Workload, estimate, fitting_devices, largest_batch
 
     if model is None:
@@ -140,7 +161,18 @@ def plan(
             fact("wrote", str(path))
 
 
-def _plan_memory(model: str | None, memory: str, dtype: str, others: list[str], as_json: bool) -> None:
+def _weights(dtype: str, quantize: str | None) -> dict[str, str]:
+    """What ``--dtype`` says of an engine: a type, or bits. Raises ConfigError if ``--quantize`` says others."""
+    if dtype == DTYPE:
+        return {}
+    if dtype not in ("int8", "int4"):
+        return {"engine.dtype": dtype}
+    if quantize not in (None, dtype):
+        raise ConfigError(f"--dtype is {dtype} and --quantize is {quantize}; leave one of them out")
+    return {"engine.quantize": dtype}
+
+
+def _plan_memory(model: str | None, memory: str, settings: dict[str, Any], others: list[str], as_json: bool) -> None:
     """The plan of a server's memory. Raises ConfigError for ``others``, options that say nothing of it, if there are any."""
     from anabranch.cli.memory import show
 
@@ -150,7 +182,7 @@ def _plan_memory(model: str | None, memory: str, dtype: str, others: list[str], 
         raise ConfigError(
             f"--memory plans what one engine holds, which {others[0]} says nothing of; leave one of them out"
         )
-    if code := show(model, memory, None if dtype == DTYPE else dtype, as_json):
+    if code := show({"engine.model": model, "engine.memory": memory, **settings}, as_json):
         raise typer.Exit(code)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, only_file, read_assignments, read_toml
-from anabranch.cli.output import fact, print_json, say, size
+from anabranch.cli.output import binary_size, fact, print_json, say
 from anabranch.extras import require
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def serve(
         "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
     }  # fmt: skip
     settings = {path: value for path, value in given.items() if value is not None}
-    config = _config(only_file(config_files), {**settings, **read_assignments(assignments)})
+    config = config_of(only_file(config_files), {**settings, **read_assignments(assignments)})
     if check:
         config.check_model()
         _planned(config, is_shown=not quiet)
@@ -155,7 +155,7 @@ def serve(
 
 def told_of(experts: dict[str, Any]) -> str:
     """How experts come, in words; ``experts`` as `EngineInfo` has it."""
-    held, total = (size(experts[name]) for name in ("budget_bytes", "all_bytes"))
+    held, total = (binary_size(experts[name]) for name in ("budget_bytes", "all_bytes"))
     words = [f"{held} of {total} in memory", f"policy {experts['policy']}"]
     if experts["predictor"] is None:
         words.append("no predictor")
@@ -181,16 +181,15 @@ def _planned(config: ServeConfig, *, is_shown: bool) -> ServeConfig:
     """With what ``engine.memory`` means in its place; the plan goes to stderr. Raises CapacityError if the model does not fit."""
     if config.engine.memory is None:
         return config
-    from anabranch.cli.memory import print_plan
-    from anabranch.serving.memory import plan_memory
+    from anabranch.cli.memory import planned, print_plan
 
-    made = plan_memory(config.engine).check()
+    made = planned(config.engine).check()
     if is_shown:
         print_plan(made, to=sys.stderr)
     return config.replace(engine=made.config)
 
 
-def _config(path: Path | None, settings: dict[str, Any]) -> ServeConfig:
+def config_of(path: Path | None, settings: dict[str, Any]) -> ServeConfig:
     """Options over the environment over the file over the defaults."""
     from anabranch.config import from_dict, override
     from anabranch.serving.http.serve import ServeConfig, from_environment, resolve

@@ -128,4 +128,6 @@ def test_the_record_at_the_start_says_what_predicts(folder):
     finally:
         process.terminate()
         process.communicate(timeout=30)
-    assert line == ("experts 150 kB of 590 kB in memory, policy plec, predictor encdec, dual batches of 2, regrouped\n")
+    assert line == (
+        "experts 146 KiB of 576 KiB in memory, policy plec, predictor encdec, dual batches of 2, regrouped\n"
+    )

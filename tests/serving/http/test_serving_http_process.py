@@ -186,13 +186,13 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, environment, says, cap
 
 
 def test_options_beat_the_environment_which_beats_the_file(tmp_path, monkeypatch, capsys):
-    from anabranch.cli.serve import _config
+    from anabranch.cli.serve import config_of
 
     file = tmp_path / "serve.toml"
     file.write_text('[engine]\nmodel = "a"\nmax_seqs = 3\n[http]\nport = 1\nhost = "::1"\n')
     monkeypatch.setenv("ANABRANCH_SERVE_HTTP__PORT", "2")
     monkeypatch.setenv("ANABRANCH_SERVE_ENGINE__MAX_SEQS", "4")
-    config = _config(file, {"http.port": 3})
+    config = config_of(file, {"http.port": 3})
     assert (config.engine.model, config.engine.max_seqs, config.http.port, config.http.host) == ("a", 4, 3, "::1")
 
 

@@ -1,7 +1,9 @@
 """The ladder of `plan_memory`: which rung which memory means, what stays as it was given, what is refused."""
 
 import functools
+import io
 import json
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from anabranch.cli.main import main
+from anabranch.cli.memory import planned as planned_for_people
 from anabranch.data import ByteTokenizer
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm import Decoder, convert, export_huggingface, save_model
@@ -261,6 +264,48 @@ def test_huggingface_folders_and_those_that_cannot_be_read_in_parts(tmp_path):
     assert [form.quantize for form in pickled.on_disk] == ["int8", "int4"]
 
 
+def test_the_command_plans_what_serve_does_with_the_same_options(saved, monkeypatch, capsys):
+    monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", lambda model, processes: 5 << 20)
+    options = ["--memory", "1GiB", "--expert-budget", "100KiB", "--quantize", "int4", "--set", "engine.max_seqs=2"]
+    options += ["--set", "engine.kv_memory=3MiB"]
+    assert main(["plan", str(saved / "m"), *options, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    fields = {"expert_budget": "100KiB", "quantize": "int4", "max_seqs": 2, "kv_memory": "3MiB"}
+    expected = plan_memory(ServingConfig(model=str(saved / "m"), memory="1GiB", **fields))
+    assert told == expected.to_dict()
+    assert (told["expert_budget"], told["quantize"], told["kv_memory"]) == (100 << 10, "int4", 3 << 20)
+    assert main(["plan", str(saved / "m"), *options]) == 0
+    shown = capsys.readouterr().out
+    assert main(["serve", str(saved / "m"), *options, "--check"]) == 0
+    assert shown.strip() in capsys.readouterr().err
+
+
+def test_the_command_says_which_bits_a_folder_has_and_that_a_budget_holds_all(saved, monkeypatch, capsys):
+    monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", lambda model, processes: 5 << 20)
+    assert main(["plan", str(saved / "q"), "--memory", "1GiB"]) == 0
+    assert "weights in int8, as they are saved, all in memory\n" in capsys.readouterr().out
+    assert main(["plan", str(saved / "m"), "--memory", "1GiB", "--expert-budget", "512MiB"]) == 0
+    shown = capsys.readouterr().out
+    assert "experts on disk and all in memory once used: the budget of 512MiB is more than they are\n" in shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_that_waits_is_told_for_what(saved, monkeypatch):
+    monkeypatch.setattr("anabranch.cli.memory.PATIENCE_S", 0.05)
+    measure = "anabranch.serving.memory.plan.program_bytes"
+    monkeypatch.setattr(measure, lambda model, processes: time.sleep(0.3) or 5 << 20)
+    said = []
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stderr", stream)
+        planned_for_people(ServingConfig(model=str(saved / "m"), memory="1GiB"))
+        said.append(stream.getvalue())
+    assert said == ["measuring what the program takes without a model ...\n", ""]
+
+
 @pytest.mark.skipif(kernels.load() is None, reason="no compiler")
 @pytest.mark.parametrize("shape", [MIXTURE, DENSE.replace(dim=256)])
 @pytest.mark.parametrize("tokens", [1, 512])
@@ -291,6 +336,11 @@ def test_the_command_prints_the_plan(saved, monkeypatch, capsys):
         ["--memory", "1GiB"],
         ["moe", "--memory", "1GiB", "--devices", "2"],
         ["moe", "--memory", "1GiB", "--dtype", "bits"],
+        ["moe", "--memory", "1GiB", "--dtype", "int8", "--quantize", "int4"],
+        ["moe", "--memory", "1GiB", "--expert-budget", "2GiB"],
+        ["moe", "--memory", "8"],
+        ["moe", "--memory", "1GiB", "--set", "engine.sea=1"],
+        ["moe", "--quantize", "int4"],
     ):
         assert main(["plan", *words]) == 2
         assert capsys.readouterr().err.startswith("error: ")

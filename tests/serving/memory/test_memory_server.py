@@ -31,8 +31,6 @@ RUNGS = {
     ("int4", False): "in int4, all in memory",
     ("int4", True): "in int4, experts on disk",
 }
-# The program is measured again by the server; it differs by no more.
-NOISE = 8 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +94,17 @@ def load(client, model):
             model=model, prompt=prompt, max_tokens=24, temperature=0.9, top_p=0.9, logprobs=5
         )
 
+    shape = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "shape", "schema": shape}}
+
+    def ask_in_form(prompt):
+        # What is constrained is tried out by helpers.
+        return client.completions.create(
+            model=model, prompt=prompt, max_tokens=24, extra_body={"response_format": form}
+        )
+
     with ThreadPoolExecutor(16) as threads:
+        assert all(answer.choices[0].text.startswith("{") for answer in threads.map(ask_in_form, prompts[:16]))
         assert all(answer.usage.prompt_tokens == 1500 for answer in threads.map(ask, prompts[:16]))
     scored = client.completions.create(model=model, prompt=prompts[16], max_tokens=0, echo=True, logprobs=1)
     assert len(scored.choices[0].logprobs.token_logprobs) == 1500
@@ -104,7 +112,7 @@ def load(client, model):
 
 @pytest.mark.parametrize("rung", RUNGS)
 def test_a_server_stays_within_its_memory_on_each_rung(rung, folder, tightest, greedy):
-    memory = tightest[rung] + NOISE
+    memory = tightest[rung]
     words = ("serve", folder, "--memory", str(memory), "--set", "engine.dtype=bfloat16")
     with started(*words) as server:
         assert f"weights {RUNGS[rung]}\n" in server.log.read_text()
@@ -116,10 +124,11 @@ def test_a_server_stays_within_its_memory_on_each_rung(rung, folder, tightest, g
             )
             load(client, model)
         found = peaks(server.process.pid)
-    assert len(found) == 2
+    # The two and at least one helper.
+    assert len(found) >= 3
     assert sum(found.values()) <= memory, found
     # And not because all is thought to take twice what it does.
-    assert sum(found.values()) > memory - 160 * MIB, found
+    assert sum(found.values()) > memory - 256 * MIB, found
     assert answer.choices[0].text == greedy(rung[0])
 
 
