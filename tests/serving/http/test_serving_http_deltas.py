@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.data import ByteTokenizer
-from anabranch.serving.chat import Tools
+from anabranch.serving.chat import FORMATS, Dialect, Tools
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, Output, Request, Sampling, TokenLogprob
 from anabranch.serving.http.choice import Choice
+from anabranch.serving.http.deltas import MessageDeltas, message_of
 from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import ChatShape
@@ -139,6 +140,30 @@ def test_a_stream_says_what_the_whole_answer_says(text, stop, is_parallel, finis
 )  # fmt: skip
 def test_how_answers_end(text, stop, finish, wanted):
     assert answered([text.encode()], stop=stop, finish=finish) == (wanted, wanted)
+
+
+BLANKS = st.sampled_from(["", " ", "\n", "\n\n", " \n  "])
+SAID = st.lists(st.tuples(st.sampled_from(["I", "called", "it.", "-", "5", "é"]), BLANKS), max_size=8)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(said=SAID, blanks=BLANKS, is_parallel=st.booleans(), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_what_is_said_after_a_call_keeps_its_blanks_however_it_is_cut(format, said, blanks, is_parallel, data):
+    after = "".join(itertools.chain.from_iterable(said))
+    begin = "<|call|><|start|>assistant<|channel|>final<|message|>" if format == "harmony" else ""
+    text = FORMATS[format].written([("add", '{"a": 1}')]) + begin + blanks + after
+    places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    made = []
+    for cuts in ([text], [text[a:b] for a, b in itertools.pairwise([0, *places, len(text)])], list(text)):
+        tools = Tools((tool("add", a={"type": "integer"}),), is_parallel=is_parallel)
+        deltas = MessageDeltas(tools, Dialect(tools=format).parser(tools.offered))
+        message = message_of([delta for piece in cuts for delta in deltas.push(piece)] + deltas.end())
+        [call] = message["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"a": 1}
+        made.append(message["content"] or "")
+    assert made[0] == made[1] == made[2]
+    assert made[0].lstrip() == (blanks + after).strip()
 
 
 def test_a_second_call_that_is_not_wanted_changes_nothing():

@@ -28,6 +28,8 @@ class MessageDeltas:
         self._parser = parser
         # Of calls, those that are one too many included.
         self._count = 0
+        # After a call, at the end of the text so far: of no account where nothing or another call follows.
+        self._blanks = ""
 
     @property
     def has_called(self) -> bool:
@@ -49,10 +51,14 @@ class MessageDeltas:
         deltas = []
         for event in events:
             if isinstance(event, ToolCallStarted | ArgumentsDelta):
+                self._blanks = ""
                 deltas += self._call(event)
-            else:
-                text = event.text.rstrip() if self._count and isinstance(event, TextDelta) else event.text
-                deltas += [{"content": text}] if text else []
+                continue
+            text = said = self._blanks + event.text
+            if self._count and isinstance(event, TextDelta):
+                said = text.rstrip()
+            self._blanks = text[len(said) :]
+            deltas += [{"content": said}] if said else []
         return deltas
 
     def _call(self, event: ToolCallStarted | ArgumentsDelta) -> list[Delta]:
