@@ -185,6 +185,21 @@ def test_gpt_oss_thinks_on_a_channel_and_calls_by_messages(gpt_oss):
     assert {gpt_oss.tokenizer.id_of(name) for name in ("<|call|>", "<|return|>")} <= set(gpt_oss.tokenizer.stop_ids)
 
 
+@pytest.mark.parametrize(
+    ("before", "thought"),
+    [
+        ("<|channel|>commentary<|message|>Sure.<|end|><|start|>assistant", "Sure."), ("Sure.", "Sure."),
+        ("<|channel|>analysis<|message|>I write ", "I write "), ("", ""),
+    ],
+)  # fmt: skip
+def test_gpt_oss_answers_in_a_form_with_nothing_before_it(gpt_oss, before, thought):
+    say = before + '<|channel|>final<|message|>{"a": 1}'
+    assert gpt_oss.ask(say, response_format={"type": "json_object"})[:2] == (thought, '{"a": 1}')
+    if "analysis" not in before:
+        # What nobody holds to a form is all for the reader.
+        assert gpt_oss.ask(say)[:2] == ("", thought + '{"a": 1}')
+
+
 def test_reasoning_can_be_left_in_the_text():
     with serving(Script(say=f"{THOUGHT}5")) as plain:
         assert plain.chat()[2]["choices"][0]["message"]["content"] == f"{THOUGHT}5"

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.serving.chat.events import held
-from anabranch.serving.chat.harmony import Messages
+from anabranch.serving.chat.harmony import Header, Messages
 from anabranch.serving.core.request import Preamble
 
 __all__ = ["FORMATS", "Channels", "Reasoning", "Splitter", "Tagged"]
@@ -133,15 +133,20 @@ class Channels:
 
     Args:
         begun: see `Messages`.
+        is_formed: a grammar holds for the answer, which is on the channel ``final``: what is said before is no part of it.
     """
 
-    def __init__(self, begun: str = "") -> None:
+    def __init__(self, begun: str = "", *, is_formed: bool = False) -> None:
         self._messages = Messages(begun)
+        self._is_formed = is_formed and not (self._messages.in_body and not self._messages.header.is_reasoning)
 
     @property
     def is_reasoning(self) -> bool:
         """See `Splitter`."""
-        return self._messages.in_body and self._messages.header.is_reasoning
+        return self._messages.in_body and self._is_thought(self._messages.header)
+
+    def _is_thought(self, header: Header) -> bool:
+        return header.is_reasoning or (self._is_formed and header.channel != "final" and not header.to)
 
     @property
     def is_undecided(self) -> bool:
@@ -157,7 +162,7 @@ class Channels:
         """See `Splitter`."""
         parts: list[Part] = []
         for kind, piece, header in self._messages.push(text, is_over=is_over):
-            if not header.is_reasoning:
+            if not self._is_thought(header):
                 if piece:
                     parts.append(("text" if kind == "body" else "mark", piece))
             elif kind == "body":
@@ -176,10 +181,12 @@ class Reasoning:
     Attributes:
         format: one of `FORMATS`.
         prompt: the end of the prompt, which may have begun the reasoning.
+        is_formed: a grammar holds for the answer behind it.
     """
 
     format: str
     prompt: str
+    is_formed: bool = False
 
     @classmethod
     def after(cls, format: str, prompt: str) -> "Reasoning":
@@ -196,7 +203,7 @@ class Reasoning:
     def splitter(self) -> Splitter:
         """A new one, at the beginning of the answer."""
         if self.format == "harmony":
-            return Channels(self.begun)
+            return Channels(self.begun, is_formed=self.is_formed)
         return Tagged(TAGS[self.format], self._state())
 
     def preamble(self, tokenizer: Tokenizer) -> Preamble | None:

@@ -125,6 +125,8 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
     if grammar is not None:
         is_call = tools is not None and tools.is_demanded
         preamble = reader.dialect.preamble(reasoning, reader.tokenizer, is_call=is_call)
+        if reasoning is not None and not is_call:
+            reasoning = replace(reasoning, is_formed=True)
         shared["sampling"] = replace(shared["sampling"], preamble=preamble)
     return GenerationRequest(
         kind="chat", prompts=(prompt,), tools=tools, reasoning=reasoning, logprobs=logprobs, **shared,
