@@ -1,14 +1,18 @@
 """``generate``, ``chat``, ``eval`` and ``report`` load as ``serve`` does: in few bits, with a budget for experts; and sample as it does."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
-from anabranch.lm import Decoder, SamplingConfig, generate, load_model, save_model
+from anabranch.lm import Decoder, SamplingConfig, convert, generate, load_model, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.serving import LLM, Sampling, ServingConfig
+from anabranch.serving.expertflow.predictors import Fingerprint, Frequency
+from anabranch.serving.http.serve import ServeConfig
 
 BUDGET = ["--expert-budget", "60KB"]
 
@@ -121,7 +125,7 @@ def test_a_report_of_a_model_with_a_budget_is_that_of_the_model(folder, said, tm
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("generate DENSE -p x --expert-budget 1MB", "has no layers of experts"),
+        ("generate DENSE -p x --expert-budget 1MB", "dense has no layers of experts"),
         ("chat MODEL -m x --expert-budget 1KB", "budget"),
         ("eval MODEL --expert-budget little", "--expert-budget is 'little'"),
         ("generate MODEL -p x --memory little", "--memory is 'little'"),
@@ -143,6 +147,40 @@ def test_what_cannot_be_is_told_in_one_line(line, message, folder, tmp_path, cap
     dense = Decoder.Config(vocab_size=257, dim=16, num_layers=1, feed_forward=SwiGLU.Config(hidden_dim=8))
     save_model("dense", dense.build(), ByteTokenizer())
     code = main([{"MODEL": str(folder), "DENSE": "dense"}.get(word, word) for word in line.split()])
+    out, err = capsys.readouterr()
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("serve DENSE --expert-budget 1MB", "dense has no layers of experts"),
+        ("serve MODEL --expert-budget 1KiB", "budget"),
+        ("serve MODEL --expert-budget 60KB --quantize int4 --set engine.experts.predictor=other", "other was made for"),
+        (
+            "serve MODEL --expert-budget 60KB --set engine.experts.predictor=text.txt",
+            "text.txt holds no route predictor",
+        ),
+        ("serve FEW --quantize int8", "is saved in int4, and int8 is asked for"),
+        ("serve empty.gguf", "empty.gguf"),
+    ],
+)
+def test_a_server_that_cannot_load_says_so_before_it_says_that_it_loads(
+    line, message, folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ServeConfig, "serve", lambda *_, **__: pytest.fail("it loads"))
+    dense = Decoder.Config(vocab_size=257, dim=16, num_layers=1, feed_forward=SwiGLU.Config(hidden_dim=8))
+    save_model("dense", dense.build(), ByteTokenizer())
+    convert(folder, "few", quantize="int4")
+    Path("empty.gguf").write_bytes(b"")
+    Path("text.txt").write_text("text")
+    other = Frequency(Fingerprint((4,), (1,), "of another"), 257)
+    other.prob_VLE = np.zeros((257, 1, 4), np.float32)
+    other.save("other")
+    places = {"MODEL": str(folder), "DENSE": "dense", "FEW": "few"}
+    code = main([places.get(word, word) for word in line.split()])
     out, err = capsys.readouterr()
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
     assert message in err

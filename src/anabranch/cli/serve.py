@@ -118,8 +118,9 @@ def serve(
     }  # fmt: skip
     settings = {path: value for path, value in given.items() if value is not None}
     config = config_of(only_file(config_files), {**settings, **read_assignments(assignments)})
+    # Before anybody is told that it loads.
+    config.check_model()
     if check:
-        config.check_model()
         _planned(config, is_shown=not quiet)
         say(f"the config is right: {config.engine.model} at {config.http.host}, port {config.http.port}")
         return

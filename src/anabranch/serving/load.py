@@ -18,6 +18,7 @@ from anabranch.lm.quantized_form import check_scheme
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.experts import ExpertsConfig
+from anabranch.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from anabranch.serving.expertflow import OffloadEngine
@@ -128,6 +129,33 @@ def load_weights(
         return Loaded(*load_offloaded(path, expert_budget, dtype=dtype, quantize=bits, device=device, **options))
     model, tokenizer = load_model(path, dtype=dtype, device=device)
     return Loaded(model, tokenizer, offload(model, expert_budget, tokenizer=tokenizer, **options))
+
+
+def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
+    """What `load_weights` would refuse of the bits, the budget of experts and their predictor, before weights are read.
+
+    Raises ConfigError, CheckpointError or DataError as that.
+    """
+    found = find_model(config.model)
+    saved = quantization_of(found)
+    if saved is not None and config.quantize != "none":
+        check_scheme(saved, config.quantize, None, found)
+    if config.expert_budget is None:
+        return
+    from anabranch.lm.outline import outline
+    from anabranch.serving.expertflow.expertflow import find_pools, tokenizer_fingerprint
+    from anabranch.serving.expertflow.policy import make_policy
+    from anabranch.serving.expertflow.predictors import load_predictor
+    from anabranch.serving.expertflow.served import offload_options
+
+    model = outline(config.model, bits=None if config.quantize == "none" else config.quantize, dtype=dtype_of(config))
+    pools, options = find_pools(model, config.model), offload_options(config.experts, config.model)
+    if config.memory is None:
+        pools.layout.slots(parse_bytes(config.expert_budget), per_layer=make_policy(options["policy"]).per_layer)
+    predictor = options["predictor"]
+    if predictor is not None and Path(predictor).is_file():
+        fingerprint = pools.fingerprint(tokenizer_fingerprint(tokenizer, model))
+        load_predictor(predictor).fingerprint.check(fingerprint, predictor)
 
 
 def dtype_of(config: ServingConfig) -> torch.dtype:

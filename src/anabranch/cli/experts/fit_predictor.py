@@ -85,7 +85,7 @@ def fit_predictor(
         raise DataError(f"--save-routes is {save_routes!r}; its name must end with .npz")
     loaded = load_parts(model, dtype, device, quantize, expert_budget)
     try:
-        fingerprint = _fingerprint(loaded)
+        fingerprint = _fingerprint(model, loaded)
         begin = time.perf_counter()
         if all(_has_routes(source) for source in sources):
             fit_on, judged_on, prompt = *_recorded(sources, hold_out, seed), MIDDLE
@@ -127,13 +127,13 @@ def fit_predictor(
     wrote(str(place), f"anabranch serve {model} --expert-budget SIZE{where}")
 
 
-def _fingerprint(loaded: Loaded) -> Fingerprint:
+def _fingerprint(model: str, loaded: Loaded) -> Fingerprint:
     from anabranch.serving.expertflow import find_pools
     from anabranch.serving.expertflow.expertflow import tokenizer_fingerprint
 
     if loaded.experts is not None:
         return loaded.experts.fingerprint
-    return find_pools(loaded.model).fingerprint(tokenizer_fingerprint(loaded.tokenizer, loaded.model))
+    return find_pools(loaded.model, model).fingerprint(tokenizer_fingerprint(loaded.tokenizer, loaded.model))
 
 
 def _has_routes(source: str) -> bool:

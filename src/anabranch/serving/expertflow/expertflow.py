@@ -199,12 +199,14 @@ class Pools:
         return Fingerprint(sizes, layout.top_k, tokenizer)
 
 
-def find_pools(model: nn.Module) -> Pools:
-    """The expert pools of a model. Raises ConfigError if it has none that can be offloaded."""
+def find_pools(model: nn.Module, name: str = "") -> Pools:
+    """The expert pools of a model. Raises ConfigError, with its ``name``, if it has none that can be offloaded."""
     known = (ExpertPool, QuantizedPool)
     layers = [module for module in model.modules() if isinstance(module, MoE) and type(module.experts) in known]
     if not layers:
-        raise ConfigError(f"{type(model).__name__} has no layers of experts ('moe' and designs on it) to offload")
+        raise ConfigError(
+            f"{name or type(model).__name__} has no layers of experts ('moe' and designs on it) to offload"
+        )
     if not all(layer.experts.is_plain for layer in layers if isinstance(layer.experts, ExpertPool)):
         raise ConfigError(
             "experts are not plain SwiGLUs (biases, another activation, or linears), so they cannot be offloaded"

@@ -80,7 +80,7 @@ def load_offloaded(
     model = opened.model
     _retype(model, opened)
     _put_quantized(opened)
-    found = find_pools(model)
+    found = find_pools(model, str(path))
     names = _names(model, found)
     is_old = [_is_in_bits(opened, name) and not has_panels(opened.source, name) for name in names]
     tier: Tier
@@ -103,7 +103,7 @@ def _rounded(
     """A model whose layers are rounded here: experts to a file, the others in memory."""
     opened = open_quantized(path, bits, dtype=dtype)
     model = opened.model
-    found = find_pools(model)
+    found = find_pools(model, str(path))
     names = _names(model, found)
     if not all(name in opened.makers for name in names):
         raise ConfigError(f"quantize is {bits!r}, and not all experts of {path} can be in {bits}; leave it out")

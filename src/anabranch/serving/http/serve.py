@@ -137,7 +137,11 @@ class ServeConfig(Config):
         model = build_empty(load_config(self.engine.model))
         model.check_causal()
         model.streams_of(self.engine.num_streams)
-        read_tokenizer(self.engine.model)
+        tokenizer = read_tokenizer(self.engine.model)
+        if self.devices is None:
+            from anabranch.serving.load import check_load
+
+            check_load(self.engine, tokenizer)
         if self.devices is not None:
             from anabranch.serving.elasticmoe.layout import layout_of
             from anabranch.serving.elasticmoe.sizes import backend_for, sizes_of
