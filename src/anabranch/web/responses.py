@@ -6,16 +6,27 @@ here keeps a conversation. Fields that chat has too, and those nobody knows, pas
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import said
 from anabranch.web.sse import event
 
 _HERE = frozenset(
     {"input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "reasoning", "include", "truncation", "prompt"}
 )  # fmt: skip
 _STATE = ("previous_response_id", "conversation", "background", "prompt")
+_ROLES = ("system", "developer", "user", "assistant")
+_TEXT = (lambda value: isinstance(value, str), "text")
+# Fields of an item, by its type, and what they may be.
+_ITEMS: dict[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
+    "message": (("role", lambda value: value in _ROLES, f"one of {', '.join(_ROLES)}"),),
+    "function_call": (
+        ("name", *_TEXT), ("arguments", lambda value: value is None or isinstance(value, str), "JSON as text"),
+    ),
+    "function_call_output": (("call_id", *_TEXT), ("output", lambda value: isinstance(value, str | list), "text or a list of parts")),
+}  # fmt: skip
 # Events of a part, by what it is.
 _TEXTS = {"text": "output_text", "refusal": "refusal", "reasoning": "reasoning_text"}
 _SHOWN: dict[str, Any] = {
@@ -43,9 +54,7 @@ def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str,
     if body.get("tools"):
         chat["tools"] = [_tool(tool, at) for at, tool in enumerate(_listed(body, "tools"))]
     if body.get("tool_choice") is not None:
-        choice = body["tool_choice"]
-        is_named = isinstance(choice, dict) and choice.get("type") == "function"
-        chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}} if is_named else choice
+        chat["tool_choice"] = _choice(body["tool_choice"])
     wanted = _table(_table(body, "text"), "format", "text.format")
     if wanted and wanted.get("type") != "text":
         form = {name: value for name, value in wanted.items() if name != "type"}
@@ -208,6 +217,8 @@ class ResponseStream:
 def _messages(body: dict[str, Any], keeps_reasoning: bool) -> list[dict[str, Any]]:
     wanted, messages = body.get("input"), []
     if body.get("instructions") is not None:
+        if not isinstance(body["instructions"], str):
+            raise wrong("instructions", f"instructions is {said(body['instructions'])}; it must be text")
         messages.append({"role": "system", "content": body["instructions"]})
     if isinstance(wanted, str):
         return [*messages, {"role": "user", "content": wanted}]
@@ -234,6 +245,9 @@ def _thought(item: dict[str, Any]) -> str:
 
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -> None:
     kind = item.get("type", "message")
+    for field, is_right, wanted in _ITEMS.get(kind, ()) if isinstance(kind, str) else ():
+        if not is_right(item.get(field)):
+            raise wrong(f"{name}.{field}", f"{name}.{field} is {said(item.get(field))}; it must be {wanted}")
     if kind == "message":
         made: dict[str, Any] = {"role": item.get("role"), "content": _content(item.get("content"), name)}
         if (
@@ -258,6 +272,16 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -
     else:
         what = f"{name} is of type {str(kind)[:40]!r}, which no chat model can be sent"
         raise wrong(f"{name}.type", what, "unsupported")
+
+
+def _choice(choice: Any) -> Any:
+    """A ``tool_choice`` as chat has it."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") != "function" or not isinstance(choice.get("name"), str):
+        what = 'as an object tool_choice is {"type": "function", "name": ...}; no other kind can be chosen'
+        raise wrong("tool_choice", what, "unsupported")
+    return {"type": "function", "function": {"name": choice["name"]}}
 
 
 def _content(content: Any, name: str) -> Any:

@@ -200,6 +200,18 @@ def test_gpt_oss_answers_in_a_form_with_nothing_before_it(gpt_oss, before, thoug
         assert gpt_oss.ask(say)[:2] == ("", thought + '{"a": 1}')
 
 
+def test_a_call_that_was_cut_off_can_be_sent_back(qwen3):
+    qwen3.script.say = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "text": "two and'
+    fields = {"model": "fake", "messages": ASK, "tools": TOOLS}
+    [choice] = qwen3.client.chat.completions.create(**fields, max_tokens=40).choices
+    [call] = choice.message.tool_calls
+    with pytest.raises(ValueError, match="."):
+        json.loads(call.function.arguments)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "the call was cut off"}
+    again = [*ASK, choice.message.model_dump(exclude_none=True), result]
+    assert qwen3.client.chat.completions.create(**{**fields, "messages": again}).choices
+
+
 def test_reasoning_can_be_left_in_the_text():
     with serving(Script(say=f"{THOUGHT}5")) as plain:
         assert plain.chat()[2]["choices"][0]["message"]["content"] == f"{THOUGHT}5"

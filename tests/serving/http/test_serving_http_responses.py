@@ -179,7 +179,8 @@ def test_reasoning_is_an_item_of_its_own():
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"), ({"input": []}, "input"), ({"input": 5}, "input"), ({"input": ["x"]}, "input[0]"),
-        ({"input": [{"role": "king", "content": "x"}]}, "input"), ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"), ({"tools": 5}, "tools"), ({"text": "x"}, "text"),
         ({"text": {"format": "x"}}, "text.format"), ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
@@ -187,8 +188,8 @@ def test_reasoning_is_an_item_of_its_own():
         ({"max_output_tokens": 0}, "max_output_tokens"), ({"max_output_tokens": "x"}, "max_output_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_output_tokens": 10**6}, "max_tokens"), ({"n": 2}, "n"), ({"tool_choice": "required"}, "tool_choice"),
-        ({"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, "input"),
-        ({"input": [{"type": "function_call", "name": "f", "arguments": [5]}]}, "input"),
+        ({"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, "input[0].name"),
+        ({"input": [{"type": "function_call", "name": "f", "arguments": [5]}]}, "input[0].arguments"),
         ({"input": [{"type": "reasoning", "content": 5}]}, "input"),
     ],
 )  # fmt: skip
@@ -242,3 +243,26 @@ def test_forms_and_calls_are_demanded_of_a_real_engine():
 def test_a_server_process_answers_them():
     with serve_process() as served, openai.OpenAI(base_url=f"{served.url}/v1", api_key="x") as client:
         check_demands(client, "small-moe")
+
+
+ITEM = {"type": "function_call", "call_id": "1", "name": "f"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input": [{"type": "function_call_output", "call_id": None, "output": "x"}]}, {"input": [{**ITEM, "name": None}]},
+        {"input": [{**ITEM, "arguments": {"a": 1}}]}, {"input": [{**ITEM, "arguments": "a: 1"}]},
+        {"input": [{"role": [1], "content": "x"}]},
+        {"input": [{"role": "user", "content": None}]}, {"input": "x", "instructions": {"a": 1}},
+        {"input": "x", "tool_choice": {"type": "allowed_tools"}}, {"input": "x", "tool_choice": {"type": "function", "name": "g"}},
+        {"input": "x", "reasoning": {"effort": {"a": 1}}}, {"input": "x", "tools": [{"type": "function", "name": 5}]},
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+    ],
+)  # fmt: skip
+def test_errors_speak_of_what_this_api_has(fields):
+    with serving(Script()) as server:
+        status, _, body = server.ask("/v1/responses", {"model": "fake", **fields})
+    assert status == 400
+    for word in ("messages", "tool_calls", "tool_call_id", "function.", '{"name"', "reasoning_effort"):
+        assert word not in body["error"]["message"] + body["error"]["param"], body

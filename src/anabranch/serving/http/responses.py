@@ -1,5 +1,6 @@
 """``/v1/responses``: read as a chat and answered as one, in the form of OpenAI's Responses API (`anabranch.web.responses`)."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,18 @@ _NAMES = {
     "reasoning_effort": "reasoning.effort",
 }  # fmt: skip
 
+_WORDS = tuple(
+    (re.compile(pattern), here)
+    for pattern, here in (
+        (r"messages\[\d+\]\.tool_calls\[\d+\]\.function\.arguments", "arguments of a function_call in input"),
+        (r"messages\[\d+\]\.content(\[\d+\])?(\.\w+)?", "content of an item of input"),
+        (r"messages\[\d+\](\.[\w.\[\]]+)?", "an item of input"),
+        (r"\b(tools\[\d+\]|tool_choice)\.function\b", r"\1"), (r"\bmessages\b", "input"),
+        (r"\bmax_completion_tokens\b", "max_output_tokens"), (r"\bresponse_format\b", "text.format"),
+        (r"\breasoning_effort\b", "reasoning.effort"),
+    )
+)  # fmt: skip
+
 
 def read_response(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> GenerationRequest:
     """A request to ``/v1/responses``. Raises ApiError (400) that names the parameter."""
@@ -36,8 +49,16 @@ def read_response(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n
         chat = to_chat(own, keeps_reasoning=True)
         return replace(read_chat(chat, reader, info, most_n), response_of=own)
     except ApiError as error:
+        error.args = (_reworded(str(error)),)
         error.param = _renamed(error.param)
         raise
+
+
+def _reworded(message: str) -> str:
+    """What an error says, with the names that fields have here."""
+    for pattern, here in _WORDS:
+        message = pattern.sub(here, message)
+    return message
 
 
 def _renamed(param: str | None) -> str | None:
@@ -45,7 +66,7 @@ def _renamed(param: str | None) -> str | None:
         if param is not None and param.startswith(name):
             # Items are not messages: several make one.
             return here if name == "messages" else here + param[len(name) :]
-    return param
+    return None if param is None else re.sub(r"^(tools\[\d+\]|tool_choice)\.function\b", r"\1", param)
 
 
 class ResponseShape(ChatShape):
