@@ -205,7 +205,7 @@ def test_a_call_that_was_cut_off_can_be_sent_back(qwen3):
     fields = {"model": "fake", "messages": ASK, "tools": TOOLS}
     [choice] = qwen3.client.chat.completions.create(**fields, max_tokens=40).choices
     [call] = choice.message.tool_calls
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(json.JSONDecodeError):
         json.loads(call.function.arguments)
     result = {"role": "tool", "tool_call_id": call.id, "content": "the call was cut off"}
     again = [*ASK, choice.message.model_dump(exclude_none=True), result]
