@@ -334,7 +334,7 @@ def test_experts_rounded_here_need_room_on_the_disk(tmp_path, monkeypatch):
 
 def test_a_budget_in_the_engine_gives_the_same_tokens(folder):
     model, _ = load_model(folder, dtype=torch.float32)
-    budget = str(bytes_of_experts(model) * 5 // 8)
+    budget = f"{bytes_of_experts(model) * 5 // 8}B"
     sampling = Sampling(temperature=0.0, max_tokens=16, ignore_eos=True)
     said = []
     for model_or_place, options in (

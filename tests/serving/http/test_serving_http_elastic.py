@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 
 from anabranch.config import override
+from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.errors import CapacityError, ConfigError
+from anabranch.lm import save_model
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.elasticmoe import ElasticConfig
 from anabranch.serving.elasticmoe.cuda_driver import LIBRARY
 from anabranch.serving.http.serve import ServeConfig
 from elastic_backends import NEEDS_GPU, compile_standin
-from elastic_models import save_moe
+from elastic_models import moe_config
 from server_process import SOURCE
 from serving_models import serve_process
 from serving_thread import until
@@ -142,7 +144,8 @@ def test_devices_share_weights_unless_told_otherwise(weights, monkeypatch):
 
 
 def test_cuda_devices_on_a_machine_without_cuda(tmp_path):
-    model = save_moe(tmp_path / "moe")
+    model = tmp_path / "moe"
+    save_model(model, moe_config(vocab_size=257).build(seed=0), ByteTokenizer())
     command = [sys.executable, "-m", "anabranch.cli.main", "serve", str(model), "--port", "0", "--quiet"]
     options = ["--devices", "2", "--set", "engine.device=cuda"]
     environment = {**os.environ, "PYTHONPATH": SOURCE, LIBRARY: str(tmp_path / "none.so")}
