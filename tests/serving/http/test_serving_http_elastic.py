@@ -145,7 +145,7 @@ def test_devices_share_weights_unless_told_otherwise(weights, monkeypatch):
 
 def test_cuda_devices_on_a_machine_without_cuda(tmp_path):
     model = tmp_path / "moe"
-    save_model(model, moe_config(vocab_size=257).build(seed=0), ByteTokenizer())
+    save_model(model, moe_config().replace(vocab_size=257).build(seed=0), ByteTokenizer())
     command = [sys.executable, "-m", "anabranch.cli.main", "serve", str(model), "--port", "0", "--quiet"]
     options = ["--devices", "2", "--set", "engine.device=cuda"]
     environment = {**os.environ, "PYTHONPATH": SOURCE, LIBRARY: str(tmp_path / "none.so")}
