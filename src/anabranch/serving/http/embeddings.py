@@ -66,16 +66,20 @@ class Embeddings:
         if size > info.width:
             raise wrong("dimensions", f"dimensions is {size:,}; this model's vectors have {info.width:,}")
         prompts = await self._read(context, body.get("input"), reader, info)
-        vectors, cached = await self._made(context, prompts, info, str(body.get("cache_salt") or ""))
+        salt, is_packed = str(body.get("cache_salt") or ""), body.get("encoding_format") == "base64"
+        model = body["model"]
+        # Texts that wait for the engine take no room from bodies that others send.
+        del body
+        context.let_go()
+        vectors, cached = await self._made(context, prompts, info, salt)
         tokens = sum(map(len, prompts))
-        is_packed = body.get("encoding_format") == "base64"
         data = [
             {"object": "embedding", "index": at, "embedding": _shown(vector[:size], is_packed)}
             for at, vector in enumerate(vectors)
         ]
         context.facts |= {"prompt_tokens": tokens, "cached_tokens": cached, "n": len(prompts)}
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return context.json({"object": "list", "data": data, "model": body["model"], "usage": usage})
+        return context.json({"object": "list", "data": data, "model": model, "usage": usage})
 
     async def _read(self, context: RequestContext, given: Any, reader: Reader, info: EngineInfo) -> Prompts:
         length = (
