@@ -50,6 +50,7 @@ from _serving import Answer, Server, Work, Worker, agreement, summary
 from _system_info import last_error, llama_instructions, system_info
 from anabranch.serving.config import parse_bytes
 
+WHEN = ("commit", "date", "command")  # of a record, told of each model too
 ROOM = {
     "ours": "1100MiB",
     "ours --memory": "1100MiB",
@@ -81,6 +82,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--logs", type=Path, help="folder for what contestants print")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--add", action="store_true", help="to the record in --json, whose other models are kept")
     parser.add_argument("--quick", action="store_true", help="small models, one round: does it run at all?")
     options = parser.parse_args(given)
     if options.quick:
@@ -123,9 +125,9 @@ def command_of(
     """What is run for a contestant."""
     most, threads = max(options.streams), str(options.threads)
     if name in OURS:
-        how = [] if share >= 1 else ["--expert-budget", str(int(model.shape.expert_bytes * share))]
-        how = ["--memory", str(limit)] if name == "ours --memory" else how
-        sizes = {"max_seqs": most, "name": '"moe"', "kv_memory": f'"{_keys_and_values(model, most)}"'}
+        how = [] if share >= 1 else ["--expert-budget", f"{int(model.shape.expert_bytes * share)}B"]
+        how = ["--memory", f"{limit}B"] if name == "ours --memory" else how
+        sizes = {"max_seqs": most, "name": '"moe"', "kv_memory": f'"{_keys_and_values(model, most)}B"'}
         settings = [word for key, value in sizes.items() for word in ("--set", f"engine.{key}={value}")]
         command = [
             sys.executable,
@@ -321,6 +323,20 @@ def told(turns: dict[float, dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def kept(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and models of the record in ``--json`` that are not measured again.
+
+    Raises SystemExit for a record of another machine or other settings, beside which new figures would mislead.
+    """
+    if not (options.add and options.json and options.json.exists()):
+        return [], {}
+    record = json.loads(options.json.read_text())
+    wanted = {key: value for key, value in json.loads(json.dumps(settings, default=str)).items() if key not in WHEN}
+    if other := [key for key, value in wanted.items() if record.get(key) != value]:
+        raise SystemExit(f"{options.json} has another {', '.join(other)}; leave out --add to write it anew")
+    return record["rows"], record["models"]
+
+
 def main() -> None:
     options = arguments()
     for name, given in (("llama.cpp", options.llama), ("ik_llama.cpp", options.ik)):
@@ -328,7 +344,14 @@ def main() -> None:
             print(f"{name} is left out: no path was given")
     way = best_way()
     print(f"limit: {way.name} ({way.covers})")
-    rows, models = [], {}
+    not_kept = ("llama", "ik", "folder", "logs", "json", "add", "models", "room")
+    settings = {
+        "limit": f"{way.name}: {way.covers}", "room_bytes": options.room,
+        "instructions": {"ours": kernels(), **({"llama.cpp": llama_instructions(options.llama)} if options.llama else {})},
+        **machine(), "threads": options.threads,
+        "options": {key: value for key, value in vars(options).items() if key not in not_kept},
+    }  # fmt: skip
+    rows, models = kept(options, settings)
     with tempfile.TemporaryDirectory() as temporary:
         logs = options.logs or Path(temporary)
         logs.mkdir(parents=True, exist_ok=True)
@@ -336,23 +359,22 @@ def main() -> None:
             model = written(name, options.folder, is_quick=options.quick)
             turns = measured(options, model, way, logs)
             same = check_same(turns, options.streams)
-            rows += table(model.title, turns, options.streams)
+            made = with_bars("serving_moe_memory", table(model.title, turns, options.streams))
+            rows = [row for row in rows if not row["case"].startswith(f"{model.title}, ")] + made
             models[model.title] = {
                 "expert_bytes": model.shape.expert_bytes, "other_bytes": model.other_bytes, "same": same, "turns": told(turns),
+                **{key: settings[key] for key in WHEN},
             }  # fmt: skip
-    result = {
-        "name": "serving_moe_memory", "rows": with_bars("serving_moe_memory", rows), "limit": f"{way.name}: {way.covers}",
-        "room_bytes": options.room, "models": models,
-        "instructions": {"ours": kernels(), **({"llama.cpp": llama_instructions(options.llama)} if options.llama else {})},
-        **machine(), "threads": options.threads,
-        "options": {key: value for key, value in vars(options).items() if key not in ("llama", "ik", "folder", "logs", "json", "room")},
-    }  # fmt: skip
-    for row in result["rows"]:
-        told_bar = f"; bar {row['bar']}: {'met' if row['ratio'] >= row['bar'] else 'MISSED'}" if "bar" in row else ""
-        print(f"{row['case']} / {row['peer_name']}: {row['ratio']}{told_bar}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+            for row in made:
+                told_bar = (
+                    f"; bar {row['bar']}: {'met' if row['ratio'] >= row['bar'] else 'MISSED'}" if "bar" in row else ""
+                )
+                print(f"{row['case']} / {row['peer_name']}: {row['ratio']}{told_bar}")
+            # After each model: a machine does not last as long as all of them may take.
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                record = {"name": "serving_moe_memory", "rows": rows, **settings, "models": models}
+                options.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

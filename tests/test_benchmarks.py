@@ -395,10 +395,23 @@ def test_everyone_has_the_share_of_experts_the_rest_and_its_room(benchmark, tmp_
     def command(name, share):
         return memory.command_of(name, model, share, 12345, 80, options)
 
-    assert command("ours", 0.25)[command("ours", 0.25).index("--expert-budget") + 1] == str(shape.expert_bytes // 4)
+    assert command("ours", 0.25)[command("ours", 0.25).index("--expert-budget") + 1] == f"{shape.expert_bytes // 4}B"
     assert "--expert-budget" not in command("ours", 1.0)
-    assert command("ours --memory", 0.25)[-6:-4] == ["--memory", "12345"]
+    assert command("ours --memory", 0.25)[-6:-4] == ["--memory", "12345B"]
     assert "--no-repack" in command("llama.cpp mmap", 0.25)
     assert "--no-repack" not in command("llama.cpp", 1.0)
     with pytest.raises(SystemExit, match="nobody is none of them"):
         memory.arguments(["--room", "nobody=1MiB"])
+
+
+def test_models_are_added_to_a_record_of_the_same_machine_and_settings(benchmark, tmp_path):
+    memory = benchmark("serving_moe_memory")
+    path = tmp_path / "record.json"
+    options = memory.arguments(["--json", str(path), "--add"])
+    settings = {"cpu": "a", "options": {"shares": (0.25, 1.0)}, "date": "2026-01-02"}
+    assert memory.kept(options, settings) == ([], {})
+    path.write_text(json.dumps({**settings, "date": "2026-01-01", "rows": [{"case": "M"}], "models": {"M": {}}}))
+    assert memory.kept(options, settings) == ([{"case": "M"}], {"M": {}})
+    assert memory.kept(memory.arguments(["--json", str(path)]), settings) == ([], {})
+    with pytest.raises(SystemExit, match="has another cpu"):
+        memory.kept(options, {**settings, "cpu": "b"})
