@@ -5,6 +5,7 @@ import random
 import pytest
 
 from anabranch.errors import ConfigError, InputError
+from anabranch.serving.core.lookup import PromptLookup
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
 from scheduler_runs import PENDING, RandomTier, drive, random_run, to_end
@@ -33,8 +34,6 @@ def drafts(driven):
 
 def guessing(driven, monkeypatch, guess=(3,) * 50):
     """All guesses are these tokens, whatever stood before."""
-    from anabranch.serving.core.lookup import PromptLookup
-
     monkeypatch.setattr(PromptLookup, "guess", lambda self, tokens, length, most: list(guess[:most]))
     return driven
 
@@ -162,6 +161,32 @@ def test_accepted_tokens_are_told_together_and_counted(monkeypatch):
     counters = driven.scheduler.stats().counters
     assert (counters["drafted_tokens"], counters["accepted_draft_tokens"]) == (3, 2)
     assert counters["generation_tokens"] == 4
+
+
+def test_a_text_whose_guesses_are_wrong_is_given_fewer_and_with_right_ones_more_again(monkeypatch):
+    """`PromptLookup` hears what became of each guess: whatever it says, here is the wrong token, and then the right ones."""
+    driven = drive(prompt_lookup=8, num_blocks=100)
+    alone = drive(num_blocks=100)
+    for each in (driven, alone):
+        started(each, looping("a", max_tokens=60))
+    to_end(alone)
+    said, guess, is_right = alone.seen["a"].tokens, PromptLookup.guess, False
+
+    def judged(self, tokens, length, most):
+        count = len(guess(self, tokens, length, most))
+        after = length - 8
+        return said[after : after + count] if is_right else [-5] * count
+
+    monkeypatch.setattr(PromptLookup, "guess", judged)
+    # As if any token stood before, so that how much is guessed depends on nothing but what was learned.
+    monkeypatch.setattr(PromptLookup, "_find", lambda self, tokens, end: 0)
+    counts = []
+    for step in range(8):
+        is_right = step >= 5
+        counts.append(drafts(driven)["a"])
+        driven.finish_step()
+    assert counts == [8, 4, 2, 1, 1, 1, 2, 4]
+    to_end(driven)
 
 
 def test_one_that_is_aborted_or_paused_while_guesses_run(monkeypatch):

@@ -55,6 +55,18 @@ def test_what_lacks_is_a_window_and_not_the_whole_text():
     assert Kind(BlockPool(2, 4), window=6).limit == 8
 
 
+def test_a_request_of_any_length_fits_where_a_window_does_however_many_tokens_a_step_may_take():
+    """A window of 6 lies in at most 3 blocks of 4. With 8 new tokens of a step it takes 4, so in 3 steps are shorter, and none ends it."""
+    assert [Kind(BlockPool(blocks, 4), window=6, num_new=8).limit for blocks in (2, 3, 4)] == [8, None, None]
+    kind = Kind(BlockPool(3, 4), window=6, num_new=8)
+    table: list[int] = []
+    for computed in range(100):
+        kind.trim(table, computed, num_prompt=1)
+        assert kind.can_hold(table) > computed
+        kind.pool.append(table, computed + 1)
+    assert kind.missing(table, 1000) <= kind.pool.num_blocks
+
+
 def naive_match(kinds, keys):
     """Of all lengths the longest one of which all blocks that position ``length`` sees are there."""
     size = kinds[0].pool.block_tokens

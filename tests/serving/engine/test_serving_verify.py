@@ -91,6 +91,14 @@ def test_a_row_behind_a_guess_that_cannot_be_sampled_is_left_to_the_next_step(ca
         verify(Scripted(raises=1), logits(5, 6, 7), [chunk("a", 1, 5, 6, drafts=2)])
 
 
+def test_behind_a_row_that_failed_no_guess_holds():
+    """A failed row has no token; what stands in its place, a 0, is not one that was taken."""
+    sampler = Scripted(error=1)
+    [result] = verify(sampler, logits(0, 6, 7), [chunk("a", 1, 0, 6, drafts=2)])
+    assert (result.token, result.error, result.later) == (0, "broken", ())
+    assert sampler.asked == [["a"]]
+
+
 def test_a_step_without_its_guesses():
     batch = without_drafts(Batch(step=3, chunks=(chunk("a", 1, 5, 6, drafts=2), chunk("b", 2, 3))))
     assert [(each.tokens, each.drafts) for each in batch.chunks] == [((1,), 0), ((2, 3), 0)]
