@@ -3,7 +3,9 @@
 The package has no server and its own loop samples in Python, token by token of the vocabulary; so its library is called here as its server
 does it: prompts in pieces, then one token of every sequence in each step, the largest logit chosen by numpy.
 
-    python _ik_worker.py MODEL.gguf THREADS STREAMS CONTEXT
+    python _ik_worker.py MODEL.gguf THREADS STREAMS CONTEXT [-rtr]
+
+CONTEXT: tokens of all streams; ``-rtr``: weights are repacked as they are loaded, into memory of their own.
 
 A line of JSON with work in (of each stream its requests: prompt, tokens to make), a line with answers out; see `_serving.Worker`.
 """
@@ -13,9 +15,10 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 
-def main(path: str, threads: int, streams: int, context: int) -> None:
+def main(path: str, threads: int, streams: int, context: int, is_repacked: bool) -> None:
     # What the library prints of the model and the processor belongs to the log, not to the answers.
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -29,9 +32,20 @@ def main(path: str, threads: int, streams: int, context: int) -> None:
     system.restype = ctypes.c_char_p
     remove = library.llama_kv_cache_seq_rm
     remove.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
-    model = IkModel(path, use_mmap=True)
-    # Their wrapper takes flash attention off where the processor has no AVX-VNNI, since it fails there.
-    made = IkContext(model, n_ctx=streams * context, n_threads=threads, flash_attn=False, n_seq_max=streams)
+    if is_repacked:
+        # The wrapper passes this on to nobody.
+        usual = api.llama_model_default_params
+
+        def repacking() -> Any:
+            params = usual()
+            params.repack_tensors = True
+            return params
+
+        api.llama_model_default_params = repacking
+    model = IkModel(path, use_mmap=not is_repacked)
+    # Built for a processor that has VNNI it has flash attention too; built for any other the wrapper takes it off, since it fails there.
+    has_vnni = "VNNI = 1" in (system() or b"").decode()
+    made = IkContext(model, n_ctx=context, n_threads=threads, flash_attn=has_vnni, n_seq_max=streams)
     most = min(made._n_ubatch, 512)
 
     def decode(entries: list[tuple[int, int, int, bool]]) -> list[int]:
@@ -101,4 +115,4 @@ def main(path: str, threads: int, streams: int, context: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]))
+    main(sys.argv[1], *map(int, sys.argv[2:5]), "-rtr" in sys.argv[5:])

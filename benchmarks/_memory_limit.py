@@ -7,6 +7,7 @@ process is in), else a scope of systemd, else ``RLIMIT_DATA``, under which pages
 import os
 import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -104,6 +105,16 @@ class Group:
             return int((self.path / self.way.peak).read_text())
         return None
 
+    def held_bytes(self) -> dict[str, int]:
+        """What it holds now, as ``anonymous`` memory and as pages of ``file``s; empty where the system does not say."""
+        if self.path is None:
+            return {}
+        with suppress(OSError, ValueError):
+            fields = dict(line.split() for line in (self.path / "memory.stat").read_text().splitlines())
+            names = (("anonymous", ("anon", "total_rss", "rss")), ("file", ("file", "total_cache", "cache")))
+            return {name: int(next(fields[key] for key in keys if key in fields)) for name, keys in names}
+        return {}
+
     def killed(self) -> int:
         """How many processes the limit has killed, or 0 where the system does not say."""
         if self.path is None:
@@ -157,6 +168,15 @@ def forget_pages(*paths: Path) -> bool:
                 finally:
                     os.close(number)
     return True
+
+
+def resident_bytes(*paths: Path) -> int | None:
+    """Of files, and those of folders, what the page cache holds; None where ``fincore`` (util-linux) is not there."""
+    if shutil.which("fincore") is None:
+        return None
+    files = [str(file) for top in paths for file in (top.rglob("*") if top.is_dir() else [top]) if file.is_file()]
+    command = ["fincore", "--bytes", "--noheadings", "--output", "RES", *files]
+    return sum(map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()))
 
 
 def anonymous_bytes(pid: int) -> int:

@@ -85,7 +85,9 @@ class Server:
     async def _ask(self, prompt: list[int], count: int) -> Answer:
         common = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "stream": True}
         if self.kind == "llama":
-            path, fields = "/completion", {"n_predict": count, "return_tokens": True, "cache_prompt": False}
+            path, fields = "/completion", {
+                "n_predict": count, "return_tokens": True, "cache_prompt": False, "samplers": ["temperature"],
+            }  # fmt: skip
         else:
             path, fields = "/v1/completions", {"model": self.model, "max_tokens": count}
         body = json.dumps({**common, **fields}).encode()

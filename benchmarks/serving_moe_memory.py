@@ -4,23 +4,30 @@ Models (``--models``): ``own``, trained here in some minutes; ``olmoe`` and ``qw
 fewer layers and random weights, whose routes vary by token. Each is written once to ``--folder`` as GGUF in Q4_0 and as a native folder
 of the same blocks, so everyone computes with the same numbers in 4 bits.
 
-Each contestant runs under a real limit: ``--shares`` of the experts' bytes in 4 bits, all other weights, and a room for the program itself
-(``--room``: interpreter, keys and values, buffers), which differs by contestant so that a model cut to few layers is as hard to hold as
-a whole one. The record says by what the limit is made and what it covers; in a control group pages of files count, so that a
-contestant that maps its file has the same bytes as one that reads it.
+Each contestant runs under a real limit: ``--shares`` of the experts' bytes in Q4_0 (at 100% of the bytes in which it holds them, since
+ours keeps a minimum beside each scale, 5.0 bits a number against 4.5), and what it needs beside experts. That is measured before the
+rounds, for each alone and without a limit: anonymous memory of all its processes when it has answered the most streams, without experts,
+with the pages of other weights where it maps them, and `SLACK` more for everybody. So nobody has room for more experts than the share,
+and nobody lacks room for its program, keys and values, buffers. The record says by what the limit is made and what it covers; in a
+control group pages of files count, so that a contestant that maps its file has the same bytes as one that reads it. A share that leaves
+out fewer bytes than four times the slack limits nobody, and is not run.
 
-    ours                anabranch serve NATIVE --expert-budget (at 100%: all experts resident)
+    ours                anabranch serve NATIVE --expert-budget (at 100%: all experts resident), its reads past the page cache
     ours --memory       anabranch serve NATIVE --memory LIMIT: the same limit as the only option (with --planned)
     llama.cpp mmap      llama-server --no-repack: weights as they lie in the mapped file
     llama.cpp           llama-server as it is built, which repacks weights for the processor into memory of its own; at 100% only
-    ik_llama.cpp        the library of ik-llama-cpp-python, weights mapped (`_ik_worker`)
+    ik_llama.cpp        the library of ik-llama-cpp-python (`_ik_worker`), weights mapped; it has no HTTP to pay for
+    ik_llama.cpp -rtr   the same with weights repacked as they are loaded; at 100% only
+
+llama-server keeps no copies of finished prompts (``--cache-ram 0``), has one cache for all streams (``-kvu``: without it a step of streams
+at different lengths is cut up, and each has 4096 tokens) and its threads bound to cores.
 
 In each round every contestant is started alone in a new group, its file dropped from the page cache before, answers one request for each
 stream to warm up and is then measured with 1 and with 16 streams; so nobody else's pages or threads are there. Everyone must answer
 with as many tokens as were asked for; ours under a limit must answer one stream with the tokens of ours with all experts resident. A
-contestant that cannot run under a limit (killed, or out of memory) stands in the record with what happened.
-
-kt-kernel has kernels for experts, and its server (sglang-kt) needs a GPU: there is nothing to serve with on a CPU alone.
+contestant that cannot run under a limit (killed, out of memory, or slower than `TURN_S`) stands in the record with what happened, and
+its rows say in how many rounds. kt-kernel has kernels for experts, and its server (sglang-kt) needs a GPU: there is nothing to serve
+with on a CPU alone.
 
 Bars, of tokens a second: 1.5 times llama.cpp's mmap at 25%, 1.0 times llama.cpp at 100% with one stream, 1.5 times with 16.
 
@@ -44,22 +51,22 @@ from typing import Any
 from _bars import with_bars
 from _gateway import free_port, machine, running
 from _harness import kernels
-from _memory_limit import Group, Way, anonymous_bytes, best_way, forget_pages, limited
+from _memory_limit import Group, Way, anonymous_bytes, best_way, forget_pages, limited, resident_bytes
 from _moe_models import Written, written
 from _serving import Answer, Server, Work, Worker, agreement, summary
 from _system_info import last_error, llama_instructions, system_info
 from anabranch.serving.config import parse_bytes
 
 WHEN = ("commit", "date", "command")  # of a record, told of each model too
-ROOM = {
-    "ours": "1100MiB",
-    "ours --memory": "1100MiB",
-    "llama.cpp mmap": "192MiB",
-    "llama.cpp": "192MiB",
-    "ik_llama.cpp": "192MiB",
-}
-CONTEXT = 256  # tokens of a sequence
+SLACK = 64 << 20  # bytes
+LEAST = 8  # requests of a turn
+TURN_S = 600.0  # seconds that a contestant may take for one
 OURS = ("ours", "ours --memory")
+# Whose weights lie in memory of their own; those of all others are pages of the mapped file.
+REPACKED = ("llama.cpp", "ik_llama.cpp -rtr")
+LLAMA_FLAGS = "-kvu -b 512 -ub 512 --cache-ram 0 --no-cache-idle-slots -Cr 0-1 --cpu-strict 1"
+IK = ("ik_llama.cpp", "ik_llama.cpp -rtr")
+NAMES = (*OURS, "llama.cpp mmap", "llama.cpp", *IK)
 # What a contestant that did not make it through a turn may end with.
 FAILURES = (SystemExit, OSError, ValueError, TimeoutError, AssertionError, IndexError)
 
@@ -71,13 +78,19 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "anabranch-moe", help="of the models"
     )
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="of the experts' bytes")
-    parser.add_argument("--room", nargs="*", default=[], metavar="NAME=SIZE", help=f"of a program; default: {ROOM}")
+    parser.add_argument(
+        "--room", nargs="*", default=[], metavar="NAME=SIZE", help="of a contestant, in place of the measured one"
+    )
     parser.add_argument("--llama", help="path of llama-server; left out without")
     parser.add_argument("--ik", metavar="PYTHON", help="of an environment with ik-llama-cpp-python; left out without")
     parser.add_argument("--planned", action="store_true", help="ours with --memory as a contestant too")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, nargs=2, default=(32, 32), help="of a prompt, and of an answer")
     parser.add_argument("--each", type=int, default=2, help="requests per stream and turn")
+    parser.add_argument("--least", type=int, default=LEAST, help="requests of a turn with few streams")
+    parser.add_argument(
+        "--llama-flags", default=LLAMA_FLAGS, help="more options of llama-server (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--logs", type=Path, help="folder for what contestants print")
@@ -86,21 +99,36 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small models, one round: does it run at all?")
     options = parser.parse_args(given)
     if options.quick:
-        options.rounds, options.each, options.tokens, options.streams = 1, 1, (8, 8), [1, 4]
-    rooms = {**ROOM, **dict(word.split("=", 1) for word in options.room)}
-    if unknown := rooms.keys() - ROOM.keys():
-        raise SystemExit(f"--room knows {', '.join(ROOM)}; {', '.join(sorted(unknown))} is none of them")
+        options.rounds, options.each, options.least, options.tokens, options.streams = 1, 1, 2, (8, 8), [1, 4]
+    rooms = dict(word.split("=", 1) for word in options.room)
+    if unknown := rooms.keys() - set(NAMES):
+        raise SystemExit(f"--room knows {', '.join(NAMES)}; {', '.join(sorted(unknown))} is none of them")
     options.room = {name: parse_bytes(size) for name, size in rooms.items()}
     return options
 
 
-def limit_bytes(model: Written, share: float, room: int) -> int:
-    """What a contestant may take: this share of the experts, all other weights, and its room."""
-    return int(model.shape.expert_bytes * share) + model.other_bytes + room
+def expert_bytes(name: str, model: Written, share: float) -> int:
+    """What a contestant may hold of the experts: a share of the file's bytes, or all in its own form."""
+    if share >= 1 and name in OURS:
+        return model.native_expert_bytes
+    return int(model.shape.expert_bytes * share)
+
+
+def room_bytes(name: str, model: Written, share: float, anonymous: int) -> int:
+    """What a contestant needs beside experts, of the anonymous memory that it took when nothing was limited."""
+    if name in OURS:
+        return anonymous - expert_bytes(name, model, share) + SLACK
+    own = model.shape.expert_bytes if name in REPACKED else 0
+    return max(anonymous - own, 0) + model.other_bytes + SLACK
+
+
+def is_limiting(model: Written, share: float) -> bool:
+    """Whether a share leaves out more than the slack could hold."""
+    return share >= 1 or (1 - share) * model.shape.expert_bytes >= 4 * SLACK
 
 
 def work_of(model: Written, streams: int, each: int, tokens: Sequence[int], seed: str) -> Work:
-    """Prompts of random tokens, the same for everybody and for every share."""
+    """Prompts of random tokens, the same for everybody and for every share; ``each`` for a stream."""
     rng = random.Random(seed)
     prompt, count = tokens
     top = model.shape.vocabulary
@@ -115,7 +143,7 @@ def contestants(options: argparse.Namespace, share: float) -> list[str]:
     if options.llama:
         names += ["llama.cpp mmap", *(["llama.cpp"] if share >= 1 else [])]
     if options.ik:
-        names.append("ik_llama.cpp")
+        names += ["ik_llama.cpp", *(["ik_llama.cpp -rtr"] if share >= 1 else [])]
     return names
 
 
@@ -125,35 +153,45 @@ def command_of(
     """What is run for a contestant."""
     most, threads = max(options.streams), str(options.threads)
     if name in OURS:
-        how = [] if share >= 1 else ["--expert-budget", f"{int(model.shape.expert_bytes * share)}B"]
+        budget = [
+            "--expert-budget", f"{expert_bytes(name, model, share)}B", "--set", "engine.experts.drop_cache=true",
+        ]  # fmt: skip
+        how = [] if share >= 1 else budget
         how = ["--memory", f"{limit}B"] if name == "ours --memory" else how
-        sizes = {"max_seqs": most, "name": '"moe"', "kv_memory": f'"{_keys_and_values(model, most)}B"'}
+        sizes = {"max_seqs": most, "name": '"moe"', "kv_memory": f'"{_keys_and_values(model, options)}B"'}
         settings = [word for key, value in sizes.items() for word in ("--set", f"engine.{key}={value}")]
         command = [
-            sys.executable,
-            "-m",
-            "anabranch.cli.main",
-            "serve",
-            str(model.native),
-            "--port",
-            str(port),
-            "--quiet",
-        ]
+            sys.executable, "-m", "anabranch.cli.main", "serve", str(model.native), "--port", str(port), "--quiet",
+        ]  # fmt: skip
         return [*command, *how, *(settings if name == "ours" else settings[:4])]
-    if name == "ik_llama.cpp":
+    if name in IK:
         worker = Path(__file__).with_name("_ik_worker.py")
-        return [options.ik, str(worker), str(model.gguf), threads, str(most), str(CONTEXT)]
+        context = str(tokens_at_once(options))
+        return [
+            options.ik,
+            str(worker),
+            str(model.gguf),
+            threads,
+            str(most),
+            context,
+            *(["-rtr"] if "-rtr" in name else []),
+        ]
     command = [
-        options.llama, "-m", str(model.gguf), "--port", str(port), "-np", str(most), "-c", str(CONTEXT * most),
-        "-t", threads, "-tb", threads, "--no-webui",
+        options.llama, "-m", str(model.gguf), "--port", str(port), "-np", str(most), "-c", str(tokens_at_once(options)),
+        "-t", threads, "-tb", threads, *options.llama_flags.split(), "--no-webui",
     ]  # fmt: skip
     return [*command, "--no-repack"] if name == "llama.cpp mmap" else command
 
 
-def _keys_and_values(model: Written, most: int) -> int:
-    """Bytes for ``most`` sequences, in the two bytes a number that all use."""
+def tokens_at_once(options: argparse.Namespace) -> int:
+    """Keys and values that the most streams need, and a quarter more."""
+    return max(sum(options.tokens) * max(options.streams) * 5 // 4, 256)
+
+
+def _keys_and_values(model: Written, options: argparse.Namespace) -> int:
+    """Bytes of them, in the two bytes a number that all use."""
     shape = model.shape
-    return max(2 * 2 * shape.layers * shape.kv_heads * shape.head_dim * CONTEXT * most, 1 << 24)
+    return max(2 * 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens_at_once(options), 1 << 24)
 
 
 @contextlib.contextmanager
@@ -162,7 +200,7 @@ def started(
 ) -> Iterator[tuple[Any, int]]:
     """A contestant that answers, and its process's number."""
     threads = {"OMP_NUM_THREADS": str(options.threads)}
-    if name == "ik_llama.cpp":
+    if name in IK:
         worker = Worker(name, group.wrap(command), log, {**threads, "PYTHONPATH": ""})
         try:
             yield worker, worker.process.pid
@@ -178,54 +216,94 @@ def started(
         yield server, process.pid
 
 
+def answers_of(one: Any, work: Work) -> list[Answer]:
+    """What a contestant answers; raises TimeoutError after `TURN_S`, and ends a worker that takes longer."""
+
+    async def run() -> list[Answer]:
+        try:
+            return await asyncio.wait_for(one.run(work), TURN_S)
+        except TimeoutError:
+            if isinstance(one, Worker):
+                one.process.kill()
+            raise TimeoutError(f"no answer in {TURN_S:.0f} s") from None
+
+    return asyncio.run(run())
+
+
+def room_of(name: str, model: Written, share: float, way: Way, options: argparse.Namespace, log: Path) -> int:
+    """`room_bytes` of a contestant, measured without a limit where the options say none."""
+    if name in options.room:
+        return options.room[name]
+    port = free_port()
+    command = command_of("ours" if name in OURS else name, model, share, 0, port, options)
+    with limited(way, None) as group, started(name, command, port, group, log, options) as (one, pid):
+        answers_of(one, work_of(model, max(options.streams), 1, options.tokens, "room"))
+        return room_bytes(name, model, share, anonymous_bytes(pid))
+
+
 def turn(
-    name: str, model: Written, share: float, number: int, way: Way, options: argparse.Namespace, log: Path
+    name: str, model: Written, share: float, number: int, room: int, way: Way, options: argparse.Namespace, log: Path
 ) -> dict[str, Any]:
     """One contestant's turn: what it took and made, by streams; or why it could not."""
-    limit, port = limit_bytes(model, share, options.room[name]), free_port()
+    limit, port = expert_bytes(name, model, share) + room, free_port()
     command = command_of(name, model, share, limit, port, options)
-    dropped = forget_pages(model.native if name in OURS else model.gguf)
-    found: dict[str, Any] = {"limit_bytes": limit, "pages_dropped": dropped, "streams": {}}
+    path = model.native if name in OURS else model.gguf
+    forget_pages(path)
+    found: dict[str, Any] = {"limit_bytes": limit, "pages_before": resident_bytes(path), "streams": {}}
     with limited(way, limit) as group:
         begin = time.perf_counter()
         try:
             with started(name, command, port, group, log, options) as (one, pid):
                 found["ready_s"] = round(time.perf_counter() - begin, 3)
                 warm = work_of(model, max(options.streams), 1, options.tokens, f"warm {number}")
-                summary(asyncio.run(one.run(warm)), warm)
+                summary(answers_of(one, warm), warm)
                 for streams in options.streams:
-                    work = work_of(model, streams, options.each, options.tokens, f"{number} {streams}")
-                    answers = asyncio.run(one.run(work))
+                    each = max(options.each, -(-options.least // streams))
+                    work = work_of(model, streams, each, options.tokens, f"{number} {streams}")
+                    answers = answers_of(one, work)
                     found["streams"][streams] = {**summary(answers, work), "answers": answers}
-                found["anonymous_bytes"] = anonymous_bytes(pid)
+                found["anonymous_bytes"], found["held"] = anonymous_bytes(pid), group.held_bytes()
         except FAILURES as error:
             killed = " (killed by the limit)" if group.killed() else ""
             found["failed"] = f"{error}{killed} {last_error(log)}".strip()
         found["peak_bytes"] = group.peak_bytes()
-    if name == "ik_llama.cpp":
+    if name in IK:
         found["system_info"] = system_info(log.read_text(errors="replace"))
     return found
 
 
 def measured(
     options: argparse.Namespace, model: Written, way: Way, logs: Path
-) -> dict[float, dict[str, list[dict[str, Any]]]]:
-    """{share: {contestant: its turns}}, in another order in each round."""
+) -> tuple[dict[float, dict[str, list[dict[str, Any]]]], dict[str, dict[str, int]]]:
+    """{share: {contestant: its turns}}, in another order in each round, and {share: {contestant: what it needs beside experts}}."""
     order = random.Random(0)
     turns: dict[float, dict[str, list[dict[str, Any]]]] = {
-        share: {name: [] for name in contestants(options, share)} for share in options.shares
+        share: {name: [] for name in contestants(options, share)}
+        for share in options.shares
+        if is_limiting(model, share)
     }
-    for number, share in itertools.product(range(options.rounds), options.shares):
+
+    def log_of(share: float, name: str) -> Path:
+        return logs / f"{model.shape.name}-{share:g}-{name}.log".replace(" ", "-")
+
+    rooms: dict[float, dict[str, int]] = {}
+    for share in turns:
+        for name in turns[share]:
+            # What is mapped takes the same beside experts whatever the share.
+            known = next((room[name] for room in rooms.values() if name in room and name not in OURS), None)
+            room = room_of(name, model, share, way, options, log_of(share, name)) if known is None else known
+            rooms.setdefault(share, {})[name] = room
+            print(f"{model.title}, {share:.0%}, {name}: {room / 2**20:.0f} MiB beside experts", flush=True)
+    for number, share in itertools.product(range(options.rounds), turns):
         names = list(turns[share])
         for name in order.sample(names, len(names)):
-            log = logs / f"{model.shape.name}-{share:g}-{name}.log".replace(" ", "-")
-            done = turn(name, model, share, number, way, options, log)
+            done = turn(name, model, share, number, rooms[share][name], way, options, log_of(share, name))
             turns[share][name].append(done)
             told = done.get("failed") or ", ".join(
                 f"{streams}: {made['tokens_s']:.1f} tokens/s" for streams, made in done["streams"].items()
             )
             print(f"{model.title}, {share:.0%}, round {number + 1}, {name}: {told}", flush=True)
-    return turns
+    return turns, {f"{share:.0%}": room for share, room in rooms.items()}
 
 
 def check_same(turns: dict[float, dict[str, list[dict[str, Any]]]], streams: Sequence[int]) -> dict[str, float]:
@@ -277,6 +355,11 @@ def _row(case: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], co
         if count in one["streams"] and count in other["streams"]
     ]
     row: dict[str, Any] = {"case": case, "unit": "tokens/s", "peer_name": peer}
+    failed_rounds = {
+        side: sum("failed" in turn for turn in turns) for side, turns in (("ours", ours), ("peer", theirs))
+    }
+    if any(failed_rounds.values()):
+        row["failed_rounds"] = failed_rounds
     if not pairs:
         failed = next((f"{side}: {turn['failed']}" for side, turns in (("ours", ours), (peer, theirs)) for turn in turns
                        if "failed" in turn), "no turn")  # fmt: skip
@@ -346,7 +429,7 @@ def main() -> None:
     print(f"limit: {way.name} ({way.covers})")
     not_kept = ("llama", "ik", "folder", "logs", "json", "add", "models", "room")
     settings = {
-        "limit": f"{way.name}: {way.covers}", "room_bytes": options.room,
+        "limit": f"{way.name}: {way.covers}", "slack_bytes": SLACK, "room_bytes": options.room,
         "instructions": {"ours": kernels(), **({"llama.cpp": llama_instructions(options.llama)} if options.llama else {})},
         **machine(), "threads": options.threads,
         "options": {key: value for key, value in vars(options).items() if key not in not_kept},
@@ -357,12 +440,13 @@ def main() -> None:
         logs.mkdir(parents=True, exist_ok=True)
         for name in options.models:
             model = written(name, options.folder, is_quick=options.quick)
-            turns = measured(options, model, way, logs)
+            turns, rooms = measured(options, model, way, logs)
             same = check_same(turns, options.streams)
             made = with_bars("serving_moe_memory", table(model.title, turns, options.streams))
             rows = [row for row in rows if not row["case"].startswith(f"{model.title}, ")] + made
             models[model.title] = {
-                "expert_bytes": model.shape.expert_bytes, "other_bytes": model.other_bytes, "same": same, "turns": told(turns),
+                "expert_bytes": model.shape.expert_bytes, "native_expert_bytes": model.native_expert_bytes,
+                "other_bytes": model.other_bytes, "beside_experts_bytes": rooms, "same": same, "turns": told(turns),
                 **{key: settings[key] for key in WHEN},
             }  # fmt: skip
             for row in made:

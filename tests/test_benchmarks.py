@@ -372,6 +372,7 @@ def test_rows_of_memory_by_hand(benchmark):
         ("M, 100% of experts, 1 stream", "llama.cpp", 0.8, 1.0),
     ]
     assert rows[1]["failed"] == "ik_llama.cpp: killed"
+    assert [row.get("failed_rounds") for row in rows] == [None, {"ours": 0, "peer": 1}, None]
     assert (rows[0]["first_ms_ours"], rows[0]["anonymous_bytes_peer"], rows[0]["peak_bytes_ours"]) == (5.0, 7, None)
     assert memory.check_same(turns, [1]) == {"ours, 25%, 1 streams": 1.0}
     turns[0.25]["ours"][0]["streams"][1]["answers"] = [memory.Answer(0.0, [0.1], "b a")]
@@ -379,29 +380,70 @@ def test_rows_of_memory_by_hand(benchmark):
         memory.check_same(turns, [1])
 
 
-def test_everyone_has_the_share_of_experts_the_rest_and_its_room(benchmark, tmp_path):
+def test_everyone_has_the_share_of_experts_and_what_it_needs_beside(benchmark, tmp_path):
     memory, models = benchmark("serving_moe_memory"), benchmark("_moe_models")
-    path = tmp_path / "model.gguf"
+    path, native = tmp_path / "model.gguf", tmp_path / "native"
     shape = models.SMALL["olmoe"]
     path.write_bytes(bytes(shape.expert_bytes + 1000))
-    model = models.Written(shape, path, tmp_path)
-    assert memory.limit_bytes(model, 0.25, 50) == shape.expert_bytes // 4 + 1000 + 50
+    native.mkdir()
+    header = json.dumps(
+        {
+            "blocks.0.feed_forward.experts.w2.panels": {"data_offsets": [8, 128]},
+            "embedding.weight": {"data_offsets": [128, 256]},
+        }
+    ).encode()
+    (native / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    model = models.Written(shape, path, native)
+    assert model.native_expert_bytes == 120
+    assert memory.expert_bytes("ours", model, 0.25) == memory.expert_bytes("llama.cpp mmap", model, 0.25)
+    assert memory.expert_bytes("llama.cpp mmap", model, 0.25) == shape.expert_bytes // 4
+    assert memory.expert_bytes("ours", model, 1.0) == 120
+    taken = 10 * shape.expert_bytes
+    assert memory.room_bytes("ours", model, 0.25, taken) == taken - shape.expert_bytes // 4 + memory.SLACK
+    assert memory.room_bytes("llama.cpp mmap", model, 0.25, taken) == taken + 1000 + memory.SLACK
+    assert memory.room_bytes("llama.cpp", model, 1.0, taken) == taken - shape.expert_bytes + 1000 + memory.SLACK
+    assert [memory.is_limiting(model, share) for share in (0.25, 1.0)] == [False, True]
+    assert memory.is_limiting(models.Written(models.SHAPES["olmoe"], path, native), 0.5)
     options = memory.arguments(["--llama", "llama-server", "--ik", "python", "--planned", "--room", "ours=1MiB"])
-    assert options.room["ours"] == 1 << 20
+    assert options.room == {"ours": 1 << 20}
     assert options.rounds >= 5
     assert memory.contestants(options, 0.25) == ["ours", "ours --memory", "llama.cpp mmap", "ik_llama.cpp"]
-    assert memory.contestants(options, 1.0) == ["ours", "llama.cpp mmap", "llama.cpp", "ik_llama.cpp"]
+    assert memory.contestants(options, 1.0) == [
+        "ours", "llama.cpp mmap", "llama.cpp", "ik_llama.cpp", "ik_llama.cpp -rtr",
+    ]  # fmt: skip
 
     def command(name, share):
         return memory.command_of(name, model, share, 12345, 80, options)
 
     assert command("ours", 0.25)[command("ours", 0.25).index("--expert-budget") + 1] == f"{shape.expert_bytes // 4}B"
+    assert "engine.experts.drop_cache=true" in command("ours", 0.25)
     assert "--expert-budget" not in command("ours", 1.0)
     assert command("ours --memory", 0.25)[-6:-4] == ["--memory", "12345B"]
     assert "--no-repack" in command("llama.cpp mmap", 0.25)
     assert "--no-repack" not in command("llama.cpp", 1.0)
+    assert command("ik_llama.cpp -rtr", 1.0)[-1] == "-rtr"
+    # 64 tokens of 16 streams, and a quarter.
+    assert command("llama.cpp", 1.0)[command("llama.cpp", 1.0).index("-c") + 1] == "1280"
     with pytest.raises(SystemExit, match="nobody is none of them"):
         memory.arguments(["--room", "nobody=1MiB"])
+
+
+def test_a_contestant_that_does_not_answer_is_ended(benchmark, monkeypatch):
+    memory = benchmark("serving_moe_memory")
+    monkeypatch.setattr(memory, "TURN_S", 0.2)
+
+    class Silent:
+        async def run(self, work):
+            await asyncio.sleep(60)
+
+    with pytest.raises(TimeoutError, match="no answer in 0 s"):
+        memory.answers_of(Silent(), [])
+
+
+def test_pages_of_a_file_that_are_in_memory_are_counted(benchmark, tmp_path):
+    limit = benchmark("_memory_limit")
+    (tmp_path / "a").write_bytes(bytes(1 << 16))
+    assert limit.resident_bytes(tmp_path) in (1 << 16, None)
 
 
 def test_models_are_added_to_a_record_of_the_same_machine_and_settings(benchmark, tmp_path):
