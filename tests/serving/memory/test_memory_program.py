@@ -1,7 +1,11 @@
 """`program_bytes`: what is measured is counted for all processes, rounded up, and kept for the same code and tokenizer."""
 
+import json
 import os
+import re
 import subprocess
+import sys
+from importlib.metadata import requires, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,3 +87,31 @@ def test_helpers_are_those_of_a_whole_sandbox(monkeypatch):
     assert 6 * 5 * MIB < program.helper_bytes() < 6 * 64 * MIB
     assert peak_bytes() == peak_bytes(os.getpid()) > 50 * MIB
     assert peak_bytes(1 << 30) is None
+
+
+LOADED = """
+import json, sys
+from importlib.metadata import packages_distributions
+from anabranch.serving.memory import program
+
+program.load_code()
+known = packages_distributions()
+print(json.dumps(sorted({name for module in list(sys.modules) if "." not in module for name in known.get(module, ())})))
+"""
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_of_the_packages_that_are_loaded():
+    """Those of the program that anabranch itself asks for; helpers load one each, and a GGUF file one."""
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
+    loaded = {name.lower().replace("_", "-") for name in json.loads(done.stdout)}
+    asked = {re.match(r"[\w-]+", line)[0].lower() for line in requires("anabranch")}
+    assert set(program.PACKAGES) == (loaded & asked) | {"jinja2", "llguidance", "gguf"}
+
+
+@pytest.mark.parametrize("package", ["aiohttp", "uvloop", "torch", "llguidance"])
+def test_another_version_of_a_package_is_measured_again(measured, monkeypatch, package):
+    program_bytes("none", processes=2)
+    monkeypatch.setattr(program, "version", lambda name: "another" if name == package else version(name))
+    program_bytes("none", processes=2)
+    assert measured.times == 2

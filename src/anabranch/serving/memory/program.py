@@ -34,6 +34,11 @@ HELPER = 32 << 20
 SCHEMA = (
     '{"type":"object","properties":{"name":{"type":"string"},"number":{"type":"integer"}},"required":["name","number"]}'
 )
+# Of which a program that serves loads something: in both processes, in helpers, and for a tokenizer out of a GGUF file.
+PACKAGES = (
+    "aiohttp", "numpy", "prometheus-client", "pyarrow", "pydantic", "rich", "safetensors", "tokenizers", "torch", "typer", "uvloop",
+    "jinja2", "llguidance", "gguf",
+)  # fmt: skip
 # Variables that change what processes load or how many threads have memory of their own.
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX", "LD_PRELOAD", "PYTHONPATH")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -86,7 +91,7 @@ def _kept(model: str) -> tuple[int, int, int] | None:
 def _place(model: str) -> Path:
     """The file of what is measured: named by all that it depends on."""
     versions = []
-    for package in ("torch", "numpy", "tokenizers", "transformers", "llguidance", "jinja2", "fastapi", "uvicorn"):
+    for package in PACKAGES:
         try:
             versions.append(version(package))
         except PackageNotFoundError:
@@ -157,17 +162,27 @@ def _helpers(work: Work, request: dict) -> int:
         sandbox.close()
 
 
-def main(model: str) -> None:
-    """Load what both processes load, and tell what that took."""
-    # The last two are for command lines.
+def load_code() -> None:
+    """Load what both processes load."""
+    # The first two are for command lines.
     import rich.table  # noqa: F401
-    import torch
     import typer  # noqa: F401
 
     import anabranch.serving.engine.worker
     import anabranch.serving.expertflow
     import anabranch.serving.http.run
     import anabranch.serving.load  # noqa: F401
+
+    # There is none for Windows.
+    with contextlib.suppress(ImportError):
+        import uvloop  # noqa: F401
+
+
+def main(model: str) -> None:
+    """Load what both processes load, and tell what that took."""
+    load_code()
+    import torch
+
     from anabranch.nn.kernels import load
     from anabranch.serving.http.serve import read_tokenizer
     from anabranch.serving.sampling import Sampler
