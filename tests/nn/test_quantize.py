@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from anabranch.errors import ConfigError
@@ -9,7 +11,7 @@ from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import Dense, ExpertPool, MoE, SelfAttention, SwiGLU
 from anabranch.nn.kernels import packed as native
-from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantize
+from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantizable, quantize
 from anabranch.routing import Router, TopK
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
@@ -162,6 +164,16 @@ def test_without_kernels_each_type_of_activations_has_its_form(bits, monkeypatch
         found = model(x.to(dtype))
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@given(st.sampled_from([32, 64, 96, 10**9 // 32 * 32, 2**62]) | st.integers(1, 12).map(lambda part: 32 * part))
+def test_a_group_is_the_widest_that_divides_every_depth(group):
+    with torch.device("meta"):
+        model = nn.ModuleDict({"linear": nn.Linear(96, 16), "pool": ExpertPool(2, 192, 320)})
+    found = quantizable(model, "int4", group=group)
+    for name, depths in (("linear", (96,)), ("pool", (192, 320))):
+        parts = [part for part in range(32, min(group, *depths) + 1, 32) if not any(depth % part for depth in depths)]
+        assert found[name] == ("int4", max(parts))
 
 
 @pytest.mark.parametrize("group", [0, 16, 48])

@@ -8,6 +8,7 @@ plain torch. Neither learns: gradients flow to inputs in torch alone, and weight
 """
 # Shapes: N rows (outputs), K depth (inputs), E experts, C rows of activations, D width, F hidden, R routed rows
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -304,7 +305,9 @@ def _choose(
     if group is None and bits == "int4":
         group = SHARE
     if group is not None:
-        group = next(part for part in range(group, 0, -SHARE) if all(depth % part == 0 for depth in depths))
+        # A group wider than every depth is as wide as what they have in common: it is not counted down to.
+        common = math.gcd(*depths)
+        group = next(part for part in range(min(group, common), 0, -SHARE) if common % part == 0)
     found[name] = bits, group
 
 

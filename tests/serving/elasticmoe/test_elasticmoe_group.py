@@ -318,6 +318,8 @@ def test_refusals(make):
         group.scale(4)
     with pytest.raises(InputError, match="mode is 'jump'"):
         group.scale(2, mode="jump")
+    with pytest.raises(InputError, match="lost has device 7; the group has device"):
+        group.plan(1, lost=(7,))
     with pytest.raises(InputError, match="the prompt has the token 61"):
         group.ledger.submit(Request(id="a", prompt=(61,)), print)
     with pytest.raises(InputError, match="the prompt has 128 tokens"):

@@ -78,6 +78,9 @@ def test_refusals():
             plan_scale(old, devices, expert_bytes=(1,))
     with pytest.raises(InputError, match="which is lost"):
         plan_scale(old, (0, 1), expert_bytes=(1,), lost=(1,))
+    for lost, named in (((7,), "7"), ((0, 2), "2"), ((10**400,), "an integer of about 40. digits"), ((-1,), "-1")):
+        with pytest.raises(InputError, match=rf"^lost has device {named}; the group has devices 0, 1$"):
+            plan_scale(old, (1,), expert_bytes=(1,), lost=lost)
     with pytest.raises(InputError, match="expert_bytes has 2 layers"):
         plan_scale(old, (0, 1), expert_bytes=(1, 1))
 
@@ -89,6 +92,13 @@ def test_too_little_memory_is_refused_with_the_sum():
     assert check_memory(plan, capacity_bytes=415, **sizes) == {0: 415}
     with pytest.raises(CapacityError, match="device 0 would need 415 bytes"):
         check_memory(plan, capacity_bytes=414, **sizes)
+
+
+def test_a_device_that_is_lost_twice_is_lost_once():
+    old = place(4, 1, (0, 1, 2))
+    once, thrice = (plan_scale(old, (1,), expert_bytes=(1,), lost=lost) for lost in ((0, 2), (0, 2, 0, 0)))
+    assert once == thrice
+    assert once.lost == (0, 2)
 
 
 @st.composite

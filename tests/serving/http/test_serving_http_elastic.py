@@ -174,6 +174,10 @@ def test_devices_change_while_it_answers(where, tmp_path):
         before = post(server, "/v1/completions", body)
         report = post(server, "/v1/admin/scale", {"devices": 2}, authorization=f"Bearer {TOKEN}")["result"]
         drained = post(server, "/v1/admin/scale", {"devices": 3, "mode": "drain"}, authorization=f"Bearer {TOKEN}")
+        for unknown in ([7], [0, 10**400]):
+            with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+                post(server, "/v1/admin/scale", {"devices": 2, "lost": unknown}, authorization=f"Bearer {TOKEN}")
+            assert "the group has devices 0, 1, 2" in json.loads(refused.value.read())["error"]["message"]
         lost = post(server, "/v1/admin/scale", {"devices": 2, "lost": [0]}, authorization=f"Bearer {TOKEN}")["result"]
         after = post(server, "/v1/completions", body)
         with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:

@@ -262,6 +262,10 @@ def test_admin_has_a_token_of_its_own():
         ):
             param = [*wrong][1]
             assert running.ask("/v1/admin/scale", wrong, **token)[2]["error"]["param"] == param
+        for lost, said in (([0, True], "lost[1] is True"), (["a"], "lost[0] is 'a'"), ([0, [1]], "lost[1] is a list")):
+            status, _, body = running.ask("/v1/admin/scale", {"devices": 3, "lost": lost}, **token)
+            assert status == 400
+            assert body["error"]["message"] == f"{said}; it must be the number of a device that is gone"
         assert running.ask("/v1/admin/scale", {"devices": 0}, **token)[2]["error"]["param"] == "devices"
         assert running.ask("/v1/admin/cache", **token)[2]["kv_usage_ratio"] == 0.25
         assert running.ask("/v1/admin/nothing", **token)[0] == 404

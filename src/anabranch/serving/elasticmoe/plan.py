@@ -14,6 +14,7 @@ placement moves fewer.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from anabranch.bounds import shown
 from anabranch.errors import CapacityError, InputError
 
 __all__ = ["Copy", "Placement", "ScalePlan", "check_memory", "place", "plan_scale"]
@@ -172,12 +173,15 @@ def plan_scale(
         devices: all devices of the new configuration, in the order of ranks. Kept ones must keep their tensor parallel rank.
         expert_bytes: of one expert of each layer.
         shard_bytes: of the attention and all else that a device holds of the dense part.
-        lost: devices of ``old`` that cannot be read any more; what only they held comes from disk.
+        lost: devices of ``old`` that cannot be read any more, in any order; what only they held comes from disk.
         heat: how often (layer, expert) is used; the coldest of a surplus move. Without it the last ones do.
 
     Raises InputError for a configuration that cannot be.
     """
     _check_devices(devices, old.tp)
+    for device in lost:
+        if device not in old.devices:
+            raise InputError(f"lost has device {shown(device)}; the group has {_names(old.devices)}")
     if set(lost) & set(devices):
         raise InputError(f"devices has {min(set(lost) & set(devices))}, which is lost")
     if len(expert_bytes) != len(old.experts):
@@ -188,7 +192,9 @@ def plan_scale(
             raise InputError(f"device {device} holds part {held} of the attention; it cannot become part {asked}")
     sizes = tuple(sum(len(held) for held in row) for row in old.experts)
     new = _spread(old, tuple(devices), sizes, heat or {})
-    return _plan(old, new, tuple(lost), lambda layer, expert: expert_bytes[layer], shard_bytes)
+    # Each once, however often it was said.
+    gone = tuple(dict.fromkeys(lost))
+    return _plan(old, new, gone, lambda layer, expert: expert_bytes[layer], shard_bytes)
 
 
 def check_memory(

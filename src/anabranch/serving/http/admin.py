@@ -78,8 +78,11 @@ class Admin:
             raise wrong("devices", f"devices is {said(devices)}; it must be an integer from 1 to 1,024")
         if mode not in (None, "migrate", "drain"):
             raise wrong("mode", f"mode is {said(mode)}; it must be 'migrate' or 'drain'")
-        if lost is not None and not (isinstance(lost, list) and all(is_int(device) and device >= 0 for device in lost)):
+        if lost is not None and not isinstance(lost, list):
             raise wrong("lost", f"lost is {said(lost)}; it must be a list of numbers of devices that are gone")
+        for place, device in enumerate(lost or ()):
+            if not is_int(device) or device < 0:
+                raise wrong("lost", f"lost[{place}] is {said(device)}; it must be the number of a device that is gone")
         given = {"devices": devices, "mode": mode, "lost": lost}
         told = {name: value for name, value in given.items() if value is not None}
         return {"result": await self._frontend.engine.control("scale", **told)}
