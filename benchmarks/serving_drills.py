@@ -1,11 +1,11 @@
 """Does a server lose what it has accepted? Signals under load, engines that are killed, and a soak.
 
 sigterm   SIGTERM at a random moment under load: every request sent before it ends whole or with a told error, none is cut; exit code 0
-kill      kill -9 of the engine's process under load: every request ends whole or with a told error, and the server serves again;
-          kill -9 of the server itself: its engine's process ends too
+kill      kill -9 of the engine's process under load: every request under way ends whole or with a told error, and the server serves
+          again; kill -9 of the server itself: its engine's process ends too
 soak      load with cancellations for minutes: no error, and memory that does not grow
 
-A part that is left out (0) keeps what the file given by --json has of it.
+A part that is left out (0) keeps what the file given by --json has of it, also when, by which commit and by which command it was measured.
 
     python benchmarks/serving_drills.py --sigterm 200 --kill 50 --soak 600 --json benchmarks/results/serving_drills.json
 """
@@ -89,8 +89,8 @@ async def kill(server: Server, clients: int, seed: int) -> dict[str, Any]:
     load = asyncio.create_task(_clients(server.url, clients, seed, stop))
     await asyncio.sleep(rng.uniform(0.05, 0.6))
     [engine] = server.children()
-    os.kill(engine, signal.SIGKILL)
     at = time.monotonic()
+    os.kill(engine, signal.SIGKILL)
     async with aiohttp.ClientSession() as session:
         while True:
             answer = await ask(session, server.url, {"model": NAME, "prompt": "x", "max_tokens": 1})
@@ -102,9 +102,22 @@ async def kill(server: Server, clients: int, seed: int) -> dict[str, Any]:
     back_s = time.monotonic() - at
     stop.set()
     results = await load
-    told = Counter(f"{result.outcome} {result.status}" for result in results)
-    lost = sum(result.outcome in ("cut", "reset", "late", "refused") for result in results)
-    return {"back_s": round(back_s, 3), "lost": lost, "told": dict(told)}
+    return {"back_s": round(back_s, 3), **ended(results, at)}
+
+
+def ended(results: list[Result], at: float) -> dict[str, Any]:
+    """What became of the requests that were under way ``at`` the kill: ``accepted`` of them ended whole, were told an error, or were lost.
+
+    ``outcomes`` counts them by outcome and status, ``lost_later`` those sent afterwards that ended neither whole nor with an error.
+    """
+    under_way = [result for result in results if result.sent < at <= result.sent + result.total_s]
+    count = Counter({"whole": "whole", "error": "told"}.get(result.outcome, "lost") for result in under_way)
+    later = sum(result.sent >= at and result.outcome not in ("whole", "error") for result in results)
+    outcomes = Counter(f"{result.outcome} {result.status}" for result in under_way)
+    return {
+        "accepted": len(under_way), "whole": count["whole"], "told": count["told"], "lost": count["lost"], "lost_later": later,
+        "outcomes": dict(outcomes),
+    }  # fmt: skip
 
 
 def orphan(model: str) -> bool:
@@ -172,7 +185,8 @@ def main() -> None:
     parser.add_argument("--model", help="default: a small mixture of experts of random weights")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    report: dict[str, Any] = {"clients": given.clients}
+    where, report = machine(), {"clients": given.clients}
+    measured = {name: where[name] for name in ("device", "commit", "date", "command")}
     if given.json is not None and given.json.exists():
         report = json.loads(given.json.read_text()) | report
     with tempfile.TemporaryDirectory() as folder:
@@ -184,18 +198,18 @@ def main() -> None:
             print(f"sigterm {seed + 1}/{given.sigterm}: {trials[-1]}", flush=True)
         if trials:
             codes = dict(Counter(str(trial["code"]) for trial in trials))
-            report["sigterm"] = _summary(trials, "drained_s") | {"codes": codes}
+            report["sigterm"] = _summary(trials, "drained_s") | {"codes": codes} | measured
         if given.kill:
             server, trials = ours(model, *common, "--set", "http.restarts=100000"), []
             for seed in range(given.kill):
                 trials.append(asyncio.run(kill(server, given.clients, seed)))
                 print(f"kill {seed + 1}/{given.kill}: {trials[-1]}", flush=True)
-            report["kill"] = _summary(trials, "back_s") | {"exit": server.end()}
+            report["kill"] = {**_summary(trials, "back_s"), **deaths(trials), "exit": server.end(), **measured}
             report["orphans"] = sum(orphan(model) for _ in range(min(5, given.kill)))
         if given.soak:
             server = ours(model, *common)
-            report["soak"] = asyncio.run(soak(server, given.soak, given.clients)) | {"exit": server.end()}
-    report |= {"name": "serving_drills", "rows": rows(report), **machine()}
+            report["soak"] = asyncio.run(soak(server, given.soak, given.clients)) | {"exit": server.end()} | measured
+    report |= {"name": "serving_drills", "rows": rows(report), "note": note(report), **where}
     print(json.dumps(report, indent=1))
     if given.json is not None:
         given.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -211,9 +225,7 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(("exit codes other than 0", sum(count for code, count in term["codes"].items() if code != "0")))
         found.append(("longest drain, s", term["largest_drained_s"]))
     if kill := report.get("kill"):
-        found.append(
-            (f"requests that ended neither whole nor with an error, {kill['trials']} times kill -9", kill["lost"])
-        )
+        found += [(f"requests {what}, {_kills(kill)}", value) for what, value in _fates(kill)]
         found.append(("longest until it serves again, s", kill["largest_back_s"]))
         found.append(("engines that outlived their server", report["orphans"]))
     if soak := report.get("soak"):
@@ -227,11 +239,41 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"case": case, "ours": value} for case, value in found]
 
 
+def _kills(kill: dict[str, Any]) -> str:
+    """The denominator; a record of before has none."""
+    times = f"{kill['trials']} times kill -9"
+    return f"of {kill['accepted']:,} under way in {times}" if kill.get("accepted") else times
+
+
+def _fates(kill: dict[str, Any]) -> list[tuple[str, int]]:
+    found = [("that ended neither whole nor with an error", kill["lost"] + kill.get("lost_later", 0))]
+    return [("told an error", kill["told"]), *found] if "told" in kill else found
+
+
+def note(report: dict[str, Any]) -> str:
+    """When and by which commit each part was measured: a record may have parts of several runs."""
+    said = []
+    for name in ("sigterm", "kill", "soak"):
+        if part := report.get(name):
+            known = f"{part['date']}, at commit {part['commit']}" if "commit" in part else "date and commit not kept"
+            said.append(f"{name}: {known}")
+    return f"Parts of the record: {'; '.join(said)}."
+
+
+def deaths(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all kills: how many requests under way ended whole and were told an error, and how many were lost later."""
+    outcomes: Counter[str] = Counter()
+    for trial in trials:
+        outcomes.update(trial["outcomes"])
+    sums = {name: sum(trial[name] for trial in trials) for name in ("whole", "told", "lost_later")}
+    return {**sums, "outcomes": dict(outcomes)}
+
+
 def _summary(trials: list[dict[str, Any]], time_name: str) -> dict[str, Any]:
     times = sorted(trial[time_name] for trial in trials)
     return {
         "trials": len(trials), "lost": sum(trial["lost"] for trial in trials),
-        "accepted": sum(trial.get("accepted", 0) for trial in trials),
+        "accepted": sum(trial["accepted"] for trial in trials),
         f"median_{time_name}": times[len(times) // 2], f"largest_{time_name}": times[-1],
     }  # fmt: skip
 
