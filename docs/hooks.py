@@ -11,6 +11,7 @@ import json
 import os
 import re
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def study_table(recorded: dict[str, Any]) -> str:
         "95% interval": "interval",
         "Verdict": "verdict",
     }
-    seeds = ", ".join(map(str, recorded["seeds"]))
+    seeds = _seeds_told(recorded)
     versions = ", ".join(f"{name} {version}" for name, version in recorded["versions"].items())
     again = f"Repeat it with `anabranch study {recorded['name']} --full`."
     rows = [
@@ -186,6 +187,29 @@ def arms_not_run(recorded: dict[str, Any]) -> list[str]:
     """Arms that were planned and of which no run counts."""
     ran = {arm for group in recorded["runs"] for arm in group["runs"]}
     return [arm for arm in recorded["config"]["arms"] if arm not in ran]
+
+
+def _seeds_told(recorded: dict[str, Any]) -> str:
+    """The seeds of a study, and of arms that ran with fewer of them, theirs."""
+    ran: dict[str, set[int]] = {}
+    for group in recorded["runs"]:
+        for arm, seeds in group["runs"].items():
+            ran.setdefault(arm, set()).update(seeds)
+    fewer: dict[str, list[str]] = {}
+    for arm, seeds in ran.items():
+        if seeds < set(recorded["seeds"]):
+            fewer.setdefault(_numbers(seeds), []).append(arm)
+    return "; ".join(
+        [_numbers(recorded["seeds"]), *(f"{', '.join(arms)}: {seeds} only" for seeds, arms in fewer.items())]
+    )
+
+
+def _numbers(numbers: Collection[int]) -> str:
+    """Each of a few, or from where to where they go."""
+    found = sorted(numbers)
+    if len(found) > 4 and found == list(range(found[0], found[-1] + 1)):
+        return f"{found[0]} to {found[-1]}"
+    return ", ".join(map(str, found))
 
 
 def _marked(value: Any, mark: str) -> Any:

@@ -313,7 +313,7 @@ def test_study_table_by_hand():
     }
     beside = {
         "config": {"arms": {"a": "", "b": "", "c": ""}},
-        "runs": [{"runs": {"a": [0]}}],
+        "runs": [{"runs": {"a": [0, 1]}}],
         "versions": {"torch": "2.13"},
     }
     recorded = {"name": "demo", "seeds": [0, 1], "claims": [claim], **beside}
@@ -324,6 +324,15 @@ def test_study_table_by_hand():
         "\nArms that have not run: b, c.\n"
         "\nSeeds 0, 1. torch 2.13. Repeat it with `anabranch study demo --full`.\n"
     )
+    # Arms of fewer seeds say so; runs of other versions are a group of their own.
+    groups = [{"runs": {"a": [0], "b": [1], "c": [0]}}, {"runs": {"a": [1]}}]
+    assert "\nSeeds 0, 1; b: 1 only; c: 0 only. torch 2.13." in hooks.study_table({**recorded, "runs": groups})
+    many = {
+        **recorded,
+        "seeds": list(range(10)),
+        "runs": [{"runs": {"a": [*range(10)], "b": [*range(5)], "c": [0, 2, 3, 4, 5]}}],
+    }
+    assert "\nSeeds 0 to 9; b: 0 to 4 only; c: 0, 2, 3, 4, 5 only. torch 2.13." in hooks.study_table(many)
     # What the page says of intervals is said of the verdicts that do not keep to it, and a margin is no difference.
     other = claim | {"interval": [-0.02, 0.01], "margin": "limit - ours"}
     shown = hooks.study_table({**recorded, "claims": [other]})

@@ -186,6 +186,38 @@ def test_a_server_that_cannot_load_says_so_before_it_says_that_it_loads(
     assert message in err
 
 
+@pytest.mark.slow
+def test_serve_says_that_experts_of_a_gguf_file_would_stay_in_their_blocks(tmp_path, capsys):
+    pytest.importorskip("gguf")
+    from tokenizers import pre_tokenizers
+
+    from gguf_files import bpe
+    from gguf_made import theirs, write
+
+    model, reference = theirs("qwen3moe"), bpe(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
+    model.resize_token_embeddings(reference.get_vocab_size())
+    tokens = reference.get_vocab()
+
+    def extra(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(sorted(tokens, key=tokens.__getitem__))
+        writer.add_token_merges([" ".join(pair) for pair in json.loads(reference.to_str())["model"]["merges"]])
+
+    path = write(tmp_path / "m.gguf", model, "qwen3moe", extra=extra)
+    advice = "--quantize int4 keeps the file's own blocks"
+    budget = ("--expert-budget", "90KB")
+    for more, is_said in (
+        (budget, True),
+        ((*budget, "--quiet"), False),
+        ((*budget, "--quantize", "int4"), False),
+        ((), False),
+    ):
+        assert main(["serve", str(path), "--check", *more]) == 0, capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert sum(advice in line for line in err.splitlines()) == is_said, err
+
+
 MAKERS = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.7}
 
 

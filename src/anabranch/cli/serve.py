@@ -14,6 +14,7 @@ from anabranch.cli.output import binary_size, fact, print_json, say
 from anabranch.extras import require
 
 if TYPE_CHECKING:
+    from anabranch.serving.config import ServingConfig
     from anabranch.serving.http.serve import ServeConfig
 
 
@@ -120,11 +121,13 @@ def serve(
     config = config_of(only_file(config_files), {**settings, **read_assignments(assignments)})
     # Before anybody is told that it loads.
     config.check_model()
+    planned = _planned(config, is_shown=not quiet)
+    if not quiet and (advice := advice_of(planned.engine)) is not None:
+        fact("experts", advice, to=sys.stderr)
     if check:
-        _planned(config, is_shown=not quiet)
         say(f"the config is right: {config.engine.model} at {config.http.host}, port {config.http.port}")
         return
-    config = _planned(config, is_shown=not quiet)
+    config = planned
 
     def bound(url: str) -> None:
         if not as_json and not quiet:
@@ -152,6 +155,18 @@ def serve(
         say(_ENDS.get(code, "stopped"))
     if code:
         raise typer.Exit(code)
+
+
+def advice_of(engine: ServingConfig) -> str | None:
+    """What is better than experts of a GGUF file that have a budget and no bits; None for other settings."""
+    from anabranch.lm.checkpoint import find_model
+
+    if engine.expert_budget is None or engine.quantize != "none" or find_model(engine.model).suffix != ".gguf":
+        return None
+    return (
+        "of a GGUF file are in the type that is served, all of them in main memory beside the budget; "
+        "--quantize int4 keeps the file's own blocks"
+    )
 
 
 def told_of(experts: dict[str, Any]) -> str:
