@@ -1,8 +1,10 @@
 """Vectors of texts through a server and the official client, compared with the model run plainly; and beside streams."""
 
+import asyncio
 import base64
 import functools
 import json
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,10 +15,12 @@ import torch
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError, InputError
 from anabranch.serving.config import ServingConfig
-from anabranch.serving.core.admission import AdmissionConfig
-from anabranch.serving.core.request import Request, Sampling
+from anabranch.serving.core.admission import Admission, AdmissionConfig
+from anabranch.serving.core.request import Finish, Output, Request, Sampling
 from anabranch.serving.engine.engine import Engine, pooling_of
 from anabranch.serving.engine.local import LocalEngine
+from anabranch.serving.http.context import LONG_CHARACTERS
+from anabranch.serving.http.embeddings import AT_ONCE, Vectors, read_inputs
 from anabranch.web.api_error import ApiError
 from serving_models import serve_process, small_moe
 from serving_thread import serving, streamed, until
@@ -291,6 +295,83 @@ def test_a_vector_that_is_none_is_an_error_of_its_request(model):
         status, _, body = running.ask("/v1/embeddings", {"model": "small", "input": "ax"})
         assert (status, body["error"]["code"]) == (500, "request_failed")
         assert running.ask("/v1/embeddings", {"model": "small", "input": "a"})[0] == 200
+
+
+def test_what_one_key_has_asked_no_other_is_told(model):
+    """By how many tokens were there, nor by the time that they save."""
+    with serving(engine_of(model), api_keys=("a=aa", "b=bb")) as running:
+        body, cached = {"model": "small", "input": "x" * 100}, []
+        for secret in ("aa", "aa", "bb", "bb"):
+            assert running.ask("/v1/embeddings", body, authorization=f"Bearer {secret}")[0] == 200
+            cached.append(running.metrics()["cached_prompt_tokens_total"])
+    assert np.diff([0, *cached]).tolist() == [0, 96, 0, 96]
+
+
+def test_texts_are_sent_to_the_engine_so_that_none_is_given_up_for_a_slow_reader(server):
+    engine, sent = server.frontend.engine, []
+    submit = engine.submit
+    engine.submit = lambda request: (sent.append(request), submit(request))[1]
+    try:
+        assert server.ask("/v1/embeddings", {"model": "small", "input": ["a", "b"]})[0] == 200
+    finally:
+        del engine.submit
+    assert [request.stall_s for request in sent] == [math.inf] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "is_long"),
+    [
+        ("x" * LONG_CHARACTERS, False), ("x" * (LONG_CHARACTERS + 1), True), (["x" * 15_000] * 2, True), ([[1] * 15_000] * 2, True),
+        (["hello"] * 100, False),
+    ],
+)  # fmt: skip
+def test_long_texts_are_read_beside_the_loop(server, given, is_long):
+    frontend, called = server.frontend, []
+    apart = frontend.apart
+
+    def spy(key, function, *args, **kwargs):
+        called.append(function)
+        return apart(key, function, *args, **kwargs)
+
+    frontend.apart = spy
+    try:
+        # Longer than this model reads, most of them.
+        assert server.ask("/v1/embeddings", {"model": "small", "input": given})[0] in (200, 400)
+    finally:
+        del frontend.apart
+    assert (read_inputs in called) == is_long
+
+
+def most_at_once(limits, count=40):
+    """How many of ``count`` texts an engine has at the most, and those of a key are let in at the most."""
+    admission, running, peak = Admission(limits), 0, 0
+
+    async def submit(request):
+        nonlocal running, peak
+        running += 1
+        peak = max(peak, running, admission.in_flight)
+        await asyncio.sleep(0)
+        running -= 1
+        yield Output(id=request.id, finish=Finish.STOP, embedding=(1.0,))
+
+    async def run():
+        sampling = Sampling(max_tokens=0)
+        requests = [Request(id=f"{at}", prompt=(1,), sampling=sampling, pooling="last") for at in range(count)]
+        return await Vectors(requests, admission, admission.admit(1)).run(submit)
+
+    assert asyncio.run(run()) == [(1.0,)] * count
+    assert admission.in_flight == 0
+    return peak
+
+
+def test_an_engine_has_so_many_texts_of_a_request_at_a_time():
+    assert most_at_once(AdmissionConfig(max_in_flight=None, max_queued=None, max_queued_tokens=None)) == AT_ONCE
+
+
+@pytest.mark.parametrize("name", ["max_in_flight", "max_queued", "max_queued_tokens"])
+def test_texts_in_no_hurry_leave_a_part_of_each_limit_to_others(name):
+    for limit, share, most in ((2, 0.5, 1), (10, 0.5, 5), (10, 0.3, 3)):
+        assert most_at_once(AdmissionConfig(**{name: limit}, key_share=share), count=12) == most
 
 
 def test_a_folder_says_how(tmp_path):
