@@ -14,6 +14,7 @@ class ApiError(AnabranchError):
         code: short and stable, for programs.
         type: OpenAI's family of errors.
         param: the field that is wrong, if one is.
+        what: is wrong with it, where the sentence is the field and this; None for any other sentence.
         headers: of the response (``Retry-After``).
     """
 
@@ -29,6 +30,7 @@ class ApiError(AnabranchError):
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+        self.what: str | None = None
         self.type = type or _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
         self.headers = dict(headers or {})
 
@@ -49,3 +51,10 @@ _TYPES = {
 def wrong(param: str, message: str, code: str | None = "invalid_value") -> ApiError:
     """A field of the request has a value it may not have (400)."""
     return ApiError(400, code, message, param=param)
+
+
+def wrong_field(param: str, what: str, code: str | None = "invalid_value") -> ApiError:
+    """As `wrong`, of a sentence that is the field and what is wrong with it, so another API can tell it by its own name of the field."""
+    error = wrong(param, f"{param} {what}", code)
+    error.what = what
+    return error

@@ -107,7 +107,7 @@ def test_a_models_own_calls_are_read_back_from_its_prompt():
         (["x"], r"messages\[0\] is 'x'"),
         ([{"role": "robot", "content": ""}], r"messages\[0\].role is 'robot'"),
         ([{"role": "user"}], r"messages\[0\].content is missing"),
-        ([*ASK, {"role": "user", "content": [{"type": "image_url"}]}], r"messages\[2\].content\[0\] is of type 'image_url'"),
+        ([*ASK, {"role": "user", "content": [{"type": "image_url"}]}], r"messages\[2\].content\[0\].type is 'image_url'"),
         ([{"role": "user", "content": "", "tool_calls": [{}]}], r"messages\[0\].tool_calls belongs to"),
         ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], r"tool_calls\[0\] must be an object with id, type and a function"),
         (
@@ -179,7 +179,7 @@ def test_templates_that_refuse_are_an_error_of_the_input(template, message):
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
-        ([{"type": "retrieval"}], r"tools\[0\] is of type 'retrieval'; only functions"),
+        ([{"type": "retrieval"}], r"tools\[0\].type is 'retrieval'; only functions"),
         ([{"type": "function"}], r"tools\[0\].function.name is None"),
         ([{"type": "function", "function": {"name": "no blanks"}}], r"tools\[0\].function.name is 'no blanks'"),
         ([ADD, ADD], "tools has two functions of the name 'add'"),

@@ -335,8 +335,8 @@ def test_what_a_demanded_call_says_is_parsed():
     [
         ([], "required", "tool_choice", "no tools"),
         (TOOLS, "any", "tool_choice", "tool_choice is 'any'"),
-        (TOOLS, {"type": "function"}, "tool_choice", "tool_choice as an object is"),
-        (TOOLS, {"type": "function", "function": {"name": "rm"}}, "tool_choice.function.name", "tool_choice names 'rm'"),
+        (TOOLS, {"type": "function"}, "tool_choice", "tool_choice must be"),
+        (TOOLS, {"type": "function", "function": {"name": "rm"}}, "tool_choice.function.name", "tool_choice.function.name is 'rm'"),
         ([*TOOLS, TOOLS[1]], "auto", "tools", "two functions of the name 'now'"),
         ([5], "none", "tools[0].type", "only functions can be offered"),
         ([TOOLS[0], {"type": "function", "function": {"name": "a\n"}}], None, "tools[1].function.name", "1 to 64 letters"),

@@ -132,11 +132,17 @@ def test_values_of_unsupported_fields_that_ask_for_nothing_pass(server):
         (lambda server: server.complete(prompt="x" * 64), "prompt"),
         (lambda server: server.complete(prompt="x" * 60, max_tokens=5), "max_tokens"),
         (lambda server: server.chat(messages=user("x" * 64)), "messages"),
+        (lambda server: server.chat(max_tokens=60), "max_tokens"),
+        (lambda server: server.chat(max_completion_tokens=60), "max_completion_tokens"),
+        # The newer name counts.
+        (lambda server: server.chat(max_tokens=1, max_completion_tokens=60), "max_completion_tokens"),
     ],
 )
 def test_too_long_for_the_model(server, ask, param):
     status, _, body = ask(server)
     assert (status, body["error"]["code"], body["error"]["param"]) == (400, "context_length_exceeded", param)
+    if "max" in param:
+        assert body["error"]["message"].startswith(f"{param} is ")
 
 
 def test_unknown_fields_are_told_or_refused(server):

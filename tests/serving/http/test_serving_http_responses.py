@@ -1,13 +1,20 @@
 """OpenAI's Responses API through a server and the official client: text, tools and reasoning, whole and as events in their order."""
 
 import json
+import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.data import ByteTokenizer
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
+from anabranch.serving.http.reading import Reader
+from anabranch.serving.http.responses import read_response
+from anabranch.web.api_error import ApiError
 from fake_engine import Script
 from reasoning_models import QWEN3, Speaking
 from serving_models import serve_process, small_moe
@@ -187,10 +194,12 @@ def test_reasoning_is_an_item_of_its_own():
         ({"reasoning": {"effort": "low"}}, "reasoning.effort"), ({"reasoning": 5}, "reasoning"), ({"truncation": "auto"}, "truncation"),
         ({"max_output_tokens": 0}, "max_output_tokens"), ({"max_output_tokens": "x"}, "max_output_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"max_output_tokens": 10**6}, "max_tokens"), ({"n": 2}, "n"), ({"tool_choice": "required"}, "tool_choice"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens"), ({"n": 2}, "n"), ({"tool_choice": "required"}, "tool_choice"),
         ({"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, "input[0].name"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": [5]}]}, "input[0].arguments"),
         ({"input": [{"type": "reasoning", "content": 5}]}, "input"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format"), ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice.name"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_by_its_name(said, fields, param):
@@ -237,6 +246,11 @@ def test_forms_and_calls_are_demanded_of_a_real_engine():
     with serving(lambda: LocalEngine(lambda: Engine.of(model, config, tokenizer=ByteTokenizer()))) as running:
         with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
             check_demands(client, "small")
+        # What only the engine finds.
+        bad = {"format": {"type": "json_schema", "name": "f", "schema": {"type": "messages"}}}
+        status, _, body = running.ask("/v1/responses", {"model": "small", "input": "hello", "text": bad})
+        assert (status, body["error"]["param"]) == (400, "text.format")
+        assert body["error"]["message"].endswith("Invalid type: messages")
 
 
 @pytest.mark.slow
@@ -266,3 +280,83 @@ def test_errors_speak_of_what_this_api_has(fields):
     assert status == 400
     for word in ("messages", "tool_calls", "tool_call_id", "function.", '{"name"', "reasoning_effort"):
         assert word not in body["error"]["message"] + body["error"]["param"], body
+
+
+# Names that fields of chat have, as a client may well call its own things, and what looks like their paths.
+OWN = st.lists(
+    st.sampled_from(
+        ["messages", "messages[0]", ".content", "[1]", "tool_choice.function", "tools[0].function", "max_completion_tokens", "max_tokens",
+         "response_format", "reasoning_effort", "input", "!", " ", "arguments"]
+    ), min_size=1, max_size=3,
+).map("".join)  # fmt: skip
+INFO = EngineInfo(
+    model="fake",
+    vocab_size=257,
+    max_positions=4096,
+    block_tokens=16,
+    num_blocks=100,
+    stop_tokens=(256,),
+    routed_layers={},
+)
+
+
+def function(name, **more):
+    return {"type": "function", "name": name, **more}
+
+
+# What is wrong with a request, by a text of the client's, and where the error shows it.
+WRONG = {
+    "two of a name": lambda own: {"tools": [function(own)] * 2},
+    "a name that is none": lambda own: {"tools": [function(f"{own}?")]},
+    "a choice that is none": lambda own: {"tools": [function("f")], "tool_choice": function(own)},
+    "a choice as text": lambda own: {"tools": [function("f")], "tool_choice": own},
+    "a choice of nothing": lambda own: {"tool_choice": own},
+    "a kind of tool": lambda own: {"tools": [{"type": own}]},
+    "parameters": lambda own: {"tools": [function("f", parameters=[own])]},
+    "a role": lambda own: {"input": [{"role": own, "content": "x"}]},
+    "a kind of item": lambda own: {"input": [{"type": own}]},
+    "a kind of part": lambda own: {"input": [{"role": "user", "content": [{"type": own}]}]},
+    "a form": lambda own: {"text": {"format": {"type": own}}},
+    "an effort": lambda own: {"reasoning": {"effort": own}},
+    "content": lambda own: {"input": [{"role": "user", "content": {own: 1}}]},
+    "metadata": lambda own: {"metadata": own},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@given(own=OWN)
+@settings(max_examples=25, deadline=None)
+def test_an_error_leaves_what_a_client_wrote_as_it_is(wrong, own):
+    """It says the same of a text of the same form that means nothing."""
+
+    def told(text):
+        with pytest.raises(ApiError) as raised:
+            read_response({"model": "fake", "input": "hello", **WRONG[wrong](text)}, Reader(ByteTokenizer()), INFO, 8)
+        return raised.value.param, str(raised.value)
+
+    other = re.sub("[a-z]", "q", own)
+    param, message = told(other)
+    # Where it is long, its beginning is shown.
+    for length in (len(own), 60, 40):
+        message = message.replace(other[:length], own[:length])
+    assert told(own) == (param, message)
+
+
+def test_errors_name_a_field_as_this_api_does():
+    def told(**fields):
+        with pytest.raises(ApiError) as raised:
+            read_response({"model": "fake", "input": "hello", **fields}, Reader(ByteTokenizer()), INFO, 8)
+        return raised.value.param, str(raised.value)
+
+    twice = "tools has two functions of the name 'messages'; names must differ"
+    assert told(tools=[function("messages")] * 2) == ("tools", twice)
+    name = "tools[1].name is 'response_format!'; it must be 1 to 64 letters, digits, _, - or ."
+    assert told(tools=[function("f"), function("response_format!")]) == ("tools[1].name", name)
+    choice = "tool_choice.name is 'messages', which is none of tools"
+    assert told(tools=[function("f")], tool_choice=function("messages")) == ("tool_choice.name", choice)
+    missing = "content of an item of input is missing; a message of role user needs one"
+    assert told(input=[{"role": "user", "content": None}]) == ("input", missing)
+    most = "max_output_tokens is 1,000,000, but the model reads 4,096 tokens, and the prompt has 22"
+    assert told(max_output_tokens=10**6) == ("max_output_tokens", most)
+    form = "text.format.type is 'xml'; it must be text, json_object or json_schema"
+    assert told(text={"format": {"type": "xml"}}) == ("text.format.type", form)

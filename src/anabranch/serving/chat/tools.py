@@ -72,11 +72,11 @@ def read_tools(tools: Sequence[Any] | None, choice: Any = None, *, is_parallel: 
     names = [tool["function"]["name"] for tool in offered]
     twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
     if twice is not None:
-        raise FieldError("tools", f"tools has two functions of the name {twice!r}; names must differ")
+        raise FieldError("tools", f"has two functions of the name {twice!r}; names must differ")
     if choice is None or choice in ("none", "auto"):
         return Tools(offered, choice or "auto", "", is_parallel)
     if not offered:
-        raise FieldError("tool_choice", f"tool_choice is {shown(choice)}, but there are no tools")
+        raise FieldError("tool_choice", f"is {shown(choice)}, but there are no tools")
     if choice == "required":
         return Tools(offered, "required", "", is_parallel)
     return Tools(offered, "named", _named(choice, names), is_parallel)
@@ -84,31 +84,30 @@ def read_tools(tools: Sequence[Any] | None, choice: Any = None, *, is_parallel: 
 
 def _named(choice: Any, names: Sequence[str]) -> str:
     if not isinstance(choice, Mapping):
-        what = f'tool_choice is {shown(choice)}; it must be "none", "auto", "required" or an object'
+        what = f'is {shown(choice)}; it must be "none", "auto", "required" or an object'
         raise FieldError("tool_choice", what)
     function = choice.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
     if choice.get("type") != "function" or not isinstance(name, str):
-        what = 'tool_choice as an object is {"type": "function", "function": {"name": ...}}'
+        what = 'must be {"type": "function", "function": {"name": ...}}, as an object'
         raise FieldError("tool_choice", what)
     if name not in names:
-        raise FieldError("tool_choice.function.name", f"tool_choice names {name[:60]!r}, which is none of tools")
+        raise FieldError("tool_choice.function.name", f"is {name[:60]!r}, which is none of tools")
     return name
 
 
 def _tool(tool: Any, where: str) -> Mapping[str, Any]:
     kind = tool.get("type") if isinstance(tool, Mapping) else None
     if kind != "function":
-        what = f"{where} is of type {shown(kind)}; only functions can be offered"
-        raise FieldError(f"{where}.type", what, is_unsupported=True)
+        raise FieldError(f"{where}.type", f"is {shown(kind)}; only functions can be offered", is_unsupported=True)
     function = tool.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        what = f"{where}.function.name is {shown(name)}; it must be 1 to 64 letters, digits, _, - or ."
+        what = f"is {shown(name)}; it must be 1 to 64 letters, digits, _, - or ."
         raise FieldError(f"{where}.function.name", what)
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
-        what = f"{where}.function.parameters is {shown(parameters)}; it must be a JSON schema, which is an object"
+        what = f"is {shown(parameters)}; it must be a JSON schema, which is an object"
         raise FieldError(f"{where}.function.parameters", what)
     return tool
 

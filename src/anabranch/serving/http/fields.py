@@ -3,17 +3,20 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from anabranch.serving.chat import FieldError
 from anabranch.serving.grammar.forms import depth_of
-from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.api_error import ApiError, wrong, wrong_field
 from anabranch.web.body import is_int, said
 
 Check = tuple[Callable[[Any], bool], str]
 MOST_STOPS, MOST_STOP_LENGTH, MOST_LOGPROBS = 4, 1000, 20
 INT64 = 2**63
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
+# Of the path of a field.
+_PART, _INDEX = re.compile(r"\[\d+\]|[.]?[^.\[]+"), re.compile(r"\[\d+\]")
 
 
 def integer(low: int, high: int) -> Check:
@@ -164,11 +167,7 @@ def check(body: Mapping[str, Any], kind: str) -> list[str]:
             expect(name, value, known[name])
         elif name in refused:
             if not refused[name](value):
-                raise wrong(
-                    name,
-                    f"{name} is {said(value)}, which this server does not do; leave it out",
-                    "unsupported_parameter",
-                )
+                raise unsupported_field(name, f"is {said(value)}, which this server does not do; leave it out")
         else:
             unknown.append(name)
     return unknown
@@ -177,7 +176,7 @@ def check(body: Mapping[str, Any], kind: str) -> list[str]:
 def expect(name: str, value: Any, wanted: Check) -> None:
     """Raises ApiError (400) unless the value is right."""
     if not wanted[0](value):
-        raise wrong(name, f"{name} is {said(value)}; it must be {wanted[1]}")
+        raise wrong_field(name, f"is {said(value)}; it must be {wanted[1]}")
 
 
 def only(value: Mapping[str, Any], name: str, allowed: Mapping[str, Check]) -> None:
@@ -194,6 +193,46 @@ def unsupported(param: str, message: str) -> ApiError:
     return wrong(param, message, "unsupported_parameter")
 
 
+def unsupported_field(param: str, what: str) -> ApiError:
+    """As `unsupported`, see `wrong_field`."""
+    return wrong_field(param, what, "unsupported_parameter")
+
+
 def of_field(error: FieldError) -> ApiError:
     """400: what was found wrong in messages or tools."""
-    return unsupported(error.param, str(error)) if error.is_unsupported else wrong(error.param, str(error))
+    return (unsupported_field if error.is_unsupported else wrong_field)(error.param, error.what)
+
+
+@dataclass(frozen=True, slots=True)
+class FieldName:
+    """What a field is called by another API than the one that checks it.
+
+    Attributes:
+        param: its path there; ``[]`` takes the next index of the path that it stands for.
+        words: for it in a sentence; None for the path.
+    """
+
+    param: str
+    words: str | None = None
+
+
+def by_name(error: ApiError, names: Mapping[str, FieldName]) -> ApiError:
+    """The same error by other names: its field is renamed, and all else that it says stays.
+
+    Args:
+        error: of this API.
+        names: of paths without indexes (``tools[].function``); the longest beginning of the field's path counts, and what follows it stays.
+    """
+    parts = _PART.findall(error.param or "")
+    for count in range(len(parts), 0, -1):
+        name = names.get(_INDEX.sub("[]", "".join(parts[:count])))
+        if name is not None:
+            param = name.param
+            for index in filter(_INDEX.fullmatch, parts[:count]):
+                param = param.replace("[]", index, 1)
+            param += "".join(parts[count:])
+            message = str(error) if error.what is None else f"{name.words or param} {error.what}"
+            made = ApiError(error.status, error.code, message, type=error.type, param=param, headers=error.headers)
+            made.what = error.what
+            return made
+    return error

@@ -12,9 +12,9 @@ from anabranch.serving.core.request import Sampling
 from anabranch.serving.grammar.forms import key_of
 from anabranch.serving.http import fields
 from anabranch.serving.http.answer_text import AnswerText
-from anabranch.serving.http.fields import of_field, unsupported
+from anabranch.serving.http.fields import FieldName, by_name, of_field, unsupported, unsupported_field
 from anabranch.serving.http.reading import Reader
-from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.api_error import ApiError, wrong, wrong_field
 from anabranch.web.body import is_int, said
 
 # Of /v1/completions where a request does not say, as OpenAI's.
@@ -89,7 +89,9 @@ class GenerationRequest:
         """The field of the request that its grammar comes from."""
         if self.sampling.grammar is None:
             return None
-        return "tools" if self.tools is not None and self.tools.is_demanded else "response_format"
+        if self.tools is not None and self.tools.is_demanded:
+            return "tools"
+        return "response_format" if self.response_of is None else "text.format"
 
     def sampling_of(self, choice: int) -> Sampling:
         """Choices of one prompt differ in their seeds, so each can be had again; the first brings the prompt's scores for all."""
@@ -101,12 +103,25 @@ class GenerationRequest:
         return replace(self.sampling, **changes) if changes else self.sampling
 
 
-def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> GenerationRequest:
-    """A request to ``/v1/chat/completions``. Raises ApiError (400) that names the parameter."""
+def read_chat(
+    body: dict[str, Any],
+    reader: Reader,
+    info: EngineInfo,
+    most_n: int,
+    names: Mapping[str, FieldName] | None = None,
+) -> GenerationRequest:
+    """A request to ``/v1/chat/completions``. Raises ApiError (400) that names the field, by ``names`` of another API (see `by_name`)."""
+    try:
+        return _read_chat(body, reader, info, most_n)
+    except ApiError as error:
+        raise by_name(error, names or {}) from None
+
+
+def _read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> GenerationRequest:
     unknown = fields.check(body, "chat")
     body = reader.with_defaults(body)
     if body.get("messages") is None:
-        raise wrong("messages", "messages is missing; it must be a list of at least one message")
+        raise wrong_field("messages", "is missing; it must be a list of at least one message")
     tools = _tools(body)
     grammar = _grammar(body, tools, reader.dialect)
     values, unknown_values = reader.template_values(body)
@@ -115,12 +130,11 @@ def read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: in
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
         raise wrong("top_logprobs", "top_logprobs needs logprobs to be true")
     logprobs = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
-    wanted = (
-        body.get("max_completion_tokens") if body.get("max_completion_tokens") is not None else body.get("max_tokens")
-    )
+    asked = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    wanted = body.get(asked)
     if wanted == 0:
         raise wrong("max_tokens", "max_tokens is 0; it must be at least 1")
-    most = _room([prompt], wanted, None, info, "messages")
+    most = _room([prompt], wanted, None, info, "messages", asked)
     shared = _shared(body, info, most, most_n, logprobs, grammar)
     if grammar is not None:
         is_call = tools is not None and tools.is_demanded
@@ -146,7 +160,7 @@ def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most
         raise unsupported("best_of", f"best_of is {best_of}; this server makes n choices ({n}) and ranks none")
     if body.get("max_tokens") == 0 and not is_echo:
         raise wrong("max_tokens", "max_tokens is 0, which only echo makes sense of; it must be at least 1")
-    most = _room(prompts, body.get("max_tokens"), COMPLETION_TOKENS, info, "prompt")
+    most = _room(prompts, body.get("max_tokens"), COMPLETION_TOKENS, info, "prompt", "max_tokens")
     shared = _shared(body, info, most, most_n, logprobs, grammar)
     if is_echo:
         shared["sampling"] = replace(shared["sampling"], prompt_logprobs=logprobs)
@@ -239,11 +253,10 @@ def _demanded(body: Mapping[str, Any], tools: Tools | None, dialect: Dialect) ->
     form = body.get("response_format") or {"type": "text"}
     kind = form.get("type")
     if kind not in ("text", "json_object", "json_schema"):
-        what = f"response_format.type is {said(kind)}; it must be text, json_object or json_schema"
-        raise wrong("response_format.type", what)
+        raise wrong_field("response_format.type", f"is {said(kind)}; it must be text, json_object or json_schema")
     if tools is not None and tools.is_demanded:
         if kind != "text":
-            raise unsupported("response_format", "a call that is demanded and a response_format cannot both be had")
+            raise unsupported_field("response_format", "cannot be had together with a call that is demanded")
         try:
             return tools.grammar(dialect), "tools"
         except InputError as error:
@@ -254,20 +267,30 @@ def _demanded(body: Mapping[str, Any], tools: Tools | None, dialect: Dialect) ->
         return {}, "response_format"
     table = form.get("json_schema")
     if not isinstance(table, dict) or not isinstance(table.get("schema"), dict):
-        raise wrong("response_format.json_schema", "response_format.json_schema must be an object with name and schema")
+        raise wrong_field("response_format.json_schema", "must be an object with name and schema")
     return table["schema"], "response_format"
 
 
 def _room(
-    prompts: Sequence[tuple[int, ...]], wanted: int | None, default: int | None, info: EngineInfo, param: str
+    prompts: Sequence[tuple[int, ...]],
+    wanted: int | None,
+    default: int | None,
+    info: EngineInfo,
+    param: str,
+    asked: str,
 ) -> int:
-    """Most new tokens. Raises ApiError (400, ``context_length_exceeded``) if prompt and answer do not fit the model."""
+    """Most new tokens; ``asked`` is the field that says ``wanted``, ``param`` the prompt's.
+
+    Raises ApiError (400, ``context_length_exceeded``) if prompt and answer do not fit the model.
+    """
     longest = max(map(len, prompts))
     room = info.max_positions - longest
     if room < (wanted != 0) or (wanted or 0) > room:
-        more = f" and max_tokens is {wanted:,}" if wanted else ""
-        message = f"the model reads {info.max_positions:,} tokens, but the prompt has {longest:,}{more}"
-        raise wrong("max_tokens" if wanted and room >= 1 else param, message, "context_length_exceeded")
+        has = f"the model reads {info.max_positions:,} tokens"
+        if wanted and room >= 1:
+            what = f"is {wanted:,}, but {has}, and the prompt has {longest:,}"
+            raise wrong_field(asked, what, "context_length_exceeded")
+        raise wrong(param, f"{has}, but the prompt has {longest:,}", "context_length_exceeded")
     return wanted if wanted is not None else min(room, default) if default else room
 
 

@@ -8,7 +8,7 @@ from anabranch.data.templates import TemplatesBusyError, template_variables
 from anabranch.errors import InputError, TokenizerError
 from anabranch.serving.chat import Dialect, FieldError, Tools, render
 from anabranch.serving.core.text import Detokenizer, marks_of
-from anabranch.serving.http.fields import of_field, unsupported
+from anabranch.serving.http.fields import of_field, unsupported_field
 from anabranch.web.api_error import ApiError, wrong
 
 # Of a template's values, what is not for a request to say.
@@ -152,14 +152,12 @@ def effort_values(effort: str | None, names: Container[str]) -> dict[str, Any]:
     switch = next((name for name in _SWITCHES if name in names), None)
     if effort == "none":
         if switch is None and "reasoning_effort" in names:
-            raise unsupported(
-                "reasoning_effort",
-                "reasoning_effort is 'none', but this model always reasons; give low, medium or high",
-            )
+            what = "is 'none', but this model always reasons; give low, medium or high"
+            raise unsupported_field("reasoning_effort", what)
         return {} if switch is None else {switch: False}
     if "reasoning_effort" in names:
         return {"reasoning_effort": _EFFORTS.get(effort, effort)}
     if switch is None:
-        what = f"reasoning_effort is {effort!r}, but this model's chat template knows of no reasoning; leave it out"
-        raise unsupported("reasoning_effort", what)
+        what = f"is {effort!r}, but this model's chat template knows of no reasoning; leave it out"
+        raise unsupported_field("reasoning_effort", what)
     return {switch: True}

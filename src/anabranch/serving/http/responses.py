@@ -1,13 +1,12 @@
 """``/v1/responses``: read as a chat and answered as one, in the form of OpenAI's Responses API (`anabranch.web.responses`)."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.http.choice import ChoiceDelta
-from anabranch.serving.http.fields import unsupported
+from anabranch.serving.http.fields import FieldName, unsupported
 from anabranch.serving.http.generation_request import GenerationRequest, read_chat
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import ChatShape
@@ -19,23 +18,19 @@ from anabranch.web.responses import ResponseStream, to_chat, to_response
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,), "truncation": ("disabled",), "n": (1,), "max_tool_calls": (), "include": ([],), "context_management": ([],),
 }  # fmt: skip
-# What a field of chat is called here.
+# What a field of chat is called here. Items are not messages: several make one.
 _NAMES = {
-    "messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format",
-    "reasoning_effort": "reasoning.effort",
+    "messages": FieldName("input"),
+    "messages[]": FieldName("input", "an item of input"),
+    "messages[].content": FieldName("input", "content of an item of input"),
+    "messages[].content[].type": FieldName("input", "the type of a part of input"),
+    "messages[].content[].text": FieldName("input", "the text of a part of input"),
+    "messages[].content[].refusal": FieldName("input", "the refusal of a part of input"),
+    "messages[].tool_calls[].function.arguments": FieldName("input", "arguments of a function_call in input"),
+    "tools[].function": FieldName("tools[]"), "tool_choice.function": FieldName("tool_choice"),
+    "max_completion_tokens": FieldName("max_output_tokens"), "reasoning_effort": FieldName("reasoning.effort"),
+    "response_format": FieldName("text.format"), "response_format.json_schema": FieldName("text.format"),
 }  # fmt: skip
-
-_WORDS = tuple(
-    (re.compile(pattern), here)
-    for pattern, here in (
-        (r"messages\[\d+\]\.tool_calls\[\d+\]\.function\.arguments", "arguments of a function_call in input"),
-        (r"messages\[\d+\]\.content(\[\d+\])?(\.\w+)?", "content of an item of input"),
-        (r"messages\[\d+\](\.[\w.\[\]]+)?", "an item of input"),
-        (r"\b(tools\[\d+\]|tool_choice)\.function\b", r"\1"), (r"\bmessages\b", "input"),
-        (r"\bmax_completion_tokens\b", "max_output_tokens"), (r"\bresponse_format\b", "text.format"),
-        (r"\breasoning_effort\b", "reasoning.effort"),
-    )
-)  # fmt: skip
 
 
 def read_response(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> GenerationRequest:
@@ -45,28 +40,8 @@ def read_response(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n
             raise unsupported(name, f"{name} is {said(body[name])}, which this server does not do; leave it out")
     # Nothing is stored, which the response says.
     own = {name: value for name, value in body.items() if name not in _REFUSED and name != "store"}
-    try:
-        chat = to_chat(own, keeps_reasoning=True)
-        return replace(read_chat(chat, reader, info, most_n), response_of=own)
-    except ApiError as error:
-        error.args = (_reworded(str(error)),)
-        error.param = _renamed(error.param)
-        raise
-
-
-def _reworded(message: str) -> str:
-    """What an error says, with the names that fields have here."""
-    for pattern, here in _WORDS:
-        message = pattern.sub(here, message)
-    return message
-
-
-def _renamed(param: str | None) -> str | None:
-    for name, here in _NAMES.items():
-        if param is not None and param.startswith(name):
-            # Items are not messages: several make one.
-            return here if name == "messages" else here + param[len(name) :]
-    return None if param is None else re.sub(r"^(tools\[\d+\]|tool_choice)\.function\b", r"\1", param)
+    chat = to_chat(own, keeps_reasoning=True)
+    return replace(read_chat(chat, reader, info, most_n, _NAMES), response_of=own)
 
 
 class ResponseShape(ChatShape):
