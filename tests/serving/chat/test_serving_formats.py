@@ -209,6 +209,78 @@ def test_calls_that_are_demanded_are_read_back(format):
     assert not takes(form, write([("rm", "{}")]), BYTES)
 
 
+DEFS = {
+    "unit": {"enum": ["hot", "cold"]},
+    "few": {"type": "integer", "enum": [1, 2]},
+    "pair": {"type": "array", "items": {"$ref": "#/$defs/few"}},
+}
+# What a parameter may be and may not be, by its schema.
+VALUES = [
+    ({"type": "string", "enum": ["hot", "cold"]}, ["hot", "cold"], ["warm", "ho"]), ({"const": "hot"}, ["hot"], ["cold"]),
+    ({"enum": [1, 2]}, [1, 2], [3]), ({"$ref": "#/$defs/few"}, [1, 2], [3, True]), ({"$ref": "#/$defs/unit"}, ["hot"], ["warm"]),
+    ({"$ref": "#/$defs/pair"}, [[1, 2], []], [[3], 1]), ({"allOf": [{"$ref": "#/$defs/unit"}]}, ["cold"], ["warm"]),
+    ({"anyOf": [{"$ref": "#/$defs/unit"}, {"type": "null"}]}, ["cold", None], ["warm"]), ({"type": ["string", "null"]}, ["a", "b c"], []),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ["a", None], []), ({"type": "string"}, ["hot", '"hot"', ""], []),
+    ({"type": "boolean"}, [True], ["x"]), ({"type": "object"}, [{"a": [1]}], [1]), ({}, ["hot"], []),
+    ({"enum": ["", "a"]}, ["", "a"], ["b"]),
+]  # fmt: skip
+
+
+def set_tool(schema):
+    parameters = {"type": "object", "properties": {"value": schema}, "required": ["value"], "$defs": DEFS}
+    return {"type": "function", "function": {"name": "set", "parameters": parameters}}
+
+
+@pytest.mark.parametrize(("schema", "right", "wrong"), VALUES)
+@pytest.mark.parametrize("format", ["hermes", "qwen3_coder"])
+def test_a_value_that_is_demanded_is_one_that_is_read_back(format, schema, right, wrong):
+    tools = [set_tool(schema)]
+    form = call_grammar(tools, "required", dialect=Dialect(tools=format))
+    for value in right:
+        text = FORMATS[format].written([("set", json.dumps({"value": value}))])
+        assert takes(form, text, BYTES), value
+        assert calls_of(told(format, [text], tools)[0]) == [("set", {"value": value})]
+    for value in wrong:
+        assert not takes(form, FORMATS[format].written([("set", json.dumps({"value": value}))]), BYTES), value
+
+
+@pytest.mark.parametrize("format", ["hermes", "llama3", "mistral_args", "qwen3_coder"])
+def test_so_many_calls_are_demanded_and_no_more(format):
+    form, write = call_grammar([NOW], "required", dialect=Dialect(tools=format)), FORMATS[format].written
+    assert takes(form, write([("now", "{}")] * 16), BYTES)
+    assert not takes(form, write([("now", "{}")] * 17), BYTES)
+    one = call_grammar([NOW], "required", is_parallel=False, dialect=Dialect(tools=format))
+    assert takes(one, write([("now", "{}")]), BYTES)
+    assert not takes(one, write([("now", "{}")] * 2), BYTES)
+
+
+@pytest.mark.parametrize("format", sorted(set(FORMATS) - {"pythonic", "qwen3_coder"}))
+def test_arguments_that_are_demanded_are_an_object(format):
+    """Also where the schema does not say so."""
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"properties": {"a": {"type": "integer"}}}}}
+    form, write = call_grammar([tool], "required", dialect=Dialect(tools=format)), FORMATS[format].written
+    assert takes(form, write([("now", '{"a": 1}')]), BYTES)
+    for no_object in ("[]", "1", '"a"', "null"):
+        assert not takes(form, write([("now", no_object)]), BYTES)
+
+
+def test_a_list_of_python_calls_is_made_as_a_whole_or_told_as_text():
+    text = "[add(a=1), rm(b=2), cp(c=3)]"
+    for pieces in ([text], list(text)):
+        assert told("pythonic", pieces)[0] == [ToolCallRefused(text, "there is no tool 'rm'")]
+
+
+@pytest.mark.parametrize("begin", ["[add(a=1), now(), ", "["])
+def test_a_list_of_python_calls_that_does_not_end_is_held_back_so_long(begin):
+    """Whether it has begun to call, or may."""
+    text = begin.ljust(100_000, "x")
+    parser = Dialect(tools="pythonic").parser(TOOLS)
+    assert parser.push(text) == []
+    assert parser.push("x") == [TextDelta(text + "x")]
+    # What comes then is told at once, whatever it is.
+    assert parser.push("b") == [TextDelta("b")]
+
+
 def test_calls_as_python_cannot_be_demanded():
     with pytest.raises(InputError, match="this model writes calls as pythonic does, which no grammar holds"):
         call_grammar(TOOLS, "required", dialect=Dialect(tools="pythonic"))

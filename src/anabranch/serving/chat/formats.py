@@ -14,6 +14,7 @@ from anabranch.serving.chat.marked import DeepSeekParser, MistralParser, XmlPars
 from anabranch.serving.chat.parser import ToolParser
 from anabranch.serving.chat.pythonic import PythonicParser, python_text
 from anabranch.serving.chat.reasoning import Reasoning
+from anabranch.serving.chat.values import is_text, listed
 from anabranch.serving.core.request import Preamble
 
 __all__ = ["FORMATS", "Dialect", "ToolFormat"]
@@ -99,11 +100,17 @@ def _xml_call(function: Mapping[str, Any]) -> Any:
     parts: list[Any] = [f"<tool_call>\n<function={function['name']}>\n"]
     shared: dict[str, Any] = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     for name, inner in properties.items():
-        is_text = isinstance(inner, Mapping) and inner.get("type") == "string" and "enum" not in inner
-        value = grammar.regex(_NO_TAG) if is_text else {**inner, **shared} if isinstance(inner, Mapping) else {}
+        value = _xml_texts(inner, schema) if is_text(inner, schema) else {**inner, **shared}
         part = grammar.sequence([f"<parameter={name}>\n", value, "\n</parameter>\n"])
         parts.append(part if name in required else grammar.repeat(part, 0, 1))
     return grammar.sequence([*parts, "</function>\n</tool_call>"])
+
+
+def _xml_texts(inner: Any, schema: Mapping[str, Any]) -> Any:
+    """The texts that a parameter may be, which stand there without quotes."""
+    values = listed(inner, schema)
+    texts = [value if isinstance(value, str) else "null" for value in values or () if isinstance(value, str | None)]
+    return grammar.choice(texts) if texts else grammar.regex(_NO_TAG)
 
 
 def _xml_text(name: str, arguments: str) -> str:

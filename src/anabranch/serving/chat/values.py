@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["json_value"]
+__all__ = ["is_text", "json_value", "listed"]
 
 # Schemas within schemas, references followed; of what is nested deeper nothing is known.
 _DEEPEST = 32
@@ -23,9 +23,8 @@ def json_value(text: str, name: str, parameters: Any) -> str:
     text = text.removeprefix("\n").removesuffix("\n")
     properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
     schema = properties.get(name) if isinstance(properties, Mapping) else None
-    kinds = _Kinds(parameters).of(schema)
-    if not kinds or "string" in kinds:
-        is_null = "null" in kinds and text.strip() in ("null", "None")
+    if is_text(schema, parameters):
+        is_null = "null" in _Kinds(parameters).of(schema) and text.strip() in ("null", "None")
         return "null" if is_null else json.dumps(text, ensure_ascii=False)
     plain = _WORDS.get(text.strip(), text.strip())
     try:
@@ -33,6 +32,26 @@ def json_value(text: str, name: str, parameters: Any) -> str:
     except (ValueError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
     return plain
+
+
+def is_text(schema: Any, parameters: Any) -> bool:
+    """Whether `json_value` takes a value of this schema for the text that it is.
+
+    Args:
+        schema: of one parameter.
+        parameters: the schema of all, in which ``$ref`` is looked up.
+    """
+    kinds = _Kinds(parameters).of(schema)
+    return not kinds or "string" in kinds
+
+
+def listed(schema: Any, parameters: Any) -> list[Any] | None:
+    """The values that a schema lists (``enum``, ``const``, null), also by reference or as alternatives; None where it lists none.
+
+    Args:
+        schema, parameters: see `is_text`.
+    """
+    return _Kinds(parameters).listed(schema)
 
 
 class _Kinds:
@@ -69,6 +88,22 @@ class _Kinds:
                 return kinds_of_part
         known = {"properties": "object", "additionalProperties": "object", "items": "array", "prefixItems": "array"}
         return frozenset(kind for name, kind in known.items() if name in schema)
+
+    def listed(self, schema: Any, depth: int = 0) -> list[Any] | None:
+        """See the function."""
+        if not isinstance(schema, Mapping) or depth > _DEEPEST:
+            return None
+        if isinstance(values := schema.get("enum"), list):
+            return values
+        if "const" in schema or schema.get("type") == "null":
+            return [schema.get("const")]
+        for name in ("anyOf", "oneOf"):
+            if isinstance(parts := schema.get(name), list):
+                each = [self.listed(part, depth + 1) for part in parts]
+                return None if None in each else [value for values in each for value in values or ()]
+        parts = schema.get("allOf")
+        among = [*(parts if isinstance(parts, list) else ()), self._found(schema.get("$ref"))]
+        return next((found for part in among if (found := self.listed(part, depth + 1)) is not None), None)
 
     def _any(self, parts: Sequence[Any], depth: int) -> frozenset[str]:
         kinds = [self.of(part, depth + 1) for part in parts]
