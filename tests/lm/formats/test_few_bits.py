@@ -13,6 +13,7 @@ from anabranch.lm.formats.few_bits import AWQ_ORDER, dequantised
 from anabranch.lm.quantized import load_quantized
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantize
 from anabranch.serving.expertflow import load_offloaded
+from few_bits_packings import WAYS, awq, gptq
 from foreign_models import build_theirs
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
@@ -38,63 +39,6 @@ def test_rounded_layer_by_layer_is_loaded_and_rounded(family, dtype, tmp_path):
     found, _ = load_quantized(tmp_path, "int4", dtype=dtype)
     assert found.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(found.state_dict()[key], value) for key, value in wanted.state_dict().items())
-
-
-def packed_int32(number, bits, dim):
-    """The lowest bits first."""
-    number = number.movedim(dim, -1).long().unflatten(-1, (-1, 32 // bits))
-    made = sum(number[..., i] << (bits * i) for i in range(32 // bits))
-    return torch.where(made >= 2**31, made - 2**32, made).int().movedim(-1, dim).contiguous()
-
-
-def fp8(weight, table):
-    blocks = table["weight_block_size"]
-    number = torch.randn(weight.shape).to(torch.float8_e4m3fn)
-    scale = torch.rand([-(-length // part) for length, part in zip(weight.shape, blocks, strict=True)]) * 0.2
-    value = number.float()
-    for i in range(weight.shape[0]):
-        for j in range(weight.shape[1]):
-            value[i, j] *= scale[i // blocks[0], j // blocks[1]]
-    return {"weight": number, "weight_scale_inv": scale}, value
-
-
-def gptq(weight, table):
-    bits, size = table["bits"], table["group_size"]
-    rows, depth = weight.shape
-    number = torch.randint(0, 2**bits, (depth, rows))
-    zero = torch.randint(0, 2**bits, (depth // size, rows))
-    zero = torch.full_like(zero, 8) if table.get("sym") else zero
-    scale = (torch.rand(depth // size, rows) * 0.1).half()
-    group = torch.arange(depth) // size
-    if table["desc_act"]:
-        group = group[torch.randperm(depth)]
-    value = (number - zero[group]).float() * scale.float()[group]
-    stored = zero if table.get("checkpoint_format") == "gptq_v2" else (zero - 1) % 2**bits
-    parts = {"qweight": packed_int32(number, bits, 0), "qzeros": packed_int32(stored, bits, 1), "scales": scale}
-    return {**parts, "g_idx": group.int()}, value.t()
-
-
-def awq(weight, table):
-    size = table["group_size"]
-    rows, depth = weight.shape
-    number, zero = torch.randint(0, 16, (depth, rows)), torch.randint(0, 16, (depth // size, rows))
-    scale = (torch.rand(depth // size, rows) * 0.1).half()
-    value = (number - zero.repeat_interleave(size, 0)).float() * scale.float().repeat_interleave(size, 0)
-    order = torch.tensor(AWQ_ORDER)
-    number, zero = (part.unflatten(1, (-1, 8))[..., order].flatten(1) for part in (number, zero))
-    return {"qweight": packed_int32(number, 4, 1), "qzeros": packed_int32(zero, 4, 1), "scales": scale}, value.t()
-
-
-WAYS = {
-    "fp8": (fp8, {"quant_method": "fp8", "weight_block_size": [24, 16]}),
-    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False}),
-    "gptq, ordered": (gptq, {"quant_method": "gptq", "bits": 8, "group_size": 16, "desc_act": True}),
-    "gptq v2": (
-        gptq,
-        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "checkpoint_format": "gptq_v2"},
-    ),
-    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}),
-}
 
 
 def folder_of(place, way):

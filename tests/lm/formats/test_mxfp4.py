@@ -10,6 +10,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from anabranch.lm import convert, load_model
 from anabranch.lm.checkpoint import check_weights
 from anabranch.lm.formats.mxfp4 import unpack
+from few_bits_packings import mxfp4 as packed
 from foreign_models import build_theirs
 
 FIELDS = {
@@ -35,15 +36,6 @@ def test_numbers_by_hand():
     assert row[:4].tolist() == [4.0, 8.0, 48.0, -48.0]
     assert row[-2:].tolist() == [-0.25, -0.125]
     assert not row[4:-2].any()
-
-
-def packed(shape, seed):
-    """(blocks, scales) of experts with so many rows and columns."""
-    generator = torch.Generator().manual_seed(seed)
-    experts, rows, columns = shape
-    blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
-    scales = torch.randint(122, 126, (experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
-    return blocks, scales
 
 
 def test_it_is_the_unpacking_of_transformers():
