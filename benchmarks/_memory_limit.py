@@ -179,6 +179,17 @@ def resident_bytes(*paths: Path) -> int | None:
     return sum(map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()))
 
 
+def read_ahead_kb(folder: Path) -> int | None:
+    """KiB that the system reads ahead of what is asked of the disk of a folder; None where it does not say."""
+    top = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    number = top.stat().st_dev
+    place = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    for path in (place / "queue/read_ahead_kb", place / "../queue/read_ahead_kb"):
+        with suppress(OSError, ValueError):
+            return int(path.read_text())
+    return None
+
+
 def anonymous_bytes(pid: int) -> int:
     """``RssAnon`` of a process and all that it has started."""
     total, left = 0, [pid]

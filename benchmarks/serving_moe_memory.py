@@ -20,7 +20,9 @@ out fewer bytes than four times the slack limits nobody, and is not run.
     ik_llama.cpp -rtr   the same with weights repacked as they are loaded; at 100% only
 
 llama-server keeps no copies of finished prompts (``--cache-ram 0``), has one cache for all streams (``-kvu``: without it a step of streams
-at different lengths is cut up, and each has 4096 tokens) and its threads bound to cores.
+at different lengths is cut up, and each has 4096 tokens) and its threads bound to cores. Pages that are mapped come with what the disk
+reads ahead, ``read_ahead_kb`` of the record: the usual 128 serves a mapped file best; with the 8192 of some machines each expert brings
+others along that push out what is wanted.
 
 In each round every contestant is started alone in a new group, its file dropped from the page cache before, answers one request for each
 stream to warm up and is then measured with 1 and with 16 streams; so nobody else's pages or threads are there. Everyone must answer
@@ -51,7 +53,7 @@ from typing import Any
 from _bars import with_bars
 from _gateway import free_port, machine, running
 from _harness import kernels
-from _memory_limit import Group, Way, anonymous_bytes, best_way, forget_pages, limited, resident_bytes
+from _memory_limit import Group, Way, anonymous_bytes, best_way, forget_pages, limited, read_ahead_kb, resident_bytes
 from _moe_models import Written, written
 from _serving import Answer, Server, Work, Worker, agreement, summary
 from _system_info import last_error, llama_instructions, system_info
@@ -230,15 +232,18 @@ def answers_of(one: Any, work: Work) -> list[Answer]:
     return asyncio.run(run())
 
 
-def room_of(name: str, model: Written, share: float, way: Way, options: argparse.Namespace, log: Path) -> int:
-    """`room_bytes` of a contestant, measured without a limit where the options say none."""
+def room_of(name: str, model: Written, share: float, way: Way, options: argparse.Namespace, log: Path) -> int | str:
+    """`room_bytes` of a contestant, measured without a limit where the options say none; or why it does not even run so."""
     if name in options.room:
         return options.room[name]
     port = free_port()
     command = command_of("ours" if name in OURS else name, model, share, 0, port, options)
-    with limited(way, None) as group, started(name, command, port, group, log, options) as (one, pid):
-        answers_of(one, work_of(model, max(options.streams), 1, options.tokens, "room"))
-        return room_bytes(name, model, share, anonymous_bytes(pid))
+    try:
+        with limited(way, None) as group, started(name, command, port, group, log, options) as (one, pid):
+            answers_of(one, work_of(model, max(options.streams), 1, options.tokens, "room"))
+            return room_bytes(name, model, share, anonymous_bytes(pid))
+    except FAILURES as error:
+        return f"{error} {last_error(log)}".strip()
 
 
 def turn(
@@ -274,7 +279,7 @@ def turn(
 
 def measured(
     options: argparse.Namespace, model: Written, way: Way, logs: Path
-) -> tuple[dict[float, dict[str, list[dict[str, Any]]]], dict[str, dict[str, int]]]:
+) -> tuple[dict[float, dict[str, list[dict[str, Any]]]], dict[str, dict[str, int | str]]]:
     """{share: {contestant: its turns}}, in another order in each round, and {share: {contestant: what it needs beside experts}}."""
     order = random.Random(0)
     turns: dict[float, dict[str, list[dict[str, Any]]]] = {
@@ -286,18 +291,23 @@ def measured(
     def log_of(share: float, name: str) -> Path:
         return logs / f"{model.shape.name}-{share:g}-{name}.log".replace(" ", "-")
 
-    rooms: dict[float, dict[str, int]] = {}
+    rooms: dict[float, dict[str, int | str]] = {}
     for share in turns:
         for name in turns[share]:
             # What is mapped takes the same beside experts whatever the share.
             known = next((room[name] for room in rooms.values() if name in room and name not in OURS), None)
             room = room_of(name, model, share, way, options, log_of(share, name)) if known is None else known
             rooms.setdefault(share, {})[name] = room
-            print(f"{model.title}, {share:.0%}, {name}: {room / 2**20:.0f} MiB beside experts", flush=True)
+            told = room if isinstance(room, str) else f"{room / 2**20:.0f} MiB beside experts"
+            print(f"{model.title}, {share:.0%}, {name}: {told}", flush=True)
     for number, share in itertools.product(range(options.rounds), turns):
         names = list(turns[share])
         for name in order.sample(names, len(names)):
-            done = turn(name, model, share, number, rooms[share][name], way, options, log_of(share, name))
+            room = rooms[share][name]
+            done = (
+                {"streams": {}, "failed": room} if isinstance(room, str)
+                else turn(name, model, share, number, room, way, options, log_of(share, name))
+            )  # fmt: skip
             turns[share][name].append(done)
             told = done.get("failed") or ", ".join(
                 f"{streams}: {made['tokens_s']:.1f} tokens/s" for streams, made in done["streams"].items()
@@ -429,7 +439,8 @@ def main() -> None:
     print(f"limit: {way.name} ({way.covers})")
     not_kept = ("llama", "ik", "folder", "logs", "json", "add", "models", "room")
     settings = {
-        "limit": f"{way.name}: {way.covers}", "slack_bytes": SLACK, "room_bytes": options.room,
+        "limit": f"{way.name}: {way.covers}", "read_ahead_kb": read_ahead_kb(options.folder),
+        "slack_bytes": SLACK, "room_bytes": options.room,
         "instructions": {"ours": kernels(), **({"llama.cpp": llama_instructions(options.llama)} if options.llama else {})},
         **machine(), "threads": options.threads,
         "options": {key: value for key, value in vars(options).items() if key not in not_kept},

@@ -440,6 +440,22 @@ def test_a_contestant_that_does_not_answer_is_ended(benchmark, monkeypatch):
         memory.answers_of(Silent(), [])
 
 
+def test_a_contestant_that_does_not_even_run_without_a_limit_says_why(benchmark, tmp_path, monkeypatch):
+    memory, models, limit = benchmark("serving_moe_memory"), benchmark("_moe_models"), benchmark("_memory_limit")
+    model = models.Written(models.SMALL["olmoe"], tmp_path / "model.gguf", tmp_path)
+    options = memory.arguments(["--ik", sys.executable, "--rounds", "2", "--shares", "1"])
+    monkeypatch.setattr(memory, "contestants", lambda options, share: ["ik_llama.cpp"])
+    monkeypatch.setattr(
+        memory, "command_of", lambda *given: [sys.executable, "-c", "raise SystemExit('error: no such file')"]
+    )
+    turns, rooms = memory.measured(options, model, limit.Way("none", ""), tmp_path)
+    assert [turn["failed"] for turn in turns[1.0]["ik_llama.cpp"]] == [
+        "ik_llama.cpp ended; see its log error: no such file"
+    ] * 2
+    assert rooms == {"100%": {"ik_llama.cpp": "ik_llama.cpp ended; see its log error: no such file"}}
+    assert limit.read_ahead_kb(tmp_path / "new") is None or limit.read_ahead_kb(tmp_path) >= 0
+
+
 def test_pages_of_a_file_that_are_in_memory_are_counted(benchmark, tmp_path):
     limit = benchmark("_memory_limit")
     (tmp_path / "a").write_bytes(bytes(1 << 16))
