@@ -120,12 +120,14 @@ def load_parts(
     quantize: Literal["int8", "int4"] | None,
     expert_budget: str | None,
     memory: str | None = None,
+    predictor: str = "auto",
 ) -> Loaded:
     """As `load`, as `anabranch serve` does: in fewer bits, with a budget for experts, or what a plan for so much ``memory`` says.
 
-    The errors of those are raised too.
+    ``predictor`` is what names experts ahead, as in `ExpertsConfig`. The errors of those are raised too.
     """
     from anabranch.serving.config import ServingConfig
+    from anabranch.serving.experts import ExpertsConfig
     from anabranch.serving.load import dtype_of, load_weights
     from anabranch.sizes import parse_bytes
 
@@ -144,7 +146,8 @@ def load_parts(
         ).planned()  # fmt: skip
         wanted, bits, expert_budget = dtype_of(config), config.quantize, config.expert_budget
         kv_memory = None if config.kv_memory is None else parse_bytes(config.kv_memory, "kv_memory")
-    loaded = load_weights(path, dtype=wanted, quantize=bits, device=place, expert_budget=expert_budget)
+    experts = ExpertsConfig(predictor=predictor)
+    loaded = load_weights(path, dtype=wanted, quantize=bits, device=place, expert_budget=expert_budget, experts=experts)
     loaded.model.eval()
     _of_model(path, loaded.model, loaded.tokenizer)
     return loaded if kv_memory is None else replace(loaded, kv_memory=kv_memory)

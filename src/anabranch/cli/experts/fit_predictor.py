@@ -83,7 +83,8 @@ def fit_predictor(
     check_apart([place, save_routes], [*of_model, *(source for source in sources if Path(source).is_file())])
     if save_routes is not None and Path(save_routes).suffix != ".npz":
         raise DataError(f"--save-routes is {save_routes!r}; its name must end with .npz")
-    loaded = load_parts(model, dtype, device, quantize, expert_budget)
+    # Not with a predictor of before, which may be damaged or another model's.
+    loaded = load_parts(model, dtype, device, quantize, expert_budget, predictor="router_lookahead")
     try:
         fingerprint = _fingerprint(model, loaded)
         begin = time.perf_counter()

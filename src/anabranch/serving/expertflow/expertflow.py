@@ -20,9 +20,11 @@ Predictions only move weights; the model's own routers decide, so outputs do not
 # Shapes: N items, K choices, T tokens of a step, L routed layers, E experts, D width
 
 import hashlib
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -31,13 +33,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anabranch.errors import ConfigError
+from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import set_unregistered
 from anabranch.nn.moe import MoE
 from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedPool
+from anabranch.routing.router import Router
 from anabranch.serving.core.batch import Batch, Sampled
 from anabranch.serving.core.client import EngineStats
 from anabranch.serving.expertflow.arena import Arena, Kind
@@ -48,10 +51,13 @@ from anabranch.serving.expertflow.native_mover import make_mover
 from anabranch.serving.expertflow.pairs import Pairs
 from anabranch.serving.expertflow.policy import Policy, make_policy
 from anabranch.serving.expertflow.predictors import find_predictor
-from anabranch.serving.expertflow.predictors.base import Fingerprint, Naming, RoutePredictor, Row, new_ids
+from anabranch.serving.expertflow.predictors.base import Fingerprint, Naming, RoutePredictor, Row, new_ids, sketch
+from anabranch.serving.expertflow.predictors.plain import RouterLookahead
 from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, MemoryTier, Tier, write_experts
 from anabranch.serving.expertflow.token_scheduler import TokenScheduler
 from anabranch.sizes import parse_bytes
+
+logger = logging.getLogger(__name__)
 
 TIERS = ("memory", "file", "int8", "int4")
 PROBE = "The quick brown fox: 0123456789 += naïve façade, 東京\n\tdef __init__(self): return None"
@@ -73,6 +79,7 @@ def offload(
     device: torch.device | str | None = None,
     audit: Audit | None = None,
     keep: bool | None = None,
+    insist: bool = True,
 ) -> "OffloadEngine":
     """Replace the expert pools of a loaded model by pools of ``budget_bytes`` that load experts when they are wanted.
 
@@ -92,9 +99,11 @@ def offload(
         audit: called at every event of the cache.
         keep: hold on to the model's own pools, so that `OffloadEngine.restore` can give them back. None does so where they stay in
             memory anyway.
+        insist: refuse a fitted predictor that was made for other weights of the routers; False warns and takes ``router_lookahead``.
 
     Raises ConfigError for a model without experts, an unknown name, or a budget that is too small (with the least that suffices);
-    CheckpointError for a predictor that was made for another model.
+    DataError for a file that holds no predictor; CheckpointError for a predictor that was made for another model: of other numbers of
+    experts, another tokenizer, or other weights of the routers (of files that do not say of which, it is told that they do not).
     """
     found = find_pools(model)
     weights = list(map(weights_of, found.pools))
@@ -115,6 +124,7 @@ def offload(
         workers=workers,
         device=device,
         audit=audit,
+        insist=insist,
     )
     if not (keep if keep is not None else tier == "memory" or not isinstance(tier, str)):
         for pool in found.pools:
@@ -193,10 +203,21 @@ class Pools:
         )
 
     def fingerprint(self, tokenizer: str) -> Fingerprint:
-        """What predictors must have been made for."""
+        """What predictors must have been made for; without the routers where their weights are not there yet."""
         layout = self.layout
         sizes = tuple(layout.num_experts[pool] for pool in layout.pool_of_layer)
-        return Fingerprint(sizes, layout.top_k, tokenizer)
+        return Fingerprint(sizes, layout.top_k, tokenizer, sketches(self.layers))
+
+
+def sketches(layers: Sequence[MoE]) -> tuple[tuple[float, ...], ...] | None:
+    """See `Fingerprint.routers`: of the matrices of the routers of these layers, in order, each once; None if one is not there yet.
+
+    They stay in floating point where a model is rounded to few bits.
+    """
+    routers = [part for layer in layers for part in layer.modules() if isinstance(part, Router)]
+    weights = [weight for router in routers for weight in router.score.parameters(recurse=False) if weight.dim() == 2]
+    distinct = list({id(weight): weight for weight in weights}.values())
+    return None if any(weight.is_meta for weight in distinct) else tuple(map(sketch, distinct))
 
 
 def find_pools(model: nn.Module, name: str = "") -> Pools:
@@ -241,7 +262,9 @@ class OffloadEngine:
         workers: int = 3,
         device: torch.device | str | None = None,
         audit: Audit | None = None,
+        insist: bool = True,
     ) -> None:
+        self._insist = insist
         self.model, self.layout, self.fingerprint, self.naming = model, found.layout, fingerprint, naming
         self.cache = ExpertCache(found.layout, budget_bytes, make_policy(policy), audit)
         self.predictor = self._ready(predictor, found.layers)
@@ -264,7 +287,42 @@ class OffloadEngine:
             return None
         made = find_predictor(predictor, self.fingerprint, layers) if isinstance(predictor, str) else predictor
         made.fingerprint.check(self.fingerprint)
-        return made
+        return self._fitting(made, layers)
+
+    def _fitting(self, made: RoutePredictor, layers: Sequence[MoE]) -> RoutePredictor:
+        """The predictor if it is of this model's routers, as far as that is known; else what takes its place. Raises CheckpointError."""
+        if self.fingerprint.routers is None or not hasattr(made, "restore"):
+            return made
+        if made.fingerprint.routers is None:
+            logger.warning(
+                "the route predictor (%s) does not say which routers it was fitted on, so whether they are this model's is not known; "
+                "fit it again (anabranch experts fit-predictor)",
+                made.kind,
+            )
+            return made
+        if not made.fingerprint.has_other_routers(self.fingerprint):
+            return made
+        wrong = f"the route predictor ({made.kind}) was made for a model of other router weights, such as one before it was trained further"
+        if self._insist:
+            raise CheckpointError(
+                f"{wrong}; fit one on this model's routes (anabranch experts fit-predictor), or leave it out"
+            )
+        logger.warning(
+            "%s, and is not used: %s predicts one layer ahead; fit it again (anabranch experts fit-predictor)",
+            wrong,
+            RouterLookahead.kind,
+        )
+        return RouterLookahead(self.fingerprint, layers)
+
+    def know_routers(self) -> None:
+        """The routers' weights are there now, which were not when this was made. Raises CheckpointError for a predictor of others."""
+        self.fingerprint = replace(self.fingerprint, routers=sketches(self._layers))
+        if self.predictor is None:
+            return
+        self.predictor = self._fitting(self.predictor, self._layers)
+        for layer in self._layers:
+            pool: Any = layer.experts
+            pool.is_watched = self.predictor.refines
 
     def _replace(self, found: Pools) -> None:
         for number, layer in enumerate(found.layers):

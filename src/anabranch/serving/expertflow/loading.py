@@ -53,6 +53,7 @@ def load_offloaded(
     naming: Naming = Naming(),  # noqa: B008
     workers: int = 3,
     audit: Audit | None = None,
+    insist: bool = True,
 ) -> tuple[Decoder, Tokenizer | None, OffloadEngine]:
     """Load a model without its experts, which come when they are wanted.
 
@@ -69,7 +70,7 @@ def load_offloaded(
     where rounded experts do not fit on the disk.
     """
     options: dict[str, Any] = {"policy": policy, "predictor": predictor, "naming": naming, "workers": workers}
-    options |= {"device": device or "cpu", "audit": audit}
+    options |= {"device": device or "cpu", "audit": audit, "insist": insist}
     if quantize is not None and quantization_of(find_model(path)) is None:
         return _rounded(path, budget_bytes, quantize, dtype, drop_cache, options)
     opened = open_model(path, dtype=dtype)
@@ -91,6 +92,7 @@ def load_offloaded(
     engine = _engine(model, found, budget_bytes, tier, opened.tokenizer, options)
     try:
         _fill(opened, names, device)
+        engine.know_routers()
     except BaseException:
         engine.close()
         raise
@@ -116,6 +118,7 @@ def _rounded(
             if name not in names:
                 put(model, name, make())
         model.to(options["device"])
+        engine.know_routers()
     except BaseException:
         engine.close()
         raise

@@ -18,6 +18,8 @@ def offload_options(config: ExpertsConfig, model: str | Path) -> dict[str, Any]:
     return {
         "policy": config.policy,
         "predictor": _predictor(config, model),
+        # What lies beside the model has not been asked for.
+        "insist": config.predictor != AUTO,
         "naming": Naming(config.least, config.extra),
         "drop_cache": config.drop_cache,
         "workers": config.workers,

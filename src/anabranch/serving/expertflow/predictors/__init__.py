@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, DataError
 from anabranch.serving.expertflow.predictors.base import Fingerprint, RoutePredictor
 from anabranch.serving.expertflow.predictors.encdec import EncoderDecoder
+from anabranch.serving.expertflow.predictors.files import read, refused
 from anabranch.serving.expertflow.predictors.plain import Frequency, Oracle, RouterLookahead, Slp, Tlp
 
 PREDICTORS: dict[str, type[RoutePredictor]] = {
@@ -37,10 +38,16 @@ def find_predictor(name: str, fingerprint: Fingerprint, layers: Sequence[Any]) -
 
 def load_predictor(path: str | Path) -> RoutePredictor:
     """A fitted predictor from its file. Raises DataError if it holds none."""
-    from anabranch.serving.expertflow.predictors.files import read
-
     kind, fingerprint, state = read(path)
-    return PREDICTORS[kind].restore(fingerprint, state)  # type: ignore[attr-defined]
+    restore = getattr(PREDICTORS.get(kind), "restore", None)
+    if restore is None:
+        known = ", ".join(name for name, each in PREDICTORS.items() if hasattr(each, "restore"))
+        raise refused(path, f"kind is {kind[:40]!r}, and those that are fitted are {known}")
+    try:
+        made: RoutePredictor = restore(fingerprint, state)
+    except DataError as error:
+        raise refused(path, error) from None
+    return made
 
 
 __all__ = [

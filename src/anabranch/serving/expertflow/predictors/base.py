@@ -7,14 +7,19 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from anabranch.errors import CheckpointError, ConfigError
+from anabranch.bounds import MOST_SIZE, is_whole, shown
+from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.routes import Routes
 
 # Handed on from a router to the next.
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+# Sums of a matrix in its sketch, and the share of its norm by which those of the same matrix may differ: rounding to bfloat16 moves
+# them by a thousandth.
+SKETCHED, NEAR = 4, 1 / 64
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,13 @@ class Fingerprint:
         num_experts: destinations of each routed layer.
         top_k: experts of a token in each.
         tokenizer: says which tokenizer the ids are of, see `tokenizer_fingerprint`.
+        routers: of each matrix of the routers, in order, what `sketch` says; None where the weights are not known, as in files of before.
     """
 
     num_experts: tuple[int, ...]
     top_k: tuple[int, ...]
     tokenizer: str
+    routers: tuple[tuple[float, ...], ...] | None = None
 
     def check(self, model: "Fingerprint", name: str = "") -> None:
         """Raise CheckpointError, which says the predictor's ``name``, if this is not the ``model``'s."""
@@ -45,6 +52,13 @@ class Fingerprint:
                     f"{_short(theirs)}); fit one on this model's routes"
                 )
 
+    def has_other_routers(self, model: "Fingerprint") -> bool:
+        """Whether the routers' weights are known not to be the ``model``'s: of one trained further, or of another seed."""
+        if self.routers is None or model.routers is None:
+            return False
+        ours, theirs = self.routers, model.routers
+        return len(ours) != len(theirs) or not all(map(_is_near, ours, theirs))
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
@@ -56,8 +70,60 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Self:
-        """From JSON."""
-        return cls(tuple(table["num_experts"]), tuple(table["top_k"]), table["tokenizer"])
+        """From JSON. Raises DataError for what is none."""
+        if not isinstance(table, dict):
+            raise DataError(f"fingerprint is {shown(table)}; it must be a table")
+        experts, top_k, tokenizer = (table.get(name) for name in ("num_experts", "top_k", "tokenizer"))
+        for name, value in (("num_experts", experts), ("top_k", top_k)):
+            if not isinstance(value, list) or not value or not all(_is_count(each) for each in value):
+                raise DataError(
+                    f"fingerprint.{name} is {shown(value)}; it must be a list of whole numbers above 0, one for each layer"
+                )
+        assert experts is not None
+        assert top_k is not None
+        if len(experts) != len(top_k) or any(chosen > size for chosen, size in zip(top_k, experts, strict=True)):
+            raise DataError(f"fingerprint.top_k is {shown(top_k)}, which does not fit num_experts {shown(experts)}")
+        if not isinstance(tokenizer, str):
+            raise DataError(f"fingerprint.tokenizer is {shown(tokenizer)}; it must be a text")
+        routers = table.get("routers")
+        if routers is not None and not (isinstance(routers, list) and all(map(_is_sketch, routers))):
+            raise DataError(
+                f"fingerprint.routers is {shown(routers)}; it must be lists of {SKETCHED + 1} finite numbers"
+            )
+        return cls(tuple(experts), tuple(top_k), tokenizer, None if routers is None else tuple(map(tuple, routers)))
+
+
+def sketch(weight_RC: Tensor) -> tuple[float, ...]:
+    """The norm of a matrix, and its sums under fixed signs: what stays as it is, but for `NEAR`, when weights are rounded to 16 bits.
+
+    The signs of an entry are the product of one of its row and one of its column; so another matrix of that norm differs by about the
+    norm, and one that was trained further by about the norm of the change.
+    """
+    weight_RC = weight_RC.detach().float().cpu()
+    # A stream that numpy has promised not to change.
+    draw = np.random.RandomState(0)
+    row_R, column_CS = (
+        torch.from_numpy(draw.randint(0, 2, size).astype(np.float32) * 2 - 1)
+        for size in (weight_RC.shape[0], (weight_RC.shape[1], SKETCHED))
+    )
+    sums_S = row_R @ (weight_RC @ column_CS)
+    return tuple(float(f"{value:.7g}") for value in (float(weight_RC.norm()), *sums_S.tolist()))
+
+
+def _is_near(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
+    least = NEAR * max(ours[0], theirs[0])
+    return all(abs(one - other) <= least for one, other in zip(ours, theirs, strict=True))
+
+
+def _is_count(value: Any) -> bool:
+    return is_whole(value) and 1 <= value <= MOST_SIZE
+
+
+def _is_sketch(value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) == SKETCHED + 1
+    return is_list and all(
+        isinstance(each, float | int) and not isinstance(each, bool) and abs(each) < 1e37 for each in value
+    )
 
 
 def _short(value: Any) -> str:

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anabranch.bounds import is_whole, shown
 from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, Repeats, Seed, Size, configclass
-from anabranch.errors import DataError
+from anabranch.config import Field, Repeats, Seed, Size, configclass, from_dict
+from anabranch.errors import ConfigError, DataError
 from anabranch.serving.expertflow.predictors import files
 from anabranch.serving.expertflow.predictors.base import Fingerprint, RoutePredictor, Row
 from anabranch.serving.expertflow.predictors.network import PathNetwork
@@ -59,6 +60,10 @@ class Settings(BaseConfig):
     seconds: float = 180.0
     steps: int = 3000
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ConfigError(f"dim is {self.dim}; it must be a multiple of heads={self.heads}")
 
 
 class EncoderDecoder(RoutePredictor):
@@ -212,10 +217,47 @@ class EncoderDecoder(RoutePredictor):
 
     @classmethod
     def restore(cls, fingerprint: Fingerprint, state: dict[str, Any]) -> Self:
-        """From what was written."""
-        made = cls(fingerprint, state.pop("vocab_size"), Settings(**state.pop("config")))
-        made.network.load_state_dict(state)
+        """From what was written. Raises DataError for settings and tensors that do not make a network."""
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        said = {name: value for name, value in state.items() if name not in tensors}
+        if said.keys() != {"vocab_size", "config"} or not is_whole(said["vocab_size"]):
+            raise DataError(f"settings are {shown(said)}; they must be a whole vocab_size, and config")
+        try:
+            settings = from_dict(Settings, said["config"], "settings.config")
+        except ConfigError as error:
+            raise DataError(str(error)) from None
+        _check_sizes(fingerprint, said["vocab_size"], settings, tensors)
+        # Sizes alone, which are those of tensors that are there.
+        with torch.device("meta"):
+            made = cls(fingerprint, said["vocab_size"], settings)
+        wanted = {name: tuple(tensor.shape) for name, tensor in made.network.state_dict().items()}
+        for name in sorted(wanted.keys() | tensors.keys()):
+            given = tuple(tensors[name].shape) if name in tensors else None
+            if given != wanted.get(name):
+                raise DataError(f"{name} has shape {given}, and the network {wanted.get(name)}")
+        made.network.load_state_dict(tensors, assign=True)
         return made
+
+
+def _check_sizes(fingerprint: Fingerprint, vocab_size: int, settings: Settings, tensors: dict[str, Tensor]) -> None:
+    """Raise DataError for sizes that are not those of the tensors, before anything is made of them."""
+    layers = {name.split(".")[1] for name in tensors if name.startswith("encoder.") and name.count(".") > 1}
+    found: dict[str, tuple[int, ...]] = {
+        name: tuple(tensors[name].shape) if name in tensors else ()
+        for name in ("embedding.weight", "heads.weight", "encoder_bias.table", "encoder.0.up.weight")
+    }
+    sizes, dim = fingerprint.num_experts, settings.dim
+    wanted = {
+        "embedding.weight": (vocab_size + 1, dim),
+        "heads.weight": (len(sizes) * max(sizes), dim),
+        "encoder_bias.table": (settings.heads, 2 * settings.window + 1),
+        "encoder.0.up.weight": (settings.feed_forward, dim),
+    }
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise DataError(f"{name} has shape {shown(found[name])}, and by the settings {shown(shape)}")
+    if len(layers) != settings.depth:
+        raise DataError(f"there are tensors of {len(layers)} layers, and by the settings of {settings.depth}")
 
 
 class _Pieces:

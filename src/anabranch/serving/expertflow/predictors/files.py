@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anabranch.bounds import shown
 from anabranch.errors import DataError
 from anabranch.files import atomic_file, parse_json
 from anabranch.lm.checkpoint import find_model
@@ -16,6 +17,8 @@ from anabranch.lm.folder import PREDICTOR_FILE
 from anabranch.serving.expertflow.predictors.base import Fingerprint
 
 VERSION = 1
+# No weight that was trained is larger; beyond it a network computes infinities.
+_LARGEST = 1e4
 # In the folder of a model, or of a training run.
 FILE = PREDICTOR_FILE
 
@@ -44,16 +47,50 @@ def write(path: str | Path, kind: str, fingerprint: Fingerprint, tensors: dict[s
 
 
 def read(path: str | Path) -> tuple[str, Fingerprint, dict[str, Any]]:
-    """(kind, fingerprint, tensors and settings). Raises DataError if the file holds no predictor."""
+    """(kind, fingerprint, tensors and settings). Raises DataError if the file holds no predictor of a form that this version writes."""
     try:
-        with safe_open(path, framework="pt") as file:
-            about = parse_json((file.metadata() or {})["route_predictor"])
-            state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
-        if about["version"] != VERSION:
-            raise DataError(f"{path} holds a route predictor of version {about['version']}; this is {VERSION}")
-        return about["kind"], Fingerprint.from_dict(about["fingerprint"]), state | about["settings"]
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DataError(f"{path} holds no route predictor: {error}") from None
+        return _read(path)
+    except (SafetensorError, OSError, ValueError, DataError) as error:
+        raise refused(path, error) from None
+
+
+def refused(path: str | Path, why: object) -> DataError:
+    """The error for a file that holds no predictor, with what to do about it."""
+    remedy = "delete it" if Path(path).name.endswith(FILE) else "name another file"
+    return DataError(
+        f"{path} holds no route predictor: {why}; {remedy}, or fit one again (anabranch experts fit-predictor)"
+    )
+
+
+def _read(path: str | Path) -> tuple[str, Fingerprint, dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("route_predictor")
+        if text is None:
+            raise DataError("it has no table 'route_predictor'")
+        about = parse_json(text)
+        if not isinstance(about, dict):
+            raise DataError(f"its table is {shown(about)}")
+        if about.get("version") != VERSION:
+            raise DataError(f"it is of version {shown(about.get('version'))}, and this is {VERSION}")
+        kind, settings = about.get("kind"), about.get("settings")
+        if not isinstance(kind, str):
+            raise DataError(f"kind is {shown(kind)}; it must be a text")
+        if not isinstance(settings, dict):
+            raise DataError(f"settings is {shown(settings)}; it must be a table")
+        fingerprint = Fingerprint.from_dict(about.get("fingerprint"))  # type: ignore[arg-type]
+        state: dict[str, Any] = {}
+        for name in file.keys():
+            stored = file.get_slice(name).get_dtype()
+            if stored != "F32":
+                raise DataError(f"{name} is stored as {stored}; it must be F32")
+            state[name] = file.get_tensor(name)
+            # NaN is not below anything either.
+            if not bool((state[name].abs() <= _LARGEST).all()):
+                raise DataError(f"{name} has weights that are no numbers, or beyond {_LARGEST:g}")
+    both = sorted(state.keys() & settings.keys())
+    if both:
+        raise DataError(f"{both[0]} is a tensor and a setting")
+    return kind, fingerprint, state | settings
 
 
 def as_tensor(array: Any) -> Tensor:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.errors import ConfigError
+from anabranch.bounds import LARGEST_FLOAT, shown
+from anabranch.errors import ConfigError, DataError
 from anabranch.routing.context import RoutingContext
 from anabranch.serving.expertflow.predictors import files
 from anabranch.serving.expertflow.predictors.base import NOTHING, Fingerprint, RoutePredictor, Row
@@ -115,20 +116,33 @@ class Frequency(RoutePredictor):
         return self
 
     def predict(self, token_T: np.ndarray, rows: Sequence[Row]) -> np.ndarray | None:
-        """By id. Raises ConfigError if it was not fitted."""
+        """By id; nothing for ids that the table does not have. Raises ConfigError if it was not fitted."""
         if self.prob_VLE is None:
             raise ConfigError("the frequency predictor has seen no routes; fit it first")
-        return self.prob_VLE[token_T]
+        most = len(self.prob_VLE)
+        prob_TLE = self.prob_VLE[np.minimum(token_T, most - 1)]
+        prob_TLE[token_T >= most] = 0
+        return prob_TLE
 
     def save(self, path: str | Path) -> None:
         """Write the table."""
-        files.write(path, self.kind, self.fingerprint, {"prob_VLE": files.as_tensor(self.prob_VLE)}, weight=self.weight)
+        tensors = {"prob_VLE": files.as_tensor(self.prob_VLE)}
+        files.write(path, self.kind, self.fingerprint, tensors, weight=self.weight, vocab_size=self.vocab_size)
 
     @classmethod
     def restore(cls, fingerprint: Fingerprint, state: dict[str, Any]) -> Self:
-        """From what was written."""
-        made = cls(fingerprint, len(state["prob_VLE"]), state["weight"])
-        made.prob_VLE = state["prob_VLE"].numpy()
+        """From what was written. Raises DataError for what is no table of probabilities of these layers."""
+        prob_VLE, weight, sizes = state.get("prob_VLE"), state.get("weight"), fingerprint.num_experts
+        if not state.keys() <= {"prob_VLE", "weight", "vocab_size"} or not isinstance(prob_VLE, Tensor):
+            raise DataError(f"it has {', '.join(sorted(state))[:200]}; there must be prob_VLE and its weight")
+        # Files of before do not say how many tokens there are.
+        wanted = (state.get("vocab_size", max(1, len(prob_VLE) if prob_VLE.dim() else 0)), len(sizes), max(sizes))
+        if tuple(prob_VLE.shape) != wanted or not bool(((prob_VLE >= 0) & (prob_VLE <= 1)).all()):
+            raise DataError(f"prob_VLE of shape {list(prob_VLE.shape)} is no table of probabilities {shown(wanted)}")
+        if not isinstance(weight, float | int) or isinstance(weight, bool) or not 0 < weight < LARGEST_FLOAT:
+            raise DataError(f"weight is {shown(weight)}; it must be a number above 0")
+        made = cls(fingerprint, len(prob_VLE), weight)
+        made.prob_VLE = prob_VLE.numpy()
         return made
 
 
