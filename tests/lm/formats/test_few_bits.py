@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from anabranch.errors import CheckpointError, ConfigError
@@ -206,6 +208,51 @@ def test_variants_that_are_not_read(way, change, message, tmp_path):
     (few / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         load_model(few)
+
+
+@given(
+    st.sampled_from(["gptq", "awq"]),
+    st.integers(1, 16),
+    st.integers(1, 6),
+    st.integers(1, 80) | st.just(-1),
+    st.booleans(),
+)
+def test_groups_are_those_of_the_table_or_refused(way, eighths, groups, size, has_index):
+    depth = 8 * eighths
+    shape = (depth // 8, 8) if way == "gptq" else (depth, 1)
+    stored = {"a.qweight": torch.zeros(shape, dtype=torch.int32), "a.qzeros": torch.zeros(groups, 1, dtype=torch.int32)}
+    # Number 0 and zero 0 of AWQ, 1 of GPTQ: the weight is -s of the input's group, or 0.
+    stored["a.qzeros"] += 0 if way == "gptq" else 0x11111111
+    stored["a.scales"] = torch.arange(1, groups + 1).half()[:, None].expand(groups, 8).contiguous()
+    wide = depth if size == -1 else size
+    if has_index and way == "gptq":
+        stored["a.g_idx"] = torch.arange(depth) // wide
+    try:
+        found = dequantised(Held(stored), {"quant_method": way, "bits": 4, "group_size": size}).read("a.weight")
+    except CheckpointError:
+        assert depth % groups or groups != -(-depth // wide) or depth % wide
+        return
+    assert found[0].tolist() == [-(1.0 + place // wide) for place in range(depth)]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (48, None), (None, None), (64, "does not divide, and no g_idx"), (32, "2 groups of its 96 inputs, and by .*=32 there are 3"),
+        (-1, "there are 1"), (0, "group_size is 0"), (True, "group_size is True"), ("64", "group_size is '64'"), (10**30, "there are 1"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["gptq", "awq"])
+def test_two_groups_of_96_inputs(way, size, message):
+    shape = (12, 8) if way == "gptq" else (96, 1)
+    stored = {"a.qweight": torch.zeros(shape, dtype=torch.int32), "a.qzeros": torch.zeros(2, 1, dtype=torch.int32)}
+    source, table = Held({**stored, "a.scales": torch.ones(2, 8).half()}), {"quant_method": way, "bits": 4}
+    table |= {} if size is None else {"group_size": size}
+    if message is None:
+        assert dequantised(source, table).shape("a.weight") == (8, 96)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        dequantised(source, table)
 
 
 @pytest.mark.parametrize("part", ["scales", "qzeros"])

@@ -153,7 +153,7 @@ def _gptq(source: TensorSource, table: dict[str, Any]) -> Dequantised:
         return stored[1], stored[0] * per
 
     names = ("qweight", "qzeros", "scales", "g_idx")
-    return _of_int32(source, size, read, names, lambda rows: rows // per, parts if bits == 4 else None)
+    return _of_int32(source, table, size, read, names, lambda rows: rows // per, parts if bits == 4 else None)
 
 
 def _awq(source: TensorSource, table: dict[str, Any]) -> Dequantised:
@@ -178,11 +178,12 @@ def _awq(source: TensorSource, table: dict[str, Any]) -> Dequantised:
     def size(stored: tuple[int, ...]) -> tuple[int, int]:
         return stored[1] * 8, stored[0]
 
-    return _of_int32(source, size, read, ("qweight", "qzeros", "scales"), lambda rows: rows // 8, parts)
+    return _of_int32(source, table, size, read, ("qweight", "qzeros", "scales"), lambda rows: rows // 8, parts)
 
 
 def _of_int32(
     source: TensorSource,
+    table: dict[str, Any],
     size: Callable[[tuple[int, ...]], tuple[int, int]],
     read: Callable[[str], Tensor],
     parts: tuple[str, ...],
@@ -207,6 +208,7 @@ def _of_int32(
             raise CheckpointError(
                 f"{stored}, scales {list(scales)} and qzeros {list(zeros)} do not fit each other; copy the model folder again"
             )
+        _check_groups(table, stored, depth, groups, f"{name}.g_idx" in source.names)
         made[f"{name}.weight"] = _Made((rows, depth), torch.float32, partial(read, name))
         if numbers is not None:
             made[f"{name}.weight"] = replace(
@@ -216,6 +218,28 @@ def _of_int32(
             )
         hidden += [f"{name}.{part}" for part in parts]
     return Dequantised(source, made, hidden)
+
+
+def _check_groups(table: dict[str, Any], stored: str, depth: int, groups: int, has_index: bool) -> None:
+    """Raise CheckpointError where ``group_size`` is not what the shapes say; without ``g_idx`` nothing else tells an input's group."""
+    size = table.get("group_size")
+    # With ``dynamic``, modules have sizes of their own.
+    if size is None or table.get("dynamic"):
+        return
+    if size != -1 and not _is_size(size):
+        raise CheckpointError(
+            f"quantization_config.group_size is {shown(size)}; it must be a whole number above 0, or -1 for all inputs"
+        )
+    wanted = 1 if size == -1 else -(-depth // size)
+    if groups != wanted:
+        raise CheckpointError(
+            f"{stored} has {groups} groups of its {depth} inputs, and by quantization_config.group_size={size} there are {wanted}; "
+            "copy the model folder again"
+        )
+    if groups > 1 and depth % size and not has_index:
+        raise CheckpointError(
+            f"{stored} has {depth} inputs, which quantization_config.group_size={size} does not divide, and no g_idx that gives groups"
+        )
 
 
 def _group_of(source: TensorSource, name: str, depth: int) -> int | None:
