@@ -350,3 +350,22 @@ def test_a_damaged_file_does_not_keep_a_new_one_from_being_fitted(
     command = ["experts", "fit-predictor", str(tmp_path / "m"), str(tmp_path / "text.txt"), *said]
     assert main([*command, "--expert-budget", "100KiB", "--quiet"]) == 0, capsys.readouterr().err
     assert len(load_predictor(place).fingerprint.routers or ()) == 4
+
+
+def test_an_interrupt_while_it_is_written_leaves_the_file_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = made("encdec")
+    predictor.save(tmp_path / NAME)
+    before = (tmp_path / NAME).read_bytes()
+
+    def half(tensors: Any, place: Any, table: Any) -> None:
+        Path(place).write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anabranch.serving.expertflow.predictors.files.save_file", half)
+    for name in (NAME, "new.safetensors"):
+        with pytest.raises(KeyboardInterrupt):
+            predictor.save(tmp_path / name)
+    assert [each.name for each in tmp_path.iterdir()] == [NAME]
+    assert (tmp_path / NAME).read_bytes() == before
