@@ -8,7 +8,7 @@
 Bits are not given up for keys and values: a rung fits where `FEW` requests of `LEAST_POSITIONS` still have room for theirs, or less where
 that is more than an eighth of the memory or than all requests can fill. The last rung may take that down to one such request. What the
 config says itself (``quantize``, ``expert_budget``, ``kv_memory``, ``num_blocks``) stays, and the rest is
-planned around it.
+planned around it; ``experts`` stays where they are on disk, and says nothing where they are not.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from anabranch.lm.outline import stored_bits
 from anabranch.lm.tensors import SafetensorsFiles, has_weights
 from anabranch.nn.quantize import QuantizedPool
 from anabranch.serving.config import DEFAULT_KV, ServingConfig
+from anabranch.serving.experts import ExpertsConfig
 from anabranch.serving.load import dtype_of
 from anabranch.serving.memory.forms import Form, Quantize
 from anabranch.serving.memory.program import program_bytes
@@ -216,9 +217,9 @@ class Ladder:
     def _in_memory(self, memory: int, form: Form, kv: int) -> MemoryPlan:
         """All weights in memory, with at least ``kv`` bytes for keys and values."""
         made = self._made(memory, form, form.experts, kv, on_disk=False)
-        more = min(memory - made.total, self._kv_most(form) - kv)
+        more = min(self._left(made, form, on_disk=False), self._kv_most(form) - kv)
         # What is left goes to keys and values, as far as they may want it.
-        if made.fits and more > 0 and not self._is_kv_given:
+        if more > 0 and not self._is_kv_given:
             made = self._made(memory, form, form.experts, kv + more, on_disk=False)
         return replace(made, least=self._made(memory, form, form.experts, self._kv_least(form), on_disk=False).total)
 
@@ -234,7 +235,7 @@ class Ladder:
         resident = min(resident, form.experts)
         least = self._made(memory, form, resident, self._kv_least(form), on_disk=True).total
         made = self._made(memory, form, resident, kv, on_disk=True)
-        left = memory - made.total
+        left = self._left(made, form, on_disk=True)
         if left > 0 and given is None:
             made = self._made(memory, form, min(resident + left, form.experts), kv, on_disk=True)
         elif left > 0 and not self._is_kv_given:
@@ -244,19 +245,38 @@ class Ladder:
     def _made(self, memory: int, form: Form, resident: int, kv: int, *, on_disk: bool) -> MemoryPlan:
         config = self.config
         is_rounded = form.quantize != "none"
-        step = step_bytes(form, config.max_batched_tokens, config.max_seqs, self._positions(form), config.prompt_lookup)
+        step = self._step(form, on_disk=on_disk)
         # Slots of experts, keys and values are not written before all else is there.
         later = kv + (resident if on_disk else 0)
         work = max(step, load_bytes(form, is_rounded=is_rounded, on_disk=on_disk) - later)
         changes: dict[str, Any] = {"memory": None, "quantize": form.quantize}
         if on_disk and config.expert_budget is None:
             changes["expert_budget"] = f"{resident}B"
+        if not on_disk:
+            # What is said of experts on disk is for the rungs that have them.
+            changes["experts"] = ExpertsConfig()
         if not self._is_kv_given:
             changes["kv_memory"] = f"{kv}B"
         return MemoryPlan(
             config.replace(**changes), memory=memory, rest=form.rest, experts=form.experts, resident=resident, kv=kv, work=work,
             program=self.program, disk=form.experts if on_disk and is_rounded else 0, least=0,
         )  # fmt: skip
+
+    def _step(self, form: Form, *, on_disk: bool) -> int:
+        """What a step takes."""
+        config = self.config
+        return step_bytes(
+            form, config.max_batched_tokens, config.max_seqs, self._positions(form), prompt_lookup=config.prompt_lookup,
+            workers=config.experts.workers if on_disk else 0,
+        )  # fmt: skip
+
+    def _left(self, made: MemoryPlan, form: Form, *, on_disk: bool) -> int:
+        """Bytes that slots, or keys and values, can have beside what they have in a plan; 0 for one that does not fit.
+
+        What loading takes, if it is that which the plan counts as work, is free again when these are written.
+        """
+        free_then = made.work - self._step(form, on_disk=on_disk)
+        return made.memory - made.total + free_then if made.fits else 0
 
     # keys and values
 

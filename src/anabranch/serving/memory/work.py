@@ -29,8 +29,8 @@ FLOAT = 4
 # summed up and drawn from; one of a prompt that is scored as itself, its copy and its log-softmax.
 SAMPLED, SCORED = 48, 12
 
-# Threads that load experts, each with a buffer.
-LOADERS = 4
+# Rows behind a step's that the activations of a product are padded with, so that it takes whole tiles (SPARE_ROWS in kernels/packed.h).
+SPARE_ROWS = 32
 
 # Bytes of a weight while it is rounded: itself in float32, scaled, rounded, and as an integer of several types.
 ROUNDED = 24
@@ -39,8 +39,19 @@ ROUNDED = 24
 PAGE = 4096
 
 
-def step_bytes(form: Form, max_batched_tokens: int, max_seqs: int, max_positions: int, prompt_lookup: int = 0) -> int:
-    """Of the largest step: ``max_batched_tokens`` rows, of which ``max_seqs`` are sampled from, each before ``prompt_lookup`` guesses."""
+def step_bytes(
+    form: Form, max_batched_tokens: int, max_seqs: int, max_positions: int, *, prompt_lookup: int = 0, workers: int = 0
+) -> int:
+    """Of the largest step, at most.
+
+    Args:
+        form: the model.
+        max_batched_tokens: rows of the step.
+        max_seqs: of them, that are sampled from.
+        max_positions: of the longest request.
+        prompt_lookup: guesses before each row that is sampled from.
+        workers: threads that load experts from disk; 0 where all are in memory.
+    """
     model, tokens = form.model, max_batched_tokens
     config: Any = model.config
     attention: Any = config.attention
@@ -52,7 +63,10 @@ def step_bytes(form: Form, max_batched_tokens: int, max_seqs: int, max_positions
     if prompt_lookup:
         # Those of guesses lie there until it is their turn, and whose turn it is are copied.
         logits += FLOAT * (min(tokens, max_seqs * prompt_lookup) + max_seqs) * config.vocab_size
-    return FLOAT * tokens * row + logits + _scores(model, tokens, max_positions) + _beside(model) + LOADERS * CHUNK
+    padding = SPARE_ROWS * max((_depth(module) for module in model.blocks.modules()), default=0)
+    # Whoever waits for an expert may read it too, with a buffer as loading threads have.
+    buffers = (workers + 1) * CHUNK if workers else 0
+    return FLOAT * (tokens * row + padding) + logits + _scores(model, tokens, max_positions) + _beside(model) + buffers
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -62,6 +76,13 @@ def _is_matrix(module: nn.Module) -> bool:
 def _width(module: nn.Module) -> int:
     """Outputs of a linear layer."""
     return module.out_features if isinstance(module, nn.Linear | QuantizedLinear) else 0
+
+
+def _depth(module: nn.Module) -> int:
+    """Inputs of a linear layer, or the most of one of an expert's."""
+    if isinstance(module, ExpertPool | QuantizedPool):
+        return max(getattr(module, "hidden_dim", 0), getattr(module, "dim", 0))
+    return module.in_features if isinstance(module, nn.Linear | QuantizedLinear) else 0
 
 
 def _row_of_experts(layer: Any) -> int:
