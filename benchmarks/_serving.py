@@ -181,19 +181,6 @@ class Worker:
             self.process.wait()
 
 
-# Of Debian's package libtcmalloc-minimal4t64, which vLLM's documentation asks for.
-TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
-
-
-def vllm_environment(bind: str, tcmalloc: Path = TCMALLOC) -> dict[str, str]:
-    """What vLLM's CPU server is to be run with as its documentation says; ``bind``: cores of its threads, such as "0-1"."""
-    return {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": bind, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": "",
-        **({"LD_PRELOAD": str(tcmalloc)} if tcmalloc.exists() else {}),
-    }  # fmt: skip
-
-
 def summary(answers: Sequence[Answer], work: Work) -> dict[str, float]:
     """Tokens a second, time to the first token, gaps between tokens (ms); raises SystemExit for an answer of another length."""
     wanted = [count for requests in work for _, count in requests]

@@ -24,15 +24,25 @@ def llama_instructions(program: str) -> str:
 def vllm_instructions(log: str) -> list[str]:
     """Lines of vLLM's log that name the instructions, the threads it is bound to, or its allocator."""
     kept = re.compile(
-        r"AVX|AMX|ISA|instruction|auto thread-binding|OMP threads|tcmalloc|libiomp|enforce_eager|CompilationMode", re.I
+        r"AVX|AMX|ISA|instruction|auto thread-binding|OMP threads|tcmalloc|libiomp|enforce_eager|CompilationMode"
+        r"|Zen|LD_PRELOAD|not found in",
+        re.I,
     )
     lines = [line for line in log.splitlines() if kept.search(line)]
-    return [_PATHS.sub("PATH", line)[-400:] for line in lines[:20]]
+    return [without_paths(line)[-400:] for line in lines[:20]]
 
 
 def last_error(log: Path) -> str:
     """The last line of a log that tells of an error, without paths; empty where none does."""
-    if not log.exists():
-        return ""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if re.search(r"error[: ]", line, re.I)]
-    return _PATHS.sub("PATH", lines[-1])[-300:].strip() if lines else ""
+    return last_error_told(log.read_text(errors="replace")) if log.exists() else ""
+
+
+def last_error_told(text: str) -> str:
+    """`last_error` of a log's text."""
+    lines = [line for line in text.splitlines() if re.search(r"error[: ]", line, re.I)]
+    return without_paths(lines[-1])[-300:].strip() if lines else ""
+
+
+def without_paths(text: str) -> str:
+    """``text`` with PATH in the place of each absolute path."""
+    return _PATHS.sub("PATH", text)

@@ -242,12 +242,15 @@ def benchmark_table(recorded: dict[str, Any]) -> str:
 
 
 def _bar_told(row: dict[str, Any]) -> str | None:
-    return f"{_cell(row['bar'])}, {'met' if is_met(row) else 'missed'}" if row.get("bar") is not None else None
+    if row.get("bar") is None:
+        return None
+    why = f" ({row['missed']})" if row.get("missed") else ""
+    return f"{_cell(row['bar'])}, {'met' if is_met(row) else 'missed'}{why}"
 
 
 def is_met(row: dict[str, Any]) -> bool:
-    """Whether the ratio reaches what was asked of it."""
-    return row["ratio"] >= row["bar"]
+    """Whether the ratio reaches what was asked of it; never where the record says why it is ``missed``, as where ours failed."""
+    return not row.get("missed") and row["ratio"] >= row["bar"]
 
 
 def _measured(recorded: dict[str, Any]) -> str:
@@ -327,12 +330,15 @@ def _ratios(recorded: dict[str, Any], isa: str) -> list[dict[str, Any]]:
     of_peer: dict[str, list[dict[str, Any]]] = {}
     name = recorded["name"] + (f" ({isa})" if isa else "") + (f" {MARGIN}" if _told(recorded) else "")
     for row in recorded["rows"]:
-        shown = row.get("peer_name") and row.get("ratio") is not None and not row.get("withdrawn")
+        # A row that ours failed has no ratio, and counts all the same where one was asked of it.
+        has_failed = row.get("bar") is not None and row.get("missed")
+        shown = row.get("peer_name") and (row.get("ratio") is not None or has_failed) and not row.get("withdrawn")
         if shown and row.get("unit") not in ("MB", "% answered"):
             of_peer.setdefault(row["peer_name"], []).append(row)
     return [
         {
-            "benchmark": name, "against": peer, "cases": len(found), **_range([row["ratio"] for row in found]),
+            "benchmark": name, "against": peer, "cases": len(found),
+            **_range([row["ratio"] for row in found if row.get("ratio") is not None]),
             "bars met": _bars_met(found), "measured": _measured(recorded),
         }
         for peer, found in of_peer.items()
@@ -340,6 +346,8 @@ def _ratios(recorded: dict[str, Any], isa: str) -> list[dict[str, Any]]:
 
 
 def _range(ratios: list[float]) -> dict[str, float]:
+    if not ratios:
+        return {}
     return {"lowest": min(ratios), "median": statistics.median(ratios), "highest": max(ratios)}
 
 

@@ -142,6 +142,38 @@ def test_bars_by_hand(benchmark):
     assert bars.with_bars("of no bars", rows) == rows
 
 
+def test_a_bar_is_missed_where_ours_failed_whatever_the_ratio(benchmark, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    bars, hooks = benchmark("_bars"), importlib.import_module("hooks")
+    case = {"case": "T=16 E=64 fp32 training", "peer_name": "OLMoE", "unit": "ms"}
+    rows = bars.with_bars(
+        "moe_layer",
+        [
+            {**case, "ratio": 4.0},
+            {**case, "ratio": 4.0, "failed_rounds": {"ours": 0, "peer": 2}},
+            {**case, "ratio": 4.0, "failed_rounds": {"ours": 1, "peer": 0}},
+            {**case, "ratio": None, "failed": "ours: killed"},
+            {**case, "ratio": None, "failed": "ours, larger: killed"},
+            {**case, "ratio": None, "failed": "OLMoE: killed"},
+            {**case, "ratio": 4.0, "missed": "it refuses more"},
+        ],
+    )
+    assert [row.get("bar") for row in rows] == [3.0, 3.0, 3.0, 3.0, None, None, 3.0]
+    assert [row.get("missed") for row in rows] == [
+        None, None, "ours failed in 1 round", "ours failed", None, None, "it refuses more",
+    ]  # fmt: skip
+    asked = [row for row in rows if "bar" in row]
+    assert (
+        [bars.is_met(row) for row in asked] == [hooks.is_met(row) for row in asked] == [True, True, False, False, False]
+    )
+    record = {"name": "moe_layer", "device": "x", "rows": rows}
+    (told,) = hooks._ratios(record, "")
+    assert (told["cases"], told["lowest"], told["bars met"]) == (5, 4.0, "2 of 5")
+    (told,) = hooks._ratios({**record, "rows": [rows[3]]}, "")
+    assert (told["cases"], told.get("lowest"), told["bars met"]) == (1, None, "0 of 1")
+    assert "| 3, missed (ours failed) |" in hooks.benchmark_table(record)
+
+
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_a_record_says_what_was_asked_where_and_when(path, benchmark):
     text = path.read_text(encoding="utf-8")
@@ -163,8 +195,9 @@ def test_every_bar_is_of_a_recorded_case_or_awaited(benchmark):
     ]
     assert bars.AWAITED.keys() <= bars.BARS.keys()
     for name, asked in bars.BARS.items():
-        seen = {bars.bar_of(name, row) for of, row in rows if of == name and not row.get("withdrawn")}
-        assert {bar.ratio for bar in asked} - seen == bars.AWAITED.get(name, frozenset()), name
+        # Each bar by itself: the row of another with the same ratio says nothing of it.
+        seen = {bars.asked_of(name, row) for of, row in rows if of == name and not row.get("withdrawn")}
+        assert set(asked) - seen == bars.AWAITED.get(name, frozenset()), name
 
 
 # Serving
@@ -211,31 +244,152 @@ def test_requests_of_a_round_are_at_least_what_is_asked(benchmark):
     assert [each(50, streams) * streams for streams in (1, 4, 16)] == [50, 52, 64]
 
 
-def test_vllm_runs_as_its_documentation_says(benchmark, tmp_path):
-    engine = benchmark("serving_engine")
-    options = engine.arguments(
-        ["--vllm", "vllm", "--llama", "llama-server", "--model", "x.gguf", "--tcmalloc", str(tmp_path)]
-    )
+def test_peers_run_as_their_documentation_says(benchmark, tmp_path):
+    engine, peer = benchmark("serving_engine"), benchmark("_vllm")
+    program, openmp, tcmalloc = (tmp_path / part for part in ("bin/vllm", "lib/libiomp5.so", "libtcmalloc.so.4"))
+    openmp.parent.mkdir()
+    openmp.touch()
+    words = ["--vllm", str(program), "--llama", "llama-server", "--model", "x.gguf", "--tcmalloc", str(tcmalloc)]
+    options = engine.arguments([*words, "--zen", str(tmp_path / "zen"), "--streams", "1", "16"])
     files = {kind: tmp_path / f"{kind}.gguf" for kind in ("Q4_0", "BF16")}
-    made = {server.name: server for server in engine.servers(options, tmp_path, tmp_path, files)}
+    made = {server.name: server for server in engine.servers(options, tmp_path, tmp_path, files, tmp_path / "caches")}
     assert list(made) == [
-        "ours bfloat16",
-        "ours int8",
-        "ours int4",
-        "vllm",
-        "vllm eager",
-        "llama.cpp Q4_0",
-        "llama.cpp BF16",
-    ]
-    assert "--enforce-eager" not in made["vllm"].command
+        "ours bfloat16", "ours int8", "ours int4", "vllm", "vllm zentorch", "vllm eager", "llama.cpp Q4_0", "llama.cpp BF16",
+    ]  # fmt: skip
+    assert "--enforce-eager" not in made["vllm"].command + made["vllm zentorch"].command
     assert "--enforce-eager" in made["vllm eager"].command
     assert made["vllm"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
-    assert made["vllm"].environment["LD_PRELOAD"] == str(tmp_path)
+    assert made["vllm"].environment["PYTHONPATH"] == ""
+    assert made["vllm zentorch"].environment["PYTHONPATH"] == str(tmp_path / "zen")
+    # What is not there is left out, and told.
+    assert made["vllm"].environment["LD_PRELOAD"] == str(openmp)
+    assert peer.told_preloads(str(program), tcmalloc) == ["libtcmalloc.so.4 is not there", "libiomp5.so"]
+    tcmalloc.touch()
+    assert peer.environment(str(program), "0", tcmalloc)["LD_PRELOAD"] == f"{tcmalloc}:{openmp}"
+    # Each starts with caches of its own, which are empty at first.
+    caches = [made[name].environment["VLLM_CACHE_ROOT"] for name in ("vllm", "vllm zentorch", "vllm eager")]
+    assert len({*caches, made["ours bfloat16"].environment["ANABRANCH_CACHE"]}) == 4
     # Both in 4 bits from the same file.
     assert str(files["Q4_0"]) in made["ours int4"].command
-    assert str(files["Q4_0"]) in made["llama.cpp Q4_0"].command
+    llama = made["llama.cpp Q4_0"].command
+    assert str(files["Q4_0"]) in llama
+    assert llama[llama.index("-np") : llama.index("-np") + 2] == ["-np", "16"]
+    assert llama[llama.index("-Cr") : llama.index("-Cr") + 4] == ["-Cr", "0-1", "--cpu-strict", "1"]
+    assert "-tb" not in llama
     assert options.rounds >= 7
     assert options.requests >= 50
+
+
+def test_rounds_of_engines_by_hand(benchmark):
+    rows, bars = benchmark("_engine_rows"), benchmark("_bars")
+    speeds = {
+        "ours bfloat16": [30.0, 20.0, None],
+        "ours int4": [None, None, None],
+        "vllm": [10.0, None, 10.0],
+        "vllm zentorch": [20.0, 20.0, 20.0],
+    }
+    turns = {
+        name: [{"tokens_s": one, "agreement": None} if one else {"failed": "gone"} for one in each]
+        for name, each in speeds.items()
+    }
+    first = {"ours bfloat16": [{"ttft_ms": 50.0}], "vllm": [{"ttft_ms": 100.0}]}
+    starts = rows.Starts(
+        cold={
+            "ours bfloat16": {"ready_s": 10.0},
+            "vllm": {"ready_s": 40.0},
+            "vllm zentorch": {"failed": "no such library"},
+        },
+        warm={"ours bfloat16": {"ready_s": 10.0}, "vllm": {"ready_s": 20.0}, "llama.cpp Q4_0": {"ready_s": 1.0}},
+    )
+    made = bars.with_bars("serving_engine", rows.table(rows.Measured({16: turns}, first, 3), starts))
+    found = {(row["case"], row["peer_name"]): row for row in made}
+    assert len(found) == len(made) == 4 + 1 + 2 + 2
+    row = found["16 streams, ours bfloat16", "vllm"]
+    assert (row["ours"], row["peer"], row["ratio"], row["spread"]) == (30.0, 10.0, 3.0, None)
+    assert row["failed_rounds"] == {"ours": 1, "peer": 1}
+    assert (row["bar"], bars.is_met(row)) == (1.5, False)
+    row = found["16 streams, ours bfloat16", "vllm zentorch"]
+    assert (row["ratio"], row["spread"]) == (1.25, [1.125, 1.375])
+    row = found["16 streams, ours int4", "vllm"]
+    assert (row["ratio"], row["failed"]) == (None, "ours: gone")
+    row = found["first token after 256 prompt tokens, ours bfloat16", "vllm"]
+    assert (row["ratio"], row["bar"], bars.is_met(row)) == (2.0, 1.0, True)
+    row = found["seconds until ready, cold, bfloat16", "vllm"]
+    assert (row["ratio"], row["bar"], bars.is_met(row)) == (4.0, 3.0, True)
+    row = found["seconds until ready, cold, bfloat16", "vllm zentorch"]
+    assert (row["ratio"], row["failed"], row.get("bar")) == (None, "vllm zentorch: no such library", None)
+    row = found["seconds until ready, warm, bfloat16", "vllm"]
+    assert (row["ratio"], row["bar"], bars.is_met(row)) == (2.0, 3.0, False)
+    assert found["seconds until ready, warm, bfloat16", "llama.cpp Q4_0"]["ratio"] == 0.1
+    assert rows.medians(turns["vllm"]) == {"tokens_s": 10.0}
+    assert rows.medians(turns["ours int4"]) == {}
+
+
+def test_starts_are_timed_cold_and_warm(benchmark, tmp_path):
+    engine, serving, gateway = benchmark("serving_engine"), benchmark("_serving"), benchmark("_gateway")
+    # Its second start finds what the first has left.
+    code = (
+        "import http.server, os, pathlib, sys, time\nleft = pathlib.Path(os.environ['ANABRANCH_CACHE'])\n"
+        "time.sleep(0 if left.exists() else 1)\nleft.mkdir(exist_ok=True)\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()"
+    )
+    port, log = gateway.free_port(), tmp_path / "log"
+    cache = {"ANABRANCH_CACHE": str(tmp_path / "cache")}
+    good = serving.Server(
+        "ours bfloat16", [sys.executable, "-c", code, str(port)], port, "/none", environment=cache, log=log
+    )
+    bad = serving.Server("vllm", [sys.executable, "-c", "raise ValueError('no /root/x/y')"], port, "/none", log=log)
+    untimed = serving.Server("vllm eager", ["none"], port, "/none", log=log)
+    starts = engine.Starts()
+    engine.time_starts([good, bad, untimed], starts)
+    assert starts.cold["ours bfloat16"]["ready_s"] > 1
+    assert starts.warm["ours bfloat16"]["ready_s"] < starts.cold["ours bfloat16"]["ready_s"]
+    assert starts.cold["vllm"] == starts.warm["vllm"] == {"failed": "ValueError: no PATH"}
+    assert "vllm eager" not in {**starts.cold, **starts.warm}
+
+
+def test_a_contestant_that_does_not_start_or_fails_a_round_stands_in_the_record(benchmark, monkeypatch, tmp_path):
+    engine, serving = benchmark("serving_engine"), benchmark("_serving")
+    monkeypatch.setattr(engine, "SPIN_S", 0.0)
+
+    class Echo:
+        name = "ours bfloat16"
+
+        async def run(self, work):
+            return [serving.Answer(0.0, [1.0 + n for n in range(count)], "x") for stream in work for _, count in stream]
+
+    class Prompts:
+        sizes = iter([])
+
+        def work(self, streams, each):
+            return [[([1], 4)] * each] * streams
+
+    options = engine.arguments(
+        [
+            "--model",
+            "x.gguf",
+            "--streams",
+            "1",
+            "2",
+            "--requests",
+            "2",
+            "--rounds",
+            "2",
+            "--json",
+            str(tmp_path / "x.json"),
+        ]
+    )
+    starts, found = engine.Starts(), [Echo()]
+    engine._miss("vllm", "no such library", starts, found)
+    for so_far in engine.measured(options, found, Prompts()):
+        engine.write(options, so_far, starts, {})
+        record = json.loads((tmp_path / "x.json").read_text())
+        assert record["rounds"] == so_far.rounds == len(record["first_token_ms"]["vllm"])
+        assert record["failed"] == {"vllm": "no such library"}
+        (row,) = [row for row in record["rows"] if row["case"] == "2 streams, ours bfloat16"]
+        assert (row["ratio"], row["failed"]) == (None, "vllm: SystemExit: no such library")
+        assert row["failed_rounds"] == {"ours": 0, "peer": so_far.rounds}
+    assert record["rounds"] == 2
 
 
 def test_goodput_counts_the_time_that_a_queue_takes_to_drain(benchmark, monkeypatch):
@@ -252,9 +406,78 @@ def test_goodput_counts_the_time_that_a_queue_takes_to_drain(benchmark, monkeypa
     rate, median = asyncio.run(goodput.capacity("http://x", 2, 0.1))
     assert 4 < rate <= 2 / 0.3
     assert median == pytest.approx(0.3, abs=0.2)
-    row = asyncio.run(goodput.load("http://x", 50.0, 0.1, 5.0, 0, False, 5.0))
+    row = asyncio.run(goodput.load("http://x", 50.0, 0.1, 5.0, "0 1.0", False, 5.0))
     assert row["took_s"] >= 0.3
+    assert row["sent"] == row["answered"]
     assert row["goodput"] == pytest.approx(row["sent"] / row["took_s"], rel=0.01)
+
+
+def test_rows_of_goodput_by_hand(benchmark):
+    goodput, bars = benchmark("serving_goodput"), benchmark("_bars")
+
+    def load(good, p99, answered, refused=0, times=3.0):
+        return {
+            "times": times, "sent": 10, "answered": answered, "rejected": refused, "goodput": good, "ttft_p99_s": p99,
+        }  # fmt: skip
+
+    told = {
+        "ours": {"kept": 0.95, "rows": [load(4.0, 0.1, 4, 6)], "patient": load(4.0, 0.1, 4, 6)},
+        "vllm": {"kept": 0.5, "rows": [load(2.0, 0.4, 9)], "patient": load(5.0, 0.4, 10)},
+        "vllm with limits": {"kept": 0.5, "rows": [], "failed": "no such option"},
+    }
+    found = {(row["case"], row["peer_name"]): row for row in bars.with_bars("serving_goodput", goodput.table(told))}
+    leave, wait = (
+        found[f"P99 to the first token at 3 times the saturating load, clients {clients}", "vllm"]
+        for clients in ("leave at the objective", "wait as long as it takes")
+    )
+    assert (leave["ratio"], leave["bar"], bars.is_met(leave)) == (4.0, 3.0, True)
+    assert (leave["not_answered_ours"], leave["refused_ours"], leave["not_answered_peer"]) == (0.6, 0.6, 0.1)
+    # As soon, but fewer of them.
+    assert (wait["ratio"], bars.is_met(wait)) == (4.0, False)
+    assert wait["missed"] == "ours answers 4 a second in time, vllm 5"
+    kept = found["least from the best load to 3 times, share of the best", "the bar"]
+    assert (kept["ratio"], kept["bar"], bars.is_met(kept)) == (pytest.approx(0.95 / 0.9), 1.0, True)
+    limited = found["requests/s in time at 3 times the saturating load", "vllm with limits"]
+    assert (limited["ratio"], limited["failed"]) == (None, "vllm with limits: no such option")
+    told["ours"] = {"kept": 0.0, "rows": [], "failed": "killed"}
+    rows = bars.with_bars("serving_goodput", goodput.table(told))
+    assert [row["peer_name"] for row in rows if "bar" in row] == ["the bar", "vllm", "vllm"]
+    assert not any(bars.is_met(row) for row in rows if "bar" in row)
+
+
+def test_a_server_that_is_gone_or_hangs_is_out_and_the_record_says_so(benchmark, monkeypatch):
+    goodput = benchmark("serving_goodput")
+    monkeypatch.setattr(goodput, "SPIN_S", 0.0)
+
+    def start():
+        raise SystemExit("error: no model at /root/x/model here")
+
+    async def work(url):
+        raise AssertionError(url)
+
+    one = goodput.Contestant(start)
+    assert one.turn(work) is None
+    assert one.turn(work) is None
+    assert one.told() == {"capacity": None, "kept": 0.0, "rows": [], "failed": "error: no model at PATH here"}
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    server = type("Server", (), {"url": "http://x", "process": ended, "logged": lambda self: "RuntimeError: died\n"})()
+
+    async def done(url):
+        return 1
+
+    one = goodput.Contestant(lambda: server)
+    assert one.turn(done) is None
+    assert one.failed == "RuntimeError: died"
+
+
+def test_others_wait_in_goodput_as_ours_does(benchmark, tmp_path):
+    goodput = benchmark("serving_goodput")
+    given = goodput.arguments(["--vllm", "python", "--streams", "4"])
+    assert list(goodput.contestants_of(given, "m")) == ["ours", "ours without limits", "vllm", "vllm with limits"]
+    given = goodput.arguments(["--vllm", "python", "--zen", str(tmp_path)])
+    assert list(goodput.contestants_of(given, "m"))[2:] == ["vllm zentorch", "vllm zentorch with limits"]
+    assert goodput.vllm_limits(4)[:2] == ["--max-num-queued-reqs", "12"]
 
 
 # Memory
