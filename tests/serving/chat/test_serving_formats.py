@@ -122,6 +122,27 @@ def test_harmony_tells_what_is_said_to_the_reader():
     assert told("harmony", ['<|channel|>commentary to=functions.add<|message|>{"a": '])[1] is True
 
 
+def test_harmony_reads_on_behind_reasoning_that_the_prompt_has_begun():
+    """What the prompt began is dropped with the reasoning that it is of: what follows is said, also without a header of its own."""
+    dialect = Dialect("harmony", "harmony")
+    for begun, text, wanted in (
+        ("<|channel|>analysis<|message|>", "So, so.<|end|>It is.", "It is."),
+        ("<|channel|>analysis<|message|>", "So.<|end|><|start|>assistant<|channel|>final<|message|>It is.<|return|>", "It is."),
+        ("<|channel|>final<|message|>", "It is.<|return|>", "It is."),
+        ("", "<|channel|>analysis<|message|>So.<|end|>It is.", "It is."),
+    ):  # fmt: skip
+        reasoning = dialect.reasoning_after(f"<|start|>user<|message|>Is it?<|end|><|start|>assistant{begun}")
+        splitter, parser = reasoning.splitter(), dialect.parser([], reasoning)
+        parts = [part for letter in text for part in splitter.push(letter)] + splitter.end()
+        said = [event for kind, part in parts if kind != "reasoning" for event in parser.push(part)] + parser.end()
+        assert "".join(event.text for event in said) == wanted
+    # A header goes on where the prompt has begun it.
+    reasoning = dialect.reasoning_after("<|start|>assistant")
+    parser = dialect.parser(TOOLS, reasoning)
+    events = parser.push(' to=functions.add<|channel|>commentary json<|message|>{"a": 1}<|call|>') + parser.end()
+    assert calls_of(events) == [("add", {"a": 1})]
+
+
 @pytest.mark.parametrize(
     ("format", "text", "wanted"),
     [

@@ -9,7 +9,7 @@ from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import InputError
 from anabranch.serving import grammar
 from anabranch.serving.chat.events import Parser
-from anabranch.serving.chat.harmony import HarmonyParser, Messages
+from anabranch.serving.chat.harmony import HarmonyParser
 from anabranch.serving.chat.marked import DeepSeekParser, MistralParser, XmlParser, names_of
 from anabranch.serving.chat.parser import ToolParser
 from anabranch.serving.chat.pythonic import PythonicParser, python_text
@@ -31,18 +31,22 @@ class ToolFormat:
     """How calls are written.
 
     Attributes:
-        parser: makes a parser for tools that are offered.
+        parser: makes a parser for tools that are offered, and for what the prompt has begun of the answer's turn and is no reasoning.
         text: a call by its name and the JSON of its arguments.
         call: the same as the form of a grammar, by the tool's function; None where no grammar holds it.
         frame: what stands before the first call, between two and after the last.
         is_always: answers are read so even where no tools are offered.
+        is_single: an answer has one call at the most.
+        opening: what an answer that must be calls may begin with, behind reasoning.
     """
 
-    parser: Callable[[Offered], Parser]
+    parser: Callable[[Offered, str], Parser]
     text: Callable[[str, str], str]
     call: Callable[[Mapping[str, Any]], Any] | None = None
     frame: tuple[str, str, str] = ("", "\n", "")
     is_always: bool = False
+    is_single: bool = False
+    opening: str = ""
 
     def written(self, calls: Sequence[tuple[str, str]]) -> str:
         """The text of calls, each a name and the JSON of its arguments."""
@@ -56,8 +60,9 @@ class ToolFormat:
         before, between, after = self.frame
         one = grammar.choice([self.call(tool["function"]) for tool in tools])
         next_one = grammar.sequence([between, one]) if between else one
-        more = [grammar.repeat(next_one, 0, _MOST_CALLS - 1)] if is_parallel else []
-        return grammar.sequence([*([before] if before else []), one, *more, *([after] if after else [])])
+        more = [grammar.repeat(next_one, 0, _MOST_CALLS - 1)] if is_parallel and not self.is_single else []
+        form = grammar.sequence([*([before] if before else []), one, *more, *([after] if after else [])])
+        return grammar.sequence([grammar.repeat(self.opening, 0, 1), form]) if self.opening else form
 
 
 def _json_call(begin: str, name_end: str, end: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -83,7 +88,7 @@ def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json_format(
-    parser: Callable[[Offered], Parser],
+    parser: Callable[[Offered, str], Parser],
     parts: tuple[str, str, str],
     frame: tuple[str, str, str] = ("", "\n", ""),
     **more: Any,
@@ -122,34 +127,39 @@ def _xml_text(name: str, arguments: str) -> str:
     return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
 
 
-def _generic(tools: Offered) -> Parser:
-    return ToolParser(names_of(tools))
+def _plain(make: Callable[[Offered], Parser]) -> Callable[[Offered, str], Parser]:
+    """A parser of an answer, whatever its turn begins with."""
+    return lambda tools, begun: make(tools)
 
 
+_GENERIC = _plain(lambda tools: ToolParser(names_of(tools)))
 _HERMES = ('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>")
 _DEEPSEEK_FRAME = ("<｜tool▁calls▁begin｜>", "\n", "<｜tool▁calls▁end｜>")
 FORMATS: Mapping[str, ToolFormat] = {
-    "hermes": _json_format(_generic, _HERMES),
-    "llama3": _json_format(_generic, ('{"name": "', '", "parameters": ', "}"), ("", "; ", "")),
-    "mistral": _json_format(_generic, ('{"name": "', '", "arguments": ', "}"), ("[TOOL_CALLS][", ", ", "]")),
-    "mistral_args": _json_format(MistralParser, ("[TOOL_CALLS]", "[ARGS]", ""), ("", "", "")),
+    "hermes": _json_format(_GENERIC, _HERMES),
+    "llama3": _json_format(_GENERIC, ('{"name": "', '", "parameters": ', "}"), ("", "; ", "")),
+    "mistral": _json_format(_GENERIC, ('{"name": "', '", "arguments": ', "}"), ("[TOOL_CALLS][", ", ", "]")),
+    "mistral_args": _json_format(_plain(MistralParser), ("[TOOL_CALLS]", "[ARGS]", ""), ("", "", "")),
     "deepseek_v3": _json_format(
-        DeepSeekParser,
+        _plain(DeepSeekParser),
         ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>"),
         _DEEPSEEK_FRAME,
     ),
     "deepseek_v31": _json_format(
-        DeepSeekParser, ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"), _DEEPSEEK_FRAME
+        _plain(DeepSeekParser), ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"), _DEEPSEEK_FRAME
     ),
     "pythonic": ToolFormat(
-        PythonicParser, lambda name, arguments: python_text(name, json.loads(arguments)), frame=("[", ", ", "]")
+        _plain(PythonicParser), lambda name, arguments: python_text(name, json.loads(arguments)), frame=("[", ", ", "]")
     ),
-    "qwen3_coder": ToolFormat(XmlParser, _xml_text, _xml_call),
+    "qwen3_coder": ToolFormat(_plain(XmlParser), _xml_text, _xml_call),
     "harmony": _json_format(
-        lambda tools: HarmonyParser(names_of(tools)),
+        lambda tools, begun: HarmonyParser(names_of(tools), begun),
         ("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", ""),
         ("", "<|call|><|start|>assistant", ""),
         is_always=True,
+        is_single=True,
+        # Behind reasoning a message begins with its author.
+        opening="<|start|>assistant",
     ),
 }
 
@@ -202,36 +212,20 @@ class Dialect:
         """A parser of an answer; None where all of it is text."""
         if not tools and not self.format.is_always:
             return None
-        if self.tools == "harmony":
-            begun = reasoning.begun if reasoning is not None else ""
-            # What was begun is left out, with the reasoning it is of.
-            messages = Messages(begun)
-            is_left_out = messages.in_body and messages.header.is_reasoning
-            return HarmonyParser(names_of(tools), "" if is_left_out else begun)
-        return self.format.parser(tools)
+        return self.format.parser(tools, reasoning.said if reasoning is not None else "")
 
     def demanded(self, tools: Offered, *, is_parallel: bool) -> dict[str, Any]:
         """The grammar of an answer that must call. Raises InputError where no grammar holds the format."""
-        form = self.format.demanded(tools, is_parallel=is_parallel and self.tools != "harmony")
+        form = self.format.demanded(tools, is_parallel=is_parallel)
         if form is None:
             raise InputError(
                 f"this model writes calls as {self.tools} does, which no grammar holds: tool_choice can be auto or none"
             )
-        if self.tools == "harmony":
-            # Behind reasoning a message begins with its author.
-            form = grammar.sequence([grammar.repeat("<|start|>assistant", 0, 1), form])
         return form
 
     def preamble(self, reasoning: Reasoning | None, tokenizer: Tokenizer, *, is_call: bool) -> Preamble | None:
         """What may come before what a grammar holds for, an answer or with ``is_call`` calls."""
-        if reasoning is None:
-            return None
-        if reasoning.format == "harmony" and is_call:
-            has_begun = Messages(reasoning.begun).in_body
-            return Preamble(
-                open=() if has_begun else tuple(tokenizer.encode("<|channel|>analysis")), close=("<|end|>",)
-            )
-        return reasoning.preamble(tokenizer)
+        return None if reasoning is None else reasoning.preamble(tokenizer, is_call=is_call)
 
 
 def _sign(template: str, signs: Sequence[tuple[str, str]], default: str = "") -> str:

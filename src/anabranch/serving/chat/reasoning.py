@@ -13,12 +13,9 @@ from anabranch.serving.chat.events import held
 from anabranch.serving.chat.harmony import Header, Messages
 from anabranch.serving.core.request import Preamble
 
-__all__ = ["FORMATS", "Channels", "Reasoning", "Splitter", "Tagged"]
+__all__ = ["FORMATS", "Channels", "Reasoning", "ReasoningFormat", "Splitter", "Tagged"]
 
 Part = tuple[Literal["reasoning", "text", "mark"], str]
-# Tags by the name of their format.
-TAGS: Mapping[str, tuple[str, str]] = {"think": ("<think>", "</think>"), "magistral": ("[THINK]", "[/THINK]")}
-FORMATS = (*TAGS, "harmony")
 _FINAL = ("<|channel|>final<|message|>", "<|channel|>final <|constrain|>json<|message|>")
 
 
@@ -174,50 +171,118 @@ class Channels:
         return self.push("", is_over=True)
 
 
+class ReasoningFormat(Protocol):
+    """How a model's reasoning is written. ``begun`` is what `after` gives of a prompt."""
+
+    def after(self, prompt: str) -> str:
+        """The end of a prompt, which may have begun the reasoning."""
+
+    def said(self, begun: str) -> str:
+        """Of ``begun``, the beginning of the turn that is no reasoning, which a parser of the turn needs."""
+
+    def splitter(self, begun: str, *, is_formed: bool) -> Splitter:
+        """A new one, at the beginning of the answer; ``is_formed``: a grammar holds for what is behind the reasoning."""
+
+    def preamble(self, begun: str, tokenizer: Tokenizer, *, is_call: bool) -> Preamble | None:
+        """What may come before what a grammar holds for, an answer or with ``is_call`` calls; None where nothing may."""
+
+
+@dataclass(frozen=True, slots=True)
+class TagFormat:
+    """Reasoning between two tags, see `Tagged`.
+
+    Attributes:
+        opens, closes: the tags.
+    """
+
+    opens: str
+    closes: str
+
+    def after(self, prompt: str) -> str:
+        """See `ReasoningFormat`."""
+        return prompt[-100:]
+
+    def said(self, begun: str) -> str:
+        """See `ReasoningFormat`."""
+        return ""
+
+    def splitter(self, begun: str, *, is_formed: bool) -> Splitter:
+        """See `ReasoningFormat`."""
+        return Tagged((self.opens, self.closes), self._state(begun))
+
+    def preamble(self, begun: str, tokenizer: Tokenizer, *, is_call: bool) -> Preamble | None:
+        """See `ReasoningFormat`."""
+        state = self._state(begun)
+        if state == "closed":
+            return None
+        return Preamble(open=() if state == "open" else tuple(tokenizer.encode(self.opens)), close=(self.closes,))
+
+    def _state(self, begun: str) -> str:
+        end = begun.rstrip()
+        return "open" if end.endswith(self.opens) else "closed" if end.endswith(self.closes) else "maybe"
+
+
+class ChannelFormat:
+    """Reasoning in messages of a channel, see `Channels`."""
+
+    def after(self, prompt: str) -> str:
+        """See `ReasoningFormat`."""
+        return prompt[max(0, prompt.rfind("<|start|>")) :] if "<|start|>" in prompt else ""
+
+    def said(self, begun: str) -> str:
+        """See `ReasoningFormat`."""
+        messages = Messages(begun)
+        return "" if messages.in_body and messages.header.is_reasoning else begun
+
+    def splitter(self, begun: str, *, is_formed: bool) -> Splitter:
+        """See `ReasoningFormat`."""
+        return Channels(begun, is_formed=is_formed)
+
+    def preamble(self, begun: str, tokenizer: Tokenizer, *, is_call: bool) -> Preamble | None:
+        """See `ReasoningFormat`."""
+        messages = Messages(begun)
+        if is_call:
+            opens = () if messages.in_body else tuple(tokenizer.encode("<|channel|>analysis"))
+            return Preamble(open=opens, close=("<|end|>",))
+        return None if messages.in_body and not messages.header.is_reasoning else Preamble(close=_FINAL)
+
+
+FORMATS: Mapping[str, ReasoningFormat] = {
+    "think": TagFormat("<think>", "</think>"),
+    "magistral": TagFormat("[THINK]", "[/THINK]"),
+    "harmony": ChannelFormat(),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Reasoning:
     """How the reasoning of one answer is told apart.
 
     Attributes:
         format: one of `FORMATS`.
-        prompt: the end of the prompt, which may have begun the reasoning.
+        begun: the end of the prompt, which may have begun the reasoning.
         is_formed: a grammar holds for the answer behind it.
     """
 
-    format: str
-    prompt: str
+    format: ReasoningFormat
+    begun: str
     is_formed: bool = False
 
     @classmethod
     def after(cls, format: str, prompt: str) -> "Reasoning":
-        """Of an answer to a whole prompt."""
-        if format == "harmony":
-            return cls(format, prompt[max(0, prompt.rfind("<|start|>")) :] if "<|start|>" in prompt else "")
-        return cls(format, prompt[-100:])
+        """Of an answer to a whole prompt, in the format of a name."""
+        found = FORMATS[format]
+        return cls(found, found.after(prompt))
 
     @property
-    def begun(self) -> str:
-        """The beginning of the turn that is in the prompt; harmony's alone."""
-        return self.prompt if self.format == "harmony" else ""
+    def said(self) -> str:
+        """See `ReasoningFormat`."""
+        return self.format.said(self.begun)
 
     def splitter(self) -> Splitter:
         """A new one, at the beginning of the answer."""
-        if self.format == "harmony":
-            return Channels(self.begun, is_formed=self.is_formed)
-        return Tagged(TAGS[self.format], self._state())
+        return self.format.splitter(self.begun, is_formed=self.is_formed)
 
-    def preamble(self, tokenizer: Tokenizer) -> Preamble | None:
-        """What may come before an answer that a grammar holds for; None where nothing may."""
-        if self.format == "harmony":
-            messages = Messages(self.begun)
-            return None if messages.in_body and not messages.header.is_reasoning else Preamble(close=_FINAL)
-        opens, closes = TAGS[self.format]
-        state = self._state()
-        if state == "closed":
-            return None
-        return Preamble(open=() if state == "open" else tuple(tokenizer.encode(opens)), close=(closes,))
-
-    def _state(self) -> str:
-        opens, closes = TAGS[self.format]
-        end = self.prompt.rstrip()
-        return "open" if end.endswith(opens) else "closed" if end.endswith(closes) else "maybe"
+    def preamble(self, tokenizer: Tokenizer, *, is_call: bool = False) -> Preamble | None:
+        """What may come before what a grammar holds for, an answer or with ``is_call`` calls; None where nothing may."""
+        return self.format.preamble(self.begun, tokenizer, is_call=is_call)
