@@ -100,11 +100,11 @@ def test_what_loading_takes_is_for_keys_and_values_once_it_is_done():
     loading = load_bytes(form, is_rounded=False, on_disk=False)
     memory = 2 * PROGRAM + form.rest + form.experts + loading
     made = Ladder(
-        ServingConfig(model="m", dtype="bfloat16"), MIXTURE.replace(max_positions=1 << 11),
+        ServingConfig(model="m", dtype="bfloat16"), MIXTURE.replace(max_positions=1 << 13),
         measure=lambda model, processes: PROGRAM * processes,
     ).plan(memory)  # fmt: skip
     assert rung(made) == ("none", False)
-    assert made.work == step_bytes(form, 512, 16, 1 << 11) == loading - made.kv
+    assert made.work == step_bytes(form, 512, 16, 1 << 13) == loading - made.kv
     assert made.total == memory
 
 
