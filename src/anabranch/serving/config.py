@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from anabranch.config import Config, Field, Repeats, Seed, Size, configclass
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.serving.core.client import EngineClient
+from anabranch.serving.core.kinds import most_new
 from anabranch.serving.experts import ExpertsConfig
 from anabranch.sizes import parse_bytes
 
@@ -116,10 +117,7 @@ class ServingConfig(Config):
     @property
     def num_new(self) -> int:
         """Tokens of one request that steps under way, and the one that is formed, compute at most."""
-        chunk = min(
-            self.max_batched_tokens, max(self.long_prefill_chunk or self.max_batched_tokens, 1 + self.prompt_lookup)
-        )
-        return chunk * 2 if self.is_async else chunk
+        return most_new(self.max_batched_tokens, self.long_prefill_chunk, self.prompt_lookup, is_async=self.is_async)
 
     def __post_init__(self) -> None:
         for name in ("memory", "kv_memory", "expert_budget", "host_kv", "disk_kv"):

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, InputError
 from anabranch.serving.core.blocks import BlockPool
-from anabranch.serving.core.kinds import GONE, Kind, match, most_blocks
+from anabranch.serving.core.kinds import GONE, Kind, match, most_blocks, most_new
 from anabranch.serving.core.offload import LruTier
 from anabranch.serving.core.scheduler import SchedulerConfig
 
@@ -65,6 +65,14 @@ def test_a_request_of_any_length_fits_where_a_window_does_however_many_tokens_a_
         assert kind.can_hold(table) > computed
         kind.pool.append(table, computed + 1)
     assert kind.missing(table, 1000) <= kind.pool.num_blocks
+
+
+def test_new_tokens_are_a_part_of_a_prompt_or_a_token_with_its_guesses_of_one_step_or_two():
+    assert most_new(512, None, 0, is_async=False) == 512
+    assert most_new(512, 64, 0, is_async=False) == 64
+    assert most_new(512, 64, 0, is_async=True) == 128
+    assert most_new(512, 4, 7, is_async=False) == 8
+    assert most_new(6, 4, 7, is_async=False) == 6
 
 
 def naive_match(kinds, keys):

@@ -167,9 +167,10 @@ def test_a_model_without_windows_has_one_kind(tiny_model):
     model = tiny_model()
     config = ServingConfig(num_blocks=12)
     assert Kinds.of(model, config) == Kinds.whole(model, config)
-    assert Kinds.of(model, ServingConfig(kv_memory="1MiB")).blocks() == ServingConfig(kv_memory="1MiB").blocks_for(
-        PagedShape.of(model).bytes_per_token
-    )
+    attention = model.config.attention
+    # Keys and values of each layer, in four bytes, for the 16 tokens of a block.
+    block = 2 * model.config.num_layers * attention.kv_heads * attention.width(model.config.dim) * 4 * 16
+    assert Kinds.of(model, ServingConfig(kv_memory="1MiB")).blocks() == (1 << 20) // block
 
 
 def test_whole_sequences_are_kept_where_they_go_elsewhere_or_layers_come_again(model_of):

@@ -2,7 +2,7 @@
 
 A request has one logical sequence of blocks. Each kind of layers has memory of its own for it, and a table of its own: the numbers of the
 blocks in that memory, in order. What lies before the window of every token that is still to be computed is given back, and `GONE` stands
-in its place in the table, so that place i is of the same tokens in each.
+in its place in the table, so that place i is of the same tokens in each. vLLM calls a kind a KV cache group.
 """
 
 from bisect import bisect_left
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from anabranch.serving.core.blocks import BlockPool
 
-__all__ = ["GONE", "Kind", "match", "most_blocks"]
+__all__ = ["GONE", "Kind", "match", "most_blocks", "most_new"]
 
 # In a table: no token to come sees that block.
 GONE = -1
@@ -19,6 +19,12 @@ GONE = -1
 def most_blocks(window: int, num_new: int, block_tokens: int) -> int:
     """Blocks for ``num_new`` tokens and what the first of them sees before it, wherever in a block they begin."""
     return -(-(window - 2 + num_new) // block_tokens) + 1
+
+
+def most_new(max_batched_tokens: int, long_prefill_chunk: int | None, prompt_lookup: int, *, is_async: bool) -> int:
+    """Tokens of one request that steps under way, and the one that is formed, compute at most; arguments as `SchedulerConfig`'s."""
+    chunk = min(max_batched_tokens, max(long_prefill_chunk or max_batched_tokens, 1 + prompt_lookup))
+    return chunk * 2 if is_async else chunk
 
 
 class Kind:

@@ -28,6 +28,7 @@ from anabranch.serving.core.batch import Batch, Chunk, Sampled
 from anabranch.serving.core.client import EngineStats
 from anabranch.serving.core.drafts import Drafts
 from anabranch.serving.core.dual_batches import DualBatches, Order
+from anabranch.serving.core.kinds import most_new
 from anabranch.serving.core.queue import WaitingQueue
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.core.state import RequestState
@@ -98,10 +99,7 @@ class SchedulerConfig(Config):
     @property
     def num_new(self) -> int:
         """Tokens of one request that steps under way, and the one that is formed, compute at most."""
-        chunk = min(
-            self.max_batched_tokens, max(self.long_prefill_chunk or self.max_batched_tokens, 1 + self.prompt_lookup)
-        )
-        return chunk * 2 if self.is_async else chunk
+        return most_new(self.max_batched_tokens, self.long_prefill_chunk, self.prompt_lookup, is_async=self.is_async)
 
     def build(
         self, *, tier: KVTier | None = None, memory: Memory | None = None, order: Order | None = None

@@ -27,7 +27,7 @@ class Stores:
     def __init__(self, kinds: Sequence[LayerKind], pools: Sequence[PagedPool], *, use_kernel: bool = True) -> None:
         self.kinds, self.pools, self._use_kernel = kinds, pools, use_kernel
         self._kind_of = {layer: place for place, kind in enumerate(kinds) for layer in kind.layers}
-        # Blocks whose attention runs more than once in a pass of their own take what room there is behind the others.
+        # Layers whose attention runs more than once in a pass of their own take what room there is behind the others.
         self._usual = [
             VisitSlots(pool.shape.layers, kind.layers) for kind, pool in zip(self.kinds, self.pools, strict=True)
         ]
@@ -55,10 +55,10 @@ class Stores:
         return stores[0] if len(stores) == 1 else StoreByKind(stores, self._kind_of)
 
     def check_path(self, path: Sequence[int]) -> None:
-        """Raise ConfigError for a path with more visits of blocks than there is room for."""
+        """Raise ConfigError for a path with more visits of layers than there is room for."""
         for kind, pool, slots in zip(self.kinds, self.pools, self._usual, strict=True):
             visits, depth = slots.per_pass, pool.shape.layers
-            needed = sum(visits[block] for block in path if block in kind.layers)
+            needed = sum(visits[layer] for layer in path if layer in kind.layers)
             if needed > depth:
                 raise ConfigError(
                     f"path has {needed} visits of blocks{'' if len(self.kinds) == 1 else ' that see equally far back'}; the engine keeps "
