@@ -16,6 +16,7 @@ from anabranch.nn.kernels import paged as native
 from anabranch.nn.kernels.operands import takes
 from anabranch.nn.scored import PLAIN, Scoring, scored_attention
 from anabranch.serving.engine.layout import StepLayout
+from anabranch.serving.engine.steady_attention import steady_attention
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -205,6 +206,7 @@ class PagedStore:
         prefix: (key_PGMD, value_PGMD) of each layer, in front of every sequence; empty without.
         visits: where each visit of a block is kept; None for each block once, in order.
         use_kernel: False for plain torch even where the compiled kernel could do it.
+        is_steady: a row's result does not depend on what else is in the step, to the bit. The compiled kernel's never does.
     """
 
     keeps_visits = True
@@ -218,8 +220,9 @@ class PagedStore:
         *,
         visits: VisitSlots | None = None,
         use_kernel: bool = True,
+        is_steady: bool = False,
     ) -> None:
-        self.pool, self.layout, self.prefix = pool, layout, prefix
+        self.pool, self.layout, self.prefix, self.is_steady = pool, layout, prefix, is_steady
         self._visits = visits or VisitSlots(pool.shape.layers, range(pool.shape.layers))
         self.use_kernel = use_kernel and native.can(pool.key)
 
@@ -245,18 +248,29 @@ class PagedStore:
             )  # fmt: skip
         for stored_PSGD, new_BGLD in ((key_PSGD, key_BGLD), (value_PSGD, value_BGLD)):
             stored_PSGD.index_copy_(1, self.layout.slot_T, new_BGLD.transpose(1, 2))
-        if scoring is not PLAIN:
-            return self._scored(query_BHLD, key_PSGD, value_PSGD, scoring)
+        if scoring is not PLAIN or self.is_steady:
+            return self._one_by_one(query_BHLD, key_PSGD, value_PSGD, scoring, prefix)
         return self._gathered(query_BHLD, key_PSGD, value_PSGD, prefix)
 
-    def _scored(self, query_PHTD: Tensor, key_PSGD: Tensor, value_PSGD: Tensor, scoring: Scoring) -> Tensor:
+    def _one_by_one(
+        self,
+        query_PHTD: Tensor,
+        key_PSGD: Tensor,
+        value_PSGD: Tensor,
+        scoring: Scoring,
+        prefix: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         """y_PHTV, sequence by sequence; of one with a window only what its rows see is gathered."""
         made = []
         for number, span in enumerate(self.layout.spans):
             seen = span.length if scoring.window is None else min(span.length, span.count - 1 + scoring.window)
             slot_S = torch.from_numpy(self.layout.slots(number)[-seen:]).to(self.pool.device)
             key, value = (part_PSGD[:, slot_S].transpose(1, 2) for part_PSGD in (key_PSGD, value_PSGD))
-            made.append(scored_attention(query_PHTD[:, :, span.first : span.first + span.count], key, value, scoring))
+            query = query_PHTD[:, :, span.first : span.first + span.count]
+            if self.is_steady:
+                made.append(steady_attention(query, key, value, scoring, span.past, prefix))
+            else:
+                made.append(scored_attention(query, key, value, scoring))
         return torch.cat(made, dim=2)
 
     def _gathered(

@@ -1,10 +1,11 @@
 """`Pooling`: hidden states of prompts as one vector each, over as many steps as a prompt takes."""
 # Shapes: T tokens of a step, X rows that are pooled, D width
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.serving.core.batch import PENDING, Chunk, Sampled
@@ -16,7 +17,7 @@ class Pooled(NamedTuple):
     """What a step gives: vectors of requests whose prompts have ended, and sums of those whose have not."""
 
     done: dict[str, Sampled]
-    sums: dict[str, Tensor]
+    sums: dict[str, NDArray[np.float64]]
 
 
 class Pooling:
@@ -24,7 +25,7 @@ class Pooling:
 
     def __init__(self) -> None:
         # sum_D of each request whose prompt has begun.
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, NDArray[np.float64]] = {}
 
     @staticmethod
     def rows(chunks: Sequence[Chunk]) -> list[int]:
@@ -46,14 +47,18 @@ class Pooling:
             count = len(chunk.tokens) if chunk.pooling == "mean" else int(chunk.pooling == "last" and chunk.is_whole)
             if not count:
                 continue
-            part_D = x_XD[start : start + count].float().sum(0)
+            rows_XD = x_XD[start : start + count].double().cpu().numpy()
             start += count
+            part_D = rows_XD[-1]
             if chunk.pooling == "mean":
-                part_D = part_D if chunk.start == 0 else self._sums[chunk.id] + part_D
-                made.sums[chunk.id] = part_D
-                part_D = part_D / (chunk.start + count)
+                # One token after the other: where a prompt was cut, which is for its company to say, changes no bit.
+                front = [] if chunk.start == 0 else [self._sums[chunk.id][None]]
+                sum_D = np.add.accumulate(np.concatenate([*front, rows_XD]))[-1]
+                made.sums[chunk.id] = sum_D
+                part_D = sum_D / (chunk.start + count)
             if chunk.is_whole:
-                is_right = math.isfinite(float(part_D.abs().sum()))
+                part_D = part_D.astype(np.float32)
+                is_right = bool(np.isfinite(part_D).all())
                 error = None if is_right else "the model's vector of the text is not finite"
                 vector = tuple(part_D.tolist()) if is_right else ()
                 made.done[chunk.id] = Sampled(id=chunk.id, token=PENDING, error=error, embedding=vector)

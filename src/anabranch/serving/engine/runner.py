@@ -112,7 +112,9 @@ class ModelRunner:
         )
         count = kinds.second_blocks(num_blocks) or 0
         local = [PagedPool(shape, count, block_tokens=block_tokens, device=self.device) for shape in others]
-        self.stores = Stores(kinds.kinds, [self.pool, *local], use_kernel=use_kernel)
+        self.stores = Stores(
+            kinds.kinds, [self.pool, *local], use_kernel=use_kernel, is_steady=deterministic
+        )
         self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
         overriding = [hook for hook in self.hooks if isinstance(hook, OverrideHook)]
@@ -176,15 +178,16 @@ class ModelRunner:
         So kernels are made, threads are started and memory is touched, at the size of a real prompt. It writes the first blocks.
 
         Args:
-            tokens: of the prompt and the one chosen, at least 2; fewer where there is no room for so many.
+            tokens: of the prompt and the one chosen, at least 2; fewer where there is no room for so many, of one the prompt alone.
         """
         room = min(self.stores.num_tokens, self.model.config.max_positions)
-        length = max(min(tokens, room), 2)
+        length = min(max(tokens, 2), room)
         blocks = tuple(range(-(-length // self.pool.block_tokens)))
+        parts = [(0, length - 1), (length - 1, 1)] if length > 1 else [(0, 1)]
         self._run_nobody(
             [
-                Chunk(id=_NOBODY, tokens=tokens, start=start, blocks=blocks, local=blocks, samples=True)
-                for tokens, start in (((0,) * (length - 1), 0), ((0,), length - 1))
+                Chunk(id=_NOBODY, tokens=(0,) * count, start=start, blocks=blocks, local=blocks, samples=True)
+                for start, count in parts
             ]
         )
         if isinstance(self.sampler, Sampler):

@@ -3,7 +3,8 @@
 Three things do otherwise. A matrix product of few rows sums in another order than one of many; the compiled experts do so for up to eight
 rows; and PyTorch's element-wise functions treat the last few numbers of a tensor by other code than the rest. The differences are those of
 rounding, but greedy decoding turns a tie into another text. Inside `steady` each of these is done on `TILE` rows at a time, the last ones
-filled up with zeros. Attention over the paged store is steady by itself where it is compiled.
+filled up with zeros. Attention over the paged store is steady by itself where it is compiled, and otherwise goes by
+`anabranch.serving.engine.steady_attention`.
 """
 # Shapes: N rows, D width
 
@@ -65,7 +66,21 @@ class _Tiled(TorchFunctionMode):
         elif func is torch.einsum and args[0] == "nkd,nk->nd":
             # The sum over an item's places.
             return _by_tiles(lambda *rows: func(args[0], *rows), args[1:])
+        elif func is torch.einsum and len(args) == 3 and _has_rows(args[0]):
+            return _product(lambda x: func(args[0], x, args[2]), args[1], args[0].index("l"))
         return func(*args, **kwargs)
+
+
+def _has_rows(equation: str) -> bool:
+    """Whether a product of two has rows, of the letter l, in its first operand and at the same place of what it makes."""
+    first, second, made = equation.replace("->", ",").split(",")
+    return "l" in first and "l" not in second and first.index("l") == made.find("l")
+
+
+def _product(func: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
+    """``func`` of a tensor with rows in ``dim``, which stay there, TILE rows at a time."""
+    y = _by_tiles(lambda rows: func(rows.movedim(0, dim).contiguous()).movedim(dim, 0), [x.movedim(dim, 0)])
+    return y.movedim(0, dim)
 
 
 def _by_tiles(func: Callable[..., Any], rows: Sequence[Tensor]) -> Any:

@@ -21,11 +21,18 @@ class Stores:
     Args:
         kinds: of its layers; the second one's blocks are `Chunk.local`.
         pools: the memory of each.
-        use_kernel: see `PagedStore`.
+        use_kernel, is_steady: see `PagedStore`.
     """
 
-    def __init__(self, kinds: Sequence[LayerKind], pools: Sequence[PagedPool], *, use_kernel: bool = True) -> None:
-        self.kinds, self.pools, self._use_kernel = kinds, pools, use_kernel
+    def __init__(
+        self,
+        kinds: Sequence[LayerKind],
+        pools: Sequence[PagedPool],
+        *,
+        use_kernel: bool = True,
+        is_steady: bool = False,
+    ) -> None:
+        self.kinds, self.pools, self._options = kinds, pools, {"use_kernel": use_kernel, "is_steady": is_steady}
         self._kind_of = {layer: place for place, kind in enumerate(kinds) for layer in kind.layers}
         # Layers whose attention runs more than once in a pass of their own take what room there is behind the others.
         self._usual = [
@@ -51,7 +58,7 @@ class Stores:
             visits = self._usual[place]
             if path is not None:
                 visits = VisitSlots(pool.shape.layers, [layer for layer in path if layer in kind.layers])
-            stores.append(PagedStore(pool, own, prefix, visits=visits, use_kernel=self._use_kernel))
+            stores.append(PagedStore(pool, own, prefix, visits=visits, **self._options))
         return stores[0] if len(stores) == 1 else StoreByKind(stores, self._kind_of)
 
     def check_path(self, path: Sequence[int]) -> None:
