@@ -72,8 +72,8 @@ ATTENTION = {
         "attention": LatentAttention.Config(num_heads=4, head_dim=9, rotary_dim=6, value_dim=7, kv_rank=20, q_rank=12)
     },
 }
-PROMPTS = [[*([7 * n % 64] * 3), *(n * n * at % 64 for at in range(length))] for n, length in enumerate((30, 7, 19), 1)]
-SAMPLING = Sampling(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=1)
+PROMPTS = [[*([7 * n % 64] * 3), *(n * n * at % 64 for at in range(length))] for n, length in enumerate((21, 7, 12), 1)]
+SAMPLING = Sampling(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=1)
 
 
 def model_of(name, dtype):

@@ -112,9 +112,7 @@ class ModelRunner:
         )
         count = kinds.second_blocks(num_blocks) or 0
         local = [PagedPool(shape, count, block_tokens=block_tokens, device=self.device) for shape in others]
-        self.stores = Stores(
-            kinds.kinds, [self.pool, *local], use_kernel=use_kernel, is_steady=deterministic
-        )
+        self.stores = Stores(kinds.kinds, [self.pool, *local], use_kernel=use_kernel, is_steady=deterministic)
         self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
         overriding = [hook for hook in self.hooks if isinstance(hook, OverrideHook)]

@@ -2,7 +2,8 @@
 
 A position has its place in a tile of `ROWS` queries and in one of `KEYS` keys, whatever a step begins or ends with: position p is row
 p % ROWS of its tile. Each product, sum and exponential is of whole tiles, so of the same sizes, and tiles of keys are added up in order
-(the running softmax of Milakov and Gimelshein, 2018, arXiv 1805.02867). One of which a row sees nothing adds zeros to it and changes no bit.
+(the running softmax of Milakov and Gimelshein, 2018, arXiv 1805.02867). One of which a row sees nothing adds zeros to it
+and changes no bit.
 """
 # Shapes: P streams, H query heads, G key heads, L rows, S keys, D head width, V width of a value, M entries in front, N tiles,
 # K = KEYS, X = rows of a tile of all heads that share a key head
