@@ -49,7 +49,8 @@ class ServingConfig(Config):
         prefix_cache: keep keys and values of earlier requests for those that begin alike.
         prompt_lookup: most tokens guessed for a request in a step by looking up what followed where its last tokens stood before, and
             checked in that step (`anabranch.serving.core.lookup`): outputs stay what they are, and text that repeats comes sooner. Guesses
-            take only what is left of ``max_batched_tokens``. 0 for none.
+            take only what is left of ``max_batched_tokens``, and beside other requests there are no more of them in a step than requests
+            that decode. 0 for none, 64 at most.
         prompt_lookup_ngram: most tokens that are looked up; where they stood nowhere fewer are, down to one.
         scheduling: ``async`` forms the next step while one runs; ``sync`` when it has ended; ``auto`` is ``sync`` on a CPU, whose cores
             the model needs itself, and with ``prompt_lookup``, and ``async`` elsewhere and with ``nano_batches``.
@@ -89,7 +90,7 @@ class ServingConfig(Config):
     max_seqs: Size = Field(default=16, ge=1)
     long_prefill_chunk: Size | None = Field(default=None, ge=1)
     prefix_cache: bool = True
-    prompt_lookup: int = Field(default=0, ge=0, le=1024)
+    prompt_lookup: int = Field(default=0, ge=0, le=64)
     prompt_lookup_ngram: int = Field(default=3, ge=1, le=64)
     scheduling: Literal["auto", "async", "sync"] = "auto"
     nano_batches: bool = False

@@ -58,12 +58,78 @@ def test_off_by_default():
     assert drafts(driven) == {"a": 0}
 
 
-def test_guesses_take_what_is_left_of_the_budget_in_order_of_rank(monkeypatch):
-    driven = guessing(drive(prompt_lookup=4, max_batched_tokens=10), monkeypatch)
+def test_guesses_take_what_is_left_of_the_budget_in_turn(monkeypatch):
+    driven = guessing(drive(prompt_lookup=4, max_batched_tokens=5), monkeypatch, (-5,) * 8)
     started(driven, looping("a", arrival=2.0), looping("b", arrival=1.0), looping("c", arrival=3.0))
-    assert drafts(driven) == {"b": 4, "a": 3, "c": 0}
-    driven.finish_step()
+    given = {"a": 0, "b": 0, "c": 0}
+    for _ in range(3):
+        counts = drafts(driven)
+        assert sum(counts.values()) == 2
+        given = {id: given[id] + count for id, count in counts.items()}
+        driven.finish_step()
+    assert given == {"a": 2, "b": 2, "c": 2}
     to_end(driven)
+
+
+def test_beside_others_there_are_no_more_guesses_than_requests_that_decode(monkeypatch):
+    driven = guessing(drive(prompt_lookup=50, max_batched_tokens=64, num_blocks=100), monkeypatch, (-5,) * 50)
+    started(driven, looping("hog", max_tokens=40))
+    assert drafts(driven) == {"hog": 38}
+    driven.finish_step()
+    for number in range(3):
+        driven.add(
+            Request(id=f"r{number}", prompt=(5, 6, 7, number), sampling=Sampling(max_tokens=12, ignore_eos=True))
+        )
+    driven.step()
+    # Only the first of them guesses, and takes what the others leave.
+    monkeypatch.setattr(PromptLookup, "guess", lambda self, tokens, length, most: [-5] * most if tokens[0] == 1 else [])
+    assert drafts(driven) == {"hog": 4, "r0": 0, "r1": 0, "r2": 0}
+    driven.finish_step()
+    while driven.form():
+        chunks = driven.formed[0].chunks
+        if len(chunks) > 1:
+            decodes = [chunk for chunk in chunks if len(chunk.tokens) - chunk.drafts == 1]
+            assert sum(chunk.drafts for chunk in chunks) <= len(decodes)
+        driven.finish_step()
+
+
+def test_a_guess_takes_no_block_that_may_be_found_again(monkeypatch):
+    """The cache is full of the prefix of another: wrong guesses leave all of it there."""
+    driven = guessing(
+        drive(prompt_lookup=40, block_tokens=2, num_blocks=24, max_batched_tokens=64), monkeypatch, (-5,) * 40
+    )
+    driven.add(Request(id="first", prompt=tuple(range(40)), sampling=Sampling(max_tokens=1, ignore_eos=True)))
+    to_end(driven)
+    assert driven.scheduler.pool.num_cached == 20
+    started(driven, looping("a", length=4, max_tokens=4))
+    while driven.step():
+        pass
+    counters = driven.scheduler.stats().counters
+    assert counters["drafted_tokens"] > 0
+    assert counters["evicted_blocks"] == 0
+    driven.add(Request(id="again", prompt=tuple(range(40)), sampling=Sampling(max_tokens=1, ignore_eos=True)))
+    to_end(driven)
+    assert driven.seen["again"].outputs[0].cached_tokens == 38
+
+
+def test_a_long_text_is_read_in_pieces(monkeypatch):
+    monkeypatch.setattr("anabranch.serving.core.drafts.MOST_READ", 10)
+    driven = drive(prompt_lookup=2, max_batched_tokens=64, num_blocks=100)
+    started(driven, looping("a", length=32, max_tokens=20), looping("b", length=8, max_tokens=20))
+    states = {state.request.id: state for state in driven.scheduler.states()}
+
+    def read():
+        return sum(len(state.lookup._before) for state in states.values() if state.lookup is not None)
+
+    steps = 0
+    while any(state.lookup is None or state.lookup.missing(state.num_prompt) for state in states.values()):
+        before = read()
+        assert driven.step()
+        assert read() - before <= 10
+        steps += 1
+    assert steps >= 4
+    to_end(driven)
+    assert driven.scheduler.stats().counters["drafted_tokens"]
 
 
 def test_a_prompt_goes_before_guesses(monkeypatch):
@@ -73,7 +139,7 @@ def test_a_prompt_goes_before_guesses(monkeypatch):
     assert drafts(driven) == {"a": 0, "new": 0}
     assert [len(chunk.tokens) for chunk in driven.formed[0].chunks] == [1, 7]
     driven.finish_step()
-    assert drafts(driven) == {"a": 2, "new": 0}
+    assert drafts(driven) == {"a": 1, "new": 0}
     driven.finish_step()
     to_end(driven)
 
@@ -206,7 +272,7 @@ def test_steps_formed_ahead_have_no_tokens_to_look_up():
         Scheduler(SchedulerConfig(num_blocks=4, max_positions=8, prompt_lookup=2, is_async=True))
 
 
-@pytest.mark.parametrize("changes", [{"prompt_lookup": -1}, {"prompt_lookup_ngram": 0}])
+@pytest.mark.parametrize("changes", [{"prompt_lookup": -1}, {"prompt_lookup": 65}, {"prompt_lookup_ngram": 0}])
 def test_numbers_that_cannot_be(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         SchedulerConfig(num_blocks=4, max_positions=8, **changes)

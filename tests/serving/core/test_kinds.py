@@ -76,7 +76,7 @@ def test_new_tokens_are_a_part_of_a_prompt_or_a_token_with_its_guesses_of_one_st
 
 
 def naive_match(kinds, keys):
-    """Of all lengths the longest one of which all blocks that position ``length`` sees are there."""
+    """Of all lengths the longest one of which all blocks that position ``length`` sees are there, and the first kind's last one."""
     size = kinds[0].pool.block_tokens
     for length in range(len(keys), -1, -1):
         tables = []
@@ -88,6 +88,8 @@ def naive_match(kinds, keys):
                     for place, key in enumerate(keys[:length])
                 ]
             )
+        if length and kinds[0].pool.find(keys[length - 1]) is None:
+            continue
         if not any(block is None for table in tables for block in table):
             return tables
     raise AssertionError("nothing at all is always there")
@@ -107,6 +109,15 @@ def test_a_prefix_is_found_where_every_kind_has_what_the_next_token_sees(data, s
                 pool.publish(block, key)
         kinds.append(Kind(pool, window))
     assert match(kinds, keys) == naive_match(kinds, keys)
+
+
+def test_where_nobody_has_been_nothing_is_found():
+    """Though behind a window of one position no token needs anything."""
+    kind = Kind(BlockPool(4, 2), window=1)
+    assert match([kind], [b"a", b"b"]) == [[]]
+    (block,) = kind.pool.allocate(1)
+    kind.pool.publish(block, b"a")
+    assert match([kind], [b"a", b"b"]) == [[GONE]]
 
 
 def test_the_middle_of_an_answer_is_taken_before_what_others_may_begin_with():

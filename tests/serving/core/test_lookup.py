@@ -73,9 +73,17 @@ def test_who_guesses_wrong_guesses_less_and_who_is_right_more_again():
     assert sizes == [8, 4, 2, 1, 1, 2, 4, 8, 8]
 
 
-def test_who_is_right_in_part_goes_on():
+def test_a_size_of_which_half_holds_is_kept():
     lookup = PromptLookup(1, 8)
-    lookup.learn(8, 3)
+    for right, size in ((4, 8), (3, 4), (2, 4), (1, 2), (1, 2), (0, 1)):
+        lookup.learn(len(lookup.guess([1, 1], 2, 100)), right)
+        assert len(lookup.guess([1, 1], 2, 100)) == size
+
+
+def test_a_guess_that_was_cut_short_says_nothing_of_longer_ones():
+    lookup = PromptLookup(1, 32)
+    for guessed, right in ((32, 0), (16, 0), (1, 1)):
+        lookup.learn(guessed, right)
     assert len(lookup.guess([1, 1], 2, 100)) == 8
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from anabranch.errors import CapacityError, InputError
 from anabranch.lm import Decoder
 from anabranch.nn.attention import SelfAttention
+from anabranch.serving import LLM
 from anabranch.serving.core.offload import LruTier, PeakMemory
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.core.scheduler import SchedulerConfig
@@ -101,6 +102,25 @@ def test_peak_by_hand():
 def test_peak_is_that_of_all_steps(requests):
     every = [sum(tokens + step for tokens, left in requests if left >= step) for step in range(1, 31)]
     assert PeakMemory.peak(requests) == max(every, default=0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 30)), max_size=8), st.integers(1, 60))
+def test_peak_of_what_windows_keep_is_that_of_all_steps(requests, keeps):
+    every = [sum(min(tokens + step, keeps) for tokens, left in requests if left >= step) for step in range(1, 31)]
+    assert PeakMemory.peak(requests, keeps) == max(every, default=0)
+
+
+def test_windows_count_as_what_they_keep_and_not_as_whole_sequences(tiny_model):
+    model = tiny_model(attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, window=8), max_positions=200)
+    steps = []
+    for by_peak in (False, True):
+        llm = LLM(
+            model, admit_by_peak=by_peak, block_tokens=4, num_blocks=40, max_batched_tokens=16, prefix_cache=False
+        )
+        llm.generate([[at] * 60 for at in range(3)], Sampling(temperature=0.0, max_tokens=20, ignore_eos=True))
+        steps.append(llm.engine.scheduler.stats().counters["steps"])
+        llm.close()
+    assert steps[0] == steps[1]
 
 
 def test_admission_learns_lengths_and_never_starves():

@@ -230,3 +230,21 @@ def test_guesses_run_and_go_behind_windows(model_of):
     llm.close()
     for kind in llm.engine.scheduler._tables.kinds:
         assert kind.pool.num_free == kind.pool.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("attention", "sizes"),
+    [
+        (
+            {"attention": PLAIN, "local_attention": SelfAttention.Config(**HEADS, window=1), "local_layers": (0,)},
+            {"num_blocks": 60},
+        ),
+        ({"attention": PLAIN}, {"num_blocks": 1}),
+    ],
+)
+def test_a_warm_up_stays_within_room_for_one_position(attention, sizes, tiny_model):
+    model = tiny_model(vocab_size=64, num_layers=2, **attention)
+    llm = LLM(model, **sizes, block_tokens=1, max_batched_tokens=1, max_seqs=1, prefix_cache=False)
+    assert llm.engine.runner.stores.num_tokens == 1
+    llm.engine.warm_up()
+    llm.close()

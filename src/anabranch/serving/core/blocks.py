@@ -35,7 +35,14 @@ class BlockPool:
         # The list of free blocks; the entry behind the last block is both its ends.
         self._next = [*range(1, num_blocks + 1), 0]
         self._previous = [num_blocks, *range(num_blocks)]
-        self._num_free = num_blocks
+        self._num_free = self._num_spare = num_blocks
+        # Of each block, whether it is free and stands in front of those that are worth finding again.
+        self._is_spare = bytearray([1]) * num_blocks
+
+    @property
+    def num_spare(self) -> int:
+        """Free blocks that hold nothing, or what is spent: taking them loses nothing. They are taken first."""
+        return self._num_spare
 
     @property
     def num_free(self) -> int:
@@ -64,6 +71,8 @@ class BlockPool:
         for _ in range(count):
             taken.append(block)
             self._holders[block] = 1
+            self._num_spare -= self._is_spare[block]
+            self._is_spare[block] = 0
             if self._key[block] is not None:
                 self._forget(block)
             block = following[block]
@@ -134,6 +143,9 @@ class BlockPool:
         count = len(self._block_of)
         for block in self._block_of.values():
             self._key[block] = None
+            if self._holders[block] == 0:
+                self._is_spare[block] = 1
+        self._num_spare = self._num_free
         self._block_of.clear()
         return count
 
@@ -147,6 +159,10 @@ class BlockPool:
             assert len(free) <= self._num_free, "the list of free blocks is longer than their count"
             block = self._next[block]
         assert len(free) == self._num_free == len(set(free)), "a block is free twice or lost"
+        spare = [block for block in free if self._is_spare[block]]
+        assert spare == free[: self._num_spare], "what holds nothing is not in front"
+        assert sum(self._is_spare) == self._num_spare, "a held block is spare"
+        assert all(self._key[block] is not None for block in free[len(spare) :]), "a block that holds nothing is kept"
         held = {block for block, holders in enumerate(self._holders) if holders}
         assert held.isdisjoint(free), "a held block is free"
         assert len(held) + len(free) == self.num_blocks, "a block is neither held nor free"
@@ -157,18 +173,23 @@ class BlockPool:
     def _link(self, block: int, at_front: bool) -> None:
         """Put a block that nobody holds any more into the list: at its end if a key finds it, else at its front."""
         end = self.num_blocks
-        if at_front or self._key[block] is None:
+        is_spare = at_front or self._key[block] is None
+        if is_spare:
             before, after = end, self._next[end]
         else:
             before, after = self._previous[end], end
         self._next[before], self._previous[after] = block, block
         self._previous[block], self._next[block] = before, after
         self._num_free += 1
+        self._is_spare[block] = is_spare
+        self._num_spare += is_spare
 
     def _unlink(self, block: int) -> None:
         before, after = self._previous[block], self._next[block]
         self._next[before], self._previous[after] = after, before
         self._num_free -= 1
+        self._num_spare -= self._is_spare[block]
+        self._is_spare[block] = 0
 
     def _forget(self, block: int) -> None:
         key = self._key[block]

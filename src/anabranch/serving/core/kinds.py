@@ -97,6 +97,8 @@ class Kind:
 def match(kinds: Sequence[Kind], keys: Sequence[bytes]) -> list[list[int]]:
     """Tables of the longest known prefix of ``keys``: of as many blocks that each kind has all of them that the next token sees.
 
+    The last of them the first kind has, also where no token sees it, as behind a window of one: else nobody has been there.
+
     `Kind.hold` them before anything else is allocated.
     """
     size = kinds[0].pool.block_tokens
@@ -105,7 +107,7 @@ def match(kinds: Sequence[Kind], keys: Sequence[bytes]) -> list[list[int]]:
     begins = [0] * len(kinds)
     length = 0
     for number, key in enumerate(keys, start=1):
-        fits = True
+        fits = kinds[0].pool.find(key) is not None
         for place, kind in enumerate(kinds):
             block = kind.pool.find(key)
             if block is None:

@@ -23,8 +23,8 @@ class PromptLookup:
 
     Args:
         ngram: tokens of the longest end that is looked for; one is the least.
-        most: tokens of a guess. A text whose guesses are all wrong is given half as many, at least one, and one whose guesses are all right
-            twice as many again.
+        most: tokens of a guess. A text of whose guess not half were right is given half as many, at least one, and one whose guesses are
+            all right twice as many again: so it comes to a size of which at least half holds.
     """
 
     __slots__ = ("_before", "_last", "_most", "_ngram", "_size")
@@ -40,7 +40,7 @@ class PromptLookup:
 
         ``tokens`` begin with those of the calls before, and the length never falls.
         """
-        self._read(tokens, length)
+        self.read(tokens, length)
         most = min(most, self._size)
         at = self._find(tokens, length - 1) if most > 0 else -1
         if at < 0:
@@ -54,11 +54,17 @@ class PromptLookup:
     def learn(self, guessed: int, right: int) -> None:
         """Of ``guessed`` tokens so many were right."""
         if right == guessed:
-            self._size = min(2 * self._size, self._most)
-        elif not right:
+            # One that was cut short says nothing of longer ones.
+            self._size = min(max(2 * guessed, self._size), self._most)
+        elif 2 * right < guessed:
             self._size = max(self._size // 2, 1)
 
-    def _read(self, tokens: Sequence[int], length: int) -> None:
+    def missing(self, length: int) -> int:
+        """Places of the first ``length`` tokens that are still to be read."""
+        return max(0, length - len(self._before))
+
+    def read(self, tokens: Sequence[int], length: int) -> None:
+        """Note the places of the first ``length`` of ``tokens``, which begin with those of the calls before."""
         last, before = self._last, self._before
         for place in range(len(before), length):
             token = tokens[place]

@@ -96,16 +96,19 @@ class PeakMemory:
 
     Args:
         capacity: tokens that fit.
+        most: tokens that one request keeps at most, as behind a window; None for all it has.
         mean_output: expected output until some were seen.
         weight: of each new observation in the mean.
     """
 
-    def __init__(self, capacity: int, *, mean_output: float = 256.0, weight: float = 0.02) -> None:
+    def __init__(
+        self, capacity: int, *, most: int | None = None, mean_output: float = 256.0, weight: float = 0.02
+    ) -> None:
         if capacity < 1 or mean_output <= 0 or not 0 < weight <= 1:
             raise InputError(
                 f"capacity, mean_output and weight are {capacity}, {mean_output} and {weight}; use 1 or more, above 0, in (0, 1]"
             )
-        self.capacity, self.mean_output, self.weight = capacity, mean_output, weight
+        self.capacity, self.most, self.mean_output, self.weight = capacity, most, mean_output, weight
 
     def saw(self, num_output: int) -> None:
         """A request ended after so many tokens."""
@@ -117,17 +120,20 @@ class PeakMemory:
         return max(round(min(expected, max_tokens) - num_output), 1)
 
     @staticmethod
-    def peak(requests: Iterable[tuple[int, int]]) -> int:
-        """The largest sum at any step to come of (tokens now, tokens expected still)."""
+    def peak(requests: Iterable[tuple[int, int]], keeps: int | None = None) -> int:
+        """The largest sum at any step to come of (tokens now, tokens expected still), of which each keeps at most ``keeps``."""
         by_end = sorted(requests, key=lambda pair: -pair[1])
         most = held = 0
         # Those that last at least as long as this one.
         for count, (tokens, left) in enumerate(by_end, start=1):
             held += tokens
-            most = max(most, held + count * left)
+            then = held + count * left
+            if keeps is not None:
+                then = sum([min(now + left, keeps) for now, _ in by_end[:count]])
+            most = max(most, then)
         return most
 
     def admits(self, running: Iterable[tuple[int, int]], candidate: tuple[int, int]) -> bool:
         """Whether the candidate fits beside what runs; alone it always does, as the scheduler refuses what can never run."""
         running = list(running)
-        return not running or self.peak([*running, candidate]) <= self.capacity
+        return not running or self.peak([*running, candidate], self.most) <= self.capacity

@@ -6,7 +6,7 @@ One that decodes lacks one token, one that starts lacks its prompt, one that was
 1. Running requests in order of rank (priority, arrival). A prompt takes what the decodes of the step leave. Without a free block the
    last in rank is sent back to the front of the queue, so the first in rank is never sent back, and every request ends.
 2. If no block was short: waiting requests (`WaitingQueue`), each with what the prefix cache has of it.
-3. With ``prompt_lookup``: what is left of the budget goes to guesses for those that decode (`Drafts`).
+3. With ``prompt_lookup``: of what is left of the budget, guesses for those that decode (`Drafts`).
 4. The batch. A chunk samples if it ends with the last token; of a prompt that is to be scored, each token is by the row before it.
 
 With ``is_async`` a step may be formed while the one before runs; what that one will sample is then `PENDING`.
@@ -62,7 +62,7 @@ class SchedulerConfig(Config):
         stop_tokens: the model's own ends of text.
         quantum: tokens that a key gets in its turn, see `WaitingQueue`.
         max_decodes: most requests that decode in a step, the others in the next; None for all. See `DualBatches`.
-        prompt_lookup: most tokens guessed for a request in a step, see `anabranch.serving.core.lookup`; 0 for none. A guess needs the
+        prompt_lookup: most tokens guessed for a request in a step, see `anabranch.serving.core.drafts`; 0 for none. A guess needs the
             tokens that come before it, so ``is_async`` must be false.
         prompt_lookup_ngram: tokens of the longest end of the text that is looked for.
         num_streams: parallel streams of a request that does not say it; None where nobody knows, so such a request never shares
@@ -83,7 +83,7 @@ class SchedulerConfig(Config):
     stop_tokens: tuple[int, ...] = ()
     quantum: int = Field(default=512, ge=1)
     max_decodes: int | None = Field(default=None, ge=1)
-    prompt_lookup: int = Field(default=0, ge=0, le=1024)
+    prompt_lookup: int = Field(default=0, ge=0, le=64)
     prompt_lookup_ngram: int = Field(default=3, ge=1, le=64)
     num_streams: Repeats | None = Field(default=None, ge=1)
     window: Size | None = Field(default=None, ge=1)

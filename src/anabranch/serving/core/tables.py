@@ -122,6 +122,11 @@ class BlockTables:
         """Tokens that a running request has room for with all that is free."""
         return min([kind.can_hold(table) for kind, table in zip(self.kinds, state.tables, strict=False)])
 
+    def can_hold_spare(self, state: RequestState) -> int:
+        """The same without taking what the prefix cache would find again."""
+        pairs = zip(self.kinds, state.tables, strict=False)
+        return min([(len(table) + kind.pool.num_spare) * kind.pool.block_tokens for kind, table in pairs])
+
     def will_hold(self, state: RequestState, num_tokens: int) -> bool:
         """Whether it has room for so many when the steps under way have run."""
         return all(

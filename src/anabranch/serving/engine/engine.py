@@ -93,7 +93,7 @@ class Engine:
         kinds = (Kinds.whole if is_whole else Kinds.of)(model, config)
         num_blocks = kinds.blocks() if pool is None else pool.num_blocks
         if memory is None and config.admit_by_peak:
-            memory = PeakMemory(num_blocks * config.block_tokens)
+            memory = PeakMemory(num_blocks * config.block_tokens, most=kinds.most_tokens)
         stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
         if sampler is None:
             vocab_size = model.config.vocab_size

@@ -114,6 +114,12 @@ class Kinds:
         return requests * (blocks if window is None else min(blocks, self._most(window)))
 
     @property
+    def most_tokens(self) -> int | None:
+        """Tokens that a request of any length has blocks of the first kind for while it runs; None for all it has."""
+        window, size = self.kinds[0].window, self.config.block_tokens
+        return None if window is None else most_blocks(window, self.config.num_new, size) * size
+
+    @property
     def _block_bytes(self) -> tuple[int, int]:
         """(of the first kind, of the second or 0)."""
         sizes = [kind.shape.bytes_per_token * self.config.block_tokens for kind in self.kinds]
