@@ -22,6 +22,14 @@ def one_line(found):
     [
         ("trian", "no such command 'trian'; did you mean 'train'? (see anabranch --help)"),
         ("train --stps 5 --out x", "no such option: --stps; did you mean --steps? (see anabranch train --help)"),
+        (
+            "serve m --threads 4",
+            "no such option: --threads; it is --set engine.threads=N here (see anabranch serve --help)",
+        ),
+        (
+            "serve m --max-model-len=9",
+            "no such option: --max-model-len; it is --set engine.max_positions=N here (see anabranch serve",
+        ),
         ("train", "missing option '--out' (see anabranch train --help)"),
         ("eval", "missing argument 'MODEL' (see anabranch eval --help)"),
         ("generate x --prompt", "option '--prompt' requires an argument (see anabranch generate --help)"),
@@ -222,3 +230,13 @@ def test_json_on_stdout_is_one_object(trained, here):
         code, out, _ = here(*arguments.split())
         assert code == 0
         assert isinstance(json.loads(out), dict)
+
+
+def test_options_of_other_servers_are_settings_that_there_are():
+    from anabranch.cli.main import _SERVE_SETTINGS
+    from anabranch.serving.config import ServingConfig
+
+    for setting in _SERVE_SETTINGS.values():
+        group, _, name = setting.partition("=")[0].partition(".")
+        assert group == "engine"
+        assert hasattr(ServingConfig(), name)

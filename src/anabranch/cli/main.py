@@ -108,6 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(run, misuse=lambda error: _misuse(error, arguments), debug=lambda: asked["debug"])
 
 
+# Options of other servers of models, as settings of ours.
+_SERVE_SETTINGS = {
+    "--threads": "engine.threads=N", "--ctx-size": "engine.max_positions=N", "--max-model-len": "engine.max_positions=N",
+    "--dtype": "engine.dtype=NAME", "--max-num-seqs": "engine.max_seqs=N", "--parallel": "engine.max_seqs=N",
+}  # fmt: skip
+
+
 def _misuse(error: Exception, arguments: Sequence[str]) -> str:
     """What is wrong with the arguments, in one sentence: which option, which value, what would work."""
     context = getattr(error, "ctx", None)
@@ -118,6 +125,8 @@ def _misuse(error: Exception, arguments: Sequence[str]) -> str:
         known = [name for parameter in context.command.params for name in parameter.opts]
         near = difflib.get_close_matches(option, known, n=1)
         message += f"; did you mean {near[0]}?" if near else ""
+        if context.command_path == "anabranch serve" and option in _SERVE_SETTINGS:
+            message = f"No such option: {option}; it is --set {_SERVE_SETTINGS[option]} here"
     invalid = re.fullmatch(r"Invalid value for '(.*?)'(?: / '.*?')*: (?:Value error, )?(.*)", message, re.DOTALL)
     if invalid:
         message = (

@@ -93,7 +93,7 @@ def test_requests_that_an_engine_had_not_begun_are_answered_by_the_next(model):
         )
         others = [pool.submit(running.ask, "/v1/completions", {**body, "n": n}) for n in (1, 2)]
         until(lambda: running.frontend.state == "loading")
-        assert running.ask("/health/ready")[0] == 503
+        assert running.ask("/health/ready")[0] == running.ask("/health")[0] == 503
         status, _, answer = first.result(20)
         assert (status, answer["error"]["code"]) == (500, "engine_failed")
         texts = [[choice["text"] for choice in other.result(20)[2]["choices"]] for other in others]

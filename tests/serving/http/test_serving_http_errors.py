@@ -369,7 +369,7 @@ def test_other_routes(server):
     assert server.ask("/v1/models")[2]["data"][0]["id"] == "fake"
     assert server.ask("/v1/models/fake")[2]["max_model_len"] == 64
     assert set(server.ask("/version")[2]) == {"version"}
-    assert server.ask("/health/ready")[0] == 200
+    assert server.ask("/health/ready")[0] == server.ask("/health")[0] == 200
     status, _, body = server.ask("/v1/embeddings", {"model": "fake", "input": "x"})
     assert (status, body["error"]["code"]) == (501, "not_supported")
 

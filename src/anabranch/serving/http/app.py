@@ -61,6 +61,8 @@ class App:
         self._open: dict[str, dict[str, Answer]] = {
             "/health/live": {"GET": self._live},
             "/health/ready": {"GET": self._ready},
+            # As other servers of models call it.
+            "/health": {"GET": self._ready},
             "/metrics": {"GET": self._metrics},
             "/version": {"GET": self._version},
             "/openapi.json": {"GET": self._openapi},

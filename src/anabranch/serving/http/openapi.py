@@ -176,6 +176,7 @@ def describe(version: str, most_n: int) -> dict[str, Any]:
             "/detokenize": {"post": post("Detokenize", "The text of token ids")},
             "/health/live": {"get": act("The process is alive", "503")},
             "/health/ready": {"get": act("It takes requests", "503")},
+            "/health": {"get": act("As /health/ready", "503")},
             "/metrics": {"get": act("For Prometheus", kind="text/plain")},
             "/version": {"get": act("Of the package")},
             "/v1/admin/drain": {
