@@ -85,7 +85,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--zen", type=Path, help="a folder with zentorch for vllm, which takes it on AMD's processors; a row of its own"
     )
-    parser.add_argument("--vllm-tokens", type=int, default=512, help="vllm's --max-num-batched-tokens")
+    parser.add_argument(
+        "--vllm-tokens", type=int, default=2048, help="vllm's --max-num-batched-tokens (default: its own)"
+    )
     parser.add_argument("--tcmalloc", type=Path, default=TCMALLOC, help="preloaded for vllm where it exists")
     parser.add_argument("--bind", help="VLLM_CPU_OMP_THREADS_BIND; default: the first --threads cores")
     parser.add_argument("--llama", help="path of llama-server, with llama-quantize beside it; left out without")
