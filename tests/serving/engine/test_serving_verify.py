@@ -249,7 +249,7 @@ def test_guesses_of_others_change_nobodys_tokens(model):
     answers, counters = run(model, [REPEATING[3]] + [(9,) * 8] * 6, [alone, *crowd], prompt_lookup=8, **PLENTY)
     assert answers[0] == wanted
     assert all(tokens == (9,) * 40 for tokens, *_ in answers[1:])
-    assert counters["accepted_draft_tokens"] > 150
+    assert counters["accepted_draft_tokens"] > 100
 
 
 def test_what_listens_in_the_model_is_told_of_tokens_and_not_of_guesses(model):
