@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -114,6 +115,23 @@ class Group:
             names = (("anonymous", ("anon", "total_rss", "rss")), ("file", ("file", "total_cache", "cache")))
             return {name: int(next(fields[key] for key in keys if key in fields)) for name, keys in names}
         return {}
+
+    @contextmanager
+    def watched(self, every_s: float = 0.02) -> Iterator[list[int]]:
+        """A list whose one number is the most anonymous memory that was seen; 0 where the system does not say."""
+        most, is_over = [0], threading.Event()
+
+        def look() -> None:
+            while not is_over.wait(every_s):
+                most[0] = max(most[0], self.held_bytes().get("anonymous", 0))
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield most
+        finally:
+            is_over.set()
+            thread.join()
 
     def killed(self) -> int:
         """How many processes the limit has killed, or 0 where the system does not say."""

@@ -108,7 +108,7 @@ class Server:
                     break
         writer.close()
         if b" 200 " not in status:
-            raise SystemExit(f"{self.name} answered {status.decode().strip()}; see {self.log}")
+            raise ConnectionError(f"{self.name} answered {status.decode().strip()}; see {self.log}")
         self._read(answer, lines, count)
         return answer
 
@@ -165,7 +165,8 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             self.close()
-            raise SystemExit(f"{self.name} ended; see its log")
+            # Not SystemExit, which would end the loop that waits for this.
+            raise ConnectionError(f"{self.name} ended; see its log")
         return line
 
     def close(self) -> None:

@@ -6,11 +6,11 @@ of the same blocks, so everyone computes with the same numbers in 4 bits.
 
 Each contestant runs under a real limit: ``--shares`` of the experts' bytes in Q4_0 (at 100% of the bytes in which it holds them, since
 ours keeps a minimum beside each scale, 5.0 bits a number against 4.5), and what it needs beside experts. That is measured before the
-rounds, for each alone and without a limit: anonymous memory of all its processes when it has answered the most streams, without experts,
-with the pages of other weights where it maps them, and `SLACK` more for everybody. So nobody has room for more experts than the share,
-and nobody lacks room for its program, keys and values, buffers. The record says by what the limit is made and what it covers; in a
-control group pages of files count, so that a contestant that maps its file has the same bytes as one that reads it. A share that leaves
-out fewer bytes than four times the slack limits nobody, and is not run.
+rounds, for each alone and without a limit: the most anonymous memory of all its processes while it loads and answers the most streams,
+without experts, with the pages of other weights where it maps them, and `SLACK` more for everybody. So nobody has room for more experts
+than the share, and nobody lacks room for its program, keys and values, buffers. The record says by what the limit is made and what it
+covers; in a control group pages of files count, so that a contestant that maps its file has the same bytes as one that reads it. A share
+that leaves out fewer bytes than four times the slack limits nobody, and is not run.
 
     ours                anabranch serve NATIVE --expert-budget (at 100%: all experts resident), its reads past the page cache
     ours --memory       anabranch serve NATIVE --memory LIMIT: the same limit as the only option (with --planned)
@@ -239,9 +239,13 @@ def room_of(name: str, model: Written, share: float, way: Way, options: argparse
     port = free_port()
     command = command_of("ours" if name in OURS else name, model, share, 0, port, options)
     try:
-        with limited(way, None) as group, started(name, command, port, group, log, options) as (one, pid):
+        with (
+            limited(way, None) as group,
+            group.watched() as most,
+            started(name, command, port, group, log, options) as (one, pid),
+        ):
             answers_of(one, work_of(model, max(options.streams), 1, options.tokens, "room"))
-            return room_bytes(name, model, share, anonymous_bytes(pid))
+            return room_bytes(name, model, share, max(most[0], anonymous_bytes(pid)))
     except FAILURES as error:
         return f"{error} {last_error(log)}".strip()
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -216,7 +217,7 @@ def test_a_worker_without_a_server_answers_through_pipes(benchmark, tmp_path):
     answers = asyncio.run(worker.run([[([1, 2], 3)], [([4], 2)]]))
     worker.close()
     assert [(answer.ids, len(answer.times)) for answer in answers] == [([1, 2], 3), ([4], 2)]
-    with pytest.raises(SystemExit, match="early ended"):
+    with pytest.raises(ConnectionError, match="early ended"):
         serving.Worker("early", [sys.executable, "-c", "pass"], tmp_path / "log")
 
 
@@ -677,6 +678,22 @@ def test_a_contestant_that_does_not_even_run_without_a_limit_says_why(benchmark,
     ] * 2
     assert rooms == {"100%": {"ik_llama.cpp": "ik_llama.cpp ended; see its log error: no such file"}}
     assert limit.read_ahead_kb(tmp_path / "new") is None or limit.read_ahead_kb(tmp_path) >= 0
+
+
+def test_the_most_memory_is_seen_though_it_is_given_back(benchmark):
+    limit = benchmark("_memory_limit")
+    group = limit.Group(limit.Way("none", ""), None, None)
+    held, is_over = [{"anonymous": 5}, {"anonymous": 9}, {"anonymous": 7}, {}], threading.Event()
+
+    def held_bytes():
+        if len(held) == 1:
+            is_over.set()
+        return held.pop(0) if held else {}
+
+    group.held_bytes = held_bytes
+    with group.watched(every_s=0.001) as most:
+        assert is_over.wait(30)
+    assert most == [9]
 
 
 def test_pages_of_a_file_that_are_in_memory_are_counted(benchmark, tmp_path):
