@@ -95,7 +95,6 @@ AWAITED: dict[str, frozenset[Bar]] = {
         }
     ),
     "serving_goodput": frozenset(BARS["serving_goodput"]),
-    "serving_moe_memory": frozenset(BARS["serving_moe_memory"]),
 }
 
 
