@@ -94,7 +94,6 @@ AWAITED: dict[str, frozenset[Bar]] = {
             Bar(3.0, "seconds until ready, warm, bfloat16", "vllm( zentorch)?"),
         }
     ),
-    "serving_goodput": frozenset(BARS["serving_goodput"]),
 }
 
 
