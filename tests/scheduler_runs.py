@@ -59,6 +59,8 @@ class FakeRunner:
         self.slots = self.memories[0]
         # What each request has stored at each position, or would have.
         self.truth: dict[str, list[int]] = {}
+        # The tokens it was given after its prompt, by position: a request that was preempted twice may find what it stored the first time.
+        self.given: dict[str, dict[int, int]] = {}
         self.host: dict[int, list[int | None]] = {}
         self.requests: dict[str, Request] = {}
         self.last: dict[str, int] = {}
@@ -68,6 +70,7 @@ class FakeRunner:
         for id in batch.gone:
             del self.requests[id]  # told of before, and gone once
             self.truth.pop(id, None)
+            self.given.pop(id, None)
             self.last.pop(id, None)
         for request in batch.new:
             assert request.id not in self.requests
@@ -115,12 +118,15 @@ class FakeRunner:
 
     def _run(self, request: Request, tokens: list[int], chunk: Chunk) -> list[int]:
         size, start = self.block_tokens, chunk.start
-        values = self.truth.setdefault(request.id, [])
+        values, given = self.truth.setdefault(request.id, []), self.given.setdefault(request.id, {})
         for position in range(len(values), start):
-            # Stored by another request that begins alike.
-            values.append(stored(values[-1] if values else seed_of(request), request.prompt[position], position))
+            # Stored by another request that begins alike, or by itself before it was preempted.
+            is_asked = position < len(request.prompt)
+            token = request.prompt[position] if is_asked else given[position]
+            values.append(stored(values[-1] if values else seed_of(request), token, position))
         del values[start:]
         for position, token in enumerate(tokens, start):
+            given[position] = token
             values.append(stored(values[-1] if values else seed_of(request), token, position))
         for memory, table, window in zip(self.memories, (chunk.blocks, chunk.local), self.windows, strict=False):
             for position in range(0 if window is None else max(0, start - window + 1), len(values)):
