@@ -163,6 +163,8 @@ def test_whichever_process_of_a_group_stops_or_dies_requests_are_answered_and_de
 
     assert ask("alone").wait(30)
     pid = PROCESSES[name](group)
+    # Each has been heard by then; before its first sign of life a fork server has the time that a start may take.
+    time.sleep(group.config.watchdog_s)
     os.kill(pid, number)
     # What was stopped is found out without anybody asking for it.
     done = ask("meanwhile")
