@@ -481,7 +481,7 @@ def test_outcomes_that_wait_for_feedback_hold_no_conversations(tmp_path):
     async def work(gateway):
         for number in range(40):
             await gateway.achat({**ask("x" * 1_000_000 + str(number)), "model": "auto/learns"})
-        return sum(len(repr(outcome)) for _, outcome in gateway._outcomes.values())
+        return sum(len(repr(one)) for own in gateway.teaching.waiting._by_key.values() for one in own.values())
 
     strategies = {"learns": StrategyConfig(use="static")}
     size, _ = run(config(tmp_path, strategies=strategies), work, strategies={"learns": Learns(None)})

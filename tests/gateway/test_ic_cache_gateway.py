@@ -89,8 +89,8 @@ def test_feedback_reaches_bandit_and_examples_and_users_can_be_forgotten(tmp_pat
         prefer(strategy, np.array([0.9, 0.1]))
         answer = await gateway.achat({"model": "auto/ic", "messages": [{"role": "user", "content": "list the files"}]})
         assert answer["model"] == "small"
-        request_id = next(reversed(gateway._outcomes))
-        assert gateway._outcomes[request_id][1].answer is None  # the gateway itself does not hold on to it
+        [(request_id, waited)] = list(gateway.teaching.waiting._by_key[""].items())[-1:]
+        assert waited.outcome.answer is None  # the gateway itself does not hold on to it
         await gateway.feedback({"request_id": request_id, "score": 1.0})
         lane = gateway.runtime.decider.lanes["ic"]
         while lane._waiting:

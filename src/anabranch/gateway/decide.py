@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from anabranch.errors import ConfigError, InputError
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
 from anabranch.gateway.embed import Embedder
+from anabranch.gateway.learning.kept import made_from
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.gateway.strategy import Complete, Strategy
 from anabranch.web.api_error import wrong
@@ -66,20 +67,30 @@ class Lane:
 
     Attributes:
         name: ``auto/NAME``.
+        settings: of the config.
         learns: `observe` does something.
+        made: what it was made from, see `made_from`; "" if what it learns is not kept.
+        embedder: of its queries, if it has one.
     """
 
-    def __init__(self, name: str, config: StrategyConfig, strategy: Strategy, embedder: Embedder | None) -> None:
-        self.name, self.strategy = name, strategy
+    def __init__(
+        self, name: str, config: StrategyConfig, strategy: Strategy, embedder: Embedder | None, complete: Complete | None = None
+    ) -> None:
+        self._complete = complete
+        self.name, self.settings, self.strategy = name, config, strategy
         self.timeout_s = max(config.timeout_s, ASKING_S) if strategy.is_async else config.timeout_s
         self._models = frozenset(config.models)
-        self._embedder = embedder if strategy.needs_vector else None
+        self.embedder, self._embedder = embedder, embedder if strategy.needs_vector else None
         self.is_fast = strategy.is_fast
-        self.learns = type(strategy).observe is not Strategy.observe
+        self.learns = strategy.learns
         self._threads = None if self.is_fast else ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{name}")
         # When what runs in the thread began; None if nothing does.
         self._began: float | None = None
         self._waiting = 0
+        self._told = [0]
+        self.made = made_from(self) if self.learns else ""
+        # Another lane goes on with the strategy, in the same thread.
+        self._is_left = False
 
     def narrowed(self, pool: Pool) -> Pool:
         """The models this strategy may choose among."""
@@ -134,12 +145,36 @@ class Lane:
         """Why the strategy would decide so. Raises BypassError."""
         return dict(await self._called(lambda: self.strategy.explain(query, self.narrowed(pool)), JUDGING_S))
 
+    @property
+    def told(self) -> int:
+        """Outcomes that the strategy was told of."""
+        return self._told[0]
+
+    def follows(self, old: "Lane") -> bool:
+        """Whether its strategy is made from the same as that of another lane, so that it can go on with that one."""
+        return self.learns and (old.strategy is self.strategy or (self.made != "" and old.made == self.made))
+
+    def succeed(self, old: "Lane") -> None:
+        """Go on with the strategy of a lane that it `follows`, and what it has learned, in the same thread."""
+        if self._threads is not None and self._threads is not old._threads:
+            self._threads.shutdown(wait=False)
+        self.strategy, self.made, self._told = old.strategy, old.made, old._told
+        self._threads, old._is_left = old._threads, True
+        self.strategy.connect(embed=None if self.embedder is None else self.embedder.embed, complete=self._complete)
+
+    async def alone(self, work: Callable[[], T]) -> T:
+        """``work()`` while nothing else touches the strategy, however long it takes."""
+        if self.is_fast:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
     def close(self) -> None:
         """End the thread once it is idle."""
-        if self._threads is not None:
+        if self._threads is not None and not self._is_left:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _observe(self, outcome: Outcome) -> None:
+        self._told[0] += 1
         try:
             self.strategy.observe(outcome)
         except Exception as error:
@@ -245,7 +280,17 @@ class Decider:
             if made.needs_vector and own is None:
                 raise ConfigError(f"strategies.{name} needs vectors of queries; set embedder.kind")
             made.connect(embed=None if own is None else own.embed, complete=complete)
-            self.lanes[name] = Lane(name, wanted, made, own)
+            self.lanes[name] = Lane(name, wanted, made, own, complete)
+
+    def news(self, old: "Decider") -> list[Lane]:
+        """Strategies that have no predecessor in another one."""
+        return [lane for name, lane in self.lanes.items() if name not in old.lanes or not lane.follows(old.lanes[name])]
+
+    def succeed(self, old: "Decider") -> None:
+        """Go on with what the strategies of another have learned, where they are made from the same."""
+        for name, lane in self.lanes.items():
+            if name in old.lanes and lane.follows(old.lanes[name]):
+                lane.succeed(old.lanes[name])
 
     async def decide(self, name: str, query: Query, pool: Pool) -> Decided:
         """What the strategy says, or the default one in its place, or the order of the config. Raises ApiError for wrong knobs."""

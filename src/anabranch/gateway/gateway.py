@@ -13,37 +13,33 @@ import json
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from anabranch.errors import ConfigError, InputError
+from anabranch.errors import AnabranchError, ConfigError, InputError
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
+from anabranch.gateway.learning.kept import EVERY_S, Kept
+from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.life import Life
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.overview import Overview
-from anabranch.gateway.query import Decision, Outcome
+from anabranch.gateway.query import Decision
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import CollectedRow, KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
 from anabranch.gateway.strategy import Strategy
 from anabranch.gateway.told import Collecting
 from anabranch.gateway.ui import Seen, Snapshot
-from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.api_error import ApiError
 from anabranch.web.sse import read_data
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Outcomes that feedback may still be given for, of strategies that learn.
-REMEMBERED = 2_000
-
-# Of the texts of these, all together.
-HELD_CHARACTERS = 16 << 20
 PRUNE_S = 3600.0
 DAY_S = 86_400.0
 _CURRENT: ContextVar[Life] = ContextVar("life")
@@ -79,8 +75,7 @@ class Gateway:
         self.recent: deque[Seen] = deque(maxlen=200)
         self.began_s, self.in_flight = time.time(), 0
         self._given, self._store = store is not None, store
-        self._outcomes: OrderedDict[str, tuple[str, Outcome]] = OrderedDict()
-        self._held_characters = 0  # of their texts
+        self.teaching, self.kept = Teaching(self), Kept(lambda: self.store)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._overview = Overview(self)
         self._worker: _Worker | None = None
@@ -106,7 +101,10 @@ class Gateway:
         """Open the store. Raises DataError if it cannot be."""
         if self._store is None:
             self._store = await asyncio.to_thread(open_store, self.config.store)
+        await self.teaching.start()
+        await self.kept.load(self.runtime.decider.lanes.values())
         self._spawn(self._prune())
+        self._spawn(self._learn_on())
         return self
 
     async def stop(self) -> None:
@@ -114,6 +112,8 @@ class Gateway:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._store is not None:
+            await self.kept.save(self.runtime.decider.lanes.values(), is_last=True)
         await self.runtime.close()
         if self._store is not None and not self._given:
             await self._store.close()
@@ -135,10 +135,13 @@ class Gateway:
                 if getattr(config, name) != getattr(self.config, name):
                     raise ConfigError(f"{name} cannot change while the gateway runs; start it anew")
             old = self.runtime
+            await self.kept.save(old.decider.lanes.values(), at_once=True)
             new = await asyncio.to_thread(self._made, config, old)
+            await self.kept.load(new.decider.news(old.decider))
         except Exception:
             self.metrics.reloads.labels("refused").inc()
             raise
+        new.decider.succeed(old.decider)
         self.runtime, self.caches = new, Caches(config.cache, new.embedder)
         self.metrics.reloads.labels("taken").inc()
         self._spawn(old.retire())
@@ -151,6 +154,17 @@ class Gateway:
                 count = await self.store.prune(time.time() - days * DAY_S)
                 logger.info("deleted %d rows older than %d days", count, days)
             await asyncio.sleep(PRUNE_S)
+
+    async def _learn_on(self) -> None:
+        """Keep what strategies learn, and learn from what other processes on the store were told."""
+        while True:
+            await asyncio.sleep(EVERY_S)
+            try:
+                await self.teaching.read_keys()
+                await self.teaching.catch_up()
+            except AnabranchError as error:
+                logger.warning("scores that other processes were sent cannot be read: %s", error)
+            await self.kept.save(self.runtime.decider.lanes.values())
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -320,41 +334,15 @@ class Gateway:
         return {"id": name, "object": "model", "created": int(self.began_s), "owned_by": "anabranch"}
 
     async def feedback(self, body: dict[str, Any], *, key: str | None = None) -> dict[str, Any]:
-        """Take a score for an answer: the store keeps it, and the strategy that chose learns from it. Raises ApiError."""
-        record = await self.authenticate(key)
-        id, score, comment = body.get("request_id"), body.get("score"), body.get("comment")
-        if not isinstance(id, str) or not id or len(id) > 128:
-            raise wrong("request_id", "request_id must be that of an answer (its header x-request-id)")
-        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-            raise wrong("score", "score must be a number from 0 to 1")
-        if comment is not None and (not isinstance(comment, str) or len(comment) > 2000):
-            raise wrong("comment", "comment must be text of at most 2,000 characters")
-        try:
-            row = await self.store.feedback(
-                id, float(score), key_id="" if record is None else record.id, comment=comment or ""
-            )
-        except InputError as error:
-            raise ApiError(404, "unknown_request", str(error), param="request_id") from None
-        self._overview.judged(row, float(score))
-        known = self._outcomes.pop(id, None)
-        if known is not None:
-            self._held_characters -= len(known[1].query.text)
-        if known is not None and known[0] in self.runtime.decider.lanes:
-            self.runtime.decider.lanes[known[0]].observe(replace(known[1], quality=float(score)))
-        return {"object": "feedback", "request_id": id, "score": score, "model": row.model}
+        """Take a score for an answer, one from each key that may give one: the store keeps it.
 
-    def learn(self, strategy: str, request_id: str, outcome: Outcome) -> None:
-        """Tell a strategy what came of its decision, and keep it until feedback comes."""
-        lane = self.runtime.decider.lanes.get(strategy)
-        if lane is None or not lane.learns:
-            return
-        lane.observe(outcome)
-        held = replace(outcome, answer=None, query=replace(outcome.query, messages=(), headers={}))
-        self._outcomes[request_id] = (strategy, held)
-        self._held_characters += len(held.query.text)
-        while len(self._outcomes) > REMEMBERED or self._held_characters > HELD_CHARACTERS:
-            _, (_, old) = self._outcomes.popitem(last=False)
-            self._held_characters -= len(old.query.text)
+        Whether the strategy that chose learns from it is in the answer (``learned``) and up to `FeedbackConfig`. Raises ApiError.
+        """
+        row, score, learned = await self.teaching.score(body, await self.authenticate(key))
+        self._overview.judged(row, score)
+        return {
+            "object": "feedback", "request_id": row.request_id, "score": score, "model": row.model, "learned": learned
+        }  # fmt: skip
 
     def settle(self, reservation: Reservation | None, row: LedgerRow, collected: CollectedRow | None = None) -> None:
         """End a request in the store; it is written soon, whoever waits or not."""

@@ -432,7 +432,7 @@ class Life:
                 succeeded=row.status == "ok", decision=decided.decision,
                 answer=self.answer_text or None if self._strategy_keeps and self.finish_reason == "stop" else None,
             )  # fmt: skip
-            gateway.learn(self.strategy, self.id, outcome)
+            gateway.teaching.ended(self.strategy, row, outcome)
 
     def streamed(self, stream: Any, is_cut: bool = False) -> None:
         """A stream has ended, or its reader has gone."""

@@ -104,6 +104,9 @@ class Metrics:
             ["strategy", "why"],
             registry=registry,
         )
+        self.outcomes = Counter(
+            "anabranch_outcomes", "Outcomes that strategies were told of, or not", ["strategy", "result"], registry=registry
+        )
         self.attempts = Counter(
             "anabranch_attempts", "Calls to deployments", ["deployment", "outcome"], registry=registry
         )

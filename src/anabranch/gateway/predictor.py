@@ -129,6 +129,11 @@ class Ranked(Strategy, kind="ranked"):
         """As its predictor."""
         return self.predictor.needs_vector
 
+    @property
+    def learns(self) -> bool:
+        """As its predictor."""
+        return type(self.predictor).observe is not Predictor.observe
+
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Fit the predictor, and the mean cost and length of each model's answers."""
         self.predictor.fit(data, seed=seed)

@@ -229,7 +229,8 @@ def _embedder(content: dict[str, Any], tensors: Arrays, shared: Embedder | None)
     return embedder
 
 
-def _digest(tensors: Arrays, text: str) -> str:
+def digest_of(tensors: Arrays, text: str) -> str:
+    """SHA-256 of arrays and a text, in hex."""
     hashed = hashlib.sha256(text.encode())
     for name, value in sorted(tensors.items()):
         hashed.update(repr((name, value.dtype.str, value.shape)).encode())
@@ -237,42 +238,58 @@ def _digest(tensors: Arrays, text: str) -> str:
     return hashed.hexdigest()
 
 
-def _write(path: Path, tensors: Arrays, content: dict[str, Any]) -> None:
-    from safetensors.numpy import save_file
+def packed(tensors: Arrays, content: dict[str, Any], name: str) -> bytes:
+    """Arrays and what is ready for JSON as the bytes of one file, under a digest. Raises InputError, which begins with ``name``."""
+    from safetensors.numpy import save
 
     try:
         text = json.dumps(content)
     except TypeError as error:
-        raise InputError(f"{path.name}: what the strategy learned is not ready for JSON: {error}") from None
+        raise InputError(f"{name}: what the strategy learned is not ready for JSON: {error}") from None
     unfit = [name for name, value in tensors.items() if value.dtype.hasobject or value.dtype.kind not in "biuf"]
     if unfit:
         raise InputError(
-            f"{path.name}: {unfit[0]} has type {tensors[unfit[0]].dtype}; only arrays of numbers can be saved"
+            f"{name}: {unfit[0]} has type {tensors[unfit[0]].dtype}; only arrays of numbers can be saved"
         )
-    metadata = {_FIELD: text, "digest": _digest(tensors, text)}
-    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    return save(tensors, {_FIELD: text, "digest": digest_of(tensors, text)})
+
+
+def _write(path: Path, tensors: Arrays, content: dict[str, Any]) -> None:
+    data = packed(tensors, content, path.name)
+    atomic_write(path, lambda temporary: temporary.write_bytes(data))
 
 
 def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise CheckpointError(f"{path} is not there")
     try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+        data = path.read_bytes()
+    except OSError as error:
         raise CheckpointError(f"{path} is damaged or no router: {error}") from None
+    return unpacked(data, str(path))
+
+
+def unpacked(data: bytes, name: str) -> tuple[Arrays, dict[str, Any]]:
+    """What `packed` made bytes of. Raises CheckpointError, which begins with ``name``, if they are damaged or of another version."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = {key: np.array(value) for key, value in load(data).items()}
+        # The header was read above, so that its length and its JSON are sound.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header.get("__metadata__") or {}
+    except (SafetensorError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{name} is damaged or no router: {error}") from None
     text = metadata.get(_FIELD)
     if text is None:
-        raise CheckpointError(f"{path} is no router of ours: it lacks the field {_FIELD}")
-    if metadata.get("digest") != _digest(tensors, text):
-        raise CheckpointError(f"{path} was changed or damaged: its content does not match its digest")
+        raise CheckpointError(f"{name} is no router of ours: it lacks the field {_FIELD}")
+    if metadata.get("digest") != digest_of(tensors, text):
+        raise CheckpointError(f"{name} was changed or damaged: its content does not match its digest")
     content = parse_json(text)
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} is of version {content.get('version')}; this version of anabranch reads {VERSION}"
+            f"{name} is of version {content.get('version')}; this version of anabranch reads {VERSION}"
         )
     return tensors, content
 

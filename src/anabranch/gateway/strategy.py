@@ -68,6 +68,8 @@ class Strategy(Part, family="strategy"):
         keeps_answers: `observe` wants the text of the answer, which a gateway otherwise does not hold on to.
         needs_fit: it cannot route before ``fit``.
         is_async: it asks models to decide: await ``aroute`` and ``aaccept``.
+        adds_up: what several processes observed can be put together, so that each knows what one would that was told all: `part`, `hear`,
+            `joined`.
         is_fast: ``route``, ``accept`` and ``observe`` take well under a millisecond whatever comes, so that a gateway may call them on its
             event loop; others get a thread.
         knob: the number that moves it along cost against quality, by its name in the config; None if it has none.
@@ -82,6 +84,7 @@ class Strategy(Part, family="strategy"):
     keeps_answers: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
     is_async: ClassVar[bool] = False
+    adds_up: ClassVar[bool] = False
     is_fast: ClassVar[bool] = False
     knob: ClassVar[str | None] = None
 
@@ -92,6 +95,11 @@ class Strategy(Part, family="strategy"):
     def name(self) -> str:
         """What it is called in tables and headers."""
         return self.kind or type(self).__name__
+
+    @property
+    def learns(self) -> bool:
+        """`observe` does something."""
+        return type(self).observe is not Strategy.observe
 
     def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
         """Take what the gateway lends: its embedder and its models. Called once before the first decision, and after a reload."""
@@ -180,6 +188,27 @@ class Strategy(Part, family="strategy"):
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave."""
+
+    # Where it adds up
+
+    def part(self) -> tuple[Arrays, Facts]:
+        """What it observed itself since it was made, fitted or read; neither what it started from nor what it heard."""
+        raise NotImplementedError
+
+    def hear(self, arrays: Arrays, facts: Facts) -> None:
+        """Take the parts of all others, `joined`, in the place of what it heard before; empty ones: there are others that it will hear of.
+
+        Raises InputError for what does not fit, and nothing has changed.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def joined(parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
+        """Several parts as one. Raises InputError for what is none."""
+        raise NotImplementedError
+
+    def published(self) -> None:
+        """The last `part` is where others find it."""
 
 
 def played(data: Recorded, model_N: np.ndarray) -> Played:

@@ -23,7 +23,7 @@ from anabranch.gateway.money import nano_dollars
 
 PRICES = ("input_usd", "output_usd", "cached_input_usd")
 MAX_BYTES = 16 << 20
-_STRATEGY = ("use", "fields", "trade_off", "router", "models", "timeout_s")
+_STRATEGY = ("use", "fields", "trade_off", "router", "models", "timeout_s", "learns_from", "learns_of")
 
 
 def load_config(path: str | Path) -> GatewayConfig:

@@ -11,6 +11,7 @@ from anabranch.gateway.config.parts import (
     Balance,
     BreakerConfig,
     CacheConfig,
+    FeedbackConfig,
     HedgeConfig,
     LimitsConfig,
     LogConfig,
@@ -42,7 +43,7 @@ class GatewayConfig(Config):
         balance: how requests are spread over the deployments of a model.
         mid_stream: what follows when a stream breaks after its first token: an error event, a continuation by another model, or a
             fresh answer if the sender opted in.
-        limits, cache, admin, log: see there.
+        limits, cache, feedback, admin, log: see there.
         require_key: requests need a key of the store (``anabranch gateway keys create``).
         store: path of a SQLite file, or a URL: ``sqlite:///gateway.db``, ``postgresql://user@host/name``.
 
@@ -62,6 +63,7 @@ class GatewayConfig(Config):
     mid_stream: Literal["error", "continue", "restart"] = "error"
     limits: LimitsConfig = LimitsConfig()
     cache: CacheConfig = CacheConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
     admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
     require_key: bool = True

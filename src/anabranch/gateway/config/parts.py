@@ -11,6 +11,9 @@ from anabranch.gateway.query import Model
 
 Balance = Literal["weighted", "least_in_flight", "latency", "tpm", "price"]
 
+# Whose scores of a request move what a strategy learns.
+Who = Literal["own", "team", "any", "admin", "none"]
+
 
 @configclass
 class DeploymentConfig(Config):
@@ -91,6 +94,8 @@ class StrategyConfig(Config):
         router: a fitted router's file, or a folder of them (``anabranch gateway fit``) with one of the strategy's name.
         models: those it may choose among; empty for all.
         timeout_s: seconds a decision may take before the default strategy decides instead.
+        learns_from: whose scores it learns from; None takes ``feedback.who``.
+        learns_of: whose requests it learns of, as ``key:ID`` or ``team:NAME``; empty for all.
     """
 
     use: str | None = None
@@ -99,6 +104,8 @@ class StrategyConfig(Config):
     router: str | None = None
     models: tuple[str, ...] = ()
     timeout_s: float = Field(default=0.05, gt=0)
+    learns_from: Who | None = None
+    learns_of: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.use is None) == (self.router is None):
@@ -109,6 +116,9 @@ class StrategyConfig(Config):
             raise ConfigError(
                 f"fields are {', '.join(self.fields)}, but a fitted router brings its own; leave them out"
             )
+        odd = next((one for one in self.learns_of if not one.partition(":")[2] or one.partition(":")[0] not in ("key", "team")), None)
+        if odd is not None:
+            raise ConfigError(f"learns_of has {odd!r}; write key:ID or team:NAME")
 
 
 @configclass
@@ -239,3 +249,25 @@ class LogConfig(Config):
     prompts: bool = False
     decisions: bool = True
     keep_days: int | None = Field(default=None, ge=1)
+
+
+@configclass
+class FeedbackConfig(Config):
+    """Who moves what strategies learn, and how far.
+
+    An outcome that nobody scored, with its cost and its time, counts as what the key of its request says.
+
+    Attributes:
+        who: whose scores of a request count. ``own``: those of the key it came with; ``team``: also of that key's team; ``any``: of every
+            key; ``admin``: of operators' keys alone; ``none``: nobody's. Operators' keys count with all but the last. Whoever made a
+            request may score it in any case: the store keeps that, whether or not a strategy learns from it.
+        share: most of the last ``window`` outcomes taken in by one strategy that may be of one key. Where fewer keys than that asks for
+            take part, each may have an equal part; a key that is alone has no limit, and 1 is none for anybody.
+        window: see ``share``.
+        free: outcomes an hour that a key may add whatever the others do, so that somebody can be the first.
+    """
+
+    who: Who = "own"
+    share: float = Field(default=0.2, gt=0, le=1)
+    window: int = Field(default=1000, ge=10)
+    free: int = Field(default=60, ge=0)

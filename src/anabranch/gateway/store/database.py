@@ -53,6 +53,9 @@ class Connection(Protocol):
     def lock_budgets(self) -> None:
         """Let nobody else touch budgets until the transaction ends."""
 
+    def lock(self, table: str) -> None:
+        """Let nobody else write a table until the transaction ends."""
+
     def close(self) -> None:
         """Let go of it."""
 

@@ -111,6 +111,10 @@ class PostgresConnection:
         # Waits for each SELECT ... FOR UPDATE under way, and holds up new ones.
         self.run("LOCK TABLE budgets IN EXCLUSIVE MODE")
 
+    def lock(self, table: str) -> None:
+        """See `Connection`."""
+        self.run(f"LOCK TABLE {table} IN EXCLUSIVE MODE")
+
     def close(self) -> None:
         """See `Connection`."""
         self.rollback()

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 # Of a WHERE, with its values.
 Part = tuple[str, dict[str, Any]]
 MAX_ROWS = 100_000
+
+# Scores read at a time.
+SCORES = 5_000
 DAY_US = 86_400 * 10**6
 _COLUMN = {"key": "key_id", "user": "owner", "team": "team"}
 _GROUP = {
@@ -227,6 +230,23 @@ def read_feedback(connection: Connection, request_id: str | None, limit: int) ->
         f"SELECT {columns} FROM feedback WHERE {part} ORDER BY seq DESC LIMIT {int(limit)}", **values
     )
     return [FeedbackRow(**dict(zip(schema.FEEDBACK, row, strict=True))) for row in rows]
+
+
+def has_feedback(connection: Connection, request_id: str, key_id: str) -> bool:
+    """Whether a key has said something of a request."""
+    sql = "SELECT 1 FROM feedback WHERE request_id = :request AND key_id = :key LIMIT 1"
+    return bool(connection.rows(sql, request=request_id, key=key_id))
+
+
+def read_scores(connection: Connection, after: int) -> list[Row]:
+    """Number, request, who said so and score, in the order of the numbers."""
+    sql = f"SELECT seq, request_id, key_id, score FROM feedback WHERE seq > :after ORDER BY seq LIMIT {SCORES}"
+    return connection.rows(sql, after=after)
+
+
+def newest_score(connection: Connection) -> int:
+    """Number of the newest one; 0 if there is none."""
+    return int(connection.rows("SELECT coalesce(max(seq), 0) FROM feedback")[0][0])
 
 
 def delete_before(connection: Connection, before_us: int, most: int) -> int:

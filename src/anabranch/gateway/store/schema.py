@@ -47,6 +47,12 @@ MIGRATIONS: list[Sequence[str]] = [
         "CREATE TABLE collected (key TEXT PRIMARY KEY, ts_us BIGINT NOT NULL, body TEXT NOT NULL)",
         "CREATE INDEX collected_by_time ON collected (ts_us)",
     ),
+    # What strategies learned while they served, as bytes.
+    (
+        """CREATE TABLE learned (
+            strategy TEXT NOT NULL, made TEXT NOT NULL, writer TEXT NOT NULL, kind TEXT NOT NULL, version BIGINT NOT NULL,
+            ts_us BIGINT NOT NULL, body BYTEA NOT NULL, PRIMARY KEY (strategy, made, writer))""",
+    ),
 ]
 
 # What is in every store, of whatever version.
@@ -66,3 +72,4 @@ DECISIONS = ("request_id", "ts_us", "strategy", "model", "body")
 FEEDBACK = ("request_id", "ts_us", "key_id", "score", "comment")
 TEXTS = ("request_id", "ts_us", "body")
 COLLECTED = ("key", "ts_us", "body")
+LEARNED = ("strategy", "made", "writer", "kind", "version", "ts_us", "body")

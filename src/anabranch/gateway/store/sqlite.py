@@ -128,6 +128,9 @@ class SqliteConnection:
     def lock_budgets(self) -> None:
         """`begin` has done so."""
 
+    def lock(self, table: str) -> None:
+        """`begin` has done so."""
+
     def close(self) -> None:
         """See `Connection`."""
         self._raw.close()

@@ -374,26 +374,39 @@ class Store:
         return await self._read(lambda connection: questions.read_decisions(connection, request_id, limit))
 
     async def feedback(
-        self, request_id: str, score: float, *, key_id: str | None = None, comment: str = ""
+        self, request_id: str, score: float, *, key_id: str | None = None, owner: str | None = None, comment: str = ""
     ) -> LedgerRow:
         """Keep what somebody says of an answer; the row it is about.
 
         Args:
             request_id: of the request.
             score: larger is better.
-            key_id: who says so; it must be the key of the request. None for an operator, who may judge any.
+            key_id: who says so. None for an operator, who may judge any request.
+            owner: whose request it must be; None for that of `key_id`.
             comment: in words.
 
         Raises InputError if there is no such request, or it was somebody else's (which is not told apart).
         """
         if isinstance(score, bool) or not abs(score) < 1e9:
             raise InputError(f"score is {score!r}; it must be a number")
-        rows = await self.ledger(LedgerQuery(request_id=request_id, key_id=key_id))
+        rows = await self.ledger(LedgerQuery(request_id=request_id, key_id=key_id if owner is None else owner))
         if not rows:
             raise InputError(f"there is no request {request_id[:REQUEST_CHARACTERS]!r}")
         row = (request_id, self._now_us(), key_id or "", float(score), clean(comment, 2000))
         await self._writer.give(Insert("feedback", schema.FEEDBACK, row), at_once=True)
         return rows[0]
+
+    async def has_feedback(self, request_id: str, key_id: str) -> bool:
+        """Whether a key has said something of a request."""
+        return await self._read(lambda connection: questions.has_feedback(connection, request_id, key_id))
+
+    async def scores_after(self, seq: int) -> list[tuple[int, str, str, float]]:
+        """Scores behind one in the order in which they were numbered, some thousand at most: number, request, who said so, score."""
+        return await self._read(lambda connection: questions.read_scores(connection, seq))
+
+    async def newest_score(self) -> int:
+        """The number of the newest score; 0 if there is none."""
+        return await self._read(questions.newest_score)
 
     async def feedbacks(self, request_id: str | None = None, limit: int = 100) -> list[FeedbackRow]:
         """Of one request, or of all, newest first."""
@@ -421,6 +434,20 @@ class Store:
         """What strategies expected beside what was said of the answers, by week and strategy, newest week first."""
         since_us = 0 if since_s is None else int(since_s * 1e6)
         return await self._read(lambda connection: read_calibration(connection, since_us))
+
+    # What strategies learned: `learned` has what there is to ask and to do
+
+    async def look(self, work: Callable[[Connection], T]) -> T:
+        """What ``work`` reads on a connection, everything written before among it."""
+        return await self._read(work)
+
+    async def change(self, work: Callable[[Connection], T]) -> T:
+        """Run ``work`` in a transaction of its own; it is committed on return. Raises CapacityError if the store cannot write."""
+        return await self._do(work)
+
+    def now_us(self) -> int:
+        """Microseconds since 1970."""
+        return self._now_us()
 
     # Care
 

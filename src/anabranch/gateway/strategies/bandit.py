@@ -35,6 +35,8 @@ from anabranch.gateway.dataset import Recorded
 from anabranch.gateway.money import dollars
 from anabranch.gateway.query import Decision, Model, Outcome, Pool, Query
 from anabranch.gateway.strategies.plain import USUAL_COMPLETION, USUAL_PROMPT
+from anabranch.gateway.strategies.pooled import Pooled
+from anabranch.gateway.strategies.sums import FIXED, SEEDED, Sums, turned
 from anabranch.gateway.strategies.training import share, training_set
 from anabranch.gateway.strategy import Arrays, Facts, Played, Strategy, ordered, playable, played
 
@@ -47,7 +49,7 @@ _BELOW = np.array([(1 + math.erf(step / math.sqrt(2))) / 2 for step in _STEPS])
 KNOBS = (0.0, *np.logspace(-3, 3, 61).tolist())
 
 
-class Bandit(Strategy):
+class Bandit(Pooled):
     """What the three have in common; a subclass says ``_index``."""
 
     @configclass
@@ -104,17 +106,17 @@ class Bandit(Strategy):
                 basis_DV = np.linalg.qr(rng.standard_normal((dim, self.config.dim)))[0].T
                 basis_DV *= np.sqrt(dim / self.config.dim)
                 self.seen_SV = np.zeros((0, dim), np.float32)
-            self._start(np.zeros(dim), basis_DV)
+            self._start(np.zeros(dim), basis_DV, SEEDED if self.config.dim < dim else FIXED)
         if vector_NV.shape[1] != len(self.centre_V):
             raise InputError(
                 f"{self.name} learns from vectors of {len(self.centre_V)} dimensions and was given {vector_NV.shape[1]}; keep one embedder"
             )
-        turned_ND = (vector_NV.astype(float) - self.centre_V) @ self.direction_DV.T  # type: ignore[union-attr]
-        return np.column_stack((np.ones(len(vector_NV)), turned_ND))
+        return turned(vector_NV, self.centre_V, self.direction_DV)  # type: ignore[arg-type]
 
-    def _start(self, centre_V: np.ndarray, direction_DV: np.ndarray) -> None:
-        self.centre_V, self.direction_DV = centre_V, direction_DV
+    def _start(self, centre_V: np.ndarray, direction_DV: np.ndarray, basis: str = FIXED) -> None:
+        self.centre_V, self.direction_DV, self.basis = centre_V, direction_DV, basis
         dim = len(direction_DV) + 1
+        self.own, self.others = (Sums(dim, basis=basis, length=len(centre_V)) for _ in range(2))
         self.inverse_MDD, self.b_MD, self.theta_MD = np.zeros((0, dim, dim)), np.zeros((0, dim)), np.zeros((0, dim))
         self.models, self.last_M = (), np.zeros(0, np.int64)
         self.calls_M, self.cost_M, self.steps = np.zeros(0), np.zeros(0), 0
@@ -147,6 +149,7 @@ class Bandit(Strategy):
                 known_N = np.isfinite(data.cost_NM[:, arm])
                 self.calls_M[arm] = known_N.sum()
                 self.cost_M[arm] = data.cost_NM[known_N, arm].mean() if known_N.any() else 0.0
+        self._first = self._copied()
         return self
 
     def _principal(self, vector_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +166,7 @@ class Bandit(Strategy):
         """Directions from what was seen, and the same observations once more along them. Costs so far stay."""
         vector_SV, told_S2 = self.seen_SV, self.seen_S2
         models, calls_M, cost_M = self.models, self.calls_M, self.cost_M
-        self._start(*self._principal(vector_SV.astype(float)))
+        self._start(*self._principal(vector_SV.astype(float)), "chosen")
         self.seen_SV, self.seen_S2 = np.zeros((0, 0), np.float32), np.zeros((0, 2))
         for name in models:
             self._arm(name)
@@ -190,9 +193,14 @@ class Bandit(Strategy):
             self.calls_M[arm] += 1
             step = max(1 / self.calls_M[arm], 1 - self.config.discount)
             self.cost_M[arm] += (outcome.cost - self.cost_M[arm]) * step
+            self.own.paid(outcome.model, outcome.cost)
         if quality is not None and np.isfinite(quality):
+            if self._keeps:
+                self.own.keep(outcome.model, np.asarray(vector_V), float(quality))
             self._update(arm, z_D, float(quality))
-            if self.seen_SV.shape[1]:
+            if self._is_shared:
+                self._choose_directions()
+            elif self.seen_SV.shape[1]:
                 self.seen_SV = np.vstack((self.seen_SV, np.asarray(vector_V, np.float32)))
                 self.seen_S2 = np.vstack((self.seen_S2, (arm, quality)))
                 if len(self.seen_SV) >= self.config.settle:
@@ -213,6 +221,7 @@ class Bandit(Strategy):
         self.b_MD[arm] += quality * z_D
         self.theta_MD[arm] = inverse_DD @ self.b_MD[arm]
         self.last_M[arm] = self.steps
+        self.own.observe(self.models[arm], z_D, quality)
 
     # -- deciding
 
@@ -291,8 +300,7 @@ class Bandit(Strategy):
         """A copy of what was learned, at another trade-off; the two go on apart."""
         other: Bandit = self.config.replace(trade_off=value).build()
         if self.direction_DV is not None:
-            arrays, facts = self.state()
-            other.load_state({name: array.copy() for name, array in arrays.items()}, facts)
+            other.load_state(*self._copied())
         return other
 
     def play(self, data: Recorded, pool: Pool) -> Played:
@@ -318,6 +326,10 @@ class Bandit(Strategy):
         arrays = {"direction_DV": direction_DV} | {name: getattr(self, name) for name in names}
         return arrays, {"models": list(self.models), "steps": self.steps}
 
+    def _copied(self) -> tuple[Arrays, Facts]:
+        arrays, facts = self.state()
+        return {name: array.copy() for name, array in arrays.items()}, facts
+
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave. The arrays are copied, since learning goes on in place."""
         for name, value in arrays.items():
@@ -325,6 +337,9 @@ class Bandit(Strategy):
         if not self.direction_DV.size:  # type: ignore[union-attr]
             self.direction_DV = None
         self.models, self.steps = tuple(facts["models"]), int(facts["steps"])
+        self.basis = SEEDED if self.seen_SV.shape[1] else FIXED
+        self.own, self.others = (Sums(self.b_MD.shape[1], basis=self.basis, length=len(self.centre_V)) for _ in range(2))
+        self._first = self._copied()
 
 
 class LinUCB(Bandit, kind="linucb"):

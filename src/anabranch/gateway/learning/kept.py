@@ -1,0 +1,255 @@
+"""What strategies learn, kept in the store: it outlives the process, and processes on one store learn from one another.
+
+Each process has a row of its own for each strategy, written when something was learned since, every few seconds at most. What adds up
+(`Strategy.adds_up`) is kept as the part that the process observed; each reads the parts of all others and takes them in, so that all know
+what one process would that was told everything. A process that ends leaves its part to nobody's row; one that was killed leaves its own
+row, which counts on. Of what does not add up, each process goes on from the newest row that there is when it starts.
+
+Rows are found by what a strategy is made from: its config, its embedder, and what it knew before it served. One of another make is not
+read, and one that is damaged is left out; both are said in the log, and neither stops a start.
+"""
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anabranch.config import to_dict
+from anabranch.errors import AnabranchError
+from anabranch.gateway.saving import VERSION, digest_of, packed, unpacked
+from anabranch.gateway.store import Store, learned
+from anabranch.gateway.store.learned import LearnedRow
+from anabranch.gateway.strategy import Arrays, Facts
+
+if TYPE_CHECKING:
+    from anabranch.gateway.decide import Lane
+
+logger = logging.getLogger(__name__)
+
+# Between looks at what changed, and between two writes of one strategy for each megabyte of what it learned.
+EVERY_S = 5.0
+MEGABYTE_S = 5.0
+
+# Of reading again because others wrote meanwhile; then the next round tries.
+TRIES = 3
+
+# What does not add up and was written before, by processes that are gone, is deleted when it is so old.
+OLD_US = 86_400 * 10**6
+
+Part = tuple[Arrays, Facts]
+
+
+def made_from(lane: "Lane") -> str:
+    """Digest of what a strategy is made from; "" if what it learns cannot be kept."""
+    strategy, embedder = lane.strategy, lane.embedder
+    try:
+        arrays, facts = strategy.state()
+        about = {
+            "kind": strategy.name, "facts": facts, "config": None if strategy.config is None else to_dict(strategy.config),
+            "embedder": None if embedder is None else to_dict(embedder.config),
+        }  # fmt: skip
+        return digest_of({name: np.asarray(value) for name, value in arrays.items()}, json.dumps(about, sort_keys=True))
+    except Exception as error:
+        logger.warning("what strategy %s learns cannot be kept: %s: %s", lane.name, type(error).__name__, error)
+        return ""
+
+
+@dataclass(slots=True)
+class _Held:
+    """How the rows of one strategy stand.
+
+    Attributes:
+        made: see `made_from`.
+        writer: of the own row. What was written before for the same make is another's.
+        told: outcomes that it had been told of by then.
+        seen: versions of the rows of others, as read last; None before the first time.
+        next_s: not written before.
+    """
+
+    made: str
+    writer: str = field(default_factory=lambda: uuid.uuid4().hex)
+    told: int = 0
+    seen: dict[str, int] | None = None
+    next_s: float = 0.0
+    damaged: set[tuple[str, int]] = field(default_factory=set)
+
+
+class Kept:
+    """See the module. Of one gateway, on its event loop; what takes long runs in the threads of strategies and others.
+
+    Args:
+        store: gives the store.
+        clock: seconds, never running back.
+    """
+
+    def __init__(self, store: Callable[[], Store], clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._clock = store, clock
+        self._held: dict[str, _Held] = {}
+        self._busy = asyncio.Lock()
+
+    async def load(self, lanes: Iterable["Lane"]) -> None:
+        """Give strategies that have just been made what was learned before. What cannot be read is said, and learned anew."""
+        for lane in lanes:
+            if not lane.learns or not lane.made:
+                continue
+            held = self._held[lane.name] = _Held(lane.made)
+            try:
+                if lane.strategy.adds_up:
+                    await lane.alone(lambda lane=lane: lane.strategy.hear({}, {}))  # type: ignore[misc]
+                    await self._hear(lane, held)
+                else:
+                    await self._take_newest(lane, held)
+                await self._say(lane)
+            except AnabranchError as error:
+                logger.warning("what strategy %s learned before cannot be read: %s", lane.name, error)
+
+    async def save(self, lanes: Iterable["Lane"], *, at_once: bool = False, is_last: bool = False) -> None:
+        """Write what was learned since, and take in what others did.
+
+        Args:
+            lanes: strategies.
+            at_once: though some were written a moment ago.
+            is_last: this process learns no more.
+        """
+        async with self._busy:
+            for lane in lanes:
+                held = self._held.get(lane.name)
+                if held is None or held.made != lane.made or (self._clock() < held.next_s and not (at_once or is_last)):
+                    continue
+                try:
+                    await self._round(lane, held)
+                    if is_last:
+                        await self._leave(lane, held)
+                except AnabranchError as error:
+                    logger.warning("what strategy %s learned is not in the store yet: %s", lane.name, error)
+                except Exception as error:
+                    logger.error("what strategy %s learned cannot be kept", lane.name, exc_info=error)
+
+    async def forget(self, strategy: str) -> int:
+        """Delete what was learned with a strategy, by whatever process; how many rows. Those that are at work keep what they know."""
+        return await self._store().change(lambda connection: learned.delete_learned(connection, strategy))
+
+    # One strategy
+
+    async def _round(self, lane: "Lane", held: _Held) -> None:
+        for _ in range(TRIES):
+            if lane.strategy.adds_up:
+                await self._hear(lane, held)
+            if lane.told == held.told:
+                return
+            told, part = await lane.alone(lambda: (lane.told, _copy(lane)))
+            body = await asyncio.to_thread(_bytes, part, lane.name)
+            row = LearnedRow(
+                strategy=lane.name, made=held.made, writer=held.writer, kind=lane.strategy.name, version=1,
+                ts_us=self._store().now_us(), body=body,
+            )  # fmt: skip
+            seen = held.seen if lane.strategy.adds_up else None
+            if await self._store().change(lambda connection: learned.put_learned(connection, row, seen)):  # noqa: B023
+                held.told = told
+                held.next_s = self._clock() + max(EVERY_S, MEGABYTE_S * len(body) / 1e6)
+                if lane.strategy.adds_up:
+                    await lane.alone(lane.strategy.published)
+                return
+
+    async def _hear(self, lane: "Lane", held: _Held) -> None:
+        """Take in what others observed, if that is more than was read last."""
+        store, name = self._store(), lane.name
+        marks = await store.look(lambda connection: learned.read_marks(connection, name, held.made))
+        marks.pop(held.writer, None)
+        if marks == (held.seen or {}):
+            held.seen = marks
+            return
+        rows = await store.look(lambda connection: learned.read_learned(connection, name, held.made))
+        rows = [row for row in rows if row.writer != held.writer]
+        whole = await asyncio.to_thread(self._joined, lane, held, rows)
+        await lane.alone(lambda: lane.strategy.hear(*whole))
+        held.seen = {row.writer: row.version for row in rows}
+
+    def _joined(self, lane: "Lane", held: _Held, rows: Sequence[LearnedRow]) -> Part:
+        """All that can be read of them, as one."""
+        join = lane.strategy.joined
+        try:
+            return join([_part(row) for row in rows])
+        except Exception:
+            logger.debug("some of %d rows cannot be read", len(rows))
+        # One of them is at fault: find it.
+        parts: list[Part] = []
+        for row in rows:
+            try:
+                part = _part(row)
+                join([*parts, part])
+                parts.append(part)
+            except Exception as error:
+                self._left_out(row, held, error)
+        return join(parts)
+
+    async def _take_newest(self, lane: "Lane", held: _Held) -> None:
+        store, name = self._store(), lane.name
+        rows = await store.look(lambda connection: learned.read_learned(connection, name, held.made))
+        start = await lane.alone(lambda: _copy(lane))
+        begun: Part = (start[0], json.loads(start[1]))
+        for row in reversed(rows):
+            try:
+                part = await asyncio.to_thread(_part, row)
+                await lane.alone(lambda: lane.strategy.load_state(*part))  # noqa: B023
+                return
+            except Exception as error:
+                self._left_out(row, held, error)
+                await lane.alone(lambda: lane.strategy.load_state(*begun))
+
+    async def _leave(self, lane: "Lane", held: _Held) -> None:
+        store, name = self._store(), lane.name
+        now_us = store.now_us()
+
+        def join(bodies: Sequence[bytes]) -> bytes:
+            return _bytes(_ready(*lane.strategy.joined([_read(body, name) for body in bodies])), name)
+
+        if lane.strategy.adds_up:
+            await store.change(
+                lambda connection: learned.leave_learned(connection, name, held.made, held.writer, join, now_us)
+            )
+        else:
+            await store.change(lambda connection: learned.delete_older(connection, name, held.made, now_us - OLD_US))
+
+    def _left_out(self, row: LearnedRow, held: _Held, error: Exception) -> None:
+        if (row.writer, row.version) not in held.damaged:
+            held.damaged.add((row.writer, row.version))
+            logger.warning("what strategy %s learned (row of %s) is left out: %s", row.strategy, row.writer or "nobody", error)
+
+    async def _say(self, lane: "Lane") -> None:
+        """That there is something which is of another make."""
+        name = lane.name
+        count, marks = await self._store().look(
+            lambda connection: (learned.others_of(connection, name), learned.read_marks(connection, name, lane.made))
+        )
+        if count > len(marks):
+            logger.info("strategy %s was made otherwise before; what it learned then (%d rows) is not read", name, count - len(marks))
+
+
+def _copy(lane: "Lane") -> tuple[Arrays, str]:
+    """What is to be written, apart from what goes on changing."""
+    strategy = lane.strategy
+    return _ready(*(strategy.part() if strategy.adds_up else strategy.state()))
+
+
+def _ready(arrays: Arrays, facts: Facts) -> tuple[Arrays, str]:
+    return {name: np.array(value, order="C") for name, value in arrays.items()}, json.dumps(facts)
+
+
+def _bytes(ready: tuple[Arrays, str], name: str) -> bytes:
+    return packed(ready[0], {"version": VERSION, "facts": ready[1]}, name)
+
+
+def _read(body: bytes, name: str) -> Part:
+    arrays, content = unpacked(body, name)
+    return arrays, json.loads(content["facts"])
+
+
+def _part(row: LearnedRow) -> Part:
+    return _read(row.body, f"version {row.version}")

@@ -1,0 +1,180 @@
+"""What strategies are told of how requests ended and of what was said of them, as far as whoever says it may teach them."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from anabranch.gateway.config.parts import Who
+from anabranch.gateway.learning.fair import FairShare
+from anabranch.gateway.learning.permission import is_learned_of, may_score, may_teach
+from anabranch.gateway.learning.waiting import Waiting
+from anabranch.gateway.query import Outcome
+from anabranch.gateway.store import KeyRecord, LedgerQuery, LedgerRow
+from anabranch.web.api_error import ApiError, wrong
+
+if TYPE_CHECKING:
+    from anabranch.gateway.decide import Lane
+    from anabranch.gateway.gateway import Gateway
+
+# How long the number of keys is taken to be what it was, while scores come.
+FRESH_S = 1.0
+
+# Scores that are looked at again, since they may become visible in another order than that of their numbers.
+OVERLAP = 200
+
+
+class Teaching:
+    """See the module. Of one gateway, on its event loop.
+
+    Attributes:
+        waiting: outcomes that a score may still come for.
+
+    Args:
+        gateway: started before anything is taught.
+    """
+
+    def __init__(self, gateway: "Gateway") -> None:
+        self._gateway = gateway
+        self.waiting = Waiting()
+        # By strategy, and whether the outcomes are scored: what comes by itself leaves the room for scores as it is.
+        self._shares: dict[tuple[str, bool], FairShare] = {}
+        self._keys: dict[str, KeyRecord] = {}
+        self._keys_read_s = 0.0
+        # Requests that are being scored now, and by whom.
+        self._scoring: set[tuple[str, str]] = set()
+        self._last_seq = 0
+
+    async def start(self) -> None:
+        """Learn which keys there are, and what is no news."""
+        await self.read_keys()
+        self._last_seq = await self._gateway.store.newest_score()
+
+    # Requests that end
+
+    def ended(self, strategy: str, row: LedgerRow, outcome: Outcome) -> None:
+        """Tell a strategy what came of its decision, and remember it until somebody scores it."""
+        lane = self._lane(strategy)
+        if lane is None:
+            return
+        if self._is_taught_by_request(lane, row) and self._admit(lane, row.key_id, is_scored=False):
+            lane.observe(outcome)
+        elif lane.strategy.keeps_answers:
+            # What it keeps is the sender's own. What would move what all share is left out.
+            lane.observe(replace(outcome, cost=None, latency_s=None))
+        self.waiting.put(row.request_id, strategy, row.key_id, row.team, outcome)
+
+    def _is_taught_by_request(self, lane: "Lane", row: LedgerRow) -> bool:
+        """Whether what a request cost and how long it took may teach a strategy: as if its key said so."""
+        who = self._who(lane)
+        if who in ("admin", "none"):
+            key = self._keys.get(row.key_id)
+            return who == "admin" and key is not None and key.is_admin
+        return is_learned_of(lane.settings, row.key_id, row.team)
+
+    # Scores
+
+    async def score(self, body: Mapping[str, Any], giver: KeyRecord | None) -> tuple[LedgerRow, float, bool]:
+        """Take ``POST /v1/feedback``: the store keeps it, and the strategy that chose may learn from it.
+
+        Returns the request, its score, and whether the strategy was told. Raises ApiError.
+        """
+        id, score, comment = _read(body)
+        whose = "" if giver is None else giver.id
+        if (id, whose) in self._scoring:
+            raise _scored_before(id)
+        self._scoring.add((id, whose))
+        try:
+            row = await self._row(id, giver)
+            store = self._gateway.store
+            if await store.has_feedback(id, whose):
+                raise _scored_before(id)
+            await store.feedback(id, score, key_id=whose, owner=row.key_id, comment=comment)
+            await self.read_keys(FRESH_S)
+        finally:
+            self._scoring.discard((id, whose))
+        return row, score, self._learn(id, score, giver)
+
+    async def _row(self, id: str, giver: KeyRecord | None) -> LedgerRow:
+        """The request, if the giver may say something of it; what it may not, is not told from what is not there. Raises ApiError (404)."""
+        rows = await self._gateway.store.ledger(LedgerQuery(request_id=id))
+        lane = None if not rows else self._lane(rows[0].strategy)
+        who = self._gateway.config.feedback.who if lane is None else self._who(lane)
+        if not rows or not may_score(who, giver, rows[0].key_id, rows[0].team):
+            raise ApiError(404, "unknown_request", f"there is no request {id!r}", param="request_id")
+        return rows[0]
+
+    async def catch_up(self) -> None:
+        """Learn from scores that other processes on the same store were sent for requests that were decided here."""
+        store = self._gateway.store
+        for seq, id, key_id, score in await store.scores_after(self._last_seq - OVERLAP):
+            self._last_seq = max(self._last_seq, seq)
+            if id in self.waiting and (id, key_id) not in self._scoring:
+                self._learn(id, score, self._keys.get(key_id))
+
+    def _learn(self, id: str, score: float, giver: KeyRecord | None) -> bool:
+        """Tell the strategy, once for each request; whether it was told."""
+        waited = self.waiting.get(id)
+        lane = None if waited is None else self._lane(waited.strategy)
+        if waited is None or lane is None:
+            return False
+        may = may_teach(self._who(lane), giver, waited.key_id, waited.team)
+        if not may or not is_learned_of(lane.settings, waited.key_id, waited.team):
+            self._count(lane, "not_allowed")
+            return False
+        self.waiting.take(id)
+        if not self._admit(lane, "" if giver is None else giver.id, is_scored=True):
+            return False
+        lane.observe(replace(waited.outcome, quality=score))
+        return True
+
+    # Limits
+
+    def _admit(self, lane: "Lane", key_id: str, *, is_scored: bool) -> bool:
+        config = self._gateway.config.feedback
+        share = self._shares.get((lane.name, is_scored))
+        if share is None or share.config != config:
+            share = self._shares[lane.name, is_scored] = FairShare(config)
+        is_in = share.admit(key_id, self.num_senders)
+        self._count(lane, ("scored" if is_scored else "told") if is_in else "over_share")
+        return is_in
+
+    @property
+    def num_senders(self) -> int:
+        """Keys that requests may come with, as far as known; all who need none are one."""
+        return len(self._keys) + (not self._gateway.config.require_key)
+
+    async def read_keys(self, fresh_s: float = 0.0) -> None:
+        """Learn which keys there are, unless that was read so few seconds ago."""
+        if time.monotonic() - self._keys_read_s < fresh_s:
+            return
+        now_us = int(self._gateway.now_s() * 1e6)
+        self._keys = {key.id: key for key in await self._gateway.store.keys() if key.is_valid(now_us)}
+        self._keys_read_s = time.monotonic()
+
+    def _lane(self, strategy: str) -> "Lane | None":
+        """A strategy that learns."""
+        lane = self._gateway.runtime.decider.lanes.get(strategy)
+        return lane if lane is not None and lane.learns else None
+
+    def _who(self, lane: "Lane") -> Who:
+        return lane.settings.learns_from or self._gateway.config.feedback.who
+
+    def _count(self, lane: "Lane", result: str) -> None:
+        self._gateway.metrics.outcomes.labels(lane.name, result).inc()
+
+
+def _read(body: Mapping[str, Any]) -> tuple[str, float, str]:
+    """Request, score and comment. Raises ApiError."""
+    id, score, comment = body.get("request_id"), body.get("score"), body.get("comment")
+    if not isinstance(id, str) or not id or len(id) > 128:
+        raise wrong("request_id", "request_id must be that of an answer (its header x-request-id)")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise wrong("score", "score must be a number from 0 to 1")
+    if comment is not None and (not isinstance(comment, str) or len(comment) > 2000):
+        raise wrong("comment", "comment must be text of at most 2,000 characters")
+    return id, float(score), comment or ""
+
+
+def _scored_before(id: str) -> ApiError:
+    return ApiError(409, "scored_before", f"this key has scored {id!r} already; a request is scored once", param="request_id")

@@ -1,0 +1,116 @@
+"""What strategies have learned, as the store keeps it: rows of bytes by strategy, by what it was made from, and by who learned it.
+
+Who writes says which rows of others it has read: if one is newer, nothing is written, and it reads again. So of all that processes agree on
+by writing, the first is seen by all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from anabranch.gateway.store import schema
+from anabranch.gateway.store.database import Connection
+
+# Writer of what no process that is alive goes on with.
+NOBODY = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedRow:
+    """What one process has learned with one strategy.
+
+    Attributes:
+        strategy: its name in the config.
+        made: digest of what it was made from; what was learned with another config has another.
+        writer: of the process, or `NOBODY`.
+        kind: of the strategy, for people.
+        version: counts the writes of the row.
+        ts_us: when it was written last.
+        body: what was learned.
+    """
+
+    strategy: str
+    made: str
+    writer: str
+    kind: str
+    version: int
+    ts_us: int
+    body: bytes
+
+
+def read_marks(connection: Connection, strategy: str, made: str) -> dict[str, int]:
+    """Version of each writer's row."""
+    sql = "SELECT writer, version FROM learned WHERE strategy = :strategy AND made = :made"
+    return dict(connection.rows(sql, strategy=strategy, made=made))  # type: ignore[arg-type]
+
+
+def read_learned(connection: Connection, strategy: str, made: str) -> list[LearnedRow]:
+    """All rows, the newest last."""
+    sql = f"SELECT {', '.join(schema.LEARNED)} FROM learned WHERE strategy = :strategy AND made = :made ORDER BY ts_us, writer"
+    rows = connection.rows(sql, strategy=strategy, made=made)
+    found = [dict(zip(schema.LEARNED, row, strict=True)) for row in rows]
+    return [LearnedRow(**{**row, "body": bytes(row["body"])}) for row in found]
+
+
+def others_of(connection: Connection, strategy: str) -> int:
+    """How many rows there are of a strategy, whatever it was made from."""
+    return int(connection.rows("SELECT count(*) FROM learned WHERE strategy = :strategy", strategy=strategy)[0][0])
+
+
+def put_learned(connection: Connection, row: LearnedRow, seen: Mapping[str, int] | None) -> bool:
+    """Write a row in place of the writer's last one, its version counted on. ``seen``: versions of all others that were read; None does not
+    mind.
+
+    Returns whether it was written.
+    """
+    connection.lock("learned")
+    marks = read_marks(connection, row.strategy, row.made)
+    last = marks.pop(row.writer, 0)
+    if seen is not None and marks != seen:
+        return False
+    columns = ", ".join(schema.LEARNED)
+    marks_sql = ", ".join(f":{name}" for name in schema.LEARNED)
+    changes = ", ".join(f"{name} = excluded.{name}" for name in ("kind", "version", "ts_us", "body"))
+    connection.run(
+        f"INSERT INTO learned ({columns}) VALUES ({marks_sql}) ON CONFLICT (strategy, made, writer) DO UPDATE SET {changes}",
+        **{name: getattr(row, name) for name in schema.LEARNED} | {"version": max(last + 1, row.version)},
+    )
+    return True
+
+
+def leave_learned(
+    connection: Connection, strategy: str, made: str, writer: str, join: Callable[[Sequence[bytes]], bytes], now_us: int
+) -> None:
+    """Make the row of a writer that ends part of that of nobody; ``join`` makes one body of several."""
+    connection.lock("learned")
+    rows = [row for row in read_learned(connection, strategy, made) if row.writer in (writer, NOBODY)]
+    if not any(row.writer == writer for row in rows):
+        return
+    body = rows[0].body if len(rows) == 1 else join([row.body for row in rows])
+    version = 1 + max(row.version for row in rows)
+    left = LearnedRow(
+        strategy=strategy, made=made, writer=NOBODY, kind=rows[0].kind, version=version, ts_us=now_us, body=body
+    )  # fmt: skip
+    put_learned(connection, left, None)
+    _delete(connection, strategy, made, writer)
+
+
+def _delete(connection: Connection, strategy: str, made: str, writer: str) -> None:
+    connection.run(
+        "DELETE FROM learned WHERE strategy = :strategy AND made = :made AND writer = :writer",
+        strategy=strategy, made=made, writer=writer,
+    )  # fmt: skip
+
+
+def delete_learned(connection: Connection, strategy: str) -> int:
+    """Forget all that was learned with a strategy; how many rows there were."""
+    connection.lock("learned")
+    return connection.run("DELETE FROM learned WHERE strategy = :strategy", strategy=strategy)
+
+
+def delete_older(connection: Connection, strategy: str, made: str, before_us: int) -> int:
+    """Delete rows that were written before, but for the newest."""
+    return connection.run(
+        "DELETE FROM learned WHERE strategy = :strategy AND made = :made AND ts_us < :before AND ts_us <"
+        " (SELECT max(ts_us) FROM learned WHERE strategy = :strategy AND made = :made)",
+        strategy=strategy, made=made, before=before_us,
+    )  # fmt: skip
