@@ -20,7 +20,7 @@ from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strateg
 from anabranch.gateway.embed import Embedder
 from anabranch.gateway.learning.kept import made_from
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
-from anabranch.gateway.strategy import Complete, Strategy
+from anabranch.gateway.strategy import Complete, Metrics, Strategy
 from anabranch.web.api_error import wrong
 
 logger = logging.getLogger(__name__)
@@ -145,6 +145,10 @@ class Lane:
         """Why the strategy would decide so. Raises BypassError."""
         return dict(await self._called(lambda: self.strategy.explain(query, self.narrowed(pool)), JUDGING_S))
 
+    def touch(self) -> None:
+        """It has learned something beside requests."""
+        self._told[0] += 1
+
     @property
     def told(self) -> int:
         """Outcomes that the strategy was told of."""
@@ -258,6 +262,7 @@ class Decider:
         on_bypass: called with a strategy's name and why.
         strategies: ready-made ones, by name, in place of the config's.
         complete: how strategies ask models.
+        metrics: where a strategy of a name puts its numbers.
 
     Raises ConfigError if a strategy cannot be made or has not learned, CheckpointError for a fitted router that cannot be read.
     """
@@ -269,6 +274,7 @@ class Decider:
         on_bypass: Callable[[str, str], None] = lambda name, why: None,
         strategies: Mapping[str, Strategy] | None = None,
         complete: Complete | None = None,
+        metrics: Callable[[str], Metrics] | None = None,
     ) -> None:
         self.default = config.default
         self._on_bypass = on_bypass
@@ -280,6 +286,8 @@ class Decider:
             if made.needs_vector and own is None:
                 raise ConfigError(f"strategies.{name} needs vectors of queries; set embedder.kind")
             made.connect(embed=None if own is None else own.embed, complete=complete)
+            if metrics is not None:
+                made.report_to(metrics(name))
             self.lanes[name] = Lane(name, wanted, made, own, complete)
 
     def news(self, old: "Decider") -> list[Lane]:
@@ -329,6 +337,17 @@ class Decider:
             self._on_bypass(name, error.why)
             return {}
         return found
+
+    def headers(self, name: str, decision: Decision) -> dict[str, str]:
+        """What a strategy tells the sender of its decision."""
+        strategy = self.lanes[name].strategy
+        if type(strategy).headers is Strategy.headers:
+            return {}
+        try:
+            return {header: str(value) for header, value in strategy.headers(decision).items()}
+        except Exception as error:
+            logger.warning("strategy %s has no headers to give: %s", name, type(error).__name__)
+            return {}
 
     def acceptance(self, name: str, query: Query) -> Callable[[str, Any], Awaitable[bool]] | None:
         """What a dispatcher asks after each answer; None if the strategy takes any."""

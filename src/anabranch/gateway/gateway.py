@@ -22,6 +22,8 @@ from typing import Any, Self, TypeVar
 from anabranch.errors import AnabranchError, ConfigError, InputError
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
+from anabranch.gateway.learning import errands
+from anabranch.gateway.learning.erasures import Erasures
 from anabranch.gateway.learning.kept import EVERY_S, Kept
 from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.life import Life
@@ -75,13 +77,13 @@ class Gateway:
         self.recent: deque[Seen] = deque(maxlen=200)
         self.began_s, self.in_flight = time.time(), 0
         self._given, self._store = store is not None, store
-        self.teaching, self.kept = Teaching(self), Kept(lambda: self.store)
+        self.teaching, self.kept, self.erasures = Teaching(self), Kept(lambda: self.store), Erasures(self)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._overview = Overview(self)
         self._worker: _Worker | None = None
 
     def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
-        return Runtime(config, self._bypassed, self._strategies, previous, _ask)
+        return Runtime(config, self._bypassed, self._strategies, previous, _ask, self.metrics.of)
 
     @property
     def config(self) -> GatewayConfig:
@@ -102,9 +104,12 @@ class Gateway:
         if self._store is None:
             self._store = await asyncio.to_thread(open_store, self.config.store)
         await self.teaching.start()
+        await self.erasures.start()
         await self.kept.load(self.runtime.decider.lanes.values())
         self._spawn(self._prune())
+        await errands.start(self)
         self._spawn(self._learn_on())
+        self._spawn(errands.forever(self))
         return self
 
     async def stop(self) -> None:
@@ -143,6 +148,7 @@ class Gateway:
             raise
         new.decider.succeed(old.decider)
         self.runtime, self.caches = new, Caches(config.cache, new.embedder)
+        await errands.start(self)
         self.metrics.reloads.labels("taken").inc()
         self._spawn(old.retire())
 
@@ -156,12 +162,13 @@ class Gateway:
             await asyncio.sleep(PRUNE_S)
 
     async def _learn_on(self) -> None:
-        """Keep what strategies learn, and learn from what other processes on the store were told."""
+        """Keep what strategies learn, and learn from what other processes on the store were told, or told to forget."""
         while True:
             await asyncio.sleep(EVERY_S)
             try:
                 await self.teaching.read_keys()
                 await self.teaching.catch_up()
+                await self.erasures.catch_up()
             except AnabranchError as error:
                 logger.warning("scores that other processes were sent cannot be read: %s", error)
             await self.kept.save(self.runtime.decider.lanes.values())

@@ -27,7 +27,7 @@ from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError,
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
-from anabranch.gateway.store import COLLECT, KeyRecord, LedgerRow, Reservation, subjects_of
+from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, Reservation, subjects_of
 from anabranch.gateway.told import Collecting, collected_of, explained, headers_of, row_of, seen_of, texts_of
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
 from anabranch.web.api_error import ApiError, wrong
@@ -140,8 +140,8 @@ class Life:
         named = self.body.get("user") or ""
         if self.collecting is not None:
             added = (COLLECT, *added)
-        elif COLLECT in added:
-            raise wrong("x-tags", f"the tag {COLLECT} is that of the gateway's own questions; take another")
+        elif ours := OUR_TAGS.intersection(added):
+            raise wrong("x-tags", f"the tag {min(ours)} is that of the gateway's own questions; take another")
         try:
             self.subjects = subjects_of(record, user=named, tags=added)
         except InputError as error:

@@ -1,5 +1,6 @@
 """What a gateway counts: for Prometheus at ``/metrics``, and a short history in memory for the page."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -118,6 +119,8 @@ class Metrics:
         self.history: deque[Moment] = deque(maxlen=BUCKETS)
         self._open: set[str] = set()
         self._children: dict[tuple[Any, ...], Any] = {}
+        self._of_strategies: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def ended(self, request: Ended) -> None:
         """Count a request that is over."""
@@ -157,6 +160,10 @@ class Metrics:
                 opened[name] = opened.get(name, 0) + 1
         self._open = {name for name, state in is_open.items() if state}
 
+    def of(self, strategy: str) -> "StrategyMetrics":
+        """Where a strategy puts its own numbers."""
+        return StrategyMetrics(self.registry, strategy, self._of_strategies, self._lock)
+
     def now(self) -> Moment:
         """The moment under way."""
         start = int(self._clock()) // BUCKET_S * BUCKET_S
@@ -175,6 +182,36 @@ class Metrics:
         if child is None:
             child = self._children[key] = metric.labels(*labels)
         return child
+
+
+class StrategyMetrics:
+    """The `Metrics` of one strategy, among those of a gateway: each with a label that names it.
+
+    Args:
+        registry: of the gateway.
+        strategy: its name.
+        families: of all strategies, by name.
+        lock: of these.
+    """
+
+    def __init__(self, registry: CollectorRegistry, strategy: str, families: dict[str, Any], lock: threading.Lock) -> None:
+        self._registry, self._strategy, self._families, self._lock = registry, strategy, families, lock
+
+    def count(self, name: str, value: float = 1.0, **labels: str) -> None:
+        """Add to a counter."""
+        self._child(Counter, name, labels).inc(value)
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        self._child(Gauge, name, labels).set(value)
+
+    def _child(self, kind: Any, name: str, labels: dict[str, str]) -> Any:
+        with self._lock:
+            family = self._families.get(name)
+            if family is None:
+                about = f"Of strategies that say so: {name}"
+                family = self._families[name] = kind(name, about, ["strategy", *labels], registry=self._registry)
+        return family.labels(strategy=self._strategy, **labels)
 
 
 def totals(metric: Any) -> Iterable[tuple[dict[str, str], float]]:

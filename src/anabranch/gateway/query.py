@@ -74,7 +74,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The models a query may go to, in the order of the config, and the time.
+    """The models a query may go to, in the order of the config, and the time, in a gateway in seconds since 1970.
 
     Raises InputError if there is none, or a name is there twice.
     """

@@ -12,7 +12,7 @@ from anabranch.gateway.count import Counter
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.dispatch import Dispatcher
 from anabranch.gateway.embed import Embedder
-from anabranch.gateway.strategy import Complete, Strategy
+from anabranch.gateway.strategy import Complete, Metrics, Strategy
 from anabranch.gateway.wiring import groups_of, rules_of
 
 # Requests that began before a reload have this long to end.
@@ -36,6 +36,7 @@ class Runtime:
         strategies: see `Decider`.
         previous: the one whose place it takes; what is known of deployments is carried over.
         complete: see `Decider`.
+        metrics: see `Decider`.
 
     Raises ConfigError, CheckpointError, BackendError or TokenizerError if something in the config cannot be made.
     """
@@ -47,6 +48,7 @@ class Runtime:
         strategies: Mapping[str, Strategy] | None = None,
         previous: "Runtime | None" = None,
         complete: Complete | None = None,
+        metrics: Callable[[str], Metrics] | None = None,
     ) -> None:
         self.config = config
         self.models: dict[str, ModelConfig] = {model.name: model for model in config.models}
@@ -56,7 +58,7 @@ class Runtime:
                 "embedder has to learn from a corpus first; use one that needs none, or a fitted router with its own"
             )
         self.counters = {model.name: _counter(model.tokenizer) for model in config.models if model.tokenizer}
-        self.decider = Decider(config, self.embedder, on_bypass, strategies, complete)
+        self.decider = Decider(config, self.embedder, on_bypass, strategies, complete, metrics)
         self.dispatcher: Dispatcher = Dispatcher(
             groups_of(config), rules_of(config), previous=None if previous is None else previous.dispatcher
         )

@@ -32,6 +32,35 @@ Facts = dict[str, Any]
 Embed = Callable[[Sequence[str]], np.ndarray]
 
 
+class Metrics(Protocol):
+    """Where a strategy puts its numbers."""
+
+    def count(self, name: str, value: float = 1.0, **labels: str) -> None:
+        """Add to a counter."""
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+
+
+class Errands(Protocol):
+    """What a gateway does for a strategy beside requests, on a budget of its own.
+
+    Attributes:
+        judge: model that says what answers are worth; "" if there is none, and then none may be asked.
+    """
+
+    judge: str
+
+    async def alone(self, work: Callable[[], Any]) -> Any:
+        """``work()`` while nothing else touches the strategy."""
+
+    def may_ask(self, tenant: str, models: Sequence[str]) -> bool:
+        """Whether what is a tenant's may be shown to these models."""
+
+    async def ask(self, model: str, messages: Sequence[Mapping[str, Any]], *, temperature: float) -> str:
+        """The text of an answer. Raises an AnabranchError if none comes, or no money is left for it."""
+
+
 class Complete(Protocol):
     """How a strategy asks a model of the gateway: its name, the text, and how; the answer's text comes back.
 
@@ -104,6 +133,9 @@ class Strategy(Part, family="strategy"):
     def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
         """Take what the gateway lends: its embedder and its models. Called once before the first decision, and after a reload."""
 
+    def report_to(self, metrics: Metrics) -> None:
+        """Take where its numbers go. Called like `connect`."""
+
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Learn from recorded outcomes. Same data, same seed, same result."""
         return self
@@ -153,6 +185,26 @@ class Strategy(Part, family="strategy"):
 
     def observe(self, outcome: Outcome) -> None:
         """Learn from one outcome. Outcomes without a quality may teach cost and latency."""
+
+    def headers(self, decision: Decision) -> Mapping[str, str]:
+        """What of a decision of its own is told to the sender, in headers of the answer."""
+        return {}
+
+    def upkeep(self, pool: Pool) -> None:
+        """What is to be done now and then, requests or not. It may not take long."""
+
+    async def errands(self, run: Errands) -> None:
+        """What it wants asked beside requests, now and then. Raises an AnabranchError as soon as that cannot be had."""
+
+    def forget(self, *, tenant: str | None, user: str | None = None, decision: str | None = None) -> int:
+        """Erase what it keeps of texts; how many there were.
+
+        Args:
+            tenant: whose; None for everybody's.
+            user: of that tenant; None for all.
+            decision: of one request, as its details name it (``id``); None for all.
+        """
+        return 0
 
     def knobs(self, data: Recorded) -> Sequence[float]:
         """Values of the knob that trace cost against quality on such data, from dear to cheap."""

@@ -54,6 +54,8 @@ def headers_of(life: "Life", report: Report) -> dict[str, str]:
             found["x-route-confidence"] = f"{decided.decision.confidence:.3f}"
         if decided.bypassed:
             found["x-route-bypassed"] = decided.bypassed[:200]
+        else:
+            found |= life.runtime.decider.headers(life.strategy, decided.decision)
     if life.exact_key is not None or life.context is not None:
         found["x-cache"] = "miss"
     if report.is_stitched:

@@ -13,6 +13,7 @@ from anabranch.gateway.config.parts import (
     CacheConfig,
     FeedbackConfig,
     HedgeConfig,
+    LearningConfig,
     LimitsConfig,
     LogConfig,
     ModelConfig,
@@ -43,7 +44,7 @@ class GatewayConfig(Config):
         balance: how requests are spread over the deployments of a model.
         mid_stream: what follows when a stream breaks after its first token: an error event, a continuation by another model, or a
             fresh answer if the sender opted in.
-        limits, cache, feedback, admin, log: see there.
+        limits, cache, feedback, learning, admin, log: see there.
         require_key: requests need a key of the store (``anabranch gateway keys create``).
         store: path of a SQLite file, or a URL: ``sqlite:///gateway.db``, ``postgresql://user@host/name``.
 
@@ -64,6 +65,7 @@ class GatewayConfig(Config):
     limits: LimitsConfig = LimitsConfig()
     cache: CacheConfig = CacheConfig()
     feedback: FeedbackConfig = FeedbackConfig()
+    learning: LearningConfig = LearningConfig()
     admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
     require_key: bool = True
@@ -73,6 +75,8 @@ class GatewayConfig(Config):
         _check_names(self)
         _check_strategies(self)
         _check_fallbacks(self)
+        if self.learning.judge and self.learning.judge not in (names := [model.name for model in self.models]):
+            raise ConfigError(f"learning.judge is {self.learning.judge!r}, and there is no such model; {hint(self.learning.judge, names)}")
         if self.cache.semantic and self.embedder is None:
             raise ConfigError("cache.semantic is true, which needs an embedder; set embedder.kind")
 

@@ -271,3 +271,16 @@ class FeedbackConfig(Config):
     share: float = Field(default=0.2, gt=0, le=1)
     window: int = Field(default=1000, ge=10)
     free: int = Field(default=60, ge=0)
+
+
+@configclass
+class LearningConfig(Config):
+    """What strategies may have asked beside requests, to learn: better answers to examples, second answers, what answers are worth.
+
+    Attributes:
+        judge: model that says what answers are worth; "" has nothing asked.
+        budget_usd: dollars a day for all of it, the judge's too; the budget of the tag ``learning``.
+    """
+
+    judge: str = ""
+    budget_usd: float = Field(default=1.0, ge=0)

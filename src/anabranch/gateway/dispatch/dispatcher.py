@@ -92,6 +92,8 @@ class Dispatcher:
     ) -> None:
         self.rules = rules or DispatchRules()
         self.now = clock
+        # What strategies keep outlives the process, and is dated by a clock that does.
+        self._wall = time.time if clock is time.monotonic else clock
         self.rng = random.Random(seed)
         self.budget = RetryBudget(self.rules.extra, self.rules.min_extra, self.rules.window_s)
         self.changes: deque[dict[str, Any]] = deque(maxlen=CHANGES)
@@ -215,7 +217,7 @@ class Dispatcher:
     def pool(self) -> Pool:
         """The models as strategies see them, now."""
         now = self.now()
-        return Pool(tuple(group.seen(now) for group in self.groups.values()), now)
+        return Pool(tuple(group.seen(now) for group in self.groups.values()), self._wall())
 
     def states(self) -> list[dict[str, Any]]:
         """Each deployment, for the page and for metrics."""

@@ -12,6 +12,7 @@ from anabranch.errors import AnabranchError
 from anabranch.gateway.decide import BypassError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator
+from anabranch.gateway.learning.erasures import can_forget
 from anabranch.gateway.money import dollars, nano_dollars
 from anabranch.gateway.store import GROUPS, Budget, LedgerQuery
 from anabranch.web.answers import json_response, read_body
@@ -62,6 +63,7 @@ class AdminRoutes:
             "ledger": {"GET": self._ledger},
             "spend": {"GET": self._spend},
             "cache": {"DELETE": self._clear},
+            "ic-cache": {"POST": self._ic_cache},
             "config": {"GET": self._config},
             "reload": {"POST": self._reload},
         }
@@ -169,6 +171,32 @@ class AdminRoutes:
     async def _clear(self, call: _Call) -> Any:
         caches = self._gateway.caches
         return {"deleted": caches.delete(call.name) if call.name else caches.clear()}
+
+    async def _ic_cache(self, call: _Call) -> Any:
+        """``forget``: erase examples of one request, of a key or a user of it, or all."""
+        if call.name != "forget":
+            raise ApiError(404, "not_found", f"there is no /admin/ic-cache/{call.name[:40]}; there is forget")
+        order = await self._order(call)
+        if not any(can_forget(lane.strategy) for lane in self._gateway.runtime.decider.lanes.values()):
+            raise ApiError(409, "nothing_kept", "no strategy of the config keeps examples")
+        return {"forgotten": await self._gateway.erasures.order(**order)}
+
+    async def _order(self, call: _Call) -> dict[str, Any]:
+        body, known = call.body, ("request_id", "key", "user", "all")
+        if unknown := set(body) - set(known):
+            raise wrong(min(unknown), f"there is no {min(unknown)!r}; known: {', '.join(known)}")
+        given = [name for name in ("request_id", "key", "all") if name in body]
+        if len(given) != 1 or ("user" in body and "key" not in body) or body.get("all", True) is not True:
+            raise wrong("body", "give one of request_id, key (and a user of it, if only those are meant) and all: true")
+        if "request_id" not in body:
+            user = call.text("user") if "user" in body else None
+            return {"tenant": call.text("key") if "key" in body else None, "user": user}
+        rows = await self._gateway.store.decisions(call.text("request_id"), 1)
+        decision = rows[0].body.get("details", {}).get("id") if rows else None
+        if not isinstance(decision, str):
+            message = f"no decision is kept for {call.text('request_id')[:80]!r} that examples are known by; name its key and user"
+            raise ApiError(404, "unknown_request", message, param="request_id")
+        return {"tenant": None, "decision": decision}
 
     async def _config(self, call: _Call) -> Any:
         return to_dict(self._gateway.config)

@@ -1,17 +1,10 @@
 """Counters and gauges, in whatever place the host keeps them; by themselves they write Prometheus' text form."""
 
 import threading
-from typing import Protocol
 
+from anabranch.gateway.strategy import Metrics
 
-class Metrics(Protocol):
-    """What IC-Cache tells its numbers to."""
-
-    def count(self, name: str, value: float = 1.0, **labels: str) -> None:
-        """Add to a counter."""
-
-    def gauge(self, name: str, value: float, **labels: str) -> None:
-        """Set a gauge."""
+__all__ = ["Counters", "Metrics"]
 
 
 class Counters:

@@ -56,7 +56,18 @@ class ReplayBuffer:
         kept = [
             at for at, owner in enumerate(self.owner_N[:held]) if owner[0] != tenant or user not in (None, owner[1])
         ]
-        if len(kept) < held:
+        self._keep(kept)
+        return held - len(kept)
+
+    def forget_context(self, x_I: np.ndarray) -> int:
+        """Forget what was learned in one context; returns how many entries went."""
+        held = len(self)
+        kept = np.flatnonzero((self.x_NI[:held] != x_I).any(axis=1)).tolist()
+        self._keep(kept)
+        return held - len(kept)
+
+    def _keep(self, kept: list[int]) -> None:
+        if len(kept) < len(self):
             for name in ("x_NI", "arm_N2", "target_N", "priority_N"):
                 array = getattr(self, name)
                 array[: len(kept)] = array[kept]
@@ -64,7 +75,6 @@ class ReplayBuffer:
             blank = ("", "")
             self.owner_N = [self.owner_N[at] for at in kept] + [blank] * (len(self.owner_N) - len(kept))
             self._count = len(kept)
-        return held - len(kept)
 
     def draw(self, count: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Rows, and their weights (largest 1)."""

@@ -44,6 +44,7 @@ class Example:
         tenant: whose it is; nobody else ever sees it.
         domain: the kind of work it is from; it serves no other.
         user: the tenant's own name for who asked, by which it can be erased.
+        source: of the decision whose answer it is, by which it can be erased; empty if it came otherwise.
         request: what was asked, after redaction.
         response: the answer, after redaction.
         model: that answered.
@@ -78,6 +79,7 @@ class Example:
     offloads_s: float = 0.0
     gain: float = 0.0
     replays: int = 0
+    source: str = ""
     _traits: tuple[Traits, Traits] | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -325,7 +325,9 @@ class ICCache(Part):
         self, routed: Routed, response: str, arm: str, *, store: bool = True, quality: float | None = None
     ) -> Admission:
         """Offer an answer to a decision's request."""
-        return self.offer(routed.query, response, arm, vector_D=routed.vector_D, store=store, quality=quality)
+        return self.offer(
+            routed.query, response, arm, vector_D=routed.vector_D, store=store, quality=quality, source=routed.id
+        )  # fmt: skip
 
     def offer(
         self,
@@ -336,6 +338,7 @@ class ICCache(Part):
         vector_D: np.ndarray | None = None,
         store: bool = True,
         quality: float | None = None,
+        source: str = "",
     ) -> Admission:
         """Offer an answer to any request. What fails is told as a refusal."""
         if vector_D is None and query.vector_D is not None:
@@ -343,6 +346,7 @@ class ICCache(Part):
         try:
             admission = self.pool.admit(
                 query, response, model, now_s=self.clock(), vector_D=vector_D, embed=self.embed, quality=quality, store=store,
+                source=source,
                 make_room=lambda missing: self.manager.make_room(missing, self.clock()),
             )  # fmt: skip
         except Exception:
@@ -488,6 +492,23 @@ class ICCache(Part):
             self.router.critic.buffer.forget(tenant, user)
         self.metrics.count("ic_cache_removed_total", len(gone), reason="erased")
         return len(gone)
+
+    def forget_decision(self, id: str) -> int:
+        """Erase one decision: the example that its answer became, and all that waits or is remembered of it. Returns how many examples went."""
+        routed = self._pending.pop(id, None)
+        found = [example for example in self.pool if example.source == id]
+        count = sum(self.forget(tenant=example.tenant, ids=[example.id]) for example in found)
+        self.log.forget(lambda row: bool(row["id"] == id))
+        if routed is not None and routed.x_I is not None:
+            self.router.critic.buffer.forget_context(routed.x_I)
+        return count
+
+    def forget_all(self) -> int:
+        """Erase what is remembered of everybody. Returns how many examples went."""
+        owners = {example.tenant for example in self.pool} | {routed.query.tenant for routed in self._pending.values()}
+        owners |= {lesson.tenant for lesson in self._lessons} | {row["tenant"] for row in self.log.rows}
+        owners |= {tenant for tenant, _ in self.router.critic.buffer.owner_N}
+        return sum(self.forget(tenant=tenant) for tenant in sorted(owners))
 
     def _drop_examples(self, ids: set[int]) -> None:
         """Examples left the pool, or changed: prompts that are yet to be built do without them."""

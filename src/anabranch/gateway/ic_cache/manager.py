@@ -157,17 +157,23 @@ class Manager(Part):
 
     # Replay
 
-    def replay(self, load: float) -> tuple[int, int]:
-        """Make answers anew where that saves most; returns how many were made anew, and how many got better."""
-        if self.regenerate is None or self.rate is None or load >= self.config.off_peak:
-            return 0, 0
+    def wanting(self, load: float) -> list[Example]:
+        """Examples whose answers are worth making anew, most saving first; none at a load that is not off-peak."""
+        if load >= self.config.off_peak:
+            return []
         wanting = [
             example
             for example in self.pool
             if example.replays < self.config.replay_cap and example.gain >= self.config.min_gain
         ]
+        return sorted(wanting, key=lambda example: (-example.gain, example.id))
+
+    def replay(self, load: float) -> tuple[int, int]:
+        """Make answers anew where that saves most; returns how many were made anew, and how many got better."""
+        if self.regenerate is None or self.rate is None:
+            return 0, 0
         replayed = bettered = in_vain = 0
-        for example in sorted(wanting, key=lambda example: (-example.gain, example.id)):
+        for example in self.wanting(load):
             if replayed == self.config.replays_per_tick or in_vain == self.config.patience:
                 break
             replayed += 1
@@ -181,6 +187,16 @@ class Manager(Part):
         example.replays += 1
         before = example.quality if example.quality is not None else rate(example, example.response)
         rated = [(rate(example, answer), answer) for answer in regenerate(example) if answer.strip()]
+        return self.renew(example, before, rated)
+
+    def renew(self, example: Example, before: float, rated: Sequence[tuple[float, str]]) -> bool:
+        """Take the best of new answers, if it is better; whether it is.
+
+        Args:
+            example: in the pool.
+            before: how good its answer is, 0 to 1.
+            rated: new answers, with how good they are.
+        """
         quality, answer = max(rated, key=lambda item: item[0], default=(before, ""))
         is_better = bool(quality > before)
         if is_better:

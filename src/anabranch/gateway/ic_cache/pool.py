@@ -116,6 +116,7 @@ class ExamplePool(Part):
         quality: float | None = None,
         store: bool = True,
         make_room: Callable[[int], None] = lambda size: None,
+        source: str = "",
     ) -> Admission:
         """Keep a request with its answer, if it may be kept.
 
@@ -129,6 +130,7 @@ class ExamplePool(Part):
             quality: 0 to 1, if known.
             store: what the sender said.
             make_room: called with the bytes that are missing, may evict.
+            source: see `Example`.
 
         The same request again takes the place of the older answer, unless that is trusted more or known to be better.
         """
@@ -143,6 +145,7 @@ class ExamplePool(Part):
         example = Example(
             id=self._next_id, tenant=query.tenant, domain=domain_of(query), user=query.user, request=request, response=answer, model=model,
             trust=self.config.trust.get(model, 0), created_s=now_s, quality=quality, offloads_s=now_s,
+            source=source,
             expires_s=None if self.config.ttl_s is None else now_s + self.config.ttl_s,
         )  # fmt: skip
         size = example.size_bytes

@@ -3,9 +3,11 @@
 route      examples are selected, the bandit picks an arm by expected quality and the dearest model's load
 prepare    the messages for a model that is given examples
 observe    an answer may enter the pool; a quality teaches proxy, threshold and bandit
+errands    answers are made anew off-peak, and second ones are asked for and compared
 """
 # Shapes: N queries, M models
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -14,6 +16,7 @@ import numpy as np
 from anabranch.config import Field, configclass
 from anabranch.errors import InputError
 from anabranch.gateway.dataset import Recorded
+from anabranch.gateway.ic_cache import errands
 from anabranch.gateway.ic_cache.counters import Counters, Metrics
 from anabranch.gateway.ic_cache.ic_cache import ICCache
 from anabranch.gateway.ic_cache.pool import ExamplePool
@@ -21,10 +24,13 @@ from anabranch.gateway.ic_cache.records import Arm, Routed, shortened
 from anabranch.gateway.ic_cache.router import Choice
 from anabranch.gateway.money import dollars
 from anabranch.gateway.query import Candidate, Decision, Model, Outcome, Pool, Query
-from anabranch.gateway.strategy import Arrays, Complete, Embed, Facts, Played, Strategy, played
+from anabranch.gateway.strategy import Arrays, Complete, Embed, Errands, Facts, Played, Strategy, played
 
 # Prompt and answer by which models' prices are compared.
 TYPICAL_TOKENS = (500, 250)
+
+# Answers that wait to be compared with a second one; older ones are not.
+COMPARED = 32
 
 
 class ICCacheRouting(Strategy, kind="ic_cache"):
@@ -66,6 +72,7 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         self._now_s = 0.0
         self._embed: Embed | None = None
         self._ticked_s = 0.0
+        self._answered: deque[errands.Answered] = deque(maxlen=COMPARED)
 
     @property
     def keeps_answers(self) -> bool:  # type: ignore[override]
@@ -77,6 +84,12 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         self._embed = embed
         if self.cache is not None:
             self.cache.embed = embed
+
+    def report_to(self, metrics: Metrics) -> None:
+        """Count there from now on."""
+        self.metrics = metrics
+        if self.cache is not None:
+            self.cache.metrics = metrics
 
     # Made when the first models are seen
 
@@ -165,6 +178,16 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             candidates=candidates, strategy=self.name, reason=reason, confidence=confidence, details=details, probability=chance
         )  # fmt: skip
 
+    def headers(self, decision: Decision) -> Mapping[str, str]:
+        """The decision, its examples and the scores of all arms."""
+        shown = self.cache is not None and decision.model in self.cache.arms and self.cache.shows_examples(decision.model)
+        examples = decision.details.get("examples", ()) if shown else ()
+        return {
+            "x-ic-id": str(decision.details.get("id", "")), "x-ic-arm": decision.model,
+            "x-ic-examples": ",".join(str(item["id"]) for item in examples),
+            "x-ic-scores": ",".join(f"{one.model}={one.score:.3f}" for one in decision.candidates),
+        }  # fmt: skip
+
     def prepare(
         self, query: Query, model: str, messages: Sequence[Mapping[str, Any]], *, decision: Decision | None = None
     ) -> Sequence[Mapping[str, Any]]:
@@ -192,19 +215,59 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         if outcome.quality is not None:
             cache.feedback(routed.id, score=outcome.quality, arm=outcome.model)
         if outcome.answer is not None:
+            self._note(routed, outcome)
             cache.admit(routed, outcome.answer, outcome.model, quality=outcome.quality)
         if self._now_s - self._ticked_s >= self.config.tick_s:
             self.tick()
 
+    def _note(self, routed: Routed, outcome: Outcome) -> None:
+        """Have an answer compared, if that is wanted. What may teach nothing comes without its time."""
+        choice = routed.choice
+        if choice is not None and choice.second is not None and outcome.model == choice.arm and outcome.latency_s is not None:
+            self._answered.append(errands.Answered(routed.id, outcome.model, outcome.answer or ""))
+
+    def upkeep(self, pool: Pool) -> None:
+        """`tick`, where it is time, and the load while nobody asks."""
+        self._now_s = max(self._now_s, pool.now_s)
+        cache = self.cache
+        if cache is None:
+            return
+        for model in pool.models:
+            if model.name == cache.dearest:
+                cache.router.observe_load(model.load, self._now_s)
+        if self._now_s - self._ticked_s >= self.config.tick_s:
+            self.tick()
+
+    async def errands(self, run: Errands) -> None:
+        """One round of replays, and comparisons of the answers that wait for one."""
+        if self.cache is None or not run.judge:
+            self._answered.clear()
+            return
+        while (first := self._next()) is not None:
+            await errands.compare(self.cache, run, first)
+        await errands.replay(self.cache, run)
+
+    def _next(self) -> errands.Answered | None:
+        try:
+            return self._answered.popleft()
+        except IndexError:
+            return None
+
     def tick(self) -> None:
-        """Upkeep. `observe` calls it once in a while; whoever likes may."""
+        """Upkeep. `observe` and `upkeep` call it once in a while; whoever likes may."""
         if self.cache is not None:
             self.cache.tick()
             self._ticked_s = self._now_s
 
-    def forget(self, *, tenant: str, user: str | None = None) -> int:
-        """Erase what was kept of a tenant or of a user of it; returns how many examples went."""
-        return 0 if self.cache is None else self.cache.forget(tenant=tenant, user=user)
+    def forget(self, *, tenant: str | None, user: str | None = None, decision: str | None = None) -> int:
+        """Erase examples, vectors, and what waits or is remembered; how many examples went. What was fitted on them stays fitted."""
+        cache = self.cache
+        if cache is None:
+            return 0
+        self._answered.clear()
+        if decision is not None:
+            return cache.forget_decision(decision)
+        return cache.forget_all() if tenant is None else cache.forget(tenant=tenant, user=user)
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Teach the bandit from recorded outcomes, and fill the pool with good answers of trusted models, where answers are recorded.

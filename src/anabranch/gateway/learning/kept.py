@@ -22,6 +22,7 @@ import numpy as np
 
 from anabranch.config import to_dict
 from anabranch.errors import AnabranchError
+from anabranch.gateway.learning.erasures import can_forget, forget
 from anabranch.gateway.saving import VERSION, digest_of, packed, unpacked
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import LearnedRow
@@ -41,6 +42,9 @@ TRIES = 3
 
 # What does not add up and was written before, by processes that are gone, is deleted when it is so old.
 OLD_US = 86_400 * 10**6
+
+# What was written so shortly after an order to forget may not know of it yet.
+OVERLAP_US = 60 * 10**6
 
 Part = tuple[Arrays, Facts]
 
@@ -198,10 +202,18 @@ class Kept:
             try:
                 part = await asyncio.to_thread(_part, row)
                 await lane.alone(lambda: lane.strategy.load_state(*part))  # noqa: B023
+                await self._forget_since(lane, row.ts_us)
                 return
             except Exception as error:
                 self._left_out(row, held, error)
                 await lane.alone(lambda: lane.strategy.load_state(*begun))
+
+    async def _forget_since(self, lane: "Lane", ts_us: int) -> None:
+        """What was ordered to be forgotten after a row was written, or while it was."""
+        if can_forget(lane.strategy):
+            since_us = ts_us - OVERLAP_US
+            for _, _, order in await self._store().look(lambda connection: learned.read_erasures(connection, 0, since_us)):
+                await forget(lane, json.loads(order))
 
     async def _leave(self, lane: "Lane", held: _Held) -> None:
         store, name = self._store(), lane.name

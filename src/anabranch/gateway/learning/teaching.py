@@ -139,6 +139,10 @@ class Teaching:
         self._count(lane, ("scored" if is_scored else "told") if is_in else "over_share")
         return is_in
 
+    def key(self, id: str) -> KeyRecord | None:
+        """A valid key, as it was a few seconds ago."""
+        return self._keys.get(id)
+
     @property
     def num_senders(self) -> int:
         """Keys that requests may come with, as far as known; all who need none are one."""

@@ -1,6 +1,7 @@
 """Outcomes that a score may still come for."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from anabranch.gateway.query import Outcome
@@ -81,6 +82,13 @@ class Waiting:
         if not own:
             del self._by_key[key_id], self._characters[key_id]
         return waited
+
+    def forget(self, matches: Callable[[Waited], bool]) -> int:
+        """Let go of what matches; how many there were."""
+        gone = [id for own in self._by_key.values() for id, waited in own.items() if matches(waited)]
+        for id in gone:
+            self.take(id)
+        return len(gone)
 
     def _fullest(self, newest: str) -> str:
         """The key that holds most. That of the newest one is seen without a look at all others, if it holds its part or more."""

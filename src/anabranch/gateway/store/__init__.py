@@ -7,6 +7,8 @@ from anabranch.gateway.store.period import PERIODS, Period, window
 from anabranch.gateway.store.questions import GROUPS
 from anabranch.gateway.store.records import (
     COLLECT,
+    LEARNING,
+    OUR_TAGS,
     Budget,
     CollectedRow,
     DecisionRow,
@@ -23,6 +25,8 @@ from anabranch.gateway.store.store import Store, open_store
 __all__ = [
     "COLLECT",
     "GROUPS",
+    "LEARNING",
+    "OUR_TAGS",
     "PERIODS",
     "Bucket",
     "Budget",

@@ -114,3 +114,35 @@ def delete_older(connection: Connection, strategy: str, made: str, before_us: in
         " (SELECT max(ts_us) FROM learned WHERE strategy = :strategy AND made = :made)",
         strategy=strategy, made=made, before=before_us,
     )  # fmt: skip
+
+
+# Orders to forget
+
+
+def put_erasure(connection: Connection, body: str, now_us: int, before_us: int) -> int:
+    """Write an order, and delete those of before; its number."""
+    connection.lock("erasures")
+    # The last one stays: numbers go on from it.
+    last = newest_erasure(connection)
+    connection.run("DELETE FROM erasures WHERE ts_us < :before AND seq < :last", before=before_us, last=last)
+    number = last + 1
+    connection.run("INSERT INTO erasures (seq, ts_us, body) VALUES (:seq, :ts, :body)", seq=number, ts=now_us, body=body)
+    return number
+
+
+def read_erasures(connection: Connection, after: int, since_us: int = 0) -> list[tuple[int, int, str]]:
+    """Number, time and body of orders, in their order."""
+    sql = "SELECT seq, ts_us, body FROM erasures WHERE seq > :after AND ts_us >= :since ORDER BY seq"
+    return connection.rows(sql, after=after, since=since_us)  # type: ignore[return-value]
+
+
+def newest_erasure(connection: Connection) -> int:
+    """Number of the newest order; 0 if there is none."""
+    return int(connection.rows("SELECT coalesce(max(seq), 0) FROM erasures")[0][0])
+
+
+def delete_before(connection: Connection, strategy: str, before_us: int) -> int:
+    """Delete what was learned with a strategy and written before."""
+    return connection.run(
+        "DELETE FROM learned WHERE strategy = :strategy AND ts_us < :before", strategy=strategy, before=before_us
+    )  # fmt: skip

@@ -13,6 +13,10 @@ GLOBAL = "global"
 
 # The tag of what `anabranch gateway collect` asks; no user and no key may carry it.
 COLLECT = "collect"
+
+# That of what strategies ask beside requests, to learn.
+LEARNING = "learning"
+OUR_TAGS = frozenset((COLLECT, LEARNING))
 SCOPES = ("key", "user", "team", "tag")
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/+=-]{0,63}")
 

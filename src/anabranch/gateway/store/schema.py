@@ -52,6 +52,7 @@ MIGRATIONS: list[Sequence[str]] = [
         """CREATE TABLE learned (
             strategy TEXT NOT NULL, made TEXT NOT NULL, writer TEXT NOT NULL, kind TEXT NOT NULL, version BIGINT NOT NULL,
             ts_us BIGINT NOT NULL, body BYTEA NOT NULL, PRIMARY KEY (strategy, made, writer))""",
+        "CREATE TABLE erasures (seq BIGINT PRIMARY KEY, ts_us BIGINT NOT NULL, body TEXT NOT NULL)",
     ),
 ]
 

@@ -31,7 +31,7 @@ from anabranch.gateway.store.database import BusyError, Connection, Database
 from anabranch.gateway.store.keyring import FRESH_S, Keyring, digest_of, new_secret
 from anabranch.gateway.store.period import check_period
 from anabranch.gateway.store.records import (
-    COLLECT,
+    OUR_TAGS,
     Budget,
     CollectedRow,
     DecisionRow,
@@ -298,8 +298,8 @@ class Store:
         for label, limit in (("rpm", rpm), ("tpm", tpm)):
             if limit is not None and limit < 1:
                 raise InputError(f"{label} is {limit}; it must be at least 1")
-        if COLLECT in (tags := tuple(tags)):
-            raise InputError(f"the tag {COLLECT} is that of anabranch gateway collect, and no key may carry it")
+        if ours := OUR_TAGS.intersection(tags := tuple(tags)):
+            raise InputError(f"the tag {min(ours)} is that of the gateway's own questions, and no key may carry it")
         now_us = self._now_us()
         expires_us = None if expires_s is None else int(expires_s * 1e6)
         if expires_us is not None and expires_us <= now_us:

@@ -1,0 +1,93 @@
+"""The right to erasure: what strategies keep of texts goes, in this process and all others on the store, and from what they have stored."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from anabranch.gateway.learning.waiting import Waited
+from anabranch.gateway.store import learned
+from anabranch.gateway.strategy import Strategy
+
+if TYPE_CHECKING:
+    from anabranch.gateway.decide import Lane
+    from anabranch.gateway.gateway import Gateway
+
+logger = logging.getLogger(__name__)
+
+# Of orders, after which all processes that are alive have seen them.
+KEPT_US = 86_400 * 10**6
+
+
+def can_forget(strategy: Strategy) -> bool:
+    """Whether it keeps anything of texts."""
+    return type(strategy).forget is not Strategy.forget
+
+
+class Erasures:
+    """Orders to forget. Of one gateway, on its event loop.
+
+    Args:
+        gateway: it is.
+    """
+
+    def __init__(self, gateway: "Gateway") -> None:
+        self._gateway = gateway
+        self._seen = 0
+
+    async def start(self) -> None:
+        """Orders of before concern what is stored; `Kept` sees to that."""
+        self._seen = await self._gateway.store.look(learned.newest_erasure)
+
+    async def order(self, *, tenant: str | None, user: str | None = None, decision: str | None = None) -> int:
+        """Have forgotten what `Strategy.forget` says; how much there was in this process. On return it is in no row of the store.
+
+        Other processes forget it within seconds.
+        """
+        order = {"tenant": tenant, "user": user, "decision": decision}
+        count = await self._apply(order)
+        store, lanes = self._gateway.store, self._lanes()
+        now_us = store.now_us()
+        text = json.dumps(order)
+        self._seen = await store.change(lambda connection: learned.put_erasure(connection, text, now_us, now_us - KEPT_US))
+        # What this process has stored without it is newer.
+        await self._gateway.kept.save(lanes, at_once=True)
+        for lane in lanes:
+            await store.change(lambda connection: learned.delete_before(connection, lane.name, now_us))  # noqa: B023
+        return count
+
+    async def catch_up(self) -> None:
+        """Forget what other processes were told to."""
+        orders = await self._gateway.store.look(lambda connection: learned.read_erasures(connection, self._seen))
+        for seq, _, text in orders:
+            await self._apply(json.loads(text))
+            self._seen = seq
+        if orders:
+            await self._gateway.kept.save(self._lanes(), at_once=True)
+
+    def _lanes(self) -> "list[Lane]":
+        lanes: Iterable[Lane] = self._gateway.runtime.decider.lanes.values()
+        return [lane for lane in lanes if can_forget(lane.strategy)]
+
+    async def _apply(self, order: Mapping[str, Any]) -> int:
+        count = 0
+        self._gateway.teaching.waiting.forget(lambda waited: _is_meant(waited, order))
+        for lane in self._lanes():
+            count += await forget(lane, order)
+        return count
+
+
+def _is_meant(waited: Waited, order: Mapping[str, Any]) -> bool:
+    decision = waited.outcome.decision
+    if order["decision"] is not None:
+        return decision is not None and decision.details.get("id") == order["decision"]
+    if order["tenant"] is None:
+        return True
+    return waited.key_id == order["tenant"] and order["user"] in (None, waited.outcome.query.user)
+
+
+async def forget(lane: "Lane", order: Mapping[str, Any]) -> int:
+    """Let one strategy forget; how much there was."""
+    count = await lane.alone(lambda: lane.strategy.forget(**order))
+    lane.touch()
+    return count

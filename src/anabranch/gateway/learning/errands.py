@@ -1,0 +1,133 @@
+"""What strategies have asked beside requests: calls with a reservation, a row in the ledger and a budget of their own."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from anabranch.errors import AnabranchError, CapacityError, InputError, LimitError
+from anabranch.gateway.count import count_prompt
+from anabranch.gateway.dispatch import Plan, Report
+from anabranch.gateway.money import nano_dollars
+from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.store import LEARNING, LedgerRow, Reservation
+from anabranch.gateway.store.records import GLOBAL
+from anabranch.gateway.strategy import Strategy
+from anabranch.web.ids import new_id
+
+if TYPE_CHECKING:
+    from anabranch.gateway.decide import Lane
+    from anabranch.gateway.gateway import Gateway
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Between two rounds.
+EVERY_S = 10.0
+
+# Of a call: nobody waits for it.
+LONGEST_S = 120.0
+
+
+class LaneErrands:
+    """The `Errands` of one strategy.
+
+    Attributes:
+        asked: calls made.
+
+    Args:
+        gateway: started.
+        lane: of the strategy.
+    """
+
+    def __init__(self, gateway: "Gateway", lane: "Lane") -> None:
+        self._gateway, self._lane = gateway, lane
+        self.judge, self.asked = gateway.config.learning.judge, 0
+
+    async def alone(self, work: Callable[[], T]) -> T:
+        """See `Errands`."""
+        return await self._lane.alone(work)
+
+    def may_ask(self, tenant: str, models: Sequence[str]) -> bool:
+        """Whether the key of the tenant is valid and may use them all; without keys, anybody may."""
+        if not tenant:
+            return not self._gateway.config.require_key
+        key = self._gateway.teaching.key(tenant)
+        return key is not None and all(key.allows(model) for model in models)
+
+    async def ask(self, model: str, messages: Sequence[Mapping[str, Any]], *, temperature: float) -> str:
+        """See `Errands`: charged to the tag ``learning``, and to no key."""
+        runtime, store = self._gateway.runtime, self._gateway.store
+        if model not in runtime.models:
+            raise InputError(f"strategy {self._lane.name} asks for model {model!r}, which is not in the config")
+        most = runtime.models[model].max_tokens or runtime.config.limits.max_tokens
+        body = {"model": model, "messages": list(messages), "max_tokens": most, "temperature": temperature}
+        id, began, price = new_id(), time.perf_counter(), runtime.models[model].price
+        held = await store.reserve(
+            id, (GLOBAL, f"tag:{LEARNING}"), price.cost(count_prompt(body).at_most, most), requested=model, strategy=self._lane.name
+        )  # fmt: skip
+        self.asked += 1
+        report, status = Report(), "error"
+        plan = Plan(candidates=(model,), deadline=runtime.dispatcher.now() + LONGEST_S, report=report)
+        runtime.users += 1
+        try:
+            answer = await runtime.dispatcher.complete(plan, UpstreamRequest("chat", body, request_id=id))
+            status = "ok"
+        except UpstreamError as error:
+            raise CapacityError(f"{model} gave no answer: {error}") from None
+        finally:
+            runtime.release()
+            self._settle(held, report, model, status, time.perf_counter() - began)
+        return answer.text
+
+    def _settle(self, held: Reservation, report: Report, model: str, status: str, took_s: float) -> None:
+        usage = report.usage
+        row = LedgerRow(
+            request_id=held.request_id, tags=(LEARNING,), requested=model, strategy=self._lane.name, model=report.model or "",
+            deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
+            completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated,
+            price=self._gateway.runtime.models[model].price if report.model else None, cost_nano=report.cost,
+            latency_us=round(took_s * 1e6), status=status,
+        )  # fmt: skip
+        self._gateway.settle(held, row)
+
+
+async def start(gateway: "Gateway") -> None:
+    """Set the budget of the config, where there is a judge to spend it."""
+    config = gateway.config.learning
+    if config.judge:
+        await gateway.store.set_budget(f"tag:{LEARNING}", nano_dollars(config.budget_usd), "day")
+
+
+async def once(gateway: "Gateway") -> None:
+    """Upkeep of all strategies, and one round of their errands. What cannot be had is left to the next round."""
+    pool = gateway.runtime.dispatcher.pool()
+    for lane in list(gateway.runtime.decider.lanes.values()):
+        strategy = lane.strategy
+        try:
+            if type(strategy).upkeep is not Strategy.upkeep:
+                await lane.alone(lambda: strategy.upkeep(pool))  # noqa: B023
+            if type(strategy).errands is not Strategy.errands:
+                await _errands(strategy, LaneErrands(gateway, lane), lane)
+        except LimitError as error:
+            logger.info("strategy %s asks no more for now: %s", lane.name, error)
+        except AnabranchError as error:
+            logger.warning("strategy %s could not have asked what it wanted: %s", lane.name, error)
+        except Exception as error:
+            logger.error("the upkeep of strategy %s failed: %s", lane.name, type(error).__name__, exc_info=error)
+
+
+async def _errands(strategy: Strategy, run: LaneErrands, lane: "Lane") -> None:
+    try:
+        await strategy.errands(run)
+    finally:
+        if run.asked:
+            lane.touch()
+
+
+async def forever(gateway: "Gateway") -> None:
+    """`once`, every few seconds."""
+    while True:
+        await asyncio.sleep(EVERY_S)
+        await once(gateway)
