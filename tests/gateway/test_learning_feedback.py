@@ -50,7 +50,10 @@ def test_who_teaches_and_who_scores(who, teachers):
     givers = {"own": OWN, "mate": MATE, "other": OTHER, "nobody": None, "operator": OPERATOR}
     assert {name for name, giver in givers.items() if may_teach(who, giver, "own", "red")} == teachers
     # Whoever asked may say what it thinks of the answer, whether that teaches or not; and so may operators.
-    assert {name for name, giver in givers.items() if may_score(who, giver, "own", "red")} == teachers | {"own", "operator"}
+    assert {name for name, giver in givers.items() if may_score(who, giver, "own", "red")} == teachers | {
+        "own",
+        "operator",
+    }
 
 
 def test_keys_without_a_team_are_no_team_and_senders_without_a_key_are_one():
@@ -109,7 +112,7 @@ def mean_of(lane, query):
     return float(strategy.theta_MD[place] @ strategy.features(query.vector_D[None])[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(2, 6), st.integers(5, 60), st.randoms(use_true_random=False))
 def test_a_key_that_floods_moves_what_others_are_told_by_no_more_than_its_share(num_honest, each, random):
     """All score one answer: the others 1, the flood 0. What is expected of it then is the mean of what was taken in."""
@@ -140,9 +143,9 @@ def test_what_waits_for_scores_is_not_pushed_out_by_others():
     assert len(waiting) == 100
     assert all(f"quiet{number}" in waiting for number in range(20))
     assert "loud999" in waiting
-    waiting.put("long", "s", "loud", "", Outcome(query=Query(text="y" * 9_990), model="m"))
+    waiting.put("long", "s", "loud", "", Outcome(query=Query(text="y" * 9_970), model="m"))
     assert "long" in waiting
-    assert all(f"quiet{number}" in waiting for number in range(10))
+    assert all(f"quiet{number}" in waiting for number in range(20))
     waiting.put("longer", "s", "new", "", Outcome(query=Query(text="y" * 20_000), model="m"))
     assert "longer" not in waiting
     assert waiting.take("quiet3").key_id == "quiet"
@@ -229,9 +232,15 @@ def test_a_request_is_scored_once_by_each_who_may(tmp_path):
         ({"feedback": FeedbackConfig(who="any")}, {"a": True, "mate": True, "c": True}),
         ({"feedback": FeedbackConfig(who="admin")}, {"a": False, "mate": 404, "c": 404, "boss": True}),
         ({"feedback": FeedbackConfig(who="none")}, {"a": False, "boss": False}),
-        ({"strategies": {"ucb": StrategyConfig(use="linucb", timeout_s=5.0, learns_from="team")}}, {"a": True, "mate": True, "c": 404}),
+        (
+            {"strategies": {"ucb": StrategyConfig(use="linucb", timeout_s=5.0, learns_from="team")}},
+            {"a": True, "mate": True, "c": 404},
+        ),
         ({"strategies": {"ucb": StrategyConfig(use="linucb", timeout_s=5.0, learns_of=("team:blue",))}}, {"a": False}),
-        ({"strategies": {"ucb": StrategyConfig(use="linucb", timeout_s=5.0, learns_of=("team:red", "key:x"))}}, {"a": True}),
+        (
+            {"strategies": {"ucb": StrategyConfig(use="linucb", timeout_s=5.0, learns_of=("team:red", "key:x"))}},
+            {"a": True},
+        ),
     ],
 )
 def test_settings_say_whose_scores_move_it(tmp_path, settings_, expected):
@@ -291,7 +300,9 @@ def test_what_is_over_the_share_is_told_without_what_all_would_learn_from(tmp_pa
         return gateway.metrics.text().decode()
 
     text = run(tmp_path, work, made={"ucb": notes}, feedback=FeedbackConfig(free=1))
-    assert notes.heard == [("small!", False, False, None), (None, False, False, 1.0)] + [("small!", True, True, None)] * 2
+    assert (
+        notes.heard == [("small!", False, False, None), (None, False, False, 1.0)] + [("small!", True, True, None)] * 2
+    )
     assert 'anabranch_outcomes_total{result="over_share",strategy="ucb"} 4.0' in text
     assert 'anabranch_outcomes_total{result="scored",strategy="ucb"} 1.0' in text
 
@@ -367,7 +378,9 @@ def test_a_hostile_key_cannot_steer_the_router_of_another(tmp_path, monkeypatch)
     """Both ask the same. One is honest: small is right. The other says the opposite, five times as often."""
     monkeypatch.setenv("TEST_ADMIN_KEY", "operator")
     path = tmp_path / "gateway.toml"
-    path.write_text(CONFIG.format(folder=tmp_path, models="".join(MODEL.format(name=name) for name in ("small", "large"))))
+    path.write_text(
+        CONFIG.format(folder=tmp_path, models="".join(MODEL.format(name=name) for name in ("small", "large")))
+    )
 
     async def keys():
         async with open_store(str(tmp_path / "gateway.db"), serves=False) as store:
@@ -399,14 +412,16 @@ def test_a_hostile_key_cannot_steer_the_router_of_another(tmp_path, monkeypatch)
             assert headers["x-route-model"] == "small"
         with pytest.raises(urllib.error.HTTPError) as refused:
             call(gateway.url, "/v1/feedback", {"request_id": headers["x-request-id"], "score": 0}, blue)
+        refused.value.close()
         assert refused.value.code == 404
         text = call(gateway.url, "/metrics", key="operator")[1].decode()
     counted = {
         (strategy, result): float(count)
-        for result, strategy, count in re.findall(r'anabranch_outcomes_total\{result="(\w+)",strategy="(\w+)"\} ([\d.]+)', text)
+        for result, strategy, count in re.findall(
+            r'anabranch_outcomes_total\{result="(\w+)",strategy="(\w+)"\} ([\d.]+)', text
+        )
     }
     assert counted["all", "scored"] == sum(honest) + sum(flood)
     assert counted["all", "over_share"] >= 50 - sum(flood)
     assert counted["red", "scored"] == sum(mine)
     assert counted["red", "not_allowed"] == 6
-

@@ -105,6 +105,7 @@ def check_strategy(
             checks.pools(fitted)
             checks.vectors(fitted)
             checks.observations(fitted)
+            checks.sharing()
         checks.saving(fitted)
         if plays:
             checks.playing(fitted)
@@ -232,6 +233,34 @@ class _Checks:
             _names(before) == _names(self.fit(made_outcomes()).route(self.query, made_pool())),
             "learning of one changes another",
         )
+
+    def sharing(self) -> None:
+        """Where it adds up, two that hear of each other know what one does that was told all."""
+        alone = self.fit(made_outcomes())
+        if not alone.adds_up:
+            return
+        pair = [self.fit(made_outcomes()) for _ in range(2)]
+        for one in pair:
+            one.hear({}, {})
+        for row, query in enumerate(self.test.queries()):
+            outcome = Outcome(
+                query=query, model=MODELS[row % len(MODELS)], quality=float(row % 3 == 0), cost=1e-4 * row
+            )
+            alone.observe(outcome)
+            pair[row % 2].observe(outcome)
+        parts = [_through_json_part(one) for one in pair]
+        for one, part in zip(pair, parts[::-1], strict=True):
+            one.hear(*one.joined([part]))
+            ours, theirs = (
+                one.route(self.query, made_pool()).candidates,
+                alone.route(self.query, made_pool()).candidates,
+            )
+            _is(
+                [item.model for item in ours] == [item.model for item in theirs],
+                "what two of it observed does not add up to the same",
+            )
+            near = all(abs(a.score - b.score) < TOLERANCE for a, b in zip(ours, theirs, strict=True))
+            _is(near, "what two of it observed does not add up to the same scores")
 
     def saving(self, fitted: Strategy) -> None:
         arrays, facts = _through_json(fitted)
@@ -424,6 +453,12 @@ def _names(decision: Decision) -> list[str]:
 def _through_json(strategy: Strategy) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """State as a file keeps it."""
     arrays, facts = strategy.state()
+    return _copied(arrays), json.loads(json.dumps(facts, allow_nan=False))
+
+
+def _through_json_part(strategy: Strategy) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Its part as a store keeps it."""
+    arrays, facts = strategy.part()
     return _copied(arrays), json.loads(json.dumps(facts, allow_nan=False))
 
 

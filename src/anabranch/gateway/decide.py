@@ -74,7 +74,12 @@ class Lane:
     """
 
     def __init__(
-        self, name: str, config: StrategyConfig, strategy: Strategy, embedder: Embedder | None, complete: Complete | None = None
+        self,
+        name: str,
+        config: StrategyConfig,
+        strategy: Strategy,
+        embedder: Embedder | None,
+        complete: Complete | None = None,
     ) -> None:
         self._complete = complete
         self.name, self.settings, self.strategy = name, config, strategy

@@ -106,7 +106,10 @@ class Metrics:
             registry=registry,
         )
         self.outcomes = Counter(
-            "anabranch_outcomes", "Outcomes that strategies were told of, or not", ["strategy", "result"], registry=registry
+            "anabranch_outcomes",
+            "Outcomes that strategies were told of, or not",
+            ["strategy", "result"],
+            registry=registry,
         )
         self.attempts = Counter(
             "anabranch_attempts", "Calls to deployments", ["deployment", "outcome"], registry=registry
@@ -194,7 +197,9 @@ class StrategyMetrics:
         lock: of these.
     """
 
-    def __init__(self, registry: CollectorRegistry, strategy: str, families: dict[str, Any], lock: threading.Lock) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, strategy: str, families: dict[str, Any], lock: threading.Lock
+    ) -> None:
         self._registry, self._strategy, self._families, self._lock = registry, strategy, families, lock
 
     def count(self, name: str, value: float = 1.0, **labels: str) -> None:

@@ -248,15 +248,17 @@ def packed(tensors: Arrays, content: dict[str, Any], name: str) -> bytes:
         raise InputError(f"{name}: what the strategy learned is not ready for JSON: {error}") from None
     unfit = [name for name, value in tensors.items() if value.dtype.hasobject or value.dtype.kind not in "biuf"]
     if unfit:
-        raise InputError(
-            f"{name}: {unfit[0]} has type {tensors[unfit[0]].dtype}; only arrays of numbers can be saved"
-        )
+        raise InputError(f"{name}: {unfit[0]} has type {tensors[unfit[0]].dtype}; only arrays of numbers can be saved")
     return save(tensors, {_FIELD: text, "digest": digest_of(tensors, text)})
 
 
 def _write(path: Path, tensors: Arrays, content: dict[str, Any]) -> None:
     data = packed(tensors, content, path.name)
-    atomic_write(path, lambda temporary: temporary.write_bytes(data))
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    atomic_write(path, write)
 
 
 def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:

@@ -42,6 +42,22 @@ class Metrics(Protocol):
         """Set a gauge."""
 
 
+@dataclass(frozen=True)
+class Example:
+    """One of the things that a strategy keeps one by one, as others can take it over.
+
+    Attributes:
+        key: names it everywhere.
+        body: ready for JSON, with whose it is (``tenant``, ``user``) and the decision it came from (``source``), by which it can be erased;
+            None for one that is gone.
+        vector_D: of it, float32; None without one.
+    """
+
+    key: str
+    body: Facts | None
+    vector_D: np.ndarray | None = None
+
+
 class Errands(Protocol):
     """What a gateway does for a strategy beside requests, on a budget of its own.
 
@@ -94,6 +110,7 @@ class Strategy(Part, family="strategy"):
     Attributes:
         needs_vector: ``route`` wants ``query.vector_D``.
         reads_answers: ``accept`` is asked after each answer.
+        keeps_examples: `changed_examples` and `take_examples` do something, and what they tell of is not in `kept_state`.
         keeps_answers: `observe` wants the text of the answer, which a gateway otherwise does not hold on to.
         needs_fit: it cannot route before ``fit``.
         is_async: it asks models to decide: await ``aroute`` and ``aaccept``.
@@ -111,6 +128,7 @@ class Strategy(Part, family="strategy"):
     needs_vector: ClassVar[bool] = False
     reads_answers: ClassVar[bool] = False
     keeps_answers: ClassVar[bool] = False
+    keeps_examples: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
     is_async: ClassVar[bool] = False
     adds_up: ClassVar[bool] = False
@@ -241,6 +259,23 @@ class Strategy(Part, family="strategy"):
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave."""
 
+    # As a gateway keeps it, of what does not add up
+
+    def kept_state(self) -> tuple[Arrays, Facts]:
+        """`state` without what it keeps one by one."""
+        return self.state()
+
+    def load_kept(self, arrays: Arrays, facts: Facts) -> None:
+        """Take back what `kept_state` gave; what it keeps one by one stays."""
+        self.load_state(arrays, facts)
+
+    def changed_examples(self, most: int) -> Sequence[Example]:
+        """Some of those that came, changed or went since it was asked last."""
+        return ()
+
+    def take_examples(self, examples: Sequence[Example]) -> None:
+        """Take over what others keep, or let go of what they let go."""
+
     # Where it adds up
 
     def part(self) -> tuple[Arrays, Facts]:
@@ -261,6 +296,15 @@ class Strategy(Part, family="strategy"):
 
     def published(self) -> None:
         """The last `part` is where others find it."""
+
+
+def is_meant(
+    body: Mapping[str, Any], *, tenant: str | None, user: str | None = None, decision: str | None = None
+) -> bool:
+    """Whether the body of an `Example` is among what `Strategy.forget` is told of."""
+    if decision is not None:
+        return body.get("source") == decision
+    return tenant is None or (body.get("tenant") == tenant and user in (None, body.get("user")))
 
 
 def played(data: Recorded, model_N: np.ndarray) -> Played:

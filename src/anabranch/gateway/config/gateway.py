@@ -76,7 +76,9 @@ class GatewayConfig(Config):
         _check_strategies(self)
         _check_fallbacks(self)
         if self.learning.judge and self.learning.judge not in (names := [model.name for model in self.models]):
-            raise ConfigError(f"learning.judge is {self.learning.judge!r}, and there is no such model; {hint(self.learning.judge, names)}")
+            raise ConfigError(
+                f"learning.judge is {self.learning.judge!r}, and there is no such model; {hint(self.learning.judge, names)}"
+            )
         if self.cache.semantic and self.embedder is None:
             raise ConfigError("cache.semantic is true, which needs an embedder; set embedder.kind")
 

@@ -116,7 +116,14 @@ class StrategyConfig(Config):
             raise ConfigError(
                 f"fields are {', '.join(self.fields)}, but a fitted router brings its own; leave them out"
             )
-        odd = next((one for one in self.learns_of if not one.partition(":")[2] or one.partition(":")[0] not in ("key", "team")), None)
+        odd = next(
+            (
+                one
+                for one in self.learns_of
+                if not one.partition(":")[2] or one.partition(":")[0] not in ("key", "team")
+            ),
+            None,
+        )
         if odd is not None:
             raise ConfigError(f"learns_of has {odd!r}; write key:ID or team:NAME")
 

@@ -1,7 +1,7 @@
 """What IC-Cache has asked beside requests: better answers to examples, and second answers where the router cannot tell arms apart.
 
-replay     off-peak: the dearest arm answers the request of an example several times, each answer is graded, the best is kept (section 4.3)
-compare    an uncertain request was answered by one arm: a second one answers too, and which is better teaches beliefs and critic (section 5)
+replay     off-peak: the dearest arm answers the request of an example several times; each answer is graded, the best kept (section 4.3)
+compare    an uncertain request was answered by one arm: a second one answers too, and which is better teaches the router (section 5)
 
 The judge is a model. It grades an answer alone from 0 to 10, and compares two in both orders (Zheng et al. 2023, arXiv 2306.05685).
 """
@@ -98,6 +98,7 @@ async def _replayed(cache: ICCache, run: Errands, one: Wanted) -> bool:
 def _begin(cache: ICCache, id: int) -> None:
     if id in cache.pool:
         cache.pool.get(id).replays += 1
+        cache.pool.touch(cache.pool.get(id))
 
 
 def _renew(cache: ICCache, one: Wanted, before: float, rated: Sequence[tuple[float, str]]) -> bool:
@@ -111,7 +112,9 @@ def _renew(cache: ICCache, one: Wanted, before: float, rated: Sequence[tuple[flo
 
 
 async def _graded(run: Errands, request: str, answer: str) -> float | None:
-    return grade(await run.ask(run.judge, [{"role": "user", "content": grade_prompt(request, answer)}], temperature=COLD))
+    return grade(
+        await run.ask(run.judge, [{"role": "user", "content": grade_prompt(request, answer)}], temperature=COLD)
+    )
 
 
 # Comparisons

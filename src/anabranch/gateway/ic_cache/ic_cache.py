@@ -362,6 +362,7 @@ class ICCache(Part):
         if routed is not None:
             for item in routed.selection.chosen if self.shows_examples(arm) else ():
                 item.example.uses += 1
+                self.pool.touch(item.example)
             self._replace(id, answered=(*routed.answered, arm))
 
     def feedback(
@@ -494,7 +495,7 @@ class ICCache(Part):
         return len(gone)
 
     def forget_decision(self, id: str) -> int:
-        """Erase one decision: the example that its answer became, and all that waits or is remembered of it. Returns how many examples went."""
+        """Erase one decision: the example that its answer became, and all that is remembered of it. Returns how many examples went."""
         routed = self._pending.pop(id, None)
         found = [example for example in self.pool if example.source == id]
         count = sum(self.forget(tenant=example.tenant, ids=[example.id]) for example in found)
@@ -531,18 +532,22 @@ class ICCache(Part):
             ("router", self.router),
         ]
 
-    def state(self) -> tuple[Arrays, Facts]:
+    def state(self, *, with_pool: bool = True) -> tuple[Arrays, Facts]:
         """Pool, proxy, threshold and router; decisions that wait for feedback are not kept."""
         arrays: Arrays = {}
         facts: Facts = {}
         for name, part in self._parts():
+            if name == "pool" and not with_pool:
+                continue
             own, facts[name] = part.state()
             arrays |= {f"{name}.{key}": value for key, value in own.items()}
         return arrays, facts | {"random": self._random.bit_generator.state}
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave; the pool stays where none was given."""
         self._random.bit_generator.state = facts["random"]
         for name, part in self._parts():
+            if name not in facts:
+                continue
             own = {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}
             part.load_state(own, facts[name])

@@ -116,6 +116,7 @@ class Manager(Part):
             now_s: the time.
         """
         rate = self.config.gain_rate
+        self.pool.touch(example)
         example.rated += 1
         example.helped += quality
         example.gain = (1 - rate) * example.gain + rate * replay_gain(quality, cost)
@@ -184,6 +185,7 @@ class Manager(Part):
         return replayed, bettered
 
     def _replay(self, example: Example, regenerate: Regenerate, rate: Rate) -> bool:
+        self.pool.touch(example)
         example.replays += 1
         before = example.quality if example.quality is not None else rate(example, example.response)
         rated = [(rate(example, answer), answer) for answer in regenerate(example) if answer.strip()]
@@ -201,6 +203,7 @@ class Manager(Part):
         is_better = bool(quality > before)
         if is_better:
             self.pool.replace_response(example.id, answer, quality)
+        self.pool.touch(example)
         # What is left to be saved.
         example.gain *= 1 - min(1.0, max(quality, before))
         return is_better

@@ -6,7 +6,9 @@ it is erased, or when others are worth more of the room (`manager`).
 """
 # Shapes: N examples, D dimensions
 
+import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +23,10 @@ from anabranch.gateway.ic_cache.redact import Redact, redact_personal
 from anabranch.gateway.query import Query
 from anabranch.gateway.retrieve.index import Index, unit_rows
 from anabranch.gateway.strategy import Arrays, Facts
+from anabranch.gateway.strategy import Example as Kept
 from anabranch.gateway.wording import normal_form
 
+logger = logging.getLogger(__name__)
 Embed = Callable[[Sequence[str]], np.ndarray]
 
 
@@ -74,8 +78,10 @@ class ExamplePool(Part):
         # Caches of prompts that hold examples.
         self.on_removed: list[Callable[[set[int]], None]] = []
         self._examples: dict[int, Example] = {}
-        self._by_request: dict[tuple[str, str], int] = {}
+        self._by_key: dict[str, int] = {}
         self._next_id = 0
+        # Keys of examples that came, changed or went since `changed` was asked.
+        self._touched: dict[str, None] = {}
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -151,8 +157,8 @@ class ExamplePool(Part):
         size = example.size_bytes
         if size > min(self.config.max_example_bytes, self.config.max_bytes):
             return Admission(None, "too large")
-        key = (namespace(example.tenant, example.domain), normal_form(request))
-        older = self._examples.get(self._by_request.get(key, -1))
+        key = _key(example)
+        older = self._examples.get(self._by_key.get(key, -1))
         if older is not None and (older.trust, older.quality or 0) > (example.trust, quality or 0):
             return Admission(None, "a better answer is there")
         # What may fail comes before anything is changed.
@@ -160,7 +166,7 @@ class ExamplePool(Part):
         missing = self.size_bytes + size - self.config.max_bytes - (older.size_bytes if older is not None else 0)
         if missing > 0:
             make_room(missing)
-        older = self._examples.get(self._by_request.get(key, -1))
+        older = self._examples.get(self._by_key.get(key, -1))
         if self.size_bytes + size - (older.size_bytes if older is not None else 0) > self.config.max_bytes:
             return Admission(None, "pool is full")
         if older is not None:
@@ -170,12 +176,13 @@ class ExamplePool(Part):
         self._keep(example, key, vector_D)
         return Admission(example.id, "kept")
 
-    def _keep(self, example: Example, key: tuple[str, str], vector_D: np.ndarray) -> None:
-        self.index.add(vector_D[None], [example.id], namespace=key[0])
+    def _keep(self, example: Example, key: str, vector_D: np.ndarray) -> None:
+        self.index.add(vector_D[None], [example.id], namespace=namespace(example.tenant, example.domain))
         self._examples[example.id] = example
-        self._by_request[key] = example.id
+        self._by_key[key] = example.id
         self.size_bytes += example.size_bytes
         self._next_id = example.id + 1
+        self._touched[key] = None
 
     def replace_response(self, id: int, response: str, quality: float | None) -> None:
         """Another answer to the same request (replay)."""
@@ -184,6 +191,7 @@ class ExamplePool(Part):
         example.replace_response(self.redact(response).strip(), quality)
         self.size_bytes += example.size_bytes
         self._tell_removed({id})
+        self.touch(example)
 
     # Finding
 
@@ -207,7 +215,9 @@ class ExamplePool(Part):
         for id in gone:
             example = self._examples.pop(id)
             self.size_bytes -= example.size_bytes
-            self._by_request.pop((namespace(example.tenant, example.domain), normal_form(example.request)), None)
+            key = _key(example)
+            self._by_key.pop(key, None)
+            self._touched[key] = None
         self.index.remove(gone)
         self._tell_removed(gone)
         return len(gone)
@@ -238,6 +248,62 @@ class ExamplePool(Part):
         """Remove what has expired; returns how many."""
         return self.remove([example.id for example in self if not example.is_alive(now_s)])
 
+    # Others who keep the same
+
+    def touch(self, example: Example) -> None:
+        """What is remembered of it has changed."""
+        if example.id in self._examples:
+            self._touched[_key(example)] = None
+
+    def changed(self, most: int) -> list[Kept]:
+        """Some of what came, changed or went since the last time."""
+        found = []
+        for key in list(self._touched)[:most]:
+            del self._touched[key]
+            example = self._examples.get(self._by_key.get(key, -1))
+            if example is None:
+                found.append(Kept(key, None))
+            else:
+                found.append(Kept(key, example.to_dict(), self.index.vectors([example.id])[0]))
+        return found
+
+    def take(self, kept: Sequence[Kept]) -> None:
+        """Take over what others tell of, and tell nobody of it. What does not fit is left out."""
+        touched, self._touched = self._touched, {}
+        news: dict[str, list[tuple[Example, np.ndarray]]] = {}
+        for one in {one.key: one for one in kept}.values():
+            self.remove([self._by_key[one.key]] if one.key in self._by_key else ())
+            example = self._taken(one)
+            if example is not None and one.vector_D is not None:
+                news.setdefault(namespace(example.tenant, example.domain), []).append((example, one.vector_D))
+        for place, examples in news.items():
+            self.index.add(
+                np.array([vector_D for _, vector_D in examples]), [e.id for e, _ in examples], namespace=place
+            )
+            for example, _ in examples:
+                self._examples[example.id] = example
+                self._by_key[_key(example)] = example.id
+                self.size_bytes += example.size_bytes
+        self._touched = touched
+
+    def _taken(self, one: Kept) -> Example | None:
+        vector_D = one.vector_D
+        if one.body is None or vector_D is None:
+            return None
+        try:
+            example = Example(**{**one.body, "id": self._next_id})
+            fits = (
+                vector_D.shape == (self.index.dim,) and bool(np.isfinite(vector_D).all()) and _key(example) == one.key
+            )
+        except (TypeError, AttributeError) as error:
+            logger.warning("an example in the store cannot be read: %s", error)
+            return None
+        if not fits:
+            logger.warning("an example in the store does not fit and is left out")
+            return None
+        self._next_id += 1
+        return example
+
     # Another embedder, and the disk
 
     def reindex(self, index: Index, embed: Embed) -> None:
@@ -260,9 +326,15 @@ class ExamplePool(Part):
         """Take back what `state` gave."""
         self.index.load_state(arrays, facts["index"])
         self._examples = {row["id"]: Example(**row) for row in facts["examples"]}
-        self._by_request = {(namespace(e.tenant, e.domain), normal_form(e.request)): e.id for e in self}
+        self._by_key = {_key(e): e.id for e in self}
         self.size_bytes = sum(example.size_bytes for example in self)
         self._next_id = facts["next_id"]
+
+
+def _key(example: Example) -> str:
+    """Whose it is and what is asked: there is one example of each."""
+    text = namespace(example.tenant, example.domain) + normal_form(example.request)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def domain_of(query: Query) -> str:

@@ -16,15 +16,26 @@ import numpy as np
 from anabranch.config import Field, configclass
 from anabranch.errors import InputError
 from anabranch.gateway.dataset import Recorded
-from anabranch.gateway.ic_cache import errands
 from anabranch.gateway.ic_cache.counters import Counters, Metrics
+from anabranch.gateway.ic_cache.errands import Answered, compare, replay
 from anabranch.gateway.ic_cache.ic_cache import ICCache
 from anabranch.gateway.ic_cache.pool import ExamplePool
 from anabranch.gateway.ic_cache.records import Arm, Routed, shortened
 from anabranch.gateway.ic_cache.router import Choice
 from anabranch.gateway.money import dollars
 from anabranch.gateway.query import Candidate, Decision, Model, Outcome, Pool, Query
-from anabranch.gateway.strategy import Arrays, Complete, Embed, Errands, Facts, Played, Strategy, played
+from anabranch.gateway.strategy import (
+    Arrays,
+    Complete,
+    Embed,
+    Errands,
+    Example,
+    Facts,
+    Played,
+    Strategy,
+    is_meant,
+    played,
+)
 
 # Prompt and answer by which models' prices are compared.
 TYPICAL_TOKENS = (500, 250)
@@ -64,6 +75,7 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         least_score: float = 0.5
 
     needs_vector = True
+    keeps_examples = True
 
     def __init__(self, config: Any, *, metrics: Metrics | None = None) -> None:
         super().__init__(config)
@@ -72,7 +84,9 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         self._now_s = 0.0
         self._embed: Embed | None = None
         self._ticked_s = 0.0
-        self._answered: deque[errands.Answered] = deque(maxlen=COMPARED)
+        self._answered: deque[Answered] = deque(maxlen=COMPARED)
+        # Of others, until there are models to answer.
+        self._to_take: list[Example] = []
 
     @property
     def keeps_answers(self) -> bool:  # type: ignore[override]
@@ -96,6 +110,8 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
     def _cache_for(self, arms: Sequence[Arm], dim: int) -> ICCache:
         if self.cache is None:
             self.cache = self._make(arms, dim)
+            self.cache.pool.take(self._to_take)
+            self._to_take = []
         return self.cache
 
     def _make(self, arms: Sequence[Arm], dim: int) -> ICCache:
@@ -180,7 +196,9 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
 
     def headers(self, decision: Decision) -> Mapping[str, str]:
         """The decision, its examples and the scores of all arms."""
-        shown = self.cache is not None and decision.model in self.cache.arms and self.cache.shows_examples(decision.model)
+        shown = (
+            self.cache is not None and decision.model in self.cache.arms and self.cache.shows_examples(decision.model)
+        )
         examples = decision.details.get("examples", ()) if shown else ()
         return {
             "x-ic-id": str(decision.details.get("id", "")), "x-ic-arm": decision.model,
@@ -223,8 +241,13 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
     def _note(self, routed: Routed, outcome: Outcome) -> None:
         """Have an answer compared, if that is wanted. What may teach nothing comes without its time."""
         choice = routed.choice
-        if choice is not None and choice.second is not None and outcome.model == choice.arm and outcome.latency_s is not None:
-            self._answered.append(errands.Answered(routed.id, outcome.model, outcome.answer or ""))
+        if (
+            choice is not None
+            and choice.second is not None
+            and outcome.model == choice.arm
+            and outcome.latency_s is not None
+        ):
+            self._answered.append(Answered(routed.id, outcome.model, outcome.answer or ""))
 
     def upkeep(self, pool: Pool) -> None:
         """`tick`, where it is time, and the load while nobody asks."""
@@ -244,10 +267,10 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             self._answered.clear()
             return
         while (first := self._next()) is not None:
-            await errands.compare(self.cache, run, first)
-        await errands.replay(self.cache, run)
+            await compare(self.cache, run, first)
+        await replay(self.cache, run)
 
-    def _next(self) -> errands.Answered | None:
+    def _next(self) -> Answered | None:
         try:
             return self._answered.popleft()
         except IndexError:
@@ -263,7 +286,11 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         """Erase examples, vectors, and what waits or is remembered; how many examples went. What was fitted on them stays fitted."""
         cache = self.cache
         if cache is None:
-            return 0
+            before = len(self._to_take)
+            self._to_take = [
+                one for one in self._to_take if one.body is None or not is_meant(one.body, tenant=tenant, user=user, decision=decision)
+            ]  # fmt: skip
+            return before - len(self._to_take)
         self._answered.clear()
         if decision is not None:
             return cache.forget_decision(decision)
@@ -319,10 +346,13 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
 
     def state(self) -> tuple[Arrays, Facts]:
         """What the cache holds and learned; empty before it has seen a model."""
+        return self._state(with_pool=True)
+
+    def _state(self, with_pool: bool) -> tuple[Arrays, Facts]:
         cache = self.cache
         if cache is None:
             return {}, {}
-        arrays, facts = cache.state()
+        arrays, facts = cache.state(with_pool=with_pool)
         arms = [[arm.name, arm.cost, arm.context] for arm in cache.arms.values()]
         return arrays, {"cache": facts, "arms": arms, "dim": cache.router.dim, "now_s": self._now_s}
 
@@ -333,6 +363,29 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             self._now_s = facts["now_s"]
             self.cache = self._make([self._arm(*row) for row in facts["arms"]], facts["dim"])
             self.cache.load_state(arrays, facts["cache"])
+
+    def kept_state(self) -> tuple[Arrays, Facts]:
+        """What was learned; examples are kept one by one."""
+        return self._state(with_pool=False)
+
+    def load_kept(self, arrays: Arrays, facts: Facts) -> None:
+        """Take back what `kept_state` gave. Raises InputError if it is of other models or another dimension."""
+        if not facts:
+            self.cache = None
+            return
+        self._now_s = max(self._now_s, facts["now_s"])
+        self._cache_for([self._arm(*row) for row in facts["arms"]], facts["dim"]).load_state(arrays, facts["cache"])
+
+    def changed_examples(self, most: int) -> Sequence[Example]:
+        """Of the pool."""
+        return () if self.cache is None else self.cache.pool.changed(most)
+
+    def take_examples(self, examples: Sequence[Example]) -> None:
+        """Into the pool, or out of it."""
+        if self.cache is None:
+            self._to_take.extend(examples)
+        else:
+            self.cache.pool.take(examples)
 
 
 def _falling(choice: Choice | None, names: Sequence[str]) -> list[float]:

@@ -2,12 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.learning.waiting import Waited
 from anabranch.gateway.store import learned
-from anabranch.gateway.strategy import Strategy
+from anabranch.gateway.store.database import Connection
+from anabranch.gateway.strategy import Strategy, is_meant
 
 if TYPE_CHECKING:
     from anabranch.gateway.decide import Lane
@@ -45,11 +46,11 @@ class Erasures:
         Other processes forget it within seconds.
         """
         order = {"tenant": tenant, "user": user, "decision": decision}
-        count = await self._apply(order)
         store, lanes = self._gateway.store, self._lanes()
-        now_us = store.now_us()
-        text = json.dumps(order)
-        self._seen = await store.change(lambda connection: learned.put_erasure(connection, text, now_us, now_us - KEPT_US))
+        now_us, names = store.now_us(), [lane.name for lane in lanes]
+        # First in the store, so that nothing is taken over from it again.
+        self._seen = await store.change(lambda connection: _order(connection, names, order, now_us))
+        count = await self._apply(order)
         # What this process has stored without it is newer.
         await self._gateway.kept.save(lanes, at_once=True)
         for lane in lanes:
@@ -75,6 +76,21 @@ class Erasures:
         for lane in self._lanes():
             count += await forget(lane, order)
         return count
+
+
+def _order(connection: Connection, strategies: Sequence[str], order: Mapping[str, Any], now_us: int) -> int:
+    """Write an order, and erase what it is about; its number."""
+
+    def is_theirs(body: str) -> bool:
+        try:
+            return is_meant(json.loads(body), **order)
+        except (ValueError, AttributeError, RecursionError):
+            # Damaged: nobody can say whose it is.
+            return True
+
+    for strategy in strategies:
+        learned.erase_examples(connection, strategy, is_theirs, now_us)
+    return learned.put_erasure(connection, json.dumps(order), now_us, now_us - KEPT_US)
 
 
 def _is_meant(waited: Waited, order: Mapping[str, Any]) -> bool:

@@ -3,7 +3,8 @@
 Each process has a row of its own for each strategy, written when something was learned since, every few seconds at most. What adds up
 (`Strategy.adds_up`) is kept as the part that the process observed; each reads the parts of all others and takes them in, so that all know
 what one process would that was told everything. A process that ends leaves its part to nobody's row; one that was killed leaves its own
-row, which counts on. Of what does not add up, each process goes on from the newest row that there is when it starts.
+row, which counts on. Of what does not add up, each goes on from the newest row that there is when it starts; but what is kept one by
+one (`Strategy.keeps_examples`) has a row for each, which all processes take over, and which is as its last writer has it.
 
 Rows are found by what a strategy is made from: its config, its embedder, and what it knew before it served. One of another make is not
 read, and one that is damaged is left out; both are said in the log, and neither stops a start.
@@ -26,7 +27,7 @@ from anabranch.gateway.learning.erasures import can_forget, forget
 from anabranch.gateway.saving import VERSION, digest_of, packed, unpacked
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import LearnedRow
-from anabranch.gateway.strategy import Arrays, Facts
+from anabranch.gateway.strategy import Arrays, Example, Facts
 
 if TYPE_CHECKING:
     from anabranch.gateway.decide import Lane
@@ -42,6 +43,12 @@ TRIES = 3
 
 # What does not add up and was written before, by processes that are gone, is deleted when it is so old.
 OLD_US = 86_400 * 10**6
+
+# That an example is gone is known for so long, to whoever still has it.
+GONE_US = 30 * 86_400 * 10**6
+
+# Examples looked at or written at a time.
+MOST_EXAMPLES = 500
 
 # What was written so shortly after an order to forget may not know of it yet.
 OVERLAP_US = 60 * 10**6
@@ -73,6 +80,8 @@ class _Held:
         writer: of the own row. What was written before for the same make is another's.
         told: outcomes that it had been told of by then.
         seen: versions of the rows of others, as read last; None before the first time.
+        examples: version of the last example that was read.
+        unwritten: examples that the store could not take yet.
         next_s: not written before.
     """
 
@@ -80,6 +89,8 @@ class _Held:
     writer: str = field(default_factory=lambda: uuid.uuid4().hex)
     told: int = 0
     seen: dict[str, int] | None = None
+    examples: int = 0
+    unwritten: list[tuple[str, str, bytes]] = field(default_factory=list)
     next_s: float = 0.0
     damaged: set[tuple[str, int]] = field(default_factory=set)
 
@@ -109,9 +120,12 @@ class Kept:
                     await self._hear(lane, held)
                 else:
                     await self._take_newest(lane, held)
+                    await self._forget_since(lane, await self._take_examples(lane, held))
                 await self._say(lane)
             except AnabranchError as error:
                 logger.warning("what strategy %s learned before cannot be read: %s", lane.name, error)
+            except Exception as error:
+                logger.error("what strategy %s learned before cannot be read", lane.name, exc_info=error)
 
     async def save(self, lanes: Iterable["Lane"], *, at_once: bool = False, is_last: bool = False) -> None:
         """Write what was learned since, and take in what others did.
@@ -124,10 +138,10 @@ class Kept:
         async with self._busy:
             for lane in lanes:
                 held = self._held.get(lane.name)
-                if held is None or held.made != lane.made or (self._clock() < held.next_s and not (at_once or is_last)):
+                if held is None or held.made != lane.made:
                     continue
                 try:
-                    await self._round(lane, held)
+                    await self._round(lane, held, at_once or is_last)
                     if is_last:
                         await self._leave(lane, held)
                 except AnabranchError as error:
@@ -135,17 +149,16 @@ class Kept:
                 except Exception as error:
                     logger.error("what strategy %s learned cannot be kept", lane.name, exc_info=error)
 
-    async def forget(self, strategy: str) -> int:
-        """Delete what was learned with a strategy, by whatever process; how many rows. Those that are at work keep what they know."""
-        return await self._store().change(lambda connection: learned.delete_learned(connection, strategy))
-
     # One strategy
 
-    async def _round(self, lane: "Lane", held: _Held) -> None:
+    async def _round(self, lane: "Lane", held: _Held, at_once: bool) -> None:
+        if lane.strategy.keeps_examples:
+            await self._take_examples(lane, held)
+            await self._give_examples(lane, held)
         for _ in range(TRIES):
             if lane.strategy.adds_up:
                 await self._hear(lane, held)
-            if lane.told == held.told:
+            if lane.told == held.told or (self._clock() < held.next_s and not at_once):
                 return
             told, part = await lane.alone(lambda: (lane.told, _copy(lane)))
             body = await asyncio.to_thread(_bytes, part, lane.name)
@@ -201,19 +214,57 @@ class Kept:
         for row in reversed(rows):
             try:
                 part = await asyncio.to_thread(_part, row)
-                await lane.alone(lambda: lane.strategy.load_state(*part))  # noqa: B023
-                await self._forget_since(lane, row.ts_us)
+                await lane.alone(lambda: lane.strategy.load_kept(*part))  # noqa: B023
+                await self._forget_since(lane, [row.ts_us])
                 return
             except Exception as error:
                 self._left_out(row, held, error)
-                await lane.alone(lambda: lane.strategy.load_state(*begun))
+                await lane.alone(lambda: lane.strategy.load_kept(*begun))
 
-    async def _forget_since(self, lane: "Lane", ts_us: int) -> None:
-        """What was ordered to be forgotten after a row was written, or while it was."""
-        if can_forget(lane.strategy):
-            since_us = ts_us - OVERLAP_US
-            for _, _, order in await self._store().look(lambda connection: learned.read_erasures(connection, 0, since_us)):
+    async def _forget_since(self, lane: "Lane", written_us: Sequence[int]) -> None:
+        """What was ordered to be forgotten while something was written by who did not know of it yet."""
+        if not written_us or not can_forget(lane.strategy):
+            return
+        orders = await self._store().look(lambda connection: learned.read_erasures(connection, 0))
+        for _, ordered_us, order in orders:
+            if any(ordered_us <= ts_us <= ordered_us + OVERLAP_US for ts_us in written_us):
                 await forget(lane, json.loads(order))
+
+    async def _take_examples(self, lane: "Lane", held: _Held) -> list[int]:
+        """Take over what others wrote since; when they wrote it."""
+        store, name, written_us = self._store(), lane.name, []
+        while lane.strategy.keeps_examples:
+            rows = await store.look(
+                lambda connection: learned.read_examples(connection, name, held.made, held.examples)
+            )
+            others = [row for row in rows if row[1] != held.writer]
+            if others:
+                examples = await asyncio.to_thread(_examples, others)
+                await lane.alone(lambda: lane.strategy.take_examples(examples))  # noqa: B023
+                written_us += [ts_us for _, _, _, ts_us, body, _ in others if body]
+            if rows:
+                held.examples = rows[-1][2]
+            if len(rows) < learned.EXAMPLES:
+                break
+        return written_us
+
+    async def _give_examples(self, lane: "Lane", held: _Held) -> None:
+        """Write what has changed."""
+        while True:
+            if not held.unwritten:
+                changed = await lane.alone(lambda: lane.strategy.changed_examples(MOST_EXAMPLES))
+                held.unwritten = await asyncio.to_thread(_rows, changed)
+            if not held.unwritten:
+                return
+            await self._put_examples(lane.name, held)
+
+    async def _put_examples(self, name: str, held: _Held) -> None:
+        store, rows = self._store(), held.unwritten
+        now_us = store.now_us()
+        await store.change(
+            lambda connection: learned.put_examples(connection, name, held.made, held.writer, rows, now_us)
+        )
+        held.unwritten = []
 
     async def _leave(self, lane: "Lane", held: _Held) -> None:
         store, name = self._store(), lane.name
@@ -228,11 +279,14 @@ class Kept:
             )
         else:
             await store.change(lambda connection: learned.delete_older(connection, name, held.made, now_us - OLD_US))
+            await store.change(lambda connection: learned.delete_gone(connection, now_us - GONE_US))
 
     def _left_out(self, row: LearnedRow, held: _Held, error: Exception) -> None:
         if (row.writer, row.version) not in held.damaged:
             held.damaged.add((row.writer, row.version))
-            logger.warning("what strategy %s learned (row of %s) is left out: %s", row.strategy, row.writer or "nobody", error)
+            logger.warning(
+                "what strategy %s learned (row of %s) is left out: %s", row.strategy, row.writer or "nobody", error
+            )
 
     async def _say(self, lane: "Lane") -> None:
         """That there is something which is of another make."""
@@ -240,14 +294,16 @@ class Kept:
         count, marks = await self._store().look(
             lambda connection: (learned.others_of(connection, name), learned.read_marks(connection, name, lane.made))
         )
-        if count > len(marks):
-            logger.info("strategy %s was made otherwise before; what it learned then (%d rows) is not read", name, count - len(marks))
+        if count and not marks:
+            logger.warning(
+                "strategy %s begins anew: what it learned when it was made otherwise (%d rows) is not read", name, count
+            )
 
 
 def _copy(lane: "Lane") -> tuple[Arrays, str]:
     """What is to be written, apart from what goes on changing."""
     strategy = lane.strategy
-    return _ready(*(strategy.part() if strategy.adds_up else strategy.state()))
+    return _ready(*(strategy.part() if strategy.adds_up else strategy.kept_state()))
 
 
 def _ready(arrays: Arrays, facts: Facts) -> tuple[Arrays, str]:
@@ -261,6 +317,33 @@ def _bytes(ready: tuple[Arrays, str], name: str) -> bytes:
 def _read(body: bytes, name: str) -> Part:
     arrays, content = unpacked(body, name)
     return arrays, json.loads(content["facts"])
+
+
+def _rows(examples: Sequence[Example]) -> list[tuple[str, str, bytes]]:
+    """Key, body and vector as the store has them."""
+    return [
+        (
+            one.key,
+            "" if one.body is None else json.dumps(one.body),
+            b"" if one.vector_D is None else one.vector_D.astype("<f4").tobytes(),
+        )
+        for one in examples
+    ]
+
+
+def _examples(rows: Sequence[tuple[str, str, int, int, str, bytes]]) -> list[Example]:
+    """The opposite; a damaged one is as if it were gone."""
+    found = []
+    for key, _, version, _, body, vector in rows:
+        try:
+            value = json.loads(body) if body else None
+            vector_D = np.frombuffer(vector, "<f4").astype(np.float32) if vector else None
+            if value is not None and not isinstance(value, dict):
+                raise ValueError("it is no object")
+            found.append(Example(key, value, vector_D))
+        except (ValueError, RecursionError) as error:
+            logger.warning("an example (version %d) is damaged and left out: %s", version, error)
+    return found
 
 
 def _part(row: LearnedRow) -> Part:

@@ -181,4 +181,6 @@ def _read(body: Mapping[str, Any]) -> tuple[str, float, str]:
 
 
 def _scored_before(id: str) -> ApiError:
-    return ApiError(409, "scored_before", f"this key has scored {id!r} already; a request is scored once", param="request_id")
+    return ApiError(
+        409, "scored_before", f"this key has scored {id!r} already; a request is scored once", param="request_id"
+    )

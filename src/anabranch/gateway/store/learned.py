@@ -40,7 +40,7 @@ class LearnedRow:
 def read_marks(connection: Connection, strategy: str, made: str) -> dict[str, int]:
     """Version of each writer's row."""
     sql = "SELECT writer, version FROM learned WHERE strategy = :strategy AND made = :made"
-    return dict(connection.rows(sql, strategy=strategy, made=made))  # type: ignore[arg-type]
+    return dict(connection.rows(sql, strategy=strategy, made=made))
 
 
 def read_learned(connection: Connection, strategy: str, made: str) -> list[LearnedRow]:
@@ -101,12 +101,6 @@ def _delete(connection: Connection, strategy: str, made: str, writer: str) -> No
     )  # fmt: skip
 
 
-def delete_learned(connection: Connection, strategy: str) -> int:
-    """Forget all that was learned with a strategy; how many rows there were."""
-    connection.lock("learned")
-    return connection.run("DELETE FROM learned WHERE strategy = :strategy", strategy=strategy)
-
-
 def delete_older(connection: Connection, strategy: str, made: str, before_us: int) -> int:
     """Delete rows that were written before, but for the newest."""
     return connection.run(
@@ -126,14 +120,16 @@ def put_erasure(connection: Connection, body: str, now_us: int, before_us: int) 
     last = newest_erasure(connection)
     connection.run("DELETE FROM erasures WHERE ts_us < :before AND seq < :last", before=before_us, last=last)
     number = last + 1
-    connection.run("INSERT INTO erasures (seq, ts_us, body) VALUES (:seq, :ts, :body)", seq=number, ts=now_us, body=body)
+    connection.run(
+        "INSERT INTO erasures (seq, ts_us, body) VALUES (:seq, :ts, :body)", seq=number, ts=now_us, body=body
+    )
     return number
 
 
 def read_erasures(connection: Connection, after: int, since_us: int = 0) -> list[tuple[int, int, str]]:
     """Number, time and body of orders, in their order."""
     sql = "SELECT seq, ts_us, body FROM erasures WHERE seq > :after AND ts_us >= :since ORDER BY seq"
-    return connection.rows(sql, after=after, since=since_us)  # type: ignore[return-value]
+    return connection.rows(sql, after=after, since=since_us)
 
 
 def newest_erasure(connection: Connection) -> int:
@@ -146,3 +142,57 @@ def delete_before(connection: Connection, strategy: str, before_us: int) -> int:
     return connection.run(
         "DELETE FROM learned WHERE strategy = :strategy AND ts_us < :before", strategy=strategy, before=before_us
     )  # fmt: skip
+
+
+# What is kept one by one
+
+# Rows read at a time.
+EXAMPLES = 1000
+
+
+def put_examples(
+    connection: Connection, strategy: str, made: str, writer: str, rows: Sequence[tuple[str, str, bytes]], now_us: int
+) -> None:
+    """Write examples in place of whoever wrote them last: key, body ("" for one that is gone) and vector."""
+    connection.lock("examples")
+    sql = "SELECT coalesce(max(version), 0) FROM examples WHERE strategy = :strategy AND made = :made"
+    version = int(connection.rows(sql, strategy=strategy, made=made)[0][0])
+    columns = ", ".join(schema.EXAMPLES)
+    marks = ", ".join(f":{name}" for name in schema.EXAMPLES)
+    changes = ", ".join(f"{name} = excluded.{name}" for name in ("writer", "version", "ts_us", "body", "vector"))
+    for number, (key, body, vector) in enumerate(rows, version + 1):
+        values = (strategy, made, key, writer, number, now_us, body, vector)
+        connection.run(
+            f"INSERT INTO examples ({columns}) VALUES ({marks}) ON CONFLICT (strategy, made, key) DO UPDATE SET {changes}",
+            **dict(zip(schema.EXAMPLES, values, strict=True)),
+        )
+
+
+def read_examples(
+    connection: Connection, strategy: str, made: str, after: int
+) -> list[tuple[str, str, int, int, str, bytes]]:
+    """Key, writer, version, time, body and vector of rows behind a version, in the order of versions."""
+    rows = connection.rows(
+        "SELECT key, writer, version, ts_us, body, vector FROM examples WHERE strategy = :strategy AND made = :made"
+        f" AND version > :after ORDER BY version LIMIT {EXAMPLES}",
+        strategy=strategy, made=made, after=after,
+    )  # fmt: skip
+    return [(key, writer, version, ts_us, body, bytes(vector)) for key, writer, version, ts_us, body, vector in rows]
+
+
+def delete_gone(connection: Connection, before_us: int) -> int:
+    """Delete what is left of examples that went so long ago."""
+    return connection.run("DELETE FROM examples WHERE body = '' AND ts_us < :before", before=before_us)
+
+
+def erase_examples(connection: Connection, strategy: str, is_meant: Callable[[str], bool], now_us: int) -> int:
+    """Leave nothing of examples but that they are gone, of whatever make; how many."""
+    connection.lock("examples")
+    rows = connection.rows(
+        "SELECT made, key, writer, body FROM examples WHERE strategy = :strategy AND body <> ''", strategy=strategy
+    )  # fmt: skip
+    meant = [(made, key, writer) for made, key, writer, body in rows if is_meant(body)]
+    for made in dict.fromkeys(made for made, _, _ in meant):
+        gone = [(key, "", b"") for other, key, _ in meant if other == made]
+        put_examples(connection, strategy, made, NOBODY, gone, now_us)
+    return len(meant)

@@ -53,6 +53,10 @@ MIGRATIONS: list[Sequence[str]] = [
             strategy TEXT NOT NULL, made TEXT NOT NULL, writer TEXT NOT NULL, kind TEXT NOT NULL, version BIGINT NOT NULL,
             ts_us BIGINT NOT NULL, body BYTEA NOT NULL, PRIMARY KEY (strategy, made, writer))""",
         "CREATE TABLE erasures (seq BIGINT PRIMARY KEY, ts_us BIGINT NOT NULL, body TEXT NOT NULL)",
+        """CREATE TABLE examples (
+            strategy TEXT NOT NULL, made TEXT NOT NULL, key TEXT NOT NULL, writer TEXT NOT NULL, version BIGINT NOT NULL,
+            ts_us BIGINT NOT NULL, body TEXT NOT NULL, vector BYTEA NOT NULL, PRIMARY KEY (strategy, made, key))""",
+        "CREATE INDEX examples_by_version ON examples (strategy, made, version)",
     ),
 ]
 
@@ -74,3 +78,4 @@ FEEDBACK = ("request_id", "ts_us", "key_id", "score", "comment")
 TEXTS = ("request_id", "ts_us", "body")
 COLLECTED = ("key", "ts_us", "body")
 LEARNED = ("strategy", "made", "writer", "kind", "version", "ts_us", "body")
+EXAMPLES = ("strategy", "made", "key", "writer", "version", "ts_us", "body", "vector")

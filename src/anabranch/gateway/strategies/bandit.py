@@ -338,7 +338,9 @@ class Bandit(Pooled):
             self.direction_DV = None
         self.models, self.steps = tuple(facts["models"]), int(facts["steps"])
         self.basis = SEEDED if self.seen_SV.shape[1] else FIXED
-        self.own, self.others = (Sums(self.b_MD.shape[1], basis=self.basis, length=len(self.centre_V)) for _ in range(2))
+        self.own, self.others = (
+            Sums(self.b_MD.shape[1], basis=self.basis, length=len(self.centre_V)) for _ in range(2)
+        )
         self._first = self._copied()
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.errors import InputError
 from anabranch.gateway.strategies.sums import FIXED, SEEDED, Sums, joined
 from anabranch.gateway.strategy import Arrays, Facts, Strategy
-from anabranch.errors import InputError
 
 # Observations kept for a choice of directions that nobody could be told of, in times of those that it takes.
 KEPT = 4
@@ -35,6 +35,8 @@ class Pooled(Strategy):
     calls_M: np.ndarray
     cost_M: np.ndarray
     steps: int
+    seen_SV: np.ndarray
+    seen_S2: np.ndarray
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -85,6 +87,7 @@ class Pooled(Strategy):
         if heard.basis not in (self.basis, SEEDED, FIXED):
             self._turn(heard.centre_V, heard.direction_DV, heard.basis)
         elif heard.basis != self.basis:
+            assert self.direction_DV is not None
             heard = heard.along(self.centre_V, self.direction_DV, self.basis)
         self.others = heard
         self._rebuild()
@@ -104,9 +107,8 @@ class Pooled(Strategy):
 
     def _keep_so_far(self) -> None:
         """From here on the vectors are kept apart from those of a process that is alone."""
-        seen_SV, seen_S2 = getattr(self, "seen_SV"), getattr(self, "seen_S2")
-        if len(seen_SV) == self.own.steps:
-            for vector_V, (arm, quality) in zip(seen_SV, seen_S2, strict=True):
+        if len(self.seen_SV) == self.own.steps:
+            for vector_V, (arm, quality) in zip(self.seen_SV, self.seen_S2, strict=True):
                 self.own.keep(self.models[int(arm)], vector_V, float(quality))
 
     @property

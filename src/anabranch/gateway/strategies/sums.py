@@ -112,7 +112,9 @@ class Sums:
         """The same observations along other directions. Raises InputError if they are not there as they came."""
         if not self.is_whole:
             raise InputError("what was observed is only known along other directions")
-        made = Sums(len(direction_DV) + 1, basis=basis, centre_V=centre_V, direction_DV=direction_DV, length=len(centre_V))
+        made = Sums(
+            len(direction_DV) + 1, basis=basis, centre_V=centre_V, direction_DV=direction_DV, length=len(centre_V)
+        )
         if len(self.seen_SV):
             z_SD = turned(self.seen_SV, centre_V, direction_DV)
             for z_D, vector_V, (at, quality) in zip(z_SD, self.seen_SV, self.seen_S2, strict=True):
@@ -127,7 +129,17 @@ class Sums:
 
     def state(self) -> tuple[Arrays, Facts]:
         """Named arrays, and facts ready for JSON."""
-        names = ("gram_MDD", "moment_MD", "count_M", "calls_M", "spent_M", "centre_V", "direction_DV", "seen_SV", "seen_S2")
+        names = (
+            "gram_MDD",
+            "moment_MD",
+            "count_M",
+            "calls_M",
+            "spent_M",
+            "centre_V",
+            "direction_DV",
+            "seen_SV",
+            "seen_S2",
+        )
         return {name: np.array(getattr(self, name)) for name in names}, {
             "dim": self.dim, "models": list(self.models), "basis": self.basis, "length": self.length,
         }  # fmt: skip
@@ -138,7 +150,8 @@ class Sums:
         try:
             dim, models, basis = int(facts["dim"]), [str(name) for name in facts["models"]], str(facts["basis"])
             length = int(facts["length"])
-            made = cls(dim, models, basis=basis, length=length, **{name: np.array(value) for name, value in arrays.items()})
+            copied = {name: np.array(value) for name, value in arrays.items()}
+            made = cls(dim, models, basis=basis, length=length, **copied)
             made._check()
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError(f"these are no sums of observations: {type(error).__name__}: {error}") from None
@@ -153,11 +166,15 @@ class Sums:
         }  # fmt: skip
         for name, shape in shapes.items():
             value: Any = getattr(self, name)
-            if value.shape != shape and value.size + int(np.prod(shape)) or not np.isfinite(value).all():
-                raise ValueError(f"{name} has shape {list(value.shape)} where {list(shape)} is due, or holds what is no number")
-        if len(set(self.models)) < count or (len(self.seen_S2) and not 0 <= self.seen_S2[:, 0].min() <= self.seen_S2[:, 0].max() < count):
+            if (value.shape != shape and value.size + int(np.prod(shape))) or not np.isfinite(value).all():
+                raise ValueError(
+                    f"{name} has shape {list(value.shape)} where {list(shape)} is due, or holds what is no number"
+                )
+        place_S = self.seen_S2[:, 0]
+        if len(set(self.models)) < count or ((place_S < 0) | (place_S >= count)).any():
             raise ValueError("models are named twice, or not at all")
-        if self.basis not in (FIXED, SEEDED) and (self.direction_DV.shape[0] + 1 != dim or self.direction_DV.shape[1:] != self.centre_V.shape):
+        directions = (dim - 1, *self.centre_V.shape)
+        if self.basis not in (FIXED, SEEDED) and self.direction_DV.shape != directions:
             raise ValueError("its directions do not fit")
 
 
@@ -166,11 +183,14 @@ def joined(parts: Sequence[Sums]) -> Sums:
 
     Raises InputError for parts along directions that cannot be brought together.
     """
+    parts = [part for part in parts if part.models]
     if not parts:
         return Sums()
     chosen = next((part for part in parts if part.basis not in (FIXED, SEEDED)), None)
     first = parts[0] if chosen is None else chosen
-    made = Sums(first.dim, basis=first.basis, centre_V=first.centre_V, direction_DV=first.direction_DV, length=first.length)
+    made = Sums(
+        first.dim, basis=first.basis, centre_V=first.centre_V, direction_DV=first.direction_DV, length=first.length
+    )
     for part in parts:
         if part.basis != made.basis and part.basis == SEEDED and chosen is not None:
             part = part.along(made.centre_V, made.direction_DV, made.basis)
