@@ -56,8 +56,6 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(1.5, "16 streams, ours bfloat16", "vllm( zentorch)?"),
         Bar(1.0, "1 stream, ours int4", "llama.cpp Q4_0"),
         Bar(1.0, "1 stream, ours bfloat16", "llama.cpp BF16"),
-        # Asked while the file's own blocks (Q4_1) were what llama.cpp had.
-        Bar(0.7, "1 stream, ours int4", "llama.cpp"),
         Bar(1.0, "first token after 256 prompt tokens, ours bfloat16", "vllm( zentorch)?"),
         Bar(3.0, "seconds until ready, cold, bfloat16", "vllm( zentorch)?"),
         Bar(3.0, "seconds until ready, warm, bfloat16", "vllm( zentorch)?"),
@@ -84,16 +82,6 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "hnsw": frozenset({Bar(1.0, peer="bar")}),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
-    "serving_engine": frozenset(
-        {
-            Bar(1.5, "16 streams, ours bfloat16", "vllm( zentorch)?"),
-            Bar(1.0, "1 stream, ours int4", "llama.cpp Q4_0"),
-            Bar(1.0, "1 stream, ours bfloat16", "llama.cpp BF16"),
-            Bar(1.0, "first token after 256 prompt tokens, ours bfloat16", "vllm( zentorch)?"),
-            Bar(3.0, "seconds until ready, cold, bfloat16", "vllm( zentorch)?"),
-            Bar(3.0, "seconds until ready, warm, bfloat16", "vllm( zentorch)?"),
-        }
-    ),
 }
 
 
