@@ -117,6 +117,37 @@ def test_ledger_list_and_spend(run, facts):
     assert run("ledger", "spend").splitlines()[-1].split() == ["m1", "1", "1", "1,000", "0", "0.00"]
 
 
+def test_calls_of_strategies_are_listed_where_they_are_asked_for(run, facts, store, tmp_path):
+    async def add():
+        async with open_store(store) as opened:
+            held = await opened.reserve("r3", ["global"], 10**9)
+            call = LedgerRow(request_id="r3.1", cost_nano=2_000_000, purpose="judge", requested="m1", model="m1", strategy="s")
+            await opened.settle(held, LedgerRow(request_id="r3", cost_nano=1_000_000, requested="auto/s"), calls=[call])
+
+    asyncio.run(add())
+    rows = facts("ledger", "list", "--limit", 1)["rows"]
+    assert [(row["request_id"], row["cost_nano"], row["calls"], row["calls_nano"]) for row in rows] == [
+        ("r3", 1_000_000, 1, 2_000_000)
+    ]
+    assert run("ledger", "list", "--limit", 1).splitlines()[-1].split()[-2] == "0.003000"
+    rows = facts("ledger", "list", "--limit", 2, "--calls")["rows"]
+    assert [(row["request_id"], row["parent_id"], row["cost_nano"]) for row in rows] == [
+        ("r3", "", 1_000_000), ("r3.1", "r3", 2_000_000),
+    ]  # fmt: skip
+    *_, request, call = run("ledger", "list", "--limit", 2, "--calls").splitlines()
+    assert (request.split()[-2], call.split()[-2]) == ("0.001000", "0.002000")
+    assert "judge: m1" in call
+    groups = facts("ledger", "spend", "--by", "purpose")["groups"]
+    assert [(one["purpose"], one["requests"], one["calls"], one["cost_nano"]) for one in groups] == [
+        ("", 4, 0, 2_002_500_000), ("judge", 0, 1, 2_000_000),
+    ]  # fmt: skip
+    assert facts("ledger", "export", "--out", tmp_path / "l.parquet")["rows"] == 5
+    table = parquet.read_table(tmp_path / "l.parquet")
+    assert sum(table["cost_nano"].to_pylist()) == 2_004_500_000
+    assert table["parent_id"].to_pylist()[-2:] == ["r3", ""]
+    assert str(table.schema.field("calls").type) == "int64"
+
+
 def test_export(run, facts, tmp_path):
     assert facts("ledger", "export", "--out", tmp_path / "l.csv") == {"rows": 3, "wrote": str(tmp_path / "l.csv")}
     with (tmp_path / "l.csv").open() as file:

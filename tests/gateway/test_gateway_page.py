@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from anabranch.gateway.metrics import Ended, Metrics, Moment, totals
+from anabranch.gateway.store import LedgerRow
 from anabranch.gateway.ui import DeploymentFact, Point, Seen, Snapshot, Spend, render
 from anabranch.gateway.ui.charts import frontier, histogram, pareto, timeline
 from anabranch.gateway.ui.page import CSP, asset
@@ -83,6 +84,19 @@ def test_the_figures_are_right():
     assert "and 4 more" in text  # 12 keys, 8 shown
     assert "$0.000020" in text
     assert "10 s ago" in text
+
+
+def test_what_a_strategy_asked_is_shown_with_its_request_alike_calls_together():
+    def call(outcome="ok", nano=1_000_000, model=NASTY):
+        return {"purpose": "judge", "model": model, "outcome": outcome, "nano": nano}
+
+    calls = [call(), call("error", 0), call(), call(model="large", nano=0)]
+    text = render(Snapshot(now_s=0.0, recent=[Seen(request_id="r", time_s=0.0, calls=calls)]))
+    Parsed(text)
+    assert "<script>alert" not in text
+    assert ": 3 times, 1 without an answer, $0.0020</li>" in text
+    assert "<li>judge by large: $0</li>" in text
+    assert "asked models to decide" not in render(busy())
 
 
 def test_the_assets_fetch_nothing_from_elsewhere():
@@ -168,3 +182,18 @@ def test_requests_are_counted_by_model_and_in_time():
     assert 'anabranch_tokens_total{direction="prompt",model="m"} 3.0' in text
     assert 'anabranch_spend_nano_dollars_total{model="m",strategy="s"} 7.0' in text
     assert 'anabranch_breaker_open{deployment="d"} 1.0' in text
+
+
+def test_calls_of_strategies_are_counted_apart_from_requests():
+    metrics = Metrics(lambda: 100.0)
+    fields = {"requested": "m", "strategy": "s", "purpose": "judge"}
+    metrics.called(LedgerRow(request_id="r.1", prompt_tokens=3, completion_tokens=2, cost_nano=7, **fields))
+    metrics.called(LedgerRow(request_id="r.2", status="error", **fields))
+    [moment] = metrics.history
+    assert (moment.requests, moment.errors, moment.nano) == (0, 0, 7)
+    text = metrics.text().decode()
+    assert 'anabranch_strategy_calls_total{model="m",purpose="judge",status="ok"} 1.0' in text
+    assert 'anabranch_strategy_calls_total{model="m",purpose="judge",status="error"} 1.0' in text
+    assert 'anabranch_tokens_total{direction="prompt",model="m"} 3.0' in text
+    assert 'anabranch_spend_nano_dollars_total{model="m",strategy="s"} 7.0' in text
+    assert "anabranch_requests_total{" not in text

@@ -17,6 +17,7 @@ import pytest
 from anabranch.errors import BackendError, BudgetError, DataError, InputError
 from anabranch.gateway.money import Price
 from anabranch.gateway.store import CollectedRow, LedgerQuery, LedgerRow, Spend, open_store, schema, subjects_of
+from anabranch.gateway.store.batch import ledger_values
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86_400.0
@@ -853,10 +854,14 @@ def test_migrations(url):
 
 
 def test_a_store_of_the_first_release_is_brought_up_to_date(url, monkeypatch):
+    def write(connection):
+        columns = schema.LEDGER[: schema.LEDGER.index("parent_id")]
+        connection.insert("ledger", columns, [ledger_values(row("a", 5))[: len(columns)]])
+        connection.insert("feedback", schema.FEEDBACK, [("a", 1, "", 1.0, "")])
+
     async def old():
         async with open_store(url) as store:
-            await spend(store, "a", ["global"], 5, 5)
-            await store.feedback("a", 1.0)
+            await store._do(write)
 
     async def new():
         async with open_store(url) as store:

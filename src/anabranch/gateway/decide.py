@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anabranch.errors import ConfigError, InputError
+from anabranch.errors import ConfigError, InputError, LimitError
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
 from anabranch.gateway.embed import Embedder
 from anabranch.gateway.learning.kept import made_from
@@ -207,6 +207,9 @@ class Lane:
                 return await work
         except TimeoutError:
             raise BypassError("slow", f"it took longer than {self.timeout_s:g} s") from None
+        except LimitError as error:
+            # Of what it asks. The words are ours, and quote nobody.
+            raise BypassError("limit", str(error)) from None
         except InputError:
             raise
         except Exception as error:
@@ -338,8 +341,8 @@ class Decider:
                 messages = await lane.prepare(query, candidate.model, decision)
                 if messages is not query.messages:
                     found[candidate.model] = messages
-        except BypassError as error:
-            self._on_bypass(name, error.why)
+        except (BypassError, InputError) as error:
+            self._on_bypass(name, error.why if isinstance(error, BypassError) else "raised")
             return {}
         return found
 
@@ -365,7 +368,9 @@ class Decider:
                 return await lane.accept(query, model, answer.text, _details(answer))
             except BypassError as error:
                 self._on_bypass(name, error.why)
-                return True
+            except InputError:
+                self._on_bypass(name, "raised")
+            return True
 
         return accept
 

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -33,7 +33,7 @@ from anabranch.gateway.query import Decision
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import CollectedRow, KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
-from anabranch.gateway.strategy import Strategy
+from anabranch.gateway.strategy import Purpose, Strategy
 from anabranch.gateway.told import Collecting
 from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.web.api_error import ApiError
@@ -178,6 +178,11 @@ class Gateway:
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
+    def keep(self, task: asyncio.Task[Any]) -> None:
+        """Have a task that somebody else waits for end before the gateway does."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -266,21 +271,17 @@ class Gateway:
         return self._iterated(answer) if isinstance(answer, AsyncIterator) else answer
 
     async def aroute(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
-        """Where a request would go; nothing is asked, reserved or kept. Raises ApiError."""
-        await self.authenticate(key)
-        return await self.explain({**(body or {}), **fields})
+        """Where a request would go. Nothing is asked, reserved or kept, but by a strategy that asks models. Raises ApiError."""
+        return await self.explain({**(body or {}), **fields}, await self.authenticate(key))
 
-    async def explain(self, body: dict[str, Any]) -> Decision:
+    async def explain(self, body: dict[str, Any], record: KeyRecord | None = None) -> Decision:
         """`aroute` for operators, who need no key."""
         life = Life(self, self.runtime, "chat", body, {}, "route")
         token = _CURRENT.set(life)
         try:
-            return await life.route()
+            return await life.route(record)
         finally:
             _CURRENT.reset(token)
-            # A strategy that asks models has spent something, or tried to.
-            if life.reservation is not None:
-                life.end("ok", 200)
 
     def route(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
         """`aroute` for code without an event loop."""
@@ -351,9 +352,18 @@ class Gateway:
             "object": "feedback", "request_id": row.request_id, "score": score, "model": row.model, "learned": learned
         }  # fmt: skip
 
-    def settle(self, reservation: Reservation | None, row: LedgerRow, collected: CollectedRow | None = None) -> None:
+    def settle(
+        self,
+        reservation: Reservation | None,
+        row: LedgerRow,
+        collected: CollectedRow | None = None,
+        calls: Sequence[LedgerRow] = (),
+    ) -> None:
         """End a request in the store; it is written soon, whoever waits or not."""
-        done = self.store.append(row) if reservation is None else self.store.settle(reservation, row, collected)
+        if reservation is None:
+            done = self.store.append(row)
+        else:
+            done = self.store.settle(reservation, row, collected, calls)
         done.add_done_callback(_noted)
 
     def keeps_texts(self, body: Mapping[str, Any]) -> bool:
@@ -390,12 +400,14 @@ class Gateway:
         self.metrics.bypassed.labels(strategy, why).inc()
 
 
-async def _ask(model: str, prompt: str, *, max_tokens: int, temperature: float) -> str:
+async def _ask(
+    model: str, prompt: str, *, max_tokens: int, temperature: float, purpose: Purpose | None = None
+) -> str:
     """How strategies ask models: on account of the request that is being decided."""
     life = _CURRENT.get(None)
     if life is None:
         raise InputError("a strategy can only ask models while a request is decided")
-    return await life.ask(model, prompt, max_tokens, temperature)
+    return await life.calls.ask(model, prompt, max_tokens, temperature, purpose)
 
 
 async def _chunks(reply: Reply) -> AsyncIterator[dict[str, Any]]:

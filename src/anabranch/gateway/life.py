@@ -10,8 +10,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import BudgetError, InputError, LimitError, RateError, UnknownModelError
@@ -22,13 +23,15 @@ from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.http.sse import chunks_of
 from anabranch.gateway.metrics import Ended
-from anabranch.gateway.money import dollars
+from anabranch.gateway.money import dollars, nano_dollars
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest
+from anabranch.gateway.purse import Hold, Purse
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, Reservation, subjects_of
-from anabranch.gateway.told import Collecting, collected_of, explained, headers_of, row_of, seen_of, texts_of
+from anabranch.gateway.strategy_calls import StrategyCalls
+from anabranch.gateway.told import Collecting, call_rows, collected_of, explained, headers_of, row_of, seen_of, texts_of
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.ids import new_id
@@ -77,9 +80,12 @@ class Life:
         self.candidates: tuple[str, ...] = ()
         # Messages that the strategy sends to a model in place of the sender's.
         self.prepared: dict[str, Any] = {}
-        self.reservation: Reservation | None = None
-        # What models cost that the strategy asked to decide.
-        self.asked_nano = 0
+        most = runtime.config.limits.request_usd
+        self.purse = Purse(self._set_aside, self._set_more_aside, None if most is None else nano_dollars(most))
+        # Of the call for the answer, its further attempts among it.
+        self.hold = Hold()
+        # What models are asked that the strategy needs to decide.
+        self.calls = StrategyCalls(self)
         self.report: Report | None = None
         self.exact_key: bytes | None = None
         self.context: tuple[bytes, str] | None = None
@@ -105,10 +111,17 @@ class Life:
         except BaseException as error:
             raise self._failed(error) from None
 
-    async def route(self) -> Decision:
-        """Only the decision. Raises ApiError."""
-        self._read()
-        await self._decide()
+    async def route(self, record: KeyRecord | None) -> Decision:
+        """Only the decision; there is a row only if the strategy asked a model for it. Raises ApiError."""
+        self.record, self.subjects = record, subjects_of(record)
+        try:
+            self._read()
+            await self._decide()
+        finally:
+            if self.purse.is_empty:
+                self.calls.close(lambda: None)
+            else:
+                self.end("ok", 200)
         assert self.decided is not None
         return self.decided.decision
 
@@ -265,7 +278,11 @@ class Life:
             has_images=has_images(messages), headers=headers, tenant=self.tenant, user=self.user,
             knobs=self.target.knobs, vector_D=self.vector,
         )  # fmt: skip
-        self.decided = decided = await runtime.decider.decide(self.target.strategy, query, self._pool())
+        try:
+            self.decided = decided = await runtime.decider.decide(self.target.strategy, query, self._pool())
+        finally:
+            # What a strategy leaves behind would hold money that the answer needs.
+            await self.calls.stop()
         if not decided.bypassed:
             self.prepared = await runtime.decider.prepared(self.target.strategy, decided.query, decided.decision)
 
@@ -290,7 +307,7 @@ class Life:
         refused: BudgetError | None = None
         for at, candidate in enumerate(candidates):
             try:
-                await self._hold(self.asked_nano + self.worst_nano(candidate.model))
+                self.hold = await self.purse.hold(self.worst_nano(candidate.model))
             except BudgetError as error:
                 refused = refused or error
                 if self.target.model is not None:
@@ -318,50 +335,27 @@ class Life:
 
     async def _allow(self, model: str, spent_nano: int) -> bool:
         """Whether a further attempt may be paid for, asked by the dispatcher before each one but the first."""
-        try:
-            await self._hold(self.asked_nano + spent_nano + self._open_nano() + self.worst_nano(model))
-        except BudgetError:
-            return False
-        return True
+        return await self.purse.can_raise(self.hold, spent_nano + self._open_nano() + self.worst_nano(model))
 
     def _open_nano(self) -> int:
         """The most that attempts under way may cost: a hedge is paid beside the first."""
         attempts = () if self.report is None else self.report.attempts
         return sum(self.worst_nano(attempt.model) for attempt in attempts if attempt.status == "open")
 
-    async def _hold(self, nano: int) -> None:
-        """Have so many nano-dollars in all set aside. Raises BudgetError, and what was set aside stays so."""
-        store = self.gateway.store
-        if self.reservation is None:
-            self.reservation = await store.reserve(
-                self.id, self.subjects, nano, requested=self.label, strategy=self.strategy
-            )
-        elif nano > self.reservation.nano:
-            self.reservation = await store.grow(self.reservation, nano)
+    async def _set_aside(self, nano: int) -> Reservation:
+        return await self.gateway.store.reserve(
+            self.id, self.subjects, nano, requested=self.label, strategy=self.strategy
+        )
 
-    async def ask(self, model: str, prompt: str, max_tokens: int, temperature: float) -> str:
-        """A model's answer for the strategy, charged to this request. Raises AnabranchError."""
-        if model not in self.runtime.models:
-            raise InputError(f"a strategy asks for model {model!r}, which is not in the config")
-        messages = [{"role": "user", "content": prompt}]
-        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
-        worst = self.runtime.models[model].price.cost(count_prompt(body).at_most, max_tokens)
-        await self._hold((0 if self.reservation is None else self.reservation.nano) + worst)
-        dispatcher = self.runtime.dispatcher
-        report, left_s = Report(), self.runtime.config.deadline_s - self.elapsed()
-        plan = Plan(candidates=(model,), deadline=dispatcher.now() + left_s, report=report)
-        try:
-            answer = await dispatcher.complete(plan, UpstreamRequest("chat", body, request_id=self.id))
-        finally:
-            self.asked_nano += report.cost
-        return answer.text
+    async def _set_more_aside(self, reservation: Reservation, nano: int) -> Reservation:
+        return await self.gateway.store.grow(reservation, nano)
 
     # The call
 
     async def _call(self) -> Reply:
         assert self.decided is not None
         runtime, strategy = self.runtime, self.target.strategy
-        accept = None if strategy is None else runtime.decider.acceptance(strategy, self.decided.query)
+        judge = None if strategy is None else runtime.decider.acceptance(strategy, self.decided.query)
         self.dispatched = self.elapsed()
         request = UpstreamRequest(self.endpoint, self._bounded(), request_id=self.id, prompt_tokens=self.count.tokens)
         keeps = request.stream and (
@@ -370,7 +364,7 @@ class Life:
         self.report = Report()
         plan = Plan(
             candidates=self.candidates, report=self.report, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
-            accept=accept, allow=self._allow, keep=keeps,
+            accept=None if judge is None else partial(self._accept, judge), allow=self._allow, keep=keeps,
             requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
         )  # fmt: skip
         if request.stream:
@@ -381,6 +375,15 @@ class Life:
         self._note(answer)
         self.end("ok", 200)
         return Reply(body=answer.data, headers=headers_of(self, answer.report))
+
+    async def _accept(self, judge: Callable[[str, Any], Awaitable[bool]], model: str, answer: Answer) -> bool:
+        """Whether the strategy takes an answer. What the attempts so far did not need may be spent on asking about it."""
+        assert self.report is not None
+        self.purse.lower_to(self.hold, self.report.cost + self._open_nano())
+        try:
+            return await judge(model, answer)
+        finally:
+            await self.calls.stop()
 
     def elapsed(self) -> float:
         """Seconds so far."""
@@ -395,12 +398,19 @@ class Life:
         self.is_over = True
         if self.ticket is not None:
             self.ticket.abandon()
-        report, latency_s = self.report or Report(), self.elapsed()
-        row = row_of(self, report, latency_s, status, code, cache)
-        self.gateway.settle(self.reservation, row, collected_of(self, row))
-        self._tell(row, report, http_status, latency_s)
+        latency_s = self.elapsed()
+        # What its strategy has left behind ends first: it costs something too.
+        self.calls.close(lambda: self._settle(status, http_status, code, cache, latency_s))
 
-    def _tell(self, row: LedgerRow, report: Report, http_status: int, latency_s: float) -> None:
+    def _settle(self, status: str, http_status: int, code: str, cache: str, latency_s: float) -> None:
+        report = self.report or Report()
+        row, calls = row_of(self, report, latency_s, status, code, cache), call_rows(self)
+        self.purse.close(lambda held: self.gateway.settle(held, row, collected_of(self, row), calls))
+        self._tell(row, calls, report, http_status, latency_s)
+
+    def _tell(
+        self, row: LedgerRow, calls: Sequence[LedgerRow], report: Report, http_status: int, latency_s: float
+    ) -> None:
         """Everybody who wants to know that it is over: rate limits, metrics, the page, the strategy, the store's decisions."""
         gateway, decided = self.gateway, self.decided
         if self.tpm is not None and report.attempts:
@@ -415,9 +425,12 @@ class Life:
                 nano=row.cost_nano,
             )
         )  # fmt: skip
-        for attempt in report.attempts:
-            gateway.metrics.attempted(attempt.deployment, attempt.status)
-        gateway.seen(seen_of(self, row, report, http_status, latency_s, overhead_s))
+        for call in calls:
+            gateway.metrics.called(call)
+        for one in (report, *(call.report for call in self.calls.made)):
+            for attempt in one.attempts:
+                gateway.metrics.attempted(attempt.deployment, attempt.status)
+        gateway.seen(seen_of(self, row, calls, report, http_status, latency_s, overhead_s))
         if decided is None:
             return
         if self.runtime.config.log.decisions:

@@ -9,6 +9,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from anabranch.gateway.store import LedgerRow
+
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 OVERHEAD_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 
@@ -52,7 +54,7 @@ class Ended:
         overhead_s: what the gateway took of it.
         prompt_tokens: of the answer's usage.
         completion_tokens: likewise.
-        nano: nano-dollars.
+        nano: nano-dollars, without what strategies asked.
     """
 
     endpoint: str
@@ -114,6 +116,12 @@ class Metrics:
         self.attempts = Counter(
             "anabranch_attempts", "Calls to deployments", ["deployment", "outcome"], registry=registry
         )
+        self.calls = Counter(
+            "anabranch_strategy_calls",
+            "Calls of models that strategies made to decide",
+            ["purpose", "model", "status"],
+            registry=registry,
+        )
         self.refused = Counter("anabranch_refused", "Requests refused before any call", ["code"], registry=registry)
         self.in_flight = Gauge("anabranch_in_flight", "Requests under way", registry=registry)
         self.tasks = Gauge("anabranch_tasks", "asyncio tasks of the process", registry=registry)
@@ -145,6 +153,18 @@ class Metrics:
         now.errors += request.status >= 500 or request.status == 429
         now.hits += bool(request.cache)
         now.nano += request.nano
+
+    def called(self, call: LedgerRow) -> None:
+        """Count a call that a strategy made, by its row in the ledger."""
+        held, model = self._child, call.requested
+        held(self.calls, call.purpose, model, call.status).inc()
+        if call.prompt_tokens:
+            held(self.tokens, model, "prompt").inc(call.prompt_tokens)
+        if call.completion_tokens:
+            held(self.tokens, model, "completion").inc(call.completion_tokens)
+        if call.cost_nano:
+            held(self.nano, model, call.strategy or "none").inc(call.cost_nano)
+            self.now().nano += call.cost_nano
 
     def cached(self, result: str) -> None:
         """Count a look into the caches: ``exact``, ``semantic``, ``shared`` or ``miss``."""

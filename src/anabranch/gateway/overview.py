@@ -59,9 +59,11 @@ class Overview:
         if request.status != 200 or request.cache or not request.chosen:
             return
         quality = next((one.get("quality") for one in request.candidates if one.get("model") == request.chosen), None)
-        for mean in self._of(request.chosen, request.strategy):
+        asked_nano = sum(call["nano"] for call in request.calls)
+        for (kind, _), mean in self._of(request.chosen, request.strategy).items():
             mean.count += 1
-            mean.cost += dollars(request.nano)
+            # What a strategy asked is no cost of the model that it chose.
+            mean.cost += dollars(request.nano - (asked_nano if kind == "model" else 0))
             if quality is not None:
                 mean.predicted[0] += 1
                 mean.predicted[1] += quality
@@ -69,13 +71,13 @@ class Overview:
     def judged(self, row: LedgerRow, score: float) -> None:
         """Somebody scored an answer."""
         if row.model:
-            for mean in self._of(row.model, row.strategy):
+            for mean in self._of(row.model, row.strategy).values():
                 mean.judged[0] += 1
                 mean.judged[1] += score
 
-    def _of(self, model: str, strategy: str) -> list[_Mean]:
+    def _of(self, model: str, strategy: str) -> dict[tuple[str, str], _Mean]:
         names = [("model", model), ("live", "all traffic"), *([("strategy", strategy)] if strategy else [])]
-        return [self._means.setdefault(name, _Mean()) for name in names]
+        return {name: self._means.setdefault(name, _Mean()) for name in names}
 
     async def snapshot(self) -> Snapshot:
         """All of it, now."""

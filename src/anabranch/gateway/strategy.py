@@ -15,7 +15,7 @@ says no. One that asks models itself (``is_async``) is awaited: ``aroute``, ``aa
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -30,6 +30,9 @@ Facts = dict[str, Any]
 
 # Texts to unit vectors [N, D].
 Embed = Callable[[Sequence[str]], np.ndarray]
+
+# What a strategy asks a model for, as ledger and metrics call it.
+Purpose = Literal["route", "draft", "judge", "other"]
 
 
 class Metrics(Protocol):
@@ -80,11 +83,17 @@ class Errands(Protocol):
 class Complete(Protocol):
     """How a strategy asks a model of the gateway: its name, the text, and how; the answer's text comes back.
 
-    The gateway counts these calls as any other and charges them to the request they are made for.
+    The gateway counts these calls as any other, charges them to the request they are made for, and writes each into the ledger. They
+    go to models that the key of the request may use, and there are limits to their number and time (`LimitsConfig`).
     """
 
-    def __call__(self, model: str, prompt: str, *, max_tokens: int, temperature: float) -> Awaitable[str]:
-        """Raises an AnabranchError if no answer comes."""
+    def __call__(
+        self, model: str, prompt: str, *, max_tokens: int, temperature: float, purpose: Purpose | None = None
+    ) -> Awaitable[str]:
+        """Ask. ``purpose`` may be left out: it is ``route`` while the strategy decides, ``judge`` while it judges an answer.
+
+        Raises an AnabranchError if no answer comes, or the call may not be made.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

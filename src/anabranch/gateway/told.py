@@ -3,6 +3,7 @@
 Read from a `Life`; nothing here changes it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from anabranch.gateway.dispatch import Report
 from anabranch.gateway.query import Decision
 from anabranch.gateway.store import CollectedRow, LedgerRow
 from anabranch.gateway.store.records import clean
+from anabranch.gateway.strategy_calls import StrategyCall
 from anabranch.gateway.ui import Seen
 
 if TYPE_CHECKING:
@@ -90,7 +92,13 @@ def _flags(life: "Life", report: Report) -> tuple[str, ...]:
 
 
 def seen_of(
-    life: "Life", row: LedgerRow, report: Report, http_status: int, latency_s: float, overhead_s: float
+    life: "Life",
+    row: LedgerRow,
+    calls: Sequence[LedgerRow],
+    report: Report,
+    http_status: int,
+    latency_s: float,
+    overhead_s: float,
 ) -> Seen:
     """For the page: everything but what was asked and answered."""
     decision = life.decided.decision if life.decided is not None else None
@@ -101,24 +109,41 @@ def seen_of(
         candidates=() if decision is None else _candidates(decision), details={} if decision is None else decision.details,
         attempts=[{"deployment": one.deployment, "outcome": one.status, "seconds": one.total_s} for one in report.attempts],
         status=http_status, cache=row.cache, bypassed=life.decided.bypassed if life.decided is not None else "",
-        prompt_tokens=row.prompt_tokens or life.count.tokens, completion_tokens=row.completion_tokens, nano=row.cost_nano,
-        latency_s=latency_s, overhead_s=overhead_s,
+        prompt_tokens=row.prompt_tokens or life.count.tokens, completion_tokens=row.completion_tokens,
+        nano=row.cost_nano + sum(call.cost_nano for call in calls), latency_s=latency_s, overhead_s=overhead_s,
+        calls=[{"purpose": one.purpose, "model": one.requested, "outcome": one.status, "nano": one.cost_nano} for one in calls],
     )  # fmt: skip
 
 
 def row_of(life: "Life", report: Report, latency_s: float, status: str, code: str, cache: str) -> LedgerRow:
     """The ledger's row of a request that is over."""
     usage, price = report.usage, life.runtime.models[report.model].price if report.model else None
-    nano = report.cost + life.asked_nano
     decided = life.decided
     candidates = () if decided is None else tuple(one.model for one in decided.decision.candidates)
     return LedgerRow(
         request_id=life.id, key_id=life.tenant, user=life.user, team="" if life.record is None else life.record.team,
         tags=life.tags, requested=life.label, strategy=life.strategy, candidates=candidates,
         model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
-        completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated, price=price, cost_nano=nano,
+        completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated, price=price, cost_nano=report.cost,
         latency_us=round(latency_s * 1e6), first_token_us=_first_token_us(life, report),
         overhead_us=round(overhead_s(life, report) * 1e6), status=status, code=code, cache=cache, flags=_flags(life, report),
+    )  # fmt: skip
+
+
+def call_rows(life: "Life") -> list[LedgerRow]:
+    """The ledger's rows of what the strategy asked."""
+    return [_call_row(life, call) for call in life.calls.made]
+
+
+def _call_row(life: "Life", call: StrategyCall) -> LedgerRow:
+    report, usage = call.report, call.report.usage
+    return LedgerRow(
+        request_id=call.id, parent_id=life.id, purpose=call.purpose, requested=call.model, strategy=life.strategy,
+        candidates=(call.model,), model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts),
+        prompt_tokens=usage.prompt, completion_tokens=usage.completion, cached_tokens=usage.cached,
+        is_estimated=usage.is_estimated, price=life.runtime.models[call.model].price, cost_nano=report.cost,
+        reserved_nano=call.held_nano, latency_us=round(call.latency_s * 1e6), status=call.status, code=call.code,
+        flags=("hedged",) if any(attempt.is_hedge for attempt in report.attempts) else (),
     )  # fmt: skip
 
 
@@ -139,7 +164,7 @@ def texts_of(life: "Life") -> dict[str, Any]:
     """What was asked and answered, for the store: as much as a router is learned from, and another model asked with.
 
     ``messages`` is there where they are more than the one text; ``None`` where they are too long to be kept. ``settings`` are what else
-    was asked for, with which the same model would have said something else; ``asked_nano`` what others cost that helped to choose it.
+    was asked for, with which the same model would have said something else.
     """
     body = life.body
     query = asked_text(life.endpoint, body)
@@ -163,8 +188,6 @@ def texts_of(life: "Life") -> dict[str, Any]:
         settings["messages"] = True
     if settings:
         found["settings"] = settings
-    if life.asked_nano:
-        found["asked_nano"] = life.asked_nano
     return found
 
 

@@ -31,6 +31,7 @@ Team = Annotated[str | None, typer.Option(metavar="TEAM", help="Of this team.")]
 Tag = Annotated[str | None, typer.Option(metavar="TAG", help="With this tag.")]
 Model = Annotated[str | None, typer.Option(metavar="MODEL", help="Answered by this model.")]
 Status = Annotated[str | None, typer.Option(metavar="S", help="ok, error, refused, cancelled or crashed.")]
+Calls = Annotated[bool, typer.Option("--calls", help="And the calls that strategies made for requests.")]
 
 
 @app.command("list")
@@ -43,16 +44,17 @@ def show(
     tag: Tag = None,
     model: Model = None,
     status: Status = None,
+    calls: Calls = False,
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Rows at most.")] = 20,
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """List requests, newest first.
+    """List requests, newest first. Their cost holds what their strategies asked, unless that is listed too (--calls).
 
     Example: anabranch gateway ledger list --since 24h --status error
     """
-    query = _query(since, until, key, user, team, tag, model, status)
-    rows = with_store(store, lambda opened: opened.ledger(dataclasses.replace(query, limit=limit)))
+    query = dataclasses.replace(_query(since, until, key, user, team, tag, model, status), calls=calls, limit=limit)
+    rows = with_store(store, lambda opened: opened.ledger(query))
     if as_json:
         print_json({"rows": [facts(row) for row in rows]})
         return
@@ -68,7 +70,7 @@ def show(
         "cost\n($)",
         "time\n(ms)",
     ]
-    table(heads, [_cells(row) for row in rows], text_columns=6)
+    table(heads, [_cells(row, row.cost_nano if calls else row.total_nano) for row in rows], text_columns=6)
 
 
 @app.command()
@@ -82,7 +84,7 @@ def spend(
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Add up what was spent. A request with several tags counts in each of them.
+    """Add up what was spent, what strategies asked too. A request with several tags counts in each of them.
 
     Example: anabranch gateway ledger spend --by team --by model --since 30d
     """
@@ -124,7 +126,7 @@ def export(
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Write requests into a table, oldest first; money in nano-dollars, so that sums are exact.
+    """Write requests into a table, oldest first; money in nano-dollars, so that sums are exact. What strategies asked is there too.
 
     Example: anabranch gateway ledger export --since 2026-11-01 --out november.parquet
     """
@@ -135,7 +137,7 @@ def export(
         raise InputError(f"--out is {str(out)!r}; it must end in {' or '.join(writers)}")
     file = store_file(store)
     check_apart([out], [file])
-    query = _query(since, until, key, user, team, tag, model, status)
+    query = dataclasses.replace(_query(since, until, key, user, team, tag, model, status), calls=True)
 
     async def pages(opened: Store) -> AsyncIterator[list[LedgerRow]]:
         last = 0
@@ -212,11 +214,12 @@ def _query(
     )
 
 
-def _cells(row: LedgerRow) -> list[str]:
+def _cells(row: LedgerRow, nano: int) -> list[str]:
+    asked = f"{row.purpose}: {row.requested}" if row.parent_id else row.requested
     return [
-        when(row.ts_us), row.request_id, row.key_id or "-", row.requested or "-", row.model or "-",
+        when(row.ts_us), row.request_id, row.key_id or "-", asked or "-", row.model or "-",
         f"{row.status} {row.code}".strip() + (f" ({row.cache})" if row.cache else ""), f"{row.prompt_tokens:,}",
-        f"{row.completion_tokens:,}", amount(row.cost_nano), "-" if row.latency_us is None else f"{row.latency_us / 1000:,.1f}",
+        f"{row.completion_tokens:,}", amount(nano), "-" if row.latency_us is None else f"{row.latency_us / 1000:,.1f}",
     ]  # fmt: skip
 
 
@@ -254,7 +257,7 @@ async def _write_parquet(path: Path, pages: AsyncIterator[list[LedgerRow]]) -> i
     from pyarrow import parquet
 
     kinds = {"is_estimated": pa.bool_(), "quality": pa.float64()}
-    whole = ("_us", "_tokens", "_nano", "attempts", "seq", "price_input", "price_output", "price_cached_input")
+    whole = ("_us", "_tokens", "_nano", "attempts", "calls", "seq", "price_input", "price_output", "price_cached_input")
     texts = {name: pa.int64() if name.endswith(whole) else pa.string() for name in _names()}
     schema = pa.schema({**texts, **kinds}.items())
     count = 0

@@ -63,7 +63,7 @@ class Said:
 
     @classmethod
     def of_row(cls, text: str, row: LedgerRow, helpers_nano: int = 0) -> "Said":
-        """An answer to a user; ``helpers_nano`` of its cost were for choosing the model."""
+        """An answer to a user; ``helpers_nano`` of its cost were for choosing the model, in rows of before that had rows of its own."""
         latency_s = None if row.latency_us is None else row.latency_us / 1e6
         return cls(
             text, dollars(max(0, row.cost_nano - helpers_nano)), (row.prompt_tokens, row.completion_tokens), latency_s

@@ -194,6 +194,9 @@ class LimitsConfig(Config):
         most_tokens: largest ``max_tokens`` a request may name.
         in_flight: requests at a time; more get 429.
         rpm, tpm: requests and tokens a minute of a key that has no limits of its own; None is no limit.
+        strategy_calls: calls of models that a strategy may make for one request, to decide or to judge an answer.
+        strategy_calls_s: seconds of a request in which such calls may be under way; the rest is for the answer.
+        request_usd: dollars that one request may cost in all, those calls among them; None leaves that to budgets.
     """
 
     body_bytes: int = Field(default=16 << 20, ge=1)
@@ -204,6 +207,9 @@ class LimitsConfig(Config):
     in_flight: int = Field(default=1024, ge=1)
     rpm: int | None = Field(default=None, ge=1)
     tpm: int | None = Field(default=None, ge=1)
+    strategy_calls: int = Field(default=64, ge=0)
+    strategy_calls_s: float = Field(default=60.0, gt=0)
+    request_usd: float | None = Field(default=None, gt=0, le=1e6)
 
 
 @configclass

@@ -74,7 +74,7 @@ def _scored(row: "LedgerRow", decision: dict[str, Any], texts: dict[str, Any], b
     chosen = row.model if chosen is None else chosen
     asked = decision.get("asked")
     was_asked = chosen in asked if isinstance(asked, list) else chosen == row.model or row.attempts > 1
-    # What others cost that a strategy asked is no cost of the model it chose.
+    # What others cost that a strategy asked is no cost of the model it chose. In rows of before they had rows of their own it is in there.
     helpers = texts.get("asked_nano")
     cost_nano = row.cost_nano - helpers if isinstance(helpers, int) else row.cost_nano
     return {

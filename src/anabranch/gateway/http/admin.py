@@ -39,6 +39,13 @@ class _Call:
             raise wrong(name, f"{name} is {text[:20]!r}; it must be a number from 1 to {most:,}")
         return int(text)
 
+    def flag(self, name: str) -> bool:
+        """Yes or no of the query. Raises ApiError."""
+        text = self.query[name]
+        if text not in ("true", "false"):
+            raise wrong(name, f"{name} is {text[:20]!r}; it must be true or false")
+        return text == "true"
+
     def text(self, name: str, default: str = "") -> str:
         """A text of the body. Raises ApiError."""
         value = self.body.get(name, default)
@@ -153,10 +160,12 @@ class AdminRoutes:
         return {"feedback": [dataclasses.asdict(row) for row in rows]}
 
     async def _ledger(self, call: _Call) -> Any:
-        names = ("request_id", "key_id", "user", "team", "tag", "model", "strategy", "status")
+        names = ("request_id", "key_id", "user", "team", "tag", "model", "strategy", "status", "parent_id")
         wanted: dict[str, Any] = {name: call.query[name] for name in names if name in call.query}
         if "before_seq" in call.query:
             wanted["before_seq"] = call.number("before_seq", 1, 2**62)
+        if "calls" in call.query:
+            wanted["calls"] = call.flag("calls")
         rows = await self._gateway.store.ledger(LedgerQuery(limit=call.number("limit", 100), **wanted))
         return {"rows": [dataclasses.asdict(row) for row in rows]}
 

@@ -74,11 +74,17 @@ class Insert(Job):
 
 @dataclass(slots=True, eq=False)
 class Settle(Job):
-    """Replace what was set aside by what was spent, and write the row of the request; ``also`` what belongs to it, both or neither."""
+    """Replace what was set aside by what was spent, and write the row of the request.
+
+    Attributes:
+        also: rows that belong to it, all or none.
+        calls: rows of what a strategy asked for it; their cost is spent too.
+    """
 
     reservation: Reservation
     row: LedgerRow
     also: tuple[Insert, ...] = ()
+    calls: tuple[LedgerRow, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -222,14 +228,21 @@ class _Books:
                 job.row.cost_nano,
             )
             return
+        calls_nano = sum(call.cost_nano for call in job.calls)
+        total_nano = job.row.cost_nano + calls_nano
         for one in self._of(job.reservation.subjects):
             one.reserved -= nano
-            one.spent += job.row.cost_nano
+            one.spent += total_nano
             one.is_changed = True
         self.gone.append(request)
         self.closed.add(request)
-        flags = (*job.row.flags, "over_reserved") if job.row.cost_nano > nano else job.row.flags
-        row = replace(job.row, ts_us=self.now_us, reserved_nano=nano, flags=flags, **owners(job.reservation.subjects))
+        flags = (*job.row.flags, "over_reserved") if total_nano > nano else job.row.flags
+        whose = owners(job.reservation.subjects)
+        for call in job.calls:
+            self.ledger.append(ledger_values(replace(call, ts_us=self.now_us, parent_id=request, **whose)))
+        row = replace(
+            job.row, ts_us=self.now_us, reserved_nano=nano, flags=flags, calls=len(job.calls), calls_nano=calls_nano, **whose
+        )
         self.ledger.append(ledger_values(row))
         for insert in job.also:
             self._insert(insert)
@@ -350,7 +363,8 @@ def ledger_values(row: LedgerRow) -> Row:
         clean(row.strategy), joined(row.candidates), clean(row.model), clean(row.deployment), row.attempts, row.prompt_tokens,
         row.completion_tokens, row.cached_tokens, int(row.is_estimated), None if price is None else price.input,
         None if price is None else price.output, None if price is None else price.cached_input, row.cost_nano, row.reserved_nano,
-        row.latency_us, row.first_token_us, row.overhead_us, row.status, clean(row.code), row.cache, joined(row.flags),
+        row.latency_us, row.first_token_us, row.overhead_us, row.status, clean(row.code), row.cache, joined(row.flags), row.parent_id,
+        row.purpose, row.calls, row.calls_nano,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ DAY_US = 86_400 * 10**6
 _COLUMN = {"key": "key_id", "user": "owner", "team": "team"}
 _GROUP = {
     "key": "key_id", "user": "owner", "team": "team", "model": "model", "deployment": "deployment", "strategy": "strategy",
-    "requested": "requested", "status": "status", "cache": "cache", "tag": "tags", "day": f"ts_us / {DAY_US}",
+    "requested": "requested", "status": "status", "cache": "cache", "purpose": "purpose", "tag": "tags", "day": f"ts_us / {DAY_US}",
 }  # fmt: skip
 GROUPS = tuple(_GROUP)
 
@@ -60,10 +60,15 @@ def read_ledger_rows(connection: Connection, query: LedgerQuery) -> list[LedgerR
     if not 1 <= query.limit <= MAX_ROWS:
         raise InputError(f"limit is {query.limit}; it must be 1 to {MAX_ROWS:,}")
     parts, values = ["1 = 1"], {}
-    for column in ("request_id", "key_id", "team", "model", "strategy", "status"):
+    for column in ("request_id", "key_id", "team", "model", "strategy", "status", "parent_id"):
         if (value := getattr(query, column)) is not None:
             parts.append(f"{column} = :{column}")
             values[column] = value
+    if query.parent_id is not None:
+        # So that the index is used.
+        parts.append("parent_id <> ''")
+    elif not query.calls:
+        parts.append("parent_id = ''")
     if query.user is not None:
         parts.append("owner = :owner")
         values["owner"] = query.user
@@ -88,7 +93,10 @@ def read_ledger_rows(connection: Connection, query: LedgerQuery) -> list[LedgerR
 
 
 def read_spend(connection: Connection, by: Sequence[str], since_us: int | None, until_us: int | None) -> list[Spend]:
-    """Totals by group, dearest first; of days, in their order. A row with several tags counts in each of them."""
+    """Totals by group, dearest first; of days, in their order. A row with several tags counts in each of them.
+
+    Calls of strategies count for what they cost, and are no requests.
+    """
     for name in by:
         if name not in _GROUP:
             raise InputError(f"spend by {name!r} is not known; use {', '.join(GROUPS)}")
@@ -96,7 +104,8 @@ def read_spend(connection: Connection, by: Sequence[str], since_us: int | None, 
     sums = ", ".join(
         f"CAST(coalesce(sum({what}), 0) AS BIGINT)"
         for what in (
-            "1", "CASE WHEN status = 'ok' THEN 0 ELSE 1 END", "cost_nano", "prompt_tokens", "completion_tokens", "cached_tokens",
+            "CASE WHEN parent_id = '' THEN 1 ELSE 0 END", "CASE WHEN parent_id = '' AND status <> 'ok' THEN 1 ELSE 0 END",
+            "cost_nano", "prompt_tokens", "completion_tokens", "cached_tokens", "CASE WHEN parent_id = '' THEN 0 ELSE 1 END",
         )
     )  # fmt: skip
     grouped = f" GROUP BY {', '.join(columns)}" if columns else ""
@@ -105,16 +114,16 @@ def read_spend(connection: Connection, by: Sequence[str], since_us: int | None, 
     totals: dict[tuple[str, ...], list[int]] = {}
     for row in connection.rows(sql, since=since_us or 0, until=until):
         for group in _groups(by, row[: len(by)]):
-            total = totals.setdefault(group, [0] * 6)
+            total = totals.setdefault(group, [0] * 7)
             for place, value in enumerate(row[len(by) :]):
                 total[place] += int(value)
     found = [
         Spend(
             group=group, requests=total[0], errors=total[1], cost_nano=total[2], prompt_tokens=total[3], completion_tokens=total[4],
-            cached_tokens=total[5],
+            cached_tokens=total[5], calls=total[6],
         )
         for group, total in totals.items()
-        if total[0]
+        if total[0] or total[6]
     ]  # fmt: skip
     order: Callable[[Spend], Any] = lambda one: one.group if "day" in by else (-one.cost_nano, one.group)  # noqa: E731
     return sorted(found, key=order)

@@ -174,7 +174,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerRow:
-    """What became of one request. Rows are never changed.
+    """What became of one request, or of one call that a strategy made for it. Rows are never changed.
 
     Attributes:
         request_id: unique.
@@ -188,14 +188,17 @@ class LedgerRow:
         prompt_tokens, completion_tokens, cached_tokens: of all calls that are paid for.
         is_estimated: an upstream did not say, so tokens were counted here.
         price: of the model, as it was then.
-        cost_nano: nano-dollars.
-        reserved_nano: that were set aside; written by the store.
+        cost_nano: nano-dollars, without those of ``calls_nano``.
+        reserved_nano: that were set aside, for all of it; written by the store.
         latency_us, first_token_us: from the request to the end of the answer, and to its first token; None if there was none.
         overhead_us: time spent in the gateway; None if not measured.
         status: ``ok``, ``error``, ``refused``, ``cancelled``, or ``crashed`` for a request that a stopped process left behind.
         code: of the error, if any.
         cache: which cache answered; empty if none.
         flags: what else is worth knowing: ``hedged``, ``stitched``, ``over_reserved`` (cost more than was reserved), ``recovered``.
+        parent_id: of a call that a strategy made for a request: that request; empty for requests themselves.
+        purpose: what such a call was for; empty for requests.
+        calls, calls_nano: how many a strategy made for this request, and what they cost; written by the store.
         seq: its place in the ledger; set by the store.
         quality: mean score of its feedback; set by the store; None if nobody gave any.
     """
@@ -226,8 +229,17 @@ class LedgerRow:
     code: str = ""
     cache: str = ""
     flags: tuple[str, ...] = ()
+    parent_id: str = ""
+    purpose: str = ""
+    calls: int = 0
+    calls_nano: int = 0
     seq: int | None = None
     quality: float | None = None
+
+    @property
+    def total_nano(self) -> int:
+        """All that a request has cost."""
+        return self.cost_nano + self.calls_nano
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +249,8 @@ class LedgerQuery:
     Attributes:
         since_us, until_us: of ``ts_us``, the second excluded.
         request_id, key_id, user, team, tag, model, strategy, status: as in the row.
+        parent_id: calls that a strategy made for this request.
+        calls: rows of such calls too; else, and without ``parent_id``, there is one row for each request.
         before_seq: rows before this place, to read on where a page ended.
         limit: most rows.
         newest_first: the order.
@@ -252,6 +266,8 @@ class LedgerQuery:
     model: str | None = None
     strategy: str | None = None
     status: str | None = None
+    parent_id: str | None = None
+    calls: bool = False
     before_seq: int | None = None
     after_seq: int | None = None
     limit: int = 100
@@ -265,6 +281,7 @@ class Spend:
     Attributes:
         group: values of what was grouped by.
         requests, errors: how many, and how many of them did not end ``ok``.
+        calls: that strategies made for requests; a group by model may have nothing else.
         cost_nano: nano-dollars.
         prompt_tokens, completion_tokens, cached_tokens: sums.
     """
@@ -276,6 +293,7 @@ class Spend:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    calls: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

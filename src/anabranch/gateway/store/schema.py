@@ -58,6 +58,14 @@ MIGRATIONS: list[Sequence[str]] = [
             ts_us BIGINT NOT NULL, body TEXT NOT NULL, vector BYTEA NOT NULL, PRIMARY KEY (strategy, made, key))""",
         "CREATE INDEX examples_by_version ON examples (strategy, made, version)",
     ),
+    # Calls that a strategy makes for a request have rows of their own, which name it; its own row says how many, and what they cost.
+    (
+        "ALTER TABLE ledger ADD COLUMN parent_id TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE ledger ADD COLUMN purpose TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE ledger ADD COLUMN calls BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE ledger ADD COLUMN calls_nano BIGINT NOT NULL DEFAULT 0",
+        "CREATE INDEX ledger_by_parent ON ledger (parent_id) WHERE parent_id <> ''",
+    ),
 ]
 
 # What is in every store, of whatever version.
@@ -71,7 +79,8 @@ RESERVATIONS = ("request_id", "replica", "ts_us", "nano", "subjects", "requested
 LEDGER = (
     "request_id", "ts_us", "key_id", "owner", "team", "tags", "requested", "strategy", "candidates", "model", "deployment", "attempts",
     "prompt_tokens", "completion_tokens", "cached_tokens", "is_estimated", "price_input", "price_output", "price_cached", "cost_nano",
-    "reserved_nano", "latency_us", "first_token_us", "overhead_us", "status", "code", "cache", "flags",
+    "reserved_nano", "latency_us", "first_token_us", "overhead_us", "status", "code", "cache", "flags", "parent_id", "purpose", "calls",
+    "calls_nano",
 )  # fmt: skip
 DECISIONS = ("request_id", "ts_us", "strategy", "model", "body")
 FEEDBACK = ("request_id", "ts_us", "key_id", "score", "comment")

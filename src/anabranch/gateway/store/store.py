@@ -191,24 +191,29 @@ class Store:
         return await self._writer.give(job, at_once=True)  # type: ignore[return-value]
 
     def settle(
-        self, reservation: Reservation, row: LedgerRow, collected: CollectedRow | None = None
+        self,
+        reservation: Reservation,
+        row: LedgerRow,
+        collected: CollectedRow | None = None,
+        calls: Sequence[LedgerRow] = (),
     ) -> "asyncio.Future[Any]":
         """End a request: what it cost takes the place of what was set aside, and its row is written.
 
-        With it what was ``collected``: there is no moment at which it is paid for and not to be found.
+        With it what was ``collected``: there is no moment at which it is paid for and not to be found. And with it the ``calls`` that a
+        strategy made for it, whose cost is not in ``row``.
 
         A cost above the reservation is charged in full and flagged, since the money is spent: reserve the worst case.
 
         Returns what may be awaited until it is committed, which happens anyway. A second settlement of a request is ignored.
         """
         assert row.request_id == reservation.request_id, (row.request_id, reservation.request_id)
-        _money("a cost", row.cost_nano)
+        _money("a cost", row.cost_nano + sum(call.cost_nano for call in calls))
         self._open.discard(row.request_id)
         also: tuple[Insert, ...] = ()
         if collected is not None:
             body = json.dumps(collected.body, separators=(",", ":"))
             also = (Insert("collected", schema.COLLECTED, (collected.key, collected.ts_us, body)),)
-        return self._writer.give(Settle(reservation, row, also), at_once=False)
+        return self._writer.give(Settle(reservation, row, also, tuple(calls)), at_once=False)
 
     def release(self, reservation: Reservation, row: LedgerRow) -> "asyncio.Future[Any]":
         """`settle` for a request that cost nothing."""

@@ -210,7 +210,7 @@ def _decision(seen: Seen, now_s: float) -> str:
     )
     return (
         f'<details id="r-{escape(seen.request_id)}"><summary>{head}</summary>{reason}{bypassed}{cached}{_candidates(seen)}'
-        f'{_attempts(seen)}{more}<p class="quiet">{escape(facts)}</p></details>'
+        f'{_attempts(seen)}{_calls(seen)}{more}<p class="quiet">{escape(facts)}</p></details>'
     )
 
 
@@ -240,6 +240,22 @@ def _attempts(seen: Seen) -> str:
         for row in seen.attempts
     )
     return f'<ol class="attempts">{items}</ol>' if items else ""
+
+
+def _calls(seen: Seen) -> str:
+    """What the strategy asked, alike calls together."""
+    alike: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for call in seen.calls:
+        alike.setdefault((str(call["purpose"]), str(call["model"])), []).append(call)
+    items = "".join(_called(purpose, model, calls) for (purpose, model), calls in alike.items())
+    return f'<p class="quiet">The strategy asked models to decide:</p><ul class="attempts">{items}</ul>' if items else ""
+
+
+def _called(purpose: str, model: str, calls: Sequence[Mapping[str, Any]]) -> str:
+    failed = sum(call["outcome"] != "ok" for call in calls)
+    times = f"{len(calls)} times, " if len(calls) > 1 else ""
+    missed = f"{failed} without an answer, " if failed else ""
+    return f"<li>{escape(purpose)} by {escape(model)}: {times}{missed}{_money(sum(call['nano'] for call in calls), 4)}</li>"
 
 
 def _money(nano: float, digits: int = 2) -> str:

@@ -83,9 +83,10 @@ class Seen:
         bypassed: why the strategy was bypassed, if it was.
         prompt_tokens: counted or estimated.
         completion_tokens: given.
-        nano: nano-dollars.
+        nano: nano-dollars, those of ``calls`` among them.
         latency_s: to the end.
         overhead_s: of it, what the gateway took.
+        calls: purpose, model, outcome and nano-dollars of each call that the strategy made to decide.
     """
 
     request_id: str
@@ -107,6 +108,7 @@ class Seen:
     nano: int = 0
     latency_s: float = 0.0
     overhead_s: float = 0.0
+    calls: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

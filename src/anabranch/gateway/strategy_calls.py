@@ -1,0 +1,186 @@
+"""What a strategy asks models for one request: calls with money, limits and ledger rows of their own.
+
+Each is paid out of the request's `Purse` and goes only to models that the request's key may use. How many there may be, and for how long,
+says the config (`LimitsConfig`). A call that outlives the decision it was made for is cancelled: what it costs belongs to the request,
+whose row is not written before it has ended.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
+
+from anabranch.errors import InputError, LimitError
+from anabranch.gateway.count import count_prompt
+from anabranch.gateway.dispatch import Plan, Report
+from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.strategy import Purpose
+
+if TYPE_CHECKING:
+    from anabranch.gateway.life import Life
+
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+
+# Less time is none.
+LEAST_S = 1e-3
+
+
+@dataclass(slots=True, kw_only=True)
+class StrategyCall:
+    """One call.
+
+    Attributes:
+        id: of its row: the request's, a dot, and its number.
+        model: that was asked.
+        purpose: what for.
+        began_s: seconds after the request began.
+        report: how the answer was come by.
+        status: ``ok``, ``error``, or ``cancelled``, as it is until it ends.
+        code: of the error, if any.
+        latency_s: seconds to its end.
+        held_nano: the most that was held for it.
+    """
+
+    id: str
+    model: str
+    purpose: Purpose
+    began_s: float
+    report: Report = field(default_factory=Report)
+    status: str = "cancelled"
+    code: str = ""
+    latency_s: float = 0.0
+    held_nano: int = 0
+
+
+class StrategyCalls:
+    """Those of one request.
+
+    Attributes:
+        made: so far, in the order they began; those that no budget had room for are not among them.
+    """
+
+    def __init__(self, life: "Life") -> None:
+        self._life = life
+        self.made: list[StrategyCall] = []
+        self._live: set[asyncio.Task[str]] = set()
+        self._num_asked = 0
+        # Seconds of the request in which at least one was under way; and since when one is.
+        self._busy_s = self._busy_since_s = 0.0
+        self._is_closed = False
+        self._then: Callable[[], None] | None = None
+
+    async def ask(self, model: str, prompt: str, max_tokens: int, temperature: float, purpose: Purpose | None) -> str:
+        """See `Complete`. Without a purpose it is ``route`` while the strategy decides, and ``judge`` once a model was asked.
+
+        Raises InputError for a model or purpose that is not there, LimitError where the key, a limit or a budget has no room,
+        UpstreamError if no answer comes.
+        """
+        life = self._life
+        if purpose is None:
+            purpose = "route" if life.dispatched is None else "judge"
+        self._check(model, purpose)
+        deadline_s = self._deadline_s()
+        self._num_asked += 1
+        if not self._live:
+            self._busy_since_s = life.elapsed()
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+        }
+        task = asyncio.ensure_future(self._make(model, body, purpose, deadline_s))
+        self._live.add(task)
+        task.add_done_callback(self._ended)
+        life.gateway.keep(task)
+        return await task
+
+    async def stop(self) -> None:
+        """Cancel what is under way, and wait for its end: nobody needs it any more."""
+        if self._live:
+            self._cancel()
+            await asyncio.wait(self._live)
+
+    def close(self, then: Callable[[], None]) -> None:
+        """Make no more calls, and cancel those under way. ``then`` is called when all have ended; at once if none is there."""
+        self._is_closed = True
+        if self._live:
+            self._then = then
+            self._cancel()
+        else:
+            then()
+
+    def _cancel(self) -> None:
+        for task in self._live:
+            task.cancel()
+
+    def _ended(self, task: "asyncio.Task[str]") -> None:
+        self._live.discard(task)
+        if self._live:
+            return
+        self._busy_s += self._life.elapsed() - self._busy_since_s
+        then, self._then = self._then, None
+        if then is not None:
+            then()
+
+    def _check(self, model: str, purpose: str) -> None:
+        life, most = self._life, self._life.runtime.config.limits.strategy_calls
+        if self._is_closed:
+            raise InputError("a strategy asks a model for a request that is over")
+        if purpose not in PURPOSES:
+            raise InputError(f"a strategy asks a model for {purpose!r}; the purpose must be one of {', '.join(PURPOSES)}")
+        if model not in life.runtime.models:
+            raise InputError(f"a strategy asks for model {model!r}, which is not in the config")
+        if life.record is not None and not life.record.allows(model):
+            raise LimitError(f"the strategy asks {model}, which the key of this request may not use")
+        if self._num_asked >= most:
+            raise LimitError(f"a strategy may make {most} calls for one request (limits.strategy_calls), and has made them")
+
+    def _deadline_s(self) -> float:
+        """Seconds after the request's beginning when a call that begins now must be over. Raises LimitError if that is past."""
+        life, config = self._life, self._life.runtime.config
+        now_s = life.elapsed()
+        busy_s = self._busy_s + (now_s - self._busy_since_s if self._live else 0.0)
+        left_s = config.limits.strategy_calls_s - busy_s
+        if left_s < LEAST_S:
+            raise self._too_long()
+        return min(config.deadline_s, now_s + left_s)
+
+    def _too_long(self) -> LimitError:
+        most_s = self._life.runtime.config.limits.strategy_calls_s
+        return LimitError(
+            f"calls of a strategy may take {most_s:g} s of one request (limits.strategy_calls_s), and have taken them"
+        )
+
+    async def _make(self, model: str, body: dict[str, Any], purpose: Purpose, deadline_s: float) -> str:
+        """One call, from its money to its answer."""
+        life = self._life
+        count = count_prompt(body)
+        worst = life.runtime.models[model].price.cost(count.at_most, body["max_tokens"])
+        async with life.purse.holding(worst) as hold:
+            number = len(self.made) + 1
+            call = StrategyCall(id=f"{life.id}.{number}", model=model, purpose=purpose, began_s=life.elapsed())
+            self.made.append(call)
+            report, dispatcher = call.report, life.runtime.dispatcher
+
+            async def allow(_: str, spent_nano: int) -> bool:
+                num_open = sum(attempt.status == "open" for attempt in report.attempts)
+                return await life.purse.can_raise(hold, spent_nano + (num_open + 1) * worst)
+
+            deadline = dispatcher.now() + deadline_s - life.elapsed()
+            plan = Plan(candidates=(model,), deadline=deadline, report=report, allow=allow)
+            try:
+                request = UpstreamRequest("chat", body, request_id=call.id, prompt_tokens=count.tokens)
+                answer = await dispatcher.complete(plan, request)
+                call.status = "ok"
+                return answer.text
+            except Exception as error:
+                call.status = "error"
+                if isinstance(error, UpstreamError):
+                    call.code = error.to_dict()["error"]["code"] or ""
+                    if error.failure.kind == "deadline" and deadline_s < life.runtime.config.deadline_s:
+                        raise self._too_long() from None
+                raise
+            finally:
+                hold.cost_nano, call.held_nano = report.cost, hold.most_nano
+                call.latency_s = life.elapsed() - call.began_s
