@@ -29,7 +29,7 @@ from anabranch.gateway.purse import Hold, Purse
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
-from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, Reservation, subjects_of
+from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, subjects_of
 from anabranch.gateway.strategy_calls import StrategyCalls
 from anabranch.gateway.told import Collecting, call_rows, collected_of, explained, headers_of, row_of, seen_of, texts_of
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
@@ -80,12 +80,11 @@ class Life:
         self.candidates: tuple[str, ...] = ()
         # Messages that the strategy sends to a model in place of the sender's.
         self.prepared: dict[str, Any] = {}
-        most = runtime.config.limits.request_usd
-        self.purse = Purse(self._set_aside, self._set_more_aside, None if most is None else nano_dollars(most))
+        # Both once it is known whose request it is; what models are asked that the strategy needs to decide.
+        self.purse: Purse
+        self.calls: StrategyCalls
         # Of the call for the answer, its further attempts among it.
         self.hold = Hold()
-        # What models are asked that the strategy needs to decide.
-        self.calls = StrategyCalls(self)
         self.report: Report | None = None
         self.exact_key: bytes | None = None
         self.context: tuple[bytes, str] | None = None
@@ -101,6 +100,7 @@ class Life:
         self.record = await self.gateway.authenticate(secret)
         self._read()
         self._admit()
+        self._take_purse()
         try:
             found = await self._look()
             if found is not None:
@@ -114,8 +114,9 @@ class Life:
     async def route(self, record: KeyRecord | None) -> Decision:
         """Only the decision; there is a row only if the strategy asked a model for it. Raises ApiError."""
         self.record, self.subjects = record, subjects_of(record)
+        self._read()
+        self._take_purse()
         try:
-            self._read()
             await self._decide()
         finally:
             if self.purse.is_empty:
@@ -171,6 +172,18 @@ class Life:
         except RateError as error:
             raise _limited(error) from None
         self.tpm = tpm
+
+    def _take_purse(self) -> None:
+        # Nothing of this holds on to the request itself: it is gone as soon as it is over.
+        gateway, limit = self.gateway, self.runtime.config.limits.request_usd
+        id, subjects, named = self.id, self.subjects, {"requested": self.label, "strategy": self.strategy}
+        self.purse = Purse(
+            lambda nano: gateway.store.reserve(id, subjects, nano, **named),
+            lambda held, nano: gateway.store.grow(held, nano),
+            None if limit is None else nano_dollars(limit),
+        )
+        may_ask = None if self.record is None else self.record.allows
+        self.calls = StrategyCalls(self.runtime, self.purse, id, self.began, may_ask=may_ask, keep=gateway.keep)
 
     @property
     def strategy(self) -> str:
@@ -342,21 +355,13 @@ class Life:
         attempts = () if self.report is None else self.report.attempts
         return sum(self.worst_nano(attempt.model) for attempt in attempts if attempt.status == "open")
 
-    async def _set_aside(self, nano: int) -> Reservation:
-        return await self.gateway.store.reserve(
-            self.id, self.subjects, nano, requested=self.label, strategy=self.strategy
-        )
-
-    async def _set_more_aside(self, reservation: Reservation, nano: int) -> Reservation:
-        return await self.gateway.store.grow(reservation, nano)
-
     # The call
 
     async def _call(self) -> Reply:
         assert self.decided is not None
         runtime, strategy = self.runtime, self.target.strategy
         judge = None if strategy is None else runtime.decider.acceptance(strategy, self.decided.query)
-        self.dispatched = self.elapsed()
+        self.dispatched, self.calls.purpose = self.elapsed(), "judge"
         request = UpstreamRequest(self.endpoint, self._bounded(), request_id=self.id, prompt_tokens=self.count.tokens)
         keeps = request.stream and (
             self.ticket is not None or self.context is not None or self._keeps_texts or self._strategy_keeps

@@ -6,6 +6,7 @@ whose row is not written before it has ended.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,10 +15,11 @@ from anabranch.errors import InputError, LimitError
 from anabranch.gateway.count import count_prompt
 from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.purse import Purse
 from anabranch.gateway.strategy import Purpose
 
 if TYPE_CHECKING:
-    from anabranch.gateway.life import Life
+    from anabranch.gateway.runtime import Runtime
 
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
@@ -57,11 +59,31 @@ class StrategyCalls:
 
     Attributes:
         made: so far, in the order they began; those that no budget had room for are not among them.
+        purpose: of those that do not say theirs.
+
+    Args:
+        runtime: that the request began on.
+        purse: of the request.
+        request_id: of it.
+        began: when it began, by `time.perf_counter`.
+        may_ask: whether the key of the request may use a model; None if it needs no key.
+        keep: has a task end before the gateway does.
     """
 
-    def __init__(self, life: "Life") -> None:
-        self._life = life
+    def __init__(
+        self,
+        runtime: "Runtime",
+        purse: Purse,
+        request_id: str,
+        began: float,
+        *,
+        may_ask: Callable[[str], bool] | None,
+        keep: Callable[[asyncio.Task[Any]], None],
+    ) -> None:
+        self._runtime, self._purse, self._request_id, self._began = runtime, purse, request_id, began
+        self._may_ask, self._keep = may_ask, keep
         self.made: list[StrategyCall] = []
+        self.purpose: Purpose = "route"
         self._live: set[asyncio.Task[str]] = set()
         self._num_asked = 0
         # Seconds of the request in which at least one was under way; and since when one is.
@@ -70,29 +92,26 @@ class StrategyCalls:
         self._then: Callable[[], None] | None = None
 
     async def ask(self, model: str, prompt: str, max_tokens: int, temperature: float, purpose: Purpose | None) -> str:
-        """See `Complete`. Without a purpose it is ``route`` while the strategy decides, and ``judge`` once a model was asked.
+        """See `Complete`.
 
         Raises InputError for a model or purpose that is not there, LimitError where the key, a limit or a budget has no room,
         UpstreamError if no answer comes.
         """
-        life = self._life
-        if purpose is None:
-            purpose = "route" if life.dispatched is None else "judge"
         self._check(model, purpose)
         deadline_s = self._deadline_s()
         self._num_asked += 1
         if not self._live:
-            self._busy_since_s = life.elapsed()
+            self._busy_since_s = self._elapsed()
         body = {
             "model": model,
             "messages": [{"role": "user", "content": prompt}],
             "max_tokens": max_tokens,
             "temperature": temperature,
         }
-        task = asyncio.ensure_future(self._make(model, body, purpose, deadline_s))
+        task = asyncio.ensure_future(self._make(model, body, purpose or self.purpose, deadline_s))
         self._live.add(task)
         task.add_done_callback(self._ended)
-        life.gateway.keep(task)
+        self._keep(task)
         return await task
 
     async def stop(self) -> None:
@@ -118,28 +137,31 @@ class StrategyCalls:
         self._live.discard(task)
         if self._live:
             return
-        self._busy_s += self._life.elapsed() - self._busy_since_s
+        self._busy_s += self._elapsed() - self._busy_since_s
         then, self._then = self._then, None
         if then is not None:
             then()
 
-    def _check(self, model: str, purpose: str) -> None:
-        life, most = self._life, self._life.runtime.config.limits.strategy_calls
+    def _elapsed(self) -> float:
+        """Seconds since the request began."""
+        return time.perf_counter() - self._began
+
+    def _check(self, model: str, purpose: str | None) -> None:
+        most = self._runtime.config.limits.strategy_calls
         if self._is_closed:
             raise InputError("a strategy asks a model for a request that is over")
-        if purpose not in PURPOSES:
+        if purpose is not None and purpose not in PURPOSES:
             raise InputError(f"a strategy asks a model for {purpose!r}; the purpose must be one of {', '.join(PURPOSES)}")
-        if model not in life.runtime.models:
+        if model not in self._runtime.models:
             raise InputError(f"a strategy asks for model {model!r}, which is not in the config")
-        if life.record is not None and not life.record.allows(model):
+        if self._may_ask is not None and not self._may_ask(model):
             raise LimitError(f"the strategy asks {model}, which the key of this request may not use")
         if self._num_asked >= most:
             raise LimitError(f"a strategy may make {most} calls for one request (limits.strategy_calls), and has made them")
 
     def _deadline_s(self) -> float:
         """Seconds after the request's beginning when a call that begins now must be over. Raises LimitError if that is past."""
-        life, config = self._life, self._life.runtime.config
-        now_s = life.elapsed()
+        config, now_s = self._runtime.config, self._elapsed()
         busy_s = self._busy_s + (now_s - self._busy_since_s if self._live else 0.0)
         left_s = config.limits.strategy_calls_s - busy_s
         if left_s < LEAST_S:
@@ -147,40 +169,41 @@ class StrategyCalls:
         return min(config.deadline_s, now_s + left_s)
 
     def _too_long(self) -> LimitError:
-        most_s = self._life.runtime.config.limits.strategy_calls_s
+        most_s = self._runtime.config.limits.strategy_calls_s
         return LimitError(
             f"calls of a strategy may take {most_s:g} s of one request (limits.strategy_calls_s), and have taken them"
         )
 
     async def _make(self, model: str, body: dict[str, Any], purpose: Purpose, deadline_s: float) -> str:
         """One call, from its money to its answer."""
-        life = self._life
         count = count_prompt(body)
-        worst = life.runtime.models[model].price.cost(count.at_most, body["max_tokens"])
-        async with life.purse.holding(worst) as hold:
+        worst = self._runtime.models[model].price.cost(count.at_most, body["max_tokens"])
+        async with self._purse.holding(worst) as hold:
             number = len(self.made) + 1
-            call = StrategyCall(id=f"{life.id}.{number}", model=model, purpose=purpose, began_s=life.elapsed())
+            call = StrategyCall(
+                id=f"{self._request_id}.{number}", model=model, purpose=purpose, began_s=self._elapsed()
+            )
             self.made.append(call)
-            report, dispatcher = call.report, life.runtime.dispatcher
+            report = call.report
 
             async def allow(_: str, spent_nano: int) -> bool:
                 num_open = sum(attempt.status == "open" for attempt in report.attempts)
-                return await life.purse.can_raise(hold, spent_nano + (num_open + 1) * worst)
+                return await self._purse.can_raise(hold, spent_nano + (num_open + 1) * worst)
 
-            deadline = dispatcher.now() + deadline_s - life.elapsed()
-            plan = Plan(candidates=(model,), deadline=deadline, report=report, allow=allow)
             try:
+                deadline = self._runtime.dispatcher.now() + deadline_s - self._elapsed()
+                plan = Plan(candidates=(model,), deadline=deadline, report=report, allow=allow)
                 request = UpstreamRequest("chat", body, request_id=call.id, prompt_tokens=count.tokens)
-                answer = await dispatcher.complete(plan, request)
+                answer = await self._runtime.dispatcher.complete(plan, request)
                 call.status = "ok"
                 return answer.text
             except Exception as error:
                 call.status = "error"
                 if isinstance(error, UpstreamError):
                     call.code = error.to_dict()["error"]["code"] or ""
-                    if error.failure.kind == "deadline" and deadline_s < life.runtime.config.deadline_s:
+                    if error.failure.kind == "deadline" and deadline_s < self._runtime.config.deadline_s:
                         raise self._too_long() from None
                 raise
             finally:
                 hold.cost_nano, call.held_nano = report.cost, hold.most_nano
-                call.latency_s = life.elapsed() - call.began_s
+                call.latency_s = self._elapsed() - call.began_s
