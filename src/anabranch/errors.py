@@ -63,7 +63,7 @@ class BudgetError(LimitError):
     """A budget has no room for what a request may cost.
 
     Attributes:
-        subject: whose budget: ``key:ID``, ``user:NAME``, ``team:NAME``, ``tag:NAME`` or ``global``; ``request`` for the most that one may cost.
+        subject: whose budget: ``key:ID``, ``user:NAME``, ``team:NAME``, ``tag:NAME``, ``global``, or the one ``request``.
         period: of the budget.
         limit_nano, remaining_nano: nano-dollars; what remains is neither spent nor reserved.
         resets_s: unix seconds at which the period ends; None if it never does.

@@ -121,7 +121,9 @@ def test_calls_of_strategies_are_listed_where_they_are_asked_for(run, facts, sto
     async def add():
         async with open_store(store) as opened:
             held = await opened.reserve("r3", ["global"], 10**9)
-            call = LedgerRow(request_id="r3.1", cost_nano=2_000_000, purpose="judge", requested="m1", model="m1", strategy="s")
+            call = LedgerRow(
+                request_id="r3.1", cost_nano=2_000_000, purpose="judge", requested="m1", model="m1", strategy="s"
+            )
             await opened.settle(held, LedgerRow(request_id="r3", cost_nano=1_000_000, requested="auto/s"), calls=[call])
 
     asyncio.run(add())

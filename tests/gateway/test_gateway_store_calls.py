@@ -28,7 +28,10 @@ def test_calls_are_settled_with_their_request(url):
             for subject in ("global", "team:ml", "tag:x", "tag:other"):
                 await store.set_budget(subject, 1_000)
             held = await store.reserve("a", subjects, 100)
-            calls = [call(1, 20, reserved_nano=50, price=Price(input=1, output=2)), call(2, 15, model="", status="error")]
+            calls = [
+                call(1, 20, reserved_nano=50, price=Price(input=1, output=2)),
+                call(2, 15, model="", status="error"),
+            ]
             for _ in range(2):  # the second one is ignored, its calls too
                 await store.settle(held, LedgerRow(request_id="a", cost_nano=30, model="large"), calls=calls)
             assert {one.subject: (one.spent_nano, one.reserved_nano) for one in await store.budgets()} == {
@@ -118,7 +121,9 @@ def test_a_store_from_before_calls_had_rows_is_taken_on(url, monkeypatch):
         async with open_store(url) as store:
             rows = await store.ledger()
             assert [row.request_id for row in rows] == ["old2", "old1", "old0"]
-            assert {(row.parent_id, row.purpose, row.calls, row.calls_nano, row.total_nano) for row in rows} == {("", "", 0, 0, 5)}
+            assert {(row.parent_id, row.purpose, row.calls, row.calls_nano, row.total_nano) for row in rows} == {
+                ("", "", 0, 0, 5)
+            }
             assert rows[0].price == price
             assert (await store.set_budget("global", 1_000)).spent_nano == 15
             held = await store.reserve("a", ["global"], 100)

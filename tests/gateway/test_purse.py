@@ -183,10 +183,14 @@ def test_a_request_has_a_limit_of_its_own():
 def test_a_block_gives_back_what_it_did_not_need_however_it_ends():
     async def main():
         purse = Till().purse()
-        with pytest.raises(RuntimeError):
+
+        async def call():
             async with purse.holding(50) as hold:
                 hold.cost_nano = 8
                 raise RuntimeError("broke")
+
+        with pytest.raises(RuntimeError):
+            await call()
         assert (purse.held_nano, purse.spent_nano) == (0, 8)
 
     asyncio.run(main())

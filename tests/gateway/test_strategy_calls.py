@@ -110,7 +110,9 @@ async def check_books(gateway):
         assert (request.calls, request.calls_nano) == (len(calls), sum(row.cost_nano for row in calls))
         assert request.total_nano <= request.reserved_nano
         assert all(call.cost_nano <= call.reserved_nano <= request.reserved_nano for call in calls)
-        assert {row.seq for row in await store.ledger(LedgerQuery(parent_id=request.request_id))} == {row.seq for row in calls}
+        assert {row.seq for row in await store.ledger(LedgerQuery(parent_id=request.request_id))} == {
+            row.seq for row in calls
+        }
     assert len(rows) == len(requests) + sum(request.calls for request in requests)
     total = sum(row.cost_nano for row in rows)
     assert total == sum(request.total_nano for request in requests)
@@ -238,7 +240,11 @@ def test_a_strategy_that_dies_in_the_middle_leaves_nothing(tmp_path):
     made = config(tmp_path, model("small", script=("slow:5", "slow:5")))
     bypassed, rows, _ = run(made, work, decides)
     assert bypassed == "RuntimeError in the strategy"
-    assert [(row.status, row.parent_id != "") for row in rows] == [("cancelled", True), ("cancelled", True), ("ok", False)]
+    assert [(row.status, row.parent_id != "") for row in rows] == [
+        ("cancelled", True),
+        ("cancelled", True),
+        ("ok", False),
+    ]
     assert all(row.attempts == 1 and row.cost_nano > 0 for row in rows)
 
 
@@ -373,12 +379,11 @@ def test_random_asks_at_once_never_pass_a_budget(tmp_path_factory, asked, limit,
             await asyncio.sleep(wait_ms / 1e3)
             await strategy.which(name, max_tokens=most)
 
-        works = [one(*which) for which in asked[int(query.text)]]
+        works = asked[int(query.text)]
         if gathers:
-            await asyncio.gather(*works)
-        else:
-            for work in works:
-                await work
+            await asyncio.gather(*(one(*which) for which in works))
+        for which in () if gathers else works:
+            await one(*which)
 
     made = config(
         tmp_path_factory.mktemp("asks"),
@@ -474,7 +479,12 @@ def test_calls_of_a_request_have_so_much_time(tmp_path):
     told = "calls of a strategy may take 0.2 s of one request (limits.strategy_calls_s), and have taken them"
     assert bypassed == told
     assert [str(one) for one in found] == [told]
-    assert [(row.status, row.code) for row in rows] == [("ok", ""), ("ok", ""), ("error", "deadline_exceeded"), ("ok", "")]
+    assert [(row.status, row.code) for row in rows] == [
+        ("ok", ""),
+        ("ok", ""),
+        ("error", "deadline_exceeded"),
+        ("ok", ""),
+    ]
 
 
 def test_a_request_has_a_limit_of_its_own_in_dollars(tmp_path):
@@ -495,7 +505,12 @@ def test_a_request_has_a_limit_of_its_own_in_dollars(tmp_path):
     assert (error.status, error.code) == (429, "insufficient_quota")
     assert "a request may cost $0.000019 in all (limits.request_usd)" in str(error)
     assert "retry-after" not in {name.lower() for name in error.headers}
-    assert [(row.status, row.purpose) for row in rows] == [("ok", "route"), ("ok", ""), ("ok", "route"), ("refused", "")]
+    assert [(row.status, row.purpose) for row in rows] == [
+        ("ok", "route"),
+        ("ok", ""),
+        ("ok", "route"),
+        ("refused", ""),
+    ]
 
 
 def test_a_model_that_is_not_there_is_no_fault_of_the_request(tmp_path):
@@ -569,7 +584,9 @@ def test_self_consistency_through_http(tmp_path):
 
     found, rows, _ = run(made, work)
     assert [model for _, model in found.ids] == ["small", "large"]
-    assert [(row.purpose, row.status) for row in rows] == [("judge", "ok")] * 3 + [("", "ok")] + [("judge", "error")] * 3 + [("", "ok")]
+    assert [(row.purpose, row.status) for row in rows] == [("judge", "ok")] * 3 + [("", "ok")] + [
+        ("judge", "error")
+    ] * 3 + [("", "ok")]
     assert 'anabranch_strategy_calls_total{model="small",purpose="judge",status="ok"} 3.0' in found.metrics
     assert 'anabranch_strategy_calls_total{model="small",purpose="judge",status="error"} 3.0' in found.metrics
     assert "<li>judge by small: 3 times, $" in found.page

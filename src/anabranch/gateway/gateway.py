@@ -400,9 +400,7 @@ class Gateway:
         self.metrics.bypassed.labels(strategy, why).inc()
 
 
-async def _ask(
-    model: str, prompt: str, *, max_tokens: int, temperature: float, purpose: Purpose | None = None
-) -> str:
+async def _ask(model: str, prompt: str, *, max_tokens: int, temperature: float, purpose: Purpose | None = None) -> str:
     """How strategies ask models: on account of the request that is being decided."""
     life = _CURRENT.get(None)
     if life is None:

@@ -151,13 +151,17 @@ class StrategyCalls:
         if self._is_closed:
             raise InputError("a strategy asks a model for a request that is over")
         if purpose is not None and purpose not in PURPOSES:
-            raise InputError(f"a strategy asks a model for {purpose!r}; the purpose must be one of {', '.join(PURPOSES)}")
+            raise InputError(
+                f"a strategy asks a model for {purpose!r}; the purpose must be one of {', '.join(PURPOSES)}"
+            )
         if model not in self._runtime.models:
             raise InputError(f"a strategy asks for model {model!r}, which is not in the config")
         if self._may_ask is not None and not self._may_ask(model):
             raise LimitError(f"the strategy asks {model}, which the key of this request may not use")
         if self._num_asked >= most:
-            raise LimitError(f"a strategy may make {most} calls for one request (limits.strategy_calls), and has made them")
+            raise LimitError(
+                f"a strategy may make {most} calls for one request (limits.strategy_calls), and has made them"
+            )
 
     def _deadline_s(self) -> float:
         """Seconds after the request's beginning when a call that begins now must be over. Raises LimitError if that is past."""

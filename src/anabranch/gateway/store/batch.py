@@ -241,7 +241,13 @@ class _Books:
         for call in job.calls:
             self.ledger.append(ledger_values(replace(call, ts_us=self.now_us, parent_id=request, **whose)))
         row = replace(
-            job.row, ts_us=self.now_us, reserved_nano=nano, flags=flags, calls=len(job.calls), calls_nano=calls_nano, **whose
+            job.row,
+            ts_us=self.now_us,
+            reserved_nano=nano,
+            flags=flags,
+            calls=len(job.calls),
+            calls_nano=calls_nano,
+            **whose,
         )
         self.ledger.append(ledger_values(row))
         for insert in job.also:
