@@ -13,6 +13,7 @@ from anabranch.gateway.data import load
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.store import LedgerRow, open_store
 
 
 def settings(folder, **fields):
@@ -166,9 +167,21 @@ def test_what_a_strategy_asked_others_is_no_cost_of_the_model_it_chose(tmp_path)
         return await gateway.store.ledger()
 
     named, chosen = used(asking(tmp_path, "5"), work)
-    assert chosen.cost_nano > named.cost_nano
+    assert chosen.total_nano > named.total_nano
     costs = load(tmp_path / "gateway.db").cost_NM[:, 0] * 1e9
     np.testing.assert_allclose(costs, named.cost_nano)
+
+
+def test_rows_from_before_calls_had_their_own_hold_what_others_cost(tmp_path):
+    async def main():
+        async with open_store(str(tmp_path / "g.db")) as store:
+            held = await store.reserve("a", ["global"], 100)
+            store.settle(held, LedgerRow(request_id="a", cost_nano=70, model="m", strategy="s"))
+            store.append_texts("a", {"query": "q?", "asked_nano": 40})
+            await store.feedback("a", 1.0)
+
+    asyncio.run(main())
+    np.testing.assert_allclose(load(tmp_path / "g.db").cost_NM * 1e9, [[30]])
 
 
 def test_without_prompts_nothing_that_was_asked_or_said_is_on_the_disk(tmp_path):
