@@ -1,7 +1,6 @@
 """The page as a pure function of what is going on: figures, pictures, and nothing that a name could smuggle in."""
 
 import math
-from html.parser import HTMLParser
 
 import pytest
 
@@ -11,34 +10,7 @@ from anabranch.gateway.ui import DeploymentFact, Point, Seen, Snapshot, Spend, r
 from anabranch.gateway.ui.charts import frontier, histogram, pareto, timeline
 from anabranch.gateway.ui.page import CSP, asset
 from anabranch.gateway.ui.snapshot import quantile
-
-NASTY = '<script>alert("x")</script>\'"&'
-
-
-class Parsed(HTMLParser):
-    """Counts tags, and checks that they close in order."""
-
-    VOID = frozenset({"meta", "link", "input", "circle", "rect", "line", "path", "br"})
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.attributes = [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
+from page_html import NASTY, Parsed
 
 
 def busy(name="small"):

@@ -46,8 +46,8 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
-def ask(server, model, text):
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": text}]}).encode()
+def ask(server, model, text, **fields):
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": text}], **fields}).encode()
     request = urllib.request.Request(f"{server.url}/v1/chat/completions", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=20) as answer:
         return answer.headers["x-request-id"]
@@ -125,6 +125,46 @@ def test_it_fits_a_phone(server, browser):
         assert min(sizes) >= 11
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+TESTED = """
+require_key = false
+store = "{folder}/gateway.db"
+[[models]]
+name = "x"
+deployments = [{{ provider = {{ kind = "mock", model = "x" }} }}]
+[strategies.the-strategy-that-was-there-before]
+kind = "static"
+[strategies.learned]
+kind = "random"
+[ab.a-test-with-a-long-name]
+a = "the-strategy-that-was-there-before"
+b = "learned"
+metric = "success"
+answers = 1
+"""
+
+
+def test_the_page_of_tests_shows_both_arms_and_fits_a_phone(browser, tmp_path):
+    path = tmp_path / "gateway.toml"
+    path.write_text(TESTED.format(folder=tmp_path))
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    with served("--config", str(path)) as running:
+        for number in range(12):
+            ask(running, "auto/a-test-with-a-long-name", "hello", user=f"user {number}")
+        browser.get(f"{running.url}/ui")
+        assert text_of(browser, "#status a") == "A/B tests"
+        browser.get_log("browser")
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        try:
+            browser.get(f"{running.url}/ui/ab")
+            assert "the-strategy-that-was-there-before" in text_of(browser, "tbody")
+            assert "12 keys with 1 answer each" in text_of(browser, "section p")
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+            assert browser.execute_script("return document.querySelectorAll('svg.chart circle').length") == 2
+            assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+        finally:
+            browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_it_says_when_the_gateway_is_gone(browser):

@@ -177,7 +177,7 @@ def test_nobody_else_sees_or_does_what_operators_do(tmp_path):
         url = running.url
         user = call(url, "POST", "/admin/keys", {"name": "user"}, key=ADMIN)[1]["secret"]
         boss = call(url, "POST", "/admin/keys", {"name": "boss", "is_admin": True}, key=ADMIN)[1]["secret"]
-        for path in ("/admin/keys", "/admin/ledger", "/ui", "/ui/parts", "/admin/nothing"):
+        for path in ("/admin/keys", "/admin/ledger", "/ui", "/ui/parts", "/ui/ab", "/admin/nothing"):
             for key in (None, user, "wrong", ADMIN + "x"):
                 assert call(url, "GET", path, key=key)[0] in (401, 403)
         assert call(url, "GET", "/admin/keys", key=boss)[0] == 200
@@ -193,6 +193,7 @@ def test_without_an_admin_key_the_page_is_for_this_machine_and_the_rest_is_close
     with served() as running:
         url = running.url
         assert call(url, "GET", "/ui")[0] == 200
+        assert "No A/B test" in call(url, "GET", "/ui/ab")[1]
         for headers in ({"host": "evil.example"}, {"x-forwarded-for": "8.8.8.8"}, {"host": ""}):
             assert call(url, "GET", "/ui", headers=headers)[0] in (400, 401, 403)
         assert call(url, "GET", "/admin/keys")[0] == 403

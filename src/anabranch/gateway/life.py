@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import BudgetError, InputError, LimitError, RateError, UnknownModelError
+from anabranch.gateway.ab.assignment import Arm, arm_of
 from anabranch.gateway.cache import Entry, SingleFlight, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
 from anabranch.gateway.count import BYTES_PER_TOKEN, PromptCount, asked_text, count_prompt, has_images, num_prompts
@@ -70,6 +71,8 @@ class Life:
         self.tags: tuple[str, ...] = ()
         self.subjects: tuple[str, ...] = ()
         self.target = Target(model="")
+        # Of an A/B test; None if it goes to none.
+        self.arm: Arm | None = None
         self.label = ""
         self.count = PromptCount(0, 0, True)
         self.query: Query | None = None
@@ -100,6 +103,7 @@ class Life:
         self.record = await self.gateway.authenticate(secret)
         self._read()
         self._admit()
+        self._assign()
         self._take_purse()
         try:
             found = await self._look()
@@ -115,6 +119,7 @@ class Life:
         """Only the decision; there is a row only if the strategy asked a model for it. Raises ApiError."""
         self.record, self.subjects = record, subjects_of(record)
         self._read()
+        self._assign()
         self._take_purse()
         try:
             await self._decide()
@@ -185,6 +190,20 @@ class Life:
         may_ask = None if self.record is None else self.record.allows
         self.calls = StrategyCalls(self.runtime, self.purse, id, self.began, may_ask=may_ask, keep=gateway.keep)
 
+    def _assign(self) -> None:
+        """The arm of an A/B test that it belongs to, if it goes to one: from here on it goes to the strategy of that arm."""
+        test = self.target.test
+        if test is None:
+            return
+        user = self.user or self.body.get("user") or ""
+        self.arm = arm_of(test, self.runtime.config.ab[test], key=self.tenant, user=user)
+        self.target = replace(self.target, strategy=self.arm.strategy)
+
+    @property
+    def asked_for(self) -> str:
+        """What answers are kept under: what the sender named, and the arm that it came to."""
+        return self.label if self.arm is None else f"{self.label}#{self.arm.side}"
+
     @property
     def strategy(self) -> str:
         """The strategy that chooses; "" if the sender named a model."""
@@ -233,7 +252,7 @@ class Life:
             return None
         is_settled = self.endpoint == "embeddings" or self.body.get("temperature") == 0 or wish == "allow"
         if caches.exact is not None and is_settled:
-            self.exact_key = key = exact_key(self.endpoint, self.label, self.body)
+            self.exact_key = key = exact_key(self.endpoint, self.asked_for, self.body)
             entry = caches.exact.get(self.tenant, key)
             if entry is not None:
                 return entry, "exact"
@@ -242,7 +261,7 @@ class Life:
                 return joined, "shared"
             self.ticket = joined
         if caches.semantic is not None and self.endpoint == "chat":
-            self.context = context_key(self.endpoint, self.label, self.body)
+            self.context = context_key(self.endpoint, self.asked_for, self.body)
             if self.context is not None:
                 self.vector = await caches.embed(self.context[1])
                 found = caches.semantic.get(self.tenant, self.context[0], self.vector)
@@ -439,7 +458,7 @@ class Life:
         if decided is None:
             return
         if self.runtime.config.log.decisions:
-            gateway.store.append_decision(self.id, self.strategy, row.model, explained(decided, report))
+            gateway.store.append_decision(self.id, self.strategy, row.model, explained(decided, report, self.arm))
         if self._keeps_texts and report.model is not None:
             gateway.store.append_texts(self.id, texts_of(self))
         if not self.strategy:
@@ -581,4 +600,4 @@ def _label(target: Target) -> str:
     if target.model is not None:
         return target.model
     knobs = "&".join(f"{name}={value}" for name, value in sorted(target.knobs.items()))
-    return f"auto/{target.strategy}" + (f"?{knobs}" if knobs else "")
+    return f"auto/{target.test or target.strategy}" + (f"?{knobs}" if knobs else "")

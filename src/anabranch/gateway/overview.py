@@ -100,6 +100,7 @@ class Overview:
             latency=_buckets(metrics.latency), ttft=_buckets(metrics.ttft), overhead=_buckets(metrics.overhead),
             timeline=tuple(metrics.history), deployments=self._deployments(), points=self._points(),
             calibration=self._calibration, recent=tuple(reversed(gateway.recent))[:SHOWN],
+            has_tests=bool(gateway.config.ab),
         )  # fmt: skip
 
     async def _read(self) -> dict[str, list[Spend]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from anabranch.gateway.ab.assignment import Arm
 from anabranch.gateway.cache.exact import IGNORED
 from anabranch.gateway.count import asked_text
 from anabranch.gateway.decide import Decided
@@ -60,6 +61,8 @@ def headers_of(life: "Life", report: Report) -> dict[str, str]:
             found |= life.runtime.decider.headers(life.strategy, decided.decision)
     if life.exact_key is not None or life.context is not None:
         found["x-cache"] = "miss"
+    if life.arm is not None:
+        found["x-route-arm"] = f"{life.arm.test} {life.arm.side}"
     if report.is_stitched:
         found["x-stitched"] = "true"
     return {name: safe(value) for name, value in found.items()}
@@ -147,13 +150,15 @@ def _call_row(life: "Life", call: StrategyCall) -> LedgerRow:
     )  # fmt: skip
 
 
-def explained(decided: Decided, report: Report) -> dict[str, Any]:
-    """A decision, ready for JSON but for what the store writes as text, and the models that were asked.
+def explained(decided: Decided, report: Report, arm: Arm | None = None) -> dict[str, Any]:
+    """A decision, ready for JSON but for what the store writes as text, the models that were asked, and its arm of an A/B test.
 
     One that was chosen and never asked, as where no budget had room for it, tells nothing of what choosing it comes to.
     """
     decision = decided.decision
+    of_test = {} if arm is None else {"ab": arm.to_dict()}
     return {
+        **of_test,
         "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence, "candidates": _candidates(decision),
         "details": dict(decision.details), "bypassed": decided.bypassed, "probability": decision.probability,
         "asked": list(dict.fromkeys(attempt.model for attempt in report.attempts)),

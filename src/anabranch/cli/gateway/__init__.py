@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import typer
 
+from anabranch.cli.gateway.ab import show_tests
 from anabranch.cli.gateway.budget import app as budget
 from anabranch.cli.gateway.collect import collect
 from anabranch.cli.gateway.convert import convert
@@ -30,6 +31,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "route": route,
     "replay": replay,
     "collect": collect,
+    "ab": show_tests,
     "import": convert,
 }
 for _name, _command in _COMMANDS.items():

@@ -1,5 +1,6 @@
 """One file is one gateway: its models, deployments, strategies and limits, checked as a whole."""
 
+from anabranch.gateway.config.ab import ABConfig
 from anabranch.gateway.config.defaults import default_config
 from anabranch.gateway.config.file import load_config, make_strategy
 from anabranch.gateway.config.gateway import GatewayConfig
@@ -22,6 +23,7 @@ from anabranch.gateway.config.parts import (
 from anabranch.gateway.config.secret import Secret
 
 __all__ = [
+    "ABConfig",
     "AdminConfig",
     "BreakerConfig",
     "CacheConfig",

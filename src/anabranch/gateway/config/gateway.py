@@ -5,6 +5,7 @@ from typing import Literal
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
+from anabranch.gateway.config.ab import ABConfig
 from anabranch.gateway.config.near import hint
 from anabranch.gateway.config.parts import (
     AdminConfig,
@@ -35,6 +36,7 @@ class GatewayConfig(Config):
     Attributes:
         models: at least one, in the order in which strategies see them.
         strategies: by the name requests use: ``auto/NAME``.
+        ab: A/B tests by the name requests use: ``auto/NAME`` goes to one of two strategies.
         default_strategy: what ``auto`` alone means, and what decides where a strategy fails; None takes the first.
         fallbacks: models to try, in order, when one that was asked for by name cannot answer.
         embedder: of queries, for strategies and caches that need vectors; None if nothing does.
@@ -53,6 +55,7 @@ class GatewayConfig(Config):
 
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     strategies: dict[str, StrategyConfig] = Field(default_factory=_cheapest, min_length=1)
+    ab: dict[str, ABConfig] = Field(default_factory=dict)
     default_strategy: str | None = None
     fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     embedder: Embedder.Config | None = None
@@ -74,6 +77,7 @@ class GatewayConfig(Config):
     def __post_init__(self) -> None:
         _check_names(self)
         _check_strategies(self)
+        _check_tests(self)
         _check_fallbacks(self)
         if self.learning.judge and self.learning.judge not in (names := [model.name for model in self.models]):
             raise ConfigError(
@@ -133,13 +137,30 @@ def _check_names(config: GatewayConfig) -> None:
 
 def _check_strategies(config: GatewayConfig) -> None:
     for name, strategy in config.strategies.items():
-        if not name or any(sign in name for sign in "?&=/# ") or not name.isprintable():
-            raise ConfigError(f"strategies.{name}: a name of a strategy has no spaces and none of ? & = / #")
+        _check_name(f"strategies.{name}", name)
         for place, model in enumerate(strategy.models):
             _check_model(config, f"strategies.{name}.models.{place}", model)
     default = config.default_strategy
     if default is not None and default not in config.strategies:
         raise ConfigError(f"default_strategy is {default!r}; {hint(default, config.strategies)}")
+
+
+def _check_name(field: str, name: str) -> None:
+    if not name or any(sign in name for sign in "?&=/# ") or not name.isprintable():
+        raise ConfigError(f"{field}: a name of a strategy has no spaces and none of ? & = / #")
+
+
+def _check_tests(config: GatewayConfig) -> None:
+    for name, test in config.ab.items():
+        _check_name(f"ab.{name}", name)
+        if name in config.strategies:
+            raise ConfigError(f"ab.{name} is called as strategies.{name}; names must differ")
+        for side in ("a", "b"):
+            strategy = getattr(test, side)
+            if strategy not in config.strategies:
+                raise ConfigError(f"ab.{name}.{side} is {strategy!r}; {hint(strategy, config.strategies)}")
+        if not config.log.decisions:
+            raise ConfigError(f"ab.{name}: a test is read from decisions; set decisions = true under [log]")
 
 
 def _check_fallbacks(config: GatewayConfig) -> None:

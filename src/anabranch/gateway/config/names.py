@@ -4,6 +4,7 @@ small                       a model, or a group of deployments
 gpt-4o-mini                 an alias of one
 auto                        the default strategy
 auto/knn?lambda=2           a strategy, with knobs
+auto/try                    an A/B test, which is one of two strategies
 router-mf-0.116             RouteLLM's form of auto/mf?threshold=0.116
 """
 
@@ -23,23 +24,27 @@ _ROUTELLM = re.compile(r"router-(?P<name>.+)-(?P<threshold>(?:0(?:\.\d+)?|1(?:\.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where a request wants to go: to a model, or where a strategy sends it. One of the two is None.
+    """Where a request wants to go: to a model, where a strategy sends it, or where that of its arm of a test does.
+
+    ``model`` or ``strategy`` is None; both are until the arm is known.
 
     Attributes:
         model: the model's own name, whatever alias was used.
         strategy: name of the strategy.
+        test: name of the A/B test; None for none.
         knobs: what the sender set for it.
     """
 
     model: str | None = None
     strategy: str | None = None
+    test: str | None = None
     knobs: Mapping[str, str] = field(default_factory=dict)
 
 
 def names_of(config: GatewayConfig) -> list[str]:
-    """Every name a request may use but for knobs: models, aliases, strategies."""
+    """Every name a request may use but for knobs: models, aliases, strategies, A/B tests."""
     models = [name for model in config.models for name in (model.name, *model.aliases)]
-    return [*models, AUTO, *(f"{AUTO}/{name}" for name in config.strategies)]
+    return [*models, AUTO, *(f"{AUTO}/{name}" for name in (*config.strategies, *config.ab))]
 
 
 def find_target(config: GatewayConfig, name: str) -> Target:
@@ -55,6 +60,8 @@ def find_target(config: GatewayConfig, name: str) -> Target:
         return Target(strategy=config.default, knobs=_knobs(query, mark))
     if head.removeprefix(f"{AUTO}/") in config.strategies and head.startswith(f"{AUTO}/"):
         return Target(strategy=head.removeprefix(f"{AUTO}/"), knobs=_knobs(query, mark))
+    if head.removeprefix(f"{AUTO}/") in config.ab and head.startswith(f"{AUTO}/"):
+        return Target(test=head.removeprefix(f"{AUTO}/"), knobs=_knobs(query, mark))
     routellm = _ROUTELLM.fullmatch(name)
     if routellm and routellm["name"] in config.strategies:
         return Target(strategy=routellm["name"], knobs={"threshold": routellm["threshold"]})

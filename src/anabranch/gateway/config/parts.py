@@ -91,7 +91,8 @@ class StrategyConfig(Config):
         use: name of a strategy or predictor (`anabranch.gateway.strategies.names`).
         fields: of its config.
         trade_off: score given up to save a dollar; None takes the strategy's own.
-        router: a fitted router's file, or a folder of them (``anabranch gateway fit``) with one of the strategy's name.
+        router: a fitted router's file, or a folder of them (``anabranch gateway fit``): the one of the strategy's name, else what
+            ``anabranch gateway eval`` recommends of them, else the only one.
         models: those it may choose among; empty for all.
         timeout_s: seconds a decision may take before the default strategy decides instead.
         learns_from: whose scores it learns from; None takes ``feedback.who``.

@@ -2,8 +2,10 @@
 
 from aiohttp import web
 
+from anabranch.gateway.ab import results_of
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator
+from anabranch.gateway.ui.ab import render_ab
 from anabranch.gateway.ui.page import CSP, asset, icon, render, render_parts
 from anabranch.web.answers import SAFE, Route
 
@@ -24,6 +26,7 @@ class PageRoutes:
         return {
             "/ui": {"GET": self._page},
             "/ui/": {"GET": self._page},
+            "/ui/ab": {"GET": self._tests},
             "/ui/parts": {"GET": self._parts},
             "/ui/page.css": {"GET": _fixed(asset("page.css"), "text/css")},
             "/ui/page.js": {"GET": _fixed(asset("page.js"), "text/javascript")},
@@ -33,6 +36,10 @@ class PageRoutes:
     async def _page(self, request: web.BaseRequest) -> web.StreamResponse:
         await check_operator(self._gateway, request, local=True)
         return _html(render(await self._gateway.snapshot()))
+
+    async def _tests(self, request: web.BaseRequest) -> web.StreamResponse:
+        await check_operator(self._gateway, request, local=True)
+        return _html(render_ab(await results_of(self._gateway.store, self._gateway.config)))
 
     async def _parts(self, request: web.BaseRequest) -> web.StreamResponse:
         await check_operator(self._gateway, request, local=True)

@@ -21,6 +21,7 @@ MOST_SPENDERS = 8
 MOST_WEEKS = 24  # rows
 FILTER = "filter: a model, strategy, key, status or request id"
 NONE = "\u2013"
+AB_LINK = '<a href="/ui/ab">A/B tests</a> \u00b7 '
 LOGO = (
     '<svg viewBox="0 0 40 24" aria-hidden="true"><path d="M1 12h9c6 0 5-9 12-9h7c5 0 4 9 10 9'
     'M10 12c6 0 5 9 12 9h7c5 0 4-9 10-9M10 12h29"/></svg>'
@@ -49,7 +50,7 @@ def render(now: Snapshot) -> str:
 <body>
 <header>
 <h1>{LOGO}anabranch <span>gateway</span></h1>
-<p id="status">up {_span(now.uptime_s)} · {escape(now.version)} · <span id="live">live</span></p>
+<p id="status">{AB_LINK if now.has_tests else ""}up {_span(now.uptime_s)} · {escape(now.version)} · <span id="live">live</span></p>
 </header>
 <main id="parts">
 {render_parts(now)}
@@ -153,8 +154,8 @@ def _deployments(deployments: Sequence[DeploymentFact]) -> str:
 def _calibration(weeks: Sequence[Calibration]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(one.week)}</th><td>{escape(one.strategy)}</td><td class="number minor">{one.count:,}</td>'
-        f'<td class="number">{_number(one.expected)}</td><td class="number">{_number(one.scored)}</td>'
-        f'<td class="number">{one.bias:+.2g}</td><td class="number minor">{_number(one.error)}</td></tr>'
+        f'<td class="number">{number_text(one.expected)}</td><td class="number">{number_text(one.scored)}</td>'
+        f'<td class="number">{one.bias:+.2g}</td><td class="number minor">{number_text(one.error)}</td></tr>'
         for one in weeks[:MOST_WEEKS]
     )
     return (
@@ -222,8 +223,8 @@ def _candidates(seen: Seen) -> str:
     span = (high - low) or 1.0
     rows = "".join(
         f'<tr{" class=chosen" if row.get("model") == seen.chosen else ""}><th scope="row">{escape(str(row.get("model")))}</th>'
-        f'<td class="wide">{bar(((row.get("score") or 0.0) - low) / span)}</td><td class="number">{_number(row.get("score"))}</td>'
-        f'<td class="number">{_number(row.get("quality"))}</td><td class="number">{_cost(row.get("cost"))}</td></tr>'
+        f'<td class="wide">{bar(((row.get("score") or 0.0) - low) / span)}</td><td class="number">{number_text(row.get("score"))}</td>'
+        f'<td class="number">{number_text(row.get("quality"))}</td><td class="number">{_cost(row.get("cost"))}</td></tr>'
         for row in seen.candidates
     )
     return (
@@ -261,14 +262,14 @@ def _called(purpose: str, model: str, calls: Sequence[Mapping[str, Any]]) -> str
 
 
 def _money(nano: float, digits: int = 2) -> str:
-    return _dollars(dollars(round(nano)), digits)
+    return dollar_text(dollars(round(nano)), digits)
 
 
 def _cost(cost: Any) -> str:
-    return NONE if cost is None else _dollars(cost, 4)
+    return NONE if cost is None else dollar_text(cost, 4)
 
 
-def _dollars(value: float, digits: int) -> str:
+def dollar_text(value: float, digits: int) -> str:
     """With so many digits, or, where that would show nothing, with two that count."""
     if value == 0:
         return "$0"
@@ -277,7 +278,8 @@ def _dollars(value: float, digits: int) -> str:
     return f"${value:.{1 - math.floor(math.log10(value))}f}"
 
 
-def _number(value: Any) -> str:
+def number_text(value: Any) -> str:
+    """Four digits that count; a dash for none."""
     return NONE if value is None else f"{value:.4g}"
 
 

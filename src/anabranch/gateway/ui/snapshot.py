@@ -134,6 +134,7 @@ class Snapshot:
         points: for the plot of cost against quality.
         calibration: what strategies expected and what was said, by week, newest first.
         recent: requests, newest first.
+        has_tests: the config has A/B tests.
     """
 
     now_s: float
@@ -154,6 +155,7 @@ class Snapshot:
     points: Sequence[Point] = ()
     calibration: Sequence[Calibration] = ()
     recent: Sequence[Seen] = ()
+    has_tests: bool = False
 
 
 def quantile(buckets: Buckets, share: float) -> float | None:

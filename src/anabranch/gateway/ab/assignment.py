@@ -1,0 +1,78 @@
+"""Which of two strategies a request goes to: by a hash of whose it is, so that nobody goes back and forth."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from anabranch.config import to_dict
+from anabranch.gateway.config.ab import ABConfig
+
+Side = Literal["a", "b"]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Where a request belongs.
+
+    Attributes:
+        test: name of the test.
+        side: ``a`` or ``b``.
+        strategy: that decides.
+        probability: with which such a key or user comes to this side.
+        unit: whose it is, as a hash; "" if nobody's, and then it does not count.
+        config: of the test.
+    """
+
+    test: str
+    side: Side
+    strategy: str
+    probability: float
+    unit: str
+    config: ABConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the decision in the store, with all that a result is reckoned from."""
+        return {
+            "test": self.test, "arm": self.side, "probability": self.probability, "unit": self.unit,
+            "version": version_of(self.test, self.config), "config": _told(self.config),
+        }  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def version_of(test: str, config: ABConfig) -> str:
+    """Tells tests apart: whatever changes in the config begins the test anew."""
+    return _digest(test, json.dumps(to_dict(config), sort_keys=True))[:12]
+
+
+@lru_cache(maxsize=256)
+def _told(config: ABConfig) -> dict[str, Any]:
+    return {name: value for name, value in to_dict(config).items() if name != "salt"}
+
+
+def arm_of(test: str, config: ABConfig, *, key: str, user: str) -> Arm:
+    """The side of a request.
+
+    Args:
+        test: its name.
+        config: of it.
+        key: id of the key it came with; "" for none.
+        user: that the key belongs to or the sender names; "" for none.
+    """
+    whose = (
+        ("key", key) if key and config.unit == "key" else ("user", key, user) if user else ("key", key) if key else ()
+    )
+    if not whose:
+        return Arm(test, "a", config.a, 1.0, "", config)
+    digest = _digest("unit", config.salt or test, *whose)
+    is_b = int(digest[:16], 16) < config.share * 2**64
+    side: Side = "b" if is_b else "a"
+    chance = config.share if is_b else 1 - config.share
+    # Of other digits than those that chose the side.
+    return Arm(test, side, config.b if is_b else config.a, chance, digest[16:32], config)
+
+
+def _digest(*parts: str) -> str:
+    text = "".join(f"{len(part)}:{part}" for part in parts)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
