@@ -33,7 +33,7 @@ PUBLIC = {
     """,
     "anabranch.gateway.embed": "Embedder embed_cached",
     "anabranch.gateway.referee": """
-        Interval Recovery Replay Replayed Report Standing Trial aiq bootstrap cost_save decision_latency evaluate holm hull
+        Interval Recovery Replay Replayed Report Standing Trial Verdict aiq bootstrap cost_save decision_latency evaluate holm hull
         pareto_distance preference recovery recovery_in_bins replay routerbench_aiq try_out with_cheapest
     """,
     "anabranch.graph": """

@@ -129,7 +129,17 @@ def test_route_explains_one_query(run):
         or found["candidates"][0]["quality"] >= found["candidates"][1]["quality"]
     )
     assert found["details"]["neighbours"]
-    cheap = told(run("route", "write verses about rain", "--router", "routers", "--trade-off", "1000000", "--json"))
+    cheap = told(
+        run(
+            "route",
+            "write verses about rain",
+            "--router",
+            "routers/knn.safetensors",
+            "--trade-off",
+            "1000000",
+            "--json",
+        )
+    )
     assert cheap["candidates"][0]["model"] == "small"
     code, out, _ = run("route", "write verses about rain", "--router", "routers/ridge.safetensors")
     assert code == 0
@@ -226,3 +236,80 @@ def test_routes_and_judgements_of_light_strategies_load_no_torch(place):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+# The verdict
+
+
+def test_eval_ends_in_a_verdict_and_route_uses_what_it_recommends(run, place):
+    write_outcomes(place / "many.jsonl", made_outcomes(1500, seed=3))
+    options = "--out many --strategy knn --strategy ridge --json --quiet"
+    assert told(run("fit", "many.jsonl", *options.split()))["best_single"] == "large"
+    code, out, err = run("route", "add the numbers 7", "--router", "many", "--json")
+    assert code == 0
+    assert "no router of many is recommended yet (anabranch gateway eval DATA --router many" in err
+    assert json.loads(out)["recommended"] is None
+    found = told(run("eval", "many.jsonl", "--router", "many", "--html", "many.html", "--json", "--quiet"))["verdict"]
+    assert (found["best_single"], found["chosen_on"], found["resolved"]) == ("large", "train", True)
+    assert found["gains"][0]["found"] == "better"
+    assert found["gains"][0]["interval"][0] > 0
+    assert found["next"] == "anabranch gateway serve --config gateway.toml --router many"
+    chosen = found["recommended"]
+    assert (chosen["kind"], chosen["name"]) == ("strategy", found["gains"][0]["name"])
+    assert "<h2>Verdict</h2>" in (place / "many.html").read_text()
+    routed = told(run("route", "add the numbers 7", "--router", "many", "--json"))
+    assert (routed["router"], routed["recommended"]) == (chosen["name"], chosen)
+    code, out, _ = run("route", "add the numbers 7", "--router", "many")
+    assert f"router  {chosen['name']}: gateway eval recommends {chosen['name']}, since it is better than large" in out
+    other = "ridge" if chosen["name"] == "knn" else "knn"
+    assert told(run("route", "add", "--router", "many", "--strategy", other, "--json"))["recommended"] is None
+    # Another fit knows of no evaluation.
+    told(run("fit", "many.jsonl", *options.split()))
+    assert not (place / "many" / "recommended.json").exists()
+
+
+def test_where_nothing_is_resolved_the_best_single_model_is_recommended(run, place):
+    told(run("fit", "other.jsonl", "--out", "few", "--json", "--quiet"))
+    code, out, _ = run("eval", "other.jsonl", "--router", "few", "--quiet")
+    assert code == 0
+    said = [line for line in out.splitlines() if line.startswith(("verdict", "next"))]
+    assert "not resolved on 8 questions" in said[0]
+    assert "Cost at equal quality is not resolved" in said[1]
+    best = json.loads((place / "few" / "recommended.json").read_text())["best_single"]
+    assert (
+        said[2]
+        == f"verdict Recommended: always {best}, since nothing is shown to be better or cheaper at equal quality."
+    )
+    assert said[3] == "next    anabranch gateway serve --config gateway.toml --router few"
+    routed = told(run("route", "add the numbers 7", "--router", "few", "--json"))
+    assert (routed["router"], routed["recommended"]["kind"], routed["candidates"][0]["model"]) == (best, "model", best)
+
+
+def test_a_part_of_the_routers_or_a_leak_is_not_kept(run, place):
+    told(run("fit", "data.jsonl", "--out", "part", "--json", "--quiet"))
+    code, out, err = run("eval", "data.jsonl", "--router", "part", "--strategy", "knn", "--json", "--quiet")
+    assert code == 0
+    assert "what is recommended is not kept in part: only knn was judged" in err
+    assert json.loads(out)["verdict"]["next"].startswith("anabranch gateway ")
+    code, _, err = run("eval", "data.jsonl", "--router", "part", "--allow-leak", "--quiet")
+    assert (code, "--allow-leak" in err) == (0, True)
+    assert not (place / "part" / "recommended.json").exists()
+
+
+def test_the_next_command_without_routers_on_the_disk(run):
+    found = told(run("eval", "data.jsonl", "--strategy", "knn", "--seeds", "1", "--json", "--quiet"))["verdict"]
+    wanted = {
+        "strategy": "anabranch gateway fit data.jsonl --out routers --strategy knn",
+        "model": "anabranch gateway eval data.jsonl --strategy all",
+    }
+    assert found["next"] == wanted[found["recommended"]["kind"]]
+
+
+def test_a_damaged_recommendation_is_told_in_a_line(run, place):
+    told(run("fit", "other.jsonl", "--out", "hurt", "--json", "--quiet"))
+    (place / "hurt" / "recommended.json").write_text("{")
+    code, out, err = run("route", "q", "--router", "hurt")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "recommended.json cannot be read" in err
+    code, out, err = run("serve", "--router", "hurt", "--check")
+    assert (code, out, err.count("\n")) == (2, "", 1)

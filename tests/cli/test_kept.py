@@ -66,7 +66,7 @@ OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in
 READ = {
     "compare", "convert", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
     "eval data", "train config_file", "serve config_files", "gateway serve config_files", "gateway serve store", "gateway replay router",
-    "gateway replay prices", "gateway route router",
+    "gateway replay prices", "gateway route router", "gateway serve router",
 }  # fmt: skip
 FOLDERS = {"model": "m", "router": "routers"}  # what is named on the command line is not the file but its folder
 

@@ -162,6 +162,9 @@ gateway replay no.db
 gateway collect -c latin.toml --judge a --out o.jsonl
 gateway collect -c none.toml --judge exact --out o.jsonl
 gateway collect -c deep.toml --judge a --out o.jsonl
+gateway ab no.db
+gateway ab latin.toml try
+gateway serve --router none --check
 gateway import deep.yaml
 gateway import date.yaml
 gateway keys list --store no.db

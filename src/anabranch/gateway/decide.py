@@ -290,7 +290,7 @@ class Decider:
         for name, wanted in config.strategies.items():
             made, own = (strategies or {}).get(name), embedder
             if made is None:
-                made, own = _make(name, wanted, embedder)
+                made, own = _make(name, wanted, embedder, config)
             if made.needs_vector and own is None:
                 raise ConfigError(f"strategies.{name} needs vectors of queries; set embedder.kind")
             made.connect(embed=None if own is None else own.embed, complete=complete)
@@ -416,10 +416,12 @@ def _details(answer: Any) -> dict[str, Any]:
     return found
 
 
-def _make(name: str, wanted: StrategyConfig, embedder: Embedder | None) -> tuple[Strategy, Embedder | None]:
+def _make(
+    name: str, wanted: StrategyConfig, embedder: Embedder | None, config: GatewayConfig
+) -> tuple[Strategy, Embedder | None]:
     """The strategy of a config, and what embeds its queries."""
     if wanted.router is not None:
-        return _load(name, Path(wanted.router), embedder)
+        return _load(name, wanted.router, embedder, [model.name for model in config.models])
     try:
         made: Strategy = make_strategy(wanted)
     except ConfigError as error:
@@ -431,13 +433,17 @@ def _make(name: str, wanted: StrategyConfig, embedder: Embedder | None) -> tuple
     return made, embedder
 
 
-def _load(name: str, path: Path, embedder: Embedder | None) -> tuple[Strategy, Embedder | None]:
+def _load(name: str, place: str, embedder: Embedder | None, models: Sequence[str]) -> tuple[Strategy, Embedder | None]:
+    from anabranch.gateway.recommendation import check_models, no_recommendation, pick
     from anabranch.gateway.saving import load_folder
 
-    held = load_folder(path).routers
-    if name not in held and len(held) != 1:
+    picked = pick(place, name)
+    if picked is None:
+        held = ", ".join(load_folder(place).routers)
         raise ConfigError(
-            f"strategies.{name}.router is {str(path)!r}, which holds {', '.join(held)}; name the strategy as one of them"
+            f"strategies.{name}.router is {place!r}, which holds {held}; name the strategy as one of them: {no_recommendation(place)}"
         )
-    router = held[name] if name in held else next(iter(held.values()))
-    return router.strategy, router.embedder or embedder
+    check_models(name, picked, models)
+    if picked.choice is not None:
+        logger.info("strategy %s: %s", name, picked.why)
+    return picked.router.strategy, picked.router.embedder or embedder

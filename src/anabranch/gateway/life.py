@@ -195,7 +195,7 @@ class Life:
         test = self.target.test
         if test is None:
             return
-        user = self.user or self.body.get("user") or ""
+        user = ("" if self.record is None else self.record.user) or self.body.get("user") or ""
         self.arm = arm_of(test, self.runtime.config.ab[test], key=self.tenant, user=user)
         self.target = replace(self.target, strategy=self.arm.strategy)
 

@@ -6,6 +6,7 @@ arrays are covered by a digest, so a file that was cut off or changed is refused
     DIR/manifest.json       routers by name, how they were fitted
     DIR/NAME.safetensors    a router
     DIR/seen.safetensors    hashes of the questions learned from, so that nobody is judged on them
+    DIR/recommended.json    which of them to serve, once an evaluation said so (see `recommendation`)
 """
 
 import hashlib
@@ -32,9 +33,9 @@ from anabranch.gateway.wording import letters_and_digits
 
 VERSION = 1
 ENDING = ".safetensors"
-MANIFEST, SEEN = "manifest.json", f"seen{ENDING}"
+MANIFEST, SEEN, RECOMMENDED = "manifest.json", f"seen{ENDING}", "recommended.json"
 # What a folder of routers holds.
-_OURS = rf"[\w-]+{re.escape(ENDING)}|{re.escape(MANIFEST)}"
+_OURS = rf"[\w-]+{re.escape(ENDING)}|{re.escape(MANIFEST)}|{re.escape(RECOMMENDED)}"
 _FIELD = "anabranch.router"
 
 

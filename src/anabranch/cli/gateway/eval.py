@@ -24,6 +24,7 @@ from anabranch.cli.gateway.options import (
     read_strategies,
     rest,
 )
+from anabranch.cli.gateway.verdict import Ending, print_verdict
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
 from anabranch.cli.output import fact, print_json, say, table
@@ -74,10 +75,17 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Draw cost against quality (.png, .svg).")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
+    margin: Annotated[
+        float,
+        typer.Option(metavar="F", min=0, max=1, help="Share of the range of scores within which qualities are equal."),
+    ] = 0.02,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge routers on recorded outcomes, against random choice, every single model, the best for each task, and the oracle.
+
+    It ends in a verdict: who is better than the best single model, what can be saved at equal quality, or that neither is resolved; and
+    what to serve. With --router the verdict is kept beside the routers, for gateway route and serve.
 
     Without --router, each strategy learns from a part of DATA and is judged on the rest. Of a log, in which few questions were answered
     by every model, what they would have earned is estimated from the choices that were drawn, as gateway replay does.
@@ -93,7 +101,7 @@ def evaluate(
     with waiting(f"reading {data}", quiet):
         recorded, pool = read_data(data, columns, prices)
     recorded = measured(recorded, unit, prices)
-    settings: dict[str, Any] = {"pool": pool, "dollar": dollar, "allow_leak": allow_leak}
+    settings: dict[str, Any] = {"pool": pool, "dollar": dollar, "allow_leak": allow_leak, "margin": margin}
 
     def read_copies() -> tuple[Recorded, Pool]:
         log, pool = read_data(data, columns, prices, keep_copies=True)
@@ -105,7 +113,8 @@ def evaluate(
                 f"{wanted[0]} needs questions that every model answered, to compare them on; of {data} most have the answers of some. "
                 "What can be told of such a log is printed, or --json"
             )
-        show_log(*read_copies(), router, strategy, fields, embedder, test_share, seed, allow_leak, quiet, as_json)
+        ending = Ending(data, router, strategy, allow_leak)
+        show_log(*read_copies(), ending, fields, embedder, test_share, seed, margin, quiet, as_json)
         return
     if router is None:
         other = None if test is None else measured(read_data(test, columns, prices)[0], unit, prices)
@@ -114,12 +123,15 @@ def evaluate(
         report = _learn_and_judge(chosen, *parts, embedder, range(seed, seed + seeds), settings, quiet)
     else:
         report = _judge(router, strategy, recorded, unseen, settings, quiet)
-    report = report.replace(unit=unit)
+    assert report.verdict is not None
+    ending = Ending(data, router, strategy, allow_leak)
+    report = report.replace(unit=unit, verdict=ending.of(report.verdict))
     written = _write(report, data, html, picture, markdown)
     if as_json:
         print_json({**report.to_dict(), "wrote": written})
         return
     _print(report, written)
+    print_verdict(report.verdict)
 
 
 def _read_of(router: Path | None) -> list[Path]:
@@ -188,7 +200,7 @@ def _judge(
     data = next(iter(embedded.values()), data)
     strategies = {name: router.strategy for name, router in found.routers.items()}
     with waiting("judging", quiet):
-        return judge(strategies, train=None, test=data, **settings)
+        return judge(strategies, train=None, test=data, best_single=found.manifest.get("best_single"), **settings)
 
 
 def _nothing(text: str) -> None:

@@ -59,6 +59,7 @@ def fit(
 
     Example: anabranch gateway fit outcomes.jsonl.gz --out routers --strategy knn --strategy ridge
     """
+    from anabranch.gateway.referee.baselines import best_single
     from anabranch.gateway.referee.evaluate import digest
     from anabranch.gateway.saving import FittedRouter, check_router_folder, save_folder
 
@@ -74,7 +75,7 @@ def fit(
             learned = embed(made.fit(learned.query), learned, lambda text: None if quiet else say(text))
     about: dict[str, Any] = {
         "data": digest(recorded), "learned": len(learned), "held_out": len(recorded) - len(learned), "seed": seed,
-        "embedder": embedder,
+        "embedder": embedder, "best_single": best_single(learned, learned).facts["model"],
     }  # fmt: skip
     routers = {}
     for name, one in chosen.items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.cli.gateway.options import embed, make_embedder, read_strategies, rest
 from anabranch.cli.gateway.replay import print_replay
+from anabranch.cli.gateway.verdict import Ending, print_verdict
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.output import print_json, say
 from anabranch.errors import AnabranchError, DataError
@@ -42,33 +43,38 @@ def is_log(data: Recorded, read_copies: Callable[[], Recorded]) -> bool:
 
 
 def show_log(
-    log: Recorded, pool: Pool, router: Path | None, names: list[str] | None, fields: list[str] | None, embedder: str, share: float,
-    seed: int, allow_leak: bool, quiet: bool, as_json: bool,
+    log: Recorded, pool: Pool, ending: Ending, fields: list[str] | None, embedder: str, share: float, seed: int, margin: float, quiet: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
-    """Judge on the questions that were not learned from, beside every single model, and print it."""
+    """Judge on the questions that were not learned from, beside every single model, and print it with its verdict."""
     from anabranch.gateway.referee import replay
+    from anabranch.gateway.referee.log_verdict import verdict_of_log
     from anabranch.gateway.strategies.plain import Static
 
-    if router is None:
-        judged, log = _learned(log, pool, names, fields, embedder, share, seed, quiet)
+    learned: Recorded | None
+    if ending.router is None:
+        judged, learned, log = _learned(log, pool, ending.strategy, fields, embedder, share, seed, quiet)
     else:
-        judged, log = _fitted(log, router, names, allow_leak, quiet)
+        judged, learned, log = _fitted(log, ending.router, ending.strategy, ending.leaks, quiet)
     alone = {f"always {name}": Static(Static.Config(model=name)) for name in pool.names}
     with waiting("judging", quiet):
         result = replay({**judged, **alone}, log, pool)
+        verdict = ending.of(verdict_of_log(judged, log, pool, learned=learned, margin=margin))
     if as_json:
-        print_json({"estimated": "off_policy", **result.to_dict()})
+        print_json({"estimated": "off_policy", **result.to_dict(), "verdict": verdict.to_dict()})
         return
     print_replay(result)
+    print_verdict(verdict)
 
 
 def _learned(
     log: Recorded, pool: Pool, names: list[str] | None, fields: list[str] | None, embedder: str, share: float, seed: int, quiet: bool
-) -> tuple[dict[str, Any], Recorded]:  # fmt: skip
+) -> tuple[dict[str, Any], Recorded, Recorded]:  # fmt: skip
+    """Routers, the part that they learned from, and the one to judge on."""
     from anabranch.gateway.data import pooled, split
 
-    train, test = split(log, (1 - share, share), seed=seed)
-    train, chosen = pooled(train), read_strategies(names, fields)
+    copies, test = split(log, (1 - share, share), seed=seed)
+    train, chosen = pooled(copies), read_strategies(names, fields)
     if any(one.needs_vector for one in chosen.values()):
         made = make_embedder(embedder).fit(train.query)
         tell = _tell(quiet)
@@ -89,16 +95,21 @@ def _learned(
                 say(f"{name} was left out: {error}")
                 continue
         judged[name] = one
-    return judged, test
+    return judged, copies, test
 
 
 def _fitted(
     log: Recorded, router: Path, names: list[str] | None, allow_leak: bool, quiet: bool
-) -> tuple[dict[str, Any], Recorded]:
+) -> tuple[dict[str, Any], Recorded | None, Recorded]:
+    """Routers, what there is of what they learned from, and what to judge on."""
+    import numpy as np
+
     from anabranch.gateway.embed.cache import fingerprint
     from anabranch.gateway.saving import load_folder
 
     found = load_folder(router, names)
+    seen = np.flatnonzero([found.has_seen(text) for text in log.query])
+    learned = log.take(seen) if len(seen) else None
     # A log grows from fit to eval, so that what is held out cannot be told from what is new: neither was learned from.
     log = log if allow_leak else rest(found, log)
     embedders = {fingerprint(one.embedder): one.embedder for one in found.routers.values() if one.embedder is not None}
@@ -106,7 +117,7 @@ def _fitted(
         raise DataError(f"the routers in {router} were fitted with different embedders; judge them one at a time")
     for made in embedders.values():
         log = embed(made, log, _tell(quiet))
-    return {name: one.strategy for name, one in found.routers.items()}, log
+    return {name: one.strategy for name, one in found.routers.items()}, learned, log
 
 
 def _tell(quiet: bool) -> Any:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anabranch.cli.options import AsJson
-from anabranch.cli.output import fact, print_json, table
+from anabranch.cli.output import fact, print_json, say, table
 from anabranch.errors import InputError
+
+if TYPE_CHECKING:
+    from anabranch.gateway.recommendation import Picked
 
 
 def route(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The query.")],
     router: Annotated[Path, typer.Option(metavar="DIR", help="Routers of gateway fit: their folder, or one file.")],
     strategy: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which router of the folder. Default: the first.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Which router of the folder. Default: what gateway eval recommends, else the first."
+        ),
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="The kind of work, where it is known.")] = None,
     trade_off: Annotated[
@@ -28,19 +35,17 @@ def route(
 
     Example: anabranch gateway route 'What is 12 * 34?' --router routers --strategy knn
     """
-    from anabranch.gateway.saving import load_folder
-
     if not text.strip():
         raise InputError("the query is empty; write what is asked")
-    found = load_folder(router, None if strategy is None else [strategy])
-    name = strategy or next(iter(found.routers))
-    fitted = found.routers[name]
+    picked = _picked(router, strategy)
+    fitted, name = picked.router, picked.name
     query = fitted.query(text, task=task, knobs={} if trade_off is None else {"lambda": str(trade_off)})
-    facts = {"router": name, **fitted.strategy.explain(query, fitted.pool)}
+    chosen = None if picked.choice is None else dataclasses.asdict(picked.choice)
+    facts = {"router": name, "recommended": chosen, **fitted.strategy.explain(query, fitted.pool)}
     if as_json:
         print_json(facts)
         return
-    fact("router", name)
+    fact("router", name if picked.choice is None else f"{name}: {picked.why}")
     fact("why", facts["reason"])
     rows = [
         [item["model"], _number(item["quality"]), _number(item["cost"], 1000), _number(item["score"])]
@@ -50,6 +55,21 @@ def route(
     if facts["details"]:
         print()
         table(["detail", "value"], [[key, _short(value)] for key, value in facts["details"].items()], text_columns=2)
+
+
+def _picked(place: Path, strategy: str | None) -> Picked:
+    """The router that was named, or the recommended one, or the first; the latter with a word that it is no more than that."""
+    from anabranch.gateway.recommendation import Picked, no_recommendation, pick
+    from anabranch.gateway.saving import load_folder
+
+    if strategy is None:
+        picked = pick(place)
+        if picked is not None:
+            return picked
+        say(f"{no_recommendation(place)}; the first one decides")
+    held = load_folder(place, None if strategy is None else [strategy]).routers
+    name = strategy or next(iter(held))
+    return Picked(name=name, router=held[name], choice=None, why="it was named" if strategy else "it is the first")
 
 
 def _number(value: float | None, times: float = 1) -> str:

@@ -23,6 +23,13 @@ def serve(
             help="TOML or YAML. Without one: a mock pool of three models, and no keys.",
         ),
     ] = None,
+    router: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Let auto be what gateway eval recommends of these routers (of gateway fit), or one file.",
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is seen from other machines.")
     ] = "127.0.0.1",
@@ -56,7 +63,7 @@ def serve(
     from anabranch.gateway.http.run import load, run
 
     if check:
-        held = load(config, store)
+        held = load(config, store, router)
         say(f"{config or 'the built-in config'} is right: {len(held.models)} models, {len(held.strategies)} strategies")
         return
 
@@ -67,12 +74,22 @@ def serve(
             print_json({"url": url, "admin_url": admin_url, "page": f"{admin_url}/ui", "pid": os.getpid()})
         else:
             fact("serving", f"{url}/v1   page {admin_url}/ui   (Ctrl-C stops)")
+            if router is not None:
+                fact("auto", _auto(router))
             fact("next", f"curl -s {url}/v1/chat/completions -d '{_EXAMPLE}' -H 'content-type: application/json'")
         sys.stdout.flush()
 
-    run(config, host=host, port=port, store=store, drain_s=drain, on_ready=ready)
+    run(config, host=host, port=port, store=store, router=router, drain_s=drain, on_ready=ready)
     if not quiet:
         say("stopped; every request under way was answered")
+
+
+def _auto(router: Path) -> str:
+    """What ``auto`` means, and why."""
+    from anabranch.gateway.recommendation import pick
+
+    picked = pick(router)
+    return "" if picked is None else f"is {picked.name} of {router}: {picked.why}"
 
 
 _EXAMPLE = '{"model": "auto", "messages": [{"role": "user", "content": "hello"}]}'

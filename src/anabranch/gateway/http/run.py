@@ -15,9 +15,16 @@ from anabranch.web.server import BACKLOG, Server, Signals, reload_on, runner
 logger = logging.getLogger(__name__)
 
 
-def load(path: Path | None, store: str | None = None) -> GatewayConfig:
-    """The config of a file, or the one that needs none. Raises ConfigError with the line that is wrong."""
+def load(path: Path | None, store: str | None = None, router: Path | None = None) -> GatewayConfig:
+    """The config of a file, or the one that needs none. Raises ConfigError with the line that is wrong.
+
+    ``store`` takes the place of the config's; ``auto`` becomes what is recommended of the routers in ``router``.
+    """
     config = default_config() if path is None else load_config(path)
+    if router is not None:
+        from anabranch.gateway.recommendation import with_recommended
+
+        config = with_recommended(config, router)
     return config if store is None else config.replace(store=store)
 
 
@@ -27,6 +34,7 @@ def run(
     host: str = "127.0.0.1",
     port: int = 8080,
     store: str | None = None,
+    router: Path | None = None,
     drain_s: float = 30.0,
     on_ready: Callable[[str, str], None] = lambda url, admin_url: None,
 ) -> None:
@@ -37,14 +45,15 @@ def run(
         host: address to listen at; the default is seen from this machine only.
         port: 0 takes a free one.
         store: in place of the config's.
+        router: folder of fitted routers whose recommended one ``auto`` is to be; None leaves that to the config.
         drain_s: how long requests under way have to end after a signal.
         on_ready: called with the URL for requests and the one for operators when both answer.
 
     Raises AnabranchError: the config, the store or the address cannot be used.
     """
-    config = load(path, store)
+    config = load(path, store, router)
     logging.getLogger("anabranch").setLevel(config.log.level.upper())
-    main = _main(config, path, host, port, store, drain_s, on_ready)
+    main = _main(config, path, host, port, lambda: load(path, store, router), drain_s, on_ready)
     runner()(main)
 
 
@@ -53,7 +62,7 @@ async def _main(
     path: Path | None,
     host: str,
     port: int,
-    store: str | None,
+    load_again: Callable[[], GatewayConfig],
     drain_s: float,
     on_ready: Callable[[str, str], None],
 ) -> None:
@@ -62,7 +71,7 @@ async def _main(
     gateway = Gateway(config)
 
     async def reload() -> None:
-        new = await asyncio.to_thread(load, path, store)
+        new = await asyncio.to_thread(load_again)
         await gateway.reload(new)
         logging.getLogger("anabranch").setLevel(new.log.level.upper())
 

@@ -10,6 +10,7 @@ from anabranch.gateway.referee.evaluate import Trial, decision_latency, evaluate
 from anabranch.gateway.referee.replay import Replay, Replayed, replay
 from anabranch.gateway.referee.report import Report, Standing
 from anabranch.gateway.referee.two_models import Recovery, recovery, recovery_in_bins
+from anabranch.gateway.referee.verdict import Verdict
 
 __all__ = [
     "Interval",
@@ -19,6 +20,7 @@ __all__ = [
     "Report",
     "Standing",
     "Trial",
+    "Verdict",
     "aiq",
     "bootstrap",
     "cost_save",

@@ -20,9 +20,11 @@ from anabranch.gateway.query import Pool
 from anabranch.gateway.referee import baselines
 from anabranch.gateway.referee.baselines import Baseline
 from anabranch.gateway.referee.compare import DRAWS, Interval, bootstrap, holm
+from anabranch.gateway.referee.contenders import other_models, own_setting, sequences_of
 from anabranch.gateway.referee.curve import Scale, aiq, cost_save, hull, pareto_distance, routerbench_aiq
 from anabranch.gateway.referee.report import Report, Standing
 from anabranch.gateway.referee.two_models import TARGETS, Recovery, recovery, recovery_in_bins
+from anabranch.gateway.referee.verdict import MARGIN, decide, reach_of
 from anabranch.gateway.strategy import Embed, Played, Strategy
 
 Progress = Callable[[str], None]
@@ -36,6 +38,7 @@ class Trial:
     Attributes:
         played: of each seed.
         curve_P2: mean over seeds of cost and quality, its own setting first; None where costs are not known.
+        settings: of its knob, from dear to cheap, with the quality and cost of each question at them, means over seeds.
         recovery: of the two models of a pool of two, by its scores; None otherwise.
     """
 
@@ -43,6 +46,7 @@ class Trial:
     strategy: Strategy
     played: list[Played] = field(default_factory=list)
     curve_P2: np.ndarray | None = None
+    settings: list[tuple[float, np.ndarray, np.ndarray]] = field(default_factory=list)
     recovery: Recovery | None = None
     binned: Recovery | None = None
     fit_s: float | None = None
@@ -71,6 +75,8 @@ def evaluate(
     dollar: float = 0.0,
     draws: int = DRAWS,
     allow_leak: bool = False,
+    margin: float = MARGIN,
+    best_single: str | None = None,
     progress: Progress = lambda text: None,
 ) -> Report:
     """Judge strategies.
@@ -86,6 +92,9 @@ def evaluate(
         dollar: score that a dollar is worth, for regret.
         draws: of the bootstrap.
         allow_leak: let the parts share questions.
+        margin: share of the range of scores within which qualities count as equal, for the verdict.
+        best_single: the model that did best on what strategies learned from, where that is known without ``train``; without either it is
+            chosen on the test, which favours it.
         progress: told what is under way.
 
     Raises DataError if the parts share questions or no question of the test has all outcomes, InputError if vectors are missing.
@@ -97,19 +106,33 @@ def evaluate(
         test = test.only(train.models)
     num_rows, test = len(test), _complete(test)
     pool = pool_of(test.models) if pool is None else Pool(_in_order(pool, test.models))
-    trials, failed = [], {}
+    learned = test if train is None else train
+    known = train is None and best_single in test.models
+    best = baselines.single(test, str(best_single)) if known else baselines.best_single(learned, test)
+    trials, failed, sequences = [], {}, other_models(best, test)
     for name, strategy in strategies.items():
         progress(name)
         try:
-            trials.append(try_out(name, strategy, train, test, pool, seeds, embed))
+            trial = try_out(name, strategy, train, test, pool, seeds, embed)
         except AnabranchError as error:
             failed[name] = str(error)
+            continue
+        sequences += sequences_of(trial, best)
+        # As much as all questions at all settings: what is needed of them is in the sequences.
+        trial.settings = []
+        trials.append(trial)
     if failed and not trials:
         name, reason = next(iter(failed.items()))
         raise InputError(f"no strategy could be judged; {name}: {reason}")
-    learned = test if train is None else train
-    return _report(trials, learned, test, cost_range, dollar, draws).replace(
-        failed=failed, seeds=list(seeds) if train is not None else [], left_out=num_rows - len(test),
+    report = _report(trials, learned, best, test, cost_range, dollar, draws)
+    reach = reach_of(test.score_NM)
+    verdict = decide(
+        [own_setting(trial, best) for trial in trials], sequences, best.facts["model"],
+        {one.name: one.p_holm for one in report.strategies}, questions=len(test), reach=reach,
+        chosen_on="train" if known or train is not None else "test", margin=margin * reach, unfit=failed,
+    )  # fmt: skip
+    return report.replace(
+        verdict=verdict, failed=failed, seeds=list(seeds) if train is not None else [], left_out=num_rows - len(test),
         num_train=None if train is None else len(train), seconds=time.perf_counter() - started,
         data={"test": digest(test)} if train is None else {"train": digest(train), "test": digest(test)},
     )  # fmt: skip
@@ -156,7 +179,9 @@ def try_out(
     if strategy.needs_vector and test.vector_ND is None:
         raise InputError(f"{name} needs vectors; embed the data first")
     trial = Trial(name, strategy)
-    curves, spent = [], []
+    curves: list[list[list[float]]] = []
+    spent: list[float] = []
+    sum_2KN = np.zeros(())
     for seed in seeds if train is not None else [None]:
         one = strategy
         if train is not None and seed is not None:
@@ -167,24 +192,32 @@ def try_out(
             spent.append(time.process_time() - begun)
         trial.strategy = one
         trial.played.append(one.play(test, pool))
-        curves.append(_curve(one, trial.played[-1], test if train is None else train, test, pool))
+        values, along = _along(one, test if train is None else train, test, pool)
+        curves.append([_point(one) for one in (trial.played[-1], *along)])
+        sum_2KN = sum_2KN + np.array([[one.quality_N for one in along], [one.cost_N for one in along]])
     trial.fit_s = float(np.mean(spent)) if spent else None
     if test.cost_NM is not None:
         trial.curve_P2 = np.mean(curves, axis=0)
+        if values:
+            trial.settings = list(zip(values, *(sum_2KN / len(curves)), strict=True))
     if len(test.models) == 2:
         trial.recovery, trial.binned = _recovered(trial.strategy, test, pool)
     trial.latency_ms = decision_latency(trial.strategy, test, pool)
     return trial
 
 
-def _curve(one: Strategy, played: Played, learned: Recorded, test: Recorded, pool: Pool) -> np.ndarray:
-    """``[1 + K, 2]``: the point of its own setting, then of its knob's."""
-    points = [played]
+def _along(one: Strategy, learned: Recorded, test: Recorded, pool: Pool) -> tuple[list[float], list[Played]]:
+    """Values of its knob, from dear to cheap, and what comes of them; none where costs are not known."""
     values = list(one.knobs(learned)) if test.cost_NM is not None else []
-    if values:
-        many = getattr(one, "play_knobs", None)
-        points += many(test, values) if many else [one.with_knob(value).play(test, pool) for value in values]
-    return np.array([[point.cost_N.mean(), point.quality_N.mean()] for point in points])
+    if not values:
+        return [], []
+    many = getattr(one, "play_knobs", None)
+    return values, many(test, values) if many else [one.with_knob(value).play(test, pool) for value in values]
+
+
+def _point(one: Played) -> list[float]:
+    """Mean cost and quality."""
+    return [float(one.cost_N.mean()), float(one.quality_N.mean())]
 
 
 def _recovered(one: Strategy, test: Recorded, pool: Pool) -> tuple[Recovery, Recovery] | tuple[None, None]:
@@ -238,13 +271,13 @@ def decision_latency(one: Strategy, data: Recorded, pool: Pool, count: int = TIM
 def _report(
     trials: list[Trial],
     learned: Recorded,
+    best: Baseline,
     test: Recorded,
     cost_range: tuple[float, float] | None,
     dollar: float,
     draws: int,
 ) -> Report:
     singles = {model: baselines.single(test, model) for model in test.models}
-    best = baselines.best_single(learned, test)
     rules = {
         "random": baselines.random_choice(test), "best_single": best,
         "best_per_task": baselines.best_per_task(learned, test), "oracle": baselines.oracle(test),

@@ -28,7 +28,7 @@ def page(report: Report, title: str) -> str:
     failed = "".join(f"<p>{escape(name)} was left out: {escape(reason)}</p>" for name, reason in report.failed.items())
     return _PAGE.substitute(
         title=escape(title),
-        text=f"<p>{escape(report.describe())}</p>{failed}",
+        text=f"<p>{escape(report.describe())}</p>{failed}{_verdict(report)}",
         picture=f'<figure><img alt="Cost against quality" src="data:image/svg+xml;base64,{svg}">'
         f"<figcaption>{escape(_READ)}</figcaption></figure>",
         tables="".join(
@@ -40,6 +40,15 @@ def page(report: Report, title: str) -> str:
         ),
         version=escape(__version__),
     )
+
+
+def _verdict(report: Report) -> str:
+    verdict = report.verdict
+    if verdict is None:
+        return ""
+    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict.sentences())
+    following = f"<p>Next: <code>{escape(verdict.next)}</code></p>" if verdict.next else ""
+    return f"<h2>Verdict</h2><ul>{said}</ul>{following}"
 
 
 def _table(heading: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

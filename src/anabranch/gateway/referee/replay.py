@@ -117,9 +117,9 @@ def replay(
         raise DataError("the log holds no scored answer; send feedback for some requests first")
     log = log.take(np.flatnonzero(known_NM.any(1)))
     known_NM = np.isfinite(log.score_NM)
-    weight_NM, drawn_N = _weights(log, known_NM)
+    weight_NM, drawn_N = weights(log, known_NM)
     logged_N = _row_means(log.score_NM, known_NM)
-    expected_NM = _expected(log, seed) if drawn_N.any() else None
+    expected_NM = expected(log, seed) if drawn_N.any() else None
     found = []
     for name, strategy in strategies.items():
         model_N = strategy.play(log, pool).model_N
@@ -128,8 +128,8 @@ def replay(
     return Replay(found, len(log), float(logged_N.mean()), cost, PROBABILITY in log.signals, int(drawn_N.sum()))
 
 
-def _weights(log: Recorded, known_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a match weighs, and the rows whose choice was drawn."""
+def weights(log: Recorded, known_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a match weighs, and the rows whose choice was drawn. Raises DataError for what is no probability."""
     chance_NM = log.signals.get(PROBABILITY)
     if chance_NM is None:
         return known_NM.astype(float), np.zeros(len(log), bool)
@@ -145,7 +145,7 @@ def _weights(log: Recorded, known_NM: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.where(used_NM, 1 / np.where(used_NM, chance_NM, 1), 0.0), drawn_N
 
 
-def _expected(log: Recorded, seed: int) -> np.ndarray:
+def expected(log: Recorded, seed: int) -> np.ndarray:
     """Score ``[N, M]`` that each model is expected to get, learned from the other parts of the log."""
     expected_NM = np.empty(log.score_NM.shape)
     parts = min(FOLDS, len(log))

@@ -7,6 +7,8 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from anabranch.gateway.referee.verdict import Verdict
+
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
@@ -76,6 +78,7 @@ class Report:
         failed: strategies that could not be judged, and why.
         cost_range: dollars a question between which AIQ is taken.
         dollar: score that a unit of cost is worth, for regret. unit: what costs are in.
+        verdict: who is better than the best single model, what equal quality costs, and what to serve.
         data: digests of the outcomes. seconds: wall time. versions: of what the result depends on.
     """
 
@@ -92,6 +95,7 @@ class Report:
     cost_range: tuple[float, float] | None = None
     dollar: float = 0.0
     unit: str = "dollars"
+    verdict: Verdict | None = None
     data: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -110,14 +114,18 @@ class Report:
             "strategies": found.pop("strategies"),
             "baselines": {**found.pop("baselines"), "single": found.pop("singles"), "mixing": found.pop("mixing")},
             **found,
+            "verdict": None if self.verdict is None else self.verdict.to_dict(),
             "versions": versions(),
         }
 
     def to_markdown(self) -> str:
-        """Tables of strategies and baselines, and a sentence on how they were judged."""
+        """Tables of strategies and baselines, a sentence on how they were judged, and the verdict."""
         lines = [f"{self.describe()}\n"]
         for headers, rows in self.tables():
             lines += [*_markdown(headers, rows), ""]
+        if self.verdict is not None:
+            lines += ["## Verdict", "", *(f"- {sentence}" for sentence in self.verdict.sentences())]
+            lines += [f"- Next: `{self.verdict.next}`"] if self.verdict.next else []
         lines += [f"- {name} was left out: {reason}" for name, reason in self.failed.items()]
         return "\n".join(lines).rstrip() + "\n"
 

@@ -34,7 +34,8 @@ def read_arms(connection: Connection) -> list[ArmRow]:
     """Of all tests, in the order of the ledger."""
     rows = connection.rows(
         "SELECT d.body, l.seq, l.status, l.cost_nano + coalesce((SELECT sum(c.cost_nano) FROM ledger c "
-        "WHERE c.parent_id = l.request_id AND c.parent_id <> ''), 0), f.score, f.seq FROM decisions d JOIN ledger l ON l.request_id = d.request_id "
+        "WHERE c.parent_id = l.request_id AND c.parent_id <> ''), 0), f.score, f.seq "
+        "FROM decisions d JOIN ledger l ON l.request_id = d.request_id "
         "LEFT JOIN (SELECT request_id, min(seq) AS first FROM feedback GROUP BY request_id) g ON g.request_id = d.request_id "
         "LEFT JOIN feedback f ON f.seq = g.first "
         f"WHERE substr(l.requested, 1, 5) = 'auto/' AND d.body LIKE :mark ORDER BY l.seq LIMIT {MOST_ROWS}",

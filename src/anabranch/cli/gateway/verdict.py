@@ -1,0 +1,96 @@
+"""How ``anabranch gateway eval`` ends: its verdict, kept beside the routers that were judged, and the command to type next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anabranch.cli.output import fact, say, shell_word
+from anabranch.errors import AnabranchError
+
+if TYPE_CHECKING:
+    from anabranch.gateway.referee import Verdict
+    from anabranch.gateway.referee.verdict import Choice
+
+SERVE = "anabranch gateway serve --config gateway.toml"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Of one evaluation: what it was told.
+
+    Attributes:
+        data: outcomes.
+        router: folder or file of the routers that were judged; None where they were made for it.
+        strategy: names that were asked for; None for all.
+        leaks: it may have been judged on what was learned from.
+    """
+
+    data: str
+    router: Path | None
+    strategy: list[str] | None
+    leaks: bool
+
+    def of(self, verdict: Verdict) -> Verdict:
+        """The verdict with the next command, kept where it can be and should be; else it is said why not."""
+        if verdict.recommended is None:
+            return verdict.replace(next="anabranch gateway collect --help")
+        if self.router is None:
+            return verdict.replace(next=self._unfitted(verdict))
+        why = self._why_not_kept()
+        if why and self.router.is_dir():
+            say(f"what is recommended is not kept in {self.router}: {why}")
+        if not why and self._keep(verdict):
+            return verdict.replace(next=f"{SERVE} --router {shell_word(self.router)}")
+        return verdict.replace(next=self._unkept(verdict.recommended))
+
+    def _unkept(self, chosen: Choice) -> str:
+        """Serve the one file that is recommended, or judge as it has to be judged to be kept."""
+        assert self.router is not None
+        is_folder = self.router.is_dir()
+        if chosen.kind == "strategy" and chosen.setting is None and not self.leaks:
+            file = self.router / f"{chosen.name}.safetensors" if is_folder else self.router
+            return f"{SERVE} --router {shell_word(file)}"
+        folder = self.router if is_folder else self.router.parent
+        is_kept = (folder / "manifest.json").is_file()
+        return f"anabranch gateway eval {shell_word(self.data)} --router {shell_word(folder)}" if is_kept else SERVE
+
+    def _why_not_kept(self) -> str:
+        if self.router is None or not self.router.is_dir():
+            return "it is one router, not a folder of them"
+        if self.strategy is not None:
+            return f"only {', '.join(self.strategy)} was judged" if len(self.strategy) == 1 else "not all were judged"
+        return "it was judged on questions that may have been learned from (--allow-leak)" if self.leaks else ""
+
+    def _keep(self, verdict: Verdict) -> bool:
+        from anabranch.gateway.recommendation import keep_recommendation
+
+        assert self.router is not None
+        try:
+            keep_recommendation(self.router, verdict)
+        except AnabranchError as error:
+            # What was found is worth more than where it lies.
+            say(f"what is recommended is not kept: {error}")
+            return False
+        return True
+
+    def _unfitted(self, verdict: Verdict) -> str:
+        """Nothing is on the disk yet that could be served."""
+        chosen, data = verdict.recommended, shell_word(self.data)
+        if chosen is not None and chosen.kind == "strategy":
+            return f"anabranch gateway fit {data} --out routers --strategy {chosen.name}"
+        if self.strategy == ["all"]:
+            return SERVE
+        return f"anabranch gateway eval {data} --strategy all"
+
+
+def print_verdict(verdict: Verdict | None) -> None:
+    """Sentences, and the next command on a line of its own."""
+    if verdict is None:
+        return
+    print()
+    for sentence in verdict.sentences():
+        fact("verdict", sentence)
+    if verdict.next:
+        fact("next", verdict.next)
