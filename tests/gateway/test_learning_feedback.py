@@ -307,6 +307,21 @@ def test_what_is_over_the_share_is_told_without_what_all_would_learn_from(tmp_pa
     assert 'anabranch_outcomes_total{result="scored",strategy="ucb"} 1.0' in text
 
 
+def test_operators_have_no_limit_and_are_no_senders_to_share_with(tmp_path):
+    async def scores(gateway, names, by):
+        keys = await keys_of(gateway, **{name: {"is_admin": name == "boss"} for name in names})
+        ids = [await ask(gateway, keys["a"], str(number)) for number in range(5)]
+        return [await score(gateway, keys[by], id) for id in ids]
+
+    def told(folder, *arguments, **fields):
+        return run(tmp_path / folder, lambda gateway: scores(gateway, *arguments), **fields)
+
+    strict = FeedbackConfig(free=0)
+    assert told("a", ("a", "b", "boss"), "boss", feedback=strict.replace(who="admin")) == [True] * 5
+    assert told("b", ("a", "boss"), "a", feedback=strict) == [True] * 5
+    assert told("c", ("a", "b"), "a", feedback=strict) == [False] * 5
+
+
 def test_without_keys_all_are_one_and_nothing_is_held_back(tmp_path):
     async def work(gateway):
         return [await score(gateway, None, await ask(gateway, None, str(number))) for number in range(8)]

@@ -57,7 +57,9 @@ class Teaching:
         lane = self._lane(strategy)
         if lane is None:
             return
-        if self._is_taught_by_request(lane, row) and self._admit(lane, row.key_id, is_scored=False):
+        if self._is_taught_by_request(lane, row) and self._admit(
+            lane, row.key_id, self.key(row.key_id), is_scored=False
+        ):
             lane.observe(outcome)
         elif lane.strategy.keeps_answers:
             # What it keeps is the sender's own. What would move what all share is left out.
@@ -90,7 +92,8 @@ class Teaching:
             if await store.has_feedback(id, whose):
                 raise _scored_before(id)
             await store.feedback(id, score, key_id=whose, owner=row.key_id, comment=comment)
-            await self.read_keys(FRESH_S)
+            # Where one key is new, others may be.
+            await self.read_keys(0.0 if giver is not None and giver.id not in self._keys else FRESH_S)
         finally:
             self._scoring.discard((id, whose))
         return row, score, self._learn(id, score, giver)
@@ -123,19 +126,20 @@ class Teaching:
             self._count(lane, "not_allowed")
             return False
         self.waiting.take(id)
-        if not self._admit(lane, "" if giver is None else giver.id, is_scored=True):
+        if not self._admit(lane, "" if giver is None else giver.id, giver, is_scored=True):
             return False
         lane.observe(replace(waited.outcome, quality=score))
         return True
 
     # Limits
 
-    def _admit(self, lane: "Lane", key_id: str, *, is_scored: bool) -> bool:
+    def _admit(self, lane: "Lane", key_id: str, key: KeyRecord | None, *, is_scored: bool) -> bool:
+        """Whether an outcome is within the share of whoever says it; operators have no limit."""
         config = self._gateway.config.feedback
         share = self._shares.get((lane.name, is_scored))
         if share is None or share.config != config:
             share = self._shares[lane.name, is_scored] = FairShare(config)
-        is_in = share.admit(key_id, self.num_senders)
+        is_in = (key is not None and key.is_admin) or share.admit(key_id, self.num_senders)
         self._count(lane, ("scored" if is_scored else "told") if is_in else "over_share")
         return is_in
 
@@ -145,8 +149,8 @@ class Teaching:
 
     @property
     def num_senders(self) -> int:
-        """Keys that requests may come with, as far as known; all who need none are one."""
-        return len(self._keys) + (not self._gateway.config.require_key)
+        """Keys that requests may come with, as far as known, but for operators'; all who need none are one."""
+        return sum(not key.is_admin for key in self._keys.values()) + (not self._gateway.config.require_key)
 
     async def read_keys(self, fresh_s: float = 0.0) -> None:
         """Learn which keys there are, unless that was read so few seconds ago."""
