@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Reservations settled in one transaction.
 RECOVERED = 500
+# What a row says of a request whose process is gone, and of one that was only taken for such.
+CRASHED, CORRECTED = "crashed", "corrected"
 
 
 @dataclass(slots=True, eq=False)
@@ -135,12 +137,15 @@ class _Books:
         self.open: dict[str, int] = {}
         self.closed: set[str] = set()
         self.foreign: set[str] = set()
+        # Requests that were settled as left behind: nano, when, what was asked for, and the strategy.
+        self.given_up: dict[str, tuple[int, int, str, str]] = {}
         if moving:
             self._lock({subject for job in moving for subject in job.reservation.subjects})
             self._look([job.reservation.request_id for job in moving])
         self.new: dict[str, Row] = {}
         self.grown: dict[str, int] = {}
         self.gone: list[str] = []
+        self.revived: list[str] = []
         self.ledger: list[Row] = []
         self.inserts: dict[str, tuple[Sequence[str], list[Row]]] = {}
 
@@ -156,19 +161,24 @@ class _Books:
             self.accounts.setdefault(account.subject, []).append(account)
 
     def _look(self, requests: list[str]) -> None:
-        among = self.connection.among("request_id", "requests")
-        found = self.connection.rows(
-            f"SELECT request_id, nano, replica FROM reservations WHERE {among}"
-            f" UNION ALL SELECT request_id, 0, '' FROM ledger WHERE {among}",
-            requests=self.connection.values(requests),
+        among, values = self.connection.among("request_id", "requests"), self.connection.values(requests)
+        # Locked, so that of two who settle a request one sees what the other has done.
+        held = self.connection.rows(
+            f"SELECT request_id, nano, replica FROM reservations WHERE {among} ORDER BY request_id"
+            + self.connection.for_update,
+            requests=values,
         )
-        for request, nano, replica in found:
-            if not replica:
-                self.closed.add(request)
-            else:
-                self.open[request] = nano
-                if replica != self.replica:
-                    self.foreign.add(request)
+        for request, nano, replica in held:
+            self.open[request] = nano
+            if replica != self.replica:
+                self.foreign.add(request)
+        ended = self.connection.rows(
+            f"SELECT request_id, status, cost_nano, ts_us, requested, strategy FROM ledger WHERE {among}", requests=values
+        )
+        for request, status, nano, ts_us, requested, strategy in ended:
+            self.closed.add(request)
+            if status == CRASHED:
+                self.given_up[request] = (nano, ts_us, requested, strategy)
 
     def _of(self, subjects: Sequence[str]) -> list[_Account]:
         return [account for subject in subjects for account in self.accounts.get(subject, ())]
@@ -202,6 +212,7 @@ class _Books:
 
     def _grow(self, job: Grow) -> Reservation:
         request = job.reservation.request_id
+        self._revive(job.reservation)
         if request not in self.open:
             raise DataError(f"the reservation of request {request!r} is gone; it was settled already")
         if job.nano > self.open[request]:
@@ -220,6 +231,9 @@ class _Books:
 
     def _settle(self, job: Settle) -> None:
         request = job.reservation.request_id
+        flags = job.row.flags
+        if job.row.status != CRASHED and self._revive(job.reservation):
+            flags = (*flags, CORRECTED)
         nano = self.open.pop(request, None)
         if nano is None:
             logger.warning(
@@ -236,7 +250,8 @@ class _Books:
             one.is_changed = True
         self.gone.append(request)
         self.closed.add(request)
-        flags = (*job.row.flags, "over_reserved") if total_nano > nano else job.row.flags
+        if total_nano > nano:
+            flags = (*flags, "over_reserved")
         whose = owners(job.reservation.subjects)
         for call in job.calls:
             self.ledger.append(ledger_values(replace(call, ts_us=self.now_us, parent_id=request, **whose)))
@@ -253,6 +268,27 @@ class _Books:
         for insert in job.also:
             self._insert(insert)
 
+    def _revive(self, reservation: Reservation) -> bool:
+        """A request that was taken for left behind goes on: what was charged for it is only held again. Whether it was so."""
+        request = reservation.request_id
+        if request not in self.given_up:
+            return False
+        nano, ts_us, requested, strategy = self.given_up.pop(request)
+        for one in self._of(reservation.subjects):
+            # What was charged in a period that is over went with it.
+            if ts_us >= one.since:
+                one.spent -= nano
+            one.reserved += nano
+            one.is_changed = True
+        self.closed.discard(request)
+        self.open[request] = nano
+        self.revived.append(request)
+        self.new[request] = (
+            request, self.replica, self.now_us, nano, joined(reservation.subjects), requested, strategy,
+        )  # fmt: skip
+        logger.warning("request %s had been taken for left behind, and goes on", request)
+        return True
+
     def write(self) -> None:
         connection, gone = self.connection, set(self.gone)
         connection.insert(
@@ -264,6 +300,12 @@ class _Books:
             connection.run(
                 f"DELETE FROM reservations WHERE {connection.among('request_id', 'gone')}",
                 gone=connection.values(self.gone),
+            )
+        if self.revived:
+            connection.run(
+                f"DELETE FROM ledger WHERE {connection.among('request_id', 'revived')} AND status = :status",
+                revived=connection.values(self.revived),
+                status=CRASHED,
             )
         added = connection.insert("ledger", schema.LEDGER, self.ledger)
         if added < len(self.ledger):
@@ -303,7 +345,7 @@ def _left_behind(row: Row) -> Settle:
         requested=requested,
         strategy=strategy,
         cost_nano=nano,
-        status="crashed",
+        status=CRASHED,
         flags=("recovered",),
     )
     return Settle(Reservation(request, parted(subjects), nano), ended)

@@ -72,10 +72,7 @@ class Database(Protocol):
         """Create, unless ``makes`` forbids it, or migrate. Raises DataError for data of a newer version or another kind."""
 
     def hold(self) -> None:
-        """Say that this process is alive, until `let_go` or its end."""
-
-    def beat(self, connection: Connection) -> None:
-        """Say so again, inside a transaction, where saying it once is not enough."""
+        """Say that this process is alive, until `let_go` or its end, whatever else it is busy with."""
 
     def dead(self, connection: Connection) -> list[str]:
         """Other replicas with reservations that are not alive any more."""

@@ -1,9 +1,14 @@
 """PostgreSQL, for a gateway of several replicas: the same tables and statements, with row locks where SQLite locks the file.
 
-A replica says every few seconds that it is alive, in the database's own time; one that has not for `LEASE_S` is taken for dead, and
-what it had reserved is settled by another.
+A thread of each replica says every `BEAT_S` that it is alive, however busy its writer is. One whose sign of life another has seen unchanged
+for `LEASE_S`, looking all the while, is taken for dead, and what it had reserved is settled by the other. Clocks play no part in it: one
+that leaps makes nobody dead, and nobody immortal.
 """
 
+import logging
+import math
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,10 +21,15 @@ from anabranch.extras import require
 from anabranch.gateway.store.database import BusyError, Row
 from anabranch.gateway.store.schema import MIGRATIONS
 
+logger = logging.getLogger(__name__)
 LEASE_S = 15.0
+BEAT_S = 3.0
 
-# Connections of a replica: the writer's, and those of readers.
-POOL = 8
+# Whoever has not looked at the others for so long begins to watch them anew: that nothing changed may be for the database's sake.
+AWAY_S = 6.0
+
+# Connections of a replica: of the writer, of who says that it is alive, of readers, and of locks.
+POOL = 9
 
 # Of the advisory lock that lets one replica migrate at a time.
 _LOCK = 0x616E6162
@@ -143,7 +153,11 @@ class PostgresDatabase:
         except (sqlalchemy.exc.ArgumentError, ValueError):
             raise DataError("the URL of the store cannot be read; write postgresql://user@host/name") from None
         self.name, self.replica = parsed.render_as_string(hide_password=True), uuid.uuid4().hex
-        self._is_held = False
+        self._beater: threading.Thread | None = None
+        self._ends = threading.Event()
+        # Of other replicas: their last sign of life, and when, by our clock, that was first seen.
+        self._signs: dict[str, tuple[int, float]] = {}
+        self._looked_s = -math.inf
 
     def connect(self) -> PostgresConnection:
         """See `Database`."""
@@ -177,38 +191,68 @@ class PostgresDatabase:
         """See `Database`."""
         connection = self.connect()
         try:
-            self.beat(connection)
-            self._is_held = True
+            self._beat(connection)
         except BusyError as error:
-            raise DataError(f"cannot open the store {self.name}: {error}") from None
-        finally:
             connection.close()
+            raise DataError(f"cannot open the store {self.name}: {error}") from None
+        self._beater = threading.Thread(
+            target=self._keep_beating, args=(connection,), name="anabranch-store-beat", daemon=True
+        )
+        self._beater.start()
 
-    def beat(self, connection: Any) -> None:
-        """See `Database`."""
+    def _keep_beating(self, connection: PostgresConnection) -> None:
+        """Of a thread: say that this replica is alive, until it lets go."""
+        while not self._ends.wait(BEAT_S):
+            try:
+                self._beat(connection)
+            except Exception as error:
+                # The others will take it for dead, but not before the database works for them.
+                logger.warning("the store could not be told that this replica is alive: %s", error)
+        connection.close()
+
+    def _beat(self, connection: PostgresConnection) -> None:
         connection.run(
             f"INSERT INTO replicas (id, seen_us) VALUES (:id, {_NOW_US}) ON CONFLICT (id) DO UPDATE SET seen_us = excluded.seen_us",
             id=self.replica,
         )
 
     def dead(self, connection: Any) -> list[str]:
-        """See `Database`."""
+        """See `Database`. Those that said goodbye are dead at once; for others it is said here, once they are taken for dead."""
         found = connection.rows(
-            "SELECT DISTINCT r.replica FROM reservations AS r LEFT JOIN replicas AS p ON p.id = r.replica WHERE r.replica <> :own"
-            f" AND (p.id IS NULL OR p.seen_us < {_NOW_US} - :lease)",
+            "SELECT id, seen_us FROM replicas WHERE id <> :own UNION ALL SELECT DISTINCT replica, CAST(NULL AS BIGINT) FROM reservations"
+            " WHERE replica <> :own AND replica NOT IN (SELECT id FROM replicas)",
             own=self.replica,
-            lease=round(LEASE_S * 1e6),
         )
-        connection.run(f"DELETE FROM replicas WHERE seen_us < {_NOW_US} - :old", old=round(LEASE_S * 1e8))
-        return [row[0] for row in found]
+        now_s = time.monotonic()
+        if now_s - self._looked_s > AWAY_S:
+            self._signs.clear()
+        self._looked_s = now_s
+        before, self._signs = self._signs, {}
+        dead = []
+        for replica, seen_us in found:
+            sign = before.get(replica)
+            since_s = sign[1] if sign is not None and sign[0] == seen_us else now_s
+            if seen_us is None or (now_s - since_s >= LEASE_S and self._has_ended(connection, replica, seen_us)):
+                dead.append(replica)
+            else:
+                self._signs[replica] = (seen_us, since_s)
+        return dead
+
+    def _has_ended(self, connection: PostgresConnection, replica: str, seen_us: int) -> bool:
+        """Say goodbye for a replica; not if it has just given a sign of life."""
+        return bool(
+            connection.run("DELETE FROM replicas WHERE id = :id AND seen_us = :seen", id=replica, seen=seen_us)
+        )
 
     def let_go(self) -> None:
         """See `Database`."""
-        if not self._is_held:
+        if self._beater is None:
             return
-        self._is_held = False
+        self._ends.set()
+        # One that hangs in the database is left there: the lease ends by itself.
+        self._beater.join(BEAT_S)
+        self._beater = None
         connection = self.connect()
-        # The lease ends by itself.
         with suppress(BusyError):
             connection.run("DELETE FROM replicas WHERE id = :id", id=self.replica)
         connection.close()

@@ -247,9 +247,6 @@ class SqliteDatabase:
                 connection.rows("PRAGMA wal_checkpoint(PASSIVE)")
         connection.close()
 
-    def beat(self, connection: Any) -> None:
-        """The lock is enough."""
-
     def dead(self, connection: Any) -> list[str]:
         """See `Database`."""
         found = [row[0] for row in connection.rows("SELECT DISTINCT replica FROM reservations")]

@@ -98,6 +98,7 @@ class Writer:
                 self._is_woken = False
                 while self._jobs:
                     self._write(connection, self._taken())
+                    self._watch(connection)
                 self._watch(connection)
         finally:
             connection.close()
@@ -184,7 +185,6 @@ class Writer:
             return
         self._watched_s = now_s
         try:
-            self._database.beat(connection)
             count = recover(self._database, connection, self._now_us())
             if count:
                 logger.warning("settled %d requests that another process left behind", count)
