@@ -1,5 +1,6 @@
 """SQLite: one file, write-ahead log, several processes of one machine at a time."""
 
+import glob
 import json
 import os
 import sqlite3
@@ -161,6 +162,14 @@ def _check_replaceable(path: Path, source: Path) -> None:
         )
 
 
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether an open file is still what ``path`` leads to."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
 class SqliteDatabase:
     """See `Database`. Which processes are alive is told by locks on files beside the store, which end with their process.
 
@@ -174,13 +183,18 @@ class SqliteDatabase:
         if synchronous not in SYNCHRONOUS:
             raise DataError(f"synchronous is {synchronous!r}; use one of {', '.join(SYNCHRONOUS)}")
         self.path, self._synchronous, self.replica = Path(path), synchronous, uuid.uuid4().hex
+        # Whatever name leads to it: one file has one lock for each process. It stays this file, also if a link is turned elsewhere.
+        try:
+            self._file = self.path.resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DataError(f"cannot open the store {self.path}: {error}") from None
         self._held: int | None = None
         self._mover: threading.Thread | None = None
         self._ends = threading.Event()
 
     def connect(self) -> SqliteConnection:
         """See `Database`."""
-        return SqliteConnection(self.path, self._synchronous, 1000 if self._mover is None else WAL_PAGES)
+        return SqliteConnection(self._file, self._synchronous, 1000 if self._mover is None else WAL_PAGES)
 
     def open(self, *, makes: bool = True) -> None:
         """See `Database`."""
@@ -219,7 +233,7 @@ class SqliteDatabase:
         return found
 
     def _lock_path(self, replica: str) -> Path:
-        return self.path.with_name(f"{self.path.name}-replica-{replica}")
+        return self._file.with_name(f"{self._file.name}-replica-{replica}")
 
     def hold(self) -> None:
         """See `Database`."""
@@ -228,15 +242,20 @@ class SqliteDatabase:
         if fcntl is None:
             return
         path = self._lock_path(self.replica)
-        while self._held is None:
-            handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
-                self._held = handle
-            else:
-                # Taken for a dead one's and removed between the two lines above.
-                os.close(handle)
-        for other in self.path.parent.glob(f"{self.path.name}-replica-*"):
+        try:
+            while self._held is None:
+                handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                if _is_at(path, handle):
+                    self._held = handle
+                else:
+                    # Taken for a dead one's and removed between the two lines above.
+                    os.close(handle)
+        except OSError as error:
+            raise DataError(
+                f"cannot open the store {self.path}: its folder takes no file beside it ({(error.strerror or str(error)).lower()})"
+            ) from None
+        for other in self._file.parent.glob(f"{glob.escape(self._file.name)}-replica-*"):
             self._is_dead(other.name.rpartition("-")[2])
 
     def _checkpoint(self) -> None:
@@ -259,13 +278,20 @@ class SqliteDatabase:
         if fcntl is None:
             return True
         path = self._lock_path(replica)
+        if not path.exists():
+            # The store may have been renamed, or have a second name.
+            path = next(iter(self._file.parent.glob(f"*-replica-{replica}")), path)
         try:
             handle = os.open(path, os.O_RDWR)
         except FileNotFoundError:
             return True
+        except OSError as error:
+            raise BusyError(f"{path} cannot be opened: {(error.strerror or str(error)).lower()}") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
+            # What is left of it, where it cannot be removed, means nothing.
+            with suppress(OSError):
+                path.unlink()
             return True
         except BlockingIOError:
             return False
@@ -285,9 +311,7 @@ class SqliteDatabase:
 
     def alone(self, work: str) -> AbstractContextManager[bool]:
         """See `Database`."""
-        # One file has one lock, whatever names lead to it.
-        path = self.path.resolve()
-        return locked(path.with_name(f".{path.name}-{work}.lock"))
+        return locked(self._file.with_name(f".{self._file.name}-{work}.lock"))
 
     def backup(self, path: str | Path) -> None:
         """A compact copy of one moment, while others go on writing, for the eyes of those who may read the store.
