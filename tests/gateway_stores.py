@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import uuid
 from contextlib import contextmanager
+from functools import partial
 from glob import glob
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def missing():
 
 @contextmanager
 def server():
-    """A server of our own behind a Unix socket; yields a function that makes an empty database and gives its URL."""
+    """A server of our own behind a Unix socket; yields a function that makes an empty database and gives its URL, with
+    functions `stop`, as a crash would, and `start`, again.
+    """
     folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # a short path: sockets allow 107 bytes
     as_user = {"user": "nobody"} if os.geteuid() == 0 else {}  # the server refuses to be run by root
     if as_user:
@@ -38,16 +41,19 @@ def server():
     try:
         run("initdb", "-D", folder / "data", "-U", "test", "-A", "trust", "-E", "UTF8", "--no-sync")
         settings = f"-k {folder} -c listen_addresses='' -c fsync=off -c shared_buffers=16MB -c max_connections=60"
-        run("pg_ctl", "-D", folder / "data", "-w", "-o", settings, "-l", folder / "log", "start")
+        begin = ("pg_ctl", "-D", folder / "data", "-w", "-o", settings, "-l", folder / "log", "start")
+        end = ("pg_ctl", "-D", folder / "data", "-w", "-m", "immediate", "stop")
+        run(*begin)
 
         def database():
             name = f"t{uuid.uuid4().hex}"
             run("createdb", "-h", folder, "-U", "test", name)
             return f"postgresql://test@/{name}?host={folder}"
 
+        database.stop, database.start = partial(run, *end), partial(run, *begin)
         try:
             yield database
         finally:
-            run("pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
+            run(*end)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from anabranch.errors import AnabranchError, ConfigError, InputError
+from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
 from anabranch.gateway.learning import errands
@@ -30,6 +30,7 @@ from anabranch.gateway.life import Life
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.overview import Overview
 from anabranch.gateway.query import Decision
+from anabranch.gateway.refusals import unavailable
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import CollectedRow, KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
@@ -157,8 +158,11 @@ class Gateway:
         while True:
             days = self.config.log.keep_days
             if days is not None:
-                count = await self.store.prune(time.time() - days * DAY_S)
-                logger.info("deleted %d rows older than %d days", count, days)
+                try:
+                    count = await self.store.prune(time.time() - days * DAY_S)
+                    logger.info("deleted %d rows older than %d days", count, days)
+                except CapacityError as error:
+                    logger.warning("rows older than %d days are deleted later: %s", days, error)
             await asyncio.sleep(PRUNE_S)
 
     async def _learn_on(self) -> None:
@@ -242,8 +246,11 @@ class Gateway:
         runtime.release()
 
     async def authenticate(self, secret: str | None) -> KeyRecord | None:
-        """The key a request came with; None where none is needed and none that is known was sent. Raises ApiError (401)."""
-        record = await self.store.key_of(secret) if secret else None
+        """The key a request came with; None where none is needed and none that is known was sent. Raises ApiError (401, 503)."""
+        try:
+            record = await self.store.key_of(secret) if secret else None
+        except CapacityError as error:
+            raise unavailable(error) from None
         if record is None and self.config.require_key:
             what = "is not known, or not valid any more" if secret else "is missing"
             message = f"the key {what}; send Authorization: Bearer KEY (anabranch gateway keys create makes one)"
@@ -430,8 +437,12 @@ async def _next(items: AsyncIterator[T], done: Any) -> Any:
 
 
 def _noted(done: "asyncio.Future[Any]") -> None:
-    if not done.cancelled() and (error := done.exception()) is not None:
-        logger.error("the ledger could not be written: %s", error)
+    if done.cancelled() or (error := done.exception()) is None:
+        return
+    # That the store has no room, it says itself, once for many rows.
+    logger.log(
+        logging.DEBUG if isinstance(error, CapacityError) else logging.ERROR, "the ledger could not be written: %s", error
+    )
 
 
 class _Worker:

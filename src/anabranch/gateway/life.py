@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from anabranch.errors import BudgetError, InputError, LimitError, RateError, UnknownModelError
+from anabranch.errors import BudgetError, CapacityError, InputError, RateError, UnknownModelError
 from anabranch.gateway.ab.assignment import Arm, arm_of
 from anabranch.gateway.cache import Entry, SingleFlight, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
@@ -28,6 +28,7 @@ from anabranch.gateway.money import dollars, nano_dollars
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest
 from anabranch.gateway.purse import Hold, Purse
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
+from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, subjects_of
@@ -175,7 +176,7 @@ class Life:
         try:
             self.gateway.rates.admit(self.tenant, self.count.tokens, rpm=rpm, tpm=tpm)
         except RateError as error:
-            raise _limited(error) from None
+            raise limited(error) from None
         self.tpm = tpm
 
     def _take_purse(self) -> None:
@@ -366,7 +367,7 @@ class Life:
         return context is None or self.count.tokens <= context
 
     async def _allow(self, model: str, spent_nano: int) -> bool:
-        """Whether a further attempt may be paid for, asked by the dispatcher before each one but the first."""
+        """Whether a further attempt may be paid for, asked before each one but the first; not while the store cannot write."""
         return await self.purse.can_raise(self.hold, spent_nano + self._open_nano() + self.worst_nano(model))
 
     def _open_nano(self) -> int:
@@ -558,7 +559,10 @@ class Life:
             self._share_failure(UpstreamError(error.failure))
             self.end("error", refusal.status, code=refusal.code or "")
         elif isinstance(error, BudgetError):
-            refusal = _limited(error)
+            refusal = limited(error)
+            self.end("refused", refusal.status, code=refusal.code or "")
+        elif isinstance(error, CapacityError):
+            refusal = unavailable(error)
             self.end("refused", refusal.status, code=refusal.code or "")
         elif isinstance(error, ApiError):
             refusal = error
@@ -584,15 +588,6 @@ class Life:
         if error.status not in (429, 503):
             return {}
         return {"Retry-After": str(max(1, math.ceil(wait_s or 1)))}
-
-
-def _limited(error: LimitError) -> ApiError:
-    """A limit as OpenAI's clients know it. The wait is said where waiting helps."""
-    wait_s = error.retry_after_s
-    headers = {} if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}
-    if isinstance(error, BudgetError):
-        return ApiError(429, "insufficient_quota", str(error), type="insufficient_quota", headers=headers)
-    return ApiError(429, "rate_limit_exceeded", str(error), type="requests", headers=headers)
 
 
 def _label(target: Target) -> str:

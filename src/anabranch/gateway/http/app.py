@@ -11,13 +11,14 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from anabranch import __version__
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, CapacityError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator
 from anabranch.gateway.http.admin import AdminRoutes
 from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.http.openapi import describe
 from anabranch.gateway.http.page import PageRoutes
+from anabranch.gateway.refusals import unavailable
 from anabranch.web.answers import Route, error_response, json_response, wrong_method
 from anabranch.web.api_error import ApiError
 from anabranch.web.server import Server
@@ -73,6 +74,8 @@ class App:
             if error.headers.get("connection") == "close":
                 response.force_close()
             return response
+        except CapacityError as error:
+            return error_response(unavailable(error))
         except AnabranchError as error:
             # An argument that the store or the config refuses.
             return error_response(ApiError(400, "invalid_value", str(error)))

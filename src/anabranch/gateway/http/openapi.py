@@ -175,7 +175,7 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
             "/v1/embeddings": post("Embeddings", "Turn texts into vectors"),
             "/v1/responses": post("Responses", "Answer, in the form of the Responses API", True),
             "/v1/feedback": post("Feedback", "Score an answer, from 0 to 1; once", False, "409"),
-            "/v1/models": get("Models and strategies", "application/json", "401"),
+            "/v1/models": get("Models and strategies", "application/json", "401", "503"),
             "/health": get("The process is alive"),
             "/ready": get("It takes requests", "application/json", "503"),
             "/metrics": get("For Prometheus", "text/plain"),

@@ -32,13 +32,17 @@ class Job:
     Attributes:
         future: of the event loop; None if nobody waits.
         result, error: what to tell.
-        asked_s: when it was asked for, by a clock that never runs back.
+        is_tried: the writer has begun with it.
+        is_withdrawn: nobody waits for it any more, and it is not to be done.
+        is_aside: it failed by itself, which was said, and is tried again from time to time.
     """
 
     future: "asyncio.Future[Any] | None" = field(default=None, kw_only=True)
     result: Any = field(default=None, kw_only=True)
     error: Exception | None = field(default=None, kw_only=True)
-    asked_s: float = field(default=0.0, kw_only=True)
+    is_tried: bool = field(default=False, kw_only=True)
+    is_withdrawn: bool = field(default=False, kw_only=True)
+    is_aside: bool = field(default=False, kw_only=True)
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +60,13 @@ class Grow(Job):
 
     reservation: Reservation
     nano: int
+
+
+@dataclass(slots=True, eq=False)
+class Unmake(Job):
+    """Give back what a reservation has set aside that nobody was told of, if it was made; there is no row of it."""
+
+    reservation: Reservation
 
 
 @dataclass(slots=True, eq=False)
@@ -131,7 +142,7 @@ class _Books:
 
     def __init__(self, connection: Connection, jobs: Sequence[Job], replica: str, now_us: int) -> None:
         self.connection, self.replica, self.now_us = connection, replica, now_us
-        moving = [job for job in jobs if isinstance(job, Reserve | Grow | Settle)]
+        moving = [job for job in jobs if isinstance(job, Reserve | Grow | Unmake | Settle)]
         self.accounts: dict[str, list[_Account]] = {}
         # Request -> nano.
         self.open: dict[str, int] = {}
@@ -190,6 +201,8 @@ class _Books:
             self._settle(job)
         elif isinstance(job, Grow):
             job.result = self._grow(job)
+        elif isinstance(job, Unmake):
+            self._unmake(job)
         elif isinstance(job, Append):
             self.ledger.append(ledger_values(replace(job.row, ts_us=self.now_us)))
         elif isinstance(job, Insert):
@@ -219,6 +232,16 @@ class _Books:
             self._set_aside(job.reservation.subjects, job.nano - self.open[request])
             self.open[request] = self.grown[request] = job.nano
         return replace(job.reservation, nano=self.open[request])
+
+    def _unmake(self, job: Unmake) -> None:
+        request = job.reservation.request_id
+        nano = self.open.pop(request, None)
+        if nano is None:
+            return
+        for one in self._of(job.reservation.subjects):
+            one.reserved -= nano
+            one.is_changed = True
+        self.gone.append(request)
 
     def _set_aside(self, subjects: Sequence[str], nano: int) -> None:
         accounts = self._of(subjects)

@@ -11,11 +11,13 @@ Row = tuple[Any, ...]
 
 
 class BusyError(Exception):
-    """The database cannot do it now and may later; nothing was written, or whether it was is not known."""
+    """The database cannot do it now and may later; nothing was written, or whether it was is not known. What else a connection raises is a
+    mistake of ours, which would be raised again.
+    """
 
 
 class Connection(Protocol):
-    """One connection, used by one thread.
+    """One connection, used by one thread. After a BusyError it can be used as before: what it has begun is over, or ends with `rollback`.
 
     Attributes:
         for_update: what ends a SELECT whose rows are to be locked until the transaction ends.
@@ -66,7 +68,7 @@ class Database(Protocol):
     replica: str
 
     def connect(self) -> Connection:
-        """A new connection. Raises DataError if the database cannot be reached."""
+        """A new connection. It reaches the database when it is used first."""
 
     def open(self, *, makes: bool = True) -> None:
         """Create, unless ``makes`` forbids it, or migrate. Raises DataError for data of a newer version or another kind."""

@@ -31,9 +31,24 @@ AWAY_S = 6.0
 # Connections of a replica: of the writer, of who says that it is alive, of readers, and of locks.
 POOL = 9
 
+# A server that is not heard is given up: while connecting, and later, where nothing comes back of what was sent.
+PATIENCE = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
+
+# SQLSTATE of a right that is missing: somebody else can put that right.
+_NO_RIGHT = "42501"
+
 # Of the advisory lock that lets one replica migrate at a time.
 _LOCK = 0x616E6162
 _NOW_US = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
+
+
+def _is_ours(error: Any) -> bool:
+    """Whether it is a mistake of ours: the same statement fails again, however often and wherever it is run."""
+    from sqlalchemy.exc import DataError as ValuesError
+    from sqlalchemy.exc import IntegrityError, NotSupportedError, ProgrammingError
+
+    is_ours = isinstance(error, ValuesError | IntegrityError | NotSupportedError | ProgrammingError)
+    return is_ours and getattr(error.orig, "sqlstate", None) != _NO_RIGHT
 
 
 class PostgresConnection:
@@ -47,17 +62,20 @@ class PostgresConnection:
         self._in_transaction = False
 
     def _do(self, sql: str, values: Any) -> Any:
-        from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+        """What the database cannot do now as BusyError; the rest is a mistake of ours."""
+        from sqlalchemy.exc import DBAPIError
+        from sqlalchemy.exc import TimeoutError as PoolError
 
         try:
             if self._raw is None:
                 self._raw = self._engine.connect()
             return self._raw.execute(_text(sql), values)
+        except PoolError as error:
+            raise BusyError(f"no connection is free: {error}") from error
         except DBAPIError as error:
-            if self._raw is not None and error.connection_invalidated:
+            if error.connection_invalidated:
                 self._drop()
-            if not error.connection_invalidated and not isinstance(error, OperationalError | InterfaceError):
-                # A mistake of ours.
+            elif _is_ours(error):
                 raise
             raise BusyError(str(error.orig).strip()) from error
 
@@ -79,10 +97,14 @@ class PostgresConnection:
 
     def rollback(self) -> None:
         """See `Connection`."""
-        if self._in_transaction:
-            self._in_transaction = False
-            with suppress(BusyError):
-                self._do("ROLLBACK", {})
+        if not self._in_transaction:
+            return
+        self._in_transaction = False
+        try:
+            self._do("ROLLBACK", {})
+        except Exception:
+            # With the connection ends what it has begun.
+            self._drop()
 
     def rows(self, sql: str, **values: Any) -> list[Row]:
         """See `Connection`."""
@@ -148,8 +170,9 @@ class PostgresDatabase:
             parsed = sqlalchemy.make_url(url).set(drivername="postgresql+psycopg")
             # Transactions are begun and committed by statements.
             self._engine = sqlalchemy.create_engine(
-                parsed, isolation_level="AUTOCOMMIT", pool_size=POOL, max_overflow=0
-            )
+                parsed, isolation_level="AUTOCOMMIT", pool_size=POOL, max_overflow=0,
+                connect_args={name: value for name, value in PATIENCE.items() if name not in parsed.query},
+            )  # fmt: skip
         except (sqlalchemy.exc.ArgumentError, ValueError):
             raise DataError("the URL of the store cannot be read; write postgresql://user@host/name") from None
         self.name, self.replica = parsed.render_as_string(hide_password=True), uuid.uuid4().hex

@@ -6,10 +6,10 @@ import os
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from anabranch.errors import DataError
 from anabranch.files import SQLITE_LOGS, atomic_file, check_apart, mode_of
@@ -23,6 +23,8 @@ except ImportError:
     # Not on Windows: there, one process at a time.
     fcntl = None  # type: ignore[assignment]
 
+T = TypeVar("T")
+
 # That a write waits for another process.
 BUSY_S = 5.0
 
@@ -35,40 +37,61 @@ CHECKPOINT_S = 1.0
 # Of the log (64 MB): then the writer does it itself, or under steady load the log would never begin anew.
 WAL_PAGES = 16_384
 
-
-_PASSING = frozenset((
-    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_NOMEM,
+# Mistakes of ours: the same statement fails again, however often and wherever it is run.
+_OURS = frozenset((
+    sqlite3.SQLITE_ERROR, sqlite3.SQLITE_INTERNAL, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE,
 ))  # fmt: skip
 
-
-@contextmanager
-def _busy() -> Iterator[None]:
-    """What may pass (a lock of another process, a full disk) as BusyError; the rest is a mistake of ours."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _PASSING:
-            raise
-        raise BusyError(str(error)) from error
+# The connection is as good as before. After all else (a file that was read-only, moved or damaged) a new one may do better.
+_WAITING = frozenset((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM))
 
 
 class SqliteConnection:
-    """See `Connection`."""
+    """See `Connection`. The file is opened when it is used first, and again after an error that may lie with the connection."""
 
     for_update: ClassVar[str] = ""
 
     def __init__(self, path: Path, synchronous: str, wal_pages: int = 1000) -> None:
+        self._path, self._synchronous, self._wal_pages = path, synchronous, wal_pages
+        self._raw: sqlite3.Connection | None = None
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._raw is not None:
+            return self._raw
+        # Never made anew: rows in an empty file would be lost for whoever puts the old one back.
+        raw = sqlite3.connect(
+            f"{self._path.as_uri()}?mode=rw", uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False,
+            cached_statements=256,
+        )  # fmt: skip
         try:
-            self._raw = sqlite3.connect(
-                path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256
-            )
-            self._raw.execute("PRAGMA journal_mode = WAL")
-            self._raw.execute(f"PRAGMA synchronous = {synchronous}")
-            self._raw.execute("PRAGMA journal_size_limit = 67108864")
-            self._raw.execute(f"PRAGMA wal_autocheckpoint = {wal_pages}")
-        except sqlite3.DatabaseError as error:
-            raise DataError(f"cannot open the store {path}: {error}") from None
+            raw.execute("PRAGMA journal_mode = WAL")
+            raw.execute(f"PRAGMA synchronous = {self._synchronous}")
+            raw.execute("PRAGMA journal_size_limit = 67108864")
+            raw.execute(f"PRAGMA wal_autocheckpoint = {self._wal_pages}")
+        except BaseException:
+            raw.close()
+            raise
+        self._raw = raw
+        return raw
+
+    def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """What the database cannot do now as BusyError; the rest is a mistake of ours."""
+        try:
+            return work(self._opened())
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", None)
+            if code is None or code & 0xFF in _OURS:
+                raise
+            if code & 0xFF not in _WAITING:
+                self._drop()
+            raise BusyError(str(error)) from error
+
+    def _drop(self) -> None:
+        raw, self._raw = self._raw, None
+        if raw is not None:
+            with suppress(sqlite3.Error):
+                raw.close()
 
     def begin(self) -> None:
         """See `Connection`."""
@@ -80,19 +103,24 @@ class SqliteConnection:
 
     def rollback(self) -> None:
         """See `Connection`."""
-        if self._raw.in_transaction:
-            with suppress(BusyError):
-                self.run("ROLLBACK")
+        if self._raw is None or not self._raw.in_transaction:
+            return
+        try:
+            self._raw.execute("ROLLBACK")
+        except sqlite3.Error:
+            # With the connection ends what it has begun.
+            self._drop()
 
     def rows(self, sql: str, **values: Any) -> list[Row]:
         """See `Connection`."""
-        with _busy():
-            return self._raw.execute(sql, values).fetchall()
+        return self._do(lambda raw: raw.execute(sql, values).fetchall())
 
     def run(self, sql: str, **values: Any) -> int:
         """See `Connection`."""
-        with _busy():
-            return self._raw.execute(sql, values).rowcount
+        return self._changed(sql, values)
+
+    def _changed(self, sql: str, values: Any) -> int:
+        return self._do(lambda raw: raw.execute(sql, values).rowcount)
 
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> int:
         """See `Connection`."""
@@ -103,8 +131,7 @@ class SqliteConnection:
             sql = (
                 f"INSERT INTO {table} ({', '.join(columns)}) VALUES {', '.join([marks] * size)} ON CONFLICT DO NOTHING"
             )
-            with _busy():
-                added += self._raw.execute(sql, [value for row in rows[at : at + size] for value in row]).rowcount
+            added += self._changed(sql, [value for row in rows[at : at + size] for value in row])
             at += size
         return added
 
@@ -134,7 +161,7 @@ class SqliteConnection:
 
     def close(self) -> None:
         """See `Connection`."""
-        self._raw.close()
+        self._drop()
 
 
 def _check_replaceable(path: Path, source: Path) -> None:
@@ -203,8 +230,10 @@ class SqliteDatabase:
                 f"{self.path} is no store of a gateway: it is {'empty' if self.path.is_file() else 'not there'}"
             )
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            # A file that is there is not even opened: closing it would free the locks that other connections of this process have on it.
+            if not self._file.exists():
+                os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as error:
             raise DataError(f"cannot open the store {self.path}: {(error.strerror or str(error)).lower()}") from None
         connection = self.connect()
@@ -259,10 +288,10 @@ class SqliteDatabase:
             self._is_dead(other.name.rpartition("-")[2])
 
     def _checkpoint(self) -> None:
-        """Of a thread: move the log into the file as far as that holds up nobody."""
+        """Of a thread: move the log into the file as far as that holds up nobody. What it cannot move now it moves later."""
         connection = self.connect()
         while not self._ends.wait(CHECKPOINT_S):
-            with suppress(BusyError):
+            with suppress(BusyError, sqlite3.Error):
                 connection.rows("PRAGMA wal_checkpoint(PASSIVE)")
         connection.close()
 
@@ -277,16 +306,17 @@ class SqliteDatabase:
             return False
         if fcntl is None:
             return True
-        path = self._lock_path(replica)
-        if not path.exists():
-            # The store may have been renamed, or have a second name.
-            path = next(iter(self._file.parent.glob(f"*-replica-{replica}")), path)
         try:
+            path = self._lock_path(replica)
+            if not path.exists():
+                # The store may have been renamed, or have a second name.
+                path = next(iter(self._file.parent.glob(f"*-replica-{replica}")), path)
             handle = os.open(path, os.O_RDWR)
         except FileNotFoundError:
             return True
         except OSError as error:
-            raise BusyError(f"{path} cannot be opened: {(error.strerror or str(error)).lower()}") from None
+            why = (error.strerror or str(error)).lower()
+            raise BusyError(f"whether the process of {path.name} is alive cannot be seen: {why}") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # What is left of it, where it cannot be removed, means nothing.
@@ -305,7 +335,8 @@ class SqliteDatabase:
             self._mover.join()
             self._mover = None
         if self._held is not None:
-            self._lock_path(self.replica).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._lock_path(self.replica).unlink()
             os.close(self._held)
             self._held = None
 

@@ -16,15 +16,16 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from anabranch.errors import DataError, InputError
-from anabranch.gateway.store import questions, schema
+from anabranch.errors import CapacityError, DataError, InputError
+from anabranch.gateway.store import questions, schema, writer
 from anabranch.gateway.store.batch import Append, Do, Grow, Insert, Reserve, Settle, recover
 from anabranch.gateway.store.calibration import Calibration, read_calibration
 from anabranch.gateway.store.database import BusyError, Connection, Database
@@ -128,9 +129,9 @@ class Store:
 
     def _take_over(self) -> None:
         """Say that this process is alive, and settle what dead ones left."""
-        self._database.hold()
         connection = self._database.connect()
         try:
+            self._database.hold()
             self.recovered = recover(self._database, connection, self._now_us())
         except BusyError as error:
             raise DataError(f"cannot open the store: {error}") from None
@@ -153,7 +154,8 @@ class Store:
             nano: nano-dollars.
             requested, strategy: for the ledger, should this process end before the request does.
 
-        Raises BudgetError if a budget has no room, InputError for an id that was used before, CapacityError if the store cannot write.
+        Raises BudgetError if a budget has no room, InputError for an id that was used before, CapacityError if the store could not write for
+        `PATIENCE_S`.
         """
         assert self._serves
         if not (request_id.isascii() and request_id.isprintable() and 0 < len(request_id) <= REQUEST_CHARACTERS):
@@ -164,11 +166,12 @@ class Store:
             raise InputError(f"the request id {request_id!r} is in use; ids of requests must differ")
         reservation = Reservation(request_id, tuple(dict.fromkeys(subjects)), _money("a reservation", nano))
         self._open.add(request_id)
-        future = self._writer.give(Reserve(reservation, requested, strategy), at_once=True)
+        job = Reserve(reservation, requested, strategy)
         try:
-            await asyncio.shield(future)
-        except asyncio.CancelledError:
-            future.add_done_callback(lambda done: self._unwanted(done, reservation))
+            await self._writer.done(job)
+        except (asyncio.CancelledError, CapacityError):
+            assert job.future is not None
+            job.future.add_done_callback(lambda done: self._unwanted(done, reservation))
             raise
         except Exception:
             self._open.discard(request_id)
@@ -185,10 +188,9 @@ class Store:
     async def grow(self, reservation: Reservation, nano: int) -> Reservation:
         """Set aside ``nano`` in all, if that is more: for a dearer fallback, or a second attempt that is paid too.
 
-        Raises BudgetError, and the reservation is as it was.
+        Raises BudgetError or, if the store cannot write, CapacityError, and the reservation is as it was.
         """
-        job = Grow(reservation, _money("a reservation", nano))
-        return await self._writer.give(job, at_once=True)  # type: ignore[return-value]
+        return await self._writer.done(Grow(reservation, _money("a reservation", nano)))
 
     def settle(
         self,
@@ -256,12 +258,12 @@ class Store:
     async def key_of(self, secret: str) -> KeyRecord | None:
         """The key a sender came with; None if there is none like it, or it was revoked or has expired.
 
-        What another process changes is seen within two seconds.
+        What another process changes is seen within two seconds. Raises CapacityError if the store cannot be read for `PATIENCE_S`.
         """
         digest = digest_of(secret)
         found = self._keyring.get(digest)
         if found is None:
-            read = await self._read_key(digest)
+            read = await self._patient(lambda: self._read_key(digest))
             if read is None:
                 return None
             stored, record = read
@@ -398,7 +400,7 @@ class Store:
         if not rows:
             raise InputError(f"there is no request {request_id[:REQUEST_CHARACTERS]!r}")
         row = (request_id, self._now_us(), key_id or "", float(score), clean(comment, 2000))
-        await self._writer.give(Insert("feedback", schema.FEEDBACK, row), at_once=True)
+        await self._writer.done(Insert("feedback", schema.FEEDBACK, row))
         return rows[0]
 
     async def has_feedback(self, request_id: str, key_id: str) -> bool:
@@ -473,7 +475,7 @@ class Store:
 
     async def vacuum(self) -> None:
         """Give the room of deleted rows back to the disk; writes wait meanwhile."""
-        await self._writer.give(Do(self._database.vacuum, in_transaction=False), at_once=True)
+        await self._writer.done(Do(self._database.vacuum, in_transaction=False))
 
     async def close(self) -> None:
         """Write what is left, and let go. Requests still under way are settled as crashed by whoever opens the store next."""
@@ -495,17 +497,17 @@ class Store:
 
     async def _flush(self) -> None:
         """Until all that was given is committed."""
-        await self._writer.give(Do(lambda connection: None, in_transaction=False), at_once=True)
+        await self._writer.done(Do(lambda connection: None, in_transaction=False))
 
     async def _do(self, work: Callable[[Connection], T]) -> T:
-        return await self._writer.give(Do(work), at_once=True)  # type: ignore[return-value]
+        return await self._writer.done(Do(work))
 
     async def _read(self, work: Callable[[Connection], T]) -> T:
         await self._flush()
         return await self._ask(work)
 
     async def _ask(self, work: Callable[[Connection], T]) -> T:
-        """Run ``work`` on a connection of a reader's thread. Raises DataError if the database does not answer."""
+        """Run ``work``, which changes nothing, on a connection of a reader's thread. Raises CapacityError if the database does not answer."""
 
         def run() -> T:
             connection = getattr(self._local, "connection", None)
@@ -514,10 +516,29 @@ class Store:
                 self._connections.append(connection)
             try:
                 return work(connection)
-            except BusyError as error:
-                raise DataError(f"the store cannot be read: {error}") from error
+            except BusyError:
+                # Perhaps only this connection is broken.
+                try:
+                    return work(connection)
+                except BusyError as error:
+                    raise CapacityError(f"the store cannot be read: {error}") from error
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+
+    async def _patient(self, read: Callable[[], Awaitable[T]]) -> T:
+        """What ``read`` gives, asked again while the database does not answer, for `PATIENCE_S`. Raises CapacityError."""
+        refusal = CapacityError("the store cannot be read: it does not answer")
+        try:
+            async with asyncio.timeout(writer.PATIENCE_S):
+                for wait_s in chain(writer.RETRY_S, repeat(writer.RETRY_S[-1])):
+                    try:
+                        return await read()
+                    except CapacityError as error:
+                        refusal = error
+                    await asyncio.sleep(wait_s)
+        except TimeoutError:
+            pass
+        raise refusal
 
     def _in_background(self, coroutine: Any) -> None:
         task = asyncio.ensure_future(coroutine)

@@ -1,0 +1,24 @@
+"""What a sender is told who is refused for want of room: in a budget, in a rate, or in the store."""
+
+import math
+
+from anabranch.errors import BudgetError, CapacityError, LimitError
+from anabranch.web.api_error import ApiError
+
+# Of a store that cannot write or be read: it has been tried for a while already.
+STORE_RETRY_S = 5
+
+
+def limited(error: LimitError) -> ApiError:
+    """A limit as OpenAI's clients know it. The wait is said where waiting helps."""
+    wait_s = error.retry_after_s
+    headers = {} if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}
+    if isinstance(error, BudgetError):
+        return ApiError(429, "insufficient_quota", str(error), type="insufficient_quota", headers=headers)
+    return ApiError(429, "rate_limit_exceeded", str(error), type="requests", headers=headers)
+
+
+def unavailable(error: CapacityError) -> ApiError:
+    """The store cannot be written or read now. What is wrong with it, the log says: a sender cannot put it right."""
+    message = "the gateway's store does not answer, so that nothing can be reserved; try again"
+    return ApiError(503, "store_unavailable", message, headers={"Retry-After": str(STORE_RETRY_S)})
