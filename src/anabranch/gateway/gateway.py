@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError
+from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError, RateError
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
 from anabranch.gateway.learning import errands
@@ -30,7 +30,7 @@ from anabranch.gateway.life import Life
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.overview import Overview
 from anabranch.gateway.query import Decision
-from anabranch.gateway.refusals import unavailable
+from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import CollectedRow, KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
@@ -175,7 +175,10 @@ class Gateway:
                 await self.erasures.catch_up()
             except AnabranchError as error:
                 logger.warning("scores that other processes were sent cannot be read: %s", error)
-            await self.kept.save(self.runtime.decider.lanes.values())
+            try:
+                await self.kept.save(self.runtime.decider.lanes.values())
+            except CapacityError as error:
+                logger.warning("what strategies learned is kept later: %s", error)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -349,15 +352,27 @@ class Gateway:
         return {"id": name, "object": "model", "created": int(self.began_s), "owned_by": "anabranch"}
 
     async def feedback(self, body: dict[str, Any], *, key: str | None = None) -> dict[str, Any]:
-        """Take a score for an answer, one from each key that may give one: the store keeps it.
+        """Take a score for an answer, one from each key that may give one: the store keeps it. It counts as a request of its key.
 
         Whether the strategy that chose learns from it is in the answer (``learned``) and up to `FeedbackConfig`. Raises ApiError.
         """
-        row, score, learned = await self.teaching.score(body, await self.authenticate(key))
+        record = await self.authenticate(key)
+        self._admit_feedback(record)
+        try:
+            row, score, learned = await self.teaching.score(body, record)
+        except CapacityError as error:
+            raise unavailable(error) from None
         self._overview.judged(row, score)
         return {
             "object": "feedback", "request_id": row.request_id, "score": score, "model": row.model, "learned": learned
         }  # fmt: skip
+
+    def _admit_feedback(self, record: KeyRecord | None) -> None:
+        tenant, rpm = ("", None) if record is None else (record.id, record.rpm)
+        try:
+            self.rates.admit(tenant, 0, rpm=rpm or self.config.limits.rpm, tpm=None)
+        except RateError as error:
+            raise limited(error) from None
 
     def settle(
         self,

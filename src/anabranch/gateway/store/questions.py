@@ -230,6 +230,22 @@ def read_bodies(
     return found
 
 
+def put_feedback(connection: Connection, row: Row, key_id: str | None) -> LedgerRow | None:
+    """Keep a row of feedback in the place of what its key said of the request before; the row of the request as it was.
+
+    None if there is no such request, or it was of another key than ``key_id`` (None for an operator).
+    """
+    values = {"request": row[0], "key": row[2]}
+    # Until the transaction ends: of two who speak for one key at once, one comes after the other.
+    connection.rows(f"SELECT seq FROM ledger WHERE request_id = :request{connection.for_update}", request=row[0])
+    found = read_ledger_rows(connection, LedgerQuery(request_id=row[0], key_id=key_id))
+    if not found:
+        return None
+    connection.run("DELETE FROM feedback WHERE request_id = :request AND key_id = :key", **values)
+    connection.insert("feedback", schema.FEEDBACK, [row])
+    return found[0]
+
+
 def read_feedback(connection: Connection, request_id: str | None, limit: int) -> list[FeedbackRow]:
     """Newest first."""
     part = "1 = 1" if request_id is None else "request_id = :request"

@@ -383,7 +383,7 @@ class Store:
     async def feedback(
         self, request_id: str, score: float, *, key_id: str | None = None, owner: str | None = None, comment: str = ""
     ) -> LedgerRow:
-        """Keep what somebody says of an answer; the row it is about.
+        """Keep what somebody says of an answer, in the place of what the same key said of it before; the row it is about.
 
         Args:
             request_id: of the request.
@@ -396,12 +396,12 @@ class Store:
         """
         if isinstance(score, bool) or not abs(score) < 1e9:
             raise InputError(f"score is {score!r}; it must be a number")
-        rows = await self.ledger(LedgerQuery(request_id=request_id, key_id=key_id if owner is None else owner))
-        if not rows:
-            raise InputError(f"there is no request {request_id[:REQUEST_CHARACTERS]!r}")
+        whose = key_id if owner is None else owner
         row = (request_id, self._now_us(), key_id or "", float(score), clean(comment, 2000))
-        await self._writer.done(Insert("feedback", schema.FEEDBACK, row))
-        return rows[0]
+        found = await self._do(lambda connection: questions.put_feedback(connection, row, whose))
+        if found is None:
+            raise InputError(f"there is no request {request_id[:REQUEST_CHARACTERS]!r}")
+        return found
 
     async def has_feedback(self, request_id: str, key_id: str) -> bool:
         """Whether a key has said something of a request."""
