@@ -175,10 +175,7 @@ class Gateway:
                 await self.erasures.catch_up()
             except AnabranchError as error:
                 logger.warning("scores that other processes were sent cannot be read: %s", error)
-            try:
-                await self.kept.save(self.runtime.decider.lanes.values())
-            except CapacityError as error:
-                logger.warning("what strategies learned is kept later: %s", error)
+            await self.kept.save(self.runtime.decider.lanes.values())
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)

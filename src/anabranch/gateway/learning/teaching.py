@@ -175,7 +175,7 @@ class Teaching:
 def _read(body: Mapping[str, Any]) -> tuple[str, float, str]:
     """Request, score and comment. Raises ApiError."""
     id, score, comment = body.get("request_id"), body.get("score"), body.get("comment")
-    if not isinstance(id, str) or not id or len(id) > 128:
+    if not (isinstance(id, str) and 0 < len(id) <= 128 and id.isascii() and id.isprintable()):
         raise wrong("request_id", "request_id must be that of an answer (its header x-request-id)")
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
         raise wrong("score", "score must be a number from 0 to 1")
