@@ -222,17 +222,13 @@ class Life:
         body = self.body
         # An upstream may know only one of them.
         asked = max(body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0)
-        most = asked or self.runtime.models[model].max_tokens or self.runtime.config.limits.max_tokens
+        most = asked or self._bound(model)
         answers = num_prompts(body) if self.endpoint == "completions" else 1
         return most * answers * max(body.get("n") or 1, body.get("best_of") or 1)
 
-    def _bounded(self) -> dict[str, Any]:
-        """The body for the upstream. Where neither it nor the model says how long an answer may be, it is told what was reserved."""
-        body = self.body
-        says = body.get("max_completion_tokens") or body.get("max_tokens") or self.endpoint == "embeddings"
-        if says or all(self.runtime.models[model].max_tokens for model in self.candidates):
-            return body
-        return {**body, "max_tokens": self.runtime.config.limits.max_tokens}
+    def _bound(self, model: str) -> int:
+        """Where a request does not say how long an answer may be, the model is told, and this is what is reserved."""
+        return self.runtime.models[model].max_tokens or self.runtime.config.limits.max_tokens
 
     def worst_nano(self, model: str) -> int:
         """The most nano-dollars that one call of a model may cost."""
@@ -382,7 +378,7 @@ class Life:
         runtime, strategy = self.runtime, self.target.strategy
         judge = None if strategy is None else runtime.decider.acceptance(strategy, self.decided.query)
         self.dispatched, self.calls.purpose = self.elapsed(), "judge"
-        request = UpstreamRequest(self.endpoint, self._bounded(), request_id=self.id, prompt_tokens=self.count.tokens)
+        request = UpstreamRequest(self.endpoint, self.body, request_id=self.id, prompt_tokens=self.count.tokens)
         keeps = request.stream and (
             self.ticket is not None or self.context is not None or self._keeps_texts or self._strategy_keeps
         )
@@ -391,6 +387,7 @@ class Life:
             candidates=self.candidates, report=self.report, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
             accept=None if judge is None else partial(self._accept, judge), allow=self._allow, keep=keeps,
             requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
+            bounds={model: self._bound(model) for model in self.candidates},
         )  # fmt: skip
         if request.stream:
             stream = await runtime.dispatcher.stream(plan, request)

@@ -50,7 +50,7 @@ class ModelConfig(Config):
         aliases: other names of it.
         price: of its tokens, in nano-dollars per million. Files may write dollars: ``price = {input_usd = 0.15, output_usd = 0.6}``.
         context: most prompt and completion tokens; None if unknown.
-        max_tokens: most completion tokens of one answer; None if unknown.
+        max_tokens: most completion tokens of one answer: reserved for, and sent with, requests that name no limit; None if unknown.
         parameters: billions of parameters; None if unknown.
         description: a few words on what it is good at, for strategies that read them.
         tokenizer: path of a ``tokenizer.json`` to count prompts with; None estimates.

@@ -25,6 +25,7 @@ class Plan:
         max_attempts: most attempts in all; None for what candidates and retries come to.
         keep: keep the stream's chunks, so that `Stream.answer` can put the whole answer together.
         requests: what to send to a model in place of the request, by its name.
+        bounds: most completion tokens of one answer of a model, by its name; sent to it where the request names no end of its own.
         report: filled as attempts are made, for whoever has to know of them however the request ends; None for a new one.
     """
 
@@ -37,6 +38,7 @@ class Plan:
     max_attempts: int | None = None
     keep: bool = False
     requests: Mapping[str, UpstreamRequest] = field(default_factory=dict)
+    bounds: Mapping[str, int] = field(default_factory=dict)
     report: "Report | None" = None
 
     def most_attempts(self, retries: int) -> int:

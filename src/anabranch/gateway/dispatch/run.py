@@ -293,6 +293,7 @@ class Run:
         own = self.plan.requests.get(live.model) if request is self.request else None
         if own is not None:
             request = own if request.stream else own.whole()
+        request = request.bounded(self.plan.bounds.get(live.model))
         try:
             return await opening(live, request, attempt), attempt
         except Exception as cause:

@@ -1,5 +1,6 @@
 """Any endpoint that speaks OpenAI's API: bodies go through as they are, but for the model's name, the key and the wish for usage."""
 
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -9,6 +10,9 @@ from anabranch.gateway.providers.keys import read_key
 from anabranch.gateway.providers.provider import Failure, HttpCall, Provider, UpstreamError, UpstreamRequest, hidden
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
+
+# Models that refuse ``max_tokens`` in chats, and know its newer name alone.
+REASONING = re.compile(r"(?:.*/)?(?:o\d|gpt-5)")
 
 
 class OpenAI(Provider, kind="openai"):
@@ -55,6 +59,8 @@ class OpenAI(Provider, kind="openai"):
         """The sender's body under the upstream's name of the model."""
         if request.endpoint not in self.endpoints:
             raise unsupported(f"{request.endpoint} cannot be asked of {self.kind}")
+        if request.endpoint == "chat" and REASONING.match(self.config.model):
+            request = _renamed(request)
         body = request.encoded(self.config.model, self.config.sends_usage)
         headers = {**self._headers, **request.headers} if request.headers else self._headers
         return HttpCall(self._urls[request.endpoint], headers, body, self.config.proxy)
@@ -62,6 +68,18 @@ class OpenAI(Provider, kind="openai"):
     def redacted(self, failure: Failure) -> Failure:
         """Without this provider's key."""
         return hidden(failure, None if self._key is None else self._key.reveal())
+
+
+def _renamed(request: UpstreamRequest) -> UpstreamRequest:
+    """The same request, its end under the newer name; the larger where it has both."""
+    body = dict(request.body)
+    old = body.pop("max_tokens", None)
+    if not old:
+        return request
+    body["max_completion_tokens"] = max(old, body.get("max_completion_tokens") or 0)
+    return UpstreamRequest(
+        request.endpoint, body, request_id=request.request_id, prompt_tokens=request.prompt_tokens, headers=request.headers
+    )
 
 
 def unsupported(message: str) -> UpstreamError:

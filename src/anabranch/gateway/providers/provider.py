@@ -220,6 +220,17 @@ class UpstreamRequest:
             self.endpoint, body, request_id=self.request_id, prompt_tokens=self.prompt_tokens, headers=self.headers
         )
 
+    def bounded(self, most_tokens: int | None) -> "UpstreamRequest":
+        """The same request with an end: one that names none of its own asks for so many completion tokens at most. None leaves it open."""
+        body = self.body
+        has_end = body.get("max_completion_tokens") or body.get("max_tokens") or self.endpoint == "embeddings"
+        if most_tokens is None or has_end:
+            return self
+        return UpstreamRequest(
+            self.endpoint, {**body, "max_tokens": most_tokens}, request_id=self.request_id, prompt_tokens=self.prompt_tokens,
+            headers=self.headers,
+        )  # fmt: skip
+
     def with_body(self, **changes: Any) -> "UpstreamRequest":
         """The same request with some fields of the body set."""
         return UpstreamRequest(

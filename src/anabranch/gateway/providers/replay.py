@@ -36,14 +36,17 @@ logger = logging.getLogger(__name__)
 KEPT_HEADERS = ("content-type", "retry-after")
 
 
-def request_key(path: str, body: bytes) -> str:
-    """Of what is asked, whatever the order of fields and the name of the model."""
+def request_key(path: str, body: bytes, *, ends: bool = True) -> str:
+    """Of what is asked, whatever the order of fields and the name of the model; without ``ends``, whatever the end it asks for too."""
     try:
         fields = json.loads(body)
     except ValueError:
         return hashlib.sha256(path.encode() + b"\0" + body).hexdigest()
     fields.pop("model", None)
     fields.pop("stream_options", None)
+    if not ends:
+        fields.pop("max_tokens", None)
+        fields.pop("max_completion_tokens", None)
     return hashlib.sha256(f"{path}\0{json.dumps(fields, sort_keys=True)}".encode()).hexdigest()
 
 
@@ -229,17 +232,21 @@ def _read(path: Path) -> dict[str, list[Json]]:
 
 
 class _Player:
-    """Gives the answers to one request in the order they were recorded, then the last again."""
+    """Gives the answers to one request in the order they were recorded, then the last again.
+
+    A request that names an end (``max_tokens``) and was not recorded is answered as the one without.
+    """
 
     def __init__(self, rows: dict[str, list[Json]], pace: float) -> None:
         self._rows, self._pace = rows, pace
         self._next: dict[str, int] = {}
 
     async def open(self, call: HttpCall) -> Reply:
-        key = request_key(_path(call.url), call.body)
-        found = self._rows.get(key)
-        if found is None:
+        keys = (request_key(_path(call.url), call.body, ends=ends) for ends in (True, False))
+        key = next((key for key in keys if key in self._rows), None)
+        if key is None:
             raise UpstreamError(Failure(kind="request", message="this request was not recorded", status=404))
+        found = self._rows[key]
         at = self._next.get(key, 0)
         self._next[key] = min(at + 1, len(found) - 1)
         if self._pace:
@@ -265,7 +272,7 @@ class _Played:
 def write_answers(path: str | Path, answers: dict[str, str], tokens: dict[str, tuple[int, int]] | None = None) -> None:
     """A recording made of prompts and what is answered to them, for replaying recorded outcomes through the gateway.
 
-    Give the gateway's models ``max_tokens``: it bounds requests to those that have none, and then asks something else.
+    They answer requests with any ``max_tokens``.
 
     Args:
         path: of the JSONL file, replaced whole.
