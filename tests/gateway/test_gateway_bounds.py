@@ -70,7 +70,7 @@ def test_a_fallback_without_a_limit_does_not_lift_that_of_the_first(tmp_path, se
 def test_each_model_is_told_its_own(tmp_path, sent):
     config = GatewayConfig(
         models=(model("short", 200, fails=1), model("open", fails=1), model("long", 9000)),
-        fallbacks={"short": ("open", "long")}, require_key=False, store=str(tmp_path / "g.db"),
+        fallbacks={"short": ("open", "long")}, require_key=False, store=str(tmp_path / "g.db"), retries=RetryConfig(attempts=1),
     )  # fmt: skip
     ask = {"model": "short", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -171,7 +171,7 @@ async def _bounded(folder, pool, asked, best_of, endpoint, limit):
 @pytest.mark.parametrize(
     ("name", "is_renamed"), [("gpt-5", True), ("openai/gpt-5-mini", True), ("o3", True), ("gpt-4o", False), ("olmo-2", False)]
 )
-def test_models_that_know_the_newer_name_alone_are_told_under_it(name, is_renamed, monkeypatch):
+def test_models_that_know_the_newer_name_alone_are_told_under_it(name, is_renamed):
     provider = OpenAI.Config(model=name, key_env=None).build()
     chat = UpstreamRequest("chat", {"model": "x", "messages": []})
 
