@@ -13,9 +13,10 @@ from typing import Any, cast
 from anabranch.errors import BudgetError, DataError, InputError
 from anabranch.gateway.money import Price, dollars
 from anabranch.gateway.store import schema
+from anabranch.gateway.store.accounts import Account, account_of
 from anabranch.gateway.store.database import Connection, Database, Row, Work
-from anabranch.gateway.store.period import Period, iso, window
-from anabranch.gateway.store.records import GLOBAL, Budget, LedgerRow, Reservation, clean, joined, parted
+from anabranch.gateway.store.period import iso
+from anabranch.gateway.store.records import GLOBAL, LedgerRow, Reservation, clean, joined, parted
 
 logger = logging.getLogger(__name__)
 
@@ -108,21 +109,6 @@ class Do(Job):
     in_transaction: bool = True
 
 
-@dataclass(slots=True)
-class _Account:
-    """A budget inside a transaction."""
-
-    id: int
-    subject: str
-    period: Period
-    limit: int
-    spent: int
-    reserved: int
-    since: int
-    resets: int | None
-    is_changed: bool = False
-
-
 def apply(connection: Connection, jobs: Sequence[Job], replica: str, now_us: int) -> None:
     """Do all jobs but `Do`, and set their results. Raises BusyError, and nothing or everything was written."""
     connection.begin()
@@ -143,7 +129,7 @@ class _Books:
     def __init__(self, connection: Connection, jobs: Sequence[Job], replica: str, now_us: int) -> None:
         self.connection, self.replica, self.now_us = connection, replica, now_us
         moving = [job for job in jobs if isinstance(job, Reserve | Grow | Unmake | Settle)]
-        self.accounts: dict[str, list[_Account]] = {}
+        self.accounts: dict[str, list[Account]] = {}
         # Request -> nano.
         self.open: dict[str, int] = {}
         self.closed: set[str] = set()
@@ -168,7 +154,7 @@ class _Books:
             subjects=self.connection.values(sorted(subjects)),
         )
         for row in found:
-            account = _account(row, self.now_us)
+            account = account_of(self.connection, row, self.now_us)
             self.accounts.setdefault(account.subject, []).append(account)
 
     def _look(self, requests: list[str]) -> None:
@@ -191,7 +177,7 @@ class _Books:
             if status == CRASHED:
                 self.given_up[request] = (nano, ts_us, requested, strategy)
 
-    def _of(self, subjects: Sequence[str]) -> list[_Account]:
+    def _of(self, subjects: Sequence[str]) -> list[Account]:
         return [account for subject in subjects for account in self.accounts.get(subject, ())]
 
     def take(self, job: Job) -> None:
@@ -374,25 +360,7 @@ def _left_behind(row: Row) -> Settle:
     return Settle(Reservation(request, parted(subjects), nano), ended)
 
 
-def _account(row: Row, now_us: int) -> _Account:
-    """A row of the table of budgets, its period begun anew where that is over."""
-    number, subject, period, limit, spent, reserved, since = row
-    start, end = window(period, now_us)
-    if start > since:
-        return _Account(number, subject, period, limit, 0, reserved, start, end)
-    return _Account(number, subject, period, limit, spent, reserved, since, window(period, since)[1])
-
-
-def read_budget(row: Row, now_us: int) -> Budget:
-    """A row of the table of budgets as of now."""
-    one = _account(row, now_us)
-    return Budget(
-        id=one.id, subject=one.subject, period=one.period, limit_nano=one.limit, spent_nano=one.spent, reserved_nano=one.reserved,
-        window_us=one.since, resets_us=one.resets,
-    )  # fmt: skip
-
-
-def _refusal(account: _Account, nano: int, now_us: int) -> BudgetError:
+def _refusal(account: Account, nano: int, now_us: int) -> BudgetError:
     left = max(0, account.limit - account.spent - account.reserved)
     whose = "everyone" if account.subject == GLOBAL else " ".join(account.subject.split(":", 1))
     when = f"; it begins anew at {iso(account.resets)}" if account.resets is not None else ""

@@ -7,11 +7,11 @@ from typing import Any
 
 from anabranch.errors import InputError
 from anabranch.gateway.store import schema
-from anabranch.gateway.store.batch import read_budget, read_ledger
+from anabranch.gateway.store.accounts import has, read_budget, spent_since
+from anabranch.gateway.store.batch import read_ledger
 from anabranch.gateway.store.database import Connection, Row
 from anabranch.gateway.store.period import Period, iso, window
 from anabranch.gateway.store.records import (
-    GLOBAL,
     Budget,
     DecisionRow,
     FeedbackRow,
@@ -19,40 +19,21 @@ from anabranch.gateway.store.records import (
     LedgerQuery,
     LedgerRow,
     Spend,
-    joined,
     parted,
 )
 
 logger = logging.getLogger(__name__)
 
-# Of a WHERE, with its values.
-Part = tuple[str, dict[str, Any]]
 MAX_ROWS = 100_000
 
 # Scores read at a time.
 SCORES = 5_000
 DAY_US = 86_400 * 10**6
-_COLUMN = {"key": "key_id", "user": "owner", "team": "team"}
 _GROUP = {
     "key": "key_id", "user": "owner", "team": "team", "model": "model", "deployment": "deployment", "strategy": "strategy",
     "requested": "requested", "status": "status", "cache": "cache", "purpose": "purpose", "tag": "tags", "day": f"ts_us / {DAY_US}",
 }  # fmt: skip
 GROUPS = tuple(_GROUP)
-
-
-def in_scope(subject: str) -> Part:
-    """Rows of the ledger that count against a budget of ``subject``."""
-    scope, _, name = subject.partition(":")
-    if scope == GLOBAL:
-        return "1 = 1", {}
-    if scope == "tag":
-        return _has("tags", "name", name)
-    return f"{_COLUMN[scope]} = :name", {"name": name}
-
-
-def _has(column: str, value: str, name: str) -> Part:
-    """``column``, made by `joined`, holds ``name``. Unlike LIKE, this minds upper and lower case, and no sign means another."""
-    return f"replace({column}, :{value}, '') <> {column}", {value: joined([name])}
 
 
 def read_ledger_rows(connection: Connection, query: LedgerQuery) -> list[LedgerRow]:
@@ -73,7 +54,7 @@ def read_ledger_rows(connection: Connection, query: LedgerQuery) -> list[LedgerR
         parts.append("owner = :owner")
         values["owner"] = query.user
     if query.tag is not None:
-        part, more = _has("tags", "tag", query.tag)
+        part, more = has("tags", "tag", query.tag)
         parts.append(part)
         values |= more
     bounds = (
@@ -166,7 +147,7 @@ def read_keys(connection: Connection) -> list[KeyRecord]:
 def read_budgets(connection: Connection, now_us: int) -> list[Budget]:
     """All budgets as of now."""
     rows = connection.rows(f"SELECT {', '.join(schema.BUDGETS)} FROM budgets ORDER BY subject, period")
-    return [read_budget(row, now_us) for row in rows]
+    return [read_budget(connection, row, now_us) for row in rows]
 
 
 def put_budget(connection: Connection, subject: str, period: Period, limit_nano: int, now_us: int) -> Budget:
@@ -178,13 +159,8 @@ def put_budget(connection: Connection, subject: str, period: Period, limit_nano:
     )  # fmt: skip
     if not changed:
         since = window(period, now_us)[0]
-        part, values = in_scope(subject)
-        spent = connection.rows(
-            f"SELECT CAST(coalesce(sum(cost_nano), 0) AS BIGINT) FROM ledger WHERE ts_us >= :since AND {part}",
-            since=since,
-            **values,
-        )[0][0]
-        held, named = _has("subjects", "subject", subject)
+        spent = spent_since(connection, subject, since)
+        held, named = has("subjects", "subject", subject)
         reserved = connection.rows(
             f"SELECT CAST(coalesce(sum(nano), 0) AS BIGINT) FROM reservations WHERE {held}", **named
         )[0][0]
@@ -193,7 +169,7 @@ def put_budget(connection: Connection, subject: str, period: Period, limit_nano:
         f"SELECT {', '.join(schema.BUDGETS)} FROM budgets WHERE subject = :subject AND period = :period",
         subject=subject, period=period,
     )  # fmt: skip
-    return read_budget(rows[0], now_us)
+    return read_budget(connection, rows[0], now_us)
 
 
 def read_decisions(connection: Connection, request_id: str | None, limit: int) -> list[DecisionRow]:
