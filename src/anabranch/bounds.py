@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, InputError
 
 __all__ = [
     "LARGEST_FLOAT",
@@ -30,8 +30,10 @@ __all__ = [
     "Seed",
     "Size",
     "check_number",
+    "finite",
     "is_whole",
     "shown",
+    "whole",
 ]
 
 MOST_SEED = 2**63 - 1  # what every generator takes: torch's, numpy's and Python's
@@ -78,6 +80,21 @@ def check_number(name: str, value: Any, *, is_positive: bool = False) -> None:
 def is_whole(value: Any) -> bool:
     """Whether ``value`` is a whole number, of Python or of numpy; True and 1.0 equal one, but are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def whole(name: str, value: Any, least: int, most: int = LARGEST_INT) -> int:
+    """``value`` if it is a whole number from ``least`` to ``most``. Raises InputError, which begins with ``name``."""
+    if not is_whole(value) or not least <= value <= most:
+        raise InputError(f"{name} is {shown(value)}; it must be a whole number from {least:,} to {most:,}")
+    return int(value)
+
+
+def finite(name: str, value: Any, least: float, most: float) -> float:
+    """``value`` if it is a number from ``least`` to ``most``; true, false and what is infinite are none. Raises InputError, as `whole`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        raise InputError(f"{name} is {shown(value)}; it must be a number from {least:,} to {most:,}")
+    return float(value)
 
 
 def shown(value: Any) -> str:

@@ -167,6 +167,23 @@ gateway ab latin.toml try
 gateway serve --router none --check
 gateway import deep.yaml
 gateway import date.yaml
+gateway keys create x --store n.db --rpm {HUGE}
+gateway keys create x --store n.db --tpm {HUGE}
+gateway keys create x --store n.db --budget nan
+gateway keys create x --store n.db --budget inf
+gateway keys create x --store n.db --budget 1e300
+gateway keys create x --store n.db --expires {"9" * 5000}d
+gateway budget set global 1e999999 --store n.db
+gateway budget set global 1e99999999999999999999 --store n.db
+gateway budget set global nan --store n.db
+gateway budget set global {"9" * 5000} --store n.db
+gateway ledger list --store no.db --since {"9" * 5000}d
+gateway ledger prune {"9" * 300}d --store no.db
+gateway collect -c latin.toml --judge a --out o.jsonl --rate nan
+gateway eval scores.jsonl --test-share nan
+gateway fit scores.jsonl --out z --hold-out nan
+gateway route x --router z --trade-off nan
+gateway serve --drain nan
 gateway keys list --store no.db
 gateway budget list --store no.db
 gateway ledger list --store no.db

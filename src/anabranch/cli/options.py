@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,6 +81,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar=FLAG, help="Show n
 
 _MOST_SEEDS = 10_000
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def finite_number(value: float | None) -> float | None:
+    """For options that are numbers with limits, which NaN passes: it is neither below nor above any."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
 
 
 def read_dtype(name: str | None) -> torch.dtype | None:

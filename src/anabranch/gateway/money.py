@@ -3,6 +3,7 @@
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from typing import Self
 
+from anabranch.bounds import shown
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import InputError
 
@@ -12,15 +13,23 @@ NANO = 10**9
 # A price is for so many tokens.
 PER = 10**6
 
+# Nano-dollars of one amount, be it a limit, a price or what a request may cost: nine million dollars.
+MOST_NANO = 2**53
+
 
 def nano_dollars(dollars: float | str | Decimal) -> int:
-    """Dollars as nano-dollars, to the nearest. Raises InputError for what is no finite number."""
+    """Dollars as nano-dollars, to the nearest. Raises InputError for what is no number, or more than nine million."""
     try:
         value = Decimal(str(dollars))
-        if not value.is_finite():
-            raise InvalidOperation
-    except InvalidOperation:
-        raise InputError(f"{dollars!r} is no amount of dollars; write a number such as 0.25") from None
+        is_amount = value.is_finite() and not isinstance(dollars, bool)
+    except (InvalidOperation, ValueError):
+        # The latter of an integer of thousands of digits.
+        is_amount = False
+    if not is_amount:
+        raise InputError(f"{shown(dollars)} is no amount of dollars; write a number such as 0.25")
+    # Compared before anything is computed with it, which of 1e999999 would take long, or fail.
+    if value.copy_abs() > MOST_NANO // NANO:
+        raise InputError(f"{shown(dollars)} is no amount of dollars; it must be at most {MOST_NANO // NANO:,}")
     return int((value * NANO).to_integral_value(rounding=ROUND_HALF_EVEN))
 
 

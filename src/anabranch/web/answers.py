@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -23,11 +24,23 @@ def error_response(error: ApiError) -> web.Response:
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """JSON, never cached."""
-    body = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "replace")
+    """JSON, never cached. Numbers that JSON has not (NaN, infinities) are null."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, default=str)
+    body = text.encode("utf-8", "replace")
     return web.Response(
         status=status, body=body, content_type=JSON, headers={**SAFE, "cache-control": "no-store", **(headers or {})}
     )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def bearer(request: web.BaseRequest) -> str | None:

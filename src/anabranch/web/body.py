@@ -1,19 +1,26 @@
 """The JSON of a request, and how an error shows a value of it."""
 
 import json
+import math
 from typing import Any
 
+from anabranch.bounds import shown
 from anabranch.web.api_error import ApiError
+
+# Characters of a number in a message.
+_LONGEST = 40
 
 
 def parse(raw: bytes) -> dict[str, Any]:
     """JSON of a body. Raises ApiError (400) for what is none, is not UTF-8, or is no object."""
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise ApiError(400, "invalid_utf8", f"the body is not UTF-8: byte {error.start} is wrong") from None
     except RecursionError:
         raise ApiError(400, "invalid_json", "the body is nested too deep") from None
+    except _InfiniteError as error:
+        raise ApiError(400, "invalid_json", f"the body holds the number {error}, which is too large") from None
     except ValueError as error:
         where = ""
         if isinstance(error, json.JSONDecodeError):
@@ -27,6 +34,17 @@ def parse(raw: bytes) -> dict[str, Any]:
 def is_int(value: Any) -> bool:
     """Whether it is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _InfiniteError(ValueError):
+    """A number that is one by JSON, and infinite for all who read it: what is made of it would be no JSON."""
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _InfiniteError(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
+    return value
 
 
 def _no_constant(name: str) -> Any:
@@ -44,7 +62,7 @@ def said(value: Any) -> str:
     if value is None:
         return "missing"
     if isinstance(value, bool | int | float):
-        return repr(value)[:40]
+        return shown(value)[:_LONGEST]
     if isinstance(value, str):
         return repr(value) if len(value) <= 40 and value.isprintable() else f"a string of {len(value):,} characters"
     return f"{'an' if isinstance(value, dict) else 'a'} {kind(value)}" + ("" if value else " with nothing in it")

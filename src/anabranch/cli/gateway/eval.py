@@ -26,7 +26,7 @@ from anabranch.cli.gateway.options import (
 )
 from anabranch.cli.gateway.verdict import Ending, print_verdict
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
+from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, finite_number
 from anabranch.cli.output import fact, print_json, say, table
 from anabranch.errors import DataError, InputError
 from anabranch.extras import require
@@ -50,11 +50,13 @@ def evaluate(
     test: Annotated[
         str | None, typer.Option(metavar="FILE", help="Outcomes to judge on. Default: a share of DATA, drawn by task.")
     ] = None,
-    test_share: Annotated[float, typer.Option(metavar="F", min=0.01, max=0.99, help="How large that share is.")] = 0.2,
+    test_share: Annotated[
+        float, typer.Option(metavar="F", min=0.01, max=0.99, callback=finite_number, help="How large that share is.")
+    ] = 0.2,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How often each strategy learns.")] = 3,
     seed: Seed = 0,
     dollar: Annotated[
-        float, typer.Option(metavar="F", min=0, help="Score that a dollar (or unit) is worth, for regret.")
+        float, typer.Option(metavar="F", min=0, callback=finite_number, help="Score that a dollar (or unit) is worth, for regret.")
     ] = 0.0,
     unit: Annotated[
         str,

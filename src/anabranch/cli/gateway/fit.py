@@ -20,7 +20,7 @@ from anabranch.cli.gateway.options import (
     read_strategies,
 )
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import AsJson, Quiet, Seed
+from anabranch.cli.options import AsJson, Quiet, Seed, finite_number
 from anabranch.cli.output import print_json, say, size, table, wrote
 from anabranch.errors import DataError, InputError
 from anabranch.files import check_apart
@@ -48,6 +48,7 @@ def fit(
             metavar="F",
             min=0,
             max=0.9,
+            callback=finite_number,
             help="Share of the questions kept for gateway eval. Default: 0.2; 0 learns from all.",
         ),
     ] = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.gateway.stores import DEFAULT_STORE, StoreOption, seconds, when, with_store
-from anabranch.cli.options import FLAG, AsJson
+from anabranch.cli.options import FLAG, AsJson, finite_number
 from anabranch.cli.output import fact, print_json, table
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def create(
     tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens a minute.")] = None,
     expires: Annotated[str | None, typer.Option(metavar="IN", help="Ends after so long, e.g. 90d.")] = None,
     budget: Annotated[
-        float | None, typer.Option(metavar="DOLLARS", min=0, help="Most it may spend, in each --period.")
+        float | None, typer.Option(metavar="DOLLARS", min=0, callback=finite_number, help="Most it may spend, in each --period.")
     ] = None,
     period: Annotated[str, typer.Option(metavar="P", help="total, hour, day, week or month.")] = "total",
     admin: Annotated[bool, typer.Option("--admin", metavar=FLAG, help="It opens the admin interface too.")] = False,
@@ -49,14 +49,15 @@ def create(
     from anabranch.gateway.store.period import check_period
 
     check_period(period)
+    limit = None if budget is None else nano_dollars(budget)
     ends = None if expires is None else time.time() + seconds(expires, "--expires")
 
     async def work(opened: Store) -> tuple[str, KeyRecord]:
         secret, key = await opened.create_key(
             name, user=user, team=team, tags=tags or (), models=models or (), rpm=rpm, tpm=tpm, expires_s=ends, is_admin=admin
         )  # fmt: skip
-        if budget is not None:
-            await opened.set_budget(f"key:{key.id}", nano_dollars(budget), period)
+        if limit is not None:
+            await opened.set_budget(f"key:{key.id}", limit, period)
         return secret, key
 
     secret, key = with_store(store, work, makes=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson
+from anabranch.cli.options import AsJson, finite_number
 from anabranch.cli.output import fact, print_json, say, table
 from anabranch.errors import InputError
 
@@ -27,7 +27,7 @@ def route(
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="The kind of work, where it is known.")] = None,
     trade_off: Annotated[
-        float | None, typer.Option(metavar="F", min=0, help="Score given up to save a dollar on this query.")
+        float | None, typer.Option(metavar="F", min=0, callback=finite_number, help="Score given up to save a dollar on this query.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from anabranch.cli.options import FLAG, AsJson, Quiet, only_file
+from anabranch.cli.options import FLAG, AsJson, Quiet, finite_number, only_file
 from anabranch.cli.output import fact, print_json, say
 from anabranch.extras import require
 
@@ -41,7 +41,10 @@ def serve(
         ),
     ] = None,
     drain: Annotated[
-        float, typer.Option(metavar="S", help="Seconds that requests under way have to end after a signal to stop.")
+        float,
+        typer.Option(
+            metavar="S", callback=finite_number, help="Seconds that requests under way have to end after a signal to stop."
+        ),
     ] = 30.0,
     check: Annotated[
         bool, typer.Option("--check", metavar=FLAG, help="Read the config, say what is wrong with it, and end.")

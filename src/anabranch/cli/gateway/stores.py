@@ -51,7 +51,7 @@ def moment(text: str | None, option: str) -> float | None:
     """Unix seconds of a date (2026-11-25, 2026-11-25T12:00), or of so long ago (36h, 7d). Raises InputError."""
     if text is None:
         return None
-    ago = re.fullmatch(r"(\d+)([smhdw])", text)
+    ago = re.fullmatch(r"(\d{1,12})([smhdw])", text)
     if ago:
         found_s = time.time() - int(ago[1]) * UNITS_S[ago[2]]
         if found_s < 0:
@@ -66,7 +66,7 @@ def moment(text: str | None, option: str) -> float | None:
 
 def seconds(text: str, option: str) -> float:
     """Seconds of 30m, 12h, 90d. Raises InputError."""
-    match = re.fullmatch(r"(\d+)([smhdw])", text)
+    match = re.fullmatch(r"(\d{1,12})([smhdw])", text)
     if not match:
         raise InputError(f"{option} is {text!r}; write a number and s, m, h, d or w, such as 90d")
     found_s = int(match[1]) * UNITS_S[match[2]]

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from anabranch.bounds import shown
 from anabranch.config import from_dict
 from anabranch.errors import AnabranchError, ConfigError, DataError
 from anabranch.gateway.config.gateway import GatewayConfig
@@ -19,7 +20,7 @@ from anabranch.gateway.config.lines import Lines, join, parse
 from anabranch.gateway.config.near import hint
 from anabranch.gateway.config.parts import StrategyConfig
 from anabranch.gateway.config.secret import MUST, VARIABLE, is_reference
-from anabranch.gateway.money import nano_dollars
+from anabranch.gateway.money import MOST_NANO, NANO, nano_dollars
 
 PRICES = ("input_usd", "output_usd", "cached_input_usd")
 MAX_BYTES = 16 << 20
@@ -140,7 +141,7 @@ def _plain_price(price: dict[str, Any], path: str, source: _Source) -> dict[str,
         except AnabranchError:
             nano = -1
         if nano < 0:
-            source.fail(f"{field} is {value!r}; it must be dollars per million tokens, at least 0", field)
+            source.fail(f"{field} is {shown(value)}; it must be dollars per million tokens, from 0 to {MOST_NANO // NANO:,}", field)
         out[plain] = nano
     return out
 

@@ -11,6 +11,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from anabranch.bounds import LARGEST_INT, shown
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import ConfigError, DataError
 from anabranch.gateway.config.gateway import GatewayConfig
@@ -21,6 +22,7 @@ Table = dict[str, Any]
 
 # Dollars a token -> nano-dollars a million tokens.
 NANO_MILLION = 10**15
+LARGEST = Decimal(LARGEST_INT)
 _BALANCE = {
     "simple-shuffle": "weighted", "least-busy": "least_in_flight", "latency-based-routing": "latency", "cost-based-routing": "price",
     "usage-based-routing": "tpm", "usage-based-routing-v2": "tpm",
@@ -223,15 +225,15 @@ class _Import:
                 made[ours] = kind(value)
         return made
 
-    def _number(self, value: Any, field: str, least: float = 0) -> Decimal | None:
+    def _number(self, value: Any, field: str, least: float = 0, most: Decimal = LARGEST) -> Decimal | None:
         if value is None:
             return None
         try:
             number = Decimal(str(value)) if not isinstance(value, bool) else Decimal("nan")
-        except InvalidOperation:
+        except (InvalidOperation, ValueError):
             number = Decimal("nan")
-        if not number.is_finite() or number <= least:
-            self._leave(field, f"is {value!r}, which is no number above {least}")
+        if not number.is_finite() or not least < number <= most:
+            self._leave(field, f"is {shown(value)}, which is no number above {least} and up to {most:,}")
             return None
         return number
 
@@ -243,7 +245,7 @@ class _Import:
         ):  # fmt: skip
             table, where = (params, "litellm_params") if theirs in params else (info, "model_info")
             if str(table.get(theirs)) not in ("0", "0.0"):
-                value = self._number(table.get(theirs), f"{field}.{where}.{theirs}")
+                value = self._number(table.get(theirs), f"{field}.{where}.{theirs}", most=LARGEST / NANO_MILLION)
                 if value is not None:
                     price[ours] = int((value * NANO_MILLION).to_integral_value())
         if price:

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from anabranch.config import to_dict
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, InputError
 from anabranch.gateway.decide import BypassError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator
@@ -22,6 +22,7 @@ from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 
 Work = Callable[["_Call"], Awaitable[Any]]
 MOST_ROWS = 1000
+DIGITS = 20
 
 
 class _Call:
@@ -35,7 +36,9 @@ class _Call:
         text = self.query.get(name)
         if text is None:
             return default
-        if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
+        # Digits alone; thousands of them are none that Python reads.
+        is_number = text.isascii() and text.isdigit() and len(text) <= DIGITS
+        if not is_number or not 1 <= int(text) <= most:
             raise wrong(name, f"{name} is {text[:20]!r}; it must be a number from 1 to {most:,}")
         return int(text)
 
@@ -118,8 +121,12 @@ class AdminRoutes:
         limit = call.body.get("limit_usd")
         if isinstance(limit, bool) or not isinstance(limit, int | float | str):
             raise wrong("limit_usd", "limit_usd must be an amount of dollars")
+        try:
+            nano = nano_dollars(limit)
+        except InputError as error:
+            raise wrong("limit_usd", f"limit_usd: {error}") from None
         period = call.text("period", "total")
-        return _budget(await self._gateway.store.set_budget(call.text("subject"), nano_dollars(limit), period))
+        return _budget(await self._gateway.store.set_budget(call.text("subject"), nano, period))
 
     async def _remove_budget(self, call: _Call) -> Any:
         removed = await self._gateway.store.remove_budget(call.name, call.query.get("period", "total"))

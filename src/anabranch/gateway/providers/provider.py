@@ -208,7 +208,12 @@ class UpstreamRequest:
             if asks_usage and self.stream:
                 options = fields.get("stream_options")
                 fields["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-            rest = self._rest[asks_usage] = json.dumps(fields, separators=(",", ":")).encode()
+            try:
+                text = json.dumps(fields, separators=(",", ":"), allow_nan=False)
+            except ValueError:
+                message = "the request holds a number that JSON cannot carry (NaN or infinite)"
+                raise UpstreamError(Failure(kind="request", message=message, status=400)) from None
+            rest = self._rest[asks_usage] = text.encode()
         return b'{"model":' + json.dumps(model).encode() + (b"," + rest[1:] if len(rest) > 2 else b"}")
 
     def whole(self) -> "UpstreamRequest":

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
+from anabranch.bounds import finite, is_whole, shown, whole
 from anabranch.errors import CapacityError, DataError, InputError
+from anabranch.gateway.money import MOST_NANO
 from anabranch.gateway.store import questions, schema, writer
 from anabranch.gateway.store.batch import Append, Do, Grow, Insert, Reserve, Settle, recover
 from anabranch.gateway.store.calibration import Calibration, read_calibration
@@ -56,8 +58,8 @@ READERS = 4
 # Rows deleted in one transaction.
 PRUNED = 2000
 
-# Nano-dollars of one request or limit: nine million dollars.
-MOST_NANO = 2**53
+# Unix seconds: the end of the year 9999, up to which times can be shown.
+LAST_S = 253_402_300_799
 REQUEST_CHARACTERS = 128
 
 
@@ -303,12 +305,14 @@ class Store:
         See `KeyRecord` for the others. Raises InputError for a value that may not be.
         """
         for label, limit in (("rpm", rpm), ("tpm", tpm)):
-            if limit is not None and limit < 1:
-                raise InputError(f"{label} is {limit}; it must be at least 1")
+            if limit is not None:
+                whole(label, limit, 1)
+        if not isinstance(is_admin, bool):
+            raise InputError(f"is_admin is {shown(is_admin)}; it must be true or false")
         if ours := OUR_TAGS.intersection(tags := tuple(tags)):
             raise InputError(f"the tag {min(ours)} is that of the gateway's own questions, and no key may carry it")
         now_us = self._now_us()
-        expires_us = None if expires_s is None else int(expires_s * 1e6)
+        expires_us = None if expires_s is None else int(finite("expires_s", expires_s, 0, LAST_S) * 1e6)
         if expires_us is not None and expires_us <= now_us:
             raise InputError("the key would have expired already")
         secret = new_secret()
@@ -394,10 +398,9 @@ class Store:
 
         Raises InputError if there is no such request, or it was somebody else's (which is not told apart).
         """
-        if isinstance(score, bool) or not abs(score) < 1e9:
-            raise InputError(f"score is {score!r}; it must be a number")
+        score = finite("score", score, -1e9, 1e9)
         whose = key_id if owner is None else owner
-        row = (request_id, self._now_us(), key_id or "", float(score), clean(comment, 2000))
+        row = (request_id, self._now_us(), key_id or "", score, clean(comment, 2000))
         found = await self._do(lambda connection: questions.put_feedback(connection, row, whose))
         if found is None:
             raise InputError(f"there is no request {request_id[:REQUEST_CHARACTERS]!r}")
@@ -553,6 +556,6 @@ class Store:
 
 
 def _money(what: str, nano: int) -> int:
-    if isinstance(nano, bool) or not isinstance(nano, int) or not 0 <= nano <= MOST_NANO:
-        raise InputError(f"{what} is {nano!r}; it must be whole nano-dollars from 0 to {MOST_NANO}")
+    if not is_whole(nano) or not 0 <= nano <= MOST_NANO:
+        raise InputError(f"{what} is {shown(nano)}; it must be whole nano-dollars from 0 to {MOST_NANO:,}")
     return nano
