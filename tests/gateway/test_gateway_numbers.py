@@ -139,7 +139,7 @@ def test_figures_of_strategies_that_json_has_not_are_null():
 # The same of Python's numbers, which are more
 
 NUMBERS = st.one_of(
-    st.floats(), st.integers(), st.integers(-(10**5000), 10**5000), st.booleans(), st.none(), st.text(max_size=5), st.decimals(),
+    st.floats(), st.integers(), st.booleans(), st.none(), st.text(max_size=5), st.decimals(),
     st.sampled_from([10**5000, -(10**5000), math.inf, math.nan, 1e308, 2**53, 2**53 + 1, -0.0]),
 )  # fmt: skip
 
@@ -182,7 +182,7 @@ def test_what_a_store_is_told(tmp_path):
                 for field in ("rpm", "tpm", "expires_s"):
                     with pytest.raises(InputError, match=f"{field}|expired"):
                         await store.create_key("k", **{field: value})
-                if value not in (0, 1.5):
+                if value != 0:
                     with pytest.raises(InputError, match="a limit is"):
                         await store.set_budget("global", value)
                 with pytest.raises(InputError, match="is_admin is"):

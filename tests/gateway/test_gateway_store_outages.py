@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import http.client
+import json
 import logging
 import os
 import random
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store, writer
 from anabranch.gateway.store.sqlite import SqliteConnection
 from anabranch.web.api_error import ApiError
-from server_process import SOURCE
+from gateway_process import SOURCE, served
 
 PATIENCE_S = 0.4
 
@@ -524,3 +527,45 @@ def test_files_and_a_folder_that_may_only_be_read_for_a_while():
         ran(RIGHTS, folder / "g.db")
     finally:
         shutil.rmtree(folder)
+
+
+CONFIG = """
+require_key = false
+store = "{store}"
+[strategies.cheapest]
+kind = "cheapest"
+[[models]]
+name = "small"
+max_tokens = 20
+deployments = [{{ provider = {{ kind = "mock", tokens = 4 }} }}]
+"""
+
+
+def asked(running):
+    """Status of a request, and how long it took."""
+    body = json.dumps({"model": "small", "messages": [{"role": "user", "content": "hello"}]})
+    began, link = time.monotonic(), http.client.HTTPConnection("127.0.0.1", running.port, timeout=40)
+    try:
+        link.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        return link.getresponse().status, time.monotonic() - began
+    finally:
+        link.close()
+
+
+@pytest.mark.slow
+def test_a_server_refuses_after_five_seconds_and_is_back_at_once(tmp_path):
+    """As users start it, while another process holds the store for longer than anybody waits."""
+    store, config = tmp_path / "g.db", tmp_path / "gateway.toml"
+    config.write_text(CONFIG.format(store=store))
+    with served("--config", str(config)) as running:
+        assert asked(running)[0] == 200
+        with locked(store) as (begin, end):
+            begin()
+            with ThreadPoolExecutor(8) as pool:
+                for status, seconds in pool.map(lambda _: asked(running), range(8)):
+                    assert status == 503
+                    assert 4.5 < seconds < 7
+            end()
+        # The writer has been waiting for the lock.
+        assert [asked(running)[0] for _ in range(3)] == [200] * 3
+        assert "the store can write again" in running.log.read_text()

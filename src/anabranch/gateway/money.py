@@ -21,7 +21,7 @@ def nano_dollars(dollars: float | str | Decimal) -> int:
     """Dollars as nano-dollars, to the nearest. Raises InputError for what is no number, or more than nine million."""
     try:
         value = Decimal(str(dollars))
-        is_amount = value.is_finite() and not isinstance(dollars, bool)
+        is_amount = value.is_finite()
     except (InvalidOperation, ValueError):
         # The latter of an integer of thousands of digits.
         is_amount = False
