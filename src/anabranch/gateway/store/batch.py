@@ -221,6 +221,7 @@ class _Books:
 
     def _unmake(self, job: Unmake) -> None:
         request = job.reservation.request_id
+        self._revive(job.reservation)
         nano = self.open.pop(request, None)
         if nano is None:
             return
