@@ -169,7 +169,8 @@ async def _bounded(folder, pool, asked, best_of, endpoint, limit):
 
 
 @pytest.mark.parametrize(
-    ("name", "is_renamed"), [("gpt-5", True), ("openai/gpt-5-mini", True), ("o3", True), ("gpt-4o", False), ("olmo-2", False)]
+    ("name", "is_renamed"),
+    [("gpt-5", True), ("openai/gpt-5-mini", True), ("o3", True), ("gpt-4o", False), ("olmo-2", False)],
 )
 def test_models_that_know_the_newer_name_alone_are_told_under_it(name, is_renamed):
     provider = OpenAI.Config(model=name, key_env=None).build()

@@ -44,7 +44,18 @@ ODD = (
 )  # fmt: skip
 CHAT = '"model": "small", "messages": [{"role": "user", "content": "hello"}]'
 COMPLETION = '"model": "small", "prompt": "hello"'
-SAMPLING = ("max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "n", "best_of", "seed", "logprobs", "stream")
+SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "n",
+    "best_of",
+    "seed",
+    "logprobs",
+    "stream",
+)
 FIELDS = [
     *(("POST", "/admin/keys", f'{{"{name}": %s}}') for name in ("rpm", "tpm", "expires_s", "is_admin")),
     ("PUT", "/admin/budgets", '{"subject": "team:t", "limit_usd": %s}'),
@@ -161,7 +172,12 @@ def test_a_number_is_checked_or_refused(value):
         assert str(error).startswith("it is ")
 
 
-@given(value=st.one_of(NUMBERS, st.sampled_from(["1e999999", "1e99999999999999999999", "-1e999999999", "sNaN", "1e-9999999", "1" * 100_000])))
+@given(
+    value=st.one_of(
+        NUMBERS,
+        st.sampled_from(["1e999999", "1e99999999999999999999", "-1e999999999", "sNaN", "1e-9999999", "1" * 100_000]),
+    )
+)
 def test_an_amount_is_a_whole_number_of_nano_dollars_or_refused(value):
     try:
         nano = nano_dollars(value)
@@ -196,11 +212,18 @@ def test_what_a_store_is_told(tmp_path):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", '"1e999999"', '"1e99999999999999999999"', "1e300", "-1", "true", "[]", '"much"'])
+@pytest.mark.parametrize(
+    "value", ["nan", "inf", '"1e999999"', '"1e99999999999999999999"', "1e300", "-1", "true", "[]", '"much"']
+)
 def test_a_price_in_a_config(tmp_path, value):
     path = tmp_path / "gateway.toml"
-    path.write_text(CONFIG.replace('key = "env:NUMBERS_ADMIN_KEY"', "") + f"price = {{ input_usd = {value}, output_usd = 1 }}\n")
-    with pytest.raises(ConfigError, match=r"gateway\.toml:\d+: models\.0\.price\.input_usd is .*; it must be dollars per million tokens"):
+    path.write_text(
+        CONFIG.replace('key = "env:NUMBERS_ADMIN_KEY"', "") + f"price = {{ input_usd = {value}, output_usd = 1 }}\n"
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"gateway\.toml:\d+: models\.0\.price\.input_usd is .*; it must be dollars per million tokens",
+    ):
         load_config(path)
 
 

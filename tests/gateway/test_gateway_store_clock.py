@@ -69,7 +69,11 @@ def test_a_limit_that_is_set_while_the_period_lies_ahead_is_of_now(url):
             await spend(store, "ahead", 60)
             clock.now = NOON
             budget = await store.set_budget("global", 200, "day")
-            assert (budget.limit_nano, budget.spent_nano, budget.window_us) == (200, 60, int((NOON - 730 * MINUTE) * 1e6))
+            assert (budget.limit_nano, budget.spent_nano, budget.window_us) == (
+                200,
+                60,
+                int((NOON - 730 * MINUTE) * 1e6),
+            )
 
     asyncio.run(main())
 

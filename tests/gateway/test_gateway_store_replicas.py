@@ -37,9 +37,7 @@ def told(entries):
 async def give_up(store, other):
     """``store`` takes ``other`` for dead, whatever is true."""
     store._database.dead = lambda connection: [other._database.replica]
-    work = Do(
-        lambda connection: recover(store._database, connection, store._now_us()), in_transaction=False
-    )
+    work = Do(lambda connection: recover(store._database, connection, store._now_us()), in_transaction=False)
     return await store._writer.give(work, at_once=True)
 
 

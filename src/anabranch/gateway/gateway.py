@@ -453,7 +453,9 @@ def _noted(done: "asyncio.Future[Any]") -> None:
         return
     # That the store has no room, it says itself, once for many rows.
     logger.log(
-        logging.DEBUG if isinstance(error, CapacityError) else logging.ERROR, "the ledger could not be written: %s", error
+        logging.DEBUG if isinstance(error, CapacityError) else logging.ERROR,
+        "the ledger could not be written: %s",
+        error,
     )
 
 

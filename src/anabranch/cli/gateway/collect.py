@@ -48,20 +48,26 @@ def collect(
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(metavar="USD", min=0, callback=finite_number, help="Dollars that all collecting may cost (the budget of tag:collect)."),
+        typer.Option(
+            metavar="USD",
+            min=0,
+            callback=finite_number,
+            help="Dollars that all collecting may cost (the budget of tag:collect).",
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Questions to add at most.")] = None,
     share: Annotated[
-        float, typer.Option(metavar="F", min=0, max=1, callback=finite_number, help="Share of the questions, always the same.")
+        float,
+        typer.Option(
+            metavar="F", min=0, max=1, callback=finite_number, help="Share of the questions, always the same."
+        ),
     ] = 1.0,
     since: Annotated[
         str | None, typer.Option(metavar="WHEN", help="From then: a date (UTC) or so long ago, e.g. 24h, 7d.")
     ] = None,
     rate: Annotated[
         float,
-        typer.Option(
-            metavar="N", min=0.01, callback=finite_number, help="Calls a minute, the judge's among them."
-        ),
+        typer.Option(metavar="N", min=0.01, callback=finite_number, help="Calls a minute, the judge's among them."),
     ] = 60.0,
     every: Annotated[
         str | None,

@@ -56,7 +56,10 @@ def evaluate(
     seeds: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How often each strategy learns.")] = 3,
     seed: Seed = 0,
     dollar: Annotated[
-        float, typer.Option(metavar="F", min=0, callback=finite_number, help="Score that a dollar (or unit) is worth, for regret.")
+        float,
+        typer.Option(
+            metavar="F", min=0, callback=finite_number, help="Score that a dollar (or unit) is worth, for regret."
+        ),
     ] = 0.0,
     unit: Annotated[
         str,

@@ -34,7 +34,8 @@ def create(
     tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens a minute.")] = None,
     expires: Annotated[str | None, typer.Option(metavar="IN", help="Ends after so long, e.g. 90d.")] = None,
     budget: Annotated[
-        float | None, typer.Option(metavar="DOLLARS", min=0, callback=finite_number, help="Most it may spend, in each --period.")
+        float | None,
+        typer.Option(metavar="DOLLARS", min=0, callback=finite_number, help="Most it may spend, in each --period."),
     ] = None,
     period: Annotated[str, typer.Option(metavar="P", help="total, hour, day, week or month.")] = "total",
     admin: Annotated[bool, typer.Option("--admin", metavar=FLAG, help="It opens the admin interface too.")] = False,

@@ -27,7 +27,8 @@ def route(
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="The kind of work, where it is known.")] = None,
     trade_off: Annotated[
-        float | None, typer.Option(metavar="F", min=0, callback=finite_number, help="Score given up to save a dollar on this query.")
+        float | None,
+        typer.Option(metavar="F", min=0, callback=finite_number, help="Score given up to save a dollar on this query."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

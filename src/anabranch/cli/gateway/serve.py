@@ -43,7 +43,9 @@ def serve(
     drain: Annotated[
         float,
         typer.Option(
-            metavar="S", callback=finite_number, help="Seconds that requests under way have to end after a signal to stop."
+            metavar="S",
+            callback=finite_number,
+            help="Seconds that requests under way have to end after a signal to stop.",
         ),
     ] = 30.0,
     check: Annotated[

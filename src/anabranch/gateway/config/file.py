@@ -141,7 +141,10 @@ def _plain_price(price: dict[str, Any], path: str, source: _Source) -> dict[str,
         except AnabranchError:
             nano = -1
         if nano < 0:
-            source.fail(f"{field} is {shown(value)}; it must be dollars per million tokens, from 0 to {MOST_NANO // NANO:,}", field)
+            source.fail(
+                f"{field} is {shown(value)}; it must be dollars per million tokens, from 0 to {MOST_NANO // NANO:,}",
+                field,
+            )
         out[plain] = nano
     return out
 

@@ -78,7 +78,11 @@ def _renamed(request: UpstreamRequest) -> UpstreamRequest:
         return request
     body["max_completion_tokens"] = max(old, body.get("max_completion_tokens") or 0)
     return UpstreamRequest(
-        request.endpoint, body, request_id=request.request_id, prompt_tokens=request.prompt_tokens, headers=request.headers
+        request.endpoint,
+        body,
+        request_id=request.request_id,
+        prompt_tokens=request.prompt_tokens,
+        headers=request.headers,
     )
 
 

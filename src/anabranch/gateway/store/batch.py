@@ -170,7 +170,8 @@ class _Books:
             if replica != self.replica:
                 self.foreign.add(request)
         ended = self.connection.rows(
-            f"SELECT request_id, status, cost_nano, ts_us, requested, strategy FROM ledger WHERE {among}", requests=values
+            f"SELECT request_id, status, cost_nano, ts_us, requested, strategy FROM ledger WHERE {among}",
+            requests=values,
         )
         for request, status, nano, ts_us, requested, strategy in ended:
             self.closed.add(request)

@@ -32,7 +32,13 @@ AWAY_S = 6.0
 POOL = 9
 
 # A server that is not heard is given up: while connecting, and later, where nothing comes back of what was sent.
-PATIENCE = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
+PATIENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
 
 # SQLSTATE of a right that is missing: somebody else can put that right.
 _NO_RIGHT = "42501"
@@ -263,9 +269,7 @@ class PostgresDatabase:
 
     def _has_ended(self, connection: PostgresConnection, replica: str, seen_us: int) -> bool:
         """Say goodbye for a replica; not if it has just given a sign of life."""
-        return bool(
-            connection.run("DELETE FROM replicas WHERE id = :id AND seen_us = :seen", id=replica, seen=seen_us)
-        )
+        return bool(connection.run("DELETE FROM replicas WHERE id = :id AND seen_us = :seen", id=replica, seen=seen_us))
 
     def let_go(self) -> None:
         """See `Database`."""

@@ -28,7 +28,7 @@ from anabranch.bounds import finite, is_whole, shown, whole
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.gateway.money import MOST_NANO
 from anabranch.gateway.store import questions, schema, writer
-from anabranch.gateway.store.batch import Append, Do, Grow, Insert, Reserve, Settle, recover
+from anabranch.gateway.store.batch import Append, Do, Grow, Insert, Reserve, Settle, Unmake, recover
 from anabranch.gateway.store.calibration import Calibration, read_calibration
 from anabranch.gateway.store.database import BusyError, Connection, Database
 from anabranch.gateway.store.keyring import FRESH_S, Keyring, digest_of, new_secret
@@ -156,8 +156,8 @@ class Store:
             nano: nano-dollars.
             requested, strategy: for the ledger, should this process end before the request does.
 
-        Raises BudgetError if a budget has no room, InputError for an id that was used before, CapacityError if the store could not write for
-        `PATIENCE_S`.
+        Raises BudgetError if a budget has no room, InputError for an id that was used before, CapacityError if the store could not write
+        for `PATIENCE_S`.
         """
         assert self._serves
         if not (request_id.isascii() and request_id.isprintable() and 0 < len(request_id) <= REQUEST_CHARACTERS):
@@ -171,19 +171,22 @@ class Store:
         job = Reserve(reservation, requested, strategy)
         try:
             await self._writer.done(job)
-        except (asyncio.CancelledError, CapacityError):
+        except (asyncio.CancelledError, CapacityError) as error:
             assert job.future is not None
-            job.future.add_done_callback(lambda done: self._unwanted(done, reservation))
+            is_refused = isinstance(error, CapacityError)
+            job.future.add_done_callback(lambda done: self._unwanted(done, reservation, is_refused))
             raise
         except Exception:
             self._open.discard(request_id)
             raise
         return reservation
 
-    def _unwanted(self, done: "asyncio.Future[Any]", reservation: Reservation) -> None:
-        """Whoever asked for it is gone: give it back as soon as it is there."""
-        if done.cancelled() or done.exception() is not None:
+    def _unwanted(self, done: "asyncio.Future[Any]", reservation: Reservation, is_refused: bool) -> None:
+        """Whoever asked for it is gone, or was told that it cannot be made: give it back as soon as it is there."""
+        if done.cancelled() or done.exception() is not None or is_refused:
             self._open.discard(reservation.request_id)
+            if not done.cancelled() and done.exception() is None:
+                self._writer.give(Unmake(reservation), at_once=False)
         else:
             self.release(reservation, LedgerRow(request_id=reservation.request_id, status="cancelled"))
 
@@ -510,7 +513,7 @@ class Store:
         return await self._ask(work)
 
     async def _ask(self, work: Callable[[Connection], T]) -> T:
-        """Run ``work``, which changes nothing, on a connection of a reader's thread. Raises CapacityError if the database does not answer."""
+        """Run ``work``, which changes nothing, in a reader's thread. Raises CapacityError if the database does not answer."""
 
         def run() -> T:
             connection = getattr(self._local, "connection", None)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -73,16 +74,21 @@ class Writer:
         # Settlements that fail by themselves; of the writer's thread alone.
         self._aside: list[Job] = []
         self._connection = database.connect()
+        # From now on others see that the database is in use. What it cannot do now, the thread tries again.
+        with suppress(BusyError):
+            self._connection.rows("SELECT 1")
         self._thread = threading.Thread(target=self._run, name="anabranch-store", daemon=True)
         self._thread.start()
 
     async def done(self, job: Job) -> Any:
         """Have a job done at once, and wait for it: what came of it.
 
-        Raises what it fails of, and CapacityError if the database could not do it within `PATIENCE_S`. Work that was begun and goes on, such
-        as giving room back, is waited for.
+        Raises what it fails of, and CapacityError if the database could not do it within `PATIENCE_S`. Work that was begun and goes on,
+        such as giving room back, is waited for.
         """
         future = self.give(job, at_once=True)
+        # Seen, whoever waits still when it comes.
+        future.add_done_callback(_seen)
         while not (await asyncio.wait((future,), timeout=PATIENCE_S))[0]:
             if isinstance(job, Do) and job.is_tried and not self.trouble:
                 continue
@@ -310,6 +316,11 @@ class Writer:
         else:
             if count:
                 logger.warning("settled %d requests that another process left behind", count)
+
+
+def _seen(done: "asyncio.Future[Any]") -> None:
+    if not done.cancelled():
+        done.exception()
 
 
 def _may_be_made(job: Job) -> bool:
