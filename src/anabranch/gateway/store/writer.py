@@ -255,7 +255,8 @@ class Writer:
         self._tell(gone)
         kept = [job for job in jobs if job.error is None or job not in gone]
         # Whether a commit whose answer was lost had happened is not known: if so, take it back.
-        return kept if ends else kept + [Unmake(job.reservation) for job in gone if _may_be_made(job)]
+        back = [Unmake(job.reservation) for job in gone if isinstance(job, Reserve) and job.is_tried]
+        return kept if ends else kept + back
 
     def _troubled(self, error: BaseException) -> None:
         if not self.trouble:
@@ -321,10 +322,6 @@ class Writer:
 def _seen(done: "asyncio.Future[Any]") -> None:
     if not done.cancelled():
         done.exception()
-
-
-def _may_be_made(job: Job) -> bool:
-    return isinstance(job, Reserve) and job.is_tried
 
 
 def _size(job: Job) -> int:
