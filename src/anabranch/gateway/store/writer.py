@@ -255,7 +255,7 @@ class Writer:
         self._tell(gone)
         kept = [job for job in jobs if job.error is None or job not in gone]
         # Whether a commit whose answer was lost had happened is not known: if so, take it back.
-        back = [Unmake(job.reservation) for job in gone if isinstance(job, Reserve) and job.is_tried]
+        back: list[Job] = [Unmake(job.reservation) for job in gone if isinstance(job, Reserve) and job.is_tried]
         return kept if ends else kept + back
 
     def _troubled(self, error: BaseException) -> None:
