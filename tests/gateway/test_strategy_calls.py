@@ -248,6 +248,46 @@ def test_a_strategy_that_dies_in_the_middle_leaves_nothing(tmp_path):
     assert all(row.attempts == 1 and row.cost_nano > 0 for row in rows)
 
 
+def test_what_a_strategy_that_died_had_held_is_there_for_the_answer(tmp_path):
+    """Its calls wait to try again as it dies."""
+
+    async def decides(strategy, query):
+        async def dies():
+            await asyncio.sleep(0.03)
+            raise RuntimeError("broke")
+
+        await asyncio.gather(strategy.which(), strategy.which(), dies())
+
+    async def work(gateway):
+        await gateway.store.set_budget("global", 2 * WORST)
+        await gateway.achat(ask())
+
+    made = config(tmp_path, model("small", script=("500", "500")), retries=RetryConfig(base_s=600.0, cap_s=600.0))
+    _, rows, _ = run(made, work, decides)
+    assert [(row.status, row.attempts, row.cost_nano) for row in rows] == [
+        ("cancelled", 1, 0), ("cancelled", 1, 0), ("ok", 1, COST_ANSWER)
+    ]  # fmt: skip
+
+
+def test_a_call_that_outlives_the_answer_ends_with_it_and_is_charged(tmp_path):
+    async def decides(strategy, query):
+        async def later():
+            await asyncio.sleep(0.02)
+            await strategy.which()
+
+        strategy.left = asyncio.create_task(later())
+
+    async def work(gateway):
+        await gateway.store.set_budget("global", nano_dollars(1))
+        await gateway.achat(ask())
+        await asyncio.sleep(0.05)
+
+    _, rows, _ = run(config(tmp_path, model("small", script=("slow:0.1", "slow:5"))), work, decides)
+    call, request = rows
+    assert (call.status, call.attempts, request.status, request.calls) == ("cancelled", 1, "ok", 1)
+    assert call.cost_nano > 0
+
+
 def test_a_client_that_leaves_while_a_strategy_asks_leaves_nothing(tmp_path):
     async def decides(strategy, query):
         for _ in range(3):
