@@ -159,6 +159,7 @@ def test_a_thousand_random_requests_at_once(tmp_path, monkeypatch, seed, mode):
                     *(one(gateway, random.Random(draw.random()), draw.choice(keys), at % 5 == 0, ids) for at in range(1000))
                 )
             )  # fmt: skip
+            await gateway.settled()
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher

@@ -53,6 +53,7 @@ def run(config, work, **options):
     async def main():
         async with Gateway(config, **options) as gateway:
             found = await work(gateway)
+            await gateway.settled()
             assert gateway.in_flight == gateway.runtime.users == 0
             assert len(gateway.caches.flights) == 0
             rows = await gateway.store.ledger(LedgerQuery(limit=10_000, newest_first=False))
@@ -130,7 +131,7 @@ def test_a_client_that_leaves_while_waiting_is_settled(tmp_path):
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    _, [row] = run(config(tmp_path, model("small", latency_s=5)), work)
+    _, [row] = run(config(tmp_path, model("small", latency_s=0.3)), work)
     assert row.status == "cancelled"
 
 
@@ -437,6 +438,47 @@ def test_what_means_the_same_is_answered_where_that_is_wanted(tmp_path):
     (one, two, three), rows = run(made, work)
     assert one == two != three
     assert [row.cache for row in rows] == ["", "semantic", ""]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_request_with_a_name_is_asked_and_paid_for_once(tmp_path, exact):
+    """Whatever its temperature, and whatever else is cached; another body, name or key is another request."""
+    made = config(tmp_path, model("small", latency_s=0.02), require_key=True, cache=CacheConfig(exact=exact))
+
+    async def work(gateway):
+        (one, _), (other, _) = [await gateway.store.create_key(name) for name in ("a", "b")]
+        named = {"idempotency-key": "n1", "x-cache": "deny"}
+        first = await gateway.achat(ask(temperature=1), key=one, headers=named)
+        same = [
+            await gateway.achat(ask(temperature=1), key=one, headers=named),
+            *await asyncio.gather(*(gateway.achat(ask("b"), key=one, headers=named) for _ in range(2))),
+        ]
+        streamed = await everything(gateway, ask(temperature=1), key=one, headers=named)
+        others = [
+            await gateway.achat(ask(temperature=1), key=other, headers=named),
+            await gateway.achat(ask(temperature=1), key=one, headers={"idempotency-key": "n2"}),
+            await gateway.achat(ask(temperature=1), key=one),
+        ]
+        return first, same, streamed, others
+
+    (first, same, streamed, others), rows = run(made, work)
+    assert same[0] == first
+    assert same[1] == same[2]
+    assert text_of(streamed) == first["choices"][0]["message"]["content"]
+    assert len({answer["id"] for answer in (first, same[1], *others)}) == 5
+    assert sorted(row.cache for row in rows) == [*[""] * 5, "exact", "exact", "shared"]
+    assert all((row.cost_nano == 0) == bool(row.cache) for row in rows)
+
+
+def test_a_request_with_a_name_that_failed_is_asked_again(tmp_path):
+    async def work(gateway):
+        with pytest.raises(ApiError):
+            await gateway.achat(ask(), headers={"idempotency-key": "n"})
+        return await gateway.achat(ask(), headers={"idempotency-key": "n"})
+
+    answer, rows = run(config(tmp_path, model("small", script=("422",))), work)
+    assert answer["choices"]
+    assert [row.status for row in rows] == ["error", "ok"]
 
 
 # Reload, Python

@@ -15,6 +15,7 @@ from anabranch.gateway.config import (
     GatewayConfig,
     HedgeConfig,
     LimitsConfig,
+    LostConfig,
     ModelConfig,
     RetryConfig,
     StrategyConfig,
@@ -65,6 +66,7 @@ def run(config, work, **options):
     async def main():
         async with Gateway(config, **options) as gateway:
             found = await work(gateway)
+            await gateway.settled()
             rows = await gateway.store.ledger(LedgerQuery(limit=10_000, newest_first=False))
             assert all(budget.reserved_nano == 0 for budget in await gateway.store.budgets())
             left = await gateway.store._read(lambda connection: connection.rows("SELECT request_id FROM reservations"))
@@ -250,7 +252,7 @@ def test_what_was_asked_before_the_client_left_is_paid_for(tmp_path):
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    _, [row] = run(config(tmp_path, model("small", latency_s=5)), work)
+    _, [row] = run(config(tmp_path, model("small", latency_s=5), lost=LostConfig(read_on_s=0)), work)
     assert (row.status, row.attempts) == ("cancelled", 1)
     assert row.cost_nano >= 100 * 1_000  # the prompt went upstream
 
@@ -270,7 +272,10 @@ def test_a_strategys_call_that_ran_out_of_time_is_paid_for(tmp_path):
         await gateway.achat({**ask(), "model": "auto/asks"})
 
     strategies = {"cheapest": StrategyConfig(use="cheapest"), "asks": StrategyConfig(use="static")}
-    made = config(tmp_path, model("small", script=("slow:5",)), strategies=strategies, default_strategy="cheapest")
+    made = config(
+        tmp_path, model("small", script=("slow:5",)), strategies=strategies, default_strategy="cheapest",
+        lost=LostConfig(read_on_s=0),
+    )  # fmt: skip
     _, [row] = run(made, work, strategies={"asks": Asks(None)})
     assert (row.status, row.flags) == ("ok", ("bypassed",))
     assert row.calls == 1

@@ -16,11 +16,13 @@ class Caches:
     Attributes:
         exact: None if it is off.
         semantic: likewise.
+        named: answers to requests that their senders gave a name (``Idempotency-Key``); never off.
         flights: of identical requests under way.
     """
 
     def __init__(self, config: CacheConfig, embedder: Embedder | None) -> None:
         self.exact = ExactCache(ttl_s=config.ttl_s, size_bytes=config.max_bytes) if config.exact else None
+        self.named = ExactCache(ttl_s=config.ttl_s, size_bytes=config.max_bytes)
         self.semantic: SemanticCache | None = None
         if config.semantic and embedder is not None:
             self.semantic = SemanticCache(
@@ -35,20 +37,28 @@ class Caches:
         assert embedder is not None
         return (await asyncio.to_thread(embedder.embed, [text]))[0]
 
-    def put(self, tenant: str, key: bytes | None, context: tuple[bytes, str] | None, vector: Any, entry: Entry) -> None:
-        """Keep an answer wherever it was looked for."""
-        if key is not None and self.exact is not None:
-            self.exact.put(tenant, key, entry)
+    def put(
+        self,
+        tenant: str,
+        exact: tuple[ExactCache, bytes] | None,
+        context: tuple[bytes, str] | None,
+        vector: Any,
+        entry: Entry,
+    ) -> None:
+        """Keep an answer wherever it was looked for; ``exact`` is `exact` or `named`, and the key."""
+        if exact is not None:
+            cache, key = exact
+            cache.put(tenant, key, entry)
         if context is not None and vector is not None and self.semantic is not None:
             self.semantic.put(tenant, context[0], vector, entry)
 
     def delete(self, tenant: str) -> int:
         """Forget a tenant's answers; returns how many there were."""
-        return sum(cache.delete(tenant) for cache in (self.exact, self.semantic) if cache is not None)
+        return sum(cache.delete(tenant) for cache in (self.exact, self.named, self.semantic) if cache is not None)
 
     def clear(self) -> int:
         """Forget all; returns how many there were."""
-        held = [cache for cache in (self.exact, self.semantic) if cache is not None]
+        held = [cache for cache in (self.exact, self.named, self.semantic) if cache is not None]
         count = sum(len(cache) for cache in held)
         for cache in held:
             cache.clear()

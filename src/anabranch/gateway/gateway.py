@@ -37,6 +37,7 @@ from anabranch.gateway.store import CollectedRow, KeyRecord, LedgerRow, RateLimi
 from anabranch.gateway.strategy import Purpose, Strategy
 from anabranch.gateway.told import Collecting
 from anabranch.gateway.ui import Seen, Snapshot
+from anabranch.gateway.unsettled import Unsettled
 from anabranch.web.api_error import ApiError
 from anabranch.web.sse import read_data
 
@@ -77,6 +78,7 @@ class Gateway:
         self.admin_key = None if config.admin.key is None else config.admin.key.reveal()
         self.recent: deque[Seen] = deque(maxlen=200)
         self.began_s, self.in_flight = time.time(), 0
+        self.unsettled = Unsettled()
         self._given, self._store = store is not None, store
         self.teaching, self.kept, self.erasures = Teaching(self), Kept(lambda: self.store), Erasures(self)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -114,7 +116,10 @@ class Gateway:
         return self
 
     async def stop(self) -> None:
-        """Close everything. Whoever serves sees to it that no request is under way."""
+        """Close everything. Whoever serves sees to it that no request is under way.
+
+        Calls that are read on for what they cost are given up, and charged the most that they may be billed.
+        """
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -124,6 +129,13 @@ class Gateway:
         if self._store is not None and not self._given:
             await self._store.close()
             self._store = None
+
+    async def settled(self, request_id: str | None = None) -> None:
+        """Wait until a request that has ended, or all such, have their rows in the ledger.
+
+        At most ``lost.read_on_s`` after its end it has, at once where no call of it was given up.
+        """
+        await self.unsettled.wait(request_id)
 
     async def __aenter__(self) -> Self:
         return await self.start()

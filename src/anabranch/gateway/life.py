@@ -3,6 +3,7 @@
     authenticate, validate, count -> caches -> decide -> reserve -> dispatch -> stream or return -> settle -> observe
 
 Whatever happens after a reservation, it is settled exactly once, and the request has exactly one row in the ledger.
+Where a call that was given up is read on for what it costs, that is when this is known; nobody else waits for it.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import BudgetError, CapacityError, InputError, RateError, UnknownModelError
 from anabranch.gateway.ab.assignment import Arm, arm_of
-from anabranch.gateway.cache import Entry, SingleFlight, Ticket, context_key, exact_key
+from anabranch.gateway.cache import Entry, ExactCache, SingleFlight, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
 from anabranch.gateway.count import BYTES_PER_TOKEN, PromptCount, asked_text, count_prompt, has_images, num_prompts
 from anabranch.gateway.decide import Decided
@@ -25,15 +26,15 @@ from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.http.sse import chunks_of
 from anabranch.gateway.metrics import Ended
 from anabranch.gateway.money import dollars, nano_dollars
-from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest, Usage
 from anabranch.gateway.purse import Hold, Purse
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
-from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, subjects_of
+from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, Reservation, subjects_of
 from anabranch.gateway.strategy_calls import StrategyCalls
-from anabranch.gateway.told import Collecting, call_rows, collected_of, explained, headers_of, row_of, seen_of, texts_of
+from anabranch.gateway.told import Collecting, call_rows, collected_of, explained, headers_of, priced, row_of, seen_of, texts_of
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.ids import new_id
@@ -90,7 +91,8 @@ class Life:
         # Of the call for the answer, its further attempts among it.
         self.hold = Hold()
         self.report: Report | None = None
-        self.exact_key: bytes | None = None
+        # Where the same request would find its answer.
+        self.exact: tuple[ExactCache, bytes] | None = None
         self.context: tuple[bytes, str] | None = None
         self.vector: Any = None
         self.ticket: Ticket[Entry] | None = None
@@ -230,42 +232,62 @@ class Life:
         """Where a request does not say how long an answer may be, the model is told, and this is what is reserved."""
         return self.runtime.models[model].max_tokens or self.runtime.config.limits.max_tokens
 
-    def worst_nano(self, model: str) -> int:
-        """The most nano-dollars that one call of a model may cost."""
+    def most(self, model: str) -> Usage:
+        """The most tokens that one call of a model may be billed for."""
         prompt = self.count.at_most
         if model in self.prepared:
             prompt = count_prompt({**self.body, "messages": self.prepared[model]}).at_most
         if self.report is not None and self.report.attempts and self.runtime.config.mid_stream == "continue":
             # The next one is sent what was said.
-            prompt += CONTINUED + self.report.usage.completion * BYTES_PER_TOKEN
-        return self.runtime.models[model].price.cost(prompt, self.most_tokens(model))
+            prompt += CONTINUED + sum(attempt.seen for attempt in self.report.attempts) * BYTES_PER_TOKEN
+        return Usage(prompt, self.most_tokens(model), 0, True)
+
+    def worst_nano(self, model: str) -> int:
+        """The most nano-dollars that one call of a model may cost."""
+        most = self.most(model)
+        return self.runtime.models[model].price.cost(most.prompt, most.completion)
 
     # Caches
 
     async def _look(self) -> tuple[Entry, str] | None:
         """An answer somebody got before, and which cache had it: ``exact``, ``shared`` (another request was under way) or ``semantic``."""
         caches, wish = self.caches, self._wish()
-        if wish == "deny" or (self.endpoint == "completions" and not isinstance(self.body.get("prompt"), str)):
+        if self.endpoint == "completions" and not isinstance(self.body.get("prompt"), str):
+            return None
+        name = self.headers.get("idempotency-key")
+        if name:
+            found = await self._asked_before(caches.named, exact_key(self.endpoint, f"{self.asked_for}\n{name}", self.body))
+            if found is None:
+                self.gateway.metrics.cached("miss")
+            return found
+        if wish == "deny":
             return None
         is_settled = self.endpoint == "embeddings" or self.body.get("temperature") == 0 or wish == "allow"
         if caches.exact is not None and is_settled:
-            self.exact_key = key = exact_key(self.endpoint, self.asked_for, self.body)
-            entry = caches.exact.get(self.tenant, key)
-            if entry is not None:
-                return entry, "exact"
-            joined = await self._joined(caches.flights, key)
-            if not isinstance(joined, Ticket):
-                return joined, "shared"
-            self.ticket = joined
+            found = await self._asked_before(caches.exact, exact_key(self.endpoint, self.asked_for, self.body))
+            if found is not None:
+                return found
         if caches.semantic is not None and self.endpoint == "chat":
             self.context = context_key(self.endpoint, self.asked_for, self.body)
             if self.context is not None:
                 self.vector = await caches.embed(self.context[1])
-                found = caches.semantic.get(self.tenant, self.context[0], self.vector)
-                if found is not None:
-                    return found[0], "semantic"
-        if self.exact_key is not None or self.context is not None:
+                near = caches.semantic.get(self.tenant, self.context[0], self.vector)
+                if near is not None:
+                    return near[0], "semantic"
+        if self.exact is not None or self.context is not None:
             self.gateway.metrics.cached("miss")
+        return None
+
+    async def _asked_before(self, cache: ExactCache, key: bytes) -> tuple[Entry, str] | None:
+        """The answer to the same request, given before or under way; None, and the duty to fetch it, if there is none."""
+        self.exact = cache, key
+        entry = cache.get(self.tenant, key)
+        if entry is not None:
+            return entry, "exact"
+        joined = await self._joined(self.caches.flights, key)
+        if not isinstance(joined, Ticket):
+            return joined, "shared"
+        self.ticket = joined
         return None
 
     async def _joined(self, flights: SingleFlight[Entry], key: bytes) -> Entry | Ticket[Entry]:
@@ -385,7 +407,7 @@ class Life:
         self.report = Report()
         plan = Plan(
             candidates=self.candidates, report=self.report, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
-            accept=None if judge is None else partial(self._accept, judge), allow=self._allow, keep=keeps,
+            accept=None if judge is None else partial(self._accept, judge), allow=self._allow, most=self.most, keep=keeps,
             requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
             bounds={model: self._bound(model) for model in self.candidates},
         )  # fmt: skip
@@ -421,14 +443,29 @@ class Life:
         if self.ticket is not None:
             self.ticket.abandon()
         latency_s = self.elapsed()
+        self.gateway.unsettled.add(self.id)
         # What its strategy has left behind ends first: it costs something too.
         self.calls.close(lambda: self._settle(status, http_status, code, cache, latency_s))
 
     def _settle(self, status: str, http_status: int, code: str, cache: str, latency_s: float) -> None:
         report = self.report or Report()
         row, calls = row_of(self, report, latency_s, status, code, cache), call_rows(self)
-        self.purse.close(lambda held: self.gateway.settle(held, row, collected_of(self, row), calls))
+        self._write(row)
         self._tell(row, calls, report, http_status, latency_s)
+
+    def _write(self, row: LedgerRow) -> None:
+        """Write the rows, once it is known what all calls cost. Until then what was set aside stays so."""
+        reports = [self.report or Report(), *(call.report for call in self.calls.made)]
+        late = next((report for report in reports if report.is_late), None)
+        if late is not None:
+            late.when_known(lambda: self._write(priced(self, row)))
+            return
+
+        def settle(held: Reservation | None) -> None:
+            self.gateway.settle(held, row, collected_of(self, row), call_rows(self))
+            self.gateway.unsettled.discard(self.id)
+
+        self.purse.close(settle)
 
     def _tell(
         self, row: LedgerRow, calls: Sequence[LedgerRow], report: Report, http_status: int, latency_s: float
@@ -436,7 +473,10 @@ class Life:
         """Everybody who wants to know that it is over: rate limits, metrics, the page, the strategy, the store's decisions."""
         gateway, decided = self.gateway, self.decided
         if self.tpm is not None and report.attempts:
-            used = row.prompt_tokens + row.completion_tokens
+            # What may have been billed was not used for all that is known.
+            used = sum(
+                self.count.tokens + one.seen if one.is_guess else one.usage.prompt + one.usage.completion for one in report.attempts
+            )  # fmt: skip
             gateway.rates.correct(self.tenant, used - self.count.tokens, tpm=self.tpm)
         first_s = None if row.first_token_us is None or not self.body.get("stream") else row.first_token_us / 1e6
         overhead_s = (row.overhead_us or 0) / 1e6
@@ -514,7 +554,7 @@ class Life:
 
     def _keep(self, answer: Answer) -> None:
         """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones."""
-        if self.exact_key is None and self.context is None:
+        if self.exact is None and self.context is None:
             return
         if self.endpoint != "embeddings" and answer.finish_reason not in ("stop", "length", "tool_calls"):
             return
@@ -523,7 +563,7 @@ class Life:
             body=answer.data, model=self.report.model or "" if self.report else "", prompt_tokens=usage.prompt,
             completion_tokens=usage.completion, nano=self.report.cost if self.report else 0,
         )  # fmt: skip
-        self.caches.put(self.tenant, self.exact_key, self.context, self.vector, entry)
+        self.caches.put(self.tenant, self.exact, self.context, self.vector, entry)
         if self.ticket is not None:
             self.ticket.land(entry)
 

@@ -1,6 +1,7 @@
 """`Runtime`: all that is made from one config. A reload makes a new one; requests under way end on the one they began with."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from anabranch.gateway.wiring import groups_of, rules_of
 
 # Requests that began before a reload have this long to end.
 CLOSE_S = 600.0
+
+logger = logging.getLogger(__name__)
 
 
 class Runtime:
@@ -73,14 +76,17 @@ class Runtime:
             self._free.set()
 
     async def retire(self) -> None:
-        """Close it once the requests on it have ended."""
+        """Close it once the requests on it have ended, and it is known what their calls cost."""
         self._is_old = True
-        if self.users:
-            try:
-                await asyncio.wait_for(self._free.wait(), CLOSE_S)
-            except TimeoutError:
-                pass
-        await self.close()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                if self.users:
+                    await self._free.wait()
+                await self.dispatcher.late.settled()
+        except TimeoutError:
+            logger.warning("%d requests of the config before have not ended, and are broken off", self.users)
+        finally:
+            await self.close()
 
     async def close(self) -> None:
         """Close it now."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from anabranch.errors import InputError, LimitError
 from anabranch.gateway.count import count_prompt
 from anabranch.gateway.dispatch import Plan, Report
-from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest, Usage
 from anabranch.gateway.purse import Purse
 from anabranch.gateway.strategy import Purpose
 
@@ -181,7 +181,8 @@ class StrategyCalls:
     async def _make(self, model: str, body: dict[str, Any], purpose: Purpose, deadline_s: float) -> str:
         """One call, from its money to its answer."""
         count = count_prompt(body)
-        worst = self._runtime.models[model].price.cost(count.at_most, body["max_tokens"])
+        most = Usage(count.at_most, body["max_tokens"], 0, True)
+        worst = self._runtime.models[model].price.cost(most.prompt, most.completion)
         async with self._purse.holding(worst) as hold:
             number = len(self.made) + 1
             call = StrategyCall(
@@ -196,7 +197,7 @@ class StrategyCalls:
 
             try:
                 deadline = self._runtime.dispatcher.now() + deadline_s - self._elapsed()
-                plan = Plan(candidates=(model,), deadline=deadline, report=report, allow=allow)
+                plan = Plan(candidates=(model,), deadline=deadline, report=report, allow=allow, most=lambda _: most)
                 request = UpstreamRequest("chat", body, request_id=call.id, prompt_tokens=count.tokens)
                 answer = await self._runtime.dispatcher.complete(plan, request)
                 call.status = "ok"

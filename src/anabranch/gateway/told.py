@@ -4,7 +4,7 @@ Read from a `Life`; nothing here changes it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.ab.assignment import Arm
@@ -12,6 +12,7 @@ from anabranch.gateway.cache.exact import IGNORED
 from anabranch.gateway.count import asked_text
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Report
+from anabranch.gateway.providers.provider import Usage
 from anabranch.gateway.query import Decision
 from anabranch.gateway.store import CollectedRow, LedgerRow
 from anabranch.gateway.store.records import clean
@@ -59,7 +60,7 @@ def headers_of(life: "Life", report: Report) -> dict[str, str]:
             found["x-route-bypassed"] = decided.bypassed[:200]
         else:
             found |= life.runtime.decider.headers(life.strategy, decided.decision)
-    if life.exact_key is not None or life.context is not None:
+    if life.exact is not None or life.context is not None:
         found["x-cache"] = "miss"
     if life.arm is not None:
         found["x-route-arm"] = f"{life.arm.test} {life.arm.side}"
@@ -130,6 +131,15 @@ def row_of(life: "Life", report: Report, latency_s: float, status: str, code: st
         completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated, price=price, cost_nano=report.cost,
         latency_us=round(latency_s * 1e6), first_token_us=_first_token_us(life, report),
         overhead_us=round(overhead_s(life, report) * 1e6), status=status, code=code, cache=cache, flags=_flags(life, report),
+    )  # fmt: skip
+
+
+def priced(life: "Life", row: LedgerRow) -> LedgerRow:
+    """The row with what its calls cost as is known now."""
+    usage = Usage() if life.report is None else life.report.usage
+    return replace(
+        row, cost_nano=0 if life.report is None else life.report.cost, prompt_tokens=usage.prompt,
+        completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated,
     )  # fmt: skip
 
 

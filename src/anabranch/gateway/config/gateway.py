@@ -17,6 +17,7 @@ from anabranch.gateway.config.parts import (
     LearningConfig,
     LimitsConfig,
     LogConfig,
+    LostConfig,
     ModelConfig,
     RetryConfig,
     StrategyConfig,
@@ -43,6 +44,7 @@ class GatewayConfig(Config):
         deadline_s: seconds a request may take in all, retries and fallbacks included.
         retries, breaker: what happens on failures.
         hedge: second attempts while the first is slow; None for none.
+        lost: what calls are charged that brought nothing.
         balance: how requests are spread over the deployments of a model.
         mid_stream: what follows when a stream breaks after its first token: an error event, a continuation by another model, or a
             fresh answer if the sender opted in.
@@ -63,6 +65,7 @@ class GatewayConfig(Config):
     retries: RetryConfig = RetryConfig()
     breaker: BreakerConfig = BreakerConfig()
     hedge: HedgeConfig | None = None
+    lost: LostConfig = LostConfig()
     balance: Balance = "weighted"
     mid_stream: Literal["error", "continue", "restart"] = "error"
     limits: LimitsConfig = LimitsConfig()

@@ -163,6 +163,23 @@ class HedgeConfig(Config):
 
 
 @configclass
+class LostConfig(Config):
+    """What calls are charged that brought nothing: attempts that took too long, hedges that lost, answers whose client has gone.
+
+    Providers bill them. They are charged the most that may be billed, until the provider says less.
+
+    Attributes:
+        read_on_s: seconds that a whole answer is read on for what it costs, while what was set aside for it stays so; 0 for not at all.
+        read_on: most answers that are read on at a time.
+        margin_s: seconds of tokens that a provider may make after a stream was dropped.
+    """
+
+    read_on_s: float = Field(default=60.0, ge=0)
+    read_on: int = Field(default=256, ge=0)
+    margin_s: float = Field(default=1.0, ge=0)
+
+
+@configclass
 class BreakerConfig(Config):
     """When a deployment is left alone.
 

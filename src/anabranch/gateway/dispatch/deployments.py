@@ -82,6 +82,9 @@ class DispatchRules(Config):
         hedge_quantile, hedge_min_s, hedge_samples: how long that is: see `HedgeDelay`.
         mid_stream: what to do when a stream breaks after its first token. ``restart`` only happens to senders that opted in.
         heartbeat_s: a comment is sent when a stream has been silent for so long.
+        read_on_s: most seconds that a whole answer which was given up is read on for what it costs; 0 for not at all.
+        read_on: most answers that are read on at once.
+        margin_s: seconds of tokens that an upstream may make after a stream was dropped.
         breaker: when a deployment is left alone.
     """
 
@@ -97,4 +100,7 @@ class DispatchRules(Config):
     hedge_samples: int = Field(default=20, ge=1)
     mid_stream: MidStream = "error"
     heartbeat_s: float = Field(default=15.0, gt=0)
+    read_on_s: float = Field(default=60.0, ge=0)
+    read_on: int = Field(default=256, ge=0)
+    margin_s: float = Field(default=1.0, ge=0)
     breaker: BreakerRules = BreakerRules()

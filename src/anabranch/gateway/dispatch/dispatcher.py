@@ -12,6 +12,7 @@ from typing import Any
 from anabranch.errors import ConfigError
 from anabranch.gateway.dispatch.deployments import Balance, DispatchRules, Group
 from anabranch.gateway.dispatch.hedge import HedgeDelay
+from anabranch.gateway.dispatch.late import Exchange, Late, answer_of, exchanged
 from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
@@ -24,7 +25,6 @@ from anabranch.gateway.providers.provider import (
     Transport,
     UpstreamError,
     UpstreamRequest,
-    read_all,
 )
 from anabranch.gateway.query import Model, Pool
 
@@ -100,6 +100,7 @@ class Dispatcher:
         self._http: Transport = Upstream() if http is None else http
         self._owns_http = http is None
         self._lingering: set[asyncio.Future[None]] = set()
+        self.late = Late(self.rules.read_on_s, self.rules.read_on)
         self.groups: dict[str, LiveGroup] = {}
         names: set[str] = set()
         for group in groups:
@@ -174,20 +175,18 @@ class Dispatcher:
     async def _whole(self, run: Run, live: Live, request: UpstreamRequest, attempt: Attempt) -> Answer:
         """One attempt at a whole answer."""
         limit_s = live.deployment.timeout_s
-        call = live.provider.build(request)
+        attempt.is_whole = True
+        attempt.call = call = live.provider.build(request)
+        exchange: Exchange = asyncio.ensure_future(exchanged(live.transport, call, attempt))
         try:
-            async with asyncio.timeout(min(limit_s, run.left_s)):
-                reply = await live.transport.open(call)
-                try:
-                    body = await read_all(reply)
-                finally:
-                    reply.close()
-        except TimeoutError:
-            raise run.timed_out(live, limit_s, "timeout") from None
-        attempt.http_status = reply.status
-        if not 200 <= reply.status < 300:
-            raise UpstreamError(live.provider.error(reply.status, reply.headers, body))
-        answer = live.provider.parse(request, body)
+            done, _ = await asyncio.wait((exchange,), timeout=max(0.0, min(limit_s, run.left_s)))
+        except asyncio.CancelledError:
+            run.leave(live, request, attempt, exchange)
+            raise
+        if not done:
+            run.leave(live, request, attempt, exchange)
+            raise run.timed_out(live, limit_s, "timeout")
+        answer = answer_of(live.provider, request, exchange)
         run.won(live, attempt, answer.usage)
         return answer
 
@@ -225,7 +224,8 @@ class Dispatcher:
         return [live.state(now) for group in self.groups.values() for live in group.lives]
 
     async def close(self) -> None:
-        """End all connections."""
+        """End all connections. Answers that are read on are given up."""
+        await self.late.close()
         await asyncio.gather(*self._lingering)
         if self._owns_http:
             await self._http.close()  # type: ignore[attr-defined]

@@ -12,6 +12,12 @@ from anabranch.gateway.providers.provider import Failure, Provider, Transport
 # Weight of the newest observation in smoothed values.
 ALPHA = 0.1
 
+# Weight of a slower stream in how fast streams are at most.
+FORGETS = 0.01
+
+# Tokens from which on a stream tells how fast it is.
+TELLING = 16
+
 # Share of failures, smoothed, above which a deployment is not trusted blindly.
 SHAKY = 0.05
 
@@ -34,6 +40,8 @@ class Live:
         first_token_s: smoothed; None before the first.
         token_s: smoothed seconds per completion token of a stream after the first.
         latency_s: smoothed seconds to a whole answer.
+        fast_token_s: seconds per completion token of the fastest stream of late; None before the first.
+        tells_usage: its streams say what they come to.
         rests_until: the upstream asked to be left alone until then.
     """
 
@@ -56,6 +64,8 @@ class Live:
         self.first_token_s: float | None = None
         self.token_s: float | None = None
         self.latency_s: float | None = None
+        self.fast_token_s: float | None = None
+        self.tells_usage = False
         self.requests, self.tokens = SlidingSum(MINUTE_S), SlidingSum(MINUTE_S)
         self._on_change, self._heard_at = on_change, 0.0
 
@@ -63,6 +73,11 @@ class Live:
     def is_shaky(self) -> bool:
         """It failed lately more often than now and then."""
         return self.failing > SHAKY
+
+    @property
+    def rate(self) -> float | None:
+        """Completion tokens a second that a stream brings at most, by those of late; None if there was none."""
+        return None if self.fast_token_s is None else 1.0 / self.fast_token_s
 
     def is_silent(self, now: float) -> bool:
         """Attempts wait for a first sign, and none has come for much longer than usual: they may all be lost, though none has failed."""
@@ -148,7 +163,11 @@ class Live:
         if first_token_s is not None:
             self.first_token_s = _smoothed(self.first_token_s, first_token_s)
             if latency_s is not None and tokens > 1:
-                self.token_s = _smoothed(self.token_s, (latency_s - first_token_s) / (tokens - 1))
+                token_s = (latency_s - first_token_s) / (tokens - 1)
+                self.token_s = _smoothed(self.token_s, token_s)
+                if tokens >= TELLING:
+                    old, new = self.fast_token_s, max(token_s, 1e-6)
+                    self.fast_token_s = new if old is None or new < old else old + FORGETS * (new - old)
 
     def load(self, now: float) -> float:
         """The largest share of a limit that is in use; 0 without limits."""
@@ -170,6 +189,8 @@ class Live:
             "first_token_s",
             "token_s",
             "latency_s",
+            "fast_token_s",
+            "tells_usage",
             "rests_until",
             "requests",
             "tokens",

@@ -9,6 +9,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from anabranch.gateway.dispatch.billed import broken_off, tokens_of
 from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.providers.chunks import as_chunks, has_content, is_finished
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 
 _TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|text|arguments|refusal)": ?"((?:[^"\\]|\\.)+)"')
 _FINISHED = re.compile(rb'"finish_reason": ?"')
+
+# So much waits unread only where the reader is slow, and then no more is taken from the connection: how much is there is not known.
+AHEAD_BYTES = 64 << 10
+
+# Shortest time whose tokens say how fast a stream is: at its beginning many come at once.
+TELLING_S = 0.25
 
 
 class Opened:
@@ -63,6 +70,7 @@ class Opened:
         self.first, self.head = b"", Json()
         self.usage: Usage | None = None
         self.is_done = self.has_finished = self.has_given_usage = False
+        self._heard_at = run.dispatcher.now()
         self._stitch = stitch
         self._gives_usage = request.wants_usage and stitch is None
         self._has_begun = self._is_settled = False
@@ -76,21 +84,64 @@ class Opened:
         """The answer is whole: close the books of its attempt, once."""
         if not self._is_settled:
             self._is_settled = True
-            self.run.won(self.live, self.attempt, self.counted())
+            usage, most = self.counted(), self.attempt.most
+            self.attempt.seen = usage.completion
+            if self.usage is None and self.live.tells_usage and most is not None:
+                # It broke before it said what it came to.
+                usage = self._at_most(most, self.attempt.first_token_s or 0.0)
+            self.live.tells_usage = self.live.tells_usage or self.usage is not None
+            self.run.won(self.live, self.attempt, usage)
 
     def drop(self, failure: Failure | None = None) -> None:
-        """It broke, or, without a ``failure``, nobody wants it any more. What it made so far is charged."""
-        self.reply.close()
+        """It broke, or, without a ``failure``, nobody wants it any more. What it can have made so far is charged."""
         if not self._is_settled:
             self._is_settled = True
-            self.run.lost(self.live, self.attempt, failure, self.counted())
+            most, is_behind = self.attempt.most, self._look_ahead()
+            usage = self.counted()
+            self.attempt.seen = usage.completion
+            if most is not None and (self.usage is None or not self.has_finished):
+                quiet_s = self.run.dispatcher.now() - self._heard_at
+                hidden_s = (self.attempt.first_token_s or 0.0) + quiet_s + self.run.rules.margin_s
+                usage = broken_off(most, self.told, 0, None, 0.0) if is_behind else self._at_most(most, hidden_s)
+            self.run.lost(self.live, self.attempt, failure, usage)
+        self.reply.close()
+
+    @property
+    def told(self) -> Usage | None:
+        """What the upstream has said of its usage so far."""
+        return self.usage or getattr(self.translator, "told", None)
+
+    def _look_ahead(self) -> bool:
+        """Count what has come and nobody has read. Returns whether there may be more of that."""
+        try:
+            data = self.reply.read_ready()
+            if data and not self.is_done:
+                self.taken(data)
+        except UpstreamError:
+            # It broke, or is no answer from here on: what is before that has been counted.
+            return False
+        return len(data) > AHEAD_BYTES
+
+    def _at_most(self, most: Usage, hidden_s: float) -> Usage:
+        """The most that may be billed of it, of which ``hidden_s`` seconds were not seen."""
+        seen, attempt = tokens_of(self._num_texts, self._text_bytes), self.attempt
+        since_s = self._heard_at - self.run.began - attempt.start_s - (attempt.first_token_s or 0.0)
+        rate = self.live.rate
+        if rate is not None:
+            rate = max(rate, seen / max(since_s, TELLING_S))
+        elif since_s > 0:
+            rate = seen / since_s
+        return broken_off(most, self.told, seen, rate, hidden_s)
 
     async def until_content(self) -> None:
         """Read to the first token. Raises UpstreamError."""
-        while not self._has_begun and not self.is_done:
-            self.first += self.ready() or await self.next()
-            if self._num_bytes > EVENT_BYTES and not self._has_begun:
-                raise garbage(f"more than {EVENT_BYTES:,} bytes before a first token")
+        try:
+            while not self._has_begun and not self.is_done:
+                self.first += self.ready() or await self.next()
+                if self._num_bytes > EVENT_BYTES and not self._has_begun:
+                    raise garbage(f"more than {EVENT_BYTES:,} bytes before a first token")
+        finally:
+            self.attempt.told, self.attempt.has_begun = self.told, bool(self.head)
         if not self._has_begun:
             raise UpstreamError(
                 Failure(kind="cut", message=f"{self.live.name} ended the stream before its first token")
@@ -147,6 +198,7 @@ class Opened:
     def taken(self, data: bytes) -> bytes:
         """What is passed on of some bytes that came. Raises UpstreamError."""
         self._num_bytes += len(data)
+        self._heard_at = self.run.dispatcher.now()
         block = self.splitter.feed(data)
         if not block:
             return b""

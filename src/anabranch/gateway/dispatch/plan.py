@@ -4,10 +4,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from anabranch.gateway.dispatch.deployments import MidStream
-from anabranch.gateway.providers.provider import Answer, UpstreamRequest, Usage
+from anabranch.gateway.providers.provider import Answer, HttpCall, UpstreamRequest, Usage
 
 Accept = Callable[[str, Answer], bool | Awaitable[bool]]
 Allow = Callable[[str, int], Awaitable[bool]]
+Most = Callable[[str], Usage]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,8 @@ class Plan:
         accept: asked with the model and its whole answer; while it says no, the next candidate is asked, and the last answer is given.
         allow: asked, with the model and the nano-dollars spent so far, whether its price may be spent: before every attempt but one that
             is the first and goes to the first candidate.
+        most: asked with the model, the most tokens that one call of it may be billed for. What is lost is charged that much, unless the
+            provider says less. None where nobody keeps accounts: then what is lost is charged what came of it.
         mid_stream: in place of the rules'; None for theirs.
         hedge: in place of the rules'.
         max_attempts: most attempts in all; None for what candidates and retries come to.
@@ -33,6 +36,7 @@ class Plan:
     deadline: float
     accept: Accept | None = None
     allow: Allow | None = None
+    most: Most | None = None
     mid_stream: MidStream | None = None
     hedge: bool | None = None
     max_attempts: int | None = None
@@ -64,6 +68,14 @@ class Attempt:
         usage: tokens it is charged for.
         cost: nano-dollars.
         ticket: of the breaker.
+        call: what was sent, while it is under way or read on.
+        is_whole: it is made to its end, whether or not somebody waits for it; a stream is not.
+        most: the most tokens it may be billed for; None if nobody said.
+        told: what the upstream has said of its usage before it was lost; None for nothing.
+        seen: completion tokens that came before it was lost.
+        has_begun: its stream had a chunk before it was lost.
+        is_guess: it was lost, and ``usage`` is the most that may be billed, as far as is known.
+        is_late: likewise, and its answer is read on; ``usage`` and ``cost`` become what it says.
     """
 
     model: str
@@ -78,6 +90,14 @@ class Attempt:
     usage: Usage = field(default_factory=Usage)
     cost: int = 0
     ticket: int = 0
+    call: HttpCall | None = field(default=None, repr=False)
+    is_whole: bool = False
+    most: Usage | None = None
+    told: Usage | None = None
+    seen: int = 0
+    has_begun: bool = False
+    is_guess: bool = False
+    is_late: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,6 +117,7 @@ class Report:
     model: str | None = None
     deployment: str | None = None
     is_stitched: bool = False
+    _waiting: list[Callable[[], None]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def cost(self) -> int:
@@ -119,3 +140,18 @@ class Report:
         return next(
             (item for item in reversed(self.attempts) if item.status == "open" and item.first_token_s is not None), None
         )
+
+    @property
+    def is_late(self) -> bool:
+        """An attempt is read on for what it costs."""
+        return any(attempt.is_late for attempt in self.attempts)
+
+    def when_known(self, then: Callable[[], None]) -> None:
+        """Call ``then`` once it is known what all attempts cost that are read on now."""
+        self._waiting.append(then)
+
+    def now_known(self) -> None:
+        """An attempt that was read on is so no more."""
+        waiting, self._waiting = ([], self._waiting) if self.is_late else (self._waiting, [])
+        for then in waiting:
+            then()

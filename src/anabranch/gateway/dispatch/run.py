@@ -12,7 +12,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.dispatch.balance import pick
+from anabranch.gateway.dispatch.billed import broken_off, may_be_billed
 from anabranch.gateway.dispatch.breaker import Outcome
+from anabranch.gateway.dispatch.late import Exchange, answer_of
 from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.retry import ACTION, OUTCOME, backoff
@@ -30,7 +32,9 @@ SLOW: tuple[FailureKind, ...] = (
     "timeout",
     "first_token",
 )
-MAY_BE_CHARGED: tuple[FailureKind, ...] = ("timeout", "first_token", "cut", "deadline")
+
+# We ended it, and the upstream notices; in all else it is the upstream's end that we noticed.
+OURS: tuple[FailureKind, ...] = ("timeout", "first_token", "deadline")
 
 
 def as_failure(error: Exception, name: str) -> UpstreamError:
@@ -270,7 +274,7 @@ class Run:
         def ended(done: "asyncio.Future[Any]") -> None:
             # Before it ever ran.
             if done.cancelled() and attempt.status == "open":
-                self.lost(live, attempt, None, Usage())
+                self.lost(live, attempt, None)
 
         task.add_done_callback(ended)
         return task
@@ -281,7 +285,8 @@ class Run:
 
     def _begun(self, live: Live, is_hedge: bool = False) -> Attempt:
         start = self.dispatcher.now()
-        attempt = Attempt(model=live.model, deployment=live.name, start_s=start - self.began, is_hedge=is_hedge)
+        most = None if self.plan.most is None else self.plan.most(live.model)
+        attempt = Attempt(model=live.model, deployment=live.name, start_s=start - self.began, is_hedge=is_hedge, most=most)
         attempt.ticket = live.begin(start, self.tokens)
         self.report.attempts.append(attempt)
         return attempt
@@ -304,24 +309,71 @@ class Run:
             self.lost(live, attempt, None)
             raise
 
+    def leave(self, live: Live, request: UpstreamRequest, attempt: Attempt, exchange: Exchange) -> None:
+        """Nobody waits for a whole answer any more; call it before the attempt is `lost`.
+
+        Where it may be billed to its end it is read on for what it costs, else it is stopped.
+        """
+        call, most = attempt.call, attempt.most
+        if call is not None and call.is_sent and most is not None and live.price.cost(most.prompt, most.completion):
+            attempt.is_late = self.dispatcher.late.take(
+                exchange, len(call.body), lambda: self._known(live, request, attempt, exchange)
+            )
+        if not attempt.is_late:
+            # Whatever it ends in, nobody asks.
+            exchange.add_done_callback(lambda done: done.cancelled() or done.exception())
+            exchange.cancel()
+
+    def _known(self, live: Live, request: UpstreamRequest, attempt: Attempt, exchange: Exchange) -> None:
+        """What was read on has come to an end."""
+        usage: Usage | None = None
+        failure: Failure | None = None
+        try:
+            usage = answer_of(live.provider, request, exchange).usage
+        except asyncio.CancelledError:
+            logger.info("an answer of %s that nobody waited for did not come in time", live.name)
+        except Exception as cause:
+            failure = as_failure(cause, live.name).failure
+        if usage is not None or not may_be_billed(attempt, failure):
+            usage = usage or Usage()
+            attempt.is_guess = usage.is_estimated
+            self.charge(live, attempt, usage)
+        attempt.is_late, attempt.call = False, None
+        self.report.now_known()
+
     def lost(self, live: Live, attempt: Attempt, failure: Failure | None, usage: Usage | None = None) -> None:
         """End an attempt that brought nothing (more): ``failure``, or None if it was cancelled.
 
-        It is charged for ``usage``, or for its prompt where the upstream may have been at work on it (`MAY_BE_CHARGED`).
+        It is charged for ``usage``, or, of one that brought nothing, for the most that may be billed.
         """
-        now = self.dispatcher.now()
+        now, was_heard = self.dispatcher.now(), attempt.first_token_s is not None
         attempt.total_s = now - self.began - attempt.start_s
+        if usage is None and may_be_billed(attempt, failure):
+            usage = self._unseen(live, attempt, failure)
+        if usage is not None:
+            attempt.is_guess = usage.is_estimated
+            self.charge(live, attempt, usage, attempt.seen)
+        if not attempt.is_late:
+            attempt.call = None
         if failure is None:
             attempt.status = "cancelled"
-            self.charge(live, attempt, usage or Usage(self.tokens, 0, 0, True))
-            live.end(attempt.ticket, "ignored", now, was_heard=attempt.first_token_s is not None)
+            live.end(attempt.ticket, "ignored", now, was_heard=was_heard)
             return
-        attempt.status, attempt.http_status, attempt.message = failure.kind, failure.status, failure.message
+        attempt.status, attempt.message = failure.kind, failure.message
+        attempt.http_status = failure.status or attempt.http_status
         self.avoid.add(live.name)
-        if usage is not None or failure.kind in MAY_BE_CHARGED:
-            self.charge(live, attempt, usage or Usage(self.tokens, 0, 0, True))
-        outcome = self._outcome(live, attempt, failure)
-        live.end(attempt.ticket, outcome, now, failure, attempt.first_token_s is not None)
+        live.end(attempt.ticket, self._outcome(live, attempt, failure), now, failure, was_heard)
+
+    def _unseen(self, live: Live, attempt: Attempt, failure: Failure | None) -> Usage:
+        """The most that may be billed of an attempt of which nothing has come."""
+        most = attempt.most
+        if most is None:
+            return Usage(self.tokens, 0, 0, True)
+        # We ended it, or the upstream says that it did.
+        has_ended = failure is None or (failure.kind in OURS if failure.status is None else attempt.has_begun)
+        if attempt.is_whole or not has_ended:
+            return broken_off(most, attempt.told, 0, None, 0.0)
+        return broken_off(most, attempt.told, 0, live.rate, (attempt.total_s or 0.0) + self.rules.margin_s)
 
     def _outcome(self, live: Live, attempt: Attempt, failure: Failure) -> Outcome:
         """What a failure says of the deployment. The end of the request's time is held against it only if it had half of its own."""
@@ -336,6 +388,7 @@ class Run:
         """End an attempt that brought a whole answer."""
         now = self.dispatcher.now()
         attempt.status, attempt.total_s = "ok", now - self.began - attempt.start_s
+        attempt.call = None
         self.charge(live, attempt, usage)
         live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None)
         live.timed(attempt.total_s, attempt.first_token_s, usage.completion)
@@ -343,11 +396,11 @@ class Run:
             self.dispatcher.groups[live.model].hedge_whole.observe(attempt.total_s)
         self.report.model, self.report.deployment = live.model, live.name
 
-    def charge(self, live: Live, attempt: Attempt, usage: Usage) -> None:
-        """What an attempt costs."""
+    def charge(self, live: Live, attempt: Attempt, usage: Usage, made: int | None = None) -> None:
+        """What an attempt costs. So many tokens were ``made`` as far as is known, if not all that it is charged for."""
         attempt.usage = usage
         attempt.cost = live.price.cost(usage.prompt, usage.completion, usage.cached)
-        live.spent(self.dispatcher.now(), usage.completion)
+        live.spent(self.dispatcher.now(), usage.completion if made is None else made)
 
     def _discard(self, result: Any, attempt: Attempt) -> None:
         """Both were quick: the second result is dropped, and charged."""

@@ -146,16 +146,18 @@ class Stream:
 
     async def _opening(self, live: Live, request: UpstreamRequest, attempt: Attempt) -> Opened:
         limit_s = min(live.deployment.first_token_timeout_s, live.deployment.timeout_s)
-        call = live.provider.build(request)
+        attempt.call = call = live.provider.build(request)
         reply: Reply | None = None
         try:
             async with asyncio.timeout(max(min(limit_s, self._run.left_s), 0.0)):
+                call.is_sent = True
                 reply = await live.transport.open(call)
                 attempt.http_status = reply.status
                 if not 200 <= reply.status < 300:
                     raise UpstreamError(live.provider.error(reply.status, reply.headers, await read_all(reply)))
                 opened = Opened(self._run, live, attempt, request, reply, self._stitch)
                 if "json" in reply.headers.get("content-type", ""):
+                    attempt.is_whole = True
                     opened.from_answer(live.provider.parse(request, await read_all(reply)))
                 else:
                     await opened.until_content()

@@ -58,12 +58,14 @@ class Upstream:
         if url is None:
             url = self._urls[call.url] = URL(call.url)
         for _ in range(REDIRECTS + 1):
+            call.is_sent = False
             try:
                 response = await session.post(
-                    url, data=call.body, headers=call.headers, allow_redirects=False, proxy=call.proxy
+                    url, data=_Body(call), headers=call.headers, allow_redirects=False, proxy=call.proxy
                 )
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise _failed(error) from None
+                raise _failed(error, call.is_sent) from None
+            call.is_sent = True
             if response.status not in (307, 308):
                 break
             target = _same_origin(url, response.headers.get("location", ""))
@@ -78,6 +80,24 @@ class Upstream:
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+
+class _Body(aiohttp.BytesPayload):
+    """The body of a call, which notes when it goes out."""
+
+    def __init__(self, call: HttpCall) -> None:
+        super().__init__(call.body)
+        self._call = call
+
+    async def write(self, writer: Any) -> None:
+        """All of it."""
+        self._call.is_sent = True
+        await super().write(writer)
+
+    async def write_with_length(self, writer: Any, content_length: int | None) -> None:
+        """So much of it."""
+        self._call.is_sent = True
+        await super().write_with_length(writer, content_length)
 
 
 class HttpReply:
@@ -117,19 +137,22 @@ def _same_origin(url: URL, location: str) -> URL | None:
     return target if location and target.origin() == url.origin() else None
 
 
-def _failed(error: Any) -> UpstreamError:
-    """aiohttp's exceptions in our vocabulary, without their texts: those name hosts, and clients are told what went wrong."""
-    if isinstance(
-        error, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError
-    ):
-        return UpstreamError(Failure(kind="connect", message=f"no connection to the upstream: {_said(error)}"))
+def _failed(error: Any, is_sent: bool = True) -> UpstreamError:
+    """aiohttp's exceptions in our vocabulary, without their texts: those name hosts, and clients are told what went wrong.
+
+    Once the call ``is_sent``, a connection that breaks may cut off an answer that was made.
+    """
     if isinstance(error, asyncio.TimeoutError):
         return UpstreamError(Failure(kind="timeout", message="the upstream took too long"))
     if isinstance(error, aiohttp.ClientPayloadError):
         return garbage("the upstream's answer ended early or has another length than it said")
     if isinstance(error, aiohttp.ClientResponseError):
         return garbage("the upstream's answer is no HTTP")
-    return UpstreamError(Failure(kind="connect", message=f"the call of the upstream failed: {type(error).__name__}"))
+    if not isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError):
+        return UpstreamError(Failure(kind="cut" if is_sent else "connect", message=f"the call of the upstream failed: {type(error).__name__}"))
+    if is_sent:
+        return UpstreamError(Failure(kind="cut", message=f"the upstream broke the connection: {_said(error)}"))
+    return UpstreamError(Failure(kind="connect", message=f"no connection to the upstream: {_said(error)}"))
 
 
 def _said(error: BaseException) -> str:

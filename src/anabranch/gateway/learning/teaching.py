@@ -100,6 +100,8 @@ class Teaching:
 
     async def _row(self, id: str, giver: KeyRecord | None) -> LedgerRow:
         """The request, if the giver may say something of it; what it may not, is not told from what is not there. Raises ApiError (404)."""
+        # Its row may still wait for what a call costs that was given up.
+        await self._gateway.settled(id)
         rows = await self._gateway.store.ledger(LedgerQuery(request_id=id))
         lane = None if not rows else self._lane(rows[0].strategy)
         who = self._gateway.config.feedback.who if lane is None else self._who(lane)

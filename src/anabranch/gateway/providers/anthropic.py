@@ -323,6 +323,14 @@ class MessageStream:
         self._calls: dict[int, int] = {}
         self.is_done = False
 
+    @property
+    def told(self) -> Usage | None:
+        """The usage as it was said so far; None where nothing was that makes sense."""
+        try:
+            return Usage.of({"usage": _openai_usage(_usage(self._given))}) if self._given else None
+        except _MISSHAPEN:
+            return None
+
     def feed(self, data: bytes) -> list[Json]:
         """The chunks of one event. Raises UpstreamError if it reports an error or cannot be read."""
         value = parse_object(data)

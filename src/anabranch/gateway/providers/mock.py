@@ -120,7 +120,7 @@ class MockReply:
         if self._ending == "reset":
             if self._length is not None:
                 raise garbage("the upstream's answer ended early or has another length than it said")
-            raise UpstreamError(Failure(kind="connect", message="the upstream broke the connection"))
+            raise UpstreamError(Failure(kind="cut", message="the upstream broke the connection"))
         return b""
 
     def close(self) -> None:

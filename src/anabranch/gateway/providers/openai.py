@@ -1,5 +1,6 @@
 """Any endpoint that speaks OpenAI's API: bodies go through as they are, but for the model's name, the key and the wish for usage."""
 
+import hashlib
 import re
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +30,8 @@ class OpenAI(Provider, kind="openai"):
             headers: to send with each call; no keys here.
             sends_usage: the endpoint takes ``stream_options``; turn it off for old servers that refuse it.
             proxy: URL of an HTTP proxy; None connects directly, whatever the environment says.
+            idempotency_header: in which a call is named, such as ``Idempotency-Key``: the same when it is tried again, so that an endpoint
+                that knows it answers and bills once. None sends none; neither OpenAI nor Anthropic documents one for these endpoints.
         """
 
         base_url: str = "https://api.openai.com/v1"
@@ -37,6 +40,7 @@ class OpenAI(Provider, kind="openai"):
         headers: dict[str, str] = Field(default_factory=dict)
         sends_usage: bool = True
         proxy: str | None = None
+        idempotency_header: str | None = None
 
         def __post_init__(self) -> None:
             check_url("base_url", self.base_url)
@@ -44,6 +48,8 @@ class OpenAI(Provider, kind="openai"):
                 check_url("proxy", self.proxy)
             for name, value in self.headers.items():
                 check_header(name, value)
+            if self.idempotency_header is not None:
+                check_header(self.idempotency_header, "")
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -63,6 +69,10 @@ class OpenAI(Provider, kind="openai"):
             request = _renamed(request)
         body = request.encoded(self.config.model, self.config.sends_usage)
         headers = {**self._headers, **request.headers} if request.headers else self._headers
+        if self.config.idempotency_header is not None and request.request_id:
+            # With the body, since a stream that is continued asks something else under the same id.
+            named = hashlib.sha256(request.request_id.encode() + b"\0" + body).hexdigest()[:32]
+            headers = {**headers, self.config.idempotency_header: named}
         return HttpCall(self._urls[request.endpoint], headers, body, self.config.proxy)
 
     def redacted(self, failure: Failure) -> Failure:

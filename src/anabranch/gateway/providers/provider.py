@@ -35,7 +35,7 @@ TOKENS = 10**9
 RETRY_AFTER_S = 300.0
 
 FailureKind = Literal[
-    # No connection, or it broke before an answer.
+    # No connection, so that nothing was sent.
     "connect",
     # 408, or the answer took longer than it may.
     "timeout",
@@ -46,7 +46,7 @@ FailureKind = Literal[
     "server",  # 5xx
     # An answer that cannot be read: HTML, broken JSON or SSE, wrong length, a redirect.
     "garbage",
-    # A stream ended before the answer did.
+    # The connection broke, or the stream ended, before the answer did.
     "cut",
     # The prompt is too long for this model.
     "context",
@@ -252,12 +252,15 @@ class HttpCall:
         headers: to send.
         body: JSON.
         proxy: URL of a proxy; None for none.
+        is_sent: it may have gone out, and be billed: set when a transport is given it. One that knows better sets it to False until
+            the body goes out.
     """
 
     url: str
     headers: Headers
     body: bytes
     proxy: str | None = None
+    is_sent: bool = False
 
     def __repr__(self) -> str:
         return f"HttpCall({self.url!r}, headers of {sorted(self.headers)}, {len(self.body)} bytes)"
@@ -327,7 +330,10 @@ class Transport(Protocol):
 
 
 class Translator(Protocol):
-    """Turns one foreign stream into OpenAI's chunks."""
+    """Turns one foreign stream into OpenAI's chunks.
+
+    Of an upstream that speaks of usage before the end, it has ``told`` too: the `Usage` as said so far, or None.
+    """
 
     def feed(self, data: bytes) -> Iterable[Json]:
         """The chunks of one event's data. Raises UpstreamError if it reports an error or cannot be read."""

@@ -1,0 +1,522 @@
+"""What calls are charged that brought nothing: exactly what a provider bills, or the most it may bill until it says less."""
+
+import asyncio
+import contextlib
+import json
+
+import pytest
+
+from anabranch.gateway.config import (
+    BreakerConfig,
+    DeploymentConfig,
+    GatewayConfig,
+    HedgeConfig,
+    LimitsConfig,
+    LostConfig,
+    ModelConfig,
+    RetryConfig,
+    StrategyConfig,
+)
+from anabranch.gateway.dispatch.hedge import HedgeDelay
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.money import Price
+from anabranch.gateway.providers.anthropic import Anthropic
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.query import Candidate, Decision
+from anabranch.gateway.store import LedgerQuery, open_store
+from anabranch.gateway.strategy import Strategy
+from anabranch.web.api_error import ApiError
+
+# 1,000 and 20,000 nano-dollars a token.
+PRICE = Price.of_dollars(1, 20)
+
+# "hello" is 5 bytes, and 7 tokens are around it; it says one word, and 4 tokens are answered.
+MOST = 12 * 1_000 + 1_000 * 20_000
+TOLD = 1 * 1_000 + 4 * 20_000
+
+
+def mock(name="small", at="", timeout_s=None, weight=1.0, **behaviour):
+    provider = Mock.Config(model=name, **{"tokens": 4, **behaviour})
+    return DeploymentConfig(provider=provider, name=name + at, timeout_s=timeout_s, weight=weight)
+
+
+def config(tmp_path, *deployments, price=PRICE, lost=None, **fields):
+    models = (ModelConfig(name="small", price=price, max_tokens=1_000, deployments=deployments),)
+    return GatewayConfig(
+        models=models, strategies={"cheapest": StrategyConfig(use="cheapest")}, require_key=False, store=str(tmp_path / "g.db"),
+        lost=lost or LostConfig(), **{"retries": RetryConfig(base_s=0.0), **fields},
+    )  # fmt: skip
+
+
+def ask(**fields):
+    return {"model": "small", "messages": [{"role": "user", "content": "hello"}], **fields}
+
+
+async def rows_of(gateway):
+    return await gateway.store.ledger(LedgerQuery(limit=1000, newest_first=False))
+
+
+def run(config, work, **options):
+    async def main():
+        async with Gateway(config, **options) as gateway:
+            await gateway.store.set_budget("global", 10**12)
+            return await work(gateway)
+
+    return asyncio.run(main())
+
+
+async def money_of(gateway):
+    [budget] = await gateway.store.budgets()
+    return budget.spent_nano, budget.reserved_nano
+
+
+async def left(gateway, after_s=0.05, **fields):
+    """A client that goes away while it waits."""
+    task = asyncio.create_task(gateway.achat(ask(**fields)))
+    await asyncio.sleep(after_s)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+# Attempts that took too long
+
+
+def test_three_calls_that_took_too_long_are_charged_what_may_be_billed(tmp_path):
+    """They cost up to 6 cents upstream, and were charged 0.006."""
+
+    async def work(gateway):
+        with pytest.raises(ApiError):
+            await gateway.achat(ask())
+        return await rows_of(gateway), await money_of(gateway)
+
+    [row], money = run(config(tmp_path, mock(script=("hang",) * 3, timeout_s=0.03), lost=LostConfig(read_on_s=0)), work)
+    assert (row.attempts, row.status) == (3, "error")
+    assert row.cost_nano == row.reserved_nano == 3 * MOST == 60_036_000
+    assert row.is_estimated
+    assert money == (60_036_000, 0)
+
+
+def test_what_was_given_up_is_charged_what_it_says_in_the_end(tmp_path):
+    async def work(gateway):
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(ApiError):
+            await gateway.achat(ask())
+        told_s = asyncio.get_running_loop().time() - began
+        before = await rows_of(gateway), await money_of(gateway), gateway.in_flight
+        await gateway.settled()
+        return told_s, before, await rows_of(gateway), await money_of(gateway)
+
+    made = config(tmp_path, mock(script=("slow:0.5",) * 3, timeout_s=0.03))
+    told_s, before, [row], money = run(made, work)
+    assert told_s < 0.5  # nobody waits for it
+    assert before == ([], (0, 3 * MOST), 0)
+    assert (row.cost_nano, row.prompt_tokens, row.completion_tokens, row.is_estimated) == (3 * TOLD, 3, 12, False)
+    assert row.reserved_nano == 3 * MOST
+    assert money == (3 * TOLD, 0)
+
+
+def test_an_answer_that_does_not_come_in_time_is_charged_what_may_be_billed(tmp_path):
+    async def work(gateway):
+        with pytest.raises(ApiError):
+            await gateway.achat(ask())
+        await asyncio.wait_for(gateway.settled(), 20)
+        return await rows_of(gateway), await money_of(gateway)
+
+    retries = RetryConfig(attempts=1)
+    made = config(tmp_path, mock(script=("hang",), timeout_s=0.03), lost=LostConfig(read_on_s=0.1), retries=retries)
+    [row], money = run(made, work)
+    assert (row.cost_nano, money) == (MOST, (MOST, 0))
+
+
+def test_an_answer_that_fails_in_the_end_costs_nothing(tmp_path):
+    async def work(gateway):
+        with pytest.raises(ApiError):
+            await gateway.achat(ask())
+        await gateway.settled()
+        return await rows_of(gateway)
+
+    async def refuses(reader, writer):
+        await read_request(reader)
+        await asyncio.sleep(0.1)
+        writer.write(b"HTTP/1.1 503 Busy\r\ncontent-length: 2\r\n\r\n{}")
+        writer.close()
+
+    [row] = asyncio.run(against(tmp_path, refuses, work, timeout_s=0.03))
+    assert (row.status, row.cost_nano) == ("error", 0)
+
+
+# Hedges
+
+
+@pytest.mark.parametrize(("lost", "loser"), [(LostConfig(), TOLD), (LostConfig(read_on_s=0), MOST)])
+def test_a_hedge_that_lost_is_charged_too(tmp_path, monkeypatch, lost, loser):
+    monkeypatch.setattr(HedgeDelay, "delay_s", 0.02)
+
+    async def work(gateway):
+        reply = await gateway.handle("chat", ask())
+        assert reply.headers["x-route-deployment"] == "small-2"
+        await gateway.settled()
+        return await rows_of(gateway)
+
+    pair = mock(at="-1", weight=1e9, latency_s=0.3), mock(at="-2", weight=1e-9)
+    [row] = run(config(tmp_path, *pair, hedge=HedgeConfig(), lost=lost), work)
+    assert (row.status, row.flags, row.attempts) == ("ok", ("hedged",), 2)
+    assert row.cost_nano == TOLD + loser <= row.reserved_nano
+
+
+# Clients that leave
+
+
+@pytest.mark.parametrize(("lost", "cost"), [(LostConfig(), TOLD), (LostConfig(read_on_s=0), MOST)])
+def test_a_whole_answer_whose_client_left_is_charged(tmp_path, lost, cost):
+    async def work(gateway):
+        await left(gateway)
+        at_once = len(await rows_of(gateway))
+        await gateway.settled()
+        return at_once, await rows_of(gateway)
+
+    at_once, [row] = run(config(tmp_path, mock(latency_s=0.2), lost=lost), work)
+    assert (row.status, row.cost_nano) == ("cancelled", cost)
+    assert at_once == (1 if cost == MOST else 0)
+
+
+def test_a_stream_whose_client_left_is_charged_what_can_have_been_made(tmp_path):
+    async def work(gateway):
+        [live] = gateway.runtime.dispatcher.groups["small"].lives
+        # It is known to make 20 tokens a second.
+        live.fast_token_s = 0.05
+        stream = await gateway.achat(ask(stream=True))
+        for _ in range(3):
+            await anext(stream)
+        await stream.aclose()
+        return await rows_of(gateway), len(gateway.unsettled)
+
+    made = config(tmp_path, mock(tokens=900, tokens_per_s=20), lost=LostConfig(margin_s=2.0))
+    [row], open_rows = run(made, work)
+    assert (row.status, open_rows, row.prompt_tokens) == ("cancelled", 0, 12)
+    # Two or three came, a few are made until it is noticed, 2 seconds more, and what may have come before the first.
+    assert 2 + 8 + 40 <= row.completion_tokens <= 900
+    assert row.cost_nano == 12 * 1_000 + row.completion_tokens * 20_000 < MOST
+
+
+def test_a_stream_of_which_nothing_is_known_is_charged_the_most(tmp_path):
+    async def work(gateway):
+        await left(gateway, stream=True)
+        return await rows_of(gateway)
+
+    [row] = run(config(tmp_path, mock(latency_s=5)), work)
+    assert (row.status, row.cost_nano) == ("cancelled", MOST)
+
+
+def test_a_stream_that_was_all_there_when_its_reader_left_is_charged_what_it_said(tmp_path):
+    async def work(gateway):
+        stream = await gateway.achat(ask(stream=True))
+        await anext(stream)
+        await stream.aclose()
+        return await rows_of(gateway)
+
+    [row] = run(config(tmp_path, mock()), work)
+    assert (row.cost_nano, row.is_estimated) == (TOLD, False)
+
+
+def test_models_that_cost_nothing_are_stopped(tmp_path):
+    async def work(gateway):
+        await left(gateway)
+        late = gateway.runtime.dispatcher.late
+        return len(late), await rows_of(gateway)
+
+    late, [row] = run(config(tmp_path, mock(latency_s=9), price=Price()), work)
+    assert (late, row.status, row.cost_nano) == (0, "cancelled", 0)
+
+
+def test_only_so_many_are_read_on(tmp_path):
+    async def work(gateway):
+        await left(gateway)
+        await left(gateway)
+        at_once = await rows_of(gateway)
+        await gateway.settled()
+        return at_once, await rows_of(gateway)
+
+    [first], rows = run(config(tmp_path, mock(latency_s=0.4), lost=LostConfig(read_on=1)), work)
+    assert first.cost_nano == MOST
+    assert sorted(row.cost_nano for row in rows) == [TOLD, MOST]
+
+
+def test_stopping_settles_what_is_read_on(tmp_path):
+    made = config(tmp_path, mock(script=("hang",)))
+
+    async def work(gateway):
+        await left(gateway)
+        assert len(gateway.unsettled) == 1
+
+    async def look():
+        async with open_store(made.store) as store:
+            assert store.recovered == 0
+            return await store.ledger(), await store.budgets()
+
+    run(made, work)
+    [row], [budget] = asyncio.run(look())
+    assert (row.status, row.cost_nano) == ("cancelled", MOST)
+    assert (budget.spent_nano, budget.reserved_nano) == (MOST, 0)
+
+
+def test_a_reload_waits_for_what_is_read_on(tmp_path):
+    made = config(tmp_path, mock(latency_s=0.3))
+
+    async def work(gateway):
+        await left(gateway)
+        await gateway.reload(made.replace(deadline_s=60.0))
+        await gateway.settled()
+        return await rows_of(gateway)
+
+    [row] = run(made, work)
+    assert row.cost_nano == TOLD
+
+
+def test_feedback_finds_a_request_that_is_read_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(HedgeDelay, "delay_s", 0.02)
+
+    async def work(gateway):
+        reply = await gateway.handle("chat", ask())
+        assert len(gateway.unsettled) == 1
+        return await gateway.feedback({"request_id": reply.headers["x-request-id"], "score": 1})
+
+    pair = mock(at="-1", weight=1e9, latency_s=0.3), mock(at="-2", weight=1e-9)
+    told = run(config(tmp_path, *pair, hedge=HedgeConfig()), work)
+    assert told["model"] == "small"
+
+
+def test_what_may_have_been_billed_is_not_taken_from_the_tokens_of_a_minute(tmp_path):
+    async def work(gateway):
+        with pytest.raises(ApiError):
+            await gateway.achat(ask())
+        return await gateway.achat(ask(max_tokens=4))
+
+    made = config(
+        tmp_path, mock(script=("hang",), timeout_s=0.03), lost=LostConfig(read_on_s=0), limits=LimitsConfig(tpm=500),
+        retries=RetryConfig(attempts=1),
+    )  # fmt: skip
+    assert run(made, work)["choices"]
+
+
+# Budgets
+
+
+def test_attempts_that_may_be_billed_do_not_pass_a_budget(tmp_path):
+    """Two fit in it, and the third is not made."""
+
+    async def work(gateway):
+        await gateway.store.set_budget("global", 2 * MOST + 1)
+        with pytest.raises(ApiError):
+            await gateway.achat(ask())
+        return await rows_of(gateway), await gateway.store.budgets()
+
+    [row], [budget] = run(config(tmp_path, mock(script=("hang",) * 3, timeout_s=0.03), lost=LostConfig(read_on_s=0)), work)
+    assert (row.attempts, row.cost_nano) == (2, 2 * MOST)
+    assert budget.spent_nano <= budget.limit_nano
+
+
+class Asks(Strategy):
+    """Asks a model that takes too long before it decides."""
+
+    is_async = True
+
+    def __init__(self):
+        super().__init__(None)
+
+    def connect(self, *, embed=None, complete=None):
+        self.complete = complete
+
+    async def aroute(self, query, pool):
+        await self.complete("small", "hello", max_tokens=100, temperature=0)
+        return Decision(candidates=(Candidate(model="small", score=1),), strategy="asks", reason="so")
+
+
+def test_calls_of_a_strategy_that_took_too_long_are_charged_within_what_was_set_aside(tmp_path):
+    made = config(
+        tmp_path, mock(script=("hang", "ok", "ok"), timeout_s=0.05), lost=LostConfig(read_on_s=0),
+        strategies={"asks": StrategyConfig(use="static", timeout_s=5.0)},
+    )  # fmt: skip
+
+    async def work(gateway):
+        await gateway.achat(ask(model="auto/asks"))
+        return await rows_of(gateway)
+
+    [row] = run(made, work, strategies={"asks": Asks()})
+    lost = 12 * 1_000 + 100 * 20_000
+    assert row.cost_nano == lost + 2 * TOLD <= row.reserved_nano
+
+
+# What was sent, and what not
+
+
+async def read_request(reader):
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
+    return json.loads(await reader.readexactly(length))
+
+
+async def against(tmp_path, answer, work, scheme="http", provider=OpenAI, **limits):
+    """What ``work`` gives with a gateway in front of a server that answers a connection so."""
+
+    async def handled(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await answer(reader, writer)
+
+    server = await asyncio.start_server(handled, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    base = f"{scheme}://127.0.0.1:{port}" + ("/v1" if provider is OpenAI else "")
+    deployment = DeploymentConfig(provider=provider.Config(model="m", base_url=base, key_env=None), **limits)
+    retries = RetryConfig(attempts=1)
+    try:
+        async with Gateway(config(tmp_path, deployment, retries=retries, lost=LostConfig(read_on_s=5))) as gateway:
+            return await work(gateway)
+    finally:
+        server.close()
+
+
+async def fails(gateway, **fields):
+    """The row of a request that fails."""
+    with pytest.raises(ApiError):
+        answer = await gateway.achat(ask(**fields))
+        async for _ in answer:
+            pass
+    await gateway.settled()
+    [row] = await rows_of(gateway)
+    return row
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_where_nobody_listens_nothing_is_charged(tmp_path, stream):
+    deployment = DeploymentConfig(
+        provider=OpenAI.Config(model="m", base_url="http://127.0.0.1:9/v1", key_env=None)
+    )
+    row = run(config(tmp_path, deployment), lambda gateway: fails(gateway, stream=stream))
+    assert (row.attempts, row.cost_nano) == (3, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_connection_that_never_stands_costs_nothing(tmp_path, stream):
+    async def silent(reader, writer):
+        """No greeting to a TLS client."""
+        await reader.read()
+
+    row = asyncio.run(
+        against(tmp_path, silent, lambda gateway: fails(gateway, stream=stream), scheme="https", timeout_s=0.1)
+    )
+    assert (row.attempts, row.cost_nano) == (1, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_disconnect_after_the_body_was_sent_may_be_billed(tmp_path, stream):
+    """It was called a failure to connect, and cost nothing."""
+
+    async def breaks(reader, writer):
+        await read_request(reader)
+        writer.close()
+
+    row = asyncio.run(against(tmp_path, breaks, lambda gateway: fails(gateway, stream=stream)))
+    assert (row.attempts, row.code, row.cost_nano) == (1, "upstream_cut", MOST)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("status", "cost"), [(400, 0), (429, 0), (500, 0), (503, 0), (408, MOST), (504, MOST), (524, MOST)])
+def test_what_was_refused_costs_nothing_and_what_a_proxy_gave_up_may(tmp_path, status, cost, stream):
+    async def refuses(reader, writer):
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 %d No\r\ncontent-length: 2\r\n\r\n{}" % status)
+        writer.close()
+
+    row = asyncio.run(against(tmp_path, refuses, lambda gateway: fails(gateway, stream=stream)))
+    assert (row.status, row.cost_nano) == ("error", cost)
+
+
+def test_an_answer_that_cannot_be_read_may_be_billed(tmp_path):
+    async def garbles(reader, writer):
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n{oops")
+        writer.close()
+
+    row = asyncio.run(against(tmp_path, garbles, fails))
+    assert row.cost_nano == MOST
+
+
+def test_the_prompt_is_charged_as_the_provider_told_it_at_the_beginning(tmp_path):
+    """Anthropic does; of a stream that breaks before its first token that is all that is known."""
+    started = {"type": "message_start", "message": {"id": "m", "usage": {"input_tokens": 9, "output_tokens": 1}}}
+
+    async def breaks(reader, writer):
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
+        writer.write(b"event: message_start\ndata: " + json.dumps(started).encode() + b"\n\n")
+        await writer.drain()
+        writer.close()
+
+    row = asyncio.run(against(tmp_path, breaks, lambda gateway: fails(gateway, stream=True), provider=Anthropic))
+    assert (row.prompt_tokens, row.completion_tokens) == (9, 1_000)
+
+
+def test_a_stream_that_ends_without_the_usage_that_others_told_is_charged_with_care(tmp_path):
+    """The connection broke behind the last token, before what it came to."""
+    told = [True, False]
+
+    def event(value):
+        return b"data: " + json.dumps({"id": "c", **value}).encode() + b"\n\n"
+
+    async def answers(reader, writer):
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        writer.write(event({"choices": [{"index": 0, "delta": {"content": "word word word "}}]}))
+        writer.write(event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
+        if told.pop(0):
+            writer.write(event({"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}))
+        await writer.drain()
+        writer.close()
+
+    async def work(gateway):
+        for _ in range(2):
+            async for _ in await gateway.achat(ask(stream=True)):
+                pass
+        return await rows_of(gateway)
+
+    first, second = asyncio.run(against(tmp_path, answers, work))
+    assert (first.prompt_tokens, first.completion_tokens, first.status) == (10, 5, "ok")
+    assert (second.prompt_tokens, second.status) == (12, "ok")
+    assert second.completion_tokens >= 5
+
+
+# Naming calls
+
+
+@pytest.mark.parametrize("header", [None, "Idempotency-Key"])
+def test_a_call_that_is_tried_again_has_the_same_name(tmp_path, header):
+    names = []
+
+    async def fails_once(reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        names.append(head.partition("idempotency-key: ")[2].partition("\r\n")[0])
+        writer.write(b"HTTP/1.1 500 No\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
+        writer.close()
+
+    async def work():
+        server = await asyncio.start_server(fails_once, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        provider = OpenAI.Config(model="m", base_url=url, key_env=None, idempotency_header=header)
+        try:
+            made = config(tmp_path, DeploymentConfig(provider=provider), breaker=BreakerConfig(failures=100))
+            async with Gateway(made) as gateway:
+                for _ in range(2):
+                    with pytest.raises(ApiError):
+                        await gateway.achat(ask())
+        finally:
+            server.close()
+
+    asyncio.run(work())
+    assert len(names) == 6
+    if header is None:
+        assert set(names) == {""}
+    else:
+        assert names[0] == names[1] == names[2] != names[3] == names[4] == names[5]
+        assert all(len(name) == 32 for name in names)
