@@ -19,7 +19,8 @@ import random
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 from aiohttp import web
 
@@ -78,8 +79,8 @@ class BillingProvider:
     async def running(self) -> AsyncIterator["BillingProvider"]:
         """Serves, on a free port of loopback."""
         app = web.Application(client_max_size=64 << 20)
-        app.router.add_post("/v1/chat/completions", lambda request: self._counted(request, OpenAIForm()))
-        app.router.add_post("/v1/messages", lambda request: self._counted(request, AnthropicForm()))
+        app.router.add_post("/v1/chat/completions", partial(self._counted, form=OpenAIForm()))
+        app.router.add_post("/v1/messages", partial(self._counted, form=AnthropicForm()))
         # Handlers go on when the caller is gone, as aiohttp's do unless told otherwise.
         runner = web.AppRunner(app, shutdown_timeout=self.slow_s + 1, access_log=None)
         await runner.setup()
@@ -201,7 +202,7 @@ def _data(value: Json, name: str = "") -> bytes:
 class OpenAIForm:
     """Of chat completions."""
 
-    head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    head: ClassVar[Json] = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
 
     def error(self, status: int) -> Json:
         """What a refusal says."""

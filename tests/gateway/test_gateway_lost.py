@@ -43,10 +43,13 @@ def mock(name="small", at="", timeout_s=None, weight=1.0, **behaviour):
 
 def config(tmp_path, *deployments, price=PRICE, lost=None, **fields):
     models = (ModelConfig(name="small", price=price, max_tokens=1_000, deployments=deployments),)
-    return GatewayConfig(
-        models=models, strategies={"cheapest": StrategyConfig(use="cheapest")}, require_key=False, store=str(tmp_path / "g.db"),
-        lost=lost or LostConfig(), **{"retries": RetryConfig(base_s=0.0), **fields},
-    )  # fmt: skip
+    fields = {
+        "strategies": {"cheapest": StrategyConfig(use="cheapest")},
+        "retries": RetryConfig(base_s=0.0),
+        "lost": lost or LostConfig(),
+        **fields,
+    }
+    return GatewayConfig(models=models, require_key=False, store=str(tmp_path / "g.db"), **fields)
 
 
 def ask(**fields):
@@ -313,7 +316,9 @@ def test_attempts_that_may_be_billed_do_not_pass_a_budget(tmp_path):
             await gateway.achat(ask())
         return await rows_of(gateway), await gateway.store.budgets()
 
-    [row], [budget] = run(config(tmp_path, mock(script=("hang",) * 3, timeout_s=0.03), lost=LostConfig(read_on_s=0)), work)
+    [row], [budget] = run(
+        config(tmp_path, mock(script=("hang",) * 3, timeout_s=0.03), lost=LostConfig(read_on_s=0)), work
+    )
     assert (row.attempts, row.cost_nano) == (2, 2 * MOST)
     assert budget.spent_nano <= budget.limit_nano
 
@@ -361,9 +366,15 @@ async def read_request(reader):
 async def against(tmp_path, answer, work, scheme="http", provider=OpenAI, **limits):
     """What ``work`` gives with a gateway in front of a server that answers a connection so."""
 
+    handlers = set()
+
     async def handled(reader, writer):
+        handlers.add(asyncio.current_task())
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await answer(reader, writer)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
     server = await asyncio.start_server(handled, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -375,14 +386,18 @@ async def against(tmp_path, answer, work, scheme="http", provider=OpenAI, **limi
             return await work(gateway)
     finally:
         server.close()
+        await asyncio.wait(handlers, timeout=5)
 
 
 async def fails(gateway, **fields):
     """The row of a request that fails."""
-    with pytest.raises(ApiError):
-        answer = await gateway.achat(ask(**fields))
-        async for _ in answer:
+
+    async def read():
+        async for _ in await gateway.achat(ask(**fields)):
             pass
+
+    with pytest.raises(ApiError):
+        await read()
     await gateway.settled()
     [row] = await rows_of(gateway)
     return row
@@ -390,9 +405,7 @@ async def fails(gateway, **fields):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_where_nobody_listens_nothing_is_charged(tmp_path, stream):
-    deployment = DeploymentConfig(
-        provider=OpenAI.Config(model="m", base_url="http://127.0.0.1:9/v1", key_env=None)
-    )
+    deployment = DeploymentConfig(provider=OpenAI.Config(model="m", base_url="http://127.0.0.1:9/v1", key_env=None))
     row = run(config(tmp_path, deployment), lambda gateway: fails(gateway, stream=stream))
     assert (row.attempts, row.cost_nano) == (3, 0)
 
@@ -422,7 +435,9 @@ def test_a_disconnect_after_the_body_was_sent_may_be_billed(tmp_path, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("status", "cost"), [(400, 0), (429, 0), (500, 0), (503, 0), (408, MOST), (504, MOST), (524, MOST)])
+@pytest.mark.parametrize(
+    ("status", "cost"), [(400, 0), (429, 0), (500, 0), (503, 0), (408, MOST), (504, MOST), (524, MOST)]
+)
 def test_what_was_refused_costs_nothing_and_what_a_proxy_gave_up_may(tmp_path, status, cost, stream):
     async def refuses(reader, writer):
         await read_request(reader)

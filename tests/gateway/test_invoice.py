@@ -123,7 +123,7 @@ async def day(tmp_path, requests, seed, at_once=16, weights=FAULTS, leaving=0.02
         await gateway.settled()
         await provider.idle()
         assert gateway.in_flight == len(gateway.unsettled) == len(gateway.runtime.dispatcher.late) == 0
-        rows = await gateway.store.ledger(LedgerQuery(limit=10**6))
+        rows = await gateway.store.ledger(LedgerQuery(limit=100_000))
     assert sum(ended.values()) == requests
     return provider, rows, ended
 
@@ -276,7 +276,7 @@ def killed(tmp_path, requests, kills):
             await asyncio.to_thread(drill, provider.url)
             await provider.idle()
         async with open_store(store) as held:
-            return provider, await held.ledger(LedgerQuery(limit=10**6))
+            return provider, await held.ledger(LedgerQuery(limit=100_000))
 
     provider, rows = asyncio.run(main())
     assert len([row for row in rows if row.status == "crashed"]) >= kills / 2

@@ -159,7 +159,9 @@ class Calls:
             await self._pace.wait()
             self._under_way += 1
             try:
-                reply = await self._gateway.handle("chat", dict(body), headers=headers, shown_as=COLLECT, collecting=collecting)
+                reply = await self._gateway.handle(
+                    "chat", dict(body), headers=headers, shown_as=COLLECT, collecting=collecting
+                )
                 await self._gateway.settled(reply.headers["x-request-id"])
                 return
             except ApiError as error:

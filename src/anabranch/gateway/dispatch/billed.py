@@ -1,9 +1,9 @@
 """What a provider may have billed for an attempt that brought no whole answer. Never less: what is charged must cover the invoice.
 
-    nothing     it never went out, or the provider said no: an error with a status, before anything was made
-    as told     the provider said how many tokens it was
-    the most    all else. A whole answer is made to its end, whoever waits for it: the prompt and all that was asked for at most.
-                A stream ends soon after its connection: what came, and what can have been made in the time of which nothing came.
+nothing     it never went out, or the provider said no: an error with a status, before anything was made
+as told     the provider said how many tokens it was
+the most    all else. A whole answer is made to its end, whoever waits for it: the prompt and all that was asked for at most.
+            A stream ends soon after its connection: what came, and what can have been made in the time of which nothing came.
 """
 
 import math

@@ -52,16 +52,25 @@ class Late:
         """
         if not self._seconds or len(self._open) >= self._most or sum(self._open.values()) + size > MOST_BYTES:
             return False
-        self._open[exchange] = size
         timer = asyncio.get_running_loop().call_later(self._seconds, exchange.cancel)
+        exchange.add_done_callback(lambda _: timer.cancel())
+        self._watch(exchange, size, then)
+        return True
+
+    def stop(self, exchange: Exchange, then: Callable[[], None]) -> bool:
+        """Give one up that was not sent. ``then`` is called once it has ended: until that it may still go out."""
+        self._watch(exchange, 0, then)
+        exchange.cancel()
+        return True
+
+    def _watch(self, exchange: Exchange, size: int, then: Callable[[], None]) -> None:
+        self._open[exchange] = size
 
         def ended(_: Exchange) -> None:
-            timer.cancel()
             del self._open[exchange]
             then()
 
         exchange.add_done_callback(ended)
-        return True
 
     async def settled(self) -> None:
         """Wait until nothing is read on any more."""

@@ -286,7 +286,9 @@ class Run:
     def _begun(self, live: Live, is_hedge: bool = False) -> Attempt:
         start = self.dispatcher.now()
         most = None if self.plan.most is None else self.plan.most(live.model)
-        attempt = Attempt(model=live.model, deployment=live.name, start_s=start - self.began, is_hedge=is_hedge, most=most)
+        attempt = Attempt(
+            model=live.model, deployment=live.name, start_s=start - self.began, is_hedge=is_hedge, most=most
+        )
         attempt.ticket = live.begin(start, self.tokens)
         self.report.attempts.append(attempt)
         return attempt
@@ -312,13 +314,15 @@ class Run:
     def leave(self, live: Live, request: UpstreamRequest, attempt: Attempt, exchange: Exchange) -> None:
         """Nobody waits for a whole answer any more; call it before the attempt is `lost`.
 
-        Where it may be billed to its end it is read on for what it costs, else it is stopped.
+        What was sent, and may be billed to its end, is read on for what it costs. All else is stopped.
         """
-        call, most = attempt.call, attempt.most
-        if call is not None and call.is_sent and most is not None and live.price.cost(most.prompt, most.completion):
-            attempt.is_late = self.dispatcher.late.take(
-                exchange, len(call.body), lambda: self._known(live, request, attempt, exchange)
-            )
+        call, most, late = attempt.call, attempt.most, self.dispatcher.late
+
+        def known() -> None:
+            self._known(live, request, attempt, exchange)
+
+        if call is not None and most is not None and live.price.cost(most.prompt, most.completion):
+            attempt.is_late = late.take(exchange, len(call.body), known) if call.is_sent else late.stop(exchange, known)
         if not attempt.is_late:
             # Whatever it ends in, nobody asks.
             exchange.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -331,7 +335,7 @@ class Run:
         try:
             usage = answer_of(live.provider, request, exchange).usage
         except asyncio.CancelledError:
-            logger.info("an answer of %s that nobody waited for did not come in time", live.name)
+            logger.debug("an answer of %s that nobody waits for was given up", live.name)
         except Exception as cause:
             failure = as_failure(cause, live.name).failure
         if usage is not None or not may_be_billed(attempt, failure):
@@ -348,7 +352,7 @@ class Run:
         """
         now, was_heard = self.dispatcher.now(), attempt.first_token_s is not None
         attempt.total_s = now - self.began - attempt.start_s
-        if usage is None and may_be_billed(attempt, failure):
+        if usage is None and (attempt.is_late or may_be_billed(attempt, failure)):
             usage = self._unseen(live, attempt, failure)
         if usage is not None:
             attempt.is_guess = usage.is_estimated

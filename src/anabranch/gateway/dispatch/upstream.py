@@ -149,7 +149,11 @@ def _failed(error: Any, is_sent: bool = True) -> UpstreamError:
     if isinstance(error, aiohttp.ClientResponseError):
         return garbage("the upstream's answer is no HTTP")
     if not isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError):
-        return UpstreamError(Failure(kind="cut" if is_sent else "connect", message=f"the call of the upstream failed: {type(error).__name__}"))
+        return UpstreamError(
+            Failure(
+                kind="cut" if is_sent else "connect", message=f"the call of the upstream failed: {type(error).__name__}"
+            )
+        )
     if is_sent:
         return UpstreamError(Failure(kind="cut", message=f"the upstream broke the connection: {_said(error)}"))
     return UpstreamError(Failure(kind="connect", message=f"no connection to the upstream: {_said(error)}"))
