@@ -347,11 +347,13 @@ def test_calls_of_a_strategy_that_took_too_long_are_charged_within_what_was_set_
 
     async def work(gateway):
         await gateway.achat(ask(model="auto/asks"))
-        return await rows_of(gateway)
+        rows = await gateway.store.ledger(LedgerQuery(limit=10, calls=True))
+        return sorted(rows, key=lambda row: row.request_id)
 
-    [row] = run(made, work, strategies={"asks": Asks()})
+    row, call = run(made, work, strategies={"asks": Asks()})
     lost = 12 * 1_000 + 100 * 20_000
-    assert row.cost_nano == lost + 2 * TOLD <= row.reserved_nano
+    assert (row.cost_nano, call.parent_id, call.attempts) == (TOLD, row.request_id, 2)
+    assert call.cost_nano == lost + TOLD <= call.reserved_nano
 
 
 # What was sent, and what not

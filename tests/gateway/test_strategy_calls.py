@@ -92,6 +92,7 @@ def run(config, work, decides=None, accepts=None):
     async def main():
         async with Gateway(config, strategies=made) as gateway:
             found = await work(gateway)
+            await gateway.settled()
             await check_books(gateway)
             assert gateway.in_flight == gateway.runtime.users == 0
             assert [state["in_flight"] for state in gateway.runtime.dispatcher.states() if state["in_flight"]] == []
@@ -237,7 +238,7 @@ def test_a_strategy_that_dies_in_the_middle_leaves_nothing(tmp_path):
         reply = await gateway.handle("chat", ask())
         return reply.headers["x-route-bypassed"]
 
-    made = config(tmp_path, model("small", script=("slow:5", "slow:5")))
+    made = config(tmp_path, model("small", script=("slow:0.6", "slow:0.6")))
     bypassed, rows, _ = run(made, work, decides)
     assert bypassed == "RuntimeError in the strategy"
     assert [(row.status, row.parent_id != "") for row in rows] == [
@@ -303,7 +304,7 @@ def test_a_client_that_leaves_while_a_strategy_asks_leaves_nothing(tmp_path):
             await task
         await asyncio.sleep(0.05)
 
-    _, rows, _ = run(config(tmp_path, model("small", latency_s=5)), work, decides)
+    _, rows, _ = run(config(tmp_path, model("small", latency_s=0.6)), work, decides)
     assert [row.status for row in rows] == ["cancelled"] * 4
 
 
@@ -514,7 +515,7 @@ def test_calls_of_a_request_have_so_much_time(tmp_path):
     async def work(gateway):
         return (await gateway.handle("chat", ask())).headers["x-route-bypassed"]
 
-    made = config(tmp_path, model("small", script=("slow:0.1", "slow:0.1", "slow:3")))
+    made = config(tmp_path, model("small", script=("slow:0.1", "slow:0.1", "slow:0.8")))
     bypassed, rows, _ = run(made.replace(limits=LimitsConfig(strategy_calls_s=0.2)), work, decides)
     told = "calls of a strategy may take 0.2 s of one request (limits.strategy_calls_s), and have taken them"
     assert bypassed == told

@@ -34,7 +34,17 @@ from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, Reservation, subjects_of
 from anabranch.gateway.strategy_calls import StrategyCalls
-from anabranch.gateway.told import Collecting, call_rows, collected_of, explained, headers_of, priced, row_of, seen_of, texts_of
+from anabranch.gateway.told import (
+    Collecting,
+    call_rows,
+    collected_of,
+    explained,
+    headers_of,
+    priced,
+    row_of,
+    seen_of,
+    texts_of,
+)
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.ids import new_id
