@@ -266,7 +266,9 @@ class Life:
             return None
         name = self.headers.get("idempotency-key")
         if name:
-            found = await self._asked_before(caches.named, exact_key(self.endpoint, f"{self.asked_for}\n{name}", self.body))
+            found = await self._asked_before(
+                caches.named, exact_key(self.endpoint, f"{self.asked_for}\n{name}", self.body)
+            )
             if found is None:
                 self.gateway.metrics.cached("miss")
             return found
