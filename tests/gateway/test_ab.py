@@ -26,7 +26,7 @@ from anabranch.gateway.config import (
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.store import LedgerRow, open_store
+from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store
 from anabranch.gateway.store.arms import ArmRow, read_arms
 from anabranch.gateway.ui.ab import render_ab
 from page_html import NASTY, Parsed
@@ -331,6 +331,22 @@ def test_results_come_from_the_store(tried):
     [anew], [old] = used(settings.replace(ab={"try": TEST.replace(share=0.4)}), other)
     assert (anew.a.requests, anew.found) == (0, "not resolved")
     assert old == of_store
+
+
+def test_what_a_strategy_asks_to_decide_is_a_cost_of_its_arm(tmp_path):
+    settings = config(tmp_path)
+    asks = StrategyConfig(use="prompt", fields={"model": "x"})
+    settings = settings.replace(strategies={**settings.strategies, "second": asks})
+    user = next(name for name in map(str, range(50)) if arm_of("try", TEST, key="", user=name).side == "b")
+
+    async def work(gateway):
+        await ask(gateway, user)
+        return await gateway.store.ledger(LedgerQuery(calls=True)), await results_of(gateway.store, settings)
+
+    rows, [found] = used(settings, work)
+    assert [bool(row.parent_id) for row in rows].count(True) == 1
+    assert found.b.cost_usd == pytest.approx(sum(row.cost_nano for row in rows) / 1e9)
+    assert found.b.cost_usd > max(row.cost_nano for row in rows) / 1e9
 
 
 def told(capsys, *arguments, code=0):
