@@ -130,12 +130,12 @@ class Paid(RuleBasedStateMachine):
             await gateway.store.set_budget(f"tag:{TAG}", 10**10)
             settle, task, count = gateway.store.settle, asyncio.current_task(), 0
 
-            def settled(reservation, row, collected=None):
+            def settled(reservation, row, collected=None, calls=()):
                 nonlocal count
                 count += 1
                 if count == after and not is_written:
                     die(task)
-                future = settle(reservation, row, collected)
+                future = settle(reservation, row, collected, calls)
                 if count == after and is_written:
                     future.add_done_callback(lambda _: die(task))
                 return future

@@ -283,7 +283,7 @@ def test_a_call_that_outlives_the_answer_ends_with_it_and_is_charged(tmp_path):
         await gateway.achat(ask())
         await asyncio.sleep(0.05)
 
-    _, rows, _ = run(config(tmp_path, model("small", script=("slow:0.1", "slow:5"))), work, decides)
+    _, rows, _ = run(config(tmp_path, model("small", script=("slow:0.1", "slow:0.6"))), work, decides)
     call, request = rows
     assert (call.status, call.attempts, request.status, request.calls) == ("cancelled", 1, "ok", 1)
     assert call.cost_nano > 0
