@@ -88,6 +88,55 @@ def test_a_key_is_shown_once(run):
     assert [line[:8].strip() for line in lines] == ["key", "id", "note"]
 
 
+def test_a_key_is_edited_and_renewed(run, facts, here, store):
+    made = facts("keys", "create", "web", "--team", "ml", "--rpm", 60, "--tag", "a", "--expires", "90d")
+    changed = facts(
+        "keys",
+        "edit",
+        "web",
+        "--team",
+        "research",
+        "--tpm",
+        5,
+        "--clear",
+        "expires",
+        "--clear",
+        "tags",
+        "--model",
+        "m0",
+    )
+    assert (changed["id"], changed["team"], changed["rpm"], changed["tpm"], changed["expires"], changed["tags"], changed["models"]) == (
+        made["id"], "research", 60, 5, None, [], ["m0"],
+    )  # fmt: skip
+    assert made["id"] in run("keys", "edit", made["id"][:9], "--name", "site", "--clear", "rpm")
+    renewed = facts("keys", "rotate", "site")
+    assert renewed["key"] != made["key"]
+    assert (renewed["id"], renewed["name"], renewed["rpm"]) == (made["id"], "site", None)
+    assert [line[:8].strip() for line in run("keys", "rotate", "site").splitlines()] == ["key", "id", "note"]
+    for line, says in (
+        ("keys create site", "name is 'site', as that of another key; names of keys must differ"),
+        ("keys edit ci --name site", "name is 'site', as that of another key"),
+        ("keys edit ci", "nothing is to be changed"),
+        ("keys edit ci --clear id", "--clear is 'id'; it takes name, user,"),
+        ("keys edit ci --rpm 5 --clear rpm", "rpm is both given and cleared"),
+        ("keys edit kx --rpm 5", "no keys have an id that begins with 'kx'"),
+        ("keys rotate kx", "no keys have an id that begins with 'kx'"),
+    ):
+        code, out, err = here("gateway", *line.split(), "--store", store)
+        assert (code, out) == (2, "")
+        assert says in err
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_a_key_of_a_store_that_is_made_for_it_says_where(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ANABRANCH_STORE", raising=False)
+    code, out, err = here("gateway", "keys", "create", "--json")
+    assert (code, set(json.loads(out)) >= {"key", "id"}) == (0, True)
+    assert f"there is no store at {tmp_path / 'gateway.db'}: making one" in err
+    assert here("gateway", "keys", "create")[2] == ""
+
+
 def test_budgets(run, facts):
     made = facts("budget", "set", "team:ml", "0.005", "--period", "day")
     assert (made["limit_nano"], made["spent_nano"], made["remaining_nano"]) == (5_000_000, 1_500_000, 3_500_000)

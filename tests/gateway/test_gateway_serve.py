@@ -51,7 +51,9 @@ def write(path, **fields):
 def call(url, method, path, body=None, key=None, headers=None):
     link = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
     try:
-        sent = {**({"authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
+        sent = {"authorization": f"Bearer {key}"} if key else {}
+        sent |= {} if body is None else {"content-type": "application/json"}
+        sent |= headers or {}
         link.request(method, path, None if body is None else json.dumps(body), sent)
         answer = link.getresponse()
         raw = answer.read()

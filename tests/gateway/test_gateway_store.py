@@ -942,7 +942,8 @@ def test_a_store_of_every_older_schema_is_taken_on(tmp_path, version):
             for statement in step:
                 connection.execute(statement.replace("{serial}", "INTEGER PRIMARY KEY"))
         connection.execute(
-            "INSERT INTO keys VALUES ('k1', 'h', 'old', 'abcd', '', '', ',collect,', '', NULL, NULL, 0, 1, NULL, NULL)"
+            "INSERT INTO keys (id, hash, name, hint, owner, team, tags, models, is_admin, created_us)"
+            " VALUES ('k1', 'h', 'old', 'abcd', '', '', ',collect,', '', 0, 1)"
         )
         connection.execute(f"PRAGMA user_version = {version}")
 

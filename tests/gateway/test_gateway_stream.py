@@ -14,7 +14,7 @@ from anabranch.gateway.dispatch.stream import CONTINUE
 from anabranch.gateway.dispatch.virtual_time import run_virtual as run
 from anabranch.gateway.dispatch.virtual_time import virtual_clock
 from anabranch.gateway.money import Price
-from anabranch.gateway.providers.chunks import as_chunks, assembled, has_content, is_finished, text_of
+from anabranch.gateway.providers.chunks import as_chunks, assembled, ended, has_content, text_of
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest, Usage
 
@@ -283,7 +283,7 @@ def test_chunks_of_any_shape_are_read_without_a_fault(chunks, endpoint):
     whole = assembled(chunks, endpoint)
     assert isinstance(text_of(chunks), str)
     for chunk in [*chunks, whole]:
-        has_content(chunk), is_finished(chunk), as_chunks(chunk, endpoint, True), Usage.of(chunk)
+        has_content(chunk), ended(chunk), as_chunks(chunk, endpoint, True), Usage.of(chunk)
         answer = Answer(chunk, None, Usage())
         assert isinstance(answer.text, str)
 

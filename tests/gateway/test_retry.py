@@ -73,11 +73,11 @@ def test_a_hedge_waits_for_the_95th_percentile():
 @pytest.mark.parametrize(
     ("status", "body", "kind"),
     [
-        (400, b'{"error":{"message":"This model\'s maximum context length is 8192 tokens"}}', "context"),
+        (400, b'{"error":{"message":"no","code":"context_length_exceeded"}}', "context"), (413, b"", "context"),
         (400, b'{"error":{"message":"no","code":"content_filter"}}', "filter"),
-        (400, b'{"error":{"message":"You have reached your specified API usage limits"}}', "credit"),
+        (400, b'{"error":{"message":"no","type":"billing_error"}}', "credit"),
         (400, b'{"error":{"message":"bad"}}', "request"),
-        (401, b"", "auth"), (402, b"", "credit"), (403, b"", "auth"), (404, b"{}", "request"), (408, b"", "timeout"),
+        (401, b"", "auth"), (402, b"", "credit"), (403, b"", "forbidden"), (404, b"{}", "request"), (408, b"", "timeout"),
         (409, b"", "conflict"), (422, b"[]", "request"), (429, b"{}", "rate_limit"),
         (429, b'{"error":{"code":"insufficient_quota"}}', "credit"), (500, b"", "server"), (529, b"<html>", "server"),
         (302, b"", "garbage"),

@@ -4,14 +4,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.gateway import media
+from anabranch.gateway.media import Media
+
 BYTES_PER_TOKEN = 4
 
 # Around each message: its role and the marks of its ends.
 MESSAGE_TOKENS = 4
 
-# Of one image, about the most that providers count.
-IMAGE_TOKENS = 1_600
 IMAGES = ("image_url", "input_image")
+
+# Parts that are no text: the field that holds them, and what counts it.
+_INNER: dict[str, tuple[str, Callable[[Mapping[str, Any]], Media | None]]] = {
+    "input_audio": ("data", media.audio),
+    "file": ("file_data", media.file),
+}
+
 # Fields that no model reads. All others count, unknown ones too: a text that is sent on is a text that is paid for.
 NO_PROMPT = frozenset(
     {
@@ -36,7 +44,8 @@ class PromptCount:
 
     Attributes:
         tokens: counted or estimated.
-        at_most: no tokenizer makes more of it: each token is at least a byte. What is reserved from budgets.
+        at_most: no tokenizer makes more of it: each token is at least a byte; of images, audio and files see `media`. What is
+            reserved from budgets.
         is_estimate: no tokenizer was there.
     """
 
@@ -47,12 +56,14 @@ class PromptCount:
 
 def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> PromptCount:
     """Of a request to ``/v1/chat/completions``, ``/v1/completions`` or ``/v1/embeddings``."""
-    around, images = 0, 0
+    around = 0
     texts: list[str] = []
+    found: list[Media] = []
     for name, value in body.items():
         if name == "messages" and isinstance(value, list):
             around += MESSAGE_TOKENS * len(value) + 3
-            images += sum(_gather_message(message, texts) for message in value)
+            for message in value:
+                _gather_message(message, texts, found)
         elif name in ("prompt", "input") and isinstance(value, list):
             for part in value:
                 if isinstance(part, int | list):  # ids of tokens
@@ -61,12 +72,12 @@ def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> Pro
                     texts.append(_text(part))
         elif name not in NO_PROMPT and isinstance(value, str | list | dict):
             texts.append(_text(value))
-    fixed = around + images * IMAGE_TOKENS
-    num_bytes = sum(_num_bytes(text) for text in texts)
+    tokens, at_most = (around + sum(each) for each in ([one.tokens for one in found], [one.at_most for one in found]))
     if counter is not None:
-        tokens = fixed + sum(counter(text) for text in texts)
-        return PromptCount(tokens, tokens, False)
-    return PromptCount(fixed + -(-num_bytes // BYTES_PER_TOKEN), fixed + num_bytes, True)
+        counted = sum(counter(text) for text in texts)
+        return PromptCount(tokens + counted, at_most + counted, False)
+    num_bytes = sum(_num_bytes(text) for text in texts)
+    return PromptCount(tokens + -(-num_bytes // BYTES_PER_TOKEN), at_most + num_bytes, True)
 
 
 def last_text(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -101,32 +112,53 @@ def num_prompts(body: Mapping[str, Any]) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
-def _gather_message(message: Any, texts: list[str]) -> int:
-    """Add all texts of a message to ``texts``; returns the number of images."""
+def _gather_message(message: Any, texts: list[str], found: list[Media]) -> None:
+    """Add all texts of a message to ``texts``, and what is none to ``found``."""
     if not isinstance(message, dict):
         texts.append(_text(message))
-        return 0
+        return
     for name, value in message.items():
         if name not in ("role", "content") and value:
             texts.append(_text(value))
-    return _gather(message.get("content"), texts)
+    _gather(message.get("content"), texts, found)
 
 
-def _gather(content: Any, texts: list[str]) -> int:
-    """Add the texts of a message's content to ``texts``; returns the number of images."""
+def _gather(content: Any, texts: list[str], found: list[Media] | None = None) -> None:
+    """Add the texts of a message's content to ``texts``, and what is none to ``found``, with what else is said of it to ``texts``."""
     if isinstance(content, str):
         texts.append(content)
-        return 0
-    images = 0
+        return
     for part in content if isinstance(content, list) else ():
         if not isinstance(part, dict):
             texts.append(_text(part))
-        elif part.get("type") in IMAGES:
-            images += 1
-            texts.extend(value for value in part.values() if isinstance(value, str) and value != part["type"])
+            continue
+        counted, said = _media_of(part)
+        if counted is None:
+            said = [value for name, value in part.items() if name != "type"]
+        elif found is None:
+            continue
         else:
-            texts.extend(_text(value) for name, value in part.items() if name != "type" and value)
-    return images
+            found.append(counted)
+        texts.extend(_text(value) for value in said if value)
+
+
+def _media_of(part: dict[str, Any]) -> tuple[Media | None, list[Any]]:
+    """What a part is if it is no text, and what it says beside that; None if it is text."""
+    kind = part.get("type")
+    if kind in IMAGES:
+        given, field = part.get("image_url"), "image_url"
+        inner = given if isinstance(given, dict) else {"url": given}
+        url = inner.get("url")
+        counted: Media | None = media.image(url if isinstance(url, str) else "")
+        hidden = "url"
+    elif isinstance(kind, str) and kind in _INNER and isinstance(part.get(kind), dict):
+        inner, field = part[kind], kind
+        hidden, count = _INNER[kind]
+        counted = count(inner)
+    else:
+        return None, []
+    said = [value for name, value in part.items() if name not in ("type", field)]
+    return counted, said + [value for name, value in inner.items() if name != hidden]
 
 
 def _text(value: Any) -> str:

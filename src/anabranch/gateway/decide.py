@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from anabranch.errors import ConfigError, InputError, LimitError
@@ -20,6 +19,7 @@ from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strateg
 from anabranch.gateway.embed import Embedder
 from anabranch.gateway.learning.kept import made_from
 from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
+from anabranch.gateway.raised import raised
 from anabranch.gateway.strategy import Complete, Metrics, Strategy
 from anabranch.web.api_error import wrong
 
@@ -217,11 +217,7 @@ class Lane:
 
     def _raised(self, error: Exception) -> BypassError:
         """The log says what and where, without the texts an exception may quote."""
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        where = "" if trace is None else f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
-        logger.warning("strategy %s failed: %s%s", self.name, type(error).__name__, where)
+        logger.warning("strategy %s failed: %s", self.name, raised(error))
         return BypassError("raised", f"{type(error).__name__} in the strategy")
 
     async def _in_thread(self, work: Callable[[], T], limit_s: float) -> T:

@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError, RateError
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
+from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.learning import errands
 from anabranch.gateway.learning.erasures import Erasures
 from anabranch.gateway.learning.kept import EVERY_S, Kept
@@ -31,6 +32,7 @@ from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.overview import Overview
 from anabranch.gateway.query import Decision
 from anabranch.gateway.refusals import limited, unavailable
+from anabranch.gateway.relay import Chunks
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import CollectedRow, KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
@@ -39,7 +41,6 @@ from anabranch.gateway.told import Collecting
 from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.gateway.unsettled import Unsettled
 from anabranch.web.api_error import ApiError
-from anabranch.web.sse import read_data
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,7 +72,7 @@ class Gateway:
             config = default_config()
         elif isinstance(config, str | Path):
             config = load_config(Path(config))
-        self.metrics, self.rates = Metrics(), RateLimits()
+        self.metrics, self.rates, self.senders = Metrics(), RateLimits(), InFlight()
         self._strategies = strategies
         self.runtime = self._made(config, None)
         self.caches = Caches(config.cache, self.runtime.embedder)
@@ -215,6 +216,7 @@ class Gateway:
         headers: Mapping[str, str] | None = None,
         shown_as: str | None = None,
         collecting: Collecting | None = None,
+        num_bytes: int = 0,
     ) -> Reply:
         """Answer one request. Raises ApiError.
 
@@ -225,45 +227,50 @@ class Gateway:
             headers: of the request; names in lower case, or a mapping that does not mind.
             shown_as: what metrics call the endpoint, if not by its name.
             collecting: what it is collected for; None for a request of a user.
+            num_bytes: of the body as it came, if that is known; a large one is read, counted and sent in other threads.
         """
         if self.in_flight >= self.config.limits.in_flight:
-            self.metrics.refused.labels("too_many").inc()
+            self.metrics.refuse("too_many")
             message = f"{self.in_flight:,} requests are under way, which is the limit; try again"
             raise ApiError(429, "rate_limit_exceeded", message, type="requests", headers={"Retry-After": "1"})
         runtime = self.runtime
-        life = Life(self, runtime, endpoint, body, headers or {}, shown_as or endpoint, collecting)
+        life = Life(self, runtime, endpoint, body, headers or {}, shown_as or endpoint, collecting, num_bytes)
         self.in_flight += 1
         runtime.users += 1
         token = _CURRENT.set(life)
         try:
             reply = await life.run(key)
         except BaseException as error:
-            self._leave(runtime)
+            self._leave(life)
             if isinstance(error, ApiError):
                 error.headers.setdefault("x-request-id", life.id)
                 # Codes of upstreams are theirs to choose.
                 if life.report is None:
-                    self.metrics.refused.labels(error.code if error.status < 500 else "failed").inc()
+                    self.metrics.refuse(error.code if error.status < 500 else "failed")
             raise
         finally:
             _CURRENT.reset(token)
         if reply.stream is None:
-            self._leave(runtime)
+            self._leave(life)
         else:
-            reply.stream.on_close = lambda: self._leave(runtime)  # type: ignore[attr-defined]
+            reply.stream.on_close = lambda: self._leave(life)  # type: ignore[attr-defined]
         return reply
 
-    def _leave(self, runtime: Runtime) -> None:
+    def _leave(self, life: Life) -> None:
         self.in_flight -= 1
-        runtime.release()
+        life.runtime.release()
+        if life.is_counted:
+            self.senders.leave(life.tenant)
 
     async def authenticate(self, secret: str | None) -> KeyRecord | None:
         """The key a request came with; None where none is needed and none that is known was sent. Raises ApiError (401, 503)."""
         try:
             record = await self.store.key_of(secret) if secret else None
+            # A key that is wrong, or has ended, opens no more than none does, and is hardly meant.
+            is_wrong = record is None and bool(secret) and await self.store.has_keys()
         except CapacityError as error:
             raise unavailable(error) from None
-        if record is None and self.config.require_key:
+        if is_wrong or (record is None and self.config.require_key):
             what = "is not known, or not valid any more" if secret else "is missing"
             message = f"the key {what}; send Authorization: Bearer KEY (anabranch gateway keys create makes one)"
             raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
@@ -280,7 +287,7 @@ class Gateway:
         """``/v1/chat/completions``: the answer, or, with ``stream``, an async iterator of its chunks. Raises ApiError."""
         reply = await self.handle("chat", {**(body or {}), **fields}, key=key, headers=headers)
         if reply.stream is not None:
-            return _chunks(reply)
+            return Chunks(reply.stream)
         assert reply.body is not None
         return json.loads(reply.body)
 
@@ -437,23 +444,6 @@ async def _ask(model: str, prompt: str, *, max_tokens: int, temperature: float, 
     if life is None:
         raise InputError("a strategy can only ask models while a request is decided")
     return await life.calls.ask(model, prompt, max_tokens, temperature, purpose)
-
-
-async def _chunks(reply: Reply) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a stream as objects. What breaks it off is raised as ApiError."""
-    stream = reply.stream
-    assert stream is not None
-    held = b""
-    try:
-        async for piece in stream:
-            events, mark, held = (held + piece).rpartition(b"\n\n")
-            for chunk in read_data(events + mark):
-                if "error" in chunk:
-                    error = chunk["error"]
-                    raise ApiError(502, error.get("code"), str(error.get("message")), type=error.get("type"))
-                yield chunk
-    finally:
-        await stream.aclose()  # type: ignore[attr-defined]
 
 
 async def _next(items: AsyncIterator[T], done: Any) -> Any:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import BudgetError, CapacityError, InputError, RateError, UnknownModelError
 from anabranch.gateway.ab.assignment import Arm, arm_of
@@ -45,14 +45,16 @@ from anabranch.gateway.told import (
     seen_of,
     texts_of,
 )
-from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
+from anabranch.gateway.validate import check_chat, check_completion, check_depth, check_embeddings
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.ids import new_id
+from anabranch.web.large_json import LARGE, shortened
 
 if TYPE_CHECKING:
     from anabranch.gateway.gateway import Gateway
     from anabranch.gateway.runtime import Runtime
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 SECRET_HEADERS = frozenset({"authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"})
 CLIENT_GONE = 499
@@ -73,9 +75,11 @@ class Life:
         headers: Mapping[str, str],
         shown_as: str,
         collecting: Collecting | None = None,
+        num_bytes: int = 0,
     ) -> None:
         self.gateway, self.runtime, self.endpoint, self.body = gateway, runtime, endpoint, body
         self.headers, self.shown_as, self.caches, self.collecting = headers, shown_as, gateway.caches, collecting
+        self.num_bytes = num_bytes
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
         # Of the key; None if none is needed.
         self.record: KeyRecord | None = None
@@ -109,12 +113,12 @@ class Life:
         self.tpm: int | None = None
         self.hit: Entry | None = None
         self.dispatched: float | None = None
-        self.is_over = False
+        self.is_over = self.is_counted = False
 
     async def run(self, secret: str | None) -> Reply:
         """From the key to the answer, or to the first token of a stream. Raises ApiError."""
         self.record = await self.gateway.authenticate(secret)
-        self._read()
+        await self._apart(self._read)
         self._admit()
         self._assign()
         self._take_purse()
@@ -144,11 +148,20 @@ class Life:
         assert self.decided is not None
         return self.decided.decision
 
+    async def _apart(self, work: Callable[[], T]) -> T:
+        """``work()``, in another thread where the body is so large that it would hold up all other requests."""
+        return await asyncio.to_thread(work) if self.num_bytes > LARGE else work()
+
+    def _short(self) -> dict[str, Any]:
+        """The body, to be compared with others."""
+        return shortened(self.body) if self.num_bytes > LARGE else self.body
+
     # What is asked
 
     def _read(self) -> None:
         """Check the body, and find out where it wants to go and how long it is."""
         body, limits = self.body, self.runtime.config.limits
+        check_depth(body)
         if self.endpoint == "chat":
             check_chat(body, limits.most_tokens)
         elif self.endpoint == "completions":
@@ -180,13 +193,14 @@ class Life:
             raise wrong("x-tags", str(error)) from None
         self.user = (record.user if record is not None else "") or named[:256]
         self.tags = (*(record.tags if record is not None else ()), *added)
-        rpm, tpm = limits.rpm, limits.tpm
+        rpm, tpm, most = limits.rpm, limits.tpm, limits.max_in_flight
         if record is not None:
-            rpm, tpm = record.rpm or rpm, record.tpm or tpm
-        if rpm is None and tpm is None:
-            return
+            rpm, tpm, most = record.rpm or rpm, record.tpm or tpm, record.max_in_flight or most
         try:
-            self.gateway.rates.admit(self.tenant, self.count.tokens, rpm=rpm, tpm=tpm)
+            self.gateway.senders.enter(self.tenant, most)
+            self.is_counted = True
+            if rpm is not None or tpm is not None:
+                self.gateway.rates.admit(self.tenant, self.count.tokens, rpm=rpm, tpm=tpm)
         except RateError as error:
             raise limited(error) from None
         self.tpm = tpm
@@ -226,6 +240,12 @@ class Life:
     def tenant(self) -> str:
         """Whose request it is; what is cached for one is never given to another."""
         return "" if self.record is None else self.record.id
+
+    @property
+    def sender(self) -> str:
+        """Whose requests may fail together for a reason of their own: a team, or whoever has the key."""
+        record = self.record
+        return "" if record is None else record.team or record.user or record.id
 
     def most_tokens(self, model: str) -> int:
         """The most completion tokens this may cost at a model."""
@@ -276,11 +296,12 @@ class Life:
             return None
         is_settled = self.endpoint == "embeddings" or self.body.get("temperature") == 0 or wish == "allow"
         if caches.exact is not None and is_settled:
-            found = await self._asked_before(caches.exact, exact_key(self.endpoint, self.asked_for, self.body))
+            key = await self._apart(lambda: exact_key(self.endpoint, self.asked_for, self._short()))
+            found = await self._asked_before(caches.exact, key)
             if found is not None:
                 return found
         if caches.semantic is not None and self.endpoint == "chat":
-            self.context = context_key(self.endpoint, self.asked_for, self.body)
+            self.context = await self._apart(lambda: context_key(self.endpoint, self.asked_for, self.body))
             if self.context is not None:
                 self.vector = await caches.embed(self.context[1])
                 near = caches.semantic.get(self.tenant, self.context[0], self.vector)
@@ -412,7 +433,9 @@ class Life:
         runtime, strategy = self.runtime, self.target.strategy
         judge = None if strategy is None else runtime.decider.acceptance(strategy, self.decided.query)
         self.dispatched, self.calls.purpose = self.elapsed(), "judge"
-        request = UpstreamRequest(self.endpoint, self.body, request_id=self.id, prompt_tokens=self.count.tokens)
+        request = UpstreamRequest(
+            self.endpoint, self.body, request_id=self.id, prompt_tokens=self.count.tokens, num_bytes=self.num_bytes
+        )
         keeps = request.stream and (
             self.ticket is not None or self.context is not None or self._keeps_texts or self._strategy_keeps
         )
@@ -420,6 +443,7 @@ class Life:
         plan = Plan(
             candidates=self.candidates, report=self.report, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
             accept=None if judge is None else partial(self._accept, judge), allow=self._allow, most=self.most, keep=keeps,
+            sender=self.sender,
             requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
             bounds={model: self._bound(model) for model in self.candidates},
         )  # fmt: skip
@@ -568,7 +592,7 @@ class Life:
         """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones."""
         if self.exact is None and self.context is None:
             return
-        if self.endpoint != "embeddings" and answer.finish_reason not in ("stop", "length", "tool_calls"):
+        if self.endpoint != "embeddings" and not answer.is_whole:
             return
         usage = answer.usage
         entry = Entry(

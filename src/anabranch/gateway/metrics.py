@@ -17,6 +17,14 @@ OVERHEAD_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 # Of the history: an hour in steps of ten seconds.
 BUCKET_S, BUCKETS = 10, 360
 
+# Codes of refusals. A label takes no other text: who writes it would fill the memory.
+REFUSALS = frozenset(
+    {
+        "failed", "insufficient_quota", "invalid_api_key", "invalid_http", "invalid_json", "invalid_value", "model_not_allowed",
+        "model_not_found", "rate_limit_exceeded", "too_many", "unsupported",
+    }
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class Moment:
@@ -165,6 +173,10 @@ class Metrics:
         if call.cost_nano:
             held(self.nano, model, call.strategy or "none").inc(call.cost_nano)
             self.now().nano += call.cost_nano
+
+    def refuse(self, code: str | None) -> None:
+        """Count a request that was refused. A code that is none of ours, which an upstream chose, counts as ``other``."""
+        self._child(self.refused, code if code in REFUSALS else "other").inc()
 
     def cached(self, result: str) -> None:
         """Count a look into the caches: ``exact``, ``semantic``, ``shared`` or ``miss``."""

@@ -3,11 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from anabranch.web.api_error import wrong
-from anabranch.web.body import is_int, said
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import MOST_DEPTH, is_int, is_too_deep, said
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 Check = Callable[[Any], bool]
+
+
+def check_depth(body: dict[str, Any]) -> None:
+    """Raises ApiError if lists and objects lie within one another without end: whatever handles the body would fail of it."""
+    if is_too_deep(body):
+        raise ApiError(400, "invalid_json", f"the body is nested too deep; {MOST_DEPTH} levels are allowed")
 
 
 def check_chat(body: dict[str, Any], most_tokens: int) -> None:

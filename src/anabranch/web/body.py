@@ -66,3 +66,22 @@ def said(value: Any) -> str:
     if isinstance(value, str):
         return repr(value) if len(value) <= 40 and value.isprintable() else f"a string of {len(value):,} characters"
     return f"{'an' if isinstance(value, dict) else 'a'} {kind(value)}" + ("" if value else " with nothing in it")
+
+
+# Lists and objects within one another. More are of no use to a model, and what walks through them or writes them calls itself as often.
+MOST_DEPTH = 200
+
+
+def is_too_deep(value: Any, most: int = MOST_DEPTH) -> bool:
+    """Whether more than ``most`` lists and objects lie within one another."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(most):
+        if not level:
+            return False
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)

@@ -1,4 +1,4 @@
-"""``anabranch gateway keys``: make, show and revoke keys of a gateway."""
+"""``anabranch gateway keys``: make, show, change, renew and revoke keys of a gateway."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.gateway.stores import DEFAULT_STORE, StoreOption, seconds, when, with_store
+from anabranch.cli.gateway.stores import DEFAULT_STORE, StoreOption, missing_store, seconds, when, with_store
 from anabranch.cli.options import FLAG, AsJson, finite_number
-from anabranch.cli.output import fact, print_json, table
+from anabranch.cli.output import fact, print_json, say, table
+from anabranch.errors import InputError
 
 if TYPE_CHECKING:
     from anabranch.gateway.store import KeyRecord, Store
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Make, list and revoke keys of a gateway.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", help="Make, list, change and revoke keys of a gateway."
+)
+
+KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="Of the key, or how it begins, or its name.")]
+
+# Of `edit --clear`: the field of a key, and what it is when it is empty.
+CLEARED: dict[str, tuple[str, Any]] = {
+    "name": ("name", ""), "user": ("user", ""), "team": ("team", ""), "tags": ("tags", ()), "models": ("models", ()), "rpm": ("rpm", None),
+    "tpm": ("tpm", None), "max-in-flight": ("max_in_flight", None), "expires": ("expires_s", None),
+}  # fmt: skip
 
 
 @app.command()
@@ -32,6 +43,7 @@ def create(
     ] = None,
     rpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Requests a minute.")] = None,
     tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens a minute.")] = None,
+    max_in_flight: Annotated[int | None, typer.Option(metavar="N", min=1, help="Requests at a time.")] = None,
     expires: Annotated[str | None, typer.Option(metavar="IN", help="Ends after so long, e.g. 90d.")] = None,
     budget: Annotated[
         float | None,
@@ -55,19 +67,19 @@ def create(
 
     async def work(opened: Store) -> tuple[str, KeyRecord]:
         secret, key = await opened.create_key(
-            name, user=user, team=team, tags=tags or (), models=models or (), rpm=rpm, tpm=tpm, expires_s=ends, is_admin=admin
+            name, user=user, team=team, tags=tags or (), models=models or (), rpm=rpm, tpm=tpm, max_in_flight=max_in_flight,
+            expires_s=ends, is_admin=admin,
         )  # fmt: skip
         if limit is not None:
             await opened.set_budget(f"key:{key.id}", limit, period)
         return secret, key
 
-    secret, key = with_store(store, work, makes=True)
-    if as_json:
-        print_json({"key": secret, **facts(key)})
-        return
-    fact("key", secret)
-    fact("id", key.id)
-    fact("note", "this is the only time the key is shown")
+    place = missing_store(store)
+    if place is not None:
+        say(
+            f"there is no store at {place}: making one. A gateway whose store is elsewhere does not know its keys; name it with --store"
+        )
+    _show_once(*with_store(store, work, makes=True), as_json)
 
 
 @app.command("list")
@@ -92,8 +104,71 @@ def show(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def edit(
+    key: KeyArgument,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="What it is for, in words.")] = None,
+    user: Annotated[str | None, typer.Option(metavar="USER", help="Whose it is.")] = None,
+    team: Annotated[str | None, typer.Option(metavar="TEAM", help="Whose team's.")] = None,
+    tags: Annotated[
+        list[str] | None, typer.Option("--tag", metavar="TAG", help="On every request with it. May be repeated.")
+    ] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", metavar="MODEL", help="That it may use. May be repeated.")
+    ] = None,
+    rpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Requests a minute.")] = None,
+    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens a minute.")] = None,
+    max_in_flight: Annotated[int | None, typer.Option(metavar="N", min=1, help="Requests at a time.")] = None,
+    expires: Annotated[str | None, typer.Option(metavar="IN", help="Ends after so long from now, e.g. 90d.")] = None,
+    clear: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help=f"To be empty: {', '.join(CLEARED)}. May be repeated."),
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Change what is known of a key. The key itself, and what was spent with it, stay as they are.
+
+    Gateways at work see it within two seconds.
+
+    Example: anabranch gateway keys edit ci --team research --rpm 60 --clear expires
+    """
+    ends = None if expires is None else time.time() + seconds(expires, "--expires")
+    given = {
+        "name": name, "user": user, "team": team, "tags": tags or None, "models": models or None, "rpm": rpm, "tpm": tpm,
+        "max_in_flight": max_in_flight, "expires_s": ends,
+    }  # fmt: skip
+    changes = {field: value for field, value in given.items() if value is not None}
+    for field in clear or ():
+        if field not in CLEARED:
+            raise InputError(f"--clear is {field!r}; it takes {', '.join(CLEARED)}")
+        column, empty = CLEARED[field]
+        if column in changes:
+            raise InputError(f"{field} is both given and cleared; say one")
+        changes[column] = empty
+    if not changes:
+        raise InputError("nothing is to be changed; give a field, such as --team ml")
+    changed = with_store(store, lambda opened: opened.edit_key(key, **changes))
+    if as_json:
+        print_json(facts(changed))
+    else:
+        fact("changed", f"{changed.id} (...{changed.hint}) {changed.name}")
+
+
+@app.command()
+def rotate(key: KeyArgument, store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
+    """Replace a key by a new one under the same id, which may do the same. It is shown once.
+
+    Gateways at work take the old one for two seconds more at most.
+
+    Example: anabranch gateway keys rotate ci
+    """
+    secret, renewed = with_store(store, lambda opened: opened.rotate_key(key))
+    _show_once(secret, renewed, as_json)
+
+
+@app.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="Of the key, or how it begins.")],
+    key: KeyArgument,
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
@@ -101,11 +176,20 @@ def revoke(
 
     Example: anabranch gateway keys revoke k1b5625cb90ce
     """
-    key = with_store(store, lambda opened: opened.revoke_key(key_id))
+    ended = with_store(store, lambda opened: opened.revoke_key(key))
     if as_json:
-        print_json(facts(key))
+        print_json(facts(ended))
     else:
-        fact("revoked", f"{key.id} (...{key.hint}) {key.name}")
+        fact("revoked", f"{ended.id} (...{ended.hint}) {ended.name}")
+
+
+def _show_once(secret: str, key: KeyRecord, as_json: bool) -> None:
+    if as_json:
+        print_json({"key": secret, **facts(key)})
+        return
+    fact("key", secret)
+    fact("id", key.id)
+    fact("note", "this is the only time the key is shown")
 
 
 def state(key: KeyRecord, now_us: int) -> str:

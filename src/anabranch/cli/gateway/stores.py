@@ -47,6 +47,14 @@ def with_store(url: str, work: Callable[[Store], Awaitable[T]], *, makes: bool =
     return asyncio.run(run())
 
 
+def missing_store(url: str) -> Path | None:
+    """Where a store would be made; None if there is one, or it is on a server."""
+    from anabranch.gateway.store.store import store_file
+
+    path = store_file(url)
+    return None if path is None or path.exists() else path.resolve()
+
+
 def moment(text: str | None, option: str) -> float | None:
     """Unix seconds of a date (2026-11-25, 2026-11-25T12:00), or of so long ago (36h, 7d). Raises InputError."""
     if text is None:

@@ -212,6 +212,7 @@ class LimitsConfig(Config):
         most_tokens: largest ``max_tokens`` a request may name.
         in_flight: requests at a time; more get 429.
         rpm, tpm: requests and tokens a minute of a key that has no limits of its own; None is no limit.
+        max_in_flight: requests at a time of such a key; None is no limit but ``in_flight``, which is of all together.
         strategy_calls: calls of models that a strategy may make for one request, to decide or to judge an answer.
         strategy_calls_s: seconds of a request in which such calls may be under way; the rest is for the answer.
         request_usd: dollars that one request may cost in all, those calls among them; None leaves that to budgets.
@@ -228,6 +229,7 @@ class LimitsConfig(Config):
     strategy_calls: int = Field(default=64, ge=0)
     strategy_calls_s: float = Field(default=60.0, gt=0)
     request_usd: float | None = Field(default=None, gt=0, le=1e6)
+    max_in_flight: int | None = Field(default=None, ge=1)
 
 
 @configclass

@@ -5,6 +5,7 @@ from typing import Any
 
 from anabranch.gateway.dispatch.breaker import Breaker, BreakerRules, Outcome, admit, record, would_admit
 from anabranch.gateway.dispatch.deployments import Deployment
+from anabranch.gateway.dispatch.senders import Senders
 from anabranch.gateway.dispatch.window import SlidingSum
 from anabranch.gateway.money import Price
 from anabranch.gateway.providers.provider import Failure, Provider, Transport
@@ -43,6 +44,7 @@ class Live:
         fast_token_s: seconds per completion token of the fastest stream of late; None before the first.
         tells_usage: its streams say what they come to.
         rests_until: the upstream asked to be left alone until then.
+        senders: what each of them met here.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Live:
         self.tells_usage = False
         self.requests, self.tokens = SlidingSum(MINUTE_S), SlidingSum(MINUTE_S)
         self._on_change, self._heard_at = on_change, 0.0
+        self.senders = Senders(rules.window_s)
 
     @property
     def is_shaky(self) -> bool:
@@ -146,7 +149,7 @@ class Live:
         before = self.breaker
         wait_s = None if failure is None else failure.retry_after_s
         self.breaker = record(before, self.rules, ticket, outcome, now, wait_s)
-        if failure is not None and wait_s:
+        if failure is not None and wait_s and outcome != "ignored":
             self.rests_until = max(self.rests_until, now + wait_s)
         if before.phase != self.breaker.phase:
             self._on_change(self, before.phase, "it works again" if failure is None else failure.kind, now)

@@ -9,10 +9,11 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from anabranch.gateway.count import num_prompts
 from anabranch.gateway.dispatch.billed import broken_off, tokens_of
 from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.plan import Attempt
-from anabranch.gateway.providers.chunks import as_chunks, has_content, is_finished
+from anabranch.gateway.providers.chunks import as_chunks, ended, has_content
 from anabranch.gateway.providers.provider import (
     BODY_BYTES,
     Answer,
@@ -26,6 +27,7 @@ from anabranch.gateway.providers.provider import (
     garbage,
 )
 from anabranch.gateway.providers.sse import DONE_DATA, EVENT_BYTES, Splitter, event, events
+from anabranch.gateway.providers.vocabulary import status_said
 
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.run import Run
@@ -48,7 +50,7 @@ class Opened:
         head: of the first chunk: its id, model and the like.
         usage: as the upstream said; None until it does.
         is_done: nothing more will come.
-        has_finished: the answer came to its end, whatever the connection does.
+        has_finished: every choice that was asked for came to its end, whatever the connection does.
         has_given_usage: a chunk with the usage was passed on.
 
     Args:
@@ -75,6 +77,7 @@ class Opened:
         self._gives_usage = request.wants_usage and stitch is None
         self._has_begun = self._is_settled = False
         self._num_bytes = self._num_texts = self._text_bytes = 0
+        self._num_choices, self._whole = _num_choices(request), set[int]()
 
     def counted(self) -> Usage:
         """What the upstream said, else an estimate: the more of the chunks with text and a quarter of the bytes of it."""
@@ -202,7 +205,8 @@ class Opened:
         block = self.splitter.feed(data)
         if not block:
             return b""
-        if self._has_begun and self.translator is None and self._stitch is None and _is_plain(block):
+        is_plain = self.translator is None and self._stitch is None and self._num_choices == 1
+        if self._has_begun and is_plain and _is_plain(block):
             self._count(block)
             return block
         return self._examined(block)
@@ -236,7 +240,7 @@ class Opened:
                 continue
             chunk = read_chunk(data)
             if name == b"error" or chunk.get("error"):
-                raise UpstreamError(self.live.provider.error(_status(chunk), self.reply.headers, data))
+                raise UpstreamError(self.live.provider.error(status_said(chunk), self.reply.headers, data))
             if self._is_passed(chunk):
                 kept.append(b"data: " + data.replace(b"\n", b" ") + b"\n\n" if self._stitch is None else event(chunk))
         passed = b"".join(kept)
@@ -248,7 +252,8 @@ class Opened:
         if not self._has_begun:
             self.head = self.head or {key: value for key, value in chunk.items() if key not in ("choices", "usage")}
             self._has_begun = has_content(chunk)
-        self.has_finished = self.has_finished or is_finished(chunk)
+        self._whole |= ended(chunk)
+        self.has_finished = self.has_finished or len(self._whole) >= self._num_choices
         self.usage = Usage.of(chunk) or self.usage
         if not chunk.get("choices") and isinstance(chunk.get("usage"), dict):
             self.has_given_usage = self.has_given_usage or self._gives_usage
@@ -265,7 +270,7 @@ class Opened:
         for text in _TEXT.findall(block):
             self._num_texts += 1
             self._text_bytes += len(text)
-        if not self.has_finished and _FINISHED.search(block):
+        if self._num_choices == 1 and not self.has_finished and _FINISHED.search(block):
             self.has_finished = True
 
     def from_answer(self, answer: Answer) -> None:
@@ -276,6 +281,13 @@ class Opened:
         if not self._has_begun:
             raise garbage("an answer without choices", answer.data)
         self.usage, self.is_done, self.has_finished = answer.usage, True, True
+
+
+def _num_choices(request: UpstreamRequest) -> int:
+    """How many choices are asked for; each ends for itself."""
+    asked = request.body.get("n")
+    answers = asked if type(asked) is int and asked > 0 else 1
+    return answers * (num_prompts(request.body) if request.endpoint == "completions" else 1)
 
 
 def _is_plain(block: bytes) -> bool:
@@ -308,14 +320,3 @@ def read_chunk(data: bytes) -> Json:
     if not isinstance(chunk, dict):
         raise garbage("a chunk that is no JSON object", data)
     return chunk
-
-
-def _status(chunk: Json) -> int:
-    """The HTTP status that an error inside a stream stands for."""
-    error = chunk.get("error")
-    for source in (error if isinstance(error, dict) else {}, chunk):
-        for name in ("status", "code", "status_code"):
-            word = str(source.get(name))
-            if len(word) == 3 and word.isdigit() and 400 <= int(word) < 600:
-                return int(word)
-    return 500

@@ -30,6 +30,7 @@ class Plan:
         requests: what to send to a model in place of the request, by its name.
         bounds: most completion tokens of one answer of a model, by its name; sent to it where the request names no end of its own.
         report: filled as attempts are made, for whoever has to know of them however the request ends; None for a new one.
+        sender: whose request it is, to tell what one sender meets from what all do; "" if nobody knows.
     """
 
     candidates: tuple[str, ...]
@@ -44,6 +45,7 @@ class Plan:
     requests: Mapping[str, UpstreamRequest] = field(default_factory=dict)
     bounds: Mapping[str, int] = field(default_factory=dict)
     report: "Report | None" = None
+    sender: str = ""
 
     def most_attempts(self, retries: int) -> int:
         """Attempts that may be made."""

@@ -14,6 +14,7 @@ ACTION: dict[FailureKind, Action] = {
     "server": "retry", "garbage": "retry", "cut": "retry",
     "context": "fall_back", "filter": "fall_back", "unsupported": "fall_back", "unavailable": "fall_back", "refused": "fall_back",
     "credit": "retry", "auth": "retry",  # the breaker opens: another deployment has its own account, else the next model is asked
+    "forbidden": "retry",  # another deployment has its own key
     "request": "give_up", "deadline": "give_up",
 }  # fmt: skip
 
@@ -22,8 +23,13 @@ OUTCOME: dict[FailureKind, Outcome] = {
     "garbage": "failure", "cut": "failure", "deadline": "failure",
     "credit": "fatal", "auth": "fatal",
     "conflict": "ignored", "context": "ignored", "filter": "ignored", "unsupported": "ignored", "request": "ignored",
+    "forbidden": "ignored",
     "unavailable": "ignored", "refused": "ignored",
 }  # fmt: skip
+
+# Refusals with these statuses are the request's own, until several senders in a row have met one: then they are the deployment's. An
+# account without money, or a model that is not there, is told so by some providers.
+DISPUTED = (400, 403, 404)
 
 
 def backoff(retry: int, base_s: float, most_s: float, rng: random.Random) -> float:

@@ -9,6 +9,7 @@ There is one deadline, and every wait is cut to what is left of it.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.dispatch.balance import pick
@@ -17,8 +18,17 @@ from anabranch.gateway.dispatch.breaker import Outcome
 from anabranch.gateway.dispatch.late import Exchange, answer_of
 from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
-from anabranch.gateway.dispatch.retry import ACTION, OUTCOME, backoff
-from anabranch.gateway.providers.provider import Failure, FailureKind, UpstreamError, UpstreamRequest, Usage
+from anabranch.gateway.dispatch.retry import ACTION, DISPUTED, OUTCOME, backoff
+from anabranch.gateway.providers.provider import (
+    Failure,
+    FailureKind,
+    HttpCall,
+    UpstreamError,
+    UpstreamRequest,
+    Usage,
+)
+from anabranch.gateway.raised import raised
+from anabranch.web.large_json import LARGE
 
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.dispatcher import Dispatcher, LiveGroup
@@ -27,7 +37,7 @@ logger = logging.getLogger(__name__)
 Opening = Callable[[Live, UpstreamRequest, Attempt], Awaitable[Any]]
 
 
-# Asking the same deployment again would cost as much time again.
+# They take long.
 SLOW: tuple[FailureKind, ...] = (
     "timeout",
     "first_token",
@@ -45,6 +55,31 @@ def as_failure(error: Exception, name: str) -> UpstreamError:
     return UpstreamError(
         Failure(kind="garbage", message=f"the provider of {name} failed ({type(error).__name__}); the log says how")
     )
+
+
+async def built(live: Live, request: UpstreamRequest) -> HttpCall:
+    """What a deployment is to be sent; a large request is put into its form in another thread.
+
+    Raises UpstreamError, of a kind that is held against nobody but the request. Nothing has been sent yet: whatever goes wrong here
+    comes of what is in the request, be it that the provider has a fault that it meets.
+    """
+    if request.num_bytes > LARGE:
+        return await asyncio.to_thread(_built, live, request)
+    return _built(live, request)
+
+
+def _built(live: Live, request: UpstreamRequest) -> HttpCall:
+    try:
+        return live.provider.build(request)
+    except UpstreamError as error:
+        failure = error.failure
+        kind = failure.kind if OUTCOME[failure.kind] == "ignored" else "request"
+        # The status is of no upstream.
+        raise UpstreamError(replace(failure, kind=kind, status=None)) from None
+    except Exception as error:
+        logger.error("the provider of deployment %s cannot send a request: %s", live.name, raised(error))
+        message = f"the request cannot be put into the form that {live.name} takes ({type(error).__name__})"
+        raise UpstreamError(Failure(kind="unsupported", message=message)) from None
 
 
 class Run:
@@ -93,8 +128,9 @@ class Run:
         action = ACTION[error.failure.kind]
         if action == "give_up":
             raise self.ended(error)
-        is_slow = error.failure.kind in SLOW and not self.is_last and not self._has_fresh()
-        if action == "fall_back" or is_slow or self._retry >= self.rules.retries:
+        # Asked again, the same deployment would take as much time again, or refuse again.
+        is_in_vain = (error.failure.kind in SLOW and not self.is_last) or error.failure.kind == "forbidden"
+        if action == "fall_back" or self._retry >= self.rules.retries or (is_in_vain and not self._has_fresh()):
             self._next_model()
         else:
             self._retry += 1
@@ -380,13 +416,21 @@ class Run:
         return broken_off(most, attempt.told, 0, live.rate, (attempt.total_s or 0.0) + self.rules.margin_s)
 
     def _outcome(self, live: Live, attempt: Attempt, failure: Failure) -> Outcome:
-        """What a failure says of the deployment. The end of the request's time is held against it only if it had half of its own."""
-        if failure.kind != "deadline" or attempt.total_s is None:
-            return OUTCOME[failure.kind]
+        """What a failure says of the deployment: nothing, where it may well be the request's own."""
+        sender = self.plan.sender
+        if failure.kind in ("request", "forbidden") and failure.status in DISPUTED:
+            return "fatal" if live.senders.refused(sender) else "ignored"
+        outcome = OUTCOME[failure.kind]
+        if failure.kind == "deadline" and not self._had_time(live, attempt):
+            return "ignored"
+        return "ignored" if outcome == "failure" and not live.senders.failed(sender, self.dispatcher.now()) else outcome
+
+    def _had_time(self, live: Live, attempt: Attempt) -> bool:
+        """Whether an attempt that ended with the request's time had at least half of the deployment's own."""
         own = live.deployment
         limit_s = min(own.first_token_timeout_s, own.timeout_s) if self._streams else own.timeout_s
-        began_s = attempt.total_s if attempt.first_token_s is None else 0.0
-        return "failure" if began_s >= 0.5 * limit_s else "ignored"
+        began_s = attempt.total_s if attempt.total_s is not None and attempt.first_token_s is None else 0.0
+        return began_s >= 0.5 * limit_s
 
     def won(self, live: Live, attempt: Attempt, usage: Usage) -> None:
         """End an attempt that brought a whole answer."""
@@ -394,6 +438,7 @@ class Run:
         attempt.status, attempt.total_s = "ok", now - self.began - attempt.start_s
         attempt.call = None
         self.charge(live, attempt, usage)
+        live.senders.answered(self.plan.sender, now)
         live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None)
         live.timed(attempt.total_s, attempt.first_token_s, usage.completion)
         if attempt.first_token_s is None:

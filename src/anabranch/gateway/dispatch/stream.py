@@ -19,7 +19,7 @@ from typing import Any
 from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.opened import Opened, read_chunk
 from anabranch.gateway.dispatch.plan import Attempt, Report
-from anabranch.gateway.dispatch.run import Run, as_failure
+from anabranch.gateway.dispatch.run import Run, as_failure, built
 from anabranch.gateway.providers.chunks import assembled, text_of
 from anabranch.gateway.providers.provider import (
     BODY_BYTES,
@@ -122,7 +122,7 @@ class Stream:
         """Stop: the upstream's connection is dropped, and what it made so far is charged."""
         coming = self._coming
         await self._events.aclose()
-        self._drop()
+        self.drop()
         if coming is not None:
             await asyncio.wait((coming,))
 
@@ -132,7 +132,8 @@ class Stream:
         answer.report = self._run.report
         return answer
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Stop at once, as `aclose` does, without waiting for what is under way to notice."""
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.drop()
@@ -146,7 +147,7 @@ class Stream:
 
     async def _opening(self, live: Live, request: UpstreamRequest, attempt: Attempt) -> Opened:
         limit_s = min(live.deployment.first_token_timeout_s, live.deployment.timeout_s)
-        attempt.call = call = live.provider.build(request)
+        attempt.call = call = await built(live, request)
         reply: Reply | None = None
         try:
             async with asyncio.timeout(max(min(limit_s, self._run.left_s), 0.0)):
@@ -196,7 +197,7 @@ class Stream:
                     yield self._usage_chunk()
                 yield DONE
         finally:
-            self._drop()
+            self.drop()
 
     def _noted(self, block: bytes) -> bytes:
         if block is not HEARTBEAT:

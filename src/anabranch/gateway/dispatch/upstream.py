@@ -5,6 +5,7 @@ no cookies are kept. Nothing here has a timeout: whoever waits sets one.
 """
 
 import asyncio
+import io
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -82,11 +83,11 @@ class Upstream:
             self._session = None
 
 
-class _Body(aiohttp.BytesPayload):
-    """The body of a call, which notes when it goes out."""
+class _Body(aiohttp.BytesIOPayload):
+    """The body of a call, which notes when it goes out, and goes by pieces, between which others get their turn."""
 
     def __init__(self, call: HttpCall) -> None:
-        super().__init__(call.body)
+        super().__init__(io.BytesIO(call.body))
         self._call = call
 
     async def write(self, writer: Any) -> None:

@@ -12,9 +12,11 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from anabranch.gateway.gateway import Gateway
-from anabranch.web.answers import bearer
+from anabranch.web.answers import JSON, bearer
 from anabranch.web.api_error import ApiError
 
+# Types that any page may send, without asking first; nothing is sent as one of them without a body either.
+_SIMPLE = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 _ASK = {"WWW-Authenticate": 'Basic realm="gateway, any name, the admin key as password", charset="UTF-8"'}
 
 
@@ -61,3 +63,22 @@ def _is_local(request: web.BaseRequest) -> bool:
         return False
     forwarded = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip"))
     return is_near and is_meant and not forwarded
+
+
+def check_origin(request: web.BaseRequest) -> None:
+    """Raises ApiError for a change that another page makes a browser send, which knows the key, and for one that is no JSON.
+
+    A page of another host can send a form or plain text anywhere, without asking; JSON it cannot.
+    """
+    if request.method in ("GET", "HEAD"):
+        return
+    origin = request.headers.get("origin")
+    is_foreign = request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+    if is_foreign or (origin is not None and origin.lower().partition("://")[2] != request.host.lower()):
+        raise ApiError(
+            403, "foreign_origin", "a page of another host asks for this; use one of this host, or no browser"
+        )
+    kind = (request.headers.get("content-type") or "").partition(";")[0].strip().lower()
+    is_wrong = kind != JSON if request.body_exists else kind in _SIMPLE
+    if is_wrong and request.method != "DELETE":
+        raise ApiError(415, "unsupported_media_type", "send application/json as content-type")

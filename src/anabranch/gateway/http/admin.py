@@ -2,27 +2,31 @@
 
 import dataclasses
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from aiohttp import web
 
 from anabranch.config import to_dict
 from anabranch.errors import AnabranchError, InputError
+from anabranch.gateway.config.redact import redacted
 from anabranch.gateway.decide import BypassError
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.http.access import check_operator
+from anabranch.gateway.http.access import check_operator, check_origin
 from anabranch.gateway.learning.erasures import can_forget
 from anabranch.gateway.money import dollars, nano_dollars
 from anabranch.gateway.store import GROUPS, Budget, LedgerQuery
+from anabranch.gateway.store.key_rows import FIELDS
 from anabranch.web.answers import json_response, read_body
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import parse
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 
+T = TypeVar("T")
 Work = Callable[["_Call"], Awaitable[Any]]
 MOST_ROWS = 1000
 DIGITS = 20
+_WITH_BODY = ("POST", "PUT", "PATCH")
 
 
 class _Call:
@@ -63,7 +67,12 @@ class AdminRoutes:
     def __init__(self, gateway: Gateway, on_reload: Callable[[], Awaitable[None]] | None) -> None:
         self._gateway, self._on_reload = gateway, on_reload
         self._table: dict[str, dict[str, Work]] = {
-            "keys": {"GET": self._keys, "POST": self._create_key, "DELETE": self._revoke_key},
+            "keys": {
+                "GET": self._keys,
+                "POST": self._create_or_rotate_key,
+                "PATCH": self._edit_key,
+                "DELETE": self._revoke_key,
+            },
             "budgets": {"GET": self._budgets, "PUT": self._set_budget, "DELETE": self._remove_budget},
             "providers": {"GET": self._providers},
             "strategies": {"GET": self._strategies},
@@ -90,7 +99,8 @@ class AdminRoutes:
             allowed = ", ".join(methods)
             raise ApiError(405, "wrong_method", f"/admin/{thing} takes {allowed}", headers={"Allow": allowed})
         body: dict[str, Any] = {}
-        if request.method in ("POST", "PUT") and thing != "reload":
+        check_origin(request)
+        if request.method in _WITH_BODY and thing != "reload" and not name.endswith("/rotate"):
             limits = self._gateway.config.limits
             raw = await read_body(request, limits.body_bytes, limits.body_timeout_s)
             check_json_size(raw, MOST_VALUES, MOST_PARTS)
@@ -100,16 +110,24 @@ class AdminRoutes:
     async def _keys(self, call: _Call) -> Any:
         return {"keys": [dataclasses.asdict(key) for key in await self._gateway.store.keys()]}
 
-    async def _create_key(self, call: _Call) -> Any:
-        body = call.body
-        known = {"name", "user", "team", "tags", "models", "rpm", "tpm", "expires_s", "is_admin"}
-        if unknown := set(body) - known:
-            raise wrong(min(unknown), f"a key has no {min(unknown)!r}; known: {', '.join(sorted(known))}")
-        try:
-            secret, record = await self._gateway.store.create_key(**body)
-        except TypeError as error:
-            raise wrong("body", f"a field is of the wrong type: {error}") from None
+    async def _create_or_rotate_key(self, call: _Call) -> Any:
+        """``POST /admin/keys`` makes one, ``POST /admin/keys/ID/rotate`` gives one another secret."""
+        id, _, verb = call.name.rpartition("/")
+        if call.name and (verb != "rotate" or not id):
+            raise ApiError(
+                404, "not_found", "POST /admin/keys makes a key, POST /admin/keys/ID/rotate gives it another secret"
+            )
+        made = (
+            self._gateway.store.rotate_key(id)
+            if call.name
+            else self._gateway.store.create_key(**_key_fields(call.body))
+        )
+        secret, record = await _told(made)
         return {"secret": secret, "key": dataclasses.asdict(record)}
+
+    async def _edit_key(self, call: _Call) -> Any:
+        record = await _told(self._gateway.store.edit_key(call.name, **_key_fields(call.body)))
+        return {"key": dataclasses.asdict(record)}
 
     async def _revoke_key(self, call: _Call) -> Any:
         return {"key": dataclasses.asdict(await self._gateway.store.revoke_key(call.name))}
@@ -141,7 +159,7 @@ class AdminRoutes:
             {
                 "name": name, "strategy": lane.strategy.name, "is_default": name == self._gateway.config.default,
                 "needs_vector": lane.strategy.needs_vector, "reads_answers": lane.strategy.reads_answers, "learns": lane.learns,
-                "knob": lane.strategy.knob, "timeout_s": lane.timeout_s, "config": to_dict(lane.strategy.config),
+                "knob": lane.strategy.knob, "timeout_s": lane.timeout_s, "config": redacted(to_dict(lane.strategy.config)),
             }
             for name, lane in lanes.items()
         ]  # fmt: skip
@@ -215,7 +233,7 @@ class AdminRoutes:
         return {"tenant": None, "decision": decision}
 
     async def _config(self, call: _Call) -> Any:
-        return to_dict(self._gateway.config)
+        return redacted(to_dict(self._gateway.config))
 
     async def _reload(self, call: _Call) -> Any:
         if self._on_reload is None:
@@ -234,3 +252,19 @@ def _budget(budget: Budget) -> dict[str, Any]:
         **dataclasses.asdict(budget), "remaining_nano": budget.remaining_nano, "limit_usd": dollars(budget.limit_nano),
         "spent_usd": dollars(budget.spent_nano),
     }  # fmt: skip
+
+
+def _key_fields(body: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a key. Raises ApiError for one that keys do not have."""
+    if unknown := set(body) - set(FIELDS):
+        raise wrong(min(unknown), f"a key has no {min(unknown)[:40]!r}; known: {', '.join(sorted(FIELDS))}")
+    return body
+
+
+async def _told(work: Awaitable[T]) -> T:
+    """What the store does. A value that it refuses is told with its field, which the sentence begins with."""
+    try:
+        return await work
+    except InputError as error:
+        field = str(error).split(" ", 1)[0]
+        raise wrong(field, str(error)) if field in FIELDS else ApiError(400, "invalid_value", str(error)) from None

@@ -88,7 +88,7 @@ class App:
 
     def refuse(self, status: int, message: str) -> web.Response:
         """What is no HTTP, or too much of it."""
-        self.gateway.metrics.refused.labels("invalid_http").inc()
+        self.gateway.metrics.refuse("invalid_http")
         if status >= 500:
             return error_response(ApiError(500, "internal_error", "the gateway failed; its log says how"))
         return error_response(

@@ -15,6 +15,7 @@ from anabranch.web.answers import JSON, SAFE, Route, bearer, json_response, read
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
+from anabranch.web.large_json import LARGE, parse_large
 from anabranch.web.responses import ResponseStream, to_chat, to_response
 from anabranch.web.sse import read_data
 
@@ -48,16 +49,23 @@ class OpenAIRoutes:
 
     def _endpoint(self, endpoint: str) -> Route:
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
-            body = await self._read(request)
-            reply = await self._gateway.handle(endpoint, body, key=bearer(request), headers=request.headers)
+            body, num_bytes = await self._read(request)
+            reply = await self._gateway.handle(
+                endpoint, body, key=bearer(request), headers=request.headers, num_bytes=num_bytes
+            )
             return await self._send(request, reply, reply.stream)
 
         return answer
 
     async def _responses(self, request: web.BaseRequest) -> web.StreamResponse:
-        body = await self._read(request)
+        body, num_bytes = await self._read(request)
         reply = await self._gateway.handle(
-            "chat", to_chat(body), key=bearer(request), headers=request.headers, shown_as="responses"
+            "chat",
+            to_chat(body),
+            key=bearer(request),
+            headers=request.headers,
+            shown_as="responses",
+            num_bytes=num_bytes,
         )
         # Unlike OpenAI's, ours cannot be asked for again; it is said all the same whether its text is kept.
         body = {**body, "store": self._gateway.keeps_texts(body)}
@@ -75,11 +83,11 @@ class OpenAIRoutes:
         return json_response({"object": "list", "data": self._gateway.models()})
 
     async def _feedback(self, request: web.BaseRequest) -> web.StreamResponse:
-        body = await self._read(request)
+        body, _ = await self._read(request)
         return json_response(await self._gateway.feedback(body, key=bearer(request)))
 
-    async def _read(self, request: web.BaseRequest) -> dict[str, Any]:
-        """The body, of those only who have a key: nobody else may fill the memory."""
+    async def _read(self, request: web.BaseRequest) -> tuple[dict[str, Any], int]:
+        """The body and its bytes, of those only who have a key: nobody else may fill the memory."""
         try:
             await self._gateway.authenticate(bearer(request))
         except ApiError as error:
@@ -88,8 +96,9 @@ class OpenAIRoutes:
             raise
         limits = self._gateway.config.limits
         raw = await read_body(request, limits.body_bytes, limits.body_timeout_s)
-        check_json_size(raw, MOST_VALUES, MOST_PARTS)
-        return parse(raw)
+        # A large one would hold up all other requests.
+        body = _parsed(raw) if len(raw) <= LARGE else await asyncio.to_thread(_parsed, raw)
+        return body, len(raw)
 
     async def _send(
         self, request: web.BaseRequest, reply: Reply, source: AsyncIterator[bytes] | None
@@ -124,6 +133,12 @@ class OpenAIRoutes:
                 with contextlib.suppress(RuntimeError):
                     await stream.aclose()  # type: ignore[attr-defined]
         return response
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    """The JSON of a body. Raises ApiError."""
+    check_json_size(raw, MOST_VALUES, MOST_PARTS)
+    return parse(raw) if len(raw) <= LARGE else parse_large(raw)
 
 
 async def _as_response(body: dict[str, Any], stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

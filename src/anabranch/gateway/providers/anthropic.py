@@ -22,6 +22,7 @@ from anabranch.gateway.providers.provider import (
     hidden,
     parse_object,
 )
+from anabranch.web.body import is_too_deep
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, JsonRoom, JsonSizeError
 
 FINISH = {
@@ -94,7 +95,7 @@ class Anthropic(Provider, kind="anthropic"):
             message = f"messages or tools are not in the form of OpenAI's API ({type(error).__name__}: {error})"
             raise UpstreamError(Failure(kind="request", message=message, status=400)) from None
         headers = {**self._headers, **request.headers} if request.headers else self._headers
-        return HttpCall(self._url, headers, json.dumps(body, separators=(",", ":")).encode(), self.config.proxy)
+        return HttpCall(self._url, headers, request.dumped(body), self.config.proxy)
 
     def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
         """A message as a chat completion. Raises UpstreamError (``garbage``)."""
@@ -245,6 +246,7 @@ def _tool_use(call: Json, room: JsonRoom) -> Json:
         # The parser holds up all other requests for as long as it takes.
         room.take(text.encode("utf-8", "replace"))
         given = json.loads(text)
+        why_not = "are nested too deep" if is_too_deep(given) else ""
     except JsonSizeError as error:
         why_not = f"have, with those of the other calls, {error}"
     except RecursionError:

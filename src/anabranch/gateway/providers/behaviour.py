@@ -90,8 +90,11 @@ class Behaviour:
         """What the next request gets."""
         try:
             asked = json.loads(body)
-        except ValueError:
-            return _error(400, "the body is no JSON")
+            return self._scene(path, asked)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            return _error(400, f"the body is no request ({type(error).__name__})")
+
+    def _scene(self, path: str, asked: Json) -> Scene:
         name, _, number = self.step().partition(":")
         if name.isdigit():
             return _error(int(name), "scripted failure", number)

@@ -23,9 +23,9 @@ def has_content(chunk: Json) -> bool:
     return False
 
 
-def is_finished(chunk: Json) -> bool:
-    """Whether a choice ends with this chunk."""
-    return any(choice.get("finish_reason") for choice in _choices(chunk))
+def ended(chunk: Json) -> set[int]:
+    """The choices that end with this chunk."""
+    return {_place(choice, 0) for choice in _choices(chunk) if choice.get("finish_reason")}
 
 
 def text_of(chunks: Iterable[Json]) -> str:

@@ -20,6 +20,8 @@ from typing import Any, ClassVar, Literal, Protocol, TypeGuard
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
 from anabranch.errors import AnabranchError
+from anabranch.gateway.providers.vocabulary import kind_of, status_said
+from anabranch.web.large_json import LARGE, dump_large
 
 Endpoint = Literal["chat", "completions", "embeddings"]
 Json = dict[str, Any]
@@ -30,6 +32,9 @@ BODY_BYTES = 32 << 20
 
 # Most tokens of one call that are believed.
 TOKENS = 10**9
+
+# Why an answer ended that can be given to others.
+WHOLE = ("stop", "length", "tool_calls")
 
 # Longer waits than this are not believed.
 RETRY_AFTER_S = 300.0
@@ -56,6 +61,8 @@ FailureKind = Literal[
     "credit",
     # Our key is not accepted.
     "auth",
+    # 403, and nothing says whether it is for our key or for what was asked.
+    "forbidden",
     # This provider cannot do what is asked.
     "unsupported",
     # Any other 4xx: the request itself is at fault.
@@ -108,7 +115,7 @@ class UpstreamError(AnabranchError):
     def status(self) -> int:
         """The HTTP status for whoever asked."""
         failure = self.failure
-        if failure.kind in ("request", "context", "filter", "unsupported"):
+        if failure.kind in ("request", "context", "filter", "unsupported", "forbidden"):
             return failure.status if failure.status is not None and 400 <= failure.status < 500 else 400
         return _STATUS.get(failure.kind, 502)
 
@@ -176,9 +183,10 @@ class UpstreamRequest:
         request_id: for logs and recordings.
         prompt_tokens: counted or estimated; None for a quarter of the bytes.
         headers: to send along, lower case.
+        num_bytes: of the body as it came, if it is known; a large one is written in steps.
     """
 
-    __slots__ = ("_rest", "body", "endpoint", "headers", "prompt_tokens", "request_id", "stream")
+    __slots__ = ("_rest", "body", "endpoint", "headers", "num_bytes", "prompt_tokens", "request_id", "stream")
 
     def __init__(
         self,
@@ -188,8 +196,10 @@ class UpstreamRequest:
         request_id: str = "",
         prompt_tokens: int | None = None,
         headers: Headers | None = None,
+        num_bytes: int = 0,
     ) -> None:
         self.endpoint, self.body, self.request_id, self.headers = endpoint, body, request_id, headers
+        self.num_bytes = num_bytes
         self.stream = bool(body.get("stream")) and endpoint != "embeddings"
         self._rest: dict[bool, bytes] = {}
         self.prompt_tokens = len(self.encoded("", False)) // 4 if prompt_tokens is None else prompt_tokens
@@ -202,19 +212,25 @@ class UpstreamRequest:
 
     def encoded(self, model: str, asks_usage: bool) -> bytes:
         """The body as JSON with another name of the model, and, where ``asks_usage``, asking for the usage of a stream."""
+        asks_usage = asks_usage and self.stream
         rest = self._rest.get(asks_usage)
         if rest is None:
             fields = {name: value for name, value in self.body.items() if name != "model"}
-            if asks_usage and self.stream:
+            if asks_usage:
                 options = fields.get("stream_options")
                 fields["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-            try:
-                text = json.dumps(fields, separators=(",", ":"), allow_nan=False)
-            except ValueError:
-                message = "the request holds a number that JSON cannot carry (NaN or infinite)"
-                raise UpstreamError(Failure(kind="request", message=message, status=400)) from None
-            rest = self._rest[asks_usage] = text.encode()
+            rest = self._rest[asks_usage] = self.dumped(fields)
         return b'{"model":' + json.dumps(model).encode() + (b"," + rest[1:] if len(rest) > 2 else b"}")
+
+    def dumped(self, value: Any) -> bytes:
+        """``value``, made of the body, as JSON. Raises UpstreamError for a number that JSON cannot carry."""
+        try:
+            if self.num_bytes > LARGE:
+                return dump_large(value)
+            return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+        except ValueError:
+            message = "the request holds a number that JSON cannot carry (NaN or infinite)"
+            raise UpstreamError(Failure(kind="request", message=message, status=400)) from None
 
     def whole(self) -> "UpstreamRequest":
         """The same request, not streamed."""
@@ -222,7 +238,12 @@ class UpstreamRequest:
             return self
         body = {name: value for name, value in self.body.items() if name not in ("stream", "stream_options")}
         return UpstreamRequest(
-            self.endpoint, body, request_id=self.request_id, prompt_tokens=self.prompt_tokens, headers=self.headers
+            self.endpoint,
+            body,
+            request_id=self.request_id,
+            prompt_tokens=self.prompt_tokens,
+            headers=self.headers,
+            num_bytes=self.num_bytes,
         )
 
     def bounded(self, most_tokens: int | None) -> "UpstreamRequest":
@@ -233,13 +254,17 @@ class UpstreamRequest:
             return self
         return UpstreamRequest(
             self.endpoint, {**body, "max_tokens": most_tokens}, request_id=self.request_id, prompt_tokens=self.prompt_tokens,
-            headers=self.headers,
+            headers=self.headers, num_bytes=self.num_bytes,
         )  # fmt: skip
 
     def with_body(self, **changes: Any) -> "UpstreamRequest":
         """The same request with some fields of the body set."""
         return UpstreamRequest(
-            self.endpoint, {**self.body, **changes}, request_id=self.request_id, headers=self.headers
+            self.endpoint,
+            {**self.body, **changes},
+            request_id=self.request_id,
+            headers=self.headers,
+            num_bytes=self.num_bytes,
         )
 
 
@@ -297,6 +322,13 @@ class Answer:
     def finish_reason(self) -> str | None:
         """Why the first choice ended."""
         return _first(self.body.get("choices")).get("finish_reason")
+
+    @property
+    def is_whole(self) -> bool:
+        """Every choice came to its end, and none was held back."""
+        choices = self.body.get("choices")
+        found = [_first([one]).get("finish_reason") for one in choices] if isinstance(choices, list) else []
+        return bool(found) and all(reason in WHOLE for reason in found)
 
 
 def _first(items: Any) -> Json:
@@ -373,7 +405,7 @@ class Provider(Part, family="provider"):
         value = parse_object(body)
         # Some servers say 200 and mean it not.
         if isinstance(value.get("error"), dict):
-            raise UpstreamError(self.error(500, {}, body))
+            raise UpstreamError(self.error(status_said(value), {}, body))
         wanted = "data" if request.endpoint == "embeddings" else "choices"
         if not isinstance(value.get(wanted), list):
             raise garbage(f"an answer without {wanted!r}", body)
@@ -425,43 +457,16 @@ def estimated(request: UpstreamRequest, body: bytes) -> Usage:
     return Usage(request.prompt_tokens, completion, 0, True)
 
 
-_CONTEXT = re.compile(
-    r"context.?(length|window)|maximum context|prompt is too long|too many tokens|input is too long|exceeds? the (model|limit)", re.I
-)  # fmt: skip
-_CREDIT = re.compile(
-    r"insufficient.?(quota|credit|balance|funds)|credit balance|usage limit|billing|exceeded your current quota|spending limit"
-    r"|payment required", re.I
-)  # fmt: skip
-_FILTER = re.compile(r"content.?(filter|policy|management)|responsible.?ai|safety system|flagged", re.I)
-
-
 def classify(status: int, headers: Headers, body: bytes) -> Failure:
-    """What an answer that is not 2xx means, from its status and the words in it (OpenAI's and Anthropic's forms)."""
+    """What an answer that is not 2xx means (see `vocabulary`), in OpenAI's and Anthropic's forms."""
     message, kind, code, param = _said(body)
-    words = f"{message} {kind or ''} {code or ''}"
-    what: FailureKind
-    if status == 402 or (status in (400, 403, 429) and _CREDIT.search(words)):
-        what = "credit"
-    elif status in (400, 413, 422) and _CONTEXT.search(words):
-        what = "context"
-    elif status in (400, 403, 422) and _FILTER.search(words):
-        what = "filter"
-    elif status >= 500 or status < 200:
-        what = "server"
-    elif status < 400:
-        what = "garbage"
+    what = kind_of(status, kind, code)
+    if what == "garbage":
         message = f"the upstream redirects ({status}), which is not followed to another host"
-    else:
-        what = _OF_STATUS.get(status, "request")
     text = message or f"the upstream answered with status {status}"
     return Failure(
         kind=what, message=text[:500], status=status, retry_after_s=retry_after(headers), type=kind, code=code, param=param
     )  # fmt: skip
-
-
-_OF_STATUS: dict[int, FailureKind] = {
-    401: "auth", 403: "auth", 408: "timeout", 409: "conflict", 425: "conflict", 429: "rate_limit",
-}  # fmt: skip
 
 
 def _said(body: bytes) -> tuple[str, str | None, str | None, str | None]:
@@ -478,8 +483,16 @@ def _said(body: bytes) -> tuple[str, str | None, str | None, str | None]:
         return "", None, None, None
     message = error.get("message") or error.get("detail") or ""
     found = [error.get(name) for name in ("type", "code", "param")]
-    kind, code, param = (str(value) if isinstance(value, str | int) else None for value in found)
-    return message if isinstance(message, str) else json.dumps(message), kind, code, param
+    kind, code, param = (str(value)[:200] if isinstance(value, str | int) else None for value in found)
+    return _as_text(message), kind, code, param
+
+
+def _as_text(message: Any) -> str:
+    """What an error says; some servers say it as a list of what is wrong with each field."""
+    try:
+        return message if isinstance(message, str) else json.dumps(message)
+    except RecursionError:
+        return ""
 
 
 def retry_after(headers: Headers, now: datetime | None = None) -> float | None:

@@ -40,14 +40,15 @@ def request_key(path: str, body: bytes, *, ends: bool = True) -> str:
     """Of what is asked, whatever the order of fields and the name of the model; without ``ends``, whatever the end it asks for too."""
     try:
         fields = json.loads(body)
-    except ValueError:
+        fields.pop("model", None)
+        fields.pop("stream_options", None)
+        if not ends:
+            fields.pop("max_tokens", None)
+            fields.pop("max_completion_tokens", None)
+        asked = json.dumps(fields, sort_keys=True)
+    except (ValueError, RecursionError):
         return hashlib.sha256(path.encode() + b"\0" + body).hexdigest()
-    fields.pop("model", None)
-    fields.pop("stream_options", None)
-    if not ends:
-        fields.pop("max_tokens", None)
-        fields.pop("max_completion_tokens", None)
-    return hashlib.sha256(f"{path}\0{json.dumps(fields, sort_keys=True)}".encode()).hexdigest()
+    return hashlib.sha256(f"{path}\0{asked}".encode()).hexdigest()
 
 
 class Record(Provider, kind="record"):

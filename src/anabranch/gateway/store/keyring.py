@@ -1,6 +1,7 @@
 """Keys: how they are made, hashed and remembered."""
 
 import hashlib
+import math
 import secrets
 import time
 from collections import OrderedDict
@@ -33,6 +34,18 @@ class Keyring:
     def __init__(self) -> None:
         self._known: OrderedDict[str, tuple[str, KeyRecord, float]] = OrderedDict()
         self.generation = 0
+        self._has_any, self._looked_s = False, -math.inf
+
+    @property
+    def has_any(self) -> bool | None:
+        """Whether there is any key; None if that is not known, or was not so `STALE_S` ago or longer."""
+        if not self._has_any and time.monotonic() - self._looked_s >= STALE_S:
+            return None
+        return self._has_any
+
+    def note_any(self, has_any: bool) -> None:
+        """Remember whether there is any key: once there is, there always will be."""
+        self._has_any, self._looked_s = has_any, time.monotonic()
 
     def get(self, digest: str) -> tuple[str, KeyRecord, float] | None:
         """Stored hash, key, and seconds since it was read."""
@@ -57,4 +70,5 @@ class Keyring:
     def forget(self) -> None:
         """All, since a key was written."""
         self._known.clear()
+        self._looked_s = -math.inf
         self.generation += 1

@@ -1,7 +1,7 @@
 """What a store keeps: keys, budgets, reservations, ledger rows. Money is nano-dollars, time microseconds since 1970 (UTC), all integers."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,22 @@ def plain(text: str) -> str:
     return "".join(sign if sign.isprintable() and sign != "," else ";" for sign in clean(text, NAME).strip())
 
 
+def listed(what: str, items: Any) -> tuple[str, ...]:
+    """``items``, a list of texts. Raises InputError, also for a text in its place, which would be taken letter by letter."""
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        raise InputError(f"{what} is {items!r:.100}; it must be a list of texts")
+    found = tuple(items)
+    for item in found:
+        if not isinstance(item, str):
+            raise InputError(f"{what} has {item!r:.100}; it must be a list of texts")
+    return found
+
+
 def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
     """Tags, each once, in order. Raises InputError for one that may not be, or too many."""
-    found = tuple(dict.fromkeys(tags))
+    found = tuple(dict.fromkeys(listed("tags", tags)))
     for tag in found:
-        if not isinstance(tag, str) or not TAG.fullmatch(tag):
+        if not TAG.fullmatch(tag):
             raise InputError(
                 f"the tag {tag!r} may not be: 1 to 64 of letters, digits and _ . @ / + = -, a letter or digit first"
             )
@@ -76,6 +87,7 @@ class KeyRecord:
         tags: that every request with it carries.
         models: names it may use; empty for all.
         rpm, tpm: requests and tokens a minute; None takes the gateway's.
+        max_in_flight: requests at a time; None takes the gateway's.
         is_admin: opens the admin interface too.
         created_us, expires_us, revoked_us: None for never.
     """
@@ -93,6 +105,7 @@ class KeyRecord:
     created_us: int = 0
     expires_us: int | None = None
     revoked_us: int | None = None
+    max_in_flight: int | None = None
 
     def is_valid(self, now_us: int) -> bool:
         """Neither revoked nor expired."""

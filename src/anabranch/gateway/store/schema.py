@@ -66,6 +66,15 @@ MIGRATIONS: list[Sequence[str]] = [
         "ALTER TABLE ledger ADD COLUMN calls_nano BIGINT NOT NULL DEFAULT 0",
         "CREATE INDEX ledger_by_parent ON ledger (parent_id) WHERE parent_id <> ''",
     ),
+    # How many requests a key may have under way. And names of keys differ: of those that were alike the oldest keeps its name, and the
+    # others get their id behind it.
+    (
+        """UPDATE keys SET name = name || ' ' || id WHERE name <> '' AND revoked_us IS NULL AND EXISTS (
+            SELECT 1 FROM keys AS older WHERE older.name = keys.name AND older.revoked_us IS NULL
+            AND (older.created_us < keys.created_us OR (older.created_us = keys.created_us AND older.id < keys.id)))""",
+        "CREATE UNIQUE INDEX keys_by_name ON keys (name) WHERE name <> '' AND revoked_us IS NULL",
+        "ALTER TABLE keys ADD COLUMN max_in_flight BIGINT",
+    ),
 ]
 
 # What is in every store, of whatever version.
@@ -73,6 +82,7 @@ TABLES = frozenset(("keys", "budgets", "replicas", "reservations", "ledger", "de
 
 KEYS = (
     "id", "hash", "name", "hint", "owner", "team", "tags", "models", "rpm", "tpm", "is_admin", "created_us", "expires_us", "revoked_us",
+    "max_in_flight",
 )  # fmt: skip
 BUDGETS = ("id", "subject", "period", "limit_nano", "spent_nano", "reserved_nano", "window_us")
 RESERVATIONS = ("request_id", "replica", "ts_us", "nano", "subjects", "requested", "strategy")

@@ -13,7 +13,6 @@ settled at what was reserved by whoever comes next, and their rows flagged.
 import asyncio
 import hmac
 import json
-import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -24,17 +23,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from anabranch.bounds import finite, is_whole, shown, whole
+from anabranch.bounds import finite, is_whole, shown
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.gateway.money import MOST_NANO
-from anabranch.gateway.store import questions, schema, writer
+from anabranch.gateway.store import key_rows, questions, schema, writer
 from anabranch.gateway.store.batch import Append, Do, Grow, Insert, Reserve, Settle, Unmake, recover
 from anabranch.gateway.store.calibration import Calibration, read_calibration
 from anabranch.gateway.store.database import BusyError, Connection, Database
 from anabranch.gateway.store.keyring import FRESH_S, Keyring, digest_of, new_secret
 from anabranch.gateway.store.period import check_period
 from anabranch.gateway.store.records import (
-    OUR_TAGS,
     Budget,
     CollectedRow,
     DecisionRow,
@@ -45,10 +43,8 @@ from anabranch.gateway.store.records import (
     Reservation,
     Spend,
     check_subject,
-    check_tags,
     clean,
-    joined,
-    plain,
+    listed,
 )
 from anabranch.gateway.store.writer import Writer
 
@@ -58,8 +54,6 @@ READERS = 4
 # Rows deleted in one transaction.
 PRUNED = 2000
 
-# Unix seconds: the end of the year 9999, up to which times can be shown.
-LAST_S = 253_402_300_799
 REQUEST_CHARACTERS = 128
 
 
@@ -166,7 +160,8 @@ class Store:
             )
         if request_id in self._open:
             raise InputError(f"the request id {request_id!r} is in use; ids of requests must differ")
-        reservation = Reservation(request_id, tuple(dict.fromkeys(subjects)), _money("a reservation", nano))
+        subjects = tuple(dict.fromkeys(listed("subjects", subjects)))
+        reservation = Reservation(request_id, subjects, _money("a reservation", nano))
         self._open.add(request_id)
         job = Reserve(reservation, requested, strategy)
         try:
@@ -287,6 +282,14 @@ class Store:
             self._keyring.put(digest, *found, generation)
         return found
 
+    async def has_keys(self) -> bool:
+        """Whether there is any key, be it one that has ended. One that another process makes is seen within two seconds."""
+        known = self._keyring.has_any
+        if known is None:
+            known = await self._ask(key_rows.any_key)
+            self._keyring.note_any(known)
+        return known
+
     async def create_key(
         self,
         name: str = "",
@@ -297,59 +300,77 @@ class Store:
         models: Iterable[str] = (),
         rpm: int | None = None,
         tpm: int | None = None,
+        max_in_flight: int | None = None,
         expires_s: float | None = None,
         is_admin: bool = False,
     ) -> tuple[str, KeyRecord]:
         """A new key, and what is known of it. The key is shown this once.
 
         Args:
+            name: unlike that of any other key that has not been revoked; several may have none.
             expires_s: unix seconds; None for never.
 
         See `KeyRecord` for the others. Raises InputError for a value that may not be.
         """
-        for label, limit in (("rpm", rpm), ("tpm", tpm)):
-            if limit is not None:
-                whole(label, limit, 1)
-        if not isinstance(is_admin, bool):
-            raise InputError(f"is_admin is {shown(is_admin)}; it must be true or false")
-        if ours := OUR_TAGS.intersection(tags := tuple(tags)):
-            raise InputError(f"the tag {min(ours)} is that of the gateway's own questions, and no key may carry it")
-        now_us = self._now_us()
-        expires_us = None if expires_s is None else int(finite("expires_s", expires_s, 0, LAST_S) * 1e6)
-        if expires_us is not None and expires_us <= now_us:
-            raise InputError("the key would have expired already")
         secret = new_secret()
-        record = KeyRecord(
-            id=f"k{secrets.token_hex(6)}", name=clean(name), hint=secret[-4:], user=plain(user), team=plain(team), tags=check_tags(tags),
-            models=tuple(clean(model) for model in models), rpm=rpm, tpm=tpm, is_admin=is_admin, created_us=now_us, expires_us=expires_us,
-        )  # fmt: skip
-        row = (
-            record.id, digest_of(secret), record.name, record.hint, record.user, record.team, joined(record.tags), joined(record.models),
-            rpm, tpm, int(is_admin), now_us, expires_us, None,
-        )  # fmt: skip
-        await self._do(lambda connection: connection.insert("keys", schema.KEYS, [row]))
+        fields = {
+            "name": name, "user": user, "team": team, "tags": tags, "models": models, "rpm": rpm, "tpm": tpm, "expires_s": expires_s,
+            "max_in_flight": max_in_flight,
+            "is_admin": is_admin,
+        }  # fmt: skip
+        row = key_rows.new_row(fields, secret, self._now_us())
+        record = questions.read_key(row)
+        is_made = await self._do(lambda connection: key_rows.insert(connection, row))
+        self._keyring.forget()
+        if not is_made:
+            raise key_rows.taken(record.name)
         return secret, record
+
+    async def edit_key(self, key_id: str, **fields: Any) -> KeyRecord:
+        """Change what is known of a key; its secret, and what was spent with it, stay as they are.
+
+        Args:
+            key_id: its id, how that begins, or its name.
+            fields: those to change, see `create_key`.
+
+        Raises InputError for a key that is not there or was revoked, or a value that may not be.
+        """
+        key = await self._live_key(key_id)
+        columns = key_rows.checked(fields, self._now_us())
+        if columns and not await self._do(lambda connection: key_rows.update(connection, key.id, columns)):
+            # Unless it was revoked meanwhile.
+            await self._live_key(key.id)
+            raise key_rows.taken(columns.get("name", ""))
+        return await self._changed_key(key)
+
+    async def rotate_key(self, key_id: str) -> tuple[str, KeyRecord]:
+        """Give a key another secret, which is shown this once; the old one ends. All else stays as it is.
+
+        Raises InputError as `edit_key` does.
+        """
+        key, secret = await self._live_key(key_id), new_secret()
+        await self._do(lambda connection: key_rows.renew(connection, key.id, secret))
+        return secret, await self._changed_key(key)
+
+    async def _live_key(self, key_id: str) -> KeyRecord:
+        key = key_rows.meant(await self.keys(), key_id)
+        if key.revoked_us is not None:
+            raise InputError(f"the key {key.id} was revoked, which is for good; make another")
+        return key
+
+    async def _changed_key(self, key: KeyRecord) -> KeyRecord:
+        self._keyring.forget()
+        return next(one for one in await self.keys() if one.id == key.id)
 
     async def keys(self) -> list[KeyRecord]:
         """All keys, the revoked ones too, oldest first."""
         return await self._read(questions.read_keys)
 
     async def revoke_key(self, key_id: str) -> KeyRecord:
-        """End a key for good. Raises InputError if there is none, or several begin with ``key_id``."""
-        found = [key for key in await self.keys() if key.id.startswith(key_id)] if key_id else []
-        found = [key for key in found if key.id == key_id] or found
-        if len(found) != 1:
-            raise InputError(
-                f"{len(found) or 'no'} keys have an id that begins with {key_id!r}; anabranch gateway keys list shows them"
-            )
-        now_us = self._now_us()
-        await self._do(
-            lambda connection: connection.run(
-                "UPDATE keys SET revoked_us = :now WHERE id = :id AND revoked_us IS NULL", now=now_us, id=found[0].id
-            )
-        )
-        self._keyring.forget()
-        return next(key for key in await self.keys() if key.id == found[0].id)
+        """End a key for good. Raises InputError if there is none of this id or name, or several ids begin so."""
+        key, now_us = key_rows.meant(await self.keys(), key_id), self._now_us()
+        await self._do(lambda connection: key_rows.update(connection, key.id, {"revoked_us": now_us}))
+        return await self._changed_key(key)
 
     # What happened
 
@@ -368,6 +389,7 @@ class Store:
 
     async def told_of(self, request_ids: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         """Of some requests, by their ids: why a model was chosen, and what was asked and answered, as far as they are kept."""
+        request_ids = listed("request_ids", request_ids)
         return await self._read(
             lambda connection: (
                 questions.read_bodies(connection, "decisions", request_ids),
@@ -377,6 +399,7 @@ class Store:
 
     async def collected(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Of calls that were collected, by their keys: what came of them."""
+        keys = listed("keys", keys)
         return await self._read(lambda connection: questions.read_bodies(connection, "collected", keys, "key"))
 
     def alone(self, work: str) -> AbstractContextManager[bool]:

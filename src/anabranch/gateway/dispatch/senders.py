@@ -1,0 +1,55 @@
+"""`Senders`: what different senders met at one deployment, which tells its own failures from those that one sender's requests bring about.
+
+a failure                                 is the sender's own while others get answers and none of them fails
+a refusal that may be the request's own   is the deployment's once `REFUSED` senders in a row have met one
+"""
+
+# Different senders, in a row, whose requests are refused before that is held against the deployment.
+REFUSED = 3
+
+# Senders that are remembered; those seen last.
+KEPT = 1000
+
+
+class Senders:
+    """Of one deployment.
+
+    Args:
+        window_s: how long what somebody met is looked back on, seconds.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._refused: set[str] = set()
+        # By sender, when that was last.
+        self._answered: dict[str, float] = {}
+        self._failed: dict[str, float] = {}
+
+    def answered(self, sender: str, now: float) -> None:
+        """Somebody got an answer."""
+        self._refused.clear()
+        _note(self._answered, sender, now)
+
+    def failed(self, sender: str, now: float) -> bool:
+        """A request failed; whether that says something of the deployment."""
+        _note(self._failed, sender, now)
+        return self._has_other(self._failed, sender, now) or not self._has_other(self._answered, sender, now)
+
+    def refused(self, sender: str) -> bool:
+        """A request was refused, which may be for what is in it; whether that says something of the deployment after all."""
+        self._refused.add(sender)
+        if len(self._refused) < REFUSED:
+            return False
+        self._refused.clear()
+        return True
+
+    def _has_other(self, seen: dict[str, float], sender: str, now: float) -> bool:
+        oldest = now - self._window_s
+        return any(at > oldest for other, at in seen.items() if other != sender)
+
+
+def _note(seen: dict[str, float], sender: str, now: float) -> None:
+    seen.pop(sender, None)
+    seen[sender] = now
+    if len(seen) > KEPT:
+        del seen[next(iter(seen))]

@@ -1,0 +1,198 @@
+"""Tokens of what is no text in a prompt, by the rules that providers publish; at most by the dearest of them.
+
+    images  Anthropic, "Vision": width * height / 750, about 1,600 for one, up to 4,784 at high resolution
+            OpenAI, "Images and vision": 85 and 170 for each of at most 8 tiles; or 2.46 at most for each of 1,536 patches of 32 pixels
+            Gemini, "Understand and count tokens": 258 for each tile of 768 pixels
+    audio   OpenAI, "Managing costs": 10 a second; Gemini: 32 a second
+    files   Anthropic, "PDF support": 1,500 to 3,000 a page for its text, and those of an image of the page; OpenAI: 100 pages a request
+
+What a header says of an image or a clip is believed, as whoever decodes it does. One model counts images far beyond these: GPT-4o mini,
+2,833 and 5,667 a tile, at a price per token that makes up for it.
+"""
+
+import base64
+import binascii
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Of an image whose size is not known.
+IMAGE_TOKENS, IMAGE_MOST = 1_600, 4_784
+_OPENAI_MOST = 85 + 8 * 170
+_PATCH_MOST = 1_536
+
+# Of a side of an image; larger ones are refused, or made smaller.
+_SIDE = 8_000
+AUDIO_A_SECOND = 32
+
+# Bytes of a second, as files mostly have them, and the fewest that speech is sent in.
+_TYPICAL = {
+    "mp3": 16_000,
+    "wav": 32_000,
+    "flac": 60_000,
+    "m4a": 16_000,
+    "aac": 16_000,
+    "ogg": 6_000,
+    "opus": 4_000,
+    "webm": 6_000,
+}
+_FEWEST = 1_000
+PAGE_TOKENS, PAGE_MOST = 2_000, 3_000 + IMAGE_TOKENS
+PAGES = 100
+
+# Of a file of which not even the pages are known; less text than this no page has.
+_PAGE_BYTES = 1_000
+
+# What is looked at of an image or a clip: pictures within pictures, and notes, may come before the size.
+_HEAD = 256 << 10
+
+# Characters of base64 that are decoded at once.
+_PIECE = 1 << 20
+_TEXTS = (
+    "text/",
+    "application/json",
+    "application/xml",
+    "application/yaml",
+    "application/x-yaml",
+    "application/javascript",
+)
+_PAGE = re.compile(rb"/Type\s*/Page(?![A-Za-z])")
+_COUNT = re.compile(rb"/Count\s+(\d{1,7})")
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """Tokens of an image, a clip or a file.
+
+    Attributes:
+        tokens: about.
+        at_most: by the rules of any provider.
+    """
+
+    tokens: int
+    at_most: int
+
+
+def image(url: str) -> Media:
+    """Of an image by its URL; the size is known of those that are within it (``data:``)."""
+    size = _size(_decoded(url.partition(",")[2][: _HEAD * 4 // 3])) if url.startswith("data:") else None
+    if size is None or not all(size):
+        return Media(IMAGE_TOKENS, IMAGE_MOST)
+    width, height = (min(side, _SIDE) for side in size)
+    area = math.ceil(width * height / 750)
+    patches = math.ceil(2.46 * min(math.ceil(width / 32) * math.ceil(height / 32), _PATCH_MOST))
+    tiles = 258 * math.ceil(width / 768) * math.ceil(height / 768)
+    return Media(min(max(area, 85), IMAGE_TOKENS), max(_OPENAI_MOST, min(area, IMAGE_MOST), patches, tiles))
+
+
+def audio(clip: Mapping[str, Any]) -> Media | None:
+    """Of an ``input_audio``: ``data`` in base64 and its ``format``; None if it is none."""
+    data, form = clip.get("data"), str(clip.get("format")).lower()
+    if not isinstance(data, str):
+        return None
+    num_bytes = len(data) * 3 // 4
+    typical = most = _wave_rate(_decoded(data[:4096])) if form == "wav" else None
+    seconds = num_bytes / (typical or _TYPICAL.get(form, _TYPICAL["mp3"]))
+    at_most = num_bytes / (most or _FEWEST)
+    return Media(math.ceil(seconds * AUDIO_A_SECOND), math.ceil(max(seconds, at_most) * AUDIO_A_SECOND))
+
+
+def file(given: Mapping[str, Any]) -> Media | None:
+    """Of a ``file``: ``file_data`` in base64, mostly a ``data:`` URL, or the ``file_id`` of one that the provider has.
+
+    None for what is no such file, or of a kind whose tokens are not known: then its letters count.
+    """
+    data = given.get("file_data")
+    if not isinstance(data, str):
+        return Media(PAGE_TOKENS, PAGES * PAGE_MOST) if isinstance(given.get("file_id"), str) else None
+    kind, _, text = data.removeprefix("data:").partition(",") if data.startswith("data:") else ("", "", data)
+    if kind.startswith(_TEXTS):
+        num_bytes = len(text) * 3 // 4
+        return Media(-(-num_bytes // 4), num_bytes)
+    is_pdf = kind.startswith("application/pdf") or text.startswith("JVBERi0")
+    return _pdf(text) if is_pdf else None
+
+
+def _pdf(text: str) -> Media:
+    raw = b"".join(_decoded(text[at : at + _PIECE]) for at in range(0, len(text), _PIECE))
+    # One match at a time: a search through all of it would hold up every other thread.
+    counts = [int(match[1]) for at in _places(raw, b"/Count") if (match := _COUNT.match(raw, at))]
+    pages = max([sum(_PAGE.match(raw, at) is not None for at in _places(raw, b"/Type")), *counts])
+    # Pages may be within parts that are compressed.
+    is_known = pages > 0 and b"/ObjStm" not in raw
+    most = pages if is_known else max(pages, min(PAGES, len(raw) // _PAGE_BYTES + 1))
+    at_most = max(min(most * PAGE_MOST, len(text)), PAGE_MOST)
+    return Media(min(max(pages, 1) * PAGE_TOKENS, at_most), at_most)
+
+
+def _places(raw: bytes, word: bytes) -> Iterator[int]:
+    at = raw.find(word)
+    while at >= 0:
+        yield at
+        at = raw.find(word, at + 1)
+
+
+def _decoded(text: str) -> bytes:
+    """What base64 says as far as it is some; empty if it is none."""
+    try:
+        return base64.b64decode(text[: len(text) // 4 * 4])
+    except (binascii.Error, ValueError):
+        return b""
+
+
+def _size(head: bytes) -> tuple[int, int] | None:
+    """Width and height that a PNG, GIF, WebP or JPEG says it has."""
+    try:
+        if head.startswith(b"\x89PNG\r\n\x1a\n"):
+            return struct.unpack(">II", head[16:24])
+        if head.startswith((b"GIF87a", b"GIF89a")):
+            return struct.unpack("<HH", head[6:10])
+        if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+            return _webp_size(head)
+        return _jpeg_size(head) if head.startswith(b"\xff\xd8") else None
+    except (struct.error, IndexError):
+        return None
+
+
+def _webp_size(head: bytes) -> tuple[int, int] | None:
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", head[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    return None
+
+
+def _jpeg_size(head: bytes) -> tuple[int, int] | None:
+    at = 2
+    while at + 9 <= len(head):
+        if head[at] != 0xFF:
+            return None
+        mark = head[at + 1]
+        if mark == 0xFF:
+            # Filling.
+            at += 1
+        elif 0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", head[at + 5 : at + 9])
+            return width, height
+        else:
+            at += 2 + struct.unpack(">H", head[at + 2 : at + 4])[0]
+    return None
+
+
+def _wave_rate(head: bytes) -> int | None:
+    """Bytes of a second of a WAV file of plain samples, the fewer of what it says in two ways; None for others."""
+    at = head.find(b"fmt ")
+    if not head.startswith(b"RIFF") or at < 0 or len(head) < at + 24:
+        return None
+    form, channels, samples, rate, _, bits = struct.unpack("<HHIIHH", head[at + 8 : at + 24])
+    is_plain = form in (1, 3, 0xFFFE)
+    found = min(rate, samples * channels * bits // 8)
+    return found if is_plain and found > 0 else None

@@ -1,0 +1,96 @@
+"""What an upstream's error means: its status, and the words that providers document for ``code`` and ``type``, compared whole.
+
+Messages decide nothing. They are for people, and quote what a sender wrote: the name of a tool, a schema, a prompt. A word that a sender
+puts there would otherwise say that the account is out of money, and shut the deployment for everybody.
+
+The words are those of OpenAI's "Error codes", Azure OpenAI's "Content filtering", Anthropic's "Errors" and GitHub Models.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anabranch.gateway.providers.provider import FailureKind
+
+WORDS: "dict[str, FailureKind]" = {
+    "insufficient_quota": "credit",
+    "credit_balance_exhausted": "credit",
+    "organization_spend_limit_exceeded": "credit",
+    "project_spend_limit_exceeded": "credit",
+    "billing_hard_limit_reached": "credit",
+    "billing_not_active": "credit",
+    "billing_error": "credit",
+    "invalid_api_key": "auth",
+    "authentication_error": "auth",
+    "account_deactivated": "auth",
+    "unsupported_country_region_territory": "auth",
+    "context_length_exceeded": "context",
+    "string_above_max_length": "context",
+    "request_too_large": "context",
+    "tokens_limit_reached": "context",
+    "content_filter": "filter",
+    "content_policy_violation": "filter",
+    "responsibleaipolicyviolation": "filter",
+    "moderation_blocked": "filter",
+}
+
+# Statuses at which such a word is believed.
+_BELIEVED: "dict[FailureKind, tuple[int, ...]]" = {
+    "credit": (400, 403, 429),
+    "auth": (400, 403),
+    "context": (400, 413, 422),
+    "filter": (400, 403, 422),
+}
+_OF_STATUS: "dict[int, FailureKind]" = {
+    401: "auth",
+    402: "credit",
+    403: "forbidden",
+    408: "timeout",
+    409: "conflict",
+    413: "context",
+    425: "conflict",
+    429: "rate_limit",
+}
+
+# Of errors that come without a status of HTTP, inside a stream or under 200: the status that their words stand for.
+_STATUS: "dict[FailureKind, int]" = {"credit": 402, "auth": 401, "context": 400, "filter": 400}
+_STATUS_OF_TYPE = {
+    "invalid_request_error": 400,
+    "rate_limit_exceeded": 429,
+    "rate_limit_error": 429,
+    "overloaded_error": 529,
+}
+
+
+def kind_of(status: int, type: str | None, code: str | None) -> "FailureKind":
+    """What an answer that is not 2xx means.
+
+    Args:
+        status: of HTTP.
+        type, code: of the error's body; None where it has none.
+    """
+    for word in (code, type):
+        kind = WORDS.get((word or "").lower())
+        if kind is not None and status in _BELIEVED[kind]:
+            return kind
+    if status >= 500 or status < 200:
+        return "server"
+    # A redirect to another host.
+    return "garbage" if status < 400 else _OF_STATUS.get(status, "request")
+
+
+def status_said(value: Mapping[str, Any]) -> int:
+    """The status that an error without one stands for: a number that it holds, else what its words say, else 500."""
+    error = value.get("error")
+    sources = (error if isinstance(error, dict) else {}, value)
+    for source in sources:
+        for name in ("status", "code", "status_code"):
+            word = str(source.get(name))[:4]
+            if len(word) == 3 and word.isascii() and word.isdigit() and 400 <= int(word) < 600:
+                return int(word)
+    for name in ("code", "type"):
+        word = str(sources[0].get(name)).lower()
+        kind = WORDS.get(word)
+        if kind is not None or word in _STATUS_OF_TYPE:
+            return _STATUS_OF_TYPE[word] if kind is None else _STATUS[kind]
+    return 500

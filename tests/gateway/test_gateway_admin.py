@@ -1,0 +1,218 @@
+"""The operators' interface over HTTP: what it shows, what it takes, and from whom."""
+
+import asyncio
+import base64
+import json
+
+import aiohttp
+import pytest
+
+from anabranch.gateway.config import AdminConfig, DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.config.secret import Secret
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.app import App
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.store import open_store
+
+ADMIN = "the-admin-key"
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(autouse=True)
+def admin_key(monkeypatch):
+    monkeypatch.setenv("ADMIN_TEST_KEY", ADMIN)
+
+
+def served(tmp_path, work, given=None, **fields):
+    """What ``work(call)`` gives; ``call(method, path, body, key, headers)`` gives status and what the JSON says."""
+    config = GatewayConfig(
+        models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small")),)),),
+        strategies={"cheapest": StrategyConfig(use="cheapest")},
+        admin=AdminConfig(key=Secret("env:ADMIN_TEST_KEY")),
+        **{"store": str(tmp_path / "g.db"), **fields},
+    )
+
+    async def main():
+        async with Gateway(config, given) as gateway, aiohttp.ClientSession() as session:
+            server = App(gateway).server()
+            listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+            url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+
+            async def call(method, path, body=None, key=ADMIN, headers=JSON):
+                sent = dict(headers) | ({} if key is None else {"authorization": f"Bearer {key}"})
+                sent = {name: value.format(url=url) for name, value in sent.items()}
+                data = None if body is None else json.dumps(body)
+                skip = () if "content-type" in sent else ("content-type",)
+                async with session.request(
+                    method, url + path, data=data, headers=sent, skip_auto_headers=skip
+                ) as answer:
+                    return answer.status, json.loads(await answer.read())
+
+            try:
+                return await work(call)
+            finally:
+                listener.close()
+                await server.shutdown(0.1)
+
+    return asyncio.run(main())
+
+
+def test_the_config_is_shown_without_the_password_of_the_store(tmp_path):
+    async def work(call):
+        status, shown = await call("GET", "/admin/config")
+        assert status == 200
+        assert shown["store"] == "postgresql://ann:***@db/gateway?sslmode=require"
+        assert "Q7" not in json.dumps(shown)
+        assert shown["admin"]["key"] == "env:ADMIN_TEST_KEY"
+        assert "Q7" not in json.dumps((await call("GET", "/admin/strategies"))[1])
+
+    # The store is given; the config names one that asks for a password.
+    store = open_store(str(tmp_path / "g.db"))
+    try:
+        served(tmp_path, work, given=store, store="postgresql://ann:Q7pw@db/gateway?sslmode=require")
+    finally:
+        asyncio.run(store.close())
+
+
+CHANGES = [
+    ("POST", "/admin/keys", {"name": "new"}),
+    ("PUT", "/admin/budgets", {"subject": "global", "limit_usd": 1}),
+    ("PATCH", "/admin/keys/ci", {"team": "ml"}),
+    ("POST", "/admin/explain", {"model": "auto", "messages": [{"role": "user", "content": "x"}]}),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
+def test_what_changes_something_is_json_and_no_other_page_sends_it(tmp_path, method, path, body):
+    async def work(call):
+        await call("POST", "/admin/keys", {"name": "ci"})
+        for kind in (
+            "text/plain",
+            "application/x-www-form-urlencoded",
+            "multipart/form-data; boundary=x",
+            "application/jsonx",
+            "",
+        ):
+            assert (await call(method, path, body, headers={"content-type": kind}))[0] == 415, kind
+        assert (await call(method, path, body, headers={}))[0] == 415
+        for headers in (
+            {"origin": "https://evil.example"},
+            {"origin": "null"},
+            {"origin": "http://127.0.0.1:1"},
+            {"sec-fetch-site": "cross-site"},
+            {"sec-fetch-site": "same-site"},
+        ):
+            status, told = await call(method, path, body, headers=JSON | headers)
+            assert (status, told["error"]["code"]) == (403, "foreign_origin"), headers
+        for headers in (
+            {},
+            {"origin": "{url}"},
+            {"origin": "{url}", "sec-fetch-site": "same-origin"},
+            {"sec-fetch-site": "none"},
+        ):
+            assert (await call(method, path, body, headers=JSON | headers))[0] in (200, 400), headers
+        typed = {"content-type": "Application/JSON; charset=utf-8"}
+        assert (await call(method, path, {**body, "no": 1}, headers=typed))[0] in (200, 400)
+
+    served(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("DELETE", "/admin/cache"), ("POST", "/admin/reload"), ("POST", "/admin/keys/ci/rotate")]
+)
+def test_what_has_no_body_needs_no_type_but_is_of_this_host_too(tmp_path, method, path):
+    async def work(call):
+        await call("POST", "/admin/keys", {"name": "ci"})
+        assert (await call(method, path, headers={"origin": "https://evil.example"}))[0] == 403
+        assert (await call(method, path, headers={}))[0] in (200, 409)
+
+    served(tmp_path, work)
+
+
+def test_a_page_that_knows_the_password_by_a_browser_is_asked_where_it_is_from(tmp_path):
+    basic = {"authorization": "Basic " + base64.b64encode(f"me:{ADMIN}".encode()).decode()}
+
+    async def work(call):
+        assert (await call("GET", "/admin/keys", key=None, headers=basic))[0] == 200
+        form = basic | {"content-type": "text/plain", "origin": "https://evil.example"}
+        assert (await call("POST", "/admin/keys", {"is_admin": True}, key=None, headers=form))[0] == 403
+        assert (await call("GET", "/admin/keys"))[1]["keys"] == []
+
+    served(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("models", "gpt-4o"),
+        ("tags", "prod"),
+        ("models", {"gpt-4o": 1}),
+        ("tags", [1]),
+        ("name", 5),
+        ("rpm", "5"),
+        ("rpm", 0),
+        ("tpm", 1.5),
+        ("expires_s", "soon"),
+        ("is_admin", "yes"),
+        ("team", None),
+        ("nme", "x"),
+    ],
+)
+def test_a_field_of_a_key_that_may_not_be_is_a_400_that_names_it(tmp_path, field, value):
+    async def work(call):
+        await call("POST", "/admin/keys", {"name": "ci"})
+        for method, path in (("POST", "/admin/keys"), ("PATCH", "/admin/keys/ci")):
+            status, told = await call(method, path, {field: value})
+            assert (status, told["error"]["param"]) == (400, field), told
+            assert field in told["error"]["message"]
+        assert len((await call("GET", "/admin/keys"))[1]["keys"]) == 1
+
+    served(tmp_path, work)
+
+
+def test_keys_are_made_edited_renewed_and_ended(tmp_path):
+    async def work(call):
+        _, made = await call("POST", "/admin/keys", {"name": "ci", "team": "ml", "models": ["small"]})
+        id, old = made["key"]["id"], made["secret"]
+        assert (await call("POST", "/admin/keys", {"name": "ci"}))[0] == 400
+        status, edited = await call("PATCH", f"/admin/keys/{id}", {"team": "research", "rpm": 50, "models": []})
+        assert (status, edited["key"]["team"], edited["key"]["rpm"], edited["key"]["models"]) == (
+            200,
+            "research",
+            50,
+            [],
+        )
+        status, renewed = await call("POST", f"/admin/keys/{id}/rotate")
+        assert (status, renewed["key"]["id"]) == (200, id)
+        assert (await call("GET", "/v1/models", key=old))[0] == 401
+        assert (await call("GET", "/v1/models", key=renewed["secret"]))[0] == 200
+        for path in ("/admin/keys/x", f"/admin/keys/{id}/renew", "/admin/keys//rotate"):
+            assert (await call("POST", path, {}))[0] == 404, path
+        assert (await call("POST", "/admin/keys/nobody/rotate"))[0] == 400
+        assert (await call("PATCH", "/admin/keys/nobody", {"team": "x"}))[0] == 400
+        await call("PUT", "/admin/budgets", {"subject": "team:research", "limit_usd": 0})
+        body = {"model": "small", "messages": [{"role": "user", "content": "x"}]}
+        assert (await call("POST", "/v1/chat/completions", body, key=renewed["secret"]))[
+            0
+        ] == 200  # it costs nothing here
+        assert (await call("DELETE", "/admin/keys/ci"))[1]["key"]["revoked_us"]
+        assert (await call("GET", "/v1/models", key=renewed["secret"]))[0] == 401
+
+    served(tmp_path, work)
+
+
+def test_where_no_key_is_needed_a_wrong_one_is_refused_once_there_are_keys(tmp_path):
+    body = {"model": "small", "messages": [{"role": "user", "content": "x"}]}
+
+    async def work(call):
+        async def ask(key):
+            return (await call("POST", "/v1/chat/completions", body, key=key))[0]
+
+        assert [await ask(key) for key in (None, "none", "sk-ab-wrong")] == [200, 200, 200]
+        _, made = await call("POST", "/admin/keys", {"name": "ci"})
+        assert [await ask(key) for key in (None, "none", "sk-ab-wrong", made["secret"])] == [200, 401, 401, 200]
+        await call("DELETE", "/admin/keys/ci")
+        assert [await ask(key) for key in (None, made["secret"])] == [200, 401]
+        assert (await call("GET", "/v1/models", key="wrong"))[0] == 401
+
+    served(tmp_path, work, require_key=False)

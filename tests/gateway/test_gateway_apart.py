@@ -1,0 +1,201 @@
+"""Large bodies are read, counted and written in other threads than the loop's; and how many requests a key may have under way."""
+
+import asyncio
+import json
+import threading
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from anabranch.errors import RateError
+from anabranch.gateway import life
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http import openai
+from anabranch.gateway.http.app import App
+from anabranch.gateway.in_flight import InFlight
+from anabranch.gateway.providers import provider
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.openai import OpenAI
+from anabranch.web.api_error import ApiError
+from anabranch.web.large_json import LARGE
+
+
+def config(tmp_path, made, **fields):
+    return GatewayConfig(
+        models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=made),)),),
+        strategies={"cheapest": StrategyConfig(use="cheapest")},
+        **{"store": str(tmp_path / "g.db"), "require_key": False, **fields},
+    )
+
+
+def served(config, work):
+    async def main():
+        async with Gateway(config) as gateway, aiohttp.ClientSession() as session:
+            server = App(gateway).server()
+            listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+            try:
+                return await work(gateway, session, f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+            finally:
+                listener.close()
+                await server.shutdown(0.1)
+
+    return asyncio.run(main())
+
+
+def noted(monkeypatch, module, name, seen):
+    """The function as it is, but it says in which thread it ran."""
+    inner = getattr(module, name)
+
+    def run(*given, **named):
+        seen.setdefault(name, set()).add(threading.current_thread() is threading.main_thread())
+        return inner(*given, **named)
+
+    monkeypatch.setattr(module, name, run)
+
+
+WORK = [
+    (openai, "check_json_size"),
+    (openai, "parse"),
+    (openai, "parse_large"),
+    (life, "count_prompt"),
+    (life, "check_chat"),
+    (life, "exact_key"),
+    (life, "shortened"),
+    (provider, "dump_large"),
+]
+
+
+@pytest.mark.parametrize("endpoint", ["chat/completions", "responses"])
+def test_large_bodies_are_worked_on_in_other_threads_and_small_ones_at_once(tmp_path, monkeypatch, endpoint):
+    seen = {}
+    for module, name in WORK:
+        noted(monkeypatch, module, name, seen)
+
+    async def work(gateway, session, url):
+        found = []
+        for text in ("short", "long " * (LARGE // 4)):
+            seen.clear()
+            asked = {"messages": [{"role": "user", "content": text}]} if "chat" in endpoint else {"input": text}
+            body = {"model": "small", "temperature": 0, **asked}
+            async with session.post(f"{url}/v1/{endpoint}", data=json.dumps(body)) as answer:
+                assert answer.status == 200, await answer.text()
+            found.append(dict(seen))
+        return found
+
+    small, large = served(config(tmp_path, Mock.Config(model="m")), work)
+    assert small == {name: {True} for name in ("check_json_size", "parse", "count_prompt", "check_chat", "exact_key")}
+    assert large == {name: {False} for _, name in WORK if name != "parse"}
+
+
+def test_a_large_body_arrives_whole_and_without_a_warning(tmp_path):
+    text = 'naïve \\ "text" \U0001f98a\n' * 100_000
+    got = []
+
+    async def answer(request):
+        got.append(await request.json())
+        message = {"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}
+        return web.json_response({"choices": [message], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+
+    async def main():
+        app = web.Application(client_max_size=1 << 24)
+        app.router.add_post("/v1/chat/completions", answer)
+        async with TestServer(app) as server:
+            made = OpenAI.Config(model="theirs", base_url=str(server.make_url("/v1")), key_env=None)
+            async with Gateway(config(tmp_path, made)) as gateway:
+                body = {"model": "small", "messages": [{"role": "user", "content": text}]}
+                await gateway.handle("chat", body, num_bytes=len(text))
+
+    assert len(text) > LARGE
+    asyncio.run(main())
+    assert got[0]["messages"] == [{"role": "user", "content": text}]
+    assert got[0]["model"] == "theirs"
+
+
+def test_a_large_body_with_a_mistake_is_told_so(tmp_path):
+    async def work(gateway, session, url):
+        found = []
+        for raw in (
+            b'{"model": "small", "messages": "' + b"x" * LARGE + b'"}',
+            b'{"a": "' + b"x" * LARGE,
+            b"[" * LARGE + b'"' + b"x" * 9000 + b'"',
+        ):
+            async with session.post(f"{url}/v1/chat/completions", data=raw) as answer:
+                found.append((answer.status, json.loads(await answer.read())["error"]["code"]))
+        return found
+
+    assert served(config(tmp_path, Mock.Config(model="m")), work) == [
+        (400, "invalid_value"),
+        (400, "invalid_json"),
+        (400, "too_many_values"),
+    ]
+
+
+# How many at a time
+
+
+def test_requests_under_way_by_sender():
+    held = InFlight()
+    held.enter("a", 2)
+    held.enter("a", 2)
+    with pytest.raises(RateError, match="2 requests under way at a time"):
+        held.enter("a", 2)
+    held.enter("b", None)
+    held.leave("a")
+    held.enter("a", 2)
+    for whose in "aab":
+        held.leave(whose)
+    assert held._counts == {}
+
+
+def ask(**fields):
+    return {"model": "small", "messages": [{"role": "user", "content": "hello"}], **fields}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_key_has_so_many_requests_under_way_and_others_have_their_own(tmp_path, stream):
+    async def main():
+        made = config(tmp_path, Mock.Config(model="small", latency_s=0.2), limits=LimitsConfig(max_in_flight=3))
+        async with Gateway(made) as gateway:
+            two, _ = await gateway.store.create_key("two", max_in_flight=2)
+            other, _ = await gateway.store.create_key("other")
+
+            async def one(key):
+                reply = await gateway.handle("chat", ask(stream=stream), key=key)
+                if reply.stream is not None:
+                    async for _ in reply.stream:
+                        pass
+
+            for _ in range(2):  # and again, once they have ended
+                calls = [one(key) for key in [two] * 5 + [other] * 5 + [None] * 5]
+                found = await asyncio.gather(*calls, return_exceptions=True)
+                refused = [isinstance(item, ApiError) for item in found]
+                assert [refused[at : at + 5].count(False) for at in (0, 5, 10)] == [2, 3, 3]
+                error = next(item for item in found if item is not None)
+                assert (error.status, error.code, error.headers["Retry-After"]) == (429, "rate_limit_exceeded", "1")
+            assert gateway.senders._counts == {}
+            await gateway.store.edit_key("two", max_in_flight=None)
+            assert (await gateway.store.keys())[0].max_in_flight is None
+
+    asyncio.run(main())
+
+
+def test_a_refused_or_broken_request_gives_its_place_back(tmp_path):
+    async def main():
+        made = config(
+            tmp_path,
+            Mock.Config(model="small", fails=1.0, fail_with="422"),
+            limits=LimitsConfig(max_in_flight=1, rpm=4),
+        )
+        async with Gateway(made) as gateway:
+            statuses = []
+            for body in [ask(), ask(model="none"), ask(temperature=9), *[ask()] * 4]:
+                with pytest.raises(ApiError) as caught:
+                    await gateway.achat(body)
+                statuses.append(caught.value.status)
+            assert statuses == [422, 404, 400, 422, 422, 422, 429]
+            assert gateway.senders._counts == {}
+
+    asyncio.run(main())

@@ -1,0 +1,210 @@
+"""What images, audio and files count: exact cases of each rule, and never less than a provider makes of it."""
+
+import base64
+import math
+import struct
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.gateway.count import count_prompt, last_text
+from anabranch.gateway.media import (
+    AUDIO_A_SECOND,
+    IMAGE_MOST,
+    IMAGE_TOKENS,
+    PAGE_MOST,
+    PAGE_TOKENS,
+    PAGES,
+    Media,
+    audio,
+    file,
+    image,
+)
+
+
+def coded(raw):
+    return base64.b64encode(raw).decode()
+
+
+def png(width, height):
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, height) + b"\x08\x02\0\0\0"
+
+
+def gif(width, height):
+    return b"GIF89a" + struct.pack("<HH", width, height) + b"\0" * 20
+
+
+def jpeg(width, height):
+    note = b"\xff\xe1" + struct.pack(">H", 5_002) + b"\xff\xc0" * 2_500  # a note that holds what looks like a size
+    return b"\xff\xd8" + note + b"\xff\xff\xc2" + struct.pack(">HBHHB", 17, 8, height, width, 3) + b"\0" * 20
+
+
+def webp(kind, width, height):
+    bodies = {
+        "VP8 ": b"\0" * 4 + b"\0\0\0\x9d\x01\x2a" + struct.pack("<HH", width, height),
+        "VP8L": b"\0" * 4 + b"\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14),
+        "VP8X": b"\0" * 4 + b"\0" * 4 + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little"),
+    }
+    return b"RIFF\0\0\0\0WEBP" + kind.encode() + bodies[kind] + b"\0" * 20
+
+
+def url(raw, kind="image/png"):
+    return f"data:{kind};base64,{coded(raw)}"
+
+
+FORMS = [
+    png,
+    gif,
+    jpeg,
+    *(lambda width, height, kind=kind: webp(kind, width, height) for kind in ("VP8 ", "VP8L", "VP8X")),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_size_of_an_image_is_read(form):
+    assert image(url(form(1500, 1000))) == Media(IMAGE_TOKENS, math.ceil(2.46 * 47 * 32))
+    assert image(url(form(300, 200))).tokens == 85
+    assert image(url(form(750, 500))).tokens == 500
+
+
+@given(st.sampled_from(FORMS), st.integers(1, 8000), st.integers(1, 8000))
+def test_an_image_is_never_more_than_what_is_reserved_for_it(form, width, height):
+    found = image(url(form(width, height)))
+    anthropic = min(math.ceil(width * height / 750), 4_784)
+    scale = min(1, 2048 / max(width, height))
+    scale *= min(1, 768 / (min(width, height) * scale))
+    across, down = (math.ceil(round(side * scale / 512, 6)) for side in (width, height))
+    openai = 85 + 170 * across * down
+    patches = 2.46 * min(math.ceil(width / 32) * math.ceil(height / 32), 1536)
+    gemini = 258 if max(width, height) <= 384 else 258 * math.ceil(width / 768) * math.ceil(height / 768)
+    assert found.at_most >= max(anthropic, openai, patches, gemini)
+    assert found.tokens <= found.at_most
+
+
+@pytest.mark.parametrize(
+    "given_",
+    [
+        "https://x/y.png",
+        "",
+        "data:",
+        "data:image/png;base64,",
+        "data:image/png;base64,!!!",
+        url(b"\xff\xd8\xff"),
+        url(png(0, 5)),
+        url(b"RIFF\0\0\0\0WEBPVP8 "),
+        "data:" + "x" * 10_000,
+    ],
+)
+def test_an_image_whose_size_is_not_known(given_):
+    assert image(given_) == Media(IMAGE_TOKENS, IMAGE_MOST)
+
+
+def wav(seconds, samples=16_000, channels=1, bits=16, form=1, rate=None):
+    rate = samples * channels * bits // 8 if rate is None else rate
+    head = b"RIFF\0\0\0\0WAVEfmt " + struct.pack(
+        "<IHHIIHH", 16, form, channels, samples, rate, channels * bits // 8, bits
+    )
+    return head + b"data\0\0\0\0" + b"\0" * (int(seconds * samples * channels * bits // 8))
+
+
+def test_audio_counts_by_seconds():
+    clip = {"data": coded(wav(10)), "format": "wav"}
+    assert audio(clip).tokens == audio(clip).at_most == pytest.approx(10 * AUDIO_A_SECOND, abs=2)
+    assert audio({"data": coded(wav(10, samples=48_000, channels=2)), "format": "wav"}).at_most == pytest.approx(
+        320, abs=2
+    )
+    # The fewer of what it says in two ways.
+    lies = audio({"data": coded(wav(10, rate=10**9)), "format": "wav"})
+    assert lies.at_most == pytest.approx(320, abs=2)
+    assert audio({"data": coded(wav(10, form=0x55)), "format": "wav"}).at_most == pytest.approx(
+        320_000 / 1000 * 32, rel=0.01
+    )
+    mp3 = audio({"data": "x" * 750_000, "format": "mp3"})
+    assert mp3.tokens == math.ceil(562_500 / 16_000 * 32)
+    assert mp3.at_most == math.ceil(562_500 / 1_000 * 32) == 18_000  # it was a million
+    assert audio({"data": 5, "format": "mp3"}) is None
+    assert audio({}) is None
+
+
+def pdf(pages, extra=b""):
+    kids = b"".join(b"%d 0 obj <</Type /Page /Parent 1 0 R>> endobj\n" % number for number in range(pages))
+    return b"%PDF-1.4\n1 0 obj <</Type /Pages /Count " + str(pages).encode() + b">> endobj\n" + kids + extra
+
+
+@pytest.mark.parametrize("prefix", ["data:application/pdf;base64,", ""])
+def test_a_pdf_counts_by_pages(prefix):
+    filler = b"\0" * 200_000
+    found = file({"file_data": prefix + coded(pdf(3, filler)), "filename": "a.pdf"})
+    assert found == Media(3 * PAGE_TOKENS, 3 * PAGE_MOST)
+    hidden = b"1 0 obj <</Type /ObjStm>> stream" + zlib.compress(pdf(3)) + filler
+    raw = coded(b"%PDF-1.5\n" + hidden)
+    assert file({"file_data": prefix + raw}) == Media(PAGE_TOKENS, len(raw))
+    raw = coded(b"%PDF-1.5\n" + hidden + filler * 5)
+    assert file({"file_data": prefix + raw}) == Media(PAGE_TOKENS, PAGES * PAGE_MOST)
+    lies = file({"file_data": prefix + coded(pdf(1, b"/Count 9999999"))})
+    assert lies.tokens <= lies.at_most
+
+
+def test_other_files():
+    assert file({"file_data": "data:text/csv;base64," + coded(b"a,b\n" * 300)}) == Media(300, 1200)
+    assert file({"file_id": "file-1"}) == Media(PAGE_TOKENS, PAGES * PAGE_MOST)
+    assert file({"file_data": "data:application/zip;base64,AAAA"}) is None  # its letters count
+    assert file({"file": "x"}) is None
+
+
+def count(*parts):
+    return count_prompt({"messages": [{"role": "user", "content": list(parts)}]})
+
+
+def test_a_prompt_counts_each_part_by_its_rule_and_what_else_is_said_as_text():
+    around = 7
+    clip = {"type": "input_audio", "input_audio": {"data": coded(wav(10)), "format": "wav"}}
+    assert count(clip).at_most == around + audio(clip["input_audio"]).at_most + len("wav")
+    paper = {
+        "type": "file",
+        "file": {"file_data": "data:application/pdf;base64," + coded(pdf(2, b"\0" * 50_000)), "filename": "a" * 40},
+    }
+    assert count(paper).at_most == around + 2 * PAGE_MOST + 40
+    for name, inner in (("input_audio", clip["input_audio"]), ("file", paper["file"])):
+        assert count({"type": name, name: {**inner, "type": "x" * 5000}}).at_most >= 5000
+        assert count({"type": name, name: inner, "note": "x" * 5000}).at_most >= 5000
+    picture = {"type": "image_url", "image_url": {"url": url(png(300, 200)), "detail": "x" * 5000}}
+    assert count(picture).at_most == around + 85 + 8 * 170 + 5000
+    assert count({"type": "input_image", "image_url": url(png(300, 200))}).at_most == around + 85 + 8 * 170
+    for odd in (
+        {"type": "file", "file": "x" * 5000},
+        {"type": "input_audio", "input_audio": {"data": {"a": "x" * 5000}}},
+        {"type": ["file"], "file": "x" * 5000},
+        {"type": "file", "file": {"data": "x" * 5000}},
+    ):
+        assert count(odd).at_most >= 5000
+
+
+def test_what_is_no_text_is_no_part_of_the_question():
+    parts = [
+        {"type": "text", "text": "what is this?"},
+        {"type": "image_url", "image_url": {"url": url(png(3, 2)), "detail": "high"}},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "mp3"}},
+    ]
+    assert last_text([{"role": "user", "content": parts}]) == "what is this?"
+
+
+@given(
+    st.recursive(
+        st.text(max_size=9) | st.integers() | st.none(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["type", "file", "file_data", "file_id", "input_audio", "data", "format", "image_url", "url"]
+                ),
+                inner,
+            )
+        ),
+    )
+)
+def test_parts_of_any_shape_are_counted(part):
+    found = count(*(part if isinstance(part, list) else [part]))
+    assert 0 < found.tokens <= found.at_most

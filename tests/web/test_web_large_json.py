@@ -1,0 +1,109 @@
+"""Large JSON in steps: the same as the json module's, to the byte, and the same mistakes."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.web import large_json
+from anabranch.web.api_error import ApiError
+from anabranch.web.body import MOST_DEPTH, parse
+from anabranch.web.large_json import dump_large, parse_large, shortened
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """So that short texts are long, and steps end everywhere."""
+    monkeypatch.setattr(large_json, "_LONG", 3)
+    monkeypatch.setattr(large_json, "_STEP", 5)
+
+
+TEXT = st.text(max_size=60) | st.sampled_from(
+    [
+        '\\"' * 20,
+        "\\" * 31,
+        "\U0001f98a" * 20,
+        "a\U0001f98ab" * 10,
+        "\ud83d" * 9,
+        "\ud83d\ude00" * 5,
+        "x" * 50 + "\n" + "y" * 50,
+        "\u2028é" * 9,
+    ]
+)
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=12,
+)
+BODY = st.dictionaries(TEXT, VALUE, max_size=4)
+
+
+@given(BODY, st.booleans(), st.sampled_from([None, 1]))
+def test_what_is_read_is_what_was_written(body, is_ascii, indent):
+    raw = json.dumps(body, ensure_ascii=is_ascii, indent=indent).encode("utf-8", "replace")
+    assert parse_large(raw) == parse(raw)
+
+
+@given(BODY)
+def test_what_is_written_is_the_same_to_the_byte(body):
+    assert dump_large(body) == json.dumps(body, separators=(",", ":")).encode()
+
+
+def told(read, raw):
+    """What it gives, or how it is refused."""
+    try:
+        return read(raw)
+    except ApiError as error:
+        return error.code, str(error)
+
+
+@given(st.binary(max_size=80) | BODY.map(lambda body: json.dumps(body).encode()), st.data())
+def test_mistakes_are_told_as_ever(raw, data):
+    if raw:
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw = (
+            raw[:at]
+            + data.draw(st.sampled_from([b"", b'"', b"\\", b"\n", b"\xff", b"{", b"}", b"\x00", b"\\u12"]))
+            + raw[at + 1 :]
+        )
+    assert told(parse_large, raw) == told(parse, raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a": "' + b"x" * 40 + b"\n" + b'"}',
+        b'{"a": "' + b"x" * 40,
+        b'{"a": "' + b"x" * 40 + b'", }',
+        b'{"a": "xxxxxxxx\xff"}',
+        b'{"a": "xxxxxxxxx\\q"}',
+        b'["' + b"x" * 40 + b'"]',
+        b'"' + b"x" * 40 + b'"',
+        b"[" * 5000 + b'"xxxxxxxx"' + b"]" * 5000,
+    ],
+)
+def test_mistakes_beside_long_texts(raw):
+    assert told(parse_large, raw) == told(parse, raw)
+
+
+def test_what_is_nested_deep_is_read_as_ever():
+    raw = b'{"a": ' + b"[" * (MOST_DEPTH + 50) + b'"a long text"' + b"]" * (MOST_DEPTH + 50) + b"}"
+    assert parse_large(raw) == parse(raw)
+
+
+def test_a_body_of_many_quotes_is_read_at_once(monkeypatch):
+    monkeypatch.setattr(large_json, "_QUOTES", 10)
+    monkeypatch.setattr(large_json, "_end", None)
+    assert parse_large(b'{"a": "' + b'\\"' * 20 + b'"}') == {"a": '"' * 20}
+
+
+@given(BODY, BODY)
+def test_what_stands_for_a_body_is_as_equal_as_the_body(one, other):
+    assert shortened(one) == shortened(copy.deepcopy(one))
+    assert (shortened(one) == shortened(other)) == (one == other)
+
+
+def test_what_stands_for_a_text_is_short():
+    assert len(json.dumps(shortened({"a": "x" * 10**6}))) < 200
