@@ -60,7 +60,7 @@ def traffic(path, num=12, models=()):
 
     async def work():
         async with Gateway(load_config(path)) as gateway:
-            secret, _ = await gateway.store.create_key("user", models=models)
+            secret, _ = await gateway.store.create_key(models=models)
             for number in range(num):
                 talk = [{"role": "system", "content": "be brief"}] if number % 3 == 0 else []
                 talk = [*talk, {"role": "user", "content": f"question {number}?"}]
@@ -289,7 +289,7 @@ def used(path, *asked, key=None, **created):
 
     async def work():
         async with Gateway(load_config(path)) as gateway:
-            secret = (await gateway.store.create_key("user", **created))[0]
+            secret = (await gateway.store.create_key(**created))[0]
             for model, text, fields in asked:
                 messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
                 await gateway.achat({"model": model, "messages": messages, **fields}, key=secret)
