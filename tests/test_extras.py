@@ -226,7 +226,8 @@ def test_every_command_is_among_those_that_were_tried():
     rest = {command.removesuffix(" --help") for command in helps()} - {"--help", "graph", "gateway"}
     groups = {"gateway keys", "gateway budget", "gateway ledger"}
     named = {name for name in rest if any(f"{line} ".startswith(f"{name} ") for line in (*NEEDS, *WORKS))}
-    need_files = {"gateway fit", "gateway route", "gateway replay", "gateway keys revoke"}
+    need_files = {"gateway fit", "gateway route", "gateway replay", "gateway ab"}
+    need_files |= {f"gateway keys {name}" for name in ("revoke", "edit", "rotate")}
     need_files |= {f"gateway budget {name}" for name in ("set", "remove")}
     need_files |= {f"gateway ledger {name}" for name in ("spend", "export", "prune", "backup")}
     assert rest - groups - named == need_files

@@ -410,7 +410,7 @@ def test_the_page_shows_both_arms_and_names_are_never_run():
 # On both kinds of store
 
 
-def test_requests_of_tests_are_read_with_their_first_feedback(url):
+def test_requests_of_tests_are_read_with_the_last_word_of_a_key(url):
     async def main():
         async with open_store(url) as store:
             assert await store.look(read_arms) == []
@@ -430,5 +430,5 @@ def test_requests_of_tests_are_read_with_their_first_feedback(url):
     arm, [one, two] = asyncio.run(main())
     assert one.arm == two.arm == json.loads(json.dumps(arm.to_dict()))
     assert (one.status, one.cost_nano, one.score, one.score_seq) == ("ok", 0, None, None)
-    assert (two.score, two.seq > one.seq) == (0.25, True)
+    assert (two.score, two.seq > one.seq) == (1.0, True)
     assert isinstance(two.score_seq, int)

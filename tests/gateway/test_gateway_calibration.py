@@ -38,7 +38,7 @@ def test_by_hand(url):
             clock.now = datetime(2026, 11, 23, 0, 0, 1, tzinfo=UTC).timestamp()  # Monday, a second after midnight
             await ask(store, "a", "knn", 0.9, 0.5)
             clock.now = THURSDAY
-            await ask(store, "b", "knn", 0.5, 1.0, 0.8)  # scored twice: 0.9
+            await ask(store, "b", "knn", 0.5, 1.0, 0.8)  # scored twice: the last word counts
             await ask(store, "c", "ridge", 0.25, 0.25)
             await ask(store, "unscored", "knn", 0.9)
             await ask(store, "expects nothing", "rules", None, 1.0)
@@ -47,8 +47,8 @@ def test_by_hand(url):
                 ("2026-11-23", "knn", 2), ("2026-11-23", "ridge", 1), ("2026-11-16", "knn", 1),
             ]  # fmt: skip
             first = found[0]
-            assert (first.expected, first.scored, first.error) == pytest.approx((0.7, 0.7, 0.4))
-            assert first.bias == pytest.approx(0.0)
+            assert (first.expected, first.scored, first.error) == pytest.approx((0.7, 0.65, 0.35))
+            assert first.bias == pytest.approx(0.05)
             assert found[2].bias == pytest.approx(-0.5)
             assert [one.week for one in await store.calibration(since_s=THURSDAY - 86_400)] == ["2026-11-23"] * 2
 

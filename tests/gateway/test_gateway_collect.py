@@ -453,7 +453,7 @@ def test_damaged_rows_are_passed_over(tmp_path, capsys):
 
     async def work():
         async with Gateway(load_config(path)) as gateway:
-            secret, _ = await gateway.store.create_key("user")
+            secret, _ = await gateway.store.create_key()
             for number in range(len(DAMAGED) + 1):
                 body = {"model": "auto/try", "messages": [{"role": "user", "content": f"question {number}?"}]}
                 reply = await gateway.handle("chat", body, key=secret)

@@ -447,7 +447,7 @@ def test_a_store_is_read_while_it_is_there(tmp_path, monkeypatch, page):
     asyncio.run(serve())
     data = load(tmp_path / "gateway.db")
     assert (data.query, data.models) == (("one",), ("small",))
-    np.testing.assert_array_equal(data.score_NM, [[0.75]])
+    np.testing.assert_array_equal(data.score_NM, [[0.5]])  # the last word
     np.testing.assert_array_equal(data.cost_NM, [[5e-6]])
     np.testing.assert_array_equal(data.latency_NM, [[2.0]])
     np.testing.assert_array_equal(data.signals["probability"], [[0.5]])

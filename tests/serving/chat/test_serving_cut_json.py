@@ -1,5 +1,6 @@
 """JSON objects that end in the middle."""
 
+import contextlib
 import json
 
 import pytest
@@ -40,6 +41,14 @@ def test_every_beginning_of_an_object_is_read_and_says_no_more_than_it(value, is
     _is_within(made, value)
 
 
+def _beginnings(number):
+    """The numbers that the beginnings of its text are."""
+    text = json.dumps(number)
+    for end in range(1, len(text) + 1):
+        with contextlib.suppress(ValueError):
+            yield json.loads(text[:end])
+
+
 def _is_within(made, value):
     """All that was made is of the value, but for the last text, which may be shorter, and the last number."""
     if isinstance(value, dict):
@@ -53,7 +62,7 @@ def _is_within(made, value):
         assert value.encode("utf-16", "surrogatepass").startswith(made.encode("utf-16", "surrogatepass"))
         return
     else:
-        assert made == value or str(value).startswith(str(made)[:1])
+        assert made == value or made in _beginnings(value)
         return
     assert [made for made, value in pairs[:-1]] == [value for made, value in pairs[:-1]]
     for pair in pairs[-1:]:
