@@ -86,10 +86,10 @@ class BudgetError(LimitError):
 
 
 class RateError(LimitError):
-    """Too many requests or tokens in a minute.
+    """Too many requests or tokens in a minute, or requests at a time.
 
     Attributes:
-        limit: ``rpm`` or ``tpm``.
+        limit: ``rpm``, ``tpm`` or ``max_in_flight``.
     """
 
     def __init__(self, message: str, *, limit: str, retry_after_s: float | None) -> None:
