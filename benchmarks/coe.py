@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 
 from _harness import arguments, finish, start
-from anabranch.gateway import strategies
-from anabranch.gateway.coe import Limits, QualityTable, solve_map
-from anabranch.gateway.coe.quality import table_of_scores
-from anabranch.gateway.embed.minilm import MiniLM
+from anabranch.routers import strategies
+from anabranch.routers.coe import Limits, QualityTable, solve_map
+from anabranch.routers.coe.quality import table_of_scores
+from anabranch.routers.embed.minilm import MiniLM
 from anabranch.studies.composition_of_experts import outcomes, sizes
 
 BAR_MS, PROGRAM_BAR_S = 0.2, 2.0

@@ -23,8 +23,8 @@ from typing import Any
 
 from _bars import with_bars
 from _gateway import CHUNKS, Contestant, free_port, load, machine, relay_command, running, upstream_command
-from anabranch.gateway.money import nano_dollars
 from anabranch.gateway.store import open_store
+from anabranch.routers.money import nano_dollars
 
 CONFIG = """
 store = "{store}"

@@ -33,12 +33,12 @@ import numpy as np
 import torch
 
 from _harness import arguments, finish, start
-from anabranch.gateway.dataset import Recorded
-from anabranch.gateway.graphrouter import GraphRouter
-from anabranch.gateway.graphrouter.network import Block, Network, Nodes
-from anabranch.gateway.graphrouter.settings import Episodes, PlusConfig, Training
-from anabranch.gateway.money import Price
-from anabranch.gateway.query import Outcome, Query
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Outcome, Query
+from anabranch.routers.graphrouter import GraphRouter
+from anabranch.routers.graphrouter.network import Block, Network, Nodes
+from anabranch.routers.graphrouter.settings import Episodes, PlusConfig, Training
+from anabranch.routers.money import Price
 
 QUERIES, MODELS, DIM = 4432, 9, 384
 BAR_DECISION_MS, BAR_JOIN_MS, BAR_EPOCH_S, BAR_GIB, BAR_PEER = 0.3, 50.0, 60.0, 2.0, 100.0
@@ -322,7 +322,7 @@ def plus_epoch(config: GraphRouter.Config, data: Recorded, steps: int) -> float:
     if steps == 0:
         config.build().fit(data)
         return time.process_time() - begin
-    from anabranch.gateway.graphrouter import plus_network
+    from anabranch.routers.graphrouter import plus_network
 
     spent = 0.0
     whole = plus_network.fit_plus

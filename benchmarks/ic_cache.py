@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 
 from _harness import arguments, compare, finish, start
-from anabranch.gateway.embed.hashed import Hashed
-from anabranch.gateway.ic_cache import Arm, ExamplePool, ICCache
-from anabranch.gateway.ic_cache.baselines import TopSimilar
-from anabranch.gateway.ic_cache.cross_encoder import CrossEncoder
-from anabranch.gateway.ic_cache.features import pairs
-from anabranch.gateway.ic_cache.proxy import Logistic, Mlp, Proxy, merge
-from anabranch.gateway.query import Query
-from anabranch.gateway.retrieve import Exact, Index
+from anabranch.routers.contract.query import Query
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.ic_cache import Arm, ExamplePool, ICCache
+from anabranch.routers.ic_cache.baselines import TopSimilar
+from anabranch.routers.ic_cache.cross_encoder import CrossEncoder
+from anabranch.routers.ic_cache.features import pairs
+from anabranch.routers.ic_cache.proxy import Logistic, Mlp, Proxy, merge
+from anabranch.routers.retrieve import Exact, Index
 
 BAR_MS = 5.0
 TOPICS, WORDS = 2000, 20_000

@@ -77,6 +77,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "gateway import x": "gateway",
     "gateway collect -c x --out x.jsonl --judge exact": "gateway",
     "gateway eval x.jsonl --html x.html": "plots",
+    "routers eval x.jsonl --html x.html": "plots",
 }
 WORKS = (
     "doctor",
@@ -152,4 +153,4 @@ def check_base(told: dict[str, tuple[int, str, str]], names: dict[str, str | Non
     assert (names["anabranch.lm.Decoder"] or "").endswith("pip install 'anabranch[lm]'")
     assert (names["anabranch.graph.PageRank"] or "").endswith("pip install 'anabranch[graph]'")
     works = {name.rpartition(".")[0] for name in names} - {name.rpartition(".")[0] for name in names if names[name]}
-    assert {"anabranch.config", "anabranch.gateway.data", "anabranch.gateway.referee"} <= works
+    assert {"anabranch.config", "anabranch.routers.data", "anabranch.routers.referee"} <= works

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from aiohttp import web
 
-from anabranch.gateway.money import PER, Price
+from anabranch.routers.money import PER, Price
 
 Json = dict[str, Any]
 FATES = ("fine", "slow", "refused", "lost", "cut")
@@ -147,7 +147,7 @@ class BillingProvider:
                 if request.transport is None or request.transport.is_closing():
                     # It takes a few tokens until it is seen that nobody is there.
                     unnoticed -= size
-                    if unnoticed <= 0:
+                    if unnoticed <= 0 or made == cut_at:
                         return response
                     continue
                 await response.write(form.token(call, size))

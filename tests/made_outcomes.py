@@ -5,9 +5,9 @@ import json
 import numpy as np
 
 from anabranch.config import Field, configclass
-from anabranch.gateway.dataset import Recorded
-from anabranch.gateway.embed import Embedder
-from anabranch.gateway.predictor import Prediction, Predictor
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.predictor import Prediction, Predictor
+from anabranch.routers.embed import Embedder
 
 TOPICS = {"maths": "add the numbers", "poetry": "write verses about", "code": "fix the function"}
 MODELS = ("small", "medium", "large")

@@ -23,16 +23,22 @@ PUBLIC = {
         Mixture Named Stdlib StreamDecoder Table TokenStore TokenStream Tokenizer Windows cache_folder corpus_at
         corpus_windows load_tokenizer text_windows train_bpe
     """,
-    "anabranch.gateway.coe": """
+    "anabranch.routers": """
+        Candidate Decision FittedRouter Model Outcome Pool Prediction Predictor Query Ranked Recorded Strategy load_outcomes strategies
+    """,
+    "anabranch.routers.contract": """
+        Candidate Decision Model Outcome Played Pool Prediction Predictor Query Ranked Recorded Strategy
+    """,
+    "anabranch.routers.coe": """
         CategoryRouter ExpertMap ExpertQueue ExpertStore Judgement Lease Limits QualityTable frontier_of_budget
         frontier_of_trade_off solve_map
     """,
-    "anabranch.gateway.data": """
-        SETS UNITS Columns RoutingSet check_disjoint deduplicated folds from_ledger groups is_store llmrouter load load_csv load_jsonl
-        load_store measured_in merged pool_of pooled read_joules read_prices routellm_mmlu split
+    "anabranch.routers.data": """
+        SETS UNITS Columns RoutingSet check_disjoint deduplicated folds groups is_store llmrouter load_csv load_jsonl
+        load_outcomes measured_in merged pool_of pooled read_joules read_prices routellm_mmlu split
     """,
-    "anabranch.gateway.embed": "Embedder embed_cached",
-    "anabranch.gateway.referee": """
+    "anabranch.routers.embed": "Embedder embed_cached",
+    "anabranch.routers.referee": """
         Interval Recovery Replay Replayed Report Standing Trial Verdict aiq bootstrap cost_save decision_latency evaluate holm hull
         pareto_distance preference recovery recovery_in_bins replay routerbench_aiq try_out with_cheapest
     """,

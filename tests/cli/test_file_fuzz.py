@@ -11,7 +11,7 @@ import pytest
 
 from anabranch.cli.runs import build_config
 from anabranch.data.corpus import corpus_at
-from anabranch.gateway.data import load, read_prices
+from anabranch.routers.data import load_outcomes, read_prices
 from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_schema import METADATA_KEY, TraceLayer, layers_to_json, schema_with
 from damage import altered, as_json, damaged, each, little_room, refuse_or_read
@@ -148,8 +148,8 @@ READERS = {
     "parquet": (".parquet", parquet(pa.Table.from_pylist(ROWS)), documents, None),
     "trace": (".parquet", altered_trace, read_trace, altered_trace),
     "toml": (".toml", TOML.encode(), lambda path: build_config(None, path, None, {}), altered_toml),
-    "outcomes": (".jsonl", lines(OUTCOMES), lambda path: load(str(path)), of_rows(OUTCOMES)),
-    "csv": (".csv", b"query,task,score:a,score:b\nq1,t,1,0\nq2,t,0.5,1\n", lambda path: load(str(path)), None),
+    "outcomes": (".jsonl", lines(OUTCOMES), lambda path: load_outcomes(str(path)), of_rows(OUTCOMES)),
+    "csv": (".csv", b"query,task,score:a,score:b\nq1,t,1,0\nq2,t,0.5,1\n", lambda path: load_outcomes(str(path)), None),
     "prices": (".json", lines([PRICES]), read_prices, of_rows([PRICES])),
 }
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from pyarrow import parquet
 
-from anabranch.gateway.money import Price
 from anabranch.gateway.store import LedgerRow, open_store, subjects_of
+from anabranch.routers.money import Price
 
 
 @pytest.fixture

@@ -61,12 +61,14 @@ COMMANDS = {
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
 }  # fmt: skip
+COMMANDS |= {f"routers {name}": COMMANDS[f"gateway {name}"] for name in ("eval", "fit")}
 OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in the folder that is named
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
     "compare", "convert", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
     "eval data", "train config_file", "serve config_files", "gateway serve config_files", "gateway serve store", "gateway replay router",
     "gateway replay prices", "gateway route router", "gateway serve router",
+    "routers replay router", "routers replay prices", "routers route router",
 }  # fmt: skip
 FOLDERS = {"model": "m", "router": "routers"}  # what is named on the command line is not the file but its folder
 

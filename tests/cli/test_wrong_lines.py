@@ -159,6 +159,11 @@ gateway fit holes.parquet --out z
 gateway eval scores.jsonl --seeds {HUGE}
 gateway route holes.parquet x
 gateway replay no.db
+routers fit scores.jsonl --out z
+routers fit no.db --out z
+routers eval scores.jsonl --seeds {HUGE}
+routers route x --router none
+routers replay no.db
 gateway collect -c latin.toml --judge a --out o.jsonl
 gateway collect -c none.toml --judge exact --out o.jsonl
 gateway collect -c deep.toml --judge a --out o.jsonl

@@ -24,11 +24,11 @@ from anabranch.gateway.config import (
     names_of,
 )
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store
 from anabranch.gateway.store.arms import ArmRow, read_arms
 from anabranch.gateway.ui.ab import render_ab
+from anabranch.routers.money import Price
 from page_html import NASTY, Parsed
 
 TEST = ABConfig(a="first", b="second", answers=2)

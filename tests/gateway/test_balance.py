@@ -5,10 +5,10 @@ import pytest
 
 from anabranch.gateway.dispatch.balance import pick
 from anabranch.gateway.dispatch.breaker import BreakerRules
+from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.deployments import Deployment
-from anabranch.gateway.dispatch.live import Live
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
+from anabranch.routers.money import Price
 
 
 def live(name: str, price: int = 1, **fields) -> Live:

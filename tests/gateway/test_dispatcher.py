@@ -11,9 +11,9 @@ import pytest
 from anabranch.errors import ConfigError
 from anabranch.gateway.dispatch import BreakerRules, Deployment, Dispatcher, DispatchRules, Group, Plan
 from anabranch.gateway.dispatch.virtual_time import run_virtual, virtual_clock
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.routers.money import Price
 
 PRICE = Price(input=1_000_000_000, output=2_000_000_000)  # 1,000 and 2,000 nano-dollars a token
 QUICK = DispatchRules(backoff_s=0.0, min_extra=100)

@@ -17,10 +17,10 @@ from anabranch.gateway.config import (
     RetryConfig,
 )
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock, MockTransport
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamRequest
+from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
 
 PRICE = Price.of_dollars(1, 10)  # 1,000 and 10,000 nano-dollars a token

@@ -18,10 +18,10 @@ from anabranch.cli.main import main
 from anabranch.errors import DataError, InputError
 from anabranch.gateway.collect import TAG
 from anabranch.gateway.config import load_config
-from anabranch.gateway.data import load
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.judges import ModelJudge, ReferenceJudge, prompt_of, verdict
 from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store
+from anabranch.routers.data import load_outcomes
+from anabranch.routers.judges import ModelJudge, ReferenceJudge, prompt_of, verdict
 from anabranch.web.api_error import ApiError
 
 CONFIG = """
@@ -109,7 +109,7 @@ def test_a_log_becomes_a_table_of_all_outcomes(tmp_path, capsys):
     rows, _ = collected_rows(tmp_path)
     assert len(rows) == 20
     assert all((row.status, row.attempts, row.requested) == ("ok", 1, row.model) for row in rows)
-    data = load(out)
+    data = load_outcomes(out)
     assert (data.models, set(data.task)) == (("a", "b", "c"), {"t"})
     assert np.isfinite(data.score_NM).all()
     for query, score, answers in zip(data.query, data.score_NM, data.answers, strict=True):
@@ -164,7 +164,7 @@ def test_a_model_judges_in_both_orders(tmp_path, capsys):
     done = collect(capsys, path, out, "--judge", "judge", "--anchor", "b", "--limit", 3)
     assert (done["questions"], done["judge"]) == (3, "judge against b")
     # It always likes the first, which says nothing.
-    assert load(out).score_NM.tolist() == [[0.5, 0.5, 0.5]] * 3
+    assert load_outcomes(out).score_NM.tolist() == [[0.5, 0.5, 0.5]] * 3
     rows, _ = collected_rows(tmp_path)
     assert sum(row.model == "judge" for row in rows) == 3 * 2 * 2
 
@@ -178,7 +178,7 @@ def test_new_questions_are_collected_while_they_come_in(tmp_path, capsys):
     done = collect(capsys, path, out, "--judge", "judge", "--every", "1s", "--limit", 5)
     later.join()
     assert (done["questions"], done["there"]) == (5, 0)
-    assert len(set(load(out).query)) == 5
+    assert len(set(load_outcomes(out).query)) == 5
 
 
 WRONG = {

@@ -17,9 +17,9 @@ from anabranch.errors import DataError
 from anabranch.gateway.collect import TAG, Collector, for_collecting
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.judges import ModelJudge
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock, MockTransport
+from anabranch.routers.judges import ModelJudge
+from anabranch.routers.money import Price
 
 REPLIES = {"a": "a says", "b": "", "c": "c says so", "judge": "verdict: A", "mute": "hm"}
 

@@ -19,8 +19,8 @@ from anabranch.gateway.config import (
     names_of,
 )
 from anabranch.gateway.config.lines import parse
-from anabranch.gateway.money import Price
-from anabranch.gateway.strategy import Strategy
+from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.money import Price
 
 GOOD = """\
 default_strategy = "fast"

@@ -11,8 +11,8 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.providers.openai import OpenAI
-from anabranch.gateway.query import Candidate, Decision, Model, Outcome, Pool, Query
-from anabranch.gateway.strategy import Strategy
+from anabranch.routers.contract.query import Candidate, Decision, Model, Outcome, Pool, Query
+from anabranch.routers.contract.strategy import Strategy
 from anabranch.web.api_error import ApiError
 
 POOL = Pool((Model(name="small"), Model(name="large"), Model(name="down", is_available=False)))

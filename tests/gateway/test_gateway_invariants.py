@@ -23,12 +23,12 @@ from anabranch.gateway.config import (
     StrategyConfig,
 )
 from anabranch.gateway.dispatch.hedge import HedgeDelay
-from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price, nano_dollars
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery, keyring, open_store
 from anabranch.gateway.store.postgres import LEASE_S
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.api_error import ApiError
 from gateway_process import served
 from gateway_stores import missing, server

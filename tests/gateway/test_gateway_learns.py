@@ -10,11 +10,11 @@ import pytest
 
 from anabranch.cli.main import main
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.data import load
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import open_store
+from anabranch.routers.data import load_outcomes
+from anabranch.routers.money import Price
 from gateway_process import served
 
 ADMIN = "admin-key-of-this-test"
@@ -139,7 +139,7 @@ def test_from_requests_and_feedback_to_a_router_that_serves(tmp_path, capsys, mo
     shown = command(capsys, "route", "add up the numbers 7", "--router", routers)
     assert "small" in json.dumps(shown)
 
-    data = load(store)
+    data = load_outcomes(store)
     assert (set(data.models), set(data.task)) == (set(MODELS), set(TOPICS))
     assert {text for of_model in data.answers for text in of_model.values()} == {f"{name} says so" for name in MODELS}
     np.testing.assert_allclose(np.nansum(data.cost_NM, axis=1) > 0, True)
@@ -215,7 +215,7 @@ def test_what_a_choice_led_to_is_put_under_it_for_estimates_and_under_who_answer
             )
 
     played(small(tmp_path, failing="c"), work)
-    answered, chosen = load(tmp_path / "g.db"), load(tmp_path / "g.db", by_choice=True)
+    answered, chosen = load_outcomes(tmp_path / "g.db"), load_outcomes(tmp_path / "g.db", by_choice=True)
     assert "c" not in answered.models
     assert chosen.only(["c"]).score_NM[np.isfinite(chosen.only(["c"]).score_NM)].mean() == 1.0
     assert np.nansum(chosen.score_NM) == np.nansum(answered.score_NM) > 0

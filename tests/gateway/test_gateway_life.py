@@ -16,13 +16,13 @@ from anabranch.gateway.config import (
     ModelConfig,
     StrategyConfig,
 )
-from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price, dollars
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.query import Candidate, Decision
 from anabranch.gateway.store import LedgerQuery
-from anabranch.gateway.strategy import Strategy
+from anabranch.routers.contract.query import Candidate, Decision
+from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.money import Price, dollars
 from anabranch.web.api_error import ApiError
 
 PRICE = Price.of_dollars(1, 2)  # 1,000 and 2,000 nano-dollars a token
@@ -516,7 +516,7 @@ def test_the_plain_api_needs_no_event_loop(tmp_path):
 
 def test_the_package_gives_gateway_and_strategies():
     from anabranch import gateway as package
-    from anabranch.gateway import strategies
+    from anabranch.routers import strategies
 
     assert package.Gateway is Gateway
     assert "knn" in strategies.names()

@@ -8,8 +8,8 @@ from anabranch import registry
 from anabranch.config import configclass, from_dict, to_dict
 from anabranch.errors import ConfigError, DataError
 from anabranch.gateway.config import GatewayConfig, import_litellm, load_config
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers import Provider
+from anabranch.routers.money import Price
 
 THEIRS = """\
 model_list:

@@ -9,11 +9,11 @@ import pytest
 from anabranch.cli.gateway.options import read_data
 from anabranch.cli.main import main
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.data import load
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerRow, open_store
+from anabranch.routers.data import load_outcomes
+from anabranch.routers.money import Price
 
 
 def settings(folder, **fields):
@@ -126,7 +126,7 @@ def test_a_model_that_no_budget_had_room_for_is_not_told_what_another_earned(tmp
         return [await rated(gateway, "auto/try", f"question number {n}", {"a": 0.9, "b": 0.1}) for n in range(80)]
 
     assert set(used(config, work)) == {"a"}
-    log = load(tmp_path / "gateway.db", by_choice=True)
+    log = load_outcomes(tmp_path / "gateway.db", by_choice=True)
     chance_NM = log.only(["a", "b"]).signals["probability"]
     drawn_M = np.isfinite(chance_NM).sum(0)
     assert drawn_M.sum() == 80
@@ -142,7 +142,7 @@ def test_a_model_that_no_budget_had_room_for_is_not_told_what_another_earned(tmp
     assert by_name["always a"]["ips"] == pytest.approx(0.9 * by_name["always a"]["support"])
     assert by_name["always a"]["gain"] == pytest.approx(0)
     # To learn from, the answers are a's.
-    assert np.isfinite(load(tmp_path / "gateway.db").only(["a"]).score_NM).all()
+    assert np.isfinite(load_outcomes(tmp_path / "gateway.db").only(["a"]).score_NM).all()
 
 
 def asking(folder, reply, prompts=True):
@@ -168,7 +168,7 @@ def test_what_a_strategy_asked_others_is_no_cost_of_the_model_it_chose(tmp_path)
 
     named, chosen = used(asking(tmp_path, "5"), work)
     assert chosen.total_nano > named.total_nano
-    costs = load(tmp_path / "gateway.db").cost_NM[:, 0] * 1e9
+    costs = load_outcomes(tmp_path / "gateway.db").cost_NM[:, 0] * 1e9
     np.testing.assert_allclose(costs, named.cost_nano)
 
 
@@ -181,7 +181,7 @@ def test_rows_from_before_calls_had_their_own_hold_what_others_cost(tmp_path):
             await store.feedback("a", 1.0)
 
     asyncio.run(main())
-    np.testing.assert_allclose(load(tmp_path / "g.db").cost_NM * 1e9, [[30]])
+    np.testing.assert_allclose(load_outcomes(tmp_path / "g.db").cost_NM * 1e9, [[30]])
 
 
 def test_without_prompts_nothing_that_was_asked_or_said_is_on_the_disk(tmp_path):

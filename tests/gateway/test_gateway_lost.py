@@ -19,13 +19,13 @@ from anabranch.gateway.config import (
 )
 from anabranch.gateway.dispatch.hedge import HedgeDelay
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
-from anabranch.gateway.query import Candidate, Decision
 from anabranch.gateway.store import LedgerQuery, open_store
-from anabranch.gateway.strategy import Strategy
+from anabranch.routers.contract.query import Candidate, Decision
+from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
 
 # 1,000 and 20,000 nano-dollars a token.

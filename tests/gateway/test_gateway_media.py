@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.count import count_prompt, last_text
-from anabranch.gateway.media import (
+from anabranch.gateway.media_tokens import (
     AUDIO_A_SECOND,
     IMAGE_MOST,
     IMAGE_TOKENS,
@@ -22,6 +21,7 @@ from anabranch.gateway.media import (
     file,
     image,
 )
+from anabranch.gateway.prompt_tokens import count_prompt, last_text
 
 
 def coded(raw):

@@ -15,9 +15,9 @@ from anabranch.bounds import finite, whole
 from anabranch.errors import ConfigError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, load_config
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import MOST_NANO, NANO, nano_dollars
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import open_store
+from anabranch.routers.money import MOST_NANO, NANO, nano_dollars
 from anabranch.web.answers import json_response
 from anabranch.web.api_error import ApiError
 from gateway_process import served

@@ -2,7 +2,7 @@
 
 import pytest
 
-from anabranch.gateway.count import count_prompt, has_images, last_text
+from anabranch.gateway.prompt_tokens import count_prompt, has_images, last_text
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse

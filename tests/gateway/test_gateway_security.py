@@ -22,18 +22,18 @@ from anabranch.gateway.config import (
 )
 from anabranch.gateway.config.secret import Secret
 from anabranch.gateway.dispatch import Plan
-from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
-from anabranch.gateway.money import Price, nano_dollars
-from anabranch.gateway.providers.behaviour import Behaviour, Scene
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamRequest, Usage
+from anabranch.gateway.providers.scenes import Behaviour, Scene
 from anabranch.gateway.providers.sse import DONE, event
-from anabranch.gateway.query import Candidate, Decision
 from anabranch.gateway.store import LedgerQuery
-from anabranch.gateway.strategy import Strategy
+from anabranch.routers.contract.query import Candidate, Decision
+from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.api_error import ApiError
 
 PRICE = Price.of_dollars(1, 2)  # 1,000 and 2,000 nano-dollars a token

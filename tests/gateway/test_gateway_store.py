@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 import pytest
 
 from anabranch.errors import BackendError, BudgetError, DataError, InputError
-from anabranch.gateway.money import Price
 from anabranch.gateway.store import CollectedRow, LedgerQuery, LedgerRow, Spend, open_store, schema, subjects_of
 from anabranch.gateway.store.batch import ledger_values
+from anabranch.routers.money import Price
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86_400.0

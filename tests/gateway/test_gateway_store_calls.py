@@ -2,9 +2,9 @@
 
 import asyncio
 
-from anabranch.gateway.money import Price
 from anabranch.gateway.store import LedgerQuery, LedgerRow, Spend, open_store, schema, subjects_of
 from anabranch.gateway.store.batch import ledger_values
+from anabranch.routers.money import Price
 
 STEP = next(at for at, step in enumerate(schema.MIGRATIONS) if any("parent_id" in statement for statement in step))
 

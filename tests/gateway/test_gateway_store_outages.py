@@ -20,10 +20,10 @@ import pytest
 from anabranch.errors import CapacityError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store, writer
 from anabranch.gateway.store.sqlite import SqliteConnection
+from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
 from gateway_process import SOURCE, served
 

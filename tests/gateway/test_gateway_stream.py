@@ -13,10 +13,10 @@ from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Gr
 from anabranch.gateway.dispatch.stream import CONTINUE
 from anabranch.gateway.dispatch.virtual_time import run_virtual as run
 from anabranch.gateway.dispatch.virtual_time import virtual_clock
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.chunks import as_chunks, assembled, ended, has_content, text_of
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest, Usage
+from anabranch.routers.money import Price
 
 BROKEN = "broken"  # in place of a piece: the connection breaks
 HANGS = "hangs"  # nothing more comes
@@ -227,7 +227,7 @@ def test_an_event_without_end_is_given_up_on(monkeypatch):
 
 
 def test_an_upstream_that_never_begins_is_not_listened_to_for_ever(monkeypatch):
-    monkeypatch.setattr("anabranch.gateway.dispatch.opened.EVENT_BYTES", 1000)
+    monkeypatch.setattr("anabranch.gateway.dispatch.upstream_stream.EVENT_BYTES", 1000)
 
     async def work() -> None:
         for piece in (ROLE, b": a comment\n\n"):
@@ -238,7 +238,7 @@ def test_an_upstream_that_never_begins_is_not_listened_to_for_ever(monkeypatch):
 
 
 def test_an_answer_that_is_to_be_judged_is_bounded(monkeypatch):
-    monkeypatch.setattr("anabranch.gateway.dispatch.opened.BODY_BYTES", 1000)
+    monkeypatch.setattr("anabranch.gateway.dispatch.upstream_stream.BODY_BYTES", 1000)
 
     async def work() -> None:
         wire = Wire([said("a")] * 50, [said("b"), END])

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from anabranch.cli.main import main
-from anabranch.gateway.providers.replay import write_answers
+from anabranch.gateway.providers.recorded import write_answers
 from gateway_process import served
 from made_outcomes import made_outcomes, write_outcomes
 

@@ -8,8 +8,8 @@ import pytest
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, RetryConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
-from anabranch.gateway.providers.behaviour import Behaviour, Scene
 from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.scenes import Behaviour, Scene
 
 HTML = {"content-type": "text/html", "retry-after": "300"}
 PLAIN = {"content-type": "application/json", "retry-after": "300"}

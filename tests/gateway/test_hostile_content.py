@@ -19,12 +19,12 @@ from anabranch.gateway.config import (
 from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.anthropic import Anthropic
-from anabranch.gateway.providers.behaviour import Behaviour, Scene
 from anabranch.gateway.providers.engine import Engine
 from anabranch.gateway.providers.mock import Mock, MockReply
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
-from anabranch.gateway.providers.replay import Record, Replay, write_answers
+from anabranch.gateway.providers.recorded import Record, Replay, write_answers
+from anabranch.gateway.providers.scenes import Behaviour, Scene
 from anabranch.gateway.providers.sse import DONE, event
 from anabranch.gateway.store import LedgerQuery
 from anabranch.registry import kinds, resolve

@@ -10,18 +10,18 @@ import pytest
 
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LearningConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.ic_cache import ICCache, ICCacheRouting
-from anabranch.gateway.ic_cache.critic import Critic
-from anabranch.gateway.ic_cache.manager import Manager
-from anabranch.gateway.ic_cache.router import Router
-from anabranch.gateway.judges import grade, grade_prompt
 from anabranch.gateway.learning import errands
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.query import Model, Outcome, Pool, Query
 from anabranch.gateway.store import LedgerQuery, learned
+from anabranch.routers.contract.query import Model, Outcome, Pool, Query
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.ic_cache import ICCache, ICCacheRouting
+from anabranch.routers.ic_cache.critic import Critic
+from anabranch.routers.ic_cache.router import Router
+from anabranch.routers.ic_cache.upkeep import Manager
+from anabranch.routers.judges import grade, grade_prompt
+from anabranch.routers.money import Price
 from gateway_process import served
 
 EMBEDDER = Hashed.Config(dim=64).build()

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.ic_cache import ICCache, ICCacheRouting
-from anabranch.gateway.ic_cache.critic import Critic
-from anabranch.gateway.ic_cache.router import Router
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.ic_cache import ICCache, ICCacheRouting
+from anabranch.routers.ic_cache.critic import Critic
+from anabranch.routers.ic_cache.router import Router
+from anabranch.routers.money import Price
 
 CACHE = ICCache.Config(router=Router.Config(critic=Critic.Config(hidden=(8,)), temperature=0.0, explore=0.0))
 

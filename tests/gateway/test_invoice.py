@@ -28,10 +28,10 @@ from anabranch.gateway.config import (
 )
 from anabranch.gateway.dispatch.hedge import HedgeDelay
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.store import LedgerQuery, open_store
+from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
 from billing_provider import FATES, BillingProvider
 from gateway_process import served

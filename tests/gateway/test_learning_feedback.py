@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from anabranch.errors import ConfigError
 from anabranch.gateway.config import DeploymentConfig, FeedbackConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.decide import Lane
-from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.learning.fair import FairShare
 from anabranch.gateway.learning.permission import may_score, may_teach
 from anabranch.gateway.learning.waiting import Waiting
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.query import Outcome, Query
 from anabranch.gateway.store import KeyRecord, open_store
-from anabranch.gateway.strategies import make
-from anabranch.gateway.strategy import Strategy
+from anabranch.routers.contract.query import Outcome, Query
+from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.money import Price
+from anabranch.routers.strategies import make
 from anabranch.web.api_error import ApiError
 from gateway_process import served
 

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.contract import made_outcomes, made_pool
-from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.learning import kept
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.query import Outcome, Query
-from anabranch.gateway.saving import FittedRouter
 from anabranch.gateway.store import learned, open_store, schema
-from anabranch.gateway.strategies import make
-from anabranch.gateway.strategies.bandit import LinUCB
-from anabranch.gateway.strategies.sums import SEEDED, Sums
-from anabranch.gateway.strategy import Strategy
+from anabranch.routers.checks import made_outcomes, made_pool
+from anabranch.routers.contract.query import Outcome, Query
+from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.fitted import FittedRouter
+from anabranch.routers.money import Price
+from anabranch.routers.strategies import make
+from anabranch.routers.strategies.bandit import LinUCB
+from anabranch.routers.strategies.regression_sums import SEEDED, Sums
 from gateway_process import served
 
 KINDS = ("linucb", "thompson", "eps_greedy")

@@ -20,11 +20,11 @@ from anabranch.gateway.config import (
 )
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
-from anabranch.gateway.money import Price, dollars, nano_dollars
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.query import Candidate, Decision
 from anabranch.gateway.store import LedgerQuery
-from anabranch.gateway.strategy import Strategy
+from anabranch.routers.contract.query import Candidate, Decision
+from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.money import Price, dollars, nano_dollars
 from anabranch.web.api_error import ApiError
 
 PRICE = Price.of_dollars(1, 2)  # 1,000 and 2,000 nano-dollars a token

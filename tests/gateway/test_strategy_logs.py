@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from anabranch.errors import DataError
-from anabranch.gateway import strategies
-from anabranch.gateway.contract import made_outcomes, made_pool
+from anabranch.routers import strategies
+from anabranch.routers.checks import made_outcomes, made_pool
 
 
 def one_answer_each(data, seed=0):

@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.cli.gateway.replay import print_replay
-from anabranch.gateway import strategies
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.contract import made_outcomes, made_pool
-from anabranch.gateway.data import load, pool_of
-from anabranch.gateway.embed.hashed import Hashed
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.query import Model, Outcome, Pool, Query
-from anabranch.gateway.referee import replay
-from anabranch.gateway.strategies.bandit import largest_of_normals
-from anabranch.gateway.strategies.plain import Static
+from anabranch.routers import strategies
+from anabranch.routers.checks import made_outcomes, made_pool
+from anabranch.routers.contract.query import Model, Outcome, Pool, Query
+from anabranch.routers.data import load_outcomes, pool_of
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.money import Price
+from anabranch.routers.referee import replay
+from anabranch.routers.strategies.bandit import largest_of_normals
+from anabranch.routers.strategies.fixed import Static
 
 VECTOR = np.array([0.6, 0.8], np.float32)
 DRAWS = {
@@ -136,7 +136,7 @@ def test_estimates_from_the_ledger_of_drawn_traffic_are_right(tmp_path, name):
                 await gateway.feedback({"request_id": reply.headers["x-request-id"], "score": 1.0})
 
     asyncio.run(work())
-    log = load(tmp_path / "g.db", by_choice=True)
+    log = load_outcomes(tmp_path / "g.db", by_choice=True)
     chance_NM = log.signals["probability"]
     assert np.isfinite(chance_NM).any(1).sum() == 400
     alone = {model: Static(Static.Config(model=model)) for model in worth}

@@ -9,12 +9,12 @@ import pytest
 from aiohttp import web
 
 from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.mock_server import application
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
-from anabranch.gateway.providers.replay import Record, Replay, write_answers
+from anabranch.gateway.providers.recorded import Record, Replay, write_answers
+from anabranch.routers.money import Price
 
 KEY = "sk-test-abcdefghijklmnop"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from anabranch.config import from_dict, to_dict
-from anabranch.gateway.coe.store import ExpertStore
+from anabranch.routers.coe.store import ExpertStore
 from anabranch.studies import expert_serving, find, names
 from anabranch.studies.composition_of_experts import (
     Case,

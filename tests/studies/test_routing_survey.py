@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from anabranch.config import from_dict, to_dict
-from anabranch.gateway import strategies
-from anabranch.gateway.data import pool_of
+from anabranch.routers import strategies
+from anabranch.routers.data import pool_of
 from anabranch.studies import find, names
 from anabranch.studies.harness import Results, run_study
 from anabranch.studies.routing_survey import (

@@ -26,6 +26,7 @@ from anabranch.cli.options import FLAG
 from anabranch.cli.oracle import oracle
 from anabranch.cli.plan import plan
 from anabranch.cli.report import report
+from anabranch.cli.routers import app as routers
 from anabranch.cli.serve import serve
 from anabranch.cli.study import study
 from anabranch.cli.train import TrainCommand, train
@@ -81,7 +82,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=TrainCommand if _command is train else None)(_command)
-_GROUPS = {"experts": experts, "graph": graph, "gateway": gateway}
+_GROUPS = {"experts": experts, "graph": graph, "routers": routers, "gateway": gateway}
 for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 

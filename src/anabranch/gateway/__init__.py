@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from anabranch.extras import lazy
 
 if TYPE_CHECKING:
-    from anabranch.gateway import strategies
     from anabranch.gateway.config import GatewayConfig, load_config
     from anabranch.gateway.gateway import Gateway
+    from anabranch.routers import strategies
     from anabranch.web.api_error import ApiError
 
 __all__ = ["ApiError", "Gateway", "GatewayConfig", "load_config", "strategies"]
@@ -24,6 +24,6 @@ __getattr__, __dir__ = lazy(
         "Gateway": ".gateway",
         "GatewayConfig": ".config",
         "load_config": ".config",
-        "strategies": None,
+        "strategies": "anabranch.routers",
     },
 )

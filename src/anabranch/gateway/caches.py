@@ -7,7 +7,7 @@ import numpy as np
 
 from anabranch.gateway.cache import Entry, ExactCache, SemanticCache, SingleFlight
 from anabranch.gateway.config import CacheConfig
-from anabranch.gateway.embed import Embedder
+from anabranch.routers.embed import Embedder
 
 
 class Caches:

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 from anabranch.errors import ConfigError, InputError, LimitError
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
-from anabranch.gateway.embed import Embedder
 from anabranch.gateway.learning.kept import made_from
-from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
-from anabranch.gateway.raised import raised
-from anabranch.gateway.strategy import Complete, Metrics, Strategy
+from anabranch.gateway.logged_error import raised
+from anabranch.routers.contract.query import Candidate, Decision, Outcome, Pool, Query
+from anabranch.routers.contract.strategy import Complete, Metrics, Strategy
+from anabranch.routers.embed import Embedder
 from anabranch.web.api_error import wrong
 
 logger = logging.getLogger(__name__)
@@ -430,8 +430,9 @@ def _make(
 
 
 def _load(name: str, place: str, embedder: Embedder | None, models: Sequence[str]) -> tuple[Strategy, Embedder | None]:
-    from anabranch.gateway.recommendation import check_models, no_recommendation, pick
-    from anabranch.gateway.saving import load_folder
+    from anabranch.gateway.config.recommended import check_models
+    from anabranch.routers.fitted import load_folder
+    from anabranch.routers.recommendation import no_recommendation, pick
 
     picked = pick(place, name)
     if picked is None:

@@ -30,16 +30,16 @@ from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.life import Life
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.overview import Overview
-from anabranch.gateway.query import Decision
 from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.relay import Chunks
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import CollectedRow, KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
-from anabranch.gateway.strategy import Purpose, Strategy
 from anabranch.gateway.told import Collecting
 from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.gateway.unsettled import Unsettled
+from anabranch.routers.contract.query import Decision
+from anabranch.routers.contract.strategy import Purpose, Strategy
 from anabranch.web.api_error import ApiError
 
 logger = logging.getLogger(__name__)
@@ -358,7 +358,7 @@ class Gateway:
     def model_facts(self, name: str) -> dict[str, Any]:
         """One of `models`. Raises ApiError (404)."""
         if name not in names_of(self.config):
-            from anabranch.gateway.config.near import hint
+            from anabranch.gateway.config.suggestions import hint
 
             message = f"there is no model {name[:80]!r}; {hint(name[:200], names_of(self.config))}"
             raise ApiError(404, "model_not_found", message, param="model")

@@ -20,15 +20,20 @@ from anabranch.errors import BudgetError, CapacityError, InputError, RateError, 
 from anabranch.gateway.ab.assignment import Arm, arm_of
 from anabranch.gateway.cache import Entry, ExactCache, SingleFlight, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
-from anabranch.gateway.count import BYTES_PER_TOKEN, PromptCount, asked_text, count_prompt, has_images, num_prompts
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.http.sse import chunks_of
 from anabranch.gateway.metrics import Ended
-from anabranch.gateway.money import dollars, nano_dollars
+from anabranch.gateway.prompt_tokens import (
+    BYTES_PER_TOKEN,
+    PromptCount,
+    asked_text,
+    count_prompt,
+    has_images,
+    num_prompts,
+)
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest, Usage
 from anabranch.gateway.purse import Hold, Purse
-from anabranch.gateway.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
@@ -46,6 +51,8 @@ from anabranch.gateway.told import (
     texts_of,
 )
 from anabranch.gateway.validate import check_chat, check_completion, check_depth, check_embeddings
+from anabranch.routers.contract.query import Candidate, Decision, Outcome, Pool, Query
+from anabranch.routers.money import dollars, nano_dollars
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.ids import new_id
 from anabranch.web.large_json import LARGE, shortened

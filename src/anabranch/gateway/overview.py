@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch import __version__
 from anabranch.gateway.metrics import totals
-from anabranch.gateway.money import dollars
 from anabranch.gateway.store import Calibration, LedgerRow
 from anabranch.gateway.ui import DeploymentFact, Point, Seen, Snapshot, Spend
+from anabranch.routers.money import dollars
 
 if TYPE_CHECKING:
     from anabranch.gateway.gateway import Gateway

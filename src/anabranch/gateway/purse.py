@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from anabranch.errors import BudgetError, CapacityError, InputError
-from anabranch.gateway.money import dollars
 from anabranch.gateway.store import Reservation
+from anabranch.routers.money import dollars
 
 
 class Hold:

@@ -9,12 +9,12 @@ from typing import Any
 from anabranch.errors import ConfigError, TokenizerError
 from anabranch.extras import require
 from anabranch.gateway.config import GatewayConfig, ModelConfig
-from anabranch.gateway.count import Counter
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.dispatch import Dispatcher
-from anabranch.gateway.embed import Embedder
-from anabranch.gateway.strategy import Complete, Metrics, Strategy
-from anabranch.gateway.wiring import groups_of, rules_of
+from anabranch.gateway.dispatch_settings import groups_of, rules_of
+from anabranch.gateway.prompt_tokens import Counter
+from anabranch.routers.contract.strategy import Complete, Metrics, Strategy
+from anabranch.routers.embed import Embedder
 
 # Requests that began before a reload have this long to end.
 CLOSE_S = 600.0

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
 from anabranch.errors import InputError, LimitError
-from anabranch.gateway.count import count_prompt
 from anabranch.gateway.dispatch import Plan, Report
+from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest, Usage
 from anabranch.gateway.purse import Purse
-from anabranch.gateway.strategy import Purpose
+from anabranch.routers.contract.strategy import Purpose
 
 if TYPE_CHECKING:
     from anabranch.gateway.runtime import Runtime

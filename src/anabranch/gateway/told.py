@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.ab.assignment import Arm
 from anabranch.gateway.cache.exact import IGNORED
-from anabranch.gateway.count import asked_text
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Report
+from anabranch.gateway.prompt_tokens import asked_text
 from anabranch.gateway.providers.provider import Usage
-from anabranch.gateway.query import Decision
 from anabranch.gateway.store import CollectedRow, LedgerRow
 from anabranch.gateway.store.records import clean
 from anabranch.gateway.strategy_calls import StrategyCall
 from anabranch.gateway.ui import Seen
+from anabranch.routers.contract.query import Decision
 
 if TYPE_CHECKING:
     from anabranch.gateway.life import Life

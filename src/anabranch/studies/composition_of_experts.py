@@ -45,17 +45,17 @@ import numpy as np
 
 from anabranch.config import Config, Field, configclass, to_dict
 from anabranch.files import atomic_file, atomic_write_text
-from anabranch.gateway import strategies
-from anabranch.gateway.coe import Limits, QualityTable, solve_map
-from anabranch.gateway.coe.heads import LogisticHead
-from anabranch.gateway.coe.predictor import CompositionOfExperts
-from anabranch.gateway.coe.quality import table_of_scores
-from anabranch.gateway.data import SETS, pool_of, split
-from anabranch.gateway.dataset import Recorded
-from anabranch.gateway.embed import embed_cached
-from anabranch.gateway.embed.hashed import Hashed
-from anabranch.gateway.query import Model, Pool
 from anabranch.report.style import GRID, INK, MUTED, SERIES, figure, to_png, to_svg
+from anabranch.routers import strategies
+from anabranch.routers.coe import Limits, QualityTable, solve_map
+from anabranch.routers.coe.heads import LogisticHead
+from anabranch.routers.coe.predictor import CompositionOfExperts
+from anabranch.routers.coe.quality import table_of_scores
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Model, Pool
+from anabranch.routers.data import SETS, pool_of, split
+from anabranch.routers.embed import embed_cached
+from anabranch.routers.embed.hashed import Hashed
 from anabranch.studies import expert_serving
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Verdict, every_seed
@@ -362,7 +362,7 @@ def outcomes(name: str, seed: int) -> tuple[Recorded, Recorded, Pool]:
         words = Hashed(Hashed.Config(dim=128)).fit(train.query)
         pool = Pool(tuple(Model(name=name, parameters=4.0**at) for at, name in enumerate(found.data.models)))
         return train.with_vectors(words.embed(train.query)), test.with_vectors(words.embed(test.query)), pool
-    from anabranch.gateway.embed.minilm import MiniLM
+    from anabranch.routers.embed.minilm import MiniLM
 
     found = SETS[name]()
     embedder = MiniLM(MiniLM.Config())

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from anabranch.config import Config, Field, configclass
-from anabranch.gateway.coe import ExpertStore
-from anabranch.gateway.coe.tier import quantile
+from anabranch.routers.coe import ExpertStore
+from anabranch.routers.coe.tier import quantile
 from anabranch.studies.harness import Metrics, Progress
 
 EVICTIONS = {"lru": "lru", "lfu": "lfu", "rate": "rate", "prefetch": "rate", "short": "rate"}

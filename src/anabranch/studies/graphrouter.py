@@ -32,10 +32,10 @@ import numpy as np
 
 from anabranch.config import Config, Field, configclass
 from anabranch.files import atomic_file, atomic_write_text
-from anabranch.gateway.graphrouter import GraphRouter
-from anabranch.gateway.graphrouter.settings import Episodes, PlusConfig, Training
-from anabranch.gateway.referee import bootstrap
 from anabranch.report.style import GRID, INK, MUTED, SERIES, figure, to_png, to_svg
+from anabranch.routers.graphrouter import GraphRouter
+from anabranch.routers.graphrouter.settings import Episodes, PlusConfig, Training
+from anabranch.routers.referee import bootstrap
 from anabranch.studies.graphrouter_runs import SHOTS, UNIT, run_baseline, run_graph, run_newcomers, run_online, unpacked
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, estimate

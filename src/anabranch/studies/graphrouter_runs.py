@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.gateway import strategies
-from anabranch.gateway.data import SETS, split
-from anabranch.gateway.dataset import Recorded
-from anabranch.gateway.embed import embed_cached
-from anabranch.gateway.graphrouter import GraphRouter
-from anabranch.gateway.graphrouter.graph import WEIGHTS, CostScale
-from anabranch.gateway.graphrouter.nodes import Tasks
-from anabranch.gateway.predictor import Ranked
-from anabranch.gateway.query import Model, Outcome, Pool, Query
-from anabranch.gateway.referee import aiq
+from anabranch.routers import strategies
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.predictor import Ranked
+from anabranch.routers.contract.query import Model, Outcome, Pool, Query
+from anabranch.routers.data import SETS, split
+from anabranch.routers.embed import embed_cached
+from anabranch.routers.graphrouter import GraphRouter
+from anabranch.routers.graphrouter.graph import WEIGHTS, CostScale
+from anabranch.routers.graphrouter.nodes import Tasks
+from anabranch.routers.referee import aiq
 
 TRADE_OFFS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
 SCENARIO_TRADE_OFF = {name: cost / effect for name, (effect, cost) in WEIGHTS.items()}
@@ -44,7 +44,7 @@ def table(name: str) -> Recorded:
 @cache
 def minilm() -> Any:
     """The embedder of questions and descriptions."""
-    from anabranch.gateway.embed.minilm import MiniLM
+    from anabranch.routers.embed.minilm import MiniLM
 
     return MiniLM.Config().build()
 

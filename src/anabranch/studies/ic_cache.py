@@ -37,13 +37,13 @@ import numpy as np
 
 from anabranch.config import Config, Field, configclass, to_dict
 from anabranch.files import atomic_file, atomic_write_text
-from anabranch.gateway.ic_cache.baselines import RandomExamples, TopSimilar
-from anabranch.gateway.ic_cache.cross_encoder import CrossEncoder
-from anabranch.gateway.ic_cache.proxy import Logistic, Mlp, Proxy, Similarity, merge
-from anabranch.gateway.ic_cache.router import Router
-from anabranch.gateway.ic_cache.selector import Selection, Selector
-from anabranch.gateway.query import Query
 from anabranch.report.style import GRID, INK, MUTED, SERIES, figure, to_png, to_svg
+from anabranch.routers.contract.query import Query
+from anabranch.routers.ic_cache.baselines import RandomExamples, TopSimilar
+from anabranch.routers.ic_cache.cross_encoder import CrossEncoder
+from anabranch.routers.ic_cache.proxy import Logistic, Mlp, Proxy, Similarity, merge
+from anabranch.routers.ic_cache.router import Router
+from anabranch.routers.ic_cache.selector import Selection, Selector
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.ic_cache_claims import claims
 from anabranch.studies.ic_cache_keep import copied, drift, retained

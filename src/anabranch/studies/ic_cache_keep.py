@@ -8,9 +8,9 @@ import functools
 
 import numpy as np
 
-from anabranch.gateway.ic_cache.manager import HOUR_S, Manager
-from anabranch.gateway.ic_cache.pool import ExamplePool
-from anabranch.gateway.query import Query
+from anabranch.routers.contract.query import Query
+from anabranch.routers.ic_cache.pool import ExamplePool
+from anabranch.routers.ic_cache.upkeep import HOUR_S, Manager
 from anabranch.studies.ic_cache_work import Work, make_pool
 from anabranch.studies.nl2bash import Pair, first_command, measure
 

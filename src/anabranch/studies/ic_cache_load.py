@@ -14,10 +14,10 @@ from datetime import datetime
 
 import numpy as np
 
-from anabranch.gateway.ic_cache.baselines import StaticThreshold
-from anabranch.gateway.ic_cache.critic import Critic
-from anabranch.gateway.ic_cache.router import Router
 from anabranch.places import data_file
+from anabranch.routers.ic_cache.baselines import StaticThreshold
+from anabranch.routers.ic_cache.critic import Critic
+from anabranch.routers.ic_cache.router import Router
 
 SERVERS, LARGE_SERVERS = 16, 12
 ARMS = ("small", "large")

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from anabranch.gateway.embed.hashed import Hashed
-from anabranch.gateway.ic_cache.example import Example
-from anabranch.gateway.ic_cache.features import Pairs, pairs
-from anabranch.gateway.ic_cache.pool import ExamplePool
-from anabranch.gateway.ic_cache.proxy import merge
-from anabranch.gateway.query import Query
-from anabranch.gateway.retrieve import Exact
+from anabranch.routers.contract.query import Query
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.ic_cache.example import Example
+from anabranch.routers.ic_cache.features import Pairs, pairs
+from anabranch.routers.ic_cache.pool import ExamplePool
+from anabranch.routers.ic_cache.proxy import merge
+from anabranch.routers.retrieve import Exact
 from anabranch.studies.nl2bash import Pair, clean, load_pairs, measure, split
 from anabranch.studies.small_model import Messages, Reply, SmallModel
 

@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from anabranch.gateway.ic_cache.example import literals
-from anabranch.gateway.wording import letters_and_digits
 from anabranch.places import data_file
+from anabranch.routers.ic_cache.example import literals
+from anabranch.routers.wording import letters_and_digits
 
 TOKEN = re.compile(r"[^\s|;&()<>'\"`{}=,]+|[|;&<>]")
 FENCE = re.compile(r"```(?:\w+\n|\n)?(.*?)(?:```|$)", re.S)

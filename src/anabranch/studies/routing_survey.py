@@ -36,17 +36,17 @@ import numpy as np
 
 from anabranch.config import Config, Field, configclass, to_dict
 from anabranch.files import atomic_file, atomic_write_text
-from anabranch.gateway import strategies
-from anabranch.gateway.data import SETS, RoutingSet, pool_of, split
-from anabranch.gateway.dataset import Recorded
-from anabranch.gateway.embed import Embedder, embed_cached
-from anabranch.gateway.embed.hashed import Hashed
-from anabranch.gateway.query import Outcome, Pool
-from anabranch.gateway.referee import aiq, bootstrap, holm, try_out, with_cheapest
-from anabranch.gateway.referee import baselines as rules
-from anabranch.gateway.strategies.bandit import Bandit
-from anabranch.gateway.strategy import Strategy
 from anabranch.report.style import GRID, INK, MUTED, SERIES, figure, to_png, to_svg
+from anabranch.routers import strategies
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Outcome, Pool
+from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.data import SETS, RoutingSet, pool_of, split
+from anabranch.routers.embed import Embedder, embed_cached
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.referee import aiq, bootstrap, holm, try_out, with_cheapest
+from anabranch.routers.referee import baselines as rules
+from anabranch.routers.strategies.bandit import Bandit
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Verdict, every_seed
 
@@ -214,7 +214,7 @@ def part(name: str, seed: int, buckets: int, share: float) -> tuple[Recorded, Re
     place = {text: row for row, text in enumerate(data.query)}
     train, test = split(data, (1 - share, share), seed=seed)
     if name == "llmrouter":
-        from anabranch.gateway.embed.minilm import MiniLM
+        from anabranch.routers.embed.minilm import MiniLM
 
         embedder: Embedder = MiniLM(MiniLM.Config())
         train, test = (one.with_vectors(embed_cached(embedder, one.query)) for one in (train, test))

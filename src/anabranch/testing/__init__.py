@@ -15,8 +15,8 @@ require("lm", by=__name__)
 
 import torch
 
-from anabranch.gateway.contract import check_strategy
-from anabranch.gateway.providers.contract import check_provider
+from anabranch.gateway.providers.checks import check_provider
+from anabranch.routers.checks import check_strategy
 from anabranch.testing.model import check_attention, check_block, check_feed_forward, check_linear, check_streams
 from anabranch.testing.pool import check_pool
 from anabranch.testing.routing import check_balancer, check_router, check_routing, check_score, check_select

@@ -31,7 +31,7 @@ def put(
 
     Example: anabranch gateway budget set team:ml 25 --period month
     """
-    from anabranch.gateway.money import nano_dollars
+    from anabranch.routers.money import nano_dollars
 
     limit = nano_dollars(dollars)
 

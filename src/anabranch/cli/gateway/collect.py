@@ -19,7 +19,7 @@ from anabranch.files import check_apart
 if TYPE_CHECKING:
     from anabranch.gateway.collect import Collected
     from anabranch.gateway.config import GatewayConfig
-    from anabranch.gateway.judges import Judge
+    from anabranch.routers.judges import Judge
 
 RULES = ("exact", "contains")
 
@@ -117,7 +117,7 @@ def collect(
 
 
 def _judge(how: str, references: Path | None, anchor: str | None, names: list[str]) -> Judge:
-    from anabranch.gateway.judges import ModelJudge, ReferenceJudge
+    from anabranch.routers.judges import ModelJudge, ReferenceJudge
 
     if how in RULES:
         if references is None:
@@ -138,7 +138,7 @@ async def _run(
 ) -> Collected:  # fmt: skip
     from anabranch.gateway.collect import TAG, Collector, for_collecting
     from anabranch.gateway.gateway import Gateway
-    from anabranch.gateway.money import nano_dollars
+    from anabranch.routers.money import nano_dollars
 
     async with Gateway(for_collecting(config)) as gateway:
         collector = Collector(gateway, names, judge, **settings)

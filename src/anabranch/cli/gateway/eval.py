@@ -33,9 +33,9 @@ from anabranch.extras import require
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
-    from anabranch.gateway.dataset import Recorded
-    from anabranch.gateway.query import Pool
-    from anabranch.gateway.referee import Report
+    from anabranch.routers.contract.dataset import Recorded
+    from anabranch.routers.contract.query import Pool
+    from anabranch.routers.referee import Report
 
 
 def evaluate(
@@ -142,14 +142,14 @@ def evaluate(
 def _read_of(router: Path | None) -> list[Path]:
     if router is None or not router.is_dir():
         return [] if router is None else [router]
-    from anabranch.gateway.saving import files_of
+    from anabranch.routers.fitted import files_of
 
     return files_of(router)
 
 
 def _parts(data: Recorded, test: Recorded | None, share: float, seed: int) -> tuple[Recorded, Recorded]:
     """What to learn from and what to judge on."""
-    from anabranch.gateway.data import split
+    from anabranch.routers.data import split
 
     if test is not None:
         return data, test
@@ -160,8 +160,8 @@ def _parts(data: Recorded, test: Recorded | None, share: float, seed: int) -> tu
 def _learn_and_judge(
     chosen: dict[str, Any], train: Recorded, test: Recorded, embedder: str, seeds: range, settings: dict[str, Any], quiet: bool
 ) -> Report:  # fmt: skip
-    from anabranch.gateway.data import check_disjoint
-    from anabranch.gateway.referee import evaluate as judge
+    from anabranch.routers.data import check_disjoint
+    from anabranch.routers.referee import evaluate as judge
 
     if not settings["allow_leak"]:
         # Before the work.
@@ -183,10 +183,10 @@ def _judge(
     folder: Path, names: list[str] | None, data: Recorded, unseen: bool, settings: dict[str, Any], quiet: bool
 ) -> Report:
     """Fitted routers on what they did not learn from. Of the very outcomes they were fitted on, that is the part held out."""
-    from anabranch.gateway.embed.cache import fingerprint
-    from anabranch.gateway.referee import evaluate as judge
-    from anabranch.gateway.referee.evaluate import digest
-    from anabranch.gateway.saving import load_folder
+    from anabranch.routers.embed.cache import fingerprint
+    from anabranch.routers.fitted import load_folder
+    from anabranch.routers.referee import evaluate as judge
+    from anabranch.routers.referee.evaluate import digest
 
     found = load_folder(folder, names)
     if not settings["allow_leak"]:
@@ -216,14 +216,14 @@ def _write(report: Report, name: str, html: Path | None, picture: Path | None, m
     from anabranch.files import atomic_file, atomic_write_text
 
     if picture is not None:
-        from anabranch.gateway.referee.pictures import draw
         from anabranch.report.style import to_png, to_svg
+        from anabranch.routers.referee.pictures import draw
 
         made = draw(report)
         with atomic_file(picture) as temporary:
             temporary.write_bytes(to_svg(made).encode() if picture.suffix == ".svg" else to_png(made))
     if html is not None:
-        from anabranch.gateway.referee.page import page
+        from anabranch.routers.referee.page import page
 
         atomic_write_text(html, page(report, f"Routers on {Path(name).name}"))
     if markdown is not None:

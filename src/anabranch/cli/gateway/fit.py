@@ -26,7 +26,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
-    from anabranch.gateway.dataset import Recorded
+    from anabranch.routers.contract.dataset import Recorded
 
 # Questions, of which a share is held out without a word: one at least, for gateway eval to say what there is to say.
 ENOUGH = 5
@@ -60,9 +60,9 @@ def fit(
 
     Example: anabranch gateway fit outcomes.jsonl.gz --out routers --strategy knn --strategy ridge
     """
-    from anabranch.gateway.referee.baselines import best_single
-    from anabranch.gateway.referee.evaluate import digest
-    from anabranch.gateway.saving import FittedRouter, check_router_folder, save_folder
+    from anabranch.routers.fitted import FittedRouter, check_router_folder, save_folder
+    from anabranch.routers.referee.baselines import best_single
+    from anabranch.routers.referee.evaluate import digest
 
     check_apart([out], [data, prices])
     check_router_folder(out)
@@ -109,7 +109,7 @@ def fit(
 
 def _learned(data: Recorded, hold_out: float | None, seed: int) -> Recorded:
     """The part to learn from."""
-    from anabranch.gateway.data import split
+    from anabranch.routers.data import split
 
     share = (0.2 if len(data) >= ENOUGH else 0.0) if hold_out is None else hold_out
     if share == 0:

@@ -58,8 +58,8 @@ def create(
 
     Example: anabranch gateway keys create ci --team ml --budget 25 --period month
     """
-    from anabranch.gateway.money import nano_dollars
     from anabranch.gateway.store.period import check_period
+    from anabranch.routers.money import nano_dollars
 
     check_period(period)
     limit = None if budget is None else nano_dollars(budget)

@@ -14,8 +14,8 @@ from anabranch.cli.output import print_json, say
 from anabranch.errors import AnabranchError, DataError
 
 if TYPE_CHECKING:
-    from anabranch.gateway.dataset import Recorded
-    from anabranch.gateway.query import Pool
+    from anabranch.routers.contract.dataset import Recorded
+    from anabranch.routers.contract.query import Pool
 
 
 # Questions that every model answered, below which a table with more of the others is judged on as a log.
@@ -47,9 +47,9 @@ def show_log(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Judge on the questions that were not learned from, beside every single model, and print it with its verdict."""
-    from anabranch.gateway.referee import replay
-    from anabranch.gateway.referee.log_verdict import verdict_of_log
-    from anabranch.gateway.strategies.plain import Static
+    from anabranch.routers.referee import replay
+    from anabranch.routers.referee.log_verdict import verdict_of_log
+    from anabranch.routers.strategies.fixed import Static
 
     learned: Recorded | None
     if ending.router is None:
@@ -71,7 +71,7 @@ def _learned(
     log: Recorded, pool: Pool, names: list[str] | None, fields: list[str] | None, embedder: str, share: float, seed: int, quiet: bool
 ) -> tuple[dict[str, Any], Recorded, Recorded]:  # fmt: skip
     """Routers, the part that they learned from, and the one to judge on."""
-    from anabranch.gateway.data import pooled, split
+    from anabranch.routers.data import pooled, split
 
     copies, test = split(log, (1 - share, share), seed=seed)
     train, chosen = pooled(copies), read_strategies(names, fields)
@@ -104,8 +104,8 @@ def _fitted(
     """Routers, what there is of what they learned from, and what to judge on."""
     import numpy as np
 
-    from anabranch.gateway.embed.cache import fingerprint
-    from anabranch.gateway.saving import load_folder
+    from anabranch.routers.embed.cache import fingerprint
+    from anabranch.routers.fitted import load_folder
 
     found = load_folder(router, names)
     seen = np.flatnonzero([found.has_seen(text) for text in log.query])

@@ -12,11 +12,11 @@ from anabranch.cli.output import say
 from anabranch.errors import ConfigError, DataError, InputError
 
 if TYPE_CHECKING:
-    from anabranch.gateway.dataset import Recorded
-    from anabranch.gateway.embed import Embedder
-    from anabranch.gateway.query import Pool
-    from anabranch.gateway.saving import RouterFolder
-    from anabranch.gateway.strategy import Strategy
+    from anabranch.routers.contract.dataset import Recorded
+    from anabranch.routers.contract.query import Pool
+    from anabranch.routers.contract.strategy import Strategy
+    from anabranch.routers.embed import Embedder
+    from anabranch.routers.fitted import RouterFolder
 
 # Learn in seconds and need no torch.
 DEFAULT = ("knn", "cluster", "ridge")
@@ -65,14 +65,14 @@ def read_data(
     Each question once: what a log knows of it from several answers together. With ``keep_copies`` each answer as it was chosen, for
     what weighs choices.
     """
-    from anabranch.gateway.data import SETS, Columns, deduplicated, load, pool_of, pooled, read_prices
+    from anabranch.routers.data import SETS, Columns, deduplicated, load_outcomes, pool_of, pooled, read_prices
 
     if name in SETS and not Path(name).is_file():
         found = SETS[name]()
         return found.data, found.pool
     known = None if prices is None else read_prices(prices)
     parsed = None if columns is None else Columns.parse(columns)
-    data = load(name, columns=parsed, prices=known, by_choice=keep_copies)
+    data = load_outcomes(name, columns=parsed, prices=known, by_choice=keep_copies)
     if not keep_copies:
         # Copies that were scored apart, as conversations that end alike are, are all that is known of the text that they share.
         data = deduplicated(data) if _is_agreed(data) else pooled(data)
@@ -83,7 +83,7 @@ def _is_agreed(data: Recorded) -> bool:
     """Every model has a score everywhere, and copies of a question have the same."""
     import numpy as np
 
-    from anabranch.gateway.data import groups
+    from anabranch.routers.data import groups
 
     if not np.isfinite(data.score_NM).all():
         return False
@@ -106,7 +106,7 @@ def rest(found: RouterFolder, data: Recorded) -> Recorded:
 
 def measured(data: Recorded, unit: str, prices: Path | None) -> Recorded:
     """Outcomes with costs in another unit. Raises ConfigError for another word than those of `UNITS`."""
-    from anabranch.gateway.data import UNITS, measured_in, read_joules
+    from anabranch.routers.data import UNITS, measured_in, read_joules
 
     for known in UNITS:
         if unit == known:
@@ -116,7 +116,7 @@ def measured(data: Recorded, unit: str, prices: Path | None) -> Recorded:
 
 def read_strategies(names: list[str] | None, fields: list[str] | None) -> dict[str, Strategy]:
     """Strategies by name, not fitted; of ``all``, those that need no more than their defaults and what is installed."""
-    from anabranch.gateway import strategies
+    from anabranch.routers import strategies
 
     is_all = names == ["all"]
     if is_all:
@@ -141,14 +141,14 @@ def read_strategies(names: list[str] | None, fields: list[str] | None) -> dict[s
 def make_embedder(kind: str) -> Embedder:
     """An embedder with its default config."""
     from anabranch.config import from_dict
-    from anabranch.gateway.embed import Embedder
+    from anabranch.routers.embed import Embedder
 
     return from_dict(Embedder.Config, {"kind": kind}).build()
 
 
 def embed(embedder: Embedder, data: Recorded, progress: Any) -> Recorded:
     """Outcomes with vectors; those of a slow embedder are kept for another time."""
-    from anabranch.gateway.embed import embed_cached
+    from anabranch.routers.embed import embed_cached
 
     if embedder.is_fast:
         return data.with_vectors(embedder.embed(data.query))

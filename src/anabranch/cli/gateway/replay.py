@@ -13,7 +13,7 @@ from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import print_json, say, table
 
 if TYPE_CHECKING:
-    from anabranch.gateway.referee.replay import Replay
+    from anabranch.routers.referee.off_policy import Replay
 
 # Share of a router's choices that the log may have made; one is told where it is surely below.
 ENOUGH_SUPPORT = 0.95
@@ -35,9 +35,9 @@ def replay(
 
     Example: anabranch gateway replay traffic.jsonl --router routers
     """
-    from anabranch.gateway.data import is_store
-    from anabranch.gateway.referee.replay import replay as estimate
-    from anabranch.gateway.saving import load_folder
+    from anabranch.routers.data import is_store
+    from anabranch.routers.fitted import load_folder
+    from anabranch.routers.referee.off_policy import replay as estimate
 
     found = load_folder(router, strategy)
     with waiting(f"reading {data}", quiet):

@@ -13,7 +13,7 @@ from anabranch.cli.output import fact, print_json, say, table
 from anabranch.errors import InputError
 
 if TYPE_CHECKING:
-    from anabranch.gateway.recommendation import Picked
+    from anabranch.routers.recommendation import Picked
 
 
 def route(
@@ -60,8 +60,8 @@ def route(
 
 def _picked(place: Path, strategy: str | None) -> Picked:
     """The router that was named, or the recommended one, or the first; the latter with a word that it is no more than that."""
-    from anabranch.gateway.recommendation import Picked, no_recommendation, pick
-    from anabranch.gateway.saving import load_folder
+    from anabranch.routers.fitted import load_folder
+    from anabranch.routers.recommendation import Picked, no_recommendation, pick
 
     if strategy is None:
         picked = pick(place)

@@ -91,7 +91,7 @@ def serve(
 
 def _auto(router: Path) -> str:
     """What ``auto`` means, and why."""
-    from anabranch.gateway.recommendation import pick
+    from anabranch.routers.recommendation import pick
 
     picked = pick(router)
     return "" if picked is None else f"is {picked.name} of {router}: {picked.why}"

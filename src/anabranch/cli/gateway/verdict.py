@@ -10,8 +10,8 @@ from anabranch.cli.output import fact, say, shell_word
 from anabranch.errors import AnabranchError
 
 if TYPE_CHECKING:
-    from anabranch.gateway.referee import Verdict
-    from anabranch.gateway.referee.verdict import Choice
+    from anabranch.routers.referee import Verdict
+    from anabranch.routers.referee.verdict import Choice
 
 SERVE = "anabranch gateway serve --config gateway.toml"
 
@@ -64,7 +64,7 @@ class Ending:
         return "it was judged on questions that may have been learned from (--allow-leak)" if self.leaks else ""
 
     def _keep(self, verdict: Verdict) -> bool:
-        from anabranch.gateway.recommendation import keep_recommendation
+        from anabranch.routers.recommendation import keep_recommendation
 
         assert self.router is not None
         try:

@@ -17,8 +17,8 @@ from anabranch.errors import AnabranchError
 from anabranch.gateway.ab.assignment import version_of
 from anabranch.gateway.ab.sequential import confidence_sequence, two_means
 from anabranch.gateway.config.ab import ABConfig
-from anabranch.gateway.money import dollars
 from anabranch.gateway.store.arms import ArmRow, read_arms
+from anabranch.routers.money import dollars
 
 if TYPE_CHECKING:
     from anabranch.gateway.config import GatewayConfig

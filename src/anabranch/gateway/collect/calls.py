@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import InputError
-from anabranch.gateway.money import dollars
 from anabranch.gateway.store import COLLECT, LedgerRow
 from anabranch.gateway.told import Collecting
+from anabranch.routers.money import dollars
 from anabranch.web.api_error import ApiError
 
 if TYPE_CHECKING:

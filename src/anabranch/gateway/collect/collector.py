@@ -11,9 +11,9 @@ from anabranch.gateway.collect.calls import Calls, OutOfBudgetError, Said
 from anabranch.gateway.collect.origins import Answers, Origin, may_ask, told_requests
 from anabranch.gateway.collect.table import Table
 from anabranch.gateway.config import GatewayConfig, StrategyConfig
-from anabranch.gateway.judges import Judge
 from anabranch.gateway.store import COLLECT, KeyRecord
-from anabranch.gateway.strategies.training import share
+from anabranch.routers.judges import Judge
+from anabranch.routers.strategies.training import share
 
 if TYPE_CHECKING:
     from anabranch.gateway.gateway import Gateway

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.gateway.collect.calls import Messages, Said, call_key
-from anabranch.gateway.data.guard import question
 from anabranch.gateway.store import COLLECT, KeyRecord, LedgerQuery, LedgerRow
 from anabranch.gateway.store.store import Store
 from anabranch.gateway.told import LONGEST_TEXT
-from anabranch.gateway.wording import normal_form
+from anabranch.routers.data.splits import question
+from anabranch.routers.wording import normal_form
 
 # Rows of the ledger read at a time.
 PAGE = 500

@@ -10,8 +10,8 @@ from typing import Any, Self
 from anabranch.errors import DataError
 from anabranch.files import explained
 from anabranch.gateway.collect.origins import identity
-from anabranch.gateway.data.guard import question
 from anabranch.locks import locked
+from anabranch.routers.data.splits import question
 
 # Of every line that is written.
 _START = b'{"query":'

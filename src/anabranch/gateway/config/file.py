@@ -17,10 +17,10 @@ from anabranch.config import from_dict
 from anabranch.errors import AnabranchError, ConfigError, DataError
 from anabranch.gateway.config.gateway import GatewayConfig
 from anabranch.gateway.config.lines import Lines, join, parse
-from anabranch.gateway.config.near import hint
 from anabranch.gateway.config.parts import StrategyConfig
 from anabranch.gateway.config.secret import MUST, VARIABLE, is_reference
-from anabranch.gateway.money import MOST_NANO, NANO, nano_dollars
+from anabranch.gateway.config.suggestions import hint
+from anabranch.routers.money import MOST_NANO, NANO, nano_dollars
 
 PRICES = ("input_usd", "output_usd", "cached_input_usd")
 MAX_BYTES = 16 << 20
@@ -243,9 +243,9 @@ def _check_strategies(config: GatewayConfig, source: _Source) -> None:
 def make_strategy(config: StrategyConfig) -> Any:
     """The strategy that ``use``, ``fields`` and ``trade_off`` say, not yet fitted. Raises ConfigError."""
     from anabranch.config import from_dict as read
-    from anabranch.gateway import strategies
-    from anabranch.gateway.predictor import Ranked
     from anabranch.registry import kinds, resolve
+    from anabranch.routers import strategies
+    from anabranch.routers.contract.predictor import Ranked
 
     assert config.use is not None
     if config.use not in strategies.names():

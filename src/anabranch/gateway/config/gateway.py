@@ -6,7 +6,6 @@ from typing import Literal
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.config.ab import ABConfig
-from anabranch.gateway.config.near import hint
 from anabranch.gateway.config.parts import (
     AdminConfig,
     Balance,
@@ -22,8 +21,9 @@ from anabranch.gateway.config.parts import (
     RetryConfig,
     StrategyConfig,
 )
-from anabranch.gateway.embed import Embedder
-from anabranch.gateway.query import Pool
+from anabranch.gateway.config.suggestions import hint
+from anabranch.routers.contract.query import Pool
+from anabranch.routers.embed import Embedder
 
 
 def _cheapest() -> dict[str, StrategyConfig]:

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 
 from anabranch.errors import InputError, UnknownModelError
 from anabranch.gateway.config.gateway import GatewayConfig
-from anabranch.gateway.config.near import near
+from anabranch.gateway.config.suggestions import near
 
 AUTO = "auto"
 MAX_KNOBS = 16

@@ -5,9 +5,9 @@ from typing import Any, Literal
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.config.secret import Secret
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.provider import Provider
-from anabranch.gateway.query import Model
+from anabranch.routers.contract.query import Model
+from anabranch.routers.money import Price
 
 Balance = Literal["weighted", "least_in_flight", "latency", "tpm", "price"]
 
@@ -88,7 +88,7 @@ class StrategyConfig(Config):
     ``use`` and ``fields``.
 
     Attributes:
-        use: name of a strategy or predictor (`anabranch.gateway.strategies.names`).
+        use: name of a strategy or predictor (`anabranch.routers.strategies.names`).
         fields: of its config.
         trade_off: score given up to save a dollar; None takes the strategy's own.
         router: a fitted router's file, or a folder of them (``anabranch gateway fit``): the one of the strategy's name, else what

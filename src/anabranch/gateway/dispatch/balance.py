@@ -3,8 +3,8 @@
 import random
 from collections.abc import Callable, Sequence
 
+from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.deployments import Balance
-from anabranch.gateway.dispatch.live import Live
 
 # What a deployment's speed per token is weighed with.
 EXPECTED_TOKENS = 200

@@ -6,8 +6,8 @@ from typing import Literal
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.dispatch.breaker import BreakerRules
-from anabranch.gateway.money import Price
 from anabranch.gateway.providers.provider import Provider
+from anabranch.routers.money import Price
 
 Balance = Literal["weighted", "least_in_flight", "latency", "tpm", "price"]
 MidStream = Literal["error", "continue", "restart"]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.errors import ConfigError
+from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.deployments import Balance, DispatchRules, Group
 from anabranch.gateway.dispatch.hedge import HedgeDelay
 from anabranch.gateway.dispatch.late import Exchange, Late, answer_of, exchanged
-from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
 from anabranch.gateway.dispatch.run import Run, built
@@ -26,7 +26,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamError,
     UpstreamRequest,
 )
-from anabranch.gateway.query import Model, Pool
+from anabranch.routers.contract.query import Model, Pool
 
 # Changes of breakers that are remembered.
 CHANGES = 500

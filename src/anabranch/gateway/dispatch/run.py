@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from anabranch.gateway.dispatch.balance import pick
 from anabranch.gateway.dispatch.billed import broken_off, may_be_billed
 from anabranch.gateway.dispatch.breaker import Outcome
+from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.late import Exchange, answer_of
-from anabranch.gateway.dispatch.live import Live
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.retry import ACTION, DISPUTED, OUTCOME, backoff
+from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import (
     Failure,
     FailureKind,
@@ -27,7 +28,6 @@ from anabranch.gateway.providers.provider import (
     UpstreamRequest,
     Usage,
 )
-from anabranch.gateway.raised import raised
 from anabranch.web.large_json import LARGE
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import inspect
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import Any
 
-from anabranch.gateway.dispatch.live import Live
-from anabranch.gateway.dispatch.opened import Opened, read_chunk
+from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.plan import Attempt, Report
 from anabranch.gateway.dispatch.run import Run, as_failure, built
+from anabranch.gateway.dispatch.upstream_stream import Opened, read_chunk
 from anabranch.gateway.providers.chunks import assembled, text_of
 from anabranch.gateway.providers.provider import (
     BODY_BYTES,

@@ -14,9 +14,9 @@ from anabranch.gateway.decide import BypassError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator, check_origin
 from anabranch.gateway.learning.erasures import can_forget
-from anabranch.gateway.money import dollars, nano_dollars
 from anabranch.gateway.store import GROUPS, Budget, LedgerQuery
 from anabranch.gateway.store.key_rows import FIELDS
+from anabranch.routers.money import dollars, nano_dollars
 from anabranch.web.answers import json_response, read_body
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import parse

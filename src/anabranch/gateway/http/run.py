@@ -24,7 +24,7 @@ def load(path: Path | None, store: str | None = None, router: Path | None = None
     """
     config = default_config() if path is None else load_config(path)
     if router is not None:
-        from anabranch.gateway.recommendation import with_recommended
+        from anabranch.gateway.config.recommended import with_recommended
 
         config = with_recommended(config, router)
     return config if store is None else config.replace(store=store)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from anabranch.gateway.learning.waiting import Waited
 from anabranch.gateway.store import learned
 from anabranch.gateway.store.database import Connection
-from anabranch.gateway.strategy import Strategy, is_meant
+from anabranch.routers.contract.strategy import Strategy, is_meant
 
 if TYPE_CHECKING:
     from anabranch.gateway.decide import Lane

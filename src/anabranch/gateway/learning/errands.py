@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, InputError, LimitError
-from anabranch.gateway.count import count_prompt
 from anabranch.gateway.dispatch import Plan, Report
-from anabranch.gateway.money import nano_dollars
+from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
 from anabranch.gateway.store import LEARNING, LedgerRow, Reservation
 from anabranch.gateway.store.records import GLOBAL
-from anabranch.gateway.strategy import Strategy
+from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.money import nano_dollars
 from anabranch.web.ids import new_id
 
 if TYPE_CHECKING:

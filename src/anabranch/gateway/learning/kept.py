@@ -24,10 +24,10 @@ import numpy as np
 from anabranch.config import to_dict
 from anabranch.errors import AnabranchError
 from anabranch.gateway.learning.erasures import can_forget, forget
-from anabranch.gateway.saving import VERSION, digest_of, packed, unpacked
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import LearnedRow
-from anabranch.gateway.strategy import Arrays, Example, Facts
+from anabranch.routers.contract.strategy import Arrays, Example, Facts
+from anabranch.routers.fitted import VERSION, digest_of, packed, unpacked
 
 if TYPE_CHECKING:
     from anabranch.gateway.decide import Lane

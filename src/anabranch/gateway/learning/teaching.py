@@ -9,8 +9,8 @@ from anabranch.gateway.config.parts import Who
 from anabranch.gateway.learning.fair import FairShare
 from anabranch.gateway.learning.permission import is_learned_of, may_score, may_teach
 from anabranch.gateway.learning.waiting import Waiting
-from anabranch.gateway.query import Outcome
 from anabranch.gateway.store import KeyRecord, LedgerQuery, LedgerRow
+from anabranch.routers.contract.query import Outcome
 from anabranch.web.api_error import ApiError, wrong
 
 if TYPE_CHECKING:

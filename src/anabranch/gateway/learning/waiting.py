@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from anabranch.gateway.query import Outcome
+from anabranch.routers.contract.query import Outcome
 
 REMEMBERED = 2_000
 

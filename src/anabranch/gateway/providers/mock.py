@@ -4,7 +4,6 @@ import asyncio
 from typing import Any
 
 from anabranch.config import Field, Seed, configclass
-from anabranch.gateway.providers.behaviour import Behaviour, Scene, check_step
 from anabranch.gateway.providers.openai import PATHS
 from anabranch.gateway.providers.provider import (
     Failure,
@@ -17,6 +16,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamRequest,
     garbage,
 )
+from anabranch.gateway.providers.scenes import Behaviour, Scene, check_step
 
 
 class Mock(Provider, kind="mock"):
@@ -32,7 +32,7 @@ class Mock(Provider, kind="mock"):
             tokens: length of an answer.
             reply: what it says; None for words that depend on the prompt.
             logprob: of each token, for those who ask for log-probabilities.
-            script: what the first requests get (see `anabranch.gateway.providers.behaviour`).
+            script: what the first requests get (see `anabranch.gateway.providers.scenes`).
             loops: begin the script again when it ends.
             fails: share of requests that fail, once the script has ended.
             fail_with: how: a step of a script.

@@ -10,8 +10,8 @@ from aiohttp import web
 
 from anabranch.config import override, parse_assignment
 from anabranch.errors import AnabranchError
-from anabranch.gateway.providers.behaviour import Behaviour
 from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.scenes import Behaviour
 
 BODY_BYTES = 64 << 20
 

@@ -4,7 +4,7 @@ from anabranch.errors import BudgetError, RateError
 from anabranch.gateway.store.calibration import Calibration
 from anabranch.gateway.store.limits import Bucket, RateLimits, refill, take
 from anabranch.gateway.store.period import PERIODS, Period, window
-from anabranch.gateway.store.questions import GROUPS
+from anabranch.gateway.store.queries import GROUPS
 from anabranch.gateway.store.records import (
     COLLECT,
     LEARNING,

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from anabranch.errors import BudgetError, DataError, InputError
-from anabranch.gateway.money import Price, dollars
 from anabranch.gateway.store import schema
 from anabranch.gateway.store.accounts import Account, account_of
 from anabranch.gateway.store.database import Connection, Database, Row, Work
 from anabranch.gateway.store.period import iso
 from anabranch.gateway.store.records import GLOBAL, LedgerRow, Reservation, clean, joined, parted
+from anabranch.routers.money import Price, dollars
 
 logger = logging.getLogger(__name__)
 

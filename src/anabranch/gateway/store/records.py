@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.errors import InputError
-from anabranch.gateway.money import Price
 from anabranch.gateway.store.period import Period
+from anabranch.routers.money import Price
 
 GLOBAL = "global"
 

@@ -25,8 +25,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from anabranch.bounds import finite, is_whole, shown
 from anabranch.errors import CapacityError, DataError, InputError
-from anabranch.gateway.money import MOST_NANO
-from anabranch.gateway.store import key_rows, questions, schema, writer
+from anabranch.gateway.store import key_rows, queries, schema, writer
 from anabranch.gateway.store.batch import Append, Do, Grow, Insert, Reserve, Settle, Unmake, recover
 from anabranch.gateway.store.calibration import Calibration, read_calibration
 from anabranch.gateway.store.database import BusyError, Connection, Database
@@ -47,6 +46,7 @@ from anabranch.gateway.store.records import (
     listed,
 )
 from anabranch.gateway.store.writer import Writer
+from anabranch.routers.money import MOST_NANO
 
 T = TypeVar("T")
 READERS = 4
@@ -232,7 +232,7 @@ class Store:
 
     async def budgets(self) -> list[Budget]:
         """All budgets, as they stand now."""
-        return await self._read(lambda connection: questions.read_budgets(connection, self._now_us()))
+        return await self._read(lambda connection: queries.read_budgets(connection, self._now_us()))
 
     async def set_budget(self, subject: str, limit_nano: int, period: str = "total") -> Budget:
         """Set a limit on what may be spent for ``subject`` in each period. What was spent in the current one counts.
@@ -241,7 +241,7 @@ class Store:
         """
         subject, span, limit = check_subject(subject), check_period(period), _money("a limit", limit_nano)
         now_us = self._now_us()
-        return await self._do(lambda connection: questions.put_budget(connection, subject, span, limit, now_us))
+        return await self._do(lambda connection: queries.put_budget(connection, subject, span, limit, now_us))
 
     async def remove_budget(self, subject: str, period: str = "total") -> bool:
         """Lift a limit; whether there was one."""
@@ -277,7 +277,7 @@ class Store:
 
     async def _read_key(self, digest: str) -> tuple[str, KeyRecord] | None:
         generation = self._keyring.generation
-        found = await self._ask(lambda connection: questions.find_key(connection, digest))
+        found = await self._ask(lambda connection: queries.find_key(connection, digest))
         if found is not None:
             self._keyring.put(digest, *found, generation)
         return found
@@ -319,7 +319,7 @@ class Store:
             "is_admin": is_admin,
         }  # fmt: skip
         row = key_rows.new_row(fields, secret, self._now_us())
-        record = questions.read_key(row)
+        record = queries.read_key(row)
         is_made = await self._do(lambda connection: key_rows.insert(connection, row))
         self._keyring.forget()
         if not is_made:
@@ -364,7 +364,7 @@ class Store:
 
     async def keys(self) -> list[KeyRecord]:
         """All keys, the revoked ones too, oldest first."""
-        return await self._read(questions.read_keys)
+        return await self._read(queries.read_keys)
 
     async def revoke_key(self, key_id: str) -> KeyRecord:
         """End a key for good. Raises InputError if there is none of this id or name, or several ids begin so."""
@@ -392,15 +392,15 @@ class Store:
         request_ids = listed("request_ids", request_ids)
         return await self._read(
             lambda connection: (
-                questions.read_bodies(connection, "decisions", request_ids),
-                questions.read_bodies(connection, "texts", request_ids),
+                queries.read_bodies(connection, "decisions", request_ids),
+                queries.read_bodies(connection, "texts", request_ids),
             )
         )
 
     async def collected(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Of calls that were collected, by their keys: what came of them."""
         keys = listed("keys", keys)
-        return await self._read(lambda connection: questions.read_bodies(connection, "collected", keys, "key"))
+        return await self._read(lambda connection: queries.read_bodies(connection, "collected", keys, "key"))
 
     def alone(self, work: str) -> AbstractContextManager[bool]:
         """Whether nobody else does ``work`` on this store, in this process or another; then nobody can meanwhile."""
@@ -408,7 +408,7 @@ class Store:
 
     async def decisions(self, request_id: str | None = None, limit: int = 100) -> list[DecisionRow]:
         """Of one request, or of all, newest first."""
-        return await self._read(lambda connection: questions.read_decisions(connection, request_id, limit))
+        return await self._read(lambda connection: queries.read_decisions(connection, request_id, limit))
 
     async def feedback(
         self, request_id: str, score: float, *, key_id: str | None = None, owner: str | None = None, comment: str = ""
@@ -427,31 +427,31 @@ class Store:
         score = finite("score", score, -1e9, 1e9)
         whose = key_id if owner is None else owner
         row = (request_id, self._now_us(), key_id or "", score, clean(comment, 2000))
-        found = await self._do(lambda connection: questions.put_feedback(connection, row, whose))
+        found = await self._do(lambda connection: queries.put_feedback(connection, row, whose))
         if found is None:
             raise InputError(f"there is no request {request_id[:REQUEST_CHARACTERS]!r}")
         return found
 
     async def has_feedback(self, request_id: str, key_id: str) -> bool:
         """Whether a key has said something of a request."""
-        return await self._read(lambda connection: questions.has_feedback(connection, request_id, key_id))
+        return await self._read(lambda connection: queries.has_feedback(connection, request_id, key_id))
 
     async def scores_after(self, seq: int) -> list[tuple[int, str, str, float]]:
         """Scores behind one in the order in which they were numbered, some thousand at most: number, request, who said so, score."""
-        return await self._read(lambda connection: questions.read_scores(connection, seq))
+        return await self._read(lambda connection: queries.read_scores(connection, seq))
 
     async def newest_score(self) -> int:
         """The number of the newest score; 0 if there is none."""
-        return await self._read(questions.newest_score)
+        return await self._read(queries.newest_score)
 
     async def feedbacks(self, request_id: str | None = None, limit: int = 100) -> list[FeedbackRow]:
         """Of one request, or of all, newest first."""
-        return await self._read(lambda connection: questions.read_feedback(connection, request_id, limit))
+        return await self._read(lambda connection: queries.read_feedback(connection, request_id, limit))
 
     async def ledger(self, query: LedgerQuery | None = None) -> list[LedgerRow]:
         """Rows that fit; without a query, the newest hundred."""
         query = query or LedgerQuery()
-        return await self._read(lambda connection: questions.read_ledger_rows(connection, query))
+        return await self._read(lambda connection: queries.read_ledger_rows(connection, query))
 
     async def spend(
         self, by: str | Sequence[str] = (), *, since_s: float | None = None, until_s: float | None = None
@@ -459,12 +459,12 @@ class Store:
         """Totals of the ledger, grouped.
 
         Args:
-            by: one or several of `questions.GROUPS`: key, user, team, model, tag, day, ...
+            by: one or several of `queries.GROUPS`: key, user, team, model, tag, day, ...
             since_s, until_s: unix seconds, the second excluded.
         """
         names = (by,) if isinstance(by, str) else tuple(by)
         bounds = [None if bound is None else int(bound * 1e6) for bound in (since_s, until_s)]
-        return await self._read(lambda connection: questions.read_spend(connection, names, *bounds))
+        return await self._read(lambda connection: queries.read_spend(connection, names, *bounds))
 
     async def calibration(self, *, since_s: float | None = None) -> list[Calibration]:
         """What strategies expected beside what was said of the answers, by week and strategy, newest week first."""
@@ -493,7 +493,7 @@ class Store:
         Returns how many rows. Budgets stay.
         """
         before_us, count = int(before_s * 1e6), 0
-        while deleted := await self._do(lambda connection: questions.delete_before(connection, before_us, PRUNED)):
+        while deleted := await self._do(lambda connection: queries.delete_before(connection, before_us, PRUNED)):
             count += deleted
         return count
 

@@ -8,10 +8,10 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from anabranch.gateway.money import dollars
 from anabranch.gateway.store import Calibration
 from anabranch.gateway.ui.charts import bar, histogram, pareto, timeline
 from anabranch.gateway.ui.snapshot import DeploymentFact, Seen, Snapshot, Spend, quantile
+from anabranch.routers.money import dollars
 
 CSP = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "

@@ -1,0 +1,22 @@
+"""``anabranch routers``: learn and judge which model answers a query, on files alone. The commands are those of ``anabranch gateway``."""
+
+from collections.abc import Callable
+
+import typer
+
+from anabranch.cli.gateway.eval import evaluate
+from anabranch.cli.gateway.fit import fit
+from anabranch.cli.gateway.replay import replay
+from anabranch.cli.gateway.route import route
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="""Learn from recorded outcomes which model should answer a query, and judge it: what the gateway does, without a server.
+
+    Recorded outcomes are JSON lines (.jsonl, .jsonl.gz) with query and scores: {model: number}, or a CSV file.""",
+)
+_COMMANDS: dict[str, Callable[..., None]] = {"fit": fit, "eval": evaluate, "route": route, "replay": replay}
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)

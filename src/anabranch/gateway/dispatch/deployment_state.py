@@ -1,0 +1,218 @@
+"""`Live`: a deployment with how it is doing now."""
+
+from collections.abc import Callable
+from typing import Any
+
+from anabranch.gateway.dispatch.breaker import Breaker, BreakerRules, Outcome, admit, record, would_admit
+from anabranch.gateway.dispatch.deployments import Deployment
+from anabranch.gateway.dispatch.senders import Senders
+from anabranch.gateway.dispatch.window import SlidingSum
+from anabranch.gateway.providers.provider import Failure, Provider, Transport
+from anabranch.routers.money import Price
+
+# Weight of the newest observation in smoothed values.
+ALPHA = 0.1
+
+# Weight of a slower stream in how fast streams are at most.
+FORGETS = 0.01
+
+# Tokens from which on a stream tells how fast it is.
+TELLING = 16
+
+# Share of failures, smoothed, above which a deployment is not trusted blindly.
+SHAKY = 0.05
+
+# Shortest silence that casts doubt, and in multiples of how long it takes smoothly:
+SILENT_S = 1.0
+SILENT_TIMES = 4.0
+MINUTE_S = 60.0
+
+OnChange = Callable[["Live", str, str, float], None]
+
+
+class Live:
+    """State of one deployment. All methods are synchronous: nothing can come between a look and a step.
+
+    Attributes:
+        model: name of its group.
+        in_flight: attempts under way.
+        waiting: those of them that have brought nothing yet.
+        failing: smoothed share of attempts that failed.
+        first_token_s: smoothed; None before the first.
+        token_s: smoothed seconds per completion token of a stream after the first.
+        latency_s: smoothed seconds to a whole answer.
+        fast_token_s: seconds per completion token of the fastest stream of late; None before the first.
+        tells_usage: its streams say what they come to.
+        rests_until: the upstream asked to be left alone until then.
+        senders: what each of them met here.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        deployment: Deployment,
+        price: Price,
+        rules: BreakerRules,
+        http: Transport,
+        on_change: OnChange,
+    ) -> None:
+        self.model, self.deployment, self.rules = model, deployment, rules
+        self.name = deployment.name
+        self.price = price if deployment.price is None else deployment.price
+        self.provider: Provider = deployment.provider.build()
+        self.transport = self.provider.transport(http)
+        self.breaker = Breaker()
+        self.in_flight, self.waiting, self.failing, self.rests_until = 0, 0, 0.0, 0.0
+        self.first_token_s: float | None = None
+        self.token_s: float | None = None
+        self.latency_s: float | None = None
+        self.fast_token_s: float | None = None
+        self.tells_usage = False
+        self.requests, self.tokens = SlidingSum(MINUTE_S), SlidingSum(MINUTE_S)
+        self._on_change, self._heard_at = on_change, 0.0
+        self.senders = Senders(rules.window_s)
+
+    @property
+    def is_shaky(self) -> bool:
+        """It failed lately more often than now and then."""
+        return self.failing > SHAKY
+
+    @property
+    def rate(self) -> float | None:
+        """Completion tokens a second that a stream brings at most, by those of late; None if there was none."""
+        return None if self.fast_token_s is None else 1.0 / self.fast_token_s
+
+    def is_silent(self, now: float) -> bool:
+        """Attempts wait for a first sign, and none has come for much longer than usual: they may all be lost, though none has failed."""
+        usual_s = max(self.latency_s or 0.0, self.first_token_s or 0.0)
+        return self.waiting > 0 and now - self._heard_at > max(SILENT_S, SILENT_TIMES * usual_s)
+
+    def is_doubtful(self, now: float) -> bool:
+        """The next attempt had better not be a request's last."""
+        return self.is_shaky or self.is_silent(now)
+
+    def heard(self, now: float) -> None:
+        """The first token of an attempt has come. `end` must be told that it had."""
+        self.waiting -= 1
+        self._heard_at = now
+
+    def can_take(self, now: float, tokens: int) -> bool:
+        """Whether a request of so many tokens may go there."""
+        own = self.deployment
+        if now < self.rests_until or not would_admit(self.breaker, self.rules, now):
+            return False
+        if own.max_in_flight is not None and self.in_flight >= own.max_in_flight:
+            return False
+        if own.rpm is not None and self.requests.at(now) + 1 > own.rpm:
+            return False
+        return own.tpm is None or self.tokens.at(now) + tokens <= own.tpm
+
+    def free_in_s(self, now: float, tokens: int) -> float:
+        """Seconds until it may be asked again, as far as that is known."""
+        own = self.deployment
+        waits = [self.rests_until - now, self.breaker.until - now if self.breaker.phase == "open" else 0.0]
+        if own.rpm is not None:
+            waits.append(self.requests.room_in_s(now, 1, own.rpm))
+        if own.tpm is not None:
+            waits.append(self.tokens.room_in_s(now, tokens, own.tpm))
+        return max(0.0, *waits)
+
+    def begin(self, now: float, tokens: int) -> int:
+        """Count an attempt in; `can_take` must have said yes. Returns a ticket for `end`."""
+        before = self.breaker
+        self.breaker, ticket = admit(before, self.rules, now)
+        assert ticket is not None
+        if before.phase != self.breaker.phase:
+            self._on_change(self, before.phase, "its time is up", now)
+        if not self.waiting:
+            # From now on something is waited for.
+            self._heard_at = now
+        self.in_flight += 1
+        self.waiting += 1
+        own = self.deployment
+        if own.rpm is not None:
+            self.requests.add(now)
+        if own.tpm is not None:
+            self.tokens.add(now, tokens)
+        return ticket
+
+    def end(
+        self, ticket: int, outcome: Outcome, now: float, failure: Failure | None = None, was_heard: bool = False
+    ) -> None:
+        """Count an attempt out. Its first token ``was_heard`` if `heard` was called for it."""
+        self.in_flight -= 1
+        self.waiting -= not was_heard
+        if outcome == "success":
+            self._heard_at = now
+        if outcome != "ignored":
+            self.failing += ALPHA * ((outcome != "success") - self.failing)
+        before = self.breaker
+        wait_s = None if failure is None else failure.retry_after_s
+        self.breaker = record(before, self.rules, ticket, outcome, now, wait_s)
+        if failure is not None and wait_s and outcome != "ignored":
+            self.rests_until = max(self.rests_until, now + wait_s)
+        if before.phase != self.breaker.phase:
+            self._on_change(self, before.phase, "it works again" if failure is None else failure.kind, now)
+
+    def spent(self, now: float, tokens: int) -> None:
+        """So many completion tokens were made."""
+        if self.deployment.tpm is not None and tokens:
+            self.tokens.add(now, tokens)
+
+    def timed(self, latency_s: float | None, first_token_s: float | None = None, tokens: int = 0) -> None:
+        """Learn from how long a successful attempt took."""
+        if latency_s is not None:
+            self.latency_s = _smoothed(self.latency_s, latency_s)
+        if first_token_s is not None:
+            self.first_token_s = _smoothed(self.first_token_s, first_token_s)
+            if latency_s is not None and tokens > 1:
+                token_s = (latency_s - first_token_s) / (tokens - 1)
+                self.token_s = _smoothed(self.token_s, token_s)
+                if tokens >= TELLING:
+                    old, new = self.fast_token_s, max(token_s, 1e-6)
+                    self.fast_token_s = new if old is None or new < old else old + FORGETS * (new - old)
+
+    def load(self, now: float) -> float:
+        """The largest share of a limit that is in use; 0 without limits."""
+        own = self.deployment
+        shares = [0.0]
+        if own.max_in_flight:
+            shares.append(self.in_flight / own.max_in_flight)
+        if own.rpm:
+            shares.append(self.requests.at(now) / own.rpm)
+        if own.tpm:
+            shares.append(self.tokens.at(now) / own.tpm)
+        return max(shares)
+
+    def adopt(self, other: "Live") -> None:
+        """Take over what was learned of the same deployment."""
+        for name in (
+            "breaker",
+            "failing",
+            "first_token_s",
+            "token_s",
+            "latency_s",
+            "fast_token_s",
+            "tells_usage",
+            "rests_until",
+            "requests",
+            "tokens",
+        ):
+            setattr(self, name, getattr(other, name))
+        # The old one's probes do not report here.
+        if self.breaker.phase == "half_open":
+            self.breaker = Breaker("open", self.breaker.ticket + 1, self.breaker.since, 0.0, self.breaker.times)
+
+    def state(self, now: float) -> dict[str, Any]:
+        """For the page and for metrics."""
+        return {
+            "model": self.model, "deployment": self.name, "provider": self.provider.kind, "breaker": self.breaker.phase,
+            "open_for_s": max(0.0, self.breaker.until - now) if self.breaker.phase == "open" else 0.0,
+            "rests_for_s": max(0.0, self.rests_until - now), "in_flight": self.in_flight, "failing": self.failing,
+            "first_token_s": self.first_token_s, "token_s": self.token_s, "latency_s": self.latency_s,
+            "load": self.load(now), "weight": self.deployment.weight,
+        }  # fmt: skip
+
+
+def _smoothed(old: float | None, new: float) -> float:
+    return new if old is None else old + ALPHA * (new - old)

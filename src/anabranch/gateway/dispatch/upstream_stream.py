@@ -1,0 +1,322 @@
+"""`Opened`: one upstream's stream, as blocks of whole events in OpenAI's form.
+
+Until the first token every chunk is read. After it, blocks that plainly hold chunks are passed on unread: only their shape is looked at,
+and what they say is counted, for upstreams that send no usage. All else (an error, usage, the end, a foreign form) is read event by event.
+"""
+
+import asyncio
+import json
+import re
+from typing import TYPE_CHECKING
+
+from anabranch.gateway.dispatch.billed import broken_off, tokens_of
+from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.plan import Attempt
+from anabranch.gateway.prompt_tokens import num_prompts
+from anabranch.gateway.providers.chunks import as_chunks, ended, has_content
+from anabranch.gateway.providers.provider import (
+    BODY_BYTES,
+    Answer,
+    Failure,
+    Json,
+    Reply,
+    Translator,
+    UpstreamError,
+    UpstreamRequest,
+    Usage,
+    garbage,
+)
+from anabranch.gateway.providers.sse import DONE_DATA, EVENT_BYTES, Splitter, event, events
+from anabranch.gateway.providers.vocabulary import status_said
+
+if TYPE_CHECKING:
+    from anabranch.gateway.dispatch.run import Run
+
+_TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|text|arguments|refusal)": ?"((?:[^"\\]|\\.)+)"')
+_FINISHED = re.compile(rb'"finish_reason": ?"')
+
+# So much waits unread only where the reader is slow, and then no more is taken from the connection: how much is there is not known.
+AHEAD_BYTES = 64 << 10
+
+# Shortest time whose tokens say how fast a stream is: at its beginning many come at once.
+TELLING_S = 0.25
+
+
+class Opened:
+    """See the module.
+
+    Attributes:
+        first: events up to the first token, and, once `read_whole` was called, all of them.
+        head: of the first chunk: its id, model and the like.
+        usage: as the upstream said; None until it does.
+        is_done: nothing more will come.
+        has_finished: every choice that was asked for came to its end, whatever the connection does.
+        has_given_usage: a chunk with the usage was passed on.
+
+    Args:
+        stitch: the head of a stream that broke off: chunks take it over, and say no role, so that they go on with that stream.
+    """
+
+    def __init__(
+        self,
+        run: "Run",
+        live: Live,
+        attempt: Attempt,
+        request: UpstreamRequest,
+        reply: Reply,
+        stitch: Json | None = None,
+    ) -> None:
+        self.run, self.live, self.attempt, self.request, self.reply = run, live, attempt, request, reply
+        self.splitter = Splitter()
+        self.translator: Translator | None = live.provider.translator(request)
+        self.first, self.head = b"", Json()
+        self.usage: Usage | None = None
+        self.is_done = self.has_finished = self.has_given_usage = False
+        self._heard_at = run.dispatcher.now()
+        self._stitch = stitch
+        self._gives_usage = request.wants_usage and stitch is None
+        self._has_begun = self._is_settled = False
+        self._num_bytes = self._num_texts = self._text_bytes = 0
+        self._num_choices, self._whole = _num_choices(request), set[int]()
+
+    def counted(self) -> Usage:
+        """What the upstream said, else an estimate: the more of the chunks with text and a quarter of the bytes of it."""
+        return self.usage or Usage(self.request.prompt_tokens, max(self._num_texts, self._text_bytes // 4), 0, True)
+
+    def settle(self) -> None:
+        """The answer is whole: close the books of its attempt, once."""
+        if not self._is_settled:
+            self._is_settled = True
+            usage, most = self.counted(), self.attempt.most
+            self.attempt.seen = usage.completion
+            if self.usage is None and self.live.tells_usage and most is not None:
+                # It broke before it said what it came to.
+                usage = self._at_most(most, self.attempt.first_token_s or 0.0)
+            self.live.tells_usage = self.live.tells_usage or self.usage is not None
+            self.run.won(self.live, self.attempt, usage)
+
+    def drop(self, failure: Failure | None = None) -> None:
+        """It broke, or, without a ``failure``, nobody wants it any more. What it can have made so far is charged."""
+        if not self._is_settled:
+            self._is_settled = True
+            most, is_behind = self.attempt.most, self._look_ahead()
+            usage = self.counted()
+            self.attempt.seen = usage.completion
+            if most is not None and (self.usage is None or not self.has_finished):
+                quiet_s = self.run.dispatcher.now() - self._heard_at
+                hidden_s = (self.attempt.first_token_s or 0.0) + quiet_s + self.run.rules.margin_s
+                usage = broken_off(most, self.told, 0, None, 0.0) if is_behind else self._at_most(most, hidden_s)
+            self.run.lost(self.live, self.attempt, failure, usage)
+        self.reply.close()
+
+    @property
+    def told(self) -> Usage | None:
+        """What the upstream has said of its usage so far."""
+        return self.usage or getattr(self.translator, "told", None)
+
+    def _look_ahead(self) -> bool:
+        """Count what has come and nobody has read. Returns whether there may be more of that."""
+        try:
+            data = self.reply.read_ready()
+            if data and not self.is_done:
+                self.taken(data)
+        except UpstreamError:
+            # It broke, or is no answer from here on: what is before that has been counted.
+            return False
+        return len(data) > AHEAD_BYTES
+
+    def _at_most(self, most: Usage, hidden_s: float) -> Usage:
+        """The most that may be billed of it, of which ``hidden_s`` seconds were not seen."""
+        seen, attempt = tokens_of(self._num_texts, self._text_bytes), self.attempt
+        since_s = self._heard_at - self.run.began - attempt.start_s - (attempt.first_token_s or 0.0)
+        rate = self.live.rate
+        if rate is not None:
+            rate = max(rate, seen / max(since_s, TELLING_S))
+        elif since_s > 0:
+            rate = seen / since_s
+        return broken_off(most, self.told, seen, rate, hidden_s)
+
+    async def until_content(self) -> None:
+        """Read to the first token. Raises UpstreamError."""
+        try:
+            while not self._has_begun and not self.is_done:
+                self.first += self.ready() or await self.next()
+                if self._num_bytes > EVENT_BYTES and not self._has_begun:
+                    raise garbage(f"more than {EVENT_BYTES:,} bytes before a first token")
+        finally:
+            self.attempt.told, self.attempt.has_begun = self.told, bool(self.head)
+        if not self._has_begun:
+            raise UpstreamError(
+                Failure(kind="cut", message=f"{self.live.name} ended the stream before its first token")
+            )
+
+    async def read_whole(self) -> None:
+        """Read to the end, and close the books. Raises UpstreamError, with the books closed too."""
+        try:
+            while not self.is_done:
+                limit_s = self.live.deployment.timeout_s
+                async with asyncio.timeout(max(min(limit_s, self.run.left_s), 0.0)):
+                    self.first += self.ready() or await self.next()
+                if len(self.first) > BODY_BYTES:
+                    raise garbage(f"an answer of more than {BODY_BYTES:,} bytes")
+        except TimeoutError:
+            error = self.run.timed_out(self.live, limit_s, "timeout")
+            self.drop(error.failure)
+            raise error from None
+        except UpstreamError as error:
+            self.drop(error.failure)
+            raise
+        except BaseException:
+            self.drop()
+            raise
+        self.settle()
+
+    def ready(self) -> bytes:
+        """What is passed on of what has come without waiting. Raises UpstreamError for what cannot be read."""
+        try:
+            data = self.reply.read_ready()
+        except UpstreamError:
+            # The connection broke: `next` meets the same, and knows what it means.
+            return b""
+        return self.taken(data) if data else b""
+
+    async def next(self) -> bytes:
+        """What is passed on next; empty if no event is whole yet, or it `is_done`. May be cancelled and called again.
+
+        Raises UpstreamError.
+        """
+        try:
+            data = await self.reply.read_some()
+        except UpstreamError as error:
+            if self.has_finished:
+                data = b""
+            elif self._has_begun:
+                raise UpstreamError(
+                    Failure(kind="cut", message=f"{self.live.name} broke off: {error.failure.message}")
+                ) from None
+            else:
+                raise
+        return self.taken(data) if data else self._ended()
+
+    def taken(self, data: bytes) -> bytes:
+        """What is passed on of some bytes that came. Raises UpstreamError."""
+        self._num_bytes += len(data)
+        self._heard_at = self.run.dispatcher.now()
+        block = self.splitter.feed(data)
+        if not block:
+            return b""
+        is_plain = self.translator is None and self._stitch is None and self._num_choices == 1
+        if self._has_begun and is_plain and _is_plain(block):
+            self._count(block)
+            return block
+        return self._examined(block)
+
+    def _ended(self) -> bytes:
+        """The connection says that it is over. Raises UpstreamError if the answer is not."""
+        self.is_done = True
+        rest, block = self.splitter.rest.strip(b"\n"), b""
+        if rest:
+            try:
+                block = self._examined(rest + b"\n\n")
+            except UpstreamError:
+                if not self.has_finished:
+                    raise
+        if not self.has_finished:
+            when = "in the middle of its answer" if self._has_begun else "before its first token"
+            raise UpstreamError(Failure(kind="cut", message=f"{self.live.name} broke off {when}"))
+        return block
+
+    def _examined(self, block: bytes) -> bytes:
+        """Read every event; what is passed on of them."""
+        kept: list[bytes] = []
+        for name, data in events(block):
+            if data.strip() == DONE_DATA:
+                self.is_done = True
+                self.has_finished = self.has_finished or self._has_begun
+                break
+            if self.translator is not None:
+                kept += [event(chunk) for chunk in self.translator.feed(data) if self._is_passed(chunk)]
+                self.is_done = self.translator.is_done
+                continue
+            chunk = read_chunk(data)
+            if name == b"error" or chunk.get("error"):
+                raise UpstreamError(self.live.provider.error(status_said(chunk), self.reply.headers, data))
+            if self._is_passed(chunk):
+                kept.append(b"data: " + data.replace(b"\n", b" ") + b"\n\n" if self._stitch is None else event(chunk))
+        passed = b"".join(kept)
+        self._count(passed)
+        return passed
+
+    def _is_passed(self, chunk: Json) -> bool:
+        """Learn from a chunk. Whether the reader sees it: not so the usage that we asked for and they did not."""
+        if not self._has_begun:
+            self.head = self.head or {key: value for key, value in chunk.items() if key not in ("choices", "usage")}
+            self._has_begun = has_content(chunk)
+        self._whole |= ended(chunk)
+        self.has_finished = self.has_finished or len(self._whole) >= self._num_choices
+        self.usage = Usage.of(chunk) or self.usage
+        if not chunk.get("choices") and isinstance(chunk.get("usage"), dict):
+            self.has_given_usage = self.has_given_usage or self._gives_usage
+            return self._gives_usage
+        if self._stitch is None:
+            return True
+        chunk.update(self._stitch)
+        for choice in chunk.get("choices") or ():
+            if isinstance(choice, dict) and isinstance(choice.get("delta"), dict):
+                choice["delta"].pop("role", None)
+        return has_content(chunk)
+
+    def _count(self, block: bytes) -> None:
+        for text in _TEXT.findall(block):
+            self._num_texts += 1
+            self._text_bytes += len(text)
+        if self._num_choices == 1 and not self.has_finished and _FINISHED.search(block):
+            self.has_finished = True
+
+    def from_answer(self, answer: Answer) -> None:
+        """The upstream gave a whole answer where a stream was asked for: make one of it. Raises UpstreamError if it says nothing."""
+        chunks = as_chunks(answer.body, self.request.endpoint, with_usage=True)
+        self.first = b"".join(event(chunk) for chunk in chunks if self._is_passed(chunk))
+        self._count(self.first)
+        if not self._has_begun:
+            raise garbage("an answer without choices", answer.data)
+        self.usage, self.is_done, self.has_finished = answer.usage, True, True
+
+
+def _num_choices(request: UpstreamRequest) -> int:
+    """How many choices are asked for; each ends for itself."""
+    asked = request.body.get("n")
+    answers = asked if type(asked) is int and asked > 0 else 1
+    return answers * (num_prompts(request.body) if request.endpoint == "completions" else 1)
+
+
+def _is_plain(block: bytes) -> bool:
+    """Whether a block holds nothing but chunks, by their shape, that need not be read."""
+    num = block.count(b"\n\n")
+    return (
+        block.startswith(b"data: {")
+        and block.count(b"}\n\n") == num
+        and block.count(b"\n\ndata: {") == num - 1
+        and b'"prompt_tokens"' not in block
+        and b'"error"' not in block
+        and (block.isascii() or _is_utf8(block))
+    )
+
+
+def _is_utf8(block: bytes) -> bool:
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def read_chunk(data: bytes) -> Json:
+    """A chunk. Raises UpstreamError (``garbage``)."""
+    try:
+        chunk = json.loads(data)
+    except (ValueError, RecursionError):
+        raise garbage("a chunk that is no JSON", data) from None
+    if not isinstance(chunk, dict):
+        raise garbage("a chunk that is no JSON object", data)
+    return chunk

@@ -1,5 +1,0 @@
-"""GraphRouter: models chosen by predicting the effect and cost of edges in a graph of tasks, queries and models (arXiv 2410.03834)."""
-
-from anabranch.gateway.graphrouter.predictor import GraphRouter
-
-__all__ = ["GraphRouter"]

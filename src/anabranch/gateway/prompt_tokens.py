@@ -1,0 +1,169 @@
+"""Prompt tokens before a call: by the model's tokenizer where the config names one, else a quarter of the bytes, marked as an estimate."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anabranch.gateway import media_tokens
+from anabranch.gateway.media_tokens import Media
+
+BYTES_PER_TOKEN = 4
+
+# Around each message: its role and the marks of its ends.
+MESSAGE_TOKENS = 4
+
+IMAGES = ("image_url", "input_image")
+
+# Parts that are no text: the field that holds them, and what counts it.
+_INNER: dict[str, tuple[str, Callable[[Mapping[str, Any]], Media | None]]] = {
+    "input_audio": ("data", media_tokens.audio),
+    "file": ("file_data", media_tokens.file),
+}
+
+# Fields that no model reads. All others count, unknown ones too: a text that is sent on is a text that is paid for.
+NO_PROMPT = frozenset(
+    {
+        "model",
+        "user",
+        "metadata",
+        "logit_bias",
+        "stop",
+        "stream_options",
+        "tool_choice",
+        "encoding_format",
+        "modalities",
+    }
+)
+
+Counter = Callable[[str], int]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCount:
+    """Tokens of a prompt.
+
+    Attributes:
+        tokens: counted or estimated.
+        at_most: no tokenizer makes more of it: each token is at least a byte; of images, audio and files see `media`. What is
+            reserved from budgets.
+        is_estimate: no tokenizer was there.
+    """
+
+    tokens: int
+    at_most: int
+    is_estimate: bool
+
+
+def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> PromptCount:
+    """Of a request to ``/v1/chat/completions``, ``/v1/completions`` or ``/v1/embeddings``."""
+    around = 0
+    texts: list[str] = []
+    found: list[Media] = []
+    for name, value in body.items():
+        if name == "messages" and isinstance(value, list):
+            around += MESSAGE_TOKENS * len(value) + 3
+            for message in value:
+                _gather_message(message, texts, found)
+        elif name in ("prompt", "input") and isinstance(value, list):
+            for part in value:
+                if isinstance(part, int | list):  # ids of tokens
+                    around += 1 if isinstance(part, int) else len(part)
+                else:
+                    texts.append(_text(part))
+        elif name not in NO_PROMPT and isinstance(value, str | list | dict):
+            texts.append(_text(value))
+    tokens, at_most = (around + sum(each) for each in ([one.tokens for one in found], [one.at_most for one in found]))
+    if counter is not None:
+        counted = sum(counter(text) for text in texts)
+        return PromptCount(tokens + counted, at_most + counted, False)
+    num_bytes = sum(_num_bytes(text) for text in texts)
+    return PromptCount(tokens + -(-num_bytes // BYTES_PER_TOKEN), at_most + num_bytes, True)
+
+
+def last_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Text of the last user message; of the last message if no user spoke."""
+    if not messages:
+        return ""
+    message = next((message for message in reversed(messages) if message.get("role") == "user"), messages[-1])
+    texts: list[str] = []
+    _gather(message.get("content"), texts)
+    return "\n".join(texts)
+
+
+def asked_text(endpoint: str, body: Mapping[str, Any]) -> str:
+    """What a request asks: the last user message of a chat, else prompt or input; of several, one below the other."""
+    if endpoint == "chat":
+        return last_text(body["messages"])
+    prompt = body.get("prompt", body.get("input", ""))
+    return prompt if isinstance(prompt, str) else "\n".join(part for part in prompt if isinstance(part, str))
+
+
+def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a message carries an image."""
+    return any(
+        isinstance(content := message.get("content"), list) and any(part.get("type") in IMAGES for part in content)
+        for message in messages
+    )
+
+
+def num_prompts(body: Mapping[str, Any]) -> int:
+    """How many prompts a request to ``/v1/completions`` holds; each is answered."""
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+
+
+def _gather_message(message: Any, texts: list[str], found: list[Media]) -> None:
+    """Add all texts of a message to ``texts``, and what is none to ``found``."""
+    if not isinstance(message, dict):
+        texts.append(_text(message))
+        return
+    for name, value in message.items():
+        if name not in ("role", "content") and value:
+            texts.append(_text(value))
+    _gather(message.get("content"), texts, found)
+
+
+def _gather(content: Any, texts: list[str], found: list[Media] | None = None) -> None:
+    """Add the texts of a message's content to ``texts``, and what is none to ``found``, with what else is said of it to ``texts``."""
+    if isinstance(content, str):
+        texts.append(content)
+        return
+    for part in content if isinstance(content, list) else ():
+        if not isinstance(part, dict):
+            texts.append(_text(part))
+            continue
+        counted, said = _media_of(part)
+        if counted is None:
+            said = [value for name, value in part.items() if name != "type"]
+        elif found is None:
+            continue
+        else:
+            found.append(counted)
+        texts.extend(_text(value) for value in said if value)
+
+
+def _media_of(part: dict[str, Any]) -> tuple[Media | None, list[Any]]:
+    """What a part is if it is no text, and what it says beside that; None if it is text."""
+    kind = part.get("type")
+    if kind in IMAGES:
+        given, field = part.get("image_url"), "image_url"
+        inner = given if isinstance(given, dict) else {"url": given}
+        url = inner.get("url")
+        counted: Media | None = media_tokens.image(url if isinstance(url, str) else "")
+        hidden = "url"
+    elif isinstance(kind, str) and kind in _INNER and isinstance(part.get(kind), dict):
+        inner, field = part[kind], kind
+        hidden, count = _INNER[kind]
+        counted = count(inner)
+    else:
+        return None, []
+    said = [value for name, value in part.items() if name not in ("type", field)]
+    return counted, said + [value for name, value in inner.items() if name != hidden]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

@@ -1,0 +1,205 @@
+"""Recorded outcomes as CSV, with a mapping that says which column is what.
+
+    Columns.parse("query=prompt,task=subject,score:small=small_correct,score:large=large_correct")
+
+Without a mapping the header is read as people write it: a column ``query``, ``prompt`` or ``question``; ``task``, ``subject``,
+``category`` or ``eval_name``; and of each model a column of scores ``NAME``, ``score:NAME`` or ``NAME_correct`` (numbers, or true and
+false), with ``cost:NAME`` or ``NAME|total_cost`` and ``answer:NAME``, ``NAME_response`` or ``NAME|model_response`` where they are there.
+So RouteLLM's files of two models and RouterBench's table load as they are.
+"""
+
+import csv
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from anabranch.config import Config, Field, configclass
+from anabranch.errors import ConfigError, DataError
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Model
+from anabranch.routers.data.lines import read_lines
+from anabranch.routers.data.table import PARTS, Row, gather, number
+
+QUERY = ("query", "prompt", "question", "instruction")
+TASK = ("task", "subject", "category", "eval_name")
+
+# Never the name of a model.
+IGNORED = re.compile(r"(?i)|unnamed.*|index|(.*_)?id|split|oracle_model_to_route_to")
+_TRUTH = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
+_UNKNOWN = ("", "nan", "none", "null", "na")
+
+
+@configclass
+class Columns(Config):
+    """Which column is what. Each table goes from a model's name to a column.
+
+    Attributes:
+        query: the column of texts.
+        task: of tasks; None if there is none.
+        score, cost, latency, answer: of what each model's answer was worth, cost (dollars), took (seconds), said.
+        prompt, completion: of token counts.
+    """
+
+    query: str
+    score: dict[str, str]
+    task: str | None = None
+    cost: dict[str, str] = Field(default_factory=dict)
+    prompt: dict[str, str] = Field(default_factory=dict)
+    completion: dict[str, str] = Field(default_factory=dict)
+    latency: dict[str, str] = Field(default_factory=dict)
+    answer: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Columns":
+        """From ``query=COLUMN,task=COLUMN,score:MODEL=COLUMN,...``. Raises ConfigError for anything else."""
+        fields: dict[str, object] = {}
+        tables: dict[str, dict[str, str]] = {part: {} for part in (*PARTS, "answer")}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            left, separator, column = item.rpartition("=")
+            part, _, model = left.partition(":")
+            if separator and left in ("query", "task"):
+                fields[left] = column
+            elif separator and part in tables and model:
+                tables[part][model] = column
+            else:
+                raise ConfigError(
+                    f"columns have {item!r}; write query=COLUMN, task=COLUMN and score:MODEL=COLUMN "
+                    f"(or {', '.join(f'{name}:' for name in tables if name != 'score')}), with commas between"
+                )
+        if "query" not in fields or not tables["score"]:
+            raise ConfigError("columns must name at least query=COLUMN and one score:MODEL=COLUMN")
+        return cls(**fields, **tables)  # type: ignore[arg-type]
+
+    @classmethod
+    def guess(cls, header: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> "Columns":
+        """From the names in the header, and from which columns hold numbers. Raises DataError if that is not clear."""
+        lower = {name.lower(): name for name in reversed(header)}
+        query = next((lower[name] for name in QUERY if name in lower), None)
+        task = next((lower[name] for name in TASK if name in lower), None)
+        tables: dict[str, dict[str, str]] = {part: {} for part in (*PARTS, "answer")}
+        for column, name in enumerate(header):
+            part, model = _meaning(name)
+            if name in (query, task) or IGNORED.fullmatch(name):
+                continue
+            if part == "answer" or all(_is_number(row[column]) for row in rows):
+                tables[part][model] = name
+        for part in (*PARTS[1:], "answer"):
+            tables[part] = {model: name for model, name in tables[part].items() if model in tables["score"]}
+        if query is None or not tables["score"]:
+            raise DataError(
+                f"{path}: cannot tell which columns are what ({', '.join(header)}); say it, such as query=prompt,score:small=small_correct"
+            )
+        return cls(query=query, task=task, **tables)
+
+
+def load_csv(
+    path: str | Path, columns: Columns | None = None, *, prices: Mapping[str, Model] | None = None
+) -> Recorded:
+    """Outcomes from a CSV file (.tsv is split at tabs), plain or gzipped.
+
+    Args:
+        path: of the file; its first line names the columns.
+        columns: which is what; None guesses from their names.
+        prices: models with prices, for costs where the rows hold none.
+
+    Raises DataError that names file and line.
+    """
+    path = Path(path)
+    header, lines, rows = _read(path)
+    columns = Columns.guess(header, rows, path) if columns is None else columns
+    place = {name: column for column, name in enumerate(header)}
+    wanted = [columns.query, *filter(None, [columns.task])]
+    wanted += [name for part in (*PARTS, "answer") for name in getattr(columns, part).values()]
+    missing = [name for name in wanted if name not in place]
+    if missing:
+        raise DataError(f"{path} has no column {missing[0]!r}; it has {', '.join(header)}")
+    made = []
+    for line, cells in zip(lines, rows, strict=True):
+        try:
+            made.append(_row(cells, columns, place))
+        except DataError as error:
+            raise DataError(f"{path}, line {line}: {error}") from None
+    return gather(made, path, prices)
+
+
+def _read(path: Path) -> tuple[list[str], list[int], list[list[str]]]:
+    """Header, line numbers and cells of the rows, blank lines left out."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    tab = "\t" if ".tsv" in path.suffixes else ","
+    reader = csv.reader((text for _, text in read_lines(path)), delimiter=tab, strict=True)
+    lines, rows = [], []
+    try:
+        header = next(reader, None)
+        for cells in reader:
+            if not cells:
+                continue
+            if header is not None and len(cells) != len(header):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells; the header has {len(header)} columns"
+                )
+            lines.append(reader.line_num)
+            rows.append(cells)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+    if not header or not rows:
+        raise DataError(f"{path} holds no rows; it needs a line that names the columns, and one for each query")
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} has the column {twice!r} twice")
+    return header, lines, rows
+
+
+def _meaning(name: str) -> tuple[str, str]:
+    """What a column holds, and of which model."""
+    part, separator, model = name.partition(":")
+    if separator and part in (*PARTS, "answer"):
+        return part, model
+    for ending, kind in (
+        ("_correct", "score"),
+        ("|total_cost", "cost"),
+        ("|model_response", "answer"),
+        ("_response", "answer"),
+    ):
+        if name.endswith(ending):
+            return kind, name.removesuffix(ending)
+    return "score", name
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return _value(cell, "it") is not None or cell.strip().lower() in _UNKNOWN
+    except DataError:
+        return False
+
+
+def _value(cell: str, what: str) -> float | None:
+    text = cell.strip().lower()
+    if text in _UNKNOWN:
+        return None
+    if text in _TRUTH:
+        return _TRUTH[text]
+    try:
+        return number(float(text), what)
+    except ValueError:
+        raise DataError(
+            f"{what} is {cell!r}; it must be a number, true or false, or empty if it is not known"
+        ) from None
+
+
+def _row(cells: list[str], columns: Columns, place: dict[str, int]) -> Row:
+    query = cells[place[columns.query]]
+    if not query.strip():
+        raise DataError(f"the column {columns.query!r} is empty; a query must be a text")
+    task = (cells[place[columns.task]] or None) if columns.task else None
+    values: dict[str, dict[str, float | None]] = {}
+    for part in PARTS:
+        values[part] = {
+            model: _value(cells[place[name]], f"{part} of {model!r}") for model, name in getattr(columns, part).items()
+        }
+        negative = next((model for model, value in values[part].items() if value is not None and value < 0), None)
+        if part != "score" and negative is not None:
+            raise DataError(f"{part} of {negative!r} is {values[part][negative]:g}; it must be at least 0")
+    if all(value is None for value in values["score"].values()):
+        raise DataError("no model has a score")
+    return Row(query, task, values, {model: cells[place[name]] for model, name in columns.answer.items()})

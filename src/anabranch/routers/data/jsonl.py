@@ -1,0 +1,104 @@
+"""Recorded outcomes as JSON lines.
+
+    {"query": "...", "task": "maths", "scores": {"small": 0, "large": 1}, "cost": {"small": 0.0001, "large": 0.002}}
+
+``cost`` is in dollars. ``tokens`` ({model: [prompt, completion]}), ``latency`` ({model: seconds}), ``answers`` ({model: text}) and
+``signals`` ({"logprob": {model: number}}, see `Recorded`) may be there too, and in a log of traffic ``probability`` ({model: number}), the
+chance with which the model that answered was chosen. Other fields are not looked at. A model that is left out of a row, or null,
+was not asked.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anabranch.bounds import shown
+from anabranch.errors import DataError
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Model
+from anabranch.routers.data.lines import read_lines
+from anabranch.routers.data.table import Row, gather, number
+
+
+def load_jsonl(path: str | Path, *, prices: Mapping[str, Model] | None = None) -> Recorded:
+    """Outcomes from a file, plain or gzipped.
+
+    Args:
+        path: of the file.
+        prices: models with prices (`read_prices`), for costs where the rows hold none.
+
+    Raises DataError that names file and line.
+    """
+    path = Path(path)
+    rows = []
+    for line, text in read_lines(path):
+        if not text.strip():
+            continue
+        try:
+            rows.append(_row(text))
+        except DataError as error:
+            raise DataError(f"{path}, line {line}: {error}") from None
+    return gather(rows, path, prices)
+
+
+def _row(text: str) -> Row:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError("a row must be an object with query and scores")
+    query, task = found.get("query"), found.get("task")
+    if not isinstance(query, str) or not query.strip():
+        raise DataError(f"query is {shown(query)}; it must be a text that is not empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in query):
+        raise DataError("query holds half of a surrogate pair, which is no character; write the whole pair")
+    if task is not None and not isinstance(task, str):
+        raise DataError(f"task is {shown(task)}; it must be a name")
+    values = {part: _numbers(found, field, low) for part, field, low in _FIELDS if field in found}
+    if not any(score is not None for score in values.get("score", {}).values()):
+        raise DataError("scores are missing; write them as {model: number}")
+    signals = {name: _numbers(_table(found, "signals"), name, -float("inf")) for name in _table(found, "signals")}
+    if "probability" in found:
+        signals["probability"] = _numbers(found, "probability", 0.0)
+    return Row(query, task, values | _tokens(found), _answers(found), signals)
+
+
+_FIELDS = (("score", "scores", -float("inf")), ("cost", "cost", 0.0), ("latency", "latency", 0.0))
+
+
+def _table(found: dict[str, Any], field: str) -> dict[str, Any]:
+    value = found.get(field)
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or "" in value:
+        raise DataError(f"{field} is {shown(value)}; it must be a table by name")
+    return value
+
+
+def _numbers(found: dict[str, Any], field: str, low: float) -> dict[str, float | None]:
+    return {name: number(value, f"{field} of {name!r}", low=low) for name, value in _table(found, field).items()}
+
+
+def _tokens(found: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    values: dict[str, dict[str, float | None]] = {"prompt": {}, "completion": {}}
+    for name, pair in _table(found, "tokens").items():
+        if isinstance(pair, dict):
+            pair = [
+                pair.get("prompt", pair.get("prompt_tokens")),
+                pair.get("completion", pair.get("completion_tokens")),
+            ]
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"tokens of {name!r} are {shown(pair)}; they must be [prompt, completion]")
+        for part, value in zip(values, pair, strict=True):
+            values[part][name] = number(value, f"{part} tokens of {name!r}", low=0)
+    return {part: of_model for part, of_model in values.items() if of_model}
+
+
+def _answers(found: dict[str, Any]) -> dict[str, str]:
+    answers = _table(found, "answers")
+    wrong = next((name for name, text in answers.items() if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise DataError(f"answer of {wrong!r} is {shown(answers[wrong])}; it must be a text")
+    return dict(answers)

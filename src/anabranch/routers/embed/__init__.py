@@ -1,0 +1,6 @@
+"""Text to unit vectors."""
+
+from anabranch.routers.embed.cache import embed_cached
+from anabranch.routers.embed.embedder import Embedder
+
+__all__ = ["Embedder", "embed_cached"]

@@ -1,0 +1,46 @@
+"""Every way of routing a query to a model, by name.
+
+from anabranch.routers import strategies
+
+router = strategies.make("knn", k=40).fit(recorded)
+router.route(query, pool).model
+"""
+
+from typing import Any
+
+from anabranch.errors import ConfigError
+from anabranch.registry import kinds, resolve
+from anabranch.routers.contract.predictor import Ranked
+from anabranch.routers.contract.strategy import Strategy
+
+__all__ = ["make", "names"]
+
+
+def names() -> list[str]:
+    """All that `make` takes, sorted."""
+    return sorted({*kinds("strategy"), *kinds("predictor")} - {Ranked.kind})
+
+
+def make(name: str, *, trade_off: float | None = None, **fields: Any) -> Strategy:
+    """A strategy, not yet fitted.
+
+    Args:
+        name: of a strategy, or of a predictor, which then ranks by predicted quality and cost.
+        trade_off: for predictors: score given up to save a dollar (default 0).
+        fields: of its config.
+
+    Raises ConfigError for an unknown name or field.
+    """
+    if name in kinds("predictor"):
+        return Ranked.Config(predictor=_part("predictor", name).Config(**fields), trade_off=trade_off or 0.0).build()
+    if name not in names():
+        # Says which names are near.
+        _part("strategy", name)
+        raise ConfigError(f"no strategy {name!r}; known: {', '.join(names())}")
+    if trade_off is not None:
+        fields["trade_off"] = trade_off
+    return _part("strategy", name).Config(**fields).build()
+
+
+def _part(family: str, name: str) -> Any:
+    return resolve(family, name)

@@ -1,0 +1,370 @@
+"""AutoMix: the model that answered is asked whether its answer is right, and a decision under uncertainty is made of its votes.
+
+    v    = share of k self-verifications that say "correct"
+    b(s) = P(s | v_1 ... v_j),  by Bayes' rule from P(s) and P(v_i | s);     s says which models of the chain are right on this query
+    give answer j     if E[quality_j | b] >= the best that can come of asking on
+    ask model j + 1   otherwise: its value is -trade_off cost_j+1 + the better of giving its answer as it is, and of verifying it,
+    which costs too, and choosing again
+
+Source: Madaan et al. 2023, AutoMix (arXiv 2310.12963, section 3): few-shot self-verification, and a router that treats correctness
+as the hidden state of a POMDP with the votes as observations. States, observations and means are counted on recorded outcomes,
+each with one more count (Laplace). The horizon is the chain's length, so the POMDP is solved exactly by looking ahead.
+``rule="threshold"`` is the paper's simpler router: give the answer if v is at least a threshold (chosen as in `escalate`).
+
+Recorded data must carry the signal ``votes`` (`Recorded.signals`); live, the model is asked through the gateway. A
+self-verification costs ``vote_cost`` of an answer.
+"""
+# Shapes: N queries, K models of the chain, S = 2^K states, V = k + 1 levels of votes
+
+import asyncio
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from anabranch.config import Field, configclass
+from anabranch.errors import AnabranchError, DataError, InputError
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Decision, Pool, Query
+from anabranch.routers.contract.strategy import Arrays, Complete, Embed, Facts, Played, ordered, playable
+from anabranch.routers.strategies.escalate import Escalating, run
+from anabranch.routers.strategies.semantic import listed
+from anabranch.routers.strategies.training import means, training_set
+from anabranch.routers.strategies.unit_scale import Span
+
+# Requests whose earlier votes are kept.
+REMEMBERED = 1024
+VERIFY = """Somebody was asked the question between the first marks and gave the answer between the second.
+
+<<<
+{question}
+>>>
+
+<<<
+{answer}
+>>>
+
+Is the answer correct? Check it against the question step by step, in your head. Then reply with one word, Correct or Incorrect."""
+
+
+class AutoMix(Escalating, kind="automix"):
+    """Self-verification, then the action of largest expected utility."""
+
+    @configclass
+    class Config(Escalating.Config):
+        """Verification and rule.
+
+        Attributes:
+            rule: ``pomdp`` or ``threshold``.
+            votes: k.
+            vote_cost: of one self-verification, as a share of an answer's cost: it reads as much and writes next to nothing.
+            temperature: of verifications.
+            correct: score, on the scale from the least to the largest, from which an answer counts as right.
+        """
+
+        rule: Literal["pomdp", "threshold"] = "pomdp"
+        votes: int = Field(default=8, ge=1)
+        vote_cost: float = Field(default=0.1, ge=0)
+        temperature: float = Field(default=0.7, gt=0)
+        correct: float = Field(default=0.5, gt=0, le=1)
+
+    is_async = True
+    needs_fit = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.complete: Complete | None = None
+        self.models: tuple[str, ...] = ()
+        self.prior_S, self.quality_SK, self.cost_K = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
+        self.vote_KSV = np.zeros((0, 0, 0))
+        self._seen: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
+        # Few combinations of votes occur, so each is decided once.
+        self._decided: dict[tuple[Any, ...], Any] = {}
+
+    def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
+        """Take the models to ask for their verdict."""
+        self.complete = complete or self.complete
+
+    def calls_for(self, is_last: bool) -> float:
+        """An answer and k verifications, but for the last model."""
+        return 1.0 if is_last else 1.0 + self.config.votes * self.config.vote_cost
+
+    def confidences(self, data: Recorded) -> np.ndarray:
+        """The recorded votes."""
+        if "votes" not in data.signals:
+            raise DataError(
+                f"automix needs the signal 'votes' of recorded answers; the data have {sorted(data.signals) or 'none'}"
+            )
+        return data.signals["votes"]
+
+    def confidence(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> float:
+        """Votes given by the details; NaN without."""
+        return float(details.get("votes", np.nan))
+
+    # -- learning
+
+    def fit(self, data: Recorded, *, seed: int = 0) -> Self:
+        """Count states, votes and means. Raises DataError without votes, costs, or a row where all the chain is known."""
+        if self.config.rule == "threshold":
+            return super().fit(data, seed=seed)
+        training_set(data, "automix", vector=False, cost=True)
+        votes_NM = self.confidences(data)
+        columns = self._columns(data)
+        judged = columns[:-1]
+        rows = np.flatnonzero(np.isfinite(data.score_NM[:, columns]).all(1) & np.isfinite(votes_NM[:, judged]).all(1))
+        if not len(rows):
+            raise DataError(
+                "automix needs queries with the scores of the whole chain and the votes of all but its last model"
+            )
+        self.models = tuple(data.models[column] for column in columns)
+        self._decided.clear()
+        score_NK = data.score_NM[rows][:, columns]
+        right_NK = Span.of(data.score_NM).shrink(score_NK) >= self.config.correct
+        state_N = right_NK @ (1 << np.arange(len(columns)))
+        num_states = 1 << len(columns)
+        count_S = np.bincount(state_N, minlength=num_states).astype(float)
+        self.prior_S = (count_S + 1) / (len(rows) + num_states)
+        self.quality_SK = self._qualities(score_NK, right_NK, state_N, count_S)
+        self.cost_K = means(data.cost_NM)[columns]  # type: ignore[arg-type]
+        if not np.isfinite(self.cost_K).all():
+            raise DataError(f"automix needs the cost of every model of its chain: {', '.join(self.models)}")
+        self.vote_KSV = np.ones((len(judged), num_states, self.config.votes + 1))
+        for place, column in enumerate(judged):
+            np.add.at(self.vote_KSV[place], (state_N, self._levels(votes_NM[rows, column])), 1.0)
+        self.vote_KSV /= self.vote_KSV.sum(axis=2, keepdims=True)
+        return self
+
+    def _columns(self, data: Recorded) -> list[int]:
+        """Of the chain: the written one, or the cheapest model and the best one (and between them the next best of middling cost)."""
+        if self.config.models:
+            unknown = [name for name in self.config.models if name not in data.models]
+            if unknown:
+                raise InputError(
+                    f"automix.models has {unknown[0]!r}, which is not among the recorded: {', '.join(data.models)}"
+                )
+            return [data.models.index(name) for name in self.config.models]
+        assert data.cost_NM is not None
+        cost_M, quality_M = means(data.cost_NM), means(data.score_NM)
+        usable = [
+            int(at)
+            for at in np.argsort(cost_M, kind="stable")
+            if np.isfinite(cost_M[at]) and np.isfinite(quality_M[at])
+        ]
+        rising = [
+            at
+            for place, at in enumerate(usable)
+            if quality_M[at] > max((quality_M[one] for one in usable[:place]), default=-np.inf)
+        ]
+        middle = rising[1:-1][-1:] if self.config.max_length > 2 else []
+        return list(dict.fromkeys([rising[0], *middle, rising[-1]]))[-self.config.max_length :]
+
+    def _qualities(
+        self, score_NK: np.ndarray, right_NK: np.ndarray, state_N: np.ndarray, count_S: np.ndarray
+    ) -> np.ndarray:
+        """Mean score of each model in each state, pulled by one count to its mean score when right, or wrong."""
+        quality_SK = np.zeros((len(count_S), score_NK.shape[1]))
+        for place in range(score_NK.shape[1]):
+            right_N = right_NK[:, place]
+            usual = [
+                score_NK[right_N == flag, place].mean() if (right_N == flag).any() else score_NK[:, place].mean()
+                for flag in (False, True)
+            ]
+            is_right_S = (np.arange(len(count_S)) >> place) & 1
+            total_S = np.bincount(state_N, score_NK[:, place], minlength=len(count_S))
+            quality_SK[:, place] = (total_S + np.array(usual)[is_right_S]) / (count_S + 1)
+        return quality_SK
+
+    def _levels(self, share_N: np.ndarray) -> np.ndarray:
+        return np.clip(np.rint(share_N * self.config.votes), 0, self.config.votes).astype(np.int64)
+
+    # -- the POMDP
+
+    def ask(self, place: int, belief_S: np.ndarray) -> float:
+        """Value of asking the model at this place, at a belief: what it costs, and the best that can then be done."""
+        blind = self.give(place, belief_S)
+        return max(blind, self.verify(place, belief_S)) - self.price * float(self.cost_K[place])
+
+    @property
+    def price(self) -> float:
+        """The trade-off; where money is no object, next to nothing, so that of two ways that are as good the cheaper is gone."""
+        return max(self.config.trade_off, 1e-9 / max(float(self.cost_K.max()), 1e-300))
+
+    def verify(self, place: int, belief_S: np.ndarray) -> float:
+        """Value of letting the model verify its answer, then giving it or asking on. The last model's answer is given as it is."""
+        if place == len(self.models) - 1:
+            return -np.inf
+        value = -self.price * self.config.votes * self.config.vote_cost * float(self.cost_K[place])
+        for level in range(self.vote_KSV.shape[2]):
+            joint_S = belief_S * self.vote_KSV[place, :, level]
+            chance = float(joint_S.sum())
+            value += chance * max(self.give(place, joint_S / chance), self.ask(place + 1, joint_S / chance))
+        return value
+
+    def give(self, place: int, belief_S: np.ndarray) -> float:
+        """Value of giving the answer of the model at this place."""
+        return float(belief_S @ self.quality_SK[:, place])
+
+    def believe(self, votes: list[float], first: int = 0) -> np.ndarray:
+        """b(s) after the votes of the models from ``first`` on; a vote that is not known (NaN) tells nothing."""
+        belief_S = self.prior_S.copy()
+        for place, share in enumerate(votes, start=first):
+            if np.isfinite(share):
+                belief_S *= self.vote_KSV[place, :, int(self._levels(np.array(share)))]
+        return belief_S / belief_S.sum()
+
+    def first(self) -> int:
+        """Place of the model to ask first: the one of largest value at the prior, of equals the earliest."""
+        return self._once(
+            ("first",), lambda: int(np.argmax([self.ask(place, self.prior_S) for place in range(len(self.models))]))
+        )
+
+    def verifies(self, votes: list[float], first: int = 0) -> bool:
+        """Whether the model after those that voted verifies its answer; otherwise it is given as it is."""
+
+        def decide() -> bool:
+            place, belief_S = first + len(votes), self.believe(votes, first)
+            return self.verify(place, belief_S) > self.give(place, belief_S)
+
+        return self._once(("verifies", first, *self._known(votes)), decide)
+
+    def accepts(self, votes: list[float], first: int = 0) -> bool:
+        """Whether the answer of the last model that voted is given."""
+
+        def decide() -> bool:
+            place, belief_S = first + len(votes) - 1, self.believe(votes, first)
+            return self.give(place, belief_S) >= self.ask(place + 1, belief_S)
+
+        return self._once(("accepts", first, *self._known(votes)), decide)
+
+    def _known(self, votes: list[float]) -> list[int]:
+        """Levels; -1 for a vote that is not known."""
+        return [int(self._levels(np.array(share))) if np.isfinite(share) else -1 for share in votes]
+
+    def _once(self, key: tuple[Any, ...], decide: Callable[[], Any]) -> Any:
+        if key not in self._decided:
+            self._decided[key] = decide()
+        return self._decided[key]
+
+    # -- deciding
+
+    def route(self, query: Query, pool: Pool) -> Decision:
+        """The chain from the model that is worth asking first. Raises InputError before ``fit``, or if the pool has none of it."""
+        if self.config.rule == "threshold":
+            return super().route(query, pool)
+        self._check()
+        first = self.first()
+        known = [name for name in self.models[first:] if name in pool.names]
+        if not known:
+            raise InputError(f"automix asks {', '.join(self.models[first:])}; the pool has {', '.join(pool.names)}")
+        self._seen.pop((query.tenant, query.text), None)
+        return Decision(
+            candidates=ordered(pool, listed(known, pool)), strategy=self.name, reason=f"automix: {' then '.join(known)}",
+            details={"chain": known, "skipped": list(self.models[:first])},
+        )  # fmt: skip
+
+    def _check(self) -> None:
+        if not self.models:
+            raise InputError("automix has not learned yet: fit it on recorded outcomes with votes")
+
+    def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
+        """By the belief after this vote and the earlier ones for the same query."""
+        if self.config.rule == "threshold":
+            return super().accept(query, model, answer, details)
+        self._check()
+        votes, first = self._earlier(query, model)
+        if votes is None or not self.verifies(votes, first):
+            return True
+        votes.append(self.confidence(query, model, answer, details))
+        is_given = self.accepts(votes, first)
+        if is_given:
+            self._seen.pop((query.tenant, query.text), None)
+        return is_given
+
+    def _earlier(self, query: Query, model: str) -> tuple[list[float] | None, int]:
+        """Votes of the models before this one for the same query, NaN for those that failed; None if its answer is given in any case."""
+        if model not in self.models[:-1]:
+            return None, 0
+        place = self.models.index(model)
+        first = min(self.first(), place)
+        votes = self._seen.setdefault((query.tenant, query.text), [])
+        self._seen.move_to_end((query.tenant, query.text))
+        while len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        votes += [float("nan")] * (place - first - len(votes))
+        del votes[place - first :]
+        return votes, first
+
+    async def aaccept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
+        """Let the model verify its answer k times, all at once, then `accept`. A verdict that cannot be read counts against the answer."""
+        if "votes" in details or self.complete is None or not self._wants_votes(query, model):
+            return self.accept(query, model, answer, details)
+        text = VERIFY.format(question=query.text, answer=answer)
+        verdicts = await asyncio.gather(*(self._verdict(model, text) for _ in range(self.config.votes)))
+        return self.accept(query, model, answer, {**details, "votes": sum(verdicts) / len(verdicts)})
+
+    def _wants_votes(self, query: Query, model: str) -> bool:
+        if self.config.rule == "threshold":
+            return self.threshold_of(model) is not None
+        self._check()
+        votes, first = self._earlier(query, model)
+        return votes is not None and self.verifies(votes, first)
+
+    async def _verdict(self, model: str, text: str) -> bool:
+        assert self.complete is not None
+        try:
+            said = await self.complete(model, text, max_tokens=8, temperature=self.config.temperature)
+        except AnabranchError:
+            return False
+        return re.fullmatch(r"\W*correct\W*", said.strip(), re.IGNORECASE) is not None
+
+    # -- judging
+
+    def play(self, data: Recorded, pool: Pool) -> Played:
+        """Run the chain by the recorded votes, counting answers and verifications."""
+        if self.config.rule == "threshold":
+            return super().play(data, pool)
+        self._check()
+        first = self.first()
+        there = {data.models[column] for column in playable(data, pool)}
+        places = [place for place in range(first, len(self.models)) if self.models[place] in there]
+        if not places:
+            raise InputError(f"automix asks {', '.join(self.models[first:])}; none is recorded and in the pool")
+        columns = [data.models.index(self.models[place]) for place in places]
+        votes_NK = np.full((len(data), len(self.models) - first), np.nan)
+        if len(places) > 1:
+            votes_NK[:, np.array(places) - first] = self.confidences(data)[:, columns]
+        accept_NK, calls_NK = np.ones((len(data), len(places)), bool), np.ones((len(data), len(places)))
+        for at, place in enumerate(places[:-1]):
+            votes = votes_NK[:, : place - first + 1].tolist()
+            verifies_N = np.array([self.verifies(votes_K[:-1], first) for votes_K in votes], bool)
+            accept_NK[:, at] = np.array([self.accepts(votes_K, first) for votes_K in votes], bool) | ~verifies_N
+            calls_NK[:, at] += self.config.votes * self.config.vote_cost * verifies_N
+        return run(data, columns, accept_NK, calls_NK)
+
+    def knobs(self, data: Recorded) -> list[float]:
+        """Trade-offs around what a dollar buys between the models of the chain."""
+        if self.config.rule == "threshold":
+            return super().knobs(data)
+        spread = float(np.ptp(self.cost_K)) if len(self.cost_K) else 0.0
+        return [0.0, *(np.logspace(-3, 3, 61) / spread).tolist()] if spread > 0 else [0.0]
+
+    def state(self) -> tuple[Arrays, Facts]:
+        """Counts and means."""
+        arrays = {
+            "prior_S": self.prior_S,
+            "quality_SK": self.quality_SK,
+            "cost_K": self.cost_K,
+            "vote_KSV": self.vote_KSV,
+        }
+        return arrays, {**super().state()[1], "models": list(self.models)}
+
+    def load_state(self, arrays: Arrays, facts: Facts) -> None:
+        """Take back what `state` gave."""
+        super().load_state(arrays, facts)
+        self.prior_S, self.quality_SK, self.cost_K, self.vote_KSV = (
+            arrays[name] for name in ("prior_S", "quality_SK", "cost_K", "vote_KSV")
+        )
+        self.models = tuple(facts["models"])
+        self._decided.clear()

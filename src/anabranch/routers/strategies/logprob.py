@@ -1,0 +1,80 @@
+"""Escalate when the draft's own token probabilities are low.
+
+    confidence = mean over tokens of log p(token),  or minus the mean entropy of the next-token distribution,  or a low quantile of log p
+
+A weak model that hesitates is more often wrong. Mean log-probability is the usual signal; Gupta et al. 2024 (arXiv 2404.10136,
+"Language Model Cascades: Token-level uncertainty and beyond", section 3) show that a quantile over tokens is less swayed by
+length. Entropy is that of the ``top_logprobs`` the provider returns, what is left of the probability counted as one more token.
+
+Recorded data must carry the signal (`Recorded.signals`, by the name of the measure); live, the provider's ``logprobs`` do.
+"""
+# Shapes: N queries, M models
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from anabranch.config import Field, configclass
+from anabranch.errors import DataError
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Query
+from anabranch.routers.strategies.escalate import Escalating
+
+
+class LogProb(Escalating, kind="logprob"):
+    """A chain whose answers are given when their tokens were likely."""
+
+    @configclass
+    class Config(Escalating.Config):
+        """What is measured.
+
+        Attributes:
+            measure: ``logprob`` (mean), ``entropy`` (mean, negated) or ``quantile`` of the log-probabilities.
+            quantile: which.
+        """
+
+        threshold: float = -0.35  # nats; a token of probability 0.7 on average
+        measure: Literal["logprob", "entropy", "quantile"] = "logprob"
+        quantile: float = Field(default=0.1, ge=0, le=1)
+
+    def confidences(self, data: Recorded) -> np.ndarray:
+        """The recorded signal."""
+        signal_NM = data.signals.get(self.config.measure)
+        if signal_NM is None:
+            raise DataError(
+                f"logprob needs the signal {self.config.measure!r} of recorded answers; the data have {sorted(data.signals) or 'none'}"
+            )
+        return -signal_NM if self.config.measure == "entropy" else signal_NM
+
+    def confidence(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> float:
+        """Of the provider's ``logprobs``, or a number given by the measure's name; NaN without either."""
+        if "logprobs" in details:
+            found = measured(details["logprobs"], self.config.measure, self.config.quantile)
+        else:
+            found = float(details.get(self.config.measure, np.nan))
+        return -found if self.config.measure == "entropy" else found
+
+
+def measured(logprobs: Any, measure: str, quantile: float = 0.1) -> float:
+    """One number of OpenAI's ``logprobs`` (``{"content": [...]}`` or its list); NaN where it does not hold what is needed."""
+    tokens: Sequence[Any] = (logprobs.get("content") if isinstance(logprobs, Mapping) else logprobs) or ()
+    tokens = [token for token in tokens if isinstance(token, Mapping) and isinstance(token.get("logprob"), int | float)]
+    if not tokens:
+        return float("nan")
+    if measure == "entropy":
+        entropies = [_entropy([top["logprob"] for top in token.get("top_logprobs") or ()]) for token in tokens]
+        return float(np.mean(entropies))
+    value = np.array([token["logprob"] for token in tokens], float)
+    return float(value.mean() if measure == "logprob" else np.quantile(value, quantile))
+
+
+def _entropy(logprobs: Sequence[float]) -> float:
+    """Nats; NaN for no alternatives."""
+    if not logprobs:
+        return float("nan")
+    p = np.exp(np.asarray(logprobs, float))
+    rest = max(0.0, 1.0 - float(p.sum()))
+    p = np.append(p, rest)
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())

@@ -1,0 +1,168 @@
+"""Bandits of several processes that learn as one: each tells what it observed, and takes in what the others did.
+
+A of all = A at the start + G of its own + G of the others, and so for b and the costs: the same numbers, but for rounding, that one
+process would have that was told everything. Where directions are chosen from the first vectors seen, the first choice that others can
+find is everybody's; until a choice was published, the vectors are kept, so that it can still be given up for another.
+
+With ``discount`` < 1 nothing adds up: how much an observation weighs depends on those that came after it, and each process knows the
+order of its own alone.
+"""
+# Shapes: M arms, D dimensions of z, V of a vector
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import InputError
+from anabranch.routers.contract.strategy import Arrays, Facts, Strategy
+from anabranch.routers.strategies.regression_sums import FIXED, SEEDED, Sums, joined
+
+# Observations kept for a choice of directions that nobody could be told of, in times of those that it takes.
+KEPT = 4
+
+
+class Pooled(Strategy):
+    """What `Bandit` needs for it; the regressions themselves are there."""
+
+    direction_DV: np.ndarray | None
+    centre_V: np.ndarray
+    models: tuple[str, ...]
+    inverse_MDD: np.ndarray
+    b_MD: np.ndarray
+    theta_MD: np.ndarray
+    calls_M: np.ndarray
+    cost_M: np.ndarray
+    steps: int
+    seen_SV: np.ndarray
+    seen_S2: np.ndarray
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.basis = FIXED
+        # Since the start: observed here, and heard of.
+        self.own, self.others = Sums(), Sums()
+        self._first: tuple[Arrays, Facts] = ({}, {})
+        self._is_shared = False
+
+    @property
+    def adds_up(self) -> bool:  # type: ignore[override]
+        """Unless it forgets."""
+        return bool(self.config.discount == 1)
+
+    def features(self, vector_NV: np.ndarray) -> np.ndarray:
+        """See `Bandit`."""
+        raise NotImplementedError
+
+    def _start(self, centre_V: np.ndarray, direction_DV: np.ndarray, basis: str = FIXED) -> None:
+        raise NotImplementedError
+
+    def _arm(self, name: str) -> int:
+        raise NotImplementedError
+
+    def _principal(self, vector_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise NotImplementedError
+
+    # Told and heard
+
+    def part(self) -> tuple[Arrays, Facts]:
+        """What was observed here since the start."""
+        return self.own.state()
+
+    def hear(self, arrays: Arrays, facts: Facts) -> None:
+        """Take what all others observed in the place of what was heard before. Raises InputError, and nothing has changed."""
+        if not self._is_shared:
+            self._is_shared = True
+            self._keep_so_far()
+        if not facts:
+            return
+        heard = Sums.read(arrays, facts)
+        if not heard.models:
+            heard = Sums(self.own.dim, basis=self.basis, length=len(self.centre_V))
+        elif self.direction_DV is None and heard.length:
+            self.features(np.zeros((0, heard.length)))
+        if heard.length != len(self.centre_V):
+            raise InputError(f"others observed vectors of {heard.length} dimensions, not {len(self.centre_V)}")
+        if heard.basis not in (self.basis, SEEDED, FIXED):
+            self._turn(heard.centre_V, heard.direction_DV, heard.basis)
+        elif heard.basis != self.basis:
+            assert self.direction_DV is not None
+            heard = heard.along(self.centre_V, self.direction_DV, self.basis)
+        self.others = heard
+        self._rebuild()
+        self._choose_directions()
+
+    @staticmethod
+    def joined(parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
+        """Several parts as one. Raises InputError for what is none, or does not fit the others."""
+        return joined([Sums.read(*part) for part in parts]).state()
+
+    def published(self) -> None:
+        """The last `part` is where others find it: with it, the choice of directions."""
+        if self.basis not in (FIXED, SEEDED):
+            self.own = self.own.bare()
+
+    # Directions
+
+    def _keep_so_far(self) -> None:
+        """From here on the vectors are kept apart from those of a process that is alone."""
+        if len(self.seen_SV) == self.own.steps:
+            for vector_V, (arm, quality) in zip(self.seen_SV, self.seen_S2, strict=True):
+                self.own.keep(self.models[int(arm)], vector_V, float(quality))
+
+    @property
+    def _keeps(self) -> bool:
+        """What is observed next is kept as it came."""
+        return self._is_shared and (self.basis == SEEDED or len(self.own.seen_SV) > 0)
+
+    def _choose_directions(self) -> None:
+        """Once enough was seen, here and elsewhere."""
+        own, others = self.own, self.others
+        if self.basis != SEEDED:
+            if len(own.seen_SV) > KEPT * self.config.settle:
+                self.published()
+            return
+        if len(own.seen_SV) + len(others.seen_SV) < self.config.settle or not (own.is_whole and others.is_whole):
+            return
+        seen_SV = np.vstack([part.seen_SV for part in (own, others) if len(part.seen_SV)])
+        centre_V, direction_DV = self._principal(seen_SV.astype(float))
+        digest = hashlib.sha256(np.ascontiguousarray(direction_DV).tobytes()).hexdigest()
+        self._turn(centre_V, direction_DV, digest)
+        self.others = others.along(centre_V, direction_DV, digest)
+        self._rebuild()
+
+    def _turn(self, centre_V: np.ndarray, direction_DV: np.ndarray, basis: str) -> None:
+        """See along other directions; what others observed is forgotten. Raises InputError if the own vectors are gone."""
+        own, models = self.own.along(centre_V, direction_DV, basis), self.models
+        self._start(centre_V, direction_DV, basis)
+        self.own = own
+        for name in models:
+            self._arm(name)
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """The regressions from their sums."""
+        arrays, facts = self._first
+        for name in (*self.own.models, *self.others.models):
+            self._arm(name)
+        for arm, name in enumerate(self.models):
+            gram_DD, moment_D, calls, spent = self._at_start(name, arrays, facts)
+            for part in (self.own, self.others):
+                if name in part.models:
+                    at = part.models.index(name)
+                    gram_DD, moment_D = gram_DD + part.gram_MDD[at], moment_D + part.moment_MD[at]
+                    calls, spent = calls + part.calls_M[at], spent + part.spent_M[at]
+            self.inverse_MDD[arm], self.b_MD[arm] = np.linalg.inv(gram_DD), moment_D
+            self.theta_MD[arm] = self.inverse_MDD[arm] @ moment_D
+            self.calls_M[arm], self.cost_M[arm] = calls, spent / calls if calls else 0.0
+        self.steps = int(facts.get("steps", 0)) + self.own.steps + self.others.steps
+
+    def _at_start(self, name: str, arrays: Arrays, facts: Facts) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """A, b, calls and dollars of a model before anything was observed or heard."""
+        dim = self.b_MD.shape[1]
+        if name not in facts.get("models", ()):
+            return self.config.ridge * np.eye(dim), np.zeros(dim), 0.0, 0.0
+        at = facts["models"].index(name)
+        calls = float(arrays["calls_M"][at])
+        return np.linalg.inv(arrays["inverse_MDD"][at]), arrays["b_MD"][at], calls, calls * float(arrays["cost_M"][at])

@@ -1,0 +1,51 @@
+"""What an operator writes reaches the part that acts on it."""
+
+from anabranch.gateway.config import (
+    BreakerConfig,
+    DeploymentConfig,
+    GatewayConfig,
+    HedgeConfig,
+    ModelConfig,
+    RetryConfig,
+)
+from anabranch.gateway.dispatch_settings import groups_of, rules_of
+from anabranch.gateway.providers.mock import Mock
+
+
+def config(*deployments, **fields):
+    model = ModelConfig(name="m", deployments=deployments or (DeploymentConfig(provider=Mock.Config()),))
+    return GatewayConfig(models=(model,), **fields)
+
+
+def test_rules_are_those_of_the_config():
+    made = rules_of(
+        config(
+            retries=RetryConfig(attempts=4, base_s=0.1, cap_s=3.0, budget=0.5, window_s=7.0),
+            breaker=BreakerConfig(
+                failures=2, rate=0.7, window_s=9.0, open_s=1.0, max_open_s=8.0, probes=3, successes=4
+            ),
+            hedge=HedgeConfig(quantile=0.8, min_s=0.3, samples=5),
+            mid_stream="continue",
+        )
+    )
+    assert (made.retries, made.backoff_s, made.max_backoff_s, made.extra, made.window_s) == (3, 0.1, 3.0, 0.5, 7.0)
+    assert (made.hedge, made.hedge_quantile, made.hedge_min_s, made.hedge_samples) == (True, 0.8, 0.3, 5)
+    breaker = made.breaker
+    assert (breaker.failures, breaker.rate, breaker.window_s, breaker.open_s) == (2, 0.7, 9.0, 1.0)
+    assert (breaker.max_open_s, breaker.probes, breaker.successes, made.mid_stream) == (8.0, 3, 4, "continue")
+    assert not rules_of(config()).hedge
+
+
+def test_a_silent_upstream_leaves_time_for_others():
+    [group] = groups_of(config(deadline_s=60.0))
+    assert (group.deployments[0].timeout_s, group.deployments[0].first_token_timeout_s) == (60.0, 20.0)
+
+
+def test_times_that_are_written_are_kept():
+    written = (
+        DeploymentConfig(provider=Mock.Config(), timeout_s=50.0),
+        DeploymentConfig(provider=Mock.Config(), timeout_s=50.0, first_token_timeout_s=2.0),
+    )
+    [group] = groups_of(config(*written))
+    assert [one.first_token_timeout_s for one in group.deployments] == [50.0, 2.0]
+    assert [one.name for one in group.deployments] == ["m#0", "m#1"]

@@ -1,0 +1,455 @@
+import asyncio
+import gzip
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.errors import ConfigError, DataError, InputError
+from anabranch.gateway import store_outcomes
+from anabranch.gateway.store_outcomes import from_ledger
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.data import (
+    Columns,
+    check_disjoint,
+    deduplicated,
+    folds,
+    groups,
+    load_csv,
+    load_outcomes,
+    measured_in,
+    merged,
+    pool_of,
+    pooled,
+    read_joules,
+    read_prices,
+    split,
+)
+from anabranch.routers.data.splits import question
+from anabranch.routers.money import Price
+from made_outcomes import made_outcomes, write_outcomes
+
+GOOD = '{"query": "q", "scores": {"a": 1, "b": 0.5}}\n'
+PRICES = {
+    "a": {"input_price": 1, "output_price": 2, "size": "8B", "feature": "small"},
+    "b": {"input": 0.5, "output": 4},
+}
+
+
+def of(texts, tasks=None, models=("a",)):
+    """Rows with scores 0, 1, 2, ..."""
+    score_NM = np.arange(len(texts) * len(models), dtype=float).reshape(len(texts), -1)
+    return Recorded(query=tuple(texts), models=models, task=tuple(tasks or ()), score_NM=score_NM)
+
+
+def written(tmp_path, content, name="data.jsonl"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_every_field_of_a_row_is_read(tmp_path):
+    row = {
+        "query": "What?", "task": "t", "scores": {"a": True, "b": 0.25, "c": None}, "cost": {"a": 0.1},
+        "tokens": {"a": [10, 20], "b": {"prompt": 5}},
+        "signals": {"logprob": {"b": -0.5}}, "latency": {"b": 1.5}, "answers": {"a": "yes"},
+        "metric": "ignored", "ground_truth": ["so", "is", "this"],
+    }  # fmt: skip
+    data = load_outcomes(written(tmp_path, json.dumps(row) + "\n\n" + GOOD))
+    assert (data.models, data.query, data.task) == (("a", "b", "c"), ("What?", "q"), ("t", None))
+    np.testing.assert_array_equal(data.score_NM, [[1, 0.25, np.nan], [1, 0.5, np.nan]])
+    np.testing.assert_array_equal(data.cost_NM, [[0.1, np.nan, np.nan], [np.nan] * 3])
+    np.testing.assert_array_equal(data.tokens_NM2[0], [[10, 20], [5, np.nan], [np.nan, np.nan]])
+    assert data.latency_NM[0, 1] == 1.5
+    np.testing.assert_array_equal(data.signals["logprob"], [[np.nan, -0.5, np.nan], [np.nan] * 3])
+    assert data.answers == ({"a": "yes"}, {})
+
+
+def test_what_is_recorded_nowhere_is_none(tmp_path):
+    data = load_outcomes(written(tmp_path, GOOD))
+    assert (data.cost_NM, data.tokens_NM2, data.latency_NM, data.answers) == (None, None, None, ())
+
+
+def test_gzip_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    text = "\ufeff" + GOOD.replace("\n", "\r\n") + GOOD.replace('"q"', '"Größe 北京"')
+    data = load_outcomes(written(tmp_path, gzip.compress(text.encode()), "data.jsonl.gz"))
+    assert data.query == ("q", "Größe 北京")
+
+
+@given(st.integers(0, 10**6))
+def test_outcomes_written_are_read_back_the_same(tmp_path_factory, seed):
+    data = made_outcomes(5, seed)
+    found = load_outcomes(write_outcomes(tmp_path_factory.mktemp("data") / "data.jsonl", data))
+    assert (found.query, found.task, found.models) == (data.query, data.task, data.models)
+    np.testing.assert_array_equal(found.score_NM, data.score_NM)
+    np.testing.assert_array_equal(found.cost_NM, data.cost_NM)
+
+
+BAD_LINES = {
+    "not JSON": ("{", "not JSON"),
+    "no object": ("[1, 2]", "must be an object"),
+    "no query": ('{"scores": {"a": 1}}', "query is None"),
+    "blank query": ('{"query": " ", "scores": {"a": 1}}', "not empty"),
+    "half a character": ('{"query": "\\ud800", "scores": {"a": 1}}', "half of a surrogate pair"),
+    "query of a number": ('{"query": 3, "scores": {"a": 1}}', "query is 3"),
+    "task of a number": ('{"query": "q", "task": 3, "scores": {"a": 1}}', "task is 3"),
+    "no scores": ('{"query": "q"}', "scores are missing"),
+    "empty scores": ('{"query": "q", "scores": {}}', "scores are missing"),
+    "only null scores": ('{"query": "q", "scores": {"a": null}}', "scores are missing"),
+    "a list of scores": ('{"query": "q", "scores": [1]}', "must be a table"),
+    "a score in words": ('{"query": "q", "scores": {"a": "good"}}', "scores of 'a' is 'good'"),
+    "a score that is no number": ('{"query": "q", "scores": {"a": NaN}}', "scores of 'a' is nan"),
+    "an infinite score": ('{"query": "q", "scores": {"a": Infinity}}', "finite"),
+    "a score beyond floats": (f'{{"query": "q", "scores": {{"a": 1{"0" * 400}}}}}', "finite"),
+    "a model without a name": ('{"query": "q", "scores": {"": 1}}', "must be a table by name"),
+    "a negative cost": (
+        '{"query": "q", "scores": {"a": 1}, "cost": {"a": -1}}',
+        "cost of 'a' is -1; it must be a number of at least 0",
+    ),
+    "a cost for all": ('{"query": "q", "scores": {"a": 1}, "cost": 0.5}', "cost is 0.5"),
+    "tokens without an end": (
+        '{"query": "q", "scores": {"a": 1}, "tokens": {"a": [1]}}',
+        "must be [prompt, completion]",
+    ),
+    "negative tokens": (
+        '{"query": "q", "scores": {"a": 1}, "tokens": {"a": [1, -2]}}',
+        "completion tokens of 'a' is -2",
+    ),
+    "a signal of words": (
+        '{"query": "q", "scores": {"a": 1}, "signals": {"votes": {"a": "x"}}}',
+        "votes of 'a' is 'x'",
+    ),
+    "signals without a name": ('{"query": "q", "scores": {"a": 1}, "signals": 3}', "signals is 3"),
+    "negative latency": ('{"query": "q", "scores": {"a": 1}, "latency": {"a": -0.1}}', "latency of 'a'"),
+    "an answer that is no text": ('{"query": "q", "scores": {"a": 1}, "answers": {"a": 5}}', "answer of 'a' is 5"),
+    "very deep nesting": ('{"query": "q", "scores": ' + "[" * 100_000 + "}", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, name):
+    line, message = BAD_LINES[name]
+    path = written(tmp_path, GOOD + "\n" + line + "\n" + GOOD)
+    with pytest.raises(DataError) as error:
+        load_outcomes(path)
+    assert f"{path}, line 3: " in str(error.value)
+    assert message in str(error.value)
+    assert len(str(error.value)) < 2000
+
+
+BAD_FILES = {
+    "empty": (b"", "data.jsonl", "holds no rows"),
+    "only blank lines": (b"\n\n", "data.jsonl", "holds no rows"),
+    "not UTF-8": (GOOD.encode() + b'{"query": "\xff"}\n', "data.jsonl", "line 2: not UTF-8"),
+    "cut off": (gzip.compress(GOOD.encode() * 100)[:-12], "data.jsonl.gz", "damaged gzip"),
+    "not gzip inside": (b"\x1f\x8b\x08\x00" + b"x" * 40, "data.jsonl.gz", "damaged gzip"),
+    "a cost of an unknown model": (
+        b'{"query": "q", "scores": {"a": 1}, "cost": {"z": 1}}',
+        "data.jsonl",
+        "cost of 'z'",
+    ),
+    "unknown ending": (b"x", "data.parquet", "no ending that is known"),
+    "no ending": (b"x", "data", "no ending that is known"),
+    "a table with no rows": (b"prompt,a\n", "data.csv", "holds no rows"),
+    "a short row": (b"prompt,a\nq,1\nq2\n", "data.csv", "line 3: 1 cells; the header has 2 columns"),
+    "an open quote": (b'prompt,a\n"q,1\n', "data.csv", "not CSV"),
+    "one column twice": (b"prompt,a,a\nq,1,2\n", "data.csv", "column 'a' twice"),
+    "no texts": (b"x,y\n1,2\n", "data.csv", "cannot tell which columns"),
+    "no scores": (b"prompt,words\nq,many\n", "data.csv", "cannot tell which columns"),
+    "an empty text": (b"prompt,a\nq,1\n ,1\n", "data.csv", "line 3: the column 'prompt' is empty"),
+    "no score in a row": (b"prompt,a\nq,1\nr,\n", "data.csv", "line 3: no model has a score"),
+    "a negative price in a table": (b"prompt,a,cost:a\nq,1,-3\n", "data.csv", "line 2: cost of 'a' is -3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_named(tmp_path, name):
+    content, file, message = BAD_FILES[name]
+    path = written(tmp_path, content, file)
+    with pytest.raises(DataError) as error:
+        load_outcomes(path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read .*no such file"):
+        load_outcomes(tmp_path / "none.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"cannot read .*is a directory"):
+        load_outcomes(tmp_path / "folder.jsonl")
+
+
+def test_two_model_files_of_routellm_are_read_as_they_are(tmp_path):
+    text = (
+        ',prompt,mistral/Mixtral-8x7B,gpt-4-1106,mistral/Mixtral-8x7B_response,gpt-4-1106_response\n'
+        '0,"two\nlines, and ""quotes""",True,False,an answer,\n1,next,False,True,b,c\n'
+    )  # fmt: skip
+    data = load_outcomes(written(tmp_path, text, "gsm8k.csv"))
+    assert data.models == ("mistral/Mixtral-8x7B", "gpt-4-1106")
+    assert data.query[0] == 'two\nlines, and "quotes"'
+    np.testing.assert_array_equal(data.score_NM, [[1, 0], [0, 1]])
+    assert data.answers[0] == {"mistral/Mixtral-8x7B": "an answer", "gpt-4-1106": ""}
+
+
+def test_the_table_of_routerbench_is_read_as_it_is(tmp_path):
+    text = (
+        "sample_id,prompt,eval_name,gpt,claude,gpt|model_response,claude|model_response,gpt|total_cost,claude|total_cost,oracle_model_to_route_to\n"
+        "m.1,ask,mmlu,0.5,1.0,x,y,0.001,0.002,claude\n"
+    )
+    data = load_outcomes(written(tmp_path, text, "bench.csv"))
+    assert (data.models, data.task) == (("gpt", "claude"), ("mmlu",))
+    np.testing.assert_array_equal(data.cost_NM, [[0.001, 0.002]])
+    assert data.answers == ({"gpt": "x", "claude": "y"},)
+
+
+def test_a_mapping_says_which_column_is_what(tmp_path):
+    path = written(
+        tmp_path, "text\tkind\tok\tspent\tin\tout\nask\tmaths\tyes\t0.5\t7\t9\nmore\t\tNA\t\t\t\n", "log.tsv"
+    )
+    columns = Columns.parse("query=text, task=kind, score:m=ok, cost:m=spent, prompt:m=in, completion:m=out")
+    with pytest.raises(DataError, match="line 3: no model has a score"):
+        load_csv(path, columns)
+    path.write_text(path.read_text().replace("NA", "0"))
+    data = load_csv(path, columns)
+    assert (data.task, data.models) == (("maths", None), ("m",))
+    np.testing.assert_array_equal(data.cost_NM, [[0.5], [np.nan]])
+    np.testing.assert_array_equal(data.tokens_NM2[0], [[7, 9]])
+    with pytest.raises(DataError, match="score of 'm' is 'maths'"):
+        load_csv(path, Columns(query="text", score={"m": "kind"}))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "query=a", "score:m=b", "query=a,score=b", "query=a,nonsense:m=b", "query=a,score:m"]
+)
+def test_a_mapping_that_says_too_little_is_refused(text):
+    with pytest.raises(ConfigError, match="columns"):
+        Columns.parse(text)
+
+
+def test_a_mapping_to_a_column_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="has no column 'c'; it has prompt, a"):
+        load_csv(written(tmp_path, "prompt,a\nq,1\n", "x.csv"), Columns(query="prompt", score={"m": "c"}))
+
+
+def test_prices_make_costs(tmp_path):
+    known = read_prices(written(tmp_path, json.dumps(PRICES), "prices.json"))
+    assert known["a"].price == Price.of_dollars(1, 2)
+    assert (known["a"].parameters, known["a"].description, known["b"].parameters) == (8.0, "small", None)
+    text = '{"query": "12345678", "scores": {"a": 1, "b": 1}, "tokens": {"a": [100, 10]}, "cost": {}}\n' + GOOD.replace(
+        "}}", '}, "cost": {"a": 7}}'
+    )
+    data = load_outcomes(written(tmp_path, text), prices=known)
+    # a: recorded tokens; b: 8 bytes are 2 tokens, and 512 of answer; a recorded cost stays
+    np.testing.assert_allclose(data.cost_NM[0], [(100 * 1 + 10 * 2) / 1e6, (2 * 0.5 + 512 * 4) / 1e6])
+    assert data.cost_NM[1, 0] == 7
+    with pytest.raises(DataError, match="the model 'b', which the price file does not know: a"):
+        load_outcomes(written(tmp_path, GOOD), prices={"a": known["a"]})
+
+
+def test_prices_in_toml_and_a_pool_of_what_is_known(tmp_path):
+    text = (
+        '[a]\ninput = 1\noutput = 2\nparameters = 46.7\ncontext = 4096\n["b/c"]\ninput = 0\noutput = 0\nsize = "8x7B"\n'
+    )
+    known = read_prices(written(tmp_path, text, "prices.toml"))
+    pool = pool_of(("b/c", "new", "a"), known)
+    assert [(model.name, model.parameters, model.context) for model in pool.models] == [
+        ("b/c", 56.0, None), ("new", None, None), ("a", 46.7, 4096),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no price file"), ("[]", "table of models"), ("{}", "table of models"), ('{"a": 3}', "'a' is 3"),
+        ('{"a": {"input_price": 1}}', "output_price of 'a' is None"), ('{"a": {"input_price": -1, "output_price": 1}}', "is -1"),
+        ('{"a": {"input_price": "1", "output_price": 1}}', "input_price of 'a' is '1'"),
+        ('{"a": {"input_price": NaN, "output_price": 1}}', "is nan"), ('{"a": {"input_price": true, "output_price": 1}}', "is True"),
+    ],
+)  # fmt: skip
+def test_bad_price_files(tmp_path, content, message):
+    with pytest.raises(DataError, match=r"prices\.json") as error:
+        read_prices(written(tmp_path, content, "prices.json"))
+    assert message in str(error.value)
+
+
+def test_budgets_of_other_things_than_money(tmp_path):
+    row = {
+        "query": "q",
+        "scores": {"a": 1, "b": 0},
+        "cost": {"a": 1, "b": 2},
+        "tokens": {"a": [10, 5], "b": [20, 1]},
+        "latency": {"a": 3, "b": 4},
+    }
+    data = load_outcomes(written(tmp_path, json.dumps(row)))
+    joules = read_joules(
+        written(tmp_path, '{"a": {"joules_per_token": 2}, "b": {"joules_per_token": 0.5}, "c": {}}', "prices.json")
+    )
+    assert measured_in(data, "dollars") is data
+    np.testing.assert_array_equal(measured_in(data, "seconds").cost_NM, [[3, 4]])
+    np.testing.assert_array_equal(measured_in(data, "tokens").cost_NM, [[15, 21]])
+    np.testing.assert_array_equal(measured_in(data, "joules", joules).cost_NM, [[30, 10.5]])
+    for known in (None, {"a": 1.0}):
+        with pytest.raises(InputError, match="needs those of a token for every model"):
+            measured_in(data, "joules", known)
+    bare = load_outcomes(written(tmp_path, GOOD))
+    with pytest.raises(InputError, match="no latency"):
+        measured_in(bare, "seconds")
+    with pytest.raises(InputError, match="no token counts"):
+        measured_in(bare, "tokens")
+    with pytest.raises(DataError, match="joules_per_token of 'a' is 0"):
+        read_joules(written(tmp_path, '{"a": {"joules_per_token": 0}}', "prices.json"))
+
+
+def test_copies_are_found_whatever_their_case_and_white_space():
+    data = of(["What is it?", "what  IS it?", "+++", "---", "else"])
+    np.testing.assert_array_equal(groups(data), [0, 0, 1, 2, 3])
+    assert deduplicated(data).query == ("What is it?", "+++", "---", "else")
+    np.testing.assert_array_equal(deduplicated(data).score_NM, [[0], [2], [3], [4]])
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.sampled_from("xyz")), min_size=12, max_size=60), st.integers(0, 5),
+    st.sampled_from([(0.8, 0.2), (0.7, 0.1, 0.2), (0.5, 0.5)]),
+)  # fmt: skip
+def test_a_split_keeps_copies_together_and_loses_nothing(rows, seed, fractions):
+    data = of([f"question {number}" for number, _ in rows], [task for _, task in rows])
+    num = len(set(data.query))
+    if num < 12:
+        return
+    parts = split(data, fractions, seed=seed)
+    assert sorted(score for part in parts for score in part.score_NM[:, 0]) == list(range(len(rows)))
+    questions = [{question(text) for text in part.query} for part in parts]
+    assert sum(map(len, questions)) == len(set().union(*questions)) == num
+    for share, found in zip(fractions, questions, strict=True):
+        assert abs(len(found) - share * num) <= 1
+    again = split(data, fractions, seed=seed)
+    assert [part.query for part in again] == [part.query for part in parts]
+
+
+def test_every_task_is_split_in_the_same_shares_and_seeds_differ():
+    data = of([f"q {row}" for row in range(200)], ["few" if row < 20 else "many" for row in range(200)])
+    train, validation, test = split(data, (0.7, 0.1, 0.2), seed=3)
+    assert [part.task.count("few") for part in (train, validation, test)] == [14, 2, 4]
+    assert [len(part) for part in (train, validation, test)] == [140, 20, 40]
+    assert split(data, (0.7, 0.1, 0.2), seed=4)[2].query != test.query
+
+
+def test_tasks_of_one_question_still_fill_every_part():
+    parts = split(of([f"q {row}" for row in range(100)], [str(row) for row in range(100)]), (0.7, 0.1, 0.2), seed=0)
+    assert [len(part) for part in parts] == [70, 10, 20]
+
+
+def test_folds_test_every_row_once():
+    data = of([f"q {row % 40}" for row in range(50)])
+    found = folds(data, 5, seed=1)
+    assert sorted(score for _, test in found for score in test.score_NM[:, 0]) == list(range(50))
+    for train, test in found:
+        check_disjoint(train, test)
+        assert len(train) + len(test) == 50
+
+
+def test_splits_that_cannot_be():
+    data = of(["a", "b", "c"])
+    for fractions in ((0.5, 0.6), (1.0, 0.0), (0.5, 0.4)):
+        with pytest.raises(InputError, match="fractions"):
+            split(data, fractions, seed=0)
+    with pytest.raises(InputError, match="too few to split"):
+        split(of(["a"]), seed=0)
+    with pytest.raises(InputError, match="at least 2"):
+        folds(data, 1, seed=0)
+    with pytest.raises(InputError, match="too few for 4 folds"):
+        folds(data, 4, seed=0)
+
+
+def test_a_leak_is_told_with_its_first_question():
+    with pytest.raises(DataError, match=r"1 of 2 test questions were learned from.*'A b'"):
+        check_disjoint(of(["a b", "c"]), of(["d", "A  b"]))
+    check_disjoint(of(["a b"]), of(["b a", "a + b", "a b!"]))
+
+
+def test_parts_are_merged_by_model(tmp_path):
+    first, second = of(["a", "b"], models=("m", "n")), of(["c"], models=("n", "m"))
+    found = merged([first, second])
+    assert found.query == ("a", "b", "c")
+    np.testing.assert_array_equal(found.score_NM, [[0, 1], [2, 3], [1, 0]])
+    with pytest.raises(InputError, match="no model 'n'"):
+        merged([first, of(["c"], models=("m",))])
+
+
+def test_the_ledger_is_a_log_of_one_answer_per_query():
+    rows = [
+        {
+            "query": "a",
+            "model": "m",
+            "score": 1,
+            "cost_nano": 2_000_000,
+            "prompt_tokens": 7,
+            "completion_tokens": 9,
+            "latency_us": 1_500_000,
+        },
+        {"query": "b", "model": "n", "score": 0.5, "task": "t", "cost_nano": 0, "probability": 0.25},
+        {"query": "", "model": "n", "score": 1.0},
+        {"query": "no feedback", "model": "n", "score": None},
+    ]
+    data = from_ledger(rows)
+    assert (data.query, data.models, data.task) == (("a", "b"), ("m", "n"), (None, "t"))
+    np.testing.assert_array_equal(data.score_NM, [[1, np.nan], [np.nan, 0.5]])
+    np.testing.assert_array_equal(data.cost_NM, [[0.002, np.nan], [np.nan, 0]])
+    np.testing.assert_array_equal(data.tokens_NM2[0, 0], [7, 9])
+    assert data.latency_NM[0, 0] == 1.5
+    np.testing.assert_array_equal(data.signals["probability"], [[np.nan, np.nan], [np.nan, 0.25]])
+    with pytest.raises(DataError, match="no request with both its text and a score"):
+        from_ledger(rows[2:])
+
+
+def test_a_question_of_a_log_is_all_its_answers_together():
+    nan = np.nan
+    log = Recorded(
+        query=("Ask!", "other", "ask!", "ASK! "), models=("m", "n"), task=("t", None, "u", "t"),
+        score_NM=np.array([[1, nan], [nan, 0.5], [nan, 0.25], [0.5, nan]]), cost_NM=np.array([[2, nan], [nan, 1], [nan, nan], [4, nan]]),
+        answers=({"m": "one"}, {"n": "x"}, {"n": "two"}, {"m": "three"}), signals={"probability": np.full((4, 2), 0.5)},
+    )  # fmt: skip
+    found = pooled(log)
+    assert (found.query, found.task) == (("Ask!", "other"), ("t", None))
+    np.testing.assert_array_equal(found.score_NM, [[0.75, 0.25], [nan, 0.5]])
+    np.testing.assert_array_equal(found.cost_NM, [[3, nan], [nan, 1]])
+    assert found.answers == ({"m": "one", "n": "two"}, {"n": "x"})
+    assert not found.signals
+    assert pooled(found).score_NM.tobytes() == found.score_NM.tobytes()
+
+
+@pytest.mark.parametrize("page", [1, 2, 1000])
+def test_a_store_is_read_while_it_is_there(tmp_path, monkeypatch, page):
+    monkeypatch.setattr(store_outcomes, "PAGE", page)
+    from anabranch.gateway.store.records import GLOBAL, LedgerRow
+    from anabranch.gateway.store.store import open_store
+
+    async def serve():
+        async with open_store(str(tmp_path / "gateway.db")) as store:
+            for number, text in enumerate(("one", "two", "three")):
+                held = await store.reserve(f"r{number}", (GLOBAL,), 10_000)
+                store.append_decision(
+                    f"r{number}", "knn", "small", {"query": text, "probability": 0.5} if number < 2 else {}
+                )
+                await store.settle(
+                    held,
+                    LedgerRow(
+                        request_id=f"r{number}", model="small", cost_nano=5_000, prompt_tokens=3, latency_us=2_000_000
+                    ),
+                )
+            await store.feedback("r0", 1.0)
+            await store.feedback("r0", 0.5)
+            await store.feedback("r2", 1.0)  # its text was not kept
+
+    asyncio.run(serve())
+    data = load_outcomes(tmp_path / "gateway.db")
+    assert (data.query, data.models) == (("one",), ("small",))
+    np.testing.assert_array_equal(data.score_NM, [[0.5]])  # the last word
+    np.testing.assert_array_equal(data.cost_NM, [[5e-6]])
+    np.testing.assert_array_equal(data.latency_NM, [[2.0]])
+    np.testing.assert_array_equal(data.signals["probability"], [[0.5]])
+    with pytest.raises(DataError, match="no such file"):
+        load_outcomes(tmp_path / "none.db")

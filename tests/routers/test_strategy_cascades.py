@@ -1,0 +1,364 @@
+"""Strategies that look at answers: searches by brute force, small chains by hand, live answers."""
+
+import asyncio
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.errors import BackendError, ConfigError, DataError, InputError
+from anabranch.routers import strategies
+from anabranch.routers.checks import made_outcomes, made_pool
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Query
+from anabranch.routers.strategies.automix import AutoMix
+from anabranch.routers.strategies.cascade import answer_cues, hashed_words
+from anabranch.routers.strategies.consistency import agreement, final_answer
+from anabranch.routers.strategies.escalate import NEVER, Chain, frontier_of, outcomes, run
+from anabranch.routers.strategies.logprob import measured
+
+POOL = made_pool()
+QUERY = Query(text="What is 2 + 2?")
+
+
+def recorded(score, cost, **signals):
+    score = np.array(score, float)
+    return Recorded(
+        query=tuple(f"q{row}" for row in range(len(score))), models=("small", "middle", "large")[: score.shape[1]],
+        score_NM=score, cost_NM=np.broadcast_to(np.array(cost, float), score.shape),
+        signals={name: np.array(value, float) for name, value in signals.items()},
+    )  # fmt: skip
+
+
+# -- running and searching chains
+
+
+def test_running_a_chain_by_hand():
+    data = recorded([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]], [1, 10, 100])
+    played = run(data, [0, 1, 2], np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]], bool), np.array([3.0, 1.0, 1.0]))
+    assert played.model_N.tolist() == [0, 1, 2]
+    assert played.quality_N.tolist() == [0.1, 0.5, 0.9]
+    assert played.cost_N.tolist() == [3, 13, 113]
+    assert played.calls_NM.tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_all_cuts_at_once_equal_running_each(seed, length):
+    rng = np.random.default_rng(seed)
+    score, cost = rng.random((9, length)), rng.random((9, length))
+    accept = [rng.random((9, count)) < 0.5 for count in (3, 2)[: length - 1]]
+    quality, spent = outcomes(score, cost, accept)
+    for place in np.ndindex(quality.shape):
+        stop = np.column_stack([*(one[:, at] for one, at in zip(accept, place, strict=True)), np.ones(9, bool)])
+        played = run(recorded(score, cost), list(range(length)), stop, np.ones(length))
+        assert quality[place] == pytest.approx(played.quality_N.mean())
+        assert spent[place] == pytest.approx(played.cost_N.mean())
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_frontier_is_the_upper_hull_by_brute_force(points):
+    chains = [Chain((f"{at}",), (), float(cost), float(quality)) for at, (cost, quality) in enumerate(points)]
+    kept = frontier_of(chains)
+    for trade_off in (0.0, 0.1, 0.35, 0.5, 1.0, 1.7, 3.0, 10.0):  # every trade-off finds its best among the kept
+        best = max(chain.quality - trade_off * chain.cost for chain in chains)
+        assert max(chain.quality - trade_off * chain.cost for chain in kept) == pytest.approx(best)
+    slopes = [(right.quality - left.quality) / (right.cost - left.cost) for left, right in itertools.pairwise(kept)]
+    assert slopes == sorted(slopes, reverse=True)
+    assert all(slope > 0 for slope in slopes)
+
+
+def test_the_search_finds_the_best_chain_by_brute_force():
+    """All pairs and all cuts on ten rows: nothing under the budget is better than what is picked."""
+    rng = np.random.default_rng(0)
+    score, confidence = rng.integers(0, 2, (10, 3)).astype(float), rng.permutation(30).reshape(10, 3) / 30
+    data = recorded(score, [1, 3, 9], logprob=confidence)
+    fitted = strategies.make("logprob", num_cuts=40, max_length=2).fit(data)
+    found = []
+    for first, second in itertools.permutations(range(3), 2):
+        if first < second:
+            for cut in [*confidence[:, first], 2.0]:
+                accept = confidence[:, first] >= cut
+                found.append((float(np.where(accept, 1, 1 + [1, 3, 9][second]).mean() if first == 0 else np.where(accept, 3, 12).mean()),
+                              float(np.where(accept, score[:, first], score[:, second]).mean())))  # fmt: skip
+    found += [(cost, score[:, at].mean()) for at, cost in enumerate((1.0, 3.0, 9.0))]
+    for trade_off in (0.0, 0.01, 0.03, 0.1, 1.0):
+        chain = fitted.with_knob(trade_off).chain
+        assert chain.quality - trade_off * chain.cost == pytest.approx(max(q - trade_off * c for c, q in found))
+
+
+@pytest.mark.parametrize("name", ["cascade", "logprob", "consistency"])
+def test_what_was_chosen_is_what_is_played(name):
+    """On the data it was chosen on (for the cascade, whose scorer has seen it, about)."""
+    data = made_outcomes(400)
+    fitted = strategies.make(name).fit(data)
+    played = fitted.play(data, POOL)
+    tolerance = 0.06 if name == "cascade" else 1e-9
+    assert played.quality_N.mean() == pytest.approx(fitted.chain.quality, abs=tolerance)
+    assert played.cost_N.mean() == pytest.approx(fitted.chain.cost, rel=max(tolerance * 3, 1e-9))
+
+
+def test_budget_picks_the_best_within_it():
+    data = made_outcomes(400)
+    free = strategies.make("logprob").fit(data)
+    assert len(free.frontier) > 4
+    budget = 0.5 * (free.frontier[1].cost + free.frontier[-1].cost)
+    limited = strategies.make("logprob", budget=budget).fit(data)
+    assert limited.chain.cost <= budget
+    assert limited.chain == max(
+        (chain for chain in limited.frontier if chain.cost <= budget), key=lambda chain: chain.quality
+    )
+    assert limited.play(data, POOL).cost_N.mean() <= budget * 1.000001
+    with pytest.raises(ConfigError, match="asks each model once"):
+        strategies.make("logprob", models=("a", "a"))
+
+
+@pytest.mark.parametrize("name", ["cascade", "logprob", "consistency", "automix"])
+def test_cascades_beat_each_model_alone(name):
+    """Answers tell whether they are right, so asking on when they are wrong beats any one model; the cheap end is cheap."""
+    train, test = made_outcomes(600), made_outcomes(400, seed=1)
+    fitted = strategies.make(name).fit(train)
+    assert fitted.play(test, POOL).quality_N.mean() > test.score_NM.mean(0).max() + 0.03
+    cheap = fitted.with_knob(1e9).play(test, POOL)
+    assert cheap.cost_N.mean() == pytest.approx(test.cost_NM.mean(0).min())
+
+
+def test_a_written_chain_before_fit():
+    one = strategies.make("logprob", models=("small", "large"), threshold=-0.5)
+    assert [c.model for c in one.route(QUERY, POOL).candidates][:2] == ["small", "large"]
+    assert one.accept(QUERY, "small", "4", {"logprob": -0.4})
+    assert not one.accept(QUERY, "small", "4", {"logprob": -0.6})
+    assert not one.accept(QUERY, "small", "4", {})  # cannot be told
+    assert one.accept(QUERY, "large", "4", {"logprob": -9.0})  # the last is given in any case
+    data = made_outcomes(100)
+    played = one.play(data, POOL)
+    np.testing.assert_array_equal(played.model_N == 0, data.signals["logprob"][:, 0] >= -0.5)
+    with pytest.raises(InputError, match="fit it, or set models"):
+        strategies.make("logprob").play(data, POOL)
+
+
+def test_chains_need_costs_and_signals():
+    data = made_outcomes(50)
+    for name in ("cascade", "logprob", "consistency", "automix"):
+        with pytest.raises(DataError, match="costs"):
+            strategies.make(name).fit(dataclasses.replace(data, cost_NM=None))
+    for name in ("logprob", "consistency", "automix"):
+        with pytest.raises(DataError, match="needs the signal"):
+            strategies.make(name).fit(dataclasses.replace(data, signals={}))
+
+
+# -- the scorer of answers
+
+
+def test_answer_cues_by_hand():
+    np.testing.assert_allclose(answer_cues(""), [1, 0, 0, 0, 0, 0])
+    cues = answer_cues("I'm sorry, perhaps 42. ```x```")
+    np.testing.assert_allclose(cues, [0, np.log1p(30) / 8, np.log1p(2) / 4, 1, 1, 1 / 3])
+
+
+def test_hashed_words_are_of_length_one_and_know_no_order():
+    assert np.linalg.norm(hashed_words("one two three", 64)) == pytest.approx(1)
+    np.testing.assert_array_equal(hashed_words("one two", 64), hashed_words("TWO one!", 64))
+    assert not hashed_words("", 64).any()
+    assert hashed_words("one", 0).shape == (0,)
+
+
+def test_the_scorer_reads_answers():
+    """Without vectors and signals, "yes" against "I am not sure" is all there is, and it is enough."""
+    data = dataclasses.replace(made_outcomes(300), signals={})
+    fitted = strategies.make("cascade", uses_vector=False).fit(data)
+    right = fitted.confidence(QUERY, "small", "small says yes", {})
+    wrong = fitted.confidence(QUERY, "small", "small says I am not sure", {})
+    assert right > 0.9
+    assert wrong < 0.1
+    assert np.isnan(fitted.confidence(QUERY, "a stranger", "yes", {}))
+
+
+def test_the_scorer_without_answers_is_a_prediction():
+    data = dataclasses.replace(made_outcomes(400), signals={}, answers=())
+    fitted = strategies.make("cascade").fit(data)
+    assert fitted.beta_MC.shape == (4, 12)
+    assert fitted.play(data, POOL).quality_N.mean() > data.score_NM.mean(0).max()
+
+
+# -- log-probabilities
+
+
+def test_measures_of_log_probabilities_by_hand():
+    tokens = [{"logprob": -0.1}, {"logprob": -0.3}, {"logprob": -2.0}]
+    assert measured({"content": tokens}, "logprob") == pytest.approx(-0.8)
+    assert measured(tokens, "quantile", 0.5) == pytest.approx(-0.3)
+    half = {"logprob": np.log(0.5), "top_logprobs": [{"logprob": np.log(0.5)}, {"logprob": np.log(0.25)}]}
+    # a half, a quarter, and a quarter that is left: 0.5 ln 2 + 2 * 0.25 ln 4
+    assert measured([half], "entropy") == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(4))
+    for broken in (None, {}, {"content": None}, {"content": [{}]}, {"content": ["x"]}):
+        assert np.isnan(measured(broken, "logprob"))
+
+
+def test_entropy_is_the_less_the_better():
+    one = strategies.make("logprob", measure="entropy", threshold=-0.5, models=("small", "large"))
+    assert one.accept(QUERY, "small", "4", {"entropy": 0.4})
+    assert not one.accept(QUERY, "small", "4", {"entropy": 0.6})
+
+
+# -- agreement
+
+
+@pytest.mark.parametrize(
+    ("text", "final"),
+    [
+        ("42", "42"),
+        ("1,200.0", "1200"),
+        ("First 3 and 4 make 7, and then 7 times 6 makes the result of 42", "42"),
+        ("So x = 3.\nThe answer is 12.50 dollars", "12.5"),
+        ("Reasoning... #### 1,024", "1024"),
+        (r"Hence \boxed{\pi}", r"\pi"),
+        ("Answer: B", "B"),
+        ("B) because it floats", "B"),
+        ("Paris.", "paris"),
+        ("The capital of France is Paris", "the capital of france is paris"),
+        ("", ""),
+    ],
+)
+def test_final_answers(text, final):
+    assert final_answer(text) == final
+
+
+def test_agreement_by_hand():
+    assert agreement(["42", "The answer is 42.", "41"]) == pytest.approx(2 / 3)
+    assert agreement(["x", "y", "y"]) == pytest.approx(1 / 3)  # the first is what would be given
+    assert agreement(["", "", "y"]) == 0
+    assert np.isnan(agreement([]))
+
+
+def test_consistency_draws_what_is_missing():
+    asked = []
+
+    async def complete(model, prompt, *, max_tokens, temperature):
+        asked.append((model, prompt, temperature))
+        if len(asked) == 2:
+            raise BackendError("gone")
+        return "The answer is 4"
+
+    one = strategies.make("consistency", samples=4, models=("small", "large"), threshold=0.6)
+    one.connect(complete=complete)
+    assert asyncio.run(one.aaccept(QUERY, "small", "4", {}))  # 4, 4, (failed), 4
+    assert asked == [("small", "What is 2 + 2?", 0.7)] * 3
+    assert not asyncio.run(one.aaccept(QUERY, "small", "5", {"samples": ["4", "4", "4"]}))
+    assert asyncio.run(one.aaccept(QUERY, "large", "5", {}))
+    assert len(asked) == 3  # given samples and the last model ask nobody
+
+
+def test_samples_are_paid_for():
+    data = recorded([[1, 1], [0, 1]], [1, 10], agreement=[[1, 1], [0, 1]])
+    played = strategies.make("consistency", samples=5, models=("small", "middle")).play(data, POOL)
+    assert played.cost_N.tolist() == [5, 15]
+
+
+# -- AutoMix
+
+
+def automix(trade_off=0.0, **fields):
+    """Small is right half the time and large always; votes tell right from wrong 9 times in 10."""
+    rng = np.random.default_rng(0)
+    right = rng.random(4000) < 0.5
+    votes = np.where(rng.random(4000) < 0.9, right, ~right).astype(float)
+    data = recorded(np.column_stack((right, np.ones(4000))), [1, 10], votes=np.column_stack((votes, np.ones(4000))))
+    return strategies.make("automix", votes=1, vote_cost=0.5, trade_off=trade_off, **fields).fit(data), data
+
+
+def test_automix_belief_and_values_by_hand():
+    one, _ = automix(trade_off=0.01)
+    belief = one.believe([1.0])  # 0.9 * 0.5 / (0.9 * 0.5 + 0.1 * 0.5)
+    assert belief[[1, 3]].sum() == pytest.approx(0.9, abs=0.02)
+    assert one.give(0, belief) == pytest.approx(0.9, abs=0.02)
+    assert one.ask(1, belief) == pytest.approx(1 - 0.01 * 10, abs=0.01)
+    # verify at the prior: -0.005, and half the time the better of 0.9 and 0.9, half of 0.1 and 0.9
+    assert one.verify(0, one.prior_S) == pytest.approx(-0.005 + 0.9, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("trade_off", "asked_large", "cost"),
+    [
+        (0.0, 1.0, 10.0),  # money is no object: large at once
+        (0.03, 0.5, 6.5),  # verify (1.5), ask large (10) when the vote is against
+        (0.2, 0.0, 1.0),  # large is not worth 2 points: small, and no vote is bought
+    ],
+)
+def test_automix_does_what_pays(trade_off, asked_large, cost):
+    one, data = automix(trade_off)
+    played = one.play(data, POOL)
+    assert played.calls_NM[:, 1].mean() == pytest.approx(asked_large, abs=0.03)
+    assert played.cost_N.mean() == pytest.approx(cost, abs=0.3)
+
+
+def test_automix_is_optimal_among_all_policies_by_brute_force():
+    """Two models, votes of two levels, six policies: which model first, verify or not, what to do at each vote."""
+    for trade_off in (0.0, 0.02, 0.05, 0.1, 0.3):
+        one, data = automix(trade_off)
+        small, large, votes = data.score_NM[:, 0], data.score_NM[:, 1], data.signals["votes"][:, 0]
+        values = [small.mean() - trade_off, large.mean() - 10 * trade_off]
+        for give in itertools.product((False, True), repeat=2):
+            stop = np.where(votes > 0.5, give[1], give[0])
+            values.append(np.where(stop, small, large - 10 * trade_off).mean() - 1.5 * trade_off)
+        played = one.play(data, POOL)
+        assert played.quality_N.mean() - trade_off * played.cost_N.mean() == pytest.approx(max(values), abs=1e-9)
+
+
+def test_automix_live_asks_for_votes_and_remembers_them():
+    one, _ = automix(0.03)
+    said = []
+
+    async def complete(model, prompt, *, max_tokens, temperature):
+        assert "What is 2 + 2?" in prompt
+        said.append(model)
+        return "Incorrect" if "five" in prompt else " correct.\n"
+
+    one.connect(complete=complete)
+    assert [c.model for c in one.route(QUERY, POOL).candidates][:2] == ["small", "middle"]
+    assert asyncio.run(one.aaccept(QUERY, "small", "four", {}))
+    assert not asyncio.run(one.aaccept(QUERY, "small", "five", {}))
+    assert said == ["small", "small"]
+    assert asyncio.run(one.aaccept(QUERY, "middle", "five", {}))  # the last of its chain
+    assert said == ["small", "small"]
+
+
+@pytest.mark.parametrize("answer", ["Yes", "It is correct, I think", "", "Correct or Incorrect"])
+def test_a_verdict_that_cannot_be_read_counts_against(answer):
+    one, _ = automix(0.03)
+
+    async def complete(model, prompt, *, max_tokens, temperature):
+        return answer
+
+    one.connect(complete=complete)
+    assert not asyncio.run(one.aaccept(QUERY, "small", "four", {}))
+
+
+def test_automix_of_three_models_uses_earlier_votes():
+    data = made_outcomes(500)
+    one = AutoMix.Config(models=("small", "middle", "large"), trade_off=30.0).build().fit(data)
+    assert one.vote_KSV.shape == (2, 8, 9)
+    np.testing.assert_allclose(one.vote_KSV.sum(2), 1)
+    low, high = one.believe([0.0, 0.5]), one.believe([1.0, 0.5])
+    assert high[1::2].sum() > low[1::2].sum()  # states in which the first is right
+    np.testing.assert_allclose(one.believe([float("nan"), 0.5]), one.believe([0.5], first=1))
+    first = one.first()
+    live = []
+    for row, query in enumerate(data.queries()):
+        chain = one.route(query, POOL).details["chain"]
+        asked = list(chain)
+        for name in chain:
+            if one.accept(query, name, "x", {"votes": data.signals["votes"][row, data.models.index(name)]}):
+                asked = chain[: chain.index(name) + 1]
+                break
+        live.append(data.models.index(asked[-1]))
+    assert first == 0
+    assert live == one.play(data, POOL).model_N.tolist()
+
+
+def test_never_is_json():
+    import json
+
+    assert json.loads(json.dumps(NEVER, allow_nan=False)) == NEVER

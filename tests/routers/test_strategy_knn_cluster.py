@@ -1,0 +1,168 @@
+"""Neighbours and clusters: small cases by hand, naive loops, and what k-means must keep."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.errors import DataError, InputError
+from anabranch.routers import strategies
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Model, Pool, Query
+from anabranch.routers.strategies.kmeans import distances, kmeans
+from anabranch.routers.strategies.knn import Knn, top_k
+
+POOL = Pool((Model(name="a"), Model(name="b")))
+
+
+def recorded(vector, score, cost=None):
+    vector = np.array(vector, np.float32)
+    return Recorded(
+        query=tuple(f"q{row}" for row in range(len(vector))), models=("a", "b", "c")[: len(score[0])], score_NM=np.array(score, float),
+        cost_NM=None if cost is None else np.array(cost, float), vector_ND=vector / np.linalg.norm(vector, axis=1, keepdims=True),
+    )  # fmt: skip
+
+
+ANGLES = np.deg2rad([0, 10, 20, 90, 100])
+CIRCLE = np.stack((np.cos(ANGLES), np.sin(ANGLES)), 1)
+SCORES = [[1, 0], [0, 0.5], [0.5, 1], [0, 1], [0, 1]]
+
+
+def at(degrees):
+    return Query(text="", vector_D=np.array([np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))], np.float32))
+
+
+def test_knn_by_hand():
+    one = strategies.make("knn", k=2).fit(recorded(CIRCLE, SCORES))
+    decision = one.route(at(4), POOL)  # nearest: 0 and 10 degrees; a (1 + 0) / 2, b (0 + 0.5) / 2
+    assert [(c.model, c.quality) for c in decision.candidates] == [("a", 0.5), ("b", 0.25)]
+    assert [item["row"] for item in decision.details["neighbours"]] == [0, 1]
+    assert decision.confidence == 0.5  # a is best on row 0 alone
+    assert one.route(at(96), POOL).model == "b"
+
+
+def test_knn_with_temperature_by_hand():
+    one = strategies.make("knn", k=2, temperature=0.01).fit(recorded(CIRCLE, SCORES))
+    near, far = np.cos(np.deg2rad(4)), np.cos(np.deg2rad(6))
+    weight = 1 / (1 + np.exp((far - near) / 0.01))
+    assert one.route(at(4), POOL).candidates[0].quality == pytest.approx(weight, abs=1e-5)
+
+
+def test_knn_over_holes():
+    score = [[1, np.nan], [np.nan, np.nan], [0, np.nan], [0, 0.2], [0.3, 0.4]]
+    one = strategies.make("knn", k=2).fit(recorded(CIRCLE, score))
+    assert len(one.predictor.vector_ND) == 4  # a row without scores tells nothing
+    quality = one.predictor.predict_one(at(4)).quality_NM[0]
+    np.testing.assert_allclose(quality, [0.5, 0.3])  # rows 0 and 20 degrees; b by its overall mean
+
+
+def test_knn_equals_a_naive_loop():
+    rng = np.random.default_rng(0)
+    data = recorded(rng.standard_normal((80, 6)), rng.random((80, 3)))
+    test = recorded(rng.standard_normal((20, 6)), np.full((20, 3), np.nan))
+    quality = Knn.Config(k=7).build().fit(data).predict(test).quality_NM
+    for row, vector in enumerate(test.vector_ND):
+        nearest = sorted(range(80), key=lambda n: (-float(vector @ data.vector_ND[n]), n))[:7]
+        np.testing.assert_allclose(quality[row], data.score_NM[nearest].mean(0))
+
+
+@pytest.mark.slow
+def test_hnsw_finds_what_exact_search_finds():
+    pytest.importorskip("numba")
+    rng = np.random.default_rng(0)
+    data = recorded(rng.standard_normal((300, 8)), rng.random((300, 2)))
+    test = recorded(rng.standard_normal((30, 8)), np.full((30, 2), np.nan))
+    exact = Knn.Config(k=10).build().fit(data)
+    index = Knn.Config(k=10, index="hnsw").build().fit(data)
+    np.testing.assert_allclose(index.predict(test).quality_NM, exact.predict(test).quality_NM, atol=1e-6)
+    twin = Knn.Config(k=10, index="hnsw").build()
+    twin.models = index.models
+    twin.load_state(*index.state())
+    assert np.array_equal(twin.predict(test).quality_NM, index.predict(test).quality_NM)
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_top_k_is_a_stable_sort(columns, levels, seed):
+    value = np.random.default_rng(seed).integers(0, levels, (3, columns)).astype(float)
+    for k in range(1, columns + 1):
+        column, found = top_k(value, k)
+        expected = np.argsort(-value, axis=1, kind="stable")[:, :k]
+        assert np.array_equal(column, expected)
+        assert np.array_equal(found, np.take_along_axis(value, expected, 1))
+
+
+@pytest.mark.parametrize("vector", [np.zeros(3, np.float32), np.array([np.nan, 1], np.float32)])
+def test_knn_refuses_other_vectors(vector):
+    one = strategies.make("knn").fit(recorded(CIRCLE, SCORES))
+    with pytest.raises(InputError, match="vector"):
+        one.route(Query(text="", vector_D=vector), POOL)
+
+
+def test_learning_from_vectors_that_are_not_finite():
+    data = recorded(CIRCLE, SCORES)
+    bad = data.with_vectors(np.where(np.arange(5)[:, None] == 3, np.nan, data.vector_ND))
+    for name in ("knn", "ridge", "cluster", "sw_elo", "mf", "mlp", "irt", "hybrid", "semantic", "linucb"):
+        with pytest.raises(DataError, match="row 3 is not finite"):
+            strategies.make(name).fit(bad)
+
+
+# -- k-means
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kmeans_finds_three_heaps(seed):
+    rng = np.random.default_rng(seed)
+    heap = rng.permutation(np.repeat([0, 1, 2], 20))
+    x = np.array([[0, 0], [10, 0], [0, 10]])[heap] + rng.normal(0, 0.1, (60, 2))
+    centre, cluster = kmeans(x, 3, seed=seed)
+    for number in range(3):
+        assert len(set(cluster[heap == number])) == 1
+        np.testing.assert_allclose(centre[cluster[heap == number][0]], x[heap == number].mean(0), atol=1e-5)
+
+
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_kmeans_ends_where_lloyd_stands_still(rows, clusters, seed):
+    x = np.random.default_rng(seed).integers(0, 4, (rows, 2)).astype(np.float32)
+    centre, cluster = kmeans(x, clusters, num_starts=1, seed=seed)
+    assert len(centre) <= min(clusters, len(np.unique(x, axis=0)))
+    assert np.array_equal(np.unique(cluster), np.arange(len(centre)))  # none is empty
+    for number in range(len(centre)):
+        np.testing.assert_allclose(centre[number], x[cluster == number].mean(0), atol=1e-5)
+    naive = ((x[:, None] - centre) ** 2).sum(2)
+    np.testing.assert_allclose(distances(x, centre), naive, atol=1e-4)
+    np.testing.assert_allclose(naive[np.arange(rows), cluster], naive.min(1), atol=1e-4)
+
+
+# -- the ranking of clusters
+
+
+def test_cluster_ranking_by_hand():
+    """Two heaps on a circle; every cluster's means, their pull to the overall mean, and the weights of the two nearest."""
+    data = recorded(CIRCLE, SCORES)
+    one = strategies.make("cluster", num_clusters=2, nearest=2, beta=9.0, prior=1.0).fit(data).predictor
+    heap = int(distances(data.vector_ND[:1], one.centre_CD)[0].argmin())
+    # heap of 0, 10, 20 degrees: a (1 + 0 + 0.5) = 1.5, b 1.5; overall mean a 0.3, b 0.7
+    np.testing.assert_allclose(one.score_CM[heap], [(1.5 + 0.3) / 4, (1.5 + 0.7) / 4])
+    np.testing.assert_allclose(one.score_CM[1 - heap], [(0 + 0.3) / 3, (2 + 0.7) / 3])
+    vector = at(40).vector_D
+    away = np.linalg.norm(one.centre_CD - vector, axis=1)
+    weight = np.exp(-9 * away) / np.exp(-9 * away).sum()
+    np.testing.assert_allclose(one.predict_one(at(40)).quality_NM[0], weight @ one.score_CM, rtol=1e-5)
+
+
+def test_cluster_with_performance_weight_by_hand():
+    data = recorded(CIRCLE, SCORES, cost=[[1, 4]] * 5)
+    one = strategies.make("cluster", num_clusters=1, nearest=1, prior=0.0, performance_weight=0.7).fit(data).predictor
+    # means a 0.3, b 0.7: performance 0 and 1; cost 1 and 4 of at most 4: saving 0.75 and 0
+    np.testing.assert_allclose(one.predict_one(at(0)).quality_NM[0], [0.7 * 0 + 0.3 * 0.75, 0.7 * 1 + 0])
+    with pytest.raises(DataError, match="costs"):
+        strategies.make("cluster", performance_weight=0.7).fit(recorded(CIRCLE, SCORES))
+
+
+def test_nearest_clusters_are_three_by_default():
+    rng = np.random.default_rng(0)
+    one = strategies.make("cluster", num_clusters=5).fit(recorded(rng.standard_normal((40, 4)), rng.random((40, 2))))
+    query = Query(text="", vector_D=rng.standard_normal(4).astype(np.float32))
+    found = one.route(query, POOL).details["clusters"]
+    assert len(found) == 3
+    assert sum(item["weight"] for item in found) == pytest.approx(1, abs=1e-3)
