@@ -16,6 +16,7 @@ from collections import Counter
 
 import pytest
 
+from anabranch.errors import CapacityError
 from anabranch.gateway.config import (
     BreakerConfig,
     DeploymentConfig,
@@ -28,6 +29,7 @@ from anabranch.gateway.config import (
 )
 from anabranch.gateway.dispatch.hedge import HedgeDelay
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.learning.errands import LaneErrands
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.store import LedgerQuery, open_store
@@ -178,6 +180,38 @@ def test_two_thousand_requests_on_a_bad_day(tmp_path, monkeypatch, seed):
 def test_twenty_thousand_requests_on_a_bad_day(tmp_path, monkeypatch):
     monkeypatch.setattr(HedgeDelay, "delay_s", HEDGE_S)
     bad_day(tmp_path, 20_000, 5)
+
+
+async def errand(gateway, number):
+    """One question of a strategy beside requests, whose prompt is its number. Returns how it ended."""
+    lane = LaneErrands(gateway, gateway.runtime.decider.lanes["cheapest"])
+    messages = [{"role": "user", "content": f"#{number} some words of a question"}]
+    asking = lane.ask(("small", "large", "other")[number % 3], messages, temperature=0)
+    try:
+        await asyncio.wait_for(asking, 0.05 if number % 7 == 0 else None)
+    except TimeoutError:
+        return "left"
+    except CapacityError:
+        return "failed"
+    return "answered"
+
+
+def test_errands_are_charged_what_the_provider_bills_too(tmp_path):
+    async def main():
+        provider = BillingProvider(PRICES, 6, (60, 10, 10, 10, 10), slow_s=SLOW_S)
+        async with provider.running(), Gateway(config(provider.url, tmp_path)) as gateway:
+            ended = Counter(await asyncio.gather(*(errand(gateway, number) for number in range(60))))
+            await gateway.settled()
+            await provider.idle()
+            assert len(gateway.unsettled) == gateway.runtime.users == 0
+            return provider, await gateway.store.ledger(LedgerQuery(limit=1000)), ended
+
+    provider, rows, ended = asyncio.run(main())
+    assert ended["answered"] > 20
+    assert ended["left"] > 0
+    assert {row.tags for row in rows} == {("learning",)}
+    assert all(row.cost_nano <= row.reserved_nano for row in rows)
+    assert 0 < provider.total_nano <= sum(row.cost_nano for row in rows)
 
 
 # Kills

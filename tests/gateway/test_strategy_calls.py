@@ -581,6 +581,23 @@ def test_asking_where_a_request_would_go_is_charged_to_the_key(tmp_path):
     assert (call.key_id, request.key_id, request.cost_nano, request.calls_nano) == (id, id, 0, COST)
 
 
+def test_a_reload_does_not_break_off_an_explanation_that_asks(tmp_path):
+    async def decides(strategy, query):
+        await strategy.which()
+
+    async def work(gateway):
+        task = asyncio.create_task(gateway.aroute(ask()))
+        await asyncio.sleep(0.02)
+        old = gateway.runtime
+        assert old.users == 1
+        await gateway.reload(gateway.config.replace(deadline_s=gateway.config.deadline_s + 1))
+        decision = await task
+        return decision.strategy, old.users
+
+    found, [call, _], _ = run(config(tmp_path, model("small", latency_s=0.1)), work, decides)
+    assert (found, call.status) == (("asks", 0), "ok")
+
+
 # Through HTTP
 
 

@@ -302,12 +302,13 @@ class Gateway:
 
     async def explain(self, body: dict[str, Any], record: KeyRecord | None = None) -> Decision:
         """`aroute` for operators, who need no key."""
-        life = Life(self, self.runtime, "chat", body, {}, "route")
-        token = _CURRENT.set(life)
-        try:
-            return await life.route(record)
-        finally:
-            _CURRENT.reset(token)
+        with self.runtime.used() as runtime:
+            life = Life(self, runtime, "chat", body, {}, "route")
+            token = _CURRENT.set(life)
+            try:
+                return await life.route(record)
+            finally:
+                _CURRENT.reset(token)
 
     def route(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
         """`aroute` for code without an event loop."""

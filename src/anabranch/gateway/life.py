@@ -20,6 +20,8 @@ from anabranch.errors import BudgetError, CapacityError, InputError, RateError, 
 from anabranch.gateway.ab.assignment import Arm, arm_of
 from anabranch.gateway.cache import Entry, ExactCache, SingleFlight, Ticket, context_key, exact_key
 from anabranch.gateway.config import Target, find_target
+from anabranch.gateway.core.model_calls import ModelCalls
+from anabranch.gateway.core.settlement import settle
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.http.sse import chunks_of
@@ -38,7 +40,6 @@ from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, Reservation, subjects_of
-from anabranch.gateway.strategy_calls import StrategyCalls
 from anabranch.gateway.told import (
     Collecting,
     call_rows,
@@ -108,7 +109,7 @@ class Life:
         self.prepared: dict[str, Any] = {}
         # Both once it is known whose request it is; what models are asked that the strategy needs to decide.
         self.purse: Purse
-        self.calls: StrategyCalls
+        self.calls: ModelCalls
         # Of the call for the answer, its further attempts among it.
         self.hold = Hold()
         self.report: Report | None = None
@@ -222,7 +223,7 @@ class Life:
             None if limit is None else nano_dollars(limit),
         )
         may_ask = None if self.record is None else self.record.allows
-        self.calls = StrategyCalls(self.runtime, self.purse, id, self.began, may_ask=may_ask, keep=gateway.keep)
+        self.calls = ModelCalls(self.runtime, self.purse, id, self.began, may_ask=may_ask, keep=gateway.keep)
 
     def _assign(self) -> None:
         """The arm of an A/B test that it belongs to, if it goes to one: from here on it goes to the strategy of that arm."""
@@ -498,17 +499,13 @@ class Life:
 
     def _write(self, row: LedgerRow) -> None:
         """Write the rows, once it is known what all calls cost. Until then what was set aside stays so."""
-        reports = [self.report or Report(), *(call.report for call in self.calls.made)]
-        late = next((report for report in reports if report.is_late), None)
-        if late is not None:
-            late.when_known(lambda: self._write(priced(self, row)))
-            return
 
-        def settle(held: Reservation | None) -> None:
-            self.gateway.settle(held, row, collected_of(self, row), call_rows(self))
+        def write(held: Reservation | None) -> None:
+            known = priced(self, row)
+            self.gateway.settle(held, known, collected_of(self, known), call_rows(self))
             self.gateway.unsettled.discard(self.id)
 
-        self.purse.close(settle)
+        settle(self.purse, [self.report or Report(), *(call.report for call in self.calls.made)], write)
 
     def _tell(
         self, row: LedgerRow, calls: Sequence[LedgerRow], report: Report, http_status: int, latency_s: float

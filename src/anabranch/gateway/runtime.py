@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from anabranch.errors import ConfigError, TokenizerError
 from anabranch.extras import require
@@ -69,8 +70,17 @@ class Runtime:
         self._free = asyncio.Event()
         self._is_old = False
 
+    @contextmanager
+    def used(self) -> Iterator[Self]:
+        """It is in use until the block ends, and is not closed by a reload before."""
+        self.users += 1
+        try:
+            yield self
+        finally:
+            self.release()
+
     def release(self) -> None:
-        """A request on it has ended."""
+        """A request on it has ended, which counted itself in ``users``."""
         self.users -= 1
         if self._is_old and self.users == 0:
             self._free.set()

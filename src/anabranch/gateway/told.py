@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.ab.assignment import Arm
 from anabranch.gateway.cache.exact import IGNORED
+from anabranch.gateway.core.model_calls import ModelCall
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.prompt_tokens import asked_text
 from anabranch.gateway.providers.provider import Usage
 from anabranch.gateway.store import CollectedRow, LedgerRow
 from anabranch.gateway.store.records import clean
-from anabranch.gateway.strategy_calls import StrategyCall
 from anabranch.gateway.ui import Seen
 from anabranch.routers.contract.query import Decision
 
@@ -148,7 +148,7 @@ def call_rows(life: "Life") -> list[LedgerRow]:
     return [_call_row(life, call) for call in life.calls.made]
 
 
-def _call_row(life: "Life", call: StrategyCall) -> LedgerRow:
+def _call_row(life: "Life", call: ModelCall) -> LedgerRow:
     report, usage = call.report, call.report.usage
     return LedgerRow(
         request_id=call.id, parent_id=life.id, purpose=call.purpose, requested=call.model, strategy=life.strategy,

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, InputError, LimitError
-from anabranch.gateway.dispatch import Plan, Report
+from anabranch.gateway.core.model_calls import paid, worst_nano
+from anabranch.gateway.core.settlement import settle
+from anabranch.gateway.dispatch import Report
 from anabranch.gateway.prompt_tokens import count_prompt
-from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest, Usage
+from anabranch.gateway.purse import Purse
 from anabranch.gateway.store import LEARNING, LedgerRow, Reservation
 from anabranch.gateway.store.records import GLOBAL
 from anabranch.routers.contract.strategy import Strategy
-from anabranch.routers.money import nano_dollars
+from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.ids import new_id
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ EVERY_S = 10.0
 
 # Of a call: nobody waits for it.
 LONGEST_S = 120.0
+
+# Whose budgets pay.
+SUBJECTS = (GLOBAL, f"tag:{LEARNING}")
 
 
 class LaneErrands:
@@ -58,46 +64,64 @@ class LaneErrands:
 
     async def ask(self, model: str, messages: Sequence[Mapping[str, Any]], *, temperature: float) -> str:
         """See `Errands`: charged to the tag ``learning``, and to no key."""
-        runtime, store = self._gateway.runtime, self._gateway.store
+        gateway, runtime = self._gateway, self._gateway.runtime
         if model not in runtime.models:
             raise InputError(f"strategy {self._lane.name} asks for model {model!r}, which is not in the config")
-        most = runtime.models[model].max_tokens or runtime.config.limits.max_tokens
-        body = {"model": model, "messages": list(messages), "max_tokens": most, "temperature": temperature}
-        id, began, price = new_id(), time.perf_counter(), runtime.models[model].price
-        held = await store.reserve(
-            id, (GLOBAL, f"tag:{LEARNING}"), price.cost(count_prompt(body).at_most, most), requested=model, strategy=self._lane.name
-        )  # fmt: skip
-        self.asked += 1
-        report, status = Report(), "error"
-        plan = Plan(candidates=(model,), deadline=runtime.dispatcher.now() + LONGEST_S, report=report)
-        runtime.users += 1
-        try:
-            answer = await runtime.dispatcher.complete(plan, UpstreamRequest("chat", body, request_id=id))
-            status = "ok"
-        except UpstreamError as error:
-            raise CapacityError(f"{model} gave no answer: {error}") from None
-        finally:
-            runtime.release()
-            self._settle(held, report, model, status, time.perf_counter() - began)
+        most_tokens = runtime.models[model].max_tokens or runtime.config.limits.max_tokens
+        body = {"model": model, "messages": list(messages), "max_tokens": most_tokens, "temperature": temperature}
+        count, report, began = count_prompt(body), Report(), time.perf_counter()
+        most, id = Usage(count.at_most, most_tokens, 0, True), new_id()
+        purse = Purse(
+            lambda nano: gateway.store.reserve(id, SUBJECTS, nano, requested=model, strategy=self._lane.name),
+            gateway.store.grow,
+        )
+        status, request = "cancelled", UpstreamRequest("chat", body, request_id=id, prompt_tokens=count.tokens)
+        with runtime.used():
+            try:
+                async with purse.holding(worst_nano(runtime, model, most)) as hold:
+                    self.asked += 1
+                    deadline = runtime.dispatcher.now() + LONGEST_S
+                    answer = await paid(runtime, purse, hold, model, request, most, report, deadline)
+                    status = "ok"
+            except UpstreamError as error:
+                status = "error"
+                raise CapacityError(f"{model} gave no answer: {error}") from None
+            finally:
+                if not purse.is_empty:
+                    self._settle(
+                        id, purse, report, runtime.models[model].price, model, status, time.perf_counter() - began
+                    )
         return answer.text
 
-    def _settle(self, held: Reservation, report: Report, model: str, status: str, took_s: float) -> None:
-        usage = report.usage
-        row = LedgerRow(
-            request_id=held.request_id, tags=(LEARNING,), requested=model, strategy=self._lane.name, model=report.model or "",
-            deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
-            completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated,
-            price=self._gateway.runtime.models[model].price if report.model else None, cost_nano=report.cost,
-            latency_us=round(took_s * 1e6), status=status,
-        )  # fmt: skip
-        self._gateway.settle(held, row)
+    def _settle(
+        self, id: str, purse: Purse, report: Report, price: Price, model: str, status: str, took_s: float
+    ) -> None:
+        """Write its row, as soon as it is known what it cost."""
+        gateway = self._gateway
+        gateway.unsettled.add(id)
+
+        def write(held: Reservation | None) -> None:
+            gateway.unsettled.discard(id)
+            # Whoever asked was gone before there was money, and then there was none.
+            if held is None:
+                return
+            usage = report.usage
+            row = LedgerRow(
+                request_id=id, tags=(LEARNING,), requested=model, strategy=self._lane.name, model=report.model or "",
+                deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
+                completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated,
+                price=price if report.model else None, cost_nano=report.cost, latency_us=round(took_s * 1e6), status=status,
+            )  # fmt: skip
+            gateway.settle(held, row)
+
+        settle(purse, [report], write)
 
 
 async def start(gateway: "Gateway") -> None:
     """Set the budget of the config, where there is a judge to spend it."""
     config = gateway.config.learning
     if config.judge:
-        await gateway.store.set_budget(f"tag:{LEARNING}", nano_dollars(config.budget_usd), "day")
+        await gateway.store.set_budget(SUBJECTS[1], nano_dollars(config.budget_usd), "day")
 
 
 async def once(gateway: "Gateway") -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from anabranch.errors import InputError, LimitError
 from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.prompt_tokens import count_prompt
-from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest, Usage
-from anabranch.gateway.purse import Purse
+from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage
+from anabranch.gateway.purse import Hold, Purse
 from anabranch.routers.contract.strategy import Purpose
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ LEAST_S = 1e-3
 
 
 @dataclass(slots=True, kw_only=True)
-class StrategyCall:
+class ModelCall:
     """One call.
 
     Attributes:
@@ -54,7 +54,7 @@ class StrategyCall:
     held_nano: int = 0
 
 
-class StrategyCalls:
+class ModelCalls:
     """Those of one request.
 
     Attributes:
@@ -82,7 +82,7 @@ class StrategyCalls:
     ) -> None:
         self._runtime, self._purse, self._request_id, self._began = runtime, purse, request_id, began
         self._may_ask, self._keep = may_ask, keep
-        self.made: list[StrategyCall] = []
+        self.made: list[ModelCall] = []
         self.purpose: Purpose = "route"
         self._live: set[asyncio.Task[str]] = set()
         self._num_asked = 0
@@ -180,35 +180,62 @@ class StrategyCalls:
 
     async def _make(self, model: str, body: dict[str, Any], purpose: Purpose, deadline_s: float) -> str:
         """One call, from its money to its answer."""
+        runtime = self._runtime
         count = count_prompt(body)
         most = Usage(count.at_most, body["max_tokens"], 0, True)
-        worst = self._runtime.models[model].price.cost(most.prompt, most.completion)
-        async with self._purse.holding(worst) as hold:
+        async with self._purse.holding(worst_nano(runtime, model, most)) as hold:
             number = len(self.made) + 1
-            call = StrategyCall(
-                id=f"{self._request_id}.{number}", model=model, purpose=purpose, began_s=self._elapsed()
-            )
+            call = ModelCall(id=f"{self._request_id}.{number}", model=model, purpose=purpose, began_s=self._elapsed())
             self.made.append(call)
-            report = call.report
-
-            async def allow(_: str, spent_nano: int) -> bool:
-                num_open = sum(attempt.status == "open" for attempt in report.attempts)
-                return await self._purse.can_raise(hold, spent_nano + (num_open + 1) * worst)
-
             try:
-                deadline = self._runtime.dispatcher.now() + deadline_s - self._elapsed()
-                plan = Plan(candidates=(model,), deadline=deadline, report=report, allow=allow, most=lambda _: most)
+                deadline = runtime.dispatcher.now() + deadline_s - self._elapsed()
                 request = UpstreamRequest("chat", body, request_id=call.id, prompt_tokens=count.tokens)
-                answer = await self._runtime.dispatcher.complete(plan, request)
+                answer = await paid(runtime, self._purse, hold, model, request, most, call.report, deadline)
                 call.status = "ok"
                 return answer.text
             except Exception as error:
                 call.status = "error"
                 if isinstance(error, UpstreamError):
                     call.code = error.to_dict()["error"]["code"] or ""
-                    if error.failure.kind == "deadline" and deadline_s < self._runtime.config.deadline_s:
+                    if error.failure.kind == "deadline" and deadline_s < runtime.config.deadline_s:
                         raise self._too_long() from None
                 raise
             finally:
-                hold.cost_nano, call.held_nano = report.cost, hold.most_nano
+                call.held_nano = hold.most_nano
                 call.latency_s = self._elapsed() - call.began_s
+
+
+def worst_nano(runtime: "Runtime", model: str, most: Usage) -> int:
+    """The most nano-dollars of one attempt that may be billed for so many tokens."""
+    return runtime.models[model].price.cost(most.prompt, most.completion)
+
+
+async def paid(
+    runtime: "Runtime",
+    purse: Purse,
+    hold: Hold,
+    model: str,
+    request: UpstreamRequest,
+    most: Usage,
+    report: Report,
+    deadline: float,
+) -> Answer:
+    """The answer of one model, every attempt at it paid out of a purse. Raises UpstreamError if none comes.
+
+    Args:
+        purse: holds the first attempt's worst already, in ``hold``, and is asked before each further one.
+        most: tokens that one attempt may be billed for.
+        report: filled as attempts are made; however it ends, their cost is then the hold's.
+        deadline: on the dispatcher's clock.
+    """
+    worst = worst_nano(runtime, model, most)
+
+    async def allow(_: str, spent_nano: int) -> bool:
+        num_open = sum(attempt.status == "open" for attempt in report.attempts)
+        return await purse.can_raise(hold, spent_nano + (num_open + 1) * worst)
+
+    plan = Plan(candidates=(model,), deadline=deadline, report=report, allow=allow, most=lambda _: most)
+    try:
+        return await runtime.dispatcher.complete(plan, request)
+    finally:
+        hold.cost_nano = report.cost

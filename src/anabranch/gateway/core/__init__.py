@@ -1,0 +1,1 @@
+"""One request's life, and what is asked of models beside it."""
