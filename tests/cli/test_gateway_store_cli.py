@@ -142,7 +142,7 @@ def test_budgets(run, facts):
     assert (made["limit_nano"], made["spent_nano"], made["remaining_nano"]) == (5_000_000, 1_500_000, 3_500_000)
     assert made["resets"].endswith("T00:00:00Z")
     shown = run("budget", "set", "global", "25").splitlines()
-    assert shown[-1].split() == ["global", "total", "-", "25.00", "2.00", "0.00", "23.00"]
+    assert shown[-1].split() == ["global", "total", "-", "25.00", "2.0015", "0.00", "22.9985"]
     assert [one["subject"] for one in facts("budget", "list")["budgets"]] == ["global", "team:ml"]
     assert facts("budget", "remove", "team:ml", "--period", "day") == {"removed": "team:ml", "period": "day"}
     assert [one["subject"] for one in facts("budget", "list")["budgets"]] == ["global"]
@@ -158,7 +158,7 @@ def test_ledger_list_and_spend(run, facts):
     assert len(facts("ledger", "list", "--since", "1h", "--limit", 2)["rows"]) == 2
     assert len(facts("ledger", "list", "--since", "2020-01-01")["rows"]) == 3
     last = run("ledger", "list").splitlines()[-1].split()
-    assert last[-5:] == ["ok", "1,000", "0", "0.001500", "1.5"]
+    assert last[-5:] == ["ok", "1,000", "0", "0.0015", "1.5"]
     groups = facts("ledger", "spend", "--by", "team", "--by", "model")["groups"]
     assert [(one["team"], one["model"], one["cost_nano"]) for one in groups] == [
         ("", "m0", 2 * 10**9), ("ml", "m0", 1_500_000), ("ml", "m1", 0),
@@ -180,13 +180,13 @@ def test_calls_of_strategies_are_listed_where_they_are_asked_for(run, facts, sto
     assert [(row["request_id"], row["cost_nano"], row["calls"], row["calls_nano"]) for row in rows] == [
         ("r3", 1_000_000, 1, 2_000_000)
     ]
-    assert run("ledger", "list", "--limit", 1).splitlines()[-1].split()[-2] == "0.003000"
+    assert run("ledger", "list", "--limit", 1).splitlines()[-1].split()[-2] == "0.003"
     rows = facts("ledger", "list", "--limit", 2, "--calls")["rows"]
     assert [(row["request_id"], row["parent_id"], row["cost_nano"]) for row in rows] == [
         ("r3", "", 1_000_000), ("r3.1", "r3", 2_000_000),
     ]  # fmt: skip
     *_, request, call = run("ledger", "list", "--limit", 2, "--calls").splitlines()
-    assert (request.split()[-2], call.split()[-2]) == ("0.001000", "0.002000")
+    assert (request.split()[-2], call.split()[-2]) == ("0.001", "0.002000")
     assert "judge: m1" in call
     groups = facts("ledger", "spend", "--by", "purpose")["groups"]
     assert [(one["purpose"], one["requests"], one["calls"], one["cost_nano"]) for one in groups] == [

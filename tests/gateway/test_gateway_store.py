@@ -209,7 +209,7 @@ def test_refusals_say_what_would_work(url):
             with pytest.raises(BudgetError) as refused:
                 await store.reserve("a", ["team:ml"], 26 * 10**9)
             assert str(refused.value) == (
-                "the month budget of team ml has $25.000000 of $25.00 left, and this request may cost $26.000000; "
+                "the month budget of team ml has $25.00 of $25.00 left, and this request may cost $26.00; "
                 "it is more than the whole budget"
             )
             assert refused.value.retry_after_s is None

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, InputError
-from anabranch.routers.money import NANO, PER, Price, dollars, nano_dollars
+from anabranch.routers.money import NANO, PARTS, PER, Price, Tokens, dollars, in_full, nano_dollars
 
 TOKENS = st.integers(0, 10**7)
 RATE = st.integers(0, 10**12)
@@ -63,3 +63,109 @@ def test_tokens_that_cannot_be_are_refused(prompt, completion, cached):
 def test_a_negative_price_is_refused():
     with pytest.raises(ConfigError, match="input is -1"):
         Price(input=-1)
+
+
+# Written in full
+
+
+@pytest.mark.parametrize(
+    ("nano", "text"),
+    [
+        (0, "$0.00"),
+        (1, "$0.000000001"),
+        (300_000, "$0.0003"),
+        (2 * NANO, "$2.00"),
+        (1234 * NANO + 5 * 10**8, "$1,234.50"),
+        (-1, "-$0.000000001"),
+    ],
+)
+def test_an_amount_is_written_to_its_last_digit(nano, text):
+    assert in_full(nano) == text
+
+
+@given(st.integers(0, 10**15), st.integers(0, 10**15))
+def test_no_two_amounts_are_written_alike(one, other):
+    assert (in_full(one) == in_full(other)) == (one == other)
+    assert nano_dollars(in_full(one).replace("$", "").replace(",", "")) == one
+
+
+# All that a price list has
+
+DEAR = Price.of_dollars("3", "15", "0.3").replace(tiers={"priority": Price.of_dollars("6", "30")})
+
+
+def test_what_is_put_into_a_cache_costs_what_anthropic_bills_where_nothing_else_is_said():
+    assert (
+        DEAR.cost_of(Tokens(prompt=100_010, completion=5, cache_write=100_000))
+        == 10 * 3000 + 100_000 * 3750 + 5 * 15000
+    )
+    assert DEAR.cost_of(Tokens(prompt=PER, cache_write_1h=PER)) == 6 * NANO
+    assert DEAR.replace(cache_write=4 * NANO).cost_of(Tokens(prompt=PER, cache_write=PER)) == 4 * NANO
+    assert DEAR.replace(cache_write=9 * NANO).cost_of(Tokens(prompt=PER, cache_write_1h=PER)) == 9 * NANO
+    assert DEAR.replace(cache_write_1h=5 * NANO).cost_of(Tokens(prompt=PER, cache_write_1h=PER)) == 5 * NANO
+
+
+def test_tiers_sound_pictures_searches_calls_and_long_prompts():
+    assert DEAR.of_tier("priority").cost(PER, 0) == 6 * NANO
+    assert [DEAR.of_tier(name) for name in ("", "auto", "default", "flex", "batch")] == [DEAR] * 5
+    assert DEAR.of_tier("scale") is None
+    assert Price().of_tier("scale") == Price()
+    assert Price().is_free
+    assert not DEAR.is_free
+    assert not Price(tiers={"priority": Price(input=1)}).is_free
+    price = DEAR.replace(
+        audio_input=40 * NANO,
+        audio_output=80 * NANO,
+        image_input=8 * NANO,
+        image_output=32 * NANO,
+        web_search=10 * NANO,
+        request=5 * NANO,
+    )
+    call = Tokens(prompt=100, completion=50, audio_input=20, image_input=30, audio_output=10, image_output=20)
+    by_hand = (
+        20 * 40_000 + 30 * 8_000 + 50 * 3_000 + 10 * 80_000 + 20 * 32_000 + 20 * 15_000 + 2 * 10_000_000 + 5_000_000
+    )
+    assert price.cost_of(call, searches=2) == by_hand
+    # Sound that was cached counts once.
+    assert (
+        DEAR.replace(audio_input=40 * NANO).cost_of(Tokens(prompt=10, cached=10, audio_input=4)) == 4 * 40_000 + 6 * 300
+    )
+    long = DEAR.replace(long_context=200_000, long=Price.of_dollars("6", "22.5"))
+    assert (long.cost(200_000, 1), long.cost(200_001, 1)) == (200_000 * 3_000 + 15_000, 200_001 * 6_000 + 22_500)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"long_context": 5}, "long_context and long go together"),
+        ({"tiers": {"a": Price(tiers={"b": Price()})}}, "tiers.a has tiers of its own"),
+        ({"long_context": 5, "long": Price(tiers={"b": Price()})}, "long has tiers of its own"),
+    ],
+)
+def test_a_price_that_says_too_little_or_too_much_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Price(**fields)
+
+
+@given(
+    st.builds(Tokens, st.integers(0, 10**6), st.integers(0, 10**6)),
+    st.fixed_dictionaries(dict.fromkeys(PARTS, TOKENS)),
+    st.integers(0, 9),
+)
+def test_a_call_never_costs_less_than_its_tokens_at_their_cheapest_nor_more_than_at_their_dearest(
+    tokens, parts, searches
+):
+    parts["cached"] = min(parts["cached"], tokens.prompt)
+    price = Price(input=3000, output=5000, cached_input=300, audio_input=9000, audio_output=20_000, web_search=7)
+    cost = price.cost_of(Tokens(tokens.prompt, tokens.completion, **parts), searches) * PER - 7000 * searches
+    assert (
+        tokens.prompt * 300 + tokens.completion * 5000
+        <= cost
+        <= tokens.prompt * 9000 + tokens.completion * 20_000 + PER
+    )
+
+
+def test_one_of_before_is_still_read():
+    from anabranch.config import from_dict
+
+    assert from_dict(Price, {"input": 1, "output": 2, "cached_input": None}) == Price(input=1, output=2)

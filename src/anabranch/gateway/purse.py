@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from anabranch.errors import BudgetError, CapacityError, InputError
 from anabranch.gateway.store import Reservation
-from anabranch.routers.money import dollars
+from anabranch.routers.money import in_full
 
 
 class Hold:
@@ -136,8 +136,8 @@ class Purse:
         left = max(0, limit - self.spent_nano - self.held_nano)
         if more > left:
             raise BudgetError(
-                f"a request may cost {_shown(limit)} in all (limits.request_usd); this one has {_shown(left)} of it left, and what "
-                f"comes next may cost {_shown(more)}",
+                f"a request may cost {in_full(limit)} in all (limits.request_usd); this one has {in_full(left)} of it left, and what "
+                f"comes next may cost {in_full(more)}",
                 subject="request",
                 period="request",
                 limit_nano=limit,
@@ -164,8 +164,3 @@ class Purse:
         self._opening = None
         if not opening.cancelled() and opening.exception() is None:
             self.reservation = opening.result()
-
-
-def _shown(nano: int) -> str:
-    """Dollars, to the last digit."""
-    return "$" + f"{dollars(nano):.9f}".rstrip("0").rstrip(".")

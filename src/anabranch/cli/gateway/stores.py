@@ -84,9 +84,10 @@ def seconds(text: str, option: str) -> float:
 
 
 def amount(nano: int) -> str:
-    """Nano-dollars as dollars, as many digits as are needed to see something."""
-    dollars = nano / 1e9
-    return f"{dollars:.2f}" if nano == 0 or abs(dollars) >= 1 else f"{dollars:.6f}"
+    """Nano-dollars as dollars, to the last digit: what is left of a limit never looks like the limit, or like nothing."""
+    from anabranch.routers.money import in_full
+
+    return in_full(nano).replace("$", "", 1)
 
 
 def when(us: int | None) -> str:

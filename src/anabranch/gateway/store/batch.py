@@ -16,7 +16,7 @@ from anabranch.gateway.store.accounts import Account, account_of
 from anabranch.gateway.store.database import Connection, Database, Row, Work
 from anabranch.gateway.store.period import iso
 from anabranch.gateway.store.records import GLOBAL, LedgerRow, Reservation, clean, joined, parted
-from anabranch.routers.money import Price, dollars
+from anabranch.routers.money import Price, in_full
 
 logger = logging.getLogger(__name__)
 
@@ -368,8 +368,8 @@ def _refusal(account: Account, nano: int, now_us: int) -> BudgetError:
     when = f"; it begins anew at {iso(account.resets)}" if account.resets is not None else ""
     fits = nano <= account.limit
     message = (
-        f"the {account.period} budget of {whose} has ${dollars(left):.6f} of ${dollars(account.limit):.2f} left, and this request may cost "
-        f"${dollars(nano):.6f}" + (when if fits else "; it is more than the whole budget")
+        f"the {account.period} budget of {whose} has {in_full(left)} of {in_full(account.limit)} left, and this request may cost "
+        f"{in_full(nano)}" + (when if fits else "; it is more than the whole budget")
     )
     if not fits:
         retry = None
