@@ -7,7 +7,7 @@ import pytest
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.engine import Engine
 from anabranch.gateway.providers.openai import OpenAI
-from anabranch.gateway.providers.provider import Failure, HttpCall
+from anabranch.gateway.providers.provider import Failure, HttpCall, hidden
 from anabranch.testing import check_provider
 
 SECRET = "sk-test-0123456789abcdef"
@@ -109,3 +109,10 @@ def test_what_an_answer_says_and_how_a_stream_ends():
         check_provider(Anthropic.Config(model="m"), events=[json.dumps(event).encode() for event in EVENTS[:-1]])
     with pytest.raises(AssertionError, match="passes streams on"):
         check_provider(OpenAI.Config(model="m"), events=[b"{}"])
+
+
+@pytest.mark.parametrize("key", ["a", "none", "local", ""])
+def test_a_word_that_is_no_real_key_is_left_in_messages(key):
+    failure = Failure(kind="request", message="a local model has none of these")
+    assert hidden(failure, key).message == failure.message
+    assert hidden(failure, "has none of").message == "a local model [key] these"

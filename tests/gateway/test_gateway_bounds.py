@@ -17,6 +17,7 @@ from anabranch.gateway.config import (
     RetryConfig,
 )
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.prompt_tokens import PromptCount, room_of
 from anabranch.gateway.providers.mock import Mock, MockTransport
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamRequest
@@ -184,3 +185,45 @@ def test_models_that_know_the_newer_name_alone_are_told_under_it(name, is_rename
     both = chat.with_body(max_tokens=5, max_completion_tokens=3)
     assert ends(both) == ((None, 5) if is_renamed else (5, 3))
     assert ends(chat.with_body(max_completion_tokens=3)) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("most", "context", "prompt", "bound"),
+    [
+        (4096, None, PromptCount(9000, 36000, True), 4096),
+        (4096, 8192, PromptCount(100, 400, True), 4096),
+        (4096, 8192, PromptCount(2507, 10007, True), 8192 - 5014),
+        (4096, 8192, PromptCount(10, 5000, True), 4096),  # an image: few tokens, many bytes
+        (4096, 8192, PromptCount(4000, 16000, True), None),
+        (4096, 8192, PromptCount(5000, 5000, False), 8192 - 5116),
+        (4096, 8192, PromptCount(8190, 8190, False), 4096),
+        (4096, 8192, PromptCount(9000, 9000, False), 4096),
+    ],
+)
+def test_an_end_that_nobody_asked_for_leaves_room_for_the_prompt(most, context, prompt, bound):
+    assert room_of(most, context, prompt) == bound
+
+
+@given(st.integers(1, 9000), st.integers(1, 20000), st.integers(0, 20000), st.integers(0, 80000), st.booleans())
+def test_what_is_asked_for_is_never_more_than_allowed_and_never_nothing(most, context, tokens, more, is_estimate):
+    bound = room_of(most, context, PromptCount(tokens, tokens + more, is_estimate))
+    assert bound is None or 1 <= bound <= most
+
+
+def test_a_long_prompt_of_a_small_model_is_sent_with_room(tmp_path, sent):
+    made = ModelConfig(
+        name="small",
+        context=8192,
+        price=PRICE,
+        deployments=(DeploymentConfig(provider=Mock.Config(model="small", tokens=3)),),
+    )
+    config = GatewayConfig(models=(made,), require_key=False, store=str(tmp_path / "g.db"))
+
+    async def main():
+        async with Gateway(config) as gateway:
+            for words in (5000, 12_000):
+                await gateway.achat({"model": "small", "messages": [{"role": "user", "content": "a " * words}]})
+
+    asyncio.run(main())
+    assert 0 < sent[0]["max_tokens"] <= 8192 - 5000
+    assert "max_tokens" not in sent[1]

@@ -13,6 +13,7 @@ from anabranch.gateway.config import (
     DeploymentConfig,
     GatewayConfig,
     LimitsConfig,
+    LostConfig,
     ModelConfig,
     StrategyConfig,
 )
@@ -561,3 +562,16 @@ def test_what_a_strategy_prepares_is_sent_paid_for_and_reserved_for(tmp_path, st
     _, (row,) = run(config(tmp_path), work, strategies={"cheapest": Examples(Examples.Config())})
     assert (row.model, row.prompt_tokens) == ("small", 2 + 3 + 2)
     assert "over_reserved" not in row.flags
+
+
+def test_clients_are_told_not_to_ask_again_where_it_would_end_alike(tmp_path):
+    async def work(gateway):
+        with pytest.raises(ApiError) as late:
+            await gateway.achat(ask())
+        assert (late.value.status, late.value.headers["x-should-retry"]) == (504, "false")
+        await gateway.store.set_budget("global", 1)
+        with pytest.raises(ApiError) as spent:
+            await gateway.achat(ask())
+        assert (spent.value.code, spent.value.headers["x-should-retry"]) == ("insufficient_quota", "false")
+
+    run(config(tmp_path, model("small", latency_s=1.0), deadline_s=0.05, lost=LostConfig(read_on_s=0.0)), work)

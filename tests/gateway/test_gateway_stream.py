@@ -331,6 +331,29 @@ def test_who_asks_for_usage_gets_it_once():
     run(work)
 
 
+@pytest.mark.parametrize("more", [[], [usage(5, 6)]])
+def test_usage_beside_the_last_words_is_told_once_and_only_to_who_asks(more):
+    """As DeepSeek and Gemini's compatible endpoint send it; some send it in a chunk of its own as well."""
+    counts = {"prompt_tokens": 5, "completion_tokens": 6, "completion_tokens_details": {"reasoning_tokens": 2}}
+    last = said("b", usage=counts).replace(b'"finish_reason": null', b'"finish_reason": "stop"')
+
+    async def work() -> None:
+        stream, raw = await read(
+            dispatcher_of(Wire([said("a"), last, *more, DONE])), request(stream_options={"include_usage": True})
+        )
+        told = [(len(chunk["choices"]), chunk["usage"]) for chunk in chunks_of(raw) if chunk.get("usage")]
+        assert told == [(0, counts if not more else {"prompt_tokens": 5, "completion_tokens": 6})]
+        assert (text(raw), stream.usage) == ("ab", Usage(5, 6))
+        stream, raw = await read(dispatcher_of(Wire([said("a"), last, *more, DONE])))
+        assert (text(raw), stream.usage) == ("ab", Usage(5, 6))
+        assert not any(chunk.get("usage") for chunk in chunks_of(raw))
+        wanted = request(stream_options={"include_usage": True, "continuous_usage_stats": True})
+        _, raw = await read(dispatcher_of(Wire([said("a"), last, usage(5, 6), DONE])), wanted)
+        assert [len(chunk["choices"]) for chunk in chunks_of(raw) if chunk.get("usage")] == [1, 0]
+
+    run(work)
+
+
 # Time
 
 

@@ -128,8 +128,8 @@ def test_a_key_that_is_refused_or_has_no_money_left_shuts_the_deployment_at_once
 
 
 def test_refusals_that_several_senders_meet_are_the_deployments(tmp_path, monkeypatch):
-    """An account whose limit is reached is told by some with a 400 that says so in words alone: nobody gets an answer."""
-    refuses(monkeypatch, 400, b'{"error":{"message":"You have reached your specified API usage limits"}}', PLAIN)
+    """Our key may not use the model, or the address is wrong: nobody gets an answer."""
+    refuses(monkeypatch, 403, b'{"error":{"message":"not allowed"}}', PLAIN)
 
     async def work(gateway, post):
         keys = [(await gateway.store.create_key(name, team=name if name < "c" else "c"))[0] for name in "abcd"]
@@ -140,6 +140,87 @@ def test_refusals_that_several_senders_meet_are_the_deployments(tmp_path, monkey
         return breaker
 
     assert served(config(tmp_path), work) == ["closed"] * 4 + ["open"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b'{"error":{"code":"invalid_function_parameters","type":"invalid_request_error","param":"tools[0].function.parameters"}}'),
+        (400, b'{"error":{"message":"You have reached your specified API usage limits"}}'),
+        (422, b'{"detail":[{"loc":["body","tools",0],"msg":"field required","type":"missing"}]}'),
+    ],
+)  # fmt: skip
+def test_the_same_mistake_of_many_senders_is_never_the_deployments(tmp_path, monkeypatch, status, body):
+    refuses(monkeypatch, status, body, PLAIN)
+
+    async def work(gateway, post):
+        keys = [(await gateway.store.create_key(name))[0] for name in "abcdef"]
+        assert {(await post(key, ask("EVIL")))[0] for key in keys * 4} == {status}
+        assert (await post(keys[0], ask()))[0] == 200
+        return [state["breaker"] for state in gateway.runtime.dispatcher.states()]
+
+    assert served(config(tmp_path), work) == ["closed"]
+
+
+GONE = b'{"error":{"message":"The model `gone` does not exist","type":"invalid_request_error","param":null,"code":"model_not_found"}}'
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_deployment_without_the_model_is_gone_on_from_and_left_alone(tmp_path, monkeypatch, status):
+    answer = Behaviour.scene
+
+    def scene(self, path, raw):
+        is_gone = b'"model":"gone"' in raw
+        return (
+            Scene(status, {"content-type": "application/json"}, [(0.0, GONE)]) if is_gone else answer(self, path, raw)
+        )
+
+    monkeypatch.setattr(Behaviour, "scene", scene)
+    providers = Mock.Config(model="here", tokens=4), Mock.Config(model="gone", tokens=4)
+
+    async def work(gateway, post):
+        found = [await post(None, ask(stream=at % 2 == 1)) for at in range(60)]
+        assert {status for status, _, _ in found} == {200}
+        return [int(headers["x-route-attempts"]) for _, headers, _ in found]
+
+    attempts = served(config(tmp_path, *providers, require_key=False), work)
+    assert sum(attempts) <= 60 + 6
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b'{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too long: 208310 tokens > 200000 maximum"}}'),
+        (400, b'{"type":"error","error":{"type":"invalid_request_error","message":"Your credit balance is too low to access the API."}}'),
+        (404, b'{"detail":"Not Found"}'),
+    ],
+)  # fmt: skip
+def test_another_model_is_asked_where_this_one_says_in_words_that_it_cannot(tmp_path, monkeypatch, status, body):
+    """However many do, and long after the extra attempts are used up."""
+    answer = Behaviour.scene
+
+    def scene(self, path, raw):
+        return (
+            Scene(status, {"content-type": "application/json"}, [(0.0, body)])
+            if b'"model":"first"' in raw
+            else answer(self, path, raw)
+        )
+
+    monkeypatch.setattr(Behaviour, "scene", scene)
+    models = tuple(
+        ModelConfig(name=name, deployments=(DeploymentConfig(provider=Mock.Config(model=name, tokens=4)),)) for name in ("first", "second")
+    )  # fmt: skip
+
+    rare = b"too long" in body  # a prompt that is too long says nothing of the next one
+
+    async def work(gateway, post):
+        found = [await post(None, {**ask(), "model": "first"}) for _ in range(9 if rare else 60)]
+        assert {(status, headers["x-route-model"]) for status, headers, _ in found} == {(200, "second")}
+        assert {one["breaker"] for one in gateway.runtime.dispatcher.states()} == {"closed"}
+
+    cheapest = {"cheapest": StrategyConfig(use="cheapest")}
+    fields = {"models": models, "fallbacks": {"first": ("second",)}, "require_key": False, "strategies": cheapest}
+    served(GatewayConfig(store=str(tmp_path / "g.db"), **fields), work)
 
 
 def test_a_deployment_that_fails_everybody_is_left_alone(tmp_path):

@@ -12,7 +12,17 @@ def test_limits_say_how_long_to_wait_where_waiting_helps(wait_s, header):
     of = {"subject": "team:a", "period": "day", "limit_nano": 5, "remaining_nano": 1, "resets_s": None}
     budget = limited(BudgetError("spent", retry_after_s=wait_s, **of))
     assert (rate.status, rate.code, rate.headers) == (429, "rate_limit_exceeded", header)
-    assert (budget.status, budget.code, budget.headers) == (429, "insufficient_quota", header)
+    hopeless = {"x-should-retry": "false"} if wait_s is None else {}
+    assert (budget.status, budget.code, budget.headers) == (429, "insufficient_quota", header | hopeless)
+
+
+def test_a_budget_that_is_full_for_long_is_not_asked_again_by_clients():
+    of = {"subject": "team:a", "period": "day", "limit_nano": 5, "remaining_nano": 1, "resets_s": None}
+    assert limited(BudgetError("spent", retry_after_s=61.0, **of)).headers == {
+        "Retry-After": "61",
+        "x-should-retry": "false",
+    }
+    assert "x-should-retry" not in limited(RateError("too fast", limit="rpm", retry_after_s=61.0)).headers
 
 
 def test_a_store_that_does_not_answer_tells_senders_nothing_of_itself():

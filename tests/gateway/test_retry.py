@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch.hedge import HedgeDelay
-from anabranch.gateway.dispatch.retry import ACTION, OUTCOME, RetryBudget, backoff
+from anabranch.gateway.dispatch.retry import ACTION, DISPUTED, DOUBTED, IN_VAIN, OUTCOME, RetryBudget, backoff
 from anabranch.gateway.dispatch.window import SlidingSum
 from anabranch.gateway.providers.provider import FailureKind, classify, retry_after
 
@@ -14,6 +14,9 @@ def test_every_kind_of_failure_has_its_action_and_says_something_to_the_breaker(
     kinds = set(FailureKind.__args__)
     assert set(ACTION) == kinds
     assert set(OUTCOME) == kinds
+    assert {*DISPUTED, *DOUBTED, *IN_VAIN} <= kinds
+    assert "request" not in DISPUTED
+    assert all(OUTCOME[kind] == "ignored" for kind in DISPUTED)
 
 
 @given(st.integers(0, 200), st.integers(0, 2**32))
@@ -77,7 +80,7 @@ def test_a_hedge_waits_for_the_95th_percentile():
         (400, b'{"error":{"message":"no","code":"content_filter"}}', "filter"),
         (400, b'{"error":{"message":"no","type":"billing_error"}}', "credit"),
         (400, b'{"error":{"message":"bad"}}', "request"),
-        (401, b"", "auth"), (402, b"", "credit"), (403, b"", "forbidden"), (404, b"{}", "request"), (408, b"", "timeout"),
+        (401, b"", "auth"), (402, b"", "credit"), (403, b"", "forbidden"), (404, b"{}", "not_found"), (408, b"", "timeout"),
         (409, b"", "conflict"), (422, b"[]", "request"), (429, b"{}", "rate_limit"),
         (429, b'{"error":{"code":"insufficient_quota"}}', "credit"), (500, b"", "server"), (529, b"<html>", "server"),
         (302, b"", "garbage"),

@@ -46,6 +46,16 @@ def test_while_one_is_served_another_alone_changes_nothing(steps):
             assert not (senders.refused("x") if is_refused else senders.failed("x", now))
 
 
+def test_doubt_is_cast_by_two_senders_or_by_one_beside_whom_nobody_is_served():
+    senders = Senders(30.0)
+    assert senders.doubted("a", 0.0)
+    senders.answered("b", 1.0)
+    assert [senders.doubted("a", now) for now in (2.0, 3.0)] == [False, False]
+    assert senders.doubted("b", 4.0)
+    senders.answered("c", 5.0)
+    assert not senders.doubted("a", 6.0)
+
+
 def test_what_is_remembered_is_bounded():
     senders = Senders(30.0)
     for number in range(3 * KEPT):

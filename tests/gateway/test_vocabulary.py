@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anabranch.gateway.dispatch.retry import ACTION, OUTCOME
 from anabranch.gateway.providers.provider import classify
-from anabranch.gateway.providers.vocabulary import WORDS, kind_of, status_said
+from anabranch.gateway.providers.vocabulary import WORDS, hint_of, kind_of, status_said
 
 # Errors as providers send them, with the status each comes with and what it means.
 RECORDED = [
@@ -92,8 +93,12 @@ RECORDED = [
     (
         404,
         {"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": "model_not_found"}},
-        "request",
+        "missing",
     ),
+    (404, {"error": {"code": "DeploymentNotFound", "message": "no"}}, "missing"),
+    (404, {"object": "error", "message": "no", "type": "NotFoundError", "param": None, "code": 404}, "missing"),
+    (404, {"type": "error", "error": {"type": "not_found_error", "message": "model: no"}}, "not_found"),
+    (404, {"detail": "Not Found"}, "not_found"),
     (413, {"type": "error", "error": {"type": "request_too_large", "message": "no"}}, "context"),
     (422, {"detail": [{"loc": ["body", "tools", 0], "msg": "field required", "type": "missing"}]}, "request"),
     (
@@ -159,7 +164,7 @@ def test_a_page_of_a_firewall_says_nothing_of_the_deployment(status, text):
 @pytest.mark.parametrize("word", sorted(WORDS))
 @pytest.mark.parametrize("field", ["code", "type"])
 def test_each_word_counts_as_code_or_type_and_only_whole(word, field):
-    statuses = {"credit": 429, "auth": 403, "context": 400, "filter": 400}
+    statuses = {"credit": 429, "auth": 403, "context": 400, "filter": 400, "missing": 404}
     status = statuses[WORDS[word]]
     assert classify(status, {}, json.dumps({"error": {field: word}}).encode()).kind == WORDS[word]
     for other in (f"{word}_", f"no {word}", word[:-1]):
@@ -195,3 +200,42 @@ def test_what_an_error_says_is_shown_whatever_form_it_has():
     assert classify(422, {}, deep).kind == "request"
     long = classify(400, {}, json.dumps({"error": {"message": "x" * 9000, "code": "y" * 9000}}).encode())
     assert (len(long.message), len(long.code)) == (500, 200)
+
+
+# Refusals that say in words alone what another model could change; where the request goes then.
+IN_WORDS = [
+    ({"type": "error", "error": {"type": "invalid_request_error", "message": "prompt is too long: 208310 tokens > 200000 maximum"}}, "context"),
+    (
+        {"type": "error", "error": {"type": "invalid_request_error", "message": "Your credit balance is too low to access the Anthropic API."}},
+        "credit",
+    ),
+    (
+        {"object": "error", "type": "BadRequestError", "param": None, "code": 400,
+         "message": "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens (5000 in the messages)."},
+        "context",
+    ),
+    ({"error": {"message": "You have reached your specified API usage limits", "type": "invalid_request_error"}}, "credit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "hint"), IN_WORDS)
+def test_words_decide_where_the_request_goes_and_say_nothing_of_the_deployment(body, hint):
+    failure = classify(400, {}, json.dumps(body).encode())
+    assert (failure.kind, failure.hint, failure.cause) == ("request", hint, hint)
+    assert ACTION[failure.cause] != "give_up"
+    assert OUTCOME[failure.kind] == "ignored"
+
+
+@pytest.mark.parametrize(
+    "message", ["Invalid schema for function 'f'", "temperature must be below 2", "", "x" * 500 + " prompt is too long"]
+)
+def test_other_words_decide_nothing(message):
+    assert hint_of(400, message) is None
+    assert hint_of(500, "prompt is too long") is None
+
+
+@given(HOSTILE, st.sampled_from([400, 422]))
+def test_no_400_is_ever_held_against_a_deployment_for_its_words(text, status):
+    failure = classify(status, {}, json.dumps({"error": {"message": text, "type": "invalid_request_error"}}).encode())
+    assert OUTCOME[failure.kind] == "ignored"
+    assert failure.cause in ("request", "context", "credit")

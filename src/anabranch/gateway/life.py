@@ -33,10 +33,11 @@ from anabranch.gateway.prompt_tokens import (
     count_prompt,
     has_images,
     num_prompts,
+    room_of,
 )
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest, Usage
 from anabranch.gateway.purse import Hold, Purse
-from anabranch.gateway.refusals import limited, unavailable
+from anabranch.gateway.refusals import HOPELESS, limited, unavailable
 from anabranch.gateway.relay import Relay, Replayed
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, Reservation, subjects_of
@@ -66,6 +67,9 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 SECRET_HEADERS = frozenset({"authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"})
 CLIENT_GONE = 499
+
+# Asked again at once, the same request would end in the same way.
+IN_VAIN = ("deadline", "refused", "credit", "auth")
 
 # Tokens, at most, of telling a model to go on where another broke off.
 CONTINUED = 200
@@ -262,19 +266,27 @@ class Life:
         body = self.body
         # An upstream may know only one of them.
         asked = max(body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0)
-        most = asked or self._bound(model)
+        # Where no end is said, the context is one.
+        most = (
+            asked or self._bound(model) or self.runtime.models[model].context or self.runtime.config.limits.max_tokens
+        )
         answers = num_prompts(body) if self.endpoint == "completions" else 1
         return most * answers * max(body.get("n") or 1, body.get("best_of") or 1)
 
-    def _bound(self, model: str) -> int:
-        """Where a request does not say how long an answer may be, the model is told, and this is what is reserved."""
-        return self.runtime.models[model].max_tokens or self.runtime.config.limits.max_tokens
+    def _bound(self, model: str) -> int | None:
+        """Where a request does not say how long an answer may be, the model is told, and this is what is reserved; see `room_of`."""
+        given = self.runtime.models[model]
+        return room_of(given.max_tokens or self.runtime.config.limits.max_tokens, given.context, self._count(model))
+
+    def _count(self, model: str) -> PromptCount:
+        """Of what is sent to a model."""
+        if model not in self.prepared:
+            return self.count
+        return count_prompt({**self.body, "messages": self.prepared[model]})
 
     def most(self, model: str) -> Usage:
         """The most tokens that one call of a model may be billed for."""
-        prompt = self.count.at_most
-        if model in self.prepared:
-            prompt = count_prompt({**self.body, "messages": self.prepared[model]}).at_most
+        prompt = self._count(model).at_most
         if self.report is not None and self.report.attempts and self.runtime.config.mid_stream == "continue":
             # The next one is sent what was said.
             prompt += CONTINUED + sum(attempt.seen for attempt in self.report.attempts) * BYTES_PER_TOKEN
@@ -453,7 +465,7 @@ class Life:
             accept=None if judge is None else partial(self._accept, judge), allow=self._allow, most=self.most, keep=keeps,
             sender=self.sender,
             requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
-            bounds={model: self._bound(model) for model in self.candidates},
+            bounds={model: most for model in self.candidates if (most := self._bound(model)) is not None},
         )  # fmt: skip
         if request.stream:
             stream = await runtime.dispatcher.stream(plan, request)
@@ -662,6 +674,8 @@ class Life:
 
     def _retry_after(self, error: UpstreamError) -> dict[str, str]:
         wait_s = error.failure.retry_after_s
+        if error.failure.kind in IN_VAIN:
+            return dict(HOPELESS)
         if error.status not in (429, 503):
             return {}
         return {"Retry-After": str(max(1, math.ceil(wait_s or 1)))}

@@ -9,6 +9,9 @@ from anabranch.gateway.media_tokens import Media
 
 BYTES_PER_TOKEN = 4
 
+# By so much a prompt that is estimated may be longer.
+ESTIMATE_FACTOR = 2
+
 # Around each message: its role and the marks of its ends.
 MESSAGE_TOKENS = 4
 
@@ -78,6 +81,34 @@ def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> Pro
         return PromptCount(tokens + counted, at_most + counted, False)
     num_bytes = sum(_num_bytes(text) for text in texts)
     return PromptCount(tokens + -(-num_bytes // BYTES_PER_TOKEN), at_most + num_bytes, True)
+
+
+def room_of(most: int, context: int | None, prompt: PromptCount) -> int | None:
+    """How many completion tokens to ask for, of a request that does not say: an end that it did not ask for must not make it too long.
+
+    Args:
+        most: that may be asked for.
+        context: prompt and completion tokens that the model has room for; None if unknown.
+        prompt: what it is sent.
+
+    Returns:
+        ``most``, or what the context has left; None to leave the end to the context, where an estimated prompt may leave next to nothing.
+    """
+    if context is None:
+        return most
+    # Twice an estimate: text that is no English has about two bytes a token.
+    tokens = (
+        min(prompt.at_most, ESTIMATE_FACTOR * prompt.tokens)
+        if prompt.is_estimate
+        else prompt.tokens + prompt.tokens // 50 + 16
+    )
+    left = context - tokens
+    if left >= most:
+        return most
+    if prompt.is_estimate:
+        return left if left >= most // 4 and left > 0 else None
+    # A prompt that is too long is refused by the model, whatever is asked for.
+    return left if left > 0 else most
 
 
 def last_text(messages: Sequence[Mapping[str, Any]]) -> str:

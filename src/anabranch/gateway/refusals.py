@@ -5,6 +5,10 @@ import math
 from anabranch.errors import BudgetError, CapacityError, LimitError
 from anabranch.web.api_error import ApiError
 
+# OpenAI's clients ask again after every 429 and 5xx, at once where they are to wait longer than this, unless they are told not to.
+PATIENT_S = 60.0
+HOPELESS = {"x-should-retry": "false"}
+
 # Of a store that cannot write or be read: it has been tried for a while already.
 STORE_RETRY_S = 5
 
@@ -14,6 +18,8 @@ def limited(error: LimitError) -> ApiError:
     wait_s = error.retry_after_s
     headers = {} if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}
     if isinstance(error, BudgetError):
+        if wait_s is None or wait_s > PATIENT_S:
+            headers |= HOPELESS
         return ApiError(429, "insufficient_quota", str(error), type="insufficient_quota", headers=headers)
     return ApiError(429, "rate_limit_exceeded", str(error), type="requests", headers=headers)
 

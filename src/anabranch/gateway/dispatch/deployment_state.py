@@ -45,6 +45,7 @@ class Live:
         tells_usage: its streams say what they come to.
         rests_until: the upstream asked to be left alone until then.
         senders: what each of them met here.
+        is_doubted: it refused somebody for what may well be its own fault, and has served nobody since.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Live:
         self.requests, self.tokens = SlidingSum(MINUTE_S), SlidingSum(MINUTE_S)
         self._on_change, self._heard_at = on_change, 0.0
         self.senders = Senders(rules.window_s)
+        self.is_doubted = False
 
     @property
     def is_shaky(self) -> bool:
@@ -89,7 +91,7 @@ class Live:
 
     def is_doubtful(self, now: float) -> bool:
         """The next attempt had better not be a request's last."""
-        return self.is_shaky or self.is_silent(now)
+        return self.is_shaky or self.is_doubted or self.is_silent(now)
 
     def heard(self, now: float) -> None:
         """The first token of an attempt has come. `end` must be told that it had."""
@@ -143,7 +145,7 @@ class Live:
         self.in_flight -= 1
         self.waiting -= not was_heard
         if outcome == "success":
-            self._heard_at = now
+            self._heard_at, self.is_doubted = now, False
         if outcome != "ignored":
             self.failing += ALPHA * ((outcome != "success") - self.failing)
         before = self.breaker
@@ -195,6 +197,7 @@ class Live:
             "fast_token_s",
             "tells_usage",
             "rests_until",
+            "is_doubted",
             "requests",
             "tokens",
         ):

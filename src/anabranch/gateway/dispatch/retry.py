@@ -1,4 +1,10 @@
-"""What follows a failure: which kinds are tried again, how long to wait, and how many attempts all requests together may add."""
+"""What follows a failure: which kinds are tried again, how long to wait, and how many attempts all requests together may add.
+
+Two tables that ask two things of a failure:
+
+    ACTION    where the request goes next; also by what the words of a refusal sound like (`Failure.cause`)
+    OUTCOME   what it says of the deployment; by status, `code` and `type` alone (`Failure.kind`)
+"""
 
 import random
 from typing import Literal
@@ -15,6 +21,7 @@ ACTION: dict[FailureKind, Action] = {
     "context": "fall_back", "filter": "fall_back", "unsupported": "fall_back", "unavailable": "fall_back", "refused": "fall_back",
     "credit": "retry", "auth": "retry",  # the breaker opens: another deployment has its own account, else the next model is asked
     "forbidden": "retry",  # another deployment has its own key
+    "missing": "retry", "not_found": "retry",  # another deployment may have it
     "request": "give_up", "deadline": "give_up",
 }  # fmt: skip
 
@@ -22,14 +29,22 @@ OUTCOME: dict[FailureKind, Outcome] = {
     "connect": "failure", "timeout": "failure", "first_token": "failure", "rate_limit": "failure", "server": "failure",
     "garbage": "failure", "cut": "failure", "deadline": "failure",
     "credit": "fatal", "auth": "fatal",
+    "missing": "failure",
     "conflict": "ignored", "context": "ignored", "filter": "ignored", "unsupported": "ignored", "request": "ignored",
-    "forbidden": "ignored",
+    "forbidden": "ignored", "not_found": "ignored",
     "unavailable": "ignored", "refused": "ignored",
 }  # fmt: skip
 
-# Refusals with these statuses are the request's own, until several senders in a row have met one: then they are the deployment's. An
-# account without money, or a model that is not there, is told so by some providers.
-DISPUTED = (400, 403, 404)
+# Asked again, the same deployment would refuse again: another one, else the next model.
+IN_VAIN: tuple[FailureKind, ...] = ("forbidden", "missing", "not_found", "credit")
+
+# Refusals that are the request's own, until several senders in a row have met one: then they are the deployment's. A 400 or 422 never is:
+# however many senders make the same mistake, others make none.
+DISPUTED: tuple[FailureKind, ...] = ("forbidden", "not_found")
+
+# While nobody is served between them, these cast doubt on a deployment: where another one or another model can be had without an extra
+# attempt, a request had better begin there. Nobody is refused for it.
+DOUBTED: tuple[FailureKind, ...] = ("forbidden", "missing", "not_found", "credit")
 
 
 def backoff(retry: int, base_s: float, most_s: float, rng: random.Random) -> float:

@@ -18,7 +18,7 @@ from anabranch.gateway.dispatch.breaker import Outcome
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.late import Exchange, answer_of
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
-from anabranch.gateway.dispatch.retry import ACTION, DISPUTED, OUTCOME, backoff
+from anabranch.gateway.dispatch.retry import ACTION, DISPUTED, DOUBTED, IN_VAIN, OUTCOME, backoff
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import (
     Failure,
@@ -125,11 +125,12 @@ class Run:
     def failed(self, error: UpstreamError) -> None:
         """Take note of a failure and decide what is next. Raises UpstreamError if that is nothing."""
         self._last, self._has_failed = error, True
-        action = ACTION[error.failure.kind]
+        cause = error.failure.cause
+        action = ACTION[cause]
         if action == "give_up":
             raise self.ended(error)
         # Asked again, the same deployment would take as much time again, or refuse again.
-        is_in_vain = (error.failure.kind in SLOW and not self.is_last) or error.failure.kind == "forbidden"
+        is_in_vain = (cause in SLOW and not self.is_last) or cause in IN_VAIN
         if action == "fall_back" or self._retry >= self.rules.retries or (is_in_vain and not self._has_fresh()):
             self._next_model()
         else:
@@ -402,6 +403,8 @@ class Run:
         attempt.status, attempt.message = failure.kind, failure.message
         attempt.http_status = failure.status or attempt.http_status
         self.avoid.add(live.name)
+        if failure.cause in DOUBTED and live.senders.doubted(self.plan.sender, now):
+            live.is_doubted = True
         live.end(attempt.ticket, self._outcome(live, attempt, failure), now, failure, was_heard)
 
     def _unseen(self, live: Live, attempt: Attempt, failure: Failure | None) -> Usage:
@@ -418,7 +421,7 @@ class Run:
     def _outcome(self, live: Live, attempt: Attempt, failure: Failure) -> Outcome:
         """What a failure says of the deployment: nothing, where it may well be the request's own."""
         sender = self.plan.sender
-        if failure.kind in ("request", "forbidden") and failure.status in DISPUTED:
+        if failure.kind in DISPUTED:
             return "fatal" if live.senders.refused(sender) else "ignored"
         outcome = OUTCOME[failure.kind]
         if failure.kind == "deadline" and not self._had_time(live, attempt):

@@ -1,7 +1,7 @@
 """`Senders`: what different senders met at one deployment, which tells its own failures from those that one sender's requests bring about.
 
 a failure                                 is the sender's own while others get answers and none of them fails
-a refusal that may be the request's own   is the deployment's once `REFUSED` senders in a row have met one
+a refusal that may be the request's own   is the deployment's once `REFUSED` senders in a row have met one (403, and 404 without a reason)
 """
 
 # Different senders, in a row, whose requests are refused before that is held against the deployment.
@@ -24,16 +24,23 @@ class Senders:
         # By sender, when that was last.
         self._answered: dict[str, float] = {}
         self._failed: dict[str, float] = {}
+        self._doubts: dict[str, float] = {}
 
     def answered(self, sender: str, now: float) -> None:
         """Somebody got an answer."""
         self._refused.clear()
+        self._doubts.clear()
         _note(self._answered, sender, now)
 
     def failed(self, sender: str, now: float) -> bool:
         """A request failed; whether that says something of the deployment."""
         _note(self._failed, sender, now)
         return self._has_other(self._failed, sender, now) or not self._has_other(self._answered, sender, now)
+
+    def doubted(self, sender: str, now: float) -> bool:
+        """A request was refused for what may be the deployment's own fault; whether that casts doubt on it: see `failed`."""
+        _note(self._doubts, sender, now)
+        return self._has_other(self._doubts, sender, now) or not self._has_other(self._answered, sender, now)
 
     def refused(self, sender: str) -> bool:
         """A request was refused, which may be for what is in it; whether that says something of the deployment after all."""

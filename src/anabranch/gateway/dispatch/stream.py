@@ -304,7 +304,8 @@ class Stream:
         return self._request.with_body(messages=[*body["messages"], *said], **changes)
 
     def _usage_chunk(self) -> bytes:
-        return event({**self._parts[0].head, "choices": [], "usage": _usage_body(self.usage)})
+        said = self._parts[0].usage_body if len(self._parts) == 1 else None
+        return event({**self._parts[0].head, "choices": [], "usage": said or _usage_body(self.usage)})
 
 
 def _forget(coming: "asyncio.Future[tuple[Opened, Attempt]]") -> None:

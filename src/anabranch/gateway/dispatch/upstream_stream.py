@@ -49,6 +49,7 @@ class Opened:
         first: events up to the first token, and, once `read_whole` was called, all of them.
         head: of the first chunk: its id, model and the like.
         usage: as the upstream said; None until it does.
+        usage_body: likewise, in its words.
         is_done: nothing more will come.
         has_finished: every choice that was asked for came to its end, whatever the connection does.
         has_given_usage: a chunk with the usage was passed on.
@@ -74,7 +75,11 @@ class Opened:
         self.is_done = self.has_finished = self.has_given_usage = False
         self._heard_at = run.dispatcher.now()
         self._stitch = stitch
+        self.usage_body: Json | None = None
         self._gives_usage = request.wants_usage and stitch is None
+        self._tells_all_along = request.wants_usage and bool(
+            request.body["stream_options"].get("continuous_usage_stats")
+        )
         self._has_begun = self._is_settled = False
         self._num_bytes = self._num_texts = self._text_bytes = 0
         self._num_choices, self._whole = _num_choices(request), set[int]()
@@ -241,23 +246,32 @@ class Opened:
             chunk = read_chunk(data)
             if name == b"error" or chunk.get("error"):
                 raise UpstreamError(self.live.provider.error(status_said(chunk), self.reply.headers, data))
+            had = len(chunk)
             if self._is_passed(chunk):
-                kept.append(b"data: " + data.replace(b"\n", b" ") + b"\n\n" if self._stitch is None else event(chunk))
+                is_as_it_came = self._stitch is None and len(chunk) == had
+                kept.append(b"data: " + data.replace(b"\n", b" ") + b"\n\n" if is_as_it_came else event(chunk))
         passed = b"".join(kept)
         self._count(passed)
         return passed
 
     def _is_passed(self, chunk: Json) -> bool:
-        """Learn from a chunk. Whether the reader sees it: not so the usage that we asked for and they did not."""
+        """Learn from a chunk. Whether the reader sees it: not so the usage that we asked for and they did not.
+
+        Some upstreams say the usage beside the last words. It is taken out there, and said once, behind them, to whoever asked for it.
+        """
         if not self._has_begun:
             self.head = self.head or {key: value for key, value in chunk.items() if key not in ("choices", "usage")}
             self._has_begun = has_content(chunk)
         self._whole |= ended(chunk)
         self.has_finished = self.has_finished or len(self._whole) >= self._num_choices
-        self.usage = Usage.of(chunk) or self.usage
+        usage = Usage.of(chunk)
+        if usage is not None:
+            self.usage, self.usage_body = usage, chunk["usage"]
         if not chunk.get("choices") and isinstance(chunk.get("usage"), dict):
             self.has_given_usage = self.has_given_usage or self._gives_usage
             return self._gives_usage
+        if usage is not None and not self._tells_all_along:
+            del chunk["usage"]
         if self._stitch is None:
             return True
         chunk.update(self._stitch)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeGuard
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
 from anabranch.errors import AnabranchError
-from anabranch.gateway.providers.vocabulary import kind_of, status_said
+from anabranch.gateway.providers.vocabulary import Hint, hint_of, kind_of, status_said
 from anabranch.web.large_json import LARGE, dump_large
 
 Endpoint = Literal["chat", "completions", "embeddings"]
@@ -32,6 +32,9 @@ BODY_BYTES = 32 << 20
 
 # Most tokens of one call that are believed.
 TOKENS = 10**9
+
+# Letters of a key from which on it is taken out of messages.
+TELLING_KEY = 8
 
 # Why an answer ended that can be given to others.
 WHOLE = ("stop", "length", "tool_calls")
@@ -63,6 +66,10 @@ FailureKind = Literal[
     "auth",
     # 403, and nothing says whether it is for our key or for what was asked.
     "forbidden",
+    # 404 that says the model is not there: it is named by our config.
+    "missing",
+    # Any other 404: the address may be wrong, or what the request names is not there.
+    "not_found",
     # This provider cannot do what is asked.
     "unsupported",
     # Any other 4xx: the request itself is at fault.
@@ -88,6 +95,8 @@ class Failure:
         type: the upstream's own word, of OpenAI's ``error.type``.
         code: of ``error.code``.
         param: of ``error.param``.
+        hint: what its words sound like. It decides only where the request goes next, never what is held against the deployment: a sender
+            may have written them.
     """
 
     kind: FailureKind
@@ -97,6 +106,12 @@ class Failure:
     type: str | None = None
     code: str | None = None
     param: str | None = None
+    hint: Hint | None = None
+
+    @property
+    def cause(self) -> FailureKind:
+        """What decides where the request goes next."""
+        return self.kind if self.hint is None or self.kind != "request" else self.hint
 
 
 class UpstreamError(AnabranchError):
@@ -115,7 +130,7 @@ class UpstreamError(AnabranchError):
     def status(self) -> int:
         """The HTTP status for whoever asked."""
         failure = self.failure
-        if failure.kind in ("request", "context", "filter", "unsupported", "forbidden"):
+        if failure.kind in ("request", "context", "filter", "unsupported", "forbidden", "missing", "not_found"):
             return failure.status if failure.status is not None and 400 <= failure.status < 500 else 400
         return _STATUS.get(failure.kind, 502)
 
@@ -123,7 +138,7 @@ class UpstreamError(AnabranchError):
         """OpenAI's form of an error."""
         failure, ours = self.failure, self.status >= 500
         kind = "server_error" if ours else failure.type or "invalid_request_error"
-        code = failure.code or _CODE.get(failure.kind, f"upstream_{failure.kind}")
+        code = failure.code or _CODE.get(failure.cause, f"upstream_{failure.cause}")
         return {"error": {"message": failure.message, "type": kind, "code": code, "param": failure.param}}
 
 
@@ -131,6 +146,7 @@ _STATUS = {"rate_limit": 429, "refused": 429, "unavailable": 503, "deadline": 50
 _CODE = {
     "rate_limit": "rate_limit_exceeded", "refused": "insufficient_quota", "context": "context_length_exceeded",
     "filter": "content_filter", "request": "invalid_request", "unsupported": "unsupported", "deadline": "deadline_exceeded",
+    "missing": "model_not_found", "not_found": "invalid_request",
 }  # fmt: skip
 
 
@@ -430,7 +446,9 @@ class Provider(Part, family="provider"):
 
 def hidden(failure: Failure, secret: str | None) -> Failure:
     """``failure`` with ``secret`` and whatever looks like a key taken out of its message."""
-    text = failure.message.replace(secret, "[key]") if secret else failure.message
+    # No real key is shorter, and a word such as "a" is in every sentence.
+    is_telling = secret is not None and len(secret) >= TELLING_KEY
+    text = failure.message.replace(secret or "", "[key]") if is_telling else failure.message
     return replace(failure, message=re.sub(r"\b(sk|key|xai|gsk|AIza)[-_][\w*.-]{8,}", "[key]", text))
 
 
@@ -465,7 +483,8 @@ def classify(status: int, headers: Headers, body: bytes) -> Failure:
         message = f"the upstream redirects ({status}), which is not followed to another host"
     text = message or f"the upstream answered with status {status}"
     return Failure(
-        kind=what, message=text[:500], status=status, retry_after_s=retry_after(headers), type=kind, code=code, param=param
+        kind=what, message=text[:500], status=status, retry_after_s=retry_after(headers), type=kind, code=code, param=param,
+        hint=hint_of(status, message) if what == "request" else None,
     )  # fmt: skip
 
 

@@ -1,13 +1,17 @@
 """What an upstream's error means: its status, and the words that providers document for ``code`` and ``type``, compared whole.
 
-Messages decide nothing. They are for people, and quote what a sender wrote: the name of a tool, a schema, a prompt. A word that a sender
-puts there would otherwise say that the account is out of money, and shut the deployment for everybody.
+Messages say nothing of a deployment. They are for people, and quote what a sender wrote: the name of a tool, a schema, a prompt. A word
+that a sender puts there would otherwise say that the account is out of money, and shut the deployment for everybody.
 
-The words are those of OpenAI's "Error codes", Azure OpenAI's "Content filtering", Anthropic's "Errors" and GitHub Models.
+Some providers say in words alone that a prompt is too long, or that the account is out of money. Where the request goes next, and nothing
+else, is decided by those too (`hint_of`): a sender who puts them there has their own request asked of another model.
+
+The words are those of OpenAI's "Error codes", Azure OpenAI's "Content filtering", Anthropic's "Errors", GitHub Models and vLLM.
 """
 
+import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from anabranch.gateway.providers.provider import FailureKind
@@ -32,6 +36,9 @@ WORDS: "dict[str, FailureKind]" = {
     "content_policy_violation": "filter",
     "responsibleaipolicyviolation": "filter",
     "moderation_blocked": "filter",
+    "model_not_found": "missing",
+    "deploymentnotfound": "missing",
+    "notfounderror": "missing",
 }
 
 # Statuses at which such a word is believed.
@@ -40,11 +47,13 @@ _BELIEVED: "dict[FailureKind, tuple[int, ...]]" = {
     "auth": (400, 403),
     "context": (400, 413, 422),
     "filter": (400, 403, 422),
+    "missing": (400, 403, 404),
 }
 _OF_STATUS: "dict[int, FailureKind]" = {
     401: "auth",
     402: "credit",
     403: "forbidden",
+    404: "not_found",
     408: "timeout",
     409: "conflict",
     413: "context",
@@ -53,13 +62,50 @@ _OF_STATUS: "dict[int, FailureKind]" = {
 }
 
 # Of errors that come without a status of HTTP, inside a stream or under 200: the status that their words stand for.
-_STATUS: "dict[FailureKind, int]" = {"credit": 402, "auth": 401, "context": 400, "filter": 400}
+_STATUS: "dict[FailureKind, int]" = {"credit": 402, "auth": 401, "context": 400, "filter": 400, "missing": 404}
 _STATUS_OF_TYPE = {
     "invalid_request_error": 400,
     "rate_limit_exceeded": 429,
     "rate_limit_error": 429,
     "overloaded_error": 529,
 }
+
+# How messages begin, or what they hold, where nothing else says it. Anthropic, vLLM and what calls itself compatible.
+Hint = Literal["context", "credit"]
+_HINTS: tuple[tuple[Hint, re.Pattern[str]], ...] = (
+    (
+        "context",
+        re.compile(
+            r"prompt is too long|input is too long|maximum context length|context (?:window|length)|too many (?:input )?tokens"
+            r"|exceeds? the (?:available|model'?s?) context|input length and `?max_tokens`? exceed|input token count .{0,40}exceeds",
+            re.I,
+        ),
+    ),
+    (
+        "credit",
+        re.compile(
+            r"credit balance|insufficient (?:balance|credits?|funds|quota)|exceeded your (?:current )?quota|usage limits?\b|spend(?:ing)? limit"
+            r"|out of credits?|billing (?:hard )?limit",
+            re.I,
+        ),
+    ),
+)
+# Statuses of a refusal in words. A 429 or 403 goes to another deployment, and then to another model, anyway.
+_HINTED = (400, 413, 422)
+# So much of a message is looked at: what providers say comes first, what they quote after.
+_HINT_LETTERS = 400
+
+
+def hint_of(status: int, message: str) -> Hint | None:
+    """What the words of a refusal sound like; None for nothing that another model could change.
+
+    Args:
+        status: of HTTP.
+        message: of the error's body.
+    """
+    if status not in _HINTED:
+        return None
+    return next((hint for hint, pattern in _HINTS if pattern.search(message, 0, _HINT_LETTERS)), None)
 
 
 def kind_of(status: int, type: str | None, code: str | None) -> "FailureKind":
