@@ -203,19 +203,25 @@ def test_what_an_error_says_is_shown_whatever_form_it_has():
 
 
 # Refusals that say in words alone what another model could change; where the request goes then.
+def refusal(message, **fields):
+    return {"type": "error", "error": {"type": "invalid_request_error", "message": message}, **fields}
+
+
 IN_WORDS = [
-    ({"type": "error", "error": {"type": "invalid_request_error", "message": "prompt is too long: 208310 tokens > 200000 maximum"}}, "context"),
+    (refusal("prompt is too long: 208310 tokens > 200000 maximum"), "context"),
+    (refusal("Your credit balance is too low to access the Anthropic API."), "credit"),
     (
-        {"type": "error", "error": {"type": "invalid_request_error", "message": "Your credit balance is too low to access the Anthropic API."}},
-        "credit",
-    ),
-    (
-        {"object": "error", "type": "BadRequestError", "param": None, "code": 400,
-         "message": "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens (5000 in the messages)."},
+        {
+            "object": "error",
+            "type": "BadRequestError",
+            "param": None,
+            "code": 400,
+            "message": "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens.",
+        },
         "context",
     ),
-    ({"error": {"message": "You have reached your specified API usage limits", "type": "invalid_request_error"}}, "credit"),
-]  # fmt: skip
+    (refusal("You have reached your specified API usage limits"), "credit"),
+]
 
 
 @pytest.mark.parametrize(("body", "hint"), IN_WORDS)

@@ -84,8 +84,8 @@ _HINTS: tuple[tuple[Hint, re.Pattern[str]], ...] = (
     (
         "credit",
         re.compile(
-            r"credit balance|insufficient (?:balance|credits?|funds|quota)|exceeded your (?:current )?quota|usage limits?\b|spend(?:ing)? limit"
-            r"|out of credits?|billing (?:hard )?limit",
+            r"credit balance|insufficient (?:balance|credits?|funds|quota)|exceeded your (?:current )?quota|usage limits?\b"
+            r"|spend(?:ing)? limit|out of credits?|billing (?:hard )?limit",
             re.I,
         ),
     ),
