@@ -281,6 +281,23 @@ def test_when_the_first_goes_away_the_next_takes_over():
     asyncio.run(main())
 
 
+def test_those_who_are_released_each_fetch_for_themselves_and_wait_for_nobody():
+    async def main():
+        flights, calls = SingleFlight(), []
+        ticket = await flights.join("a")
+        tasks = [asyncio.create_task(ask(flights, "a", calls, lambda: "x")) for _ in range(3)]
+        await asyncio.sleep(0.002)
+        assert ticket.num_waiting == 3
+        ticket.release()
+        assert await asyncio.gather(*tasks) == ["x"] * 3
+        assert calls == ["a"] * 3
+        assert (ticket.num_waiting, ticket.is_open, len(flights)) == (0, False, 0)
+        ticket.land("late")
+        assert len(flights) == 0
+
+    asyncio.run(main())
+
+
 def test_one_who_waits_may_leave_without_harm():
     async def main():
         flights, calls = SingleFlight(), []

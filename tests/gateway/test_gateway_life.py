@@ -15,6 +15,7 @@ from anabranch.gateway.config import (
     LimitsConfig,
     LostConfig,
     ModelConfig,
+    RetryConfig,
     StrategyConfig,
 )
 from anabranch.gateway.gateway import Gateway
@@ -164,6 +165,31 @@ def test_a_stream_that_breaks_says_so_in_the_stream(tmp_path):
 
     _, [row] = run(config(tmp_path, model("small", script=("cut:2",))), work)
     assert row.status == "error"
+
+
+@pytest.mark.parametrize("mode", ["error", "restart"])
+@pytest.mark.parametrize("wish", [{}, {"x-mid-stream": "restart"}])
+def test_a_stream_that_breaks_begins_anew_where_the_config_and_its_reader_want_that(tmp_path, mode, wish):
+    made = config(tmp_path, model("small", script=("cut:2",)), mid_stream=mode, retries=RetryConfig(base_s=0.0))
+
+    async def work(gateway):
+        reply = await gateway.handle("chat", ask(stream=True, temperature=0), headers=wish)
+        events = b"".join([piece async for piece in reply.stream])
+        _, mark, after = events.partition(b"event: restart")
+        again = await gateway.achat(ask(temperature=0))
+        return bool(mark), b'"error"' in events, after.count(b'"content"'), text_of_answer(again)
+
+    (restarted, failed, num_tokens, text), rows = run(made, work)
+    assert restarted is (mode == "restart" and bool(wish))
+    assert failed is not restarted
+    if restarted:
+        # The turn and four words; what is kept is the second one alone.
+        assert (num_tokens, len(text.split()), [row.cache for row in rows]) == (5, 4, ["", "exact"])
+        assert rows[0].attempts == 2
+
+
+def text_of_answer(answer):
+    return answer["choices"][0]["message"]["content"]
 
 
 # Strategies
@@ -439,47 +465,6 @@ def test_what_means_the_same_is_answered_where_that_is_wanted(tmp_path):
     (one, two, three), rows = run(made, work)
     assert one == two != three
     assert [row.cache for row in rows] == ["", "semantic", ""]
-
-
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_request_with_a_name_is_asked_and_paid_for_once(tmp_path, exact):
-    """Whatever its temperature, and whatever else is cached; another body, name or key is another request."""
-    made = config(tmp_path, model("small", latency_s=0.02), require_key=True, cache=CacheConfig(exact=exact))
-
-    async def work(gateway):
-        (one, _), (other, _) = [await gateway.store.create_key(name) for name in ("a", "b")]
-        named = {"idempotency-key": "n1", "x-cache": "deny"}
-        first = await gateway.achat(ask(temperature=1), key=one, headers=named)
-        same = [
-            await gateway.achat(ask(temperature=1), key=one, headers=named),
-            *await asyncio.gather(*(gateway.achat(ask("b"), key=one, headers=named) for _ in range(2))),
-        ]
-        streamed = await everything(gateway, ask(temperature=1), key=one, headers=named)
-        others = [
-            await gateway.achat(ask(temperature=1), key=other, headers=named),
-            await gateway.achat(ask(temperature=1), key=one, headers={"idempotency-key": "n2"}),
-            await gateway.achat(ask(temperature=1), key=one),
-        ]
-        return first, same, streamed, others
-
-    (first, same, streamed, others), rows = run(made, work)
-    assert same[0] == first
-    assert same[1] == same[2]
-    assert text_of(streamed) == first["choices"][0]["message"]["content"]
-    assert len({answer["id"] for answer in (first, same[1], *others)}) == 5
-    assert sorted(row.cache for row in rows) == [*[""] * 5, "exact", "exact", "shared"]
-    assert all((row.cost_nano == 0) == bool(row.cache) for row in rows)
-
-
-def test_a_request_with_a_name_that_failed_is_asked_again(tmp_path):
-    async def work(gateway):
-        with pytest.raises(ApiError):
-            await gateway.achat(ask(), headers={"idempotency-key": "n"})
-        return await gateway.achat(ask(), headers={"idempotency-key": "n"})
-
-    answer, rows = run(config(tmp_path, model("small", script=("422",))), work)
-    assert answer["choices"]
-    assert [row.status for row in rows] == ["error", "ok"]
 
 
 # Reload, Python

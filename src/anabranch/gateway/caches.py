@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.gateway.cache import Entry, ExactCache, SemanticCache, SingleFlight
+from anabranch.gateway.cache import Entry, ExactCache, Named, NameKey, SemanticCache, SingleFlight
 from anabranch.gateway.config import CacheConfig
 from anabranch.routers.embed import Embedder
 
@@ -16,13 +16,20 @@ class Caches:
     Attributes:
         exact: None if it is off.
         semantic: likewise.
-        named: answers to requests that their senders gave a name (``Idempotency-Key``); never off.
+        named: answers to requests that their senders gave a name (``Idempotency-Key``); never off, and kept where caches are made anew.
         flights: of identical requests under way.
+
+    Args:
+        config: see there.
+        embedder: of texts, for the semantic one.
+        previous: whose place these take.
     """
 
-    def __init__(self, config: CacheConfig, embedder: Embedder | None) -> None:
+    def __init__(self, config: CacheConfig, embedder: Embedder | None, previous: "Caches | None" = None) -> None:
         self.exact = ExactCache(ttl_s=config.ttl_s, size_bytes=config.max_bytes) if config.exact else None
-        self.named = ExactCache(ttl_s=config.ttl_s, size_bytes=config.max_bytes)
+        limits: dict[str, Any] = {"ttl_s": config.ttl_s, "size": config.max_entries, "size_bytes": config.max_bytes}
+        self.named: Named = Named(**limits) if previous is None else previous.named
+        self.named.bound(**limits)
         self.semantic: SemanticCache | None = None
         if config.semantic and embedder is not None:
             self.semantic = SemanticCache(
@@ -40,7 +47,7 @@ class Caches:
     def put(
         self,
         tenant: str,
-        exact: tuple[ExactCache, bytes] | None,
+        exact: tuple[ExactCache, bytes] | tuple[Named, NameKey] | None,
         context: tuple[bytes, str] | None,
         vector: Any,
         entry: Entry,
@@ -48,7 +55,7 @@ class Caches:
         """Keep an answer wherever it was looked for; ``exact`` is `exact` or `named`, and the key."""
         if exact is not None:
             cache, key = exact
-            cache.put(tenant, key, entry)
+            cache.put(tenant, key, entry)  # type: ignore[arg-type]
         if context is not None and vector is not None and self.semantic is not None:
             self.semantic.put(tenant, context[0], vector, entry)
 

@@ -161,7 +161,7 @@ class Gateway:
             self.metrics.reloads.labels("refused").inc()
             raise
         new.decider.succeed(old.decider)
-        self.runtime, self.caches = new, Caches(config.cache, new.embedder)
+        self.runtime, self.caches = new, Caches(config.cache, new.embedder, self.caches)
         await errands.start(self)
         self.metrics.reloads.labels("taken").inc()
         self._spawn(old.retire())
@@ -237,6 +237,26 @@ class Gateway:
         life = Life(self, runtime, endpoint, body, headers or {}, shown_as or endpoint, collecting, num_bytes)
         self.in_flight += 1
         runtime.users += 1
+        if not life.headers.get("idempotency-key"):
+            return await self._run(life, key)
+        # One with a name goes on without its client, who comes back for the answer.
+        task = asyncio.ensure_future(self._run(life, key))
+        self.keep(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._unread)
+            raise
+
+    def _unread(self, done: "asyncio.Task[Reply]") -> None:
+        """The client has gone before there was a reply."""
+        if done.cancelled() or done.exception() is not None:
+            return
+        stream = done.result().stream
+        if stream is not None:
+            self._spawn(stream.aclose())  # type: ignore[attr-defined]
+
+    async def _run(self, life: Life, key: str | None) -> Reply:
         token = _CURRENT.set(life)
         try:
             reply = await life.run(key)

@@ -18,12 +18,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import BudgetError, CapacityError, InputError, RateError, UnknownModelError
 from anabranch.gateway.ab.assignment import Arm, arm_of
-from anabranch.gateway.cache import Entry, ExactCache, SingleFlight, Ticket, context_key, exact_key
+from anabranch.gateway.cache import (
+    LONGEST_NAME,
+    Entry,
+    ExactCache,
+    Named,
+    NameKey,
+    OtherRequestError,
+    Ticket,
+    context_key,
+    exact_key,
+)
 from anabranch.gateway.config import Target, find_target
 from anabranch.gateway.core.model_calls import ModelCalls
 from anabranch.gateway.core.settlement import settle
 from anabranch.gateway.decide import Decided
-from anabranch.gateway.dispatch import Plan, Report
+from anabranch.gateway.dispatch import Attempt, Plan, Report
 from anabranch.gateway.http.sse import chunks_of
 from anabranch.gateway.metrics import Ended
 from anabranch.gateway.prompt_tokens import (
@@ -38,7 +48,7 @@ from anabranch.gateway.prompt_tokens import (
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest, Usage
 from anabranch.gateway.purse import Hold, Purse
 from anabranch.gateway.refusals import HOPELESS, limited, unavailable
-from anabranch.gateway.relay import Relay, Replayed
+from anabranch.gateway.relay import Relay, Replayed, Sharing
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, Reservation, subjects_of
 from anabranch.gateway.told import (
@@ -118,7 +128,7 @@ class Life:
         self.hold = Hold()
         self.report: Report | None = None
         # Where the same request would find its answer.
-        self.exact: tuple[ExactCache, bytes] | None = None
+        self.exact: tuple[ExactCache, bytes] | tuple[Named, NameKey] | None = None
         self.context: tuple[bytes, str] | None = None
         self.vector: Any = None
         self.ticket: Ticket[Entry] | None = None
@@ -301,18 +311,20 @@ class Life:
 
     async def _look(self) -> tuple[Entry, str] | None:
         """An answer somebody got before, and which cache had it: ``exact``, ``shared`` (another request was under way) or ``semantic``."""
+        found = await self._found()
+        if found is not None and self.record is not None and not self.record.allows(found[0].model):
+            # It may not use that model any more.
+            found = None
+        if found is None and (self.exact is not None or self.context is not None):
+            self.gateway.metrics.cached("miss")
+        return found
+
+    async def _found(self) -> tuple[Entry, str] | None:
         caches, wish = self.caches, self._wish()
-        if self.endpoint == "completions" and not isinstance(self.body.get("prompt"), str):
-            return None
         name = self.headers.get("idempotency-key")
         if name:
-            found = await self._asked_before(
-                caches.named, exact_key(self.endpoint, f"{self.asked_for}\n{name}", self.body)
-            )
-            if found is None:
-                self.gateway.metrics.cached("miss")
-            return found
-        if wish == "deny":
+            return await self._asked_by_name(caches.named, name)
+        if wish == "deny" or (self.endpoint == "completions" and not isinstance(self.body.get("prompt"), str)):
             return None
         is_settled = self.endpoint == "embeddings" or self.body.get("temperature") == 0 or wish == "allow"
         if caches.exact is not None and is_settled:
@@ -327,9 +339,31 @@ class Life:
                 near = caches.semantic.get(self.tenant, self.context[0], self.vector)
                 if near is not None:
                     return near[0], "semantic"
-        if self.exact is not None or self.context is not None:
-            self.gateway.metrics.cached("miss")
         return None
+
+    async def _asked_by_name(self, named: Named, name: str) -> tuple[Entry, str] | None:
+        """The answer to a request of this name; None, and the duty to fetch it, if there is none. Raises ApiError."""
+        if len(name) > LONGEST_NAME:
+            raise wrong(
+                "Idempotency-Key", f"Idempotency-Key may have {LONGEST_NAME} characters; this has {len(name):,}"
+            )
+        mark = await self._apart(lambda: exact_key(self.endpoint, self.label, self._short()))
+        self.exact = named, (name, mark)
+        try:
+            found = named.get(self.tenant, name, mark)
+            if found is not None:
+                return found, "exact"
+            async with asyncio.timeout(self.runtime.config.deadline_s - self.elapsed()):
+                joined = await named.claim(self.tenant, name, mark)
+        except OtherRequestError as error:
+            raise ApiError(422, "idempotency_key_reused", str(error), param="Idempotency-Key") from None
+        except TimeoutError:
+            message = f"the request named {name!r} is under way, and its answer did not come in time; send it again"
+            raise ApiError(409, "idempotency_key_in_use", message, headers={"Retry-After": "1"}) from None
+        if isinstance(joined, Ticket):
+            self.ticket = joined
+            return None
+        return joined, "shared"
 
     async def _asked_before(self, cache: ExactCache, key: bytes) -> tuple[Entry, str] | None:
         """The answer to the same request, given before or under way; None, and the duty to fetch it, if there is none."""
@@ -337,20 +371,16 @@ class Life:
         entry = cache.get(self.tenant, key)
         if entry is not None:
             return entry, "exact"
-        joined = await self._joined(self.caches.flights, key)
+        try:
+            async with asyncio.timeout(self.runtime.config.deadline_s - self.elapsed()):
+                joined = await self.caches.flights.join((self.tenant, key))
+        except TimeoutError:
+            message = "an identical request is under way, and its answer did not come in time"
+            raise UpstreamError(Failure(kind="deadline", message=message)) from None
         if not isinstance(joined, Ticket):
             return joined, "shared"
         self.ticket = joined
         return None
-
-    async def _joined(self, flights: SingleFlight[Entry], key: bytes) -> Entry | Ticket[Entry]:
-        """The answer of an identical request under way, or the duty to fetch it. Raises what that one failed with, or a deadline."""
-        try:
-            async with asyncio.timeout(self.runtime.config.deadline_s - self.elapsed()):
-                return await flights.join((self.tenant, key))
-        except TimeoutError:
-            message = "an identical request is under way, and its answer did not come in time"
-            raise UpstreamError(Failure(kind="deadline", message=message)) from None
 
     def _wish(self) -> str:
         """What the sender says about caches: ``x-cache: allow`` or ``deny``, or a ``cache-control`` that means the latter."""
@@ -466,15 +496,44 @@ class Life:
             sender=self.sender,
             requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
             bounds={model: most for model in self.candidates if (most := self._bound(model)) is not None},
+            late=self._come_late if self.is_named else None, mid_stream="restart" if self._may_restart else None,
         )  # fmt: skip
         if request.stream:
             stream = await runtime.dispatcher.stream(plan, request)
-            return Reply(stream=Relay(stream, self.streamed), headers=headers_of(self, stream.report))
+            return Reply(stream=Relay(stream, self.streamed, self._sharing()), headers=headers_of(self, stream.report))
         answer = await runtime.dispatcher.complete(plan, request)
         self._keep(answer)
         self._note(answer)
         self.end("ok", 200)
         return Reply(body=answer.data, headers=headers_of(self, answer.report))
+
+    @property
+    def is_named(self) -> bool:
+        """It has the duty to fetch the answer for all requests of its name."""
+        return self.ticket is not None and self.exact is not None and isinstance(self.exact[0], Named)
+
+    @property
+    def _may_restart(self) -> bool:
+        """Whether a stream that breaks off may begin anew: the config lets it, and who reads it knows what that looks like."""
+        is_theirs = self.shown_as == self.endpoint and self.headers.get("x-mid-stream", "").lower() == "restart"
+        return is_theirs and self.runtime.config.mid_stream == "restart"
+
+    def _sharing(self) -> Sharing | None:
+        """Who else wants what a stream says: those who wait for the same, or who come back for it by its name."""
+        ticket = self.ticket
+        if ticket is None:
+            return None
+        return Sharing(
+            to_the_end=self.is_named,
+            is_awaited=lambda: ticket.num_waiting > 0,
+            release=ticket.release if not self.is_named else lambda: None,
+            keep=self.gateway.keep,
+        )
+
+    def _come_late(self, attempt: Attempt, answer: Answer) -> None:
+        """The answer to a request with a name has come after it was given up."""
+        if self.ticket is not None and self.ticket.is_open:
+            self._share(answer, attempt.model, attempt.cost)
 
     async def _accept(self, judge: Callable[[str, Any], Awaitable[bool]], model: str, answer: Answer) -> bool:
         """Whether the strategy takes an answer. What the attempts so far did not need may be spent on asking about it."""
@@ -497,7 +556,11 @@ class Life:
             return
         self.is_over = True
         if self.ticket is not None:
-            self.ticket.abandon()
+            if self._is_read_on:
+                # Who sends it again waits for that, and does not pay twice.
+                self._last_report.when_known(self.ticket.abandon)
+            else:
+                self.ticket.abandon()
         latency_s = self.elapsed()
         self.gateway.unsettled.add(self.id)
         # What its strategy has left behind ends first: it costs something too.
@@ -608,13 +671,20 @@ class Life:
         """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones."""
         if self.exact is None and self.context is None:
             return
-        if self.endpoint != "embeddings" and not answer.is_whole:
+        is_kept_anyway = self.endpoint == "embeddings" or (self.is_named and not self.body.get("stream"))
+        if not is_kept_anyway and not answer.is_whole:
             return
+        self._share(answer, self._last_report.model or "", self._last_report.cost)
+
+    def _share(self, answer: Answer, model: str, nano: int) -> None:
         usage = answer.usage
         entry = Entry(
-            body=answer.data, model=self.report.model or "" if self.report else "", prompt_tokens=usage.prompt,
-            completion_tokens=usage.completion, nano=self.report.cost if self.report else 0,
-        )  # fmt: skip
+            body=answer.data,
+            model=model,
+            prompt_tokens=usage.prompt,
+            completion_tokens=usage.completion,
+            nano=nano,
+        )
         self.caches.put(self.tenant, self.exact, self.context, self.vector, entry)
         if self.ticket is not None:
             self.ticket.land(entry)
@@ -668,9 +738,19 @@ class Life:
         return refusal
 
     def _share_failure(self, error: Exception) -> None:
-        """Those who wait for the same answer fail too."""
-        if self.ticket is not None:
+        """Those who wait for the same answer fail too, unless it may still come, or this one only came too early to get it in time."""
+        is_own = isinstance(error, UpstreamError) and error.failure.kind == "deadline"
+        if self.ticket is not None and not self._is_read_on and not is_own:
             self.ticket.fail(error)
+
+    @property
+    def _last_report(self) -> Report:
+        return self.report or Report()
+
+    @property
+    def _is_read_on(self) -> bool:
+        """Its answer may come yet, for who asks by its name again."""
+        return self.is_named and self._last_report.is_late
 
     def _retry_after(self, error: UpstreamError) -> dict[str, str]:
         wait_s = error.failure.retry_after_s

@@ -4,19 +4,47 @@ A request is over when its stream was read to the end, or closed, or when whoeve
 """
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.web.api_error import ApiError
-from anabranch.web.sse import read_data
+from anabranch.web.sse import HEARTBEAT, read_data
 
 Call = Callable[[], None]
+
+# How long, in all, a reader may have those wait who want the same answer.
+PATIENCE_S = 1.0
+
+# Bytes of a stream that are held for a reader who is slower than those who wait for the same.
+READ_AHEAD = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """Who else wants what a stream says.
+
+    Attributes:
+        to_the_end: it is read to its end in any case, whether or not its reader stays.
+        is_awaited: whether somebody waits for it now.
+        release: called if they have to do without it, since it is too long to be read ahead of its reader.
+        keep: sees to it that a task ends before the gateway does.
+    """
+
+    to_the_end: bool
+    is_awaited: Callable[[], bool]
+    release: Call
+    keep: Callable[["asyncio.Task[Any]"], None]
 
 
 class Relay:
     """The bytes of a stream. Read it to the end, or close it: only then is the request over.
+
+    Where others want what it says too, no reader holds them up: once its reader has had it wait for `PATIENCE_S` in all, the rest is
+    read in a task of its own, up to `READ_AHEAD` bytes ahead of the reader; then the request is over when that has come to the end.
 
     Attributes:
         on_close: called once when nothing more will be read.
@@ -24,35 +52,131 @@ class Relay:
     Args:
         stream: of a dispatcher.
         on_end: called with the stream when it has ended, and with True too if its reader has gone before.
+        sharing: None where nobody else wants it.
     """
 
     _is_open = False
 
-    def __init__(self, stream: Any, on_end: Callable[..., None]) -> None:
-        self._stream, self._on_end = stream, on_end
+    def __init__(self, stream: Any, on_end: Callable[..., None], sharing: Sharing | None = None) -> None:
+        self._stream, self._on_end, self._sharing = stream, on_end, sharing
         self._events = aiter(stream)
         self._loop, self._is_open = asyncio.get_running_loop(), True
         self.on_close: Call | None = None
+        # What was read ahead, and by whom; None as long as it is read as its reader asks for it.
+        self._ahead: deque[bytes] = deque()
+        self._size = 0
+        self._task: asyncio.Task[None] | None = None
+        self._turn = asyncio.Event()
+        self._is_left = False
+        # Since when the reader has had it wait, and how long before.
+        self._handed_s: float | None = self._loop.time()
+        self._waited_s = 0.0
+        if sharing is not None and sharing.to_the_end:
+            self._read_on()
+        elif sharing is not None:
+            _watch(weakref.ref(self), self._loop)
 
     def __aiter__(self) -> "Relay":
         return self
 
     async def __anext__(self) -> bytes:
+        if self._handed_s is not None:
+            self._waited_s += self._loop.time() - self._handed_s
+            if self._sharing is not None and self._task is None and self._waited_s > PATIENCE_S:
+                self._read_on()
+            self._handed_s = None
+        if self._task is not None:
+            return await self._next_of_ahead()
         try:
-            return await anext(self._events)
+            piece: bytes = await anext(self._events)
         except (StopAsyncIteration, UpstreamError):
             try:
                 self._on_end(self._stream)
             finally:
                 self._close()
             raise StopAsyncIteration from None
+        self._handed_s = self._loop.time()
+        return piece
 
     async def aclose(self) -> None:
-        """Nobody reads on: the upstream is cancelled, and what it has given so far is paid for."""
+        """Nobody reads on: the upstream is cancelled, and what it has given so far is paid for; unless others want the rest."""
+        task, sharing = self._task, self._sharing
+        if task is not None and sharing is not None and not task.done():
+            self._is_left = True
+            self._ahead.clear()
+            self._turn.set()
+            if sharing.to_the_end or sharing.is_awaited():
+                return
+            task.cancel()
+            await asyncio.wait((task,))
         try:
             await self._stream.aclose()
         finally:
             self._leave()
+
+    # Ahead of the reader
+
+    def _look(self) -> bool:
+        """Whether to look again later: begins to read ahead if the reader has had others wait for too long."""
+        if not self._is_open or self._task is not None:
+            return False
+        waiting_s = 0.0 if self._handed_s is None else self._loop.time() - self._handed_s
+        # While the reader asks, something else reads already.
+        if self._handed_s is not None and self._waited_s + waiting_s > PATIENCE_S:
+            self._read_on()
+        return self._task is None
+
+    def _read_on(self) -> None:
+        assert self._sharing is not None
+        self._task = self._loop.create_task(self._pump(self._sharing))
+        self._task.add_done_callback(self._pumped)
+        self._sharing.keep(self._task)
+
+    def _pumped(self, task: "asyncio.Task[None]") -> None:
+        # Its reader raises it; if there is none, nobody minds.
+        if not task.cancelled():
+            task.exception()
+        self._turn.set()
+        if self._is_left:
+            self._leave()
+
+    async def _pump(self, sharing: Sharing) -> None:
+        try:
+            async for piece in self._events:
+                if self._is_left or (piece is HEARTBEAT and self._ahead):
+                    continue
+                self._ahead.append(piece)
+                self._size += len(piece)
+                self._turn.set()
+                while self._size > READ_AHEAD and not self._is_left:
+                    sharing.release()
+                    self._turn.clear()
+                    await self._turn.wait()
+            self._on_end(self._stream)
+        except UpstreamError:
+            self._on_end(self._stream)
+        except BaseException:
+            await self._stream.aclose()
+            self._on_end(self._stream, True)
+            raise
+
+    async def _next_of_ahead(self) -> bytes:
+        task = self._task
+        assert task is not None
+        while not self._ahead:
+            if task.done():
+                self._close()
+                # Raises what it broke at.
+                task.result()
+                raise StopAsyncIteration
+            self._turn.clear()
+            await self._turn.wait()
+        piece = self._ahead.popleft()
+        self._size -= len(piece)
+        self._turn.set()
+        return piece
+
+    # The end
 
     def _leave(self) -> None:
         try:
@@ -75,6 +199,13 @@ class Relay:
             self._stream.drop()
         finally:
             self._leave()
+
+
+def _watch(relay: "weakref.ref[Relay]", loop: asyncio.AbstractEventLoop) -> None:
+    """Look at a stream every now and then, without holding on to it."""
+    found = relay()
+    if found is not None and found._look():
+        loop.call_later(PATIENCE_S / 4, _watch, relay, loop)
 
 
 class Replayed:

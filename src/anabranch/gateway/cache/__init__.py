@@ -1,6 +1,7 @@
 """Answers kept for the next who asks the same: to the letter, or in other words, or at this very moment.
 
 exact      same tenant, model or strategy, messages and sampling fields
+named      same tenant, and the same name that the sender gave it
 semantic   same tenant and context, and a last message that means the same (opt-in)
 flight     identical requests under way at once make one call upstream
 """
@@ -9,13 +10,18 @@ from anabranch.gateway.cache.entry import Entry
 from anabranch.gateway.cache.exact import ExactCache, exact_key
 from anabranch.gateway.cache.flight import SingleFlight, Ticket
 from anabranch.gateway.cache.index import ExactIndex, GraphIndex, VectorIndex
+from anabranch.gateway.cache.named import LONGEST_NAME, Named, NameKey, OtherRequestError
 from anabranch.gateway.cache.semantic import SemanticCache, context_key
 
 __all__ = [
+    "LONGEST_NAME",
     "Entry",
     "ExactCache",
     "ExactIndex",
     "GraphIndex",
+    "NameKey",
+    "Named",
+    "OtherRequestError",
     "SemanticCache",
     "SingleFlight",
     "Ticket",

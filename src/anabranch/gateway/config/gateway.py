@@ -47,7 +47,7 @@ class GatewayConfig(Config):
         lost: what calls are charged that brought nothing.
         balance: how requests are spread over the deployments of a model.
         mid_stream: what follows when a stream breaks after its first token: an error event, a continuation by another model, or a
-            fresh answer if the sender opted in.
+            fresh answer, for who sends ``x-mid-stream: restart`` (others get the error event).
         limits, cache, feedback, learning, admin, log: see there.
         require_key: requests need a key of the store (``anabranch gateway keys create``).
         store: path of a SQLite file, or a URL: ``sqlite:///gateway.db``, ``postgresql://user@host/name``.

@@ -30,6 +30,7 @@ class Plan:
         requests: what to send to a model in place of the request, by its name.
         bounds: most completion tokens of one answer of a model, by its name; sent to it where the request names no end of its own.
         report: filled as attempts are made, for whoever has to know of them however the request ends; None for a new one.
+        late: called with an attempt that was given up, and read on, and the answer that it brought after all.
         sender: whose request it is, to tell what one sender meets from what all do; "" if nobody knows.
     """
 
@@ -45,6 +46,7 @@ class Plan:
     requests: Mapping[str, UpstreamRequest] = field(default_factory=dict)
     bounds: Mapping[str, int] = field(default_factory=dict)
     report: "Report | None" = None
+    late: "Callable[[Attempt, Answer], None] | None" = None
     sender: str = ""
 
     def most_attempts(self, retries: int) -> int:

@@ -21,6 +21,7 @@ from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.retry import ACTION, DISPUTED, DOUBTED, IN_VAIN, OUTCOME, backoff
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import (
+    Answer,
     Failure,
     FailureKind,
     HttpCall,
@@ -367,10 +368,12 @@ class Run:
 
     def _known(self, live: Live, request: UpstreamRequest, attempt: Attempt, exchange: Exchange) -> None:
         """What was read on has come to an end."""
+        answer: Answer | None = None
         usage: Usage | None = None
         failure: Failure | None = None
         try:
-            usage = answer_of(live.provider, request, exchange).usage
+            answer = answer_of(live.provider, request, exchange)
+            usage = answer.usage
         except asyncio.CancelledError:
             logger.debug("an answer of %s that nobody waits for was given up", live.name)
         except Exception as cause:
@@ -380,6 +383,8 @@ class Run:
             attempt.is_guess = usage.is_estimated
             self.charge(live, attempt, usage)
         attempt.is_late, attempt.call = False, None
+        if answer is not None and self.plan.late is not None:
+            self.plan.late(attempt, answer)
         self.report.now_known()
 
     def lost(self, live: Live, attempt: Attempt, failure: Failure | None, usage: Usage | None = None) -> None:

@@ -1,0 +1,260 @@
+"""Streams on their way to clients: who reads slowly, or not at all, holds up nobody else."""
+
+import asyncio
+import contextlib
+import json
+import socket
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from anabranch.gateway import relay
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.app import App
+from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.providers.provider import Failure, UpstreamError
+from anabranch.gateway.relay import Relay, Sharing
+
+
+class Source:
+    """A stream of a dispatcher: ``pieces``, and then its end or an error."""
+
+    def __init__(self, *pieces, error=None):
+        self._pieces, self._error = pieces, error
+        self.num_read, self.is_closed = 0, False
+        self._events = self._relay()
+
+    async def _relay(self):
+        for piece in self._pieces:
+            self.num_read += 1
+            yield piece
+            await asyncio.sleep(0)
+        if self._error is not None:
+            raise self._error
+
+    def __aiter__(self):
+        return self._events
+
+    async def aclose(self):
+        await self._events.aclose()
+        self.is_closed = True
+
+    def drop(self):
+        self.is_closed = True
+
+
+class Others:
+    """Who else wants it."""
+
+    def __init__(self, to_the_end=False, is_awaited=True):
+        self.released, self.tasks, self.ends, self.closed = 0, [], [], 0
+        self.sharing = Sharing(
+            to_the_end=to_the_end, is_awaited=lambda: is_awaited, release=self._release, keep=self.tasks.append
+        )
+
+    def _release(self):
+        self.released += 1
+
+    def on_end(self, stream, is_cut=False):
+        if not self.ends:
+            self.ends.append(is_cut)
+
+    def relay(self, source, is_shared=True):
+        made = Relay(source, self.on_end, self.sharing if is_shared else None)
+
+        def closed():
+            self.closed += 1
+
+        made.on_close = closed
+        return made
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(relay, "PATIENCE_S", 0.02)
+
+
+async def until(is_so):
+    async with asyncio.timeout(5):
+        while not is_so():
+            await asyncio.sleep(0.002)
+
+
+def test_a_reader_that_stands_still_holds_up_nobody_and_loses_nothing():
+    async def main():
+        source, others = Source(b"a", b"b", b"c"), Others()
+        stream = others.relay(source)
+        assert await anext(stream) == b"a"
+        await until(lambda: others.ends)
+        assert (others.ends, others.closed) == ([False], 0)
+        assert [piece async for piece in stream] == [b"b", b"c"]
+        assert others.closed == 1
+        await stream.aclose()
+        assert (others.ends, others.closed) == ([False], 1)
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_trickles_is_counted_in_all():
+    async def main():
+        source, others = Source(*[b"x"] * 50), Others()
+        stream = others.relay(source)
+        for _ in range(8):
+            await anext(stream)
+            # Each wait alone is short of what is borne.
+            await asyncio.sleep(0.008)
+        await until(lambda: others.ends)
+        assert len([piece async for piece in stream]) == 42
+
+    asyncio.run(main())
+
+
+def test_where_nobody_else_wants_it_nothing_is_read_ahead():
+    async def main():
+        source, others = Source(b"a", b"b", b"c"), Others()
+        stream = others.relay(source, is_shared=False)
+        await anext(stream)
+        await asyncio.sleep(0.06)
+        assert (source.num_read, others.ends) == (1, [])
+        await stream.aclose()
+        assert (others.ends, source.is_closed, others.closed) == ([True], True, 1)
+
+    asyncio.run(main())
+
+
+def test_what_is_too_long_is_not_read_ahead_and_others_do_without(monkeypatch):
+    monkeypatch.setattr(relay, "READ_AHEAD", 10)
+
+    async def main():
+        source, others = Source(*[b"12345"] * 100), Others()
+        stream = others.relay(source)
+        await anext(stream)
+        await until(lambda: others.released)
+        await asyncio.sleep(0.02)
+        assert source.num_read <= 5
+        assert len([piece async for piece in stream]) == 99
+        assert others.ends == [False]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("is_awaited", [False, True])
+@pytest.mark.parametrize("to_the_end", [False, True])
+def test_a_reader_that_leaves_takes_it_along_only_if_nobody_else_wants_it(is_awaited, to_the_end):
+    async def main():
+        source, others = Source(*[b"x"] * 30), Others(to_the_end=to_the_end, is_awaited=is_awaited)
+        stream = others.relay(source)
+        await anext(stream)
+        if stream._task is None:
+            stream._read_on()
+        await anext(stream)
+        await stream.aclose()
+        await until(lambda: others.closed)
+        goes_on = is_awaited or to_the_end
+        assert others.ends == [not goes_on]
+        assert (source.num_read == 30) is goes_on
+
+    asyncio.run(main())
+
+
+def test_what_breaks_while_it_is_read_ahead_ends_it():
+    async def main():
+        source, others = Source(b"a", b"b", error=UpstreamError(Failure(kind="cut", message="cut"))), Others()
+        stream = others.relay(source)
+        await anext(stream)
+        await until(lambda: others.ends)
+        assert [piece async for piece in stream] == [b"b"]
+        assert (others.ends, others.closed) == ([False], 1)
+
+    asyncio.run(main())
+
+
+def test_one_that_nobody_holds_any_more_is_closed():
+    async def main():
+        source, others = Source(b"a", b"b"), Others()
+        others.relay(source)
+        await until(lambda: others.closed)
+        assert (others.ends, source.is_closed) == ([True], True)
+
+    asyncio.run(main())
+
+
+def test_a_gateway_that_stops_ends_what_is_read_ahead():
+    async def main():
+        source, others = Source(*[b"x"] * 10**6), Others(to_the_end=True)
+        stream = others.relay(source)
+        await anext(stream)
+        for task in others.tasks:
+            task.cancel()
+        await asyncio.gather(*others.tasks, return_exceptions=True)
+        assert (others.ends, source.is_closed) == ([True], True)
+        await stream.aclose()
+        assert others.closed == 1
+
+    asyncio.run(main())
+
+
+def test_one_slow_reader_fails_nobody_elses_identical_request(tmp_path):
+    """Through the front door: a client that reads nothing of a long stream, and another that asks the same."""
+    word, count = "w" * 4000, 1500
+    calls = []
+
+    async def upstream(request):
+        calls.append(await request.json())
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for at in range(count):
+            ends = "stop" if at == count - 1 else None
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": ends}
+            chunk = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+            await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def main():
+        async with served_upstream(upstream) as url:
+            provider = OpenAI.Config(model="m", base_url=url, key_env=None)
+            model = ModelConfig(name="m", max_tokens=100, deployments=(DeploymentConfig(provider=provider),))
+            config = GatewayConfig(models=(model,), require_key=False, store=str(tmp_path / "g.db"))
+            async with Gateway(config) as gateway:
+                server = App(gateway).server()
+                listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+                port = listener.sockets[0].getsockname()[1]
+                asked = {"model": "m", "messages": [{"role": "user", "content": "hours?"}], "temperature": 0}
+                with stuck_client(port, {**asked, "stream": True}):
+                    await until(lambda: calls)
+                    async with (
+                        aiohttp.ClientSession() as client,
+                        client.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=asked) as answer,
+                    ):
+                        text = (await answer.json())["choices"][0]["message"]["content"]
+                        assert (answer.status, len(text), len(calls)) == (200, len(word) * count, 1)
+                        assert answer.headers["x-cache"] == "shared"
+                listener.close()
+                await server.shutdown(0.1)
+
+    asyncio.run(main())
+
+
+@contextlib.asynccontextmanager
+async def served_upstream(handler):
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.2)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    await runner.cleanup()
+
+
+def stuck_client(port, body):
+    """Has sent a request, and reads nothing."""
+    data = json.dumps(body).encode()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+    client.sendall(head.encode() + b"\r\n\r\n" + data)
+    return client
