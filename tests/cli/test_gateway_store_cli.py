@@ -186,7 +186,7 @@ def test_calls_of_strategies_are_listed_where_they_are_asked_for(run, facts, sto
         ("r3", "", 1_000_000), ("r3.1", "r3", 2_000_000),
     ]  # fmt: skip
     *_, request, call = run("ledger", "list", "--limit", 2, "--calls").splitlines()
-    assert (request.split()[-2], call.split()[-2]) == ("0.001", "0.002000")
+    assert (request.split()[-2], call.split()[-2]) == ("0.001", "0.002")
     assert "judge: m1" in call
     groups = facts("ledger", "spend", "--by", "purpose")["groups"]
     assert [(one["purpose"], one["requests"], one["calls"], one["cost_nano"]) for one in groups] == [

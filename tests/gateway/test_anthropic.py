@@ -147,7 +147,7 @@ def test_an_answer(provider):
         "tool_calls": [{"id": "t1", "type": "function", "function": {"name": "look", "arguments": '{"at": 2}'}}],
     }  # fmt: skip
     assert (answer.usage.prompt, answer.usage.cached, answer.usage.completion) == (105, 90, 7)
-    assert answer.body["usage"]["prompt_tokens_details"] == {"cached_tokens": 90}
+    assert answer.body["usage"]["prompt_tokens_details"] == {"cached_tokens": 90, "cache_write_tokens": 5}
 
 
 STREAM = "".join(

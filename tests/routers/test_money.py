@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anabranch.config import from_dict, to_dict
 from anabranch.errors import ConfigError, InputError
 from anabranch.routers.money import NANO, PARTS, PER, Price, Tokens, dollars, in_full, nano_dollars
 
@@ -166,6 +167,18 @@ def test_a_call_never_costs_less_than_its_tokens_at_their_cheapest_nor_more_than
 
 
 def test_one_of_before_is_still_read():
-    from anabranch.config import from_dict
-
     assert from_dict(Price, {"input": 1, "output": 2, "cached_input": None}) == Price(input=1, output=2)
+
+
+def test_a_tier_takes_what_it_does_not_name_from_the_standard_price():
+    tier = Price.of_dollars("6", "30").replace(long_context=5, long=Price.of_dollars("12", "60"))
+    price = DEAR.replace(audio_input=40 * NANO, web_search=10 * NANO, request=NANO, tiers={"priority": tier})
+    found = price.of_tier("priority")
+    assert (found.audio_input, found.web_search, found.request, found.cached_input) == (
+        40 * NANO,
+        10 * NANO,
+        NANO,
+        None,
+    )
+    assert (found.long.audio_input, found.long.web_search, found.long.input) == (40 * NANO, 10 * NANO, 12 * NANO)
+    assert from_dict(Price, to_dict(price)) == price

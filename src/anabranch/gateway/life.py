@@ -304,8 +304,7 @@ class Life:
 
     def worst_nano(self, model: str) -> int:
         """The most nano-dollars that one call of a model may cost."""
-        most = self.most(model)
-        return self.runtime.models[model].price.cost(most.prompt, most.completion)
+        return self.runtime.dispatcher.groups[model].worst_nano(self.most(model))
 
     # Caches
 

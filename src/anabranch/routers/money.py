@@ -67,7 +67,8 @@ class Price(Config):
         image_input, image_output: likewise of pictures.
         web_search: a thousand searches of the web that the provider makes for an answer; None if they have no price.
         request: a thousand calls, beside their tokens.
-        tiers: prices of service tiers other than the standard one (``priority``, ``flex``, ``batch``, ``fast``), by name.
+        tiers: prices of service tiers other than the standard one (``priority``, ``flex``, ``batch``, ``fast``), by name. What they do
+            not name of sound, pictures, searches and calls costs what it does in the standard tier.
         long_context: prompt tokens above which all of a call is priced as ``long`` says; None for never.
         long: see ``long_context``.
     """
@@ -95,6 +96,17 @@ class Price(Config):
             raise ConfigError(f"tiers.{inner} has tiers of its own; a tier has none")
         if self.long is not None and self.long.tiers:
             raise ConfigError("long has tiers of its own; put long_context and long into the tier")
+        # The fields of a frozen dataclass are set once, here.
+        object.__setattr__(self, "tiers", {name: self._filled(tier) for name, tier in self.tiers.items()})
+        object.__setattr__(self, "long", None if self.long is None else self._filled(self.long))
+
+    def _filled(self, other: "Price") -> "Price":
+        """A price of a tier, or of long prompts, with what it does not name as it is here, where that does not go with its tokens."""
+        rates = {name: getattr(self, name) for name in INHERITED if getattr(other, name) is None}
+        changes = {name: rate for name, rate in rates.items() if rate is not None}
+        if self.request and not other.request:
+            changes["request"] = self.request
+        return other.replace(**changes) if changes else other
 
     def __hash__(self) -> int:
         return hash((self.input, self.output, self.cached_input, self.cache_write, self.request, self.long_context))
@@ -184,6 +196,9 @@ def _dearest(whole: int, parts: "list[tuple[int, int]]", rate: int) -> int:
         total, whole = total + taken * own, whole - taken
     return total + whole * rate
 
+
+# Rates of a standard price that hold in its tiers too, where those name none.
+INHERITED = ("audio_input", "audio_output", "image_input", "image_output", "web_search")
 
 # Parts of `Tokens` that have rates of their own.
 PARTS = ("cached", "cache_write", "cache_write_1h", "audio_input", "image_input", "audio_output", "image_output")

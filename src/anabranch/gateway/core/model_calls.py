@@ -207,7 +207,7 @@ class ModelCalls:
 
 def worst_nano(runtime: "Runtime", model: str, most: Usage) -> int:
     """The most nano-dollars of one attempt that may be billed for so many tokens."""
-    return runtime.models[model].price.cost(most.prompt, most.completion)
+    return runtime.dispatcher.groups[model].worst_nano(most)
 
 
 async def paid(

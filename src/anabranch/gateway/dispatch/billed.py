@@ -7,6 +7,7 @@ the most    all else. A whole answer is made to its end, whoever waits for it: t
 """
 
 import math
+from dataclasses import replace
 
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.providers.provider import Failure, Usage
@@ -47,10 +48,9 @@ def broken_off(most: Usage, told: Usage | None, seen: int, rate: float | None, s
         rate: completion tokens a second; None if it is not known.
         silent_s: seconds in which tokens may have been made that did not come.
     """
-    prompt, cached, said = most.prompt, 0, 0
     # Some say 0 before they know.
-    if told is not None and told.prompt:
-        prompt, cached, said = told.prompt, told.cached, told.completion
+    begun = told if told is not None and told.prompt else Usage(most.prompt)
+    said = begun.completion
     seen = max(seen, said)
     made = most.completion if rate is None else seen + FEW + math.ceil(rate * silent_s)
-    return Usage(prompt, max(said, min(made, most.completion)), cached, True)
+    return replace(begun, completion=max(said, min(made, most.completion)), is_estimated=True)

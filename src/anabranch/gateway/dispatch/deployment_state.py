@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+from anabranch.gateway.dispatch.bill import bill
 from anabranch.gateway.dispatch.breaker import Breaker, BreakerRules, Outcome, admit, record, would_admit
 from anabranch.gateway.dispatch.deployments import Deployment
 from anabranch.gateway.dispatch.senders import Senders
 from anabranch.gateway.dispatch.window import SlidingSum
-from anabranch.gateway.providers.provider import Failure, Provider, Transport
+from anabranch.gateway.providers.provider import Failure, Provider, Transport, Usage
 from anabranch.routers.money import Price
 
 # Weight of the newest observation in smoothed values.
@@ -73,6 +74,11 @@ class Live:
         self._on_change, self._heard_at = on_change, 0.0
         self.senders = Senders(rules.window_s)
         self.is_doubted = False
+
+    def bill(self, usage: Usage, asked: Usage | None = None) -> int:
+        """Nano-dollars of a call of it; see `bill`."""
+        writes = self.provider.caches_unasked and self.price.cache_write is not None
+        return bill(self.price, usage, asked, writes=writes)
 
     @property
     def is_shaky(self) -> bool:

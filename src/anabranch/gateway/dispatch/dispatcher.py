@@ -25,6 +25,7 @@ from anabranch.gateway.providers.provider import (
     Transport,
     UpstreamError,
     UpstreamRequest,
+    Usage,
 )
 from anabranch.routers.contract.query import Model, Pool
 
@@ -54,6 +55,10 @@ class LiveGroup:
     def free(self, now: float, tokens: int) -> list[Live]:
         """Deployments that take a request of so many tokens now."""
         return [live for live in self.lives if live.can_take(now, tokens)]
+
+    def worst_nano(self, most: Usage) -> int:
+        """The most nano-dollars that one call may cost of the dearest deployment."""
+        return max(live.bill(most, most) for live in self.lives)
 
     def seen(self, now: float) -> Model:
         """The model as strategies see it."""

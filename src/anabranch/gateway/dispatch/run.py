@@ -359,7 +359,7 @@ class Run:
         def known() -> None:
             self._known(live, request, attempt, exchange)
 
-        if call is not None and most is not None and live.price.cost(most.prompt, most.completion):
+        if call is not None and most is not None and live.bill(most, most):
             attempt.is_late = late.take(exchange, len(call.body), known) if call.is_sent else late.stop(exchange, known)
         if not attempt.is_late:
             # Whatever it ends in, nobody asks.
@@ -456,7 +456,7 @@ class Run:
     def charge(self, live: Live, attempt: Attempt, usage: Usage, made: int | None = None) -> None:
         """What an attempt costs. So many tokens were ``made`` as far as is known, if not all that it is charged for."""
         attempt.usage = usage
-        attempt.cost = live.price.cost(usage.prompt, usage.completion, usage.cached)
+        attempt.cost = live.bill(usage, attempt.most)
         live.spent(self.dispatcher.now(), usage.completion if made is None else made)
 
     def _discard(self, result: Any, attempt: Attempt) -> None:

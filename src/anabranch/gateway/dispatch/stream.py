@@ -14,6 +14,7 @@ A stream that breaks after its first token:
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from anabranch.gateway.dispatch.deployment_state import Live
@@ -81,7 +82,7 @@ class Stream:
         """Tokens of what the reader got: the prompt once, and the completions of all parts."""
         used = [part.counted() for part in self._parts] or [Usage(is_estimated=True)]
         completion, is_estimated = sum(one.completion for one in used), any(one.is_estimated for one in used)
-        return Usage(used[0].prompt, completion, used[0].cached, is_estimated)
+        return replace(used[0], completion=completion, is_estimated=is_estimated)
 
     async def open(self) -> None:
         """Get to the first token; where the plan judges answers, to the end of one that is accepted. Raises UpstreamError."""
@@ -305,7 +306,7 @@ class Stream:
 
     def _usage_chunk(self) -> bytes:
         said = self._parts[0].usage_body if len(self._parts) == 1 else None
-        return event({**self._parts[0].head, "choices": [], "usage": said or _usage_body(self.usage)})
+        return event({**self._parts[0].head, "choices": [], "usage": said or self.usage.to_openai()})
 
 
 def _forget(coming: "asyncio.Future[tuple[Opened, Attempt]]") -> None:
@@ -327,15 +328,8 @@ def _has_calls(chunk: Json) -> bool:
 
 def _whole(chunks: Iterable[Json], request: UpstreamRequest, usage: Usage) -> Answer:
     body = assembled(chunks, request.endpoint)
-    body["usage"] = _usage_body(usage)
+    body["usage"] = usage.to_openai()
     return Answer(body, None, usage)
-
-
-def _usage_body(usage: Usage) -> Json:
-    return {
-        "prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": usage.prompt + usage.completion,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-    }  # fmt: skip
 
 
 def _close(reply: Reply | None) -> None:

@@ -22,6 +22,7 @@ from anabranch.gateway.providers.provider import (
     hidden,
     parse_object,
 )
+from anabranch.gateway.providers.usage import searches_of, tier_of
 from anabranch.web.body import is_too_deep
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, JsonRoom, JsonSizeError
 
@@ -72,6 +73,7 @@ class Anthropic(Provider, kind="anthropic"):
                 check_header(name, value)
 
     endpoints = ("chat",)
+    caches_unasked = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -111,9 +113,7 @@ class Anthropic(Provider, kind="anthropic"):
             raise garbage("an answer without 'content'", body)
         usage = _usage(value.get("usage"))
         choice = {"index": 0, "message": _message(value["content"]), "finish_reason": _finish(value.get("stop_reason"))}
-        return Answer(
-            {**_head(value, "chat.completion"), "choices": [choice], "usage": _openai_usage(usage)}, None, usage
-        )
+        return Answer({**_head(value, "chat.completion"), "choices": [choice], "usage": usage.to_openai()}, None, usage)
 
     def translator(self, request: UpstreamRequest) -> "MessageStream":
         """What reads its events."""
@@ -299,16 +299,20 @@ def _usage(given: Any) -> Usage:
     """Anthropic counts cached tokens beside the others, OpenAI among them."""
     if not isinstance(given, dict):
         return Usage(is_estimated=True)
-    cached = given.get("cache_read_input_tokens") or 0
-    prompt = (given.get("input_tokens") or 0) + (given.get("cache_creation_input_tokens") or 0) + cached
-    return Usage(prompt, given.get("output_tokens") or 0, cached)
-
-
-def _openai_usage(usage: Usage) -> Json:
-    return {
-        "prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": usage.prompt + usage.completion,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-    }  # fmt: skip
+    cached, written = given.get("cache_read_input_tokens") or 0, given.get("cache_creation_input_tokens") or 0
+    by_ttl = given.get("cache_creation")
+    for_hour = (by_ttl.get("ephemeral_1h_input_tokens") or 0) if isinstance(by_ttl, dict) else 0
+    prompt = (given.get("input_tokens") or 0) + written + cached
+    return Usage(
+        prompt,
+        given.get("output_tokens") or 0,
+        cached,
+        cache_write=max(0, written - for_hour),
+        cache_write_1h=min(for_hour, written),
+        searches=searches_of(given),
+        tier=tier_of(given),
+        tells_ttl=isinstance(by_ttl, dict),
+    )
 
 
 class MessageStream:
@@ -329,7 +333,7 @@ class MessageStream:
     def told(self) -> Usage | None:
         """The usage as it was said so far; None where nothing was that makes sense."""
         try:
-            return Usage.of({"usage": _openai_usage(_usage(self._given))}) if self._given else None
+            return Usage.of({"usage": _usage(self._given).to_openai()}) if self._given else None
         except _MISSHAPEN:
             return None
 
@@ -375,7 +379,7 @@ class MessageStream:
 
     def _message_delta(self, value: Json) -> list[Json]:
         self._given |= value.get("usage") or {}
-        usage = {**self._head, "choices": [], "usage": _openai_usage(_usage(self._given))}
+        usage = {**self._head, "choices": [], "usage": _usage(self._given).to_openai()}
         return [*self._chunk({}, _finish((value.get("delta") or {}).get("stop_reason"))), usage]
 
     def _message_stop(self, value: Json) -> list[Json]:

@@ -7,6 +7,8 @@ from anabranch.gateway.providers.openai import OpenAI
 class Engine(OpenAI, kind="engine"):
     """Talks to a server of `anabranch.serving`, or any other that needs no key."""
 
+    is_billed = False
+
     @configclass
     class Config(OpenAI.Config):
         """As `OpenAI.Config`, with other defaults."""

@@ -22,6 +22,8 @@ from anabranch.gateway.providers.scenes import Behaviour, Scene, check_step
 class Mock(Provider, kind="mock"):
     """An upstream that answers from a script."""
 
+    is_billed = False
+
     @configclass
     class Config(Provider.Config):
         """How it behaves.

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, TypeGuard
+from typing import Any, ClassVar, Literal, Protocol
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
 from anabranch.errors import AnabranchError
+from anabranch.gateway.providers.usage import Usage as Usage
 from anabranch.gateway.providers.vocabulary import Hint, hint_of, kind_of, status_said
 from anabranch.web.large_json import LARGE, dump_large
 
@@ -29,9 +30,6 @@ Headers = Mapping[str, str]
 
 # Most bytes of an answer that are read.
 BODY_BYTES = 32 << 20
-
-# Most tokens of one call that are believed.
-TOKENS = 10**9
 
 # Letters of a key from which on it is taken out of messages.
 TELLING_KEY = 8
@@ -148,46 +146,6 @@ _CODE = {
     "filter": "content_filter", "request": "invalid_request", "unsupported": "unsupported", "deadline": "deadline_exceeded",
     "missing": "model_not_found", "not_found": "invalid_request",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of a call.
-
-    Attributes:
-        prompt: all prompt tokens.
-        completion: completion tokens, reasoning among them.
-        cached: prompt tokens that the provider had cached.
-        is_estimated: counted here because the provider did not say.
-    """
-
-    prompt: int = 0
-    completion: int = 0
-    cached: int = 0
-    is_estimated: bool = False
-
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.prompt + other.prompt, self.completion + other.completion, self.cached + other.cached,
-            self.is_estimated or other.is_estimated,
-        )  # fmt: skip
-
-    @classmethod
-    def of(cls, body: Any) -> "Usage | None":
-        """From OpenAI's ``usage``; None if it is not there or makes no sense."""
-        usage = body.get("usage") if isinstance(body, dict) else None
-        if not isinstance(usage, dict):
-            return None
-        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
-        details = usage.get("prompt_tokens_details")
-        cached = (details.get("cached_tokens") or 0) if isinstance(details, dict) else 0
-        if not (_is_count(prompt) and _is_count(completion) and _is_count(cached)):
-            return None
-        return cls(prompt, completion, min(cached, prompt))
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value <= TOKENS
 
 
 class UpstreamRequest:
@@ -405,6 +363,12 @@ class Provider(Part, family="provider"):
         model: str = ""
 
     endpoints: ClassVar[tuple[Endpoint, ...]] = ("chat", "completions", "embeddings")
+
+    # Somebody may send an invoice for it: without a price, what it costs is not known.
+    is_billed: ClassVar[bool] = True
+
+    # It puts prompts into its cache without being asked to, and may bill that.
+    caches_unasked: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
         self.config = config

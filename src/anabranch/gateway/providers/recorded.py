@@ -173,6 +173,8 @@ class _Listened:
 class Replay(Provider, kind="replay"):
     """Answers from a recording."""
 
+    is_billed = False
+
     @configclass
     class Config(Provider.Config):
         """Which.

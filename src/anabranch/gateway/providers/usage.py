@@ -1,0 +1,202 @@
+"""`Usage`: what a provider says a call came to: tokens by what they cost, its tier, its searches, and, of some, its dollars."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, TypeGuard
+
+from anabranch.routers.money import MOST_NANO, NANO, Tokens
+
+# Most tokens of one call that are believed.
+TOKENS = 10**9
+
+# xAI's unit of money: so many are a dollar.
+TICKS = 10**10
+
+# The longest name of a tier that is believed.
+TIER_CHARACTERS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a call, and what else it costs.
+
+    Attributes:
+        prompt: all prompt tokens.
+        completion: completion tokens, reasoning among them.
+        cached: prompt tokens that the provider had cached.
+        is_estimated: counted here because the provider did not say.
+        cache_write: prompt tokens that it put into its cache, for minutes.
+        cache_write_1h: likewise for an hour.
+        audio_input, image_input: prompt tokens of sound and pictures, where it tells them apart.
+        audio_output, image_output: completion tokens likewise.
+        searches: of the web, made for the answer; None if it does not say.
+        tier: its word for the service tier that the call was given; "" if it does not say.
+        nano: nano-dollars that it says the call costs; None if it does not.
+        tells_ttl: it says for how long tokens are cached.
+    """
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    is_estimated: bool = False
+    cache_write: int = 0
+    cache_write_1h: int = 0
+    audio_input: int = 0
+    image_input: int = 0
+    audio_output: int = 0
+    image_output: int = 0
+    searches: int | None = None
+    tier: str = ""
+    nano: int | None = None
+    tells_ttl: bool = False
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt + other.prompt,
+            self.completion + other.completion,
+            self.cached + other.cached,
+            self.is_estimated or other.is_estimated,
+            self.cache_write + other.cache_write,
+            self.cache_write_1h + other.cache_write_1h,
+            self.audio_input + other.audio_input,
+            self.image_input + other.image_input,
+            self.audio_output + other.audio_output,
+            self.image_output + other.image_output,
+            _sum(self.searches, other.searches),
+            self.tier or other.tier,
+            _sum(self.nano, other.nano),
+        )
+
+    @property
+    def tokens(self) -> Tokens:
+        """For a price."""
+        return Tokens(
+            self.prompt, self.completion, self.cached, self.cache_write, self.cache_write_1h, self.audio_input, self.image_input,
+            self.audio_output, self.image_output,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, body: Any) -> "Usage | None":
+        """From an answer or a chunk in OpenAI's form; None if its ``usage`` is not there or makes no sense.
+
+        Beside OpenAI's fields those of OpenRouter (cache writes, searches, ``cost``), xAI (``cost_in_usd_ticks``) and Perplexity.
+        """
+        usage = body.get("usage") if isinstance(body, dict) else None
+        if not isinstance(usage, dict):
+            return None
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
+        asked, made = _table(usage, "prompt_tokens_details"), _table(usage, "completion_tokens_details")
+        cached = asked.get("cached_tokens") or 0
+        if not (_is_count(prompt) and _is_count(completion) and _is_count(cached)):
+            return None
+        for_hour = min(_count(asked, "cache_write_1h_tokens"), prompt)
+        written = min(_count(asked, "cache_write_tokens"), prompt)
+        return cls(
+            prompt,
+            completion,
+            min(cached, prompt),
+            cache_write=max(0, written - for_hour),
+            cache_write_1h=for_hour,
+            audio_input=min(_count(asked, "audio_tokens"), prompt),
+            image_input=min(_count(asked, "image_tokens"), prompt),
+            audio_output=min(_count(made, "audio_tokens"), completion),
+            image_output=min(_count(made, "image_tokens"), completion),
+            searches=searches_of(usage),
+            tier=tier_of(body) or tier_of(usage),
+            nano=nano_of(usage),
+            tells_ttl="cache_write_1h_tokens" in asked,
+        )
+
+    def to_openai(self) -> dict[str, Any]:
+        """OpenAI's ``usage``, from which `of` reads the same."""
+        asked: dict[str, Any] = {"cached_tokens": self.cached}
+        if self.cache_write or self.cache_write_1h:
+            asked["cache_write_tokens"] = self.cache_write + self.cache_write_1h
+        if self.tells_ttl and "cache_write_tokens" in asked:
+            asked["cache_write_1h_tokens"] = self.cache_write_1h
+        made: dict[str, Any] = {}
+        for table, name, count in (
+            (asked, "audio_tokens", self.audio_input),
+            (asked, "image_tokens", self.image_input),
+            (made, "audio_tokens", self.audio_output),
+            (made, "image_tokens", self.image_output),
+        ):
+            if count:
+                table[name] = count
+        told: dict[str, Any] = {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": asked,
+        }
+        if made:
+            told["completion_tokens_details"] = made
+        if self.searches is not None:
+            told["server_tool_use"] = {"web_search_requests": self.searches}
+        if self.tier:
+            told["service_tier"] = self.tier
+        if self.nano is not None:
+            told["cost"] = self.nano / NANO
+        return told
+
+
+def searches_of(usage: Mapping[str, Any]) -> int | None:
+    """Searches of the web that a ``usage`` tells: as Anthropic and OpenRouter, or as Perplexity; None for none told."""
+    for table, name in ((_table(usage, "server_tool_use"), "web_search_requests"), (usage, "num_search_queries")):
+        value = table.get(name)
+        if _is_count(value):
+            return value
+    return None
+
+
+def tier_of(table: Mapping[str, Any]) -> str:
+    """``service_tier``, or ``fast`` where its ``speed`` is; "" for none."""
+    if table.get("speed") == "fast":
+        return "fast"
+    value = table.get("service_tier")
+    return value.lower() if isinstance(value, str) and len(value) <= TIER_CHARACTERS else ""
+
+
+def nano_of(usage: Mapping[str, Any]) -> int | None:
+    """Nano-dollars that a ``usage`` says the call costs, rounded up; None if it says none that can be."""
+    cost = usage.get("cost")
+    if isinstance(cost, dict):
+        cost = cost.get("total_cost")
+    parts = [_nano(cost, 1)]
+    # With a key of one's own OpenRouter bills a fee, and the provider the rest.
+    if usage.get("is_byok") is not False:
+        parts.append(_nano(_table(usage, "cost_details").get("upstream_inference_cost"), 1))
+    told = [part for part in parts if part is not None]
+    ticks = _nano(usage.get("cost_in_usd_ticks"), TICKS)
+    if ticks is not None:
+        return max(ticks, sum(told))
+    return sum(told) if told else None
+
+
+def _nano(value: Any, unit: int) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        return None
+    if value > unit * (MOST_NANO // NANO):
+        return None
+    return math.ceil(Decimal(str(value)) * NANO / unit)
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None and other is None else (one or 0) + (other or 0)
+
+
+def _table(usage: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = usage.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _count(table: Mapping[str, Any], name: str) -> int:
+    """0 where there is none that makes sense."""
+    value = table.get(name)
+    return value if _is_count(value) else 0
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= TOKENS
