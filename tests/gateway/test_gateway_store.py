@@ -15,7 +15,17 @@ from datetime import UTC, datetime
 import pytest
 
 from anabranch.errors import BackendError, BudgetError, DataError, InputError
-from anabranch.gateway.store import CollectedRow, LedgerQuery, LedgerRow, Spend, open_store, schema, subjects_of
+from anabranch.gateway.store import (
+    CollectedRow,
+    LedgerQuery,
+    LedgerRow,
+    SaidBeforeError,
+    Spend,
+    open_store,
+    queries,
+    schema,
+    subjects_of,
+)
 from anabranch.gateway.store.batch import ledger_values
 from anabranch.routers.money import Price
 
@@ -641,6 +651,43 @@ def test_decisions_and_feedback(url):
                     await store.feedback("r", bad)
             assert (await store.ledger())[0].quality == 0.75
             assert [one.comment for one in await store.feedbacks("r")] == ["", "good"]
+
+    run(main())
+
+
+def test_of_all_processes_on_a_store_one_takes_the_score_of_a_key(url):
+    async def main():
+        async with open_store(url) as one, open_store(url) as other:
+            for number in range(10):
+                id = f"r{number}"
+                await spend(one, id, subjects_of(None), 1, 1)
+                told = await asyncio.gather(
+                    *(
+                        store.feedback(id, score, key_id=key, owner="", once=True)
+                        for key in ("k", "l")
+                        for store, score in ((one, 1.0), (other, 0.0))
+                    ),
+                    return_exceptions=True,
+                )
+                for of_key in (told[:2], told[2:]):
+                    assert sum(isinstance(each, SaidBeforeError) for each in of_key) == 1
+                    assert sum(isinstance(each, LedgerRow) for each in of_key) == 1
+                assert sorted(row.key_id for row in await other.feedbacks(id)) == ["k", "l"]
+
+    run(main())
+
+
+def test_a_score_that_is_written_again_after_its_answer_was_lost_is_no_second_one(url):
+    async def main():
+        async with open_store(url) as store:
+            await spend(store, "r", subjects_of(None), 1, 1)
+
+            def put(score):
+                row = ("r", 5, "k", score, "")
+                return store._do(lambda connection: queries.put_feedback(connection, row, None, True))
+
+            assert [(await put(score))[1] for score in (0.75, 0.75, 0.5)] == [True, True, False]
+            assert [row.score for row in await store.feedbacks("r")] == [0.75]
 
     run(main())
 

@@ -6,6 +6,7 @@ import re
 import urllib.error
 import urllib.request
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -345,6 +346,31 @@ def test_a_score_that_another_process_was_sent_is_learned_from_where_it_was_deci
             return told, await steps(gateway)
 
     assert run(tmp_path, work) == ([False, False], 2)
+
+
+def test_a_score_that_was_refused_is_looked_at_once_and_stays_refused(tmp_path):
+    """Whether it came here or to another process: not each time it is read, nor once other settings would let it in."""
+
+    def refused(gateway):
+        lines = gateway.metrics_text().decode().splitlines()
+        return [float(line.rpartition(" ")[2]) for line in lines if "outcomes_total{" in line and "not_allowed" in line]
+
+    async def work(gateway):
+        keys = await keys_of(gateway, a={}, boss={"is_admin": True})
+        async with Gateway(gateway.config) as other:
+            ids = [await ask(gateway, keys["a"], str(number)) for number in range(2)]
+            await gateway.store.ledger()
+            told = [await score(gateway, keys["a"], ids[0]), await score(other, keys["a"], ids[1])]
+            await gateway.teaching.read_keys()
+            for _ in range(3):
+                await gateway.teaching.catch_up()
+            counted = refused(gateway)
+            await gateway.reload(replace(gateway.config, feedback=FeedbackConfig(who="any")))
+            await gateway.teaching.catch_up()
+            # Another's word for the same request counts.
+            return told, counted, refused(gateway), await steps(gateway), await score(gateway, keys["boss"], ids[0])
+
+    assert run(tmp_path, work, feedback=FeedbackConfig(who="admin")) == ([False, False], [2.0], [2.0], 0, True)
 
 
 def test_wrong_settings_say_what_is_allowed():

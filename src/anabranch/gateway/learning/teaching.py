@@ -9,7 +9,7 @@ from anabranch.gateway.config.parts import Who
 from anabranch.gateway.learning.fair import FairShare
 from anabranch.gateway.learning.permission import is_learned_of, may_score, may_teach
 from anabranch.gateway.learning.waiting import Waiting
-from anabranch.gateway.store import KeyRecord, LedgerQuery, LedgerRow
+from anabranch.gateway.store import KeyRecord, LedgerQuery, LedgerRow, SaidBeforeError
 from anabranch.routers.contract.query import Outcome
 from anabranch.web.api_error import ApiError, wrong
 
@@ -88,10 +88,12 @@ class Teaching:
         self._scoring.add((id, whose))
         try:
             row = await self._row(id, giver)
-            store = self._gateway.store
-            if await store.has_feedback(id, whose):
-                raise _scored_before(id)
-            await store.feedback(id, score, key_id=whose, owner=row.key_id, comment=comment)
+            try:
+                await self._gateway.store.feedback(
+                    id, score, key_id=whose, owner=row.key_id, comment=comment, once=True
+                )
+            except SaidBeforeError:
+                raise _scored_before(id) from None
             # Where one key is new, others may be.
             await self.read_keys(0.0 if giver is not None and giver.id not in self._keys else FRESH_S)
         finally:
@@ -114,21 +116,27 @@ class Teaching:
         store = self._gateway.store
         for seq, id, key_id, score in await store.scores_after(self._last_seq - OVERLAP):
             self._last_seq = max(self._last_seq, seq)
-            if id in self.waiting and (id, key_id) not in self._scoring:
-                self._learn(id, score, self._keys.get(key_id))
+            giver = self._keys.get(key_id)
+            # A key that is not known, or has ended, is not nobody.
+            is_known = giver is not None or not key_id
+            if is_known and id in self.waiting and (id, key_id) not in self._scoring:
+                self._learn(id, score, giver)
 
     def _learn(self, id: str, score: float, giver: KeyRecord | None) -> bool:
         """Tell the strategy, once for each request; whether it was told."""
         waited = self.waiting.get(id)
         lane = None if waited is None else self._lane(waited.strategy)
-        if waited is None or lane is None:
+        whose = "" if giver is None else giver.id
+        # What was refused stays so, also where it is read from the store again, or the settings have changed since.
+        if waited is None or lane is None or whose in waited.refused:
             return False
         may = may_teach(self._who(lane), giver, waited.key_id, waited.team)
         if not may or not is_learned_of(lane.settings, waited.key_id, waited.team):
+            waited.refused.add(whose)
             self._count(lane, "not_allowed")
             return False
         self.waiting.take(id)
-        if not self._admit(lane, "" if giver is None else giver.id, giver, is_scored=True):
+        if not self._admit(lane, whose, giver, is_scored=True):
             return False
         lane.observe(replace(waited.outcome, quality=score))
         return True

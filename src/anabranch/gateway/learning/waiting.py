@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from anabranch.routers.contract.query import Outcome
 
@@ -20,12 +20,14 @@ class Waited:
         strategy: that decided.
         key_id, team: of the request; empty if it had none.
         outcome: without the conversation and the answer.
+        refused: ids of keys whose scores of it teach nothing.
     """
 
     strategy: str
     key_id: str
     team: str
     outcome: Outcome
+    refused: set[str] = field(default_factory=set)
 
     @property
     def characters(self) -> int:

@@ -17,6 +17,7 @@ from anabranch.gateway.store.records import (
     LedgerQuery,
     LedgerRow,
     Reservation,
+    SaidBeforeError,
     Spend,
     subjects_of,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "RateError",
     "RateLimits",
     "Reservation",
+    "SaidBeforeError",
     "Spend",
     "Store",
     "open_store",

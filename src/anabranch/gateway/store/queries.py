@@ -206,20 +206,27 @@ def read_bodies(
     return found
 
 
-def put_feedback(connection: Connection, row: Row, key_id: str | None) -> LedgerRow | None:
+def put_feedback(connection: Connection, row: Row, key_id: str | None, once: bool) -> tuple[LedgerRow | None, bool]:
     """Keep a row of feedback in the place of what its key said of the request before; the row of the request as it was.
 
-    None if there is no such request, or it was of another key than ``key_id`` (None for an operator).
+    None if there is no such request, or it was of another key than ``key_id`` (None for an operator). And whether it was kept: not where
+    its key has said something before and may do so ``once``. Applied again, it is kept still.
     """
     values = {"request": row[0], "key": row[2]}
     # Until the transaction ends: of two who speak for one key at once, one comes after the other.
     connection.rows(f"SELECT seq FROM ledger WHERE request_id = :request{connection.for_update}", request=row[0])
     found = read_ledger_rows(connection, LedgerQuery(request_id=row[0], key_id=key_id))
     if not found:
-        return None
+        return None, False
+    if once:
+        columns = ", ".join(schema.FEEDBACK)
+        sql = f"SELECT {columns} FROM feedback WHERE request_id = :request AND key_id = :key"
+        before = connection.rows(sql, **values)
+        if before:
+            return found[0], tuple(row) in [tuple(one) for one in before]
     connection.run("DELETE FROM feedback WHERE request_id = :request AND key_id = :key", **values)
     connection.insert("feedback", schema.FEEDBACK, [row])
-    return found[0]
+    return found[0], True
 
 
 def read_feedback(connection: Connection, request_id: str | None, limit: int) -> list[FeedbackRow]:
@@ -231,12 +238,6 @@ def read_feedback(connection: Connection, request_id: str | None, limit: int) ->
         f"SELECT {columns} FROM feedback WHERE {part} ORDER BY seq DESC LIMIT {int(limit)}", **values
     )
     return [FeedbackRow(**dict(zip(schema.FEEDBACK, row, strict=True))) for row in rows]
-
-
-def has_feedback(connection: Connection, request_id: str, key_id: str) -> bool:
-    """Whether a key has said something of a request."""
-    sql = "SELECT 1 FROM feedback WHERE request_id = :request AND key_id = :key LIMIT 1"
-    return bool(connection.rows(sql, request=request_id, key=key_id))
 
 
 def read_scores(connection: Connection, after: int) -> list[Row]:

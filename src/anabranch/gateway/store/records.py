@@ -75,6 +75,10 @@ def check_subject(subject: str) -> str:
     raise InputError(f"a budget is for {subject!r}; it must be global, key:ID, user:NAME, team:NAME or tag:NAME")
 
 
+class SaidBeforeError(InputError):
+    """A key has scored a request before."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyRecord:
     """A key of this gateway. The key itself is kept nowhere, only its SHA-256.

@@ -40,6 +40,7 @@ from anabranch.gateway.store.records import (
     LedgerQuery,
     LedgerRow,
     Reservation,
+    SaidBeforeError,
     Spend,
     check_subject,
     clean,
@@ -411,7 +412,14 @@ class Store:
         return await self._read(lambda connection: queries.read_decisions(connection, request_id, limit))
 
     async def feedback(
-        self, request_id: str, score: float, *, key_id: str | None = None, owner: str | None = None, comment: str = ""
+        self,
+        request_id: str,
+        score: float,
+        *,
+        key_id: str | None = None,
+        owner: str | None = None,
+        comment: str = "",
+        once: bool = False,
     ) -> LedgerRow:
         """Keep what somebody says of an answer, in the place of what the same key said of it before; the row it is about.
 
@@ -421,20 +429,19 @@ class Store:
             key_id: who says so. None for an operator, who may judge any request.
             owner: whose request it must be; None for that of `key_id`.
             comment: in words.
+            once: only if the key has said nothing of it before, whichever process it told.
 
-        Raises InputError if there is no such request, or it was somebody else's (which is not told apart).
+        Raises InputError if there is no such request, or it was somebody else's (which is not told apart); SaidBeforeError.
         """
         score = finite("score", score, -1e9, 1e9)
         whose = key_id if owner is None else owner
         row = (request_id, self._now_us(), key_id or "", score, clean(comment, 2000))
-        found = await self._do(lambda connection: queries.put_feedback(connection, row, whose))
+        found, is_kept = await self._do(lambda connection: queries.put_feedback(connection, row, whose, once))
         if found is None:
             raise InputError(f"there is no request {request_id[:REQUEST_CHARACTERS]!r}")
+        if not is_kept:
+            raise SaidBeforeError(f"this key has scored {request_id!r} already; a request is scored once")
         return found
-
-    async def has_feedback(self, request_id: str, key_id: str) -> bool:
-        """Whether a key has said something of a request."""
-        return await self._read(lambda connection: queries.has_feedback(connection, request_id, key_id))
 
     async def scores_after(self, seq: int) -> list[tuple[int, str, str, float]]:
         """Scores behind one in the order in which they were numbered, some thousand at most: number, request, who said so, score."""
