@@ -20,9 +20,9 @@ def config(*deployments, **fields):
 def test_rules_are_those_of_the_config():
     made = rules_of(
         config(
-            retries=RetryConfig(attempts=4, base_s=0.1, cap_s=3.0, budget=0.5, window_s=7.0),
+            retries=RetryConfig(attempts=4, base_s=0.1, cap_s=3.0, budget=0.5, least=3, window_s=7.0),
             breaker=BreakerConfig(
-                failures=2, rate=0.7, window_s=9.0, open_s=1.0, max_open_s=8.0, probes=3, successes=4
+                failures=2, rate=0.7, window_s=9.0, open_s=1.0, max_open_s=8.0, probes=3, successes=4, senders=5
             ),
             hedge=HedgeConfig(quantile=0.8, min_s=0.3, samples=5),
             mid_stream="continue",
@@ -33,7 +33,10 @@ def test_rules_are_those_of_the_config():
     breaker = made.breaker
     assert (breaker.failures, breaker.rate, breaker.window_s, breaker.open_s) == (2, 0.7, 9.0, 1.0)
     assert (breaker.max_open_s, breaker.probes, breaker.successes, made.mid_stream) == (8.0, 3, 4, "continue")
+    assert (made.min_extra, breaker.senders) == (3, 5)
     assert not rules_of(config()).hedge
+    # None is none.
+    assert (rules_of(config(retries=RetryConfig(budget=0.0))).min_extra, rules_of(config()).min_extra) == (0, 10)
 
 
 def test_a_silent_upstream_leaves_time_for_others():

@@ -1,6 +1,7 @@
 """One tenant beside another, over HTTP: whatever the one sends, the other never notices."""
 
 import asyncio
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -111,6 +112,72 @@ def test_a_sender_whose_requests_alone_fail_upstream_stops_nobody(tmp_path, monk
         assert not gateway.runtime.dispatcher.changes
 
     served(config(tmp_path), work)
+
+
+def test_two_keys_of_one_owner_whose_prompts_take_too_long_stop_nobody(tmp_path, monkeypatch):
+    """They belong to no team, so that nobody knows that they are one."""
+    answer = Behaviour.scene
+
+    def scene(self, path, raw):
+        return Scene(200, dict(PLAIN), [(5.0, b"{}")]) if b"EVIL" in raw else answer(self, path, raw)
+
+    monkeypatch.setattr(Behaviour, "scene", scene)
+    made = config(tmp_path, retries=RetryConfig(attempts=1))
+    [model] = made.models
+    model = replace(model, deployments=(replace(model.deployments[0], timeout_s=0.05),))
+
+    async def work(gateway, post):
+        evil = [(await gateway.store.create_key(name))[0] for name in ("one", "two")]
+        good, _ = await gateway.store.create_key("good")
+        assert (await post(good, ask()))[0] == 200
+        for _ in range(2):
+            told = await asyncio.gather(*(post(evil[at % 2], ask("EVIL")) for at in range(10)))
+            assert {status for status, _, _ in told} == {504}
+        assert (await post(good, ask("again")))[0] == 200
+        assert not gateway.runtime.dispatcher.changes
+
+    served(replace(made, models=(model,)), work)
+
+
+def test_one_keys_retries_leave_those_of_another(tmp_path, monkeypatch):
+    """A prompt that crashes a server is tried again; who asks so all the time uses up its own part."""
+    failing = []
+    answer = Behaviour.scene
+
+    def scene(self, path, raw):
+        is_unlucky = b"unlucky" in raw and not failing
+        if is_unlucky:
+            failing.append(raw)
+        return (
+            Scene(500, {"content-type": "application/json"}, [(0.0, b"{}")])
+            if is_unlucky or b"EVIL" in raw
+            else answer(self, path, raw)
+        )
+
+    monkeypatch.setattr(Behaviour, "scene", scene)
+
+    async def work(gateway, post):
+        evil, good = [(await gateway.store.create_key(name))[0] for name in ("evil", "good")]
+        assert (await post(good, ask()))[0] == 200
+        tried = [int((await post(evil, ask("EVIL")))[1]["x-route-attempts"]) for _ in range(20)]
+        assert 20 < sum(tried) < 60
+        status, headers, _ = await post(good, ask("unlucky"))
+        assert (status, headers["x-route-attempts"]) == (200, "2")
+
+    made = config(tmp_path, retries=RetryConfig(base_s=0.0, cap_s=0.0, attempts=3, window_s=600.0))
+    served(made, work)
+
+
+@pytest.mark.parametrize("least", [0, 10])
+def test_a_budget_of_nothing_tries_nothing_again(tmp_path, monkeypatch, least):
+    refuses(monkeypatch, 500, b"{}", PLAIN)
+
+    async def work(gateway, post):
+        key, _ = await gateway.store.create_key("k")
+        return (await post(key, ask("EVIL")))[1]["x-route-attempts"]
+
+    made = config(tmp_path, retries=RetryConfig(base_s=0.0, budget=0.0, least=least))
+    assert served(made, work) == "1"
 
 
 @pytest.mark.parametrize(

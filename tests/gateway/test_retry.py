@@ -1,11 +1,12 @@
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch.hedge import HedgeDelay
-from anabranch.gateway.dispatch.retry import ACTION, DISPUTED, DOUBTED, IN_VAIN, OUTCOME, RetryBudget, backoff
+from anabranch.gateway.dispatch.retry import ACTION, DISPUTED, DOUBTED, IN_VAIN, KEPT, OUTCOME, RetryBudget, backoff
 from anabranch.gateway.dispatch.window import SlidingSum
 from anabranch.gateway.providers.provider import FailureKind, classify, retry_after
 
@@ -47,6 +48,77 @@ def test_what_is_held_is_not_given_to_others():
     assert not budget.take(0.0)
     assert budget.take(0.0, holds=True)
     assert not budget.hold(0.0)
+
+
+def test_one_sender_does_not_use_up_what_others_need():
+    budget = RetryBudget(0.2, 10, 10.0)
+    for _ in range(100):
+        budget.request(0.0, "flood")
+    # Alone it may have all.
+    assert sum(budget.take(0.0, sender="flood") for _ in range(50)) == 20
+    budget.request(1.0, "other")
+    assert [budget.take(1.0, sender="other") for _ in range(7)] == [True] * 5 + [False] * 2
+    assert not budget.take(1.0, sender="flood")
+    # A fifth of the 31 that it asked for.
+    for _ in range(30):
+        budget.request(2.0, "other")
+    assert [budget.take(2.0, sender="other") for _ in range(3)] == [True, False, False]
+
+
+def test_many_who_ask_once_share_what_there_is():
+    budget = RetryBudget(0.2, 10, 10.0)
+    for number in range(100):
+        budget.request(0.0, f"u{number}")
+    assert sum(budget.take(0.0, sender=f"u{number}") for number in range(100)) == 20
+    budget = RetryBudget(0.2, 10, 10.0)
+    for number in range(100):
+        budget.request(0.0, f"u{number}")
+    # One of them alone has a quarter.
+    assert sum(budget.take(0.0, sender="u1") for _ in range(100)) == 5
+
+
+def test_no_budget_is_none():
+    budget = RetryBudget(0.0, 0, 10.0)
+    for name in "ab" * 100:
+        budget.request(0.0, name)
+    assert not budget.take(0.0, sender="a")
+    assert not budget.hold(0.0, sender="b")
+
+
+STEPS = st.tuples(st.sampled_from(["ask", "take", "hold", "release", "spend"]), st.sampled_from("abc"), st.floats(0, 2))
+
+
+@given(st.lists(STEPS, max_size=80), st.sampled_from([0.0, 0.2, 1.0]), st.integers(0, 6))
+def test_extra_attempts_are_bounded_and_everybodys_right_holds(steps, share, least):
+    budget, now = RetryBudget(share, least, 1000.0), 0.0
+    asked, used, held = Counter(), Counter(), Counter()
+    for step, name, wait in steps:
+        now += wait
+        if step == "ask":
+            asked[name] += 1
+            budget.request(now, name)
+        elif step in ("take", "hold"):
+            right = max(share * asked[name], least / max(1, len({*asked, name})))
+            got = getattr(budget, step)(now, sender=name)
+            if len(asked) > 1 and used[name] + held[name] + 1 <= right:
+                assert got
+            (used if step == "take" else held)[name] += got
+        elif held[name]:
+            held[name] -= 1
+            if step == "spend":
+                assert budget.take(now, True, name)
+                used[name] += 1
+            else:
+                budget.release(name)
+        assert budget.held == held.total()
+        assert used.total() + held.total() <= max(least, share * asked.total()) + least
+
+
+def test_senders_are_counted_apart_within_bounds():
+    budget = RetryBudget(0.2, 10, 10.0)
+    for number in range(3 * KEPT):
+        budget.request(0.0, str(number))
+    assert len(budget._senders) == KEPT
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 9)), max_size=60))

@@ -136,14 +136,17 @@ class RetryConfig(Config):
     Attributes:
         attempts: most calls of one model for one request, the first included.
         base_s, cap_s: the wait before retry k is uniform in 0 .. min(cap, base * 2^k) seconds.
-        budget: most retries as a share of requests, over ``window_s`` seconds, so that an outage does not multiply load.
+        budget: most retries, fallbacks and hedges as a share of requests, over ``window_s`` seconds, so that an outage does not
+            multiply load; 0 for none at all. Each sender has a right to that share of its own requests.
+        least: so many there may be in any window, however quiet it is; of several senders each has its part.
         window_s: see ``budget``.
     """
 
     attempts: int = Field(default=3, ge=1, le=20)
     base_s: float = Field(default=0.25, ge=0)
     cap_s: float = Field(default=8.0, ge=0)
-    budget: float = Field(default=0.2, ge=0)
+    budget: float = Field(default=0.2, ge=0, le=10)
+    least: int = Field(default=10, ge=0)
     window_s: float = Field(default=10.0, gt=0)
 
 
@@ -190,6 +193,8 @@ class BreakerConfig(Config):
         open_s, max_open_s: open for min(open_s * 2^n, max_open_s) seconds the n-th time in a row.
         probes: requests let through at once when half open.
         successes: of probes that close it.
+        senders: whose attempts took too long count as failures of a deployment that answers others once they are so many; teams, else
+            users, else keys.
     """
 
     failures: int = Field(default=5, ge=1)
@@ -199,6 +204,7 @@ class BreakerConfig(Config):
     max_open_s: float = Field(default=300.0, gt=0)
     probes: int = Field(default=1, ge=1)
     successes: int = Field(default=2, ge=1)
+    senders: int = Field(default=8, ge=1)
 
 
 @configclass

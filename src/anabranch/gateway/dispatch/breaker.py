@@ -32,6 +32,7 @@ class BreakerRules(Config):
         max_open_s: how long at most; each time in a row lasts twice as long as the last.
         probes: requests let through at once when half open.
         successes: probes that must succeed to close it.
+        senders: so many whose attempts took too long are no single one whose requests do so.
     """
 
     failures: int = Field(default=5, ge=1)
@@ -41,6 +42,7 @@ class BreakerRules(Config):
     max_open_s: float = Field(default=300.0, gt=0)
     probes: int = Field(default=1, ge=1)
     successes: int = Field(default=2, ge=1)
+    senders: int = Field(default=8, ge=1)
 
 
 @dataclass(frozen=True, slots=True)

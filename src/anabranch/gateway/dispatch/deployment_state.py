@@ -72,7 +72,7 @@ class Live:
         self.tells_usage = False
         self.requests, self.tokens = SlidingSum(MINUTE_S), SlidingSum(MINUTE_S)
         self._on_change, self._heard_at = on_change, 0.0
-        self.senders = Senders(rules.window_s)
+        self.senders = Senders(rules.window_s, rules.senders)
         self.is_doubted = False
 
     def bill(self, usage: Usage, asked: Usage | None = None) -> int:

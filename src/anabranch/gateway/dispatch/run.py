@@ -102,7 +102,7 @@ class Run:
         self._most = plan.most_attempts(self.rules.retries)
         self._holds, self._has_failed = False, False
         self._last: UpstreamError | None = None
-        dispatcher.budget.request(self.began)
+        dispatcher.budget.request(self.began, plan.sender)
 
     @property
     def left_s(self) -> float:
@@ -151,7 +151,7 @@ class Run:
         """Give back what is held; call it once, whatever came of the request."""
         if self._holds:
             self._holds = False
-            self.dispatcher.budget.release()
+            self.dispatcher.budget.release(self.plan.sender)
 
     def ended(self, error: UpstreamError) -> UpstreamError:
         """The error for whoever asked."""
@@ -205,7 +205,7 @@ class Run:
         """
         if self._has_failed:
             holds, self._holds = self._holds, False
-            if not self.dispatcher.budget.take(now, holds):
+            if not self.dispatcher.budget.take(now, holds, self.plan.sender):
                 self.report.skipped.append((model, "the budget of extra attempts is used up"))
                 raise self.ended(self._last or self._nothing())
             self._has_failed = False  # paid for
@@ -231,7 +231,7 @@ class Run:
         if live.is_doubtful(now) and not self._holds:
             # If this fails, one more attempt must be paid for; where that cannot be promised, it had better be elsewhere.
             at_risk = live.waiting if live.is_silent(now) else 0
-            if self.dispatcher.budget.hold(now, at_risk):
+            if self.dispatcher.budget.hold(now, at_risk, self.plan.sender):
                 self._holds = True
             elif steady := [other for other in fresh if not other.is_doubtful(now)]:
                 live = pick(group.balance, steady, now, self.dispatcher.rng)
@@ -299,7 +299,7 @@ class Run:
                 return None
             other = pick(group.balance, free, now, self.dispatcher.rng)
             still_free = other.can_take(self.dispatcher.now(), self.tokens)
-            return other if still_free and self.dispatcher.budget.take(now) else None
+            return other if still_free and self.dispatcher.budget.take(now, sender=self.plan.sender) else None
         return None
 
     def _started(
@@ -431,7 +431,10 @@ class Run:
         outcome = OUTCOME[failure.kind]
         if failure.kind == "deadline" and not self._had_time(live, attempt):
             return "ignored"
-        return "ignored" if outcome == "failure" and not live.senders.failed(sender, self.dispatcher.now()) else outcome
+        if outcome != "failure":
+            return outcome
+        is_held_against = live.senders.timed_out if failure.kind in OURS else live.senders.failed
+        return outcome if is_held_against(sender, self.dispatcher.now()) else "ignored"
 
     def _had_time(self, live: Live, attempt: Attempt) -> bool:
         """Whether an attempt that ended with the request's time had at least half of the deployment's own."""

@@ -1,11 +1,15 @@
 """`Senders`: what different senders met at one deployment, which tells its own failures from those that one sender's requests bring about.
 
 a failure                                 is the sender's own while others get answers and none of them fails
+one that took too long                    likewise while an answer of any other stands, unless `TIMED_OUT` senders fail
 a refusal that may be the request's own   is the deployment's once `REFUSED` senders in a row have met one (403, and 404 without a reason)
 """
 
 # Different senders, in a row, whose requests are refused before that is held against the deployment.
 REFUSED = 3
+
+# Different senders whose attempts took too long, and who got no answer since, before that is held against a deployment that answers others.
+TIMED_OUT = 8
 
 # Senders that are remembered; those seen last.
 KEPT = 1000
@@ -16,10 +20,11 @@ class Senders:
 
     Args:
         window_s: how long what somebody met is looked back on, seconds.
+        timed_out: see `TIMED_OUT`.
     """
 
-    def __init__(self, window_s: float) -> None:
-        self._window_s = window_s
+    def __init__(self, window_s: float, timed_out: int = TIMED_OUT) -> None:
+        self._window_s, self._timed_out = window_s, timed_out
         self._refused: set[str] = set()
         # By sender, when that was last.
         self._answered: dict[str, float] = {}
@@ -36,6 +41,22 @@ class Senders:
         """A request failed; whether that says something of the deployment."""
         _note(self._failed, sender, now)
         return self._has_other(self._failed, sender, now) or not self._has_other(self._answered, sender, now)
+
+    def timed_out(self, sender: str, now: float) -> bool:
+        """A request took too long, which may be for what it asks for; whether that says something of the deployment.
+
+        Two keys of one owner bring that about as easily as one: so an answer to anybody else outweighs it, as long as that one has not
+        failed since, but for so many senders that they are hardly all one.
+        """
+        _note(self._failed, sender, now)
+        oldest, never = now - self._window_s, float("-inf")
+        failing = sum(at > oldest and at >= self._answered.get(other, never) for other, at in self._failed.items())
+        stands = any(
+            at > oldest and at > self._failed.get(other, never)
+            for other, at in self._answered.items()
+            if other != sender
+        )
+        return failing >= self._timed_out or not stands
 
     def doubted(self, sender: str, now: float) -> bool:
         """A request was refused for what may be the deployment's own fault; whether that casts doubt on it: see `failed`."""
