@@ -119,8 +119,8 @@ def test_a_key_is_edited_and_renewed(run, facts, here, store):
         ("keys edit ci", "nothing is to be changed"),
         ("keys edit ci --clear id", "--clear is 'id'; it takes name, user,"),
         ("keys edit ci --rpm 5 --clear rpm", "rpm is both given and cleared"),
-        ("keys edit kx --rpm 5", "no keys have an id that begins with 'kx'"),
-        ("keys rotate kx", "no keys have an id that begins with 'kx'"),
+        ("keys edit kx --rpm 5", "no keys have the name 'kx'"),
+        ("keys rotate kx", "no keys have the name 'kx'"),
     ):
         code, out, err = here("gateway", *line.split(), "--store", store)
         assert (code, out) == (2, "")
@@ -146,6 +146,43 @@ def test_budgets(run, facts):
     assert [one["subject"] for one in facts("budget", "list")["budgets"]] == ["global", "team:ml"]
     assert facts("budget", "remove", "team:ml", "--period", "day") == {"removed": "team:ml", "period": "day"}
     assert [one["subject"] for one in facts("budget", "list")["budgets"]] == ["global"]
+
+
+def test_a_budget_of_a_key_is_set_and_lifted_by_its_name_too(run, facts, here, store):
+    """A limit under a name that no request carries would never apply."""
+    id = facts("keys", "list")["keys"][0]["id"]
+    for named in ("ci", id, id[:8]):
+        assert facts("budget", "set", f"key:{named}", 3, "--period", "day")["subject"] == f"key:{id}"
+    assert len(facts("budget", "list")["budgets"]) == 1
+    code, _, err = here("gateway", "budget", "remove", "key:ci", "--store", store)
+    assert code == 2
+    assert "there is no total budget of key:ci; there is one of a day: --period day" in err
+    assert run("budget", "remove", "key:ci", "--period", "day")
+    assert facts("budget", "list")["budgets"] == []
+
+    async def never_there():
+        async with open_store(store, serves=False) as opened:
+            await opened.set_budget("key:gone", 5)
+
+    asyncio.run(never_there())
+    assert run("budget", "remove", "key:gone")
+    assert facts("budget", "list")["budgets"] == []
+
+
+def test_a_key_is_edited_with_a_budget_and_told_how_a_limit_is_lifted(facts, here, store):
+    facts("keys", "edit", "ci", "--budget", 2, "--period", "week")
+    assert [(one["period"], one["limit_usd"]) for one in facts("budget", "list")["budgets"]] == [("week", 2.0)]
+    for line, says in (
+        (["keys", "edit", "ci", "--rpm", "0"], "--clear rpm lifts the limit"),
+        (["keys", "edit", "ci", "--max-in-flight", "0"], "--clear max-in-flight lifts the limit"),
+        (["keys", "edit", "ci", "--budget", "2", "--period", "year"], "the period is 'year'"),
+        (["keys", "create", ""], "the name is empty"),
+        (["keys", "create", " "], "the name is empty"),
+    ):
+        code, out, err = here("gateway", *line, "--store", store)
+        assert (code, out) == (2, "")
+        assert says in err
+    assert len(facts("keys", "list")["keys"]) == 1
 
 
 def test_ledger_list_and_spend(run, facts):
@@ -239,15 +276,18 @@ def test_prune_and_backup(facts, here, store, tmp_path):
     ("arguments", "message"),
     [
         ("keys list --store nothing.db", "no store at nothing.db; give its place with --store, or make one"),
-        ("keys revoke kx", "no keys have an id that begins with 'kx'; anabranch gateway keys list shows them"),
+        (
+            "keys revoke kx",
+            "no keys have the name 'kx' or an id that begins so; anabranch gateway keys list shows them",
+        ),
         ("keys create --period yearly", "the period is 'yearly'; use one of total, hour, day, week, month"),
         ("keys create --expires soon", "--expires is 'soon'; write a number and s, m, h, d or w, such as 90d"),
         ("keys create --tag ,", "the tag ',' may not be"),
-        ("keys create --rpm 0", "--rpm is '0': it must be greater than or equal to 1"),
+        ("keys create --rpm 0", "--rpm is '0': it must be 1 or more"),
         ("budget set team:ml much", "'much' is no amount of dollars; write a number such as 0.25"),
         ("budget set team:ml -- -3", "a limit is -3000000000; it must be whole nano-dollars"),
         ("budget set everyone 3", "a budget is for 'everyone'; it must be global, key:ID, user:NAME"),
-        ("budget set key:kx 3", "there is no key 'kx'; anabranch gateway keys list shows ids"),
+        ("budget set key:kx 3", "no keys have the name 'kx' or an id that begins so"),
         (
             "budget remove global",
             "there is no total budget of global; anabranch gateway budget list shows what there is",

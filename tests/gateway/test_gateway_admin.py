@@ -188,8 +188,8 @@ def test_keys_are_made_edited_renewed_and_ended(tmp_path):
         assert (await call("GET", "/v1/models", key=renewed["secret"]))[0] == 200
         for path in ("/admin/keys/x", f"/admin/keys/{id}/renew", "/admin/keys//rotate"):
             assert (await call("POST", path, {}))[0] == 404, path
-        assert (await call("POST", "/admin/keys/nobody/rotate"))[0] == 400
-        assert (await call("PATCH", "/admin/keys/nobody", {"team": "x"}))[0] == 400
+        assert (await call("POST", "/admin/keys/nobody/rotate"))[0] == 404
+        assert (await call("PATCH", "/admin/keys/nobody", {"team": "x"}))[0] == 404
         await call("PUT", "/admin/budgets", {"subject": "team:research", "limit_usd": 0})
         body = {"model": "small", "messages": [{"role": "user", "content": "x"}]}
         assert (await call("POST", "/v1/chat/completions", body, key=renewed["secret"]))[
@@ -216,3 +216,40 @@ def test_where_no_key_is_needed_a_wrong_one_is_refused_once_there_are_keys(tmp_p
         assert (await call("GET", "/v1/models", key="wrong"))[0] == 401
 
     served(tmp_path, work, require_key=False)
+
+
+def test_a_budget_for_the_name_of_a_key_applies_to_it_and_one_for_nobody_is_refused(tmp_path):
+    async def work(call):
+        _, made = await call("POST", "/admin/keys", {"name": "k0"})
+        id = made["key"]["id"]
+        for named in ("k0", id, id[:8]):
+            status, budget = await call("PUT", "/admin/budgets", {"subject": f"key:{named}", "limit_usd": 2})
+            assert (status, budget["subject"]) == (200, f"key:{id}")
+        status, told = await call("PUT", "/admin/budgets", {"subject": "key:doesnotexist", "limit_usd": 2})
+        assert (status, told["error"]["code"]) == (404, "unknown_key")
+        assert [one["subject"] for one in (await call("GET", "/admin/budgets"))[1]["budgets"]] == [f"key:{id}"]
+        assert (await call("DELETE", "/admin/budgets/key:nobody"))[0] == 404
+        assert (await call("DELETE", "/admin/budgets/key:k0?period=day"))[1] == {"removed": False}
+        assert (await call("DELETE", "/admin/budgets/key:k0"))[1] == {"removed": True}
+
+    served(tmp_path, work)
+
+
+def test_a_key_is_made_and_edited_with_its_budget(tmp_path):
+    async def work(call):
+        status, made = await call("POST", "/admin/keys", {"name": "ci", "budget_usd": 25, "period": "month"})
+        assert status == 200
+        assert (made["budget"]["subject"], made["budget"]["limit_usd"]) == (f"key:{made['key']['id']}", 25)
+        _, edited = await call("PATCH", "/admin/keys/ci", {"budget_usd": "0.5", "period": "month"})
+        assert (edited["budget"]["limit_usd"], edited["budget"]["period"]) == (0.5, "month")
+        for body, field in (
+            ({"budget_usd": "much"}, "budget_usd"), ({"budget_usd": True}, "budget_usd"), ({"budget_usd": -1}, "budget_usd"),
+            ({"period": "day"}, "period"), ({"budget_usd": 1, "period": "year"}, "period"), ({"budget_usd": 1, "period": []}, "period"),
+        ):  # fmt: skip
+            for method, path in (("POST", "/admin/keys"), ("PATCH", "/admin/keys/ci")):
+                status, told = await call(method, path, {"name": "other", **body})
+                assert (status, told["error"]["param"]) == (400, field)
+        assert [one["name"] for one in (await call("GET", "/admin/keys"))[1]["keys"]] == ["ci"]
+        assert len((await call("GET", "/admin/budgets"))[1]["budgets"]) == 1
+
+    served(tmp_path, work)

@@ -514,7 +514,7 @@ def test_keys(url):
             assert await store.revoke_key(record.id) == ended  # for good
             assert [one.name for one in await store.keys()] == ["ci", "other"]
             for bad in ("", "nothing", "k"):
-                with pytest.raises(InputError, match="keys have an id that begins with"):
+                with pytest.raises(InputError, match="keys have the name"):
                     await store.revoke_key(bad)
             wrongs = (
                 {"rpm": 0},

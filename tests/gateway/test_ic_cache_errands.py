@@ -477,6 +477,8 @@ def test_pool_metrics_headers_and_erasure_over_http(tmp_path):
             for body in ({}, {"user": "x"}, {"all": False}, {"all": True, "key": ""}, {"every": True}, {"key": 3})
         ] == [400] * 6
         assert refused(gateway.url, request_id="unheard of") == 404
+        # What was meant is still there: nobody is told that nothing was.
+        assert refused(gateway.url, key="unheard of") == 404
         assert refused(gateway.url, place="remember", all=True) == 404
     with served_here() as gateway:
         assert forget(gateway.url, all=True) == 1

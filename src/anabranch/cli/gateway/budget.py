@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from anabranch.gateway.store import Budget, Store
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Set and list limits on spending.")
-Subject = Annotated[str, typer.Argument(metavar="SUBJECT", help="global, key:ID, user:NAME, team:NAME or tag:NAME.")]
+Subject = Annotated[
+    str, typer.Argument(metavar="SUBJECT", help="global, key:NAME (or its ID), user:NAME, team:NAME or tag:NAME.")
+]
 PeriodOption = Annotated[str, typer.Option(metavar="P", help="total, hour, day, week or month (in UTC).")]
 
 
@@ -36,10 +38,7 @@ def put(
     limit = nano_dollars(dollars)
 
     async def work(opened: Store) -> Budget:
-        name = subject.removeprefix("key:")
-        if name != subject and name not in {key.id for key in await opened.keys()}:
-            raise InputError(f"there is no key {name!r}; anabranch gateway keys list shows ids")
-        return await opened.set_budget(subject, limit, period)
+        return await opened.set_budget(await opened.named_subject(subject), limit, period)
 
     budget = with_store(store, work, makes=True)
     if as_json:
@@ -69,8 +68,18 @@ def remove(
 
     Example: anabranch gateway budget remove team:ml --period month
     """
-    if not with_store(store, lambda opened: opened.remove_budget(subject, period)):
-        raise InputError(f"there is no {period} budget of {subject}; anabranch gateway budget list shows what there is")
+
+    async def work(opened: Store) -> bool:
+        if await opened.remove_budget(subject, period):
+            return True
+        named = {subject, await opened.named_subject(subject)}
+        there = [budget.period for budget in await opened.budgets() if budget.subject in named]
+        what = f"; there is one of a {', one of a '.join(there)}: --period {there[0]}" if there else ""
+        raise InputError(
+            f"there is no {period} budget of {subject}{what or '; anabranch gateway budget list shows what there is'}"
+        )
+
+    with_store(store, work)
     if as_json:
         print_json({"removed": subject, "period": period})
     else:

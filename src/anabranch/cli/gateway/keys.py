@@ -29,9 +29,29 @@ CLEARED: dict[str, tuple[str, Any]] = {
 }  # fmt: skip
 
 
+def _positive(context: typer.Context, option: typer.CallbackParam, value: int | None) -> int | None:
+    """A limit; who means to lift one with a 0 is told how."""
+    if value is not None and value < 1:
+        how = f" (--clear {(option.name or '').replace('_', '-')} lifts the limit)"
+        raise typer.BadParameter(f"it must be 1 or more{how if context.info_name == 'edit' else ''}")
+    return value
+
+
+RpmOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Requests a minute.")]
+TpmOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Tokens a minute.")]
+InFlightOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Requests at a time.")]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(metavar="DOLLARS", min=0, callback=finite_number, help="Most it may spend, in each --period."),
+]
+PeriodOption = Annotated[str, typer.Option(metavar="P", help="total, hour, day, week or month.")]
+
+
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What it is for, in words.")] = "",
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="What it is for, in words. Default: it has none.")
+    ] = None,
     user: Annotated[str, typer.Option(metavar="USER", help="Whose it is.")] = "",
     team: Annotated[str, typer.Option(metavar="TEAM", help="Whose team's.")] = "",
     tags: Annotated[
@@ -41,15 +61,12 @@ def create(
         list[str] | None,
         typer.Option("--model", metavar="MODEL", help="That it may use. May be repeated. Default: all."),
     ] = None,
-    rpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Requests a minute.")] = None,
-    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens a minute.")] = None,
-    max_in_flight: Annotated[int | None, typer.Option(metavar="N", min=1, help="Requests at a time.")] = None,
+    rpm: RpmOption = None,
+    tpm: TpmOption = None,
+    max_in_flight: InFlightOption = None,
     expires: Annotated[str | None, typer.Option(metavar="IN", help="Ends after so long, e.g. 90d.")] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(metavar="DOLLARS", min=0, callback=finite_number, help="Most it may spend, in each --period."),
-    ] = None,
-    period: Annotated[str, typer.Option(metavar="P", help="total, hour, day, week or month.")] = "total",
+    budget: BudgetOption = None,
+    period: PeriodOption = "total",
     admin: Annotated[bool, typer.Option("--admin", metavar=FLAG, help="It opens the admin interface too.")] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
@@ -58,16 +75,14 @@ def create(
 
     Example: anabranch gateway keys create ci --team ml --budget 25 --period month
     """
-    from anabranch.gateway.store.period import check_period
-    from anabranch.routers.money import nano_dollars
-
-    check_period(period)
-    limit = None if budget is None else nano_dollars(budget)
+    if name is not None and not name.strip():
+        raise InputError("the name is empty; write what the key is for, or leave it out")
+    limit = _limit(budget, period)
     ends = None if expires is None else time.time() + seconds(expires, "--expires")
 
     async def work(opened: Store) -> tuple[str, KeyRecord]:
         secret, key = await opened.create_key(
-            name, user=user, team=team, tags=tags or (), models=models or (), rpm=rpm, tpm=tpm, max_in_flight=max_in_flight,
+            name or "", user=user, team=team, tags=tags or (), models=models or (), rpm=rpm, tpm=tpm, max_in_flight=max_in_flight,
             expires_s=ends, is_admin=admin,
         )  # fmt: skip
         if limit is not None:
@@ -115,10 +130,12 @@ def edit(
     models: Annotated[
         list[str] | None, typer.Option("--model", metavar="MODEL", help="That it may use. May be repeated.")
     ] = None,
-    rpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Requests a minute.")] = None,
-    tpm: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens a minute.")] = None,
-    max_in_flight: Annotated[int | None, typer.Option(metavar="N", min=1, help="Requests at a time.")] = None,
+    rpm: RpmOption = None,
+    tpm: TpmOption = None,
+    max_in_flight: InFlightOption = None,
     expires: Annotated[str | None, typer.Option(metavar="IN", help="Ends after so long from now, e.g. 90d.")] = None,
+    budget: BudgetOption = None,
+    period: PeriodOption = "total",
     clear: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD", help=f"To be empty: {', '.join(CLEARED)}. May be repeated."),
@@ -145,9 +162,17 @@ def edit(
         if column in changes:
             raise InputError(f"{field} is both given and cleared; say one")
         changes[column] = empty
-    if not changes:
+    if not changes and budget is None:
         raise InputError("nothing is to be changed; give a field, such as --team ml")
-    changed = with_store(store, lambda opened: opened.edit_key(key, **changes))
+    limit = _limit(budget, period)
+
+    async def work(opened: Store) -> KeyRecord:
+        changed = await opened.edit_key(key, **changes)
+        if limit is not None:
+            await opened.set_budget(f"key:{changed.id}", limit, period)
+        return changed
+
+    changed = with_store(store, work)
     if as_json:
         print_json(facts(changed))
     else:
@@ -181,6 +206,15 @@ def revoke(
         print_json(facts(ended))
     else:
         fact("revoked", f"{ended.id} (...{ended.hint}) {ended.name}")
+
+
+def _limit(budget: float | None, period: str) -> int | None:
+    """Nano-dollars; None for no limit. Raises InputError for a period that may not be."""
+    from anabranch.gateway.store.period import check_period
+    from anabranch.routers.money import nano_dollars
+
+    check_period(period)
+    return None if budget is None else nano_dollars(budget)
 
 
 def _show_once(secret: str, key: KeyRecord, as_json: bool) -> None:

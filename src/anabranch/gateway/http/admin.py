@@ -14,8 +14,9 @@ from anabranch.gateway.decide import BypassError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator, check_origin
 from anabranch.gateway.learning.erasures import can_forget
-from anabranch.gateway.store import GROUPS, Budget, LedgerQuery
-from anabranch.gateway.store.key_rows import FIELDS
+from anabranch.gateway.store import GROUPS, Budget, KeyRecord, LedgerQuery, key_rows
+from anabranch.gateway.store.key_rows import FIELDS, UnknownKeyError
+from anabranch.gateway.store.period import PERIODS
 from anabranch.routers.money import dollars, nano_dollars
 from anabranch.web.answers import json_response, read_body
 from anabranch.web.api_error import ApiError, wrong
@@ -26,6 +27,9 @@ T = TypeVar("T")
 Work = Callable[["_Call"], Awaitable[Any]]
 MOST_ROWS = 1000
 DIGITS = 20
+
+# Of a key, beside its fields: the most it may spend, and in which period.
+BUDGET = ("budget_usd", "period")
 _WITH_BODY = ("POST", "PUT", "PATCH")
 
 
@@ -105,7 +109,10 @@ class AdminRoutes:
             raw = await read_body(request, limits.body_bytes, limits.body_timeout_s)
             check_json_size(raw, MOST_VALUES, MOST_PARTS)
             body = parse(raw)
-        return json_response(await work(_Call(request, unquote(name), body)))
+        try:
+            return json_response(await work(_Call(request, unquote(name), body)))
+        except UnknownKeyError as error:
+            raise ApiError(404, "unknown_key", str(error)) from None
 
     async def _keys(self, call: _Call) -> Any:
         return {"keys": [dataclasses.asdict(key) for key in await self._gateway.store.keys()]}
@@ -117,17 +124,21 @@ class AdminRoutes:
             raise ApiError(
                 404, "not_found", "POST /admin/keys makes a key, POST /admin/keys/ID/rotate gives it another secret"
             )
-        made = (
-            self._gateway.store.rotate_key(id)
-            if call.name
-            else self._gateway.store.create_key(**_key_fields(call.body))
-        )
+        fields, limit = _key_fields(call.body)
+        made = self._gateway.store.rotate_key(id) if call.name else self._gateway.store.create_key(**fields)
         secret, record = await _told(made)
-        return {"secret": secret, "key": dataclasses.asdict(record)}
+        return {"secret": secret, "key": dataclasses.asdict(record), **await self._limit(record, limit)}
 
     async def _edit_key(self, call: _Call) -> Any:
-        record = await _told(self._gateway.store.edit_key(call.name, **_key_fields(call.body)))
-        return {"key": dataclasses.asdict(record)}
+        fields, limit = _key_fields(call.body)
+        record = await _told(self._gateway.store.edit_key(call.name, **fields))
+        return {"key": dataclasses.asdict(record), **await self._limit(record, limit)}
+
+    async def _limit(self, key: KeyRecord, limit: tuple[int, str] | None) -> dict[str, Any]:
+        """Set what a key may spend, where that is given."""
+        return (
+            {} if limit is None else {"budget": _budget(await self._gateway.store.set_budget(f"key:{key.id}", *limit))}
+        )
 
     async def _revoke_key(self, call: _Call) -> Any:
         return {"key": dataclasses.asdict(await self._gateway.store.revoke_key(call.name))}
@@ -136,19 +147,12 @@ class AdminRoutes:
         return {"budgets": [_budget(budget) for budget in await self._gateway.store.budgets()]}
 
     async def _set_budget(self, call: _Call) -> Any:
-        limit = call.body.get("limit_usd")
-        if isinstance(limit, bool) or not isinstance(limit, int | float | str):
-            raise wrong("limit_usd", "limit_usd must be an amount of dollars")
-        try:
-            nano = nano_dollars(limit)
-        except InputError as error:
-            raise wrong("limit_usd", f"limit_usd: {error}") from None
-        period = call.text("period", "total")
-        return _budget(await self._gateway.store.set_budget(call.text("subject"), nano, period))
+        nano, period = _limit_of("limit_usd", call.body.get("limit_usd")), call.text("period", "total")
+        store = self._gateway.store
+        return _budget(await store.set_budget(await store.named_subject(call.text("subject")), nano, period))
 
     async def _remove_budget(self, call: _Call) -> Any:
-        removed = await self._gateway.store.remove_budget(call.name, call.query.get("period", "total"))
-        return {"removed": removed}
+        return {"removed": await self._gateway.store.remove_budget(call.name, call.query.get("period", "total"))}
 
     async def _providers(self, call: _Call) -> Any:
         return {"deployments": self._gateway.note_states()}
@@ -223,8 +227,10 @@ class AdminRoutes:
         if len(given) != 1 or ("user" in body and "key" not in body) or body.get("all", True) is not True:
             raise wrong("body", "give one of request_id, key (and a user of it, if only those are meant) and all: true")
         if "request_id" not in body:
-            user = call.text("user") if "user" in body else None
-            return {"tenant": call.text("key") if "key" in body else None, "user": user}
+            user, key = call.text("user") if "user" in body else None, call.text("key")
+            # "" is whoever came without a key.
+            tenant = key_rows.meant(await self._gateway.store.keys(), key).id if key else key
+            return {"tenant": tenant if "key" in body else None, "user": user}
         rows = await self._gateway.store.decisions(call.text("request_id"), 1)
         decision = rows[0].body.get("details", {}).get("id") if rows else None
         if not isinstance(decision, str):
@@ -254,17 +260,41 @@ def _budget(budget: Budget) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _key_fields(body: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a key. Raises ApiError for one that keys do not have."""
-    if unknown := set(body) - set(FIELDS):
-        raise wrong(min(unknown), f"a key has no {min(unknown)[:40]!r}; known: {', '.join(sorted(FIELDS))}")
-    return body
+def _limit_of(name: str, value: Any) -> int:
+    """Nano-dollars of an amount in a body. Raises ApiError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong(name, f"{name} must be an amount of dollars")
+    try:
+        nano = nano_dollars(value)
+    except InputError as error:
+        raise wrong(name, f"{name}: {error}") from None
+    if nano < 0:
+        raise wrong(name, f"{name} is {value!r:.40}; it must be 0 or more")
+    return nano
+
+
+def _key_fields(body: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, str] | None]:
+    """Fields of a key, and what it may spend in which period, if that is given. Raises ApiError for one that keys do not have."""
+    if unknown := set(body) - set(FIELDS) - set(BUDGET):
+        raise wrong(min(unknown), f"a key has no {min(unknown)[:40]!r}; known: {', '.join(sorted((*FIELDS, *BUDGET)))}")
+    fields = {name: value for name, value in body.items() if name not in BUDGET}
+    if "budget_usd" not in body:
+        if "period" in body:
+            raise wrong("period", "period goes with budget_usd, what may be spent in it")
+        return fields, None
+    # Before a key is made that would be without its limit.
+    period = body.get("period", "total")
+    if period not in PERIODS:
+        raise wrong("period", f"period is {period!r:.40}; it must be one of {', '.join(PERIODS)}")
+    return fields, (_limit_of("budget_usd", body["budget_usd"]), period)
 
 
 async def _told(work: Awaitable[T]) -> T:
     """What the store does. A value that it refuses is told with its field, which the sentence begins with."""
     try:
         return await work
+    except UnknownKeyError:
+        raise
     except InputError as error:
         field = str(error).split(" ", 1)[0]
         raise wrong(field, str(error)) if field in FIELDS else ApiError(400, "invalid_value", str(error)) from None

@@ -22,6 +22,10 @@ _TAKEN = (
 )
 
 
+class UnknownKeyError(InputError):
+    """No key, or several, are meant by what should name one."""
+
+
 def checked(fields: Mapping[str, Any], now_us: int) -> dict[str, Any]:
     """Columns of `schema.KEYS` with the values that ``fields`` come to. Raises InputError, which begins with the field."""
     if unknown := sorted(set(fields) - set(FIELDS)):
@@ -98,13 +102,13 @@ def any_key(connection: Connection) -> bool:
 
 
 def meant(keys: Sequence[KeyRecord], named: str) -> KeyRecord:
-    """The key with this id or name, or whose id alone begins so. Raises InputError if there is none, or there are several."""
+    """The key with this id or name, or whose id alone begins so. Raises UnknownKeyError if there is none, or there are several."""
     found = [key for key in keys if named and key.id == named]
     found = found or [key for key in keys if named and key.name == named and key.revoked_us is None]
     found = found or [key for key in keys if named and key.id.startswith(named)]
     if len(found) != 1:
-        raise InputError(
-            f"{len(found) or 'no'} keys have an id that begins with {named!r}; anabranch gateway keys list shows them"
+        raise UnknownKeyError(
+            f"{len(found) or 'no'} keys have the name {named!r:.100} or an id that begins so; anabranch gateway keys list shows them"
         )
     return found[0]
 

@@ -244,13 +244,33 @@ class Store:
         now_us = self._now_us()
         return await self._do(lambda connection: queries.put_budget(connection, subject, span, limit, now_us))
 
+    async def named_subject(self, subject: str) -> str:
+        """``subject`` as requests carry it: with the id of the key where its name, or the beginning of its id, was given.
+
+        Raises InputError for what is no subject, UnknownKeyError for a key that is not there, which a limit would never apply to.
+        """
+        subject = check_subject(subject)
+        scope, _, name = subject.partition(":")
+        return f"key:{key_rows.meant(await self.keys(), name).id}" if scope == "key" else subject
+
     async def remove_budget(self, subject: str, period: str = "total") -> bool:
-        """Lift a limit; whether there was one."""
-        values = {"subject": check_subject(subject), "period": check_period(period)}
+        """Lift a limit; whether there was one.
+
+        Args:
+            subject: as `budgets` shows it, or as `named_subject` takes it.
+            period: of it.
+
+        Raises InputError for a subject or a period that may not be, UnknownKeyError for a key that is not there.
+        """
+        subject, span = check_subject(subject), check_period(period)
+        # As it stands: a limit that was set for a key that was never there can be lifted.
+        if subject not in {budget.subject for budget in await self.budgets()}:
+            subject = await self.named_subject(subject)
 
         def work(connection: Connection) -> bool:
             connection.lock_budgets()
-            return bool(connection.run("DELETE FROM budgets WHERE subject = :subject AND period = :period", **values))
+            sql = "DELETE FROM budgets WHERE subject = :subject AND period = :period"
+            return bool(connection.run(sql, subject=subject, period=span))
 
         return await self._do(work)
 
