@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from anabranch.errors import InputError
+from anabranch.errors import ConfigError, InputError
 from anabranch.routers import strategies
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model, Outcome, Pool, Query
@@ -13,6 +13,7 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.ic_cache import ICCache, ICCacheRouting
 from anabranch.routers.ic_cache.critic import Critic
+from anabranch.routers.ic_cache.pool import ExamplePool
 from anabranch.routers.ic_cache.router import Router
 from anabranch.routers.money import Price
 from anabranch.routers.strategies import make
@@ -186,8 +187,10 @@ def test_upkeep_comes_by_itself():
     router = build(tick_s=60.0)
     answered(router, "list files", "ls", now_s=100.0)
     assert router.metrics.value("ic_cache_pool_examples") == 1  # the first one
+    tau = router.metrics.value("ic_cache_tau")
     answered(router, "copy files", "cp", now_s=159.0)
-    assert router.metrics.value("ic_cache_pool_examples") == 1
+    assert router.metrics.value("ic_cache_pool_examples") == 2  # told at once, and not at the next upkeep
+    assert router.metrics.value("ic_cache_tau") == tau
     answered(router, "move files", "mv", now_s=160.0)
     assert router.metrics.value("ic_cache_pool_examples") == 3
 
@@ -281,3 +284,20 @@ def test_a_broken_router_leaves_the_dearest_model_first():
     decision = router.route(query("x"), pool_of())
     assert [c.model for c in decision.candidates] == ["large", "small"]
     assert decision.reason == "the router failed; the dearest model answers"
+
+
+def test_answers_to_queries_that_name_no_task_are_kept_unless_the_config_says_otherwise():
+    """Whoever asks for it by name wants something kept; tasks that have names opt in one by one."""
+    assert build(domains=None)._domains == ("",)
+    assert build(domains=()).keeps_answers is False
+    kept = ICCacheRouting.Config(cache=ICCache.Config(pool=ExamplePool.Config(domains=("support",)))).build()
+    assert kept._domains == ("support",)
+    router = ICCacheRouting.Config().build()
+    answered(router, "list files", "ls")
+    assert len(router.cache.pool) == 1
+
+
+def test_a_name_of_a_strategy_with_a_slip_is_told_the_one_that_is_near():
+    for name, said in (("knnn", "did you mean 'knn'"), ("KNN", "did you mean 'knn'"), ("zzzzzz", "known: .*knn")):
+        with pytest.raises(ConfigError, match=f"no strategy '{name}'; {said}"):
+            make(name)

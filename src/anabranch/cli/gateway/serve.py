@@ -65,10 +65,11 @@ def serve(
     """  # fmt: skip
     config = only_file(config_files)
     require("gateway", by="anabranch gateway serve")
-    from anabranch.gateway.http.run import load, run
+    from anabranch.gateway.http.run import load, run, try_out
 
     if check:
         held = load(config, store, router)
+        try_out(held)
         say(f"{config or 'the built-in config'} is right: {len(held.models)} models, {len(held.strategies)} strategies")
         return
 

@@ -1,7 +1,7 @@
 """`GatewayConfig`: everything one gateway is told, checked as a whole."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
@@ -24,6 +24,9 @@ from anabranch.gateway.config.parts import (
 from anabranch.gateway.config.suggestions import hint
 from anabranch.routers.contract.query import Pool
 from anabranch.routers.embed import Embedder
+
+# Fields of strategies that name models: by a name, a list of names, or a number for each name.
+MODEL_FIELDS = frozenset({"assisted", "fallback", "model", "models", "strong", "trust", "trusted", "weak", "weights"})
 
 
 def _cheapest() -> dict[str, StrategyConfig]:
@@ -143,9 +146,26 @@ def _check_strategies(config: GatewayConfig) -> None:
         _check_name(f"strategies.{name}", name)
         for place, model in enumerate(strategy.models):
             _check_model(config, f"strategies.{name}.models.{place}", model)
+        _check_models_of(config, f"strategies.{name}", strategy.fields)
     default = config.default_strategy
     if default is not None and default not in config.strategies:
         raise ConfigError(f"default_strategy is {default!r}; {hint(default, config.strategies)}")
+
+
+def _check_models_of(config: GatewayConfig, path: str, fields: Any) -> None:
+    """Models that a strategy's own fields name, however deep, are there: it would be bypassed at every request otherwise."""
+    if isinstance(fields, list | tuple):
+        for place, item in enumerate(fields):
+            _check_models_of(config, f"{path}.{place}", item)
+    if not isinstance(fields, dict):
+        return
+    for field, value in fields.items():
+        if field not in MODEL_FIELDS or value is None:
+            _check_models_of(config, f"{path}.{field}", value)
+            continue
+        for name in (value,) if isinstance(value, str) else value if isinstance(value, list | tuple | dict) else ():
+            if isinstance(name, str) and name not in (names := [model.name for model in config.models]):
+                raise ConfigError(f"{path}.{field} has {name!r}, and there is no such model; {hint(name, names)}")
 
 
 def _check_name(field: str, name: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
+from anabranch.gateway.store.store import check_place
 from anabranch.sockets import listening, url_of
 from anabranch.web.server import BACKLOG, Server, Signals, reload_on, runner
 
@@ -28,6 +29,16 @@ def load(path: Path | None, store: str | None = None, router: Path | None = None
 
         config = with_recommended(config, router)
     return config if store is None else config.replace(store=store)
+
+
+def try_out(config: GatewayConfig) -> None:
+    """Make all that `run` makes of a config, but for what it listens at and writes to. Raises AnabranchError, as `run` would."""
+    check_place(config.store)
+
+    async def made() -> None:
+        await Gateway(config).runtime.close()
+
+    asyncio.run(made())
 
 
 def run(

@@ -87,6 +87,22 @@ def store_file(url: str) -> Path | None:
     return Path(parts.path[1:]) if parts.scheme == "sqlite" else None
 
 
+def check_place(url: str) -> None:
+    """Whether a store may be at ``url``, which is neither opened nor made.
+
+    Raises DataError for what can be no store, BackendError if a package is missing.
+    """
+    _database(url)
+    file = store_file(url)
+    if file is None:
+        return
+    if file.is_dir():
+        raise DataError(f"the store is {str(file)!r}, which is a folder; name a file in it")
+    above = next((folder for folder in file.resolve().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise DataError(f"the store is {str(file)!r}, and {above} is no folder")
+
+
 def _database(url: str) -> Database:
     if url.startswith(("postgresql://", "postgres://", "postgresql+")):
         from anabranch.gateway.store.postgres import PostgresDatabase

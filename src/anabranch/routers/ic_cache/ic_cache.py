@@ -352,7 +352,13 @@ class ICCache(Part):
         except Exception:
             admission = self._bypassed("admission", Admission(None, "failed"))
         self.metrics.count("ic_cache_admissions_total", reason=admission.reason)
+        self._tell_pool()
         return admission
+
+    def _tell_pool(self) -> None:
+        """How much is kept, at once: between two upkeeps much may come and go."""
+        self.metrics.gauge("ic_cache_pool_examples", len(self.pool))
+        self.metrics.gauge("ic_cache_pool_bytes", self.pool.size_bytes)
 
     # Learning
 
@@ -460,8 +466,7 @@ class ICCache(Part):
         for reason, count in (("expired", done.expired), ("evicted", done.evicted)):
             self.metrics.count("ic_cache_removed_total", count, reason=reason)
         self.metrics.count("ic_cache_replays_total", done.replayed)
-        self.metrics.gauge("ic_cache_pool_examples", len(self.pool))
-        self.metrics.gauge("ic_cache_pool_bytes", self.pool.size_bytes)
+        self._tell_pool()
         self.metrics.gauge("ic_cache_tau", self.threshold.best)
         self.metrics.gauge("ic_cache_autoscale", self.router.autoscale)
         return done

@@ -45,7 +45,7 @@ COMPARED = 32
 
 
 class ICCacheRouting(Strategy, kind="ic_cache"):
-    """See the module. Without ``domains`` it keeps nothing and is a bandit that minds the load.
+    """See the module. Where ``domains`` is empty it keeps nothing and is a bandit that minds the load.
 
     Args:
         config: see there.
@@ -57,7 +57,8 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         """Who gets examples, whose answers become some.
 
         Attributes:
-            domains: tasks whose answers are kept (opt-in); "*" is all, "" those of queries that name none.
+            domains: tasks whose answers are kept (opt-in); "*" is all, "" those of queries that name none. None takes those of the
+                pool, and where it has none either, "": whoever asks for it by name wants something kept.
             trusted: models whose answers may enter the pool; empty trusts the dearest alone.
             assisted: models that are given examples; empty assists all but the dearest.
             cache: all else (see `ICCache`).
@@ -66,7 +67,7 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             least_score: of recorded answers that `fit` takes into the pool.
         """
 
-        domains: tuple[str, ...] = ()
+        domains: tuple[str, ...] | None = None
         trusted: tuple[str, ...] = ()
         assisted: tuple[str, ...] = ()
         cache: ICCache.Config = Field(default_factory=ICCache.Config)
@@ -91,7 +92,12 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
     @property
     def keeps_answers(self) -> bool:  # type: ignore[override]
         """Where a domain has opted in."""
-        return bool(self.config.domains or self.config.cache.pool.domains)
+        return bool(self._domains)
+
+    @property
+    def _domains(self) -> tuple[str, ...]:
+        domains: tuple[str, ...] | None = self.config.domains
+        return domains if domains is not None else self.config.cache.pool.domains or ("",)
 
     def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
         """Take the embedder that makes ``query.vector_D``: requests that redaction changed are kept only with one."""
@@ -119,9 +125,7 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         trusted = self.config.trusted or (dearest,)
         settings = self.config.cache
         trust = {**settings.pool.trust, **dict.fromkeys(trusted, max(1, settings.pool.min_trust))}
-        pool: ExamplePool.Config = settings.pool.replace(
-            domains=self.config.domains or settings.pool.domains, trust=trust
-        )
+        pool: ExamplePool.Config = settings.pool.replace(domains=self._domains, trust=trust)
         return ICCache(
             settings.replace(pool=pool), arms=arms, dim=dim, embed=self._embed, metrics=self.metrics, clock=lambda: self._now_s
         )  # fmt: skip

@@ -6,6 +6,7 @@ router = strategies.make("knn", k=40).fit(recorded)
 router.route(query, pool).model
 """
 
+import difflib
 from typing import Any
 
 from anabranch.errors import ConfigError
@@ -34,9 +35,9 @@ def make(name: str, *, trade_off: float | None = None, **fields: Any) -> Strateg
     if name in kinds("predictor"):
         return Ranked.Config(predictor=_part("predictor", name).Config(**fields), trade_off=trade_off or 0.0).build()
     if name not in names():
-        # Says which names are near.
-        _part("strategy", name)
-        raise ConfigError(f"no strategy {name!r}; known: {', '.join(names())}")
+        near = difflib.get_close_matches(name.lower(), names(), n=1)
+        said = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names())}"
+        raise ConfigError(f"no strategy {name!r}; {said}")
     if trade_off is not None:
         fields["trade_off"] = trade_off
     return _part("strategy", name).Config(**fields).build()
