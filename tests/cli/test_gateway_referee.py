@@ -263,8 +263,14 @@ def test_eval_ends_in_a_verdict_and_route_uses_what_it_recommends(run, place):
     assert f"router  {chosen['name']}: gateway eval recommends {chosen['name']}, since it is better than large" in out
     other = "ridge" if chosen["name"] == "knn" else "knn"
     assert told(run("route", "add", "--router", "many", "--strategy", other, "--json"))["recommended"] is None
-    # Another fit knows of no evaluation.
+    # Until the next evaluation it can be served: of what is fitted anew, what was recommended before, which is said.
     told(run("fit", "many.jsonl", *options.split()))
+    kept = told(run("route", "add", "--router", "many", "--json"))["recommended"]
+    assert kept == {**chosen, "reason": kept["reason"]}
+    assert "judged before the routers were fitted anew" in kept["reason"]
+    code, _, err = run("fit", "many.jsonl", "--out", "many", "--strategy", "cluster", "--quiet")
+    assert code == 0
+    assert "what was recommended of many is not among the new routers; until gateway eval, nothing is" in err
     assert not (place / "many" / "recommended.json").exists()
 
 

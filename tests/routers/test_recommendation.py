@@ -45,15 +45,45 @@ def keep(folder, **fields):
     return choice
 
 
-def test_what_is_kept_is_read_and_goes_with_the_next_fit(folder, made):
+def test_what_is_kept_is_read(folder):
     assert read_recommendation(folder) is None
     assert pick(folder) is None  # two, and none is recommended
     for setting in (None, 0.0, 12.5):
         assert read_recommendation(folder) != keep(folder, setting=setting) == read_recommendation(folder)
     assert folder / "recommended.json" in files_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "left", "stays"),
+    [
+        ({}, ("knn", "ridge"), True),
+        ({"setting": 2.0}, ("ridge",), True),
+        ({}, ("knn",), False),  # what it recommends is not there any more
+        ({"kind": "model", "name": "medium"}, ("knn",), True),
+        ({"kind": "model", "name": "gone"}, ("knn",), False),
+    ],
+)
+def test_a_new_fit_keeps_what_was_recommended_where_it_can_be_served(folder, made, fields, left, stays):
+    """Between fit and eval the folder can be served, as before; why it is recommended says that this was judged before."""
+    kept, (data, routers) = keep(folder, **fields), made
+    for _ in range(2):
+        save_folder(folder, {name: routers[name] for name in left}, data, {})
+    found = read_recommendation(folder)
+    assert (found is not None) == stays
+    if found is not None:
+        assert found == dataclasses.replace(kept, reason=found.reason)
+        assert found.reason == f"{kept.reason} (judged before the routers were fitted anew; gateway eval judges again)"
+        assert pick(folder).name == kept.name
+        keep(folder, **fields)
+        assert read_recommendation(folder) == kept
+
+
+def test_a_new_fit_does_away_with_a_recommendation_that_is_damaged(folder, made):
     data, routers = made
-    save_folder(folder, routers, data, {})
-    assert read_recommendation(folder) is None
+    for text in ("{", "[]", "3", '{"version": 1, "recommended": {"kind": "strategy", "name": [], "setting": "x"}}'):
+        (folder / "recommended.json").write_text(text)
+        save_folder(folder, routers, data, {})
+        assert read_recommendation(folder) is None
 
 
 def test_a_router_is_picked_by_name_else_recommended_else_alone(folder):

@@ -132,12 +132,16 @@ def files_of(router: str | Path) -> list[Path]:
 def save_folder(folder: str | Path, routers: Mapping[str, FittedRouter], learned: Recorded, about: Facts) -> None:
     """Write routers, by name, and what they were fitted on. An older folder of routers is replaced in one step.
 
+    What was recommended of the older ones stays so, as judged before, where it is among the new ones: whoever serves the folder can
+    start again before the next evaluation.
+
     Raises InputError for a name that cannot be that of a file, DataError as `check_router_folder`.
     """
     for name in routers:
         if not name.replace("_", "").replace("-", "").isalnum() or f"{name}{ENDING}" == SEEN:
             raise InputError(f"{name!r} cannot be the name of a router; use letters, digits, - and _")
     check_router_folder(folder)
+    carried = _carried(Path(folder) / RECOMMENDED, routers, learned.models)
     with atomic_folder(folder, replacing=_OURS) as temporary:
         for name, router in routers.items():
             router.save(temporary / f"{name}{ENDING}")
@@ -147,6 +151,25 @@ def save_folder(folder: str | Path, routers: Mapping[str, FittedRouter], learned
             temporary / MANIFEST,
             {"version": VERSION, "routers": list(routers), "models": list(learned.models), **about},
         )
+        if carried is not None:
+            atomic_write_json(temporary / RECOMMENDED, carried)
+
+
+def _carried(path: Path, routers: Mapping[str, FittedRouter], models: Sequence[str]) -> Facts | None:
+    """What was recommended, if it can be served of these routers too; else None."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        choice = content["recommended"]
+        if choice["kind"] == "strategy":
+            router = routers[choice["name"]]
+            if choice["setting"] is not None:
+                router.strategy.with_knob(choice["setting"])
+        elif choice["name"] not in models:
+            return None
+    except (OSError, ValueError, LookupError, TypeError, NotImplementedError, AnabranchError):
+        # None is there, or it is damaged, or of what is there no more.
+        return None
+    return {**content, "is_refitted": True}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     DIR/recommended.json     a router of the folder at a setting of its knob, or a single model; why; on what it was judged
 
-It goes when routers are fitted anew, since the folder is then replaced.
+Where routers are fitted anew it stays, as judged before they were, if what it recommends is still there (see `fitted.save_folder`).
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -71,6 +71,8 @@ def read_recommendation(folder: str | Path) -> Choice | None:
             "setting": None | int() | float() as setting,
             "reason": str(reason),
         }:
+            if content.get("is_refitted"):
+                reason = f"{reason} (judged before the routers were fitted anew; gateway eval judges again)"
             return Choice(kind=kind, name=name, setting=setting, reason=reason)
     raise CheckpointError(f"{path} names nothing that is recommended; delete it, or run gateway eval again")
 

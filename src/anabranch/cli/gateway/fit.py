@@ -60,7 +60,7 @@ def fit(
 
     Example: anabranch gateway fit outcomes.jsonl.gz --out routers --strategy knn --strategy ridge
     """
-    from anabranch.routers.fitted import FittedRouter, check_router_folder, save_folder
+    from anabranch.routers.fitted import RECOMMENDED, FittedRouter, check_router_folder, save_folder
     from anabranch.routers.referee.baselines import best_single
     from anabranch.routers.referee.evaluate import digest
 
@@ -94,7 +94,10 @@ def fit(
         routers[name] = FittedRouter(strategy=one, models=pool.models, embedder=needed, about=about)
     if not routers:
         raise DataError(f"no strategy can learn from {data}")
+    was_recommended = (out / RECOMMENDED).is_file()
     save_folder(out, routers, learned, about)
+    if was_recommended and not (out / RECOMMENDED).is_file():
+        say(f"what was recommended of {out} is not among the new routers; until gateway eval, nothing is")
     sizes = {name: (out / f"{name}.safetensors").stat().st_size for name in routers}
     if as_json:
         print_json({"out": str(out), "routers": sizes, "models": list(recorded.models), **about})
