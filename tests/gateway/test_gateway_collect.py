@@ -158,6 +158,43 @@ def test_a_model_that_fails_is_asked_again_by_the_next_run(tmp_path, capsys):
     assert (second["questions"], second["calls"], second["reused"]) == (4, 4, 8)
 
 
+def test_it_says_what_it_has_spent_and_asked_and_why_something_came_to_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(REPLIES, "judge", "both are fine, I could not say")
+    path, out = write(tmp_path, scripts={"c": ["400"]}), tmp_path / "outcomes.jsonl"
+    traffic(path, 4)
+    done = collect(capsys, path, out, "--judge", "judge")
+    rows, _ = collected_rows(tmp_path)
+    assert done["cost_usd"] == pytest.approx(sum(row.cost_nano for row in rows) / 1e9)
+    assert done["cost_usd"] > 0
+    assert (done["failed"], done["unjudged"], done["judge_calls"]) == (1, 3, 6)
+    assert done["unreadable"] == ["both are fine, I could not say"]
+    [(why, count)] = done["unanswered"].items()
+    assert why.startswith("c: ")
+    assert count == 1
+    assert main(["gateway", "collect", "-c", str(path), "--out", str(out), "--judge", "judge", "--rate", "9999"]) == 0
+    said = capsys.readouterr().out
+    assert "cost    $" in said
+    assert "judged  " in said
+    assert "unclear a judgement that ends in 'both are fine, I could not say'" in said
+
+
+def test_a_run_that_its_budget_stops_before_it_has_anything_is_no_success(tmp_path, capsys):
+    path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
+    traffic(path, 4)
+    err = collect(capsys, path, out, "--judge", "judge", "--budget", "0.000001", code=2)
+    assert f"error: nothing was collected, and there is no {out}: " in err
+    assert "budget of tag collect" in err
+    assert not out.exists()
+
+
+def test_a_log_gets_a_line_now_and_then_and_not_one_for_each_question(tmp_path, capsys):
+    path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
+    traffic(path, 6)
+    given = ["--judge", "exact", "--references", str(references(tmp_path)), "--rate", "100000"]
+    assert main(["gateway", "collect", "-c", str(path), "--out", str(out), *given]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_model_judges_in_both_orders(tmp_path, capsys):
     path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
     traffic(path, 4)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,7 +87,8 @@ def collect(
 ) -> None:
     """Ask every model what users asked, judge the answers, and write a table of all outcomes for gateway fit and eval.
 
-    Needs a store with texts (prompts under [log]). Each call is a request of the gateway, tagged collect; an interrupted run goes on.
+    Needs a store with texts (prompts = true in the table log of the config). Each call is a request of the gateway, tagged collect; an
+    interrupted run goes on.
 
     Example: anabranch gateway collect -c gateway.toml --judge gpt-4o --budget 5 --out outcomes.jsonl
     """
@@ -106,14 +110,29 @@ def collect(
     check_apart([out], [file])
     names = model or [one.name for one in held.models]
     chosen = _judge(judge, references, anchor, names)
-    tell = (lambda text: None) if quiet or as_json else say
+    tell = (lambda text: None) if quiet or as_json else _teller()
     settings = {"per_minute": rate, "max_tokens": max_tokens, "told": tell}
     bounds = {"limit": limit, "share_of": share, "since_s": since_s}
     done = asyncio.run(_run(held, names, chosen, out, budget, every_s, settings, bounds))
     if as_json:
         print_json({"out": str(out), "models": names, "judge": chosen.name, **dataclasses.asdict(done)})
-        return
-    _print(done, out)
+    else:
+        _print(done, out)
+    if done.stopped and not done.questions + done.there:
+        raise DataError(f"nothing was collected, and there is no {out}: {done.stopped}")
+
+
+def _teller() -> Callable[[str], None]:
+    """Says where it is now and then: often where somebody looks on, seldom in a log."""
+    every_s, last_s = 1.0 if sys.stderr.isatty() else 30.0, time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= every_s:
+            last_s = time.monotonic()
+            say(text)
+
+    return tell
 
 
 def _judge(how: str, references: Path | None, anchor: str | None, names: list[str]) -> Judge:
@@ -158,12 +177,19 @@ def _print(done: Collected, out: Path) -> None:
         "added",
         f"{done.questions:,} questions ({done.there:,} were there), {done.calls:,} answers asked for, {done.reused:,} reused",
     )
+    if done.judge_calls or done.judge_reused:
+        fact("judged", f"{done.judge_calls:,} judgements asked for, {done.judge_reused:,} reused")
+    fact("cost", f"${done.cost_usd:.6f} in this run, the judge's calls among it")
     left = {
         "that a model did not answer": done.failed, "that could not be judged": done.unjudged,
         "of keys that may not use all of the models": done.not_allowed,
     }  # fmt: skip
     if any(left.values()):
         fact("without", ", ".join(f"{count:,} {why}" for why, count in left.items() if count))
+    for why, count in done.unanswered.items():
+        fact("no answer", f"{count:,} times {why}")
+    for text in done.unreadable:
+        fact("unclear", f"a judgement that ends in {text!r}" if text else "the judge gave no answer")
     if done.stopped:
         fact("stopped", done.stopped)
     if done.questions + done.there:

@@ -9,12 +9,13 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import InputError
-from anabranch.gateway.store import COLLECT, LedgerRow
+from anabranch.gateway.store import COLLECT, LedgerQuery, LedgerRow
 from anabranch.gateway.told import Collecting
 from anabranch.routers.money import dollars
 from anabranch.web.api_error import ApiError
@@ -30,6 +31,9 @@ PATIENCE = 5
 
 # Seconds that one waits for a limit; what takes longer ends the run.
 LONGEST_WAIT_S = 60.0
+
+# Characters of why a model gave no answer.
+SHOWN = 200
 
 
 class OutOfBudgetError(InputError):
@@ -103,6 +107,10 @@ class _Pace:
 class Calls:
     """Makes calls, and finds what they came to.
 
+    Attributes:
+        spent_nano: nano-dollars that the calls made here came to, those without an answer among them.
+        unanswered: how often a model gave no answer, by model and why.
+
     Args:
         gateway: started, with a config of `for_collecting`.
         per_minute: calls.
@@ -110,7 +118,8 @@ class Calls:
 
     def __init__(self, gateway: "Gateway", per_minute: float) -> None:
         self._gateway, self._pace = gateway, _Pace(per_minute)
-        self._under_way = 0
+        self._under_way, self.spent_nano = 0, 0
+        self.unanswered: Counter[str] = Counter()
         # Set, and replaced, as one of them ends.
         self._ended = asyncio.Event()
 
@@ -149,9 +158,15 @@ class Calls:
                     raise OutOfBudgetError(str(error), wait_s) from None
                 if wait_s is None:
                     logger.warning("%s gave no answer: %s", model, error)
+                    self._note(model, error)
                     return None
+                if attempt == PATIENCE - 1:
+                    self._note(model, error)
                 await asyncio.sleep(min(wait_s, LONGEST_WAIT_S))
         return None
+
+    def _note(self, model: str, error: ApiError) -> None:
+        self.unanswered[f"{model}: {str(error)[:SHOWN]}"] += 1
 
     async def _once(self, body: dict[str, Any], headers: dict[str, str], collecting: Collecting) -> None:
         """One call. While budgets have no room for it beside others of ours, it waits for these to end. Raises ApiError."""
@@ -162,9 +177,10 @@ class Calls:
                 reply = await self._gateway.handle(
                     "chat", dict(body), headers=headers, shown_as=COLLECT, collecting=collecting
                 )
-                await self._gateway.settled(reply.headers["x-request-id"])
+                await self._charge(reply.headers["x-request-id"])
                 return
             except ApiError as error:
+                await self._charge(error.headers.get("x-request-id"))
                 if error.code != "insufficient_quota" or _wait_s(error) is None or self._under_way == 1:
                     raise
             finally:
@@ -173,6 +189,13 @@ class Calls:
                 self._ended = asyncio.Event()
             if self._under_way:
                 await self._ended.wait()
+
+    async def _charge(self, request_id: str | None) -> None:
+        """Add what a call has cost; what brought no answer may have cost something too."""
+        if request_id is not None:
+            await self._gateway.settled(request_id)
+            rows = await self._gateway.store.ledger(LedgerQuery(request_id=request_id))
+            self.spent_nano += sum(row.cost_nano for row in rows)
 
 
 def _wait_s(error: ApiError) -> float | None:

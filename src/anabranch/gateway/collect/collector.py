@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from anabranch.gateway.collect.origins import Answers, Origin, may_ask, told_req
 from anabranch.gateway.collect.table import Table
 from anabranch.gateway.config import GatewayConfig, StrategyConfig
 from anabranch.gateway.store import COLLECT, KeyRecord
-from anabranch.routers.judges import Judge
+from anabranch.routers.judges import Judge, verdict
+from anabranch.routers.money import dollars
 from anabranch.routers.strategies.training import share
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # Questions in a row that were asked and came to nothing, after which there is no use in going on.
 IN_VAIN = 10
+
+# Of what went wrong: kinds that are told, and characters of one.
+REASONS, SHOWN = 3, 200
 NO_TEXTS = (
     "the store holds no texts of requests: set prompts = true under [log] of the gateway's config; what is asked from then on can be "
     "collected"
@@ -35,9 +39,14 @@ class Collected:
         there: written before.
         calls: made to answer, without the judge's.
         reused: answers that were there already.
+        judge_calls: made to judge.
+        judge_reused: judgements that were there already.
+        cost_usd: dollars of all calls of this run, also of those that brought nothing.
         unjudged: questions that the judge knows nothing of, or said nothing clear about.
         failed: questions that a model did not answer.
         not_allowed: questions of keys that may not use all of the models.
+        unreadable: the first judgements that said nothing clear, cut short; "" where the judge gave no answer.
+        unanswered: how often a model, or the judge, gave no answer, by its name and why.
         stopped: why the run ended before its end; "" if it did not.
         wait_s: seconds after which it may go on; None if waiting does not help.
     """
@@ -46,9 +55,14 @@ class Collected:
     there: int = 0
     calls: int = 0
     reused: int = 0
+    judge_calls: int = 0
+    judge_reused: int = 0
+    cost_usd: float = 0.0
     unjudged: int = 0
     failed: int = 0
     not_allowed: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    unanswered: dict[str, int] = field(default_factory=dict)
     stopped: str = ""
     wait_s: float | None = None
 
@@ -125,7 +139,11 @@ class Collector:
                 raise DataError("another anabranch gateway collect is at work on this store; wait for its end")
             self.done.there = table.lines - self.done.questions
             self.done.stopped, self.done.wait_s = "", None
-            any_text = await self._through(table, limit, share_of, since_s)
+            try:
+                any_text = await self._through(table, limit, share_of, since_s)
+            finally:
+                self.done.cost_usd = dollars(self._calls.spent_nano)
+                self.done.unanswered = dict(self._calls.unanswered.most_common(REASONS))
             if not any_text and not table.lines and not waits:
                 raise DataError(NO_TEXTS)
         return self.done
@@ -185,28 +203,43 @@ class Collector:
         for one in found:
             if isinstance(one, BaseException):
                 raise one
-        said = {model: one for model, one in zip(self.models, found, strict=True) if isinstance(one, Said)}
-        if len(said) < len(self.models):
+        answers_of = {model: one for model, one in zip(self.models, found, strict=True) if isinstance(one, Said)}
+        if len(answers_of) < len(self.models):
             self.done.failed += 1
             return None
 
+        heard: list[str] = []
+
         async def judged(model: str, prompt: str) -> str:
             messages, fields = [{"role": "user", "content": prompt}], {"temperature": 0}
-            verdict = await self._calls.find(model, messages, fields)
-            verdict = verdict or await self._calls.make(model, messages, fields, origin.asked_us)
-            return "" if verdict is None else verdict.text
+            said = await self._calls.find(model, messages, fields)
+            if said is None:
+                self.done.judge_calls += 1
+                said = await self._calls.make(model, messages, fields, origin.asked_us)
+            else:
+                self.done.judge_reused += 1
+            heard.append("" if said is None else said.text)
+            return heard[-1]
 
-        scores = await self.judge.scores(origin.shown, {model: one.text for model, one in said.items()}, judged)
+        scores = await self.judge.scores(origin.shown, {model: one.text for model, one in answers_of.items()}, judged)
         if scores is None:
             self.done.unjudged += 1
+            self._note_unreadable(heard)
             return None
         return {
-            "query": origin.query, "task": origin.task, "scores": scores, "cost": {model: one.cost for model, one in said.items()},
-            "tokens": {model: list(one.tokens) for model, one in said.items()},
-            "latency": {model: one.latency_s for model, one in said.items()},
-            "answers": {model: one.text for model, one in said.items()}, "judge": self.judge.name, "request_id": origin.request_id,
+            "query": origin.query, "task": origin.task, "scores": scores, "cost": {model: one.cost for model, one in answers_of.items()},
+            "tokens": {model: list(one.tokens) for model, one in answers_of.items()},
+            "latency": {model: one.latency_s for model, one in answers_of.items()},
+            "answers": {model: one.text for model, one in answers_of.items()}, "judge": self.judge.name, "request_id": origin.request_id,
             **({} if origin.is_plain else {"messages": origin.messages}),
         }  # fmt: skip
+
+    def _note_unreadable(self, heard: Sequence[str]) -> None:
+        """Keep the first judgement of a question that could not be read: the end, where it should be."""
+        text = next((text for text in heard if verdict(text) is None), "")
+        shown = " ".join(text.split())[-SHOWN:]
+        if len(self.done.unreadable) < REASONS and shown not in self.done.unreadable:
+            self.done.unreadable.append(shown)
 
     async def _answer(self, origin: Origin, model: str, answers: Answers) -> Said | None:
         said = await answers.of(origin, model, self.gateway.store)
