@@ -1,6 +1,7 @@
 """The page as a pure function of what is going on: figures, pictures, and nothing that a name could smuggle in."""
 
 import math
+import re
 
 import pytest
 
@@ -8,7 +9,8 @@ from anabranch.gateway.metrics import Ended, Metrics, Moment, totals
 from anabranch.gateway.store import LedgerRow
 from anabranch.gateway.ui import DeploymentFact, Point, Seen, Snapshot, Spend, render
 from anabranch.gateway.ui.charts import frontier, histogram, pareto, timeline
-from anabranch.gateway.ui.page import CSP, asset
+from anabranch.gateway.ui.frame import CSP
+from anabranch.gateway.ui.page import asset
 from anabranch.gateway.ui.snapshot import quantile
 from page_html import NASTY, Parsed
 
@@ -56,6 +58,48 @@ def test_the_figures_are_right():
     assert "and 4 more" in text  # 12 keys, 8 shown
     assert "$0.000020" in text
     assert "10 s ago" in text
+
+
+def test_a_dollar_figure_has_numerator_and_denominator_of_one_day():
+    """The store knows the day; this process may have begun a minute ago."""
+    spend = {"model": [Spend("small", 900_000_000, 180), Spend("large", 0, 20)]}
+    text = render(Snapshot(now_s=9.0, requests=1, spend=spend))
+    assert "Spend, last day</span><b>$0.90</b><small>$0.0045 an answer" in text
+    assert "Spend, last day</span><b>$0</b><small>nothing yet" in render(Snapshot(now_s=9.0, requests=1))
+
+
+def test_the_page_says_whether_prompts_are_kept():
+    assert "no prompt is kept" in render(Snapshot(now_s=0.0))
+    text = render(Snapshot(now_s=0.0, keeps_texts=True))
+    assert "no prompt is kept" not in text
+    assert "prompts are kept in the store" in text
+
+
+def test_refusals_are_counted_and_hits_have_a_denominator():
+    text = render(Snapshot(now_s=0.0, requests=4, refused=3, hits={"exact": 3}, misses=9))
+    assert "0 under way, 3 refused" in text
+    assert "3 exact of 12" in text
+
+
+def test_why_a_model_was_chosen_needs_no_click():
+    text = render(Snapshot(now_s=0.0, recent=[Seen(request_id="r", time_s=0.0, reason="the cheapest that is up")]))
+    assert "the cheapest that is up" in text.partition("<summary>")[2].partition("</summary>")[0]
+    assert text.count("the cheapest that is up") == 1
+
+
+def test_the_axis_of_shares_ends_where_shares_do():
+    def shown(*qualities):
+        points = [
+            Point(name=f"m{at}", kind="model", cost=0.1 + at, quality=quality) for at, quality in enumerate(qualities)
+        ]
+        return re.findall(r'text-anchor="end">([-\d.]+)</text>', pareto(points))
+
+    assert shown(0.6, 0.99)[-1] == "1.00"
+    assert shown(1.0)[-1] == "1.00"
+    assert shown(0.0, 0.4)[0] == "0.00"
+    assert shown(0.0)[0] == "0.00"
+    assert float(shown(7.0, 9.0)[-1]) > 9
+    assert float(shown(-2.0, 0.5)[0]) < -2
 
 
 def test_what_a_strategy_asked_is_shown_with_its_request_alike_calls_together():

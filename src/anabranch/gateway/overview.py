@@ -100,14 +100,17 @@ class Overview:
             latency=_buckets(metrics.latency), ttft=_buckets(metrics.ttft), overhead=_buckets(metrics.overhead),
             timeline=tuple(metrics.history), deployments=self._deployments(), points=self._points(),
             calibration=self._calibration, recent=tuple(reversed(gateway.recent))[:SHOWN],
-            has_tests=bool(gateway.config.ab),
+            has_tests=bool(gateway.config.ab), refused=int(sum(value for _, value in totals(metrics.refused))),
+            keeps_texts=gateway.config.log.prompts or any(
+                lane.strategy.keeps_answers for lane in gateway.runtime.decider.lanes.values()
+            ),
         )  # fmt: skip
 
     async def _read(self) -> dict[str, list[Spend]]:
         store, since_s = self._gateway.store, time.time() - SPEND_S
         names = {key.id: key.name or key.id for key in await store.keys()}
         found = {}
-        for by in ("model", "strategy", "key"):
+        for by in ("model", "strategy", "key", "team"):
             rows = [
                 Spend(_shown(by, row.group[0], names), row.cost_nano, row.requests)
                 for row in await store.spend(by, since_s=since_s)

@@ -6,7 +6,8 @@ from anabranch.gateway.ab import results_of
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator
 from anabranch.gateway.ui.ab import render_ab
-from anabranch.gateway.ui.page import CSP, asset, icon, render, render_parts
+from anabranch.gateway.ui.frame import CSP
+from anabranch.gateway.ui.page import asset, icon, render, render_parts
 from anabranch.web.answers import SAFE, Route
 
 _HEADERS = {

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from html import escape
 
 from anabranch.gateway.ab import ABResult, ArmResult
-from anabranch.gateway.ui.page import LOGO, NONE, dollar_text, number_text
+from anabranch.gateway.ui.frame import framed
+from anabranch.gateway.ui.page import NONE, dollar_text, number_text
 
 # Seconds after which a browser loads the page anew.
 RELOAD_S = 60
@@ -18,28 +19,7 @@ def render_ab(results: Sequence[ABResult]) -> str:
         '<section><h2>No A/B test</h2><p class="none">Name two strategies in the config: '
         "<code>[ab.try]</code> with <code>a</code> and <code>b</code>, and ask <code>auto/try</code>.</p></section>"
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="refresh" content="{RELOAD_S}">
-<title>A/B tests · anabranch</title>
-<link rel="stylesheet" href="/ui/page.css">
-<link rel="icon" href="/ui/icon.svg" type="image/svg+xml">
-</head>
-<body>
-<header>
-<h1>{LOGO}anabranch <span>A/B tests</span></h1>
-<p id="status"><a href="/ui">the gateway</a></p>
-</header>
-<main class="tests">
-{body}
-</main>
-</body>
-</html>
-"""
+    return framed("A/B tests", '<a href="/ui">the gateway</a>', body, reload_s=RELOAD_S, kind="tests")
 
 
 def _test(one: ABResult) -> str:
@@ -55,8 +35,15 @@ def _test(one: ABResult) -> str:
         f'<section aria-labelledby="ab-{name}"><h2 id="ab-{name}">auto/{name} <span class="state {state}">{escape(label)}</span></h2>'
         f"<p>{escape(one.sentence())}</p>{_chart(one)}{_table(one)}{left}"
         f'<p class="quiet">{one.share:.0%} of the {one.unit}s get b. A {one.unit} counts once, with the mean of its first {one.answers} '
-        f"answers; bars hold the mean with {1 - one.alpha:.0%} at all times together.</p></section>"
+        f"answers; bars hold the mean with {1 - one.alpha:.0%} at all times together.{_waiting(one)}</p></section>"
     )
+
+
+def _waiting(one: ABResult) -> str:
+    """What the column is of, where there is anything in it."""
+    count = one.a.waiting + one.b.waiting
+    what = f"fewer than {one.answers} answers that count for the {WORDS[one.metric]}"
+    return f" {count:,} {one.unit}s are awaited: they have {what} so far, and are left out until then." if count else ""
 
 
 def _chart(one: ABResult) -> str:
@@ -92,8 +79,8 @@ def _table(one: ABResult) -> str:
     heads = "".join(
         f'<th scope="col" class="number{minor}">{head}</th>'
         for head, minor in (
-            ("requests", " minor"), (f"{one.unit}s", ""), ("wait", " minor"), (WORDS[one.metric], ""), (f"{1 - one.alpha:.0%}", ""),
-            ("cost", ""),
+            ("requests", " minor"), (f"{one.unit}s", ""), ("awaited", " minor"), (WORDS[one.metric], ""),
+            (f"{1 - one.alpha:.0%}", " minor"), ("cost", ""),
         )
     )  # fmt: skip
     head = f'<thead><tr><th scope="col">arm</th>{heads}</tr></thead>'
@@ -107,5 +94,5 @@ def _row(side: str, arm: ArmResult, one: ABResult) -> str:
         f'<tr{chosen}><th scope="row">{side}: {escape(arm.strategy)}</th><td class="number minor">{arm.requests:,}</td>'
         f'<td class="number">{arm.units:,}</td><td class="number minor">{arm.waiting:,}</td>'
         f'<td class="number">{number_text(arm.mean)}</td>'
-        f'<td class="number">{number_text(arm.low)}{NONE}{number_text(arm.high)}</td><td class="number">{cost}</td></tr>'
+        f'<td class="number minor">{number_text(arm.low)}{NONE}{number_text(arm.high)}</td><td class="number">{cost}</td></tr>'
     )

@@ -90,7 +90,11 @@ def pareto(points: Sequence[Point]) -> str:
     to_x, ticks = _scale([point.cost for point in points])
     low, high = min(point.quality for point in points), max(point.quality for point in points)
     pad = (high - low) * 0.15 or 0.05
-    low, high = low - pad, high + pad
+    # Shares end at 0 and 1, and so does their axis.
+    low = max(low - pad, 0.0) if low >= 0 else low - pad
+    high = min(high + pad, 1.0) if high <= 1 else high + pad
+    if high - low < 1e-9:
+        low, high = (low - pad, high) if high >= 1 else (low, high + pad)
     base = PARETO_PX - 26
 
     def to_y(quality: float) -> float:
@@ -137,7 +141,7 @@ def _mark(point: Point, x: float, y: float, placed: list[tuple[float, float]]) -
         y - 10,
     )
     placed.append((x, text_y))
-    anchor = "end" if x > 85 else "start" if x < 20 else "middle"
+    anchor = "end" if x > 70 else "start" if x < 20 else "middle"
     about = f"{point.name}: ${point.cost * 1000:.4g} per 1000 requests, quality {point.quality:.3f}" + (
         f", {point.count:,} requests" if point.count else ""
     )

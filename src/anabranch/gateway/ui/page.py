@@ -10,22 +10,17 @@ from typing import Any
 
 from anabranch.gateway.store import Calibration
 from anabranch.gateway.ui.charts import bar, histogram, pareto, timeline
+from anabranch.gateway.ui.frame import framed
 from anabranch.gateway.ui.snapshot import DeploymentFact, Seen, Snapshot, Spend, quantile
 from anabranch.routers.money import dollars
 
-CSP = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 MOST_SPENDERS = 8
 MOST_WEEKS = 24  # rows
 FILTER = "filter: a model, strategy, key, status or request id"
+NOT_KEPT, KEPT = "no prompt is kept", "prompts are kept in the store, and not shown here"
 NONE = "\u2013"
 AB_LINK = '<a href="/ui/ab">A/B tests</a> \u00b7 '
-LOGO = (
-    '<svg viewBox="0 0 40 24" aria-hidden="true"><path d="M1 12h9c6 0 5-9 12-9h7c5 0 4 9 10 9'
-    'M10 12c6 0 5 9 12 9h7c5 0 4-9 10-9M10 12h29"/></svg>'
-)
+NO_SCRIPT = '<noscript><p class="none">Without its script the page shows the moment it was loaded at.</p></noscript>\n'
 
 
 @cache
@@ -36,29 +31,9 @@ def asset(name: str) -> bytes:
 
 def render(now: Snapshot) -> str:
     """The whole page."""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Gateway · anabranch</title>
-<link rel="stylesheet" href="/ui/page.css">
-<link rel="icon" href="/ui/icon.svg" type="image/svg+xml">
-<script src="/ui/page.js" defer></script>
-</head>
-<body>
-<header>
-<h1>{LOGO}anabranch <span>gateway</span></h1>
-<p id="status">{AB_LINK if now.has_tests else ""}up {_span(now.uptime_s)} · {escape(now.version)} · <span id="live">live</span></p>
-</header>
-<main id="parts">
-{render_parts(now)}
-</main>
-<noscript><p class="none">Without its script the page shows the moment it was loaded at.</p></noscript>
-</body>
-</html>
-"""
+    tests = AB_LINK if now.has_tests else ""
+    status = f'{tests}up {_span(now.uptime_s)} · {escape(now.version)} · <span id="live">live</span>'
+    return framed("gateway", status, render_parts(now), script="page.js", after=NO_SCRIPT)
 
 
 def render_parts(now: Snapshot) -> str:
@@ -66,7 +41,7 @@ def render_parts(now: Snapshot) -> str:
     return "\n".join(
         (
             _tiles(now),
-            _card("spend", "Spend", _spend(now.spend)),
+            _card("spend", "Spend", _spend(now.spend), "last day"),
             _card("pareto", "Quality against cost", pareto(now.points) + _legend(now), "dollars per 1,000 requests"),
             _card("latency", "Latency", _latency(now)),
             _card("errors", "Requests, errors and breakers", _health(now), "last hour"),
@@ -75,7 +50,7 @@ def render_parts(now: Snapshot) -> str:
                 if now.calibration
                 else []
             ),
-            _card("why", "Why this model", _inspector(now), "newest first; no prompt is kept"),
+            _card("why", "Why this model", _inspector(now), f"newest first; {KEPT if now.keeps_texts else NOT_KEPT}"),
         )
     )  # fmt: skip
 
@@ -87,17 +62,24 @@ def _card(id: str, title: str, body: str, note: str = "") -> str:
 
 def _tiles(now: Snapshot) -> str:
     hits = sum(now.hits.values())
-    spent = sum(row.nano for row in now.spend.get("model", ()))
+    looks = hits + now.misses
+    by_model = now.spend.get("model", ())
+    # Both of the store, of the same day: this process may have begun a minute ago.
+    spent, answers = sum(row.nano for row in by_model), sum(row.requests for row in by_model)
     good = 1 - now.errors / now.requests if now.requests else None
-    rate = hits / (hits + now.misses) if hits + now.misses else None
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in now.hits.items() if count) or "no hits yet"
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in now.hits.items() if count)
+    refused = f", {now.refused:,} refused" if now.refused else ""
     tiles = (
-        ("Requests", f"{now.requests:,}", f"{now.in_flight} under way"),
+        ("Requests", f"{now.requests:,}", f"{now.in_flight} under way{refused}"),
         ("Answered", _percent(good), f"{now.errors:,} errors"),
-        ("Spend", _money(spent), f"{_money(spent / now.requests, 4)} a request" if now.requests else "nothing yet"),
+        ("Spend, last day", _money(spent), f"{_money(spent / answers, 4)} an answer" if answers else "nothing yet"),
         ("Latency p50", _time(quantile(now.latency, 0.5)), f"p95 {_time(quantile(now.latency, 0.95))}"),
         ("Our overhead p50", _time(quantile(now.overhead, 0.5)), f"p95 {_time(quantile(now.overhead, 0.95))}"),
-        ("Cache hits", _percent(rate), kinds),
+        (
+            "Cache hits",
+            _percent(hits / looks if looks else None),
+            f"{kinds or 'none'} of {looks:,}" if looks else "not asked yet",
+        ),
     )
     items = "".join(f"<li><span>{name}</span><b>{value}</b><small>{note}</small></li>" for name, value, note in tiles)
     return f'<ul id="tiles" aria-label="in short">{items}</ul>'
@@ -105,7 +87,7 @@ def _tiles(now: Snapshot) -> str:
 
 def _spend(spend: Mapping[str, Sequence[Spend]]) -> str:
     parts = []
-    for by in ("model", "strategy", "key"):
+    for by in ("model", "strategy", "key", "team"):
         rows = spend.get(by, ())
         total = sum(row.nano for row in rows)
         body = "".join(
@@ -120,7 +102,7 @@ def _spend(spend: Mapping[str, Sequence[Spend]]) -> str:
         )
         empty = '<tr><td class="quiet" colspan="4">nothing yet</td></tr>'
         parts.append(f"<table><caption>by {by}</caption><tbody>{body + rest or empty}</tbody></table>")
-    return f'<div class="three">{"".join(parts)}</div>'
+    return f'<div class="several">{"".join(parts)}</div>'
 
 
 def _latency(now: Snapshot) -> str:
@@ -189,16 +171,16 @@ def _inspector(now: Snapshot) -> str:
 
 def _decision(seen: Seen, now_s: float) -> str:
     kind = "bad" if seen.status >= 400 else "hit" if seen.cache else "good"
+    why = f'<span class="reason">{escape(seen.reason)}</span>' if seen.reason else ""
     head = (
         f'<span class="dot {kind}" title="status {seen.status}"></span><b>{escape(seen.chosen or "no model")}</b>'
         f'<span class="asked">{escape(seen.asked)}</span>'
-        f'<span class="facts">{_money(seen.nano, 4)} · {_time(seen.latency_s)} · {_ago(now_s - seen.time_s)}</span>'
+        f'<span class="facts">{_money(seen.nano, 4)} · {_time(seen.latency_s)} · {_ago(now_s - seen.time_s)}</span>{why}'
     )
     bypassed = f'<p class="warn">The strategy was bypassed: {escape(seen.bypassed)}.</p>' if seen.bypassed else ""
     cached = (
         f'<p class="note">Answered from the {escape(seen.cache)} cache; no model was asked.</p>' if seen.cache else ""
     )
-    reason = f"<p>{escape(seen.reason)}</p>" if seen.reason else ""
     sure = f" · confidence {seen.confidence:.2f}" if seen.confidence is not None else ""
     facts = (
         f"request {seen.request_id} · status {seen.status} · key {seen.key or 'none'} · "
@@ -210,7 +192,7 @@ def _decision(seen: Seen, now_s: float) -> str:
         else ""
     )
     return (
-        f'<details id="r-{escape(seen.request_id)}"><summary>{head}</summary>{reason}{bypassed}{cached}{_candidates(seen)}'
+        f'<details id="r-{escape(seen.request_id)}"><summary>{head}</summary>{bypassed}{cached}{_candidates(seen)}'
         f'{_attempts(seen)}{_calls(seen)}{more}<p class="quiet">{escape(facts)}</p></details>'
     )
 

@@ -122,10 +122,11 @@ class Snapshot:
         requests: ended since the start.
         errors: of them.
         in_flight: under way.
+        refused: before any call: of a model that is not there, over a limit, or in a wrong form; not among ``requests``.
         hits: answers from a cache, by kind.
         misses: looks into a cache that found nothing.
         bypassed: decisions left to the default strategy.
-        spend: by ``model``, ``key`` and ``strategy``, dearest first.
+        spend: of the last day by ``model``, ``strategy``, ``key`` and ``team``, dearest first.
         latency: to the end of the answer.
         ttft: to the first token of a stream.
         overhead: what the gateway itself took.
@@ -135,6 +136,7 @@ class Snapshot:
         calibration: what strategies expected and what was said, by week, newest first.
         recent: requests, newest first.
         has_tests: the config has A/B tests.
+        keeps_texts: what is asked and answered is kept in the store.
     """
 
     now_s: float
@@ -143,6 +145,7 @@ class Snapshot:
     requests: int = 0
     errors: int = 0
     in_flight: int = 0
+    refused: int = 0
     hits: Mapping[str, int] = field(default_factory=dict)
     misses: int = 0
     bypassed: int = 0
@@ -156,6 +159,7 @@ class Snapshot:
     calibration: Sequence[Calibration] = ()
     recent: Sequence[Seen] = ()
     has_tests: bool = False
+    keeps_texts: bool = False
 
 
 def quantile(buckets: Buckets, share: float) -> float | None:
