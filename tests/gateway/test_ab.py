@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.cli.main import main
+from anabranch.config import to_dict
 from anabranch.errors import ConfigError, UnknownModelError
 from anabranch.gateway.ab import arm_of, results_of, results_of_store
+from anabranch.gateway.ab.assignment import _digest, counted_user, version_of
 from anabranch.gateway.ab.results import result_of, unit_means
 from anabranch.gateway.config import (
     ABConfig,
@@ -25,13 +27,14 @@ from anabranch.gateway.config import (
 )
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store
+from anabranch.gateway.store import KeyRecord, LedgerQuery, LedgerRow, open_store
 from anabranch.gateway.store.arms import ArmRow, read_arms
 from anabranch.gateway.ui.ab import render_ab
 from anabranch.routers.money import Price
 from page_html import NASTY, Parsed
 
 TEST = ABConfig(a="first", b="second", answers=2)
+BY_USER = TEST.replace(unit="user", answers=1)
 
 
 def config(folder, **fields):
@@ -79,6 +82,46 @@ async def ask(gateway, user, model="auto/try", score=None, key=None, **fields):
     return reply.headers.get("x-route-arm"), reply.headers["x-route-model"], id
 
 
+def test_a_key_that_makes_up_users_weighs_as_much_as_any_other(tmp_path):
+    """It scores one arm 1 and the other 0, as often as it likes; where it is trusted, its users count."""
+
+    async def work(gateway):
+        evil, record = await gateway.store.create_key("evil")
+        if gateway.config.ab["try"].trusts:
+            await gateway.reload(
+                dataclasses.replace(gateway.config, ab={"try": BY_USER.replace(trusts=(f"key:{record.id}",))})
+            )
+        for number in range(40):
+            side, _, id = await ask(gateway, f"fake{number}", key=evil)
+            await gateway.feedback({"request_id": id, "score": float(side == "try a")}, key=evil)
+        [result] = await results_of(gateway.store, gateway.config)
+        return result.a.units + result.b.units, result.found
+
+    assert used(config(tmp_path, ab={"try": BY_USER}), work) == (1, "not resolved")
+    (tmp_path / "other").mkdir()
+    units, found = used(config(tmp_path / "other", ab={"try": BY_USER.replace(trusts=("key:x",))}), work)
+    assert (units, found) == (40, "a")
+
+
+def test_a_running_test_goes_on_with_a_version_that_knows_whom_it_trusts():
+    # sha256 of the settings as they were written before.
+    told = {name: value for name, value in to_dict(TEST).items() if name != "trusts"}
+    assert version_of("try", TEST) == _digest("try", json.dumps(told, sort_keys=True))[:12]
+    assert version_of("try", BY_USER.replace(trusts=("key:x",))) != version_of("try", BY_USER)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"unit": "user", "trusts": ("ann",)}, "trusts has 'ann'; write key:ID or team:NAME"),
+        ({"trusts": ("key:x",)}, 'for unit = "user"'),
+    ],
+)
+def test_whom_a_test_trusts_is_checked(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        TEST.replace(**fields)
+
+
 # Who goes where
 
 
@@ -116,6 +159,17 @@ def test_users_of_a_key_are_split_where_that_is_wished():
     assert sides == {"a", "b"}
     assert {arm_of("try", TEST, key="k", user=f"u{n}").side for n in range(30)} <= {"a", "b"}
     assert len({arm_of("try", TEST, key="k", user=f"u{n}").unit for n in range(30)}) == 1
+    # A key that belongs to somebody is theirs, whatever its requests say; else only those that are trusted name users.
+    trusting = by_user.replace(trusts=("key:t", "team:red"))
+    for record, named, user in (
+        (None, "u", "u"),
+        (KeyRecord(id="k"), "u", ""),
+        (KeyRecord(id="k", user="ann"), "u", "ann"),
+        (KeyRecord(id="t"), "u", "u"),
+        (KeyRecord(id="k", team="red"), "u", "u"),
+        (KeyRecord(id="k", team="blue"), "u", ""),
+    ):
+        assert counted_user(trusting, record, named) == user
     # One name under two keys is two people, and no name runs into the key before it.
     assert arm_of("try", by_user, key="k", user="ab").unit != arm_of("try", by_user, key="ka", user="b").unit
 

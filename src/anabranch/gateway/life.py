@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import BudgetError, CapacityError, InputError, RateError, UnknownModelError
-from anabranch.gateway.ab.assignment import Arm, arm_of
+from anabranch.gateway.ab.assignment import Arm, arm_of, counted_user
 from anabranch.gateway.cache import (
     LONGEST_NAME,
     Entry,
@@ -244,8 +244,9 @@ class Life:
         test = self.target.test
         if test is None:
             return
-        user = ("" if self.record is None else self.record.user) or self.body.get("user") or ""
-        self.arm = arm_of(test, self.runtime.config.ab[test], key=self.tenant, user=user)
+        settings = self.runtime.config.ab[test]
+        user = counted_user(settings, self.record, self.body.get("user") or "")
+        self.arm = arm_of(test, settings, key=self.tenant, user=user)
         self.target = replace(self.target, strategy=self.arm.strategy)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from anabranch.config import to_dict
 from anabranch.gateway.config.ab import ABConfig
+from anabranch.gateway.store import KeyRecord
 
 Side = Literal["a", "b"]
 
@@ -43,12 +44,29 @@ class Arm:
 @lru_cache(maxsize=256)
 def version_of(test: str, config: ABConfig) -> str:
     """Tells tests apart: whatever changes in the config begins the test anew."""
-    return _digest(test, json.dumps(to_dict(config), sort_keys=True))[:12]
+    settings = to_dict(config)
+    if not config.trusts:
+        # As it was before there was such a setting: a test that runs goes on.
+        del settings["trusts"]
+    return _digest(test, json.dumps(settings, sort_keys=True))[:12]
 
 
 @lru_cache(maxsize=256)
 def _told(config: ABConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(config).items() if name != "salt"}
+
+
+def counted_user(config: ABConfig, record: KeyRecord | None, named: str) -> str:
+    """The user that a request counts for; "" for none, and then it counts for its key.
+
+    Args:
+        record: its key; None for none.
+        named: the user that the request says it is of.
+    """
+    if record is None:
+        return named
+    is_trusted = f"key:{record.id}" in config.trusts or (record.team != "" and f"team:{record.team}" in config.trusts)
+    return record.user or (named if is_trusted else "")
 
 
 def arm_of(test: str, config: ABConfig, *, key: str, user: str) -> Arm:
@@ -58,7 +76,7 @@ def arm_of(test: str, config: ABConfig, *, key: str, user: str) -> Arm:
         test: its name.
         config: of it.
         key: id of the key it came with; "" for none.
-        user: that the key belongs to or the sender names; "" for none.
+        user: see `counted_user`; "" for none.
     """
     whose = (
         ("key", key) if key and config.unit == "key" else ("user", key, user) if user else ("key", key) if key else ()

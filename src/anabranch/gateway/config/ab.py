@@ -6,6 +6,12 @@ from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 
 
+def is_key_or_team(text: str) -> bool:
+    """Whether it names a key or a team: ``key:ID``, ``team:NAME``."""
+    kind, _, name = text.partition(":")
+    return kind in ("key", "team") and name != ""
+
+
 @configclass
 class ABConfig(Config):
     """Requests to ``auto/NAME`` go to one of two strategies, the same one for the same key (or user) at all times.
@@ -13,8 +19,11 @@ class ABConfig(Config):
     Attributes:
         a, b: names of strategies of the config.
         share: of the keys (or users) that get ``b``.
-        unit: what is split and compared: the ``key`` of a request, where there is none its ``user``; or ``user``, the ``user`` of a key.
-            A request with neither goes to ``a`` and does not count.
+        unit: what is split and compared: the ``key`` of a request, where there is none its ``user``; or ``user``: the one that its key
+            belongs to, else, of keys that it ``trusts``, the one that the request names, else the key. A request with neither goes to
+            ``a`` and does not count.
+        trusts: keys and teams, as ``key:ID`` or ``team:NAME``, whose requests may name users of their own, each of whom counts: whoever
+            makes up users decides the test.
         salt: another one, another split; "" takes the name of the test.
         metric: what an answer is worth: its first feedback (``score``), whether there was one (``success``), or what it ``cost``.
         most_usd: dollars that count as the worst that an answer may cost, for ``cost``; None otherwise.
@@ -26,6 +35,7 @@ class ABConfig(Config):
     b: str = Field(min_length=1)
     share: float = Field(default=0.5, gt=0, lt=1)
     unit: Literal["key", "user"] = "key"
+    trusts: tuple[str, ...] = ()
     salt: str = Field(default="", max_length=200)
     metric: Literal["score", "success", "cost"] = "score"
     most_usd: float | None = Field(default=None, gt=0)
@@ -35,6 +45,11 @@ class ABConfig(Config):
     def __post_init__(self) -> None:
         if self.a == self.b:
             raise ConfigError(f"a and b are both {self.a!r}; a test compares two strategies")
+        odd = next((one for one in self.trusts if not is_key_or_team(one)), None)
+        if odd is not None:
+            raise ConfigError(f"trusts has {odd!r}; write key:ID or team:NAME")
+        if self.trusts and self.unit != "user":
+            raise ConfigError('trusts says whose users count, for unit = "user"; set that, or leave it out')
         if (self.metric == "cost") != (self.most_usd is not None):
             raise ConfigError(
                 'most_usd goes with metric = "cost": the dollars that count as the worst; set both or neither'

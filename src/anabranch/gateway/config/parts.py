@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
+from anabranch.gateway.config.ab import is_key_or_team
 from anabranch.gateway.config.secret import Secret
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.contract.query import Model
@@ -117,14 +118,7 @@ class StrategyConfig(Config):
             raise ConfigError(
                 f"fields are {', '.join(self.fields)}, but a fitted router brings its own; leave them out"
             )
-        odd = next(
-            (
-                one
-                for one in self.learns_of
-                if not one.partition(":")[2] or one.partition(":")[0] not in ("key", "team")
-            ),
-            None,
-        )
+        odd = next((one for one in self.learns_of if not is_key_or_team(one)), None)
         if odd is not None:
             raise ConfigError(f"learns_of has {odd!r}; write key:ID or team:NAME")
 
