@@ -24,10 +24,12 @@ PUBLIC = {
         corpus_windows load_tokenizer text_windows train_bpe
     """,
     "anabranch.routers": """
-        Candidate Decision FittedRouter Model Outcome Pool Prediction Predictor Query Ranked Recorded Strategy load_outcomes strategies
+        Answered Arm Ask Candidate Decision Done FittedRouter Model Outcome Pool Prediction Predictor Program ProgramRequest Query Ranked
+        Recorded Said Step Strategy load_outcomes strategies
     """,
     "anabranch.routers.contract": """
-        Candidate Decision Model Outcome Played Pool Prediction Predictor Query Ranked Recorded Strategy
+        Answered Arm Ask Candidate Decision Done Model Outcome Played Pool Prediction Predictor Program ProgramRequest Query Ranked
+        Recorded Said Step Strategy
     """,
     "anabranch.routers.coe": """
         CategoryRouter ExpertMap ExpertQueue ExpertStore Judgement Lease Limits QualityTable frontier_of_budget

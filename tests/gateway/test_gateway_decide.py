@@ -11,6 +11,7 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.providers.openai import OpenAI
+from anabranch.routers.contract.ask import Answered
 from anabranch.routers.contract.query import Candidate, Decision, Model, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.web.api_error import ApiError
@@ -40,11 +41,12 @@ class Learning(Scripted):
 class Asking(Scripted):
     is_async = True
 
-    def connect(self, *, embed=None, complete=None):
-        self.complete = complete
+    async def aroute(self, query, pool, ask):
+        return say((await ask("small", "which?", max_tokens=1, temperature=0)).text)(query, pool)
 
-    async def aroute(self, query, pool):
-        return say(await self.complete("small", "which?", max_tokens=1, temperature=0))(query, pool)
+
+async def unasked(*args, **how):
+    raise AssertionError("nobody should be asked")
 
 
 def say(*names):
@@ -70,7 +72,7 @@ def decide(strategy, knobs=None, **fields):
     counted = []
     decider = Decider(config(tested=fields), None, lambda *seen: counted.append(seen), {"tested": strategy})
     try:
-        decided = asyncio.run(decider.decide("tested", Query(text="hello", knobs=knobs or {}), POOL))
+        decided = asyncio.run(decider.decide("tested", Query(text="hello", knobs=knobs or {}), POOL, unasked))
     finally:
         decider.close()
     return decided, counted
@@ -120,10 +122,10 @@ def test_a_slow_strategy_is_bypassed_in_time_and_the_loop_goes_on():
 
         ticking = asyncio.create_task(tick())
         begin = time.monotonic()
-        decided = await decider.decide("tested", Query(text="x"), POOL)
+        decided = await decider.decide("tested", Query(text="x"), POOL, unasked)
         first = time.monotonic() - begin
         begin = time.monotonic()
-        again = await decider.decide("tested", Query(text="x"), POOL)
+        again = await decider.decide("tested", Query(text="x"), POOL, unasked)
         second = time.monotonic() - begin
         ticking.cancel()
         released.set()
@@ -147,7 +149,9 @@ def test_many_at_once_wait_their_turn_without_being_bypassed():
 
     async def main():
         decider = Decider(config(tested={}), None, lambda *_: None, {"tested": Scripted(work)})
-        decided = await asyncio.gather(*(decider.decide("tested", Query(text=str(at)), POOL) for at in range(20)))
+        decided = await asyncio.gather(
+            *(decider.decide("tested", Query(text=str(at)), POOL, unasked) for at in range(20))
+        )
         decider.close()
         return decided
 
@@ -158,7 +162,7 @@ def test_without_any_strategy_the_order_of_the_config_decides():
     broken = Scripted(raising)
     counted = []
     decider = Decider(config(tested={}), None, lambda *seen: counted.append(seen), {"tested": broken, "safe": broken})
-    decided = asyncio.run(decider.decide("tested", Query(text="x"), POOL))
+    decided = asyncio.run(decider.decide("tested", Query(text="x"), POOL, unasked))
     decider.close()
     assert [candidate.model for candidate in decided.decision.candidates] == ["small", "large", "down"]
     assert counted == [("tested", "raised"), ("safe", "raised")]
@@ -194,7 +198,7 @@ def test_vectors_are_made_in_a_thread():
 
     strategy = Scripted(say("small"), needs_vector=True, is_fast=True)
     decider = Decider(config(tested={}), Embedder(), lambda *_: None, {"tested": strategy})
-    decided = asyncio.run(decider.decide("tested", Query(text="x"), POOL))
+    decided = asyncio.run(decider.decide("tested", Query(text="x"), POOL, unasked))
     decider.close()
     assert strategy.seen[0].vector_D.tolist() == decided.query.vector_D.tolist() == [1, 1]
     with pytest.raises(ConfigError, match="embedder"):
@@ -202,11 +206,11 @@ def test_vectors_are_made_in_a_thread():
 
 
 def test_a_strategy_may_ask_models_itself():
-    async def complete(model, prompt, *, max_tokens, temperature):
-        return "large"
+    async def large(arm, messages, *, max_tokens, temperature):
+        return Answered.saying("large")
 
-    decider = Decider(config(tested={}), None, lambda *_: None, {"tested": Asking(None)}, complete)
-    assert asyncio.run(decider.decide("tested", Query(text="x"), POOL)).decision.model == "large"
+    decider = Decider(config(tested={}), None, lambda *_: None, {"tested": Asking(None)})
+    assert asyncio.run(decider.decide("tested", Query(text="x"), POOL, large)).decision.model == "large"
     decider.close()
 
 

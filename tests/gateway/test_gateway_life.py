@@ -205,18 +205,15 @@ class Picky(Strategy):
         super().__init__(None)
         self.told = []
 
-    def connect(self, *, embed=None, complete=None):
-        self.complete = complete
-
-    async def aroute(self, query, pool):
-        await self.complete("small", "which?", max_tokens=2, temperature=0)
+    async def aroute(self, query, pool, ask):
+        await ask("small", "which?", max_tokens=2, temperature=0)
         return Decision(
             candidates=(Candidate(model="small", score=1, quality=0.3), Candidate(model="large", score=0)),
             strategy="picky",
             reason="so",
         )
 
-    async def aaccept(self, query, model, answer, details):
+    async def aaccept(self, query, model, answer, details, ask):
         return model == "large"
 
     def observe(self, outcome):

@@ -331,11 +331,8 @@ class Asks(Strategy):
     def __init__(self):
         super().__init__(None)
 
-    def connect(self, *, embed=None, complete=None):
-        self.complete = complete
-
-    async def aroute(self, query, pool):
-        await self.complete("small", "hello", max_tokens=100, temperature=0)
+    async def aroute(self, query, pool, ask):
+        await ask("small", "hello", max_tokens=100, temperature=0)
         return Decision(candidates=(Candidate(model="small", score=1),), strategy="asks", reason="so")
 
 

@@ -261,12 +261,9 @@ def test_a_strategys_call_that_ran_out_of_time_is_paid_for(tmp_path):
     class Asks(Strategy):
         is_async = True
 
-        def connect(self, *, embed=None, complete=None):
-            self.complete = complete
-
-        async def aroute(self, query, pool):
+        async def aroute(self, query, pool, ask):
             async with asyncio.timeout(0.05):
-                await self.complete("small", "x" * 400, max_tokens=2, temperature=0)
+                await ask("small", "x" * 400, max_tokens=2, temperature=0)
 
     async def work(gateway):
         await gateway.achat({**ask(), "model": "auto/asks"})
@@ -286,11 +283,8 @@ def test_explaining_gives_back_what_it_set_aside(tmp_path):
     class Asks(Strategy):
         is_async = True
 
-        def connect(self, *, embed=None, complete=None):
-            self.complete = complete
-
-        async def aroute(self, query, pool):
-            await self.complete("small", "which?", max_tokens=2, temperature=0)
+        async def aroute(self, query, pool, ask):
+            await ask("small", "which?", max_tokens=2, temperature=0)
 
     async def work(gateway):
         await gateway.store.set_budget("global", nano_dollars(1))

@@ -53,6 +53,16 @@ def config(tmp_path, *models, **fields):
     return GatewayConfig(models=models or (model("small"), model("large", Price.of_dollars(10, 20))), **fields)
 
 
+class Asker:
+    """How one decision asks."""
+
+    def __init__(self, ask):
+        self.ask = ask
+
+    async def which(self, model="small", **how):
+        return (await self.ask(model, "which?", **{"max_tokens": 2, "temperature": 0, **how})).text
+
+
 class Asks(Strategy):
     """Does what its test says before it sends everything to small, and when it has an answer."""
 
@@ -61,23 +71,18 @@ class Asks(Strategy):
 
     def __init__(self, decides=None, accepts=None):
         super().__init__(None)
-        self._decides, self._accepts, self.pools = decides, accepts, []
+        self._decides, self._accepts, self.pools, self.askers = decides, accepts, [], []
 
-    def connect(self, *, embed=None, complete=None):
-        self.complete = complete
-
-    async def which(self, model="small", **how):
-        return await self.complete(model, "which?", **{"max_tokens": 2, "temperature": 0, **how})
-
-    async def aroute(self, query, pool):
+    async def aroute(self, query, pool, ask):
+        self.askers.append(Asker(ask))
         self.pools.append(pool)
         if self._decides is not None:
-            await self._decides(self, query)
+            await self._decides(self.askers[-1], query)
         candidates = tuple(Candidate(model=name, score=-float(at)) for at, name in enumerate(pool.names))
         return Decision(candidates=candidates, strategy="asks", reason="so")
 
-    async def aaccept(self, query, model, answer, details):
-        return True if self._accepts is None else await self._accepts(self, model)
+    async def aaccept(self, query, model, answer, details, ask):
+        return True if self._accepts is None else await self._accepts(Asker(ask), model)
 
 
 def ask(text="hello", **fields):
@@ -154,7 +159,9 @@ def test_rows_of_calls_by_hand(tmp_path):
     async def decides(strategy, query):
         await strategy.which("small", purpose="draft")
         await strategy.which("large", max_tokens=3)
-        with pytest.raises(InputError, match=r"'gossip'; the purpose must be one of route, draft, judge, other"):
+        with pytest.raises(
+            InputError, match=r"'gossip'; the purpose must be one of route, draft, judge, answer, other"
+        ):
             await strategy.which(purpose="gossip")
 
     async def accepts(strategy, model):
@@ -450,6 +457,48 @@ def test_random_asks_at_once_never_pass_a_budget(tmp_path_factory, asked, limit,
     assert spent == sum(row.cost_nano for row in rows) <= limit
 
 
+def test_each_pays_for_what_it_asks_itself_through_one_worker(tmp_path):
+    """As strategies do that put several questions together: whose call it is says the ask, not who began the worker."""
+
+    class Batched(Strategy):
+        is_async = True
+        waiting = None
+
+        async def work(self):
+            while True:
+                ask, done = await self.waiting.get()
+                try:
+                    done.set_result(await ask("large", "which?", max_tokens=2, temperature=0))
+                except AnabranchError as error:
+                    done.set_exception(error)
+
+        async def aroute(self, query, pool, ask):
+            if self.waiting is None:
+                self.waiting = asyncio.Queue()
+                self.task = asyncio.create_task(self.work())
+            done = asyncio.get_running_loop().create_future()
+            self.waiting.put_nowait((ask, done))
+            await done
+            return Decision(candidates=(Candidate(model="small", score=0),), strategy="asks", reason="so")
+
+    async def main():
+        batched = Batched(None)
+        async with Gateway(config(tmp_path, require_key=True), strategies={"asks": batched}) as gateway:
+            rich, _ = await gateway.store.create_key("rich")
+            poor, _ = await gateway.store.create_key("poor", models=["small"])
+            await gateway.achat(ask(), key=rich)
+            reply = await gateway.handle("chat", ask(), key=poor)
+            await gateway.settled()
+            names = {key.id: key.name for key in await gateway.store.keys()}
+            rows = await gateway.store.ledger(LedgerQuery(calls=True, newest_first=False))
+            batched.task.cancel()
+            return reply.headers["x-route-bypassed"], [(names[row.key_id], row.model) for row in rows]
+
+    bypassed, rows = asyncio.run(main())
+    assert bypassed == "the strategy asks large, which the key of this request may not use"
+    assert rows == [("rich", "large"), ("rich", "small"), ("poor", "small")]
+
+
 # Whom, how often, how long
 
 
@@ -602,7 +651,7 @@ def test_a_reload_does_not_break_off_an_explanation_that_asks(tmp_path):
 
 
 def test_self_consistency_through_http(tmp_path):
-    """Three more samples of small agree with its answer, or with nothing: then large answers."""
+    """Four samples of small agree, or come to nothing: then large answers."""
     fields = {"samples": 4, "models": ("small", "large"), "threshold": 0.9, "max_tokens": 8}
     strategies = {"asks": StrategyConfig(use="consistency", fields=fields)}
     says = "The answer is 4"
@@ -642,18 +691,21 @@ def test_self_consistency_through_http(tmp_path):
 
     found, rows, _ = run(made, work)
     assert [model for _, model in found.ids] == ["small", "large"]
-    assert [(row.purpose, row.status) for row in rows] == [("judge", "ok")] * 3 + [("", "ok")] + [
-        ("judge", "error")
-    ] * 3 + [("", "ok")]
-    assert 'anabranch_strategy_calls_total{model="small",purpose="judge",status="ok"} 3.0' in found.metrics
-    assert 'anabranch_strategy_calls_total{model="small",purpose="judge",status="error"} 3.0' in found.metrics
-    assert "<li>judge by small: 3 times, $" in found.page
-    assert "<li>judge by small: 3 times, 3 without an answer, $0</li>" in found.page
+    first_rows, second_rows = rows[:5], rows[5:]
+    assert [(row.purpose, row.status) for row in first_rows] == [("draft", "ok")] * 4 + [("", "ok")]
+    assert sorted((row.purpose, row.model, row.status) for row in second_rows) == [
+        ("", "large", "ok"), ("answer", "large", "ok"), *[("draft", "", "error")] * 3, ("draft", "small", "ok")
+    ]  # fmt: skip
+    assert 'anabranch_strategy_calls_total{model="small",purpose="draft",status="ok"} 5.0' in found.metrics
+    assert 'anabranch_strategy_calls_total{model="small",purpose="draft",status="error"} 3.0' in found.metrics
+    assert 'anabranch_strategy_calls_total{model="large",purpose="answer",status="ok"} 1.0' in found.metrics
+    assert "<li>draft by small: 4 times, $" in found.page
+    assert "<li>draft by small: 4 times, 3 without an answer, $" in found.page
     listed = {query: [row["request_id"] for row in answer.get("rows", ())] for query, answer in found.rows.items()}
     first, second = (id for id, _ in found.ids)
     assert listed[""] == [second, first]
-    assert listed[f"?parent_id={first}"] == [f"{first}.{number}" for number in (3, 2, 1)]
-    assert len(listed["?calls=true"]) == 8
+    assert listed[f"?parent_id={first}"] == [f"{first}.{number}" for number in (4, 3, 2, 1)]
+    assert len(listed["?calls=true"]) == 11
     assert found.rows["?calls=maybe"]["error"]["param"] == "calls"
     requests = {row["request_id"]: row for row in found.rows[""]["rows"]}
-    assert (requests[first]["calls"], requests[second]["calls"], requests[second]["calls_nano"]) == (3, 3, 0)
+    assert (requests[first]["calls"], requests[second]["calls"], requests[first]["cost_nano"]) == (4, 5, 0)

@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.errors import BackendError, ConfigError, DataError, InputError
+from anabranch.errors import AnabranchError, BackendError, ConfigError, DataError, InputError
 from anabranch.routers import strategies
 from anabranch.routers.checks import made_outcomes, made_pool
+from anabranch.routers.contract.ask import Answered, Said
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.program import ProgramRequest
 from anabranch.routers.contract.query import Query
 from anabranch.routers.strategies.automix import AutoMix
 from anabranch.routers.strategies.cascade import answer_cues, hashed_words
-from anabranch.routers.strategies.consistency import agreement, final_answer
+from anabranch.routers.strategies.consistency import agreement, commonest, final_answer
 from anabranch.routers.strategies.escalate import NEVER, Chain, frontier_of, outcomes, run
 from anabranch.routers.strategies.logprob import measured
 
@@ -233,22 +235,88 @@ def test_agreement_by_hand():
     assert np.isnan(agreement([]))
 
 
-def test_consistency_draws_what_is_missing():
-    asked = []
+class Models:
+    """What models say, in turn; an exception is raised in place of an answer."""
 
-    async def complete(model, prompt, *, max_tokens, temperature):
-        asked.append((model, prompt, temperature))
-        if len(asked) == 2:
-            raise BackendError("gone")
-        return "The answer is 4"
+    def __init__(self, **said):
+        self.said, self.asked = {name: list(answers) for name, answers in said.items()}, []
 
-    one = strategies.make("consistency", samples=4, models=("small", "large"), threshold=0.6)
-    one.connect(complete=complete)
-    assert asyncio.run(one.aaccept(QUERY, "small", "4", {}))  # 4, 4, (failed), 4
-    assert asked == [("small", "What is 2 + 2?", 0.7)] * 3
-    assert not asyncio.run(one.aaccept(QUERY, "small", "5", {"samples": ["4", "4", "4"]}))
-    assert asyncio.run(one.aaccept(QUERY, "large", "5", {}))
-    assert len(asked) == 3  # given samples and the last model ask nobody
+    async def __call__(self, arm, messages, **how):
+        self.asked.append((arm.model, {**arm.settings, **how}))
+        answer = self.said[arm.model].pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return Answered.saying(answer, model=arm.model)
+
+    async def stream(self, arm, messages, **how):
+        answered = await self(arm, messages, streams=True)
+        for word in answered.text.split(" "):
+            yield Said(word)
+            await asyncio.sleep(0)
+            if word == "breaks":
+                raise BackendError("in the middle")
+        yield answered
+
+
+def program(models, settings=None, **fields):
+    """The events of a run, and whether it raised."""
+    fields = {"samples": 4, "models": ("small", "large"), "threshold": 0.6, **fields}
+    one = strategies.make("consistency", **fields)
+    request = ProgramRequest(query=QUERY, pool=POOL, decision=one.route(QUERY, POOL), settings=settings or {})
+
+    async def main():
+        events = []
+        try:
+            async for event in one.run(request, models):
+                events.append(event)  # noqa: PERF401 - those before an error are wanted too
+        except AnabranchError as error:
+            events.append(error)
+        return events
+
+    return asyncio.run(main())
+
+
+def test_consistency_gives_one_of_the_commonest_answers():
+    models = Models(small=["5", "The answer is 4", BackendError("gone"), "4"])
+    step, done = program(models, {"temperature": 0, "seed": 7}, threshold=0.5)
+    assert step.facts == {
+        "model": "small", "samples": 4, "came": 3, "agreement": 0.5, "threshold": 0.5, "is_given": True
+    }  # fmt: skip
+    assert (done.model, done.message["content"]) == ("small", "The answer is 4")
+    first, *others = (how for _, how in models.asked)
+    assert first == {"temperature": 0, "seed": 7, "purpose": "draft"}
+    drawn = {"temperature": 0.7, "max_tokens": 1024, "purpose": "draft"}
+    assert others == [{**drawn, "seed": 7 + number} for number in (1, 2, 3)]  # other seeds: the same would say the same
+
+
+def test_consistency_asks_on_where_samples_disagree():
+    events = program(Models(small=["5", "4", "", "3"], large=["It is 4"]), threshold=0.5)
+    assert [type(one).__name__ for one in events] == ["Step", "Said", "Said", "Said", "Done"]
+    assert (events[0].facts["agreement"], events[0].facts["is_given"]) == (0.25, False)
+    assert (events[-1].model, events[-1].message["content"]) == ("large", "It is 4")
+
+
+def test_where_the_last_model_fails_the_commonest_answer_is_better_than_none():
+    gone = BackendError("gone")
+    models = Models(small=["5", "4", "4", "3"], large=[gone], middle=[gone], odd=[gone])
+    *_, done = program(models)
+    assert (done.model, done.message["content"]) == ("small", "4")
+    assert [name for name, how in models.asked if "streams" in how] == ["large", "middle", "odd"]
+    # Where nobody answered, or something was said already, it fails as its last model does.
+    assert program(Models(small=[gone] * 4, large=[gone], middle=[gone], odd=[gone]))[-1] is gone
+    *_, last = program(Models(small=["5", "4", "4", "3"], large=["it breaks off"]))
+    assert isinstance(last, BackendError)
+
+
+@pytest.mark.parametrize(
+    ("said", "share", "first"),
+    [(["a", "b", "b"], 2 / 3, "b"), (["a", "b"], 0.5, "a"), (["", "b", None], 1 / 3, "b"), (["", None], 0.0, ""), ([None], 0.0, None)],
+)  # fmt: skip
+def test_the_commonest_by_hand(said, share, first):
+    drawn = [None if text is None else Answered.saying(text) for text in said]
+    found, best = commonest(drawn)
+    assert found == pytest.approx(share)
+    assert (None if best is None else best.text) == first
 
 
 def test_samples_are_paid_for():
@@ -311,17 +379,16 @@ def test_automix_live_asks_for_votes_and_remembers_them():
     one, _ = automix(0.03)
     said = []
 
-    async def complete(model, prompt, *, max_tokens, temperature):
+    async def ask(model, prompt, *, max_tokens, temperature):
         assert "What is 2 + 2?" in prompt
         said.append(model)
-        return "Incorrect" if "five" in prompt else " correct.\n"
+        return Answered.saying("Incorrect" if "five" in prompt else " correct.\n")
 
-    one.connect(complete=complete)
     assert [c.model for c in one.route(QUERY, POOL).candidates][:2] == ["small", "middle"]
-    assert asyncio.run(one.aaccept(QUERY, "small", "four", {}))
-    assert not asyncio.run(one.aaccept(QUERY, "small", "five", {}))
+    assert asyncio.run(one.aaccept(QUERY, "small", "four", {}, ask))
+    assert not asyncio.run(one.aaccept(QUERY, "small", "five", {}, ask))
     assert said == ["small", "small"]
-    assert asyncio.run(one.aaccept(QUERY, "middle", "five", {}))  # the last of its chain
+    assert asyncio.run(one.aaccept(QUERY, "middle", "five", {}, ask))  # the last of its chain
     assert said == ["small", "small"]
 
 
@@ -329,11 +396,10 @@ def test_automix_live_asks_for_votes_and_remembers_them():
 def test_a_verdict_that_cannot_be_read_counts_against(answer):
     one, _ = automix(0.03)
 
-    async def complete(model, prompt, *, max_tokens, temperature):
-        return answer
+    async def ask(model, prompt, *, max_tokens, temperature):
+        return Answered.saying(answer)
 
-    one.connect(complete=complete)
-    assert not asyncio.run(one.aaccept(QUERY, "small", "four", {}))
+    assert not asyncio.run(one.aaccept(QUERY, "small", "four", {}, ask))
 
 
 def test_automix_of_three_models_uses_earlier_votes():

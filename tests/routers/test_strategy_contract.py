@@ -8,6 +8,7 @@ import pytest
 
 from anabranch.registry import kinds, resolve
 from anabranch.routers import strategies
+from anabranch.routers.contract.ask import Answered
 from anabranch.testing import check_strategy
 
 ELSEWHERE = {"coe", "graph", "ic_cache"}  # systems with contract tests of their own
@@ -28,13 +29,13 @@ SMALL = {
 }
 
 
-async def middling(model, prompt, *, max_tokens, temperature):
-    return "3"
+async def middling(arm, messages, **how):
+    return Answered.saying("3")
 
 
-CONNECTED = {
+ASKED = {
     "oracle": {"decides": False},
-    "prompt": {"plays": False, "connect": lambda strategy: strategy.connect(complete=middling)},
+    "prompt": {"plays": False, "ask": middling},
 }
 
 
@@ -45,7 +46,7 @@ def test_predictor(kind):
 
 @pytest.mark.parametrize("kind", sorted(set(kinds("strategy")) - ELSEWHERE - {"ranked"}))
 def test_strategy(kind):
-    check_strategy(resolve("strategy", kind).Config(), **CONNECTED.get(kind, {}))
+    check_strategy(resolve("strategy", kind).Config(), **ASKED.get(kind, {}))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ def test_no_torch_to_decide():
     code = """
 import json, sys
 from anabranch.routers import strategies
+from anabranch.routers.contract.ask import Answered
 from anabranch.routers.checks import made_outcomes, made_pool
 data, pool = made_outcomes(), made_pool()
 small = json.loads(sys.argv[1])

@@ -18,8 +18,11 @@ from anabranch.errors import ConfigError, InputError, LimitError
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
 from anabranch.gateway.learning.kept import made_from
 from anabranch.gateway.logged_error import raised
+from anabranch.gateway.providers.provider import UpstreamError
+from anabranch.routers.contract.ask import Ask
+from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision, Outcome, Pool, Query
-from anabranch.routers.contract.strategy import Complete, Metrics, Strategy
+from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder
 from anabranch.web.api_error import wrong
 
@@ -79,9 +82,7 @@ class Lane:
         config: StrategyConfig,
         strategy: Strategy,
         embedder: Embedder | None,
-        complete: Complete | None = None,
     ) -> None:
-        self._complete = complete
         self.name, self.settings, self.strategy = name, config, strategy
         self.timeout_s = max(config.timeout_s, ASKING_S) if strategy.is_async else config.timeout_s
         self._models = frozenset(config.models)
@@ -103,7 +104,7 @@ class Lane:
             return pool
         return Pool(tuple(model for model in pool.models if model.name in self._models), pool.now_s)
 
-    async def decide(self, query: Query, pool: Pool) -> tuple[Decision, Query]:
+    async def decide(self, query: Query, pool: Pool, ask: Ask) -> tuple[Decision, Query]:
         """Ask the strategy. Raises BypassError, and ApiError for knobs the sender set wrong."""
         pool = self.narrowed(pool)
         try:
@@ -112,7 +113,7 @@ class Lane:
                 vector_D = (await self._in_thread(lambda: embedder.embed([query.text]), self.timeout_s))[0]
                 query = replace(query, vector_D=vector_D)
             if self.strategy.is_async:
-                decision = await self._awaited(self.strategy.aroute(query, pool))
+                decision = await self._awaited(self.strategy.aroute(query, pool, ask))
             else:
                 is_short = len(query.text) <= SHORT
                 decision = await self._called(lambda: self.strategy.route(query, pool), self.timeout_s, is_short)
@@ -129,10 +130,10 @@ class Lane:
             lambda: self.strategy.prepare(query, model, query.messages, decision=decision), self.timeout_s
         )
 
-    async def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
+    async def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any], ask: Ask) -> bool:
         """Whether an answer is good enough. Raises BypassError."""
         if self.strategy.is_async:
-            return bool(await self._awaited(self.strategy.aaccept(query, model, answer, details)))
+            return bool(await self._awaited(self.strategy.aaccept(query, model, answer, details, ask)))
         wanted = max(self.timeout_s, JUDGING_S)
         return bool(await self._called(lambda: self.strategy.accept(query, model, answer, details), wanted))
 
@@ -169,7 +170,7 @@ class Lane:
             self._threads.shutdown(wait=False)
         self.strategy, self.made, self._told = old.strategy, old.made, old._told
         self._threads, old._is_left = old._threads, True
-        self.strategy.connect(embed=None if self.embedder is None else self.embedder.embed, complete=self._complete)
+        self.strategy.connect(embed=None if self.embedder is None else self.embedder.embed)
 
     async def alone(self, work: Callable[[], T]) -> T:
         """``work()`` while nothing else touches the strategy, however long it takes."""
@@ -265,7 +266,6 @@ class Decider:
         embedder: of queries, for strategies that were not fitted with one of their own.
         on_bypass: called with a strategy's name and why.
         strategies: ready-made ones, by name, in place of the config's.
-        complete: how strategies ask models.
         metrics: where a strategy of a name puts its numbers.
 
     Raises ConfigError if a strategy cannot be made or has not learned, CheckpointError for a fitted router that cannot be read.
@@ -277,7 +277,6 @@ class Decider:
         embedder: Embedder | None,
         on_bypass: Callable[[str, str], None] = lambda name, why: None,
         strategies: Mapping[str, Strategy] | None = None,
-        complete: Complete | None = None,
         metrics: Callable[[str], Metrics] | None = None,
     ) -> None:
         self.default = config.default
@@ -289,10 +288,10 @@ class Decider:
                 made, own = _make(name, wanted, embedder, config)
             if made.needs_vector and own is None:
                 raise ConfigError(f"strategies.{name} needs vectors of queries; set embedder.kind")
-            made.connect(embed=None if own is None else own.embed, complete=complete)
+            made.connect(embed=None if own is None else own.embed)
             if metrics is not None:
                 made.report_to(metrics(name))
-            self.lanes[name] = Lane(name, wanted, made, own, complete)
+            self.lanes[name] = Lane(name, wanted, made, own)
 
     def news(self, old: "Decider") -> list[Lane]:
         """Strategies that have no predecessor in another one."""
@@ -304,13 +303,16 @@ class Decider:
             if name in old.lanes and lane.follows(old.lanes[name]):
                 lane.succeed(old.lanes[name])
 
-    async def decide(self, name: str, query: Query, pool: Pool) -> Decided:
-        """What the strategy says, or the default one in its place, or the order of the config. Raises ApiError for wrong knobs."""
+    async def decide(self, name: str, query: Query, pool: Pool, ask: Ask) -> Decided:
+        """What the strategy says, or the default one in its place, or the order of the config. Raises ApiError for wrong knobs.
+
+        ``ask`` is how it asks models, on account of the request.
+        """
         bypassed = ""
         for asked in dict.fromkeys((name, self.default)):
             lane = self.lanes[asked]
             try:
-                decision, seen = await lane.decide(query if asked == name else replace(query, knobs={}), pool)
+                decision, seen = await lane.decide(query if asked == name else replace(query, knobs={}), pool, ask)
                 return Decided(decision, bypassed, seen)
             except BypassError as error:
                 self._on_bypass(asked, error.why)
@@ -321,6 +323,21 @@ class Decider:
         reason = "the order of the config, since no strategy could decide"
         decision = Decision(candidates=candidates, strategy="order", reason=reason, probability=1.0)
         return Decided(decision, bypassed, query)
+
+    def program(self, name: str) -> Program | None:
+        """The strategy, if it answers itself."""
+        strategy = self.lanes[name].strategy
+        return strategy if isinstance(strategy, Program) else None
+
+    def bypass(self, name: str, error: Exception) -> str:
+        """Count, and tell in a sentence, that a program is passed over for what it failed with."""
+        if isinstance(error, LimitError):
+            self._on_bypass(name, "limit")
+            return str(error)
+        is_slow = isinstance(error, UpstreamError) and error.failure.kind == "deadline"
+        logger.warning("program %s failed: %s", name, raised(error))
+        self._on_bypass(name, "slow" if is_slow else "raised")
+        return f"{type(error).__name__} in the program"
 
     def keeps_answers(self, name: str) -> bool:
         """Whether a strategy wants the texts of answers."""
@@ -353,7 +370,7 @@ class Decider:
             logger.warning("strategy %s has no headers to give: %s", name, type(error).__name__)
             return {}
 
-    def acceptance(self, name: str, query: Query) -> Callable[[str, Any], Awaitable[bool]] | None:
+    def acceptance(self, name: str, query: Query, ask: Ask) -> Callable[[str, Any], Awaitable[bool]] | None:
         """What a dispatcher asks after each answer; None if the strategy takes any."""
         lane = self.lanes[name]
         if not lane.strategy.reads_answers:
@@ -361,7 +378,7 @@ class Decider:
 
         async def accept(model: str, answer: Any) -> bool:
             try:
-                return await lane.accept(query, model, answer.text, _details(answer))
+                return await lane.accept(query, model, answer.text, _details(answer), ask)
             except BypassError as error:
                 self._on_bypass(name, error.why)
             except InputError:

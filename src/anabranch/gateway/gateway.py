@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -39,7 +38,7 @@ from anabranch.gateway.told import Collecting
 from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.gateway.unsettled import Unsettled
 from anabranch.routers.contract.query import Decision
-from anabranch.routers.contract.strategy import Purpose, Strategy
+from anabranch.routers.contract.strategy import Strategy
 from anabranch.web.api_error import ApiError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,6 @@ T = TypeVar("T")
 
 PRUNE_S = 3600.0
 DAY_S = 86_400.0
-_CURRENT: ContextVar[Life] = ContextVar("life")
 
 
 class Gateway:
@@ -87,7 +85,7 @@ class Gateway:
         self._worker: _Worker | None = None
 
     def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
-        return Runtime(config, self._bypassed, self._strategies, previous, _ask, self.metrics.of)
+        return Runtime(config, self._bypassed, self._strategies, previous, self.metrics.of)
 
     @property
     def config(self) -> GatewayConfig:
@@ -257,7 +255,6 @@ class Gateway:
             self._spawn(stream.aclose())  # type: ignore[attr-defined]
 
     async def _run(self, life: Life, key: str | None) -> Reply:
-        token = _CURRENT.set(life)
         try:
             reply = await life.run(key)
         except BaseException as error:
@@ -268,8 +265,6 @@ class Gateway:
                 if life.report is None:
                     self.metrics.refuse(error.code if error.status < 500 else "failed")
             raise
-        finally:
-            _CURRENT.reset(token)
         if reply.stream is None:
             self._leave(life)
         else:
@@ -323,12 +318,7 @@ class Gateway:
     async def explain(self, body: dict[str, Any], record: KeyRecord | None = None) -> Decision:
         """`aroute` for operators, who need no key."""
         with self.runtime.used() as runtime:
-            life = Life(self, runtime, "chat", body, {}, "route")
-            token = _CURRENT.set(life)
-            try:
-                return await life.route(record)
-            finally:
-                _CURRENT.reset(token)
+            return await Life(self, runtime, "chat", body, {}, "route").route(record)
 
     def route(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
         """`aroute` for code without an event loop."""
@@ -457,14 +447,6 @@ class Gateway:
 
     def _bypassed(self, strategy: str, why: str) -> None:
         self.metrics.bypassed.labels(strategy, why).inc()
-
-
-async def _ask(model: str, prompt: str, *, max_tokens: int, temperature: float, purpose: Purpose | None = None) -> str:
-    """How strategies ask models: on account of the request that is being decided."""
-    life = _CURRENT.get(None)
-    if life is None:
-        raise InputError("a strategy can only ask models while a request is decided")
-    return await life.calls.ask(model, prompt, max_tokens, temperature, purpose)
 
 
 async def _next(items: AsyncIterator[T], done: Any) -> Any:

@@ -31,6 +31,7 @@ from anabranch.gateway.cache import (
 )
 from anabranch.gateway.config import Target, find_target
 from anabranch.gateway.core.model_calls import ModelCalls
+from anabranch.gateway.core.program_run import ProgramRun
 from anabranch.gateway.core.settlement import settle
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Plan, Report
@@ -63,6 +64,7 @@ from anabranch.gateway.told import (
     texts_of,
 )
 from anabranch.gateway.validate import check_chat, check_completion, check_depth, check_embeddings
+from anabranch.routers.contract.program import ProgramRequest
 from anabranch.routers.contract.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.routers.money import dollars, nano_dollars
 from anabranch.web.api_error import ApiError, wrong
@@ -80,6 +82,9 @@ CLIENT_GONE = 499
 
 # Asked again at once, the same request would end in the same way.
 IN_VAIN = ("deadline", "refused", "credit", "auth")
+
+# Of the body, what is no setting of a program's calls.
+NOT_SETTINGS = frozenset({"model", "messages", "n", "best_of", "stream", "stream_options", "store", "metadata"})
 
 # Tokens, at most, of telling a model to go on where another broke off.
 CONTINUED = 200
@@ -124,6 +129,8 @@ class Life:
         # Both once it is known whose request it is; what models are asked that the strategy needs to decide.
         self.purse: Purse
         self.calls: ModelCalls
+        # Where a program answers; None where it was passed over.
+        self.program: ProgramRun | None = None
         # Of the call for the answer, its further attempts among it.
         self.hold = Hold()
         self.report: Report | None = None
@@ -149,6 +156,9 @@ class Life:
             if found is not None:
                 return self._from_cache(*found)
             await self._decide()
+            reply = await self._run_program()
+            if reply is not None:
+                return reply
             await self._reserve()
             return await self._call()
         except BaseException as error:
@@ -237,7 +247,9 @@ class Life:
             None if limit is None else nano_dollars(limit),
         )
         may_ask = None if self.record is None else self.record.allows
-        self.calls = ModelCalls(self.runtime, self.purse, id, self.began, may_ask=may_ask, keep=gateway.keep)
+        self.calls = ModelCalls(
+            self.runtime, self.purse, id, self.began, may_ask=may_ask, keep=gateway.keep, sender=self.sender
+        )
 
     def _assign(self) -> None:
         """The arm of an A/B test that it belongs to, if it goes to one: from here on it goes to the strategy of that arm."""
@@ -413,7 +425,7 @@ class Life:
             knobs=self.target.knobs, vector_D=self.vector,
         )  # fmt: skip
         try:
-            self.decided = decided = await runtime.decider.decide(self.target.strategy, query, self._pool())
+            self.decided = decided = await runtime.decider.decide(self.target.strategy, query, self._pool(), self.calls)
         finally:
             # What a strategy leaves behind would hold money that the answer needs.
             await self.calls.stop()
@@ -476,12 +488,57 @@ class Life:
         attempts = () if self.report is None else self.report.attempts
         return sum(self.worst_nano(attempt.model) for attempt in attempts if attempt.status == "open")
 
+    # A program
+
+    async def _run_program(self) -> Reply | None:
+        """The answer of the program that was asked for; None if it was none, or failed before it said anything. Raises ApiError."""
+        name, decided = self.target.strategy, self.decided
+        program = None if name is None else self.runtime.decider.program(name)
+        if program is None or name is None or decided is None:
+            return None
+        if self.endpoint != "chat" or (self.body.get("n") or 1) != 1:
+            raise wrong("model", f"{self.label} is a program: it answers /v1/chat/completions, with one choice (n = 1)")
+        if decided.bypassed:
+            return None
+        config, options = self.runtime.config, self.body.get("stream_options")
+        self.calls.purpose, self.calls.limit_s, self.dispatched = "draft", config.deadline_s, self.elapsed()
+        request = ProgramRequest(
+            query=decided.query, pool=self._pool(), decision=decided.decision, is_streamed=bool(self.body.get("stream")),
+            settings={field: value for field, value in self.body.items() if field not in NOT_SETTINGS},
+        )  # fmt: skip
+        running = ProgramRun(
+            program, request, self.calls, id=self.id, left_s=config.deadline_s - self.elapsed(),
+            beat_s=self.runtime.dispatcher.rules.heartbeat_s,
+            wants_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+        )  # fmt: skip
+        try:
+            await running.open()
+            answer = None if request.is_streamed else await running.whole()
+        except Exception as error:
+            await running.aclose()
+            await self.calls.stop()
+            self.decided = replace(decided, bypassed=self.runtime.decider.bypass(name, error))
+            return None
+        except BaseException:
+            await running.aclose()
+            raise
+        self.program, self.report = running, running.report
+        if answer is None:
+            return Reply(
+                stream=Relay(running, self.streamed, self._sharing()), headers=headers_of(self, running.report)
+            )
+        await self.calls.stop()
+        self._keep(answer)
+        self._note(answer)
+        self.end("ok", 200)
+        return Reply(body=answer.data, headers=headers_of(self, running.report))
+
     # The call
 
     async def _call(self) -> Reply:
         assert self.decided is not None
         runtime, strategy = self.runtime, self.target.strategy
-        judge = None if strategy is None else runtime.decider.acceptance(strategy, self.decided.query)
+        judge = None if strategy is None else runtime.decider.acceptance(strategy, self.decided.query, self.calls)
         self.dispatched, self.calls.purpose = self.elapsed(), "judge"
         request = UpstreamRequest(
             self.endpoint, self.body, request_id=self.id, prompt_tokens=self.count.tokens, num_bytes=self.num_bytes
@@ -568,6 +625,10 @@ class Life:
 
     def _settle(self, status: str, http_status: int, code: str, cache: str, latency_s: float) -> None:
         report = self.report or Report()
+        if self.program is not None and self.decided is not None:
+            decision = self.decided.decision
+            traced = replace(decision, details={**decision.details, "trace": self.program.trace})
+            self.decided = replace(self.decided, decision=traced)
         row, calls = row_of(self, report, latency_s, status, code, cache), call_rows(self)
         self._write(row)
         self._tell(row, calls, report, http_status, latency_s)
@@ -587,10 +648,13 @@ class Life:
     ) -> None:
         """Everybody who wants to know that it is over: rate limits, metrics, the page, the strategy, the store's decisions."""
         gateway, decided = self.gateway, self.decided
-        if self.tpm is not None and report.attempts:
+        # Of a program, its calls are the answer.
+        reports = [report] if self.program is None else [call.report for call in self.calls.made]
+        attempts = [attempt for one in reports for attempt in one.attempts]
+        if self.tpm is not None and attempts:
             # What may have been billed was not used for all that is known.
             used = sum(
-                self.count.tokens + one.seen if one.is_guess else one.usage.prompt + one.usage.completion for one in report.attempts
+                self.count.tokens + one.seen if one.is_guess else one.usage.prompt + one.usage.completion for one in attempts
             )  # fmt: skip
             gateway.rates.correct(self.tenant, used - self.count.tokens, tpm=self.tpm)
         first_s = None if row.first_token_us is None or not self.body.get("stream") else row.first_token_us / 1e6
@@ -611,14 +675,15 @@ class Life:
         if decided is None:
             return
         if self.runtime.config.log.decisions:
-            gateway.store.append_decision(self.id, self.strategy, row.model, explained(decided, report, self.arm))
+            gateway.store.append_decision(self.id, self.strategy, row.model, explained(decided, attempts, self.arm))
         if self._keeps_texts and report.model is not None:
             gateway.store.append_texts(self.id, texts_of(self))
         if not self.strategy:
             return
-        if report.model is not None or report.attempts:
+        if report.model is not None or attempts:
+            cost = dollars(sum(one.cost for one in reports))
             outcome = Outcome(
-                query=decided.query, model=report.model or report.attempts[-1].model, cost=dollars(report.cost), latency_s=latency_s,
+                query=decided.query, model=report.model or attempts[-1].model, cost=cost, latency_s=latency_s,
                 succeeded=row.status == "ok", decision=decided.decision,
                 answer=self.answer_text or None if self._strategy_keeps and self.finish_reason == "stop" else None,
             )  # fmt: skip
@@ -639,7 +704,7 @@ class Life:
         else:
             if self.ticket is not None or self.context is not None or self._strategy_keeps or self._keeps_texts:
                 try:
-                    answer = stream.answer()
+                    answer: Answer = stream.answer()
                     self._keep(answer)
                     self._note(answer)
                 except UpstreamError:
@@ -674,7 +739,10 @@ class Life:
         is_kept_anyway = self.endpoint == "embeddings" or (self.is_named and not self.body.get("stream"))
         if not is_kept_anyway and not answer.is_whole:
             return
-        self._share(answer, self._last_report.model or "", self._last_report.cost)
+        cost = self._last_report.cost
+        if self.program is not None:
+            cost = sum(call.report.cost for call in self.calls.made)
+        self._share(answer, self._last_report.model or "", cost)
 
     def _share(self, answer: Answer, model: str, nano: int) -> None:
         usage = answer.usage

@@ -14,7 +14,7 @@ from anabranch.gateway.decide import Decider
 from anabranch.gateway.dispatch import Dispatcher
 from anabranch.gateway.dispatch_settings import groups_of, rules_of
 from anabranch.gateway.prompt_tokens import Counter
-from anabranch.routers.contract.strategy import Complete, Metrics, Strategy
+from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder
 
 # Requests that began before a reload have this long to end.
@@ -39,7 +39,6 @@ class Runtime:
         on_bypass: see `Decider`.
         strategies: see `Decider`.
         previous: the one whose place it takes; what is known of deployments is carried over.
-        complete: see `Decider`.
         metrics: see `Decider`.
 
     Raises ConfigError, CheckpointError, BackendError or TokenizerError if something in the config cannot be made.
@@ -51,7 +50,6 @@ class Runtime:
         on_bypass: Callable[[str, str], None] = lambda name, why: None,
         strategies: Mapping[str, Strategy] | None = None,
         previous: "Runtime | None" = None,
-        complete: Complete | None = None,
         metrics: Callable[[str], Metrics] | None = None,
     ) -> None:
         self.config = config
@@ -62,7 +60,7 @@ class Runtime:
                 "embedder has to learn from a corpus first; use one that needs none, or a fitted router with its own"
             )
         self.counters = {model.name: _counter(model.tokenizer) for model in config.models if model.tokenizer}
-        self.decider = Decider(config, self.embedder, on_bypass, strategies, complete, metrics)
+        self.decider = Decider(config, self.embedder, on_bypass, strategies, metrics)
         self.dispatcher: Dispatcher = Dispatcher(
             groups_of(config), rules_of(config), previous=None if previous is None else previous.dispatcher
         )

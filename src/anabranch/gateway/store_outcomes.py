@@ -57,7 +57,7 @@ async def scored_requests(store: "Store", *, by_choice: bool = False) -> list[di
     after: int | None = None
     while rows := await store.ledger(LedgerQuery(after_seq=after, limit=PAGE, newest_first=False)):
         after = rows[-1].seq
-        scored = [row for row in rows if row.model and row.quality is not None]
+        scored = [row for row in rows if row.model and row.quality is not None and not _is_programs(row)]
         for at in range(0, len(scored), TOLD):
             part = scored[at : at + TOLD]
             decisions, texts = await store.told_of([row.request_id for row in part])
@@ -84,6 +84,11 @@ def _scored(row: "LedgerRow", decision: dict[str, Any], texts: dict[str, Any], b
         "cost_nano": max(0, cost_nano), "prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens,
         "latency_us": row.latency_us,
     }  # fmt: skip
+
+
+def _is_programs(row: "LedgerRow") -> bool:
+    """What a program said after several calls is no answer of one model: it has no attempt of its own."""
+    return row.calls > 0 and row.attempts == 0
 
 
 def _chosen(decision: dict[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from anabranch.gateway.ab.assignment import Arm
 from anabranch.gateway.cache.exact import IGNORED
 from anabranch.gateway.core.model_calls import ModelCall
 from anabranch.gateway.decide import Decided
-from anabranch.gateway.dispatch import Report
+from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.prompt_tokens import asked_text
 from anabranch.gateway.providers.provider import Usage
 from anabranch.gateway.store import CollectedRow, LedgerRow
@@ -60,6 +60,8 @@ def headers_of(life: "Life", report: Report) -> dict[str, str]:
             found["x-route-bypassed"] = decided.bypassed[:200]
         else:
             found |= life.runtime.decider.headers(life.strategy, decided.decision)
+    if life.program is not None:
+        found["x-route-calls"] = str(len(life.calls.made))
     if life.exact is not None or life.context is not None:
         found["x-cache"] = "miss"
     if life.arm is not None:
@@ -71,6 +73,8 @@ def headers_of(life: "Life", report: Report) -> dict[str, str]:
 
 def overhead_s(life: "Life", report: Report) -> float:
     """Seconds so far that no upstream was being waited for: all but the span from the first attempt's start to the last one's end."""
+    if life.program is not None:
+        return max(0.0, life.elapsed() - life.calls.busy_s)
     if not report.attempts:
         return life.elapsed()
     first = min(attempt.start_s for attempt in report.attempts)
@@ -82,6 +86,9 @@ def overhead_s(life: "Life", report: Report) -> float:
 
 
 def _first_token_us(life: "Life", report: Report) -> int | None:
+    program = life.program
+    if program is not None and program.first_s is not None and life.dispatched is not None:
+        return round((life.dispatched + program.first_s) * 1e6)
     winner = report.winner or (report.attempts[-1] if report.attempts else None)
     if winner is None or winner.first_token_s is None or life.dispatched is None:
         return None
@@ -160,7 +167,7 @@ def _call_row(life: "Life", call: ModelCall) -> LedgerRow:
     )  # fmt: skip
 
 
-def explained(decided: Decided, report: Report, arm: Arm | None = None) -> dict[str, Any]:
+def explained(decided: Decided, attempts: Sequence[Attempt], arm: Arm | None = None) -> dict[str, Any]:
     """A decision, ready for JSON but for what the store writes as text, the models that were asked, and its arm of an A/B test.
 
     One that was chosen and never asked, as where no budget had room for it, tells nothing of what choosing it comes to.
@@ -171,7 +178,7 @@ def explained(decided: Decided, report: Report, arm: Arm | None = None) -> dict[
         **of_test,
         "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence, "candidates": _candidates(decision),
         "details": dict(decision.details), "bypassed": decided.bypassed, "probability": decision.probability,
-        "asked": list(dict.fromkeys(attempt.model for attempt in report.attempts)),
+        "asked": list(dict.fromkeys(attempt.model for attempt in attempts)),
     }  # fmt: skip
 
 

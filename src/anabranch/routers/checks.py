@@ -10,20 +10,22 @@ is broken.
 """
 # Shapes: N queries, M models, D dimensions of a vector
 
+import asyncio
 import dataclasses
 import functools
 import json
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from anabranch.config import Config, from_dict, to_dict
 from anabranch.errors import AnabranchError, DataError, InputError
+from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Predictor, Ranked
-from anabranch.routers.contract.query import Decision, Model, Outcome, Pool
+from anabranch.routers.contract.query import Decision, Model, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Played, Strategy
 from anabranch.routers.money import Price
 
@@ -84,7 +86,7 @@ def check_strategy(
     *,
     decides: bool = True,
     plays: bool = True,
-    connect: Callable[[Strategy], None] = lambda strategy: None,
+    ask: Ask | None = None,
 ) -> None:
     """The contract of the families ``strategy`` and ``predictor``.
 
@@ -92,9 +94,9 @@ def check_strategy(
         config: of a strategy, or of a predictor. Small sizes keep the check quick.
         decides: it routes live queries; False for what only plays recorded outcomes.
         plays: it plays recorded outcomes.
-        connect: lends a new strategy what it asks for, such as ``lambda strategy: strategy.connect(complete=...)``.
+        ask: how it asks models, where it does; a `Program` is run with it too.
     """
-    checks = _Checks(config, decides, plays, connect)
+    checks = _Checks(config, decides, plays, ask)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checks.config()
@@ -114,18 +116,24 @@ def check_strategy(
 
 
 class _Checks:
-    def __init__(self, config: Any, decides: bool, plays: bool, connect: Callable[[Strategy], None]) -> None:
+    def __init__(self, config: Any, decides: bool, plays: bool, ask: Ask | None) -> None:
         is_predictor = issubclass(config.owner, Predictor)
         self.kind = config.owner.kind
         self.given = Ranked.Config(predictor=config) if is_predictor else config
-        self.decides, self.plays, self.connect = decides, plays, connect
+        self.decides, self.plays, self.ask = decides, plays, ask
         self.test = made_outcomes(40, seed=1)
         self.query = next(self.test.queries())
 
     def build(self) -> Strategy:
         strategy: Strategy = self.given.build()
-        self.connect(strategy)
         return strategy
+
+    def route(self, strategy: Strategy, query: Query, pool: Pool) -> Decision:
+        """What it decides, having asked where it asks."""
+        if type(strategy).aroute is Strategy.aroute:
+            return strategy.route(query, pool)
+        _is(self.ask is not None, "it asks models to decide; give check_strategy an ask")
+        return asyncio.run(strategy.aroute(query, pool, cast(Ask, self.ask)))
 
     def fit(self, data: Recorded, seed: int = 0) -> Strategy:
         strategy = self.build()
@@ -146,26 +154,27 @@ class _Checks:
 
     def untrained(self) -> None:
         if self.decides and self.build().needs_fit:
-            _refuses(lambda: self.build().route(self.query, made_pool()), InputError, "route before fit")
+            _refuses(lambda: self.route(self.build(), self.query, made_pool()), InputError, "route before fit")
 
     def decisions(self, fitted: Strategy) -> None:
         twin = self.fit(made_outcomes())
         for query in list(self.test.queries())[:10]:
             for pool in (made_pool(), made_pool(MODELS[::-1]), made_pool(is_available=False)):
-                decision = fitted.route(query, pool)
+                decision = self.route(fitted, query, pool)
                 _check_decision(decision, pool)
                 _is(
-                    _chosen(decision) == _chosen(twin.route(query, pool)),
+                    _chosen(decision) == _chosen(self.route(twin, query, pool)),
                     "fitted twice on the same data with the same seed, it decides differently",
                 )
-            facts = fitted.explain(query, made_pool())
-            _is(json.loads(json.dumps(facts)) is not None, "explain is not ready for JSON")
-            twin.explain(query, made_pool())
+            if type(fitted).aroute is Strategy.aroute:
+                facts = fitted.explain(query, made_pool())
+                _is(json.loads(json.dumps(facts)) is not None, "explain is not ready for JSON")
+                twin.explain(query, made_pool())
         if fitted.reads_answers:
             self.answers(fitted)
 
     def answers(self, fitted: Strategy) -> None:
-        candidates = fitted.route(self.query, made_pool()).candidates
+        candidates = self.route(fitted, self.query, made_pool()).candidates
         for details in (
             {},
             {"logprobs": {"content": [{"logprob": -0.1, "top_logprobs": []}]}},
@@ -178,18 +187,18 @@ class _Checks:
         fitted.accept(self.query, "a model nobody knows", "an answer", {})
 
     def pools(self, fitted: Strategy) -> None:
-        one = fitted.route(self.query, made_pool(("small", "large")))
+        one = self.route(fitted, self.query, made_pool(("small", "large")))
         _is(set(_names(one)) <= {"small", "large"}, "it routes to a model outside the pool")
         models = [
             dataclasses.replace(model, is_available=model.name != one.model)
             for model in made_pool(("small", "large")).models
         ]
-        other = fitted.route(self.query, Pool(tuple(models)))
+        other = self.route(fitted, self.query, Pool(tuple(models)))
         _is(other.model != one.model or len(_names(one)) == 1, "it prefers a model that is not available")
-        _check_decision(fitted.route(self.query, made_pool((*MODELS, "new"))), made_pool((*MODELS, "new")))
+        _check_decision(self.route(fitted, self.query, made_pool((*MODELS, "new"))), made_pool((*MODELS, "new")))
         for name in ("large", "new"):
             try:
-                decision = fitted.route(self.query, made_pool((name,)))
+                decision = self.route(fitted, self.query, made_pool((name,)))
             except InputError as error:
                 _is(name in str(error), f"the error for a pool of {name!r} alone does not name it: {error}")
             else:
@@ -197,18 +206,20 @@ class _Checks:
 
     def vectors(self, fitted: Strategy) -> None:
         if not fitted.needs_vector:
-            _check_decision(fitted.route(dataclasses.replace(self.query, vector_D=None), made_pool()), made_pool())
+            _check_decision(
+                self.route(fitted, dataclasses.replace(self.query, vector_D=None), made_pool()), made_pool()
+            )
             return
         for vector_D in (None, np.ones(DIM + 1, np.float32)):
             odd = dataclasses.replace(self.query, vector_D=vector_D)
             what = "a missing vector" if vector_D is None else "a vector of another length"
-            _refuses(functools.partial(fitted.route, odd, made_pool()), InputError, what)
+            _refuses(functools.partial(self.route, fitted, odd, made_pool()), InputError, what)
 
     def observations(self, fitted: Strategy) -> None:
         learner = self.fit(made_outcomes())
-        before = fitted.route(self.query, made_pool())
+        before = self.route(fitted, self.query, made_pool())
         for row, query in enumerate(self.test.queries()):
-            decision = learner.route(query, made_pool())
+            decision = self.route(learner, query, made_pool())
             for fields in (
                 {"quality": 1.0, "cost": 1e-4},
                 {"latency_s": 1.0},
@@ -219,18 +230,18 @@ class _Checks:
         learner.observe(
             Outcome(query=dataclasses.replace(self.query, vector_D=None), model="a model nobody knows", quality=0.5)
         )
-        _check_decision(learner.route(self.query, made_pool()), made_pool())
+        _check_decision(self.route(learner, self.query, made_pool()), made_pool())
         twin = self.build()
         twin.load_state(*_through_json(learner))
         _is(
-            _chosen(twin.route(self.query, made_pool())) == _chosen(learner.route(self.query, made_pool())),
+            _chosen(self.route(twin, self.query, made_pool())) == _chosen(self.route(learner, self.query, made_pool())),
             "read back after it observed, it decides differently",
         )
         kept = _copied(learner.state()[0])
         twin.observe(Outcome(query=self.query, model="small", quality=1.0, cost=1e-4))
         _is(_same(kept, learner.state()[0]), "what a strategy read back observes changes the one it was saved from")
         _is(
-            _names(before) == _names(self.fit(made_outcomes()).route(self.query, made_pool())),
+            _names(before) == _names(self.route(self.fit(made_outcomes()), self.query, made_pool())),
             "learning of one changes another",
         )
 
@@ -252,8 +263,8 @@ class _Checks:
         for one, part in zip(pair, parts[::-1], strict=True):
             one.hear(*one.joined([part]))
             ours, theirs = (
-                one.route(self.query, made_pool()).candidates,
-                alone.route(self.query, made_pool()).candidates,
+                self.route(one, self.query, made_pool()).candidates,
+                self.route(alone, self.query, made_pool()).candidates,
             )
             _is(
                 [item.model for item in ours] == [item.model for item in theirs],
@@ -283,7 +294,7 @@ class _Checks:
         if self.decides:
             for query in self.test.queries():
                 _is(
-                    _chosen(twin.route(query, made_pool())) == _chosen(fitted.route(query, made_pool())),
+                    _chosen(self.route(twin, query, made_pool())) == _chosen(self.route(fitted, query, made_pool())),
                     "read back, it decides differently",
                 )
         if self.plays:
@@ -311,7 +322,7 @@ class _Checks:
         """Playing all at once chooses as routing one by one, but for ties in rounding."""
         quality_NM = fitted.predictor.predict(self.test).quality_NM
         for row, query in enumerate(self.test.queries()):
-            at = fitted.predictor.models.index(fitted.route(query, made_pool()).model)
+            at = fitted.predictor.models.index(self.route(fitted, query, made_pool()).model)
             chosen = fitted.predictor.models.index(self.test.models[played.model_N[row]])
             _is(
                 abs(quality_NM[row, at] - quality_NM[row, chosen]) < TOLERANCE,
@@ -386,7 +397,7 @@ class _Checks:
             try:
                 fitted = self.fit(odd)
                 if self.decides:
-                    decision = fitted.route(self.query, made_pool(odd.models))
+                    decision = self.route(fitted, self.query, made_pool(odd.models))
                     _check_decision(decision, made_pool(odd.models))
                 if self.plays:
                     test = self.test.only(odd.models)

@@ -1,4 +1,4 @@
-"""What a strategy asks models for one request: calls with money, limits and ledger rows of their own.
+"""What a strategy or a program asks models for one request: calls with money, limits and ledger rows of their own.
 
 Each is paid out of the request's `Purse` and goes only to models that the request's key may use. How many there may be, and for how long,
 says the config (`LimitsConfig`). A call that outlives the decision it was made for is cancelled: what it costs belongs to the request,
@@ -6,17 +6,24 @@ whose row is not written before it has ended.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from anabranch.errors import InputError, LimitError
-from anabranch.gateway.dispatch import Plan, Report
-from anabranch.gateway.prompt_tokens import count_prompt
-from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage
+from anabranch.gateway.core.pieces import AHEAD, drained
+from anabranch.gateway.dispatch import Dispatcher, Plan, Report
+from anabranch.gateway.prompt_tokens import PromptCount, count_prompt, room_of
+from anabranch.gateway.providers.chunks import text_of
+from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage, garbage
 from anabranch.gateway.purse import Hold, Purse
-from anabranch.routers.contract.strategy import Purpose
+from anabranch.gateway.validate import check_chat, check_depth
+from anabranch.routers.contract.ask import Answered, Arm, Messages, Purpose, Said
+from anabranch.routers.money import dollars
+from anabranch.web.api_error import ApiError
+from anabranch.web.sse import read_data
 
 if TYPE_CHECKING:
     from anabranch.gateway.runtime import Runtime
@@ -25,6 +32,9 @@ PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 # Less time is none.
 LEAST_S = 1e-3
+
+# Fields that are not an arm's to set.
+OURS = frozenset({"model", "messages", "n", "best_of", "stream", "stream_options"})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,11 +65,13 @@ class ModelCall:
 
 
 class ModelCalls:
-    """Those of one request.
+    """Those of one request: the `Ask` that its strategy or program is lent.
 
     Attributes:
         made: so far, in the order they began; those that no budget had room for are not among them.
         purpose: of those that do not say theirs.
+        limit_s: seconds of the request in which such calls may be under way.
+        sender: whose they are, as `Plan.sender`.
 
     Args:
         runtime: that the request began on.
@@ -68,6 +80,7 @@ class ModelCalls:
         began: when it began, by `time.perf_counter`.
         may_ask: whether the key of the request may use a model; None if it needs no key.
         keep: has a task end before the gateway does.
+        sender: see the attribute.
     """
 
     def __init__(
@@ -79,40 +92,47 @@ class ModelCalls:
         *,
         may_ask: Callable[[str], bool] | None,
         keep: Callable[[asyncio.Task[Any]], None],
+        sender: str = "",
     ) -> None:
         self._runtime, self._purse, self._request_id, self._began = runtime, purse, request_id, began
-        self._may_ask, self._keep = may_ask, keep
+        self._may_ask, self._keep, self.sender = may_ask, keep, sender
+        self.limit_s = runtime.config.limits.strategy_calls_s
         self.made: list[ModelCall] = []
         self.purpose: Purpose = "route"
-        self._live: set[asyncio.Task[str]] = set()
+        self._live: set[asyncio.Task[Answered]] = set()
         self._num_asked = 0
         # Seconds of the request in which at least one was under way; and since when one is.
         self._busy_s = self._busy_since_s = 0.0
         self._is_closed = False
         self._then: Callable[[], None] | None = None
 
-    async def ask(self, model: str, prompt: str, max_tokens: int, temperature: float, purpose: Purpose | None) -> str:
-        """See `Complete`.
+    async def __call__(
+        self, arm: Arm | str, messages: Messages, *, purpose: Purpose | None = None, **how: Any
+    ) -> Answered:
+        """See `Ask`.
 
-        Raises InputError for a model or purpose that is not there, LimitError where the key, a limit or a budget has no room,
+        Raises InputError for a model, purpose or setting that there is not, LimitError where the key, a limit or a budget has no room,
         UpstreamError if no answer comes.
         """
-        self._check(model, purpose)
-        deadline_s = self._deadline_s()
-        self._num_asked += 1
-        if not self._live:
-            self._busy_since_s = self._elapsed()
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-        }
-        task = asyncio.ensure_future(self._make(model, body, purpose or self.purpose, deadline_s))
-        self._live.add(task)
-        task.add_done_callback(self._ended)
-        self._keep(task)
-        return await task
+        return await self._begun(arm, messages, purpose, how, None)
+
+    async def stream(
+        self, arm: Arm | str, messages: Messages, *, purpose: Purpose | None = None, **how: Any
+    ) -> AsyncGenerator[Said | Answered, None]:
+        """See `Ask`. Raises as a call does. Nothing is read ahead of the reader but `AHEAD` pieces."""
+        pieces: asyncio.Queue[Said] = asyncio.Queue(AHEAD)
+        task = self._begun(arm, messages, purpose, how, pieces)
+        coming = drained(pieces, task)
+        async with contextlib.aclosing(coming):
+            async for piece in coming:
+                if piece is not None:
+                    yield piece
+        yield task.result()
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one was under way."""
+        return self._busy_s + (self._elapsed() - self._busy_since_s if self._live else 0.0)
 
     async def stop(self) -> None:
         """Cancel what is under way, and wait for its end: nobody needs it any more."""
@@ -129,12 +149,39 @@ class ModelCalls:
         else:
             then()
 
+    def _begun(
+        self,
+        arm: Arm | str,
+        messages: Messages,
+        purpose: Purpose | None,
+        how: dict[str, Any],
+        pieces: "asyncio.Queue[Said] | None",
+    ) -> "asyncio.Task[Answered]":
+        """A call as a task of its own, which outlives whoever waits for it as long as its end takes."""
+        arm = Arm(arm) if isinstance(arm, str) else arm
+        self._check(arm.model, purpose)
+        body = body_of(arm, messages, self._runtime, **how)
+        if pieces is not None:
+            body = {**body, "stream": True, "n": 1}
+        deadline_s = self._deadline_s()
+        self._num_asked += 1
+        if not self._live:
+            self._busy_since_s = self._elapsed()
+        task = asyncio.ensure_future(self._make(arm.model, body, purpose or self.purpose, deadline_s, pieces))
+        self._live.add(task)
+        task.add_done_callback(self._ended)
+        self._keep(task)
+        return task
+
     def _cancel(self) -> None:
         for task in self._live:
             task.cancel()
 
-    def _ended(self, task: "asyncio.Task[str]") -> None:
+    def _ended(self, task: "asyncio.Task[Answered]") -> None:
         self._live.discard(task)
+        if not task.cancelled():
+            # A stream may have been left before anybody asked how it ended.
+            task.exception()
         if self._live:
             return
         self._busy_s += self._elapsed() - self._busy_since_s
@@ -166,23 +213,27 @@ class ModelCalls:
     def _deadline_s(self) -> float:
         """Seconds after the request's beginning when a call that begins now must be over. Raises LimitError if that is past."""
         config, now_s = self._runtime.config, self._elapsed()
-        busy_s = self._busy_s + (now_s - self._busy_since_s if self._live else 0.0)
-        left_s = config.limits.strategy_calls_s - busy_s
+        left_s = self.limit_s - self.busy_s
         if left_s < LEAST_S:
             raise self._too_long()
         return min(config.deadline_s, now_s + left_s)
 
     def _too_long(self) -> LimitError:
-        most_s = self._runtime.config.limits.strategy_calls_s
         return LimitError(
-            f"calls of a strategy may take {most_s:g} s of one request (limits.strategy_calls_s), and have taken them"
+            f"calls of a strategy may take {self.limit_s:g} s of one request (limits.strategy_calls_s), and have taken them"
         )
 
-    async def _make(self, model: str, body: dict[str, Any], purpose: Purpose, deadline_s: float) -> str:
+    async def _make(
+        self,
+        model: str,
+        body: dict[str, Any],
+        purpose: Purpose,
+        deadline_s: float,
+        pieces: "asyncio.Queue[Said] | None",
+    ) -> Answered:
         """One call, from its money to its answer."""
         runtime = self._runtime
-        count = count_prompt(body)
-        most = Usage(count.at_most, body["max_tokens"], 0, True)
+        body, count, most = bounded(runtime, body)
         async with self._purse.holding(worst_nano(runtime, model, most)) as hold:
             number = len(self.made) + 1
             call = ModelCall(id=f"{self._request_id}.{number}", model=model, purpose=purpose, began_s=self._elapsed())
@@ -190,9 +241,14 @@ class ModelCalls:
             try:
                 deadline = runtime.dispatcher.now() + deadline_s - self._elapsed()
                 request = UpstreamRequest("chat", body, request_id=call.id, prompt_tokens=count.tokens)
-                answer = await paid(runtime, self._purse, hold, model, request, most, call.report, deadline)
+                plan = paid_plan(runtime, self._purse, hold, model, most, call.report, deadline, sender=self.sender)
+                answer = await (
+                    runtime.dispatcher.complete(plan, request)
+                    if pieces is None
+                    else _streamed(runtime.dispatcher, plan, request, pieces)
+                )
                 call.status = "ok"
-                return answer.text
+                return answered(model, answer, call.report, self._elapsed() - call.began_s)
             except Exception as error:
                 call.status = "error"
                 if isinstance(error, UpstreamError):
@@ -201,8 +257,88 @@ class ModelCalls:
                         raise self._too_long() from None
                 raise
             finally:
-                call.held_nano = hold.most_nano
+                hold.cost_nano, call.held_nano = call.report.cost, hold.most_nano
                 call.latency_s = self._elapsed() - call.began_s
+
+
+async def _streamed(
+    dispatcher: Dispatcher, plan: Plan, request: UpstreamRequest, pieces: "asyncio.Queue[Said]"
+) -> Answer:
+    """The whole answer of a stream whose pieces are given as they come. Raises UpstreamError, also where it breaks off."""
+    stream = await dispatcher.stream(replace(plan, keep=True), request)
+    try:
+        async for block in stream:
+            text = text_of(read_data(block))
+            if text:
+                await pieces.put(Said(text))
+    finally:
+        await stream.aclose()
+    if stream.failure is not None:
+        raise UpstreamError(stream.failure, stream.report)
+    return stream.answer()
+
+
+def body_of(
+    arm: Arm,
+    messages: Messages,
+    runtime: "Runtime",
+    *,
+    n: int | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    logprobs: int | None = None,
+    stop: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The request of a call in OpenAI's form. Raises InputError for what makes none."""
+    ours = sorted(OURS & arm.settings.keys())
+    if ours:
+        raise InputError(f"settings of an arm hold {', '.join(ours)}, which the call says itself")
+    given = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    if arm.system is not None:
+        rest = [one for one in given if one.get("role") not in ("system", "developer")]
+        given = [{"role": "system", "content": arm.system}, *rest]
+    said = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": list(stop) or None}
+    body = {**arm.settings, "model": arm.model, "messages": given}
+    body |= {name: value for name, value in said.items() if value is not None}
+    if max_tokens is not None:
+        body.pop("max_completion_tokens", None)
+    if (samples := arm.samples if n is None else n) != 1:
+        body["n"] = samples
+    if logprobs is not None:
+        body |= {"logprobs": True} | ({"top_logprobs": logprobs} if logprobs else {})
+    try:
+        check_depth(body)
+        check_chat(body, runtime.config.limits.most_tokens)
+    except ApiError as error:
+        raise InputError(f"a strategy asks a model what cannot be asked: {error}") from None
+    return body
+
+
+def bounded(runtime: "Runtime", body: dict[str, Any]) -> tuple[dict[str, Any], PromptCount, Usage]:
+    """A request with an end where it names none, its prompt's tokens, and the most tokens that one attempt at it may be billed for."""
+    model, count = runtime.models[body["model"]], count_prompt(body)
+    most = max(body.get("max_tokens") or 0, body.get("max_completion_tokens") or 0)
+    if not most:
+        # As for a request: an end that nobody asked for must not make it too long for the model.
+        limit = model.max_tokens or runtime.config.limits.max_tokens
+        room = room_of(limit, model.context, count)
+        body = body if room is None else {**body, "max_tokens": room}
+        most = room or model.context or limit
+    return body, count, Usage(count.at_most, (body.get("n") or 1) * most, 0, True)
+
+
+def answered(model: str, answer: Answer, report: Report, latency_s: float) -> Answered:
+    """An answer as strategies and programs see it. Raises UpstreamError if it has no choice."""
+    choices = answer.body.get("choices")
+    found = tuple(one for one in choices if isinstance(one, dict)) if isinstance(choices, list) else ()
+    if not found:
+        raise garbage("an answer without choices")
+    usage = report.usage
+    return Answered(
+        model=model, choices=found, prompt_tokens=usage.prompt, completion_tokens=usage.completion,
+        cached_tokens=usage.cached, cost=dollars(report.cost), latency_s=latency_s,
+    )  # fmt: skip
 
 
 def worst_nano(runtime: "Runtime", model: str, most: Usage) -> int:
@@ -210,23 +346,24 @@ def worst_nano(runtime: "Runtime", model: str, most: Usage) -> int:
     return runtime.dispatcher.groups[model].worst_nano(most)
 
 
-async def paid(
+def paid_plan(
     runtime: "Runtime",
     purse: Purse,
     hold: Hold,
     model: str,
-    request: UpstreamRequest,
     most: Usage,
     report: Report,
     deadline: float,
-) -> Answer:
-    """The answer of one model, every attempt at it paid out of a purse. Raises UpstreamError if none comes.
+    sender: str = "",
+) -> Plan:
+    """A plan to ask one model, every attempt at it paid out of a purse.
 
     Args:
         purse: holds the first attempt's worst already, in ``hold``, and is asked before each further one.
         most: tokens that one attempt may be billed for.
-        report: filled as attempts are made; however it ends, their cost is then the hold's.
+        report: filled as attempts are made; in the end their cost is the hold's.
         deadline: on the dispatcher's clock.
+        sender: as in `Plan`.
     """
     worst = worst_nano(runtime, model, most)
 
@@ -234,8 +371,4 @@ async def paid(
         num_open = sum(attempt.status == "open" for attempt in report.attempts)
         return await purse.can_raise(hold, spent_nano + (num_open + 1) * worst)
 
-    plan = Plan(candidates=(model,), deadline=deadline, report=report, allow=allow, most=lambda _: most)
-    try:
-        return await runtime.dispatcher.complete(plan, request)
-    finally:
-        hold.cost_nano = report.cost
+    return Plan(candidates=(model,), deadline=deadline, report=report, allow=allow, most=lambda _: most, sender=sender)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, InputError, LimitError
-from anabranch.gateway.core.model_calls import paid, worst_nano
+from anabranch.gateway.core.model_calls import bounded, paid_plan, worst_nano
 from anabranch.gateway.core.settlement import settle
 from anabranch.gateway.dispatch import Report
-from anabranch.gateway.prompt_tokens import count_prompt
-from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest, Usage
+from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
 from anabranch.gateway.purse import Purse
 from anabranch.gateway.store import LEARNING, LedgerRow, Reservation
 from anabranch.gateway.store.records import GLOBAL
@@ -67,10 +66,8 @@ class LaneErrands:
         gateway, runtime = self._gateway, self._gateway.runtime
         if model not in runtime.models:
             raise InputError(f"strategy {self._lane.name} asks for model {model!r}, which is not in the config")
-        most_tokens = runtime.models[model].max_tokens or runtime.config.limits.max_tokens
-        body = {"model": model, "messages": list(messages), "max_tokens": most_tokens, "temperature": temperature}
-        count, report, began = count_prompt(body), Report(), time.perf_counter()
-        most, id = Usage(count.at_most, most_tokens, 0, True), new_id()
+        body, count, most = bounded(runtime, {"model": model, "messages": list(messages), "temperature": temperature})
+        id, report, began = new_id(), Report(), time.perf_counter()
         purse = Purse(
             lambda nano: gateway.store.reserve(id, SUBJECTS, nano, requested=model, strategy=self._lane.name),
             gateway.store.grow,
@@ -81,8 +78,12 @@ class LaneErrands:
                 async with purse.holding(worst_nano(runtime, model, most)) as hold:
                     self.asked += 1
                     deadline = runtime.dispatcher.now() + LONGEST_S
-                    answer = await paid(runtime, purse, hold, model, request, most, report, deadline)
-                    status = "ok"
+                    plan = paid_plan(runtime, purse, hold, model, most, report, deadline)
+                    try:
+                        answer = await runtime.dispatcher.complete(plan, request)
+                        status = "ok"
+                    finally:
+                        hold.cost_nano = report.cost
             except UpstreamError as error:
                 status = "error"
                 raise CapacityError(f"{model} gave no answer: {error}") from None

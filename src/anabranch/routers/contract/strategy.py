@@ -7,21 +7,22 @@
     judge     play(recorded, pool) -> Played   what it would have earned and spent
 
 A strategy that reads answers (a cascade) is asked ``accept`` after each one, and the gateway goes on to the next candidate while it
-says no. One that asks models itself (``is_async``) is awaited: ``aroute``, ``aaccept``; what it asks through, the gateway lends by
-``connect``. Learning may import torch, inside ``fit``; deciding may not, since a gateway holds no torch unless something needs it.
+says no. One that asks models itself (``is_async``) is awaited: ``aroute``, ``aaccept``, with the `Ask` of the request that it is done for.
+Learning may import torch, inside ``fit``; deciding may not, since a gateway holds no torch unless something needs it.
 """
 # Shapes: N queries, M models
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
 from anabranch.errors import InputError
+from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Candidate, Decision, Outcome, Pool, Query
 
@@ -30,9 +31,6 @@ Facts = dict[str, Any]
 
 # Texts to unit vectors [N, D].
 Embed = Callable[[Sequence[str]], np.ndarray]
-
-# What a strategy asks a model for, as ledger and metrics call it.
-Purpose = Literal["route", "draft", "judge", "other"]
 
 
 class Metrics(Protocol):
@@ -78,22 +76,6 @@ class Errands(Protocol):
 
     async def ask(self, model: str, messages: Sequence[Mapping[str, Any]], *, temperature: float) -> str:
         """The text of an answer. Raises an AnabranchError if none comes, or no money is left for it."""
-
-
-class Complete(Protocol):
-    """How a strategy asks a model of the gateway: its name, the text, and how; the answer's text comes back.
-
-    The gateway counts these calls as any other, charges them to the request they are made for, and writes each into the ledger. They
-    go to models that the key of the request may use, and there are limits to their number and time (`LimitsConfig`).
-    """
-
-    def __call__(
-        self, model: str, prompt: str, *, max_tokens: int, temperature: float, purpose: Purpose | None = None
-    ) -> Awaitable[str]:
-        """Ask. ``purpose`` may be left out: it is ``route`` while the strategy decides, ``judge`` while it judges an answer.
-
-        Raises an AnabranchError if no answer comes, or the call may not be made.
-        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +139,8 @@ class Strategy(Part, family="strategy"):
         """`observe` does something."""
         return type(self).observe is not Strategy.observe
 
-    def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
-        """Take what the gateway lends: its embedder and its models. Called once before the first decision, and after a reload."""
+    def connect(self, *, embed: Embed | None = None) -> None:
+        """Take what the gateway lends: its embedder. Called once before the first decision, and after a reload."""
 
     def report_to(self, metrics: Metrics) -> None:
         """Take where its numbers go. Called like `connect`."""
@@ -174,7 +156,7 @@ class Strategy(Part, family="strategy"):
         """
         raise NotImplementedError
 
-    async def aroute(self, query: Query, pool: Pool) -> Decision:
+    async def aroute(self, query: Query, pool: Pool, ask: Ask) -> Decision:
         """`route`, for strategies that ask a model to decide."""
         return self.route(query, pool)
 
@@ -206,7 +188,7 @@ class Strategy(Part, family="strategy"):
         """
         return True
 
-    async def aaccept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
+    async def aaccept(self, query: Query, model: str, answer: str, details: Mapping[str, Any], ask: Ask) -> bool:
         """`accept`, for strategies that ask a model for its opinion."""
         return self.accept(query, model, answer, details)
 

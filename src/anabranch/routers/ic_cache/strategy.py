@@ -19,7 +19,6 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Candidate, Decision, Model, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import (
     Arrays,
-    Complete,
     Embed,
     Errands,
     Example,
@@ -99,7 +98,7 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         domains: tuple[str, ...] | None = self.config.domains
         return domains if domains is not None else self.config.cache.pool.domains or ("",)
 
-    def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
+    def connect(self, *, embed: Embed | None = None) -> None:
         """Take the embedder that makes ``query.vector_D``: requests that redaction changed are kept only with one."""
         self._embed = embed
         if self.cache is not None:

@@ -26,9 +26,10 @@ import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, DataError, InputError
+from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Decision, Pool, Query
-from anabranch.routers.contract.strategy import Arrays, Complete, Embed, Facts, Played, ordered, playable
+from anabranch.routers.contract.strategy import Arrays, Facts, Played, ordered, playable
 from anabranch.routers.strategies.escalate import Escalating, run
 from anabranch.routers.strategies.semantic import listed
 from anabranch.routers.strategies.training import means, training_set
@@ -75,17 +76,12 @@ class AutoMix(Escalating, kind="automix"):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.complete: Complete | None = None
         self.models: tuple[str, ...] = ()
         self.prior_S, self.quality_SK, self.cost_K = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
         self.vote_KSV = np.zeros((0, 0, 0))
         self._seen: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
         # Few combinations of votes occur, so each is decided once.
         self._decided: dict[tuple[Any, ...], Any] = {}
-
-    def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
-        """Take the models to ask for their verdict."""
-        self.complete = complete or self.complete
 
     def calls_for(self, is_last: bool) -> float:
         """An answer and k verifications, but for the last model."""
@@ -296,12 +292,12 @@ class AutoMix(Escalating, kind="automix"):
         del votes[place - first :]
         return votes, first
 
-    async def aaccept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
+    async def aaccept(self, query: Query, model: str, answer: str, details: Mapping[str, Any], ask: Ask) -> bool:
         """Let the model verify its answer k times, all at once, then `accept`. A verdict that cannot be read counts against the answer."""
-        if "votes" in details or self.complete is None or not self._wants_votes(query, model):
+        if "votes" in details or not self._wants_votes(query, model):
             return self.accept(query, model, answer, details)
         text = VERIFY.format(question=query.text, answer=answer)
-        verdicts = await asyncio.gather(*(self._verdict(model, text) for _ in range(self.config.votes)))
+        verdicts = await asyncio.gather(*(self._verdict(model, text, ask) for _ in range(self.config.votes)))
         return self.accept(query, model, answer, {**details, "votes": sum(verdicts) / len(verdicts)})
 
     def _wants_votes(self, query: Query, model: str) -> bool:
@@ -311,10 +307,9 @@ class AutoMix(Escalating, kind="automix"):
         votes, first = self._earlier(query, model)
         return votes is not None and self.verifies(votes, first)
 
-    async def _verdict(self, model: str, text: str) -> bool:
-        assert self.complete is not None
+    async def _verdict(self, model: str, text: str, ask: Ask) -> bool:
         try:
-            said = await self.complete(model, text, max_tokens=8, temperature=self.config.temperature)
+            said = (await ask(model, text, max_tokens=8, temperature=self.config.temperature)).text
         except AnabranchError:
             return False
         return re.fullmatch(r"\W*correct\W*", said.strip(), re.IGNORECASE) is not None

@@ -4,16 +4,16 @@
 
 Source: Yue et al. 2023 (arXiv 2310.03094, "Large Language Model Cascades with Mixture of Thought Representations", section 3,
 vote-based decision), after self-consistency (Wang et al. 2022, arXiv 2203.11171). m calls of the cheap model are paid for each
-query; the last model of the chain is asked once.
+query, and the answer that is given is one of the commonest; the last model of the chain is asked once.
 
-Recorded data must carry the signal ``agreement`` (`Recorded.signals`); live, samples come with the answer
-(``details["samples"]``), or further ones are drawn from the same model through the gateway.
+Recorded data must carry the signal ``agreement`` (`Recorded.signals`); live, it is a `Program`, which draws its samples itself: one as
+the sender asked for it, the others at ``temperature``.
 """
-# Shapes: N queries, M models
+# Shapes: N queries, M models, m samples
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ import numpy as np
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, DataError
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.program import Answered, Ask, Done, Event, Program, ProgramRequest, Step
 from anabranch.routers.contract.query import Query
-from anabranch.routers.contract.strategy import Complete, Embed
+from anabranch.routers.contract.strategy import Facts
 from anabranch.routers.strategies.escalate import Escalating
 from anabranch.routers.wording import answer_form
 
@@ -35,7 +36,7 @@ SHORT = 40
 _CHOICE = re.compile(r"^\W*([A-J])\b(?:[).:]|\s*$)")
 
 
-class Consistency(Escalating, kind="consistency"):
+class Consistency(Escalating, Program, kind="consistency"):
     """A chain whose answers are given when samples agree."""
 
     @configclass
@@ -43,9 +44,9 @@ class Consistency(Escalating, kind="consistency"):
         """Sampling.
 
         Attributes:
-            samples: m, the answer itself among them.
-            temperature: of the further ones.
-            max_tokens: of the further ones.
+            samples: m, the one that is drawn as the sender asked among them.
+            temperature: of the others.
+            max_tokens: of the others, where the sender names no end.
         """
 
         threshold: float = Field(default=0.6, ge=0)
@@ -53,15 +54,8 @@ class Consistency(Escalating, kind="consistency"):
         temperature: float = Field(default=0.7, gt=0)
         max_tokens: int = Field(default=1024, ge=1)
 
-    is_async = True
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.complete: Complete | None = None
-
-    def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
-        """Take the models to draw samples from."""
-        self.complete = complete or self.complete
+    # It judges its samples itself.
+    reads_answers = False
 
     def calls_for(self, is_last: bool) -> float:
         """m calls of every model but the last."""
@@ -81,22 +75,80 @@ class Consistency(Escalating, kind="consistency"):
             return agreement([answer, *details["samples"]])
         return float(details.get("agreement", np.nan))
 
-    async def aaccept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
-        """Draw what samples are missing, all at once, then `accept`. A draw that fails counts as one that disagrees."""
-        is_known = "samples" in details or "agreement" in details
-        if is_known or self.threshold_of(model) is None or self.complete is None:
-            return self.accept(query, model, answer, details)
-        drawn = await asyncio.gather(*(self._sample(model, query.text) for _ in range(self.config.samples - 1)))
-        return self.accept(query, model, answer, {**details, "samples": drawn})
+    # -- answering
 
-    async def _sample(self, model: str, text: str) -> str:
-        assert self.complete is not None
-        try:
-            return await self.complete(
-                model, text, max_tokens=self.config.max_tokens, temperature=self.config.temperature
-            )
-        except AnabranchError:
-            return ""
+    async def run(self, request: ProgramRequest, ask: Ask) -> AsyncIterator[Event]:
+        """Sample models of the chain one after another until one agrees with itself; the last one's answer is given as it comes.
+
+        A draw that fails counts as one that disagrees. Where models fail, the next is asked, and in the end the commonest answer so far is
+        better than none. Raises what the last one failed with where nobody answered.
+        """
+        names, spare, said = request.names, None, False
+        # The rest is there for when the chain fails.
+        judged = request.decision.details["chain"][:-1]
+        for name in names:
+            threshold = self.threshold_of(name) if name in judged and name != names[-1] else None
+            if threshold is not None:
+                drawn_m = await self._draw(request, name, ask)
+                share, best = commonest(drawn_m)
+                is_given = best is not None and share >= threshold
+                yield Step("sampled", self._facts(name, drawn_m, share, threshold, is_given))
+                spare = best or spare
+                if best is not None and is_given:
+                    yield Done.of(best)
+                    return
+                continue
+            try:
+                async for piece in ask.stream(request.arm(name), request.messages, purpose="answer"):
+                    said = True
+                    yield Done.of(piece) if isinstance(piece, Answered) else piece
+                return
+            except AnabranchError as error:
+                yield Step("failed", {"model": name, "error": type(error).__name__})
+                if said or (spare is None and name == names[-1]):
+                    raise
+        if spare is not None:
+            yield Done.of(spare)
+
+    async def _draw(self, request: ProgramRequest, model: str, ask: Ask) -> list[Answered | None]:
+        """m answers of a model, all at once; None for each that did not come."""
+        has_end = any(request.settings.get(name) for name in ("max_tokens", "max_completion_tokens"))
+        seed, most = request.settings.get("seed"), None if has_end else self.config.max_tokens
+
+        async def one(number: int) -> Answered | None:
+            how: dict[str, Any] = {}
+            if number:
+                how = {"temperature": self.config.temperature, "max_tokens": most}
+                # The same seed would draw the same answer.
+                how |= {"seed": seed + number} if isinstance(seed, int) else {}
+            try:
+                return await ask(request.arm(model), request.messages, purpose="draft", **how)
+            except AnabranchError:
+                return None
+
+        return list(await asyncio.gather(*(one(number) for number in range(self.config.samples))))
+
+    def _facts(
+        self, model: str, drawn_m: Sequence[Answered | None], share: float, threshold: float, is_given: bool
+    ) -> Facts:
+        came = sum(one is not None for one in drawn_m)
+        return {
+            "model": model, "samples": len(drawn_m), "came": came, "agreement": round(share, 4), "threshold": threshold,
+            "is_given": is_given,
+        }  # fmt: skip
+
+
+def commonest(drawn_m: Sequence[Answered | None]) -> tuple[float, Answered | None]:
+    """The share of samples whose final answer is the commonest one, and the first of them; of equally common ones the earlier.
+
+    What did not come, or says nothing in words (tool calls), agrees with nothing.
+    """
+    finals = [final_answer(one.text) if one is not None else "" for one in drawn_m]
+    said = [final for final in finals if final]
+    if not said:
+        return 0.0, next((one for one in drawn_m if one is not None), None)
+    best = max(dict.fromkeys(said), key=said.count)
+    return said.count(best) / len(finals), drawn_m[finals.index(best)]
 
 
 def agreement(answers: Sequence[str]) -> float:

@@ -12,7 +12,6 @@ Answers are kept by a hash of the query, the latest ``cache_size`` of them, apar
 """
 # Shapes: P models of the pool
 
-import asyncio
 import hashlib
 import re
 from collections import OrderedDict
@@ -22,9 +21,10 @@ import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, InputError
+from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Decision, Pool, Query
-from anabranch.routers.contract.strategy import Complete, Embed, Facts, Played, Strategy, ordered
+from anabranch.routers.contract.strategy import Facts, Played, Strategy, ordered
 from anabranch.routers.strategies.rules import by_price
 from anabranch.routers.strategies.semantic import listed
 
@@ -82,28 +82,18 @@ class Prompt(Strategy, kind="prompt"):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.complete: Complete | None = None
         self._answers: OrderedDict[str, str] = OrderedDict()
 
-    def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
-        """Take the models to ask."""
-        self.complete = complete or self.complete
-
-    async def aroute(self, query: Query, pool: Pool) -> Decision:
-        """Ask, then decide. A failing router model makes the fallback decide. Raises InputError before `connect`."""
-        if self.complete is None:
-            raise InputError(
-                "prompt asks a model, and none was connected; call connect(complete=...) with the gateway's"
-            )
+    async def aroute(self, query: Query, pool: Pool, ask: Ask) -> Decision:
+        """Ask, then decide. A failing router model makes the fallback decide."""
         asked = self._asked(pool)
         key = self._key(query, pool, asked)
         answer = self._answers.get(key)
         is_cached = answer is not None
         if answer is None:
             try:
-                answer = await self.complete(
-                    asked, self.text(query, pool), max_tokens=self.config.max_tokens, temperature=0.0
-                )
+                text = self.text(query, pool)
+                answer = (await ask(asked, text, max_tokens=self.config.max_tokens, temperature=0.0)).text
             except AnabranchError as error:
                 return self._decision(None, pool, {"asked": asked, "error": type(error).__name__})
             self._keep(key, answer)
@@ -114,12 +104,8 @@ class Prompt(Strategy, kind="prompt"):
         return self._decision(read, pool, {"asked": asked, "read": read, "is_cached": is_cached})
 
     def route(self, query: Query, pool: Pool) -> Decision:
-        """The same where no event loop runs. Raises InputError inside of one: await `aroute` there."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(self.aroute(query, pool))
-        raise InputError("prompt waits for a model; await aroute inside an event loop")
+        """Raises InputError: it has to ask a model."""
+        raise InputError("prompt asks a model to decide: await aroute(query, pool, ask)")
 
     def play(self, data: Recorded, pool: Pool) -> Played:
         """Raises InputError: recorded outcomes do not tell what the router model would have said."""

@@ -23,7 +23,7 @@ from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError, InputError
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Decision, Pool, Query
-from anabranch.routers.contract.strategy import Arrays, Complete, Embed, Facts, Strategy, ordered
+from anabranch.routers.contract.strategy import Arrays, Embed, Facts, Strategy, ordered
 from anabranch.routers.strategies.knn import top_k
 from anabranch.routers.strategies.training import means, training_set
 
@@ -87,7 +87,7 @@ class Semantic(Strategy, kind="semantic"):
         self.threshold_R = np.array([config.threshold if r.threshold is None else r.threshold for r in config.routes])
         self.example_ED, self.route_E = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
 
-    def connect(self, *, embed: Embed | None = None, complete: Complete | None = None) -> None:
+    def connect(self, *, embed: Embed | None = None) -> None:
         """Embed the utterances of the config. Vectors that were read from a file stay."""
         if embed is None or not self.config.routes or len(self.route_E):
             return
