@@ -17,7 +17,7 @@ import contextlib, io, json, os, sys, tempfile
 BASE, COMMANDS, PACKAGES, IS_HIDING = json.loads(sys.argv[1])
 class Hide:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in HIDDEN:
+        if name in HIDDEN or name.partition(".")[0] in HIDDEN:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 from anabranch.extras import extras
 HIDDEN = {module for extra in extras().values() for module in extra.modules} - set(BASE)

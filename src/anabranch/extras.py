@@ -28,6 +28,7 @@ INTERNAL = ("all", "bench", "dev", "docs")
 # What is imported, where it is not called as the package is (its name with _ for -).
 _MODULES = {
     "faiss-cpu": "faiss",
+    "google-auth": "google.auth",
     "import-linter": "importlinter",
     "mkdocs-material": "material",
     "pytest-xdist": "xdist",

@@ -119,6 +119,12 @@ BUILTIN: dict[str, dict[str, str]] = {
     "provider": {
         "openai": "anabranch.gateway.providers.openai:OpenAI",
         "anthropic": "anabranch.gateway.providers.anthropic:Anthropic",
+        "azure": "anabranch.gateway.providers.azure:Azure",
+        "bedrock": "anabranch.gateway.providers.bedrock:Bedrock",
+        "gemini": "anabranch.gateway.providers.gemini:Gemini",
+        "ollama": "anabranch.gateway.providers.ollama:Ollama",
+        "openrouter": "anabranch.gateway.providers.openrouter:OpenRouter",
+        "vertex": "anabranch.gateway.providers.vertex:Vertex",
         "engine": "anabranch.gateway.providers.engine:Engine",
         "mock": "anabranch.gateway.providers.mock:Mock",
         "record": "anabranch.gateway.providers.recorded:Record",

@@ -7,6 +7,7 @@ from anabranch.gateway.providers.provider import Json
 
 # Most choices, or calls of tools, of an answer.
 PLACES = 1024
+_OF_CALL = ("index", "id", "type", "function")
 TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
 
 
@@ -75,6 +76,9 @@ def _add(whole: Json, choice: Json, endpoint: str) -> None:
             _add_calls(message.setdefault("tool_calls", []), value)
         elif name in TEXTS and isinstance(value, str):
             message[name] = _string(message.get(name)) + value
+        elif isinstance(value, list) and name != "tool_calls" and isinstance(message.get(name), list):
+            # Such as the details of thoughts, which come piece by piece.
+            message[name] = [*message[name], *value]
         elif value is not None and name != "tool_calls":
             message[name] = value
 
@@ -88,6 +92,7 @@ def _add_calls(calls: list[Json], pieces: list[Any]) -> None:
             calls.append({"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
         call, function = calls[at], piece.get("function")
         call["id"] = piece.get("id") or call["id"]
+        call |= {name: value for name, value in piece.items() if name not in _OF_CALL}
         for name, value in function.items() if isinstance(function, dict) else ():
             if isinstance(value, str):
                 call["function"][name] = call["function"].get(name, "") + value

@@ -1,0 +1,353 @@
+"""The form of Amazon Bedrock's Converse API: chat requests put into it, its answers and streams read.
+
+Thoughts come as ``reasoning_content``, and with their signatures as ``thinking_blocks`` of the message; sent back in that form, they are
+given to the model again, which some need to go on after a call of a tool.
+"""
+
+import json
+import re
+from typing import Any
+
+from anabranch.gateway.providers.openai import unsupported
+from anabranch.gateway.providers.provider import Answer, FailureKind, Json, UpstreamError, Usage
+from anabranch.gateway.providers.translation import (
+    ForeignStream,
+    Room,
+    arguments,
+    completion,
+    count,
+    data_url,
+    functions,
+    head,
+    message,
+    most_tokens,
+    refuse,
+    room,
+    schema_of,
+    stops,
+    text_of,
+    tool_call,
+)
+
+REFUSED = ("n", "logprobs", "top_logprobs", "logit_bias", "audio", "frequency_penalty", "presence_penalty", "seed")
+FINISH = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "tool_use": "tool_calls",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+}
+WITHHELD = "content_filter"
+
+# Exceptions as documented: what they mean, and their status, which a stream does not have.
+ERRORS: dict[str, tuple[FailureKind, int]] = {
+    "AccessDeniedException": ("forbidden", 403),
+    "UnrecognizedClientException": ("auth", 403),
+    "InvalidSignatureException": ("auth", 403),
+    "IncompleteSignatureException": ("auth", 403),
+    "MissingAuthenticationTokenException": ("auth", 403),
+    "ExpiredTokenException": ("auth", 403),
+    "ThrottlingException": ("rate_limit", 429),
+    "ServiceQuotaExceededException": ("rate_limit", 429),
+    "ModelNotReadyException": ("rate_limit", 429),
+    "ModelTimeoutException": ("timeout", 408),
+    "ModelErrorException": ("server", 502),
+    "ModelStreamErrorException": ("server", 502),
+    "InternalServerException": ("server", 500),
+    "ServiceUnavailableException": ("server", 503),
+    "ResourceNotFoundException": ("request", 404),
+    "ValidationException": ("request", 400),
+}
+
+# The whole sentence, in which nothing is a sender's: there is no word for this in the error itself.
+TOO_LONG = re.compile(r"Input is too long for requested model\.?")
+
+# Tokens to think for, of models of Anthropic's, which want at least the first.
+BUDGETS = {"minimal": 1024, "low": 1024, "medium": 4096, "high": 16384}
+LEAST_BUDGET = 1024
+
+_FORMATS = {"jpg": "jpeg", "plain": "txt", "markdown": "md", "msword": "doc"}
+_DOCUMENTS = ("pdf", "csv", "doc", "docx", "xls", "xlsx", "html", "txt", "md")
+_OFFICE = {
+    "vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
+    "vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
+    "vnd.ms-excel": "xls",
+}
+
+
+# Requests
+
+
+def translated(body: Json, config: Any) -> Json:
+    """A chat request as one of Converse. Raises UpstreamError."""
+    refuse(body, REFUSED, "bedrock")
+    system, turns = _turns(body)
+    made: Json = {"messages": turns, **_tools(body)}
+    if system:
+        made["system"] = [{"text": text} for text in system]
+    settings: Json = {}
+    if most := most_tokens(body):
+        settings["maxTokens"] = most
+    for name, ours in (("temperature", "temperature"), ("top_p", "topP")):
+        if body.get(name) is not None:
+            settings[ours] = body[name]
+    if "anthropic" in config.model and settings.get("temperature", 0) > 1:
+        # OpenAI's scale goes to 2, Anthropic's to 1.
+        settings["temperature"] = 1.0
+    if stop := stops(body):
+        settings["stopSequences"] = stop
+    fields = {**config.fields, **_fields(body, config.model, settings)}
+    if "thinking" in fields:
+        # It thinks at a temperature of its own.
+        settings.pop("temperature", None)
+    if settings:
+        made["inferenceConfig"] = settings
+    if fields:
+        made["additionalModelRequestFields"] = fields
+    if config.guardrail:
+        made["guardrailConfig"] = config.guardrail
+    return made | _output(body)
+
+
+def _fields(body: Json, model: str, settings: Json) -> Json:
+    """What only some models know."""
+    made: Json = {name: body[name] for name in ("top_k", "thinking") if body.get(name) is not None}
+    effort = body.get("reasoning_effort")
+    if effort is None or effort == "none" or "thinking" in made:
+        return made
+    if "anthropic" not in model:
+        return made | {"reasoning_effort": effort}
+    if effort not in BUDGETS:
+        raise unsupported(f"reasoning_effort {effort!r} cannot be asked of {model}; it knows {', '.join(BUDGETS)}")
+    # The answer must have room beside it.
+    budget = min(BUDGETS[effort], settings.get("maxTokens", BUDGETS[effort] + 1) - 1)
+    return made | ({"thinking": {"type": "enabled", "budget_tokens": budget}} if budget >= LEAST_BUDGET else {})
+
+
+def _output(body: Json) -> Json:
+    is_json, schema = schema_of(body)
+    if not is_json:
+        return {}
+    if schema is None:
+        raise unsupported("response_format json_object cannot be asked of bedrock; give a json_schema")
+    form = {"schema": json.dumps(schema), "name": body["response_format"]["json_schema"].get("name") or "answer"}
+    return {"outputConfig": {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": form}}}}
+
+
+def _tools(body: Json) -> Json:
+    specs = []
+    for function in functions(body, "bedrock"):
+        schema = function.get("parameters") or {"type": "object", "properties": {}}
+        spec: Json = {"name": function["name"], "inputSchema": {"json": schema}}
+        if function.get("description"):
+            spec["description"] = function["description"]
+        specs.append({"toolSpec": spec})
+    if not specs:
+        return {}
+    choice = body.get("tool_choice") or "auto"
+    if choice == "none":
+        if any(given.get("tool_calls") or given.get("role") == "tool" for given in body["messages"]):
+            # A conversation with calls in it needs their tools; that they are not called cannot be said.
+            raise unsupported("tool_choice none cannot be asked of bedrock where tools were called before")
+        return {}
+    if isinstance(choice, dict):
+        how: Json = {"tool": {"name": choice["function"]["name"]}}
+    else:
+        how = {{"auto": "auto", "required": "any"}[choice]: {}}
+    return {"toolConfig": {"tools": specs, "toolChoice": how}}
+
+
+def _turns(body: Json) -> tuple[list[str], list[Json]]:
+    """The system prompts, and turns that alternate between user and assistant."""
+    kept = room()
+    system: list[str] = []
+    turns: list[Json] = []
+    for given in body.get("messages") or []:
+        role, content = given.get("role"), given.get("content")
+        if role in ("system", "developer"):
+            system += [text] if (text := text_of(content, "bedrock")) else []
+            continue
+        if role == "assistant":
+            blocks = _said(given, kept)
+        elif role == "tool":
+            role, blocks = "user", [_result(given)]
+        else:
+            role, blocks = "user", _blocks(content)
+        if not blocks:
+            continue
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += blocks
+        else:
+            turns.append({"role": role, "content": blocks})
+    return system, turns
+
+
+def _said(given: Json, kept: Room) -> list[Json]:
+    blocks = [_thought(block) for block in given.get("thinking_blocks") or []]
+    if text := text_of(given.get("content"), "bedrock"):
+        blocks.append({"text": text})
+    for call in given.get("tool_calls") or []:
+        use = {"toolUseId": call["id"], "name": call["function"]["name"], "input": arguments(call, kept)}
+        blocks.append({"toolUse": use})
+    return blocks
+
+
+def _thought(block: Json) -> Json:
+    if block["type"] == "redacted_thinking":
+        return {"reasoningContent": {"redactedContent": block["data"]}}
+    text = {"text": block["thinking"]}
+    if block.get("signature"):
+        text["signature"] = block["signature"]
+    return {"reasoningContent": {"reasoningText": text}}
+
+
+def _result(given: Json) -> Json:
+    content = given.get("content")
+    blocks = _blocks(content) if isinstance(content, list) else [{"text": text_of(content, "bedrock")}]
+    return {"toolResult": {"toolUseId": given["tool_call_id"], "content": blocks}}
+
+
+def _blocks(content: Any) -> list[Json]:
+    if isinstance(content, list):
+        return [_block(part, at) for at, part in enumerate(content)]
+    text = text_of(content, "bedrock")
+    return [{"text": text}] if text else []
+
+
+def _block(part: Json, at: int) -> Json:
+    kind = part.get("type")
+    if kind == "text":
+        return {"text": part["text"]}
+    if kind == "image_url":
+        form, data = _media(part["image_url"]["url"])
+        return {"image": {"format": form, "source": {"bytes": data}}}
+    if kind == "file" and "file_data" in part["file"]:
+        form, data = _media(part["file"]["file_data"])
+        if form not in _DOCUMENTS:
+            raise unsupported(f"a file of type {form!r} cannot be sent to bedrock; it takes {', '.join(_DOCUMENTS)}")
+        # Names may hold little, and say nothing that the model must know.
+        return {"document": {"format": form, "name": f"file-{at}", "source": {"bytes": data}}}
+    raise unsupported(f"a part of a message of type {kind!r} cannot be sent to bedrock")
+
+
+def _media(url: str) -> tuple[str, str]:
+    found = data_url(url)
+    if found is None:
+        raise unsupported("an image or file must be a data: URL for bedrock, which fetches none")
+    form = found[0].partition("/")[2]
+    return _OFFICE.get(form) or _FORMATS.get(form, form), found[1]
+
+
+# Answers
+
+
+def answer(value: Json, model: str) -> Answer:
+    """A whole one. Raises what reading a value of another shape raises."""
+    texts, thoughts, blocks, calls = [], [], [], []
+    for block in value["output"]["message"]["content"]:
+        if "text" in block:
+            texts.append(block["text"])
+        elif "toolUse" in block:
+            use = block["toolUse"]
+            calls.append(tool_call(use["name"], use.get("input"), use["toolUseId"]))
+        elif "reasoningContent" in block:
+            blocks.append(_thinking(block["reasoningContent"]))
+            thoughts.append(blocks[-1].get("thinking", ""))
+    made = message("".join(texts), "".join(thoughts), calls)
+    if blocks:
+        made["thinking_blocks"] = blocks
+    choice = {"index": 0, "message": made, "finish_reason": finish_of(value["stopReason"])}
+    return completion(head(None, model, "chat.completion"), [choice], usage_of(value["usage"]))
+
+
+def _thinking(given: Json) -> Json:
+    if "redactedContent" in given:
+        return {"type": "redacted_thinking", "data": given["redactedContent"]}
+    text = given["reasoningText"]
+    made = {"type": "thinking", "thinking": text["text"]}
+    return made | ({"signature": text["signature"]} if text.get("signature") else {})
+
+
+def usage_of(given: Json) -> Usage:
+    """Bedrock counts cached tokens beside the others, OpenAI among them."""
+    cached = count(given.get("cacheReadInputTokens"))
+    prompt = count(given["inputTokens"]) + count(given.get("cacheWriteInputTokens")) + cached
+    return Usage(prompt, count(given["outputTokens"]), cached)
+
+
+def finish_of(reason: Any) -> str:
+    """OpenAI's word for why an answer ended; what is not known here was held back, or came to nothing."""
+    return FINISH.get(reason, WITHHELD)
+
+
+class ConverseStream(ForeignStream):
+    """Turns the events of one answer into chunks. The usage comes after the end."""
+
+    def __init__(self, provider: Any) -> None:
+        super().__init__(provider)
+        # Of each block of thoughts, what has come.
+        self._thoughts: dict[int, Json] = {}
+        self._blocks = 0
+        # Of each block that is a call, which call it is.
+        self._places: dict[int, int] = {}
+
+    def _chunks(self, value: Json) -> list[Json]:
+        if "exception" in value:
+            raise self._exception(value["exception"])
+        [(name, given)] = value.items()
+        if name == "messageStart":
+            return [self._chunk({"content": ""})]
+        if name == "contentBlockStart":
+            return self._begun(given["contentBlockIndex"], given["start"])
+        if name == "contentBlockDelta":
+            return self._continued(given["contentBlockIndex"], given["delta"])
+        if name == "contentBlockStop":
+            thought = self._thoughts.pop(given["contentBlockIndex"], None)
+            if thought is None:
+                return []
+            # Clients put lists together by the index.
+            self._blocks += 1
+            return [self._chunk({"thinking_blocks": [{"index": self._blocks - 1, **thought}]})]
+        if name == "messageStop":
+            return [self._chunk({}, finish_of(given["stopReason"]))]
+        if name == "metadata":
+            self.is_done = True
+            return [self._used(usage_of(given["usage"]))]
+        return []
+
+    def _begun(self, at: int, start: Json) -> list[Json]:
+        if "toolUse" not in start:
+            return []
+        use = start["toolUse"]
+        self._places[at] = self._calls.get(0, 0)
+        return [self._called(tool_call(use["name"], "", use["toolUseId"]))]
+
+    def _continued(self, at: int, delta: Json) -> list[Json]:
+        if delta.get("text"):
+            return [self._chunk({"content": delta["text"]})]
+        if "toolUse" in delta:
+            piece = {"index": self._places[at], "function": {"arguments": delta["toolUse"]["input"]}}
+            return [self._chunk({"tool_calls": [piece]})]
+        if "reasoningContent" in delta:
+            return self._thought(at, delta["reasoningContent"])
+        return []
+
+    def _thought(self, at: int, delta: Json) -> list[Json]:
+        if "redactedContent" in delta:
+            kept = self._thoughts.setdefault(at, {"type": "redacted_thinking", "data": ""})
+            kept["data"] += delta["redactedContent"]
+            return []
+        kept = self._thoughts.setdefault(at, {"type": "thinking", "thinking": ""})
+        if delta.get("signature"):
+            kept["signature"] = delta["signature"]
+        if not delta.get("text"):
+            return []
+        kept["thinking"] += delta["text"]
+        return [self._chunk({"reasoning_content": delta["text"]})]
+
+    def _exception(self, given: Json) -> UpstreamError:
+        name = str(given.get("type"))
+        known = ERRORS.get(name[:1].upper() + name[1:])
+        return self._failed(
+            {"__type": name, "message": given.get("message") or name}, 500 if known is None else known[1]
+        )

@@ -1,0 +1,115 @@
+"""OpenRouter: OpenAI's form with routing between providers, reasoning, what a request cost in dollars, and errors that come under 200."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from anabranch.config import Field, configclass
+from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.providers.provider import (
+    Answer,
+    Failure,
+    Headers,
+    HttpCall,
+    Json,
+    UpstreamError,
+    UpstreamRequest,
+)
+from anabranch.gateway.providers.vocabulary import kind_of, status_said
+
+
+class OpenRouter(OpenAI, kind="openrouter"):
+    """Talks to OpenRouter."""
+
+    @configclass
+    class Config(OpenAI.Config):
+        """What is asked of it, where the request does not say it itself.
+
+        Attributes:
+            routing: the field ``provider`` of its API: ``order``, ``only``, ``ignore``, ``allow_fallbacks``, ``sort``, ``max_price``,
+                ``data_collection`` and so on.
+            models: to be tried there if ``model`` fails.
+            reasoning: the field of that name: ``effort`` or ``max_tokens``, ``exclude``, ``enabled``.
+            tells_cost: ask what each request cost (``usage.cost``, in dollars).
+        """
+
+        base_url: str = "https://openrouter.ai/api/v1"
+        key_env: str | None = "OPENROUTER_API_KEY"
+        routing: dict[str, Any] = Field(default_factory=dict)
+        models: tuple[str, ...] = ()
+        reasoning: dict[str, Any] = Field(default_factory=dict)
+        tells_cost: bool = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        own = {"provider": config.routing, "models": list(config.models), "reasoning": config.reasoning}
+        self._own = {name: value for name, value in own.items() if value}
+
+    def build(self, request: UpstreamRequest) -> HttpCall:
+        """The sender's body, with what the config adds to it."""
+        added = dict(self._own) if request.endpoint != "embeddings" else {}
+        if "reasoning_effort" in request.body:
+            # Two words for one thing: the sender's holds.
+            added.pop("reasoning", None)
+        if self.config.tells_cost:
+            added["usage"] = {"include": True}
+        body = {**added, **request.body}
+        if body.keys() != request.body.keys():
+            request = UpstreamRequest(
+                request.endpoint,
+                body,
+                request_id=request.request_id,
+                prompt_tokens=request.prompt_tokens,
+                headers=request.headers,
+                num_bytes=request.num_bytes,
+            )
+        return super().build(request)
+
+    def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
+        """As of OpenAI; a choice that failed fails the answer. Raises UpstreamError."""
+        answer = super().parse(request, body)
+        for choice in answer.body.get("choices") or ():
+            error = choice.get("error") if isinstance(choice, dict) else None
+            if isinstance(error, dict):
+                told = {"error": error}
+                raise UpstreamError(self.error(status_said(told), {}, json.dumps(told).encode()))
+        return answer
+
+    def error(self, status: int, headers: Headers, body: bytes) -> Failure:
+        """Also by what the provider behind it said, as far as that says something of the request."""
+        failure = super().error(status, headers, body)
+        metadata = _metadata(body)
+        if status == 403 and isinstance(metadata.get("reasons"), list):
+            # Its own moderation, which flagged the input.
+            return replace(failure, kind="filter")
+        if failure.kind == "request":
+            kind = kind_of(status, *_words(metadata.get("raw")))
+            # A key or an account behind it is not ours, and says nothing of us.
+            if kind in ("context", "filter"):
+                return replace(failure, kind=kind)
+        return failure
+
+
+def _metadata(body: bytes) -> Json:
+    """Of an error; empty where there is none."""
+    value: Any = _read(body)
+    for name in ("error", "metadata"):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _words(raw: Any) -> tuple[str | None, str | None]:
+    """Type and code of the error of the provider behind."""
+    error = _read(raw) if isinstance(raw, str | bytes) else raw
+    error = error.get("error", error) if isinstance(error, dict) else None
+    if not isinstance(error, dict):
+        return None, None
+    kind, code = error.get("type"), error.get("code")
+    return (kind if isinstance(kind, str) else None), (code if isinstance(code, str) else None)
+
+
+def _read(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
