@@ -31,23 +31,38 @@ def providers(url):
         "azure": {"kind": "azure", "model": "chat eu", "base_url": url},
         "azure_v1": {"kind": "azure", "model": "chat eu", "base_url": f"{url}/openai/v1/", "api_version": "v1"},
         "bedrock": {
-            "kind": "bedrock", "model": "us.anthropic.claude-sonnet-4-20250514-v1:0", "base_url": url, "region": "us-east-1",
+            "kind": "bedrock",
+            "model": "us.anthropic.claude-sonnet-4-20250514-v1:0",
+            "base_url": url,
+            "region": "us-east-1",
             "fields": {"top_k": 40},
         },
         "gemini": {"kind": "gemini", **google},
         "ollama": {
-            "kind": "ollama", "model": "qwen3:8b", "base_url": url, "num_ctx": 8192, "keep_alive": "10m", "think": True,
+            "kind": "ollama",
+            "model": "qwen3:8b",
+            "base_url": url,
+            "num_ctx": 8192,
+            "keep_alive": "10m",
+            "think": True,
         },
         "openrouter": {
-            "kind": "openrouter", "model": "qwen/qwen3-32b", "base_url": f"{url}/api/v1",
+            "kind": "openrouter",
+            "model": "qwen/qwen3-32b",
+            "base_url": f"{url}/api/v1",
             "routing": {"order": ["Together"], "allow_fallbacks": False},
-            "models": ["meta-llama/llama-3.3-70b-instruct"], "reasoning": {"effort": "low"},
+            "models": ["meta-llama/llama-3.3-70b-instruct"],
+            "reasoning": {"effort": "low"},
             "headers": {"HTTP-Referer": "https://example.com"},
         },
         "vertex": {
-            "kind": "vertex", **google, "project": "acme-1", "location": "europe-west4", "key_env": "VERTEX_KEY",
+            "kind": "vertex",
+            **google,
+            "project": "acme-1",
+            "location": "europe-west4",
+            "key_env": "VERTEX_KEY",
         },
-    }  # fmt: skip
+    }
 
 
 KEYS = ("AZURE_OPENAI_API_KEY", "AWS_BEARER_TOKEN_BEDROCK", "GEMINI_API_KEY", "OPENROUTER_API_KEY", "VERTEX_KEY")
@@ -97,8 +112,10 @@ def follow(message):
 def check_call(choice):
     [call] = choice.message.tool_calls
     assert (call.type, call.function.name, json.loads(call.function.arguments)) == (
-        "function", "weather", {"city": "Ghent"},
-    )  # fmt: skip
+        "function",
+        "weather",
+        {"city": "Ghent"},
+    )
     assert call.id
     assert choice.finish_reason == "tool_calls"
 

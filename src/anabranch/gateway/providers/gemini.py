@@ -54,7 +54,7 @@ from anabranch.gateway.providers.translation import (
 )
 
 REFUSED = ("logit_bias", "audio")
-MODEL = re.compile(r"[\w.:@-]+(/[\w.:@-]+)*", re.ASCII)
+MODEL = re.compile(r"(?!.*\.\.)[\w.:@-]+(/[\w.:@-]+)*", re.ASCII)
 
 # Why an answer ended; all that is not here was held back, or came to nothing.
 FINISH = {"STOP": "stop", "MAX_TOKENS": "length", "FINISH_REASON_UNSPECIFIED": "stop"}
@@ -436,8 +436,10 @@ class GeminiStream(ForeignStream):
             self._head["id"] = value["responseId"]
         self._head["model"] = value.get("modelVersion") or self._head["model"]
         chunks = [
-            chunk for candidate in value.get("candidates") or [] for chunk in self._of(candidate.get("index", 0), candidate)
-        ]  # fmt: skip
+            chunk
+            for candidate in value.get("candidates") or []
+            for chunk in self._of(candidate.get("index", 0), candidate)
+        ]
         if "usageMetadata" in value:
             usage, reasoning = usage_of(value["usageMetadata"])
             self.told = usage

@@ -103,7 +103,7 @@ def text_of(content: Any, whom: str) -> str:
         for part in content:
             if part.get("type") not in ("text", "refusal"):
                 raise unsupported(f"a part of type {part.get('type')!r} cannot be in this message for {whom}")
-        return "".join(part.get("text") or part.get("refusal") or "" for part in content)
+        return "".join(part[part["type"]] for part in content)
     if content is not None and not isinstance(content, str):
         raise TypeError("content is neither text nor a list of parts")
     return content or ""

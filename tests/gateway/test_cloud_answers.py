@@ -1,0 +1,104 @@
+"""Answers of clouds in OpenAI's form, against their documentation."""
+
+import json
+
+import pytest
+
+from anabranch.gateway.providers import UpstreamError, UpstreamRequest
+from cloud_providers import chat, keys, made
+
+__all__ = ["keys"]
+pytestmark = pytest.mark.usefixtures("keys")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reply"),
+    [
+        ("bedrock", {"output": {"message": {"content": [7]}}}),
+        ("bedrock", {"output": {}}),
+        ("gemini", {"candidates": [{"content": {"parts": [7]}}]}),
+        ("gemini", {"candidates": 7}),
+        ("gemini", {}),
+        ("gemini", {"candidates": [], "usageMetadata": {"promptTokenCount": -1}}),
+        ("ollama", {"message": 7}),
+        ("ollama", {"message": {"content": "a"}, "eval_count": "many"}),
+        ("ollama", {}),
+    ],
+)
+def test_an_answer_of_another_shape_is_garbage(kind, reply):
+    provider = made(kind)
+    with pytest.raises(UpstreamError) as caught:
+        provider.parse(chat(), json.dumps(reply).encode())
+    assert caught.value.failure.kind == "garbage"
+
+
+@pytest.mark.parametrize(
+    ("kind", "reply", "reason"),
+    [
+        ("gemini", {"candidates": [{"finishReason": "MAX_TOKENS"}]}, "length"),
+        ("gemini", {"candidates": [{"finishReason": "SAFETY"}]}, "content_filter"),
+        ("gemini", {"candidates": [{"finishReason": "MALFORMED_FUNCTION_CALL"}]}, "content_filter"),
+        ("bedrock", {"stopReason": "max_tokens"}, "length"),
+        ("bedrock", {"stopReason": "stop_sequence"}, "stop"),
+        ("bedrock", {"stopReason": "guardrail_intervened"}, "content_filter"),
+        ("bedrock", {"stopReason": "model_context_window_exceeded"}, "length"),
+        ("ollama", {"done_reason": "length"}, "length"),
+    ],
+)
+def test_why_an_answer_ended(kind, reply, reason):
+    whole = {
+        "gemini": {"usageMetadata": {"promptTokenCount": 3}},
+        "bedrock": {"output": {"message": {"content": []}}, "usage": {"inputTokens": 3, "outputTokens": 0}},
+        "ollama": {"message": {"content": ""}, "prompt_eval_count": 3},
+    }[kind]
+    answer = made(kind).parse(chat(), json.dumps({**whole, **reply}).encode())
+    assert answer.finish_reason == reason
+    assert answer.usage.prompt == 3
+
+
+def test_a_prompt_that_gemini_blocks_is_filtered():
+    body = {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 3}}
+    provider = made("gemini")
+    for read in (lambda data: provider.parse(chat(), data), provider.translator(chat(stream=True)).feed):
+        with pytest.raises(UpstreamError, match="SAFETY") as caught:
+            read(json.dumps(body).encode())
+        assert caught.value.failure.kind == "filter"
+
+
+def test_two_candidates_of_a_stream_end_each_for_itself():
+    translator = made("gemini").translator(chat(stream=True, n=2))
+
+    def fed(index, reason=None):
+        ends = {"finishReason": reason} if reason else {}
+        candidate = {"index": index, "content": {"parts": [{"text": "a"}]}, **ends}
+        usage = {"promptTokenCount": 1, "candidatesTokenCount": 2}
+        return translator.feed(json.dumps({"candidates": [candidate], "usageMetadata": usage}).encode())
+
+    assert not any("usage" in chunk for chunk in [*fed(0), *fed(0, "STOP"), *fed(1)])
+    assert not translator.is_done
+    assert fed(1, "STOP")[-1]["usage"]["completion_tokens"] == 2
+    assert translator.is_done
+
+
+def test_embeddings_as_base64_are_little_endian_floats():
+    request = UpstreamRequest("embeddings", {"input": "a", "encoding_format": "base64"})
+    answer = made("ollama").parse(request, b'{"model": "m", "embeddings": [[1.0, -2.0]], "prompt_eval_count": 1}')
+    assert answer.body["data"][0]["embedding"] == "AACAPwAAAMA="
+
+
+def test_bedrocks_embeddings():
+    titan, cohere = made("bedrock", model="amazon.titan-embed-text-v2:0"), made("bedrock", model="cohere.embed-v4:0")
+    one = UpstreamRequest("embeddings", {"input": "a", "dimensions": 256})
+    assert json.loads(titan.build(one).body) == {"inputText": "a", "dimensions": 256}
+    assert titan.build(one).url.endswith("/model/amazon.titan-embed-text-v2:0/invoke")
+    answer = titan.parse(one, b'{"embedding": [0.5], "inputTextTokenCount": 4}')
+    assert (answer.body["data"][0]["embedding"], answer.usage.prompt) == ([0.5], 4)
+    two = UpstreamRequest("embeddings", {"input": ["a", "b"]})
+    with pytest.raises(UpstreamError, match="one text a request"):
+        titan.build(two)
+    assert json.loads(cohere.build(two).body) == {"texts": ["a", "b"], "input_type": "search_document"}
+    for vectors in ([[1.0], [2.0]], {"float": [[1.0], [2.0]]}):
+        answer = cohere.parse(two, json.dumps({"embeddings": vectors}).encode())
+        assert [item["embedding"] for item in answer.body["data"]] == [[1.0], [2.0]]
+    with pytest.raises(UpstreamError, match="cannot be asked"):
+        titan.build(chat())

@@ -1,0 +1,262 @@
+"""Requests in the forms of clouds, against their documentation."""
+
+import json
+
+import pytest
+
+from anabranch.gateway.providers import UpstreamError, UpstreamRequest
+from cloud_providers import CLAUDE, chat, keys, made, sent
+from recorded_conversations import exchanges
+
+__all__ = ["keys"]
+pytestmark = pytest.mark.usefixtures("keys")
+
+
+def test_gemini_is_asked_with_all_that_it_knows():
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    body = sent(
+        "gemini",
+        config={"safety": {"HARM_CATEGORY_HARASSMENT": "BLOCK_NONE"}},
+        messages=[
+            {"role": "developer", "content": [{"type": "text", "text": "a"}]},
+            {"role": "system", "content": "b"},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "https://x/y.png?z=1"}},
+                    {"type": "input_audio", "input_audio": {"format": "wav", "data": "AAAA"}},
+                    {"type": "file", "file": {"file_data": "data:application/pdf;base64,BBBB"}},
+                ],
+            },
+        ],
+        n=2,
+        top_k=5,
+        top_p=0.5,
+        seed=7,
+        stop=["x"],
+        response_format=form,
+        reasoning_effort="high",
+        logprobs=True,
+        max_completion_tokens=9,
+        tool_choice={"type": "function", "function": {"name": "f"}},
+        tools=[{"type": "function", "function": {"name": "f"}}],
+    )
+    assert body == {
+        "contents": [
+            {
+                "role": "user",
+                "parts": [
+                    {"fileData": {"mimeType": "image/png", "fileUri": "https://x/y.png?z=1"}},
+                    {"inlineData": {"mimeType": "audio/wav", "data": "AAAA"}},
+                    {"inlineData": {"mimeType": "application/pdf", "data": "BBBB"}},
+                ],
+            }
+        ],
+        "systemInstruction": {"parts": [{"text": "a\n\nb"}]},
+        "safetySettings": [{"category": "HARM_CATEGORY_HARASSMENT", "threshold": "BLOCK_NONE"}],
+        "tools": [{"functionDeclarations": [{"name": "f", "description": ""}]}],
+        "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["f"]}},
+        "generationConfig": {
+            "topP": 0.5,
+            "topK": 5,
+            "seed": 7,
+            "candidateCount": 2,
+            "maxOutputTokens": 9,
+            "stopSequences": ["x"],
+            "responseLogprobs": True,
+            "logprobs": 0,
+            "responseMimeType": "application/json",
+            "responseJsonSchema": {"type": "object"},
+            "thinkingConfig": {"thinkingBudget": 24576},
+        },
+    }
+
+
+def test_gemini_3_gets_words_for_thinking_and_a_mark_for_calls_of_other_models():
+    calls = [{"id": str(at), "type": "function", "function": {"name": "f", "arguments": "{}"}} for at in range(2)]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "0", "content": "x"},
+        {"role": "tool", "tool_call_id": "1", "content": "y"},
+    ]
+    body = sent("gemini", config={"model": "gemini-3-pro-preview"}, messages=messages, reasoning_effort="low")
+    assert body["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "low"}
+    first, second = body["contents"][1]["parts"]
+    assert first["thoughtSignature"] == "skip_thought_signature_validator"
+    assert "thoughtSignature" not in second
+    results = [part["functionResponse"]["response"]["output"] for part in body["contents"][2]["parts"]]
+    assert results == ["x", "y"]
+    assert "thoughtSignature" not in json.dumps(sent("gemini", messages=messages))
+
+
+def test_bedrock_is_asked_with_all_that_it_knows():
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    body = sent(
+        "bedrock",
+        config={"guardrail": {"guardrailIdentifier": "g", "guardrailVersion": "1"}, "fields": {"top_k": 3}},
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "data:image/jpg;base64,AAAA"}},
+                    {"type": "file", "file": {"file_data": "data:text/plain;base64,BBBB"}},
+                ],
+            },
+            {"role": "assistant", "content": "ok", "thinking_blocks": [{"type": "redacted_thinking", "data": "R"}]},
+            {"role": "user", "content": "b"},
+        ],
+        top_p=0.5,
+        temperature=1.5,
+        stop="x",
+        response_format=form,
+        reasoning_effort="high",
+        max_tokens=3000,
+    )
+    assert body == {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"image": {"format": "jpeg", "source": {"bytes": "AAAA"}}},
+                    {"document": {"format": "txt", "name": "file-1", "source": {"bytes": "BBBB"}}},
+                ],
+            },
+            {"role": "assistant", "content": [{"reasoningContent": {"redactedContent": "R"}}, {"text": "ok"}]},
+            {"role": "user", "content": [{"text": "b"}]},
+        ],
+        "inferenceConfig": {"maxTokens": 3000, "topP": 0.5, "stopSequences": ["x"]},
+        "additionalModelRequestFields": {"top_k": 3, "thinking": {"type": "enabled", "budget_tokens": 2999}},
+        "guardrailConfig": {"guardrailIdentifier": "g", "guardrailVersion": "1"},
+        "outputConfig": {
+            "textFormat": {
+                "type": "json_schema",
+                "structure": {
+                    "jsonSchema": {"schema": '{"type": "object"}', "name": "a"},
+                },
+            }
+        },
+    }
+    # No room to think in beside the answer.
+    assert "additionalModelRequestFields" not in sent("bedrock", reasoning_effort="low", max_tokens=1000)
+    assert sent("bedrock", temperature=1.5)["inferenceConfig"] == {"temperature": 1.0}
+    other = sent("bedrock", config={"model": "openai.gpt-oss-120b-1:0"}, reasoning_effort="low")
+    assert other["additionalModelRequestFields"] == {"reasoning_effort": "low"}
+
+
+def test_what_is_sent_to_bedrock_is_what_amazons_own_client_would_send():
+    session = pytest.importorskip("botocore.session").Session()
+    from botocore.validate import ParamValidator
+
+    shape = session.get_service_model("bedrock-runtime").operation_model("Converse").input_shape
+    for exchange in exchanges("bedrock"):
+        body = exchange["request"]["body"] | {"modelId": CLAUDE}
+        assert not ParamValidator().validate(body, shape).has_errors(), body
+
+
+def test_ollama_is_asked_with_all_that_it_knows():
+    body = sent(
+        "ollama",
+        config={"keep_alive": "-1"},
+        messages=[{"role": "assistant", "content": "a", "reasoning_content": "b"}, {"role": "user", "content": "c"}],
+        stop="x",
+        seed=7,
+        top_k=5,
+        reasoning_effort="none",
+        tool_choice="none",
+        max_tokens=3,
+        response_format={"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+        tools=[{"type": "function", "function": {"name": "f"}}],
+    )
+    assert body == {
+        "model": "qwen3:8b",
+        "stream": False,
+        "think": False,
+        "format": {"type": "object"},
+        "keep_alive": -1,
+        "messages": [
+            {"role": "assistant", "content": "a", "thinking": "b"},
+            {"role": "user", "content": "c"},
+        ],
+        "options": {"seed": 7, "top_k": 5, "num_predict": 3, "stop": ["x"]},
+    }
+    assert sent("ollama", response_format={"type": "json_object"})["format"] == "json"
+
+
+def test_openrouter_keeps_what_the_sender_says():
+    config = {"routing": {"sort": "price"}, "models": ["b"], "reasoning": {"effort": "low"}}
+    own = {"provider": {"only": ["x"]}, "models": ["c"], "reasoning_effort": "high", "usage": {"include": False}}
+    body = sent("openrouter", config=config, **own)
+    assert {name: body.get(name) for name in (*own, "reasoning")} == {**own, "reasoning": None}
+    assert "usage" not in sent("openrouter", config={"tells_cost": False})
+
+
+@pytest.mark.parametrize("kind", ["bedrock", "gemini", "ollama", "vertex"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": ["x"]},
+        {"messages": 7},
+        {"messages": [{"role": "user", "content": 7}]},
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+        {"tools": [{"type": "function"}]},
+        {"tools": ["f"]},
+        {"response_format": "json"},
+    ],
+)
+def test_a_request_of_another_shape_is_the_senders_mistake(kind, fields):
+    if kind == "ollama" and fields.get("tools") == [{"type": "function"}]:
+        fields = {"tools": [{"type": "function"}, "f"]}
+    with pytest.raises(UpstreamError) as caught:
+        made(kind).build(chat(**fields))
+    assert (caught.value.failure.kind, caught.value.status) == ("request", 400)
+
+
+@pytest.mark.parametrize("kind", ["bedrock", "gemini", "ollama", "vertex"])
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ("[" + "[]," * 70_000 + "[]]", "more than 65,536"),
+        ('{"a":' * 10_000 + "1" + "}" * 10_000, "too deep"),
+        ("{", "no JSON"),
+        ("[]", "no object"),
+    ],
+)
+def test_arguments_that_cannot_be_read_are_the_senders_mistake(kind, arguments, why):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(UpstreamError, match=why) as caught:
+        made(kind).build(chat(messages=[{"role": "assistant", "tool_calls": [call]}]))
+    assert caught.value.failure.kind == "request"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("bedrock", {"n": 2}),
+        ("bedrock", {"logprobs": True}),
+        ("bedrock", {"response_format": {"type": "json_object"}}),
+        (
+            "bedrock",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x"}}]}]},
+        ),
+        ("gemini", {"logit_bias": {"1": 2}}),
+        ("gemini", {"reasoning_effort": "xhigh"}),
+        ("gemini", {"tools": [{"type": "custom", "custom": {"name": "f"}}]}),
+        ("ollama", {"n": 2}),
+        ("ollama", {"tools": [{"function": {"name": "f"}}], "tool_choice": "required"}),
+        (
+            "ollama",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x"}}]}]},
+        ),
+        ("vertex", {"messages": [{"role": "user", "content": [{"type": "other"}]}]}),
+    ],
+)
+def test_what_has_no_counterpart_goes_to_another_model(kind, fields):
+    with pytest.raises(UpstreamError) as caught:
+        made(kind).build(chat(**fields))
+    assert caught.value.failure.kind == "unsupported"
+    with pytest.raises(UpstreamError) as caught:
+        made(kind).build(UpstreamRequest("completions", {"prompt": "x"}))
+    assert caught.value.failure.kind == "unsupported"
