@@ -49,8 +49,9 @@ def test_an_attempt_that_never_got_to_its_call_costs_nothing():
 
 def test_tokens_are_counted_rather_more_than_less():
     assert tokens_of(3, 0) == 3
-    assert tokens_of(1, 100) == 34
-    assert tokens_of(40, 100) == 40
+    assert tokens_of(1, 100) == 100
+    assert tokens_of(1, 100, 3) == 34
+    assert tokens_of(40, 100, 3) == 40
 
 
 def test_what_a_broken_stream_may_come_to():

@@ -21,6 +21,7 @@ def rules_of(config: GatewayConfig) -> DispatchRules:
         window_s=retries.window_s, hedge=config.hedge is not None, hedge_quantile=hedge.quantile,
         hedge_min_s=hedge.min_s, hedge_samples=hedge.samples, mid_stream=config.mid_stream,
         read_on_s=config.lost.read_on_s, read_on=config.lost.read_on, margin_s=config.lost.margin_s,
+        bytes_per_token=config.lost.bytes_per_token,
         breaker=BreakerRules(
             failures=breaker.failures, rate=breaker.rate, window_s=breaker.window_s, open_s=breaker.open_s,
             max_open_s=breaker.max_open_s, probes=breaker.probes, successes=breaker.successes, senders=breaker.senders,

@@ -169,11 +169,14 @@ class LostConfig(Config):
         read_on_s: seconds that a whole answer is read on for what it costs, while what was set aside for it stays so; 0 for not at all.
         read_on: most answers that are read on at a time.
         margin_s: seconds of tokens that a provider may make after a stream was dropped.
+        bytes_per_token: what text is charged by whose tokens the provider did not tell. No tokenizer makes a token of less than a byte, so
+            that 1 covers every bill; English has four, and numbers or code may have little more than one.
     """
 
     read_on_s: float = Field(default=60.0, ge=0)
     read_on: int = Field(default=256, ge=0)
     margin_s: float = Field(default=1.0, ge=0)
+    bytes_per_token: float = Field(default=1.0, ge=1, le=16)
 
 
 @configclass

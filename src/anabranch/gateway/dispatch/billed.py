@@ -4,22 +4,26 @@ nothing     it never went out, or the provider said no: an error with a status, 
 as told     the provider said how many tokens it was
 the most    all else. A whole answer is made to its end, whoever waits for it: the prompt and all that was asked for at most.
             A stream ends soon after its connection: what came, and what can have been made in the time of which nothing came.
+by text     an answer that came, whole, and did not say: a token for each byte of its text
+
+How many tokens a text has, only its provider knows. No tokenizer makes a token of less than a byte, so that is what a text is charged,
+unless the config says that texts are never so dense. Where an upstream says something, more than it said is never taken off.
 """
 
 import math
 from dataclasses import replace
 
 from anabranch.gateway.dispatch.plan import Attempt
-from anabranch.gateway.providers.provider import Failure, Usage
+from anabranch.gateway.providers.provider import Answer, Failure, Usage, answer_bytes
 
 # A proxy before the provider gave up waiting: what it waited for may have been made.
 GAVE_UP = frozenset({408, 504, 524})
 
-# Tokens that are made until it is seen that a connection is gone, however fast that is.
+# Tokens that are made until it is seen that a connection is gone, however fast that is; in a whole answer, marks that are no text.
 FEW = 8
 
-# Of text at least, in the mean, for a token: less than the four of English.
-LEAST_BYTES = 3
+# Of text, for a token: less than the four of English. By it goes how fast a stream is, beside what is known of others.
+USUAL_BYTES = 3
 
 
 def may_be_billed(attempt: Attempt, failure: Failure | None) -> bool:
@@ -33,9 +37,20 @@ def may_be_billed(attempt: Attempt, failure: Failure | None) -> bool:
     return failure.kind != "connect" or attempt.http_status is not None
 
 
-def tokens_of(texts: int, text_bytes: int) -> int:
-    """Tokens of so many chunks with text, and so many bytes of it; rather more than less."""
-    return max(texts, -(-text_bytes // LEAST_BYTES))
+def tokens_of(texts: int, text_bytes: int, bytes_per_token: float = 1.0) -> int:
+    """Tokens of so many chunks with text, and so many bytes of it, at most."""
+    return max(texts, math.ceil(text_bytes / bytes_per_token))
+
+
+def whole_at_most(most: Usage, answer: Answer, bytes_per_token: float = 1.0) -> Usage:
+    """What an answer that came may be billed: what was told; where nothing was, by its text, and not more than the ``most``."""
+    said = answer.usage
+    if not said.is_estimated:
+        return said
+    num_bytes, choices = answer_bytes(answer.body)
+    # Each choice has an end, which is no text.
+    made = tokens_of(0, num_bytes, bytes_per_token) + FEW + choices if choices else 0
+    return Usage(most.prompt, min(max(made, said.completion), most.completion), 0, True)
 
 
 def broken_off(most: Usage, told: Usage | None, seen: int, rate: float | None, silent_s: float) -> Usage:
@@ -50,7 +65,7 @@ def broken_off(most: Usage, told: Usage | None, seen: int, rate: float | None, s
     """
     # Some say 0 before they know.
     begun = told if told is not None and told.prompt else Usage(most.prompt)
-    said = begun.completion
+    said = 0 if told is None else told.completion
     seen = max(seen, said)
     made = most.completion if rate is None else seen + FEW + math.ceil(rate * silent_s)
     return replace(begun, completion=max(said, min(made, most.completion)), is_estimated=True)

@@ -85,6 +85,7 @@ class DispatchRules(Config):
         read_on_s: most seconds that a whole answer which was given up is read on for what it costs; 0 for not at all.
         read_on: most answers that are read on at once.
         margin_s: seconds of tokens that an upstream may make after a stream was dropped.
+        bytes_per_token: of text, at least, in the mean, where an upstream does not say how many tokens it was.
         breaker: when a deployment is left alone.
     """
 
@@ -103,4 +104,5 @@ class DispatchRules(Config):
     read_on_s: float = Field(default=60.0, ge=0)
     read_on: int = Field(default=256, ge=0)
     margin_s: float = Field(default=1.0, ge=0)
+    bytes_per_token: float = Field(default=1.0, ge=1, le=16)
     breaker: BreakerRules = BreakerRules()

@@ -192,7 +192,8 @@ class Dispatcher:
             run.leave(live, request, attempt, exchange)
             raise run.timed_out(live, limit_s, "timeout")
         answer = answer_of(live.provider, request, exchange)
-        run.won(live, attempt, answer.usage)
+        attempt.seen = answer.usage.completion
+        run.won(live, attempt, run.usage_of(attempt, answer))
         return answer
 
     async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:

@@ -4,7 +4,9 @@ Providers make and bill an answer to its end, whoever has gone meanwhile: it is 
 """
 
 import asyncio
+import math
 from collections.abc import Callable
+from typing import Any
 
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.providers.provider import (
@@ -21,6 +23,9 @@ from anabranch.gateway.providers.provider import (
 # Status, headers and body of an answer.
 Exchange = asyncio.Task[tuple[int, Headers, bytes]]
 
+# A stream may be read on too: its usage comes behind its end.
+Reading = asyncio.Task[Any]
+
 # Of all requests whose answers are waited for: they are held until these have come.
 MOST_BYTES = 64 << 20
 
@@ -36,37 +41,40 @@ class Late:
     def __init__(self, seconds: float, most: int) -> None:
         self._seconds, self._most = seconds, most
         # With the bytes of its request.
-        self._open: dict[Exchange, int] = {}
+        self._open: dict[Reading, int] = {}
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def take(self, exchange: Exchange, size: int, then: Callable[[], None]) -> bool:
+    def take(self, exchange: Reading, size: int, then: Callable[[], None], seconds: float = math.inf) -> bool:
         """Read an answer on. ``then`` is called once: when it has come, has failed, or is given up and cancelled.
 
         Args:
+            exchange: that reads it.
             size: bytes of its request.
+            then: see above.
+            seconds: at most, if that is less than others get.
 
         Returns:
             Whether it is; not if there are too many already.
         """
         if not self._seconds or len(self._open) >= self._most or sum(self._open.values()) + size > MOST_BYTES:
             return False
-        timer = asyncio.get_running_loop().call_later(self._seconds, exchange.cancel)
+        timer = asyncio.get_running_loop().call_later(min(seconds, self._seconds), exchange.cancel)
         exchange.add_done_callback(lambda _: timer.cancel())
         self._watch(exchange, size, then)
         return True
 
-    def stop(self, exchange: Exchange, then: Callable[[], None]) -> bool:
+    def stop(self, exchange: Reading, then: Callable[[], None]) -> bool:
         """Give one up that was not sent. ``then`` is called once it has ended: until that it may still go out."""
         self._watch(exchange, 0, then)
         exchange.cancel()
         return True
 
-    def _watch(self, exchange: Exchange, size: int, then: Callable[[], None]) -> None:
+    def _watch(self, exchange: Reading, size: int, then: Callable[[], None]) -> None:
         self._open[exchange] = size
 
-        def ended(_: Exchange) -> None:
+        def ended(_: Reading) -> None:
             del self._open[exchange]
             then()
 

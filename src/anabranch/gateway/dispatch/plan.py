@@ -76,10 +76,10 @@ class Attempt:
         is_whole: it is made to its end, whether or not somebody waits for it; a stream is not.
         most: the most tokens it may be billed for; None if nobody said.
         told: what the upstream has said of its usage before it was lost; None for nothing.
-        seen: completion tokens that came before it was lost.
+        seen: completion tokens that came, as far as is known.
         has_begun: its stream had a chunk before it was lost.
-        is_guess: it was lost, and ``usage`` is the most that may be billed, as far as is known.
-        is_late: likewise, and its answer is read on; ``usage`` and ``cost`` become what it says.
+        is_guess: nobody told, and ``usage`` is the most that may be billed, as far as is known.
+        is_late: it was lost, and its answer is read on; ``usage`` and ``cost`` become what it says.
     """
 
     model: str

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.dispatch.balance import pick
-from anabranch.gateway.dispatch.billed import broken_off, may_be_billed
+from anabranch.gateway.dispatch.billed import broken_off, may_be_billed, whole_at_most
 from anabranch.gateway.dispatch.breaker import Outcome
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.late import Exchange, answer_of
@@ -373,7 +373,7 @@ class Run:
         failure: Failure | None = None
         try:
             answer = answer_of(live.provider, request, exchange)
-            usage = answer.usage
+            usage = self.usage_of(attempt, answer)
         except asyncio.CancelledError:
             logger.debug("an answer of %s that nobody waits for was given up", live.name)
         except Exception as cause:
@@ -443,12 +443,17 @@ class Run:
         began_s = attempt.total_s if attempt.total_s is not None and attempt.first_token_s is None else 0.0
         return began_s >= 0.5 * limit_s
 
+    def usage_of(self, attempt: Attempt, answer: Answer) -> Usage:
+        """What a whole answer is charged for: what it told, else what it may be billed at most."""
+        most = attempt.most
+        return answer.usage if most is None else whole_at_most(most, answer, self.rules.bytes_per_token)
+
     def won(self, live: Live, attempt: Attempt, usage: Usage) -> None:
-        """End an attempt that brought a whole answer."""
+        """End an attempt that brought a whole answer, of which so many tokens are ``seen`` as are known."""
         now = self.dispatcher.now()
         attempt.status, attempt.total_s = "ok", now - self.began - attempt.start_s
-        attempt.call = None
-        self.charge(live, attempt, usage)
+        attempt.call, attempt.is_guess = None, usage.is_estimated
+        self.charge(live, attempt, usage, attempt.seen)
         live.senders.answered(self.plan.sender, now)
         live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None)
         live.timed(attempt.total_s, attempt.first_token_s, usage.completion)

@@ -6,12 +6,14 @@ and what they say is counted, for upstreams that send no usage. All else (an err
 
 import asyncio
 import json
+import logging
 import re
 from typing import TYPE_CHECKING
 
-from anabranch.gateway.dispatch.billed import broken_off, tokens_of
+from anabranch.gateway.dispatch.billed import broken_off
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.plan import Attempt
+from anabranch.gateway.dispatch.stream_tally import Tally
 from anabranch.gateway.prompt_tokens import num_prompts
 from anabranch.gateway.providers.chunks import as_chunks, ended, has_content
 from anabranch.gateway.providers.provider import (
@@ -32,11 +34,14 @@ from anabranch.gateway.providers.vocabulary import status_said
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.run import Run
 
-_TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|text|arguments|refusal)": ?"((?:[^"\\]|\\.)+)"')
-_FINISHED = re.compile(rb'"finish_reason": ?"')
+logger = logging.getLogger(__name__)
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 
 # So much waits unread only where the reader is slow, and then no more is taken from the connection: how much is there is not known.
 AHEAD_BYTES = 64 << 10
+
+# How long the usage is waited for that comes behind the end of an answer whose reader has gone: nothing more is made meanwhile.
+USAGE_S = 5.0
 
 # Shortest time whose tokens say how fast a stream is: at its beginning many come at once.
 TELLING_S = 0.25
@@ -48,8 +53,7 @@ class Opened:
     Attributes:
         first: events up to the first token, and, once `read_whole` was called, all of them.
         head: of the first chunk: its id, model and the like.
-        usage: as the upstream said; None until it does.
-        usage_body: likewise, in its words.
+        tally: of what has come.
         is_done: nothing more will come.
         has_finished: every choice that was asked for came to its end, whatever the connection does.
         has_given_usage: a chunk with the usage was passed on.
@@ -71,22 +75,32 @@ class Opened:
         self.splitter = Splitter()
         self.translator: Translator | None = live.provider.translator(request)
         self.first, self.head = b"", Json()
-        self.usage: Usage | None = None
         self.is_done = self.has_finished = self.has_given_usage = False
         self._heard_at = run.dispatcher.now()
         self._stitch = stitch
-        self.usage_body: Json | None = None
+        self._usage_body: Json | None = None
         self._gives_usage = request.wants_usage and stitch is None
         self._tells_all_along = request.wants_usage and bool(
             request.body["stream_options"].get("continuous_usage_stats")
         )
         self._has_begun = self._is_settled = False
-        self._num_bytes = self._num_texts = self._text_bytes = 0
+        self._num_bytes = 0
         self._num_choices, self._whole = _num_choices(request), set[int]()
+        self.tally = Tally(request.prompt_tokens, self._num_choices)
 
     def counted(self) -> Usage:
-        """What the upstream said, else an estimate: the more of the chunks with text and a quarter of the bytes of it."""
-        return self.usage or Usage(self.request.prompt_tokens, max(self._num_texts, self._text_bytes // 4), 0, True)
+        """What the upstream said of all of it, else an estimate."""
+        return self.tally.counted(self.is_done)
+
+    @property
+    def usage_body(self) -> Json | None:
+        """The usage of all of it in the upstream's words; None if it did not say that."""
+        return self._usage_body if self._is_told else None
+
+    @property
+    def _is_told(self) -> bool:
+        """The upstream said what the whole answer comes to."""
+        return self.tally.is_told(self.is_done)
 
     def settle(self) -> None:
         """The answer is whole: close the books of its attempt, once."""
@@ -94,30 +108,65 @@ class Opened:
             self._is_settled = True
             usage, most = self.counted(), self.attempt.most
             self.attempt.seen = usage.completion
-            if self.usage is None and self.live.tells_usage and most is not None:
-                # It broke before it said what it came to.
-                usage = self._at_most(most, self.attempt.first_token_s or 0.0)
-            self.live.tells_usage = self.live.tells_usage or self.usage is not None
+            if not self._is_told and most is not None:
+                usage = self._whole_at_most(most, True)
+            self.live.tells_usage = self.live.tells_usage or self._is_told
             self.run.won(self.live, self.attempt, usage)
 
     def drop(self, failure: Failure | None = None) -> None:
         """It broke, or, without a ``failure``, nobody wants it any more. What it can have made so far is charged."""
-        if not self._is_settled:
-            self._is_settled = True
-            most, is_behind = self.attempt.most, self._look_ahead()
-            usage = self.counted()
-            self.attempt.seen = usage.completion
-            if most is not None and (self.usage is None or not self.has_finished):
+        if self._is_settled:
+            self.reply.close()
+            return
+        self._is_settled = True
+        most, is_behind = self.attempt.most, self._look_ahead()
+        usage = self.counted()
+        self.attempt.seen = usage.completion
+        if most is not None and not self._is_told:
+            if self.has_finished and not is_behind:
+                # No more is made, but it may not have said yet what it came to.
+                usage = self._whole_at_most(most, self.is_done)
+                if failure is None and not self.is_done and self.live.bill(most, most):
+                    self._read_on()
+            else:
                 quiet_s = self.run.dispatcher.now() - self._heard_at
                 hidden_s = (self.attempt.first_token_s or 0.0) + quiet_s + self.run.rules.margin_s
                 usage = broken_off(most, self.told, 0, None, 0.0) if is_behind else self._at_most(most, hidden_s)
-            self.run.lost(self.live, self.attempt, failure, usage)
-        self.reply.close()
+        self.run.lost(self.live, self.attempt, failure, usage)
+        if not self.attempt.is_late:
+            self.reply.close()
+
+    def _read_on(self) -> None:
+        """Read to the end for the usage, while nobody waits for it; call it before the attempt is `lost`."""
+        attempt = self.attempt
+
+        async def read() -> None:
+            while not self.is_done and not self._is_told:
+                await self.next()
+
+        reading = asyncio.ensure_future(read())
+
+        def known() -> None:
+            error = None if reading.cancelled() else reading.exception()
+            if error is not None:
+                logger.debug("%s ended without its usage: %s", self.live.name, type(error).__name__)
+            attempt.is_late = False
+            if self._is_told:
+                usage = self.counted()
+                attempt.is_guess = False
+                self.run.charge(self.live, attempt, usage, max(0, usage.completion - attempt.seen))
+                attempt.seen = usage.completion
+            self.run.dispatcher.linger(self.reply)
+            self.run.report.now_known()
+
+        attempt.is_late = self.run.dispatcher.late.take(reading, len(self.first) + AHEAD_BYTES, known, USAGE_S)
+        if not attempt.is_late:
+            reading.cancel()
 
     @property
     def told(self) -> Usage | None:
-        """What the upstream has said of its usage so far."""
-        return self.usage or getattr(self.translator, "told", None)
+        """What the upstream has said of its usage so far; its prompt is 0 where it did not say that."""
+        return self.tally.told or getattr(self.translator, "told", None)
 
     def _look_ahead(self) -> bool:
         """Count what has come and nobody has read. Returns whether there may be more of that."""
@@ -128,18 +177,29 @@ class Opened:
         except UpstreamError:
             # It broke, or is no answer from here on: what is before that has been counted.
             return False
+        if not self.has_finished:
+            self.tally.count_begun(self.splitter.rest)
         return len(data) > AHEAD_BYTES
 
     def _at_most(self, most: Usage, hidden_s: float) -> Usage:
         """The most that may be billed of it, of which ``hidden_s`` seconds were not seen."""
-        seen, attempt = tokens_of(self._num_texts, self._text_bytes), self.attempt
+        tally, attempt = self.tally, self.attempt
+        seen = tally.at_most(self.run.rules.bytes_per_token)
         since_s = self._heard_at - self.run.began - attempt.start_s - (attempt.first_token_s or 0.0)
         rate = self.live.rate
         if rate is not None:
-            rate = max(rate, seen / max(since_s, TELLING_S))
+            # How fast tokens come depends little on how long they are.
+            rate = max(rate, tally.usual / max(since_s, TELLING_S))
         elif since_s > 0:
             rate = seen / since_s
         return broken_off(most, self.told, seen, rate, hidden_s)
+
+    def _whole_at_most(self, most: Usage, has_said_all: bool) -> Usage:
+        """The most that may be billed of an answer that is whole, and did not say what it comes to."""
+        if has_said_all and not self.live.tells_usage:
+            return broken_off(most, self.told, self.tally.at_most(self.run.rules.bytes_per_token), 0.0, 0.0)
+        # What it was about to say may hold thoughts that were not shown, of the time before the first token.
+        return self._at_most(most, self.attempt.first_token_s or 0.0)
 
     async def until_content(self) -> None:
         """Read to the first token. Raises UpstreamError."""
@@ -240,7 +300,10 @@ class Opened:
                 self.has_finished = self.has_finished or self._has_begun
                 break
             if self.translator is not None:
-                kept += [event(chunk) for chunk in self.translator.feed(data) if self._is_passed(chunk)]
+                for chunk in self.translator.feed(data):
+                    if self._is_passed(chunk):
+                        kept.append(event(chunk))
+                        self._count(kept[-1])
                 self.is_done = self.translator.is_done
                 continue
             chunk = read_chunk(data)
@@ -250,9 +313,8 @@ class Opened:
             if self._is_passed(chunk):
                 is_as_it_came = self._stitch is None and len(chunk) == had
                 kept.append(b"data: " + data.replace(b"\n", b" ") + b"\n\n" if is_as_it_came else event(chunk))
-        passed = b"".join(kept)
-        self._count(passed)
-        return passed
+                self._count(kept[-1])
+        return b"".join(kept)
 
     def _is_passed(self, chunk: Json) -> bool:
         """Learn from a chunk. Whether the reader sees it: not so the usage that we asked for and they did not.
@@ -264,9 +326,9 @@ class Opened:
             self._has_begun = has_content(chunk)
         self._whole |= ended(chunk)
         self.has_finished = self.has_finished or len(self._whole) >= self._num_choices
-        usage = Usage.of(chunk)
-        if usage is not None:
-            self.usage, self.usage_body = usage, chunk["usage"]
+        usage = self.tally.hear(chunk, self.has_finished)
+        if usage is not None and usage.prompt:
+            self._usage_body = chunk["usage"]
         if not chunk.get("choices") and isinstance(chunk.get("usage"), dict):
             self.has_given_usage = self.has_given_usage or self._gives_usage
             return self._gives_usage
@@ -281,9 +343,7 @@ class Opened:
         return has_content(chunk)
 
     def _count(self, block: bytes) -> None:
-        for text in _TEXT.findall(block):
-            self._num_texts += 1
-            self._text_bytes += len(text)
+        self.tally.count(block)
         if self._num_choices == 1 and not self.has_finished and _FINISHED.search(block):
             self.has_finished = True
 
@@ -294,7 +354,9 @@ class Opened:
         self._count(self.first)
         if not self._has_begun:
             raise garbage("an answer without choices", answer.data)
-        self.usage, self.is_done, self.has_finished = answer.usage, True, True
+        self.is_done = self.has_finished = True
+        if not answer.usage.is_estimated:
+            self.tally.told_whole(answer.usage)
 
 
 def _num_choices(request: UpstreamRequest) -> int:

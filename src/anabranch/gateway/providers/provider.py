@@ -389,7 +389,8 @@ class Provider(Part, family="provider"):
         wanted = "data" if request.endpoint == "embeddings" else "choices"
         if not isinstance(value.get(wanted), list):
             raise garbage(f"an answer without {wanted!r}", body)
-        return Answer(value, body, Usage.of(value) or estimated(request, body))
+        usage = Usage.of(value)
+        return Answer(value, body, usage if usage is not None and usage.prompt else estimated(request, value, usage))
 
     def translator(self, request: UpstreamRequest) -> Translator | None:
         """None if the stream is in OpenAI's form already and is passed on as it comes."""
@@ -433,10 +434,33 @@ def garbage(what: str, body: bytes = b"") -> UpstreamError:
     return UpstreamError(Failure(kind="garbage", message=f"the upstream sent {what} ({kind})" if body else what))
 
 
-def estimated(request: UpstreamRequest, body: bytes) -> Usage:
-    """Usage where the provider does not say: a token for every four bytes."""
-    completion = 0 if request.endpoint == "embeddings" else len(body) // 4
-    return Usage(request.prompt_tokens, completion, 0, True)
+def estimated(request: UpstreamRequest, body: Json, told: Usage | None = None) -> Usage:
+    """Usage where the provider does not say: a token for every four bytes of text.
+
+    ``told`` is what it said without a prompt, which it does not know then: not less than that.
+    """
+    return Usage(request.prompt_tokens, max(answer_bytes(body)[0] // 4, told.completion if told else 0), 0, True)
+
+
+# Strings of a message that no model wrote.
+_NOT_SAID = frozenset({"role", "id", "type", "index", "data"})
+
+
+def answer_bytes(body: Json) -> tuple[int, int]:
+    """Bytes (UTF-8) of all that the choices of an answer say: text, thoughts and calls; and how many choices there are."""
+    choices = body.get("choices")
+    choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    left: list[Any] = [choice.get(name) for choice in choices for name in ("message", "text")]
+    size = 0
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            size += len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+        elif isinstance(value, dict):
+            left += [inner for name, inner in value.items() if name not in _NOT_SAID]
+        elif isinstance(value, list):
+            left += value
+    return size, len(choices)
 
 
 def classify(status: int, headers: Headers, body: bytes) -> Failure:

@@ -8,8 +8,8 @@ from typing import Any, TypeGuard
 
 from anabranch.routers.money import MOST_NANO, NANO, Tokens
 
-# Most tokens of one call that are believed.
-TOKENS = 10**9
+# Most tokens of one call that are believed: as many as no model has room for.
+TOKENS = 10**7
 
 # xAI's unit of money: so many are a dollar.
 TICKS = 10**10

@@ -1,0 +1,106 @@
+"""`Tally`: what has come of a stream, in texts, bytes and what its upstream said of usage.
+
+Some upstreams speak of usage with every chunk: zeros, or what it was so far. It is what the answer comes to if it was said with its end or
+behind it, or if no text came after it.
+"""
+
+import re
+
+from anabranch.gateway.dispatch.billed import USUAL_BYTES, tokens_of
+from anabranch.gateway.providers.provider import Json, Usage
+
+_FIELD = rb'"(?:content|reasoning_content|reasoning|thinking|text|arguments|refusal|name|transcript)"\s*:\s*"'
+_TEXT = re.compile(_FIELD + rb'((?:[^"\\]|\\.)+)"')
+# Of an event that has not come to its end.
+_BEGUN = re.compile(_FIELD + rb'((?:[^"\\]|\\.)+)')
+
+
+class Tally:
+    """See the module.
+
+    Attributes:
+        usage: as the upstream said last; None until it names a prompt.
+        texts: pieces of text that came.
+        text_bytes: of them, at most.
+
+    Args:
+        prompt_tokens: counted or estimated.
+        num_choices: that were asked for.
+    """
+
+    def __init__(self, prompt_tokens: int, num_choices: int) -> None:
+        self.usage: Usage | None = None
+        self.texts = self.text_bytes = 0
+        self._prompt_tokens, self._num_choices = prompt_tokens, num_choices
+        # When the usage was said: how many texts were before it, whether the answer was at its end, and nothing else was said with it.
+        self._texts_told, self._at_end, self._is_alone = -1, False, False
+        # Completion tokens of a usage without a prompt.
+        self._least = 0
+
+    def hear(self, chunk: Json, has_finished: bool) -> Usage | None:
+        """Take note of the usage that a chunk speaks of, and return it; its own texts are counted after that."""
+        said = Usage.of(chunk)
+        if said is None:
+            return None
+        if not said.prompt:
+            # Some say 0 before they know.
+            self._least = max(self._least, said.completion)
+            return said
+        self.usage, self._texts_told = said, self.texts
+        self._at_end, self._is_alone = has_finished, not chunk.get("choices")
+        return said
+
+    def told_whole(self, usage: Usage) -> None:
+        """Take note of what a whole answer comes to."""
+        self.usage, self._at_end, self._is_alone = usage, True, True
+
+    def count(self, block: bytes) -> None:
+        """Take note of the texts in whole events."""
+        for text in _TEXT.findall(block):
+            self.texts += 1
+            self.text_bytes += _num_bytes(text)
+
+    def count_begun(self, rest: bytes) -> None:
+        """Take note of what has come of an event that will not come to its end."""
+        for text in _BEGUN.findall(rest):
+            self.texts += 1
+            self.text_bytes += len(text)
+
+    def is_told(self, is_done: bool) -> bool:
+        """Whether `usage` is that of the whole answer; ``is_done`` once the stream has said its last."""
+        if self.usage is None:
+            return False
+        if self._at_end and (self._is_alone or is_done):
+            return True
+        return is_done and self._texts_told == self.texts
+
+    def counted(self, is_done: bool) -> Usage:
+        """What the upstream said, else an estimate: the most of the texts, a quarter of their bytes, and what it said so far."""
+        said = self.told
+        if self.usage is not None and self.is_told(is_done):
+            return self.usage
+        least = said.completion if said is not None else 0
+        prompt = self._prompt_tokens if self.usage is None else self.usage.prompt
+        return Usage(prompt, max(self.texts, self.text_bytes // 4, least), 0, True)
+
+    @property
+    def told(self) -> Usage | None:
+        """What the upstream has said so far; its prompt is 0 where it did not say that."""
+        return self.usage or (Usage(0, self._least) if self._least else None)
+
+    @property
+    def usual(self) -> int:
+        """Completion tokens of texts as they mostly are."""
+        return tokens_of(self.texts, self.text_bytes, USUAL_BYTES)
+
+    def at_most(self, bytes_per_token: float) -> int:
+        """Completion tokens of what came, at most; each choice has an end, which is no text."""
+        return tokens_of(self.texts, self.text_bytes, bytes_per_token) + self._num_choices
+
+
+def _num_bytes(text: bytes) -> int:
+    """Bytes at most of what stands in JSON as ``text``."""
+    if b"\\" not in text or b"\\\\" in text:
+        return len(text)
+    # Each backslash begins an escape: of one byte, and, of four digits, of three bytes at most.
+    return len(text) - text.count(b"\\") - 2 * text.count(b"\\u")
