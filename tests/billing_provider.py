@@ -10,6 +10,14 @@ drawn from its number:
     lost      the answer is made and billed, and the connection breaks before its first byte
     cut       a stream breaks in the middle; what was made is billed, with up to ``ahead`` tokens that never went out. A whole answer
               breaks in its middle too, and is billed whole
+
+How it speaks is drawn too, from ``habits``; the bill does not depend on it:
+
+    usual     words; the usage with a whole answer, and behind the end of a stream that asks for it
+    zeros     as usual, and a usage of zeros with each chunk before that
+    stale     likewise, with the true prompt and one token
+    mute      no usage at all
+    dense     as usual, and tokens of one byte, up to ten in a chunk
 """
 
 import asyncio
@@ -27,6 +35,7 @@ from aiohttp import web
 from anabranch.routers.money import PER, Price
 
 Json = dict[str, Any]
+HABITS = ("usual", "zeros", "stale", "mute", "dense")
 FATES = ("fine", "slow", "refused", "lost", "cut")
 
 
@@ -45,6 +54,8 @@ class BillingProvider:
         token_s: between the tokens of a stream.
         notices: tokens that are made after the caller has gone.
         ahead: see the module.
+        habits: weights of `HABITS`.
+        after_s: between the end of an answer and its usage.
     """
 
     def __init__(
@@ -57,8 +68,11 @@ class BillingProvider:
         token_s: float = 0.0005,
         notices: int = 4,
         ahead: int = 3,
+        habits: tuple[float, ...] = (1, 0, 0, 0, 0),
+        after_s: float = 0.0,
     ) -> None:
         self.prices, self.seed, self.weights = prices, seed, weights
+        self.habits, self.after_s = habits, after_s
         self.slow_s, self.token_s, self.notices, self.ahead = slow_s, token_s, notices, ahead
         self.bills: dict[int, int] = defaultdict(int)
         self.calls: dict[str, int] = defaultdict(int)
@@ -108,7 +122,7 @@ class BillingProvider:
         if fate == "refused":
             status = draw.choice((429, 500))
             return web.json_response(form.error(status), status=status)
-        call = Call(body, draw)
+        call = Call(body, draw, draw.choices(HABITS, self.habits)[0])
         if fate == "slow":
             await asyncio.sleep(self.slow_s)
         if fate == "lost":
@@ -140,7 +154,9 @@ class BillingProvider:
             await response.prepare(request)
             await response.write(form.begin(call))
             while made < call.length:
-                size = min(call.draw.randint(1, 4), call.length - made, cut_at - made if cut_at else 4)
+                size = min(
+                    call.draw.randint(1, call.at_once), call.length - made, cut_at - made if cut_at else call.at_once
+                )
                 made += size
                 if self.token_s:
                     await asyncio.sleep(size * self.token_s)
@@ -156,6 +172,9 @@ class BillingProvider:
                     _break(request)
                     return response
             await response.write(form.end(call))
+            if self.after_s:
+                await asyncio.sleep(self.after_s)
+            await response.write(form.usage(call))
             await response.write_eof()
         except ConnectionError:
             made = min(call.length, made + self.notices)
@@ -175,16 +194,21 @@ def _break(request: web.Request) -> None:
 
 
 class Call:
-    """What was asked, and how long the answer is: up to what was asked for at most."""
+    """What was asked, how it is answered, and how long the answer is: up to what was asked for at most."""
 
-    def __init__(self, body: Json, draw: random.Random) -> None:
-        self.model, self.draw = body["model"], draw
+    def __init__(self, body: Json, draw: random.Random, habit: str = "usual") -> None:
+        self.model, self.draw, self.habit = body["model"], draw, habit
         text = json.dumps(body["messages"])
         self.number = int(text.partition("#")[2].split()[0]) if "#" in text else -1
         self.prompt = len(text.encode()) // 5 + 3
         most = body.get("max_completion_tokens") or body.get("max_tokens") or 10**9
         self.length = max(1, min(most, int(draw.triangular(most / 2, most, most)) if most < 10**9 else 50))
-        self.tells_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.tells_usage = bool((body.get("stream_options") or {}).get("include_usage")) and habit != "mute"
+        self.at_once = 10 if habit == "dense" else 4
+
+    def text(self, size: int) -> str:
+        """So many tokens."""
+        return "1," * (size // 2) + "7" * (size % 2) if self.habit == "dense" else "word " * size
 
     def openai_usage(self) -> Json:
         """Of the whole answer."""
@@ -192,6 +216,15 @@ class Call:
             "prompt_tokens": self.prompt,
             "completion_tokens": self.length,
             "total_tokens": self.prompt + self.length,
+        }
+
+    def usage_so_far(self) -> Json:
+        """The field that a chunk before the end has, or none."""
+        if self.habit not in ("zeros", "stale"):
+            return {}
+        prompt, completion = (0, 0) if self.habit == "zeros" else (self.prompt, 1)
+        return {
+            "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         }
 
 
@@ -210,25 +243,38 @@ class OpenAIForm:
 
     def whole(self, call: Call) -> Json:
         """An answer."""
-        message = {"role": "assistant", "content": "word " * call.length}
+        message = {"role": "assistant", "content": call.text(call.length)}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": call.openai_usage()}
+        usage = {} if call.habit == "mute" else {"usage": call.openai_usage()}
+        # Long beside a short answer, and no part of it.
+        return {
+            **self.head,
+            "object": "chat.completion",
+            "system_fingerprint": "f" * 2000,
+            "choices": [choice],
+            **usage,
+        }
 
-    def _chunk(self, delta: Json, reason: str | None = None) -> bytes:
-        return _data({**self.head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
+    def _chunk(self, call: Call, delta: Json, reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return _data({**self.head, "choices": [choice], **call.usage_so_far()})
 
     def begin(self, call: Call) -> bytes:
         """Before the first token."""
-        return self._chunk({"role": "assistant", "content": ""})
+        return self._chunk(call, {"role": "assistant", "content": ""})
 
     def token(self, call: Call, size: int) -> bytes:
         """So many tokens at once."""
-        return self._chunk({"content": "word " * size})
+        return self._chunk(call, {"content": call.text(size)})
 
     def end(self, call: Call) -> bytes:
         """After the last."""
+        return self._chunk(call, {}, "stop")
+
+    def usage(self, call: Call) -> bytes:
+        """Behind the end."""
         usage = _data({**self.head, "choices": [], "usage": call.openai_usage()}) if call.tells_usage else b""
-        return self._chunk({}, "stop") + usage + b"data: [DONE]\n\n"
+        return usage + b"data: [DONE]\n\n"
 
 
 class AnthropicForm:
@@ -243,24 +289,32 @@ class AnthropicForm:
         """An answer."""
         usage = {"input_tokens": call.prompt, "output_tokens": call.length}
         return {
-            "id": "m", "type": "message", "role": "assistant", "model": "m", "stop_reason": "end_turn", "usage": usage,
-            "content": [{"type": "text", "text": "word " * call.length}],
+            "id": "m", "type": "message", "role": "assistant", "model": "m", "stop_reason": "end_turn",
+            "content": [{"type": "text", "text": call.text(call.length)}],
+            **({} if call.habit == "mute" else {"usage": usage}),
         }  # fmt: skip
 
     def begin(self, call: Call) -> bytes:
         """Before the first token."""
-        usage = {"input_tokens": call.prompt, "output_tokens": 1}
-        message = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [], "usage": usage}
+        told = (0, 0) if call.habit == "zeros" else (call.prompt, 1)
+        usage = {} if call.habit == "mute" else {"usage": {"input_tokens": told[0], "output_tokens": told[1]}}
+        message = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [], **usage}
         start = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
         return _data({"type": "message_start", "message": message}, "message_start") + _data(start, start["type"])
 
     def token(self, call: Call, size: int) -> bytes:
         """So many tokens at once."""
-        delta = {"type": "text_delta", "text": "word " * size}
+        delta = {"type": "text_delta", "text": call.text(size)}
         return _data({"type": "content_block_delta", "index": 0, "delta": delta}, "content_block_delta")
 
     def end(self, call: Call) -> bytes:
         """After the last."""
-        said = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": call.length}}
+        late = {"input_tokens": call.prompt} if call.habit == "zeros" else {}
+        usage = {} if call.habit == "mute" else {"usage": {**late, "output_tokens": call.length}}
+        said = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, **usage}
         stop = _data({"type": "content_block_stop", "index": 0}, "content_block_stop")
-        return stop + _data(said, "message_delta") + _data({"type": "message_stop"}, "message_stop")
+        return stop + _data(said, "message_delta")
+
+    def usage(self, call: Call) -> bytes:
+        """Behind the end, where there is none: it was said with it."""
+        return _data({"type": "message_stop"}, "message_stop")

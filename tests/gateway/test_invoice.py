@@ -35,7 +35,7 @@ from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.store import LedgerQuery, open_store
 from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
-from billing_provider import FATES, BillingProvider
+from billing_provider import FATES, HABITS, BillingProvider
 from gateway_process import served
 
 PRICES = {
@@ -48,6 +48,8 @@ NAMES = ("small", "small", "large", "other", "auto/cheapest")
 
 # Of FATES: three calls in a hundred meet something, as on a bad day.
 FAULTS = (97, 0.6, 2, 0.2, 0.2)
+# Of HABITS.
+TALK = (60, 15, 10, 1, 14)
 HEDGE_S, TIMEOUT_S, SLOW_S = 0.2, 0.6, 0.9
 
 
@@ -88,15 +90,17 @@ def body(draw, number):
     }
 
 
-async def one(gateway, draw, number, leaves):
-    """Send a request and read its answer, or leave at some moment. Returns how it ended."""
+async def one(gateway, draw, number, leaves, stopping):
+    """Send a request and read its answer, or leave at some moment; some read no further than to the end of it. Returns how it ended."""
+    stops = draw.random() < stopping
 
     async def whole():
         reply = await gateway.handle("chat", body(draw, number))
         if reply.stream is not None:
             try:
-                async for _ in reply.stream:
-                    pass
+                async for block in reply.stream:
+                    if stops and b'"stop"' in block:
+                        break
             finally:
                 await reply.stream.aclose()
 
@@ -109,17 +113,17 @@ async def one(gateway, draw, number, leaves):
     return "answered"
 
 
-async def day(tmp_path, requests, seed, at_once=16, weights=FAULTS, leaving=0.02):
+async def day(tmp_path, requests, seed, at_once=16, weights=FAULTS, leaving=0.02, stopping=0.2, habits=(1, 0, 0, 0, 0)):
     """Requests against the provider: (provider, ledger's rows, how they ended)."""
     ended = Counter()
-    provider = BillingProvider(PRICES, seed, weights, slow_s=SLOW_S)
+    provider = BillingProvider(PRICES, seed, weights, slow_s=SLOW_S, habits=habits, after_s=0.001)
     async with provider.running(), Gateway(config(provider.url, tmp_path)) as gateway:
         numbers = iter(range(requests))
 
         async def sender():
             for number in numbers:
                 own = random.Random(f"{seed} {number}")
-                ended[await one(gateway, own, number, own.random() < leaving)] += 1
+                ended[await one(gateway, own, number, own.random() < leaving, stopping)] += 1
 
         await asyncio.gather(*(sender() for _ in range(at_once)))
         await gateway.settled()
@@ -147,14 +151,14 @@ def check(provider, rows, most_above):
 
 
 def bad_day(tmp_path, requests, seed):
-    provider, rows, ended = asyncio.run(day(tmp_path, requests, seed))
+    provider, rows, ended = asyncio.run(day(tmp_path, requests, seed, habits=TALK))
     assert set(provider.calls) >= {"fine", "slow", "refused"}
     assert ended["left"] > 0
     check(provider, rows, 0.02)
 
 
 def test_the_ledger_is_the_invoice_where_nothing_goes_wrong(tmp_path):
-    provider, rows, ended = asyncio.run(day(tmp_path, 200, 1, weights=(1, 0, 0, 0, 0), leaving=0))
+    provider, rows, ended = asyncio.run(day(tmp_path, 200, 1, weights=(1, 0, 0, 0, 0), leaving=0, stopping=0))
     assert ended == {"answered": 200}
     assert {row.status for row in rows} == {"ok"}
     check(provider, rows, 0.0)
@@ -167,6 +171,17 @@ def test_one_kind_of_fault_alone(tmp_path, fate):
     provider, rows, _ = asyncio.run(day(tmp_path, 60, 2, weights=weights, leaving=0.3, at_once=30))
     assert provider.calls[fate] > 10
     check(provider, rows, 20.0)
+
+
+@pytest.mark.parametrize("habit", HABITS[1:])
+def test_one_habit_alone(tmp_path, habit):
+    """However an upstream speaks, and however many leave."""
+    habits = tuple(float(name == habit) for name in HABITS)
+    provider, rows, ended = asyncio.run(
+        day(tmp_path, 60, 2, weights=(1, 0, 0, 0, 0), leaving=0.4, at_once=30, habits=habits)
+    )
+    assert ended["left"] > 5
+    check(provider, rows, 5.0)
 
 
 @pytest.mark.parametrize("seed", [3, 4])

@@ -20,6 +20,9 @@ from anabranch.routers.money import Price, in_full
 
 logger = logging.getLogger(__name__)
 
+# Nano-dollars spent in one period, as an integer of a database holds them.
+MOST_SPENT = 2**62
+
 # Reservations settled in one transaction.
 RECOVERED = 500
 # What a row says of a request whose process is gone, and of one that was only taken for such.
@@ -257,7 +260,8 @@ class _Books:
         total_nano = job.row.cost_nano + calls_nano
         for one in self._of(job.reservation.subjects):
             one.reserved -= nano
-            one.spent += total_nano
+            # Beyond that no database counts; no limit is near it.
+            one.spent = min(one.spent + total_nano, MOST_SPENT)
             one.is_changed = True
         self.gone.append(request)
         self.closed.add(request)

@@ -214,8 +214,8 @@ class LedgerRow:
         status: ``ok``, ``error``, ``refused``, ``cancelled``, or ``crashed`` for a request that a stopped process left behind.
         code: of the error, if any.
         cache: which cache answered; empty if none.
-        flags: what else is worth knowing: ``hedged``, ``stitched``, ``over_reserved`` (cost more than was reserved), ``recovered``,
-            ``corrected`` (was settled as left behind before it ended).
+        flags: what else is worth knowing: ``hedged``, ``stitched``, ``over_reserved`` (cost more than was reserved), ``capped`` (cost more
+            than can be paid), ``recovered``, ``corrected`` (was settled as left behind before it ended).
         parent_id: of a call that a strategy made for a request: that request; empty for requests themselves.
         purpose: what such a call was for; empty for requests.
         calls, calls_nano: how many a strategy made for this request, and what they cost; written by the store.

@@ -13,11 +13,13 @@ settled at what was reserved by whoever comes next, and their rows flagged.
 import asyncio
 import hmac
 import json
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +52,7 @@ from anabranch.gateway.store.writer import Writer
 from anabranch.routers.money import MOST_NANO
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 READERS = 4
 
 # Rows deleted in one transaction.
@@ -221,18 +224,19 @@ class Store:
         With it what was ``collected``: there is no moment at which it is paid for and not to be found. And with it the ``calls`` that a
         strategy made for it, whose cost is not in ``row``.
 
-        A cost above the reservation is charged in full and flagged, since the money is spent: reserve the worst case.
+        A cost above the reservation is charged in full and flagged, since the money is spent: reserve the worst case. One above all that
+        can be paid (`MOST_NANO`) is charged that much and flagged ``capped``: whatever an upstream says, the request has its row.
 
         Returns what may be awaited until it is committed, which happens anyway. A second settlement of a request is ignored.
         """
         assert row.request_id == reservation.request_id, (row.request_id, reservation.request_id)
-        _money("a cost", row.cost_nano + sum(call.cost_nano for call in calls))
+        row, calls = _payable(row, calls)
         self._open.discard(row.request_id)
         also: tuple[Insert, ...] = ()
         if collected is not None:
             body = json.dumps(collected.body, separators=(",", ":"))
             also = (Insert("collected", schema.COLLECTED, (collected.key, collected.ts_us, body)),)
-        return self._writer.give(Settle(reservation, row, also, tuple(calls)), at_once=False)
+        return self._writer.give(Settle(reservation, row, also, calls), at_once=False)
 
     def release(self, reservation: Reservation, row: LedgerRow) -> "asyncio.Future[Any]":
         """`settle` for a request that cost nothing."""
@@ -622,6 +626,20 @@ class Store:
         if not task.cancelled():
             # What cannot be read now is read when the key is next used.
             task.exception()
+
+
+def _payable(row: LedgerRow, calls: Sequence[LedgerRow]) -> tuple[LedgerRow, tuple[LedgerRow, ...]]:
+    """A row and its calls as they are; where they cost more than can be paid, each what is left of that."""
+    rows, left, is_capped = [], MOST_NANO, False
+    for one in (row, *calls):
+        nano = min(max(one.cost_nano, 0), left)
+        is_capped = is_capped or nano != one.cost_nano
+        rows.append(one if nano == one.cost_nano else replace(one, cost_nano=nano))
+        left -= nano
+    if is_capped:
+        logger.error("request %s costs more than can be paid; it is charged %d nano-dollars", row.request_id, MOST_NANO)
+        rows[0] = replace(rows[0], flags=(*rows[0].flags, "capped"))
+    return rows[0], tuple(rows[1:])
 
 
 def _money(what: str, nano: int) -> int:

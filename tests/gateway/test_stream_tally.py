@@ -1,0 +1,85 @@
+"""What has come of a stream: bytes of text as they stand in JSON, and which usage is that of all of it."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.gateway.dispatch.stream_tally import Tally
+from anabranch.gateway.providers.provider import Usage
+
+FULL = {"prompt_tokens": 5, "completion_tokens": 7}
+SAID = Usage(5, 7)
+
+
+def event(field, text, **dump):
+    return b"data: " + json.dumps({"choices": [{"delta": {field: text}}]}, **dump).encode() + b"\n\n"
+
+
+@given(st.text(min_size=1), st.booleans(), st.sampled_from(["content", "reasoning_content", "arguments", "refusal"]))
+def test_bytes_are_never_fewer_than_they_are(text, is_ascii, field):
+    tally = Tally(1, 1)
+    tally.count(event(field, text, ensure_ascii=is_ascii) if text.isprintable() else event(field, text))
+    real = len(text.encode("utf-8", "surrogatepass"))
+    assert (tally.texts, real <= tally.text_bytes) == (1, True)
+    assert tally.at_most(1.0) >= real + 1
+
+
+@given(st.text('ab\\"\né', min_size=1), st.data())
+def test_of_half_an_event_what_is_there_counts(text, data):
+    raw = event("content", text)
+    cut = data.draw(st.integers(0, len(raw)))
+    tally = Tally(1, 1)
+    tally.count_begun(raw[:cut])
+    start = raw.index(b'content": "') + 11
+    assert tally.text_bytes >= min(cut, len(raw) - 7) - start - 1
+
+
+def test_an_escape_counts_as_what_it_stands_for():
+    tally = Tally(1, 1)
+    tally.count(event("content", '中文\n"'))
+    assert tally.text_bytes == 3 + 3 + 1 + 1
+
+
+def test_spaces_in_json_hide_no_text():
+    tally = Tally(1, 1)
+    tally.count(b'data: {"choices" : [{"delta" : {"content" :  "abc"}}]}\n\n')
+    assert tally.text_bytes == 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        (["text", ("usage", True)], True),
+        (["text", ("usage", False)], True),
+        ([("usage", False), "text"], False),
+        ([("usage", True), "text"], True),
+        (["text"], False),
+    ],
+)
+def test_which_usage_is_that_of_the_whole(steps, told):
+    tally = Tally(3, 1)
+    for step in steps:
+        if step == "text":
+            tally.count(event("content", "hello"))
+        else:
+            tally.hear({"choices": [], "usage": FULL}, step[1])
+    assert tally.is_told(True) == told
+    assert (tally.counted(True) == SAID) == told
+
+
+def test_in_the_middle_only_a_usage_behind_the_end_is_that_of_the_whole():
+    tally = Tally(3, 1)
+    tally.hear({"choices": [{}], "usage": FULL}, True)
+    assert (tally.is_told(False), tally.is_told(True)) == (False, True)
+    tally.hear({"choices": [], "usage": FULL}, True)
+    assert tally.is_told(False)
+
+
+def test_zeros_are_nothing_and_a_completion_without_a_prompt_is_a_least():
+    tally = Tally(3, 1)
+    tally.hear({"usage": {"prompt_tokens": 0, "completion_tokens": 0}}, True)
+    assert (tally.told, tally.is_told(True)) == (None, False)
+    tally.hear({"usage": {"prompt_tokens": 0, "completion_tokens": 9}}, True)
+    assert (tally.told, tally.counted(True)) == (Usage(0, 9), Usage(3, 9, 0, True))

@@ -1,0 +1,232 @@
+"""What answers are charged whose upstream does not say what they come to, or says what cannot be: exactly, against real servers."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LostConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.providers.openai import OpenAI
+from anabranch.routers.money import MOST_NANO, Price
+
+# 1,000 and 2,000 nano-dollars a token.
+PRICE = Price.of_dollars(1, 2)
+ZEROS = {"prompt_tokens": 0, "completion_tokens": 0}
+FULL = {"prompt_tokens": 500, "completion_tokens": 50}
+
+
+def body(text="ok", usage=None, **fields):
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return {"choices": [choice], **({} if usage is None else {"usage": usage}), **fields}
+
+
+def chunk(text="", reason=None, **fields):
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}], **fields}
+
+
+def sse(value):
+    return b"data: " + (value if isinstance(value, bytes) else json.dumps(value).encode()) + b"\n\n"
+
+
+def whole(answer):
+    async def handler(request):
+        return web.json_response(answer)
+
+    return handler
+
+
+def stream(*parts):
+    """Chunks, and numbers: seconds to wait."""
+
+    async def handler(request):
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        try:
+            for part in parts:
+                if isinstance(part, float):
+                    await asyncio.sleep(part)
+                else:
+                    await response.write(part if isinstance(part, bytes) else sse(part))
+        except ConnectionError:
+            return response
+        return response
+
+    return handler
+
+
+@asynccontextmanager
+async def serving(tmp_path, handler, price=PRICE, most=100, **fields):
+    app = web.Application()
+    app.router.add_post("/v1/{tail:.*}", handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    deployments = (DeploymentConfig(provider=OpenAI.Config(model="m", base_url=url, key_env=None)),)
+    made = GatewayConfig(
+        models=(ModelConfig(name="m", price=price, max_tokens=most, deployments=deployments),), require_key=False,
+        strategies={"cheapest": StrategyConfig(use="cheapest")}, store=str(tmp_path / "g.db"), **fields,
+    )  # fmt: skip
+    try:
+        async with Gateway(made) as gateway:
+            yield gateway
+    finally:
+        await runner.cleanup()
+
+
+def ask(text="hello", **fields):
+    return {"model": "m", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def charged(tmp_path, handler, until=None, most=100, **fields):
+    """The row of one request; its reader leaves once a chunk is as ``until`` says."""
+
+    async def main():
+        async with serving(tmp_path, handler, most=most, **fields) as gateway:
+            given = await gateway.achat(ask(stream=True) if until is not None else ask())
+            if until is not None:
+                async for one in given:
+                    if until(one):
+                        break
+                await given.aclose()
+            await asyncio.wait_for(gateway.settled(), 10)
+            [row] = await gateway.store.ledger()
+            [*budgets] = await gateway.store.budgets()
+            assert not budgets
+            return row
+
+    return asyncio.run(main())
+
+
+def at_end(one):
+    return bool(one["choices"]) and one["choices"][0]["finish_reason"] is not None
+
+
+def never(one):
+    return False
+
+
+# Streams
+
+
+@pytest.mark.parametrize("early", [ZEROS, {"prompt_tokens": 500, "completion_tokens": 1}, None])
+def test_a_reader_who_stops_at_the_end_is_read_on_for(tmp_path, early):
+    """Zeros in each chunk were taken for what the answer comes to."""
+    fields = {} if early is None else {"usage": early}
+    chunks = [chunk("word " if at < 9 else "", None if at < 9 else "stop", **fields) for at in range(10)]
+    row = charged(tmp_path, stream(*chunks, 0.1, {"choices": [], "usage": FULL}, b"data: [DONE]\n\n"), at_end)
+    assert (row.cost_nano, row.completion_tokens, row.is_estimated) == (500 * 1_000 + 50 * 2_000, 50, False)
+    assert row.status == "cancelled"
+
+
+def test_a_usage_that_never_comes_is_waited_for_only_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr("anabranch.gateway.dispatch.upstream_stream.USAGE_S", 0.1)
+    row = charged(tmp_path, stream(chunk("four", usage=ZEROS), chunk("", "stop", usage=ZEROS), 5.0), at_end)
+    # The time before the first token may hold thoughts that were not shown.
+    assert 4 <= row.completion_tokens <= 100
+    assert (row.prompt_tokens, row.is_estimated) == (5 + 7, True)
+
+
+def test_no_stream_is_read_on_where_nothing_can_be_learned(tmp_path):
+    row = charged(
+        tmp_path, stream(chunk("four"), chunk("", "stop"), 5.0), at_end, lost=LostConfig(read_on=0), price=PRICE
+    )
+    assert row.is_estimated
+    assert row.completion_tokens >= 4
+
+
+@pytest.mark.parametrize("early", [ZEROS, {"prompt_tokens": 12, "completion_tokens": 1}])
+def test_a_whole_stream_that_told_only_of_its_beginning_is_charged_by_its_text(tmp_path, early):
+    chunks = [chunk("1,2,3,4,5,", usage=early)] * 6
+    row = charged(tmp_path, stream(*chunks, chunk("", "stop"), b"data: [DONE]\n\n"), never)
+    assert (row.status, row.prompt_tokens) == ("ok", 12)
+    assert row.completion_tokens == 60 + 1 + 8
+
+
+@pytest.mark.parametrize("usage_at", ["before the end", "with the end", "behind it"])
+def test_a_usage_that_covers_all_text_is_believed(tmp_path, usage_at):
+    end = {
+        "before the end": [{"choices": [], "usage": FULL}, chunk("", "stop")],
+        "with the end": [chunk("", "stop", usage=FULL)],
+        "behind it": [chunk("", "stop"), {"choices": [], "usage": FULL}],
+    }[usage_at]
+    row = charged(tmp_path, stream(chunk("word "), *end, b"data: [DONE]\n\n"), never)
+    assert (row.prompt_tokens, row.completion_tokens, row.is_estimated) == (500, 50, False)
+
+
+def test_a_dropped_stream_is_charged_a_token_for_each_byte(tmp_path):
+    parts = [part for _ in range(40) for part in (chunk("1,2,3,4,5,"), 0.01)]
+    seen = []
+    row = charged(
+        tmp_path, stream(*parts), lambda one: seen.append(one) or len(seen) == 20, most=4_000, lost=LostConfig(margin_s=0.1)
+    )  # fmt: skip
+    # What was made in the time after it too.
+    assert 200 + 8 <= row.completion_tokens < 4_000
+    assert row.cost_nano <= row.reserved_nano
+
+
+def test_an_event_of_which_half_has_come_counts(tmp_path):
+    half = sse(chunk("x" * 500))[:-100]
+    row = charged(
+        tmp_path, stream(sse(chunk("a")) + half, 1.0), lambda one: True, most=4_000, lost=LostConfig(margin_s=0.0)
+    )
+    assert row.completion_tokens >= 400
+
+
+def test_the_config_may_know_better_how_dense_texts_are(tmp_path):
+    handler = stream(chunk("word " * 10), chunk("", "stop"), b"data: [DONE]\n\n")
+    row = charged(tmp_path, handler, never, lost=LostConfig(bytes_per_token=2.5))
+    assert row.completion_tokens == 20 + 1 + 8
+
+
+# Whole answers
+
+
+def test_a_whole_answer_is_charged_by_its_text_alone(tmp_path):
+    row = charged(tmp_path, whole(body("ok", system_fingerprint="f" * 4000)), most=50)
+    assert (row.prompt_tokens, row.completion_tokens, row.is_estimated) == (12, 2 + 1 + 8, True)
+    assert row.cost_nano <= row.reserved_nano
+
+
+def test_no_answer_that_did_not_tell_is_charged_more_than_was_set_aside(tmp_path):
+    row = charged(tmp_path, whole(body("7 " * 3_000)), most=50)
+    assert (row.completion_tokens, row.cost_nano) == (50, row.reserved_nano)
+
+
+@pytest.mark.parametrize("usage", [ZEROS, {"prompt_tokens": 10**9, "completion_tokens": 10**9}, {"prompt_tokens": -1}])
+def test_a_usage_that_cannot_be_is_none(tmp_path, usage):
+    row = charged(tmp_path, whole(body("1,2,3,", usage)))
+    assert (row.prompt_tokens, row.completion_tokens, row.is_estimated) == (12, 6 + 1 + 8, True)
+
+
+def test_completion_tokens_without_a_prompt_are_a_least(tmp_path):
+    row = charged(tmp_path, whole(body("ok", {"prompt_tokens": 0, "completion_tokens": 70})))
+    assert (row.prompt_tokens, row.completion_tokens) == (12, 70)
+
+
+def test_calls_and_thoughts_are_text(tmp_path):
+    answer = body(None)
+    call = {"id": "c" * 99, "type": "function", "function": {"name": "find", "arguments": '{"a": 1}'}}
+    answer["choices"][0]["message"] |= {"tool_calls": [call], "reasoning_content": "hm"}
+    assert charged(tmp_path, whole(answer)).completion_tokens == 4 + 8 + 2 + 1 + 8
+
+
+def test_what_cannot_be_paid_is_charged_as_far_as_it_can(tmp_path):
+    """It raised, there was no row, and nobody got the money back."""
+
+    async def main():
+        dear = Price(input=MOST_NANO // 10, output=MOST_NANO // 10)
+        told = {"prompt_tokens": 10**7, "completion_tokens": 10**7}
+        async with serving(tmp_path, whole(body("ok", told)), price=dear) as gateway:
+            await gateway.store.set_budget("global", MOST_NANO)
+            assert (await gateway.achat(ask(max_tokens=5)))["choices"]
+            await asyncio.wait_for(gateway.settled(), 10)
+            return await gateway.store.ledger(), await gateway.store.budgets()
+
+    [row], [budget] = asyncio.run(main())
+    assert row.cost_nano == budget.spent_nano == MOST_NANO
+    assert set(row.flags) == {"over_reserved", "capped"}
+    assert budget.reserved_nano == 0
