@@ -49,7 +49,7 @@ NAMES = ("small", "small", "large", "other", "auto/cheapest")
 # Of FATES: three calls in a hundred meet something, as on a bad day.
 FAULTS = (97, 0.6, 2, 0.2, 0.2)
 # Of HABITS.
-TALK = (60, 15, 10, 1, 14)
+TALK = (60, 15, 10, 0.2, 14.8)
 HEDGE_S, TIMEOUT_S, SLOW_S = 0.2, 0.6, 0.9
 
 
