@@ -2,18 +2,27 @@
 
 import asyncio
 import json
+import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from anabranch.errors import CapacityError, ConfigError
-from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LearningConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.config import (
+    DeploymentConfig,
+    GatewayConfig,
+    LearningConfig,
+    LogConfig,
+    ModelConfig,
+    StrategyConfig,
+)
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.learning import errands
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.store import LedgerQuery, learned
+from anabranch.gateway.store import LedgerQuery, learned, schema
 from anabranch.routers.contract.query import Model, Outcome, Pool, Query
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.ic_cache import ICCache, ICCacheRouting
@@ -236,7 +245,7 @@ def config(tmp_path, **fields):
     return GatewayConfig(
         models=(model("small", 1), model("large", 10), model("judge", 1, "verdict: A\ngrade: 9")),
         store=str(tmp_path / "g.db"), embedder=Hashed.Config(dim=64), strategies={"ic": strategy},
-        **{"learning": LearningConfig(judge="judge"), "require_key": False, **fields},
+        **{"learning": LearningConfig(judge="judge"), "require_key": False, "log": LogConfig(prompts=True), **fields},
     )  # fmt: skip
 
 
@@ -363,7 +372,7 @@ def test_two_gateways_forget_what_one_is_told_to_and_so_does_the_store(tmp_path)
                 await ask(gateway, "count the words", user="bob")
                 await gateway.kept.save(gateway.runtime.decider.lanes.values(), at_once=True)
             assert b"secrets" in await bodies(one)
-            assert await one.erasures.order(tenant="", user="ann") == 1
+            assert await one.erasures.order(tenant="", user="ann") == (1, 2)  # an example here, and a text of both
             assert b"secrets" not in await bodies(one)
             await other.erasures.catch_up()
             for gateway in (one, other):
@@ -372,7 +381,7 @@ def test_two_gateways_forget_what_one_is_told_to_and_so_does_the_store(tmp_path)
             assert b"secrets" not in await bodies(one)
             assert b"words" in await bodies(one)
             await other.erasures.catch_up()  # once
-            assert await other.erasures.order(tenant=None) == 1
+            assert await other.erasures.order(tenant=None) == (1, 2)
             await one.erasures.catch_up()
             assert len(one.runtime.decider.lanes["ic"].strategy.cache.pool) == 0
 
@@ -380,8 +389,94 @@ def test_two_gateways_forget_what_one_is_told_to_and_so_does_the_store(tmp_path)
         rows = await gateway.store.look(
             lambda connection: learned.read_learned(connection, "ic", gateway.runtime.decider.lanes["ic"].made)
         )
-        texts = await gateway.store.look(lambda connection: connection.rows("SELECT body FROM examples"))
+        texts = await gateway.store.look(
+            lambda connection: connection.rows("SELECT body FROM examples UNION ALL SELECT body FROM texts")
+        )
         return b"".join([*(row.body for row in rows), *(text.encode() for (text,) in texts)])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("domains", [[""], []])
+def test_without_leave_to_keep_prompts_nothing_of_them_is_stored(tmp_path, domains):
+    """Who keeps texts is refused at the start; with no domain it keeps none."""
+    made = config(tmp_path, learning=LearningConfig(), log=LogConfig())
+    strategy = made.strategies["ic"]
+    strategy = replace(strategy, fields={**strategy.fields, "domains": domains})
+    made = replace(made, strategies={"ic": strategy})
+    if domains:
+        with pytest.raises(ConfigError, match=r"strategies.ic keeps texts .* set log.prompts = true"):
+            Gateway(made)
+        return
+
+    async def main():
+        async with Gateway(made) as gateway:
+            await ask(gateway, "list the secrets")
+            await gateway.kept.save(gateway.runtime.decider.lanes.values(), at_once=True)
+
+    asyncio.run(main())
+    assert not any(b"secrets" in file.read_bytes() for file in tmp_path.iterdir())
+
+
+def test_a_reload_that_would_store_texts_without_leave_is_refused(tmp_path):
+    made = config(tmp_path, learning=LearningConfig())
+
+    async def main():
+        async with Gateway(made) as gateway:
+            with pytest.raises(ConfigError, match=r"log\.prompts"):
+                await gateway.reload(replace(made, log=LogConfig()))
+            await ask(gateway, "list the files")
+
+    asyncio.run(main())
+
+
+def test_examples_go_with_the_days_that_things_are_kept(tmp_path):
+    """By their own age, however often they were written since; those of a strategy that is gone by when that was last."""
+    made = config(tmp_path, learning=LearningConfig())
+    day = 86_400.0
+
+    async def main():
+        async with Gateway(made) as one, Gateway(made) as other:
+            for gateway in (one, other):
+                await ask(gateway, "an old secret")
+                for example in gateway.runtime.decider.lanes["ic"].strategy.cache.pool:
+                    example.created_s -= 10 * day
+                await ask(gateway, "a new word")
+                await gateway.kept.save(gateway.runtime.decider.lanes.values(), at_once=True)
+            gone = ("gone", "m", "k", "w", 1, 1, '{"request": "a secret"}', b"")
+            await one.store.change(lambda connection: connection.insert("examples", schema.EXAMPLES, [gone]))
+            await one.erasures.expire(time.time() - 7 * day)
+            await one.store.prune(time.time() - 7 * day)
+            rows = await one.store.look(
+                lambda connection: connection.rows("SELECT body FROM examples WHERE body <> ''")
+            )
+            assert ["secret" in body for (body,) in rows] == [False]
+            # Whoever has it too hears that it is gone, or lets go of it by itself.
+            await other.kept.save(other.runtime.decider.lanes.values(), at_once=True)
+            for gateway in (one, other):
+                pool = gateway.runtime.decider.lanes["ic"].strategy.cache.pool
+                assert [example.request for example in pool] == ["a new word"]
+
+    asyncio.run(main())
+
+
+def test_what_strategies_kept_that_are_gone_is_forgotten_too(tmp_path):
+    made = config(tmp_path, learning=LearningConfig())
+
+    async def main():
+        async with Gateway(made) as gateway:
+            await ask(gateway, "a secret of ann", user="ann")
+            await ask(gateway, "a word of bob", user="bob")
+        async with Gateway(replace(made, strategies={"cheapest": StrategyConfig(use="cheapest")})) as gateway:
+            assert await gateway.erasures.order(tenant="", user="ann") == (0, 1)
+            for table in ("examples", "texts"):
+                rows = await gateway.store.look(lambda connection: connection.rows(f"SELECT body FROM {table}"))  # noqa: B023
+                said = "".join(body for (body,) in rows)
+                assert ("secret" in said, "word" in said) == (False, True)
+        async with Gateway(made) as gateway:
+            pool = gateway.runtime.decider.lanes["ic"].strategy
+            await ask(gateway, "another")
+            assert sorted(example.request for example in pool.cache.pool) == ["a word of bob", "another"]
 
     asyncio.run(main())
 
@@ -407,6 +502,7 @@ def test_a_row_that_was_written_while_it_was_to_be_forgotten_is_read_without_it(
 CONFIG = """
 require_key = false
 store = "{folder}/gateway.db"
+log = {{ prompts = true }}
 admin = {{ key = "env:TEST_ADMIN_KEY" }}
 embedder = {{ kind = "hashed", dim = 64 }}
 {models}
@@ -472,6 +568,12 @@ def test_pool_metrics_headers_and_erasure_over_http(tmp_path):
         assert examples(gateway.url)
         assert forget(gateway.url, request_id=ids[2]) == 1
         assert forget(gateway.url, key="", user="ann") == 2
+        # One without examples has texts all the same, once.
+        body = {
+            "request_id": call(gateway.url, "/v1/chat/completions", {**chat("x"), "model": "large"})[0]["x-request-id"]
+        }
+        told = [json.loads(call(gateway.url, "/admin/ic-cache/forget", body)[1]) for _ in range(2)]
+        assert told == [{"forgotten": 0, "texts": 1}, {"forgotten": 0, "texts": 0}]
         assert [
             refused(gateway.url, **body)
             for body in ({}, {"user": "x"}, {"all": False}, {"all": True, "key": ""}, {"every": True}, {"key": 3})

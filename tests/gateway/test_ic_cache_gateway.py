@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock
 from anabranch.routers.embed.hashed import Hashed
@@ -28,7 +28,7 @@ def run(tmp_path, work, **fields):
     strategy = ICCacheRouting.Config(**{"cache": CACHE, "domains": ("",), **fields}).build()
     config = GatewayConfig(
         models=(model("small", 1), model("large", 10)), require_key=False, store=str(tmp_path / "g.db"),
-        embedder=Hashed.Config(dim=64), strategies={"ic": StrategyConfig(use="ic_cache", timeout_s=5.0)},
+        embedder=Hashed.Config(dim=64), strategies={"ic": StrategyConfig(use="ic_cache", timeout_s=5.0)}, log=LogConfig(prompts=True),
     )  # fmt: skip
 
     async def main():

@@ -288,6 +288,11 @@ class Decider:
                 made, own = _make(name, wanted, embedder, config)
             if made.needs_vector and own is None:
                 raise ConfigError(f"strategies.{name} needs vectors of queries; set embedder.kind")
+            if made.keeps_answers and made.keeps_examples and not config.log.prompts:
+                raise ConfigError(
+                    f"strategies.{name} keeps texts of requests and answers in the store, to show them to models; set log.prompts = true "
+                    "to let it, or leave it out (ic_cache keeps none with domains = [])"
+                )
             made.connect(embed=None if own is None else own.embed)
             if metrics is not None:
                 made.report_to(metrics(name))

@@ -170,6 +170,8 @@ class Gateway:
             days = self.config.log.keep_days
             if days is not None:
                 try:
+                    # First where they are at work, or they would be written again.
+                    await self.erasures.expire(time.time() - days * DAY_S)
                     count = await self.store.prune(time.time() - days * DAY_S)
                     logger.info("deleted %d rows older than %d days", count, days)
                 except CapacityError as error:

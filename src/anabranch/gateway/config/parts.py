@@ -275,10 +275,10 @@ class LogConfig(Config):
 
     Attributes:
         level: of the log on stderr.
-        prompts: keep texts of requests and answers in the store, for ``gateway fit`` to learn from; otherwise token counts only. A sender
-            that says ``store: false`` is left out.
+        prompts: keep texts of requests and answers in the store, for ``gateway fit`` to learn from, and for strategies that show them to
+            models (ic_cache), which cannot be without; otherwise token counts only. A sender that says ``store: false`` is left out.
         decisions: keep why each model was chosen.
-        keep_days: age at which ledger rows, decisions, texts and feedback are deleted; None keeps them.
+        keep_days: age at which ledger rows, decisions, texts, examples and feedback are deleted; None keeps them.
     """
 
     level: Literal["debug", "info", "warning", "error"] = "warning"

@@ -13,7 +13,6 @@ from anabranch.gateway.config.redact import redacted
 from anabranch.gateway.decide import BypassError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator, check_origin
-from anabranch.gateway.learning.erasures import can_forget
 from anabranch.gateway.store import GROUPS, Budget, KeyRecord, LedgerQuery, key_rows
 from anabranch.gateway.store.key_rows import FIELDS, UnknownKeyError
 from anabranch.gateway.store.period import PERIODS
@@ -215,9 +214,8 @@ class AdminRoutes:
         if call.name != "forget":
             raise ApiError(404, "not_found", f"there is no /admin/ic-cache/{call.name[:40]}; there is forget")
         order = await self._order(call)
-        if not any(can_forget(lane.strategy) for lane in self._gateway.runtime.decider.lanes.values()):
-            raise ApiError(409, "nothing_kept", "no strategy of the config keeps examples")
-        return {"forgotten": await self._gateway.erasures.order(**order)}
+        num_examples, num_texts = await self._gateway.erasures.order(**order)
+        return {"forgotten": num_examples, "texts": num_texts}
 
     async def _order(self, call: _Call) -> dict[str, Any]:
         body, known = call.body, ("request_id", "key", "user", "all")
@@ -231,12 +229,15 @@ class AdminRoutes:
             # "" is whoever came without a key.
             tenant = key_rows.meant(await self._gateway.store.keys(), key).id if key else key
             return {"tenant": tenant if "key" in body else None, "user": user}
-        rows = await self._gateway.store.decisions(call.text("request_id"), 1)
+        id = call.text("request_id")
+        rows = await self._gateway.store.decisions(id, 1)
         decision = rows[0].body.get("details", {}).get("id") if rows else None
         if not isinstance(decision, str):
-            message = f"no decision is kept for {call.text('request_id')[:80]!r} that examples are known by; name its key and user"
-            raise ApiError(404, "unknown_request", message, param="request_id")
-        return {"tenant": None, "decision": decision}
+            if not await self._gateway.store.ledger(LedgerQuery(request_id=id)):
+                raise ApiError(404, "unknown_request", f"there is no request {id[:80]!r}", param="request_id")
+            # It has no examples; what was asked and answered goes.
+            decision = id
+        return {"tenant": None, "decision": decision, "request_id": id}
 
     async def _config(self, call: _Call) -> Any:
         return redacted(to_dict(self._gateway.config))

@@ -40,22 +40,44 @@ class Erasures:
         """Orders of before concern what is stored; `Kept` sees to that."""
         self._seen = await self._gateway.store.look(learned.newest_erasure)
 
-    async def order(self, *, tenant: str | None, user: str | None = None, decision: str | None = None) -> int:
-        """Have forgotten what `Strategy.forget` says; how much there was in this process. On return it is in no row of the store.
+    async def order(
+        self, *, tenant: str | None, user: str | None = None, decision: str | None = None, request_id: str | None = None
+    ) -> tuple[int, int]:
+        """Have forgotten what `Strategy.forget` says, and the texts of the requests it is about.
 
-        Other processes forget it within seconds.
+        On return it is in no row of the store. Other processes forget it within seconds.
+
+        Args:
+            tenant, user, decision: see there.
+            request_id: of the request whose decision it is.
+
+        Returns how many examples there were in this process, and how many texts in the store.
         """
         order = {"tenant": tenant, "user": user, "decision": decision}
         store, lanes = self._gateway.store, self._lanes()
         now_us, names = store.now_us(), [lane.name for lane in lanes]
         # First in the store, so that nothing is taken over from it again.
-        self._seen = await store.change(lambda connection: _order(connection, names, order, now_us))
+        self._seen, gone = await store.change(lambda connection: _order(connection, names, order, now_us))
+        num_texts = await store.change(
+            lambda connection: learned.erase_texts(connection, request_id=request_id, key_id=tenant, user=user)
+        )
         count = await self._apply(order)
         # What this process has stored without it is newer.
         await self._gateway.kept.save(lanes, at_once=True)
+        for name in (*names, *gone):
+            await store.change(lambda connection: learned.delete_before(connection, name, now_us))  # noqa: B023
+        return count, num_texts
+
+    async def expire(self, before_s: float) -> None:
+        """Erase what strategies keep of texts from before unix second ``before_s``, here and in the store."""
+        count, lanes = 0, self._lanes()
+        # First what others have written, or it would come back with what they have.
+        await self._gateway.kept.save(lanes)
         for lane in lanes:
-            await store.change(lambda connection: learned.delete_before(connection, lane.name, now_us))  # noqa: B023
-        return count
+            count += await lane.alone(lambda: lane.strategy.expire(before_s))  # noqa: B023
+        if count:
+            logger.info("%d examples were too old, and are erased", count)
+            await self._gateway.kept.save(lanes, at_once=True)
 
     async def catch_up(self) -> None:
         """Forget what other processes were told to."""
@@ -78,8 +100,10 @@ class Erasures:
         return count
 
 
-def _order(connection: Connection, strategies: Sequence[str], order: Mapping[str, Any], now_us: int) -> int:
-    """Write an order, and erase what it is about; its number."""
+def _order(
+    connection: Connection, strategies: Sequence[str], order: Mapping[str, Any], now_us: int
+) -> tuple[int, list[str]]:
+    """Write an order, and erase what it is about; its number, and strategies with examples that are not among ``strategies``."""
 
     def is_theirs(body: str) -> bool:
         try:
@@ -88,9 +112,11 @@ def _order(connection: Connection, strategies: Sequence[str], order: Mapping[str
             # Damaged: nobody can say whose it is.
             return True
 
-    for strategy in strategies:
+    found = learned.with_examples(connection)
+    for strategy in found:
         learned.erase_examples(connection, strategy, is_theirs, now_us)
-    return learned.put_erasure(connection, json.dumps(order), now_us, now_us - KEPT_US)
+    number = learned.put_erasure(connection, json.dumps(order), now_us, now_us - KEPT_US)
+    return number, [name for name in found if name not in strategies]
 
 
 def _is_meant(waited: Waited, order: Mapping[str, Any]) -> bool:

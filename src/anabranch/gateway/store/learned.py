@@ -185,6 +185,27 @@ def delete_gone(connection: Connection, before_us: int) -> int:
     return connection.run("DELETE FROM examples WHERE body = '' AND ts_us < :before", before=before_us)
 
 
+def with_examples(connection: Connection) -> list[str]:
+    """Strategies that have examples, also such as no config names any more."""
+    return [name for (name,) in connection.rows("SELECT DISTINCT strategy FROM examples ORDER BY strategy")]
+
+
+def erase_texts(
+    connection: Connection, *, request_id: str | None = None, key_id: str | None = None, user: str | None = None
+) -> int:
+    """Delete what was asked and answered: of one request, of a key (and a user of it), or all, what was collected too; how much."""
+    if request_id is not None:
+        return connection.run("DELETE FROM texts WHERE request_id = :request", request=request_id)
+    if key_id is None:
+        # What was collected is known by what was asked of whom, not by who asked it first.
+        return connection.run("DELETE FROM texts") + connection.run("DELETE FROM collected")
+    part, values = ("", {}) if user is None else (" AND owner = :user", {"user": user})
+    return connection.run(
+        f"DELETE FROM texts WHERE request_id IN (SELECT request_id FROM ledger WHERE key_id = :key{part})",
+        key=key_id, **values,
+    )  # fmt: skip
+
+
 def erase_examples(connection: Connection, strategy: str, is_meant: Callable[[str], bool], now_us: int) -> int:
     """Leave nothing of examples but that they are gone, of whatever make; how many."""
     connection.lock("examples")

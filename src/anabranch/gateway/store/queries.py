@@ -265,4 +265,10 @@ def delete_before(connection: Connection, before_us: int, most: int) -> int:
             f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE ts_us < :before LIMIT {most})",
             before=before_us,
         )
+    # Those that nobody has written since; whoever has them at work lets go of them, and writes that, by their own age.
+    count += connection.run(
+        "DELETE FROM examples WHERE (strategy, made, key) IN"
+        f" (SELECT strategy, made, key FROM examples WHERE ts_us < :before AND body <> '' LIMIT {most})",
+        before=before_us,
+    )
     return count

@@ -535,7 +535,7 @@ class Store:
     # Care
 
     async def prune(self, before_s: float) -> int:
-        """Delete what happened before unix second ``before_s`` (ledger, decisions, texts, what was collected of them, feedback).
+        """Delete what happened before unix second ``before_s`` (ledger, decisions, texts, what was collected of them, feedback, examples).
 
         Returns how many rows. Budgets stay.
         """

@@ -215,6 +215,10 @@ class Strategy(Part, family="strategy"):
         """
         return 0
 
+    def expire(self, before_s: float) -> int:
+        """Erase what it keeps of texts from before unix second ``before_s``; how many there were."""
+        return 0
+
     def knobs(self, data: Recorded) -> Sequence[float]:
         """Values of the knob that trace cost against quality on such data, from dear to cheap."""
         return ()

@@ -299,6 +299,17 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             return cache.forget_decision(decision)
         return cache.forget_all() if tenant is None else cache.forget(tenant=tenant, user=user)
 
+    def expire(self, before_s: float) -> int:
+        """Take examples out of the pool that came before."""
+        if self.cache is not None:
+            pool = self.cache.pool
+            return pool.remove([example.id for example in pool if example.created_s < before_s])
+        before = len(self._to_take)
+        self._to_take = [
+            one for one in self._to_take if one.body is None or one.body.get("created_s", before_s) >= before_s
+        ]
+        return before - len(self._to_take)
+
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Teach the bandit from recorded outcomes, and fill the pool with good answers of trusted models, where answers are recorded.
 
