@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"numpy", "pyarrow", "pydantic", "rich", "typer"}
+BASE = {"numpy", "pydantic", "rich", "typer"}
 
 SCRIPT = """
 import contextlib, io, json, os, sys, tempfile
@@ -77,6 +77,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "gateway import x": "gateway",
     "gateway collect -c x --out x.jsonl --judge exact": "gateway",
     "gateway eval x.jsonl --html x.html": "plots",
+    "gateway ledger export --out x.parquet": "parquet",
     "routers eval x.jsonl --html x.html": "plots",
 }
 WORKS = (

@@ -41,12 +41,14 @@ def test_the_base_is_what_every_command_needs():
 def test_extras_bring_what_users_expect():
     found = extras()
     assert set(found) == set(PROJECT["optional-dependencies"])
-    assert found["lm"] == Extra("lm", ("safetensors", "tokenizers", "torch"))
+    assert found["lm"] == Extra("lm", ("pyarrow", "safetensors", "tokenizers", "torch"))
     assert found["plots"].modules == ("matplotlib",)
     assert set(found["lm"].modules) < set(found["serve"].modules)
-    assert set(found["graph"].modules) < set(found["gateway"].modules)
-    for name in ("graph", "gateway"):  # nobody who wants a graph engine or a gateway installs torch
+    for name in ("graph", "gateway", "routers"):  # nobody who wants a graph engine or a gateway installs torch
         assert not {"torch", "matplotlib"} & set(found[name].modules)
+    # A gateway maps none of these, and an image of one should not hold them.
+    heavy = {"numba", "scipy", "networkx", "tokenizers", "pyarrow", "starlette", "uvicorn"}
+    assert not heavy & set(found["gateway"].modules)
     users = set(found) - {"all", "bench", "dev", "docs", "spark"}
     assert set(found["all"].modules) == {name for extra in users for name in found[extra].modules}
 
@@ -104,7 +106,7 @@ def test_missing_is_looked_up_anew(hidden):
     assert extras()["graph"].missing == ()
     hidden("numba")
     assert extras()["graph"].missing == ("numba",)
-    assert extras()["gateway"].missing == ("numba",)
+    assert extras()["routers"].missing == ("numba",)
 
 
 def test_what_is_for_some_platforms_only_does_not_count_as_missing(monkeypatch):
@@ -135,7 +137,7 @@ def test_require_names_everything_in_one_command(hidden):
     [
         ("torch", "", "pip install 'anabranch[lm]'"),
         ("scipy", "", "pip install 'anabranch[laws]'"),
-        ("scipy", "gateway", "pip install 'anabranch[gateway]'"),
+        ("scipy", "routers", "pip install 'anabranch[routers]'"),
         ("scipy", "plots", "pip install 'anabranch[laws]'"),
         ("pyyaml", "", "pip install 'anabranch[gateway]'"),
         ("networkx", "", "pip install 'anabranch[graph]'"),
@@ -230,7 +232,7 @@ def test_every_command_is_among_those_that_were_tried():
     need_files |= {"routers fit", "routers route", "routers replay"}
     need_files |= {f"gateway keys {name}" for name in ("revoke", "edit", "rotate")}
     need_files |= {f"gateway budget {name}" for name in ("set", "remove")}
-    need_files |= {f"gateway ledger {name}" for name in ("spend", "export", "prune", "backup")}
+    need_files |= {f"gateway ledger {name}" for name in ("spend", "prune", "backup")}
     assert rest - groups - named == need_files
 
 

@@ -68,11 +68,20 @@ def graph(tmp_path_factory, wheel):
 
 
 @pytest.fixture(scope="module")
-def gateway(graph, wheel):
-    """The same environment, with more."""
-    graph.install(f"{wheel}[gateway]")
-    assert not {"torch", "matplotlib"} & graph.installed()
-    return graph
+def gateway(tmp_path_factory, wheel):
+    made = Environment(tmp_path_factory.mktemp("gateway"), wheel, "[gateway]")
+    heavy = {"torch", "matplotlib", "numba", "scipy", "networkx", "pyarrow", "tokenizers", "starlette", "uvicorn"}
+    assert not heavy & made.installed()
+    return made
+
+
+def test_a_gateway_takes_little_room(gateway):
+    """What an image of one holds beside Python: pip itself is left out, which an image can do without."""
+    (packages,) = (gateway.folder / "env" / "lib").glob("python3*/site-packages")
+    tools = ("pip", "setuptools", "pkg_resources", "wheel", "_distutils_hack")
+    kept = [entry for entry in packages.iterdir() if entry.name.partition("-")[0] not in tools]
+    files = [file for entry in kept for file in (entry.rglob("*") if entry.is_dir() else [entry]) if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 150e6
 
 
 def test_the_base_is_light_and_every_help_and_message_works(base):

@@ -231,7 +231,14 @@ def test_routes_and_judgements_of_light_strategies_load_no_torch(place):
         "assert main('gateway fit data.jsonl --out light --quiet --json'.split()) == 0\n"
         "assert main('gateway eval data.jsonl --router light --quiet --json'.split()) == 0\n"
         "assert main(['gateway', 'route', 'add', '--router', 'light', '--json']) == 0\n"
-        "assert not {'torch', 'matplotlib', 'scipy', 'numba'} & sys.modules.keys(), sorted(sys.modules)"
+        "import asyncio\n"
+        "from anabranch.gateway import Gateway\n"
+        "async def ask():\n"
+        "    async with Gateway(store=None) as gateway:\n"
+        "        await gateway.achat({'model': 'auto', 'messages': [{'role': 'user', 'content': 'x'}]})\n"
+        "asyncio.run(ask())\n"
+        "heavy = {'torch', 'matplotlib', 'scipy', 'numba', 'pyarrow', 'tokenizers', 'networkx', 'starlette', 'uvicorn'}\n"
+        "assert not heavy & sys.modules.keys(), sorted(heavy & sys.modules.keys())"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, env=environment)

@@ -1,6 +1,8 @@
 """Configs of a gateway: good files in TOML, YAML and JSON, and a table of bad ones, each told with file, line and field."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ from anabranch.gateway.config import (
     names_of,
 )
 from anabranch.gateway.config.lines import parse
+from anabranch.gateway.http.run import try_out
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.money import Price
 
@@ -193,7 +196,9 @@ BAD = [
     (MODEL.replace('small"', 'small"\nprice = { input_usd = "cheap" }'), 3, "models.0.price.input_usd is 'cheap'"),
     (MODEL.replace('small"', 'small"\nprice = { inptu_usd = 1 }'), 3, "models.0.price: Price has no field 'inptu_usd'; did you mean"),
     (MODEL.replace('small"', 'small"\nprice = { input = 1, input_usd = 1 }'), 3, "models.0.price.input are both there"),
-    (MODEL.replace('small"', 'small"\nprice = { input = 0.5 }'), 3, "models.0.price.input is 0.5"),
+    (MODEL.replace('small"', 'small"\nprice = { input = 0.5 }'), 3,
+     "models.0.price.input is 0.5, and counts nano-dollars; for dollars per million tokens write input_usd = 0.5"),
+    (MODEL.replace('small"', 'small"\nprice = { cached_input = 2 }'), 3, "write cached_input_usd = 2"),
     (MODEL + "[embedder]\nkind = 'hashed'\n[strategies.a]\nkind = 'ic_cache'\ntrusted = ['smal']", 9,
      "strategies.a.trusted has 'smal', and there is no such model; did you mean 'small'?"),
     (MODEL + "[strategies.a]\nkind = 'static'\nmodel = 'smal'", 7, "strategies.a.model has 'smal', and there is no such model"),
@@ -353,3 +358,18 @@ def test_without_a_config():
     assert len(set(prices)) == 3
     assert find_target(config, "auto").strategy == "rules"
     assert not config.require_key
+
+
+def test_the_configs_of_the_guide_are_right(tmp_path, monkeypatch):
+    """The first one as it stands; the others, which are parts, behind it."""
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "gateway-guide.md").read_text()
+    first, *parts = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
+    for name in re.findall(r"env:(\w+)", guide):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "x")
+    path = tmp_path / "gateway.toml"
+    path.write_text(first)
+    try_out(load_config(path))
+    for part in parts:
+        path.write_text(f"{first}\n[embedder]\nkind = 'hashed'\n[strategies.learned]\nkind = 'random'\n{part}")
+        try_out(load_config(path))

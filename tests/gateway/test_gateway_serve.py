@@ -350,3 +350,28 @@ def test_a_check_looks_where_the_store_would_be_and_makes_none(tmp_path, monkeyp
     ):  # fmt: skip
         assert main(["gateway", "serve", "--check", "-c", path, "--store", str(store)]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("require_key", ["true", "false"])
+def test_the_command_that_is_told_next_works(tmp_path, require_key):
+    """As it stands, with a key where one is needed."""
+    path = write(tmp_path / "gateway.toml", require_key=require_key)
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "TEST_ADMIN_KEY": ADMIN}
+    command = [sys.executable, "-m", "anabranch.cli.main", "gateway"]
+    with subprocess.Popen(
+        [*command, "serve", "-c", path, "--port", "0"], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    ) as server:
+        try:
+            told = {}
+            while "next" not in told or (require_key == "true" and "keys" not in told):
+                label, _, text = server.stdout.readline().partition(" ")
+                told[label] = text.strip()
+            assert ("authorization" in told["next"]) == (require_key == "true")
+            if require_key == "true":
+                words = told["keys"].removeprefix("anabranch gateway ").removesuffix(" makes a $KEY").split()
+                made = subprocess.run([*command, *words, "--json"], env=environment, capture_output=True, cwd=tmp_path)
+                environment["KEY"] = json.loads(made.stdout)["key"]
+            asked = subprocess.run(told["next"], shell=True, capture_output=True, env=environment, timeout=30)
+            assert json.loads(asked.stdout)["choices"]
+        finally:
+            server.terminate()

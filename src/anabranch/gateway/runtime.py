@@ -104,7 +104,7 @@ class Runtime:
 
 def _counter(path: str) -> Counter:
     """Counts tokens by a ``tokenizer.json``."""
-    require("tokenizers", by="counting by a tokenizer", of="gateway")
+    require("tokenizers", by="counting by a tokenizer", of="routers")
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():

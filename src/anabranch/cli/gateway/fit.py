@@ -22,7 +22,7 @@ from anabranch.cli.gateway.options import (
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed, finite_number
 from anabranch.cli.output import print_json, say, size, table, wrote
-from anabranch.errors import DataError, InputError
+from anabranch.errors import BackendError, DataError, InputError
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def fit(
             one.connect(embed=made.embed)
             try:
                 one.fit(learned, seed=seed)
-            except DataError as error:
-                # Of all there are, some cannot learn from data like these.
+            except (BackendError, DataError) as error:
+                # Of all there are, some cannot learn from data like these, or with what is installed.
                 if strategy != ["all"]:
                     raise
                 say(f"{name} was left out: {error}")

@@ -14,6 +14,7 @@ from anabranch.cli.gateway.stores import DEFAULT_STORE, StoreOption, amount, mom
 from anabranch.cli.options import AsJson
 from anabranch.cli.output import fact, print_json, table
 from anabranch.errors import InputError
+from anabranch.extras import require
 from anabranch.files import atomic_file, check_apart, mode_of
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def export(
     writers = {".csv": _write_csv, ".parquet": _write_parquet}
     if out.suffix not in writers:
         raise InputError(f"--out is {str(out)!r}; it must end in {' or '.join(writers)}")
+    if out.suffix == ".parquet":
+        require("parquet", by=f"writing {out}")
     file = store_file(store)
     check_apart([out], [file])
     query = dataclasses.replace(_query(since, until, key, user, team, tag, model, status), calls=True)

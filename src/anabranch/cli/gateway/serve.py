@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from anabranch.cli.options import FLAG, AsJson, Quiet, finite_number, only_file
-from anabranch.cli.output import fact, print_json, say
+from anabranch.cli.output import fact, print_json, say, shell_word
 from anabranch.extras import require
+
+if TYPE_CHECKING:
+    from anabranch.gateway.config import GatewayConfig
 
 
 def serve(
@@ -73,7 +76,7 @@ def serve(
         say(f"{config or 'the built-in config'} is right: {len(held.models)} models, {len(held.strategies)} strategies")
         return
 
-    def ready(url: str, admin_url: str) -> None:
+    def ready(url: str, admin_url: str, held: GatewayConfig) -> None:
         import sys
 
         if as_json:
@@ -82,7 +85,10 @@ def serve(
             fact("serving", f"{url}/v1   page {admin_url}/ui   (Ctrl-C stops)")
             if router is not None:
                 fact("auto", _auto(router))
-            fact("next", f"curl -s {url}/v1/chat/completions -d '{_EXAMPLE}' -H 'content-type: application/json'")
+            key = ' -H "authorization: Bearer $KEY"' if held.require_key else ""
+            fact("next", f"curl -s {url}/v1/chat/completions -d '{_EXAMPLE}' -H 'content-type: application/json'{key}")
+            if held.require_key:
+                fact("keys", f"anabranch gateway keys create ci --store {shell_word(held.store)} makes a $KEY")
         sys.stdout.flush()
 
     run(config, host=host, port=port, store=store, router=router, drain_s=drain, on_ready=ready)

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+from anabranch.extras import require
+
 
 class VectorIndex(Protocol):
     """Unit vectors by id."""
@@ -61,9 +63,10 @@ class ExactIndex:
 
 
 class GraphIndex:
-    """HNSW. Needs numba (``anabranch[graph]``), which takes a second to load and compile."""
+    """HNSW. Needs numba (``anabranch[routers]``), which takes a second to load and compile."""
 
     def __init__(self, dim: int, *, ef: int = 64) -> None:
+        require("numba", by="an index of many answers", of="routers")
         from anabranch.graph.hnsw import HNSW
 
         self._graph = HNSW(dim, metric="cosine", num_threads=1)

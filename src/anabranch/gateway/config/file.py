@@ -130,6 +130,11 @@ def _plain_price(price: dict[str, Any], path: str, source: _Source) -> dict[str,
         if name not in PRICES:
             if name.endswith("_usd"):
                 source.fail(f"{path}: Price has no field {name!r}; {hint(name, PRICES)}", field)
+            if f"{name}_usd" in PRICES and f"{name}_usd" not in price and _looks_like_dollars(value):
+                source.fail(
+                    f"{field} is {shown(value)}, and counts nano-dollars; for dollars per million tokens write {name}_usd = {shown(value)}",
+                    field,
+                )
             out[name] = value
             continue
         plain = name.removesuffix("_usd")
@@ -147,6 +152,11 @@ def _plain_price(price: dict[str, Any], path: str, source: _Source) -> dict[str,
             )
         out[plain] = nano
     return out
+
+
+def _looks_like_dollars(value: Any) -> bool:
+    """A number that no price in nano-dollars per million tokens is: a fraction, or less than a hundredth of a cent."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**5)
 
 
 def _plain_deployment(table: Any, path: str, source: _Source) -> Any:

@@ -16,6 +16,7 @@ from anabranch.web.server import BACKLOG, Server, Signals, reload_on, runner
 
 logger = logging.getLogger(__name__)
 SWITCH_S = 1e-3
+Ready = Callable[[str, str, GatewayConfig], None]
 
 
 def load(path: Path | None, store: str | None = None, router: Path | None = None) -> GatewayConfig:
@@ -49,7 +50,7 @@ def run(
     store: str | None = None,
     router: Path | None = None,
     drain_s: float = 30.0,
-    on_ready: Callable[[str, str], None] = lambda url, admin_url: None,
+    on_ready: Ready = lambda url, admin_url, config: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. Call it in the main thread.
 
@@ -60,7 +61,7 @@ def run(
         store: in place of the config's.
         router: folder of fitted routers whose recommended one ``auto`` is to be; None leaves that to the config.
         drain_s: how long requests under way have to end after a signal.
-        on_ready: called with the URL for requests and the one for operators when both answer.
+        on_ready: called with the URL for requests, the one for operators and the config when both answer.
 
     Raises AnabranchError: the config, the store or the address cannot be used.
     """
@@ -79,7 +80,7 @@ async def _main(
     port: int,
     load_again: Callable[[], GatewayConfig],
     drain_s: float,
-    on_ready: Callable[[str, str], None],
+    on_ready: Ready,
 ) -> None:
     admin = config.admin
     is_apart = admin.port is not None
@@ -107,7 +108,7 @@ async def _main(
         ]
         reloads = loop.create_task(reload_on(signals.reload, reload))
         try:
-            on_ready(urls[0], urls[-1])
+            on_ready(urls[0], urls[-1], config)
             await signals.stop.wait()
         finally:
             for app in apps:

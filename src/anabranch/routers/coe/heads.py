@@ -169,7 +169,7 @@ def cross_entropy(logit_NC: np.ndarray, target_NC: np.ndarray) -> tuple[float, n
 
 def minimized(loss: Any, begin: np.ndarray, iterations: int = 300) -> np.ndarray:
     """The point L-BFGS ends at. Raises BackendError without scipy."""
-    require("scipy", by="learning categories", of="gateway")
+    require("scipy", by="learning categories", of="routers")
     from scipy.optimize import minimize
 
     return minimize(

@@ -45,7 +45,7 @@ class _Program:
     def __init__(
         self, problem: Problem, kept: np.ndarray, *, budget: float | None = None, limited: bool = True
     ) -> None:
-        require("scipy", by="the solver 'milp'", of="gateway")
+        require("scipy", by="the solver 'milp'", of="routers")
         from scipy.optimize import LinearConstraint
         from scipy.sparse import coo_array, vstack
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import BackendError, CheckpointError
+from anabranch.extras import require
 from anabranch.files import atomic_folder, sha256_of
 from anabranch.places import cache_folder
 from anabranch.routers.contract.strategy import Arrays, Facts
@@ -199,6 +200,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_tokenizer(path: Path, max_tokens: int) -> Any:
+    require("tokenizers", by="the embedder minilm", of="routers")
     from tokenizers import Tokenizer
 
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.extras import is_installed, require
 from anabranch.routers.contract.strategy import Arrays, Facts
 
 # Numbers of a block of cosines.
@@ -49,7 +50,8 @@ class Neighbours:
         self.count = count
         if self._index is not None:
             self._index.add(vector_ND)
-        elif count >= self.exact_below:
+        elif count >= self.exact_below and is_installed("numba"):
+            # Without it every cosine is looked at, which takes longer and is right.
             self._build()
 
     def replace(self, row: int, vector_D: np.ndarray) -> None:
@@ -91,6 +93,7 @@ class Neighbours:
         self._held = np.array(arrays["near.vector_ND"], np.float32)
         self.count, self._index = len(self._held), None
         if "index" in facts:
+            require("numba", by="an index of many queries", of="routers")
             from anabranch.graph.hnsw import HNSW
 
             prefix = "near.index."

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.config import Field, Seed, configclass
+from anabranch.extras import require
 from anabranch.routers.retrieve.index import Allow, Index, Shard
 
 
@@ -14,6 +15,7 @@ class HnswShard(Shard):
 
     def __init__(self, config: Any, dim: int) -> None:
         # Compiles on first use: only who asks for it waits.
+        require("numba", by="the index hnsw", of="routers")
         from anabranch.graph.hnsw import HNSW
 
         self._ef = config.ef

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from anabranch.config import Field, configclass
+from anabranch.extras import require
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Query
@@ -71,7 +72,8 @@ class Knn(Predictor, kind="knn"):
         self._index = self._build_index() if self.config.index == "hnsw" else None
 
     def _build_index(self) -> Any:
-        from anabranch.graph import HNSW
+        require("numba", by="knn with index = 'hnsw'", of="routers")
+        from anabranch.graph.hnsw import HNSW
 
         index = HNSW(self.vector_ND.shape[1], metric="ip", seed=self.seed, num_threads=1)
         index.add(self.vector_ND)
