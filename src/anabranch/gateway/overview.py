@@ -101,9 +101,7 @@ class Overview:
             timeline=tuple(metrics.history), deployments=self._deployments(), points=self._points(),
             calibration=self._calibration, recent=tuple(reversed(gateway.recent))[:SHOWN],
             has_tests=bool(gateway.config.ab), refused=int(sum(value for _, value in totals(metrics.refused))),
-            keeps_texts=gateway.config.log.prompts or any(
-                lane.strategy.keeps_answers for lane in gateway.runtime.decider.lanes.values()
-            ),
+            keeps_texts=gateway.config.log.prompts,
         )  # fmt: skip
 
     async def _read(self) -> dict[str, list[Spend]]:
