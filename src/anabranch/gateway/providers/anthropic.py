@@ -1,13 +1,19 @@
-"""Anthropic's messages API behind OpenAI's: requests, answers, streams and errors, both ways."""
+"""Anthropic's messages API behind OpenAI's: answers, streams and errors; requests see `anthropic_request`.
+
+What a model thought is in ``reasoning_content`` as text, and in ``thinking_blocks`` with its signatures: who sends that back with the
+message has the model go on from its own thoughts, through calls of tools too. A sender who asked in Anthropic's own form
+(`UpstreamRequest.native`) has the request sent as it came, and the answer, or each event of it, beside what was made of it
+(``anthropic``), so that nothing is lost on the way.
+"""
 
 import json
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from anabranch.config import Field, configclass
+from anabranch.gateway.providers.anthropic_request import ANSWER_TOOL, adapted, forces_json, translated
 from anabranch.gateway.providers.keys import read_key
-from anabranch.gateway.providers.openai import check_header, check_url, unsupported
+from anabranch.gateway.providers.openai import check_drops, check_header, check_url, unsupported
 from anabranch.gateway.providers.provider import (
     Answer,
     Failure,
@@ -23,9 +29,8 @@ from anabranch.gateway.providers.provider import (
     parse_object,
 )
 from anabranch.gateway.providers.usage import searches_of, tier_of
-from anabranch.web.body import is_too_deep
-from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, JsonRoom, JsonSizeError
 
+__all__ = ["Anthropic", "MessageStream", "translated"]
 FINISH = {
     "end_turn": "stop", "stop_sequence": "stop", "pause_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls",
     "refusal": "content_filter", "model_context_window_exceeded": "length",
@@ -37,7 +42,6 @@ STATUS = {  # of an error inside a stream, which has no status of its own
 
 # What reading a value of another shape raises.
 _MISSHAPEN = (KeyError, TypeError, AttributeError, ValueError)
-REFUSED = ("n", "logprobs", "top_logprobs", "logit_bias", "audio")
 
 
 class Anthropic(Provider, kind="anthropic"):
@@ -53,6 +57,7 @@ class Anthropic(Provider, kind="anthropic"):
             key_file: encrypted file that holds it, read if the variable is not set.
             version: of the API.
             max_tokens: for senders who name none; the API wants one.
+            drops: fields of a request that the endpoint refuses, and that are left out for it.
             headers: to send with each call; no keys here.
             proxy: URL of an HTTP proxy; None connects directly.
         """
@@ -62,11 +67,13 @@ class Anthropic(Provider, kind="anthropic"):
         key_file: str | None = None
         version: str = "2023-06-01"
         max_tokens: int = Field(default=4096, ge=1)
+        drops: tuple[str, ...] = ()
         headers: dict[str, str] = Field(default_factory=dict)
         proxy: str | None = None
 
         def __post_init__(self) -> None:
             check_url("base_url", self.base_url)
+            check_drops(self.drops)
             if self.proxy is not None:
                 check_url("proxy", self.proxy)
             for name, value in self.headers.items():
@@ -91,33 +98,47 @@ class Anthropic(Provider, kind="anthropic"):
         """The messages in Anthropic's form. Raises UpstreamError (``unsupported``) for what it cannot do."""
         if request.endpoint != "chat":
             raise unsupported(f"{request.endpoint} cannot be asked of anthropic")
+        config, native = self.config, request.native
+        headers = {**self._headers, **request.headers} if request.headers else self._headers
         try:
-            body = translated(request.body, self.config.model, self.config.max_tokens)
+            if native is None:
+                body = translated(request.body, config.model, config.max_tokens)
+            else:
+                body = adapted(native.body, config.model, request.stream)
+                headers = {**headers, **native.headers}
+            body = {name: value for name, value in body.items() if name not in config.drops}
         except _MISSHAPEN as error:
             message = f"messages or tools are not in the form of OpenAI's API ({type(error).__name__}: {error})"
             raise UpstreamError(Failure(kind="request", message=message, status=400)) from None
-        headers = {**self._headers, **request.headers} if request.headers else self._headers
-        return HttpCall(self._url, headers, request.dumped(body), self.config.proxy)
+        return HttpCall(self._url, headers, request.dumped(body), config.proxy)
 
     def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
         """A message as a chat completion. Raises UpstreamError (``garbage``)."""
         try:
-            return self._parsed(parse_object(body), body)
+            return self._parsed(request, parse_object(body), body)
         except _MISSHAPEN:
             raise garbage("an answer that is no message", body) from None
 
-    def _parsed(self, value: Json, body: bytes) -> Answer:
+    def _parsed(self, request: UpstreamRequest, value: Json, body: bytes) -> Answer:
         if value.get("type") == "error":
             raise UpstreamError(self._of_event(value))
         if not isinstance(value.get("content"), list):
             raise garbage("an answer without 'content'", body)
         usage = _usage(value.get("usage"))
-        choice = {"index": 0, "message": _message(value["content"]), "finish_reason": _finish(value.get("stop_reason"))}
-        return Answer({**_head(value, "chat.completion"), "choices": [choice], "usage": usage.to_openai()}, None, usage)
+        is_json = self._forces_json(request)
+        message, reason = _message(value["content"], is_json), _finish(value.get("stop_reason"))
+        choice = {"index": 0, "message": message, "finish_reason": "stop" if is_json and reason == "tool_calls" else reason}
+        native = {} if request.native is None else {"anthropic": value}
+        return Answer(
+            {**_head(value, "chat.completion"), "choices": [choice], "usage": usage.to_openai(), **native}, None, usage
+        )
 
     def translator(self, request: UpstreamRequest) -> "MessageStream":
         """What reads its events."""
-        return MessageStream(self)
+        return MessageStream(self, self._forces_json(request), request.native is not None)
+
+    def _forces_json(self, request: UpstreamRequest) -> bool:
+        return request.native is None and forces_json(request.body, self.config.model)
 
     def error(self, status: int, headers: Any, body: bytes) -> Failure:
         """As of others; an overload is a failure of the server."""
@@ -133,132 +154,6 @@ class Anthropic(Provider, kind="anthropic"):
         return self.error(STATUS.get(str(kind), 500), {}, json.dumps(value).encode())
 
 
-# Requests
-
-
-def translated(body: Json, model: str, max_tokens: int) -> Json:
-    """A chat request as a messages request. Raises UpstreamError (``unsupported``) for what has no counterpart."""
-    for name in REFUSED:
-        if body.get(name) and not (name == "n" and body[name] == 1):
-            raise unsupported(f"{name} cannot be asked of anthropic")
-    if (body.get("response_format") or {}).get("type", "text") != "text":
-        raise unsupported("response_format cannot be asked of anthropic")
-    system, messages = _messages(body.get("messages") or [])
-    made: Json = {
-        "model": model,
-        "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens,
-        "messages": messages,
-    }
-    if system:
-        made["system"] = system
-    for name in ("temperature", "top_p", "top_k", "metadata", "stream", "thinking"):
-        if body.get(name) is not None:
-            made[name] = body[name]
-    # OpenAI's scale goes to 2, Anthropic's to 1.
-    if made.get("temperature", 0) > 1:
-        made["temperature"] = 1.0
-    stop = body.get("stop")
-    if stop:
-        made["stop_sequences"] = [stop] if isinstance(stop, str) else stop
-    return made | _tools(body)
-
-
-def _tools(body: Json) -> Json:
-    tools = [
-        {
-            "name": tool["function"]["name"],
-            "description": tool["function"].get("description") or "",
-            "input_schema": tool["function"].get("parameters") or {"type": "object", "properties": {}},
-        }
-        for tool in body.get("tools") or []
-        if tool.get("type", "function") == "function"
-    ]
-    if not tools:
-        return {}
-    choice = body.get("tool_choice", "auto")
-    if isinstance(choice, dict):
-        how: Json = {"type": "tool", "name": choice["function"]["name"]}
-    else:
-        how = {"type": {"auto": "auto", "required": "any", "none": "none"}.get(choice, "auto")}
-    if body.get("parallel_tool_calls") is False and how["type"] != "none":
-        how["disable_parallel_tool_use"] = True
-    return {"tools": tools, "tool_choice": how}
-
-
-def _messages(given: Iterable[Json]) -> tuple[str, list[Json]]:
-    """The system prompt, and turns that alternate between user and assistant."""
-    system: list[str] = []
-    turns: list[Json] = []
-    room = JsonRoom(MOST_VALUES, MOST_PARTS)
-    for message in given:
-        role, content = message.get("role"), message.get("content")
-        if role in ("system", "developer"):
-            system.append(_text(content))
-            continue
-        if role == "tool":
-            role, blocks = (
-                "user",
-                [{"type": "tool_result", "tool_use_id": message.get("tool_call_id"), "content": _text(content)}],
-            )
-        elif role == "assistant":
-            blocks = [*_blocks(content), *(_tool_use(call, room) for call in message.get("tool_calls") or [])]
-        else:
-            role, blocks = "user", _blocks(content)
-        if not blocks:
-            continue
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += blocks
-        else:
-            turns.append({"role": role, "content": blocks})
-    return "\n\n".join(filter(None, system)), turns
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    return content or ""
-
-
-def _blocks(content: Any) -> list[Json]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    return [_block(part) for part in content or []]
-
-
-def _block(part: Json) -> Json:
-    kind = part.get("type")
-    if kind == "text":
-        return {"type": "text", "text": part["text"]}
-    if kind == "image_url":
-        url = part["image_url"]["url"]
-        if not url.startswith("data:"):
-            return {"type": "image", "source": {"type": "url", "url": url}}
-        media, _, data = url.removeprefix("data:").partition(";base64,")
-        return {"type": "image", "source": {"type": "base64", "media_type": media, "data": data}}
-    raise unsupported(f"a part of a message of type {kind!r} cannot be sent to anthropic")
-
-
-def _tool_use(call: Json, room: JsonRoom) -> Json:
-    """A call; its arguments count in ``room``. Raises UpstreamError."""
-    function = call["function"]
-    text, why_not = function.get("arguments") or "{}", ""
-    try:
-        # The parser holds up all other requests for as long as it takes.
-        room.take(text.encode("utf-8", "replace"))
-        given = json.loads(text)
-        why_not = "are nested too deep" if is_too_deep(given) else ""
-    except JsonSizeError as error:
-        why_not = f"have, with those of the other calls, {error}"
-    except RecursionError:
-        why_not = "are nested too deep"
-    except ValueError:
-        why_not = "are no JSON"
-    if why_not:
-        message = f"the arguments of the tool call {call.get('id')!r} {why_not}"
-        raise UpstreamError(Failure(kind="request", message=message, status=400))
-    return {"type": "tool_use", "id": call.get("id"), "name": function["name"], "input": given}
-
-
 # Answers
 
 
@@ -271,21 +166,26 @@ def _head(message: Json, kind: str) -> Json:
     }
 
 
-def _message(content: list[Json]) -> Json:
+def _message(content: list[Json], is_json: bool = False) -> Json:
+    """A message of OpenAI's form; ``is_json`` where the answer is the input of `ANSWER_TOOL`."""
     text = "".join(block.get("text", "") for block in content if block.get("type") == "text")
-    thoughts = "".join(block.get("thinking", "") for block in content if block.get("type") == "thinking")
-    calls = [
-        {
-            "id": block["id"],
-            "type": "function",
-            "function": {"name": block["name"], "arguments": json.dumps(block.get("input") or {})},
-        }
-        for block in content
-        if block.get("type") == "tool_use"
-    ]
+    thoughts = [block for block in content if block.get("type") in ("thinking", "redacted_thinking")]
+    calls = []
+    for block in content:
+        if block.get("type") != "tool_use":
+            continue
+        arguments = json.dumps(block.get("input") or {})
+        if is_json and block["name"] == ANSWER_TOOL:
+            # What is said beside it is no JSON.
+            text = arguments
+        else:
+            function = {"name": block["name"], "arguments": arguments}
+            calls.append({"id": block["id"], "type": "function", "function": function})
     message: Json = {"role": "assistant", "content": text if text or not calls else None}
-    if thoughts:
-        message["reasoning_content"] = thoughts
+    if thought := "".join(block.get("thinking", "") for block in thoughts):
+        message["reasoning_content"] = thought
+    if any(block.get("signature") or block.get("data") for block in thoughts):
+        message["thinking_blocks"] = thoughts
     if calls:
         message["tool_calls"] = calls
     return message
@@ -320,13 +220,23 @@ class MessageStream:
 
     Attributes:
         is_done: ``message_stop`` has come.
+
+    Args:
+        provider: whose stream it is.
+        is_json: the answer is the input of `ANSWER_TOOL`.
+        keeps_events: each event goes along with the chunk that is made of it.
     """
 
-    def __init__(self, provider: Anthropic) -> None:
+    def __init__(self, provider: Anthropic, is_json: bool = False, keeps_events: bool = False) -> None:
         self._provider, self._head = provider, _head({}, "chat.completion.chunk")
+        self._is_json, self._keeps_events = is_json, keeps_events
         self._given: Json = {}
-        # Index of a block -> index of its tool call.
+        # Index of a block -> index of its tool call; of those whose arguments have not come, what they were said to be at first.
         self._calls: dict[int, int] = {}
+        self._empty: dict[int, Json] = {}
+        # Index of a block -> what was thought in it so far.
+        self._thoughts: dict[int, Json] = {}
+        self._answers: set[int] = set()
         self.is_done = False
 
     @property
@@ -344,12 +254,20 @@ class MessageStream:
         if kind == "error":
             raise UpstreamError(self._provider._of_event(value))
         try:
-            return getattr(self, f"_{kind}")(value) if kind in EVENTS else []
+            made: list[Json] = getattr(self, f"_{kind}")(value) if kind in EVENTS else []
         except _MISSHAPEN:
             raise garbage("an event that is none of a message", data) from None
+        if self._keeps_events:
+            made = made or [{**self._head, "choices": []}]
+            made[0]["anthropic"] = value
+        return made
 
     def _chunk(self, delta: Json, finish_reason: str | None = None) -> list[Json]:
         return [{**self._head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}]
+
+    def _call(self, at: int, arguments: str, **more: Any) -> list[Json]:
+        function = {**more.pop("function", {}), "arguments": arguments}
+        return self._chunk({"tool_calls": [{"index": at, **more, "function": function}]})
 
     def _message_start(self, value: Json) -> list[Json]:
         message = value.get("message") or {}
@@ -358,33 +276,69 @@ class MessageStream:
 
     def _content_block_start(self, value: Json) -> list[Json]:
         block = value.get("content_block") or {}
-        if block.get("type") == "tool_use":
-            at = self._calls[value["index"]] = len(self._calls)
-            function = {"name": block["name"], "arguments": ""}
-            return self._chunk(
-                {"tool_calls": [{"index": at, "id": block["id"], "type": "function", "function": function}]}
-            )
-        return self._chunk({"content": block["text"]}) if block.get("text") else []
+        kind = block.get("type")
+        if kind == "tool_use":
+            number = value["index"]
+            if self._is_json and block["name"] == ANSWER_TOOL:
+                self._answers.add(number)
+                return []
+            at = self._calls[number] = len(self._calls)
+            self._empty[number] = block.get("input") or {}
+            return self._call(at, "", id=block["id"], type="function", function={"name": block["name"]})
+        if kind == "thinking":
+            self._thoughts[value["index"]] = {"type": "thinking", "thinking": "", "signature": "", **block}
+        elif kind == "redacted_thinking":
+            return self._chunk({"thinking_blocks": [block]})
+        return self._said(block["text"]) if block.get("text") else []
+
+    def _said(self, text: str) -> list[Json]:
+        # Beside the JSON there is nothing to say.
+        return [] if self._is_json else self._chunk({"content": text})
 
     def _content_block_delta(self, value: Json) -> list[Json]:
         delta = value.get("delta") or {}
-        if delta.get("type") == "text_delta":
-            return self._chunk({"content": delta["text"]})
-        if delta.get("type") == "thinking_delta":
+        kind = delta.get("type")
+        if kind == "text_delta":
+            return self._said(delta["text"])
+        if kind == "thinking_delta":
+            if value["index"] in self._thoughts:
+                self._thoughts[value["index"]]["thinking"] += delta["thinking"]
             return self._chunk({"reasoning_content": delta["thinking"]})
-        if delta.get("type") == "input_json_delta" and delta.get("partial_json"):
-            at = self._calls.get(value["index"], 0)
-            return self._chunk({"tool_calls": [{"index": at, "function": {"arguments": delta["partial_json"]}}]})
+        if kind == "signature_delta" and value["index"] in self._thoughts:
+            self._thoughts[value["index"]]["signature"] += delta["signature"]
+        if kind == "input_json_delta" and delta.get("partial_json"):
+            if value["index"] in self._answers:
+                return self._chunk({"content": delta["partial_json"]})
+            self._empty.pop(value["index"], None)
+            return self._call(self._calls.get(value["index"], 0), delta["partial_json"])
         return []
+
+    def _content_block_stop(self, value: Json) -> list[Json]:
+        number = value["index"]
+        thought, given = self._thoughts.pop(number, None), self._empty.pop(number, None)
+        if given is not None:
+            # A call without arguments has some all the same: no other form of them can be read.
+            return self._call(self._calls[number], json.dumps(given))
+        return self._chunk({"thinking_blocks": [thought]}) if thought is not None and thought["signature"] else []
 
     def _message_delta(self, value: Json) -> list[Json]:
         self._given |= value.get("usage") or {}
+        reason = _finish((value.get("delta") or {}).get("stop_reason"))
+        if self._answers and reason == "tool_calls":
+            reason = "stop"
         usage = {**self._head, "choices": [], "usage": _usage(self._given).to_openai()}
-        return [*self._chunk({}, _finish((value.get("delta") or {}).get("stop_reason"))), usage]
+        return [*self._chunk({}, reason), usage]
 
     def _message_stop(self, value: Json) -> list[Json]:
         self.is_done = True
         return []
 
 
-EVENTS = ("message_start", "content_block_start", "content_block_delta", "message_delta", "message_stop")
+EVENTS = (
+    "message_start",
+    "content_block_start",
+    "content_block_delta",
+    "content_block_stop",
+    "message_delta",
+    "message_stop",
+)

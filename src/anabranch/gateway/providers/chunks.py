@@ -47,7 +47,8 @@ def assembled(chunks: Iterable[Json], endpoint: str = "chat") -> Json:
     choices: dict[int, Json] = {}
     for chunk in chunks:
         for name, value in chunk.items():
-            if name not in ("choices", "object") and (value is not None or name not in body):
+            # The last's event of another form is not the whole's.
+            if name not in ("choices", "object", "anthropic") and (value is not None or name not in body):
                 body[name] = value
         for choice in _choices(chunk):
             at = _place(choice, 0)

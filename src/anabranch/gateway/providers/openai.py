@@ -1,19 +1,17 @@
 """Any endpoint that speaks OpenAI's API: bodies go through as they are, but for the model's name, the key and the wish for usage."""
 
 import hashlib
-import re
 from typing import Any
 from urllib.parse import urlsplit
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.providers.keys import read_key
+from anabranch.gateway.providers.openai_models import fitted
+from anabranch.gateway.providers.plain_chat import plain
 from anabranch.gateway.providers.provider import Failure, HttpCall, Provider, UpstreamError, UpstreamRequest, hidden
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
-
-# Models that refuse ``max_tokens`` in chats, and know its newer name alone.
-REASONING = re.compile(r"(?:.*/)?(?:o\d|gpt-5)")
 
 
 class OpenAI(Provider, kind="openai"):
@@ -32,6 +30,8 @@ class OpenAI(Provider, kind="openai"):
             proxy: URL of an HTTP proxy; None connects directly, whatever the environment says.
             idempotency_header: in which a call is named, such as ``Idempotency-Key``: the same when it is tried again, so that an endpoint
                 that knows it answers and bills once. None sends none; neither OpenAI nor Anthropic documents one for these endpoints.
+            reasoning: it is a model that reasons: it is sent ``max_completion_tokens`` and no sampling. None tells by its name (o3, gpt-5).
+            drops: fields of a chat that the endpoint refuses, and that are left out for it.
         """
 
         base_url: str = "https://api.openai.com/v1"
@@ -41,6 +41,8 @@ class OpenAI(Provider, kind="openai"):
         sends_usage: bool = True
         proxy: str | None = None
         idempotency_header: str | None = None
+        reasoning: bool | None = None
+        drops: tuple[str, ...] = ()
 
         def __post_init__(self) -> None:
             check_url("base_url", self.base_url)
@@ -48,6 +50,7 @@ class OpenAI(Provider, kind="openai"):
                 check_url("proxy", self.proxy)
             for name, value in self.headers.items():
                 check_header(name, value)
+            check_drops(self.drops)
             if self.idempotency_header is not None:
                 check_header(self.idempotency_header, "")
 
@@ -65,8 +68,8 @@ class OpenAI(Provider, kind="openai"):
         """The sender's body under the upstream's name of the model."""
         if request.endpoint not in self.endpoints:
             raise unsupported(f"{request.endpoint} cannot be asked of {self.kind}")
-        if request.endpoint == "chat" and REASONING.match(self.config.model):
-            request = _renamed(request)
+        if request.endpoint == "chat":
+            request = self._fitted(request)
         body = request.encoded(self.config.model, self.config.sends_usage)
         headers = {**self._headers, **request.headers} if request.headers else self._headers
         if self.config.idempotency_header is not None and request.request_id:
@@ -75,25 +78,19 @@ class OpenAI(Provider, kind="openai"):
             headers = {**headers, self.config.idempotency_header: named}
         return HttpCall(self._urls[request.endpoint], headers, body, self.config.proxy)
 
+    def _fitted(self, request: UpstreamRequest) -> UpstreamRequest:
+        """A chat as this model takes it: its parameters mapped, and what another API alone knows put into OpenAI's words."""
+        config, body = self.config, request.body
+        if request.is_foreign:
+            body = plain(body, config.model)
+        body = fitted(body, config.model, config.reasoning)
+        if config.drops:
+            body = {name: value for name, value in body.items() if name not in config.drops}
+        return request if body is request.body else request.asking(body)
+
     def redacted(self, failure: Failure) -> Failure:
         """Without this provider's key."""
         return hidden(failure, None if self._key is None else self._key.reveal())
-
-
-def _renamed(request: UpstreamRequest) -> UpstreamRequest:
-    """The same request, its end under the newer name; the larger where it has both."""
-    body = dict(request.body)
-    old = body.pop("max_tokens", None)
-    if not old:
-        return request
-    body["max_completion_tokens"] = max(old, body.get("max_completion_tokens") or 0)
-    return UpstreamRequest(
-        request.endpoint,
-        body,
-        request_id=request.request_id,
-        prompt_tokens=request.prompt_tokens,
-        headers=request.headers,
-    )
 
 
 def unsupported(message: str) -> UpstreamError:
@@ -108,6 +105,13 @@ def check_url(field: str, url: str) -> None:
         raise ConfigError(f"{field} is {url!r}; it must be a URL such as https://api.openai.com/v1")
     if "@" in parts.netloc:
         raise ConfigError(f"{field} holds a user or password; keys come from the environment (key_env)")
+
+
+def check_drops(names: tuple[str, ...]) -> None:
+    """Raises ConfigError for fields without which nothing is asked, or all that is reserved would not bound the bill."""
+    kept = sorted({"model", "messages", "stream", "max_tokens", "max_completion_tokens"}.intersection(names))
+    if kept:
+        raise ConfigError(f"drops has {kept[0]!r}, which the gateway needs to send")
 
 
 def check_header(name: str, value: str) -> None:

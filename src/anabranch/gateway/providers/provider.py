@@ -148,6 +148,19 @@ _CODE = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Native:
+    """A request in the form that its sender wrote, where that is not OpenAI's: for a provider that speaks it.
+
+    Attributes:
+        body: of ``POST /v1/messages``.
+        headers: of that form alone, to send along, lower case.
+    """
+
+    body: Json
+    headers: Headers
+
+
 class UpstreamRequest:
     """One request for the upstreams. It is never changed; what differs from one provider to the next is made from it.
 
@@ -158,9 +171,12 @@ class UpstreamRequest:
         prompt_tokens: counted or estimated; None for a quarter of the bytes.
         headers: to send along, lower case.
         num_bytes: of the body as it came, if it is known; a large one is written in steps.
+        native: what ``body`` was made of, if it came in Anthropic's form; None of other requests, and where other messages are sent.
+        is_foreign: it came in Anthropic's form: ``body`` has fields that only `anabranch.gateway.providers.anthropic` knows, and that
+            others take out (`plain_chat`).
     """
 
-    __slots__ = ("_rest", "body", "endpoint", "headers", "num_bytes", "prompt_tokens", "request_id", "stream")
+    __slots__ = ("_rest", "body", "endpoint", "headers", "is_foreign", "native", "num_bytes", "prompt_tokens", "request_id", "stream")
 
     def __init__(
         self,
@@ -171,9 +187,11 @@ class UpstreamRequest:
         prompt_tokens: int | None = None,
         headers: Headers | None = None,
         num_bytes: int = 0,
+        native: Native | None = None,
+        is_foreign: bool = False,
     ) -> None:
         self.endpoint, self.body, self.request_id, self.headers = endpoint, body, request_id, headers
-        self.num_bytes = num_bytes
+        self.num_bytes, self.native, self.is_foreign = num_bytes, native, is_foreign or native is not None
         self.stream = bool(body.get("stream")) and endpoint != "embeddings"
         self._rest: dict[bool, bytes] = {}
         self.prompt_tokens = len(self.encoded("", False)) // 4 if prompt_tokens is None else prompt_tokens
@@ -211,14 +229,7 @@ class UpstreamRequest:
         if not self.stream:
             return self
         body = {name: value for name, value in self.body.items() if name not in ("stream", "stream_options")}
-        return UpstreamRequest(
-            self.endpoint,
-            body,
-            request_id=self.request_id,
-            prompt_tokens=self.prompt_tokens,
-            headers=self.headers,
-            num_bytes=self.num_bytes,
-        )
+        return self._like(body, self.native, self.prompt_tokens)
 
     def bounded(self, most_tokens: int | None) -> "UpstreamRequest":
         """The same request with an end: one that names none of its own asks for so many completion tokens at most. None leaves it open."""
@@ -226,19 +237,28 @@ class UpstreamRequest:
         has_end = body.get("max_completion_tokens") or body.get("max_tokens") or self.endpoint == "embeddings"
         if most_tokens is None or has_end:
             return self
-        return UpstreamRequest(
-            self.endpoint, {**body, "max_tokens": most_tokens}, request_id=self.request_id, prompt_tokens=self.prompt_tokens,
-            headers=self.headers, num_bytes=self.num_bytes,
-        )  # fmt: skip
+        return self._like({**body, "max_tokens": most_tokens}, self.native, self.prompt_tokens)
 
     def with_body(self, **changes: Any) -> "UpstreamRequest":
         """The same request with some fields of the body set."""
+        return self._like({**self.body, **changes}, None, None)
+
+    def asking(self, body: Json) -> "UpstreamRequest":
+        """The same question in other fields, for one provider."""
+        return self._like(body, None, self.prompt_tokens, is_foreign=False)
+
+    def _like(
+        self, body: Json, native: Native | None, prompt_tokens: int | None, is_foreign: bool | None = None
+    ) -> "UpstreamRequest":
         return UpstreamRequest(
             self.endpoint,
-            {**self.body, **changes},
+            body,
             request_id=self.request_id,
+            prompt_tokens=prompt_tokens,
             headers=self.headers,
             num_bytes=self.num_bytes,
+            native=native,
+            is_foreign=self.is_foreign if is_foreign is None else is_foreign,
         )
 
 

@@ -1,0 +1,99 @@
+"""A chat answer as a message of Anthropic's API."""
+
+import json
+import uuid
+from typing import Any
+
+Json = dict[str, Any]
+STOPS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "content_filter": "refusal",
+}
+
+
+def to_message(body: Json, answer: Json) -> Json:
+    """The message.
+
+    Args:
+        body: the request to ``/v1/messages``.
+        answer: of chat; one of Anthropic's own models has the message in it as it came (``anthropic``).
+    """
+    native = answer.get("anthropic")
+    if isinstance(native, dict):
+        return native
+    choice = next(iter(answer.get("choices") or ()), {})
+    message = choice.get("message") or {}
+    content = [*_thoughts(message)]
+    text = message.get("content") or message.get("refusal")
+    if text:
+        content.append({"type": "text", "text": text})
+    content += [_call(call) for call in message.get("tool_calls") or ()]
+    return {
+        **head(answer.get("id"), answer.get("model") or body.get("model")),
+        "content": content,
+        "stop_reason": stop_reason(choice.get("finish_reason"), bool(message.get("tool_calls"))),
+        "usage": usage_of(answer.get("usage")),
+    }
+
+
+def head(id: Any, model: Any) -> Json:
+    """What every message begins with."""
+    return {
+        "id": id if isinstance(id, str) and id.startswith("msg") else f"msg_{uuid.uuid4().hex}",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+    }
+
+
+def stop_reason(reason: Any, has_calls: bool) -> str:
+    """Why it ended; some servers say ``stop`` where a tool is called."""
+    return "tool_use" if has_calls and reason == "stop" else STOPS.get(reason, "end_turn")
+
+
+def usage_of(usage: Any) -> Json:
+    """Anthropic counts cached tokens beside the others, OpenAI among them."""
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, dict) else {}
+    cached, written = details.get("cached_tokens") or 0, details.get("cache_write_tokens") or 0
+    prompt = usage.get("prompt_tokens") or 0
+    return {
+        "input_tokens": max(0, prompt - cached - written),
+        "cache_creation_input_tokens": written,
+        "cache_read_input_tokens": cached,
+        "output_tokens": usage.get("completion_tokens") or 0,
+    }
+
+
+def _thoughts(message: Json) -> list[Json]:
+    blocks = message.get("thinking_blocks")
+    if isinstance(blocks, list) and blocks:
+        return blocks
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    return [{"type": "thinking", "thinking": thought, "signature": ""}] if isinstance(thought, str) and thought else []
+
+
+def _call(call: Json) -> Json:
+    function = call.get("function") or {}
+    return {
+        "type": "tool_use",
+        "id": call.get("id") or f"toolu_{uuid.uuid4().hex}",
+        "name": function.get("name") or "",
+        "input": _input(function.get("arguments") or "{}"),
+    }
+
+
+def _input(arguments: str) -> Json:
+    """Arguments as an object; what a model wrote that is none is passed on as it is, for whoever called it to see."""
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {"arguments": arguments}

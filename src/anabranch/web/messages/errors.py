@@ -1,0 +1,32 @@
+"""Errors as Anthropic's clients know them."""
+
+from typing import Any
+
+from anabranch.web.api_error import ApiError
+
+_TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "request_too_large",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def to_error(error: ApiError) -> dict[str, Any]:
+    """The body of an answer that is an error."""
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    made = {"type": "error", "error": {"type": kind, "message": str(error)}}
+    request_id = error.headers.get("x-request-id")
+    return made if request_id is None else {**made, "request_id": request_id}
+
+
+def error_event(message: str, code: str | None) -> dict[str, Any]:
+    """The event that ends a stream which broke."""
+    kind = {"rate_limit_exceeded": "rate_limit_error", "deadline_exceeded": "timeout_error"}.get(code or "", "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
