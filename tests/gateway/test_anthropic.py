@@ -5,7 +5,9 @@ import json
 import pytest
 
 from anabranch.gateway.providers.anthropic import Anthropic, translated
-from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.anthropic_request import ANSWER_TOOL
+from anabranch.gateway.providers.chunks import assembled
+from anabranch.gateway.providers.provider import Native, UpstreamError, UpstreamRequest
 from anabranch.gateway.providers.sse import Splitter, events
 
 KEY = "sk-ant-0123456789abcdef"
@@ -60,9 +62,7 @@ def test_a_request_with_all_kinds_of_parts():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "fields", [{"n": 2}, {"logprobs": True}, {"logit_bias": {"1": 2}}]
-)
+@pytest.mark.parametrize("fields", [{"n": 2}, {"logprobs": True}, {"logit_bias": {"1": 2}}])
 def test_what_has_no_counterpart_is_said_to_be_unsupported(fields):
     with pytest.raises(UpstreamError) as caught:
         translated({"messages": [], **fields}, "m", 1)
@@ -234,3 +234,116 @@ def test_the_key_is_in_the_headers_and_nowhere_else(provider):
     assert call.headers["x-api-key"] == KEY
     assert KEY not in repr(call) + repr(provider) + repr(provider.config)
     assert call.url == "https://api.anthropic.com/v1/messages"
+
+
+def event_stream(*values):
+    return "".join(f"event: {value['type']}\ndata: {json.dumps(value)}\n\n" for value in values).encode()
+
+
+START = {
+    "type": "message_start",
+    "message": {"id": "m1", "model": "c", "usage": {"input_tokens": 9, "output_tokens": 1}},
+}
+THINKING = [
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": "", "signature": ""}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "hm"}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "!"}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": "s1"}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "content_block_start", "index": 1, "content_block": {"type": "redacted_thinking", "data": "zz"}},
+    {"type": "content_block_stop", "index": 1},
+]
+CALLS = [
+    {
+        "type": "content_block_start",
+        "index": 2,
+        "content_block": {"type": "tool_use", "id": "t1", "name": "now", "input": {}},
+    },
+    {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", "partial_json": ""}},
+    {"type": "content_block_stop", "index": 2},
+    {
+        "type": "content_block_start",
+        "index": 3,
+        "content_block": {"type": "tool_use", "id": "t2", "name": "at", "input": {"a": 1}},
+    },
+    {"type": "content_block_stop", "index": 3},
+]
+END = [
+    {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 9}},
+    {"type": "message_stop"},
+]
+
+
+def test_a_streamed_call_without_arguments_has_an_empty_object_of_them(provider):
+    whole = assembled(chunks_of(provider, [event_stream(START, *CALLS, *END)]))
+    calls = whole["choices"][0]["message"]["tool_calls"]
+    assert [(call["function"]["name"], call["function"]["arguments"]) for call in calls] == [
+        ("now", "{}"),
+        ("at", '{"a": 1}'),
+    ]
+    assert whole["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_streamed_thoughts_are_those_of_the_whole_answer_and_go_back_whole(provider):
+    message = assembled(chunks_of(provider, [event_stream(START, *THINKING, *CALLS, *END)]))["choices"][0]["message"]
+    thoughts = [{"type": "thinking", "thinking": "hm!", "signature": "s1"}, {"type": "redacted_thinking", "data": "zz"}]
+    tools = [
+        {"type": "tool_use", "id": "t1", "name": "now", "input": {}},
+        {"type": "tool_use", "id": "t2", "name": "at", "input": {"a": 1}},
+    ]
+    body = {"content": [*thoughts, *tools], "stop_reason": "tool_use", "usage": {"input_tokens": 9, "output_tokens": 9}}
+    whole = provider.parse(chat(), json.dumps(body).encode()).body["choices"][0]["message"]
+    assert {**message, "content": message["content"] or None} == whole
+    assert (message["reasoning_content"], message["thinking_blocks"]) == ("hm!", thoughts)
+    again = translated({"messages": [{"role": "user", "content": "x"}, message]}, "claude", 9)
+    assert again["messages"][1]["content"] == body["content"]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_that_was_forced_into_json_is_text_again(provider, is_streamed):
+    wanted = chat(response_format={"type": "json_object"}, stream=is_streamed)
+    sent = json.loads(provider.build(wanted).body)
+    assert sent["tool_choice"]["name"] == ANSWER_TOOL
+    call = {"type": "tool_use", "id": "t1", "name": ANSWER_TOOL, "input": {"a": 1}}
+    if is_streamed:
+        pieces = [
+            {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": part}}
+            for part in ('{"a"', ": 1}")
+        ]
+        aside = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Here:"}}
+        began = {"type": "content_block_start", "index": 1, "content_block": {**call, "input": {}}}
+        translator = provider.translator(wanted)
+        chunks = []
+        for value in (START, aside, began, *pieces, {"type": "content_block_stop", "index": 1}, *END):
+            chunks += translator.feed(json.dumps(value).encode())
+        choice = assembled(chunks)["choices"][0]
+    else:
+        body = {
+            "content": [{"type": "text", "text": "Here:"}, call],
+            "stop_reason": "tool_use",
+            "usage": {"input_tokens": 9, "output_tokens": 9},
+        }
+        choice = provider.parse(wanted, json.dumps(body).encode()).body["choices"][0]
+    assert (json.loads(choice["message"]["content"]), choice["finish_reason"]) == ({"a": 1}, "stop")
+    assert "tool_calls" not in choice["message"]
+
+
+def test_who_asks_in_anthropics_form_gets_every_event_and_the_whole_message_as_they_came(provider):
+    native = Native({"model": "x", "max_tokens": 5, "messages": [], "system": "s"}, {"anthropic-beta": "b1"})
+    asked = UpstreamRequest("chat", chat(stream=True).body, native=native)
+    call = provider.build(asked)
+    assert json.loads(call.body) == {**native.body, "model": "claude", "stream": True}
+    assert call.headers["anthropic-beta"] == "b1"
+    translator, given = provider.translator(asked), [START, {"type": "ping"}, *THINKING, *CALLS, *END]
+    chunks = [chunk for value in given for chunk in translator.feed(json.dumps(value).encode())]
+    assert [chunk["anthropic"] for chunk in chunks if "anthropic" in chunk] == given
+    assert "anthropic" not in assembled(chunks)
+    body = {
+        "id": "m",
+        "content": [{"type": "web_search_tool_result", "content": []}],
+        "usage": {"input_tokens": 1, "output_tokens": 2},
+    }
+    assert provider.parse(asked, json.dumps(body).encode()).body["anthropic"] == body
+    # Other messages are sent in place of the sender's: it is translated after all.
+    changed = provider.build(asked.with_body(messages=[{"role": "user", "content": "other"}]))
+    assert json.loads(changed.body)["messages"][0]["content"] == [{"type": "text", "text": "other"}]

@@ -212,11 +212,14 @@ def test_refusals_that_several_senders_meet_are_the_deployments(tmp_path, monkey
 @pytest.mark.parametrize(
     ("status", "body"),
     [
-        (400, b'{"error":{"code":"invalid_function_parameters","type":"invalid_request_error","param":"tools[0].function.parameters"}}'),
+        (
+            400,
+            b'{"error":{"code":"invalid_function_parameters","type":"invalid_request_error","param":"tools[0].function.parameters"}}',
+        ),
         (400, b'{"error":{"message":"You have reached your specified API usage limits"}}'),
         (422, b'{"detail":[{"loc":["body","tools",0],"msg":"field required","type":"missing"}]}'),
     ],
-)  # fmt: skip
+)
 def test_the_same_mistake_of_many_senders_is_never_the_deployments(tmp_path, monkeypatch, status, body):
     refuses(monkeypatch, status, body, PLAIN)
 
@@ -257,11 +260,17 @@ def test_a_deployment_without_the_model_is_gone_on_from_and_left_alone(tmp_path,
 @pytest.mark.parametrize(
     ("status", "body"),
     [
-        (400, b'{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too long: 208310 tokens > 200000 maximum"}}'),
-        (400, b'{"type":"error","error":{"type":"invalid_request_error","message":"Your credit balance is too low to access the API."}}'),
+        (
+            400,
+            b'{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too long: 208310 tokens > 200000 maximum"}}',
+        ),
+        (
+            400,
+            b'{"type":"error","error":{"type":"invalid_request_error","message":"Your credit balance is too low to access the API."}}',
+        ),
         (404, b'{"detail":"Not Found"}'),
     ],
-)  # fmt: skip
+)
 def test_another_model_is_asked_where_this_one_says_in_words_that_it_cannot(tmp_path, monkeypatch, status, body):
     """However many do, and long after the extra attempts are used up."""
     answer = Behaviour.scene
@@ -275,8 +284,9 @@ def test_another_model_is_asked_where_this_one_says_in_words_that_it_cannot(tmp_
 
     monkeypatch.setattr(Behaviour, "scene", scene)
     models = tuple(
-        ModelConfig(name=name, deployments=(DeploymentConfig(provider=Mock.Config(model=name, tokens=4)),)) for name in ("first", "second")
-    )  # fmt: skip
+        ModelConfig(name=name, deployments=(DeploymentConfig(provider=Mock.Config(model=name, tokens=4)),))
+        for name in ("first", "second")
+    )
 
     rare = b"too long" in body  # a prompt that is too long says nothing of the next one
 

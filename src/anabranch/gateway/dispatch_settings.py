@@ -31,15 +31,27 @@ def rules_of(config: GatewayConfig) -> DispatchRules:
 
 def _group(model: ModelConfig, config: GatewayConfig) -> Group:
     deployments = tuple(
-        Deployment(
-            name=model.deployment_name(at), provider=one.provider, weight=one.weight,
-            timeout_s=one.timeout_s or config.deadline_s,
-            first_token_timeout_s=one.first_token_timeout_s or one.timeout_s or config.deadline_s / SHARES,
-            rpm=one.rpm, tpm=one.tpm, max_in_flight=one.max_in_flight,
-        )
-        for at, one in enumerate(model.deployments)
-    )  # fmt: skip
+        _deployment(model, at, model.deadline_s or config.deadline_s) for at in range(len(model.deployments))
+    )
     return Group(
         name=model.name, deployments=deployments, price=model.price, context=model.context, parameters=model.parameters,
         description=model.description, balance=model.balance or config.balance,
     )  # fmt: skip
+
+
+def _deployment(model: ModelConfig, at: int, deadline_s: float) -> Deployment:
+    """What a deployment does not say of time, its model says, and else the deadline of the request."""
+    one = model.deployments[at]
+    timeout_s = one.timeout_s or model.timeout_s
+    first_s = one.first_token_timeout_s or one.timeout_s or model.first_token_timeout_s or model.timeout_s
+    return Deployment(
+        name=model.deployment_name(at),
+        provider=one.provider,
+        weight=one.weight,
+        timeout_s=timeout_s or deadline_s,
+        first_token_timeout_s=first_s or deadline_s / SHARES,
+        idle_timeout_s=one.idle_timeout_s or model.idle_timeout_s,
+        rpm=one.rpm,
+        tpm=one.tpm,
+        max_in_flight=one.max_in_flight,
+    )

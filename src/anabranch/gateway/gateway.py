@@ -29,6 +29,7 @@ from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.life import Life
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.overview import Overview
+from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.relay import Chunks
 from anabranch.gateway.reply import Reply
@@ -217,6 +218,7 @@ class Gateway:
         shown_as: str | None = None,
         collecting: Collecting | None = None,
         num_bytes: int = 0,
+        native: Native | None = None,
     ) -> Reply:
         """Answer one request. Raises ApiError.
 
@@ -228,13 +230,14 @@ class Gateway:
             shown_as: what metrics call the endpoint, if not by its name.
             collecting: what it is collected for; None for a request of a user.
             num_bytes: of the body as it came, if that is known; a large one is read, counted and sent in other threads.
+            native: what ``body`` was made of, if that came in Anthropic's form.
         """
         if self.in_flight >= self.config.limits.in_flight:
             self.metrics.refuse("too_many")
             message = f"{self.in_flight:,} requests are under way, which is the limit; try again"
             raise ApiError(429, "rate_limit_exceeded", message, type="requests", headers={"Retry-After": "1"})
         runtime = self.runtime
-        life = Life(self, runtime, endpoint, body, headers or {}, shown_as or endpoint, collecting, num_bytes)
+        life = Life(self, runtime, endpoint, body, headers or {}, shown_as or endpoint, collecting, num_bytes, native)
         self.in_flight += 1
         runtime.users += 1
         if not life.headers.get("idempotency-key"):

@@ -46,7 +46,7 @@ from anabranch.gateway.prompt_tokens import (
     num_prompts,
     room_of,
 )
-from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest, Usage
+from anabranch.gateway.providers.provider import Answer, Failure, Native, UpstreamError, UpstreamRequest, Usage
 from anabranch.gateway.purse import Hold, Purse
 from anabranch.gateway.refusals import HOPELESS, limited, unavailable
 from anabranch.gateway.relay import Relay, Replayed, Sharing
@@ -103,10 +103,12 @@ class Life:
         shown_as: str,
         collecting: Collecting | None = None,
         num_bytes: int = 0,
+        native: Native | None = None,
     ) -> None:
         self.gateway, self.runtime, self.endpoint, self.body = gateway, runtime, endpoint, body
         self.headers, self.shown_as, self.caches, self.collecting = headers, shown_as, gateway.caches, collecting
-        self.num_bytes = num_bytes
+        # What it was made of, if it came in Anthropic's form.
+        self.num_bytes, self.native = num_bytes, native
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
         # Of the key; None if none is needed.
         self.record: KeyRecord | None = None
@@ -262,9 +264,21 @@ class Life:
         self.target = replace(self.target, strategy=self.arm.strategy)
 
     @property
+    def deadline_s(self) -> float:
+        """Seconds the request may take in all: those of the model it goes to first, where that says."""
+        first = self.candidates[0] if self.candidates else self.target.model
+        own = None if first is None else self.runtime.models[first].deadline_s
+        return own or self.runtime.config.deadline_s
+
+    @property
+    def _form(self) -> str:
+        """Of the answer that is kept: one in Anthropic's form has more in it than others may see."""
+        return "" if self.native is None else f"#messages:{self.native.digest}"
+
+    @property
     def asked_for(self) -> str:
         """What answers are kept under: what the sender named, and the arm that it came to."""
-        return self.label if self.arm is None else f"{self.label}#{self.arm.side}"
+        return (self.label if self.arm is None else f"{self.label}#{self.arm.side}") + self._form
 
     @property
     def strategy(self) -> str:
@@ -299,7 +313,13 @@ class Life:
     def _bound(self, model: str) -> int | None:
         """Where a request does not say how long an answer may be, the model is told, and this is what is reserved; see `room_of`."""
         given = self.runtime.models[model]
-        return room_of(given.max_tokens or self.runtime.config.limits.max_tokens, given.context, self._count(model))
+        most = given.max_tokens or self.runtime.config.limits.max_tokens
+        thinking = self.body.get("thinking")
+        budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+        if isinstance(budget, int) and budget >= most:
+            # Thoughts are part of an answer's tokens, and must leave some.
+            most += budget
+        return room_of(most, given.context, self._count(model))
 
     def _count(self, model: str) -> PromptCount:
         """Of what is sent to a model."""
@@ -359,13 +379,13 @@ class Life:
             raise wrong(
                 "Idempotency-Key", f"Idempotency-Key may have {LONGEST_NAME} characters; this has {len(name):,}"
             )
-        mark = await self._apart(lambda: exact_key(self.endpoint, self.label, self._short()))
+        mark = await self._apart(lambda: exact_key(self.endpoint, self.label + self._form, self._short()))
         self.exact = named, (name, mark)
         try:
             found = named.get(self.tenant, name, mark)
             if found is not None:
                 return found, "exact"
-            async with asyncio.timeout(self.runtime.config.deadline_s - self.elapsed()):
+            async with asyncio.timeout(self.deadline_s - self.elapsed()):
                 joined = await named.claim(self.tenant, name, mark)
         except OtherRequestError as error:
             raise ApiError(422, "idempotency_key_reused", str(error), param="Idempotency-Key") from None
@@ -384,7 +404,7 @@ class Life:
         if entry is not None:
             return entry, "exact"
         try:
-            async with asyncio.timeout(self.runtime.config.deadline_s - self.elapsed()):
+            async with asyncio.timeout(self.deadline_s - self.elapsed()):
                 joined = await self.caches.flights.join((self.tenant, key))
         except TimeoutError:
             message = "an identical request is under way, and its answer did not come in time"
@@ -541,14 +561,19 @@ class Life:
         judge = None if strategy is None else runtime.decider.acceptance(strategy, self.decided.query, self.calls)
         self.dispatched, self.calls.purpose = self.elapsed(), "judge"
         request = UpstreamRequest(
-            self.endpoint, self.body, request_id=self.id, prompt_tokens=self.count.tokens, num_bytes=self.num_bytes
+            self.endpoint,
+            self.body,
+            request_id=self.id,
+            prompt_tokens=self.count.tokens,
+            num_bytes=self.num_bytes,
+            native=self.native,
         )
         keeps = request.stream and (
             self.ticket is not None or self.context is not None or self._keeps_texts or self._strategy_keeps
         )
         self.report = Report()
         plan = Plan(
-            candidates=self.candidates, report=self.report, deadline=runtime.dispatcher.now() + runtime.config.deadline_s - self.elapsed(),
+            candidates=self.candidates, report=self.report, deadline=runtime.dispatcher.now() + self.deadline_s - self.elapsed(),
             accept=None if judge is None else partial(self._accept, judge), allow=self._allow, most=self.most, keep=keeps,
             sender=self.sender,
             requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},

@@ -30,6 +30,7 @@ def check_chat(body: dict[str, Any], most_tokens: int) -> None:
     for at, message in enumerate(messages):
         _check_message(message, f"messages[{at}]")
     _check_tools(body)
+    _check_thinking(body, most_tokens)
 
 
 def check_completion(body: dict[str, Any], most_tokens: int) -> None:
@@ -95,6 +96,15 @@ def _check_tools(body: dict[str, Any]) -> None:
         isinstance(tool, dict) and isinstance(tool.get("type"), str) for tool in tools
     ):
         raise wrong("tools", "tools must be a list of objects with a type")
+
+
+def _check_thinking(body: dict[str, Any], most_tokens: int) -> None:
+    """Thoughts are paid for as answers are."""
+    thinking = body.get("thinking")
+    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+    if budget is not None and (not is_int(budget) or not 1 <= budget <= most_tokens):
+        name = "thinking.budget_tokens"
+        raise wrong(name, f"{name} is {said(budget)}; it must be an integer from 1 to {most_tokens:,}")
 
 
 def _check_texts(body: dict[str, Any], name: str) -> None:

@@ -98,6 +98,11 @@ class GatewayConfig(Config):
         return self.default_strategy or next(iter(self.strategies))
 
     @property
+    def longest_deadline_s(self) -> float:
+        """Seconds that any request may take."""
+        return max([self.deadline_s, *(model.deadline_s or 0.0 for model in self.models)])
+
+    @property
     def aliases(self) -> dict[str, str]:
         """Other names of models, with the model's own."""
         return {alias: model.name for model in self.models for alias in model.aliases}

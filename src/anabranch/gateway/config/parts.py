@@ -24,9 +24,11 @@ class DeploymentConfig(Config):
         name: in logs, headers and metrics; unique in the gateway. Empty: the model's name, with its place if there are several.
         provider: how to speak to it.
         weight: share of requests among deployments of one model, relative to the others'.
-        timeout_s: seconds one attempt may take; None leaves it to the deadline of the request.
-        first_token_timeout_s: seconds until a stream's first token; None takes ``timeout_s``, and where that is None too, a third of
-            the deadline, so that a silent upstream leaves time for another.
+        timeout_s: seconds one attempt at a whole answer may take; None takes the model's, and where that is None too, leaves it to the
+            deadline of the request.
+        first_token_timeout_s: seconds until a stream's first token; None takes the model's, then ``timeout_s``, and where that is None
+            too, a third of the deadline, so that a silent upstream leaves time for another.
+        idle_timeout_s: seconds between two events of a stream; None takes the model's, then ``timeout_s``.
         rpm: requests a minute it takes; None is no limit.
         tpm: tokens a minute it takes; None is no limit.
         max_in_flight: requests at a time; None is no limit.
@@ -37,6 +39,7 @@ class DeploymentConfig(Config):
     weight: float = Field(default=1.0, ge=0)
     timeout_s: float | None = Field(default=None, gt=0)
     first_token_timeout_s: float | None = Field(default=None, gt=0)
+    idle_timeout_s: float | None = Field(default=None, gt=0)
     rpm: int | None = Field(default=None, ge=1)
     tpm: int | None = Field(default=None, ge=1)
     max_in_flight: int | None = Field(default=None, ge=1)
@@ -56,6 +59,8 @@ class ModelConfig(Config):
         description: a few words on what it is good at, for strategies that read them.
         tokenizer: path of a ``tokenizer.json`` to count prompts with; None estimates.
         balance: how requests are spread over its deployments; None takes the gateway's.
+        deadline_s: seconds that a request which goes to it first may take in all; None takes the gateway's. Models that think take minutes.
+        timeout_s, first_token_timeout_s, idle_timeout_s: of deployments that say none of their own.
         deployments: at least one.
     """
 
@@ -68,6 +73,10 @@ class ModelConfig(Config):
     description: str = ""
     tokenizer: str | None = None
     balance: Balance | None = None
+    deadline_s: float | None = Field(default=None, gt=0)
+    timeout_s: float | None = Field(default=None, gt=0)
+    first_token_timeout_s: float | None = Field(default=None, gt=0)
+    idle_timeout_s: float | None = Field(default=None, gt=0)
     deployments: tuple[DeploymentConfig, ...] = Field(min_length=1)
 
     def model(self) -> Model:

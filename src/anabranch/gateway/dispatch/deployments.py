@@ -21,8 +21,9 @@ class Deployment:
         name: unlike any other.
         provider: config of what talks to it.
         weight: share of the requests, for ``weighted``.
-        timeout_s: most seconds to a whole answer; of a stream, between two events of it.
+        timeout_s: most seconds to a whole answer.
         first_token_timeout_s: most seconds to the first token of a stream.
+        idle_timeout_s: most seconds between two events of a stream; None for ``timeout_s``.
         rpm: most requests in a minute; None for no limit.
         tpm: most tokens in a minute, prompts and completions.
         max_in_flight: most requests at once.
@@ -34,10 +35,16 @@ class Deployment:
     weight: float = 1.0
     timeout_s: float = 120.0
     first_token_timeout_s: float = 30.0
+    idle_timeout_s: float | None = None
     rpm: int | None = None
     tpm: int | None = None
     max_in_flight: int | None = None
     price: Price | None = None
+
+    @property
+    def idle_s(self) -> float:
+        """Most seconds between two events of a stream."""
+        return self.timeout_s if self.idle_timeout_s is None else self.idle_timeout_s
 
 
 @dataclass(frozen=True, kw_only=True)

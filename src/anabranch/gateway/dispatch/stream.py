@@ -223,12 +223,12 @@ class Stream:
     def _ready(self, opened: Opened) -> bytes:
         """What is there without waiting. Raises UpstreamError."""
         if self._run.left_s <= 0:
-            raise self._run.timed_out(opened.live, opened.live.deployment.timeout_s, "timeout")
+            raise self._run.timed_out(opened.live, opened.live.deployment.idle_s, "timeout")
         return opened.ready()
 
     async def _some(self, opened: Opened) -> bytes:
         """What comes next, which may be empty, or a sign of life if that takes long. Raises UpstreamError when it takes too long."""
-        now, limit_s, beat_s = self._now(), opened.live.deployment.timeout_s, self._run.rules.heartbeat_s
+        now, limit_s, beat_s = self._now(), opened.live.deployment.idle_s, self._run.rules.heartbeat_s
         if self._quiet_since is None:
             # Since we wait: until then it may have been the reader who was slow.
             self._quiet_since = now

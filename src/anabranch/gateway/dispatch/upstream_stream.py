@@ -219,7 +219,7 @@ class Opened:
         """Read to the end, and close the books. Raises UpstreamError, with the books closed too."""
         try:
             while not self.is_done:
-                limit_s = self.live.deployment.timeout_s
+                limit_s = self.live.deployment.idle_s
                 async with asyncio.timeout(max(min(limit_s, self.run.left_s), 0.0)):
                     self.first += self.ready() or await self.next()
                 if len(self.first) > BODY_BYTES:

@@ -15,6 +15,7 @@ from anabranch.errors import AnabranchError, CapacityError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator
 from anabranch.gateway.http.admin import AdminRoutes
+from anabranch.gateway.http.messages import MessagesRoutes
 from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.http.openapi import describe
 from anabranch.gateway.http.page import PageRoutes
@@ -49,7 +50,8 @@ class App:
             "/ready": {"GET": self._ready},
         }
         if public:
-            table |= {**self._openai.table(), "/openapi.json": {"GET": self._openapi}}
+            messages = MessagesRoutes(gateway, self._openai)
+            table |= {**self._openai.table(), **messages.table(), "/openapi.json": {"GET": self._openapi}}
         if admin:
             table |= {**PageRoutes(gateway).table(), "/metrics": {"GET": self._metrics}}
         self._table = table

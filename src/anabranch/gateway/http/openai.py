@@ -49,16 +49,16 @@ class OpenAIRoutes:
 
     def _endpoint(self, endpoint: str) -> Route:
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
-            body, num_bytes = await self._read(request)
+            body, num_bytes = await self.read(request)
             reply = await self._gateway.handle(
                 endpoint, body, key=bearer(request), headers=request.headers, num_bytes=num_bytes
             )
-            return await self._send(request, reply, reply.stream)
+            return await self.send(request, reply, reply.stream)
 
         return answer
 
     async def _responses(self, request: web.BaseRequest) -> web.StreamResponse:
-        body, num_bytes = await self._read(request)
+        body, num_bytes = await self.read(request)
         reply = await self._gateway.handle(
             "chat",
             to_chat(body),
@@ -76,17 +76,17 @@ class OpenAIRoutes:
             reply.body = json.dumps(to_response(body, json.loads(reply.body)), ensure_ascii=False).encode(
                 "utf-8", "replace"
             )
-        return await self._send(request, reply, source)
+        return await self.send(request, reply, source)
 
     async def _models(self, request: web.BaseRequest) -> web.StreamResponse:
         await self._gateway.authenticate(bearer(request))
         return json_response({"object": "list", "data": self._gateway.models()})
 
     async def _feedback(self, request: web.BaseRequest) -> web.StreamResponse:
-        body, _ = await self._read(request)
+        body, _ = await self.read(request)
         return json_response(await self._gateway.feedback(body, key=bearer(request)))
 
-    async def _read(self, request: web.BaseRequest) -> tuple[dict[str, Any], int]:
+    async def read(self, request: web.BaseRequest) -> tuple[dict[str, Any], int]:
         """The body and its bytes, of those only who have a key: nobody else may fill the memory."""
         try:
             await self._gateway.authenticate(bearer(request))
@@ -100,7 +100,7 @@ class OpenAIRoutes:
         body = _parsed(raw) if len(raw) <= LARGE else await asyncio.to_thread(_parsed, raw)
         return body, len(raw)
 
-    async def _send(
+    async def send(
         self, request: web.BaseRequest, reply: Reply, source: AsyncIterator[bytes] | None
     ) -> web.StreamResponse:
         """Reply as HTTP. A stream is written as fast as it is read on the other side, and ``source``, what it is made of, is closed when
@@ -113,7 +113,7 @@ class OpenAIRoutes:
         response = web.StreamResponse(status=reply.status, headers=headers)
         response.content_type = "text/event-stream"
         try:
-            async with asyncio.timeout(self._gateway.config.deadline_s + STALL_S):
+            async with asyncio.timeout(self._gateway.config.longest_deadline_s + STALL_S):
                 await response.prepare(request)
                 async for chunk in reply.stream:
                     await response.write(chunk)

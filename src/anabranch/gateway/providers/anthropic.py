@@ -127,10 +127,16 @@ class Anthropic(Provider, kind="anthropic"):
         usage = _usage(value.get("usage"))
         is_json = self._forces_json(request)
         message, reason = _message(value["content"], is_json), _finish(value.get("stop_reason"))
-        choice = {"index": 0, "message": message, "finish_reason": "stop" if is_json and reason == "tool_calls" else reason}
+        choice = {
+            "index": 0,
+            "message": message,
+            "finish_reason": "stop" if is_json and reason == "tool_calls" else reason,
+        }
         native = {} if request.native is None else {"anthropic": value}
         return Answer(
-            {**_head(value, "chat.completion"), "choices": [choice], "usage": usage.to_openai(), **native}, None, usage
+            {**_head(value, "chat.completion"), "choices": [choice], "usage": usage.to_openai(), **native},
+            None,
+            usage,
         )
 
     def translator(self, request: UpstreamRequest) -> "MessageStream":

@@ -359,7 +359,9 @@ def _document(part: Json) -> Json:
     data = given.get("file_data")
     if not data:
         raise unsupported("a file by its id cannot be sent to anthropic; send its data")
-    source = _source(data) if data.startswith("data:") else {"type": "base64", "media_type": "application/pdf", "data": data}
+    source = (
+        _source(data) if data.startswith("data:") else {"type": "base64", "media_type": "application/pdf", "data": data}
+    )
     if source["media_type"].startswith("text/"):
         text = base64.b64decode(source["data"], validate=True).decode()
         source = {"type": "text", "media_type": "text/plain", "data": text}

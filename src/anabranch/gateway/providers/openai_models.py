@@ -1,10 +1,9 @@
 """What OpenAI's models take, told by their names, and requests put into such words.
 
-| models | take |
-|---|---|
-| o1, o3, o4-mini, codex, gpt-5 and later, but for `-chat` | `max_completion_tokens`, `reasoning_effort`; no sampling, no logprobs (from 5.1 on with effort `none`) |
-| gpt-3.5, gpt-4, gpt-4o, gpt-4.1 | sampling; no `reasoning_effort` |
-| all others | what they are sent |
+o1, o3, o4-mini, codex, gpt-5 and later   ``max_completion_tokens`` and ``reasoning_effort``; no sampling, no logprobs, but, from 5.1 on,
+                                          with effort ``none``. Those with ``-chat`` in their names are none of these.
+gpt-3.5, gpt-4, gpt-4o, gpt-4.1           sampling; no ``reasoning_effort``
+all others                                what they are sent
 """
 
 import re
@@ -50,7 +49,9 @@ def fitted(body: Json, model: str, reasoning: bool | None = None) -> Json:
         return made
     for name in _REFUSED:
         if body.get(name):
-            raise UpstreamError(Failure(kind="unsupported", message=f"{name} cannot be asked of {model}, which reasons"))
+            raise UpstreamError(
+                Failure(kind="unsupported", message=f"{name} cannot be asked of {model}, which reasons")
+            )
     return _without(made, _SAMPLING)
 
 

@@ -61,7 +61,8 @@ def _messages(given: list[Json]) -> Iterator[Json]:
             made["content"] = f"Error: {made['content']}"
         if message.get("tool_calls"):
             made["tool_calls"] = [
-                {name: value for name, value in call.items() if name != "cache_control"} for call in message["tool_calls"]
+                {name: value for name, value in call.items() if name != "cache_control"}
+                for call in message["tool_calls"]
             ]
         if made.get("content") or made.get("tool_calls") or message["role"] != "assistant":
             yield made
@@ -106,7 +107,10 @@ def _text(*lines: Any) -> Json:
 def _tool(tool: Json) -> Json:
     if tool.get("type") != "function":
         raise _unsupported(f"a tool of type {tool.get('type')!r} runs at Anthropic alone")
-    return {"type": "function", "function": {name: value for name, value in tool["function"].items() if name != "cache_control"}}
+    return {
+        "type": "function",
+        "function": {name: value for name, value in tool["function"].items() if name != "cache_control"},
+    }
 
 
 def _unsupported(message: str) -> UpstreamError:

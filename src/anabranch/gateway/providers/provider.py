@@ -8,6 +8,7 @@
 All four are pure. Providers that need no socket (mock, replay) or that look on (record) put a transport of their own in the place of HTTP.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -148,7 +149,7 @@ _CODE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Native:
     """A request in the form that its sender wrote, where that is not OpenAI's: for a provider that speaks it.
 
@@ -159,6 +160,13 @@ class Native:
 
     body: Json
     headers: Headers
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that is asked beside the messages, the names of model and stream: what a chat made of it may have no words for."""
+        asked = {name: value for name, value in self.body.items() if name not in ("messages", "model", "stream")}
+        text = json.dumps([asked, sorted(self.headers.items())], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class UpstreamRequest:
@@ -176,7 +184,18 @@ class UpstreamRequest:
             others take out (`plain_chat`).
     """
 
-    __slots__ = ("_rest", "body", "endpoint", "headers", "is_foreign", "native", "num_bytes", "prompt_tokens", "request_id", "stream")
+    __slots__ = (
+        "_rest",
+        "body",
+        "endpoint",
+        "headers",
+        "is_foreign",
+        "native",
+        "num_bytes",
+        "prompt_tokens",
+        "request_id",
+        "stream",
+    )
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ def to_message(body: Json, answer: Json) -> Json:
     native = answer.get("anthropic")
     if isinstance(native, dict):
         return native
-    choice = next(iter(answer.get("choices") or ()), {})
+    choice: Json = next(iter(answer.get("choices") or ()), {})
     message = choice.get("message") or {}
     content = [*_thoughts(message)]
     text = message.get("content") or message.get("refusal")

@@ -28,5 +28,7 @@ def to_error(error: ApiError) -> dict[str, Any]:
 
 def error_event(message: str, code: str | None) -> dict[str, Any]:
     """The event that ends a stream which broke."""
-    kind = {"rate_limit_exceeded": "rate_limit_error", "deadline_exceeded": "timeout_error"}.get(code or "", "api_error")
+    kind = {"rate_limit_exceeded": "rate_limit_error", "deadline_exceeded": "timeout_error"}.get(
+        code or "", "api_error"
+    )
     return {"type": "error", "error": {"type": kind, "message": message}}

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from anabranch.web.api_error import wrong
-from anabranch.web.body import is_int, said
+from anabranch.web.body import said
 
 Json = dict[str, Any]
+
+# Tokens to think with.
+LEAST_BUDGET = 1024
 
 # What chat calls likewise, or knows nothing of, and only Anthropic's own models are sent.
 _AS_THEY_ARE = (
@@ -45,7 +48,9 @@ def to_chat(body: Json, *, counts: bool = False) -> Json:
     if most is not None:
         chat["max_tokens"] = most
     if not isinstance(body.get("messages"), list) or not body["messages"]:
-        raise wrong("messages", f"messages is {said(body.get('messages'))}; it must be a list with at least one message")
+        raise wrong(
+            "messages", f"messages is {said(body.get('messages'))}; it must be a list with at least one message"
+        )
     chat["messages"] = [*_system(body.get("system")), *_messages(body["messages"])]
     if body.get("stop_sequences") is not None:
         if not _are_texts(body["stop_sequences"]):
@@ -70,11 +75,13 @@ def _check_thinking(body: Json) -> None:
     if not isinstance(thinking, dict) or not isinstance(thinking.get("type"), str):
         raise wrong("thinking", f"thinking is {said(thinking)}; it must be an object with a type")
     budget, most = thinking.get("budget_tokens"), body.get("max_tokens")
-    if thinking["type"] == "enabled":
-        if not is_int(budget) or budget < 1024:
-            raise wrong("thinking.budget_tokens", f"thinking.budget_tokens is {said(budget)}; it must be an integer of at least 1024")
-        if is_int(most) and budget >= most:
-            raise wrong("max_tokens", f"max_tokens is {most:,}; it must be greater than thinking.budget_tokens, {budget:,}")
+    if thinking["type"] != "enabled":
+        return
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < LEAST_BUDGET:
+        name = "thinking.budget_tokens"
+        raise wrong(name, f"{name} is {said(budget)}; it must be an integer of at least {LEAST_BUDGET:,}")
+    if isinstance(most, int) and budget >= most:
+        raise wrong("max_tokens", f"max_tokens is {most:,}; it must be greater than thinking.budget_tokens, {budget:,}")
 
 
 def _add_output(chat: Json, body: Json) -> None:
@@ -85,7 +92,11 @@ def _add_output(chat: Json, body: Json) -> None:
     wanted = config.get("format") or body.get("output_format")
     if wanted is None:
         return
-    if not isinstance(wanted, dict) or wanted.get("type") != "json_schema" or not isinstance(wanted.get("schema"), dict):
+    if (
+        not isinstance(wanted, dict)
+        or wanted.get("type") != "json_schema"
+        or not isinstance(wanted.get("schema"), dict)
+    ):
         raise wrong("output_config.format", 'output_config.format must be {"type": "json_schema", "schema": {...}}')
     chat["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted["schema"]}}
 
@@ -109,7 +120,9 @@ def _add_tools(chat: Json, body: Json) -> None:
     elif kind in _TOOL_CHOICE:
         chat["tool_choice"] = _TOOL_CHOICE[kind]
     else:
-        raise wrong("tool_choice", f"tool_choice is {said(choice)}; its type must be auto, any, tool (with a name) or none")
+        raise wrong(
+            "tool_choice", f"tool_choice is {said(choice)}; its type must be auto, any, tool (with a name) or none"
+        )
     if choice.get("disable_parallel_tool_use") and chat.get("tools"):
         chat["parallel_tool_calls"] = False
 
@@ -143,7 +156,9 @@ def _system(given: Any) -> list[Json]:
         return []
     if isinstance(given, str):
         return [{"role": "system", "content": given}]
-    return [{"role": "system", "content": _short([_part(block, f"system[{at}]") for at, block in _listed(given, "system")])}]
+    return [
+        {"role": "system", "content": _short([_part(block, f"system[{at}]") for at, block in _listed(given, "system")])}
+    ]
 
 
 def _messages(given: list[Any]) -> Iterator[Json]:
@@ -231,7 +246,11 @@ def _part(block: Json, name: str) -> Json:
     if kind == "text":
         if not isinstance(block.get("text"), str):
             raise wrong(f"{name}.text", f"{name}.text is {said(block.get('text'))}; it must be text")
-        return {field: block[field] for field in ("type", "text", "cache_control", "citations") if block.get(field) is not None}
+        return {
+            field: block[field]
+            for field in ("type", "text", "cache_control", "citations")
+            if block.get(field) is not None
+        }
     if kind in ("image", "document") and isinstance(source, dict):
         url = _url(source, name)
         if kind == "image" and url is not None:

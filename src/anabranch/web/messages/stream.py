@@ -37,7 +37,7 @@ class MessageEvents:
         if isinstance(native, dict):
             yield from self._passed(native)
             return
-        if self._has_ended or (self._next and not chunk.get("choices")):
+        if self._has_ended:
             return
         yield from self._begun(chunk)
         for choice in (chunk.get("choices") or ())[:1]:

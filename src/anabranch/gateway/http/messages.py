@@ -1,0 +1,132 @@
+"""``/v1/messages``: Anthropic's form, in front of any model."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from aiohttp import web
+
+from anabranch.errors import AnabranchError, CapacityError, InputError, UnknownModelError
+from anabranch.gateway.config import find_target
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.openai import OpenAIRoutes
+from anabranch.gateway.prompt_tokens import count_prompt
+from anabranch.gateway.providers.provider import Native
+from anabranch.gateway.refusals import unavailable
+from anabranch.gateway.validate import check_depth, check_model
+from anabranch.web.answers import JSON, SAFE, Route, bearer, json_response
+from anabranch.web.api_error import ApiError
+from anabranch.web.ids import new_id
+from anabranch.web.large_json import LARGE
+from anabranch.web.messages import MessageEvents, to_chat, to_error, to_message
+from anabranch.web.sse import HEARTBEAT, event, read_data
+
+PING = event({"type": "ping"}, "ping")
+
+# Headers of this form that models of Anthropic are sent along.
+_ALONG = ("anthropic-beta",)
+
+
+class MessagesRoutes:
+    """What Anthropic's clients call."""
+
+    def __init__(self, gateway: Gateway, http: OpenAIRoutes) -> None:
+        self._gateway, self._http = gateway, http
+
+    def table(self) -> dict[str, dict[str, Route]]:
+        """Route by path and method."""
+        return {
+            "/v1/messages": {"POST": _in_form(self._messages)},
+            "/v1/messages/count_tokens": {"POST": _in_form(self._count)},
+        }
+
+    async def _messages(self, request: web.BaseRequest) -> web.StreamResponse:
+        body, num_bytes = await self._http.read(request)
+        check_depth(body)
+        native = Native(body, {name: request.headers[name] for name in _ALONG if name in request.headers})
+        reply = await self._gateway.handle(
+            "chat",
+            to_chat(body),
+            key=bearer(request),
+            headers=request.headers,
+            shown_as="messages",
+            num_bytes=num_bytes,
+            native=native,
+        )
+        reply.headers["request-id"] = reply.headers.get("x-request-id", "")
+        source = reply.stream
+        if source is not None:
+            reply.stream = _as_events(body, source)
+        elif reply.body is not None:
+            made = to_message(body, json.loads(reply.body))
+            reply.body = json.dumps(made, ensure_ascii=False).encode("utf-8", "replace")
+        return await self._http.send(request, reply, source)
+
+    async def _count(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Tokens of a prompt, counted here: by the model's tokenizer where it has one, else a quarter of the bytes."""
+        body, num_bytes = await self._http.read(request)
+        check_depth(body)
+        chat = to_chat(body, counts=True)
+        runtime = self._gateway.runtime
+        try:
+            target = find_target(runtime.config, check_model(chat))
+        except UnknownModelError as error:
+            raise ApiError(404, "model_not_found", str(error), param="model") from None
+        except InputError as error:
+            raise ApiError(400, "invalid_value", str(error), param="model") from None
+        counter = runtime.counters.get(target.model or "")
+        count = (
+            await asyncio.to_thread(count_prompt, chat, counter) if num_bytes > LARGE else count_prompt(chat, counter)
+        )
+        return json_response({"input_tokens": count.tokens})
+
+
+def _in_form(route: Route) -> Route:
+    """A route whose errors have Anthropic's form."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await route(request)
+        except ApiError as error:
+            return _error_response(error)
+        except CapacityError as error:
+            return _error_response(unavailable(error))
+        except AnabranchError as error:
+            return _error_response(ApiError(400, "invalid_value", str(error)))
+
+    return answer
+
+
+def _error_response(error: ApiError) -> web.Response:
+    id = error.headers.setdefault("x-request-id", new_id())
+    data = json.dumps(to_error(error), ensure_ascii=False).encode("utf-8", "replace")
+    headers = {**SAFE, **error.headers, "request-id": id}
+    response = web.Response(status=error.status, body=data, content_type=JSON, headers=headers)
+    if error.headers.get("connection") == "close":
+        response.force_close()
+    return response
+
+
+async def _as_events(body: dict[str, Any], stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A chat stream as the events of a message. What the stream cannot go on from becomes an ``error``."""
+    made = MessageEvents(body)
+    try:
+        async for chunk in stream:
+            if chunk == HEARTBEAT:
+                yield PING
+                continue
+            for data in read_data(chunk):
+                if "error" in data:
+                    for piece in made.fail(str(data["error"].get("message")), data["error"].get("code")):
+                        yield piece
+                    return
+                for piece in made.add(data):
+                    yield piece
+        for piece in made.end():
+            yield piece
+    except (AttributeError, LookupError, TypeError, ValueError):
+        for piece in made.fail("the upstream sent chunks that make no answer", "upstream_garbage"):
+            yield piece
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]
