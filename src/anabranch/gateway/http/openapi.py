@@ -116,6 +116,20 @@ def _bodies(most_tokens: int) -> dict[str, dict[str, Any]]:
                 "stream": {"type": ["boolean", "null"]},
             },
         },
+        "Messages": {
+            "type": "object",
+            "required": ["model", "messages", "max_tokens"],
+            "properties": {
+                "model": _MODEL,
+                "max_tokens": {"type": "integer", "minimum": 1, "maximum": most_tokens},
+                "messages": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role", "content"]}},
+                "system": {"type": ["string", "array", "null"]},
+                "stream": {"type": ["boolean", "null"]},
+                "stop_sequences": {"type": ["array", "null"], "items": _TEXT},
+                "temperature": _number(0, 2),
+                "tools": {"type": ["array", "null"], "items": {"type": "object"}},
+            },
+        },
         "Feedback": {
             "type": "object",
             "required": ["request_id", "score"],
@@ -147,7 +161,7 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
             content["text/event-stream"] = {"schema": _TEXT}
         return {"200": {"description": "the answer", "content": content}, **dict.fromkeys(more, error)}
 
-    def post(schema: str, summary: str, stream: bool = False, *more: str) -> dict[str, Any]:
+    def post(schema: str, summary: str, stream: bool = False, *more: str, id: str = "") -> dict[str, Any]:
         body = {
             "required": True,
             "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
@@ -156,7 +170,7 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
         return {
             "post": {
                 "summary": summary,
-                "operationId": schema.lower(),
+                "operationId": id or schema.lower(),
                 "security": [{}, {"key": []}],
                 "requestBody": body,
                 "responses": answers("application/json", *statuses, stream=stream),
@@ -174,6 +188,8 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
             "/v1/completions": post("Completion", "Go on with a text", True),
             "/v1/embeddings": post("Embeddings", "Turn texts into vectors"),
             "/v1/responses": post("Responses", "Answer, in the form of the Responses API", True),
+            "/v1/messages": post("Messages", "Answer, in the form of Anthropic's Messages API, errors too", True),
+            "/v1/messages/count_tokens": post("Messages", "Count the tokens of a prompt", False, id="count_tokens"),
             "/v1/feedback": post("Feedback", "Score an answer, from 0 to 1; once", False, "409"),
             "/v1/models": get("Models and strategies", "application/json", "401", "503"),
             "/health": get("The process is alive"),
