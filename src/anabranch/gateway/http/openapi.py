@@ -122,7 +122,11 @@ def _bodies(most_tokens: int) -> dict[str, dict[str, Any]]:
             "properties": {
                 "model": _MODEL,
                 "max_tokens": {"type": "integer", "minimum": 1, "maximum": most_tokens},
-                "messages": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role", "content"]}},
+                "messages": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {"type": "object", "required": ["role", "content"]},
+                },
                 "system": {"type": ["string", "array", "null"]},
                 "stream": {"type": ["boolean", "null"]},
                 "stop_sequences": {"type": ["array", "null"], "items": _TEXT},

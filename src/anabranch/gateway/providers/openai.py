@@ -30,7 +30,7 @@ class OpenAI(Provider, kind="openai"):
             proxy: URL of an HTTP proxy; None connects directly, whatever the environment says.
             idempotency_header: in which a call is named, such as ``Idempotency-Key``: the same when it is tried again, so that an endpoint
                 that knows it answers and bills once. None sends none; neither OpenAI nor Anthropic documents one for these endpoints.
-            reasoning: it is a model that reasons: it is sent ``max_completion_tokens`` and no sampling. None tells by its name (o3, gpt-5).
+            reasons: it is a model that reasons: it is sent ``max_completion_tokens`` and no sampling. None tells by its name (o3, gpt-5).
             drops: fields of a chat that the endpoint refuses, and that are left out for it.
         """
 
@@ -41,7 +41,7 @@ class OpenAI(Provider, kind="openai"):
         sends_usage: bool = True
         proxy: str | None = None
         idempotency_header: str | None = None
-        reasoning: bool | None = None
+        reasons: bool | None = None
         drops: tuple[str, ...] = ()
 
         def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class OpenAI(Provider, kind="openai"):
         config, body = self.config, request.body
         if request.is_foreign:
             body = plain(body, config.model)
-        body = fitted(body, config.model, config.reasoning)
+        body = fitted(body, config.model, config.reasons)
         if config.drops:
             body = {name: value for name, value in body.items() if name not in config.drops}
         return request if body is request.body else request.asking(body)
