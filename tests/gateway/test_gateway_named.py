@@ -120,8 +120,11 @@ def test_another_request_under_the_same_name_is_refused_before_and_after_the_ans
     refusals, rows = run(config(tmp_path, model(latency_s=0.05)), work)
     assert refusals == [(422, "idempotency_key_reused")] * 2
     assert sorted((row.status, row.cost_nano > 0) for row in rows) == [
-        ("ok", False), ("ok", True), ("refused", False), ("refused", False)
-    ]  # fmt: skip
+        ("ok", False),
+        ("ok", True),
+        ("refused", False),
+        ("refused", False),
+    ]
 
 
 def test_a_name_that_is_too_long_is_refused(tmp_path):

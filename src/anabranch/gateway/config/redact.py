@@ -4,27 +4,18 @@ References (``env:NAME``, ``file:PATH``) are no secrets and stay. Fields of stra
 URLs may carry passwords, so it is names of fields and forms of texts that say what is hidden, not a list of places.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from anabranch.gateway.config.secret import is_reference
-
-HIDDEN = "***"
-
-# Names of fields that hold secrets, and of settings within a URL: the last word says it, so that max_tokens and key_env stay.
-_WORDS = r"(?:\w*pass(?:word|wd|phrase)?|pwd|secrets?|tokens?|keys?|api_?keys?|credentials?|auth(?:orization)?|cookie|signature|sig)"
-_NAME = re.compile(rf"(?:.*[_\-.])?{_WORDS}", re.I)
-_SURE = re.compile(r"(?:.*[_\-.])?(?:\w*pass(?:word|wd|phrase)|pwd|secret)s?", re.I)
-_SETTING = re.compile(
-    rf"(?P<name>\b(?:[\w.-]*[_.-])?{_WORDS}\b\s*[=:]\s*)(?P<value>\"[^\"]*\"|'[^']*'|[^&;,\s]+)", re.I
+from anabranch.redaction import (
+    HIDDEN,
+    hide_keys,
+    hide_passwords,
+    hide_settings,
+    is_secret_name,
+    is_surely_secret_name,
 )
-
-# Of a URL: a password may hold any sign but the last @ before the host, also those that should have been escaped.
-_USER = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<user>[^:/\s]*):(?P<password>.*)@", re.I | re.S)
-
-# Whatever it stands in.
-_KEY = re.compile(r"\bBearer\s+\S+|\b(?:sk|xai|gsk|ghp|AIza)[-_][\w.-]{8,}")
 
 
 def redacted(value: Any) -> Any:
@@ -43,9 +34,9 @@ def redacted(value: Any) -> Any:
 def _field(name: str, value: Any) -> Any:
     if name.lower() == "headers" and isinstance(value, Mapping):
         return dict.fromkeys(value, HIDDEN)
-    if _SURE.fullmatch(name):
+    if is_surely_secret_name(name):
         return _hidden(value, str | int | float)
-    return _hidden(value, str) if _NAME.fullmatch(name) else redacted(value)
+    return _hidden(value, str) if is_secret_name(name) else redacted(value)
 
 
 def _hidden(value: Any, kinds: Any) -> Any:
@@ -61,5 +52,4 @@ def _hidden(value: Any, kinds: Any) -> Any:
 def _shown(text: str) -> str:
     if is_reference(text):
         return text
-    text = _USER.sub(rf"\g<scheme>\g<user>:{HIDDEN}@", text)
-    return _KEY.sub(HIDDEN, _SETTING.sub(rf"\g<name>{HIDDEN}", text))
+    return hide_keys(hide_settings(hide_passwords(text, is_url=True)))

@@ -10,7 +10,6 @@ All four are pure. Providers that need no socket (mock, replay) or that look on 
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from anabranch.config import Part, configclass
 from anabranch.errors import AnabranchError
 from anabranch.gateway.providers.usage import Usage as Usage
 from anabranch.gateway.providers.vocabulary import Hint, hint_of, kind_of, status_said
+from anabranch.redaction import hide_keys, hide_passwords
 from anabranch.web.large_json import LARGE, dump_large
 
 Endpoint = Literal["chat", "completions", "embeddings"]
@@ -453,7 +453,7 @@ def hidden(failure: Failure, secret: str | None) -> Failure:
     # No real key is shorter, and a word such as "a" is in every sentence.
     is_telling = secret is not None and len(secret) >= TELLING_KEY
     text = failure.message.replace(secret or "", "[key]") if is_telling else failure.message
-    return replace(failure, message=re.sub(r"\b(sk|key|xai|gsk|AIza)[-_][\w*.-]{8,}", "[key]", text))
+    return replace(failure, message=hide_keys(hide_passwords(text, "[key]"), "[key]"))
 
 
 def parse_object(body: bytes) -> Json:

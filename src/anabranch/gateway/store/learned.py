@@ -202,8 +202,9 @@ def erase_texts(
     part, values = ("", {}) if user is None else (" AND owner = :user", {"user": user})
     return connection.run(
         f"DELETE FROM texts WHERE request_id IN (SELECT request_id FROM ledger WHERE key_id = :key{part})",
-        key=key_id, **values,
-    )  # fmt: skip
+        key=key_id,
+        **values,
+    )
 
 
 def erase_examples(connection: Connection, strategy: str, is_meant: Callable[[str], bool], now_us: int) -> int:

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Callable
 
+from anabranch.redaction import hide_keys, hide_passwords
+
 Redact = Callable[[str], str]
 
 PATTERNS = (
-    ("email", re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")),
-    ("key", re.compile(r"\b(?:sk|pk|ghp|gho|xox[abp]|AKIA)[-_]?[A-Za-z0-9_-]{16,}")),
+    ("email", re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+")),
     ("iban", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,4})?\b")),
     ("card", re.compile(r"\b\d(?:[ -]?\d){12,18}\b")),
     ("ssn", re.compile(r"\b\d{3}-\d{2}-\d{4}\b")),
@@ -21,6 +22,7 @@ def redact_personal(text: str) -> str:
 
     Patterns miss names and much else: it is a net for what slips through, not consent.
     """
+    text = hide_keys(hide_passwords(text, "[key]"), "[key]")
     for name, pattern in PATTERNS:
         text = pattern.sub(f"[{name}]", text)
     return text
