@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from anabranch.gateway.http.sse import Assembler, chunks_of
+from anabranch.gateway.providers.chunks import as_chunks, assembled
 from anabranch.web.api_error import ApiError
 from anabranch.web.responses import ResponseStream, to_chat, to_response
-from anabranch.web.sse import DONE, event, read_data
+from anabranch.web.sse import event, read_data
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 4}}
 
@@ -153,31 +153,27 @@ def test_a_stream_that_fails_says_so():
 )
 def test_a_whole_answer_streamed_and_put_together_is_the_same(message):
     whole = answer(**message)
-    raw = list(chunks_of(whole, is_chat=True, with_usage=True))
-    assert raw[-1] == DONE
-    made = Assembler(is_chat=True)
-    for chunk in read_data(b"".join(raw)):
-        made.add(chunk)
-    assert made.is_whole
-    assert made.answer() == whole
+    whole["service_tier"] = "flex"
+    chunks = as_chunks(whole, with_usage=True)
+    del whole["choices"][0]["logprobs"]  # there are none
+    assert assembled(chunks) == whole
+    assert all(chunk["service_tier"] == "flex" for chunk in chunks)
 
 
 def test_completions_stream_too():
     whole = {"id": "1", "object": "text_completion", "created": 1, "model": "m", "usage": None,
              "choices": [{"index": 0, "text": "ab", "finish_reason": "stop", "logprobs": None}]}  # fmt: skip
-    made = Assembler(is_chat=False)
-    for chunk in read_data(b"".join(chunks_of(whole, is_chat=False, with_usage=False))):
-        made.add(chunk)
-    assert made.answer() == whole
-
-
-def test_a_stream_that_broke_off_is_not_whole():
-    made = Assembler(is_chat=True)
-    assert not made.is_whole
-    made.add({"choices": [{"index": 0, "delta": {"content": "x"}}]})
-    assert not made.is_whole
+    made = assembled(as_chunks(whole, "completions"), "completions")
+    del whole["usage"], whole["choices"][0]["logprobs"]  # there are none
+    assert made == whole
 
 
 def test_an_event_is_one_line_of_data_whatever_the_text():
     assert event({"a": "x\ny"}, "e") == b'event: e\ndata: {"a":"x\\ny"}\n\n'
     assert list(read_data(event({"a": "\ud800"}))) == [{"a": "?"}]
+
+
+def test_an_answer_in_parts_is_a_text():
+    whole = answer(content=[{"type": "text", "text": "a"}, {"type": "other"}, {"type": "text", "text": "b"}])
+    [item] = to_response({"model": "m"}, whole)["output"]
+    assert item["content"][0]["text"] == "ab"

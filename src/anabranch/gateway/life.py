@@ -7,7 +7,6 @@ Where a call that was given up is read on for what it costs, that is when this i
 """
 
 import asyncio
-import json
 import logging
 import math
 import time
@@ -35,7 +34,6 @@ from anabranch.gateway.core.program_run import ProgramRun
 from anabranch.gateway.core.settlement import settle
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Plan, Report
-from anabranch.gateway.http.sse import chunks_of
 from anabranch.gateway.metrics import Ended
 from anabranch.gateway.prompt_tokens import (
     BYTES_PER_TOKEN,
@@ -789,13 +787,14 @@ class Life:
         headers = {
             "x-request-id": self.id, "x-route-model": entry.model, "x-cache": cache, "x-overhead-ms": f"{self.elapsed() * 1e3:.3f}"
         }  # fmt: skip
+        reply = Reply(body=entry.body, headers=headers)
+        if self.body.get("stream") and self.endpoint != "embeddings":
+            options = self.body.get("stream_options")
+            with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            reply = Reply(stream=Replayed.of(entry.body, self.endpoint, with_usage), headers=headers)
+        # Nothing that can go wrong comes after this.
         self.end("ok", 200, cache=cache)
-        if not self.body.get("stream") or self.endpoint == "embeddings":
-            return Reply(body=entry.body, headers=headers)
-        options = self.body.get("stream_options")
-        with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        chunks = chunks_of(json.loads(entry.body), is_chat=self.endpoint == "chat", with_usage=with_usage)
-        return Reply(stream=Replayed(list(chunks)), headers=headers)
+        return reply
 
     def _failed(self, error: BaseException) -> BaseException:
         """What the sender is told, once all is settled and counted."""

@@ -4,15 +4,17 @@ A request is over when its stream was read to the end, or closed, or when whoeve
 """
 
 import asyncio
+import json
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.gateway.providers.chunks import as_chunks
 from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.web.api_error import ApiError
-from anabranch.web.sse import HEARTBEAT, read_data
+from anabranch.web.sse import DONE, HEARTBEAT, event, read_data
 
 Call = Callable[[], None]
 
@@ -210,6 +212,12 @@ def _watch(relay: "weakref.ref[Relay]", loop: asyncio.AbstractEventLoop) -> None
 
 class Replayed:
     """A kept answer as a stream."""
+
+    @classmethod
+    def of(cls, answer: bytes, endpoint: str, with_usage: bool) -> "Replayed":
+        """Of a whole answer as it is kept."""
+        chunks = as_chunks(json.loads(answer), endpoint, with_usage)
+        return cls([*(event(chunk) for chunk in chunks), DONE])
 
     def __init__(self, chunks: list[bytes]) -> None:
         self._chunks = iter(chunks)

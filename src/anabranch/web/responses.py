@@ -80,12 +80,20 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     if message.get("reasoning_content"):
         output.append(_reasoning_item(_new("rs"), message["reasoning_content"]))
     if message.get("content") is not None or message.get("refusal"):
-        output.append(_message_item(_new("msg"), message.get("content") or "", message.get("refusal") or ""))
+        output.append(_message_item(_new("msg"), _as_text(message.get("content")), message.get("refusal") or ""))
     for call in message.get("tool_calls") or ():
         function = call.get("function") or {}
         output.append(_call_item(_new("fc"), call.get("id"), function.get("name"), function.get("arguments") or ""))
     made = _response(body, answer.get("model"), answer.get("created"))
     return _finished(made, output, choice.get("finish_reason"), answer.get("usage"))
+
+
+def _as_text(content: Any) -> str:
+    """Of a message: some servers give its text in parts."""
+    if not isinstance(content, list):
+        return content or ""
+    texts = [part.get("text") for part in content if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 class ResponseStream:

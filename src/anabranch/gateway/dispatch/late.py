@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from anabranch.gateway.dispatch.plan import Attempt
+from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.provider import (
     Answer,
     Headers,
@@ -109,4 +110,4 @@ def answer_of(provider: Provider, request: UpstreamRequest, exchange: Exchange) 
     status, headers, body = exchange.result()
     if not 200 <= status < 300:
         raise UpstreamError(provider.error(status, headers, body))
-    return provider.parse(request, body)
+    return read_answer(provider, request, body)

@@ -21,6 +21,7 @@ from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.plan import Attempt, Report
 from anabranch.gateway.dispatch.run import Run, as_failure, built
 from anabranch.gateway.dispatch.upstream_stream import Opened, read_chunk
+from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.chunks import assembled, text_of
 from anabranch.gateway.providers.provider import (
     BODY_BYTES,
@@ -160,7 +161,7 @@ class Stream:
                 opened = Opened(self._run, live, attempt, request, reply, self._stitch)
                 if "json" in reply.headers.get("content-type", ""):
                     attempt.is_whole = True
-                    opened.from_answer(live.provider.parse(request, await read_all(reply)))
+                    opened.from_answer(read_answer(live.provider, request, await read_all(reply)))
                 else:
                     await opened.until_content()
         except TimeoutError:

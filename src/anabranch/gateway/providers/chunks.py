@@ -117,7 +117,10 @@ def as_chunks(body: Json, endpoint: str = "chat", with_usage: bool = False) -> l
             given = choice.get("message")
             message = dict(given) if isinstance(given, dict) else {}
             calls = message.get("tool_calls")
-            if isinstance(calls, list):
+            if not isinstance(calls, list):
+                # Some write something empty for none.
+                message.pop("tool_calls", None)
+            else:
                 message["tool_calls"] = [
                     {**call, "index": place} for place, call in enumerate(calls) if isinstance(call, dict)
                 ]

@@ -158,8 +158,8 @@ class Gemini(Provider, kind="gemini"):
                 return self._embedded(request, value, body)
             check_blocked(value)
             told = value.get("usageMetadata")
-            usage, reasoning = usage_of(told) if told else (estimated(request, body), 0)
             choices = [_choice(at, candidate) for at, candidate in enumerate(value["candidates"])]
+            usage, reasoning = usage_of(told) if told else (estimated(request, {"choices": choices}), 0)
             top = head(value.get("responseId"), value.get("modelVersion"), "chat.completion")
             return completion(top, choices, usage, reasoning)
 

@@ -253,7 +253,7 @@ def embeddings(request: UpstreamRequest, body: bytes, model: str, vectors: Seque
                 "embedding": base64.b64encode(packed).decode() if as_base64 else vector,
             }
         )
-    usage = estimated(request, body) if prompt is None else Usage(prompt)
+    usage = estimated(request, {}) if prompt is None else Usage(prompt)
     shown = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
     return Answer({"object": "list", "data": data, "model": model, "usage": shown}, None, usage)
 
