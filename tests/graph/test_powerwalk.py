@@ -525,3 +525,17 @@ def test_a_batch_of_isolated_nodes_alone():
     graph = Graph.from_edges([0], [1], num_nodes=5)
     rows = PowerWalk(walks=10).fit(graph).query_batch([3, 4], rounds=2, top_k=3)
     assert (rows.indptr.tolist(), rows.ids.tolist(), rows.values.tolist()) == ([0, 1, 2], [3, 4], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("use_index", [False, True])
+def test_flows_that_vanish_touch_nothing(weighted, use_index):
+    """After a thousand rounds what is left of a flow is 0 in 64 bits, and 0 must not be taken for what was not touched before."""
+    graph = connected(3, 12, weighted=weighted)
+    model = PowerWalk(0.6, walks=50).build(graph)
+    ids, scores = model.query(0, rounds=1000, eps=0, use_index=use_index)
+    assert sorted(ids.tolist()) == list(range(12))
+    assert (scores > 0).all()
+    np.testing.assert_allclose(scores.sum(), 1, atol=1e-6)
+    ids, scores = model.query_batch([0, 1], rounds=1000, eps=0).row(1)
+    assert len(set(ids.tolist())) == len(ids) == 12

@@ -22,6 +22,7 @@ from anabranch import machine
 from anabranch.errors import DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw import HNSW, layout
+from anabranch.graph.hnsw.checks import MAX_LENGTH, TOO_LONG, too_long
 from anabranch.graph.hnsw.lock import Workers
 from anabranch.graph.hnsw.search import scan_many
 from anabranch.graph.hnsw.storage import Storage
@@ -74,6 +75,8 @@ class _Base:
         bad = np.flatnonzero(~np.isfinite(found).all(1))
         if bad.size:
             raise RuntimeError(f"row {bad[0]} of the vectors is not finite")
+        if self._space != "cosine" and (row := too_long(found)) is not None:
+            raise RuntimeError(f"row {row} of the vectors is longer than {MAX_LENGTH:g}: {TOO_LONG}")
         if self._space == "cosine":
             length = np.sqrt(np.einsum("nd,nd->n", found, found))[:, None]
             found = found * (np.float32(1) / (length + np.float32(1e-30)))

@@ -17,7 +17,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anabranch.errors import InputError
+from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 
 KIND = "sparse-rows"
@@ -27,6 +27,46 @@ INT32 = np.iinfo(np.int32).max
 def id_type(num_columns: int) -> type[np.signedinteger]:
     """int32 where ids of that many columns fit, int64 otherwise."""
     return np.int32 if num_columns <= INT32 else np.int64
+
+
+def check_rows(
+    indptr: Any, ids: Any, values: Any | None, num_columns: int, num_rows: int | None, source: str, what: str = "rows"
+) -> None:
+    """Raise DataError unless kernels, which look at no bound, may read these rows. All ids are read once, also where they are mapped.
+
+    Args:
+        indptr: where rows start.
+        ids: columns.
+        values: of the same length; None where there are none.
+        num_columns: ids are below.
+        num_rows: there must be; None for any number.
+        source: named in the error, as ``what`` is.
+    """
+    if not (
+        isinstance(indptr, np.ndarray) and indptr.dtype == np.int64 and indptr.ndim == 1 and len(indptr)
+        and isinstance(ids, np.ndarray) and ids.dtype in (np.int32, np.int64) and ids.ndim == 1
+        and (num_rows is None or len(indptr) == num_rows + 1)
+        and (values is None or (isinstance(values, np.ndarray) and values.dtype.kind in "fiu" and values.shape == ids.shape))
+    ):  # fmt: skip
+        raise DataError(f"{source} is damaged: its {what} are not lists that belong together; make it again")
+    if (row := _find_fault(indptr, ids, num_columns)) >= 0:
+        raise DataError(f"{source} is damaged: row {row} of its {what} is out of range; make it again")
+
+
+@nb.njit(cache=True, nogil=True)
+def _find_fault(indptr, ids, num_columns):
+    """The first row whose ends are out of order or range, or that has an id out of range; -1 if there is none."""
+    rows = len(indptr) - 1
+    if indptr[0] != 0:
+        return 0
+    for row in range(rows):
+        start, end = indptr[row], indptr[row + 1]
+        if end < start or end > len(ids):
+            return row
+        for place in range(start, end):
+            if ids[place] < 0 or ids[place] >= num_columns:
+                return row
+    return -1 if indptr[rows] == len(ids) else rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +166,21 @@ class SparseRows:
     def load(cls, path: str | Path, *, mmap: bool = False) -> Self:
         """Read what `save` or `RowFile` wrote. Raises DataError for a file that is missing, foreign, truncated or damaged."""
         found = read_arrays(path, KIND, mmap=mmap)
-        arrays = found.arrays
-        return cls(
-            arrays["indptr"], arrays["ids"], arrays["values"], int(found.meta["num_columns"]), arrays.get("nodes")
-        )
+        return cls.checked(found.arrays, found.meta, path)
+
+    @classmethod
+    def checked(cls, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], path: str | Path) -> Self:
+        """Rows of a file. Raises DataError if they do not fit together, or reach out of range."""
+        indptr, ids, values, nodes = (arrays.get(name) for name in ("indptr", "ids", "values", "nodes"))
+        num_columns = meta.get("num_columns")
+        if not isinstance(num_columns, int) or num_columns < 0 or values is None:
+            raise DataError(f"{path} is damaged: it does not hold rows of scores; make it again")
+        check_rows(indptr, ids, values, num_columns, None, str(path))
+        if nodes is not None:
+            has_place = nodes.dtype.kind in "iu" and nodes.shape == (len(indptr) - 1,)  # type: ignore[arg-type]
+            if not has_place or (nodes.size and not (0 <= nodes.min() and nodes.max() < num_columns)):
+                raise DataError(f"{path} is damaged: its nodes are out of range; make it again")
+        return cls(indptr, ids, values, num_columns, nodes)  # type: ignore[arg-type]
 
 
 class RowFile:

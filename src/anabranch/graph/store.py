@@ -380,7 +380,8 @@ class Graph:
         Args:
             path: the file.
             mmap: leave arrays on disk until they are used.
-            verify: read all of it and check sums and rows. Default: unless it is mapped, where lengths and the header alone are checked.
+            verify: check the sums of all arrays. Default: unless it is mapped. Rows are always read once and checked, since what works on
+                a graph follows them without looking.
 
         Raises:
             DataError: the file is missing, foreign, truncated or damaged.
@@ -388,7 +389,7 @@ class Graph:
         verify = not mmap if verify is None else verify
         found = read_arrays(path, KIND, mmap=mmap, verify=verify)
         try:
-            return cls._of_file(found.arrays, found.meta, verify)
+            return cls._of_file(found.arrays, found.meta)
         # Sums were right: written so, not damaged.
         except (
             KeyError,
@@ -399,7 +400,7 @@ class Graph:
             raise DataError(f"{path} does not hold a graph that this release can read ({error})") from error
 
     @classmethod
-    def _of_file(cls, arrays: dict[str, np.ndarray], meta: dict[str, Any], verify: bool) -> Self:
+    def _of_file(cls, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Self:
         indptr, indices, weights, names = (
             arrays["indptr"],
             arrays["indices"],
@@ -420,7 +421,7 @@ class Graph:
             raise ValueError("weights do not fit indices")
         if names is not None and names.shape != (len(indptr) - 1,):
             raise ValueError("names do not fit nodes")
-        if verify and (row := csr.find_fault(indptr, indices, len(indices))) >= 0:
+        if (row := csr.find_fault(indptr, indices, len(indices))) >= 0:
             raise ValueError(f"the edges of node {row} are out of order or range")
         return cls(indptr, indices, weights, bool(meta["is_directed"]), names)
 

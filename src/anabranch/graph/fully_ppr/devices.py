@@ -293,7 +293,8 @@ def _outcomes(node, depth, cap, alpha, indptr, indices, weight_M, mass, seen, he
             degree = indptr[at + 1] - indptr[at]
             goes_on = depth_now < depth and 0 < degree <= cap
             code = 2 * at + 1 if goes_on else 2 * at
-            if fits and mass[code] == 0.0:
+            amount = alpha * share if goes_on else share
+            if fits and mass[code] == 0.0 and amount > 0.0:
                 fits = found < cap
                 if fits:
                     seen[found] = code
@@ -301,7 +302,7 @@ def _outcomes(node, depth, cap, alpha, indptr, indices, weight_M, mass, seen, he
             if not fits:
                 # Only to set `here` back.
                 continue
-            mass[code] += alpha * share if goes_on else share
+            mass[code] += amount
             if not goes_on:
                 continue
             strength = 0.0

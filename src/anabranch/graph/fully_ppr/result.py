@@ -143,11 +143,8 @@ class FullyPPRResult:
         if path.suffix == ".parquet" or path.is_dir():
             return cls._from_parquet(path)
         found = read_arrays(path, KIND, mmap=mmap)
-        arrays = found.arrays
-        rows = SparseRows(
-            arrays["indptr"], arrays["ids"], arrays["values"], int(found.meta["num_columns"]), arrays.get("nodes")
-        )
-        return cls(rows, names_from(arrays), found.meta["facts"])
+        rows = SparseRows.checked(found.arrays, found.meta, path)
+        return cls(rows, names_from(found.arrays), found.meta["facts"])
 
     @classmethod
     def _from_parquet(cls, path: Path) -> Self:

@@ -8,6 +8,10 @@ import numpy as np
 
 from anabranch.errors import InputError
 
+# The longest vector there may be: distances are squares of differences in 32 bits, and sums of a few of them are taken.
+MAX_LENGTH = 1e18
+TOO_LONG = "squared distances would not be finite as 32-bit numbers; scale all vectors down"
+
 
 def is_tensor(value: Any) -> bool:
     """Whether this is a torch tensor; torch is not imported for it."""
@@ -37,7 +41,8 @@ def like(array: np.ndarray, value: Any) -> Any:
 def as_vectors(value: Any, dim: int, metric: str, what: str) -> np.ndarray:
     """float32 [N, dim], C order; of length 1 for "cosine". One vector [dim] is one row.
 
-    Raises InputError for a wrong dimension, for what is not finite as float32, and for a zero vector with "cosine".
+    Raises InputError for a wrong dimension, for what is not finite as float32, for a vector longer than `MAX_LENGTH`, whose squared
+    distances would not be, and for a zero vector with "cosine".
     """
     found = as_array(value, what)
     if found.ndim == 1 and (found.size == dim or found.size):
@@ -51,11 +56,27 @@ def as_vectors(value: Any, dim: int, metric: str, what: str) -> np.ndarray:
     else:
         with np.errstate(over="ignore"):
             vector_ND = np.ascontiguousarray(found, np.float32)
-    is_finite_ND = np.isfinite(vector_ND)
-    if not is_finite_ND.all():
-        bad = np.flatnonzero(~is_finite_ND.all(1))
-        raise InputError(f"row {bad[0]} of {what} is not finite (as 32-bit numbers); leave such rows out")
+    with np.errstate(over="ignore", invalid="ignore"):
+        square_N = np.einsum("nd,nd->n", vector_ND, vector_ND)
+    # One pass says that all is well; what is not a number is not below anything.
+    if not (square_N <= MAX_LENGTH**2).all():
+        _check_rows(vector_ND, metric, what)
     return normalized(vector_ND, what) if metric == "cosine" else vector_ND
+
+
+def _check_rows(vector_ND: np.ndarray, metric: str, what: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(vector_ND).all(1))
+    if bad.size:
+        raise InputError(f"row {bad[0]} of {what} is not finite (as 32-bit numbers); leave such rows out")
+    # Directions are compared with "cosine", so lengths are taken away first.
+    if metric != "cosine" and (row := too_long(vector_ND)) is not None:
+        raise InputError(f"row {row} of {what} is longer than {MAX_LENGTH:g}: {TOO_LONG}")
+
+
+def too_long(vector_ND: np.ndarray) -> int | None:
+    """The first row that is longer than `MAX_LENGTH`."""
+    bad = np.flatnonzero(np.einsum("nd,nd->n", vector_ND, vector_ND, dtype=np.float64) > MAX_LENGTH**2)
+    return int(bad[0]) if bad.size else None
 
 
 def normalized(vector_ND: np.ndarray, what: str) -> np.ndarray:
@@ -102,20 +123,21 @@ def as_positive(value: Any, name: str) -> int:
     return int(value)
 
 
-def as_filter(value: Any, label_N: np.ndarray) -> np.ndarray:
-    """Which slots a filter lets through, bool [N]: of a mask by id, or of a list of ids (those that are not there match nothing).
+def as_filter(value: Any, label_N: np.ndarray, is_live_N: np.ndarray) -> np.ndarray:
+    """Which live slots a filter lets through, bool [N]: of a mask by id, or of a list of ids (those that are not there match nothing).
 
-    Raises InputError for another type, and for a mask that ends before the largest id.
+    Raises InputError for another type, and for a mask that ends before the largest id that is live.
     """
     found = as_array(value, "filter")
     if found.ndim != 1:
         raise InputError(f"filter has the shape {list(found.shape)}; it must be a mask by id or a list of ids")
     if found.dtype == bool:
-        if label_N.size and len(found) <= label_N.max():
+        largest = label_N.max(initial=-1, where=is_live_N)
+        if len(found) <= largest:
             raise InputError(
-                f"filter is a mask of {len(found):,} entries and the largest id is {label_N.max()}; give an entry per id"
+                f"filter is a mask of {len(found):,} entries and the largest id is {largest}; give an entry per id"
             )
-        return found[label_N]
+        return is_live_N & found[np.where(is_live_N, label_N, 0)] if largest >= 0 else is_live_N
     if found.size and found.dtype.kind not in "iu":
         raise InputError(f"filter is of {found.dtype}; it must be a mask by id (bool) or a list of ids (integers)")
-    return np.isin(label_N, found.astype(np.int64, copy=False) if found.size else np.empty(0, np.int64))
+    return is_live_N & np.isin(label_N, found.astype(np.int64, copy=False) if found.size else np.empty(0, np.int64))

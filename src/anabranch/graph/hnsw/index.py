@@ -20,6 +20,7 @@ from anabranch.graph.hnsw.linking import Linker, Marks
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.search import scan_many, search_many
 from anabranch.graph.hnsw.storage import METRICS, PRECISIONS, Storage, draw_levels
+from anabranch.graph.interrupts import held_back
 
 # Above this ef, two heaps are quicker than one sorted array.
 POOL = 1024
@@ -157,14 +158,17 @@ class HNSW:
         Returns:
             The ids, int64 [N].
 
+        An interrupt (Ctrl-C) ends it between batches: elements that are in the graph by then stay, the others are not there.
+
         Raises:
-            InputError: vectors of another dimension or with numbers that are not finite, ids that do not fit.
+            InputError: vectors of another dimension, with numbers that are not finite or too long to be squared (`MAX_LENGTH`), ids that do
+                not fit, or no ids left after the largest.
             CapacityError: memory does not suffice; the index is as it was.
         """
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         given = None if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
         with self._lock.write(), self._workers(num_threads) as workers:
-            id_N = np.arange(self._next_id, self._next_id + len(vector_ND)) if given is None else given
+            id_N = self._following(len(vector_ND)) if given is None else given
             known = self._known(id_N) if given is not None else np.zeros(len(id_N), bool)
             if known.any() and not update:
                 row = int(np.flatnonzero(known)[0])
@@ -201,12 +205,13 @@ class HNSW:
         id_N = as_distinct(as_ids(ids, None))
         with self._lock.write():
             slot_S = self._slots_of(id_N)
-            self._storage.own()
-            self._storage.deleted[slot_S] = 1
-            self._storage.graph[layout.NUM_DELETED] += len(slot_S)
-            by_id = self._by_id()
-            for id in id_N.tolist():
-                del by_id[id]
+            with held_back():
+                self._storage.own()
+                self._storage.deleted[slot_S] = 1
+                self._storage.graph[layout.NUM_DELETED] += len(slot_S)
+                by_id = self._by_id()
+                for id in id_N.tolist():
+                    del by_id[id]
             share = self._storage.graph[layout.NUM_DELETED] / max(self._storage.count, 1)
             if self.compact_at is not None and share > self.compact_at:
                 with self._workers(None) as workers:
@@ -225,10 +230,11 @@ class HNSW:
             for row, id in enumerate(id_N.tolist()):
                 if id in by_id or id not in slots:
                     raise InputError(f"ids[{row}] is {id}, which is not a deleted element of the index")
-            for id in id_N.tolist():
-                by_id[id] = slots[id]
-                held.deleted[slots[id]] = 0
-            held.graph[layout.NUM_DELETED] -= len(id_N)
+            with held_back():
+                for id in id_N.tolist():
+                    by_id[id] = slots[id]
+                    held.deleted[slots[id]] = 0
+                held.graph[layout.NUM_DELETED] -= len(id_N)
 
     def compact(self, *, repair: bool = True, num_threads: int | None = None) -> int:
         """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many."""
@@ -370,6 +376,15 @@ class HNSW:
     def _workers(self, num_threads: int | None) -> Workers:
         return Workers(self.num_threads if num_threads is None else as_positive(num_threads, "num_threads"))
 
+    def _following(self, count: int) -> np.ndarray:
+        """Ids after the largest so far. Raises InputError where there are none left."""
+        left = int(np.iinfo(np.int64).max) - self._next_id + 1
+        if count > left:
+            raise InputError(
+                f"the largest id so far is {self._next_id - 1}, which leaves {left:,} for {count:,} vectors; give ids"
+            )
+        return np.arange(count, dtype=np.int64) + np.int64(self._next_id) if count else np.empty(0, np.int64)
+
     def _live(self) -> np.ndarray:
         return self._storage.deleted[: self._storage.count] == 0
 
@@ -396,33 +411,47 @@ class HNSW:
         level_N = np.zeros(count, np.int32)
         if not self.flat:
             level_N = draw_levels(np.uint64(self.seed % 2**64), self._drawn, count, self.M)
-        slot_S = self._storage.append(vector_ND, id_N, level_N)
-        self._drawn += count
-        self._next_id = max(self._next_id, int(id_N.max()) + 1)
-        if self._slots is not None:
-            self._slots.update(zip(id_N.tolist(), slot_S.tolist(), strict=True))
-        self._linker.link(slot_S, workers)
+        with held_back() as interrupts:
+            slot_S = self._storage.append(vector_ND, id_N, level_N)
+            done = 0
+            try:
+                done = self._linker.link(slot_S, workers, interrupts)
+            finally:
+                # An interrupt, or no memory: what was linked stays, the rest was never here.
+                if done < count:
+                    done = self._linker.num_done
+                    self._linker.undo(slot_S[done:], workers)
+                    self._storage.drop_last(count - done)
+                self._drawn += done
+                if done:
+                    self._next_id = max(self._next_id, int(id_N[:done].max()) + 1)
+                if self._slots is not None:
+                    self._slots.update(zip(id_N[:done].tolist(), slot_S[:done].tolist(), strict=True))
+            interrupts.check()
 
     def _move(self, slot_S: np.ndarray, vector_SD: np.ndarray, workers: Workers) -> None:
         if len(slot_S):
-            self._storage.own()
-            self._linker.take_out(slot_S, workers)
-            self._storage.put(slot_S, vector_SD)
-            self._linker.link(slot_S, workers)
+            # An interrupt waits: an element that was taken out must come in again.
+            with held_back():
+                self._storage.own()
+                self._linker.take_out(slot_S, workers)
+                self._storage.put(slot_S, vector_SD)
+                self._linker.link(slot_S, workers)
 
     def _compact(self, repair: bool, workers: Workers) -> int:
         held = self._storage
         dead, live = np.flatnonzero(~self._live()), np.flatnonzero(self._live())
         if not dead.size:
             return 0
-        held.own()
-        if live.size:
-            self._linker.take_out(dead, workers)
-            held.keep(live)
-        else:
-            held.reset()
-            self._linker.linked = 0
-        self._slots = None
+        with held_back():
+            held.own()
+            if live.size:
+                self._linker.take_out(dead, workers)
+                held.keep(live)
+            else:
+                held.reset()
+                self._linker.linked = 0
+            self._slots = None
         if repair:
             self._repair()
         return len(dead)
@@ -430,8 +459,9 @@ class HNSW:
     def _repair(self) -> int:
         if not self._storage.count:
             return 0
-        self._storage.own()
-        return self._linker.repair()
+        with held_back():
+            self._storage.own()
+            return self._linker.repair()
 
     def _search(
         self,
@@ -449,7 +479,7 @@ class HNSW:
         # All, unless something keeps some out or two heaps are quicker.
         allowed, slot_S = 0, None
         if filter is not None or graph[layout.NUM_DELETED] or ef > POOL:
-            allowed_N = self._live() if filter is None else as_filter(filter, label_N) & self._live()
+            allowed_N = self._live() if filter is None else as_filter(filter, label_N, self._live())
             allowed = allowed_N.ctypes.data
             if filter is not None and allowed_N.sum() <= max(2 * ef, SELECTIVE * held.count):
                 slot_S = np.flatnonzero(allowed_N)

@@ -15,6 +15,7 @@ from anabranch.graph.hnsw.build import (
 )
 from anabranch.graph.hnsw.lock import Workers
 from anabranch.graph.hnsw.storage import Storage
+from anabranch.graph.interrupts import Interrupts
 
 # As many elements are inserted one by one.
 SINGLY = 1024
@@ -29,21 +30,29 @@ class Linker:
 
     Attributes:
         linked: how many elements are in the graph.
+        num_done: how many of those that `link` was last given are.
     """
 
     def __init__(self, held: Storage) -> None:
         self._storage = held
-        self.linked = 0
+        self.linked = self.num_done = 0
 
-    def link(self, slot_S: np.ndarray, workers: Workers) -> None:
-        """Insert slots that no list points at, and whose own lists are empty, into the graph."""
+    def link(self, slot_S: np.ndarray, workers: Workers, interrupts: Interrupts | None = None) -> int:
+        """Insert slots that no list points at, and whose own lists are empty, into the graph, in their order; how many.
+
+        ``interrupts`` are looked at between batches, and raise KeyboardInterrupt there.
+        """
         graph, done = self._storage.graph, 0
+        self.num_done = 0
         singly = len(slot_S) if len(slot_S) == 1 else max(min(SINGLY - self.linked, len(slot_S)), 0)
         if singly:
             with Marks(self._storage) as marks:
                 insert_singly(graph, marks, slot_S, 0, singly)
-            done, self.linked = singly, self.linked + singly
+            self.num_done = done = singly
+            self.linked += singly
         while done < len(slot_S):
+            if interrupts is not None:
+                interrupts.check()
             batch_B = slot_S[done : done + min(self.linked // SHARE, BATCH)]
             above = np.flatnonzero(self._storage.level[batch_B] > graph[layout.TOP])
             # It becomes the entry point before others come that it may link to on its level.
@@ -52,7 +61,9 @@ class Linker:
             self._link_batch(batch_B, workers)
             if above.size:
                 graph[layout.ENTRY], graph[layout.TOP] = batch_B[-1], self._storage.level[batch_B[-1]]
-            done, self.linked = done + len(batch_B), self.linked + len(batch_B)
+            self.num_done = done = done + len(batch_B)
+            self.linked += len(batch_B)
+        return done
 
     def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
         held, graph = self._storage, self._storage.graph
@@ -93,6 +104,11 @@ class Linker:
             stays = np.flatnonzero(gone_N == 0)
             entry = stays[held.level[stays].argmax()] if stays.size else -1
             graph[layout.ENTRY], graph[layout.TOP] = entry, held.level[entry] if stays.size else -1
+
+    def undo(self, slot_S: np.ndarray, workers: Workers) -> None:
+        """Let no list point at slots that `link` was given and did not come to an end with."""
+        self.linked += len(slot_S)
+        self.take_out(slot_S, workers)
 
     def _mend(self, gone_N: np.ndarray, level: int, workers: Workers) -> None:
         """Select the lists of a level that point at what goes anew."""

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import pairwise
 from types import TracebackType
@@ -25,31 +25,40 @@ class ReadWriteLock:
 
     @contextmanager
     def read(self) -> Iterator[None]:
-        """Hold it with other readers."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._writing and not self._waiting)
-            self._readers += 1
+        """Hold it with other readers. An interrupt while it waits leaves no trace."""
+        is_held = False
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._writing and not self._waiting)
+                self._readers += 1
+                is_held = True
             yield
         finally:
-            with self._changed:
-                self._readers -= 1
-                self._changed.notify_all()
+            if is_held:
+                with self._changed:
+                    self._readers -= 1
+                    self._changed.notify_all()
 
     @contextmanager
     def write(self) -> Iterator[None]:
-        """Hold it alone."""
-        with self._changed:
-            self._waiting += 1
-            self._changed.wait_for(lambda: not self._writing and not self._readers)
-            self._waiting -= 1
-            self._writing = True
+        """Hold it alone. An interrupt while it waits lets the others go on."""
+        is_held = False
         try:
+            with self._changed:
+                self._waiting += 1
+                try:
+                    self._changed.wait_for(lambda: not self._writing and not self._readers)
+                    self._writing = is_held = True
+                finally:
+                    self._waiting -= 1
+                    if not is_held:
+                        self._changed.notify_all()
             yield
         finally:
-            with self._changed:
-                self._writing = False
-                self._changed.notify_all()
+            if is_held:
+                with self._changed:
+                    self._writing = False
+                    self._changed.notify_all()
 
 
 class Workers:
@@ -78,5 +87,8 @@ class Workers:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.num_threads)
         ends = [total * piece // pieces for piece in range(pieces + 1)]
-        for task in [self._pool.submit(work, *pair) for pair in pairwise(ends)]:
+        tasks = [self._pool.submit(work, *pair) for pair in pairwise(ends)]
+        # All of them, also where one raises: whoever puts things right must be alone.
+        wait(tasks)
+        for task in tasks:
             task.result()

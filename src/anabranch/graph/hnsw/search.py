@@ -114,7 +114,8 @@ def clear(pool_d, begin):
 def insert(pool_d, pool_i, size, room, key, value):
     """Put an entry behind those of at most its key in a sorted pool, whose last falls out if it is full; where it stands."""
     distances, slots = address(pool_d), address(pool_i)
-    place = np.int64(count_not_above(distances, size, key))
+    # The compare goes in whole vectors, so a key that is infinite would come out behind the padding.
+    place = min(np.int64(count_not_above(distances, size, key)), min(size, room - 1))
     after = min(size, room - 1) - place
     move(distances + 4 * (place + 1), distances + 4 * place, 4 * after)
     move(slots + 4 * (place + 1), slots + 4 * place, 4 * after)

@@ -147,6 +147,12 @@ class Storage:
         self.describe()
         return np.arange(begin, end)
 
+    def drop_last(self, number: int) -> None:
+        """Forget the last so many elements, which nothing links to."""
+        self.count -= number
+        self.num_upper -= int(self.level[self.count : self.count + number].sum())
+        self.describe()
+
     def put(self, slot_S: np.ndarray, vector_SD: np.ndarray) -> None:
         """Replace vectors."""
         rows, aux, full = self.encode(vector_SD)

@@ -123,16 +123,19 @@ def decompose(
                 flow *= scale_N[node]
                 reads += end - first
                 for entry in range(first, end):
-                    target = row_ids[entry]
-                    if result_N[target] == 0.0:
-                        touched_N[touched] = target
-                        touched += 1
-                    result_N[target] += flow * read_count(row_values, table, entry)
+                    target, share = row_ids[entry], flow * read_count(row_values, table, entry)
+                    # What underflows to nothing touches nothing: 0 tells what was not touched.
+                    if share > 0.0:
+                        if result_N[target] == 0.0:
+                            touched_N[touched] = target
+                            touched += 1
+                        result_N[target] += share
                 continue
-            if result_N[node] == 0.0:
-                touched_N[touched] = node
-                touched += 1
-            result_N[node] += alpha * flow
+            if alpha * flow > 0.0:
+                if result_N[node] == 0.0:
+                    touched_N[touched] = node
+                    touched += 1
+                result_N[node] += alpha * flow
             start, stop = out_ptr[node], out_ptr[node + 1]
             if start == stop:
                 continue
@@ -142,11 +145,12 @@ def decompose(
             spread = (1.0 - alpha) * flow * inverse_N[node]
             reads += stop - start
             for edge in range(start, stop):
-                target = out_ids[edge]
-                if next_N[target] == 0.0:
-                    ahead_N[reached] = target
-                    reached += 1
-                next_N[target] += spread * weight_M[edge] if len(weight_M) else spread
+                target, share = out_ids[edge], spread * weight_M[edge] if len(weight_M) else spread
+                if share > 0.0:
+                    if next_N[target] == 0.0:
+                        ahead_N[reached] = target
+                        reached += 1
+                    next_N[target] += share
         front_N, ahead_N = ahead_N, front_N
         flow_N, next_N = next_N, flow_N
         size = reached
@@ -228,11 +232,12 @@ def pull_level(
             if len(weight_M):
                 share *= weight_M[edge]
             for entry in range(row_ptr[row], row_ptr[row + 1]):
-                target = row_ids[entry]
-                if result_N[target] == 0.0:
-                    touched_N[touched] = target
-                    touched += 1
-                result_N[target] += share * read_count(row_values, table, entry)
+                target, value = row_ids[entry], share * read_count(row_values, table, entry)
+                if value > 0.0:
+                    if result_N[target] == 0.0:
+                        touched_N[touched] = target
+                        touched += 1
+                    result_N[target] += value
         ids, values = _grown(ids, filled + touched), _grown(values, filled + touched)
         for place in range(touched):
             target = touched_N[place]
@@ -258,11 +263,12 @@ def mix_rows(
             row = place_N[start_ids[place]] if len(place_N) else np.int64(start_ids[place])
             share = start_value[place] * scale_R[row]
             for entry in range(row_ptr[row], row_ptr[row + 1]):
-                target = row_ids[entry]
-                if result_N[target] == 0.0:
-                    touched_N[touched] = target
-                    touched += 1
-                result_N[target] += share * read_count(row_values, table, entry)
+                target, value = row_ids[entry], share * read_count(row_values, table, entry)
+                if value > 0.0:
+                    if result_N[target] == 0.0:
+                        touched_N[touched] = target
+                        touched += 1
+                    result_N[target] += value
         ids, values = _grown(ids, filled + touched), _grown(values, filled + touched)
         for place in range(touched):
             node = touched_N[place]

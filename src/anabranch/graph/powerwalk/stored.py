@@ -14,7 +14,7 @@ from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.powerwalk.index import Chunk, stored_counts
 from anabranch.graph.powerwalk.query import Lookup, QueryBuffers, read_count
 from anabranch.graph.ppr.rules import Transition
-from anabranch.graph.rows import RowFile, SparseRows, id_type
+from anabranch.graph.rows import RowFile, SparseRows, check_rows, id_type
 from anabranch.graph.store import Graph
 
 KIND = "powerwalk-index"
@@ -176,7 +176,26 @@ class Gathered:
 def read(path: str | Path, *, mmap: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays and meta of a file. Raises DataError for one that is missing, foreign, truncated or damaged."""
     found = read_arrays(path, KIND, mmap=mmap)
+    _check(found.arrays, found.meta, str(path))
     return found.arrays, found.meta
+
+
+def _check(arrays: dict[str, np.ndarray], meta: dict[str, Any], path: str) -> None:
+    """Kernels follow rows without looking, so they are looked at here, also where they are mapped. Raises DataError."""
+    try:
+        num_nodes = int(meta["graph"]["num_nodes"])
+        facts = [arrays[name] for name in ("has", "total", "cut")]
+        rows, seen = [arrays[name] for name in ("indptr", "ids", "values")], [arrays["seen_ptr"], arrays["seen"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged: it does not hold an index ({error}); build it again") from None
+    kinds = (bool, np.int64, np.int64)
+    if any(array.dtype != kind or array.shape != (num_nodes,) for array, kind in zip(facts, kinds, strict=True)):
+        raise DataError(f"{path} is damaged: what it says of nodes is not one number for each; build it again")
+    if arrays["values"].dtype not in (np.float16, np.float32):
+        raise DataError(f"{path} is damaged: its counts are {arrays['values'].dtype}; build it again")
+    check_rows(*rows, num_nodes, num_nodes, path)
+    if len(seen[0]) or len(seen[1]):
+        check_rows(*seen, None, num_nodes, num_nodes, path, "visits")
 
 
 def mark(graph: Graph) -> dict[str, int]:
