@@ -178,7 +178,7 @@ class SparseRows:
         check_rows(indptr, ids, values, num_columns, None, str(path))
         if nodes is not None:
             has_place = nodes.dtype.kind in "iu" and nodes.shape == (len(indptr) - 1,)  # type: ignore[arg-type]
-            if not has_place or (nodes.size and not (0 <= nodes.min() and nodes.max() < num_columns)):
+            if not has_place or nodes.min(initial=0) < 0:
                 raise DataError(f"{path} is damaged: its nodes are out of range; make it again")
         return cls(indptr, ids, values, num_columns, nodes)  # type: ignore[arg-type]
 

@@ -144,6 +144,8 @@ class FullyPPRResult:
             return cls._from_parquet(path)
         found = read_arrays(path, KIND, mmap=mmap)
         rows = SparseRows.checked(found.arrays, found.meta, path)
+        if rows.nodes is not None and rows.nodes.max(initial=-1) >= rows.num_columns:
+            raise DataError(f"{path} is damaged: its sources are not nodes of its graph; make it again")
         return cls(rows, names_from(found.arrays), found.meta["facts"])
 
     @classmethod
