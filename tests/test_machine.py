@@ -1,5 +1,8 @@
 """Limits of containers, read from files as the two versions of control groups write them."""
 
+import subprocess
+import sys
+
 import pytest
 
 from anabranch import machine
@@ -101,3 +104,23 @@ def test_usable_cores(monkeypatch, allowed, cores):
     monkeypatch.setattr(machine, "affinity", lambda: 8)
     monkeypatch.setattr(machine, "cgroup_limits", lambda: Limits(2, allowed))
     assert machine.usable_cores() == cores
+
+
+def test_room_is_what_is_free_and_left_of_own_limits(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 4000 kB\nMemFree: 1000 kB\nMemAvailable: 3000 kB\n")
+    (tmp_path / "proc/self/status").write_text("Name:\tx\nVmSize:\t    1500 kB\nVmData:\t     100 kB\n")
+    assert machine.room_bytes(tmp_path) == 3000 * 1024
+    script = (
+        "import resource, sys; from pathlib import Path; from anabranch import machine\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
+        "room = machine.room_bytes()\n"
+        "assert 0 < room < 2 << 30, room\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_room_is_not_limited_where_nothing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda root: machine.Memory(None, None, None))
+    monkeypatch.setattr(machine, "_left_of_rlimits", lambda root: [])
+    assert machine.room_bytes(tmp_path) == 2**63 - 1

@@ -90,6 +90,31 @@ def memory(root: Path = Path("/")) -> Memory:
     return Memory(total, available, usable)
 
 
+def room_bytes(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: what is free without swapping, and left of control groups and of its own limits (rlimits).
+
+    2^63 - 1 where the system says nothing.
+    """
+    found = memory(root)
+    sizes = [size for size in (found.available_bytes, found.usable_bytes) if size is not None]
+    return max(0, min([*sizes, *_left_of_rlimits(root)], default=2**63 - 1))
+
+
+def _left_of_rlimits(root: Path) -> list[int]:
+    """Of the address space and of the data of this process."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return []
+    held = {
+        name: 1024 * int(size)
+        for name, size in re.findall(r"(?m)^(Vm\w+):\s+(\d+) kB$", _read(root / "proc/self/status") or "")
+    }
+    limits = (("VmSize", resource.RLIMIT_AS), ("VmData", resource.RLIMIT_DATA))
+    soft = [(name, resource.getrlimit(kind)[0]) for name, kind in limits]
+    return [limit - held.get(name, 0) for name, limit in soft if limit != resource.RLIM_INFINITY]
+
+
 def give_back_freed() -> None:
     """Give memory that was freed, and that the C library keeps for later, back to the system (glibc; elsewhere nothing is done)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -649,3 +649,38 @@ def test_tables_by_hand():
     assert to_table(graph, names=False).to_pydict()["source"] == [0, 1]
     assert from_table({"u": ["a", "b"], "v": ["b", "c"], "w": [2, 3]}).equals(graph)
     assert from_table({"u": [0, 1], "v": [1, 2]}, directed=True).equals(Graph.from_edges([0, 1], [1, 2], None, True))
+
+
+def test_a_line_without_an_end_is_told(tmp_path, monkeypatch):
+    """Whatever a file of one line is, it is not read into memory whole, again and again."""
+    from anabranch.graph.formats import lines
+
+    monkeypatch.setattr(lines, "MOST_LINE", 1 << 12)
+    path = tmp_path / "e.txt"
+    path.write_bytes(b"1 2\n" + b"3" * 20_000)
+    with pytest.raises(DataError, match=r"e.txt, line 2: a line of more than 0 MiB; this is no list of edges"):
+        list(lines.blocks(path, 1 << 10))
+    path.write_bytes(b"1 2\n" + b"3" * 3000 + b"\n4 5")
+    assert [line for _, line in lines.blocks(path, 1 << 10)] == [1, 2, 3]
+
+
+def test_sizes_beyond_memory_are_told(tmp_path):
+    path = tmp_path / "m.mtx"
+    path.write_text("%%MatrixMarket matrix coordinate pattern general\n900000000000 900000000000 1\n1 2\n")
+    with pytest.raises(
+        CapacityError, match=r"900,000,000,000 nodes need 13,411.0 GiB for their rows alone, .* GiB of memory are free"
+    ):
+        read_graph(path)
+
+
+def test_no_memory_for_what_fits_no_limit_is_told(tmp_path, monkeypatch):
+    from anabranch.graph import csr
+
+    def fails(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(csr, "compress", fails)
+    path = tmp_path / "e.txt"
+    path.write_text("1 2\n")
+    with pytest.raises(CapacityError, match=r"e.txt does not fit into memory \(1 edges so far\); give `memory_limit`"):
+        read_graph(path)

@@ -172,6 +172,7 @@ BAD = [
     ("search", {"vectors": [[1, 2, 3, None]]}, 400, "invalid_request", "vectors[0][3] is null"),
     ("search", {"vectors": [[1, 2, 3, [4]]]}, 400, "invalid_request", "vectors[0][3] is a list"),
     ("search", {"vectors": [[1, 2, 3, 1e39]]}, 400, "invalid_request", "vectors[0][3] does not fit into a float32"),
+    ("search", {"vectors": [[1, 2, 3, 4], [1e20, 0, 0, 0]]}, 400, "invalid_request", "vectors[1] is longer than 1e+18"),
     ("search", b'{"vectors": [[1, 2, 3, 1' + b"0" * 400 + b"]]}", 400, "invalid_request", "does not fit"),
     ("search", {"vectors": [[0, 0, 0, 0]] * 5}, 400, "over_limit", "vectors has 5 entries; this server takes 4"),
     ("search", {"ids": [1.5]}, 400, "invalid_request", "ids[0] is the number 1.5; it must be an id"),

@@ -2,7 +2,6 @@
 # Shapes: N nodes, E edges
 
 import operator
-import os
 from collections import Counter
 from difflib import get_close_matches
 from typing import Any
@@ -10,16 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from anabranch import machine
 from anabranch.errors import CapacityError, InputError
 
 
 def check_room(num_nodes: int) -> None:
-    """Raise CapacityError for more nodes than this machine can have rows of (16 bytes each): one wild id, as a rule."""
-    need = 16 * (num_nodes + 1)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 40
+    """Raise CapacityError for more nodes than there is memory for rows of (16 bytes each): one wild id, as a rule."""
+    need, have = 16 * (num_nodes + 1), machine.room_bytes()
     if need > have:
         raise CapacityError(
-            f"{num_nodes:,} nodes need {need / 1e9:,.1f} GB for their rows alone, this machine has {have / 1e9:,.1f} GB; "
+            f"{num_nodes:,} nodes need {need / 2**30:,.1f} GiB for their rows alone, {have / 2**30:,.1f} GiB of memory are free; "
             "number nodes without gaps and pass other ids as `names`"
         )
 

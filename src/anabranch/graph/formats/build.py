@@ -126,6 +126,10 @@ class EdgeSink:
             return self._build()
         except InputError as error:
             raise DataError(f"{self.path}: {error}") from error
+        except MemoryError as error:
+            raise CapacityError(
+                f"{self.path} does not fit into memory ({self.count:,} edges so far); give `memory_limit`, so that it is built on disk"
+            ) from error
 
     def _build(self) -> Graph:
         rules = self.rules

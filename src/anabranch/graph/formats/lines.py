@@ -21,6 +21,9 @@ from anabranch.errors import DataError
 # As a delimiter: runs of blanks and tabs.
 WHITESPACE = 0
 BLOCK = 1 << 22
+
+# A hub of thirty million neighbours in a METIS file has a line of this length; what is longer is no list of edges.
+MOST_LINE = 1 << 28
 _COMPRESSED = {b"\x1f\x8b": ("gzip", gzip.open), b"BZh": ("bzip2", bz2.open), b"\xfd7zXZ\x00": ("xz", lzma.open)}
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _FINE, _RAGGED, _OPEN_QUOTE, _AFTER_QUOTE = range(4)
@@ -60,7 +63,7 @@ def blocks(path: Path, size: int = BLOCK) -> Iterator[tuple[np.ndarray, int]]:
 
     Raises DataError for what cannot be read, with the last line that could.
     """
-    carry, line = b"", 1
+    carry, line = bytearray(), 1
     try:
         with open_text(path) as file:
             while read := file.read(size):
@@ -69,9 +72,13 @@ def blocks(path: Path, size: int = BLOCK) -> Iterator[tuple[np.ndarray, int]]:
                 cut = read.rfind(b"\n") + 1
                 if not cut:
                     carry += read
+                    if len(carry) > MOST_LINE:
+                        raise DataError(
+                            f"{path}, line {line}: a line of more than {MOST_LINE >> 20:,} MiB; this is no list of edges (give `format`)"
+                        )
                     continue
-                block = carry + read[:cut]
-                carry = read[cut:]
+                block = bytes(carry + read[:cut])
+                carry = bytearray(read[cut:])
                 yield _plain(path, block, line), line
                 line += block.count(b"\n")
     except EOFError as error:
@@ -81,7 +88,7 @@ def blocks(path: Path, size: int = BLOCK) -> Iterator[tuple[np.ndarray, int]]:
     except _UNREADABLE as error:
         raise DataError(f"{path} cannot be read on from line {line}: {_why(error)}") from error
     if carry:
-        yield _plain(path, carry, line), line
+        yield _plain(path, bytes(carry), line), line
 
 
 def _plain(path: Path, block: bytes, line: int) -> np.ndarray:

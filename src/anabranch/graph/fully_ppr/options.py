@@ -2,7 +2,6 @@
 # Shapes: N nodes, M stored edges, S sources
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -149,15 +148,7 @@ class Options:
 
     def room(self) -> int:
         """Bytes that may be used."""
-        return int(self.memory_limit) if self.memory_limit is not None else physical_memory()
-
-
-def physical_memory() -> int:
-    """Bytes of this machine's memory; 2^63 - 1 where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 2**63 - 1
+        return int(self.memory_limit) if self.memory_limit is not None else machine.room_bytes()
 
 
 def walk_bytes(graph: Graph) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anabranch
+from anabranch import machine
 from anabranch.errors import BackendError
 from anabranch.extras import require
 
@@ -94,10 +95,9 @@ def _start(builder_of: Any) -> Any:
 
 def executor_bytes(spark: Any) -> int:
     """What an executor may use: ``spark.executor.memory``; on one machine, where workers are processes of it, the machine's memory."""
-    from anabranch.graph.fully_ppr.options import physical_memory
 
     if spark.conf.get("spark.master", "").startswith("local"):
-        return physical_memory()
+        return machine.room_bytes()
     return spark_bytes(spark.conf.get("spark.executor.memory", "1g"))
 
 

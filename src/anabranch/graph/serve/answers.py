@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.graph.hnsw.checks import MAX_LENGTH, TOO_LONG, too_long
 from anabranch.graph.names import Names
 from anabranch.graph.serve.requests import Ppr, RequestError, Search, SeedSet
 from anabranch.graph.serve.sources import Loaded
@@ -77,6 +78,9 @@ def _fitting(vectors: np.ndarray, index: Any) -> np.ndarray:
         raise RequestError(
             400, "invalid_request", f"vectors[{row}] is all zeros, which has no cosine", field=f"vectors[{row}]"
         )
+    if index.metric != "cosine" and (row := too_long(vectors)) is not None:
+        message = f"vectors[{row}] is longer than {MAX_LENGTH:g}: {TOO_LONG}"
+        raise RequestError(400, "invalid_request", message, field=f"vectors[{row}]")
     return vectors
 
 
