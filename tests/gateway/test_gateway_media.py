@@ -33,7 +33,8 @@ def png(width, height):
 
 
 def gif(width, height):
-    return b"GIF89a" + struct.pack("<HH", width, height) + b"\0" * 20
+    first = b"\x2c" + struct.pack("<HHHHB", 0, 0, width, height, 0)
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x81, 0, 0) + b"\x2c" * 12 + first
 
 
 def jpeg(width, height):
@@ -126,6 +127,114 @@ def test_audio_counts_by_seconds():
     assert mp3.at_most == math.ceil(562_500 / 1_000 * 32) == 18_000  # it was a million
     assert audio({"data": 5, "format": "mp3"}) is None
     assert audio({}) is None
+
+
+# Containers that hold what looks like a size, before the size
+
+
+def riff(*chunks):
+    body = b"WAVE" + b"".join(
+        name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2) for name, data in chunks
+    )
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def fmt(samples, channels=1, bits=8, form=1, rate=None):
+    rate = samples * channels * bits // 8 if rate is None else rate
+    return b"fmt ", struct.pack("<HHIIHH", form, channels, samples, rate, channels * bits // 8 % 65_536, bits)
+
+
+DECOY = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 60_000, 4 * 10**9, 4 * 10**9, 1, 8)
+SAMPLES = b"data", b"\x80" * 8000 * 60
+
+
+def clip_of(raw, form="wav"):
+    return audio({"data": coded(raw), "format": form}).at_most
+
+
+HONEST = 60 * AUDIO_A_SECOND
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [fmt(8000)],
+        [(b"LIST", b"INFO" + DECOY), fmt(8000)],
+        [(b"LIST", b"INFO" + DECOY + b"x"), fmt(8000)],
+        [(b"JUNK", b"\0" * 20_000), fmt(8000)],
+        [fmt(384_000, 32, 64), fmt(8000)],
+        [fmt(8000), fmt(384_000, 32, 64)],
+        [fmt(8000), (b"LIST", DECOY)],
+        [fmt(4 * 10**9, 60_000, 8, rate=4 * 10**9)],
+        [fmt(8000, 1, 65_535)],
+        [fmt(8000, form=2, rate=4 * 10**9)],
+        [(b"fmt ", b"x" * 7), fmt(8000)],
+        [],
+    ],
+)
+@pytest.mark.parametrize("form", ["wav", "mp3"])
+def test_a_clip_is_as_long_as_whoever_decodes_it_finds(chunks, form):
+    """A minute was reserved as 11 tokens, for a note before its format."""
+    assert clip_of(riff(*chunks, SAMPLES), form) >= HONEST
+
+
+def test_an_honest_clip_is_not_reserved_for_more():
+    assert clip_of(riff((b"LIST", b"INFO" + DECOY), fmt(8000), SAMPLES)) <= HONEST + 2
+
+
+def test_a_slow_clip_is_long_whatever_it_is_called():
+    raw = riff(fmt(100), (b"data", b"\x80" * 6000))
+    assert clip_of(raw, "wav") == clip_of(raw, "mp3") >= HONEST
+    assert clip_of(riff(fmt(160, form=0x11), (b"data", b"\x80" * 600))) >= HONEST
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([b"LIST", b"JUNK", b"bext", b"fmt_", b"fact"]), st.binary(max_size=60)), max_size=4),
+    st.integers(1, 48_000), st.integers(1, 8), st.sampled_from([8, 16, 24, 32]), st.booleans(),
+)  # fmt: skip
+def test_no_note_makes_a_clip_shorter(notes, samples, channels, bits, decoys):
+    notes = [(name, data + DECOY * decoys) for name, data in notes]
+    raw = riff(*notes, fmt(samples, channels, bits), (b"data", b"\0" * 5000))
+    assert clip_of(raw) >= 5000 / (samples * channels * bits // 8) * AUDIO_A_SECOND
+
+
+SMALL = b"\xff\xc0" + struct.pack(">HBHHB", 17, 8, 1, 1, 3) + b"\0" * 20
+MARKS = st.sampled_from(
+    [b"\xff", b"\xff\x01", b"\xff\xd0", b"\xff\xd7", b"\xff\xfe\0\x16" + SMALL[:20], b"\xff\xc4\0\x16" + SMALL[:20]]
+)
+
+
+@given(st.lists(MARKS, max_size=6), st.integers(1000, 8000), st.integers(1000, 8000))
+def test_no_mark_of_a_jpeg_hides_its_size(marks, width, height):
+    size = b"\xff\xc2" + struct.pack(">HBHHB", 17, 8, height, width, 3)
+    raw = b"\xff\xd8" + b"".join(marks) + size + b"\0" * 20 + SMALL
+    assert image(url(raw)) == image(url(jpeg(width, height)))
+
+
+@given(
+    st.lists(st.binary(min_size=1, max_size=255), max_size=4), st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 7)
+)  # fmt: skip
+def test_a_gif_is_as_large_as_its_first_picture(notes, width, height, colours):
+    blocks = b"".join(b"\x21\xfe" + bytes([len(note)]) + note + b"\0" for note in notes)
+    first = b"\x2c" + struct.pack("<HHHHB", 3, 4, width, height, 0)
+    raw = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80 | colours, 0, 0) + b"\x2c" * (3 << colours + 1) + blocks + first
+    assert image(url(raw)) == image(url(png(width + 3, height + 4)))
+
+
+def test_a_png_whose_first_part_is_another_is_of_no_known_size():
+    assert (
+        image(url(b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 4, b"CgBI", 1, 1) + png(4000, 4000)[8:])).at_most
+        == IMAGE_MOST
+    )
+
+
+@given(
+    st.sampled_from([b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8", b"RIFF\0\0\0\0WEBP", b"RIFF\0\0\0\0WAVE", b""]),
+    st.binary(max_size=200),
+)
+def test_anything_is_counted(head, rest):
+    for found in (image(url(head + rest)), audio({"data": coded(head + rest), "format": "wav"})):
+        assert found.at_most >= found.tokens >= 0
 
 
 def pdf(pages, extra=b""):

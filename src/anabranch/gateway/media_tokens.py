@@ -6,7 +6,8 @@
     audio   OpenAI, "Managing costs": 10 a second; Gemini: 32 a second
     files   Anthropic, "PDF support": 1,500 to 3,000 a page for its text, and those of an image of the page; OpenAI: 100 pages a request
 
-What a header says of an image or a clip is believed, as whoever decodes it does. One model counts images far beyond these: GPT-4o mini,
+What a header says of an image or a clip is believed, as whoever decodes it does: so it is found as they find it, by walking through the
+parts that the file is made of, and where it cannot be, the size is not known. One model counts images far beyond these: GPT-4o mini,
 2,833 and 5,667 a tile, at a price per token that makes up for it.
 """
 
@@ -40,6 +41,15 @@ _TYPICAL = {
     "webm": 6_000,
 }
 _FEWEST = 1_000
+
+# Samples a second, channels, and bits of a sample that files of sound have; what says more is none, or lies.
+_SOUND = (384_000, 32, 64)
+
+# Samples that the densest code of speech puts into a byte.
+_PACKED = 16
+
+# Characters of a clip in which its format mostly is.
+_FORMAT = 4_096
 PAGE_TOKENS, PAGE_MOST = 2_000, 3_000 + IMAGE_TOKENS
 PAGES = 100
 
@@ -94,9 +104,12 @@ def audio(clip: Mapping[str, Any]) -> Media | None:
     if not isinstance(data, str):
         return None
     num_bytes = len(data) * 3 // 4
-    typical = most = _wave_rate(_decoded(data[:4096])) if form == "wav" else None
-    seconds = num_bytes / (typical or _TYPICAL.get(form, _TYPICAL["mp3"]))
-    at_most = num_bytes / (most or _FEWEST)
+    # Whatever it is called: who decodes it looks at what it is.
+    rate, is_plain = (
+        _wave_rate(_decoded(data[:_FORMAT])) or _wave_rate(_decoded(data[: _HEAD * 4 // 3])) or (_FEWEST, False)
+    )
+    seconds = num_bytes / (rate if is_plain else _TYPICAL.get(form, _TYPICAL["mp3"]))
+    at_most = num_bytes / rate
     return Media(math.ceil(seconds * AUDIO_A_SECOND), math.ceil(max(seconds, at_most) * AUDIO_A_SECOND))
 
 
@@ -147,14 +160,37 @@ def _size(head: bytes) -> tuple[int, int] | None:
     """Width and height that a PNG, GIF, WebP or JPEG says it has."""
     try:
         if head.startswith(b"\x89PNG\r\n\x1a\n"):
-            return struct.unpack(">II", head[16:24])
+            return struct.unpack(">II", head[16:24]) if head[12:16] == b"IHDR" else None
         if head.startswith((b"GIF87a", b"GIF89a")):
-            return struct.unpack("<HH", head[6:10])
+            return _gif_size(head)
         if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
             return _webp_size(head)
         return _jpeg_size(head) if head.startswith(b"\xff\xd8") else None
     except (struct.error, IndexError):
         return None
+
+
+def _gif_size(head: bytes) -> tuple[int, int] | None:
+    """Of its first picture, which may be larger than the screen that it is for."""
+    width, height, flags = struct.unpack("<HHB", head[6:11])
+    at = 13 + _table_bytes(flags)
+    while at < len(head):
+        if head[at] == 0x2C:
+            left, top, across, down = struct.unpack("<HHHH", head[at + 1 : at + 9])
+            return max(width, left + across), max(height, top + down)
+        if head[at] != 0x21:
+            return None
+        # A note: pieces of up to 255 bytes, and an empty one.
+        at += 2
+        while head[at]:
+            at += 1 + head[at]
+        at += 1
+    return None
+
+
+def _table_bytes(flags: int) -> int:
+    """Of a table of colours."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _webp_size(head: bytes) -> tuple[int, int] | None:
@@ -179,20 +215,52 @@ def _jpeg_size(head: bytes) -> tuple[int, int] | None:
         if mark == 0xFF:
             # Filling.
             at += 1
+        elif mark in (0x01, 0xD8) or 0xD0 <= mark <= 0xD7:
+            # Marks with nothing behind them.
+            at += 2
+        elif mark in (0x00, 0xD9, 0xDA):
+            # No mark, or the picture itself, without a size.
+            return None
         elif 0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack(">HH", head[at + 5 : at + 9])
             return width, height
         else:
-            at += 2 + struct.unpack(">H", head[at + 2 : at + 4])[0]
+            size = struct.unpack(">H", head[at + 2 : at + 4])[0]
+            if size < 2:
+                return None
+            at += 2 + size
     return None
 
 
-def _wave_rate(head: bytes) -> int | None:
-    """Bytes of a second of a WAV file of plain samples, the fewer of what it says in two ways; None for others."""
-    at = head.find(b"fmt ")
-    if not head.startswith(b"RIFF") or at < 0 or len(head) < at + 24:
+def _wave_rate(head: bytes) -> tuple[int, bool] | None:
+    """Fewest bytes of a second of a WAV file, of all that it says, and whether its samples are plain.
+
+    None for others, and where its samples do not begin.
+    """
+    if not head.startswith(b"RIFF") or head[8:12] != b"WAVE":
         return None
-    form, channels, samples, rate, _, bits = struct.unpack("<HHIIHH", head[at + 8 : at + 24])
-    is_plain = form in (1, 3, 0xFFFE)
+    at, found = 12, list[tuple[int, bool]]()
+    while at + 8 <= len(head):
+        name, size = head[at : at + 4], int.from_bytes(head[at + 4 : at + 8], "little")
+        if name == b"data":
+            # Some take the first of several formats, some the last.
+            return min(found, default=None)
+        if name == b"fmt ":
+            rate = _format_rate(head[at + 8 : at + 24]) if size >= 16 else None
+            if rate is None:
+                return None
+            found.append(rate)
+        at += 8 + size + size % 2
+    return None
+
+
+def _format_rate(told: bytes) -> tuple[int, bool] | None:
+    """Of one format: see `_wave_rate`; None for what cannot be."""
+    if len(told) < 16:
+        return None
+    form, channels, samples, rate, _, bits = struct.unpack("<HHIIHH", told)
+    if form not in (1, 3, 0xFFFE):
+        return max(1, min(_FEWEST, samples // _PACKED)), False
+    can_be = all(0 < said <= most for said, most in zip((samples, channels, bits), _SOUND, strict=True))
     found = min(rate, samples * channels * bits // 8)
-    return found if is_plain and found > 0 else None
+    return (found, True) if can_be and found > 0 else None
