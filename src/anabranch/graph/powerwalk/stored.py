@@ -185,17 +185,19 @@ def _check(arrays: dict[str, np.ndarray], meta: dict[str, Any], path: str) -> No
     try:
         num_nodes = int(meta["graph"]["num_nodes"])
         facts = [arrays[name] for name in ("has", "total", "cut")]
-        rows, seen = [arrays[name] for name in ("indptr", "ids", "values")], [arrays["seen_ptr"], arrays["seen"]]
+        starts, ids, counts, seen_starts, seen = (
+            arrays[name] for name in ("indptr", "ids", "values", "seen_ptr", "seen")
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged: it does not hold an index ({error}); build it again") from None
     kinds = (bool, np.int64, np.int64)
     if any(array.dtype != kind or array.shape != (num_nodes,) for array, kind in zip(facts, kinds, strict=True)):
         raise DataError(f"{path} is damaged: what it says of nodes is not one number for each; build it again")
-    if arrays["values"].dtype not in (np.float16, np.float32):
-        raise DataError(f"{path} is damaged: its counts are {arrays['values'].dtype}; build it again")
-    check_rows(*rows, num_nodes, num_nodes, path)
-    if len(seen[0]) or len(seen[1]):
-        check_rows(*seen, None, num_nodes, num_nodes, path, "visits")
+    if counts.dtype not in (np.float16, np.float32):
+        raise DataError(f"{path} is damaged: its counts are {counts.dtype}; build it again")
+    check_rows(starts, ids, counts, num_nodes, num_nodes, path)
+    if len(seen_starts) or len(seen):
+        check_rows(seen_starts, seen, None, num_nodes, num_nodes, path, "visits")
 
 
 def mark(graph: Graph) -> dict[str, int]:

@@ -78,9 +78,9 @@ def _fitting(vectors: np.ndarray, index: Any) -> np.ndarray:
         raise RequestError(
             400, "invalid_request", f"vectors[{row}] is all zeros, which has no cosine", field=f"vectors[{row}]"
         )
-    if index.metric != "cosine" and (row := too_long(vectors)) is not None:
-        message = f"vectors[{row}] is longer than {MAX_LENGTH:g}: {TOO_LONG}"
-        raise RequestError(400, "invalid_request", message, field=f"vectors[{row}]")
+    if index.metric != "cosine" and (long := too_long(vectors)) is not None:
+        message = f"vectors[{long}] is longer than {MAX_LENGTH:g}: {TOO_LONG}"
+        raise RequestError(400, "invalid_request", message, field=f"vectors[{long}]")
     return vectors
 
 
