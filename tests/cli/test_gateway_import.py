@@ -32,7 +32,7 @@ def test_what_is_written_is_a_config_of_ours(litellm, tmp_path, capsys, monkeypa
     for name in ("MASTER", "OPENAI_API_KEY", "OTHER_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.setenv(name, "a-key-of-the-operator")
     out = tmp_path / "gateway.yaml"
-    assert main(["gateway", "import", str(litellm), "--out", str(out), "--json"]) == 0
+    assert main(["gateway", "import", str(litellm), "--out", str(out), "--partial", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["models"] == ["gpt", "claude"]
     assert any("weird" in line for line in shown["left"])
@@ -45,10 +45,28 @@ def test_what_is_written_is_a_config_of_ours(litellm, tmp_path, capsys, monkeypa
     assert "null" not in out.read_text()  # defaults stay out of it
 
 
-def test_what_was_left_out_is_said(litellm, tmp_path, capsys):
-    assert main(["gateway", "import", str(litellm), "--out", str(tmp_path / "g.yaml")]) == 0
+@pytest.mark.parametrize("as_json", [False, True])
+def test_where_something_is_left_out_nothing_is_written(litellm, tmp_path, capsys, as_json):
+    """An operator who does not read the list would run with less than they had."""
+    out = tmp_path / "g.yaml"
+    assert main(["gateway", "import", str(litellm), "--out", str(out), *(["--json"] if as_json else [])]) == 2
     shown = capsys.readouterr()
-    assert "left out" in shown.out + shown.err
+    assert not out.exists()
+    assert "--partial" in shown.err
+    for line in ("router_settings.weird has no counterpart", "clients that send it with requests get 401"):
+        assert line in shown.err
+        assert not as_json or any(line in left for left in json.loads(shown.out)["left"])
+
+
+def test_where_nothing_is_left_out_it_is_written(litellm, tmp_path, capsys, monkeypatch):
+    text = LITELLM.replace(", weird: 1", "").replace("general_settings: {master_key: os.environ/MASTER}", "")
+    litellm.write_text(text)
+    for name in ("OPENAI_API_KEY", "OTHER_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, "a-key-of-the-operator")
+    assert main(["gateway", "import", str(litellm), "--out", str(tmp_path / "g.yaml")]) == 0
+    assert "left out" not in capsys.readouterr().err
+    # As there, where no master key is set.
+    assert load_config(tmp_path / "g.yaml").require_key is False
 
 
 @pytest.mark.parametrize("text", ["", "model_list: 3", "{", "model_list: []"])

@@ -140,7 +140,7 @@ def test_what_is_made_of_a_secret_is_as_secret(mode, tmp_path, monkeypatch, here
     for source in ("config.yaml", "g.db"):
         Path(source).chmod(mode)
     for made in (
-        "import config.yaml --out o.yaml",
+        "import config.yaml --partial --out o.yaml",
         "ledger export --store g.db --out o.csv",
         "ledger backup --store g.db o.db",
     ):

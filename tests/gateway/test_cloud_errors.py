@@ -26,7 +26,7 @@ RAW = json.dumps({"error": {"message": "too long", "code": "context_length_excee
     [
         ("azure", 400, {}, {"error": {"code": "content_filter", "message": "m", "innererror": {}}}, "filter"),
         ("azure", 401, {}, {"error": {"code": "401", "message": "m"}}, "auth"),
-        ("azure", 404, {}, {"error": {"code": "DeploymentNotFound", "message": "m"}}, "request"),
+        ("azure", 404, {}, {"error": {"code": "DeploymentNotFound", "message": "m"}}, "missing"),
         ("azure", 400, {}, {"error": {"code": "context_length_exceeded", "message": "m"}}, "context"),
         ("bedrock", 400, {"x-amzn-errortype": "ValidationException:http://i"}, {"message": "m"}, "request"),
         (
@@ -49,7 +49,9 @@ RAW = json.dumps({"error": {"message": "too long", "code": "context_length_excee
         ("gemini", 403, {}, google(403, "PERMISSION_DENIED", "m", {"reason": "BILLING_DISABLED"}), "credit"),
         ("vertex", 403, {}, google(403, "PERMISSION_DENIED"), "forbidden"),
         ("vertex", 503, {}, [google(503, "UNAVAILABLE")], "server"),
-        ("ollama", 404, {}, {"error": "model 'x' not found"}, "request"),
+        ("ollama", 404, {}, {"error": "model 'x' not found"}, "missing"),
+        ("gemini", 404, {}, google(404, "NOT_FOUND"), "missing"),
+        ("bedrock", 404, {"x-amzn-errortype": "ResourceNotFoundException"}, {"message": "m"}, "missing"),
         ("openrouter", 402, {}, {"error": {"code": 402, "message": "m"}}, "credit"),
         (
             "openrouter",

@@ -40,7 +40,7 @@ model_list:
   - model_name: local
     litellm_params: {model: hosted_vllm/qwen, api_base: "http://gpu:8000/v1"}
   - model_name: titan
-    litellm_params: {model: bedrock/amazon.titan}
+    litellm_params: {model: sagemaker/titan}
   - model_name: "any/*"
     litellm_params: {model: "openai/*"}
   - model_name: nowhere
@@ -125,7 +125,8 @@ def test_what_is_not_is_said(moved, tmp_path):
         "model_list.1.litellm_params.api_key", "model_list.1.litellm_params.temperature", "model_list.4.litellm_params.model",
         "model_list.5.model_name", "model_list.6.litellm_params.api_base", "model_list.7.model_info.mode", "model_list.8",
         "litellm_settings.drop_params", "router_settings.fallbacks.0.gpt-4o-mini", "router_settings.fallbacks.1.gone",
-        "router_settings.model_group_alias.gpt-5", "router_settings.redis_host", "general_settings.database_url",
+        "router_settings.model_group_alias.gpt-5", "router_settings.redis_host", "general_settings.master_key",
+        "general_settings.database_url",
         "environment_variables.REDIS_PASSWORD",
     ]  # fmt: skip
     assert f"{path}:19: model_list.1.litellm_params.api_key is a key written into the file (not shown)" in left[0]
@@ -147,8 +148,8 @@ def test_it_reads_back_as_ours(moved, tmp_path, monkeypatch):
 def test_files_with_nothing_to_take(moved, tmp_path):
     with pytest.raises(ConfigError, match="no entry of model_list can be taken over; it is empty"):
         moved("router_settings: {}\n")
-    with pytest.raises(ConfigError, match="there is no provider 'bedrock' here"):
-        moved("model_list:\n  - model_name: a\n    litellm_params: {model: bedrock/a}\n")
+    with pytest.raises(ConfigError, match="there is no provider 'sagemaker' here"):
+        moved("model_list:\n  - model_name: a\n    litellm_params: {model: sagemaker/a}\n")
     with pytest.raises(ConfigError, match="model_list is no list"):
         moved("model_list: {a: 1}\n")
     with pytest.raises(ConfigError, match=r"config.yaml:2: not YAML"):

@@ -426,7 +426,7 @@ class Life:
         runtime = self.runtime
         if self.target.strategy is None:
             assert self.target.model is not None
-            names = (self.target.model, *runtime.config.fallbacks.get(self.target.model, ()))
+            names = runtime.config.chain(self.target.model)
             candidates = tuple(Candidate(model=name, score=1 / (1 + at)) for at, name in enumerate(names))
             # With which chance the sender named it, nobody knows.
             decision = Decision(candidates=candidates, strategy="", reason="the sender named the model")
@@ -571,7 +571,8 @@ class Life:
         )
         self.report = Report()
         plan = Plan(
-            candidates=self.candidates, report=self.report, deadline=runtime.dispatcher.now() + self.deadline_s - self.elapsed(),
+            candidates=self.candidates, only_after=self._reserved_for(), report=self.report,
+            deadline=runtime.dispatcher.now() + self.deadline_s - self.elapsed(),
             accept=None if judge is None else partial(self._accept, judge), allow=self._allow, most=self.most, keep=keeps,
             sender=self.sender,
             requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
@@ -586,6 +587,11 @@ class Life:
         self._note(answer)
         self.end("ok", 200)
         return Reply(body=answer.data, headers=headers_of(self, answer.report))
+
+    def _reserved_for(self) -> Mapping[str, frozenset[Any]]:
+        """Candidates that are for prompts of a kind, unless this one is known to be of it."""
+        named = self.target.model
+        return {} if named is None else self.runtime.config.only_after(named, is_too_long=not self._fits(named))
 
     @property
     def is_named(self) -> bool:

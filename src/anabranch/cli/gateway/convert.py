@@ -10,15 +10,19 @@ import typer
 
 from anabranch.cli.options import AsJson
 from anabranch.cli.output import print_json, say, wrote
+from anabranch.errors import ConfigError
 from anabranch.files import atomic_file, check_apart, mode_of
 
 
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A LiteLLM config.yaml.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where our config goes, as YAML.")] = Path("gateway.yaml"),
+    partial: Annotated[bool, typer.Option("--partial", help="Write it also where something is left out.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a LiteLLM config into one of ours, and say what could not be taken over.
+
+    Where that is anything, nothing is written without --partial, and the status is 2.
 
     Example: anabranch gateway import config.yaml --out gateway.yaml
     """
@@ -28,6 +32,15 @@ def convert(
 
     check_apart([out], [file])
     imported = import_litellm(file)
+    if imported.left and not partial:
+        if as_json:
+            names = [model.name for model in imported.config.models]
+            print_json({"out": None, "models": names, "left": list(imported.left)})
+        for line in imported.left:
+            say(f"left out  {line}")
+        num = len(imported.left)
+        what = "1 setting is" if num == 1 else f"{num} settings are"
+        raise ConfigError(f"{what} left out, so {out} was not written; give --partial to write the rest")
     text = yaml.safe_dump(_changed(imported.config), sort_keys=False, allow_unicode=True)
     # It may hold keys, as what it is made from may.
     with atomic_file(out, mode=mode_of(file)) as temporary:

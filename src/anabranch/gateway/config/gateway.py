@@ -22,6 +22,7 @@ from anabranch.gateway.config.parts import (
     StrategyConfig,
 )
 from anabranch.gateway.config.suggestions import hint
+from anabranch.gateway.providers.provider import FailureKind
 from anabranch.routers.contract.query import Pool
 from anabranch.routers.embed import Embedder
 
@@ -43,6 +44,8 @@ class GatewayConfig(Config):
         ab: A/B tests by the name requests use: ``auto/NAME`` goes to one of two strategies.
         default_strategy: what ``auto`` alone means, and what decides where a strategy fails; None takes the first.
         fallbacks: models to try, in order, when one that was asked for by name cannot answer.
+        context_fallbacks, filter_fallbacks: likewise, before those, and only where the prompt is too long for it, or was refused by a
+            provider's content filter.
         embedder: of queries, for strategies and caches that need vectors; None if nothing does.
         deadline_s: seconds a request may take in all, retries and fallbacks included.
         retries, breaker: what happens on failures.
@@ -63,6 +66,8 @@ class GatewayConfig(Config):
     ab: dict[str, ABConfig] = Field(default_factory=dict)
     default_strategy: str | None = None
     fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    context_fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    filter_fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     embedder: Embedder.Config | None = None
     deadline_s: float = Field(default=120.0, gt=0)
     retries: RetryConfig = RetryConfig()
@@ -110,6 +115,33 @@ class GatewayConfig(Config):
     def model(self, name: str) -> ModelConfig:
         """By its name or an alias. Raises KeyError if there is none."""
         return _by_name(self)[name]
+
+    def chain(self, name: str) -> tuple[str, ...]:
+        """A model that is asked for by name, and all that may be tried after it, each once."""
+        tables = (self.context_fallbacks, self.filter_fallbacks, self.fallbacks)
+        return tuple(dict.fromkeys((name, *(other for table in tables for other in table.get(name, ())))))
+
+    def only_after(self, name: str, *, is_too_long: bool) -> dict[str, frozenset[FailureKind]]:
+        """Of the models of a chain that are for some failures alone, which: none for those that a prompt meets in any case.
+
+        Args:
+            name: of the first.
+            is_too_long: it is known already that the prompt is, for that.
+        """
+        kinds: dict[str, set[FailureKind]] = {}
+        tables: tuple[tuple[FailureKind, Any], ...] = (
+            ("context", self.context_fallbacks),
+            ("filter", self.filter_fallbacks),
+        )
+        for kind, table in tables:
+            for other in table.get(name, ()):
+                kinds.setdefault(other, set()).add(kind)
+        free = self.fallbacks.get(name, ())
+        return {
+            other: frozenset(found)
+            for other, found in kinds.items()
+            if other not in free and not (is_too_long and "context" in found)
+        }
 
     def pool(self) -> Pool:
         """The models as strategies see them before anything is known of how they are doing."""
@@ -192,14 +224,15 @@ def _check_tests(config: GatewayConfig) -> None:
 
 
 def _check_fallbacks(config: GatewayConfig) -> None:
-    for name, others in config.fallbacks.items():
-        _check_model(config, f"fallbacks.{name}", name)
-        for place, other in enumerate(others):
-            _check_model(config, f"fallbacks.{name}.{place}", other)
-            if other == name or other in others[:place]:
-                raise ConfigError(
-                    f"fallbacks.{name}.{place} is {other!r}, which was tried before; name each model once"
-                )
+    for field in ("fallbacks", "context_fallbacks", "filter_fallbacks"):
+        for name, others in getattr(config, field).items():
+            _check_model(config, f"{field}.{name}", name)
+            for place, other in enumerate(others):
+                _check_model(config, f"{field}.{name}.{place}", other)
+                if other == name or other in others[:place]:
+                    raise ConfigError(
+                        f"{field}.{name}.{place} is {other!r}, which was tried before; name each model once"
+                    )
 
 
 def _check_model(config: GatewayConfig, field: str, name: str) -> None:

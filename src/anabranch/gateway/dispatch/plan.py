@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from anabranch.gateway.dispatch.deployments import MidStream
-from anabranch.gateway.providers.provider import Answer, HttpCall, UpstreamRequest, Usage
+from anabranch.gateway.providers.provider import Answer, FailureKind, HttpCall, UpstreamRequest, Usage
 
 Accept = Callable[[str, Answer], bool | Awaitable[bool]]
 Allow = Callable[[str, int], Awaitable[bool]]
@@ -17,6 +17,7 @@ class Plan:
 
     Attributes:
         candidates: models, best first; the tail is the fallback chain.
+        only_after: of candidates that are asked only once a failure of one of these kinds has been met, the kinds.
         deadline: when all must be over, on the dispatcher's clock (`Dispatcher.now`).
         accept: asked with the model and its whole answer; while it says no, the next candidate is asked, and the last answer is given.
         allow: asked, with the model and the nano-dollars spent so far, whether its price may be spent: before every attempt but one that
@@ -36,6 +37,7 @@ class Plan:
 
     candidates: tuple[str, ...]
     deadline: float
+    only_after: Mapping[str, frozenset[FailureKind]] = field(default_factory=dict)
     accept: Accept | None = None
     allow: Allow | None = None
     most: Most | None = None

@@ -102,6 +102,7 @@ class Run:
         self._most = plan.most_attempts(self.rules.retries)
         self._holds, self._has_failed = False, False
         self._last: UpstreamError | None = None
+        self._causes: set[FailureKind] = set()
         dispatcher.budget.request(self.began, plan.sender)
 
     @property
@@ -112,7 +113,12 @@ class Run:
     @property
     def is_last(self) -> bool:
         """No candidate comes after the present one."""
-        return self._at >= len(self.plan.candidates) - 1
+        return not any(self._is_meant(model) for model in self.plan.candidates[self._at + 1 :])
+
+    def _is_meant(self, model: str) -> bool:
+        """Whether a candidate is for what has been met so far."""
+        kinds = self.plan.only_after.get(model)
+        return kinds is None or not kinds.isdisjoint(self._causes)
 
     async def obtain(self, request: UpstreamRequest, opening: Opening) -> tuple[Any, Attempt]:
         """The next result, with the attempt that brought it. Raises UpstreamError when nothing is left to try."""
@@ -127,6 +133,7 @@ class Run:
         """Take note of a failure and decide what is next. Raises UpstreamError if that is nothing."""
         self._last, self._has_failed = error, True
         cause = error.failure.cause
+        self._causes.add(cause)
         action = ACTION[cause]
         if action == "give_up":
             raise self.ended(error)
@@ -175,6 +182,10 @@ class Run:
             if len(self.report.attempts) >= self._most:
                 break
             model = self.plan.candidates[self._at]
+            if not self._is_meant(model):
+                # Not one that was passed over: it is for other cases.
+                self._next_model()
+                continue
             group = self.dispatcher.groups.get(model)
             if group is None:
                 self._skip(model, "no such model")
@@ -241,7 +252,8 @@ class Run:
         return live
 
     def _has_steady_later(self, now: float) -> bool:
-        later = (self.dispatcher.groups.get(model) for model in self.plan.candidates[self._at + 1 :])
+        names = filter(self._is_meant, self.plan.candidates[self._at + 1 :])
+        later = (self.dispatcher.groups.get(model) for model in names)
         return any(not live.is_doubtful(now) for group in later if group for live in group.free(now, self.tokens))
 
     # Asking
@@ -289,7 +301,7 @@ class Run:
         now = self.dispatcher.now()
         if len(self.report.attempts) >= self._most:
             return None
-        for model in self.plan.candidates[self._at :]:
+        for model in filter(self._is_meant, self.plan.candidates[self._at :]):
             group = self.dispatcher.groups.get(model)
             free = [] if group is None else group.free(now, self.tokens)
             free = [other for other in free if other is not live and not other.is_doubtful(now)]

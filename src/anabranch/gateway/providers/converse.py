@@ -55,7 +55,7 @@ ERRORS: dict[str, tuple[FailureKind, int]] = {
     "ModelStreamErrorException": ("server", 502),
     "InternalServerException": ("server", 500),
     "ServiceUnavailableException": ("server", 503),
-    "ResourceNotFoundException": ("request", 404),
+    "ResourceNotFoundException": ("missing", 404),
     "ValidationException": ("request", 400),
 }
 

@@ -175,6 +175,9 @@ class Gemini(Provider, kind="gemini"):
     def error(self, status: int, headers: Headers, body: bytes) -> Failure:
         """By its status, and by what Google's details say."""
         failure = super().error(status, headers, _one_error(body))
+        if status == 404:
+            # Of all that is asked, the address alone says what can be found, and there it is the model.
+            failure = replace(failure, kind="missing")
         for detail in _details(body):
             kind = _REASONS.get(str(detail.get("reason")))
             if kind is not None and status in (400, 401, 403):

@@ -4,6 +4,7 @@ Ollama has an OpenAI-compatible door too (``kind = "openai"``, ``base_url = "...
 context, how long a model stays loaded, whether it thinks.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from anabranch.config import Field, configclass
@@ -12,6 +13,7 @@ from anabranch.gateway.providers.openai import unsupported
 from anabranch.gateway.providers.provider import (
     Answer,
     Failure,
+    Headers,
     HttpCall,
     Json,
     Provider,
@@ -176,6 +178,11 @@ class Ollama(Provider, kind="ollama"):
     def transport(self, http: Transport) -> Transport:
         """HTTP, whose lines come as events."""
         return Reframed(http, "application/x-ndjson", Lines)
+
+    def error(self, status: int, headers: Headers, body: bytes) -> Failure:
+        """By its status; what is not found is the model, which nobody has loaded there."""
+        failure = super().error(status, headers, body)
+        return replace(failure, kind="missing") if status == 404 else failure
 
     def redacted(self, failure: Failure) -> Failure:
         """Without this provider's key."""

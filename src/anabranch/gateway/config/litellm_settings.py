@@ -1,0 +1,208 @@
+"""Moving in from LiteLLM: what its ``litellm_settings``, ``router_settings`` and ``general_settings`` are here.
+
+retries, deadline_s, balance, breaker     num_retries, timeout, routing_strategy, allowed_fails, cooldown_time
+fallbacks                                 fallbacks, default_fallbacks
+context_fallbacks, filter_fallbacks       context_window_fallbacks, content_policy_fallbacks
+aliases of models                         model_group_alias
+first_token_timeout_s, max_in_flight      stream_timeout, default_max_parallel_requests: of deployments that say none themselves
+admin.key                                 master_key
+require_key                               whether there is a master_key: without one, LiteLLM lets everybody in
+limits, log                               global_max_parallel_requests, max_request_size_mb; store_prompts_in_spend_logs and its days
+"""
+
+import re
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from anabranch.bounds import LARGEST_INT, shown
+from anabranch.gateway.config.litellm_providers import variable_of
+
+Table = dict[str, Any]
+Leave = Callable[[str, str], None]
+
+LARGEST = Decimal(LARGEST_INT)
+_BALANCE = {
+    "simple-shuffle": "weighted",
+    "least-busy": "least_in_flight",
+    "latency-based-routing": "latency",
+    "cost-based-routing": "price",
+    "usage-based-routing": "tpm",
+    "usage-based-routing-v2": "tpm",
+}
+_FALLBACKS = {
+    "fallbacks": "fallbacks",
+    "default_fallbacks": "fallbacks",
+    "context_window_fallbacks": "context_fallbacks",
+    "content_policy_fallbacks": "filter_fallbacks",
+}
+_KNOWN_NOT = {
+    "database_url": "is LiteLLM's own database; keys and spending there are not taken over",
+    "max_budget": "is a budget, which is kept in the store here: anabranch gateway budget set global DOLLARS --period PERIOD",
+    "budget_duration": "is of a budget, which is kept in the store here: anabranch gateway budget set global DOLLARS --period PERIOD",
+    "drop_params": "has no counterpart: what a provider cannot do is refused, or asked of a fallback, and never left out silently",
+    "cache": "is on here by itself for requests at temperature 0; see cache.exact and cache.semantic",
+    "cache_params": "are not taken over; see cache.ttl_s, cache.max_bytes and cache.semantic",
+}
+_PERIOD = re.compile(r"(\d{1,6})([smhdw])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+
+
+def number_of(value: Any, field: str, leave: Leave, *, least: float = 0, most: Decimal = LARGEST) -> Decimal | None:
+    """A number above ``least``; None for none, or, which is said, for anything else."""
+    if value is None:
+        return None
+    try:
+        number = Decimal(str(value)) if not isinstance(value, bool) else Decimal("nan")
+    except (InvalidOperation, ValueError):
+        number = Decimal("nan")
+    if not number.is_finite() or not least < number <= most:
+        leave(field, f"is {shown(value)}, which is no number above {least} and up to {most:,}")
+        return None
+    return number
+
+
+class Settings:
+    """Takes over settings.
+
+    Args:
+        config: of ours, as a table; changed.
+        models: of it, by name; changed.
+        leave: told what is not taken over, and why.
+    """
+
+    def __init__(self, config: Table, models: dict[str, Table], leave: Leave) -> None:
+        self._config, self._models, self._leave = config, models, leave
+
+    def take(self, data: Table) -> None:
+        """What a whole file of LiteLLM's says."""
+        # The latter wins, as it does there.
+        for section in ("litellm_settings", "router_settings"):
+            for name, value in self._table(data.get(section), section).items():
+                self._setting(name, value, f"{section}.{name}")
+        general = self._table(data.get("general_settings"), "general_settings")
+        for name, value in general.items():
+            self._general(name, value, f"general_settings.{name}")
+        if general.get("master_key") is None:
+            self._config["require_key"] = False
+
+    def _table(self, value: Any, field: str) -> Table:
+        if value is not None and not isinstance(value, dict):
+            self._leave(field, "is no table")
+        return value if isinstance(value, dict) else {}
+
+    def _list(self, value: Any, field: str) -> list[Any]:
+        if value is not None and not isinstance(value, list):
+            self._leave(field, "is no list")
+        return value if isinstance(value, list) else []
+
+    def _number(self, value: Any, field: str, least: float = 0) -> Decimal | None:
+        return number_of(value, field, self._leave, least=least)
+
+    def _setting(self, name: str, value: Any, here: str) -> None:
+        if name == "routing_strategy":
+            if value in _BALANCE:
+                self._config["balance"] = _BALANCE[value]
+            else:
+                self._leave(here, f"is {value!r}; there is balance: {', '.join(sorted(set(_BALANCE.values())))}")
+        elif name in ("num_retries", "timeout", "request_timeout", "allowed_fails", "cooldown_time"):
+            self._limit(name, value, here)
+        elif name in _FALLBACKS:
+            self._fallbacks(value, here, _FALLBACKS[name], is_default=name == "default_fallbacks")
+        elif name == "model_group_alias":
+            self._aliases(value, here)
+        elif name == "stream_timeout":
+            number = self._number(value, here)
+            self._of_all("first_token_timeout_s", None if number is None else float(number))
+        elif name == "default_max_parallel_requests":
+            number = self._number(value, here)
+            self._of_all("max_in_flight", None if number is None else int(number))
+        elif name == "enable_pre_call_checks" and value is True:
+            # Prompts go to no model whose context is known to be too short, always.
+            return
+        else:
+            self._leave(here, _KNOWN_NOT.get(name, "has no counterpart here"))
+
+    def _limit(self, name: str, value: Any, here: str) -> None:
+        number = self._number(value, here, least=-1 if name in ("num_retries", "allowed_fails") else 0)
+        if number is None:
+            return
+        if name == "num_retries":
+            self._config["retries"] = {"attempts": min(int(number) + 1, 20)}
+        elif name == "allowed_fails":
+            # Of a minute, there; whatever share of the calls they are.
+            self._config.setdefault("breaker", {}).update(failures=int(number) + 1, window_s=60.0)
+        elif name == "cooldown_time":
+            seconds = float(number)
+            self._config.setdefault("breaker", {}).update(open_s=seconds, max_open_s=max(seconds, 300.0))
+        else:
+            self._config["deadline_s"] = float(number)
+
+    def _of_all(self, field: str, value: Any) -> None:
+        for model in self._models.values() if value is not None else ():
+            for deployment in model["deployments"]:
+                deployment.setdefault(field, value)
+
+    def _fallbacks(self, value: Any, field: str, ours: str, *, is_default: bool) -> None:
+        table = self._config.setdefault(ours, {})
+        if is_default:
+            value = [{name: value} for name in self._models]
+        for at, entry in enumerate(self._list(value, field)):
+            here = f"{field}.{at}"
+            for name, others in self._table(entry, here).items():
+                found = [other for other in self._list(others, f"{here}.{name}") if isinstance(other, str)]
+                for other in [name, *found]:
+                    if other not in self._models:
+                        self._leave(f"{here}.{name}", f"names {other!r}, which is no model that was taken over")
+                if name in self._models:
+                    known = table.setdefault(name, [])
+                    known += [
+                        other for other in dict.fromkeys(found) if other in self._models and other not in (name, *known)
+                    ]
+
+    def _aliases(self, value: Any, field: str) -> None:
+        for alias, target in self._table(value, field).items():
+            target = target.get("model") if isinstance(target, dict) else target
+            if isinstance(target, str) and target in self._models and alias not in self._models:
+                self._models[target].setdefault("aliases", []).append(alias)
+            else:
+                self._leave(
+                    f"{field}.{alias}",
+                    f"stands for {target!r}, which is no model that was taken over, or is one itself",
+                )
+
+    def _general(self, name: str, value: Any, here: str) -> None:
+        if name == "master_key":
+            self._master(value, here)
+        elif name == "global_max_parallel_requests":
+            if (number := self._number(value, here)) is not None:
+                self._config.setdefault("limits", {})["in_flight"] = int(number)
+        elif name == "max_request_size_mb":
+            if (number := self._number(value, here)) is not None:
+                self._config.setdefault("limits", {})["body_bytes"] = int(number * 2**20)
+        elif name == "store_prompts_in_spend_logs" and isinstance(value, bool):
+            self._config.setdefault("log", {})["prompts"] = value
+        elif name == "maximum_spend_logs_retention_period":
+            self._keep(value, here)
+        else:
+            self._leave(here, _KNOWN_NOT.get(name, "has no counterpart here"))
+
+    def _master(self, value: Any, here: str) -> None:
+        variable = variable_of(value)
+        if variable is None:
+            self._leave(here, "is a key written into the file (not shown); set admin.key to env:VARIABLE")
+        else:
+            self._config["admin"] = {"key": f"env:{variable}"}
+        self._leave(
+            here,
+            "opens the admin interface alone here: clients that send it with requests get 401; "
+            "make a key for each, with anabranch gateway keys create",
+        )
+
+    def _keep(self, value: Any, here: str) -> None:
+        match = _PERIOD.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            self._leave(here, f"is {shown(value)}, which is no period such as 7d")
+            return
+        days = -(-int(match[1]) * _SECONDS[match[2]] // 86_400)
+        self._config.setdefault("log", {})["keep_days"] = max(days, 1)
