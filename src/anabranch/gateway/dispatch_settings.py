@@ -1,7 +1,9 @@
 """From what an operator writes to what the parts take: a `GatewayConfig` as groups of deployments and rules."""
 
 from anabranch.gateway.config import GatewayConfig, HedgeConfig, ModelConfig
+from anabranch.gateway.config.prices import deployment_price, model_price
 from anabranch.gateway.dispatch import BreakerRules, Deployment, DispatchRules, Group
+from anabranch.routers.money import Price
 
 # Of the deadline: a silent upstream may take one of them, so that others get their turn.
 SHARES = 3
@@ -34,7 +36,7 @@ def _group(model: ModelConfig, config: GatewayConfig) -> Group:
         _deployment(model, at, model.deadline_s or config.deadline_s) for at in range(len(model.deployments))
     )
     return Group(
-        name=model.name, deployments=deployments, price=model.price, context=model.context, parameters=model.parameters,
+        name=model.name, deployments=deployments, price=model_price(model) or Price(), context=model.context, parameters=model.parameters,
         description=model.description, balance=model.balance or config.balance,
     )  # fmt: skip
 
@@ -42,6 +44,7 @@ def _group(model: ModelConfig, config: GatewayConfig) -> Group:
 def _deployment(model: ModelConfig, at: int, deadline_s: float) -> Deployment:
     """What a deployment does not say of time, its model says, and else the deadline of the request."""
     one = model.deployments[at]
+    price = deployment_price(model, one)
     timeout_s = one.timeout_s or model.timeout_s
     first_s = one.first_token_timeout_s or one.timeout_s or model.first_token_timeout_s or model.timeout_s
     return Deployment(
@@ -54,4 +57,6 @@ def _deployment(model: ModelConfig, at: int, deadline_s: float) -> Deployment:
         rpm=one.rpm,
         tpm=one.tpm,
         max_in_flight=one.max_in_flight,
+        price=price or Price(),
+        is_priced=price is not None,
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import BudgetError, CapacityError, InputError, RateError, UnknownModelError
 from anabranch.gateway.ab.assignment import Arm, arm_of, counted_user
+from anabranch.gateway.asked import Asked, asked_of
 from anabranch.gateway.cache import (
     LONGEST_NAME,
     Entry,
@@ -35,6 +36,7 @@ from anabranch.gateway.core.settlement import settle
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Plan, Report
 from anabranch.gateway.metrics import Ended
+from anabranch.gateway.payable import payable
 from anabranch.gateway.prompt_tokens import (
     BYTES_PER_TOKEN,
     PromptCount,
@@ -117,7 +119,7 @@ class Life:
         # Of an A/B test; None if it goes to none.
         self.arm: Arm | None = None
         self.label = ""
-        self.count = PromptCount(0, 0, True)
+        self.count, self.asked = PromptCount(0, 0, True), Asked()
         self.query: Query | None = None
         # Of a whole answer, for the strategy and the store.
         self.answer_text: str | None = None
@@ -207,7 +209,7 @@ class Life:
         except InputError as error:
             raise wrong("model", str(error)) from None
         self.label = _label(self.target)
-        self.count = count_prompt(body, self.runtime.counters.get(self.target.model or ""))
+        self.count, self.asked = count_prompt(body, self.runtime.counters.get(self.target.model or "")), asked_of(body)
 
     def _admit(self) -> None:
         """Whose it is, and whether they have asked too much of late."""
@@ -245,6 +247,7 @@ class Life:
             lambda nano: gateway.store.reserve(id, subjects, nano, **named),
             lambda held, nano: gateway.store.grow(held, nano),
             None if limit is None else nano_dollars(limit),
+            lambda: gateway.store.has_budget(subjects),
         )
         may_ask = None if self.record is None else self.record.allows
         self.calls = ModelCalls(
@@ -327,11 +330,12 @@ class Life:
 
     def most(self, model: str) -> Usage:
         """The most tokens that one call of a model may be billed for."""
-        prompt = self._count(model).at_most
+        count = self._count(model)
         if self.report is not None and self.report.attempts and self.runtime.config.mid_stream == "continue":
             # The next one is sent what was said.
-            prompt += CONTINUED + sum(attempt.seen for attempt in self.report.attempts) * BYTES_PER_TOKEN
-        return Usage(prompt, self.most_tokens(model), 0, True)
+            more = CONTINUED + sum(attempt.seen for attempt in self.report.attempts) * BYTES_PER_TOKEN
+            count = replace(count, at_most=count.at_most + more)
+        return self.asked.most(count, self.most_tokens(model))
 
     def worst_nano(self, model: str) -> int:
         """The most nano-dollars that one call of a model may cost."""
@@ -467,7 +471,8 @@ class Life:
     async def _reserve(self) -> None:
         """Set aside the most that the first candidate may cost; a strategy's candidates that no budget has room for are passed over."""
         assert self.decided is not None
-        candidates = self._allowed(self.decided.decision.candidates)
+        allowed = self._allowed(self.decided.decision.candidates)
+        candidates = await payable(self.runtime, self.asked, allowed, self.purse.is_limited)
         refused: BudgetError | None = None
         for at, candidate in enumerate(candidates):
             try:

@@ -80,22 +80,24 @@ class Media:
     Attributes:
         tokens: about.
         at_most: by the rules of any provider.
+        kind: ``image``, ``audio`` or ``file``.
     """
 
     tokens: int
     at_most: int
+    kind: str = "file"
 
 
 def image(url: str) -> Media:
     """Of an image by its URL; the size is known of those that are within it (``data:``)."""
     size = _size(_decoded(url.partition(",")[2][: _HEAD * 4 // 3])) if url.startswith("data:") else None
     if size is None or not all(size):
-        return Media(IMAGE_TOKENS, IMAGE_MOST)
+        return Media(IMAGE_TOKENS, IMAGE_MOST, "image")
     width, height = (min(side, _SIDE) for side in size)
     area = math.ceil(width * height / 750)
     patches = math.ceil(2.46 * min(math.ceil(width / 32) * math.ceil(height / 32), _PATCH_MOST))
     tiles = 258 * math.ceil(width / 768) * math.ceil(height / 768)
-    return Media(min(max(area, 85), IMAGE_TOKENS), max(_OPENAI_MOST, min(area, IMAGE_MOST), patches, tiles))
+    return Media(min(max(area, 85), IMAGE_TOKENS), max(_OPENAI_MOST, min(area, IMAGE_MOST), patches, tiles), "image")
 
 
 def audio(clip: Mapping[str, Any]) -> Media | None:
@@ -110,7 +112,7 @@ def audio(clip: Mapping[str, Any]) -> Media | None:
     )
     seconds = num_bytes / (rate if is_plain else _TYPICAL.get(form, _TYPICAL["mp3"]))
     at_most = num_bytes / rate
-    return Media(math.ceil(seconds * AUDIO_A_SECOND), math.ceil(max(seconds, at_most) * AUDIO_A_SECOND))
+    return Media(math.ceil(seconds * AUDIO_A_SECOND), math.ceil(max(seconds, at_most) * AUDIO_A_SECOND), "audio")
 
 
 def file(given: Mapping[str, Any]) -> Media | None:

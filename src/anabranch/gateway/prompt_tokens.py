@@ -50,11 +50,14 @@ class PromptCount:
         at_most: no tokenizer makes more of it: each token is at least a byte; of images, audio and files see `media`. What is
             reserved from budgets.
         is_estimate: no tokenizer was there.
+        audio, images: of ``at_most``, those of sound and of pictures.
     """
 
     tokens: int
     at_most: int
     is_estimate: bool
+    audio: int = 0
+    images: int = 0
 
 
 def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> PromptCount:
@@ -76,11 +79,12 @@ def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> Pro
         elif name not in NO_PROMPT and isinstance(value, str | list | dict):
             texts.append(_text(value))
     tokens, at_most = (around + sum(each) for each in ([one.tokens for one in found], [one.at_most for one in found]))
+    audio, images = (sum(one.at_most for one in found if one.kind == kind) for kind in ("audio", "image"))
     if counter is not None:
         counted = sum(counter(text) for text in texts)
-        return PromptCount(tokens + counted, at_most + counted, False)
+        return PromptCount(tokens + counted, at_most + counted, False, audio, images)
     num_bytes = sum(_num_bytes(text) for text in texts)
-    return PromptCount(tokens + -(-num_bytes // BYTES_PER_TOKEN), at_most + num_bytes, True)
+    return PromptCount(tokens + -(-num_bytes // BYTES_PER_TOKEN), at_most + num_bytes, True, audio, images)
 
 
 def room_of(most: int, context: int | None, prompt: PromptCount) -> int | None:

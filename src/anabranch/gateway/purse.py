@@ -43,6 +43,7 @@ class Purse:
         reserve: sets the first money aside in the store (`Store.reserve`). It is not cancelled with whoever asks for it.
         grow: sets more aside (`Store.grow`).
         limit_nano: the most that the request may cost in all; None leaves that to budgets.
+        has_budget: whether there is a budget that it counts against; None if nobody can say, which is taken for none.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class Purse:
         reserve: Callable[[int], Awaitable[Reservation]],
         grow: Callable[[Reservation, int], Awaitable[Reservation]],
         limit_nano: int | None = None,
+        has_budget: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
-        self._reserve, self._grow, self._limit_nano = reserve, grow, limit_nano
+        self._reserve, self._grow, self._limit_nano, self._has_budget = reserve, grow, limit_nano, has_budget
         self.reservation: Reservation | None = None
         self.held_nano = self.spent_nano = 0
         self._lock = asyncio.Lock()
@@ -63,6 +65,10 @@ class Purse:
     def is_empty(self) -> bool:
         """Nothing was ever set aside, nor is being so."""
         return self.reservation is None and self._opening is None
+
+    async def is_limited(self) -> bool:
+        """Whether a budget, or a limit of its own, applies to the request. Raises CapacityError if the store cannot be read."""
+        return self._limit_nano is not None or (self._has_budget is not None and await self._has_budget())
 
     async def hold(self, nano: int) -> Hold:
         """Hold so many nano-dollars.

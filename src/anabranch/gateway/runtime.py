@@ -10,6 +10,7 @@ from typing import Any, Self
 from anabranch.errors import ConfigError, TokenizerError
 from anabranch.extras import require
 from anabranch.gateway.config import GatewayConfig, ModelConfig
+from anabranch.gateway.config.prices import unpriced
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.dispatch import Dispatcher
 from anabranch.gateway.dispatch_settings import groups_of, rules_of
@@ -64,6 +65,8 @@ class Runtime:
         self.dispatcher: Dispatcher = Dispatcher(
             groups_of(config), rules_of(config), previous=None if previous is None else previous.dispatcher
         )
+        for line in unpriced(config.models):
+            logger.warning("%s", line)
         self.users = 0
         self._free = asyncio.Event()
         self._is_old = False

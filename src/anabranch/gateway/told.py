@@ -128,7 +128,7 @@ def seen_of(
 
 def row_of(life: "Life", report: Report, latency_s: float, status: str, code: str, cache: str) -> LedgerRow:
     """The ledger's row of a request that is over."""
-    usage, price = report.usage, life.runtime.models[report.model].price if report.model else None
+    usage, price = report.usage, life.runtime.dispatcher.price_of(report.model, report.deployment)
     decided = life.decided
     candidates = () if decided is None else tuple(one.model for one in decided.decision.candidates)
     return LedgerRow(
@@ -161,7 +161,7 @@ def _call_row(life: "Life", call: ModelCall) -> LedgerRow:
         request_id=call.id, parent_id=life.id, purpose=call.purpose, requested=call.model, strategy=life.strategy,
         candidates=(call.model,), model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts),
         prompt_tokens=usage.prompt, completion_tokens=usage.completion, cached_tokens=usage.cached,
-        is_estimated=usage.is_estimated, price=life.runtime.models[call.model].price, cost_nano=report.cost,
+        is_estimated=usage.is_estimated, price=life.runtime.dispatcher.price_of(call.model, report.deployment), cost_nano=report.cost,
         reserved_nano=call.held_nano, latency_us=round(call.latency_s * 1e6), status=call.status, code=call.code,
         flags=("hedged",) if any(attempt.is_hedge for attempt in report.attempts) else (),
     )  # fmt: skip

@@ -47,10 +47,12 @@ def convert(
         temporary.write_text(f"# made from {file.name} by anabranch gateway import\n{text}", encoding="utf-8")
     if as_json:
         names = [model.name for model in imported.config.models]
-        print_json({"out": str(out), "models": names, "left": list(imported.left)})
+        print_json({"out": str(out), "models": names, "left": list(imported.left), "unpriced": list(imported.unpriced)})
         return
     for line in imported.left:
         say(f"left out  {line}")
+    for line in imported.unpriced:
+        say(f"no price  {line}")
     wrote(str(out), f"anabranch gateway serve --config {out}")
 
 

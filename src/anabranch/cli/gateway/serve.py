@@ -71,8 +71,12 @@ def serve(
     from anabranch.gateway.http.run import load, run, try_out
 
     if check:
+        from anabranch.gateway.config.prices import unpriced
+
         held = load(config, store, router)
         try_out(held)
+        for line in unpriced(held.models):
+            say(f"no price  {line}")
         say(f"{config or 'the built-in config'} is right: {len(held.models)} models, {len(held.strategies)} strategies")
         return
 

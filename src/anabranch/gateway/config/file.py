@@ -2,7 +2,7 @@
 
 What files may write shorter than `to_dict` does:
 
-    price = {input_usd = 0.15, output_usd = 0.6}    dollars per million tokens
+    price = {input_usd = 0.15, output_usd = 0.6}    dollars per million tokens; web_search_usd and request_usd per thousand
     kind = "knn" in a strategy                      its name, with the fields of its config beside it
     api_key = "env:OPENAI_API_KEY" in a provider    where the key is: the environment, or "file:PATH", an encrypted file
 """
@@ -20,9 +20,10 @@ from anabranch.gateway.config.lines import Lines, join, parse
 from anabranch.gateway.config.parts import StrategyConfig
 from anabranch.gateway.config.secret import MUST, VARIABLE, is_reference
 from anabranch.gateway.config.suggestions import hint
-from anabranch.routers.money import MOST_NANO, NANO, nano_dollars
+from anabranch.routers.money import MOST_NANO, NANO, TOKEN_RATES, nano_dollars
 
-PRICES = ("input_usd", "output_usd", "cached_input_usd")
+# Of a million tokens; of a thousand searches and calls.
+PRICES = tuple(f"{name}_usd" for name in (*TOKEN_RATES, "web_search", "request"))
 MAX_BYTES = 16 << 20
 _STRATEGY = ("use", "fields", "trade_off", "router", "models", "timeout_s", "learns_from", "learns_of")
 
@@ -151,6 +152,12 @@ def _plain_price(price: dict[str, Any], path: str, source: _Source) -> dict[str,
                 field,
             )
         out[plain] = nano
+    if isinstance(out.get("tiers"), dict):
+        out["tiers"] = {
+            name: _plain_other(tier, out, f"{path}.tiers.{name}", source) for name, tier in out["tiers"].items()
+        }
+    if "long" in out:
+        out["long"] = _plain_other(out["long"], out, f"{path}.long", source)
     return out
 
 
@@ -159,8 +166,20 @@ def _looks_like_dollars(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**5)
 
 
+def _plain_other(other: Any, price: dict[str, Any], path: str, source: _Source) -> Any:
+    """A price of a tier, or of long prompts, which costs for tokens what the price around it does where it names nothing."""
+    if not isinstance(other, dict):
+        return other
+    out = _plain_price(other, path, source)
+    return {**{name: price[name] for name in ("input", "output") if name in price}, **out}
+
+
 def _plain_deployment(table: Any, path: str, source: _Source) -> Any:
-    provider = table.get("provider") if isinstance(table, dict) else None
+    if not isinstance(table, dict):
+        return table
+    if isinstance(table.get("price"), dict):
+        table = {**table, "price": _plain_price(table["price"], f"{path}.price", source)}
+    provider = table.get("provider")
     if not isinstance(provider, dict):
         return table
     out, path = dict(provider), f"{path}.provider"

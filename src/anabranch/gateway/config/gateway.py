@@ -21,10 +21,12 @@ from anabranch.gateway.config.parts import (
     RetryConfig,
     StrategyConfig,
 )
+from anabranch.gateway.config.prices import model_price
 from anabranch.gateway.config.suggestions import hint
 from anabranch.gateway.providers.provider import FailureKind
-from anabranch.routers.contract.query import Pool
+from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.embed import Embedder
+from anabranch.routers.money import Price
 
 # Fields of strategies that name models: by a name, a list of names, or a number for each name.
 MODEL_FIELDS = frozenset({"assisted", "fallback", "model", "models", "strong", "trust", "trusted", "weak", "weights"})
@@ -145,7 +147,15 @@ class GatewayConfig(Config):
 
     def pool(self) -> Pool:
         """The models as strategies see them before anything is known of how they are doing."""
-        return Pool(tuple(model.model() for model in self.models))
+        return Pool(
+            tuple(
+                Model(
+                    name=one.name, price=model_price(one) or Price(), parameters=one.parameters, description=one.description,
+                    context=one.context,
+                )
+                for one in self.models
+            )
+        )  # fmt: skip
 
 
 def _by_name(config: GatewayConfig) -> dict[str, ModelConfig]:

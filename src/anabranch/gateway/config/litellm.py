@@ -16,19 +16,32 @@ from anabranch.gateway.config.gateway import GatewayConfig
 from anabranch.gateway.config.lines import Lines, parse
 from anabranch.gateway.config.litellm_providers import FIELDS, kind_of, provider_of
 from anabranch.gateway.config.litellm_settings import LARGEST, Settings, number_of
+from anabranch.gateway.config.prices import unpriced
 from anabranch.gateway.providers.provider import Provider
 
 Table = dict[str, Any]
 
 # Dollars a token -> nano-dollars a million tokens.
 NANO_MILLION = 10**15
+
+# Prices, by what they are called there: dollars a token.
+COSTS = {
+    "input_cost_per_token": "input",
+    "output_cost_per_token": "output",
+    "cache_read_input_token_cost": "cached_input",
+    "cache_creation_input_token_cost": "cache_write",
+    "cache_creation_input_token_cost_above_1hr": "cache_write_1h",
+    "input_cost_per_audio_token": "audio_input",
+    "output_cost_per_audio_token": "audio_output",
+    "input_cost_per_image_token": "image_input",
+    "output_cost_per_image_token": "image_output",
+}
 _PARAMS = frozenset((
     "model", "api_base", "base_url", "api_key", "rpm", "tpm", "weight", "timeout", "stream_timeout", "max_parallel_requests",
-    "custom_llm_provider", "input_cost_per_token", "output_cost_per_token",
+    "custom_llm_provider", *COSTS,
 ))  # fmt: skip
 _INFO = frozenset((
-    "id", "mode", "base_model", "input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost", "max_input_tokens",
-    "max_output_tokens", "max_tokens",
+    "id", "mode", "base_model", "max_input_tokens", "max_output_tokens", "max_tokens", *COSTS,
 ))  # fmt: skip
 
 
@@ -43,6 +56,11 @@ class Imported:
 
     config: GatewayConfig
     left: tuple[str, ...]
+
+    @property
+    def unpriced(self) -> tuple[str, ...]:
+        """A sentence for each deployment whose price nobody knows."""
+        return tuple(unpriced(self.config.models))
 
     def to_dict(self) -> Table:
         """The config as a table for a file of ours; secrets are references, so it may be written down."""
@@ -75,6 +93,8 @@ class _Import:
             raise ConfigError(
                 f"{self.path}: no entry of model_list can be taken over; {'; '.join(self.left) or 'it is empty'}"
             )
+        for model in models.values():
+            _hoist_price(model)
         config: Table = {"models": list(models.values())}
         for name in data:
             if name not in (
@@ -129,6 +149,8 @@ class _Import:
             return
         deployment = self._deployment(params, f"{field}.litellm_params") | {"provider": provider}
         facts = self._facts(params, info, field)
+        if "price" in facts:
+            deployment["price"] = facts.pop("price")
         if name not in models:
             models[name] = {"name": name, **facts, "deployments": [deployment]}
             return
@@ -176,17 +198,20 @@ class _Import:
     def _number(self, value: Any, field: str, most: Decimal = LARGEST) -> Decimal | None:
         return number_of(value, field, self._leave, most=most)
 
+    def _price(self, value: Any, field: str) -> Decimal | None:
+        """Dollars a token; 0 for what costs nothing."""
+        if isinstance(value, int | float) and value == 0 and not isinstance(value, bool):
+            return Decimal(0)
+        return self._number(value, field, most=LARGEST / NANO_MILLION)
+
     def _facts(self, params: Table, info: Table, field: str) -> Table:
         made: Table = {}
         price: Table = {}
-        for theirs, ours in (
-            ("input_cost_per_token", "input"), ("output_cost_per_token", "output"), ("cache_read_input_token_cost", "cached_input"),
-        ):  # fmt: skip
+        for theirs, ours in COSTS.items():
             table, where = (params, "litellm_params") if theirs in params else (info, "model_info")
-            if str(table.get(theirs)) not in ("0", "0.0"):
-                value = self._number(table.get(theirs), f"{field}.{where}.{theirs}", most=LARGEST / NANO_MILLION)
-                if value is not None:
-                    price[ours] = int((value * NANO_MILLION).to_integral_value())
+            value = self._price(table.get(theirs), f"{field}.{where}.{theirs}")
+            if value is not None:
+                price[ours] = int((value * NANO_MILLION).to_integral_value())
         if price:
             made["price"] = price
         prompt = self._number(info.get("max_input_tokens"), f"{field}.model_info.max_input_tokens")
@@ -198,3 +223,14 @@ class _Import:
         if prompt is not None:
             made["context"] = int(prompt + (answer or 0))
         return made
+
+
+def _hoist_price(model: Table) -> None:
+    """The first price that is given is the model's; deployments keep what differs from it."""
+    first = next((one["price"] for one in model["deployments"] if "price" in one), None)
+    if first is None:
+        return
+    model["price"] = first
+    for one in model["deployments"]:
+        if one.get("price") == first:
+            del one["price"]

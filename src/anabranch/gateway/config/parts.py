@@ -7,7 +7,6 @@ from anabranch.errors import ConfigError
 from anabranch.gateway.config.ab import is_key_or_team
 from anabranch.gateway.config.secret import Secret
 from anabranch.gateway.providers.provider import Provider
-from anabranch.routers.contract.query import Model
 from anabranch.routers.money import Price
 
 Balance = Literal["weighted", "least_in_flight", "latency", "tpm", "price"]
@@ -32,6 +31,7 @@ class DeploymentConfig(Config):
         rpm: requests a minute it takes; None is no limit.
         tpm: tokens a minute it takes; None is no limit.
         max_in_flight: requests at a time; None is no limit.
+        price: if it is not the model's.
     """
 
     provider: Provider.Config
@@ -43,6 +43,7 @@ class DeploymentConfig(Config):
     rpm: int | None = Field(default=None, ge=1)
     tpm: int | None = Field(default=None, ge=1)
     max_in_flight: int | None = Field(default=None, ge=1)
+    price: Price | None = None
 
 
 @configclass
@@ -53,6 +54,7 @@ class ModelConfig(Config):
         name: what requests call it.
         aliases: other names of it.
         price: of its tokens, in nano-dollars per million. Files may write dollars: ``price = {input_usd = 0.15, output_usd = 0.6}``.
+            None takes each deployment's from the price list that ships, if that knows it. ``{}`` is free.
         context: most prompt and completion tokens; None if unknown.
         max_tokens: most completion tokens of one answer: reserved for, and sent with, requests that name no limit; None if unknown.
         parameters: billions of parameters; None if unknown.
@@ -66,7 +68,7 @@ class ModelConfig(Config):
 
     name: str = Field(min_length=1, max_length=200)
     aliases: tuple[str, ...] = ()
-    price: Price = Price()
+    price: Price | None = None
     context: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     parameters: float | None = Field(default=None, gt=0)
@@ -78,12 +80,6 @@ class ModelConfig(Config):
     first_token_timeout_s: float | None = Field(default=None, gt=0)
     idle_timeout_s: float | None = Field(default=None, gt=0)
     deployments: tuple[DeploymentConfig, ...] = Field(min_length=1)
-
-    def model(self) -> Model:
-        """As strategies see it before anything is known of how it is doing."""
-        return Model(
-            name=self.name, price=self.price, parameters=self.parameters, description=self.description, context=self.context
-        )  # fmt: skip
 
     def deployment_name(self, at: int) -> str:
         """Of the deployment in place ``at``."""
@@ -228,6 +224,9 @@ class LimitsConfig(Config):
         strategy_calls: calls of models that a strategy may make for one request, to decide or to judge an answer.
         strategy_calls_s: seconds of a request in which such calls may be under way; the rest is for the answer.
         request_usd: dollars that one request may cost in all, those calls among them; None leaves that to budgets.
+        allow_unpriced: take requests of which it is not known what they cost: fields that change a price that the config does not name
+            (``service_tier``, searches of the web, sound), and models without a price where a budget applies. They are charged what is
+            known, which may be less than the bill.
     """
 
     body_bytes: int = Field(default=16 << 20, ge=1)
@@ -242,6 +241,7 @@ class LimitsConfig(Config):
     strategy_calls_s: float = Field(default=60.0, gt=0)
     request_usd: float | None = Field(default=None, gt=0, le=1e6)
     max_in_flight: int | None = Field(default=None, ge=1)
+    allow_unpriced: bool = False
 
 
 @configclass

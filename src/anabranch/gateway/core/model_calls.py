@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from anabranch.errors import InputError, LimitError
+from anabranch.gateway.asked import asked_of
 from anabranch.gateway.core.pieces import AHEAD, drained
 from anabranch.gateway.dispatch import Dispatcher, Plan, Report
+from anabranch.gateway.payable import has_price, no_price
 from anabranch.gateway.prompt_tokens import PromptCount, count_prompt, room_of
 from anabranch.gateway.providers.chunks import text_of
 from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage, garbage
@@ -234,6 +236,7 @@ class ModelCalls:
         """One call, from its money to its answer."""
         runtime = self._runtime
         body, count, most = bounded(runtime, body)
+        await check_priced(runtime, self._purse, model)
         async with self._purse.holding(worst_nano(runtime, model, most)) as hold:
             number = len(self.made) + 1
             call = ModelCall(id=f"{self._request_id}.{number}", model=model, purpose=purpose, began_s=self._elapsed())
@@ -325,7 +328,7 @@ def bounded(runtime: "Runtime", body: dict[str, Any]) -> tuple[dict[str, Any], P
         room = room_of(limit, model.context, count)
         body = body if room is None else {**body, "max_tokens": room}
         most = room or model.context or limit
-    return body, count, Usage(count.at_most, (body.get("n") or 1) * most, 0, True)
+    return body, count, asked_of(body).most(count, (body.get("n") or 1) * most)
 
 
 def answered(model: str, answer: Answer, report: Report, latency_s: float) -> Answered:
@@ -339,6 +342,12 @@ def answered(model: str, answer: Answer, report: Report, latency_s: float) -> An
         model=model, choices=found, prompt_tokens=usage.prompt, completion_tokens=usage.completion,
         cached_tokens=usage.cached, cost=dollars(report.cost), latency_s=latency_s,
     )  # fmt: skip
+
+
+async def check_priced(runtime: "Runtime", purse: Purse, model: str) -> None:
+    """Raises LimitError for a model of which nobody knows what it costs, where money is limited."""
+    if not has_price(runtime, model) and await purse.is_limited():
+        raise LimitError(no_price(model))
 
 
 def worst_nano(runtime: "Runtime", model: str, most: Usage) -> int:

@@ -55,8 +55,12 @@ def tpm(choices: Sequence[Live], now: float, rng: random.Random) -> Live:
 
 
 def price(choices: Sequence[Live], now: float, rng: random.Random) -> Live:
-    """Cheapest tokens, in and out taken together; the less busy where they cost the same."""
-    return _least(choices, lambda live: (live.price.input + live.price.output, live.in_flight), rng)
+    """Cheapest tokens, in and out taken together; the less busy where they cost the same. What has no price comes last."""
+
+    def cost(live: Live) -> tuple[float, ...]:
+        return not live.deployment.is_priced, live.price.input + live.price.output, live.in_flight
+
+    return _least(choices, cost, rng)
 
 
 def _least(choices: Sequence[Live], key: Callable[[Live], float | tuple[float, ...]], rng: random.Random) -> Live:

@@ -28,6 +28,7 @@ class Deployment:
         tpm: most tokens in a minute, prompts and completions.
         max_in_flight: most requests at once.
         price: if it differs from the group's.
+        is_priced: what it costs is known; otherwise its price says nothing.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Deployment:
     tpm: int | None = None
     max_in_flight: int | None = None
     price: Price | None = None
+    is_priced: bool = True
 
     @property
     def idle_s(self) -> float:

@@ -28,6 +28,7 @@ from anabranch.gateway.providers.provider import (
     Usage,
 )
 from anabranch.routers.contract.query import Model, Pool
+from anabranch.routers.money import Price
 
 # Changes of breakers that are remembered.
 CHANGES = 500
@@ -122,6 +123,15 @@ class Dispatcher:
             self.groups[group.name] = LiveGroup(group, lives, self._hedge_delay(), self._hedge_delay())
         if previous is not None:
             self._adopt(previous)
+
+    def price_of(self, model: str | None, deployment: str | None) -> Price | None:
+        """What a model costs at one of its deployments, else in general; None if that is not known."""
+        group = self.groups.get(model or "")
+        if group is None:
+            return None
+        lives = [live for live in group.lives if live.name == deployment] or list(group.lives)
+        known = [live.price for live in lives if live.deployment.is_priced]
+        return (known[0] if lives[0].name == deployment else group.group.price) if known else None
 
     def _hedge_delay(self) -> HedgeDelay:
         rules = self.rules

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, InputError, LimitError
-from anabranch.gateway.core.model_calls import bounded, paid_plan, worst_nano
+from anabranch.gateway.core.model_calls import bounded, check_priced, paid_plan, worst_nano
 from anabranch.gateway.core.settlement import settle
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
@@ -71,10 +71,12 @@ class LaneErrands:
         purse = Purse(
             lambda nano: gateway.store.reserve(id, SUBJECTS, nano, requested=model, strategy=self._lane.name),
             gateway.store.grow,
+            has_budget=lambda: gateway.store.has_budget(SUBJECTS),
         )
         status, request = "cancelled", UpstreamRequest("chat", body, request_id=id, prompt_tokens=count.tokens)
         with runtime.used():
             try:
+                await check_priced(runtime, purse, model)
                 async with purse.holding(worst_nano(runtime, model, most)) as hold:
                     self.asked += 1
                     deadline = runtime.dispatcher.now() + LONGEST_S
@@ -90,12 +92,18 @@ class LaneErrands:
             finally:
                 if not purse.is_empty:
                     self._settle(
-                        id, purse, report, runtime.models[model].price, model, status, time.perf_counter() - began
+                        id,
+                        purse,
+                        report,
+                        runtime.dispatcher.price_of(model, report.deployment),
+                        model,
+                        status,
+                        time.perf_counter() - began,
                     )
         return answer.text
 
     def _settle(
-        self, id: str, purse: Purse, report: Report, price: Price, model: str, status: str, took_s: float
+        self, id: str, purse: Purse, report: Report, price: Price | None, model: str, status: str, took_s: float
     ) -> None:
         """Write its row, as soon as it is known what it cost."""
         gateway = self._gateway

@@ -255,6 +255,16 @@ class Store:
         """All budgets, as they stand now."""
         return await self._read(lambda connection: queries.read_budgets(connection, self._now_us()))
 
+    async def has_budget(self, subjects: Sequence[str]) -> bool:
+        """Whether one of the subjects has a budget."""
+
+        def work(connection: Connection) -> bool:
+            condition = connection.among("subject", "subjects")
+            values = connection.values(sorted(subjects))
+            return bool(connection.rows(f"SELECT 1 FROM budgets WHERE {condition} LIMIT 1", subjects=values))
+
+        return await self._ask(work)
+
     async def set_budget(self, subject: str, limit_nano: int, period: str = "total") -> Budget:
         """Set a limit on what may be spent for ``subject`` in each period. What was spent in the current one counts.
 

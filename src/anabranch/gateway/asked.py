@@ -1,0 +1,146 @@
+"""`Asked`: what a request asks for that changes what it costs, beside its tokens: a tier, caching, sound, pictures, searches of the web.
+
+A sender chooses these. Each is priced where the model's price names it, and is refused where it does not: nobody could say what it costs.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anabranch.gateway.prompt_tokens import PromptCount
+from anabranch.gateway.providers.usage import Usage, tier_of
+from anabranch.routers.money import Price
+
+Json = Mapping[str, Any]
+
+# Tools that cost no more than their tokens: they run at the sender's, or are billed by tokens alone. Beginnings of their types, which carry
+# dates.
+FREE_TOOLS = (
+    "function", "custom", "bash", "text_editor", "str_replace_based_edit", "computer", "memory", "web_fetch", "mcp", "tool_search",
+    "local_shell", "shell", "apply_patch", "namespace",
+)  # fmt: skip
+
+# Fields of providers that choose another model, another price, or searches, and of which no price list speaks.
+OTHERS: Mapping[str, str] = {
+    "models": "other models to answer", "route": "a way to choose models", "fallbacks": "other models to answer",
+    "provider": "who serves the model", "plugins": "plugins", "search_parameters": "searches", "search_settings": "searches",
+    "enable_search": "searches", "search_type": "a kind of search", "inference_geo": "where the model runs",
+    "compound_custom": "other models to answer",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request asks for.
+
+    Attributes:
+        tier: of ``service_tier`` and ``speed``; "" for none.
+        ttl: for how long its prompt asks to be cached: ``5m``, ``1h``, or "" for not at all.
+        searches: of the web, at most.
+        audio_input: its prompt holds sound.
+        audio_output, image_output: its answer may be sound, or pictures.
+        others: fields whose price no list has.
+    """
+
+    tier: str = ""
+    ttl: str = ""
+    searches: int = 0
+    audio_input: bool = False
+    audio_output: bool = False
+    image_output: bool = False
+    others: tuple[str, ...] = ()
+
+    def lacks(self, price: Price) -> tuple[str, str] | None:
+        """The first field that has no price, and what about it has none; None if all have one, or nothing costs anything."""
+        if price.is_free:
+            return None
+        if price.of_tier(self.tier) is None:
+            return ("speed" if self.tier == "fast" else "service_tier"), f"the tier {self.tier!r} (tiers)"
+        for is_asked, rate, field, what in (
+            (self.searches, price.web_search, "web_search_options", "searches of the web (web_search_usd)"),
+            (self.audio_input, price.audio_input, "messages", "sound in a prompt (audio_input_usd)"),
+            (self.audio_output, price.audio_output, "modalities", "sound in an answer (audio_output_usd)"),
+            (self.image_output, price.image_output, "modalities", "pictures in an answer (image_output_usd)"),
+        ):
+            if is_asked and rate is None:
+                return field, what
+        return (self.others[0], OTHERS.get(self.others[0], "a tool that the provider runs")) if self.others else None
+
+    def most(self, count: PromptCount, completion: int) -> Usage:
+        """The most that one call may come to: so many completion tokens, and the rest as dear as it may be."""
+        prompt = count.at_most
+        return Usage(
+            prompt, completion, 0, True, tier=self.tier, searches=self.searches or None, audio_input=min(count.audio, prompt),
+            image_input=min(count.images, prompt), audio_output=completion if self.audio_output else 0,
+            image_output=completion if self.image_output else 0, cache_write=prompt if self.ttl == "5m" else 0,
+            cache_write_1h=prompt if self.ttl == "1h" else 0,
+        )  # fmt: skip
+
+
+def asked_of(body: Json) -> Asked:
+    """Of a request in OpenAI's or Anthropic's form, which has been checked."""
+    messages = [one for one in _listed(body.get("messages")) if isinstance(one, dict)]
+    parts = [part for one in [*messages, {"content": body.get("system")}] for part in _parts(one)]
+    tools = [tool for tool in _listed(body.get("tools")) if isinstance(tool, dict)]
+    searches, others = _searches(body, tools)
+    words = {str(word).lower() for word in _listed(body.get("modalities"))}
+    return Asked(
+        tier=_tier(body),
+        ttl=_ttl([body, *messages, *parts, *tools]),
+        searches=searches,
+        audio_input=any(part.get("type") == "input_audio" for part in parts),
+        audio_output="audio" in words or bool(body.get("audio")),
+        image_output="image" in words,
+        others=(*others, *(name for name in OTHERS if _is_on(body.get(name)))),
+    )
+
+
+def _tier(body: Json) -> str:
+    word = body.get("service_tier")
+    # What is no word is of no tier that has a price.
+    odd = (
+        ""
+        if word is None or (isinstance(word, str) and tier_of({"service_tier": word}) == word.lower())
+        else str(word)[:40]
+    )
+    fast, named = body.get("speed") == "fast", odd or tier_of({"service_tier": word})
+    if fast:
+        return f"{named} fast" if named and named not in ("auto", "default", "standard_only") else "fast"
+    return named
+
+
+def _ttl(tables: Iterable[Json]) -> str:
+    marks = [table["cache_control"] for table in tables if isinstance(table.get("cache_control"), dict)]
+    if not marks:
+        return ""
+    # Any other time is dearer than the short one, if it is there at all.
+    return "5m" if all(mark.get("ttl", "5m") == "5m" for mark in marks) else "1h"
+
+
+def _searches(body: Json, tools: Iterable[Json]) -> tuple[int, list[str]]:
+    """Searches at most; and tools that cost something else, or of which it is not said how often they search."""
+    searches, others = 1 if _is_on(body.get("web_search_options")) else 0, []
+    for at, tool in enumerate(tools):
+        kind = str(tool.get("type", "function"))
+        if kind.startswith("web_search"):
+            most = tool.get("max_uses", body.get("max_tool_calls"))
+            if type(most) is int and most > 0:
+                searches += most
+            else:
+                others.append(f"tools[{at}].max_uses")
+        elif not kind.startswith(FREE_TOOLS):
+            others.append(f"tools[{at}]")
+    return searches, others
+
+
+def _is_on(value: Any) -> bool:
+    """A field that is there and does not say no."""
+    return value is not None and value is not False and not (isinstance(value, dict) and value.get("mode") == "off")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _parts(message: Json) -> list[Json]:
+    return [part for part in _listed(message.get("content")) if isinstance(part, dict)]

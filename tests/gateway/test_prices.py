@@ -1,0 +1,398 @@
+"""What is known of prices, and what is refused where nothing is: the list that ships, the config, requests, budgets."""
+
+import asyncio
+import dataclasses
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.config import from_dict, to_dict
+from anabranch.errors import BudgetError, ConfigError
+from anabranch.gateway.asked import Asked, asked_of
+from anabranch.gateway.config import (
+    DeploymentConfig,
+    GatewayConfig,
+    LimitsConfig,
+    ModelConfig,
+    StrategyConfig,
+    load_config,
+)
+from anabranch.gateway.config.price_table import FILE, list_price, table
+from anabranch.gateway.config.prices import deployment_price, model_price, unpriced
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.prompt_tokens import count_prompt
+from anabranch.gateway.providers.anthropic import Anthropic
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.purse import Purse
+from anabranch.gateway.store import LedgerQuery
+from anabranch.gateway.store.records import GLOBAL
+from anabranch.routers.money import NANO, Price, in_full
+from anabranch.web.api_error import ApiError
+from billing_provider import BillingProvider
+
+USUAL = Price.of_dollars("1", "10")
+HELLO = [{"role": "user", "content": "hello"}]
+
+# The list that ships
+
+
+def test_the_list_names_its_source_its_licence_and_its_day():
+    assert table()["source"].startswith("genai-prices ")
+    assert "MIT" in table()["licence"]
+    assert "MIT License" in FILE.with_name("prices.LICENSE.txt").read_text()
+    assert len(table()["date"]) == 10
+
+
+def test_every_price_of_the_list_can_be_read():
+    for provider in table()["providers"]:
+        for model in provider["models"]:
+            for _, fields in model["prices"]:
+                price = from_dict(Price, fields)
+                assert price.cost(10**6, 10**6) >= price.input // 2
+
+
+def test_models_are_found_where_they_are_served():
+    openai, anthropic = "https://api.openai.com/v1", "https://api.anthropic.com"
+    priced = list_price(openai, "gpt-4o-2024-11-20")
+    assert (priced.input, priced.output, priced.cached_input) == (2_500_000_000, 10_000_000_000, 1_250_000_000)
+    assert priced.of_tier("priority").output == 17 * NANO
+    assert list_price(openai, "GPT-4o") == priced
+    assert list_price("https://me.openai.azure.com/openai/v1", "gpt-4o").input == priced.input
+    claude = list_price(anthropic, "claude-sonnet-4-5")
+    assert (claude.cache_write, claude.cache_write_1h) == (3_750_000_000, 6_000_000_000)
+    assert claude.web_search == 10 * NANO
+    assert list_price("https://generativelanguage.googleapis.com/v1beta/openai", "gemini-2.5-flash").audio_input == NANO
+    assert list_price("https://openrouter.ai/api/v1", "openai/gpt-4o") is not None
+    for url, name in ((openai, "gpt-none"), (openai, ""), ("http://127.0.0.1:8000/v1", "gpt-4o"), ("", "gpt-4o")):
+        assert list_price(url, name) is None
+
+
+def test_prices_that_change_on_a_day_change_on_it():
+    before, since = (
+        list_price("https://api.anthropic.com", "claude-opus-4-6", day) for day in ("2026-03-12", "2026-03-13")
+    )
+    assert (before.long_context, since.long_context) == (200_000, None)
+    assert before.cost(200_001, 0) == 2 * since.cost(200_001, 0)
+
+
+# Of the config
+
+
+def place(price=None, **fields):
+    return DeploymentConfig(provider=OpenAI.Config(**{"key_env": None, "model": "m", **fields}), price=price)
+
+
+def test_a_price_is_the_deployments_else_the_models_else_that_of_the_list():
+    model = ModelConfig(name="m", price=USUAL, deployments=(place(Price(input=1)), place(model="gpt-4o")))
+    assert [deployment_price(model, one) for one in model.deployments] == [Price(input=1), USUAL]
+    assert model_price(model) == USUAL
+    listed = ModelConfig(name="m", deployments=(place(model="gpt-4o-mini"), place(model="gpt-4o")))
+    assert model_price(listed).output == 10 * NANO
+    unknown = ModelConfig(name="u", deployments=(place(base_url="http://10.0.0.1/v1"),))
+    assert deployment_price(unknown, unknown.deployments[0]) is None
+    free = ModelConfig(name="f", deployments=(DeploymentConfig(provider=Mock.Config(model="m")),))
+    assert model_price(free) == Price()
+    said = unpriced([model, listed, unknown, free])
+    assert len(said) == 1
+    assert "deployment u of model u has no price" in said[0]
+
+
+CONFIG = """
+models:
+- name: m
+  price:
+    input_usd: 1
+    output_usd: "10"
+    cache_write_1h_usd: 3
+    web_search_usd: 10
+    tiers: {priority: {output_usd: 20}}
+    long_context: 100
+    long: {input_usd: 2}
+  deployments:
+  - provider: {kind: openai, model: m, key_env: ""}
+  - provider: {kind: openai, model: m, key_env: ""}
+    price: {input_usd: 0.5, output_usd: 5}
+"""
+
+
+def test_a_file_writes_dollars_and_a_tier_costs_what_it_does_not_name_as_usual(tmp_path):
+    file = tmp_path / "g.yaml"
+    file.write_text(CONFIG)
+    model = load_config(file).models[0]
+    price = model.price
+    assert (price.input, price.output, price.cache_write_1h, price.web_search) == (NANO, 10 * NANO, 3 * NANO, 10 * NANO)
+    assert (price.tiers["priority"].input, price.tiers["priority"].output) == (NANO, 20 * NANO)
+    assert (price.long.input, price.long.output) == (2 * NANO, 10 * NANO)
+    assert model.deployments[1].price == Price.of_dollars("0.5", "5")
+    assert from_dict(GatewayConfig, to_dict(load_config(file))) == load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("web_search_usd: 10", "web_serch_usd: 10", "g.yaml:8: models.0.price: Price has no field 'web_serch_usd'"),
+        ("output_usd: 20", "output_usd: -1", "models.0.price.tiers.priority.output_usd is -1; it must be dollars"),
+        ("{output_usd: 20}", "5", "models.0.price.tiers.priority is 5"),
+        ("long: {input_usd: 2}", "long: 5", "models.0.price.long is 5"),
+        ("input_usd: 0.5", "input_usd: x", "models.0.deployments.1.price.input_usd is 'x'"),
+        ("    long_context: 100\n", "", "long_context and long go together"),
+    ],
+)
+def test_a_price_that_is_wrong_is_told_with_its_place(tmp_path, old, new, message):
+    file = tmp_path / "g.yaml"
+    assert old in CONFIG
+    file.write_text(CONFIG.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert message in str(caught.value)
+
+
+# What requests ask for
+
+
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+
+
+@pytest.mark.parametrize(
+    ("body", "asked"),
+    [
+        ({}, Asked()),
+        ({"service_tier": None, "modalities": ["text"], "tools": [{"type": "function"}, {"type": "bash_20250124"}]}, Asked()),
+        ({"service_tier": "auto", "speed": "standard", "web_search_options": None, "models": None}, Asked(tier="auto")),
+        ({"service_tier": "Priority"}, Asked(tier="priority")),
+        ({"service_tier": 5}, Asked(tier="5")),
+        ({"service_tier": "x" * 99}, Asked(tier="x" * 40)),
+        ({"speed": "fast"}, Asked(tier="fast")),
+        ({"speed": "fast", "service_tier": "priority"}, Asked(tier="priority fast")),
+        ({"web_search_options": {}}, Asked(searches=1)),
+        ({"tools": [{**SEARCH, "max_uses": 5}]}, Asked(searches=5)),
+        ({"tools": [SEARCH], "max_tool_calls": 3}, Asked(searches=3)),
+        ({"tools": [SEARCH]}, Asked(others=("tools[0].max_uses",))),
+        ({"tools": [{"type": "function"}, {"type": "code_interpreter"}]}, Asked(others=("tools[1]",))),
+        ({"models": ["x"], "plugins": []}, Asked(others=("models", "plugins"))),
+        ({"search_parameters": {"mode": "off"}, "enable_search": False}, Asked()),
+        ({"modalities": ["text", "audio"], "audio": {"voice": "x"}}, Asked(audio_output=True)),
+        ({"audio": {"voice": "x"}}, Asked(audio_output=True)),
+        ({"modalities": ["image", "text"]}, Asked(image_output=True)),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, Asked(audio_input=True)),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "cache_control": {"type": "ephemeral"}}]}]}, Asked(ttl="5m")),
+        ({"cache_control": {"type": "ephemeral", "ttl": "1h"}}, Asked(ttl="1h")),
+        ({"system": [{"cache_control": {"ttl": "5m"}}], "tools": [{"type": "custom", "cache_control": {"ttl": "1d"}}]}, Asked(ttl="1h")),
+    ],
+)  # fmt: skip
+def test_what_a_request_asks_for(body, asked):
+    assert asked_of(body) == asked
+
+
+def test_what_a_price_lacks():
+    for asked, field in (
+        (Asked(tier="priority"), "service_tier"), (Asked(tier="fast"), "speed"), (Asked(searches=1), "web_search_options"),
+        (Asked(audio_input=True), "messages"), (Asked(audio_output=True), "modalities"), (Asked(image_output=True), "modalities"),
+        (Asked(others=("models",)), "models"), (Asked(others=("tools[3]",)), "tools[3]"),
+    ):  # fmt: skip
+        assert asked.lacks(USUAL)[0] == field
+        assert asked.lacks(Price()) is None
+    whole = USUAL.replace(tiers={"priority": USUAL}, web_search=1, audio_input=1, audio_output=1, image_output=1)
+    assert Asked("priority", "1h", 3, True, True, True).lacks(whole) is None
+    assert Asked(tier="auto").lacks(USUAL) is None
+
+
+def test_the_most_that_may_be_asked_for_is_as_dear_as_it_may_be():
+    parts = [
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "mp3"}},
+        {"type": "image_url", "image_url": {"url": "http://x"}},
+    ]
+    body = {
+        "messages": [{"role": "user", "content": parts}],
+        "cache_control": {},
+        "modalities": ["audio"],
+        "service_tier": "priority",
+    }
+    count = count_prompt(body)
+    most = asked_of(body).most(count, 100)
+    assert 0 < most.audio_input < count.at_most
+    assert most.image_input > 1000
+    assert (most.audio_output, most.cache_write, most.tier, most.completion) == (100, count.at_most, "priority", 100)
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+FIELDS = st.sampled_from(("content", "type", "cache_control", "ttl", "max_uses", "mode"))
+JSON = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=3), max_leaves=8
+)
+NAMES = st.sampled_from(
+    ("messages", "tools", "system", "service_tier", "speed", "modalities", "audio", "web_search_options", "plugins")
+)
+
+
+@given(st.dictionaries(NAMES, JSON))
+def test_whatever_a_body_holds_is_read(body):
+    asked = asked_of(body)
+    assert asked.lacks(Price()) is None
+    assert asked.lacks(USUAL) is None or isinstance(asked.lacks(USUAL)[0], str)
+
+
+# Requests
+
+
+def config(url, tmp_path, **changes):
+    rich = USUAL.replace(tiers={"priority": Price.of_dollars("2", "20")}, web_search=25 * NANO)
+
+    def model(name, price, kind=OpenAI):
+        base = f"{url}/v1" if kind is OpenAI else url
+        provider = kind.Config(model=name, base_url=base, key_env=None)
+        return ModelConfig(name=name, price=price, deployments=(DeploymentConfig(provider=provider),))
+
+    made = GatewayConfig(
+        models=(model("plain", USUAL), model("rich", rich), model("none", None), model("free", Price()), model("claude", USUAL, Anthropic)),
+        strategies={"cheapest": StrategyConfig(use="cheapest", models=("none", "rich"))}, fallbacks={"plain": ("rich",)},
+        require_key=False, store=str(tmp_path / "g.db"),
+    )  # fmt: skip
+    return made.replace(**changes)
+
+
+def served(tmp_path, work, **changes):
+    async def run():
+        provider = BillingProvider({"plain": USUAL, "rich": USUAL, "none": USUAL, "free": USUAL, "claude": USUAL}, 1)
+        async with provider.running(), Gateway(config(provider.url, tmp_path, **changes)) as gateway:
+            return await work(gateway, provider)
+
+    return asyncio.run(run())
+
+
+async def refused(gateway, **body):
+    with pytest.raises(ApiError) as caught:
+        await gateway.achat({"messages": HELLO, "max_tokens": 5, **body})
+    return caught.value
+
+
+def test_fields_that_change_a_price_go_where_they_have_one_and_are_refused_elsewhere(tmp_path):
+    async def work(gateway, provider):
+        for field, value in (
+            ("service_tier", "priority"), ("web_search_options", {}), ("speed", "fast"), ("models", ["x"]), ("plugins", [{"id": "web"}]),
+            ("modalities", ["text", "audio"]), ("tools", [{"type": "code_interpreter"}]),
+        ):  # fmt: skip
+            error = await refused(gateway, model="claude", **{field: value})
+            assert (error.status, error.code) == (400, "unpriced")
+            assert error.param.partition("[")[0] == field
+            assert "claude has no price for" in str(error)
+        assert not provider.calls
+        # What is not priced at one is sent to the next that prices it.
+        answer = await gateway.achat({"model": "plain", "messages": HELLO, "max_tokens": 5, "service_tier": "priority"})
+        assert answer["choices"]
+        await gateway.achat({"model": "free", "messages": HELLO, "max_tokens": 5, "service_tier": "priority"})
+        await gateway.achat({"model": "rich", "messages": HELLO, "max_tokens": 5, "web_search_options": {}})
+        await gateway.achat({"model": "plain", "messages": HELLO, "max_tokens": 5, "service_tier": "default"})
+        await gateway.settled()
+        rows = sorted(await gateway.store.ledger(LedgerQuery()), key=lambda row: row.seq)
+        rows = [row for row in rows if row.status == "ok"]
+        assert [row.model for row in rows] == ["rich", "free", "rich", "plain"]
+        tokens = [USUAL.cost(row.prompt_tokens, row.completion_tokens) for row in rows]
+        assert [row.cost_nano for row in rows] == [2 * tokens[0], 0, tokens[2] + 25_000_000, tokens[3]]
+        assert rows[0].reserved_nano >= 2 * tokens[0]
+        assert rows[2].reserved_nano >= 25_000_000
+
+    served(tmp_path, work)
+
+
+def test_what_has_no_price_may_be_allowed(tmp_path):
+    async def work(gateway, provider):
+        await gateway.achat({"model": "claude", "messages": HELLO, "max_tokens": 5, "service_tier": "priority"})
+        await gateway.store.set_budget(GLOBAL, NANO)
+        await gateway.achat({"model": "none", "messages": HELLO, "max_tokens": 5})
+
+    served(tmp_path, work, limits=LimitsConfig(allow_unpriced=True))
+
+
+def test_a_model_without_a_price_is_refused_where_money_is_limited(tmp_path, caplog):
+    async def work(gateway, provider):
+        asked = {"messages": HELLO, "max_tokens": 5}
+        await gateway.achat({"model": "none", **asked})
+        await gateway.store.set_budget("user:ann", 10 * NANO)
+        await gateway.achat({"model": "none", "user": "bob", **asked})
+        error = await refused(gateway, model="none", user="ann")
+        assert (error.status, error.code, error.param) == (400, "model_not_priced", "model")
+        assert "nobody knows what none costs, and a budget applies" in str(error)
+        # A strategy goes on to what has one; a model that is free by its config is priced.
+        await gateway.achat({"model": "auto/cheapest", "user": "ann", **asked})
+        await gateway.achat({"model": "free", "user": "ann", **asked})
+        await gateway.settled()
+        rows = await gateway.store.ledger(LedgerQuery())
+        assert [row.model for row in sorted(rows, key=lambda row: row.seq)] == ["none", "none", "", "rich", "free"]
+
+    with caplog.at_level(logging.WARNING):
+        served(tmp_path, work)
+    assert sum("deployment none of model none has no price" in one.message for one in caplog.records) == 1
+
+
+def test_a_limit_of_the_request_itself_is_a_budget(tmp_path):
+    async def work(gateway, provider):
+        assert (await refused(gateway, model="none")).code == "model_not_priced"
+
+    served(tmp_path, work, limits=LimitsConfig(request_usd=1.0))
+
+
+def test_deployments_have_prices_of_their_own_and_the_cheapest_is_asked(tmp_path):
+    async def work(gateway, provider):
+        for _ in range(6):
+            await gateway.achat({"model": "m", "messages": HELLO, "max_tokens": 5})
+        await gateway.settled()
+        rows = await gateway.store.ledger(LedgerQuery())
+        assert {row.deployment for row in rows} == {"cheap"}
+        assert {row.price for row in rows} == {Price.of_dollars("0.5", "5")}
+        for row in rows:
+            assert row.cost_nano == Price.of_dollars("0.5", "5").cost(row.prompt_tokens, row.completion_tokens)
+            # The dearest may be asked too.
+            assert row.reserved_nano >= 5 * 20_000
+
+    async def run():
+        provider = BillingProvider({"plain": USUAL}, 1)
+        async with provider.running():
+            where = {"model": "plain", "base_url": f"{provider.url}/v1", "key_env": None}
+            dear, cheap, unknown = (
+                DeploymentConfig(name=name, provider=OpenAI.Config(**where), price=price)
+                for name, price in (
+                    ("dear", Price.of_dollars("2", "20")),
+                    ("cheap", Price.of_dollars("0.5", "5")),
+                    ("usual", None),
+                )
+            )
+            models = (ModelConfig(name="m", price=USUAL, deployments=(dear, cheap, unknown), balance="price"),)
+            made = GatewayConfig(models=models, require_key=False, store=str(tmp_path / "g.db"))
+            async with Gateway(made) as gateway:
+                await work(gateway, provider)
+
+    asyncio.run(run())
+
+
+# Sentences about money
+
+
+@given(st.integers(1, 10**13), st.integers(0, 10**13), st.integers(1, 10**13))
+def test_no_two_amounts_of_a_refusal_look_alike(limit, spent, asked):
+    from anabranch.gateway.store.accounts import Account
+    from anabranch.gateway.store.batch import _refusal
+
+    fields = {"id": 1, "subject": "key:a", "period": "day", "limit": limit, "spent": min(spent, limit), "reserved": 0}
+    names = [field.name for field in dataclasses.fields(Account)]
+    account = Account(**{name: fields.get(name) for name in names})
+    amounts = {limit, max(0, limit - account.spent), asked}
+    text = str(_refusal(account, asked, 0))
+    assert {in_full(amount) for amount in amounts} == {
+        word.rstrip(";,") for word in text.split() if word.startswith("$")
+    }
+    assert len({in_full(amount) for amount in amounts}) == len(amounts)
+
+    async def of_purse():
+        async def reserve(nano):
+            raise AssertionError
+
+        with pytest.raises(BudgetError) as caught:
+            await Purse(reserve, reserve, limit).hold(limit + asked)
+        return str(caught.value)
+
+    said = {word.rstrip(";,") for word in asyncio.run(of_purse()).split() if word.startswith("$")}
+    assert said == {in_full(limit), in_full(limit + asked)}
