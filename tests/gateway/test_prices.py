@@ -180,6 +180,9 @@ SEARCH = {"type": "web_search_20250305", "name": "web_search"}
         ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, Asked(audio_input=True)),
         ({"messages": [{"role": "user", "content": [{"type": "text", "cache_control": {"type": "ephemeral"}}]}]}, Asked(ttl="5m")),
         ({"cache_control": {"type": "ephemeral", "ttl": "1h"}}, Asked(ttl="1h")),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"cache_control": {}}]}]}, Asked(ttl="5m")),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [{"cache_control": {}}]}]}]}, Asked(ttl="5m")),
+        ({"tools": [{"type": "function", "function": {"cache_control": {"ttl": "1h"}}}]}, Asked(ttl="1h")),
         ({"system": [{"cache_control": {"ttl": "5m"}}], "tools": [{"type": "custom", "cache_control": {"ttl": "1d"}}]}, Asked(ttl="1h")),
     ],
 )  # fmt: skip
@@ -300,7 +303,7 @@ def test_fields_that_change_a_price_go_where_they_have_one_and_are_refused_elsew
 
 def test_what_has_no_price_may_be_allowed(tmp_path):
     async def work(gateway, provider):
-        await gateway.achat({"model": "claude", "messages": HELLO, "max_tokens": 5, "service_tier": "priority"})
+        await gateway.achat({"model": "plain", "messages": HELLO, "max_tokens": 5, "service_tier": "priority"})
         await gateway.store.set_budget(GLOBAL, NANO)
         await gateway.achat({"model": "none", "messages": HELLO, "max_tokens": 5})
 

@@ -82,11 +82,14 @@ def asked_of(body: Json) -> Asked:
     messages = [one for one in _listed(body.get("messages")) if isinstance(one, dict)]
     parts = [part for one in [*messages, {"content": body.get("system")}] for part in _parts(one)]
     tools = [tool for tool in _listed(body.get("tools")) if isinstance(tool, dict)]
+    calls = [call for one in messages for call in _listed(one.get("tool_calls")) if isinstance(call, dict)]
+    inner = [part for one in parts for part in _parts(one)]
+    functions = [one["function"] for one in [*tools, *calls] if isinstance(one.get("function"), dict)]
     searches, others = _searches(body, tools)
     words = {str(word).lower() for word in _listed(body.get("modalities"))}
     return Asked(
         tier=_tier(body),
-        ttl=_ttl([body, *messages, *parts, *tools]),
+        ttl=_ttl([body, *messages, *parts, *inner, *tools, *calls, *functions]),
         searches=searches,
         audio_input=any(part.get("type") == "input_audio" for part in parts),
         audio_output="audio" in words or bool(body.get("audio")),
