@@ -7,6 +7,12 @@ from anabranch.gateway.config.price_table import list_price
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.money import Price
 
+# Where providers are that have an address for each region; the list knows them by it.
+PLACES = {
+    "bedrock": "https://bedrock-runtime.us-east-1.amazonaws.com",
+    "vertex": "https://aiplatform.googleapis.com",
+}
+
 
 def deployment_price(model: ModelConfig, one: DeploymentConfig) -> Price | None:
     """Of a deployment of a model; None if nobody says. What nobody bills (mock, engine, replay) is free where it has no price."""
@@ -38,7 +44,7 @@ def _listed(provider: Provider.Config) -> Price | None:
         return _listed(inner)
     if not provider.owner.is_billed:
         return Price()
-    url = getattr(provider, "base_url", None)
+    url = getattr(provider, "base_url", None) or PLACES.get(provider.owner.kind)
     return list_price(url, provider.model) if isinstance(url, str) and provider.model else None
 
 

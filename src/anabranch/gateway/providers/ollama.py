@@ -266,6 +266,8 @@ def _usage(value: Json, prompt_tokens: int) -> Usage:
 class OllamaStream(ForeignStream):
     """Turns the lines of one answer into chunks."""
 
+    is_billed = False
+
     def __init__(self, provider: Ollama, prompt_tokens: int) -> None:
         super().__init__(provider)
         self._prompt_tokens = prompt_tokens
