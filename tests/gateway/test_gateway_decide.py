@@ -1,6 +1,7 @@
 """Strategies at work in a server: one that is slow, broken or wrong is passed over, and nobody waits for it."""
 
 import asyncio
+import re
 import threading
 import time
 
@@ -10,10 +11,16 @@ import pytest
 from anabranch.errors import ConfigError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.decide import Decider
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.routers.contract.ask import Answered
+from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Candidate, Decision, Model, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.money import Price
+from anabranch.routers.strategies import make
 from anabranch.web.api_error import ApiError
 
 POOL = Pool((Model(name="small"), Model(name="large"), Model(name="down", is_available=False)))
@@ -185,7 +192,7 @@ def test_knobs_the_sender_set_wrong_are_the_senders_fault():
         raise InputError("lambda is 'x'; it must be a number")
 
     with pytest.raises(ApiError, match="lambda") as caught:
-        decide(Scripted(work), knobs={"lambda": "x"})
+        decide(Scripted(work, sender_knobs=("lambda",)), knobs={"lambda": "x"})
     assert caught.value.status == 400
     assert decide(Scripted(work))[0].bypassed  # without knobs it is the strategy's
 
@@ -228,3 +235,68 @@ def test_learning_happens_off_the_loop_and_never_raises():
 def test_a_strategy_that_has_not_learned_is_refused_when_the_config_is_read():
     with pytest.raises(ConfigError, match="learn first"):
         Decider(config(tested={}).replace(strategies={"knn": StrategyConfig(use="knn")}, default_strategy=None), None)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("auto/cheapest?lambda=1", "auto/cheapest has no knob 'lambda'; it has none"),
+        ("auto?temperature=1", "auto/cheapest has no knob 'temperature'; it has none"),
+        ("router-cheapest-0.5", "auto/cheapest has no knob 'threshold'; it has none"),
+        ("auto/mf?lambda=1&top=2", "auto/mf has no knob 'top'; it has lambda, threshold"),
+        ("router-mf-0.5?x=1", "there is no model"),
+        ("auto/mf?lambda=x", "lambda is 'x'; it must be a number of at least 0"),
+    ],
+)
+def test_a_knob_that_a_strategy_does_not_read_is_the_senders_fault(tmp_path, named, message):
+    with pytest.raises(ApiError, match=re.escape(message)) as caught:
+        served_by(tmp_path, named)
+    assert caught.value.status in (400, 404)
+    assert caught.value.param == "model"
+
+
+def test_routellms_names_do_what_they_say(tmp_path):
+    """Its threshold says how often the dear model must win to be asked; all of it through a request."""
+    assert [served_by(tmp_path, f"router-mf-{threshold}") for threshold in ("0", "1", "0.5")] == [
+        "large",
+        "small",
+        "large",
+    ]
+    assert served_by(tmp_path, "auto/mf?threshold=0.99") == "small"
+    assert served_by(tmp_path, "auto/mf?lambda=1000000000") == "small"
+
+
+def served_by(tmp_path, named):
+    """The model that answers a request for ``named``, of a gateway whose strategy learned that the dear one is usually better."""
+    embedder = Hashed.Config(dim=16)
+    texts = [f"question {number} of {'abc'[number % 3]}" for number in range(60)]
+    vector_ND = embedder.build().embed(texts)
+    score_NM = np.stack([np.arange(60) % 3 == 0, np.arange(60) % 5 != 0], 1).astype(float)
+    cost_NM = np.broadcast_to([0.001, 0.01], (60, 2)).copy()
+    data = Recorded(
+        query=tuple(texts), models=("small", "large"), score_NM=score_NM, cost_NM=cost_NM, vector_ND=vector_ND
+    )
+    models = tuple(
+        ModelConfig(
+            name=name,
+            price=Price.of_dollars(usd, usd),
+            max_tokens=10,
+            deployments=(DeploymentConfig(provider=Mock.Config(model=name)),),
+        )
+        for name, usd in (("small", 1), ("large", 10))
+    )
+    config = GatewayConfig(
+        models=models,
+        strategies={"cheapest": StrategyConfig(use="cheapest"), "mf": StrategyConfig(use="mf", timeout_s=5.0)},
+        default_strategy="cheapest",
+        embedder=embedder,
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+    )
+
+    async def main():
+        async with Gateway(config, strategies={"mf": make("mf", dim=4, epochs=5).fit(data)}) as gateway:
+            body = {"model": named, "messages": [{"role": "user", "content": texts[1]}]}
+            return (await gateway.handle("chat", body)).headers["x-route-model"]
+
+    return asyncio.run(main())

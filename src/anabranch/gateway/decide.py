@@ -20,6 +20,7 @@ from anabranch.gateway.learning.kept import made_from
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.routers.contract.ask import Ask
+from anabranch.routers.contract.knobs import check_knobs
 from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Metrics, Strategy
@@ -108,6 +109,7 @@ class Lane:
         """Ask the strategy. Raises BypassError, and ApiError for knobs the sender set wrong."""
         pool = self.narrowed(pool)
         try:
+            check_knobs(query.knobs, self.strategy.sender_knobs, f"auto/{self.name}")
             if self._embedder is not None and query.vector_D is None:
                 embedder = self._embedder
                 vector_D = (await self._in_thread(lambda: embedder.embed([query.text]), self.timeout_s))[0]

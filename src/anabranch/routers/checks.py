@@ -16,6 +16,7 @@ import functools
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from anabranch.config import Config, from_dict, to_dict
 from anabranch.errors import AnabranchError, DataError, InputError
 from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.knobs import LAMBDA
 from anabranch.routers.contract.predictor import Predictor, Ranked
 from anabranch.routers.contract.query import Decision, Model, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Played, Strategy
@@ -107,6 +109,7 @@ def check_strategy(
             checks.pools(fitted)
             checks.vectors(fitted)
             checks.observations(fitted)
+            checks.sender_knobs(fitted)
             checks.sharing()
         checks.saving(fitted)
         if plays:
@@ -338,6 +341,18 @@ class _Checks:
             ),
             "without a trade-off it does not take the largest quality",
         )
+
+    def sender_knobs(self, fitted: Strategy) -> None:
+        for name in fitted.sender_knobs:
+            for odd in ("x", "-1", "nan", ""):
+                query = replace(self.query, knobs={name: odd})
+                try:
+                    fitted.route(query, made_pool())
+                except InputError:
+                    continue
+                _is(False, f"the knob {name} is set to {odd!r}, and nobody says that this is no number")
+        if LAMBDA in fitted.sender_knobs:
+            _is(fitted.knob == "trade_off", "it reads lambda, which is the trade-off, and has none")
 
     def knob(self, fitted: Strategy) -> None:
         values = list(fitted.knobs(made_outcomes()))

@@ -38,8 +38,12 @@ def route(
     """
     if not text.strip():
         raise InputError("the query is empty; write what is asked")
+    from anabranch.routers.contract.knobs import LAMBDA, check_knobs
+
     picked = _picked(router, strategy)
     fitted, name = picked.router, picked.name
+    if trade_off is not None:
+        check_knobs({LAMBDA: str(trade_off)}, fitted.strategy.sender_knobs, name)
     query = fitted.query(text, task=task, knobs={} if trade_off is None else {"lambda": str(trade_off)})
     chosen = None if picked.choice is None else dataclasses.asdict(picked.choice)
     facts = {"router": name, "recommended": chosen, **fitted.strategy.explain(query, fitted.pool)}

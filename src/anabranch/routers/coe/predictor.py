@@ -15,7 +15,6 @@ table, within the chosen experts if there is a limit on what is hosted.
 # Shapes: N queries, M models, D dimensions, C categories (the general one last)
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -29,6 +28,7 @@ from anabranch.routers.coe.clusters import k_means
 from anabranch.routers.coe.expert_map import ExpertMap, Limits, Solver, solve_map
 from anabranch.routers.coe.quality import QualityTable, table_of_feedback, table_of_scores
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.knobs import knob_of
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts
@@ -63,6 +63,8 @@ class CompositionOfExperts(Predictor, kind="coe"):
 
     Senders may set the knobs ``budget_params``, ``trade_off_params`` and ``min_confidence`` of one query.
     """
+
+    sender_knobs = ("budget_params", "trade_off_params", "min_confidence")
 
     @configclass
     class Config(Predictor.Config):
@@ -267,7 +269,7 @@ class CompositionOfExperts(Predictor, kind="coe"):
     def predict_one(self, query: Query) -> Prediction:
         """With category, confidence and expert in the details."""
         assert query.vector_D is not None
-        knobs = {name: _number(query.knobs, name) for name in ("budget_params", "trade_off_params", "min_confidence")}
+        knobs = {name: knob_of(query.knobs, name) for name in self.sender_knobs}
         row_N, found = self._classified(query.vector_D[None], knobs["min_confidence"])
         plan = self.plan(budget_params=knobs["budget_params"], trade_off_params=knobs["trade_off_params"])
         row = int(row_N[0])
@@ -434,17 +436,3 @@ def _penalties(quality_CM: np.ndarray, size_M: np.ndarray, first_C: np.ndarray) 
     wanted_CM = np.minimum(worth_CM, top_C1 - STEP * (1 + order_CM))
     wanted_CM[rows, first_C] = top_C1[:, 0]
     return np.where(np.isfinite(quality_CM), np.where(np.isfinite(quality_CM), quality_CM, 0.0) - wanted_CM, 0.0)
-
-
-def _number(knobs: Mapping[str, str], name: str) -> float | None:
-    """A knob of the sender's; None if it was not set. Raises InputError for what is no number of at least 0."""
-    text = knobs.get(name)
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = np.nan
-    if not (np.isfinite(value) and value >= 0):
-        raise InputError(f"{name} is {text!r}; it must be a number of at least 0")
-    return value

@@ -14,6 +14,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import InputError
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.knobs import LAMBDA, THRESHOLD, knob_of, trade_off_of
 from anabranch.routers.contract.query import Decision, Model, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Played, Strategy, ordered, playable, played
 from anabranch.routers.money import dollars
@@ -44,6 +45,7 @@ class Predictor(Part, family="predictor"):
     Attributes:
         needs_vector: queries must carry vectors.
         models: names it knows, set by ``fit``; columns of its predictions.
+        sender_knobs: what it reads of `Query.knobs`, beside those of `Ranked`.
     """
 
     @configclass
@@ -51,6 +53,7 @@ class Predictor(Part, family="predictor"):
         """Nothing in common."""
 
     needs_vector: ClassVar[bool] = True
+    sender_knobs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -67,6 +70,10 @@ class Predictor(Part, family="predictor"):
     def predict_one(self, query: Query) -> Prediction:
         """Of one query, N = 1. Override where that is much faster than making a `Recorded` of it."""
         return self.predict(one_row(query, self.models))
+
+    def strengths(self, query: Query) -> np.ndarray | None:
+        """Log odds ``[M]`` whose differences say who wins against whom; None where it predicts something else."""
+        return None
 
     def meet(self, pool: Pool) -> None:
         """Take note of the models there are, before each decision, where sizes or prices matter. Must be quick if none changed."""
@@ -134,6 +141,12 @@ class Ranked(Strategy, kind="ranked"):
         """As its predictor."""
         return type(self.predictor).observe is not Predictor.observe
 
+    @property
+    def sender_knobs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The predictor's too; a threshold where that says who wins."""
+        wins = type(self.predictor).strengths is not Predictor.strengths
+        return (LAMBDA, *((THRESHOLD,) if wins else ()), *self.predictor.sender_knobs)
+
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Fit the predictor, and the mean cost and length of each model's answers."""
         self.predictor.fit(data, seed=seed)
@@ -142,7 +155,7 @@ class Ranked(Strategy, kind="ranked"):
         return self
 
     def route(self, query: Query, pool: Pool) -> Decision:
-        """As the class says; the sender's knob ``lambda`` takes the place of ``trade_off``."""
+        """As the class says; the sender's knob ``lambda`` takes the place of ``trade_off``, and ``threshold`` that of the order of two."""
         self._checked(query)
         self.predictor.meet(pool)
         self._grow()
@@ -153,10 +166,11 @@ class Ranked(Strategy, kind="ranked"):
         cost_P = np.array(
             [self._cost(query, model, at, prediction) for model, at in zip(pool.models, known, strict=True)]
         )
-        trade_off = _number(query.knobs.get("lambda"), self.config.trade_off)
+        trade_off = trade_off_of(query.knobs, self.config.trade_off)
         worth_P = quality_P - trade_off * _weighed(cost_P)
         if prediction.penalty_NM is not None:
             worth_P = worth_P - [prediction.penalty_NM[0, max(at, 0)] for at in known]
+        worth_P, why = self._by_threshold(query, pool, np.array(known), worth_P)
         candidates = ordered(pool, worth_P, quality=quality_P, cost=cost_P)
         if not candidates:
             raise InputError(
@@ -165,7 +179,7 @@ class Ranked(Strategy, kind="ranked"):
         best = candidates[0]
         confidence = None if prediction.confidence_N is None else float(prediction.confidence_N[0])
         reason = f"{self.name} expects {best.quality:.3f} of {best.model}" + (
-            f", a dollar weighing {trade_off:g}" if trade_off else ""
+            why or (f", a dollar weighing {trade_off:g}" if trade_off else "")
         )
         return Decision(
             candidates=candidates,
@@ -174,6 +188,35 @@ class Ranked(Strategy, kind="ranked"):
             confidence=confidence,
             details=self.predictor.explain(query) if prediction.details is None else prediction.details,
             probability=1.0,
+        )
+
+    def _by_threshold(
+        self, query: Query, pool: Pool, known_P: np.ndarray, worth_P: np.ndarray
+    ) -> tuple[np.ndarray, str]:
+        """RouteLLM's rule, where the sender sets a threshold: of the dearest and the cheapest, the dearest if it wins often enough.
+
+        The others come behind, as they would without. Returns the worth and why; that as it is and "" without a threshold.
+        """
+        threshold = knob_of(query.knobs, THRESHOLD, 1.0)
+        if threshold is None:
+            return worth_P, ""
+        if LAMBDA in query.knobs:
+            raise InputError("threshold and lambda are set; a query has one of them")
+        strength_M = self.predictor.strengths(query)
+        prices = [model.price.input + model.price.output for model in pool.models]
+        open_P = [at for at, model in enumerate(pool.models) if model.is_available and np.isfinite(worth_P[at])]
+        if strength_M is None or len(open_P) < 2:
+            return worth_P, ""
+        cheap, dear = min(open_P, key=lambda at: prices[at]), max(open_P, key=lambda at: prices[at])
+        if prices[cheap] == prices[dear]:
+            raise InputError("threshold asks for a dear and a cheap model; all of these cost the same")
+        wins = 0.5 * (1 + np.tanh(0.5 * (strength_M[known_P[dear]] - strength_M[known_P[cheap]])))
+        first, second = (dear, cheap) if wins >= threshold else (cheap, dear)
+        worth_P = worth_P.copy()
+        worth_P[first], worth_P[second] = worth_P[open_P].max() + 2.0, worth_P[open_P].max() + 1.0
+        return (
+            worth_P,
+            f": {pool.names[dear]} wins with {wins:.3f} against {pool.names[cheap]}, threshold {threshold:g}",
         )
 
     def _grow(self) -> None:
@@ -240,7 +283,7 @@ class Ranked(Strategy, kind="ranked"):
 
     def explain(self, query: Query, pool: Pool) -> Facts:
         """The decision, and the trade-off it was made at."""
-        return {**super().explain(query, pool), "trade_off": _number(query.knobs.get("lambda"), self.config.trade_off)}
+        return {**super().explain(query, pool), "trade_off": trade_off_of(query.knobs, self.config.trade_off)}
 
     def observe(self, outcome: Outcome) -> None:
         """Pass it on."""
@@ -268,19 +311,6 @@ def _means(value_NM: np.ndarray | None, num_models: int) -> np.ndarray:
     known_NM = np.isfinite(value_NM)
     count_M = known_NM.sum(0)
     return np.where(count_M > 0, np.where(known_NM, value_NM, 0).sum(0) / np.maximum(count_M, 1), np.nan)
-
-
-def _number(text: str | None, default: float) -> float:
-    """A knob of the sender's. Raises InputError for what is no number of at least 0."""
-    if text is None:
-        return default
-    try:
-        value = float(text)
-    except ValueError:
-        value = np.nan
-    if not (np.isfinite(value) and value >= 0):
-        raise InputError(f"lambda is {text!r}; it must be a number of at least 0 (score given up to save a dollar)")
-    return value
 
 
 def _weighed(cost: np.ndarray) -> np.ndarray:

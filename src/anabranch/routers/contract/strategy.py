@@ -109,6 +109,7 @@ class Strategy(Part, family="strategy"):
             `joined`.
         is_fast: ``route``, ``accept`` and ``observe`` take well under a millisecond whatever comes, so that a gateway may call them on its
             event loop; others get a thread.
+        sender_knobs: names of what the sender of a query may set (see `knobs`); `route` reads them, and a gateway refuses all others.
         knob: the number that moves it along cost against quality, by its name in the config; None if it has none.
     """
 
@@ -125,6 +126,7 @@ class Strategy(Part, family="strategy"):
     adds_up: ClassVar[bool] = False
     is_fast: ClassVar[bool] = False
     knob: ClassVar[str | None] = None
+    sender_knobs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         self.config = config

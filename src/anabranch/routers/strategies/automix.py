@@ -83,6 +83,11 @@ class AutoMix(Escalating, kind="automix"):
         # Few combinations of votes occur, so each is decided once.
         self._decided: dict[tuple[Any, ...], Any] = {}
 
+    @property
+    def sender_knobs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of a cascade, where it is one; the POMDP is solved for one trade-off."""
+        return super().sender_knobs if self.config.rule == "threshold" else ()
+
     def calls_for(self, is_last: bool) -> float:
         """An answer and k verifications, but for the last model."""
         return 1.0 if is_last else 1.0 + self.config.votes * self.config.vote_cost
@@ -302,7 +307,7 @@ class AutoMix(Escalating, kind="automix"):
 
     def _wants_votes(self, query: Query, model: str) -> bool:
         if self.config.rule == "threshold":
-            return self.threshold_of(model) is not None
+            return self.threshold_of(model, query) is not None
         self._check()
         votes, first = self._earlier(query, model)
         return votes is not None and self.verifies(votes, first)

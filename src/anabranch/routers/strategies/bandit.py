@@ -32,6 +32,7 @@ import numpy as np
 from anabranch.config import Field, Seed, configclass
 from anabranch.errors import InputError
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.knobs import LAMBDA, trade_off_of
 from anabranch.routers.contract.query import Decision, Model, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Played, Strategy, ordered, playable, played
 from anabranch.routers.money import dollars
@@ -76,6 +77,7 @@ class Bandit(Pooled):
 
     needs_vector = True
     knob = "trade_off"
+    sender_knobs = (LAMBDA,)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -228,7 +230,7 @@ class Bandit(Pooled):
     def route(self, query: Query, pool: Pool) -> Decision:
         """By index, less the weighed cost. A model never asked has the prior's index and no cost but that of its price."""
         mean_P, width_P, cost_P = self._view(query, pool)
-        charge_P = self.config.trade_off * cost_P
+        charge_P = trade_off_of(query.knobs, self.config.trade_off) * cost_P
         index_P, how = self._index(query, pool, mean_P, width_P, charge_P)
         candidates = ordered(pool, index_P, quality=mean_P, cost=cost_P)
         best = pool.names.index(candidates[0].model)

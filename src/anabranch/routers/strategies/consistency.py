@@ -86,8 +86,9 @@ class Consistency(Escalating, Program, kind="consistency"):
         names, spare, said = request.names, None, False
         # The rest is there for when the chain fails.
         judged = request.decision.details["chain"][:-1]
+        thresholds = request.decision.details["thresholds"]
         for name in names:
-            threshold = self.threshold_of(name) if name in judged and name != names[-1] else None
+            threshold = thresholds.get(name) if name in judged and name != names[-1] else None
             if threshold is not None:
                 drawn_m = await self._draw(request, name, ask)
                 share, best = commonest(drawn_m)

@@ -88,6 +88,10 @@ class SwElo(Kept, Predictor, kind="sw_elo"):
         strength_QM = np.concatenate([np.zeros((0, len(self.models))), *pieces]) / POINTS
         return Prediction(quality_NM=win_rates(strength_QM, self.known_M))
 
+    def strengths(self, query: Query) -> np.ndarray:
+        """Ratings as log odds."""
+        return self.ratings(vector_of(query, self.vector_ND.shape[1], "sw_elo"))[0] / POINTS
+
     def predict_one(self, query: Query) -> Prediction:
         """With the ratings for the explanation."""
         rating_1M = self.ratings(vector_of(query, self.vector_ND.shape[1], "sw_elo"))

@@ -22,6 +22,7 @@ import numpy as np
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.knobs import LAMBDA, THRESHOLD, knob_of
 from anabranch.routers.contract.query import Decision, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Played, Strategy, ordered
 from anabranch.routers.strategies.rules import by_price
@@ -78,6 +79,7 @@ class Escalating(Strategy):
 
     reads_answers = True
     knob = "trade_off"
+    sender_knobs = (LAMBDA, THRESHOLD)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -161,16 +163,23 @@ class Escalating(Strategy):
     @property
     def chain(self) -> Chain | None:
         """The point of the frontier that the trade-off or the budget picks; None before ``fit``."""
+        return self.chain_at(None)
+
+    def chain_at(self, trade_off: float | None) -> Chain | None:
+        """That of a sender's trade-off, within the budget if there is one; None for the strategy's own."""
         if not self.frontier:
             return None
-        if self.config.budget is not None:
-            within = [chain for chain in self.frontier if chain.cost <= self.config.budget]
-            return within[-1] if within else self.frontier[0]
-        return max(self.frontier, key=lambda chain: chain.quality - self.config.trade_off * chain.cost)
+        within, budget = self.frontier, self.config.budget
+        if budget is not None:
+            within = [chain for chain in self.frontier if chain.cost <= budget] or self.frontier[:1]
+            if trade_off is None:
+                return within[-1]
+        weight = self.config.trade_off if trade_off is None else trade_off
+        return max(within, key=lambda chain: chain.quality - weight * chain.cost)
 
     def route(self, query: Query, pool: Pool) -> Decision:
         """The chain, then the rest of the pool in case all of it fails. Raises InputError if the pool has none of the chain."""
-        chain = self.chain
+        chain = self.chain_at(knob_of(query.knobs, LAMBDA))
         if chain is None and self.needs_fit:
             raise InputError(f"{self.name} has not learned yet: fit it on recorded outcomes first")
         models = (
@@ -181,19 +190,23 @@ class Escalating(Strategy):
             raise InputError(f"{self.name} asks {', '.join(models)}; the pool has {', '.join(pool.names)}")
         return Decision(
             candidates=ordered(pool, listed(known, pool)), strategy=self.name, reason=f"{self.name}: {' then '.join(known)}",
-            details={"chain": known, "thresholds": {name: self.threshold_of(name) for name in known}},
+            details={"chain": known, "thresholds": {name: self.threshold_of(name, query) for name in known}},
         )  # fmt: skip
 
-    def threshold_of(self, model: str) -> float | None:
-        """Confidence from which an answer of this model is given; None if it always is."""
-        chain = self.chain
+    def threshold_of(self, model: str, query: Query) -> float | None:
+        """Confidence from which an answer of this model is given to a query; None if it always is. Raises InputError for odd knobs."""
+        wanted = knob_of(query.knobs, THRESHOLD, 1.0)
+        chain = self.chain_at(knob_of(query.knobs, LAMBDA))
         if chain is not None:
-            return dict(zip(chain.models, chain.thresholds, strict=False)).get(model)
-        return None if self.config.models and model in self.config.models[-1:] else self.config.threshold
+            own = dict(zip(chain.models, chain.thresholds, strict=False)).get(model)
+            return own if own is None or wanted is None else wanted
+        if self.config.models and model in self.config.models[-1:]:
+            return None
+        return self.config.threshold if wanted is None else wanted
 
     def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
         """Whether the confidence reaches the model's threshold. One that cannot be told does not."""
-        threshold = self.threshold_of(model)
+        threshold = self.threshold_of(model, query)
         return threshold is None or self.confidence(query, model, answer, details) >= threshold
 
     # -- judging

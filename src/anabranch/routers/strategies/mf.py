@@ -93,6 +93,11 @@ class MatrixFactorisation(Kept, Predictor, kind="mf"):
         vector_ND = vectors_of(data, self.delta_MD.shape[1], "mf").astype(float)
         return Prediction(quality_NM=win_rates(vector_ND @ self.delta_MD.T, self.known_M))
 
+    def strengths(self, query: Query) -> np.ndarray:
+        """delta."""
+        vector_1D = vectors_of(one_vector(query), self.delta_MD.shape[1], "mf").astype(float)
+        return (vector_1D @ self.delta_MD.T)[0]
+
     def predict_one(self, query: Query) -> Prediction:
         """As `predict`."""
         return self.predict(one_vector(query))
