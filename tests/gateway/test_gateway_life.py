@@ -192,6 +192,39 @@ def text_of_answer(answer):
     return answer["choices"][0]["message"]["content"]
 
 
+def test_each_stage_of_a_request_is_timed(tmp_path):
+    """As often as it came to it; a failure in the stage that it came in."""
+
+    def counts(gateway):
+        lines = gateway.metrics_text().decode().splitlines()
+        found = [line for line in lines if line.startswith("anabranch_stage_seconds_count")]
+        return {line.partition('stage="')[2].partition('"')[0]: int(float(line.rpartition(" ")[2])) for line in found}
+
+    async def work(gateway):
+        await gateway.achat(ask(temperature=0))
+        await gateway.achat(ask(temperature=0))
+        await everything(gateway, ask(stream=True))
+        with pytest.raises(ApiError):
+            await gateway.achat(ask(model="none"))
+        with pytest.raises(ApiError):
+            await gateway.achat({**ask(), "model": "large", "max_tokens": 60})
+        await gateway.settled()
+        await gateway.store.ledger()
+        return counts(gateway)
+
+    made = config(tmp_path, model("small"), model("large", script=("422",)))
+    assert run(made, work)[0] == {
+        "key": 5,
+        "read": 5,
+        "cache": 4,
+        "decide": 3,
+        "reserve": 3,
+        "call": 3,
+        "stream": 1,
+        "settle": 4,
+    }
+
+
 # Strategies
 
 

@@ -27,7 +27,7 @@ from anabranch.gateway.learning.erasures import Erasures
 from anabranch.gateway.learning.kept import EVERY_S, Kept
 from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.life import Life
-from anabranch.gateway.metrics import Metrics
+from anabranch.gateway.metrics import Metrics, StageClock
 from anabranch.gateway.overview import Overview
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import limited, unavailable
@@ -414,11 +414,14 @@ class Gateway:
         calls: Sequence[LedgerRow] = (),
     ) -> None:
         """End a request in the store; it is written soon, whoever waits or not."""
+        clock = StageClock(self.metrics.staged)
+        clock.begin("settle")
         if reservation is None:
             done = self.store.append(row)
         else:
             done = self.store.settle(reservation, row, collected, calls)
         done.add_done_callback(_noted)
+        done.add_done_callback(lambda _: clock.end())
 
     def keeps_texts(self, body: Mapping[str, Any]) -> bool:
         """Whether the store keeps what is asked and answered: the config lets it, and the sender does not forbid it (``store: false``)."""

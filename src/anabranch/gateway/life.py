@@ -35,7 +35,7 @@ from anabranch.gateway.core.program_run import ProgramRun
 from anabranch.gateway.core.settlement import settle
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Plan, Report
-from anabranch.gateway.metrics import Ended
+from anabranch.gateway.metrics import Ended, StageClock
 from anabranch.gateway.payable import payable
 from anabranch.gateway.prompt_tokens import (
     BYTES_PER_TOKEN,
@@ -109,6 +109,7 @@ class Life:
         self.headers, self.shown_as, self.caches, self.collecting = headers, shown_as, gateway.caches, collecting
         # What it was made of, if it came in Anthropic's form.
         self.num_bytes, self.native = num_bytes, native
+        self.clock = StageClock(gateway.metrics.staged)
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
         # Of the key; None if none is needed.
         self.record: KeyRecord | None = None
@@ -148,23 +149,42 @@ class Life:
 
     async def run(self, secret: str | None) -> Reply:
         """From the key to the answer, or to the first token of a stream. Raises ApiError."""
-        self.record = await self.gateway.authenticate(secret)
-        await self._apart(self._read)
-        self._admit()
-        self._assign()
-        self._take_purse()
+        clock = self.clock
         try:
-            found = await self._look()
-            if found is not None:
-                return self._from_cache(*found)
-            await self._decide()
-            reply = await self._run_program()
-            if reply is not None:
-                return reply
-            await self._reserve()
-            return await self._call()
-        except BaseException as error:
-            raise self._failed(error) from None
+            clock.begin("key")
+            self.record = await self.gateway.authenticate(secret)
+            clock.begin("read")
+            await self._apart(self._read)
+            self._admit()
+            self._assign()
+            self._take_purse()
+            try:
+                reply = await self._answered()
+            except BaseException as error:
+                raise self._failed(error) from None
+        finally:
+            clock.end()
+        if reply.stream is not None and not self.is_over:
+            clock.begin("stream")
+        return reply
+
+    async def _answered(self) -> Reply:
+        clock = self.clock
+        clock.begin("cache")
+        found = await self._look()
+        if found is not None:
+            return self._from_cache(*found)
+        clock.begin("decide")
+        await self._decide()
+        clock.begin("call")
+        reply = await self._run_program()
+        if reply is not None:
+            return reply
+        # There was none.
+        clock.stage = "reserve"
+        await self._reserve()
+        clock.begin("call")
+        return await self._call()
 
     async def route(self, record: KeyRecord | None) -> Decision:
         """Only the decision; there is a row only if the strategy asked a model for it. Raises ApiError."""
@@ -727,6 +747,7 @@ class Life:
         """A stream has ended, or its reader has gone."""
         if self.is_over:
             return
+        self.clock.end()
         report, failure = stream.report, stream.failure
         self.report = report
         if failure is not None:

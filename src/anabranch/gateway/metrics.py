@@ -13,6 +13,11 @@ from anabranch.gateway.store import LedgerRow
 
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 OVERHEAD_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+STAGE_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 120)
+
+# Of a request, in their order: whose key it is; checking and counting the body; a look into caches, and the wait for the same request;
+# the strategy; setting money aside; upstreams, to the first token of a stream or to a whole answer; the rest of a stream; the row.
+STAGES = ("key", "read", "cache", "decide", "reserve", "call", "stream", "settle")
 
 # Of the history: an hour in steps of ten seconds.
 BUCKET_S, BUCKETS = 10, 360
@@ -78,6 +83,31 @@ class Ended:
     nano: int = 0
 
 
+class StageClock:
+    """Tells the stages of one request apart; the time to a failure is that of the stage it came in.
+
+    Args:
+        tell: called with each stage, of `STAGES`, and its seconds.
+    """
+
+    __slots__ = ("_since", "_tell", "stage")
+
+    def __init__(self, tell: Callable[[str, float], None]) -> None:
+        self._tell, self._since, self.stage = tell, time.perf_counter(), ""
+
+    def begin(self, stage: str) -> None:
+        """The stage before has ended."""
+        self.end()
+        self.stage = stage
+
+    def end(self) -> None:
+        """No stage is under way any more; does nothing if none is."""
+        now = time.perf_counter()
+        if self.stage:
+            self._tell(self.stage, now - self._since)
+        self.stage, self._since = "", now
+
+
 class Metrics:
     """Counters of one gateway. Labels come from the config and from fixed sets, so their number is bounded."""
 
@@ -104,6 +134,10 @@ class Metrics:
         self.overhead = Histogram(
             "anabranch_overhead_seconds", "What the gateway itself took", buckets=OVERHEAD_S, registry=registry
         )
+        self.stages = Histogram(
+            "anabranch_stage_seconds", "Stages of requests", ["stage"], buckets=STAGE_S, registry=registry
+        )
+        self._stage = {stage: self.stages.labels(stage) for stage in STAGES}
         self.tokens = Counter("anabranch_tokens", "Tokens", ["model", "direction"], registry=registry)
         self.nano = Counter(
             "anabranch_spend_nano_dollars", "Nano-dollars spent", ["model", "strategy"], registry=registry
@@ -140,6 +174,10 @@ class Metrics:
         self._children: dict[tuple[Any, ...], Any] = {}
         self._of_strategies: dict[str, Any] = {}
         self._lock = threading.Lock()
+
+    def staged(self, stage: str, seconds: float) -> None:
+        """A stage of a request took so long."""
+        self._stage[stage].observe(seconds)
 
     def ended(self, request: Ended) -> None:
         """Count a request that is over."""
