@@ -9,6 +9,7 @@ import pytest
 from anabranch.gateway.config import (
     BreakerConfig,
     DeploymentConfig,
+    FeedbackConfig,
     GatewayConfig,
     HedgeConfig,
     LimitsConfig,
@@ -534,3 +535,99 @@ def test_a_call_that_is_tried_again_has_the_same_name(tmp_path, header):
     else:
         assert names[0] == names[1] == names[2] != names[3] == names[4] == names[5]
         assert all(len(name) == 32 for name in names)
+
+
+# What everybody else is told of it
+
+
+class Learns(Strategy):
+    """Remembers what it is told."""
+
+    is_fast = True
+
+    def __init__(self):
+        super().__init__(None)
+        self.told = []
+
+    def route(self, query, pool):
+        return Decision(candidates=(Candidate(model="small", score=1),), strategy="learns", reason="so")
+
+    def observe(self, outcome):
+        self.told.append((outcome.quality, outcome.cost))
+
+
+def learning(tmp_path, *script, **fields):
+    strategies, feedback = {"learns": StrategyConfig(use="static")}, FeedbackConfig(who="own", share=1)
+    slow = mock(script=script or ("slow:0.3", "ok"), timeout_s=0.05)
+    return config(tmp_path, slow, strategies=strategies, feedback=feedback, **fields)
+
+
+def test_page_metrics_and_strategy_are_told_what_a_request_cost_in_the_end(tmp_path):
+    """Not the most that it might have cost, which is all that is known as it ends."""
+
+    async def work(gateway):
+        await gateway.achat(ask(model="auto/learns"))
+        guess, text = gateway.recent[-1].nano, gateway.metrics_text().decode()
+        assert guess >= MOST
+        assert 'anabranch_requests_total{endpoint="chat",model="small"' in text
+        assert "anabranch_spend_nano_dollars_total{" not in text
+        assert (await gateway.snapshot()).timeline[-1].nano == 0
+        await gateway.settled()
+        [row] = await rows_of(gateway)
+        return row, gateway.recent[-1], gateway.metrics_text().decode(), (await gateway.snapshot()).timeline[-1]
+
+    strategy = Learns()
+    made = learning(tmp_path, lost=LostConfig(read_on_s=5))
+    row, seen, text, moment = run(made, work, strategies={"learns": strategy})
+    assert row.cost_nano == 2 * TOLD
+    assert (seen.nano, seen.completion_tokens, moment.nano) == (row.cost_nano, row.completion_tokens, row.cost_nano)
+    assert f'anabranch_spend_nano_dollars_total{{model="small",strategy="learns"}} {row.cost_nano:.1f}' in text
+    assert f'anabranch_tokens_total{{direction="completion",model="small"}} {row.completion_tokens:.1f}' in text
+    assert strategy.told == [(None, pytest.approx(row.cost_nano / 1e9))]
+
+
+def test_a_score_does_not_wait_for_what_its_request_cost(tmp_path):
+    """Whose it is, and what was decided, is known; what it cost, the strategy learns as soon as that is. The store keeps it then."""
+
+    async def work(gateway):
+        mine, _ = await gateway.store.create_key("mine")
+        other, _ = await gateway.store.create_key("other")
+        reply = await gateway.handle("chat", ask(model="auto/learns"), key=mine)
+        said = {"request_id": reply.headers["x-request-id"], "score": 1}
+        with pytest.raises(ApiError, match="no request"):
+            await gateway.feedback(said, key=other)
+        answer = await gateway.feedback(said, key=mine)
+        with pytest.raises(ApiError, match="has scored"):
+            await gateway.feedback(said, key=mine)
+        assert said["request_id"] in gateway.unsettled
+        before = list(strategy.told)
+        await gateway.settled()
+        for _ in range(100):
+            if await gateway.store.feedbacks():
+                break
+            await asyncio.sleep(0.01)
+        with pytest.raises(ApiError, match="has scored"):
+            await gateway.feedback(said, key=mine)
+        return answer["learned"], before, await gateway.store.feedbacks(), await rows_of(gateway)
+
+    strategy = Learns()
+    made = learning(tmp_path, lost=LostConfig(read_on_s=5))
+    learned, before, [kept], [row] = run(made, work, strategies={"learns": strategy})
+    assert (learned, before) == (True, [(1, None)])
+    assert strategy.told == [(1, None), (None, pytest.approx(row.cost_nano / 1e9))]
+    assert (kept.request_id, kept.score) == (row.request_id, 1)
+
+
+def test_a_score_is_kept_by_a_gateway_that_stops_before_the_cost_is_known(tmp_path):
+    made = learning(tmp_path, "hang", "ok", lost=LostConfig(read_on_s=50))
+
+    async def main():
+        async with Gateway(made, strategies={"learns": Learns()}) as gateway:
+            reply = await gateway.handle("chat", ask(model="auto/learns"))
+            await gateway.feedback({"request_id": reply.headers["x-request-id"], "score": 0.5})
+            assert len(gateway.unsettled) == 1
+        async with open_store(made.store) as store:
+            return await store.feedbacks(), await store.ledger()
+
+    [kept], [row] = asyncio.run(main())
+    assert (kept.request_id, kept.score) == (row.request_id, 0.5)

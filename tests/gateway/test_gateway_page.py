@@ -177,10 +177,10 @@ def test_requests_are_counted_by_model_and_in_time():
             strategy="s",
             latency_s=0.2,
             ttft_s=0.1,
-            prompt_tokens=3,
-            completion_tokens=2,
-            nano=7,
         )
+    )
+    metrics.priced(
+        LedgerRow(request_id="r", model="m", strategy="s", prompt_tokens=3, completion_tokens=2, cost_nano=7)
     )
     metrics.ended(Ended(endpoint="chat", model="m", strategy="s", status=503))
     now[0] = 111.0
@@ -202,8 +202,10 @@ def test_requests_are_counted_by_model_and_in_time():
 
 def test_calls_of_strategies_are_counted_apart_from_requests():
     metrics = Metrics(lambda: 100.0)
-    fields = {"requested": "m", "strategy": "s", "purpose": "judge"}
-    metrics.called(LedgerRow(request_id="r.1", prompt_tokens=3, completion_tokens=2, cost_nano=7, **fields))
+    fields = {"requested": "m", "strategy": "s", "purpose": "judge", "parent_id": "r"}
+    call = LedgerRow(request_id="r.1", prompt_tokens=3, completion_tokens=2, cost_nano=7, **fields)
+    metrics.called(call)
+    metrics.priced(call)
     metrics.called(LedgerRow(request_id="r.2", status="error", **fields))
     [moment] = metrics.history
     assert (moment.requests, moment.errors, moment.nano) == (0, 0, 7)

@@ -449,7 +449,7 @@ def test_random_asks_at_once_never_pass_a_budget(tmp_path_factory, asked, limit,
             assert budget.spent_nano + budget.reserved_nano <= limit
             await asyncio.sleep(0.001)
         assert all(isinstance(task.exception(), ApiError) for task in tasks if task.exception())
-        await asyncio.sleep(0.01)
+        await gateway.settled()
         return (await gateway.store.budgets())[0].spent_nano
 
     spent, rows, _ = run(made, work, decides)

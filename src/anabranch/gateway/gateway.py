@@ -14,29 +14,32 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError, RateError
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
+from anabranch.gateway.core.finished import Finished, Priced
+from anabranch.gateway.core.services import Services
 from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.learning import errands
 from anabranch.gateway.learning.erasures import Erasures
 from anabranch.gateway.learning.kept import EVERY_S, Kept
 from anabranch.gateway.learning.teaching import Teaching
-from anabranch.gateway.life import Life
-from anabranch.gateway.metrics import Metrics, StageClock
+from anabranch.gateway.life import Life, keeps_texts
+from anabranch.gateway.metrics import Ended, Metrics
 from anabranch.gateway.overview import Overview
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.relay import Chunks
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.runtime import Runtime
-from anabranch.gateway.store import CollectedRow, KeyRecord, LedgerRow, RateLimits, Reservation, Store, open_store
+from anabranch.gateway.store import KeyRecord, RateLimits, Store, open_store
 from anabranch.gateway.told import Collecting
 from anabranch.gateway.ui import Seen, Snapshot
+from anabranch.gateway.ui.seen import seen_of, with_price
 from anabranch.gateway.unsettled import Unsettled
 from anabranch.routers.contract.query import Decision
 from anabranch.routers.contract.strategy import Strategy
@@ -126,6 +129,7 @@ class Gateway:
         if self._store is not None:
             await self.kept.save(self.runtime.decider.lanes.values(), is_last=True)
         await self.runtime.close()
+        await self.teaching.close()
         if self._store is not None and not self._given:
             await self._store.close()
             self._store = None
@@ -237,7 +241,17 @@ class Gateway:
             message = f"{self.in_flight:,} requests are under way, which is the limit; try again"
             raise ApiError(429, "rate_limit_exceeded", message, type="requests", headers={"Retry-After": "1"})
         runtime = self.runtime
-        life = Life(self, runtime, endpoint, body, headers or {}, shown_as or endpoint, collecting, num_bytes, native)
+        life = Life(
+            self._services(),
+            runtime,
+            endpoint,
+            body,
+            headers or {},
+            shown_as or endpoint,
+            collecting,
+            num_bytes,
+            native,
+        )
         self.in_flight += 1
         runtime.users += 1
         if not life.headers.get("idempotency-key"):
@@ -323,7 +337,7 @@ class Gateway:
     async def explain(self, body: dict[str, Any], record: KeyRecord | None = None) -> Decision:
         """`aroute` for operators, who need no key."""
         with self.runtime.used() as runtime:
-            return await Life(self, runtime, "chat", body, {}, "route").route(record)
+            return await Life(self._services(), runtime, "chat", body, {}, "route").route(record)
 
     def route(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
         """`aroute` for code without an event loop."""
@@ -406,31 +420,54 @@ class Gateway:
         except RateError as error:
             raise limited(error) from None
 
-    def settle(
-        self,
-        reservation: Reservation | None,
-        row: LedgerRow,
-        collected: CollectedRow | None = None,
-        calls: Sequence[LedgerRow] = (),
-    ) -> None:
-        """End a request in the store; it is written soon, whoever waits or not."""
-        clock = StageClock(self.metrics.staged)
-        clock.begin("settle")
-        if reservation is None:
-            done = self.store.append(row)
-        else:
-            done = self.store.settle(reservation, row, collected, calls)
-        done.add_done_callback(_noted)
-        done.add_done_callback(lambda _: clock.end())
-
     def keeps_texts(self, body: Mapping[str, Any]) -> bool:
-        """Whether the store keeps what is asked and answered: the config lets it, and the sender does not forbid it (``store: false``)."""
-        return self.config.log.prompts and body.get("store") is not False
+        """See `life.keeps_texts`."""
+        return keeps_texts(self.config, body)
 
-    def seen(self, request: Seen) -> None:
-        """Show it on the page."""
-        self.recent.append(request)
-        self._overview.ended(request)
+    def _services(self) -> Services:
+        """What a request is lent."""
+        return Services(
+            store=self.store,
+            authenticate=self.authenticate,
+            rates=self.rates,
+            senders=self.senders,
+            caches=self.caches,
+            metrics=self.metrics,
+            unsettled=self.unsettled,
+            keep_task=self.keep,
+            on_finished=self._finished,
+            on_priced=self._priced,
+        )
+
+    def _finished(self, done: Finished) -> None:
+        """A request is over: count it, show it, and remember it for whoever scores it."""
+        row, metrics = done.row, self.metrics
+        metrics.ended(
+            Ended(
+                endpoint=done.endpoint, model=row.model, strategy=row.strategy, status=done.http_status, cache=row.cache,
+                latency_s=done.latency_s, ttft_s=done.first_s, overhead_s=done.overhead_s,
+            )
+        )  # fmt: skip
+        for call in done.calls:
+            metrics.called(call)
+        for attempt in (*done.attempts, *done.asked_attempts):
+            metrics.attempted(attempt.deployment, attempt.status)
+        self.recent.append(seen_of(done))
+        if done.outcome is not None:
+            self.teaching.ended(row.strategy, row, done.outcome)
+
+    def _priced(self, priced: Priced) -> None:
+        """It is known what a request cost: that is what is counted, shown, and learned from."""
+        row = priced.row
+        for one in (row, *priced.calls):
+            self.metrics.priced(one)
+        for at in range(len(self.recent) - 1, -1, -1):
+            if self.recent[at].request_id == row.request_id:
+                self.recent[at] = seen = with_price(self.recent[at], priced)
+                self._overview.ended(seen)
+                break
+        if priced.outcome is not None:
+            self.teaching.priced(row.strategy, row, priced.outcome)
 
     async def snapshot(self) -> Snapshot:
         """For the page."""
@@ -459,17 +496,6 @@ class Gateway:
 
 async def _next(items: AsyncIterator[T], done: Any) -> Any:
     return await anext(items, done)
-
-
-def _noted(done: "asyncio.Future[Any]") -> None:
-    if done.cancelled() or (error := done.exception()) is None:
-        return
-    # That the store has no room, it says itself, once for many rows.
-    logger.log(
-        logging.DEBUG if isinstance(error, CapacityError) else logging.ERROR,
-        "the ledger could not be written: %s",
-        error,
-    )
 
 
 class _Worker:

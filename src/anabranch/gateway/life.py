@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,13 +29,15 @@ from anabranch.gateway.cache import (
     context_key,
     exact_key,
 )
-from anabranch.gateway.config import Target, find_target
+from anabranch.gateway.config import GatewayConfig, Target, find_target
+from anabranch.gateway.core import settlement
+from anabranch.gateway.core.finished import Priced
 from anabranch.gateway.core.model_calls import ModelCalls
 from anabranch.gateway.core.program_run import ProgramRun
-from anabranch.gateway.core.settlement import settle
+from anabranch.gateway.core.services import Services
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Plan, Report
-from anabranch.gateway.metrics import Ended, StageClock
+from anabranch.gateway.metrics import StageClock
 from anabranch.gateway.payable import payable
 from anabranch.gateway.prompt_tokens import (
     BYTES_PER_TOKEN,
@@ -57,10 +59,10 @@ from anabranch.gateway.told import (
     call_rows,
     collected_of,
     explained,
+    finished,
     headers_of,
     priced,
     row_of,
-    seen_of,
     texts_of,
 )
 from anabranch.gateway.validate import check_chat, check_completion, check_depth, check_embeddings
@@ -72,7 +74,6 @@ from anabranch.web.ids import new_id
 from anabranch.web.large_json import LARGE, shortened
 
 if TYPE_CHECKING:
-    from anabranch.gateway.gateway import Gateway
     from anabranch.gateway.runtime import Runtime
 
 T = TypeVar("T")
@@ -95,7 +96,7 @@ class Life:
 
     def __init__(
         self,
-        gateway: "Gateway",
+        services: Services,
         runtime: "Runtime",
         endpoint: Any,
         body: dict[str, Any],
@@ -105,11 +106,11 @@ class Life:
         num_bytes: int = 0,
         native: Native | None = None,
     ) -> None:
-        self.gateway, self.runtime, self.endpoint, self.body = gateway, runtime, endpoint, body
-        self.headers, self.shown_as, self.caches, self.collecting = headers, shown_as, gateway.caches, collecting
+        self.services, self.runtime, self.endpoint, self.body = services, runtime, endpoint, body
+        self.headers, self.shown_as, self.caches, self.collecting = headers, shown_as, services.caches, collecting
         # What it was made of, if it came in Anthropic's form.
         self.num_bytes, self.native = num_bytes, native
-        self.clock = StageClock(gateway.metrics.staged)
+        self.clock = StageClock(services.metrics.staged)
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
         # Of the key; None if none is needed.
         self.record: KeyRecord | None = None
@@ -152,7 +153,7 @@ class Life:
         clock = self.clock
         try:
             clock.begin("key")
-            self.record = await self.gateway.authenticate(secret)
+            self.record = await self.services.authenticate(secret)
             clock.begin("read")
             await self._apart(self._read)
             self._admit()
@@ -251,27 +252,27 @@ class Life:
         if record is not None:
             rpm, tpm, most = record.rpm or rpm, record.tpm or tpm, record.max_in_flight or most
         try:
-            self.gateway.senders.enter(self.tenant, most)
+            self.services.senders.enter(self.tenant, most)
             self.is_counted = True
             if rpm is not None or tpm is not None:
-                self.gateway.rates.admit(self.tenant, self.count.tokens, rpm=rpm, tpm=tpm)
+                self.services.rates.admit(self.tenant, self.count.tokens, rpm=rpm, tpm=tpm)
         except RateError as error:
             raise limited(error) from None
         self.tpm = tpm
 
     def _take_purse(self) -> None:
         # Nothing of this holds on to the request itself: it is gone as soon as it is over.
-        gateway, limit = self.gateway, self.runtime.config.limits.request_usd
+        services, limit = self.services, self.runtime.config.limits.request_usd
         id, subjects, named = self.id, self.subjects, {"requested": self.label, "strategy": self.strategy}
         self.purse = Purse(
-            lambda nano: gateway.store.reserve(id, subjects, nano, **named),
-            lambda held, nano: gateway.store.grow(held, nano),
+            lambda nano: services.store.reserve(id, subjects, nano, **named),
+            services.store.grow,
             None if limit is None else nano_dollars(limit),
-            lambda: gateway.store.has_budget(subjects),
+            lambda: services.store.has_budget(subjects),
         )
         may_ask = None if self.record is None else self.record.allows
         self.calls = ModelCalls(
-            self.runtime, self.purse, id, self.began, may_ask=may_ask, keep=gateway.keep, sender=self.sender
+            self.runtime, self.purse, id, self.began, may_ask=may_ask, keep=services.keep_task, sender=self.sender
         )
 
     def _assign(self) -> None:
@@ -370,7 +371,7 @@ class Life:
             # It may not use that model any more.
             found = None
         if found is None and (self.exact is not None or self.context is not None):
-            self.gateway.metrics.cached("miss")
+            self.services.metrics.cached("miss")
         return found
 
     async def _found(self) -> tuple[Entry, str] | None:
@@ -638,7 +639,7 @@ class Life:
             to_the_end=self.is_named,
             is_awaited=lambda: ticket.num_waiting > 0,
             release=ticket.release if not self.is_named else lambda: None,
-            keep=self.gateway.keep,
+            keep=self.services.keep_task,
         )
 
     def _come_late(self, attempt: Attempt, answer: Answer) -> None:
@@ -673,75 +674,78 @@ class Life:
             else:
                 self.ticket.abandon()
         latency_s = self.elapsed()
-        self.gateway.unsettled.add(self.id)
+        self.services.unsettled.add(self.id)
         # What its strategy has left behind ends first: it costs something too.
         self.calls.close(lambda: self._settle(status, http_status, code, cache, latency_s))
 
     def _settle(self, status: str, http_status: int, code: str, cache: str, latency_s: float) -> None:
-        report = self.report or Report()
+        report = self._last_report
         if self.program is not None and self.decided is not None:
             decision = self.decided.decision
             traced = replace(decision, details={**decision.details, "trace": self.program.trace})
             self.decided = replace(self.decided, decision=traced)
-        row, calls = row_of(self, report, latency_s, status, code, cache), call_rows(self)
-        self._write(row)
-        self._tell(row, calls, report, http_status, latency_s)
+        row, outcome = row_of(self, report, latency_s, status, code, cache), self._outcome(report, status, latency_s)
+        self.services.unsettled.add(self.id, row)
+        self._correct_rate(report)
+        self._log_decision(row, report)
+        self.services.on_finished(finished(self, row, report, outcome, http_status))
+        self._write(row, outcome)
 
-    def _write(self, row: LedgerRow) -> None:
+    def _write(self, row: LedgerRow, outcome: Outcome | None) -> None:
         """Write the rows, once it is known what all calls cost. Until then what was set aside stays so."""
+        services = self.services
 
         def write(held: Reservation | None) -> None:
-            known = priced(self, row)
-            self.gateway.settle(held, known, collected_of(self, known), call_rows(self))
-            self.gateway.unsettled.discard(self.id)
+            known, calls = priced(self, row), call_rows(self)
+            clock = StageClock(services.metrics.staged)
+            clock.begin("settle")
+            done = settlement.write(services.store, held, known, collected_of(self, known), calls)
+            done.add_done_callback(lambda _: clock.end())
+            services.unsettled.discard(self.id)
+            told = None if outcome is None else replace(outcome, cost=dollars(self._cost_nano))
+            services.on_priced(Priced(row=known, calls=tuple(calls), outcome=told))
 
-        settle(self.purse, [self.report or Report(), *(call.report for call in self.calls.made)], write)
+        settlement.settle(self.purse, [self._last_report, *(call.report for call in self.calls.made)], write)
 
-    def _tell(
-        self, row: LedgerRow, calls: Sequence[LedgerRow], report: Report, http_status: int, latency_s: float
-    ) -> None:
-        """Everybody who wants to know that it is over: rate limits, metrics, the page, the strategy, the store's decisions."""
-        gateway, decided = self.gateway, self.decided
-        # Of a program, its calls are the answer.
-        reports = [report] if self.program is None else [call.report for call in self.calls.made]
-        attempts = [attempt for one in reports for attempt in one.attempts]
+    @property
+    def _attempts(self) -> list[Attempt]:
+        """At its answer. Of a program, its calls are that."""
+        reports = [self._last_report] if self.program is None else [call.report for call in self.calls.made]
+        return [attempt for report in reports for attempt in report.attempts]
+
+    @property
+    def _cost_nano(self) -> int:
+        """Of its answer, as far as known."""
+        return sum(attempt.cost for attempt in self._attempts)
+
+    def _correct_rate(self, report: Report) -> None:
+        """What may have been billed was not used for all that is known."""
+        attempts = self._attempts
         if self.tpm is not None and attempts:
-            # What may have been billed was not used for all that is known.
             used = sum(
                 self.count.tokens + one.seen if one.is_guess else one.usage.prompt + one.usage.completion for one in attempts
             )  # fmt: skip
-            gateway.rates.correct(self.tenant, used - self.count.tokens, tpm=self.tpm)
-        first_s = None if row.first_token_us is None or not self.body.get("stream") else row.first_token_us / 1e6
-        overhead_s = (row.overhead_us or 0) / 1e6
-        gateway.metrics.ended(
-            Ended(
-                endpoint=self.shown_as, model=row.model, strategy=self.strategy, status=http_status, cache=row.cache, latency_s=latency_s,
-                ttft_s=first_s, overhead_s=overhead_s, prompt_tokens=row.prompt_tokens, completion_tokens=row.completion_tokens,
-                nano=row.cost_nano,
-            )
-        )  # fmt: skip
-        for call in calls:
-            gateway.metrics.called(call)
-        for one in (report, *(call.report for call in self.calls.made)):
-            for attempt in one.attempts:
-                gateway.metrics.attempted(attempt.deployment, attempt.status)
-        gateway.seen(seen_of(self, row, calls, report, http_status, latency_s, overhead_s))
-        if decided is None:
+            self.services.rates.correct(self.tenant, used - self.count.tokens, tpm=self.tpm)
+
+    def _log_decision(self, row: LedgerRow, report: Report) -> None:
+        if self.decided is None:
             return
+        store = self.services.store
         if self.runtime.config.log.decisions:
-            gateway.store.append_decision(self.id, self.strategy, row.model, explained(decided, attempts, self.arm))
+            store.append_decision(self.id, self.strategy, row.model, explained(self.decided, self._attempts, self.arm))
         if self._keeps_texts and report.model is not None:
-            gateway.store.append_texts(self.id, texts_of(self))
-        if not self.strategy:
-            return
-        if report.model is not None or attempts:
-            cost = dollars(sum(one.cost for one in reports))
-            outcome = Outcome(
-                query=decided.query, model=report.model or attempts[-1].model, cost=cost, latency_s=latency_s,
-                succeeded=row.status == "ok", decision=decided.decision,
-                answer=self.answer_text or None if self._strategy_keeps and self.finish_reason == "stop" else None,
-            )  # fmt: skip
-            gateway.teaching.ended(self.strategy, row, outcome)
+            store.append_texts(self.id, texts_of(self))
+
+    def _outcome(self, report: Report, status: str, latency_s: float) -> Outcome | None:
+        """What the strategy that decided learns of it, but for the cost; None if there is nothing."""
+        decided, attempts = self.decided, self._attempts
+        if decided is None or not self.strategy or (report.model is None and not attempts):
+            return None
+        return Outcome(
+            query=decided.query, model=report.model or attempts[-1].model, latency_s=latency_s, succeeded=status == "ok",
+            decision=decided.decision,
+            answer=self.answer_text or None if self._strategy_keeps and self.finish_reason == "stop" else None,
+        )  # fmt: skip
 
     def streamed(self, stream: Any, is_cut: bool = False) -> None:
         """A stream has ended, or its reader has gone."""
@@ -780,7 +784,7 @@ class Life:
     @property
     def _keeps_texts(self) -> bool:
         """Whether the store may keep what was asked and answered. What is collected it keeps elsewhere, and no question anew."""
-        return self.endpoint != "embeddings" and self.collecting is None and self.gateway.keeps_texts(self.body)
+        return self.endpoint != "embeddings" and self.collecting is None and keeps_texts(self.runtime.config, self.body)
 
     def _note(self, answer: Answer) -> None:
         """Hold on to the text of an answer, for the strategy and the store."""
@@ -794,10 +798,7 @@ class Life:
         is_kept_anyway = self.endpoint == "embeddings" or (self.is_named and not self.body.get("stream"))
         if not is_kept_anyway and not answer.is_whole:
             return
-        cost = self._last_report.cost
-        if self.program is not None:
-            cost = sum(call.report.cost for call in self.calls.made)
-        self._share(answer, self._last_report.model or "", cost)
+        self._share(answer, self._last_report.model or "", self._cost_nano)
 
     def _share(self, answer: Answer, model: str, nano: int) -> None:
         usage = answer.usage
@@ -814,7 +815,7 @@ class Life:
 
     def _from_cache(self, entry: Entry, cache: str) -> Reply:
         """A kept answer, streamed if the sender wants that. It costs nothing."""
-        self.gateway.metrics.cached(cache)
+        self.services.metrics.cached(cache)
         self.hit = entry
         headers = {
             "x-request-id": self.id, "x-route-model": entry.model, "x-cache": cache, "x-overhead-ms": f"{self.elapsed() * 1e3:.3f}"
@@ -883,6 +884,11 @@ class Life:
         if error.status not in (429, 503):
             return {}
         return {"Retry-After": str(max(1, math.ceil(wait_s or 1)))}
+
+
+def keeps_texts(config: GatewayConfig, body: Mapping[str, Any]) -> bool:
+    """Whether the store keeps what is asked and answered: the config lets it, and the sender does not forbid it (``store: false``)."""
+    return config.log.prompts and body.get("store") is not False
 
 
 def _label(target: Target) -> str:

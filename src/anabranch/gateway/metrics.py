@@ -65,9 +65,6 @@ class Ended:
         latency_s: from the first byte of the request to the last of the answer.
         ttft_s: to the first token of a stream; None if there was none.
         overhead_s: what the gateway took of it.
-        prompt_tokens: of the answer's usage.
-        completion_tokens: likewise.
-        nano: nano-dollars, without what strategies asked.
     """
 
     endpoint: str
@@ -78,9 +75,6 @@ class Ended:
     latency_s: float = 0.0
     ttft_s: float | None = None
     overhead_s: float = 0.0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    nano: int = 0
 
 
 class StageClock:
@@ -180,7 +174,7 @@ class Metrics:
         self._stage[stage].observe(seconds)
 
     def ended(self, request: Ended) -> None:
-        """Count a request that is over."""
+        """Count a request that is over, but for what it cost: that is told by `priced`, as soon as it is known."""
         held = self._child
         model = request.model or "none"
         held(self.requests, request.endpoint, model, request.strategy or "none", str(request.status)).inc()
@@ -188,29 +182,25 @@ class Metrics:
         self.overhead.observe(request.overhead_s)
         if request.ttft_s is not None:
             held(self.ttft, model).observe(request.ttft_s)
-        if request.prompt_tokens:
-            held(self.tokens, model, "prompt").inc(request.prompt_tokens)
-        if request.completion_tokens:
-            held(self.tokens, model, "completion").inc(request.completion_tokens)
-        if request.nano:
-            held(self.nano, model, request.strategy or "none").inc(request.nano)
         now = self.now()
         now.requests += 1
         now.errors += request.status >= 500 or request.status == 429
         now.hits += bool(request.cache)
-        now.nano += request.nano
 
     def called(self, call: LedgerRow) -> None:
-        """Count a call that a strategy made, by its row in the ledger."""
-        held, model = self._child, call.requested
-        held(self.calls, call.purpose, model, call.status).inc()
-        if call.prompt_tokens:
-            held(self.tokens, model, "prompt").inc(call.prompt_tokens)
-        if call.completion_tokens:
-            held(self.tokens, model, "completion").inc(call.completion_tokens)
-        if call.cost_nano:
-            held(self.nano, model, call.strategy or "none").inc(call.cost_nano)
-            self.now().nano += call.cost_nano
+        """Count a call that a strategy made, by its row in the ledger; what it cost as for `ended`."""
+        self._child(self.calls, call.purpose, call.requested, call.status).inc()
+
+    def priced(self, row: LedgerRow) -> None:
+        """Count the tokens and the money of a request, or of a call that a strategy made."""
+        held, model = self._child, row.requested if row.parent_id else row.model or "none"
+        if row.prompt_tokens:
+            held(self.tokens, model, "prompt").inc(row.prompt_tokens)
+        if row.completion_tokens:
+            held(self.tokens, model, "completion").inc(row.completion_tokens)
+        if row.cost_nano:
+            held(self.nano, model, row.strategy or "none").inc(row.cost_nano)
+            self.now().nano += row.cost_nano
 
     def refuse(self, code: str | None) -> None:
         """Count a request that was refused. A code that is none of ours, which an upstream chose, counts as ``other``."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.ab.assignment import Arm
 from anabranch.gateway.cache.exact import IGNORED
+from anabranch.gateway.core.finished import Finished, copied
 from anabranch.gateway.core.model_calls import ModelCall
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Report
@@ -16,8 +17,7 @@ from anabranch.gateway.prompt_tokens import asked_text
 from anabranch.gateway.providers.provider import Usage
 from anabranch.gateway.store import CollectedRow, LedgerRow
 from anabranch.gateway.store.records import clean
-from anabranch.gateway.ui import Seen
-from anabranch.routers.contract.query import Decision
+from anabranch.routers.contract.query import Decision, Outcome
 
 if TYPE_CHECKING:
     from anabranch.gateway.life import Life
@@ -102,27 +102,23 @@ def _flags(life: "Life", report: Report) -> tuple[str, ...]:
     return tuple(name for name, is_set in flags if is_set)
 
 
-def seen_of(
+def finished(
     life: "Life",
     row: LedgerRow,
-    calls: Sequence[LedgerRow],
     report: Report,
+    outcome: Outcome | None,
     http_status: int,
-    latency_s: float,
-    overhead_s: float,
-) -> Seen:
-    """For the page: everything but what was asked and answered."""
-    decision = life.decided.decision if life.decided is not None else None
-    return Seen(
-        request_id=life.id, time_s=life.time_s, key="" if life.record is None else life.record.name or life.record.id,
-        asked=life.label, strategy=life.strategy, chosen=row.model or ("" if life.hit is None else life.hit.model),
-        reason="" if decision is None else decision.reason, confidence=None if decision is None else decision.confidence,
-        candidates=() if decision is None else _candidates(decision), details={} if decision is None else decision.details,
-        attempts=[{"deployment": one.deployment, "outcome": one.status, "seconds": one.total_s} for one in report.attempts],
-        status=http_status, cache=row.cache, bypassed=life.decided.bypassed if life.decided is not None else "",
-        prompt_tokens=row.prompt_tokens or life.count.tokens, completion_tokens=row.completion_tokens,
-        nano=row.cost_nano + sum(call.cost_nano for call in calls), latency_s=latency_s, overhead_s=overhead_s,
-        calls=[{"purpose": one.purpose, "model": one.requested, "outcome": one.status, "nano": one.cost_nano} for one in calls],
+) -> Finished:
+    """What everybody is told who wants to know that a request is over."""
+    calls = life.calls.made
+    of_calls = copied([attempt for call in calls for attempt in call.report.attempts])
+    first_s = None if row.first_token_us is None or not life.body.get("stream") else row.first_token_us / 1e6
+    return Finished(
+        row=row, calls=tuple(call_rows(life)), attempts=copied(report.attempts),
+        asked_attempts=of_calls, time_s=life.time_s, endpoint=life.shown_as,
+        key="" if life.record is None else life.record.name or life.record.id, http_status=http_status, first_s=first_s,
+        prompt_tokens=row.prompt_tokens or life.count.tokens, cached_model="" if life.hit is None else life.hit.model,
+        decided=life.decided, outcome=outcome,
     )  # fmt: skip
 
 

@@ -3,11 +3,17 @@
 A call that was given up may be read on for what it costs. Until that is known what was set aside for it stays so, and no row is written.
 """
 
+import asyncio
+import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from anabranch.errors import CapacityError
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.purse import Purse
-from anabranch.gateway.store import Reservation
+from anabranch.gateway.store import CollectedRow, LedgerRow, Reservation, Store
+
+logger = logging.getLogger(__name__)
 
 
 def settle(purse: Purse, reports: Sequence[Report], write: Callable[[Reservation | None], None]) -> None:
@@ -23,3 +29,24 @@ def settle(purse: Purse, reports: Sequence[Report], write: Callable[[Reservation
         purse.close(write)
     else:
         late.when_known(lambda: settle(purse, reports, write))
+
+
+def write(
+    store: Store,
+    held: Reservation | None,
+    row: LedgerRow,
+    collected: CollectedRow | None = None,
+    calls: Sequence[LedgerRow] = (),
+) -> "asyncio.Future[Any]":
+    """End a request in the store, and what was set aside for it; it is written soon, whoever waits or not. Done once it is."""
+    done = store.append(row) if held is None else store.settle(held, row, collected, calls)
+    done.add_done_callback(_noted)
+    return done
+
+
+def _noted(done: "asyncio.Future[Any]") -> None:
+    if done.cancelled() or (error := done.exception()) is None:
+        return
+    # That the store has no room, it says itself, once for many rows.
+    level = logging.DEBUG if isinstance(error, CapacityError) else logging.ERROR
+    logger.log(level, "the ledger could not be written: %s", error)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, InputError, LimitError
+from anabranch.gateway.core import settlement
 from anabranch.gateway.core.model_calls import bounded, check_priced, paid_plan, worst_nano
-from anabranch.gateway.core.settlement import settle
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
 from anabranch.gateway.purse import Purse
@@ -107,23 +107,24 @@ class LaneErrands:
     ) -> None:
         """Write its row, as soon as it is known what it cost."""
         gateway = self._gateway
-        gateway.unsettled.add(id)
 
-        def write(held: Reservation | None) -> None:
-            gateway.unsettled.discard(id)
-            # Whoever asked was gone before there was money, and then there was none.
-            if held is None:
-                return
+        def known() -> LedgerRow:
             usage = report.usage
-            row = LedgerRow(
+            return LedgerRow(
                 request_id=id, tags=(LEARNING,), requested=model, strategy=self._lane.name, model=report.model or "",
                 deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
                 completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated,
                 price=price if report.model else None, cost_nano=report.cost, latency_us=round(took_s * 1e6), status=status,
             )  # fmt: skip
-            gateway.settle(held, row)
 
-        settle(purse, [report], write)
+        def write(held: Reservation | None) -> None:
+            # Whoever asked was gone before there was money, and then there was none.
+            if held is not None:
+                settlement.write(gateway.store, held, known())
+            gateway.unsettled.discard(id)
+
+        gateway.unsettled.add(id, known())
+        settlement.settle(purse, [report], write)
 
 
 async def start(gateway: "Gateway") -> None:

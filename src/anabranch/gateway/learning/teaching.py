@@ -1,10 +1,13 @@
 """What strategies are told of how requests ended and of what was said of them, as far as whoever says it may teach them."""
 
+import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from anabranch.errors import AnabranchError
 from anabranch.gateway.config.parts import Who
 from anabranch.gateway.learning.fair import FairShare
 from anabranch.gateway.learning.permission import is_learned_of, may_score, may_teach
@@ -16,6 +19,8 @@ from anabranch.web.api_error import ApiError, wrong
 if TYPE_CHECKING:
     from anabranch.gateway.decide import Lane
     from anabranch.gateway.gateway import Gateway
+
+logger = logging.getLogger(__name__)
 
 # How long the number of keys is taken to be what it was, while scores come.
 FRESH_S = 1.0
@@ -43,6 +48,8 @@ class Teaching:
         self._keys_read_s = 0.0
         # Requests that are being scored now, and by whom.
         self._scoring: set[tuple[str, str]] = set()
+        # Scores that wait for the row of their request.
+        self._later: set[asyncio.Task[None]] = set()
         self._last_seq = 0
 
     async def start(self) -> None:
@@ -53,10 +60,16 @@ class Teaching:
     # Requests that end
 
     def ended(self, strategy: str, row: LedgerRow, outcome: Outcome) -> None:
-        """Tell a strategy what came of its decision, and remember it until somebody scores it."""
+        """Remember what came of a decision until somebody scores it; what it cost may not be known yet."""
+        if self._lane(strategy) is not None:
+            self.waiting.put(row.request_id, strategy, row.key_id, row.team, outcome)
+
+    def priced(self, strategy: str, row: LedgerRow, outcome: Outcome) -> None:
+        """Tell a strategy what came of its decision, now that it is known what it cost."""
         lane = self._lane(strategy)
         if lane is None:
             return
+        self.waiting.price(row.request_id, outcome.cost)
         if self._is_taught_by_request(lane, row) and self._admit(
             lane, row.key_id, self.key(row.key_id), is_scored=False
         ):
@@ -64,7 +77,6 @@ class Teaching:
         elif lane.strategy.keeps_answers:
             # What it keeps is the sender's own. What would move what all share is left out.
             lane.observe(replace(outcome, cost=None, latency_s=None))
-        self.waiting.put(row.request_id, strategy, row.key_id, row.team, outcome)
 
     def _is_taught_by_request(self, lane: "Lane", row: LedgerRow) -> bool:
         """Whether what a request cost and how long it took may teach a strategy: as if its key said so."""
@@ -86,30 +98,64 @@ class Teaching:
         if (id, whose) in self._scoring:
             raise _scored_before(id)
         self._scoring.add((id, whose))
+        is_written = True
         try:
-            row = await self._row(id, giver)
-            try:
-                await self._gateway.store.feedback(
-                    id, score, key_id=whose, owner=row.key_id, comment=comment, once=True
-                )
-            except SaidBeforeError:
-                raise _scored_before(id) from None
+            row, is_written = await self._row(id, giver)
+            if is_written:
+                await self._keep(row, score, whose, comment)
+            else:
+                self._keep_later(row, score, whose, comment)
             # Where one key is new, others may be.
             await self.read_keys(0.0 if giver is not None and giver.id not in self._keys else FRESH_S)
+        except SaidBeforeError:
+            raise _scored_before(id) from None
         finally:
-            self._scoring.discard((id, whose))
+            if is_written:
+                self._scoring.discard((id, whose))
         return row, score, self._learn(id, score, giver)
 
-    async def _row(self, id: str, giver: KeyRecord | None) -> LedgerRow:
-        """The request, if the giver may say something of it; what it may not, is not told from what is not there. Raises ApiError (404)."""
-        # Its row may still wait for what a call costs that was given up.
-        await self._gateway.settled(id)
-        rows = await self._gateway.store.ledger(LedgerQuery(request_id=id))
-        lane = None if not rows else self._lane(rows[0].strategy)
+    async def _row(self, id: str, giver: KeyRecord | None) -> tuple[LedgerRow, bool]:
+        """The request, and whether it is in the store already, if the giver may say something of it.
+
+        What it may not, is not told from what is not there. Raises ApiError (404).
+        """
+        # Its row may still wait for what a call costs that was given up; whose it is, is known.
+        row = await self._gateway.unsettled.row(id)
+        is_written = row is None
+        if row is None:
+            row = next(iter(await self._gateway.store.ledger(LedgerQuery(request_id=id))), None)
+        lane = None if row is None else self._lane(row.strategy)
         who = self._gateway.config.feedback.who if lane is None else self._who(lane)
-        if not rows or not may_score(who, giver, rows[0].key_id, rows[0].team):
+        if row is None or not may_score(who, giver, row.key_id, row.team):
             raise ApiError(404, "unknown_request", f"there is no request {id!r}", param="request_id")
-        return rows[0]
+        return row, is_written
+
+    async def _keep(self, row: LedgerRow, score: float, whose: str, comment: str) -> None:
+        """Have the store keep a score. Raises SaidBeforeError, CapacityError."""
+        await self._gateway.store.feedback(
+            row.request_id, score, key_id=whose, owner=row.key_id, comment=comment, once=True
+        )
+
+    def _keep_later(self, row: LedgerRow, score: float, whose: str, comment: str) -> None:
+        """Have the store keep a score of a request as soon as it has its row."""
+
+        async def later() -> None:
+            try:
+                await self._gateway.unsettled.wait(row.request_id)
+                await self._keep(row, score, whose, comment)
+            except AnabranchError as error:
+                logger.warning("a score of request %s is not kept: %s", row.request_id, error)
+            finally:
+                self._scoring.discard((row.request_id, whose))
+
+        task = asyncio.ensure_future(later())
+        self._later.add(task)
+        task.add_done_callback(self._later.discard)
+
+    async def close(self) -> None:
+        """Wait until all scores are kept: before the store closes, once nothing is read on any more."""
+        if self._later:
+            await asyncio.wait(list(self._later))
 
     async def catch_up(self) -> None:
         """Learn from scores that other processes on the same store were sent for requests that were decided here."""

@@ -67,6 +67,13 @@ class Waiting:
         while len(self) > self._most or self._all_characters > self._most_characters:
             self.take(next(iter(self._by_key[self._fullest(key_id)])))
 
+    def price(self, request_id: str, cost: float | None) -> None:
+        """Note what one has cost; nothing if it is not there."""
+        key_id = self._key.get(request_id)
+        if key_id is not None:
+            own = self._by_key[key_id]
+            own[request_id] = replace(own[request_id], outcome=replace(own[request_id].outcome, cost=cost))
+
     def get(self, request_id: str) -> Waited | None:
         """One of them; None if it is not there."""
         key_id = self._key.get(request_id)

@@ -1,0 +1,42 @@
+"""`Services`: what one request needs of the gateway it came to, and nothing else of it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from anabranch.gateway.caches import Caches
+from anabranch.gateway.core.finished import Finished, Priced
+from anabranch.gateway.in_flight import InFlight
+from anabranch.gateway.metrics import Metrics
+from anabranch.gateway.store import KeyRecord, RateLimits, Store
+from anabranch.gateway.unsettled import Unsettled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What a request is lent.
+
+    Attributes:
+        store: open.
+        authenticate: the record of a key, None where none is needed. Raises ApiError.
+        rates: of requests and tokens, by key.
+        senders: how many requests each key has under way.
+        caches: of the config that the request began on.
+        metrics: of the process.
+        unsettled: requests that are over, and whose row is still to be written.
+        keep_task: has a task end before the gateway does.
+        on_finished: told, once, that the request is over.
+        on_priced: told, once and after that, what it cost.
+    """
+
+    store: Store
+    authenticate: Callable[[str | None], Awaitable[KeyRecord | None]]
+    rates: RateLimits
+    senders: InFlight
+    caches: Caches
+    metrics: Metrics
+    unsettled: Unsettled
+    keep_task: Callable[[asyncio.Task[Any]], None]
+    on_finished: Callable[[Finished], None]
+    on_priced: Callable[[Priced], None]
