@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch.bill import bill
 from anabranch.gateway.dispatch.billed import broken_off
+from anabranch.gateway.providers import converse, gemini
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.provider import UpstreamRequest
+from anabranch.gateway.providers.translation import usage_body
 from anabranch.gateway.providers.usage import Usage
 from anabranch.routers.money import NANO, PER, Price
 
@@ -96,6 +98,22 @@ def test_cache_writes_of_anthropic():
     assert cost(service_tier="priority") == 2 * rest
     assert cost(speed="fast") == 2 * rest  # of no price of its own here
     assert cost(server_tool_use={"web_search_requests": 2}) == rest + 2 * 25_000_000
+
+
+def test_cache_writes_of_bedrock_and_sound_of_gemini():
+    told = converse.usage_of({
+        "inputTokens": 10, "outputTokens": 5, "cacheWriteInputTokens": 1000, "cacheReadInputTokens": 7,
+        "cacheDetails": [{"ttl": "1h", "inputTokens": 600}, {"ttl": "5m", "inputTokens": 400}],
+    })  # fmt: skip
+    assert bill(LIST, told) == 10 * 1000 + 5 * 10_000 + 400 * 1250 + 600 * 2000 + 7 * 100
+    assert Usage.of({"usage": usage_body(told)}) == told
+    heard, _ = gemini.usage_of({
+        "promptTokenCount": 100, "candidatesTokenCount": 50, "promptTokensDetails": [{"modality": "AUDIO", "tokenCount": 60}],
+        "candidatesTokensDetails": [{"modality": "AUDIO", "tokenCount": 50}, None],
+    })  # fmt: skip
+    price = LIST.replace(audio_input=40 * NANO, audio_output=80 * NANO)
+    assert bill(price, heard) == 60 * 40_000 + 40 * 1000 + 50 * 80_000
+    assert Usage.of({"usage": usage_body(heard, 3)}) == heard
 
 
 def test_sound_and_pictures():

@@ -41,6 +41,8 @@ KEY = "AWS_BEARER_TOKEN_BEDROCK"
 class Bedrock(Provider, kind="bedrock"):
     """Talks to ``/model/ID/converse`` and ``/model/ID/converse-stream``, and of models that embed to ``/model/ID/invoke``."""
 
+    caches_unasked = False
+
     @configclass
     class Config(Provider.Config):
         """Where it is and as whom it is asked.

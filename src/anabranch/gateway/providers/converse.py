@@ -270,9 +270,18 @@ def _thinking(given: Json) -> Json:
 
 def usage_of(given: Json) -> Usage:
     """Bedrock counts cached tokens beside the others, OpenAI among them."""
-    cached = count(given.get("cacheReadInputTokens"))
-    prompt = count(given["inputTokens"]) + count(given.get("cacheWriteInputTokens")) + cached
-    return Usage(prompt, count(given["outputTokens"]), cached)
+    cached, written = count(given.get("cacheReadInputTokens")), count(given.get("cacheWriteInputTokens"))
+    prompt = count(given["inputTokens"]) + written + cached
+    details = given.get("cacheDetails") or []
+    for_hour = min(written, sum(count(one.get("inputTokens")) for one in details if one.get("ttl") == "1h"))
+    return Usage(
+        prompt,
+        count(given["outputTokens"]),
+        cached,
+        cache_write=written - for_hour,
+        cache_write_1h=for_hour,
+        tells_ttl=bool(details),
+    )
 
 
 def finish_of(reason: Any) -> str:

@@ -364,7 +364,23 @@ def usage_of(given: Json) -> tuple[Usage, int]:
     prompt = count(given.get("promptTokenCount")) + count(given.get("toolUsePromptTokenCount"))
     thoughts = count(given.get("thoughtsTokenCount"))
     cached = min(count(given.get("cachedContentTokenCount")), prompt)
-    return Usage(prompt, count(given.get("candidatesTokenCount")) + thoughts, cached), thoughts
+    completion = count(given.get("candidatesTokenCount")) + thoughts
+    usage = Usage(
+        prompt,
+        completion,
+        cached,
+        audio_input=min(prompt, _of_kind(given.get("promptTokensDetails"), "AUDIO")),
+        image_input=min(prompt, _of_kind(given.get("promptTokensDetails"), "IMAGE")),
+        audio_output=min(completion, _of_kind(given.get("candidatesTokensDetails"), "AUDIO")),
+        image_output=min(completion, _of_kind(given.get("candidatesTokensDetails"), "IMAGE")),
+    )
+    return usage, thoughts
+
+
+def _of_kind(details: Any, modality: str) -> int:
+    """Tokens of sound or pictures, as far as they are told apart."""
+    found = [one for one in details or () if isinstance(one, dict) and one.get("modality") == modality]
+    return sum(count(one.get("tokenCount")) for one in found)
 
 
 def call_of(part: Json) -> Json:

@@ -70,6 +70,8 @@ FINISH = {"stop": "stop", "length": "length", "load": "stop", "unload": "stop"}
 class Ollama(Provider, kind="ollama"):
     """Talks to an Ollama server."""
 
+    is_billed = False
+
     @configclass
     class Config(Provider.Config):
         """Where it is and how its models run.
@@ -265,8 +267,6 @@ def _usage(value: Json, prompt_tokens: int) -> Usage:
 
 class OllamaStream(ForeignStream):
     """Turns the lines of one answer into chunks."""
-
-    is_billed = False
 
     def __init__(self, provider: Ollama, prompt_tokens: int) -> None:
         super().__init__(provider)

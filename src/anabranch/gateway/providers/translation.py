@@ -189,14 +189,9 @@ def count(value: Any) -> int:
 
 def usage_body(usage: Usage, reasoning: int = 0) -> Json:
     """OpenAI's ``usage``; ``reasoning`` tokens are among the completion's."""
-    made: Json = {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.prompt + usage.completion,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-    }
+    made = usage.to_openai()
     if reasoning:
-        made["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        made.setdefault("completion_tokens_details", {})["reasoning_tokens"] = reasoning
     return made
 
 
