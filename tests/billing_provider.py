@@ -78,6 +78,8 @@ class BillingProvider:
         self.calls: dict[str, int] = defaultdict(int)
         self.url = ""
         self._at = self._under_way = 0
+        # What says what a call is, what of it is told, and what it costs: see `billing_extras`.
+        self.call_kind: type[Call] = Call
 
     @property
     def total_nano(self) -> int:
@@ -122,7 +124,7 @@ class BillingProvider:
         if fate == "refused":
             status = draw.choice((429, 500))
             return web.json_response(form.error(status), status=status)
-        call = Call(body, draw, draw.choices(HABITS, self.habits)[0])
+        call = self.call_kind(body, draw, draw.choices(HABITS, self.habits)[0])
         if fate == "slow":
             await asyncio.sleep(self.slow_s)
         if fate == "lost":
@@ -183,8 +185,7 @@ class BillingProvider:
         return response
 
     def _bill(self, call: "Call", made: int) -> None:
-        price = self.prices[call.model]
-        self.bills[call.number] += math.ceil((call.prompt * price.input + made * price.output) / PER)
+        self.bills[call.number] += call.nano(self.prices[call.model], made)
 
 
 def _break(request: web.Request) -> None:
@@ -210,6 +211,10 @@ class Call:
         """So many tokens."""
         return "1," * (size // 2) + "7" * (size % 2) if self.habit == "dense" else "word " * size
 
+    def nano(self, price: Price, made: int) -> int:
+        """What is billed, if so many tokens were made."""
+        return math.ceil((self.prompt * price.input + made * price.output) / PER)
+
     def openai_usage(self) -> Json:
         """Of the whole answer."""
         return {
@@ -217,6 +222,14 @@ class Call:
             "completion_tokens": self.length,
             "total_tokens": self.prompt + self.length,
         }
+
+    def anthropic_usage(self) -> Json:
+        """Of the prompt."""
+        return {"input_tokens": self.prompt}
+
+    def beside(self) -> Json:
+        """Fields beside an answer's choices, of OpenAI's form."""
+        return {}
 
     def usage_so_far(self) -> Json:
         """The field that a chunk before the end has, or none."""
@@ -253,6 +266,7 @@ class OpenAIForm:
             "system_fingerprint": "f" * 2000,
             "choices": [choice],
             **usage,
+            **call.beside(),
         }
 
     def _chunk(self, call: Call, delta: Json, reason: str | None = None) -> bytes:
@@ -273,7 +287,11 @@ class OpenAIForm:
 
     def usage(self, call: Call) -> bytes:
         """Behind the end."""
-        usage = _data({**self.head, "choices": [], "usage": call.openai_usage()}) if call.tells_usage else b""
+        usage = (
+            _data({**self.head, **call.beside(), "choices": [], "usage": call.openai_usage()})
+            if call.tells_usage
+            else b""
+        )
         return usage + b"data: [DONE]\n\n"
 
 
@@ -287,7 +305,7 @@ class AnthropicForm:
 
     def whole(self, call: Call) -> Json:
         """An answer."""
-        usage = {"input_tokens": call.prompt, "output_tokens": call.length}
+        usage = {**call.anthropic_usage(), "output_tokens": call.length}
         return {
             "id": "m", "type": "message", "role": "assistant", "model": "m", "stop_reason": "end_turn",
             "content": [{"type": "text", "text": call.text(call.length)}],
@@ -296,8 +314,10 @@ class AnthropicForm:
 
     def begin(self, call: Call) -> bytes:
         """Before the first token."""
-        told = (0, 0) if call.habit == "zeros" else (call.prompt, 1)
-        usage = {} if call.habit == "mute" else {"usage": {"input_tokens": told[0], "output_tokens": told[1]}}
+        told = {"input_tokens": 0, "output_tokens": 0}
+        if call.habit != "zeros":
+            told = {**call.anthropic_usage(), "output_tokens": 1}
+        usage = {} if call.habit == "mute" else {"usage": told}
         message = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [], **usage}
         start = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
         return _data({"type": "message_start", "message": message}, "message_start") + _data(start, start["type"])
@@ -309,7 +329,7 @@ class AnthropicForm:
 
     def end(self, call: Call) -> bytes:
         """After the last."""
-        late = {"input_tokens": call.prompt} if call.habit == "zeros" else {}
+        late = call.anthropic_usage() if call.habit == "zeros" else {}
         usage = {} if call.habit == "mute" else {"usage": {**late, "output_tokens": call.length}}
         said = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, **usage}
         stop = _data({"type": "content_block_stop", "index": 0}, "content_block_stop")
