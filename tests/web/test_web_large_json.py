@@ -18,6 +18,7 @@ def small_steps(monkeypatch):
     """So that short texts are long, and steps end everywhere."""
     monkeypatch.setattr(large_json, "_LONG", 3)
     monkeypatch.setattr(large_json, "_STEP", 5)
+    monkeypatch.setattr(large_json, "_GROUP", 7)
 
 
 TEXT = st.text(max_size=60) | st.sampled_from(
@@ -93,12 +94,6 @@ def test_what_is_nested_deep_is_read_as_ever():
     assert parse_large(raw) == parse(raw)
 
 
-def test_a_body_of_many_quotes_is_read_at_once(monkeypatch):
-    monkeypatch.setattr(large_json, "_QUOTES", 10)
-    monkeypatch.setattr(large_json, "_end", None)
-    assert parse_large(b'{"a": "' + b'\\"' * 20 + b'"}') == {"a": '"' * 20}
-
-
 @given(BODY, BODY)
 def test_what_stands_for_a_body_is_as_equal_as_the_body(one, other):
     assert shortened(one) == shortened(copy.deepcopy(one))
@@ -107,3 +102,49 @@ def test_what_stands_for_a_body_is_as_equal_as_the_body(one, other):
 
 def test_what_stands_for_a_text_is_short():
     assert len(json.dumps(shortened({"a": "x" * 10**6}))) < 200
+
+
+LISTS = st.lists(st.integers() | TEXT | st.lists(st.integers(), max_size=3), max_size=12)
+
+
+@given(st.dictionaries(st.sampled_from(["messages", "prompt", "a,[", '"']), LISTS | VALUE), st.sampled_from([None, 1]))
+def test_long_lists_are_read_some_items_at_a_time(body, indent):
+    raw = json.dumps(body, indent=indent).encode()
+    assert parse_large(raw) == parse(raw)
+
+
+@pytest.mark.parametrize(
+    "items", [b"1,,2,3", b"1,2,3,", b",1,2,3", b"1,2 3", b"1,]2,[3", b"1,NaN,3", b"1,1e999,3", b"1,2\xff,3"]
+)
+def test_mistakes_in_long_lists_are_told_as_ever(items):
+    raw = b'{"prompt": [' + items * 9 + b'], "a": 1}'
+    assert told(parse_large, raw) == told(parse, raw)
+
+
+def test_of_two_lists_of_one_name_the_last_counts_and_the_first_is_read():
+    assert parse_large(b'{"a": [1, 2, 3, 4, 5], "a": [6, 7, 8, 9]}') == {"a": [6, 7, 8, 9]}
+    raw = b'{"a": [1, 2, 3, x, 5], "a": [6, 7, 8, 9]}'
+    assert told(parse_large, raw) == told(parse, raw)
+
+
+@pytest.mark.parametrize(
+    "text", ['\\"' * 40, "\\" * 41, "中文" * 30, "\U0001f98a" * 30, "\\\U0001f98a" * 20, "\ud83d" * 20]
+)
+@pytest.mark.parametrize("is_ascii", [True, False])
+def test_texts_full_of_escapes_are_read_in_steps(monkeypatch, text, is_ascii):
+    """They were read at once, which held up everybody."""
+    longest = []
+    cut = large_json._cut
+
+    def noted(raw, start, end):
+        stop = cut(raw, start, end)
+        longest.append(stop - start)
+        return stop
+
+    monkeypatch.setattr(large_json, "_cut", noted)
+    raw = json.dumps({"a": text}, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")
+    for step in range(1, 30):
+        monkeypatch.setattr(large_json, "_STEP", step)
+        longest.clear()
+        assert told(parse_large, raw) == told(parse, raw)
+        assert max(longest) <= step + 12

@@ -14,7 +14,7 @@ _LONGEST = 40
 def parse(raw: bytes) -> dict[str, Any]:
     """JSON of a body. Raises ApiError (400) for what is none, is not UTF-8, or is no object."""
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        body = read_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ApiError(400, "invalid_utf8", f"the body is not UTF-8: byte {error.start} is wrong") from None
     except RecursionError:
@@ -29,6 +29,11 @@ def parse(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_json", f"the body is a {kind(body)}; send an object")
     return body
+
+
+def read_json(text: str) -> Any:
+    """JSON whose numbers are finite. Raises ValueError, and RecursionError."""
+    return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
 
 
 def is_int(value: Any) -> bool:

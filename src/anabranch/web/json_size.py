@@ -9,6 +9,7 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.web.api_error import ApiError
+from anabranch.web.json_places import find_quotes
 
 __all__ = ["MOST_PARTS", "MOST_VALUES", "JsonRoom", "JsonSizeError", "check_json_size"]
 
@@ -17,7 +18,7 @@ MOST_VALUES, MOST_PARTS = 1 << 18, 1 << 16
 _BLOCK = 1 << 18
 # Of a value, on average; long numbers take the parser longer than their share.
 _DIGITS = 8
-_QUOTE, _SLASH, _COMMA, _LIST, _OBJECT, _COLON = (ord(letter) for letter in '"\\,[{:')
+_COMMA, _LIST, _OBJECT, _COLON = (ord(letter) for letter in ",[{:")
 
 
 def check_json_size(raw: bytes, most_values: int, most_parts: int, block: int = _BLOCK) -> None:
@@ -76,14 +77,6 @@ class JsonRoom:
 
 def _outside_texts(piece: np.ndarray, is_inside: int, is_escaped: int) -> tuple[np.ndarray, int, int]:
     """The bytes of a piece with 0 for those in texts; whether its end is within a text, and behind a backslash that escapes."""
-    quotes, slashes = piece == _QUOTE, piece == _SLASH
-    if is_escaped or slashes.any():
-        # A quote is none behind an odd number of backslashes: how many, from where the last other byte stands.
-        places = np.arange(len(piece), dtype=np.int32)
-        before = np.int32(-1 - is_escaped)
-        last_other = np.maximum.accumulate(np.where(slashes, before, places))
-        run = places - 1 - np.concatenate(([before], last_other[:-1]))
-        quotes &= run % 2 == 0
-        is_escaped = int(len(piece) - 1 - last_other[-1]) % 2
+    quotes, is_escaped = find_quotes(piece, is_escaped)
     inside = (np.add.accumulate(quotes, dtype=np.uint8) & 1) ^ is_inside
     return np.where(inside, 0, piece), int(inside[-1]), is_escaped

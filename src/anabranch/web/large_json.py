@@ -7,29 +7,35 @@ own in short steps, and put back; the rest, in which places are kept for them, i
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Callable
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
 from anabranch.web.api_error import ApiError
-from anabranch.web.body import is_too_deep, parse
+from anabranch.web.body import is_too_deep, parse, read_json
+from anabranch.web.json_places import long_lists, unescaped_quotes
 
 # Bytes of a body, from which on it is worth while to give it to another thread, and to go by steps there.
 LARGE = 1 << 18
 
 # Characters of a text that is read or written on its own, and of one step.
-_LONG, _STEP = 1 << 12, 1 << 18
+_LONG, _STEP = 1 << 9, 1 << 17
 
 # No step ends so near behind a backslash: an escape, or the second half of a pair of them, could be cut.
 _ESCAPE = 12
 
-# Places for the end of a step that are tried; a text without any, full of escapes, is read at once.
+# Places for the end of a step that are tried; a text without any is read at once.
 _LOOKS = 4096
 
-# Quotes of a body; one with more has many short texts, or escapes, and steps would take longer than they save.
-_QUOTES = 20_000
+# A sign that is written as two escapes.
+_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
+
+# Bytes of the items of a list that are read at once, where the rest of a body is long.
+_GROUP = 1 << 16
 
 # So that no sender can write what stands for a long text.
 _SALT = secrets.token_hex(16)
@@ -37,58 +43,76 @@ _SALT = secrets.token_hex(16)
 
 def parse_large(raw: bytes) -> dict[str, Any]:
     """What `anabranch.web.body.parse` gives, or raises, of the same body."""
+    quotes = unescaped_quotes(raw)
+    if len(quotes) % 2:
+        return parse(raw)
     pieces: list[bytes] = []
     texts: list[str] = []
-    mark, at, kept = secrets.token_hex(16), 0, 0
-    if raw.count(b'"') > _QUOTES:
-        return parse(raw)
-    while (start := raw.find(b'"', at)) >= 0:
-        end = _end(raw, start + 1)
-        if end < 0:
+    mark, kept = secrets.token_hex(16), 0
+    starts, ends = quotes[0::2], quotes[1::2]
+    is_long = ends - starts > _LONG
+    for start, end in zip(starts[is_long].tolist(), ends[is_long].tolist(), strict=True):
+        text = _text(raw, start + 1, end)
+        if text is None:
+            # What is wrong with it is told as ever.
             return parse(raw)
-        if end - start > _LONG:
-            text = _text(raw, start + 1, end)
-            if text is None:
-                # What is wrong with it is told as ever.
-                return parse(raw)
-            pieces += (raw[kept:start], f'"{mark}{len(texts)}"'.encode())
-            texts.append(text)
-            kept = end + 1
-        at = end + 1
-    if not texts:
-        return parse(raw)
+        pieces += (raw[kept:start], f'"{mark}{len(texts)}"'.encode())
+        texts.append(text)
+        kept = end + 1
+    rest = b"".join([*pieces, raw[kept:]]) if texts else raw
     try:
-        body = parse(b"".join([*pieces, raw[kept:]]))
-    except ApiError:
+        body = _grouped(rest, mark) if len(rest) > _GROUP else parse(rest)
+    except (ApiError, ValueError, RecursionError):
         # It is told of the body as it came, where the place of a mistake is another.
         return parse(raw)
     if is_too_deep(body):
         return parse(raw)
+    if not texts:
+        return body
     places = {f"{mark}{number}": text for number, text in enumerate(texts)}
     return _mapped(body, lambda text: places.get(text, text))
 
 
-def _end(raw: bytes, at: int) -> int:
-    """Where the text ends that begins before ``at``; -1 if it does not."""
-    while (end := raw.find(b'"', at)) >= 0:
-        before = end
-        while raw[before - 1] == 0x5C:
-            before -= 1
-        # A quote is part of the text behind an odd number of backslashes.
-        if (end - before) % 2 == 0:
-            return end
-        at = end + 1
-    return -1
+def _grouped(raw: bytes, mark: str) -> dict[str, Any]:
+    """What `parse` gives of a body, the items of its long lists read some at a time. Raises what it does, and ValueError."""
+    groups: list[list[Any]] = []
+    pieces: list[bytes] = []
+    kept = 0
+    for start, end, commas in long_lists(raw, _GROUP):
+        cuts = [start, *_spread(commas, start), end]
+        for before, behind in pairwise(cuts):
+            items = read_json("[" + raw[before + 1 : behind].decode("utf-8") + "]")
+            if not items:
+                raise ValueError("a comma with nothing before it or behind it")
+            groups.append(items)
+        names = ",".join(f'"{mark}g{number}"' for number in range(len(groups) - len(cuts) + 1, len(groups)))
+        pieces += (raw[kept : start + 1], names.encode())
+        kept = end
+    body = parse(b"".join([*pieces, raw[kept:]]))
+    places = {f"{mark}g{number}": items for number, items in enumerate(groups)}
+    for name, value in body.items():
+        if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in places:
+            body[name] = list(chain.from_iterable(places[place] for place in value))
+    return body
+
+
+def _spread(commas: "np.ndarray", start: int) -> list[int]:
+    """Some of the places, each at least a group behind the one before."""
+    chosen, at = [], start
+    while (next_ := int(np.searchsorted(commas, at + _GROUP))) < len(commas):
+        at = int(commas[next_])
+        chosen.append(at)
+    return chosen
 
 
 def _text(raw: bytes, start: int, end: int) -> str | None:
     """The text between its quotes; None if it may not be so."""
-    if np.any(np.frombuffer(raw, np.uint8, end - start, start) < 0x20):
-        return None
     parts = []
     while start < end:
         stop = _cut(raw, start, end)
         piece = raw[start:stop]
+        if np.any(np.frombuffer(piece, np.uint8) < 0x20):
+            return None
         try:
             text = piece.decode("utf-8")
             parts.append(json.loads(f'"{text}"') if "\\" in text else text)
@@ -99,9 +123,21 @@ def _text(raw: bytes, start: int, end: int) -> str | None:
 
 
 def _cut(raw: bytes, start: int, end: int) -> int:
-    """Where a step ends: at a whole sign that has no backslash before it."""
-    for stop in range(start + _STEP, min(start + _STEP + _LOOKS, end)):
-        if raw[stop] < 0x80 and b"\\" not in raw[stop - _ESCAPE : stop + 1]:
+    """Where a step that begins at ``start`` ends: before a whole sign, and within no escape or pair of them."""
+    first = start + _STEP
+    if first >= end:
+        return end
+    for stop in range(first, min(first + _LOOKS, end)):
+        if raw[stop] & 0xC0 == 0x80:
+            # The middle of a sign.
+            continue
+        if b"\\" not in raw[max(start, stop - _ESCAPE) : stop + 1]:
+            return stop
+        if raw[stop] != 0x5C:
+            continue
+        # An escape may begin here, but not the second half of a pair.
+        run = stop - start - len(raw[start:stop].rstrip(b"\\"))
+        if run % 2 == 0 and not _PAIR.match(raw, max(start, stop - 6), end):
             return stop
     return end
 

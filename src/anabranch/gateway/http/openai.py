@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aiohttp import web
@@ -20,6 +21,9 @@ from anabranch.web.responses import ResponseStream, to_chat, to_response
 from anabranch.web.sse import read_data
 
 logger = logging.getLogger(__name__)
+
+# Large bodies are read here, one after another: the more threads want Python's lock, the longer the event loop waits for it.
+_READERS = ThreadPoolExecutor(1, "large-body")
 
 # After its deadline a stream that is not read ends.
 STALL_S = 5.0
@@ -97,7 +101,9 @@ class OpenAIRoutes:
         limits = self._gateway.config.limits
         raw = await read_body(request, limits.body_bytes, limits.body_timeout_s)
         # A large one would hold up all other requests.
-        body = _parsed(raw) if len(raw) <= LARGE else await asyncio.to_thread(_parsed, raw)
+        if len(raw) <= LARGE:
+            return _parsed(raw), len(raw)
+        body = await asyncio.get_running_loop().run_in_executor(_READERS, _parsed, raw)
         return body, len(raw)
 
     async def send(
