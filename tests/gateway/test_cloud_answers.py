@@ -5,7 +5,9 @@ import json
 import pytest
 
 from anabranch.gateway.providers import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.usage import Usage
 from cloud_providers import chat, keys, made
+from recorded_conversations import exchanges
 
 __all__ = ["keys"]
 pytestmark = pytest.mark.usefixtures("keys")
@@ -102,3 +104,48 @@ def test_bedrocks_embeddings():
         assert [item["embedding"] for item in answer.body["data"]] == [[1.0], [2.0]]
     with pytest.raises(UpstreamError, match="cannot be asked"):
         titan.build(chat())
+
+
+def test_what_tokens_are_of_is_told_where_a_provider_tells_it():
+    counts = {
+        "promptTokenCount": 300,
+        "toolUsePromptTokenCount": 5,
+        "candidatesTokenCount": 10,
+        "thoughtsTokenCount": 4,
+        "cachedContentTokenCount": 100,
+        "promptTokensDetails": [
+            {"modality": "TEXT", "tokenCount": 10},
+            {"modality": "IMAGE", "tokenCount": 258},
+            {"modality": "AUDIO", "tokenCount": 32},
+        ],
+    }
+    body = {"candidates": [{"content": {"parts": [{"text": "a"}]}, "finishReason": "STOP"}], "usageMetadata": counts}
+    answer = made("gemini").parse(chat(), json.dumps(body).encode())
+    usage = answer.usage
+    assert (usage.prompt, usage.completion, usage.cached, usage.image_input, usage.audio_input) == (
+        305,
+        14,
+        100,
+        258,
+        32,
+    )
+    assert answer.body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
+    assert Usage.of(answer.body) == usage
+
+
+@pytest.mark.parametrize(
+    ("details", "split"),
+    [(None, (50, 0)), ([{"ttl": "1h", "inputTokens": 20}, {"ttl": "5m", "inputTokens": 30}], (30, 20))],
+)
+def test_bedrock_tells_what_was_put_into_the_cache(details, split):
+    told = {"inputTokens": 10, "outputTokens": 3, "cacheReadInputTokens": 40, "cacheWriteInputTokens": 50}
+    told |= {} if details is None else {"cacheDetails": details}
+    body = {"output": {"message": {"content": [{"text": "a"}]}}, "stopReason": "end_turn", "usage": told}
+    usage = made("bedrock").parse(chat(), json.dumps(body).encode()).usage
+    assert (usage.prompt, usage.completion, usage.cached) == (100, 3, 40)
+    assert (usage.cache_write, usage.cache_write_1h) == split
+
+
+def test_openrouter_tells_what_it_cost():
+    whole = exchanges("openrouter")[0]["reply"]["json"]
+    assert made("openrouter").parse(chat(), json.dumps(whole).encode()).usage.nano == 23_100

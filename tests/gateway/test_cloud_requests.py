@@ -94,7 +94,10 @@ def test_bedrock_is_asked_with_all_that_it_knows():
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
     body = sent(
         "bedrock",
-        config={"guardrail": {"guardrailIdentifier": "g", "guardrailVersion": "1"}, "fields": {"top_k": 3}},
+        config={
+            "guardrail": {"guardrailIdentifier": "g", "guardrailVersion": "1"},
+            "fields": {"anthropic_beta": ["b"]},
+        },
         messages=[
             {
                 "role": "user",
@@ -126,7 +129,10 @@ def test_bedrock_is_asked_with_all_that_it_knows():
             {"role": "user", "content": [{"text": "b"}]},
         ],
         "inferenceConfig": {"maxTokens": 3000, "topP": 0.5, "stopSequences": ["x"]},
-        "additionalModelRequestFields": {"top_k": 3, "thinking": {"type": "enabled", "budget_tokens": 2999}},
+        "additionalModelRequestFields": {
+            "anthropic_beta": ["b"],
+            "thinking": {"type": "enabled", "budget_tokens": 2999},
+        },
         "guardrailConfig": {"guardrailIdentifier": "g", "guardrailVersion": "1"},
         "outputConfig": {
             "textFormat": {
@@ -235,6 +241,7 @@ def test_arguments_that_cannot_be_read_are_the_senders_mistake(kind, arguments, 
     ("kind", "fields"),
     [
         ("bedrock", {"n": 2}),
+        ("bedrock", {"tools": [{"function": {"name": "f"}}], "parallel_tool_calls": False}),
         ("bedrock", {"logprobs": True}),
         ("bedrock", {"response_format": {"type": "json_object"}}),
         (
@@ -260,3 +267,81 @@ def test_what_has_no_counterpart_goes_to_another_model(kind, fields):
     with pytest.raises(UpstreamError) as caught:
         made(kind).build(UpstreamRequest("completions", {"prompt": "x"}))
     assert caught.value.failure.kind == "unsupported"
+
+
+MARK = {"cache_control": {"type": "ephemeral"}}
+POINT = {"cachePoint": {"type": "default"}}
+
+
+def test_marks_of_the_cache_are_points_for_claude_on_bedrock_and_nothing_elsewhere():
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "a", **MARK}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "b", "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
+        },
+        {
+            "role": "assistant",
+            "content": "c",
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}, **MARK},
+            ],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "x", "is_error": True, **MARK},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}, **MARK}]
+    body = sent("bedrock", messages=messages, tools=tools)
+    use = {"toolUse": {"toolUseId": "1", "name": "f", "input": {}}}
+    result = {"toolResult": {"toolUseId": "1", "content": [{"text": "x"}], "status": "error"}}
+    assert body["system"] == [{"text": "a"}, POINT]
+    assert [turn["content"] for turn in body["messages"]] == [
+        [{"text": "b"}, {"cachePoint": {"type": "default", "ttl": "1h"}}],
+        [{"text": "c"}, use, POINT],
+        [result, POINT],
+    ]
+    assert body["toolConfig"]["tools"][1:] == [POINT]
+    assert "cachePoint" not in json.dumps(
+        sent("bedrock", config={"model": "meta.llama3-8b"}, messages=messages, tools=tools)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "fields"),
+    [
+        ("anthropic.claude-opus-4-7", {}, {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}),
+        (
+            "anthropic.claude-sonnet-4-5-20250929-v1:0",
+            {"topP": 0.5},
+            {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        ),
+        ("anthropic.claude-3-haiku-20240307-v1:0", {"temperature": 0.5, "topP": 0.5}, {"top_k": 9}),
+        ("amazon.nova-pro-v1:0", {"temperature": 0.5, "topP": 0.5}, {"top_k": 9, "reasoning_effort": "low"}),
+    ],
+)
+def test_each_model_on_bedrock_gets_what_it_takes(model, settings, fields):
+    body = sent("bedrock", config={"model": model}, reasoning_effort="low", temperature=0.5, top_p=0.5, top_k=9)
+    assert body.get("inferenceConfig", {}) == settings
+    assert body["additionalModelRequestFields"] == fields
+
+
+@pytest.mark.parametrize("kind", ["azure", "gemini", "ollama", "openrouter", "vertex"])
+def test_what_came_in_anthropics_form_is_put_into_words_that_all_know(kind):
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "a", **MARK},
+                {"type": "document", "source": {"type": "text", "data": "b"}},
+            ],
+        },
+        {
+            "role": "assistant",
+            "content": "c",
+            "thinking_blocks": [{"type": "thinking", "thinking": "t", "signature": "s"}],
+        },
+    ]
+    body = {"model": "x", "messages": messages, "context_management": {"edits": []}}
+    made_of = made(kind).build(UpstreamRequest("chat", body, is_foreign=True)).body.decode()
+    for word in ("cache_control", "signature", "context_management", "document"):
+        assert word not in made_of
+    assert '"b"' in made_of or "\\nb" in made_of

@@ -19,6 +19,7 @@ from anabranch.gateway.providers.converse import ERRORS, TOO_LONG, ConverseStrea
 from anabranch.gateway.providers.eventstream import EventStream
 from anabranch.gateway.providers.keys import Secret, read_key
 from anabranch.gateway.providers.openai import unsupported
+from anabranch.gateway.providers.plain_chat import plain
 from anabranch.gateway.providers.provider import (
     Answer,
     Failure,
@@ -102,7 +103,10 @@ class Bedrock(Provider, kind="bedrock"):
                 method, body = "invoke", _embedding(request, self.config.model)
             else:
                 method = "converse-stream" if request.stream else "converse"
-                body = converse.translated(request.body, self.config)
+                # Claude takes all that Anthropic's own form says; others what is said in OpenAI's words.
+                is_plain = request.is_foreign and not converse.is_claude(self.config.model)
+                given = plain(request.body, self.config.model) if is_plain else request.body
+                body = converse.translated(given, self.config)
         headers = {**self._headers, **request.headers} if request.headers else self._headers
         return HttpCall(f"{self._at}/{method}", headers, request.dumped(body), self.config.proxy)
 

@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any
 
+from anabranch.gateway.providers.anthropic_models import Takes, takes
 from anabranch.gateway.providers.openai import unsupported
 from anabranch.gateway.providers.provider import Answer, FailureKind, Json, UpstreamError, Usage
 from anabranch.gateway.providers.translation import (
@@ -29,7 +30,7 @@ from anabranch.gateway.providers.translation import (
     tool_call,
 )
 
-REFUSED = ("n", "logprobs", "top_logprobs", "logit_bias", "audio", "frequency_penalty", "presence_penalty", "seed")
+REFUSED = ("n", "logprobs", "top_logprobs")
 FINISH = {
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -78,28 +79,30 @@ _OFFICE = {
 # Requests
 
 
+def is_claude(model: str) -> bool:
+    """It is a model of Anthropic's."""
+    return "anthropic." in model
+
+
 def translated(body: Json, config: Any) -> Json:
     """A chat request as one of Converse. Raises UpstreamError."""
     refuse(body, REFUSED, "bedrock")
-    system, turns = _turns(body)
-    made: Json = {"messages": turns, **_tools(body)}
+    marks = _Marks("anthropic." in config.model or "amazon.nova" in config.model)
+    system, turns = _turns(body, marks)
+    made: Json = {"messages": turns, **_tools(body, marks)}
     if system:
-        made["system"] = [{"text": text} for text in system]
+        made["system"] = system
     settings: Json = {}
     if most := most_tokens(body):
         settings["maxTokens"] = most
     for name, ours in (("temperature", "temperature"), ("top_p", "topP")):
         if body.get(name) is not None:
             settings[ours] = body[name]
-    if "anthropic" in config.model and settings.get("temperature", 0) > 1:
-        # OpenAI's scale goes to 2, Anthropic's to 1.
-        settings["temperature"] = 1.0
     if stop := stops(body):
         settings["stopSequences"] = stop
     fields = {**config.fields, **_fields(body, config.model, settings)}
-    if "thinking" in fields:
-        # It thinks at a temperature of its own.
-        settings.pop("temperature", None)
+    if is_claude(config.model):
+        _fit_claude(settings, fields, takes(config.model))
     if settings:
         made["inferenceConfig"] = settings
     if fields:
@@ -109,19 +112,54 @@ def translated(body: Json, config: Any) -> Json:
     return made | _output(body)
 
 
+def _fit_claude(settings: Json, fields: Json, can: Takes) -> None:
+    """Take out what the model does not take."""
+    # OpenAI's scale goes to 2, Anthropic's to 1.
+    if settings.get("temperature", 0) > 1:
+        settings["temperature"] = 1.0
+    thinks = fields.get("thinking", {}).get("type") in ("enabled", "adaptive")
+    if not can.sampling or thinks:
+        # It thinks at a temperature of its own.
+        settings.pop("temperature", None)
+    if not can.sampling or (can.one_of_two and "temperature" in settings):
+        settings.pop("topP", None)
+    if not can.sampling or thinks:
+        fields.pop("top_k", None)
+
+
 def _fields(body: Json, model: str, settings: Json) -> Json:
     """What only some models know."""
     made: Json = {name: body[name] for name in ("top_k", "thinking") if body.get(name) is not None}
     effort = body.get("reasoning_effort")
     if effort is None or effort == "none" or "thinking" in made:
         return made
-    if "anthropic" not in model:
+    if not is_claude(model):
         return made | {"reasoning_effort": effort}
     if effort not in BUDGETS:
         raise unsupported(f"reasoning_effort {effort!r} cannot be asked of {model}; it knows {', '.join(BUDGETS)}")
+    can = takes(model)
+    if can.adaptive and not can.budget:
+        least = {"minimal": "low"}
+        return made | {"thinking": {"type": "adaptive"}, "output_config": {"effort": least.get(effort, effort)}}
     # The answer must have room beside it.
     budget = min(BUDGETS[effort], settings.get("maxTokens", BUDGETS[effort] + 1) - 1)
-    return made | ({"thinking": {"type": "enabled", "budget_tokens": budget}} if budget >= LEAST_BUDGET else {})
+    thinks = can.budget and budget >= LEAST_BUDGET
+    return made | ({"thinking": {"type": "enabled", "budget_tokens": budget}} if thinks else {})
+
+
+class _Marks:
+    """Puts ``cache_control`` into Converse's words: a point behind what is to be kept; nothing where a model has no cache."""
+
+    def __init__(self, has_cache: bool) -> None:
+        self._has_cache = has_cache
+
+    def behind(self, blocks: list[Json], *given: Any) -> list[Json]:
+        """``blocks``, with a point behind them if one of ``given`` is marked."""
+        mark = next((one["cache_control"] for one in given if isinstance(one, dict) and one.get("cache_control")), None)
+        if mark is None or not self._has_cache or not blocks:
+            return blocks
+        point = {"type": "default"} | ({"ttl": mark["ttl"]} if mark.get("ttl") else {})
+        return [*blocks, {"cachePoint": point}]
 
 
 def _output(body: Json) -> Json:
@@ -134,14 +172,15 @@ def _output(body: Json) -> Json:
     return {"outputConfig": {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": form}}}}
 
 
-def _tools(body: Json) -> Json:
-    specs = []
-    for function in functions(body, "bedrock"):
+def _tools(body: Json, marks: _Marks) -> Json:
+    specs: list[Json] = []
+    given = body.get("tools") or []
+    for tool, function in zip(given, functions(body, "bedrock"), strict=True):
         schema = function.get("parameters") or {"type": "object", "properties": {}}
         spec: Json = {"name": function["name"], "inputSchema": {"json": schema}}
         if function.get("description"):
             spec["description"] = function["description"]
-        specs.append({"toolSpec": spec})
+        specs += marks.behind([{"toolSpec": spec}], tool, function)
     if not specs:
         return {}
     choice = body.get("tool_choice") or "auto"
@@ -157,22 +196,23 @@ def _tools(body: Json) -> Json:
     return {"toolConfig": {"tools": specs, "toolChoice": how}}
 
 
-def _turns(body: Json) -> tuple[list[str], list[Json]]:
+def _turns(body: Json, marks: _Marks) -> tuple[list[Json], list[Json]]:
     """The system prompts, and turns that alternate between user and assistant."""
     kept = room()
-    system: list[str] = []
+    system: list[Json] = []
     turns: list[Json] = []
     for given in body.get("messages") or []:
         role, content = given.get("role"), given.get("content")
         if role in ("system", "developer"):
-            system += [text] if (text := text_of(content, "bedrock")) else []
+            text_of(content, "bedrock")
+            system += _blocks(content, marks)
             continue
         if role == "assistant":
-            blocks = _said(given, kept)
+            blocks = _said(given, kept, marks)
         elif role == "tool":
-            role, blocks = "user", [_result(given)]
+            role, blocks = "user", marks.behind([_result(given, marks)], given)
         else:
-            role, blocks = "user", _blocks(content)
+            role, blocks = "user", _blocks(content, marks)
         if not blocks:
             continue
         if turns and turns[-1]["role"] == role:
@@ -182,13 +222,13 @@ def _turns(body: Json) -> tuple[list[str], list[Json]]:
     return system, turns
 
 
-def _said(given: Json, kept: Room) -> list[Json]:
+def _said(given: Json, kept: Room, marks: _Marks) -> list[Json]:
     blocks = [_thought(block) for block in given.get("thinking_blocks") or []]
-    if text := text_of(given.get("content"), "bedrock"):
-        blocks.append({"text": text})
+    text_of(given.get("content"), "bedrock")
+    blocks += _blocks(given.get("content"), marks)
     for call in given.get("tool_calls") or []:
         use = {"toolUseId": call["id"], "name": call["function"]["name"], "input": arguments(call, kept)}
-        blocks.append({"toolUse": use})
+        blocks += marks.behind([{"toolUse": use}], call)
     return blocks
 
 
@@ -201,23 +241,24 @@ def _thought(block: Json) -> Json:
     return {"reasoningContent": {"reasoningText": text}}
 
 
-def _result(given: Json) -> Json:
+def _result(given: Json, marks: _Marks) -> Json:
     content = given.get("content")
-    blocks = _blocks(content) if isinstance(content, list) else [{"text": text_of(content, "bedrock")}]
-    return {"toolResult": {"toolUseId": given["tool_call_id"], "content": blocks}}
+    inner = _blocks(content, _Marks(False)) if isinstance(content, list) else [{"text": text_of(content, "bedrock")}]
+    result: Json = {"toolUseId": given["tool_call_id"], "content": inner}
+    return {"toolResult": result | ({"status": "error"} if given.get("is_error") else {})}
 
 
-def _blocks(content: Any) -> list[Json]:
+def _blocks(content: Any, marks: _Marks) -> list[Json]:
     if isinstance(content, list):
-        return [_block(part, at) for at, part in enumerate(content)]
+        return [block for at, part in enumerate(content) for block in marks.behind([_block(part, at)], part)]
     text = text_of(content, "bedrock")
     return [{"text": text}] if text else []
 
 
 def _block(part: Json, at: int) -> Json:
     kind = part.get("type")
-    if kind == "text":
-        return {"text": part["text"]}
+    if kind in ("text", "refusal"):
+        return {"text": part[kind]}
     if kind == "image_url":
         form, data = _media(part["image_url"]["url"])
         return {"image": {"format": form, "source": {"bytes": data}}}
@@ -272,8 +313,8 @@ def usage_of(given: Json) -> Usage:
     """Bedrock counts cached tokens beside the others, OpenAI among them."""
     cached, written = count(given.get("cacheReadInputTokens")), count(given.get("cacheWriteInputTokens"))
     prompt = count(given["inputTokens"]) + written + cached
-    details = given.get("cacheDetails") or []
-    for_hour = min(written, sum(count(one.get("inputTokens")) for one in details if one.get("ttl") == "1h"))
+    details = given.get("cacheDetails")
+    for_hour = min(sum(count(one.get("inputTokens")) for one in details or () if one.get("ttl") == "1h"), written)
     return Usage(
         prompt,
         count(given["outputTokens"]),

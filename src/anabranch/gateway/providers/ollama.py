@@ -10,6 +10,7 @@ from typing import Any, Literal
 from anabranch.config import Field, configclass
 from anabranch.gateway.providers.keys import read_key
 from anabranch.gateway.providers.openai import unsupported
+from anabranch.gateway.providers.plain_chat import plain
 from anabranch.gateway.providers.provider import (
     Answer,
     Failure,
@@ -49,7 +50,7 @@ from anabranch.gateway.providers.translation import (
     tool_call,
 )
 
-REFUSED = ("n", "logprobs", "top_logprobs", "logit_bias", "audio")
+REFUSED = ("n", "logprobs", "top_logprobs")
 PATHS = {"chat": "/api/chat", "embeddings": "/api/embed"}
 
 # Of OpenAI's fields, and those that Ollama's users know: what ``options`` calls them.
@@ -129,7 +130,7 @@ class Ollama(Provider, kind="ollama"):
         return body
 
     def _chat(self, request: UpstreamRequest) -> Json:
-        given = request.body
+        given = plain(request.body, self.config.model) if request.is_foreign else request.body
         refuse(given, REFUSED, "ollama")
         body: Json = {"model": self.config.model, "messages": _messages(given), "stream": request.stream}
         options = {ours: given[name] for name, ours in OPTIONS.items() if given.get(name) is not None}

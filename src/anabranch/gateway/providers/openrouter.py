@@ -47,23 +47,21 @@ class OpenRouter(OpenAI, kind="openrouter"):
 
     def build(self, request: UpstreamRequest) -> HttpCall:
         """The sender's body, with what the config adds to it."""
-        added = dict(self._own) if request.endpoint != "embeddings" else {}
+        if request.endpoint != "chat":
+            request = self._told_more(request, {})
+        return super().build(request)
+
+    def _fitted(self, request: UpstreamRequest) -> UpstreamRequest:
+        return self._told_more(super()._fitted(request), self._own)
+
+    def _told_more(self, request: UpstreamRequest, own: Json) -> UpstreamRequest:
+        """With ``own`` fields, and the wish for the cost, where the sender does not say it."""
+        added = {**own, **({"usage": {"include": True}} if self.config.tells_cost else {})}
         if "reasoning_effort" in request.body:
             # Two words for one thing: the sender's holds.
             added.pop("reasoning", None)
-        if self.config.tells_cost:
-            added["usage"] = {"include": True}
-        body = {**added, **request.body}
-        if body.keys() != request.body.keys():
-            request = UpstreamRequest(
-                request.endpoint,
-                body,
-                request_id=request.request_id,
-                prompt_tokens=request.prompt_tokens,
-                headers=request.headers,
-                num_bytes=request.num_bytes,
-            )
-        return super().build(request)
+        missing = {name: value for name, value in added.items() if name not in request.body}
+        return request.asking({**request.body, **missing}) if missing else request
 
     def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
         """As of OpenAI; a choice that failed fails the answer. Raises UpstreamError."""

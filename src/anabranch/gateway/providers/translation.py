@@ -35,6 +35,8 @@ from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, JsonRoom, JsonSizeE
 # What reading a value of another shape raises.
 MISSHAPEN = (KeyError, TypeError, AttributeError, ValueError, IndexError)
 
+# What no API but OpenAI's has.
+_REFUSED = ("logit_bias", "audio", "functions", "function_call", "web_search_options")
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=.+-]+)*;base64,", re.ASCII)
 _REGION = re.compile(r"[a-z0-9-]+")
 
@@ -80,10 +82,17 @@ def asked() -> Iterator[None]:
 
 
 def refuse(body: Json, names: Iterable[str], whom: str) -> None:
-    """Raises UpstreamError (``unsupported``) for a field that has no counterpart there, if it asks for something."""
-    for name in names:
+    """Raises UpstreamError (``unsupported``) for a field that has no counterpart there, if it asks for something.
+
+    Left out in silence is what an answer is none the worse for: ``seed``, penalties, ``store``, ``metadata``, ``user`` and the like.
+    """
+    for name in (*names, *_REFUSED):
         if body.get(name) and not (name == "n" and body[name] == 1):
             raise unsupported(f"{name} cannot be asked of {whom}")
+    if "audio" in (body.get("modalities") or ()):
+        raise unsupported(f"modalities: {whom} is asked for text alone")
+    if body.get("tools") and body.get("parallel_tool_calls") is False:
+        raise unsupported(f"parallel_tool_calls cannot be turned off for {whom}")
 
 
 def most_tokens(body: Json) -> int | None:
