@@ -37,6 +37,7 @@ from anabranch.gateway.core.program_run import ProgramRun
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Plan, Report
+from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media, most_made
 from anabranch.gateway.metrics import StageClock
 from anabranch.gateway.payable import payable
 from anabranch.gateway.prompt_tokens import (
@@ -48,7 +49,8 @@ from anabranch.gateway.prompt_tokens import (
     num_prompts,
     room_of,
 )
-from anabranch.gateway.providers.provider import Answer, Failure, Native, UpstreamError, UpstreamRequest, Usage
+from anabranch.gateway.providers.media import content_type
+from anabranch.gateway.providers.provider import WRITES, Answer, Failure, Native, UpstreamError, UpstreamRequest, Usage
 from anabranch.gateway.purse import Hold, Purse
 from anabranch.gateway.refusals import HOPELESS, limited, unavailable
 from anabranch.gateway.relay import Relay, Replayed, Sharing
@@ -69,6 +71,7 @@ from anabranch.gateway.validate import check_chat, check_completion, check_depth
 from anabranch.routers.contract.program import ProgramRequest
 from anabranch.routers.contract.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.routers.money import dollars, nano_dollars
+from anabranch.web.answers import JSON
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.ids import new_id
 from anabranch.web.large_json import LARGE, shortened
@@ -221,6 +224,8 @@ class Life:
             check_chat(body, limits.most_tokens)
         elif self.endpoint == "completions":
             check_completion(body, limits.most_tokens)
+        elif is_media(self.endpoint):
+            check_media(self.endpoint, body)
         else:
             check_embeddings(body)
         try:
@@ -230,7 +235,15 @@ class Life:
         except InputError as error:
             raise wrong("model", str(error)) from None
         self.label = _label(self.target)
-        self.count, self.asked = count_prompt(body, self.runtime.counters.get(self.target.model or "")), asked_of(body)
+        if is_media(self.endpoint):
+            if self.target.model is None:
+                raise wrong(
+                    "model", f"{self.endpoint} need a model by its name; strategies choose among models of text"
+                )
+            self.count, self.asked = count_media(self.endpoint, body), asked_of_media(self.endpoint)
+            return
+        self.count = count_prompt(body, self.runtime.counters.get(self.target.model or ""))
+        self.asked = asked_of(body if self.native is None else self.native.body)
 
     def _admit(self) -> None:
         """Whose it is, and whether they have asked too much of late."""
@@ -322,13 +335,13 @@ class Life:
         """The most completion tokens this may cost at a model."""
         if self.endpoint == "embeddings":
             return 0
-        body = self.body
+        body, limits = self.body, self.runtime.config.limits
+        if is_media(self.endpoint):
+            return most_made(self.endpoint, body, self.runtime.models[model].max_tokens, limits.max_tokens)
         # An upstream may know only one of them.
         asked = max(body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0)
         # Where no end is said, the context is one.
-        most = (
-            asked or self._bound(model) or self.runtime.models[model].context or self.runtime.config.limits.max_tokens
-        )
+        most = asked or self._bound(model) or self.runtime.models[model].context or limits.max_tokens
         answers = num_prompts(body) if self.endpoint == "completions" else 1
         return most * answers * max(body.get("n") or 1, body.get("best_of") or 1)
 
@@ -376,6 +389,8 @@ class Life:
 
     async def _found(self) -> tuple[Entry, str] | None:
         caches, wish = self.caches, self._wish()
+        if is_media(self.endpoint):
+            return None
         name = self.headers.get("idempotency-key")
         if name:
             return await self._asked_by_name(caches.named, name)
@@ -457,7 +472,7 @@ class Life:
             decision = Decision(candidates=candidates, strategy="", reason="the sender named the model")
             self.decided = Decided(decision, "", Query(text=""))
             return
-        is_chat, has_limit = self.endpoint == "chat", self.endpoint != "embeddings"
+        is_chat, has_limit = self.endpoint == "chat", self.endpoint in WRITES
         messages = self.body["messages"] if is_chat else ()
         most = self.body.get("max_completion_tokens") or self.body.get("max_tokens") if has_limit else None
         headers = {name.lower(): value for name, value in self.headers.items() if name.lower() not in SECRET_HEADERS}
@@ -612,7 +627,8 @@ class Life:
         self._keep(answer)
         self._note(answer)
         self.end("ok", 200)
-        return Reply(body=answer.data, headers=headers_of(self, answer.report))
+        kind = content_type(request) if is_media(self.endpoint) else JSON
+        return Reply(body=answer.data, headers=headers_of(self, answer.report), content_type=kind)
 
     def _reserved_for(self) -> Mapping[str, frozenset[Any]]:
         """Candidates that are for prompts of a kind, unless this one is known to be of it."""
@@ -784,7 +800,7 @@ class Life:
     @property
     def _keeps_texts(self) -> bool:
         """Whether the store may keep what was asked and answered. What is collected it keeps elsewhere, and no question anew."""
-        return self.endpoint != "embeddings" and self.collecting is None and keeps_texts(self.runtime.config, self.body)
+        return self.endpoint in WRITES and self.collecting is None and keeps_texts(self.runtime.config, self.body)
 
     def _note(self, answer: Answer) -> None:
         """Hold on to the text of an answer, for the strategy and the store."""

@@ -13,9 +13,11 @@ class Reply:
         stream: server-sent events as bytes; None of a whole answer. Whoever takes it reads it to the end or closes it.
         headers: ``x-request-id``, ``x-route-*``, ``x-cache``, ``x-overhead-ms``.
         status: of HTTP.
+        content_type: of a whole answer.
     """
 
     body: bytes | None = None
     stream: AsyncIterator[bytes] | None = None
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 200
+    content_type: str = "application/json"

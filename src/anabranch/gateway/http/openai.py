@@ -11,8 +11,10 @@ from typing import Any
 from aiohttp import web
 
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.media_requests import parse_form
+from anabranch.gateway.providers.media import PATHS as MEDIA
 from anabranch.gateway.reply import Reply
-from anabranch.web.answers import JSON, SAFE, Route, bearer, json_response, read_body
+from anabranch.web.answers import SAFE, Route, bearer, json_response, read_body
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
@@ -41,6 +43,7 @@ class OpenAIRoutes:
             "/v1/chat/completions": {"POST": self._endpoint("chat")},
             "/v1/completions": {"POST": self._endpoint("completions")},
             "/v1/embeddings": {"POST": self._endpoint("embeddings")},
+            **{f"/v1{path}": {"POST": self._endpoint(endpoint)} for endpoint, path in MEDIA.items()},
             "/v1/responses": {"POST": self._responses},
             "/v1/models": {"GET": self._models},
             "/v1/feedback": {"POST": self._feedback},
@@ -100,6 +103,9 @@ class OpenAIRoutes:
             raise
         limits = self._gateway.config.limits
         raw = await read_body(request, limits.body_bytes, limits.body_timeout_s)
+        kind = request.headers.get("content-type", "")
+        if kind.lower().startswith("multipart/form-data"):
+            return await asyncio.to_thread(parse_form, raw, kind), len(raw)
         # A large one would hold up all other requests.
         if len(raw) <= LARGE:
             return _parsed(raw), len(raw)
@@ -114,7 +120,9 @@ class OpenAIRoutes:
         """
         reply.headers |= SAFE
         if reply.stream is None or source is None:
-            return web.Response(status=reply.status, body=reply.body, content_type=JSON, headers=reply.headers)
+            return web.Response(
+                status=reply.status, body=reply.body, content_type=reply.content_type, headers=reply.headers
+            )
         headers = {**reply.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
         response = web.StreamResponse(status=reply.status, headers=headers)
         response.content_type = "text/event-stream"

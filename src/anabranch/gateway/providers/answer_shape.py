@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from anabranch.gateway.providers.provider import Answer, Provider, UpstreamRequest, estimated, garbage
+from anabranch.gateway.providers.provider import WRITES, Answer, Provider, UpstreamRequest, estimated, garbage
 from anabranch.gateway.providers.usage import TOKENS, Usage
 
 _COUNTS = tuple(field.name for field in fields(Usage) if field.type is int)
@@ -16,6 +16,9 @@ _COUNTS = tuple(field.name for field in fields(Usage) if field.type is int)
 def read_answer(provider: Provider, request: UpstreamRequest, body: bytes) -> Answer:
     """The body of a 2xx answer. Raises UpstreamError: of kind ``garbage`` if it is none, else for what it reports."""
     answer = provider.parse(request, body)
+    if request.endpoint not in ("embeddings", *WRITES):
+        # Its provider has looked, and what it is made of passes as it came.
+        return answer
     what = (_wrong_vectors if request.endpoint == "embeddings" else _wrong_choices)(answer.body, request.endpoint)
     if what:
         raise garbage(f"an answer whose {what}", body)

@@ -6,12 +6,27 @@ from urllib.parse import urlsplit
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
+from anabranch.gateway.providers import media
 from anabranch.gateway.providers.keys import read_key
 from anabranch.gateway.providers.openai_models import fitted
 from anabranch.gateway.providers.plain_chat import plain
-from anabranch.gateway.providers.provider import Failure, HttpCall, Provider, UpstreamError, UpstreamRequest, hidden
+from anabranch.gateway.providers.provider import (
+    Answer,
+    Endpoint,
+    Failure,
+    HttpCall,
+    Provider,
+    UpstreamError,
+    UpstreamRequest,
+    hidden,
+)
 
-PATHS = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
+PATHS: dict[Endpoint, str] = {
+    "chat": "/chat/completions",
+    "completions": "/completions",
+    "embeddings": "/embeddings",
+    **media.PATHS,
+}
 
 
 class OpenAI(Provider, kind="openai"):
@@ -54,6 +69,8 @@ class OpenAI(Provider, kind="openai"):
             if self.idempotency_header is not None:
                 check_header(self.idempotency_header, "")
 
+    endpoints = ("chat", "completions", "embeddings", *media.PATHS)
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._key = read_key(config.key_env, config.key_file)
@@ -70,8 +87,12 @@ class OpenAI(Provider, kind="openai"):
             raise unsupported(f"{request.endpoint} cannot be asked of {self.kind}")
         if request.endpoint == "chat":
             request = self._fitted(request)
-        body = request.encoded(self.config.model, self.config.sends_usage)
         headers = {**self._headers, **request.headers} if request.headers else self._headers
+        if request.endpoint in media.PATHS:
+            body, kind = media.encoded(request, self.config.model)
+            headers = {**headers, "content-type": kind}
+        else:
+            body = request.encoded(self.config.model, self.config.sends_usage)
         if self.config.idempotency_header is not None and request.request_id:
             # With the body, since a stream that is continued asks something else under the same id.
             named = hashlib.sha256(request.request_id.encode() + b"\0" + body).hexdigest()[:32]
@@ -87,6 +108,12 @@ class OpenAI(Provider, kind="openai"):
         if config.drops:
             body = {name: value for name, value in body.items() if name not in config.drops}
         return request if body is request.body else request.asking(body)
+
+    def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
+        """The body of a 2xx answer. Raises UpstreamError (``garbage``)."""
+        if request.endpoint in media.PATHS:
+            return media.read(request, body, self)
+        return super().parse(request, body)
 
     def redacted(self, failure: Failure) -> Failure:
         """Without this provider's key."""

@@ -25,7 +25,21 @@ from anabranch.gateway.providers.vocabulary import Hint, hint_of, kind_of, statu
 from anabranch.redaction import hide_keys, hide_passwords
 from anabranch.web.large_json import LARGE, dump_large
 
-Endpoint = Literal["chat", "completions", "embeddings"]
+Endpoint = Literal[
+    "chat",
+    "completions",
+    "embeddings",
+    "images",
+    "image_edits",
+    "speech",
+    "transcriptions",
+    "translations",
+    "moderations",
+    "rerank",
+]
+
+# Endpoints that write text, token by token.
+WRITES = ("chat", "completions")
 Json = dict[str, Any]
 Headers = Mapping[str, str]
 
@@ -211,7 +225,7 @@ class UpstreamRequest:
     ) -> None:
         self.endpoint, self.body, self.request_id, self.headers = endpoint, body, request_id, headers
         self.num_bytes, self.native, self.is_foreign = num_bytes, native, is_foreign or native is not None
-        self.stream = bool(body.get("stream")) and endpoint != "embeddings"
+        self.stream = bool(body.get("stream")) and endpoint in WRITES
         self._rest: dict[bool, bytes] = {}
         self.prompt_tokens = len(self.encoded("", False)) // 4 if prompt_tokens is None else prompt_tokens
 
@@ -253,7 +267,7 @@ class UpstreamRequest:
     def bounded(self, most_tokens: int | None) -> "UpstreamRequest":
         """The same request with an end: one that names none of its own asks for so many completion tokens at most. None leaves it open."""
         body = self.body
-        has_end = body.get("max_completion_tokens") or body.get("max_tokens") or self.endpoint == "embeddings"
+        has_end = body.get("max_completion_tokens") or body.get("max_tokens") or self.endpoint not in WRITES
         if most_tokens is None or has_end:
             return self
         return self._like({**body, "max_tokens": most_tokens}, self.native, self.prompt_tokens)

@@ -1,0 +1,148 @@
+"""Requests to endpoints of media (`anabranch.gateway.providers.media`): what they may be, how long they are, what they may cost at most."""
+
+import base64
+import re
+from typing import Any
+
+from anabranch.gateway import media_tokens
+from anabranch.gateway.asked import Asked
+from anabranch.gateway.prompt_tokens import PromptCount, count_prompt
+from anabranch.gateway.providers.media import PATHS, SPOKEN, Upload
+from anabranch.gateway.validate import check_model
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import is_int, said
+
+Json = dict[str, Any]
+
+# Of a picture, where the model does not say (`max_tokens`): the most that one of OpenAI's has.
+PICTURE_TOKENS = 8192
+_MOST_PICTURES = 64
+
+# Fields that each needs: text, files, or both.
+_TEXTS = {"images": ("prompt",), "image_edits": ("prompt",), "speech": ("input", "voice"), "rerank": ("query",)}
+_FILES = {"image_edits": "image", "transcriptions": "file", "translations": "file"}
+_NAME = re.compile(r'\bname="([^"]*)"')
+_FILENAME = re.compile(r'\bfilename="([^"]*)"')
+_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(?:; ?charset=[\w-]+)?", re.ASCII)
+
+
+def is_media(endpoint: str) -> bool:
+    """Whether an endpoint is one of these."""
+    return endpoint in PATHS
+
+
+def check_media(endpoint: str, body: Json) -> None:
+    """Raises ApiError if the body is no request to the endpoint."""
+    check_model(body)
+    for name in _TEXTS.get(endpoint, ()):
+        value = body.get(name)
+        # A voice may be one of the account's own.
+        if not isinstance(value, str) and not (name == "voice" and isinstance(value, dict)):
+            raise wrong(name, f"{name} is {said(value)}; it must be text")
+    held = _FILES.get(endpoint)
+    files = body.get(held) if held is not None else None
+    if held is not None and not (isinstance(files, list) and files and all(isinstance(one, Upload) for one in files)):
+        raise wrong(held, f"{held} is missing; send it as a file of a multipart/form-data body")
+    if endpoint == "moderations" and not isinstance(body.get("input"), str | list):
+        raise wrong("input", f"input is {said(body.get('input'))}; it must be text or a list")
+    if endpoint == "rerank" and not isinstance(body.get("documents"), list):
+        raise wrong("documents", f"documents is {said(body.get('documents'))}; it must be a list")
+    count = body.get("n")
+    if count is not None and (not is_int(count) or not 1 <= count <= _MOST_PICTURES):
+        raise wrong("n", f"n is {said(count)}; it must be an integer from 1 to {_MOST_PICTURES}")
+    if body.get("stream") or body.get("stream_format") == "sse":
+        raise wrong("stream", f"stream: {endpoint} is answered in one piece here", "unsupported")
+    user = body.get("user")
+    if user is not None and not isinstance(user, str):
+        raise wrong("user", f"user is {said(user)}; it must be text")
+
+
+def count_media(endpoint: str, body: Json) -> PromptCount:
+    """Tokens of a request, as the endpoint counts: letters of what is to be said, tokens of sound and of pictures, bytes of text."""
+    if endpoint == "speech":
+        spoken = body["input"] + str(body.get("instructions") or "")
+        return PromptCount(len(spoken), len(spoken.encode("utf-8", "surrogatepass")), True)
+    texts = {name: value for name, value in body.items() if not _is_upload(value)}
+    counted = count_prompt(texts)
+    tokens, at_most = counted.tokens, counted.at_most
+    for value in body.values():
+        for one in value if _is_upload(value) else ():
+            media = _media(one)
+            tokens, at_most = tokens + media.tokens, at_most + media.at_most
+    return PromptCount(tokens, at_most, True)
+
+
+def _media(one: Upload) -> media_tokens.Media:
+    if one.type.startswith("image/"):
+        return media_tokens.image(f"data:{one.type};base64,{base64.b64encode(one.data[:65_536]).decode()}")
+    form = one.name.rpartition(".")[2].lower()
+    found = media_tokens.audio({"data": base64.b64encode(one.data).decode(), "format": form})
+    return media_tokens.Media(len(one.data) // 4, len(one.data)) if found is None else found
+
+
+def _is_upload(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Upload)
+
+
+def most_made(endpoint: str, body: Json, max_tokens: int | None, default: int) -> int:
+    """The most completion tokens of an answer.
+
+    Args:
+        endpoint: which.
+        body: checked.
+        max_tokens: of the model; of a picture, where it makes pictures. None if it says none.
+        default: where nothing is known.
+    """
+    if endpoint in ("images", "image_edits"):
+        return (max_tokens or PICTURE_TOKENS) * (body.get("n") or 1)
+    if endpoint == "speech":
+        return SPOKEN * len(body["input"])
+    return (max_tokens or default) if endpoint in ("transcriptions", "translations") else 0
+
+
+def asked_of_media(endpoint: str) -> Asked:
+    """Of what kind its tokens are, for their prices."""
+    return Asked(
+        audio_input=endpoint in ("transcriptions", "translations"),
+        audio_output=endpoint == "speech",
+        image_output=endpoint in ("images", "image_edits"),
+    )
+
+
+def parse_form(raw: bytes, content_type: str) -> Json:
+    """A multipart/form-data body as an object: texts, and under each name of files a list of them. Raises ApiError."""
+    boundary = re.search(r'boundary="?([^";,\s]{1,70})"?', content_type)
+    if boundary is None:
+        raise ApiError(400, "invalid_body", "the body is multipart/form-data without a boundary")
+    made: Json = {}
+    pieces = (b"\r\n" + raw).split(b"\r\n--" + boundary[1].encode("ascii", "replace"))
+    if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
+        raise ApiError(400, "invalid_body", "the form has no end")
+    for piece in pieces[1:-1]:
+        head, mark, data = piece.partition(b"\r\n\r\n")
+        lines = head.decode("utf-8", "replace")
+        name = _NAME.search(lines)
+        if not mark or name is None:
+            raise ApiError(400, "invalid_body", "a part of the form has no name")
+        _add_part(made, name[1], lines, data)
+    return made
+
+
+def _add_part(made: Json, name: str, head: str, data: bytes) -> None:
+    filename = _FILENAME.search(head)
+    if filename is None:
+        value: Any = data.decode("utf-8", "replace")
+        if name in made and name.endswith("[]"):
+            before = made[name]
+            made[name] = [*(before if isinstance(before, list) else [before]), value]
+        else:
+            made[name] = int(value) if name == "n" and value.isdecimal() and len(value) < 9 else value
+        return
+    kind = re.search(r"(?im)^content-type: *(.+?)\s*$", head)
+    is_known = kind is not None and _TYPE.fullmatch(kind[1]) is not None
+    upload = Upload(filename[1], kind[1] if kind is not None and is_known else "application/octet-stream", data)
+    # OpenAI's clients name several pictures so.
+    held = made.setdefault(name.removesuffix("[]"), [])
+    if not _is_upload(held) and held:
+        raise wrong(name, f"{name} is both text and a file")
+    held.append(upload)

@@ -1,0 +1,233 @@
+"""Pictures, sound, moderation and ranking through the gateway, with keys, budgets and a ledger, before a server that is asked for real."""
+
+import asyncio
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.app import App
+from anabranch.gateway.media_requests import check_media, count_media, most_made, parse_form
+from anabranch.gateway.providers.media import Upload, encoded, usage_of
+from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.providers.provider import UpstreamRequest
+from anabranch.gateway.providers.usage import Usage
+from anabranch.routers.money import Price
+from anabranch.web.api_error import ApiError
+
+openai = pytest.importorskip("openai")
+SOUND = b"ID3\x04\x00--\r\n\r\n" + bytes(range(256)) * 40
+ANSWERS = {
+    "/v1/images/generations": {
+        "created": 1,
+        "data": [{"b64_json": "AAAA"}, {"b64_json": "BBBB"}],
+        "usage": {
+            "input_tokens": 9,
+            "output_tokens": 2112,
+            "total_tokens": 2121,
+            "input_tokens_details": {"text_tokens": 9, "image_tokens": 0},
+        },
+    },
+    "/v1/images/edits": {"created": 1, "data": [{"b64_json": "AAAA"}]},
+    "/v1/audio/transcriptions": {
+        "text": "hello",
+        "usage": {
+            "type": "tokens",
+            "input_tokens": 14,
+            "output_tokens": 5,
+            "input_token_details": {"audio_tokens": 14},
+        },
+    },
+    "/v1/audio/translations": {"text": "hello", "usage": {"type": "duration", "seconds": 3.2}},
+    "/v1/moderations": {
+        "id": "m",
+        "model": "x",
+        "results": [{"flagged": False, "categories": {}, "category_scores": {}}],
+    },
+    "/v1/rerank": {"results": [{"index": 1, "relevance_score": 0.9}], "usage": {"total_tokens": 21}},
+}
+
+
+@pytest.fixture
+def upstream():
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments):
+            """Nothing."""
+
+        def do_POST(self):
+            raw, kind = self.rfile.read(int(self.headers["content-length"])), self.headers["content-type"]
+            body = parse_form(raw, kind) if kind.startswith("multipart/") else json.loads(raw)
+            seen.append((self.path, body))
+            data = SOUND if self.path == "/v1/audio/speech" else json.dumps(ANSWERS[self.path]).encode()
+            if body.get("response_format") == "srt":
+                data = b"1\n00:00:00,000 --> 00:00:01,000\nhello\n"
+            self.send_response(200)
+            self.send_header("content-type", "application/octet-stream")
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1", seen
+    server.shutdown()
+    server.server_close()
+
+
+def through(upstream, tmp_path, work, **price):
+    """What ``await work(client, gateway)`` gives, and all rows of the ledger, oldest first."""
+    provider = OpenAI.Config(model="theirs", base_url=upstream[0], key_env=None)
+    made = ModelConfig(name="ours", price=Price(**price), deployments=(DeploymentConfig(provider=provider),))
+    config = GatewayConfig(models=(made,), store=str(tmp_path / "g.db"))
+
+    async def main():
+        async with Gateway(config) as gateway:
+            server = App(gateway).server()
+            listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+            key, _ = await gateway.store.create_key("one")
+            url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
+            try:
+                async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0) as client:
+                    found = await work(client, gateway)
+                await gateway.settled()
+                return found, (await gateway.store.ledger())[::-1]
+            finally:
+                listener.close()
+                await server.shutdown(0.1)
+
+    return asyncio.run(main())
+
+
+def test_each_endpoint_passes_through_and_has_its_row(upstream, tmp_path):
+    async def work(client, gateway):
+        images = await client.images.generate(model="ours", prompt="a river", n=2, size="1024x1024")
+        assert [one.b64_json for one in images.data] == ["AAAA", "BBBB"]
+        pictures = [("a.png", b"\x89PNG\r\n\x1a\n--", "image/png"), ("b.png", b"\x00\xff\r\n", "image/png")]
+        assert (await client.images.edit(model="ours", prompt="more", image=pictures)).data[0].b64_json == "AAAA"
+        speech = await client.audio.speech.create(model="ours", voice="alloy", input="hello", response_format="opus")
+        assert (speech.content, speech.response.headers["content-type"]) == (SOUND, "audio/ogg")
+        text = await client.audio.transcriptions.create(
+            model="ours", file=("a.mp3", SOUND, "audio/mpeg"), language="nl"
+        )
+        assert text.text == "hello"
+        form = {"headers": {"content-type": "multipart/form-data"}}
+        sound = [("file", ("a.mp3", SOUND, "audio/mpeg"))]
+        spoken = await client.post(
+            "/audio/translations", cast_to=object, body={"model": "ours"}, files=sound, options=form
+        )
+        assert spoken["text"] == "hello"
+        srt = await client.audio.transcriptions.create(
+            model="ours", file=("a.mp3", SOUND, "audio/mpeg"), response_format="srt"
+        )
+        assert srt.startswith("1\n00:00")
+        assert not (await client.moderations.create(model="ours", input=["a", "b"])).results[0].flagged
+        ranked = await client.post(
+            "/rerank", body={"model": "ours", "query": "q", "documents": ["a", "b"]}, cast_to=object
+        )
+        assert ranked["results"][0]["index"] == 1
+
+    _, rows = through(
+        upstream, tmp_path, work, input=1_000_000, output=10_000_000, image_output=40_000_000, audio_input=6_000_000
+    )
+    assert {row.status for row in rows} == {"ok"}
+    assert [(row.prompt_tokens, row.completion_tokens) for row in rows[:2]] == [(9, 2112), (rows[1].prompt_tokens, 1)]
+    assert [(row.prompt_tokens, row.completion_tokens) for row in rows[2:5]] == [(5, 10), (14, 5), (4, 0)]
+    assert [row.cost_nano for row in rows[:1]] == [9 + 2112 * 40]
+    assert [row.cost_nano for row in rows[3:5]] == [14 * 6 + 50, 4 * 6]
+    seen = upstream[1]
+    assert {body["model"] for _, body in seen} == {"theirs"}
+    edited = seen[1][1]
+    assert [(one.name, one.type, one.data) for one in edited["image"]] == [
+        ("a.png", "image/png", b"\x89PNG\r\n\x1a\n--"),
+        ("b.png", "image/png", b"\x00\xff\r\n"),
+    ]
+    assert (seen[3][1]["file"][0].data, seen[3][1]["language"]) == (SOUND, "nl")
+
+
+def test_keys_budgets_and_mistakes_count_as_for_text(upstream, tmp_path):
+    async def work(client, gateway):
+        other = client.with_options(api_key="sk-wrong")
+        with pytest.raises(openai.AuthenticationError):
+            await other.images.generate(model="ours", prompt="a river")
+        for call in (
+            client.images.generate(model="auto", prompt="x"),
+            client.images.generate(model="ours", prompt="x", n=1000),
+            client.images.generate(model="ours", prompt=3),
+            client.audio.speech.create(model="ours", voice="alloy", input="x", stream_format="sse"),
+            client.post("/audio/transcriptions", body={"model": "ours"}, cast_to=object),
+            client.post("/rerank", body={"model": "ours", "query": "q"}, cast_to=object),
+            client.post("/moderations", body={"model": "ours"}, cast_to=object),
+        ):
+            with pytest.raises(openai.BadRequestError):
+                await call
+        await gateway.store.set_budget("global", 1000)
+        with pytest.raises(openai.RateLimitError, match="budget"):
+            await client.images.generate(model="ours", prompt="a river", n=2)
+
+    _, rows = through(upstream, tmp_path, work, output=10_000_000)
+    assert upstream[1] == []
+    assert {row.cost_nano for row in rows} <= {0}
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["prompt", "language", "size"]),
+        st.text(max_size=9).filter(lambda text: "\r" not in text),
+        max_size=3,
+    ),
+    st.lists(st.binary(max_size=40), min_size=1, max_size=3),
+)
+def test_a_form_is_read_as_it_was_written(texts, files):
+    body = {**texts, "file": [Upload('a"\r\n.bin', "application/octet-stream", data) for data in files]}
+    data, kind = encoded(UpstreamRequest("transcriptions", body, prompt_tokens=1), "m")
+    found = parse_form(data, kind)
+    assert [one.data for one in found.pop("file")] == files
+    assert found == {**texts, "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [
+        (b"x", "multipart/form-data"),
+        (b"x", "multipart/form-data; boundary=b"),
+        (b"--b\r\n\r\nx\r\n--b--", "multipart/form-data; boundary=b"),
+        (b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\nx\r\n', "multipart/form-data; boundary=b"),
+    ],
+)
+def test_a_broken_form_is_refused(raw, kind):
+    with pytest.raises(ApiError) as caught:
+        parse_form(raw, kind)
+    assert caught.value.status == 400
+
+
+@given(st.binary(max_size=80))
+def test_any_bytes_are_a_form_or_refused(raw):
+    try:
+        found = parse_form(b"--b" + raw + b"--b--", "multipart/form-data; boundary=b")
+    except ApiError:
+        return
+    assert isinstance(found, dict)
+
+
+def test_what_is_counted_and_what_is_feared():
+    body = {"model": "m", "input": "né", "voice": "v"}
+    check_media("speech", body)
+    assert (count_media("speech", body).tokens, most_made("speech", body, None, 7)) == (2, 4)
+    assert most_made("images", {"n": 3}, None, 7) == 3 * 8192
+    assert most_made("images", {"n": 3}, 1, 7) == 3
+    assert (most_made("rerank", {}, 5, 7), most_made("transcriptions", {}, None, 7)) == (0, 7)
+    asked = UpstreamRequest("images", {"prompt": "x"}, prompt_tokens=4)
+    assert usage_of(asked, {"data": [{}, {}]}) == Usage(4, 2, 0, True, image_output=2)
+    ranked = UpstreamRequest("rerank", {}, prompt_tokens=4)
+    assert usage_of(ranked, {"meta": {"tokens": {"input_tokens": 8}}}).prompt == 8
+    assert usage_of(ranked, {}) == Usage(4, 0, 0, True)
