@@ -9,6 +9,7 @@ from anabranch.gateway.asked import Asked
 from anabranch.gateway.prompt_tokens import PromptCount, count_prompt
 from anabranch.gateway.providers.media import PATHS, SPOKEN, Upload
 from anabranch.gateway.validate import check_model
+from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
 
@@ -100,9 +101,26 @@ def most_made(endpoint: str, body: Json, max_tokens: int | None, default: int) -
     return (max_tokens or default) if endpoint in ("transcriptions", "translations") else 0
 
 
+class MediaAsked(Asked):
+    """Of what kind the tokens of a request are. Without a price of their own, they cost what others do, if those cost anything."""
+
+    __slots__ = ()
+
+    def lacks(self, price: Price) -> tuple[str, str] | None:
+        """See `Asked.lacks`."""
+        has_one = price.is_free or price.request or price.output or price.input
+        if self.image_output and not has_one and price.image_output is None:
+            return "model", "pictures (image_output_usd)"
+        if self.audio_output and not has_one and price.audio_output is None:
+            return "model", "sound in an answer (audio_output_usd)"
+        if self.audio_input and not has_one and price.audio_input is None:
+            return "model", "sound in a prompt (audio_input_usd)"
+        return None
+
+
 def asked_of_media(endpoint: str) -> Asked:
     """Of what kind its tokens are, for their prices."""
-    return Asked(
+    return MediaAsked(
         audio_input=endpoint in ("transcriptions", "translations"),
         audio_output=endpoint == "speech",
         image_output=endpoint in ("images", "image_edits"),
