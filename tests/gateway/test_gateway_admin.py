@@ -13,6 +13,7 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import open_store
+from anabranch.routers.money import Price
 
 ADMIN = "the-admin-key"
 JSON = {"content-type": "application/json"}
@@ -251,5 +252,81 @@ def test_a_key_is_made_and_edited_with_its_budget(tmp_path):
                 assert (status, told["error"]["param"]) == (400, field)
         assert [one["name"] for one in (await call("GET", "/admin/keys"))[1]["keys"]] == ["ci"]
         assert len((await call("GET", "/admin/budgets"))[1]["budgets"]) == 1
+
+    served(tmp_path, work)
+
+
+def test_a_key_sees_its_own_limits_and_spend_and_the_models_that_it_may_use(tmp_path):
+    body = {"model": "small", "messages": [{"role": "user", "content": "x"}]}
+
+    async def work(call):
+        _, made = await call(
+            "POST", "/admin/keys", {"name": "ci", "team": "ml", "rpm": 50, "models": ["small"], "budget_usd": 2}
+        )
+        await call("PUT", "/admin/budgets", {"subject": "team:ml", "limit_usd": 9})
+        secret = made["secret"]
+        for _ in range(2):
+            assert (await call("POST", "/v1/chat/completions", body, key=secret))[0] == 200
+        status, seen = await call("GET", "/v1/key", key=secret)
+        assert status == 200
+        assert (seen["name"], seen["rpm"], seen["models"]) == ("ci", 50, ["small"])
+        assert seen["last_30_days"]["requests"] == 2
+        # What its team may spend, and has spent, is not its own to see.
+        assert [(one["limit_usd"], one["period"]) for one in seen["budgets"]] == [(2, "total")]
+        for key in (None, "wrong"):
+            assert (await call("GET", "/v1/key", key=key))[0] == 401
+        _, other = await call("POST", "/admin/keys", {"models": ["none-of-them"]})
+        listed = (await call("GET", "/v1/models", key=other["secret"]))[1]["data"]
+        assert "small" not in [one["id"] for one in listed]
+        assert (await call("GET", "/v1/models/small", key=other["secret"]))[0] == 404
+        assert (await call("GET", "/v1/models/small", key=secret))[0] == 200
+
+    served(tmp_path, work)
+
+
+def test_an_answer_says_what_it_cost_and_a_look_at_heads_alone_is_answered(tmp_path):
+    async def main():
+        made = GatewayConfig(
+            models=(
+                ModelConfig(
+                    name="small", price=Price.of_dollars(10, 20),
+                    deployments=(DeploymentConfig(provider=Mock.Config(model="small")),),
+                ),
+            ),
+            strategies={"cheapest": StrategyConfig(use="cheapest")}, require_key=False, store=str(tmp_path / "g.db"),
+        )  # fmt: skip
+        async with Gateway(made) as gateway, aiohttp.ClientSession() as session:
+            server = App(gateway).server()
+            listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+            url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+            body = {"model": "small", "messages": [{"role": "user", "content": "x"}], "temperature": 0}
+            costs = []
+            for _ in range(2):
+                async with session.post(f"{url}/v1/chat/completions", json=body) as answer:
+                    costs.append(answer.headers["x-cost-usd"])
+            [row, again] = await gateway.store.ledger()
+            assert costs[0] == f"{(row.cost_nano or again.cost_nano) / 1e9:.9f}" > "0.000000000"
+            assert costs[1] == "0.000000000"  # from the cache
+            for path in ("/ui", "/ui/", "/ui/page.css", "/health", "/v1/models"):
+                async with session.head(url + path) as answer:
+                    assert (answer.status, await answer.read()) == (200, b""), path
+            async with session.head(f"{url}/v1/chat/completions") as answer:
+                assert answer.status == 405
+            listener.close()
+            await server.shutdown(0.1)
+
+    asyncio.run(main())
+
+
+def test_paths_may_end_in_a_slash_or_leave_out_the_version(tmp_path):
+    body = {"model": "small", "messages": [{"role": "user", "content": "x"}]}
+
+    async def work(call):
+        _, made = await call("POST", "/admin/keys", {"name": "ci"})
+        for path in ("/v1/chat/completions/", "/chat/completions", "/chat/completions/"):
+            assert (await call("POST", path, body, key=made["secret"]))[0] == 200, path
+        assert (await call("GET", "/models", key=made["secret"]))[0] == 200
+        assert (await call("GET", "/v1/health"))[0] == 404
+        assert (await call("GET", "/metrics2"))[0] == 404
 
     served(tmp_path, work)

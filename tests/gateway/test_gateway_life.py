@@ -319,6 +319,28 @@ def test_routing_alone_asks_and_keeps_nothing(tmp_path):
 # Keys, budgets, limits
 
 
+def test_a_fallback_goes_to_no_model_that_the_key_may_not_use_and_stands_in_for_none(tmp_path):
+    """Who names a model that is closed to them is told so, and is not answered by another one; and where the one they may use fails,
+    nobody is asked that they may not.
+    """
+
+    async def work(gateway):
+        bound, _ = await gateway.store.create_key("bound", models=["large"])
+        other, _ = await gateway.store.create_key("other", models=["small"])
+        with pytest.raises(ApiError) as closed:
+            await gateway.achat(ask(), key=bound)
+        with pytest.raises(ApiError) as failed:
+            await gateway.achat(ask(), key=other)
+        return closed.value, failed.value
+
+    models = (model("small", script=("503",) * 20), model("large", Price.of_dollars(10, 20)))
+    made = config(tmp_path, *models, require_key=True, fallbacks={"small": ("large",)})
+    (closed, failed), rows = run(made, work)
+    assert (closed.status, closed.code) == (403, "model_not_allowed")
+    assert failed.status >= 500
+    assert [row.model for row in rows if row.status == "ok"] == []
+
+
 def test_keys_are_asked_for_and_may_be_bound_to_models(tmp_path):
     async def work(gateway):
         bound, _ = await gateway.store.create_key("bound", models=["large"])

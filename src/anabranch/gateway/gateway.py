@@ -37,12 +37,14 @@ from anabranch.gateway.relay import Chunks
 from anabranch.gateway.reply import Reply
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord, RateLimits, Store, open_store
+from anabranch.gateway.store.queries import spent_by_key
 from anabranch.gateway.told import Collecting
 from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.gateway.ui.seen import seen_of, with_price
 from anabranch.gateway.unsettled import Unsettled
 from anabranch.routers.contract.query import Decision
 from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.money import dollars
 from anabranch.web.api_error import ApiError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ T = TypeVar("T")
 
 PRUNE_S = 3600.0
 DAY_S = 86_400.0
+MONTH_S = 30 * DAY_S
 
 
 class Gateway:
@@ -381,18 +384,51 @@ class Gateway:
 
     # What else there is to ask
 
-    def models(self) -> list[dict[str, Any]]:
-        """Models, aliases and strategies, as ``/v1/models`` lists them."""
-        return [self._fact(name) for name in names_of(self.config)]
+    def models(self, record: KeyRecord | None = None) -> list[dict[str, Any]]:
+        """Models, aliases and strategies, as ``/v1/models`` lists them; of models, those alone that the key may use."""
+        return [self._fact(name) for name in self._names(record)]
 
-    def model_facts(self, name: str) -> dict[str, Any]:
+    def model_facts(self, name: str, record: KeyRecord | None = None) -> dict[str, Any]:
         """One of `models`. Raises ApiError (404)."""
-        if name not in names_of(self.config):
+        known = self._names(record)
+        if name not in known:
             from anabranch.gateway.config.suggestions import hint
 
-            message = f"there is no model {name[:80]!r}; {hint(name[:200], names_of(self.config))}"
+            message = f"there is no model {name[:80]!r}; {hint(name[:200], known)}"
             raise ApiError(404, "model_not_found", message, param="model")
         return self._fact(name)
+
+    def _names(self, record: KeyRecord | None) -> list[str]:
+        closed = {
+            name
+            for model in self.config.models
+            if record is not None and not record.allows(model.name)
+            for name in (model.name, *model.aliases)
+        }
+        return [name for name in names_of(self.config) if name not in closed]
+
+    async def key_facts(self, record: KeyRecord) -> dict[str, Any]:
+        """What a key may know of itself: its limits, its own budgets, and what it has spent. It counts as a request of the key."""
+        self._admit_feedback(record)
+        since_us = int((self.now_s() - MONTH_S) * 1e6)
+        budgets = [one for one in await self.store.budgets() if one.subject == f"key:{record.id}"]
+        count, nano = await self.store.look(lambda connection: spent_by_key(connection, record.id, since_us))
+        limits = self.config.limits
+        return {
+            "object": "key", "id": record.id, "name": record.name, "user": record.user, "team": record.team, "tags": list(record.tags),
+            "models": list(record.models), "rpm": record.rpm or limits.rpm, "tpm": record.tpm or limits.tpm,
+            "max_in_flight": record.max_in_flight or limits.max_in_flight,
+            "expires_s": None if record.expires_us is None else record.expires_us / 1e6,
+            "last_30_days": {"requests": count, "spent_usd": dollars(nano)},
+            "budgets": [
+                {
+                    "period": one.period, "limit_usd": dollars(one.limit_nano), "spent_usd": dollars(one.spent_nano),
+                    "reserved_usd": dollars(one.reserved_nano), "remaining_usd": dollars(one.remaining_nano),
+                    "resets_s": None if one.resets_us is None else one.resets_us / 1e6,
+                }
+                for one in budgets
+            ],
+        }  # fmt: skip
 
     def _fact(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": int(self.began_s), "owned_by": "anabranch"}

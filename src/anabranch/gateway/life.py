@@ -526,8 +526,11 @@ class Life:
     def _allowed(self, candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
         """Those that the key may use and that have room for the prompt. Raises ApiError if the key may use none."""
         if self.record is not None and self.record.models:
+            named = self.target.model
+            # Who names a model means it: another one, in its place, would be no fallback but a surprise.
+            is_closed = named is not None and not self.record.allows(named)
             candidates = tuple(one for one in candidates if self.record.allows(one.model))
-            if not candidates:
+            if is_closed or not candidates:
                 raise ApiError(
                     403, "model_not_allowed", f"this key may use {', '.join(self.record.models)}", param="model"
                 )
@@ -834,7 +837,8 @@ class Life:
         self.services.metrics.cached(cache)
         self.hit = entry
         headers = {
-            "x-request-id": self.id, "x-route-model": entry.model, "x-cache": cache, "x-overhead-ms": f"{self.elapsed() * 1e3:.3f}"
+            "x-request-id": self.id, "x-route-model": entry.model, "x-cache": cache, "x-overhead-ms": f"{self.elapsed() * 1e3:.3f}",
+            "x-cost-usd": f"{0:.9f}",
         }  # fmt: skip
         reply = Reply(body=entry.body, headers=headers)
         if self.body.get("stream") and self.endpoint != "embeddings":

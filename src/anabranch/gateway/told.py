@@ -64,6 +64,10 @@ def headers_of(life: "Life", report: Report) -> dict[str, str]:
         found["x-route-calls"] = str(len(life.calls.made))
     if life.exact is not None or life.context is not None:
         found["x-cache"] = "miss"
+    if not life.body.get("stream"):
+        # What is known by now; a call that is read on for what it costs is in it with its worst case.
+        nano = sum(call.report.cost for call in life.calls.made) + (0 if life.program is not None else report.cost)
+        found["x-cost-usd"] = f"{nano / 10**9:.9f}"
     if life.arm is not None:
         found["x-route-arm"] = f"{life.arm.test} {life.arm.side}"
     if report.is_stitched:

@@ -64,9 +64,10 @@ class App:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
         try:
-            methods = self._table.get(request.path)
+            methods = self._table.get(self._known(request.path))
             if methods is not None:
-                route = methods.get(request.method)
+                # A look at the headers alone: of its answer nothing else is sent.
+                route = methods.get("GET" if request.method == "HEAD" else request.method)
                 if route is None:
                     raise wrong_method(request, methods)
                 return await route(request)
@@ -87,6 +88,11 @@ class App:
             # A bug of ours: the log says what, the client only that.
             logger.error("a bug: %s %.80s: %s", request.method, request.path, type(error).__name__, exc_info=error)
             return error_response(ApiError(500, "internal_error", "the gateway failed; its log says how"))
+
+    def _known(self, path: str) -> str:
+        """A path as the table has it: without a slash at the end, and with the ``/v1`` that a client may leave out of its base URL."""
+        found = path.rstrip("/") or path
+        return found if found in self._table or not self._public or f"/v1{found}" not in self._table else f"/v1{found}"
 
     def refuse(self, status: int, message: str) -> web.Response:
         """What is no HTTP, or too much of it."""

@@ -46,13 +46,13 @@ class OpenAIRoutes:
             **{f"/v1{path}": {"POST": self._endpoint(endpoint)} for endpoint, path in MEDIA.items()},
             "/v1/responses": {"POST": self._responses},
             "/v1/models": {"GET": self._models},
+            "/v1/key": {"GET": self._key},
             "/v1/feedback": {"POST": self._feedback},
         }
 
     async def model(self, request: web.BaseRequest, name: str) -> web.StreamResponse:
         """``/v1/models/NAME``."""
-        await self._gateway.authenticate(bearer(request))
-        return json_response(self._gateway.model_facts(name))
+        return json_response(self._gateway.model_facts(name, await self._gateway.authenticate(bearer(request))))
 
     def _endpoint(self, endpoint: str) -> Route:
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
@@ -86,8 +86,15 @@ class OpenAIRoutes:
         return await self.send(request, reply, source)
 
     async def _models(self, request: web.BaseRequest) -> web.StreamResponse:
-        await self._gateway.authenticate(bearer(request))
-        return json_response({"object": "list", "data": self._gateway.models()})
+        record = await self._gateway.authenticate(bearer(request))
+        return json_response({"object": "list", "data": self._gateway.models(record)})
+
+    async def _key(self, request: web.BaseRequest) -> web.StreamResponse:
+        """What the key of the request may know of itself."""
+        record = await self._gateway.authenticate(bearer(request))
+        if record is None:
+            raise ApiError(401, "invalid_api_key", "send the key that is asked about: Authorization: Bearer KEY")
+        return json_response(await self._gateway.key_facts(record))
 
     async def _feedback(self, request: web.BaseRequest) -> web.StreamResponse:
         body, _ = await self.read(request)

@@ -196,6 +196,7 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
             "/v1/messages/count_tokens": post("Messages", "Count the tokens of a prompt", False, id="count_tokens"),
             "/v1/feedback": post("Feedback", "Score an answer, from 0 to 1; once", False, "409"),
             "/v1/models": get("Models and strategies", "application/json", "401", "503"),
+            "/v1/key": get("Limits, budgets and spend of the key that asks", "application/json", "401", "429", "503"),
             "/health": get("The process is alive"),
             "/ready": get("It takes requests", "application/json", "503"),
             "/metrics": get("For Prometheus", "text/plain"),

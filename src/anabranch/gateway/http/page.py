@@ -26,7 +26,6 @@ class PageRoutes:
         """Route by path and method."""
         return {
             "/ui": {"GET": self._page},
-            "/ui/": {"GET": self._page},
             "/ui/ab": {"GET": self._tests},
             "/ui/parts": {"GET": self._parts},
             "/ui/page.css": {"GET": _fixed(asset("page.css"), "text/css")},

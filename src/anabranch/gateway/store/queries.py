@@ -110,6 +110,14 @@ def read_spend(connection: Connection, by: Sequence[str], since_us: int | None, 
     return sorted(found, key=order)
 
 
+def spent_by_key(connection: Connection, key_id: str, since_us: int) -> tuple[int, int]:
+    """Requests of a key, and nano-dollars of these and of what strategies asked for them."""
+    sums = "CAST(coalesce(sum(CASE WHEN parent_id = '' THEN 1 ELSE 0 END), 0) AS BIGINT), CAST(coalesce(sum(cost_nano), 0) AS BIGINT)"
+    sql = f"SELECT {sums} FROM ledger WHERE key_id = :key AND ts_us >= :since"
+    [(count, nano)] = connection.rows(sql, key=key_id, since=since_us)
+    return int(count), int(nano)
+
+
 def _groups(by: Sequence[str], values: Row) -> list[tuple[str, ...]]:
     groups: list[tuple[str, ...]] = [()]
     for name, value in zip(by, values, strict=True):
