@@ -17,6 +17,9 @@ Asked = str | Sequence[Mapping[str, Any]]
 # Model and prompt to an answer's text.
 Ask = Callable[[str, str], Awaitable[str]]
 
+# Asked in place of a model: a person.
+HUMAN = "human"
+
 
 class Judge(Protocol):
     """Interface.
@@ -113,6 +116,37 @@ class ModelJudge:
                 return None
             found[model] = (first + 1 - second) / 2
         return found
+
+
+class HumanJudge:
+    """Each answer against that of one model, the anchor, by a person who sees both once, in an order drawn for the pair.
+
+    A win counts 1, a tie 1/2. The anchor's own score is 1/2.
+
+    Args:
+        anchor: the model that all others are compared with.
+    """
+
+    models: Sequence[str] = ()
+
+    def __init__(self, anchor: str) -> None:
+        self.anchor, self.name = anchor, f"{HUMAN} against {anchor}"
+
+    def knows(self, asked: Asked) -> bool:
+        """Anything."""
+        return True
+
+    async def scores(self, asked: Asked, answers: Mapping[str, str], ask: Ask) -> dict[str, float] | None:
+        """None as long as one verdict is not there; all are asked for at once."""
+        found: dict[str, float | None] = {}
+        for model, text in answers.items():
+            if model == self.anchor or text == answers[self.anchor]:
+                found[model] = 0.5
+                continue
+            pair = {"asked": asked, "A": text, "B": answers[self.anchor]}
+            found[model] = verdict(await ask(HUMAN, json.dumps(pair, ensure_ascii=False)))
+        said = {model: score for model, score in found.items() if score is not None}
+        return said if len(said) == len(found) else None
 
 
 def _only_question(asked: Asked) -> str:

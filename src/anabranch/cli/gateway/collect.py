@@ -34,7 +34,10 @@ def collect(
     ],
     judge: Annotated[
         str,
-        typer.Option(metavar="HOW", help="exact or contains (with --references), or the name of a model that judges."),
+        typer.Option(
+            metavar="HOW",
+            help="exact or contains (with --references), human (at the page /ui/label), or a model of that name.",
+        ),
     ],
     references: Annotated[
         Path | None,
@@ -136,7 +139,7 @@ def _teller() -> Callable[[str], None]:
 
 
 def _judge(how: str, references: Path | None, anchor: str | None, names: list[str]) -> Judge:
-    from anabranch.routers.judges import ModelJudge, ReferenceJudge
+    from anabranch.routers.judges import HUMAN, HumanJudge, ModelJudge, ReferenceJudge
 
     if how in RULES:
         if references is None:
@@ -148,7 +151,7 @@ def _judge(how: str, references: Path | None, anchor: str | None, names: list[st
         )
     if anchor is not None and anchor not in names:
         raise InputError(f"--anchor is {anchor!r}, which is not compared; take one of {', '.join(names)}")
-    return ModelJudge(how, anchor or names[0])
+    return HumanJudge(anchor or names[0]) if how == HUMAN else ModelJudge(how, anchor or names[0])
 
 
 async def _run(
@@ -186,6 +189,11 @@ def _print(done: Collected, out: Path) -> None:
     }  # fmt: skip
     if any(left.values()):
         fact("without", ", ".join(f"{count:,} {why}" for why, count in left.items() if count))
+    if done.waiting:
+        fact(
+            "waiting",
+            f"{done.waiting:,} questions for a person: judge them at /ui/label of the gateway, and run this again",
+        )
     for why, count in done.unanswered.items():
         fact("no answer", f"{count:,} times {why}")
     for text in done.unreadable:

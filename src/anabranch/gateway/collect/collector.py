@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import DataError, InputError
 from anabranch.gateway.collect.calls import Calls, OutOfBudgetError, Said
+from anabranch.gateway.collect.labels import Labels
 from anabranch.gateway.collect.origins import Answers, Origin, may_ask, told_requests
 from anabranch.gateway.collect.table import Table
 from anabranch.gateway.config import GatewayConfig, StrategyConfig
 from anabranch.gateway.store import COLLECT, KeyRecord
-from anabranch.routers.judges import Judge, verdict
+from anabranch.routers.judges import HUMAN, Judge, verdict
 from anabranch.routers.money import dollars
 from anabranch.routers.strategies.training import share
 
@@ -44,6 +45,7 @@ class Collected:
         cost_usd: dollars of all calls of this run, also of those that brought nothing.
         unjudged: questions that the judge knows nothing of, or said nothing clear about.
         failed: questions that a model did not answer.
+        waiting: questions whose answers a person has still to judge, at ``/ui/label``.
         not_allowed: questions of keys that may not use all of the models.
         unreadable: the first judgements that said nothing clear, cut short; "" where the judge gave no answer.
         unanswered: how often a model, or the judge, gave no answer, by its name and why.
@@ -60,6 +62,7 @@ class Collected:
     cost_usd: float = 0.0
     unjudged: int = 0
     failed: int = 0
+    waiting: int = 0
     not_allowed: int = 0
     unreadable: list[str] = field(default_factory=list)
     unanswered: dict[str, int] = field(default_factory=dict)
@@ -72,7 +75,7 @@ def for_collecting(config: GatewayConfig) -> GatewayConfig:
     cache = config.cache.replace(exact=False, semantic=False)
     strategies = {"static": StrategyConfig(use="static")}
     return config.replace(
-        require_key=False, fallbacks={}, cache=cache, strategies=strategies, default_strategy=None, embedder=None
+        require_key=False, fallbacks={}, ab={}, cache=cache, strategies=strategies, default_strategy=None, embedder=None
     )
 
 
@@ -113,7 +116,7 @@ class Collector:
         if max_tokens is not None and not 1 <= max_tokens <= most:
             raise InputError(f"max_tokens is {max_tokens}; it must be 1 to {most:,}, the limit of the config")
         self.gateway, self.models, self.judge = gateway, tuple(dict.fromkeys(models)), judge
-        self._calls, self._told = Calls(gateway, per_minute), told
+        self._calls, self._told, self._labels = Calls(gateway, per_minute), told, Labels(gateway.store)
         self._max_tokens = max_tokens
         self._fields: Mapping[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
         self.done = Collected()
@@ -138,7 +141,7 @@ class Collector:
             if not is_alone:
                 raise DataError("another anabranch gateway collect is at work on this store; wait for its end")
             self.done.there = table.lines - self.done.questions
-            self.done.stopped, self.done.wait_s = "", None
+            self.done.stopped, self.done.wait_s, self.done.waiting = "", None, 0
             try:
                 any_text = await self._through(table, limit, share_of, since_s)
             finally:
@@ -166,11 +169,14 @@ class Collector:
             if not self._may_collect(origin, keys.get(origin.key_id)):
                 self._tried.add(key)
                 continue
+            waiting = self.done.waiting
             try:
                 line = await self._outcome(origin, answers)
             except OutOfBudgetError as error:
                 self.done.stopped, self.done.wait_s = str(error), error.wait_s
                 break
+            if self.done.waiting > waiting:
+                continue
             self._tried.add(key)
             in_vain = in_vain + 1 if line is None else 0
             if line is not None:
@@ -211,6 +217,9 @@ class Collector:
         heard: list[str] = []
 
         async def judged(model: str, prompt: str) -> str:
+            if model == HUMAN:
+                heard.append(await self._labels.ask(prompt, origin.asked_us, origin.request_id))
+                return heard[-1]
             messages, fields = [{"role": "user", "content": prompt}], {"temperature": 0}
             said = await self._calls.find(model, messages, fields)
             if said is None:
@@ -222,9 +231,13 @@ class Collector:
             return heard[-1]
 
         scores = await self.judge.scores(origin.shown, {model: one.text for model, one in answers_of.items()}, judged)
+        if scores is None and not self.judge.models and "" in heard:
+            self.done.waiting += 1
+            return None
         if scores is None:
             self.done.unjudged += 1
-            self._note_unreadable(heard)
+            if self.judge.models:
+                self._note_unreadable(heard)
             return None
         return {
             "query": origin.query, "task": origin.task, "scores": scores, "cost": {model: one.cost for model, one in answers_of.items()},

@@ -4,6 +4,7 @@ Who writes says which rows of others it has read: if one is newer, nothing is wr
 by writing, the first is seen by all.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from anabranch.gateway.store.database import Connection
 
 # Writer of what no process that is alive goes on with.
 NOBODY = ""
+
+# How the keys of pairs begin that a person judges, among what was collected (see `collect.labels`).
+LABEL = "label:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,17 +198,29 @@ def erase_texts(
     connection: Connection, *, request_id: str | None = None, key_id: str | None = None, user: str | None = None
 ) -> int:
     """Delete what was asked and answered: of one request, of a key (and a user of it), or all, what was collected too; how much."""
-    if request_id is not None:
-        return connection.run("DELETE FROM texts WHERE request_id = :request", request=request_id)
-    if key_id is None:
+    if request_id is None and key_id is None:
         # What was collected is known by what was asked of whom, not by who asked it first.
         return connection.run("DELETE FROM texts") + connection.run("DELETE FROM collected")
+    if request_id is not None:
+        count = _erase_labels(connection, {request_id})
+        return count + connection.run("DELETE FROM texts WHERE request_id = :request", request=request_id)
     part, values = ("", {}) if user is None else (" AND owner = :user", {"user": user})
-    return connection.run(
-        f"DELETE FROM texts WHERE request_id IN (SELECT request_id FROM ledger WHERE key_id = :key{part})",
-        key=key_id,
-        **values,
-    )
+    sql = f"SELECT request_id FROM ledger WHERE key_id = :key{part}"
+    count = _erase_labels(connection, {id for (id,) in connection.rows(sql, key=key_id, **values)})
+    return count + connection.run(f"DELETE FROM texts WHERE request_id IN ({sql})", key=key_id, **values)
+
+
+def _erase_labels(connection: Connection, request_ids: set[str]) -> int:
+    """Delete the pairs for people to judge that hold questions of these requests, and damaged ones, which may be theirs."""
+    count = 0
+    for key, body in connection.rows("SELECT key, body FROM collected WHERE key LIKE :ours", ours=f"{LABEL}%"):
+        try:
+            is_theirs = json.loads(body)["request_id"] in request_ids
+        except (ValueError, LookupError, TypeError):
+            is_theirs = True
+        if is_theirs:
+            count += connection.run("DELETE FROM collected WHERE key = :key", key=key)
+    return count
 
 
 def erase_examples(connection: Connection, strategy: str, is_meant: Callable[[str], bool], now_us: int) -> int:

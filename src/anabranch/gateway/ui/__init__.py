@@ -2,7 +2,7 @@
 
 snapshot  the facts of one moment          charts  SVG of them
 page      HTML of them                     page.css, page.js  as they are
-frame     what all pages share              ab  the page of A/B tests at ``/ui/ab``
+frame     what all pages share             ab, label  pages of A/B tests and of pairs to judge
 """
 
 from anabranch.gateway.ui.page import render

@@ -17,7 +17,7 @@ function filter() {
 async function refresh() {
   if (document.hidden) return;
   try {
-    const answer = await fetch("/ui/parts", { cache: "no-store" });
+    const answer = await fetch(new URL("/ui/parts", location.origin), { cache: "no-store" });
     if (!answer.ok) throw new Error(answer.statusText);
     const html = await answer.text();
     const open = [...document.querySelectorAll("details[open]")].map((row) => row.id);

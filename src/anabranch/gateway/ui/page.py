@@ -20,6 +20,7 @@ FILTER = "filter: a model, strategy, key, status or request id"
 NOT_KEPT, KEPT = "no prompt is kept", "prompts are kept in the store, and not shown here"
 NONE = "\u2013"
 AB_LINK = '<a href="/ui/ab">A/B tests</a> \u00b7 '
+LABEL_LINK = '<a href="/ui/label">label answers</a> \u00b7 '
 NO_SCRIPT = '<noscript><p class="none">Without its script the page shows the moment it was loaded at.</p></noscript>\n'
 
 
@@ -32,7 +33,8 @@ def asset(name: str) -> bytes:
 def render(now: Snapshot) -> str:
     """The whole page."""
     tests = AB_LINK if now.has_tests else ""
-    status = f'{tests}up {_span(now.uptime_s)} · {escape(now.version)} · <span id="live">live</span>'
+    label = LABEL_LINK if now.keeps_texts else ""
+    status = f'{tests}{label}up {_span(now.uptime_s)} · {escape(now.version)} · <span id="live">live</span>'
     return framed("gateway", status, render_parts(now), script="page.js", after=NO_SCRIPT)
 
 
