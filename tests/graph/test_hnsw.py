@@ -493,3 +493,29 @@ def test_bad_filters(filter, message):
 def test_ef_construction_is_at_least_m():
     assert HNSW(2, M=32, ef_construction=8).ef_construction == 32
     assert HNSW(2)._storage.graph[layout.CAP0] == 32
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("dim", [5, 16])
+def test_one_query_is_answered_as_one_of_many(metric, dtype, dim):
+    vectors, queries = drawn(700, dim, 11), drawn(30, dim, 12)
+    index = HNSW(dim, metric, M=6, ef_construction=40, dtype=dtype)
+    index.add(vectors)
+
+    def check():
+        ids, distances = index.search(queries, 7, 20)
+        for row, query in enumerate(queries):
+            for one in (query, query[None], query.tolist(), np.asfortranarray(queries)[row]):
+                found_ids, found_distances = index.search(one, 7, 20)
+                np.testing.assert_array_equal(found_ids, ids[row : row + 1])
+                np.testing.assert_array_equal(found_distances, distances[row : row + 1])
+
+    check()
+    index.remove(np.arange(0, 60))
+    check()
+    assert index.search(queries[0], 7)[0].shape == (1, 7)
+    assert HNSW(dim, metric, dtype=dtype).search(queries[0], 3)[0].tolist() == [[-1, -1, -1]]
+    index.search(queries[:1], 7, 20)
+    assert index.stats()["queries"] == 1
+    assert index.stats()["distances"] > 7

@@ -230,7 +230,7 @@ class Index(_Base):
         free = {label: self._deleted.pop(label) for label in own}
         rest = iter([self._deleted.pop(label) for label in others[: len(label_N) - len(own)]])
         slot_N = np.array([free[label] if label in free else next(rest) for label in label_N.tolist()])
-        with index._lock.write(), Workers(threads) as workers:
+        with index._lock.write(alone=True), Workers(threads) as workers:
             held.own()
             held.deleted[slot_N], held.label[slot_N] = 0, label_N
             held.graph[layout.NUM_DELETED] -= len(slot_N)

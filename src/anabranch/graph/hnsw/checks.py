@@ -64,6 +64,15 @@ def as_vectors(value: Any, dim: int, metric: str, what: str) -> np.ndarray:
     return normalized(vector_ND, what) if metric == "cosine" else vector_ND
 
 
+def is_one_row(value: Any, dim: int) -> bool:
+    """Whether this is one float32 row as kernels take it, of which nothing is left to check."""
+    if type(value) is not np.ndarray or value.dtype != np.float32 or value.size != dim or not value.flags.c_contiguous:
+        return False
+    # Not "@", which warns where it overflows.
+    flat_D = value.reshape(-1)
+    return (value.ndim == 1 or value.shape == (1, dim)) and float(flat_D.dot(flat_D)) <= MAX_LENGTH**2
+
+
 def _check_rows(vector_ND: np.ndarray, metric: str, what: str) -> None:
     bad = np.flatnonzero(~np.isfinite(vector_ND).all(1))
     if bad.size:

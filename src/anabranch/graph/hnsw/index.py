@@ -14,6 +14,7 @@ from anabranch.graph.hnsw.checks import (
     as_ids,
     as_positive,
     as_vectors,
+    is_one_row,
     like,
 )
 from anabranch.graph.hnsw.linking import Linker, Marks
@@ -35,8 +36,9 @@ EXTRA = 16
 class HNSW:
     """Approximate nearest neighbours of vectors, by a walk through a hierarchy of small-world graphs.
 
-    Any number of threads may search at once; whatever changes the index waits for them and keeps others out. The same calls with the same
-    seed give the same bytes, whatever the number of threads.
+    Any number of threads may search at once, and beside one that changes the index: a search waits for single steps of it, never for the
+    whole, and finds new elements batch by batch (one that is moved is not found for a while). What is saved, pickled or counted by `stats`
+    and `ids` is whole. The same calls with the same seed give the same bytes, whatever the number of threads and of searches beside.
 
     Args:
         dim: numbers in a vector.
@@ -99,7 +101,7 @@ class HNSW:
         self._lock = ReadWriteLock()
         self._drawn = 0  # levels so far
         self._next_id = 0
-        self._linker = Linker(self._storage)
+        self._linker = Linker(self._storage, self._lock)
         # Of live ids; None until it is needed.
         self._slots: dict[int, int] | None = {}
         self._last = (0, 0, 0)
@@ -124,7 +126,7 @@ class HNSW:
     @property
     def ids(self) -> np.ndarray:
         """Ids in the order in which they came, int64 [N]."""
-        with self._lock.read():
+        with self._lock.read(whole=True):
             return self._storage.label[: self._storage.count][self._live()]
 
     def vectors(self, ids: Any) -> Any:
@@ -272,8 +274,10 @@ class HNSW:
             InputError: queries of another dimension or with numbers that are not finite; k or ef below 1; a filter of another kind.
             CapacityError: memory does not hold the results.
         """
-        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
         k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
+        if filter is None and is_one_row(queries, self.dim) and self.metric != "cosine" and max(k, ef) <= POOL:
+            return self._search_one(queries, k, ef)
+        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
         try:
             id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
         except (MemoryError, ValueError) as error:
@@ -291,7 +295,7 @@ class HNSW:
             (elements that level 0 does not lead to), ``size_bytes`` (of all arrays in use), and of the last search ``queries``, ``hops``
             and ``distances`` (means per query).
         """
-        with self._lock.read():
+        with self._lock.read(whole=True):
             held, graph = self._storage, self._storage.graph
             level_N = held.level[: held.count]
             levels = [int((level_N >= level).sum()) for level in range(int(graph[layout.TOP]) + 1)]
@@ -318,7 +322,7 @@ class HNSW:
 
     def save(self, path: str | Path) -> None:
         """Write the index into one checked file (`anabranch.graph.array_file`), all or nothing."""
-        with self._lock.read():
+        with self._lock.read(whole=True):
             storage.save(self._storage, path, self._facts())
 
     @classmethod
@@ -338,7 +342,7 @@ class HNSW:
         return cls._made(arrays, meta, mapped=mmap, source=str(path), num_threads=num_threads)
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._lock.read():
+        with self._lock.read(whole=True):
             arrays = {name: np.array(array) for name, array in self._storage.arrays().items()}
             graph = self._storage.graph
             meta = {**self._facts(), "entry": int(graph[layout.ENTRY]), "top": int(graph[layout.TOP])}
@@ -419,7 +423,8 @@ class HNSW:
             finally:
                 # An interrupt, or no memory: what was linked stays, the rest was never here.
                 if done < count:
-                    done = self._linker.num_done
+                    # A reader may have filled it meanwhile.
+                    self._slots, done = None, self._linker.num_done
                     self._linker.undo(slot_S[done:], workers)
                     self._storage.drop_last(count - done)
                 self._drawn += done
@@ -462,6 +467,32 @@ class HNSW:
         with held_back():
             self._storage.own()
             return self._linker.repair()
+
+    def _search_one(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `search` of one float32 row without a filter: the same kernel, with nothing around it that one query does not need."""
+        held, query_1D = self._storage, query.reshape(1, -1)
+        id_1K, distance_1K = np.empty((1, k), np.int64), np.empty((1, k), np.float32)
+        id_1K.fill(-1)
+        distance_1K.fill(np.inf)
+        counts = np.zeros(2, np.int64)
+        self._lock.enter_read()
+        try:
+            if held.graph[layout.NUM_DELETED]:
+                self._search(query_1D, ef, None, id_1K, distance_1K, 1)
+                return id_1K, distance_1K
+            if held.count:
+                query_Q, aux_Q, full_Q = held.encode_queries(query_1D)
+                ef = min(max(ef, k), held.count)
+                marks = held.take_marks()
+                search_many(
+                    held.graph, held.label, marks, query_Q, aux_Q, full_Q, 0, 1, ef, min(ef, 2 * k + EXTRA), 0,
+                    id_1K, distance_1K, counts,
+                )  # fmt: skip
+                held.give_marks(marks)
+            self._last = (int(counts[0]), int(counts[1]), 1)
+        finally:
+            self._lock.leave_read()
+        return id_1K, distance_1K
 
     def _search(
         self,

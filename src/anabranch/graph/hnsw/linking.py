@@ -1,6 +1,8 @@
 """How elements come into the graph and out of it: batches, and the order that makes them independent of threads."""
 # Shapes: B batch, P pairs of a link's two ends, T targets, S slots, N slots in use
 
+from collections.abc import Callable
+
 import numpy as np
 
 from anabranch.graph.hnsw import layout
@@ -13,7 +15,7 @@ from anabranch.graph.hnsw.build import (
     reach,
     repair_links,
 )
-from anabranch.graph.hnsw.lock import Workers
+from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.storage import Storage
 from anabranch.graph.interrupts import Interrupts
 
@@ -24,17 +26,20 @@ SINGLY = 1024
 SHARE = 64
 BATCH = 4096  # at most
 
+# Lists that are written before searches get room.
+STEP = 128
+
 
 class Linker:
-    """Changes the links of a storage. Not safe for threads: `HNSW` holds the lock.
+    """Changes the links of a storage, for a writer that holds the lock. Searches are let in between steps, and beside what reads.
 
     Attributes:
         linked: how many elements are in the graph.
         num_done: how many of those that `link` was last given are.
     """
 
-    def __init__(self, held: Storage) -> None:
-        self._storage = held
+    def __init__(self, held: Storage, lock: ReadWriteLock) -> None:
+        self._storage, self._lock = held, lock
         self.linked = self.num_done = 0
 
     def link(self, slot_S: np.ndarray, workers: Workers, interrupts: Interrupts | None = None) -> int:
@@ -72,7 +77,9 @@ class Linker:
             with Marks(held) as marks:
                 link_new(graph, marks, batch_B, begin, end)
 
-        workers.run(forward, len(batch_B), 4)
+        # It writes the lists of the new elements alone, which nothing leads to yet.
+        with self._lock.open_to_readers():
+            workers.run(forward, len(batch_B), 4)
         for level in range(int(min(held.level[batch_B].max(), graph[layout.TOP])) + 1):
             self._link_back(batch_B[held.level[batch_B] >= level], level, workers)
 
@@ -86,9 +93,19 @@ class Linker:
         source_P, target_P = source_P[pair_P & 0xFFFFFFFF], pair_P >> 32
         start_T = np.flatnonzero(np.append(True, target_P[1:] != target_P[:-1])[: len(target_P)])
         target_T, start_T = target_P[start_T], np.append(start_T, len(target_P))
-        workers.run(
-            lambda begin, end: link_back(graph, level, target_T, start_T, source_P, begin, end), len(target_T), 16
+        self._in_steps(
+            lambda begin, end: link_back(graph, level, target_T, start_T, source_P, begin, end),
+            len(target_T),
+            16,
+            workers,
         )
+
+    def _in_steps(self, work: Callable[[int, int], None], total: int, least: int, workers: Workers) -> None:
+        """``work`` on all lists that change, with room for searches after every few: each is written once, so any order is the same."""
+        for first in range(0, total, STEP):
+            count = min(STEP, total - first)
+            workers.run(lambda begin, end, first=first: work(first + begin, first + end), count, least)  # type: ignore[misc]
+            self._lock.make_room()
 
     def take_out(self, slot_S: np.ndarray, workers: Workers) -> None:
         """Let no list point at slots any more: lists that did are selected anew. Their own become empty."""
@@ -113,14 +130,15 @@ class Linker:
     def _mend(self, gone_N: np.ndarray, level: int, workers: Workers) -> None:
         """Select the lists of a level that point at what goes anew."""
         held, graph, is_hit_N = self._storage, self._storage.graph, np.zeros(self._storage.count, np.uint8)
-        workers.run(lambda begin, end: points_at(graph, level, gone_N, begin, end, is_hit_N), held.count, 4096)
+        with self._lock.open_to_readers():
+            workers.run(lambda begin, end: points_at(graph, level, gone_N, begin, end, is_hit_N), held.count, 4096)
         target_T = np.flatnonzero(is_hit_N)
 
         def mend(begin: int, end: int) -> None:
             with Marks(held) as marks:
                 bridge(graph, level, marks, gone_N, target_T, begin, end)
 
-        workers.run(mend, len(target_T), 8)
+        self._in_steps(mend, len(target_T), 8, workers)
 
     def repair(self) -> int:
         """Link what level 0 does not lead to, by `repair_links`; how many."""

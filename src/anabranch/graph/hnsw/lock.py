@@ -14,51 +14,133 @@ from anabranch import machine
 PIECES = 4
 
 
+class _Reader:
+    """One that waits: whether it wants things whole, and whether it was let in."""
+
+    __slots__ = ("is_let_in", "whole")
+
+    def __init__(self, whole: bool) -> None:
+        self.whole, self.is_let_in = whole, False
+
+
 class ReadWriteLock:
-    """Readers share it, a writer has it alone; a waiting writer goes before readers that come later. Not reentrant."""
+    """Many readers or one writer, and nobody starves. Not reentrant.
+
+    A reader that comes while a writer waits lets it go first; readers who wait when a writer ends, or makes room, all go before the next
+    one. A writer may let readers in while it only reads itself (`open_to_readers`), or between two steps (`make_room`): it keeps other
+    writers out all the time.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._readers = 0
-        self._writing = False
-        self._waiting = 0
+        self._readers = self._waiting_writers = 0
+        self._queue: list[_Reader] = []
+        # Of those that were let in: who have not come yet.
+        self._due = 0
+        # A writer has it; has it alone; wants to have it alone again.
+        self._is_owned = self._is_exclusive = self._is_closing = False
+        # To the end of its work.
+        self._is_alone = False
 
     @contextmanager
-    def read(self) -> Iterator[None]:
-        """Hold it with other readers. An interrupt while it waits leaves no trace."""
+    def read(self, *, whole: bool = False) -> Iterator[None]:
+        """Hold it with other readers; ``whole``: not while a writer is in the middle of its work and lets readers in.
+
+        An interrupt while it waits leaves no trace.
+        """
         is_held = False
         try:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._writing and not self._waiting)
-                self._readers += 1
-                is_held = True
+            self.enter_read(whole)
+            is_held = True
             yield
         finally:
             if is_held:
-                with self._changed:
-                    self._readers -= 1
-                    self._changed.notify_all()
+                self.leave_read()
+
+    def enter_read(self, whole: bool = False) -> None:
+        """Begin what `read` holds; for callers that cannot afford a context manager."""
+        with self._changed:
+            if not self._is_free(whole):
+                self._wait(_Reader(whole))
+            self._readers += 1
+
+    def leave_read(self) -> None:
+        """End it."""
+        with self._changed:
+            self._readers -= 1
+            if self._waiting_writers or self._is_closing:
+                self._changed.notify_all()
+
+    def _wait(self, reader: _Reader) -> None:
+        self._queue.append(reader)
+        try:
+            self._changed.wait_for(lambda: reader.is_let_in or self._is_free(reader.whole))
+        finally:
+            self._queue.remove(reader)
+            if reader.is_let_in:
+                self._due -= 1
+                self._changed.notify_all()
+
+    def _is_free(self, whole: bool) -> bool:
+        """For a reader that comes now."""
+        if self._is_owned:
+            return not (whole or self._is_exclusive or self._is_closing)
+        return not self._waiting_writers
 
     @contextmanager
-    def write(self) -> Iterator[None]:
-        """Hold it alone. An interrupt while it waits lets the others go on."""
+    def write(self, *, alone: bool = False) -> Iterator[None]:
+        """Hold it without other writers, and without readers until it lets them in; ``alone``: it never does.
+
+        An interrupt while it waits lets the others go on.
+        """
         is_held = False
         try:
             with self._changed:
-                self._waiting += 1
+                self._waiting_writers += 1
                 try:
-                    self._changed.wait_for(lambda: not self._writing and not self._readers)
-                    self._writing = is_held = True
+                    self._changed.wait_for(lambda: not (self._is_owned or self._readers or self._due))
+                    self._is_owned = self._is_exclusive = is_held = True
+                    self._is_alone = alone
                 finally:
-                    self._waiting -= 1
+                    self._waiting_writers -= 1
                     if not is_held:
                         self._changed.notify_all()
             yield
         finally:
             if is_held:
                 with self._changed:
-                    self._writing = False
-                    self._changed.notify_all()
+                    self._is_owned = False
+                    self._let_in()
+
+    @contextmanager
+    def open_to_readers(self) -> Iterator[None]:
+        """For the writer: let readers in while it changes nothing that they see."""
+        if self._is_alone:
+            yield
+            return
+        with self._changed:
+            self._let_in()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_closing = True
+                self._changed.wait_for(lambda: not (self._readers or self._due))
+                self._is_closing, self._is_exclusive = False, True
+
+    def make_room(self) -> None:
+        """For the writer: let those readers in who wait, and go on when they have gone."""
+        if self._queue:
+            with self.open_to_readers():
+                pass
+
+    def _let_in(self) -> None:
+        self._is_exclusive = False
+        for reader in self._queue:
+            if not (reader.is_let_in or (self._is_owned and reader.whole)):
+                reader.is_let_in = True
+                self._due += 1
+        self._changed.notify_all()
 
 
 class Workers:

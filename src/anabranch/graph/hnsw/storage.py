@@ -29,6 +29,9 @@ PRECISIONS = ("f32", "f16", "i8")
 ITEM = {"f32": 4, "f16": 2, "i8": 1}
 MAX_LEVEL = 64
 
+# Scale and norm of a query that has none; kernels only read it.
+_ONE_ZERO = np.zeros((1, 2), np.float32)
+
 
 class Storage:
     """Arrays and the row that describes them to kernels (`layout`). Not safe for threads: `HNSW` holds the lock."""
@@ -94,7 +97,7 @@ class Storage:
     def encode_queries(self, vector_QD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Queries as kernels take them: as `encode`, but float32 for rows of float16, and full ones always."""
         full = _padded(vector_QD, self.full_stride // 4)
-        aux = np.zeros((len(full), 2), np.float32)
+        aux = _ONE_ZERO if len(full) == 1 else np.zeros((len(full), 2), np.float32)
         if self.dtype == "f32":
             return full.view(np.uint8), aux, full
         if self.dtype == "f16":
