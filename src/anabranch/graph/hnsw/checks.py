@@ -1,6 +1,7 @@
 """What callers pass: vectors, ids and filters as arrays that kernels can trust, or an error that names the row."""
 # Shapes: N vectors, D dimension
 
+import math
 import sys
 from typing import Any
 
@@ -68,9 +69,8 @@ def is_one_row(value: Any, dim: int) -> bool:
     """Whether this is one float32 row as kernels take it, of which nothing is left to check."""
     if type(value) is not np.ndarray or value.dtype != np.float32 or value.size != dim or not value.flags.c_contiguous:
         return False
-    # Not "@", which warns where it overflows.
-    flat_D = value.reshape(-1)
-    return (value.ndim == 1 or value.shape == (1, dim)) and float(flat_D.dot(flat_D)) <= MAX_LENGTH**2
+    # A bound that cannot overflow; rows beyond it are looked at in full.
+    return (value.ndim == 1 or value.shape == (1, dim)) and float(np.abs(value).max()) <= MAX_LENGTH / math.sqrt(dim)
 
 
 def _check_rows(vector_ND: np.ndarray, metric: str, what: str) -> None:
