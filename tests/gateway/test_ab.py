@@ -315,18 +315,31 @@ def test_success_and_cost_are_read_of_every_request():
         dataclasses.replace(row, status=status, cost_nano=nano)
         for row, (status, nano) in zip(
             rows_of(*[("a", f"u{n}", None) for n in range(5)]),
-            [("ok", 10**8), ("error", 0), ("refused", 0), ("cancelled", 5), ("ok", 10**12)], strict=True,
+            [("ok", 10**8), ("error", 0), ("refused", 0), ("cancelled", 2 * 10**8), ("ok", 10**12)], strict=True,
         )
     ]  # fmt: skip
     one = {"answers": 1}
-    assert [value for _, value in unit_means(rows, TEST.replace(metric="success", **one))] == [1, 0, 1]
+    # Who left had no answer; what was refused came to no model.
+    assert [value for _, value in unit_means(rows, TEST.replace(metric="success", **one))] == [1, 0, 0, 1]
     cost = TEST.replace(metric="cost", most_usd=0.4, **one)
-    assert [value for _, value in unit_means(rows, cost)] == pytest.approx(
-        [0.75, 0.0]
-    )  # 10 cents, and more than the most
+    # 10 cents, a lost answer that was free, one that was given up after 20 cents, and more than the most.
+    assert [value for _, value in unit_means(rows, cost)] == pytest.approx([0.75, 1.0, 0.5, 0.0])
     result = result_of("try", cost, rows)
-    assert (result.a.mean, result.most) == (pytest.approx(0.25), 0.4)
-    assert (result.a.low, result.a.high) == (0.0, 0.4)
+    assert (result.a.mean, result.most) == (pytest.approx(0.175), 0.4)
+    assert (result.a.low, result.a.high) == (0.0, pytest.approx(0.351))
+
+
+def test_lost_calls_that_are_charged_count_for_their_arm():
+    """Every other call of b is lost, and charged its worst case; the others are a little cheaper than those of a."""
+    cost, rows = TEST.replace(metric="cost", most_usd=0.01, answers=2), []
+    for number in range(600):
+        side, is_lost = "ab"[number // 2 % 2], number // 2 % 2 == 1 and number % 2 == 0
+        arm = {"test": "try", "arm": side, "unit": f"u{number // 2}"}
+        nano = 10**7 if is_lost else 4 * 10**6 if side == "a" else 3 * 10**6
+        rows.append(ArmRow(arm, number, "error" if is_lost else "ok", nano, None, None))
+    result = result_of("try", cost, rows)
+    assert (result.found, result.a.mean, result.b.mean) == ("a", pytest.approx(0.004), pytest.approx(0.0065))
+    assert (result.a.cost_usd, result.b.cost_usd) == (pytest.approx(0.004), pytest.approx(0.0065))
 
 
 def made_result(better=0.9, worse=0.1, num=120, **fields):

@@ -1,6 +1,7 @@
 """Chances that strategies say of their choices are those with which they choose."""
 
 import asyncio
+import itertools
 import math
 from dataclasses import replace
 
@@ -15,11 +16,13 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock
 from anabranch.routers import strategies
 from anabranch.routers.checks import made_outcomes, made_pool
+from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model, Outcome, Pool, Query
 from anabranch.routers.data import load_outcomes, pool_of
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.money import Price
 from anabranch.routers.referee import replay
+from anabranch.routers.referee.log_verdict import verdict_of_log
 from anabranch.routers.strategies.bandit import largest_of_normals
 from anabranch.routers.strategies.fixed import Static
 
@@ -30,7 +33,6 @@ DRAWS = {
     "two": {"kind": "random", "strong": "a", "weak": "c", "share": 0.7},
     "thompson": {"scale": 0.3},
     "eps_greedy": {"epsilon": 0.4, "decay": 0.0},
-    "round_robin": {},
 }
 
 
@@ -63,18 +65,49 @@ def test_models_are_chosen_as_often_as_is_said(name, closed):
 
 
 def test_nobody_available_is_drawn_from_as_if_all_were():
-    for name in ("random", "eps_greedy", "round_robin"):
+    for name in ("random", "eps_greedy"):
         one = made(name)
         seen = {one.route(Query(text=f"{n}", vector_D=VECTOR), pool(*"abcd")).model for n in range(80)}
-        assert name == "round_robin" or seen == set("abcd")
+        assert seen == set("abcd")
 
 
-@pytest.mark.parametrize("kind", ["static", "cheapest", "least_latency", "rules", "linucb", "knn", "semantic"])
+@pytest.mark.parametrize(
+    "kind", ["static", "round_robin", "cheapest", "least_latency", "rules", "linucb", "knn", "semantic"]
+)
 def test_what_leaves_nothing_to_chance_says_so(kind):
     data = made_outcomes(60)
     one = strategies.make(kind).fit(data)
     for query in list(data.queries())[:5]:
         assert one.route(query, made_pool()).probability == 1.0
+
+
+def test_copies_of_a_question_are_drawn_each_for_itself():
+    """A popular question went to one model always, while the log said with chance 1/M: one draw counted as all its copies."""
+    for name in ("random", "thompson", "eps_greedy"):
+        one, counts, num = made(name), {}, 1200
+        for number in range(num):
+            query = Query(text="hello", vector_D=VECTOR, request_id=f"r{number}")
+            decision = one.route(query, pool())
+            assert one.route(query, pool()).model == decision.model  # the same request again
+            counts.setdefault(decision.model, []).append(decision.probability)
+        for found in counts.values():
+            chance = found[0]
+            assert abs(len(found) / num - chance) < 4.5 * math.sqrt(chance * (1 - chance) / num) + 1e-9
+
+
+def test_an_alternating_log_of_turns_is_no_evidence():
+    """An agent plans, then acts, and so on: each of two models gets one kind of question, so that the better one cannot be told."""
+    one, texts = strategies.make("round_robin"), [f"{('plan', 'act')[n % 2]} {n}" for n in range(600)]
+    both = Pool((Model(name="a"), Model(name="b")))
+    draw = np.random.default_rng(0)
+    score_NM, chance_NM = np.full((600, 2), np.nan), np.full((600, 2), np.nan)
+    for row, text in enumerate(texts):
+        decision = one.route(Query(text=text), both)
+        at = both.names.index(decision.model)
+        chance_NM[row, at], score_NM[row, at] = decision.probability, draw.random() < (0.6 if row % 2 else 0.9)
+    log = Recorded(query=tuple(texts), models=both.names, score_NM=score_NM, signals={"probability": chance_NM})
+    alone = {name: Static(Static.Config(model=name)) for name in "ab"}
+    assert "no choice of the log was drawn" in verdict_of_log(alone, log, both).note
 
 
 @pytest.mark.parametrize("kind", ["cascade", "automix", "consistency", "logprob"])
@@ -105,8 +138,11 @@ def test_the_largest_of_normals_is_as_often_as_drawn(pairs):
 
 
 @pytest.mark.parametrize("name", ["thompson", "eps_greedy", "random"])
-def test_estimates_from_the_ledger_of_drawn_traffic_are_right(tmp_path, name):
+def test_estimates_from_the_ledger_of_drawn_traffic_are_right(tmp_path, name, monkeypatch):
     """Each model's worth is known; the log is one answer per request of a strategy that goes on learning."""
+    # Requests are drawn by their ids.
+    ids = map("request-{}".format, itertools.count())
+    monkeypatch.setattr("anabranch.gateway.life.new_id", lambda: next(ids))
     worth = {"a": {"maths": 0.9, "poetry": 0.3}, "b": {"maths": 0.4, "poetry": 0.8}, "c": {"maths": 0.5, "poetry": 0.4}}
     fields = {"thompson": {"scale": 4.0, "dim": 2}, "eps_greedy": {"epsilon": 0.5, "decay": 0.0, "dim": 2}}.get(
         name, {}
@@ -141,7 +177,9 @@ def test_estimates_from_the_ledger_of_drawn_traffic_are_right(tmp_path, name):
     assert np.isfinite(chance_NM).any(1).sum() == 400
     alone = {model: Static(Static.Config(model=model)) for model in worth}
     found = replay(alone, log, pool_of(log.models))
-    assert (found.drawn, found.rows) == (400, 450)
+    assert found.rows == 450
+    # Thompson may come to be sure.
+    assert 395 <= found.drawn <= 400
     for one in found.strategies:
         truth = np.mean(list(worth[one.name].values()))
         low, high = one.doubly_robust_interval

@@ -219,7 +219,7 @@ def test_one_that_fails_does_not_spoil_the_rest():
 
 @pytest.mark.parametrize("num", [0, 5])
 def test_a_test_that_says_nothing_is_refused(num):
-    empty = Recorded(query=("q",) * num, models=MODELS, score_NM=np.full((num, 3), np.nan))
+    empty = Recorded(query=tuple(map(str, range(num))), models=MODELS, score_NM=np.full((num, 3), np.nan))
     with pytest.raises(DataError, match=f"none of the {num} test questions"):
         evaluate({"always": Always(Always.Config())}, train=None, test=empty)
 

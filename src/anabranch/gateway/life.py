@@ -480,7 +480,7 @@ class Life:
             text=asked_text(self.endpoint, self.body), messages=messages, task=headers.get("x-task"), prompt_tokens=self.count.tokens,
             max_tokens=most, has_tools=bool(self.body.get("tools")),
             has_images=has_images(messages), headers=headers, tenant=self.tenant, user=self.user,
-            knobs=self.target.knobs, vector_D=self.vector,
+            knobs=self.target.knobs, vector_D=self.vector, request_id=self.id,
         )  # fmt: skip
         try:
             self.decided = decided = await runtime.decider.decide(self.target.strategy, query, self._pool(), self.calls)

@@ -158,9 +158,12 @@ def _valued(row: ArmRow, config: ABConfig) -> tuple[int, float | None]:
     if config.metric == "score":
         return row.score_seq or 0, None if row.score is None else min(1.0, max(0.0, row.score))
     if config.metric == "success":
-        return row.seq, {"ok": 1.0, "error": 0.0}.get(row.status)
-    most = config.most_usd or 1.0
-    return row.seq, 1 - min(1.0, dollars(row.cost_nano) / most) if row.status == "ok" else None
+        # A sender who left had no answer, and may have left since none came. What was refused came to no model, and what a process left
+        # behind when it stopped is no fault of an arm.
+        return row.seq, {"ok": 1.0, "error": 0.0, "cancelled": 0.0}.get(row.status)
+    # Lost calls are charged too.
+    is_paid, most = row.status != "refused" or row.cost_nano > 0, config.most_usd or 1.0
+    return row.seq, 1 - min(1.0, dollars(row.cost_nano) / most) if is_paid else None
 
 
 def _arm(side: str, config: ABConfig, rows: Sequence[ArmRow], value_T: np.ndarray) -> ArmResult:

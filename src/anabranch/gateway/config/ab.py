@@ -25,7 +25,8 @@ class ABConfig(Config):
         trusts: keys and teams, as ``key:ID`` or ``team:NAME``, whose requests may name users of their own, each of whom counts: whoever
             makes up users decides the test.
         salt: another one, another split; "" takes the name of the test.
-        metric: what an answer is worth: its first feedback (``score``), whether there was one (``success``), or what it ``cost``.
+        metric: what an answer is worth: its first feedback (``score``), whether there was one (``success``; there was none where the sender
+            left before it was whole), or what was paid for it (``cost``), lost ones too. Requests that were refused count for neither.
         most_usd: dollars that count as the worst that an answer may cost, for ``cost``; None otherwise.
         answers: that make the mean of a key: its first ones that count; a key with fewer does not count yet.
         alpha: chance that a difference is told where there is none, however often the test is looked at.

@@ -105,7 +105,9 @@ class Recorded:
 
     def queries(self) -> Iterator[Query]:
         """Each row as a strategy sees it."""
+        copies: dict[str, int] = {}
         for row, text in enumerate(self.query):
+            copy = copies[text] = copies.get(text, -1) + 1
             known = (
                 [] if self.tokens_NM2 is None else self.tokens_NM2[row, :, 0][np.isfinite(self.tokens_NM2[row, :, 0])]
             )
@@ -113,5 +115,5 @@ class Recorded:
                 text=text, task=self.task[row],
                 prompt_tokens=round(float(np.mean(known))) if len(known) else None,
                 vector_D=None if self.vector_ND is None else self.vector_ND[row],
-                answers=self.answers[row] if self.answers else {},
+                answers=self.answers[row] if self.answers else {}, request_id=str(copy) if copy else "",
             )  # fmt: skip

@@ -28,6 +28,8 @@ class Query:
         vector_D: float32 unit vector of ``text``, put there for strategies that need one.
         knobs: what the sender set in the name of the model (``auto/knn?lambda=2``).
         answers: of recorded data: the answer of each model, for strategies that read answers.
+        request_id: of the request, by which a strategy that draws draws anew for each; of recorded data the number of the copy, from the
+            second row of a text on. "" draws by the text alone.
     """
 
     text: str
@@ -43,6 +45,7 @@ class Query:
     vector_D: np.ndarray | None = None
     knobs: Mapping[str, str] = field(default_factory=dict)
     answers: Mapping[str, str] = field(default_factory=dict)
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

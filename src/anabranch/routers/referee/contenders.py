@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.referee.baselines import Baseline, single
-from anabranch.routers.referee.verdict import Contender, compared
+from anabranch.routers.referee.judging import Contender, compared
 
 if TYPE_CHECKING:
     from anabranch.routers.referee.evaluate import Trial

@@ -17,15 +17,16 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Pool
 from anabranch.routers.contract.strategy import Embed, Played, Strategy
 from anabranch.routers.data.prices import pool_of
-from anabranch.routers.data.splits import check_disjoint
+from anabranch.routers.data.splits import check_disjoint, groups, pooled
 from anabranch.routers.referee import baselines
 from anabranch.routers.referee.baselines import Baseline
-from anabranch.routers.referee.compare import DRAWS, Interval, bootstrap, holm
+from anabranch.routers.referee.compare import DRAWS, Interval, bootstrap
 from anabranch.routers.referee.contenders import other_models, own_setting, sequences_of
 from anabranch.routers.referee.curve import Scale, aiq, cost_save, hull, pareto_distance, routerbench_aiq
+from anabranch.routers.referee.judging import decide, reach_of
 from anabranch.routers.referee.report import Report, Standing
 from anabranch.routers.referee.two_models import TARGETS, Recovery, recovery, recovery_in_bins
-from anabranch.routers.referee.verdict import MARGIN, decide, reach_of
+from anabranch.routers.referee.verdict import MARGIN, Gain
 
 Progress = Callable[[str], None]
 TIMED = 300  # decisions
@@ -84,7 +85,7 @@ def evaluate(
     Args:
         strategies: by name. With ``train`` each is built anew from its config for every seed; else they are judged as they are.
         train: outcomes to learn from; None for strategies that have learned before.
-        test: outcomes to be judged on.
+        test: outcomes to be judged on. Copies of a question count as one, with the means of what is known of them.
         pool: models with prices; None knows only their names.
         seeds: of learning.
         embed: what made the vectors, for strategies that embed texts of their own.
@@ -104,6 +105,8 @@ def evaluate(
         if not allow_leak:
             check_disjoint(train, test)
         test = test.only(train.models)
+    if len(set(groups(test).tolist())) < len(test):
+        test = pooled(test)
     num_rows, test = len(test), _complete(test)
     pool = pool_of(test.models) if pool is None else Pool(_in_order(pool, test.models))
     learned = test if train is None else train
@@ -124,13 +127,13 @@ def evaluate(
     if failed and not trials:
         name, reason = next(iter(failed.items()))
         raise InputError(f"no strategy could be judged; {name}: {reason}")
-    report = _report(trials, learned, best, test, cost_range, dollar, draws)
     reach = reach_of(test.score_NM)
     verdict = decide(
-        [own_setting(trial, best) for trial in trials], sequences, best.facts["model"],
-        {one.name: one.p_holm for one in report.strategies}, questions=len(test), reach=reach,
+        [own_setting(trial, best) for trial in trials], sequences, best.facts["model"], questions=len(test), reach=reach,
         chosen_on="train" if known or train is not None else "test", margin=margin * reach, unfit=failed,
     )  # fmt: skip
+    tested = {one.name: one for one in verdict.gains}
+    report = _report(trials, tested, learned, best, test, cost_range, dollar, draws)
     return report.replace(
         verdict=verdict, failed=failed, seeds=list(seeds) if train is not None else [], left_out=num_rows - len(test),
         num_train=None if train is None else len(train), seconds=time.perf_counter() - started,
@@ -270,6 +273,7 @@ def decision_latency(one: Strategy, data: Recorded, pool: Pool, count: int = TIM
 
 def _report(
     trials: list[Trial],
+    tested: Mapping[str, Gain],
     learned: Recorded,
     best: Baseline,
     test: Recorded,
@@ -297,10 +301,11 @@ def _report(
     quality_NS = np.column_stack([trial.quality_N for trial in trials])
     scores = bootstrap(quality_NS, draws=draws)
     gains = bootstrap(quality_NS - best.quality_N[:, None], draws=draws)
-    corrected = holm([gain.p for gain in gains])
     rows = [
-        _standing(*row, test, known, dollar).replace(**_of_cost(row[0], trials, known, single_P2, cost_range))
-        for row in zip(trials, scores, gains, corrected, strict=True)
+        _standing(*row, tested[row[0].name], test, known, dollar).replace(
+            **_of_cost(row[0], trials, known, single_P2, cost_range)
+        )
+        for row in zip(trials, scores, gains, strict=True)
     ]
     return found.replace(strategies=rows)
 
@@ -326,7 +331,7 @@ def _baseline_row(
 
 
 def _standing(
-    trial: Trial, score: Interval, gain: Interval, p_holm: float, test: Recorded, rules: Mapping[str, Baseline], dollar: float
+    trial: Trial, score: Interval, gain: Interval, tested: Gain, test: Recorded, rules: Mapping[str, Baseline], dollar: float
 ) -> Standing:  # fmt: skip
     share_M = np.mean([one.calls_NM.mean(0) for one in trial.played], axis=0)
     recovered: dict[str, Any] = {}
@@ -335,7 +340,7 @@ def _standing(
         recovered = {"apgr": trial.recovery.apgr, "apgr_in_bins": trial.binned.apgr, "cpt": cpt}
     return Standing(
         name=trial.name, score=score.mean, interval=[score.low, score.high],
-        gain=gain.mean, gain_interval=[gain.low, gain.high], p=gain.p, p_holm=p_holm,
+        gain=gain.mean, gain_interval=[gain.low, gain.high], p=tested.p, p_holm=tested.p_holm,
         gap=float(rules["oracle"].quality_N.mean()) - score.mean, regret=_regret(trial, test, dollar),
         by_seed=[float(one.quality_N.mean()) for one in trial.played],
         calls={model: float(share) for model, share in zip(test.models, share_M, strict=True)},

@@ -29,6 +29,7 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Pool
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.data.splits import groups
+from anabranch.routers.referee.bounds import Binned, in_parts
 from anabranch.routers.referee.compare import DRAWS, resampled_means
 from anabranch.routers.strategies.ridge import Ridge
 from anabranch.routers.strategies.training import folds, means
@@ -54,9 +55,9 @@ class Replayed:
         gain: score - what the log got on the rows that the score is of (those that were drawn, if any were), and its interval, paired.
         ips: the estimate without normalised weights; None without probabilities.
         doubly_robust: and its interval; None without probabilities.
-        support: mean weight, and its interval; 1 but for chance where the log may have made all of the strategy's choices, and else the
-            share of them that it may have made. The estimates are of that share. Surely above 1, the strategy draws by the very lot that
-            the log was drawn by (kind and seed are the same), and no estimate is right.
+        support: mean weight, and its interval (see `bounds`); 1 but for chance where the log may have made all of the strategy's choices,
+            and else the share of them that it may have made. The estimates are of that share. Surely above 1, the strategy draws by the
+            very lot that the log was drawn by (kind and seed are the same), and no estimate is right.
     """
 
     name: str
@@ -211,8 +212,20 @@ def _estimate(
     return replace(
         found, ips=float(value_N.sum() / num_drawn), doubly_robust=float(robust_N.sum() / num_drawn),
         doubly_robust_interval=_interval(mean_B5[:, 3] / mean_B5[:, 4]), support=float(weight_N.sum() / num_drawn),
-        support_interval=_interval(mean_B5[:, 1] / mean_B5[:, 4]),
+        support_interval=_supported(summed_G5[:, 1], summed_G5[:, 4], float(weight_NM.max())),
     )  # fmt: skip
+
+
+def _supported(weight_G: np.ndarray, drawn_G: np.ndarray, heaviest: float) -> list[float]:
+    """Interval of the mean weight of a drawn row, from the sums of each question, of which few may be most of the log (see `bounds`)."""
+    weight_G, drawn_G = weight_G[drawn_G > 0], drawn_G[drawn_G > 0]
+    mean = float(weight_G.sum() / drawn_G.sum())
+    scale, most = 1 / float(drawn_G.mean()), float(drawn_G.max())
+    value_G = in_parts(mean + (weight_G - mean * drawn_G) * scale)
+    # Of copies none of which matched, and of copies that all did, by the smallest chance.
+    low = Binned.of(value_G).lower(0.025, mean - mean * most * scale)
+    high = -Binned.of(-value_G).lower(0.025, -mean - (heaviest - mean) * most * scale)
+    return [max(0.0, low), min(heaviest, high)]
 
 
 def _interval(value_B: np.ndarray) -> list[float]:

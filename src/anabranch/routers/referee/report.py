@@ -18,7 +18,7 @@ class Standing:
         name: of the strategy.
         score: mean quality at its own setting, mean over seeds.
         interval: 95%, paired bootstrap over questions.
-        gain: score - that of the best single model, with ``gain_interval`` and two-sided ``p``; ``p_holm`` corrects for all strategies.
+        gain: score - that of the best single model, with ``gain_interval``, of this one alone. p, p_holm: as the verdict has them.
         gap: score of the oracle - score.
         regret: utility given up against the best choice in hindsight, a mean over questions.
         by_seed: score of each seed.

@@ -10,8 +10,8 @@ An observation updates A^-1 in O(d^2) (Sherman and Morrison 1950): A^-1 <- A^-1 
     thompson    a draw of theta^T z, theta ~ N(theta, scale^2 A^-1)      Agrawal and Goyal 2013 (arXiv 1209.3352)
     eps_greedy  theta^T z, or with chance epsilon any model              Sutton and Barto 2018, section 2.4
 
-each minus ``trade_off`` times the model's mean cost so far. The draws of the latter two are a hash of seed, step and text: the
-same state decides the same.
+each minus ``trade_off`` times the model's mean cost so far. The draws of the latter two are a hash of seed, step, text and
+request id: the same state decides the same of one request.
 
 z(x) is [1, R (x - mean)] with few directions R, since fewer are learned from fewer answers: the principal ones of the recorded
 queries after ``fit`` (warm start: every known outcome of the data is an observation of weight ``warm_weight``). Without it seeded
@@ -39,7 +39,7 @@ from anabranch.routers.money import dollars
 from anabranch.routers.strategies.fixed import USUAL_COMPLETION, USUAL_PROMPT
 from anabranch.routers.strategies.regression_sums import FIXED, SEEDED, Sums, turned
 from anabranch.routers.strategies.shared_bandit import Pooled
-from anabranch.routers.strategies.training import share, training_set
+from anabranch.routers.strategies.training import lot, share, training_set
 
 # Observations, beyond which an arm is as uncertain as can be.
 MOST_AGE = 10_000
@@ -373,7 +373,7 @@ class Thompson(Bandit, kind="thompson"):
     def _index(
         self, query: Query, pool: Pool, mean_P: np.ndarray, width_P: np.ndarray, charge_P: np.ndarray
     ) -> tuple[np.ndarray, str]:
-        draw_P = np.array([_normal(self.config.seed, self.steps, name, query.text) for name in pool.names])
+        draw_P = np.array([_normal(self.config.seed, self.steps, name, *lot(query)) for name in pool.names])
         return mean_P + self.config.scale * width_P * draw_P - charge_P, "drew the most for"
 
     def _chance(self, best: int, is_open_P: np.ndarray, value_P: np.ndarray, width_P: np.ndarray) -> float:
@@ -403,9 +403,9 @@ class EpsGreedy(Bandit, kind="eps_greedy"):
     ) -> tuple[np.ndarray, str]:
         value_P = mean_P - charge_P
         epsilon = self._epsilon()
-        if share(self.config.seed, self.steps, query.text) >= epsilon:
+        if share(self.config.seed, self.steps, *lot(query)) >= epsilon:
             return value_P, "found best"
-        lot_P = np.array([share(self.config.seed, self.steps, name, query.text) for name in pool.names])
+        lot_P = np.array([share(self.config.seed, self.steps, name, *lot(query)) for name in pool.names])
         open_P = np.array([model.is_available for model in pool.models])
         open_P |= ~open_P.any()
         drawn = int(np.where(open_P, lot_P, -1.0).argmax())

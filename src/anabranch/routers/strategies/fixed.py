@@ -16,7 +16,7 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Decision, Model, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Played, Strategy, ordered, playable, played
 from anabranch.routers.money import dollars
-from anabranch.routers.strategies.training import means, share
+from anabranch.routers.strategies.training import lot, means, share
 
 # Tokens, where a query or the data do not tell.
 USUAL_PROMPT, USUAL_COMPLETION = 500, 250
@@ -48,7 +48,8 @@ class Static(Strategy, kind="static"):
 
 
 class Random(Strategy, kind="random"):
-    """A model by lot. The lot is a hash of the seed, the query's text and the model's name: the same query goes the same way.
+    """A model by lot. The lot is a hash of the seed, the query's text and request id, and the model's name: each request is a lot of its
+    own, so that a question that comes often goes to every model, and one request always goes the same way.
 
     Names that are weighed w are drawn in proportion to w: each gets the key -log(u) / w and the smallest key wins, which orders the
     rest too (Efraimidis and Spirakis 2006).
@@ -91,7 +92,8 @@ class Random(Strategy, kind="random"):
     def route(self, query: Query, pool: Pool) -> Decision:
         """Raises InputError if no model of the pool can be drawn."""
         weight_P = self._weights(pool)
-        uniform_P = np.array([1.0 - share(self.config.seed, name, query.text) for name in pool.names])  # in (0, 1]
+        # In (0, 1].
+        uniform_P = np.array([1.0 - share(self.config.seed, name, *lot(query)) for name in pool.names])
         key_P = np.full(len(pool), -np.inf)
         key_P[weight_P > 0] = np.log(uniform_P[weight_P > 0]) / weight_P[weight_P > 0]
         candidates = ordered(pool, key_P)
@@ -132,21 +134,10 @@ class RoundRobin(Strategy, kind="round_robin"):
         """The next of the pool; the ones after it are the fallback chain. Moves the turn on."""
         score_P = -((np.arange(len(pool)) - self.turn) % len(pool)).astype(float)
         self.turn += 1
-        candidates = ordered(pool, score_P)
-        # The turn knows nothing of the query: to it, whose turn it is is chance. Those that are not available leave theirs to the next.
-        chance = self._chance(pool, candidates[0].model)
-        return Decision(candidates=candidates, strategy=self.name, reason=f"turn {self.turn}", probability=chance)
-
-    @staticmethod
-    def _chance(pool: Pool, chosen: str) -> float:
-        """Share of the turns that come to a model."""
-        is_open_P = [model.is_available for model in pool.models]
-        if not any(is_open_P):
-            return 1 / len(pool)
-        at, turns = pool.names.index(chosen), 1
-        while not is_open_P[at - turns]:
-            turns += 1
-        return turns / len(pool)
+        # Nothing is left to chance: traffic that comes in turns itself, plan and act, would ask each model of one kind only.
+        return Decision(
+            candidates=ordered(pool, score_P), strategy=self.name, reason=f"turn {self.turn}", probability=1.0
+        )
 
     def play(self, data: Recorded, pool: Pool) -> Played:
         """From the turn it is at, which stays."""

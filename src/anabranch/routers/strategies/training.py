@@ -130,6 +130,11 @@ def folds(num_rows: int, parts: int, seed: int) -> Iterator[tuple[np.ndarray, np
         yield np.flatnonzero(~held_N), np.flatnonzero(held_N)
 
 
+def lot(query: Query) -> tuple[str, ...]:
+    """What a draw for a query is a hash of: its text and the request, so that copies of a question are drawn each for itself."""
+    return (query.text, query.request_id) if query.request_id else (query.text,)
+
+
 def share(*what: object) -> float:
     """A number in [0, 1) that is a hash of ``what``: chance that falls the same way on every machine and in every process."""
     digest = hashlib.blake2b("\x1f".join(map(str, what)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
