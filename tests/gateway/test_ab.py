@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -298,6 +299,29 @@ def test_a_key_counts_once_with_its_first_answers():
     assert result.a.cost_usd == pytest.approx(0.001)
 
 
+def test_units_count_in_the_order_in_which_they_could_be_valued():
+    """By the place of the feedback, not of the request; of requests without any by their own. Rows may come in any order."""
+    rows = rows_of(("a", "k", 1.0), ("b", "m", 0.0), ("a", "n", 0.5))
+    one = TEST.replace(answers=1)
+    late = [dataclasses.replace(rows[0], score_seq=25), *rows[1:]]
+    assert unit_means(late, one) == [("b", 0.0), ("a", 1.0), ("a", 0.5)]
+    assert unit_means(late[::-1], one) == unit_means(late, one)
+    assert unit_means(rows[::-1], TEST.replace(metric="success", answers=1)) == [("a", 1.0), ("b", 1.0), ("a", 1.0)]
+    # What a key was given first is what counts, whatever was said first of it in the file.
+    mixed = rows_of(("a", "k", 0.25), ("a", "k", 0.75))
+    assert unit_means([dataclasses.replace(mixed[0], score_seq=99), mixed[1]], one) == [("a", 0.75)]
+
+
+def test_whose_a_request_is_and_its_side_are_told_by_different_digits():
+    """Else the hash in the store would say of which share of the keys it is, and order them by it."""
+    for number in range(20):
+        arm = arm_of("try", TEST, key=f"k{number}", user="")
+        parts = ("unit", "try", "key", f"k{number}")
+        digest = hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()
+        assert (arm.side == "b") == (int(digest[:16], 16) < 2**63)
+        assert arm.unit == digest[16:32]
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from("ab"), st.sampled_from("klmn"), st.sampled_from([None, 0.0, 0.5, 1.0])), max_size=40
@@ -492,9 +516,12 @@ def test_requests_of_tests_are_read_with_the_last_word_of_a_key(url):
                 await store.append_decision(id, "first", "x", body)
             for score in (0.25, 1.0):
                 await store.feedback("two", score)
-            return arm, await store.look(read_arms)
+            # Another's word, which is not the first.
+            await store.feedback("two", 0.5, key_id="k", owner="")
+            return arm, await store.look(read_arms), [row.score for row in await store.feedbacks("two")]
 
-    arm, [one, two] = asyncio.run(main())
+    arm, [one, two], scores = asyncio.run(main())
+    assert sorted(scores) == [0.5, 1.0]
     assert one.arm == two.arm == json.loads(json.dumps(arm.to_dict()))
     assert (one.status, one.cost_nano, one.score, one.score_seq) == ("ok", 0, None, None)
     assert (two.score, two.seq > one.seq) == (1.0, True)

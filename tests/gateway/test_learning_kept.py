@@ -91,6 +91,33 @@ def test_several_that_hear_of_one_another_know_what_one_that_was_told_all_does(k
             assert [item.model for item in ours.candidates] == [item.model for item in theirs.candidates]
 
 
+def test_steps_before_the_start_are_steps():
+    """Of a strategy that had observed before it was kept, exploration goes on from where it was."""
+    some = outcomes(40, 9)
+    alone, before = (told(make("eps_greedy", dim=4, settle=1000), some[:20]) for _ in range(2))
+    one, other = (make("eps_greedy", dim=4, settle=1000) for _ in range(2))
+    for learner in (one, other):
+        learner.load_state(*before.state())
+        learner.hear({}, {})
+    told(one, some[20:30])
+    told(other, some[30:])
+    one.hear(*one.joined([other.part()]))
+    assert one.steps == told(alone, some[20:]).steps > 30
+
+
+def test_directions_are_not_chosen_anew_from_a_part_of_what_was_seen():
+    """What was observed before others were heard of is not kept as it came, and cannot be seen along other directions."""
+    some = outcomes(60, 9)
+    one = make("linucb", dim=4, settle=20)
+    one.load_state(*told(make("linucb", dim=4, settle=20), some[:5]).state())
+    told(one, some[5:9])
+    one.hear({}, {})
+    before = one.steps
+    told(one, some[9:])
+    assert one.steps == before + sum(outcome.quality is not None for outcome in some[9:])
+    assert one.basis == SEEDED
+
+
 def test_hearing_nothing_changes_nothing():
     some = outcomes(20, 9)
     plain, shared = told(make("linucb", dim=4), some), make("linucb", dim=4)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Ranked
 from anabranch.routers.data import pool_of, split
-from anabranch.routers.referee import evaluate
+from anabranch.routers.referee import baselines, evaluate, try_out
+from anabranch.routers.referee.contenders import own_setting, sequences_of
 from anabranch.routers.referee.judging import compared, decide, reach_of
 from anabranch.routers.referee.log_verdict import verdict_of_log
 from anabranch.routers.referee.page import page
@@ -394,3 +395,46 @@ def test_choices_that_the_log_cannot_have_made_are_not_compared():
     assert set(found.unfit) == {"m", "any"}
     assert any("m was not compared" in sentence for sentence in found.sentences())
     assert found.best_single == "large"
+
+
+def test_a_strategy_is_judged_at_its_own_setting_and_along_its_knob():
+    """Without its own setting among those of the knob, that is a sequence of its own; with it, it is not counted twice."""
+    test = made_outcomes(40)
+    best = baselines.single(test, "large")
+    for share, at_own in ((0.33, True), (0.5, False)):
+        one = Random(Random.Config(strong="large", weak="small", share=share))
+        trial = try_out("r", one, None, test, pool_of(MODELS), [0], None)
+        found = sequences_of(trial, best)
+        assert [each.setting for each in found[-1]] == one.knobs(test)
+        assert [[each.setting for each in sequence] for sequence in found[:-1]] == ([[None]] if at_own else [])
+        if at_own:
+            assert found[0][0].gain == own_setting(trial, best).gain
+    plain = try_out("s", Static(Static.Config(model="small")), None, test, pool_of(MODELS), [0], None)
+    assert [[each.setting for each in sequence] for sequence in sequences_of(plain, best)] == [[None]]
+
+
+def test_copies_of_a_question_are_one():
+    """40 questions, each 25 times; both models equally good."""
+    alarms = 0
+    for seed in range(6):
+        one = (np.random.default_rng(seed).random((40, 2)) < 0.5).astype(float)
+        data = Recorded(
+            query=tuple(f"question {at}" for at in range(40)) * 25, models=("a", "b"), score_NM=np.tile(one, (25, 1))
+        )
+        report = evaluate({"b": Static(Static.Config(model="b"))}, train=None, test=data, best_single="a", draws=200)
+        assert (report.verdict.questions, report.num_test, report.left_out) == (40, 40, 0)
+        assert report.strategies[0].score == pytest.approx(one[:, 1].mean())
+        alarms += report.verdict.gains[0].found != "not resolved"
+    assert alarms == 0
+
+
+@pytest.mark.parametrize("count", [2, 60])
+def test_however_many_are_tried_what_is_surely_better_is_called_so(count):
+    """A p-value of 2,000 resamples was at least 0.001, which Holm's correction of 51 made 0.051."""
+    data = Recorded(
+        query=tuple(f"q{at}" for at in range(400)), models=("bad", "good"), score_NM=np.tile([0.0, 1.0], (400, 1))
+    )
+    named = {f"s{at}": Static(Static.Config(model="good")) for at in range(count)}
+    report = evaluate(named, train=None, test=data, best_single="bad", draws=50)
+    assert {one.found for one in report.verdict.gains} == {"better"}
+    assert max(one.p_holm for one in report.strategies) < 1e-9
