@@ -169,6 +169,49 @@ def test_replay_estimates_what_routers_would_have_earned(run, place):
     code, _, err = run("replay", "data.jsonl", "--router", "routers", "--quiet")
     assert code == 2
     assert "questions were learned from" in err
+    assert "Take them out (--unseen), or allow the leak on purpose (--allow-leak" in err
+    unseen, leak = (
+        told(run("replay", "data.jsonl", "--router", "routers", option, "--json", "--quiet"))
+        for option in ("--unseen", "--allow-leak")
+    )
+    assert 0 < unseen["rows"] < leak["rows"] == 160
+
+
+def test_estimates_beyond_the_range_of_scores_are_explained(run, place):
+    """Of a few rows that all match, drawn with a chance of one in three, IPS is three times their scores."""
+    rows = [
+        {"query": f"add the numbers {row}", "scores": {"medium": 1.0}, "probability": {"medium": 1 / 3}}
+        for row in range(30)
+    ]
+    (place / "lucky.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(f"gateway fit {place}/lucky.jsonl --out {place}/lucky --strategy knn --quiet".split()) == 0
+    code, out, _ = run("replay", "lucky.jsonl", "--router", "lucky", "--allow-leak", "--quiet")
+    assert code == 0
+    assert "single ones may pass the range of scores" in out
+    assert "Here they do for knn." in out
+    code, out, _ = run("replay", "log.jsonl", "--router", "routers", "--quiet")
+    assert (code, "may pass the range" in out) == (0, False)
+
+
+def test_what_a_log_leaves_open_is_to_be_collected(run, place):
+    """All models alike: nobody is better, and the other models are to be asked the same questions."""
+    rows = [
+        {
+            "query": f"add the numbers {row}",
+            "scores": {MODELS[row % 3]: float(row % 5 > 1)},
+            "probability": {MODELS[row % 3]: 1 / 3},
+        }
+        for row in range(200)
+    ]
+    (place / "alike.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    collect = "anabranch gateway collect --config gateway.toml --judge MODEL --out outcomes.jsonl"
+    found = told(run("eval", "alike.jsonl", "--strategy", "knn", "--json", "--quiet"))["verdict"]
+    assert (found["resolved"], found["next"]) == (False, collect)
+    told(run("fit", "alike.jsonl", "--out", "alike", "--strategy", "knn", "--json", "--quiet"))
+    found = told(run("eval", "alike.jsonl", "--router", "alike", "--json", "--quiet"))["verdict"]
+    assert (found["resolved"], found["next"]) == (False, collect)
+    # What is recommended is kept all the same.
+    assert (place / "alike" / "recommended.json").exists()
 
 
 def test_tables_are_plain_text_with_every_baseline(run):
@@ -289,10 +332,8 @@ def test_where_nothing_is_resolved_the_best_single_model_is_recommended(run, pla
     assert "not resolved on 8 questions" in said[0]
     assert "Cost at equal quality is not resolved" in said[1]
     best = json.loads((place / "few" / "recommended.json").read_text())["best_single"]
-    assert (
-        said[2]
-        == f"verdict Recommended: always {best}, since nothing is shown to be better or cheaper at equal quality."
-    )
+    assert said[2].startswith(f"verdict Recommended: always {best}, since it did best on what was learned from")
+    assert said[2].endswith("and nothing is shown to be better or cheaper at equal quality.")
     assert said[3] == "next    anabranch gateway serve --config gateway.toml --router few"
     routed = told(run("route", "add the numbers 7", "--router", "few", "--json"))
     assert (routed["router"], routed["recommended"]["kind"], routed["candidates"][0]["model"]) == (best, "model", best)

@@ -12,6 +12,7 @@ from anabranch.routers.contract.strategy import played
 from anabranch.routers.data import pool_of
 from anabranch.routers.referee import holm
 from anabranch.routers.referee.bounds import Binned
+from anabranch.routers.referee.judging import Contender
 from anabranch.routers.referee.log_verdict import bounded, verdict_of_log
 from anabranch.routers.referee.off_policy import expected
 from anabranch.routers.strategies.fixed import Random, Static
@@ -91,8 +92,12 @@ def by_hand(log, choice, best):
     return np.array(list(gain.values())), heaviest * max(share.values()), doubt
 
 
-def test_every_figure_by_hand():
+@pytest.mark.parametrize("has_vectors", [False, True])
+def test_every_figure_by_hand(has_vectors):
     log = log_of(made_rows(150, copies=[(0, 40), (1, 9), (3, 2)]))
+    if has_vectors:
+        log = log.with_vectors(np.random.default_rng(3).normal(size=(len(log), 60)))
+        assert expected(log, 0).max() > 1 or expected(log, 0).min() < 0  # what cannot be, and is not believed
     learned = log_of(made_rows(150, seed=1, skill={"easy": (0.9, 0.1, 0.1), "hard": (0.9, 0.1, 0.1)}))
     by = {"mix": {"easy": "a", "hard": "b"}, "odd": {"easy": "c", "hard": "a"}, "b": {"easy": "b", "hard": "b"}}
     found = verdict_of_log({name: chooses(**one) for name, one in by.items()}, log, pool_of(MODELS), learned=learned)
@@ -208,7 +213,14 @@ def test_another_model_that_is_as_good_and_cheaper_is_found_in_a_log():
     found = verdict_of_log({"a": always("a")}, log_of(rows), pool_of(MODELS[:2]), learned=learned, margin=0.1)
     assert found.best_single == "a"
     assert (found.equal_quality.kind, found.equal_quality.name) == ("model", "b")
-    assert found.equal_quality.saving == pytest.approx(0.9, abs=0.01)
+    # All answers of a model cost the same, so that q is right; a question counts one chance in two, twice.
+    _, reach, doubt = by_hand(log_of(rows), {"easy": "b"}, {"easy": "a"})
+    costs = Contender(
+        kind="model", name="b", gain_N=np.zeros(4000), cost_N2=np.tile([1.0, 10.0], (4000, 1)), cost_doubt=10 * doubt, dearest=20 * 10 * 2.0
+    )  # fmt: skip
+    assert (reach, doubt > 1e-4) == (2.0, True)
+    assert found.equal_quality.saving == pytest.approx(0.9)
+    assert found.equal_quality.interval == pytest.approx(costs.saved(0.05 / 2))
 
 
 @pytest.mark.parametrize("times", [8, pytest.param(300, marks=pytest.mark.slow)])

@@ -92,6 +92,18 @@ def test_chance_is_passed_in_every_split(scores, apgr, verdict):
     assert verdicts(arms)["no strategy is below chance on any set"].verdict == verdict
 
 
+def test_chance_is_to_be_passed_on_every_set():
+    """On MMLU an arm may be worse than random choice, though its scores order the questions well."""
+    arms = {
+        "random": runs([0.4, 0.4], routellm_mmlu_score=[0.74, 0.74]),
+        "a": runs([0.5, 0.5], routellm_mmlu_apgr=[0.6, 0.6], routellm_mmlu_score=[0.68, 0.69]),
+        "b": runs([0.6, 0.6], routellm_mmlu_score=[0.8, 0.8]),
+    }
+    claim = verdicts(arms)["no strategy is below chance on any set"]
+    assert claim.verdict == "does not hold"
+    assert (claim.ours, claim.baseline) == (pytest.approx(0.685), pytest.approx(0.74))
+
+
 @pytest.mark.parametrize(
     ("apgr", "verdict"), [([0.69, 0.68], "holds"), ([0.70, 0.67], "not resolved"), ([0.6, 0.6], "does not hold")]
 )

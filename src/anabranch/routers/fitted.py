@@ -198,7 +198,8 @@ class RouterFolder:
         if shared:
             raise DataError(
                 f"{len(shared):,} of {len(test):,} questions were learned from, which would flatter the routers; the first is "
-                f"{' '.join(shared[0].split())[:60]!r}. Take them out, or allow the leak on purpose"
+                f"{' '.join(shared[0].split())[:60]!r}. Take them out (--unseen), or allow the leak on purpose (--allow-leak; in Python "
+                "leave this check out)"
             )
 
 

@@ -16,6 +16,7 @@ from anabranch.cli.gateway.options import (
     Fields,
     Named,
     Prices,
+    Unseen,
     check_ending,
     embed,
     make_embedder,
@@ -26,7 +27,7 @@ from anabranch.cli.gateway.options import (
 )
 from anabranch.cli.gateway.verdict import Ending, print_verdict
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, finite_number
+from anabranch.cli.options import AsJson, Quiet, Seed, finite_number
 from anabranch.cli.output import fact, print_json, say, table
 from anabranch.errors import DataError, InputError
 from anabranch.extras import require
@@ -71,9 +72,7 @@ def evaluate(
     ] = "dollars",
     columns: ColumnMap = None,
     prices: Prices = None,
-    unseen: Annotated[
-        bool, typer.Option("--unseen", metavar=FLAG, help="Leave out questions that the routers learned from.")
-    ] = False,
+    unseen: Unseen = False,
     allow_leak: AllowLeak = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with picture and tables.")] = None,
     picture: Annotated[

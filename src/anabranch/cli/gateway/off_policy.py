@@ -59,7 +59,7 @@ def show_log(
     alone = {f"always {name}": Static(Static.Config(model=name)) for name in pool.names}
     with waiting("judging", quiet):
         result = replay({**judged, **alone}, log, pool)
-        verdict = ending.of(verdict_of_log(judged, log, pool, learned=learned, margin=margin))
+        verdict = ending.of(verdict_of_log(judged, log, pool, learned=learned, margin=margin), is_log=True)
     if as_json:
         print_json({"estimated": "off_policy", **result.to_dict(), "verdict": verdict.to_dict()})
         return

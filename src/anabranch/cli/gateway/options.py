@@ -56,6 +56,10 @@ AllowLeak = Annotated[
     typer.Option("--allow-leak", metavar=FLAG, help="Judge on questions that were learned from, which flatters."),
 ]
 
+Unseen = Annotated[
+    bool, typer.Option("--unseen", metavar=FLAG, help="Leave out questions that the routers learned from.")
+]
+
 
 def read_data(
     name: str, columns: str | None, prices: Path | None, *, keep_copies: bool = False

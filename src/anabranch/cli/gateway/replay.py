@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anabranch.cli.gateway.options import AllowLeak, ColumnMap, Data, Named, Prices, embed, read_data, rest
+from anabranch.cli.gateway.options import AllowLeak, ColumnMap, Data, Named, Prices, Unseen, embed, read_data, rest
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import print_json, say, table
@@ -25,6 +25,7 @@ def replay(
     strategy: Named = None,
     columns: ColumnMap = None,
     prices: Prices = None,
+    unseen: Unseen = False,
     allow_leak: AllowLeak = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -42,8 +43,8 @@ def replay(
     found = load_folder(router, strategy)
     with waiting(f"reading {data}", quiet):
         log, pool = read_data(data, columns, prices, keep_copies=True)
-    if not allow_leak and is_store(data):
-        # It goes on growing: what was not learned from is what was held out, and what came since.
+    if not allow_leak and (unseen or is_store(data)):
+        # A store goes on growing: what was not learned from is what was held out, and what came since.
         log = rest(found, log)
     elif not allow_leak:
         found.check_unseen(log)
@@ -57,6 +58,12 @@ def replay(
         print_json(result.to_dict())
         return
     print_replay(result)
+
+
+def is_past(value: float | None, result: Replay) -> bool:
+    """Whether an estimate lies outside the range of scores."""
+    low, high = result.score_range
+    return value is not None and not low <= value <= high
 
 
 def print_replay(result: Replay) -> None:
@@ -82,6 +89,14 @@ def print_replay(result: Replay) -> None:
         "router", "rows\nmatched", "worth\nrows", "score", "95% interval", "gain on\nthe log", "95% interval", *robust, "$ per 1k\nqueries",
     )  # fmt: skip
     table(headers, rows)
+    past = [
+        one.name for one in result.strategies if any(is_past(value, result) for value in (one.ips, one.doubly_robust))
+    ]
+    if past:
+        print(
+            "\nIPS and doubly robust are right on average, and single ones may pass the range of scores; the score, whose weights add up "
+            f"to 1, keeps to it. Here they do for {', '.join(past)}."
+        )
     cost = "" if result.cost is None else f" at ${1000 * result.cost:.4g} per thousand"
     print(f"\nthe log: {result.rows:,} scored answers, mean score {result.score:.4f}{cost}")
     if not result.drawn:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 SERVE = "anabranch gateway serve --config gateway.toml"
 
+# What the other models would have said to the same questions, judged by a model: what a log alone cannot tell.
+COLLECT = "anabranch gateway collect --config gateway.toml --judge MODEL --out outcomes.jsonl"
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -32,16 +35,22 @@ class Ending:
     strategy: list[str] | None
     leaks: bool
 
-    def of(self, verdict: Verdict) -> Verdict:
-        """The verdict with the next command, kept where it can be and should be; else it is said why not."""
+    def of(self, verdict: Verdict, *, is_log: bool = False) -> Verdict:
+        """The verdict with the next command, kept where it can be and should be; else it is said why not.
+
+        ``is_log``: what it was judged on has the answer of one model to a question, so that more may be asked where it is open.
+        """
         if verdict.recommended is None:
-            return verdict.replace(next="anabranch gateway collect --help")
+            return verdict.replace(next=COLLECT)
         if self.router is None:
-            return verdict.replace(next=self._unfitted(verdict))
+            return verdict.replace(next=COLLECT if is_log and verdict.is_open else self._unfitted(verdict))
         why = self._why_not_kept()
         if why and self.router.is_dir():
             say(f"what is recommended is not kept in {self.router}: {why}")
-        if not why and self._keep(verdict):
+        is_kept = not why and self._keep(verdict)
+        if is_log and verdict.is_open:
+            return verdict.replace(next=COLLECT)
+        if is_kept:
             return verdict.replace(next=f"{SERVE} --router {shell_word(self.router)}")
         return verdict.replace(next=self._unkept(verdict.recommended))
 

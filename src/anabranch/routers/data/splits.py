@@ -128,5 +128,6 @@ def check_unseen(known: set[str], test: Recorded) -> None:
         first = " ".join(shared[0].split())
         raise DataError(
             f"{len(shared):,} of {len(test):,} test questions were learned from, which would flatter every router; the first is "
-            f"{first[:60] + '...' if len(first) > 60 else first!r}. Take them out, or allow the leak on purpose"
+            f"{first[:60] + '...' if len(first) > 60 else first!r}. Take them out, or "
+            "allow the leak on purpose (--allow-leak; in Python allow_leak=True)"
         )

@@ -23,7 +23,7 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.data.splits import groups
 from anabranch.routers.referee.bounds import Binned
 from anabranch.routers.referee.judging import Contender, compared, decide, reach_of
-from anabranch.routers.referee.off_policy import expected, weights
+from anabranch.routers.referee.off_policy import expected, range_of, weights
 from anabranch.routers.referee.verdict import MARGIN, Kind, Verdict, undecided
 from anabranch.routers.strategies.fixed import Static
 
@@ -71,9 +71,7 @@ class _Log:
         self.share_G = bounded(count_G)
         # Of a row in a mean over questions.
         self.share_R = (self.share_G / count_G)[self.group_R]
-        low, high = float(np.nanmin(log.score_NM)), float(np.nanmax(log.score_NM))
-        low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
-        self.quality_NM = np.clip(expected(log, seed), low, high)
+        self.quality_NM = np.clip(expected(log, seed), *range_of(log.score_NM))
         self.cost_NM: np.ndarray | None = None
         if log.cost_NM is not None and np.isfinite(log.cost_NM).any(1).all():
             self.cost_NM = np.clip(expected(replace(log, score_NM=log.cost_NM), seed), 0.0, None)

@@ -85,6 +85,7 @@ class Replay:
         score, cost: means of what was answered.
         has_probabilities: the log says with which probability models were chosen.
         drawn: rows in which another model might have been chosen; all estimates are of them, if there are any.
+        score_range: of the answers' scores; 0 to 1 where they keep to that.
     """
 
     strategies: list[Replayed]
@@ -93,6 +94,7 @@ class Replay:
     cost: float | None
     has_probabilities: bool
     drawn: int = 0
+    score_range: tuple[float, float] = (0.0, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -126,7 +128,21 @@ def replay(
         model_N = strategy.play(log, pool).model_N
         found.append(_estimate(name, log, model_N, weight_NM, drawn_N, expected_NM, logged_N, draws, seed))
     cost = None if log.cost_NM is None else float(np.nanmean(np.where(known_NM, log.cost_NM, np.nan)))
-    return Replay(found, len(log), float(logged_N.mean()), cost, PROBABILITY in log.signals, int(drawn_N.sum()))
+    return Replay(
+        found,
+        len(log),
+        float(logged_N.mean()),
+        cost,
+        PROBABILITY in log.signals,
+        int(drawn_N.sum()),
+        range_of(log.score_NM),
+    )
+
+
+def range_of(score_NM: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest score there can be: 0 and 1 where all are among them, else those seen."""
+    low, high = float(np.nanmin(score_NM)), float(np.nanmax(score_NM))
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
 def weights(log: Recorded, known_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
