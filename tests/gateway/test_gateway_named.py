@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 
+import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from anabranch.gateway.cache import Entry, Named, OtherRequestError, Ticket
 from anabranch.gateway.config import CacheConfig, DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery
 from anabranch.routers.money import Price
@@ -323,3 +325,34 @@ def test_a_name_never_gives_the_answer_to_another_request_or_key(steps):
             assert named.size_bytes == sum(held[1].size_bytes for own in named._held.values() for held in own.values())
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", ask()),
+        ("chat/completions", ask(stream=True)),
+        ("completions", {"model": "small", "prompt": ["pay"]}),
+        ("responses", {"model": "small", "input": "pay"}),
+        ("embeddings", {"model": "small", "input": ["pay"]}),
+    ],
+)
+def test_over_http_a_client_that_gives_up_and_retries_pays_once(tmp_path, path, body):
+    async def work(gateway):
+        server = App(gateway).server()
+        listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1/{path}"
+        async with aiohttp.ClientSession(headers={"idempotency-key": "n"}) as client:
+            for timeout_s in (0.05, 0.05):
+                with pytest.raises(TimeoutError):
+                    await client.post(url, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s))
+            async with client.post(url, json=body) as answer:
+                assert answer.status == 200
+                assert await answer.read()
+            async with client.post(url, json={**body, "seed": 7}) as answer:
+                assert answer.status == 422
+        listener.close()
+        await server.shutdown(0.1)
+
+    _, rows = run(config(tmp_path, model(latency_s=0.2)), work)
+    assert sum(row.cost_nano > 0 for row in rows) == 1
