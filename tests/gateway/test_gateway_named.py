@@ -269,6 +269,10 @@ def test_the_oldest_name_of_whoever_holds_most_goes_first():
         assert len(named) == 4
         assert named.get("quiet", "q", b"1") is not None
         assert [at for at in range(9) if named.get("loud", f"n{at}", b"1")] == [6, 7, 8]
+        # Also where the newest is of somebody who holds little.
+        named.put("other", ("o", b"1"), entry())
+        assert named.get("other", "o", b"1") is not None
+        assert named.get("loud", "n6", b"1") is None
         named.put("loud", ("huge", b"1"), entry(10**6 + 1))
         assert named.get("loud", "huge", b"1") is None
 

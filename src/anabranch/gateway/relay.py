@@ -84,8 +84,6 @@ class Relay:
     async def __anext__(self) -> bytes:
         if self._handed_s is not None:
             self._waited_s += self._loop.time() - self._handed_s
-            if self._sharing is not None and self._task is None and self._waited_s > PATIENCE_S:
-                self._read_on()
             self._handed_s = None
         if self._task is not None:
             return await self._next_of_ahead()
