@@ -22,7 +22,7 @@ from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.chunks import as_chunks
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
-from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage
 from anabranch.gateway.store import LedgerQuery
 from anabranch.web.responses import to_response
 
@@ -107,6 +107,14 @@ def test_a_usage_that_cannot_be_is_none(usage):
     body = {"type": "message", "content": [{"type": "text", "text": "word " * 8}], "usage": usage}
     found = read(body, provider=Anthropic.Config(key_env=None).build()).usage
     assert (found.prompt, found.completion, found.is_estimated) == (5, 10, True)
+
+
+def test_more_cached_than_asked_cannot_be():
+    class Odd(Mock):
+        def parse(self, request, body):
+            return Answer(of(), None, Usage(5, 1, 9))
+
+    assert read_answer(Odd(Mock.Config()), ASKED, b"").usage.is_estimated
 
 
 JSON = st.recursive(

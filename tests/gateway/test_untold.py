@@ -10,6 +10,7 @@ from aiohttp import web
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LostConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.store import LedgerRow, batch, open_store
 from anabranch.routers.money import MOST_NANO, Price
 
 # 1,000 and 2,000 nano-dollars a token.
@@ -171,9 +172,23 @@ def test_a_dropped_stream_is_charged_a_token_for_each_byte(tmp_path):
 def test_an_event_of_which_half_has_come_counts(tmp_path):
     half = sse(chunk("x" * 500))[:-100]
     row = charged(
-        tmp_path, stream(sse(chunk("a")) + half, 1.0), lambda one: True, most=4_000, lost=LostConfig(margin_s=0.0)
-    )
-    assert row.completion_tokens >= 400
+        tmp_path, stream(chunk("a"), 0.2, sse(chunk("b")) + half, 1.0), lambda one: one["choices"][0]["delta"]["content"] == "b",
+        most=4_000, lost=LostConfig(margin_s=0.0),
+    )  # fmt: skip
+    assert 400 <= row.completion_tokens < 4_000
+
+
+def test_the_reader_is_not_told_a_usage_that_was_said_before_the_end(tmp_path):
+    early = {"prompt_tokens": 12, "completion_tokens": 1}
+    handler = stream(*[chunk("1,2,3,4,5,", usage=early)] * 6, chunk("", "stop"), b"data: [DONE]\n\n")
+
+    async def main():
+        async with serving(tmp_path, handler) as gateway:
+            asked = ask(stream=True, stream_options={"include_usage": True})
+            return [one async for one in await gateway.achat(asked)][-1]["usage"]
+
+    usage = asyncio.run(main())
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (12, 15)
 
 
 def test_the_config_may_know_better_how_dense_texts_are(tmp_path):
@@ -230,3 +245,19 @@ def test_what_cannot_be_paid_is_charged_as_far_as_it_can(tmp_path):
     assert row.cost_nano == budget.spent_nano == MOST_NANO
     assert set(row.flags) == {"over_reserved", "capped"}
     assert budget.reserved_nano == 0
+
+
+def test_what_was_spent_stays_a_number_that_a_database_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "MOST_SPENT", MOST_NANO + 5)
+
+    async def main():
+        async with open_store(str(tmp_path / "g.db")) as store:
+            await store.set_budget("global", 1_000)
+            held = [await store.reserve(name, ("global",), 10) for name in ("a", "b")]
+            for one in held:
+                await store.settle(one, LedgerRow(request_id=one.request_id, cost_nano=2 * MOST_NANO))
+            return await store.budgets(), await store.ledger()
+
+    [budget], rows = asyncio.run(main())
+    assert (budget.spent_nano, budget.reserved_nano) == (MOST_NANO + 5, 0)
+    assert [row.cost_nano for row in rows] == [MOST_NANO] * 2
