@@ -82,3 +82,43 @@ def test_a_file_is_not_written_over_itself(litellm, capsys):
     assert main(["gateway", "import", str(litellm), "--out", str(litellm)]) == 2
     assert litellm.read_text() == LITELLM
     assert "name another" in capsys.readouterr().err
+
+
+UNPRICED = """
+model_list:
+  - model_name: gpt
+    litellm_params: {model: openai/gpt-4o, api_key: os.environ/OPENAI_API_KEY}
+    model_info: {input_cost_per_token: 0.0000025, output_cost_per_token: 0.00001, cache_creation_input_token_cost: 0.000003}
+  - model_name: gpt
+    litellm_params: {model: openai/gpt-4o, api_key: os.environ/OPENAI_API_KEY}
+    model_info: {input_cost_per_token: 0.000005, output_cost_per_token: 0.00002}
+  - model_name: free
+    litellm_params: {model: hosted_vllm/llama, api_base: "http://10.0.0.1/v1", api_key: os.environ/OPENAI_API_KEY}
+    model_info: {input_cost_per_token: 0, output_cost_per_token: 0}
+  - model_name: own
+    litellm_params: {model: hosted_vllm/llama, api_base: "http://10.0.0.1/v1", api_key: os.environ/OPENAI_API_KEY}
+  - model_name: listed
+    litellm_params: {model: openai/gpt-4o-mini, api_key: os.environ/OPENAI_API_KEY}
+"""
+
+
+def test_prices_are_kept_and_those_that_nobody_knows_are_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key-of-the-operator")
+    path, out = tmp_path / "config.yaml", tmp_path / "gateway.yaml"
+    path.write_text(UNPRICED)
+    assert main(["gateway", "import", str(path), "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    lines = [line for line in (told.out + told.err).splitlines() if line.startswith("no price")]
+    assert len(lines) == 1
+    assert "deployment own of model own has no price" in lines[0]
+    assert main(["gateway", "import", str(path), "--out", str(out), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["unpriced"]) == 1
+    gpt, free, own, listed = load_config(out).models
+    assert (gpt.price.input, gpt.price.output, gpt.price.cache_write) == (2_500_000_000, 10_000_000_000, 3_000_000_000)
+    assert [one.price and one.price.input for one in gpt.deployments] == [None, 5_000_000_000]
+    assert free.price.is_free
+    assert own.price is listed.price is None
+    # Likewise where the config is checked.
+    assert main(["gateway", "serve", "--config", str(out), "--check"]) == 0
+    told = capsys.readouterr()
+    assert [line for line in (told.out + told.err).splitlines() if line.startswith("no price")] == lines
