@@ -79,3 +79,8 @@ def test_limits_of_a_deployment(fields, takes):
     if "rpm" in fields or "tpm" in fields:
         assert 0 < one.free_in_s(0.0, 10) <= 61
         assert one.can_take(61.0, 10)
+
+
+def test_what_has_no_price_is_not_the_cheapest():
+    unknown = live("unknown", 0, is_priced=False)
+    assert drawn("price", [unknown, live("dear", 9)], 100) == {"dear": 100}
