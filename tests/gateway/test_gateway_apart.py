@@ -10,12 +10,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from anabranch.errors import RateError
-from anabranch.gateway import life
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.core import request
+from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http import openai
 from anabranch.gateway.http.app import App
-from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.providers import provider
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
@@ -60,10 +60,10 @@ WORK = [
     (openai, "check_json_size"),
     (openai, "parse"),
     (openai, "parse_large"),
-    (life, "count_prompt"),
-    (life, "check_chat"),
-    (life, "exact_key"),
-    (life, "shortened"),
+    (request, "count_prompt"),
+    (request, "check_chat"),
+    (request, "exact_key"),
+    (request, "shortened"),
     (provider, "dump_large"),
 ]
 

@@ -9,13 +9,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from anabranch.gateway import relay
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
+from anabranch.gateway.core import relay
+from anabranch.gateway.core.relay import Relay, Sharing
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import Failure, UpstreamError
-from anabranch.gateway.relay import Relay, Sharing
 
 
 class Source:

@@ -83,7 +83,7 @@ def test_it_starts_small_quick_and_without_torch():
             assert ask(running.url, model=model)[0] == 200
         assert call(running.url, "GET", "/ui")[0] == 200
         imported = {line.rpartition("|")[2].strip() for line in running.log.read_text().splitlines()}
-    assert "anabranch.gateway.life" in imported  # the list is of this process
+    assert "anabranch.gateway.core.request" in imported  # the list is of this process
     assert not {
         name for name in imported if name.split(".")[0] in ("torch", "numba", "scipy", "sklearn", "transformers")
     }

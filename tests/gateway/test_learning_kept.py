@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.decide import made_from
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.learning import kept
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import learned, open_store, schema
 from anabranch.routers.checks import made_outcomes, made_pool
@@ -537,9 +537,9 @@ def test_what_it_is_made_from_tells_configs_apart():
         make("thompson"),
         LinUCB.Config().build().fit(made_outcomes(20)),
     ]
-    digests = [kept.made_from(At(one)) for one in makes]
+    digests = [made_from(At(one)) for one in makes]
     assert len(set(digests)) == 4
-    assert kept.made_from(At(make("linucb"))) == digests[0]
+    assert made_from(At(make("linucb"))) == digests[0]
 
 
 def test_a_store_of_the_schema_before_learns_too(url, monkeypatch):

@@ -21,12 +21,12 @@ from anabranch.gateway.config import (
 )
 from anabranch.gateway.config.price_table import FILE, list_price, table
 from anabranch.gateway.config.prices import deployment_price, model_price, unpriced
+from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
-from anabranch.gateway.purse import Purse
 from anabranch.gateway.store import LedgerQuery
 from anabranch.gateway.store.records import GLOBAL
 from anabranch.routers.money import NANO, Price, in_full

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import BudgetError, InputError
-from anabranch.gateway.purse import Purse
+from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.store import Reservation
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from anabranch.gateway.unsettled import Unsettled
+from anabranch.gateway.core.unsettled import Unsettled
 
 
 def test_each_waits_for_its_own_and_one_for_all():

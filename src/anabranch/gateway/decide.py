@@ -14,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
+
+from anabranch.config import to_dict
 from anabranch.errors import ConfigError, InputError, LimitError
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
-from anabranch.gateway.learning.kept import made_from
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.routers.contract.ask import Ask
@@ -25,6 +27,7 @@ from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder
+from anabranch.routers.fitted import digest_of
 from anabranch.web.api_error import wrong
 
 logger = logging.getLogger(__name__)
@@ -174,6 +177,17 @@ class Lane:
         self._threads, old._is_left = old._threads, True
         self.strategy.connect(embed=None if self.embedder is None else self.embedder.embed)
 
+    @property
+    def can_forget(self) -> bool:
+        """Whether its strategy keeps anything of texts."""
+        return type(self.strategy).forget is not Strategy.forget
+
+    async def forget(self, order: Mapping[str, Any]) -> int:
+        """Let its strategy forget what an order is about (`Strategy.forget`); how much there was."""
+        count = await self.alone(lambda: self.strategy.forget(**order))
+        self.touch()
+        return count
+
     async def alone(self, work: Callable[[], T]) -> T:
         """``work()`` while nothing else touches the strategy, however long it takes."""
         if self.is_fast:
@@ -258,6 +272,21 @@ class Lane:
     def _is_stuck(self, limit_s: float) -> bool:
         began = self._began
         return began is not None and time.monotonic() - began > limit_s
+
+
+def made_from(lane: Lane) -> str:
+    """Digest of what a strategy is made from; "" if what it learns cannot be kept."""
+    strategy, embedder = lane.strategy, lane.embedder
+    try:
+        arrays, facts = strategy.state()
+        about = {
+            "kind": strategy.name, "facts": facts, "config": None if strategy.config is None else to_dict(strategy.config),
+            "embedder": None if embedder is None else to_dict(embedder.config),
+        }  # fmt: skip
+        return digest_of({name: np.asarray(value) for name, value in arrays.items()}, json.dumps(about, sort_keys=True))
+    except Exception as error:
+        logger.warning("what strategy %s learns cannot be kept: %s: %s", lane.name, type(error).__name__, error)
+        return ""
 
 
 class Decider:

@@ -11,37 +11,37 @@ async with Gateway() as gateway:                      # a mock pool
 import asyncio
 import json
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError, RateError
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
+from anabranch.gateway.core.decision_log import Collecting
 from anabranch.gateway.core.finished import Finished, Priced
+from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.core.relay import Chunks
+from anabranch.gateway.core.reply import Reply
+from anabranch.gateway.core.request import RequestRun, keeps_texts
 from anabranch.gateway.core.services import Services
-from anabranch.gateway.in_flight import InFlight
+from anabranch.gateway.core.unsettled import Unsettled
 from anabranch.gateway.learning import errands
 from anabranch.gateway.learning.erasures import Erasures
 from anabranch.gateway.learning.kept import EVERY_S, Kept
 from anabranch.gateway.learning.teaching import Teaching
-from anabranch.gateway.life import Life, keeps_texts
 from anabranch.gateway.metrics import Ended, Metrics
 from anabranch.gateway.overview import Overview
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import limited, unavailable
-from anabranch.gateway.relay import Chunks
-from anabranch.gateway.reply import Reply
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord, RateLimits, Store, open_store
 from anabranch.gateway.store.queries import spent_by_key
-from anabranch.gateway.told import Collecting
+from anabranch.gateway.sync_gateway import SyncGateway
 from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.gateway.ui.seen import seen_of, with_price
-from anabranch.gateway.unsettled import Unsettled
 from anabranch.routers.contract.query import Decision
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.money import dollars
@@ -55,7 +55,7 @@ DAY_S = 86_400.0
 MONTH_S = 30 * DAY_S
 
 
-class Gateway:
+class Gateway(SyncGateway):
     """One gateway. Its async methods belong to one event loop; its plain ones may be called from anywhere else.
 
     Args:
@@ -89,7 +89,7 @@ class Gateway:
         self.teaching, self.kept, self.erasures = Teaching(self), Kept(lambda: self.store), Erasures(self)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._overview = Overview(self)
-        self._worker: _Worker | None = None
+        super().__init__()
 
     def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
         return Runtime(config, self._bypassed, self._strategies, previous, self.metrics.of)
@@ -105,6 +105,10 @@ class Gateway:
         if self._store is None:
             raise InputError("the gateway has not been started: await start(), or use it as a context")
         return self._store
+
+    @property
+    def is_started(self) -> bool:  # noqa: D102
+        return self._store is not None
 
     # From start to stop
 
@@ -244,7 +248,7 @@ class Gateway:
             message = f"{self.in_flight:,} requests are under way, which is the limit; try again"
             raise ApiError(429, "rate_limit_exceeded", message, type="requests", headers={"Retry-After": "1"})
         runtime = self.runtime
-        life = Life(
+        life = RequestRun(
             self._services(),
             runtime,
             endpoint,
@@ -276,7 +280,7 @@ class Gateway:
         if stream is not None:
             self._spawn(stream.aclose())  # type: ignore[attr-defined]
 
-    async def _run(self, life: Life, key: str | None) -> Reply:
+    async def _run(self, life: RequestRun, key: str | None) -> Reply:
         try:
             reply = await life.run(key)
         except BaseException as error:
@@ -293,7 +297,7 @@ class Gateway:
             reply.stream.on_close = lambda: self._leave(life)  # type: ignore[attr-defined]
         return reply
 
-    def _leave(self, life: Life) -> None:
+    def _leave(self, life: RequestRun) -> None:
         self.in_flight -= 1
         life.runtime.release()
         if life.is_counted:
@@ -328,11 +332,6 @@ class Gateway:
         assert reply.body is not None
         return json.loads(reply.body)
 
-    def chat(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Any:
-        """`achat` for code without an event loop; with ``stream``, an iterator. The gateway starts by itself and ends with `close`."""
-        answer = self._called(self._started_chat({**(body or {}), **fields}, key))
-        return self._iterated(answer) if isinstance(answer, AsyncIterator) else answer
-
     async def aroute(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
         """Where a request would go. Nothing is asked, reserved or kept, but by a strategy that asks models. Raises ApiError."""
         return await self.explain({**(body or {}), **fields}, await self.authenticate(key))
@@ -340,47 +339,7 @@ class Gateway:
     async def explain(self, body: dict[str, Any], record: KeyRecord | None = None) -> Decision:
         """`aroute` for operators, who need no key."""
         with self.runtime.used() as runtime:
-            return await Life(self._services(), runtime, "chat", body, {}, "route").route(record)
-
-    def route(self, body: dict[str, Any] | None = None, *, key: str | None = None, **fields: Any) -> Decision:
-        """`aroute` for code without an event loop."""
-        return self._called(self._started_route({**(body or {}), **fields}, key))
-
-    def close(self) -> None:
-        """End what `chat` and `route` started."""
-        if self._worker is not None:
-            self._worker.run(self.stop())
-            self._worker.close()
-            self._worker = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    async def _started_chat(self, body: dict[str, Any], key: str | None) -> Any:
-        if self._store is None:
-            await self.start()
-        return await self.achat(body, key=key)
-
-    async def _started_route(self, body: dict[str, Any], key: str | None) -> Decision:
-        if self._store is None:
-            await self.start()
-        return await self.aroute(body, key=key)
-
-    def _called(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._worker is None:
-            self._worker = _Worker()
-        return self._worker.run(work)
-
-    def _iterated(self, chunks: AsyncIterator[T]) -> Iterator[T]:
-        done = object()
-        try:
-            while (chunk := self._called(_next(chunks, done))) is not done:
-                yield chunk
-        finally:
-            self._called(chunks.aclose())  # type: ignore[attr-defined]
+            return await RequestRun(self._services(), runtime, "chat", body, {}, "route").route(record)
 
     # What else there is to ask
 
@@ -457,7 +416,7 @@ class Gateway:
             raise limited(error) from None
 
     def keeps_texts(self, body: Mapping[str, Any]) -> bool:
-        """See `life.keeps_texts`."""
+        """See `core.request.keeps_texts`."""
         return keeps_texts(self.config, body)
 
     def _services(self) -> Services:
@@ -528,26 +487,3 @@ class Gateway:
 
     def _bypassed(self, strategy: str, why: str) -> None:
         self.metrics.bypassed.labels(strategy, why).inc()
-
-
-async def _next(items: AsyncIterator[T], done: Any) -> Any:
-    return await anext(items, done)
-
-
-class _Worker:
-    """An event loop in a thread of its own."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="gateway", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def close(self) -> None:
-        """End the loop."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import InputError
+from anabranch.gateway.core.decision_log import Collecting
 from anabranch.gateway.store import COLLECT, LedgerQuery, LedgerRow
-from anabranch.gateway.told import Collecting
 from anabranch.routers.money import dollars
 from anabranch.web.api_error import ApiError
 

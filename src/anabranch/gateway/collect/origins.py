@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.gateway.collect.calls import Messages, Said, call_key
+from anabranch.gateway.core.decision_log import LONGEST_TEXT
 from anabranch.gateway.store import COLLECT, KeyRecord, LedgerQuery, LedgerRow
 from anabranch.gateway.store.store import Store
-from anabranch.gateway.told import LONGEST_TEXT
 from anabranch.routers.data.splits import question
 from anabranch.routers.wording import normal_form
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from anabranch.errors import InputError, LimitError
 from anabranch.gateway.asked import asked_of
+from anabranch.gateway.core.payable import has_price, no_price
 from anabranch.gateway.core.pieces import AHEAD, drained
+from anabranch.gateway.core.purse import Hold, Purse
 from anabranch.gateway.dispatch import Dispatcher, Plan, Report
-from anabranch.gateway.payable import has_price, no_price
 from anabranch.gateway.prompt_tokens import PromptCount, count_prompt, room_of
 from anabranch.gateway.providers.chunks import text_of
 from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage, garbage
-from anabranch.gateway.purse import Hold, Purse
 from anabranch.gateway.validate import check_chat, check_depth
 from anabranch.routers.contract.ask import Answered, Arm, Messages, Purpose, Said
 from anabranch.routers.money import dollars

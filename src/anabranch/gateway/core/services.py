@@ -7,10 +7,10 @@ from typing import Any
 
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.core.finished import Finished, Priced
-from anabranch.gateway.in_flight import InFlight
+from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.core.unsettled import Unsettled
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.store import KeyRecord, RateLimits, Store
-from anabranch.gateway.unsettled import Unsettled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from anabranch.errors import CapacityError
+from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.dispatch import Report
-from anabranch.gateway.purse import Purse
 from anabranch.gateway.store import CollectedRow, LedgerRow, Reservation, Store
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from typing import Any
 
 from aiohttp import web
 
+from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.media_requests import parse_form
 from anabranch.gateway.providers.media import PATHS as MEDIA
-from anabranch.gateway.reply import Reply
 from anabranch.web.answers import SAFE, Route, bearer, json_response, read_body
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse

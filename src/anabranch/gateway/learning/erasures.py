@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from anabranch.gateway.learning.waiting import Waited
 from anabranch.gateway.store import learned
 from anabranch.gateway.store.database import Connection
-from anabranch.routers.contract.strategy import Strategy, is_meant
+from anabranch.routers.contract.strategy import is_meant
 
 if TYPE_CHECKING:
     from anabranch.gateway.decide import Lane
@@ -18,11 +18,6 @@ logger = logging.getLogger(__name__)
 
 # Of orders, after which all processes that are alive have seen them.
 KEPT_US = 86_400 * 10**6
-
-
-def can_forget(strategy: Strategy) -> bool:
-    """Whether it keeps anything of texts."""
-    return type(strategy).forget is not Strategy.forget
 
 
 class Erasures:
@@ -90,13 +85,13 @@ class Erasures:
 
     def _lanes(self) -> "list[Lane]":
         lanes: Iterable[Lane] = self._gateway.runtime.decider.lanes.values()
-        return [lane for lane in lanes if can_forget(lane.strategy)]
+        return [lane for lane in lanes if lane.can_forget]
 
     async def _apply(self, order: Mapping[str, Any]) -> int:
         count = 0
         self._gateway.teaching.waiting.forget(lambda waited: _is_meant(waited, order))
         for lane in self._lanes():
-            count += await forget(lane, order)
+            count += await lane.forget(order)
         return count
 
 
@@ -126,10 +121,3 @@ def _is_meant(waited: Waited, order: Mapping[str, Any]) -> bool:
     if order["tenant"] is None:
         return True
     return waited.key_id == order["tenant"] and order["user"] in (None, waited.outcome.query.user)
-
-
-async def forget(lane: "Lane", order: Mapping[str, Any]) -> int:
-    """Let one strategy forget; how much there was."""
-    count = await lane.alone(lambda: lane.strategy.forget(**order))
-    lane.touch()
-    return count

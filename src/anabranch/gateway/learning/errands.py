@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anabranch.errors import AnabranchError, CapacityError, InputError, LimitError
 from anabranch.gateway.core import settlement
 from anabranch.gateway.core.model_calls import bounded, check_priced, paid_plan, worst_nano
+from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
-from anabranch.gateway.purse import Purse
 from anabranch.gateway.store import LEARNING, LedgerRow, Reservation
 from anabranch.gateway.store.records import GLOBAL
 from anabranch.routers.contract.strategy import Strategy

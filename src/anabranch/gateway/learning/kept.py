@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anabranch.config import to_dict
 from anabranch.errors import AnabranchError
-from anabranch.gateway.learning.erasures import can_forget, forget
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import LearnedRow
 from anabranch.routers.contract.strategy import Arrays, Example, Facts
-from anabranch.routers.fitted import VERSION, digest_of, packed, unpacked
+from anabranch.routers.fitted import VERSION, packed, unpacked
 
 if TYPE_CHECKING:
     from anabranch.gateway.decide import Lane
@@ -54,21 +52,6 @@ MOST_EXAMPLES = 500
 OVERLAP_US = 60 * 10**6
 
 Part = tuple[Arrays, Facts]
-
-
-def made_from(lane: "Lane") -> str:
-    """Digest of what a strategy is made from; "" if what it learns cannot be kept."""
-    strategy, embedder = lane.strategy, lane.embedder
-    try:
-        arrays, facts = strategy.state()
-        about = {
-            "kind": strategy.name, "facts": facts, "config": None if strategy.config is None else to_dict(strategy.config),
-            "embedder": None if embedder is None else to_dict(embedder.config),
-        }  # fmt: skip
-        return digest_of({name: np.asarray(value) for name, value in arrays.items()}, json.dumps(about, sort_keys=True))
-    except Exception as error:
-        logger.warning("what strategy %s learns cannot be kept: %s: %s", lane.name, type(error).__name__, error)
-        return ""
 
 
 @dataclass(slots=True)
@@ -223,12 +206,12 @@ class Kept:
 
     async def _forget_since(self, lane: "Lane", written_us: Sequence[int]) -> None:
         """What was ordered to be forgotten while something was written by who did not know of it yet."""
-        if not written_us or not can_forget(lane.strategy):
+        if not written_us or not lane.can_forget:
             return
         orders = await self._store().look(lambda connection: learned.read_erasures(connection, 0))
         for _, ordered_us, order in orders:
             if any(ordered_us <= ts_us <= ordered_us + OVERLAP_US for ts_us in written_us):
-                await forget(lane, json.loads(order))
+                await lane.forget(json.loads(order))
 
     async def _take_examples(self, lane: "Lane", held: _Held) -> list[int]:
         """Take over what others wrote since; when they wrote it."""

@@ -1,4 +1,4 @@
-"""One request from its key to its ledger row. `Gateway.handle` makes a `Life` of it and runs it; nothing else here is public.
+"""One request from its key to its ledger row. `Gateway.handle` makes a `RequestRun` of it and runs it; nothing else here is public.
 
     authenticate, validate, count -> caches -> decide -> reserve -> dispatch -> stream or return -> settle -> observe
 
@@ -31,15 +31,21 @@ from anabranch.gateway.cache import (
 )
 from anabranch.gateway.config import GatewayConfig, Target, find_target
 from anabranch.gateway.core import settlement
+from anabranch.gateway.core.decision_log import Collecting, collected_of, explained, texts_of
 from anabranch.gateway.core.finished import Priced
+from anabranch.gateway.core.ledger_row import call_rows, finished, priced, row_of
 from anabranch.gateway.core.model_calls import ModelCalls
+from anabranch.gateway.core.payable import payable
 from anabranch.gateway.core.program_run import ProgramRun
+from anabranch.gateway.core.purse import Hold, Purse
+from anabranch.gateway.core.relay import Relay, Replayed, Sharing
+from anabranch.gateway.core.reply import Reply
+from anabranch.gateway.core.response_headers import headers_of
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Plan, Report
 from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media, most_made
 from anabranch.gateway.metrics import StageClock
-from anabranch.gateway.payable import payable
 from anabranch.gateway.prompt_tokens import (
     BYTES_PER_TOKEN,
     PromptCount,
@@ -51,22 +57,8 @@ from anabranch.gateway.prompt_tokens import (
 )
 from anabranch.gateway.providers.media import content_type
 from anabranch.gateway.providers.provider import WRITES, Answer, Failure, Native, UpstreamError, UpstreamRequest, Usage
-from anabranch.gateway.purse import Hold, Purse
 from anabranch.gateway.refusals import HOPELESS, limited, unavailable
-from anabranch.gateway.relay import Relay, Replayed, Sharing
-from anabranch.gateway.reply import Reply
 from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, Reservation, subjects_of
-from anabranch.gateway.told import (
-    Collecting,
-    call_rows,
-    collected_of,
-    explained,
-    finished,
-    headers_of,
-    priced,
-    row_of,
-    texts_of,
-)
 from anabranch.gateway.validate import check_chat, check_completion, check_depth, check_embeddings
 from anabranch.routers.contract.program import ProgramRequest
 from anabranch.routers.contract.query import Candidate, Decision, Outcome, Pool, Query
@@ -94,7 +86,7 @@ NOT_SETTINGS = frozenset({"model", "messages", "n", "best_of", "stream", "stream
 CONTINUED = 200
 
 
-class Life:
+class RequestRun:
     """One request. Attributes are what is known of it so far; see the methods for when."""
 
     def __init__(
