@@ -31,7 +31,7 @@ from anabranch.gateway.store import LedgerQuery
 from anabranch.gateway.store.records import GLOBAL
 from anabranch.routers.money import NANO, Price, in_full
 from anabranch.web.api_error import ApiError
-from billing_provider import BillingProvider
+from billing_provider import BillingProvider, Call
 
 USUAL = Price.of_dollars("1", "10")
 HELLO = [{"role": "user", "content": "hello"}]
@@ -369,6 +369,26 @@ def test_deployments_have_prices_of_their_own_and_the_cheapest_is_asked(tmp_path
                 await work(gateway, provider)
 
     asyncio.run(run())
+
+
+def test_a_tier_that_the_provider_chose_and_nobody_priced_is_told_once(tmp_path, caplog):
+    class Scaled(Call):
+        """Of an account whose calls are all of a tier of its own."""
+
+        def beside(self):
+            return {"service_tier": "scale"}
+
+    async def work(gateway, provider):
+        provider.call_kind = Scaled
+        for _ in range(3):
+            await gateway.achat({"model": "rich", "messages": HELLO, "max_tokens": 5})
+        await gateway.settled()
+        for row in await gateway.store.ledger(LedgerQuery()):
+            assert row.cost_nano == 2 * USUAL.cost(row.prompt_tokens, row.completion_tokens)
+
+    with caplog.at_level(logging.WARNING):
+        served(tmp_path, work)
+    assert sum("deployment rich says that it served the tier 'scale'" in one.message for one in caplog.records) == 1
 
 
 # Sentences about money

@@ -1,15 +1,21 @@
 """`Live`: a deployment with how it is doing now."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from anabranch.gateway.dispatch.bill import bill
+from anabranch.gateway.dispatch.bill import bill, is_unpriced
 from anabranch.gateway.dispatch.breaker import Breaker, BreakerRules, Outcome, admit, record, would_admit
 from anabranch.gateway.dispatch.deployments import Deployment
 from anabranch.gateway.dispatch.senders import Senders
 from anabranch.gateway.dispatch.window import SlidingSum
 from anabranch.gateway.providers.provider import Failure, Provider, Transport, Usage
 from anabranch.routers.money import Price
+
+logger = logging.getLogger(__name__)
+
+# Names of tiers that the log speaks of, for one deployment.
+ODD_TIERS = 8
 
 # Weight of the newest observation in smoothed values.
 ALPHA = 0.1
@@ -72,11 +78,21 @@ class Live:
         self.tells_usage = False
         self.requests, self.tokens = SlidingSum(MINUTE_S), SlidingSum(MINUTE_S)
         self._on_change, self._heard_at = on_change, 0.0
+        # Tiers that were told and have no price, of which the log has spoken.
+        self._odd_tiers: set[str] = set()
         self.senders = Senders(rules.window_s, rules.senders)
         self.is_doubted = False
 
     def bill(self, usage: Usage, asked: Usage | None = None) -> int:
         """Nano-dollars of a call of it; see `bill`."""
+        if is_unpriced(self.price, usage) and usage.tier not in self._odd_tiers and len(self._odd_tiers) < ODD_TIERS:
+            self._odd_tiers.add(usage.tier)
+            logger.warning(
+                "deployment %s says that it served the tier %r, which its price does not name (tiers); such calls are charged as the "
+                "dearest that it names, which may be less than the bill",
+                self.name,
+                usage.tier,
+            )
         writes = self.provider.caches_unasked and self.price.cache_write is not None
         return bill(self.price, usage, asked, writes=writes)
 
