@@ -177,3 +177,77 @@ def test_an_answer_in_parts_is_a_text():
     whole = answer(content=[{"type": "text", "text": "a"}, {"type": "other"}, {"type": "text", "text": "b"}])
     [item] = to_response({"model": "m"}, whole)["output"]
     assert item["content"][0]["text"] == "ab"
+
+
+SIGNED = [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "redacted_thinking", "data": "z"}]
+INCLUDED = {"model": "m", "input": "hi", "include": ["reasoning.encrypted_content"]}
+
+
+def streamed(body, *deltas):
+    """The last event of a stream of these, in which each item was told as the end has it."""
+    made = ResponseStream(body)
+    chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    pieces = [*made.begin(), *(piece for chunk in chunks for piece in made.add(chunk)), *made.end()]
+    values = [next(read_data(piece)) for piece in pieces]
+    done = [value["item"] for value in values if value["type"] == "response.output_item.done"]
+    assert done == values[-1]["response"]["output"]
+    return done
+
+
+def test_signed_thoughts_go_out_sealed_where_they_are_asked_for_and_come_back_whole():
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = answer(content=None, reasoning_content="hm", thinking_blocks=SIGNED, tool_calls=[call])
+    whole = to_response(INCLUDED, said)["output"]
+    pieces = (
+        {"reasoning_content": "h"},
+        {"reasoning_content": "m"},
+        {"thinking_blocks": SIGNED[:1]},
+        {"thinking_blocks": SIGNED[1:]},
+    )
+    parts = streamed(INCLUDED, *pieces, {"tool_calls": [{"index": 0, **call}]})
+    for output in (whole, parts):
+        thought, asked = output
+        assert (thought["type"], thought["content"][0]["text"], asked["type"]) == ("reasoning", "hm", "function_call")
+        result = {"type": "function_call_output", "call_id": "c1", "output": "r"}
+        messages = to_chat({"model": "m", "input": [{"role": "user", "content": "hi"}, *output, result]})["messages"]
+        assert messages[1] == {"role": "assistant", "content": "", "thinking_blocks": SIGNED, "tool_calls": [call]}
+        assert [message["role"] for message in messages] == ["user", "assistant", "tool"]
+    assert "encrypted_content" not in to_response({"model": "m", "input": "hi"}, said)["output"][0]
+    assert "encrypted_content" not in streamed({"model": "m", "input": "hi"}, *pieces)[0]
+
+
+def test_thoughts_without_words_are_an_item_too_and_those_sealed_elsewhere_stay_there():
+    [thought, message] = streamed(INCLUDED, {"thinking_blocks": SIGNED[1:]}, {"content": "so"})
+    assert (thought["content"], message["content"][0]["text"]) == ([], "so")
+    turns = [thought, message, {"role": "user", "content": "and?"}]
+    assert to_chat({"model": "m", "input": turns})["messages"][0] == {
+        "role": "assistant",
+        "content": "so",
+        "thinking_blocks": SIGNED[1:],
+    }
+    for sealed in ("gAAAA", "anabranch-1.!!", "anabranch-1.e30=", 7):
+        item = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": sealed}
+        assert to_chat({"model": "m", "input": [item, message]})["messages"] == [{"role": "assistant", "content": "so"}]
+
+
+def test_a_message_behind_a_call_does_not_take_the_calls_place():
+    items = [
+        {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+        {"type": "message", "role": "assistant", "content": "so"},
+    ]
+    messages = to_chat({"model": "m", "input": items}, keeps_reasoning=True)["messages"]
+    assert [bool(message.get("tool_calls")) for message in messages] == [True, False]
+
+
+def test_files_sound_and_verbosity_have_their_place_in_chat():
+    parts = [
+        {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,AA"},
+        {"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}},
+    ]
+    made = to_chat({"model": "m", "input": [{"role": "user", "content": parts}], "text": {"verbosity": "low"}})
+    assert made["verbosity"] == "low"
+    assert made["messages"][0]["content"] == [
+        {"type": "file", "file": {"file_data": "data:application/pdf;base64,AA", "filename": "a.pdf"}},
+        {"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}},
+    ]

@@ -218,3 +218,11 @@ def test_what_runs_at_anthropic_alone_is_refused(content, fields):
     with pytest.raises(UpstreamError) as caught:
         messages({"role": "user", "content": content}, **fields)
     assert caught.value.failure.kind == "unsupported"
+
+
+@pytest.mark.parametrize("model", ["gpt-5", "gpt-4o"])
+def test_thoughts_of_another_model_are_not_sent_to_openais(model):
+    said = {"role": "assistant", "content": "so", "thinking_blocks": [{"type": "thinking"}], "reasoning_content": "hm"}
+    body = {"messages": [*HELLO, said]}
+    assert fitted(body, model)["messages"] == [*HELLO, {"role": "assistant", "content": "so"}]
+    assert fitted(body, "qwen3") is body

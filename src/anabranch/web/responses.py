@@ -4,6 +4,8 @@ What holds state on the server (``previous_response_id``, ``conversation``, ``ba
 here keeps a conversation. Fields that chat has too, and those nobody knows, pass through. A gateway and a server of a model both use it.
 """
 
+import base64
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -62,6 +64,8 @@ def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str,
         chat["response_format"] = {"type": wanted.get("type"), **({"json_schema": form} if is_schema else form)}
     if effort := _table(body, "reasoning").get("effort"):
         chat["reasoning_effort"] = effort
+    if verbosity := _table(body, "text").get("verbosity"):
+        chat["verbosity"] = verbosity
     if body.get("stream"):
         chat["stream_options"] = {"include_usage": True}
     return chat
@@ -77,8 +81,9 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     choice = (answer.get("choices") or [{}])[0]
     message = choice.get("message") or {}
     output: list[dict[str, Any]] = []
-    if message.get("reasoning_content"):
-        output.append(_reasoning_item(_new("rs"), message["reasoning_content"]))
+    if message.get("reasoning_content") or message.get("thinking_blocks"):
+        thought = _reasoning_item(_new("rs"), message.get("reasoning_content") or "")
+        output.append(_sealed(thought, message.get("thinking_blocks"), body))
     if message.get("content") is not None or message.get("refusal"):
         output.append(_message_item(_new("msg"), _as_text(message.get("content")), message.get("refusal") or ""))
     for call in message.get("tool_calls") or ():
@@ -100,13 +105,14 @@ class ResponseStream:
     """Turns the chunks of a chat stream into the events of a streamed response: `begin`, `add` each chunk, `end` or `fail`."""
 
     def __init__(self, body: dict[str, Any]) -> None:
-        self._made = _response(body, body.get("model"), None)
+        self._body, self._made = body, _response(body, body.get("model"), None)
         self._number = -1
         self._output: list[dict[str, Any]] = []
         # The message or reasoning that is being told, and what its last part is: "text", "refusal" or "reasoning".
         self._item: dict[str, Any] | None = None
         self._part: str | None = None
         self._calls: dict[int, dict[str, Any]] = {}
+        self._thoughts: list[dict[str, Any]] = []
         self._reason: str | None = None
         self._usage: dict[str, Any] | None = None
 
@@ -125,6 +131,8 @@ class ResponseStream:
             for kind, field in (("reasoning", "reasoning_content"), ("text", "content"), ("refusal", "refusal")):
                 if delta.get(field):
                     yield from self._add_text(kind, delta[field])
+                if kind == "reasoning" and delta.get("thinking_blocks"):
+                    yield from self._add_thoughts(delta["thinking_blocks"])
             for call in delta.get("tool_calls") or ():
                 yield from self._add_call(call)
 
@@ -165,6 +173,16 @@ class ResponseStream:
         more: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
         yield self._event(f"response.{_TEXTS[kind]}.delta", **self._where(item), delta=text, **more)
 
+    def _add_thoughts(self, blocks: list[dict[str, Any]]) -> Iterator[bytes]:
+        """What seals the thoughts that were told before, or is sealed whole."""
+        if self._item is None or self._item["type"] != "reasoning":
+            yield from self._close_item()
+            yield from self._close_calls()
+            item = self._item = {**_reasoning_item(_new("rs"), ""), "status": "in_progress", "content": []}
+            self._output.append(item)
+            yield self._event("response.output_item.added", output_index=self._at(item), item=item)
+        self._thoughts += blocks
+
     def _close_part(self) -> Iterator[bytes]:
         if self._part is None or self._item is None:
             return
@@ -181,6 +199,9 @@ class ResponseStream:
         yield from self._close_part()
         item, self._item = self._item, None
         item["status"] = "completed"
+        if item["type"] == "reasoning":
+            thoughts, self._thoughts = self._thoughts, []
+            item |= _sealed(item, thoughts, self._body)
         yield self._event("response.output_item.done", output_index=self._at(item), item=item)
 
     def _add_call(self, part: dict[str, Any]) -> Iterator[bytes]:
@@ -236,13 +257,43 @@ def _messages(body: dict[str, Any], keeps_reasoning: bool) -> list[dict[str, Any
         if not isinstance(item, dict):
             raise wrong(f"input[{at}]", f"input[{at}] must be an object")
         if item.get("type") == "reasoning":
-            thought = _thought(item) if keeps_reasoning else ""
+            made = _thoughts_of(item, keeps_reasoning)
             # It is of the message or the call that follows.
-            if thought:
-                messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
+            if made:
+                messages.append({"role": "assistant", "content": "", **made})
         else:
             _add_item(messages, item, f"input[{at}]")
     return messages
+
+
+# Marks thoughts that were sealed here, for whoever gets them back.
+_SEAL = "anabranch-1."
+_THOUGHTS = ("reasoning_content", "thinking_blocks")
+
+
+def _sealed(item: dict[str, Any], thoughts: Any, body: dict[str, Any]) -> dict[str, Any]:
+    """A reasoning item with the signed thoughts behind it, if they are asked for (``include``): the model goes on from them."""
+    included = body.get("include")
+    if not thoughts or not isinstance(included, list) or "reasoning.encrypted_content" not in included:
+        return item
+    text = json.dumps(thoughts, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return {**item, "encrypted_content": _SEAL + base64.urlsafe_b64encode(text).decode()}
+
+
+def _thoughts_of(item: dict[str, Any], keeps_reasoning: bool) -> dict[str, Any]:
+    """What a reasoning item says of a message: its text, where the model may see it, and the thoughts that were sealed here."""
+    made: dict[str, Any] = {}
+    if keeps_reasoning and (thought := _thought(item)):
+        made["reasoning_content"] = thought
+    sealed = item.get("encrypted_content")
+    if isinstance(sealed, str) and sealed.startswith(_SEAL):
+        try:
+            blocks = json.loads(base64.urlsafe_b64decode(sealed.removeprefix(_SEAL)))
+        except (ValueError, RecursionError):
+            blocks = None
+        if isinstance(blocks, list) and blocks and all(isinstance(block, dict) for block in blocks):
+            made["thinking_blocks"] = blocks
+    return made
 
 
 def _thought(item: dict[str, Any]) -> str:
@@ -258,13 +309,11 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -
             raise wrong(f"{name}.{field}", f"{name}.{field} is {said(item.get(field))}; it must be {wanted}")
     if kind == "message":
         made: dict[str, Any] = {"role": item.get("role"), "content": _content(item.get("content"), name)}
-        if (
-            made["role"] == "assistant"
-            and messages
-            and messages[-1].get("reasoning_content")
-            and not messages[-1]["content"]
-        ):
-            made["reasoning_content"] = messages.pop()["reasoning_content"]
+        before = messages[-1] if messages else {}
+        is_thought = any(before.get(name) for name in _THOUGHTS) and not before["content"]
+        if made["role"] == "assistant" and is_thought and not before.get("tool_calls"):
+            messages.pop()
+            made |= {name: before[name] for name in _THOUGHTS if name in before}
         messages.append(made)
     elif kind == "function_call":
         call = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
@@ -305,10 +354,17 @@ def _content(content: Any, name: str) -> Any:
         elif kind == "input_image" and part.get("image_url"):
             detail = {"detail": part["detail"]} if part.get("detail") else {}
             parts.append({"type": "image_url", "image_url": {"url": part["image_url"], **detail}})
+        elif kind == "input_file" and (part.get("file_data") or part.get("file_id")):
+            file = {field: part[field] for field in ("file_data", "file_id", "filename") if part.get(field)}
+            parts.append({"type": "file", "file": file})
+        elif kind == "input_audio" and isinstance(part.get("input_audio"), dict):
+            parts.append({"type": "input_audio", "input_audio": part["input_audio"]})
         else:
             where = f"{name}.content[{at}]"
             raise wrong(
-                where, f"{where} is of type {str(kind)[:40]!r}; text and images by URL can be sent", "unsupported"
+                where,
+                f"{where} is of type {str(kind)[:40]!r}; text, images by URL, files with their data and sound can be sent",
+                "unsupported",
             )
     if len(parts) == 1 and parts[0]["type"] == "text":
         return parts[0]["text"]

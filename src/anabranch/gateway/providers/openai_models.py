@@ -36,9 +36,12 @@ def fitted(body: Json, model: str, reasoning: bool | None = None) -> Json:
 
     Raises UpstreamError (``unsupported``) for what it cannot give.
     """
-    if reasoning is None and _CHAT.match(model):
+    is_chat, thinks = _CHAT.match(model) is not None, reasons(model)
+    if is_chat or thinks:
+        body = _own(body)
+    if reasoning is None and is_chat:
         return _without(body, ("reasoning_effort", "verbosity"))
-    if not (reasons(model) if reasoning is None else reasoning):
+    if not (thinks if reasoning is None else reasoning):
         return body
     made = body
     if body.get("max_tokens"):
@@ -65,6 +68,21 @@ def effort_of(thinking: Any, model: str) -> str | None:
     if thinking.get("type") != "enabled" or not isinstance(budget, int):
         return None
     return "low" if budget <= 2048 else "medium" if budget <= 8192 else "high"
+
+
+# Of messages that another model wrote, or that were written for one; OpenAI refuses what it does not know.
+_OTHERS = ("thinking_blocks", "reasoning_content", "cache_control", "is_error")
+
+
+def _own(body: Json) -> Json:
+    """The body without what others say in messages; the same where they say nothing."""
+    messages = body.get("messages") or ()
+    if not any(isinstance(message, dict) and any(name in message for name in _OTHERS) for message in messages):
+        return body
+    return {
+        **body,
+        "messages": [_without(message, _OTHERS) if isinstance(message, dict) else message for message in messages],
+    }
 
 
 def _without(body: Json, names: tuple[str, ...]) -> Json:
