@@ -46,7 +46,7 @@ def upstream():
 def gateway(upstream, tmp_path_factory):
     path = tmp_path_factory.mktemp("gateway") / "gateway.json"
     claude = {"kind": "anthropic", "model": "claude-sonnet-4-5-20250929", "base_url": upstream.url}
-    gpt = {"kind": "openai", "model": "gpt-5.1", "base_url": f"{upstream.url}/openai/v1"}
+    gpt = {"kind": "openai", "model": "gpt-5.1", "base_url": f"{upstream.url}/openai/v1", "responses": True}
     models = [{"name": name, "deployments": [{"provider": one}]} for name, one in (("claude", claude), ("gpt", gpt))]
     fields = {
         "retries": {"attempts": 1},
@@ -70,6 +70,13 @@ def messages(gateway, upstream):
 def chats(gateway, upstream):
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0, timeout=30) as client:
         yield client.chat.completions
+    assert upstream.faults == []
+
+
+@pytest.fixture
+def responses(gateway, upstream):
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0, timeout=30) as client:
+        yield client.responses
     assert upstream.faults == []
 
 
@@ -188,3 +195,37 @@ def test_tokens_are_counted(messages):
     assert 0 < short < messages.count_tokens(model="claude", **fields).input_tokens
     with pytest.raises(anthropic.NotFoundError):
         messages.count_tokens(model="none", messages=[{"role": "user", "content": "hello"}])
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_response_is_asked_for_where_it_is_at_home_and_comes_as_it_is(responses, is_streamed):
+    tool = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": False}
+    fields = {
+        "model": "gpt",
+        "tools": [tool],
+        "store": False,
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "include": ["reasoning.encrypted_content"],
+        "max_output_tokens": 900,
+    }
+    asked = [{"role": "user", "content": "What is the weather in Ghent?"}]
+    if is_streamed:
+        events = list(responses.create(input=asked, stream=True, **fields))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        found = events[-1].response
+        assert (
+            "".join(event.delta for event in events if event.type == "response.function_call_arguments.delta")
+            == '{"city":"Ghent"}'
+        )
+    else:
+        found = responses.create(input=asked, **fields)
+    thought, call = found.output
+    assert (found.id[:8], thought.summary[0].text, thought.encrypted_content[:5]) == (
+        "resp_682",
+        "**Asking the tool**",
+        "gAAAA",
+    )
+    assert (found.usage.input_tokens, found.usage.output_tokens_details.reasoning_tokens) == (55, 24)
+    said = [item.to_dict(exclude_none=True) for item in found.output]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
+    assert responses.create(input=[*asked, *said, result], **fields).output_text == "It rains in Ghent."

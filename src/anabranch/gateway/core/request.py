@@ -300,7 +300,7 @@ class RequestRun:
     @property
     def _form(self) -> str:
         """Of the answer that is kept: one in Anthropic's form has more in it than others may see."""
-        return "" if self.native is None else f"#messages:{self.native.digest}"
+        return "" if self.native is None else f"#{self.native.form}:{self.native.digest}"
 
     @property
     def asked_for(self) -> str:

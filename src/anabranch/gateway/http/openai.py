@@ -14,13 +14,14 @@ from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.media_requests import parse_form
 from anabranch.gateway.providers.media import PATHS as MEDIA
+from anabranch.gateway.providers.provider import Native
 from anabranch.web.answers import SAFE, Route, bearer, json_response, read_body
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 from anabranch.web.large_json import LARGE, parse_large
 from anabranch.web.responses import ResponseStream, to_chat, to_response
-from anabranch.web.sse import read_data
+from anabranch.web.sse import event, read_data
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class OpenAIRoutes:
             headers=request.headers,
             shown_as="responses",
             num_bytes=num_bytes,
+            native=Native(body, {}, "responses") if self._has_responses(body.get("model")) else None,
         )
         # Unlike OpenAI's, ours cannot be asked for again; it is said all the same whether its text is kept.
         body = {**body, "store": self._gateway.keeps_texts(body)}
@@ -80,10 +82,19 @@ class OpenAIRoutes:
         if reply.stream is not None:
             reply.stream = _as_response(body, reply.stream)
         elif reply.body is not None:
-            reply.body = json.dumps(to_response(body, json.loads(reply.body)), ensure_ascii=False).encode(
-                "utf-8", "replace"
-            )
+            answer = json.loads(reply.body)
+            made = answer.get("responses") or to_response(body, answer)
+            reply.body = json.dumps(made, ensure_ascii=False).encode("utf-8", "replace")
         return await self.send(request, reply, source)
+
+    def _has_responses(self, name: Any) -> bool:
+        """Whether a model is asked in this form where it is at home."""
+        model = (
+            self._gateway.runtime.models.get(self._gateway.config.aliases.get(name, name))
+            if isinstance(name, str)
+            else None
+        )
+        return model is not None and any(getattr(one.provider, "responses", False) for one in model.deployments)
 
     async def _models(self, request: web.BaseRequest) -> web.StreamResponse:
         record = await self._gateway.authenticate(bearer(request))
@@ -164,20 +175,38 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 async def _as_response(body: dict[str, Any], stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """A chat stream as the events of a response. What the stream cannot go on from becomes ``response.failed``."""
-    made = ResponseStream(body)
-    for piece in made.begin():
-        yield piece
+    made, has_begun, is_native = ResponseStream(body), False, False
     try:
         async for chunk in stream:
             for data in read_data(chunk):
+                native = data.get("responses")
+                if isinstance(native, dict):
+                    is_native = True
+                    yield event(native, str(native.get("type")))
+                    continue
+                if is_native and not data.get("choices") and "error" not in data:
+                    continue
+                if is_native and "error" not in data:
+                    # Another model goes on, whose words have no place in the response that was begun.
+                    data = {
+                        "error": {
+                            "message": "the upstream broke off in the middle of its answer",
+                            "code": "upstream_cut",
+                        }
+                    }
+                if not has_begun and not is_native:
+                    has_begun = True
+                    for piece in made.begin():
+                        yield piece
                 if "error" in data:
                     for piece in made.fail(str(data["error"].get("message")), data["error"].get("code")):
                         yield piece
                     return
                 for piece in made.add(data):
                     yield piece
-        for piece in made.end():
-            yield piece
+        if not is_native:
+            for piece in [*(() if has_begun else made.begin()), *made.end()]:
+                yield piece
     except (AttributeError, LookupError, TypeError, ValueError):
         for piece in made.fail("the upstream sent chunks that make no answer", "upstream_garbage"):
             yield piece

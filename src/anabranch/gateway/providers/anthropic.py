@@ -98,7 +98,7 @@ class Anthropic(Provider, kind="anthropic"):
         """The messages in Anthropic's form. Raises UpstreamError (``unsupported``) for what it cannot do."""
         if request.endpoint != "chat":
             raise unsupported(f"{request.endpoint} cannot be asked of anthropic")
-        config, native = self.config, request.native
+        config, native = self.config, request.native_in("messages")
         headers = {**self._headers, **request.headers} if request.headers else self._headers
         try:
             if native is None:
@@ -132,7 +132,7 @@ class Anthropic(Provider, kind="anthropic"):
             "message": message,
             "finish_reason": "stop" if is_json and reason == "tool_calls" else reason,
         }
-        native = {} if request.native is None else {"anthropic": value}
+        native = {} if request.native_in("messages") is None else {"anthropic": value}
         return Answer(
             {**_head(value, "chat.completion"), "choices": [choice], "usage": usage.to_openai(), **native},
             None,
@@ -141,10 +141,10 @@ class Anthropic(Provider, kind="anthropic"):
 
     def translator(self, request: UpstreamRequest) -> "MessageStream":
         """What reads its events."""
-        return MessageStream(self, self._forces_json(request), request.native is not None)
+        return MessageStream(self, self._forces_json(request), request.native_in("messages") is not None)
 
     def _forces_json(self, request: UpstreamRequest) -> bool:
-        return request.native is None and forces_json(request.body, self.config.model)
+        return request.native_in("messages") is None and forces_json(request.body, self.config.model)
 
     def error(self, status: int, headers: Any, body: bytes) -> Failure:
         """As of others; an overload is a failure of the server."""

@@ -48,7 +48,7 @@ def assembled(chunks: Iterable[Json], endpoint: str = "chat") -> Json:
     for chunk in chunks:
         for name, value in chunk.items():
             # The last's event of another form is not the whole's.
-            if name not in ("choices", "object", "anthropic") and (value is not None or name not in body):
+            if name not in ("choices", "object", "anthropic", "responses") and (value is not None or name not in body):
                 body[name] = value
         for choice in _choices(chunk):
             at = _place(choice, 0)

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
-from anabranch.gateway.providers import media
+from anabranch.gateway.providers import media, openai_responses
 from anabranch.gateway.providers.keys import read_key
 from anabranch.gateway.providers.openai_models import fitted
 from anabranch.gateway.providers.plain_chat import plain
@@ -15,7 +15,9 @@ from anabranch.gateway.providers.provider import (
     Endpoint,
     Failure,
     HttpCall,
+    Native,
     Provider,
+    Translator,
     UpstreamError,
     UpstreamRequest,
     hidden,
@@ -46,6 +48,7 @@ class OpenAI(Provider, kind="openai"):
             idempotency_header: in which a call is named, such as ``Idempotency-Key``: the same when it is tried again, so that an endpoint
                 that knows it answers and bills once. None sends none; neither OpenAI nor Anthropic documents one for these endpoints.
             reasons: it is a model that reasons: it is sent ``max_completion_tokens`` and no sampling. None tells by its name (o3, gpt-5).
+            responses: the endpoint has ``/responses``, and requests that come in that form are sent there as they came.
             drops: fields of a chat that the endpoint refuses, and that are left out for it.
         """
 
@@ -57,6 +60,7 @@ class OpenAI(Provider, kind="openai"):
         proxy: str | None = None
         idempotency_header: str | None = None
         reasons: bool | None = None
+        responses: bool = False
         drops: tuple[str, ...] = ()
 
         def __post_init__(self) -> None:
@@ -85,9 +89,14 @@ class OpenAI(Provider, kind="openai"):
         """The sender's body under the upstream's name of the model."""
         if request.endpoint not in self.endpoints:
             raise unsupported(f"{request.endpoint} cannot be asked of {self.kind}")
-        if request.endpoint == "chat":
+        native = self._native(request)
+        if request.endpoint == "chat" and native is None:
             request = self._fitted(request)
         headers = {**self._headers, **request.headers} if request.headers else self._headers
+        if native is not None:
+            body = request.dumped(openai_responses.body_of(native, request, self.config.model))
+            url = self._urls["chat"].removesuffix(PATHS["chat"]) + openai_responses.PATH
+            return HttpCall(url, headers, body, self.config.proxy)
         if request.endpoint in media.PATHS:
             body, kind = media.encoded(request, self.config.model)
             headers = {**headers, "content-type": kind}
@@ -109,10 +118,20 @@ class OpenAI(Provider, kind="openai"):
             body = {name: value for name, value in body.items() if name not in config.drops}
         return request if body is request.body else request.asking(body)
 
+    def _native(self, request: UpstreamRequest) -> Native | None:
+        """A request that came in the form of the Responses API, where the endpoint has that."""
+        return request.native_in("responses") if self.config.responses else None
+
+    def translator(self, request: UpstreamRequest) -> Translator | None:
+        """What reads the events of a response; None for chunks, which are passed on as they come."""
+        return None if self._native(request) is None else openai_responses.ResponseEvents(self)
+
     def parse(self, request: UpstreamRequest, body: bytes) -> Answer:
         """The body of a 2xx answer. Raises UpstreamError (``garbage``)."""
         if request.endpoint in media.PATHS:
             return media.read(request, body, self)
+        if self._native(request) is not None:
+            return openai_responses.parse(self, request, body)
         return super().parse(request, body)
 
     def redacted(self, failure: Failure) -> Failure:

@@ -168,12 +168,14 @@ class Native:
     """A request in the form that its sender wrote, where that is not OpenAI's: for a provider that speaks it.
 
     Attributes:
-        body: of ``POST /v1/messages``.
+        body: of ``POST /v1/messages`` or ``/v1/responses``.
         headers: of that form alone, to send along, lower case.
+        form: which of them.
     """
 
     body: Json
     headers: Headers
+    form: Literal["messages", "responses"] = "messages"
 
     @cached_property
     def digest(self) -> str:
@@ -193,7 +195,8 @@ class UpstreamRequest:
         prompt_tokens: counted or estimated; None for a quarter of the bytes.
         headers: to send along, lower case.
         num_bytes: of the body as it came, if it is known; a large one is written in steps.
-        native: what ``body`` was made of, if it came in Anthropic's form; None of other requests, and where other messages are sent.
+        native: what ``body`` was made of, if it came in a form of which a provider may make more than of a chat; None of other requests,
+            and where other messages are sent.
         is_foreign: it came in Anthropic's form: ``body`` has fields that only `anabranch.gateway.providers.anthropic` knows, and that
             others take out (`plain_chat`).
     """
@@ -224,7 +227,11 @@ class UpstreamRequest:
         is_foreign: bool = False,
     ) -> None:
         self.endpoint, self.body, self.request_id, self.headers = endpoint, body, request_id, headers
-        self.num_bytes, self.native, self.is_foreign = num_bytes, native, is_foreign or native is not None
+        self.num_bytes, self.native, self.is_foreign = (
+            num_bytes,
+            native,
+            is_foreign or (native is not None and native.form == "messages"),
+        )
         self.stream = bool(body.get("stream")) and endpoint in WRITES
         self._rest: dict[bool, bytes] = {}
         self.prompt_tokens = len(self.encoded("", False)) // 4 if prompt_tokens is None else prompt_tokens
@@ -234,6 +241,10 @@ class UpstreamRequest:
         """The sender wants the usage as the last chunk of the stream."""
         options = self.body.get("stream_options")
         return isinstance(options, dict) and bool(options.get("include_usage"))
+
+    def native_in(self, form: str) -> Native | None:
+        """What it was made of, if that is in such a form."""
+        return self.native if self.native is not None and self.native.form == form else None
 
     def encoded(self, model: str, asks_usage: bool) -> bytes:
         """The body as JSON with another name of the model, and, where ``asks_usage``, asking for the usage of a stream."""
