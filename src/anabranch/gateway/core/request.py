@@ -8,14 +8,13 @@ Where a call that was given up is read on for what it costs, that is when this i
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anabranch.errors import BudgetError, CapacityError, InputError, RateError, UnknownModelError
+from anabranch.errors import BudgetError, InputError, RateError, UnknownModelError
 from anabranch.gateway.ab.assignment import Arm, arm_of, counted_user
 from anabranch.gateway.asked import Asked, asked_of
 from anabranch.gateway.cache import (
@@ -31,7 +30,9 @@ from anabranch.gateway.cache import (
 )
 from anabranch.gateway.config import GatewayConfig, Target, find_target
 from anabranch.gateway.core import settlement
+from anabranch.gateway.core.bounds import Bounds
 from anabranch.gateway.core.decision_log import Collecting, collected_of, explained, texts_of
+from anabranch.gateway.core.failures import refusal_of
 from anabranch.gateway.core.finished import Priced
 from anabranch.gateway.core.ledger_row import call_rows, finished, priced, row_of
 from anabranch.gateway.core.model_calls import ModelCalls
@@ -44,20 +45,17 @@ from anabranch.gateway.core.response_headers import headers_of
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Plan, Report
-from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media, most_made
+from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media
 from anabranch.gateway.metrics import StageClock
 from anabranch.gateway.prompt_tokens import (
-    BYTES_PER_TOKEN,
     PromptCount,
     asked_text,
     count_prompt,
     has_images,
-    num_prompts,
-    room_of,
 )
 from anabranch.gateway.providers.media import content_type
-from anabranch.gateway.providers.provider import WRITES, Answer, Failure, Native, UpstreamError, UpstreamRequest, Usage
-from anabranch.gateway.refusals import HOPELESS, limited, unavailable
+from anabranch.gateway.providers.provider import WRITES, Answer, Failure, Native, UpstreamError, UpstreamRequest
+from anabranch.gateway.refusals import limited
 from anabranch.gateway.store import COLLECT, OUR_TAGS, KeyRecord, LedgerRow, Reservation, subjects_of
 from anabranch.gateway.validate import check_chat, check_completion, check_depth, check_embeddings
 from anabranch.routers.contract.program import ProgramRequest
@@ -76,14 +74,8 @@ logger = logging.getLogger(__name__)
 SECRET_HEADERS = frozenset({"authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"})
 CLIENT_GONE = 499
 
-# Asked again at once, the same request would end in the same way.
-IN_VAIN = ("deadline", "refused", "credit", "auth")
-
 # Of the body, what is no setting of a program's calls.
 NOT_SETTINGS = frozenset({"model", "messages", "n", "best_of", "stream", "stream_options", "store", "metadata"})
-
-# Tokens, at most, of telling a model to go on where another broke off.
-CONTINUED = 200
 
 
 class RequestRun:
@@ -123,6 +115,8 @@ class RequestRun:
         self.finish_reason: str | None = None
         self.decided: Decided | None = None
         self.candidates: tuple[str, ...] = ()
+        # Of its calls, once it is known how long it is.
+        self.bounds: Bounds
         # Messages that the strategy sends to a model in place of the sender's.
         self.prepared: dict[str, Any] = {}
         # Both once it is known whose request it is; what models are asked that the strategy needs to decide.
@@ -266,6 +260,7 @@ class RequestRun:
         self.tpm = tpm
 
     def _take_purse(self) -> None:
+        self.bounds = Bounds(self.endpoint, self.body, self.runtime, self.count, self.asked)
         # Nothing of this holds on to the request itself: it is gone as soon as it is over.
         services, limit = self.services, self.runtime.config.limits.request_usd
         id, subjects, named = self.id, self.subjects, {"requested": self.label, "strategy": self.strategy}
@@ -322,50 +317,6 @@ class RequestRun:
         """Whose requests may fail together for a reason of their own: a team, or whoever has the key."""
         record = self.record
         return "" if record is None else record.team or record.user or record.id
-
-    def most_tokens(self, model: str) -> int:
-        """The most completion tokens this may cost at a model."""
-        if self.endpoint == "embeddings":
-            return 0
-        body, limits = self.body, self.runtime.config.limits
-        if is_media(self.endpoint):
-            return most_made(self.endpoint, body, self.runtime.models[model].max_tokens, limits.max_tokens)
-        # An upstream may know only one of them.
-        asked = max(body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0)
-        # Where no end is said, the context is one.
-        most = asked or self._bound(model) or self.runtime.models[model].context or limits.max_tokens
-        answers = num_prompts(body) if self.endpoint == "completions" else 1
-        return most * answers * max(body.get("n") or 1, body.get("best_of") or 1)
-
-    def _bound(self, model: str) -> int | None:
-        """Where a request does not say how long an answer may be, the model is told, and this is what is reserved; see `room_of`."""
-        given = self.runtime.models[model]
-        most = given.max_tokens or self.runtime.config.limits.max_tokens
-        thinking = self.body.get("thinking")
-        budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
-        if isinstance(budget, int) and budget >= most:
-            # Thoughts are part of an answer's tokens, and must leave some.
-            most += budget
-        return room_of(most, given.context, self._count(model))
-
-    def _count(self, model: str) -> PromptCount:
-        """Of what is sent to a model."""
-        if model not in self.prepared:
-            return self.count
-        return count_prompt({**self.body, "messages": self.prepared[model]})
-
-    def most(self, model: str) -> Usage:
-        """The most tokens that one call of a model may be billed for."""
-        count = self._count(model)
-        if self.report is not None and self.report.attempts and self.runtime.config.mid_stream == "continue":
-            # The next one is sent what was said.
-            more = CONTINUED + sum(attempt.seen for attempt in self.report.attempts) * BYTES_PER_TOKEN
-            count = replace(count, at_most=count.at_most + more)
-        return self.asked.most(count, self.most_tokens(model))
-
-    def worst_nano(self, model: str) -> int:
-        """The most nano-dollars that one call of a model may cost."""
-        return self.runtime.dispatcher.groups[model].worst_nano(self.most(model))
 
     # Caches
 
@@ -481,6 +432,7 @@ class RequestRun:
             await self.calls.stop()
         if not decided.bypassed:
             self.prepared = await runtime.decider.prepared(self.target.strategy, decided.query, decided.decision)
+            self.bounds.prepared = self.prepared
 
     def _pool(self) -> Pool:
         """The models as they are, those that this request may not use marked as not available: what is never given was never drawn."""
@@ -504,7 +456,7 @@ class RequestRun:
         refused: BudgetError | None = None
         for at, candidate in enumerate(candidates):
             try:
-                self.hold = await self.purse.hold(self.worst_nano(candidate.model))
+                self.hold = await self.purse.hold(self.bounds.worst_nano(candidate.model, self.report))
             except BudgetError as error:
                 refused = refused or error
                 if self.target.model is not None:
@@ -535,12 +487,16 @@ class RequestRun:
 
     async def _allow(self, model: str, spent_nano: int) -> bool:
         """Whether a further attempt may be paid for, asked before each one but the first; not while the store cannot write."""
-        return await self.purse.can_raise(self.hold, spent_nano + self._open_nano() + self.worst_nano(model))
+        return await self.purse.can_raise(
+            self.hold, spent_nano + self._open_nano() + self.bounds.worst_nano(model, self.report)
+        )
 
     def _open_nano(self) -> int:
         """The most that attempts under way may cost: a hedge is paid beside the first."""
         attempts = () if self.report is None else self.report.attempts
-        return sum(self.worst_nano(attempt.model) for attempt in attempts if attempt.status == "open")
+        return sum(
+            self.bounds.worst_nano(attempt.model, self.report) for attempt in attempts if attempt.status == "open"
+        )
 
     # A program
 
@@ -609,10 +565,11 @@ class RequestRun:
         plan = Plan(
             candidates=self.candidates, only_after=self._reserved_for(), report=self.report,
             deadline=runtime.dispatcher.now() + self.deadline_s - self.elapsed(),
-            accept=None if judge is None else partial(self._accept, judge), allow=self._allow, most=self.most, keep=keeps,
+            accept=None if judge is None else partial(self._accept, judge), allow=self._allow,
+            most=lambda model: self.bounds.most(model, self.report), keep=keeps,
             sender=self.sender,
             requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
-            bounds={model: most for model in self.candidates if (most := self._bound(model)) is not None},
+            bounds={model: most for model in self.candidates if (most := self.bounds.bound(model)) is not None},
             late=self._come_late if self.is_named else None, mid_stream="restart" if self._may_restart else None,
         )  # fmt: skip
         if request.stream:
@@ -845,32 +802,22 @@ class RequestRun:
         """What the sender is told, once all is settled and counted."""
         if isinstance(error, UpstreamError):
             self.report = error.report or self.report
-            told = error.to_dict()["error"]
-            refusal = ApiError(
-                error.status, told["code"], told["message"], type=told["type"], param=told["param"], headers=self._retry_after(error)
-            )  # fmt: skip
+        refusal = refusal_of(error)
+        if refusal is None:
+            if isinstance(error, Exception):
+                self._share_failure(error)
+                self.end("error", 500, code="internal_error")
+            else:
+                # Cancelled: the client has gone.
+                self.end("cancelled", CLIENT_GONE)
+            return error
+        if isinstance(error, UpstreamError):
             if self.report is not None:
                 refusal.headers |= headers_of(self, self.report)
             # Without the report: they have asked nobody.
             self._share_failure(UpstreamError(error.failure))
-            self.end("error", refusal.status, code=refusal.code or "")
-        elif isinstance(error, BudgetError):
-            refusal = limited(error)
-            self.end("refused", refusal.status, code=refusal.code or "")
-        elif isinstance(error, CapacityError):
-            refusal = unavailable(error)
-            self.end("refused", refusal.status, code=refusal.code or "")
-        elif isinstance(error, ApiError):
-            refusal = error
-            self.end("refused", refusal.status, code=refusal.code or "")
-        elif isinstance(error, Exception):
-            self._share_failure(error)
-            self.end("error", 500, code="internal_error")
-            return error
-        else:
-            # Cancelled: the client has gone.
-            self.end("cancelled", CLIENT_GONE)
-            return error
+        status = "error" if isinstance(error, UpstreamError) else "refused"
+        self.end(status, refusal.status, code=refusal.code or "")
         refusal.headers.setdefault("x-request-id", self.id)
         return refusal
 
@@ -888,14 +835,6 @@ class RequestRun:
     def _is_read_on(self) -> bool:
         """Its answer may come yet, for who asks by its name again."""
         return self.is_named and self._last_report.is_late
-
-    def _retry_after(self, error: UpstreamError) -> dict[str, str]:
-        wait_s = error.failure.retry_after_s
-        if error.failure.kind in IN_VAIN:
-            return dict(HOPELESS)
-        if error.status not in (429, 503):
-            return {}
-        return {"Retry-After": str(max(1, math.ceil(wait_s or 1)))}
 
 
 def keeps_texts(config: GatewayConfig, body: Mapping[str, Any]) -> bool:

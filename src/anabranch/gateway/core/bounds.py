@@ -1,0 +1,82 @@
+"""The most that the calls of one request may be billed for: what is reserved before each of them is made."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from anabranch.gateway.asked import Asked
+from anabranch.gateway.dispatch import Report
+from anabranch.gateway.media_requests import is_media, most_made
+from anabranch.gateway.prompt_tokens import BYTES_PER_TOKEN, PromptCount, count_prompt, num_prompts, room_of
+from anabranch.gateway.providers.provider import Usage
+
+if TYPE_CHECKING:
+    from anabranch.gateway.runtime import Runtime
+
+# Tokens, at most, of telling a model to go on where another broke off.
+CONTINUED = 200
+
+
+class Bounds:
+    """Those of one request.
+
+    Attributes:
+        prepared: messages that the strategy sends to a model in place of the sender's.
+
+    Args:
+        endpoint: of OpenAI's.
+        body: of the sender.
+        runtime: that the request began on.
+        count: tokens of its prompt.
+        asked: what else in it is billed.
+    """
+
+    def __init__(
+        self, endpoint: Any, body: dict[str, Any], runtime: "Runtime", count: PromptCount, asked: Asked
+    ) -> None:
+        self.endpoint, self.body, self.runtime, self.count, self.asked = endpoint, body, runtime, count, asked
+        self.prepared: Mapping[str, Any] = {}
+
+    def most_tokens(self, model: str) -> int:
+        """The most completion tokens this may cost at a model."""
+        if self.endpoint == "embeddings":
+            return 0
+        body, limits = self.body, self.runtime.config.limits
+        if is_media(self.endpoint):
+            return most_made(self.endpoint, body, self.runtime.models[model].max_tokens, limits.max_tokens)
+        # An upstream may know only one of them.
+        asked = max(body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0)
+        # Where no end is said, the context is one.
+        most = asked or self.bound(model) or self.runtime.models[model].context or limits.max_tokens
+        answers = num_prompts(body) if self.endpoint == "completions" else 1
+        return most * answers * max(body.get("n") or 1, body.get("best_of") or 1)
+
+    def bound(self, model: str) -> int | None:
+        """Where a request does not say how long an answer may be, the model is told, and this is what is reserved; see `room_of`."""
+        given = self.runtime.models[model]
+        most = given.max_tokens or self.runtime.config.limits.max_tokens
+        thinking = self.body.get("thinking")
+        budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+        if isinstance(budget, int) and budget >= most:
+            # Thoughts are part of an answer's tokens, and must leave some.
+            most += budget
+        return room_of(most, given.context, self._count(model))
+
+    def _count(self, model: str) -> PromptCount:
+        """Of what is sent to a model."""
+        if model not in self.prepared:
+            return self.count
+        return count_prompt({**self.body, "messages": self.prepared[model]})
+
+    def most(self, model: str, report: Report | None) -> Usage:
+        """The most tokens that one call of a model may be billed for, after what was tried so far."""
+        count = self._count(model)
+        if report is not None and report.attempts and self.runtime.config.mid_stream == "continue":
+            # The next one is sent what was said.
+            more = CONTINUED + sum(attempt.seen for attempt in report.attempts) * BYTES_PER_TOKEN
+            count = replace(count, at_most=count.at_most + more)
+        return self.asked.most(count, self.most_tokens(model))
+
+    def worst_nano(self, model: str, report: Report | None) -> int:
+        """The most nano-dollars that one call of a model may cost, likewise."""
+        return self.runtime.dispatcher.groups[model].worst_nano(self.most(model, report))
