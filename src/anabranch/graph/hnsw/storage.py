@@ -19,6 +19,7 @@ import numpy as np
 from anabranch.errors import CapacityError, DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw import layout
+from anabranch.graph.hnsw.guarded import guarded, is_on
 from anabranch.graph.hnsw.raw import LINE, get_i32, kernel
 from anabranch.graph.random import next_bits, stream, to_unit
 
@@ -28,6 +29,7 @@ METRICS = ("l2", "ip", "cosine")
 PRECISIONS = ("f32", "f16", "i8")
 ITEM = {"f32": 4, "f16": 2, "i8": 1}
 MAX_LEVEL = 64
+_GUARDED = is_on()
 
 # Scale and norm of a query that has none; kernels only read it.
 _ONE_ZERO = np.zeros((1, 2), np.float32)
@@ -358,6 +360,8 @@ def read(path: str | Path, *, mmap: bool) -> tuple[dict[str, np.ndarray], dict[s
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array that starts at a multiple of 64 bytes; its content is undefined."""
+    if _GUARDED:
+        return guarded(shape, dtype)
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     raw = np.empty(size + LINE, np.uint8)
     start = -raw.ctypes.data % LINE
