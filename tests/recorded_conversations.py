@@ -5,6 +5,7 @@ A file of ``tests/gateway/conversations`` holds exchanges: a request (path, quer
     json      one object
     events    server-sent events: objects, ``[DONE]``, and comments, which begin with a colon
     lines     lines of JSON
+    raw       bytes in parts, each a little later, of conversations made in a test
     frames    names and payloads of Amazon's event stream
 
 Any other request, header or body is a fault: it is kept, and answered with 418.
@@ -14,6 +15,7 @@ import contextlib
 import json
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,6 +50,8 @@ def event_frame(name: str, value: Any) -> bytes:
 
 def pieces(reply: dict[str, Any]) -> list[bytes]:
     """The body of a reply, as it comes."""
+    if "raw" in reply:
+        return list(reply["raw"])
     if "json" in reply:
         return [json.dumps(reply["json"]).encode()]
     if "lines" in reply:
@@ -140,10 +144,13 @@ def played(*conversations: list[dict[str, Any]], key: str = KEY) -> Iterator[Pla
                 return
             self.send_header("transfer-encoding", "chunked")
             self.end_headers()
-            data = b"".join(parts)
-            # Cut where no message ends.
-            for at in range(0, len(data), 97):
-                part = data[at : at + 97]
+            if "raw" not in reply:
+                data = b"".join(parts)
+                # Cut where no message ends.
+                parts = [data[at : at + 97] for at in range(0, len(data), 97)]
+            for at, part in enumerate(parts):
+                if at and "raw" in reply:
+                    time.sleep(0.05)
                 self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
             self.wfile.write(b"0\r\n\r\n")
 

@@ -33,7 +33,7 @@ from anabranch.web.body import is_too_deep
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, JsonRoom, JsonSizeError
 
 # What reading a value of another shape raises.
-MISSHAPEN = (KeyError, TypeError, AttributeError, ValueError, IndexError)
+MISSHAPEN = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, struct.error)
 
 # What no API but OpenAI's has.
 _REFUSED = ("logit_bias", "audio", "functions", "function_call", "web_search_options")
