@@ -5,6 +5,7 @@ import json
 import pytest
 
 from anabranch.gateway.providers import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.chunks import assembled
 from anabranch.gateway.providers.usage import Usage
 from cloud_providers import chat, keys, made
 from recorded_conversations import exchanges
@@ -149,3 +150,18 @@ def test_bedrock_tells_what_was_put_into_the_cache(details, split):
 def test_openrouter_tells_what_it_cost():
     whole = exchanges("openrouter")[0]["reply"]["json"]
     assert made("openrouter").parse(chat(), json.dumps(whole).encode()).usage.nano == 23_100
+
+
+def test_two_calls_of_a_stream_of_bedrocks_stay_two():
+    translator = made("bedrock").translator(chat(stream=True))
+    chunks = []
+    for at, name in enumerate("fg"):
+        use = {"toolUse": {"name": name, "toolUseId": name}}
+        chunks += translator.feed(json.dumps({"contentBlockStart": {"contentBlockIndex": at, "start": use}}).encode())
+        delta = {"toolUse": {"input": json.dumps({"is": name})}}
+        chunks += translator.feed(json.dumps({"contentBlockDelta": {"contentBlockIndex": at, "delta": delta}}).encode())
+    calls = assembled(chunks)["choices"][0]["message"]["tool_calls"]
+    assert [(call["id"], call["function"]["arguments"]) for call in calls] == [
+        ("f", '{"is": "f"}'),
+        ("g", '{"is": "g"}'),
+    ]

@@ -67,6 +67,8 @@ def told(provider, requests=1, between=lambda: None):
                     between()
                 try:
                     call = provider.build(CHAT)
+                    # As the dispatcher does; what is sent may be billed.
+                    call.is_sent = True
                     reply = await transport.open(call)
                     data = await read_all(reply)
                     if reply.status != 200:

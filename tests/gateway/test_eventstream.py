@@ -81,3 +81,12 @@ def test_lines_without_an_end_at_the_end():
     assert framer.feed(b": 2}") == b""
     assert framer.end() == b'data: {"b": 2}\n\n'
     assert framer.end() == b""
+
+
+def test_each_of_the_two_checksums_counts():
+    broken = bytearray(GOOD[:-4])
+    broken[8] ^= 1
+    with pytest.raises(UpstreamError, match="beginning has another checksum"):
+        EventStream().feed(bytes(broken) + struct.pack(">I", zlib.crc32(bytes(broken))))
+    with pytest.raises(UpstreamError, match="message with another checksum"):
+        EventStream().feed(GOOD[:-1] + bytes([GOOD[-1] ^ 1]))

@@ -155,6 +155,15 @@ def test_what_an_entry_says_of_its_provider_is_kept(moved, entry, made):
     assert done.left == ()
 
 
+def test_an_address_of_ones_own_is_not_sent_the_providers_key(moved):
+    """It may be anybody's."""
+    for model in ("openai/a", "anthropic/a"):
+        own = moved({"model": model, "api_base": "http://10.0.0.5:8000/v1"}).config.models[0].deployments[0].provider
+        theirs = moved({"model": model}).config.models[0].deployments[0].provider
+        assert own.key_env is None
+        assert theirs.key_env in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY")
+
+
 def test_prices_of_clouds_are_kept(moved):
     done = moved(AZURE | {"input_cost_per_token": 2.5e-6, "output_cost_per_token": 0.00001})
     assert done.config.models[0].price == Price(input=2_500_000_000, output=10_000_000_000)
