@@ -165,3 +165,10 @@ def test_two_calls_of_a_stream_of_bedrocks_stay_two():
         ("f", '{"is": "f"}'),
         ("g", '{"is": "g"}'),
     ]
+
+
+def test_what_openrouter_thought_is_put_together_whole():
+    chunks = [event for event in exchanges("openrouter")[2]["reply"]["events"] if isinstance(event, dict)]
+    whole = assembled(chunks)["choices"][0]["message"]
+    assert whole["reasoning"] == "Look it up."
+    assert [detail["text"] for detail in whole["reasoning_details"]] == ["Look ", "it up."]
