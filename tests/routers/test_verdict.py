@@ -181,6 +181,14 @@ def test_a_saving_that_may_be_none_is_none():
     assert not found.is_resolved
 
 
+def test_a_saving_is_told_at_half_of_its_share_of_alpha():
+    """Of 8,000 questions what never came up, at 20 times the cost, is worth 0.0025; 0.0215 is then 1.9 standard errors, 0.025 2.2."""
+    assert judged([], [[one("a", 0.0, 0.001, 0.0215, 0.01)]]).equal_quality is None
+    assert judged([], [[one("a", 0.0, 0.001, 0.025, 0.01)]]).equal_quality.interval[0] > 0
+    two = [one("a", 0.0, 0.001, 0.025, 0.01)], [one("b", 0.0, 0.001, 0.0, 0.01)]
+    assert judged([], two).equal_quality is None
+
+
 def test_few_questions_settle_nothing():
     """Four questions that all agree were worth p = 0.001 to the bootstrap."""
     data = Recorded(
