@@ -392,6 +392,19 @@ def test_a_program_has_the_time_that_a_request_has(tmp_path):
     assert 'anabranch_strategy_bypassed_total{strategy="prog",why="slow"} 1.0' in metrics
 
 
+def test_a_program_has_the_time_of_the_slowest_model_that_it_may_ask(tmp_path):
+    async def work_of(request, ask):
+        yield Done.of(await ask("large", "hello"))
+
+    async def work(gateway):
+        return await gateway.achat(ask())
+
+    slow = model("large", LARGE, latency_s=0.3).replace(deadline_s=5.0)
+    answer, rows, _ = run(config(tmp_path, model("small"), slow, deadline_s=0.1), work, work_of)
+    assert answer["model"] == "large"
+    assert [row.status for row in rows] == ["ok", "ok"]
+
+
 @pytest.mark.parametrize(("endpoint", "body"), [("chat", {"n": 2}), ("completions", {}), ("embeddings", {})])
 def test_what_a_program_cannot_answer_is_refused(tmp_path, endpoint, body):
     asked = {

@@ -73,6 +73,7 @@ class ModelCalls:
         made: so far, in the order they began; those that no budget had room for are not among them.
         purpose: of those that do not say theirs.
         limit_s: seconds of the request in which such calls may be under way.
+        deadline_s: seconds after the request's beginning when all must be over.
         sender: whose they are, as `Plan.sender`.
 
     Args:
@@ -98,7 +99,7 @@ class ModelCalls:
     ) -> None:
         self._runtime, self._purse, self._request_id, self._began = runtime, purse, request_id, began
         self._may_ask, self._keep, self.sender = may_ask, keep, sender
-        self.limit_s = runtime.config.limits.strategy_calls_s
+        self.limit_s, self.deadline_s = runtime.config.limits.strategy_calls_s, runtime.config.deadline_s
         self.made: list[ModelCall] = []
         self.purpose: Purpose = "route"
         self._live: set[asyncio.Task[Answered]] = set()
@@ -214,11 +215,11 @@ class ModelCalls:
 
     def _deadline_s(self) -> float:
         """Seconds after the request's beginning when a call that begins now must be over. Raises LimitError if that is past."""
-        config, now_s = self._runtime.config, self._elapsed()
+        now_s = self._elapsed()
         left_s = self.limit_s - self.busy_s
         if left_s < LEAST_S:
             raise self._too_long()
-        return min(config.deadline_s, now_s + left_s)
+        return min(self.deadline_s, now_s + left_s)
 
     def _too_long(self) -> LimitError:
         return LimitError(
@@ -256,7 +257,7 @@ class ModelCalls:
                 call.status = "error"
                 if isinstance(error, UpstreamError):
                     call.code = error.to_dict()["error"]["code"] or ""
-                    if error.failure.kind == "deadline" and deadline_s < runtime.config.deadline_s:
+                    if error.failure.kind == "deadline" and deadline_s < self.deadline_s:
                         raise self._too_long() from None
                 raise
             finally:

@@ -511,13 +511,17 @@ class RequestRun:
         if decided.bypassed:
             return None
         config, options = self.runtime.config, self.body.get("stream_options")
-        self.calls.purpose, self.calls.limit_s, self.dispatched = "draft", config.deadline_s, self.elapsed()
+        # It has the time of the slowest model that it may ask.
+        own = (self.runtime.models[one.model].deadline_s for one in decided.decision.candidates)
+        most_s = max((seconds for seconds in own if seconds is not None), default=config.deadline_s)
+        self.calls.deadline_s = self.calls.limit_s = max(most_s, config.deadline_s)
+        self.calls.purpose, self.dispatched = "draft", self.elapsed()
         request = ProgramRequest(
             query=decided.query, pool=self._pool(), decision=decided.decision, is_streamed=bool(self.body.get("stream")),
             settings={field: value for field, value in self.body.items() if field not in NOT_SETTINGS},
         )  # fmt: skip
         running = ProgramRun(
-            program, request, self.calls, id=self.id, left_s=config.deadline_s - self.elapsed(),
+            program, request, self.calls, id=self.id, left_s=self.calls.deadline_s - self.elapsed(),
             beat_s=self.runtime.dispatcher.rules.heartbeat_s,
             wants_usage=isinstance(options, dict) and bool(options.get("include_usage")),
         )  # fmt: skip
