@@ -19,13 +19,19 @@ from anabranch.gateway.config import (
 from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.anthropic import Anthropic
+from anabranch.gateway.providers.azure import Azure
+from anabranch.gateway.providers.bedrock import Bedrock
 from anabranch.gateway.providers.engine import Engine
+from anabranch.gateway.providers.gemini import Gemini
 from anabranch.gateway.providers.mock import Mock, MockReply
+from anabranch.gateway.providers.ollama import Ollama
 from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.providers.openrouter import OpenRouter
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
 from anabranch.gateway.providers.recorded import Record, Replay, write_answers
 from anabranch.gateway.providers.scenes import Behaviour, Scene
 from anabranch.gateway.providers.sse import DONE, event
+from anabranch.gateway.providers.vertex import Vertex
 from anabranch.gateway.store import LedgerQuery
 from anabranch.registry import kinds, resolve
 from anabranch.web.api_error import ApiError
@@ -50,6 +56,12 @@ def providers(tmp_path_factory):
     found = {
         "anthropic": Anthropic.Config(model="m", key_env=None),
         "openai": OpenAI.Config(model="m", key_env=None),
+        "azure": Azure.Config(model="m", key_env=None, base_url="https://name.openai.azure.com"),
+        "bedrock": Bedrock.Config(model="m", key_env="A_KEY", region="us-east-1"),
+        "gemini": Gemini.Config(model="m", key_env="A_KEY"),
+        "vertex": Vertex.Config(model="m", key_env="A_KEY"),
+        "ollama": Ollama.Config(model="m", key_env=None),
+        "openrouter": OpenRouter.Config(model="m", key_env=None),
         "engine": Engine.Config(model="m"),
         "mock": Mock.Config(model="m"),
         "replay": Replay.Config(model="m", path=str(folder / "answers.jsonl")),
@@ -57,7 +69,9 @@ def providers(tmp_path_factory):
     }
     ours = {kind for kind in kinds("provider") if resolve("provider", kind).__module__.startswith("anabranch.")}
     assert set(found) == ours
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("A_KEY", "key-0123456789")
+        yield found
 
 
 def nested(depth):
@@ -70,6 +84,7 @@ def nested(depth):
 FIELDS = (
     "messages role content tool_calls function arguments name id type text image_url url tools parameters tool_choice max_tokens stop n"
     " response_format prompt input system developer assistant tool user"
+    " thinking thinking_blocks signature cache_control reasoning_effort metadata file file_data document source data tool_call_id"
 ).split()
 TEXT = st.sampled_from(["[" * 5000, '{"a":' * 5000, "\ud800", "data:,", "NaN", "1" * 5000, "", "{}"]) | st.sampled_from(
     FIELDS
