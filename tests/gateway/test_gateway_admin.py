@@ -7,6 +7,7 @@ import json
 import aiohttp
 import pytest
 
+from anabranch.errors import ConfigError
 from anabranch.gateway.config import AdminConfig, DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.config.secret import Secret
 from anabranch.gateway.gateway import Gateway
@@ -330,3 +331,52 @@ def test_paths_may_end_in_a_slash_or_leave_out_the_version(tmp_path):
         assert (await call("GET", "/metrics2"))[0] == 404
 
     served(tmp_path, work)
+
+
+def test_a_page_of_another_host_may_call_what_the_config_lets_it_and_nothing_of_the_operators(tmp_path):
+    async def main():
+        made = GatewayConfig(
+            models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small")),)),),
+            strategies={"cheapest": StrategyConfig(use="cheapest")}, require_key=False, store=str(tmp_path / "g.db"),
+            cors_origins=("https://app.example",),
+        )  # fmt: skip
+        async with Gateway(made) as gateway, aiohttp.ClientSession() as session:
+            server = App(gateway).server()
+            listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+            url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+
+            async def told(method, path, origin="https://app.example", **options):
+                headers = {"origin": origin, "access-control-request-method": "POST"}
+                async with session.request(method, url + path, headers=headers, **options) as answer:
+                    await answer.read()
+                    return answer.status, answer.headers.get("access-control-allow-origin"), answer.headers
+
+            chat = {"model": "small", "messages": [{"role": "user", "content": "x"}]}
+            status, allowed, headers = await told("OPTIONS", "/v1/chat/completions")
+            assert (status, allowed) == (204, "https://app.example")
+            assert "authorization" in headers["access-control-allow-headers"]
+            assert "access-control-allow-credentials" not in headers
+            for stream in (False, True):
+                found = await told("POST", "/v1/chat/completions", json={**chat, "stream": stream})
+                assert found[:2] == (200, "https://app.example")
+            # An error is to be read too.
+            assert (await told("POST", "/v1/chat/completions", json={}))[:2] == (400, "https://app.example")
+            assert (await told("GET", "/v1/models/small"))[:2] == (200, "https://app.example")
+            for path in ("/admin/keys", "/ui", "/ui/parts", "/ui/label", "/metrics"):
+                assert (await told("OPTIONS", path))[1] is None, path
+                assert (await told("GET", path))[1] is None, path
+            assert (await told("OPTIONS", "/v1/chat/completions", origin="https://evil.example"))[:2] == (405, None)
+            assert (await told("POST", "/v1/chat/completions", origin="https://app.example.evil", json=chat))[1] is None
+            listener.close()
+            await server.shutdown(0.1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("origin", ["app.example", "https://app.example/", "https://*.example", "null", ""])
+def test_an_origin_is_written_as_browsers_send_it(origin):
+    with pytest.raises(ConfigError, match=r"cors_origins\.0 is"):
+        GatewayConfig(
+            models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small")),)),),
+            strategies={"cheapest": StrategyConfig(use="cheapest")}, cors_origins=(origin,),
+        )  # fmt: skip

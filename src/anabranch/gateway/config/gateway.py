@@ -1,5 +1,6 @@
 """`GatewayConfig`: everything one gateway is told, checked as a whole."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -27,6 +28,9 @@ from anabranch.gateway.providers.provider import FailureKind
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.embed import Embedder
 from anabranch.routers.money import Price
+
+# As browsers send it: nothing behind the host and the port.
+ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
 
 # Fields of strategies that name models: by a name, a list of names, or a number for each name.
 MODEL_FIELDS = frozenset({"assisted", "fallback", "model", "models", "strong", "trust", "trusted", "weak", "weights"})
@@ -58,6 +62,7 @@ class GatewayConfig(Config):
             fresh answer, for who sends ``x-mid-stream: restart`` (others get the error event).
         limits, cache, feedback, learning, admin, log: see there.
         require_key: requests need a key of the store (``anabranch gateway keys create``).
+        cors_origins: pages of these origins (``https://app.example``; ``*`` for all) may call ``/v1`` from a browser, with a key.
         store: path of a SQLite file, or a URL: ``sqlite:///gateway.db``, ``postgresql://user@host/name``.
 
     Raises ConfigError that names the field if names are there twice or lead nowhere.
@@ -85,6 +90,7 @@ class GatewayConfig(Config):
     admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
     require_key: bool = True
+    cors_origins: tuple[str, ...] = ()
     store: str = Field(default="gateway.db", min_length=1)
 
     def __post_init__(self) -> None:
@@ -92,6 +98,11 @@ class GatewayConfig(Config):
         _check_strategies(self)
         _check_tests(self)
         _check_fallbacks(self)
+        for place, origin in enumerate(self.cors_origins):
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"cors_origins.{place} is {origin!r}; write https://HOST, with its port if it has one, or *"
+                )
         if self.learning.judge and self.learning.judge not in (names := [model.name for model in self.models]):
             raise ConfigError(
                 f"learning.judge is {self.learning.judge!r}, and there is no such model; {hint(self.learning.judge, names)}"

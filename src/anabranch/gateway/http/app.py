@@ -15,6 +15,7 @@ from anabranch.errors import AnabranchError, CapacityError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator
 from anabranch.gateway.http.admin import AdminRoutes
+from anabranch.gateway.http.cors import for_origin, preflight
 from anabranch.gateway.http.messages import MessagesRoutes
 from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.http.openapi import describe
@@ -52,6 +53,7 @@ class App:
         if public:
             messages = MessagesRoutes(gateway, self._openai)
             table |= {**self._openai.table(), **messages.table(), "/openapi.json": {"GET": self._openapi}}
+        self._clients = frozenset(table)
         if admin:
             table |= {**PageRoutes(gateway).table(), "/metrics": {"GET": self._metrics}}
         self._table = table
@@ -63,6 +65,21 @@ class App:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
+        origins = self.gateway.config.cors_origins
+        if not origins or "origin" not in request.headers or not self._is_public(request.path):
+            return await self._answer(request)
+        response: web.StreamResponse | None = preflight(origins, request)
+        if response is None:
+            response = await self._answer(request)
+            if not response.prepared:
+                response.headers.update(for_origin(origins, request))
+        return response
+
+    def _is_public(self, path: str) -> bool:
+        """It is for clients, and not for operators."""
+        return self._public and (self._known(path) in self._clients or path.startswith(MODEL))
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
             methods = self._table.get(self._known(request.path))
             if methods is not None:
@@ -107,7 +124,7 @@ class App:
         """Paths with a name in them."""
         path = request.path
         if self._public and path.startswith(MODEL):
-            if request.method != "GET":
+            if request.method not in ("GET", "HEAD"):
                 raise wrong_method(request, {"GET": None})
             return await self._openai.model(request, unquote(request.rel_url.raw_path[len(MODEL) :]))
         if self._admin is not None and path.startswith("/admin/"):

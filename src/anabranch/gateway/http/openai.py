@@ -12,6 +12,7 @@ from aiohttp import web
 
 from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.cors import for_origin
 from anabranch.gateway.media_requests import parse_form
 from anabranch.gateway.providers.media import PATHS as MEDIA
 from anabranch.gateway.providers.provider import Native
@@ -136,7 +137,7 @@ class OpenAIRoutes:
         """Reply as HTTP. A stream is written as fast as it is read on the other side, and ``source``, what it is made of, is closed when
         that goes away, breaks, or does not read on until `STALL_S` after the deadline.
         """
-        reply.headers |= SAFE
+        reply.headers |= {**SAFE, **for_origin(self._gateway.config.cors_origins, request)}
         if reply.stream is None or source is None:
             return web.Response(
                 status=reply.status, body=reply.body, content_type=reply.content_type, headers=reply.headers
