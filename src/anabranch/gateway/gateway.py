@@ -33,6 +33,7 @@ from anabranch.gateway.learning.erasures import Erasures
 from anabranch.gateway.learning.kept import EVERY_S, Kept
 from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.metrics import Ended, Metrics
+from anabranch.gateway.observe.trace_context import trace_of
 from anabranch.gateway.overview import Overview
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import limited, unavailable
@@ -430,6 +431,7 @@ class Gateway(SyncGateway):
             metrics=self.metrics,
             unsettled=self.unsettled,
             keep_task=self.keep,
+            begin_trace=trace_of,
             on_finished=self._finished,
             on_priced=self._priced,
         )

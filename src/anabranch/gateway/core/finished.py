@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt
+from anabranch.gateway.observe.trace_context import Trace
 from anabranch.gateway.store import LedgerRow
 from anabranch.routers.contract.query import Outcome
 
@@ -31,6 +32,7 @@ class Finished:
         cached_model: whose kept answer it was given; "" for none.
         decided: where it should go; None if it did not come to that.
         outcome: for the strategy that decided, without its cost; None where there is nothing to learn.
+        trace: that it belongs to; None for none.
     """
 
     row: LedgerRow
@@ -46,6 +48,7 @@ class Finished:
     cached_model: str = ""
     decided: Decided | None = None
     outcome: Outcome | None = None
+    trace: Trace | None = None
 
     @property
     def id(self) -> str:

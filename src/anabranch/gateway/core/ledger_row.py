@@ -48,7 +48,7 @@ def finished(
         asked_attempts=of_calls, time_s=life.time_s, endpoint=life.shown_as,
         key="" if life.record is None else life.record.name or life.record.id, http_status=http_status, first_s=first_s,
         prompt_tokens=row.prompt_tokens or life.count.tokens, cached_model="" if life.hit is None else life.hit.model,
-        decided=life.decided, outcome=outcome,
+        decided=life.decided, outcome=outcome, trace=life.trace,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from anabranch.gateway.core.payable import has_price, no_price
 from anabranch.gateway.core.pieces import AHEAD, drained
 from anabranch.gateway.core.purse import Hold, Purse
 from anabranch.gateway.dispatch import Dispatcher, Plan, Report
+from anabranch.gateway.observe.trace_context import Trace
 from anabranch.gateway.prompt_tokens import PromptCount, count_prompt, room_of
 from anabranch.gateway.providers.chunks import text_of
 from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage, garbage
@@ -84,6 +85,7 @@ class ModelCalls:
         may_ask: whether the key of the request may use a model; None if it needs no key.
         keep: has a task end before the gateway does.
         sender: see the attribute.
+        trace: of the request; None for none.
     """
 
     def __init__(
@@ -96,9 +98,10 @@ class ModelCalls:
         may_ask: Callable[[str], bool] | None,
         keep: Callable[[asyncio.Task[Any]], None],
         sender: str = "",
+        trace: Trace | None = None,
     ) -> None:
         self._runtime, self._purse, self._request_id, self._began = runtime, purse, request_id, began
-        self._may_ask, self._keep, self.sender = may_ask, keep, sender
+        self._may_ask, self._keep, self.sender, self._trace = may_ask, keep, sender, trace
         self.limit_s, self.deadline_s = runtime.config.limits.strategy_calls_s, runtime.config.deadline_s
         self.made: list[ModelCall] = []
         self.purpose: Purpose = "route"
@@ -246,6 +249,7 @@ class ModelCalls:
                 deadline = runtime.dispatcher.now() + deadline_s - self._elapsed()
                 request = UpstreamRequest("chat", body, request_id=call.id, prompt_tokens=count.tokens)
                 plan = paid_plan(runtime, self._purse, hold, model, most, call.report, deadline, sender=self.sender)
+                plan = replace(plan, trace=self._trace)
                 answer = await (
                     runtime.dispatcher.complete(plan, request)
                     if pieces is None

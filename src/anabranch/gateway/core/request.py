@@ -97,6 +97,7 @@ class RequestRun:
         self.headers, self.shown_as, self.caches, self.collecting = headers, shown_as, services.caches, collecting
         # What it was made of, if it came in Anthropic's form.
         self.num_bytes, self.native = num_bytes, native
+        self.trace = services.begin_trace(headers)
         self.clock = StageClock(services.metrics.staged)
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
         # Of the key; None if none is needed.
@@ -272,7 +273,14 @@ class RequestRun:
         )
         may_ask = None if self.record is None else self.record.allows
         self.calls = ModelCalls(
-            self.runtime, self.purse, id, self.began, may_ask=may_ask, keep=services.keep_task, sender=self.sender
+            self.runtime,
+            self.purse,
+            id,
+            self.began,
+            may_ask=may_ask,
+            keep=services.keep_task,
+            sender=self.sender,
+            trace=self.trace,
         )
 
     def _assign(self) -> None:
@@ -571,7 +579,7 @@ class RequestRun:
             deadline=runtime.dispatcher.now() + self.deadline_s - self.elapsed(),
             accept=None if judge is None else partial(self._accept, judge), allow=self._allow,
             most=lambda model: self.bounds.most(model, self.report), keep=keeps,
-            sender=self.sender,
+            sender=self.sender, trace=self.trace,
             requests={model: request.with_body(messages=list(messages)) for model, messages in self.prepared.items()},
             bounds={model: most for model in self.candidates if (most := self.bounds.bound(model)) is not None},
             late=self._come_late if self.is_named else None, mid_stream="restart" if self._may_restart else None,

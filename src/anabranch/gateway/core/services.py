@@ -1,7 +1,7 @@
 """`Services`: what one request needs of the gateway it came to, and nothing else of it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from anabranch.gateway.core.finished import Finished, Priced
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.unsettled import Unsettled
 from anabranch.gateway.metrics import Metrics
+from anabranch.gateway.observe.trace_context import Trace
 from anabranch.gateway.store import KeyRecord, RateLimits, Store
 
 
@@ -26,6 +27,7 @@ class Services:
         metrics: of the process.
         unsettled: requests that are over, and whose row is still to be written.
         keep_task: has a task end before the gateway does.
+        begin_trace: the trace of a request with these headers; None for none.
         on_finished: told, once, that the request is over.
         on_priced: told, once and after that, what it cost.
     """
@@ -38,5 +40,6 @@ class Services:
     metrics: Metrics
     unsettled: Unsettled
     keep_task: Callable[[asyncio.Task[Any]], None]
+    begin_trace: Callable[[Mapping[str, str]], Trace | None]
     on_finished: Callable[[Finished], None]
     on_priced: Callable[[Priced], None]

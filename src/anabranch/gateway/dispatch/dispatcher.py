@@ -16,7 +16,7 @@ from anabranch.gateway.dispatch.hedge import HedgeDelay
 from anabranch.gateway.dispatch.late import Exchange, Late, answer_of, exchanged
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
-from anabranch.gateway.dispatch.run import Run, built
+from anabranch.gateway.dispatch.run import Run
 from anabranch.gateway.dispatch.stream import Stream, linger
 from anabranch.gateway.dispatch.upstream import Upstream
 from anabranch.gateway.providers.provider import (
@@ -191,7 +191,7 @@ class Dispatcher:
         """One attempt at a whole answer."""
         limit_s = live.deployment.timeout_s
         attempt.is_whole = True
-        attempt.call = call = await built(live, request)
+        call = await run.built(live, request, attempt)
         exchange: Exchange = asyncio.ensure_future(exchanged(live.transport, call, attempt))
         try:
             done, _ = await asyncio.wait((exchange,), timeout=max(0.0, min(limit_s, run.left_s)))

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from anabranch.gateway.dispatch.deployments import MidStream
+from anabranch.gateway.observe.trace_context import Trace
 from anabranch.gateway.providers.provider import Answer, FailureKind, HttpCall, UpstreamRequest, Usage
 
 Accept = Callable[[str, Answer], bool | Awaitable[bool]]
@@ -33,6 +34,7 @@ class Plan:
         report: filled as attempts are made, for whoever has to know of them however the request ends; None for a new one.
         late: called with an attempt that was given up, and read on, and the answer that it brought after all.
         sender: whose request it is, to tell what one sender meets from what all do; "" if nobody knows.
+        trace: that upstreams are told of, each attempt as a span of its own; None for none.
     """
 
     candidates: tuple[str, ...]
@@ -50,6 +52,7 @@ class Plan:
     report: "Report | None" = None
     late: "Callable[[Attempt, Answer], None] | None" = None
     sender: str = ""
+    trace: Trace | None = None
 
     def most_attempts(self, retries: int) -> int:
         """Attempts that may be made."""
@@ -82,6 +85,8 @@ class Attempt:
         has_begun: its stream had a chunk before it was lost.
         is_guess: nobody told, and ``usage`` is the most that may be billed, as far as is known.
         is_late: it was lost, and its answer is read on; ``usage`` and ``cost`` become what it says.
+        span_id: of the trace, that the upstream was told; "" where there is none.
+        time_s: when it began, in seconds since 1970; 0 where there is no trace.
     """
 
     model: str
@@ -104,6 +109,8 @@ class Attempt:
     has_begun: bool = False
     is_guess: bool = False
     is_late: bool = False
+    span_id: str = ""
+    time_s: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,6 +8,7 @@ There is one deadline, and every wait is cut to what is left of it.
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from anabranch.gateway.dispatch.late import Exchange, answer_of
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.retry import ACTION, DISPUTED, DOUBTED, IN_VAIN, OUTCOME, backoff
 from anabranch.gateway.logged_error import raised
+from anabranch.gateway.observe.trace_context import new_span_id
 from anabranch.gateway.providers.provider import (
     Answer,
     Failure,
@@ -360,6 +362,14 @@ class Run:
         except BaseException:
             self.lost(live, attempt, None)
             raise
+
+    async def built(self, live: Live, request: UpstreamRequest, attempt: Attempt) -> HttpCall:
+        """What an attempt sends, the trace that it belongs to among it. Raises UpstreamError as `built` does."""
+        attempt.call = call = await built(live, request)
+        if self.plan.trace is not None:
+            attempt.span_id, attempt.time_s = new_span_id(), time.time()
+            call.headers = {**call.headers, **self.plan.trace.headers(attempt.span_id)}
+        return call
 
     def leave(self, live: Live, request: UpstreamRequest, attempt: Attempt, exchange: Exchange) -> None:
         """Nobody waits for a whole answer any more; call it before the attempt is `lost`.

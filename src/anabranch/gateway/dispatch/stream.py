@@ -19,7 +19,7 @@ from typing import Any
 
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.plan import Attempt, Report
-from anabranch.gateway.dispatch.run import Run, as_failure, built
+from anabranch.gateway.dispatch.run import Run, as_failure
 from anabranch.gateway.dispatch.upstream_stream import Opened, read_chunk
 from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.chunks import assembled, text_of
@@ -149,7 +149,7 @@ class Stream:
 
     async def _opening(self, live: Live, request: UpstreamRequest, attempt: Attempt) -> Opened:
         limit_s = min(live.deployment.first_token_timeout_s, live.deployment.timeout_s)
-        attempt.call = call = await built(live, request)
+        call = await self._run.built(live, request, attempt)
         reply: Reply | None = None
         try:
             async with asyncio.timeout(max(min(limit_s, self._run.left_s), 0.0)):

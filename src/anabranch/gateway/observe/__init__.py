@@ -1,0 +1,1 @@
+"""What operators see of requests from outside: traces, an access log, labels by sender, webhooks."""
