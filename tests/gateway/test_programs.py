@@ -325,6 +325,48 @@ def test_a_program_that_fails_before_it_says_anything_is_passed_over(tmp_path, f
     assert (rows[-1].flags, rows[-1].attempts, program.closed) == (("bypassed",), 1, 1)
 
 
+def test_what_a_program_that_failed_had_held_is_there_for_the_answer(tmp_path):
+    """Its calls end with it, at once: one holds all that the request may cost."""
+
+    async def work_of(request, ask):
+        left = asyncio.ensure_future(ask("small", "hello", max_tokens=50))
+        await asyncio.sleep(0.02)
+        yield Step("left", {"is_done": left.done()})
+        raise RuntimeError("broke")
+
+    async def work(gateway):
+        return (await gateway.handle("chat", ask())).headers["x-route-bypassed"]
+
+    # Of the call 12 tokens of prompt and 50 of an answer; it waits to try again, and has cost nothing.
+    made = config(
+        tmp_path, model("small", script=("500",)), limits=LimitsConfig(request_usd=112_000 / 1e9),
+        retries=RetryConfig(base_s=600.0, cap_s=600.0),
+    )  # fmt: skip
+    bypassed, rows, _ = run(made, work, work_of)
+    assert bypassed == "RuntimeError in the program"
+    assert [row.status for row in rows] == ["cancelled", "ok"]
+
+
+def test_a_stream_that_a_program_leaves_ends_there(tmp_path):
+    async def work_of(request, ask):
+        stream = ask.stream("small", "hello", max_tokens=50)
+        first = await anext(stream)
+        await stream.aclose()
+        left.append(len(ask._live))
+        yield first
+
+    async def work(gateway):
+        return await gateway.achat(ask())
+
+    left = []
+
+    made = config(tmp_path, model("small", tokens=50, tokens_per_s=5.0))
+    answer, rows, _ = run(made, work, work_of)
+    assert left == [0]
+    assert answer["choices"][0]["message"]["content"].strip() == "small"
+    assert [row.status for row in rows] == ["cancelled", "ok"]
+
+
 def test_a_program_that_breaks_in_the_middle_breaks_its_stream(tmp_path):
     async def work_of(request, ask):
         async for piece in ask.stream("small", "hello"):
