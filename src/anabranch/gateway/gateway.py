@@ -25,7 +25,7 @@ from anabranch.gateway.core.finished import Finished, Priced
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.relay import Chunks
 from anabranch.gateway.core.reply import Reply
-from anabranch.gateway.core.request import RequestRun, keeps_texts
+from anabranch.gateway.core.request import CLIENT_GONE, RequestRun, keeps_texts
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.core.unsettled import Unsettled
 from anabranch.gateway.learning import errands
@@ -33,7 +33,7 @@ from anabranch.gateway.learning.erasures import Erasures
 from anabranch.gateway.learning.kept import EVERY_S, Kept
 from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.metrics import Ended, Metrics
-from anabranch.gateway.observe.trace_context import trace_of
+from anabranch.gateway.observe.observers import Observers
 from anabranch.gateway.overview import Overview
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import limited, unavailable
@@ -90,6 +90,7 @@ class Gateway(SyncGateway):
         self.teaching, self.kept, self.erasures = Teaching(self), Kept(lambda: self.store), Erasures(self)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._overview = Overview(self)
+        self.observers = Observers(self.metrics, config)
         super().__init__()
 
     def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
@@ -117,6 +118,7 @@ class Gateway(SyncGateway):
         """Open the store. Raises DataError if it cannot be."""
         if self._store is None:
             self._store = await asyncio.to_thread(open_store, self.config.store)
+        self.observers.start(self.config)
         await self.teaching.start()
         await self.erasures.start()
         await self.kept.load(self.runtime.decider.lanes.values())
@@ -141,6 +143,7 @@ class Gateway(SyncGateway):
         if self._store is not None and not self._given:
             await self._store.close()
             self._store = None
+        await asyncio.to_thread(self.observers.close)
 
     async def settled(self, request_id: str | None = None) -> None:
         """Wait until a request that has ended, or all such, have their rows in the ledger.
@@ -168,6 +171,7 @@ class Gateway(SyncGateway):
             await self.kept.save(old.decider.lanes.values(), at_once=True)
             new = await asyncio.to_thread(self._made, config, old)
             await self.kept.load(new.decider.news(old.decider))
+            self.observers.start(config)
         except Exception:
             self.metrics.reloads.labels("refused").inc()
             raise
@@ -286,6 +290,8 @@ class Gateway(SyncGateway):
             reply = await life.run(key)
         except BaseException as error:
             self._leave(life)
+            if not life.is_over:
+                self._refused(life, error)
             if isinstance(error, ApiError):
                 error.headers.setdefault("x-request-id", life.id)
                 # Codes of upstreams are theirs to choose.
@@ -297,6 +303,22 @@ class Gateway(SyncGateway):
         else:
             reply.stream.on_close = lambda: self._leave(life)  # type: ignore[attr-defined]
         return reply
+
+    def _refused(self, life: RequestRun, error: BaseException) -> None:
+        """It has no row in the ledger: nobody knows whose it is, or what it asks."""
+        if isinstance(error, ApiError):
+            status, code = error.status, error.code or ""
+        else:
+            status, code = 500 if isinstance(error, Exception) else CLIENT_GONE, ""
+        self.observers.refused(
+            life.shown_as,
+            status,
+            code=code,
+            id=life.id,
+            key_id=life.tenant,
+            time_s=life.time_s,
+            latency_s=life.elapsed(),
+        )
 
     def _leave(self, life: RequestRun) -> None:
         self.in_flight -= 1
@@ -431,7 +453,7 @@ class Gateway(SyncGateway):
             metrics=self.metrics,
             unsettled=self.unsettled,
             keep_task=self.keep,
-            begin_trace=trace_of,
+            begin_trace=self.observers.begin_trace,
             on_finished=self._finished,
             on_priced=self._priced,
         )
@@ -450,6 +472,7 @@ class Gateway(SyncGateway):
         for attempt in (*done.attempts, *done.asked_attempts):
             metrics.attempted(attempt.deployment, attempt.status)
         self.recent.append(seen_of(done))
+        self.observers.finished(done)
         if done.outcome is not None:
             self.teaching.ended(row.strategy, row, done.outcome)
 
@@ -458,6 +481,7 @@ class Gateway(SyncGateway):
         row = priced.row
         for one in (row, *priced.calls):
             self.metrics.priced(one)
+        self.observers.priced(priced)
         for at in range(len(self.recent) - 1, -1, -1):
             if self.recent[at].request_id == row.request_id:
                 self.recent[at] = seen = with_price(self.recent[at], priced)

@@ -18,6 +18,7 @@ from anabranch.gateway.config.parts import (
     LimitsConfig,
     LogConfig,
     LostConfig,
+    MetricsConfig,
     ModelConfig,
     RetryConfig,
     StrategyConfig,
@@ -60,7 +61,7 @@ class GatewayConfig(Config):
         balance: how requests are spread over the deployments of a model.
         mid_stream: what follows when a stream breaks after its first token: an error event, a continuation by another model, or a
             fresh answer, for who sends ``x-mid-stream: restart`` (others get the error event).
-        limits, cache, feedback, learning, admin, log: see there.
+        limits, cache, feedback, learning, admin, log, metrics: see there.
         require_key: requests need a key of the store (``anabranch gateway keys create``).
         cors_origins: pages of these origins (``https://app.example``; ``*`` for all) may call ``/v1`` from a browser, with a key.
         store: path of a SQLite file, or a URL: ``sqlite:///gateway.db``, ``postgresql://user@host/name``.
@@ -89,6 +90,7 @@ class GatewayConfig(Config):
     learning: LearningConfig = LearningConfig()
     admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
+    metrics: MetricsConfig = MetricsConfig()
     require_key: bool = True
     cors_origins: tuple[str, ...] = ()
     store: str = Field(default="gateway.db", min_length=1)

@@ -287,13 +287,27 @@ class LogConfig(Config):
         prompts: keep texts of requests and answers in the store, for ``gateway fit`` to learn from, and for strategies that show them to
             models (ic_cache), which cannot be without; otherwise token counts only. A sender that says ``store: false`` is left out.
         decisions: keep why each model was chosen.
+        access: file of the access log, one JSON line a request (who by id, model, status, tokens, cost, times; no texts); ``-`` is stdout,
+            None is none. SIGHUP has it opened anew, for whoever moves it away.
         keep_days: age at which ledger rows, decisions, texts, examples and feedback are deleted; None keeps them.
     """
 
     level: Literal["debug", "info", "warning", "error"] = "warning"
     prompts: bool = False
     decisions: bool = True
+    access: str | None = Field(default=None, min_length=1)
     keep_days: int | None = Field(default=None, ge=1)
+
+
+@configclass
+class MetricsConfig(Config):
+    """What ``/metrics`` counts.
+
+    Attributes:
+        senders: keys, and teams, that are counted by their names; more are counted together as ``other``. 0 counts nobody by name.
+    """
+
+    senders: int = Field(default=100, ge=0, le=10_000)
 
 
 @configclass

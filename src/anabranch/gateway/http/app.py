@@ -5,6 +5,7 @@ The routes for requests and those for operators are two tables, served on one po
 
 import asyncio
 import logging
+import time
 from typing import Any
 from urllib.parse import unquote
 
@@ -27,6 +28,9 @@ from anabranch.web.server import Server
 
 logger = logging.getLogger(__name__)
 MODEL = "/v1/models/"
+
+# What machines ask all the time.
+UNLOGGED = frozenset({"/health", "/ready", "/metrics"})
 
 
 class App:
@@ -65,6 +69,19 @@ class App:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
+        observers = self.gateway.observers
+        if not observers.has_access_log or request.path in UNLOGGED:
+            return await self._for_pages(request)
+        began, time_s = time.perf_counter(), time.time()
+        response = await self._for_pages(request)
+        # The others are requests of models, which say more of themselves.
+        id = response.headers.get("x-request-id", "")
+        if not id or response.get("is_early"):
+            what = f"{request.method[:16]} {request.path}"
+            observers.refused(what, response.status, id=id, time_s=time_s, latency_s=time.perf_counter() - began)
+        return response
+
+    async def _for_pages(self, request: web.BaseRequest) -> web.StreamResponse:
         origins = self.gateway.config.cors_origins
         if not origins or "origin" not in request.headers or not self._is_public(request.path):
             return await self._answer(request)
@@ -91,14 +108,16 @@ class App:
             return await self._longer(request)
         except ApiError as error:
             response = error_response(error)
+            # No request of a model has begun: that would have given it an id.
+            response["is_early"] = "x-request-id" not in error.headers
             if error.headers.get("connection") == "close":
                 response.force_close()
             return response
         except CapacityError as error:
-            return error_response(unavailable(error))
+            return _early(unavailable(error))
         except AnabranchError as error:
             # An argument that the store or the config refuses.
-            return error_response(ApiError(400, "invalid_value", str(error)))
+            return _early(ApiError(400, "invalid_value", str(error)))
         except (asyncio.CancelledError, ConnectionError):
             raise
         except Exception as error:
@@ -148,3 +167,10 @@ class App:
         if self._description is None:
             self._description = describe(__version__, self.gateway.config.limits.most_tokens)
         return json_response(self._description)
+
+
+def _early(error: ApiError) -> web.Response:
+    """The answer to what is no request of a model, or none yet."""
+    response = error_response(error)
+    response["is_early"] = True
+    return response

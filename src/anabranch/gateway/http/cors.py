@@ -12,7 +12,7 @@ EXPOSED = (
     "x-request-id, x-route-model, x-route-deployment, x-route-attempts, x-route-strategy, x-route-reason, x-route-confidence, "
     "x-route-bypassed, x-route-arm, x-cache, x-cost-usd, x-overhead-ms, retry-after"
 )
-SENT = "authorization, content-type, idempotency-key, x-api-key, x-cache, x-mid-stream, x-tags, x-task"
+SENT = "authorization, content-type, idempotency-key, x-api-key, x-cache, x-mid-stream, x-tags, x-task, traceparent, tracestate"
 DAY_S = 86_400
 
 

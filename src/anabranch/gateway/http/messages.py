@@ -99,10 +99,13 @@ def _in_form(route: Route) -> Route:
 
 
 def _error_response(error: ApiError) -> web.Response:
+    is_early = "x-request-id" not in error.headers
     id = error.headers.setdefault("x-request-id", new_id())
     data = json.dumps(to_error(error), ensure_ascii=False).encode("utf-8", "replace")
     headers = {**SAFE, **error.headers, "request-id": id}
     response = web.Response(status=error.status, body=data, content_type=JSON, headers=headers)
+    # For the access log, which knows the others by their ids.
+    response["is_early"] = is_early
     if error.headers.get("connection") == "close":
         response.force_close()
     return response

@@ -87,6 +87,8 @@ async def _main(
     gateway = Gateway(config)
 
     async def reload() -> None:
+        # Whatever the config says now: the file may have been moved away.
+        gateway.observers.reopen()
         new = await asyncio.to_thread(load_again)
         await gateway.reload(new)
         logging.getLogger("anabranch").setLevel(new.log.level.upper())
