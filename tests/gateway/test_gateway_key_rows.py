@@ -89,7 +89,7 @@ def test_a_rotated_key_is_the_same_with_another_secret(url):
         with pytest.raises(InputError, match="was revoked"):
             await store.rotate_key(key.id)
         for bad in ("", "nobody"):
-            with pytest.raises(InputError, match="have an id that begins with"):
+            with pytest.raises(InputError, match="or an id that begins so"):
                 await store.rotate_key(bad)
 
     on(url, work)

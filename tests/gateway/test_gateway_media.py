@@ -65,7 +65,7 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_size_of_an_image_is_read(form):
-    assert image(url(form(1500, 1000))) == Media(IMAGE_TOKENS, math.ceil(2.46 * 47 * 32))
+    assert image(url(form(1500, 1000))) == Media(IMAGE_TOKENS, math.ceil(2.46 * 47 * 32), "image")
     assert image(url(form(300, 200))).tokens == 85
     assert image(url(form(750, 500))).tokens == 500
 
@@ -99,7 +99,7 @@ def test_an_image_is_never_more_than_what_is_reserved_for_it(form, width, height
     ],
 )
 def test_an_image_whose_size_is_not_known(given_):
-    assert image(given_) == Media(IMAGE_TOKENS, IMAGE_MOST)
+    assert image(given_) == Media(IMAGE_TOKENS, IMAGE_MOST, "image")
 
 
 def wav(seconds, samples=16_000, channels=1, bits=16, form=1, rate=None):

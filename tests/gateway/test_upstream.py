@@ -97,7 +97,7 @@ def test_a_real_upstream_answers(stream):
 @pytest.mark.parametrize(
     ("step", "kind"),
     [
-        ("500", "server"), ("429:3", "rate_limit"), ("401", "auth"), ("402", "credit"), ("404", "request"), ("garbage", "garbage"),
+        ("500", "server"), ("429:3", "rate_limit"), ("401", "auth"), ("402", "credit"), ("404", "not_found"), ("garbage", "garbage"),
         ("html", "garbage"), ("short", "garbage"), ("context", "context"), ("filter", "filter"),
     ],
 )  # fmt: skip

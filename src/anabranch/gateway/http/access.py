@@ -15,6 +15,9 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.web.answers import JSON, bearer
 from anabranch.web.api_error import ApiError
 
+# Of an answer to a request that no request of a model was made of.
+IS_EARLY = web.ResponseKey("is_early", bool)
+
 # Types that any page may send, without asking first; nothing is sent as one of them without a body either.
 _SIMPLE = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 _ASK = {"WWW-Authenticate": 'Basic realm="gateway, any name, the admin key as password", charset="UTF-8"'}

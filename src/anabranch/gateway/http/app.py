@@ -14,7 +14,7 @@ from aiohttp import web
 from anabranch import __version__
 from anabranch.errors import AnabranchError, CapacityError
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.http.access import check_operator
+from anabranch.gateway.http.access import IS_EARLY, check_operator
 from anabranch.gateway.http.admin import AdminRoutes
 from anabranch.gateway.http.cors import for_origin, preflight
 from anabranch.gateway.http.messages import MessagesRoutes
@@ -76,7 +76,7 @@ class App:
         response = await self._for_pages(request)
         # The others are requests of models, which say more of themselves.
         id = response.headers.get("x-request-id", "")
-        if not id or response.get("is_early"):
+        if not id or response.get(IS_EARLY):
             what = f"{request.method[:16]} {request.path}"
             observers.refused(what, response.status, id=id, time_s=time_s, latency_s=time.perf_counter() - began)
         return response
@@ -109,7 +109,7 @@ class App:
         except ApiError as error:
             response = error_response(error)
             # No request of a model has begun: that would have given it an id.
-            response["is_early"] = "x-request-id" not in error.headers
+            response[IS_EARLY] = "x-request-id" not in error.headers
             if error.headers.get("connection") == "close":
                 response.force_close()
             return response
@@ -172,5 +172,5 @@ class App:
 def _early(error: ApiError) -> web.Response:
     """The answer to what is no request of a model, or none yet."""
     response = error_response(error)
-    response["is_early"] = True
+    response[IS_EARLY] = True
     return response

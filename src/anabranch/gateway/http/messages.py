@@ -10,6 +10,7 @@ from aiohttp import web
 from anabranch.errors import AnabranchError, CapacityError, InputError, UnknownModelError
 from anabranch.gateway.config import find_target
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.access import IS_EARLY
 from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.providers.provider import Native
@@ -105,7 +106,7 @@ def _error_response(error: ApiError) -> web.Response:
     headers = {**SAFE, **error.headers, "request-id": id}
     response = web.Response(status=error.status, body=data, content_type=JSON, headers=headers)
     # For the access log, which knows the others by their ids.
-    response["is_early"] = is_early
+    response[IS_EARLY] = is_early
     if error.headers.get("connection") == "close":
         response.force_close()
     return response
