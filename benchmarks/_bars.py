@@ -30,8 +30,8 @@ BARS: dict[str, tuple[Bar, ...]] = {
     "gateway_overhead": (
         Bar(3, "p50 added.*", "litellm"),
         Bar(0.5, "p50 added.*", "relay"),
-        Bar(8, "requests a second.*, streamed", "litellm"),
-        Bar(6, "requests a second.*", "litellm"),
+        Bar(8, "requests a processor second.*, streamed", "litellm"),
+        Bar(6, "requests a processor second.*", "litellm"),
     ),
     "graphrouter": (Bar(1.0, peer="bar"), Bar(100, peer="llmrouter-lib")),
     "graphvite": (Bar(2, peer=r"PecanPy \+ gensim"), Bar(1.6, "two threads.*")),

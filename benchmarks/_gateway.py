@@ -321,6 +321,40 @@ async def load(contestant: Contestant, count: int, concurrency: int, stream: boo
     return result
 
 
+async def paced(contestant: Contestant, count: int, per_second: float, stream: bool) -> Load:
+    """``count`` requests at fixed times, whatever became of those before: an open loop.
+
+    A request's latency counts from the time it was due, so that a server which falls behind is not spared.
+    """
+    loop, result, request = asyncio.get_running_loop(), Load(), contestant.request(stream)
+    idle: list[Link] = []
+    begin = time.perf_counter() + 0.01
+
+    async def one(due: float) -> None:
+        link = idle.pop() if idle else None
+        if link is None or link.lost:
+            _, link = await loop.create_connection(Link, "127.0.0.1", contestant.port)
+        status = await link.ask(request)
+        if status == 200:
+            result.latency_s.append(time.perf_counter() - due)
+        result.statuses[status] = result.statuses.get(status, 0) + 1
+        idle.append(link)
+
+    before, under_way = contestant.cpu_s() if contestant.process else 0.0, set[asyncio.Task[None]]()
+    for at in range(count):
+        due = begin + at / per_second
+        if (wait := due - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        under_way.add(task := loop.create_task(one(due)))
+        task.add_done_callback(under_way.discard)
+    await asyncio.gather(*under_way)
+    result.wall_s = time.perf_counter() - begin
+    result.cpu_s = contestant.cpu_s() - before if contestant.process else 0.0
+    for link in idle:
+        link.transport.close()
+    return result
+
+
 def machine() -> dict[str, Any]:
     """Where it ran."""
     return {**here(), "python": platform.python_version()}
