@@ -31,6 +31,8 @@ _MODULES = {
     "google-auth": "google.auth",
     "import-linter": "importlinter",
     "mkdocs-material": "material",
+    "opentelemetry-exporter-otlp-proto-http": "opentelemetry.exporter.otlp.proto.http",
+    "opentelemetry-sdk": "opentelemetry.sdk",
     "pytest-xdist": "xdist",
     "python-igraph": "igraph",
     "pyyaml": "yaml",

@@ -8,8 +8,8 @@ from anabranch.errors import InputError
 
 
 @contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A bound socket. Raises InputError if the address cannot be had."""
+def listening(host: str, port: int, *, shared: bool = False) -> Iterator[socket.socket]:
+    """A bound socket; ``shared`` with others of this user that say so too (SO_REUSEPORT). Raises InputError if the address cannot be had."""
     if not 0 <= port <= 65535:
         raise InputError(f"port is {port}; it must be 0 (any free one) to 65535")
     try:
@@ -22,6 +22,8 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     with listener:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind(address)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()

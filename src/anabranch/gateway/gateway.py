@@ -34,6 +34,7 @@ from anabranch.gateway.learning.kept import EVERY_S, Kept
 from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.metrics import Ended, Metrics
 from anabranch.gateway.observe.observers import Observers
+from anabranch.gateway.observe.webhooks import Webhooks, hooks_of
 from anabranch.gateway.overview import Overview
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import limited, unavailable
@@ -91,6 +92,7 @@ class Gateway(SyncGateway):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._overview = Overview(self)
         self.observers = Observers(self.metrics, config)
+        self.webhooks = Webhooks(config.webhooks, lambda: self.store)
         super().__init__()
 
     def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
@@ -123,6 +125,7 @@ class Gateway(SyncGateway):
         await self.erasures.start()
         await self.kept.load(self.runtime.decider.lanes.values())
         self._spawn(self._prune())
+        self._spawn(self.webhooks.watch())
         await errands.start(self)
         self._spawn(self._learn_on())
         self._spawn(errands.forever(self))
@@ -171,10 +174,12 @@ class Gateway(SyncGateway):
             await self.kept.save(old.decider.lanes.values(), at_once=True)
             new = await asyncio.to_thread(self._made, config, old)
             await self.kept.load(new.decider.news(old.decider))
+            hooks = hooks_of(config.webhooks)
             self.observers.start(config)
         except Exception:
             self.metrics.reloads.labels("refused").inc()
             raise
+        self.webhooks.hooks = hooks
         new.decider.succeed(old.decider)
         self.runtime, self.caches = new, Caches(config.cache, new.embedder, self.caches)
         await errands.start(self)
@@ -316,6 +321,7 @@ class Gateway(SyncGateway):
             code=code,
             id=life.id,
             key_id=life.tenant,
+            trace=life.trace,
             time_s=life.time_s,
             latency_s=life.elapsed(),
         )

@@ -51,6 +51,15 @@ def serve(
             help="Seconds that requests under way have to end after a signal to stop.",
         ),
     ] = 30.0,
+    workers: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=256,
+            help="Processes that share the port and the store. Budgets stay exact; rates, breakers and caches are of each process.",
+        ),
+    ] = 1,
     check: Annotated[
         bool, typer.Option("--check", metavar=FLAG, help="Read the config, say what is wrong with it, and end.")
     ] = False,
@@ -95,7 +104,14 @@ def serve(
                 fact("keys", f"anabranch gateway keys create ci --store {shell_word(held.store)} makes a $KEY")
         sys.stdout.flush()
 
-    run(config, host=host, port=port, store=store, router=router, drain_s=drain, on_ready=ready)
+    if workers == 1:
+        run(config, host=host, port=port, store=store, router=router, drain_s=drain, on_ready=ready)
+    else:
+        from anabranch.gateway.http.workers import run_workers
+
+        run_workers(
+            config, num=workers, host=host, port=port, store=store, router=router, drain_s=drain, on_ready=ready
+        )
     if not quiet:
         say("stopped; every request under way was answered")
 

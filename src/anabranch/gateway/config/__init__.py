@@ -19,8 +19,10 @@ from anabranch.gateway.config.parts import (
     LostConfig,
     MetricsConfig,
     ModelConfig,
+    OtelConfig,
     RetryConfig,
     StrategyConfig,
+    WebhookConfig,
 )
 from anabranch.gateway.config.secret import Secret
 
@@ -40,10 +42,12 @@ __all__ = [
     "LostConfig",
     "MetricsConfig",
     "ModelConfig",
+    "OtelConfig",
     "RetryConfig",
     "Secret",
     "StrategyConfig",
     "Target",
+    "WebhookConfig",
     "default_config",
     "find_target",
     "import_litellm",

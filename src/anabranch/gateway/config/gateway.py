@@ -20,8 +20,10 @@ from anabranch.gateway.config.parts import (
     LostConfig,
     MetricsConfig,
     ModelConfig,
+    OtelConfig,
     RetryConfig,
     StrategyConfig,
+    WebhookConfig,
 )
 from anabranch.gateway.config.prices import model_price
 from anabranch.gateway.config.suggestions import hint
@@ -62,6 +64,8 @@ class GatewayConfig(Config):
         mid_stream: what follows when a stream breaks after its first token: an error event, a continuation by another model, or a
             fresh answer, for who sends ``x-mid-stream: restart`` (others get the error event).
         limits, cache, feedback, learning, admin, log, metrics: see there.
+        webhooks: who is told of budgets, by name.
+        otel: where spans go; None for none.
         require_key: requests need a key of the store (``anabranch gateway keys create``).
         cors_origins: pages of these origins (``https://app.example``; ``*`` for all) may call ``/v1`` from a browser, with a key.
         store: path of a SQLite file, or a URL: ``sqlite:///gateway.db``, ``postgresql://user@host/name``.
@@ -91,6 +95,8 @@ class GatewayConfig(Config):
     admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
     metrics: MetricsConfig = MetricsConfig()
+    otel: OtelConfig | None = None
+    webhooks: dict[str, WebhookConfig] = Field(default_factory=dict)
     require_key: bool = True
     cors_origins: tuple[str, ...] = ()
     store: str = Field(default="gateway.db", min_length=1)

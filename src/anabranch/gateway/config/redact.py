@@ -32,11 +32,22 @@ def redacted(value: Any) -> Any:
 
 
 def _field(name: str, value: Any) -> Any:
+    if name.lower() == "webhooks" and isinstance(value, Mapping):
+        return {name: _webhook(one) for name, one in value.items()}
     if name.lower() == "headers" and isinstance(value, Mapping):
         return dict.fromkeys(value, HIDDEN)
     if is_surely_secret_name(name):
         return _hidden(value, str | int | float)
     return _hidden(value, str) if is_secret_name(name) else redacted(value)
+
+
+def _webhook(value: Any) -> Any:
+    """Of its URL the host alone: with many services the path is the secret."""
+    shown = redacted(value)
+    if isinstance(shown, dict) and isinstance(shown.get("url"), str) and not is_reference(shown["url"]):
+        scheme, sign, rest = shown["url"].partition("://")
+        shown["url"] = f"{scheme}{sign}{rest.partition('/')[0].rpartition('@')[2]}/{HIDDEN}" if sign else HIDDEN
+    return shown
 
 
 def _hidden(value: Any, kinds: Any) -> Any:

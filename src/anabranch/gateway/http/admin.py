@@ -13,6 +13,7 @@ from anabranch.gateway.config.redact import redacted
 from anabranch.gateway.decide import BypassError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator, check_origin
+from anabranch.gateway.http.peers import PeerError, Peers
 from anabranch.gateway.store import GROUPS, Budget, KeyRecord, LedgerQuery, key_rows
 from anabranch.gateway.store.key_rows import FIELDS, UnknownKeyError
 from anabranch.gateway.store.period import PERIODS
@@ -67,8 +68,10 @@ class _Call:
 class AdminRoutes:
     """The admin interface of one gateway."""
 
-    def __init__(self, gateway: Gateway, on_reload: Callable[[], Awaitable[None]] | None) -> None:
-        self._gateway, self._on_reload = gateway, on_reload
+    def __init__(
+        self, gateway: Gateway, on_reload: Callable[[], Awaitable[None]] | None, peers: Peers | None = None
+    ) -> None:
+        self._gateway, self._on_reload, self._peers = gateway, on_reload, peers
         self._table: dict[str, dict[str, Work]] = {
             "keys": {
                 "GET": self._keys,
@@ -207,7 +210,10 @@ class AdminRoutes:
 
     async def _clear(self, call: _Call) -> Any:
         caches = self._gateway.caches
-        return {"deleted": caches.delete(call.name) if call.name else caches.clear()}
+        deleted = caches.delete(call.name) if call.name else caches.clear()
+        if self._peers is not None:
+            deleted += sum(int(answer) for answer in (await self._peers.ask("clear", call.name)).values())
+        return {"deleted": deleted}
 
     async def _ic_cache(self, call: _Call) -> Any:
         """``forget``: erase examples of one request, of a key or a user of it, or all."""
@@ -249,6 +255,8 @@ class AdminRoutes:
             )
         try:
             await self._on_reload()
+        except PeerError as error:
+            raise ApiError(409, "reload_failed", f"not every worker uses the new config: {error}") from None
         except AnabranchError as error:
             raise ApiError(409, "reload_failed", f"the old config stays: {error}") from None
         return {"status": "reloaded", "models": len(self._gateway.config.models)}

@@ -21,6 +21,7 @@ from anabranch.gateway.http.messages import MessagesRoutes
 from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.http.openapi import describe
 from anabranch.gateway.http.page import PageRoutes
+from anabranch.gateway.http.peers import Peers, labelled
 from anabranch.gateway.refusals import unavailable
 from anabranch.web.answers import Route, error_response, json_response, wrong_method
 from anabranch.web.api_error import ApiError
@@ -44,12 +45,14 @@ class App:
         public: serve what OpenAI's clients call.
         admin: serve what operators call.
         on_reload: reads the config again, for ``POST /admin/reload``; None if there is no file to read.
+        peers: the other workers; None if this process is the only one.
     """
 
-    def __init__(self, gateway: Gateway, *, public: bool = True, admin: bool = True, on_reload: Any = None) -> None:
+    def __init__(self, gateway: Gateway, *, public: bool = True, admin: bool = True, on_reload: Any = None, peers: Peers | None = None
+    ) -> None:
         self.gateway, self.is_stopping = gateway, False
-        self._openai, self._admin = OpenAIRoutes(gateway), AdminRoutes(gateway, on_reload) if admin else None
-        self._public = public
+        self._openai, self._admin = OpenAIRoutes(gateway), AdminRoutes(gateway, on_reload, peers) if admin else None
+        self._public, self._peers = public, peers
         table: dict[str, dict[str, Route]] = {
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
@@ -161,6 +164,8 @@ class App:
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
         await check_operator(self.gateway, request, local=True)
         body = self.gateway.metrics_text()
+        if self._peers is not None:
+            body = labelled({self._peers.seat.index: body, **await self._peers.ask("metrics")})
         return web.Response(body=body, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _openapi(self, request: web.BaseRequest) -> web.StreamResponse:

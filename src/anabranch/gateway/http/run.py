@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import logging
+import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
+from anabranch.gateway.http.peers import RELOAD_S, Peers, Seat, end_with_supervisor
 from anabranch.gateway.store.store import check_place
 from anabranch.sockets import listening, url_of
 from anabranch.web.server import BACKLOG, Server, Signals, reload_on, runner
@@ -51,6 +54,8 @@ def run(
     router: Path | None = None,
     drain_s: float = 30.0,
     on_ready: Ready = lambda url, admin_url, config: None,
+    seat: Seat | None = None,
+    admin_port: int | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. Call it in the main thread.
 
@@ -62,6 +67,8 @@ def run(
         router: folder of fitted routers whose recommended one ``auto`` is to be; None leaves that to the config.
         drain_s: how long requests under way have to end after a signal.
         on_ready: called with the URL for requests, the one for operators and the config when both answer.
+        seat: which worker of several this process is; None for the only one.
+        admin_port: in place of the config's.
 
     Raises AnabranchError: the config, the store or the address cannot be used.
     """
@@ -69,53 +76,106 @@ def run(
     logging.getLogger("anabranch").setLevel(config.log.level.upper())
     # Threads that read large bodies give way to the loop sooner than after the 5 ms that are Python's own.
     sys.setswitchinterval(SWITCH_S)
-    main = _main(config, path, host, port, lambda: load(path, store, router), drain_s, on_ready)
-    runner()(main)
+    place = Place(host, port, config.admin.port if admin_port is None else admin_port, seat)
+    runner()(_main(config, place, lambda: load(path, store, router), path is not None, drain_s, on_ready))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process serves.
+
+    Attributes:
+        host, port: of requests.
+        admin_port: of operators; None where they share the port of requests.
+        seat: which worker it is; None for the only one.
+    """
+
+    host: str
+    port: int
+    admin_port: int | None
+    seat: Seat | None
+
+    def listening(self, stack: contextlib.AsyncExitStack, host: str, port: int) -> socket.socket:
+        """A bound socket, until the end of ``stack``."""
+        return stack.enter_context(listening(host, port, shared=self.seat is not None))
+
+
+class _Reload:
+    """Reads the config again, in this process and, as an operator wants it, in the other workers."""
+
+    def __init__(self, gateway: Gateway, load_again: Callable[[], GatewayConfig]) -> None:
+        self._gateway, self._load = gateway, load_again
+        self.peers: Peers | None = None
+
+    async def here(self) -> None:
+        """Raises AnabranchError, and the old config stays."""
+        # Whatever the config says now: the log's file may have been moved away.
+        self._gateway.observers.reopen()
+        new = await asyncio.to_thread(self._load)
+        await self._gateway.reload(new)
+        logging.getLogger("anabranch").setLevel(new.log.level.upper())
+
+    async def everywhere(self) -> None:
+        """Here first: where it cannot be used, no worker is asked."""
+        await self.here()
+        if self.peers is not None:
+            await self.peers.ask("reload", most_s=RELOAD_S)
+
+
+def _peers(gateway: Gateway, seat: Seat, reload: _Reload) -> Peers:
+    async def metrics(of: str) -> bytes:
+        return gateway.metrics_text()
+
+    async def read_again(of: str) -> bytes:
+        await reload.here()
+        return b""
+
+    async def clear(of: str) -> bytes:
+        return str(gateway.caches.delete(of) if of else gateway.caches.clear()).encode()
+
+    return Peers(seat, {"metrics": metrics, "reload": read_again, "clear": clear})
 
 
 async def _main(
     config: GatewayConfig,
-    path: Path | None,
-    host: str,
-    port: int,
+    place: Place,
     load_again: Callable[[], GatewayConfig],
+    has_file: bool,
     drain_s: float,
     on_ready: Ready,
 ) -> None:
     admin = config.admin
-    is_apart = admin.port is not None
     gateway = Gateway(config)
-
-    async def reload() -> None:
-        # Whatever the config says now: the file may have been moved away.
-        gateway.observers.reopen()
-        new = await asyncio.to_thread(load_again)
-        await gateway.reload(new)
-        logging.getLogger("anabranch").setLevel(new.log.level.upper())
-
-    with contextlib.ExitStack() as stack, Signals() as signals:
-        listener = stack.enter_context(listening(host, port))
+    reload = _Reload(gateway, load_again)
+    on_reload = reload.everywhere if has_file else None
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        listener = place.listening(stack, place.host, place.port)
         await gateway.start()
-        apps = [App(gateway, admin=not is_apart, on_reload=None if path is None else reload)]
-        sockets, urls = [listener], [url_of(host, listener)]
-        if admin.port is not None:
-            sockets.append(stack.enter_context(listening(admin.host, admin.port)))
+        tasks = [loop.create_task(reload_on(signals.reload, reload.here))]
+        if place.seat is not None:
+            reload.peers = await stack.enter_async_context(_peers(gateway, place.seat, reload).serving())
+            tasks.append(loop.create_task(end_with_supervisor(signals.stop)))
+        apps = [App(gateway, admin=place.admin_port is None, on_reload=on_reload, peers=reload.peers)]
+        sockets, urls = [listener], [url_of(place.host, listener)]
+        if place.admin_port is not None:
+            sockets.append(place.listening(stack, admin.host, place.admin_port))
             urls.append(url_of(admin.host, sockets[-1]))
-            apps.append(App(gateway, public=False, on_reload=None if path is None else reload))
+            apps.append(App(gateway, public=False, on_reload=on_reload, peers=reload.peers))
         servers = [app.server() for app in apps]
-        loop = asyncio.get_running_loop()
         listeners = [
-            await loop.create_server(server, sock=socket, backlog=BACKLOG)
-            for server, socket in zip(servers, sockets, strict=True)
+            await loop.create_server(server, sock=bound, backlog=BACKLOG)
+            for server, bound in zip(servers, sockets, strict=True)
         ]
-        reloads = loop.create_task(reload_on(signals.reload, reload))
         try:
             on_ready(urls[0], urls[-1], config)
             await signals.stop.wait()
         finally:
             for app in apps:
                 app.is_stopping = True
-            reloads.cancel()
+            for task in tasks:
+                task.cancel()
             await _drain(gateway, listeners, servers, signals, drain_s)
             await gateway.stop()
 

@@ -75,6 +75,12 @@ MIGRATIONS: list[Sequence[str]] = [
         "CREATE UNIQUE INDEX keys_by_name ON keys (name) WHERE name <> '' AND revoked_us IS NULL",
         "ALTER TABLE keys ADD COLUMN max_in_flight BIGINT",
     ),
+    # What somebody is told once, whichever process tells it.
+    (
+        """CREATE TABLE alerts (
+            id TEXT PRIMARY KEY, period TEXT NOT NULL, ts_us BIGINT NOT NULL, next_us BIGINT NOT NULL, tries BIGINT NOT NULL,
+            sent_us BIGINT NOT NULL, body TEXT NOT NULL)""",
+    ),
 ]
 
 # What is in every store, of whatever version.
@@ -95,6 +101,7 @@ LEDGER = (
 DECISIONS = ("request_id", "ts_us", "strategy", "model", "body")
 FEEDBACK = ("request_id", "ts_us", "key_id", "score", "comment")
 TEXTS = ("request_id", "ts_us", "body")
+ALERTS = ("id", "period", "ts_us", "next_us", "tries", "sent_us", "body")
 COLLECTED = ("key", "ts_us", "body")
 LEARNED = ("strategy", "made", "writer", "kind", "version", "ts_us", "body")
 EXAMPLES = ("strategy", "made", "key", "writer", "version", "ts_us", "body", "vector")

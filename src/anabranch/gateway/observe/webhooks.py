@@ -1,0 +1,236 @@
+"""`Webhooks`: who wants to know is told, once, that a budget has reached a share of its limit.
+
+    POST, application/json, signed: x-anabranch-signature: t=UNIX_SECONDS,v1=HMAC-SHA256(secret, "UNIX_SECONDS." + body) in hexadecimal
+
+The store remembers what was sent (`store.alerts`): one POST for each budget, limit, period and share, over restarts and replicas.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from anabranch.errors import AnabranchError
+from anabranch.gateway.config import WebhookConfig
+from anabranch.gateway.config.parts import check_webhook_url
+from anabranch.gateway.config.secret import Secret, is_reference
+from anabranch.gateway.store import Budget, Store, alerts
+from anabranch.gateway.store.alerts import TRIES, Alert
+from anabranch.gateway.store.period import iso
+from anabranch.routers.money import dollars
+
+logger = logging.getLogger(__name__)
+
+# Between looks at the budgets, and how long one POST may take: less than an alert stays claimed.
+LOOK_S, POST_S = 5.0, 10.0
+
+# Before the second try, and then four times as long each time, up to the last.
+RETRY_S, LONGEST_S = 30.0, 6 * 3600.0
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
+
+
+class Hook:
+    """A webhook with what its config only refers to."""
+
+    def __init__(self, name: str, config: WebhookConfig) -> None:
+        self.name, self.config = name, config
+        self.url = Secret(config.url).reveal() if is_reference(config.url) else config.url
+        check_webhook_url(self.url, private=config.private)
+        self.secret = config.secret.reveal().encode()
+
+    @property
+    def host(self) -> str:
+        """All of the URL that may be shown."""
+        return urlsplit(self.url).netloc
+
+    def is_for(self, subject: str) -> bool:
+        """It is told of budgets of ``subject``."""
+        return not self.config.subjects or subject in self.config.subjects
+
+
+def hooks_of(configs: Mapping[str, WebhookConfig]) -> dict[str, Hook]:
+    """Raises ConfigError if a secret or a URL that a config refers to is not there."""
+    return {name: Hook(name, config) for name, config in configs.items()}
+
+
+class Webhooks:
+    """Use from one event loop.
+
+    Attributes:
+        hooks: in use, by name.
+
+    Args:
+        hooks: by name.
+        store: gives the store, once it is open.
+        retry_s: before the second try.
+
+    Raises ConfigError if a secret or a URL that the config refers to is not there.
+    """
+
+    def __init__(
+        self, hooks: Mapping[str, WebhookConfig], store: Callable[[], Store], *, retry_s: float = RETRY_S
+    ) -> None:
+        self._store, self._retry_s = store, retry_s
+        self.hooks = hooks_of(hooks)
+        # That are in the store already.
+        self._noted: set[str] = set()
+
+    async def watch(self) -> None:
+        """Look at the budgets until cancelled."""
+        while True:
+            if self.hooks:
+                try:
+                    await self.look()
+                except AnabranchError as error:
+                    logger.warning("budgets are looked at later: %s", error)
+            await asyncio.sleep(LOOK_S)
+
+    async def look(self) -> None:
+        """Note what has been reached, and send what is due. Raises CapacityError if the store cannot be used."""
+        store = self._store()
+        now_us = store.now_us()
+        new = [one for one in self._reached(await store.budgets(), now_us) if one.id not in self._noted]
+        if new:
+            await store.change(lambda connection: alerts.note(connection, new, now_us))
+            self._noted.update(one.id for one in new)
+        found = await store.look(lambda connection: alerts.due(connection, now_us))
+        mine = [one for one in found if one.body.get("webhook") in self.hooks]
+        # All are tried, whatever becomes of one.
+        ended = await asyncio.gather(*(self._send(one) for one in mine), return_exceptions=True)
+        for error in ended:
+            if error is not None:
+                raise error
+
+    def _reached(self, budgets: Sequence[Budget], now_us: int) -> list[Alert]:
+        return [
+            _alert(hook.name, budget, share, now_us)
+            for budget in budgets
+            for hook in self.hooks.values()
+            if budget.limit_nano > 0 and hook.is_for(budget.subject)
+            for share in sorted(set(hook.config.shares))
+            if budget.spent_nano >= Decimal(str(share)) * budget.limit_nano
+        ]
+
+    async def _send(self, alert: Alert) -> None:
+        """Try one, unless another process does."""
+        store, hook = self._store(), self.hooks[alert.body["webhook"]]
+        claimed_us = store.now_us()
+        if not await store.change(lambda connection: alerts.claim(connection, alert, claimed_us)):
+            return
+        why = await _posted(hook, alert)
+        now_us = store.now_us()
+        if why is None:
+            await store.change(lambda connection: alerts.arrived(connection, alert, now_us))
+            return
+        is_last = alert.tries + 1 >= TRIES
+        wait_s = min(self._retry_s * 4**alert.tries, LONGEST_S)
+        what = f"webhook {hook.name} ({hook.host}) did not take an alert of the budget of {alert.body['budget']['subject']}"
+        logger.warning("%s: %s; %s", what, why, "it is given up" if is_last else f"again in {wait_s:g} s")
+        await store.change(lambda connection: alerts.failed(connection, alert, now_us + round(wait_s * 1e6)))
+
+
+def _alert(webhook: str, budget: Budget, share: float, now_us: int) -> Alert:
+    # Another limit is another budget: whoever raises one wants to know when that is reached.
+    parts = (webhook, budget.subject, budget.period, budget.window_us, budget.limit_nano, share)
+    id = "alert_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    told = {
+        "subject": budget.subject,
+        "period": budget.period,
+        "began": iso(budget.window_us) if budget.period != "total" else None,
+        "resets": None if budget.resets_us is None else iso(budget.resets_us),
+        "limit_usd": dollars(budget.limit_nano),
+        "spent_usd": dollars(budget.spent_nano),
+    }
+    body = {"id": id, "type": "budget.reached", "time": iso(now_us), "webhook": webhook, "share": share, "budget": told}
+    return Alert(id=id, period=budget.period, ts_us=now_us, body=body)
+
+
+def signature(secret: bytes, body: bytes, now_s: int) -> str:
+    """What ``x-anabranch-signature`` says of a body that is sent at unix second ``now_s``."""
+    digest = hmac.new(secret, f"{now_s}.".encode() + body, hashlib.sha256).hexdigest()
+    return f"t={now_s},v1={digest}"
+
+
+async def _posted(hook: Hook, alert: Alert) -> str | None:
+    """POST it; None if it has arrived, else why not, without the URL."""
+    body = json.dumps(alert.body, separators=(",", ":")).encode()
+    headers = {
+        "content-type": "application/json",
+        "user-agent": "anabranch",
+        "x-anabranch-id": alert.id,
+        "x-anabranch-signature": signature(hook.secret, body, int(time.time())),
+    }
+    private = hook.config.private
+    try:
+        # The resolver is not asked for addresses that are written as such.
+        if not private and not _is_public_host(urlsplit(hook.url).hostname or ""):
+            return "its address is not public, which private = true allows"
+        connector = aiohttp.TCPConnector(resolver=None if private else PublicResolver(), limit=1, force_close=True)
+        timeout = aiohttp.ClientTimeout(total=POST_S)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session:
+            # A redirect could lead anywhere.
+            async with session.post(hook.url, data=body, headers=headers, allow_redirects=False) as response:
+                return None if 200 <= response.status < 300 else f"it answered {response.status}"
+    except TimeoutError:
+        return f"it did not answer within {POST_S:g} s"
+    except NotPublicError:
+        return "its name leads to an address that is not public, which private = true allows"
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        is_private = isinstance(error.__cause__, NotPublicError) or isinstance(error.__context__, NotPublicError)
+        return "its name leads to an address that is not public" if is_private else type(error).__name__
+
+
+class NotPublicError(OSError):
+    """A name leads to this machine or a private network."""
+
+
+class PublicResolver(AbstractResolver):
+    """Names whose addresses are all public. It is these addresses that are called: what the name means later does not matter."""
+
+    def __init__(self) -> None:
+        self._inner = aiohttp.ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """See `AbstractResolver`. Raises NotPublicError if one address is not public."""
+        found = await self._inner.resolve(host, port, family)
+        if not all(is_public(one["host"]) for one in found):
+            raise NotPublicError("an address that is not public")
+        return found
+
+    async def close(self) -> None:
+        """See `AbstractResolver`."""
+        await self._inner.close()
+
+
+def _is_public_host(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return is_public(host)
+
+
+def is_public(address: str) -> bool:
+    """Whether anybody can have it on the internet. IPv4 inside of IPv6 counts as what it is."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or (ip.sixtofour if ip in _SIX_TO_FOUR else None)
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast

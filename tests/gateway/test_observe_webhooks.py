@@ -1,0 +1,253 @@
+"""Webhooks: one POST for each budget, period and share, signed, over restarts, replicas and receivers that fail."""
+
+import asyncio
+import hashlib
+import hmac
+import json
+
+import pytest
+
+from anabranch.errors import ConfigError
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, WebhookConfig, load_config
+from anabranch.gateway.config.redact import redacted
+from anabranch.gateway.config.secret import Secret
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.observe import webhooks
+from anabranch.gateway.observe.webhooks import Webhooks, is_public
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.store import LedgerRow, alerts, open_store
+from anabranch.routers.money import Price
+from gateway_process import ask, call, served
+from gateway_upstream import noting
+
+SECRET = "the-secret-of-the-webhook"
+DOLLAR = 10**9
+
+
+@pytest.fixture(autouse=True)
+def _secret(monkeypatch):
+    monkeypatch.setenv("TEST_HOOK_SECRET", SECRET)
+
+
+def hook(url, **fields):
+    return WebhookConfig(url=url, secret=Secret("env:TEST_HOOK_SECRET"), **{"private": True, **fields})
+
+
+async def spend(store, nano, number):
+    held = await store.reserve(f"r{number}", ("team:blue",), nano)
+    await store.settle(held, LedgerRow(request_id=f"r{number}", team="blue", cost_nano=nano))
+
+
+def told(upstream):
+    return [json.loads(body) for _, body in upstream.seen]
+
+
+def test_each_share_is_told_once_over_restarts_and_replicas(url):
+    with noting() as receiver:
+
+        async def main():
+            first, second = open_store(url), open_store(url)
+            await first.set_budget("team:blue", DOLLAR, "month")
+            hooks = {"ops": hook(receiver.url, shares=(0.5, 1.0))}
+            ones = [Webhooks(hooks, lambda: first), Webhooks(hooks, lambda: second)]
+            await asyncio.gather(*(one.look() for one in ones))
+            assert told(receiver) == []
+            await spend(first, DOLLAR // 2, 1)
+            await asyncio.gather(*(one.look() for one in ones))
+            await asyncio.gather(*(one.look() for one in ones))
+            assert [one["share"] for one in told(receiver)] == [0.5]
+            await spend(second, DOLLAR // 2, 2)
+            await asyncio.gather(*(one.look() for one in ones))
+            await first.close()
+            # Another process, which remembers nothing.
+            await Webhooks(hooks, lambda: second).look()
+            await second.close()
+
+        asyncio.run(main())
+        found = told(receiver)
+        assert [one["share"] for one in found] == [0.5, 1.0]
+        assert found[0]["budget"]["subject"] == "team:blue"
+        assert (found[0]["budget"]["limit_usd"], found[0]["budget"]["spent_usd"]) == (1.0, 0.5)
+        assert len({one["id"] for one in found}) == 2
+
+
+def test_what_is_sent_is_signed_and_names_itself(tmp_path):
+    with noting() as receiver:
+
+        async def main():
+            store = open_store(str(tmp_path / "g.db"))
+            await store.set_budget("team:blue", DOLLAR)
+            await spend(store, DOLLAR, 1)
+            await Webhooks({"ops": hook(receiver.url, shares=(1.0,))}, lambda: store).look()
+            await store.close()
+
+        asyncio.run(main())
+        ((headers, body),) = receiver.seen
+    parts = dict(part.split("=") for part in headers["x-anabranch-signature"].split(","))
+    expected = hmac.new(SECRET.encode(), parts["t"].encode() + b"." + body, hashlib.sha256).hexdigest()
+    assert parts["v1"] == expected
+    assert headers["x-anabranch-id"] == json.loads(body)["id"]
+    assert headers["content-type"] == "application/json"
+
+
+def test_a_receiver_that_fails_is_tried_again_later_and_given_up_in_the_end(tmp_path, caplog):
+    now = [1_000_000.0]
+    with noting() as receiver:
+        receiver.failing = [500, 302]
+
+        async def main():
+            store = open_store(str(tmp_path / "g.db"), clock=lambda: now[0])
+            await store.set_budget("team:blue", DOLLAR)
+            await spend(store, DOLLAR, 1)
+            hooks = Webhooks({"ops": hook(f"{receiver.url}/the/secret/path", shares=(1.0,))}, lambda: store)
+            counts = []
+            for wait_s in (0, 1, 29, 119, 1, 10_000):
+                now[0] += wait_s
+                await hooks.look()
+                counts.append(len(receiver.seen))
+            assert counts == [1, 1, 2, 2, 3, 3]
+            # Another limit is another budget.
+            receiver.failing = [500] * 100
+            await store.set_budget("team:blue", DOLLAR // 2)
+            for _ in range(20):
+                await hooks.look()
+                now[0] += 7 * 3600
+            assert len(receiver.seen) == 3 + alerts.TRIES
+            await store.close()
+
+        asyncio.run(main())
+    assert "given up" in caplog.text
+    assert "secret/path" not in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_an_alert_whose_process_ended_is_sent_by_another_later(tmp_path):
+    now = [1_000_000.0]
+    with noting() as receiver:
+
+        async def main():
+            store = open_store(str(tmp_path / "g.db"), clock=lambda: now[0])
+            await store.set_budget("team:blue", DOLLAR)
+            await spend(store, DOLLAR, 1)
+            hooks = Webhooks({"ops": hook(receiver.url, shares=(1.0,))}, lambda: store)
+            (alert,) = hooks._reached(await store.budgets(), store.now_us())
+            await store.change(lambda connection: alerts.note(connection, [alert], store.now_us()))
+            assert await store.change(lambda connection: alerts.claim(connection, alert, store.now_us()))
+            await hooks.look()
+            assert receiver.seen == []
+            now[0] += 61
+            await hooks.look()
+            await hooks.look()
+            assert len(receiver.seen) == 1
+            await store.close()
+
+        asyncio.run(main())
+
+
+def test_only_the_budgets_that_are_asked_for_are_told(tmp_path):
+    with noting() as receiver:
+
+        async def main():
+            store = open_store(str(tmp_path / "g.db"))
+            await store.set_budget("team:blue", DOLLAR)
+            await store.set_budget("global", DOLLAR)
+            await store.set_budget("team:red", 0)
+            await spend(store, DOLLAR, 1)
+            await Webhooks({"ops": hook(receiver.url, subjects=("team:red",))}, lambda: store).look()
+            assert receiver.seen == []
+            await Webhooks({"ops": hook(receiver.url, subjects=("global",), shares=(1,))}, lambda: store).look()
+            await store.close()
+
+        asyncio.run(main())
+        assert [one["budget"]["subject"] for one in told(receiver)] == ["global"]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "::1", "::", "fe80::1%eth0", "fd00::1",
+     "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "224.0.0.1", "ff02::1"],
+)  # fmt: skip
+def test_addresses_that_are_not_public(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.215.14", "2606:4700:4700::1111", "::ffff:1.1.1.1"])
+def test_addresses_that_are_public(address):
+    assert is_public(address)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1"])
+def test_a_private_address_is_not_called_unless_the_config_says_so(tmp_path, monkeypatch, host):
+    with noting() as receiver:
+        monkeypatch.setenv("TEST_HOOK_URL", f"https://{host}:{receiver.server_address[1]}/x")
+
+        async def main():
+            made = webhooks.Hook("ops", hook("env:TEST_HOOK_URL", private=False))
+            body = {"webhook": "ops"}
+            return await webhooks._posted(made, alerts.Alert(id="a", period="total", ts_us=0, body=body))
+
+        assert "not public" in asyncio.run(main())
+        assert receiver.seen == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"url": "http://example.com/x"}, "https"), ({"url": "ftp://example.com"}, "https"), ({"url": "nothing"}, "cannot be read"),
+        ({"url": "https://u:hidden-password@example.com"}, "password in it"), ({"url": "https://h\n.example.com"}, "cannot be read"),
+        ({"shares": (0,)}, "shares has 0"), ({"shares": (float("nan"),)}, "shares"), ({"shares": ()}, "shares"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_wrong_is_told_and_no_secret_with_it(fields, why):
+    with pytest.raises(ConfigError, match=why) as caught:
+        hook(**{"url": "https://example.com", "private": False, **fields})
+    assert "hidden-password" not in str(caught.value)
+
+
+def test_a_secret_that_is_not_there_stops_the_gateway_before_it_serves(tmp_path, monkeypatch):
+    monkeypatch.delenv("TEST_HOOK_SECRET")
+    one = ModelConfig(name="m", price=Price(), deployments=(DeploymentConfig(provider=Mock.Config(model="m")),))
+    config = GatewayConfig(models=(one,), store=str(tmp_path / "g.db"), webhooks={"ops": hook("https://example.com")})
+    with pytest.raises(ConfigError, match="TEST_HOOK_SECRET"):
+        Gateway(config)
+
+
+def test_of_a_url_only_its_host_is_shown():
+    shown = redacted({"webhooks": {"ops": {"url": "https://hooks.example.com/T0/B0/xyz", "secret": "env:A"}}})
+    assert shown["webhooks"]["ops"]["url"].startswith("https://hooks.example.com/")
+    assert "xyz" not in json.dumps(shown)
+    assert shown["webhooks"]["ops"]["secret"] == "env:A"
+
+
+def test_a_gateway_tells_of_a_budget_that_requests_have_used(tmp_path, monkeypatch):
+    with noting() as receiver:
+        path = tmp_path / "g.toml"
+        path.write_text(
+            f"""store = "{tmp_path / "g.db"}"
+[admin]
+key = "env:TEST_HOOK_SECRET"
+[webhooks.ops]
+url = "{receiver.url}/hook"
+secret = "env:TEST_HOOK_SECRET"
+shares = [0.5]
+private = true
+[[models]]
+name = "small"
+price = {{ input_usd = 1, output_usd = 2 }}
+max_tokens = 10
+deployments = [{{ provider = {{ kind = "mock", model = "small", tokens = 10 }} }}]
+"""
+        )
+        load_config(path)
+        with served("--config", str(path), environment={"TEST_HOOK_SECRET": SECRET}) as running:
+            made = call(running.url, "POST", "/admin/keys", {"name": "ci", "budget_usd": 0.00003}, key=SECRET)[1]
+            assert ask(running.url, key=made["secret"])[0] == 200
+            shown = call(running.url, "GET", "/admin/config", key=SECRET)[1]
+            assert "/hook" not in json.dumps(shown)
+            for _ in range(150):
+                if receiver.seen:
+                    break
+                call(running.url, "GET", "/health")
+                asyncio.run(asyncio.sleep(0.1))
+        (found,) = told(receiver)
+        assert found["budget"]["subject"] == f"key:{made['key']['id']}"
