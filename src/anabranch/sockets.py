@@ -9,7 +9,10 @@ from anabranch.errors import InputError
 
 @contextlib.contextmanager
 def listening(host: str, port: int, *, shared: bool = False) -> Iterator[socket.socket]:
-    """A bound socket; ``shared`` with others of this user that say so too (SO_REUSEPORT). Raises InputError if the address cannot be had."""
+    """A bound socket; ``shared`` with others of this user that say so too (SO_REUSEPORT).
+
+    Raises InputError if the address cannot be had.
+    """
     if not 0 <= port <= 65535:
         raise InputError(f"port is {port}; it must be 0 (any free one) to 65535")
     try:

@@ -27,7 +27,8 @@ def until(found, most_s=20.0):
 
 
 def workers(running):
-    return [one for one in psutil.Process(running.process.pid).children() if "worker" in " ".join(one.cmdline())]
+    children = psutil.Process(running.process.pid).children()
+    return [one for one in children if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
 def number(text, name):
@@ -50,9 +51,9 @@ def test_workers_share_port_store_and_signals_and_the_dead_are_replaced(tmp_path
         assert text.count("# TYPE anabranch_in_flight ") == 1
         # Each of them answers.
         assert len(number(text, "anabranch_requests_total")[1]) == 2
-        (budget,) = call(url, "GET", "/admin/budgets", key="k")[1]["budgets"]
+        until(lambda: len(call(url, "GET", "/admin/ledger?limit=100", key="k")[1]["rows"]) == 20)
         rows = call(url, "GET", "/admin/ledger?limit=100", key="k")[1]["rows"]
-        assert len(rows) == 20
+        (budget,) = call(url, "GET", "/admin/budgets", key="k")[1]["budgets"]
         assert budget["spent_nano"] == sum(row["cost_nano"] for row in rows) > 0
         # A dead one is replaced, and nobody notices.
         old = {one.pid for one in workers(running)}
@@ -63,7 +64,9 @@ def test_workers_share_port_store_and_signals_and_the_dead_are_replaced(tmp_path
         # An operator's change, and SIGHUP, are for all.
         os.rename(log, tmp_path / "old.log")
         with open(path, "a") as file:
-            file.write('[[models]]\nname = "more"\nprice = {}\ndeployments = [{ provider = { kind = "mock", model = "more" } }]\n')
+            file.write(
+                '[[models]]\nname = "more"\nprice = {}\ndeployments = [{ provider = { kind = "mock", model = "more" } }]\n'
+            )
         assert call(url, "POST", "/admin/reload", key="k")[0] == 200
         assert {ask(url, model="more", text=f"m{at}", key=secret)[0] for at in range(10)} == {200}
         until(log.exists)
@@ -81,14 +84,15 @@ def test_workers_share_port_store_and_signals_and_the_dead_are_replaced(tmp_path
     assert len((tmp_path / "old.log").read_text().splitlines()) >= 28
 
 
+@pytest.mark.slow
 def test_requests_under_way_end_before_workers_do(tmp_path):
-    path = mock_config(tmp_path / "g.toml", top="require_key = false", tokens_per_s=8)
+    path = mock_config(tmp_path / "g.toml", top="require_key = false", tokens_per_s=4)
     with served("--config", path, "--workers", "2") as running:
         link = socket.create_connection(("127.0.0.1", running.port))
         body = json.dumps({"model": "small", "messages": [{"role": "user", "content": "x"}]}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
         link.sendall(head + body)
-        time.sleep(0.15)
+        until(lambda: number(call(running.url, "GET", "/metrics")[1], "anabranch_in_flight")[0] == 1)
         running.process.send_signal(signal.SIGTERM)
         link.settimeout(20)
         assert link.recv(65536).startswith(b"HTTP/1.1 200")
@@ -96,6 +100,7 @@ def test_requests_under_way_end_before_workers_do(tmp_path):
         assert running.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_supervisor_is_killed(tmp_path):
     path = mock_config(tmp_path / "g.toml", top="require_key = false")
     with served("--config", path, "--workers", "2") as running:
@@ -105,7 +110,7 @@ def test_workers_end_when_their_supervisor_is_killed(tmp_path):
         until(lambda: not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids))
 
 
-@pytest.mark.parametrize("fault", ["port", "store"])
+@pytest.mark.parametrize("fault", ["port", pytest.param("store", marks=pytest.mark.slow)])
 def test_a_mistake_is_told_once_and_no_worker_stays(tmp_path, fault):
     path = mock_config(tmp_path / "g.toml")
     with socket.socket() as taken:
@@ -114,9 +119,25 @@ def test_a_mistake_is_told_once_and_no_worker_stays(tmp_path, fault):
         port = taken.getsockname()[1] if fault == "port" else 0
         if fault == "store":
             (tmp_path / "gateway.db").write_text("no database" * 1000)
-        command = [sys.executable, "-m", "anabranch.cli.main", "gateway", "serve", "--config", path, "--workers", "2", "--port", str(port)]
+        command = [
+            sys.executable,
+            "-m",
+            "anabranch.cli.main",
+            "gateway",
+            "serve",
+            "--config",
+            path,
+            "--workers",
+            "2",
+            "--port",
+            str(port),
+        ]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"},
         )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

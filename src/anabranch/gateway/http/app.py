@@ -48,7 +48,14 @@ class App:
         peers: the other workers; None if this process is the only one.
     """
 
-    def __init__(self, gateway: Gateway, *, public: bool = True, admin: bool = True, on_reload: Any = None, peers: Peers | None = None
+    def __init__(
+        self,
+        gateway: Gateway,
+        *,
+        public: bool = True,
+        admin: bool = True,
+        on_reload: Any = None,
+        peers: Peers | None = None,
     ) -> None:
         self.gateway, self.is_stopping = gateway, False
         self._openai, self._admin = OpenAIRoutes(gateway), AdminRoutes(gateway, on_reload, peers) if admin else None

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import ConfigError, InputError
-from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.http.run import Ready, load
 from anabranch.sockets import listening
 from anabranch.web.server import Signals
@@ -158,9 +157,7 @@ class Supervisor:
         reader, writer = os.pipe()
         try:
             command = (sys.executable, "-m", "anabranch.gateway.http.worker", str(writer))
-            worker = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.PIPE, pass_fds=(writer,)
-            )
+            worker = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, pass_fds=(writer,))
         except BaseException:
             os.close(reader)
             raise
