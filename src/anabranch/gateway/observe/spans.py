@@ -19,7 +19,7 @@ from anabranch.gateway.providers.media import PATHS
 
 NANO = 10**9
 
-ROUTES = {
+ROUTES: dict[str, str] = {
     "chat": "/v1/chat/completions",
     "completions": "/v1/completions",
     "embeddings": "/v1/embeddings",
