@@ -138,6 +138,82 @@ def test_no_body_is_held_against_a_deployment_of_any_kind(providers, body, endpo
     asyncio.run(work())
 
 
+class Saying:
+    """A transport whose upstream says one thing."""
+
+    def __init__(self, body, form="application/json"):
+        self.body, self.form = body, form
+
+    async def open(self, call):
+        call.is_sent = True
+        return MockReply(Scene(status=200, headers={"content-type": self.form}, parts=[(0.0, self.body)]))
+
+
+CALLS = {
+    "anthropic": b'{"type":"message","stop_reason":"tool_use","content":[{"type":"tool_use","id":"t","name":"f","input":%s}]}',
+    "bedrock": b'{"output":{"message":{"content":[{"toolUse":{"toolUseId":"t","name":"f","input":%s}}]}},"stopReason":"tool_use"}',
+    "gemini": b'{"candidates":[{"content":{"parts":[{"functionCall":{"name":"f","args":%s}}]},"finishReason":"STOP"}]}',
+    "vertex": b'{"candidates":[{"content":{"parts":[{"functionCall":{"name":"f","args":%s}}]},"finishReason":"STOP"}]}',
+    "ollama": b'{"done":true,"message":{"tool_calls":[{"function":{"name":"f","arguments":%s}}]}}',
+    "openai": b'{"choices":[{"index":0,"finish_reason":"stop","message":{"role":"assistant","content":"hi","parsed":%s}}]}',
+}
+TOO_MUCH = {
+    "deep": b'{"a":' * 1000 + b"1" + b"}" * 1000,
+    # What can be read, and then not be written.
+    "less deep": b'{"a":' * (MOST_DEPTH + 1) + b"1" + b"}" * (MOST_DEPTH + 1),
+    "digits": b'{"a":' + b"1" * 5000 + b"}",
+}
+
+
+def failures(config, wire, stream):
+    """What twelve senders meet at a deployment, and its state."""
+
+    async def work():
+        group = Group(name="m", deployments=(Deployment(name="m-0", provider=config),))
+        dispatcher = Dispatcher([group], DispatchRules(retries=2, min_extra=100), http=wire)
+        kinds = []
+        for sender in range(12):
+            plan = Plan(candidates=("m",), deadline=dispatcher.now() + 5, sender=str(sender))
+            asked = UpstreamRequest("chat", {"messages": HELLO, "stream": stream}, prompt_tokens=7)
+            ask = dispatcher.stream if stream else dispatcher.complete
+            with pytest.raises(UpstreamError) as caught:
+                await ask(plan, asked)
+            kinds.append((caught.value.failure.kind, len(caught.value.report.attempts)))
+        return kinds, dispatcher.states()[0]
+
+    return asyncio.run(work())
+
+
+@pytest.mark.parametrize("value", TOO_MUCH.values(), ids=TOO_MUCH)
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_call_that_is_too_much_to_be_read_is_held_against_no_deployment(providers, kind, value):
+    """Whoever asks can have a model make one: it would shut the deployment for all others. Nor is it asked for, and billed, again."""
+    wire = Saying(CALLS[kind] % value)
+    kinds, state = failures(providers[kind], wire, False)
+    assert kinds == [("excess", 1)] * 12
+    assert (state["breaker"], state["failing"], state["in_flight"]) == ("closed", 0, 0)
+
+
+@pytest.mark.parametrize("value", TOO_MUCH.values(), ids=TOO_MUCH)
+@pytest.mark.parametrize("kind", ["gemini", "ollama", "openai", "anthropic"])
+def test_an_event_that_is_too_much_to_be_read_is_held_against_no_deployment(providers, kind, value):
+    form, line = "text/event-stream", b"data: %s\n\n"
+    if kind == "ollama":
+        form, line = "application/x-ndjson", b"%s\n"
+    wire = Saying(line % (CALLS[kind] % value), form)
+    kinds, state = failures(providers[kind], wire, True)
+    assert kinds == [("excess", 1)] * 12
+    assert (state["breaker"], state["failing"], state["in_flight"]) == ("closed", 0, 0)
+
+
+def test_a_call_as_deep_as_one_may_be_is_passed_on(providers):
+    wrapped = 7  # lists and objects around it
+    deep = b'{"a":' * (MOST_DEPTH - wrapped) + b"1" + b"}" * (MOST_DEPTH - wrapped)
+    asked = UpstreamRequest("chat", {"messages": HELLO}, prompt_tokens=7)
+    answer = providers["gemini"].build().parse(asked, CALLS["gemini"] % deep)
+    assert answer.body["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"].encode() == deep
+
+
 def config(tmp_path, provider, **fields):
     model = ModelConfig(name="small", deployments=(DeploymentConfig(provider=provider),))
     defaults = {

@@ -19,6 +19,7 @@ Action = Literal["retry", "fall_back", "give_up"]
 ACTION: dict[FailureKind, Action] = {
     "connect": "retry", "timeout": "retry", "first_token": "retry", "conflict": "retry", "rate_limit": "retry",
     "server": "retry", "garbage": "retry", "cut": "retry",
+    "excess": "fall_back",  # asked again, the same model would say the same, and be billed for it again
     "context": "fall_back", "filter": "fall_back", "unsupported": "fall_back", "unavailable": "fall_back", "refused": "fall_back",
     "credit": "retry", "auth": "retry",  # the breaker opens: another deployment has its own account, else the next model is asked
     "forbidden": "retry",  # another deployment has its own key
@@ -31,6 +32,7 @@ OUTCOME: dict[FailureKind, Outcome] = {
     "garbage": "failure", "cut": "failure", "deadline": "failure",
     "credit": "fatal", "auth": "fatal",
     "missing": "failure",
+    "excess": "ignored",
     "conflict": "ignored", "context": "ignored", "filter": "ignored", "unsupported": "ignored", "request": "ignored",
     "forbidden": "ignored", "not_found": "ignored",
     "unavailable": "ignored", "refused": "ignored",

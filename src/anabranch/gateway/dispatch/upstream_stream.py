@@ -5,7 +5,6 @@ and what they say is counted, for upstreams that send no usage. All else (an err
 """
 
 import asyncio
-import json
 import logging
 import re
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamRequest,
     Usage,
     garbage,
+    parse_object,
 )
 from anabranch.gateway.providers.sse import DONE_DATA, EVENT_BYTES, Splitter, event, events
 from anabranch.gateway.providers.vocabulary import status_said
@@ -388,11 +388,5 @@ def _is_utf8(block: bytes) -> bool:
 
 
 def read_chunk(data: bytes) -> Json:
-    """A chunk. Raises UpstreamError (``garbage``)."""
-    try:
-        chunk = json.loads(data)
-    except (ValueError, RecursionError):
-        raise garbage("a chunk that is no JSON", data) from None
-    if not isinstance(chunk, dict):
-        raise garbage("a chunk that is no JSON object", data)
-    return chunk
+    """A chunk. Raises UpstreamError (``garbage``, ``excess``)."""
+    return parse_object(data, "a chunk")

@@ -10,11 +10,10 @@
 An event comes out as ``{"NAME": payload}``, an exception as ``{"exception": {"type": NAME, "message": ...}}``.
 """
 
-import json
 import struct
 import zlib
 
-from anabranch.gateway.providers.provider import Json, garbage
+from anabranch.gateway.providers.provider import Json, garbage, parse_object
 from anabranch.gateway.providers.sse import event
 
 # Of a message, as Amazon sets it.
@@ -103,10 +102,4 @@ def _headers(data: bytes) -> dict[str, str]:
 
 
 def _object(payload: bytes) -> Json:
-    try:
-        value = json.loads(payload or b"{}")
-    except (ValueError, RecursionError):
-        raise garbage("a message that holds no JSON", payload) from None
-    if not isinstance(value, dict):
-        raise garbage("a message that holds no JSON object", payload)
-    return value
+    return parse_object(payload or b"{}", "a message")

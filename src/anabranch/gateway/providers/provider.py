@@ -23,6 +23,7 @@ from anabranch.errors import AnabranchError
 from anabranch.gateway.providers.usage import Usage as Usage
 from anabranch.gateway.providers.vocabulary import Hint, hint_of, kind_of, status_said
 from anabranch.redaction import hide_keys, hide_passwords
+from anabranch.web.body import MOST_DEPTH, is_too_deep
 from anabranch.web.large_json import LARGE, dump_large
 
 Endpoint = Literal[
@@ -67,6 +68,8 @@ FailureKind = Literal[
     "server",  # 5xx
     # An answer that cannot be read: HTML, broken JSON or SSE, wrong length, a redirect.
     "garbage",
+    # An answer that is nested too deep, or too long, to be read: whoever asks can bring that about, so it says nothing of the deployment.
+    "excess",
     # The connection broke, or the stream ended, before the answer did.
     "cut",
     # The prompt is too long for this model.
@@ -481,15 +484,29 @@ def hidden(failure: Failure, secret: str | None) -> Failure:
     return replace(failure, message=hide_keys(hide_passwords(text, "[key]"), "[key]"))
 
 
-def parse_object(body: bytes) -> Json:
-    """A JSON object. Raises UpstreamError (``garbage``)."""
+def parse_object(body: bytes, what: str = "an answer") -> Json:
+    """A JSON object, nested at most `MOST_DEPTH` deep; ``what`` it is, for people. Raises UpstreamError (``garbage``, ``excess``)."""
+    deep = f"{what} of more than {MOST_DEPTH} lists and objects within one another"
     try:
         value = json.loads(body)
-    except (ValueError, RecursionError):
-        raise garbage("an answer that is no JSON", body) from None
+    except RecursionError:
+        raise excess(deep) from None
+    except ValueError as error:
+        if type(error) is ValueError:
+            # Of JSON that is well formed: an integer of more digits than Python reads.
+            raise excess(f"{what} with a number of too many digits") from None
+        raise garbage(f"{what} that is no JSON", body) from None
     if not isinstance(value, dict):
-        raise garbage("an answer that is no JSON object", body)
+        raise garbage(f"{what} that is no JSON object", body)
+    # What has few brackets cannot be deep, and need not be walked through.
+    if body.count(b"{") + body.count(b"[") > MOST_DEPTH and is_too_deep(value):
+        raise excess(deep)
     return value
+
+
+def excess(what: str) -> UpstreamError:
+    """The failure of an answer that is too much to be read."""
+    return UpstreamError(Failure(kind="excess", message=f"the upstream sent {what}"))
 
 
 def garbage(what: str, body: bytes = b"") -> UpstreamError:
