@@ -124,3 +124,29 @@ def test_room_is_not_limited_where_nothing_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda root: machine.Memory(None, None, None))
     monkeypatch.setattr(machine, "_left_of_rlimits", lambda root: [])
     assert machine.room_bytes(tmp_path) == 2**63 - 1
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_that_lie_in_memory_unused_are_free(tmp_path, version):
+    """A large file that was read fills a container's memory, and gives way to whoever wants it."""
+    used, cache = 8 * GB - 1000, 7 * GB
+    if version == 2:
+        files = {
+            "memory.max": 8 * GB,
+            "memory.current": used,
+            "memory.stat": f"anon 5\ninactive_file {cache}",
+            "cgroup.controllers": "memory",
+        }
+        groups = "0::/"
+    else:
+        stat = f"inactive_file 1\ntotal_inactive_file {cache}"
+        files = {
+            "memory/memory.limit_in_bytes": 8 * GB,
+            "memory/memory.usage_in_bytes": used,
+            "memory/memory.stat": stat,
+        }
+        groups = "4:memory:/"
+    write(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": groups})
+    write(tmp_path, {f"sys/fs/cgroup/{name}": str(text) for name, text in files.items()})
+    assert memory(tmp_path).available_bytes == cache + 1000
+    assert machine.room_bytes(tmp_path) == cache + 1000

@@ -141,7 +141,9 @@ def _upward(base: Path, group: str) -> list[Path]:
 def _version_2(folder: Path) -> tuple[float | None, tuple[int, int] | None]:
     quota, _, period = (_read(folder / "cpu.max") or "").partition(" ")
     cores = int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
-    return cores, _pair(_read(folder / "memory.max"), _read(folder / "memory.current"))
+    return cores, _pair(
+        _read(folder / "memory.max"), _read(folder / "memory.current"), _idle_cache(folder, "inactive_file")
+    )
 
 
 def _cores_1(folder: Path) -> float | None:
@@ -150,13 +152,20 @@ def _cores_1(folder: Path) -> float | None:
 
 
 def _memory_1(folder: Path) -> tuple[int, int] | None:
-    return _pair(_read(folder / "memory.limit_in_bytes"), _read(folder / "memory.usage_in_bytes"))
+    cache = _idle_cache(folder, "total_inactive_file")
+    return _pair(_read(folder / "memory.limit_in_bytes"), _read(folder / "memory.usage_in_bytes"), cache)
 
 
-def _pair(limit: str | None, used: str | None) -> tuple[int, int] | None:
+def _idle_cache(folder: Path, field: str) -> int:
+    """Bytes of files that a group holds in memory and has not used of late: counted as used, given up as soon as memory is wanted."""
+    found = re.search(rf"(?m)^{field} (\d+)$", _read(folder / "memory.stat") or "")
+    return int(found[1]) if found else 0
+
+
+def _pair(limit: str | None, used: str | None, cache: int) -> tuple[int, int] | None:
     if not limit or not limit.isdigit() or int(limit) >= _UNLIMITED:
         return None
-    return int(limit), int(used) if used and used.isdigit() else 0
+    return int(limit), max(0, int(used) - cache) if used and used.isdigit() else 0
 
 
 def _read(path: Path) -> str | None:

@@ -346,11 +346,21 @@ def test_success_and_cost_are_read_of_every_request():
     # Who left had no answer; what was refused came to no model.
     assert [value for _, value in unit_means(rows, TEST.replace(metric="success", **one))] == [1, 0, 0, 1]
     cost = TEST.replace(metric="cost", most_usd=0.4, **one)
-    # 10 cents, a lost answer that was free, one that was given up after 20 cents, and more than the most.
-    assert [value for _, value in unit_means(rows, cost)] == pytest.approx([0.75, 1.0, 0.5, 0.0])
+    # 10 cents, an answer that was given up after 20 cents, and more than the most; what failed for nothing is no answer.
+    assert [value for _, value in unit_means(rows, cost)] == pytest.approx([0.75, 0.5, 0.0])
     result = result_of("try", cost, rows)
-    assert (result.a.mean, result.most) == (pytest.approx(0.175), 0.4)
-    assert (result.a.low, result.a.high) == (0.0, pytest.approx(0.351))
+    assert (result.a.mean, result.most) == (pytest.approx(0.7 / 3), 0.4)
+    assert 0 <= result.a.low <= result.a.mean <= result.a.high <= 0.4
+
+
+def test_an_arm_that_answers_nothing_is_not_the_cheaper_one():
+    cost, rows = TEST.replace(metric="cost", most_usd=0.01, answers=1), []
+    for number in range(400):
+        side = "ab"[number % 2]
+        arm = {"test": "try", "arm": side, "unit": f"u{number}"}
+        rows.append(ArmRow(arm, number, "ok" if side == "a" else "error", 5 * 10**6 if side == "a" else 0, None, None))
+    result = result_of("try", cost, rows)
+    assert (result.found, result.b.units) == ("not resolved", 0)
 
 
 def test_lost_calls_that_are_charged_count_for_their_arm():

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ import pytest
 from anabranch.graph.hnsw import HNSW
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock
-from anabranch.graph.interrupts import held_back
+from anabranch.graph.interrupts import Interrupts
 from hnsw_checks import check_graph, drawn, graph_bytes
 
 VECTORS = drawn(2600, 8, 3)
 
 
 def interrupted(order):
-    with held_back() as interrupts:
+    with Interrupts() as interrupts:
         signal.raise_signal(signal.SIGINT)
         order.append(interrupts.has_come)
     order.append("not reached")
@@ -31,7 +32,7 @@ def test_an_interrupt_comes_when_the_work_is_done():
 
 
 def checked(told):
-    with held_back() as interrupts:
+    with Interrupts() as interrupts:
         interrupts.check()
         signal.raise_signal(signal.SIGINT)
         interrupts.check()
@@ -49,7 +50,7 @@ def test_whoever_had_it_before_gets_it(monkeypatch):
     got = []
     before = signal.signal(signal.SIGINT, lambda number, frame: got.append(number))
     try:
-        with held_back():
+        with Interrupts():
             signal.raise_signal(signal.SIGINT)
             assert got == []
         assert got == [signal.SIGINT]
@@ -57,11 +58,45 @@ def test_whoever_had_it_before_gets_it(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_handler_of_ones_own_is_called_at_the_end_and_the_work_goes_on():
+    told = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: told.append(number))
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGINT)
+            interrupts.check()
+            with Interrupts():
+                signal.raise_signal(signal.SIGINT)
+            assert told == []
+        assert told == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_may_use_the_index_that_was_changed(tmp_path):
+    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index.add(VECTORS[:1200])
+    before = signal.signal(signal.SIGINT, lambda number, frame: index.save(tmp_path / "i.anb"))
+    own = Linker.take_out
+
+    def interrupted(self, slot_S, workers):
+        signal.raise_signal(signal.SIGINT)
+        own(self, slot_S, workers)
+
+    try:
+        Linker.take_out = interrupted
+        index.update(np.arange(10), VECTORS[1200:1210])
+    finally:
+        Linker.take_out = own
+        signal.signal(signal.SIGINT, before)
+    np.testing.assert_array_equal(HNSW.load(tmp_path / "i.anb").vectors(np.arange(10)), VECTORS[1200:1210])
+
+
 def test_nothing_is_held_back_in_other_threads():
     seen = []
 
     def work():
-        with held_back() as interrupts:
+        with Interrupts() as interrupts:
             seen.append(interrupts.has_come)
 
     thread = threading.Thread(target=work)
@@ -170,3 +205,107 @@ def test_an_interrupted_update_comes_to_its_end(monkeypatch):
     check_graph(index)
     np.testing.assert_array_equal(index.vectors(np.arange(100)), VECTORS[1500:1600])
     assert (index.search(VECTORS[1500:1600], 1, 60)[0][:, 0] == np.arange(100)).mean() > 0.95
+
+
+@pytest.mark.parametrize("at", ["take_out", "put_encoded", "link"])
+def test_an_update_that_raises_leaves_all_in_the_graph(monkeypatch, at):
+    """Also where all elements were moved: then there was no entry point, and the next search read before the first row."""
+    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index.add(VECTORS[:300])
+    owner = index._storage if at == "put_encoded" else index._linker
+    own, calls = getattr(owner, at), []
+
+    def fails(*arguments):
+        calls.append(at)
+        if len(calls) == 1:
+            if at == "take_out":
+                own(*arguments)
+            raise MemoryError
+        return own(*arguments)
+
+    monkeypatch.setattr(owner, at, fails)
+    with pytest.raises(MemoryError):
+        index.update(np.arange(300), VECTORS[300:600])
+    monkeypatch.undo()
+    check_graph(index)
+    assert len(index) == 300
+    assert index.stats()["unreachable"] == 0
+    found, _ = index.search(index.vectors(np.arange(300)), 1, 60)
+    assert (found[:, 0] == np.arange(300)).mean() > 0.95
+
+
+def test_an_index_that_could_not_be_linked_again_finds_nothing_and_can_be_repaired(monkeypatch):
+    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index.add(VECTORS[:200])
+
+    def fails(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(index._linker, "link", fails)
+    with pytest.raises(MemoryError):
+        index.update(np.arange(200), VECTORS[200:400])
+    monkeypatch.undo()
+    assert index.search(VECTORS[0], 3)[0].tolist() == [[-1, -1, -1]]
+    assert index.search(VECTORS[:2], 1)[0].tolist() == [[-1], [-1]]
+    assert index.stats()["unreachable"] == 200
+    assert index.repair() == 200
+    check_graph(index)
+    assert (index.search(VECTORS[200:400], 1, 60)[0][:, 0] == np.arange(200)).mean() > 0.95
+
+
+def test_a_reader_beside_an_interrupted_add_remembers_nothing_that_is_gone(monkeypatch):
+    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index.add(VECTORS[:1100])
+    own, calls = Linker._link_batch, []
+
+    def looked_at(self, batch_B, workers):
+        calls.append(len(batch_B))
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        own(self, batch_B, workers)
+
+    undo = Linker.undo
+
+    def undone(self, slot_S, workers):
+        undo(self, slot_S, workers)
+        # As a reader does that is let in.
+        index._slots = None
+        index._by_id()
+
+    monkeypatch.setattr(Linker, "_link_batch", looked_at)
+    monkeypatch.setattr(Linker, "undo", undone)
+    with pytest.raises(KeyboardInterrupt):
+        index.add(VECTORS[1100:], ids=np.arange(5000, 6500))
+    monkeypatch.undo()
+    assert len(index) == len(index.ids) == 1100 + sum(calls)
+    assert 6499 not in index
+    index.add(VECTORS[-1:], ids=[6499])
+    check_graph(index)
+
+
+def test_interrupts_in_a_loop_of_searches_leave_the_lock_whole():
+    """At whatever moment they come."""
+    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index.add(VECTORS[:300])
+    for turn in range(60):
+        runs = threading.Event()
+
+        def interrupt(runs=runs, turn=turn):
+            runs.wait(20)
+            time.sleep(0.0005 + 0.00003 * turn)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            search_for_ever(index, runs)
+        thread.join()
+        assert (index._lock._readers, index._lock._due, index._lock._queue) == (0, 0, [])
+        assert index._lock._changed.acquire(timeout=5)
+        index._lock._changed.release()
+
+
+def search_for_ever(index, runs):
+    while True:
+        index.search(VECTORS[0], 3)
+        runs.set()

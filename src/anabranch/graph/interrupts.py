@@ -1,57 +1,57 @@
-"""Interrupts (Ctrl-C) that wait for a moment at which what is being changed is whole."""
+"""Interrupts (Ctrl-C) that wait for a moment at which nothing is half done."""
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 
 class Interrupts:
-    """Whether one has come.
+    """Holds SIGINT back while it is entered; at the end it goes to whoever would have had it.
+
+    So it is entered before a lock is taken, and left after that is given back. Only the main thread is ever interrupted: elsewhere there is
+    nothing to hold back, nor inside of another one.
 
     Attributes:
-        has_come: since the work began.
+        has_come: whether one came since.
     """
+
+    __slots__ = ("_before", "_is_told", "has_come")
 
     def __init__(self) -> None:
-        self.has_come = False
+        self.has_come = self._is_told = False
+        self._before: Callable[[int, FrameType | None], Any] | None = None
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether an interrupt would be held back."""
+        return self._before is not None
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if one has come: called where work may end."""
-        if self.has_come:
+        """Where work may end: raise KeyboardInterrupt if one has come that would have been that."""
+        if self.has_come and self._before is signal.default_int_handler:
+            self._is_told = True
             raise KeyboardInterrupt
 
+    def __enter__(self) -> Self:
+        if threading.get_ident() == threading.main_thread().ident:
+            before = signal.getsignal(signal.SIGINT)
+            # Not where it is ignored, left to the system, or held back already.
+            if callable(before) and not isinstance(getattr(before, "__self__", None), Interrupts):
+                signal.signal(signal.SIGINT, self._note)
+                self._before = before
+        return self
 
-@contextmanager
-def held_back() -> Iterator[Interrupts]:
-    """Hold SIGINT back while arrays are changed; at the end it goes to whoever would have had it.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        before = self._before
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+            self._before = None
+            if self.has_come and not self._is_told:
+                before(signal.SIGINT, None)
 
-    Only the main thread is ever interrupted, so elsewhere there is nothing to hold back.
-    """
-    found = Interrupts()
-    if threading.current_thread() is not threading.main_thread():
-        yield found
-        return
-    before: Callable[[int, FrameType | None], Any] | int | None = signal.getsignal(signal.SIGINT)
-    if not callable(before):
-        # Ignored, left to the system, or set by something that is not Python.
-        yield found
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        found.has_come = True
-
-    signal.signal(signal.SIGINT, note)
-    is_raised = False
-    try:
-        yield found
-    except KeyboardInterrupt:
-        # By `check`: it has been told.
-        is_raised = True
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if found.has_come and not is_raised:
-            before(signal.SIGINT, None)
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.has_come = True

@@ -6,6 +6,7 @@ that asks much weighs no more than one that asks little. Answers of a strategy t
 its arm.
 """
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,25 +100,27 @@ class ABResult:
 async def results_of(store: "Store", config: "GatewayConfig") -> list[ABResult]:
     """The tests of a config as they are now; answers under other settings of a test are those of another test."""
     rows = await store.look(read_arms)
-    return [
-        result_of(name, test, [row for row in rows if _is_of(row, name, version_of(name, test))])
-        for name, test in config.ab.items()
-    ]
+    tests = [(name, test, version_of(name, test)) for name, test in config.ab.items()]
+    # Beside the event loop: of many units it takes seconds.
+    return await asyncio.to_thread(_results, rows, tests)
 
 
 async def results_of_store(store: "Store") -> list[ABResult]:
     """All tests that a store knows, each with the settings it had last."""
     rows = await store.look(read_arms)
     newest = {row.arm["test"]: row for row in rows if isinstance(row.arm.get("test"), str)}
-    found = []
+    tests = []
     for name, last in newest.items():
         try:
-            test = from_dict(ABConfig, last.arm.get("config"))
+            tests.append((name, from_dict(ABConfig, last.arm.get("config")), str(last.arm.get("version"))))
         except AnabranchError:
             # Written by a version that knows other settings.
             continue
-        found.append(result_of(name, test, [row for row in rows if _is_of(row, name, str(last.arm.get("version")))]))
-    return found
+    return await asyncio.to_thread(_results, rows, tests)
+
+
+def _results(rows: Sequence[ArmRow], tests: Sequence[tuple[str, ABConfig, str]]) -> list[ABResult]:
+    return [result_of(name, test, [row for row in rows if _is_of(row, name, version)]) for name, test, version in tests]
 
 
 def result_of(name: str, config: ABConfig, rows: Sequence[ArmRow]) -> ABResult:
@@ -161,8 +164,8 @@ def _valued(row: ArmRow, config: ABConfig) -> tuple[int, float | None]:
         # A sender who left had no answer, and may have left since none came. What was refused came to no model, and what a process left
         # behind when it stopped is no fault of an arm.
         return row.seq, {"ok": 1.0, "error": 0.0, "cancelled": 0.0}.get(row.status)
-    # Lost calls are charged too.
-    is_paid, most = row.status != "refused" or row.cost_nano > 0, config.most_usd or 1.0
+    # Lost calls are charged too; what failed for nothing is no cheap answer.
+    is_paid, most = row.status == "ok" or row.cost_nano > 0, config.most_usd or 1.0
     return row.seq, 1 - min(1.0, dollars(row.cost_nano) / most) if is_paid else None
 
 

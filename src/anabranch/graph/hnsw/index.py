@@ -21,7 +21,7 @@ from anabranch.graph.hnsw.linking import Linker, Marks
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.search import scan_many, search_many
 from anabranch.graph.hnsw.storage import METRICS, PRECISIONS, Storage, draw_levels
-from anabranch.graph.interrupts import held_back
+from anabranch.graph.interrupts import Interrupts
 
 # Above this ef, two heaps are quicker than one sorted array.
 POOL = 1024
@@ -109,7 +109,8 @@ class HNSW:
     # What is in it
 
     def __len__(self) -> int:
-        return self._storage.count - int(self._storage.graph[layout.NUM_DELETED])
+        # Both change while elements are taken out.
+        return max(0, self._storage.count - int(self._storage.graph[layout.NUM_DELETED]))
 
     def __contains__(self, id: int) -> bool:
         with self._lock.read():
@@ -169,7 +170,7 @@ class HNSW:
         """
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         given = None if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
-        with self._lock.write(), self._workers(num_threads) as workers:
+        with self._lock.write() as interrupts, self._workers(num_threads) as workers:
             id_N = self._following(len(vector_ND)) if given is None else given
             known = self._known(id_N) if given is not None else np.zeros(len(id_N), bool)
             if known.any() and not update:
@@ -180,7 +181,7 @@ class HNSW:
             if known.any():
                 self._move(self._slots_of(id_N[known]), vector_ND[known], workers)
             if not known.all():
-                self._insert_new(vector_ND[~known], id_N[~known], workers)
+                self._insert_new(vector_ND[~known], id_N[~known], workers, interrupts)
             if repair:
                 self._repair()
         return id_N
@@ -207,13 +208,12 @@ class HNSW:
         id_N = as_distinct(as_ids(ids, None))
         with self._lock.write():
             slot_S = self._slots_of(id_N)
-            with held_back():
-                self._storage.own()
-                self._storage.deleted[slot_S] = 1
-                self._storage.graph[layout.NUM_DELETED] += len(slot_S)
-                by_id = self._by_id()
-                for id in id_N.tolist():
-                    del by_id[id]
+            self._storage.own()
+            self._storage.deleted[slot_S] = 1
+            self._storage.graph[layout.NUM_DELETED] += len(slot_S)
+            by_id = self._by_id()
+            for id in id_N.tolist():
+                del by_id[id]
             share = self._storage.graph[layout.NUM_DELETED] / max(self._storage.count, 1)
             if self.compact_at is not None and share > self.compact_at:
                 with self._workers(None) as workers:
@@ -232,11 +232,10 @@ class HNSW:
             for row, id in enumerate(id_N.tolist()):
                 if id in by_id or id not in slots:
                     raise InputError(f"ids[{row}] is {id}, which is not a deleted element of the index")
-            with held_back():
-                for id in id_N.tolist():
-                    by_id[id] = slots[id]
-                    held.deleted[slots[id]] = 0
-                held.graph[layout.NUM_DELETED] -= len(id_N)
+            for id in id_N.tolist():
+                by_id[id] = slots[id]
+                held.deleted[slots[id]] = 0
+            held.graph[layout.NUM_DELETED] -= len(id_N)
 
     def compact(self, *, repair: bool = True, num_threads: int | None = None) -> int:
         """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many."""
@@ -283,7 +282,7 @@ class HNSW:
         except (MemoryError, ValueError) as error:
             raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
         with self._lock.read():
-            if self._storage.count and len(query_QD):
+            if self._storage.graph[layout.ENTRY] >= 0 and len(query_QD):
                 self._search(query_QD, ef, filter, id_QK, distance_QK, num_threads)
         return like(id_QK, queries), like(distance_QK, queries)
 
@@ -410,53 +409,56 @@ class HNSW:
             raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
         return slot_S
 
-    def _insert_new(self, vector_ND: np.ndarray, id_N: np.ndarray, workers: Workers) -> None:
+    def _insert_new(self, vector_ND: np.ndarray, id_N: np.ndarray, workers: Workers, interrupts: Interrupts) -> None:
         count = len(vector_ND)
         level_N = np.zeros(count, np.int32)
         if not self.flat:
             level_N = draw_levels(np.uint64(self.seed % 2**64), self._drawn, count, self.M)
-        with held_back() as interrupts:
-            slot_S = self._storage.append(vector_ND, id_N, level_N)
-            done = 0
-            try:
-                done = self._linker.link(slot_S, workers, interrupts)
-            finally:
-                # An interrupt, or no memory: what was linked stays, the rest was never here.
-                if done < count:
-                    # A reader may have filled it meanwhile.
-                    self._slots, done = None, self._linker.num_done
-                    self._linker.undo(slot_S[done:], workers)
-                    self._storage.drop_last(count - done)
-                self._drawn += done
-                if done:
-                    self._next_id = max(self._next_id, int(id_N[:done].max()) + 1)
-                if self._slots is not None:
-                    self._slots.update(zip(id_N[:done].tolist(), slot_S[:done].tolist(), strict=True))
-            interrupts.check()
+        slot_S, done = self._storage.append(vector_ND, id_N, level_N), 0
+        try:
+            done = self._linker.link(slot_S, workers, interrupts)
+        finally:
+            # An interrupt, or no memory: what was linked stays, the rest was never here.
+            if done < count:
+                done = self._linker.num_done
+                self._linker.undo(slot_S[done:], workers)
+                self._storage.drop_last(count - done)
+                # Readers, who were let in meanwhile, may have counted the rest.
+                self._slots = None
+            self._drawn += done
+            if done:
+                self._next_id = max(self._next_id, int(id_N[:done].max()) + 1)
+            if self._slots is not None:
+                self._slots.update(zip(id_N[:done].tolist(), slot_S[:done].tolist(), strict=True))
 
     def _move(self, slot_S: np.ndarray, vector_SD: np.ndarray, workers: Workers) -> None:
-        if len(slot_S):
-            # An interrupt waits: an element that was taken out must come in again.
-            with held_back():
-                self._storage.own()
-                self._linker.take_out(slot_S, workers)
-                self._storage.put(slot_S, vector_SD)
-                self._linker.link(slot_S, workers)
+        if not len(slot_S):
+            return
+        self._storage.own()
+        # Before anything is taken out: there may be no memory for it.
+        encoded = self._storage.encode(vector_SD)
+        try:
+            self._linker.take_out(slot_S, workers)
+            self._storage.put_encoded(slot_S, encoded)
+            self._linker.link(slot_S, workers)
+        except BaseException:
+            # Whatever came between, they come in again.
+            self._linker.link_again(slot_S, workers)
+            raise
 
     def _compact(self, repair: bool, workers: Workers) -> int:
         held = self._storage
         dead, live = np.flatnonzero(~self._live()), np.flatnonzero(self._live())
         if not dead.size:
             return 0
-        with held_back():
-            held.own()
-            if live.size:
-                self._linker.take_out(dead, workers)
-                held.keep(live)
-            else:
-                held.reset()
-                self._linker.linked = 0
-            self._slots = None
+        held.own()
+        if live.size:
+            self._linker.take_out(dead, workers)
+            held.keep(live)
+        else:
+            held.reset()
+            self._linker.linked = 0
+        self._slots = None
         if repair:
             self._repair()
         return len(dead)
@@ -464,35 +466,41 @@ class HNSW:
     def _repair(self) -> int:
         if not self._storage.count:
             return 0
-        with held_back():
-            self._storage.own()
-            return self._linker.repair()
+        self._storage.own()
+        return self._linker.repair()
 
     def _search_one(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
         """As `search` of one float32 row without a filter: the same kernel, with nothing around it that one query does not need."""
-        held, query_1D = self._storage, query.reshape(1, -1)
+        query_1D = query.reshape(1, -1)
         id_1K, distance_1K = np.empty((1, k), np.int64), np.empty((1, k), np.float32)
         id_1K.fill(-1)
         distance_1K.fill(np.inf)
         counts = np.zeros(2, np.int64)
-        self._lock.enter_read()
-        try:
-            if held.graph[layout.NUM_DELETED]:
-                self._search(query_1D, ef, None, id_1K, distance_1K, 1)
-                return id_1K, distance_1K
-            if held.count:
-                query_Q, aux_Q, full_Q = held.encode_queries(query_1D)
-                ef = min(max(ef, k), held.count)
-                marks = held.take_marks()
-                search_many(
-                    held.graph, held.label, marks, query_Q, aux_Q, full_Q, 0, 1, ef, min(ef, 2 * k + EXTRA), 0,
-                    id_1K, distance_1K, counts,
-                )  # fmt: skip
-                held.give_marks(marks)
-            self._last = (int(counts[0]), int(counts[1]), 1)
-        finally:
-            self._lock.leave_read()
+        with Interrupts() as interrupts:
+            self._lock.enter_read(interrupts)
+            try:
+                self._search_held(query_1D, k, ef, id_1K, distance_1K, counts)
+            finally:
+                self._lock.leave_read()
         return id_1K, distance_1K
+
+    def _search_held(
+        self, query_1D: np.ndarray, k: int, ef: int, id_1K: np.ndarray, distance_1K: np.ndarray, counts: np.ndarray
+    ) -> None:
+        held = self._storage
+        if held.graph[layout.NUM_DELETED]:
+            self._search(query_1D, ef, None, id_1K, distance_1K, 1)
+            return
+        if held.graph[layout.ENTRY] >= 0:
+            query_Q, aux_Q, full_Q = held.encode_queries(query_1D)
+            ef = min(max(ef, k), held.count)
+            marks = held.take_marks()
+            search_many(
+                held.graph, held.label, marks, query_Q, aux_Q, full_Q, 0, 1, ef, min(ef, 2 * k + EXTRA), 0,
+                id_1K, distance_1K, counts,
+            )  # fmt: skip
+            held.give_marks(marks)
+        self._last = (int(counts[0]), int(counts[1]), 1)
 
     def _search(
         self,

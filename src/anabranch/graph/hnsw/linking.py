@@ -127,6 +127,12 @@ class Linker:
         self.linked += len(slot_S)
         self.take_out(slot_S, workers)
 
+    def link_again(self, slot_S: np.ndarray, workers: Workers) -> None:
+        """Bring slots into the graph that were being taken out of it, or linked, when something came between."""
+        self.linked = self._storage.count
+        self.take_out(slot_S, workers)
+        self.link(slot_S, workers)
+
     def _mend(self, gone_N: np.ndarray, level: int, workers: Workers) -> None:
         """Select the lists of a level that point at what goes anew."""
         held, graph, is_hit_N = self._storage, self._storage.graph, np.zeros(self._storage.count, np.uint8)
@@ -142,6 +148,11 @@ class Linker:
 
     def repair(self) -> int:
         """Link what level 0 does not lead to, by `repair_links`; how many."""
+        if self._storage.graph[layout.ENTRY] < 0:
+            # Nothing leads anywhere, since memory ended while all were taken out.
+            self.linked = 0
+            with Workers(1) as workers:
+                return self.link(np.arange(self._storage.count), workers)
         with Marks(self._storage) as marks:
             linked, _ = repair_links(self._storage.graph, marks, np.zeros(self._storage.count, np.uint8))
         return int(linked)
@@ -150,7 +161,7 @@ class Linker:
         """Which slots level 0 leads to, bool [N]."""
         count, entry = self._storage.count, int(self._storage.graph[layout.ENTRY])
         is_reached_N = np.zeros(count, np.uint8)
-        if count:
+        if entry >= 0:
             reach(self._storage.graph, entry, is_reached_N, np.empty(count + 1, np.int32))
         return is_reached_N.astype(bool)
 

@@ -9,9 +9,13 @@ from types import TracebackType
 from typing import Self
 
 from anabranch import machine
+from anabranch.graph.interrupts import Interrupts
 
 # Per thread, so that threads finish together.
 PIECES = 4
+
+# Between looks for an interrupt that is held back, while a lock is waited for.
+LOOK_S = 0.05
 
 
 class _Reader:
@@ -46,22 +50,20 @@ class ReadWriteLock:
     def read(self, *, whole: bool = False) -> Iterator[None]:
         """Hold it with other readers; ``whole``: not while a writer is in the middle of its work and lets readers in.
 
-        An interrupt while it waits leaves no trace.
+        An interrupt waits until it is given back, and leaves no trace while it is waited for.
         """
-        is_held = False
-        try:
-            self.enter_read(whole)
-            is_held = True
-            yield
-        finally:
-            if is_held:
+        with Interrupts() as interrupts:
+            self.enter_read(interrupts, whole)
+            try:
+                yield
+            finally:
                 self.leave_read()
 
-    def enter_read(self, whole: bool = False) -> None:
+    def enter_read(self, interrupts: Interrupts, whole: bool = False) -> None:
         """Begin what `read` holds; for callers that cannot afford a context manager."""
         with self._changed:
             if not self._is_free(whole):
-                self._wait(_Reader(whole))
+                self._wait(_Reader(whole), interrupts)
             self._readers += 1
 
     def leave_read(self) -> None:
@@ -71,15 +73,21 @@ class ReadWriteLock:
             if self._waiting_writers or self._is_closing:
                 self._changed.notify_all()
 
-    def _wait(self, reader: _Reader) -> None:
+    def _wait(self, reader: _Reader, interrupts: Interrupts) -> None:
         self._queue.append(reader)
         try:
-            self._changed.wait_for(lambda: reader.is_let_in or self._is_free(reader.whole))
+            self._until(lambda: reader.is_let_in or self._is_free(reader.whole), interrupts)
         finally:
             self._queue.remove(reader)
             if reader.is_let_in:
                 self._due -= 1
                 self._changed.notify_all()
+
+    def _until(self, is_so: Callable[[], bool], interrupts: Interrupts) -> None:
+        """Wait; where an interrupt is held back, look for one now and then."""
+        while not is_so():
+            self._changed.wait(LOOK_S if interrupts.is_holding else None)
+            interrupts.check()
 
     def _is_free(self, whole: bool) -> bool:
         """For a reader that comes now."""
@@ -88,26 +96,25 @@ class ReadWriteLock:
         return not self._waiting_writers
 
     @contextmanager
-    def write(self, *, alone: bool = False) -> Iterator[None]:
+    def write(self, *, alone: bool = False) -> Iterator[Interrupts]:
         """Hold it without other writers, and without readers until it lets them in; ``alone``: it never does.
 
-        An interrupt while it waits lets the others go on.
+        An interrupt while it waits lets the others go on; one that comes later is held back until it is given back, but where the caller
+        looks for it.
         """
-        is_held = False
-        try:
+        with Interrupts() as interrupts:
             with self._changed:
                 self._waiting_writers += 1
                 try:
-                    self._changed.wait_for(lambda: not (self._is_owned or self._readers or self._due))
-                    self._is_owned = self._is_exclusive = is_held = True
+                    self._until(lambda: not (self._is_owned or self._readers or self._due), interrupts)
+                    self._is_owned = self._is_exclusive = True
                     self._is_alone = alone
                 finally:
                     self._waiting_writers -= 1
-                    if not is_held:
-                        self._changed.notify_all()
-            yield
-        finally:
-            if is_held:
+                    self._changed.notify_all()
+            try:
+                yield interrupts
+            finally:
                 with self._changed:
                     self._is_owned = False
                     self._let_in()

@@ -160,7 +160,11 @@ class Storage:
 
     def put(self, slot_S: np.ndarray, vector_SD: np.ndarray) -> None:
         """Replace vectors."""
-        rows, aux, full = self.encode(vector_SD)
+        self.put_encoded(slot_S, self.encode(vector_SD))
+
+    def put_encoded(self, slot_S: np.ndarray, encoded: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        """Replace vectors by what `encode` made of others."""
+        rows, aux, full = encoded
         self.rows[slot_S], self.aux[slot_S] = rows, aux
         if self.rerank:
             self.full[slot_S] = full
