@@ -221,7 +221,7 @@ def test_an_event_without_end_is_given_up_on(monkeypatch):
 
     async def work() -> None:
         stream, _ = await read(dispatcher_of(Wire([said("a"), *([b"x" * 600] * 3)])))
-        assert stream.failure.kind == "garbage"
+        assert stream.failure.kind == "excess"
 
     run(work)
 
@@ -243,7 +243,7 @@ def test_an_answer_that_is_to_be_judged_is_bounded(monkeypatch):
     async def work() -> None:
         wire = Wire([said("a")] * 50, [said("b"), END])
         stream, raw = await read(dispatcher_of(wire), accept=lambda model, answer: True)
-        assert (text(raw), stream.report.attempts[0].status) == ("b", "garbage")
+        assert (text(raw), stream.report.attempts[0].status) == ("b", "excess")
 
     run(work)
 

@@ -19,6 +19,7 @@ from anabranch.gateway.dispatch.retry import RetryBudget
 from anabranch.gateway.dispatch.run import Run
 from anabranch.gateway.dispatch.stream import Stream, linger
 from anabranch.gateway.dispatch.upstream import Upstream
+from anabranch.gateway.providers.answer_bounds import most_bytes
 from anabranch.gateway.providers.provider import (
     Answer,
     Reply,
@@ -192,7 +193,7 @@ class Dispatcher:
         limit_s = live.deployment.timeout_s
         attempt.is_whole = True
         call = await run.built(live, request, attempt)
-        exchange: Exchange = asyncio.ensure_future(exchanged(live.transport, call, attempt))
+        exchange: Exchange = asyncio.ensure_future(exchanged(live.transport, call, attempt, most_bytes(request)))
         try:
             done, _ = await asyncio.wait((exchange,), timeout=max(0.0, min(limit_s, run.left_s)))
         except asyncio.CancelledError:

@@ -11,6 +11,7 @@ from typing import Any
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.provider import (
+    BODY_BYTES,
     Answer,
     Headers,
     HttpCall,
@@ -94,13 +95,16 @@ class Late:
         await self.settled()
 
 
-async def exchanged(transport: Transport, call: HttpCall, attempt: Attempt) -> tuple[int, Headers, bytes]:
-    """Send, and read to the end. Raises UpstreamError."""
+async def exchanged(
+    transport: Transport, call: HttpCall, attempt: Attempt, most: int = BODY_BYTES
+) -> tuple[int, Headers, bytes]:
+    """Send, and read to the end: of an answer ``most`` bytes. Raises UpstreamError."""
     call.is_sent = True
     reply = await transport.open(call)
     attempt.http_status = reply.status
     try:
-        return reply.status, reply.headers, await read_all(reply)
+        is_answer = 200 <= reply.status < 300
+        return reply.status, reply.headers, await read_all(reply, most if is_answer else BODY_BYTES)
     finally:
         reply.close()
 

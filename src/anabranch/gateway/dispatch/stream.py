@@ -32,7 +32,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamError,
     UpstreamRequest,
     Usage,
-    garbage,
+    excess,
     read_all,
 )
 from anabranch.gateway.providers.sse import DONE, DONE_DATA, event, events
@@ -216,9 +216,9 @@ class Stream:
             self._kept.clear()
 
     def _said(self) -> list[Json]:
-        """Chunks that were passed on. Raises UpstreamError (``garbage``) if they were too much to keep, or are none."""
+        """Chunks that were passed on. Raises UpstreamError (``excess``) if they were too much to keep."""
         if self._size > BODY_BYTES:
-            raise garbage(f"a stream of more than {BODY_BYTES:,} bytes, which is too long to be kept")
+            raise excess(f"a stream of more than {BODY_BYTES:,} bytes, which is too long to be kept")
         return list(_chunks(self._kept))
 
     def _ready(self, opened: Opened) -> bytes:

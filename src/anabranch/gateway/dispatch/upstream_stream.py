@@ -25,6 +25,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamError,
     UpstreamRequest,
     Usage,
+    excess,
     garbage,
     parse_object,
 )
@@ -223,7 +224,7 @@ class Opened:
                 async with asyncio.timeout(max(min(limit_s, self.run.left_s), 0.0)):
                     self.first += self.ready() or await self.next()
                 if len(self.first) > BODY_BYTES:
-                    raise garbage(f"an answer of more than {BODY_BYTES:,} bytes")
+                    raise excess(f"an answer of more than {BODY_BYTES:,} bytes")
         except TimeoutError:
             error = self.run.timed_out(self.live, limit_s, "timeout")
             self.drop(error.failure)

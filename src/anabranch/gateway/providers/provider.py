@@ -602,12 +602,12 @@ def retry_after(headers: Headers, now: datetime | None = None) -> float | None:
 
 
 async def read_all(reply: Reply, most: int = BODY_BYTES) -> bytes:
-    """The rest of an answer. Raises UpstreamError (``garbage``) beyond ``most`` bytes."""
+    """The rest of an answer. Raises UpstreamError (``excess``) beyond ``most`` bytes."""
     parts, size = [], 0
     while part := await reply.read_some():
         size += len(part)
         if size > most:
             reply.close()
-            raise garbage(f"the upstream sent an answer of more than {most:,} bytes")
+            raise excess(f"an answer of more than {most:,} bytes")
         parts.append(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)

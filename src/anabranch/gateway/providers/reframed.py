@@ -6,7 +6,7 @@ Reframed(http, "application/x-ndjson", Lines)    lines of JSON -> events
 from collections.abc import Callable
 from typing import Protocol
 
-from anabranch.gateway.providers.provider import Headers, HttpCall, Reply, Transport, UpstreamError, garbage
+from anabranch.gateway.providers.provider import Headers, HttpCall, Reply, Transport, UpstreamError, excess
 from anabranch.gateway.providers.sse import EVENT_BYTES
 
 
@@ -14,7 +14,7 @@ class Framer(Protocol):
     """Cuts the bytes of one stream into events."""
 
     def feed(self, data: bytes) -> bytes:
-        """The events that are whole now, as server-sent events. Raises UpstreamError (``garbage``)."""
+        """The events that are whole now, as server-sent events. Raises UpstreamError (``garbage``, ``excess``)."""
 
     def end(self) -> bytes:
         """What is left at the end of the connection. Raises UpstreamError if that is no whole event."""
@@ -30,7 +30,7 @@ class Lines:
         """One event for each line."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > EVENT_BYTES:
-            raise garbage(f"a line of more than {EVENT_BYTES:,} bytes")
+            raise excess(f"a line of more than {EVENT_BYTES:,} bytes")
         return b"".join(b"data: " + line.strip() + b"\n\n" for line in lines if line.strip())
 
     def end(self) -> bytes:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from anabranch.gateway.providers.provider import garbage
+from anabranch.gateway.providers.provider import excess, garbage
 from anabranch.web.sse import DONE
 
 # Most bytes of one event.
@@ -24,7 +24,7 @@ class Splitter:
         self._ends_in_cr = False
 
     def feed(self, data: bytes) -> bytes:
-        """All events that are whole now; what follows them is kept. Raises UpstreamError (``garbage``) for an endless event."""
+        """All events that are whole now; what follows them is kept. Raises UpstreamError (``excess``) for an endless event."""
         if self._ends_in_cr and data:
             data, self._ends_in_cr = data.removeprefix(b"\n"), False
         if b"\r" in data:
@@ -38,7 +38,7 @@ class Splitter:
             return block
         self._rest = block[cut:]
         if len(self._rest) > EVENT_BYTES:
-            raise garbage(f"an event of more than {EVENT_BYTES:,} bytes")
+            raise excess(f"an event of more than {EVENT_BYTES:,} bytes")
         return block[:cut]
 
     @property
