@@ -43,6 +43,7 @@ ASK = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"tool_choice": {"type": []}}, "tool_choice"),
         ({"metadata": "u"}, "metadata"),
         ({"thinking": "on"}, "thinking"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),

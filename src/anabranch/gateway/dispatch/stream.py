@@ -23,6 +23,7 @@ from anabranch.gateway.dispatch.run import Run, as_failure
 from anabranch.gateway.dispatch.upstream_stream import Opened, read_chunk
 from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.chunks import assembled, text_of
+from anabranch.gateway.providers.native_events import whole_of
 from anabranch.gateway.providers.provider import (
     BODY_BYTES,
     Answer,
@@ -328,9 +329,14 @@ def _has_calls(chunk: Json) -> bool:
 
 
 def _whole(chunks: Iterable[Json], request: UpstreamRequest, usage: Usage) -> Answer:
-    body = assembled(chunks, request.endpoint)
+    """The answer of a stream. One in a form of its own that cannot be put together is not whole: nobody else shall have it."""
+    read = list(chunks)
+    native, is_whole = whole_of(read) if request.native is not None else ({}, True)
+    body = {**assembled(read, request.endpoint), **native}
     body["usage"] = usage.to_openai()
-    return Answer(body, None, usage)
+    answer = Answer(body, None, usage)
+    answer.is_cut = not is_whole
+    return answer
 
 
 def _close(reply: Reply | None) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from anabranch.gateway.providers.native_events import NATIVE, events_of
 from anabranch.gateway.providers.provider import Json
 
 # Most choices, or calls of tools, of an answer.
@@ -48,7 +49,7 @@ def assembled(chunks: Iterable[Json], endpoint: str = "chat") -> Json:
     for chunk in chunks:
         for name, value in chunk.items():
             # The last's event of another form is not the whole's.
-            if name not in ("choices", "object", "anthropic", "responses") and (value is not None or name not in body):
+            if name not in ("choices", "object", *NATIVE) and (value is not None or name not in body):
                 body[name] = value
         for choice in _choices(chunk):
             at = _place(choice, 0)
@@ -106,8 +107,11 @@ def _place(item: Json, default: int) -> int:
 
 
 def as_chunks(body: Json, endpoint: str = "chat", with_usage: bool = False) -> list[Json]:
-    """A whole answer as the chunks of a stream: for caches, and for upstreams that do not stream."""
-    head = {name: value for name, value in body.items() if name not in ("choices", "object", "usage")}
+    """A whole answer as the chunks of a stream: for caches, and for upstreams that do not stream.
+
+    What it holds in a form of its own goes along as the events of that form.
+    """
+    head = {name: value for name, value in body.items() if name not in ("choices", "object", "usage", *NATIVE)}
     head["object"] = "chat.completion.chunk" if endpoint == "chat" else "text_completion"
     chunks = []
     for choice in _choices(body):
@@ -130,9 +134,20 @@ def as_chunks(body: Json, endpoint: str = "chat", with_usage: bool = False) -> l
             part = {**shared, "text": _string(choice.get("text")), "finish_reason": None}
             end = {"index": at, "text": "", "finish_reason": choice.get("finish_reason") or "stop"}
         chunks += [{**head, "choices": [part]}, {**head, "choices": [end]}]
+    for name in NATIVE:
+        if len(chunks) == 2 and isinstance(body.get(name), dict):
+            chunks = _with_events(chunks, name, events_of(name, body[name]), head)
     if with_usage and isinstance(body.get("usage"), dict):
         chunks.append({**head, "choices": [], "usage": body["usage"]})
     return chunks
+
+
+def _with_events(chunks: list[Json], name: str, events: list[Json] | None, head: Json) -> list[Json]:
+    """The first and the last chunk beside the first and the last event, and the others between them."""
+    if events is None:
+        return chunks
+    between = [{**head, "choices": [], name: event} for event in events[1:-1]]
+    return [{**chunks[0], name: events[0]}, *between, {**chunks[1], name: events[-1]}]
 
 
 def _string(value: Any) -> str:

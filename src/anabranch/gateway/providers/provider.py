@@ -340,10 +340,12 @@ class Answer:
         raw: the bytes it was read from; None if it was translated.
         usage: tokens.
         report: how it was come by; set by the `Dispatcher`.
+        is_cut: part of what the upstream said is not in it.
     """
 
     def __init__(self, body: Json, raw: bytes | None, usage: Usage) -> None:
         self.body, self.raw, self.usage = body, raw, usage
+        self.is_cut = False
         self.report: Any = None
 
     @cached_property
@@ -366,7 +368,9 @@ class Answer:
 
     @property
     def is_whole(self) -> bool:
-        """Every choice came to its end, and none was held back."""
+        """Every choice came to its end, none was held back, and nothing is left out."""
+        if self.is_cut:
+            return False
         choices = self.body.get("choices")
         found = [_first([one]).get("finish_reason") for one in choices] if isinstance(choices, list) else []
         return bool(found) and all(reason in WHOLE for reason in found)

@@ -117,7 +117,7 @@ def _add_tools(chat: Json, body: Json) -> None:
     kind = choice.get("type") if isinstance(choice, dict) else None
     if kind == "tool" and isinstance(choice.get("name"), str):
         chat["tool_choice"] = {"type": "function", "function": {"name": choice["name"]}}
-    elif kind in _TOOL_CHOICE:
+    elif isinstance(kind, str) and kind in _TOOL_CHOICE:
         chat["tool_choice"] = _TOOL_CHOICE[kind]
     else:
         raise wrong(
