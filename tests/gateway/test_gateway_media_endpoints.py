@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
+from anabranch.gateway.forms import parse_form
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
-from anabranch.gateway.media_requests import check_media, count_media, most_made, parse_form
+from anabranch.gateway.media_requests import check_media, count_media, most_made
 from anabranch.gateway.providers.media import Upload, encoded, usage_of
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamRequest

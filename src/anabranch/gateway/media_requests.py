@@ -1,7 +1,6 @@
 """Requests to endpoints of media (`anabranch.gateway.providers.media`): what they may be, how long they are, what they may cost at most."""
 
 import base64
-import re
 from typing import Any
 
 from anabranch.gateway import media_tokens
@@ -10,7 +9,7 @@ from anabranch.gateway.prompt_tokens import PromptCount, count_prompt
 from anabranch.gateway.providers.media import PATHS, SPOKEN, Upload
 from anabranch.gateway.validate import check_model
 from anabranch.routers.money import Price
-from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.api_error import wrong
 from anabranch.web.body import is_int, said
 
 Json = dict[str, Any]
@@ -22,9 +21,6 @@ _MOST_PICTURES = 64
 # Fields that each needs: text, files, or both.
 _TEXTS = {"images": ("prompt",), "image_edits": ("prompt",), "speech": ("input", "voice"), "rerank": ("query",)}
 _FILES = {"image_edits": "image", "transcriptions": "file", "translations": "file"}
-_NAME = re.compile(r'\bname="([^"]*)"')
-_FILENAME = re.compile(r'\bfilename="([^"]*)"')
-_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(?:; ?charset=[\w-]+)?", re.ASCII)
 
 
 def is_media(endpoint: str) -> bool:
@@ -125,42 +121,3 @@ def asked_of_media(endpoint: str) -> Asked:
         audio_output=endpoint == "speech",
         image_output=endpoint in ("images", "image_edits"),
     )
-
-
-def parse_form(raw: bytes, content_type: str) -> Json:
-    """A multipart/form-data body as an object: texts, and under each name of files a list of them. Raises ApiError."""
-    boundary = re.search(r'boundary="?([^";,\s]{1,70})"?', content_type)
-    if boundary is None:
-        raise ApiError(400, "invalid_body", "the body is multipart/form-data without a boundary")
-    made: Json = {}
-    pieces = (b"\r\n" + raw).split(b"\r\n--" + boundary[1].encode("ascii", "replace"))
-    if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
-        raise ApiError(400, "invalid_body", "the form has no end")
-    for piece in pieces[1:-1]:
-        head, mark, data = piece.partition(b"\r\n\r\n")
-        lines = head.decode("utf-8", "replace")
-        name = _NAME.search(lines)
-        if not mark or name is None:
-            raise ApiError(400, "invalid_body", "a part of the form has no name")
-        _add_part(made, name[1], lines, data)
-    return made
-
-
-def _add_part(made: Json, name: str, head: str, data: bytes) -> None:
-    filename = _FILENAME.search(head)
-    if filename is None:
-        value: Any = data.decode("utf-8", "replace")
-        if name in made and name.endswith("[]"):
-            before = made[name]
-            made[name] = [*(before if isinstance(before, list) else [before]), value]
-        else:
-            made[name] = int(value) if name == "n" and value.isdecimal() and len(value) < 9 else value
-        return
-    kind = re.search(r"(?im)^content-type: *(.+?)\s*$", head)
-    is_known = kind is not None and _TYPE.fullmatch(kind[1]) is not None
-    upload = Upload(filename[1], kind[1] if kind is not None and is_known else "application/octet-stream", data)
-    # OpenAI's clients name several pictures so.
-    held = made.setdefault(name.removesuffix("[]"), [])
-    if not _is_upload(held) and held:
-        raise wrong(name, f"{name} is both text and a file")
-    held.append(upload)

@@ -11,9 +11,9 @@ from typing import Any
 from aiohttp import web
 
 from anabranch.gateway.core.reply import Reply
+from anabranch.gateway.forms import parse_form
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.cors import for_origin
-from anabranch.gateway.media_requests import parse_form
 from anabranch.gateway.providers.media import PATHS as MEDIA
 from anabranch.gateway.providers.provider import Native
 from anabranch.web.answers import SAFE, Route, bearer, json_response, read_body

@@ -86,7 +86,7 @@ def encoded(request: UpstreamRequest, model: str) -> tuple[bytes, str]:
 
 
 def _text(value: Any) -> bytes:
-    return str(value).encode("utf-8", "surrogatepass")
+    return (str(value).lower() if isinstance(value, bool) else str(value)).encode("utf-8", "surrogatepass")
 
 
 def _quoted(text: str) -> str:
