@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from anabranch.gateway.providers.anthropic import Anthropic, translated
+from anabranch.gateway.providers.anthropic import Anthropic, merged, translated
 from anabranch.gateway.providers.anthropic_request import ANSWER_TOOL
 from anabranch.gateway.providers.chunks import assembled
 from anabranch.gateway.providers.provider import Native, UpstreamError, UpstreamRequest
@@ -152,6 +154,82 @@ def test_an_answer(provider):
     }  # fmt: skip
     assert (answer.usage.prompt, answer.usage.cached, answer.usage.completion) == (105, 90, 7)
     assert answer.body["usage"]["prompt_tokens_details"] == {"cached_tokens": 90, "cache_write_tokens": 5}
+
+
+COMPACTED = {
+    "input_tokens": 23_000, "output_tokens": 1000, "iterations": [
+        {"type": "compaction", "input_tokens": 180_000, "output_tokens": 3500},
+        {"type": "message", "input_tokens": 23_000, "output_tokens": 1000},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("usage", "told"),
+    [
+        (COMPACTED, (203_000, 0, 0, 0, 4500)),
+        # No compaction took place, or nobody can say: never less than is said of the whole.
+        ({**COMPACTED, "iterations": COMPACTED["iterations"][1:]}, (23_000, 0, 0, 0, 1000)),
+        ({**COMPACTED, "iterations": []}, (23_000, 0, 0, 0, 1000)),
+        ({**COMPACTED, "iterations": None}, (23_000, 0, 0, 0, 1000)),
+        ({**COMPACTED, "iterations": [5, {"input_tokens": "9", "output_tokens": -4}, {}]}, (23_000, 0, 0, 0, 1000)),
+        (
+            {"input_tokens": 5, "cache_read_input_tokens": 10, "cache_creation_input_tokens": 20, "output_tokens": 1, "iterations": [
+                {"type": "compaction", "input_tokens": 7, "cache_read_input_tokens": 30, "output_tokens": 2},
+                {"type": "message", "input_tokens": 5, "cache_read_input_tokens": 10, "cache_creation_input_tokens": 20,
+                 "cache_creation": {"ephemeral_5m_input_tokens": 15, "ephemeral_1h_input_tokens": 5}, "output_tokens": 1},
+            ]},
+            (72, 40, 15, 5, 3),
+        ),
+    ],
+)  # fmt: skip
+def test_a_compaction_which_is_among_the_steps_alone_is_counted(provider, usage, told):
+    body = {"type": "message", "stop_reason": "end_turn", "content": [{"type": "text", "text": "ok"}], "usage": usage}
+    found = provider.parse(chat(), json.dumps(body).encode()).usage
+    assert (found.prompt, found.cached, found.cache_write, found.cache_write_1h, found.completion) == told
+    streamed = last_usage(provider, {"input_tokens": 5, "output_tokens": 1}, usage)
+    assert (streamed["prompt_tokens"], streamed["completion_tokens"]) == (told[0], told[-1])
+
+
+@pytest.mark.parametrize(
+    ("later", "told"),
+    [
+        ({"input_tokens": None, "cache_read_input_tokens": None, "output_tokens": 5}, (14_000, 9000, 5)),
+        ({"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 5}, (14_000, 9000, 5)),
+        ({"output_tokens": None}, (14_000, 9000, 1)),
+        ({"input_tokens": 6000, "output_tokens": 5}, (15_000, 9000, 5)),
+        ({}, (14_000, 9000, 1)),
+        (None, (14_000, 9000, 1)),
+    ],
+)
+def test_what_is_said_later_takes_nothing_back(provider, later, told):
+    usage = last_usage(provider, {"input_tokens": 5000, "cache_read_input_tokens": 9000, "output_tokens": 1}, later)
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert (usage["prompt_tokens"], cached, usage["completion_tokens"]) == told
+
+
+def last_usage(provider, first, later):
+    values = [
+        {"type": "message_start", "message": {"id": "m1", "model": "c", "usage": first}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": "hi"}},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": later},
+        {"type": "message_stop"},
+    ]
+    return chunks_of(provider, [event_stream(*values)])[-1]["usage"]
+
+
+COUNTS = st.dictionaries(st.sampled_from("abc"), st.none() | st.integers(0, 9))
+USAGES = st.dictionaries(st.sampled_from("abcd"), st.none() | st.integers(0, 9) | COUNTS)
+
+
+@given(USAGES, USAGES)
+def test_of_two_usages_each_count_is_the_larger(told, more):
+    found = merged(told, more)
+    for one in (told, more):
+        for name, value in one.items():
+            if type(value) is int and type(found[name]) is int:
+                assert found[name] >= value
+            assert value is None or found[name] is not None
 
 
 STREAM = "".join(

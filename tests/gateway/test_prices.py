@@ -174,6 +174,19 @@ SEARCH = {"type": "web_search_20250305", "name": "web_search"}
         ({"tools": [{"type": "function"}, {"type": "code_interpreter"}]}, Asked(others=("tools[1]",))),
         ({"models": ["x"], "plugins": []}, Asked(others=("models", "plugins"))),
         ({"search_parameters": {"mode": "off"}, "enable_search": False}, Asked()),
+        ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, Asked(others=("context_management",))),
+        (
+            {"context_management": {"edits": [{"type": "clear_thinking_20251015"}, {"type": "compact_20260112"}]}},
+            Asked(others=("context_management",)),
+        ),
+        ({"context_management": [{"type": "compaction", "compact_threshold": 9}]}, Asked(others=("context_management",))),
+        ({"context_management": {"edits": 5}}, Asked(others=("context_management",))),
+        ({"context_management": 5}, Asked(others=("context_management",))),
+        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, Asked()),
+        ({"context_management": {"edits": []}}, Asked()),
+        ({"context_management": {}}, Asked()),
+        ({"context_management": []}, Asked()),
+        ({"context_management": None}, Asked()),
         ({"modalities": ["text", "audio"], "audio": {"voice": "x"}}, Asked(audio_output=True)),
         ({"audio": {"voice": "x"}}, Asked(audio_output=True)),
         ({"modalities": ["image", "text"]}, Asked(image_output=True)),
@@ -227,7 +240,18 @@ JSON = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=3), max_leaves=8
 )
 NAMES = st.sampled_from(
-    ("messages", "tools", "system", "service_tier", "speed", "modalities", "audio", "web_search_options", "plugins")
+    (
+        "messages",
+        "tools",
+        "system",
+        "service_tier",
+        "speed",
+        "modalities",
+        "audio",
+        "web_search_options",
+        "plugins",
+        "context_management",
+    )
 )
 
 
@@ -277,6 +301,7 @@ def test_fields_that_change_a_price_go_where_they_have_one_and_are_refused_elsew
         for field, value in (
             ("service_tier", "priority"), ("web_search_options", {}), ("speed", "fast"), ("models", ["x"]), ("plugins", [{"id": "web"}]),
             ("modalities", ["text", "audio"]), ("tools", [{"type": "code_interpreter"}]),
+            ("context_management", {"edits": [{"type": "compact_20260112"}]}),
         ):  # fmt: skip
             error = await refused(gateway, model="claude", **{field: value})
             assert (error.status, error.code) == (400, "unpriced")

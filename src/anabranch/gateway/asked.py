@@ -20,12 +20,15 @@ FREE_TOOLS = (
     "local_shell", "shell", "apply_patch", "namespace",
 )  # fmt: skip
 
+# Of a request that has its prompt summed up on the way.
+COMPACTION = "context_management"
+
 # Fields of providers that choose another model, another price, or searches, and of which no price list speaks.
 OTHERS: Mapping[str, str] = {
     "models": "other models to answer", "route": "a way to choose models", "fallbacks": "other models to answer",
     "provider": "who serves the model", "plugins": "plugins", "search_parameters": "searches", "search_settings": "searches",
     "enable_search": "searches", "search_type": "a kind of search", "inference_geo": "where the model runs",
-    "compound_custom": "other models to answer",
+    "compound_custom": "other models to answer", COMPACTION: "a summary of the prompt, which is billed beside the answer",
 }  # fmt: skip
 
 
@@ -94,7 +97,10 @@ def asked_of(body: Json) -> Asked:
         audio_input=any(part.get("type") == "input_audio" for part in parts),
         audio_output="audio" in words or bool(body.get("audio")),
         image_output="image" in words,
-        others=(*others, *(name for name in OTHERS if _is_on(body.get(name)))),
+        others=(
+            *others,
+            *(name for name in OTHERS if _is_on(body.get(name)) and (name != COMPACTION or _compacts(body))),
+        ),
     )
 
 
@@ -134,6 +140,15 @@ def _searches(body: Json, tools: Iterable[Json]) -> tuple[int, list[str]]:
         elif not kind.startswith(FREE_TOOLS):
             others.append(f"tools[{at}]")
     return searches, others
+
+
+def _compacts(body: Json) -> bool:
+    """Its other edits take things out of the prompt, which costs nothing. What cannot be read may be anything."""
+    given = body[COMPACTION]
+    edits = given.get("edits", []) if isinstance(given, dict) else given
+    if not isinstance(edits, list):
+        return True
+    return any(not isinstance(one, dict) or not str(one.get("type")).startswith("clear_") for one in edits)
 
 
 def _is_on(value: Any) -> bool:

@@ -205,6 +205,7 @@ def _usage(given: Any) -> Usage:
     """Anthropic counts cached tokens beside the others, OpenAI among them."""
     if not isinstance(given, dict):
         return Usage(is_estimated=True)
+    given = merged(given, _of_iterations(given.get("iterations")))
     cached, written = given.get("cache_read_input_tokens") or 0, given.get("cache_creation_input_tokens") or 0
     by_ttl = given.get("cache_creation")
     for_hour = (by_ttl.get("ephemeral_1h_input_tokens") or 0) if isinstance(by_ttl, dict) else 0
@@ -219,6 +220,39 @@ def _usage(given: Any) -> Usage:
         tier=tier_of(given),
         tells_ttl=isinstance(by_ttl, dict),
     )
+
+
+def merged(told: Json, more: Json) -> Json:
+    """A ``usage`` and what was said later: of each count the larger, since nothing that was billed is taken back; nothing for null."""
+    found = dict(told)
+    for name, value in more.items():
+        old = found.get(name)
+        if isinstance(old, dict) and isinstance(value, dict):
+            found[name] = merged(old, value)
+        elif type(old) is int and type(value) is int:
+            found[name] = max(old, value)
+        elif value is not None:
+            found[name] = value
+    return found
+
+
+def _of_iterations(given: Any) -> Json:
+    """The sum of what each step says: compaction, which is billed, is among the steps alone."""
+    steps = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+    tables = [one["cache_creation"] for one in steps if isinstance(one.get("cache_creation"), dict)]
+    found: Json = _sums(steps, _COUNTS)
+    if tables:
+        found["cache_creation"] = _sums(tables, _TTLS)
+    return found
+
+
+def _sums(tables: list[Json], names: tuple[str, ...]) -> Json:
+    counts = {name: [one[name] for one in tables if type(one.get(name)) is int and one[name] >= 0] for name in names}
+    return {name: sum(found) for name, found in counts.items() if found}
+
+
+_COUNTS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+_TTLS = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 
 
 class MessageStream:
@@ -328,7 +362,7 @@ class MessageStream:
         return self._chunk({"thinking_blocks": [thought]}) if thought is not None and thought["signature"] else []
 
     def _message_delta(self, value: Json) -> list[Json]:
-        self._given |= value.get("usage") or {}
+        self._given = merged(self._given, value.get("usage") or {})
         reason = _finish((value.get("delta") or {}).get("stop_reason"))
         if self._answers and reason == "tool_calls":
             reason = "stop"
