@@ -362,6 +362,30 @@ def test_a_streamed_call_without_arguments_has_an_empty_object_of_them(provider)
     assert whole["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("kind", ["server_tool_use", "mcp_tool_use", "new_tool_use"])
+@pytest.mark.parametrize("has_call", [False, True])
+def test_what_a_tool_at_anthropic_is_asked_is_no_call_of_the_senders(provider, kind, has_call):
+    """Its arguments once became the first call's, or a call of none."""
+
+    def block(at, arguments, **fields):
+        return [
+            {"type": "content_block_start", "index": at, "content_block": {**fields, "input": {}}},
+            {
+                "type": "content_block_delta",
+                "index": at,
+                "delta": {"type": "input_json_delta", "partial_json": arguments},
+            },
+            {"type": "content_block_stop", "index": at},
+        ]
+
+    own = block(1, '{"city":"Ghent"}', type="tool_use", id="t", name="weather") if has_call else []
+    at_anthropic = block(0, '{"query":"x"}', type=kind, id="s", name="web_search")
+    later = block(2, '{"query":"y"}', type=kind, id="s2", name="web_search")
+    message = assembled(chunks_of(provider, [event_stream(START, *at_anthropic, *own, *later, *END)]))["choices"][0]
+    call = {"id": "t", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Ghent"}'}}
+    assert message["message"].get("tool_calls") == ([call] if has_call else None)
+
+
 def test_streamed_thoughts_are_those_of_the_whole_answer_and_go_back_whole(provider):
     message = assembled(chunks_of(provider, [event_stream(START, *THINKING, *CALLS, *END)]))["choices"][0]["message"]
     thoughts = [{"type": "thinking", "thinking": "hm!", "signature": "s1"}, {"type": "redacted_thinking", "data": "zz"}]

@@ -349,8 +349,11 @@ class MessageStream:
         if kind == "input_json_delta" and delta.get("partial_json"):
             if value["index"] in self._answers:
                 return self._chunk({"content": delta["partial_json"]})
+            if value["index"] not in self._calls:
+                # Of a tool that runs at Anthropic: nothing for the sender to call.
+                return []
             self._empty.pop(value["index"], None)
-            return self._call(self._calls.get(value["index"], 0), delta["partial_json"])
+            return self._call(self._calls[value["index"]], delta["partial_json"])
         return []
 
     def _content_block_stop(self, value: Json) -> list[Json]:
