@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import hmac
 import json
+import subprocess
+import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import parse_qs, quote
 
 import pytest
@@ -18,7 +20,7 @@ from anabranch.errors import MissingExtraError
 from anabranch.gateway.dispatch.upstream import Upstream
 from anabranch.gateway.providers import Provider, UpstreamError, UpstreamRequest
 from anabranch.gateway.providers.authorized import Authorized
-from anabranch.gateway.providers.provider import HttpCall, read_all
+from anabranch.gateway.providers.provider import Failure, HttpCall, read_all
 from recorded_conversations import exchanges
 
 CHAT = UpstreamRequest("chat", {"model": "x", "messages": [{"role": "user", "content": "hi"}]})
@@ -277,6 +279,60 @@ def test_no_token_is_a_failure_of_ours_and_nothing_is_sent(google, caplog):
     assert told(vertex(google)) == [("auth", False)]
     assert "invalid_grant" in caplog.text
     assert "PRIVATE KEY" not in caplog.text
+
+
+def test_the_process_ends_while_a_token_is_waited_for():
+    """Whoever fetches it may be told nothing for as long as the other side likes."""
+    program = """
+import asyncio, threading
+from anabranch.gateway.providers.authorized import Authorized
+from anabranch.gateway.providers.provider import HttpCall
+begun = asyncio.Event()
+async def main():
+    loop = asyncio.get_running_loop()
+    def hang(call):
+        loop.call_soon_threadsafe(begun.set)
+        threading.Event().wait()
+    waiting = asyncio.ensure_future(Authorized(None, hang).open(HttpCall("http://x", {}, b"")))
+    await begun.wait()
+    waiting.cancel()
+asyncio.run(main())
+print("ended")
+"""
+    # Without end before: the limit is that of a test that hangs.
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
+
+
+def test_who_gave_up_is_passed_over_and_a_fault_is_that_calls_alone():
+    asked, go = [], Event()
+
+    def headers(call):
+        asked.append(call.url)
+        go.wait()
+        if call.url == "bad":
+            raise UpstreamError(Failure(kind="auth", message="no"))
+        return {}
+
+    class Http:
+        async def open(self, call):
+            return type("Reply", (), {"status": 200})()
+
+    async def main():
+        transport = Authorized(Http(), headers)
+        calls = [asyncio.ensure_future(transport.open(HttpCall(url, {}, b""))) for url in ("a", "left", "bad", "b")]
+        while not asked:
+            await asyncio.sleep(0)
+        calls[1].cancel()
+        await asyncio.sleep(0)
+        go.set()
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(one).__name__ for one in found] == ["Reply", "CancelledError", "UpstreamError", "Reply"]
+        # And after a time when there was nothing to do.
+        await transport.open(HttpCall("later", {}, b""))
+
+    asyncio.run(main())
+    assert asked == ["a", "bad", "b", "later"]
 
 
 def test_headers_are_made_one_call_after_another():

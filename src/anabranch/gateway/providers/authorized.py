@@ -1,8 +1,10 @@
 """A transport that gives calls their authorization when they go out: signatures with a date, tokens that expire."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from threading import Lock, Thread
 
 from anabranch.gateway.providers.provider import Headers, HttpCall, Reply, Transport
 
@@ -22,19 +24,45 @@ class Authorized:
         self, http: Transport, headers: Callable[[HttpCall], Headers], forget: Callable[[], None] | None = None
     ) -> None:
         self._http, self._make, self._forget = http, headers, forget
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="authorization")
+        self._waiting: deque[tuple[HttpCall, Future[Headers]]] = deque()
+        self._lock, self._is_running = Lock(), False
 
     async def open(self, call: HttpCall) -> Reply:
         """Send, and wait for status and headers. Raises UpstreamError."""
         # Nothing is billed of a call that gets no further than this.
         call.is_sent = False
-        plain, loop = call.headers, asyncio.get_running_loop()
-        call.headers = {**plain, **await loop.run_in_executor(self._thread, self._make, call)}
+        plain = call.headers
+        call.headers = {**plain, **await self._made(call)}
         reply = await self._http.open(call)
         if reply.status != 401 or self._forget is None:
             return reply
         reply.close()
         self._forget()
         call.is_sent = False
-        call.headers = {**plain, **await loop.run_in_executor(self._thread, self._make, call)}
+        call.headers = {**plain, **await self._made(call)}
         return await self._http.open(call)
+
+    def _made(self, call: HttpCall) -> "asyncio.Future[Headers]":
+        """The headers of a call, once those before it have theirs."""
+        future: Future[Headers] = Future()
+        with self._lock:
+            self._waiting.append((call, future))
+            starts, self._is_running = not self._is_running, True
+        if starts:
+            # The process does not wait for its end, as it would for that of an executor's: a server of tokens may never answer.
+            Thread(target=self._run, name="authorization", daemon=True).start()
+        return asyncio.wrap_future(future)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._is_running = False
+                    return
+                call, future = self._waiting.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._make(call))
+            except BaseException as error:
+                future.set_exception(error)
