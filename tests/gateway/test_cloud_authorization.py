@@ -159,6 +159,58 @@ def test_amazon_sees_the_signature_that_it_works_out(monkeypatch, model, has_ses
     assert [headers.get("x-amz-security-token") for headers in seen] == [SESSION if has_session else None] * 2
 
 
+TOKEN = "IQoJb3JpZ2luX2VjEJr//////////wEaCXVzLWVhc3QtMSJHMEUCIQDabcdefgEXAMPLE"
+QUOTED = (
+    "The request signature we calculated does not match the signature you provided.\n\nThe Canonical String for this "
+    "request should have been\n'POST\n/model/x/converse\n\ncontent-type:application/json\nhost:h\n"
+    f"x-amz-date:20260101T000000Z\nx-amz-security-token:{TOKEN}\n\nhost;x-amz-date\n{'ab' * 32}'"
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "secrets"),
+    [
+        (QUOTED, [TOKEN, "ab" * 32]),
+        # Cut off, as long messages are, and with what is before it lost.
+        (f"... {TOKEN[:20]}", [TOKEN[:20]]),
+        (json.dumps({"raw": f"\n{TOKEN[:30]}"}), [TOKEN[:30]]),
+        (f"... {TOKEN[30:]} is expired", [TOKEN[30:]]),
+        (json.dumps({"raw": QUOTED}), [TOKEN, "ab" * 32]),
+        (f"Credential={ACCESS}/20260101/eu-west-3, Signature={'12ef' * 16}", [ACCESS, "12ef" * 4]),
+        (f"no user of {ACCESS}, nor of AKIAIOSFODNN7EXAMPLE: {SECRET}", [ACCESS, "AKIAIOSFODNN7EXAMPLE", SECRET]),
+        (
+            f"https://h/?X-Amz-Security-Token={quote(TOKEN, safe='')}&X-Amz-Signature=12ef",
+            [quote(TOKEN, safe=""), "12ef"],
+        ),
+        (f"x-amz-security-token: {'other' * 9}", ["other"]),
+    ],
+)
+def test_what_calls_are_signed_with_is_told_to_nobody(monkeypatch, message, secrets):
+    pytest.importorskip("botocore")
+    monkeypatch.delenv("AWS_BEARER_TOKEN_BEDROCK", raising=False)
+    for name, value in {"OWN_ACCESS": ACCESS, "OWN_SECRET": SECRET, "OWN_SESSION": TOKEN}.items():
+        monkeypatch.setenv(name, value)
+    names = {"access_key_env": "OWN_ACCESS", "secret_key_env": "OWN_SECRET", "session_token_env": "OWN_SESSION"}
+    with serving(lambda *_: (403, {"__type": "InvalidSignatureException", "message": message})) as url:
+        table = {"kind": "bedrock", "model": "x.y", "region": "eu-west-3", "base_url": url, **names}
+        provider = from_dict(Provider.Config, table).build()
+
+        async def main():
+            upstream = Upstream()
+            try:
+                reply = await provider.transport(upstream).open(provider.build(CHAT))
+                return provider.error(reply.status, reply.headers, await read_all(reply))
+            finally:
+                await upstream.close()
+
+        failure = asyncio.run(main())
+    assert (failure.kind, "[key]" in failure.message) == ("auth", True)
+    for secret in secrets:
+        assert secret not in failure.message
+    words = "The request signature we calculated does not match the signature you provided."
+    assert (words in failure.message) == (words in message)
+
+
 def test_without_credentials_nothing_is_sent(monkeypatch):
     pytest.importorskip("botocore")
     monkeypatch.delenv("AWS_BEARER_TOKEN_BEDROCK", raising=False)

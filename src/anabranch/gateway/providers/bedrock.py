@@ -6,6 +6,8 @@ else               Signature Version 4, by ``botocore`` (the extra ``bedrock``):
 
 import json
 import os
+import re
+from collections import deque
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +23,7 @@ from anabranch.gateway.providers.keys import Secret, read_key
 from anabranch.gateway.providers.openai import unsupported
 from anabranch.gateway.providers.plain_chat import plain
 from anabranch.gateway.providers.provider import (
+    TELLING_KEY,
     Answer,
     Failure,
     Headers,
@@ -87,6 +90,7 @@ class Bedrock(Provider, kind="bedrock"):
         self.endpoints = ("embeddings",) if "embed" in config.model else ("chat",)  # type: ignore[misc]
         self._region = _region(config)
         self._key = _key(config)
+        self._signer = _Signer(config, self._region) if self._key is None else None
         bearer = {} if self._key is None else {"authorization": f"Bearer {self._key.reveal()}"}
         self._headers = {"content-type": "application/json", **config.headers, **bearer}
         domain = "amazonaws.com.cn" if self._region.startswith("cn-") else "amazonaws.com"
@@ -128,14 +132,16 @@ class Bedrock(Provider, kind="bedrock"):
         return self.redacted(told(super().error(status, headers, body), named))
 
     def redacted(self, failure: Failure) -> Failure:
-        """Without this provider's key."""
+        """Without this provider's key, and without what calls are signed with: AWS quotes what it would have signed itself."""
+        if self._signer is not None:
+            failure = replace(failure, message=self._signer.hide(failure.message))
         return hidden(failure, None if self._key is None else self._key.reveal())
 
     def transport(self, http: Transport) -> Transport:
         """HTTP, whose event streams come as server-sent events; signed, where there is no key."""
-        if self._key is None:
+        if self._signer is not None:
             require("bedrock", by="the provider bedrock")
-            http = Authorized(http, _Signer(self.config, self._region).headers)
+            http = Authorized(http, self._signer.headers)
         return Reframed(http, "application/vnd.amazon.eventstream", EventStream)
 
 
@@ -180,6 +186,15 @@ def told(failure: Failure, named: Any) -> Failure:
 
 # Signatures
 
+# Whatever stands behind these names is nobody else's, whosever it is.
+_SIGNED = re.compile(
+    r"(?i)(x-amz-security-token[\"']?\s*[:=]\s*[\"']?|x-amz-signature[\"']?\s*[:=]\s*[\"']?|\bsignature=|\bcredential=|"
+    r"session ?token[\"']?\s*[:=]\s*[\"']?)[^\s,;&\"'\\]+"
+)
+# Line ends of a text within a text, which are of no piece; ids of keys; and pieces that are long enough to be told as one of a key.
+_PIECE = re.compile(r"\\[nrt]|\b(?:AKIA|ASIA)[A-Z0-9]{12,}|[A-Za-z0-9+/=_-]{12,}")
+_HASH = re.compile(r"[0-9a-f]{64}|(?:AKIA|ASIA)[A-Z0-9]{12,}")
+
 
 class _Signer:
     """Signs calls; `headers` runs in one thread at a time."""
@@ -187,6 +202,19 @@ class _Signer:
     def __init__(self, config: Any, region: str) -> None:
         self._config, self._region = config, region
         self._credentials: Any = None
+        # What the last calls were signed with: an answer may be to one before the last change of credentials.
+        self._used: deque[str] = deque(maxlen=6)
+
+    def hide(self, text: str) -> str:
+        """``text`` without signatures, tokens and ids of keys, and without any longer piece of those that were used here."""
+        used = tuple(self._used)
+        text = _SIGNED.sub(lambda found: found[1] + "[key]", text)
+
+        def piece(found: re.Match[str]) -> str:
+            is_told = any(found[0] in one or one in found[0] for one in used)
+            return "[key]" if is_told or _HASH.fullmatch(found[0]) else found[0]
+
+        return _PIECE.sub(piece, text)
 
     def headers(self, call: HttpCall) -> Headers:
         """Signature, date and session of one call. Raises UpstreamError."""
@@ -200,6 +228,9 @@ class _Signer:
             if self._credentials is None:
                 raise _unsigned("no credentials of AWS are found to sign with")
             frozen = self._credentials.get_frozen_credentials()
+            for one in (frozen.access_key, frozen.secret_key, frozen.token):
+                if one and len(one) >= TELLING_KEY and one not in self._used:
+                    self._used.append(one)
             asked = AWSRequest("POST", call.url, {"content-type": call.headers["content-type"]}, call.body)
             SigV4Auth(frozen, "bedrock", self._region).add_auth(asked)
         except BotoCoreError as error:
