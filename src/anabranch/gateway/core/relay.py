@@ -267,7 +267,7 @@ class Chunks:
                 events, mark, self._held = (self._held + await anext(self._stream)).rpartition(b"\n\n")
                 self._ready.extend(read_data(events + mark))
             chunk = self._ready.popleft()
-            if "error" in chunk:
+            if chunk.get("error"):
                 error = chunk["error"]
                 raise ApiError(502, error.get("code"), str(error.get("message")), type=error.get("type"))
         except BaseException:

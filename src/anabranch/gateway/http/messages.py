@@ -121,7 +121,7 @@ async def _as_events(body: dict[str, Any], stream: AsyncIterator[bytes]) -> Asyn
                 yield PING
                 continue
             for data in read_data(chunk):
-                if "error" in data:
+                if data.get("error"):
                     for piece in made.fail(str(data["error"].get("message")), data["error"].get("code")):
                         yield piece
                     return

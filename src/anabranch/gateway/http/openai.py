@@ -185,9 +185,9 @@ async def _as_response(body: dict[str, Any], stream: AsyncIterator[bytes]) -> As
                     is_native = True
                     yield event(native, str(native.get("type")))
                     continue
-                if is_native and not data.get("choices") and "error" not in data:
+                if is_native and not data.get("choices") and not data.get("error"):
                     continue
-                if is_native and "error" not in data:
+                if is_native and not data.get("error"):
                     # Another model goes on, whose words have no place in the response that was begun.
                     data = {
                         "error": {
@@ -199,7 +199,7 @@ async def _as_response(body: dict[str, Any], stream: AsyncIterator[bytes]) -> As
                     has_begun = True
                     for piece in made.begin():
                         yield piece
-                if "error" in data:
+                if data.get("error"):
                     for piece in made.fail(str(data["error"].get("message")), data["error"].get("code")):
                         yield piece
                     return
