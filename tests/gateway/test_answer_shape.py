@@ -16,10 +16,12 @@ from anabranch.gateway.config import (
     RetryConfig,
     StrategyConfig,
 )
+from anabranch.gateway.dispatch.billed import whole_at_most
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.chunks import as_chunks
+from anabranch.gateway.providers.gemini import Gemini
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage
@@ -107,6 +109,69 @@ def test_a_usage_that_cannot_be_is_none(usage):
     body = {"type": "message", "content": [{"type": "text", "text": "word " * 8}], "usage": usage}
     found = read(body, provider=Anthropic.Config(key_env=None).build()).usage
     assert (found.prompt, found.completion, found.is_estimated) == (5, 10, True)
+
+
+LONG = "word " * 500
+
+
+@pytest.mark.parametrize(
+    ("message", "told", "usage"),
+    [
+        ({"content": LONG}, {"completion_tokens": 0}, (50, 625, True)),
+        ({"content": LONG}, {"completion_tokens": None}, (50, 625, True)),
+        ({"content": LONG}, {"completion_tokens": 1}, (50, 625, True)),
+        ({"content": LONG}, {"completion_tokens": 2}, (50, 2, False)),
+        ({"content": None, "reasoning_content": LONG}, {"completion_tokens": 1}, (50, 625, True)),
+        ({"content": [{"type": "text", "text": LONG}]}, {"completion_tokens": 1}, (50, 625, True)),
+        ({"tool_calls": [{**CALL, "function": {"name": "f", "arguments": LONG}}]}, {}, (50, 625, True)),
+        # The sum tells it.
+        ({"content": LONG}, {"completion_tokens": 0, "total_tokens": 550}, (50, 500, False)),
+        ({"content": LONG}, {"total_tokens": 550}, (50, 500, False)),
+        ({"content": LONG}, {"completion_tokens": 0, "total_tokens": 49}, (50, 625, True)),
+        ({"content": LONG}, {"completion_tokens": 7, "total_tokens": 550}, (50, 7, False)),
+        # What is short, or no text, may well be one token.
+        ({"content": "word " * 50}, {"completion_tokens": 1}, (50, 1, False)),
+        ({"content": "", "images": [{"image_url": {"url": LONG}}]}, {"completion_tokens": 1}, (50, 1, False)),
+    ],
+)
+def test_a_completion_that_is_told_as_nothing_beside_much_text_is_estimated(message, told, usage):
+    answer = read(of(message) | {"usage": {"prompt_tokens": 50, **told}})
+    found = answer.usage
+    assert (found.prompt, found.completion, found.is_estimated) == usage
+    # What is charged then: the prompt as told, and for each byte a token.
+    charged = whole_at_most(Usage(999, 4000), answer)
+    assert charged.prompt == 50
+    assert charged.completion >= usage[1]
+    assert (charged.completion > 2000) == usage[2] == charged.is_estimated
+
+
+def test_the_echo_of_a_prompt_is_no_completion():
+    request = UpstreamRequest("completions", {"prompt": LONG, "max_tokens": 1, "echo": True}, prompt_tokens=5)
+    body = {
+        "choices": [{"index": 0, "text": LONG, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 50, "completion_tokens": 1},
+    }
+    assert read(body, request).usage == Usage(50, 1)
+    plain = UpstreamRequest("completions", {"prompt": LONG, "max_tokens": 1}, prompt_tokens=5)
+    assert read(body, plain).usage.completion == 625
+
+
+@pytest.mark.parametrize(
+    ("told", "usage"),
+    [
+        ({"promptTokenCount": 50, "totalTokenCount": 650}, (50, 600, False)),
+        ({"promptTokenCount": 50, "thoughtsTokenCount": 40, "totalTokenCount": 650}, (50, 600, False)),
+        ({"promptTokenCount": 50, "toolUsePromptTokenCount": 9, "totalTokenCount": 650}, (59, 591, False)),
+        ({"promptTokenCount": 50, "candidatesTokenCount": 7, "totalTokenCount": 650}, (50, 7, False)),
+        ({"promptTokenCount": 50, "totalTokenCount": 3}, (50, 625, True)),
+        ({"promptTokenCount": 50}, (50, 625, True)),
+    ],
+)
+def test_the_completion_of_gemini_that_is_in_the_sum_alone_is_counted(monkeypatch, told, usage):
+    monkeypatch.setenv("A_KEY", "key-0123456789")
+    body = {"candidates": [{"content": {"parts": [{"text": LONG}]}, "finishReason": "STOP"}], "usageMetadata": told}
+    found = read(body, provider=Gemini.Config(model="m", key_env="A_KEY").build()).usage
+    assert (found.prompt, found.completion, found.is_estimated) == usage
 
 
 def test_more_cached_than_asked_cannot_be():

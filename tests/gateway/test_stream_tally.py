@@ -83,3 +83,37 @@ def test_zeros_are_nothing_and_a_completion_without_a_prompt_is_a_least():
     assert (tally.told, tally.is_told(True)) == (None, False)
     tally.hear({"usage": {"prompt_tokens": 0, "completion_tokens": 9}}, True)
     assert (tally.told, tally.counted(True)) == (Usage(0, 9), Usage(3, 9, 0, True))
+
+
+def used(prompt, completion, **more):
+    return {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion, **more}}
+
+
+def test_what_is_said_later_takes_nothing_back():
+    tally = Tally(3, 1)
+    for said in (used(5, 7), used(6, 0), used(2, None, cost=0.5), used(5, 1, cost=0)):
+        tally.hear(said, True)
+    assert tally.counted(True) == Usage(6, 7, nano=500_000_000)
+
+
+@pytest.mark.parametrize(
+    ("completion", "num_bytes", "echoes", "told"),
+    [
+        (0, 256, False, True),
+        (0, 257, False, False),
+        (1, 257, False, False),
+        (2, 9999, False, True),
+        (1, 9999, True, True),
+        (0, 0, False, True),
+    ],
+)
+def test_no_text_is_made_of_nothing(completion, num_bytes, echoes, told):
+    tally = Tally(3, 1, echoes)
+    if num_bytes:
+        tally.count(event("content", "a" * num_bytes))
+    tally.hear(used(5, completion), True)
+    assert tally.is_told(True) == told
+    usage = tally.counted(True)
+    assert (usage.prompt, usage.completion, usage.is_estimated) == (
+        5, completion if told else num_bytes // 4, not told,
+    )  # fmt: skip

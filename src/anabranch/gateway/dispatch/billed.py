@@ -50,7 +50,8 @@ def whole_at_most(most: Usage, answer: Answer, bytes_per_token: float = 1.0) -> 
     num_bytes, choices = answer_bytes(answer.body)
     # Each choice has an end, which is no text.
     made = tokens_of(0, num_bytes, bytes_per_token) + FEW + choices if choices else 0
-    return Usage(most.prompt, min(max(made, said.completion), most.completion), 0, True)
+    completion = min(max(made, said.completion), most.completion)
+    return replace(said, completion=completion) if said.tells_prompt else Usage(most.prompt, completion, 0, True)
 
 
 def broken_off(most: Usage, told: Usage | None, seen: int, rate: float | None, silent_s: float) -> Usage:

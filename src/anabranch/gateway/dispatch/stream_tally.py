@@ -5,9 +5,11 @@ behind it, or if no text came after it.
 """
 
 import re
+from dataclasses import replace
 
 from anabranch.gateway.dispatch.billed import USUAL_BYTES, tokens_of
 from anabranch.gateway.providers.provider import Json, Usage
+from anabranch.gateway.providers.usage import is_untold
 
 _FIELD = rb'"(?:content|reasoning_content|reasoning|thinking|text|arguments|refusal|name|transcript)"\s*:\s*"'
 _TEXT = re.compile(_FIELD + rb'((?:[^"\\]|\\.)+)"')
@@ -26,12 +28,13 @@ class Tally:
     Args:
         prompt_tokens: counted or estimated.
         num_choices: that were asked for.
+        echoes: the prompt, which is told, is among the texts.
     """
 
-    def __init__(self, prompt_tokens: int, num_choices: int) -> None:
+    def __init__(self, prompt_tokens: int, num_choices: int, echoes: bool = False) -> None:
         self.usage: Usage | None = None
         self.texts = self.text_bytes = 0
-        self._prompt_tokens, self._num_choices = prompt_tokens, num_choices
+        self._prompt_tokens, self._num_choices, self._echoes = prompt_tokens, num_choices, echoes
         # When the usage was said: how many texts were before it, whether the answer was at its end, and nothing else was said with it.
         self._texts_told, self._at_end, self._is_alone = -1, False, False
         # Completion tokens of a usage without a prompt.
@@ -46,6 +49,11 @@ class Tally:
             # Some say 0 before they know.
             self._least = max(self._least, said.completion)
             return said
+        if self.usage is not None:
+            # Nothing that was billed is taken back, but by mistake.
+            most, so_far = max(said.prompt, self.usage.prompt), max(said.completion, self.usage.completion)
+            bills = [one.nano for one in (said, self.usage) if one.nano is not None]
+            said = replace(said, prompt=most, completion=so_far, nano=max(bills, default=None))
         self.usage, self._texts_told = said, self.texts
         self._at_end, self._is_alone = has_finished, not chunk.get("choices")
         return said
@@ -68,7 +76,7 @@ class Tally:
 
     def is_told(self, is_done: bool) -> bool:
         """Whether `usage` is that of the whole answer; ``is_done`` once the stream has said its last."""
-        if self.usage is None:
+        if self.usage is None or (not self._echoes and is_untold(self.usage.completion, self.text_bytes)):
             return False
         if self._at_end and (self._is_alone or is_done):
             return True

@@ -87,7 +87,7 @@ class Opened:
         self._has_begun = self._is_settled = False
         self._num_bytes = 0
         self._num_choices, self._whole = _num_choices(request), set[int]()
-        self.tally = Tally(request.prompt_tokens, self._num_choices)
+        self.tally = Tally(request.prompt_tokens, self._num_choices, bool(request.body.get("echo")))
 
     def counted(self) -> Usage:
         """What the upstream said of all of it, else an estimate."""

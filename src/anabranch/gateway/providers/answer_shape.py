@@ -4,11 +4,11 @@ What is not read here passes as it came. Usage that cannot be is as if none had 
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from anabranch.gateway.providers.provider import WRITES, Answer, Provider, UpstreamRequest, estimated, garbage
-from anabranch.gateway.providers.usage import TOKENS, Usage
+from anabranch.gateway.providers.usage import TOKENS, Usage, is_untold
 
 _COUNTS = tuple(field.name for field in fields(Usage) if field.type is int)
 
@@ -27,7 +27,29 @@ def read_answer(provider: Provider, request: UpstreamRequest, body: bytes) -> An
         answer.usage = estimated(request, answer.body)
     elif not usage.prompt:
         answer.usage = estimated(request, answer.body, usage)
+    elif request.endpoint in WRITES and not usage.is_estimated and not request.body.get("echo"):
+        # An echo is of the prompt, which is told.
+        text_bytes = _text_bytes(answer.body)
+        if is_untold(usage.completion, text_bytes):
+            answer.usage = replace(usage, completion=text_bytes // 4, is_estimated=True, tells_prompt=True)
     return answer
+
+
+def _text_bytes(body: Mapping[str, Any]) -> int:
+    """Bytes of the texts, thoughts and arguments of all choices; no sound and no pictures, which are counted apart."""
+    texts: list[Any] = []
+    for choice in body.get("choices") or ():
+        message = choice.get("message")
+        message = message if isinstance(message, dict) else {}
+        content, calls = message.get("content"), message.get("tool_calls")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        texts += [choice.get("text"), *(message.get(name) for name in ("reasoning_content", "reasoning", "refusal"))]
+        texts += [part.get("text") for part in parts if isinstance(part, dict)]
+        functions = (
+            [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+        )
+        texts += [one.get("arguments") for one in functions if isinstance(one, dict)]
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts if isinstance(text, str))
 
 
 def _can_be(usage: Usage) -> bool:

@@ -212,6 +212,9 @@ def usage_of(given: Json) -> tuple[Usage, int]:
     prompt = count(given.get("promptTokenCount")) + count(given.get("toolUsePromptTokenCount"))
     thoughts = count(given.get("thoughtsTokenCount"))
     completion = count(given.get("candidatesTokenCount")) + thoughts
+    if given.get("candidatesTokenCount") is None:
+        # Left out of an answer that has some, they are in the sum.
+        completion = max(completion, count(given.get("totalTokenCount")) - prompt)
     asked, made = given.get("promptTokensDetails"), given.get("candidatesTokensDetails")
     usage = Usage(
         prompt,

@@ -14,6 +14,9 @@ TOKENS = 10**7
 # xAI's unit of money: so many are a dollar.
 TICKS = 10**10
 
+# A text of more bytes takes more than one token, whoever counts: a completion that is told as 0 or 1 beside it was not counted.
+ONE_TOKEN_BYTES = 256
+
 # The longest name of a tier that is believed.
 TIER_CHARACTERS = 40
 
@@ -35,6 +38,7 @@ class Usage:
         tier: its word for the service tier that the call was given; "" if it does not say.
         nano: nano-dollars that it says the call costs; None if it does not.
         tells_ttl: it says for how long tokens are cached.
+        tells_prompt: of an estimate, that the prompt is as the provider said.
     """
 
     prompt: int = 0
@@ -51,6 +55,7 @@ class Usage:
     tier: str = ""
     nano: int | None = None
     tells_ttl: bool = False
+    tells_prompt: bool = False
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -87,6 +92,9 @@ class Usage:
         if not isinstance(usage, dict):
             return None
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
+        if not completion and _is_count(prompt):
+            # Some say it in the sum alone.
+            completion = max(_count(usage, "total_tokens") - prompt, 0)
         asked, made = _table(usage, "prompt_tokens_details"), _table(usage, "completion_tokens_details")
         cached = asked.get("cached_tokens") or 0
         if not (_is_count(prompt) and _is_count(completion) and _is_count(cached)):
@@ -140,6 +148,11 @@ class Usage:
         if self.nano is not None:
             told["cost"] = self.nano / NANO
         return told
+
+
+def is_untold(completion: int, text_bytes: int) -> bool:
+    """Whether a completion of so many tokens cannot be that of a text of so many bytes: it was not counted, or not yet."""
+    return completion <= 1 and text_bytes > ONE_TOKEN_BYTES
 
 
 def searches_of(usage: Mapping[str, Any]) -> int | None:
