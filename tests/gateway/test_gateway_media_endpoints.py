@@ -1,8 +1,10 @@
 """Pictures, sound, moderation and ranking through the gateway, with keys, budgets and a ledger, before a server that is asked for real."""
 
 import asyncio
+import io
 import json
 import threading
+import wave
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -10,11 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
+from anabranch.gateway.dispatch.billed import whole_at_most
 from anabranch.gateway.forms import parse_form
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
-from anabranch.gateway.media_requests import check_media, count_media, most_made
-from anabranch.gateway.providers.media import Upload, encoded, usage_of
+from anabranch.gateway.media_requests import (
+    asked_of_media,
+    check_media,
+    count_media,
+    in_seconds,
+    is_by_second,
+    most_made,
+)
+from anabranch.gateway.media_tokens import heard_seconds, sound
+from anabranch.gateway.providers.media import Upload, encoded, read, usage_of
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamRequest
 from anabranch.gateway.providers.usage import Usage
@@ -140,12 +151,18 @@ def test_each_endpoint_passes_through_and_has_its_row(upstream, tmp_path):
     _, rows = through(
         upstream, tmp_path, work, input=1_000_000, output=10_000_000, image_output=40_000_000, audio_input=6_000_000
     )
+    seen = upstream[1]
     assert {row.status for row in rows} == {"ok"}
-    assert [(row.prompt_tokens, row.completion_tokens) for row in rows[:2]] == [(9, 2112), (rows[1].prompt_tokens, 1)]
-    assert [(row.prompt_tokens, row.completion_tokens) for row in rows[2:5]] == [(5, 10), (14, 5), (4, 0)]
+    assert [(row.prompt_tokens, row.completion_tokens) for row in rows[:2]] == [
+        (9, 2112),
+        (rows[1].prompt_tokens, 8192),
+    ]
+    assert [(row.prompt_tokens, row.completion_tokens) for row in rows[2:5]] == [(5, 52), (14, 5), (4, 0)]
     assert [row.cost_nano for row in rows[:1]] == [9 + 2112 * 40]
     assert [row.cost_nano for row in rows[3:5]] == [14 * 6 + 50, 4 * 6]
-    seen = upstream[1]
+    # What was heard and read of an answer without usage is charged: the sound by its bytes, and each byte of the text.
+    count = count_media("transcriptions", seen[5][1])
+    assert rows[5].cost_nano == 6 * count.audio + (count.at_most - count.audio) + 10 * 38
     assert {body["model"] for _, body in seen} == {"theirs"}
     edited = seen[1][1]
     assert [(one.name, one.type, one.data) for one in edited["image"]] == [
@@ -232,3 +249,105 @@ def test_what_is_counted_and_what_is_feared():
     ranked = UpstreamRequest("rerank", {}, prompt_tokens=4)
     assert usage_of(ranked, {"meta": {"tokens": {"input_tokens": 8}}}).prompt == 8
     assert usage_of(ranked, {}) == Usage(4, 0, 0, True)
+
+
+def clip(seconds, rate=8000):
+    """A WAV file of silence."""
+    made = io.BytesIO()
+    with wave.open(made, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(bytes(2 * rate * seconds))
+    return made.getvalue()
+
+
+def flac(samples, rate=16_000):
+    """The head of a FLAC file of two channels of 16 bits."""
+    told = rate << 44 | 1 << 41 | 15 << 36 | samples
+    return b"fLaC\x80\x00\x00\x22" + bytes(10) + told.to_bytes(8, "big") + bytes(16)
+
+
+def test_sound_and_pictures_are_set_aside_at_their_own_prices():
+    body = {"model": "m", "file": [Upload("a.png", "image/png", clip(60))]}
+    count = count_media("transcriptions", body)
+    assert 60 * 32 <= count.audio <= 60 * 32 + 32
+    assert count.audio <= count.at_most
+    most = asked_of_media("transcriptions").most(count, 0)
+    assert most.audio_input == count.audio
+    assert in_seconds(count).audio in (60, 61)
+    assert is_by_second(Price(audio_input=1))
+    assert not is_by_second(Price(audio_input=1, input=1))
+    assert not is_by_second(Price(input=1))
+    picture = count_media("image_edits", {"prompt": "x", "image": [Upload("a.wav", "audio/wav", b"?")] * 2})
+    assert (picture.images, picture.audio) == (2 * (4_784 + 6_240), 0)
+
+
+def test_a_flac_is_as_long_as_it_says():
+    assert sound(flac(3600 * 16_000), "flac").at_most == 3600 * 32
+    assert sound(b"ID3\x04\x00\x00\x00\x00\x00\x05hello" + flac(60 * 16_000), "mp3").at_most == 60 * 32
+    # It may say less than it has, or nothing.
+    for said in (1, 0):
+        assert sound(flac(said) + bytes(100_000), "flac").at_most >= 100 * 32
+    assert sound(flac((1 << 36) - 1, 1), "flac").at_most == 32_000_000
+
+
+def test_how_long_sound_is():
+    assert round(heard_seconds(clip(7, 24_000), "wav")) == 7
+    assert heard_seconds(bytes(96_000), "pcm") == 2
+    # MPEG 2, layer III, 64 kilobits a second.
+    assert heard_seconds(b"\xff\xf3\x84\xc4" + bytes(15_996), "mp3") == 2
+    assert heard_seconds(b"?" * 16_000, "mp3") == 1
+    assert heard_seconds(b"", "mp3") == 0
+
+
+@given(st.binary(max_size=60), st.sampled_from(["mp3", "pcm", "wav", "flac", "?"]))
+def test_any_sound_has_a_length(data, form):
+    for head in (b"", b"ID3", b"\xff\xfb", b"fLaC\x00", b"RIFF"):
+        assert heard_seconds(head + data, form) >= 0
+        assert sound(head + data, form).at_most >= 0
+
+
+def answered(endpoint, body, data, most):
+    request = UpstreamRequest(endpoint, body, prompt_tokens=3)
+    return whole_at_most(most, read(request, data, None))
+
+
+def test_an_answer_without_usage_is_charged_what_it_may_have_cost():
+    most = Usage(100, 2000, 0, True, audio_input=90)
+    said = json.dumps({"text": "wörd " * 20}).encode()
+    assert answered("transcriptions", {}, said, most) == Usage(100, 120, 0, True)
+    assert answered("translations", {"response_format": "text"}, b"word " * 20, most) == Usage(100, 100, 0, True)
+    assert answered("transcriptions", {"response_format": "srt"}, b"x" * 9000, most).completion == 2000
+    pictures = json.dumps({"data": [{}, {}]}).encode()
+    whole = Usage(9, 16_384, 0, True, image_output=16_384)
+    assert answered("images", {"n": 2}, pictures, whole) == whole
+    # Where a picture is a token.
+    single = Usage(9, 2, 0, True, image_output=2)
+    assert answered("images", {"n": 2}, pictures, single) == single
+    spoken = {"input": "1234567890", "response_format": "wav", "instructions": "slowly"}
+    heard = answered("speech", spoken, clip(120, 24_000), Usage(10, 400, 0, True, audio_output=400))
+    assert 2400 <= heard.audio_output == heard.completion <= 2401
+
+
+def test_what_is_spoken_slowly_is_set_aside():
+    assert most_made("speech", {"input": "ab"}, None, 7) == 4
+    assert most_made("speech", {"input": "a1\u4e00"}, None, 7) == 42
+    assert most_made("speech", {"input": "ab", "instructions": "slowly"}, None, 7) == 80
+    assert most_made("speech", {"input": "ab", "speed": 0.5}, None, 7) == 8
+    assert most_made("speech", {"input": "ab", "speed": 1e-9}, None, 7) == 16
+
+
+def test_clips_at_once_do_not_pass_a_budget(upstream, tmp_path):
+    async def work(client, gateway):
+        await gateway.store.set_budget("global", 10_000_000)
+
+        async def one():
+            file = ("a.mp3", b"x" * 3_600_000, "audio/mpeg")
+            with pytest.raises(openai.RateLimitError, match="budget"):
+                await client.audio.transcriptions.create(model="ours", file=file)
+
+        await asyncio.gather(*(one() for _ in range(3)))
+
+    through(upstream, tmp_path, work, audio_input=100_000_000_000)
+    assert upstream[1] == []

@@ -1,6 +1,8 @@
 """Requests to endpoints of media (`anabranch.gateway.providers.media`): what they may be, how long they are, what they may cost at most."""
 
 import base64
+import math
+from dataclasses import replace
 from typing import Any
 
 from anabranch.gateway import media_tokens
@@ -17,6 +19,17 @@ Json = dict[str, Any]
 # Of a picture, where the model does not say (`max_tokens`): the most that one of OpenAI's has.
 PICTURE_TOKENS = 8192
 _MOST_PICTURES = 64
+
+# Of a picture to be edited, beside what it is in a prompt: the most that one of OpenAI's adds for its fidelity.
+_FIDELITY = 6_240
+
+# Tokens of sound that a digit or sign comes to at most, and a letter that is said as `instructions` want: a second, two of them. And the
+# slowest that a voice is let speak.
+_SIGN, _TOLD = 20, 40
+_SLOWEST = 0.25
+
+# Bytes of a picture in which its size mostly is.
+_HEAD = 256 << 10
 
 # Fields that each needs: text, files, or both.
 _TEXTS = {"images": ("prompt",), "image_edits": ("prompt",), "speech": ("input", "voice"), "rerank": ("query",)}
@@ -61,20 +74,31 @@ def count_media(endpoint: str, body: Json) -> PromptCount:
         return PromptCount(len(spoken), len(spoken.encode("utf-8", "surrogatepass")), True)
     texts = {name: value for name, value in body.items() if not _is_upload(value)}
     counted = count_prompt(texts)
-    tokens, at_most = counted.tokens, counted.at_most
-    for value in body.values():
-        for one in value if _is_upload(value) else ():
-            media = _media(one)
-            tokens, at_most = tokens + media.tokens, at_most + media.at_most
-    return PromptCount(tokens, at_most, True)
+    found = [_media(endpoint, one) for value in body.values() if _is_upload(value) for one in value]
+    tokens = counted.tokens + sum(one.tokens for one in found)
+    at_most = counted.at_most + sum(one.at_most for one in found)
+    audio, images = (sum(one.at_most for one in found if one.kind == kind) for kind in ("audio", "image"))
+    return PromptCount(tokens, at_most, True, audio, images)
 
 
-def _media(one: Upload) -> media_tokens.Media:
-    if one.type.startswith("image/"):
-        return media_tokens.image(f"data:{one.type};base64,{base64.b64encode(one.data[:65_536]).decode()}")
-    form = one.name.rpartition(".")[2].lower()
-    found = media_tokens.audio({"data": base64.b64encode(one.data).decode(), "format": form})
-    return media_tokens.Media(len(one.data) // 4, len(one.data)) if found is None else found
+def _media(endpoint: str, one: Upload) -> media_tokens.Media:
+    """By what the endpoint takes it for: what a file is called, its sender chooses."""
+    if endpoint == "image_edits":
+        head = base64.b64encode(one.data[:_HEAD]).decode()
+        picture = media_tokens.image(f"data:image/png;base64,{head}")
+        return replace(picture, at_most=picture.at_most + _FIDELITY)
+    return media_tokens.sound(one.data, one.name.rpartition(".")[2].lower())
+
+
+def is_by_second(price: Price) -> bool:
+    """Whether a token of sound is a second there: nothing but sound has a price."""
+    return bool(price.audio_input) and not price.input and not price.output
+
+
+def in_seconds(count: PromptCount) -> PromptCount:
+    """With a token for each second of sound."""
+    seconds = -(-count.audio // media_tokens.AUDIO_A_SECOND)
+    return replace(count, at_most=count.at_most - count.audio + seconds, audio=seconds)
 
 
 def _is_upload(value: Any) -> bool:
@@ -93,8 +117,17 @@ def most_made(endpoint: str, body: Json, max_tokens: int | None, default: int) -
     if endpoint in ("images", "image_edits"):
         return (max_tokens or PICTURE_TOKENS) * (body.get("n") or 1)
     if endpoint == "speech":
-        return SPOKEN * len(body["input"])
+        return _spoken_at_most(body)
     return (max_tokens or default) if endpoint in ("transcriptions", "translations") else 0
+
+
+def _spoken_at_most(body: Json) -> int:
+    """Tokens of sound that a text comes to: a digit is a word, and so is a sign of many scripts; instructions may slow it down."""
+    text, speed = body["input"], body.get("speed")
+    plain = sum(ord(one) < 0x250 and not one.isdigit() for one in text)
+    made = _TOLD * len(text) if body.get("instructions") else SPOKEN * plain + _SIGN * (len(text) - plain)
+    pace = max(float(speed), _SLOWEST) if isinstance(speed, int | float) and 0 < speed < 1 else 1.0
+    return math.ceil(made / pace)
 
 
 class MediaAsked(Asked):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.asked import Asked
 from anabranch.gateway.dispatch import Report
-from anabranch.gateway.media_requests import is_media, most_made
+from anabranch.gateway.media_requests import in_seconds, is_by_second, is_media, most_made
 from anabranch.gateway.prompt_tokens import BYTES_PER_TOKEN, PromptCount, count_prompt, num_prompts, room_of
 from anabranch.gateway.providers.provider import Usage
 
@@ -71,6 +71,10 @@ class Bounds:
     def most(self, model: str, report: Report | None) -> Usage:
         """The most tokens that one call of a model may be billed for, after what was tried so far."""
         count = self._count(model)
+        if is_media(self.endpoint) and all(
+            is_by_second(live.price) for live in self.runtime.dispatcher.groups[model].lives
+        ):
+            count = in_seconds(count)
         if report is not None and report.attempts and self.runtime.config.mid_stream == "continue":
             # The next one is sent what was said.
             more = CONTINUED + sum(attempt.seen for attempt in report.attempts) * BYTES_PER_TOKEN

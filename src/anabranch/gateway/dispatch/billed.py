@@ -48,6 +48,12 @@ def whole_at_most(most: Usage, answer: Answer, bytes_per_token: float = 1.0) -> 
     if not said.is_estimated:
         return said
     num_bytes, choices = answer_bytes(answer.body)
+    if not choices and said.image_output:
+        # What it has made nobody sees in a picture; where one is a token, this is one for each that was asked for.
+        return Usage(most.prompt, max(most.completion, said.completion), 0, True, image_output=most.image_output)
+    if not choices and said.audio_output:
+        # It is there, and it is as long as it is.
+        return Usage(most.prompt, said.completion, 0, True, audio_output=said.audio_output)
     # Each choice has an end, which is no text.
     made = tokens_of(0, num_bytes, bytes_per_token) + FEW + choices if choices else 0
     completion = min(max(made, said.completion), most.completion)

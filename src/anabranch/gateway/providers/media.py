@@ -11,10 +11,12 @@
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.gateway.media_tokens import heard_seconds
 from anabranch.gateway.providers.provider import (
     Answer,
     Endpoint,
@@ -51,6 +53,7 @@ _SOUNDS = {
 
 # Tokens of sound that a letter comes to at most: ten letters are heard in a second at least, which has about twenty.
 SPOKEN = 2
+SOUND_A_SECOND = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ def read(request: UpstreamRequest, body: bytes, provider: Any) -> Answer:
     if request.endpoint == "speech" or not _is_json(request):
         if not body:
             raise garbage("an empty answer")
-        return Answer({}, body, usage_of(request, {}))
+        return Answer({}, body, usage_of(request, {}, body))
     value = parse_object(body)
     if isinstance(value.get("error"), dict):
         raise UpstreamError(provider.error(status_said(value), {}, body))
@@ -124,8 +127,14 @@ def _is_json(request: UpstreamRequest) -> bool:
     return not is_heard or request.body.get("response_format") in _JSON_FORMS
 
 
-def usage_of(request: UpstreamRequest, value: Json) -> Usage:
-    """What an answer says that it cost, else what was counted of the request."""
+def usage_of(request: UpstreamRequest, value: Json, data: bytes = b"") -> Usage:
+    """What an answer says that it cost, else what was counted of the request and of what it holds.
+
+    Args:
+        request: that it answers.
+        value: the answer, where it is JSON.
+        data: the answer, where it is sound or plain text.
+    """
     # Cohere says it elsewhere.
     told = _table(value, "usage") or _table(_table(value, "meta"), "tokens")
     prompt = _count(told, "input_tokens", "prompt_tokens", "total_tokens")
@@ -135,8 +144,11 @@ def usage_of(request: UpstreamRequest, value: Json) -> Usage:
         seconds = _count(told, "seconds")
         if seconds is not None:
             return Usage(seconds, 0, audio_input=seconds)
-        made = _spoken(request) if request.endpoint == "speech" else pictures
-        sound = made if request.endpoint == "speech" else 0
+        sound = _spoken(request, data) if request.endpoint == "speech" else 0
+        made = sound or pictures
+        if request.endpoint in ("transcriptions", "translations"):
+            # No tokenizer makes more of it than its bytes.
+            made = len(data) or len(_text(value.get("text") or ""))
         return Usage(request.prompt_tokens, made, 0, True, audio_output=sound, image_output=pictures)
     asked = _table(told, "input_tokens_details") or _table(told, "input_token_details")
     prompt, completion = prompt or 0, completion or 0
@@ -149,8 +161,11 @@ def usage_of(request: UpstreamRequest, value: Json) -> Usage:
     )
 
 
-def _spoken(request: UpstreamRequest) -> int:
-    return SPOKEN * len(str(request.body.get("input") or ""))
+def _spoken(request: UpstreamRequest, data: bytes) -> int:
+    """Tokens of sound: of its letters, or of the time that it lasts, whichever is more."""
+    form = str(request.body.get("response_format") or "mp3")
+    heard = math.ceil(heard_seconds(data, form) * SOUND_A_SECOND) if data else 0
+    return max(SPOKEN * len(str(request.body.get("input") or "")), heard)
 
 
 def _table(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
