@@ -39,6 +39,13 @@ def of(**usage):
 # What the provider says
 
 
+@pytest.mark.parametrize("told", [10**400, -(10**400), 10**30, -1, float("nan"), float("inf"), True, "1", None, []])
+@pytest.mark.parametrize("field", ["cost", "cost_in_usd_ticks", "total_cost", "upstream_inference_cost"])
+def test_dollars_that_cannot_be_are_none(field, told):
+    tables = {"total_cost": {"cost": {field: told}}, "upstream_inference_cost": {"cost_details": {field: told}}}
+    assert of(**tables.get(field, {field: told})).nano is None
+
+
 def test_dollars_that_it_tells_count_if_they_are_more():
     assert bill(LIST, of(cost=0.05)) == 50_000_000
     assert bill(LIST, of(cost=0.0001)) == bill(LIST, of()) == 11_000_000

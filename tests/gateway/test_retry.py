@@ -167,11 +167,33 @@ def test_what_a_status_means(status, body, kind):
     [
         ({}, None), ({"retry-after": "2"}, 2.0), ({"retry-after": "0.5"}, 0.5), ({"retry-after-ms": "1500"}, 1.5),
         ({"retry-after": "-3"}, 0.0), ({"retry-after": "soon"}, None), ({"retry-after": "nan"}, None),
+        ({"retry-after": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}, None),
+        ({"retry-after": "Mon, 01 Jan 2024 00:00:00 +99999999999999"}, None),
+        ({"retry-after": "Mon, 01 Jan 2024 99999999999999999999:00:00 GMT"}, None),
+        ({"retry-after": "Mon, 01 Jan 0001 00:00:00 +2359"}, 0.0), ({"retry-after": "Fri, 31 Dec 9999 23:59:59 -2359"}, 300.0),
+        ({"retry-after": "9" * 5000}, 300.0), ({"retry-after-ms": "1e999"}, 300.0),
         ({"retry-after": "1e9"}, 300.0), ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
     ],
 )  # fmt: skip
 def test_retry_after_in_all_its_forms(headers, seconds):
     assert retry_after(headers) == seconds
+
+
+DATE = st.tuples(
+    st.sampled_from(["Mon, ", "", "Mon"]),
+    st.integers() | st.integers(1, 31),
+    st.sampled_from(["Jan", "Dec", "", "x"]),
+    st.integers() | st.integers(0, 9999),
+    st.integers() | st.integers(0, 23),
+    st.sampled_from(["GMT", "", "Z", "+", "-"]),
+    st.integers(),
+).map(lambda parts: "{}{} {} {} {}:59:00 {}{}".format(*parts))
+
+
+@given(st.text(max_size=20) | DATE | st.floats().map(str))
+def test_whatever_an_upstream_says_of_its_return_is_a_time_or_nothing(said):
+    seconds = retry_after({"retry-after": said})
+    assert seconds is None or 0 <= seconds <= 300
 
 
 def test_a_hedge_waits_as_the_operator_says():

@@ -599,9 +599,10 @@ def retry_after(headers: Headers, now: datetime | None = None) -> float | None:
     except ValueError:
         try:
             when = parsedate_to_datetime(given)
-        except ValueError:
+            seconds = (when.replace(tzinfo=when.tzinfo or UTC) - (now or datetime.now(UTC))).total_seconds()
+        except (ValueError, OverflowError):
+            # A year or an hour that no calendar has, or a zone that puts the time outside it.
             return None
-        seconds = (when.replace(tzinfo=when.tzinfo or UTC) - (now or datetime.now(UTC))).total_seconds()
     return min(max(seconds, 0.0), RETRY_AFTER_S) if seconds == seconds else None
 
 

@@ -189,9 +189,8 @@ def nano_of(usage: Mapping[str, Any]) -> int | None:
 
 
 def _nano(value: Any, unit: int) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        return None
-    if value > unit * (MOST_NANO // NANO):
+    # No number is within these bounds but a finite one; an integer may be too long to be made a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= unit * (MOST_NANO // NANO):
         return None
     return math.ceil(Decimal(str(value)) * NANO / unit)
 
