@@ -9,11 +9,12 @@ async with Gateway() as gateway:                      # a mock pool
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -443,6 +444,20 @@ class Gateway(SyncGateway):
             self.rates.admit(tenant, 0, rpm=rpm or self.config.limits.rpm, tpm=None)
         except RateError as error:
             raise limited(error) from None
+
+    @contextlib.contextmanager
+    def counted(self, record: KeyRecord | None) -> Iterator[None]:
+        """What is answered here alone is a request of its key all the same, as long as the block lasts. Raises ApiError (429)."""
+        tenant, most = ("", None) if record is None else (record.id, record.max_in_flight)
+        try:
+            self.senders.enter(tenant, most or self.config.limits.max_in_flight)
+        except RateError as error:
+            raise limited(error) from None
+        try:
+            self._admit_feedback(record)
+            yield
+        finally:
+            self.senders.leave(tenant)
 
     def keeps_texts(self, body: Mapping[str, Any]) -> bool:
         """See `core.request.keeps_texts`."""

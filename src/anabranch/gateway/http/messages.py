@@ -15,6 +15,7 @@ from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import unavailable
+from anabranch.gateway.store import KeyRecord
 from anabranch.gateway.validate import check_depth, check_model
 from anabranch.web.answers import JSON, SAFE, Route, bearer, json_response
 from anabranch.web.api_error import ApiError
@@ -69,18 +70,29 @@ class MessagesRoutes:
         body, num_bytes = await self._http.read(request)
         check_depth(body)
         chat = to_chat(body, counts=True)
+        record = await self._gateway.authenticate(bearer(request))
+        # A thread counts on when its client goes away: until it ends it is under way.
+        counting = asyncio.ensure_future(self._counted(chat, num_bytes, record))
+        self._gateway.keep(counting)
+        return json_response({"input_tokens": await asyncio.shield(counting)})
+
+    async def _counted(self, chat: dict[str, Any], num_bytes: int, record: KeyRecord | None) -> int:
+        """Raises ApiError where the key may not ask that model, or not now."""
         runtime = self._gateway.runtime
-        try:
-            target = find_target(runtime.config, check_model(chat))
-        except UnknownModelError as error:
-            raise ApiError(404, "model_not_found", str(error), param="model") from None
-        except InputError as error:
-            raise ApiError(400, "invalid_value", str(error), param="model") from None
-        counter = runtime.counters.get(target.model or "")
-        count = (
-            await asyncio.to_thread(count_prompt, chat, counter) if num_bytes > LARGE else count_prompt(chat, counter)
-        )
-        return json_response({"input_tokens": count.tokens})
+        with self._gateway.counted(record):
+            try:
+                target = find_target(runtime.config, check_model(chat))
+            except UnknownModelError as error:
+                raise ApiError(404, "model_not_found", str(error), param="model") from None
+            except InputError as error:
+                raise ApiError(400, "invalid_value", str(error), param="model") from None
+            if record is not None and target.model is not None and not record.allows(target.model):
+                message = f"this key may use {', '.join(record.models)}"
+                raise ApiError(403, "model_not_allowed", message, param="model")
+            counter = runtime.counters.get(target.model or "")
+            if num_bytes <= LARGE:
+                return count_prompt(chat, counter).tokens
+            return (await asyncio.to_thread(count_prompt, chat, counter)).tokens
 
 
 def _in_form(route: Route) -> Route:
