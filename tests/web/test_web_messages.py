@@ -230,6 +230,15 @@ def test_a_stream_event_by_event():
     assert values[-1] == {"type": "message_stop"}
 
 
+@pytest.mark.parametrize("begins", [[], [delta(reasoning_content="C")]])
+def test_the_thoughts_of_a_whole_answer_stay_apart_each_with_its_seal(begins):
+    """As a kept answer comes: all in one chunk, the texts of its thoughts run together beside them."""
+    thoughts = [{"type": "thinking", "thinking": text, "signature": f"s{text}"} for text in "AB"]
+    whole = delta(role="assistant", content="so", reasoning_content="AB", thinking_blocks=thoughts)
+    first = [{"type": "thinking", "thinking": "C", "signature": ""}] if begins else []
+    assert blocks_of(events_of([*begins, whole, delta("stop")])) == [*first, *thoughts, {"type": "text", "text": "so"}]
+
+
 @given(
     st.lists(
         st.sampled_from(

@@ -85,10 +85,14 @@ class MessageEvents:
 
     def _delta(self, delta: Json) -> Iterator[bytes]:
         thought = delta.get("reasoning_content") or delta.get("reasoning")
-        if thought:
+        blocks = delta.get("thinking_blocks") or ()
+        if thought and thought == "".join(block.get("thinking") or "" for block in blocks):
+            # Of a whole answer: its blocks say the same once more, each with its own seal.
+            yield from self._closed()
+        elif thought:
             yield from self._opened("thinking", {"thinking": "", "signature": ""})
             yield self._said({"type": "thinking_delta", "thinking": thought})
-        for block in delta.get("thinking_blocks") or ():
+        for block in blocks:
             yield from self._thought(block)
         for text in (delta.get("content"), delta.get("refusal")):
             if text:
