@@ -116,8 +116,11 @@ def _without_budget(thinking: Json) -> Json:
 def forces_json(body: Json, model: str) -> bool:
     """Whether the answer to a request comes as a call of `ANSWER_TOOL`."""
     wanted = body.get("response_format")
-    kind = wanted.get("type") if isinstance(wanted, dict) else None
-    return kind == "json_object" or (kind == "json_schema" and not takes(model).schema)
+    if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+        return isinstance(wanted, dict) and wanted.get("type") == "json_object"
+    named = wanted.get("json_schema")
+    # As `_add_format` has it: without a schema there is nothing that the model could take.
+    return not takes(model).schema or not isinstance(named, dict) or named.get("schema") is None
 
 
 def _add_metadata(made: Json, body: Json) -> None:
