@@ -167,6 +167,19 @@ def test_two_calls_of_a_stream_of_bedrocks_stay_two():
     ]
 
 
+@pytest.mark.parametrize("deltas", [[], [""], ["", '{"a":', "1}"]])
+def test_a_streamed_call_of_bedrocks_without_arguments_has_an_empty_object_of_them(deltas):
+    translator, at = made("bedrock").translator(chat(stream=True)), {"contentBlockIndex": 0}
+    events = [
+        {"contentBlockStart": {**at, "start": {"toolUse": {"name": "now", "toolUseId": "t"}}}},
+        *({"contentBlockDelta": {**at, "delta": {"toolUse": {"input": one}}}} for one in deltas),
+        {"contentBlockStop": at},
+    ]
+    chunks = [chunk for event in events for chunk in translator.feed(json.dumps(event).encode())]
+    [call] = assembled(chunks)["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "now", "arguments": "".join(deltas) or "{}"}
+
+
 def test_what_openrouter_thought_is_put_together_whole():
     chunks = [event for event in exchanges("openrouter")[2]["reply"]["events"] if isinstance(event, dict)]
     whole = assembled(chunks)["choices"][0]["message"]

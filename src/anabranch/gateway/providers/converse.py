@@ -340,6 +340,8 @@ class ConverseStream(ForeignStream):
         self._blocks = 0
         # Of each block that is a call, which call it is.
         self._places: dict[int, int] = {}
+        # Those calls whose arguments have not come.
+        self._empty: set[int] = set()
 
     def _chunks(self, value: Json) -> list[Json]:
         if "exception" in value:
@@ -352,7 +354,12 @@ class ConverseStream(ForeignStream):
         if name == "contentBlockDelta":
             return self._continued(given["contentBlockIndex"], given["delta"])
         if name == "contentBlockStop":
-            thought = self._thoughts.pop(given["contentBlockIndex"], None)
+            at = given["contentBlockIndex"]
+            thought = self._thoughts.pop(at, None)
+            if at in self._empty:
+                # A call without arguments has some all the same: no other form of them can be read.
+                self._empty.discard(at)
+                return [self._chunk({"tool_calls": [{"index": self._places[at], "function": {"arguments": "{}"}}]})]
             if thought is None:
                 return []
             # Clients put lists together by the index.
@@ -370,6 +377,7 @@ class ConverseStream(ForeignStream):
             return []
         use = start["toolUse"]
         self._places[at] = self._calls.get(0, 0)
+        self._empty.add(at)
         return [self._called(tool_call(use["name"], "", use["toolUseId"]))]
 
     def _continued(self, at: int, delta: Json) -> list[Json]:
@@ -377,6 +385,8 @@ class ConverseStream(ForeignStream):
             return [self._chunk({"content": delta["text"]})]
         if "toolUse" in delta:
             piece = {"index": self._places[at], "function": {"arguments": delta["toolUse"]["input"]}}
+            if delta["toolUse"]["input"]:
+                self._empty.discard(at)
             return [self._chunk({"tool_calls": [piece]})]
         if "reasoningContent" in delta:
             return self._thought(at, delta["reasoningContent"])
