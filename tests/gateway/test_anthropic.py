@@ -314,6 +314,29 @@ def test_the_key_is_in_the_headers_and_nowhere_else(provider):
     assert call.url == "https://api.anthropic.com/v1/messages"
 
 
+@pytest.mark.parametrize("model", ["claude-sonnet-4-5", "claude-3-haiku-20240307"])
+@pytest.mark.parametrize("named", [{"name": "x"}, {"name": "x", "schema": {"type": "object"}}])
+def test_an_answer_is_read_as_json_wherever_it_was_asked_for_as_a_call(model, named):
+    """Without a schema there is none that a model could take, whether it takes any or not."""
+    request = chat(response_format={"type": "json_schema", "json_schema": named})
+    provider = Anthropic(Anthropic.Config(model=model, key_env=None))
+    is_forced = "tool_choice" in json.loads(provider.build(request).body)
+    use = {"type": "tool_use", "id": "t", "name": ANSWER_TOOL, "input": {"a": 1}}
+    content = [use] if is_forced else [{"type": "text", "text": '{"a": 1}'}]
+    body = {"content": content, "stop_reason": "tool_use" if is_forced else "end_turn", "usage": {"input_tokens": 1}}
+    answer = provider.parse(request, json.dumps(body).encode())
+    assert (answer.text, answer.finish_reason) == ('{"a": 1}', "stop")
+    assert is_forced is not ("schema" in named and "sonnet" in model)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 100])
+def test_a_stream_may_begin_with_a_mark_of_its_encoding(provider, size):
+    plain = event_stream(START, *THINKING, *CALLS, *END)
+    marked = b"\xef\xbb\xbf" + plain
+    pieces = [marked[at : at + size] for at in range(0, len(marked), size)]
+    assert chunks_of(provider, pieces) == chunks_of(provider, [plain])
+
+
 def event_stream(*values):
     return "".join(f"event: {value['type']}\ndata: {json.dumps(value)}\n\n" for value in values).encode()
 
