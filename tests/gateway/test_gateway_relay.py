@@ -11,7 +11,7 @@ from aiohttp import web
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
 from anabranch.gateway.core import relay
-from anabranch.gateway.core.relay import Relay, Sharing
+from anabranch.gateway.core.relay import Ahead, Relay, Sharing
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.openai import OpenAI
@@ -50,8 +50,13 @@ class Others:
 
     def __init__(self, to_the_end=False, is_awaited=True):
         self.released, self.tasks, self.ends, self.closed = 0, [], [], 0
+        self.is_awaited, self.ahead = is_awaited, Ahead()
         self.sharing = Sharing(
-            to_the_end=to_the_end, is_awaited=lambda: is_awaited, release=self._release, keep=self.tasks.append
+            to_the_end=to_the_end,
+            is_awaited=lambda: self.is_awaited,
+            release=self._release,
+            keep=self.tasks.append,
+            ahead=self.ahead,
         )
 
     def _release(self):
@@ -136,6 +141,49 @@ def test_what_is_too_long_is_not_read_ahead_and_others_do_without(monkeypatch):
         assert source.num_read <= 5
         assert len([piece async for piece in stream]) == 99
         assert others.ends == [False]
+
+    asyncio.run(main())
+
+
+def test_nothing_is_read_ahead_while_nobody_waits():
+    async def main():
+        source, others = Source(*[b"x"] * 30), Others(is_awaited=False)
+        stream = others.relay(source)
+        await anext(stream)
+        await asyncio.sleep(0.06)
+        assert (source.num_read, others.tasks, others.ahead.size) == (1, [], 0)
+        others.is_awaited = True
+        await until(lambda: source.num_read > 3)
+        # Who waited has gone.
+        others.is_awaited = False
+        await asyncio.sleep(0.01)
+        read = source.num_read
+        await asyncio.sleep(0.03)
+        assert source.num_read == read or others.ends
+        others.is_awaited = True
+        await until(lambda: others.ends)
+        assert others.ahead.size == 29
+        assert len([piece async for piece in stream]) == 29
+        assert (others.ahead.size, others.released) == (0, 0)
+
+    asyncio.run(main())
+
+
+def test_all_streams_together_are_read_ahead_only_so_far(monkeypatch):
+    monkeypatch.setattr(relay, "READ_AHEAD_IN_ALL", 20)
+
+    async def main():
+        others = Others()
+        sources = [Source(*[b"12345"] * 100) for _ in range(8)]
+        streams = [others.relay(source) for source in sources]
+        for stream in streams:
+            await anext(stream)
+        await until(lambda: others.released >= 8)
+        # A piece of each is on its way.
+        assert others.ahead.size <= 20 + 5 * 8
+        await streams[0].aclose()
+        assert [len([piece async for piece in stream]) for stream in streams[1:]] == [99] * 7
+        await until(lambda: others.ahead.size == 0)
 
     asyncio.run(main())
 

@@ -24,7 +24,7 @@ from anabranch.gateway.config import GatewayConfig, default_config, load_config,
 from anabranch.gateway.core.decision_log import Collecting
 from anabranch.gateway.core.finished import Finished, Priced
 from anabranch.gateway.core.in_flight import InFlight
-from anabranch.gateway.core.relay import Chunks
+from anabranch.gateway.core.relay import Ahead, Chunks
 from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.core.request import CLIENT_GONE, RequestRun, keeps_texts
 from anabranch.gateway.core.services import Services
@@ -81,6 +81,7 @@ class Gateway(SyncGateway):
         elif isinstance(config, str | Path):
             config = load_config(Path(config))
         self.metrics, self.rates, self.senders = Metrics(), RateLimits(), InFlight()
+        self.ahead = Ahead()
         self._strategies = strategies
         self.runtime = self._made(config, None)
         self.caches = Caches(config.cache, self.runtime.embedder)
@@ -474,6 +475,7 @@ class Gateway(SyncGateway):
             metrics=self.metrics,
             unsettled=self.unsettled,
             keep_task=self.keep,
+            ahead=self.ahead,
             begin_trace=self.observers.begin_trace,
             on_finished=self._finished,
             on_priced=self._priced,

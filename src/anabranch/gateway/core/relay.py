@@ -4,6 +4,7 @@ A request is over when its stream was read to the end, or closed, or when whoeve
 """
 
 import asyncio
+import contextlib
 import json
 import weakref
 from collections import deque
@@ -24,6 +25,22 @@ PATIENCE_S = 1.0
 # Bytes of a stream that are held for a reader who is slower than those who wait for the same.
 READ_AHEAD = 8 << 20
 
+# Likewise of all streams.
+READ_AHEAD_IN_ALL = 128 << 20
+
+
+class Ahead:
+    """What all streams of a gateway hold for slow readers.
+
+    Attributes:
+        size: bytes.
+    """
+
+    __slots__ = ("size",)
+
+    def __init__(self) -> None:
+        self.size = 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
@@ -34,19 +51,22 @@ class Sharing:
         is_awaited: whether somebody waits for it now.
         release: called if they have to do without it, since it is too long to be read ahead of its reader.
         keep: sees to it that a task ends before the gateway does.
+        ahead: what is held in all; None where this is the only stream.
     """
 
     to_the_end: bool
     is_awaited: Callable[[], bool]
     release: Call
     keep: Callable[["asyncio.Task[Any]"], None]
+    ahead: Ahead | None = None
 
 
 class Relay:
     """The bytes of a stream. Read it to the end, or close it: only then is the request over.
 
     Where others want what it says too, no reader holds them up: once its reader has had it wait for `PATIENCE_S` in all, the rest is
-    read in a task of its own, up to `READ_AHEAD` bytes ahead of the reader; then the request is over when that has come to the end.
+    read in a task of its own, up to `READ_AHEAD` bytes ahead of the reader; then the request is over when that has come to the end. While
+    nobody waits, and where all streams hold `READ_AHEAD_IN_ALL`, it is read as its reader asks for it.
 
     Attributes:
         on_close: called once when nothing more will be read.
@@ -67,6 +87,7 @@ class Relay:
         # What was read ahead, and by whom; None as long as it is read as its reader asks for it.
         self._ahead: deque[bytes] = deque()
         self._size = 0
+        self._all = Ahead() if sharing is None or sharing.ahead is None else sharing.ahead
         self._task: asyncio.Task[None] | None = None
         self._turn = asyncio.Event()
         self._is_left = False
@@ -103,7 +124,7 @@ class Relay:
         task, sharing = self._task, self._sharing
         if task is not None and sharing is not None and not task.done():
             self._is_left = True
-            self._ahead.clear()
+            self._forget()
             self._turn.set()
             if sharing.to_the_end or sharing.is_awaited():
                 return
@@ -121,8 +142,9 @@ class Relay:
         if not self._is_open or self._task is not None:
             return False
         waiting_s = 0.0 if self._handed_s is None else self._loop.time() - self._handed_s
+        is_awaited = self._sharing is not None and self._sharing.is_awaited()
         # While the reader asks, something else reads already.
-        if self._handed_s is not None and self._waited_s + waiting_s > PATIENCE_S:
+        if is_awaited and self._handed_s is not None and self._waited_s + waiting_s > PATIENCE_S:
             self._read_on()
         return self._task is None
 
@@ -147,11 +169,9 @@ class Relay:
                     continue
                 self._ahead.append(piece)
                 self._size += len(piece)
+                self._all.size += len(piece)
                 self._turn.set()
-                while self._size > READ_AHEAD and not self._is_left:
-                    sharing.release()
-                    self._turn.clear()
-                    await self._turn.wait()
+                await self._held_up(sharing)
             self._on_end(self._stream)
         except UpstreamError:
             self._on_end(self._stream)
@@ -159,6 +179,25 @@ class Relay:
             await self._stream.aclose()
             self._on_end(self._stream, True)
             raise
+
+    async def _held_up(self, sharing: Sharing) -> None:
+        """Wait while no more is to be read ahead."""
+        while self._ahead and not self._is_left:
+            is_full = self._size > READ_AHEAD or self._all.size > READ_AHEAD_IN_ALL
+            if is_full:
+                sharing.release()
+            elif sharing.to_the_end or sharing.is_awaited():
+                return
+            self._turn.clear()
+            # Somebody may come to wait for it, whom nothing else tells of.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE_S / 4):
+                    await self._turn.wait()
+
+    def _forget(self) -> None:
+        self._all.size -= self._size
+        self._size = 0
+        self._ahead.clear()
 
     async def _next_of_ahead(self) -> bytes:
         task = self._task
@@ -173,6 +212,7 @@ class Relay:
             await self._turn.wait()
         piece = self._ahead.popleft()
         self._size -= len(piece)
+        self._all.size -= len(piece)
         self._turn.set()
         return piece
 
@@ -186,6 +226,7 @@ class Relay:
 
     def _close(self) -> None:
         self._is_open = False
+        self._forget()
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()

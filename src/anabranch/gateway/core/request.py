@@ -620,6 +620,7 @@ class RequestRun:
             is_awaited=lambda: ticket.num_waiting > 0,
             release=ticket.release if not self.is_named else lambda: None,
             keep=self.services.keep_task,
+            ahead=self.services.ahead,
         )
 
     def _come_late(self, attempt: Attempt, answer: Answer) -> None:

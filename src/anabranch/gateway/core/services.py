@@ -8,6 +8,7 @@ from typing import Any
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.core.finished import Finished, Priced
 from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.core.relay import Ahead
 from anabranch.gateway.core.unsettled import Unsettled
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.observe.trace_context import Trace
@@ -27,6 +28,7 @@ class Services:
         metrics: of the process.
         unsettled: requests that are over, and whose row is still to be written.
         keep_task: has a task end before the gateway does.
+        ahead: what streams hold for slow readers, in all.
         begin_trace: the trace of a request with these headers; None for none.
         on_finished: told, once, that the request is over.
         on_priced: told, once and after that, what it cost.
@@ -40,6 +42,7 @@ class Services:
     metrics: Metrics
     unsettled: Unsettled
     keep_task: Callable[[asyncio.Task[Any]], None]
+    ahead: Ahead
     begin_trace: Callable[[Mapping[str, str]], Trace | None]
     on_finished: Callable[[Finished], None]
     on_priced: Callable[[Priced], None]

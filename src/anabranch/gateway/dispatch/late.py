@@ -42,13 +42,17 @@ class Late:
 
     def __init__(self, seconds: float, most: int) -> None:
         self._seconds, self._most = seconds, most
-        # With the bytes of its request.
-        self._open: dict[Reading, int] = {}
+        # With whose it is, and the bytes of its request.
+        self._open: dict[Reading, tuple[str, int]] = {}
+        # That were given up, and have not ended yet.
+        self._ending: set[Reading] = set()
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def take(self, exchange: Reading, size: int, then: Callable[[], None], seconds: float = math.inf) -> bool:
+    def take(
+        self, exchange: Reading, size: int, then: Callable[[], None], seconds: float = math.inf, sender: str = ""
+    ) -> bool:
         """Read an answer on. ``then`` is called once: when it has come, has failed, or is given up and cancelled.
 
         Args:
@@ -56,16 +60,38 @@ class Late:
             size: bytes of its request.
             then: see above.
             seconds: at most, if that is less than others get.
+            sender: whose it is. Where there is no room, whoever has more of it than this one would, gives up what came last.
 
         Returns:
             Whether it is; not if there are too many already.
         """
-        if not self._seconds or len(self._open) >= self._most or sum(self._open.values()) + size > MOST_BYTES:
+        given_up = self._in_the_way(size, sender) if self._seconds else None
+        if given_up is None:
             return False
+        for other in given_up:
+            del self._open[other]
+            self._ending.add(other)
+            other.cancel()
         timer = asyncio.get_running_loop().call_later(min(seconds, self._seconds), exchange.cancel)
         exchange.add_done_callback(lambda _: timer.cancel())
-        self._watch(exchange, size, then)
+        self._watch(exchange, size, then, sender)
         return True
+
+    def _in_the_way(self, size: int, sender: str) -> list[Reading] | None:
+        """What is to be given up for one more, so that nobody fills all of the room; None if there is none for it."""
+        left, found = dict(self._open), list[Reading]()
+        while True:
+            is_full = len(left) >= self._most
+            if not is_full and sum(each for _, each in left.values()) + size <= MOST_BYTES:
+                return found
+            shares: dict[str, int] = {}
+            for whose, each in left.values():
+                shares[whose] = shares.get(whose, 0) + (1 if is_full else each)
+            fullest = max(shares, key=shares.__getitem__, default=sender)
+            if fullest == sender or shares[fullest] <= shares.get(sender, 0) + (1 if is_full else size):
+                return None
+            found.append(next(each for each in reversed(left) if left[each][0] == fullest))
+            del left[found[-1]]
 
     def stop(self, exchange: Reading, then: Callable[[], None]) -> bool:
         """Give one up that was not sent. ``then`` is called once it has ended: until that it may still go out."""
@@ -73,19 +99,20 @@ class Late:
         exchange.cancel()
         return True
 
-    def _watch(self, exchange: Reading, size: int, then: Callable[[], None]) -> None:
-        self._open[exchange] = size
+    def _watch(self, exchange: Reading, size: int, then: Callable[[], None], sender: str = "") -> None:
+        self._open[exchange] = sender, size
 
         def ended(_: Reading) -> None:
-            del self._open[exchange]
+            self._open.pop(exchange, None)
+            self._ending.discard(exchange)
             then()
 
         exchange.add_done_callback(ended)
 
     async def settled(self) -> None:
         """Wait until nothing is read on any more."""
-        while self._open:
-            await asyncio.wait(list(self._open))
+        while self._open or self._ending:
+            await asyncio.wait([*self._open, *self._ending])
 
     async def close(self) -> None:
         """Give all up now, and take no more."""

@@ -382,7 +382,11 @@ class Run:
             self._known(live, request, attempt, exchange)
 
         if call is not None and most is not None and live.bill(most, most):
-            attempt.is_late = late.take(exchange, len(call.body), known) if call.is_sent else late.stop(exchange, known)
+            attempt.is_late = (
+                late.take(exchange, len(call.body), known, sender=self.plan.sender)
+                if call.is_sent
+                else late.stop(exchange, known)
+            )
         if not attempt.is_late:
             # Whatever it ends in, nobody asks.
             exchange.add_done_callback(lambda done: done.cancelled() or done.exception())

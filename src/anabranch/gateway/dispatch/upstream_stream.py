@@ -160,7 +160,9 @@ class Opened:
             self.run.dispatcher.linger(self.reply)
             self.run.report.now_known()
 
-        attempt.is_late = self.run.dispatcher.late.take(reading, len(self.first) + AHEAD_BYTES, known, USAGE_S)
+        attempt.is_late = self.run.dispatcher.late.take(
+            reading, len(self.first) + AHEAD_BYTES, known, USAGE_S, self.run.plan.sender
+        )
         if not attempt.is_late:
             reading.cancel()
 
