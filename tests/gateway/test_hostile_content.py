@@ -214,6 +214,39 @@ def test_a_call_as_deep_as_one_may_be_is_passed_on(providers):
     assert answer.body["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"].encode() == deep
 
 
+OUR_KEY = "Zq7-0123456789abcdefghijklmnop"
+ITS_KEY = "sk-proj-0123456789abcdefghijklmnop"
+
+
+def says_error(kind, message, word):
+    if kind == "bedrock":
+        return json.dumps({"message": message, "type": word, "code": word, "param": word}).encode()
+    return json.dumps({"error": {"message": message, "type": word, "code": word, "param": word}}).encode()
+
+
+KEYED = ("anthropic", "openai", "azure", "bedrock", "gemini", "ollama", "openrouter")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [*((kind, OUR_KEY) for kind in KEYED), *((kind, ITS_KEY) for kind in (*KEYED, "mock"))]
+)
+def test_no_part_of_a_key_is_in_an_error_wherever_its_text_is_cut(monkeypatch, kind, key):
+    """Cut first, the rest of a key is none by its form, and is not the whole of ours."""
+    monkeypatch.setenv("A_KEY", OUR_KEY)
+    more = {"azure": {"base_url": "https://x.openai.azure.com"}, "bedrock": {"region": "us-east-1"}, "mock": {}}
+    fields = more.get(kind, {}) | ({} if kind == "mock" else {"key_env": "A_KEY"})
+    provider = resolve("provider", kind).Config(model="m", **fields).build()
+    for status in (400, 401, 500):
+        for before in (0, 170, 185, 198, 270, 290, 299, 470, 485, 492, 499, 600):
+            text = "x" * before + " " + key + " is no key"
+            for body in (says_error(kind, text, text), text.encode(), json.dumps({"error": text}).encode()):
+                failure = provider.error(status, {}, body)
+                shown = [failure.message, failure.type or "", failure.code or "", failure.param or ""]
+                # What is not the same in all keys.
+                assert not any(key[8:11] in one for one in shown), (before, body, failure)
+                assert [len(one) <= most for one, most in zip(shown, (500, 200, 200, 200), strict=True)] == [True] * 4
+
+
 def config(tmp_path, provider, **fields):
     model = ModelConfig(name="small", deployments=(DeploymentConfig(provider=provider),))
     defaults = {

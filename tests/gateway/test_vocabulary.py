@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch.retry import ACTION, OUTCOME
-from anabranch.gateway.providers.provider import classify
+from anabranch.gateway.providers.provider import classify, hidden
 from anabranch.gateway.providers.vocabulary import WORDS, hint_of, kind_of, status_said
 
 # Errors as providers send them, with the status each comes with and what it means.
@@ -199,7 +199,11 @@ def test_what_an_error_says_is_shown_whatever_form_it_has():
     assert classify(422, {}, b'{"detail": [{"msg": "field required"}]}').message == '[{"msg": "field required"}]'
     assert classify(422, {}, deep).kind == "request"
     long = classify(400, {}, json.dumps({"error": {"message": "x" * 9000, "code": "y" * 9000}}).encode())
-    assert (len(long.message), len(long.code)) == (500, 200)
+    # It is cut once keys have been taken out of it.
+    assert (len(long.message), len(long.code)) == (9000, 9000)
+    assert (len(hidden(long, None).message), len(hidden(long, None).code)) == (500, 200)
+    endless = classify(400, {}, json.dumps({"error": {"message": "x" * 99_000, "code": "y" * 99_000}}).encode())
+    assert (len(endless.message), len(endless.code)) == (65_536, 65_536)
 
 
 # Refusals that say in words alone what another model could change; where the request goes then.

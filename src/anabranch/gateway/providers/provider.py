@@ -53,6 +53,12 @@ TELLING_KEY = 8
 # Why an answer ended that can be given to others.
 WHOLE = ("stop", "length", "tool_calls")
 
+# Letters of an upstream's error that are passed on: of its message, and of each of its words (type, code, parameter).
+MESSAGE_LETTERS, WORD_LETTERS = 500, 200
+
+# As many are looked at for keys before that: of a key that is cut, the rest looks like none.
+SAID_LETTERS = 64 << 10
+
 # Longer waits than this are not believed.
 RETRY_AFTER_S = 300.0
 
@@ -472,8 +478,8 @@ class Provider(Part, family="provider"):
         return self.redacted(classify(status, headers, body))
 
     def redacted(self, failure: Failure) -> Failure:
-        """The same with no key in the message."""
-        return failure
+        """The same with no key in what it says."""
+        return hidden(failure, None)
 
     def transport(self, http: Transport) -> Transport:
         """What carries its calls: HTTP, unless it says otherwise."""
@@ -481,11 +487,18 @@ class Provider(Part, family="provider"):
 
 
 def hidden(failure: Failure, secret: str | None) -> Failure:
-    """``failure`` with ``secret`` and whatever looks like a key taken out of its message."""
+    """``failure`` with ``secret`` and whatever looks like a key taken out of all that it says, and then cut to what is passed on."""
+    words = (failure.type, failure.code, failure.param)
+    kind, code, param = (None if word is None else _without(word, secret)[:WORD_LETTERS] for word in words)
+    message = _without(failure.message, secret)[:MESSAGE_LETTERS]
+    return replace(failure, message=message, type=kind, code=code, param=param)
+
+
+def _without(text: str, secret: str | None) -> str:
     # No real key is shorter, and a word such as "a" is in every sentence.
-    is_telling = secret is not None and len(secret) >= TELLING_KEY
-    text = failure.message.replace(secret or "", "[key]") if is_telling else failure.message
-    return replace(failure, message=hide_keys(hide_passwords(text, "[key]"), "[key]"))
+    if secret is not None and len(secret) >= TELLING_KEY:
+        text = text.replace(secret, "[key]")
+    return hide_keys(hide_passwords(text, "[key]"), "[key]")
 
 
 def parse_object(body: bytes, what: str = "an answer") -> Json:
@@ -549,14 +562,17 @@ def answer_bytes(body: Json) -> tuple[int, int]:
 
 
 def classify(status: int, headers: Headers, body: bytes) -> Failure:
-    """What an answer that is not 2xx means (see `vocabulary`), in OpenAI's and Anthropic's forms."""
+    """What an answer that is not 2xx means (see `vocabulary`), in OpenAI's and Anthropic's forms.
+
+    Its texts are as they came: `hidden` takes keys out of them, and cuts them.
+    """
     message, kind, code, param = _said(body)
     what = kind_of(status, kind, code)
     if what == "garbage":
         message = f"the upstream redirects ({status}), which is not followed to another host"
     text = message or f"the upstream answered with status {status}"
     return Failure(
-        kind=what, message=text[:500], status=status, retry_after_s=retry_after(headers), type=kind, code=code, param=param,
+        kind=what, message=text[:SAID_LETTERS], status=status, retry_after_s=retry_after(headers), type=kind, code=code, param=param,
         hint=hint_of(status, message) if what == "request" else None,
     )  # fmt: skip
 
@@ -566,7 +582,7 @@ def _said(body: bytes) -> tuple[str, str | None, str | None, str | None]:
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        text = body[:300].decode("utf-8", "replace").strip()
+        text = body[:SAID_LETTERS].decode("utf-8", "replace").strip()
         return ("" if text.startswith("<") else text), None, None, None
     error = value.get("error", value) if isinstance(value, dict) else value
     if isinstance(error, str):
@@ -575,7 +591,7 @@ def _said(body: bytes) -> tuple[str, str | None, str | None, str | None]:
         return "", None, None, None
     message = error.get("message") or error.get("detail") or ""
     found = [error.get(name) for name in ("type", "code", "param")]
-    kind, code, param = (str(value)[:200] if isinstance(value, str | int) else None for value in found)
+    kind, code, param = (str(value)[:SAID_LETTERS] if isinstance(value, str | int) else None for value in found)
     return _as_text(message), kind, code, param
 
 
