@@ -1,6 +1,7 @@
 """The pool: who may enter, who may see, what must go."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -248,6 +249,23 @@ def test_state_reads_back_and_reindex_changes_the_dimension():
 )
 def test_literals_by_hand(text, found):
     assert literals(text) == found
+
+
+# Quadratic in a word; kept to compare with.
+OLD = re.compile(r'"[^"\n]+"|\'[^\'\n]+\'|\S*[\w*~$][/._*@$~\d-]\S*|\S*[/._*@$~\d-][\w*~$]\S*|\d')
+
+
+@given(st.text(alphabet="\"'a1 \n.-*(?,\u00b2\u0663", max_size=14))
+def test_literals_are_what_the_pattern_says(text):
+    found = (match.strip("\"'()[]{},;:").rstrip(".?!") for match in OLD.findall(text))
+    assert literals(text) == {item for item in found if item}
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 2_000_000, "(" * 2_000_000, '""' * 300_000, "\"a\"'b'(" * 100_000, "a'" * 300_000]
+)
+def test_literals_of_one_long_word_are_found_in_linear_time(text):
+    assert len(literals(text)) <= 3
 
 
 def test_traits_are_those_of_the_text():

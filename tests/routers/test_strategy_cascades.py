@@ -228,6 +228,19 @@ def test_final_answers(text, final):
     assert final_answer(text) == final
 
 
+@pytest.mark.parametrize(
+    ("text", "final"),
+    [
+        ("Answer is:  ** 7", "7"), ("answer\n\n=\n**B", "B"), ("12 so far. The answer is", "12 so far. the answer is"),
+        ("#### 5\n#### ", "5"),
+        ("answer" + "\n" * 1_000_000, "answer"),
+        ("answer is" + " " * 1_000_000 + "9", "9"), ("\'." * 500_000, ""),
+    ],
+)  # fmt: skip
+def test_final_answers_take_no_time_cubic_in_white_space(text, final):
+    assert final_answer(text) == final
+
+
 def test_agreement_by_hand():
     assert agreement(["42", "The answer is 42.", "41"]) == pytest.approx(2 / 3)
     assert agreement(["x", "y", "y"]) == pytest.approx(1 / 3)  # the first is what would be given

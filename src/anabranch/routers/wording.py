@@ -36,12 +36,11 @@ def answer_form(text: str, *, loud: bool = True) -> str:
     stops = _STOPS + _LOUD if loud else _STOPS
     found = normal_form(text)
     while True:
-        before = found
-        found = found.strip(_AROUND).rstrip(stops).strip()
-        if found[:1] + found[-1:] in ("()", "[]", "{}") and not re.search(r"[()\[\]{}]", found[1:-1]):
-            found = found[1:-1].strip()
-        if found == before:
+        # All of it at once: mark by mark, each copied what is left.
+        found = found.lstrip(_AROUND + " ").rstrip(_AROUND + stops + " ")
+        if found[:1] + found[-1:] not in ("()", "[]", "{}") or re.search(r"[()\[\]{}]", found[1:-1]):
             return found
+        found = found[1:-1]
 
 
 def is_same_answer(answer: str, wanted: str) -> bool:

@@ -27,7 +27,10 @@ from anabranch.routers.contract.strategy import Facts
 from anabranch.routers.strategies.escalate import Escalating
 from anabranch.routers.wording import answer_form
 
-_MARKED = re.compile(r"(?:####|final answer(?: is)?|answer(?: is)?)\s*[:=]?\s*\**\s*([^\n]{1,200})", re.IGNORECASE)
+# What is between the mark and what it announces is never given back: shared out anew in every way, white space took time cubic in it.
+_MARKED = re.compile(
+    r"(?:####|final answer(?: is)?+|answer(?: is)?+)\s*+[:=]?+\s*+\**+\s*+([^\n]{1,200})", re.IGNORECASE
+)
 _BOXED = re.compile(r"\\boxed\{([^{}]{1,200})\}")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 

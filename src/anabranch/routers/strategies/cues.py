@@ -22,9 +22,10 @@ class _Words:
 
 
 _WORD = re.compile(r"[a-z]+")
+# A line begins at its own white space: that of empty lines before it would be read anew from each of them.
 _CODE = re.compile(
-    r"^\s*(?:def|class|import|from|return|async def|public|private|static|void|const|let|var|func|fn|#include|package|using)\b"
-    r"|^\s*(?:SELECT|INSERT|CREATE)\b|[{};]\s*$|=>|::|</?[a-z]+[^<>\n]{0,80}>|\w\([^()\n]{0,80}\)\s*[{:;]"
+    r"^[^\S\n]*+(?:def|class|import|from|return|async def|public|private|static|void|const|let|var|func|fn|#include|package|using)\b"
+    r"|^[^\S\n]*+(?:SELECT|INSERT|CREATE)\b|[{};]\s*$|=>|::|</?[a-z]+[^<>\n]{0,80}>|\w\([^()\n]{0,80}\)\s*[{:;]"
     r"|\bTraceback \(most recent call last\)|[a-z]Error\b|\bException\b",
     re.MULTILINE,
 )
