@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -672,3 +673,45 @@ def test_a_trace_has_an_end():
 def test_what_comes_after_the_end_is_not_run():
     whole = asyncio.run(whole_of(Done.of(Answered.saying("a", model="small")), Said("b"), "no event"))
     assert whole.text == "a"
+
+
+UNPRICED = (
+    {"service_tier": "priority"}, {"models": ["other"]}, {"plugins": [{"id": "web"}]}, {"web_search_options": {}},
+    {"tools": [{"type": "code_interpreter"}]}, {"modalities": ["audio"]},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", UNPRICED, ids=lambda field: next(iter(field)))
+def test_what_has_no_price_is_refused_before_a_program_runs(tmp_path, field):
+    async def say(request, ask):
+        yield Done.of(await ask(request.arm("small"), request.messages))
+
+    async def work(gateway):
+        found = []
+        for name in ("small", "auto/prog"):
+            with pytest.raises(ApiError) as caught:
+                await gateway.achat(ask(model=name, **field))
+            found.append((caught.value.status, caught.value.code, caught.value.param))
+        return found
+
+    found, rows, program = run(config(tmp_path), work, say)
+    assert found[0] == found[1] == (400, "unpriced", found[0][2])
+    assert program.requests == []
+    assert not any(row.calls or row.total_nano for row in rows)
+
+
+def test_a_program_may_ask_only_models_that_have_the_price(tmp_path):
+    async def say(request, ask):
+        with pytest.raises(LimitError, match="has no price for"):
+            await ask(request.arm("small"), request.messages, purpose="draft")
+        with pytest.raises(LimitError, match="has no price for"):
+            await ask(Arm("small", settings={"service_tier": "priority"}), request.messages)
+        yield Done.of(await ask(request.arm("large"), request.messages))
+
+    async def work(gateway):
+        return await gateway.achat(ask(service_tier="priority"))
+
+    dear = replace(LARGE, tiers={"priority": LARGE})
+    found, rows, _ = run(config(tmp_path, model("small"), model("large", dear)), work, say)
+    assert found["model"] == "large"
+    assert [row.model for row in rows if row.parent_id] == ["large"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from anabranch.errors import InputError, LimitError
-from anabranch.gateway.asked import asked_of
-from anabranch.gateway.core.payable import has_price, no_price
+from anabranch.gateway.asked import Asked, asked_of
+from anabranch.gateway.core.payable import refusal
 from anabranch.gateway.core.pieces import AHEAD, drained
 from anabranch.gateway.core.purse import Hold, Purse
 from anabranch.gateway.dispatch import Dispatcher, Plan, Report
@@ -240,7 +240,7 @@ class ModelCalls:
         """One call, from its money to its answer."""
         runtime = self._runtime
         body, count, most = bounded(runtime, body)
-        await check_priced(runtime, self._purse, model)
+        await check_priced(runtime, self._purse, model, asked_of(body))
         async with self._purse.holding(worst_nano(runtime, model, most)) as hold:
             number = len(self.made) + 1
             call = ModelCall(id=f"{self._request_id}.{number}", model=model, purpose=purpose, began_s=self._elapsed())
@@ -349,10 +349,11 @@ def answered(model: str, answer: Answer, report: Report, latency_s: float) -> An
     )  # fmt: skip
 
 
-async def check_priced(runtime: "Runtime", purse: Purse, model: str) -> None:
-    """Raises LimitError for a model of which nobody knows what it costs, where money is limited."""
-    if not has_price(runtime, model) and await purse.is_limited():
-        raise LimitError(no_price(model))
+async def check_priced(runtime: "Runtime", purse: Purse, model: str, asked: Asked) -> None:
+    """Raises LimitError for a model of which nobody knows what it costs, where money is limited, or what it costs for what is asked."""
+    error = await refusal(runtime, model, asked, purse.is_limited)
+    if error is not None:
+        raise LimitError(str(error))
 
 
 def worst_nano(runtime: "Runtime", model: str, most: Usage) -> int:

@@ -7,7 +7,6 @@ from anabranch.gateway.asked import Asked
 from anabranch.web.api_error import ApiError, wrong_field
 
 if TYPE_CHECKING:
-    from anabranch.gateway.dispatch.dispatcher import LiveGroup
     from anabranch.gateway.runtime import Runtime
     from anabranch.routers.contract.query import Candidate
 
@@ -27,12 +26,9 @@ async def payable(
 
     Raises ApiError (400) if none is left, for what is wrong with the first.
     """
-    if runtime.config.limits.allow_unpriced:
-        return tuple(candidates)
     kept, refused = [], list[ApiError]()
     for one in candidates:
-        group = runtime.dispatcher.groups.get(one.model)
-        error = None if group is None else await _refusal(group, asked, is_limited)
+        error = await refusal(runtime, one.model, asked, is_limited)
         if error is None:
             kept.append(one)
         else:
@@ -42,7 +38,13 @@ async def payable(
     return tuple(kept)
 
 
-async def _refusal(group: "LiveGroup", asked: Asked, is_limited: Callable[[], Awaitable[bool]]) -> ApiError | None:
+async def refusal(
+    runtime: "Runtime", model: str, asked: Asked, is_limited: Callable[[], Awaitable[bool]]
+) -> ApiError | None:
+    """Why a model may not be asked for this: a price is missing; None if it may. Arguments as those of `payable`."""
+    group = runtime.dispatcher.groups.get(model)
+    if group is None or runtime.config.limits.allow_unpriced:
+        return None
     for live in group.lives:
         if not live.deployment.is_priced:
             if await is_limited():
@@ -59,9 +61,3 @@ async def _refusal(group: "LiveGroup", asked: Asked, is_limited: Callable[[], Aw
 def no_price(model: str) -> str:
     """What is said of a model without a price, where money is limited."""
     return f"nobody knows what {model} costs, and a budget applies to this request; whoever runs the gateway can {HOW}"
-
-
-def has_price(runtime: "Runtime", model: str) -> bool:
-    """Whether it is known what a model costs, or does not matter."""
-    lives = runtime.dispatcher.groups[model].lives
-    return runtime.config.limits.allow_unpriced or all(live.deployment.is_priced for live in lives)

@@ -518,6 +518,8 @@ class RequestRun:
             raise wrong("model", f"{self.label} is a program: it answers /v1/chat/completions, with one choice (n = 1)")
         if decided.bypassed:
             return None
+        # As for a model that is named; each of its calls is looked at too, since it may ask others.
+        await payable(self.runtime, self.asked, self._allowed(decided.decision.candidates), self.purse.is_limited)
         config, options = self.runtime.config, self.body.get("stream_options")
         # It has the time of the slowest model that it may ask.
         own = (self.runtime.models[one.model].deadline_s for one in decided.decision.candidates)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, InputError, LimitError
+from anabranch.gateway.asked import asked_of
 from anabranch.gateway.core import settlement
 from anabranch.gateway.core.model_calls import bounded, check_priced, paid_plan, worst_nano
 from anabranch.gateway.core.purse import Purse
@@ -76,7 +77,7 @@ class LaneErrands:
         status, request = "cancelled", UpstreamRequest("chat", body, request_id=id, prompt_tokens=count.tokens)
         with runtime.used():
             try:
-                await check_priced(runtime, purse, model)
+                await check_priced(runtime, purse, model, asked_of(body))
                 async with purse.holding(worst_nano(runtime, model, most)) as hold:
                     self.asked += 1
                     deadline = runtime.dispatcher.now() + LONGEST_S
