@@ -180,6 +180,29 @@ def test_a_streamed_call_of_bedrocks_without_arguments_has_an_empty_object_of_th
     assert call["function"] == {"name": "now", "arguments": "".join(deltas) or "{}"}
 
 
+def test_a_tool_that_runs_at_amazon_is_no_call_of_the_senders():
+    uses = [
+        {"name": "nova_grounding", "toolUseId": "s", "type": "server_tool_use"},
+        {"name": "now", "toolUseId": "t"},
+    ]
+    content = [{"toolUse": {**use, "input": {"is": use["name"]}}} for use in uses]
+    body = {
+        "output": {"message": {"role": "assistant", "content": content}},
+        "stopReason": "tool_use",
+        "usage": {"inputTokens": 1, "outputTokens": 2, "totalTokens": 3},
+    }
+    whole = made("bedrock").parse(chat(), json.dumps(body).encode()).body
+    translator, chunks = made("bedrock").translator(chat(stream=True)), []
+    for at, use in enumerate(uses):
+        delta = {"toolUse": {"input": json.dumps({"is": use["name"]})}}
+        for name, more in (("Start", {"start": {"toolUse": use}}), ("Delta", {"delta": delta}), ("Stop", {})):
+            event = {f"contentBlock{name}": {"contentBlockIndex": at, **more}}
+            chunks += translator.feed(json.dumps(event).encode())
+    for answer in (whole, assembled(chunks)):
+        [call] = answer["choices"][0]["message"]["tool_calls"]
+        assert (call["id"], json.loads(call["function"]["arguments"])) == ("t", {"is": "now"})
+
+
 def test_what_openrouter_thought_is_put_together_whole():
     chunks = [event for event in exchanges("openrouter")[2]["reply"]["events"] if isinstance(event, dict)]
     whole = assembled(chunks)["choices"][0]["message"]

@@ -31,6 +31,8 @@ from anabranch.gateway.providers.translation import (
 )
 
 REFUSED = ("n", "logprobs", "top_logprobs")
+# Of a call of a tool that runs at Amazon: nothing for the sender to call.
+THEIRS = "server_tool_use"
 FINISH = {
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -290,6 +292,8 @@ def answer(value: Json, model: str) -> Answer:
             texts.append(block["text"])
         elif "toolUse" in block:
             use = block["toolUse"]
+            if use.get("type") == THEIRS:
+                continue
             calls.append(tool_call(use["name"], use.get("input"), use["toolUseId"]))
         elif "reasoningContent" in block:
             blocks.append(_thinking(block["reasoningContent"]))
@@ -342,6 +346,8 @@ class ConverseStream(ForeignStream):
         self._places: dict[int, int] = {}
         # Those calls whose arguments have not come.
         self._empty: set[int] = set()
+        # And blocks that are calls of tools of Amazon's.
+        self._theirs: set[int] = set()
 
     def _chunks(self, value: Json) -> list[Json]:
         if "exception" in value:
@@ -376,6 +382,9 @@ class ConverseStream(ForeignStream):
         if "toolUse" not in start:
             return []
         use = start["toolUse"]
+        if use.get("type") == THEIRS:
+            self._theirs.add(at)
+            return []
         self._places[at] = self._calls.get(0, 0)
         self._empty.add(at)
         return [self._called(tool_call(use["name"], "", use["toolUseId"]))]
@@ -383,6 +392,8 @@ class ConverseStream(ForeignStream):
     def _continued(self, at: int, delta: Json) -> list[Json]:
         if delta.get("text"):
             return [self._chunk({"content": delta["text"]})]
+        if "toolUse" in delta and at in self._theirs:
+            return []
         if "toolUse" in delta:
             piece = {"index": self._places[at], "function": {"arguments": delta["toolUse"]["input"]}}
             if delta["toolUse"]["input"]:
