@@ -351,3 +351,57 @@ def test_clips_at_once_do_not_pass_a_budget(upstream, tmp_path):
 
     through(upstream, tmp_path, work, audio_input=100_000_000_000)
     assert upstream[1] == []
+
+
+def test_a_request_with_a_name_is_paid_for_once(upstream, tmp_path):
+    async def work(client, gateway):
+        def named(name):
+            return {"extra_headers": {"Idempotency-Key": name}}
+
+        for _ in range(2):
+            made = await client.images.generate(model="ours", prompt="a river", **named("one"))
+            assert [one.b64_json for one in made.data] == ["AAAA", "BBBB"]
+            spoken = await client.audio.speech.create(model="ours", voice="v", input="x", **named("two"))
+            assert (spoken.content, spoken.response.headers["content-type"]) == (SOUND, "audio/mpeg")
+            sound = {"model": "ours", "file": ("a.mp3", SOUND, "audio/mpeg"), "response_format": "srt"}
+            assert (await client.audio.transcriptions.create(**sound, **named("three"))).startswith("1\n00:00")
+        with pytest.raises(openai.UnprocessableEntityError, match="three"):
+            await client.audio.transcriptions.create(
+                **{**sound, "file": ("a.mp3", SOUND + b"x", "audio/mpeg")}, **named("three")
+            )
+
+    _, rows = through(upstream, tmp_path, work, input=1_000_000, output=10_000_000)
+    assert len(upstream[1]) == 3
+    assert [row.cache for row in rows] == ["", "", "", "exact", "exact", "exact", ""]
+    assert [bool(row.cost_nano) for row in rows] == [True] * 3 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    "path", ["embeddings", "completions", "chat/completions", "responses", "messages", "messages/count_tokens", "moderations", "feedback"]
+)  # fmt: skip
+def test_a_form_where_json_is_asked_for_is_refused(upstream, tmp_path, path):
+    async def work(client, gateway):
+        form = {"headers": {"content-type": "multipart/form-data"}}
+        body = {"model": "ours", "input": "x", "prompt": "x", "messages": "x"}
+        with pytest.raises(openai.BadRequestError, match="takes JSON"):
+            await client.post(
+                f"/{path}", cast_to=object, body=body, files=[("extra", ("a", b"x", "a/b"))], options=form
+            )
+
+    _, rows = through(upstream, tmp_path, work)
+    assert (rows, upstream[1]) == ([], [])
+
+
+def test_a_form_that_says_it_is_no_stream_is_none(upstream, tmp_path):
+    async def work(client, gateway):
+        for said in ("false", "true"):
+            sent = client.audio.transcriptions.create(
+                model="ours", file=("a.mp3", SOUND, "audio/mpeg"), extra_body={"stream": said}
+            )
+            if said == "false":
+                assert (await sent).text == "hello"
+            else:
+                with pytest.raises(openai.BadRequestError, match="in one piece"):
+                    await sent
+
+    through(upstream, tmp_path, work, input=1_000_000)

@@ -35,6 +35,9 @@ _HEAD = 256 << 10
 _TEXTS = {"images": ("prompt",), "image_edits": ("prompt",), "speech": ("input", "voice"), "rerank": ("query",)}
 _FILES = {"image_edits": "image", "transcriptions": "file", "translations": "file"}
 
+# Those that are asked in a form; all others take JSON alone.
+FORMS = frozenset(_FILES)
+
 
 def is_media(endpoint: str) -> bool:
     """Whether an endpoint is one of these."""

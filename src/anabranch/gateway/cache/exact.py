@@ -9,6 +9,7 @@ from typing import Any
 
 from anabranch.errors import InputError
 from anabranch.gateway.cache.entry import Entry
+from anabranch.gateway.providers.media import Upload
 
 # What does not change the answer: how it is sent, and notes for the books. All else does, fields we do not know among them.
 IGNORED = frozenset(
@@ -19,8 +20,17 @@ IGNORED = frozenset(
 def exact_key(endpoint: str, target: str, body: Mapping[str, Any]) -> bytes:
     """What requests share that ask the same of the same model or strategy; 32 bytes. The order of JSON keys does not matter."""
     fields = {name: value for name, value in body.items() if name not in IGNORED and name != "model"}
-    text = json.dumps([endpoint, target, fields], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(
+        [endpoint, target, fields], sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_file
+    )
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _file(value: Any) -> list[str]:
+    """What tells a file of a form from others."""
+    if not isinstance(value, Upload):
+        raise TypeError(f"{type(value).__name__} is not ready for JSON")
+    return ["file", value.name, value.type, hashlib.sha256(value.data).hexdigest()]
 
 
 class ExactCache:

@@ -340,11 +340,11 @@ class RequestRun:
 
     async def _found(self) -> tuple[Entry, str] | None:
         caches, wish = self.caches, self._wish()
-        if is_media(self.endpoint):
-            return None
         name = self.headers.get("idempotency-key")
         if name:
             return await self._asked_by_name(caches.named, name)
+        if is_media(self.endpoint):
+            return None
         if wish == "deny" or (self.endpoint == "completions" and not isinstance(self.body.get("prompt"), str)):
             return None
         is_settled = self.endpoint == "embeddings" or self.body.get("temperature") == 0 or wish == "allow"
@@ -593,8 +593,12 @@ class RequestRun:
         self._keep(answer)
         self._note(answer)
         self.end("ok", 200)
-        kind = content_type(request) if is_media(self.endpoint) else JSON
-        return Reply(body=answer.data, headers=headers_of(self, answer.report), content_type=kind)
+        return Reply(body=answer.data, headers=headers_of(self, answer.report), content_type=self._content_type)
+
+    @property
+    def _content_type(self) -> str:
+        """Of a whole answer."""
+        return content_type(self.endpoint, self.body) if is_media(self.endpoint) else JSON
 
     def _reserved_for(self) -> Mapping[str, frozenset[Any]]:
         """Candidates that are for prompts of a kind, unless this one is known to be of it."""
@@ -804,7 +808,7 @@ class RequestRun:
             "x-request-id": self.id, "x-route-model": entry.model, "x-cache": cache, "x-overhead-ms": f"{self.elapsed() * 1e3:.3f}",
             "x-cost-usd": f"{0:.9f}",
         }  # fmt: skip
-        reply = Reply(body=entry.body, headers=headers)
+        reply = Reply(body=entry.body, headers=headers, content_type=self._content_type)
         if self.body.get("stream") and self.endpoint != "embeddings":
             options = self.body.get("stream_options")
             with_usage = isinstance(options, dict) and bool(options.get("include_usage"))

@@ -14,6 +14,7 @@ from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.forms import parse_form
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.cors import for_origin
+from anabranch.gateway.media_requests import FORMS
 from anabranch.gateway.providers.media import PATHS as MEDIA
 from anabranch.gateway.providers.provider import Native
 from anabranch.web.answers import SAFE, Route, bearer, json_response, read_body
@@ -58,7 +59,7 @@ class OpenAIRoutes:
 
     def _endpoint(self, endpoint: str) -> Route:
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
-            body, num_bytes = await self.read(request)
+            body, num_bytes = await self.read(request, takes_forms=endpoint in FORMS)
             reply = await self._gateway.handle(
                 endpoint, body, key=bearer(request), headers=request.headers, num_bytes=num_bytes
             )
@@ -112,18 +113,21 @@ class OpenAIRoutes:
         body, _ = await self.read(request)
         return json_response(await self._gateway.feedback(body, key=bearer(request)))
 
-    async def read(self, request: web.BaseRequest) -> tuple[dict[str, Any], int]:
-        """The body and its bytes, of those only who have a key: nobody else may fill the memory."""
+    async def read(self, request: web.BaseRequest, *, takes_forms: bool = False) -> tuple[dict[str, Any], int]:
+        """The body and its bytes, of those only who have a key: nobody else may fill the memory. Raises ApiError."""
         try:
             await self._gateway.authenticate(bearer(request))
         except ApiError as error:
             if not request.content.is_eof():
                 error.headers["connection"] = "close"
             raise
-        limits = self._gateway.config.limits
+        kind, limits = request.headers.get("content-type", ""), self._gateway.config.limits
+        is_form = kind.lower().startswith("multipart/form-data")
         raw = await read_body(request, limits.body_bytes, limits.body_timeout_s)
-        kind = request.headers.get("content-type", "")
-        if kind.lower().startswith("multipart/form-data"):
+        if is_form and not takes_forms:
+            message = f"the body is a form (multipart/form-data); {request.path} takes JSON (application/json)"
+            raise ApiError(400, "invalid_body", message)
+        if is_form:
             return await asyncio.to_thread(parse_form, raw, kind), len(raw)
         # A large one would hold up all other requests.
         if len(raw) <= LARGE:

@@ -99,7 +99,7 @@ def _quoted(text: str) -> str:
 
 def read(request: UpstreamRequest, body: bytes, provider: Any) -> Answer:
     """The body of a 2xx answer. Raises UpstreamError (``garbage``)."""
-    if request.endpoint == "speech" or not _is_json(request):
+    if request.endpoint == "speech" or not _is_json(request.endpoint, request.body):
         if not body:
             raise garbage("an empty answer")
         return Answer({}, body, usage_of(request, {}, body))
@@ -114,17 +114,17 @@ def read(request: UpstreamRequest, body: bytes, provider: Any) -> Answer:
     return Answer(value, body, usage_of(request, value))
 
 
-def content_type(request: UpstreamRequest) -> str:
-    """Of the answer."""
-    form = request.body.get("response_format")
-    if request.endpoint == "speech":
+def content_type(endpoint: Endpoint, body: Mapping[str, Any]) -> str:
+    """Of the answer to a request."""
+    form = body.get("response_format")
+    if endpoint == "speech":
         return _SOUNDS.get(str(form or "mp3"), "application/octet-stream")
-    return "application/json" if _is_json(request) else "text/plain"
+    return "application/json" if _is_json(endpoint, body) else "text/plain"
 
 
-def _is_json(request: UpstreamRequest) -> bool:
-    is_heard = request.endpoint in ("transcriptions", "translations")
-    return not is_heard or request.body.get("response_format") in _JSON_FORMS
+def _is_json(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    is_heard = endpoint in ("transcriptions", "translations")
+    return not is_heard or body.get("response_format") in _JSON_FORMS
 
 
 def usage_of(request: UpstreamRequest, value: Json, data: bytes = b"") -> Usage:
