@@ -16,12 +16,15 @@ from anabranch.gateway.media_tokens import (
     PAGE_MOST,
     PAGE_TOKENS,
     PAGES,
+    STREAM_MOST,
     Media,
     audio,
     file,
     image,
 )
 from anabranch.gateway.prompt_tokens import count_prompt, last_text
+from anabranch.gateway.providers.generate_content import _part
+from anabranch.gateway.providers.provider import UpstreamError
 
 
 def coded(raw):
@@ -317,3 +320,42 @@ def test_what_is_no_text_is_no_part_of_the_question():
 def test_parts_of_any_shape_are_counted(part):
     found = count(*(part if isinstance(part, list) else [part]))
     assert 0 < found.tokens <= found.at_most
+
+
+PAPER = PAGES * PAGE_MOST
+
+
+@pytest.mark.parametrize(
+    ("part", "most"),
+    [
+        ({"type": "document", "source": {"type": "url", "url": "https://x.org/a.pdf"}}, PAPER),
+        ({"type": "document", "source": {"type": "file", "file_id": "file_1"}}, PAPER),
+        ({"type": "image", "source": {"type": "file", "file_id": "file_1"}}, IMAGE_MOST),
+        ({"type": "tool_result", "content": [{"type": "document", "source": {"type": "file", "file_id": "f"}}]}, PAPER),
+        ({"type": "tool_result", "content": [{"type": "file", "file": {"file_id": "f"}}]}, PAPER),
+        ({"type": "file", "file": {"file_data": "https://x.org/a.pdf"}}, PAPER),
+        ({"type": "file", "file": {"file_url": "https://x.org/a"}}, PAPER),
+        ({"type": "file", "file": {"file_data": "gs://x/film.mp4"}}, STREAM_MOST),
+        ({"type": "video_url", "video_url": {"url": "https://x.org/film"}}, STREAM_MOST),
+        ({"type": "audio_url", "audio_url": {"url": "https://x.org/clip"}}, STREAM_MOST),
+        ({"type": "image_url", "image_url": {"url": "https://x.org/film.mp4"}}, STREAM_MOST),
+        ({"type": "image_url", "image_url": {"url": "data:audio/mp3;base64," + "AAAA" * 10**5}}, 300 * AUDIO_A_SECOND),
+        ({"type": "file", "file": {"file_data": "data:audio/mp3;base64," + "AAAA" * 10**5}}, 300 * AUDIO_A_SECOND),
+    ],
+)
+def test_what_is_named_counts_as_what_it_may_be(part, most):
+    found = count(part)
+    assert most <= found.at_most <= most + 250
+    assert found.tokens <= found.at_most
+
+
+def test_sound_is_sound_whatever_part_it_comes_in():
+    clip = "data:audio/mp3;base64," + "AAAA" * 10**5
+    assert count({"type": "image_url", "image_url": {"url": clip}}).audio == 300 * AUDIO_A_SECOND
+    assert count({"type": "image_url", "image_url": {"url": "https://x.org/a.png?b.mp4"}}).images == IMAGE_MOST
+
+
+@pytest.mark.parametrize("url", ["https://x.org/film.mp4", "data:audio/mp3;base64,AAAA", "data:application/pdf,x"])
+def test_gemini_is_sent_no_film_as_an_image(url):
+    with pytest.raises(UpstreamError, match="must be an image"):
+        _part({"type": "image_url", "image_url": {"url": url}})

@@ -14,6 +14,7 @@ parts that the file is made of, and where it cannot be, the size is not known. O
 import base64
 import binascii
 import math
+import mimetypes
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -65,6 +66,9 @@ _FORMAT = 4_096
 PAGE_TOKENS, PAGE_MOST = 2_000, 3_000 + IMAGE_TOKENS
 PAGES = 100
 
+# Of a film or a clip that is named by its address: as long as any model has room for.
+STREAM_TOKENS, STREAM_MOST = 20_000, 1_048_576
+
 # Of a file of which not even the pages are known; less text than this no page has.
 _PAGE_BYTES = 1_000
 
@@ -82,6 +86,7 @@ _TEXTS = (
     "application/javascript",
 )
 _PAGE = re.compile(rb"/Type\s*/Page(?![A-Za-z])")
+_ADDRESS = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 _COUNT = re.compile(rb"/Count\s+(\d{1,7})")
 
 
@@ -101,7 +106,13 @@ class Media:
 
 
 def image(url: str) -> Media:
-    """Of an image by its URL; the size is known of those that are within it (``data:``)."""
+    """Of an image by its URL; the size is known of those that are within it (``data:``).
+
+    What says that it is something else is counted as that.
+    """
+    kind = kind_of_url(url)
+    if kind and not kind.startswith("image/") and (found := file({"file_data": url})) is not None:
+        return found
     size = _size(_decoded(url.partition(",")[2][: _HEAD * 4 // 3])) if url.startswith("data:") else None
     if size is None or not all(size):
         return Media(IMAGE_TOKENS, IMAGE_MOST, "image")
@@ -171,19 +182,42 @@ def _flac_seconds(head: bytes) -> float | None:
 
 
 def file(given: Mapping[str, Any]) -> Media | None:
-    """Of a ``file``: ``file_data`` in base64, mostly a ``data:`` URL, or the ``file_id`` of one that the provider has.
+    """Of a ``file``: ``file_data`` in base64, mostly a ``data:`` URL, or the ``file_id`` or the address of one that the provider gets.
 
     None for what is no such file, or of a kind whose tokens are not known: then its letters count.
     """
-    data = given.get("file_data")
+    data, url = given.get("file_data"), given.get("file_url")
+    if isinstance(url, str) and not isinstance(data, str):
+        data = url
     if not isinstance(data, str):
-        return Media(PAGE_TOKENS, PAGES * PAGE_MOST) if isinstance(given.get("file_id"), str) else None
+        return elsewhere() if isinstance(given.get("file_id"), str) else None
+    if _ADDRESS.match(data):
+        return elsewhere(kind_of_url(data))
+    if data.startswith("data:audio/"):
+        form, _, text = data.partition(",")
+        return audio({"data": text, "format": form[11:].partition(";")[0]})
     kind, _, text = data.removeprefix("data:").partition(",") if data.startswith("data:") else ("", "", data)
     if kind.startswith(_TEXTS):
         num_bytes = len(text) * 3 // 4
         return Media(-(-num_bytes // 4), num_bytes)
     is_pdf = kind.startswith("application/pdf") or text.startswith("JVBERi0")
     return _pdf(text) if is_pdf else None
+
+
+def elsewhere(kind: str = "") -> Media:
+    """Of what is not within the request, of which no more is known than its type (``image/png``), if that."""
+    if kind.startswith("image/"):
+        return Media(IMAGE_TOKENS, IMAGE_MOST, "image")
+    if kind.startswith(("audio/", "video/")):
+        return Media(STREAM_TOKENS, STREAM_MOST, "audio" if kind.startswith("audio/") else "file")
+    return Media(PAGE_TOKENS, PAGES * PAGE_MOST)
+
+
+def kind_of_url(url: str) -> str:
+    """The type that a URL says: of a ``data:`` URL, or by how its path ends; "" if neither does."""
+    if url.startswith("data:"):
+        return url[5:300].partition(",")[0].partition(";")[0].strip().lower()
+    return mimetypes.guess_type(url[:4096].partition("?")[0].partition("#")[0])[0] or ""
 
 
 def _pdf(text: str) -> Media:

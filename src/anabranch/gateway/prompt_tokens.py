@@ -21,6 +21,8 @@ IMAGES = ("image_url", "input_image")
 _INNER: dict[str, tuple[str, Callable[[Mapping[str, Any]], Media | None]]] = {
     "input_audio": ("data", media_tokens.audio),
     "file": ("file_data", media_tokens.file),
+    "video_url": ("url", lambda inner: media_tokens.elsewhere("video/")),
+    "audio_url": ("url", lambda inner: media_tokens.elsewhere("audio/")),
 }
 
 # Fields that no model reads. All others count, unknown ones too: a text that is sent on is a text that is paid for.
@@ -170,11 +172,32 @@ def _gather(content: Any, texts: list[str], found: list[Media] | None = None) ->
         counted, said = _media_of(part)
         if counted is None:
             said = [value for name, value in part.items() if name != "type"]
+            if found is not None:
+                found.extend(_named_in(part))
         elif found is None:
             continue
         else:
             found.append(counted)
         texts.extend(_text(value) for value in said if value)
+
+
+def _named_in(part: dict[str, Any]) -> list[Media]:
+    """What a part names, at any depth, that a provider gets for itself; its letters say nothing of how long that is."""
+    found: list[Media] = []
+    left: list[Any] = [part]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        elif isinstance(value, dict):
+            kind, source = value.get("type"), value.get("source")
+            if isinstance(source, dict) and source.get("type") in ("url", "file"):
+                found.append(media_tokens.elsewhere("image/" if kind == "image" else ""))
+            elif value is not part and isinstance(kind, str):
+                inner, _ = _media_of(value)
+                found += [] if inner is None else [inner]
+            left += value.values()
+    return found
 
 
 def _media_of(part: dict[str, Any]) -> tuple[Media | None, list[Any]]:

@@ -8,6 +8,7 @@ import mimetypes
 import re
 from typing import Any
 
+from anabranch.gateway.media_tokens import kind_of_url
 from anabranch.gateway.providers.openai import unsupported
 from anabranch.gateway.providers.provider import Failure, Json, UpstreamError, Usage
 from anabranch.gateway.providers.translation import (
@@ -179,7 +180,11 @@ def _part(part: Json) -> Json:
     if kind == "text":
         return {"text": part["text"]}
     if kind == "image_url":
-        return _media(part["image_url"]["url"], "image/jpeg")
+        url = part["image_url"]["url"]
+        kind = kind_of_url(url)
+        if kind and not kind.startswith("image/"):
+            raise unsupported(f"an image_url of type {kind[:80]!r} cannot be sent to gemini; it must be an image")
+        return _media(url, "image/jpeg")
     if kind == "input_audio":
         sound = part["input_audio"]
         return {"inlineData": {"mimeType": f"audio/{sound['format']}", "data": sound["data"]}}
