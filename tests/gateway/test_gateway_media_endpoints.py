@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
+from anabranch.gateway.dispatch.bill import bill
 from anabranch.gateway.dispatch.billed import whole_at_most
 from anabranch.gateway.forms import parse_form
 from anabranch.gateway.gateway import Gateway
@@ -273,7 +274,7 @@ def test_sound_and_pictures_are_set_aside_at_their_own_prices():
     count = count_media("transcriptions", body)
     assert 60 * 32 <= count.audio <= 60 * 32 + 32
     assert count.audio <= count.at_most
-    most = asked_of_media("transcriptions").most(count, 0)
+    most = asked_of_media("transcriptions", body).most(count, 0)
     assert most.audio_input == count.audio
     assert in_seconds(count).audio in (60, 61)
     assert is_by_second(Price(audio_input=1))
@@ -405,3 +406,34 @@ def test_a_form_that_says_it_is_no_stream_is_none(upstream, tmp_path):
                     await sent
 
     through(upstream, tmp_path, work, input=1_000_000)
+
+
+def test_a_ranking_is_billed_by_its_units(upstream, tmp_path):
+    answer = {"results": [{"index": 0}], "meta": {"billed_units": {"search_units": 50}}}
+    body = {"model": "ours", "query": "q", "documents": ["d"] * 5000}
+    assert asked_of_media("rerank", body).calls == 50
+    assert asked_of_media("rerank", {"query": "q" * 300, "documents": ["x" * 251] * 100}).calls == 2
+    assert asked_of_media("rerank", {"query": "q", "documents": []}).calls == 1
+    price = Price(request=2_000_000_000)
+    most = asked_of_media("rerank", body).most(count_media("rerank", body), 0)
+    assert bill(price, most, most) == 50 * 2_000_000
+    request = UpstreamRequest("rerank", body, prompt_tokens=3)
+
+    def billed(value):
+        return bill(price, whole_at_most(most, read(request, json.dumps(value).encode(), None)), most)
+
+    assert billed(answer) == 50 * 2_000_000
+    answer["meta"]["billed_units"]["search_units"] = 1
+    assert billed(answer) == 2_000_000
+    # One that bills by tokens says those; of one that says nothing, nobody knows.
+    assert billed({"results": [], "usage": {"total_tokens": 9}}) == 2_000_000
+    assert billed({"results": []}) == 50 * 2_000_000
+
+    async def work(client, gateway):
+        await gateway.store.set_budget("global", 99_000_000)
+        with pytest.raises(openai.RateLimitError, match="budget"):
+            await client.post("/rerank", body=body, cast_to=object)
+        await client.post("/rerank", body={**body, "documents": ["d"]}, cast_to=object)
+
+    _, rows = through(upstream, tmp_path, work, request=2_000_000_000)
+    assert [row.cost_nano for row in rows] == [0, 2_000_000]

@@ -43,6 +43,7 @@ class Asked:
         audio_input: its prompt holds sound.
         audio_output, image_output: its answer may be sound, or pictures.
         others: fields whose price no list has.
+        calls: as how many calls it may be billed, where those have a price.
     """
 
     tier: str = ""
@@ -52,6 +53,7 @@ class Asked:
     audio_output: bool = False
     image_output: bool = False
     others: tuple[str, ...] = ()
+    calls: int = 1
 
     def lacks(self, price: Price) -> tuple[str, str] | None:
         """The first field that has no price, and what about it has none; None if all have one, or nothing costs anything."""
@@ -76,7 +78,7 @@ class Asked:
             prompt, completion, 0, True, tier=self.tier, searches=self.searches or None, audio_input=min(count.audio, prompt),
             image_input=min(count.images, prompt), audio_output=completion if self.audio_output else 0,
             image_output=completion if self.image_output else 0, cache_write=prompt if self.ttl == "5m" else 0,
-            cache_write_1h=prompt if self.ttl == "1h" else 0,
+            cache_write_1h=prompt if self.ttl == "1h" else 0, calls=self.calls if self.calls > 1 else None,
         )  # fmt: skip
 
 

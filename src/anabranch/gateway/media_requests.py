@@ -28,6 +28,9 @@ _FIDELITY = 6_240
 _SIGN, _TOLD = 20, 40
 _SLOWEST = 0.25
 
+# Documents of a ranking that are billed together, and tokens of one, beside the query.
+_UNIT, _PIECE_TOKENS = 100, 500
+
 # Bytes of a picture in which its size mostly is.
 _HEAD = 256 << 10
 
@@ -150,10 +153,22 @@ class MediaAsked(Asked):
         return None
 
 
-def asked_of_media(endpoint: str) -> Asked:
-    """Of what kind its tokens are, for their prices."""
+def _units(body: Json) -> int:
+    """Units that Cohere bills a ranking as, at most: of 100 documents each, of which one of more than 500 tokens is several."""
+    room = max(_PIECE_TOKENS // 2, _PIECE_TOKENS - len(_bytes(body["query"])))
+    pieces = sum(max(1, -(-len(_bytes(one)) // room)) for one in body["documents"])
+    return max(1, -(-pieces // _UNIT))
+
+
+def _bytes(value: Any) -> bytes:
+    return (value if isinstance(value, str) else str(value)).encode("utf-8", "surrogatepass")
+
+
+def asked_of_media(endpoint: str, body: Json) -> Asked:
+    """Of what kind its tokens are, for their prices, and as how many calls it may be billed."""
     return MediaAsked(
         audio_input=endpoint in ("transcriptions", "translations"),
         audio_output=endpoint == "speech",
         image_output=endpoint in ("images", "image_edits"),
+        calls=_units(body) if endpoint == "rerank" else 1,
     )

@@ -157,13 +157,13 @@ class Price(Config):
         nano = (prompt - cached) * price.input + cached * cheap + completion * price.output
         return -(-(nano + 1000 * price.request) // PER)
 
-    def cost_of(self, tokens: "Tokens", searches: int = 0) -> int:
-        """Nano-dollars of a call, rounded up; of the tier that this is the price of.
+    def cost_of(self, tokens: "Tokens", searches: int = 0, calls: int = 1) -> int:
+        """Nano-dollars of a call, rounded up; of the tier that this is the price of. It is billed as so many ``calls``.
 
         Where parts of a prompt overlap (sound that was cached), each token counts once, at the dearest that it may be.
         """
         is_odd = tokens.cached > tokens.prompt or tokens.completion < 0
-        if is_odd or searches < 0 or min(getattr(tokens, name) for name in PARTS) < 0:
+        if is_odd or min(searches, calls) < 0 or min(getattr(tokens, name) for name in PARTS) < 0:
             raise _impossible(tokens.prompt, tokens.completion, tokens.cached)
         price = self.at(tokens.prompt)
         written = price.input + -(-price.input // 4) if price.cache_write is None else price.cache_write
@@ -180,7 +180,7 @@ class Price(Config):
             (tokens.image_output, price.output if price.image_output is None else price.image_output),
         ]
         nano = _dearest(tokens.prompt, inputs, price.input) + _dearest(tokens.completion, outputs, price.output)
-        counted = 1000 * ((price.web_search or 0) * searches + price.request)
+        counted = 1000 * ((price.web_search or 0) * searches + price.request * calls)
         return -(-(nano + counted) // PER)
 
 

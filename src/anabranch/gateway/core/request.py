@@ -227,7 +227,7 @@ class RequestRun:
                 raise wrong(
                     "model", f"{self.endpoint} need a model by its name; strategies choose among models of text"
                 )
-            self.count, self.asked = count_media(self.endpoint, body), asked_of_media(self.endpoint)
+            self.count, self.asked = count_media(self.endpoint, body), asked_of_media(self.endpoint, body)
             return
         self.count = count_prompt(body, self.runtime.counters.get(self.target.model or ""))
         self.asked = asked_of(body if self.native is None else self.native.body)

@@ -27,11 +27,12 @@ def bill(price: Price, usage: Usage, asked: Usage | None = None, *, writes: bool
         # It was asked for; whether it was given, nobody has said.
         usage = replace(usage, tier="")
     searches = usage.searches or 0
+    calls = 1 if usage.calls is None else usage.calls
     told, named = usage.nano or 0, price.of_tier(usage.tier)
     if named is not None:
-        return max(told, named.cost_of(usage.tokens, searches))
+        return max(told, named.cost_of(usage.tokens, searches, calls))
     # A tier whose price is not known; none that is can be too much.
-    return max(told, *(tier.cost_of(usage.tokens, searches) for tier in price.all_tiers()))
+    return max(told, *(tier.cost_of(usage.tokens, searches, calls) for tier in price.all_tiers()))
 
 
 def _feared(usage: Usage, asked: Usage, writes: bool) -> Usage:
@@ -44,6 +45,8 @@ def _feared(usage: Usage, asked: Usage, writes: bool) -> Usage:
     written = usage.cache_write + usage.cache_write_1h
     if asked.cache_write_1h and written and not usage.tells_ttl:
         changes |= {"cache_write": 0, "cache_write_1h": written}
+    if usage.is_estimated and usage.calls is None:
+        changes["calls"] = asked.calls
     if usage.is_estimated:
         fresh = usage.prompt - usage.cached
         if asked.cache_write_1h:

@@ -57,7 +57,9 @@ def whole_at_most(most: Usage, answer: Answer, bytes_per_token: float = 1.0) -> 
     # Each choice has an end, which is no text.
     made = tokens_of(0, num_bytes, bytes_per_token) + FEW + choices if choices else 0
     completion = min(max(made, said.completion), most.completion)
-    return replace(said, completion=completion) if said.tells_prompt else Usage(most.prompt, completion, 0, True)
+    if said.tells_prompt:
+        return replace(said, completion=completion)
+    return Usage(most.prompt, completion, 0, True, calls=said.calls)
 
 
 def broken_off(most: Usage, told: Usage | None, seen: int, rate: float | None, silent_s: float) -> Usage:

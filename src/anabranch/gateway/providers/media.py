@@ -7,7 +7,7 @@
 | speech | /audio/speech | JSON | sound | nothing: a letter is a token, and so is what is said of it |
 | transcriptions, translations | /audio/... | a form | JSON or text | tokens or seconds |
 | moderations | /moderations | JSON | `results` | nothing |
-| rerank | /rerank | JSON | `results` | tokens |
+| rerank | /rerank | JSON | `results` | tokens, or units of documents: each is a call |
 """
 
 import hashlib
@@ -139,6 +139,9 @@ def usage_of(request: UpstreamRequest, value: Json, data: bytes = b"") -> Usage:
     told = _table(value, "usage") or _table(_table(value, "meta"), "tokens")
     prompt = _count(told, "input_tokens", "prompt_tokens", "total_tokens")
     completion = _count(told, "output_tokens", "completion_tokens")
+    # So many documents of a ranking are a unit.
+    units = _count(_table(_table(value, "meta"), "billed_units"), "search_units")
+    calls = units if request.endpoint == "rerank" else None
     pictures = len(value["data"]) if request.endpoint in ("images", "image_edits") and value.get("data") else 0
     if prompt is None and completion is None:
         seconds = _count(told, "seconds")
@@ -149,7 +152,7 @@ def usage_of(request: UpstreamRequest, value: Json, data: bytes = b"") -> Usage:
         if request.endpoint in ("transcriptions", "translations"):
             # No tokenizer makes more of it than its bytes.
             made = len(data) or len(_text(value.get("text") or ""))
-        return Usage(request.prompt_tokens, made, 0, True, audio_output=sound, image_output=pictures)
+        return Usage(request.prompt_tokens, made, 0, True, audio_output=sound, image_output=pictures, calls=calls)
     asked = _table(told, "input_tokens_details") or _table(told, "input_token_details")
     prompt, completion = prompt or 0, completion or 0
     return Usage(
@@ -158,6 +161,7 @@ def usage_of(request: UpstreamRequest, value: Json, data: bytes = b"") -> Usage:
         audio_input=min(_count(asked, "audio_tokens") or 0, prompt),
         image_input=min(_count(asked, "image_tokens") or 0, prompt),
         image_output=completion if pictures else 0,
+        calls=calls,
     )
 
 

@@ -39,6 +39,7 @@ class Usage:
         nano: nano-dollars that it says the call costs; None if it does not.
         tells_ttl: it says for how long tokens are cached.
         tells_prompt: of an estimate, that the prompt is as the provider said.
+        calls: as how many calls it is billed, where those have a price; None for one, if it does not say.
     """
 
     prompt: int = 0
@@ -56,6 +57,7 @@ class Usage:
     nano: int | None = None
     tells_ttl: bool = False
     tells_prompt: bool = False
+    calls: int | None = None
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -72,6 +74,7 @@ class Usage:
             _sum(self.searches, other.searches),
             self.tier or other.tier,
             _sum(self.nano, other.nano),
+            calls=_sum(self.calls, other.calls),
         )
 
     @property
