@@ -183,6 +183,7 @@ QUOTED = (
             [quote(TOKEN, safe=""), "12ef"],
         ),
         (f"x-amz-security-token: {'other' * 9}", ["other"]),
+        (f"token_{TOKEN}_is_old", [TOKEN]),
     ],
 )
 def test_what_calls_are_signed_with_is_told_to_nobody(monkeypatch, message, secrets):

@@ -103,6 +103,12 @@ def test_a_message_with_something_unknown_is_not_put_together(delta):
     assert message_of([{**one, "index": 3} if "index" in one else one for one in message_events(MESSAGE)]) is None
 
 
+def test_blocks_that_come_in_another_order_are_not_put_together():
+    events = message_events({**MESSAGE, "content": [CONTENT[1], CONTENT[3]]})
+    assert [one["index"] for one in events[1:5]] == [0, 0, 1, 1]
+    assert message_of([events[0], *events[3:5], *events[1:3], *events[5:]]) is None
+
+
 def test_the_last_of_a_message_says_more_of_it():
     events = message_events({**MESSAGE, "container": {"id": "c"}, "context_management": {"applied_edits": []}})
     last = events[-2]
