@@ -100,8 +100,11 @@ def test_every_walk_gives_a_valid_instance(name, pair, seed):
 
 
 def as_float(digits):
-    """A number of JSON, which may be beyond the largest float."""
-    return max(min(float(digits), sys.float_info.max), -sys.float_info.max)
+    """A number of JSON, which may be beyond the largest float, or nearer to 0 than the smallest."""
+    value = max(min(float(digits), sys.float_info.max), -sys.float_info.max)
+    if value == 0 and any(digit in digits.lower().partition("e")[0] for digit in "123456789"):
+        return -sys.float_info.min if digits.startswith("-") else sys.float_info.min
+    return value
 
 
 @given(data=st.data(), pair=schemas(), indent=st.sampled_from([None, None, 1, 4]))
