@@ -1,7 +1,7 @@
 """Make ``src/anabranch/gateway/config/prices.json``, the table of list prices that ships, from the package genai-prices (MIT).
 
-    python -m venv /tmp/prices && /tmp/prices/bin/pip install genai-prices
-    /tmp/prices/bin/python benchmarks/make_price_table.py
+    python -m venv PRICES && PRICES/bin/pip install genai-prices
+    PRICES/bin/python benchmarks/make_price_table.py
 
 The package itself is no dependency: it brings an HTTP client, and holds its prices as Python code that takes longer to import than a
 gateway takes to start. Prices are nano-dollars per million tokens, per thousand searches or calls. Where a price depends on the hour

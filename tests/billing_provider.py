@@ -7,7 +7,8 @@ drawn from its number:
     slow      an answer after ``slow_s``. A whole one is made to its end and billed, also when the caller has gone; a stream stops within
               ``notices`` tokens of a connection that is gone, and is billed for what was made
     refused   429 or 500 at once, billed with nothing
-    lost      the answer is made and billed, and the connection breaks before its first byte
+    lost      the answer is made and billed, and the connection breaks before its first byte; a stream whose caller has gone before that
+              stops within ``notices`` tokens, as above
     cut       a stream breaks in the middle; what was made is billed, with up to ``ahead`` tokens that never went out. A whole answer
               breaks in its middle too, and is billed whole
 
@@ -128,7 +129,9 @@ class BillingProvider:
         if fate == "slow":
             await asyncio.sleep(self.slow_s)
         if fate == "lost":
-            self._bill(call, call.length)
+            # A stream of which nobody is there to take the first token stops as any other does.
+            is_gone = bool(body.get("stream")) and (request.transport is None or request.transport.is_closing())
+            self._bill(call, min(call.length, self.notices) if is_gone else call.length)
             _break(request)
             return web.Response()
         if body.get("stream"):
