@@ -1,5 +1,6 @@
 """One thread, fixed seeds, and hypothesis profiles: ``HYPOTHESIS_PROFILE=deep pytest`` looks much longer."""
 
+import logging
 import os
 
 import pytest
@@ -70,6 +71,16 @@ def _one_thread():
     left = torch.get_num_threads()
     torch.set_num_threads(1)
     assert left == 1, f"this test leaves torch on {left} threads"
+
+
+@pytest.fixture(autouse=True)
+def _log_levels():
+    """A server that a test runs in this process sets how much is logged: the next test hears what it would hear alone."""
+    loggers = [log for name, log in logging.root.manager.loggerDict.items() if name.startswith("anabranch")]
+    levels = [(log, log.level) for log in loggers if isinstance(log, logging.Logger)]
+    yield
+    for log, level in levels:
+        log.setLevel(level)
 
 
 @pytest.fixture

@@ -102,9 +102,8 @@ def test_training_tells_of_routers_that_always_choose_the_same(
 ):
     monkeypatch.setattr("anabranch.train.idle.LASTING", 9)
     config = make_run(model_of(), steps=12, batch_size=16)
-    even = Trainer(config, tmp_path / "even")
     with caplog.at_level(logging.WARNING, "anabranch"):
-        even.fit()
+        Trainer(config, tmp_path / "even").fit()
     assert caplog.messages == []
     project = LinearScore.project
     monkeypatch.setattr(LinearScore, "project", lambda self, x_ND, context: 0 * project(self, x_ND, context))

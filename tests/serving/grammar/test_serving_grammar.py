@@ -59,6 +59,11 @@ BASE = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a
         ({"type": "integer", "multipleOf": 4}, ["0", "4", "128"], ["3", "130"]),
         ({"type": "string", "format": "uri"}, ['"http://a.b/c?d=e"'], ['"a b"', '"x"']),
         ({"type": "integer", "allOf": [{"minimum": 2}, {"maximum": 5}]}, ["2", "5"], ["1", "6"]),
+        # llguidance lets the whole number through that such a range leaves out
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, ["0.1", "0.5", "0.000001"], ["0", "0.0", "0.51", "1"]),
+        ({"type": "number", "exclusiveMaximum": -1, "minimum": -1.5}, ["-1.1", "-1.5"], ["-1", "-1.0", "-2"]),
+        ({"type": ["number", "null"], "exclusiveMinimum": 10.0, "exclusiveMaximum": 10.1}, ["10.05"], ["10", "10.0", "10.1"]),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 1}, ["0.1", "1"], ["0", "0.0", "1.5"]),
         ({"allOf": [BASE, {"properties": {"b": {"type": "null"}}, "required": ["b"]}]}, ['{"a": null, "b": null}'], ['{"a": null}']),
         (
             {"type": "object", "patternProperties": {"^n": {"type": "null"}}, "additionalProperties": False},

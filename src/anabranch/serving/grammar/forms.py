@@ -10,7 +10,8 @@ a keyword or format that it cannot hold is refused by name. Ours are these rules
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from anabranch.errors import InputError
@@ -33,6 +34,12 @@ _LARK_OPTIONS = {"no_forcing": True}
 _ONE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+# A bound that leaves its number out, those of the other side, and which way numbers go from the first to the others.
+_SIDES = (
+    ("exclusiveMinimum", ("maximum", "exclusiveMaximum"), 1),
+    ("exclusiveMaximum", ("minimum", "exclusiveMinimum"), -1),
+)
+_A_LITTLE = 1e-12
 
 
 def regex(pattern: str) -> dict[str, Any]:
@@ -183,26 +190,50 @@ def _schema(form: Any) -> dict[str, Any]:
     named = {name: value for name, value in form.items() if name != _OPTIONS}
     if not named:
         named = {"type": "object"}
-    return {**(named if _puts_together(named) else _closed(named)), _OPTIONS: _JSON_OPTIONS}
+    named = _changed(named, _beside_whole_numbers)
+    return {**(named if _puts_together(named) else _changed(named, _closed)), _OPTIONS: _JSON_OPTIONS}
 
 
-def _closed(schema: Any) -> Any:
-    """A schema whose objects take no properties but those they name, where they name some and do not say."""
+def _changed(schema: Any, change: Callable[[dict[str, Any]], None]) -> Any:
+    """A schema whose parts, and then itself, were changed in place by ``change``; the one that is given stays as it is."""
     if not isinstance(schema, dict):
         return schema
     made = dict(schema)
     for keyword, value in schema.items():
         if keyword in _ONE:
-            made[keyword] = _closed(value)
+            made[keyword] = _changed(value, change)
         elif keyword in _LISTS and isinstance(value, list):
-            made[keyword] = [_closed(part) for part in value]
+            made[keyword] = [_changed(part, change) for part in value]
         elif keyword in _MAPS and isinstance(value, dict):
-            made[keyword] = {name: _closed(part) for name, part in value.items()}
-    named, required = made.get("properties"), made.get("required", [])
-    if isinstance(named, dict) and isinstance(required, list) and "patternProperties" not in made:
-        if all(isinstance(name, str) and name in named for name in required):
-            made.setdefault("additionalProperties", False)
+            made[keyword] = {name: _changed(part, change) for name, part in value.items()}
+    change(made)
     return made
+
+
+def _closed(schema: dict[str, Any]) -> None:
+    """Objects take no properties but those they name, where they name some and do not say."""
+    named, required = schema.get("properties"), schema.get("required", [])
+    if isinstance(named, dict) and isinstance(required, list) and "patternProperties" not in schema:
+        if all(isinstance(name, str) and name in named for name in required):
+            schema.setdefault("additionalProperties", False)
+
+
+def _beside_whole_numbers(schema: dict[str, Any]) -> None:
+    """Where numbers begin behind a whole one and end less than 1 further from 0, the whole one moves a little towards the end.
+
+    llguidance (1.9) would let the whole number itself through: 0 by ``exclusiveMinimum: 0, maximum: 0.5``.
+    """
+    for left_out, others, sign in _SIDES:
+        whole = schema.get(left_out)
+        if not _is_bound(whole) or whole != round(whole) or sign * whole < 0:
+            continue
+        ends = [schema[name] for name in others if _is_bound(schema.get(name))]
+        if any(0 < sign * (end - whole) < 1 for end in ends):
+            schema[left_out] = whole + sign * max(_A_LITTLE, 4 * math.ulp(whole))
+
+
+def _is_bound(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
 
 
 def _puts_together(schema: Any) -> bool:
