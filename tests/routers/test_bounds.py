@@ -60,6 +60,14 @@ def test_tails_of_one_sign_are_sure():
     assert tail(np.array([1.0, -3.0]), np.ones(2)) == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize("unit", [1e-308, 1e-300, 1e-160, 1.0, 1e160, 1e307])
+def test_the_unit_of_the_values_does_not_matter(unit):
+    assert tail(unit * np.array([1.0, -3.0]), np.ones(2)) == pytest.approx(0.75)
+    assert tail(unit * np.array([1.0, -3.0, 1e-320, -1e-320]), np.ones(4)) == pytest.approx(0.75)
+    assert tail(np.array([unit, -5e-324]), np.ones(2)) == pytest.approx(0, abs=1e-9)
+    assert tail(np.array([-unit, 5e-324]), np.ones(2)) == pytest.approx(1)
+
+
 def test_bins_and_parts_keep_the_mean_and_about_the_variance():
     value = np.random.default_rng(0).lognormal(size=5000)
     binned = Binned.of(value)

@@ -25,6 +25,8 @@ BINS = 256
 MOST = 8192
 
 _LEAST = 1e-300
+# Beside the largest value.
+_NOTHING = 1e-30
 _STEP, _AT_ONCE, _FURTHEST = 0.1, 20, 18.0
 _NORMAL = NormalDist()
 
@@ -79,7 +81,9 @@ class Binned:
 
 def tail(value_K: np.ndarray, count_K: np.ndarray) -> float:
     """P(sum of ``count`` exponential numbers times ``value`` <= 0)."""
-    used_K = value_K != 0
+    # The unit of the values does not matter, and squares of very small ones would be 0. What is nothing beside the largest is left out.
+    value_K = value_K / (float(np.abs(value_K).max()) or 1.0)
+    used_K = np.abs(value_K) > _NOTHING
     value_K, count_K = value_K[used_K], count_K[used_K]
     if not len(value_K) or value_K.max() < 0:
         return 1.0
