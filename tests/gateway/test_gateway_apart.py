@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestServer
 
 from anabranch.errors import RateError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.core import request
+from anabranch.gateway.core import admission, cached_answers
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http import openai
@@ -60,10 +60,10 @@ WORK = [
     (openai, "check_json_size"),
     (openai, "parse"),
     (openai, "parse_large"),
-    (request, "count_prompt"),
-    (request, "check_chat"),
-    (request, "exact_key"),
-    (request, "shortened"),
+    (admission, "count_prompt"),
+    (admission, "check_chat"),
+    (cached_answers, "exact_key"),
+    (cached_answers, "shortened"),
     (provider, "dump_large"),
 ]
 

@@ -142,7 +142,7 @@ def test_estimates_from_the_ledger_of_drawn_traffic_are_right(tmp_path, name, mo
     """Each model's worth is known; the log is one answer per request of a strategy that goes on learning."""
     # Requests are drawn by their ids.
     ids = map("aa-{}".format, itertools.count())
-    monkeypatch.setattr("anabranch.gateway.core.request.new_id", lambda: next(ids))
+    monkeypatch.setattr("anabranch.gateway.core.request_state.new_id", lambda: next(ids))
     worth = {"a": {"maths": 0.9, "poetry": 0.3}, "b": {"maths": 0.4, "poetry": 0.8}, "c": {"maths": 0.5, "poetry": 0.4}}
     fields = {"thompson": {"scale": 4.0, "dim": 2}, "eps_greedy": {"epsilon": 0.5, "decay": 0.0, "dim": 2}}.get(
         name, {}

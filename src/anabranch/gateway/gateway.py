@@ -21,12 +21,12 @@ from typing import Any, Self, TypeVar
 from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError, RateError
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
-from anabranch.gateway.core.decision_log import Collecting
+from anabranch.gateway.core.decision_log import Collecting, keeps_texts
 from anabranch.gateway.core.finished import Finished, Priced
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.relay import Ahead, Chunks
 from anabranch.gateway.core.reply import Reply
-from anabranch.gateway.core.request import CLIENT_GONE, RequestRun, keeps_texts
+from anabranch.gateway.core.request import CLIENT_GONE, RequestRun
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.core.unsettled import Unsettled
 from anabranch.gateway.learning import errands
@@ -260,7 +260,7 @@ class Gateway(SyncGateway):
             message = f"{self.in_flight:,} requests are under way, which is the limit; try again"
             raise ApiError(429, "rate_limit_exceeded", message, type="requests", headers={"Retry-After": "1"})
         runtime = self.runtime
-        life = RequestRun(
+        run = RequestRun(
             self._services(),
             runtime,
             endpoint,
@@ -273,10 +273,10 @@ class Gateway(SyncGateway):
         )
         self.in_flight += 1
         runtime.users += 1
-        if not life.headers.get("idempotency-key"):
-            return await self._run(life, key)
+        if not run.state.headers.get("idempotency-key"):
+            return await self._run(run, key)
         # One with a name goes on without its client, who comes back for the answer.
-        task = asyncio.ensure_future(self._run(life, key))
+        task = asyncio.ensure_future(self._run(run, key))
         self.keep(task)
         try:
             return await asyncio.shield(task)
@@ -292,47 +292,47 @@ class Gateway(SyncGateway):
         if stream is not None:
             self._spawn(stream.aclose())  # type: ignore[attr-defined]
 
-    async def _run(self, life: RequestRun, key: str | None) -> Reply:
+    async def _run(self, run: RequestRun, key: str | None) -> Reply:
         try:
-            reply = await life.run(key)
+            reply = await run.run(key)
         except BaseException as error:
-            self._leave(life)
-            if not life.is_over:
-                self._refused(life, error)
+            self._leave(run)
+            if not run.state.is_over:
+                self._refused(run, error)
             if isinstance(error, ApiError):
-                error.headers.setdefault("x-request-id", life.id)
+                error.headers.setdefault("x-request-id", run.state.id)
                 # Codes of upstreams are theirs to choose.
-                if life.report is None:
+                if run.state.report is None:
                     self.metrics.refuse(error.code if error.status < 500 else "failed")
             raise
         if reply.stream is None:
-            self._leave(life)
+            self._leave(run)
         else:
-            reply.stream.on_close = lambda: self._leave(life)  # type: ignore[attr-defined]
+            reply.stream.on_close = lambda: self._leave(run)  # type: ignore[attr-defined]
         return reply
 
-    def _refused(self, life: RequestRun, error: BaseException) -> None:
+    def _refused(self, run: RequestRun, error: BaseException) -> None:
         """It has no row in the ledger: nobody knows whose it is, or what it asks."""
         if isinstance(error, ApiError):
             status, code = error.status, error.code or ""
         else:
             status, code = 500 if isinstance(error, Exception) else CLIENT_GONE, ""
         self.observers.refused(
-            life.shown_as,
+            run.state.shown_as,
             status,
             code=code,
-            id=life.id,
-            key_id=life.tenant,
-            trace=life.trace,
-            time_s=life.time_s,
-            latency_s=life.elapsed(),
+            id=run.state.id,
+            key_id=run.state.tenant,
+            trace=run.state.trace,
+            time_s=run.state.time_s,
+            latency_s=run.state.elapsed(),
         )
 
-    def _leave(self, life: RequestRun) -> None:
+    def _leave(self, run: RequestRun) -> None:
         self.in_flight -= 1
-        life.runtime.release()
-        if life.is_counted:
-            self.senders.leave(life.tenant)
+        run.state.runtime.release()
+        if run.state.is_counted:
+            self.senders.leave(run.state.tenant)
 
     async def authenticate(self, secret: str | None) -> KeyRecord | None:
         """The key a request came with; None where none is needed and none that is known was sent. Raises ApiError (401, 503)."""
@@ -461,7 +461,7 @@ class Gateway(SyncGateway):
             self.senders.leave(tenant)
 
     def keeps_texts(self, body: Mapping[str, Any]) -> bool:
-        """See `core.request.keeps_texts`."""
+        """See `core.decision_log.keeps_texts`."""
         return keeps_texts(self.config, body)
 
     def _services(self) -> Services:

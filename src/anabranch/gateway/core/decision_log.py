@@ -1,11 +1,12 @@
 """What the store keeps of a request beside its row: why it went where it went, what was asked and answered, what was collected."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.ab.assignment import Arm
 from anabranch.gateway.cache.exact import IGNORED
+from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt
 from anabranch.gateway.prompt_tokens import asked_text
@@ -14,11 +15,16 @@ from anabranch.gateway.store.records import clean
 from anabranch.routers.contract.query import Decision
 
 if TYPE_CHECKING:
-    from anabranch.gateway.core.request import RequestRun
+    from anabranch.gateway.core.request_state import RequestState
 
 # Characters of a question or an answer that are kept; more are cut off.
 LONGEST_TEXT = 100_000
 _NO_SETTINGS = IGNORED | {"model", "messages", "prompt", "input", "tools"}
+
+
+def keeps_texts(config: GatewayConfig, body: Mapping[str, Any]) -> bool:
+    """Whether the store keeps what is asked and answered: the config lets it, and the sender does not forbid it (``store: false``)."""
+    return config.log.prompts and body.get("store") is not False
 
 
 def explained(decided: Decided, attempts: Sequence[Attempt], arm: Arm | None = None) -> dict[str, Any]:
@@ -36,30 +42,30 @@ def explained(decided: Decided, attempts: Sequence[Attempt], arm: Arm | None = N
     }  # fmt: skip
 
 
-def texts_of(life: "RequestRun") -> dict[str, Any]:
+def texts_of(state: "RequestState") -> dict[str, Any]:
     """What was asked and answered, for the store: as much as a router is learned from, and another model asked with.
 
     ``messages`` is there where they are more than the one text; ``None`` where they are too long to be kept. ``settings`` are what else
     was asked for, with which the same model would have said something else.
     """
-    body = life.body
-    query = asked_text(life.endpoint, body)
+    body = state.body
+    query = asked_text(state.endpoint, body)
     found: dict[str, Any] = {
-        "endpoint": life.endpoint,
+        "endpoint": state.endpoint,
         "query": clean(query, LONGEST_TEXT),
-        "task": clean(life.headers.get("x-task") or "") or None,
+        "task": clean(state.headers.get("x-task") or "") or None,
     }
     messages = body.get("messages", ())
     if messages and [(one.get("role"), one.get("content")) for one in messages] != [("user", query)]:
         # Tokens are at most bytes, so this needs no second look at what may be megabytes.
-        found["messages"] = messages if life.count.at_most <= LONGEST_TEXT else None
+        found["messages"] = messages if state.count.at_most <= LONGEST_TEXT else None
     if body.get("tools"):
         found["has_tools"] = True
-    if life.answer_text is not None:
-        found["answer"] = clean(life.answer_text, LONGEST_TEXT)
-        found["finish_reason"] = life.finish_reason
+    if state.answer_text is not None:
+        found["answer"] = clean(state.answer_text, LONGEST_TEXT)
+        found["finish_reason"] = state.finish_reason
     settings = {name: _short(value) for name, value in body.items() if name not in _NO_SETTINGS}
-    if life.report is not None and life.report.model in life.prepared:
+    if state.report is not None and state.report.model in state.prepared:
         # What the model was sent in truth.
         settings["messages"] = True
     if settings:
@@ -85,15 +91,15 @@ class Collecting:
     asked_us: int
 
 
-def collected_of(life: "RequestRun", row: LedgerRow) -> CollectedRow | None:
+def collected_of(state: "RequestState", row: LedgerRow) -> CollectedRow | None:
     """What came of a call that was collected; None if no answer did."""
-    if life.collecting is None or row.status != "ok" or life.answer_text is None:
+    if state.collecting is None or row.status != "ok" or state.answer_text is None:
         return None
     body = {
-        "answer": clean(life.answer_text, LONGEST_TEXT), "finish_reason": life.finish_reason, "cost_nano": row.cost_nano,
+        "answer": clean(state.answer_text, LONGEST_TEXT), "finish_reason": state.finish_reason, "cost_nano": row.cost_nano,
         "tokens": [row.prompt_tokens, row.completion_tokens], "latency_us": row.latency_us, "request_id": row.request_id,
     }  # fmt: skip
-    return CollectedRow(life.collecting.key, life.collecting.asked_us, body)
+    return CollectedRow(state.collecting.key, state.collecting.asked_us, body)
 
 
 def _candidates(decision: Decision) -> list[dict[str, Any]]:

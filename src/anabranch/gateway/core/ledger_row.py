@@ -12,82 +12,82 @@ from anabranch.gateway.store import LedgerRow
 from anabranch.routers.contract.query import Outcome
 
 if TYPE_CHECKING:
-    from anabranch.gateway.core.request import RequestRun
+    from anabranch.gateway.core.request_state import RequestState
 
 
-def _first_token_us(life: "RequestRun", report: Report) -> int | None:
-    program = life.program
-    if program is not None and program.first_s is not None and life.dispatched is not None:
-        return round((life.dispatched + program.first_s) * 1e6)
+def _first_token_us(state: "RequestState", report: Report) -> int | None:
+    program = state.program
+    if program is not None and program.first_s is not None and state.dispatched is not None:
+        return round((state.dispatched + program.first_s) * 1e6)
     winner = report.winner or (report.attempts[-1] if report.attempts else None)
-    if winner is None or winner.first_token_s is None or life.dispatched is None:
+    if winner is None or winner.first_token_s is None or state.dispatched is None:
         return None
-    return round((life.dispatched + winner.start_s + winner.first_token_s) * 1e6)
+    return round((state.dispatched + winner.start_s + winner.first_token_s) * 1e6)
 
 
-def _flags(life: "RequestRun", report: Report) -> tuple[str, ...]:
+def _flags(state: "RequestState", report: Report) -> tuple[str, ...]:
     hedged = any(attempt.is_hedge for attempt in report.attempts)
-    bypassed = life.decided is not None and bool(life.decided.bypassed)
+    bypassed = state.decided is not None and bool(state.decided.bypassed)
     flags = (("hedged", hedged), ("stitched", report.is_stitched), ("bypassed", bypassed))
     return tuple(name for name, is_set in flags if is_set)
 
 
 def finished(
-    life: "RequestRun",
+    state: "RequestState",
     row: LedgerRow,
     report: Report,
     outcome: Outcome | None,
     http_status: int,
 ) -> Finished:
     """What everybody is told who wants to know that a request is over."""
-    calls = life.calls.made
+    calls = state.calls.made
     of_calls = copied([attempt for call in calls for attempt in call.report.attempts])
-    first_s = None if row.first_token_us is None or not life.body.get("stream") else row.first_token_us / 1e6
+    first_s = None if row.first_token_us is None or not state.body.get("stream") else row.first_token_us / 1e6
     return Finished(
-        row=row, calls=tuple(call_rows(life)), attempts=copied(report.attempts),
-        asked_attempts=of_calls, time_s=life.time_s, endpoint=life.shown_as,
-        key="" if life.record is None else life.record.name or life.record.id, http_status=http_status, first_s=first_s,
-        prompt_tokens=row.prompt_tokens or life.count.tokens, cached_model="" if life.hit is None else life.hit.model,
-        decided=life.decided, outcome=outcome, trace=life.trace,
+        row=row, calls=tuple(call_rows(state)), attempts=copied(report.attempts),
+        asked_attempts=of_calls, time_s=state.time_s, endpoint=state.shown_as,
+        key="" if state.record is None else state.record.name or state.record.id, http_status=http_status, first_s=first_s,
+        prompt_tokens=row.prompt_tokens or state.count.tokens, cached_model="" if state.hit is None else state.hit.model,
+        decided=state.decided, outcome=outcome, trace=state.trace,
     )  # fmt: skip
 
 
-def row_of(life: "RequestRun", report: Report, latency_s: float, status: str, code: str, cache: str) -> LedgerRow:
+def row_of(state: "RequestState", report: Report, latency_s: float, status: str, code: str, cache: str) -> LedgerRow:
     """The ledger's row of a request that is over."""
-    usage, price = report.usage, life.runtime.dispatcher.price_of(report.model, report.deployment)
-    decided = life.decided
+    usage, price = report.usage, state.runtime.dispatcher.price_of(report.model, report.deployment)
+    decided = state.decided
     candidates = () if decided is None else tuple(one.model for one in decided.decision.candidates)
     return LedgerRow(
-        request_id=life.id, key_id=life.tenant, user=life.user, team="" if life.record is None else life.record.team,
-        tags=life.tags, requested=life.label, strategy=life.strategy, candidates=candidates,
+        request_id=state.id, key_id=state.tenant, user=state.user, team="" if state.record is None else state.record.team,
+        tags=state.tags, requested=state.label, strategy=state.strategy, candidates=candidates,
         model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
         completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated, price=price, cost_nano=report.cost,
-        latency_us=round(latency_s * 1e6), first_token_us=_first_token_us(life, report),
-        overhead_us=round(overhead_s(life, report) * 1e6), status=status, code=code, cache=cache, flags=_flags(life, report),
+        latency_us=round(latency_s * 1e6), first_token_us=_first_token_us(state, report),
+        overhead_us=round(overhead_s(state, report) * 1e6), status=status, code=code, cache=cache, flags=_flags(state, report),
     )  # fmt: skip
 
 
-def priced(life: "RequestRun", row: LedgerRow) -> LedgerRow:
+def priced(state: "RequestState", row: LedgerRow) -> LedgerRow:
     """The row with what its calls cost as is known now."""
-    usage = Usage() if life.report is None else life.report.usage
+    usage = Usage() if state.report is None else state.report.usage
     return replace(
-        row, cost_nano=0 if life.report is None else life.report.cost, prompt_tokens=usage.prompt,
+        row, cost_nano=0 if state.report is None else state.report.cost, prompt_tokens=usage.prompt,
         completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated,
     )  # fmt: skip
 
 
-def call_rows(life: "RequestRun") -> list[LedgerRow]:
+def call_rows(state: "RequestState") -> list[LedgerRow]:
     """The ledger's rows of what the strategy asked."""
-    return [_call_row(life, call) for call in life.calls.made]
+    return [_call_row(state, call) for call in state.calls.made]
 
 
-def _call_row(life: "RequestRun", call: ModelCall) -> LedgerRow:
+def _call_row(state: "RequestState", call: ModelCall) -> LedgerRow:
     report, usage = call.report, call.report.usage
     return LedgerRow(
-        request_id=call.id, parent_id=life.id, purpose=call.purpose, requested=call.model, strategy=life.strategy,
+        request_id=call.id, parent_id=state.id, purpose=call.purpose, requested=call.model, strategy=state.strategy,
         candidates=(call.model,), model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts),
         prompt_tokens=usage.prompt, completion_tokens=usage.completion, cached_tokens=usage.cached,
-        is_estimated=usage.is_estimated, price=life.runtime.dispatcher.price_of(call.model, report.deployment), cost_nano=report.cost,
+        is_estimated=usage.is_estimated, price=state.runtime.dispatcher.price_of(call.model, report.deployment), cost_nano=report.cost,
         reserved_nano=call.held_nano, latency_us=round(call.latency_s * 1e6), status=call.status, code=call.code,
         flags=("hedged",) if any(attempt.is_hedge for attempt in report.attempts) else (),
     )  # fmt: skip

@@ -5,56 +5,56 @@ from typing import TYPE_CHECKING
 from anabranch.gateway.dispatch import Report
 
 if TYPE_CHECKING:
-    from anabranch.gateway.core.request import RequestRun
+    from anabranch.gateway.core.request_state import RequestState
 
 
-def headers_of(life: "RequestRun", report: Report) -> dict[str, str]:
+def headers_of(state: "RequestState", report: Report) -> dict[str, str]:
     """Where it went, and what the gateway took."""
-    decided, live = life.decided, report.answering
+    decided, live = state.decided, report.answering
     # Of a stream, these go out before its end.
     model, deployment = (
         (live.model, live.deployment) if report.model is None and live else (report.model, report.deployment)
     )
     found = {
-        "x-request-id": life.id, "x-route-model": model or "", "x-route-deployment": deployment or "",
-        "x-route-attempts": str(len(report.attempts)), "x-overhead-ms": f"{overhead_s(life, report) * 1e3:.3f}",
+        "x-request-id": state.id, "x-route-model": model or "", "x-route-deployment": deployment or "",
+        "x-route-attempts": str(len(report.attempts)), "x-overhead-ms": f"{overhead_s(state, report) * 1e3:.3f}",
     }  # fmt: skip
-    if life.strategy and decided is not None:
-        found["x-route-strategy"] = life.strategy
+    if state.strategy and decided is not None:
+        found["x-route-strategy"] = state.strategy
         found["x-route-reason"] = decided.decision.reason[:200]
         if decided.decision.confidence is not None:
             found["x-route-confidence"] = f"{decided.decision.confidence:.3f}"
         if decided.bypassed:
             found["x-route-bypassed"] = decided.bypassed[:200]
         else:
-            found |= life.runtime.decider.headers(life.strategy, decided.decision)
-    if life.program is not None:
-        found["x-route-calls"] = str(len(life.calls.made))
-    if life.exact is not None or life.context is not None:
+            found |= state.runtime.decider.headers(state.strategy, decided.decision)
+    if state.program is not None:
+        found["x-route-calls"] = str(len(state.calls.made))
+    if state.is_cacheable:
         found["x-cache"] = "miss"
-    if not life.body.get("stream"):
+    if not state.body.get("stream"):
         # What is known by now; a call that is read on for what it costs is in it with its worst case.
-        nano = sum(call.report.cost for call in life.calls.made) + (0 if life.program is not None else report.cost)
+        nano = sum(call.report.cost for call in state.calls.made) + (0 if state.program is not None else report.cost)
         found["x-cost-usd"] = f"{nano / 10**9:.9f}"
-    if life.arm is not None:
-        found["x-route-arm"] = f"{life.arm.test} {life.arm.side}"
+    if state.arm is not None:
+        found["x-route-arm"] = f"{state.arm.test} {state.arm.side}"
     if report.is_stitched:
         found["x-stitched"] = "true"
     return {name: safe(value) for name, value in found.items()}
 
 
-def overhead_s(life: "RequestRun", report: Report) -> float:
+def overhead_s(state: "RequestState", report: Report) -> float:
     """Seconds so far that no upstream was being waited for: all but the span from the first attempt's start to the last one's end."""
-    if life.program is not None:
-        return max(0.0, life.elapsed() - life.calls.busy_s)
+    if state.program is not None:
+        return max(0.0, state.elapsed() - state.calls.busy_s)
     if not report.attempts:
-        return life.elapsed()
+        return state.elapsed()
     first = min(attempt.start_s for attempt in report.attempts)
     last = max(
         attempt.start_s + (attempt.total_s if attempt.total_s is not None else attempt.first_token_s or 0.0)
         for attempt in report.attempts
     )
-    return max(0.0, life.elapsed() - (last - first))
+    return max(0.0, state.elapsed() - (last - first))
 
 
 def safe(value: str) -> str:

@@ -1,0 +1,135 @@
+"""The first steps of a request: what it asks for, whose it is, whether there is room for it, and the purse that it is paid out of."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from anabranch.errors import InputError, RateError, UnknownModelError
+from anabranch.gateway.ab.assignment import arm_of, counted_user
+from anabranch.gateway.asked import asked_of
+from anabranch.gateway.config import Target, find_target
+from anabranch.gateway.core.bounds import Bounds
+from anabranch.gateway.core.model_calls import ModelCalls
+from anabranch.gateway.core.purse import Purse
+from anabranch.gateway.core.request_state import RequestState
+from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media
+from anabranch.gateway.prompt_tokens import count_prompt
+from anabranch.gateway.refusals import limited
+from anabranch.gateway.store import COLLECT, OUR_TAGS, subjects_of
+from anabranch.gateway.validate import check_chat, check_completion, check_depth, check_embeddings
+from anabranch.routers.money import nano_dollars
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.large_json import LARGE
+
+T = TypeVar("T")
+
+
+async def apart(state: RequestState, work: Callable[[], T]) -> T:
+    """``work()``, in another thread where the body is so large that it would hold up all other requests."""
+    return await asyncio.to_thread(work) if state.num_bytes > LARGE else work()
+
+
+def read(state: RequestState) -> None:
+    """Check the body, and find out where it wants to go and how long it is. Raises ApiError."""
+    _check(state)
+    body, runtime = state.body, state.runtime
+    try:
+        state.target = find_target(runtime.config, body["model"])
+    except UnknownModelError as error:
+        raise ApiError(404, "model_not_found", str(error), param="model") from None
+    except InputError as error:
+        raise wrong("model", str(error)) from None
+    state.label = label_of(state.target)
+    if is_media(state.endpoint):
+        if state.target.model is None:
+            raise wrong("model", f"{state.endpoint} need a model by its name; strategies choose among models of text")
+        state.count, state.asked = count_media(state.endpoint, body), asked_of_media(state.endpoint, body)
+        return
+    state.count = count_prompt(body, runtime.counters.get(state.target.model or ""))
+    state.asked = asked_of(body if state.native is None else state.native.body)
+
+
+def _check(state: RequestState) -> None:
+    body, most_tokens = state.body, state.runtime.config.limits.most_tokens
+    check_depth(body)
+    if state.endpoint == "chat":
+        check_chat(body, most_tokens)
+    elif state.endpoint == "completions":
+        check_completion(body, most_tokens)
+    elif is_media(state.endpoint):
+        check_media(state.endpoint, body)
+    else:
+        check_embeddings(body)
+
+
+def label_of(target: Target) -> str:
+    """What caches and the ledger call a target: knobs sorted."""
+    if target.model is not None:
+        return target.model
+    knobs = "&".join(f"{name}={value}" for name, value in sorted(target.knobs.items()))
+    return f"auto/{target.test or target.strategy}" + (f"?{knobs}" if knobs else "")
+
+
+def admit(state: RequestState) -> None:
+    """Whose it is, and whether they have asked too much of late. Raises ApiError."""
+    record, limits = state.record, state.runtime.config.limits
+    given = state.headers.get("x-tags", "")
+    added = tuple(tag.strip() for tag in given.split(",") if tag.strip()) if given else ()
+    named = state.body.get("user") or ""
+    if state.collecting is not None:
+        added = (COLLECT, *added)
+    elif ours := OUR_TAGS.intersection(added):
+        raise wrong("x-tags", f"the tag {min(ours)} is that of the gateway's own questions; take another")
+    try:
+        state.subjects = subjects_of(record, user=named, tags=added)
+    except InputError as error:
+        raise wrong("x-tags", str(error)) from None
+    state.user = (record.user if record is not None else "") or named[:256]
+    state.tags = (*(record.tags if record is not None else ()), *added)
+    rpm, tpm, most = limits.rpm, limits.tpm, limits.max_in_flight
+    if record is not None:
+        rpm, tpm, most = record.rpm or rpm, record.tpm or tpm, record.max_in_flight or most
+    try:
+        state.services.senders.enter(state.tenant, most)
+        state.is_counted = True
+        if rpm is not None or tpm is not None:
+            state.services.rates.admit(state.tenant, state.count.tokens, rpm=rpm, tpm=tpm)
+    except RateError as error:
+        raise limited(error) from None
+    state.tpm = tpm
+
+
+def assign(state: RequestState) -> None:
+    """The arm of an A/B test that it belongs to, if it goes to one: from here on it goes to the strategy of that arm."""
+    test = state.target.test
+    if test is None:
+        return
+    settings = state.runtime.config.ab[test]
+    user = counted_user(settings, state.record, state.body.get("user") or "")
+    state.arm = arm_of(test, settings, key=state.tenant, user=user)
+    state.target = replace(state.target, strategy=state.arm.strategy)
+
+
+def take_purse(state: RequestState) -> None:
+    """What it is paid out of, and what its strategy or program may ask models with."""
+    state.bounds = Bounds(state.endpoint, state.body, state.runtime, state.count, state.asked)
+    # Nothing of this holds on to the request itself: it is gone as soon as it is over.
+    services, limit = state.services, state.runtime.config.limits.request_usd
+    id, subjects, named = state.id, state.subjects, {"requested": state.label, "strategy": state.strategy}
+    state.purse = Purse(
+        lambda nano: services.store.reserve(id, subjects, nano, **named),
+        services.store.grow,
+        None if limit is None else nano_dollars(limit),
+        lambda: services.store.has_budget(subjects),
+    )
+    state.calls = ModelCalls(
+        state.runtime,
+        state.purse,
+        id,
+        state.began,
+        may_ask=None if state.record is None else state.record.allows,
+        keep=services.keep_task,
+        sender=state.sender,
+        trace=state.trace,
+    )

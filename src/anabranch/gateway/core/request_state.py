@@ -1,0 +1,175 @@
+"""`RequestState`: what is known of one request so far.
+
+The steps of a request write it (`admission`, `cached_answers`, `choice`, `model_answer`, `program_answer`); its row, its headers and
+what is told of it at its end are read from it. It knows no step and no reader.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from anabranch.gateway.ab.assignment import Arm
+from anabranch.gateway.asked import Asked
+from anabranch.gateway.cache import Entry
+from anabranch.gateway.config import Target
+from anabranch.gateway.core.bounds import Bounds
+from anabranch.gateway.core.decision_log import Collecting, keeps_texts
+from anabranch.gateway.core.model_calls import ModelCalls
+from anabranch.gateway.core.program_run import ProgramRun
+from anabranch.gateway.core.purse import Purse
+from anabranch.gateway.core.services import Services
+from anabranch.gateway.decide import Decided
+from anabranch.gateway.dispatch import Attempt, Report
+from anabranch.gateway.media_requests import is_media
+from anabranch.gateway.metrics import StageClock
+from anabranch.gateway.prompt_tokens import PromptCount
+from anabranch.gateway.providers.media import content_type
+from anabranch.gateway.providers.provider import WRITES, Answer, Native
+from anabranch.gateway.store import KeyRecord
+from anabranch.web.answers import JSON
+from anabranch.web.ids import new_id
+
+if TYPE_CHECKING:
+    from anabranch.gateway.runtime import Runtime
+
+
+class RequestState:
+    """See the module.
+
+    Args:
+        services: what the request is lent.
+        runtime: of the config that it began on.
+        endpoint: ``chat``, ``completions``, ``embeddings``, or one of media.
+        body: as OpenAI's endpoint takes it.
+        headers: of the request; names in lower case, or a mapping that does not mind.
+        shown_as: what metrics call the endpoint.
+        collecting: what it is collected for; None for a request of a user.
+        num_bytes: of the body as it came; 0 if that is not known.
+        native: what ``body`` was made of, if it came in another form.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        runtime: "Runtime",
+        endpoint: Any,
+        body: dict[str, Any],
+        headers: Mapping[str, str],
+        shown_as: str,
+        collecting: Collecting | None = None,
+        num_bytes: int = 0,
+        native: Native | None = None,
+    ) -> None:
+        self.services, self.runtime, self.endpoint, self.body = services, runtime, endpoint, body
+        self.headers, self.shown_as, self.collecting = headers, shown_as, collecting
+        self.num_bytes, self.native = num_bytes, native
+        self.trace = services.begin_trace(headers)
+        self.clock = StageClock(services.metrics.staged)
+        self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
+        # Of the key; None if none is needed.
+        self.record: KeyRecord | None = None
+        self.user = ""
+        self.tags: tuple[str, ...] = ()
+        self.subjects: tuple[str, ...] = ()
+        self.target = Target(model="")
+        # Of an A/B test; None if it goes to none.
+        self.arm: Arm | None = None
+        self.label = ""
+        self.count, self.asked = PromptCount(0, 0, True), Asked()
+        # Of its rate, as the key or the config says.
+        self.tpm: int | None = None
+        # Both once it is known whose request it is; what models are asked that the strategy needs to decide.
+        self.purse: Purse
+        self.calls: ModelCalls
+        # Of its calls, once it is known how long it is.
+        self.bounds: Bounds
+        # Of the text, if a cache or a strategy needed it.
+        self.vector: Any = None
+        # There is a place where the same request would find its answer.
+        self.is_cacheable = False
+        self.hit: Entry | None = None
+        self.decided: Decided | None = None
+        # Messages that the strategy sends to a model in place of the sender's.
+        self.prepared: dict[str, Any] = {}
+        self.candidates: tuple[str, ...] = ()
+        # Where a program answers; None where it was passed over.
+        self.program: ProgramRun | None = None
+        self.report: Report | None = None
+        # Seconds after its beginning, when the first model was asked for its answer.
+        self.dispatched: float | None = None
+        # Of a whole answer, for the strategy and the store.
+        self.answer_text: str | None = None
+        self.finish_reason: str | None = None
+        self.is_over = self.is_counted = False
+
+    # Whose it is, and where it goes
+
+    @property
+    def strategy(self) -> str:
+        """The strategy that chooses; "" if the sender named a model."""
+        return self.target.strategy or ""
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is; what is cached for one is never given to another."""
+        return "" if self.record is None else self.record.id
+
+    @property
+    def sender(self) -> str:
+        """Whose requests may fail together for a reason of their own: a team, or whoever has the key."""
+        record = self.record
+        return "" if record is None else record.team or record.user or record.id
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self.began
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds the request may take in all: those of the model it goes to first, where that says."""
+        first = self.candidates[0] if self.candidates else self.target.model
+        own = None if first is None else self.runtime.models[first].deadline_s
+        return own or self.runtime.config.deadline_s
+
+    @property
+    def content_type(self) -> str:
+        """Of a whole answer."""
+        return content_type(self.endpoint, self.body) if is_media(self.endpoint) else JSON
+
+    # What came of it
+
+    @property
+    def last_report(self) -> Report:
+        """How its answer was come by; an empty one where nobody was asked."""
+        return self.report or Report()
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """At its answer. Of a program, its calls are that."""
+        reports = [self.last_report] if self.program is None else [call.report for call in self.calls.made]
+        return [attempt for report in reports for attempt in report.attempts]
+
+    @property
+    def cost_nano(self) -> int:
+        """Of its answer, as far as known."""
+        return sum(attempt.cost for attempt in self.attempts)
+
+    # Who may keep what was said
+
+    @property
+    def strategy_keeps(self) -> bool:
+        """Whether the strategy that decided may be told the answer: it wants it, and the sender did not forbid it (``store: false``)."""
+        decided, name = self.decided, self.target.strategy
+        if name is None or decided is None or decided.bypassed or self.endpoint != "chat":
+            return False
+        return self.body.get("store") is not False and self.runtime.decider.keeps_answers(name)
+
+    @property
+    def keeps_texts(self) -> bool:
+        """Whether the store may keep what was asked and answered. What is collected it keeps elsewhere, and no question anew."""
+        return self.endpoint in WRITES and self.collecting is None and keeps_texts(self.runtime.config, self.body)
+
+    def note(self, answer: Answer) -> None:
+        """Hold on to the text of an answer, for the strategy and the store."""
+        if self.strategy_keeps or self.keeps_texts or self.collecting is not None:
+            self.answer_text, self.finish_reason = answer.text, answer.finish_reason
