@@ -20,7 +20,6 @@ from anabranch.gateway.config import (
     StrategyConfig,
 )
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.learning import errands
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery, learned, schema
 from anabranch.routers.contract.query import Model, Outcome, Pool, Query
@@ -273,11 +272,11 @@ def test_a_gateway_asks_on_a_budget_of_its_own(tmp_path):
     async def work(gateway, lane):
         reply = await ask(gateway)
         assert reply.headers["x-ic-arm"] == reply.headers["x-route-model"] == "large"
-        await errands.once(gateway)
+        await gateway.errands.once()
         assert await calls(gateway) == ["small", "judge", "judge"]
         example = lane.strategy.cache.pool.get(0)
         example.gain, example.quality = 1.0, 0.2
-        await errands.once(gateway)
+        await gateway.errands.once()
         assert await calls(gateway) == ["small", "judge", "judge"] + ["large", "judge"] * 3
         assert (example.quality, example.replays) == (0.9, 1)
         [budget] = await gateway.store.budgets()
@@ -301,7 +300,7 @@ def test_without_a_judge_or_money_nothing_is_asked(tmp_path, learning):
     async def work(gateway, lane):
         await ask(gateway)
         lane.strategy.cache.pool.get(0).gain = 1.0
-        await errands.once(gateway)
+        await gateway.errands.once()
         return await calls(gateway)
 
     assert run(config(tmp_path, learning=learning), work) == []
@@ -313,7 +312,7 @@ def test_what_is_a_tenants_is_shown_only_to_models_that_its_key_may_use(tmp_path
             secret, _ = await gateway.store.create_key(name, models=models)
             await gateway.teaching.read_keys()
             await ask(gateway, f"list {name} files", secret)
-            await errands.once(gateway)
+            await gateway.errands.once()
             assert await calls(gateway) == ([] if name == "few" else ["small", "judge", "judge"])
 
     run(config(tmp_path, require_key=True), work)
@@ -341,7 +340,7 @@ def test_an_upstream_that_fails_ends_the_round_and_is_settled(tmp_path):
 
     async def work(gateway, lane):
         await ask(gateway)
-        await errands.once(gateway)
+        await gateway.errands.once()
         rows = await gateway.store.ledger(LedgerQuery(tag="learning"))
         assert sorted((row.requested, row.status) for row in rows) == [("judge", "error"), ("small", "ok")]
         [budget] = await gateway.store.budgets()
@@ -356,7 +355,7 @@ def test_upkeep_comes_without_requests(tmp_path):
         strategy = lane.strategy
         strategy.cache.pool.get(0).expires_s = 1.0
         strategy._ticked_s = 0.0
-        await errands.once(gateway)
+        await gateway.errands.once()
         return len(strategy.cache.pool)
 
     assert run(config(tmp_path, learning=LearningConfig()), work) == 0

@@ -29,7 +29,6 @@ from anabranch.gateway.config import (
 )
 from anabranch.gateway.dispatch.hedge import HedgeDelay
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.learning.errands import LaneErrands
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.store import LedgerQuery, open_store
@@ -199,7 +198,7 @@ def test_twenty_thousand_requests_on_a_bad_day(tmp_path, monkeypatch):
 
 async def errand(gateway, number):
     """One question of a strategy beside requests, whose prompt is its number. Returns how it ended."""
-    lane = LaneErrands(gateway, gateway.runtime.decider.lanes["cheapest"])
+    lane = gateway.errands.of(gateway.runtime.decider.lanes["cheapest"])
     messages = [{"role": "user", "content": f"#{number} some words of a question"}]
     asking = lane.ask(("small", "large", "other")[number % 3], messages, temperature=0)
     try:

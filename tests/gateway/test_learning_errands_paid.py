@@ -16,8 +16,6 @@ from anabranch.gateway.config import (
     StrategyConfig,
 )
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.learning import errands
-from anabranch.gateway.learning.errands import LaneErrands
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery
 from anabranch.routers.contract.query import Candidate, Decision
@@ -60,7 +58,7 @@ def run(config, work, strategies=None):
 
 
 async def ask(gateway):
-    lane = LaneErrands(gateway, gateway.runtime.decider.lanes["s"])
+    lane = gateway.errands.of(gateway.runtime.decider.lanes["s"])
     return await lane.ask("judge", MESSAGES, temperature=0)
 
 
@@ -98,7 +96,7 @@ def test_attempts_of_errands_do_not_pass_their_budget(tmp_path):
 
     async def work(gateway):
         for _ in range(3):
-            await errands.once(gateway)
+            await gateway.errands.once()
 
     learning = LearningConfig(judge="judge", budget_usd=(2 * MOST + 1) / 1e9)
     made = config(

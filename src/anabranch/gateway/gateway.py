@@ -29,9 +29,10 @@ from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.core.request import CLIENT_GONE, RequestRun
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.core.unsettled import Unsettled
-from anabranch.gateway.learning import errands
 from anabranch.gateway.learning.erasures import Erasures
+from anabranch.gateway.learning.errands import ErrandRounds
 from anabranch.gateway.learning.kept import EVERY_S, Kept
+from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.metrics import Ended, Metrics
 from anabranch.gateway.observe.observers import Observers
@@ -90,7 +91,15 @@ class Gateway(SyncGateway):
         self.began_s, self.in_flight = time.time(), 0
         self.unsettled = Unsettled()
         self._given, self._store = store is not None, store
-        self.teaching, self.kept, self.erasures = Teaching(self), Kept(lambda: self.store), Erasures(self)
+        learning = LearningServices(
+            open_store=lambda: self.store,
+            runtime_now=lambda: self.runtime,
+            unsettled=self.unsettled,
+            metrics=self.metrics,
+        )
+        self.teaching, self.kept = Teaching(learning), Kept(lambda: self.store)
+        self.erasures = Erasures(learning, self.kept, self.teaching.waiting)
+        self.errands = ErrandRounds(learning, self.teaching.key)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._overview = Overview(self)
         self.observers = Observers(self.metrics, config)
@@ -128,9 +137,9 @@ class Gateway(SyncGateway):
         await self.kept.load(self.runtime.decider.lanes.values())
         self._spawn(self._prune())
         self._spawn(self.webhooks.watch())
-        await errands.start(self)
+        await self.errands.start()
         self._spawn(self._learn_on())
-        self._spawn(errands.forever(self))
+        self._spawn(self.errands.forever())
         return self
 
     async def stop(self) -> None:
@@ -184,7 +193,7 @@ class Gateway(SyncGateway):
         self.webhooks.hooks = hooks
         new.decider.succeed(old.decider)
         self.runtime, self.caches = new, Caches(config.cache, new.embedder, self.caches)
-        await errands.start(self)
+        await self.errands.start()
         self.metrics.reloads.labels("taken").inc()
         self._spawn(old.retire())
 

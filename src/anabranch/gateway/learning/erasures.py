@@ -2,17 +2,18 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from anabranch.gateway.learning.waiting import Waited
+from anabranch.gateway.learning.kept import Kept
+from anabranch.gateway.learning.services import LearningServices
+from anabranch.gateway.learning.waiting import Waited, Waiting
 from anabranch.gateway.store import learned
 from anabranch.gateway.store.database import Connection
 from anabranch.routers.contract.strategy import is_meant
 
 if TYPE_CHECKING:
     from anabranch.gateway.decide import Lane
-    from anabranch.gateway.gateway import Gateway
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +25,18 @@ class Erasures:
     """Orders to forget. Of one gateway, on its event loop.
 
     Args:
-        gateway: it is.
+        services: of the gateway.
+        kept: what its strategies have stored.
+        waiting: outcomes that a score may still come for.
     """
 
-    def __init__(self, gateway: "Gateway") -> None:
-        self._gateway = gateway
+    def __init__(self, services: LearningServices, kept: Kept, waiting: Waiting) -> None:
+        self._services, self._kept, self._waiting = services, kept, waiting
         self._seen = 0
 
     async def start(self) -> None:
         """Orders of before concern what is stored; `Kept` sees to that."""
-        self._seen = await self._gateway.store.look(learned.newest_erasure)
+        self._seen = await self._services.store.look(learned.newest_erasure)
 
     async def order(
         self, *, tenant: str | None, user: str | None = None, decision: str | None = None, request_id: str | None = None
@@ -49,7 +52,7 @@ class Erasures:
         Returns how many examples there were in this process, and how many texts in the store.
         """
         order = {"tenant": tenant, "user": user, "decision": decision}
-        store, lanes = self._gateway.store, self._lanes()
+        store, lanes = self._services.store, self._lanes()
         now_us, names = store.now_us(), [lane.name for lane in lanes]
         # First in the store, so that nothing is taken over from it again.
         self._seen, gone = await store.change(lambda connection: _order(connection, names, order, now_us))
@@ -58,7 +61,7 @@ class Erasures:
         )
         count = await self._apply(order)
         # What this process has stored without it is newer.
-        await self._gateway.kept.save(lanes, at_once=True)
+        await self._kept.save(lanes, at_once=True)
         for name in (*names, *gone):
             await store.change(lambda connection: learned.delete_before(connection, name, now_us))  # noqa: B023
         return count, num_texts
@@ -67,29 +70,28 @@ class Erasures:
         """Erase what strategies keep of texts from before unix second ``before_s``, here and in the store."""
         count, lanes = 0, self._lanes()
         # First what others have written, or it would come back with what they have.
-        await self._gateway.kept.save(lanes)
+        await self._kept.save(lanes)
         for lane in lanes:
             count += await lane.alone(lambda: lane.strategy.expire(before_s))  # noqa: B023
         if count:
             logger.info("%d examples were too old, and are erased", count)
-            await self._gateway.kept.save(lanes, at_once=True)
+            await self._kept.save(lanes, at_once=True)
 
     async def catch_up(self) -> None:
         """Forget what other processes were told to."""
-        orders = await self._gateway.store.look(lambda connection: learned.read_erasures(connection, self._seen))
+        orders = await self._services.store.look(lambda connection: learned.read_erasures(connection, self._seen))
         for seq, _, text in orders:
             await self._apply(json.loads(text))
             self._seen = seq
         if orders:
-            await self._gateway.kept.save(self._lanes(), at_once=True)
+            await self._kept.save(self._lanes(), at_once=True)
 
     def _lanes(self) -> "list[Lane]":
-        lanes: Iterable[Lane] = self._gateway.runtime.decider.lanes.values()
-        return [lane for lane in lanes if lane.can_forget]
+        return [lane for lane in self._services.lanes.values() if lane.can_forget]
 
     async def _apply(self, order: Mapping[str, Any]) -> int:
         count = 0
-        self._gateway.teaching.waiting.forget(lambda waited: _is_meant(waited, order))
+        self._waiting.forget(lambda waited: _is_meant(waited, order))
         for lane in self._lanes():
             count += await lane.forget(order)
         return count

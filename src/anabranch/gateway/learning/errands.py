@@ -12,8 +12,9 @@ from anabranch.gateway.core import settlement
 from anabranch.gateway.core.model_calls import bounded, check_priced, paid_plan, worst_nano
 from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.dispatch import Report
+from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
-from anabranch.gateway.store import LEARNING, LedgerRow, Reservation
+from anabranch.gateway.store import LEARNING, KeyRecord, LedgerRow, Reservation
 from anabranch.gateway.store.records import GLOBAL
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.money import Price, nano_dollars
@@ -21,7 +22,6 @@ from anabranch.web.ids import new_id
 
 if TYPE_CHECKING:
     from anabranch.gateway.decide import Lane
-    from anabranch.gateway.gateway import Gateway
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,13 +43,14 @@ class LaneErrands:
         asked: calls made.
 
     Args:
-        gateway: started.
+        services: of a gateway that is started.
         lane: of the strategy.
+        key: a valid key, by its id; None for one that is not there.
     """
 
-    def __init__(self, gateway: "Gateway", lane: "Lane") -> None:
-        self._gateway, self._lane = gateway, lane
-        self.judge, self.asked = gateway.config.learning.judge, 0
+    def __init__(self, services: LearningServices, lane: "Lane", key: Callable[[str], KeyRecord | None]) -> None:
+        self._services, self._lane, self._key = services, lane, key
+        self.judge, self.asked = services.config.learning.judge, 0
 
     async def alone(self, work: Callable[[], T]) -> T:
         """See `Errands`."""
@@ -58,21 +59,21 @@ class LaneErrands:
     def may_ask(self, tenant: str, models: Sequence[str]) -> bool:
         """Whether the key of the tenant is valid and may use them all; without keys, anybody may."""
         if not tenant:
-            return not self._gateway.config.require_key
-        key = self._gateway.teaching.key(tenant)
+            return not self._services.config.require_key
+        key = self._key(tenant)
         return key is not None and all(key.allows(model) for model in models)
 
     async def ask(self, model: str, messages: Sequence[Mapping[str, Any]], *, temperature: float) -> str:
         """See `Errands`: charged to the tag ``learning``, and to no key."""
-        gateway, runtime = self._gateway, self._gateway.runtime
+        store, runtime = self._services.store, self._services.runtime
         if model not in runtime.models:
             raise InputError(f"strategy {self._lane.name} asks for model {model!r}, which is not in the config")
         body, count, most = bounded(runtime, {"model": model, "messages": list(messages), "temperature": temperature})
         id, report, began = new_id(), Report(), time.perf_counter()
         purse = Purse(
-            lambda nano: gateway.store.reserve(id, SUBJECTS, nano, requested=model, strategy=self._lane.name),
-            gateway.store.grow,
-            has_budget=lambda: gateway.store.has_budget(SUBJECTS),
+            lambda nano: store.reserve(id, SUBJECTS, nano, requested=model, strategy=self._lane.name),
+            store.grow,
+            has_budget=lambda: store.has_budget(SUBJECTS),
         )
         status, request = "cancelled", UpstreamRequest("chat", body, request_id=id, prompt_tokens=count.tokens)
         with runtime.used():
@@ -107,7 +108,7 @@ class LaneErrands:
         self, id: str, purse: Purse, report: Report, price: Price | None, model: str, status: str, took_s: float
     ) -> None:
         """Write its row, as soon as it is known what it cost."""
-        gateway = self._gateway
+        services = self._services
 
         def known() -> LedgerRow:
             usage = report.usage
@@ -121,48 +122,61 @@ class LaneErrands:
         def write(held: Reservation | None) -> None:
             # Whoever asked was gone before there was money, and then there was none.
             if held is not None:
-                settlement.write(gateway.store, held, known())
-            gateway.unsettled.discard(id)
+                settlement.write(services.store, held, known())
+            services.unsettled.discard(id)
 
-        gateway.unsettled.add(id, known())
+        services.unsettled.add(id, known())
         settlement.settle(purse, [report], write)
 
 
-async def start(gateway: "Gateway") -> None:
-    """Set the budget of the config, where there is a judge to spend it."""
-    config = gateway.config.learning
-    if config.judge:
-        await gateway.store.set_budget(SUBJECTS[1], nano_dollars(config.budget_usd), "day")
+class ErrandRounds:
+    """Those of all strategies of a gateway.
+
+    Args:
+        services: of a gateway that is started.
+        key: see `LaneErrands`.
+    """
+
+    def __init__(self, services: LearningServices, key: Callable[[str], KeyRecord | None]) -> None:
+        self._services, self._key = services, key
+
+    async def start(self) -> None:
+        """Set the budget of the config, where there is a judge to spend it."""
+        config = self._services.config.learning
+        if config.judge:
+            await self._services.store.set_budget(SUBJECTS[1], nano_dollars(config.budget_usd), "day")
+
+    def of(self, lane: "Lane") -> LaneErrands:
+        """Those of one strategy."""
+        return LaneErrands(self._services, lane, self._key)
+
+    async def once(self) -> None:
+        """Upkeep of all strategies, and one round of their errands. What cannot be had is left to the next round."""
+        pool = self._services.runtime.dispatcher.pool()
+        for lane in list(self._services.lanes.values()):
+            strategy = lane.strategy
+            try:
+                if type(strategy).upkeep is not Strategy.upkeep:
+                    await lane.alone(lambda: strategy.upkeep(pool))  # noqa: B023
+                if type(strategy).errands is not Strategy.errands:
+                    await _run(strategy, self.of(lane), lane)
+            except LimitError as error:
+                logger.info("strategy %s asks no more for now: %s", lane.name, error)
+            except AnabranchError as error:
+                logger.warning("strategy %s could not have asked what it wanted: %s", lane.name, error)
+            except Exception as error:
+                logger.error("the upkeep of strategy %s failed: %s", lane.name, type(error).__name__, exc_info=error)
+
+    async def forever(self) -> None:
+        """`once`, every few seconds."""
+        while True:
+            await asyncio.sleep(EVERY_S)
+            await self.once()
 
 
-async def once(gateway: "Gateway") -> None:
-    """Upkeep of all strategies, and one round of their errands. What cannot be had is left to the next round."""
-    pool = gateway.runtime.dispatcher.pool()
-    for lane in list(gateway.runtime.decider.lanes.values()):
-        strategy = lane.strategy
-        try:
-            if type(strategy).upkeep is not Strategy.upkeep:
-                await lane.alone(lambda: strategy.upkeep(pool))  # noqa: B023
-            if type(strategy).errands is not Strategy.errands:
-                await _errands(strategy, LaneErrands(gateway, lane), lane)
-        except LimitError as error:
-            logger.info("strategy %s asks no more for now: %s", lane.name, error)
-        except AnabranchError as error:
-            logger.warning("strategy %s could not have asked what it wanted: %s", lane.name, error)
-        except Exception as error:
-            logger.error("the upkeep of strategy %s failed: %s", lane.name, type(error).__name__, exc_info=error)
-
-
-async def _errands(strategy: Strategy, run: LaneErrands, lane: "Lane") -> None:
+async def _run(strategy: Strategy, errands: LaneErrands, lane: "Lane") -> None:
     try:
-        await strategy.errands(run)
+        await strategy.errands(errands)
     finally:
-        if run.asked:
+        if errands.asked:
             lane.touch()
-
-
-async def forever(gateway: "Gateway") -> None:
-    """`once`, every few seconds."""
-    while True:
-        await asyncio.sleep(EVERY_S)
-        await once(gateway)

@@ -11,6 +11,7 @@ from anabranch.errors import AnabranchError
 from anabranch.gateway.config.parts import Who
 from anabranch.gateway.learning.fair import FairShare
 from anabranch.gateway.learning.permission import is_learned_of, may_score, may_teach
+from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.learning.waiting import Waiting
 from anabranch.gateway.store import KeyRecord, LedgerQuery, LedgerRow, SaidBeforeError
 from anabranch.routers.contract.query import Outcome
@@ -18,7 +19,6 @@ from anabranch.web.api_error import ApiError, wrong
 
 if TYPE_CHECKING:
     from anabranch.gateway.decide import Lane
-    from anabranch.gateway.gateway import Gateway
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ class Teaching:
         waiting: outcomes that a score may still come for.
 
     Args:
-        gateway: started before anything is taught.
+        services: of a gateway that is started before anything is taught.
     """
 
-    def __init__(self, gateway: "Gateway") -> None:
-        self._gateway = gateway
+    def __init__(self, services: LearningServices) -> None:
+        self._services = services
         self.waiting = Waiting()
         # By strategy, and whether the outcomes are scored: what comes by itself leaves the room for scores as it is.
         self._shares: dict[tuple[str, bool], FairShare] = {}
@@ -55,7 +55,7 @@ class Teaching:
     async def start(self) -> None:
         """Learn which keys there are, and what is no news."""
         await self.read_keys()
-        self._last_seq = await self._gateway.store.newest_score()
+        self._last_seq = await self._services.store.newest_score()
 
     # Requests that end
 
@@ -120,19 +120,19 @@ class Teaching:
         What it may not, is not told from what is not there. Raises ApiError (404).
         """
         # Its row may still wait for what a call costs that was given up; whose it is, is known.
-        row = await self._gateway.unsettled.row(id)
+        row = await self._services.unsettled.row(id)
         is_written = row is None
         if row is None:
-            row = next(iter(await self._gateway.store.ledger(LedgerQuery(request_id=id))), None)
+            row = next(iter(await self._services.store.ledger(LedgerQuery(request_id=id))), None)
         lane = None if row is None else self._lane(row.strategy)
-        who = self._gateway.config.feedback.who if lane is None else self._who(lane)
+        who = self._services.config.feedback.who if lane is None else self._who(lane)
         if row is None or not may_score(who, giver, row.key_id, row.team):
             raise ApiError(404, "unknown_request", f"there is no request {id!r}", param="request_id")
         return row, is_written
 
     async def _keep(self, row: LedgerRow, score: float, whose: str, comment: str) -> None:
         """Have the store keep a score. Raises SaidBeforeError, CapacityError."""
-        await self._gateway.store.feedback(
+        await self._services.store.feedback(
             row.request_id, score, key_id=whose, owner=row.key_id, comment=comment, once=True
         )
 
@@ -141,7 +141,7 @@ class Teaching:
 
         async def later() -> None:
             try:
-                await self._gateway.unsettled.wait(row.request_id)
+                await self._services.unsettled.wait(row.request_id)
                 await self._keep(row, score, whose, comment)
             except AnabranchError as error:
                 logger.warning("a score of request %s is not kept: %s", row.request_id, error)
@@ -159,7 +159,7 @@ class Teaching:
 
     async def catch_up(self) -> None:
         """Learn from scores that other processes on the same store were sent for requests that were decided here."""
-        store = self._gateway.store
+        store = self._services.store
         for seq, id, key_id, score in await store.scores_after(self._last_seq - OVERLAP):
             self._last_seq = max(self._last_seq, seq)
             giver = self._keys.get(key_id)
@@ -191,7 +191,7 @@ class Teaching:
 
     def _admit(self, lane: "Lane", key_id: str, key: KeyRecord | None, *, is_scored: bool) -> bool:
         """Whether an outcome is within the share of whoever says it; operators have no limit."""
-        config = self._gateway.config.feedback
+        config = self._services.config.feedback
         share = self._shares.get((lane.name, is_scored))
         if share is None or share.config != config:
             share = self._shares[lane.name, is_scored] = FairShare(config)
@@ -206,26 +206,26 @@ class Teaching:
     @property
     def num_senders(self) -> int:
         """Keys that requests may come with, as far as known, but for operators'; all who need none are one."""
-        return sum(not key.is_admin for key in self._keys.values()) + (not self._gateway.config.require_key)
+        return sum(not key.is_admin for key in self._keys.values()) + (not self._services.config.require_key)
 
     async def read_keys(self, fresh_s: float = 0.0) -> None:
         """Learn which keys there are, unless that was read so few seconds ago."""
         if time.monotonic() - self._keys_read_s < fresh_s:
             return
-        now_us = int(self._gateway.now_s() * 1e6)
-        self._keys = {key.id: key for key in await self._gateway.store.keys() if key.is_valid(now_us)}
+        now_us = int(time.time() * 1e6)
+        self._keys = {key.id: key for key in await self._services.store.keys() if key.is_valid(now_us)}
         self._keys_read_s = time.monotonic()
 
     def _lane(self, strategy: str) -> "Lane | None":
         """A strategy that learns."""
-        lane = self._gateway.runtime.decider.lanes.get(strategy)
+        lane = self._services.lanes.get(strategy)
         return lane if lane is not None and lane.learns else None
 
     def _who(self, lane: "Lane") -> Who:
-        return lane.settings.learns_from or self._gateway.config.feedback.who
+        return lane.settings.learns_from or self._services.config.feedback.who
 
     def _count(self, lane: "Lane", result: str) -> None:
-        self._gateway.metrics.outcomes.labels(lane.name, result).inc()
+        self._services.metrics.outcomes.labels(lane.name, result).inc()
 
 
 def _read(body: Mapping[str, Any]) -> tuple[str, float, str]:
