@@ -11,52 +11,47 @@ async with Gateway() as gateway:                      # a mock pool
 import asyncio
 import contextlib
 import json
-import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from anabranch.errors import AnabranchError, CapacityError, ConfigError, InputError, RateError
+from anabranch.errors import CapacityError, ConfigError, InputError
+from anabranch.gateway import listings
 from anabranch.gateway.caches import Caches
-from anabranch.gateway.config import GatewayConfig, default_config, load_config, names_of
+from anabranch.gateway.config import GatewayConfig, default_config, load_config
 from anabranch.gateway.core.decision_log import Collecting, keeps_texts
-from anabranch.gateway.core.finished import Finished, Priced
 from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.core.incoming import Incoming, Key, KnownKey
+from anabranch.gateway.core.intake import Intake
 from anabranch.gateway.core.relay import Ahead, Chunks
 from anabranch.gateway.core.reply import Reply
-from anabranch.gateway.core.request import CLIENT_GONE, RequestRun
+from anabranch.gateway.core.request import RequestRun
+from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.core.unsettled import Unsettled
+from anabranch.gateway.key_admission import KeyAdmission
 from anabranch.gateway.learning.erasures import Erasures
 from anabranch.gateway.learning.errands import ErrandRounds
-from anabranch.gateway.learning.kept import EVERY_S, Kept
+from anabranch.gateway.learning.kept import Kept
 from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.learning.teaching import Teaching
-from anabranch.gateway.metrics import Ended, Metrics
+from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.observe.observers import Observers
 from anabranch.gateway.observe.webhooks import Webhooks, hooks_of
 from anabranch.gateway.overview import Overview
 from anabranch.gateway.providers.provider import Native
-from anabranch.gateway.refusals import limited, unavailable
+from anabranch.gateway.refusals import unavailable
+from anabranch.gateway.request_log import RequestLog
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord, RateLimits, Store, open_store
-from anabranch.gateway.store.queries import spent_by_key
 from anabranch.gateway.sync_gateway import SyncGateway
+from anabranch.gateway.tasks import Tasks
 from anabranch.gateway.ui import Seen, Snapshot
-from anabranch.gateway.ui.seen import seen_of, with_price
+from anabranch.gateway.upkeep import learn_forever, prune_forever
 from anabranch.routers.contract.query import Decision
 from anabranch.routers.contract.strategy import Strategy
-from anabranch.routers.money import dollars
-from anabranch.web.api_error import ApiError
-
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-PRUNE_S = 3600.0
-DAY_S = 86_400.0
-MONTH_S = 30 * DAY_S
 
 
 class Gateway(SyncGateway):
@@ -82,16 +77,40 @@ class Gateway(SyncGateway):
         elif isinstance(config, str | Path):
             config = load_config(Path(config))
         self.metrics, self.rates, self.senders = Metrics(), RateLimits(), InFlight()
-        self.ahead = Ahead()
+        self.ahead, self.unsettled, self._tasks = Ahead(), Unsettled(), Tasks()
         self._strategies = strategies
         self.runtime = self._made(config, None)
         self.caches = Caches(config.cache, self.runtime.embedder)
         self.admin_key = None if config.admin.key is None else config.admin.key.reveal()
         self.recent: deque[Seen] = deque(maxlen=200)
-        self.began_s, self.in_flight = time.time(), 0
-        self.unsettled = Unsettled()
+        self.began_s = time.time()
         self._given, self._store = store is not None, store
-        learning = LearningServices(
+        self._learn()
+        self.observers = Observers(self.metrics, config)
+        self.webhooks = Webhooks(config.webhooks, lambda: self.store)
+        self._overview = Overview(self)
+        self._keys = KeyAdmission(lambda: self.store, lambda: self.config, self.rates, self.senders)
+        self._log = RequestLog(
+            self.recent,
+            metrics=self.metrics,
+            observers=self.observers,
+            overview=self._overview,
+            teaching=self.teaching,
+        )
+        self._intake = Intake(
+            runtime=lambda: self.runtime,
+            services=self._services,
+            metrics=self.metrics,
+            senders=self.senders,
+            spawn=self._tasks.spawn,
+            keep=self.keep,
+            on_refused=self._refused,
+        )
+        super().__init__()
+
+    def _learn(self) -> None:
+        """Make what learns."""
+        self._learning = learning = LearningServices(
             open_store=lambda: self.store,
             runtime_now=lambda: self.runtime,
             unsettled=self.unsettled,
@@ -100,14 +119,14 @@ class Gateway(SyncGateway):
         self.teaching, self.kept = Teaching(learning), Kept(lambda: self.store)
         self.erasures = Erasures(learning, self.kept, self.teaching.waiting)
         self.errands = ErrandRounds(learning, self.teaching.key)
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._overview = Overview(self)
-        self.observers = Observers(self.metrics, config)
-        self.webhooks = Webhooks(config.webhooks, lambda: self.store)
-        super().__init__()
 
     def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
         return Runtime(config, self._bypassed, self._strategies, previous, self.metrics.of)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests under way."""
+        return self._intake.in_flight
 
     @property
     def config(self) -> GatewayConfig:
@@ -135,11 +154,11 @@ class Gateway(SyncGateway):
         await self.teaching.start()
         await self.erasures.start()
         await self.kept.load(self.runtime.decider.lanes.values())
-        self._spawn(self._prune())
-        self._spawn(self.webhooks.watch())
+        self._tasks.spawn(prune_forever(self._store, lambda: self.config, self.erasures))
+        self._tasks.spawn(self.webhooks.watch())
         await self.errands.start()
-        self._spawn(self._learn_on())
-        self._spawn(self.errands.forever())
+        self._tasks.spawn(learn_forever(self._learning, self.teaching, self.erasures, self.kept))
+        self._tasks.spawn(self.errands.forever())
         return self
 
     async def stop(self) -> None:
@@ -147,9 +166,7 @@ class Gateway(SyncGateway):
 
         Calls that are read on for what they cost are given up, and charged the most that they may be billed.
         """
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.stop()
         if self._store is not None:
             await self.kept.save(self.runtime.decider.lanes.values(), is_last=True)
         await self.runtime.close()
@@ -195,48 +212,11 @@ class Gateway(SyncGateway):
         self.runtime, self.caches = new, Caches(config.cache, new.embedder, self.caches)
         await self.errands.start()
         self.metrics.reloads.labels("taken").inc()
-        self._spawn(old.retire())
-
-    async def _prune(self) -> None:
-        """Delete what is older than the config wants it kept."""
-        while True:
-            days = self.config.log.keep_days
-            if days is not None:
-                try:
-                    # First where they are at work, or they would be written again.
-                    await self.erasures.expire(time.time() - days * DAY_S)
-                    count = await self.store.prune(time.time() - days * DAY_S)
-                    logger.info("deleted %d rows older than %d days", count, days)
-                except CapacityError as error:
-                    logger.warning("rows older than %d days are deleted later: %s", days, error)
-            await asyncio.sleep(PRUNE_S)
-
-    async def _learn_on(self) -> None:
-        """Keep what strategies learn, and learn from what other processes on the store were told, or told to forget."""
-        while True:
-            await asyncio.sleep(EVERY_S)
-            try:
-                await self.teaching.read_keys()
-                await self.teaching.catch_up()
-                await self.erasures.catch_up()
-            except AnabranchError as error:
-                logger.warning("scores that other processes were sent cannot be read: %s", error)
-            await self.kept.save(self.runtime.decider.lanes.values())
-
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        self._tasks.spawn(old.retire())
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Have a task that somebody else waits for end before the gateway does."""
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a task of the gateway failed: %s", type(error).__name__, exc_info=error)
+        self._tasks.keep(task)
 
     # Requests
 
@@ -245,7 +225,7 @@ class Gateway(SyncGateway):
         endpoint: str,
         body: dict[str, Any],
         *,
-        key: str | None = None,
+        key: Key = None,
         headers: Mapping[str, str] | None = None,
         shown_as: str | None = None,
         collecting: Collecting | None = None,
@@ -257,105 +237,27 @@ class Gateway(SyncGateway):
         Args:
             endpoint: ``chat``, ``completions`` or ``embeddings``.
             body: as OpenAI's endpoint takes it.
-            key: of this gateway.
+            key: of this gateway, or what is known of it already.
             headers: of the request; names in lower case, or a mapping that does not mind.
             shown_as: what metrics call the endpoint, if not by its name.
             collecting: what it is collected for; None for a request of a user.
             num_bytes: of the body as it came, if that is known; a large one is read, counted and sent in other threads.
             native: what ``body`` was made of, if that came in Anthropic's form.
         """
-        if self.in_flight >= self.config.limits.in_flight:
-            self.metrics.refuse("too_many")
-            message = f"{self.in_flight:,} requests are under way, which is the limit; try again"
-            raise ApiError(429, "rate_limit_exceeded", message, type="requests", headers={"Retry-After": "1"})
-        runtime = self.runtime
-        run = RequestRun(
-            self._services(),
-            runtime,
-            endpoint,
-            body,
-            headers or {},
-            shown_as or endpoint,
-            collecting,
-            num_bytes,
-            native,
+        incoming = Incoming(
+            endpoint=endpoint,
+            body=body,
+            headers=headers or {},
+            shown_as=shown_as or "",
+            collecting=collecting,
+            num_bytes=num_bytes,
+            native=native,
         )
-        self.in_flight += 1
-        runtime.users += 1
-        if not run.state.headers.get("idempotency-key"):
-            return await self._run(run, key)
-        # One with a name goes on without its client, who comes back for the answer.
-        task = asyncio.ensure_future(self._run(run, key))
-        self.keep(task)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(self._unread)
-            raise
-
-    def _unread(self, done: "asyncio.Task[Reply]") -> None:
-        """The client has gone before there was a reply."""
-        if done.cancelled() or done.exception() is not None:
-            return
-        stream = done.result().stream
-        if stream is not None:
-            self._spawn(stream.aclose())  # type: ignore[attr-defined]
-
-    async def _run(self, run: RequestRun, key: str | None) -> Reply:
-        try:
-            reply = await run.run(key)
-        except BaseException as error:
-            self._leave(run)
-            if not run.state.is_over:
-                self._refused(run, error)
-            if isinstance(error, ApiError):
-                error.headers.setdefault("x-request-id", run.state.id)
-                # Codes of upstreams are theirs to choose.
-                if run.state.report is None:
-                    self.metrics.refuse(error.code if error.status < 500 else "failed")
-            raise
-        if reply.stream is None:
-            self._leave(run)
-        else:
-            reply.stream.on_close = lambda: self._leave(run)  # type: ignore[attr-defined]
-        return reply
-
-    def _refused(self, run: RequestRun, error: BaseException) -> None:
-        """It has no row in the ledger: nobody knows whose it is, or what it asks."""
-        if isinstance(error, ApiError):
-            status, code = error.status, error.code or ""
-        else:
-            status, code = 500 if isinstance(error, Exception) else CLIENT_GONE, ""
-        self.observers.refused(
-            run.state.shown_as,
-            status,
-            code=code,
-            id=run.state.id,
-            key_id=run.state.tenant,
-            trace=run.state.trace,
-            time_s=run.state.time_s,
-            latency_s=run.state.elapsed(),
-        )
-
-    def _leave(self, run: RequestRun) -> None:
-        self.in_flight -= 1
-        run.state.runtime.release()
-        if run.state.is_counted:
-            self.senders.leave(run.state.tenant)
+        return await self._intake.take(incoming, key)
 
     async def authenticate(self, secret: str | None) -> KeyRecord | None:
         """The key a request came with; None where none is needed and none that is known was sent. Raises ApiError (401, 503)."""
-        try:
-            record = await self.store.key_of(secret) if secret else None
-            # A key that is wrong, or has ended, opens no more than none does, and is hardly meant.
-            is_wrong = record is None and bool(secret) and await self.store.has_keys()
-        except CapacityError as error:
-            raise unavailable(error) from None
-        if is_wrong or (record is None and self.config.require_key):
-            what = "is not known, or not valid any more" if secret else "is missing"
-            message = f"the key {what}; send Authorization: Bearer KEY (anabranch gateway keys create makes one)"
-            raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
-        return record
+        return await self._keys.authenticate(secret)
 
     async def achat(
         self,
@@ -379,66 +281,31 @@ class Gateway(SyncGateway):
     async def explain(self, body: dict[str, Any], record: KeyRecord | None = None) -> Decision:
         """`aroute` for operators, who need no key."""
         with self.runtime.used() as runtime:
-            return await RequestRun(self._services(), runtime, "chat", body, {}, "route").route(record)
+            incoming = Incoming(endpoint="chat", body=body, shown_as="route")
+            return await RequestRun(self._services(), runtime, incoming).route(record)
 
     # What else there is to ask
 
     def models(self, record: KeyRecord | None = None) -> list[dict[str, Any]]:
         """Models, aliases and strategies, as ``/v1/models`` lists them; of models, those alone that the key may use."""
-        return [self._fact(name) for name in self._names(record)]
+        return listings.listed_models(self.config, record, self.began_s)
 
     def model_facts(self, name: str, record: KeyRecord | None = None) -> dict[str, Any]:
         """One of `models`. Raises ApiError (404)."""
-        known = self._names(record)
-        if name not in known:
-            from anabranch.gateway.config.suggestions import hint
-
-            message = f"there is no model {name[:80]!r}; {hint(name[:200], known)}"
-            raise ApiError(404, "model_not_found", message, param="model")
-        return self._fact(name)
-
-    def _names(self, record: KeyRecord | None) -> list[str]:
-        closed = {
-            name
-            for model in self.config.models
-            if record is not None and not record.allows(model.name)
-            for name in (model.name, *model.aliases)
-        }
-        return [name for name in names_of(self.config) if name not in closed]
+        return listings.listed_model(self.config, name, record, self.began_s)
 
     async def key_facts(self, record: KeyRecord) -> dict[str, Any]:
         """What a key may know of itself: its limits, its own budgets, and what it has spent. It counts as a request of the key."""
-        self._admit_feedback(record)
-        since_us = int((self.now_s() - MONTH_S) * 1e6)
-        budgets = [one for one in await self.store.budgets() if one.subject == f"key:{record.id}"]
-        count, nano = await self.store.look(lambda connection: spent_by_key(connection, record.id, since_us))
-        limits = self.config.limits
-        return {
-            "object": "key", "id": record.id, "name": record.name, "user": record.user, "team": record.team, "tags": list(record.tags),
-            "models": list(record.models), "rpm": record.rpm or limits.rpm, "tpm": record.tpm or limits.tpm,
-            "max_in_flight": record.max_in_flight or limits.max_in_flight,
-            "expires_s": None if record.expires_us is None else record.expires_us / 1e6,
-            "last_30_days": {"requests": count, "spent_usd": dollars(nano)},
-            "budgets": [
-                {
-                    "period": one.period, "limit_usd": dollars(one.limit_nano), "spent_usd": dollars(one.spent_nano),
-                    "reserved_usd": dollars(one.reserved_nano), "remaining_usd": dollars(one.remaining_nano),
-                    "resets_s": None if one.resets_us is None else one.resets_us / 1e6,
-                }
-                for one in budgets
-            ],
-        }  # fmt: skip
+        self._keys.admit(record)
+        return await listings.key_facts(self.store, self.config, record, self.now_s())
 
-    def _fact(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": int(self.began_s), "owned_by": "anabranch"}
-
-    async def feedback(self, body: dict[str, Any], *, key: str | None = None) -> dict[str, Any]:
+    async def feedback(self, body: dict[str, Any], *, key: Key = None) -> dict[str, Any]:
         """Take a score for an answer, one from each key that may give one: the store keeps it. It counts as a request of its key.
 
         Whether the strategy that chose learns from it is in the answer (``learned``) and up to `FeedbackConfig`. Raises ApiError.
         """
-        record = await self.authenticate(key)
-        self._admit_feedback(record)
+        record = key.record if isinstance(key, KnownKey) else await self.authenticate(key)
+        self._keys.admit(record)
         try:
             row, score, learned = await self.teaching.score(body, record)
         except CapacityError as error:
@@ -448,26 +315,11 @@ class Gateway(SyncGateway):
             "object": "feedback", "request_id": row.request_id, "score": score, "model": row.model, "learned": learned
         }  # fmt: skip
 
-    def _admit_feedback(self, record: KeyRecord | None) -> None:
-        tenant, rpm = ("", None) if record is None else (record.id, record.rpm)
-        try:
-            self.rates.admit(tenant, 0, rpm=rpm or self.config.limits.rpm, tpm=None)
-        except RateError as error:
-            raise limited(error) from None
-
     @contextlib.contextmanager
     def counted(self, record: KeyRecord | None) -> Iterator[None]:
         """What is answered here alone is a request of its key all the same, as long as the block lasts. Raises ApiError (429)."""
-        tenant, most = ("", None) if record is None else (record.id, record.max_in_flight)
-        try:
-            self.senders.enter(tenant, most or self.config.limits.max_in_flight)
-        except RateError as error:
-            raise limited(error) from None
-        try:
-            self._admit_feedback(record)
+        with self._keys.counted(record):
             yield
-        finally:
-            self.senders.leave(tenant)
 
     def keeps_texts(self, body: Mapping[str, Any]) -> bool:
         """See `core.decision_log.keeps_texts`."""
@@ -486,41 +338,22 @@ class Gateway(SyncGateway):
             keep_task=self.keep,
             ahead=self.ahead,
             begin_trace=self.observers.begin_trace,
-            on_finished=self._finished,
-            on_priced=self._priced,
+            on_finished=self._log.finished,
+            on_priced=self._log.priced,
         )
 
-    def _finished(self, done: Finished) -> None:
-        """A request is over: count it, show it, and remember it for whoever scores it."""
-        row, metrics = done.row, self.metrics
-        metrics.ended(
-            Ended(
-                endpoint=done.endpoint, model=row.model, strategy=row.strategy, status=done.http_status, cache=row.cache,
-                latency_s=done.latency_s, ttft_s=done.first_s, overhead_s=done.overhead_s,
-            )
-        )  # fmt: skip
-        for call in done.calls:
-            metrics.called(call)
-        for attempt in (*done.attempts, *done.asked_attempts):
-            metrics.attempted(attempt.deployment, attempt.status)
-        self.recent.append(seen_of(done))
-        self.observers.finished(done)
-        if done.outcome is not None:
-            self.teaching.ended(row.strategy, row, done.outcome)
-
-    def _priced(self, priced: Priced) -> None:
-        """It is known what a request cost: that is what is counted, shown, and learned from."""
-        row = priced.row
-        for one in (row, *priced.calls):
-            self.metrics.priced(one)
-        self.observers.priced(priced)
-        for at in range(len(self.recent) - 1, -1, -1):
-            if self.recent[at].request_id == row.request_id:
-                self.recent[at] = seen = with_price(self.recent[at], priced)
-                self._overview.ended(seen)
-                break
-        if priced.outcome is not None:
-            self.teaching.priced(row.strategy, row, priced.outcome)
+    def _refused(self, state: RequestState, status: int, code: str) -> None:
+        """A request is over that has no row in the ledger."""
+        self.observers.refused(
+            state.shown_as,
+            status,
+            code=code,
+            id=state.id,
+            key_id=state.tenant,
+            trace=state.trace,
+            time_s=state.time_s,
+            latency_s=state.elapsed(),
+        )
 
     async def snapshot(self) -> Snapshot:
         """For the page."""

@@ -8,14 +8,13 @@ in the ledger. Where a call that was given up is read on for what it costs, that
 """
 
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.core import admission, choice, ending
 from anabranch.gateway.core.admission import apart
 from anabranch.gateway.core.cached_answers import CachedAnswers
-from anabranch.gateway.core.decision_log import Collecting
 from anabranch.gateway.core.failures import refusal_of
+from anabranch.gateway.core.incoming import Incoming, Key, KnownKey
 from anabranch.gateway.core.model_answer import ModelAnswer
 from anabranch.gateway.core.program_answer import ask_program
 from anabranch.gateway.core.relay import Relay
@@ -23,7 +22,7 @@ from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.core.response_headers import headers_of
 from anabranch.gateway.core.services import Services
-from anabranch.gateway.providers.provider import Answer, Native, UpstreamError
+from anabranch.gateway.providers.provider import Answer, UpstreamError
 from anabranch.gateway.store import KeyRecord, subjects_of
 from anabranch.routers.contract.query import Decision
 
@@ -43,27 +42,16 @@ class RequestRun:
     Args: see `RequestState`.
     """
 
-    def __init__(
-        self,
-        services: Services,
-        runtime: "Runtime",
-        endpoint: Any,
-        body: dict[str, Any],
-        headers: Mapping[str, str],
-        shown_as: str,
-        collecting: Collecting | None = None,
-        num_bytes: int = 0,
-        native: Native | None = None,
-    ) -> None:
-        self.state = RequestState(services, runtime, endpoint, body, headers, shown_as, collecting, num_bytes, native)
+    def __init__(self, services: Services, runtime: "Runtime", incoming: Incoming) -> None:
+        self.state = RequestState(services, runtime, incoming)
         self._cached = CachedAnswers(self.state)
 
-    async def run(self, secret: str | None) -> Reply:
+    async def run(self, key: Key) -> Reply:
         """From the key to the answer, or to the first token of a stream. Raises ApiError."""
         state, clock = self.state, self.state.clock
         try:
             clock.begin("key")
-            state.record = await state.services.authenticate(secret)
+            state.record = key.record if isinstance(key, KnownKey) else await state.services.authenticate(key)
             clock.begin("read")
             await apart(state, lambda: admission.read(state))
             admission.admit(state)

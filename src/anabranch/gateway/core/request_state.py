@@ -5,7 +5,6 @@ what is told of it at its end are read from it. It knows no step and no reader.
 """
 
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.ab.assignment import Arm
@@ -13,7 +12,8 @@ from anabranch.gateway.asked import Asked
 from anabranch.gateway.cache import Entry
 from anabranch.gateway.config import Target
 from anabranch.gateway.core.bounds import Bounds
-from anabranch.gateway.core.decision_log import Collecting, keeps_texts
+from anabranch.gateway.core.decision_log import keeps_texts
+from anabranch.gateway.core.incoming import Incoming
 from anabranch.gateway.core.model_calls import ModelCalls
 from anabranch.gateway.core.program_run import ProgramRun
 from anabranch.gateway.core.purse import Purse
@@ -24,7 +24,7 @@ from anabranch.gateway.media_requests import is_media
 from anabranch.gateway.metrics import StageClock
 from anabranch.gateway.prompt_tokens import PromptCount
 from anabranch.gateway.providers.media import content_type
-from anabranch.gateway.providers.provider import WRITES, Answer, Native
+from anabranch.gateway.providers.provider import WRITES, Answer
 from anabranch.gateway.store import KeyRecord
 from anabranch.web.answers import JSON
 from anabranch.web.ids import new_id
@@ -39,31 +39,14 @@ class RequestState:
     Args:
         services: what the request is lent.
         runtime: of the config that it began on.
-        endpoint: ``chat``, ``completions``, ``embeddings``, or one of media.
-        body: as OpenAI's endpoint takes it.
-        headers: of the request; names in lower case, or a mapping that does not mind.
-        shown_as: what metrics call the endpoint.
-        collecting: what it is collected for; None for a request of a user.
-        num_bytes: of the body as it came; 0 if that is not known.
-        native: what ``body`` was made of, if it came in another form.
+        incoming: the request as it came; its attributes are this one's too.
     """
 
-    def __init__(
-        self,
-        services: Services,
-        runtime: "Runtime",
-        endpoint: Any,
-        body: dict[str, Any],
-        headers: Mapping[str, str],
-        shown_as: str,
-        collecting: Collecting | None = None,
-        num_bytes: int = 0,
-        native: Native | None = None,
-    ) -> None:
-        self.services, self.runtime, self.endpoint, self.body = services, runtime, endpoint, body
-        self.headers, self.shown_as, self.collecting = headers, shown_as, collecting
-        self.num_bytes, self.native = num_bytes, native
-        self.trace = services.begin_trace(headers)
+    def __init__(self, services: Services, runtime: "Runtime", incoming: Incoming) -> None:
+        self.services, self.runtime, self.endpoint, self.body = services, runtime, incoming.endpoint, incoming.body
+        self.headers, self.shown_as = incoming.headers, incoming.shown_as or incoming.endpoint
+        self.collecting, self.num_bytes, self.native = incoming.collecting, incoming.num_bytes, incoming.native
+        self.trace = services.begin_trace(self.headers)
         self.clock = StageClock(services.metrics.staged)
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
         # Of the key; None if none is needed.
