@@ -16,7 +16,7 @@ from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http import openai
 from anabranch.gateway.http.app import App
-from anabranch.gateway.providers import provider
+from anabranch.gateway.providers import upstream_request
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.web.api_error import ApiError
@@ -64,7 +64,7 @@ WORK = [
     (admission, "check_chat"),
     (cached_answers, "exact_key"),
     (cached_answers, "shortened"),
-    (provider, "dump_large"),
+    (upstream_request, "dump_large"),
 ]
 
 

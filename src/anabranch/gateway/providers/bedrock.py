@@ -18,12 +18,12 @@ from anabranch.extras import require
 from anabranch.gateway.providers import converse
 from anabranch.gateway.providers.authorized import Authorized
 from anabranch.gateway.providers.converse import ERRORS, TOO_LONG, ConverseStream
+from anabranch.gateway.providers.error_body import TELLING_KEY
 from anabranch.gateway.providers.eventstream import EventStream
 from anabranch.gateway.providers.keys import Secret, read_key
 from anabranch.gateway.providers.openai import unsupported
 from anabranch.gateway.providers.plain_chat import plain
 from anabranch.gateway.providers.provider import (
-    TELLING_KEY,
     Answer,
     Failure,
     Headers,

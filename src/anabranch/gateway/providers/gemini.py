@@ -11,12 +11,12 @@ from urllib.parse import quote
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
+from anabranch.gateway.providers.error_body import RETRY_AFTER_S
 from anabranch.gateway.providers.generate_content import GeminiStream, check_blocked, choice_of, translated, usage_of
 from anabranch.gateway.providers.keys import read_key
 from anabranch.gateway.providers.openai import unsupported
 from anabranch.gateway.providers.plain_chat import plain
 from anabranch.gateway.providers.provider import (
-    RETRY_AFTER_S,
     Answer,
     Failure,
     Headers,

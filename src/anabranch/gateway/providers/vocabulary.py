@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from anabranch.gateway.providers.provider import FailureKind
+    from anabranch.gateway.providers.failures import FailureKind
 
 WORDS: "dict[str, FailureKind]" = {
     "insufficient_quota": "credit",

@@ -1,0 +1,73 @@
+"""What goes over the wire, and what carries it: `HttpCall`, `Reply` and `Transport`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from anabranch.gateway.providers.failures import excess
+
+Headers = Mapping[str, str]
+
+# Most bytes of an answer that are read.
+BODY_BYTES = 32 << 20
+
+
+@dataclass(slots=True, repr=False)
+class HttpCall:
+    """What goes over the wire. Its repr shows neither the values of headers (keys) nor the body (prompts).
+
+    Attributes:
+        url: absolute; made of the config alone.
+        headers: to send.
+        body: JSON.
+        proxy: URL of a proxy; None for none.
+        is_sent: it may have gone out, and be billed: set when a transport is given it. One that knows better sets it to False until
+            the body goes out.
+    """
+
+    url: str
+    headers: Headers
+    body: bytes
+    proxy: str | None = None
+    is_sent: bool = False
+
+    def __repr__(self) -> str:
+        return f"HttpCall({self.url!r}, headers of {sorted(self.headers)}, {len(self.body)} bytes)"
+
+
+class Reply(Protocol):
+    """An answer under way. Header names are lower case, or the mapping does not mind."""
+
+    status: int
+
+    @property
+    def headers(self) -> Headers:
+        """Of the answer."""
+
+    def read_ready(self) -> bytes:
+        """What has come, without waiting; empty if nothing has, or the end is reached."""
+
+    async def read_some(self) -> bytes:
+        """What comes next, empty at the end. May be cancelled and called again without losing a byte. Raises UpstreamError."""
+
+    def close(self) -> None:
+        """Drop the connection if the end has not been reached."""
+
+
+class Transport(Protocol):
+    """What carries calls."""
+
+    async def open(self, call: HttpCall) -> Reply:
+        """Send, and wait for status and headers. Raises UpstreamError."""
+
+
+async def read_all(reply: Reply, most: int = BODY_BYTES) -> bytes:
+    """The rest of an answer. Raises UpstreamError (``excess``) beyond ``most`` bytes."""
+    parts, size = [], 0
+    while part := await reply.read_some():
+        size += len(part)
+        if size > most:
+            reply.close()
+            raise excess(f"an answer of more than {most:,} bytes")
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
