@@ -545,7 +545,7 @@ def test_what_another_process_does_to_a_key_is_seen(url, monkeypatch):
 
 def test_a_key_in_use_is_read_again_behind_the_scenes(tmp_path, monkeypatch):
     async def main():
-        monkeypatch.setattr("anabranch.gateway.store.store.FRESH_S", 0.0)
+        monkeypatch.setattr("anabranch.gateway.store.store_keys.FRESH_S", 0.0)
         url = str(tmp_path / "g.db")
         async with open_store(url) as store, open_store(url, serves=False) as tool:
             secret, key = await tool.create_key("k")
@@ -694,7 +694,7 @@ def test_a_score_that_is_written_again_after_its_answer_was_lost_is_no_second_on
 
 def test_prune_keeps_budgets(url, monkeypatch):
     async def main():
-        monkeypatch.setattr("anabranch.gateway.store.store.PRUNED", 2)
+        monkeypatch.setattr("anabranch.gateway.store.store_history.PRUNED", 2)
         clock = Clock(NOON - DAY)
         async with open_store(url, clock=clock) as store:
             await store.set_budget("global", 100)

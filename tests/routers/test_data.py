@@ -424,8 +424,8 @@ def test_a_question_of_a_log_is_all_its_answers_together():
 @pytest.mark.parametrize("page", [1, 2, 1000])
 def test_a_store_is_read_while_it_is_there(tmp_path, monkeypatch, page):
     monkeypatch.setattr(store_outcomes, "PAGE", page)
+    from anabranch.gateway.store.opening import open_store
     from anabranch.gateway.store.records import GLOBAL, LedgerRow
-    from anabranch.gateway.store.store import open_store
 
     async def serve():
         async with open_store(str(tmp_path / "gateway.db")) as store:

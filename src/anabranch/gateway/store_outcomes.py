@@ -41,7 +41,7 @@ def load_store(url: str, *, by_choice: bool = False) -> Recorded:
         raise DataError(f"cannot read {url}: no such file")
 
     async def read() -> Recorded:
-        from anabranch.gateway.store.store import open_store
+        from anabranch.gateway.store.opening import open_store
 
         async with open_store(url, serves=False, makes=False) as store:
             return from_ledger(await scored_requests(store, by_choice=by_choice))

@@ -97,7 +97,7 @@ def collect(
     """
     require("gateway", by="anabranch gateway collect")
     from anabranch.gateway.http.run import load
-    from anabranch.gateway.store.store import store_file
+    from anabranch.gateway.store.opening import store_file
 
     check_apart([out], [config, references])
     if out.suffix != ".jsonl":

@@ -131,7 +131,7 @@ def export(
 
     Example: anabranch gateway ledger export --since 2026-11-01 --out november.parquet
     """
-    from anabranch.gateway.store.store import store_file
+    from anabranch.gateway.store.opening import store_file
 
     writers = {".csv": _write_csv, ".parquet": _write_parquet}
     if out.suffix not in writers:
@@ -194,7 +194,7 @@ def backup(
 
     Example: anabranch gateway ledger backup gateway-copy.db
     """
-    from anabranch.gateway.store.store import store_file
+    from anabranch.gateway.store.opening import store_file
 
     check_apart([out], [store_file(store)])
     with_store(store, lambda opened: opened.backup(out))

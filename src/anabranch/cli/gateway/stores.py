@@ -49,7 +49,7 @@ def with_store(url: str, work: Callable[[Store], Awaitable[T]], *, makes: bool =
 
 def missing_store(url: str) -> Path | None:
     """Where a store would be made; None if there is one, or it is on a server."""
-    from anabranch.gateway.store.store import store_file
+    from anabranch.gateway.store.opening import store_file
 
     path = store_file(url)
     return None if path is None or path.exists() else path.resolve()

@@ -13,7 +13,7 @@ from anabranch.gateway.config import GatewayConfig, default_config, load_config
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
 from anabranch.gateway.http.peers import RELOAD_S, Peers, Seat, end_with_supervisor
-from anabranch.gateway.store.store import check_place
+from anabranch.gateway.store.opening import check_place
 from anabranch.sockets import listening, url_of
 from anabranch.web.server import BACKLOG, Server, Signals, reload_on, runner
 

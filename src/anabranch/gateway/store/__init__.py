@@ -3,6 +3,7 @@
 from anabranch.errors import BudgetError, RateError
 from anabranch.gateway.store.calibration import Calibration
 from anabranch.gateway.store.limits import Bucket, RateLimits, refill, take
+from anabranch.gateway.store.opening import open_store
 from anabranch.gateway.store.period import PERIODS, Period, window
 from anabranch.gateway.store.queries import GROUPS
 from anabranch.gateway.store.records import (
@@ -21,7 +22,7 @@ from anabranch.gateway.store.records import (
     Spend,
     subjects_of,
 )
-from anabranch.gateway.store.store import Store, open_store
+from anabranch.gateway.store.store import Store
 
 __all__ = [
     "COLLECT",
