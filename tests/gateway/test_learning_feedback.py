@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError
 from anabranch.gateway.config import DeploymentConfig, FeedbackConfig, GatewayConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.decide import Lane
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.lane import Lane
 from anabranch.gateway.learning.fair import FairShare
 from anabranch.gateway.learning.permission import may_score, may_teach
 from anabranch.gateway.learning.waiting import Waiting

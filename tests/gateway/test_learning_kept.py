@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.decide import made_from
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.lane import made_from
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import learned, open_store, schema
 from anabranch.routers.checks import made_outcomes, made_pool

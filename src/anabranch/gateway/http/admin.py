@@ -10,10 +10,10 @@ from aiohttp import web
 from anabranch.config import to_dict
 from anabranch.errors import AnabranchError, InputError
 from anabranch.gateway.config.redact import redacted
-from anabranch.gateway.decide import BypassError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator, check_origin
 from anabranch.gateway.http.peers import PeerError, Peers
+from anabranch.gateway.lane import BypassError
 from anabranch.gateway.store import GROUPS, Budget, KeyRecord, LedgerQuery, key_rows
 from anabranch.gateway.store.key_rows import FIELDS, UnknownKeyError
 from anabranch.gateway.store.period import PERIODS

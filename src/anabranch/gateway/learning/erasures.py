@@ -13,7 +13,7 @@ from anabranch.gateway.store.database import Connection
 from anabranch.routers.contract.strategy import is_meant
 
 if TYPE_CHECKING:
-    from anabranch.gateway.decide import Lane
+    from anabranch.gateway.lane import Lane
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.ids import new_id
 
 if TYPE_CHECKING:
-    from anabranch.gateway.decide import Lane
+    from anabranch.gateway.lane import Lane
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

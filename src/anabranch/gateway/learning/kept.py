@@ -28,7 +28,7 @@ from anabranch.routers.contract.strategy import Arrays, Example, Facts
 from anabranch.routers.fitted import VERSION, packed, unpacked
 
 if TYPE_CHECKING:
-    from anabranch.gateway.decide import Lane
+    from anabranch.gateway.lane import Lane
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from anabranch.gateway.store import Store
 
 if TYPE_CHECKING:
     from anabranch.gateway.config import GatewayConfig
-    from anabranch.gateway.decide import Lane
+    from anabranch.gateway.lane import Lane
     from anabranch.gateway.runtime import Runtime
 
 

@@ -18,7 +18,7 @@ from anabranch.routers.contract.query import Outcome
 from anabranch.web.api_error import ApiError, wrong
 
 if TYPE_CHECKING:
-    from anabranch.gateway.decide import Lane
+    from anabranch.gateway.lane import Lane
 
 logger = logging.getLogger(__name__)
 
