@@ -197,14 +197,14 @@ class Dispatcher:
         try:
             done, _ = await asyncio.wait((exchange,), timeout=max(0.0, min(limit_s, run.left_s)))
         except asyncio.CancelledError:
-            run.leave(live, request, attempt, exchange)
+            run.ends.leave(live, request, attempt, exchange)
             raise
         if not done:
-            run.leave(live, request, attempt, exchange)
+            run.ends.leave(live, request, attempt, exchange)
             raise run.timed_out(live, limit_s, "timeout")
         answer = answer_of(live.provider, request, exchange)
         attempt.seen = answer.usage.completion
-        run.won(live, attempt, run.usage_of(attempt, answer))
+        run.ends.won(live, attempt, run.ends.usage_of(attempt, answer))
         return answer
 
     async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:

@@ -10,28 +10,22 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from anabranch.gateway.dispatch.attempt_ends import AttemptEnds
 from anabranch.gateway.dispatch.balance import pick
-from anabranch.gateway.dispatch.billed import broken_off, may_be_billed, whole_at_most
-from anabranch.gateway.dispatch.breaker import Outcome
 from anabranch.gateway.dispatch.deployment_state import Live
-from anabranch.gateway.dispatch.late import Exchange, answer_of
+from anabranch.gateway.dispatch.outgoing import as_failure, built
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
-from anabranch.gateway.dispatch.retry import ACTION, DISPUTED, DOUBTED, IN_VAIN, OUTCOME, backoff
-from anabranch.gateway.logged_error import raised
+from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, backoff
 from anabranch.gateway.observe.trace_context import new_span_id
 from anabranch.gateway.providers.provider import (
-    Answer,
     Failure,
     FailureKind,
     HttpCall,
     UpstreamError,
     UpstreamRequest,
-    Usage,
 )
-from anabranch.web.large_json import LARGE
 
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.dispatcher import Dispatcher, LiveGroup
@@ -46,44 +40,6 @@ SLOW: tuple[FailureKind, ...] = (
     "first_token",
 )
 
-# We ended it, and the upstream notices; in all else it is the upstream's end that we noticed.
-OURS: tuple[FailureKind, ...] = ("timeout", "first_token", "deadline")
-
-
-def as_failure(error: Exception, name: str) -> UpstreamError:
-    """What went wrong at deployment ``name``. An exception that a provider may not raise is a fault of the provider, not of the request."""
-    if isinstance(error, UpstreamError):
-        return error
-    logger.error("the provider of deployment %s failed", name, exc_info=error)
-    return UpstreamError(
-        Failure(kind="garbage", message=f"the provider of {name} failed ({type(error).__name__}); the log says how")
-    )
-
-
-async def built(live: Live, request: UpstreamRequest) -> HttpCall:
-    """What a deployment is to be sent; a large request is put into its form in another thread.
-
-    Raises UpstreamError, of a kind that is held against nobody but the request. Nothing has been sent yet: whatever goes wrong here
-    comes of what is in the request, be it that the provider has a fault that it meets.
-    """
-    if request.num_bytes > LARGE:
-        return await asyncio.to_thread(_built, live, request)
-    return _built(live, request)
-
-
-def _built(live: Live, request: UpstreamRequest) -> HttpCall:
-    try:
-        return live.provider.build(request)
-    except UpstreamError as error:
-        failure = error.failure
-        kind = failure.kind if OUTCOME[failure.kind] == "ignored" else "request"
-        # The status is of no upstream.
-        raise UpstreamError(replace(failure, kind=kind, status=None)) from None
-    except Exception as error:
-        logger.error("the provider of deployment %s cannot send a request: %s", live.name, raised(error))
-        message = f"the request cannot be put into the form that {live.name} takes ({type(error).__name__})"
-        raise UpstreamError(Failure(kind="unsupported", message=message)) from None
-
 
 class Run:
     """State of one request between its attempts.
@@ -91,7 +47,7 @@ class Run:
     Attributes:
         report: what has been done.
         request: as it came; another one is sent where a plan says so, or a broken stream is continued.
-        avoid: deployments that failed this request; asked again only when no other is free.
+        ends: what is done as attempts end.
     """
 
     def __init__(self, dispatcher: "Dispatcher", plan: Plan, request: UpstreamRequest) -> None:
@@ -99,7 +55,7 @@ class Run:
         self.began = dispatcher.now()
         self.report = Report() if plan.report is None else plan.report
         self.request, self.tokens, self._streams = request, request.prompt_tokens, request.stream
-        self.avoid: set[str] = set()
+        self.ends = AttemptEnds(dispatcher, plan, request, self.report, self.began)
         self._at, self._retry = 0, 0
         self._most = plan.most_attempts(self.rules.retries)
         self._holds, self._has_failed = False, False
@@ -149,7 +105,7 @@ class Run:
     def _has_fresh(self) -> bool:
         """A deployment of the present model has not been asked yet, and may be."""
         group, now = self.dispatcher.groups.get(self.plan.candidates[self._at]), self.dispatcher.now()
-        return group is not None and any(live.name not in self.avoid for live in group.free(now, self.tokens))
+        return group is not None and any(live.name not in self.ends.avoid for live in group.free(now, self.tokens))
 
     def reject(self) -> None:
         """The answer is not good enough: go on to the next candidate."""
@@ -237,7 +193,7 @@ class Run:
         """One of the group, or None and on to the next candidate."""
         now = self.dispatcher.now()
         free = group.free(now, self.tokens)
-        fresh = [live for live in free if live.name not in self.avoid] or free
+        fresh = [live for live in free if live.name not in self.ends.avoid] or free
         if not fresh:
             return None
         live = pick(group.balance, fresh, now, self.dispatcher.rng)
@@ -326,7 +282,7 @@ class Run:
         def ended(done: "asyncio.Future[Any]") -> None:
             # Before it ever ran.
             if done.cancelled() and attempt.status == "open":
-                self.lost(live, attempt, None)
+                self.ends.lost(live, attempt, None)
 
         task.add_done_callback(ended)
         return task
@@ -357,10 +313,10 @@ class Run:
             return await opening(live, request, attempt), attempt
         except Exception as cause:
             error = as_failure(cause, live.name)
-            self.lost(live, attempt, error.failure)
+            self.ends.lost(live, attempt, error.failure)
             raise error from None
         except BaseException:
-            self.lost(live, attempt, None)
+            self.ends.lost(live, attempt, None)
             raise
 
     async def built(self, live: Live, request: UpstreamRequest, attempt: Attempt) -> HttpCall:
@@ -370,128 +326,6 @@ class Run:
             attempt.span_id, attempt.time_s = new_span_id(), time.time()
             call.headers = {**call.headers, **self.plan.trace.headers(attempt.span_id)}
         return call
-
-    def leave(self, live: Live, request: UpstreamRequest, attempt: Attempt, exchange: Exchange) -> None:
-        """Nobody waits for a whole answer any more; call it before the attempt is `lost`.
-
-        What was sent, and may be billed to its end, is read on for what it costs. All else is stopped.
-        """
-        call, most, late = attempt.call, attempt.most, self.dispatcher.late
-
-        def known() -> None:
-            self._known(live, request, attempt, exchange)
-
-        if call is not None and most is not None and live.bill(most, most):
-            attempt.is_late = (
-                late.take(exchange, len(call.body), known, sender=self.plan.sender)
-                if call.is_sent
-                else late.stop(exchange, known)
-            )
-        if not attempt.is_late:
-            # Whatever it ends in, nobody asks.
-            exchange.add_done_callback(lambda done: done.cancelled() or done.exception())
-            exchange.cancel()
-
-    def _known(self, live: Live, request: UpstreamRequest, attempt: Attempt, exchange: Exchange) -> None:
-        """What was read on has come to an end."""
-        answer: Answer | None = None
-        usage: Usage | None = None
-        failure: Failure | None = None
-        try:
-            answer = answer_of(live.provider, request, exchange)
-            usage = self.usage_of(attempt, answer)
-        except asyncio.CancelledError:
-            logger.debug("an answer of %s that nobody waits for was given up", live.name)
-        except Exception as cause:
-            failure = as_failure(cause, live.name).failure
-        if usage is not None or not may_be_billed(attempt, failure):
-            usage = usage or Usage()
-            attempt.is_guess = usage.is_estimated
-            self.charge(live, attempt, usage)
-        attempt.is_late, attempt.call = False, None
-        if answer is not None and self.plan.late is not None:
-            self.plan.late(attempt, answer)
-        self.report.now_known()
-
-    def lost(self, live: Live, attempt: Attempt, failure: Failure | None, usage: Usage | None = None) -> None:
-        """End an attempt that brought nothing (more): ``failure``, or None if it was cancelled.
-
-        It is charged for ``usage``, or, of one that brought nothing, for the most that may be billed.
-        """
-        now, was_heard = self.dispatcher.now(), attempt.first_token_s is not None
-        attempt.total_s = now - self.began - attempt.start_s
-        if usage is None and (attempt.is_late or may_be_billed(attempt, failure)):
-            usage = self._unseen(live, attempt, failure)
-        if usage is not None:
-            attempt.is_guess = usage.is_estimated
-            self.charge(live, attempt, usage, attempt.seen)
-        if not attempt.is_late:
-            attempt.call = None
-        if failure is None:
-            attempt.status = "cancelled"
-            live.end(attempt.ticket, "ignored", now, was_heard=was_heard)
-            return
-        attempt.status, attempt.message = failure.kind, failure.message
-        attempt.http_status = failure.status or attempt.http_status
-        self.avoid.add(live.name)
-        if failure.cause in DOUBTED and live.senders.doubted(self.plan.sender, now):
-            live.is_doubted = True
-        live.end(attempt.ticket, self._outcome(live, attempt, failure), now, failure, was_heard)
-
-    def _unseen(self, live: Live, attempt: Attempt, failure: Failure | None) -> Usage:
-        """The most that may be billed of an attempt of which nothing has come."""
-        most = attempt.most
-        if most is None:
-            return Usage(self.tokens, 0, 0, True)
-        # We ended it, or the upstream says that it did.
-        has_ended = failure is None or (failure.kind in OURS if failure.status is None else attempt.has_begun)
-        if attempt.is_whole or not has_ended:
-            return broken_off(most, attempt.told, 0, None, 0.0)
-        return broken_off(most, attempt.told, 0, live.rate, (attempt.total_s or 0.0) + self.rules.margin_s)
-
-    def _outcome(self, live: Live, attempt: Attempt, failure: Failure) -> Outcome:
-        """What a failure says of the deployment: nothing, where it may well be the request's own."""
-        sender = self.plan.sender
-        if failure.kind in DISPUTED:
-            return "fatal" if live.senders.refused(sender) else "ignored"
-        outcome = OUTCOME[failure.kind]
-        if failure.kind == "deadline" and not self._had_time(live, attempt):
-            return "ignored"
-        if outcome != "failure":
-            return outcome
-        is_held_against = live.senders.timed_out if failure.kind in OURS else live.senders.failed
-        return outcome if is_held_against(sender, self.dispatcher.now()) else "ignored"
-
-    def _had_time(self, live: Live, attempt: Attempt) -> bool:
-        """Whether an attempt that ended with the request's time had at least half of the deployment's own."""
-        own = live.deployment
-        limit_s = min(own.first_token_timeout_s, own.timeout_s) if self._streams else own.timeout_s
-        began_s = attempt.total_s if attempt.total_s is not None and attempt.first_token_s is None else 0.0
-        return began_s >= 0.5 * limit_s
-
-    def usage_of(self, attempt: Attempt, answer: Answer) -> Usage:
-        """What a whole answer is charged for: what it told, else what it may be billed at most."""
-        most = attempt.most
-        return answer.usage if most is None else whole_at_most(most, answer, self.rules.bytes_per_token)
-
-    def won(self, live: Live, attempt: Attempt, usage: Usage) -> None:
-        """End an attempt that brought a whole answer, of which so many tokens are ``seen`` as are known."""
-        now = self.dispatcher.now()
-        attempt.status, attempt.total_s = "ok", now - self.began - attempt.start_s
-        attempt.call, attempt.is_guess = None, usage.is_estimated
-        self.charge(live, attempt, usage, attempt.seen)
-        live.senders.answered(self.plan.sender, now)
-        live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None)
-        live.timed(attempt.total_s, attempt.first_token_s, usage.completion)
-        if attempt.first_token_s is None:
-            self.dispatcher.groups[live.model].hedge_whole.observe(attempt.total_s)
-        self.report.model, self.report.deployment = live.model, live.name
-
-    def charge(self, live: Live, attempt: Attempt, usage: Usage, made: int | None = None) -> None:
-        """What an attempt costs. So many tokens were ``made`` as far as is known, if not all that it is charged for."""
-        attempt.usage = usage
-        attempt.cost = live.bill(usage, attempt.most)
-        live.spent(self.dispatcher.now(), usage.completion if made is None else made)
 
     def _discard(self, result: Any, attempt: Attempt) -> None:
         """Both were quick: the second result is dropped, and charged."""

@@ -18,8 +18,9 @@ from dataclasses import replace
 from typing import Any
 
 from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.outgoing import as_failure
 from anabranch.gateway.dispatch.plan import Attempt, Report
-from anabranch.gateway.dispatch.run import Run, as_failure
+from anabranch.gateway.dispatch.run import Run
 from anabranch.gateway.dispatch.upstream_stream import Opened, read_chunk
 from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.chunks import assembled, text_of

@@ -112,7 +112,7 @@ class Opened:
             if not self._is_told and most is not None:
                 usage = self._whole_at_most(most, True)
             self.live.tells_usage = self.live.tells_usage or self._is_told
-            self.run.won(self.live, self.attempt, usage)
+            self.run.ends.won(self.live, self.attempt, usage)
 
     def drop(self, failure: Failure | None = None) -> None:
         """It broke, or, without a ``failure``, nobody wants it any more. What it can have made so far is charged."""
@@ -133,7 +133,7 @@ class Opened:
                 quiet_s = self.run.dispatcher.now() - self._heard_at
                 hidden_s = (self.attempt.first_token_s or 0.0) + quiet_s + self.run.rules.margin_s
                 usage = broken_off(most, self.told, 0, None, 0.0) if is_behind else self._at_most(most, hidden_s)
-        self.run.lost(self.live, self.attempt, failure, usage)
+        self.run.ends.lost(self.live, self.attempt, failure, usage)
         if not self.attempt.is_late:
             self.reply.close()
 
@@ -155,7 +155,7 @@ class Opened:
             if self._is_told:
                 usage = self.counted()
                 attempt.is_guess = False
-                self.run.charge(self.live, attempt, usage, max(0, usage.completion - attempt.seen))
+                self.run.ends.charge(self.live, attempt, usage, max(0, usage.completion - attempt.seen))
                 attempt.seen = usage.completion
             self.run.dispatcher.linger(self.reply)
             self.run.report.now_known()

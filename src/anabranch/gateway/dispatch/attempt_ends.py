@@ -1,0 +1,167 @@
+"""`AttemptEnds`: the end of each attempt of a request: what it is charged, and what it says of its deployment."""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from anabranch.gateway.dispatch.billed import broken_off, may_be_billed, whole_at_most
+from anabranch.gateway.dispatch.breaker import Outcome
+from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.late import Exchange, answer_of
+from anabranch.gateway.dispatch.outgoing import as_failure
+from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
+from anabranch.gateway.dispatch.retry import DISPUTED, DOUBTED, OUTCOME
+from anabranch.gateway.providers.provider import Answer, Failure, FailureKind, UpstreamRequest, Usage
+
+if TYPE_CHECKING:
+    from anabranch.gateway.dispatch.dispatcher import Dispatcher
+
+logger = logging.getLogger(__name__)
+
+# We ended it, and the upstream notices; in all else it is the upstream's end that we noticed.
+OURS: tuple[FailureKind, ...] = ("timeout", "first_token", "deadline")
+
+
+class AttemptEnds:
+    """Those of one request.
+
+    Attributes:
+        avoid: deployments that failed this request; asked again only when no other is free.
+
+    Args:
+        dispatcher: that the request is on.
+        plan: of the request.
+        request: as it came.
+        report: of its attempts.
+        began: when it began, on the dispatcher's clock.
+    """
+
+    def __init__(
+        self, dispatcher: "Dispatcher", plan: Plan, request: UpstreamRequest, report: Report, began: float
+    ) -> None:
+        self.dispatcher, self.plan, self.rules = dispatcher, plan, dispatcher.rules
+        self.report, self.began = report, began
+        self.tokens, self._streams = request.prompt_tokens, request.stream
+        self.avoid: set[str] = set()
+
+    def won(self, live: Live, attempt: Attempt, usage: Usage) -> None:
+        """End an attempt that brought a whole answer, of which so many tokens are ``seen`` as are known."""
+        now = self.dispatcher.now()
+        attempt.status, attempt.total_s = "ok", now - self.began - attempt.start_s
+        attempt.call, attempt.is_guess = None, usage.is_estimated
+        self.charge(live, attempt, usage, attempt.seen)
+        live.senders.answered(self.plan.sender, now)
+        live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None)
+        live.timed(attempt.total_s, attempt.first_token_s, usage.completion)
+        if attempt.first_token_s is None:
+            self.dispatcher.groups[live.model].hedge_whole.observe(attempt.total_s)
+        self.report.model, self.report.deployment = live.model, live.name
+
+    def lost(self, live: Live, attempt: Attempt, failure: Failure | None, usage: Usage | None = None) -> None:
+        """End an attempt that brought nothing (more): ``failure``, or None if it was cancelled.
+
+        It is charged for ``usage``, or, of one that brought nothing, for the most that may be billed.
+        """
+        now, was_heard = self.dispatcher.now(), attempt.first_token_s is not None
+        attempt.total_s = now - self.began - attempt.start_s
+        if usage is None and (attempt.is_late or may_be_billed(attempt, failure)):
+            usage = self._unseen(live, attempt, failure)
+        if usage is not None:
+            attempt.is_guess = usage.is_estimated
+            self.charge(live, attempt, usage, attempt.seen)
+        if not attempt.is_late:
+            attempt.call = None
+        if failure is None:
+            attempt.status = "cancelled"
+            live.end(attempt.ticket, "ignored", now, was_heard=was_heard)
+            return
+        attempt.status, attempt.message = failure.kind, failure.message
+        attempt.http_status = failure.status or attempt.http_status
+        self.avoid.add(live.name)
+        if failure.cause in DOUBTED and live.senders.doubted(self.plan.sender, now):
+            live.is_doubted = True
+        live.end(attempt.ticket, self._outcome(live, attempt, failure), now, failure, was_heard)
+
+    def leave(self, live: Live, request: UpstreamRequest, attempt: Attempt, exchange: Exchange) -> None:
+        """Nobody waits for a whole answer any more; call it before the attempt is `lost`.
+
+        What was sent, and may be billed to its end, is read on for what it costs. All else is stopped.
+        """
+        call, most, late = attempt.call, attempt.most, self.dispatcher.late
+
+        def known() -> None:
+            self._known(live, request, attempt, exchange)
+
+        if call is not None and most is not None and live.bill(most, most):
+            attempt.is_late = (
+                late.take(exchange, len(call.body), known, sender=self.plan.sender)
+                if call.is_sent
+                else late.stop(exchange, known)
+            )
+        if not attempt.is_late:
+            # Whatever it ends in, nobody asks.
+            exchange.add_done_callback(lambda done: done.cancelled() or done.exception())
+            exchange.cancel()
+
+    def _known(self, live: Live, request: UpstreamRequest, attempt: Attempt, exchange: Exchange) -> None:
+        """What was read on has come to an end."""
+        answer: Answer | None = None
+        usage: Usage | None = None
+        failure: Failure | None = None
+        try:
+            answer = answer_of(live.provider, request, exchange)
+            usage = self.usage_of(attempt, answer)
+        except asyncio.CancelledError:
+            logger.debug("an answer of %s that nobody waits for was given up", live.name)
+        except Exception as cause:
+            failure = as_failure(cause, live.name).failure
+        if usage is not None or not may_be_billed(attempt, failure):
+            usage = usage or Usage()
+            attempt.is_guess = usage.is_estimated
+            self.charge(live, attempt, usage)
+        attempt.is_late, attempt.call = False, None
+        if answer is not None and self.plan.late is not None:
+            self.plan.late(attempt, answer)
+        self.report.now_known()
+
+    def usage_of(self, attempt: Attempt, answer: Answer) -> Usage:
+        """What a whole answer is charged for: what it told, else what it may be billed at most."""
+        most = attempt.most
+        return answer.usage if most is None else whole_at_most(most, answer, self.rules.bytes_per_token)
+
+    def charge(self, live: Live, attempt: Attempt, usage: Usage, made: int | None = None) -> None:
+        """What an attempt costs. So many tokens were ``made`` as far as is known, if not all that it is charged for."""
+        attempt.usage = usage
+        attempt.cost = live.bill(usage, attempt.most)
+        live.spent(self.dispatcher.now(), usage.completion if made is None else made)
+
+    def _unseen(self, live: Live, attempt: Attempt, failure: Failure | None) -> Usage:
+        """The most that may be billed of an attempt of which nothing has come."""
+        most = attempt.most
+        if most is None:
+            return Usage(self.tokens, 0, 0, True)
+        # We ended it, or the upstream says that it did.
+        has_ended = failure is None or (failure.kind in OURS if failure.status is None else attempt.has_begun)
+        if attempt.is_whole or not has_ended:
+            return broken_off(most, attempt.told, 0, None, 0.0)
+        return broken_off(most, attempt.told, 0, live.rate, (attempt.total_s or 0.0) + self.rules.margin_s)
+
+    def _outcome(self, live: Live, attempt: Attempt, failure: Failure) -> Outcome:
+        """What a failure says of the deployment: nothing, where it may well be the request's own."""
+        sender = self.plan.sender
+        if failure.kind in DISPUTED:
+            return "fatal" if live.senders.refused(sender) else "ignored"
+        outcome = OUTCOME[failure.kind]
+        if failure.kind == "deadline" and not self._had_time(live, attempt):
+            return "ignored"
+        if outcome != "failure":
+            return outcome
+        is_held_against = live.senders.timed_out if failure.kind in OURS else live.senders.failed
+        return outcome if is_held_against(sender, self.dispatcher.now()) else "ignored"
+
+    def _had_time(self, live: Live, attempt: Attempt) -> bool:
+        """Whether an attempt that ended with the request's time had at least half of the deployment's own."""
+        own = live.deployment
+        limit_s = min(own.first_token_timeout_s, own.timeout_s) if self._streams else own.timeout_s
+        began_s = attempt.total_s if attempt.total_s is not None and attempt.first_token_s is None else 0.0
+        return began_s >= 0.5 * limit_s

@@ -1,0 +1,48 @@
+"""What a deployment is to be sent, and what it is called when a provider fails at that or at anything else."""
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.retry import OUTCOME
+from anabranch.gateway.logged_error import raised
+from anabranch.gateway.providers.provider import Failure, HttpCall, UpstreamError, UpstreamRequest
+from anabranch.web.large_json import LARGE
+
+logger = logging.getLogger(__name__)
+
+
+def as_failure(error: Exception, name: str) -> UpstreamError:
+    """What went wrong at deployment ``name``. An exception that a provider may not raise is a fault of the provider, not of the request."""
+    if isinstance(error, UpstreamError):
+        return error
+    logger.error("the provider of deployment %s failed", name, exc_info=error)
+    return UpstreamError(
+        Failure(kind="garbage", message=f"the provider of {name} failed ({type(error).__name__}); the log says how")
+    )
+
+
+async def built(live: Live, request: UpstreamRequest) -> HttpCall:
+    """What a deployment is to be sent; a large request is put into its form in another thread.
+
+    Raises UpstreamError, of a kind that is held against nobody but the request. Nothing has been sent yet: whatever goes wrong here
+    comes of what is in the request, be it that the provider has a fault that it meets.
+    """
+    if request.num_bytes > LARGE:
+        return await asyncio.to_thread(_built, live, request)
+    return _built(live, request)
+
+
+def _built(live: Live, request: UpstreamRequest) -> HttpCall:
+    try:
+        return live.provider.build(request)
+    except UpstreamError as error:
+        failure = error.failure
+        kind = failure.kind if OUTCOME[failure.kind] == "ignored" else "request"
+        # The status is of no upstream.
+        raise UpstreamError(replace(failure, kind=kind, status=None)) from None
+    except Exception as error:
+        logger.error("the provider of deployment %s cannot send a request: %s", live.name, raised(error))
+        message = f"the request cannot be put into the form that {live.name} takes ({type(error).__name__})"
+        raise UpstreamError(Failure(kind="unsupported", message=message)) from None
