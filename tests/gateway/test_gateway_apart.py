@@ -14,7 +14,7 @@ from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConf
 from anabranch.gateway.core import admission, cached_answers
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.http import openai
+from anabranch.gateway.http import exchange
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers import upstream_request
 from anabranch.gateway.providers.mock import Mock
@@ -57,9 +57,9 @@ def noted(monkeypatch, module, name, seen):
 
 
 WORK = [
-    (openai, "check_json_size"),
-    (openai, "parse"),
-    (openai, "parse_large"),
+    (exchange, "check_json_size"),
+    (exchange, "parse"),
+    (exchange, "parse_large"),
     (admission, "count_prompt"),
     (admission, "check_chat"),
     (cached_answers, "exact_key"),

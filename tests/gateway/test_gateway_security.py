@@ -590,7 +590,7 @@ def test_a_client_that_is_gone_before_the_head_is_settled(tmp_path, monkeypatch,
 
 
 def test_a_client_that_does_not_read_is_not_waited_for_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("anabranch.gateway.http.openai.STALL_S", 0.1)
+    monkeypatch.setattr("anabranch.gateway.http.exchange.STALL_S", 0.1)
 
     async def work(gateway, url):
         link = socket.socket()

@@ -17,11 +17,13 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import IS_EARLY, check_operator
 from anabranch.gateway.http.admin import AdminRoutes
 from anabranch.gateway.http.cors import for_origin, preflight
+from anabranch.gateway.http.exchange import Exchange
 from anabranch.gateway.http.messages import MessagesRoutes
 from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.http.openapi import describe
 from anabranch.gateway.http.page import PageRoutes
 from anabranch.gateway.http.peers import Peers, labelled
+from anabranch.gateway.http.responses import ResponsesRoutes
 from anabranch.gateway.refusals import unavailable
 from anabranch.web.answers import Route, error_response, json_response, wrong_method
 from anabranch.web.api_error import ApiError
@@ -58,15 +60,18 @@ class App:
         peers: Peers | None = None,
     ) -> None:
         self.gateway, self.is_stopping = gateway, False
-        self._openai, self._admin = OpenAIRoutes(gateway), AdminRoutes(gateway, on_reload, peers) if admin else None
+        exchange = Exchange(gateway)
+        self._openai = OpenAIRoutes(gateway, exchange)
+        self._admin = AdminRoutes(gateway, on_reload, peers) if admin else None
         self._public, self._peers = public, peers
         table: dict[str, dict[str, Route]] = {
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
         }
         if public:
-            messages = MessagesRoutes(gateway, self._openai)
-            table |= {**self._openai.table(), **messages.table(), "/openapi.json": {"GET": self._openapi}}
+            for routes in (self._openai, ResponsesRoutes(gateway, exchange), MessagesRoutes(gateway, exchange)):
+                table |= routes.table()
+            table["/openapi.json"] = {"GET": self._openapi}
         self._clients = frozenset(table)
         if admin:
             table |= {**PageRoutes(gateway).table(), "/metrics": {"GET": self._metrics}}

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
@@ -11,18 +10,19 @@ from anabranch.errors import AnabranchError, CapacityError, InputError, UnknownM
 from anabranch.gateway.config import find_target
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import IS_EARLY
-from anabranch.gateway.http.openai import OpenAIRoutes
+from anabranch.gateway.http.chat_form import ChatForm
+from anabranch.gateway.http.exchange import Exchange
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import unavailable
 from anabranch.gateway.store import KeyRecord
 from anabranch.gateway.validate import check_depth, check_model
-from anabranch.web.answers import JSON, SAFE, Route, bearer, json_response
+from anabranch.web.answers import JSON, SAFE, Route, json_response
 from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
 from anabranch.web.large_json import LARGE
 from anabranch.web.messages import MessageEvents, to_chat, to_error, to_message
-from anabranch.web.sse import HEARTBEAT, event, read_data
+from anabranch.web.sse import event
 
 PING = event({"type": "ping"}, "ping")
 
@@ -33,8 +33,8 @@ _ALONG = ("anthropic-beta",)
 class MessagesRoutes:
     """What Anthropic's clients call."""
 
-    def __init__(self, gateway: Gateway, http: OpenAIRoutes) -> None:
-        self._gateway, self._http = gateway, http
+    def __init__(self, gateway: Gateway, exchange: Exchange) -> None:
+        self._gateway, self._exchange = gateway, exchange
 
     def table(self) -> dict[str, dict[str, Route]]:
         """Route by path and method."""
@@ -44,35 +44,23 @@ class MessagesRoutes:
         }
 
     async def _messages(self, request: web.BaseRequest) -> web.StreamResponse:
-        body, num_bytes = await self._http.read(request)
+        received = await self._exchange.read(request)
+        body = received.body
         check_depth(body)
         native = Native(body, {name: request.headers[name] for name in _ALONG if name in request.headers})
-        reply = await self._gateway.handle(
-            "chat",
-            to_chat(body),
-            key=bearer(request),
-            headers=request.headers,
-            shown_as="messages",
-            num_bytes=num_bytes,
-            native=native,
-        )
+        reply = await self._exchange.ask(request, received, "chat", to_chat(body), shown_as="messages", native=native)
         reply.headers["request-id"] = reply.headers.get("x-request-id", "")
-        source = reply.stream
-        if source is not None:
-            reply.stream = _as_events(body, source)
-        elif reply.body is not None:
-            made = to_message(body, json.loads(reply.body))
-            reply.body = json.dumps(made, ensure_ascii=False).encode("utf-8", "replace")
-        return await self._http.send(request, reply, source)
+        return await self._exchange.tell(
+            request, reply, lambda: MessageForm(body), lambda answer: to_message(body, answer)
+        )
 
     async def _count(self, request: web.BaseRequest) -> web.StreamResponse:
         """Tokens of a prompt, counted here: by the model's tokenizer where it has one, else a quarter of the bytes."""
-        body, num_bytes = await self._http.read(request)
-        check_depth(body)
-        chat = to_chat(body, counts=True)
-        record = await self._gateway.authenticate(bearer(request))
+        received = await self._exchange.read(request)
+        check_depth(received.body)
+        chat = to_chat(received.body, counts=True)
         # A thread counts on when its client goes away: until it ends it is under way.
-        counting = asyncio.ensure_future(self._counted(chat, num_bytes, record))
+        counting = asyncio.ensure_future(self._counted(chat, received.num_bytes, received.key.record))
         self._gateway.keep(counting)
         return json_response({"input_tokens": await asyncio.shield(counting)})
 
@@ -93,6 +81,19 @@ class MessagesRoutes:
             if num_bytes <= LARGE:
                 return count_prompt(chat, counter).tokens
             return (await asyncio.to_thread(count_prompt, chat, counter)).tokens
+
+
+class MessageForm(ChatForm):
+    """The events of a message.
+
+    Args:
+        body: of the request.
+    """
+
+    beat = PING
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        super().__init__(MessageEvents(body))
 
 
 def _in_form(route: Route) -> Route:
@@ -122,27 +123,3 @@ def _error_response(error: ApiError) -> web.Response:
     if error.headers.get("connection") == "close":
         response.force_close()
     return response
-
-
-async def _as_events(body: dict[str, Any], stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """A chat stream as the events of a message. What the stream cannot go on from becomes an ``error``."""
-    made = MessageEvents(body)
-    try:
-        async for chunk in stream:
-            if chunk == HEARTBEAT:
-                yield PING
-                continue
-            for data in read_data(chunk):
-                if data.get("error"):
-                    for piece in made.fail(str(data["error"].get("message")), data["error"].get("code")):
-                        yield piece
-                    return
-                for piece in made.add(data):
-                    yield piece
-        for piece in made.end():
-            yield piece
-    except (AttributeError, LookupError, TypeError, ValueError):
-        for piece in made.fail("the upstream sent chunks that make no answer", "upstream_garbage"):
-            yield piece
-    finally:
-        await stream.aclose()  # type: ignore[attr-defined]
