@@ -1,0 +1,202 @@
+"""Answers that are kept or under way: who gets them, and what those who wait are owed."""
+
+import asyncio
+import json
+
+import pytest
+
+from anabranch.gateway.config import CacheConfig
+from anabranch.gateway.core import admission
+from anabranch.gateway.core.cached_answers import CachedAnswers
+from anabranch.gateway.dispatch import Attempt, Report
+from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, Usage
+from anabranch.gateway.store import KeyRecord
+from anabranch.web.api_error import ApiError
+from gateway_states import run, services, state_of
+
+ON = CacheConfig(exact=True)
+
+
+def answer(text="yes", reason="stop"):
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+    return Answer({"object": "chat.completion", "choices": [choice]}, None, Usage(3, 1, 0))
+
+
+def cached(body=None, lent=None, record=None, **fields):
+    state = state_of({"temperature": 0, **(body or {})}, lent=lent, **fields)
+    state.record = record
+    admission.read(state)
+    state.report = Report(model="small")
+    return CachedAnswers(state), state
+
+
+def misses(state):
+    text = state.services.metrics.text().decode()
+    return [
+        float(line.split()[-1]) for line in text.splitlines() if line.startswith('anabranch_cache_total{result="miss"}')
+    ]
+
+
+def test_an_answer_is_found_by_who_asks_the_same_again_and_by_nobody_else():
+    lent, _ = services(cache=ON)
+
+    async def work():
+        first, state = cached(lent=lent, record=KeyRecord(id="k"))
+        assert await first.look() is None
+        assert state.is_cacheable
+        assert misses(state) == [1.0]
+        first.keep(answer())
+        first.end()
+        again, _ = cached(lent=lent, record=KeyRecord(id="k"))
+        entry, which = await again.look()
+        assert (json.loads(entry.body)["choices"][0]["message"]["content"], entry.model, which) == (
+            "yes",
+            "small",
+            "exact",
+        )
+        # Of another key, of another model, and of one that may not use that model any more.
+        for other in (
+            cached(lent=lent, record=KeyRecord(id="l")),
+            cached({"model": "large"}, lent=lent, record=KeyRecord(id="k")),
+            cached(lent=lent, record=KeyRecord(id="k", models=("large",))),
+        ):
+            assert await other[0].look() is None
+            other[0].end()
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "looks"),
+    [
+        ({}, {}, True),
+        ({"temperature": 1}, {}, False),
+        ({"temperature": 1}, {"x-cache": "allow"}, True),
+        ({}, {"x-cache": "deny"}, False),
+        ({}, {"cache-control": "max-age=0, no-cache"}, False),
+    ],
+)
+def test_what_is_drawn_anew_is_not_looked_for_unless_the_sender_says_so(body, headers, looks):
+    async def work():
+        held, state = cached(body, services(cache=ON)[0], headers=headers)
+        assert await held.look() is None
+        held.end()
+        return state.is_cacheable
+
+    assert run(work) == looks
+
+
+def test_those_who_wait_get_the_answer_and_fail_with_it():
+    lent, _ = services(cache=ON)
+
+    async def work(end):
+        first, _ = cached(lent=lent)
+        second, _ = cached(lent=lent)
+        assert await first.look() is None
+        waiting = asyncio.ensure_future(second.look())
+        await asyncio.sleep(0)
+        sharing = first.sharing()
+        assert (sharing.is_awaited(), sharing.to_the_end, first.wants_streams) == (True, False, True)
+        end(first)
+        first.end()
+        found = await asyncio.wait_for(waiting, 1)
+        second.end()
+        lent.caches.clear()
+        return found
+
+    entry, which = run(work, lambda held: held.keep(answer()))
+    assert (entry.model, which) == ("small", "shared")
+    with pytest.raises(UpstreamError, match="broken"):
+        run(work, lambda held: held.fail(UpstreamError(Failure(kind="server", message="broken"))))
+    # One that came only too early fails alone, as one whose client went away: the other is to try.
+    late = UpstreamError(Failure(kind="deadline", message="late"))
+    assert run(work, lambda held: held.fail(late)) is None
+    assert run(work, lambda held: None) is None
+
+
+def test_only_whole_answers_are_kept_unless_they_have_a_name():
+    lent, _ = services(cache=ON)
+
+    async def work(headers, **fields):
+        held, _ = cached(lent=lent, headers=headers)
+        assert await held.look() is None
+        held.keep(answer(**fields))
+        held.end()
+        again, _ = cached(lent=lent, headers=headers)
+        found = await again.look()
+        again.end()
+        return found is not None
+
+    assert not run(work, {}, reason="content_filter")
+    assert run(work, {"idempotency-key": "a"}, reason="content_filter")
+
+
+def test_a_name_is_for_one_request():
+    lent, _ = services()
+
+    async def work():
+        first, _ = cached(lent=lent, headers={"idempotency-key": "n"})
+        assert await first.look() is None
+        assert first.is_named
+        assert first.sharing().to_the_end
+        other, _ = cached({"user": "x", "max_tokens": 3}, lent=lent, headers={"idempotency-key": "n"})
+        with pytest.raises(ApiError) as caught:
+            await other.look()
+        assert (caught.value.status, caught.value.code) == (422, "idempotency_key_reused")
+        # Its answer comes after it was given up.
+        first.come_late(Attempt(model="small", deployment="small", start_s=0.0, cost=5), answer("late"))
+        first.come_late(Attempt(model="small", deployment="small", start_s=0.0, cost=5), answer("later"))
+        first.end()
+        again, _ = cached(lent=lent, headers={"idempotency-key": "n"})
+        entry, which = await again.look()
+        assert (b"late" in entry.body, b"later" in entry.body, entry.nano, which) == (True, False, 5, "exact")
+        long, _ = cached(lent=lent, headers={"idempotency-key": "n" * 256})
+        with pytest.raises(ApiError, match="255 characters"):
+            await long.look()
+
+    run(work)
+
+
+def test_whoever_sends_a_name_again_waits_while_its_answer_is_read_on():
+    lent, _ = services()
+
+    async def work():
+        first, state = cached(lent=lent, headers={"idempotency-key": "n"})
+        assert await first.look() is None
+        attempt = Attempt(model="small", deployment="small", start_s=0.0, is_late=True)
+        state.report = Report(attempts=[attempt])
+        first.fail(UpstreamError(Failure(kind="server", message="broken")))
+        first.end()
+        again, _ = cached(lent=lent, headers={"idempotency-key": "n"})
+        waiting = asyncio.ensure_future(again.look())
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        attempt.is_late = False
+        state.report.now_known()
+        # None came: it is to ask.
+        assert await asyncio.wait_for(waiting, 1) is None
+        again.end()
+
+    run(work)
+
+
+def test_an_answer_is_replayed_as_the_sender_wants_it():
+    lent, _ = services(cache=ON)
+
+    async def work():
+        first, _ = cached(lent=lent)
+        await first.look()
+        first.keep(answer())
+        first.end()
+        again, state = cached({"stream": True, "stream_options": {"include_usage": True}}, lent=lent)
+        entry, which = await again.look()
+        reply = again.reply(entry, which)
+        assert reply.headers["x-cost-usd"] == "0.000000000"
+        assert (reply.headers["x-request-id"], reply.headers["x-cache"]) == (state.id, "exact")
+        streamed = b"".join([piece async for piece in reply.stream])
+        assert (b"yes" in streamed, streamed.endswith(b"data: [DONE]\n\n")) == (True, True)
+        plain, _ = cached(lent=lent)
+        reply = plain.reply(*await plain.look())
+        assert (reply.stream, json.loads(reply.body)["choices"][0]["message"]["content"]) == (None, "yes")
+
+    run(work)

@@ -1,0 +1,103 @@
+"""Where a program answers: what it is given, how long it has, and when a model is asked in its place."""
+
+import pytest
+
+from anabranch.gateway.core import admission, choice
+from anabranch.gateway.core.program_answer import ask_program
+from anabranch.gateway.core.program_run import ProgramRun
+from anabranch.gateway.providers.provider import Answer
+from anabranch.routers.contract.program import Done, Program
+from anabranch.routers.contract.query import Candidate, Decision
+from anabranch.web.api_error import ApiError
+from gateway_states import config, model, run, services, state_of
+
+
+class Says(Program):
+    """Says what it is given to say."""
+
+    def __init__(self, work):
+        super().__init__(None)
+        self.work, self.requests = work, []
+
+    def route(self, query, pool):
+        return Decision(candidates=(Candidate(model="small", score=0),), strategy="says", reason="")
+
+    async def run(self, request, ask):
+        self.requests.append(request)
+        async for event in self.work(request, ask):
+            yield event
+
+
+async def says_yes(request, ask):
+    yield Done(message={"content": "yes"}, model="small")
+
+
+async def fails(request, ask):
+    raise ValueError("a secret of the sender's")
+    yield
+
+
+async def begun(work, body=None, *, of=None, **fields):
+    from anabranch.gateway.runtime import Runtime
+
+    state = state_of({"model": "auto/cheapest", **(body or {})}, lent=services()[0], of=of, **fields)
+    program = Says(work)
+    state.runtime = Runtime(of or config(), strategies={"cheapest": program})
+    admission.read(state)
+    admission.admit(state)
+    admission.take_purse(state)
+    await choice.decide(state)
+    return state, program
+
+
+def test_a_program_s_answer_is_whole_or_a_stream_past_its_first_piece():
+    async def work():
+        state, program = await begun(says_yes, {"temperature": 0.5, "user": "ann", "store": False})
+        answer = await ask_program(state)
+        assert isinstance(answer, Answer)
+        assert (answer.text, state.program.report, state.report.model) == ("yes", state.report, "small")
+        [request] = program.requests
+        assert (dict(request.settings), request.is_streamed) == ({"temperature": 0.5, "user": "ann"}, False)
+        assert state.calls.purpose == "draft"
+        state, program = await begun(says_yes, {"stream": True})
+        running = await ask_program(state)
+        assert isinstance(running, ProgramRun)
+        assert program.requests[0].is_streamed
+        await running.aclose()
+
+    run(work)
+
+
+def test_a_model_answers_where_there_is_no_program_or_it_failed_before_it_said_anything():
+    async def work():
+        state, _ = await begun(says_yes, {"model": "small"})
+        assert await ask_program(state) is None
+        state, _ = await begun(fails)
+        assert await ask_program(state) is None
+        assert state.decided.bypassed == "ValueError in the program"
+        assert state.program is None
+        # It was passed over, and is not asked again.
+        assert await ask_program(state) is None
+
+    run(work)
+
+
+@pytest.mark.parametrize(("body", "endpoint"), [({"n": 2}, "chat"), ({"prompt": "x"}, "completions")])
+def test_a_program_answers_chats_with_one_choice(body, endpoint):
+    async def work():
+        state, _ = await begun(says_yes, body, endpoint=endpoint)
+        await ask_program(state)
+
+    with pytest.raises(ApiError, match="is a program"):
+        run(work)
+
+
+def test_a_program_has_the_time_of_the_slowest_model_that_it_may_ask():
+    of = config(model("small", deadline_s=900.0), model("large"), deadline_s=60.0)
+
+    async def work():
+        state, _ = await begun(says_yes, of=of)
+        await ask_program(state)
+        return state.calls.deadline_s, state.calls.limit_s
+
+    assert run(work) == (900.0, 900.0)
