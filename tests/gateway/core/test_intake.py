@@ -1,0 +1,118 @@
+"""Requests are counted in and out whichever way they end, and one with a name goes on without its client."""
+
+import asyncio
+import gc
+from types import SimpleNamespace
+
+import pytest
+
+from anabranch.gateway.config import LimitsConfig
+from anabranch.gateway.core.incoming import Incoming, KnownKey
+from anabranch.gateway.core.intake import Intake
+from anabranch.gateway.runtime import Runtime
+from anabranch.gateway.store import KeyRecord
+from anabranch.web.api_error import ApiError
+from gateway_states import FakeStore, config, model, run, services
+
+KEY = KnownKey(KeyRecord(id="k"))
+
+
+def opened(of=None):
+    lent, _ = services(FakeStore())
+    runtime, seen = Runtime(of or config()), SimpleNamespace(refused=[], tasks=[])
+
+    def spawn(work):
+        seen.tasks.append(asyncio.ensure_future(work))
+
+    intake = Intake(
+        runtime=lambda: runtime, services=lambda: lent, metrics=lent.metrics, senders=lent.senders, spawn=spawn, keep=seen.tasks.append,
+        on_refused=lambda state, status, code: seen.refused.append((state.shown_as, status, code)),
+    )  # fmt: skip
+    return intake, runtime, lent, seen
+
+
+def incoming(headers=None, **body):
+    body = {"model": "small", "messages": [{"role": "user", "content": "hi"}], **body}
+    return Incoming(endpoint="chat", body=body, headers=headers or {})
+
+
+def is_empty(intake, runtime, lent):
+    return (intake.in_flight, runtime.users, lent.senders._counts) == (0, 0, {})
+
+
+def slow():
+    given = model("small")
+    [deployment] = given.deployments
+    provider = deployment.provider.replace(latency_s=0.05)
+    return config(given.replace(deployments=(deployment.replace(provider=provider),)))
+
+
+def test_whole_answers_are_counted_out_at_once_and_streams_at_their_end():
+    async def work():
+        intake, runtime, lent, _ = opened()
+        await intake.take(incoming(), KEY)
+        assert is_empty(intake, runtime, lent)
+        reply = await intake.take(incoming(stream=True), KEY)
+        assert (intake.in_flight, runtime.users, lent.senders._counts) == (1, 1, {"k": 1})
+        async for _ in reply.stream:
+            pass
+        assert is_empty(intake, runtime, lent)
+        reply = await intake.take(incoming(stream=True), KEY)
+        # Whoever had it let go of it, and never read it.
+        del reply
+        gc.collect()
+        await asyncio.sleep(0.01)
+        assert is_empty(intake, runtime, lent)
+
+    run(work)
+
+
+def test_what_has_no_row_is_told_to_whoever_writes_logs():
+    async def work():
+        intake, runtime, lent, seen = opened()
+        for body, code in (({"model": "nobody"}, "model_not_found"), ({"messages": 1}, None)):
+            with pytest.raises(ApiError) as caught:
+                await intake.take(incoming(**body), KEY)
+            assert caught.value.headers["x-request-id"]
+            assert code in (None, caught.value.code)
+        # One that has a row is told of by that.
+        with pytest.raises(ApiError):
+            await intake.take(incoming(model="large", max_tokens=5), KnownKey(KeyRecord(id="k", models=("small",))))
+        assert is_empty(intake, runtime, lent)
+        assert [one[1] for one in seen.refused] == [404, 400]
+
+    run(work)
+
+
+def test_there_are_so_many_at_a_time():
+    async def work():
+        intake, runtime, lent, seen = opened(config(limits=LimitsConfig(in_flight=1)))
+        reply = await intake.take(incoming(stream=True), KEY)
+        with pytest.raises(ApiError, match="1 requests are under way") as caught:
+            await intake.take(incoming(), KEY)
+        assert (caught.value.status, caught.value.headers["Retry-After"], seen.refused) == (429, "1", [])
+        await reply.stream.aclose()
+        await intake.take(incoming(), KEY)
+        assert is_empty(intake, runtime, lent)
+
+    run(work)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_with_a_name_goes_on_without_its_client(stream):
+    async def work():
+        intake, runtime, lent, seen = opened(slow())
+        named = {"idempotency-key": "n"}
+        task = asyncio.ensure_future(intake.take(incoming(named, stream=stream), KEY))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert intake.in_flight == 1
+        while seen.tasks and not all(one.done() for one in seen.tasks):
+            await asyncio.gather(*seen.tasks, return_exceptions=True)
+        assert is_empty(intake, runtime, lent)
+        again = await intake.take(incoming(named), KEY)
+        assert again.headers["x-cache"] == "exact"
+
+    run(work)

@@ -1,0 +1,143 @@
+"""A key is looked up once a request, before its body is read; and what is answered without a model has room beside its requests."""
+
+import asyncio
+
+import aiohttp
+import pytest
+
+from anabranch.errors import CapacityError
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig
+from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.app import App
+from anabranch.gateway.key_admission import KeyAdmission
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.store import KeyRecord, RateLimits, Store
+from anabranch.web.api_error import ApiError
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+CHAT = {"model": "small", "messages": MESSAGES}
+
+
+def config(tmp_path, **fields):
+    model = ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="m")),))
+    return GatewayConfig(models=(model,), store=str(tmp_path / "g.db"), **fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", CHAT),
+        ("chat/completions", {**CHAT, "stream": True}),
+        ("completions", {"model": "small", "prompt": "hello"}),
+        ("embeddings", {"model": "small", "input": "hello"}),
+        ("responses", {"model": "small", "input": "hello"}),
+        ("messages", {**CHAT, "max_tokens": 5}),
+        ("messages/count_tokens", CHAT),
+        ("feedback", {"request_id": "nobody", "score": 1}),
+        ("models", None),
+        ("models/small", None),
+        ("key", None),
+    ],
+)
+def test_a_request_looks_its_key_up_once(tmp_path, monkeypatch, path, body):
+    looked, inner = [], Store.key_of
+
+    async def key_of(self, secret):
+        looked.append(secret)
+        return await inner(self, secret)
+
+    monkeypatch.setattr(Store, "key_of", key_of)
+
+    async def work():
+        async with Gateway(config(tmp_path)) as gateway, aiohttp.ClientSession() as session:
+            secret, record = await gateway.store.create_key("k")
+            server = App(gateway).server()
+            listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+            url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1/{path}"
+            headers = {"authorization": f"Bearer {secret}"}
+            method = "GET" if body is None else "POST"
+            try:
+                async with session.request(method, url, json=body, headers=headers) as answer:
+                    await answer.read()
+                    assert answer.status == (404 if path == "feedback" else 200)
+                await gateway.settled()
+                # It is the key's request all the same.
+                assert {row.key_id for row in await gateway.store.ledger()} <= {record.id}
+            finally:
+                listener.close()
+                await server.shutdown(0.1)
+        return secret
+
+    secret = asyncio.run(work())
+    assert looked == [secret]
+
+
+class Keys:
+    """A store of one key, which may not answer."""
+
+    def __init__(self, *, has_keys=False, trouble=False):
+        self.record, self._has_keys, self._trouble = KeyRecord(id="k", rpm=1, max_in_flight=1), has_keys, trouble
+
+    async def key_of(self, secret):
+        if self._trouble:
+            raise CapacityError("gone")
+        return self.record if secret == "right" else None
+
+    async def has_keys(self):
+        return self._has_keys
+
+
+def admission(keys, **fields):
+    of = GatewayConfig(
+        models=(ModelConfig(name="m", deployments=(DeploymentConfig(provider=Mock.Config(model="m")),)),), **fields
+    )
+    return KeyAdmission(lambda: keys, lambda: of, RateLimits(), InFlight())
+
+
+@pytest.mark.parametrize(
+    ("secret", "require_key", "has_keys", "found"),
+    [
+        ("right", True, True, "k"),
+        ("right", False, True, "k"),
+        (None, False, True, None),
+        (None, True, False, "is missing"),
+        ("wrong", True, False, "is not known"),
+        # It is hardly meant, once there are keys.
+        ("wrong", False, True, "is not known"),
+        ("wrong", False, False, None),
+    ],
+)
+def test_who_needs_a_key_and_whose_is_wrong(secret, require_key, has_keys, found):
+    async def work():
+        record = await admission(Keys(has_keys=has_keys), require_key=require_key).authenticate(secret)
+        return None if record is None else record.id
+
+    if found in ("k", None):
+        assert asyncio.run(work()) == found
+    else:
+        with pytest.raises(ApiError, match=found) as caught:
+            asyncio.run(work())
+        assert (caught.value.status, caught.value.headers["WWW-Authenticate"]) == (401, "Bearer")
+
+
+def test_a_store_that_does_not_answer_is_unavailable():
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(admission(Keys(trouble=True)).authenticate("right"))
+    assert caught.value.status == 503
+
+
+def test_what_is_answered_here_alone_counts_as_a_request_of_its_key():
+    held, record = admission(Keys(), limits=LimitsConfig(rpm=2)), Keys().record
+    with held.counted(record), pytest.raises(ApiError, match="under way"), held.counted(record):
+        pass
+    with pytest.raises(ApiError, match="a minute"), held.counted(record):
+        pass
+    # It was counted out though it was refused.
+    with pytest.raises(ApiError, match="a minute"), held.counted(record):
+        pass
+    held.admit(None)
+    held.admit(None)
+    with pytest.raises(ApiError) as caught:
+        held.admit(None)
+    assert caught.value.status == 429
