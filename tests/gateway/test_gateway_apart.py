@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestServer
 
 from anabranch.errors import RateError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.core import admission, cached_answers
+from anabranch.gateway.core import beginning, cached_answers
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http import exchange
@@ -60,8 +60,8 @@ WORK = [
     (exchange, "check_json_size"),
     (exchange, "parse"),
     (exchange, "parse_large"),
-    (admission, "count_prompt"),
-    (admission, "check_chat"),
+    (beginning, "count_prompt"),
+    (beginning, "check_chat"),
     (cached_answers, "exact_key"),
     (cached_answers, "shortened"),
     (upstream_request, "dump_large"),

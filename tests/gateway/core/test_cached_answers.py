@@ -6,7 +6,7 @@ import json
 import pytest
 
 from anabranch.gateway.config import CacheConfig
-from anabranch.gateway.core import admission
+from anabranch.gateway.core import beginning
 from anabranch.gateway.core.cached_answers import CachedAnswers
 from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, Usage
@@ -25,7 +25,7 @@ def answer(text="yes", reason="stop"):
 def cached(body=None, lent=None, record=None, **fields):
     state = state_of({"temperature": 0, **(body or {})}, lent=lent, **fields)
     state.record = record
-    admission.read(state)
+    beginning.read(state)
     state.report = Report(model="small")
     return CachedAnswers(state), state
 

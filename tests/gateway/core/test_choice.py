@@ -2,7 +2,7 @@
 
 import pytest
 
-from anabranch.gateway.core import admission, choice
+from anabranch.gateway.core import beginning, choice
 from anabranch.gateway.store import KeyRecord
 from anabranch.routers.contract.query import Candidate
 from anabranch.web.api_error import ApiError
@@ -12,9 +12,9 @@ from gateway_states import config, model, run, state_of
 def read(body=None, record=None, **fields):
     state = state_of(body, **fields)
     state.record = record
-    admission.read(state)
-    admission.admit(state)
-    admission.take_purse(state)
+    beginning.read(state)
+    beginning.admit(state)
+    beginning.take_purse(state)
     return state
 
 

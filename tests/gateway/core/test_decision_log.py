@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from anabranch.gateway.config import LogConfig
-from anabranch.gateway.core import admission
+from anabranch.gateway.core import beginning
 from anabranch.gateway.core.decision_log import (
     LONGEST_TEXT,
     Collecting,
@@ -43,7 +43,7 @@ def test_texts_are_kept_where_the_config_and_the_sender_let_it(prompts, store, k
 
 def read(body=None, **fields):
     state = state_of(body, **fields)
-    admission.read(state)
+    beginning.read(state)
     return state
 
 

@@ -1,7 +1,7 @@
 """The end of a request: its row, who is told, and what the strategy learns."""
 
 from anabranch.gateway.config import LogConfig
-from anabranch.gateway.core import admission, choice, ending
+from anabranch.gateway.core import beginning, choice, ending
 from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.providers.provider import Usage
 from anabranch.gateway.store import KeyRecord
@@ -15,9 +15,9 @@ def attempt(**fields):
 
 async def decided(body=None, *, of=None, lent=None):
     state = state_of(body, lent=lent, of=of)
-    admission.read(state)
-    admission.admit(state)
-    admission.take_purse(state)
+    beginning.read(state)
+    beginning.admit(state)
+    beginning.take_purse(state)
     await choice.decide(state)
     return state
 

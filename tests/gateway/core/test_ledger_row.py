@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from anabranch.gateway.core import admission, choice
+from anabranch.gateway.core import beginning, choice
 from anabranch.gateway.core.ledger_row import call_rows, finished, priced, row_of
 from anabranch.gateway.core.model_calls import ModelCall
 from anabranch.gateway.dispatch import Attempt, Report
@@ -27,9 +27,9 @@ def attempt(**fields):
 async def asked(report, **fields):
     state = state_of(fields)
     state.record = KeyRecord(id="k1", name="ann's", user="ann", team="ml", tags=("x",))
-    admission.read(state)
-    admission.admit(state)
-    admission.take_purse(state)
+    beginning.read(state)
+    beginning.admit(state)
+    beginning.take_purse(state)
     await choice.decide(state)
     state.report, state.dispatched = report, 0.125
     return state

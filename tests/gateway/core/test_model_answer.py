@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from anabranch.errors import BudgetError
-from anabranch.gateway.core import admission, choice
+from anabranch.gateway.core import beginning, choice
 from anabranch.gateway.core.cached_answers import CachedAnswers
 from anabranch.gateway.core.model_answer import ModelAnswer
 from anabranch.gateway.dispatch import Attempt, Report
@@ -18,9 +18,9 @@ async def decided(body=None, *, store=None, record=None, **fields):
     """A request that has been decided on, and who is to answer it."""
     state = state_of(body, lent=services(store)[0], **fields)
     state.record = record
-    admission.read(state)
-    admission.admit(state)
-    admission.take_purse(state)
+    beginning.read(state)
+    beginning.admit(state)
+    beginning.take_purse(state)
     await choice.decide(state)
     return state, ModelAnswer(state, CachedAnswers(state))
 

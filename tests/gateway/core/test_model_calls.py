@@ -6,7 +6,7 @@ import pytest
 
 from anabranch.errors import BudgetError, InputError, LimitError
 from anabranch.gateway.config import LimitsConfig
-from anabranch.gateway.core import admission
+from anabranch.gateway.core import beginning
 from anabranch.gateway.core.model_calls import answered, body_of, bounded
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.providers.provider import Answer, UpstreamError, Usage
@@ -19,9 +19,9 @@ from gateway_states import FakeStore, config, model, run, services, state_of
 def begun(*, store=None, record=None, **fields):
     state = state_of(lent=services(store)[0], of=config(**fields))
     state.record = record
-    admission.read(state)
-    admission.admit(state)
-    admission.take_purse(state)
+    beginning.read(state)
+    beginning.admit(state)
+    beginning.take_purse(state)
     return state, state.calls
 
 
@@ -94,9 +94,9 @@ def test_a_request_ends_once_its_calls_have():
         small = model("small")
         small = small.replace(deployments=(small.deployments[0].replace(provider=slow),))
         state = state_of(lent=services()[0], of=config(small))
-        admission.read(state)
-        admission.admit(state)
-        admission.take_purse(state)
+        beginning.read(state)
+        beginning.admit(state)
+        beginning.take_purse(state)
         asking = asyncio.ensure_future(state.calls("small", "a"))
         while not state.calls.made:
             await asyncio.sleep(0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from anabranch.gateway.core import admission, choice
+from anabranch.gateway.core import beginning, choice
 from anabranch.gateway.core.program_answer import ask_program
 from anabranch.gateway.core.program_run import ProgramRun
 from anabranch.gateway.providers.provider import Answer
@@ -43,9 +43,9 @@ async def begun(work, body=None, *, of=None, **fields):
     state = state_of({"model": "auto/cheapest", **(body or {})}, lent=services()[0], of=of, **fields)
     program = Says(work)
     state.runtime = Runtime(of or config(), strategies={"cheapest": program})
-    admission.read(state)
-    admission.admit(state)
-    admission.take_purse(state)
+    beginning.read(state)
+    beginning.admit(state)
+    beginning.take_purse(state)
     await choice.decide(state)
     return state, program
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from anabranch.gateway.config import LogConfig
-from anabranch.gateway.core import admission, choice
+from anabranch.gateway.core import beginning, choice
 from anabranch.gateway.core.decision_log import Collecting
 from anabranch.gateway.dispatch import Attempt, Report
 from gateway_states import config, model, run, state_of
@@ -18,12 +18,12 @@ def attempt(cost):
 def test_the_deadline_is_that_of_the_model_it_goes_to_first():
     of = config(model("small", deadline_s=7.0), model("large"), deadline_s=60.0)
     state = state_of(of=of)
-    admission.read(state)
+    beginning.read(state)
     assert state.deadline_s == 7.0
     state.candidates = ("large", "small")
     assert state.deadline_s == 60.0
     chosen = state_of({"model": "auto"}, of=of)
-    admission.read(chosen)
+    beginning.read(chosen)
     assert chosen.deadline_s == 60.0
 
 
@@ -57,9 +57,9 @@ def test_the_store_keeps_texts_that_were_written_for_a_user_who_lets_it(fields, 
 def test_a_strategy_is_told_the_answers_that_it_wants_and_may_have():
     async def decided(body):
         state = state_of({"model": "auto/cheapest", **body})
-        admission.read(state)
-        admission.admit(state)
-        admission.take_purse(state)
+        beginning.read(state)
+        beginning.admit(state)
+        beginning.take_purse(state)
         await choice.decide(state)
         state.runtime.decider.lanes["cheapest"].strategy.keeps_answers = True
         return state

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.core import admission, choice
+from anabranch.gateway.core import beginning, choice
 from anabranch.gateway.core.response_headers import headers_of, overhead_s, safe
 from anabranch.gateway.dispatch import Attempt, Report
 from gateway_states import run, state_of
@@ -15,9 +15,9 @@ from gateway_states import run, state_of
 
 async def decided(body=None):
     state = state_of(body)
-    admission.read(state)
-    admission.admit(state)
-    admission.take_purse(state)
+    beginning.read(state)
+    beginning.admit(state)
+    beginning.take_purse(state)
     await choice.decide(state)
     return state
 

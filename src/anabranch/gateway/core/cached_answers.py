@@ -17,7 +17,7 @@ from anabranch.gateway.cache import (
     context_key,
     exact_key,
 )
-from anabranch.gateway.core.admission import apart
+from anabranch.gateway.core.beginning import apart
 from anabranch.gateway.core.relay import Replayed, Sharing
 from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.core.request_state import RequestState

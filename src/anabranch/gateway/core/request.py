@@ -2,7 +2,7 @@
 
     authenticate, validate, count -> caches -> decide -> reserve -> dispatch -> stream or return -> settle -> observe
 
-The steps are in files of their own: `admission`, `cached_answers`, `choice`, `program_answer` and `model_answer`, and `ending`. What they
+The steps are in files of their own: `beginning`, `cached_answers`, `choice`, `program_answer` and `model_answer`, and `ending`. What they
 find out is in the `RequestState`. Whatever happens after a reservation, it is settled exactly once, and the request has exactly one row
 in the ledger. Where a call that was given up is read on for what it costs, that is when this is known; nobody else waits for it.
 """
@@ -10,8 +10,8 @@ in the ledger. Where a call that was given up is read on for what it costs, that
 import logging
 from typing import TYPE_CHECKING, Any
 
-from anabranch.gateway.core import admission, choice, ending
-from anabranch.gateway.core.admission import apart
+from anabranch.gateway.core import beginning, choice, ending
+from anabranch.gateway.core.beginning import apart
 from anabranch.gateway.core.cached_answers import CachedAnswers
 from anabranch.gateway.core.failures import refusal_of
 from anabranch.gateway.core.incoming import Incoming, Key, KnownKey
@@ -53,10 +53,10 @@ class RequestRun:
             clock.begin("key")
             state.record = key.record if isinstance(key, KnownKey) else await state.services.authenticate(key)
             clock.begin("read")
-            await apart(state, lambda: admission.read(state))
-            admission.admit(state)
-            admission.assign(state)
-            admission.take_purse(state)
+            await apart(state, lambda: beginning.read(state))
+            beginning.admit(state)
+            beginning.assign(state)
+            beginning.take_purse(state)
             try:
                 reply = await self._answered()
             except BaseException as error:
@@ -92,9 +92,9 @@ class RequestRun:
         """Only the decision; there is a row only if the strategy asked a model for it. Raises ApiError."""
         state = self.state
         state.record, state.subjects = record, subjects_of(record)
-        admission.read(state)
-        admission.assign(state)
-        admission.take_purse(state)
+        beginning.read(state)
+        beginning.assign(state)
+        beginning.take_purse(state)
         try:
             await choice.decide(state)
         finally:

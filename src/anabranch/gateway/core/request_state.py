@@ -1,6 +1,6 @@
 """`RequestState`: what is known of one request so far.
 
-The steps of a request write it (`admission`, `cached_answers`, `choice`, `model_answer`, `program_answer`); its row, its headers and
+The steps of a request write it (`beginning`, `cached_answers`, `choice`, `model_answer`, `program_answer`); its row, its headers and
 what is told of it at its end are read from it. It knows no step and no reader.
 """
 

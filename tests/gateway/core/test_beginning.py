@@ -6,7 +6,7 @@ import pytest
 
 from anabranch.gateway.config import LimitsConfig, StrategyConfig, Target
 from anabranch.gateway.config.ab import ABConfig
-from anabranch.gateway.core import admission
+from anabranch.gateway.core import beginning
 from anabranch.gateway.core.decision_log import Collecting
 from anabranch.gateway.store import COLLECT, KeyRecord
 from anabranch.web.api_error import ApiError
@@ -16,11 +16,11 @@ from gateway_states import config, run, services, state_of
 
 def test_a_request_is_read_into_its_target_its_label_and_its_length():
     state = state_of()
-    admission.read(state)
+    beginning.read(state)
     assert (state.target.model, state.label, state.strategy) == ("small", "small", "")
     assert state.count.tokens > 0
     chosen = state_of({"model": "auto/cheapest?lambda=2&b=1"})
-    admission.read(chosen)
+    beginning.read(chosen)
     assert (chosen.target.model, chosen.label, chosen.strategy) == (None, "auto/cheapest?b=1&lambda=2", "cheapest")
 
 
@@ -36,23 +36,23 @@ def test_a_request_is_read_into_its_target_its_label_and_its_length():
 )
 def test_what_cannot_be_asked_is_refused_by_name(body, endpoint, status, param):
     with pytest.raises(ApiError) as caught:
-        admission.read(state_of(body, endpoint=endpoint))
+        beginning.read(state_of(body, endpoint=endpoint))
     assert (caught.value.status, caught.value.param) == (status, param)
 
 
 def test_a_label_has_its_knobs_in_order():
     target = Target(strategy="cheapest", knobs={"b": "2", "a": "1"})
-    assert admission.label_of(target) == "auto/cheapest?a=1&b=2"
-    assert admission.label_of(Target(model="small")) == "small"
-    assert admission.label_of(Target(strategy="a", test="trial")) == "auto/trial"
+    assert beginning.label_of(target) == "auto/cheapest?a=1&b=2"
+    assert beginning.label_of(Target(model="small")) == "small"
+    assert beginning.label_of(Target(strategy="a", test="trial")) == "auto/trial"
 
 
 def test_a_request_is_its_key_s_its_team_s_and_its_tags():
     key = KeyRecord(id="k1", user="ann", team="ml", tags=("x",), rpm=2, tpm=10_000)
     state = state_of({"user": "bob"}, headers={"x-tags": "y, z"})
     state.record = key
-    admission.read(state)
-    admission.admit(state)
+    beginning.read(state)
+    beginning.admit(state)
     assert state.subjects == ("global", "key:k1", "team:ml", "user:ann", "tag:x", "tag:y", "tag:z")
     assert (state.user, state.tags, state.tpm, state.is_counted) == ("ann", ("x", "y", "z"), 10_000, True)
     assert (state.tenant, state.sender) == ("k1", "ml")
@@ -65,15 +65,15 @@ def test_a_request_is_its_key_s_its_team_s_and_its_tags():
 def test_tags_of_the_gateway_s_own_are_for_it_alone():
     state = state_of(headers={"x-tags": COLLECT})
     with pytest.raises(ApiError, match="own questions"):
-        admission.admit(state)
+        beginning.admit(state)
     collected = state_of(collecting=Collecting("key", 0))
-    admission.admit(collected)
+    beginning.admit(collected)
     assert collected.tags == (COLLECT,)
 
 
 def test_a_tag_that_may_not_be_is_named():
     with pytest.raises(ApiError) as caught:
-        admission.admit(state_of(headers={"x-tags": "a:b\n"}))
+        beginning.admit(state_of(headers={"x-tags": "a:b\n"}))
     assert caught.value.param == "x-tags"
 
 
@@ -84,7 +84,7 @@ def test_the_limits_of_a_key_go_before_those_of_the_config():
     def one(**fields):
         state = state_of(lent=lent, of=of)
         state.record = KeyRecord(id="k", **fields)
-        admission.admit(state)
+        beginning.admit(state)
 
     one(rpm=2, max_in_flight=2)
     one(rpm=2, max_in_flight=2)
@@ -99,12 +99,12 @@ def test_a_request_to_a_test_goes_to_the_strategy_of_its_arm():
     strategies = {"cheapest": StrategyConfig(use="cheapest"), "static": StrategyConfig(use="static")}
     of = config(strategies=strategies, ab={"trial": ABConfig(a="cheapest", b="static", share=0.999999)})
     state = state_of({"model": "auto/trial", "user": "ann"}, of=of)
-    admission.read(state)
-    admission.assign(state)
+    beginning.read(state)
+    beginning.assign(state)
     assert (state.arm.test, state.arm.side, state.strategy, state.label) == ("trial", "b", "static", "auto/trial")
     plain = state_of(of=of)
-    admission.read(plain)
-    admission.assign(plain)
+    beginning.read(plain)
+    beginning.assign(plain)
     assert plain.arm is None
 
 
@@ -114,9 +114,9 @@ def test_the_purse_has_the_limit_of_a_request_and_the_key_s_models():
     async def work():
         state = state_of(of=of)
         state.record = KeyRecord(id="k", models=("small",))
-        admission.read(state)
-        admission.admit(state)
-        admission.take_purse(state)
+        beginning.read(state)
+        beginning.admit(state)
+        beginning.take_purse(state)
         assert await state.purse.is_limited()
         assert state.purse.is_empty
         await state.purse.hold(7)
@@ -131,6 +131,6 @@ def test_the_purse_has_the_limit_of_a_request_and_the_key_s_models():
 @pytest.mark.parametrize(("num_bytes", "is_apart"), [(0, False), (LARGE, False), (LARGE + 1, True)])
 def test_large_bodies_are_worked_on_in_another_thread(num_bytes, is_apart):
     async def work():
-        return await admission.apart(state_of(num_bytes=num_bytes), threading.current_thread)
+        return await beginning.apart(state_of(num_bytes=num_bytes), threading.current_thread)
 
     assert (run(work) is not threading.main_thread()) == is_apart
