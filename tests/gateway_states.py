@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from anabranch.errors import BudgetError
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import CacheConfig, DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.core import beginning
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.incoming import Incoming
 from anabranch.gateway.core.relay import Ahead
@@ -108,3 +109,10 @@ def state_of(body=None, *, lent=None, of=None, endpoint="chat", headers=None, **
 def run(work, *given, **named):
     """What a coroutine function gives, on a loop of its own."""
     return asyncio.run(work(*given, **named))
+
+
+def begun(state):
+    """Read, let in, and with a purse: ready to be decided on."""
+    beginning.read(state)
+    beginning.admit(state)
+    beginning.take_purse(state)

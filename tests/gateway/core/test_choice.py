@@ -2,19 +2,17 @@
 
 import pytest
 
-from anabranch.gateway.core import beginning, choice
+from anabranch.gateway.core import choice
 from anabranch.gateway.store import KeyRecord
 from anabranch.routers.contract.query import Candidate
 from anabranch.web.api_error import ApiError
-from gateway_states import config, model, run, state_of
+from gateway_states import begun, config, model, run, state_of
 
 
 def read(body=None, record=None, **fields):
     state = state_of(body, **fields)
     state.record = record
-    beginning.read(state)
-    beginning.admit(state)
-    beginning.take_purse(state)
+    begun(state)
     return state
 
 

@@ -1,11 +1,11 @@
 """The end of a request: its row, who is told, and what the strategy learns."""
 
 from anabranch.gateway.config import LogConfig
-from anabranch.gateway.core import beginning, choice, ending
+from anabranch.gateway.core import choice, ending
 from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.providers.provider import Usage
 from anabranch.gateway.store import KeyRecord
-from gateway_states import FakeStore, config, run, services, state_of
+from gateway_states import FakeStore, begun, config, run, services, state_of
 
 
 def attempt(**fields):
@@ -15,9 +15,7 @@ def attempt(**fields):
 
 async def decided(body=None, *, of=None, lent=None):
     state = state_of(body, lent=lent, of=of)
-    beginning.read(state)
-    beginning.admit(state)
-    beginning.take_purse(state)
+    begun(state)
     await choice.decide(state)
     return state
 

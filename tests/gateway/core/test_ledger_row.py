@@ -2,13 +2,13 @@
 
 from types import SimpleNamespace
 
-from anabranch.gateway.core import beginning, choice
+from anabranch.gateway.core import choice
 from anabranch.gateway.core.ledger_row import call_rows, finished, priced, row_of
 from anabranch.gateway.core.model_calls import ModelCall
 from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.providers.provider import Usage
 from anabranch.gateway.store import KeyRecord
-from gateway_states import run, state_of
+from gateway_states import begun, run, state_of
 
 
 def attempt(**fields):
@@ -27,9 +27,7 @@ def attempt(**fields):
 async def asked(report, **fields):
     state = state_of(fields)
     state.record = KeyRecord(id="k1", name="ann's", user="ann", team="ml", tags=("x",))
-    beginning.read(state)
-    beginning.admit(state)
-    beginning.take_purse(state)
+    begun(state)
     await choice.decide(state)
     state.report, state.dispatched = report, 0.125
     return state

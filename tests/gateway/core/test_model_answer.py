@@ -5,22 +5,20 @@ import asyncio
 import pytest
 
 from anabranch.errors import BudgetError
-from anabranch.gateway.core import beginning, choice
+from anabranch.gateway.core import choice
 from anabranch.gateway.core.cached_answers import CachedAnswers
 from anabranch.gateway.core.model_answer import ModelAnswer
 from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.store import KeyRecord
 from anabranch.web.api_error import ApiError
-from gateway_states import FakeStore, config, model, run, services, state_of
+from gateway_states import FakeStore, begun, config, model, run, services, state_of
 
 
 async def decided(body=None, *, store=None, record=None, **fields):
     """A request that has been decided on, and who is to answer it."""
     state = state_of(body, lent=services(store)[0], **fields)
     state.record = record
-    beginning.read(state)
-    beginning.admit(state)
-    beginning.take_purse(state)
+    begun(state)
     await choice.decide(state)
     return state, ModelAnswer(state, CachedAnswers(state))
 

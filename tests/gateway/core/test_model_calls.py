@@ -6,28 +6,25 @@ import pytest
 
 from anabranch.errors import BudgetError, InputError, LimitError
 from anabranch.gateway.config import LimitsConfig
-from anabranch.gateway.core import beginning
 from anabranch.gateway.core.model_calls import answered, body_of, bounded
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.providers.provider import Answer, UpstreamError, Usage
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord
 from anabranch.routers.contract.ask import Answered, Arm, Said
-from gateway_states import FakeStore, config, model, run, services, state_of
+from gateway_states import FakeStore, begun, config, model, run, services, state_of
 
 
-def begun(*, store=None, record=None, **fields):
+def asking(*, store=None, record=None, **fields):
     state = state_of(lent=services(store)[0], of=config(**fields))
     state.record = record
-    beginning.read(state)
-    beginning.admit(state)
-    beginning.take_purse(state)
+    begun(state)
     return state, state.calls
 
 
 def test_a_call_is_paid_for_and_noted():
     async def work():
-        state, calls = begun()
+        state, calls = asking()
         answer = await calls("small", "which?", max_tokens=2, temperature=0)
         [call] = calls.made
         assert isinstance(answer, Answered)
@@ -55,7 +52,7 @@ def test_a_call_is_paid_for_and_noted():
 )
 def test_what_makes_no_call_is_said_and_nothing_is_asked(arm, how, error, message):
     async def work():
-        state, calls = begun(record=KeyRecord(id="k", models=("small",)))
+        state, calls = asking(record=KeyRecord(id="k", models=("small",)))
         with pytest.raises(error, match=message):
             await calls(arm, "which?", **how)
         assert (calls.made, state.services.store.reserved) == ([], [])
@@ -65,7 +62,7 @@ def test_what_makes_no_call_is_said_and_nothing_is_asked(arm, how, error, messag
 
 def test_there_are_so_many_and_none_once_the_request_is_over():
     async def work():
-        _, calls = begun(limits=LimitsConfig(strategy_calls=1))
+        _, calls = asking(limits=LimitsConfig(strategy_calls=1))
         await calls("small", "a")
         with pytest.raises(LimitError, match="may make 1 calls"):
             await calls("small", "b")
@@ -80,7 +77,7 @@ def test_there_are_so_many_and_none_once_the_request_is_over():
 
 def test_a_call_without_room_is_not_made():
     async def work():
-        _, calls = begun(store=FakeStore(limit=0))
+        _, calls = asking(store=FakeStore(limit=0))
         with pytest.raises(BudgetError):
             await calls("small", "a")
         assert calls.made == []
@@ -94,9 +91,7 @@ def test_a_request_ends_once_its_calls_have():
         small = model("small")
         small = small.replace(deployments=(small.deployments[0].replace(provider=slow),))
         state = state_of(lent=services()[0], of=config(small))
-        beginning.read(state)
-        beginning.admit(state)
-        beginning.take_purse(state)
+        begun(state)
         asking = asyncio.ensure_future(state.calls("small", "a"))
         while not state.calls.made:
             await asyncio.sleep(0)

@@ -2,14 +2,14 @@
 
 import pytest
 
-from anabranch.gateway.core import beginning, choice
+from anabranch.gateway.core import choice
 from anabranch.gateway.core.program_answer import ask_program
 from anabranch.gateway.core.program_run import ProgramRun
 from anabranch.gateway.providers.provider import Answer
 from anabranch.routers.contract.program import Done, Program
 from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.web.api_error import ApiError
-from gateway_states import config, model, run, services, state_of
+from gateway_states import begun, config, model, run, services, state_of
 
 
 class Says(Program):
@@ -37,29 +37,27 @@ async def fails(request, ask):
     yield
 
 
-async def begun(work, body=None, *, of=None, **fields):
+async def decided(work, body=None, *, of=None, **fields):
     from anabranch.gateway.runtime import Runtime
 
     state = state_of({"model": "auto/cheapest", **(body or {})}, lent=services()[0], of=of, **fields)
     program = Says(work)
     state.runtime = Runtime(of or config(), strategies={"cheapest": program})
-    beginning.read(state)
-    beginning.admit(state)
-    beginning.take_purse(state)
+    begun(state)
     await choice.decide(state)
     return state, program
 
 
 def test_a_program_s_answer_is_whole_or_a_stream_past_its_first_piece():
     async def work():
-        state, program = await begun(says_yes, {"temperature": 0.5, "user": "ann", "store": False})
+        state, program = await decided(says_yes, {"temperature": 0.5, "user": "ann", "store": False})
         answer = await ask_program(state)
         assert isinstance(answer, Answer)
         assert (answer.text, state.program.report, state.report.model) == ("yes", state.report, "small")
         [request] = program.requests
         assert (dict(request.settings), request.is_streamed) == ({"temperature": 0.5, "user": "ann"}, False)
         assert state.calls.purpose == "draft"
-        state, program = await begun(says_yes, {"stream": True})
+        state, program = await decided(says_yes, {"stream": True})
         running = await ask_program(state)
         assert isinstance(running, ProgramRun)
         assert program.requests[0].is_streamed
@@ -70,9 +68,9 @@ def test_a_program_s_answer_is_whole_or_a_stream_past_its_first_piece():
 
 def test_a_model_answers_where_there_is_no_program_or_it_failed_before_it_said_anything():
     async def work():
-        state, _ = await begun(says_yes, {"model": "small"})
+        state, _ = await decided(says_yes, {"model": "small"})
         assert await ask_program(state) is None
-        state, _ = await begun(fails)
+        state, _ = await decided(fails)
         assert await ask_program(state) is None
         assert state.decided.bypassed == "ValueError in the program"
         assert state.program is None
@@ -85,7 +83,7 @@ def test_a_model_answers_where_there_is_no_program_or_it_failed_before_it_said_a
 @pytest.mark.parametrize(("body", "endpoint"), [({"n": 2}, "chat"), ({"prompt": "x"}, "completions")])
 def test_a_program_answers_chats_with_one_choice(body, endpoint):
     async def work():
-        state, _ = await begun(says_yes, body, endpoint=endpoint)
+        state, _ = await decided(says_yes, body, endpoint=endpoint)
         await ask_program(state)
 
     with pytest.raises(ApiError, match="is a program"):
@@ -96,7 +94,7 @@ def test_a_program_has_the_time_of_the_slowest_model_that_it_may_ask():
     of = config(model("small", deadline_s=900.0), model("large"), deadline_s=60.0)
 
     async def work():
-        state, _ = await begun(says_yes, of=of)
+        state, _ = await decided(says_yes, of=of)
         await ask_program(state)
         return state.calls.deadline_s, state.calls.limit_s
 

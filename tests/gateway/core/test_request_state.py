@@ -8,7 +8,7 @@ from anabranch.gateway.config import LogConfig
 from anabranch.gateway.core import beginning, choice
 from anabranch.gateway.core.decision_log import Collecting
 from anabranch.gateway.dispatch import Attempt, Report
-from gateway_states import config, model, run, state_of
+from gateway_states import begun, config, model, run, state_of
 
 
 def attempt(cost):
@@ -57,9 +57,7 @@ def test_the_store_keeps_texts_that_were_written_for_a_user_who_lets_it(fields, 
 def test_a_strategy_is_told_the_answers_that_it_wants_and_may_have():
     async def decided(body):
         state = state_of({"model": "auto/cheapest", **body})
-        beginning.read(state)
-        beginning.admit(state)
-        beginning.take_purse(state)
+        begun(state)
         await choice.decide(state)
         state.runtime.decider.lanes["cheapest"].strategy.keeps_answers = True
         return state

@@ -7,17 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.core import beginning, choice
+from anabranch.gateway.core import choice
 from anabranch.gateway.core.response_headers import headers_of, overhead_s, safe
 from anabranch.gateway.dispatch import Attempt, Report
-from gateway_states import run, state_of
+from gateway_states import begun, run, state_of
 
 
 async def decided(body=None):
     state = state_of(body)
-    beginning.read(state)
-    beginning.admit(state)
-    beginning.take_purse(state)
+    begun(state)
     await choice.decide(state)
     return state
 
