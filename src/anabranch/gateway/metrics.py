@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
+from anabranch.gateway.durations import Durations
 from anabranch.gateway.store import LedgerRow
 
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -111,27 +112,16 @@ class Metrics:
         self.requests = Counter(
             "anabranch_requests", "Requests that ended", ["endpoint", "model", "strategy", "status"], registry=registry
         )
-        self.latency = Histogram(
-            "anabranch_request_seconds",
-            "To the end of the answer",
-            ["endpoint", "model"],
-            buckets=LATENCY_S,
-            registry=registry,
+        self.latency = Durations(
+            "anabranch_request_seconds", "To the end of the answer", ["endpoint", "model"], LATENCY_S, registry
         )
-        self.ttft = Histogram(
-            "anabranch_first_token_seconds",
-            "To the first token of a stream",
-            ["model"],
-            buckets=LATENCY_S,
-            registry=registry,
+        self.ttft = Durations(
+            "anabranch_first_token_seconds", "To the first token of a stream", ["model"], LATENCY_S, registry
         )
-        self.overhead = Histogram(
-            "anabranch_overhead_seconds", "What the gateway itself took", buckets=OVERHEAD_S, registry=registry
+        self.overhead = Durations(
+            "anabranch_overhead_seconds", "What the gateway itself took", [], OVERHEAD_S, registry
         )
-        self.stages = Histogram(
-            "anabranch_stage_seconds", "Stages of requests", ["stage"], buckets=STAGE_S, registry=registry
-        )
-        self._stage = {stage: self.stages.labels(stage) for stage in STAGES}
+        self.stages = Durations("anabranch_stage_seconds", "Stages of requests", ["stage"], STAGE_S, registry)
         self.tokens = Counter("anabranch_tokens", "Tokens", ["model", "direction"], registry=registry)
         self.nano = Counter(
             "anabranch_spend_nano_dollars", "Nano-dollars spent", ["model", "strategy"], registry=registry
@@ -171,17 +161,17 @@ class Metrics:
 
     def staged(self, stage: str, seconds: float) -> None:
         """A stage of a request took so long."""
-        self._stage[stage].observe(seconds)
+        self.stages.observe(seconds, stage)
 
     def ended(self, request: Ended) -> None:
         """Count a request that is over, but for what it cost: that is told by `priced`, as soon as it is known."""
         held = self._child
         model = request.model or "none"
         held(self.requests, request.endpoint, model, request.strategy or "none", str(request.status)).inc()
-        held(self.latency, request.endpoint, model).observe(request.latency_s)
+        self.latency.observe(request.latency_s, request.endpoint, model)
         self.overhead.observe(request.overhead_s)
         if request.ttft_s is not None:
-            held(self.ttft, model).observe(request.ttft_s)
+            self.ttft.observe(request.ttft_s, model)
         now = self.now()
         now.requests += 1
         now.errors += request.status >= 500 or request.status == 429

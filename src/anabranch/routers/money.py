@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
+from operator import attrgetter
 from typing import Self
 
 from anabranch.bounds import shown
@@ -162,8 +163,14 @@ class Price(Config):
 
         Where parts of a prompt overlap (sound that was cached), each token counts once, at the dearest that it may be.
         """
-        is_odd = tokens.cached > tokens.prompt or tokens.completion < 0
-        if is_odd or min(searches, calls) < 0 or min(getattr(tokens, name) for name in PARTS) < 0:
+        if not any(parts := _parts_of(tokens)):
+            if min(tokens.prompt, tokens.completion, searches, calls) < 0:
+                raise _impossible(tokens.prompt, tokens.completion, tokens.cached)
+            # Plain text, as most is.
+            price = self.at(tokens.prompt)
+            nano = tokens.prompt * price.input + tokens.completion * price.output
+            return -(-(nano + 1000 * ((price.web_search or 0) * searches + price.request * calls)) // PER)
+        if tokens.cached > tokens.prompt or tokens.completion < 0 or min(searches, calls, *parts) < 0:
             raise _impossible(tokens.prompt, tokens.completion, tokens.cached)
         price = self.at(tokens.prompt)
         written = price.input + -(-price.input // 4) if price.cache_write is None else price.cache_write
@@ -202,6 +209,7 @@ INHERITED = ("audio_input", "audio_output", "image_input", "image_output", "web_
 
 # Parts of `Tokens` that have rates of their own.
 PARTS = ("cached", "cache_write", "cache_write_1h", "audio_input", "image_input", "audio_output", "image_output")
+_parts_of = attrgetter(*PARTS)
 TOKEN_RATES = (
     "input", "output", "cached_input", "cache_write", "cache_write_1h", "audio_input", "audio_output", "image_input", "image_output",
 )  # fmt: skip

@@ -33,7 +33,9 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 def read_json(text: str) -> Any:
     """JSON whose numbers are finite. Raises ValueError, and RecursionError."""
-    return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    if text.startswith("\ufeff"):
+        raise json.JSONDecodeError("a byte order mark is no JSON", text, 0)
+    return _DECODER.decode(text)
 
 
 def is_int(value: Any) -> bool:
@@ -54,6 +56,10 @@ def _finite(text: str) -> float:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+# Made once: that takes as long as to read a short body.
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 def kind(value: Any) -> str:

@@ -69,6 +69,7 @@ def serve(
     check_extra()
     from anabranch import machine
     from anabranch.graph.serve import Limits, Sources, run
+    from anabranch.web import heap
 
     if watch is not None and not 0 < watch < float("inf"):
         raise InputError(f"--watch is {watch}; it must be a positive number of seconds")
@@ -83,6 +84,7 @@ def serve(
     sources = Sources(files, mmap=mmap, alpha=alpha, method=method, directed=directed)
 
     def ready(url: str, loaded: Any) -> None:
+        heap.set_aside()
         if as_json:
             print_json({"url": url, "pid": os.getpid(), **loaded.to_dict()})
         else:

@@ -69,11 +69,19 @@ def row_of(state: "RequestState", report: Report, latency_s: float, status: str,
 
 def priced(state: "RequestState", row: LedgerRow) -> LedgerRow:
     """The row with what its calls cost as is known now."""
-    usage = Usage() if state.report is None else state.report.usage
+    usage, cost = (Usage(), 0) if state.report is None else (state.report.usage, state.report.cost)
+    known = (cost, usage.prompt, usage.completion, usage.cached, usage.is_estimated)
+    if known == (row.cost_nano, row.prompt_tokens, row.completion_tokens, row.cached_tokens, row.is_estimated):
+        return row
+    cost, prompt, completion, cached, is_estimated = known
     return replace(
-        row, cost_nano=0 if state.report is None else state.report.cost, prompt_tokens=usage.prompt,
-        completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated,
-    )  # fmt: skip
+        row,
+        cost_nano=cost,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        cached_tokens=cached,
+        is_estimated=is_estimated,
+    )
 
 
 def call_rows(state: "RequestState") -> list[LedgerRow]:

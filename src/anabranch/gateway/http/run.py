@@ -15,6 +15,7 @@ from anabranch.gateway.http.app import App
 from anabranch.gateway.http.peers import RELOAD_S, Peers, Seat, end_with_supervisor
 from anabranch.gateway.store.opening import check_place
 from anabranch.sockets import listening, url_of
+from anabranch.web import heap
 from anabranch.web.server import BACKLOG, Server, Signals, reload_on, runner
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ class _Reload:
         self._gateway.observers.reopen()
         new = await asyncio.to_thread(self._load)
         await self._gateway.reload(new)
+        heap.set_aside()
         logging.getLogger("anabranch").setLevel(new.log.level.upper())
 
     async def everywhere(self) -> None:
@@ -168,6 +170,7 @@ async def _main(
             await loop.create_server(server, sock=bound, backlog=BACKLOG)
             for server, bound in zip(servers, sockets, strict=True)
         ]
+        heap.set_aside()
         try:
             on_ready(urls[0], urls[-1], config)
             await signals.stop.wait()

@@ -105,7 +105,8 @@ class Writer:
             self._leave_out(job.future)
             return job.future
         self._num_rows += 1
-        self._num_bytes += _size(job)
+        if isinstance(job, Insert):
+            self._num_bytes += _size(job)
         self._jobs.append(job)
         if at_once or len(self._jobs) >= GATHER_ROWS:
             self._rouse()
@@ -138,7 +139,9 @@ class Writer:
     def _deliver(self, jobs: Sequence[Job]) -> None:
         """Of the loop's thread: tell who waits."""
         self._num_rows -= len(jobs)
-        self._num_bytes -= sum(map(_size, jobs))
+        for job in jobs:
+            if isinstance(job, Insert):
+                self._num_bytes -= _size(job)
         if self._left_out and self._num_rows < MOST_ROWS // 2 and self._num_bytes < MOST_BYTES // 2:
             logger.error("there is room again; %d rows were left out, which cost nobody anything", self._left_out)
             self._left_out = 0
@@ -324,6 +327,6 @@ def _seen(done: "asyncio.Future[Any]") -> None:
         done.exception()
 
 
-def _size(job: Job) -> int:
-    """Bytes, about, of what a job holds beside its row."""
-    return sum(len(value) for value in job.row if isinstance(value, str)) if isinstance(job, Insert) else 0
+def _size(job: Insert) -> int:
+    """Bytes, about, of the texts of a job."""
+    return sum([len(value) for value in job.row if isinstance(value, str)])

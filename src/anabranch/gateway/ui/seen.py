@@ -28,13 +28,11 @@ def seen_of(done: Finished) -> Seen:
 def with_price(seen: Seen, priced: Priced) -> Seen:
     """The line with what the request cost."""
     row = priced.row
-    return replace(
-        seen,
-        nano=priced.nano,
-        prompt_tokens=row.prompt_tokens or seen.prompt_tokens,
-        completion_tokens=row.completion_tokens,
-        calls=[_call(one) for one in priced.calls],
-    )
+    prompt, completion = row.prompt_tokens or seen.prompt_tokens, row.completion_tokens
+    calls = [_call(one) for one in priced.calls]
+    if (priced.nano, prompt, completion, calls) == (seen.nano, seen.prompt_tokens, seen.completion_tokens, seen.calls):
+        return seen
+    return replace(seen, nano=priced.nano, prompt_tokens=prompt, completion_tokens=completion, calls=calls)
 
 
 def _call(one: LedgerRow) -> dict[str, Any]:

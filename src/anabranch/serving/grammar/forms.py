@@ -12,7 +12,7 @@ a keyword or format that it cannot hold is refused by name. Ours are these rules
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from anabranch.errors import InputError
 
@@ -232,7 +232,7 @@ def _beside_whole_numbers(schema: dict[str, Any]) -> None:
             schema[left_out] = whole + sign * max(_A_LITTLE, 4 * math.ulp(whole))
 
 
-def _is_bound(value: Any) -> bool:
+def _is_bound(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
 
 

@@ -17,6 +17,7 @@ from anabranch.serving.http.config import HttpConfig
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.reading import Reader
 from anabranch.sockets import listening, url_of
+from anabranch.web import heap
 from anabranch.web.api_error import ApiError
 from anabranch.web.places import room_for_files
 from anabranch.web.server import BACKLOG, Server, Signals, runner
@@ -94,6 +95,7 @@ async def _main(
                 starting.result()
                 assert frontend.info is not None, "it has started"
                 on_info(frontend.info)
+                heap.set_aside()
                 on_ready(url)
                 await _first(signals.stop, frontend.failed)
             else:
