@@ -190,7 +190,10 @@ def test_embed_trains_tests_and_draws(facts, run, place):
     out = run("embed", "karate", "--dim", 8, "--out", "k.npy", "--labels", "own", "--train", 0.5, "--map", "map.svg")
     assert "micro F1" in out
     assert last(out) == ["wrote", "next"]
-    assert "karate   fastrp, principal components" in (place / "map.svg").read_text()
+    drawn = (place / "map.svg").read_text()
+    assert "karate   fastrp, principal components" in drawn
+    # The node with most edges.
+    assert ">33</text>" in drawn
     assert facts("embed", "karate", "--out", "k.npy", "--set", "beta=-0.9")["params"]["beta"] == -0.9
 
 

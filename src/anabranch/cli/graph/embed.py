@@ -28,6 +28,9 @@ OWN_LABELS = "own"
 # Nodes on a map, at most.
 MAPPED = 5000
 
+# Of them, those with most edges, which a map names.
+NAMED = 8
+
 
 def embed(
     source: GraphSource,
@@ -206,7 +209,9 @@ def _draw(
             label_N = np.where(np.diff(rows.indptr) > 0, np.append(rows.indices, -1)[first], -1)
             names = [str(number) for number in range(label_NC.shape[1])]
         few = f"   {len(chosen):,} of {len(vectors_ND):,} nodes" if len(chosen) < len(vectors_ND) else ""
-        draw_map(xy_N2, label_N, names, f"{Path(opened.name).name}   {method}, {how}{few}", path)
+        largest = np.argsort(-opened.graph.degree_N[chosen], kind="stable")[:NAMED]
+        told = list(zip(largest.tolist(), map(str, opened.graph.names_of(chosen[largest])), strict=True))
+        draw_map(xy_N2, label_N, names, f"{Path(opened.name).name}   {method}, {how}{few}", path, told=told)
 
 
 def _cure(graph: Graph, method: str) -> str:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # Of a point, that a map keeps near.
 NEIGHBOURS = 30
 
+# Characters of a node's name in a map.
+LONGEST_NAME = 24
+
 # Classes with a colour of their own; more are drawn in grey.
 LABELLED = len(SERIES)
 
@@ -67,22 +70,42 @@ def draw_recall(points: Sequence[dict[str, Any]], title: str, path: Path) -> Non
     with figure(6.4, 4.2) as (made, axes):
         recall = [point["recall"] for point in points]
         rate = [point["queries_per_second"] for point in points]
-        axes.plot(recall, rate, "-o", color=SERIES[0])
+        axes.plot(recall, rate, "-o", color=SERIES[0], clip_on=False)
+        axes.margins(x=0.12, y=0.12)
+        # There is no more than all of them, and no less than none.
+        low, high = axes.get_xlim()
+        low, high = max(low, 0.0), min(high, 1.0)
+        axes.set_xlim(low, high)
         for point in points:
-            axes.annotate(
-                f"ef {point['ef']}", (point["recall"], point["queries_per_second"]), (6, 5),
-                textcoords="offset points", color=MUTED, fontsize=8.5,
-            )  # fmt: skip
+            at = (point["recall"], point["queries_per_second"])
+            is_at_edge = point["recall"] > high - 0.1 * (high - low)
+            place = {"xytext": (-7, -6), "ha": "right"} if is_at_edge else {"xytext": (6, 5)}
+            axes.annotate(f"ef {point['ef']}", at, textcoords="offset points", color=MUTED, fontsize=8.5, **place)
         axes.set(yscale="log", xlabel=f"recall@{points[0]['k']}", ylabel="queries a second, one thread")
         axes.set_title(title)
-        axes.margins(x=0.12, y=0.12)
         axes.grid(color=GRID)
         _plain_ticks(axes, x=False)
     save(made, path)
 
 
-def draw_map(xy_N2: np.ndarray, label_N: np.ndarray | None, names: Sequence[str], title: str, path: Path) -> None:
-    """Nodes as points, coloured by label. ``label_N`` is -1 where there is none; ``names`` are those of labels."""
+def draw_map(
+    xy_N2: np.ndarray,
+    label_N: np.ndarray | None,
+    names: Sequence[str],
+    title: str,
+    path: Path,
+    *,
+    told: Sequence[tuple[int, str]] = (),
+) -> None:
+    """Nodes as points, coloured by label.
+
+    Args:
+        xy_N2: where they are.
+        label_N: of each; -1 where it has none.
+        names: of labels.
+        title, path: of the picture.
+        told: nodes that are named in it, by their numbers, and their names.
+    """
     with figure(6.8, 6.0) as (made, axes):
         size = float(np.clip(16000 / max(len(xy_N2), 1), 4, 36))
         # A few far away must not make the rest small.
@@ -102,6 +125,7 @@ def draw_map(xy_N2: np.ndarray, label_N: np.ndarray | None, names: Sequence[str]
             axes.scatter(
                 *xy_N2[chosen].T, s=size, linewidths=0, alpha=0.85, color=SERIES[number], label=names[label]
             )  # fmt: skip
+        _name_points(axes, xy_N2, told, size)
         axes.set(xticks=[], yticks=[], title=title)
         for side in axes.spines.values():
             side.set_visible(False)
@@ -114,6 +138,30 @@ def draw_map(xy_N2: np.ndarray, label_N: np.ndarray | None, names: Sequence[str]
             for handle in legend.legend_handles:
                 handle.set_sizes([30])
     save(made, path)
+
+
+def _name_points(axes: Any, xy_N2: np.ndarray, told: Sequence[tuple[int, str]], size: float) -> None:
+    """Names beside points, which are ringed; one that would lie on another, of a larger node, is left out."""
+    from matplotlib.patheffects import withStroke
+
+    span = xy_N2.max(0) - xy_N2.min(0) if len(xy_N2) else np.ones(2)
+    taken: list[np.ndarray] = []
+    for node, name in told:
+        at = xy_N2[node]
+        if any((np.abs(at - other) < span * (0.16, 0.035)).all() for other in taken):
+            continue
+        taken.append(at)
+        axes.scatter(*at, s=2.5 * size, facecolors="none", edgecolors=INK, linewidths=0.9)
+        short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+        axes.annotate(
+            short,
+            at,
+            (5, 4),
+            textcoords="offset points",
+            color=INK,
+            fontsize=8.5,
+            path_effects=[withStroke(linewidth=2.2, foreground="white")],
+        )
 
 
 def flat_map(vectors_ND: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
