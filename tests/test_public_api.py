@@ -45,7 +45,7 @@ PUBLIC = {
         pareto_distance preference recovery recovery_in_bins replay routerbench_aiq try_out with_cheapest
     """,
     "anabranch.graph": """
-        FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk load_dataset read_graph write_graph
+        FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk TypedGraph as_graph load_dataset read_graph write_graph
     """,
     "anabranch.graph.serve": "Limits Sources create_app run",
     "anabranch.lm": """

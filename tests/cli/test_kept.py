@@ -33,10 +33,20 @@ COMMANDS = {
         {"OUT": "o.csv"},
     ),
     "graph embed": (
-        "{source} --labels {labels} --out {OUT} --map {PICTURE}",
+        "{source} --labels {labels} --out {OUT} --map {PICTURE} --save {SAVE}",
         {"source": "e.csv", "labels": "l.csv"},
-        {"OUT": "o.npy", "PICTURE": "o.svg"},
+        {"OUT": "o.npy", "PICTURE": "o.svg", "SAVE": "o.anb"},
     ),
+    "graph tune": ("{source} --labels {labels} --out {OUT}", {"source": "e.csv", "labels": "l.csv"}, {"OUT": "o.csv"}),
+    "graph resume": (
+        "{fitted} {source} --save {SAVE} --out {OUT}", {"fitted": "i.anb", "source": "e.csv"}, {"SAVE": "o.anb", "OUT": "o.npy"}
+    ),
+    "graph transform": (
+        "{fitted} --edges {edges} --features {features} --out {OUT}",
+        {"fitted": "i.anb", "edges": "e.csv", "features": "f.csv"},
+        {"OUT": "o.npy"},
+    ),
+    "graph predict": ("{fitted} {edges} --out {OUT}", {"fitted": "i.anb", "edges": "e.csv"}, {"OUT": "o.csv"}),
     "graph index": ("{vectors} --names {names} --out {OUT}", {"vectors": "v.npy", "names": "e.csv"}, {"OUT": "o.anb"}),
     "graph search": (
         "{index} --queries {queries} --curve {CURVE} --out {OUT}",

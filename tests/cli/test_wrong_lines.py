@@ -143,6 +143,11 @@ graph ppr karate --tol -1
 graph ppr karate nobody
 graph ppr karate --seeds holes.parquet
 graph embed karate -o z.csv --dim {HUGE}
+graph tune karate --hide nan
+graph tune karate --set weights=[nan]
+graph resume no.anb karate --save z.anb
+graph transform no.anb --out z.npy
+graph predict no.anb holes.parquet
 graph index huge.npy -o z.anb
 graph search no.anb huge.npy
 graph rank holes.parquet a

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.sparse import coo_array, coo_matrix, csr_array, csr_matrix
 
-from anabranch.errors import InputError
+from anabranch.errors import DataError, InputError
 from anabranch.graph import Graph
 from anabranch.graph.coerce import as_graph
 
@@ -44,7 +44,7 @@ def test_torch():
     assert same(as_graph(tensor), as_graph(matrix))
     twice = torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (2, 2))
     assert as_graph(twice).to_scipy().toarray().tolist() == [[0, 3], [0, 0]]
-    with pytest.raises(InputError, match="layout"):
+    with pytest.raises(InputError, match=r"a sparse tensor \(COO, CSR or CSC\), not strided"):
         as_graph(torch.eye(3))
 
 
@@ -59,7 +59,8 @@ def test_edges():
     ("given", "message"),
     [
         (np.eye(3), r"ndarray of shape \(3, 3\) is no graph"),
-        ("g.anb", "a str is no graph"),
+        (object(), "a object is no graph"),
+        ({"a": 1}, "a dict"),
         (None, "a NoneType"),
         ([[0, 1]], "a list"),
         (csr_array(np.ones((2, 3))), "square"),
@@ -77,3 +78,10 @@ def test_what_is_no_graph(given, message):
 
 def test_negative_weights_where_they_are_meant():
     assert as_graph(csr_array([[0, -1], [-1, 0]]), allow_negative=True).weights.tolist() == [-1, -1]
+
+
+def test_a_path_is_that_of_a_file(tmp_path):
+    with pytest.raises(DataError, match=r"there is no file .*none\.csv"):
+        as_graph(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="there is no file karate"):
+        as_graph("karate")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import coo_array, csr_array
 
-from anabranch.errors import BackendError, ConfigError, InputError
+from anabranch.errors import BackendError, ConfigError, DataError, InputError
 from anabranch.graph import Graph
 from anabranch.graph.datasets import load_dataset
 from anabranch.graph.evaluate import classify_nodes, hold_out_edges, link_auc
@@ -411,7 +411,7 @@ def test_arguments_that_are_not_allowed(options, message):
     "graph", [None, "x", np.eye(3), csr_array(np.ones((2, 3))), csr_array([[np.nan]]), csr_array([[np.inf]])]
 )
 def test_what_is_no_graph(graph):
-    with pytest.raises(InputError):
+    with pytest.raises((InputError, DataError)):
         FastRP(8).fit_transform(graph)
 
 
@@ -498,6 +498,74 @@ def test_new_nodes_that_no_old_one_leads_to_are_exact(matrix, options):
     assert np.abs(model.embedding_ - expected[:40]).max() < 1e-9 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("matrix", ["transition", "adjacency"])
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
+def test_new_nodes_with_features_and_edges_between_them_are_exact(matrix, ratio):
+    """As many as old ones and of the same features, whose mean square is then that of all."""
+    old, generator = drawn(directed=True), np.random.default_rng(5)
+    rows = np.where(generator.random((40, 80)) < 0.1, generator.random((40, 80)).astype(np.float32), 0)
+    rows[3] = 0
+    whole = np.block([[old.to_scipy(np.float64).toarray(), np.zeros((40, 40))], [rows]])
+    features = generator.normal(2, 1, (40, 3)) if ratio else None
+    own = {"features": None if features is None else np.vstack([features, features]), "feature_ratio": ratio}
+    model = FastRP(
+        40, (1, 0, 2), matrix=matrix, s=5.0, dtype="float64", standardize=False, keep_powers=True, self_weight=0.5
+    )
+    expected = FastRP(**{**model.get_params(), **own}).fit_transform(csr_array(whole))[40:]
+    model.set_params(features=features, feature_ratio=ratio).fit(old)
+    found = model.transform(csr_array(rows), features=features)
+    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+def test_edges_of_new_nodes_by_name():
+    graph = Graph.from_edges([0, 1, 2], [1, 2, 3], num_nodes=4, names=["a", "b", "c", "d"])
+    model = FastRP(8, s=2, keep_powers=True).fit(graph)
+    rows, names = model.edges_of_new(["x", "x", "y"], ["a", "y", "y"], [2.0, 3.0, 1.0])
+    assert names == ["x", "y"]
+    assert rows.toarray().tolist() == [[2, 0, 0, 0, 0, 3], [0, 0, 0, 0, 3, 1]]
+    assert model.transform(rows, names=names).shape == (2, 8)
+    directed = FastRP(8, s=2, keep_powers=True).fit(graph.to_directed())
+    rows, names = directed.edges_of_new(["x", "y"], ["y", "z"])
+    assert names == ["x", "y", "z"]
+    assert rows.toarray().tolist() == [[0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1], [0] * 7]
+    for edges, message in (
+        ((["a"], ["x"]), "node 'a' was fitted"),
+        ((["x"], ["a", "b"]), "1 sources and 2 targets"),
+        ((["x"], ["a"], [1, 2]), r"weight has the shape \(2,\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.edges_of_new(*edges)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("options", [{}, {"matrix": "symmetric", "concatenate": True}, {"feature_ratio": 0.5}])
+def test_saved_and_read_back(named, options, tmp_path):
+    graph = drawn()
+    if named:
+        graph = Graph(graph.indptr, graph.indices, graph.weights, False, np.array([f"n{i}" for i in range(40)], object))
+    features = np.random.default_rng(0).normal(size=(40, 3)) if "feature_ratio" in options else None
+    model = FastRP(8, (1, 2), self_weight=0.5, keep_powers=True, features=features, **options).fit(graph)
+    model.save(tmp_path / "m.anb")
+    found = FastRP.load(tmp_path / "m.anb")
+    rows, own = np.ones((2, 40)), None if features is None else features[:2]
+    assert np.array_equal(found.embedding_, model.embedding_)
+    assert np.array_equal(found.transform(rows, features=own), model.transform(rows, features=own))
+    asked = ["n3", "n1"] if named else [3, 1]
+    assert np.array_equal(found.vectors(asked), model.embedding_[[3, 1]])
+    assert {**found.get_params(), "weights": (1, 2), "features": None} == {**model.get_params(), "features": None}
+    plain = FastRP(8).fit(graph)
+    plain.save(tmp_path / "p.anb")
+    with pytest.raises(InputError, match="keep_powers=True"):
+        FastRP.load(tmp_path / "p.anb").transform(rows)
+    damaged = bytearray((tmp_path / "m.anb").read_bytes())
+    damaged[-100] ^= 1
+    (tmp_path / "m.anb").write_bytes(damaged)
+    with pytest.raises(DataError):
+        FastRP.load(tmp_path / "m.anb")
+    with pytest.raises(InputError, match="not fitted yet"):
+        FastRP(8).save(tmp_path / "n.anb")
+
+
 @pytest.mark.parametrize("matrix", ["transition", "adjacency", "symmetric"])
 @pytest.mark.parametrize("directed", [True, False])
 def test_new_rows_that_are_old_ones_fall_on_them(matrix, directed):
@@ -538,8 +606,15 @@ def test_transform_says_what_it_needs():
         FastRP(8).fit(drawn()).transform(np.ones((1, 40)))
     with pytest.raises(InputError, match="keep_powers=True"):
         FastRP(8, keep_powers=True).transform(np.ones((1, 40)))
-    with pytest.raises(InputError, match="features of new nodes"):
-        FastRP(8, keep_powers=True, features=np.eye(40), feature_ratio=0.5).fit(drawn()).transform(np.ones((1, 40)))
+    features = FastRP(8, keep_powers=True, features=np.eye(40), feature_ratio=0.5, self_weight=1.0).fit(drawn())
+    with pytest.raises(InputError, match="give those of the new nodes, 40 each"):
+        features.transform(np.ones((1, 40)))
+    with pytest.raises(InputError, match="features have 39 columns, those that were fitted 40"):
+        features.transform(np.ones((1, 40)), features=np.ones((1, 39)))
+    with pytest.raises(InputError, match=r"\(2, 40\); it must be \[1, features\]"):
+        features.transform(np.ones((1, 40)), features=np.ones((2, 40)))
+    with pytest.raises(InputError, match="fitted without features"):
+        FastRP(8, keep_powers=True).fit(drawn()).transform(np.ones((1, 40)), features=np.ones((1, 3)))
 
 
 def test_powers_and_weights_that_do_not_fit():

@@ -482,7 +482,8 @@ def test_bad_arguments_are_named(options, words):
         ([31], "node 31"),
         ([-1], "node -1"),
         ([2, 3, 2], "source 2 is given 2 times"),
-        (["a"], "integers"),
+        (["a"], "no node 'a'"),
+        ([0.5], "integers"),
         ([[1]], "shape"),
     ],
 )

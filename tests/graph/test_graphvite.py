@@ -393,7 +393,7 @@ def test_bad_arguments_are_named(options, message):
 
 
 def test_bad_graphs_are_named(graph):
-    with pytest.raises(InputError, match="fit takes a Graph, not list"):
+    with pytest.raises(InputError, match="a list is no graph"):
         GraphVite().fit([])
     with pytest.raises(InputError, match="0 nodes and no edges"):
         GraphVite().fit(Graph.from_edges([], []))

@@ -7,7 +7,8 @@ import torch
 from anabranch.errors import BackendError, CapacityError
 from anabranch.graph import Graph
 from anabranch.graph.alias import build_alias
-from anabranch.graph.graphvite import GraphVite, device
+from anabranch.graph.graphvite import GraphVite
+from anabranch.graph.graphvite import torch_executor as device
 from anabranch.graph.graphvite.train import MOMENTS, OPTIMIZERS, Rate, Rule, negative_stream, train_block
 from negatives import drawn
 

@@ -33,3 +33,24 @@ def test_every_name_leads_to_what_it_says(name):
 def test_names_that_are_not_there():
     with pytest.raises(AttributeError, match="has no attribute 'PageRnk'"):
         package.PageRnk  # noqa: B018
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+import networkx
+from anabranch.graph import HNSW, FastRP, FullyPPR, GRank, GraphVite, PageRank, PowerWalk, as_graph
+graph = as_graph(networkx.karate_club_graph())
+vectors = FastRP(8).fit_transform(graph)
+HNSW(8).add(vectors)
+GraphVite(4, epochs=2).fit(graph)
+PowerWalk(walks=5).build(graph).query(0)
+FullyPPR(method="exact", engine="local").fit(graph)
+GRank().fit([("ann", "jazz", "one")])
+PageRank().scores(graph)
+"""
+
+
+def test_all_of_it_works_without_torch():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, timeout=280)
+    assert (done.returncode, done.stderr) == (0, "")

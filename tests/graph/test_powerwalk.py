@@ -343,6 +343,22 @@ def test_error_bounds():
     assert found.error_bound(3) == pytest.approx(2 * 0.85**3)
 
 
+def test_dead_ends_lead_to_the_set():
+    graph = random_graph(3)
+    seeds = {0: 1.0, 8: 1.0, 9: 2.0}
+    exact = power_iteration(graph, seeds, tol=1e-13)
+    model = PowerWalk(walks=20).build(graph)
+    found = spread(model.query(seeds, rounds=150, eps=0), graph.num_nodes)
+    assert np.abs(found - exact).max() < 1e-9
+    for method in ("forward", "backward"):
+        rows = model.query_batch([3, seeds], rounds=150, eps=0, method=method)
+        assert np.abs(spread(rows.row(1), graph.num_nodes) - exact).max() < 1e-6
+    former = power_iteration(graph, seeds, dangling="source", tol=1e-13)
+    assert np.abs(former - exact).max() > 0.01
+    kept = PowerWalk(walks=20, dangling="source").build(graph).query(seeds, rounds=150, eps=0)
+    assert np.abs(spread(kept, graph.num_nodes) - former).max() < 1e-9
+
+
 @pytest.mark.parametrize("dangling", DANGLING)
 def test_edges_of_the_definition(dangling):
     graph = Graph.from_edges(
@@ -409,7 +425,7 @@ def test_saved_mapped_and_streamed_indexes_are_the_same(changes, tmp_path):
         PowerWalk.load(tmp_path / "two", graph),
     ):
         assert same_index(found, other)
-        assert other.get_params() | {"workers": 1} == found.get_params()
+        assert other.get_params() | {"workers": None} == found.get_params()
         assert np.array_equal(found.query(5)[1], other.query(5)[1])
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]
 

@@ -147,7 +147,7 @@ def test_bad_input_names_what_is_wrong():
 
 @pytest.mark.parametrize("name", ["igraph", "networkx"])
 def test_global_and_personalised_scores_equal_other_libraries(name):
-    """Directed, weighted, with dead ends; other libraries send those to the restart distribution, as `source` does for one seed."""
+    """Directed, weighted, with dead ends; other libraries send those to the restart distribution, as `restart` does."""
     graph = random_graph(6)
     source, target, weight = graph.edges()
     if name == "igraph":
@@ -196,6 +196,58 @@ def test_a_mixture_of_seeds_is_the_mixture_of_answers():
             mixed = ours.vector(graph, ([7, 3, 29, 3], [2.0, 0.5, 1.0, 0.5]))
             assert np.abs(mixed - np.dot([0.5, 0.25, 0.25], exact)).sum() < 1e-11
             assert np.array_equal(mixed, ours.vector(graph, {3: 1e300, 7: 2e300, 29: 1e300}))
+
+
+def restarting(graph, seeds, alpha=ALPHA):
+    """networkx's own answer: what stands at a dead end goes to the personalization vector."""
+    import networkx
+
+    source, target, weight = graph.edges()
+    made = networkx.DiGraph()
+    made.add_nodes_from(range(graph.num_nodes))
+    made.add_weighted_edges_from(zip(source.tolist(), target.tolist(), weight.tolist(), strict=True))
+    if not graph.is_directed:
+        made.add_weighted_edges_from(zip(target.tolist(), source.tolist(), weight.tolist(), strict=True))
+    scores = networkx.pagerank(made, 1 - alpha, personalization=seeds, tol=1e-15, max_iter=5000)
+    return np.array([scores[node] for node in range(graph.num_nodes)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.booleans(),
+    st.dictionaries(st.integers(0, 24), st.sampled_from([0.1, 1.0, 7.5]), min_size=1, max_size=6),
+    st.sampled_from([0.05, 0.15, 0.5]),
+)
+def test_dead_ends_lead_to_the_set_as_in_networkx(seed, directed, seeds, alpha):
+    graph = random_graph(seed, num_nodes=25, num_edges=60, directed=directed)
+    expected = restarting(graph, seeds, alpha)
+    for method in ("solve", "power", "push"):
+        found = PageRank(alpha, method, tol=1e-11).vector(graph, seeds)
+        assert np.abs(found - expected).max() < 1e-9, method
+    rows = power_rows(graph, [seeds, 3], alpha, tol=1e-11)
+    assert np.abs(dense(rows.row(0), 25) - expected).max() < 1e-9
+    batch = PageRank(alpha, tol=1e-11).batch(graph, [3, seeds])
+    assert np.abs(dense(batch.row(1), 25) - expected).max() < 1e-9
+    walked = monte_carlo(graph, seeds, alpha, walks=4000, seed=seed)
+    assert np.abs(dense(walked, 25) - expected).sum() < 0.25
+
+
+@pytest.mark.parametrize("mode", ["fullpath", "endpoint"])
+def test_walks_start_over_at_a_seed_drawn_anew(mode):
+    graph, seeds = random_graph(4), {0: 1.0, 8: 1.0, 9: 2.0}
+    expected, former = restarting(graph, seeds), PageRank(tol=1e-10, dangling="source").vector(graph, seeds)
+    found = dense(monte_carlo(graph, seeds, walks=60_000, mode=mode, seed=1), 30)
+    assert np.abs(found - expected).sum() < 0.03
+    assert np.abs(former - expected).sum() > 0.1  # or this would tell nothing
+
+
+def test_one_seed_starts_over_where_it_started():
+    graph = random_graph(9)
+    for node in (0, 7, 29):
+        assert PageRank(tol=1e-12).vector(graph, node) == pytest.approx(
+            PageRank(tol=1e-12, dangling="source").vector(graph, node), abs=1e-12
+        )
 
 
 def test_rounds_of_power_iteration_count_steps():

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from scipy.sparse import random_array
 
 from anabranch.errors import BackendError
-from anabranch.graph.products import NumbaProducts, Operator, ScipyProducts, TorchProducts, ranges, threads
+from anabranch.graph.products import NumbaProducts, Operator, ScipyProducts, TorchProducts, ranges
 from anabranch.graph.projection import sparse_rows
 from anabranch.graph.vectors import add_rows, column_moments, scale_rows, shift_columns
+from anabranch.graph.workers import threads
 
 
 def operator(seed=0, nodes=70, weighted=True, dtype=np.float32, ids=np.int32):

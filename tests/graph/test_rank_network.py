@@ -129,7 +129,7 @@ def test_distances_by_hand():
     network = Network([Item(0, tags=("t",)), Item(1, tags=("t",))], 2, defences=NONE, explore=0.0, seed=0)
     network._table()
     for node, item in [(0, 0), (0, 1), (0, 1), (1, 0), (1, 0), (1, 0)]:
-        network._write(node, 0, item)
+        network.write(node, 0, item)
     assert network.global_clicks().tolist() == [[4.0, 2.0]]
     found = network.evaluate()
     assert found["distance"] == np.mean([rank_distance([1, 0], [0, 1]), 0]) == 1.0

@@ -1,6 +1,7 @@
 """Walks to nodes, queries to neighbours: graphs, PageRank, embeddings, nearest-neighbour search and ranking. Knows no model.
 
     graph = read_graph("edges.csv")                                    # or Graph.from_edges, load_dataset("karate").graph
+    # All below take as well what `as_graph` does: a path, networkx, igraph, scipy, torch, PyG, tables; and nodes by name.
     ids, scores = PageRank().personalized(graph, 7, top_k=10)          # PowerWalk: in a millisecond; FullyPPR: for all nodes
     vectors = FastRP(dim=128).fit_transform(graph)                     # or GraphVite
     index = HNSW(128, metric="cosine"); index.add(vectors); index.search(vectors[7], k=10)
@@ -20,6 +21,7 @@ from anabranch.extras import lazy
 from anabranch.places import cache_folder, can_write
 
 if TYPE_CHECKING:
+    from anabranch.graph.coerce import as_graph
     from anabranch.graph.datasets import load_dataset
     from anabranch.graph.fastrp import FastRP
     from anabranch.graph.formats import read_graph, write_graph
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from anabranch.graph.ppr import PageRank
     from anabranch.graph.rank import GRank
     from anabranch.graph.store import Graph
+    from anabranch.graph.typed import TypedGraph
 
 __all__ = [
     "HNSW",
@@ -40,6 +43,8 @@ __all__ = [
     "GraphVite",
     "PageRank",
     "PowerWalk",
+    "TypedGraph",
+    "as_graph",
     "load_dataset",
     "read_graph",
     "write_graph",
@@ -55,6 +60,8 @@ __getattr__, __dir__ = lazy(
         "HNSW": ".hnsw",
         "PageRank": ".ppr",
         "PowerWalk": ".powerwalk",
+        "TypedGraph": ".typed",
+        "as_graph": ".coerce",
         "load_dataset": ".datasets",
         "read_graph": ".formats",
         "write_graph": ".formats",

@@ -144,3 +144,12 @@ def is_known(name: Any, index: dict[Any, int]) -> bool:
         return name in index
     except TypeError:
         return False
+
+
+def has_text(nodes: Any) -> bool:
+    """Whether a node, or one of several (a list, tuple or array), is text."""
+    if isinstance(nodes, str):
+        return True
+    if isinstance(nodes, np.ndarray):
+        return nodes.dtype.kind in "SU" or (nodes.dtype.kind == "O" and any(isinstance(n, str) for n in nodes.flat))
+    return isinstance(nodes, list | tuple) and any(isinstance(node, str) for node in nodes)

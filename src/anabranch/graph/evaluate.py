@@ -7,17 +7,17 @@ Node classification, as in "DeepWalk" (Perozzi, Al-Rfou and Skiena, KDD 2014, ar
 3. a test node with k true labels is given the k labels of the largest scores
 4. micro F1 (of all decisions) and macro F1 (mean over labels)
 
-liblinear, which those papers used, solves one label after the other. The problems are as many convex ones with the same x, so here all are
-solved at once by truncated Newton steps whose products are matrix products. x is first turned into its principal axes, which changes no
-solution (the penalty is the same in every direction) but makes the Hessian nearly diagonal, and its diagonal is what preconditions.
-The result is as exact: the distance to the solution is at most the length of the gradient.
+The papers used liblinear. Here scikit-learn's Newton steps solve the same problem, label by label, to a gradient that is looked at
+afterwards: the distance to the solution is at most its length. Of fewer nodes than dimensions only the span of their vectors is solved
+in, which changes no solution (the penalty is the same in every direction).
 
 Link prediction: hide some edges, embed the rest, and count how often a hidden edge scores above a pair that is no edge.
 """
 # Shapes: N nodes, D dim, C labels, E edges, S shuffles
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,10 +25,11 @@ from numpy.typing import ArrayLike
 
 from anabranch.errors import AnabranchError, InputError
 from anabranch.extras import require
+from anabranch.graph.coerce import as_graph
 from anabranch.graph.store import Graph
 
 Operator = Literal["dot", "cosine", "l2"]
-_NEWTON_STEPS, _INNER_STEPS, _HALVINGS = 100, 200, 40
+_NEWTON_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,11 @@ def classify_nodes(
         train_fraction: share of the labelled nodes that is trained on, rounded down.
         seeds: one shuffle each.
         C: weight of the loss against the penalty; papers use 1, FastRP's BlogCatalog run 0.1.
-        solver: ``newton`` is ours; ``liblinear`` is scikit-learn's, slower, to compare with.
+        solver: scikit-learn's ``newton`` steps, or its ``liblinear``, to compare with.
 
     Raises:
         InputError: shapes do not fit, values are not finite, or a share leaves no node to train on or to test on.
-        BackendError: ``liblinear`` without scikit-learn.
+        BackendError: without scikit-learn.
     """
     x_ND = _vectors(embedding_ND)
     label_NC = _label_matrix(labels, len(x_ND))
@@ -138,7 +139,7 @@ def classify_nodes(
 
 
 def fit_one_vs_rest(x_ND: np.ndarray, label_NC: np.ndarray, C: float = 1.0, *, tol: float = 1e-6) -> OneVsRest:
-    """Logistic regressions of all labels at once, penalised as liblinear does it (the intercept too).
+    """A logistic regression of each label, penalised as liblinear does it (the intercept too).
 
     Args:
         x_ND: finite.
@@ -147,113 +148,55 @@ def fit_one_vs_rest(x_ND: np.ndarray, label_NC: np.ndarray, C: float = 1.0, *, t
         tol: the gradient's length at the result over its length at 0. The error of each weight vector (with intercept) is at
             most the former.
 
-    Raises InputError for a C that is not positive, AnabranchError if rounding keeps ``tol`` from being reached.
+    Raises InputError for a C that is not positive, AnabranchError if rounding keeps ``tol`` from being reached, BackendError without
+    scikit-learn.
     """
     if not (C > 0 and np.isfinite(C)):
         raise InputError(f"C is {C}; it must be positive")
+    require("scikit-learn", by="classifying nodes", of="graph")
     num_labels = label_NC.shape[1]
     weight_FC = np.zeros((x_ND.shape[1] + 1, num_labels))
     positive_C = label_NC.sum(0)
     mixed = np.flatnonzero((positive_C > 0) & (positive_C < len(label_NC)))
     if mixed.size:
         augmented = np.column_stack([x_ND.astype(np.float64), np.ones(len(x_ND))])
-        turned, axes = _principal(augmented)
-        weight_FC[:, mixed] = axes @ _newton(turned, label_NC[:, mixed].astype(np.float64), C, tol)
+        # At most as many axes as nodes.
+        axes = np.linalg.qr(augmented.T)[0] if len(augmented) < augmented.shape[1] else None
+        spanned = augmented if axes is None else augmented @ axes
+        for label in mixed:
+            weight = _newton(spanned, label_NC[:, label], C, tol)
+            weight_FC[:, label] = weight if axes is None else axes @ weight
     weight_FC[-1, positive_C == 0] = -np.inf
     weight_FC[-1, (positive_C == len(label_NC)) & (positive_C > 0)] = np.inf
     return OneVsRest(weight_FC[:-1], weight_FC[-1])
 
 
-def _principal(x_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x in its principal axes (at most N of them), and the orthonormal axes as columns."""
-    if x_NF.shape[0] < x_NF.shape[1]:
-        axes = np.linalg.qr(x_NF.T)[0]
-        x_NF = x_NF @ axes
-    else:
-        axes = np.eye(x_NF.shape[1])
-    turn = np.linalg.eigh(x_NF.T @ x_NF)[1]
-    return x_NF @ turn, axes @ turn
+def _newton(x_NF: np.ndarray, has_N: np.ndarray, C: float, tol: float) -> np.ndarray:
+    """Minimise 1/2 |w|^2 + C sum_i log(1 + exp(-y_i x_i.w)), the intercept a column of x, until the gradient has fallen by ``tol``."""
+    from sklearn.linear_model import LogisticRegression
 
-
-def _newton(x_NF: np.ndarray, y_NC: np.ndarray, C: float, tol: float) -> np.ndarray:
-    """Minimise 1/2 |w_c|^2 + C sum_i log(1 + exp(-y_ic x_i.w_c)) for every column c, by Newton steps with conjugate gradients inside."""
-    weight_FC = np.zeros((x_NF.shape[1], y_NC.shape[1]))
-    square_NF = x_NF**2
-    # The columns still at work.
-    left = np.arange(y_NC.shape[1])
-    w, y, z = weight_FC[:, left], y_NC, np.zeros_like(y_NC)
-    first = None
-    for _ in range(_NEWTON_STEPS):
+    def length(weight_F: np.ndarray) -> float:
         # The logistic function, without overflow.
-        p = 0.5 + 0.5 * np.tanh(0.5 * z)
-        gradient = w + C * (x_NF.T @ (p - y))
-        length = np.linalg.norm(gradient, axis=0)
-        if first is None:
-            first = np.maximum(length, 1e-300)
-        weight_FC[:, left] = w
-        going = length > tol * first
-        if not going.any():
-            return weight_FC
-        left, w, y, z, p, gradient, length, first = (
-            left[going], w[:, going], y[:, going], z[:, going], p[:, going], gradient[:, going], length[going], first[going],
-        )  # fmt: skip
-        curve = C * p * (1 - p)
-        step, step_z = _solve(x_NF, square_NF, curve, -gradient, np.minimum(0.3, np.sqrt(length / first)) * length)
-        share = _backtrack(w, z, y, step, step_z, gradient, C)
-        w, z = w + share * step, z + share * step_z
-    raise AnabranchError(
-        f"logistic regression did not reach tol = {tol:.1e} in {_NEWTON_STEPS} steps; raise tol or scale the vectors"
-    )
+        p_N = 0.5 + 0.5 * np.tanh(0.5 * (x_NF @ weight_F))
+        return float(np.linalg.norm(weight_F + C * (x_NF.T @ (p_N - has_N))))
 
-
-def _solve(
-    x_NF: np.ndarray, square_NF: np.ndarray, curve_NC: np.ndarray, right_FC: np.ndarray, goal_C: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(I + x' diag(curve_c) x) s_c = right_c up to a residual of length goal_c, for every column; s and x s."""
-    inverse = 1 / (1 + square_NF.T @ curve_NC)
-    s, xs, residual = np.zeros_like(right_FC), np.zeros_like(curve_NC), right_FC.copy()
-    preconditioned = inverse * residual
-    direction = preconditioned.copy()
-    rho = (residual * preconditioned).sum(0)
-    for _ in range(_INNER_STEPS):
-        open_ = np.linalg.norm(residual, axis=0) > goal_C
-        if not open_.any():
-            break
-        x_direction = x_NF @ direction
-        product = direction + x_NF.T @ (curve_NC * x_direction)
-        alpha = np.where(open_, rho / np.maximum((direction * product).sum(0), 1e-300), 0.0)
-        s += alpha * direction
-        xs += alpha * x_direction
-        residual -= alpha * product
-        preconditioned = inverse * residual
-        before, rho = rho, (residual * preconditioned).sum(0)
-        direction = preconditioned + (rho / np.maximum(before, 1e-300)) * direction
-    return s, xs
-
-
-def _backtrack(
-    w: np.ndarray, z: np.ndarray, y: np.ndarray, step: np.ndarray, step_z: np.ndarray, gradient: np.ndarray, C: float
-) -> np.ndarray:
-    """The largest of 1, 1/2, 1/4 ... of each column's step that lowers its loss as a Newton step should."""
-
-    def loss(share: np.ndarray) -> np.ndarray:
-        at = z + share * step_z
-        return 0.5 * ((w + share * step) ** 2).sum(0) + C * (np.logaddexp(0, at) - y * at).sum(0)
-
-    share = np.ones(w.shape[1])
-    now = loss(np.zeros_like(share))
-    slope = 1e-4 * (gradient * step).sum(0)
-    for _ in range(_HALVINGS):
-        # The last term: rounding near the minimum.
-        bad = loss(share) > now + share * slope + 1e-12 * np.abs(now)
-        if not bad.any():
-            break
-        share = np.where(bad, share / 2, share)
-    return share
+    first = max(length(np.zeros(x_NF.shape[1])), 1e-300)
+    # There it is the largest entry of the gradient, over the weight of all losses.
+    least = 0.5 * tol * first / (np.sqrt(x_NF.shape[1]) * C * len(x_NF))
+    model = LogisticRegression(C=C, solver="newton-cholesky", fit_intercept=False, tol=least, max_iter=_NEWTON_STEPS)
+    with warnings.catch_warnings():
+        # Whether it got there is seen below.
+        warnings.simplefilter("ignore")
+        weight_F = model.fit(x_NF, has_N).coef_[0]
+    if not length(weight_F) <= tol * first + 1e-9:
+        raise AnabranchError(
+            f"logistic regression did not reach tol = {tol:.1e} in {_NEWTON_STEPS} steps; raise tol or scale the vectors"
+        )
+    return weight_F
 
 
 def _fit_liblinear(x_ND: np.ndarray, label_NC: np.ndarray, C: float) -> OneVsRest:
-    require("scikit-learn", by="solver='liblinear'")
+    require("scikit-learn", by="solver='liblinear'", of="graph")
     from sklearn.linear_model import LogisticRegression
 
     weight_DC, bias_C = np.zeros((x_ND.shape[1], label_NC.shape[1])), np.empty(label_NC.shape[1])
@@ -282,11 +225,11 @@ def f1(true_NC: np.ndarray, given_NC: np.ndarray) -> tuple[float, float]:
     return float(2 * hit_C.sum() / max(size_C.sum(), 1)), macro
 
 
-def hold_out_edges(graph: Graph, fraction: float = 0.1, seed: int = 0, *, keep_connected: bool = False) -> HeldOut:
+def hold_out_edges(graph: Any, fraction: float = 0.1, seed: int = 0, *, keep_connected: bool = False) -> HeldOut:
     """Hide a share of a graph's edges, and draw as many pairs that are no edges.
 
     Args:
-        graph: directed or not; self-loops are never hidden.
+        graph: whatever `as_graph` takes, directed or not; self-loops are never hidden. Pairs that come back are ids in its order of nodes.
         fraction: share of the edges, rounded down, at least one.
         seed: of the draws.
         keep_connected: never hide the edges of a spanning forest, so that nodes connected before stay connected (node2vec's
@@ -294,6 +237,7 @@ def hold_out_edges(graph: Graph, fraction: float = 0.1, seed: int = 0, *, keep_c
 
     Raises InputError for a share that asks for no edge, for more than may be hidden, or for more non-edges than half of those there are.
     """
+    graph = as_graph(graph, allow_negative=True)
     source_E, target_E, weight_E = graph.edges()
     free = source_E != target_E
     if keep_connected:
@@ -306,11 +250,12 @@ def hold_out_edges(graph: Graph, fraction: float = 0.1, seed: int = 0, *, keep_c
     hidden = np.sort(generator.choice(candidates, count, replace=False))
     kept = np.ones(len(source_E), bool)
     kept[hidden] = False
-    rest = type(graph).from_edges(
+    rest = Graph.from_edges(
         source_E[kept], target_E[kept], None if weight_E is None else weight_E[kept], graph.is_directed, graph.num_nodes,
         names=graph.names, allow_negative=True,
     )  # fmt: skip
     positive_E2 = np.column_stack([source_E[hidden], target_E[hidden]]).astype(np.int64)
+    rest = replace(rest, by_name=graph.by_name)
     return HeldOut(rest, positive_E2, _non_edges(graph, source_E, target_E, count, generator))
 
 

@@ -12,9 +12,6 @@ whatever the chunks and threads, without fused multiply-adds, so all runs agree 
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +23,8 @@ from numba.extending import intrinsic
 
 from anabranch.errors import BackendError
 from anabranch.extras import require
-from anabranch.graph.projection import BLOCK, SparseRows
+from anabranch.graph.projection import BLOCK, SparseProjection
+from anabranch.graph.workers import Threads
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Products(Protocol):
     def load(self, start_NC: np.ndarray) -> Any:
         """A chunk of these values."""
 
-    def first(self, rows: SparseRows, scale_N: np.ndarray) -> Any:
+    def first(self, rows: SparseProjection, scale_N: np.ndarray) -> Any:
         """diag(left) A diag(scale) R of a sparse R."""
 
     def multiply(self, chunk: Any) -> Any:
@@ -73,38 +71,6 @@ class Products(Protocol):
 
     def add_to(self, chunk: Any, out_ND: np.ndarray, column: int, weight: float, is_new: bool) -> None:
         """out[:, column:] = or += weight x."""
-
-
-class Threads:
-    """Runs functions of row ranges on some threads; the functions must let go of the interpreter's lock."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._pool = ThreadPoolExecutor(count) if count > 1 else None
-
-    def each(self, work: Callable[..., None], tasks: list[tuple[Any, ...]]) -> None:
-        """``work(*task)`` of all tasks, in any order."""
-        if self._pool is None or len(tasks) < 2:
-            for task in tasks:
-                work(*task)
-            return
-        for done in [self._pool.submit(work, *task) for task in tasks]:
-            done.result()
-
-    def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
-
-
-@contextmanager
-def threads(count: int) -> Iterator[Threads]:
-    """Some threads for a while."""
-    pool = Threads(count)
-    try:
-        yield pool
-    finally:
-        pool.close()
 
 
 def ranges(count: int, parts: int) -> list[tuple[int, int]]:
@@ -131,7 +97,7 @@ class NumbaProducts:
         self.pool.each(lambda first, last: _pack(start_NC, out_BNW, first, last), self.runs)
         return out_BNW
 
-    def first(self, rows: SparseRows, scale_N: np.ndarray) -> np.ndarray:
+    def first(self, rows: SparseProjection, scale_N: np.ndarray) -> np.ndarray:
         """diag(left) A diag(scale) R of a sparse R."""
         of, out_BNW = self.operator, self._empty(rows.num_columns)
         value_N = (scale_N * out_BNW.dtype.type(rows.value)).astype(out_BNW.dtype)
@@ -182,7 +148,7 @@ class ScipyProducts:
         """A chunk of these values."""
         return start_NC
 
-    def first(self, rows: SparseRows, scale_N: np.ndarray) -> np.ndarray:
+    def first(self, rows: SparseProjection, scale_N: np.ndarray) -> np.ndarray:
         """diag(left) A diag(scale) R of a sparse R."""
         start = rows.to_scipy(self.left_N1.dtype)
         start.data *= np.repeat(scale_N, np.diff(start.indptr)).astype(start.dtype)
@@ -228,7 +194,7 @@ class TorchProducts:
         """A chunk of these values."""
         return self.torch.as_tensor(np.ascontiguousarray(start_NC), device=self.device)
 
-    def first(self, rows: SparseRows, scale_N: np.ndarray) -> Any:
+    def first(self, rows: SparseProjection, scale_N: np.ndarray) -> Any:
         """diag(left) A diag(scale) R of a sparse R, made dense."""
         start = rows.to_scipy(scale_N.dtype)
         return self.multiply(self.load(start.toarray() * scale_N[:, None]))

@@ -24,7 +24,7 @@ BLOCK = 32
 
 
 @dataclass(frozen=True)
-class SparseRows:
+class SparseProjection:
     """Some columns of a very sparse projection, by rows.
 
     Attributes:
@@ -62,7 +62,7 @@ def keys_of(names: Iterable[Any]) -> np.ndarray:
     return np.array([key_of(name) for name in names], np.uint64)
 
 
-def sparse_rows(key_N: np.ndarray, first: int, last: int, s: float, seed: int) -> SparseRows:
+def sparse_rows(key_N: np.ndarray, first: int, last: int, s: float, seed: int) -> SparseProjection:
     """Columns ``first`` (a multiple of `BLOCK`) to ``last`` - 1 of the very sparse projection. ``s`` is at least 1."""
     state = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
     place_type = np.uint16 if last - first <= 2**15 else np.uint32
@@ -71,7 +71,7 @@ def sparse_rows(key_N: np.ndarray, first: int, last: int, s: float, seed: int) -
     np.cumsum(indptr, out=indptr)
     place_E = np.empty(indptr[-1], place_type)
     _sparse(key_N, first, last, log_zero, state, indptr, place_E, False)
-    return SparseRows(indptr, place_E, float(s) ** 0.5, last - first)
+    return SparseProjection(indptr, place_E, float(s) ** 0.5, last - first)
 
 
 def gaussian_rows(key_N: np.ndarray, first: int, last: int, seed: int, dtype: Any = np.float32) -> np.ndarray:

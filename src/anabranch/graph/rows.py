@@ -79,6 +79,7 @@ class SparseRows:
         values: float16, float32 or float64 [Z], scores, falling within a row.
         num_columns: N.
         nodes: int64 [R], the node that each row is about; None where row i is about node i (or the i-th query).
+        names: what columns are called outside, [N], where nodes of the graph have names; not written by `save`.
     """
 
     indptr: np.ndarray
@@ -86,6 +87,7 @@ class SparseRows:
     values: np.ndarray
     num_columns: int
     nodes: np.ndarray | None = None
+    names: np.ndarray | None = None
 
     @classmethod
     def from_rows(
@@ -95,13 +97,14 @@ class SparseRows:
         *,
         dtype: Any = np.float32,
         nodes: np.ndarray | None = None,
+        names: np.ndarray | None = None,
     ) -> Self:
         """Rows given one by one as ``(ids, values)``, already in order."""
         lengths = [len(np.asarray(ids)) for ids, _ in rows]
         indptr = np.append(0, np.cumsum(lengths)).astype(np.int64)
         ids = np.concatenate([np.asarray(ids) for ids, _ in rows]) if rows else np.empty(0)
         values = np.concatenate([np.asarray(values) for _, values in rows]) if rows else np.empty(0)
-        return cls(indptr, ids.astype(id_type(num_columns)), values.astype(dtype), num_columns, nodes)
+        return cls(indptr, ids.astype(id_type(num_columns)), values.astype(dtype), num_columns, nodes, names)
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
@@ -118,6 +121,12 @@ class SparseRows:
             raise InputError(f"row {number} is not one of the {len(self):,} rows")
         start, end = self.indptr[number], self.indptr[number + 1]
         return self.ids[start:end], self.values[start:end]
+
+    def named(self, number: int) -> list[tuple[Any, float]]:
+        """The same as pairs of name and value, by falling value; ids where columns have no names."""
+        ids, values = self.row(number)
+        found = ids if self.names is None else self.names[ids]
+        return list(zip(found.tolist(), values.tolist(), strict=True))
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return (self.row(number) for number in range(len(self)))

@@ -15,7 +15,7 @@ Rules, the same for every way a graph comes in (`anabranch.graph.formats` reads 
 # Shapes: N nodes, M stored edges (an undirected edge is two of them), E edges as given
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -27,7 +27,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.graph import csr, transform
 from anabranch.graph.alias import AliasTable, build_alias
 from anabranch.graph.array_file import read_arrays, write_arrays
-from anabranch.graph.checks import checked_ends, checked_names, checked_weights, is_known, near_name
+from anabranch.graph.checks import checked_ends, checked_names, checked_weights, has_text, is_known, near_name
 from anabranch.graph.csr import DUPLICATES, NO_WEIGHTS
 
 KIND = "graph"
@@ -55,6 +55,8 @@ class Graph:
         weights: float32 [M], or None where all edges count the same.
         is_directed: whether an edge has a direction; without, the matrix is symmetric.
         names: what nodes are called outside, [N] of integers or text; None where they are numbers 0 ... N - 1.
+        by_name: whether integers that callers give for nodes are names too. Text always is a name, and integers are ids unless this is
+            so: `anabranch.graph.coerce.as_graph` says it of what comes from elsewhere, whose nodes are called 10, 20 and 30 there.
     """
 
     indptr: np.ndarray
@@ -62,6 +64,7 @@ class Graph:
     weights: np.ndarray | None = None
     is_directed: bool = False
     names: np.ndarray | None = None
+    by_name: bool = False
     _index: dict[Any, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -235,11 +238,11 @@ class Graph:
         weights = None if self.weights is None else np.empty_like(self.weights)
         none = NO_WEIGHTS if weights is None else weights
         csr.transpose(self.indptr, self.indices, self._plain_weights, indptr, indices, none)
-        return Graph(indptr, indices, weights, True, self.names)
+        return Graph(indptr, indices, weights, True, self.names, self.by_name)
 
-    def neighbors(self, node: int) -> np.ndarray:
-        """Ids of the targets of a node's edges. Raises InputError for a node that is not there."""
-        place = self.check_nodes([node])[0]
+    def neighbors(self, node: Any) -> np.ndarray:
+        """Targets of the edges of a node, given by id or name, as ids. Raises InputError for a node that is not there."""
+        place = self.resolve(node)[0]
         return self.indices[self.indptr[place] : self.indptr[place + 1]]
 
     def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -274,8 +277,7 @@ class Graph:
         """Ids, int64, of nodes by their outside names. Raises InputError naming the first unknown one."""
         if self.names is None:
             return self.check_nodes(list(names))
-        if not self._index:
-            self._index.update((name, number) for number, name in enumerate(self.names.tolist()))
+        self._fill_index()
         given = list(names)
         try:
             return np.array([self._index[name] for name in given], np.int64)
@@ -289,17 +291,61 @@ class Graph:
         found = self.check_nodes(nodes)
         return found if self.names is None else self.names[found]
 
+    def resolve(self, nodes: Any) -> np.ndarray:
+        """Ids, int64, of a node or of several, given by id or by name: text is a name, integers are ids unless `by_name`.
+
+        Raises InputError naming the first that is neither.
+        """
+        if not self.are_names(nodes):
+            return self.check_nodes(nodes)
+        if self.names is None:
+            first = nodes if isinstance(nodes, str) else next(node for node in nodes if isinstance(node, str))
+            raise InputError(f"the graph has no node {first!r}: its nodes have no names, only numbers from 0")
+        # A tuple may be the name of one node, as in networkx.
+        is_one = isinstance(nodes, str) or not hasattr(nodes, "__iter__") or self._has(nodes)
+        return self.ids_of([nodes] if is_one else nodes.tolist() if isinstance(nodes, np.ndarray) else list(nodes))
+
+    def numbered(self) -> "Graph":
+        """The same graph whose integers are ids: itself unless `by_name`. What algorithms work on, which call nodes by number."""
+        return replace(self, by_name=False) if self.by_name else self
+
+    def are_names(self, nodes: Any) -> bool:
+        """Whether nodes that a caller gave are names, and an answer about them should be."""
+        return (self.by_name and self.names is not None) or has_text(nodes)
+
+    def answer(self, ids: np.ndarray, asked: Any) -> np.ndarray:
+        """Nodes of an answer, in the words of the question: names where the nodes that were ``asked`` about are, else the ids."""
+        if self.names is None or not self.are_names(asked):
+            return ids
+        return self.names[ids]
+
+    def _has(self, name: Any) -> bool:
+        """Whether a node is called that."""
+        if self.names is None:
+            return False
+        self._fill_index()
+        return is_known(name, self._index)
+
+    def _fill_index(self) -> None:
+        if not self._index and self.names is not None:
+            self._index.update((name, number) for number, name in enumerate(self.names.tolist()))
+
+    def bare(self) -> "Graph":
+        """The nodes without edges and without the memory for them: what an estimator keeps to be asked by name."""
+        nothing = np.broadcast_to(np.int64(0), self.num_nodes + 1)
+        return Graph(nothing, np.empty(0, self.indices.dtype), None, self.is_directed, self.names, self.by_name)
+
     # Other graphs of it
 
     def subgraph(self, nodes: ArrayLike) -> "Graph":
-        """The graph of these nodes and the edges between them; node i is ``nodes[i]``.
+        """The graph of these nodes and the edges between them; node i is ``nodes[i]``, given by id or name.
 
         Its names are those of this graph, or this graph's ids where it has none. Raises InputError for a node that is not there or
         given twice.
         """
-        kept = self.check_nodes(nodes)
+        kept = self.resolve(nodes)
         indptr, indices, weights = transform.subgraph(self, kept)
-        return Graph(indptr, indices, weights, self.is_directed, self.names_of(kept))
+        return Graph(indptr, indices, weights, self.is_directed, self.names_of(kept), self.by_name)
 
     def components(self) -> np.ndarray:
         """int32 [N], the (weakly) connected component of each node; the largest is 0, equals by their smallest node."""
@@ -319,25 +365,26 @@ class Graph:
             InputError: another number of weights, a bad weight, or two directions of an undirected edge that differ.
         """
         checked = None if weights is None else transform.aligned_weights(self, weights)
-        return Graph(self.indptr, self.indices, checked, self.is_directed, self.names)
+        return replace(self, weights=checked, _index={})
 
     def to_undirected(self) -> "Graph":
         """The graph without directions: u - v where there is u -> v or v -> u; the weights of both are added. Itself if it is one."""
         if not self.is_directed:
             return self
         source_M, target_M, weight_M = self.edges()
-        return Graph.from_edges(source_M, target_M, weight_M, False, self.num_nodes, names=self.names)
+        found = Graph.from_edges(source_M, target_M, weight_M, False, self.num_nodes, names=self.names)
+        return replace(found, by_name=self.by_name)
 
     def to_directed(self) -> "Graph":
         """The graph with every undirected edge as two directed ones; arrays are shared."""
-        return Graph(self.indptr, self.indices, self.weights, True, self.names)
+        return Graph(self.indptr, self.indices, self.weights, True, self.names, self.by_name)
 
     def _as_undirected(self, demanded: bool) -> Self:
         """This directed graph as an undirected one if it is symmetric; else itself, or an InputError if it had to be."""
         differ = csr.count_asymmetric(self.indptr, self.indices, self._plain_weights)
         if differ and demanded:
             raise InputError(f"the matrix is not symmetric ({differ:,} entries differ); pass directed=True")
-        return self if differ else type(self)(self.indptr, self.indices, self.weights, False, self.names)
+        return self if differ else type(self)(self.indptr, self.indices, self.weights, False, self.names, self.by_name)
 
     def describe(self) -> dict[str, Any]:
         """Facts for people, all plain numbers: sizes, degrees, weights, what is isolated, dangling or apart. See `transform.describe`."""
@@ -432,7 +479,7 @@ class Graph:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without what can be made again (alias tables, the reversed graph)."""
-        return type(self), (self.indptr, self.indices, self.weights, self.is_directed, self.names)
+        return type(self), (self.indptr, self.indices, self.weights, self.is_directed, self.names, self.by_name)
 
     @property
     def _plain_weights(self) -> np.ndarray:

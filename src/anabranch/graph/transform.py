@@ -1,7 +1,7 @@
 """What `Graph` can be asked and turned into: the work behind its methods, as functions of a graph."""
 # Shapes: N nodes, M stored edges, S nodes of a subgraph
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,13 +10,36 @@ from anabranch.errors import InputError
 from anabranch.graph import csr
 from anabranch.graph.checks import checked_weights
 
-if TYPE_CHECKING:
-    from anabranch.graph.store import Graph
-
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
-def subgraph(graph: "Graph", nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+class Rows(Protocol):
+    """What is read of a `anabranch.graph.store.Graph`, which calls these functions and so is not imported here."""
+
+    @property
+    def indptr(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def indices(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def weights(self) -> np.ndarray | None: ...  # noqa: D102
+    @property
+    def names(self) -> np.ndarray | None: ...  # noqa: D102
+    @property
+    def is_directed(self) -> bool: ...  # noqa: D102
+    @property
+    def num_nodes(self) -> int: ...  # noqa: D102
+    @property
+    def num_edges(self) -> int: ...  # noqa: D102
+    @property
+    def num_self_loops(self) -> int: ...  # noqa: D102
+    @property
+    def degree_N(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+    def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]: ...  # noqa: D102
+
+
+def subgraph(graph: Rows, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Arrays of the graph of these nodes. Raises InputError for a node given twice."""
     new_id_N = np.full(graph.num_nodes, -1, np.int64)
     new_id_N[nodes] = np.arange(len(nodes))
@@ -24,9 +47,9 @@ def subgraph(graph: "Graph", nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     if twice.size:
         raise InputError(f"node {nodes[twice[0]]} is given twice; nodes of a subgraph are distinct")
     indptr = np.zeros(len(nodes) + 1, np.int64)
-    old, plain = graph._plain_weights, csr.NO_WEIGHTS
+    old = csr.NO_WEIGHTS if graph.weights is None else graph.weights
     csr.select_rows(
-        graph.indptr, graph.indices, old, nodes, new_id_N, indptr, np.empty(0, np.int64), plain.copy(), True
+        graph.indptr, graph.indices, old, nodes, new_id_N, indptr, np.empty(0, np.int64), csr.NO_WEIGHTS.copy(), True
     )
     count = int(indptr[-1])
     indices = np.empty(count, csr.id_type(len(nodes), count))
@@ -36,7 +59,7 @@ def subgraph(graph: "Graph", nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     return indptr, indices, None if graph.weights is None else weights
 
 
-def components(graph: "Graph") -> np.ndarray:
+def components(graph: Rows) -> np.ndarray:
     """int32 [N], numbered from the largest component, equals by their smallest node."""
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components
@@ -54,13 +77,16 @@ def components(graph: "Graph") -> np.ndarray:
     return rank_C[label_N]
 
 
-def aligned_weights(graph: "Graph", weights: ArrayLike) -> np.ndarray:
+def aligned_weights(graph: Rows, weights: ArrayLike) -> np.ndarray:
     """float32 [M] of weights given per stored edge or per edge. Raises InputError."""
     given = np.asarray(weights)
     if given.shape == (graph.num_edges,) and not graph.is_directed and graph.num_edges != len(graph.indices):
         source_E, target_E, _ = graph.edges()
         checked = checked_weights(given, graph.num_edges, False, False)
-        return graph.from_edges(source_E, target_E, checked, False, graph.num_nodes).weights  # type: ignore[return-value]
+        chunk = (source_E, target_E, checked)
+        made = csr.compress(lambda: [chunk], graph.num_nodes, directed=False, is_weighted=True)[2]
+        assert made is not None
+        return made
     if given.shape != graph.indices.shape:
         raise InputError(
             f"weights have the shape {given.shape}; there are {len(graph.indices):,} stored edges and {graph.num_edges:,} edges"
@@ -71,7 +97,7 @@ def aligned_weights(graph: "Graph", weights: ArrayLike) -> np.ndarray:
     return checked
 
 
-def describe(graph: "Graph") -> dict[str, Any]:
+def describe(graph: Rows) -> dict[str, Any]:
     """Facts of a graph, plain numbers and text that JSON can hold.
 
     ``nodes``, ``edges``, ``stored_edges``, ``directed``, ``weighted``, ``named``, ``self_loops``, ``isolated`` (no edge at all),
@@ -112,7 +138,7 @@ def _spread(count_N: np.ndarray) -> dict[str, float | int]:
     return {"mean": float(count_N.mean()), **{name: int(value) for name, value in zip(QUANTILES, found, strict=True)}}
 
 
-def difference(first: "Graph", second: "Graph") -> str | None:
+def difference(first: Rows, second: Rows) -> str | None:
     """The first thing in which two graphs differ; None if they are equal to the byte."""
     if first.is_directed != second.is_directed:
         return "one is directed, the other is not"

@@ -7,7 +7,8 @@ Sums are taken in 64 bits and in an order that no number of threads changes.
 import numba as nb
 import numpy as np
 
-from anabranch.graph.products import Threads, ranges
+from anabranch.graph.products import ranges
+from anabranch.graph.workers import Threads
 
 _LANES = 32
 

@@ -8,9 +8,13 @@ from anabranch.cli.graph.embed import embed
 from anabranch.cli.graph.index import index
 from anabranch.cli.graph.info import info
 from anabranch.cli.graph.ppr import ppr
+from anabranch.cli.graph.predict import predict
 from anabranch.cli.graph.rank import rank
+from anabranch.cli.graph.resume import resume
 from anabranch.cli.graph.search import search
 from anabranch.cli.graph.serve import serve
+from anabranch.cli.graph.transform import transform
+from anabranch.cli.graph.tune import tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +28,10 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "info": info,
     "ppr": ppr,
     "embed": embed,
+    "tune": tune,
+    "resume": resume,
+    "transform": transform,
+    "predict": predict,
     "index": index,
     "search": search,
     "rank": rank,

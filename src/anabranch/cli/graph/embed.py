@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anabranch.cli.graph.inputs import Opened, open_graph, read_labels
+from anabranch.cli.graph.models import check_saved
 from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads, check_extra, check_picture
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
@@ -20,7 +22,7 @@ from anabranch.files import check_apart
 if TYPE_CHECKING:
     import numpy as np
 
-    from anabranch.graph import Graph
+    from anabranch.graph import Graph, GraphVite
 
 METHODS = ("fastrp", "graphvite")
 OWN_LABELS = "own"
@@ -56,6 +58,10 @@ def embed(
     train: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of labelled nodes that the test may learn from.")
     ] = 0.1,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save the fitted model (.anb), for transform, predict and resume."),
+    ] = None,
     picture: Annotated[
         Path | None,
         typer.Option("--map", metavar="FILE", help="Draw nodes in two dimensions into this .png or .svg file."),
@@ -81,18 +87,26 @@ def embed(
         raise InputError(f"--method is {method!r}; use one of {', '.join(METHODS)}")
     check_written(out)
     check_picture(picture)
-    check_apart([out, picture], [source, labels])
+    check_saved(save)
+    check_apart([out, picture, save], [source, labels])
     if not 0 < train < 1:
         raise InputError(f"--train is {train}; it must be a share between 0 and 1")
     opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
-    label_NC = _labels(opened, labels)
+    label_NC = labels_of(opened, labels)
     _check_split(label_NC, train)
     started = time.perf_counter()
-    vectors_ND, params = _fit(opened, method, dim, epochs, read_assignments(changes), threads, seed, quiet)
+    given = read_assignments(changes)
+    if save is not None and method == "fastrp":
+        # Which vectors of new nodes are made of.
+        given.setdefault("keep_powers", True)
+    estimator, vectors_ND, params = _fit(opened, method, dim, epochs, given, threads, seed, quiet)
     seconds = time.perf_counter() - started
     write_vectors(out, Vectors(vectors_ND, opened.graph.names))
     scores = None if label_NC is None else _test(vectors_ND, label_NC, train, quiet)
     written = [str(out)]
+    if save is not None:
+        estimator.save(save)
+        written.append(str(save))
     if picture is not None:
         _draw(opened, vectors_ND, label_NC, method, seed, picture, quiet)
         written.append(str(picture))
@@ -107,7 +121,7 @@ def embed(
     wrote(", ".join(written), f"anabranch graph index {out} --metric cosine --out index.anb")
 
 
-def _labels(opened: Opened, wanted: str | None) -> Any:
+def labels_of(opened: Opened, wanted: str | None) -> Any:
     """bool [N, C], or None. For a map, those of a data set are there without being asked for."""
     if wanted == OWN_LABELS:
         if opened.labels is None:
@@ -129,29 +143,40 @@ def _check_split(label_NC: Any, train: float) -> None:
 def _fit(
     opened: Opened, method: str, dim: int, epochs: float | None, changes: dict[str, Any], threads: int | None, seed: int,
     quiet: bool,
-) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
-    """Vectors and the arguments that are not defaults."""
+) -> tuple[Any, np.ndarray, dict[str, Any]]:  # fmt: skip
+    """The estimator, vectors, and the arguments that are not defaults."""
     from anabranch.graph import FastRP, GraphVite
 
     if method == "fastrp":
         if epochs is not None:
             raise InputError("--epochs is for graphvite; fastrp is not trained")
-        given = {"dim": dim, "seed": seed, "threads": threads, **changes}
-        estimator: Any = _made(FastRP, given)
+        given = {"dim": dim, "seed": seed, "workers": threads, **changes}
+        estimator: Any = made_of(FastRP, given)
         with waiting("embedding", quiet):
-            return estimator.fit_transform(opened.graph), given
+            return estimator, estimator.fit_transform(opened.graph), given
     given = {"dim": dim, "seed": seed, **({} if epochs is None else {"epochs": epochs}), **changes}
     if threads is not None:
         given.setdefault("workers", threads)
-    estimator = _made(GraphVite, given)
-    with Progress(max(1, round(estimator.epochs * opened.graph.num_edges)), "sample", quiet=quiet) as progress:
+    estimator = made_of(GraphVite, given)
+    train_with_progress(estimator, opened.graph, lambda one: one.fit(opened.graph), estimator.epochs, quiet)
+    return estimator, estimator.transform(), given
+
+
+def train_with_progress(
+    estimator: GraphVite, graph: Graph, work: Callable[[GraphVite], Any], epochs: float | None, quiet: bool
+) -> None:
+    """``work`` of a GraphVite for so many epochs (None: how many shows as it goes), while its progress is shown."""
+    total = max(1, round((estimator.epochs if epochs is None else epochs) * graph.num_edges))
+    with Progress(total, "sample", quiet=quiet) as progress:
 
         def told(now: Any) -> None:
             text = f"epoch {now.epoch:.0f}  loss {now.loss:.4f}  {quantity(now.samples_per_second)} samples/s"
+            progress.set_total(now.total)
             progress.update(min(now.done, now.total), text)
 
         estimator.set_params(callbacks=(told,))
-        return estimator.fit_transform(opened.graph), given
+        work(estimator)
+        estimator.set_params(callbacks=())
 
 
 def _alike(vectors_ND: np.ndarray) -> int:
@@ -164,7 +189,14 @@ def _alike(vectors_ND: np.ndarray) -> int:
     return int(counts.max(initial=0)) if counts.max(initial=0) > 1 else 0
 
 
-def _made(kind: Any, given: dict[str, Any]) -> Any:
+def made_of(kind: Any, given: dict[str, Any]) -> Any:
+    """An estimator of these arguments. Raises InputError naming one that it does not have, and as its constructor."""
+    check_names(kind, given)
+    return kind(**given)
+
+
+def check_names(kind: Any, given: dict[str, Any]) -> None:
+    """Raises InputError naming the first argument that an estimator does not have, and one much like it."""
     known = kind().get_params()
     for name in given:
         if name not in known:
@@ -173,7 +205,6 @@ def _made(kind: Any, given: dict[str, Any]) -> Any:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
             raise InputError(f"cannot set {name}: {kind.__name__} has no argument {name!r}; {hint}")
-    return kind(**given)
 
 
 def _test(vectors_ND: np.ndarray, label_NC: Any, train: float, quiet: bool) -> dict[str, Any]:

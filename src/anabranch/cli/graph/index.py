@@ -10,7 +10,7 @@ import typer
 
 from anabranch.cli.graph.options import Threads, check_extra
 from anabranch.cli.graph.waiting import Rate
-from anabranch.cli.options import AsJson, Quiet, Seed
+from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import DataError, InputError
@@ -56,6 +56,14 @@ def index(
     alpha: Annotated[
         float, typer.Option(metavar="A", help="Of --walks: probability that a walk ends before each step.")
     ] = 0.15,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Of --walks, any other argument of PowerWalk, e.g. --set mode=endpoint, --set keep=100. May be repeated.",
+        ),
+    ] = None,
     threads: Threads = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -72,8 +80,11 @@ def index(
 
     check_apart([out, names_path(out)], [vectors, names])
     if walks is not None:
-        _index_walks(vectors, out, walks, alpha, threads, seed, quiet, as_json)
+        given = {"alpha": alpha, "walks": walks, "seed": seed, "workers": threads}
+        _index_walks(vectors, out, given, read_assignments(changes), quiet, as_json)
         return
+    if changes:
+        raise InputError("--set is for --walks; an index of vectors has options of its own")
     import numpy as np
 
     from anabranch.cli.graph.vectors import read_vectors
@@ -138,26 +149,30 @@ def _names_of(source: str, count: int, quiet: bool) -> np.ndarray:
 
 
 def _index_walks(
-    source: str, out: Path, walks: int, alpha: float, threads: int | None, seed: int, quiet: bool, as_json: bool
+    source: str, out: Path, given: dict[str, Any], changes: dict[str, Any], quiet: bool, as_json: bool
 ) -> None:
-    from anabranch import machine
+    from anabranch.cli.graph.embed import check_names
     from anabranch.cli.graph.inputs import example_node, open_graph
     from anabranch.graph import PowerWalk
 
+    check_names(PowerWalk, changes)
+    if own := next((name for name in changes if name in given), None):
+        raise InputError(f"cannot set {own}; it has an option of its own")
+    made = PowerWalk(**given, **changes)
     graph = open_graph(source, quiet=quiet).graph
-    made = PowerWalk(alpha, walks, seed=seed, workers=threads or machine.usable_cores())
     started = time.perf_counter()
     with Progress(graph.num_nodes, "node", quiet=quiet) as progress:
         made.build(graph, out=out, progress=Rate(progress, "nodes"))
     seconds = time.perf_counter() - started
     facts: dict[str, Any] = {
-        "graph": source, "nodes": graph.num_nodes, "walks": walks, "alpha": alpha, "seconds": seconds,
+        "graph": source, "nodes": graph.num_nodes, "walks": made.walks, "alpha": made.alpha, "set": changes, "seconds": seconds,
         "size_bytes": out.stat().st_size, "wrote": str(out),
     }  # fmt: skip
     if as_json:
         print_json(facts)
         return
     fact("graph", f"{source}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
-    fact("index", f"{walks} walks from each node, alpha {alpha:g}")
+    fact("index", f"{made.walks} walks from each node, alpha {made.alpha:g}"
+         + "".join(f", {name} {value}" for name, value in changes.items()))  # fmt: skip
     fact("built", f"in {duration(seconds)}, {quantity(graph.num_nodes / max(seconds, 1e-9))} nodes/s")
     wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph ppr {source} {example_node(graph)} --index {out}")

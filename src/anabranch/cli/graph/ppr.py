@@ -12,7 +12,7 @@ from anabranch.cli.graph.inputs import Opened, open_graph, read_table, weighted_
 from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads, Top
 from anabranch.cli.graph.tables import ENDINGS, check_ending, write_table
 from anabranch.cli.graph.waiting import Rate, waiting
-from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
+from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, size, table, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import DataError, InputError
@@ -55,8 +55,22 @@ def ppr(
     tol: Annotated[float | None, typer.Option(metavar="T", help="L1 error allowed, where a method proves one.")] = None,
     walks: Annotated[int | None, typer.Option(metavar="N", min=1, help="Random walks, where a method walks.")] = None,
     dangling: Annotated[
-        str, typer.Option(metavar="D", help="What walks do at nodes without an edge out: source, absorb, uniform.")
-    ] = "source",
+        str,
+        typer.Option(
+            metavar="D",
+            help="What walks do at nodes without an edge out: restart (start over at a seed drawn anew), source, absorb, uniform.",
+        ),
+    ] = "restart",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Of --all, any other argument of FullyPPR, e.g. --set eps=0.5 --set delta=0.001 --set p_f=0.01,"
+            " --set estimator=fullpath, --set plan=partitioned, --set partitions=8, --set gamma=10, --set theta=1000;"
+            " of --index, rounds, eps or bound. May be repeated.",
+        ),
+    ] = None,
     index: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Ask an index of walks instead (anabranch graph index GRAPH --walks N)."),
@@ -100,6 +114,7 @@ def ppr(
                    "walks": walks, "workers": threads, "memory_limit": None if memory is None else int(memory * 1e9)}  # fmt: skip
         if tol is not None:
             options["tol"] = tol
+        options |= _known(read_assignments(changes))
         _rank_all(opened, None if given is None else given[0], options, out, quiet, as_json)
         return
     if engine != "auto":
@@ -107,11 +122,37 @@ def ppr(
     if index is not None:
         if given is None or method != "auto":
             raise InputError("--index answers for seeds, by its own method; give a node, and no --method")
-        _rank_one(opened, given, {"index": str(index)}, top, out, quiet, as_json)
+        asked = {"rounds": 2, "eps": 1e-6, "bound": False, **read_assignments(changes)}
+        if unknown := next((name for name in asked if name not in ("rounds", "eps", "bound")), None):
+            raise InputError(
+                f"cannot set {unknown}; with --index it is rounds, eps or bound (the rest is told when it is built)"
+            )
+        _rank_one(opened, given, {"index": str(index), **asked}, top, out, quiet, as_json)
         return
+    if changes:
+        raise InputError("--set is for --all and --index; one exact ranking has options of its own")
     options = {"alpha": alpha, "method": method, "dangling": dangling, "seed": seed}
     options |= {name: value for name, value in (("tol", tol), ("walks", walks)) if value is not None}
     _rank_one(opened, given, options, top, out, quiet, as_json)
+
+
+def _known(changes: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `FullyPPR` set by name. Raises InputError for one that it does not have, or that comes otherwise."""
+    from anabranch.cli.graph.embed import check_names
+    from anabranch.graph import FullyPPR
+
+    check_names(FullyPPR, changes)
+    elsewhere = {
+        "alpha": "--alpha", "method": "--method", "engine": "--engine", "dangling": "--dangling", "top_k": "--top", "seed": "--seed",
+        "walks": "--walks", "workers": "--threads", "memory_limit": "--memory", "tol": "--tol", "out": "--out",
+        "sources": "nodes as arguments",
+    }  # fmt: skip
+    for name in changes:
+        if name in elsewhere:
+            raise InputError(f"cannot set {name} here; use {elsewhere[name]}")
+        if name in ("progress", "cancel", "spark"):
+            raise InputError(f"cannot set {name} from a command line")
+    return changes
 
 
 def _seeds(opened: Opened, nodes: list[str] | None, file: Path | None) -> tuple[np.ndarray, np.ndarray] | None:
@@ -166,6 +207,8 @@ def _rank_one(
     where = "anywhere" if given is None else _listed(graph.names_of(given[0]).tolist(), given[1].tolist())
     fact("graph", f"{opened.name}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
     fact("from", f"{where}   alpha {facts['alpha']:g}, method {facts['method']}")
+    if "bound" in facts:
+        fact("error", f"at most {facts['bound']:.3g} in L1, after {facts['rounds']} rounds")
     print()
     rows = [
         [str(place), str(name), f"{score:.6f}"]
@@ -190,14 +233,18 @@ def _ranking(
 
     if "index" in options:
         walker = PowerWalk.load(options["index"], opened.graph)
+        rounds, eps, bound = options["rounds"], options["eps"], options["bound"]
         facts = {
-            **options,
+            "index": options["index"],
+            "rounds": rounds,
+            "eps": eps,
+            **({"bound": walker.inspect(given, rounds, eps)["bound"]} if bound else {}),
             "method": "powerwalk",
             "alpha": walker.alpha,
             "walks": walker.walks,
             "dangling": walker.dangling,
         }
-        return *walker.query(given, top), facts
+        return *walker.query(given, top, rounds, eps), facts
     engine = PageRank(**options)
     facts = {**options, "tol": engine.tol}
     if given is not None:

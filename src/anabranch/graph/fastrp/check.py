@@ -21,7 +21,7 @@ def check(model: Any) -> None:
     for name, allowed in CHOICES.items():
         if getattr(model, name) not in allowed:
             raise InputError(f"{name} is {getattr(model, name)!r}; it must be one of {', '.join(map(repr, allowed))}")
-    for name in ("dim", "chunk", "threads"):
+    for name in ("dim", "chunk", "threads", "workers"):
         value = getattr(model, name)
         if value is None and name != "dim":
             continue

@@ -21,32 +21,26 @@ chooses which edges of a directed graph count. With negative weights degrees are
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from pathlib import Path
+from typing import Any, Literal, Self, cast
 
 import numba as nb
 import numpy as np
 
-from anabranch.errors import InputError
+from anabranch.errors import DataError, InputError
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.evaluate import HeldOut
+from anabranch.graph.fastrp import storage
 from anabranch.graph.fastrp.check import check, check_weights
-from anabranch.graph.fastrp.start import (
-    DENSE_BELOW,
-    Projection,
-    inverse_power,
-    operator_of,
-    projection_of,
-    sparsity,
-    turned,
-)
-from anabranch.graph.products import NumbaProducts, Operator, Products, ScipyProducts, Threads, TorchProducts, threads
-from anabranch.graph.projection import BLOCK, keys_of
+from anabranch.graph.fastrp.start import DENSE_BELOW, Setup, operator_of, projection_of, sparsity, turned
+from anabranch.graph.fastrp.tuning import Tuning, tune
+from anabranch.graph.fastrp.unseen import edges_of_new, new_rows, powers_of_new, start_of_new
+from anabranch.graph.products import NumbaProducts, Operator, Products, ScipyProducts, TorchProducts
+from anabranch.graph.projection import BLOCK
+from anabranch.graph.store import Graph
 from anabranch.graph.vectors import add_rows, column_moments, scale_rows, shift_columns
-from anabranch.machine import usable_cores
-
-if TYPE_CHECKING:
-    from anabranch.graph.fastrp.tuning import Tuning
+from anabranch.graph.workers import Threads, num_workers, threads
 
 # Of chunks, where ``chunk`` is not given.
 SCRATCH_BYTES = 64 << 20
@@ -68,15 +62,6 @@ class Powers:
     def nbytes(self) -> int:
         """Bytes of all."""
         return self.start_ND.nbytes + sum(power.nbytes for power in self.power_KND)
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """A graph made ready: the matrix, its diagonal on the right (in its values already), and L R."""
-
-    operator: Operator
-    right_N: np.ndarray | None
-    start: Projection
 
 
 class FastRP(Estimator):
@@ -102,7 +87,8 @@ class FastRP(Estimator):
         backend: ``numba``, ``scipy`` (one thread) or ``torch``; the same numbers up to rounding.
         device: of torch.
         chunk: columns computed at a time, rounded up to a multiple of 32; None for about 64 MB of scratch. Changes no bit of the result.
-        threads: None for the usable cores, or fewer where NUMBA_NUM_THREADS says so. Changes no bit of the result.
+        workers: threads; None for the usable cores, or fewer where NUMBA_NUM_THREADS says so. Changes no bit of the result.
+        threads: the former name of ``workers``, which counts where that is None.
         keep_powers: let `fit` keep N_1 ... N_q, which `transform` needs.
 
     Attributes:
@@ -136,13 +122,14 @@ class FastRP(Estimator):
         chunk: int | None = None,
         threads: int | None = None,
         keep_powers: bool = False,
+        workers: int | None = None,
     ) -> None:
         self.dim, self.weights, self.beta, self.normalize = dim, weights, beta, normalize
         self.projection, self.s, self.matrix, self.standardize = projection, s, matrix, standardize
         self.concatenate, self.features, self.feature_ratio = concatenate, features, feature_ratio
         self.self_weight, self.direction, self.allow_negative = self_weight, direction, allow_negative
         self.seed, self.dtype, self.backend, self.device = seed, dtype, backend, device
-        self.chunk, self.threads, self.keep_powers = chunk, threads, keep_powers
+        self.chunk, self.threads, self.keep_powers, self.workers = chunk, threads, keep_powers, workers
         check(self)
 
     # What it is for
@@ -152,7 +139,8 @@ class FastRP(Estimator):
 
         Raises InputError for a graph or features that do not fit.
         """
-        setup = self._prepare(graph)
+        given = as_graph(graph, allow_negative=self.allow_negative)
+        setup = self._prepare(given)
         with threads(self._num_threads) as pool:
             if self.keep_powers:
                 self.powers_ = self._powers(setup, pool, len(self.weights))
@@ -160,46 +148,99 @@ class FastRP(Estimator):
             else:
                 found = self._embed(setup, pool)
             self._mean_D, self._factor_D = self._standardize(found, pool)
-        self.embedding_, self._setup = found, setup if self.keep_powers else None
+        self.embedding_, self._setup, self._nodes = found, setup if self.keep_powers else None, given.bare()
         return self
 
     def fit_transform(self, graph: Any, y: Any = None) -> np.ndarray:
         """`fit`, and the vectors [N, D]."""
         return self.fit(graph).embedding_
 
-    def transform(self, rows: Any, *, names: Iterable[Any] | None = None) -> np.ndarray:
-        """Vectors of new nodes from their edges to the nodes of the fitted graph, which stay as they are.
+    def transform(self, rows: Any, *, features: Any = None, names: Iterable[Any] | None = None) -> np.ndarray:
+        """Vectors of new nodes from their edges and features; the fitted graph stays as it is.
 
-        They are those that fitting the larger graph would give, up to the columns' means and deviations, if no old node has an edge
-        to a new one and ``s`` is given; otherwise an approximation of them.
+        They are those that fitting the larger graph would give, up to the columns' means and deviations and the scale of features, if no
+        old node has an edge to a new one and ``s`` is given; otherwise an approximation of them.
 
         Args:
-            rows: [R, N] weights of edges from new nodes to old ones (in the direction that rows sum over), scipy sparse or dense.
-            names: of the new nodes, for ``self_weight``; without, they are numbers N, N + 1, ...
+            rows: weights of edges from new nodes to old ones [R, N], or to old and new ones [R, N + R] (in the direction that rows sum
+                over), scipy sparse or dense. `edges_of_new` makes them of edges by name.
+            features: [R, F] of the new nodes, where the model was fitted with features; they count with ``self_weight``, and through edges
+                between new nodes.
+            names: of the new nodes, which key what is random of them; without, they are numbers N, N + 1, ...
 
-        Raises InputError if `fit` has not kept the powers, features are used, or rows do not fit.
+        Raises InputError if `fit` has not kept the powers, or rows, features or names do not fit.
         """
         if getattr(self, "_setup", None) is None or not hasattr(self, "powers_"):
             raise InputError("transform needs what fit keeps with keep_powers=True; set it and fit again")
-        setup = cast(_Setup, self._setup)
-        if self.feature_ratio:
-            raise InputError("transform knows no features of new nodes; fit with feature_ratio=0")
-        matrix, left_R = self._new_rows(rows, setup)
-        powers = [
-            left_R[:, None] * (matrix @ before) for before in (self.powers_.start_ND, *self.powers_.power_KND[:-1])
-        ]
-        start = np.zeros_like(powers[0])
-        if self.self_weight:
-            old = len(setup.start.key_N)
-            key_R = np.arange(old, old + len(start), dtype=np.uint64) if names is None else keys_of(names)
-            if len(key_R) != len(start):
-                raise InputError(f"there are {len(start):,} rows and {len(key_R):,} names; give one per row")
-            start = setup.start.random(key_R, 0, self.dim)
+        setup, known = cast(Setup, self._setup), self.powers_
+        new = new_rows(rows, setup, self.matrix, self.dtype, self.allow_negative)
+        start = np.zeros((len(new.degree_R), self.dim), self.dtype)
+        is_asked = features is not None or (names is not None and setup.start.features is None)
+        if self.self_weight or new.among_RR is not None or is_asked:
+            start = start_of_new(new, setup, self.beta, features, names)
+        powers = powers_of_new(new, start, (known.start_ND, *known.power_KND[:-1]))
         with threads(1) as pool:
             found = self._combine(Powers(start, tuple(powers)), tuple(self.weights), self.self_weight, pool)
             if self.standardize:
                 shift_columns(found, self._mean_D, self._factor_D, pool)
         return found
+
+    def vectors(self, nodes: Any) -> np.ndarray:
+        """Vectors of nodes by id or name (`Graph.resolve`), [len(nodes), D]. Raises InputError before `fit`, or for unknown nodes."""
+        return self._fitted()[self._nodes.resolve(nodes)]
+
+    def edges_of_new(self, source: Any, target: Any, weight: Any = None) -> tuple[Any, list[Any]]:
+        """Rows for `transform` from edges: new nodes by name, what they lead to by name, and weights (None: 1).
+
+        Targets are nodes that were fitted, or new ones. Of an undirected graph an edge between two new nodes stands in both rows, and is
+        given once. Returns the rows, scipy sparse [R, N + R], and the names of the new nodes in the order they came.
+
+        Raises InputError for lists of different length, or a source that was fitted.
+        """
+        self._fitted()
+        return edges_of_new(self._nodes, source, target, weight)
+
+    @property
+    def nodes(self) -> Graph:
+        """The nodes that were fitted, a graph without edges that knows their names. Raises InputError before `fit`."""
+        self._fitted()
+        return self._nodes
+
+    def _fitted(self) -> np.ndarray:
+        if not hasattr(self, "embedding_"):
+            raise InputError("this FastRP is not fitted yet; call fit first")
+        return self.embedding_
+
+    # On disk
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted model into one checked file, all or nothing. Raises InputError before `fit`, and as `atomic_file`."""
+        arrays = {"embedding": self._fitted(), "mean": self._mean_D, "factor": self._factor_D}
+        if self._setup is not None:
+            kept = (self.powers_.start_ND, *self.powers_.power_KND)
+            arrays |= {f"power{number}": power for number, power in enumerate(kept)}
+        params = {name: _plain(value) for name, value in self.get_params().items() if name != "features"}
+        storage.write(path, params, arrays, self._nodes, self._setup)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; `fit` of it needs ``features`` again, if it had some.
+
+        Raises DataError for a file that is missing, foreign, truncated or damaged.
+        """
+        params, arrays, nodes, setup = storage.read(path)
+        try:
+            made = cls(**params)
+        except (TypeError, InputError) as error:
+            raise DataError(f"{path} holds a FastRP of arguments that this release does not know: {error}") from error
+        made.embedding_, made._nodes, made._setup = arrays["embedding"], nodes, setup
+        made._mean_D, made._factor_D = arrays["mean"], arrays["factor"]
+        if setup is not None:
+            powers = [arrays[f"power{number}"] for number in range(len(made.weights) + 1) if f"power{number}" in arrays]
+            if len(powers) != len(made.weights) + 1:
+                raise DataError(f"{path} is damaged: it does not hold the powers of its {len(made.weights)} weights")
+            made.powers_ = Powers(powers[0], tuple(powers[1:]))
+        return made
 
     def powers(self, graph: Any, order: int | None = None) -> Powers:
         """L R and N_1 ... N_q of a graph, for `combine`; they do not depend on weights. ``order`` is q, by default that of ``weights``."""
@@ -242,17 +283,18 @@ class FastRP(Estimator):
 
     # Steps
 
-    def _prepare(self, graph: Any) -> _Setup:
+    def _prepare(self, graph: Any) -> Setup:
         found = as_graph(graph, allow_negative=self.allow_negative)
         rows = turned(found, self.direction)
         start = projection_of(
             rows, found.names, self.projection, self.s, self.seed, self.dim,
             self.beta, self.features, self._num_feature_columns, self.dtype,
         )  # fmt: skip
-        return _Setup(*operator_of(rows, self.matrix, self.dtype), start)
+        return Setup(*operator_of(rows, self.matrix, self.dtype), start, rows.is_directed)
 
-    def _run(self, setup: _Setup, pool: Threads, targets: dict[int, tuple[np.ndarray, float, bool]]) -> None:
+    def _run(self, setup: Setup, pool: Threads, targets: dict[int, tuple[np.ndarray, float, bool]]) -> None:
         """Add w_k N_k to targets[k] = (array, w_k, whether it is the first there), chunk by chunk of columns."""
+        assert setup.operator is not None
         products, step = self._products(setup.operator, pool), self._chunk_columns(setup.operator.num_rows)
         for first in range(0, self.dim, step):
             last = min(first + step, self.dim)
@@ -274,9 +316,9 @@ class FastRP(Estimator):
                     out_ND, weight, is_new = targets[order]
                     products.add_to(chunk, out_ND, first, weight, is_new)
 
-    def _embed(self, setup: _Setup, pool: Threads) -> np.ndarray:
+    def _embed(self, setup: Setup, pool: Threads) -> np.ndarray:
         """Vectors before columns are standardised, without keeping powers."""
-        count, orders = setup.operator.num_rows, [k for k, weight in enumerate(self.weights, 1) if weight]
+        count, orders = setup.num_nodes, [k for k, weight in enumerate(self.weights, 1) if weight]
         if self.concatenate:
             whole = np.empty((count, self.dim * (len(orders) + bool(self.self_weight))), self.dtype)
             every = ([0] if self.self_weight else []) + orders
@@ -313,8 +355,8 @@ class FastRP(Estimator):
                 add_rows(out, part, weight, self.normalize or k == 0, pool)
         return cast(np.ndarray, out)
 
-    def _powers(self, setup: _Setup, pool: Threads, count: int) -> Powers:
-        arrays = [np.empty((setup.operator.num_rows, self.dim), self.dtype) for _ in range(count + 1)]
+    def _powers(self, setup: Setup, pool: Threads, count: int) -> Powers:
+        arrays = [np.empty((setup.num_nodes, self.dim), self.dtype) for _ in range(count + 1)]
         self._run(setup, pool, {k: (array, 1.0, True) for k, array in enumerate(arrays)})
         return Powers(arrays[0], tuple(arrays[1:]))
 
@@ -349,32 +391,10 @@ class FastRP(Estimator):
             return NumbaProducts(operator, pool)
         return ScipyProducts(operator) if self.backend == "scipy" else TorchProducts(operator, self.device)
 
-    def _new_rows(self, rows: Any, setup: _Setup) -> tuple[Any, np.ndarray]:
-        """diag(left) and A diag(right) of new nodes."""
-        from scipy.sparse import csr_array
-
-        try:
-            matrix = csr_array(rows, dtype=np.float64, copy=True)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"rows are numbers, [new nodes, {len(setup.start.key_N)}]: {error}") from None
-        if matrix.ndim != 2 or matrix.shape[1] != len(setup.start.key_N):
-            raise InputError(f"rows have the shape {matrix.shape}; it must be [new nodes, {len(setup.start.key_N)}]")
-        matrix.sum_duplicates()
-        if not np.isfinite(matrix.data).all() or (not self.allow_negative and (matrix.data < 0).any()):
-            raise InputError("weights of new edges must be finite and not negative (allow_negative takes those)")
-        degree_R = abs(matrix).sum(1)
-        power = {"transition": 1.0, "symmetric": 0.5, "adjacency": 0.0}[self.matrix]
-        left_R = np.ones(len(degree_R)) if not power else inverse_power(degree_R, power)
-        if setup.right_N is not None:
-            matrix.data *= setup.right_N[matrix.indices]
-        return matrix.astype(self.dtype), left_R.astype(self.dtype)
-
     def tune(
         self, graph: Any, labels: Any = None, *, edges: HeldOut | None = None, trials: int = 20, **options: Any
-    ) -> "Tuning":
+    ) -> Tuning:
         """Search weights and beta for this graph; see `anabranch.graph.fastrp.tuning.tune`."""
-        from anabranch.graph.fastrp.tuning import tune
-
         return tune(self, graph, labels, edges=edges, trials=trials, **options)
 
     # Sizes and checks
@@ -385,8 +405,9 @@ class FastRP(Estimator):
 
     @property
     def _num_threads(self) -> int:
+        asked = self.threads if self.workers is None else self.workers
         # Asking numba would start its own threads, and with them set how many torch uses in this process.
-        return self.threads or min(usable_cores(), nb.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        return asked or min(num_workers(None), nb.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
     def _weight(self, order: int) -> float:
         return self.self_weight if order == 0 else self.weights[order - 1]
@@ -398,3 +419,10 @@ class FastRP(Estimator):
             fits = SCRATCH_BYTES // (2 * np.dtype(self.dtype).itemsize * max(num_nodes, 1))
             wanted = max(fits // BLOCK, self._num_threads) * BLOCK
         return min(-(-wanted // BLOCK), -(-self.dim // BLOCK)) * BLOCK
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(one) for one in value] if isinstance(value, (tuple, list, np.ndarray)) else value

@@ -9,7 +9,7 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph.products import Operator
-from anabranch.graph.projection import SparseRows, gaussian_rows, keys_of, sparse_rows
+from anabranch.graph.projection import SparseProjection, gaussian_rows, keys_of, sparse_rows
 from anabranch.graph.store import Graph
 
 # S at which rows are so full that a product with them made dense is quicker.
@@ -26,7 +26,7 @@ class Projection:
         s: of sparse ones.
         seed: of all.
         num_random: columns that are random.
-        feature_NC: the rest; None where there are none.
+        features: the rest; None where there are none.
         scale_N: the diagonal of L over sqrt(D), of the working type.
     """
 
@@ -35,7 +35,7 @@ class Projection:
     s: float
     seed: int
     num_random: int
-    feature_NC: np.ndarray | None
+    features: "Features | None"
     scale_N: np.ndarray
 
     def random(self, key_N: np.ndarray, first: int, last: int) -> np.ndarray:
@@ -49,16 +49,51 @@ class Projection:
         parts = []
         if first < self.num_random:
             parts.append(self.random(self.key_N, first, min(last, self.num_random)))
-        if last > self.num_random and self.feature_NC is not None:
-            parts.append(self.feature_NC[:, max(first - self.num_random, 0) : last - self.num_random])
+        if last > self.num_random and self.features is not None:
+            parts.append(self.features.column_NC[:, max(first - self.num_random, 0) : last - self.num_random])
         found = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         return found * self.scale_N[:, None]
 
-    def sparse_columns(self, first: int, last: int) -> SparseRows | None:
+    def of_new(self, key_R: np.ndarray, features: Any) -> np.ndarray:
+        """All columns of R of nodes that were not there, [R, D], entries of variance 1. Raises InputError for features that do not fit."""
+        if self.features is None:
+            if features is not None:
+                raise InputError("features of new nodes are given, and the model was fitted without features")
+            return self.random(key_R, 0, self.num_random)
+        if features is None:
+            raise InputError(
+                f"the model was fitted with features; give those of the new nodes, {self.features.num} each"
+            )
+        found = self.features.of(features, len(key_R))
+        return np.concatenate([self.random(key_R, 0, self.num_random), found], axis=1) if self.num_random else found
+
+    def sparse_columns(self, first: int, last: int) -> SparseProjection | None:
         """Columns of R where they are worth keeping sparse, not yet scaled; None where not."""
         if self.kind != "sparse" or self.s < DENSE_BELOW or last > self.num_random:
             return None
         return sparse_rows(self.key_N, first, last, self.s, self.seed)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A graph made ready.
+
+    Attributes:
+        operator: the matrix, its diagonals in it; None where it was read from a file.
+        right_N: the diagonal on the right; None for ones.
+        start: R and L.
+        is_directed: whether rows differ from columns.
+    """
+
+    operator: Operator | None
+    right_N: np.ndarray | None
+    start: Projection
+    is_directed: bool
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return len(self.start.key_N)
 
 
 def sparsity(num_nodes: int) -> float:
@@ -123,26 +158,56 @@ def degree_scale(graph: Graph, beta: float, dim: int, dtype: Any) -> np.ndarray:
     return scale_N
 
 
-def feature_columns(features: Any, count: int, num_nodes: int, seed: int, dtype: Any) -> np.ndarray | None:
-    """``count`` random combinations of features, of mean square 1 as R's entries, [N, C]."""
-    if features is None:
-        if count:
-            raise InputError(
-                f"feature_ratio asks for {count} columns and features is None; give features [nodes, features]"
-            )
-        return None
-    if not count:
-        raise InputError("features are given and feature_ratio leaves them no column; raise it")
+@dataclass(frozen=True)
+class Features:
+    """Columns made of features: random combinations, of mean square 1 over the nodes that were fitted, as R's entries.
+
+    Attributes:
+        column_NC: of the nodes that were fitted.
+        random_FC: what features are multiplied with, the scale in it; float64.
+    """
+
+    column_NC: np.ndarray
+    random_FC: np.ndarray
+
+    @property
+    def num(self) -> int:
+        """F."""
+        return len(self.random_FC)
+
+    @classmethod
+    def fitted(cls, features: Any, count: int, num_nodes: int, seed: int, dtype: Any) -> "Features | None":
+        """``count`` columns. Raises InputError for features that do not fit, or that have no columns or are missing."""
+        if features is None:
+            if count:
+                raise InputError(
+                    f"feature_ratio asks for {count} columns and features is None; give features [nodes, features]"
+                )
+            return None
+        if not count:
+            raise InputError("features are given and feature_ratio leaves them no column; raise it")
+        values = _feature_rows(features, num_nodes)
+        random_FC = gaussian_rows(np.arange(values.shape[1], dtype=np.uint64), 0, count, ~seed, np.float64)
+        found = np.asarray(values @ random_FC)
+        size = (math.sqrt(float(np.mean(found**2))) if found.size else 0.0) or 1.0
+        return cls((found / size).astype(dtype), random_FC / size)
+
+    def of(self, features: Any, num_nodes: int) -> np.ndarray:
+        """Columns of other nodes' features. Raises InputError for features that do not fit."""
+        values = _feature_rows(features, num_nodes)
+        if values.shape[1] != self.num:
+            raise InputError(f"features have {values.shape[1]:,} columns, those that were fitted {self.num:,}")
+        return np.asarray(values @ self.random_FC).astype(self.column_NC.dtype)
+
+
+def _feature_rows(features: Any, num_nodes: int) -> Any:
     values = features.tocsr() if hasattr(features, "tocsr") else np.asarray(features)
     if values.ndim != 2 or values.shape[0] != num_nodes:
         raise InputError(f"features have the shape {values.shape}; it must be [{num_nodes}, features]")
     data = np.asarray(values.data if hasattr(values, "tocsr") else values)
     if data.dtype.kind not in "fiub" or not np.isfinite(data).all():
         raise InputError("features must be finite numbers")
-    random_FC = gaussian_rows(np.arange(values.shape[1], dtype=np.uint64), 0, count, ~seed, np.float64)
-    found = np.asarray(values @ random_FC)
-    size = math.sqrt(float(np.mean(found**2))) if found.size else 0.0
-    return (found / (size or 1.0)).astype(dtype)
+    return values
 
 
 def projection_of(
@@ -151,7 +216,7 @@ def projection_of(
 ) -> Projection:  # fmt: skip
     """L R of a graph (turned already) whose nodes have these outside names."""
     key_N = np.arange(graph.num_nodes, dtype=np.uint64) if names is None else keys_of(names)
-    feature_NC = feature_columns(features, num_features, graph.num_nodes, seed, dtype)
+    fitted = Features.fitted(features, num_features, graph.num_nodes, seed, dtype)
     s = sparsity(graph.num_nodes) if s is None else float(s)
     scale_N = degree_scale(graph, beta, dim, dtype)
-    return Projection(key_N, kind, s, seed, dim - num_features, feature_NC, scale_N)
+    return Projection(key_N, kind, s, seed, dim - num_features, fitted, scale_N)

@@ -7,19 +7,33 @@ macro F1 at 10% training nodes. Ours draws points that fill the ranges evenly (v
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph.evaluate import HeldOut, classify_nodes, link_auc
-from anabranch.graph.fastrp.model import FastRP
 
 # Weights that are tried with one beta.
 PER_POWERS = 4
 
 # Weight of the last order.
 LARGEST = 64.0
+
+
+class Embedder(Protocol):
+    """What is read of a `anabranch.graph.fastrp.model.FastRP`, which calls this search and so is not imported here."""
+
+    weights: Any
+
+    def get_params(self) -> dict[str, Any]:
+        """Its arguments."""
+
+    def powers(self, graph: Any, order: int | None = None) -> Any:
+        """What vectors are made of, for any weights."""
+
+    def combine(self, powers: Any, weights: Any = None) -> np.ndarray:
+        """Vectors of them."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +55,13 @@ class Tuning:
         objective: what a score is: ``macro_f1``, ``micro_f1`` or ``auc``.
     """
 
-    best: FastRP
+    best: Any
     trials: tuple[Trial, ...]
     objective: str
 
 
 def tune(
-    model: FastRP,
+    model: Embedder,
     graph: Any,
     labels: Any = None,
     *,
@@ -109,8 +123,8 @@ def tune(
     return Tuning(chosen, tuple(done), "auc" if edges is not None else objective)
 
 
-def _like(model: FastRP, **changes: Any) -> FastRP:
-    return FastRP(**{**model.get_params(), **changes})
+def _like(model: Embedder, **changes: Any) -> Any:
+    return type(model)(**{**model.get_params(), **changes})
 
 
 def _weights(count: int, last: float) -> tuple[float, ...]:

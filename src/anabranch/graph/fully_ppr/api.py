@@ -3,6 +3,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from anabranch.errors import InputError
+from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.fully_ppr import chunks
 from anabranch.graph.fully_ppr.devices import THETA
@@ -56,7 +58,7 @@ class FullyPPR(Estimator):
             ``exact``: within ``tol`` of the truth in L1, local; ``auto``: walks where their number, an accuracy or Spark is asked for,
             else exact where that is the least work, as on small graphs, else decompose.
         estimator: of ``walks``: count the ``endpoint`` of each (as the paper does), or every visit (``fullpath``), which is more accurate.
-        sources: nodes to start from, distinct; None for all.
+        sources: nodes to start from, distinct, by id or name; None for all.
         dangling: what walks do at nodes without out-edges, see `anabranch.graph.ppr.rules`.
         index_walks, rounds: of ``decompose``.
         tol: of ``exact``.
@@ -124,6 +126,7 @@ class FullyPPR(Estimator):
         self.gamma, self.theta, self.big_moves = gamma, theta, big_moves
         self.rounds_: list[Round] = []
         self._found: FullyPPRResult | Path | None = None
+        self._by_name = False
         self._options().check()
         if plan not in ("auto", "broadcast", "partitioned"):
             raise InputError(f"plan is {plan!r}; it must be one of auto, broadcast, partitioned")
@@ -135,8 +138,8 @@ class FullyPPR(Estimator):
         if big_moves not in (0, 2, 3):
             raise InputError(f"big_moves is {big_moves!r}; it must be 0, 2 or 3")
 
-    def fit(self, graph: Graph) -> Self:
-        """Scores from every source of the graph; they are in ``result_``.
+    def fit(self, graph: Any) -> Self:
+        """Scores from every source of the graph (whatever `as_graph` takes); they are in ``result_``.
 
         Raises:
             InputError: an unknown or repeated source, a graph without nodes or with negative weights.
@@ -146,9 +149,11 @@ class FullyPPR(Estimator):
             AnabranchError: the run was cancelled.
         """
         options = self._options()
+        given = as_graph(graph, allow_negative=True)
+        graph, self._by_name = given.numbered(), given.by_name
         # Refuses graphs without nodes, or of negative weights.
         Transition(graph, self.alpha, self.dangling)
-        source_S, is_all = check_sources(graph, self.sources)
+        source_S, is_all = check_sources(given, self.sources)
         engine = self._choose_engine(graph, options)
         if engine == "spark":
             from anabranch.graph.fully_ppr.spark import run_spark
@@ -158,8 +163,8 @@ class FullyPPR(Estimator):
             self._found = self._fit_local(options, graph, source_S, is_all)
         return self
 
-    def top(self, node: int, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and scores of the ``k`` best of a source. Raises InputError before `fit`, and as `FullyPPRResult.top`."""
+    def top(self, node: Any, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes and scores of the ``k`` best of a source. Raises InputError before `fit`, and as `FullyPPRResult.top`."""
         return self.result_.top(node, k)
 
     def save(self, path: str | Path) -> None:
@@ -178,6 +183,8 @@ class FullyPPR(Estimator):
             raise InputError("there are no scores yet; call fit(graph) first")
         if isinstance(self._found, Path):
             self._found = FullyPPRResult.load(self._found, mmap=True)
+        if self._found.by_name != self._by_name:
+            self._found = replace(self._found, by_name=self._by_name)
         return self._found
 
     def _options(self) -> Options:
@@ -228,7 +235,7 @@ class FullyPPR(Estimator):
         )  # fmt: skip
 
 
-def fully_ppr(graph: Graph, alpha: float = 0.15, walks: int | None = None, **options: Any) -> FullyPPRResult:
+def fully_ppr(graph: Any, alpha: float = 0.15, walks: int | None = None, **options: Any) -> FullyPPRResult:
     """Personalised PageRank from every node of ``graph``; arguments and errors are those of `FullyPPR`.
 
     Example:
@@ -242,7 +249,7 @@ def check_sources(graph: Graph, sources: ArrayLike | None) -> tuple[np.ndarray, 
     """Sources as int64 ids, and whether they are all nodes in order. Raises InputError for an unknown or repeated one."""
     if sources is None:
         return np.arange(graph.num_nodes), True
-    found = graph.check_nodes(sources)
+    found = graph.resolve(sources)
     if found.ndim != 1:
         raise InputError(f"sources have the shape {found.shape}; give a list of nodes")
     values, counts = np.unique(found, return_counts=True)

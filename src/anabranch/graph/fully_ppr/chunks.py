@@ -12,7 +12,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from anabranch.files import atomic_write_json, parse_json
 from anabranch.graph.fully_ppr.result import KIND, FullyPPRResult, names_arrays, parquet_facts, parquet_writer
 from anabranch.graph.rows import SparseRows, row_file
 from anabranch.graph.store import Graph
+from anabranch.graph.workers import as_done
 
 Work = Callable[[np.ndarray], SparseRows]
 Progress = Callable[[int, int], None]
@@ -92,31 +93,22 @@ def run(job: Job, prepare: Callable[[], Work], out: str | Path | None) -> FullyP
 
 def _finished(job: Job, prepare: Callable[[], Work], numbers: Any, already: int) -> Iterator[tuple[int, SparseRows]]:
     """Chunks as they are done, at most a few more than workers under way."""
-    total, waiting = len(job.source_S), list(numbers)[::-1]
+    total, waiting = len(job.source_S), list(numbers)
     if job.progress is not None:
         job.progress(already, total)
     _check_cancelled(job, already)
     if not waiting:
         return
-    work = prepare()
-    with ThreadPoolExecutor(job.workers) as pool:
-        running: dict[Future[SparseRows], int] = {}
-        try:
-            while waiting or running:
+    parts = ((number, _part(job, number)) for number in waiting)
+    # Threads end before an error goes on.
+    with closing(as_done(prepare(), parts, job.workers)) as made:
+        for number, rows in made:
+            already += len(rows)
+            yield number, rows
+            if job.progress is not None:
+                job.progress(already, total)
+            if already < total:
                 _check_cancelled(job, already)
-                while waiting and len(running) < job.workers + 1:
-                    number = waiting.pop()
-                    running[pool.submit(work, _part(job, number))] = number
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    number = running.pop(future)
-                    rows = future.result()
-                    already += len(rows)
-                    yield number, rows
-                    if job.progress is not None:
-                        job.progress(already, total)
-        finally:
-            for future in running:
-                future.cancel()
 
 
 def _check_cancelled(job: Job, already: int) -> None:

@@ -14,6 +14,7 @@ from anabranch.graph.ppr.rules import check_alpha, check_dangling, check_tol
 from anabranch.graph.ppr.walks import check_count
 from anabranch.graph.rows import check_top_k, id_type
 from anabranch.graph.store import Graph
+from anabranch.graph.workers import num_workers
 
 Engine = Literal["auto", "local", "spark"]
 Method = Literal["auto", "walks", "decompose", "exact"]
@@ -116,7 +117,7 @@ class Options:
     @property
     def num_workers(self) -> int:
         """Threads."""
-        return self.workers or machine.usable_cores()
+        return num_workers(self.workers)
 
     def choose_method(self, graph: Graph, engine: str) -> str:
         """What "auto" is: walks where they are asked for or on Spark, exact where that is less work than an index, else decompose."""

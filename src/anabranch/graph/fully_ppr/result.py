@@ -4,7 +4,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from anabranch.errors import DataError, InputError
 from anabranch.files import atomic_file, atomic_write_json, parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.checks import is_known
 from anabranch.graph.rows import SparseRows, id_type
 
 KIND = "fully-ppr"
@@ -36,11 +37,13 @@ class FullyPPRResult:
         rows: the rows; ``rows.nodes`` are the sources (None: row i is about node i).
         names: outside names of nodes, as the graph has them, or None.
         facts: how the scores were made: method, alpha, walks, seed and so on.
+        by_name: whether integers are names too, see `anabranch.graph.store.Graph`. Not written to files.
     """
 
     rows: SparseRows
     names: np.ndarray | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    by_name: bool = False
 
     @property
     def num_sources(self) -> int:
@@ -78,25 +81,29 @@ class FullyPPRResult:
             raise InputError(f"node {node} is not one of the {len(self.rows):,} sources")
         return row
 
-    def top(self, node: int, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and scores of the ``k`` best of a source (all that are kept for None). Raises InputError for another node, or a k below 1."""
+    def top(self, node: Any, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes and scores of the ``k`` best of a source (all that are kept for None), by id, or by name where the node is given so.
+
+        Raises InputError for another node, or a k below 1.
+        """
         if k is not None and k < 1:
             raise InputError(f"k is {k}; it must be at least 1, or None for all")
-        ids, scores = self.rows.row(self.row_of(node))
-        return ids[:k], scores[:k]
+        is_name = self.names is not None and (self.by_name or isinstance(node, str))
+        ids, scores = self.rows.row(self.row_of(self._id_of(node) if is_name else node))
+        return self.names[ids[:k]] if is_name else ids[:k], scores[:k]  # type: ignore[index]
 
     def top_named(self, name: Any, k: int | None = None) -> list[tuple[Any, float]]:
         """The same by outside names: pairs of name and score."""
         if self.names is None:
-            node = name
+            found, scores = self.top(name, k)
         else:
-            place = self._index.get(name)
-            if place is None:
-                raise InputError(f"the graph has no node {name!r}")
-            node = place
-        ids, scores = self.top(node, k)
-        found = ids if self.names is None else self.names[ids]
+            found, scores = replace(self, by_name=True).top(name, k)
         return list(zip(found.tolist(), scores.tolist(), strict=True))
+
+    def _id_of(self, name: Any) -> int:
+        if not is_known(name, self._index):
+            raise InputError(f"the graph has no node {name!r}")
+        return self._index[name]
 
     @cached_property
     def _index(self) -> dict[Any, int]:

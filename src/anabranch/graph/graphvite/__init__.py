@@ -9,7 +9,7 @@ Zhu, Xu, Qu and Tang, "GraphVite: A High-Performance CPU-GPU Hybrid System for N
     train         K negatives of weight w by degree^0.75 from the block's tail part, SGD        `train`
     collaboration the next pool of samples is made while one is trained                         `solver`
 
-One schedule, three executors: CPU threads (`executor`), torch on any device (`device`), processes (`distributed`).
+One schedule, three executors: CPU threads (`executor`), torch on any device (`torch_executor`), processes (`distributed`).
 
 Departures from the paper and its code:
 

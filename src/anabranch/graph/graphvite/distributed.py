@@ -15,10 +15,10 @@ import numpy as np
 
 from anabranch.errors import BackendError
 from anabranch.graph.graphvite.augmentation import Pool, Sampler, shuffled
-from anabranch.graph.graphvite.device import import_torch
 from anabranch.graph.graphvite.executor import Plan
 from anabranch.graph.graphvite.parts import SIDES, Parts
 from anabranch.graph.graphvite.schedule import Block
+from anabranch.graph.graphvite.torch_executor import import_torch
 from anabranch.graph.graphvite.train import Rate, train_block
 
 

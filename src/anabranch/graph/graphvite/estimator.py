@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from anabranch.errors import InputError
+from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.graphvite import settings, storage
 from anabranch.graph.graphvite.augmentation import Sampler
-from anabranch.graph.graphvite.device import TorchExecutor, auto_micro_batch, devices_of
 from anabranch.graph.graphvite.distributed import DistributedExecutor, ShareSampler
 from anabranch.graph.graphvite.executor import BlockExecutor, Plan, ThreadExecutor
 from anabranch.graph.graphvite.partition import Partition, negative_tables, zig_zag
 from anabranch.graph.graphvite.parts import SIDES, MappedParts, Parts
 from anabranch.graph.graphvite.schedule import blocks_in_order
 from anabranch.graph.graphvite.solver import Callback, Counters, train
+from anabranch.graph.graphvite.torch_executor import TorchExecutor, auto_micro_batch, devices_of
 from anabranch.graph.graphvite.train import Rule
 from anabranch.graph.store import Graph
+from anabranch.graph.workers import num_workers
 
 _NOT_SAVED = ("callbacks",)
 
@@ -43,7 +44,8 @@ class GraphVite(Estimator):
         partitions: P; ``auto``: 4, or more where ``memory_limit`` needs it. The result depends on it.
         group: blocks of an orthogonal step, a divisor of P; ``auto``: P. The result depends on it. Out of memory, ``group=workers`` halves
             the reads.
-        workers: threads or devices that train at once (at most P). The result does not depend on it.
+        workers: threads or devices that train at once (at most P); None for the usable cores, or one device. The result does not depend on
+            it.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``cuda:*`` for all of them.
         executor: ``threads`` (CPU kernels), ``torch`` (micro-batches on ``device``), ``distributed`` (a process per worker: every
             process of an initialised `torch.distributed` group calls `fit` with the same graph), or ``auto``: by the device.
@@ -80,7 +82,7 @@ class GraphVite(Estimator):
         optimizer: str = "sgd",
         partitions: int | str = "auto",
         group: int | str = "auto",
-        workers: int = 1,
+        workers: int | None = None,
         device: str = "cpu",
         executor: str = "auto",
         memory_limit: int | None = None,
@@ -127,33 +129,40 @@ class GraphVite(Estimator):
         self._arrays: dict[str, np.ndarray] = {}
         self._peak_part_bytes = 0
         self._counters = Counters()
+        self._nodes: Graph | None = None
 
     # Fitting
 
-    def fit(self, graph: Graph, y: Any = None) -> Self:
-        """Train on a graph. ``y`` is there for scikit-learn.
+    def fit(self, graph: Any, y: Any = None) -> Self:
+        """Train on a graph (whatever `as_graph` takes). ``y`` is there for scikit-learn.
 
         Raises:
             InputError: the graph has no edges, negative weights, or fewer nodes than ``partitions``.
             CapacityError: two parts do not fit into ``memory_limit``.
             BackendError: the device or its library is not there.
         """
+        graph = as_graph(graph, allow_negative=True)
         settings.check_graph(graph)
         return self._train(graph, Counters(total=max(1, round(self.epochs * graph.num_edges))), {})
 
-    def resume(self, graph: Graph, epochs: float | None = None) -> Self:
+    def resume(self, graph: Any, epochs: float | None = None) -> Self:
         """Go on: to the end of a run that a callback ended (the result is that of a run that was not ended), or for so many more epochs.
 
         More epochs are a run of their own, with the rate from its start and new walks.
 
         Raises InputError if nothing is fitted, the graph has another number of nodes, or there is no run to end; and as `fit`.
         """
+        graph = as_graph(graph, allow_negative=True)
         settings.check_graph(graph)
         self._need("context")
         before = self._counters
         if graph.num_nodes != len(self._arrays["vertex"]):
             raise InputError(
                 f"the embedding has {len(self._arrays['vertex']):,} nodes, the graph {graph.num_nodes:,}; fit anew"
+            )
+        if self._same_nodes(graph) is not None:
+            raise InputError(
+                "nodes of the graph stand in another order than when they were fitted; give the same graph"
             )
         if self._arrays["vertex"].shape[1] != self.dim:
             raise InputError(
@@ -167,7 +176,7 @@ class GraphVite(Estimator):
             counters.done, counters.total = 0, max(1, round(epochs * graph.num_edges))
         return self._train(graph, counters, dict(self._arrays))
 
-    def fit_transform(self, graph: Graph, y: Any = None) -> np.ndarray:
+    def fit_transform(self, graph: Any, y: Any = None) -> np.ndarray:
         """`fit`, then the vectors of all nodes, float32 [N, D]."""
         return self.fit(graph).transform()
 
@@ -236,8 +245,10 @@ class GraphVite(Estimator):
             return DistributedExecutor(plan, parts, base)
         num_parts, largest = plan.partition.num_parts, plan.partition.largest * row_bytes
         if self._how == "threads":
-            return ThreadExecutor(plan, parts, settings.workers_of(self.workers, num_parts, largest, limit))
-        devices = devices_of(self.device, self.workers)[:num_parts]
+            return ThreadExecutor(
+                plan, parts, settings.workers_of(num_workers(self.workers), num_parts, largest, limit)
+            )
+        devices = devices_of(self.device, self.workers or 1)[:num_parts]
         micro_batch = auto_micro_batch(degree_N, num_parts) if self.micro_batch == "auto" else int(self.micro_batch)
         return TorchExecutor(plan, parts, devices, micro_batch, limit, row_bytes)
 
@@ -250,18 +261,19 @@ class GraphVite(Estimator):
             arrays["vertex"][~arrays["trained"]] = 0
         if graph.names is not None:
             arrays["names"] = graph.names
-        self._arrays, self._counters = arrays, counters
+        self._arrays, self._counters, self._nodes = arrays, counters, graph.bare()
         self._peak_part_bytes = parts.peak_bytes
         # Its files live as long as what is mapped from them.
         self._keep = parts if isinstance(parts, MappedParts) else None
 
-    def peak_bytes(self, graph: Graph) -> int:
+    def peak_bytes(self, graph: Any) -> int:
         """Bytes that `fit` on this graph holds at most in this process's memory beyond the graph: CPU threads, all parameters in memory.
 
         With A = 8 N D (1 + moments) for V, C and their moments, which at the end are there once more in the order of nodes,
         B = 16 S + (S / s)(L + 1) i / L for two pools of S samples and the walks of one (ids of i bytes), and 72 N for tables,
         partition and strengths: 2 A + B + 72 N.
         """
+        graph = as_graph(graph, allow_negative=True)
         moments = Rule(self.optimizer).moments
         parameters = 8 * graph.num_nodes * self.dim * (1 + moments)
         num_parts = settings.parts_of(self.partitions, graph.num_nodes, 4 * self.dim * (1 + moments), None)
@@ -300,28 +312,36 @@ class GraphVite(Estimator):
         self._need("context")
         return self._peak_part_bytes
 
-    def transform(self, nodes: ArrayLike | Graph | None = None) -> np.ndarray:
-        """Vectors of nodes, float32 [len(nodes), D]; of all for None or for the graph that was fitted.
+    def transform(self, nodes: Any = None) -> np.ndarray:
+        """Vectors of nodes, float32 [len(nodes), D].
+
+        Args:
+            nodes: nodes by id or name (`Graph.resolve`); None for all; or the graph that was fitted, as `fit` takes it (a file as a
+                `pathlib.Path`), for all in its order.
 
         Raises InputError for a node, or a graph, that was not fitted.
         """
         found = self._need("vertex")
-        if isinstance(nodes, Graph):
-            if nodes.num_nodes != len(found):
-                raise InputError(f"{len(found):,} nodes were fitted; nodes of another graph need a fit of their own")
-            nodes = None
-        if nodes is not None:
-            found = found[self._checked(nodes)]
+        if nodes is None:
+            chosen = None
+        elif isinstance(nodes, str | list | tuple | range | np.ndarray | int | np.integer):
+            chosen = self.nodes.resolve(nodes)
+        else:
+            chosen = self._same_nodes(as_graph(nodes, allow_negative=True))
+        if chosen is not None:
+            found = found[chosen]
         if self.normalize:
             found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.float32(1e-30))
         return found
 
-    def predict(self, edges: ArrayLike) -> np.ndarray:
-        """Scores V_u . C_v of edges (u, v), [E, 2] of node ids; float32 [E]. The larger, the likelier is the edge."""
+    def predict(self, edges: Any) -> np.ndarray:
+        """Scores V_u . C_v of edges (u, v), [E, 2] of nodes by id or name; float32 [E]. The larger, the likelier is the edge."""
         ends = np.asarray(edges)
+        # Text beside integers would be made text.
+        ends = np.asarray(edges, object) if ends.dtype.kind in "SU" else ends
         if ends.ndim != 2 or ends.shape[1] != 2:
             raise InputError(f"edges have the shape [edges, 2], these {ends.shape}")
-        ends = self._checked(ends)
+        ends = self.nodes.resolve(ends.reshape(-1)).reshape(-1, 2)
         vertex_ND, context_ND = self.vertex_ND, self.context_ND
         found = np.empty(len(ends), np.float32)
         for at in range(0, len(ends), 65536):
@@ -329,14 +349,21 @@ class GraphVite(Estimator):
             found[at : at + 65536] = np.einsum("ed,ed->e", vertex_ND[head], context_ND[tail])
         return found
 
-    def _checked(self, nodes: ArrayLike) -> np.ndarray:
-        found, count = np.asarray(nodes), len(self._need("vertex"))
-        if found.size and found.dtype.kind not in "iu":
-            raise InputError(f"node ids are integers, not {found.dtype}; `Graph.ids_of` translates names")
-        bad = np.flatnonzero((found < 0) | (found >= count))
-        if bad.size:
-            raise InputError(f"node {found.flat[bad[0]]} is not one of the {count:,} that were fitted")
-        return found.astype(np.int64, copy=False)
+    @property
+    def nodes(self) -> Graph:
+        """The nodes that were fitted, a graph without edges that knows their names. Raises InputError before `fit`."""
+        self._need("vertex")
+        assert self._nodes is not None
+        return self._nodes
+
+    def _same_nodes(self, graph: Graph) -> np.ndarray | None:
+        """Ids, as fitted, of the nodes of this graph in its order; None where the order is that. Raises InputError for others."""
+        known = self.nodes
+        if graph.num_nodes != known.num_nodes:
+            raise InputError(f"{known.num_nodes:,} nodes were fitted; nodes of another graph need a fit of their own")
+        if known.names is None or graph.names is None or np.array_equal(known.names, graph.names):
+            return None
+        return known.ids_of(graph.names.tolist())
 
     def _need(self, name: str) -> np.ndarray:
         if name not in self._arrays:
@@ -371,7 +398,8 @@ class GraphVite(Estimator):
             raise storage.DataError(f"{path} is not a saved GraphVite of this release: {error}") from error
         if "names" in arrays and arrays["names"].dtype.kind not in "iu":
             arrays["names"] = arrays["names"].astype(object)
-        found._arrays = arrays
+        found._arrays, count = arrays, len(arrays["vertex"])
+        found._nodes = Graph(np.zeros(count + 1, np.int64), np.empty(0, np.int32), None, False, arrays.get("names"))
         return found
 
 

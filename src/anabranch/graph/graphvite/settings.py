@@ -32,7 +32,9 @@ VISITS = 175
 
 def check(given: dict[str, Any]) -> None:
     """Raise InputError for the first argument that has a value it may not have."""
-    for name, least in (("dim", 1), ("walk_length", 1), ("negatives", 0), ("workers", 1), ("samplers", 0)):
+    if given["workers"] is not None:
+        _whole("workers", given["workers"], 1, ", or None")
+    for name, least in (("dim", 1), ("walk_length", 1), ("negatives", 0), ("samplers", 0)):
         _whole(name, given[name], least)
     for name, least in (
         ("augmentation", 1), ("partitions", 1), ("group", 1), ("pool_size", 1), ("shuffle_base", 1), ("micro_batch", 1),
@@ -73,10 +75,8 @@ def check(given: dict[str, Any]) -> None:
         raise InputError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
 
 
-def check_graph(graph: Any) -> None:
-    """Raise InputError for what is not a graph with an edge to train on."""
-    if not isinstance(graph, Graph):
-        raise InputError(f"fit takes a Graph, not {type(graph).__name__}; Graph.from_scipy and from_edges make one")
+def check_graph(graph: Graph) -> None:
+    """Raise InputError for a graph without an edge to train on."""
     if not len(graph.indices):
         raise InputError(f"the graph has {graph.num_nodes:,} nodes and no edges; there is nothing to train on")
 

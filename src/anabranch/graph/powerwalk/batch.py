@@ -7,7 +7,6 @@ Backward computes what a node passes on once for all queries that reach it, and 
 """
 # Shapes: N nodes, Q queries, D demanded nodes
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba as nb
@@ -16,8 +15,9 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.powerwalk.query import QueryBuffers, decompose_many, mix_rows, pull_level
 from anabranch.graph.powerwalk.stored import Index
-from anabranch.graph.ppr.rules import Transition
+from anabranch.graph.ppr.rules import GOES_ON, Transition
 from anabranch.graph.rows import SparseRows, order_top
+from anabranch.graph.workers import in_order
 
 Parsed = list[tuple[np.ndarray, np.ndarray]]
 
@@ -81,8 +81,7 @@ def forward_rows(
         return found[:3]
 
     firsts = range(0, len(queries), PIECE)
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(work, firsts) if workers > 1 else map(work, firsts))
+    parts = list(in_order(work, firsts, workers))
     return _gathered(transition, queries, parts, top_k)
 
 
@@ -95,8 +94,7 @@ def backward_rows(index: Index, parsed: Parsed, rounds: int, top_k: int, workers
         return _pull(index, queries.piece(*bounds), rounds, top_k if plain else 0)
 
     pieces = _pieces(transition, queries, rounds)
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(work, pieces) if workers > 1 else map(work, pieces))
+    parts = list(in_order(work, pieces, workers))
     return _gathered(transition, queries, parts, top_k)
 
 
@@ -198,7 +196,7 @@ def _neighbours(transition: Transition, nodes: np.ndarray) -> np.ndarray:
 
 def _is_plain(transition: Transition) -> bool:
     """Whether a leaky solution is the answer as it is."""
-    return transition.dangling == "source" or not len(transition.dangling_nodes)
+    return transition.dangling in GOES_ON or not len(transition.dangling_nodes)
 
 
 def _gathered(transition: Transition, queries: _Queries, parts: list[Any], top_k: int) -> SparseRows:

@@ -12,7 +12,6 @@ chunks and any number of threads, and a row can be made again by itself.
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from anabranch.graph.ppr.rules import NO_WEIGHTS
 from anabranch.graph.rows import SparseRows, id_type, order_top
 from anabranch.graph.store import Graph
 from anabranch.graph.walk import walk_arrays
+from anabranch.graph.workers import in_order
 
 Moves = Literal["walkers", "counts", "rounding"]
 MOVES = {"walkers": 0, "counts": 1, "rounding": 2, "long_path": 3}
@@ -121,17 +121,11 @@ def make_chunks(
         return make_chunk(graph, plan, piece, local.scratch)
 
     done = 0
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: list[Future[Chunk]] = []
-        for place, piece in enumerate(pieces):
-            waiting.append(pool.submit(work, piece))
-            if len(waiting) > 2 * workers or place == len(pieces) - 1:
-                while waiting and (len(waiting) > 2 * workers or place == len(pieces) - 1):
-                    chunk = waiting.pop(0).result()
-                    done += len(chunk.length_S)
-                    yield chunk
-                    if progress:
-                        progress(done)
+    for chunk in in_order(work, pieces, workers):
+        done += len(chunk.length_S)
+        yield chunk
+        if progress:
+            progress(done)
 
 
 @nb.njit(cache=True, nogil=True)

@@ -2,6 +2,7 @@
 # Shapes: N nodes, R indexed nodes, Z entries, Q queries
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -9,16 +10,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from anabranch.errors import DataError, InputError
+from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.powerwalk.batch import backward_rows, forward_rows, prefers_backward
 from anabranch.graph.powerwalk.index import Moves, Plan, adopted, make_chunks
 from anabranch.graph.powerwalk.query import decompose, take
 from anabranch.graph.powerwalk.stored import KIND, Gathered, Index, changed_nodes, check_mark, mark, read
 from anabranch.graph.ppr.pagerank import PageRank
-from anabranch.graph.ppr.rules import Dangling, Transition, check_alpha, check_dangling, parse_seeds
+from anabranch.graph.ppr.rules import GOES_ON, Dangling, Transition, answer, check_alpha, check_dangling, parse_seeds
 from anabranch.graph.ppr.walks import Mode, check_count, check_mode, check_seed
 from anabranch.graph.rows import SparseRows, check_top_k, order_top, row_file
 from anabranch.graph.store import Graph
+from anabranch.graph.workers import num_workers
 
 # Entries that a query of rounds="auto" reads at most, about a millisecond.
 BUDGET = 300_000
@@ -53,7 +56,7 @@ class PowerWalk(Estimator):
             rows too.
         dtype: of counts, ``f16`` (exact up to 2048) or ``f32``.
         seed: of the walks. The index does not depend on the number of threads.
-        workers: threads.
+        workers: threads; None for the usable cores.
 
     Raises:
         InputError: an argument out of range.
@@ -64,7 +67,7 @@ class PowerWalk(Estimator):
         alpha: float = 0.15,
         walks: int = 100,
         mode: Mode = "fullpath",
-        dangling: Dangling = "source",
+        dangling: Dangling = "restart",
         estimate: Literal["ratio", "unbiased"] = "ratio",
         moves: Moves = "walkers",
         long_path: bool = False,
@@ -75,7 +78,7 @@ class PowerWalk(Estimator):
         track: bool = False,
         dtype: Literal["f16", "f32"] = "f16",
         seed: int = 0,
-        workers: int = 1,
+        workers: int | None = None,
     ) -> None:
         self.alpha = check_alpha(alpha)
         self.walks = check_count("walks", walks)
@@ -101,16 +104,18 @@ class PowerWalk(Estimator):
             raise InputError(f"min_in_degree is {min_in_degree!r}; it must be a whole number of at least 0")
         self.min_in_degree, self.track = int(min_in_degree), bool(track)
         self.seed = check_seed(seed)
-        self.workers = check_count("workers", workers)
+        self.workers = None if workers is None else check_count("workers", workers)
         self._index: Index | None = None
+        # The graph as it was given, which knows what callers call its nodes; the index knows ids.
+        self._asked: Graph | None = None
         self._stale_N = np.empty(0)
 
     # Making the index
 
     def build(
         self,
-        graph: Graph,
-        nodes: ArrayLike | None = None,
+        graph: Any,
+        nodes: Any = None,
         *,
         out: str | Path | None = None,
         progress: Callable[[int], None] | None = None,
@@ -121,8 +126,8 @@ class PowerWalk(Estimator):
         go to that file as they are made, and the index stays on disk, mapped.
 
         Args:
-            graph: the graph.
-            nodes: ids that get a fingerprint; None for all (of ``min_in_degree``).
+            graph: whatever `as_graph` takes.
+            nodes: nodes, by id or name, that get a fingerprint; None for all (of ``min_in_degree``).
             out: file to build in, as `save` writes it.
             progress: called with the number of finished nodes.
 
@@ -130,14 +135,16 @@ class PowerWalk(Estimator):
             InputError: an unknown node, a graph without nodes or with negative weights. DataError, CapacityError: ``out`` cannot be
                 written.
         """
+        given = as_graph(graph, allow_negative=True)
+        graph = given.numbered()
         transition = Transition(graph, self.alpha, self.dangling)
-        sources = self._sources(graph, nodes)
-        chunks = make_chunks(graph, self._plan(), sources, self.workers, progress)
+        sources = self._sources(graph, None if nodes is None else given.resolve(nodes))
+        chunks = make_chunks(graph, self._plan(), sources, num_workers(self.workers), progress)
         gathered = Gathered(graph.num_nodes, sources, DTYPES[self.dtype], self.track)
         if out is None:
             for chunk in chunks:
                 gathered.append(chunk)
-            self._index = gathered.index(transition, self._unit())
+            self._index, self._asked = gathered.index(transition, self._unit()), given
             self._reset_stale()
             return self
         facts: dict[str, np.ndarray] = {}
@@ -147,14 +154,14 @@ class PowerWalk(Estimator):
                 gathered.append(chunk, file)
             facts |= gathered.facts()
         arrays, _ = read(out, mmap=True)
-        self._index = Index(transition, arrays, self._unit())
+        self._index, self._asked = Index(transition, arrays, self._unit()), given
         self._reset_stale()
         return self
 
     fit = build
 
     @classmethod
-    def from_rows(cls, graph: Graph, rows: SparseRows, **params: Any) -> Self:
+    def from_rows(cls, graph: Any, rows: SparseRows, **params: Any) -> Self:
         """An index of scores that come from elsewhere, say of all nodes from a cluster (`anabranch.graph.fully_ppr`, full paths).
 
         Args:
@@ -167,6 +174,8 @@ class PowerWalk(Estimator):
                 from, and cannot stand for each other.
         """
         made = cls(**{"dtype": "f32", **params})
+        given = as_graph(graph, allow_negative=True)
+        graph = given.numbered()
         transition = Transition(graph, made.alpha, made.dangling)
         dead = transition.dangling_nodes
         if (graph.reversed.degree_N[dead] > 0).any():
@@ -181,13 +190,13 @@ class PowerWalk(Estimator):
         order = np.argsort(nodes)
         gathered = Gathered(graph.num_nodes, nodes[order], DTYPES[made.dtype], track=False)
         gathered.append(adopted(rows.take(order), graph.num_nodes))
-        made._index = gathered.index(transition, 0.0)
+        made._index, made._asked = gathered.index(transition, 0.0), given
         made._reset_stale()
         return made
 
     def _sources(self, graph: Graph, nodes: ArrayLike | None) -> np.ndarray:
         if nodes is not None:
-            return np.unique(graph.check_nodes(nodes))
+            return np.unique(nodes)
         if not self.min_in_degree:
             return np.arange(graph.num_nodes, dtype=np.int64)
         return np.flatnonzero(graph.reversed.degree_N >= self.min_in_degree)
@@ -211,6 +220,11 @@ class PowerWalk(Estimator):
     def _reset_stale(self) -> None:
         self._stale_N = np.zeros(self._built().transition.num_nodes)
 
+    def _parsed(self, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and weights of seeds. Raises InputError for bad ones, or where there is no index."""
+        self._built()
+        return parse_seeds(self.graph, seeds)
+
     def _built(self) -> Index:
         if self._index is None:
             raise InputError("there is no index yet; call build(graph) or PowerWalk.load(path, graph) first")
@@ -227,10 +241,11 @@ class PowerWalk(Estimator):
         *,
         use_index: bool = True,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores from one node or a set: ids int64 and scores float64, all or the ``top_k`` largest, by falling score.
+        """Scores from one node or a set: nodes and scores float64, all or the ``top_k`` largest, by falling score.
 
         Args:
-            seeds: a node; a list of nodes; a mapping node -> weight; or ``(nodes, weights)``.
+            seeds: a node; a list of nodes; a mapping node -> weight; or ``(nodes, weights)``. By id or by name (`Graph.resolve`), and
+                so are the nodes that come back.
             top_k: how many to return; None for all that are not 0.
             rounds: T of decomposition; 0 gives the fingerprint itself. ``auto``: as many as fit a budget of entries read, at most 8.
             eps: flows below it are not followed; 0 follows all.
@@ -242,27 +257,29 @@ class PowerWalk(Estimator):
         index, kept = self._built(), check_top_k(top_k)
         number, budget = _rounds(rounds)
         transition = index.transition
-        ids, share = parse_seeds(transition.graph, seeds)
+        ids, share = self._parsed(seeds)
         buffers = index.take_buffers()
         touched, _, _ = decompose(
             *transition.out, transition.inverse_N, self.alpha, ids, transition.start(ids, share), number, budget, _eps(eps),
             use_index, *index.lookup.arrays, *buffers.arrays,
         )  # fmt: skip
-        plain = transition.dangling == "source" or not len(transition.dangling_nodes)
+        plain = transition.dangling in GOES_ON or not len(transition.dangling_nodes)
         found, score = take(buffers.result_N, buffers.touched_N, touched, kept if plain else 0)
         index.spare.append(buffers)
         if not plain:
             found, score = transition.finish_sparse(found, score, ids, share)
             length = order_top(found, score, len(found), kept)
             found, score = found[:length], score[:length]
-        return found, score
+        return answer(self.graph, found, seeds), score
 
     def inspect(self, seeds: Any, rounds: int | Literal["auto"] = 2, eps: float = 1e-6) -> dict[str, float]:
         """What a query does: ``dropped`` flow, entries ``reads``, and ``bound``, see `error_bound`, with what was dropped added."""
+        return self._inspected(*self._parsed(seeds), rounds, eps)
+
+    def _inspected(self, ids: np.ndarray, share: np.ndarray, rounds: Any, eps: float) -> dict[str, float]:
         index = self._built()
         number, budget = _rounds(rounds)
         transition = index.transition
-        ids, share = parse_seeds(transition.graph, seeds)
         buffers = index.take_buffers()
         touched, dropped, reads = decompose(
             *transition.out, transition.inverse_N, self.alpha, ids, transition.start(ids, share), number, budget, _eps(eps),
@@ -282,7 +299,7 @@ class PowerWalk(Estimator):
         *,
         method: Literal["auto", "forward", "backward"] = "auto",
     ) -> SparseRows:
-        """Many queries at once: one row each, in their order, float32.
+        """Many queries at once: one row each, in their order, float32, by ids; ``names`` of the rows has the graph's names.
 
         ``forward`` decomposes one query after another in compiled code, equal queries once. ``backward`` propagates demand from the
         queries, then pulls fingerprints back level by level, so that what several queries need is computed once; it follows every flow
@@ -298,27 +315,37 @@ class PowerWalk(Estimator):
         number, budget = _rounds(rounds)
         if method == "backward" and budget:
             raise InputError("method='backward' needs a number of rounds, not 'auto'")
-        parsed = [parse_seeds(index.transition.graph, seeds) for seeds in seeds_list]
+        parsed = [self._parsed(seeds) for seeds in seeds_list]
+        found = self._batch(index, parsed, number, budget, eps, kept, method)
+        return replace(found, names=self.graph.names)
+
+    def _batch(
+        self, index: Index, parsed: list[Any], number: int, budget: int, eps: float, kept: int, method: str
+    ) -> SparseRows:
         if method == "backward":
-            return backward_rows(index, parsed, number, kept, self.workers)
+            return backward_rows(index, parsed, number, kept, num_workers(self.workers))
         reads = self._probed(parsed, number, budget) if method == "auto" and len(parsed) >= MANY else 0.0
         if method == "auto" and not budget and prefers_backward(index, parsed, number, reads):
-            return backward_rows(index, parsed, number, kept, self.workers)
+            return backward_rows(index, parsed, number, kept, num_workers(self.workers))
         if budget and reads > EXACT_ROUNDS * len(index.transition.graph.indices):
             exact = PageRank(self.alpha, tol=1e-4, dangling=self.dangling)
-            found = exact.batch(index.transition.graph, list(seeds_list), top_k)
+            found = exact.batch(index.transition.graph, parsed, kept or None)
             return SparseRows(found.indptr, found.ids, found.values.astype(np.float32), found.num_columns)
-        return forward_rows(index, parsed, number, budget, _eps(eps), kept, self.workers)
+        return forward_rows(index, parsed, number, budget, _eps(eps), kept, num_workers(self.workers))
 
     def _probed(self, parsed: list[tuple[np.ndarray, np.ndarray]], rounds: int, budget: int) -> float:
         """Mean entries read by 16 of the queries; of two rounds where the number of rounds is open."""
         probed = parsed[:: len(parsed) // 16][:16]
-        return float(np.mean([self.inspect(seeds, 2 if budget else rounds)["reads"] for seeds in probed]))
+        return float(np.mean([self._inspected(*seeds, 2 if budget else rounds, 1e-6)["reads"] for seeds in probed]))
 
-    def fingerprint(self, node: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids and float64 estimate of the leaky vector of a node, as the index holds it. Raises InputError where there is none."""
+    def fingerprint(self, node: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes and float64 estimate of the leaky vector of a node, as the index holds it. Raises InputError where there is none."""
+        self._built()
+        ids, value = self._row(int(self.graph.resolve(node)[0]), node)
+        return self.graph.answer(ids, node), value
+
+    def _row(self, place: int, node: Any) -> tuple[np.ndarray, np.ndarray]:
         index = self._built()
-        place = int(index.transition.graph.check_nodes([node])[0])
         if not index.has_N[place]:
             raise InputError(f"node {node} has no fingerprint")
         row = slice(index.indptr[place], index.indptr[place + 1])
@@ -340,7 +367,7 @@ class PowerWalk(Estimator):
             worst = max(self._row_errors(check_count("sample", sample), seed))
         alive = (1.0 - self.alpha) ** number
         # Given that walks end at all, more of them are still under way.
-        if self.dangling == "source":
+        if self.dangling in GOES_ON:
             alive = min(1.0, alive / float(index.transition.stay_N.min()))
         return min(2.0, alive * worst)
 
@@ -354,21 +381,21 @@ class PowerWalk(Estimator):
         found = []
         for node in chosen:
             score_N = exact.vector(graph, int(node))
-            ids, value = self.fingerprint(int(node))
+            ids, value = self._row(int(node), node)
             score_N[ids] -= value / stay_N[node]
             found.append(float(np.abs(score_N).sum()))
         return found or [2.0]
 
     # Keeping it
 
-    def update(self, graph: Graph, *, refresh: bool = True) -> np.ndarray:
+    def update(self, graph: Any, *, refresh: bool = True) -> np.ndarray:
         """Go over to a changed graph of as many nodes; only rows whose walks met a change are walked again.
 
         The result is what `build` makes of the new graph, row by row. Rows are found by what the index holds (full paths, not cut),
         or by what was tracked.
 
         Args:
-            graph: the new graph.
+            graph: the new graph, whatever `as_graph` takes.
             refresh: walk at once; otherwise rows wait as stale until `refresh`.
 
         Returns:
@@ -378,7 +405,8 @@ class PowerWalk(Estimator):
             InputError: the number of nodes differs, or the index cannot say where walks passed.
         """
         index = self._built()
-        old = index.transition.graph
+        given, old = as_graph(graph, allow_negative=True), index.transition.graph
+        graph = given.numbered()
         if graph.num_nodes != old.num_nodes:
             raise InputError(f"the graph has {graph.num_nodes:,} nodes, the index {old.num_nodes:,}; build a new index")
         cut = self.keep is not None or (self.mass is not None and self.mass < 1)
@@ -388,7 +416,7 @@ class PowerWalk(Estimator):
             )
         share_N = np.maximum(index.stale(changed_nodes(old, graph)), self._stale_N)
         arrays = index.arrays()
-        self._index = Index(Transition(graph, self.alpha, self.dangling), arrays, self._unit())
+        self._index, self._asked = Index(Transition(graph, self.alpha, self.dangling), arrays, self._unit()), given
         self._stale_N = share_N
         stale = self.stale
         if refresh:
@@ -410,7 +438,7 @@ class PowerWalk(Estimator):
         if len(nodes):
             graph = index.transition.graph
             made = Gathered(graph.num_nodes, nodes, DTYPES[self.dtype], self.track)
-            for chunk in make_chunks(graph, self._plan(), nodes, self.workers, None):
+            for chunk in make_chunks(graph, self._plan(), nodes, num_workers(self.workers), None):
                 made.append(chunk)
             self._index = index.replaced(index.transition, nodes, made)
             self._stale_N = self._stale_N.copy()
@@ -425,25 +453,28 @@ class PowerWalk(Estimator):
         index.save(path, self._meta())
 
     @classmethod
-    def load(cls, path: str | Path, graph: Graph, *, mmap: bool = False, workers: int = 1) -> Self:
+    def load(cls, path: str | Path, graph: Any, *, mmap: bool = False, workers: int | None = None) -> Self:
         """Read what `save` or ``build(out=...)`` wrote; with ``mmap`` rows stay on disk until they are looked up.
 
         Raises DataError for a file that is missing, foreign, truncated or damaged, or that was made of another graph.
         """
+        given = as_graph(graph, allow_negative=True)
+        graph = given.numbered()
         arrays, meta = read(path, mmap=mmap)
         check_mark(path, meta["graph"], graph)
         try:
             made = cls(**meta["params"], workers=workers)
         except (TypeError, InputError) as error:
             raise DataError(f"{path} holds an index of parameters that this release does not know: {error}") from error
-        made._index = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit())
+        made._index, made._asked = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit()), given
         made._reset_stale()
         return made
 
     @property
     def graph(self) -> Graph:
         """The graph of the index."""
-        return self._built().transition.graph
+        index = self._built()
+        return index.transition.graph if self._asked is None else self._asked
 
     @property
     def rows(self) -> SparseRows:

@@ -2,16 +2,28 @@
 # Shapes: N nodes, Q queries
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.ppr.power import BLOCK, power_iteration, power_rows
 from anabranch.graph.ppr.push import PushBuffers, forward_push
-from anabranch.graph.ppr.rules import Dangling, Transition, check_alpha, check_dangling, check_tol, parse_seeds
+from anabranch.graph.ppr.rules import (
+    GOES_ON,
+    Dangling,
+    Transition,
+    answer,
+    check_alpha,
+    check_dangling,
+    check_tol,
+    parse_seeds,
+    seed_nodes,
+)
 from anabranch.graph.ppr.solve import FEW, Factor, Workspace, prepare, solve
 from anabranch.graph.ppr.walks import check_count, check_seed, monte_carlo
 from anabranch.graph.rows import SparseRows, check_top_k, top_of_dense
@@ -33,7 +45,8 @@ class PageRank(Estimator):
             which looks at no more of the graph than the tolerance needs), ``monte_carlo`` (``walks`` random walks, no bound), or
             ``auto``: ``solve``.
         tol: L1 error allowed; proven for every method but ``monte_carlo``.
-        dangling: what walks do at nodes without out-edges, see `anabranch.graph.ppr.rules`.
+        dangling: what walks do at nodes without out-edges, see `anabranch.graph.ppr.rules`. The default is networkx's rule; ``source``
+            was that of earlier releases, and differs for several seeds.
         walks: of ``monte_carlo``, per query.
         seed: of its randomness.
 
@@ -50,7 +63,7 @@ class PageRank(Estimator):
         alpha: float = 0.15,
         method: Method = "auto",
         tol: float = 1e-6,
-        dangling: Dangling = "source",
+        dangling: Dangling = "restart",
         walks: int = 10_000,
         seed: int = 0,
     ) -> None:
@@ -64,83 +77,115 @@ class PageRank(Estimator):
         self.seed = check_seed(seed)
         self._last: _Prepared | None = None
 
-    def scores(self, graph: Graph) -> np.ndarray:
-        """The global PageRank, float64 [N]: walks start anywhere. Equals that of other libraries at damping 1 - alpha."""
+    def scores(self, graph: Any) -> np.ndarray:
+        """The global PageRank, float64 [N], in the order of nodes of ``as_graph(graph)``: walks start anywhere.
+
+        Equals that of other libraries at damping 1 - alpha.
+        """
         transition = self._prepared(graph).transition
         # A walk that starts anywhere goes back to anywhere.
-        if transition.dangling == "source":
-            transition = Transition(graph, self.alpha, "uniform")
-        return power_iteration(transition, np.arange(graph.num_nodes), tol=self.tol)
+        if transition.dangling in GOES_ON:
+            transition = Transition(transition.graph, self.alpha, "uniform")
+        return power_iteration(transition, np.arange(transition.num_nodes), tol=self.tol)
 
-    def personalized(self, graph: Graph, seeds: Any, top_k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Scores from one node or a set: ids int64 and scores float64 of all positive or the ``top_k`` largest, by falling score.
+    def personalized(self, graph: Any, seeds: Any, top_k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Scores from one node or a set: nodes and scores float64 of all positive or the ``top_k`` largest, by falling score.
 
         Args:
-            graph: the graph.
-            seeds: a node; a list of nodes; a mapping node -> weight; or ``(nodes, weights)``.
+            graph: whatever `as_graph` takes; for many queries of what is no `Graph`, turn it into one once.
+            seeds: a node; a list of nodes; a mapping node -> weight; or ``(nodes, weights)``. By id or by name (`Graph.resolve`).
             top_k: how many to return; None for all.
+
+        Returns:
+            Nodes as the seeds were given (int64 ids, or names), and their scores.
 
         Raises:
             InputError: an unknown node, bad weights, ``top_k`` below 1, a graph without nodes or with negative weights.
         """
+        prepared = self._prepared(graph)
+        ids, scores = self._ranked(prepared, prepared.by_id(seeds), top_k)
+        return answer(prepared.graph, ids, seeds), scores
+
+    def _ranked(self, prepared: "_Prepared", seeds: Any, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and scores of seeds given by id."""
         check_top_k(top_k)
+        transition = prepared.transition
         if self.method == "monte_carlo":
-            transition = self._prepared(graph).transition
             return monte_carlo(transition, seeds, walks=self.walks, seed=self.seed, top_k=top_k)
         if self.method == "push":
-            return self._push(graph, seeds, top_k)
-        return top_of_dense(self.vector(graph, seeds), top_k)
+            buffers = prepared.buffers.take()
+            found = forward_push(transition, seeds, tol=self.tol, top_k=top_k, buffers=buffers)
+            prepared.buffers.give(buffers)
+            return found.ids, found.scores
+        return top_of_dense(self._vector(prepared, seeds), top_k)
 
-    def vector(self, graph: Graph, seeds: Any) -> np.ndarray:
-        """Scores from one node or a set, dense float64 [N]. Raises as `personalized`."""
+    def vector(self, graph: Any, seeds: Any) -> np.ndarray:
+        """Scores from one node or a set, dense float64 [N] in the order of nodes of ``as_graph(graph)``. Raises as `personalized`."""
         prepared = self._prepared(graph)
+        by_id = prepared.by_id(seeds)
+        if self.method not in ("push", "monte_carlo"):
+            return self._vector(prepared, by_id)
+        ids, scores = self._ranked(prepared, by_id, None)
+        found_N = np.zeros(prepared.graph.num_nodes)
+        found_N[ids] = scores
+        return found_N
+
+    def _vector(self, prepared: "_Prepared", seeds: Any) -> np.ndarray:
         transition = prepared.transition
-        if self.method in ("push", "monte_carlo"):
-            ids, scores = self.personalized(graph, seeds)
-            found_N = np.zeros(graph.num_nodes)
-            found_N[ids] = scores
-            return found_N
         if self.method == "power":
             return power_iteration(transition, seeds, tol=self.tol)
-        ids, share = parse_seeds(graph, seeds)
+        ids, share = parse_seeds(transition.graph, seeds)
         workspace = prepared.workspaces.take()
         scores_N, _, _ = solve(transition, prepared.factor, ids, transition.start(ids, share), self.tol, workspace)
         prepared.workspaces.give(workspace)
         return transition.finish(scores_N, ids, share)
 
-    def batch(self, graph: Graph, seeds_list: Sequence[Any], top_k: int | None = None) -> SparseRows:
-        """`personalized` of many queries: one row each, in their order, float64. Raises as `personalized`."""
+    def batch(self, graph: Any, seeds_list: Sequence[Any], top_k: int | None = None) -> SparseRows:
+        """`personalized` of many queries: one row each, in their order, float64, by ids; ``names`` of the rows has the graph's names.
+
+        Raises as `personalized`.
+        """
         check_top_k(top_k)
-        if self.method == "power":
-            transition = self._prepared(graph).transition
-            return power_rows(transition, seeds_list, tol=self.tol, top_k=top_k, block=BLOCK)
-        found = [self.personalized(graph, seeds, top_k) for seeds in seeds_list]
-        return SparseRows.from_rows(found, graph.num_nodes, dtype=np.float64)
-
-    def _push(self, graph: Graph, seeds: Any, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
         prepared = self._prepared(graph)
-        buffers = prepared.buffers.take()
-        found = forward_push(prepared.transition, seeds, tol=self.tol, top_k=top_k, buffers=buffers)
-        prepared.buffers.give(buffers)
-        return found.ids, found.scores
+        asked, names = [prepared.by_id(seeds) for seeds in seeds_list], prepared.graph.names
+        if self.method == "power":
+            found = power_rows(prepared.transition, asked, tol=self.tol, top_k=top_k, block=BLOCK)
+            return replace(found, names=names)
+        rows = [self._ranked(prepared, seeds, top_k) for seeds in asked]
+        return SparseRows.from_rows(rows, prepared.graph.num_nodes, dtype=np.float64, names=names)
 
-    def _prepared(self, graph: Graph) -> "_Prepared":
+    def _prepared(self, given: Any) -> "_Prepared":
         """What queries of the graph share. That of the last graph is kept, since making it costs passes over the edges."""
-        last = self._last
-        rules = (self.alpha, self.dangling)
-        if last is None or last.transition.graph is not graph or last.rules != rules:
-            self._last = last = _Prepared(Transition(graph, self.alpha, self.dangling))
+        last, rules = self._last, (self.alpha, self.dangling)
+        graph = given if isinstance(given, Graph) else as_graph(given, allow_negative=True)
+        # What was converted is another object each time, and the same graph if nobody changed it.
+        if (
+            last is None
+            or last.rules != rules
+            or not (last.graph is graph or (given is not graph and last.is_of(graph)))
+        ):
+            self._last = last = _Prepared(graph, self.alpha, self.dangling)
         return last
 
 
 class _Prepared:
-    """A graph's transition, its factor once one is needed, and arrays that queries hand on."""
+    """A graph's transition, its factor once one is needed, and arrays that queries hand on. Names end here: the transition knows ids."""
 
-    def __init__(self, transition: Transition) -> None:
-        self.transition = transition
-        self.rules = (transition.alpha, transition.dangling)
+    def __init__(self, graph: Graph, alpha: float, dangling: Dangling) -> None:
+        self.graph = graph
+        self.transition = transition = Transition(graph.numbered(), alpha, dangling)
+        self.rules = (alpha, dangling)
         self.buffers = _Spare(lambda: PushBuffers(transition.num_nodes))
         self.workspaces = _Spare(lambda: Workspace(self.factor))
+
+    def is_of(self, graph: Graph) -> bool:
+        """Whether this is the same graph, called the same."""
+        return self.graph.by_name == graph.by_name and self.graph.equals(graph)
+
+    def by_id(self, seeds: Any) -> Any:
+        """Seeds whose nodes are ids. Raises InputError for a name that no node has."""
+        is_named = self.graph.names is not None and self.graph.are_names(seed_nodes(self.graph, seeds)[0])
+        return parse_seeds(self.graph, seeds) if is_named else seeds
 
     @cached_property
     def factor(self) -> Factor:

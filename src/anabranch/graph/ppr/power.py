@@ -9,27 +9,28 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-from anabranch.graph.ppr.rules import Dangling, Transition, check_tol, parse_seeds
+from anabranch.graph.coerce import as_graph
+from anabranch.graph.ppr.leaky import leaky_iteration
+from anabranch.graph.ppr.rules import GOES_ON, Dangling, Transition, check_tol, parse_seeds
 from anabranch.graph.rows import SparseRows, check_top_k, top_of_dense
-from anabranch.graph.store import Graph
 
 # Columns at once: 8 cache lines a node.
 BLOCK = 64
 
 
 def power_iteration(
-    graph: Graph | Transition,
+    graph: Any,
     seeds: Any,
     alpha: float = 0.15,
     *,
     tol: float = 1e-10,
-    dangling: Dangling = "source",
+    dangling: Dangling = "restart",
     max_rounds: int | None = None,
 ) -> np.ndarray:
     """Personalised PageRank of one query, dense float64 [N], within ``tol`` of the truth in L1.
 
     Args:
-        graph: the graph, or its `Transition` (whose alpha and policy then count).
+        graph: whatever `as_graph` takes, or its `Transition` (whose alpha and policy then count).
         seeds: see `parse_seeds`.
         alpha: probability to end a walk.
         tol: L1 error allowed.
@@ -51,21 +52,17 @@ def leaky_power(
     transition: Transition, start_N: np.ndarray, tol: float, max_rounds: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """x, f and the number of rounds until |f|_1 is at most ``tol``."""
-    result_N, flow_N = np.zeros_like(start_N), start_N.copy()
-    is_dead_N = transition.inverse_N == 0
     absorb = transition.dangling == "absorb"
-    rounds = _power(*transition.into, transition.inverse_N, transition.alpha, absorb, is_dead_N, tol, max_rounds,
-                    result_N, flow_N)  # fmt: skip
-    return result_N, flow_N, rounds
+    return leaky_iteration(transition.into, transition.inverse_N, transition.alpha, absorb, start_N, tol, max_rounds)
 
 
 def power_block(
-    graph: Graph | Transition,
+    graph: Any,
     seeds_list: Any,
     alpha: float = 0.15,
     *,
     tol: float = 1e-10,
-    dangling: Dangling = "source",
+    dangling: Dangling = "restart",
     dtype: Any = np.float64,
 ) -> np.ndarray:
     """`power_iteration` of several queries at once, [N, B]: each edge is read once a round for all of them.
@@ -80,19 +77,19 @@ def power_block(
     result_NB = np.zeros_like(flow_NB)
     _power_block(*transition.into, transition.inverse_N, transition.alpha, check_tol(tol), result_NB, flow_NB,
                  np.empty_like(flow_NB))  # fmt: skip
-    if len(transition.dangling_nodes) and transition.dangling != "source":
+    if len(transition.dangling_nodes) and transition.dangling not in GOES_ON:
         for column, (ids, share) in enumerate(parsed):
             result_NB[:, column] = transition.finish(result_NB[:, column].copy(), ids, share)
     return result_NB
 
 
 def power_rows(
-    graph: Graph | Transition,
+    graph: Any,
     seeds_list: Any,
     alpha: float = 0.15,
     *,
     tol: float = 1e-10,
-    dangling: Dangling = "source",
+    dangling: Dangling = "restart",
     top_k: int | None = None,
     block: int = BLOCK,
     dtype: Any = np.float64,
@@ -105,42 +102,12 @@ def power_rows(
     for first in range(0, len(seeds_list), block):
         scores_NB = power_block(transition, seeds_list[first : first + block], tol=tol, dtype=dtype)
         rows += [top_of_dense(np.ascontiguousarray(scores_N), top_k) for scores_N in scores_NB.T]
-    return SparseRows.from_rows(rows, transition.num_nodes, dtype=dtype)
+    return SparseRows.from_rows(rows, transition.num_nodes, dtype=dtype, names=transition.graph.names)
 
 
-def as_transition(graph: Graph | Transition, alpha: float, dangling: Dangling) -> Transition:
-    """The transition of a graph, or the one that is given."""
-    return graph if isinstance(graph, Transition) else Transition(graph, alpha, dangling)
-
-
-@nb.njit(cache=True, nogil=True)
-def _power(indptr, indices, weight_M, inverse_N, alpha, absorb, is_dead_N, tol, max_rounds, result_N, flow_N):
-    num_nodes = len(flow_N)
-    share_N = np.empty(num_nodes)
-    rounds = 0
-    while True:
-        alive = 0.0
-        for node in range(num_nodes):
-            # What stands at a dead end is done with: it ends there (absorb) or has no further part in the leaky system.
-            alive += alpha * flow_N[node] if is_dead_N[node] and not absorb else flow_N[node]
-        if rounds > 0 and alive <= tol:
-            break
-        if max_rounds > 0 and rounds == max_rounds:
-            break
-        for node in range(num_nodes):
-            result_N[node] += alpha * flow_N[node]
-            share_N[node] = (1.0 - alpha) * flow_N[node] * inverse_N[node]
-        for node in range(num_nodes):
-            total = 0.0
-            if len(weight_M):
-                for edge in range(indptr[node], indptr[node + 1]):
-                    total += weight_M[edge] * share_N[indices[edge]]
-            else:
-                for edge in range(indptr[node], indptr[node + 1]):
-                    total += share_N[indices[edge]]
-            flow_N[node] = total
-        rounds += 1
-    return rounds
+def as_transition(graph: Any, alpha: float, dangling: Dangling) -> Transition:
+    """The transition of a graph (whatever `as_graph` takes), or the one that is given."""
+    return graph if isinstance(graph, Transition) else Transition(as_graph(graph, allow_negative=True), alpha, dangling)
 
 
 @nb.njit(cache=True, nogil=True)

@@ -14,9 +14,8 @@ import numba as nb
 import numpy as np
 
 from anabranch.graph.ppr.power import as_transition
-from anabranch.graph.ppr.rules import Dangling, Transition, check_tol, parse_seeds
+from anabranch.graph.ppr.rules import Dangling, Transition, answer, check_tol, parse_seeds
 from anabranch.graph.rows import check_top_k, order_top
-from anabranch.graph.store import Graph
 
 # Of the threshold on its way down.
 STEPS = 8
@@ -27,7 +26,7 @@ class Scores:
     """Scores of one query.
 
     Attributes:
-        ids: int64, nodes by falling score.
+        ids: nodes by falling score: int64 ids, or names where the seeds were names.
         scores: float64, theirs.
         error: bound on the L1 distance of all scores to the truth, before ``top_k`` cut them; 0 is never claimed.
         edges: edges that were read.
@@ -52,12 +51,12 @@ class PushBuffers:
 
 
 def forward_push(
-    graph: Graph | Transition,
+    graph: Any,
     seeds: Any,
     alpha: float = 0.15,
     *,
     tol: float = 1e-4,
-    dangling: Dangling = "source",
+    dangling: Dangling = "restart",
     top_k: int | None = None,
     max_edges: int | None = None,
     buffers: PushBuffers | None = None,
@@ -65,7 +64,7 @@ def forward_push(
     """Personalised PageRank of one query by forward push.
 
     Args:
-        graph: the graph, or its `Transition` (whose alpha and policy then count).
+        graph: whatever `as_graph` takes, or its `Transition` (whose alpha and policy then count).
         seeds: see `parse_seeds`.
         alpha: probability to end a walk.
         tol: L1 error allowed.
@@ -85,7 +84,7 @@ def forward_push(
     found, value = take_sparse(buffers, touched)
     found, value = transition.finish_sparse(found, value, ids, share)
     kept = order_top(found, value, len(found), kept)
-    return Scores(found[:kept], value[:kept], error, edges)
+    return Scores(answer(transition.graph, found[:kept], seeds), value[:kept], error, edges)
 
 
 def push_into(

@@ -8,13 +8,14 @@ one *leaky* system, in which walks that reach a dead end vanish unless they end 
 
 and a policy says what a walk at a dead end does instead:
 
-    source    it goes back to the node it started from: pi_u = g_u / h_u with h = G 1, the chance not to vanish
+    restart   it starts over at a seed drawn anew: pi_s = g_s / h_s with h = G 1, the chance not to vanish, and h_s = sum_u s(u) h_u
+    source    it goes back to the seed that it started from: pi_s = sum_u s(u) g_u / h_u, the mixture of the vectors of its members
     absorb    it stays: pi(v) = g(v) / alpha at dangling v
     uniform   it goes anywhere: pi = g + (1 - h_s) / h_1/n * g_1/n
 
-A set of seeds means the mixture of its members' vectors, so ``source`` starts from s(u) / h_u. (Other libraries send all walks of a set
-back to the set; for one seed, and without dangling nodes, that is the same.) For the global PageRank, whose walks start anywhere,
-``source`` sends them anywhere, as elsewhere.
+``restart`` is the rule of networkx and most other libraries (what stands at dead ends goes to the personalization vector), and the
+default. For one seed, and where no walk meets a dead end, it is ``source``. For the global PageRank, whose walks start anywhere, both
+send them anywhere, as elsewhere.
 
 Every algorithm keeps an estimate x and a residual f with g_s = x + G f. Columns sums of G are at most 1, so the L1 error is at most |f|_1,
 signed or not, also after the policy (``absorb`` counts what arrives at dead ends as ended).
@@ -31,10 +32,16 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph.counters import ABSORB, SOURCE, UNIFORM
+from anabranch.graph.ppr.leaky import leaky_iteration
 from anabranch.graph.store import Graph
 
-Dangling = Literal["source", "absorb", "uniform"]
-CODES = {"source": SOURCE, "absorb": ABSORB, "uniform": UNIFORM}
+Dangling = Literal["restart", "source", "absorb", "uniform"]
+
+# What one walk does. Those that start over are given a seed by `Transition.finished`.
+CODES = {"restart": SOURCE, "source": SOURCE, "absorb": ABSORB, "uniform": UNIFORM}
+
+# Policies that only scale what the leaky system starts from.
+GOES_ON = ("restart", "source")
 NO_WEIGHTS = np.empty(0, np.float32)
 
 
@@ -59,30 +66,44 @@ def check_tol(tol: float) -> float:
     return float(tol)
 
 
+def seed_nodes(graph: Graph, seeds: Any) -> tuple[Any, Any]:
+    """Nodes and weights (None: equal) of seeds, as `parse_seeds` takes them."""
+    if isinstance(seeds, Mapping):
+        return list(seeds.keys()), list(seeds.values())
+    if isinstance(seeds, tuple) and len(seeds) == 2 and all(_is_list(part) for part in seeds):
+        return seeds
+    return seeds, None
+
+
+def _is_list(part: Any) -> bool:
+    return isinstance(part, list | np.ndarray) or (not isinstance(part, str) and np.ndim(part) == 1)
+
+
+def answer(graph: Graph, ids: np.ndarray, seeds: Any) -> np.ndarray:
+    """Nodes of an answer: by name where the seeds were given so, else by id."""
+    if graph.names is None:
+        return ids
+    return graph.answer(ids, seed_nodes(graph, seeds)[0])
+
+
 def parse_seeds(graph: Graph, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
     """Seeds as distinct int64 ids [S], rising, and float64 weights [S] that sum to 1.
 
     Args:
         graph: they are nodes of.
         seeds: one node; a list or array of nodes (of equal weight); a mapping node -> weight; or a tuple of two lists or arrays
-            ``(nodes, weights)``.
+            ``(nodes, weights)``. Nodes are ids or names, see `Graph.resolve`.
 
     Raises:
         InputError: no seed, an unknown node, a weight that is negative or not finite, or weights that are all 0.
     """
     # The common case, quickly.
-    if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool):
+    if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool) and not graph.by_name:
         if not 0 <= seeds < graph.num_nodes:
             graph.check_nodes(seeds)
         return np.array([seeds], np.int64), np.ones(1)
-    weights: Any = None
-    if isinstance(seeds, Mapping):
-        nodes, weights = list(seeds.keys()), list(seeds.values())
-    elif isinstance(seeds, tuple) and len(seeds) == 2 and all(np.ndim(part) == 1 for part in seeds):
-        nodes, weights = seeds
-    else:
-        nodes = seeds
-    ids = graph.check_nodes(nodes)
+    nodes, weights = seed_nodes(graph, seeds)
+    ids = graph.resolve(nodes)
     if ids.ndim != 1 or not ids.size:
         raise InputError(f"seeds have the shape {ids.shape}; give one node or a list of at least one")
     if weights is None:
@@ -121,7 +142,7 @@ class Transition:
 
     graph: Graph
     alpha: float = 0.15
-    dangling: Dangling = "source"
+    dangling: Dangling = "restart"
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
@@ -169,21 +190,27 @@ class Transition:
     @cached_property
     def _anywhere(self) -> tuple[np.ndarray, float]:
         """Leaky PageRank of the uniform start, to 1e-14, and its sum."""
-        from anabranch.graph.ppr.power import leaky_power
-
         start_N = np.full(self.num_nodes, 1.0 / self.num_nodes)
-        found_N, _, _ = leaky_power(self, start_N, 1e-14, 0)
+        found_N, _, _ = leaky_iteration(self.into, self.inverse_N, self.alpha, False, start_N, 1e-14, 0)
         return found_N, float(found_N.sum())
 
     def start(self, ids: np.ndarray, share: np.ndarray) -> np.ndarray:
         """What the leaky system starts from at the seeds, [S]."""
-        if self.dangling == "source" and len(self.dangling_nodes):
-            return share / self.stay_N[ids]
-        return share
+        if self.dangling not in GOES_ON or not len(self.dangling_nodes):
+            return share
+        stay = self.stay_N[ids]
+        return share / stay if self.dangling == "source" else share / float(stay @ share)
+
+    def finished(self, ids: np.ndarray, share: np.ndarray) -> np.ndarray:
+        """Where walks that end started, [S], sums to 1: other than ``share`` where those that fail start over at a seed drawn anew."""
+        if self.dangling != "restart" or not len(self.dangling_nodes):
+            return share
+        ended = share * self.stay_N[ids]
+        return ended / ended.sum()
 
     def finish(self, leaky_N: np.ndarray, ids: np.ndarray, share: np.ndarray) -> np.ndarray:
         """The policy applied to a dense leaky solution, in place where that is possible."""
-        if not len(self.dangling_nodes) or self.dangling == "source":
+        if not len(self.dangling_nodes) or self.dangling in GOES_ON:
             return leaky_N
         if self.dangling == "absorb":
             leaky_N[self.dangling_nodes] /= self.alpha
@@ -196,7 +223,7 @@ class Transition:
         self, found: np.ndarray, value: np.ndarray, ids: np.ndarray, share: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The same for a solution of few entries; it becomes dense where walks go anywhere and any is lost."""
-        if not len(self.dangling_nodes) or self.dangling == "source":
+        if not len(self.dangling_nodes) or self.dangling in GOES_ON:
             return found, value
         if self.dangling == "absorb":
             return found, np.where(self.inverse_N[found] == 0, value / self.alpha, value)

@@ -16,32 +16,31 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.counters import count_walks
 from anabranch.graph.ppr.power import as_transition
-from anabranch.graph.ppr.rules import CODES, Dangling, Transition, parse_seeds
+from anabranch.graph.ppr.rules import CODES, Dangling, answer, parse_seeds
 from anabranch.graph.random import stream, to_unit
 from anabranch.graph.rows import check_top_k, order_top
-from anabranch.graph.store import Graph
 from anabranch.graph.walk import walk_arrays
 
 Mode = Literal["fullpath", "endpoint"]
 
 
 def monte_carlo(
-    graph: Graph | Transition,
+    graph: Any,
     seeds: Any,
     alpha: float = 0.15,
     *,
     walks: int = 10_000,
     mode: Mode = "fullpath",
     unbiased: bool = False,
-    dangling: Dangling = "source",
+    dangling: Dangling = "restart",
     max_steps: int | None = None,
     top_k: int | None = None,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (int64) and scores (float64), by falling score, of one query by random walks.
+    """Nodes (int64 ids, or names where seeds are) and scores (float64), by falling score, of one query by random walks.
 
     Args:
-        graph: the graph, or its `Transition` (whose alpha and policy then count).
+        graph: whatever `as_graph` takes, or its `Transition` (whose alpha and policy then count).
         seeds: see `parse_seeds`; walks are shared out among them by weight, what is left over by systematic sampling.
         alpha: probability to end a walk.
         walks: W.
@@ -66,7 +65,7 @@ def monte_carlo(
     count_N, touched_N, touched = np.zeros(num_nodes, np.int32), np.empty(num_nodes, np.int64), 0
     # Systematic sampling: seed i gets floor or ceil of W share_i walks, right in expectation.
     offset = float(to_unit(np.uint64(stream(check_seed(seed), num_nodes, 1))))
-    ends = np.floor(np.cumsum(share) * walks + offset).astype(np.int64)
+    ends = np.floor(np.cumsum(transition.finished(ids, share)) * walks + offset).astype(np.int64)
     ends[-1] = walks
     longest = int(np.diff(ends, prepend=0).max(initial=1))
     left_W, at_W = np.empty(longest, np.int64), np.empty(longest, np.int64)
@@ -81,7 +80,7 @@ def monte_carlo(
     value = count_N[found].astype(np.float64)
     value *= transition.alpha / walks if full and unbiased else 1.0 / value.sum()
     kept = order_top(found, value, len(found), kept)
-    return found[:kept], value[:kept]
+    return answer(transition.graph, found[:kept], seeds), value[:kept]
 
 
 def check_count(name: str, value: Any) -> int:

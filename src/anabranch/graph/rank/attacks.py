@@ -1,12 +1,10 @@
 """What attackers of the simulator do: sybils that lift one term's last results, inflation of the log, and rows in the names of others."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from anabranch.errors import InputError
-
-if TYPE_CHECKING:
-    from anabranch.graph.rank.network import Network
+from anabranch.graph.rank.simulated import Simulated
 
 Kind = Literal["sybil", "inflation"]
 
@@ -48,7 +46,7 @@ class Attack:
         if self.kind == "inflation":
             self.term = None
 
-    def act(self, network: "Network", attacker: int) -> None:
+    def act(self, network: Simulated, attacker: int) -> None:
         """Write the rows of one attacker."""
         generator = network.generator
         if self.kind == "sybil" and self.aim == "one" and self.target is None and self.term is not None:
@@ -59,13 +57,13 @@ class Attack:
             name = int(generator.integers(network.num_honest)) if self.forge else None
             if self.kind == "inflation":
                 term = int(generator.integers(network.num_terms))
-                network._write(attacker, term, network._draw(network.of_term[term]), name)
+                network.write(attacker, term, network.draw(network.of_term[term]), name)
             elif self.target is not None:
-                network._write(attacker, *self.target, name)
+                network.write(attacker, *self.target, name)
             elif self.term is not None:
                 ranked = network.rank(attacker, self.term)
                 if len(ranked):
-                    network._write(attacker, self.term, int(ranked[-1]), name)
+                    network.write(attacker, self.term, int(ranked[-1]), name)
 
 
 def paper_attack(name: str, **changes: object) -> Attack:

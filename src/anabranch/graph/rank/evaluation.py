@@ -2,19 +2,17 @@
 # Shapes: N nodes, T terms, I items, L most items of a term (padded)
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from anabranch.graph.rank.measures import positions
-
-if TYPE_CHECKING:
-    from anabranch.graph.rank.network import Network
+from anabranch.graph.rank.simulated import Simulated
 
 NDCG_AT = 5
 
 
-def evaluate(network: "Network", nodes: Sequence[int], reference_TI: np.ndarray | None = None) -> dict[str, Any]:
+def evaluate(network: Simulated, nodes: Sequence[int], reference_TI: np.ndarray | None = None) -> dict[str, Any]:
     """How good the rankings of ``nodes`` are.
 
     Distances are sums over a term's items of |local position - global position|, the mean over terms and nodes; the global ranking is by
@@ -74,17 +72,17 @@ def evaluate(network: "Network", nodes: Sequence[int], reference_TI: np.ndarray 
     return result
 
 
-def _places(network: "Network", score_TI: np.ndarray) -> np.ndarray:
+def _places(network: Simulated, score_TI: np.ndarray) -> np.ndarray:
     """Places ``[T, L]`` of each term's items by score; padding stands last."""
     score_TL = np.take_along_axis(score_TI, np.maximum(network.item_TL, 0), axis=1)
     return positions(np.where(network.real_TL, score_TL, -np.inf))
 
 
-def _distance(network: "Network", place_TL: np.ndarray, global_TL: np.ndarray) -> np.ndarray:
+def _distance(network: Simulated, place_TL: np.ndarray, global_TL: np.ndarray) -> np.ndarray:
     return (np.abs(place_TL - global_TL) * network.real_TL).sum(1)
 
 
-def _ndcg(network: "Network", place_TL: np.ndarray, node: int) -> float:
+def _ndcg(network: Simulated, place_TL: np.ndarray, node: int) -> float:
     """NDCG@5 of own-group items, the mean over terms: as `ndcg`, of all terms at once."""
     group_TL = np.take_along_axis(network.group_TI, np.maximum(network.item_TL, 0), axis=1)
     own_TL = (group_TL == network.group_N[node]) & network.real_TL

@@ -96,7 +96,7 @@ class Network:
         self.history: list[dict[str, Any]] = []
         for node in range(num_nodes):
             self._join(node)
-        first = self._draw(np.arange(1, num_nodes)) if num_nodes > 1 else None
+        first = self.draw(np.arange(1, num_nodes)) if num_nodes > 1 else None
         # Every other node was handed something.
         if first is not None:
             self._bootstrap(0, first)
@@ -150,9 +150,9 @@ class Network:
         if node < self.num_honest:
             for term in range(self.num_terms):
                 own = self.of_term[term][self.group_TI[term, self.of_term[term]] == self.group_N[node]]
-                self._write(node, term, self._draw(own if self.groups > 1 and len(own) else self.of_term[term]))
+                self.write(node, term, self.draw(own if self.groups > 1 and len(own) else self.of_term[term]))
         if len(earlier):
-            self._bootstrap(node, self._draw(earlier))
+            self._bootstrap(node, self.draw(earlier))
 
     def _bootstrap(self, node: int, giver: int) -> None:
         rows = np.flatnonzero(self.has_NR[giver, : self.num_rows])
@@ -161,7 +161,8 @@ class Network:
             self._receive(node, np.sort(chosen), giver)
         self._meet(node, giver)
 
-    def _draw(self, among: np.ndarray) -> int:
+    def draw(self, among: np.ndarray) -> int:
+        """One of these, all alike."""
         return int(among[self.generator.integers(len(among))])
 
     def _meet(self, asker: int, answerer: int) -> None:
@@ -171,7 +172,7 @@ class Network:
 
     # The table of rows
 
-    def _write(self, author: int, term: int, item: int, name: int | None = None) -> int:
+    def write(self, author: int, term: int, item: int, name: int | None = None) -> int:
         """A new row by ``author``, who has it; in the name of another node where ``name`` says so."""
         origin = author if name is None else name
         if self.num_rows == len(self.row_origin):
@@ -333,11 +334,11 @@ class Network:
         if self.churn and self.generator.random() < self.churn:
             there = np.flatnonzero(self.back_N[: self.num_honest] <= self.tick)
             if len(there) > 2:
-                self.back_N[self._draw(there)] = self.tick + self.away
+                self.back_N[self.draw(there)] = self.tick + self.away
         attacking = self.attack is not None and self.tick > self.attack.attack_at
         last = self.num_nodes if attacking else self.num_honest
         actors = np.flatnonzero(self.joined_N[:last] & (self.back_N[:last] <= self.tick))
-        node = self._draw(actors)
+        node = self.draw(actors)
         self._search(node, int(self.generator.integers(self.num_terms)))
         self._gossip(node)
         if self.attack is not None and self.tick == self.attack.attack_at:
@@ -356,7 +357,7 @@ class Network:
         if self.groups > 1 and node < self.num_honest and self.generator.random() < self.fidelity:
             liked = ranked[self.match_TI[term, ranked] & (self.group_TI[term, ranked] == self.group_N[node])]
             clicked = liked[0] if len(liked) else clicked
-        self._write(node, term, int(clicked))
+        self.write(node, term, int(clicked))
 
     def _gossip(self, node: int) -> None:
         if not self.connected_N[node]:
@@ -365,7 +366,7 @@ class Network:
         if not len(known):
             return
         if self.gossip == "pull":
-            self._exchange(node, self._draw(known), giver_first=False)
+            self._exchange(node, self.draw(known), giver_first=False)
             return
         count = 1 if node < self.num_honest else 2
         for other in self.generator.choice(known, min(count, len(known)), replace=False):

@@ -1,0 +1,87 @@
+"""Fitted embeddings in files, and tables of edges that are asked of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anabranch.cli.graph.inputs import nodes_of, read_table
+from anabranch.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from anabranch.graph import FastRP, Graph, GraphVite
+
+MODEL = "A fitted model (anabranch graph embed GRAPH --save MODEL.anb)."
+
+
+def open_model(path: str) -> FastRP | GraphVite:
+    """A saved `FastRP` or `GraphVite`. Raises DataError for a file that is missing, damaged or something else."""
+    from anabranch.cli.graph.inputs import is_own
+    from anabranch.graph import FastRP, GraphVite
+    from anabranch.graph.array_file import kind_of
+
+    if not Path(path).is_file():
+        raise DataError(f"there is no file {path}")
+    kind = kind_of(path) if is_own(path) else None
+    if kind == "fastrp":
+        return FastRP.load(path)
+    if kind == "graphvite" or (kind is None and Path(path).suffix == ".npz"):
+        return GraphVite.load(path)
+    what = f"holds a {kind}" if kind else "is no file of ours"
+    raise DataError(f"{path} {what}; a fitted model is written by anabranch graph embed GRAPH --save MODEL.anb")
+
+
+def check_saved(path: Path | None) -> None:
+    """Before the work. Raises InputError for a name that a model is not saved under."""
+    if path is not None and path.suffix != ".anb":
+        raise InputError(f"--save is {str(path)!r}; its name must end in .anb")
+
+
+def read_edges(path: str) -> tuple[list[Any], list[Any], list[Any] | None]:
+    """Columns source, target and (None where there is none) weight of a table: of these names, else the first two and the third.
+
+    Raises DataError naming the row of an empty cell, or of a weight that is not a number.
+    """
+    table = read_table(path)
+    if len(table) < 2:
+        raise DataError(
+            f"{path} has {len(table)} column(s); edges are a table of source and target, and perhaps weight"
+        )
+    ends = ["source", "target"] if {"source", "target"} <= table.keys() else list(table)[:2]
+    weight = "weight" if "weight" in table else next((name for name in table if name not in ends), None)
+    for name in (*ends, *([] if weight is None else [weight])):
+        empty = next((row for row, cell in enumerate(table[name]) if cell in (None, "")), None)
+        if empty is not None:
+            raise DataError(f"{path}, row {empty}: an empty cell")
+    if not table[ends[0]]:
+        raise DataError(f"{path} has no rows")
+    if weight is not None:
+        wrong = next((row for row, cell in enumerate(table[weight]) if not isinstance(cell, int | float)), None)
+        if wrong is not None:
+            raise DataError(f"{path}, row {wrong}: the weight {table[weight][wrong]!r:.40} is not a number")
+    return table[ends[0]], table[ends[1]], None if weight is None else table[weight]
+
+
+def pairs_of(nodes: Graph, path: str) -> tuple[np.ndarray, list[str], list[str]]:
+    """Ids [E, 2] of pairs of known nodes in a table, and what they are called there. Raises DataError."""
+    import numpy as np
+
+    source, target, _ = read_edges(path)
+    called = [[str(cell) for cell in part] for part in (source, target)]
+    try:
+        ids = [nodes_of(nodes, part) for part in called]
+    except InputError as error:
+        raise DataError(f"{path}: {error}") from None
+    return np.column_stack(ids), called[0], called[1]
+
+
+def said_as(nodes: Graph, cells: list[Any]) -> list[Any]:
+    """Cells of a table as the nodes of a graph are called: text where those are, else whole numbers. Raises InputError."""
+    if nodes.names is not None and nodes.names.dtype.kind not in "iu":
+        return [str(cell) for cell in cells]
+    wrong = next((cell for cell in cells if isinstance(cell, bool) or not isinstance(cell, int)), None)
+    if wrong is not None:
+        raise InputError(f"nodes of the model are called by numbers; {wrong!r:.40} is none")
+    return cells
