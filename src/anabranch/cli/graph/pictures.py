@@ -142,8 +142,6 @@ def draw_map(
 
 def _name_points(axes: Any, xy_N2: np.ndarray, told: Sequence[tuple[int, str]], size: float) -> None:
     """Names beside points, which are ringed; one that would lie on another, of a larger node, is left out."""
-    from matplotlib.patheffects import withStroke
-
     span = xy_N2.max(0) - xy_N2.min(0) if len(xy_N2) else np.ones(2)
     taken: list[np.ndarray] = []
     for node, name in told:
@@ -153,15 +151,7 @@ def _name_points(axes: Any, xy_N2: np.ndarray, told: Sequence[tuple[int, str]], 
         taken.append(at)
         axes.scatter(*at, s=2.5 * size, facecolors="none", edgecolors=INK, linewidths=0.9)
         short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
-        axes.annotate(
-            short,
-            at,
-            (5, 4),
-            textcoords="offset points",
-            color=INK,
-            fontsize=8.5,
-            path_effects=[withStroke(linewidth=2.2, foreground="white")],
-        )
+        axes.annotate(short, at, (5, 4), textcoords="offset points", color=INK, fontsize=8.5, fontweight="bold")
 
 
 def flat_map(vectors_ND: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
