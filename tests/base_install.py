@@ -76,6 +76,8 @@ NEEDS = {  # a command as it is given, and the extras it names
     "graph search x": "graph",
     "graph rank x": "graph",
     "graph serve x": "graph",
+    "graph remove x y": "graph",
+    "graph update x y": "graph",
     "gateway serve": "gateway",
     "gateway serve --check": "gateway",
     "gateway import x": "gateway",

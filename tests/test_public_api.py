@@ -47,7 +47,8 @@ PUBLIC = {
     "anabranch.graph": """
         FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk TypedGraph as_graph load_dataset read_graph write_graph
     """,
-    "anabranch.graph.serve": "Limits Sources create_app run",
+    "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index",
+    "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config
         load_model load_weights save_model stream upcycle write_model

@@ -53,6 +53,8 @@ COMMANDS = {
         {"index": "i.anb", "queries": "q.npy"},
         {"CURVE": "o.svg", "OUT": "o.csv"},
     ),
+    "graph remove": ("{index} --rows 0 --out {OUT}", {"index": "i.anb"}, {"OUT": "o.anb"}),
+    "graph update": ("{index} {vectors} --out {OUT}", {"index": "i.anb", "vectors": "v.npy"}, {"OUT": "o.anb"}),
     "graph rank": (
         "{clicks} jazz --test {test} --out {OUT} --save {SAVE}",
         {"clicks": "c.csv", "test": "t.csv"},

@@ -152,6 +152,11 @@ graph index huge.npy -o z.anb
 graph search no.anb huge.npy
 graph rank holes.parquet a
 graph serve no.anb
+graph serve no.anb --fsync often
+graph serve no.anb --dim 8 --metric l1
+graph remove no.anb 1
+graph update no.anb huge.npy
+graph search no.anb --rows 0-99999999999999999999
 gateway serve deep.toml
 gateway serve long.toml
 gateway serve deep.yaml

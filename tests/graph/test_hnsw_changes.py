@@ -428,7 +428,8 @@ def test_shards_change_and_are_saved(tmp_path):
         loaded = ShardedHNSW.load(tmp_path / "shards", mmap=mmap)
         np.testing.assert_array_equal(loaded.search(QUERIES, 5)[0], sharded.search(QUERIES, 5)[0])
         assert loaded.ids.tolist() == sharded.ids.tolist()
-    assert sharded.compact() == 2
+    # The other's place was taken by the one that came after.
+    assert sharded.compact() == 1
     stats = sharded.stats()
     assert (stats["count"], stats["deleted"], len(stats["shards"])) == (499, 0, 4)
     assert sharded.repair() == 0

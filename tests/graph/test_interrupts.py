@@ -269,8 +269,8 @@ def test_a_reader_beside_an_interrupted_add_remembers_nothing_that_is_gone(monke
     def undone(self, slot_S, workers):
         undo(self, slot_S, workers)
         # As a reader does that is let in.
-        index._slots = None
-        index._by_id()
+        index._slots.forget()
+        index._slots.find(np.array([0]))
 
     monkeypatch.setattr(Linker, "_link_batch", looked_at)
     monkeypatch.setattr(Linker, "undo", undone)

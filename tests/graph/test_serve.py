@@ -265,6 +265,7 @@ class Slow:
 
     def __init__(self):
         self.names, self.num_nodes, self.about = None, 5, {"file": "slow"}
+        self.writes = None
         self.go, self.begun = threading.Event(), threading.Semaphore(0)
 
     def signature(self):
@@ -272,6 +273,9 @@ class Slow:
 
     def load(self, generation=1):
         return Loaded(None, self, generation)
+
+    def close(self):
+        pass
 
     def top(self, ids, weights, k):
         self.begun.release()

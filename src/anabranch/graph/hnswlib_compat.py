@@ -12,7 +12,9 @@ What differs, on purpose:
 - labels end at 2**63 - 1; vectors that are not finite are refused; a query of a wrong dimension is an error, not a read beyond its end
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ import numpy as np
 from anabranch import machine
 from anabranch.errors import DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
-from anabranch.graph.hnsw import HNSW, layout
+from anabranch.graph.hnsw import HNSW
 from anabranch.graph.hnsw.checks import MAX_LENGTH, TOO_LONG, too_long
-from anabranch.graph.hnsw.lock import Workers
+from anabranch.graph.hnsw.lock import LOOK_S, Workers
 from anabranch.graph.hnsw.search import scan_many
 from anabranch.graph.hnsw.storage import Storage
+from anabranch.graph.interrupts import Interrupts
 
 __all__ = ["BFIndex", "Index"]
 
@@ -119,6 +122,7 @@ class Index(_Base):
             raise TypeError("Index() needs a space and a dim")
         super().__init__(space, dim)
         self._ef = DEFAULT_EF
+        self._guard = threading.RLock()
         self._index: HNSW | None = None
         self._max_elements = self._next = self._M = self._ef_construction = 0
         self._allow_replace = False
@@ -188,10 +192,28 @@ class Index(_Base):
         self._allow_replace, self._next = bool(allow_replace_deleted), 0
 
     def add_items(self, data: Any, ids: Any = None, num_threads: int = -1, replace_deleted: bool = False) -> None:
-        """Insert vectors, or move those whose label is there; with ``replace_deleted`` in the places of deleted elements first."""
-        index = self._made()
+        """Insert vectors, or move those whose label is there; with ``replace_deleted`` in the places of deleted elements first.
+
+        Several threads may call it; one works at a time, with ``num_threads``.
+        """
+        self._made()
         vector_ND = self._vectors(data)
-        rows = len(vector_ND)
+        with self._alone():
+            self._add(vector_ND, ids, num_threads, replace_deleted)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What is noted of labels here and what the index holds change together: for one thread, and without an interrupt in between."""
+        with Interrupts(passes=True) as interrupts:
+            while not self._guard.acquire(timeout=LOOK_S):
+                interrupts.tell()
+            try:
+                yield
+            finally:
+                self._guard.release()
+
+    def _add(self, vector_ND: np.ndarray, ids: Any, num_threads: int, replace_deleted: bool) -> None:
+        index, rows = self._made(), len(vector_ND)
         label_N = _labels(ids, rows, self._next)
         if replace_deleted and not self._allow_replace:
             raise RuntimeError("Replacement of deleted elements is disabled in constructor")
@@ -207,6 +229,8 @@ class Index(_Base):
         num_vacant = min(len(self._deleted), len(new)) if replace_deleted else 0
         if self.element_count + len(new) - num_vacant > self._max_elements:
             raise RuntimeError(FULL)
+        # Also where an interrupt lets only some of them in.
+        self._next += rows
         revived = label_N[is_dead].tolist() if not replace_deleted else []
         if revived:
             index.restore(revived)
@@ -219,8 +243,7 @@ class Index(_Base):
         if num_vacant:
             self._replace(vector_ND[new[:num_vacant]], label_N[new[:num_vacant]], threads)
         if len(new) > num_vacant:
-            index.add(vector_ND[new[num_vacant:]], label_N[new[num_vacant:]], num_threads=threads)
-        self._next += rows
+            index.add(vector_ND[new[num_vacant:]], label_N[new[num_vacant:]], reuse=False, num_threads=threads)
 
     def _replace(self, vector_ND: np.ndarray, label_N: np.ndarray, threads: int) -> None:
         """Put new elements into the slots of deleted ones; those of their own label first."""
@@ -232,9 +255,9 @@ class Index(_Base):
         slot_N = np.array([free[label] if label in free else next(rest) for label in label_N.tolist()])
         with index._lock.write(alone=True), Workers(threads) as workers:
             held.own()
-            held.deleted[slot_N], held.label[slot_N] = 0, label_N
-            held.graph[layout.NUM_DELETED] -= len(slot_N)
-            index._slots = None
+            held.label[slot_N] = label_N
+            held.mark(slot_N, deleted=False)
+            index._slots.forget()
             index._move(slot_N, vector_ND, workers)
             index._repair()
 
@@ -272,37 +295,41 @@ class Index(_Base):
 
     def get_ids_list(self) -> list[int]:
         """All labels, those of deleted elements included."""
-        return [*self._made().ids.tolist(), *self._deleted]
+        with self._alone():
+            return [*self._made().ids.tolist(), *self._deleted]
 
     # Changing
 
     def mark_deleted(self, label: int) -> None:
         """Let searches pass over an element."""
         index, label = self._made(), int(label)
-        if label in self._deleted:
-            raise RuntimeError("The requested to delete element is already deleted")
-        if label not in index:
-            raise RuntimeError("Label not found")
-        slot = index._by_id()[label]
-        index.remove([label])
-        self._deleted[label] = slot
+        with self._alone():
+            if label in self._deleted:
+                raise RuntimeError("The requested to delete element is already deleted")
+            if label not in index:
+                raise RuntimeError("Label not found")
+            slot = int(index._slots.find(np.array([label]))[0])
+            index.remove([label])
+            self._deleted[label] = slot
 
     def unmark_deleted(self, label: int) -> None:
         """Undo `mark_deleted`."""
         index, label = self._made(), int(label)
-        if label in index:
-            raise RuntimeError("The requested to undelete element is not deleted")
-        if label not in self._deleted:
-            raise RuntimeError("Label not found")
-        index.restore([label])
-        del self._deleted[label]
+        with self._alone():
+            if label in index:
+                raise RuntimeError("The requested to undelete element is not deleted")
+            if label not in self._deleted:
+                raise RuntimeError("Label not found")
+            index.restore([label])
+            del self._deleted[label]
 
     def resize_index(self, new_size: int) -> None:
         """Let ``new_size`` elements fit."""
-        if new_size < self.element_count:
-            raise RuntimeError("Cannot resize, max element is less than the current number of elements")
-        self._made()
-        self._max_elements = int(new_size)
+        with self._alone():
+            if new_size < self.element_count:
+                raise RuntimeError("Cannot resize, max element is less than the current number of elements")
+            self._made()
+            self._max_elements = int(new_size)
 
     # On disk
 
@@ -329,23 +356,30 @@ class Index(_Base):
             index = HNSW._made(found.arrays, meta, mapped=False, source=str(path_to_index), num_threads=None)
         except (DataError, KeyError) as error:
             raise RuntimeError(f"Index seems to be corrupted or unsupported: {error}") from error
-        self._index, self._ef = index, DEFAULT_EF
-        self._M, self._ef_construction = index.M, index.ef_construction
-        self._next = self.element_count
-        self._max_elements = max_elements if max_elements >= self.element_count > 0 else found.meta["max_elements"]
-        self._allow_replace = bool(allow_replace_deleted)
-        self._find_deleted()
+        with self._alone():
+            self._index, self._ef = index, DEFAULT_EF
+            self._M, self._ef_construction = index.M, index.ef_construction
+            self._next = self.element_count
+            self._max_elements = max_elements if max_elements >= self.element_count > 0 else found.meta["max_elements"]
+            self._allow_replace = bool(allow_replace_deleted)
+            self._find_deleted()
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        with self._alone():
+            state = {name: value for name, value in self.__dict__.items() if name != "_guard"}
+            state["_deleted"] = dict(self._deleted)
+            state["_index"] = None if self._index is None else self._index.__getstate__()
+            return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._deleted = dict(state["_deleted"])
-        if self._index is not None:
-            copied = object.__new__(HNSW)
-            copied.__setstate__(self._index.__getstate__())
-            self._index = copied
+        self._guard, self._deleted = threading.RLock(), dict(state["_deleted"])
+        held = state["_index"]
+        # A pickle of an earlier release holds the index itself.
+        held = held.__getstate__() if isinstance(held, HNSW) else held
+        if held is not None:
+            self._index = object.__new__(HNSW)
+            self._index.__setstate__(held)
 
     def _made(self) -> HNSW:
         if self._index is None:

@@ -58,7 +58,7 @@ def write_names(index: str | Path, names: Names) -> Path:
         encoded = [str(name).encode() for name in array.tolist()]
         ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         arrays = {"name_ends": ends, "name_bytes": np.frombuffer(b"".join(encoded), np.uint8)}
-    write_arrays(path, KIND, arrays, {"index": _fingerprint(Path(index))})
+    write_arrays(path, KIND, arrays, {"index": fingerprint(Path(index))})
     return path
 
 
@@ -71,7 +71,7 @@ def read_names(index: str | Path, ids: np.ndarray | None = None) -> Names | None
     if not path.exists():
         return None
     found = read_arrays(path, KIND)
-    if found.meta.get("index") != _fingerprint(Path(index)):
+    if found.meta.get("index") != fingerprint(Path(index)):
         raise DataError(f"{path} belongs to another index than {index}; build the index again, or remove the file")
     if "names" in found.arrays:
         names = Names(found.arrays["names"])
@@ -86,7 +86,7 @@ def read_names(index: str | Path, ids: np.ndarray | None = None) -> Names | None
     return names
 
 
-def _fingerprint(index: Path) -> str:
+def fingerprint(index: Path) -> str:
     """Of a checked file: its size and a checksum of its start, where the checksums of all its arrays are."""
     try:
         with open(index, "rb") as file:

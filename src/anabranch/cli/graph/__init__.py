@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import typer
 
+from anabranch.cli.graph.change import remove, update
 from anabranch.cli.graph.embed import embed
 from anabranch.cli.graph.index import index
 from anabranch.cli.graph.info import info
@@ -34,6 +35,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "index": index,
     "search": search,
+    "remove": remove,
+    "update": update,
     "rank": rank,
     "serve": serve,
 }

@@ -76,8 +76,10 @@ def index(
     Example: anabranch graph index vectors.npy --metric cosine --out index.anb
     """  # fmt: skip
     check_extra()
+    from anabranch.graph.live import check_unchanged
     from anabranch.graph.names import names_path
 
+    check_unchanged(out)
     check_apart([out, names_path(out)], [vectors, names])
     if walks is not None:
         given = {"alpha": alpha, "walks": walks, "seed": seed, "workers": threads}

@@ -128,10 +128,10 @@ def _print(opened: Opened, facts: dict[str, Any]) -> None:
 def _show_file(source: str, kind: str | None, as_json: bool) -> None:
     """What another of our files holds."""
     if kind == "hnsw index":
-        from anabranch.graph import HNSW
+        from anabranch.graph.live import open_index
         from anabranch.graph.names import read_names
 
-        index = HNSW.load(source, mmap=True)
+        index = open_index(source, mmap=True)
         names = read_names(source, index.ids)
         facts: dict[str, Any] = {
             "dim": index.dim, "metric": index.metric, "dtype": index.dtype, "M": index.M,

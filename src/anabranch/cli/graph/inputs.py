@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from anabranch.graph import Graph
+    from anabranch.graph.names import Names
+
+
+# Ids in one option, written as ranges.
+MOST_NUMBERS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,43 @@ def weighted_nodes(graph: Graph, texts: list[str]) -> tuple[np.ndarray, np.ndarr
             except ValueError:
                 raise InputError(f"{text!r} is no node and no NODE=WEIGHT: {weight!r} is not a number") from None
     return np.array(ids, np.int64), np.array(weights)
+
+
+def element_ids(called: Names | None, texts: list[str]) -> np.ndarray:
+    """Ids of elements of an index as they were written, by name, or by id where they have none. Raises InputError."""
+    import numpy as np
+
+    if called is None or called.array.dtype.kind in "iu":
+        for text in texts:
+            if not text.lstrip("-").isdigit():
+                what = "has no names, only ids" if called is None else "calls its elements by numbers"
+                raise InputError(f"there is no element {text!r}: the index {what}")
+        numbers = [int(text) for text in texts]
+        return np.array(numbers, np.int64) if called is None else called.ids_of(numbers)
+    return called.ids_of(texts)
+
+
+def numbers(text: str, option: str = "--rows") -> np.ndarray:
+    """Ids written as ``0,7`` or ``0-9``, int64. Raises InputError that names the option."""
+    import numpy as np
+
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            begin, end = int(first), int(last if dash else first)
+            if end > np.iinfo(np.int64).max or len(found) + end - begin > MOST_NUMBERS:
+                raise InputError(
+                    f"{option} is {text!r:.80}; ids end at {np.iinfo(np.int64).max}, and at most {MOST_NUMBERS:,} are taken"
+                )
+            found += range(begin, end + 1)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{option} is {text!r}; write ids as 0,7 or 0-9") from None
+    if not found:
+        raise InputError(f"{option} is {text!r}, which are none")
+    return np.array(found, np.int64)
 
 
 def read_table(path: str) -> dict[str, list[Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.graph.inputs import element_ids, numbers
 from anabranch.cli.graph.options import Threads, Top, check_extra, check_picture
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
@@ -44,6 +45,10 @@ def search(
         int,
         typer.Option(metavar="EF", min=1, help="Width of the search, at least K; more finds more and takes longer."),
     ] = 64,
+    only: Annotated[
+        str | None, typer.Option(metavar="I,J", help="Find only elements with these ids, e.g. 0,7 or 0-9.")
+    ] = None,
+    without: Annotated[str | None, typer.Option(metavar="I,J", help="Find all but elements with these ids.")] = None,
     check: Annotated[
         bool, typer.Option("--check", metavar=FLAG, help="Measure all distances too, and tell the recall.")
     ] = False,
@@ -71,12 +76,13 @@ def search(
     check_ending(out)
     check_picture(curve)
     check_apart([out, curve], [index, queries])
-    from anabranch.graph import HNSW
+    from anabranch.graph.live import open_index
     from anabranch.graph.names import read_names
 
-    made = HNSW.load(index, num_threads=threads)
+    made = open_index(index, num_threads=threads)
     called = read_names(index, made.ids)
     wanted = _wanted(made, called, names, queries, rows, sample if check or curve else None, seed)
+    wanted.allow(made, only, without)
     started = time.perf_counter()
     with waiting("searching", quiet):
         ids, distances = wanted.find(made, top, ef)
@@ -118,12 +124,28 @@ class _Wanted:
 
     def __init__(self, vectors: np.ndarray, own: np.ndarray | None, titles: list[Any], is_sample: bool = False) -> None:
         self.vectors, self.own, self.titles, self.is_sample = vectors, own, titles, is_sample
+        # Ids of what may be found; None for all.
+        self.allowed: np.ndarray | None = None
+        self._filter: Any = None
+
+    def allow(self, index: HNSW, only: str | None, without: str | None) -> None:
+        """Let only some elements be found. Raises InputError for ids that are none, or if both are given."""
+        if only is None and without is None:
+            return
+        if only is not None and without is not None:
+            raise InputError("give --only or --without, one of them")
+        import numpy as np
+
+        ids = index.ids
+        chosen = np.isin(ids, numbers(only or without or "", "--only" if only is not None else "--without"))
+        self.allowed = ids[chosen if only is not None else ~chosen]
+        self._filter = index.prepare_filter(self.allowed)
 
     def find(self, index: HNSW, k: int, ef: int, threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids and distances [Q, k], -1 and infinity behind the last."""
         if self.own is None:
-            return index.search(self.vectors, k, ef, num_threads=threads)
-        return _without(self.own, *index.search(self.vectors, k + 1, ef, num_threads=threads))
+            return index.search(self.vectors, k, ef, self._filter, num_threads=threads)
+        return _without(self.own, *index.search(self.vectors, k + 1, ef, self._filter, num_threads=threads))
 
 
 def _without(own: np.ndarray, ids: np.ndarray, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,9 +179,9 @@ def _wanted(
             raise InputError(f"{queries} has vectors of {found.array.shape[1]} numbers, the index of {index.dim}")
         return _Wanted(found.array, None, titles)
     if names:
-        ids = _ids_of(called, names)
+        ids = element_ids(called, names)
     elif rows is not None:
-        ids = _numbers(rows)
+        ids = numbers(rows)
     elif sample is not None:
         held = index.ids
         ids = np.sort(np.random.default_rng(seed).choice(held, min(sample, len(held)), replace=False))
@@ -171,39 +193,11 @@ def _wanted(
     return _Wanted(index.vectors(ids), ids, ids.tolist() if called is None else called.of(ids))
 
 
-def _ids_of(called: Names | None, texts: list[str]) -> np.ndarray:
-    import numpy as np
-
-    if called is None or called.array.dtype.kind in "iu":
-        for text in texts:
-            if not text.lstrip("-").isdigit():
-                what = "has no names, only ids" if called is None else "calls its elements by numbers"
-                raise InputError(f"there is no element {text!r}: the index {what}")
-        numbers = [int(text) for text in texts]
-        return np.array(numbers, np.int64) if called is None else called.ids_of(numbers)
-    return called.ids_of(texts)
-
-
-def _numbers(text: str) -> np.ndarray:
-    import numpy as np
-
-    found: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            found += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError:
-        raise InputError(f"--rows is {text!r}; write ids as 0,7 or 0-9") from None
-    if not found:
-        raise InputError(f"--rows is {text!r}, which are none")
-    return np.array(found, np.int64)
-
-
 def _exact(index: HNSW, wanted: _Wanted, k: int) -> np.ndarray:
     """Ids [Q, k] of the true neighbours: all distances are measured."""
     from anabranch.graph.hnsw import brute_force
 
-    ids = index.ids
+    ids = index.ids if wanted.allowed is None else wanted.allowed
     more = k + (wanted.own is not None)
     found, distances = brute_force(index.vectors(ids), wanted.vectors, more, index.metric, ids=ids)
     return found if wanted.own is None else _without(wanted.own, found, distances)[0]

@@ -103,10 +103,10 @@ def _npz(path: Path) -> Vectors:
 
 
 def _index(path: Path) -> Vectors:
-    from anabranch.graph import HNSW
+    from anabranch.graph.live import open_index
     from anabranch.graph.names import read_names
 
-    index = HNSW.load(path)
+    index = open_index(path)
     ids = index.ids
     names = read_names(path, ids)
     if names is not None:

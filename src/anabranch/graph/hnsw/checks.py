@@ -132,14 +132,22 @@ def as_positive(value: Any, name: str) -> int:
     return int(value)
 
 
+def as_filter_value(value: Any) -> np.ndarray:
+    """A mask by id, bool [I], or a list of ids, integers [I]. Raises InputError for another type."""
+    found = as_array(value, "filter")
+    if found.ndim != 1:
+        raise InputError(f"filter has the shape {list(found.shape)}; it must be a mask by id or a list of ids")
+    if found.dtype != bool and found.size and found.dtype.kind not in "iu":
+        raise InputError(f"filter is of {found.dtype}; it must be a mask by id (bool) or a list of ids (integers)")
+    return found
+
+
 def as_filter(value: Any, label_N: np.ndarray, is_live_N: np.ndarray) -> np.ndarray:
     """Which live slots a filter lets through, bool [N]: of a mask by id, or of a list of ids (those that are not there match nothing).
 
     Raises InputError for another type, and for a mask that ends before the largest id that is live.
     """
-    found = as_array(value, "filter")
-    if found.ndim != 1:
-        raise InputError(f"filter has the shape {list(found.shape)}; it must be a mask by id or a list of ids")
+    found = as_filter_value(value)
     if found.dtype == bool:
         largest = label_N.max(initial=-1, where=is_live_N)
         if len(found) <= largest:
@@ -147,6 +155,4 @@ def as_filter(value: Any, label_N: np.ndarray, is_live_N: np.ndarray) -> np.ndar
                 f"filter is a mask of {len(found):,} entries and the largest id is {largest}; give an entry per id"
             )
         return is_live_N & found[np.where(is_live_N, label_N, 0)] if largest >= 0 else is_live_N
-    if found.size and found.dtype.kind not in "iu":
-        raise InputError(f"filter is of {found.dtype}; it must be a mask by id (bool) or a list of ids (integers)")
     return is_live_N & np.isin(label_N, found.astype(np.int64, copy=False) if found.size else np.empty(0, np.int64))

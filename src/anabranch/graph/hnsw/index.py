@@ -10,16 +10,17 @@ from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.hnsw import layout, storage
 from anabranch.graph.hnsw.checks import (
     as_distinct,
-    as_filter,
     as_ids,
     as_positive,
     as_vectors,
     is_one_row,
     like,
 )
+from anabranch.graph.hnsw.filters import Filter, prepared
 from anabranch.graph.hnsw.linking import Linker, Marks
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.search import scan_many, search_many
+from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import METRICS, PRECISIONS, Storage, draw_levels
 from anabranch.graph.interrupts import Interrupts
 
@@ -28,6 +29,9 @@ POOL = 1024
 
 # A filter that lets a smaller share through is answered by measuring all of it.
 SELECTIVE = 0.01
+
+# Deleted elements are taken out of all lists, so that their places can be used again, once they are one in so many.
+WORTH = 4096
 
 # Results measured again beside 2 k.
 EXTRA = 16
@@ -102,8 +106,7 @@ class HNSW:
         self._drawn = 0  # levels so far
         self._next_id = 0
         self._linker = Linker(self._storage, self._lock)
-        # Of live ids; None until it is needed.
-        self._slots: dict[int, int] | None = {}
+        self._slots = Slots(self._storage)
         self._last = (0, 0, 0)
 
     # What is in it
@@ -113,8 +116,17 @@ class HNSW:
         return max(0, self._storage.count - int(self._storage.graph[layout.NUM_DELETED]))
 
     def __contains__(self, id: int) -> bool:
+        id = int(id)
+        if not 0 <= id <= np.iinfo(np.int64).max:
+            return False
         with self._lock.read():
-            return int(id) in self._by_id()
+            return bool(self._known(np.array([id]))[0])
+
+    def contains(self, ids: Any) -> np.ndarray:
+        """Which of some ids are in it, bool [N]. Raises InputError for what are no ids."""
+        id_N = as_ids(ids, None)
+        with self._lock.read():
+            return self._known(id_N)
 
     def __repr__(self) -> str:
         return f"HNSW({len(self):,} vectors of {self.dim}, {self.metric}, {self.dtype}, M={self.M})"
@@ -125,10 +137,20 @@ class HNSW:
         return self._storage.rerank
 
     @property
+    def size_bytes(self) -> int:
+        """Bytes of all arrays with what they have room for, the table of ids included."""
+        return self._storage.nbytes + self._slots.nbytes
+
+    def growth_bytes(self, count: int) -> int:
+        """Bytes that arrays take anew so that ``count`` more elements fit; 0 where there is room for them."""
+        with self._lock.read():
+            return self._storage.growth_bytes(count)
+
+    @property
     def ids(self) -> np.ndarray:
-        """Ids in the order in which they came, int64 [N]."""
+        """Ids in the order of their places, int64 [N]: that in which they came, but for those that came into places of deleted ones."""
         with self._lock.read(whole=True):
-            return self._storage.label[: self._storage.count][self._live()]
+            return self._slots.labels()[self._slots.live()]
 
     def vectors(self, ids: Any) -> Any:
         """Vectors by id, float32 [N, D]: of length 1 for "cosine", rounded where only short rows are kept.
@@ -147,15 +169,19 @@ class HNSW:
         *,
         update: bool = False,
         repair: bool = False,
+        reuse: bool = True,
         num_threads: int | None = None,
     ) -> np.ndarray:
         """Insert vectors.
+
+        Places of deleted elements are used again, once it is worth a look at all lists to take these out of them.
 
         Args:
             vectors: [N, D] numbers.
             ids: int [N], not negative, each once; None for those after the largest so far.
             update: move elements whose id is there already, instead of raising.
             repair: link elements that level 0 does not lead to afterwards (as `repair`).
+            reuse: use the places of deleted elements, which `restore` cannot bring back then.
             num_threads: for this call; None for the index's own.
 
         Returns:
@@ -181,7 +207,7 @@ class HNSW:
             if known.any():
                 self._move(self._slots_of(id_N[known]), vector_ND[known], workers)
             if not known.all():
-                self._insert_new(vector_ND[~known], id_N[~known], workers, interrupts)
+                self._insert_new(vector_ND[~known], id_N[~known], workers, interrupts, reuse)
             if repair:
                 self._repair()
         return id_N
@@ -209,38 +235,46 @@ class HNSW:
         with self._lock.write():
             slot_S = self._slots_of(id_N)
             self._storage.own()
-            self._storage.deleted[slot_S] = 1
-            self._storage.graph[layout.NUM_DELETED] += len(slot_S)
-            by_id = self._by_id()
-            for id in id_N.tolist():
-                del by_id[id]
+            self._slots.drop(id_N)
+            self._storage.mark(slot_S, deleted=True)
             share = self._storage.graph[layout.NUM_DELETED] / max(self._storage.count, 1)
             if self.compact_at is not None and share > self.compact_at:
                 with self._workers(None) as workers:
                     self._compact(True, workers)
+                # Some room stays for what comes next.
+                if 4 * self._storage.count < 3 * self._storage.capacity:
+                    self._storage.shrink()
 
     def restore(self, ids: Any) -> None:
-        """Undo `remove` for elements that were not compacted since.
+        """Undo `remove` for elements that were not compacted since, and whose places `add` did not take.
 
         Raises InputError for ids that are not deleted, and then restores none.
         """
         id_N = as_distinct(as_ids(ids, None))
         with self._lock.write():
-            held, by_id = self._storage, self._by_id()
-            dead = np.flatnonzero(~self._live())
-            slots = dict(zip(held.label[dead].tolist(), dead.tolist(), strict=True))
-            for row, id in enumerate(id_N.tolist()):
-                if id in by_id or id not in slots:
-                    raise InputError(f"ids[{row}] is {id}, which is not a deleted element of the index")
-            for id in id_N.tolist():
-                by_id[id] = slots[id]
-                held.deleted[slots[id]] = 0
-            held.graph[layout.NUM_DELETED] -= len(id_N)
+            dead_S = np.flatnonzero(~self._slots.live())
+            dead_S = dead_S[np.argsort(self._slots.labels()[dead_S], kind="stable")]
+            label_S = self._slots.labels()[dead_S]
+            # The last that was deleted with an id.
+            place_N = np.searchsorted(label_S, id_N, side="right") - 1
+            is_there = (place_N >= 0) & ~self._known(id_N)
+            is_there[is_there] = label_S[place_N[is_there]] == id_N[is_there]
+            if not is_there.all():
+                row = int(np.flatnonzero(~is_there)[0])
+                raise InputError(f"ids[{row}] is {id_N[row]}, which is not a deleted element of the index")
+            self._storage.mark(dead_S[place_N], deleted=False)
+            self._slots.put(id_N, dead_S[place_N])
 
     def compact(self, *, repair: bool = True, num_threads: int | None = None) -> int:
-        """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many."""
+        """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many.
+
+        Arrays become as small as what they hold.
+        """
         with self._lock.write(), self._workers(num_threads) as workers:
-            return self._compact(repair, workers)
+            found = self._compact(repair, workers)
+            if not self._storage.is_mapped:
+                self._storage.shrink()
+            return found
 
     def repair(self) -> int:
         """Link every element that cannot be reached on level 0 from the entry point; how many there were.
@@ -261,8 +295,8 @@ class HNSW:
             queries: [Q, D], or [D] for one; a numpy array, or a torch tensor on any device.
             k: how many.
             ef: how many to hold during the walk, at least k; more finds more. Default 64.
-            filter: only elements that it lets through: a mask by id (bool, an entry for every id up to the largest) or a list of ids. Few
-                matches (at most 2 ef, or 1%) are measured one by one, exactly.
+            filter: only elements that it lets through: a mask by id (bool, an entry for every id up to the largest), a list of ids, or what
+                `prepare_filter` made of one. Few matches (at most 2 ef, or 1%) are measured one by one, exactly.
             num_threads: for this call; None for the index's own.
 
         Returns:
@@ -286,13 +320,23 @@ class HNSW:
                 self._search(query_QD, ef, filter, id_QK, distance_QK, num_threads)
         return like(id_QK, queries), like(distance_QK, queries)
 
+    def prepare_filter(self, ids_or_mask: Any) -> Filter:
+        """A filter for many searches: what it lets through is worked out once, and again only when the index has changed.
+
+        Raises InputError for what is no list of ids and no mask, and for a mask that ends before the largest id.
+        """
+        made = Filter(ids_or_mask)
+        with self._lock.read():
+            made.on(self._slots)
+        return made
+
     def stats(self) -> dict[str, Any]:
         """What the index looks like, and what the last search cost.
 
         Returns:
             ``count``, ``deleted``, ``levels`` (elements on each level), ``mean_degree`` (links per list on each level), ``unreachable``
-            (elements that level 0 does not lead to), ``size_bytes`` (of all arrays in use), and of the last search ``queries``, ``hops``
-            and ``distances`` (means per query).
+            (elements that level 0 does not lead to), ``size_bytes`` (as the property), and of the last search ``queries``, ``hops`` and
+            ``distances`` (means per query).
         """
         with self._lock.read(whole=True):
             held, graph = self._storage, self._storage.graph
@@ -311,7 +355,7 @@ class HNSW:
                 "levels": levels,
                 "mean_degree": degrees,
                 "unreachable": int((~reached & (held.deleted[: held.count] == 0)).sum()),
-                "size_bytes": sum(array.nbytes for array in held.arrays().values()),
+                "size_bytes": self.size_bytes,
                 "queries": queries,
                 "hops": hops / max(queries, 1),
                 "distances": distances / max(queries, 1),
@@ -341,8 +385,13 @@ class HNSW:
         return cls._made(arrays, meta, mapped=mmap, source=str(path), num_threads=num_threads)
 
     def __getstate__(self) -> dict[str, Any]:
+        return self._state(copy=True)
+
+    def _state(self, *, copy: bool) -> dict[str, Any]:
+        """What a pickle holds. Without ``copy`` arrays are the index's own: whoever writes them keeps changes out meanwhile."""
         with self._lock.read(whole=True):
-            arrays = {name: np.array(array) for name, array in self._storage.arrays().items()}
+            held = self._storage.arrays()
+            arrays = {name: np.array(array) for name, array in held.items()} if copy else held
             graph = self._storage.graph
             meta = {**self._facts(), "entry": int(graph[layout.ENTRY]), "top": int(graph[layout.TOP])}
             return {"arrays": arrays, "meta": meta, "num_threads": self.num_threads}
@@ -371,7 +420,8 @@ class HNSW:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{source} is damaged: its header does not describe an index ({error})") from error
         made._storage.take_arrays(arrays, entry, top, mapped=mapped, source=source)
-        made._drawn, made._next_id, made._linker.linked, made._slots = drawn, next_id, made._storage.count, None
+        made._drawn, made._next_id, made._linker.linked = drawn, next_id, made._storage.count
+        made._slots.forget()
         return made
 
     # Inside: callers hold the lock
@@ -388,48 +438,71 @@ class HNSW:
             )
         return np.arange(count, dtype=np.int64) + np.int64(self._next_id) if count else np.empty(0, np.int64)
 
-    def _live(self) -> np.ndarray:
-        return self._storage.deleted[: self._storage.count] == 0
-
-    def _by_id(self) -> dict[int, int]:
-        if self._slots is None:
-            live = np.flatnonzero(self._live())
-            self._slots = dict(zip(self._storage.label[live].tolist(), live.tolist(), strict=True))
-        return self._slots
-
     def _known(self, id_N: np.ndarray) -> np.ndarray:
-        by_id = self._by_id()
-        return np.fromiter((id in by_id for id in id_N.tolist()), bool, len(id_N))
+        return self._slots.find(id_N) >= 0
 
     def _slots_of(self, id_N: np.ndarray) -> np.ndarray:
-        by_id = self._by_id()
-        slot_S = np.fromiter((by_id.get(id, -1) for id in id_N.tolist()), np.int64, len(id_N))
+        slot_S = self._slots.find(id_N)
         bad = np.flatnonzero(slot_S < 0)
         if bad.size:
             raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
         return slot_S
 
-    def _insert_new(self, vector_ND: np.ndarray, id_N: np.ndarray, workers: Workers, interrupts: Interrupts) -> None:
-        count = len(vector_ND)
-        level_N = np.zeros(count, np.int32)
-        if not self.flat:
-            level_N = draw_levels(np.uint64(self.seed % 2**64), self._drawn, count, self.M)
-        slot_S, done = self._storage.append(vector_ND, id_N, level_N), 0
+    def _insert_new(
+        self, vector_ND: np.ndarray, id_N: np.ndarray, workers: Workers, interrupts: Interrupts, reuse: bool
+    ) -> None:
+        held, count, done = self._storage, len(vector_ND), 0
+        again = self._vacate(count, workers) if reuse else 0
+        # A table that a reader makes from now on has all of them.
+        had_table = self._slots.is_made
+        slot_S = self._append(vector_ND[again:], id_N[again:])
         try:
+            slot_S = np.append(held.refill(again, vector_ND[:again], id_N[:again]), slot_S)
             done = self._linker.link(slot_S, workers, interrupts)
         finally:
             # An interrupt, or no memory: what was linked stays, the rest was never here.
             if done < count:
-                done = self._linker.num_done
-                self._linker.undo(slot_S[done:], workers)
-                self._storage.drop_last(count - done)
-                # Readers, who were let in meanwhile, may have counted the rest.
-                self._slots = None
-            self._drawn += done
+                done = self._linker.num_done if len(slot_S) == count else 0
+                self._take_back(slot_S[done:], count - again, workers)
+            self._drawn += max(done - again, 0)
             if done:
                 self._next_id = max(self._next_id, int(id_N[:done].max()) + 1)
-            if self._slots is not None:
-                self._slots.update(zip(id_N[:done].tolist(), slot_S[:done].tolist(), strict=True))
+            if done < count:
+                # Readers, who were let in meanwhile, may have counted the rest.
+                self._slots.forget()
+            elif had_table:
+                self._slots.put(id_N, slot_S)
+
+    def _vacate(self, count: int, workers: Workers) -> int:
+        """How many of so many new elements have vacant places; where there are too few, those of deleted elements become so."""
+        held = self._storage
+        dead = int(held.graph[layout.NUM_DELETED]) - len(held.vacant_S)
+        if len(held.vacant_S) < count and dead * WORTH >= max(held.count, 1):
+            held.own()
+            dead_S = np.flatnonzero(~self._slots.live() & (held.level[: held.count] >= 0))
+            self._linker.take_out(dead_S, workers)
+            held.vacate(dead_S)
+            if held.graph[layout.ENTRY] >= 0:
+                self._linker.repair()
+        return min(count, len(held.vacant_S))
+
+    def _append(self, vector_ND: np.ndarray, id_N: np.ndarray) -> np.ndarray:
+        if not len(id_N):
+            return np.empty(0, np.int64)
+        level_N = np.zeros(len(id_N), np.int32)
+        if not self.flat:
+            level_N = draw_levels(np.uint64(self.seed % 2**64), self._drawn, len(id_N), self.M)
+        return self._storage.append(vector_ND, id_N, level_N)
+
+    def _take_back(self, slot_S: np.ndarray, appended: int, workers: Workers) -> None:
+        """Let slots be as if they had never been given to the linker, of which the last ``appended`` of all were new."""
+        held = self._storage
+        self._linker.undo(slot_S, workers)
+        begin = held.count - appended
+        again_S = np.sort(slot_S[slot_S < begin])
+        held.mark(again_S, deleted=True)
+        held.vacate(again_S)
+        held.drop_last(int((slot_S >= begin).sum()))
 
     def _move(self, slot_S: np.ndarray, vector_SD: np.ndarray, workers: Workers) -> None:
         if not len(slot_S):
@@ -447,18 +520,18 @@ class HNSW:
             raise
 
     def _compact(self, repair: bool, workers: Workers) -> int:
-        held = self._storage
-        dead, live = np.flatnonzero(~self._live()), np.flatnonzero(self._live())
+        held, is_live_S = self._storage, self._slots.live()
+        dead, live = np.flatnonzero(~is_live_S), np.flatnonzero(is_live_S)
         if not dead.size:
             return 0
         held.own()
         if live.size:
-            self._linker.take_out(dead, workers)
+            self._linker.take_out(dead[held.level[dead] >= 0], workers)
             held.keep(live)
         else:
             held.reset()
             self._linker.linked = 0
-        self._slots = None
+        self._slots.forget()
         if repair:
             self._repair()
         return len(dead)
@@ -488,7 +561,7 @@ class HNSW:
         self, query_1D: np.ndarray, k: int, ef: int, id_1K: np.ndarray, distance_1K: np.ndarray, counts: np.ndarray
     ) -> None:
         held = self._storage
-        if held.graph[layout.NUM_DELETED]:
+        if held.graph[layout.NUM_DELETED] != len(held.vacant_S):
             self._search(query_1D, ef, None, id_1K, distance_1K, 1)
             return
         if held.graph[layout.ENTRY] >= 0:
@@ -513,16 +586,18 @@ class HNSW:
     ) -> None:
         held, graph, k = self._storage, self._storage.graph, id_QK.shape[1]
         ef = min(max(ef, k), held.count)
-        label_N, keep = held.label[: held.count], min(ef, 2 * k + EXTRA)
+        label_N, keep = self._slots.labels(), min(ef, 2 * k + EXTRA)
         query_Q, aux_Q, full_Q = held.encode_queries(query_QD)
         # All, unless something keeps some out or two heaps are quicker.
         allowed, slot_S = 0, None
-        if filter is not None or graph[layout.NUM_DELETED] or ef > POOL:
-            allowed_N = self._live() if filter is None else as_filter(filter, label_N, self._live())
+        if filter is not None:
+            wanted = filter.on(self._slots) if isinstance(filter, Filter) else prepared(filter, self._slots)
+            allowed_N, allowed = wanted.allowed_S, wanted.allowed_S.ctypes.data
+            if wanted.number <= max(2 * ef, SELECTIVE * held.count):
+                slot_S = wanted.slots(label_N)
+        elif graph[layout.NUM_DELETED] != len(held.vacant_S) or ef > POOL:
+            allowed_N = self._slots.live()
             allowed = allowed_N.ctypes.data
-            if filter is not None and allowed_N.sum() <= max(2 * ef, SELECTIVE * held.count):
-                slot_S = np.flatnonzero(allowed_N)
-                slot_S = slot_S[np.argsort(label_N[slot_S])]
         parts: list[np.ndarray] = []
 
         def walk(begin: int, end: int) -> None:

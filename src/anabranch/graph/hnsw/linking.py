@@ -118,7 +118,7 @@ class Linker:
         held.upper[held.lists_of(slot_S)] = -1
         self.linked -= len(slot_S)
         if gone_N[graph[layout.ENTRY]]:
-            stays = np.flatnonzero(gone_N == 0)
+            stays = np.flatnonzero((gone_N == 0) & (held.level[: held.count] >= 0))
             entry = stays[held.level[stays].argmax()] if stays.size else -1
             graph[layout.ENTRY], graph[layout.TOP] = entry, held.level[entry] if stays.size else -1
 
@@ -129,7 +129,7 @@ class Linker:
 
     def link_again(self, slot_S: np.ndarray, workers: Workers) -> None:
         """Bring slots into the graph that were being taken out of it, or linked, when something came between."""
-        self.linked = self._storage.count
+        self.linked = self._storage.count - len(self._storage.vacant_S)
         self.take_out(slot_S, workers)
         self.link(slot_S, workers)
 
@@ -152,7 +152,7 @@ class Linker:
             # Nothing leads anywhere, since memory ended while all were taken out.
             self.linked = 0
             with Workers(1) as workers:
-                return self.link(np.arange(self._storage.count), workers)
+                return self.link(np.flatnonzero(self._storage.level[: self._storage.count] >= 0), workers)
         with Marks(self._storage) as marks:
             linked, _ = repair_links(self._storage.graph, marks, np.zeros(self._storage.count, np.uint8))
         return int(linked)

@@ -1,5 +1,6 @@
 """Many readers or one writer; and pieces of work for threads whose kernels run without the interpreter's lock."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -7,8 +8,10 @@ from contextlib import contextmanager
 from itertools import pairwise
 from types import TracebackType
 from typing import Self
+from weakref import WeakSet
 
 from anabranch import machine
+from anabranch.errors import DataError
 from anabranch.graph.interrupts import Interrupts
 
 # Per thread, so that threads finish together.
@@ -25,6 +28,19 @@ class _Reader:
 
     def __init__(self, whole: bool) -> None:
         self.whole, self.is_let_in = whole, False
+
+
+TORN = "this process was forked while another thread changed the index, of which half is here; load it from a file"
+_LOCKS: "WeakSet[ReadWriteLock]" = WeakSet()
+
+
+def _after_fork() -> None:
+    for lock in _LOCKS:
+        lock.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class ReadWriteLock:
@@ -45,6 +61,16 @@ class ReadWriteLock:
         self._is_owned = self._is_exclusive = self._is_closing = False
         # To the end of its work.
         self._is_alone = False
+        self._is_torn = False
+        _LOCKS.add(self)
+
+    def after_fork(self) -> None:
+        """In a process that was forked: other threads are not there. What one of them was changing stays half changed, and is refused."""
+        self._changed = threading.Condition()
+        self._is_torn = self._is_torn or self._is_owned
+        self._readers = self._waiting_writers = self._due = 0
+        self._queue = []
+        self._is_owned = self._is_exclusive = self._is_closing = self._is_alone = False
 
     @contextmanager
     def read(self, *, whole: bool = False) -> Iterator[None]:
@@ -61,10 +87,14 @@ class ReadWriteLock:
 
     def enter_read(self, interrupts: Interrupts, whole: bool = False) -> None:
         """Begin what `read` holds; for callers that cannot afford a context manager."""
-        with self._changed:
-            if not self._is_free(whole):
-                self._wait(_Reader(whole), interrupts)
-            self._readers += 1
+        while True:
+            with self._changed:
+                if self._is_torn:
+                    raise DataError(TORN)
+                if self._is_free(whole) or self._wait(_Reader(whole), interrupts):
+                    self._readers += 1
+                    return
+            interrupts.tell()
 
     def leave_read(self) -> None:
         """End it."""
@@ -73,21 +103,23 @@ class ReadWriteLock:
             if self._waiting_writers or self._is_closing:
                 self._changed.notify_all()
 
-    def _wait(self, reader: _Reader, interrupts: Interrupts) -> None:
+    def _wait(self, reader: _Reader, interrupts: Interrupts) -> bool:
         self._queue.append(reader)
         try:
-            self._until(lambda: reader.is_let_in or self._is_free(reader.whole), interrupts)
+            return self._until(lambda: reader.is_let_in or self._is_free(reader.whole), interrupts)
         finally:
             self._queue.remove(reader)
             if reader.is_let_in:
                 self._due -= 1
                 self._changed.notify_all()
 
-    def _until(self, is_so: Callable[[], bool], interrupts: Interrupts) -> None:
-        """Wait; where an interrupt is held back, look for one now and then."""
+    def _until(self, is_so: Callable[[], bool], interrupts: Interrupts) -> bool:
+        """Wait; False where an interrupt came before, whose handler may use the lock, so that its caller must not wait any more."""
         while not is_so():
+            if interrupts.is_due:
+                return False
             self._changed.wait(LOOK_S if interrupts.is_holding else None)
-            interrupts.check()
+        return True
 
     def _is_free(self, whole: bool) -> bool:
         """For a reader that comes now."""
@@ -103,21 +135,30 @@ class ReadWriteLock:
         looks for it.
         """
         with Interrupts() as interrupts:
-            with self._changed:
-                self._waiting_writers += 1
-                try:
-                    self._until(lambda: not (self._is_owned or self._readers or self._due), interrupts)
-                    self._is_owned = self._is_exclusive = True
-                    self._is_alone = alone
-                finally:
-                    self._waiting_writers -= 1
-                    self._changed.notify_all()
+            while not self._own(alone, interrupts):
+                interrupts.tell()
             try:
                 yield interrupts
             finally:
                 with self._changed:
                     self._is_owned = False
                     self._let_in()
+
+    def _own(self, alone: bool, interrupts: Interrupts) -> bool:
+        """Wait as a writer and have it then; False where an interrupt came before."""
+        with self._changed:
+            if self._is_torn:
+                raise DataError(TORN)
+            self._waiting_writers += 1
+            try:
+                if not self._until(lambda: not (self._is_owned or self._readers or self._due), interrupts):
+                    return False
+                self._is_owned = self._is_exclusive = True
+                self._is_alone = alone
+                return True
+            finally:
+                self._waiting_writers -= 1
+                self._changed.notify_all()
 
     @contextmanager
     def open_to_readers(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from anabranch import machine
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like
+from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.index import HNSW
 
 KIND = "sharded hnsw index"
@@ -64,7 +65,7 @@ class ShardedHNSW:
         if not update:
             known = np.zeros(len(id_N), bool)
             for number, shard in enumerate(self.shards):
-                known |= (id_N % self.num_shards == number) & np.isin(id_N, shard.ids)
+                known |= (id_N % self.num_shards == number) & shard.contains(id_N)
             if known.any():
                 row = int(np.flatnonzero(known)[0])
                 raise InputError(
@@ -103,6 +104,10 @@ class ShardedHNSW:
         best_QK = np.lexsort((by_id, distance_QR))[:, :k]
         ids, distances = np.take_along_axis(id_QR, best_QK, 1), np.take_along_axis(distance_QR, best_QK, 1)
         return like(ids, queries), like(distances, queries)
+
+    def prepare_filter(self, ids_or_mask: Any) -> Filter:
+        """A filter for many searches, as `HNSW.prepare_filter`: worked out for each shard once, and again when that has changed."""
+        return Filter(ids_or_mask)
 
     def stats(self) -> dict[str, Any]:
         """Sums over shards (``count``, ``deleted``, ``unreachable``, ``size_bytes``, ``hops``, ``distances``), and each shard's own."""

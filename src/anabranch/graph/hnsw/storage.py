@@ -10,7 +10,7 @@ that, and their precision goes where the data is.
 """
 # Shapes: N slots in use, C capacity, D dimension, M links of a new element
 
-import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ class Storage:
         self.graph[layout.FULL_STRIDE], self.graph[layout.FULL_WIDTH] = self.full_stride, self.full_stride // 4
         self.graph[layout.CAP0], self.graph[layout.CAP], self.graph[layout.EF] = 2 * M, M, ef_construction
         self.is_mapped = False
+        # Rises whenever slots come, go, or have other ids.
+        self.version = 0
         self._marks: list[np.ndarray] = []
-        self._marks_lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
@@ -66,12 +67,15 @@ class Storage:
         self.label, self.deleted = aligned((0,), np.int64), aligned((0,), np.uint8)
         self.graph[layout.ENTRY] = self.graph[layout.TOP] = -1
         self.graph[layout.NUM_DELETED] = 0
+        # Deleted, and in no list; rising.
+        self.vacant_S = np.empty(0, np.int64)
         self.is_mapped = False
         self.describe()
 
     def describe(self) -> None:
         """Bring addresses and counts up to date."""
         graph = self.graph
+        self.version += 1
         graph[layout.ROWS], graph[layout.AUX] = self.rows.ctypes.data, self.aux.ctypes.data
         graph[layout.FULL] = self.full.ctypes.data if self.rerank else 0
         graph[layout.LINKS], graph[layout.UPPER] = self.links.ctypes.data, self.upper.ctypes.data
@@ -176,6 +180,21 @@ class Storage:
             self.is_mapped = False
             self.describe()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, with what they have room for."""
+        names = ("rows", "aux", "full", "links", "upper", "first", "level", "label", "deleted")
+        return sum(getattr(self, name).nbytes for name in names)
+
+    def growth_bytes(self, more: int) -> int:
+        """Bytes of the arrays that are made when so many elements come, 0 where they fit (levels above 0 are not counted)."""
+        capacity, count = self.capacity, self.count + max(more - len(self.vacant_S), 0)
+        return 0 if count <= capacity else max(count, capacity + capacity // 2) * self._each()
+
+    def _each(self) -> int:
+        """Bytes of an element without levels above 0."""
+        return self.stride + 8 * self.M + 29 + self.rerank * self.full_stride
+
     def _reserve(self, count: int, num_upper: int) -> None:
         if count >= 2**31 - 1:
             raise CapacityError(
@@ -191,18 +210,52 @@ class Storage:
 
     def _resize(self, capacity: int, num_upper: int) -> None:
         names = ["rows", "aux", "links", "first", "level", "label", "deleted"] + ["full"] * self.rerank
-        names = names if capacity > self.capacity or self.is_mapped else []
+        names = names if capacity != self.capacity or self.is_mapped else []
         try:
             grown = {name: _grown(getattr(self, name), capacity, self.count) for name in names}
             grown["upper"] = _grown(self.upper, num_upper, self.num_upper)
         except MemoryError as error:
-            each = self.stride + 8 * self.M + 29 + self.rerank * self.full_stride
-            raise CapacityError(f"no memory for {capacity:,} elements of {each:,} bytes") from error
+            raise CapacityError(f"no memory for {capacity:,} elements of {self._each():,} bytes") from error
         # Not before all of them are there.
         for name, array in grown.items():
             setattr(self, name, array)
         self.capacity = capacity
         self.describe()
+
+    def shrink(self) -> None:
+        """Give back what arrays have room for beyond what they hold. Where memory does not suffice for smaller ones, they stay."""
+        if self.capacity == self.count and len(self.upper) == self.num_upper:
+            return
+        with suppress(CapacityError):
+            self._resize(self.count, self.num_upper)
+
+    # Slots that are not used any more
+
+    def mark(self, slot_S: np.ndarray, *, deleted: bool) -> None:
+        """Let slots be deleted, or not. They must have been the other thing."""
+        self.deleted[slot_S] = deleted
+        self.graph[layout.NUM_DELETED] += len(slot_S) if deleted else -len(slot_S)
+        self.version += 1
+
+    def vacate(self, slot_S: np.ndarray) -> None:
+        """Note that deleted slots (rising) are in no list any more. Kernels see that from their level, which is ~level until `refill`."""
+        self.label[slot_S] = -1
+        self.level[slot_S] = ~self.level[slot_S]
+        self.vacant_S = np.union1d(self.vacant_S, slot_S)
+        self.version += 1
+
+    def refill(self, count: int, vector_ND: np.ndarray, label_N: np.ndarray) -> np.ndarray:
+        """Take elements in at the first ``count`` slots that are vacant, on their levels, without links; the slots."""
+        slot_S = self.vacant_S[:count]
+        if not count:
+            return slot_S
+        self.own()
+        # Before anything changes: there may be no memory for it.
+        self.put_encoded(slot_S, self.encode(vector_ND))
+        self.vacant_S = self.vacant_S[count:]
+        self.label[slot_S], self.level[slot_S] = label_N, ~self.level[slot_S]
+        self.mark(slot_S, deleted=False)
+        return slot_S
 
     def lists_of(self, slot_S: np.ndarray) -> np.ndarray:
         """Rows of `upper` that belong to slots."""
@@ -226,23 +279,26 @@ class Storage:
         self.graph[layout.ENTRY] = new_N[self.graph[layout.ENTRY]]
         self.count, self.num_upper = len(slot_S), len(lists)
         self.graph[layout.NUM_DELETED] = int(self.deleted[: self.count].sum())
+        self.vacant_S = np.empty(0, np.int64)
         self.describe()
 
     # Marks of searches
 
     def take_marks(self) -> np.ndarray:
         """An array of marks, uint8 [C + 1], for one thread; give it back."""
-        with self._marks_lock:
-            while self._marks:
+        # No lock: two threads never pop one array, and another process that is forked here finds none held.
+        while True:
+            try:
                 marks = self._marks.pop()
-                if len(marks) == self.capacity + 1:
-                    return marks
+            except IndexError:
+                break
+            if len(marks) == self.capacity + 1:
+                return marks
         return np.zeros(self.capacity + 1, np.uint8)
 
     def give_marks(self, marks: np.ndarray) -> None:
         """Let the next search use these marks."""
-        with self._marks_lock:
-            self._marks.append(marks)
+        self._marks.append(marks)
 
     # On disk
 
@@ -250,6 +306,8 @@ class Storage:
         """What is saved, by name."""
         count = self.count
         found = {name: getattr(self, name)[:count] for name in ("links", "first", "level", "label", "deleted", "rows")}
+        if len(self.vacant_S):
+            found["level"] = np.where(found["level"] < 0, ~found["level"], found["level"])
         found["upper"] = self.upper[: self.num_upper]
         if self.dtype == "i8":
             found["aux"] = self.aux[:count]

@@ -7,6 +7,7 @@
     swap      the files in use, and how new ones take their place
     requests  JSON in: what a request may be
     answers   what is computed for it
+    writes    the same for changes of an index of vectors (`anabranch.graph.live`)
     gate      how many at once, and for how long
     app       routes; `metrics` and `openapi` are what the names say
     server    the process: socket, signals, graceful stop
@@ -22,5 +23,6 @@ from anabranch.graph.serve.app import create_app
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.server import run
 from anabranch.graph.serve.sources import Sources
+from anabranch.graph.serve.writes import Writes
 
-__all__ = ["Limits", "Sources", "create_app", "run"]
+__all__ = ["Limits", "Sources", "Writes", "create_app", "run"]

@@ -20,13 +20,13 @@ def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
     if wanted.names is not None:
         own = _by_name(held.names, wanted.names, "names")
     if own is not None:
-        known = np.fromiter((id in index for id in own.tolist()), bool, len(own))
+        known = (own >= 0) & index.contains(np.maximum(own, 0))
         if not known.all():
             raise _unknown("ids", own, known, f"the {len(index):,} vectors")
         query = index.vectors(own)
     else:
         assert wanted.vectors is not None
-        query = _fitting(wanted.vectors, index)
+        query = fitting(wanted.vectors, index)
     filter = _filter(wanted, held.names, index)
     # An element finds itself, and that is left out.
     k = wanted.k + (own is not None)
@@ -67,7 +67,8 @@ def _seeds(seeds: SeedSet, field: str, names: Names | None, num_nodes: int) -> n
     return ids
 
 
-def _fitting(vectors: np.ndarray, index: Any) -> np.ndarray:
+def fitting(vectors: np.ndarray, index: Any) -> np.ndarray:
+    """The same vectors. Raises RequestError unless the index can measure them."""
     if vectors.shape[1] != index.dim:
         raise RequestError(
             400, "invalid_request", f"vectors have {vectors.shape[1]} numbers each, those of the index {index.dim}",

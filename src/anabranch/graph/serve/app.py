@@ -7,7 +7,8 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,15 +17,27 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anabranch.errors import AnabranchError, CapacityError
+from anabranch.errors import AnabranchError, CapacityError, DataError
 from anabranch.graph.serve.answers import answer_ppr, answer_search
 from anabranch.graph.serve.gate import FullError, Gate, LateError
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.metrics import Metrics
-from anabranch.graph.serve.openapi import describe
+from anabranch.graph.serve.openapi import STARTS, describe
 from anabranch.graph.serve.requests import RequestError, parse, read_ppr, read_search
 from anabranch.graph.serve.sources import Loaded, Sources
 from anabranch.graph.serve.swap import Holder
+from anabranch.graph.serve.writes import (
+    WRITERS,
+    answer_delete,
+    answer_upsert,
+    check_sender,
+    live_of,
+    read_delete,
+    read_upsert,
+)
+
+if TYPE_CHECKING:
+    from anabranch.graph.live import LiveIndex
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,9 +55,15 @@ class Serving:
 
     def __init__(self, sources: Sources, limits: Limits, token: str | None) -> None:
         self.limits, self.token = limits, token
-        self.metrics, self.gate = Metrics(), Gate(limits)
+        self.metrics, self.gate = Metrics(self._live), Gate(limits)
+        # Changes wait for the disk, so they have threads of their own.
+        self.write_gate = Gate(replace(limits, concurrency=WRITERS))
         self.holder = Holder(sources, self._reloaded)
         self.is_stopping = False
+
+    def _live(self) -> "LiveIndex | None":
+        current = self.holder.current
+        return None if current is None or current.vectors is None else current.vectors.live
 
     def _reloaded(self, worked: bool) -> None:
         self.metrics.reloaded(self.holder.current if worked else None)
@@ -63,40 +82,51 @@ class Serving:
         name: str,
         read: Callable[[dict[str, Any], Limits], T],
         compute: Callable[[Loaded, T], dict[str, Any]],
+        *,
+        is_write: bool = False,
     ) -> Response:
         """One request from its body to its answer."""
         deadline = time.monotonic() + self.limits.timeout_s
         # What it begins with, it ends with.
-        loaded = self.loaded()
+        loaded, gate = self.loaded(), self.write_gate if is_write else self.gate
         # Say so before the body is read.
-        if self.gate.is_full:
-            raise self._full()
+        if is_write:
+            live_of(loaded)
+        if gate.is_full:
+            raise self._full(gate)
         body = await self._body(request, deadline)
 
         def work() -> bytes:
             found = compute(loaded, read(parse(body), self.limits))
-            self.metrics.queries(name, len(found["results"]))
+            if not is_write:
+                self.metrics.queries(name, len(found["results"]))
             return json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
         try:
             self.metrics.in_flight.inc()
-            return Response(await self.gate.run(work, deadline), media_type=JSON)
+            return Response(await gate.run(work, deadline), media_type=JSON)
         except FullError:
-            raise self._full() from None
+            raise self._full(gate) from None
         except LateError:
+            after = "it may be made all the same, and can be sent again" if is_write else "ask for less at once"
             raise RequestError(
-                503, "timeout", f"the answer took longer than {self.limits.timeout_s:g} s; ask for less at once",
+                503, "timeout", f"the answer took longer than {self.limits.timeout_s:g} s; {after}",
                 headers={"Retry-After": RETRY_S},
             ) from None  # fmt: skip
         except (CapacityError, MemoryError) as error:
-            raise RequestError(503, "no_memory", f"no memory for this: {error}") from None
+            raise RequestError(503, "no_memory", f"no room for this: {error}") from None
+        except DataError as error:
+            if not is_write:
+                raise RequestError(400, "invalid_request", str(error)) from None
+            logger.error("a change was not taken: %s", error)
+            raise RequestError(503, "not_written", str(error), headers={"Retry-After": RETRY_S}) from None
         except AnabranchError as error:
             raise RequestError(400, "invalid_request", str(error)) from None
         finally:
             self.metrics.in_flight.dec()
 
-    def _full(self) -> RequestError:
-        most = self.limits.concurrency + self.limits.waiting
+    def _full(self, gate: Gate) -> RequestError:
+        most = gate.room
         return RequestError(
             429, "busy", f"{most} requests are under way or waiting, which is the limit; try again",
             headers={"Retry-After": RETRY_S},
@@ -156,6 +186,14 @@ def create_app(
     async def ppr(request: Request) -> Response:
         return await serving(request).answer(request, "ppr", read_ppr, answer_ppr)
 
+    async def upsert(request: Request) -> Response:
+        check_sender(request, sources.writes)
+        return await serving(request).answer(request, "upsert", read_upsert, answer_upsert, is_write=True)
+
+    async def delete(request: Request) -> Response:
+        check_sender(request, sources.writes)
+        return await serving(request).answer(request, "delete", read_delete, answer_delete, is_write=True)
+
     async def info(request: Request) -> Response:
         shown = {name: getattr(limits, name) for name in Limits.__dataclass_fields__}
         return JSONResponse({**serving(request).loaded().to_dict(), "limits": shown})
@@ -193,10 +231,14 @@ def create_app(
         await asyncio.gather(*tasks, return_exceptions=True)
         made.holder.close()
         made.gate.close()
+        made.write_gate.close()
 
     routes = [
-        Route("/v1/search", search, methods=["POST"]),
-        Route("/v1/ppr", ppr, methods=["POST"]),
+        *(
+            Route(f"{start}/{name}", endpoint, methods=["POST"])
+            for name, endpoint in (("search", search), ("ppr", ppr), ("upsert", upsert), ("delete", delete))
+            for start in STARTS
+        ),
         Route("/v1/info", info),
         Route("/healthz", health),
         Route("/readyz", ready),

@@ -27,7 +27,8 @@ class Gate:
     """Lets requests through to threads. `run` is called in the event loop."""
 
     def __init__(self, limits: Limits) -> None:
-        self._room = limits.concurrency + limits.waiting
+        # Requests that may be under way or waiting.
+        self.room = limits.concurrency + limits.waiting
         self._threads = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="answer")
         # Requests under way or waiting.
         self.taken = 0
@@ -35,7 +36,7 @@ class Gate:
     @property
     def is_full(self) -> bool:
         """Whether another request would be turned away."""
-        return self.taken >= self._room
+        return self.taken >= self.room
 
     async def run(self, work: Callable[[], T], deadline: float) -> T:
         """``work()`` in a thread, by ``deadline`` (of `time.monotonic`).

@@ -2,11 +2,18 @@
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client import generate_latest as _render
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from anabranch.graph.serve.sources import Loaded
+
+if TYPE_CHECKING:
+    from anabranch.graph.live import LiveIndex
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, math.inf)
 
@@ -16,13 +23,19 @@ class Metrics:
 
     ``anabranch_requests_total`` by endpoint and status, ``anabranch_request_seconds`` by endpoint, ``anabranch_queries_total`` (vectors and
     seed sets answered) by endpoint, ``anabranch_refused_total`` by reason, ``anabranch_in_flight``, ``anabranch_reloads_total`` by outcome,
-    ``anabranch_generation``, ``anabranch_loaded_timestamp_seconds``, ``anabranch_vectors``, ``anabranch_nodes``, and those of the process.
+    ``anabranch_generation``, ``anabranch_loaded_timestamp_seconds``, ``anabranch_vectors``, ``anabranch_nodes``, those of the process, and
+    where changes are taken those of `_Written`.
+
+    Args:
+        live: what takes changes now, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, live: "Callable[[], LiveIndex | None]" = lambda: None) -> None:
+        self._live = live
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
+        registry.register(_Written(live))
         self._requests = Counter(
             "anabranch_requests", "Requests answered.", ["endpoint", "status"], registry=registry
         )  # fmt: skip
@@ -58,9 +71,57 @@ class Metrics:
         if new is not None:
             self._generation.set(new.generation)
             self._loaded_at.set(new.loaded_at)
-            self._vectors.set(0 if new.vectors is None else new.vectors.about["vectors"])
+            self._vectors.set(0 if new.vectors is None else len(new.vectors.index))
             self._nodes.set(0 if new.scores is None else new.scores.num_nodes)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
+        live = self._live()
+        if live is not None:
+            self._vectors.set(len(live))
         return _render(self.registry)
+
+
+class _Written(Collector):
+    """What was changed.
+
+    ``anabranch_upserted_total`` and ``anabranch_deleted_total`` (vectors), ``anabranch_log_writes_total``, ``anabranch_log_bytes``,
+    ``anabranch_log_syncs_total``, ``anabranch_log_sync_seconds_total``, ``anabranch_log_failed`` (1 where no changes are taken any more),
+    ``anabranch_snapshots_total`` by outcome, ``anabranch_snapshot_timestamp_seconds``.
+    """
+
+    def __init__(self, live: "Callable[[], LiveIndex | None]") -> None:
+        self._live = live
+
+    def describe(self) -> list[Metric]:
+        """None beforehand."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """See `Collector`."""
+        live = self._live()
+        if live is None:
+            return
+        counts = live.counts
+        for name, about, value in (
+            ("upserted", "Vectors that came or moved.", counts.upserted),
+            ("deleted", "Vectors that went.", counts.deleted),
+            ("log_writes", "Writes to the log, each of one or more requests.", counts.writes),
+            ("log_syncs", "How often the disk was waited for.", counts.syncs),
+            ("log_sync_seconds", "Time that took.", counts.sync_s),
+        ):
+            yield CounterMetricFamily(f"anabranch_{name}", about, value=value)
+        snapshots = CounterMetricFamily("anabranch_snapshots", "Attempts to write a snapshot.", labels=["outcome"])
+        snapshots.add_metric(["done"], counts.snapshots)
+        snapshots.add_metric(["failed"], counts.failed)
+        yield snapshots
+        for name, about, value in (
+            ("log_bytes", "Bytes of the log since the last snapshot.", live.log_bytes),
+            ("log_failed", "1 where no changes are taken any more.", float(live.failure is not None)),
+            (
+                "snapshot_timestamp_seconds",
+                "When the last snapshot was written; 0 for not since the start.",
+                counts.snapshot_at,
+            ),
+        ):
+            yield GaugeMetricFamily(f"anabranch_{name}", about, value=value)

@@ -6,6 +6,9 @@ from anabranch import __version__
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.requests import default_k
 
+# Paths of requests begin with these; clients that are to last name the version.
+STARTS = ("/v1", "")
+
 ERRORS = {
     400: "The request is not JSON, or a field has a value it may not have, or is over a limit.",
     404: "An id or name is unknown, or nothing of this kind is served.",
@@ -17,24 +20,26 @@ ERRORS = {
 }
 
 
+WRITES_SAY = {
+    401: "The token is missing or wrong.",
+    403: "The server takes no changes, or not from a page of another site.",
+    409: "The index holds as many vectors as it may.",
+}
+POST = {
+    "search": ("Search", "Nearest neighbours of vectors, or of elements of the index"),
+    "ppr": ("Ppr", "Nodes most related to a set of seeds, by personalised PageRank"),
+    "upsert": (
+        "Upsert",
+        "Bring vectors in, or move those whose ids are there; the answer says that they are on the disk",
+    ),
+    "delete": ("Delete", "Take vectors out by id; the answer says that it is on the disk"),
+}
+WRITES = ("upsert", "delete")
+
+
 def describe(limits: Limits) -> dict[str, Any]:
     """OpenAPI 3.1, as JSON."""
-    post = {"search": ("Search", "Nearest neighbours of vectors, or of elements of the index"),
-            "ppr": ("Ppr", "Nodes most related to a set of seeds, by personalised PageRank")}  # fmt: skip
-    paths: dict[str, Any] = {
-        f"/v1/{name}": {
-            "post": {
-                "operationId": name,
-                "summary": about,
-                "requestBody": {"required": True, "content": _json(_ref(f"{schema}Request"))},
-                "responses": {
-                    "200": {"description": "The results.", "content": _json(_ref(f"{schema}Response"))},
-                    **_errors(*ERRORS),
-                },
-            }
-        }
-        for name, (schema, about) in post.items()
-    }
+    paths: dict[str, Any] = {f"{start}/{name}": _post(name, start) for name in POST for start in STARTS}
     paths["/v1/info"] = _get("info", "What is served, and the limits")
     paths["/healthz"] = _get("healthz", "Whether the process is alive")
     paths["/readyz"] = _get("readyz", "Whether it answers requests; 503 if not", 503)
@@ -62,8 +67,28 @@ def describe(limits: Limits) -> dict[str, Any]:
     }
 
 
+def _post(name: str, start: str) -> dict[str, Any]:
+    schema, about = POST[name]
+    is_write = name in WRITES
+    more: dict[str, Any] = {"security": [{}, {"token": []}]} if is_write else {}
+    return {
+        "post": {
+            "operationId": name if start else f"{name}_unversioned",
+            "summary": about,
+            "requestBody": {"required": True, "content": _json(_ref(f"{schema}Request"))},
+            "responses": {
+                "200": {"description": "The results.", "content": _json(_ref(f"{schema}Response"))},
+                **_errors(*ERRORS),
+                **(_errors(401, 403, 409, of=WRITES_SAY) if is_write else {}),
+            },
+            **more,
+        }
+    }
+
+
 def _schemas(limits: Limits) -> dict[str, Any]:
     ids, names = _list({"type": "integer"}), _list({"type": ["string", "integer"]})
+    id, count = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, {"type": "integer", "minimum": 0}
     k = {"type": "integer", "minimum": 1, "maximum": limits.k, "default": default_k(limits)}
     seeds = {
         "seeds": {"oneOf": [{"type": "integer"}, _list({"type": "integer"}, limits.seeds)]},
@@ -102,6 +127,27 @@ def _schemas(limits: Limits) -> dict[str, Any]:
             "properties": {**seeds, "queries": _list(_ref("SeedSet"), limits.batch, "Several sets of seeds."), "k": k},
         },
         "PprResponse": _response("scores", "Highest score first; only nodes that can be reached."),
+        "UpsertRequest": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["ids", "vectors"],
+            "properties": {
+                "ids": {**_list(id, limits.batch, "One for each vector."), "uniqueItems": True},
+                "vectors": _list(_list({"type": "number"}), limits.batch, "As long as those of the index."),
+            },
+        },
+        "UpsertResponse": _changed(
+            {"upserted": count, "new": {**count, "description": "Those that were not there before."}}
+        ),
+        "DeleteRequest": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["ids"],
+            "properties": {"ids": {**_list(id, limits.batch), "uniqueItems": True}},
+        },
+        "DeleteResponse": _changed(
+            {"deleted": count, "missing": {"type": "array", "items": id, "description": "Those that were not there."}}
+        ),
         "Error": {
             "type": "object",
             "required": ["error"],
@@ -114,6 +160,20 @@ def _schemas(limits: Limits) -> dict[str, Any]:
             },
         },
     }  # fmt: skip
+
+
+def _changed(properties: dict[str, Any]) -> dict[str, Any]:
+    count = {"type": "integer", "minimum": 0}
+    return {
+        "type": "object",
+        "required": [*properties, "vectors", "number", "generation"],
+        "properties": {
+            **properties,
+            "vectors": {**count, "description": "How many the index holds now."},
+            "number": {**count, "description": "Of the write to the log, rising."},
+            "generation": count,
+        },
+    }
 
 
 def _response(measure: str, about: str) -> dict[str, Any]:
@@ -154,12 +214,13 @@ def _get(name: str, about: str, *errors: int, media: str = "application/json") -
     }
 
 
-def _errors(*statuses: int) -> dict[str, Any]:
+def _errors(*statuses: int, of: dict[int, str] | None = None) -> dict[str, Any]:
     known = {
         **ERRORS,
         401: "The token is missing or wrong.",
         403: "The server was started without a token.",
         409: "The files cannot be used; the old ones are still served.",
+        **(of or {}),
     }
     return {str(status): {"description": known[status], "content": _json(_ref("Error"))} for status in statuses}
 

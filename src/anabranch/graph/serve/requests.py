@@ -96,13 +96,13 @@ def parse(body: bytes) -> dict[str, Any]:
 
 def read_search(found: dict[str, Any], limits: Limits) -> Search:
     """A request for nearest neighbours. Raises RequestError."""
-    _known(found, {"vectors", "ids", "names", "k", "ef", "filter"}, "")
+    known_fields(found, {"vectors", "ids", "names", "k", "ef", "filter"}, "")
     given = [name for name in ("vectors", "ids", "names") if name in found]
     if len(given) != 1:
         what = "none is" if not given else f"{' and '.join(given)} are"
         raise RequestError(400, "invalid_request", f"give one of vectors, ids and names; {what} given")
-    vectors = _matrix(found["vectors"], "vectors", limits.batch) if given == ["vectors"] else None
-    ids = _ids(found["ids"], "ids", limits.batch) if given == ["ids"] else None
+    vectors = read_matrix(found["vectors"], "vectors", limits.batch) if given == ["vectors"] else None
+    ids = read_ids(found["ids"], "ids", limits.batch) if given == ["ids"] else None
     names = _names(found["names"], "names", limits.batch) if given == ["names"] else None
     ef = None if found.get("ef") is None else _count(found["ef"], "ef", limits.ef)
     by_id, by_name, is_exclude = _filter(found.get("filter"))
@@ -113,7 +113,7 @@ def read_search(found: dict[str, Any], limits: Limits) -> Search:
 
 def read_ppr(found: dict[str, Any], limits: Limits) -> Ppr:
     """A request for PageRank. Raises RequestError."""
-    _known(found, {"seeds", "names", "weights", "queries", "k"}, "")
+    known_fields(found, {"seeds", "names", "weights", "queries", "k"}, "")
     k = _count(found.get("k", default_k(limits)), "k", limits.k)
     if "queries" not in found:
         seeds = {name: value for name, value in found.items() if name != "k"}
@@ -125,7 +125,7 @@ def read_ppr(found: dict[str, Any], limits: Limits) -> Ppr:
     for query, name in zip(queries, names, strict=True):
         if not isinstance(query, dict):
             raise _wrong(name[:-1], f"{name[:-1]} is {_kind(query)}; it must be an object")
-        _known(query, {"seeds", "names", "weights"}, name)
+        known_fields(query, {"seeds", "names", "weights"}, name)
         sets.append(_seed_set(query, name, limits))
     return Ppr(sets, names, k)
 
@@ -139,7 +139,7 @@ def _seed_set(found: dict[str, Any], where: str, limits: Limits) -> SeedSet:
     if not isinstance(value, list):
         # One seed need not be a list.
         value = [value]
-    ids = _ids(value, field, limits.seeds) if given == ["seeds"] else None
+    ids = read_ids(value, field, limits.seeds) if given == ["seeds"] else None
     names = _names(value, field, limits.seeds) if given == ["names"] else None
     if found.get("weights") is None:
         return SeedSet(ids, names, np.ones(len(value)))
@@ -161,7 +161,7 @@ def _filter(found: Any) -> tuple[np.ndarray | None, list[Any] | None, bool]:
         return None, None, False
     if not isinstance(found, dict):
         raise _wrong("filter", f"filter is {_kind(found)}; it must be an object")
-    _known(found, {"ids", "names", "exclude"}, "filter.")
+    known_fields(found, {"ids", "names", "exclude"}, "filter.")
     given = [name for name in ("ids", "names") if name in found]
     if len(given) != 1:
         what = "both are" if given else "none is"
@@ -171,11 +171,12 @@ def _filter(found: Any) -> tuple[np.ndarray | None, list[Any] | None, bool]:
         raise _wrong("filter.exclude", f"filter.exclude is {_kind(exclude)}; it must be true or false")
     field = f"filter.{given[0]}"
     if given == ["ids"]:
-        return _ids(found["ids"], field, None), None, exclude
+        return read_ids(found["ids"], field, None), None, exclude
     return None, _names(found["names"], field, None), exclude
 
 
-def _matrix(value: Any, field: str, most: int) -> np.ndarray:
+def read_matrix(value: Any, field: str, most: int) -> np.ndarray:
+    """Rows of numbers, float32 [N, D]. Raises RequestError."""
     rows = _list(value, field, most)
     for number, row in enumerate(rows):
         if not isinstance(row, list):
@@ -205,7 +206,8 @@ def _floats(row: list[Any], field: str, dtype: Any) -> np.ndarray:
     return found
 
 
-def _ids(value: Any, field: str, most: int | None) -> np.ndarray:
+def read_ids(value: Any, field: str, most: int | None) -> np.ndarray:
+    """Whole numbers, int64 [N]. Raises RequestError."""
     found = _list(value, field, most)
     for place, id in enumerate(found):
         if type(id) is not int or not -(2**63) <= id < 2**63:
@@ -247,7 +249,8 @@ def _count(value: Any, field: str, most: int) -> int:
     return value
 
 
-def _known(found: dict[str, Any], known: set[str], where: str) -> None:
+def known_fields(found: dict[str, Any], known: set[str], where: str) -> None:
+    """Raise RequestError for a field that there is not."""
     for name in found:
         if name not in known:
             raise RequestError(

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +15,8 @@ from anabranch.graph.array_file import MAGIC, kind_of
 from anabranch.graph.names import Names, names_path, read_names
 
 if TYPE_CHECKING:
+    from anabranch.graph.live import LiveIndex
+    from anabranch.graph.serve.writes import Writes
     from anabranch.graph.store import Graph
 
 # To read files that change while they are read.
@@ -33,11 +36,22 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class Vectors:
-    """An index of vectors with its names."""
+    """An index of vectors with its names; what takes its changes, or why nothing does."""
 
     index: Any
     names: Names | None
     about: dict[str, Any]
+    live: "LiveIndex | None" = None
+    why_read_only: str = "it was started so"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is served, as it is now."""
+        found = {**self.about, "vectors": len(self.index)}
+        if self.live is not None:
+            found["writes"] = {
+                "fsync": self.live.fsync, "number": self.live.number, "log_bytes": self.live.log_bytes, "failure": self.live.failure,
+            }  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class Loaded:
         return {
             "generation": self.generation,
             "loaded_at": self.loaded_at,
-            "search": None if self.vectors is None else self.vectors.about,
+            "search": None if self.vectors is None else self.vectors.to_dict(),
             "ppr": None if self.scores is None else self.scores.about,
         }
 
@@ -78,6 +92,7 @@ class Sources:
         tol: of `PageRank`.
         rounds: of `PowerWalk`, a number or "auto".
         directed: how a list of edges is read, as in `read_graph`.
+        writes: how changes of the index of vectors are taken; None for not at all.
 
     Raises InputError without a path.
     """
@@ -92,12 +107,16 @@ class Sources:
         tol: float = 1e-6,
         rounds: Any = 2,
         directed: bool | None = None,
+        writes: "Writes | None" = None,
     ) -> None:
         if not paths:
             raise InputError("there is nothing to serve; name an index or a graph")
         self.paths = [Path(path) for path in paths]
         self.mmap, self.directed = mmap, directed
         self.alpha, self.method, self.tol, self.rounds = alpha, method, tol, rounds
+        self.writes = writes
+        # What takes changes now, over all loadings of one file.
+        self._live: LiveIndex | None = None
 
     def signature(self) -> tuple[Any, ...]:
         """Changes when a file does: inode, size and time of each, and of the names beside it."""
@@ -106,23 +125,42 @@ class Sources:
     def load(self, generation: int = 1) -> Loaded:
         """Read all files, and answer one request of each kind, so that kernels are compiled and pages are there.
 
+        An index that took changes stays; one that took some cannot be replaced by a new file, which would lose them.
+
         Raises DataError for a file that is missing, foreign or damaged, InputError where two files answer the same requests.
         """
         for _ in range(TRIES):
-            before = self.signature()
-            try:
-                found = self._load(generation)
-            except AnabranchError:
+            before, opened = self.signature(), ExitStack()
+            with opened:
+                try:
+                    found = self._load(generation, opened)
+                except AnabranchError:
+                    if self.signature() == before:
+                        raise
+                    continue
+                except MemoryError as error:
+                    raise CapacityError(f"no memory for {', '.join(map(str, self.paths))} ({error})") from error
                 if self.signature() == before:
-                    raise
-                continue
-            except MemoryError as error:
-                raise CapacityError(f"no memory for {', '.join(map(str, self.paths))} ({error})") from error
-            if self.signature() == before:
-                return found
+                    self._replace(None if found.vectors is None else found.vectors.live)
+                    opened.pop_all()
+                    return found
         raise DataError(f"files change faster than they can be read: {', '.join(map(str, self.paths))}")
 
-    def _load(self, generation: int) -> Loaded:
+    def close(self) -> None:
+        """Take no changes any more; what was taken is on the disk."""
+        if self._live is not None:
+            self._live.close()
+
+    def _replace(self, live: "LiveIndex | None") -> None:
+        """Let changes go to another index from now on. Raises DataError if the one before took some meanwhile."""
+        old = self._live
+        if old is live:
+            return
+        if old is not None and not old.retire():
+            raise DataError(_taken(old))
+        self._live = live
+
+    def _load(self, generation: int, opened: ExitStack) -> Loaded:
         by_role: dict[str, list[tuple[Path, str | None]]] = {}
         for path in self.paths:
             kind = _kind(path)
@@ -140,12 +178,18 @@ class Sources:
         scores: Scores | None = None
         if graph is not None:
             scores = GraphScores(graph, self) if walks is None else WalkScores(walks, graph, self)
-        return Loaded(None if index is None else self._vectors(index), scores, generation)
+        return Loaded(None if index is None else self._vectors(index, opened), scores, generation)
 
-    def _vectors(self, path: Path) -> Vectors:
-        from anabranch.graph.hnsw import HNSW
+    def _vectors(self, path: Path, opened: ExitStack) -> Vectors:
+        from anabranch.graph.live import open_index
 
-        index = HNSW.load(path, mmap=self.mmap)
+        live, index, why = None, None, "it was started so"
+        if self.writes is not None and names_path(path).exists():
+            why = "its elements have names, which a change cannot bring along"
+        elif self.writes is not None:
+            live = self._live_of(path, opened)
+            index = live.index
+        index = open_index(path, mmap=self.mmap) if index is None else index
         names = read_names(path, index.ids)
         if len(index):
             first = index.ids[:1]
@@ -155,7 +199,33 @@ class Sources:
             "file": str(path), "vectors": len(index), "dim": index.dim, "metric": index.metric, "dtype": index.dtype,
             "named": names is not None,
         }  # fmt: skip
-        return Vectors(index, names, about)
+        return Vectors(index, names, about, live, why)
+
+    def _live_of(self, path: Path, opened: ExitStack) -> "LiveIndex":
+        """What takes changes of a file: the one that does already, unless the file was replaced."""
+        from anabranch.graph.live import LiveIndex
+
+        assert self.writes is not None
+        if self._live is not None and self._live.path == path and self._live.is_of_this_file():
+            return self._live
+        if self._live is not None and self._live.has_changes:
+            raise DataError(_taken(self._live))
+        live = LiveIndex.open(
+            path,
+            fsync=self.writes.fsync,
+            snapshot_bytes=self.writes.snapshot_bytes,
+            most=self.writes.vectors,
+            mmap=self.mmap,
+        )
+        opened.callback(live.close)
+        return live
+
+
+def _taken(live: "LiveIndex") -> str:
+    return (
+        f"{live.path} was replaced, and {live.number:,} changes were taken of the old one; stop the server, and move the folder with "
+        "the changes away to begin with the new file"
+    )
 
 
 class GraphScores:

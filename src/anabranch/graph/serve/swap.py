@@ -69,5 +69,6 @@ class Holder:
             last = now
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and take no changes any more."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self.sources.close()

@@ -1,0 +1,184 @@
+"""``anabranch graph remove`` and ``anabranch graph update``: take elements out of an index, bring some in, or move them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.graph.inputs import element_ids, numbers
+from anabranch.cli.graph.options import Threads, check_extra
+from anabranch.cli.graph.waiting import waiting
+from anabranch.cli.options import FLAG, AsJson, Quiet
+from anabranch.cli.output import fact, print_json, size, wrote
+from anabranch.errors import DataError, InputError
+from anabranch.files import check_apart
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from anabranch.graph import HNSW
+    from anabranch.graph.names import Names
+
+Index = Annotated[str, typer.Argument(metavar="INDEX", help="An index that anabranch graph index made.")]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the changed index here. Default: in the place of INDEX.")
+]
+
+
+def remove(
+    index: Index,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Elements to take out, by name or id.")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(metavar="I,J", help="The same by id, e.g. 0,7 or 0-9.")] = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", metavar=FLAG, help="Take all that was deleted out of the file, too.")
+    ] = False,
+    out: Out = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take elements out of an index.
+
+    They are not found any more. Once a fifth of all is deleted, or with --compact, they are out of the file too.
+
+    Example: anabranch graph remove index.anb --rows 0,7 --compact
+    """
+    check_extra()
+    made, called = _opened(index, out, threads, quiet)
+    if names and rows is not None:
+        raise InputError("name elements, or give --rows, one of them")
+    if not names and rows is None and not compact:
+        raise InputError("nothing to take out; give names or --rows 0,7 (or --compact for what is deleted already)")
+    import numpy as np
+
+    ids = element_ids(called, names) if names else numbers(rows) if rows is not None else np.empty(0, np.int64)
+    before = made.stats()
+    with waiting("taking out", quiet):
+        made.remove(ids)
+        if compact:
+            made.compact(num_threads=threads)
+    _save(made, called, index, out)
+    after = made.stats()
+    facts = {
+        "index": index, "removed": len(ids), "vectors": len(made), "deleted": after["deleted"],
+        "size_bytes": {"before": before["size_bytes"], "after": after["size_bytes"]}, "wrote": str(out or index),
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+        return
+    fact("removed", f"{len(ids):,} of {before['count']:,}   {after['deleted']:,} deleted ones are still in the file")
+    wrote(f"{out or index} ({size(after['size_bytes'])})", f"anabranch graph search {out or index} --check")
+
+
+def update(
+    index: Index,
+    vectors: Annotated[
+        str,
+        typer.Argument(metavar="VECTORS", help="Vectors: .npy, .npz, .parquet, .csv, .tsv, .anb, with names or not."),
+    ],
+    rows: Annotated[
+        str | None, typer.Option(metavar="I,J", help="Their ids, e.g. 0,7 or 0-9. Default: what they are called.")
+    ] = None,
+    out: Out = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring vectors into an index, or move those that are there.
+
+    A vector that is called as an element moves that; others come in anew, those without a name or number after the largest id.
+
+    Example: anabranch graph update index.anb more.npy
+    """
+    check_extra()
+    from anabranch.cli.graph.vectors import read_vectors
+
+    made, called = _opened(index, out, threads, quiet, vectors)
+    found = read_vectors(vectors)
+    if found.array.shape[1] != made.dim:
+        raise InputError(f"{vectors} has vectors of {found.array.shape[1]} numbers, the index of {made.dim}")
+    ids, called = _ids(found.names, len(found.array), rows, made, called, vectors)
+    before = len(made)
+    with waiting("bringing in", quiet):
+        made.add(found.array, ids, update=True, repair=True, num_threads=threads)
+    _save(made, called, index, out)
+    new = len(made) - before
+    facts = {
+        "index": index, "new": new, "moved": len(found.array) - new, "vectors": len(made), "wrote": str(out or index),
+        "size_bytes": made.stats()["size_bytes"],
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+        return
+    fact("updated", f"{new:,} new, {len(found.array) - new:,} moved   {len(made):,} vectors")
+    wrote(f"{out or index} ({size(facts['size_bytes'])})", f"anabranch graph search {out or index} --check")
+
+
+def _opened(index: str, out: Path | None, threads: int | None, quiet: bool, *read: str) -> tuple[HNSW, Names | None]:
+    """The index, with what a server changed, and its names; after a look at what would be written over."""
+    from anabranch.graph.live import check_unchanged, open_index
+    from anabranch.graph.names import names_path, read_names
+
+    if out is not None:
+        check_apart([out, names_path(out)], [index, names_path(index), *read])
+    check_unchanged(out or index)
+    with waiting(f"reading {index}", quiet):
+        made = open_index(index, num_threads=threads)
+    return made, read_names(index, made.ids)
+
+
+def _ids(
+    titles: np.ndarray | None, count: int, rows: str | None, made: HNSW, called: Names | None, source: str
+) -> tuple[np.ndarray | None, Names | None]:
+    """Ids of vectors, None for new ones, and the names of the index with those that come."""
+    import numpy as np
+
+    from anabranch.graph.names import Names
+
+    if rows is not None:
+        ids = numbers(rows)
+        if len(ids) != count:
+            raise InputError(f"--rows names {len(ids):,} elements, {source} has {count:,} vectors")
+        if called is not None and ids.max() >= len(called):
+            raise InputError(
+                f"--rows names {ids.max()}, and the index has {len(called):,} names; new elements need one"
+            )
+        return ids, called
+    if called is None:
+        if titles is not None and titles.dtype.kind not in "iu":
+            raise InputError(f"{source} calls vectors by names, the index by ids; say which they are with --rows")
+        return (None if titles is None else np.asarray(titles, np.int64)), None
+    if titles is None:
+        raise InputError(f"the elements of the index have names, and the vectors of {source} have none")
+    known = {name: number for number, name in enumerate(called.array.tolist())}
+    listed = [_like(name, called, source) for name in titles.tolist()]
+    new = [name for name in listed if name not in known]
+    known |= {name: len(called) + number for number, name in enumerate(new)}
+    return np.array([known[name] for name in listed], np.int64), Names(
+        [*called.array.tolist(), *new]
+    ) if new else called
+
+
+def _like(name: Any, called: Names, source: str) -> Any:
+    """A name as the index has them: numbers, or text."""
+    if called.array.dtype.kind not in "iu":
+        return str(name)
+    if not isinstance(name, int):
+        raise DataError(f"{source} has a vector called {name!r:.80}; the index calls its elements by numbers")
+    return name
+
+
+def _save(made: HNSW, called: Names | None, index: str, out: Path | None) -> None:
+    from anabranch.graph.names import names_path, write_names
+
+    place = out or Path(index)
+    made.save(place)
+    if called is not None:
+        write_names(place, called)
+    else:
+        # Of an index that was there before.
+        names_path(place).unlink(missing_ok=True)

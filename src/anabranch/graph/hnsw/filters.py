@@ -1,0 +1,64 @@
+"""`Filter`: which elements a search may return, worked out once and used by any number of searches."""
+# Shapes: S slots in use
+
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from anabranch.graph.hnsw.checks import as_filter, as_filter_value
+from anabranch.graph.hnsw.slots import Slots
+
+
+@dataclass
+class Prepared:
+    """What a filter is on an index as it is now.
+
+    Attributes:
+        allowed_S: which slots it lets through, bool [S].
+        number: how many these are.
+    """
+
+    allowed_S: np.ndarray
+    number: int
+    _slots: np.ndarray | None = field(default=None, repr=False)
+
+    def slots(self, label_S: np.ndarray) -> np.ndarray:
+        """Those slots, rising by label."""
+        if self._slots is None:
+            slot_M = np.flatnonzero(self.allowed_S)
+            self._slots = slot_M[np.argsort(label_S[slot_M])]
+        return self._slots
+
+
+class Filter:
+    """Ids that a search may return. Made by `HNSW.prepare_filter`, and given to ``filter`` of `search` in place of what it was made of.
+
+    What it is on an index is worked out at the first search, and again when the index has changed since. It may be used with several
+    indexes, and by several threads at once.
+    """
+
+    def __init__(self, value: Any) -> None:
+        """Of a mask by id or a list of ids; a copy is kept. Raises InputError for other things."""
+        self._value = np.array(as_filter_value(value))
+        self._on: WeakKeyDictionary[Slots, tuple[int, Prepared]] = WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        if self._value.dtype == bool:
+            return f"Filter(a mask of {int(self._value.sum()):,} of {len(self._value):,} ids)"
+        return f"Filter({len(self._value):,} ids)"
+
+    def on(self, slots: Slots) -> Prepared:
+        """What it is on an index, whose lock the caller holds. Raises InputError for a mask that ends before the largest id."""
+        version, known = slots.version, self._on.get(slots)
+        if known is None or known[0] != version:
+            known = version, prepared(self._value, slots)
+            self._on[slots] = known
+        return known[1]
+
+
+def prepared(value: Any, slots: Slots) -> Prepared:
+    """What a filter is on an index. Raises InputError as `as_filter`."""
+    allowed_S = as_filter(value, slots.labels(), slots.live())
+    return Prepared(allowed_S, int(allowed_S.sum()))

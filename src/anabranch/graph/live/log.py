@@ -1,0 +1,336 @@
+"""A log of changes: frames with checksums in one file, written before a change is made and read back after a crash.
+
+    magic     8 bytes, b"ANABLOG1"
+    length    uint32, bytes of the header
+    header    JSON: ``dim``, ``base`` (which index it changes), ``segment`` (its number), ``first`` (number of its first frame), ``salt``
+    crc       uint32, CRC-32 of length and header
+    frames    one after the other
+
+A frame is what one write to the disk brings: the changes of one or more requests.
+
+    head      mark (4 bytes), length of the payload (uint32), number (uint64, one more than that of the frame before), their CRC-32
+    payload   changes: kind (uint32), count (uint32), ids int64 [count], and for an upsert float32 [count, dim]; little-endian
+    crc       uint32, CRC-32 of the payload
+
+Checksums begin with the header's salt, so that no client can send numbers that look like a frame.
+
+When a process or the power ends in the middle of a write, the last frame is torn: it ends before its length says, or has pieces of the
+disk (512 bytes) that were never written, which are zeros. Such a tail is cut off: nobody was told that it was there. Whatever else is
+wrong, a byte that changed in a frame or one that is missing in between, is damage, and an error that says where.
+"""
+# Shapes: N ids, D dimension
+
+import json
+import os
+import secrets
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from anabranch.errors import CapacityError, DataError
+from anabranch.files import atomic_file, explained, is_full, parse_json
+
+MAGIC = b"ANABLOG1"
+MARK = b"\xa7anb"
+HEAD = struct.Struct("<4sIQ")
+CRC = struct.Struct("<I")
+ITEM = struct.Struct("<II")
+HEAD_BYTES = HEAD.size + CRC.size
+# What a disk writes whole or not at all.
+SECTOR = 512
+UPSERT, DELETE = 1, 2
+MOST_HEADER = 1 << 16
+# Frames are read into memory whole.
+MOST_PAYLOAD = 1 << 31
+
+
+@dataclass(frozen=True)
+class Change:
+    """Elements that come or move (``vectors``, float32 [N, D]), or go (None). ``ids`` are int64 [N], each once."""
+
+    ids: np.ndarray
+    vectors: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a log says about itself.
+
+    Attributes:
+        dim: numbers of a vector.
+        base: fingerprint of the index file that its changes began with.
+        segment: its number among the logs of an index, from 1.
+        first: number of its first frame.
+        salt: of its checksums, hexadecimal.
+    """
+
+    dim: int
+    base: str
+    segment: int
+    first: int
+    salt: str
+
+    def seed(self) -> int:
+        """What checksums begin with."""
+        return zlib.crc32(bytes.fromhex(self.salt))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame that was read. ``end`` is the place behind it in the file."""
+
+    number: int
+    changes: list[Change]
+    end: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a log holds. ``size`` is where its last whole frame ends, ``torn`` how many bytes lie behind that."""
+
+    header: Header
+    frames: list[Frame]
+    size: int
+    torn: int
+
+
+def encode(changes: Sequence[Change]) -> bytes:
+    """The payload of a frame."""
+    parts: list[bytes] = []
+    for change in changes:
+        parts.append(ITEM.pack(DELETE if change.vectors is None else UPSERT, len(change.ids)))
+        parts.append(np.ascontiguousarray(change.ids, "<i8").tobytes())
+        if change.vectors is not None:
+            parts.append(np.ascontiguousarray(change.vectors, "<f4").tobytes())
+    return b"".join(parts)
+
+
+def decode(payload: bytes, dim: int) -> list[Change]:
+    """Changes of a payload. Raises ValueError where it is not one."""
+    changes, place = [], 0
+    while place < len(payload):
+        kind, count = ITEM.unpack_from(payload, place)
+        place += ITEM.size
+        size = 8 * count + (4 * count * dim if kind == UPSERT else 0)
+        if kind not in (UPSERT, DELETE) or place + size > len(payload):
+            raise ValueError(f"a change of kind {kind} with {count} ids")
+        ids = np.frombuffer(payload, "<i8", count, place).astype(np.int64)
+        vectors = None
+        if kind == UPSERT:
+            vectors = np.frombuffer(payload, "<f4", count * dim, place + 8 * count).astype(np.float32)
+            vectors = vectors.reshape(count, dim)
+        changes.append(Change(ids, vectors))
+        place += size
+    return changes
+
+
+class Log:
+    """A log that is written. One thread writes at a time; `sync` may be called beside it.
+
+    Attributes:
+        path: its file.
+        header: see `Header`.
+        size: bytes.
+        number: of the last frame; one less than ``header.first`` where there is none.
+        failure: why nothing can be written any more, or None.
+    """
+
+    def __init__(self, path: Path, header: Header, size: int, number: int) -> None:
+        self.path, self.header, self.size, self.number = path, header, size, number
+        self.failure: str | None = None
+        self.is_dirty = False
+        with explained(path):
+            self._handle: int | None = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+
+    @classmethod
+    def create(cls, path: Path, *, dim: int, base: str, segment: int, first: int) -> Self:
+        """Begin a file, which is there whole or not at all. Raises as `anabranch.files.atomic_file`."""
+        header = Header(dim, base, segment, first, secrets.token_hex(16))
+        text = json.dumps(header.__dict__).encode()
+        start = CRC.pack(len(text)) + text
+        with atomic_file(path, mode=0o600) as temporary:
+            temporary.write_bytes(MAGIC + start + CRC.pack(zlib.crc32(start)))
+        return cls(path, header, len(MAGIC) + len(start) + CRC.size, first - 1)
+
+    @classmethod
+    def resume(cls, path: Path, found: Read) -> Self:
+        """Go on behind what was read; a torn tail is cut off first. Raises DataError or CapacityError where that cannot be done."""
+        number = found.frames[-1].number if found.frames else found.header.first - 1
+        log = cls(path, found.header, found.size, number)
+        if found.torn:
+            assert log._handle is not None
+            with explained(path):
+                os.ftruncate(log._handle, found.size)
+                os.fsync(log._handle)
+        return log
+
+    def append(self, payload: bytes) -> int:
+        """Write a frame; its number. It need not be on the disk yet (`sync`).
+
+        Raises CapacityError or DataError where it cannot be written: then it is not there, or ``failure`` says that nothing can be written.
+        """
+        self.check()
+        assert self._handle is not None
+        seed, head = self.header.seed(), HEAD.pack(MARK, len(payload), self.number + 1)
+        frame = b"".join((head, CRC.pack(zlib.crc32(head, seed)), payload, CRC.pack(zlib.crc32(payload, seed))))
+        done, left = self.size, memoryview(frame)
+        try:
+            while left:
+                written = os.pwrite(self._handle, left, done)
+                done, left = done + written, left[written:]
+        except OSError as error:
+            self._take_back(error)
+            raise _told(self.path, error) from error
+        self.size, self.number, self.is_dirty = done, self.number + 1, True
+        return self.number
+
+    def _take_back(self, error: OSError) -> None:
+        """Cut off what was written of a frame. Where that fails too, a frame behind it would stand behind a torn one."""
+        assert self._handle is not None
+        try:
+            os.ftruncate(self._handle, self.size)
+        except OSError:
+            self.failure = f"{self.path} could not be written ({error.strerror}) nor cut back"
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk.
+
+        Raises DataError or CapacityError if it cannot be brought there. What the system then holds of the file is not known, so nothing
+        is written any more.
+        """
+        self.check()
+        if not self.is_dirty or self._handle is None:
+            return
+        self.is_dirty = False
+        try:
+            getattr(os, "fdatasync", os.fsync)(self._handle)
+        except OSError as error:
+            self.failure = f"{self.path} could not be brought to the disk ({error.strerror})"
+            raise _told(self.path, error) from error
+
+    def check(self) -> None:
+        """Raise DataError if nothing can be written any more."""
+        if self.failure is not None:
+            raise DataError(f"no changes are taken any more: {self.failure}; start again once the disk is well")
+
+    def close(self) -> None:
+        """Let go of the file; what was written stays."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def _told(path: Path, error: OSError) -> CapacityError | DataError:
+    if is_full(error):
+        return CapacityError(f"no room left on disk for {path}")
+    return DataError(f"cannot write {path}: {(error.strerror or str(error)).lower()}")
+
+
+def read_log(path: Path, *, is_last: bool) -> Read:
+    """All of a log.
+
+    Args:
+        path: the file.
+        is_last: whether it is the one that was being written; only its tail may be torn.
+
+    Raises DataError for a file that is missing, foreign or damaged; the message names the place.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    header, place = _read_header(path, content)
+    seed, frames, number = header.seed(), [], header.first
+    while place < len(content):
+        payload = _frame(content, place, number, seed)
+        if payload is None:
+            if is_last and _is_torn(content, place, number, seed):
+                break
+            raise DataError(
+                f"{path} is damaged at byte {place:,}, in change {number:,}: what it holds is not what was written; bring a copy of "
+                f"the folder back, or cut the file there (truncate -s {place}), which loses that change and all behind it"
+            )
+        end = place + HEAD_BYTES + len(payload) + CRC.size
+        try:
+            frames.append(Frame(number, decode(payload, header.dim), end))
+        except (ValueError, struct.error) as error:
+            # Its sum is right: written so by something else.
+            raise DataError(f"{path} holds what this release cannot read, at byte {place:,}: {error}") from error
+        place, number = end, number + 1
+    return Read(header, frames, place, len(content) - place)
+
+
+def _read_header(path: Path, content: bytes) -> tuple[Header, int]:
+    if not content.startswith(MAGIC):
+        raise DataError(f"{path} is not a log of changes (it does not start with {MAGIC.decode()})")
+    start = len(MAGIC)
+    damaged = DataError(f"{path} is damaged: its header is not what was written; bring a copy of the folder back")
+    if len(content) < start + 2 * CRC.size:
+        raise damaged
+    (length,) = CRC.unpack_from(content, start)
+    end = start + CRC.size + length
+    if length > MOST_HEADER or end + CRC.size > len(content):
+        raise damaged
+    if zlib.crc32(content[start:end]) != CRC.unpack_from(content, end)[0]:
+        raise damaged
+    try:
+        found: Any = parse_json(content[start + CRC.size : end])
+        header = Header(**found)
+        header.seed()
+        if not (header.dim > 0 and header.segment > 0 and header.first > 0):
+            raise ValueError(f"{found}")
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} has a header that this release cannot read: {error}") from error
+    return header, end + CRC.size
+
+
+def _head(content: bytes, place: int, seed: int) -> tuple[int, int] | None:
+    """Length and number of the frame that begins at a place; None where none does."""
+    if place + HEAD_BYTES > len(content):
+        return None
+    mark, length, number = HEAD.unpack_from(content, place)
+    (crc,) = CRC.unpack_from(content, place + HEAD.size)
+    if mark != MARK or length > MOST_PAYLOAD or zlib.crc32(content[place : place + HEAD.size], seed) != crc:
+        return None
+    return length, number
+
+
+def _frame(content: bytes, place: int, number: int, seed: int) -> bytes | None:
+    """The payload of a whole frame of this number at a place; None where there is none."""
+    found = _head(content, place, seed)
+    if found is None or found[1] != number:
+        return None
+    begin = place + HEAD_BYTES
+    end = begin + found[0]
+    if end + CRC.size > len(content):
+        return None
+    payload = content[begin:end]
+    return payload if zlib.crc32(payload, seed) == CRC.unpack_from(content, end)[0] else None
+
+
+def _is_torn(content: bytes, place: int, number: int, seed: int) -> bool:
+    """Whether what begins at a place can be what a broken-off write left: it ends too soon, or misses pieces; and no frame follows."""
+    follows = content.find(MARK, place + 1)
+    while follows >= 0:
+        if _head(content, follows, seed) is not None:
+            return False
+        follows = content.find(MARK, follows + 1)
+    if len(content) - place < HEAD_BYTES:
+        return True
+    found = _head(content, place, seed)
+    if found is not None and found[1] != number:
+        return False
+    if found is not None and place + HEAD_BYTES + found[0] + CRC.size > len(content):
+        return True
+    begin = place
+    while begin < len(content):
+        end = min(begin - begin % SECTOR + SECTOR, len(content))
+        if not any(content[begin:end]):
+            return True
+        begin = end
+    return False

@@ -1,0 +1,414 @@
+"""Changes over HTTP: what is taken, what is refused and how, and that kill -9 loses nothing that was acknowledged."""
+
+import contextlib
+import json
+import random
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from anabranch.errors import DataError, InputError
+from anabranch.graph import HNSW
+from anabranch.graph.live import live_folder, open_index
+from anabranch.graph.live.log import Log
+from anabranch.graph.names import Names, write_names
+from anabranch.graph.serve import Limits, Sources, Writes, create_app
+from hnsw_checks import drawn
+from server_process import started
+
+DIM, COUNT = 4, 40
+LIMITS = Limits(body_bytes=4096, batch=4, k=8, concurrency=2, waiting=2, timeout_s=5.0)
+VECTORS = drawn(400, DIM, 3)
+
+
+def saved(path, metric="l2", rows=None):
+    index = HNSW(DIM, metric, M=6, ef_construction=30, num_threads=1)
+    index.add(VECTORS[:COUNT] if rows is None else rows)
+    index.save(path)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    return saved(tmp_path / "index.anb")
+
+
+def served(path, writes=None, limits=LIMITS, **options):
+    client = TestClient(create_app(Sources([path], writes=writes or Writes()), limits, **options))
+    client.__enter__()
+    wait_until(lambda: client.get("/readyz").status_code == 200)
+    return client
+
+
+@pytest.fixture
+def client(path):
+    client = served(path)
+    yield client
+    client.__exit__(None, None, None)
+
+
+def wait_until(holds, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.02)
+
+
+def nearest(client, row, k=1, **more):
+    answer = client.post("/search", json={"vectors": [np.asarray(row).tolist()], "k": k, **more})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["results"][0]["ids"]
+
+
+def error_of(answer):
+    return answer.status_code, answer.json()["error"]["code"], answer.json()["error"]["message"]
+
+
+def metric(client, line):
+    lines = client.get("/metrics").text.splitlines()
+    return next((float(text.rsplit(" ", 1)[1]) for text in lines if text.startswith(line + " ")), None)
+
+
+# What is taken
+
+
+@pytest.mark.parametrize("start", ["", "/v1"])
+def test_what_was_brought_in_is_found_and_what_went_is_not(client, path, start):
+    body = {"ids": [7, 2**63 - 1], "vectors": VECTORS[100:102].tolist()}
+    answer = client.post(f"{start}/upsert", json=body)
+    assert answer.status_code == 200
+    assert answer.json() == {"upserted": 2, "new": 1, "vectors": COUNT + 1, "number": 1, "generation": 1}
+    assert nearest(client, VECTORS[100]) == [7]
+    assert nearest(client, VECTORS[101]) == [2**63 - 1]
+    assert client.post(f"{start}/upsert", json=body).json()["new"] == 0
+    answer = client.post(f"{start}/delete", json={"ids": [7, 8, 1000]})
+    assert answer.json() == {"deleted": 2, "missing": [1000], "vectors": COUNT - 1, "number": 3, "generation": 1}
+    assert not {7, 8} & set(nearest(client, VECTORS[100], 8))
+    assert client.post("/v1/search", json={"ids": [7]}).json()["error"]["code"] == "unknown_id"
+    assert len(open_index(path)) == COUNT - 1
+    found = client.get("/v1/info").json()["search"]
+    assert found["vectors"] == COUNT - 1
+    assert found["writes"] == {
+        "fsync": "always",
+        "number": 3,
+        "log_bytes": found["writes"]["log_bytes"],
+        "failure": None,
+    }
+
+
+def test_an_empty_index_may_be_filled(tmp_path):
+    HNSW(DIM, "cosine").save(tmp_path / "new.anb")
+    client = served(tmp_path / "new.anb")
+    assert nearest(client, VECTORS[0]) == []
+    assert client.post("/upsert", json={"ids": [3], "vectors": [[1, 2, 3, 4]]}).status_code == 200
+    assert nearest(client, [2, 4, 6, 8]) == [3]
+    client.__exit__(None, None, None)
+    assert open_index(tmp_path / "new.anb").ids.tolist() == [3]
+
+
+# What is refused
+
+GOOD = [[1, 2, 3, 4]]
+BAD = [
+    ("upsert", b"{", 400, "invalid_json", "not JSON"),
+    ("upsert", b'{"ids": [1], "vectors": [[1, 2, 3, NaN]]}', 400, "invalid_json", "NaN is no number of JSON"),
+    ("upsert", b'{"ids": [1], "vectors": [[1, 2, 3, -Infinity]]}', 400, "invalid_json", "Infinity"),
+    ("upsert", [], 400, "invalid_request", "it must be a JSON object"),
+    ("upsert", {}, 400, "invalid_request", "give ids and vectors; there are no ids"),
+    ("upsert", {"ids": [1]}, 400, "invalid_request", "there are no vectors"),
+    ("upsert", {"ids": [1], "vectors": GOOD, "k": 1}, 400, "invalid_request", "no field 'k'"),
+    ("upsert", {"ids": [], "vectors": []}, 400, "invalid_request", "ids is empty"),
+    ("upsert", {"ids": [1, 2], "vectors": GOOD}, 400, "invalid_request", "there are 2 ids for 1 vectors"),
+    ("upsert", {"ids": [1] * 5, "vectors": GOOD * 5}, 400, "over_limit", "ids has 5 entries; this server takes 4"),
+    ("upsert", {"ids": [1], "vectors": GOOD * 5}, 400, "over_limit", "vectors has 5 entries"),
+    ("upsert", {"ids": [4, 5, 4], "vectors": GOOD * 3}, 400, "invalid_request", "ids[2] is 4, which stands there before"),
+    ("upsert", {"ids": [-1], "vectors": GOOD}, 400, "invalid_request", "ids[0] is -1; ids are not negative"),
+    ("upsert", {"ids": [2**63], "vectors": GOOD}, 400, "invalid_request", "ids[0] is too large"),
+    ("upsert", {"ids": [1.0], "vectors": GOOD}, 400, "invalid_request", "ids[0] is the number 1.0"),
+    ("upsert", {"ids": [True], "vectors": GOOD}, 400, "invalid_request", "ids[0] is true"),
+    ("upsert", {"ids": ["1"], "vectors": GOOD}, 400, "invalid_request", "ids[0] is the text '1'"),
+    ("upsert", {"ids": 1, "vectors": GOOD}, 400, "invalid_request", "ids is the number 1; it must be a list"),
+    ("upsert", {"ids": [1], "vectors": [[1, 2, 3]]}, 400, "invalid_request", "vectors have 3 numbers each, those of the index 4"),
+    ("upsert", {"ids": [1, 2], "vectors": [*GOOD, [1]]}, 400, "invalid_request", "vectors[1] has 1 numbers"),
+    ("upsert", {"ids": [1], "vectors": [1, 2, 3, 4]}, 400, "invalid_request", "vectors[0] is the number 1"),
+    ("upsert", {"ids": [1], "vectors": [[1, 2, 3, None]]}, 400, "invalid_request", "vectors[0][3] is null"),
+    ("upsert", {"ids": [1], "vectors": [[1, 2, 3, 1e39]]}, 400, "invalid_request", "does not fit into a float32"),
+    ("upsert", {"ids": [1, 2], "vectors": [*GOOD, [1e19, 0, 0, 0]]}, 400, "invalid_request", "vectors[1] is longer than 1e+18"),
+    ("delete", {}, 400, "invalid_request", "give ids; there are none"),
+    ("delete", {"ids": []}, 400, "invalid_request", "ids is empty"),
+    ("delete", {"ids": [3, 3]}, 400, "invalid_request", "ids[1] is 3, which stands there before"),
+    ("delete", {"ids": [-2]}, 400, "invalid_request", "ids[0] is -2"),
+    ("delete", {"ids": [2**64]}, 400, "invalid_request", "ids[0] is too large"),
+    ("delete", {"ids": [0, 1, 2, 3, 4]}, 400, "over_limit", "ids has 5 entries"),
+    ("delete", {"ids": [1], "vectors": GOOD}, 400, "invalid_request", "no field 'vectors'"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    path = saved(tmp_path_factory.mktemp("untouched") / "index.anb")
+    client = served(path)
+    yield client
+    # None of them changed anything.
+    assert not live_folder(path).exists()
+    client.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(("name", "body", "status", "code", "message"), BAD)
+def test_bad_changes_are_refused_by_name(untouched, name, body, status, code, message):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = untouched.post(f"/{name}", content=content, headers={"Content-Type": "application/json"})
+    found = error_of(answer)
+    assert found[:2] == (status, code), found
+    assert message in found[2]
+    assert len(found[2]) < 300
+
+
+def test_bodies_methods_and_pages_of_others(untouched):
+    large = json.dumps({"ids": [1], "vectors": [[0.123456789] * 500]}).encode()
+    assert error_of(untouched.post("/upsert", content=large))[:2] == (413, "too_large")
+    answer = untouched.post("/delete", content=b'{"ids": [1]}', headers={"Content-Type": "text/plain"})
+    assert error_of(answer)[:2] == (415, "not_json")
+    assert error_of(untouched.get("/delete"))[:2] == (405, "wrong_method")
+    for origin in ("http://evil.example", "null"):
+        answer = untouched.post("/delete", json={"ids": [1]}, headers={"Origin": origin})
+        assert error_of(answer)[:2] == (403, "other_origin")
+
+
+def test_zero_has_no_direction(tmp_path):
+    client = served(saved(tmp_path / "index.anb", "cosine"))
+    answer = client.post("/upsert", json={"ids": [1], "vectors": [[0, 0, 0, 0]]})
+    assert error_of(answer)[::2] == (400, "vectors[0] is all zeros, which has no cosine")
+    client.__exit__(None, None, None)
+
+
+def test_a_token_is_asked_for_where_there_is_one(path):
+    client = served(path, Writes(token="secret"))
+    body = {"ids": [1]}
+    assert error_of(client.post("/delete", json=body))[:2] == (401, "wrong_token")
+    assert client.post("/delete", json=body, headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert client.post("/delete", json=body, headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert len(nearest(client, VECTORS[0])) == 1
+    client.__exit__(None, None, None)
+
+
+def test_a_server_may_only_read(path, tmp_path):
+    client = TestClient(create_app(Sources([path]), LIMITS))
+    with client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        assert error_of(client.post("/delete", json={"ids": [1]}))[:2] == (403, "read_only")
+        assert "writes" not in client.get("/v1/info").json()["search"]
+    write_names(path, Names([f"n{number}" for number in range(COUNT)]))
+    client = served(path)
+    assert "have names" in error_of(client.post("/upsert", json={"ids": [1], "vectors": GOOD}))[2]
+    client.__exit__(None, None, None)
+
+
+def test_an_index_that_is_full(path):
+    client = served(path, Writes(vectors=COUNT + 1))
+    assert client.post("/upsert", json={"ids": [100], "vectors": GOOD}).status_code == 200
+    assert error_of(client.post("/upsert", json={"ids": [101], "vectors": GOOD}))[:2] == (409, "index_full")
+    assert client.post("/upsert", json={"ids": [100], "vectors": GOOD}).status_code == 200
+    client.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("changes", [{"fsync": "no"}, {"fsync": -1.0}, {"snapshot_bytes": 0}, {"vectors": 1.5}])
+def test_settings_that_make_no_sense(changes):
+    with pytest.raises(InputError, match=next(iter(changes))):
+        Writes(**changes)
+
+
+def test_a_disk_that_fails_is_told_and_searches_go_on(client, monkeypatch):
+    assert client.post("/delete", json={"ids": [1]}).status_code == 200
+
+    def broken(self):
+        self.failure = "the disk is gone"
+        raise DataError(self.failure)
+
+    monkeypatch.setattr(Log, "sync", broken)
+    assert error_of(client.post("/delete", json={"ids": [2]}))[:2] == (503, "not_written")
+    monkeypatch.undo()
+    assert error_of(client.post("/delete", json={"ids": [3]}))[:2] == (503, "not_written")
+    assert nearest(client, VECTORS[0]) == [0]
+    assert metric(client, "anabranch_log_failed") == 1
+    assert client.get("/v1/info").json()["search"]["writes"]["failure"] == "the disk is gone"
+
+
+# What is told about it
+
+
+def test_metrics_of_changes(client):
+    client.post("/upsert", json={"ids": [1, 100], "vectors": VECTORS[100:102].tolist()})
+    client.post("/delete", json={"ids": [2, 3, 999]})
+    client.post("/delete", json={"ids": [-1]})
+    expected = {
+        "anabranch_upserted_total": 2, "anabranch_deleted_total": 2, "anabranch_log_writes_total": 2, "anabranch_log_syncs_total": 2,
+        "anabranch_log_failed": 0, "anabranch_vectors": COUNT - 1, 'anabranch_snapshots_total{outcome="done"}': 0,
+        'anabranch_requests_total{endpoint="/delete",status="400"}': 1,
+    }  # fmt: skip
+    assert {name: metric(client, name) for name in expected} == expected
+    assert metric(client, "anabranch_log_bytes") > 100
+    assert metric(client, "anabranch_log_sync_seconds_total") > 0
+
+
+def test_openapi_has_the_changes(client):
+    found = client.get("/openapi.json").json()
+    for path in ("/upsert", "/v1/upsert", "/delete", "/v1/delete", "/search"):
+        assert "post" in found["paths"][path]
+    upsert = found["components"]["schemas"]["UpsertRequest"]
+    assert upsert["required"] == ["ids", "vectors"]
+    assert upsert["properties"]["ids"]["maxItems"] == LIMITS.batch
+    assert {"401", "403", "409", "413", "429"} <= found["paths"]["/upsert"]["post"]["responses"].keys()
+
+
+# New files
+
+
+def test_a_reload_keeps_what_was_changed_and_refuses_a_file_that_would_lose_it(path):
+    client = served(path, token="t")
+    admin = {"headers": {"Authorization": "Bearer t"}}
+    # Nothing was changed yet: a new file is taken.
+    saved(path, rows=VECTORS[:20])
+    assert client.post("/admin/reload", **admin).json()["search"]["vectors"] == 20
+    assert client.post("/delete", json={"ids": [0]}).json()["generation"] == 2
+    answer = client.post("/admin/reload", **admin)
+    assert (answer.status_code, answer.json()["generation"], answer.json()["search"]["vectors"]) == (200, 3, 19)
+    assert client.post("/delete", json={"ids": [1]}).json()["vectors"] == 18
+    saved(path, rows=VECTORS[:30])
+    answer = client.post("/admin/reload", **admin)
+    assert answer.status_code == 409
+    assert "was replaced, and 2 changes were taken of the old one" in answer.json()["error"]["message"]
+    assert client.post("/delete", json={"ids": [2]}).json()["vectors"] == 17
+    client.__exit__(None, None, None)
+
+
+def test_a_request_to_an_index_that_was_replaced_meanwhile_is_not_lost(path):
+    source = Sources([path], writes=Writes())
+    old = source.load()
+    saved(path, rows=VECTORS[:20])
+    new = source.load(2)
+    assert new.vectors.live is not old.vectors.live
+    with pytest.raises(DataError, match="it was closed"):
+        old.vectors.live.delete([1])
+    new.vectors.live.delete([1])
+    source.close()
+    assert len(open_index(path)) == 19
+
+
+# A process of its own
+
+
+class Client(threading.Thread):
+    """Writes all of its ids with one version after the other, or takes all out, until the server is gone; knows what was acknowledged."""
+
+    def __init__(self, url, number, first):
+        super().__init__()
+        self.url, self.ids, self.version = url, list(range(1000 * number, 1000 * number + 3)), first
+        self.acked, self.tried = None, None
+
+    def run(self):
+        try:
+            with httpx.Client(timeout=30) as client:
+                while True:
+                    self.version += 1
+                    self.tried = None if self.version % 5 == 0 else self.version
+                    body = {"ids": self.ids}
+                    if self.tried is not None:
+                        body["vectors"] = [[self.version, number, self.ids[0], 1] for number in range(3)]
+                    answer = client.post(f"{self.url}/{'delete' if self.tried is None else 'upsert'}", json=body)
+                    assert answer.status_code == 200, answer.text
+                    self.acked = self.tried
+        except httpx.TransportError:
+            pass
+
+    def check(self, index):
+        known = index.contains(self.ids)
+        # All or none of what one request brought.
+        assert known.all() or not known.any()
+        if not known.any():
+            assert None in (self.acked, self.tried)
+            return
+        rows = index.vectors(self.ids)
+        assert len(set(rows[:, 0])) == 1
+        assert rows[0, 0] in (self.acked, self.tried)
+        np.testing.assert_array_equal(rows[:, 1:], [[number, self.ids[0], 1] for number in range(3)])
+
+
+def hostile(url, over):
+    """All that a client may do wrong, as fast as it can."""
+    host, port = url.removeprefix("http://").split(":")
+    head = b"POST /upsert HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    parts = (
+        head + b"Content-Length: 99999999\r\n\r\n",
+        head + b"Content-Length: 5000\r\n\r\n" + b"[" * 5000,
+        head + b"Content-Length: 40\r\n\r\n" + b'{"ids": [1], "vectors": [[1e999,1,1,1]]}',
+        head + b"Content-Length: 1000\r\n\r\n{",
+        b"\x00\xff nonsense\r\n\r\n",
+    )
+    held = []
+    with contextlib.suppress(OSError):
+        while not over.is_set():
+            for part in parts:
+                held.append(socket.create_connection((host, int(port)), timeout=30))
+                held[-1].sendall(part)
+            while len(held) > 40:
+                held.pop(0).close()
+    for connection in held:
+        connection.close()
+
+
+def drill(path, kills, pauses, *options):
+    """Start, write from three clients beside a hostile one, kill -9; again and again.
+
+    What the next start finds is what was acknowledged, or tried last.
+    """
+    clients, generator = [], random.Random(0)
+    for turn in range(kills + 1):
+        with started("graph", "serve", str(path), "--quiet", "--max-body", "8000", *options) as server:
+            if clients:
+                check(server.url, open_index(path), clients)
+            if turn == kills:
+                server.process.send_signal(signal.SIGTERM)
+                assert server.process.wait(30) == 0
+                assert server.log.read_text() == ""
+                return
+            clients, over = [Client(server.url, number + 1, 100 * turn) for number in range(3)], threading.Event()
+            threads = [*clients, threading.Thread(target=hostile, args=(server.url, over))]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda clients=clients, turn=turn: min(client.version for client in clients) > 100 * turn + 10)
+            time.sleep(generator.uniform(*pauses))
+            over.set()
+            server.process.send_signal(signal.SIGKILL)
+            for thread in threads:
+                thread.join(60)
+            assert "Traceback" not in server.log.read_text()
+
+
+def check(url, found, clients):
+    """That the files, and a server that has begun with them, hold what the clients know of."""
+    for one in clients:
+        one.check(found)
+    with httpx.Client(base_url=url, timeout=30) as http:
+        assert http.get("/v1/info").json()["search"]["vectors"] == len(found)
+        for one in clients:
+            if found.contains(one.ids).all():
+                assert nearest(http, found.vectors(one.ids[:1])[0]) == one.ids[:1]
+
+
+def test_kill_9_beside_a_hostile_client_loses_nothing_that_was_acknowledged(tmp_path):
+    drill(tmp_path / "new.anb", 1, (0, 0.05), "--dim", "4")
+    # Which it began, and leaves as it is.
+    assert len(HNSW.load(tmp_path / "new.anb")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsync", ["always", "never", "0.01"])
+def test_kill_9_again_and_again_beside_snapshots(path, fsync):
+    drill(path, 5, (0, 0.3), "--fsync", fsync, "--snapshot", "3000")
