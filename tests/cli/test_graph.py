@@ -232,6 +232,67 @@ def test_names_go_from_vectors_to_results(facts, run, place):
     assert read_names(place / "n.anb") is None
 
 
+def test_only_what_a_filter_lets_through_is_found(facts):
+    base = ("search", "v.anb", "--rows", "4", "-k", 6, "--ef", 300)
+    everything = facts(*base)["results"][0]["ids"]
+    assert facts(*base, "--without", f"{everything[0]},{everything[2]}")["results"][0]["ids"][:4] == [
+        id for id in everything if id not in (everything[0], everything[2])
+    ]
+    found = facts(*base, "--only", "10-19,290", "--check")
+    assert set(found["results"][0]["ids"]) <= {*range(10, 20), 290}
+    assert (len(found["results"][0]["ids"]), found["recall"]) == (6, 1.0)
+
+
+def test_elements_are_taken_out_brought_in_and_moved(facts, run, place):
+    rows = np.load(place / "v.npy")
+    facts("index", "v.npy", "--out", "c.anb", "--m", 6, "--ef-construction", 30, "--threads", 1)
+    found = facts("remove", "c.anb", "7", "9")
+    assert (found["removed"], found["vectors"], found["deleted"]) == (2, 298, 2)
+    found = facts("remove", "c.anb", "--rows", "0-5", "--compact", "--out", "d.anb")
+    assert (found["vectors"], found["deleted"], found["wrote"]) == (292, 0, "d.anb")
+    assert found["size_bytes"]["after"] < found["size_bytes"]["before"]
+    assert sorted(HNSW.load(place / "d.anb").ids.tolist()) == [6, 8, *range(10, 300)]
+    np.save(place / "two.npy", rows[:2] + 1)
+    found = facts("update", "d.anb", "two.npy", "--rows", "8,400")
+    assert (found["new"], found["moved"], found["vectors"]) == (1, 1, 293)
+    np.testing.assert_array_equal(HNSW.load(place / "d.anb").vectors([8, 400]), rows[:2] + 1)
+    # Without ids they come after the largest.
+    assert facts("update", "d.anb", "two.npy")["new"] == 2
+    assert HNSW.load(place / "d.anb").ids.max() == 402
+    assert last(run("update", "d.anb", "two.npy", "--rows", "8,400")) == ["wrote", "next"]
+    assert last(run("remove", "d.anb", "8")) == ["wrote", "next"]
+
+
+def test_names_come_and_move_with_their_vectors(facts, here, place):
+    rows, names = np.load(place / "v.npy"), read_names(place / "named.anb").array
+    write_vectors(place / "named.parquet", Vectors(rows[:6], names))
+    facts("index", "named.parquet", "--out", "m.anb")
+    write_vectors(place / "more.parquet", Vectors(rows[10:12], np.array([names[2], "new one"], object)))
+    found = facts("update", "m.anb", "more.parquet")
+    assert (found["new"], found["moved"]) == (1, 1)
+    assert read_names(place / "m.anb").array.tolist() == [*names.tolist(), "new one"]
+    np.testing.assert_array_equal(HNSW.load(place / "m.anb").vectors([2, 6]), rows[10:12])
+    facts("remove", "m.anb", names[0])
+    assert facts("search", "m.anb", "new one", "-k", 9)["results"][0]["names"].count(names[0]) == 0
+    assert "vectors of v.npy have none" in one_line(here("graph", "update", "m.anb", "v.npy"))
+
+
+def test_changes_that_a_server_took_are_read_and_not_written_over(facts, here, place):
+    from anabranch.graph.live import LiveIndex
+
+    facts("index", "v.npy", "--out", "l.anb", "--threads", 1)
+    with LiveIndex.open(place / "l.anb") as live:
+        live.delete([7])
+        live.upsert([500], np.load(place / "v.npy")[:1] + 3)
+    assert facts("info", "l.anb")["count"] == 300
+    assert "ids[0] is 7, which is not in the index" in one_line(here("graph", "search", "l.anb", "7"))
+    assert facts("search", "l.anb", "500", "-k", 1)["results"][0]["query"] == 500
+    for line in ("remove l.anb 1", "update l.anb v.npy", "index v.npy --out l.anb"):
+        assert "l.anb.live holds changes of l.anb, which would be lost" in one_line(here("graph", *line.split()))
+    assert facts("remove", "l.anb", "500", "--out", "merged.anb")["vectors"] == 299
+    assert 7 not in HNSW.load(place / "merged.anb")
+
+
 def test_recall_is_measured_and_drawn(facts, run, place):
     found = facts("search", "v.anb", "--check", "--ef", 300, "--sample", 50)
     assert found["recall"] == 1.0  # as many as there are
@@ -386,6 +447,19 @@ MISTAKES = [
     ("serve v.anb --port 0 --max-k 0", "k is 0"),
     ("serve v.anb --port 0 --timeout 0", "timeout_s is 0.0"),
     ("serve v.anb --port 0 --watch 0", "--watch is 0.0"),
+    ("serve v.anb --port 0 --fsync often", "fsync is 'often'"),
+    ("serve v.anb --port 0 --dim 3", "--dim 3 --metric l2 do not fit: the index holds vectors of 6 numbers, l2"),
+    ("serve no1.anb no2.anb --port 0 --dim 3", "--dim begins one index, and no1.anb and no2.anb are not there"),
+    ("remove v.anb", "nothing to take out"),
+    ("remove v.anb 1 --rows 2", "name elements, or give --rows, one of them"),
+    ("remove v.anb 1 1", "ids[1] is 1, which stands there before"),
+    ("remove v.anb 9999", "ids[0] is 9999, which is not in the index"),
+    ("remove named.anb nobody", "there is no 'nobody'"),
+    ("update v.anb v.npy --rows 0,1", "--rows names 2 elements, v.npy has 300 vectors"),
+    ("update v.anb edges.csv", "edges.csv"),
+    ("search v.anb --rows 1 --only 1 --without 2", "give --only or --without, one of them"),
+    ("search v.anb --rows 1 --only x", "--only is 'x'; write ids as 0,7 or 0-9"),
+    ("search v.anb --rows 0-99999999999", "at most 10,000,000 are taken"),
 ]  # fmt: skip
 
 

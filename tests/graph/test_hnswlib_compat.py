@@ -1,6 +1,8 @@
 """What code written for hnswlib 0.8 relies on."""
 
 import pickle
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -282,3 +284,72 @@ def test_zero_vectors_are_taken_in_cosine_space_as_there():
     labels, distances = index.knn_query([1, 0], k=3)
     assert labels[0, 0] == 1
     assert distances.tolist() == [[0, 1, 1]]
+
+
+# Several threads
+
+
+@pytest.mark.parametrize("how", ["loaded", "made", "copied"])
+def test_several_threads_add_at_once_and_no_label_is_given_twice(tmp_path, how):
+    vectors = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
+    index = hnswlib.Index("l2", 8)
+    index.init_index(2000, M=6, ef_construction=30)
+    index.add_items(vectors[:100])
+    if how == "loaded":
+        index.save_index(tmp_path / "index")
+        index = hnswlib.Index("l2", 8)
+        index.load_index(tmp_path / "index", max_elements=2000)
+    elif how == "copied":
+        index = pickle.loads(pickle.dumps(index))
+    errors, begin = [], threading.Barrier(4)
+
+    def work(number):
+        try:
+            begin.wait(20)
+            for turn in range(10):
+                first = 100 + 120 * number + 10 * turn
+                index.add_items(vectors[first : first + 10], num_threads=1 + turn % 2)
+                index.knn_query(vectors[:5], 3, num_threads=1)
+                if number == 0:
+                    index.mark_deleted(turn)
+                    index.unmark_deleted(turn)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert index.element_count == 500
+    assert sorted(index.get_ids_list()) == list(range(500))
+    found = index.get_items(np.arange(100, 500))
+    first = 100 + 120 * np.arange(4)[:, None] + np.arange(100)
+    # All of them, in whatever order.
+    np.testing.assert_array_equal(found[np.lexsort(found.T)], (given := vectors[first.ravel()])[np.lexsort(given.T)])
+
+
+def test_an_interrupted_add_gives_no_label_twice(monkeypatch):
+    from anabranch.graph.hnsw.linking import Linker
+
+    vectors = np.random.default_rng(0).normal(size=(2600, 8)).astype(np.float32)
+    index = hnswlib.Index("l2", 8)
+    index.init_index(9000, M=6, ef_construction=30)
+    own, calls = Linker._link_batch, []
+
+    def interrupted(self, batch_B, workers):
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        calls.append(1)
+        own(self, batch_B, workers)
+
+    monkeypatch.setattr(Linker, "_link_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index.add_items(vectors)
+    monkeypatch.undo()
+    kept = index.element_count
+    assert 1024 < kept < 2600
+    index.add_items(vectors[:5])
+    assert index.element_count == kept + 5
+    assert index.get_ids_list()[-5:] == list(range(2600, 2605))

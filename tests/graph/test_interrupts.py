@@ -1,8 +1,11 @@
 """Ctrl-C while an index is changed, or while somebody waits for it: nobody is kept out, and nothing is half there."""
 
+import os
+import select
 import signal
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -309,3 +312,216 @@ def search_for_ever(index, runs):
     while True:
         index.search(VECTORS[0], 3)
         runs.set()
+
+
+# Signals of other kinds, whose handlers raise
+
+
+class _AlarmError(Exception):
+    pass
+
+
+def alarm(number, frame):
+    raise _AlarmError
+
+
+@pytest.fixture
+def alarms():
+    """Of a program that ends what takes too long by an exception."""
+    before = {number: signal.signal(number, alarm) for number in (signal.SIGALRM, signal.SIGUSR1, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("at", ["_mend", "take_out"])
+@pytest.mark.parametrize("sent", [signal.SIGALRM, signal.SIGUSR1, signal.SIGTERM])
+def test_a_handler_that_raises_does_not_break_compacting(monkeypatch, alarms, at, sent):
+    index = HNSW(8, M=6, ef_construction=30, num_threads=1, compact_at=None)
+    index.add(VECTORS[:600])
+    index.remove(np.arange(0, 600, 2))
+    own = getattr(Linker, at)
+
+    def interrupted(self, *arguments):
+        signal.raise_signal(sent)
+        own(self, *arguments)
+        signal.raise_signal(sent)
+
+    monkeypatch.setattr(Linker, at, interrupted)
+    with pytest.raises(_AlarmError):
+        index.compact()
+    monkeypatch.undo()
+    assert (len(index), index._storage.count) == (300, 300)
+    check_graph(index)
+    assert index.stats()["unreachable"] == 0
+    ids = np.arange(1, 600, 2)
+    assert (index.search(VECTORS[ids], 1, 60)[0][:, 0] == ids).mean() > 0.97
+    index.add(VECTORS[600:700])
+    check_graph(index)
+
+
+def test_alarms_at_any_moment_leave_an_index_whole(alarms):
+    """Every few milliseconds, while an index is changed in all ways: the lock is free afterwards, and the graph is sound."""
+    index = HNSW(8, M=6, ef_construction=30, num_threads=1, compact_at=None)
+    index.add(VECTORS[:400])
+    raised, changes = (
+        0,
+        (
+            lambda turn: index.remove(index.ids[:40]),
+            lambda turn: index.add(VECTORS[400 + turn : 460 + turn]),
+            lambda turn: index.compact(),
+            lambda turn: index.update(index.ids[:20], VECTORS[turn : 20 + turn]),
+            lambda turn: index.search(VECTORS[:50], 3),
+            lambda turn: index.repair(),
+        ),
+    )
+    for turn in range(60):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0002 + 0.0001 * (turn % 13))
+            changes[turn % len(changes)](turn)
+        except _AlarmError:
+            raised += 1
+        finally:
+            while True:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    break
+                except _AlarmError:
+                    raised += 1
+        assert signal.getsignal(signal.SIGALRM) is alarm
+        assert (index._lock._readers, index._lock._is_owned, index._lock._waiting_writers) == (0, False, 0)
+        check_graph(index)
+        assert len(index) == len(index.ids) == index.contains(index.ids).sum()
+    assert raised > 5
+
+
+def test_all_that_came_is_told_also_where_one_raises(alarms):
+    told = []
+    before = signal.signal(signal.SIGHUP, lambda number, frame: told.append(number))
+    try:
+        with pytest.raises(_AlarmError), Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGALRM)
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGALRM)
+            assert interrupts.is_due
+        assert told == [signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGALRM) is alarm
+
+
+def test_a_handler_is_called_while_a_lock_is_waited_for_and_may_use_it(alarms):
+    lock, inside, leave, seen = ReadWriteLock(), threading.Event(), threading.Event(), []
+
+    def hold():
+        with lock.read():
+            inside.set()
+            leave.wait(20)
+
+    def used(number, frame):
+        with lock.read():
+            seen.append(number)
+        leave.set()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    inside.wait(20)
+    signal.signal(signal.SIGUSR1, used)
+    timer = threading.Timer(0.05, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1))
+    timer.start()
+    with lock.write():
+        assert seen == [signal.SIGUSR1]
+    holder.join()
+
+
+def test_what_is_held_back_outside_may_end_what_is_inside():
+    for passes in (True, False):
+        done = []
+
+        def work(passes=passes, done=done):
+            with Interrupts(passes=passes):
+                signal.raise_signal(signal.SIGINT)
+                with Interrupts() as inner:
+                    inner.check()
+                    done.append(1)
+
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert len(done) == (not passes)
+
+
+# Processes that are forked
+
+
+def in_a_fork(work):
+    """What ``work`` writes in a child; it must come to its end."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        # Other threads are there, which is what is tried.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if not child:
+        try:
+            os.write(writer, str(work()).encode())
+        except BaseException as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    ready, _, _ = select.select([reader], [], [], 20)
+    found = os.read(reader, 1000).decode() if ready else "it hangs"
+    if not ready:
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reader)
+    return found
+
+
+def test_a_fork_beside_searches_searches_and_changes():
+    index, over = HNSW(8, M=6, ef_construction=30, num_threads=1), threading.Event()
+    index.add(VECTORS[:300])
+
+    def search():
+        while not over.is_set():
+            index.search(VECTORS[:20], 3, num_threads=2)
+
+    thread = threading.Thread(target=search)
+    thread.start()
+
+    def work():
+        index.add(VECTORS[300:310])
+        index.compact()
+        return index.search(VECTORS[305], 1)[0].tolist()
+
+    try:
+        assert [in_a_fork(work) for _ in range(5)] == ["[[305]]"] * 5
+        with index._lock.read(), index._lock._changed:
+            # At the worst moment.
+            assert in_a_fork(work) == "[[305]]"
+    finally:
+        over.set()
+        thread.join()
+    assert len(index) == 300
+
+
+def test_a_fork_in_the_middle_of_a_change_is_told_so():
+    index, inside, leave = HNSW(8, M=6, ef_construction=30, num_threads=1), threading.Event(), threading.Event()
+    index.add(VECTORS[:300])
+
+    def change():
+        with index._lock.write():
+            inside.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    inside.wait(20)
+    try:
+        for work in (lambda: index.search(VECTORS[0], 1), lambda: index.remove([1]), lambda: index.stats()):
+            assert in_a_fork(work).startswith(
+                "DataError: this process was forked while another thread changed the index"
+            )
+    finally:
+        leave.set()
+        thread.join()
+    assert index.search(VECTORS[0], 1)[0].tolist() == [[0]]

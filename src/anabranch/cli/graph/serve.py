@@ -108,16 +108,16 @@ def serve(
     )  # fmt: skip
     if not quiet:
         logging.getLogger("anabranch").setLevel(logging.INFO)
-    writes = None
+    writes, why = None, "it was started so"
     if not read_only:
         token = os.environ.get(WRITE_TOKEN) or None
         if token is not None or is_loopback(host):
             writes = Writes(fsync=_when(fsync), snapshot_bytes=snapshot, vectors=max_vectors, token=token)
-        elif not quiet:
-            say(f"changes are not taken: {host} is seen from other machines, and there is no token in {WRITE_TOKEN}")
+        else:
+            why = f"{host} is seen from other machines, and there is no token in {WRITE_TOKEN}"
     if dim is not None:
         _begin(files, dim, metric)
-    sources = Sources(files, mmap=mmap, alpha=alpha, method=method, directed=directed, writes=writes)
+    sources = Sources(files, mmap=mmap, alpha=alpha, method=method, directed=directed, writes=writes, why_read_only=why)
 
     def ready(url: str, loaded: Any) -> None:
         heap.set_aside()
@@ -125,6 +125,8 @@ def serve(
             print_json({"url": url, "pid": os.getpid(), **loaded.to_dict()})
         else:
             _print(url, loaded.to_dict())
+        if writes is None and not (read_only or quiet):
+            say(f"changes are not taken: {why}")
         import sys
 
         sys.stdout.flush()

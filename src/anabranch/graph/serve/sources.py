@@ -93,6 +93,7 @@ class Sources:
         rounds: of `PowerWalk`, a number or "auto".
         directed: how a list of edges is read, as in `read_graph`.
         writes: how changes of the index of vectors are taken; None for not at all.
+        why_read_only: what who sends one is told then.
 
     Raises InputError without a path.
     """
@@ -108,13 +109,14 @@ class Sources:
         rounds: Any = 2,
         directed: bool | None = None,
         writes: "Writes | None" = None,
+        why_read_only: str = "it was started so",
     ) -> None:
         if not paths:
             raise InputError("there is nothing to serve; name an index or a graph")
         self.paths = [Path(path) for path in paths]
         self.mmap, self.directed = mmap, directed
         self.alpha, self.method, self.tol, self.rounds = alpha, method, tol, rounds
-        self.writes = writes
+        self.writes, self.why_read_only = writes, why_read_only
         # What takes changes now, over all loadings of one file.
         self._live: LiveIndex | None = None
 
@@ -183,7 +185,7 @@ class Sources:
     def _vectors(self, path: Path, opened: ExitStack) -> Vectors:
         from anabranch.graph.live import open_index
 
-        live, index, why = None, None, "it was started so"
+        live, index, why = None, None, self.why_read_only
         if self.writes is not None and names_path(path).exists():
             why = "its elements have names, which a change cannot bring along"
         elif self.writes is not None:
