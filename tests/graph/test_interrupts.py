@@ -395,15 +395,19 @@ def test_alarms_at_any_moment_leave_an_index_whole(alarms):
     assert raised > 5
 
 
+def raised_within(*numbers):
+    with Interrupts() as interrupts:
+        for number in numbers:
+            signal.raise_signal(number)
+        assert interrupts.is_due
+
+
 def test_all_that_came_is_told_also_where_one_raises(alarms):
     told = []
     before = signal.signal(signal.SIGHUP, lambda number, frame: told.append(number))
     try:
-        with pytest.raises(_AlarmError), Interrupts() as interrupts:
-            signal.raise_signal(signal.SIGALRM)
-            signal.raise_signal(signal.SIGHUP)
-            signal.raise_signal(signal.SIGALRM)
-            assert interrupts.is_due
+        with pytest.raises(_AlarmError):
+            raised_within(signal.SIGALRM, signal.SIGHUP, signal.SIGALRM)
         assert told == [signal.SIGHUP]
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -87,9 +87,11 @@ class Interrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._held:
-            handlers = dict(self._held) if self._came else {}
+            held = self._held.copy()
             self._give_back()
+            # Also one that came just now.
             if self._came:
+                handlers = dict(held)
                 _tell([(number, handlers[number]) for number in self._came])
 
     def _give_back(self) -> None:
