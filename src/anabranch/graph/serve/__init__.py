@@ -20,9 +20,8 @@ from anabranch.extras import require
 require("graph", by=__name__)
 
 from anabranch.graph.serve.app import create_app
-from anabranch.graph.serve.limits import Limits
+from anabranch.graph.serve.limits import Limits, Writes
 from anabranch.graph.serve.server import run
 from anabranch.graph.serve.sources import Sources
-from anabranch.graph.serve.writes import Writes
 
 __all__ = ["Limits", "Sources", "Writes", "create_app", "run"]

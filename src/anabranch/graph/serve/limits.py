@@ -1,8 +1,9 @@
-"""`Limits`: how much one request may ask for, and how many there may be."""
+"""`Limits`: how much one request may ask for, and how many there may be; `Writes`: how changes are taken."""
 
 from dataclasses import dataclass, fields
 
 from anabranch.errors import InputError
+from anabranch.graph.live.index import FSYNC, SNAPSHOT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +42,30 @@ class Limits:
                     raise InputError(f"{field.name} is {value}; it must be a positive number of seconds")
             elif isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{field.name} is {value!r}; it must be a whole number of at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writes:
+    """How a server takes changes of its index of vectors.
+
+    Attributes:
+        fsync: when they are brought to the disk, as of `LiveIndex.open`.
+        snapshot_bytes: size of the log beyond which a snapshot is written and a new log begun.
+        vectors: most that the index may hold; None for as many as there is memory for.
+        token: who changes something sends it, as ``Authorization: Bearer TOKEN``; None lets everybody.
+
+    Raises InputError for a value that makes no sense.
+    """
+
+    fsync: str | float = "always"
+    snapshot_bytes: int = SNAPSHOT_BYTES
+    vectors: int | None = None
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.fsync not in FSYNC and (isinstance(self.fsync, str | bool) or not 0 < self.fsync < float("inf")):
+            raise InputError(f"fsync is {self.fsync!r}; it must be always, never, or a positive number of seconds")
+        for name in ("snapshot_bytes", "vectors"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")

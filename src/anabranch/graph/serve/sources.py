@@ -16,7 +16,7 @@ from anabranch.graph.names import Names, names_path, read_names
 
 if TYPE_CHECKING:
     from anabranch.graph.live import LiveIndex
-    from anabranch.graph.serve.writes import Writes
+    from anabranch.graph.serve.limits import Writes
     from anabranch.graph.store import Graph
 
 # To read files that change while they are read.

@@ -8,43 +8,14 @@ from urllib.parse import urlsplit
 import numpy as np
 from starlette.requests import Request
 
-from anabranch.errors import InputError
 from anabranch.graph.live import LiveIndex, NoRoomError
-from anabranch.graph.live.index import FSYNC, SNAPSHOT_BYTES
 from anabranch.graph.serve.answers import fitting
-from anabranch.graph.serve.limits import Limits
+from anabranch.graph.serve.limits import Limits, Writes
 from anabranch.graph.serve.requests import RequestError, known_fields, read_ids, read_matrix
 from anabranch.graph.serve.sources import Loaded
 
 # Changes that wait for the disk together; each has a thread.
 WRITERS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Writes:
-    """How a server takes changes of its index of vectors.
-
-    Attributes:
-        fsync: when they are brought to the disk, as of `LiveIndex.open`.
-        snapshot_bytes: size of the log beyond which a snapshot is written and a new log begun.
-        vectors: most that the index may hold; None for as many as there is memory for.
-        token: who changes something sends it, as ``Authorization: Bearer TOKEN``; None lets everybody.
-
-    Raises InputError for a value that makes no sense.
-    """
-
-    fsync: str | float = "always"
-    snapshot_bytes: int = SNAPSHOT_BYTES
-    vectors: int | None = None
-    token: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.fsync not in FSYNC and (isinstance(self.fsync, str | bool) or not 0 < self.fsync < float("inf")):
-            raise InputError(f"fsync is {self.fsync!r}; it must be always, never, or a positive number of seconds")
-        for name in ("snapshot_bytes", "vectors"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
 @dataclass(frozen=True)
