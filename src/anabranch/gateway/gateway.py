@@ -40,7 +40,7 @@ from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.observe.observers import Observers
 from anabranch.gateway.observe.webhooks import Webhooks, hooks_of
-from anabranch.gateway.overview import Overview
+from anabranch.gateway.overview import Overview, Sources
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import unavailable
 from anabranch.gateway.request_log import RequestLog
@@ -88,7 +88,7 @@ class Gateway(SyncGateway):
         self._learn()
         self.observers = Observers(self.metrics, config)
         self.webhooks = Webhooks(config.webhooks, lambda: self.store)
-        self._overview = Overview(self)
+        self._overview = Overview(self._sources())
         self._keys = KeyAdmission(lambda: self.store, lambda: self.config, self.rates, self.senders)
         self._log = RequestLog(
             self.recent,
@@ -107,6 +107,18 @@ class Gateway(SyncGateway):
             on_refused=self._refused,
         )
         super().__init__()
+
+    def _sources(self) -> Sources:
+        """What the page's figures are read from."""
+        return Sources(
+            metrics=self.metrics,
+            recent=self.recent,
+            began_s=self.began_s,
+            store=lambda: self.store,
+            config=lambda: self.config,
+            in_flight=lambda: self.in_flight,
+            states=self.note_states,
+        )
 
     def _learn(self) -> None:
         """Make what learns."""

@@ -1,16 +1,17 @@
 """`Overview`: the figures of the page, gathered as requests end and read from the store every few seconds."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from anabranch import __version__
-from anabranch.gateway.metrics import totals
-from anabranch.gateway.store import Calibration, LedgerRow
+from anabranch.gateway.config import GatewayConfig
+from anabranch.gateway.metrics import Metrics, totals
+from anabranch.gateway.store import Calibration, LedgerRow, Store
 from anabranch.gateway.ui import DeploymentFact, Point, Seen, Snapshot, Spend
 from anabranch.routers.money import dollars
-
-if TYPE_CHECKING:
-    from anabranch.gateway.gateway import Gateway
 
 # How long what was read from the store is shown.
 FRESH_S = 3.0
@@ -44,11 +45,34 @@ class _Mean:
         return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What the page's figures are read from.
+
+    Attributes:
+        metrics: of the process.
+        recent: the last requests, oldest first.
+        began_s: when the gateway did, in seconds since 1970.
+        store: gives the store, open.
+        config: gives the config that is in use now.
+        in_flight: gives how many requests are under way.
+        states: gives how deployments are doing.
+    """
+
+    metrics: Metrics
+    recent: deque[Seen]
+    began_s: float
+    store: Callable[[], Store]
+    config: Callable[[], GatewayConfig]
+    in_flight: Callable[[], int]
+    states: Callable[[], list[dict[str, Any]]]
+
+
 class Overview:
     """Of one gateway, since its start."""
 
-    def __init__(self, gateway: "Gateway") -> None:
-        self._gateway = gateway
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
         self._means: dict[tuple[str, str], _Mean] = {}
         self._spend: dict[str, list[Spend]] = {}
         self._calibration: list[Calibration] = []
@@ -81,31 +105,31 @@ class Overview:
 
     async def snapshot(self) -> Snapshot:
         """All of it, now."""
-        gateway, metrics = self._gateway, self._gateway.metrics
+        sources, metrics, config = self._sources, self._sources.metrics, self._sources.config()
         now_s = time.time()
         if now_s - self._read_s > FRESH_S:
             self._read_s = now_s
             self._spend = await self._read()
         if now_s - self._weeks_read_s > STALE_S:
             self._weeks_read_s = now_s
-            self._calibration = await gateway.store.calibration(since_s=now_s - WEEKS_S)
+            self._calibration = await sources.store().calibration(since_s=now_s - WEEKS_S)
         requests = list(totals(metrics.requests))
         cache = {labels["result"]: int(value) for labels, value in totals(metrics.cache)}
         return Snapshot(
-            now_s=now_s, uptime_s=now_s - gateway.began_s, version=__version__,
+            now_s=now_s, uptime_s=now_s - sources.began_s, version=__version__,
             requests=int(sum(value for _, value in requests)),
             errors=int(sum(value for labels, value in requests if _is_error(labels["status"]))),
-            in_flight=gateway.in_flight, hits={name: count for name, count in cache.items() if name != "miss"},
+            in_flight=sources.in_flight(), hits={name: count for name, count in cache.items() if name != "miss"},
             misses=cache.get("miss", 0), bypassed=int(sum(value for _, value in totals(metrics.bypassed))), spend=self._spend,
             latency=_buckets(metrics.latency), ttft=_buckets(metrics.ttft), overhead=_buckets(metrics.overhead),
             timeline=tuple(metrics.history), deployments=self._deployments(), points=self._points(),
-            calibration=self._calibration, recent=tuple(reversed(gateway.recent))[:SHOWN],
-            has_tests=bool(gateway.config.ab), refused=int(sum(value for _, value in totals(metrics.refused))),
-            keeps_texts=gateway.config.log.prompts,
+            calibration=self._calibration, recent=tuple(reversed(sources.recent))[:SHOWN],
+            has_tests=bool(config.ab), refused=int(sum(value for _, value in totals(metrics.refused))),
+            keeps_texts=config.log.prompts,
         )  # fmt: skip
 
     async def _read(self) -> dict[str, list[Spend]]:
-        store, since_s = self._gateway.store, time.time() - SPEND_S
+        store, since_s = self._sources.store(), time.time() - SPEND_S
         names = {key.id: key.name or key.id for key in await store.keys()}
         found = {}
         for by in ("model", "strategy", "key", "team"):
@@ -118,7 +142,7 @@ class Overview:
 
     def _deployments(self) -> tuple[DeploymentFact, ...]:
         calls: dict[str, list[int]] = {}
-        for labels, value in totals(self._gateway.metrics.attempts):
+        for labels, value in totals(self._sources.metrics.attempts):
             counted = calls.setdefault(labels["deployment"], [0, 0])
             counted[0] += int(value)
             counted[1] += 0 if labels["outcome"] in ("ok", "cancelled", "rejected") else int(value)
@@ -128,7 +152,7 @@ class Overview:
                 requests=calls.get(state["deployment"], [0, 0])[0], failures=calls.get(state["deployment"], [0, 0])[1],
                 latency_s=state["latency_s"],
             )
-            for state in self._gateway.note_states()
+            for state in self._sources.states()
         )  # fmt: skip
 
     def _points(self) -> tuple[Point, ...]:
