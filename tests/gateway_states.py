@@ -30,8 +30,14 @@ class FakeStore:
     async def reserve(self, id, subjects, nano, **named):
         if nano > self.limit:
             raise BudgetError(
-                "full", subject="global", period="total", limit_nano=self.limit, remaining_nano=0, resets_s=None, retry_after_s=None
-            )  # fmt: skip
+                "full",
+                subject="global",
+                period="total",
+                limit_nano=self.limit,
+                remaining_nano=0,
+                resets_s=None,
+                retry_after_s=None,
+            )
         self.reserved.append((id, nano, named))
         return Reservation(id, tuple(subjects), nano)
 
@@ -72,10 +78,12 @@ def model(name, dollars=1.0, **fields):
 def config(*models, **fields):
     """A config of such models, small and large if none are given."""
     given = {
-        "models": models or (model("small"), model("large", 10.0)), "require_key": False,
-        "strategies": {"cheapest": StrategyConfig(use="cheapest")}, "default_strategy": "cheapest",
+        "models": models or (model("small"), model("large", 10.0)),
+        "require_key": False,
+        "strategies": {"cheapest": StrategyConfig(use="cheapest")},
+        "default_strategy": "cheapest",
         **fields,
-    }  # fmt: skip
+    }
     return GatewayConfig(**given)
 
 

@@ -128,8 +128,9 @@ def test_a_response_begins_once_and_says_nothing_of_its_own_where_the_model_does
     native = event({"responses": {"type": "response.output_text.delta", "delta": "hi"}})
     ended = event({"responses": {"type": "response.completed"}})
     assert names(read(native, event({"choices": [], "usage": {}}), ended, DONE, form=form)) == [
-        "response.output_text.delta", "response.completed"
-    ]  # fmt: skip
+        "response.output_text.delta",
+        "response.completed",
+    ]
     # Another model goes on, whose words have no place in the response that was begun.
     told = read(native, says("lo"), says("!"), form=form)
     assert (names(told)[-1], "lo" in told, "upstream_cut" in told) == ("response.failed", False, True)

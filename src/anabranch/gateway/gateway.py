@@ -323,9 +323,8 @@ class Gateway(SyncGateway):
         except CapacityError as error:
             raise unavailable(error) from None
         self._overview.judged(row, score)
-        return {
-            "object": "feedback", "request_id": row.request_id, "score": score, "model": row.model, "learned": learned
-        }  # fmt: skip
+        told = {"request_id": row.request_id, "score": score, "model": row.model, "learned": learned}
+        return {"object": "feedback", **told}
 
     @contextlib.contextmanager
     def counted(self, record: KeyRecord | None) -> Iterator[None]:

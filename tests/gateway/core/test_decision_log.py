@@ -51,8 +51,12 @@ def test_one_text_is_its_own_conversation():
     state = read(headers={"x-task": "sums"})
     state.answer_text, state.finish_reason = "yes", "stop"
     assert texts_of(state) == {
-        "endpoint": "chat", "query": "hello there", "task": "sums", "answer": "yes", "finish_reason": "stop"
-    }  # fmt: skip
+        "endpoint": "chat",
+        "query": "hello there",
+        "task": "sums",
+        "answer": "yes",
+        "finish_reason": "stop",
+    }
 
 
 def test_of_settings_what_is_short_and_of_others_that_they_were_there():
@@ -83,8 +87,13 @@ def test_what_is_collected_is_an_answer_and_what_it_took():
     found = collected_of(state, row)
     assert (found.key, found.ts_us) == ("key", 7)
     assert found.body == {
-        "answer": "yes", "finish_reason": "stop", "cost_nano": 5, "tokens": [2, 3], "latency_us": 9, "request_id": "r"
-    }  # fmt: skip
+        "answer": "yes",
+        "finish_reason": "stop",
+        "cost_nano": 5,
+        "tokens": [2, 3],
+        "latency_us": 9,
+        "request_id": "r",
+    }
     assert collected_of(state, replace(row, status="error")) is None
     state.collecting = None
     assert collected_of(state, row) is None

@@ -36,8 +36,12 @@ def test_a_request_has_one_row_and_its_reservation_is_settled_with_it():
     [(held, row, collected, calls)] = store.settled
     assert (held.nano, row.request_id, row.cost_nano, row.status, row.latency_us) == (900, state.id, 700, "ok", 750_000)
     assert (row.model, row.strategy, row.requested, row.prompt_tokens, row.completion_tokens) == (
-        "small", "cheapest", "auto/cheapest", 3, 4
-    )  # fmt: skip
+        "small",
+        "cheapest",
+        "auto/cheapest",
+        3,
+        4,
+    )
     assert (collected, calls, len(state.services.unsettled)) == (None, (), 0)
     [finished], [priced] = told.finished, told.priced
     assert (finished.row.request_id, finished.http_status, priced.nano) == (state.id, 200, 700)

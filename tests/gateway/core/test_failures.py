@@ -33,7 +33,7 @@ def test_a_wait_that_nobody_said_is_a_second():
 def test_money_and_the_store_are_refusals_and_faults_of_ours_are_not():
     short = BudgetError(
         "no room", subject="global", period="day", limit_nano=1, remaining_nano=0, resets_s=None, retry_after_s=None
-    )  # fmt: skip
+    )
     told = refusal_of(short)
     assert (told.status, told.code, told.headers) == (429, "insufficient_quota", {"x-should-retry": "false"})
     assert refusal_of(CapacityError("disk full at /secret")).status == 503

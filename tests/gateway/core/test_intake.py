@@ -25,9 +25,14 @@ def opened(of=None):
         seen.tasks.append(asyncio.ensure_future(work))
 
     intake = Intake(
-        runtime=lambda: runtime, services=lambda: lent, metrics=lent.metrics, senders=lent.senders, spawn=spawn, keep=seen.tasks.append,
+        runtime=lambda: runtime,
+        services=lambda: lent,
+        metrics=lent.metrics,
+        senders=lent.senders,
+        spawn=spawn,
+        keep=seen.tasks.append,
         on_refused=lambda state, status, code: seen.refused.append((state.shown_as, status, code)),
-    )  # fmt: skip
+    )
     return intake, runtime, lent, seen
 
 

@@ -112,9 +112,16 @@ def test_a_body_is_the_arm_s_settings_the_conversation_and_what_the_call_says():
     arm = Arm("small", {"top_p": 0.5, "max_completion_tokens": 9}, samples=2, system="be kind")
     body = body_of(arm, given, runtime, max_tokens=5, seed=1, logprobs=3, stop=["x"])
     assert body == {
-        "top_p": 0.5, "model": "small", "max_tokens": 5, "seed": 1, "stop": ["x"], "n": 2, "logprobs": True, "top_logprobs": 3,
+        "top_p": 0.5,
+        "model": "small",
+        "max_tokens": 5,
+        "seed": 1,
+        "stop": ["x"],
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 3,
         "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}],
-    }  # fmt: skip
+    }
 
 
 def test_a_call_without_an_end_is_given_one():
