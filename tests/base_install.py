@@ -82,6 +82,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "gateway serve --check": "gateway",
     "gateway import x": "gateway",
     "gateway collect -c x --out x.jsonl --judge exact": "gateway",
+    "gateway add-model x -c x": "gateway",
     "gateway eval x.jsonl --html x.html": "plots",
     "gateway ledger export --out x.parquet": "parquet",
     "routers eval x.jsonl --html x.html": "plots",

@@ -226,10 +226,11 @@ def test_a_base_install_helps_and_names_every_missing_extra():
 
 def test_every_command_is_among_those_that_were_tried():
     rest = {command.removesuffix(" --help") for command in helps()} - {"--help", "graph", "routers", "gateway"}
-    groups = {"gateway keys", "gateway budget", "gateway ledger"}
+    groups = {"gateway keys", "gateway budget", "gateway ledger", "gateway coe", "routers coe"}
     named = {name for name in rest if any(f"{line} ".startswith(f"{name} ") for line in (*NEEDS, *WORKS))}
     need_files = {"gateway fit", "gateway route", "gateway replay", "gateway ab"}
     need_files |= {"routers fit", "routers route", "routers replay"}
+    need_files |= {f"{door} coe {name}" for door in ("gateway", "routers") for name in ("frontier", "report")}
     need_files |= {f"gateway keys {name}" for name in ("revoke", "edit", "rotate")}
     need_files |= {f"gateway budget {name}" for name in ("set", "remove")}
     need_files |= {f"gateway ledger {name}" for name in ("spend", "prune", "backup")}

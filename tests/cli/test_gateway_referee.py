@@ -236,7 +236,7 @@ def test_tables_are_plain_text_with_every_baseline(run):
         ("eval data.jsonl --html x.txt", "--html is 'x.txt'; its name must end in .html"),
         (
             "eval data.jsonl --router none",
-            "none is no folder of routers: it has no manifest.json; make one with gateway fit",
+            "none is no folder of routers: it has no manifest.json; make one with fit",
         ),
         ("eval other.csv --columns prompt", "columns have 'prompt'; write query=COLUMN"),
         ("eval other.jsonl --router routers --strategy irt", "routers has no router 'irt'; it has knn, cluster, ridge"),
@@ -310,7 +310,7 @@ def test_eval_ends_in_a_verdict_and_route_uses_what_it_recommends(run, place):
     routed = told(run("route", "add the numbers 7", "--router", "many", "--json"))
     assert (routed["router"], routed["recommended"]) == (chosen["name"], chosen)
     code, out, _ = run("route", "add the numbers 7", "--router", "many")
-    assert f"router  {chosen['name']}: gateway eval recommends {chosen['name']}, since it is better than large" in out
+    assert f"router  {chosen['name']}: eval recommends {chosen['name']}, since it is better than large" in out
     other = "ridge" if chosen["name"] == "knn" else "knn"
     assert told(run("route", "add", "--router", "many", "--strategy", other, "--json"))["recommended"] is None
     # Until the next evaluation it can be served: of what is fitted anew, what was recommended before, which is said.
@@ -320,7 +320,7 @@ def test_eval_ends_in_a_verdict_and_route_uses_what_it_recommends(run, place):
     assert "judged before the routers were fitted anew" in kept["reason"]
     code, _, err = run("fit", "many.jsonl", "--out", "many", "--strategy", "cluster", "--quiet")
     assert code == 0
-    assert "what was recommended of many is not among the new routers; until gateway eval, nothing is" in err
+    assert "what was recommended of many is not among the new routers; until eval, nothing is" in err
     assert not (place / "many" / "recommended.json").exists()
 
 

@@ -79,7 +79,8 @@ OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in
 READ = {
     "compare", "convert", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
     "eval data", "train config_file", "serve config_files", "gateway serve config_files", "gateway serve store", "gateway replay router",
-    "gateway replay prices", "gateway route router", "gateway serve router",
+    "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config",
+    "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",
     "routers replay router", "routers replay prices", "routers route router",
 }  # fmt: skip
 FOLDERS = {"model": "m", "router": "routers"}  # what is named on the command line is not the file but its folder

@@ -178,6 +178,15 @@ gateway collect -c latin.toml --judge a --out o.jsonl
 gateway collect -c none.toml --judge exact --out o.jsonl
 gateway collect -c deep.toml --judge a --out o.jsonl
 gateway ab no.db
+gateway coe frontier --router none
+gateway coe report no.db --router none
+routers coe frontier --router none --by x
+routers coe report --router none
+gateway add-model x
+gateway add-model x -c latin.toml
+gateway add-model x -c none.toml --outcomes deep.jsonl
+gateway add-model x --url http://127.0.0.1:9
+gateway add-model x --url nowhere
 gateway ab latin.toml try
 gateway serve --router none --check
 gateway import deep.yaml

@@ -109,6 +109,9 @@ def test_a_running_test_goes_on_with_a_version_that_knows_whom_it_trusts():
     told = {name: value for name, value in to_dict(TEST).items() if name != "trusts"}
     assert version_of("try", TEST) == _digest("try", json.dumps(told, sort_keys=True))[:12]
     assert version_of("try", BY_USER.replace(trusts=("key:x",))) != version_of("try", BY_USER)
+    # Users were told apart by their keys before: that is another test.
+    told = {name: value for name, value in to_dict(BY_USER).items() if name != "trusts"}
+    assert version_of("try", BY_USER) != _digest("try", json.dumps(told, sort_keys=True))[:12]
 
 
 @pytest.mark.parametrize(
@@ -162,17 +165,52 @@ def test_users_of_a_key_are_split_where_that_is_wished():
     assert len({arm_of("try", TEST, key="k", user=f"u{n}").unit for n in range(30)}) == 1
     # A key that belongs to somebody is theirs, whatever its requests say; else only those that are trusted name users.
     trusting = by_user.replace(trusts=("key:t", "team:red"))
-    for record, named, user in (
-        (None, "u", "u"),
-        (KeyRecord(id="k"), "u", ""),
-        (KeyRecord(id="k", user="ann"), "u", "ann"),
-        (KeyRecord(id="t"), "u", "u"),
-        (KeyRecord(id="k", team="red"), "u", "u"),
-        (KeyRecord(id="k", team="blue"), "u", ""),
+    for record, named, user, among in (
+        (None, "u", "u", ""),
+        (KeyRecord(id="k"), "u", "", ""),
+        (KeyRecord(id="k", user="ann"), "u", "ann", "owner"),
+        (KeyRecord(id="k", user="ann", team="red"), "u", "ann", "owner"),
+        (KeyRecord(id="t"), "u", "u", "key:t"),
+        (KeyRecord(id="t", team="blue"), "u", "u", "team:blue"),
+        (KeyRecord(id="k", team="red"), "u", "u", "team:red"),
+        (KeyRecord(id="k", team="blue"), "u", "", ""),
     ):
-        assert counted_user(trusting, record, named) == user
-    # One name under two keys is two people, and no name runs into the key before it.
-    assert arm_of("try", by_user, key="k", user="ab").unit != arm_of("try", by_user, key="ka", user="b").unit
+        assert counted_user(trusting, record, named) == (user, among)
+    # One name among others is somebody else, and no name runs into what stands before it.
+    units = {
+        arm_of("try", by_user, key="k", user=user, among=among).unit
+        for user, among in (("ab", "key:t"), ("b", "key:ta"), ("ab", "team:t"), ("ab", "owner"), ("ab", ""))
+    }
+    assert len(units) == 5
+    # Who changes key stays.
+    assert arm_of("try", by_user, key="old", user="u", among="owner") == arm_of(
+        "try", by_user, key="new", user="u", among="owner"
+    )
+
+
+def test_a_user_who_changes_key_stays_in_the_arm_and_is_one(tmp_path):
+    """Before, the same user came to either side with another key, and counted in both."""
+    trusting = BY_USER.replace(trusts=("team:red",))
+
+    async def work(gateway):
+        for number in range(12):
+            told = set()
+            for turn in range(2):
+                own, _ = await gateway.store.create_key(f"own {number} {turn}", user=f"user {number}")
+                told.add((await ask(gateway, "", key=own, score=1.0))[:2])
+            assert len(told) == 1
+        seen = []
+        for turn in range(2):
+            red, _ = await gateway.store.create_key(f"red {turn}", team="red")
+            seen.append([(await ask(gateway, f"user {number}", key=red))[:2] for number in range(12)])
+        assert seen[0] == seen[1]
+        assert len(set(seen[0])) == 2
+        rows = await gateway.store.look(read_arms)
+        return {(row.arm["arm"], row.arm["unit"]) for row in rows}
+
+    units = used(config(tmp_path, ab={"try": trusting}), work)
+    # Who owns a key is not who is named so by a team.
+    assert len(units) == len({unit for _, unit in units}) == 24
 
 
 @pytest.mark.parametrize(

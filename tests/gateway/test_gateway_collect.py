@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from anabranch.cli.main import main
 from anabranch.errors import DataError, InputError
-from anabranch.gateway.collect import TAG
+from anabranch.gateway.collect import TAG, Collector
 from anabranch.gateway.config import load_config
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store
+from anabranch.gateway.store import LedgerQuery, LedgerRow, Store, open_store
 from anabranch.routers.data import load_outcomes
 from anabranch.routers.judges import ModelJudge, ReferenceJudge, prompt_of, verdict
 from anabranch.web.api_error import ApiError
@@ -216,6 +216,28 @@ def test_new_questions_are_collected_while_they_come_in(tmp_path, capsys):
     later.join()
     assert (done["questions"], done["there"]) == (5, 0)
     assert len(set(load_outcomes(out).query)) == 5
+
+
+def test_a_key_that_is_made_while_it_looks_is_known(tmp_path, capsys, monkeypatch):
+    """Questions that came with it were passed over until the end of the run, however long that watched."""
+    path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
+    traffic(path, 3)
+    real, looks = Store.keys, []
+
+    async def keys(store):
+        looks.append(1)
+        return [] if len(looks) == 1 else await real(store)
+
+    # From here on: before, the gateway itself looks.
+    real_run = Collector.run
+
+    async def run(collector, *arguments, **more):
+        monkeypatch.setattr(Store, "keys", keys)
+        return await real_run(collector, *arguments, **more)
+
+    monkeypatch.setattr(Collector, "run", run)
+    done = collect(capsys, path, out, "--judge", "judge")
+    assert (done["questions"], done["not_allowed"], len(looks)) == (3, 0, 2)
 
 
 WRONG = {

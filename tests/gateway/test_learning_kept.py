@@ -21,7 +21,7 @@ from anabranch.routers.checks import made_outcomes, made_pool
 from anabranch.routers.contract.query import Outcome, Query
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed.hashed import Hashed
-from anabranch.routers.fitted import FittedRouter
+from anabranch.routers.fitted import VERSION, FittedRouter, packed
 from anabranch.routers.money import Price
 from anabranch.routers.strategies import make
 from anabranch.routers.strategies.bandit import LinUCB
@@ -448,6 +448,156 @@ def test_a_row_is_written_only_by_who_has_read_those_of_others(url):
     run(work)
 
 
+# Processes that are gone
+
+
+async def put_dead(store, made, numbers, name="ucb"):
+    """The row of a process that was killed after it had learned."""
+    one = told(make("linucb"), outcomes(numbers, 64, seed=numbers))
+    body = packed(one.part()[0], {"version": VERSION, "facts": json.dumps(one.part()[1])}, name)
+    row = learned.LearnedRow(
+        strategy=name, made=made, writer=f"dead{numbers}.1", kind="linucb", version=3, ts_us=store.now_us(), body=body
+    )
+    await store.change(lambda connection: learned.put_learned(connection, row, None))
+    return one.steps
+
+
+async def writers_of(gateway):
+    return {row.writer for row in await rows_of(gateway.store, gateway.runtime.decider.lanes["ucb"].made)}
+
+
+def test_rows_of_processes_that_are_gone_become_nobodys_once(url):
+    async def work():
+        async with Gateway(config(url)) as one:
+            made = one.runtime.decider.lanes["ucb"].made
+            count = await put_dead(one.store, made, 20) + await put_dead(one.store, made, 30)
+            async with Gateway(config(url)) as other:
+                assert await writers_of(other) == {learned.NOBODY}
+                assert await steps(other) == count
+                await use(other, range(3))
+                await other.kept.save(other.runtime.decider.lanes.values(), at_once=True)
+                # One that is alive keeps its row.
+                await one.kept.save(one.runtime.decider.lanes.values(), at_once=True)
+                assert len(await writers_of(one)) == 2
+                assert await steps(one) == await steps(other) == count + 3
+
+    run(work)
+
+
+def test_two_that_find_the_same_process_dead_count_it_once(url, monkeypatch):
+    async def work():
+        async with Gateway(config(url)) as one, Gateway(config(url)) as other:
+            lanes = [gateway.runtime.decider.lanes["ucb"] for gateway in (one, other)]
+            count = await put_dead(one.store, lanes[0].made, 25)
+            both = asyncio.Barrier(2)
+            real = type(one.store).gone
+
+            async def gone(store, replicas):
+                found = await real(store, replicas)
+                await both.wait()  # both know before either does anything
+                return found
+
+            with monkeypatch.context() as patch:
+                patch.setattr(type(one.store), "gone", gone)
+                await asyncio.gather(
+                    *(gateway.kept.save([lane]) for gateway, lane in zip((one, other), lanes, strict=True))
+                )
+            for gateway, lane in zip((one, other), lanes, strict=True):
+                await gateway.kept.save([lane])
+            assert await writers_of(one) == {learned.NOBODY}
+            assert await steps(one) == await steps(other) == count
+
+    run(work)
+
+
+@pytest.mark.parametrize("learns_more", [False, True])
+def test_one_that_was_only_taken_for_dead_counts_once(url, learns_more):
+    async def work():
+        async with Gateway(config(url)) as one, Gateway(config(url)) as other:
+            lanes = [gateway.runtime.decider.lanes["ucb"] for gateway in (one, other)]
+
+            async def save():
+                for _ in range(2):
+                    for gateway, lane in zip((one, other), lanes, strict=True):
+                        await gateway.kept.save([lane], at_once=True)
+
+            await use(one, range(5))
+            await use(other, range(2))
+            await save()
+            held = one.kept._held["ucb"]
+            await other.kept._leave_to_nobody(lanes[1], other.kept._held["ucb"], held.writer)
+            if learns_more:
+                await use(one, range(5, 8))
+            await save()
+            assert await steps(one) == await steps(other) == (10 if learns_more else 7)
+            assert len(await writers_of(one)) == (3 if learns_more else 2)
+            await use(one, range(8, 9))
+            await save()
+            assert await steps(one) == await steps(other) == (11 if learns_more else 8)
+        async with Gateway(config(url)) as third:
+            assert await steps(third) == (11 if learns_more else 8)
+
+    run(work)
+
+
+def test_a_row_that_is_damaged_stays_and_one_of_before_rows_named_their_process_counts_on(tmp_path, caplog):
+    async def work():
+        async with Gateway(config(tmp_path / "g.db")) as one:
+            made = one.runtime.decider.lanes["ucb"].made
+            count = await put_dead(one.store, made, 20)
+            rename = "UPDATE learned SET writer = :new WHERE writer = :old"
+            await one.store.change(lambda connection: connection.run(rename, old="dead20.1", new="0123abcd"))
+            await put_dead(one.store, made, 30)
+            await one.store.change(
+                lambda connection: connection.run(
+                    "UPDATE learned SET body = :x WHERE writer = :w", x=b"x", w="dead30.1"
+                )
+            )
+            await one.kept.save(one.runtime.decider.lanes.values())
+            await one.kept.save(one.runtime.decider.lanes.values())
+            assert await writers_of(one) == {"0123abcd", "dead30.1"}
+            assert await steps(one) == count
+
+    with caplog.at_level(logging.WARNING):
+        run(work)
+    assert caplog.text.count("left out") == 1
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.sampled_from([3, 9]), st.integers(0, 5))
+@settings(max_examples=20, deadline=None)
+def test_sums_less_an_earlier_part_are_what_came_since(before, since, dim, seed):
+    def new():
+        one = make("linucb", dim=4, settle=1000)
+        one.hear({}, {})
+        return one
+
+    some = outcomes(before + since, dim, seed)
+    one = told(new(), some[:before])
+    part = one.part()
+    told(one, some[before:])
+    one.disown(*part)
+    later = told(new(), some[before:])
+    if since:
+        assert one.own.steps == later.own.steps
+        assert len(later.own.models) > 0
+        places = [one.own.models.index(name) for name in later.own.models]
+        for name in ("gram_MDD", "moment_MD", "count_M", "calls_M", "spent_M"):
+            np.testing.assert_allclose(getattr(one.own, name)[places], getattr(later.own, name), atol=1e-9)
+        np.testing.assert_array_equal(
+            one.own.seen_SV, later.own.seen_SV if len(later.own.seen_SV) else one.own.seen_SV[:0]
+        )
+
+
+def test_what_was_never_observed_cannot_be_let_go_of():
+    one, other = (told(make("linucb", dim=4), outcomes(number, 9)) for number in (9, 30))
+    before = one.own.state()
+    for bad in (other.part(), told(make("linucb", dim=4), outcomes(3, 5)).part()):
+        with pytest.raises(InputError):
+            one.disown(*bad)
+    assert one.own.state()[1] == before[1]
+    np.testing.assert_array_equal(one.own.gram_MDD, before[0]["gram_MDD"])
+
+
 CONFIG = """
 require_key = false
 store = "{folder}/gateway.db"
@@ -504,6 +654,20 @@ def test_a_server_goes_on_where_it_was_after_reload_restart_and_kill(tmp_path):
         gateway.process.wait()
     with served_here() as gateway:
         assert known(gateway.url) == 6
+        ask(gateway.url, 6)
+        call(gateway.url, "/admin/reload", {})
+        gateway.process.send_signal(signal.SIGKILL)
+        gateway.process.wait()
+    with served_here() as gateway:
+        assert known(gateway.url) == 7
+
+        async def writers():
+            async with open_store(str(tmp_path / "gateway.db"), serves=False) as store:
+                rows = await store.look(lambda connection: connection.rows("SELECT writer FROM learned"))
+                return [writer for (writer,) in rows]
+
+        # Those that were killed are no rows any more.
+        assert run(writers) == [learned.NOBODY]
 
 
 def test_a_strategy_whose_state_is_no_json_learns_all_the_same(tmp_path, caplog):

@@ -215,6 +215,40 @@ def test_consistency_answers_through_http(tmp_path, streams):
     assert [row.purpose for row in rows] == ["draft"] * 3 + [""] + ["draft"] * 3 + ["answer", ""]
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_log_probabilities_are_asked_for_by_the_gateway_itself(tmp_path, streams):
+    """Nobody asked for any: before, nothing could be measured then, and every question went on to large."""
+    fields = {"models": ("sure", "unsure", "large"), "threshold": -0.5}
+    made = config(
+        tmp_path, model("sure", reply="It is 4", logprob=-0.1), model("unsure", reply="It may be 4", logprob=-2.0),
+        model("large", LARGE, reply="It is 5"),
+        strategies={
+            "prog": StrategyConfig(use="logprob", fields=fields),
+            "other": StrategyConfig(use="logprob", fields={**fields, "models": ("unsure", "large")}),
+        },
+        default_strategy=None,
+    )  # fmt: skip
+
+    async def work(gateway):
+        async with through_http(gateway) as session:
+            found = []
+            for more in ({}, {"logprobs": True}, {"model": "auto/other"}):
+                async with session.post(
+                    "/v1/chat/completions", json=ask(stream=streams, max_tokens=8, **more)
+                ) as reply:
+                    data = await reply.read()
+                    body = assembled(list(read_data(data)), "chat") if streams else json.loads(data)
+                    choice = body["choices"][0]
+                    found.append(
+                        (choice["message"]["content"], reply.headers["x-route-model"], bool(choice.get("logprobs")))
+                    )
+            return found
+
+    found, rows, _ = run(made, work, None)
+    assert found == [("It is 4", "sure", False), ("It is 4", "sure", True), ("It is 5", "large", False)]
+    assert [row.purpose for row in rows] == ["draft", ""] * 2 + ["draft", "answer", ""]
+
+
 # Money and rights
 
 

@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import ConfigError, InputError
@@ -258,6 +260,102 @@ def test_feedback_moves_the_map_only_when_it_is_sure():
     assert first(still, "chat").model == "giant"
     still.predictor.refresh()
     assert first(still, "chat").model == "tiny"
+
+
+# Several processes
+
+
+def heard(count, seed=0):
+    """Scores of answers, as somebody gives them."""
+    generator = np.random.default_rng(seed)
+    rows = generator.integers(0, len(HELD), count)
+    return [
+        Outcome(
+            query=Query(text="q", vector_D=HELD.vector_ND[row]), model=MODELS[generator.integers(4)], quality=float(generator.random())
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def same_table(one, other):
+    ours, theirs = (router.predictor._table for router in (one, other))
+    assert (ours.categories, ours.experts) == (theirs.categories, theirs.experts)
+    for name in ("quality_CE", "count_CE", "variance_CE", "mean_E"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-9)
+
+
+@given(st.integers(0, 40), st.integers(2, 4), st.integers(0, 9), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_several_that_hear_of_one_another_have_the_table_of_one_that_was_told_all(count, num, seed, lets_go):
+    alone, *several = (FITTED() for _ in range(num + 1))
+    some, owner = heard(count, seed), np.random.default_rng(seed).integers(0, num, count)
+    for outcome, whose in zip(some, owner, strict=True):
+        alone.observe(outcome)
+        several[whose].observe(outcome)
+    parts = [one.part() for one in several]
+    for at, one in enumerate(several):
+        mine = one.joined([part for other, part in enumerate(parts) if other != at])
+        for _ in range(2):
+            one.hear(*mine)  # in the place of what it heard before
+        if lets_go and at == 0:
+            one.disown(*parts[0])
+            one.hear(*one.joined(parts))
+    alone.predictor.refresh()
+    for one in several:
+        one.predictor.refresh()
+        same_table(one, alone)
+    if lets_go:
+        assert several[0].predictor.own.cells == {}
+
+
+def FITTED():
+    """Fitted once, read back each time."""
+    made = strategies.make("coe", head="knn", parameters=SIZES)
+    made.load_state(*_STATE)
+    return made
+
+
+_STATE = fitted().state()
+
+
+def test_what_others_heard_makes_the_map_anew_once_it_is_enough():
+    told, hears = (fitted(refresh_every=150) for _ in range(2))
+    tell(told, "chat", "giant", 0.0, 149)
+    hears.hear(*told.part())
+    assert first(hears, "chat").model == "giant"
+    tell(told, "chat", "giant", 0.0, 51)
+    hears.hear(*told.part())
+    assert first(hears, "chat").model == first(told, "chat").model == "tiny"
+
+
+def test_parts_that_do_not_fit_are_refused_and_change_nothing():
+    router = fitted()
+    tell(router, "chat", "tiny", 1.0, 3)
+    arrays, facts = router.part()
+    before = json.dumps(router.state()[1])
+    for bad in (
+        ({}, {"cells": []}),
+        (arrays, {"cells": [["nowhere", "tiny"]]}),
+        (arrays, {"cells": [["chat", "tiny"], ["chat", "giant"]]}),
+        ({"sums_K3": np.array([[0.0, 0.0, 0.0]])}, facts),
+        ({"sums_K3": np.array([[1.0, np.nan, 0.0]])}, facts),
+        ({"sums_K3": np.zeros((2, 3)) + 1}, {"cells": [["chat", "tiny"], ["chat", "tiny"]]}),
+    ):
+        with pytest.raises(InputError):
+            router.hear(*bad)
+    with pytest.raises(InputError, match="not among those"):
+        router.disown({"sums_K3": np.array([[4.0, 4.0, 4.0]])}, facts)
+    assert json.dumps(router.state()[1]) == before
+
+
+def test_scores_that_an_older_version_wrote_one_by_one_are_read():
+    router = fitted(refresh_every=0)
+    arrays, facts = router.state()
+    del facts["fresh"]
+    router.load_state(arrays, {**facts, "heard": [["chat", "giant", 0.0]] * 300})
+    assert first(router, "chat").model == "giant"
+    router.predictor.refresh()
+    assert first(router, "chat").model == "tiny"
 
 
 # Kind of map

@@ -184,7 +184,7 @@ def test_routers_of_a_folder_share_an_embedder_that_learns_nothing(tmp_path):
 
 
 def test_folders_that_cannot_be_read_or_written(tmp_path):
-    with pytest.raises(CheckpointError, match="make one with gateway fit"):
+    with pytest.raises(CheckpointError, match="make one with fit"):
         load_folder(tmp_path / "none")
     data = made_outcomes(10)
     save_folder(tmp_path / "r", {"one": fitted(data)}, data, {})

@@ -72,7 +72,7 @@ def test_a_new_fit_keeps_what_was_recommended_where_it_can_be_served(folder, mad
     assert (found is not None) == stays
     if found is not None:
         assert found == dataclasses.replace(kept, reason=found.reason)
-        assert found.reason == f"{kept.reason} (judged before the routers were fitted anew; gateway eval judges again)"
+        assert found.reason == f"{kept.reason} (judged before the routers were fitted anew; eval judges again)"
         assert pick(folder).name == kept.name
         keep(folder, **fields)
         assert read_recommendation(folder) == kept
@@ -92,7 +92,7 @@ def test_a_router_is_picked_by_name_else_recommended_else_alone(folder):
     keep(folder)
     assert pick(folder, "knn").choice is None
     found = pick(folder, "learned")
-    assert (found.name, found.why) == ("ridge", "gateway eval recommends ridge, since it is better")
+    assert (found.name, found.why) == ("ridge", "eval recommends ridge, since it is better")
     assert pick(folder / "knn.safetensors").choice is None
 
 
@@ -109,7 +109,7 @@ def test_a_single_model_is_always_asked(folder):
     keep(folder, kind="model", name="medium")
     found = pick(folder)
     assert found.router.route("write verses about 7").model == "medium"
-    assert found.why.startswith("gateway eval recommends always medium")
+    assert found.why.startswith("eval recommends always medium")
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ class Models:
         answer = self.said[arm.model].pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return Answered.saying(answer, model=arm.model)
+        return answer if isinstance(answer, Answered) else Answered.saying(answer, model=arm.model)
 
     async def stream(self, arm, messages, **how):
         answered = await self(arm, messages, streams=True)
@@ -271,10 +271,10 @@ class Models:
         yield answered
 
 
-def program(models, settings=None, **fields):
+def program(models, settings=None, kind="consistency", **fields):
     """The events of a run, and whether it raised."""
-    fields = {"samples": 4, "models": ("small", "large"), "threshold": 0.6, **fields}
-    one = strategies.make("consistency", **fields)
+    usual = {"samples": 4} if kind == "consistency" else {}
+    one = strategies.make(kind, **{"models": ("small", "large"), "threshold": 0.6, **usual, **fields})
     request = ProgramRequest(query=QUERY, pool=POOL, decision=one.route(QUERY, POOL), settings=settings or {})
 
     async def main():
@@ -336,6 +336,68 @@ def test_samples_are_paid_for():
     data = recorded([[1, 1], [0, 1]], [1, 10], agreement=[[1, 1], [0, 1]])
     played = strategies.make("consistency", samples=5, models=("small", "middle")).play(data, POOL)
     assert played.cost_N.tolist() == [5, 15]
+
+
+# -- log-probabilities
+
+
+def likely(text, *logprobs, top=()):
+    """An answer with its log-probabilities, as small gives it."""
+    content = [
+        {"token": "x", "logprob": one, "top_logprobs": [{"token": "y", "logprob": other} for other in top]}
+        for one in logprobs
+    ]
+    choice = {
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": "stop",
+        "logprobs": {"content": content},
+    }
+    return Answered(model="small", choices=(choice,))
+
+
+def test_it_asks_for_log_probabilities_itself_and_shows_none():
+    models = Models(small=[likely("4", -0.1, -0.3)])
+    step, done = program(models, {"temperature": 0}, "logprob", threshold=-0.25)
+    assert models.asked == [("small", {"temperature": 0, "logprobs": 0, "purpose": "draft"})]
+    assert step.facts == {
+        "model": "small", "measure": "logprob", "confidence": -0.2, "threshold": -0.25, "is_given": True
+    }  # fmt: skip
+    assert (done.message["content"], done.model, done.logprobs) == ("4", "small", None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "measure", "asked", "shown"),
+    [
+        ({}, "entropy", 5, None),
+        ({"logprobs": False, "top_logprobs": None}, "logprob", 0, None),
+        ({"logprobs": True}, "logprob", 0, 0),
+        ({"logprobs": True}, "entropy", 5, 0),
+        ({"logprobs": True, "top_logprobs": 2}, "entropy", 5, 2),
+        ({"logprobs": True, "top_logprobs": 7}, "entropy", 7, 3),
+        ({"logprobs": True, "top_logprobs": 2}, "logprob", 2, 2),
+    ],
+)
+def test_senders_see_as_many_as_they_asked_for(settings, measure, asked, shown):
+    models = Models(small=[likely("4", -0.1, top=(-0.1, -3.0, -4.0))])
+    _, done = program(models, settings, "logprob", threshold=-9.0, measure=measure)
+    [(_, how)] = models.asked
+    assert how["logprobs"] == asked
+    told = None if done.logprobs is None else [len(one["top_logprobs"]) for one in done.logprobs["content"]]
+    assert told == (None if shown is None else [shown])
+
+
+def test_where_tokens_were_not_likely_or_nothing_is_told_the_next_model_answers():
+    for draft in (likely("5", -2.0), "5", BackendError("no logprobs here")):
+        step, *_, done = program(Models(small=[draft], large=["It is 4"]), None, "logprob", threshold=-0.3)
+        assert (done.model, done.message["content"]) == ("large", "It is 4")
+        assert step.name == ("failed" if isinstance(draft, Exception) else "measured")
+        assert step.facts.get("is_given") is not True
+    # Where the next ones fail too, a draft is better than none.
+    gone = BackendError("gone")
+    *_, done = program(
+        Models(small=[likely("5", -2.0)], large=[gone], middle=[gone], odd=[gone]), None, "logprob", threshold=-0.3
+    )
+    assert (done.model, done.message["content"]) == ("small", "5")
 
 
 # -- AutoMix

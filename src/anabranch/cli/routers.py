@@ -1,9 +1,14 @@
-"""``anabranch routers``: learn and judge which model answers a query, on files alone. The commands are those of ``anabranch gateway``."""
+"""``anabranch routers``: learn and judge which model answers a query, on files alone.
+
+The commands are those of ``anabranch gateway``; each names the door it was called through.
+"""
 
 from collections.abc import Callable
 
 import typer
 
+from anabranch.cli.gateway.coe import GROUP, group
+from anabranch.cli.gateway.doors import ROUTERS, entering, help_of
 from anabranch.cli.gateway.eval import evaluate
 from anabranch.cli.gateway.fit import fit
 from anabranch.cli.gateway.replay import replay
@@ -17,6 +22,8 @@ app = typer.Typer(
 
     Recorded outcomes are JSON lines (.jsonl, .jsonl.gz) with query and scores: {model: number}, or a CSV file.""",
 )
+app.callback()(entering(ROUTERS))
 _COMMANDS: dict[str, Callable[..., None]] = {"fit": fit, "eval": evaluate, "route": route, "replay": replay}
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, help=help_of(_command, ROUTERS))(_command)
+app.add_typer(group(ROUTERS), name=GROUP)

@@ -195,7 +195,7 @@ def _make(
 ) -> tuple[Strategy, Embedder | None]:
     """The strategy of a config, and what embeds its queries."""
     if wanted.router is not None:
-        return _load(name, wanted.router, embedder, [model.name for model in config.models])
+        return load_router(name, wanted.router, embedder, [model.name for model in config.models])
     try:
         made: Strategy = make_strategy(wanted)
     except ConfigError as error:
@@ -207,7 +207,19 @@ def _make(
     return made, embedder
 
 
-def _load(name: str, place: str, embedder: Embedder | None, models: Sequence[str]) -> tuple[Strategy, Embedder | None]:
+def load_router(
+    name: str, place: str, embedder: Embedder | None, models: Sequence[str]
+) -> tuple[Strategy, Embedder | None]:
+    """The fitted strategy that one of a name serves, and what embeds its queries.
+
+    Args:
+        name: of the strategy.
+        place: file, or folder.
+        embedder: for routers that were fitted without one of their own.
+        models: of the gateway.
+
+    Raises ConfigError where it cannot be told which, CheckpointError for one that cannot be read.
+    """
     from anabranch.gateway.config.recommended import check_models
     from anabranch.routers.fitted import load_folder
     from anabranch.routers.recommendation import no_recommendation, pick
@@ -215,8 +227,9 @@ def _load(name: str, place: str, embedder: Embedder | None, models: Sequence[str
     picked = pick(place, name)
     if picked is None:
         held = ", ".join(load_folder(place).routers)
+        advice = no_recommendation(place, "anabranch gateway")
         raise ConfigError(
-            f"strategies.{name}.router is {place!r}, which holds {held}; name the strategy as one of them: {no_recommendation(place)}"
+            f"strategies.{name}.router is {place!r}, which holds {held}; name the strategy as one of them: {advice}"
         )
     check_models(name, picked, models)
     if picked.choice is not None:

@@ -13,13 +13,14 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.gateway import listings
 from anabranch.gateway.caches import Caches
+from anabranch.gateway.collect.shadow import Shadow
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
 from anabranch.gateway.core.decision_log import Collecting, keeps_texts
 from anabranch.gateway.core.in_flight import InFlight
@@ -52,6 +53,10 @@ from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.gateway.upkeep import learn_forever, prune_forever
 from anabranch.routers.contract.query import Decision
 from anabranch.routers.contract.strategy import Strategy
+
+if TYPE_CHECKING:
+    from anabranch.gateway.learning.joining import Joined
+    from anabranch.routers.contract.dataset import Recorded
 
 
 class Gateway(SyncGateway):
@@ -131,6 +136,7 @@ class Gateway(SyncGateway):
         self.teaching, self.kept = Teaching(learning), Kept(lambda: self.store)
         self.erasures = Erasures(learning, self.kept, self.teaching.waiting)
         self.errands = ErrandRounds(learning, self.teaching.key)
+        self.shadow = Shadow(self, lambda config: Gateway(config, self.store))
 
     def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
         return Runtime(config, self._bypassed, self._strategies, previous, self.metrics.of)
@@ -171,6 +177,7 @@ class Gateway(SyncGateway):
         await self.errands.start()
         self._tasks.spawn(learn_forever(self._learning, self.teaching, self.erasures, self.kept))
         self._tasks.spawn(self.errands.forever())
+        self.shadow.follow()
         return self
 
     async def stop(self) -> None:
@@ -178,6 +185,7 @@ class Gateway(SyncGateway):
 
         Calls that are read on for what they cost are given up, and charged the most that they may be billed.
         """
+        await self.shadow.stop()
         await self._tasks.stop()
         if self._store is not None:
             await self.kept.save(self.runtime.decider.lanes.values(), is_last=True)
@@ -223,8 +231,25 @@ class Gateway(SyncGateway):
         new.decider.succeed(old.decider)
         self.runtime, self.caches = new, Caches(config.cache, new.embedder, self.caches)
         await self.errands.start()
+        self.shadow.follow()
         self.metrics.reloads.labels("taken").inc()
         self._tasks.spawn(old.retire())
+
+    async def add_model(
+        self, name: str, *, strategies: Sequence[str] = (), outcomes: "Recorded | None" = None
+    ) -> "Joined":
+        """Let a model of the config join the fitted routers that are served; `reload` makes them known. See `learning.joining.join`."""
+        from anabranch.gateway.learning.joining import join
+
+        lanes = [
+            lane
+            for lane in self.runtime.decider.lanes.values()
+            if lane.settings.router is not None and (not strategies or lane.name in strategies)
+        ]
+        async with self.kept.handed_over(lanes) as over:
+            done = await join(self.store, self.config, name, strategies=strategies, outcomes=outcomes)
+            over.update(done.strategies)
+        return done
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Have a task that somebody else waits for end before the gateway does."""

@@ -259,8 +259,12 @@ class Lane:
 
 
 def made_from(lane: Lane) -> str:
+    """See `made_of`."""
+    return made_of(lane.name, lane.strategy, lane.embedder)
+
+
+def made_of(name: str, strategy: Strategy, embedder: Embedder | None) -> str:
     """Digest of what a strategy is made from; "" if what it learns cannot be kept."""
-    strategy, embedder = lane.strategy, lane.embedder
     try:
         arrays, facts = strategy.state()
         about = {
@@ -269,7 +273,7 @@ def made_from(lane: Lane) -> str:
         }  # fmt: skip
         return digest_of({name: np.asarray(value) for name, value in arrays.items()}, json.dumps(about, sort_keys=True))
     except Exception as error:
-        logger.warning("what strategy %s learns cannot be kept: %s: %s", lane.name, type(error).__name__, error)
+        logger.warning("what strategy %s learns cannot be kept: %s: %s", name, type(error).__name__, error)
         return ""
 
 

@@ -139,6 +139,10 @@ class Metrics:
             ["strategy", "result"],
             registry=registry,
         )
+        self.shadowed = Counter(
+            "anabranch_shadow_questions", "Questions that other models were asked too", ["result"], registry=registry
+        )
+        self.shadow_nano = Counter("anabranch_shadow_nano_dollars", "Nano-dollars spent on that", registry=registry)
         self.attempts = Counter(
             "anabranch_attempts", "Calls to deployments", ["deployment", "outcome"], registry=registry
         )

@@ -1,22 +1,29 @@
-"""The gateway's own log as recorded outcomes: requests that somebody scored, each answered by the one model that was asked.
+"""The gateway's own log as recorded outcomes: requests that somebody scored, each answered by the one model that was asked, and questions
+that shadow samples asked of all of them.
 
 Texts are in the store where the gateway is let keep prompts (``log.prompts``), probabilities where it keeps decisions.
 """
 
 import asyncio
+import json
+import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import DataError
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.data.jsonl import row_of
+from anabranch.routers.data.splits import question
 from anabranch.routers.data.table import Row, gather
 from anabranch.routers.money import dollars
 
 if TYPE_CHECKING:
     from anabranch.gateway.store.records import LedgerRow
     from anabranch.gateway.store.store import Store
+
+logger = logging.getLogger(__name__)
 
 # Named in errors.
 SOURCE = Path("the ledger")
@@ -44,7 +51,9 @@ def load_store(url: str, *, by_choice: bool = False) -> Recorded:
         from anabranch.gateway.store.opening import open_store
 
         async with open_store(url, serves=False, makes=False) as store:
-            return from_ledger(await scored_requests(store, by_choice=by_choice))
+            scored = await scored_requests(store, by_choice=by_choice)
+            # Of these nothing was chosen.
+            return from_ledger(scored, [] if by_choice else await judged_questions(store))
 
     return asyncio.run(read())
 
@@ -66,6 +75,24 @@ async def scored_requests(store: "Store", *, by_choice: bool = False) -> list[di
                 for row in part
             ]
     return found
+
+
+async def judged_questions(store: "Store") -> list[Row]:
+    """What shadow samples came to, oldest first; of several judges, whose scores differ in what they mean, those of the last one."""
+    from anabranch.gateway.store.learned import read_outcomes
+
+    by_judge: dict[str, list[Row]] = {}
+    last = ""
+    for body in await store.look(read_outcomes):
+        try:
+            row = row_of(body)
+            judge = str(json.loads(body).get("judge"))
+        except DataError as error:
+            logger.warning("an outcome of shadow samples is left out: %s", error)
+            continue
+        by_judge.setdefault(judge, []).append(row)
+        last = judge
+    return by_judge.get(last, [])
 
 
 def _scored(row: "LedgerRow", decision: dict[str, Any], texts: dict[str, Any], by_choice: bool) -> dict[str, Any]:
@@ -107,18 +134,21 @@ def _chance(value: Any) -> float | None:
     return float(value) if _is_number(value) and 0 < value <= 1 else None
 
 
-def from_ledger(rows: Iterable[Mapping[str, Any]]) -> Recorded:
+def from_ledger(rows: Iterable[Mapping[str, Any]], judged: Sequence[Row] = ()) -> Recorded:
     """Outcomes from rows of the ledger, joined with what was asked and the feedback on it.
 
     Args:
         rows: each with ``query`` (its text, where prompts are kept), ``model``, ``score``, and what there is of ``task``, ``answer``,
             ``cost_nano``, ``prompt_tokens``, ``completion_tokens``, ``latency_us`` and ``probability``, which is that of ``chosen`` where
             this is another than ``model``. Rows without a text or a score are left out, since nothing can be learned from them.
+        judged: whole outcomes of questions, in the place of what else is there of these.
 
     Raises DataError if that leaves none.
     """
     scored = [row for row in rows if _is_number(row.get("score"))]
     found = [_row(row) for row in scored if (row.get("query") or "").strip()]
+    whole = {question(row.query) for row in judged}
+    found = [row for row in found if question(row.query) not in whole] + list(judged)
     if not found:
         missing = (
             "nobody has scored an answer yet: send scores to POST /v1/feedback"

@@ -275,6 +275,12 @@ class _Checks:
             )
             near = all(abs(a.score - b.score) < TOLERANCE for a, b in zip(ours, theirs, strict=True))
             _is(near, "what two of it observed does not add up to the same scores")
+        first, before = pair[0], [item.score for item in self.route(pair[0], self.query, made_pool()).candidates]
+        first.disown(*parts[0])
+        first.hear(*first.joined(parts))
+        after = [item.score for item in self.route(first, self.query, made_pool()).candidates]
+        near = len(before) == len(after) and all(abs(a - b) < TOLERANCE for a, b in zip(before, after, strict=True))
+        _is(near, "what it let go of and heard again is not what it was")
 
     def saving(self, fitted: Strategy) -> None:
         arrays, facts = _through_json(fitted)

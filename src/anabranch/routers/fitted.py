@@ -216,9 +216,7 @@ def load_folder(folder: str | Path, names: Sequence[str] | None = None) -> Route
     try:
         manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
-        raise CheckpointError(
-            f"{folder} is no folder of routers: it has no {MANIFEST}; make one with gateway fit"
-        ) from None
+        raise CheckpointError(f"{folder} is no folder of routers: it has no {MANIFEST}; make one with fit") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / MANIFEST} is not JSON: {error}") from None
     known = manifest.get("routers") if isinstance(manifest, dict) else None

@@ -61,9 +61,9 @@ def read_recommendation(folder: str | Path) -> Choice | None:
             raise ValueError("it is too large")
         content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; delete it, or run gateway eval again") from None
+        raise CheckpointError(f"{path} cannot be read: {error}; delete it, or run eval again") from None
     if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise CheckpointError(f"{path} is not of version {VERSION}, which this version reads; run gateway eval again")
+        raise CheckpointError(f"{path} is not of version {VERSION}, which this version reads; run eval again")
     match content.get("recommended"):
         case {
             "kind": "strategy" | "model" as kind,
@@ -72,9 +72,9 @@ def read_recommendation(folder: str | Path) -> Choice | None:
             "reason": str(reason),
         }:
             if content.get("is_refitted"):
-                reason = f"{reason} (judged before the routers were fitted anew; gateway eval judges again)"
+                reason = f"{reason} (judged before the routers were fitted anew; eval judges again)"
             return Choice(kind=kind, name=name, setting=setting, reason=reason)
-    raise CheckpointError(f"{path} names nothing that is recommended; delete it, or run gateway eval again")
+    raise CheckpointError(f"{path} names nothing that is recommended; delete it, or run eval again")
 
 
 def pick(place: str | Path, name: str | None = None) -> Picked | None:
@@ -91,7 +91,7 @@ def pick(place: str | Path, name: str | None = None) -> Picked | None:
             return None
         only = next(iter(held.routers))
         return Picked(name=only, router=held.routers[only], choice=None, why=f"{place} holds no other")
-    why = f"gateway eval recommends {shown(choice)}, since {choice.reason}"
+    why = f"eval recommends {shown(choice)}, since {choice.reason}"
     if choice.kind == "model":
         models = next(iter(held.routers.values())).models
         if choice.name not in [model.name for model in models]:
@@ -119,6 +119,6 @@ def _at(router: FittedRouter, setting: float | None) -> FittedRouter:
     return replace(router, strategy=strategy)
 
 
-def no_recommendation(place: str | Path) -> str:
-    """What to do where several routers are there and none is recommended."""
-    return f"no router of {place} is recommended yet (anabranch gateway eval DATA --router {place} recommends one)"
+def no_recommendation(place: str | Path, door: str = "anabranch routers") -> str:
+    """What to do where several routers are there and none is recommended, by which command."""
+    return f"no router of {place} is recommended yet ({door} eval DATA --router {place} recommends one)"

@@ -41,6 +41,7 @@ from anabranch.files import atomic_file, atomic_write_text
 from anabranch.report.style import GRID, INK, MUTED, SERIES, figure, to_png, to_svg
 from anabranch.routers import strategies
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Outcome, Pool
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.data import SETS, RoutingSet, pool_of, split
@@ -126,7 +127,7 @@ def _learns(name: str) -> bool:
     except ImportError:
         # Of an extra that is not installed.
         return False
-    return type(one).fit is not Strategy.fit and not (one.reads_answers or one.is_async)
+    return type(one).fit is not Strategy.fit and not (one.reads_answers or one.is_async or isinstance(one, Program))
 
 
 def _about(name: str) -> str:

@@ -5,9 +5,12 @@ from collections.abc import Callable
 import typer
 
 from anabranch.cli.gateway.ab import show_tests
+from anabranch.cli.gateway.add_model import add_model
 from anabranch.cli.gateway.budget import app as budget
+from anabranch.cli.gateway.coe import GROUP, group
 from anabranch.cli.gateway.collect import collect
 from anabranch.cli.gateway.convert import convert
+from anabranch.cli.gateway.doors import GATEWAY, entering
 from anabranch.cli.gateway.eval import evaluate
 from anabranch.cli.gateway.fit import fit
 from anabranch.cli.gateway.keys import app as keys
@@ -24,6 +27,7 @@ app = typer.Typer(
 
     Recorded outcomes are JSON lines (.jsonl, .jsonl.gz) with query and scores: {model: number}, or a CSV file.""",
 )
+app.callback()(entering(GATEWAY))
 _COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve,
     "fit": fit,
@@ -31,10 +35,11 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "route": route,
     "replay": replay,
     "collect": collect,
+    "add-model": add_model,
     "ab": show_tests,
     "import": convert,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
-for _name, _group in {"keys": keys, "budget": budget, "ledger": ledger}.items():
+for _name, _group in {"keys": keys, "budget": budget, "ledger": ledger, GROUP: group(GATEWAY)}.items():
     app.add_typer(_group, name=_name)

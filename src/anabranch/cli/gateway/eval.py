@@ -43,7 +43,7 @@ def evaluate(
     data: Data,
     router: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Judge these routers (of gateway fit) instead of fitting new ones."),
+        typer.Option(metavar="DIR", help="Judge these routers (of fit) instead of fitting new ones."),
     ] = None,
     strategy: Named = None,
     fields: Fields = None,
@@ -89,10 +89,10 @@ def evaluate(
     """Judge routers on recorded outcomes, against random choice, every single model, the best for each task, and the oracle.
 
     It ends in a verdict: who is better than the best single model, what can be saved at equal quality, or that neither is resolved; and
-    what to serve. With --router the verdict is kept beside the routers, for gateway route and serve.
+    what to serve. With --router the verdict is kept beside the routers, for route, and for gateway serve.
 
     Without --router, each strategy learns from a part of DATA and is judged on the rest. Of a log, in which few questions were answered
-    by every model, what they would have earned is estimated from the choices that were drawn, as gateway replay does.
+    by every model, what they would have earned is estimated from the choices that were drawn, as replay does.
 
     Example: anabranch gateway eval outcomes.jsonl.gz --strategy knn --html report.html
     """

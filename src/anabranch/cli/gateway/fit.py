@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.gateway.doors import door
 from anabranch.cli.gateway.options import (
     ColumnMap,
     Data,
@@ -21,14 +22,14 @@ from anabranch.cli.gateway.options import (
 )
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed, finite_number
-from anabranch.cli.output import print_json, say, size, table, wrote
+from anabranch.cli.output import print_json, say, shell_word, size, table, wrote
 from anabranch.errors import BackendError, DataError, InputError
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     from anabranch.routers.contract.dataset import Recorded
 
-# Questions, of which a share is held out without a word: one at least, for gateway eval to say what there is to say.
+# Questions, of which a share is held out without a word: one at least, for eval to say what there is to say.
 ENOUGH = 5
 
 
@@ -49,7 +50,7 @@ def fit(
             min=0,
             max=0.9,
             callback=finite_number,
-            help="Share of the questions kept for gateway eval. Default: 0.2; 0 learns from all.",
+            help="Share of the questions kept for eval. Default: 0.2; 0 learns from all.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -97,7 +98,7 @@ def fit(
     was_recommended = (out / RECOMMENDED).is_file()
     save_folder(out, routers, learned, about)
     if was_recommended and not (out / RECOMMENDED).is_file():
-        say(f"what was recommended of {out} is not among the new routers; until gateway eval, nothing is")
+        say(f"what was recommended of {out} is not among the new routers; until eval, nothing is")
     sizes = {name: (out / f"{name}.safetensors").stat().st_size for name in routers}
     if as_json:
         print_json({"out": str(out), "routers": sizes, "models": list(recorded.models), **about})
@@ -106,8 +107,8 @@ def fit(
         [name, "yes" if router.embedder is not None else "no", size(sizes[name])] for name, router in routers.items()
     ], text_columns=2)  # fmt: skip
     print(f"learned from {len(learned):,} questions on {len(recorded.models)} models; {about['held_out']:,} held out")
-    after = "eval" if about["held_out"] else "route 'a question'"
-    wrote(str(out), f"anabranch gateway {after} {data if about['held_out'] else ''} --router {out}".replace("  ", " "))
+    after = f"eval {shell_word(data)}" if about["held_out"] else "route 'a question'"
+    wrote(str(out), f"{door()} {after} --router {shell_word(out)}")
 
 
 def _learned(data: Recorded, hold_out: float | None, seed: int) -> Recorded:

@@ -21,7 +21,7 @@ ENOUGH_SUPPORT = 0.95
 
 def replay(
     data: Data,
-    router: Annotated[Path, typer.Option(metavar="DIR", help="Routers of gateway fit: their folder, or one file.")],
+    router: Annotated[Path, typer.Option(metavar="DIR", help="Routers of fit: their folder, or one file.")],
     strategy: Named = None,
     columns: ColumnMap = None,
     prices: Prices = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.gateway.doors import door
 from anabranch.cli.options import AsJson, finite_number
 from anabranch.cli.output import fact, print_json, say, table
 from anabranch.errors import InputError
@@ -18,12 +19,10 @@ if TYPE_CHECKING:
 
 def route(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The query.")],
-    router: Annotated[Path, typer.Option(metavar="DIR", help="Routers of gateway fit: their folder, or one file.")],
+    router: Annotated[Path, typer.Option(metavar="DIR", help="Routers of fit: their folder, or one file.")],
     strategy: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="Which router of the folder. Default: what gateway eval recommends, else the first."
-        ),
+        typer.Option(metavar="NAME", help="Which router of the folder. Default: what eval recommends, else the first."),
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="The kind of work, where it is known.")] = None,
     trade_off: Annotated[
@@ -71,7 +70,7 @@ def _picked(place: Path, strategy: str | None) -> Picked:
         picked = pick(place)
         if picked is not None:
             return picked
-        say(f"{no_recommendation(place)}; the first one decides")
+        say(f"{no_recommendation(place, door())}; the first one decides")
     held = load_folder(place, None if strategy is None else [strategy]).routers
     name = strategy or next(iter(held))
     return Picked(name=name, router=held[name], choice=None, why="it was named" if strategy else "it is the first")

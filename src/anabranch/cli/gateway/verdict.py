@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anabranch.cli.gateway.doors import GATEWAY, door
 from anabranch.cli.output import fact, say, shell_word
 from anabranch.errors import AnabranchError
 
@@ -51,7 +52,7 @@ class Ending:
         if is_log and verdict.is_open:
             return verdict.replace(next=COLLECT)
         if is_kept:
-            return verdict.replace(next=f"{SERVE} --router {shell_word(self.router)}")
+            return verdict.replace(next=_use(self.router))
         return verdict.replace(next=self._unkept(verdict.recommended))
 
     def _unkept(self, chosen: Choice) -> str:
@@ -60,10 +61,10 @@ class Ending:
         is_folder = self.router.is_dir()
         if chosen.kind == "strategy" and chosen.setting is None and not self.leaks:
             file = self.router / f"{chosen.name}.safetensors" if is_folder else self.router
-            return f"{SERVE} --router {shell_word(file)}"
+            return _use(file)
         folder = self.router if is_folder else self.router.parent
         is_kept = (folder / "manifest.json").is_file()
-        return f"anabranch gateway eval {shell_word(self.data)} --router {shell_word(folder)}" if is_kept else SERVE
+        return f"{door()} eval {shell_word(self.data)} --router {shell_word(folder)}" if is_kept else SERVE
 
     def _why_not_kept(self) -> str:
         if self.router is None or not self.router.is_dir():
@@ -88,10 +89,16 @@ class Ending:
         """Nothing is on the disk yet that could be served."""
         chosen, data = verdict.recommended, shell_word(self.data)
         if chosen is not None and chosen.kind == "strategy":
-            return f"anabranch gateway fit {data} --out routers --strategy {chosen.name}"
+            return f"{door()} fit {data} --out routers --strategy {chosen.name}"
         if self.strategy == ["all"]:
             return SERVE
-        return f"anabranch gateway eval {data} --strategy all"
+        return f"{door()} eval {data} --strategy all"
+
+
+def _use(router: Path) -> str:
+    """Have a router decide: for live requests, or, without the proxy, for a query."""
+    where = f"--router {shell_word(router)}"
+    return f"{SERVE} {where}" if door() == GATEWAY else f"{door()} route 'a question' {where}"
 
 
 def print_verdict(verdict: Verdict | None) -> None:

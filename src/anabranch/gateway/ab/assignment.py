@@ -48,6 +48,9 @@ def version_of(test: str, config: ABConfig) -> str:
     if not config.trusts:
         # As it was before there was such a setting: a test that runs goes on.
         del settings["trusts"]
+    if config.unit == "user":
+        # Until then a user came to another side with another key: what was found so is of another test.
+        settings["users"] = "whatever their key"
     return _digest(test, json.dumps(settings, sort_keys=True))[:12]
 
 
@@ -56,30 +59,35 @@ def _told(config: ABConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(config).items() if name != "salt"}
 
 
-def counted_user(config: ABConfig, record: KeyRecord | None, named: str) -> str:
-    """The user that a request counts for; "" for none, and then it counts for its key.
+def counted_user(config: ABConfig, record: KeyRecord | None, named: str) -> tuple[str, str]:
+    """The user that a request counts for, "" for none, and then it counts for its key; and among whom that name is one user.
+
+    Who has several keys, or changes to another, is the same user: one to whom the key belongs among all of these, one that a request
+    names among those of the key's team, and of the key alone where that has no team.
 
     Args:
         record: its key; None for none.
         named: the user that the request says it is of.
     """
     if record is None:
-        return named
+        return named, ""
+    if record.user:
+        return record.user, "owner"
     is_trusted = f"key:{record.id}" in config.trusts or (record.team != "" and f"team:{record.team}" in config.trusts)
-    return record.user or (named if is_trusted else "")
+    return (named, f"team:{record.team}" if record.team else f"key:{record.id}") if is_trusted else ("", "")
 
 
-def arm_of(test: str, config: ABConfig, *, key: str, user: str) -> Arm:
+def arm_of(test: str, config: ABConfig, *, key: str, user: str, among: str = "") -> Arm:
     """The side of a request.
 
     Args:
         test: its name.
         config: of it.
         key: id of the key it came with; "" for none.
-        user: see `counted_user`; "" for none.
+        user, among: see `counted_user`; "" for none.
     """
     whose = (
-        ("key", key) if key and config.unit == "key" else ("user", key, user) if user else ("key", key) if key else ()
+        ("key", key) if key and config.unit == "key" else ("user", among, user) if user else ("key", key) if key else ()
     )
     if not whose:
         return Arm(test, "a", config.a, 1.0, "", config)

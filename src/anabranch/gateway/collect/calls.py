@@ -32,8 +32,8 @@ PATIENCE = 5
 # Seconds that one waits for a limit; what takes longer ends the run.
 LONGEST_WAIT_S = 60.0
 
-# Characters of why a model gave no answer.
-SHOWN = 200
+# Characters of why a model gave no answer, and how many such reasons are told apart: those that come later are not counted.
+SHOWN, KINDS = 200, 1000
 
 
 class OutOfBudgetError(InputError):
@@ -114,10 +114,11 @@ class Calls:
     Args:
         gateway: started, with a config of `for_collecting`.
         per_minute: calls.
+        tag: that they carry, whose budget pays.
     """
 
-    def __init__(self, gateway: "Gateway", per_minute: float) -> None:
-        self._gateway, self._pace = gateway, _Pace(per_minute)
+    def __init__(self, gateway: "Gateway", per_minute: float, tag: str = COLLECT) -> None:
+        self._gateway, self._pace, self._tag = gateway, _Pace(per_minute), tag
         self._under_way, self.spent_nano = 0, 0
         self.unanswered: Counter[str] = Counter()
         # Set, and replaced, as one of them ends.
@@ -143,7 +144,7 @@ class Calls:
 
         Raises OutOfBudgetError.
         """
-        collecting = Collecting(call_key(model, messages, fields), asked_us)
+        collecting = Collecting(call_key(model, messages, fields), asked_us, self._tag)
         body = {"model": model, "messages": list(messages), **fields}
         headers = {"x-cache": "deny"} | ({"x-task": task} if task else {})
         for attempt in range(PATIENCE):
@@ -166,7 +167,9 @@ class Calls:
         return None
 
     def _note(self, model: str, error: ApiError) -> None:
-        self.unanswered[f"{model}: {str(error)[:SHOWN]}"] += 1
+        what = f"{model}: {str(error)[:SHOWN]}"
+        if what in self.unanswered or len(self.unanswered) < KINDS:
+            self.unanswered[what] += 1
 
     async def _once(self, body: dict[str, Any], headers: dict[str, str], collecting: Collecting) -> None:
         """One call. While budgets have no room for it beside others of ours, it waits for these to end. Raises ApiError."""
@@ -175,7 +178,7 @@ class Calls:
             self._under_way += 1
             try:
                 reply = await self._gateway.handle(
-                    "chat", dict(body), headers=headers, shown_as=COLLECT, collecting=collecting
+                    "chat", dict(body), headers=headers, shown_as=self._tag, collecting=collecting
                 )
                 await self._charge(reply.headers["x-request-id"])
                 return

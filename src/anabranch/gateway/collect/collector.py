@@ -75,7 +75,14 @@ def for_collecting(config: GatewayConfig) -> GatewayConfig:
     cache = config.cache.replace(exact=False, semantic=False)
     strategies = {"static": StrategyConfig(use="static")}
     return config.replace(
-        require_key=False, fallbacks={}, ab={}, cache=cache, strategies=strategies, default_strategy=None, embedder=None
+        require_key=False,
+        fallbacks={},
+        ab={},
+        cache=cache,
+        strategies=strategies,
+        default_strategy=None,
+        embedder=None,
+        shadow=None,
     )
 
 
@@ -93,6 +100,7 @@ class Collector:
         per_minute: calls, the judge's among them.
         max_tokens: of an answer; None for the model's.
         told: called with a sentence after each question.
+        tag: of the calls.
 
     Raises InputError for fewer than two models, one that the config does not have, or more tokens than its limit.
     """
@@ -106,6 +114,7 @@ class Collector:
         per_minute: float = 60.0,
         max_tokens: int | None = None,
         told: Callable[[str], None] = lambda text: None,
+        tag: str = COLLECT,
     ) -> None:
         known = [model.name for model in gateway.config.models]
         if unknown := [name for name in (*models, *judge.models) if name not in known]:
@@ -116,7 +125,7 @@ class Collector:
         if max_tokens is not None and not 1 <= max_tokens <= most:
             raise InputError(f"max_tokens is {max_tokens}; it must be 1 to {most:,}, the limit of the config")
         self.gateway, self.models, self.judge = gateway, tuple(dict.fromkeys(models)), judge
-        self._calls, self._told, self._labels = Calls(gateway, per_minute), told, Labels(gateway.store)
+        self._calls, self._told, self._labels = Calls(gateway, per_minute, tag), told, Labels(gateway.store)
         self._max_tokens = max_tokens
         self._fields: Mapping[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
         self.done = Collected()
@@ -145,11 +154,15 @@ class Collector:
             try:
                 any_text = await self._through(table, limit, share_of, since_s)
             finally:
-                self.done.cost_usd = dollars(self._calls.spent_nano)
-                self.done.unanswered = dict(self._calls.unanswered.most_common(REASONS))
+                self.note_calls()
             if not any_text and not table.lines and not waits:
                 raise DataError(NO_TEXTS)
         return self.done
+
+    def note_calls(self) -> None:
+        """Bring ``done`` up to what the calls came to."""
+        self.done.cost_usd = dollars(self._calls.spent_nano)
+        self.done.unanswered = dict(self._calls.unanswered.most_common(REASONS))
 
     async def _through(self, table: Table, limit: int | None, share_of: float, since_s: float) -> bool:
         """All questions that are not in the table; whether there was any text."""
@@ -165,13 +178,16 @@ class Collector:
                 continue
             if limit is not None and self.done.questions >= limit:
                 break
+            if origin.key_id and origin.key_id not in keys:
+                # Made since; one that is not there at all stays away.
+                keys = {key.id: key for key in await store.keys()}
             # What is passed over costs nothing; what is asked in vain does.
-            if not self._may_collect(origin, keys.get(origin.key_id)):
+            if not self.may_collect(origin, keys.get(origin.key_id)):
                 self._tried.add(key)
                 continue
             waiting = self.done.waiting
             try:
-                line = await self._outcome(origin, answers)
+                line = await self.outcome(origin, answers)
             except OutOfBudgetError as error:
                 self.done.stopped, self.done.wait_s = str(error), error.wait_s
                 break
@@ -191,7 +207,7 @@ class Collector:
                 break
         return any_text
 
-    def _may_collect(self, origin: Origin, key: KeyRecord | None) -> bool:
+    def may_collect(self, origin: Origin, key: KeyRecord | None) -> bool:
         """Whether all models, the judge's too, may see a question, and the judge knows what to say of it."""
         if not may_ask(key, origin.key_id, (*self.models, *self.judge.models)):
             self.done.not_allowed += 1
@@ -201,8 +217,13 @@ class Collector:
             return False
         return True
 
-    async def _outcome(self, origin: Origin, answers: Answers) -> dict[str, Any] | None:
-        """The line of a question; None if it cannot be had. Raises OutOfBudgetError."""
+    async def outcome(self, origin: Origin, answers: Answers) -> dict[str, Any] | None:
+        """The line of a question, see `anabranch.routers.data.jsonl`; None if it cannot be had. Raises OutOfBudgetError.
+
+        Args:
+            origin: of the question, which `may_collect` lets through.
+            answers: of users that need not be asked for.
+        """
         asked = (self._answer(origin, model, answers) for model in self.models)
         found = await asyncio.gather(*asked, return_exceptions=True)
         # Only once all are there: what the others said is paid for, and in the store.

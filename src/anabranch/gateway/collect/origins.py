@@ -6,7 +6,7 @@ from typing import Any
 
 from anabranch.gateway.collect.calls import Messages, Said, call_key
 from anabranch.gateway.core.decision_log import LONGEST_TEXT
-from anabranch.gateway.store import COLLECT, KeyRecord, LedgerQuery, LedgerRow
+from anabranch.gateway.store import OUR_TAGS, KeyRecord, LedgerQuery, LedgerRow
 from anabranch.gateway.store.store import Store
 from anabranch.routers.data.splits import question
 from anabranch.routers.wording import normal_form
@@ -71,14 +71,44 @@ def identity(messages: Messages) -> str:
 async def told_requests(store: Store, since_us: int) -> AsyncIterator[Origin]:
     """Answered requests of users that another model can be asked with, oldest first. What is damaged is passed over."""
     after = 0
-    while rows := await store.ledger(LedgerQuery(since_us=since_us, after_seq=after, newest_first=False, limit=PAGE)):
-        after = rows[-1].seq or 0
-        answered = [row for row in rows if row.status == "ok" and row.model and COLLECT not in row.tags]
-        _, texts = await store.told_of([row.request_id for row in answered])
-        for row in answered:
-            origin = _origin(row, texts.get(row.request_id, {}))
-            if origin is not None:
-                yield origin
+    while (page := await told_page(store, since_us, after)) is not None:
+        after = page.last_seq
+        for origin in page.origins:
+            yield origin
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some rows of the ledger.
+
+    Attributes:
+        last_seq: of the last one.
+        origins: those of them that another model can be asked with.
+    """
+
+    last_seq: int
+    origins: list[Origin]
+
+
+async def told_page(store: Store, since_us: int, after_seq: int, seen: dict[str, None] | None = None) -> Page | None:
+    """The next rows behind one; None if there are none.
+
+    Args:
+        store: that holds them.
+        since_us: microseconds since 1970 from which on.
+        after_seq: the row.
+        seen: ids of requests that are passed over, to which those of the page are added.
+    """
+    rows = await store.ledger(LedgerQuery(since_us=since_us, after_seq=after_seq, newest_first=False, limit=PAGE))
+    if not rows:
+        return None
+    answered = [row for row in rows if row.status == "ok" and row.model and OUR_TAGS.isdisjoint(row.tags)]
+    if seen is not None:
+        answered = [row for row in answered if row.request_id not in seen]
+        seen.update(dict.fromkeys(row.request_id for row in answered))
+    _, texts = await store.told_of([row.request_id for row in answered]) if answered else ({}, {})
+    origins = (_origin(row, texts.get(row.request_id, {})) for row in answered)
+    return Page(rows[-1].seq or 0, [origin for origin in origins if origin is not None])
 
 
 def _origin(row: LedgerRow, texts: Mapping[str, Any]) -> Origin | None:

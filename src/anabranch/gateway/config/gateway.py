@@ -26,6 +26,7 @@ from anabranch.gateway.config.parts import (
     WebhookConfig,
 )
 from anabranch.gateway.config.prices import model_price
+from anabranch.gateway.config.shadow import ShadowConfig
 from anabranch.gateway.config.suggestions import hint
 from anabranch.gateway.providers.provider import FailureKind
 from anabranch.routers.contract.query import Model, Pool
@@ -64,6 +65,7 @@ class GatewayConfig(Config):
         mid_stream: what follows when a stream breaks after its first token: an error event, a continuation by another model, or a
             fresh answer, for who sends ``x-mid-stream: restart`` (others get the error event).
         limits, cache, feedback, learning, admin, log, metrics: see there.
+        shadow: what share of live traffic other models are asked too; None for none.
         webhooks: who is told of budgets, by name.
         otel: where spans go; None for none.
         require_key: requests need a key of the store (``anabranch gateway keys create``).
@@ -92,6 +94,7 @@ class GatewayConfig(Config):
     cache: CacheConfig = CacheConfig()
     feedback: FeedbackConfig = FeedbackConfig()
     learning: LearningConfig = LearningConfig()
+    shadow: ShadowConfig | None = None
     admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -115,6 +118,7 @@ class GatewayConfig(Config):
             raise ConfigError(
                 f"learning.judge is {self.learning.judge!r}, and there is no such model; {hint(self.learning.judge, names)}"
             )
+        _check_shadow(self)
         if self.cache.semantic and self.embedder is None:
             raise ConfigError("cache.semantic is true, which needs an embedder; set embedder.kind")
 
@@ -250,6 +254,21 @@ def _check_tests(config: GatewayConfig) -> None:
                 raise ConfigError(f"ab.{name}.{side} is {strategy!r}; {hint(strategy, config.strategies)}")
         if not config.log.decisions:
             raise ConfigError(f"ab.{name}: a test is read from decisions; set decisions = true under [log]")
+
+
+def _check_shadow(config: GatewayConfig) -> None:
+    shadow, names = config.shadow, [model.name for model in config.models]
+    if shadow is None:
+        return
+    named = [("shadow.judge", shadow.judge), *((f"shadow.models.{at}", name) for at, name in enumerate(shadow.models))]
+    for field, name in named:
+        _check_model(config, field, name)
+    if not shadow.models and len(names) < 2:
+        raise ConfigError(f"shadow compares models, and there is only {names[0]!r}; leave it out")
+    if not config.log.prompts:
+        raise ConfigError(
+            "shadow asks other models what users asked; set log.prompts = true to let it, or leave it out"
+        )
 
 
 def _check_fallbacks(config: GatewayConfig) -> None:

@@ -22,7 +22,7 @@ def with_recommended(config: GatewayConfig, place: str | Path) -> GatewayConfig:
         raise ConfigError(f"strategies.{NAME} is in the config, and is the name of what --router serves; rename it")
     if pick(place) is None:
         raise ConfigError(
-            f"{no_recommendation(place)}; or give one file: --router {os.path.join(place, 'NAME.safetensors')}"
+            f"{no_recommendation(place, 'anabranch gateway')}; or give one file: --router {os.path.join(place, 'NAME.safetensors')}"
         )
     strategies = {**config.strategies, NAME: StrategyConfig(router=str(place))}
     return config.replace(strategies=strategies, default_strategy=NAME)

@@ -16,7 +16,7 @@ from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.refusals import limited
-from anabranch.gateway.store import COLLECT, OUR_TAGS, subjects_of
+from anabranch.gateway.store import OUR_TAGS, subjects_of
 from anabranch.gateway.validate import check_chat, check_completion, check_depth, check_embeddings
 from anabranch.routers.money import nano_dollars
 from anabranch.web.api_error import ApiError, wrong
@@ -78,7 +78,7 @@ def admit(state: RequestState) -> None:
     added = tuple(tag.strip() for tag in given.split(",") if tag.strip()) if given else ()
     named = state.body.get("user") or ""
     if state.collecting is not None:
-        added = (COLLECT, *added)
+        added = (state.collecting.tag, *added)
     elif ours := OUR_TAGS.intersection(added):
         raise wrong("x-tags", f"the tag {min(ours)} is that of the gateway's own questions; take another")
     try:
@@ -106,8 +106,8 @@ def assign(state: RequestState) -> None:
     if test is None:
         return
     settings = state.runtime.config.ab[test]
-    user = counted_user(settings, state.record, state.body.get("user") or "")
-    state.arm = arm_of(test, settings, key=state.tenant, user=user)
+    user, among = counted_user(settings, state.record, state.body.get("user") or "")
+    state.arm = arm_of(test, settings, key=state.tenant, user=user, among=among)
     state.target = replace(state.target, strategy=state.arm.strategy)
 
 

@@ -10,7 +10,7 @@ from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt
 from anabranch.gateway.prompt_tokens import asked_text
-from anabranch.gateway.store import CollectedRow, LedgerRow
+from anabranch.gateway.store import COLLECT, CollectedRow, LedgerRow
 from anabranch.gateway.store.records import clean
 from anabranch.routers.contract.query import Decision
 
@@ -85,10 +85,12 @@ class Collecting:
     Attributes:
         key: by which its answer is found again.
         asked_us: microseconds since 1970, when the user asked whose request it is about; what is collected is kept no longer.
+        tag: of `OUR_TAGS`, whose budget pays.
     """
 
     key: str
     asked_us: int
+    tag: str = COLLECT
 
 
 def collected_of(state: "RequestState", row: LedgerRow) -> CollectedRow | None:

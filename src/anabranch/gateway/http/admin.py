@@ -1,22 +1,29 @@
 """``/admin/*``: what operators do. Every route needs the admin key, or a key of the store that is an admin's."""
 
+import asyncio
 import dataclasses
+import json
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from aiohttp import web
 
 from anabranch.config import to_dict
-from anabranch.errors import AnabranchError, InputError
+from anabranch.errors import AnabranchError, CapacityError, DataError, InputError
 from anabranch.gateway.config.redact import redacted
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator, check_origin
 from anabranch.gateway.http.peers import PeerError, Peers
 from anabranch.gateway.lane import BypassError
+from anabranch.gateway.refusals import unavailable
 from anabranch.gateway.store import GROUPS, Budget, KeyRecord, LedgerQuery, key_rows
 from anabranch.gateway.store.key_rows import FIELDS, UnknownKeyError
 from anabranch.gateway.store.period import PERIODS
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.data.jsonl import row_of
+from anabranch.routers.data.table import gather
 from anabranch.routers.money import dollars, nano_dollars
 from anabranch.web.answers import json_response, read_body
 from anabranch.web.api_error import ApiError, wrong
@@ -82,6 +89,7 @@ class AdminRoutes:
             "budgets": {"GET": self._budgets, "PUT": self._set_budget, "DELETE": self._remove_budget},
             "providers": {"GET": self._providers},
             "strategies": {"GET": self._strategies},
+            "models": {"POST": self._add_model},
             "explain": {"POST": self._explain},
             "decisions": {"GET": self._decisions},
             "feedback": {"GET": self._feedback},
@@ -170,6 +178,26 @@ class AdminRoutes:
             for name, lane in lanes.items()
         ]  # fmt: skip
         return {"strategies": found}
+
+    async def _add_model(self, call: _Call) -> Any:
+        """``POST /admin/models/NAME``: a model of the config joins the fitted routers that are served."""
+        if unknown := set(call.body) - {"strategies", "outcomes"}:
+            raise wrong(min(unknown), f"there is no {min(unknown)[:40]!r}; known: strategies, outcomes")
+        names = call.body.get("strategies", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise wrong("strategies", "strategies must be a list of names")
+        try:
+            outcomes = await asyncio.to_thread(_outcomes, call.body.get("outcomes"))
+            done = await self._gateway.add_model(call.name, strategies=names, outcomes=outcomes)
+        except CapacityError as error:
+            raise unavailable(error) from None
+        except AnabranchError as error:
+            raise ApiError(400, "invalid_value", str(error)) from None
+        if self._on_reload is None:
+            await self._gateway.reload(self._gateway.config)
+        else:
+            await self._reload(call)
+        return {"model": call.name, **dataclasses.asdict(done)}
 
     async def _explain(self, call: _Call) -> Any:
         """Why a request would go where it would; the body is one of chat."""
@@ -260,6 +288,21 @@ class AdminRoutes:
         except AnabranchError as error:
             raise ApiError(409, "reload_failed", f"the old config stays: {error}") from None
         return {"status": "reloaded", "models": len(self._gateway.config.models)}
+
+
+def _outcomes(rows: Any) -> Recorded | None:
+    """Outcomes of a body, each as a line of a file of them. Raises DataError that says which is wrong."""
+    if rows is None:
+        return None
+    if not isinstance(rows, list) or not rows:
+        raise wrong("outcomes", "outcomes must be a list of objects with query and scores, at least one")
+    read = []
+    for place, row in enumerate(rows):
+        try:
+            read.append(row_of(json.dumps(row)))
+        except DataError as error:
+            raise DataError(f"outcomes.{place}: {error}") from None
+    return gather(read, Path("outcomes"), None)
 
 
 def _budget(budget: Budget) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 Each process has a row of its own for each strategy, written when something was learned since, every few seconds at most. What adds up
 (`Strategy.adds_up`) is kept as the part that the process observed; each reads the parts of all others and takes them in, so that all know
-what one process would that was told everything. A process that ends leaves its part to nobody's row; one that was killed leaves its own
-row, which counts on. Of what does not add up, each goes on from the newest row that there is when it starts; but what is kept one by
-one (`Strategy.keeps_examples`) has a row for each, which all processes take over, and which is as its last writer has it.
+what one process would that was told everything. A process that ends leaves its part to nobody's row. One that was killed leaves its own
+row, which counts on; the first of the others that finds it dead makes it part of nobody's, and who comes second finds none. One that was
+only taken for dead sees that its row is gone, and goes on with what it has not told yet. Of what does not add up, each goes on from the
+newest row that there is when it starts; but what is kept one by one (`Strategy.keeps_examples`) has a row for each, which all processes
+take over, and which is as its last writer has it.
 
 Rows are found by what a strategy is made from: its config, its embedder, and what it knew before it served. One of another make is not
 read, and one that is damaged is left out; both are said in the log, and neither stops a start.
@@ -15,13 +17,14 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, CapacityError
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import LearnedRow
 from anabranch.routers.contract.strategy import Arrays, Example, Facts
@@ -60,7 +63,9 @@ class _Held:
 
     Attributes:
         made: see `made_from`.
-        writer: of the own row. What was written before for the same make is another's.
+        writer: of the own row: the process (`Store.replica`), a dot, and what tells it from others of that. What was written before for
+            the same make is another's.
+        body: of the own row, of what adds up; empty if none was written.
         told: outcomes that it had been told of by then.
         seen: versions of the rows of others, as read last; None before the first time.
         examples: version of the last example that was read.
@@ -69,13 +74,15 @@ class _Held:
     """
 
     made: str
-    writer: str = field(default_factory=lambda: uuid.uuid4().hex)
+    writer: str
+    body: bytes = b""
     told: int = 0
     seen: dict[str, int] | None = None
     examples: int = 0
     unwritten: list[tuple[str, str, bytes]] = field(default_factory=list)
     next_s: float = 0.0
     damaged: set[tuple[str, int]] = field(default_factory=set)
+    unfolded: set[str] = field(default_factory=set)
 
 
 class Kept:
@@ -96,7 +103,7 @@ class Kept:
         for lane in lanes:
             if not lane.learns or not lane.made:
                 continue
-            held = self._held[lane.name] = _Held(lane.made)
+            held = self._held[lane.name] = _Held(lane.made, self._writer())
             try:
                 if lane.strategy.adds_up:
                     await lane.alone(lambda lane=lane: lane.strategy.hear({}, {}))  # type: ignore[misc]
@@ -132,6 +139,23 @@ class Kept:
                 except Exception as error:
                     logger.error("what strategy %s learned cannot be kept", lane.name, exc_info=error)
 
+    @asynccontextmanager
+    async def handed_over(self, lanes: Sequence["Lane"]) -> AsyncIterator[set[str]]:
+        """Write what these have learned, and leave it alone until the block ends.
+
+        Of those whose names are added to what it gives, nothing is written any more until `load` is told of their successors: what they
+        have learned is found under another make. Raises AnabranchError if the store cannot write.
+        """
+        async with self._busy:
+            for lane in lanes:
+                held = self._held.get(lane.name)
+                if held is not None and held.made == lane.made:
+                    await self._round(lane, held, True)
+            names: set[str] = set()
+            yield names
+            for name in names:
+                self._held.pop(name, None)
+
     # One strategy
 
     async def _round(self, lane: "Lane", held: _Held, at_once: bool) -> None:
@@ -149,18 +173,64 @@ class Kept:
                 strategy=lane.name, made=held.made, writer=held.writer, kind=lane.strategy.name, version=1,
                 ts_us=self._store().now_us(), body=body,
             )  # fmt: skip
-            seen = held.seen if lane.strategy.adds_up else None
-            if await self._store().change(lambda connection: learned.put_learned(connection, row, seen)):  # noqa: B023
+            try:
+                is_written = await self._put(row, held, lane.strategy.adds_up)
+            except learned.FoldedError:
+                await self._begin_anew(lane, held)
+                continue
+            if is_written:
                 held.told = told
                 held.next_s = self._clock() + max(EVERY_S, MEGABYTE_S * len(body) / 1e6)
                 if lane.strategy.adds_up:
+                    held.body = body
                     await lane.alone(lane.strategy.published)
                 return
+
+    async def _put(self, row: LearnedRow, held: _Held, adds_up: bool) -> bool:
+        """Write the own row; whether it is, since others have not written meanwhile. Raises FoldedError."""
+        seen, is_there = (held.seen, held.body != b"") if adds_up else (None, False)
+        return await self._store().change(lambda connection: learned.put_learned(connection, row, seen, is_there))
+
+    async def _begin_anew(self, lane: "Lane", held: _Held) -> None:
+        """The own row is nobody's by now: what it tells of is heard of again like that of others."""
+        logger.warning("this process was taken for dead; strategy %s goes on beside what it had told", lane.name)
+        part = await asyncio.to_thread(read_part, held.body, lane.name)
+        await lane.alone(lambda: lane.strategy.disown(*part))
+        held.writer, held.body, held.seen = self._writer(), b"", None
+
+    def _writer(self) -> str:
+        return f"{self._store().replica}.{uuid.uuid4().hex}"
+
+    async def _fold(self, lane: "Lane", held: _Held, marks: Iterable[str]) -> bool:
+        """Make rows of processes that are gone part of nobody's; whether there were any.
+
+        A row from before rows said whose they are stays as it is, and so does a damaged one.
+        """
+        store = self._store()
+        replica_of = {
+            writer: writer.partition(".")[0] for writer in marks if "." in writer and writer not in held.unfolded
+        }
+        others = sorted(set(replica_of.values()) - {store.replica})
+        gone = await store.gone(others) if others else []
+        dead = [writer for writer, replica in replica_of.items() if replica in gone]
+        for writer in dead:
+            try:
+                await self._leave_to_nobody(lane, held, writer)
+            except CapacityError:
+                raise
+            except Exception as error:
+                held.unfolded.add(writer)
+                logger.debug("the row of %s stays apart: %s", writer, error)
+        return bool(dead)
 
     async def _hear(self, lane: "Lane", held: _Held) -> None:
         """Take in what others observed, if that is more than was read last."""
         store, name = self._store(), lane.name
         marks = await store.look(lambda connection: learned.read_marks(connection, name, held.made))
+        if await self._fold(lane, held, marks):
+            marks = await store.look(lambda connection: learned.read_marks(connection, name, held.made))
+        if held.body and held.writer not in marks:
+            await self._begin_anew(lane, held)
         marks.pop(held.writer, None)
         if marks == (held.seen or {}):
             held.seen = marks
@@ -249,17 +319,21 @@ class Kept:
         )
         held.unwritten = []
 
-    async def _leave(self, lane: "Lane", held: _Held) -> None:
+    async def _leave_to_nobody(self, lane: "Lane", held: _Held, writer: str) -> None:
+        """Have the row of a writer that learns no more join that of nobody."""
         store, name = self._store(), lane.name
         now_us = store.now_us()
 
         def join(bodies: Sequence[bytes]) -> bytes:
-            return _bytes(_ready(*lane.strategy.joined([_read(body, name) for body in bodies])), name)
+            return _bytes(_ready(*lane.strategy.joined([read_part(body, name) for body in bodies])), name)
 
+        await store.change(lambda connection: learned.leave_learned(connection, name, held.made, writer, join, now_us))
+
+    async def _leave(self, lane: "Lane", held: _Held) -> None:
+        store, name = self._store(), lane.name
+        now_us = store.now_us()
         if lane.strategy.adds_up:
-            await store.change(
-                lambda connection: learned.leave_learned(connection, name, held.made, held.writer, join, now_us)
-            )
+            await self._leave_to_nobody(lane, held, held.writer)
         else:
             await store.change(lambda connection: learned.delete_older(connection, name, held.made, now_us - OLD_US))
             await store.change(lambda connection: learned.delete_gone(connection, now_us - GONE_US))
@@ -297,7 +371,13 @@ def _bytes(ready: tuple[Arrays, str], name: str) -> bytes:
     return packed(ready[0], {"version": VERSION, "facts": ready[1]}, name)
 
 
-def _read(body: bytes, name: str) -> Part:
+def packed_part(part: Part, name: str) -> bytes:
+    """A part, or a state, as the store keeps it. Raises InputError for what is not ready for JSON."""
+    return _bytes(_ready(*part), name)
+
+
+def read_part(body: bytes, name: str) -> Part:
+    """The opposite. Raises CheckpointError, which begins with ``name``, for what is damaged."""
     arrays, content = unpacked(body, name)
     return arrays, json.loads(content["facts"])
 
@@ -330,4 +410,4 @@ def _examples(rows: Sequence[tuple[str, str, int, int, str, bytes]]) -> list[Exa
 
 
 def _part(row: LearnedRow) -> Part:
-    return _read(row.body, f"version {row.version}")
+    return read_part(row.body, f"version {row.version}")

@@ -79,6 +79,9 @@ class Database(Protocol):
     def dead(self, connection: Connection) -> list[str]:
         """Other replicas with reservations that are not alive any more."""
 
+    def gone(self, connection: Connection, replicas: Sequence[str]) -> list[str]:
+        """Those of some replicas that have held and are not alive any more, as far as that can be told."""
+
     def let_go(self) -> None:
         """The opposite of `hold`."""
 

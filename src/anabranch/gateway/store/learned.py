@@ -17,6 +17,13 @@ NOBODY = ""
 # How the keys of pairs begin that a person judges, among what was collected (see `collect.labels`).
 LABEL = "label:"
 
+# And those of whole outcomes of a question: what every model that was compared said, and what that is worth.
+OUTCOME = "outcome:"
+
+
+class FoldedError(Exception):
+    """A writer's row is part of nobody's: it was taken for dead. What it has told of is in there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedRow:
@@ -60,15 +67,24 @@ def others_of(connection: Connection, strategy: str) -> int:
     return int(connection.rows("SELECT count(*) FROM learned WHERE strategy = :strategy", strategy=strategy)[0][0])
 
 
-def put_learned(connection: Connection, row: LearnedRow, seen: Mapping[str, int] | None) -> bool:
-    """Write a row in place of the writer's last one, its version counted on. ``seen``: versions of all others that were read; None does not
-    mind.
+def put_learned(
+    connection: Connection, row: LearnedRow, seen: Mapping[str, int] | None, is_there: bool = False
+) -> bool:
+    """Write a row in place of the writer's last one, its version counted on; whether it was written.
 
-    Returns whether it was written.
+    Args:
+        connection: in a transaction.
+        row: to write.
+        seen: versions of all others that were read; None does not mind.
+        is_there: the writer has written one before.
+
+    Raises FoldedError where that is gone.
     """
     connection.lock("learned")
     marks = read_marks(connection, row.strategy, row.made)
     last = marks.pop(row.writer, 0)
+    if is_there and not last:
+        raise FoldedError
     if seen is not None and marks != seen:
         return False
     columns = ", ".join(schema.LEARNED)
@@ -84,18 +100,31 @@ def put_learned(connection: Connection, row: LearnedRow, seen: Mapping[str, int]
 def leave_learned(
     connection: Connection, strategy: str, made: str, writer: str, join: Callable[[Sequence[bytes]], bytes], now_us: int
 ) -> None:
-    """Make the row of a writer that ends part of that of nobody; ``join`` makes one body of several."""
+    """Make the row of a writer that ends, or has ended, part of that of nobody; ``join`` makes one body of several.
+
+    It is there once, whoever else does the same: who comes second finds no row of the writer any more.
+    """
     connection.lock("learned")
     rows = [row for row in read_learned(connection, strategy, made) if row.writer in (writer, NOBODY)]
     if not any(row.writer == writer for row in rows):
         return
-    body = rows[0].body if len(rows) == 1 else join([row.body for row in rows])
+    # One alone too: what cannot be read must not become nobody's, which all others would be joined with.
+    body = join([row.body for row in rows])
     version = 1 + max(row.version for row in rows)
     left = LearnedRow(
         strategy=strategy, made=made, writer=NOBODY, kind=rows[0].kind, version=version, ts_us=now_us, body=body
     )  # fmt: skip
     put_learned(connection, left, None)
     _delete(connection, strategy, made, writer)
+
+
+def move_learned(connection: Connection, strategy: str, made: str, new_made: str) -> int:
+    """Put the rows of one make under another, which has none of these writers; how many there were."""
+    connection.lock("learned")
+    return connection.run(
+        "UPDATE learned SET made = :new WHERE strategy = :strategy AND made = :made",
+        strategy=strategy, made=made, new=new_made,
+    )  # fmt: skip
 
 
 def _delete(connection: Connection, strategy: str, made: str, writer: str) -> None:
@@ -202,18 +231,21 @@ def erase_texts(
         # What was collected is known by what was asked of whom, not by who asked it first.
         return connection.run("DELETE FROM texts") + connection.run("DELETE FROM collected")
     if request_id is not None:
-        count = _erase_labels(connection, {request_id})
+        count = _erase_asked(connection, {request_id})
         return count + connection.run("DELETE FROM texts WHERE request_id = :request", request=request_id)
     part, values = ("", {}) if user is None else (" AND owner = :user", {"user": user})
     sql = f"SELECT request_id FROM ledger WHERE key_id = :key{part}"
-    count = _erase_labels(connection, {id for (id,) in connection.rows(sql, key=key_id, **values)})
+    count = _erase_asked(connection, {id for (id,) in connection.rows(sql, key=key_id, **values)})
     return count + connection.run(f"DELETE FROM texts WHERE request_id IN ({sql})", key=key_id, **values)
 
 
-def _erase_labels(connection: Connection, request_ids: set[str]) -> int:
-    """Delete the pairs for people to judge that hold questions of these requests, and damaged ones, which may be theirs."""
+def _erase_asked(connection: Connection, request_ids: set[str]) -> int:
+    """Delete the pairs for people to judge, and the outcomes, that hold questions of these requests, and damaged ones, which may be
+    theirs.
+    """
     count = 0
-    for key, body in connection.rows("SELECT key, body FROM collected WHERE key LIKE :ours", ours=f"{LABEL}%"):
+    sql = "SELECT key, body FROM collected WHERE key LIKE :label OR key LIKE :outcome"
+    for key, body in connection.rows(sql, label=f"{LABEL}%", outcome=f"{OUTCOME}%"):
         try:
             is_theirs = json.loads(body)["request_id"] in request_ids
         except (ValueError, LookupError, TypeError):
@@ -221,6 +253,12 @@ def _erase_labels(connection: Connection, request_ids: set[str]) -> int:
         if is_theirs:
             count += connection.run("DELETE FROM collected WHERE key = :key", key=key)
     return count
+
+
+def read_outcomes(connection: Connection) -> list[str]:
+    """Whole outcomes that were collected, as JSON; oldest first."""
+    sql = "SELECT body FROM collected WHERE key LIKE :ours ORDER BY ts_us, key"
+    return [body for (body,) in connection.rows(sql, ours=f"{OUTCOME}%")]
 
 
 def erase_examples(connection: Connection, strategy: str, is_meant: Callable[[str], bool], now_us: int) -> int:

@@ -267,6 +267,12 @@ class PostgresDatabase:
                 self._signs[replica] = (seen_us, since_s)
         return dead
 
+    def gone(self, connection: Any, replicas: Sequence[str]) -> list[str]:
+        """See `Database`: those that have said goodbye, or for whom `dead` has said it since their lease was over."""
+        rows = connection.rows("SELECT id FROM replicas WHERE id = ANY(:ids)", ids=list(replicas))
+        alive = {self.replica, *(id for (id,) in rows)}
+        return [replica for replica in replicas if replica not in alive]
+
     def _has_ended(self, connection: PostgresConnection, replica: str, seen_us: int) -> bool:
         """Say goodbye for a replica; not if it has just given a sign of life."""
         return bool(connection.run("DELETE FROM replicas WHERE id = :id AND seen_us = :seen", id=replica, seen=seen_us))

@@ -14,9 +14,10 @@ GLOBAL = "global"
 # The tag of what `anabranch gateway collect` asks; no user and no key may carry it.
 COLLECT = "collect"
 
-# That of what strategies ask beside requests, to learn.
+# That of what strategies ask beside requests, to learn, and that of what a gateway asks beside them of the other models.
 LEARNING = "learning"
-OUR_TAGS = frozenset((COLLECT, LEARNING))
+SHADOW = "shadow"
+OUR_TAGS = frozenset((COLLECT, LEARNING, SHADOW))
 SCOPES = ("key", "user", "team", "tag")
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/+=-]{0,63}")
 

@@ -300,6 +300,10 @@ class SqliteDatabase:
         found = [row[0] for row in connection.rows("SELECT DISTINCT replica FROM reservations")]
         return [replica for replica in found if self._is_dead(replica)]
 
+    def gone(self, connection: Any, replicas: Sequence[str]) -> list[str]:
+        """See `Database`. Without locks nobody can be told from the dead."""
+        return [] if fcntl is None else [replica for replica in replicas if self._is_dead(replica)]
+
     def _is_dead(self, replica: str) -> bool:
         """Whether its lock is free; then its file is removed."""
         if replica == self.replica:

@@ -3,9 +3,9 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, asynccontextmanager
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -71,6 +71,25 @@ class StoreAccess:
     def alone(self, work: str) -> AbstractContextManager[bool]:
         """Whether nobody else does ``work`` on this store, in this process or another; then nobody can meanwhile."""
         return self._database.alone(work)
+
+    @asynccontextmanager
+    async def alone_beside(self, work: str) -> AsyncIterator[bool]:
+        """`alone`, whose database may be far away, beside an event loop that serves."""
+        held = self.alone(work)
+        is_alone = await asyncio.to_thread(held.__enter__)
+        try:
+            yield is_alone
+        finally:
+            await asyncio.to_thread(held.__exit__, None, None, None)
+
+    @property
+    def replica(self) -> str:
+        """Names this process among those on the same data, as long as the store is open."""
+        return self._database.replica
+
+    async def gone(self, replicas: Sequence[str]) -> list[str]:
+        """Those of some processes, by their `replica`, that are not alive any more, as far as that can be told."""
+        return await self._ask(lambda connection: self._database.gone(connection, replicas))
 
     async def _flush(self) -> None:
         """Until all that was given is committed."""

@@ -15,6 +15,7 @@ table, within the chosen experts if there is a limit on what is hosted.
 # Shapes: N queries, M models, D dimensions, C categories (the general one last)
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -25,13 +26,24 @@ from anabranch.errors import InputError
 from anabranch.routers.coe.category import Categories, CategoryRouter
 from anabranch.routers.coe.choice import MapKind, best_kind, largest_trade_off, table_for
 from anabranch.routers.coe.clusters import k_means
-from anabranch.routers.coe.expert_map import ExpertMap, Limits, Solver, solve_map
-from anabranch.routers.coe.quality import QualityTable, table_of_feedback, table_of_scores
+from anabranch.routers.coe.expert_map import (
+    ExpertMap,
+    Limits,
+    Solver,
+    frontier_of_budget,
+    frontier_of_trade_off,
+    solve_map,
+)
+from anabranch.routers.coe.feedback import Feedback
+from anabranch.routers.coe.quality import QualityTable, table_of_scores
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.knobs import knob_of
 from anabranch.routers.contract.predictor import Prediction, Predictor
-from anabranch.routers.contract.query import Outcome, Pool, Query
+from anabranch.routers.contract.query import Decision, Model, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts
+
+# Characters of a category's name in a header.
+HEADER = 200
 
 # Maps for knobs and pools that were asked for lately.
 KEPT_PLANS = 64
@@ -65,6 +77,8 @@ class CompositionOfExperts(Predictor, kind="coe"):
     """
 
     sender_knobs = ("budget_params", "trade_off_params", "min_confidence")
+    # Sums of scores do. Which expert holds a category while none is surely better is each process's own.
+    adds_up = True
 
     @configclass
     class Config(Predictor.Config):
@@ -128,8 +142,8 @@ class CompositionOfExperts(Predictor, kind="coe"):
         self.trade_off = 0.0 if config.trade_off_params == "auto" else float(config.trade_off_params)
         # Observations, not shrunk, without the general category.
         self._table: QualityTable | None = None
-        # Scores since the map was made.
-        self._heard: list[tuple[str, str, float]] = []
+        # Scores since the map was made; all that were observed here since the start, and what others have.
+        self._fresh, self.own, self.others = Feedback(), Feedback(), Feedback()
         self._incumbents: dict[str, str] = {}
         self._known: Known = ()
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
@@ -156,7 +170,8 @@ class CompositionOfExperts(Predictor, kind="coe"):
         data = data.take(keep)
         assert data.vector_ND is not None
         labels = self._labels(data, seed)
-        self.models, self._known, self._incumbents, self._heard = data.models, (), {}, []
+        self.models, self._known, self._incumbents = data.models, (), {}
+        self._fresh, self.own, self.others = Feedback(), Feedback(), Feedback()
         self._plans.clear()
         folds = self.config.folds if len(data) >= 2 * self.config.folds else 0
         self.router = self._new_router(seed).fit(data.vector_ND, labels, folds=folds)
@@ -242,6 +257,12 @@ class CompositionOfExperts(Predictor, kind="coe"):
         self._plans.clear()
         return self
 
+    def join(self, model: Model, shots: Recorded | None = None) -> None:
+        """`add_experts`, as routers of all kinds are asked."""
+        if shots is None:
+            raise InputError(f"coe knows models by their scores; give outcomes of {model.name!r}")
+        self.add_experts(shots)
+
     def _shares(self) -> dict[str, float]:
         assert self._table is not None
         return dict(zip(self._table.categories, self._table.share_C.tolist(), strict=True))
@@ -253,6 +274,7 @@ class CompositionOfExperts(Predictor, kind="coe"):
         self._known = tuple(
             (model.name, model.parameters, float(model.price.input + model.price.output)) for model in pool.models
         )
+        self._refresh_if_due()
 
     def predict(self, data: Recorded) -> Prediction:
         """All rows at once."""
@@ -289,6 +311,11 @@ class CompositionOfExperts(Predictor, kind="coe"):
             confidence_N=np.clip(found.confidence_N, 0.0, 1.0), details=details,
         )  # fmt: skip
 
+    def headers(self, decision: Decision) -> Mapping[str, str]:
+        """The category that a prompt was taken for; how sure it is of that has a header of its own."""
+        category = decision.details.get("category")
+        return {} if category is None else {"x-route-category": str(category)[:HEADER]}
+
     def explain(self, query: Query) -> Facts:
         """The details of `predict_one`."""
         return self.predict_one(query).details or {}
@@ -320,6 +347,26 @@ class CompositionOfExperts(Predictor, kind="coe"):
             while len(self._plans) > KEPT_PLANS:
                 self._plans.popitem(last=False)
         return found
+
+    def frontier(self, by: Literal["budget", "trade_off"] = "budget") -> list[ExpertMap]:
+        """The best map for every budget of hosted parameters, or for every price of active ones, within the config's other limits.
+
+        Raises InputError before ``fit``, and for a model whose size nobody says.
+        """
+        drawn = self._tables()[1]
+        parameters, prices, present = self._facts_of_models()
+        if unsized := [name for name in present if name not in parameters]:
+            raise InputError(
+                f"a frontier needs the size of every model, in billions of parameters; {unsized[0]!r} has none"
+            )
+        drawn, limits = drawn.only(present), self._limits(self.trade_off)
+        if by == "budget":
+            return frontier_of_budget(
+                drawn, parameters, limits=limits.replace(budget=None), prices=prices, solver=self.config.solver
+            )
+        return frontier_of_trade_off(
+            drawn, parameters, limits=limits.replace(trade_off=0.0), prices=prices, solver=self.config.solver
+        )
 
     def _planned(self, budget_params: float | None, trade_off_params: float | None) -> Plan:
         table, drawn = self._tables()
@@ -384,18 +431,51 @@ class CompositionOfExperts(Predictor, kind="coe"):
         if outcome.quality is None or outcome.query.vector_D is None or outcome.model not in self.models:
             return
         best = int(self.router.distribution(outcome.query.vector_D[None])[0].argmax())
-        self._heard.append((self.router.categories[best], outcome.model, float(outcome.quality)))
-        if self.config.refresh_every and len(self._heard) >= self.config.refresh_every:
+        for scores in (self._fresh, self.own):
+            scores.add(self.router.categories[best], outcome.model, float(outcome.quality))
+        self._refresh_if_due()
+
+    def _refresh_if_due(self) -> None:
+        if self.config.refresh_every and self._fresh.count >= self.config.refresh_every:
             self.refresh()
 
     def refresh(self) -> None:
         """Take what was observed into the table and make the map anew; experts keep their categories unless others are surely better."""
-        if not self._heard or self._table is None:
+        fresh, unknown = self._fresh.split(self.models)
+        if not fresh.cells or self._table is None:
             return
         self._incumbents = dict(self.plan().map.choice)
-        self._table = self._table.merged(table_of_feedback(self._heard, share=self._shares()))
-        self._heard = []
+        self._table, self._fresh = self._table.with_feedback(fresh), unknown
         self._plans.clear()
+
+    # Several processes
+
+    def part(self) -> tuple[Arrays, Facts]:
+        """See `Strategy`."""
+        return self.own.state()
+
+    def hear(self, arrays: Arrays, facts: Facts) -> None:
+        """See `Strategy`. It is taken into the table once there is enough, as what is observed here is."""
+        heard = Feedback.read(arrays, facts) if facts else Feedback()
+        heard.sums(self.router.categories, tuple({expert for _, expert in heard.cells}))
+        self._fresh.take(heard)
+        self._fresh.take(self.others, -1)
+        self.others = heard
+
+    def joined(self, parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
+        """See `Strategy`."""
+        made = Feedback()
+        for part in parts:
+            made.take(Feedback.read(*part))
+        return made.state()
+
+    def disown(self, arrays: Arrays, facts: Facts) -> None:
+        """See `Strategy`. The table has it until it comes back."""
+        part = Feedback.read(arrays, facts)
+        if not self.own.holds(part):
+            raise InputError("these scores are not among those that were observed here")
+        self.own.take(part, -1)
+        self._fresh.take(part, -1)
 
     def state(self) -> tuple[Arrays, Facts]:
         """Classifier, table and what was chosen."""
@@ -408,7 +488,7 @@ class CompositionOfExperts(Predictor, kind="coe"):
         }  # fmt: skip
         return arrays, {
             "router": facts, "kind_of_map": [self.kind_of_map.kind, self.kind_of_map.m], "trade_off": self.trade_off,
-            "heard": [list(item) for item in self._heard], "incumbents": self._incumbents,
+            "fresh": [[*cell, *sums_3.tolist()] for cell, sums_3 in self._fresh.cells.items()], "incumbents": self._incumbents,
         }  # fmt: skip
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
@@ -418,7 +498,11 @@ class CompositionOfExperts(Predictor, kind="coe"):
         self.router.load_state(names, facts["router"])
         kind, m = facts["kind_of_map"]
         self.kind_of_map, self.trade_off = MapKind(kind=kind, m=m), facts["trade_off"]
-        self._heard = [(category, model, score) for category, model, score in facts["heard"]]
+        # Of versions before, one by one.
+        self._fresh = Feedback.of((category, model, score) for category, model, score in facts.get("heard", ()))
+        for category, model, *sums_3 in facts.get("fresh", ()):
+            self._fresh.cells[category, model] = np.array(sums_3)
+        self.own, self.others = Feedback(), Feedback()
         self._incumbents, self._known = dict(facts["incumbents"]), ()
         self._plans.clear()
         self._table = QualityTable(

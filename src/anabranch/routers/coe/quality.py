@@ -21,6 +21,7 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.routers.coe.category import CategoryRouter
+from anabranch.routers.coe.feedback import Feedback
 
 # Observations that the spread of the whole table counts for in the spread of a cell.
 PRIOR = 2.0
@@ -132,6 +133,12 @@ class QualityTable:
             for name in categories
         ]
         return _of_moments(categories, experts, count, total, square, np.array(share_C))
+
+    def with_feedback(self, feedback: Feedback) -> "QualityTable":
+        """With scores of single answers; shares stay. Raises InputError for scores of what the table does not have."""
+        mine = self._moments(self.categories, self.experts)
+        count, total, square = (a + b for a, b in zip(mine, feedback.sums(self.categories, self.experts), strict=True))
+        return _of_moments(self.categories, self.experts, count, total, square, self.share_C)
 
     def _moments(self, categories: tuple[str, ...], experts: tuple[str, ...]) -> tuple[np.ndarray, ...]:
         """Count, sum and sum of squares at the places of larger lists of names."""

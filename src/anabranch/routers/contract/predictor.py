@@ -5,6 +5,7 @@ Most published routers are one new predictor. What they share is here: predicted
 """
 # Shapes: N queries, M models the predictor knows, P models of the pool
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -46,6 +47,7 @@ class Predictor(Part, family="predictor"):
         needs_vector: queries must carry vectors.
         models: names it knows, set by ``fit``; columns of its predictions.
         sender_knobs: what it reads of `Query.knobs`, beside those of `Ranked`.
+        adds_up: as of `Strategy`, with the same methods.
     """
 
     @configclass
@@ -54,6 +56,7 @@ class Predictor(Part, family="predictor"):
 
     needs_vector: ClassVar[bool] = True
     sender_knobs: ClassVar[tuple[str, ...]] = ()
+    adds_up: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -82,8 +85,17 @@ class Predictor(Part, family="predictor"):
         """What lies behind the prediction, ready for JSON."""
         return {}
 
+    def headers(self, decision: Decision) -> Mapping[str, str]:
+        """See `Strategy.headers`."""
+        return {}
+
     def observe(self, outcome: Outcome) -> None:
         """Learn from one outcome, if it can."""
+
+    def join(self, model: Model, shots: Recorded | None = None) -> None:
+        """See `Strategy.join`; the model is not among ``models``."""
+        name = self.kind or type(self).__name__
+        raise InputError(f"{name} takes no further model; fit it anew on outcomes of all")
 
     def state(self) -> tuple[Arrays, Facts]:
         """What it learned, but for ``models``."""
@@ -91,6 +103,24 @@ class Predictor(Part, family="predictor"):
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave."""
+        raise NotImplementedError
+
+    # Where it adds up
+
+    def part(self) -> tuple[Arrays, Facts]:
+        """See `Strategy`."""
+        raise NotImplementedError
+
+    def hear(self, arrays: Arrays, facts: Facts) -> None:
+        """See `Strategy`."""
+        raise NotImplementedError
+
+    def joined(self, parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
+        """See `Strategy`."""
+        raise NotImplementedError
+
+    def disown(self, arrays: Arrays, facts: Facts) -> None:
+        """See `Strategy`."""
         raise NotImplementedError
 
 
@@ -140,6 +170,11 @@ class Ranked(Strategy, kind="ranked"):
     def learns(self) -> bool:
         """As its predictor."""
         return type(self.predictor).observe is not Predictor.observe
+
+    @property
+    def adds_up(self) -> bool:  # type: ignore[override]
+        """As its predictor."""
+        return self.predictor.adds_up
 
     @property
     def sender_knobs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -285,9 +320,41 @@ class Ranked(Strategy, kind="ranked"):
         """The decision, and the trade-off it was made at."""
         return {**super().explain(query, pool), "trade_off": trade_off_of(query.knobs, self.config.trade_off)}
 
+    def headers(self, decision: Decision) -> Mapping[str, str]:
+        """The predictor's."""
+        return self.predictor.headers(decision)
+
     def observe(self, outcome: Outcome) -> None:
         """Pass it on."""
         self.predictor.observe(outcome)
+
+    def join(self, model: Model, shots: Recorded | None = None) -> None:
+        """By the predictor; its usual cost and length are those of its outcomes."""
+        if not self.predictor.models:
+            raise InputError(f"{self.name} has not learned yet: fit it on recorded outcomes first")
+        if model.name in self.predictor.models:
+            raise InputError(f"{self.name} knows {model.name!r} already")
+        self.predictor.join(model, shots)
+        self._grow()
+        if shots is not None:
+            tokens_NM = None if shots.tokens_NM2 is None else shots.tokens_NM2[..., 1]
+            self.cost_M[-1], self.completion_M[-1] = _means(shots.cost_NM, 1)[0], _means(tokens_NM, 1)[0]
+
+    def part(self) -> tuple[Arrays, Facts]:
+        """The predictor's."""
+        return self.predictor.part()
+
+    def hear(self, arrays: Arrays, facts: Facts) -> None:
+        """Pass it on."""
+        self.predictor.hear(arrays, facts)
+
+    def joined(self, parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:  # type: ignore[override]
+        """By the predictor."""
+        return self.predictor.joined(parts)
+
+    def disown(self, arrays: Arrays, facts: Facts) -> None:
+        """Pass it on."""
+        self.predictor.disown(arrays, facts)
 
     def state(self) -> tuple[Arrays, Facts]:
         """The predictor's, with the usual costs and lengths."""

@@ -24,7 +24,7 @@ from anabranch.config import Part, configclass
 from anabranch.errors import InputError
 from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.dataset import Recorded
-from anabranch.routers.contract.query import Candidate, Decision, Outcome, Pool, Query
+from anabranch.routers.contract.query import Candidate, Decision, Model, Outcome, Pool, Query
 
 Arrays = dict[str, np.ndarray]
 Facts = dict[str, Any]
@@ -106,7 +106,7 @@ class Strategy(Part, family="strategy"):
         needs_fit: it cannot route before ``fit``.
         is_async: it asks models to decide: await ``aroute`` and ``aaccept``.
         adds_up: what several processes observed can be put together, so that each knows what one would that was told all: `part`, `hear`,
-            `joined`.
+            `joined`, `disown`.
         is_fast: ``route``, ``accept`` and ``observe`` take well under a millisecond whatever comes, so that a gateway may call them on its
             event loop; others get a thread.
         sender_knobs: names of what the sender of a query may set (see `knobs`); `route` reads them, and a gateway refuses all others.
@@ -196,6 +196,17 @@ class Strategy(Part, family="strategy"):
 
     def observe(self, outcome: Outcome) -> None:
         """Learn from one outcome. Outcomes without a quality may teach cost and latency."""
+
+    def join(self, model: Model, shots: Recorded | None = None) -> None:
+        """Let a model join that was not there when it learned; it chooses among that one too from now on.
+
+        Args:
+            model: with its price, and what it is good at.
+            shots: outcomes of it alone, each with a score, and with vectors where the strategy wants them; None for none.
+
+        Raises InputError where it takes none, knows the model, or needs outcomes of it; then nothing has changed.
+        """
+        raise InputError(f"{self.name} takes no further model; fit it anew on outcomes of all")
 
     def headers(self, decision: Decision) -> Mapping[str, str]:
         """What of a decision of its own is told to the sender, in headers of the answer."""
@@ -293,6 +304,13 @@ class Strategy(Part, family="strategy"):
 
     def published(self) -> None:
         """The last `part` is where others find it."""
+
+    def disown(self, arrays: Arrays, facts: Facts) -> None:
+        """What an earlier `part` told of is somebody else's from now on: it is let go of here, and will be heard.
+
+        Raises InputError for what is no part of its own, and nothing has changed.
+        """
+        raise NotImplementedError
 
 
 def is_meant(

@@ -36,13 +36,14 @@ def load_jsonl(path: str | Path, *, prices: Mapping[str, Model] | None = None) -
         if not text.strip():
             continue
         try:
-            rows.append(_row(text))
+            rows.append(row_of(text))
         except DataError as error:
             raise DataError(f"{path}, line {line}: {error}") from None
     return gather(rows, path, prices)
 
 
-def _row(text: str) -> Row:
+def row_of(text: str) -> Row:
+    """One line of such a file. Raises DataError."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:

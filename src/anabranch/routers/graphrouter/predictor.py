@@ -26,7 +26,7 @@ from anabranch.config import Field, configclass
 from anabranch.errors import InputError
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor, one_row
-from anabranch.routers.contract.query import Outcome, Query
+from anabranch.routers.contract.query import Model, Outcome, Query
 from anabranch.routers.contract.strategy import Arrays, Facts
 from anabranch.routers.data.splits import groups
 from anabranch.routers.embed.embedder import Embedder
@@ -231,6 +231,10 @@ class GraphRouter(Predictor, kind="graph"):
             engine.encoding.add_model(vector_V)
         if seen is not None and shots is not None:
             self._shots(shots, *seen)
+
+    def join(self, model: Model, shots: Recorded | None = None) -> None:
+        """`add_llm`, as routers of all kinds are asked."""
+        self.add_llm(model.name, model.description, model.price, shots)
 
     def _described(self, name: str, description: str, vector: np.ndarray | None) -> np.ndarray:
         """Vector of a model that joins; by its name alone where no fitted model was described either."""

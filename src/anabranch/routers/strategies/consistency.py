@@ -13,7 +13,7 @@ the sender asked for it, the others at ``temperature``.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,10 @@ import numpy as np
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, DataError
 from anabranch.routers.contract.dataset import Recorded
-from anabranch.routers.contract.program import Answered, Ask, Done, Event, Program, ProgramRequest, Step
+from anabranch.routers.contract.program import Answered, Ask, Done, ProgramRequest, Step
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Facts
-from anabranch.routers.strategies.escalate import Escalating
+from anabranch.routers.strategies.chained import Chained, Draft
 from anabranch.routers.wording import answer_form
 
 # What is between the mark and what it announces is never given back: shared out anew in every way, white space took time cubic in it.
@@ -39,11 +39,11 @@ SHORT = 40
 _CHOICE = re.compile(r"^\W*([A-J])\b(?:[).:]|\s*$)")
 
 
-class Consistency(Escalating, Program, kind="consistency"):
+class Consistency(Chained, kind="consistency"):
     """A chain whose answers are given when samples agree."""
 
     @configclass
-    class Config(Escalating.Config):
+    class Config(Chained.Config):
         """Sampling.
 
         Attributes:
@@ -56,9 +56,6 @@ class Consistency(Escalating, Program, kind="consistency"):
         samples: int = Field(default=3, ge=2)
         temperature: float = Field(default=0.7, gt=0)
         max_tokens: int = Field(default=1024, ge=1)
-
-    # It judges its samples itself.
-    reads_answers = False
 
     def calls_for(self, is_last: bool) -> float:
         """m calls of every model but the last."""
@@ -80,39 +77,13 @@ class Consistency(Escalating, Program, kind="consistency"):
 
     # -- answering
 
-    async def run(self, request: ProgramRequest, ask: Ask) -> AsyncIterator[Event]:
-        """Sample models of the chain one after another until one agrees with itself; the last one's answer is given as it comes.
-
-        A draw that fails counts as one that disagrees. Where models fail, the next is asked, and in the end the commonest answer so far is
-        better than none. Raises what the last one failed with where nobody answered.
-        """
-        names, spare, said = request.names, None, False
-        # The rest is there for when the chain fails.
-        judged = request.decision.details["chain"][:-1]
-        thresholds = request.decision.details["thresholds"]
-        for name in names:
-            threshold = thresholds.get(name) if name in judged and name != names[-1] else None
-            if threshold is not None:
-                drawn_m = await self._draw(request, name, ask)
-                share, best = commonest(drawn_m)
-                is_given = best is not None and share >= threshold
-                yield Step("sampled", self._facts(name, drawn_m, share, threshold, is_given))
-                spare = best or spare
-                if best is not None and is_given:
-                    yield Done.of(best)
-                    return
-                continue
-            try:
-                async for piece in ask.stream(request.arm(name), request.messages, purpose="answer"):
-                    said = True
-                    yield Done.of(piece) if isinstance(piece, Answered) else piece
-                return
-            except AnabranchError as error:
-                yield Step("failed", {"model": name, "error": type(error).__name__})
-                if said or (spare is None and name == names[-1]):
-                    raise
-        if spare is not None:
-            yield Done.of(spare)
+    async def draft(self, request: ProgramRequest, model: str, threshold: float, ask: Ask) -> Draft:
+        """m samples; one of the commonest, if those are enough. A draw that fails counts as one that disagrees."""
+        drawn_m = await self._draw(request, model, ask)
+        share, best = commonest(drawn_m)
+        is_given = best is not None and share >= threshold
+        step = Step("sampled", self._facts(model, drawn_m, share, threshold, is_given))
+        return Draft(None if best is None else Done.of(best), is_given, step)
 
     async def _draw(self, request: ProgramRequest, model: str, ask: Ask) -> list[Answered | None]:
         """m answers of a model, all at once; None for each that did not come."""

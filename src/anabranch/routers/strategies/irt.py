@@ -20,7 +20,7 @@ from anabranch.config import Field, configclass
 from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
-from anabranch.routers.contract.query import Query
+from anabranch.routers.contract.query import Model, Query
 from anabranch.routers.contract.strategy import Facts
 from anabranch.routers.strategies.adam import Parameters, fitted, held_back
 from anabranch.routers.strategies.knn import one_vector
@@ -107,6 +107,12 @@ class ItemResponse(Kept, Predictor, kind="irt"):
             self.models = (*self.models, name)
             self.theta_MF, self.mean_M = np.vstack((self.theta_MF, theta_F)), np.append(self.mean_M, mean)
         return self
+
+    def join(self, model: Model, shots: Recorded | None = None) -> None:
+        """`add_model`, as routers of all kinds are asked."""
+        if shots is None:
+            raise InputError(f"irt places a model by its scores; give outcomes of {model.name!r}")
+        self.add_model(model.name, shots)
 
     def _items(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return x_ND @ self.A_FD.T + self.a_F, x_ND @ self.beta_D + self.beta_1

@@ -6,37 +6,43 @@ A weak model that hesitates is more often wrong. Mean log-probability is the usu
 "Language Model Cascades: Token-level uncertainty and beyond", section 3) show that a quantile over tokens is less swayed by
 length. Entropy is that of the ``top_logprobs`` the provider returns, what is left of the probability counted as one more token.
 
-Recorded data must carry the signal (`Recorded.signals`, by the name of the measure); live, the provider's ``logprobs`` do.
+Recorded data must carry the signal (`Recorded.signals`, by the name of the measure). Live, it is a `Program`, which asks for the
+``logprobs`` of its drafts itself; the sender sees as much of them as it asked for. A model that tells none never passes: its draft is not
+even made where its provider is known to refuse.
 """
 # Shapes: N queries, M models
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from anabranch.config import Field, configclass
-from anabranch.errors import DataError
+from anabranch.errors import AnabranchError, DataError
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.program import Ask, Done, ProgramRequest, Step
 from anabranch.routers.contract.query import Query
-from anabranch.routers.strategies.escalate import Escalating
+from anabranch.routers.strategies.chained import Chained, Draft
 
 
-class LogProb(Escalating, kind="logprob"):
+class LogProb(Chained, kind="logprob"):
     """A chain whose answers are given when their tokens were likely."""
 
     @configclass
-    class Config(Escalating.Config):
+    class Config(Chained.Config):
         """What is measured.
 
         Attributes:
             measure: ``logprob`` (mean), ``entropy`` (mean, negated) or ``quantile`` of the log-probabilities.
             quantile: which.
+            alternatives: to each token that are asked for, to measure ``entropy``.
         """
 
         threshold: float = -0.35  # nats; a token of probability 0.7 on average
         measure: Literal["logprob", "entropy", "quantile"] = "logprob"
         quantile: float = Field(default=0.1, ge=0, le=1)
+        alternatives: int = Field(default=5, ge=1, le=20)
 
     def confidences(self, data: Recorded) -> np.ndarray:
         """The recorded signal."""
@@ -54,6 +60,41 @@ class LogProb(Escalating, kind="logprob"):
         else:
             found = float(details.get(self.config.measure, np.nan))
         return -found if self.config.measure == "entropy" else found
+
+    # -- answering
+
+    async def draft(self, request: ProgramRequest, model: str, threshold: float, ask: Ask) -> Draft:
+        """An answer with its log-probabilities."""
+        asked = _alternatives(request.settings)
+        wanted = max(asked or 0, self.config.alternatives if self.config.measure == "entropy" else 0)
+        try:
+            found = await ask(request.arm(model), request.messages, logprobs=wanted, purpose="draft")
+        except AnabranchError as error:
+            return Draft(None, False, Step("failed", {"model": model, "error": type(error).__name__}))
+        sure = self.confidence(request.query, model, found.text, {"logprobs": found.logprobs()})
+        is_given = sure >= threshold
+        facts = {
+            "model": model, "measure": self.config.measure, "confidence": round(sure, 4) if np.isfinite(sure) else None,
+            "threshold": threshold, "is_given": is_given,
+        }  # fmt: skip
+        return Draft(_as_asked(Done.of(found), asked), is_given, Step("measured", facts))
+
+
+def _alternatives(settings: Mapping[str, Any]) -> int | None:
+    """How many the sender wants told of each token; None for no log-probabilities at all."""
+    return int(settings.get("top_logprobs") or 0) if settings.get("logprobs") else None
+
+
+def _as_asked(done: Done, alternatives: int | None) -> Done:
+    """An answer with no more log-probabilities than the sender asked for."""
+    if alternatives is None or done.logprobs is None:
+        return replace(done, logprobs=None)
+    told = done.logprobs.get("content")
+    tokens = [
+        {**one, "top_logprobs": list(one.get("top_logprobs") or ())[:alternatives]} if isinstance(one, Mapping) else one
+        for one in (told if isinstance(told, list) else ())
+    ]
+    return replace(done, logprobs={**done.logprobs, "content": tokens})
 
 
 def measured(logprobs: Any, measure: str, quantile: float = 0.1) -> float:

@@ -104,6 +104,26 @@ class Sums:
         for vector_V, (at, quality) in zip(other.seen_SV, other.seen_S2, strict=True):
             self.keep(other.models[int(at)], vector_V, float(quality))
 
+    def less(self, part: "Sums") -> "Sums":
+        """Without what an earlier state of them held. Raises InputError for what was never part of them."""
+        if part.models and part.basis != self.basis:
+            part = part.along(self.centre_V, self.direction_DV, self.basis)
+        if part.models and (part.dim, part.length) != (self.dim, self.length):
+            raise InputError("these sums were observed along other directions")
+        if not set(part.models) <= set(self.models):
+            raise InputError(f"these sums hold nothing of {', '.join(sorted(set(part.models) - set(self.models)))}")
+        places = [self.place(name) for name in part.models]
+        made = replace(self, models=list(self.models))
+        for name in ("gram_MDD", "moment_MD", "count_M", "calls_M", "spent_M"):
+            left = np.array(getattr(self, name))
+            left[places] -= getattr(part, name)
+            setattr(made, name, left)
+        if (made.count_M < 0).any() or (made.calls_M < 0).any():
+            raise InputError("these sums hold less than is to be taken from them")
+        # In the order in which they came: the earlier ones are the first.
+        made.seen_SV, made.seen_S2 = self.seen_SV[part.steps :], self.seen_S2[part.steps :]
+        return made if made.is_whole else made.bare()
+
     def bare(self) -> "Sums":
         """The sums alone."""
         return replace(self, seen_SV=np.zeros((0, 0), np.float32), seen_S2=np.zeros((0, 2)))

@@ -103,6 +103,13 @@ class Pooled(Strategy):
         if self.basis not in (FIXED, SEEDED):
             self.own = self.own.bare()
 
+    def disown(self, arrays: Arrays, facts: Facts) -> None:
+        """Let go of what an earlier `part` told of. Raises InputError for what is none, and nothing has changed."""
+        part = Sums.read(arrays, facts)
+        if part.models:
+            self.own = self.own.less(part)
+            self._rebuild()
+
     # Directions
 
     def _keep_so_far(self) -> None:

@@ -1,0 +1,185 @@
+"""A model of the config joins the fitted routers that the gateway serves, and what these have learned since goes on with it.
+
+    the fitted file     -> read, joined, written in one step      (`anabranch.routers.joining`)
+    what was learned    -> under the new file's mark: what adds up as it is, the newest state of the rest with the model joined
+    the gateway         -> reads its config again, finds another file, and goes on from what was learned
+
+Rows of what was learned are found by what a strategy was made from, so a changed file would begin anew without the second step.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from anabranch.errors import InputError
+from anabranch.gateway.config import GatewayConfig
+from anabranch.gateway.config.prices import model_price
+from anabranch.gateway.decide import load_router
+from anabranch.gateway.lane import made_of
+from anabranch.gateway.learning.kept import packed_part, read_part
+from anabranch.gateway.store import Store, learned
+from anabranch.gateway.store.learned import NOBODY, LearnedRow
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Model
+from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.fitted import ENDING, FittedRouter
+from anabranch.routers.joining import joined, outcomes_of, save_joined
+from anabranch.routers.money import Price
+from anabranch.routers.recommendation import pick
+
+logger = logging.getLogger(__name__)
+
+# Of `Store.alone`.
+WORK = "join"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """What came of it.
+
+    Attributes:
+        strategies: of the config, whose routers know the model now.
+        refused: why others do not, by name.
+        files: that were written.
+    """
+
+    strategies: tuple[str, ...]
+    refused: dict[str, str]
+    files: tuple[str, ...]
+
+
+def file_of(place: str, name: str) -> Path:
+    """The file of the router that a strategy of this name serves."""
+    path = Path(place)
+    if path.is_file():
+        return path
+    picked = pick(place, name)
+    if picked is None or (picked.choice is not None and picked.choice.kind == "model"):
+        raise InputError(f"{place} holds no router that strategy {name} serves")
+    return path / f"{picked.name}{ENDING}"
+
+
+async def join(
+    store: Store | None,
+    config: GatewayConfig,
+    name: str,
+    *,
+    strategies: Sequence[str] = (),
+    outcomes: Recorded | None = None,
+) -> Joined:
+    """Let a model join. Whoever serves the config reads it again afterwards.
+
+    Args:
+        store: where what strategies learned is kept; None if there is none yet.
+        config: that has the model.
+        name: of it.
+        strategies: by their names; empty for all that serve fitted routers.
+        outcomes: that hold a column of it.
+
+    Raises InputError for a model or a strategy that the config does not have, outcomes without it, or where no router takes it; then
+    nothing is written.
+    """
+    model = _model(config, name)
+    fitted = {one: settings.router for one, settings in config.strategies.items() if settings.router is not None}
+    if unknown := [one for one in strategies if one not in fitted]:
+        has = f"those that do are {', '.join(fitted)}" if fitted else "none does"
+        raise InputError(f"{unknown[0]!r} is no strategy that serves a fitted router; {has}")
+    if not fitted:
+        raise InputError("no strategy of the config serves a fitted router; set router of one")
+    if outcomes is not None:
+        await asyncio.to_thread(outcomes_of, outcomes, name)
+    async with nullcontext(True) if store is None else store.alone_beside(WORK) as is_alone:
+        if not is_alone:
+            raise InputError("another model is joining; try again")
+        return await _join(store, config, model, strategies or tuple(fitted), outcomes)
+
+
+async def _join(
+    store: Store | None, config: GatewayConfig, model: Model, names: Sequence[str], outcomes: Recorded | None
+) -> Joined:
+    refused: dict[str, str] = {}
+    files: dict[Path, FittedRouter] = {}
+    taken: list[str] = []
+    # All of them before the first is written.
+    before = {one: await asyncio.to_thread(_served, config, one) for one in names}
+    for one in names:
+        try:
+            path = await asyncio.to_thread(file_of, str(config.strategies[one].router), one)
+            if path not in files:
+                files[path] = await asyncio.to_thread(lambda: joined(FittedRouter.load(path), model, outcomes))  # noqa: B023
+            taken.append(one)
+        except InputError as error:
+            refused[one] = str(error)
+    if not taken:
+        raise InputError("; ".join(f"strategy {one}: {why}" for one, why in refused.items()))
+    for path, router in files.items():
+        await asyncio.to_thread(save_joined, router, path)
+    for one in taken:
+        if store is None:
+            break
+        await _carry_over(store, config, one, before[one], model, outcomes)
+    return Joined(strategies=tuple(taken), refused=refused, files=tuple(map(str, files)))
+
+
+def _model(config: GatewayConfig, name: str) -> Model:
+    """As routers know it."""
+    found = next((one for one in config.models if one.name == name), None)
+    if found is None:
+        raise InputError(
+            f"there is no model {name!r} in the config; add it, have the gateway read that, and let it join then (it has "
+            f"{', '.join(one.name for one in config.models)})"
+        )
+    return Model(
+        name=name, price=model_price(found) or Price(), parameters=found.parameters, description=found.description,
+        context=found.context,
+    )  # fmt: skip
+
+
+def _served(config: GatewayConfig, name: str) -> tuple[FittedRouter, str]:
+    """What a strategy serves now, and the mark of what it learns; "" if that is not kept."""
+    place = str(config.strategies[name].router)
+    embedder = None if config.embedder is None else config.embedder.build()
+    strategy, own = load_router(name, place, embedder, [one.name for one in config.models])
+    router = FittedRouter(strategy=strategy, models=(), embedder=own)
+    return router, made_of(name, strategy, own) if strategy.learns else ""
+
+
+async def _carry_over(
+    store: Store,
+    config: GatewayConfig,
+    name: str,
+    before: tuple[FittedRouter, str],
+    model: Model,
+    outcomes: Recorded | None,
+) -> None:
+    """Put what was learned under the mark of the new file."""
+    (old, made), (_, new_made) = before, await asyncio.to_thread(_served, config, name)
+    if not made or not new_made or made == new_made:
+        return
+    if old.strategy.adds_up:
+        # Sums of the others' scores are what they were.
+        await store.change(lambda connection: learned.move_learned(connection, name, made, new_made))
+        return
+    rows = await store.look(lambda connection: learned.read_learned(connection, name, made))
+    for row in reversed(rows):
+        try:
+            body = await asyncio.to_thread(_with_model, old, row.body, model, outcomes, name)
+        except Exception as error:
+            logger.warning("what strategy %s learned (row of %s) is left behind: %s", name, row.writer, error)
+            continue
+        new = LearnedRow(
+            strategy=name, made=new_made, writer=NOBODY, kind=row.kind, version=1, ts_us=store.now_us(), body=body
+        )  # fmt: skip
+        await store.change(lambda connection: learned.put_learned(connection, new, None))  # noqa: B023
+        return
+
+
+def _with_model(router: FittedRouter, body: bytes, model: Model, outcomes: Recorded | None, name: str) -> bytes:
+    """A state with the model joined, as the store keeps it."""
+    strategy: Strategy = router.strategy
+    strategy.load_kept(*read_part(body, name))
+    joined(router, model, outcomes)
+    return packed_part(strategy.kept_state(), name)

@@ -1,0 +1,345 @@
+"""Shadow samples: a share of live traffic is asked of the other models in the background, on a budget of its own, and judged."""
+
+import asyncio
+import json
+import re
+import signal
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+
+from anabranch.errors import ConfigError
+from anabranch.gateway.collect import shadow
+from anabranch.gateway.collect.calls import Calls
+from anabranch.gateway.config import load_config
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.store import SHADOW, LedgerQuery, open_store
+from anabranch.gateway.store.learned import erase_texts, read_outcomes
+from anabranch.gateway.store.records import GLOBAL
+from anabranch.routers.data import load_outcomes
+from gateway_process import call, served
+
+MODEL = """
+[[models]]
+name = "{name}"
+max_tokens = 20
+price = {{ input_usd = 10, output_usd = 10 }}
+deployments = [{{ provider = {{ kind = "mock", model = "{name}", reply = "{reply}", script = {script} }} }}]
+"""
+REPLIES = {"a": "a says it.", "b": "b says it.", "judge": "verdict: A"}
+WANTED = 'judge = "judge"\nmodels = ["a", "b"]\nshare = 1.0\nrate = 100000'
+
+
+def write(folder, wanted=WANTED, scripts=None, prompts=True, replies=None, **more):
+    models = "".join(
+        MODEL.format(name=name, reply=reply, script=json.dumps((scripts or {}).get(name, [])))
+        for name, reply in {**REPLIES, **(replies or {})}.items()
+    )
+    top = "".join(f"{name} = {value}\n" for name, value in more.items())
+    path = folder / "gateway.toml"
+    part = f"[shadow]\n{wanted}" if wanted else ""
+    path.write_text(f'store = "{folder}/gateway.db"\n{top}[log]\nprompts = {str(prompts).lower()}\n{part}{models}')
+    return path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(shadow, "EVERY_S", 0.01)
+    monkeypatch.setattr(shadow, "AWAY_S", 0.01)
+
+
+async def until(is_so, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not (found := await is_so()):
+        assert time.monotonic() < end, "it did not come to that"
+        await asyncio.sleep(0.01)
+    return found
+
+
+async def ask(gateway, numbers, key=None, model="a", **more):
+    for number in numbers:
+        messages = [{"role": "user", "content": f"question {number}?"}]
+        await gateway.achat({"model": model, "messages": messages, **more}, key=key)
+
+
+async def outcomes(gateway):
+    return [json.loads(body) for body in await gateway.store.look(read_outcomes)]
+
+
+async def sampled(gateway):
+    return await gateway.store.ledger(LedgerQuery(tag=SHADOW, limit=1000))
+
+
+async def has(gateway, count):
+    found = await outcomes(gateway)
+    return found if len(found) >= count else None
+
+
+def count_of(gateway, result):
+    return gateway.metrics.shadowed.labels(result)._value.get()
+
+
+def run(work):
+    return asyncio.run(work())
+
+
+# Through the front door
+
+
+def outcomes_at(url):
+    found = re.search(
+        r'anabranch_shadow_questions_total\{result="judged"\} (\S+)',
+        call(url, "GET", "/metrics", key="operator-key-1")[1],
+    )
+    return 0 if found is None else float(found[1])
+
+
+def wait_for(is_so, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.05)
+
+
+def test_live_questions_become_judged_outcomes_of_all_models_and_a_kill_loses_none(tmp_path):
+    path = write(tmp_path, admin='{ key = "env:TEST_ADMIN_KEY" }')
+
+    async def begin():
+        async with open_store(str(tmp_path / "gateway.db"), serves=False) as store:
+            secret, key = await store.create_key("user", tags=("own",))
+            await store.set_budget(f"key:{key.id}", 10**9)
+            return secret, key.id
+
+    async def look():
+        async with open_store(str(tmp_path / "gateway.db"), serves=False) as store:
+            return await store.ledger(LedgerQuery(limit=1000)), {one.subject: one for one in await store.budgets()}
+
+    secret, key_id = asyncio.run(begin())
+    arguments = ("--config", str(path))
+
+    def send(url, numbers):
+        for number in numbers:
+            body = {"model": "a", "messages": [{"role": "user", "content": f"question {number}?"}]}
+            status, answer, headers = call(url, "POST", "/v1/chat/completions", body, key=secret)
+            assert (status, answer["choices"][0]["message"]["content"], headers["x-route-model"]) == (
+                200,
+                "a says it.",
+                "a",
+            )
+
+    with served(*arguments, environment={"TEST_ADMIN_KEY": "operator-key-1"}) as server:
+        send(server.url, range(3))
+        wait_for(lambda: outcomes_at(server.url) >= 3)
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+    rows, _ = asyncio.run(look())
+    # Of each question b is asked, and the judge twice; what a said is there.
+    assert sum(SHADOW in row.tags for row in rows) == 9
+    with served(*arguments, environment={"TEST_ADMIN_KEY": "operator-key-1"}) as server:
+        send(server.url, range(2, 4))
+        wait_for(lambda: outcomes_at(server.url) >= 1)
+    rows, budgets = asyncio.run(look())
+    theirs, ours = ([row for row in rows if (SHADOW in row.tags) == side] for side in (False, True))
+    assert (len(theirs), len(ours)) == (5, 12)
+    assert {(row.key_id, row.tags, row.status) for row in ours} == {("", (SHADOW,), "ok")}
+    assert budgets[f"key:{key_id}"].spent_nano == sum(row.cost_nano for row in theirs)
+    assert budgets["tag:shadow"].spent_nano == sum(row.cost_nano for row in ours) > 0
+    assert (budgets["tag:shadow"].period, budgets["tag:shadow"].limit_nano) == ("day", 10**9)
+    data = load_outcomes(tmp_path / "gateway.db")
+    assert (sorted(data.query), data.models) == ([f"question {number}?" for number in range(4)], ("a", "b"))
+    # The judge likes the first, whoever that is.
+    assert (data.score_NM == 0.5).all()
+    assert np.isfinite(data.cost_NM).all()
+
+
+# Beside requests
+
+
+def test_what_fails_aside_touches_no_live_request(tmp_path, quick):
+    path = write(tmp_path, scripts={"b": ["500"] * 400}, require_key="false", retries="{ attempts = 1 }")
+
+    async def work():
+        async with Gateway(load_config(path)) as gateway:
+            await ask(gateway, range(4))
+            await until(lambda: _later(count_of(gateway, "failed") == 4))
+            states = {state["deployment"]: state["breaker"] for state in gateway.runtime.dispatcher.states()}
+            assert states["b"] == "closed"
+            assert gateway.metrics.now().errors == 0
+            assert not await outcomes(gateway)
+
+    run(work)
+
+
+async def _later(value):
+    return value
+
+
+def test_its_own_budget_bounds_it_and_it_goes_on_where_it_was(tmp_path, quick, monkeypatch):
+    path = write(tmp_path, WANTED + "\nbudget_usd = 0.03", require_key="false")
+    monkeypatch.setattr(shadow, "REST_S", 0.05)
+
+    async def work():
+        async with Gateway(load_config(path)) as gateway:
+            await gateway.store.set_budget(GLOBAL, 10**9)
+            await ask(gateway, range(30))
+            await until(lambda: _later(count_of(gateway, "over_budget") >= 2))
+            [budget] = [one for one in await gateway.store.budgets() if one.subject == "tag:shadow"]
+            assert budget.spent_nano <= budget.limit_nano == 30_000_000
+            first = len(await outcomes(gateway))
+            assert 0 < first < 30
+            # There is more money from now on.
+            await gateway.reload(load_config(write(tmp_path, WANTED + "\nbudget_usd = 1", require_key="false")))
+            await until(partial(has, gateway, 30))
+            rows = await sampled(gateway)
+            # Nothing was paid for twice.
+            assert len([row for row in rows if row.status == "ok"]) == 90
+            await ask(gateway, [31])
+
+    run(work)
+
+
+def test_of_processes_on_one_store_one_does_it_and_another_goes_on(tmp_path, quick):
+    path = write(tmp_path, require_key="false")
+
+    async def work():
+        async with Gateway(load_config(path)) as one:
+            await ask(one, range(3))
+            await until(partial(has, one, 3))
+            other = Gateway(load_config(path))
+            await other.start()
+            await ask(other, range(3, 6))
+            await until(lambda: _later(count_of(one, "judged") == 6))
+            assert count_of(other, "judged") == 0
+            await one.shadow.stop()
+            await ask(one, range(6, 8))
+            await until(lambda: _later(count_of(other, "judged") == 2))
+            assert (count_of(one, "judged"), count_of(other, "judged")) == (6, 2)
+            assert len(await sampled(other)) == 24
+            await other.stop()
+
+    run(work)
+
+
+def test_the_config_turns_it_on_and_off_while_the_gateway_serves(tmp_path, quick):
+    with_it, without = (load_config(write(tmp_path, wanted, require_key="false")) for wanted in (WANTED, ""))
+
+    async def work():
+        async with Gateway(without) as gateway:
+            await ask(gateway, range(2))
+            assert gateway.shadow._task is None
+            await gateway.reload(with_it)
+            # What was asked within the last day is asked too.
+            await until(partial(has, gateway, 2))
+            await gateway.reload(without)
+            await ask(gateway, range(2, 4))
+            await asyncio.sleep(0.1)
+            assert len(await outcomes(gateway)) == 2
+
+    run(work)
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(1.0, 40), (0.3, None)])
+def test_a_share_is_of_the_questions_and_always_the_same(tmp_path, quick, share, wanted):
+    path = write(tmp_path, WANTED.replace("share = 1.0", f"share = {share}"), require_key="false")
+
+    async def work():
+        async with Gateway(load_config(path)) as gateway:
+            await ask(gateway, range(40))
+            expected = [n for n in range(40) if shadow.share(SHADOW, f"question {n}?") < share]
+            assert wanted in (len(expected), None)
+            found = await until(partial(has, gateway, len(expected)))
+            await asyncio.sleep(0.05)
+            assert {one["query"] for one in found} == {f"question {n}?" for n in expected}
+            assert len(await outcomes(gateway)) == len(expected) > 0
+
+    run(work)
+
+
+def test_whose_key_may_not_use_a_model_and_who_forbids_it_are_left_out(tmp_path, quick):
+    path = write(tmp_path)
+
+    async def work():
+        async with Gateway(load_config(path)) as gateway:
+            narrow, _ = await gateway.store.create_key("narrow", models=("a",))
+            wide, _ = await gateway.store.create_key("wide")
+            await ask(gateway, [1], narrow)
+            await ask(gateway, [2], wide, store=False)
+            await ask(gateway, [3], wide)
+            found = await until(partial(has, gateway, 1))
+            await until(lambda: _later(count_of(gateway, "not_allowed") == 1))
+            assert [one["query"] for one in found] == ["question 3?"]
+            assert {one["request_id"] for one in found} <= {row.request_id for row in await gateway.store.ledger()}
+
+    run(work)
+
+
+def test_one_vain_question_after_another_makes_it_rest(tmp_path, quick, monkeypatch):
+    path = write(tmp_path, replies={"judge": "I could not say"}, require_key="false")
+    rested = []
+
+    async def work():
+        async with Gateway(load_config(path)) as gateway:
+            real = gateway.shadow.rest
+
+            async def rest(seconds):
+                rested.append(seconds)
+                await real(0.01)
+
+            monkeypatch.setattr(gateway.shadow, "rest", rest)
+            await ask(gateway, range(shadow.IN_VAIN))
+            await until(lambda: _later(count_of(gateway, "unjudged") == shadow.IN_VAIN))
+            await until(lambda: _later(shadow.REST_S in rested))
+
+    run(work)
+
+
+def test_an_outcome_goes_when_its_question_goes(tmp_path, quick):
+    path = write(tmp_path, require_key="false")
+
+    async def work():
+        async with Gateway(load_config(path)) as gateway:
+            await ask(gateway, range(2))
+            found = await until(partial(has, gateway, 2))
+            await gateway.shadow.stop()
+            id = found[0]["request_id"]
+            assert await gateway.store.change(lambda connection: erase_texts(connection, request_id=id)) == 2
+            assert [one["request_id"] for one in await outcomes(gateway)] == [found[1]["request_id"]]
+            # And a damaged one, which may be anybody's, is passed over by whoever reads and goes with the first.
+            await gateway.store.change(
+                lambda connection: connection.run("UPDATE collected SET body = '{' WHERE key LIKE 'outcome:%'")
+            )
+
+    run(work)
+
+
+def test_reasons_without_end_are_not_kept(tmp_path):
+    calls = Calls(None, 60)
+    for number in range(1200):
+        calls._note("b", Exception(f"reason {number}"))
+    calls._note("b", Exception("reason 0"))
+    assert (len(calls.unanswered), calls.unanswered["b: reason 0"]) == (1000, 2)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ('judge = "gone"', "shadow.judge"),
+        ('judge = "judge"\nmodels = ["a", "gone"]', "shadow.models.1"),
+        ('judge = "judge"\nmodels = ["a"]', "at least two"),
+        ('judge = "judge"\nmodels = ["a", "a"]', "at least two"),
+        ('judge = "judge"\nshare = 0', "share"),
+        ('judge = "judge"\nrate = 0', "rate"),
+        ('judge = "judge"\nbudget_usd = -1', "budget_usd"),
+        ("share = 0.5", "judge"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_at_the_start(tmp_path, wanted, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(write(tmp_path, wanted))
+
+
+def test_texts_must_be_kept_for_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"log\.prompts"):
+        load_config(write(tmp_path, prompts=False))
