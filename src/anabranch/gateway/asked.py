@@ -16,9 +16,13 @@ Json = Mapping[str, Any]
 # Tools that cost no more than their tokens: they run at the sender's, or are billed by tokens alone. Beginnings of their types, which carry
 # dates.
 FREE_TOOLS = (
-    "function", "custom", "bash", "text_editor", "str_replace_based_edit", "computer", "memory", "web_fetch", "mcp", "tool_search",
-    "local_shell", "shell", "apply_patch", "namespace",
+    "function", "custom", "bash", "text_editor", "str_replace_based_edit", "computer", "memory", "mcp", "tool_search", "local_shell",
+    "shell", "apply_patch", "namespace",
 )  # fmt: skip
+
+# Tokens that one use of a tool brings into the prompt at most, by the beginning of its type: ten results of a search, of a usual page each;
+# and a long paper, unless the tool says how much (`max_content_tokens`). Anthropic, "Web search tool", "Web fetch tool".
+PAGES = {"web_search": 30_000, "web_fetch": 125_000}
 
 # Of a request that has its prompt summed up on the way.
 COMPACTION = "context_management"
@@ -44,6 +48,8 @@ class Asked:
         audio_output, image_output: its answer may be sound, or pictures.
         others: fields whose price no list has.
         calls: as how many calls it may be billed, where those have a price.
+        uses: of tools that run at the provider and bring pages, at most, the searches of such tools among them.
+        page: tokens that one of these brings at most.
     """
 
     tier: str = ""
@@ -54,6 +60,8 @@ class Asked:
     image_output: bool = False
     others: tuple[str, ...] = ()
     calls: int = 1
+    uses: int = 0
+    page: int = 0
 
     def lacks(self, price: Price) -> tuple[str, str] | None:
         """The first field that has no price, and what about it has none; None if all have one, or nothing costs anything."""
@@ -71,15 +79,29 @@ class Asked:
                 return field, what
         return (self.others[0], OTHERS.get(self.others[0], "a tool that the provider runs")) if self.others else None
 
-    def most(self, count: PromptCount, completion: int) -> Usage:
-        """The most that one call may come to: so many completion tokens, and the rest as dear as it may be."""
-        prompt = count.at_most
+    def most(self, count: PromptCount, completion: int, context: int | None = None) -> Usage:
+        """The most that one call may come to, and the rest as dear as it may be.
+
+        Args:
+            count: of the prompt.
+            completion: tokens of the answer at most.
+            context: tokens that the model has room for; None if unknown.
+        """
+        prompt = count.at_most + (pages := self._pages(count.at_most, completion, context))
         return Usage(
             prompt, completion, 0, True, tier=self.tier, searches=self.searches or None, audio_input=min(count.audio, prompt),
             image_input=min(count.images, prompt), audio_output=completion if self.audio_output else 0,
             image_output=completion if self.image_output else 0, cache_write=prompt if self.ttl == "5m" else 0,
-            cache_write_1h=prompt if self.ttl == "1h" else 0, calls=self.calls if self.calls > 1 else None,
+            cache_write_1h=prompt if self.ttl == "1h" else 0, calls=self.calls if self.calls > 1 else None, pages=pages,
         )  # fmt: skip
+
+    def _pages(self, prompt: int, completion: int, context: int | None) -> int:
+        """Prompt tokens beside the sender's: after each use the model reads all again, with what was found and said so far."""
+        uses = self.uses
+        if not uses:
+            return 0
+        read = uses * (prompt + completion) + self.page * uses * (uses + 1) // 2
+        return read if context is None else min(read, uses * max(context, prompt + completion))
 
 
 def asked_of(body: Json) -> Asked:
@@ -91,11 +113,14 @@ def asked_of(body: Json) -> Asked:
     inner = [part for one in parts for part in _parts(one)]
     functions = [one["function"] for one in [*tools, *calls] if isinstance(one.get("function"), dict)]
     searches, others = _searches(body, tools)
+    uses, page = _uses(body, tools)
     words = {str(word).lower() for word in _listed(body.get("modalities"))}
     return Asked(
         tier=_tier(body),
         ttl=_ttl([body, *messages, *parts, *inner, *tools, *calls, *functions]),
         searches=searches,
+        uses=uses,
+        page=page,
         audio_input=any(part.get("type") == "input_audio" for part in parts),
         audio_output="audio" in words or bool(body.get("audio")),
         image_output="image" in words,
@@ -129,19 +154,36 @@ def _ttl(tables: Iterable[Json]) -> str:
 
 
 def _searches(body: Json, tools: Iterable[Json]) -> tuple[int, list[str]]:
-    """Searches at most; and tools that cost something else, or of which it is not said how often they search."""
+    """Searches at most; and tools that cost something else, or of which it is not said how often they are used."""
     searches, others = 1 if _is_on(body.get("web_search_options")) else 0, []
     for at, tool in enumerate(tools):
-        kind = str(tool.get("type", "function"))
-        if kind.startswith("web_search"):
-            most = tool.get("max_uses", body.get("max_tool_calls"))
-            if type(most) is int and most > 0:
-                searches += most
-            else:
+        kind, most = str(tool.get("type", "function")), _most_uses(body, tool)
+        if kind.startswith(tuple(PAGES)):
+            if most is None:
                 others.append(f"tools[{at}].max_uses")
+            elif kind.startswith("web_search"):
+                searches += most
         elif not kind.startswith(FREE_TOOLS):
             others.append(f"tools[{at}]")
     return searches, others
+
+
+def _uses(body: Json, tools: Iterable[Json]) -> tuple[int, int]:
+    """How often tools that bring pages are used, at most, and the tokens of the longest page."""
+    uses = page = 0
+    for tool in tools:
+        kind = next((kind for kind in PAGES if str(tool.get("type", "function")).startswith(kind)), None)
+        if kind is None:
+            continue
+        said = tool.get("max_content_tokens")
+        uses += _most_uses(body, tool) or 0
+        page = max(page, said if kind == "web_fetch" and type(said) is int and said > 0 else PAGES[kind])
+    return uses, page
+
+
+def _most_uses(body: Json, tool: Json) -> int | None:
+    most = tool.get("max_uses", body.get("max_tool_calls"))
+    return most if type(most) is int and most > 0 else None
 
 
 def _compacts(body: Json) -> bool:

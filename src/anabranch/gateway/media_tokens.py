@@ -3,7 +3,7 @@
     images  Anthropic, "Vision": width * height / 750, about 1,600 for one, up to 4,784 at high resolution
             OpenAI, "Images and vision": 85 and 170 for each of at most 8 tiles; or 2.46 at most for each of 1,536 patches of 32 pixels
             Gemini, "Understand and count tokens": 258 for each tile of 768 pixels
-    audio   OpenAI, "Managing costs": 10 a second; Gemini: 32 a second
+    audio   OpenAI, "Managing costs": 10 a second; Gemini: 32 a second; how long it is, the frames of a clip say (`sound_frames`)
     files   Anthropic, "PDF support": 1,500 to 3,000 a page for its text, and those of an image of the page; OpenAI: 100 pages a request
 
 What a header says of an image or a clip is believed, as whoever decodes it does: so it is found as they find it, by walking through the
@@ -20,6 +20,8 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from anabranch.gateway.sound_frames import flac_seconds, framed
 
 # Of an image whose size is not known.
 IMAGE_TOKENS, IMAGE_MOST = 1_600, 4_784
@@ -46,20 +48,14 @@ _FEWEST = 1_000
 # Samples a second, channels, and bits of a sample that files of sound have; what says more is none, or lies.
 _SOUND = (384_000, 32, 64)
 
-# No clip that is taken anywhere is longer, whatever it says: eleven days.
-_LONGEST_S = 1_000_000
-
-# Bits of a second of MP3, in thousands, by its mark: of MPEG 1, and of its slower kinds.
-_MP3 = (
-    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0),
-    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0),
-)
-
 # Samples of OpenAI's ``pcm``: 24,000 a second of two bytes.
 _PCM = 48_000
 
 # Samples that the densest code of speech puts into a byte.
 _PACKED = 16
+
+# How clips begin that are walked through: with notes, or with a frame.
+_FRAMED = (b"ID3", b"\xff")
 
 # Characters of a clip in which its format mostly is.
 _FORMAT = 4_096
@@ -139,46 +135,30 @@ def sound(data: bytes, form: str) -> Media:
 
 def _clip(num_bytes: int, form: str, head: Callable[[int], bytes]) -> Media:
     """Of so many bytes; ``head`` gives the first of them."""
-    rate, is_plain = _wave_rate(head(_FORMAT * 3 // 4)) or _wave_rate(head(_HEAD)) or (_FEWEST, False)
+    first = head(_FORMAT * 3 // 4)
+    if (found := framed(head(num_bytes)) if first.startswith(_FRAMED) else None) is not None:
+        seconds = found.seconds + found.rest / _TYPICAL.get(form, _TYPICAL["mp3"])
+        return _sound(seconds, found.seconds + found.rest / _FEWEST)
+    rate, is_plain = _wave_rate(first) or _wave_rate(head(_HEAD)) or (_FEWEST, False)
     seconds = num_bytes / (rate if is_plain else _TYPICAL.get(form, _TYPICAL["mp3"]))
     at_most = max(seconds, num_bytes / rate)
-    declared = _flac_seconds(head(_HEAD))
+    declared = flac_seconds(head(_HEAD))
     if declared is not None:
         # Silence takes next to no bytes there.
         seconds, at_most = declared, max(declared, at_most)
-    return Media(math.ceil(seconds * AUDIO_A_SECOND), math.ceil(at_most * AUDIO_A_SECOND), "audio")
+    return _sound(seconds, at_most)
+
+
+def _sound(seconds: float, at_most_s: float) -> Media:
+    return Media(math.ceil(seconds * AUDIO_A_SECOND), math.ceil(at_most_s * AUDIO_A_SECOND), "audio")
 
 
 def heard_seconds(data: bytes, form: str) -> float:
-    """Seconds of sound that a provider has made, about: of WAV, PCM, FLAC, and MP3 of one rate, exactly."""
+    """Seconds of sound that a provider has made, about: of WAV, PCM, FLAC, MP3 and AAC, exactly."""
     if form == "pcm":
         return len(data) / _PCM
-    found = _after_notes(data[:_HEAD])
-    if len(found) > 4 and found[0] == 0xFF and found[1] >> 5 == 7:
-        kilobits = _MP3[0 if found[1] >> 3 & 3 == 3 else 1][found[2] >> 4]
-        if found[1] >> 1 & 3 == 1 and kilobits:
-            return len(data) / (kilobits * 125)
-    return sound(data, form).tokens / AUDIO_A_SECOND
-
-
-def _after_notes(head: bytes) -> bytes:
-    """What comes behind the notes (ID3) that a clip may begin with."""
-    while head.startswith(b"ID3") and len(head) >= 10:
-        size = 0
-        for byte in head[6:10]:
-            size = size << 7 | byte & 0x7F
-        head = head[10 + size :]
-    return head
-
-
-def _flac_seconds(head: bytes) -> float | None:
-    """Seconds that a FLAC file says it has; None for others, and where it does not say."""
-    head = _after_notes(head)
-    if not head.startswith(b"fLaC") or head[4:5] not in (b"\x00", b"\x80") or len(head) < 26:
-        return None
-    told = int.from_bytes(head[18:26], "big")
-    rate, samples = told >> 44, told & (1 << 36) - 1
-    return min(samples / rate, _LONGEST_S) if rate and samples else None
+    found = framed(data)
+    return found.seconds if found is not None else sound(data, form).tokens / AUDIO_A_SECOND
 
 
 def file(given: Mapping[str, Any]) -> Media | None:

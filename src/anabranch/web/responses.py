@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.beside import beside, images_of, is_whole, joined
 from anabranch.web.body import said
 from anabranch.web.sse import event
 
@@ -81,16 +82,23 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     choice = (answer.get("choices") or [{}])[0]
     message = choice.get("message") or {}
     output: list[dict[str, Any]] = []
-    if message.get("reasoning_content") or message.get("thinking_blocks"):
-        thought = _reasoning_item(_new("rs"), message.get("reasoning_content") or "")
+    if _thought_in(message) or message.get("thinking_blocks"):
+        thought = _reasoning_item(_new("rs"), _thought_in(message))
         output.append(_sealed(thought, message.get("thinking_blocks"), body))
     if message.get("content") is not None or message.get("refusal"):
         output.append(_message_item(_new("msg"), _as_text(message.get("content")), message.get("refusal") or ""))
     for call in message.get("tool_calls") or ():
         function = call.get("function") or {}
         output.append(_call_item(_new("fc"), call.get("id"), function.get("name"), function.get("arguments") or ""))
+    output += [_image_item(kind, data) for kind, data in images_of(message)]
     made = _response(body, answer.get("model"), answer.get("created"))
-    return _finished(made, output, choice.get("finish_reason"), answer.get("usage"))
+    return _finished(made, output, choice.get("finish_reason"), answer.get("usage"), beside(message))
+
+
+def _thought_in(message: dict[str, Any]) -> str:
+    """What was thought, in a message or a piece of one."""
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    return thought if isinstance(thought, str) else ""
 
 
 def _as_text(content: Any) -> str:
@@ -113,6 +121,7 @@ class ResponseStream:
         self._part: str | None = None
         self._calls: dict[int, dict[str, Any]] = {}
         self._thoughts: list[dict[str, Any]] = []
+        self._beside: dict[str, Any] = {}
         self._reason: str | None = None
         self._usage: dict[str, Any] | None = None
 
@@ -128,11 +137,19 @@ class ResponseStream:
         for choice in (chunk.get("choices") or ())[:1]:
             delta = choice.get("delta") or {}
             self._reason = choice.get("finish_reason") or self._reason
-            for kind, field in (("reasoning", "reasoning_content"), ("text", "content"), ("refusal", "refusal")):
-                if delta.get(field):
-                    yield from self._add_text(kind, delta[field])
+            self._beside = joined(self._beside, beside(delta))
+            texts = (
+                ("reasoning", _thought_in(delta)),
+                ("text", delta.get("content")),
+                ("refusal", delta.get("refusal")),
+            )
+            for kind, text in texts:
+                if text:
+                    yield from self._add_text(kind, text)
                 if kind == "reasoning" and delta.get("thinking_blocks"):
                     yield from self._add_thoughts(delta["thinking_blocks"])
+            for image in images_of(delta):
+                yield from self._add_image(_image_item(*image))
             for call in delta.get("tool_calls") or ():
                 yield from self._add_call(call)
 
@@ -140,7 +157,7 @@ class ResponseStream:
         """After the last chunk."""
         yield from self._close_item()
         yield from self._close_calls()
-        made = _finished(self._made, self._output, self._reason, self._usage)
+        made = _finished(self._made, self._output, self._reason, self._usage, self._beside)
         yield self._event(f"response.{made['status']}", response=made)
 
     def fail(self, message: str, code: str | None) -> Iterator[bytes]:
@@ -159,7 +176,7 @@ class ResponseStream:
             yield from self._close_item()
         item = self._item
         if item is None:
-            yield from self._close_calls()
+            yield from self._close_calls(only_whole=True)
             made = _reasoning_item(_new("rs"), "") if is_thought else _message_item(_new("msg"), "", "")
             item = self._item = {**made, "status": "in_progress", "content": []}
             self._output.append(item)
@@ -177,7 +194,7 @@ class ResponseStream:
         """What seals the thoughts that were told before, or is sealed whole."""
         if self._item is None or self._item["type"] != "reasoning":
             yield from self._close_item()
-            yield from self._close_calls()
+            yield from self._close_calls(only_whole=True)
             item = self._item = {**_reasoning_item(_new("rs"), ""), "status": "in_progress", "content": []}
             self._output.append(item)
             yield self._event("response.output_item.added", output_index=self._at(item), item=item)
@@ -204,27 +221,45 @@ class ResponseStream:
             item |= _sealed(item, thoughts, self._body)
         yield self._event("response.output_item.done", output_index=self._at(item), item=item)
 
+    def _add_image(self, item: dict[str, Any]) -> Iterator[bytes]:
+        yield from self._close_item()
+        self._output.append(item)
+        begun = {**item, "status": "in_progress", "result": None}
+        yield self._event("response.output_item.added", output_index=self._at(item), item=begun)
+        yield self._event("response.output_item.done", output_index=self._at(item), item=item)
+
+    def _place(self, part: dict[str, Any]) -> int:
+        """Which call a piece is of; of a server that numbers none, each that is named is another."""
+        number = part.get("index")
+        if isinstance(number, int):
+            return number
+        is_new = bool(part.get("id") or (part.get("function") or {}).get("name"))
+        return len(self._calls) if is_new else len(self._calls) - 1
+
     def _add_call(self, part: dict[str, Any]) -> Iterator[bytes]:
-        number, function = part.get("index", 0), part.get("function") or {}
+        number, function = self._place(part), part.get("function") or {}
         call = self._calls.get(number)
         if call is None:
             yield from self._close_item()
-            yield from self._close_calls()
+            # Others that are told at the same time go on.
+            yield from self._close_calls(only_whole=True)
             call = _call_item(_new("fc"), part.get("id"), function.get("name"), "", status="in_progress")
             self._calls[number] = call
             self._output.append(call)
             yield self._event("response.output_item.added", output_index=self._at(call), item=call)
-        if text := function.get("arguments"):
-            # Of one that was taken for ended, where several are told at a time.
-            call["status"] = "in_progress"
+        text = function.get("arguments")
+        if text and call["status"] == "completed":
+            if text.strip():
+                raise ValueError("a call goes on behind its end")
+        elif text:
             call["arguments"] += text
             yield self._event(
                 "response.function_call_arguments.delta", item_id=call["id"], output_index=self._at(call), delta=text
             )
 
-    def _close_calls(self) -> Iterator[bytes]:
+    def _close_calls(self, *, only_whole: bool = False) -> Iterator[bytes]:
         for call in self._calls.values():
-            if call["status"] == "in_progress":
+            if call["status"] == "in_progress" and not (only_whole and not is_whole(call["arguments"])):
                 yield from self._close_call(call)
 
     def _close_call(self, call: dict[str, Any]) -> Iterator[bytes]:
@@ -274,6 +309,9 @@ _THOUGHTS = ("reasoning_content", "thinking_blocks")
 def _sealed(item: dict[str, Any], thoughts: Any, body: dict[str, Any]) -> dict[str, Any]:
     """A reasoning item with the signed thoughts behind it, if they are asked for (``include``): the model goes on from them."""
     included = body.get("include")
+    if not thoughts and (unsigned := _thought(item)):
+        # Of a model that signs none, and wants them back all the same.
+        thoughts = [{"type": "thinking", "thinking": unsigned}]
     if not thoughts or not isinstance(included, list) or "reasoning.encrypted_content" not in included:
         return item
     text = json.dumps(thoughts, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
@@ -285,7 +323,7 @@ def _thoughts_of(item: dict[str, Any], keeps_reasoning: bool) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if keeps_reasoning and (thought := _thought(item)):
         made["reasoning_content"] = thought
-    sealed = item.get("encrypted_content")
+    sealed = None if made else item.get("encrypted_content")
     if isinstance(sealed, str) and sealed.startswith(_SEAL):
         try:
             blocks = json.loads(base64.urlsafe_b64decode(sealed.removeprefix(_SEAL)))
@@ -313,7 +351,7 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -
         is_thought = any(before.get(name) for name in _THOUGHTS) and not before["content"]
         if made["role"] == "assistant" and is_thought and not before.get("tool_calls"):
             messages.pop()
-            made |= {name: before[name] for name in _THOUGHTS if name in before}
+            made |= {name: before[name] for name in (*_THOUGHTS, "images") if name in before}
         messages.append(made)
     elif kind == "function_call":
         call = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
@@ -323,12 +361,23 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -
             messages[-1].setdefault("tool_calls", []).append(made)
         else:
             messages.append({"role": "assistant", "content": None, "tool_calls": [made]})
+    elif kind == "image_generation_call" and isinstance(item.get("result"), str):
+        _add_image(messages, item)
     elif kind == "function_call_output":
         content = _content(item.get("output"), name)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
     else:
         what = f"{name} is of type {str(kind)[:40]!r}, which no chat model can be sent"
         raise wrong(f"{name}.type", what, "unsupported")
+
+
+def _add_image(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
+    """A picture that the model made before."""
+    form, result = item.get("output_format"), item["result"]
+    url = result if "://" in result[:10] else f"data:image/{form if isinstance(form, str) else 'png'};base64,{result}"
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": None})
+    messages[-1].setdefault("images", []).append({"type": "image_url", "image_url": {"url": url}})
 
 
 def _choice(choice: Any) -> Any:
@@ -391,11 +440,16 @@ def _response(body: dict[str, Any], model: str | None, created: int | None) -> d
 
 
 def _finished(
-    made: dict[str, Any], output: list[dict[str, Any]], reason: str | None, usage: dict[str, Any] | None
+    made: dict[str, Any],
+    output: list[dict[str, Any]],
+    reason: str | None,
+    usage: dict[str, Any] | None,
+    more: dict[str, Any],
 ) -> dict[str, Any]:
     why = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(reason or "")
     status = {"status": "incomplete", "incomplete_details": {"reason": why}} if why else {"status": "completed"}
-    return {**made, **status, "output": output, "usage": _usage(usage)}
+    told = {"extra_content": more} if more else {}
+    return {**made, **status, "output": output, "usage": _usage(usage), **told}
 
 
 def _usage(usage: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -425,6 +479,12 @@ def _message_item(id: str, text: str, refusal: str, status: str = "completed") -
 
 def _reasoning_item(id: str, text: str, status: str = "completed") -> dict[str, Any]:
     return {"id": id, "type": "reasoning", "summary": [], "content": [_part("reasoning", text)], "status": status}
+
+
+def _image_item(kind: str, data: str) -> dict[str, Any]:
+    """A picture; one that is elsewhere by its address."""
+    form = {"output_format": kind.partition("/")[2]} if kind else {}
+    return {"id": _new("ig"), "type": "image_generation_call", "status": "completed", "result": data, **form}
 
 
 def _call_item(id: str, call_id: Any, name: Any, arguments: str, status: str = "completed") -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Bounds:
             # The next one is sent what was said.
             more = CONTINUED + sum(attempt.seen for attempt in report.attempts) * BYTES_PER_TOKEN
             count = replace(count, at_most=count.at_most + more)
-        return self.asked.most(count, self.most_tokens(model))
+        return self.asked.most(count, self.most_tokens(model), self.runtime.models[model].context)
 
     def worst_nano(self, model: str, report: Report | None) -> int:
         """The most nano-dollars that one call of a model may cost, likewise."""

@@ -74,6 +74,9 @@ def broken_off(most: Usage, told: Usage | None, seen: int, rate: float | None, s
     """
     # Some say 0 before they know.
     begun = told if told is not None and told.prompt else Usage(most.prompt)
+    if most.pages:
+        # What it found on the way is read as a prompt is, and told at the end alone.
+        begun = replace(begun, prompt=max(begun.prompt, most.prompt))
     said = 0 if told is None else told.completion
     seen = max(seen, said)
     made = most.completion if rate is None else seen + FEW + math.ceil(rate * silent_s)

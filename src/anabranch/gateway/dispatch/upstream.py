@@ -7,6 +7,7 @@ no cookies are kept. Nothing here has a timeout: whoever waits sets one.
 import asyncio
 import io
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,11 @@ REDIRECTS = 3
 
 # Common servers drop a connection after 5 s: none is to be used while it is dropped.
 KEEP_ALIVE_S = 4.0
+
+# A URL of which every character stands as it goes out (RFC 3986).
+_WRITTEN = re.compile(
+    r"https?://[A-Za-z0-9.:\[\]_-]+(?:/(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-F]{2})*)?(?:\?[A-Za-z0-9._~=&-]*)?"
+)
 
 # What is read ahead of a slow reader, at most twice this.
 READ_BYTES = 64 << 10
@@ -57,7 +63,8 @@ class Upstream:
         """Send, and wait for status and headers. Raises UpstreamError."""
         session, url = self._started(), self._urls.get(call.url)
         if url is None:
-            url = self._urls[call.url] = URL(call.url)
+            # What is written as it goes out stays so: a signature may be of it.
+            url = self._urls[call.url] = URL(call.url, encoded=_WRITTEN.fullmatch(call.url) is not None)
         for _ in range(REDIRECTS + 1):
             call.is_sent = False
             try:

@@ -15,6 +15,7 @@ from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.dispatch.stream_tally import Tally
 from anabranch.gateway.prompt_tokens import num_prompts
 from anabranch.gateway.providers.chunks import as_chunks, ended, has_content
+from anabranch.gateway.providers.content_lists import flattened
 from anabranch.gateway.providers.provider import (
     BODY_BYTES,
     Answer,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from anabranch.gateway.dispatch.run import Run
 
 logger = logging.getLogger(__name__)
+# Of content in parts, which is put into OpenAI's form.
+_LIST = re.compile(rb'"content"\s*:\s*\[')
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 
 # So much waits unread only where the reader is slow, and then no more is taken from the connection: how much is there is not known.
@@ -312,9 +315,9 @@ class Opened:
             chunk = read_chunk(data)
             if name == b"error" or chunk.get("error"):
                 raise UpstreamError(self.live.provider.error(status_said(chunk), self.reply.headers, data))
-            had = len(chunk)
+            had, is_list = len(chunk), flattened(chunk, "delta")
             if self._is_passed(chunk):
-                is_as_it_came = self._stitch is None and len(chunk) == had
+                is_as_it_came = self._stitch is None and len(chunk) == had and not is_list
                 kept.append(b"data: " + data.replace(b"\n", b" ") + b"\n\n" if is_as_it_came else event(chunk))
                 self._count(kept[-1])
         return b"".join(kept)
@@ -378,6 +381,7 @@ def _is_plain(block: bytes) -> bool:
         and block.count(b"\n\ndata: {") == num - 1
         and b'"prompt_tokens"' not in block
         and b'"error"' not in block
+        and _LIST.search(block) is None
         and (block.isascii() or _is_utf8(block))
     )
 

@@ -1,9 +1,11 @@
 """Anthropic's messages API behind OpenAI's: answers, streams and errors; requests see `anthropic_request`.
 
 What a model thought is in ``reasoning_content`` as text, and in ``thinking_blocks`` with its signatures: who sends that back with the
-message has the model go on from its own thoughts, through calls of tools too. A sender who asked in Anthropic's own form
-(`UpstreamRequest.native`) has the request sent as it came, and the answer, or each event of it, beside what was made of it
-(``anthropic``), so that nothing is lost on the way.
+message has the model go on from its own thoughts, through calls of tools too. Blocks that chat has no form for (tools that run at
+Anthropic and what they found, text with its sources) are in ``extra_content.anthropic.blocks`` as they came.
+
+A sender who asked in Anthropic's own form (`UpstreamRequest.native`) has the request sent as it came, and the answer, or each event of it,
+beside what was made of it (``anthropic``), so that nothing is lost on the way.
 """
 
 import json
@@ -13,6 +15,7 @@ from typing import Any
 from anabranch.config import Field, configclass
 from anabranch.gateway.providers.anthropic_request import ANSWER_TOOL, adapted, forces_json, translated
 from anabranch.gateway.providers.keys import read_key
+from anabranch.gateway.providers.native_events import grown
 from anabranch.gateway.providers.openai import check_drops, check_header, check_url, unsupported
 from anabranch.gateway.providers.provider import (
     Answer,
@@ -39,6 +42,9 @@ STATUS = {  # of an error inside a stream, which has no status of its own
     "overloaded_error": 529, "api_error": 500, "rate_limit_error": 429, "authentication_error": 401, "permission_error": 403,
     "not_found_error": 404, "request_too_large": 413, "timeout_error": 504, "billing_error": 402, "invalid_request_error": 400,
 }  # fmt: skip
+
+# Blocks that are said in full by a message of chat.
+_IN_CHAT = ("text", "thinking", "redacted_thinking", "tool_use")
 
 # What reading a value of another shape raises.
 _MISSHAPEN = (KeyError, TypeError, AttributeError, ValueError)
@@ -188,6 +194,8 @@ def _message(content: list[Json], is_json: bool = False) -> Json:
             function = {"name": block["name"], "arguments": arguments}
             calls.append({"id": block["id"], "type": "function", "function": function})
     message: Json = {"role": "assistant", "content": text if text or not calls else None}
+    if others := [{"index": at, **block} for at, block in enumerate(filter(_is_other, content))]:
+        message["extra_content"] = {"anthropic": {"blocks": others}}
     if thought := "".join(block.get("thinking", "") for block in thoughts):
         message["reasoning_content"] = thought
     if any(block.get("signature") or block.get("data") for block in thoughts):
@@ -195,6 +203,11 @@ def _message(content: list[Json], is_json: bool = False) -> Json:
     if calls:
         message["tool_calls"] = calls
     return message
+
+
+def _is_other(block: Json) -> bool:
+    """It says more than a chat has words for."""
+    return block.get("type") not in _IN_CHAT or bool(block.get("citations"))
 
 
 def _finish(reason: Any) -> str:
@@ -277,6 +290,10 @@ class MessageStream:
         # Index of a block -> what was thought in it so far.
         self._thoughts: dict[int, Json] = {}
         self._answers: set[int] = set()
+        # Index of a block that is no thought and no call -> what has come of it; and how many were told whole.
+        self._blocks: dict[int, Json] = {}
+        self._arguments: dict[int, str] = {}
+        self._others = self._num_thoughts = 0
         self.is_done = False
 
     @property
@@ -328,7 +345,9 @@ class MessageStream:
         if kind == "thinking":
             self._thoughts[value["index"]] = {"type": "thinking", "thinking": "", "signature": "", **block}
         elif kind == "redacted_thinking":
-            return self._chunk({"thinking_blocks": [block]})
+            return self._thought(block)
+        else:
+            self._blocks[value["index"]] = dict(block)
         return self._said(block["text"]) if block.get("text") else []
 
     def _said(self, text: str) -> list[Json]:
@@ -338,6 +357,8 @@ class MessageStream:
     def _content_block_delta(self, value: Json) -> list[Json]:
         delta = value.get("delta") or {}
         kind = delta.get("type")
+        if value["index"] in self._blocks:
+            grown(self._blocks[value["index"]], delta, value["index"], self._arguments)
         if kind == "text_delta":
             return self._said(delta["text"])
         if kind == "thinking_delta":
@@ -362,7 +383,23 @@ class MessageStream:
         if given is not None:
             # A call without arguments has some all the same: no other form of them can be read.
             return self._call(self._calls[number], json.dumps(given))
-        return self._chunk({"thinking_blocks": [thought]}) if thought is not None and thought["signature"] else []
+        if thought is not None:
+            return self._thought(thought) if thought["signature"] else []
+        return self._other(number)
+
+    def _thought(self, block: Json) -> list[Json]:
+        # Clients put lists together by the index.
+        at, self._num_thoughts = self._num_thoughts, self._num_thoughts + 1
+        return self._chunk({"thinking_blocks": [{"index": at, **block}]})
+
+    def _other(self, number: int) -> list[Json]:
+        block, given = self._blocks.pop(number, None), self._arguments.pop(number, None)
+        if block is None or not _is_other(block):
+            return []
+        if given is not None:
+            block["input"] = _read(given)
+        at, self._others = self._others, self._others + 1
+        return self._chunk({"extra_content": {"anthropic": {"blocks": [{"index": at, **block}]}}})
 
     def _message_delta(self, value: Json) -> list[Json]:
         self._given = merged(self._given, value.get("usage") or {})
@@ -375,6 +412,14 @@ class MessageStream:
     def _message_stop(self, value: Json) -> list[Json]:
         self.is_done = True
         return []
+
+
+def _read(text: str) -> Any:
+    """Arguments of a call that is only shown: what cannot be read is shown as it came."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 EVENTS = (

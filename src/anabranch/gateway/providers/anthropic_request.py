@@ -21,6 +21,7 @@ from typing import Any
 from anabranch.gateway.providers.anthropic_models import Takes, takes
 from anabranch.gateway.providers.openai import unsupported
 from anabranch.gateway.providers.provider import Failure, Json, UpstreamError
+from anabranch.gateway.providers.thoughts import is_claudes
 from anabranch.web.body import is_too_deep
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, JsonRoom, JsonSizeError
 
@@ -100,6 +101,8 @@ def adapted(body: Json, model: str, stream: bool) -> Json:
     made = {name: value for name, value in body.items() if name not in ("model", "stream")} | {"model": model}
     if stream:
         made["stream"] = True
+    if isinstance(made.get("messages"), list):
+        made["messages"] = [one for message in made["messages"] if (one := _own_thoughts(message)) is not None]
     if not can.sampling:
         for name in ("temperature", "top_p", "top_k"):
             made.pop(name, None)
@@ -107,6 +110,20 @@ def adapted(body: Json, model: str, stream: bool) -> Json:
     if thinking is not None and not can.budget and can.adaptive and thinking.get("type") == "enabled":
         made["thinking"] = _without_budget(thinking)
     return made
+
+
+_THOUGHTS = ("thinking", "redacted_thinking")
+
+
+def _own_thoughts(message: Json) -> Json | None:
+    """A message without what another model thought, which Anthropic refuses; None if nothing else is in it."""
+    content = message.get("content") if message.get("role") == "assistant" else None
+    if not isinstance(content, list):
+        return message
+    kept = [block for block in content if block.get("type") not in _THOUGHTS or is_claudes(block)]
+    if len(kept) == len(content):
+        return message
+    return {**message, "content": kept} if kept else None
 
 
 def _without_budget(thinking: Json) -> Json:
@@ -306,9 +323,7 @@ def _last_marked(blocks: list[Json], message: Json) -> list[Json]:
 def _thoughts(blocks: Any) -> list[Json]:
     """What a model thought goes back to it whole; what is not signed it did not think."""
     return [
-        block
-        for block in blocks or ()
-        if block.get("type") == "redacted_thinking" or (block.get("type") == "thinking" and block.get("signature"))
+        {name: value for name, value in block.items() if name != "index"} for block in blocks or () if is_claudes(block)
     ]
 
 

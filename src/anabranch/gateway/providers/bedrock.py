@@ -15,9 +15,10 @@ from urllib.parse import quote
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.extras import require
-from anabranch.gateway.providers import converse
+from anabranch.gateway.providers import converse, conversed
 from anabranch.gateway.providers.authorized import Authorized
-from anabranch.gateway.providers.converse import ERRORS, TOO_LONG, ConverseStream
+from anabranch.gateway.providers.converse import ERRORS, TOO_LONG
+from anabranch.gateway.providers.conversed import ConverseStream
 from anabranch.gateway.providers.error_body import TELLING_KEY
 from anabranch.gateway.providers.eventstream import EventStream
 from anabranch.gateway.providers.keys import Secret, read_key
@@ -82,6 +83,8 @@ class Bedrock(Provider, kind="bedrock"):
         def __post_init__(self) -> None:
             check_wire(self)
             check_place("region", self.region)
+            if self.model in (".", "..") or not self.model.isprintable() or not _is_utf8(self.model):
+                raise ConfigError(f"model is {self.model!r}; it must be an id or an ARN")
             if (self.access_key_env is None) != (self.secret_key_env is None):
                 raise ConfigError("access_key_env and secret_key_env are given together or not at all")
 
@@ -95,8 +98,8 @@ class Bedrock(Provider, kind="bedrock"):
         self._headers = {"content-type": "application/json", **config.headers, **bearer}
         domain = "amazonaws.com.cn" if self._region.startswith("cn-") else "amazonaws.com"
         base = (config.base_url or f"https://bedrock-runtime.{self._region}.{domain}").rstrip("/")
-        # A colon stays: the HTTP client would write it so, and what is signed must be what is sent.
-        self._at = f"{base}/model/{quote(config.model, safe=':')}"
+        # As botocore writes it: what is signed must be what is sent.
+        self._at = f"{base}/model/{quote(config.model, safe='')}"
 
     def build(self, request: UpstreamRequest) -> HttpCall:
         """The messages in Converse's form, not signed yet. Raises UpstreamError."""
@@ -120,11 +123,15 @@ class Bedrock(Provider, kind="bedrock"):
         with read("an answer that is none of Converse's", body):
             if request.endpoint == "embeddings":
                 return _embedded(request, value, body, self.config.model)
-            return converse.answer(value, self.config.model)
+            return conversed.answer(value, self.config.model, self._forces_json(request))
 
     def translator(self, request: UpstreamRequest) -> ConverseStream:
         """What reads its events."""
-        return ConverseStream(self)
+        return ConverseStream(self, self._forces_json(request))
+
+    def _forces_json(self, request: UpstreamRequest) -> bool:
+        with asked():
+            return converse.forces_json(request.body, self.config.model)
 
     def error(self, status: int, headers: Headers, body: bytes) -> Failure:
         """By the name of the exception, in a header or the body, else by the status."""
@@ -143,6 +150,14 @@ class Bedrock(Provider, kind="bedrock"):
             require("bedrock", by="the provider bedrock")
             http = Authorized(http, self._signer.headers)
         return Reframed(http, "application/vnd.amazon.eventstream", EventStream)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _region(config: Any) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from anabranch.gateway.providers.native_events import NATIVE, events_of
 from anabranch.gateway.providers.provider import Json
+from anabranch.web.beside import joined
 
 # Most choices, or calls of tools, of an answer.
 PLACES = 1024
@@ -81,6 +82,9 @@ def _add(whole: Json, choice: Json, endpoint: str) -> None:
         elif isinstance(value, list) and name != "tool_calls" and isinstance(message.get(name), list):
             # Such as the details of thoughts, which come piece by piece.
             message[name] = [*message[name], *value]
+        elif isinstance(value, dict) and isinstance(message.get(name), dict):
+            # Sound, or what a provider says beside the rest.
+            message[name] = joined(message[name], value)
         elif value is not None and name != "tool_calls":
             message[name] = value
 

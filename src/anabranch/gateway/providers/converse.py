@@ -1,7 +1,7 @@
-"""The form of Amazon Bedrock's Converse API: chat requests put into it, its answers and streams read.
+"""Chat requests in the form of Amazon Bedrock's Converse API; its answers see `conversed`.
 
-Thoughts come as ``reasoning_content``, and with their signatures as ``thinking_blocks`` of the message; sent back in that form, they are
-given to the model again, which some need to go on after a call of a tool.
+``thinking_blocks`` of messages are given to the model again, which some need to go on after a call of a tool. Blocks of Anthropic's form
+that chat has no words for (a ``document``, a ``search_result``) become what Converse has for them.
 """
 
 import json
@@ -9,39 +9,24 @@ import re
 from typing import Any
 
 from anabranch.gateway.providers.anthropic_models import Takes, takes
+from anabranch.gateway.providers.anthropic_request import ANSWER_TOOL
 from anabranch.gateway.providers.openai import unsupported
-from anabranch.gateway.providers.provider import Answer, FailureKind, Json, UpstreamError, Usage
+from anabranch.gateway.providers.provider import FailureKind, Json
+from anabranch.gateway.providers.thoughts import is_claudes
 from anabranch.gateway.providers.translation import (
-    ForeignStream,
     Room,
     arguments,
-    completion,
-    count,
     data_url,
     functions,
-    head,
-    message,
     most_tokens,
     refuse,
     room,
     schema_of,
     stops,
     text_of,
-    tool_call,
 )
 
 REFUSED = ("n", "logprobs", "top_logprobs")
-# Of a call of a tool that runs at Amazon: nothing for the sender to call.
-THEIRS = "server_tool_use"
-FINISH = {
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "tool_use": "tool_calls",
-    "max_tokens": "length",
-    "model_context_window_exceeded": "length",
-}
-WITHHELD = "content_filter"
-
 # Exceptions as documented: what they mean, and their status, which a stream does not have.
 ERRORS: dict[str, tuple[FailureKind, int]] = {
     "AccessDeniedException": ("forbidden", 403),
@@ -66,11 +51,14 @@ ERRORS: dict[str, tuple[FailureKind, int]] = {
 TOO_LONG = re.compile(r"Input is too long for requested model\.?")
 
 # Tokens to think for, of models of Anthropic's, which want at least the first.
-BUDGETS = {"minimal": 1024, "low": 1024, "medium": 4096, "high": 16384}
+BUDGETS = {"minimal": 1024, "low": 1024, "medium": 4096, "high": 16384, "xhigh": 24576, "max": 32768}
 LEAST_BUDGET = 1024
 
 _FORMATS = {"jpg": "jpeg", "plain": "txt", "markdown": "md", "msword": "doc"}
 _DOCUMENTS = ("pdf", "csv", "doc", "docx", "xls", "xlsx", "html", "txt", "md")
+# What a name of a document may not have, and most of its letters, of 200, beside its number.
+_UNNAMED = re.compile(r"[^A-Za-z0-9\s\-()\[\]]+")
+_NAME_LETTERS = 190
 _OFFICE = {
     "vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
     "vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
@@ -90,8 +78,9 @@ def translated(body: Json, config: Any) -> Json:
     """A chat request as one of Converse. Raises UpstreamError."""
     refuse(body, REFUSED, "bedrock")
     marks = _Marks("anthropic." in config.model or "amazon.nova" in config.model)
-    system, turns = _turns(body, marks)
+    system, turns = _turns(body, marks, is_claude(config.model))
     made: Json = {"messages": turns, **_tools(body, marks)}
+    made |= _output(body, config.model, made)
     if system:
         made["system"] = system
     settings: Json = {}
@@ -102,7 +91,7 @@ def translated(body: Json, config: Any) -> Json:
             settings[ours] = body[name]
     if stop := stops(body):
         settings["stopSequences"] = stop
-    fields = {**config.fields, **_fields(body, config.model, settings)}
+    fields = {**config.fields, **_fields(body, config.model, settings, _is_forced(made))}
     if is_claude(config.model):
         _fit_claude(settings, fields, takes(config.model))
     if settings:
@@ -111,7 +100,12 @@ def translated(body: Json, config: Any) -> Json:
         made["additionalModelRequestFields"] = fields
     if config.guardrail:
         made["guardrailConfig"] = config.guardrail
-    return made | _output(body)
+    return made
+
+
+def _is_forced(made: Json) -> bool:
+    """A tool must be called: Claude does not think before it."""
+    return not {"any", "tool"}.isdisjoint(made.get("toolConfig", {}).get("toolChoice", {}))
 
 
 def _fit_claude(settings: Json, fields: Json, can: Takes) -> None:
@@ -129,23 +123,31 @@ def _fit_claude(settings: Json, fields: Json, can: Takes) -> None:
         fields.pop("top_k", None)
 
 
-def _fields(body: Json, model: str, settings: Json) -> Json:
+def _fields(body: Json, model: str, settings: Json, is_forced: bool) -> Json:
     """What only some models know."""
     made: Json = {name: body[name] for name in ("top_k", "thinking") if body.get(name) is not None}
     effort = body.get("reasoning_effort")
-    if effort is None or effort == "none" or "thinking" in made:
-        return made
     if not is_claude(model):
-        return made | {"reasoning_effort": effort}
+        is_said = effort is None or effort == "none" or "thinking" in made
+        return made if is_said else made | {"reasoning_effort": effort}
+    can = takes(model)
+    given = made.get("thinking")
+    if given is not None and not can.budget and can.adaptive and given.get("type") == "enabled":
+        made["thinking"] = {name: value for name, value in given.items() if name != "budget_tokens"} | {
+            "type": "adaptive"
+        }
+    if effort is None or effort == "none":
+        return made
     if effort not in BUDGETS:
         raise unsupported(f"reasoning_effort {effort!r} cannot be asked of {model}; it knows {', '.join(BUDGETS)}")
-    can = takes(model)
-    if can.adaptive and not can.budget:
-        least = {"minimal": "low"}
-        return made | {"thinking": {"type": "adaptive"}, "output_config": {"effort": least.get(effort, effort)}}
+    if can.adaptive and (given is not None or not can.budget):
+        # How hard it works is a word beside how it thinks.
+        level = {"minimal": "low", "xhigh": "xhigh" if can.xhigh else "high"}.get(effort, effort)
+        made["output_config"] = {"effort": level}
+        return made if given is not None or is_forced else made | {"thinking": {"type": "adaptive"}}
     # The answer must have room beside it.
     budget = min(BUDGETS[effort], settings.get("maxTokens", BUDGETS[effort] + 1) - 1)
-    thinks = can.budget and budget >= LEAST_BUDGET
+    thinks = given is None and can.budget and budget >= LEAST_BUDGET and not is_forced
     return made | ({"thinking": {"type": "enabled", "budget_tokens": budget}} if thinks else {})
 
 
@@ -164,13 +166,34 @@ class _Marks:
         return [*blocks, {"cachePoint": point}]
 
 
-def _output(body: Json) -> Json:
+def forces_json(body: Json, model: str) -> bool:
+    """Whether the answer comes as a call of `ANSWER_TOOL`: of models of Anthropic and Amazon that take no schema, or get none."""
+    is_json, schema = schema_of(body)
+    if not is_json or not (is_claude(model) or "amazon.nova" in model):
+        return False
+    return schema is None or not is_claude(model) or not takes(model).schema
+
+
+def _output(body: Json, model: str, made: Json) -> Json:
     is_json, schema = schema_of(body)
     if not is_json:
         return {}
+    named = body["response_format"].get("json_schema") or {}
+    if forces_json(body, model):
+        if made.get("toolConfig"):
+            raise unsupported(f"response_format and tools together cannot be asked of {model} on bedrock")
+        shape = schema or {"type": "object", "properties": {}, "additionalProperties": True}
+        spec = {
+            "name": ANSWER_TOOL,
+            "description": named.get("description") or "Give the whole answer as the input of this tool.",
+            "inputSchema": {"json": shape},
+        }
+        return {"toolConfig": {"tools": [{"toolSpec": spec}], "toolChoice": {"tool": {"name": ANSWER_TOOL}}}}
     if schema is None:
-        raise unsupported("response_format json_object cannot be asked of bedrock; give a json_schema")
-    form = {"schema": json.dumps(schema), "name": body["response_format"]["json_schema"].get("name") or "answer"}
+        raise unsupported("response_format json_object cannot be asked of this model of bedrock; give a json_schema")
+    form = {"schema": json.dumps(schema), "name": named.get("name") or "answer"}
+    if named.get("description"):
+        form["description"] = named["description"]
     return {"outputConfig": {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": form}}}}
 
 
@@ -182,6 +205,8 @@ def _tools(body: Json, marks: _Marks) -> Json:
         spec: Json = {"name": function["name"], "inputSchema": {"json": schema}}
         if function.get("description"):
             spec["description"] = function["description"]
+        if function.get("strict"):
+            spec["strict"] = True
         specs += marks.behind([{"toolSpec": spec}], tool, function)
     if not specs:
         return {}
@@ -198,7 +223,7 @@ def _tools(body: Json, marks: _Marks) -> Json:
     return {"toolConfig": {"tools": specs, "toolChoice": how}}
 
 
-def _turns(body: Json, marks: _Marks) -> tuple[list[Json], list[Json]]:
+def _turns(body: Json, marks: _Marks, is_claudes_own: bool) -> tuple[list[Json], list[Json]]:
     """The system prompts, and turns that alternate between user and assistant."""
     kept = room()
     system: list[Json] = []
@@ -210,7 +235,7 @@ def _turns(body: Json, marks: _Marks) -> tuple[list[Json], list[Json]]:
             system += _blocks(content, marks)
             continue
         if role == "assistant":
-            blocks = _said(given, kept, marks)
+            blocks = _said(given, kept, marks, is_claudes_own)
         elif role == "tool":
             role, blocks = "user", marks.behind([_result(given, marks)], given)
         else:
@@ -224,8 +249,12 @@ def _turns(body: Json, marks: _Marks) -> tuple[list[Json], list[Json]]:
     return system, turns
 
 
-def _said(given: Json, kept: Room, marks: _Marks) -> list[Json]:
-    blocks = [_thought(block) for block in given.get("thinking_blocks") or []]
+def _said(given: Json, kept: Room, marks: _Marks, is_claudes_own: bool) -> list[Json]:
+    thoughts = given.get("thinking_blocks") or []
+    # Claude takes none but its own, which are signed; others sign nothing.
+    blocks = [
+        _thought(block) for block in thoughts if is_claudes(block) or not (is_claudes_own or block.get("signature"))
+    ]
     text_of(given.get("content"), "bedrock")
     blocks += _blocks(given.get("content"), marks)
     for call in given.get("tool_calls") or []:
@@ -268,9 +297,41 @@ def _block(part: Json, at: int) -> Json:
         form, data = _media(part["file"]["file_data"])
         if form not in _DOCUMENTS:
             raise unsupported(f"a file of type {form!r} cannot be sent to bedrock; it takes {', '.join(_DOCUMENTS)}")
-        # Names may hold little, and say nothing that the model must know.
-        return {"document": {"format": form, "name": f"file-{at}", "source": {"bytes": data}}}
-    raise unsupported(f"a part of a message of type {kind!r} cannot be sent to bedrock")
+        return _document(form, {"bytes": data}, part, at)
+    source = part.get("source")
+    if kind == "document" and isinstance(source, dict):
+        if source.get("type") == "text":
+            return _document("txt", {"text": source["data"]}, part, at)
+        if source.get("type") == "content":
+            return _document("txt", {"content": _texts(source["content"])}, part, at)
+    if kind == "search_result":
+        found = {"source": source, "title": part["title"], "content": _texts(part["content"])}
+        return {"searchResult": found | _cited(part)}
+    where = f" by {source.get('type')}" if isinstance(source, dict) else ""
+    raise unsupported(f"a part of a message of type {kind!r}{where} cannot be sent to bedrock")
+
+
+def _document(form: str, source: Json, part: Json, at: int) -> Json:
+    """Names may hold little: what is said in one is kept as far as it can be."""
+    words = _UNNAMED.sub(" ", str(part.get("title") or (part.get("file") or {}).get("filename") or ""))
+    # Two documents of one name are refused.
+    name = f"{' '.join(words.split())[:_NAME_LETTERS].strip()} {at}".strip() if words.strip() else f"file-{at}"
+    context = {"context": part["context"]} if part.get("context") else {}
+    return {"document": {"format": form, "name": name, "source": source, **context, **_cited(part)}}
+
+
+def _cited(part: Json) -> Json:
+    given = part.get("citations")
+    return {"citations": {"enabled": bool(given.get("enabled"))}} if isinstance(given, dict) else {}
+
+
+def _texts(content: Any) -> list[Json]:
+    """Of a document or a result of a search, which hold text alone. Raises UpstreamError (``unsupported``)."""
+    if isinstance(content, str):
+        return [{"text": content}]
+    if any(one.get("type") != "text" for one in content):
+        raise unsupported("a document or search result with anything but text in it cannot be sent to bedrock")
+    return [{"text": one["text"]} for one in content]
 
 
 def _media(url: str) -> tuple[str, str]:
@@ -279,146 +340,3 @@ def _media(url: str) -> tuple[str, str]:
         raise unsupported("an image or file must be a data: URL for bedrock, which fetches none")
     form = found[0].partition("/")[2]
     return _OFFICE.get(form) or _FORMATS.get(form, form), found[1]
-
-
-# Answers
-
-
-def answer(value: Json, model: str) -> Answer:
-    """A whole one. Raises what reading a value of another shape raises."""
-    texts, thoughts, blocks, calls = [], [], [], []
-    for block in value["output"]["message"]["content"]:
-        if "text" in block:
-            texts.append(block["text"])
-        elif "toolUse" in block:
-            use = block["toolUse"]
-            if use.get("type") == THEIRS:
-                continue
-            calls.append(tool_call(use["name"], use.get("input"), use["toolUseId"]))
-        elif "reasoningContent" in block:
-            blocks.append(_thinking(block["reasoningContent"]))
-            thoughts.append(blocks[-1].get("thinking", ""))
-    made = message("".join(texts), "".join(thoughts), calls)
-    if blocks:
-        made["thinking_blocks"] = blocks
-    choice = {"index": 0, "message": made, "finish_reason": finish_of(value["stopReason"])}
-    return completion(head(None, model, "chat.completion"), [choice], usage_of(value["usage"]))
-
-
-def _thinking(given: Json) -> Json:
-    if "redactedContent" in given:
-        return {"type": "redacted_thinking", "data": given["redactedContent"]}
-    text = given["reasoningText"]
-    made = {"type": "thinking", "thinking": text["text"]}
-    return made | ({"signature": text["signature"]} if text.get("signature") else {})
-
-
-def usage_of(given: Json) -> Usage:
-    """Bedrock counts cached tokens beside the others, OpenAI among them."""
-    cached, written = count(given.get("cacheReadInputTokens")), count(given.get("cacheWriteInputTokens"))
-    prompt = count(given["inputTokens"]) + written + cached
-    details = given.get("cacheDetails")
-    for_hour = min(sum(count(one.get("inputTokens")) for one in details or () if one.get("ttl") == "1h"), written)
-    return Usage(
-        prompt,
-        count(given["outputTokens"]),
-        cached,
-        cache_write=written - for_hour,
-        cache_write_1h=for_hour,
-        tells_ttl=bool(details),
-    )
-
-
-def finish_of(reason: Any) -> str:
-    """OpenAI's word for why an answer ended; what is not known here was held back, or came to nothing."""
-    return FINISH.get(reason, WITHHELD)
-
-
-class ConverseStream(ForeignStream):
-    """Turns the events of one answer into chunks. The usage comes after the end."""
-
-    def __init__(self, provider: Any) -> None:
-        super().__init__(provider)
-        # Of each block of thoughts, what has come.
-        self._thoughts: dict[int, Json] = {}
-        self._blocks = 0
-        # Of each block that is a call, which call it is.
-        self._places: dict[int, int] = {}
-        # Those calls whose arguments have not come.
-        self._empty: set[int] = set()
-        # And blocks that are calls of tools of Amazon's.
-        self._theirs: set[int] = set()
-
-    def _chunks(self, value: Json) -> list[Json]:
-        if "exception" in value:
-            raise self._exception(value["exception"])
-        [(name, given)] = value.items()
-        if name == "messageStart":
-            return [self._chunk({"content": ""})]
-        if name == "contentBlockStart":
-            return self._begun(given["contentBlockIndex"], given["start"])
-        if name == "contentBlockDelta":
-            return self._continued(given["contentBlockIndex"], given["delta"])
-        if name == "contentBlockStop":
-            at = given["contentBlockIndex"]
-            thought = self._thoughts.pop(at, None)
-            if at in self._empty:
-                # A call without arguments has some all the same: no other form of them can be read.
-                self._empty.discard(at)
-                return [self._chunk({"tool_calls": [{"index": self._places[at], "function": {"arguments": "{}"}}]})]
-            if thought is None:
-                return []
-            # Clients put lists together by the index.
-            self._blocks += 1
-            return [self._chunk({"thinking_blocks": [{"index": self._blocks - 1, **thought}]})]
-        if name == "messageStop":
-            return [self._chunk({}, finish_of(given["stopReason"]))]
-        if name == "metadata":
-            self.is_done = True
-            return [self._used(usage_of(given["usage"]))]
-        return []
-
-    def _begun(self, at: int, start: Json) -> list[Json]:
-        if "toolUse" not in start:
-            return []
-        use = start["toolUse"]
-        if use.get("type") == THEIRS:
-            self._theirs.add(at)
-            return []
-        self._places[at] = self._calls.get(0, 0)
-        self._empty.add(at)
-        return [self._called(tool_call(use["name"], "", use["toolUseId"]))]
-
-    def _continued(self, at: int, delta: Json) -> list[Json]:
-        if delta.get("text"):
-            return [self._chunk({"content": delta["text"]})]
-        if "toolUse" in delta and at in self._theirs:
-            return []
-        if "toolUse" in delta:
-            piece = {"index": self._places[at], "function": {"arguments": delta["toolUse"]["input"]}}
-            if delta["toolUse"]["input"]:
-                self._empty.discard(at)
-            return [self._chunk({"tool_calls": [piece]})]
-        if "reasoningContent" in delta:
-            return self._thought(at, delta["reasoningContent"])
-        return []
-
-    def _thought(self, at: int, delta: Json) -> list[Json]:
-        if "redactedContent" in delta:
-            kept = self._thoughts.setdefault(at, {"type": "redacted_thinking", "data": ""})
-            kept["data"] += delta["redactedContent"]
-            return []
-        kept = self._thoughts.setdefault(at, {"type": "thinking", "thinking": ""})
-        if delta.get("signature"):
-            kept["signature"] = delta["signature"]
-        if not delta.get("text"):
-            return []
-        kept["thinking"] += delta["text"]
-        return [self._chunk({"reasoning_content": delta["text"]})]
-
-    def _exception(self, given: Json) -> UpstreamError:
-        name = str(given.get("type"))
-        known = ERRORS.get(name[:1].upper() + name[1:])
-        return self._failed(
-            {"__type": name, "message": given.get("message") or name}, 500 if known is None else known[1]
-        )

@@ -12,7 +12,8 @@ from urllib.parse import quote
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.providers.error_body import RETRY_AFTER_S
-from anabranch.gateway.providers.generate_content import GeminiStream, check_blocked, choice_of, translated, usage_of
+from anabranch.gateway.providers.generate_content import translated
+from anabranch.gateway.providers.generated_content import GeminiStream, check_blocked, choice_of, usage_of
 from anabranch.gateway.providers.keys import read_key
 from anabranch.gateway.providers.openai import unsupported
 from anabranch.gateway.providers.plain_chat import plain
@@ -103,7 +104,9 @@ class Gemini(Provider, kind="gemini"):
                 method, body = self._embedding(request)
             else:
                 method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
-                given = plain(request.body, self.config.model) if request.is_foreign else request.body
+                given = (
+                    plain(request.body, self.config.model, keeps_thoughts=True) if request.is_foreign else request.body
+                )
                 body = translated(given, self.config)
         headers = {**self._headers, **request.headers} if request.headers else self._headers
         return HttpCall(f"{self._at}:{method}", headers, request.dumped(body), self.config.proxy)

@@ -1,7 +1,7 @@
-"""The form of Google's ``generateContent``: chat requests put into it, its answers and streams read.
+"""Chat requests in the form of Google's ``generateContent``; its answers see `generated_content`.
 
 Signatures of thoughts go out and come back as Google's own OpenAI-compatible API has them: ``extra_content.google.thought_signature`` of a
-tool call, or of the message.
+tool call, or of the message; and in ``thinking_blocks``, of which Anthropic's form has some too (`thoughts`).
 """
 
 import mimetypes
@@ -10,27 +10,21 @@ from typing import Any
 
 from anabranch.gateway.media_tokens import kind_of_url
 from anabranch.gateway.providers.openai import unsupported
-from anabranch.gateway.providers.provider import Failure, Json, UpstreamError, Usage
+from anabranch.gateway.providers.provider import Json
+from anabranch.gateway.providers.thoughts import of_call, of_google, of_picture
 from anabranch.gateway.providers.translation import (
-    ForeignStream,
     Room,
     arguments,
-    count,
     data_url,
     functions,
-    message,
     most_tokens,
     refuse,
     room,
     schema_of,
     stops,
     text_of,
-    tool_call,
 )
 
-# Why an answer ended; all that is not here was held back, or came to nothing.
-FINISH = {"STOP": "stop", "MAX_TOKENS": "length", "FINISH_REASON_UNSPECIFIED": "stop"}
-WITHHELD = "content_filter"
 SAMPLING = {
     "temperature": "temperature",
     "top_p": "topP",
@@ -46,6 +40,11 @@ NO_SIGNATURE = "skip_thought_signature_validator"
 
 # How much Gemini 2.5 may think, by OpenAI's words for it (documented under "OpenAI compatibility"); later models know the words.
 BUDGETS = {"none": 0, "minimal": 1024, "low": 1024, "medium": 8192, "high": 24576}
+
+# Models that think; those that paint do not before the third.
+_THINKS = re.compile(r"(?:.*/)?gemini-(?:2\.5-(?!flash-image)|[3-9]|\d\d)")
+# Gemini 2.5 Pro cannot go without.
+LEAST_OF_PRO = 128
 
 
 # Requests
@@ -74,9 +73,11 @@ def translated(body: Json, config: Any) -> Json:
         generation["responseMimeType"] = "application/json"
         if schema is not None:
             generation["responseJsonSchema"] = schema
-    thinking = _thinking(body.get("reasoning_effort"), config)
+    thinking = _thinking(body.get("reasoning_effort"), config) | _thinking_asked(body, config.model)
     if thinking:
         generation["thinkingConfig"] = thinking
+    if "image" in (words := [str(word).lower() for word in body.get("modalities") or ()]):
+        generation["responseModalities"] = [word.upper() for word in words]
     if generation:
         made["generationConfig"] = generation
     return made
@@ -92,6 +93,20 @@ def _thinking(effort: Any, config: Any) -> Json:
         # It always thinks a little.
         return made | {"thinkingLevel": {"none": "minimal"}.get(effort, effort)}
     return made | {"thinkingBudget": BUDGETS[effort]}
+
+
+def _thinking_asked(body: Json, model: str) -> Json:
+    """Anthropic's ``thinking``, of models that think; where effort is named too, that says how much."""
+    given = body.get("thinking")
+    if not isinstance(given, dict) or not _THINKS.match(model):
+        return {}
+    kind, budget = given.get("type"), given.get("budget_tokens")
+    made: Json = {} if kind == "disabled" else {"includeThoughts": True}
+    if body.get("reasoning_effort") is not None or _is_third(model):
+        return made
+    if kind == "disabled":
+        return {"thinkingBudget": LEAST_OF_PRO if "-pro" in model else 0}
+    return made | {"thinkingBudget": budget if kind == "enabled" and type(budget) is int else -1}
 
 
 def _is_third(model: str) -> bool:
@@ -139,18 +154,35 @@ def _contents(body: Json, model: str) -> tuple[str, list[Json]]:
 
 
 def _said(given: Json, kept: Room, names: dict[str, str], model: str) -> list[Json]:
-    text = text_of(given.get("content"), "gemini")
-    parts: list[Json] = [{"text": text}] if text else []
-    if parts and (signature := _signature(given)):
-        parts[0]["thoughtSignature"] = signature
+    """What the model thought, said and called, each with its signature."""
+    thoughts = of_google(given.get("thinking_blocks"))
+    signed = {place: signature for _, place, signature in thoughts}
+    parts: list[Json] = [
+        {"text": thought, "thought": True} | _with(signature if place == "h" else None)
+        for thought, place, signature in thoughts
+        if thought
+    ]
+    content, of_text = given.get("content"), _signature(given) or signed.get("t")
+    content = content if isinstance(content, list) else [{"type": "text", "text": text_of(content, "gemini")}]
+    pictures = [part for part in (*content, *(given.get("images") or ())) if part.get("type") == "image_url"]
+    text = text_of([part for part in content if part.get("type") != "image_url"], "gemini")
+    if text or of_text:
+        parts.append({"text": text} | _with(of_text))
+    for picture in pictures:
+        own = _signature(picture) or signed.get(of_picture(picture["image_url"]["url"]))
+        parts.append(_part(picture) | _with(own))
     for at, call in enumerate(given.get("tool_calls") or []):
         name = call["function"]["name"]
         names[call.get("id")] = name
         part: Json = {"functionCall": {"name": name, "args": arguments(call, kept)}}
         # Of calls made side by side the first alone carries one.
-        signature = _signature(call) or (NO_SIGNATURE if at == 0 and _is_third(model) else None)
-        parts.append(part | ({"thoughtSignature": signature} if signature else {}))
+        own = _signature(call) or signed.get(of_call(call.get("id")))
+        parts.append(part | _with(own or (NO_SIGNATURE if at == 0 and _is_third(model) else None)))
     return parts
+
+
+def _with(signature: str | None) -> Json:
+    return {"thoughtSignature": signature} if signature else {}
 
 
 def _signature(given: Json) -> str | None:
@@ -199,142 +231,3 @@ def _media(url: str, usual: str) -> Json:
         return {"inlineData": {"mimeType": found[0], "data": found[1]}}
     guessed = mimetypes.guess_type(url.partition("?")[0])[0]
     return {"fileData": {"mimeType": guessed or usual, "fileUri": url}}
-
-
-# Answers
-
-
-def check_blocked(value: Json) -> None:
-    """Raises UpstreamError (``filter``) where the prompt was refused, and so there is no answer."""
-    reason = (value.get("promptFeedback") or {}).get("blockReason")
-    if reason and not value.get("candidates"):
-        message = f"the upstream's filter refused the prompt ({str(reason)[:100]})"
-        raise UpstreamError(Failure(kind="filter", message=message, status=400, code="content_filter"))
-
-
-def usage_of(given: Json) -> tuple[Usage, int]:
-    """Tokens, and those of them that were thoughts. Gemini counts thoughts beside the answer, and cached tokens among the prompt."""
-    prompt = count(given.get("promptTokenCount")) + count(given.get("toolUsePromptTokenCount"))
-    thoughts = count(given.get("thoughtsTokenCount"))
-    completion = count(given.get("candidatesTokenCount")) + thoughts
-    if given.get("candidatesTokenCount") is None:
-        # Left out of an answer that has some, they are in the sum.
-        completion = max(completion, count(given.get("totalTokenCount")) - prompt)
-    asked, made = given.get("promptTokensDetails"), given.get("candidatesTokensDetails")
-    usage = Usage(
-        prompt,
-        completion,
-        min(count(given.get("cachedContentTokenCount")), prompt),
-        audio_input=min(prompt, _of_kind(asked, "AUDIO")),
-        image_input=min(prompt, _of_kind(asked, "IMAGE")),
-        audio_output=min(completion, _of_kind(made, "AUDIO")),
-        image_output=min(completion, _of_kind(made, "IMAGE")),
-    )
-    return usage, thoughts
-
-
-def _of_kind(details: Any, modality: str) -> int:
-    """Tokens of sound or pictures, as far as they are told apart."""
-    found = [one for one in details or () if isinstance(one, dict) and one.get("modality") == modality]
-    return sum(count(one.get("tokenCount")) for one in found)
-
-
-def call_of(part: Json) -> Json:
-    """A function call as a tool call, with the signature of its thought."""
-    given = part["functionCall"]
-    call = tool_call(given["name"], given.get("args"), given.get("id"))
-    return call | _signed(part)
-
-
-def _signed(part: Json) -> Json:
-    signature = part.get("thoughtSignature")
-    return {"extra_content": {"google": {"thought_signature": signature}}} if signature else {}
-
-
-def finish_of(reason: Any, has_calls: bool) -> str:
-    """OpenAI's word for why an answer ended."""
-    found = FINISH.get(reason, WITHHELD)
-    return "tool_calls" if has_calls and found == "stop" else found
-
-
-def choice_of(at: int, candidate: Json) -> Json:
-    """A candidate as a choice, in place ``at`` unless it says another. Raises what reading a value of another shape raises."""
-    parts = (candidate.get("content") or {}).get("parts") or []
-    said = [part for part in parts if "text" in part]
-    calls = [call_of(part) for part in parts if "functionCall" in part]
-    made = message(
-        "".join(part["text"] for part in said if not part.get("thought")),
-        "".join(part["text"] for part in said if part.get("thought")),
-        calls,
-    )
-    for part in parts:
-        if "functionCall" not in part:
-            made |= _signed(part)
-    choice = {
-        "index": candidate.get("index", at),
-        "message": made,
-        "finish_reason": finish_of(candidate.get("finishReason"), bool(calls)),
-    }
-    logprobs = _logprobs(candidate.get("logprobsResult"))
-    return choice | ({"logprobs": logprobs} if logprobs else {})
-
-
-def _logprobs(given: Any) -> Json | None:
-    if not given:
-        return None
-    tops = given.get("topCandidates") or []
-    content = []
-    for at, chosen in enumerate(given.get("chosenCandidates") or []):
-        others = tops[at].get("candidates") or [] if at < len(tops) else []
-        top = [{"token": one["token"], "logprob": one["logProbability"], "bytes": None} for one in others]
-        content.append(
-            {"token": chosen["token"], "logprob": chosen["logProbability"], "bytes": None, "top_logprobs": top}
-        )
-    return {"content": content}
-
-
-class GeminiStream(ForeignStream):
-    """Turns the events of one answer, each a piece of it in the form of a whole one, into chunks.
-
-    There is no last event that says so: it is over when every candidate has ended, and the usage has been told.
-    """
-
-    def __init__(self, provider: Any, num_candidates: int) -> None:
-        super().__init__(provider)
-        self._num_candidates = num_candidates
-        self._ended: set[int] = set()
-
-    def _chunks(self, value: Json) -> list[Json]:
-        if isinstance(value.get("error"), dict):
-            raise self._provider._told(value)
-        check_blocked(value)
-        if value.get("responseId"):
-            self._head["id"] = value["responseId"]
-        self._head["model"] = value.get("modelVersion") or self._head["model"]
-        chunks = [
-            chunk
-            for candidate in value.get("candidates") or []
-            for chunk in self._of(candidate.get("index", 0), candidate)
-        ]
-        if "usageMetadata" in value:
-            usage, reasoning = usage_of(value["usageMetadata"])
-            self.told = usage
-            if len(self._ended) >= self._num_candidates:
-                chunks.append(self._used(usage, reasoning))
-                self.is_done = True
-        return chunks
-
-    def _of(self, index: int, candidate: Json) -> list[Json]:
-        chunks = []
-        for part in (candidate.get("content") or {}).get("parts") or []:
-            if "functionCall" in part:
-                chunks.append(self._called(call_of(part), index))
-            elif part.get("text"):
-                name = "reasoning_content" if part.get("thought") else "content"
-                chunks.append(self._chunk({name: part["text"], **_signed(part)}, None, index))
-            elif signed := _signed(part):
-                chunks.append(self._chunk(signed, None, index))
-        if reason := candidate.get("finishReason"):
-            self._ended.add(index)
-            chunks.append(self._chunk({}, finish_of(reason, index in self._calls), index))
-        return chunks

@@ -90,10 +90,11 @@ def _added(message: Json, value: Json, arguments: dict[int, str]) -> bool:
         if index in arguments:
             blocks[index]["input"] = json.loads(arguments.pop(index))
         return True
-    return kind == "content_block_delta" and _grown(blocks[index], value["delta"], index, arguments)
+    return kind == "content_block_delta" and grown(blocks[index], value["delta"], index, arguments)
 
 
-def _grown(block: Json, delta: Json, index: int, arguments: dict[int, str]) -> bool:
+def grown(block: Json, delta: Json, index: int, arguments: dict[int, str]) -> bool:
+    """Whether a delta could be put into a block of a message; pieces of arguments into ``arguments``, by the block's index."""
     kind = delta["type"]
     if kind in ("text_delta", "thinking_delta", "signature_delta"):
         name = kind.removesuffix("_delta")

@@ -26,6 +26,7 @@ from anabranch.gateway.providers.provider import (
     parse_object,
 )
 from anabranch.gateway.providers.reframed import Lines, Reframed
+from anabranch.gateway.providers.thoughts import unsigned
 from anabranch.gateway.providers.translation import (
     ForeignStream,
     Room,
@@ -38,7 +39,7 @@ from anabranch.gateway.providers.translation import (
     embeddings,
     functions,
     head,
-    message,
+    message_of,
     most_tokens,
     read,
     refuse,
@@ -65,6 +66,8 @@ OPTIONS = {
     "repeat_penalty": "repeat_penalty",
     "num_ctx": "num_ctx",
 }
+# How pictures begin, in base64.
+_PICTURES = {"iVBOR": "image/png", "/9j/": "image/jpeg", "UklGR": "image/webp", "R0lGO": "image/gif"}
 FINISH = {"stop": "stop", "length": "length", "load": "stop", "unload": "stop"}
 
 
@@ -130,7 +133,7 @@ class Ollama(Provider, kind="ollama"):
         return body
 
     def _chat(self, request: UpstreamRequest) -> Json:
-        given = plain(request.body, self.config.model) if request.is_foreign else request.body
+        given = plain(request.body, self.config.model, keeps_thoughts=True) if request.is_foreign else request.body
         refuse(given, REFUSED, "ollama")
         body: Json = {"model": self.config.model, "messages": _messages(given), "stream": request.stream}
         options = {ours: given[name] for name, ours in OPTIONS.items() if given.get(name) is not None}
@@ -151,6 +154,9 @@ class Ollama(Provider, kind="ollama"):
         if is_json:
             body["format"] = schema or "json"
         think = _think(given.get("reasoning_effort"), self.config.think)
+        if think is None and (given.get("thinking") or {}).get("type") == "disabled":
+            # Models that can, think unasked; others would refuse to be asked.
+            think = False
         if think is not None:
             body["think"] = think
         return body
@@ -165,11 +171,11 @@ class Ollama(Provider, kind="ollama"):
                 told = value.get("prompt_eval_count")
                 return embeddings(request, body, value["model"], value["embeddings"], told and count(told))
             said = value["message"]
-            calls = [_call(call) for call in said.get("tool_calls") or []]
+            made = message_of([{**_told(said), "tool_calls": [_call(call) for call in said.get("tool_calls") or []]}])
             choice = {
                 "index": 0,
-                "message": message(said.get("content") or "", said.get("thinking") or "", calls),
-                "finish_reason": _finish(value, bool(calls)),
+                "message": made,
+                "finish_reason": _finish(value, bool(made.get("tool_calls"))),
             }
             usage = _usage(value, request.prompt_tokens)
             return completion(head(None, value.get("model"), "chat.completion"), [choice], usage)
@@ -234,8 +240,9 @@ def _content(content: Any) -> Json:
 
 def _assistant(given: Json, kept: Room, names: dict[str, str]) -> Json:
     made: Json = {"role": "assistant", "content": text_of(given.get("content"), "ollama")}
-    if isinstance(given.get("reasoning_content"), str):
-        made["thinking"] = given["reasoning_content"]
+    thought = given.get("reasoning_content") or given.get("reasoning") or unsigned(given.get("thinking_blocks"))
+    if isinstance(thought, str) and thought:
+        made["thinking"] = thought
     calls = []
     for call in given.get("tool_calls") or []:
         name = call["function"]["name"]
@@ -245,6 +252,26 @@ def _assistant(given: Json, kept: Room, names: dict[str, str]) -> Json:
 
 
 # Answers
+
+
+def _told(said: Json) -> Json:
+    """A message, or a piece of one, but for its calls. Raises TypeError for what is none."""
+    made: Json = {}
+    for ours, name in (("reasoning_content", "thinking"), ("content", "content")):
+        text = said.get(name) or ""
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is no text")
+        if text:
+            made[ours] = text
+    if said.get("images"):
+        made["images"] = [{"type": "image_url", "image_url": {"url": _url(data)}} for data in said["images"]]
+    return made
+
+
+def _url(data: str) -> str:
+    """Of a picture of which nothing is said but its base64."""
+    kind = next((kind for head, kind in _PICTURES.items() if data.startswith(head)), "image/png")
+    return f"data:{kind};base64,{data}"
 
 
 def _call(given: Json) -> Json:
@@ -278,10 +305,8 @@ class OllamaStream(ForeignStream):
             raise self._failed(value)
         self._head["model"] = value.get("model") or self._head["model"]
         said, chunks = value["message"], []
-        if said.get("thinking"):
-            chunks.append(self._chunk({"reasoning_content": said["thinking"]}))
-        if said.get("content"):
-            chunks.append(self._chunk({"content": said["content"]}))
+        if told := _told(said):
+            chunks.append(self._chunk(told))
         chunks += [self._called(_call(call)) for call in said.get("tool_calls") or []]
         if value.get("done"):
             chunks.append(self._chunk({}, _finish(value, bool(self._calls))))

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.providers import media, openai_responses
+from anabranch.gateway.providers.content_lists import flattened, for_mistral, is_mistral
 from anabranch.gateway.providers.keys import read_key
 from anabranch.gateway.providers.openai_models import fitted
 from anabranch.gateway.providers.plain_chat import plain
@@ -111,8 +112,11 @@ class OpenAI(Provider, kind="openai"):
     def _fitted(self, request: UpstreamRequest) -> UpstreamRequest:
         """A chat as this model takes it: its parameters mapped, and what another API alone knows put into OpenAI's words."""
         config, body = self.config, request.body
+        own_thoughts = is_mistral(config.model)
         if request.is_foreign:
-            body = plain(body, config.model)
+            body = plain(body, config.model, keeps_thoughts=own_thoughts)
+        if own_thoughts:
+            body = for_mistral(body, request.is_foreign)
         body = fitted(body, config.model, config.reasons)
         if config.drops:
             body = {name: value for name, value in body.items() if name not in config.drops}
@@ -132,7 +136,11 @@ class OpenAI(Provider, kind="openai"):
             return media.read(request, body, self)
         if self._native(request) is not None:
             return openai_responses.parse(self, request, body)
-        return super().parse(request, body)
+        answer = super().parse(request, body)
+        if request.endpoint == "chat" and flattened(answer.body, "message"):
+            # It says no longer what came.
+            answer.raw = None
+        return answer
 
     def redacted(self, failure: Failure) -> Failure:
         """Without this provider's key."""

@@ -71,7 +71,16 @@ def effort_of(thinking: Any, model: str) -> str | None:
 
 
 # Of messages that another model wrote, or that were written for one; OpenAI refuses what it does not know.
-_OTHERS = ("thinking_blocks", "reasoning_content", "cache_control", "is_error")
+_OTHERS = (
+    "thinking_blocks",
+    "reasoning_content",
+    "reasoning",
+    "reasoning_details",
+    "images",
+    "extra_content",
+    "cache_control",
+    "is_error",
+)
 
 
 def _own(body: Json) -> Json:

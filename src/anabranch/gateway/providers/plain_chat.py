@@ -2,7 +2,8 @@
 
 | what only Anthropic knows | becomes |
 |---|---|
-| `cache_control`, `thinking_blocks`, `top_k`, `context_management` | left out: hints, and thoughts of another model |
+| `cache_control`, `top_k`, `context_management` | left out: hints |
+| `thinking_blocks` | left out: thoughts of another model; but for a provider that can tell its own |
 | `thinking` | `reasoning_effort`, where the model reasons |
 | an image or a file in the result of a tool | a user's message behind the results |
 | a document in words, a search result | text |
@@ -23,15 +24,17 @@ _FIELDS = {"text": ("type", "text"), "image_url": ("type", "image_url"), "file":
 _MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
-def plain(body: Json, model: str) -> Json:
+def plain(body: Json, model: str, *, keeps_thoughts: bool = False) -> Json:
     """The same chat in OpenAI's words alone. Raises UpstreamError (``unsupported``) for what has none.
 
     Args:
         body: of a chat, as `anabranch.web.messages.to_chat` made it.
         model: what the upstream calls it.
+        keeps_thoughts: ``thinking_blocks`` of messages stay, for a provider that takes from them what is its own, and ``thinking``.
     """
-    made = {name: value for name, value in body.items() if name not in _LEFT_OUT}
-    made["messages"] = list(_messages(body["messages"]))
+    left_out = _LEFT_OUT - {"thinking"} if keeps_thoughts else _LEFT_OUT
+    made = {name: value for name, value in body.items() if name not in left_out}
+    made["messages"] = list(_messages(body["messages"], (*_MESSAGE, "thinking_blocks") if keeps_thoughts else _MESSAGE))
     if body.get("tools"):
         made["tools"] = [_tool(tool) for tool in body["tools"]]
     effort = effort_of(body.get("thinking"), model)
@@ -40,14 +43,14 @@ def plain(body: Json, model: str) -> Json:
     return made
 
 
-def _messages(given: list[Json]) -> Iterator[Json]:
+def _messages(given: list[Json], fields: tuple[str, ...]) -> Iterator[Json]:
     shown: list[Json] = []
     for message in given:
         if message["role"] != "tool" and shown:
             # Results follow their calls at once: what can be seen in them comes behind them all.
             yield {"role": "user", "content": shown}
             shown = []
-        made = {name: message[name] for name in _MESSAGE if name in message}
+        made = {name: message[name] for name in fields if name in message}
         content = message.get("content")
         if isinstance(content, list):
             parts = [_part(part) for part in content]
@@ -64,7 +67,9 @@ def _messages(given: list[Json]) -> Iterator[Json]:
                 {name: value for name, value in call.items() if name != "cache_control"}
                 for call in message["tool_calls"]
             ]
-        if made.get("content") or made.get("tool_calls") or message["role"] != "assistant":
+        if message["role"] != "assistant" or any(
+            made.get(name) for name in ("content", "tool_calls", "thinking_blocks")
+        ):
             yield made
     if shown:
         yield {"role": "user", "content": shown}

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from anabranch.errors import ConfigError
+from anabranch.gateway.providers.chunks import assembled
 from anabranch.gateway.providers.openai import check_header, check_url, unsupported
 from anabranch.gateway.providers.provider import (
     Answer,
@@ -223,13 +224,17 @@ def tool_call(name: str, given: Any, id: Any = None) -> Json:
     return {"id": made_id, "type": "function", "function": {"name": name, "arguments": text}}
 
 
-def message(text: str, thoughts: str, calls: Sequence[Json]) -> Json:
-    """An assistant's message."""
-    made: Json = {"role": "assistant", "content": text if text or not calls else None}
-    if thoughts:
-        made["reasoning_content"] = thoughts
-    if calls:
-        made["tool_calls"] = list(calls)
+def message_of(pieces: Iterable[Json]) -> Json:
+    """The message of a whole answer that the deltas of its stream would make."""
+    chunks = [{"choices": [{"index": 0, "delta": piece}]} for piece in pieces]
+    made: Json = assembled(chunks)["choices"][0]["message"] if chunks else {"role": "assistant", "content": None}
+    if not made.get("tool_calls"):
+        made.pop("tool_calls", None)
+        made["content"] = made.get("content") or ""
+    # By which clients put lists of a stream together.
+    for name in ("thinking_blocks", "images"):
+        if name in made:
+            made[name] = [{field: value for field, value in one.items() if field != "index"} for one in made[name]]
     return made
 
 

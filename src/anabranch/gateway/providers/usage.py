@@ -40,6 +40,8 @@ class Usage:
         tells_ttl: it says for how long tokens are cached.
         tells_prompt: of an estimate, that the prompt is as the provider said.
         calls: as how many calls it is billed, where those have a price; None for one, if it does not say.
+        pages: of the most that a call may come to, the prompt tokens that tools of the provider may bring: what is told before the end
+            is without them.
     """
 
     prompt: int = 0
@@ -58,6 +60,7 @@ class Usage:
     tells_ttl: bool = False
     tells_prompt: bool = False
     calls: int | None = None
+    pages: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -75,6 +78,7 @@ class Usage:
             self.tier or other.tier,
             _sum(self.nano, other.nano),
             calls=_sum(self.calls, other.calls),
+            pages=self.pages + other.pages,
         )
 
     @property

@@ -4,6 +4,8 @@ import json
 import uuid
 from typing import Any
 
+from anabranch.web.beside import beside, images_of
+
 Json = dict[str, Any]
 STOPS = {
     "stop": "end_turn",
@@ -27,16 +29,23 @@ def to_message(body: Json, answer: Json) -> Json:
     choice: Json = next(iter(answer.get("choices") or ()), {})
     message = choice.get("message") or {}
     content = [*_thoughts(message)]
-    text = message.get("content") or message.get("refusal")
-    if text:
-        content.append({"type": "text", "text": text})
+    content += [{"type": "text", "text": text} for text in (message.get("content"), message.get("refusal")) if text]
+    content += [image_block(kind, data) for kind, data in images_of(message)]
     content += [_call(call) for call in message.get("tool_calls") or ()]
+    more = beside(message)
     return {
         **head(answer.get("id"), answer.get("model") or body.get("model")),
         "content": content,
         "stop_reason": stop_reason(choice.get("finish_reason"), bool(message.get("tool_calls"))),
         "usage": usage_of(answer.get("usage")),
+        **({"extra_content": more} if more else {}),
     }
+
+
+def image_block(kind: str, data: str) -> Json:
+    """A picture of an answer, in the form that one of a request has: Anthropic's models make none."""
+    source = {"type": "base64", "media_type": kind, "data": data} if kind else {"type": "url", "url": data}
+    return {"type": "image", "source": source}
 
 
 def head(id: Any, model: Any) -> Json:
@@ -75,9 +84,15 @@ def usage_of(usage: Any) -> Json:
 def _thoughts(message: Json) -> list[Json]:
     blocks = message.get("thinking_blocks")
     if isinstance(blocks, list) and blocks:
-        return blocks
+        return [_thought(block) for block in blocks]
     thought = message.get("reasoning_content") or message.get("reasoning")
     return [{"type": "thinking", "thinking": thought, "signature": ""}] if isinstance(thought, str) and thought else []
+
+
+def _thought(block: Json) -> Json:
+    """Without the number that only streams need; Anthropic's clients want a signature in each, if an empty one."""
+    made = {name: value for name, value in block.items() if name != "index"}
+    return {"signature": "", **made} if made.get("type") == "thinking" else made
 
 
 def _call(call: Json) -> Json:

@@ -2,13 +2,31 @@
 
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from anabranch.web.messages.answer import head, stop_reason, usage_of
+from anabranch.web.beside import beside, images_of, is_whole, joined
+from anabranch.web.messages.answer import head, image_block, stop_reason, usage_of
 from anabranch.web.messages.errors import error_event
 from anabranch.web.sse import event
 
 Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Call:
+    """A call of a tool, as far as it has come.
+
+    Attributes:
+        id, name: of the call.
+        text: its arguments.
+        state: ``waits`` for those before it, is ``open``, or ``told``.
+    """
+
+    id: str
+    name: str
+    text: str = ""
+    state: str = "waits"
 
 
 class MessageEvents:
@@ -16,6 +34,9 @@ class MessageEvents:
 
     Chunks of Anthropic's own models hold their events as they came (``anthropic``), which are passed on; all others' are made. A stream may
     go over from the former to the latter, where another model goes on.
+
+    Blocks of a message come one after the other, while a chat may tell several calls at a time. The first of them is told as it comes; what
+    comes while it is not at its end waits for it.
     """
 
     def __init__(self, body: Json) -> None:
@@ -23,8 +44,11 @@ class MessageEvents:
         # Index of the next block, and what the last is as long as it is open: thinking, text or tool_use.
         self._next = 0
         self._open: str | None = None
-        self._call: int | None = None
-        self._calls: set[int] = set()
+        self._call: _Call | None = None
+        self._calls: dict[int, _Call] = {}
+        # What waits for the open call: calls, and pieces of text.
+        self._waiting: list[_Call | Json] = []
+        self._beside: Json = {}
         self._base = 0
         self._has_begun = self._has_ended = False
         self._reason: Any = None
@@ -49,8 +73,11 @@ class MessageEvents:
         if self._has_ended:
             return
         yield from self._begun({})
+        yield from self._settled()
         yield from self._closed()
-        delta = {"stop_reason": stop_reason(self._reason, bool(self._calls)), "stop_sequence": None}
+        delta: Json = {"stop_reason": stop_reason(self._reason, bool(self._calls)), "stop_sequence": None}
+        if self._beside:
+            delta["extra_content"] = self._beside
         yield _event("message_delta", delta=delta, usage=usage_of(self._usage))
         yield _event("message_stop")
 
@@ -64,6 +91,7 @@ class MessageEvents:
         kind, index = native.get("type"), native.get("index")
         if kind == "message_start" and self._has_begun:
             # Another message goes on with this one.
+            yield from self._settled()
             yield from self._closed()
             self._base = self._next
             return
@@ -84,6 +112,20 @@ class MessageEvents:
             yield _event("message_start", message={**message, "usage": usage_of(self._usage)})
 
     def _delta(self, delta: Json) -> Iterator[bytes]:
+        self._beside = joined(self._beside, beside(delta))
+        said = {name: delta[name] for name in _TOLD if delta.get(name)}
+        if said:
+            if self._open == "tool_use":
+                yield from self._freed()
+            if self._open == "tool_use":
+                self._waiting.append(said)
+            else:
+                yield from self._tell(said)
+        for call in delta.get("tool_calls") or ():
+            yield from self._add_call(call)
+
+    def _tell(self, delta: Json) -> Iterator[bytes]:
+        """Thoughts, text and pictures."""
         thought = delta.get("reasoning_content") or delta.get("reasoning")
         blocks = delta.get("thinking_blocks") or ()
         if thought and thought == "".join(block.get("thinking") or "" for block in blocks):
@@ -98,8 +140,11 @@ class MessageEvents:
             if text:
                 yield from self._opened("text", {"text": ""})
                 yield self._said({"type": "text_delta", "text": text})
-        for call in delta.get("tool_calls") or ():
-            yield from self._add_call(call)
+        for kind, data in images_of(delta):
+            block = image_block(kind, data)
+            yield from self._closed()
+            yield from self._opened(block.pop("type"), block)
+            yield from self._closed()
 
     def _thought(self, block: Json) -> Iterator[bytes]:
         """What seals a thought, or is sealed whole."""
@@ -115,19 +160,63 @@ class MessageEvents:
                 yield self._said({"type": "signature_delta", "signature": block["signature"]})
         yield from self._closed()
 
-    def _add_call(self, call: Json) -> Iterator[bytes]:
-        number, function = call.get("index", 0), call.get("function") or {}
-        if number not in self._calls:
-            self._calls.add(number)
-            yield from self._closed()
-            id = call.get("id") or f"toolu_{uuid.uuid4().hex}"
-            yield from self._opened("tool_use", {"id": id, "name": function.get("name") or "", "input": {}})
-            self._call = number
+    # Calls
+
+    def _add_call(self, piece: Json) -> Iterator[bytes]:
+        number, function = self._place(piece), piece.get("function") or {}
+        call = self._calls.get(number)
+        if call is None:
+            id = piece.get("id") or f"toolu_{uuid.uuid4().hex}"
+            call = self._calls[number] = _Call(id, function.get("name") or "")
+            if self._open == "tool_use":
+                yield from self._freed()
+            if self._open == "tool_use":
+                self._waiting.append(call)
+            else:
+                yield from self._begin(call)
         text = function.get("arguments")
-        if text:
-            if self._open != "tool_use" or self._call != number:
-                raise ValueError("a call goes on after the next has begun")
+        if not text:
+            return
+        if call.state == "told" and text.strip():
+            raise ValueError("a call goes on behind its end")
+        call.text += text
+        if call.state == "open":
             yield self._said({"type": "input_json_delta", "partial_json": text})
+
+    def _place(self, piece: Json) -> int:
+        """Which call a piece is of; of a server that numbers none, each that is named is another."""
+        number = piece.get("index")
+        if isinstance(number, int):
+            return number
+        is_new = bool(piece.get("id") or (piece.get("function") or {}).get("name"))
+        return len(self._calls) if is_new else len(self._calls) - 1
+
+    def _begin(self, call: _Call) -> Iterator[bytes]:
+        """Tell a call, with what has come of it."""
+        yield from self._closed()
+        yield from self._opened("tool_use", {"id": call.id, "name": call.name, "input": {}})
+        self._call, call.state = call, "open"
+        if call.text:
+            yield self._said({"type": "input_json_delta", "partial_json": call.text})
+
+    def _freed(self) -> Iterator[bytes]:
+        """Tell what waits, up to the first call that is not at its end."""
+        while self._call is not None and is_whole(self._call.text):
+            yield from self._closed()
+            while self._waiting and self._call is None:
+                yield from self._next_waiting()
+
+    def _settled(self) -> Iterator[bytes]:
+        """Tell all that waits: nothing more comes of it."""
+        while self._waiting:
+            yield from self._next_waiting()
+
+    def _next_waiting(self) -> Iterator[bytes]:
+        first = self._waiting.pop(0)
+        if isinstance(first, _Call):
+            yield from self._begin(first)
+        else:
+            yield from self._tell(first)
 
     def _opened(self, kind: str, fields: Json) -> Iterator[bytes]:
         if self._open == kind and kind != "tool_use":
@@ -140,10 +229,16 @@ class MessageEvents:
     def _closed(self) -> Iterator[bytes]:
         if self._open is not None:
             self._open = None
+            if self._call is not None:
+                self._call.state, self._call = "told", None
             yield _event("content_block_stop", index=self._next - 1)
 
     def _said(self, delta: Json) -> bytes:
         return _event("content_block_delta", index=self._next - 1, delta=delta)
+
+
+# What blocks other than calls are made of.
+_TOLD = ("reasoning_content", "reasoning", "thinking_blocks", "content", "refusal", "images")
 
 
 def _event(kind: str, **fields: Any) -> bytes:
