@@ -48,7 +48,6 @@ GOOD = [
     of({"tool_calls": []}),
     of({"tool_calls": None}),
     of({"tool_calls": {}}),
-    of({"content": [{"type": "text", "text": "x"}]}),
     of({"tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f", "input": "x"}}]}),
     of({"content": "\ud800"}),
     of(finish_reason=None),
@@ -78,6 +77,20 @@ BAD = [
 @pytest.mark.parametrize("body", GOOD)
 def test_what_is_an_answer_passes_as_it_came(body):
     assert read(body).body == body
+
+
+def test_content_in_parts_is_put_into_openais_form():
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "h"}, {"type": "text", "text": "m"}]}
+    source = {"type": "reference", "reference_ids": [1, 2]}
+    answer = read(of({"content": [thought, {"type": "text", "text": "x"}, source, {"type": "text", "text": "y"}]}))
+    [choice] = answer.body["choices"]
+    assert choice["message"] == {
+        **of()["choices"][0]["message"],
+        "content": "xy",
+        "reasoning_content": "hm",
+        "extra_content": {"parts": [{"index": 0, **source}]},
+    }
+    assert json.loads(answer.data) == answer.body
 
 
 @pytest.mark.parametrize("body", BAD)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch.bill import bill
 from anabranch.gateway.dispatch.billed import broken_off
-from anabranch.gateway.providers import converse, gemini
+from anabranch.gateway.providers import conversed, generated_content
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.provider import UpstreamRequest
 from anabranch.gateway.providers.translation import usage_body
@@ -108,13 +108,13 @@ def test_cache_writes_of_anthropic():
 
 
 def test_cache_writes_of_bedrock_and_sound_of_gemini():
-    told = converse.usage_of({
+    told = conversed.usage_of({
         "inputTokens": 10, "outputTokens": 5, "cacheWriteInputTokens": 1000, "cacheReadInputTokens": 7,
         "cacheDetails": [{"ttl": "1h", "inputTokens": 600}, {"ttl": "5m", "inputTokens": 400}],
     })  # fmt: skip
     assert bill(LIST, told) == 10 * 1000 + 5 * 10_000 + 400 * 1250 + 600 * 2000 + 7 * 100
     assert Usage.of({"usage": usage_body(told)}) == told
-    heard, _ = gemini.usage_of({
+    heard, _ = generated_content.usage_of({
         "promptTokenCount": 100, "candidatesTokenCount": 50, "promptTokensDetails": [{"modality": "AUDIO", "tokenCount": 60}],
         "candidatesTokensDetails": [{"modality": "AUDIO", "tokenCount": 50}, None],
     })  # fmt: skip

@@ -93,7 +93,7 @@ def test_bedrocks_embeddings():
     titan, cohere = made("bedrock", model="amazon.titan-embed-text-v2:0"), made("bedrock", model="cohere.embed-v4:0")
     one = UpstreamRequest("embeddings", {"input": "a", "dimensions": 256})
     assert json.loads(titan.build(one).body) == {"inputText": "a", "dimensions": 256}
-    assert titan.build(one).url.endswith("/model/amazon.titan-embed-text-v2:0/invoke")
+    assert titan.build(one).url.endswith("/model/amazon.titan-embed-text-v2%3A0/invoke")
     answer = titan.parse(one, b'{"embedding": [0.5], "inputTextTokenCount": 4}')
     assert (answer.body["data"][0]["embedding"], answer.usage.prompt) == ([0.5], 4)
     two = UpstreamRequest("embeddings", {"input": ["a", "b"]})

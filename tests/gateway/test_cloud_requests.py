@@ -5,6 +5,8 @@ import json
 import pytest
 
 from anabranch.gateway.providers import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.chunks import assembled
+from anabranch.web.messages import to_chat
 from cloud_providers import CLAUDE, chat, keys, made, sent
 from recorded_conversations import exchanges
 
@@ -97,6 +99,7 @@ def test_bedrock_is_asked_with_all_that_it_knows():
         config={
             "guardrail": {"guardrailIdentifier": "g", "guardrailVersion": "1"},
             "fields": {"anthropic_beta": ["b"]},
+            "model": CLAUDE_45,
         },
         messages=[
             {
@@ -150,13 +153,162 @@ def test_bedrock_is_asked_with_all_that_it_knows():
     assert other["additionalModelRequestFields"] == {"reasoning_effort": "low"}
 
 
+CLAUDE_45, NOVA = "us.anthropic.claude-sonnet-4-5-20250929-v1:0", "us.amazon.nova-pro-v1:0"
+FORM = {"type": "json_schema", "json_schema": {"name": "a", "description": "Of it.", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(("model", "form"), [(CLAUDE, FORM), (NOVA, FORM), (CLAUDE_45, {"type": "json_object"})])
+def test_a_model_of_bedrock_that_takes_no_schema_answers_by_a_tool(model, form):
+    body = sent(
+        "bedrock", config={"model": model}, response_format=form, reasoning_effort="high" if model != NOVA else None
+    )
+    assert "outputConfig" not in body
+    [tool] = body["toolConfig"]["tools"]
+    assert body["toolConfig"]["toolChoice"] == {"tool": {"name": tool["toolSpec"]["name"]}}
+    assert tool["toolSpec"]["inputSchema"]["json"]["type"] == "object"
+    # Before a tool that must be called Claude does not think.
+    assert "additionalModelRequestFields" not in body
+    usage = {"inputTokens": 3, "outputTokens": 2, "totalTokens": 5}
+    use = {"name": tool["toolSpec"]["name"], "toolUseId": "t", "input": {"city": "Ghent"}}
+    whole = {
+        "output": {"message": {"content": [{"text": "Here:"}, {"toolUse": use}]}},
+        "stopReason": "tool_use",
+        "usage": usage,
+    }
+    provider = made("bedrock", model=model)
+    choice = provider.parse(chat(response_format=form), json.dumps(whole).encode()).body["choices"][0]
+    assert (json.loads(choice["message"]["content"]), choice["finish_reason"]) == ({"city": "Ghent"}, "stop")
+    assert "tool_calls" not in choice["message"]
+    translator = provider.translator(chat(response_format=form, stream=True))
+    start = {
+        "contentBlockStart": {"contentBlockIndex": 0, "start": {"toolUse": {"name": use["name"], "toolUseId": "t"}}}
+    }
+    deltas = [
+        {"contentBlockDelta": {"contentBlockIndex": 0, "delta": {"toolUse": {"input": one}}}}
+        for one in ('{"city"', ':"Ghent"}')
+    ]
+    events = [
+        start,
+        *deltas,
+        {"contentBlockStop": {"contentBlockIndex": 0}},
+        {"messageStop": {"stopReason": "tool_use"}},
+    ]
+    chunks = [chunk for event in events for chunk in translator.feed(json.dumps(event).encode())]
+    assert assembled(chunks)["choices"][0] == {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": '{"city":"Ghent"}'},
+    }
+
+
+def test_other_models_of_bedrock_are_given_the_schema_or_refuse():
+    body = sent("bedrock", config={"model": "qwen.qwen3-32b-v1:0"}, response_format=FORM)
+    assert body["outputConfig"]["textFormat"]["structure"]["jsonSchema"] == {
+        "schema": '{"type": "object"}',
+        "name": "a",
+        "description": "Of it.",
+    }
+    with pytest.raises(UpstreamError, match="json_object"):
+        sent("bedrock", config={"model": "qwen.qwen3-32b-v1:0"}, response_format={"type": "json_object"})
+
+
+def asked_of_claude(model=CLAUDE_45, **fields):
+    """What a request of Anthropic's form becomes on Bedrock."""
+    body = {"model": "m", "max_tokens": 4096, "messages": [{"role": "user", "content": "hi"}], **fields}
+    request = UpstreamRequest("chat", to_chat(body), is_foreign=True)
+    return json.loads(made("bedrock", model=model).build(request).body)
+
+
+DOCUMENTS = [
+    {
+        "type": "document",
+        "source": {"type": "text", "media_type": "text/plain", "data": "one"},
+        "title": "A_b: c/d",
+        "context": "of it",
+    },
+    {
+        "type": "document",
+        "source": {"type": "content", "content": [{"type": "text", "text": "two"}]},
+        "citations": {"enabled": True},
+    },
+    {
+        "type": "document",
+        "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="},
+        "title": "p.pdf",
+        "context": "c",
+    },
+    {"type": "search_result", "source": "https://x.org", "title": "T", "content": [{"type": "text", "text": "three"}]},
+    {"type": "text", "text": "Read."},
+]
+
+
+def test_documents_in_words_are_documents_on_bedrock():
+    body = asked_of_claude(messages=[{"role": "user", "content": DOCUMENTS}])
+    assert body["messages"][0]["content"] == [
+        {"document": {"format": "txt", "name": "A b c d 0", "source": {"text": "one"}, "context": "of it"}},
+        {
+            "document": {
+                "format": "txt",
+                "name": "file-1",
+                "source": {"content": [{"text": "two"}]},
+                "citations": {"enabled": True},
+            }
+        },
+        {"document": {"format": "pdf", "name": "p pdf 2", "source": {"bytes": "JVBERi0="}, "context": "c"}},
+        {"searchResult": {"source": "https://x.org", "title": "T", "content": [{"text": "three"}]}},
+        {"text": "Read."},
+    ]
+    assert "Read." in json.dumps(
+        asked_of_claude(model=NOVA, messages=[{"role": "user", "content": [DOCUMENTS[0], DOCUMENTS[4]]}])
+    )
+    image = {"type": "content", "content": [{"type": "image", "source": {}}]}
+    for part in (
+        {"type": "document", "source": {"type": "url", "url": "https://x"}},
+        {"type": "document", "source": image},
+    ):
+        with pytest.raises(UpstreamError, match="cannot be sent to bedrock"):
+            asked_of_claude(messages=[{"role": "user", "content": [part]}])
+
+
+ADAPTIVE, BUDGET, OPUS = {"type": "adaptive"}, {"type": "enabled", "budget_tokens": 2048}, "anthropic.claude-opus-4-"
+
+
+@pytest.mark.parametrize(
+    ("model", "thinking", "effort", "fields"),
+    [
+        (f"{OPUS}6-v1", ADAPTIVE, "high", {"thinking": ADAPTIVE, "output_config": {"effort": "high"}}),
+        (f"{OPUS}6-v1", ADAPTIVE, "xhigh", {"thinking": ADAPTIVE, "output_config": {"effort": "high"}}),
+        (f"{OPUS}7", None, "max", {"thinking": ADAPTIVE, "output_config": {"effort": "max"}}),
+        (f"{OPUS}7", BUDGET, None, {"thinking": ADAPTIVE}),
+        (CLAUDE_45, BUDGET, "low", {"thinking": BUDGET}),
+    ],
+)
+def test_how_hard_claude_works_on_bedrock_is_said_beside_how_it_thinks(model, thinking, effort, fields):
+    more = ({"thinking": thinking} if thinking else {}) | ({"output_config": {"effort": effort}} if effort else {})
+    assert asked_of_claude(model, **more)["additionalModelRequestFields"] == fields
+
+
+def test_output_config_and_strict_tools_reach_bedrock():
+    tool = {"name": "f", "input_schema": {"type": "object"}, "strict": True}
+    form = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    body = asked_of_claude(tools=[tool], output_config=form)
+    assert body["toolConfig"]["tools"][0]["toolSpec"]["strict"] is True
+    assert body["outputConfig"]["textFormat"]["structure"]["jsonSchema"]["schema"] == '{"type": "object"}'
+
+
 def test_what_is_sent_to_bedrock_is_what_amazons_own_client_would_send():
     session = pytest.importorskip("botocore.session").Session()
     from botocore.validate import ParamValidator
 
     shape = session.get_service_model("bedrock-runtime").operation_model("Converse").input_shape
-    for exchange in exchanges("bedrock"):
-        body = exchange["request"]["body"] | {"modelId": CLAUDE}
+    own = [
+        asked_of_claude(messages=[{"role": "user", "content": DOCUMENTS}]),
+        asked_of_claude(output_config={"format": {"type": "json_schema", "schema": {"type": "object"}}}),
+        asked_of_claude(tools=[{"name": "f", "input_schema": {"type": "object"}, "strict": True}]),
+        sent("bedrock", response_format={"type": "json_object"}),
+    ]
+    for given in (*own, *(exchange["request"]["body"] for exchange in exchanges("bedrock"))):
+        body = given | {"modelId": CLAUDE}
         assert not ParamValidator().validate(body, shape).has_errors(), body
 
 
@@ -243,7 +395,7 @@ def test_arguments_that_cannot_be_read_are_the_senders_mistake(kind, arguments, 
         ("bedrock", {"n": 2}),
         ("bedrock", {"tools": [{"function": {"name": "f"}}], "parallel_tool_calls": False}),
         ("bedrock", {"logprobs": True}),
-        ("bedrock", {"response_format": {"type": "json_object"}}),
+        ("bedrock", {"response_format": {"type": "json_object"}, "tools": [{"function": {"name": "f"}}]}),
         (
             "bedrock",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x"}}]}]},

@@ -311,6 +311,11 @@ def check_all(marks, **forms):
 def test_nothing_is_dropped(kind, order):
     table = PARTS["anthropic" if kind == "native" else kind]
     names = order.draw(st.lists(st.sampled_from(sorted(table)), min_size=1, max_size=6))
+    if "reasoning" in names:
+        # A server has one word for it, or says the same under both.
+        names = [name for name in names if name not in ("thinking", "thought")]
+    # Of sound an answer has one.
+    names = [name for at, name in enumerate(names) if kind != "openai" or name != "sound" or name not in names[:at]]
     parts, marks = marked([json.loads(json.dumps(table[name])) for name in names])
     check_kind(kind, parts, marks, order)
 

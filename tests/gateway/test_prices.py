@@ -22,11 +22,14 @@ from anabranch.gateway.config import (
 from anabranch.gateway.config.price_table import FILE, list_price, table
 from anabranch.gateway.config.prices import deployment_price, model_price, unpriced
 from anabranch.gateway.core.purse import Purse
+from anabranch.gateway.dispatch.bill import bill
+from anabranch.gateway.dispatch.billed import broken_off
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.providers.usage import Usage
 from anabranch.gateway.store import LedgerQuery
 from anabranch.gateway.store.records import GLOBAL
 from anabranch.routers.money import NANO, Price, in_full
@@ -154,6 +157,7 @@ def test_a_price_that_is_wrong_is_told_with_its_place(tmp_path, old, new, messag
 
 
 SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+FETCH = {"type": "web_fetch_20250910", "name": "web_fetch"}
 
 
 @pytest.mark.parametrize(
@@ -168,9 +172,13 @@ SEARCH = {"type": "web_search_20250305", "name": "web_search"}
         ({"speed": "fast"}, Asked(tier="fast")),
         ({"speed": "fast", "service_tier": "priority"}, Asked(tier="priority fast")),
         ({"web_search_options": {}}, Asked(searches=1)),
-        ({"tools": [{**SEARCH, "max_uses": 5}]}, Asked(searches=5)),
-        ({"tools": [SEARCH], "max_tool_calls": 3}, Asked(searches=3)),
-        ({"tools": [SEARCH]}, Asked(others=("tools[0].max_uses",))),
+        ({"tools": [{**SEARCH, "max_uses": 5}]}, Asked(searches=5, uses=5, page=30_000)),
+        ({"tools": [SEARCH], "max_tool_calls": 3}, Asked(searches=3, uses=3, page=30_000)),
+        ({"tools": [SEARCH]}, Asked(others=("tools[0].max_uses",), page=30_000)),
+        ({"tools": [{**FETCH, "max_uses": 2}]}, Asked(uses=2, page=125_000)),
+        ({"tools": [{**FETCH, "max_uses": 2, "max_content_tokens": 9_000}]}, Asked(uses=2, page=9_000)),
+        ({"tools": [{**FETCH, "max_uses": 1}, {**SEARCH, "max_uses": 2}]}, Asked(searches=2, uses=3, page=125_000)),
+        ({"tools": [FETCH]}, Asked(others=("tools[0].max_uses",), page=125_000)),
         ({"tools": [{"type": "function"}, {"type": "code_interpreter"}]}, Asked(others=("tools[1]",))),
         ({"models": ["x"], "plugins": []}, Asked(others=("models", "plugins"))),
         ({"search_parameters": {"mode": "off"}, "enable_search": False}, Asked()),
@@ -214,6 +222,32 @@ def test_what_a_price_lacks():
     whole = USUAL.replace(tiers={"priority": USUAL}, web_search=1, audio_input=1, audio_output=1, image_output=1)
     assert Asked("priority", "1h", 3, True, True, True).lacks(whole) is None
     assert Asked(tier="auto").lacks(USUAL) is None
+
+
+def test_what_tools_bring_into_the_prompt_is_part_of_the_most():
+    count = count_prompt({"messages": [{"role": "user", "content": "x" * 993}]})
+    assert count.at_most == 1000
+    asked = asked_of({"tools": [{**SEARCH, "max_uses": 2}]})
+    # It is read three times: 1,000; with an answer so far and 30,000 of the first search; with both and another 30,000.
+    most = asked.most(count, 100)
+    assert (most.prompt, most.pages) == (1000 + 1100 + 30_000 + 1100 + 60_000, 92_200)
+    assert most.searches == 2
+    # No more than the model has room for.
+    assert asked.most(count, 100, context=20_000).prompt == 1000 + 2 * 20_000
+    assert asked.most(count, 50_000, context=20_000).prompt == 1000 + 2 * 51_000
+    assert Asked(searches=1).most(count, 100).pages == 0
+
+
+def test_a_stream_that_broke_off_is_charged_the_pages_that_it_may_have_read():
+    price = Price.of_dollars("3", "15").replace(web_search=10 * NANO)
+    count = count_prompt({"messages": [{"role": "user", "content": "hi"}]})
+    most = asked_of({"tools": [{**SEARCH, "max_uses": 1}]}).most(count, 100)
+    # What is told at the beginning is the sender's prompt alone, and no search yet.
+    usage = broken_off(most, Usage(7, 1, searches=0), 5, 0.0, 0.0)
+    assert usage.prompt == most.prompt > 30_000
+    assert bill(price, usage, most) == most.prompt * 3000 + usage.completion * 15_000 + 10 * NANO // 1000
+    # Told at the end it counts as told.
+    assert bill(price, Usage(900, 10, searches=1), most) == 900 * 3000 + 10 * 15_000 + 10 * NANO // 1000
 
 
 def test_the_most_that_may_be_asked_for_is_as_dear_as_it_may_be():

@@ -347,7 +347,7 @@ class MessageStream:
         elif kind == "redacted_thinking":
             return self._thought(block)
         else:
-            self._blocks[value["index"]] = dict(block)
+            self._blocks[value.get("index", 0)] = dict(block)
         return self._said(block["text"]) if block.get("text") else []
 
     def _said(self, text: str) -> list[Json]:
@@ -357,8 +357,9 @@ class MessageStream:
     def _content_block_delta(self, value: Json) -> list[Json]:
         delta = value.get("delta") or {}
         kind = delta.get("type")
-        if value["index"] in self._blocks:
-            grown(self._blocks[value["index"]], delta, value["index"], self._arguments)
+        number = value.get("index", 0)
+        if number in self._blocks:
+            grown(self._blocks[number], delta, number, self._arguments)
         if kind == "text_delta":
             return self._said(delta["text"])
         if kind == "thinking_delta":

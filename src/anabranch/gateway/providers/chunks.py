@@ -56,8 +56,21 @@ def assembled(chunks: Iterable[Json], endpoint: str = "chat") -> Json:
             at = _place(choice, 0)
             _add(choices.setdefault(at, {"index": at, "finish_reason": None}), choice, endpoint)
     body["object"] = "chat.completion" if endpoint == "chat" else "text_completion"
-    body["choices"] = [choices[at] for at in sorted(choices)]
+    body["choices"] = [_unnumbered(choices[at]) for at in sorted(choices)]
     return body
+
+
+def _unnumbered(choice: Json) -> Json:
+    """Without the numbers by which clients put lists of a stream together."""
+    message = choice.get("message") or {}
+    for name in ("thinking_blocks", "images"):
+        held = message.get(name)
+        if isinstance(held, list):
+            message[name] = [
+                {field: value for field, value in one.items() if field != "index"} if isinstance(one, dict) else one
+                for one in held
+            ]
+    return choice
 
 
 def _add(whole: Json, choice: Json, endpoint: str) -> None:

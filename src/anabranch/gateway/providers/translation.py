@@ -231,10 +231,6 @@ def message_of(pieces: Iterable[Json]) -> Json:
     if not made.get("tool_calls"):
         made.pop("tool_calls", None)
         made["content"] = made.get("content") or ""
-    # By which clients put lists of a stream together.
-    for name in ("thinking_blocks", "images"):
-        if name in made:
-            made[name] = [{field: value for field, value in one.items() if field != "index"} for one in made[name]]
     return made
 
 

@@ -28,7 +28,7 @@ def to_message(body: Json, answer: Json) -> Json:
         return native
     choice: Json = next(iter(answer.get("choices") or ()), {})
     message = choice.get("message") or {}
-    content = [*_thoughts(message)]
+    content = thoughts_of(message)
     content += [{"type": "text", "text": text} for text in (message.get("content"), message.get("refusal")) if text]
     content += [image_block(kind, data) for kind, data in images_of(message)]
     content += [_call(call) for call in message.get("tool_calls") or ()]
@@ -81,12 +81,17 @@ def usage_of(usage: Any) -> Json:
     }
 
 
-def _thoughts(message: Json) -> list[Json]:
+def thoughts_of(message: Json) -> list[Json]:
+    """The blocks of what was thought; what has no seal is in one without."""
     blocks = message.get("thinking_blocks")
-    if isinstance(blocks, list) and blocks:
-        return [_thought(block) for block in blocks]
+    sealed = [_thought(block) for block in blocks] if isinstance(blocks, list) else []
     thought = message.get("reasoning_content") or message.get("reasoning")
-    return [{"type": "thinking", "thinking": thought, "signature": ""}] if isinstance(thought, str) and thought else []
+    if not isinstance(thought, str):
+        return sealed
+    # Its blocks say the same once more, as far as they are sealed.
+    told = "".join(block.get("thinking") or "" for block in sealed)
+    rest = thought.removeprefix(told)
+    return [*sealed, {"type": "thinking", "thinking": rest, "signature": ""}] if rest else sealed
 
 
 def _thought(block: Json) -> Json:

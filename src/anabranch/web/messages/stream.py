@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.web.beside import beside, images_of, is_whole, joined
-from anabranch.web.messages.answer import head, image_block, stop_reason, usage_of
+from anabranch.web.messages.answer import head, image_block, stop_reason, thoughts_of, usage_of
 from anabranch.web.messages.errors import error_event
 from anabranch.web.sse import event
 
@@ -128,9 +128,10 @@ class MessageEvents:
         """Thoughts, text and pictures."""
         thought = delta.get("reasoning_content") or delta.get("reasoning")
         blocks = delta.get("thinking_blocks") or ()
-        if thought and thought == "".join(block.get("thinking") or "" for block in blocks):
-            # Of a whole answer: its blocks say the same once more, each with its own seal.
+        if thought and blocks:
+            # A whole answer: its blocks say the same once more, each with its own seal.
             yield from self._closed()
+            blocks = thoughts_of(delta)
         elif thought:
             yield from self._opened("thinking", {"thinking": "", "signature": ""})
             yield self._said({"type": "thinking_delta", "thinking": thought})

@@ -1,0 +1,98 @@
+"""Seconds of a clip by its frames, against sums made by hand; and never an honest clip at a multiple of its tokens."""
+
+import base64
+import math
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anabranch.gateway.media_tokens import AUDIO_A_SECOND, audio, heard_seconds, sound
+from anabranch.gateway.sound_frames import framed, notes_end
+
+NOTES = b"ID3\x04\x00\x00\x00\x00\x00\x05hello"
+
+# Head, bytes and seconds of frames, by the documents: 144 * 128,000 / 44,100 = 417 bytes of 1,152 samples, and the like.
+FRAMES = {
+    "mpeg 1 layer 3, 128 kbit/s at 44,100": (b"\xff\xfb\x90\x00", 417, 1152 / 44_100),
+    "the same, padded": (b"\xff\xfb\x92\x00", 418, 1152 / 44_100),
+    "mpeg 2 layer 3, 32 kbit/s at 24,000": (b"\xff\xf3\x44\x00", 96, 576 / 24_000),
+    "mpeg 2.5 layer 3, 8 kbit/s at 8,000": (b"\xff\xe3\x18\x00", 72, 576 / 8_000),
+    "mpeg 1 layer 2, 192 kbit/s at 48,000": (b"\xff\xfd\xa4\x00", 576, 1152 / 48_000),
+    "mpeg 1 layer 1, 384 kbit/s at 44,100": (b"\xff\xff\xc0\x00", 416, 384 / 44_100),
+    # 200 bytes: 0x19 << 3.
+    "aac at 44,100": (b"\xff\xf1\x50\x80\x19\x1f\xfc", 200, 1024 / 44_100),
+}
+
+
+def frame(name):
+    head, size, _ = FRAMES[name]
+    return head + b"\x55" * (size - len(head))
+
+
+@pytest.mark.parametrize("name", FRAMES)
+@pytest.mark.parametrize("notes", [b"", NOTES, NOTES + NOTES])
+def test_seconds_are_those_of_all_frames(name, notes):
+    found = framed(notes + frame(name) * 100)
+    assert found.seconds == pytest.approx(100 * FRAMES[name][2])
+    assert found.rest == 0
+
+
+@given(names=st.lists(st.sampled_from(sorted(FRAMES)), min_size=3, max_size=30), tail=st.binary(max_size=40))
+def test_a_clip_of_any_frames_is_as_long_as_they_are(names, tail):
+    tail = tail.replace(b"\xff", b"\x00")
+    found = framed(b"".join(map(frame, names)) + tail)
+    assert found.seconds == pytest.approx(sum(FRAMES[name][2] for name in names))
+    assert found.rest == len(tail)
+
+
+def test_a_decoder_that_is_lost_goes_on_at_the_next_frames():
+    one = frame("mpeg 1 layer 3, 128 kbit/s at 44,100")
+    found = framed(one * 5 + b"\x00" * 50 + b"\xff\xfb" + b"\x00" * 50 + one * 5)
+    assert found.seconds == pytest.approx(10 * 1152 / 44_100)
+    assert found.rest == 102
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff", b"\xff\xfb\x90\x00" * 250, b"RIFF" + b"\x00" * 99, b"\xff\xfb\xf0\x00", NOTES, b"OggS" * 9]
+)
+def test_what_does_not_begin_with_frames_is_not_walked(data):
+    assert framed(data) is None
+
+
+def test_notes_that_end_behind_the_clip_are_none():
+    assert notes_end(b"ID3\x04\x00\x00\x7f\x7f\x7f\x7f" + b"x" * 99) == 0
+    assert notes_end(NOTES) == len(NOTES)
+    # Their foot counts too.
+    assert notes_end(b"ID3\x04\x00\x10\x00\x00\x00\x05" + b"x" * 15) == 25
+
+
+@pytest.mark.parametrize("form", ["mp3", "wav", ""])
+@pytest.mark.parametrize("name", [name for name in FRAMES if "aac" not in name])
+def test_a_clip_is_reserved_at_its_own_tokens(name, form):
+    raw, seconds = NOTES + frame(name) * 500, 500 * FRAMES[name][2]
+    found = audio({"data": base64.b64encode(raw).decode(), "format": form})
+    # It was sixteen times as many at 128 kbit/s.
+    assert found.tokens == found.at_most == math.ceil(round(seconds * AUDIO_A_SECOND, 6))
+    assert sound(raw, form) == found
+    assert heard_seconds(raw, form) == pytest.approx(seconds)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 3000))
+def test_bytes_that_are_of_no_frame_are_the_sparsest_sound(count):
+    raw = frame("mpeg 1 layer 3, 128 kbit/s at 44,100") * 3
+    plain, more = sound(raw, "mp3"), sound(raw + b"\x00" * count, "mp3")
+    assert more.at_most >= plain.at_most + count * AUDIO_A_SECOND // 1_000 - 1
+
+
+@pytest.mark.parametrize("junk", [b"\xff" * 10**6, b"\xff\xfb\x90\x00" * 250_000, b"\xff\xf1\x50\x80" * 250_000])
+def test_what_looks_like_many_beginnings_takes_no_time_to_speak_of(junk):
+    raw = frame("mpeg 1 layer 3, 128 kbit/s at 44,100") * 3 + junk
+    began = time.process_time()
+    found = framed(raw)
+    # It was 4 s for 8 MB.
+    assert time.process_time() - began < 2
+    assert found.rest <= len(junk)
+    assert found.seconds + found.rest / 1_000 >= 3 * 1152 / 44_100
