@@ -9,7 +9,7 @@ _TYPES = {
     402: "billing_error",
     403: "permission_error",
     404: "not_found_error",
-    408: "request_too_large",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -26,9 +26,23 @@ def to_error(error: ApiError) -> dict[str, Any]:
     return made if request_id is None else {**made, "request_id": request_id}
 
 
+# Of an error inside a stream, which has no status: by its code.
+_OF_CODE = {
+    "rate_limit_exceeded": "rate_limit_error",
+    "insufficient_quota": "rate_limit_error",
+    "deadline_exceeded": "timeout_error",
+    "upstream_timeout": "timeout_error",
+    "upstream_first_token": "timeout_error",
+    "upstream_unavailable": "overloaded_error",
+    "model_not_found": "not_found_error",
+    "upstream_forbidden": "permission_error",
+    "context_length_exceeded": "invalid_request_error",
+    "content_filter": "invalid_request_error",
+    "invalid_request": "invalid_request_error",
+    "unsupported": "invalid_request_error",
+}
+
+
 def error_event(message: str, code: str | None) -> dict[str, Any]:
     """The event that ends a stream which broke."""
-    kind = {"rate_limit_exceeded": "rate_limit_error", "deadline_exceeded": "timeout_error"}.get(
-        code or "", "api_error"
-    )
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    return {"type": "error", "error": {"type": _OF_CODE.get(code or "", "api_error"), "message": message}}
