@@ -1,6 +1,7 @@
 """Calls of Bedrock are sent and signed as botocore does it, whatever a model is called."""
 
 import asyncio
+import functools
 import json
 import re
 
@@ -50,12 +51,18 @@ class Heard:
         writer.close()
 
 
+@functools.cache
+def service_of_botocore():
+    from botocore.session import get_session
+
+    return get_session().get_service_model("bedrock-runtime")
+
+
 def path_of_botocore(name):
     """Of its own serializer."""
     from botocore.serialize import create_serializer
-    from botocore.session import get_session
 
-    service = get_session().get_service_model("bedrock-runtime")
+    service = service_of_botocore()
     made = create_serializer("rest-json").serialize_to_request(
         {"modelId": name, "messages": []}, service.operation_model("Converse")
     )

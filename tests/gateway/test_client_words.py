@@ -107,11 +107,16 @@ def upstream():
 
 @pytest.fixture(scope="module")
 def clients(upstream, tmp_path_factory):
-    with (
-        gateway_of(tmp_path_factory.mktemp("words"), providers(upstream.url)) as running,
-        clients_of(running.url) as made,
-    ):
-        yield made
+    with failing() as url:
+        # A model for each error of each client, so that the breaker of none is another's.
+        models = {
+            f"{kind}-{case}-{client}": providers(f"{url}/{kind}/{case}")[kind]
+            for kind, case in CASES
+            for client in CLIENTS
+        }
+        models |= providers(upstream.url)
+        with gateway_of(tmp_path_factory.mktemp("words"), models) as running, clients_of(running.url) as made:
+            yield made
 
 
 def asked_of_openai(client, kind, is_formed, is_streamed):
@@ -343,18 +348,9 @@ def failing():
         server.server_close()
 
 
-@pytest.fixture(scope="module")
-def refused(tmp_path_factory):
-    """Clients of a gateway with a model for each case, so that the breaker of none is another's."""
-    with failing() as url:
-        models = {f"{kind}-{case}": providers(f"{url}/{kind}/{case}")[kind] for kind, case in CASES}
-        with gateway_of(tmp_path_factory.mktemp("errors"), models) as running, clients_of(running.url) as made:
-            yield made
-
-
-def error_of(client, refused, model, is_streamed):
+def error_of(client, clients, model, is_streamed):
     fields = {"model": model, "messages": ASKED, "max_tokens": 64, "stream": is_streamed}
-    ask = refused["openai"].chat.completions.create if client == "openai" else refused["anthropic"].messages.create
+    ask = clients["openai"].chat.completions.create if client == "openai" else clients["anthropic"].messages.create
     module = openai if client == "openai" else anthropic
     with pytest.raises(module.APIStatusError) as caught:
         ask(**fields)
@@ -363,10 +359,10 @@ def error_of(client, refused, model, is_streamed):
 
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize(("kind", "case"), CASES)
-def test_errors_of_every_kind_are_those_that_the_clients_know(refused, kind, case, client):
+def test_errors_of_every_kind_are_those_that_the_clients_know(clients, kind, case, client):
     status, type, codes = TOLD[case]
     # One of the two is asked for a stream: the error comes before it.
-    error = error_of(client, refused, f"{kind}-{case}", is_streamed=client == "anthropic")
+    error = error_of(client, clients, f"{kind}-{case}-{client}", is_streamed=client == "anthropic")
     if status is None:
         status = ERRORS[kind][case][0]
     assert error.status_code == status

@@ -103,11 +103,25 @@ class UpstreamError(AnabranchError):
     def to_dict(self) -> dict[str, Any]:
         """OpenAI's form of an error."""
         failure, ours = self.failure, self.status >= 500
-        kind = "server_error" if ours else failure.type or "invalid_request_error"
-        code = failure.code or _CODE.get(failure.cause, f"upstream_{failure.cause}")
+        # Words of other APIs are none that a client of this one knows, and a status is no code.
+        kind = "server_error" if ours else failure.type if failure.type in _TYPES else "invalid_request_error"
+        code = None if failure.code is None or failure.code.isdecimal() else failure.code
+        code = code or _CODE.get(failure.cause, f"upstream_{failure.cause}")
         return {"error": {"message": failure.message, "type": kind, "code": code, "param": failure.param}}
 
 
+# Of ``error.type``, as OpenAI's "Error codes" and its answers have them.
+_TYPES = frozenset(
+    {
+        "invalid_request_error",
+        "rate_limit_error",
+        "requests",
+        "tokens",
+        "insufficient_quota",
+        "request_forbidden",
+        "image_generation_user_error",
+    }
+)
 _STATUS = {"rate_limit": 429, "refused": 429, "unavailable": 503, "deadline": 504, "timeout": 504, "first_token": 504}
 
 _CODE = {
