@@ -75,6 +75,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "graph index x --out x.anb": "graph",
     "graph search x": "graph",
     "graph rank x": "graph",
+    "graph peer x": "graph",
     "graph serve x": "graph",
     "graph remove x y": "graph",
     "graph update x y": "graph",

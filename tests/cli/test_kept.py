@@ -37,6 +37,7 @@ COMMANDS = {
         {"source": "e.csv", "labels": "l.csv"},
         {"OUT": "o.npy", "PICTURE": "o.svg", "SAVE": "o.anb"},
     ),
+    "graph peer": ("{LOG} --items {items} --key {KEY}", {"items": "i.csv"}, {"LOG": "o.db", "KEY": "o.key"}),
     "graph tune": ("{source} --labels {labels} --out {OUT}", {"source": "e.csv", "labels": "l.csv"}, {"OUT": "o.csv"}),
     "graph resume": (
         "{fitted} {source} --save {SAVE} --out {OUT}", {"fitted": "i.anb", "source": "e.csv"}, {"SAVE": "o.anb", "OUT": "o.npy"}
@@ -56,8 +57,8 @@ COMMANDS = {
     "graph remove": ("{index} --rows 0 --out {OUT}", {"index": "i.anb"}, {"OUT": "o.anb"}),
     "graph update": ("{index} {vectors} --out {OUT}", {"index": "i.anb", "vectors": "v.npy"}, {"OUT": "o.anb"}),
     "graph rank": (
-        "{clicks} jazz --test {test} --out {OUT} --save {SAVE}",
-        {"clicks": "c.csv", "test": "t.csv"},
+        "{clicks} jazz --test {test} --items {items} --out {OUT} --save {SAVE}",
+        {"clicks": "c.csv", "test": "t.csv", "items": "i.csv"},
         {"OUT": "o.csv", "SAVE": "o.anb"},
     ),
     "plan": (

@@ -151,6 +151,7 @@ graph predict no.anb holes.parquet
 graph index huge.npy -o z.anb
 graph search no.anb huge.npy
 graph rank holes.parquet a
+graph peer z.db --items holes.parquet --rounds 0
 graph serve no.anb
 graph serve no.anb --fsync often
 graph serve no.anb --dim 8 --metric l1

@@ -116,3 +116,16 @@ def test_one_node_has_no_neighbours():
 def test_what_has_no_neighbours(arguments, message):
     with pytest.raises(InputError, match=message):
         most_similar(*arguments)
+
+
+def test_most_similar_by_name():
+    vectors = np.random.default_rng(0).normal(size=(4, 3))
+    ids, cosines = most_similar(vectors, 2, k=2)
+    names = ["ann", "bob", "cay", "dan"]
+    found, same = most_similar(vectors, "cay", k=2, names=names)
+    assert found.tolist() == [names[place] for place in ids]
+    assert same.tolist() == cosines.tolist()
+    with pytest.raises(InputError, match="no vector is called 'eve'"):
+        most_similar(vectors, "eve", names=names)
+    with pytest.raises(InputError, match="4 vectors and names of the shape"):
+        most_similar(vectors, "ann", names=names[:3])

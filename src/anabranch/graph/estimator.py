@@ -38,8 +38,12 @@ class Estimator:
         return f"{type(self).__name__}({given})"
 
 
-def most_similar(embedding_ND: ArrayLike, node: int, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+def most_similar(
+    embedding_ND: ArrayLike, node: Any, k: int = 10, *, names: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The ``k`` nodes whose vectors have the largest cosine with that of ``node``, itself left out: ids int64 and cosines float32.
+
+    With ``names`` of the rows (`Graph.names`), ``node`` is a name, and names come back.
 
     Exact, in one pass over the vectors; for many look-ups put them into an `HNSW` of metric ``cosine``. Ties go to the lowest id. A zero
     vector is similar to nothing (cosine 0). Fewer than ``k`` others: all of them. Raises InputError for a node or k out of range,
@@ -50,6 +54,17 @@ def most_similar(embedding_ND: ArrayLike, node: int, k: int = 10) -> tuple[np.nd
         raise InputError(
             f"an embedding is numbers of the shape [nodes, dim], this one is {vectors.dtype} {vectors.shape}"
         )
+    if names is not None:
+        named = np.asarray(names, object)
+        if named.shape != (len(vectors),):
+            raise InputError(
+                f"there are {len(vectors):,} vectors and names of the shape {named.shape}; give one per vector"
+            )
+        found = np.flatnonzero(named == node)
+        if not found.size:
+            raise InputError(f"no vector is called {node!r}")
+        ids, cosines = most_similar(vectors, int(found[0]), k)
+        return named[ids], cosines
     if not _is_whole(node) or not 0 <= node < len(vectors):
         raise InputError(f"node {node} is not one of the {len(vectors):,} nodes of the embedding")
     if not _is_whole(k) or k < 1:

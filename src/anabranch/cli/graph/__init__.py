@@ -8,6 +8,7 @@ from anabranch.cli.graph.change import remove, update
 from anabranch.cli.graph.embed import embed
 from anabranch.cli.graph.index import index
 from anabranch.cli.graph.info import info
+from anabranch.cli.graph.peer import peer
 from anabranch.cli.graph.ppr import ppr
 from anabranch.cli.graph.predict import predict
 from anabranch.cli.graph.rank import rank
@@ -38,6 +39,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "remove": remove,
     "update": update,
     "rank": rank,
+    "peer": peer,
     "serve": serve,
 }
 for _name, _command in _COMMANDS.items():

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from anabranch.graph import Graph
     from anabranch.graph.names import Names
+    from anabranch.graph.rank import Item
 
 
 # Ids in one option, written as ranges.
@@ -180,6 +181,35 @@ def read_table(path: str) -> dict[str, list[Any]]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
     return {name: table[name].to_pylist() for name in table.column_names}
+
+
+def read_items(path: str) -> list[Item]:
+    """Items of a table with a column id (or item, else the first) and perhaps title, artist and tags (a list, or text with ; between).
+
+    Raises DataError naming the row of an item that cannot be one, or that is there twice.
+    """
+    from anabranch.graph.rank import Item
+
+    columns = read_table(path)
+    ids = next((columns[name] for name in ("id", "item") if name in columns), next(iter(columns.values()), []))
+    if not ids:
+        raise DataError(f"{path} has no rows")
+    found: dict[Any, Item] = {}
+    for row, id_ in enumerate(ids):
+        texts = {name: columns[name][row] for name in ("title", "artist", "tags") if name in columns}
+        tags = texts.pop("tags", None) or ()
+        if isinstance(tags, str):
+            tags = [tag.strip() for tag in tags.split(";") if tag.strip()]
+        try:
+            made = Item(
+                id_, **{name: "" if text is None else str(text) for name, text in texts.items()}, tags=tuple(tags)
+            )
+        except (InputError, TypeError) as error:
+            raise DataError(f"{path}, row {row}: {error}") from None
+        if made.id in found:
+            raise DataError(f"{path}, row {row}: the item {made.id!r} is there twice")
+        found[made.id] = made
+    return list(found.values())
 
 
 def read_labels(path: str, graph: Graph) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.graph.inputs import read_items
 from anabranch.cli.graph.options import Top, check_extra
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
@@ -43,6 +44,13 @@ def rank(
     columns: Annotated[
         str, typer.Option(metavar="N,T,I", help="Columns of user, search term and clicked item.")
     ] = "node,term,item",
+    items: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Items: a table of id and perhaps title, artist, tags (.csv, .parquet). Those that match a term stand first.",
+        ),
+    ] = None,
     test: Annotated[
         str | None, typer.Option(metavar="FILE", help="Clicks that are held out: tell how well they are predicted.")
     ] = None,
@@ -61,14 +69,14 @@ def rank(
     """  # fmt: skip
     check_extra()
     check_ending(out)
-    check_apart([out, save], [clicks, test])
+    check_apart([out, save], [clicks, test, items])
     names = _columns(columns)
     if save is not None and save.suffix != OWN:
         raise InputError(f"--save is {str(save)!r}; its name must end in {OWN}")
     if out is not None and not terms:
         raise InputError("--out is for rankings; give a term to rank items for")
     with waiting(f"reading {clicks}", quiet):
-        model = _model(clicks, isolation, names)
+        model = _model(clicks, isolation, names, items)
     user = None if node is None else _user(model, node)
     found = {term: model.rank(term, user, top) for term in terms or ()}
     facts: dict[str, Any] = {
@@ -100,12 +108,14 @@ def _columns(text: str) -> tuple[str, str, str]:
     return parts[0], parts[1], parts[2]
 
 
-def _model(clicks: str, isolation: float, names: tuple[str, str, str]) -> GRank:
+def _model(clicks: str, isolation: float, names: tuple[str, str, str], items: str | None) -> GRank:
     from anabranch.graph import GRank
 
     if Path(clicks).suffix == OWN:
+        if items is not None:
+            raise InputError(f"{clicks} has the items that it was saved with; --items go with a log of clicks")
         return GRank.load(clicks).set_params(F=isolation)
-    return GRank(isolation).fit(clicks, columns=names)
+    return GRank(isolation).fit(clicks, columns=names, items=() if items is None else read_items(items))
 
 
 def _user(model: GRank, text: str) -> Any:
