@@ -1,5 +1,6 @@
 """One thread, fixed seeds, and hypothesis profiles: ``HYPOTHESIS_PROFILE=deep pytest`` looks much longer."""
 
+import gc
 import logging
 import os
 
@@ -16,6 +17,12 @@ settings.register_profile("deep", max_examples=2000, deadline=None, suppress_hea
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 torch.set_num_threads(1)  # shapes are tiny: more threads only wait for each other
+
+
+def pytest_collection_finish():
+    """A million objects of the tests themselves are left out of garbage collections: one took a second, and some tests collect often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -35,6 +42,9 @@ def _kernels():
     """
     kernels.load()
 
+
+# The user's, before a test has one of its own.
+_CACHE = os.environ.get("ANABRANCH_CACHE")
 
 # A test may put another in its place, which is still there when the fixtures that were made before monkeypatch end.
 _LOAD = kernels.load
@@ -56,7 +66,19 @@ def without_kernels(monkeypatch):
     monkeypatch.setenv("ANABRANCH_NO_KERNELS", "1")
     kernels.load.cache_clear()
     yield
-    kernels.load.cache_clear()
+    _load_again()
+
+
+def _load_again():
+    """The kernels of the user's cache: that of the test's own has none yet, and to compile them takes half a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ANABRANCH_NO_KERNELS", raising=False)
+        if _CACHE is None:
+            patch.delenv("ANABRANCH_CACHE", raising=False)
+        else:
+            patch.setenv("ANABRANCH_CACHE", _CACHE)
+        _LOAD.cache_clear()
+        _LOAD()
 
 
 @pytest.fixture(autouse=True)

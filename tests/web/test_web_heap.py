@@ -16,9 +16,9 @@ class Node:
 
 
 @pytest.fixture(autouse=True)
-def _thawed():
+def _frozen_as_before():
     yield
-    gc.unfreeze()
+    gc.freeze()
 
 
 def test_what_is_there_is_looked_through_no_more():
