@@ -7,6 +7,7 @@ from anabranch.errors import BudgetError
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import CacheConfig, DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.core import beginning
+from anabranch.gateway.core.admission import Admission
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.incoming import Incoming
 from anabranch.gateway.core.relay import Ahead
@@ -43,6 +44,9 @@ class FakeStore:
 
     async def grow(self, held, nano):
         return await self.reserve(held.request_id, held.subjects, nano)
+
+    async def has_keys(self):
+        return False
 
     async def has_budget(self, subjects):
         return self.is_limited
@@ -93,8 +97,7 @@ def services(store=None, cache=None):
     lent = Services(
         store=store or FakeStore(),
         authenticate=None,
-        rates=RateLimits(),
-        senders=InFlight(),
+        admission=Admission(RateLimits(), InFlight()),
         caches=Caches(cache or CacheConfig(), None),
         metrics=Metrics(),
         unsettled=Unsettled(),
@@ -119,8 +122,18 @@ def run(work, *given, **named):
     return asyncio.run(work(*given, **named))
 
 
+def at_once(work):
+    """What a coroutine gives that has nothing to wait for."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it waits for something")
+
+
 def begun(state):
     """Read, let in, and with a purse: ready to be decided on."""
     beginning.read(state)
-    beginning.admit(state)
+    at_once(beginning.name(state))
+    at_once(beginning.admit(state))
     beginning.take_purse(state)

@@ -83,6 +83,14 @@ def test_a_key_lives_and_ends(run, facts, store):
     assert "web" in run("keys", "revoke", made["id"][:10])
 
 
+def test_for_whom_a_key_speaks_is_said_and_taken_back(run, facts):
+    made = facts("keys", "create", "app", "--speaks-for", "user:*", "--speaks-for", "tag:prod")
+    assert made["speaks_for"] == ["user:*", "tag:prod"]
+    assert "user:* tag:prod" in run("keys", "list")
+    assert facts("keys", "edit", "app", "--speaks-for", "user:ann")["speaks_for"] == ["user:ann"]
+    assert facts("keys", "edit", "app", "--clear", "speaks-for")["speaks_for"] == []
+
+
 def test_a_key_is_shown_once(run):
     lines = run("keys", "create").splitlines()
     assert [line[:8].strip() for line in lines] == ["key", "id", "note"]

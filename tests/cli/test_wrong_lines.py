@@ -194,6 +194,7 @@ gateway import deep.yaml
 gateway import date.yaml
 gateway keys create x --store n.db --rpm {HUGE}
 gateway keys create x --store n.db --tpm {HUGE}
+gateway keys create x --store n.db --speaks-for team:a
 gateway keys create x --store n.db --budget nan
 gateway keys create x --store n.db --budget inf
 gateway keys create x --store n.db --budget 1e300

@@ -6,12 +6,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
 from anabranch.cli.main import main
+from anabranch.config import from_dict
+from anabranch.gateway.config.parts import SharedConfig
 from gateway_process import served
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -80,6 +84,20 @@ def test_the_services_of_the_compose_file_know_each_other(right):
     right(["gateway", "serve", "--config", CONFIG])
 
 
+def test_the_redis_of_the_compose_file_is_the_one_that_the_config_would_name():
+    """It is taken in by uncommenting; nothing of it is kept, and it may be full."""
+    made = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    text = (DEPLOY / "gateway.toml").read_text()
+    wanted = re.sub(r"(?m)^# (\[shared\]|url = .*)$", r"\1", text)
+    assert wanted != text
+    shared = from_dict(SharedConfig, tomllib.loads(wanted)["shared"])
+    assert urlsplit(shared.url).hostname in made
+    assert made["redis"]["profiles"] == ["shared"]
+    words = made["redis"]["command"]
+    assert words[words.index("--maxmemory-policy") + 1].startswith("volatile")
+    assert "redis]" in (DEPLOY / "Containerfile").read_text()
+
+
 def unit():
     text = (DEPLOY / "systemd" / "anabranch-gateway.service").read_text()
     return text, {name: shlex.split(line) for name, line in re.findall(r"(?m)^(Exec\w+)=(.*)$", text)}
@@ -132,6 +150,10 @@ def test_the_chart_is_right_and_refuses_what_would_lose_money(right, tmp_path):
     code, out, err = helm("template", "x", str(CHART), "--set", file, "--set", "replicas=1", "--set", "volume.size=1Gi")
     assert code == 0, err
     assert {one["kind"] for one in yaml.safe_load_all(out) if one} == {*made, "PersistentVolumeClaim"}
+    code, out, err = helm("template", "x", str(CHART), "--set", "redis.url=env:REDIS_URL")
+    assert code == 0, err
+    config = next(one["data"]["gateway.toml"] for one in yaml.safe_load_all(out) if one and one["kind"] == "ConfigMap")
+    assert tomllib.loads(config)["shared"] == {"url": "env:REDIS_URL"}
     code, _, err = helm("template", "x", str(CHART), "--set", "volume.size=1Gi")
     assert code != 0
     assert "one replica has for itself" in err

@@ -147,7 +147,10 @@ def test_a_thousand_random_requests_at_once(tmp_path, monkeypatch, seed, mode):
 
     async def main():
         async with Gateway(busy(tmp_path, seed, mode)) as gateway:
-            keys = [(await gateway.store.create_key(f"k{at}", team="a" if at % 2 else ""))[0] for at in range(4)]
+            keys = [
+                (await gateway.store.create_key(f"k{at}", team="a" if at % 2 else "", speaks_for=["*"]))[0]
+                for at in range(4)
+            ]
             for subject, limit in LIMITS.items():
                 await gateway.store.set_budget(subject, nano_dollars(limit))
             for key in keys:  # so that no request waits for its key, and each has begun when its client leaves

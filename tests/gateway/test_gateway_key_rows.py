@@ -134,6 +134,7 @@ WRONG = {
     "max_in_flight": [0, -5, "1", True],
     "expires_s": [NOON, 0, "tomorrow", True, float("inf"), float("nan"), 1e300, 10**400, []],
     "is_admin": [1, 0, None, "yes", []],
+    "speaks_for": ["*", None, 5, ["team:a"], ["user:"], ["tag:a b"], [5], [["*"]]],
 }
 
 

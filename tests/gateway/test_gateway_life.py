@@ -344,7 +344,7 @@ def test_a_fallback_goes_to_no_model_that_the_key_may_not_use_and_stands_in_for_
 def test_keys_are_asked_for_and_may_be_bound_to_models(tmp_path):
     async def work(gateway):
         bound, _ = await gateway.store.create_key("bound", models=["large"])
-        free, record = await gateway.store.create_key("free", team="t", tags=["x"])
+        free, record = await gateway.store.create_key("free", team="t", tags=["x"], speaks_for=["*"])
         codes = []
         for secret in (None, "wrong", bound):
             with pytest.raises(ApiError) as caught:

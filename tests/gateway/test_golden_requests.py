@@ -118,7 +118,9 @@ async def told():
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         async with Gateway(config(f"{folder}/g.db"), strategies={"asks": Asks(None)}) as gateway:
-            secret, record = await gateway.store.create_key("k", user="bob", team="ml", tags=["x"])
+            secret, record = await gateway.store.create_key(
+                "k", user="bob", team="ml", tags=["x"], speaks_for=["tag:y"]
+            )
             await gateway.store.set_budget(f"key:{record.id}", nano_dollars("0.01"))
             for name, fields in REQUESTS.items():
                 body = {"messages": [{"role": "user", "content": "hello there"}], **fields}

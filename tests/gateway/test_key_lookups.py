@@ -7,6 +7,7 @@ import pytest
 
 from anabranch.errors import CapacityError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig
+from anabranch.gateway.core.admission import Admission
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
@@ -92,7 +93,7 @@ def admission(keys, **fields):
     of = GatewayConfig(
         models=(ModelConfig(name="m", deployments=(DeploymentConfig(provider=Mock.Config(model="m")),)),), **fields
     )
-    return KeyAdmission(lambda: keys, lambda: of, RateLimits(), InFlight())
+    return KeyAdmission(lambda: keys, lambda: of, Admission(RateLimits(), InFlight()))
 
 
 @pytest.mark.parametrize(
@@ -128,16 +129,25 @@ def test_a_store_that_does_not_answer_is_unavailable():
 
 
 def test_what_is_answered_here_alone_counts_as_a_request_of_its_key():
-    held, record = admission(Keys(), limits=LimitsConfig(rpm=2)), Keys().record
-    with held.counted(record), pytest.raises(ApiError, match="under way"), held.counted(record):
-        pass
-    with pytest.raises(ApiError, match="a minute"), held.counted(record):
-        pass
-    # It was counted out though it was refused.
-    with pytest.raises(ApiError, match="a minute"), held.counted(record):
-        pass
-    held.admit(None)
-    held.admit(None)
-    with pytest.raises(ApiError) as caught:
-        held.admit(None)
-    assert caught.value.status == 429
+    async def work():
+        held, record = admission(Keys(), limits=LimitsConfig(rpm=2)), Keys().record
+
+        async def counted(says):
+            with pytest.raises(ApiError, match=says):
+                async with held.counted(record):
+                    pass
+
+        async with held.counted(record):
+            await counted("under way")
+        # It was counted out though it was refused.
+        for _ in range(2):
+            await counted("a minute")
+        with pytest.raises(ApiError, match="a minute"):
+            await held.look(record)
+        for _ in range(2):
+            await held.admit(None)
+        with pytest.raises(ApiError) as caught:
+            await held.admit(None)
+        assert caught.value.status == 429
+
+    asyncio.run(work())

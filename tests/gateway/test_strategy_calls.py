@@ -170,7 +170,7 @@ def test_rows_of_calls_by_hand(tmp_path):
 
     async def work(gateway):
         await gateway.store.set_budget("global", nano_dollars(1))
-        secret, _ = await gateway.store.create_key("k", user="ann", team="ml", tags=["x"])
+        secret, _ = await gateway.store.create_key("k", user="ann", team="ml", tags=["x"], speaks_for=["tag:*"])
         await gateway.achat(ask(), key=secret, headers={"x-tags": "y"})
         assert len(await gateway.store.ledger()) == 1
         by_purpose = {one.group[0]: one for one in await gateway.store.spend("purpose")}

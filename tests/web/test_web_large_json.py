@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from anabranch.web import large_json
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import MOST_DEPTH, parse
-from anabranch.web.large_json import dump_large, parse_large, shortened
+from anabranch.web.large_json import dump_large, load_large, num_bytes, parse_large, shortened, utf8_pieces
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +19,7 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(large_json, "_LONG", 3)
     monkeypatch.setattr(large_json, "_STEP", 5)
     monkeypatch.setattr(large_json, "_GROUP", 7)
+    monkeypatch.setattr(large_json, "_ITEMS", 2)
 
 
 TEXT = st.text(max_size=60) | st.sampled_from(
@@ -50,6 +51,45 @@ def test_what_is_read_is_what_was_written(body, is_ascii, indent):
 @given(BODY)
 def test_what_is_written_is_the_same_to_the_byte(body):
     assert dump_large(body) == json.dumps(body, separators=(",", ":")).encode()
+
+
+ODD = st.sampled_from(
+    [
+        b"NaN",
+        b"[1e999]",
+        b'{"a": Infinity, "b": [1, 2, 3, 4, 5]}',
+        b'{"a": [1,,2,3,4,5]}',
+        b'{"a": [1,2',
+        b"\xff",
+        b"",
+        b"5",
+    ]
+)
+
+
+@given(
+    st.binary(max_size=40) | ODD | BODY.map(lambda body: json.dumps(body).encode())
+    | BODY.map(lambda body: b"\xef\xbb\xbf" + json.dumps(body).encode()) | BODY.map(lambda body: json.dumps([body]).encode("utf-16"))
+)  # fmt: skip
+def test_any_json_is_read_as_the_json_module_reads_it(raw):
+    def read(load):
+        try:
+            return repr(load(raw))
+        except ValueError as error:
+            return type(error), str(error)
+
+    assert read(load_large) == read(json.loads)
+
+
+@given(st.dictionaries(st.text(max_size=3) | st.integers(), VALUE | st.lists(st.floats()), max_size=4))
+def test_any_object_is_written_as_the_json_module_writes_it(value):
+    assert dump_large(value, allow_nan=True) == json.dumps(value, separators=(",", ":")).encode()
+
+
+@given(TEXT)
+def test_bytes_of_a_text_are_those_of_the_whole(text):
+    whole = text.encode("utf-8", "surrogatepass")
+    assert (b"".join(utf8_pieces(text)), num_bytes(text)) == (whole, len(whole))
 
 
 def told(read, raw):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.gateway.cache import Entry, ExactCache, Named, NameKey, SemanticCache, SingleFlight
+from anabranch.gateway.cache import Entry, ExactCache, Named, NameKey, SemanticCache, SharedEntries, SingleFlight
 from anabranch.gateway.config import CacheConfig
 from anabranch.routers.embed import Embedder
 
@@ -23,9 +23,17 @@ class Caches:
         config: see there.
         embedder: of texts, for the semantic one.
         previous: whose place these take.
+        shared: exact answers of all processes; None if each has its own.
     """
 
-    def __init__(self, config: CacheConfig, embedder: Embedder | None, previous: "Caches | None" = None) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        embedder: Embedder | None,
+        previous: "Caches | None" = None,
+        shared: SharedEntries | None = None,
+    ) -> None:
+        self._shared = shared
         self.exact = ExactCache(ttl_s=config.ttl_s, size_bytes=config.max_bytes) if config.exact else None
         limits: dict[str, Any] = {"ttl_s": config.ttl_s, "size": config.max_entries, "size_bytes": config.max_bytes}
         self.named: Named = Named(**limits) if previous is None else previous.named
@@ -44,6 +52,13 @@ class Caches:
         assert embedder is not None
         return (await asyncio.to_thread(embedder.embed, [text]))[0]
 
+    async def elsewhere(self, tenant: str, key: bytes) -> Entry | None:
+        """An exact answer that another process kept; from now on it is here too."""
+        found = None if self._shared is None else await self._shared.get(tenant, key)
+        if found is not None and self.exact is not None:
+            self.exact.put(tenant, key, found)
+        return found
+
     def put(
         self,
         tenant: str,
@@ -56,6 +71,8 @@ class Caches:
         if exact is not None:
             cache, key = exact
             cache.put(tenant, key, entry)  # type: ignore[arg-type]
+            if self._shared is not None and isinstance(cache, ExactCache) and isinstance(key, bytes):
+                self._shared.put(tenant, key, entry, cache.ttl_s)
         if context is not None and vector is not None and self.semantic is not None:
             self.semantic.put(tenant, context[0], vector, entry)
 

@@ -13,15 +13,17 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.gateway import listings
+from anabranch.gateway.cache import SharedEntries
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.collect.shadow import Shadow
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
+from anabranch.gateway.core.admission import Admission
 from anabranch.gateway.core.decision_log import Collecting, keeps_texts
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.incoming import Incoming, Key, KnownKey
@@ -46,6 +48,7 @@ from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import unavailable
 from anabranch.gateway.request_log import RequestLog
 from anabranch.gateway.runtime import Runtime
+from anabranch.gateway.shared import Shared
 from anabranch.gateway.store import KeyRecord, RateLimits, Store, open_store
 from anabranch.gateway.sync_gateway import SyncGateway
 from anabranch.gateway.tasks import Tasks
@@ -53,6 +56,7 @@ from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.gateway.upkeep import learn_forever, prune_forever
 from anabranch.routers.contract.query import Decision
 from anabranch.routers.contract.strategy import Strategy
+from anabranch.web.api_error import ApiError
 
 if TYPE_CHECKING:
     from anabranch.gateway.learning.joining import Joined
@@ -82,10 +86,12 @@ class Gateway(SyncGateway):
         elif isinstance(config, str | Path):
             config = load_config(Path(config))
         self.metrics, self.rates, self.senders = Metrics(), RateLimits(), InFlight()
+        self.shared = None if config.shared is None else Shared(config.shared, self.metrics)
+        self.admission = Admission(self.rates, self.senders, None if self.shared is None else self.shared.counts)
         self.ahead, self.unsettled, self._tasks = Ahead(), Unsettled(), Tasks()
         self._strategies = strategies
         self.runtime = self._made(config, None)
-        self.caches = Caches(config.cache, self.runtime.embedder)
+        self.caches = Caches(config.cache, self.runtime.embedder, shared=self._shared_answers)
         self.admin_key = None if config.admin.key is None else config.admin.key.reveal()
         self.recent: deque[Seen] = deque(maxlen=200)
         self.began_s = time.time()
@@ -94,7 +100,7 @@ class Gateway(SyncGateway):
         self.observers = Observers(self.metrics, config)
         self.webhooks = Webhooks(config.webhooks, lambda: self.store)
         self._overview = Overview(self._sources())
-        self._keys = KeyAdmission(lambda: self.store, lambda: self.config, self.rates, self.senders)
+        self._keys = KeyAdmission(lambda: self.store, lambda: self.config, self.admission)
         self._log = RequestLog(
             self.recent,
             metrics=self.metrics,
@@ -106,7 +112,7 @@ class Gateway(SyncGateway):
             runtime=lambda: self.runtime,
             services=self._services,
             metrics=self.metrics,
-            senders=self.senders,
+            admission=self.admission,
             spawn=self._tasks.spawn,
             keep=self.keep,
             on_refused=self._refused,
@@ -139,7 +145,14 @@ class Gateway(SyncGateway):
         self.shadow = Shadow(self, lambda config: Gateway(config, self.store))
 
     def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
-        return Runtime(config, self._bypassed, self._strategies, previous, self.metrics.of)
+        made = Runtime(config, self._bypassed, self._strategies, previous, self.metrics.of)
+        if self.shared is not None:
+            made.dispatcher.on_change = self.shared.breakers.changed
+        return made
+
+    @property
+    def _shared_answers(self) -> SharedEntries | None:
+        return None if self.shared is None else self.shared.answers
 
     @property
     def in_flight(self) -> int:
@@ -169,6 +182,9 @@ class Gateway(SyncGateway):
         if self._store is None:
             self._store = await asyncio.to_thread(open_store, self.config.store)
         self.observers.start(self.config)
+        if self.shared is not None:
+            await self.shared.start()
+            self._tasks.spawn(self.shared.watch(lambda: self.runtime.dispatcher))
         await self.teaching.start()
         await self.erasures.start()
         await self.kept.load(self.runtime.decider.lanes.values())
@@ -194,6 +210,8 @@ class Gateway(SyncGateway):
         if self._store is not None and not self._given:
             await self._store.close()
             self._store = None
+        if self.shared is not None:
+            await self.shared.close()
         await asyncio.to_thread(self.observers.close)
 
     async def settled(self, request_id: str | None = None) -> None:
@@ -215,7 +233,7 @@ class Gateway(SyncGateway):
         Raises ConfigError, and what its parts raise.
         """
         try:
-            for name in ("store", "admin"):
+            for name in ("store", "admin", "shared"):
                 if getattr(config, name) != getattr(self.config, name):
                     raise ConfigError(f"{name} cannot change while the gateway runs; start it anew")
             old = self.runtime
@@ -229,7 +247,7 @@ class Gateway(SyncGateway):
             raise
         self.webhooks.hooks = hooks
         new.decider.succeed(old.decider)
-        self.runtime, self.caches = new, Caches(config.cache, new.embedder, self.caches)
+        self.runtime, self.caches = new, Caches(config.cache, new.embedder, self.caches, self._shared_answers)
         await self.errands.start()
         self.shadow.follow()
         self.metrics.reloads.labels("taken").inc()
@@ -333,7 +351,7 @@ class Gateway(SyncGateway):
 
     async def key_facts(self, record: KeyRecord) -> dict[str, Any]:
         """What a key may know of itself: its limits, its own budgets, and what it has spent. It counts as a request of the key."""
-        self._keys.admit(record)
+        await self._keys.admit(record)
         return await listings.key_facts(self.store, self.config, record, self.now_s())
 
     async def feedback(self, body: dict[str, Any], *, key: Key = None) -> dict[str, Any]:
@@ -342,7 +360,7 @@ class Gateway(SyncGateway):
         Whether the strategy that chose learns from it is in the answer (``learned``) and up to `FeedbackConfig`. Raises ApiError.
         """
         record = key.record if isinstance(key, KnownKey) else await self.authenticate(key)
-        self._keys.admit(record)
+        await self._keys.admit(record)
         try:
             row, score, learned = await self.teaching.score(body, record)
         except CapacityError as error:
@@ -351,11 +369,17 @@ class Gateway(SyncGateway):
         told = {"request_id": row.request_id, "score": score, "model": row.model, "learned": learned}
         return {"object": "feedback", **told}
 
-    @contextlib.contextmanager
-    def counted(self, record: KeyRecord | None) -> Iterator[None]:
+    def counted(self, record: KeyRecord | None) -> contextlib.AbstractAsyncContextManager[None]:
         """What is answered here alone is a request of its key all the same, as long as the block lasts. Raises ApiError (429)."""
-        with self._keys.counted(record):
-            yield
+        return self._keys.counted(record)
+
+    async def look(self, record: KeyRecord | None) -> None:
+        """Whether a request of this key has room by what is known before its body is read; nothing is taken. Raises ApiError (429)."""
+        try:
+            await self._keys.look(record)
+        except ApiError as error:
+            self.metrics.refuse(error.code)
+            raise
 
     def keeps_texts(self, body: Mapping[str, Any]) -> bool:
         """See `core.decision_log.keeps_texts`."""
@@ -366,8 +390,7 @@ class Gateway(SyncGateway):
         return Services(
             store=self.store,
             authenticate=self.authenticate,
-            rates=self.rates,
-            senders=self.senders,
+            admission=self.admission,
             caches=self.caches,
             metrics=self.metrics,
             unsettled=self.unsettled,

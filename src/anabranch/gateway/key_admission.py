@@ -1,14 +1,16 @@
 """`KeyAdmission`: who a request is from, by its key, and whether what is answered without a model has room beside the key's requests."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 from anabranch.errors import CapacityError, RateError
 from anabranch.gateway.config import GatewayConfig
-from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.core.admission import Admission, Limits, limits_of
 from anabranch.gateway.refusals import limited, unavailable
-from anabranch.gateway.store import KeyRecord, RateLimits, Store
+from anabranch.gateway.store import KeyRecord, Store
 from anabranch.web.api_error import ApiError
+from anabranch.web.ids import new_id
 
 
 class KeyAdmission:
@@ -17,18 +19,16 @@ class KeyAdmission:
     Args:
         store: gives the store, open.
         config: gives the config that is in use now.
-        rates: of requests and tokens, by key.
-        senders: how many requests each key has under way.
+        admission: of requests and tokens, by key.
     """
 
     def __init__(
         self,
         store: Callable[[], Store],
         config: Callable[[], GatewayConfig],
-        rates: RateLimits,
-        senders: InFlight,
+        admission: Admission,
     ) -> None:
-        self._store, self._config, self._rates, self._senders = store, config, rates, senders
+        self._store, self._config, self._admission = store, config, admission
 
     async def authenticate(self, secret: str | None) -> KeyRecord | None:
         """The key a request came with; None where none is needed and none that is known was sent. Raises ApiError (401, 503)."""
@@ -45,24 +45,34 @@ class KeyAdmission:
             raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
         return record
 
-    def admit(self, record: KeyRecord | None) -> None:
+    def _limits(self, record: KeyRecord | None) -> tuple[str, Limits]:
+        return ("" if record is None else record.id), limits_of(record, self._config().limits)
+
+    async def admit(self, record: KeyRecord | None) -> None:
         """Count what is answered here alone as a request of its key. Raises ApiError (429)."""
-        tenant, rpm = ("", None) if record is None else (record.id, record.rpm)
+        tenant, limits = self._limits(record)
         try:
-            self._rates.admit(tenant, 0, rpm=rpm or self._config().limits.rpm, tpm=None)
+            await self._admission.count(tenant, new_id(), limits)
         except RateError as error:
             raise limited(error) from None
 
-    @contextlib.contextmanager
-    def counted(self, record: KeyRecord | None) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def counted(self, record: KeyRecord | None) -> AsyncIterator[None]:
         """`admit`, and a request under way as long as the block lasts. Raises ApiError (429)."""
-        tenant, most = ("", None) if record is None else (record.id, record.max_in_flight)
+        (tenant, limits), id = self._limits(record), new_id()
         try:
-            self._senders.enter(tenant, most or self._config().limits.max_in_flight)
+            await self._admission.enter(tenant, id, 0, replace(limits, tpm=None))
         except RateError as error:
             raise limited(error) from None
         try:
-            self.admit(record)
             yield
         finally:
-            self._senders.leave(tenant)
+            self._admission.leave(tenant, id)
+
+    async def look(self, record: KeyRecord | None) -> None:
+        """Whether a request of this key has room by what is known before its body is read; nothing is taken. Raises ApiError (429)."""
+        tenant, limits = self._limits(record)
+        try:
+            await self._admission.look(tenant, limits)
+        except RateError as error:
+            raise limited(error) from None

@@ -6,6 +6,7 @@ from anabranch.gateway.config import GatewayConfig, names_of
 from anabranch.gateway.config.suggestions import hint
 from anabranch.gateway.store import KeyRecord, Store
 from anabranch.gateway.store.queries import spent_by_key
+from anabranch.gateway.store.speaking import speaks_for
 from anabranch.routers.money import dollars
 from anabranch.web.api_error import ApiError
 
@@ -49,7 +50,7 @@ def _names(config: GatewayConfig, record: KeyRecord | None) -> list[str]:
 async def key_facts(store: Store, config: GatewayConfig, record: KeyRecord, now_s: float) -> dict[str, Any]:
     """What a key may know of itself: its limits, its own budgets, and what it has spent in the 30 days before ``now_s``."""
     since_us = int((now_s - MONTH_S) * 1e6)
-    budgets = [one for one in await store.budgets() if one.subject == f"key:{record.id}"]
+    budgets = await store.budgets(f"key:{record.id}")
     count, nano = await store.look(lambda connection: spent_by_key(connection, record.id, since_us))
     limits = config.limits
     return {
@@ -59,6 +60,7 @@ async def key_facts(store: Store, config: GatewayConfig, record: KeyRecord, now_
         "user": record.user,
         "team": record.team,
         "tags": list(record.tags),
+        "speaks_for": list(speaks_for(record, config.keys.speaks_for, has_keys=True)),
         "models": list(record.models),
         "rpm": record.rpm or limits.rpm,
         "tpm": record.tpm or limits.tpm,

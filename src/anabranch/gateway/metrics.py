@@ -163,6 +163,13 @@ class Metrics:
         self._of_strategies: dict[str, Any] = {}
         self._lock = threading.Lock()
 
+    def shared(self) -> "SharedMetrics":
+        """Of what processes share; there only where they do. Call it once."""
+        return SharedMetrics(
+            Gauge("anabranch_shared_up", "1 while what processes share can be asked (Redis)", registry=self.registry),
+            Counter("anabranch_shared_lost", "Times it did not answer, or not in time", registry=self.registry),
+        )
+
     def staged(self, stage: str, seconds: float) -> None:
         """A stage of a request took so long."""
         self.stages.observe(seconds, stage)
@@ -239,6 +246,14 @@ class Metrics:
         if child is None:
             child = self._children[key] = metric.labels(*labels)
         return child
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMetrics:
+    """Whether what processes share can be asked, and how often it could not."""
+
+    up: Gauge
+    lost: Counter
 
 
 class StrategyMetrics:

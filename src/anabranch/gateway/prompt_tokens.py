@@ -6,6 +6,7 @@ from typing import Any
 
 from anabranch.gateway import media_tokens
 from anabranch.gateway.media_tokens import Media
+from anabranch.web.large_json import num_bytes
 
 BYTES_PER_TOKEN = 4
 
@@ -85,8 +86,8 @@ def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> Pro
     if counter is not None:
         counted = sum(counter(text) for text in texts)
         return PromptCount(tokens + counted, at_most + counted, False, audio, images)
-    num_bytes = sum(_num_bytes(text) for text in texts)
-    return PromptCount(tokens + -(-num_bytes // BYTES_PER_TOKEN), at_most + num_bytes, True, audio, images)
+    size = sum(num_bytes(text) for text in texts)
+    return PromptCount(tokens + -(-size // BYTES_PER_TOKEN), at_most + size, True, audio, images)
 
 
 def room_of(most: int, context: int | None, prompt: PromptCount) -> int | None:
@@ -221,7 +222,3 @@ def _media_of(part: dict[str, Any]) -> tuple[Media | None, list[Any]]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else str(value)
-
-
-def _num_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

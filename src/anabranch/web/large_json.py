@@ -9,13 +9,13 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
-from anabranch.web.api_error import ApiError
 from anabranch.web.body import is_too_deep, parse, read_json
 from anabranch.web.json_places import long_lists, unescaped_quotes
 
@@ -37,15 +37,36 @@ _PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
 # Bytes of the items of a list that are read at once, where the rest of a body is long.
 _GROUP = 1 << 16
 
+# Items of a list, each short, that are written at once.
+_ITEMS = 1 << 12
+
 # So that no sender can write what stands for a long text.
 _SALT = secrets.token_hex(16)
 
 
 def parse_large(raw: bytes) -> dict[str, Any]:
     """What `anabranch.web.body.parse` gives, or raises, of the same body."""
+    body = _in_steps(raw, read_json)
+    # What is wrong with it is told as ever, of the body as it came.
+    return parse(raw) if body is None else body
+
+
+def load_large(raw: bytes) -> Any:
+    """What ``json.loads`` gives, or raises, of the same text."""
+    value = _in_steps(raw, json.loads)
+    return json.loads(raw) if value is None else value
+
+
+def _in_steps(raw: bytes, read: Callable[[str], Any]) -> dict[str, Any] | None:
+    """An object; None for what is none, or is wrong or odd, and is to be read at once.
+
+    Args:
+        raw: JSON.
+        read: reads a piece of it. Raises ValueError.
+    """
     quotes = unescaped_quotes(raw)
     if len(quotes) % 2:
-        return parse(raw)
+        return None
     pieces: list[bytes] = []
     texts: list[str] = []
     mark, kept = secrets.token_hex(16), 0
@@ -54,41 +75,44 @@ def parse_large(raw: bytes) -> dict[str, Any]:
     for start, end in zip(starts[is_long].tolist(), ends[is_long].tolist(), strict=True):
         text = _text(raw, start + 1, end)
         if text is None:
-            # What is wrong with it is told as ever.
-            return parse(raw)
+            return None
         pieces += (raw[kept:start], f'"{mark}{len(texts)}"'.encode())
         texts.append(text)
         kept = end + 1
     rest = b"".join([*pieces, raw[kept:]]) if texts else raw
     try:
-        body = _grouped(rest, mark) if len(rest) > _GROUP else parse(rest)
-    except (ApiError, ValueError, RecursionError):
-        # It is told of the body as it came, where the place of a mistake is another.
-        return parse(raw)
-    if is_too_deep(body):
-        return parse(raw)
+        body = _grouped(rest, mark, read) if len(rest) > _GROUP else read(rest.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(body, dict):
+        return None
     if not texts:
         return body
+    if is_too_deep(body):
+        return None
     places = {f"{mark}{number}": text for number, text in enumerate(texts)}
-    return _mapped(body, lambda text: places.get(text, text))
+    found: dict[str, Any] = _mapped(body, lambda text: places.get(text, text))
+    return found
 
 
-def _grouped(raw: bytes, mark: str) -> dict[str, Any]:
-    """What `parse` gives of a body, the items of its long lists read some at a time. Raises what it does, and ValueError."""
+def _grouped(raw: bytes, mark: str, read: Callable[[str], Any]) -> Any:
+    """What ``read`` gives of a text, the items of its long lists read some at a time. Raises what that does, and ValueError."""
     groups: list[list[Any]] = []
     pieces: list[bytes] = []
     kept = 0
     for start, end, commas in long_lists(raw, _GROUP):
         cuts = [start, *_spread(commas, start), end]
         for before, behind in pairwise(cuts):
-            items = read_json("[" + raw[before + 1 : behind].decode("utf-8") + "]")
+            items = read("[" + raw[before + 1 : behind].decode("utf-8") + "]")
             if not items:
                 raise ValueError("a comma with nothing before it or behind it")
             groups.append(items)
         names = ",".join(f'"{mark}g{number}"' for number in range(len(groups) - len(cuts) + 1, len(groups)))
         pieces += (raw[kept : start + 1], names.encode())
         kept = end
-    body = parse(b"".join([*pieces, raw[kept:]]))
+    body = read(b"".join([*pieces, raw[kept:]]).decode("utf-8"))
+    if not isinstance(body, dict):
+        raise ValueError("no object")
     places = {f"{mark}g{number}": items for number, items in enumerate(groups)}
     for name, value in body.items():
         if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in places:
@@ -142,8 +166,8 @@ def _cut(raw: bytes, start: int, end: int) -> int:
     return end
 
 
-def dump_large(value: Any) -> bytes:
-    """The same as ``json.dumps(value, separators=(",", ":"), allow_nan=False).encode()``."""
+def dump_large(value: Any, *, allow_nan: bool = False) -> bytes:
+    """The same as ``json.dumps(value, separators=(",", ":"), allow_nan=allow_nan).encode()``."""
     texts: list[str] = []
     mark = secrets.token_hex(16)
 
@@ -153,7 +177,7 @@ def dump_large(value: Any) -> bytes:
         texts.append(text)
         return f"{mark}{len(texts) - 1}."
 
-    rest = json.dumps(_mapped(value, placed), separators=(",", ":"), allow_nan=False)
+    rest = "".join(_pieces(_mapped(value, placed), allow_nan))
     if not texts:
         return rest.encode()
     first, *others = rest.split(mark)
@@ -166,15 +190,50 @@ def dump_large(value: Any) -> bytes:
     return b"".join(pieces)
 
 
+def _pieces(value: Any, allow_nan: bool) -> Iterator[str]:
+    """JSON of a value, the items of the lists of an object (messages, vectors, ids of tokens) some at a time."""
+    dump = partial(json.dumps, separators=(",", ":"), allow_nan=allow_nan)
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        yield dump(value)
+        return
+    comma = "{"
+    for name, inner in value.items():
+        yield f"{comma}{json.dumps(name)}:"
+        comma = ","
+        if not isinstance(inner, list | tuple) or len(inner) < 2:
+            yield dump(inner)
+            continue
+        # One at a time where each may be long.
+        size = 1 if isinstance(inner[0], dict | list | tuple) else _ITEMS
+        for start in range(0, len(inner), size):
+            yield ("," if start else "[") + dump(inner[start : start + size])[1:-1]
+        yield "]"
+    yield "}" if value else "{}"
+
+
 def shortened(value: Any) -> Any:
     """A copy in which a digest stands for each long text: equal where ``value`` is, in this process."""
 
     def short(text: str) -> str:
         if len(text) <= _LONG:
             return text
-        return _SALT + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        digest = hashlib.sha256()
+        for piece in utf8_pieces(text):
+            digest.update(piece)
+        return _SALT + digest.hexdigest()
 
     return _mapped(value, short)
+
+
+def utf8_pieces(text: str) -> Iterator[bytes]:
+    """A text in UTF-8, half of a surrogate pair too, some at a time: megabytes that are not ASCII would be written in one go."""
+    for start in range(0, len(text), _STEP):
+        yield text[start : start + _STEP].encode("utf-8", "surrogatepass")
+
+
+def num_bytes(text: str) -> int:
+    """Of a text in UTF-8, half of a surrogate pair too."""
+    return len(text) if text.isascii() else sum(len(piece) for piece in utf8_pieces(text))
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

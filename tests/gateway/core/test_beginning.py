@@ -11,7 +11,7 @@ from anabranch.gateway.core.decision_log import Collecting
 from anabranch.gateway.store import COLLECT, KeyRecord
 from anabranch.web.api_error import ApiError
 from anabranch.web.large_json import LARGE
-from gateway_states import config, run, services, state_of
+from gateway_states import at_once, begun, config, run, services, state_of
 
 
 def test_a_request_is_read_into_its_target_its_label_and_its_length():
@@ -48,14 +48,22 @@ def test_a_label_has_its_knobs_in_order():
 
 
 def test_a_request_is_its_key_s_its_team_s_and_its_tags():
-    key = KeyRecord(id="k1", user="ann", team="ml", tags=("x",), rpm=2, tpm=10_000)
+    key = KeyRecord(id="k0123456789ab", user="ann", team="ml", tags=("x",), rpm=2, tpm=10_000, speaks_for=("tag:y",))
     state = state_of({"user": "bob"}, headers={"x-tags": "y, z"})
     state.record = key
-    beginning.read(state)
-    beginning.admit(state)
-    assert state.subjects == ("global", "key:k1", "team:ml", "user:ann", "tag:x", "tag:y", "tag:z")
-    assert (state.user, state.tags, state.tpm, state.is_counted) == ("ann", ("x", "y", "z"), 10_000, True)
-    assert (state.tenant, state.sender) == ("k1", "ml")
+    begun(state)
+    assert state.subjects == (
+        "global",
+        "key:k0123456789ab",
+        "team:ml",
+        "user:ann",
+        "tag:x",
+        "tag:y",
+        "tag:k0123456789ab/z",
+    )
+    tags = ("x", "y", "k0123456789ab/z")
+    assert (state.user, state.named_user, state.tags, state.tpm, state.is_counted) == ("ann", "ann", tags, 10_000, True)
+    assert (state.tenant, state.sender) == ("k0123456789ab", "ml")
     assert state_of().sender == ""
     lone = state_of()
     lone.record = KeyRecord(id="k2")
@@ -65,15 +73,15 @@ def test_a_request_is_its_key_s_its_team_s_and_its_tags():
 def test_tags_of_the_gateway_s_own_are_for_it_alone():
     state = state_of(headers={"x-tags": COLLECT})
     with pytest.raises(ApiError, match="own questions"):
-        beginning.admit(state)
+        at_once(beginning.name(state))
     collected = state_of(collecting=Collecting("key", 0))
-    beginning.admit(collected)
+    at_once(beginning.name(collected))
     assert collected.tags == (COLLECT,)
 
 
 def test_a_tag_that_may_not_be_is_named():
     with pytest.raises(ApiError) as caught:
-        beginning.admit(state_of(headers={"x-tags": "a:b\n"}))
+        at_once(beginning.name(state_of(headers={"x-tags": "a:b\n"})))
     assert caught.value.param == "x-tags"
 
 
@@ -84,15 +92,27 @@ def test_the_limits_of_a_key_go_before_those_of_the_config():
     def one(**fields):
         state = state_of(lent=lent, of=of)
         state.record = KeyRecord(id="k", **fields)
-        beginning.admit(state)
+        at_once(beginning.admit(state))
 
     one(rpm=2, max_in_flight=2)
     one(rpm=2, max_in_flight=2)
     with pytest.raises(ApiError, match="2 requests under way"):
         one(rpm=2, max_in_flight=2)
-    # It is counted in, and refused by its rate: whoever ends it counts it out.
+    # Refused by its rate, it has no place either: there is one left.
     with pytest.raises(ApiError, match="a minute"):
         one(rpm=2)
+    assert lent.admission._senders._counts == {"k": 2}
+
+
+def test_a_user_that_a_key_may_not_speak_for_is_its_own():
+    state = state_of({"user": "ann"})
+    state.record = KeyRecord(id="k0123456789ab")
+    begun(state)
+    assert (state.user, state.named_user) == ("k0123456789ab/ann", "ann")
+    assert state.subjects[-1] == "user:k0123456789ab/ann"
+    nobody = state_of({"user": "ann"})
+    begun(nobody)
+    assert nobody.user == "ann"
 
 
 def test_a_request_to_a_test_goes_to_the_strategy_of_its_arm():
@@ -114,9 +134,7 @@ def test_the_purse_has_the_limit_of_a_request_and_the_key_s_models():
     async def work():
         state = state_of(of=of)
         state.record = KeyRecord(id="k", models=("small",))
-        beginning.read(state)
-        beginning.admit(state)
-        beginning.take_purse(state)
+        begun(state)
         assert await state.purse.is_limited()
         assert state.purse.is_empty
         await state.purse.hold(7)

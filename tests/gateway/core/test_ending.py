@@ -87,7 +87,7 @@ def test_the_row_waits_for_a_call_that_is_read_on():
 def test_a_rate_is_corrected_by_what_was_used_and_not_by_what_may_have_been():
     lent, _ = services()
     corrected = []
-    lent.rates.correct = lambda *given, **named: corrected.append((given, named))
+    lent.admission.correct = lambda *given: corrected.append(given)
 
     async def work(*attempts, tpm=100):
         state = await decided(lent=lent)
@@ -97,7 +97,7 @@ def test_a_rate_is_corrected_by_what_was_used_and_not_by_what_may_have_been():
         return state.count.tokens
 
     prompt = run(work, attempt(usage=Usage(10, 5, 0)), attempt(usage=Usage(900, 900, 0), is_guess=True, seen=2))
-    assert corrected == [(("k", 15 + prompt + 2 - prompt), {"tpm": 100})]
+    assert corrected == [("k", 15 + prompt + 2 - prompt, 100)]
     run(work)
     run(work, attempt(), tpm=None)
     assert len(corrected) == 1

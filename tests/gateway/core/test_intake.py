@@ -28,7 +28,7 @@ def opened(of=None):
         runtime=lambda: runtime,
         services=lambda: lent,
         metrics=lent.metrics,
-        senders=lent.senders,
+        admission=lent.admission,
         spawn=spawn,
         keep=seen.tasks.append,
         on_refused=lambda state, status, code: seen.refused.append((state.shown_as, status, code)),
@@ -42,7 +42,7 @@ def incoming(headers=None, **body):
 
 
 def is_empty(intake, runtime, lent):
-    return (intake.in_flight, runtime.users, lent.senders._counts) == (0, 0, {})
+    return (intake.in_flight, runtime.users, lent.admission._senders._counts) == (0, 0, {})
 
 
 def slow():
@@ -58,7 +58,7 @@ def test_whole_answers_are_counted_out_at_once_and_streams_at_their_end():
         await intake.take(incoming(), KEY)
         assert is_empty(intake, runtime, lent)
         reply = await intake.take(incoming(stream=True), KEY)
-        assert (intake.in_flight, runtime.users, lent.senders._counts) == (1, 1, {"k": 1})
+        assert (intake.in_flight, runtime.users, lent.admission._senders._counts) == (1, 1, {"k": 1})
         async for _ in reply.stream:
             pass
         assert is_empty(intake, runtime, lent)

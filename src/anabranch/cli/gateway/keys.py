@@ -26,6 +26,7 @@ KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="Of the key, or h
 CLEARED: dict[str, tuple[str, Any]] = {
     "name": ("name", ""), "user": ("user", ""), "team": ("team", ""), "tags": ("tags", ()), "models": ("models", ()), "rpm": ("rpm", None),
     "tpm": ("tpm", None), "max-in-flight": ("max_in_flight", None), "expires": ("expires_s", None),
+    "speaks-for": ("speaks_for", ()),
 }  # fmt: skip
 
 
@@ -40,6 +41,14 @@ def _positive(context: typer.Context, option: typer.CallbackParam, value: int | 
 RpmOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Requests a minute.")]
 TpmOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Tokens a minute.")]
 InFlightOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Requests at a time.")]
+SpeaksOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--speaks-for",
+        metavar="WHOM",
+        help="Users and tags that its requests may name: user:NAME, tag:NAME, user:*, tag:* or *. May be repeated.",
+    ),
+]
 BudgetOption = Annotated[
     float | None,
     typer.Option(metavar="DOLLARS", min=0, callback=finite_number, help="Most it may spend, in each --period."),
@@ -64,6 +73,7 @@ def create(
     rpm: RpmOption = None,
     tpm: TpmOption = None,
     max_in_flight: InFlightOption = None,
+    speaks_for: SpeaksOption = None,
     expires: Annotated[str | None, typer.Option(metavar="IN", help="Ends after so long, e.g. 90d.")] = None,
     budget: BudgetOption = None,
     period: PeriodOption = "total",
@@ -83,7 +93,7 @@ def create(
     async def work(opened: Store) -> tuple[str, KeyRecord]:
         secret, key = await opened.create_key(
             name or "", user=user, team=team, tags=tags or (), models=models or (), rpm=rpm, tpm=tpm, max_in_flight=max_in_flight,
-            expires_s=ends, is_admin=admin,
+            expires_s=ends, is_admin=admin, speaks_for=speaks_for or (),
         )  # fmt: skip
         if limit is not None:
             await opened.set_budget(f"key:{key.id}", limit, period)
@@ -110,12 +120,12 @@ def show(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
     now_us = int(time.time() * 1e6)
     rows = [
         [
-            key.id, f"...{key.hint}", key.name, key.user, key.team, " ".join(key.tags), state(key, now_us),
+            key.id, f"...{key.hint}", key.name, key.user, key.team, " ".join(key.tags), " ".join(key.speaks_for), state(key, now_us),
             "-" if key.rpm is None else f"{key.rpm:,}", "-" if key.tpm is None else f"{key.tpm:,}",
         ]
         for key in found
     ]  # fmt: skip
-    table(["id", "key", "name", "user", "team", "tags", "state", "rpm", "tpm"], rows, text_columns=7)
+    table(["id", "key", "name", "user", "team", "tags", "speaks for", "state", "rpm", "tpm"], rows, text_columns=8)
 
 
 @app.command()
@@ -133,6 +143,7 @@ def edit(
     rpm: RpmOption = None,
     tpm: TpmOption = None,
     max_in_flight: InFlightOption = None,
+    speaks_for: SpeaksOption = None,
     expires: Annotated[str | None, typer.Option(metavar="IN", help="Ends after so long from now, e.g. 90d.")] = None,
     budget: BudgetOption = None,
     period: PeriodOption = "total",
@@ -152,7 +163,7 @@ def edit(
     ends = None if expires is None else time.time() + seconds(expires, "--expires")
     given = {
         "name": name, "user": user, "team": team, "tags": tags or None, "models": models or None, "rpm": rpm, "tpm": tpm,
-        "max_in_flight": max_in_flight, "expires_s": ends,
+        "max_in_flight": max_in_flight, "expires_s": ends, "speaks_for": speaks_for or None,
     }  # fmt: skip
     changes = {field: value for field, value in given.items() if value is not None}
     for field in clear or ():

@@ -7,7 +7,7 @@ flight     identical requests under way at once make one call upstream
 """
 
 from anabranch.gateway.cache.entry import Entry
-from anabranch.gateway.cache.exact import ExactCache, exact_key
+from anabranch.gateway.cache.exact import ExactCache, SharedEntries, exact_key
 from anabranch.gateway.cache.flight import SingleFlight, Ticket
 from anabranch.gateway.cache.index import ExactIndex, GraphIndex, VectorIndex
 from anabranch.gateway.cache.named import LONGEST_NAME, Named, NameKey, OtherRequestError
@@ -23,6 +23,7 @@ __all__ = [
     "Named",
     "OtherRequestError",
     "SemanticCache",
+    "SharedEntries",
     "SingleFlight",
     "Ticket",
     "VectorIndex",

@@ -5,7 +5,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from anabranch.errors import InputError
 from anabranch.gateway.cache.entry import Entry
@@ -31,6 +31,16 @@ def _file(value: Any) -> list[str]:
     if not isinstance(value, Upload):
         raise TypeError(f"{type(value).__name__} is not ready for JSON")
     return ["file", value.name, value.type, hashlib.sha256(value.data).hexdigest()]
+
+
+class SharedEntries(Protocol):
+    """Answers that other processes kept, by (namespace, key). Where they cannot be asked, there are none."""
+
+    async def get(self, tenant: str, key: bytes) -> Entry | None:
+        """The answer, if there is one."""
+
+    def put(self, tenant: str, key: bytes, entry: Entry, ttl_s: float) -> None:
+        """Keep an answer for so long; nobody waits for that."""
 
 
 class ExactCache:

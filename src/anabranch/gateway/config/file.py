@@ -236,6 +236,11 @@ def _check_secrets(config: GatewayConfig, source: _Source) -> None:
             config.admin.key.reveal()
         except AnabranchError as error:
             source.fail(f"admin.key: {error}", "admin.key")
+    if config.shared is not None:
+        try:
+            config.shared.revealed()
+        except AnabranchError as error:
+            source.fail(f"shared.url: {error}", "shared.url")
     for at, model in enumerate(config.models):
         for place, deployment in enumerate(model.deployments):
             path = f"models.{at}.deployments.{place}.provider"

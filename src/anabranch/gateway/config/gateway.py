@@ -14,6 +14,7 @@ from anabranch.gateway.config.parts import (
     CacheConfig,
     FeedbackConfig,
     HedgeConfig,
+    KeysConfig,
     LearningConfig,
     LimitsConfig,
     LogConfig,
@@ -22,6 +23,7 @@ from anabranch.gateway.config.parts import (
     ModelConfig,
     OtelConfig,
     RetryConfig,
+    SharedConfig,
     StrategyConfig,
     WebhookConfig,
 )
@@ -64,10 +66,11 @@ class GatewayConfig(Config):
         balance: how requests are spread over the deployments of a model.
         mid_stream: what follows when a stream breaks after its first token: an error event, a continuation by another model, or a
             fresh answer, for who sends ``x-mid-stream: restart`` (others get the error event).
-        limits, cache, feedback, learning, admin, log, metrics: see there.
+        limits, keys, cache, feedback, learning, admin, log, metrics: see there.
         shadow: what share of live traffic other models are asked too; None for none.
         webhooks: who is told of budgets, by name.
         otel: where spans go; None for none.
+        shared: where processes count together; None has each count by itself.
         require_key: requests need a key of the store (``anabranch gateway keys create``).
         cors_origins: pages of these origins (``https://app.example``; ``*`` for all) may call ``/v1`` from a browser, with a key.
         store: path of a SQLite file, or a URL: ``sqlite:///gateway.db``, ``postgresql://user@host/name``.
@@ -91,6 +94,7 @@ class GatewayConfig(Config):
     balance: Balance = "weighted"
     mid_stream: Literal["error", "continue", "restart"] = "error"
     limits: LimitsConfig = LimitsConfig()
+    keys: KeysConfig = KeysConfig()
     cache: CacheConfig = CacheConfig()
     feedback: FeedbackConfig = FeedbackConfig()
     learning: LearningConfig = LearningConfig()
@@ -99,6 +103,7 @@ class GatewayConfig(Config):
     log: LogConfig = LogConfig()
     metrics: MetricsConfig = MetricsConfig()
     otel: OtelConfig | None = None
+    shared: SharedConfig | None = None
     webhooks: dict[str, WebhookConfig] = Field(default_factory=dict)
     require_key: bool = True
     cors_origins: tuple[str, ...] = ()

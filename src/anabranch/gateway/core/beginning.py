@@ -5,18 +5,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from anabranch.errors import InputError, RateError, UnknownModelError
+from anabranch.errors import CapacityError, InputError, RateError, UnknownModelError
 from anabranch.gateway.ab.assignment import arm_of, counted_user
 from anabranch.gateway.asked import asked_of
 from anabranch.gateway.config import Target, find_target
+from anabranch.gateway.core.admission import limits_of
 from anabranch.gateway.core.bounds import Bounds
 from anabranch.gateway.core.model_calls import ModelCalls
 from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media
 from anabranch.gateway.prompt_tokens import count_prompt
-from anabranch.gateway.refusals import limited
+from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.store import OUR_TAGS, subjects_of
+from anabranch.gateway.store.speaking import speaks_for, spoken
 from anabranch.gateway.validate import check_chat, check_completion, check_depth, check_embeddings
 from anabranch.routers.money import nano_dollars
 from anabranch.web.api_error import ApiError, wrong
@@ -71,33 +73,40 @@ def label_of(target: Target) -> str:
     return f"auto/{target.test or target.strategy}" + (f"?{knobs}" if knobs else "")
 
 
-def admit(state: RequestState) -> None:
-    """Whose it is, and whether they have asked too much of late. Raises ApiError."""
-    record, limits = state.record, state.runtime.config.limits
-    given = state.headers.get("x-tags", "")
+async def name(state: RequestState) -> None:
+    """Whose it is: of the user and the tags that it names, those are taken as they stand that its sender may speak for. Raises ApiError."""
+    record, given = state.record, state.headers.get("x-tags", "")
     added = tuple(tag.strip() for tag in given.split(",") if tag.strip()) if given else ()
     named = state.body.get("user") or ""
-    if state.collecting is not None:
-        added = (state.collecting.tag, *added)
-    elif ours := OUR_TAGS.intersection(added):
-        raise wrong("x-tags", f"the tag {min(ours)} is that of the gateway's own questions; take another")
+    ours = () if state.collecting is None else (state.collecting.tag,)
+    if not ours and (odd := OUR_TAGS.intersection(added)):
+        raise wrong("x-tags", f"the tag {min(odd)} is that of the gateway's own questions; take another")
     try:
-        state.subjects = subjects_of(record, user=named, tags=added)
+        allowed = await _speaks_for(state) if named or added else ()
+        found = spoken(record, allowed, user=named, tags=added)
+        state.tags = (*found.tags, *ours)
+        state.subjects = subjects_of(record, user=found.user, tags=state.tags)
     except InputError as error:
         raise wrong("x-tags", str(error)) from None
-    state.user = (record.user if record is not None else "") or named[:256]
-    state.tags = (*(record.tags if record is not None else ()), *added)
-    rpm, tpm, most = limits.rpm, limits.tpm, limits.max_in_flight
-    if record is not None:
-        rpm, tpm, most = record.rpm or rpm, record.tpm or tpm, record.max_in_flight or most
+    except CapacityError as error:
+        raise unavailable(error) from None
+    state.user, state.named_user = found.user, (record.user if record is not None else "") or named[:256]
+
+
+async def _speaks_for(state: RequestState) -> tuple[str, ...]:
+    # A key is one; without any, nobody's budget or record can be meant but by who comes without one.
+    has_keys = state.record is not None or await state.services.store.has_keys()
+    return speaks_for(state.record, state.runtime.config.keys.speaks_for, has_keys=has_keys)
+
+
+async def admit(state: RequestState) -> None:
+    """Whether its sender has asked too much of late. Raises ApiError."""
+    limits = limits_of(state.record, state.runtime.config.limits)
     try:
-        state.services.senders.enter(state.tenant, most)
-        state.is_counted = True
-        if rpm is not None or tpm is not None:
-            state.services.rates.admit(state.tenant, state.count.tokens, rpm=rpm, tpm=tpm)
+        await state.services.admission.enter(state.tenant, state.id, state.count.tokens, limits)
     except RateError as error:
         raise limited(error) from None
-    state.tpm = tpm
+    state.is_counted, state.tpm = True, limits.tpm
 
 
 def assign(state: RequestState) -> None:

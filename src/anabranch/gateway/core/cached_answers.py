@@ -131,7 +131,11 @@ class CachedAnswers:
         if not isinstance(joined, Ticket):
             return joined, "shared"
         self._ticket = joined
-        return None
+        entry = await self._caches.elsewhere(state.tenant, key)
+        if entry is None:
+            return None
+        joined.land(entry)
+        return entry, "exact"
 
     async def _asked_alike(self) -> tuple[Entry, str] | None:
         """The answer to a request that means the same."""

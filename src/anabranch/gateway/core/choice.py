@@ -51,7 +51,7 @@ def query_of(state: RequestState) -> Query:
         has_images=has_images(messages),
         headers=headers,
         tenant=state.tenant,
-        user=state.user,
+        user=state.named_user,
         knobs=state.target.knobs,
         vector_D=state.vector,
         request_id=state.id,

@@ -18,14 +18,23 @@ class InFlight:
 
         Raises RateError, and it is not counted.
         """
+        self.look(whose, most)
+        self._counts[whose] = self._counts.get(whose, 0) + 1
+
+    def look(self, whose: str, most: int | None) -> None:
+        """Whether one more may enter. Raises RateError as `enter` does."""
         count = self._counts.get(whose, 0)
         if most is not None and count >= most:
-            message = f"this key may have {most:,} requests under way at a time; try again when one has ended"
-            raise RateError(message, limit="max_in_flight", retry_after_s=1.0)
-        self._counts[whose] = count + 1
+            raise refusal_of_many(most)
 
     def leave(self, whose: str) -> None:
         """One has ended."""
         count = self._counts.pop(whose) - 1
         if count:
             self._counts[whose] = count
+
+
+def refusal_of_many(most: int) -> RateError:
+    """What a sender is told who has so many requests under way already."""
+    message = f"this key may have {most:,} requests under way at a time; try again when one has ended"
+    return RateError(message, limit="max_in_flight", retry_after_s=1.0)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.core.admission import Admission
 from anabranch.gateway.core.incoming import Incoming, Key
 from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.core.request import CLIENT_GONE, RequestRun
@@ -27,7 +27,7 @@ class Intake:
         runtime: gives the one of the config that is in use now.
         services: gives what a request is lent.
         metrics: of the process.
-        senders: how many requests each key has under way.
+        admission: of requests and tokens, by key.
         spawn: begins something that nobody waits for.
         keep: has a task end before the gateway does.
         on_refused: told of a request that has no row in the ledger: its state, HTTP status, and code.
@@ -39,12 +39,12 @@ class Intake:
         runtime: Callable[[], "Runtime"],
         services: Callable[[], Services],
         metrics: Metrics,
-        senders: InFlight,
+        admission: Admission,
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
         keep: Callable[[asyncio.Task[Any]], None],
         on_refused: Callable[[RequestState, int, str], None],
     ) -> None:
-        self._runtime, self._services, self._metrics, self._senders = runtime, services, metrics, senders
+        self._runtime, self._services, self._metrics, self._admission = runtime, services, metrics, admission
         self._spawn, self._keep, self._on_refused = spawn, keep, on_refused
         self.in_flight = 0
 
@@ -108,4 +108,4 @@ class Intake:
         self.in_flight -= 1
         state.runtime.release()
         if state.is_counted:
-            self._senders.leave(state.tenant)
+            self._admission.leave(state.tenant, state.id)

@@ -54,7 +54,8 @@ class RequestRun:
             state.record = key.record if isinstance(key, KnownKey) else await state.services.authenticate(key)
             clock.begin("read")
             await apart(state, lambda: beginning.read(state))
-            beginning.admit(state)
+            await beginning.name(state)
+            await beginning.admit(state)
             beginning.assign(state)
             beginning.take_purse(state)
             try:

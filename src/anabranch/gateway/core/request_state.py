@@ -51,7 +51,8 @@ class RequestState:
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()
         # Of the key; None if none is needed.
         self.record: KeyRecord | None = None
-        self.user = ""
+        # As the books have it, and as the sender wrote it.
+        self.user = self.named_user = ""
         self.tags: tuple[str, ...] = ()
         self.subjects: tuple[str, ...] = ()
         self.target = Target(model="")

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.gateway.caches import Caches
+from anabranch.gateway.core.admission import Admission
 from anabranch.gateway.core.finished import Finished, Priced
-from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.relay import Ahead
 from anabranch.gateway.core.unsettled import Unsettled
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.observe.trace_context import Trace
-from anabranch.gateway.store import KeyRecord, RateLimits, Store
+from anabranch.gateway.store import KeyRecord, Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +22,7 @@ class Services:
     Attributes:
         store: open.
         authenticate: the record of a key, None where none is needed. Raises ApiError.
-        rates: of requests and tokens, by key.
-        senders: how many requests each key has under way.
+        admission: of requests and tokens, by key.
         caches: of the config that the request began on.
         metrics: of the process.
         unsettled: requests that are over, and whose row is still to be written.
@@ -36,8 +35,7 @@ class Services:
 
     store: Store
     authenticate: Callable[[str | None], Awaitable[KeyRecord | None]]
-    rates: RateLimits
-    senders: InFlight
+    admission: Admission
     caches: Caches
     metrics: Metrics
     unsettled: Unsettled

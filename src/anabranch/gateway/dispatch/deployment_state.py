@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from anabranch.gateway.dispatch.bill import bill, is_unpriced
@@ -33,6 +34,9 @@ SHAKY = 0.05
 SILENT_S = 1.0
 SILENT_TIMES = 4.0
 MINUTE_S = 60.0
+
+# Why a breaker changed that another process told of.
+TOLD = "another process said so"
 
 OnChange = Callable[["Live", str, str, float], None]
 
@@ -177,6 +181,26 @@ class Live:
             self.rests_until = max(self.rests_until, now + wait_s)
         if before.phase != self.breaker.phase:
             self._on_change(self, before.phase, "it works again" if failure is None else failure.kind, now)
+
+    def told_open(self, for_s: float, times: int, now: float) -> None:
+        """Another process found it out of order: nobody is sent there for so long. One that is open already stays as it is.
+
+        Args:
+            for_s: seconds.
+            times: openings in a row, there.
+            now: the time.
+        """
+        before = self.breaker
+        if before.phase == "open" or for_s <= 0:
+            return
+        until = now + min(for_s, self.rules.max_open_s)
+        self.breaker = Breaker("open", before.ticket + 1, now, until, max(times, before.times, 1))
+        self._on_change(self, before.phase, TOLD, now)
+
+    def told_well(self, now: float) -> None:
+        """Another process found that it works again: the next request is a probe."""
+        if self.breaker.phase == "open":
+            self.breaker = replace(self.breaker, until=min(self.breaker.until, now))
 
     def spent(self, now: float, tokens: int) -> None:
         """So many completion tokens were made."""

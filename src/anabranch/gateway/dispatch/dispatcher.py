@@ -6,14 +6,15 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from anabranch.errors import ConfigError
-from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.deployment_state import TOLD, Live
 from anabranch.gateway.dispatch.deployments import Balance, DispatchRules, Group
 from anabranch.gateway.dispatch.hedge import HedgeDelay
-from anabranch.gateway.dispatch.late import Exchange, Late, answer_of, exchanged
+from anabranch.gateway.dispatch.late import Exchange, Late, Reader, answer_of, exchanged
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
 from anabranch.gateway.dispatch.run import Run
@@ -30,6 +31,10 @@ from anabranch.gateway.providers.provider import (
 )
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.money import Price
+from anabranch.web.turns import Turns
+
+# Large answers are read here, one after another: the more threads want Python's lock, the longer the event loop waits for it.
+_READERS = ThreadPoolExecutor(1, "large-answer")
 
 # Changes of breakers that are remembered.
 CHANGES = 500
@@ -104,9 +109,12 @@ class Dispatcher:
         self.rng = random.Random(seed)
         self.budget = RetryBudget(self.rules.extra, self.rules.min_extra, self.rules.window_s)
         self.changes: deque[dict[str, Any]] = deque(maxlen=CHANGES)
+        # Told of each change of a breaker that this process found itself.
+        self.on_change: Callable[[Live], None] = lambda live: None
         self._http: Transport = Upstream() if http is None else http
         self._owns_http = http is None
         self._lingering: set[asyncio.Future[None]] = set()
+        self._turns = Turns(_READERS)
         self.late = Late(self.rules.read_on_s, self.rules.read_on)
         self.groups: dict[str, LiveGroup] = {}
         names: set[str] = set()
@@ -154,6 +162,8 @@ class Dispatcher:
                 "to": live.breaker.phase, "why": why,
             }
         )  # fmt: skip
+        if why != TOLD:
+            self.on_change(live)
 
     # Asking
 
@@ -193,7 +203,10 @@ class Dispatcher:
         limit_s = live.deployment.timeout_s
         attempt.is_whole = True
         call = await run.built(live, request, attempt)
-        exchange: Exchange = asyncio.ensure_future(exchanged(live.transport, call, attempt, most_bytes(request)))
+        reader = self.reader(live, request, run.plan.sender)
+        exchange: Exchange = asyncio.ensure_future(
+            exchanged(live.transport, call, attempt, reader, most_bytes(request))
+        )
         try:
             done, _ = await asyncio.wait((exchange,), timeout=max(0.0, min(limit_s, run.left_s)))
         except asyncio.CancelledError:
@@ -206,6 +219,10 @@ class Dispatcher:
         attempt.seen = answer.usage.completion
         run.ends.won(live, attempt, run.ends.usage_of(attempt, answer))
         return answer
+
+    def reader(self, live: Live, request: UpstreamRequest, sender: str) -> Reader:
+        """What reads a deployment's whole answer to a request."""
+        return Reader(live.provider, request, self._turns, sender)
 
     async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:
         """A stream whose first token has come. Read it to the end, or close it.
@@ -234,6 +251,10 @@ class Dispatcher:
         """The models as strategies see them, now."""
         now = self.now()
         return Pool(tuple(group.seen(now) for group in self.groups.values()), self._wall())
+
+    def lives(self) -> list[Live]:
+        """All deployments."""
+        return [live for group in self.groups.values() for live in group.lives]
 
     def states(self) -> list[dict[str, Any]]:
         """Each deployment, for the page and for metrics."""

@@ -6,6 +6,8 @@ Providers make and bill an answer to its end, whoever has gone meanwhile: it is 
 import asyncio
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from anabranch.gateway.dispatch.plan import Attempt
@@ -21,9 +23,11 @@ from anabranch.gateway.providers.provider import (
     UpstreamRequest,
     read_all,
 )
+from anabranch.web.large_json import LARGE
+from anabranch.web.turns import Turns
 
-# Status, headers and body of an answer.
-Exchange = asyncio.Task[tuple[int, Headers, bytes]]
+# Status, headers and body of an answer, and that as it was read, if it was large.
+Exchange = asyncio.Task[tuple[int, Headers, bytes, Answer | None]]
 
 # A stream may be read on too: its usage comes behind its end.
 Reading = asyncio.Task[Any]
@@ -123,22 +127,56 @@ class Late:
 
 
 async def exchanged(
-    transport: Transport, call: HttpCall, attempt: Attempt, most: int = BODY_BYTES
-) -> tuple[int, Headers, bytes]:
+    transport: Transport, call: HttpCall, attempt: Attempt, reading: "Reader", most: int = BODY_BYTES
+) -> tuple[int, Headers, bytes, Answer | None]:
     """Send, and read to the end: of an answer ``most`` bytes. Raises UpstreamError."""
     call.is_sent = True
     reply = await transport.open(call)
     attempt.http_status = reply.status
     try:
         is_answer = 200 <= reply.status < 300
-        return reply.status, reply.headers, await read_all(reply, most if is_answer else BODY_BYTES)
+        body = await read_all(reply, most if is_answer else BODY_BYTES)
     finally:
         reply.close()
+    answer = await reading.large(body) if is_answer and len(body) > LARGE else None
+    return reply.status, reply.headers, body, answer
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads answers to one request; large ones in another thread, in which senders take turns.
+
+    Attributes:
+        provider, request: whose answer it is, and to what.
+        turns: of that thread.
+        sender: whose request it is.
+    """
+
+    provider: Provider
+    request: UpstreamRequest
+    turns: Turns
+    sender: str
+
+    async def read(self, body: bytes) -> Answer:
+        """The body of a 2xx answer. Raises UpstreamError."""
+        return read_answer(self.provider, self.request, body) if len(body) <= LARGE else await self.large(body)
+
+    async def large(self, body: bytes) -> Answer:
+        """Likewise, and written too, if it will be."""
+        return await self.turns.run(self.sender, partial(_read_large, self.provider, self.request, body))
+
+
+def _read_large(provider: Provider, request: UpstreamRequest, body: bytes) -> Answer:
+    answer = read_answer(provider, request, body)
+    answer.is_large = True
+    # From now on it is kept.
+    _ = answer.data
+    return answer
 
 
 def answer_of(provider: Provider, request: UpstreamRequest, exchange: Exchange) -> Answer:
     """The answer that has come. Raises UpstreamError, and CancelledError if it was given up."""
-    status, headers, body = exchange.result()
+    status, headers, body, answer = exchange.result()
     if not 200 <= status < 300:
         raise UpstreamError(provider.error(status, headers, body))
-    return read_answer(provider, request, body)
+    return read_answer(provider, request, body) if answer is None else answer

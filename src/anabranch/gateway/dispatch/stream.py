@@ -22,7 +22,6 @@ from anabranch.gateway.dispatch.outgoing import as_failure
 from anabranch.gateway.dispatch.plan import Attempt, Report
 from anabranch.gateway.dispatch.run import Run
 from anabranch.gateway.dispatch.upstream_stream import Opened, read_chunk
-from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.chunks import assembled, text_of
 from anabranch.gateway.providers.native_events import whole_of
 from anabranch.gateway.providers.provider import (
@@ -163,7 +162,8 @@ class Stream:
                 opened = Opened(self._run, live, attempt, request, reply, self._stitch)
                 if "json" in reply.headers.get("content-type", ""):
                     attempt.is_whole = True
-                    opened.from_answer(read_answer(live.provider, request, await read_all(reply)))
+                    reader = self._run.dispatcher.reader(live, request, self._run.plan.sender)
+                    opened.from_answer(await reader.read(await read_all(reply)))
                 else:
                     await opened.until_content()
         except TimeoutError:

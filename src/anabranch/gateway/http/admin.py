@@ -18,6 +18,7 @@ from anabranch.gateway.http.access import check_operator, check_origin
 from anabranch.gateway.http.peers import PeerError, Peers
 from anabranch.gateway.lane import BypassError
 from anabranch.gateway.refusals import unavailable
+from anabranch.gateway.shared import AwayError
 from anabranch.gateway.store import GROUPS, Budget, KeyRecord, LedgerQuery, key_rows
 from anabranch.gateway.store.key_rows import FIELDS, UnknownKeyError
 from anabranch.gateway.store.period import PERIODS
@@ -239,6 +240,15 @@ class AdminRoutes:
     async def _clear(self, call: _Call) -> Any:
         caches = self._gateway.caches
         deleted = caches.delete(call.name) if call.name else caches.clear()
+        shared = self._gateway.shared
+        if shared is not None and shared.answers is not None:
+            try:
+                await shared.answers.clear(call.name or None)
+            except AwayError:
+                message = (
+                    "what processes share (Redis) does not answer, and its answers could not be deleted; try again"
+                )
+                raise ApiError(503, "shared_unavailable", message, headers={"Retry-After": "1"}) from None
         if self._peers is not None:
             deleted += sum(int(answer) for answer in (await self._peers.ask("clear", call.name)).values())
         return {"deleted": deleted}

@@ -6,8 +6,9 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -22,11 +23,13 @@ from anabranch.web.answers import SAFE, bearer, read_body
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
-from anabranch.web.large_json import LARGE, parse_large
+from anabranch.web.large_json import LARGE, load_large, parse_large
+from anabranch.web.turns import Turns
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# Large bodies are read here, one after another: the more threads want Python's lock, the longer the event loop waits for it.
+# Large bodies are read here, one after another (`Turns`): the more threads want Python's lock, the longer the event loop waits for it.
 _READERS = ThreadPoolExecutor(1, "large-body")
 
 # After its deadline a stream that is not read ends.
@@ -41,27 +44,45 @@ class Received:
         body: JSON, or what was made of a form.
         num_bytes: of it as it came.
         key: that it came with, looked up once.
+        chat: the body as a chat, if it came in another form.
     """
 
     body: dict[str, Any]
     num_bytes: int
     key: KnownKey
+    chat: dict[str, Any] = field(default_factory=dict)
 
 
 class Exchange:
     """See the module."""
 
     def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+        self._gateway, self._turns = gateway, Turns(_READERS)
 
     async def key(self, request: web.BaseRequest) -> KnownKey:
         """Whose request it is. Raises ApiError."""
         return KnownKey(await self._gateway.authenticate(bearer(request)))
 
-    async def read(self, request: web.BaseRequest, *, takes_forms: bool = False) -> Received:
-        """The body, of those only who have a key: nobody else may fill the memory. Raises ApiError."""
+    async def read(
+        self,
+        request: web.BaseRequest,
+        chat: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: {},
+        *,
+        takes_forms: bool = False,
+    ) -> Received:
+        """The body, of those only who have a key: nobody else may fill the memory. Raises ApiError.
+
+        Args:
+            request: whose body it is.
+            chat: makes a chat of it, beside the loop where it is large.
+            takes_forms: it may be a form.
+        """
+        length = request.content_length
         try:
             key = await self.key(request)
+            if length is None or length > LARGE:
+                # To read it costs time and memory, which its key may have no room for.
+                await self._gateway.look(key.record)
         except ApiError as error:
             if not request.content.is_eof():
                 error.headers["connection"] = "close"
@@ -72,14 +93,20 @@ class Exchange:
         if is_form and not takes_forms:
             message = f"the body is a form (multipart/form-data); {request.path} takes JSON (application/json)"
             raise ApiError(400, "invalid_body", message)
-        if is_form:
-            body = await asyncio.to_thread(parse_form, raw, kind)
-        elif len(raw) <= LARGE:
-            body = _parsed(raw)
-        else:
-            # It would hold up all other requests.
-            body = await asyncio.get_running_loop().run_in_executor(_READERS, _parsed, raw)
-        return Received(body, len(raw), key)
+
+        def read() -> tuple[dict[str, Any], dict[str, Any]]:
+            body = parse_form(raw, kind) if is_form else _parsed(raw)
+            return body, chat(body)
+
+        body, made = await self._beside(key, read) if is_form else await self._apart(key, len(raw), read)
+        return Received(body, len(raw), key, made)
+
+    async def _apart(self, key: KnownKey, size: int, work: Callable[[], T]) -> T:
+        """``work()`` on so many bytes of a request, or of its answer: large ones would hold up all other requests."""
+        return work() if size <= LARGE else await self._beside(key, work)
+
+    async def _beside(self, key: KnownKey, work: Callable[[], T]) -> T:
+        return await self._turns.run("" if key.record is None else key.record.id, work)
 
     async def ask(
         self,
@@ -105,6 +132,7 @@ class Exchange:
     async def tell(
         self,
         request: web.BaseRequest,
+        received: Received,
         reply: Reply,
         form: Callable[[], ChatForm],
         whole: Callable[[dict[str, Any]], dict[str, Any]],
@@ -112,7 +140,7 @@ class Exchange:
         """Send what a chat says in the form of another API.
 
         Args:
-            request: that it answers.
+            request, received: that it answers.
             reply: of a chat.
             form: makes what tells its stream.
             whole: makes the whole answer, of that of the chat.
@@ -121,8 +149,7 @@ class Exchange:
         if source is not None:
             reply.stream = translated(source, form)
         elif reply.body is not None:
-            made = whole(json.loads(reply.body))
-            reply.body = json.dumps(made, ensure_ascii=False).encode("utf-8", "replace")
+            reply.body = await self._apart(received.key, len(reply.body), partial(_told, whole, reply.body))
         return await self.send(request, reply, source)
 
     async def send(
@@ -160,6 +187,12 @@ class Exchange:
                 with contextlib.suppress(RuntimeError):
                     await stream.aclose()  # type: ignore[attr-defined]
         return response
+
+
+def _told(whole: Callable[[dict[str, Any]], dict[str, Any]], raw: bytes) -> bytes:
+    """A chat's answer in another form."""
+    made = whole(load_large(raw) if len(raw) > LARGE else json.loads(raw))
+    return json.dumps(made, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:

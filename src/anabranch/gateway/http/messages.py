@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -44,30 +45,27 @@ class MessagesRoutes:
         }
 
     async def _messages(self, request: web.BaseRequest) -> web.StreamResponse:
-        received = await self._exchange.read(request)
+        received = await self._exchange.read(request, _as_chat)
         body = received.body
-        check_depth(body)
         native = Native(body, {name: request.headers[name] for name in _ALONG if name in request.headers})
-        reply = await self._exchange.ask(request, received, "chat", to_chat(body), shown_as="messages", native=native)
+        reply = await self._exchange.ask(request, received, "chat", received.chat, shown_as="messages", native=native)
         reply.headers["request-id"] = reply.headers.get("x-request-id", "")
         return await self._exchange.tell(
-            request, reply, lambda: MessageForm(body), lambda answer: to_message(body, answer)
+            request, received, reply, lambda: MessageForm(body), lambda answer: to_message(body, answer)
         )
 
     async def _count(self, request: web.BaseRequest) -> web.StreamResponse:
         """Tokens of a prompt, counted here: by the model's tokenizer where it has one, else a quarter of the bytes."""
-        received = await self._exchange.read(request)
-        check_depth(received.body)
-        chat = to_chat(received.body, counts=True)
+        received = await self._exchange.read(request, partial(_as_chat, counts=True))
         # A thread counts on when its client goes away: until it ends it is under way.
-        counting = asyncio.ensure_future(self._counted(chat, received.num_bytes, received.key.record))
+        counting = asyncio.ensure_future(self._counted(received.chat, received.num_bytes, received.key.record))
         self._gateway.keep(counting)
         return json_response({"input_tokens": await asyncio.shield(counting)})
 
     async def _counted(self, chat: dict[str, Any], num_bytes: int, record: KeyRecord | None) -> int:
         """Raises ApiError where the key may not ask that model, or not now."""
         runtime = self._gateway.runtime
-        with self._gateway.counted(record):
+        async with self._gateway.counted(record):
             try:
                 target = find_target(runtime.config, check_model(chat))
             except UnknownModelError as error:
@@ -81,6 +79,12 @@ class MessagesRoutes:
             if num_bytes <= LARGE:
                 return count_prompt(chat, counter).tokens
             return (await asyncio.to_thread(count_prompt, chat, counter)).tokens
+
+
+def _as_chat(body: dict[str, Any], *, counts: bool = False) -> dict[str, Any]:
+    """A request as a chat. Raises ApiError."""
+    check_depth(body)
+    return to_chat(body, counts=counts)
 
 
 class MessageForm(ChatForm):

@@ -25,14 +25,15 @@ class ResponsesRoutes:
         return {"/v1/responses": {"POST": self._responses}}
 
     async def _responses(self, request: web.BaseRequest) -> web.StreamResponse:
-        received = await self._exchange.read(request)
+        received = await self._exchange.read(request, lambda body: to_chat(body))
         asked = received.body
         native = Native(asked, {}, "responses") if self._has_responses(asked.get("model")) else None
-        reply = await self._exchange.ask(request, received, "chat", to_chat(asked), shown_as="responses", native=native)
+        reply = await self._exchange.ask(request, received, "chat", received.chat, shown_as="responses", native=native)
         # Unlike OpenAI's, ours cannot be asked for again; it is said all the same whether its text is kept.
         body = {**asked, "store": self._gateway.keeps_texts(asked)}
         return await self._exchange.tell(
             request,
+            received,
             reply,
             lambda: ResponseForm(body),
             lambda answer: answer.get("responses") or to_response(body, answer),

@@ -8,6 +8,7 @@ from anabranch.gateway.providers.failures import excess, garbage
 from anabranch.gateway.providers.upstream_request import Json, UpstreamRequest
 from anabranch.gateway.providers.usage import Usage
 from anabranch.web.body import MOST_DEPTH, is_too_deep
+from anabranch.web.large_json import LARGE, dump_large, load_large, num_bytes
 
 # Why an answer ended that can be given to others.
 WHOLE = ("stop", "length", "tool_calls")
@@ -22,17 +23,22 @@ class Answer:
         usage: tokens.
         report: how it was come by; set by the `Dispatcher`.
         is_cut: part of what the upstream said is not in it.
+        is_large: it came in so many bytes that it is read and written in steps.
     """
 
     def __init__(self, body: Json, raw: bytes | None, usage: Usage) -> None:
         self.body, self.raw, self.usage = body, raw, usage
-        self.is_cut = False
+        self.is_cut = self.is_large = False
         self.report: Any = None
 
     @cached_property
     def data(self) -> bytes:
         """The body as JSON, as it came where it could stay so."""
-        return json.dumps(self.body, separators=(",", ":")).encode() if self.raw is None else self.raw
+        if self.raw is not None:
+            return self.raw
+        if self.is_large:
+            return dump_large(self.body, allow_nan=True)
+        return json.dumps(self.body, separators=(",", ":")).encode()
 
     @property
     def text(self) -> str:
@@ -65,7 +71,7 @@ def parse_object(body: bytes, what: str = "an answer") -> Json:
     """A JSON object, nested at most `MOST_DEPTH` deep; ``what`` it is, for people. Raises UpstreamError (``garbage``, ``excess``)."""
     deep = f"{what} of more than {MOST_DEPTH} lists and objects within one another"
     try:
-        value = json.loads(body)
+        value = load_large(body) if len(body) > LARGE else json.loads(body)
     except RecursionError:
         raise excess(deep) from None
     except ValueError as error:
@@ -102,7 +108,7 @@ def answer_bytes(body: Json) -> tuple[int, int]:
     while left:
         value = left.pop()
         if isinstance(value, str):
-            size += len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+            size += num_bytes(value)
         elif isinstance(value, dict):
             left += [inner for name, inner in value.items() if name not in _NOT_SAID]
         elif isinstance(value, list):

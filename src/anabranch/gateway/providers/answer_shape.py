@@ -9,6 +9,7 @@ from typing import Any
 
 from anabranch.gateway.providers.provider import WRITES, Answer, Provider, UpstreamRequest, estimated, garbage
 from anabranch.gateway.providers.usage import TOKENS, Usage, is_untold
+from anabranch.web.large_json import num_bytes
 
 _COUNTS = tuple(field.name for field in fields(Usage) if field.type is int)
 
@@ -49,7 +50,7 @@ def _text_bytes(body: Mapping[str, Any]) -> int:
             [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
         )
         texts += [one.get("arguments") for one in functions if isinstance(one, dict)]
-    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts if isinstance(text, str))
+    return sum(num_bytes(text) for text in texts if isinstance(text, str))
 
 
 def _can_be(usage: Usage) -> bool:

@@ -10,9 +10,22 @@ from anabranch.gateway.store import schema
 from anabranch.gateway.store.database import Connection, Row
 from anabranch.gateway.store.keyring import digest_of
 from anabranch.gateway.store.records import OUR_TAGS, KeyRecord, check_tags, clean, joined, listed, plain
+from anabranch.gateway.store.speaking import check_speaks_for
 
 # What an operator may say of a key, see `KeyRecord`; of its end, in unix seconds.
-FIELDS = ("name", "user", "team", "tags", "models", "rpm", "tpm", "max_in_flight", "expires_s", "is_admin")
+FIELDS = (
+    "name",
+    "user",
+    "team",
+    "tags",
+    "models",
+    "rpm",
+    "tpm",
+    "max_in_flight",
+    "expires_s",
+    "is_admin",
+    "speaks_for",
+)
 
 # Unix seconds: the end of the year 9999, up to which times can be shown.
 LAST_S = 253_402_300_799
@@ -40,6 +53,8 @@ def checked(fields: Mapping[str, Any], now_us: int) -> dict[str, Any]:
             found[name] = joined(_own_tags(value))
         elif name == "models":
             found[name] = joined(listed(name, value))
+        elif name == "speaks_for":
+            found[name] = joined(check_speaks_for(name, value))
         elif name in ("rpm", "tpm", "max_in_flight"):
             found[name] = None if value is None else whole(name, value, 1)
         elif name == "expires_s":
@@ -67,7 +82,7 @@ def _end(value: Any, now_us: int) -> int:
 
 def new_row(fields: Mapping[str, Any], secret: str, now_us: int) -> Row:
     """The row of a new key, in the order of `schema.KEYS`. Raises InputError."""
-    empty = {"name": "", "owner": "", "team": "", "tags": "", "models": "", "is_admin": 0}
+    empty = {"name": "", "owner": "", "team": "", "tags": "", "models": "", "is_admin": 0, "speaks_for": ""}
     values = {**empty, **checked(fields, now_us), **_of_secret(secret)}
     values |= {"id": f"k{secrets.token_hex(6)}", "created_us": now_us}
     return tuple(values.get(column) for column in schema.KEYS)

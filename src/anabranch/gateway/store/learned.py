@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from anabranch.gateway.store import schema
 from anabranch.gateway.store.database import Connection
+from anabranch.gateway.store.speaking import own_name
 
 # Writer of what no process that is alive goes on with.
 NOBODY = ""
@@ -233,7 +234,12 @@ def erase_texts(
     if request_id is not None:
         count = _erase_asked(connection, {request_id})
         return count + connection.run("DELETE FROM texts WHERE request_id = :request", request=request_id)
-    part, values = ("", {}) if user is None else (" AND owner = :user", {"user": user})
+    # As the ledger has one whom the key may not speak for, too.
+    part, values = (
+        ("", {})
+        if user is None
+        else (" AND owner IN (:user, :own)", {"user": user, "own": own_name(key_id or "", user)})
+    )
     sql = f"SELECT request_id FROM ledger WHERE key_id = :key{part}"
     count = _erase_asked(connection, {id for (id,) in connection.rows(sql, key=key_id, **values)})
     return count + connection.run(f"DELETE FROM texts WHERE request_id IN ({sql})", key=key_id, **values)

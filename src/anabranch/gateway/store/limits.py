@@ -63,22 +63,40 @@ class RateLimits:
 
         Raises RateError with the seconds to wait.
         """
+        for key, bucket in self._taken(whose, tokens, rpm=rpm, tpm=tpm):
+            self._put(key, bucket)
+
+    def look(self, whose: str, *, rpm: int | None, tpm: int | None) -> None:
+        """Whether `admit` could let any request through now, however short; nothing is taken. Raises RateError as it does."""
+        self._taken(whose, 0, rpm=rpm, tpm=tpm)
+
+    def _taken(
+        self, whose: str, tokens: int, *, rpm: int | None, tpm: int | None
+    ) -> list[tuple[tuple[str, str], Bucket]]:
+        """The buckets as they are after a request."""
         now_s, taken = self._clock(), []
         for limit, amount, per_minute in (("rpm", 1, rpm), ("tpm", tokens, tpm)):
             if per_minute is None:
                 continue
             bucket, wait_s = take(self._buckets.get((whose, limit)), amount, per_minute, now_s)
             if wait_s != 0.0:
-                raise _refusal(limit, amount, per_minute, wait_s)
+                raise rate_refusal(limit, amount, per_minute, wait_s)
             taken.append(((whose, limit), bucket))
-        for key, bucket in taken:
-            self._put(key, bucket)
+        return taken
 
     def correct(self, whose: str, tokens: int, *, tpm: int | None) -> None:
         """``tokens`` more were used than `admit` was told; negative if fewer."""
         if tpm is not None:
             bucket = refill(self._buckets.get((whose, "tpm")), tpm, self._clock())
             self._put((whose, "tpm"), Bucket(min(float(tpm), bucket.level - tokens), bucket.at_s))
+
+    def give_back(self, whose: str, tokens: int, *, rpm: int | None, tpm: int | None) -> None:
+        """Undo `admit`: the request was not let in after all."""
+        now_s = self._clock()
+        for limit, amount, per_minute in (("rpm", 1, rpm), ("tpm", tokens, tpm)):
+            if per_minute is not None:
+                bucket = refill(self._buckets.get((whose, limit)), per_minute, now_s)
+                self._put((whose, limit), Bucket(min(float(per_minute), bucket.level + amount), bucket.at_s))
 
     def _put(self, key: tuple[str, str], bucket: Bucket) -> None:
         self._buckets[key] = bucket
@@ -87,7 +105,8 @@ class RateLimits:
             self._buckets.popitem(last=False)
 
 
-def _refusal(limit: str, amount: int, per_minute: int, wait_s: float | None) -> RateError:
+def rate_refusal(limit: str, amount: int, per_minute: int, wait_s: float | None) -> RateError:
+    """What a sender is told who must wait so many seconds; None if no wait helps."""
     what = "requests" if limit == "rpm" else "tokens"
     if wait_s is None:
         message = f"a request of {amount:,} tokens is more than the {per_minute:,} a minute that this key may use"

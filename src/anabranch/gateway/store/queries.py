@@ -134,7 +134,7 @@ def read_key(row: Row) -> KeyRecord:
     """A row of keys, in the order of `schema.KEYS`, without its hash."""
     named = dict(zip(schema.KEYS, row, strict=True))
     del named["hash"]
-    for name in ("tags", "models"):
+    for name in ("tags", "models", "speaks_for"):
         named[name] = parted(named[name])
     named["user"], named["is_admin"] = named.pop("owner"), bool(named["is_admin"])
     return KeyRecord(**named)
@@ -152,9 +152,10 @@ def read_keys(connection: Connection) -> list[KeyRecord]:
     return [read_key(row) for row in rows]
 
 
-def read_budgets(connection: Connection, now_us: int) -> list[Budget]:
-    """All budgets as of now."""
-    rows = connection.rows(f"SELECT {', '.join(schema.BUDGETS)} FROM budgets ORDER BY subject, period")
+def read_budgets(connection: Connection, now_us: int, subject: str | None = None) -> list[Budget]:
+    """All budgets, or those of one subject, as of now."""
+    part, values = ("", {}) if subject is None else (" WHERE subject = :subject", {"subject": subject})
+    rows = connection.rows(f"SELECT {', '.join(schema.BUDGETS)} FROM budgets{part} ORDER BY subject, period", **values)
     return [read_budget(connection, row, now_us) for row in rows]
 
 

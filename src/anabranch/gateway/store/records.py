@@ -21,6 +21,9 @@ OUR_TAGS = frozenset((COLLECT, LEARNING, SHADOW))
 SCOPES = ("key", "user", "team", "tag")
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/+=-]{0,63}")
 
+# A tag that is its sender's own word, see `speaking`.
+OWN_TAG = re.compile(rf"(k[0-9a-f]{{12}}|anonymous)/{TAG.pattern}")
+
 # Characters of a text in the ledger; more are cut off.
 TEXT = 256
 
@@ -72,7 +75,9 @@ def check_subject(subject: str) -> str:
     if subject == GLOBAL:
         return subject
     if mark and scope in SCOPES and plain(name) and len(name) <= NAME:
-        return f"tag:{check_tags([name])[0]}" if scope == "tag" else f"{scope}:{plain(name)}"
+        if scope == "tag":
+            return subject if OWN_TAG.fullmatch(name) else f"tag:{check_tags([name])[0]}"
+        return f"{scope}:{plain(name)}"
     raise InputError(f"a budget is for {subject!r}; it must be global, key:ID, user:NAME, team:NAME or tag:NAME")
 
 
@@ -93,6 +98,7 @@ class KeyRecord:
         models: names it may use; empty for all.
         rpm, tpm: requests and tokens a minute; None takes the gateway's.
         max_in_flight: requests at a time; None takes the gateway's.
+        speaks_for: whose users and tags its requests may name, beside its own; empty takes the gateway's. See `speaking`.
         is_admin: opens the admin interface too.
         created_us, expires_us, revoked_us: None for never.
     """
@@ -111,6 +117,7 @@ class KeyRecord:
     expires_us: int | None = None
     revoked_us: int | None = None
     max_in_flight: int | None = None
+    speaks_for: tuple[str, ...] = ()
 
     def is_valid(self, now_us: int) -> bool:
         """Neither revoked nor expired."""
@@ -126,8 +133,8 @@ def subjects_of(key: KeyRecord | None = None, *, user: str = "", tags: Iterable[
 
     Args:
         key: that it came with.
-        user: that the sender names; the key's own user goes before it.
-        tags: that the sender adds to the key's.
+        user: that it names, as it may be taken (`speaking.spoken`); the key's own user goes before it.
+        tags: that it has beside the key's, likewise.
 
     Raises InputError for a tag that may not be.
     """
@@ -139,7 +146,11 @@ def subjects_of(key: KeyRecord | None = None, *, user: str = "", tags: Iterable[
             found.append(f"team:{key.team}")
     if plain(user):
         found.append(f"user:{plain(user)}")
-    found += [f"tag:{tag}" for tag in check_tags(tags)]
+    tags = tuple(dict.fromkeys(listed("tags", tags)))
+    check_tags(tag for tag in tags if not OWN_TAG.fullmatch(tag))
+    if len(tags) > MAX_TAGS:
+        raise InputError(f"{len(tags)} tags are too many; {MAX_TAGS} at most")
+    found += [f"tag:{tag}" for tag in tags]
     return tuple(found)
 
 

@@ -81,6 +81,15 @@ MIGRATIONS: list[Sequence[str]] = [
             id TEXT PRIMARY KEY, period TEXT NOT NULL, ts_us BIGINT NOT NULL, next_us BIGINT NOT NULL, tries BIGINT NOT NULL,
             sent_us BIGINT NOT NULL, body TEXT NOT NULL)""",
     ),
+    # For whom a key's requests may speak. Keys of before could name anybody, and budgets may rest on that: they still can, until somebody
+    # narrows them; new ones cannot.
+    (
+        "ALTER TABLE keys ADD COLUMN speaks_for TEXT NOT NULL DEFAULT ''",
+        "UPDATE keys SET speaks_for = ',*,' WHERE owner = ''",
+        "UPDATE keys SET speaks_for = ',tag:*,' WHERE owner <> ''",
+    ),
+    # What a key has spent of late is asked by the key itself, as often as it likes: of its own rows alone, and of nothing beside the index.
+    ("CREATE INDEX ledger_by_key ON ledger (key_id, ts_us, parent_id, cost_nano)",),
 ]
 
 # What is in every store, of whatever version.
@@ -88,7 +97,7 @@ TABLES = frozenset(("keys", "budgets", "replicas", "reservations", "ledger", "de
 
 KEYS = (
     "id", "hash", "name", "hint", "owner", "team", "tags", "models", "rpm", "tpm", "is_admin", "created_us", "expires_us", "revoked_us",
-    "max_in_flight",
+    "max_in_flight", "speaks_for",
 )  # fmt: skip
 BUDGETS = ("id", "subject", "period", "limit_nano", "spent_nano", "reserved_nano", "window_us")
 RESERVATIONS = ("request_id", "replica", "ts_us", "nano", "subjects", "requested", "strategy")

@@ -68,6 +68,7 @@ class StoreKeys(StoreAccess):
         max_in_flight: int | None = None,
         expires_s: float | None = None,
         is_admin: bool = False,
+        speaks_for: Iterable[str] = (),
     ) -> tuple[str, KeyRecord]:
         """A new key, and what is known of it. The key is shown this once.
 
@@ -81,7 +82,7 @@ class StoreKeys(StoreAccess):
         fields = {
             "name": name, "user": user, "team": team, "tags": tags, "models": models, "rpm": rpm, "tpm": tpm, "expires_s": expires_s,
             "max_in_flight": max_in_flight,
-            "is_admin": is_admin,
+            "is_admin": is_admin, "speaks_for": speaks_for,
         }  # fmt: skip
         row = key_rows.new_row(fields, secret, self._now_us())
         record = queries.read_key(row)

@@ -127,9 +127,9 @@ class StoreMoney(StoreKeys):
 
     # Budgets
 
-    async def budgets(self) -> list[Budget]:
-        """All budgets, as they stand now."""
-        return await self._read(lambda connection: queries.read_budgets(connection, self._now_us()))
+    async def budgets(self, subject: str | None = None) -> list[Budget]:
+        """All budgets, or those of one subject, as they stand now."""
+        return await self._read(lambda connection: queries.read_budgets(connection, self._now_us(), subject))
 
     async def has_budget(self, subjects: Sequence[str]) -> bool:
         """Whether one of the subjects has a budget."""
@@ -161,7 +161,7 @@ class StoreMoney(StoreKeys):
         """
         subject, span = check_subject(subject), check_period(period)
         # As it stands: a limit that was set for a key that was never there can be lifted.
-        if subject not in {budget.subject for budget in await self.budgets()}:
+        if not await self.budgets(subject):
             subject = await self.named_subject(subject)
 
         def work(connection: Connection) -> bool:

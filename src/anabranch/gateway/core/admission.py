@@ -1,0 +1,107 @@
+"""`Admission`: whether a sender has room for one more request: in the counts of this process, and in those that processes share."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from anabranch.errors import RateError
+from anabranch.gateway.config.parts import LimitsConfig
+from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.store import KeyRecord, RateLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one sender; None is no limit.
+
+    Attributes:
+        rpm, tpm: requests and tokens a minute.
+        most: requests at a time.
+    """
+
+    rpm: int | None
+    tpm: int | None
+    most: int | None
+
+    @property
+    def has_any(self) -> bool:
+        """There is something to be counted."""
+        return self.rpm is not None or self.tpm is not None or self.most is not None
+
+
+def limits_of(record: KeyRecord | None, limits: LimitsConfig) -> Limits:
+    """Those of a key; what it does not say is the gateway's."""
+    if record is None:
+        return Limits(limits.rpm, limits.tpm, limits.max_in_flight)
+    return Limits(record.rpm or limits.rpm, record.tpm or limits.tpm, record.max_in_flight or limits.max_in_flight)
+
+
+class SharedCounts(Protocol):
+    """What several processes count together. Where that cannot be asked, it says yes: each process still has its own counts."""
+
+    async def admit(self, whose: str, id: str, tokens: int, limits: Limits) -> None:
+        """Count a request in: all limits are taken from, or none. Raises RateError."""
+
+    async def look(self, whose: str, limits: Limits) -> None:
+        """Whether `admit` could let any request through now; nothing is taken. Raises RateError."""
+
+    def leave(self, whose: str, id: str) -> None:
+        """A request is under way no more."""
+
+    def correct(self, whose: str, tokens: int, tpm: int) -> None:
+        """``tokens`` more were used than `admit` was told; negative if fewer."""
+
+
+class Admission:
+    """Who may enter. The counts of this process are asked first: whoever has no room there has none in all.
+
+    Args:
+        rates, senders: of this process.
+        shared: of all; None if each process is on its own.
+    """
+
+    def __init__(self, rates: RateLimits, senders: InFlight, shared: SharedCounts | None = None) -> None:
+        self._rates, self._senders, self._shared = rates, senders, shared
+
+    async def enter(self, whose: str, id: str, tokens: int, limits: Limits) -> None:
+        """Count a request of about ``tokens`` in; `leave` counts it out. Raises RateError, and it is not counted."""
+        self._senders.enter(whose, limits.most)
+        try:
+            await self._take(whose, id, tokens, limits)
+        except BaseException:
+            self._senders.leave(whose)
+            raise
+
+    async def count(self, whose: str, id: str, limits: Limits) -> None:
+        """Count what is answered at once as a request, without tokens. Raises RateError."""
+        await self._take(whose, id, 0, Limits(limits.rpm, None, None))
+
+    async def _take(self, whose: str, id: str, tokens: int, limits: Limits) -> None:
+        if limits.rpm is not None or limits.tpm is not None:
+            self._rates.admit(whose, tokens, rpm=limits.rpm, tpm=limits.tpm)
+        if self._shared is None or not limits.has_any:
+            return
+        try:
+            await self._shared.admit(whose, id, tokens, limits)
+        except RateError:
+            # It was not let in.
+            self._rates.give_back(whose, tokens, rpm=limits.rpm, tpm=limits.tpm)
+            raise
+
+    async def look(self, whose: str, limits: Limits) -> None:
+        """Whether a request has room by what is known before it is read; nothing is taken. Raises RateError."""
+        self._senders.look(whose, limits.most)
+        self._rates.look(whose, rpm=limits.rpm, tpm=limits.tpm)
+        if self._shared is not None and limits.has_any:
+            await self._shared.look(whose, limits)
+
+    def leave(self, whose: str, id: str) -> None:
+        """A request that entered has ended."""
+        self._senders.leave(whose)
+        if self._shared is not None:
+            self._shared.leave(whose, id)
+
+    def correct(self, whose: str, tokens: int, tpm: int | None) -> None:
+        """``tokens`` more were used than `enter` was told; negative if fewer."""
+        self._rates.correct(whose, tokens, tpm=tpm)
+        if self._shared is not None and tpm is not None:
+            self._shared.correct(whose, tokens, tpm)

@@ -1,0 +1,17 @@
+"""What several gateways on one Redis know together: rates and requests under way, breakers that opened, answers that were kept.
+
+    link        the connection: it answers soon, or it is away, which is said once
+    counts      requests and tokens a minute, and requests at a time, of each key
+    breakers    which deployments others found out of order
+    answers     what the exact cache holds
+
+Nothing here is needed: while Redis is away, each process goes on with what it knows itself.
+"""
+
+from anabranch.gateway.shared.answers import SharedAnswers
+from anabranch.gateway.shared.breakers import SharedBreakers
+from anabranch.gateway.shared.counts import RedisCounts
+from anabranch.gateway.shared.link import AwayError, Link
+from anabranch.gateway.shared.shared import Shared
+
+__all__ = ["AwayError", "Link", "RedisCounts", "Shared", "SharedAnswers", "SharedBreakers"]

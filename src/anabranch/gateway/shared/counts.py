@@ -1,0 +1,218 @@
+"""`RedisCounts`: rates and requests under way of each key, counted for all processes in one place.
+
+One script decides on a request, in one step that nothing comes between: the same token buckets as `anabranch.gateway.store.limits`, by
+the clock of Redis, and the requests under way as leases. A process renews the leases of its requests while it lives; those of one that
+is gone end by themselves.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from anabranch.errors import RateError
+from anabranch.gateway.core.admission import Limits
+from anabranch.gateway.core.in_flight import refusal_of_many
+from anabranch.gateway.shared.link import AwayError, Link, Script
+from anabranch.gateway.store.limits import rate_refusal
+
+logger = logging.getLogger(__name__)
+
+# Of a request under way, and when leases are renewed.
+LEASE_S, RENEW_S = 15.0, 5.0
+
+# What waits to be told while Redis is away; more is left out, and ends by itself (leases) or is worked off (tokens).
+MOST_UNTOLD = 10_000
+
+# Who has no key.
+NOBODY = "-"
+
+# Told, or renewed, in one go.
+MANY = 500
+
+# KEYS: buckets of requests and of tokens, requests under way. ARGV: rpm, tpm, most at a time (0 for no limit), tokens, the name of the
+# request, milliseconds of its lease, 1 to take or 0 to look. Gives the limit that is in the way and the milliseconds to wait (-1 for
+# ever, 0 until one ends); nothing if none is.
+ADMIT = Script("""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + time[2] / 1000
+local most, takes = tonumber(ARGV[3]), ARGV[7] == '1'
+if most > 0 then
+  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+  if redis.call('ZCARD', KEYS[3]) >= most then return {'max_in_flight', 0} end
+end
+local levels = {}
+for place, amount in ipairs({1, tonumber(ARGV[4])}) do
+  local full = tonumber(ARGV[place])
+  if full > 0 then
+    local held = redis.call('HMGET', KEYS[place], 'level', 'at')
+    local level, at = tonumber(held[1] or ''), tonumber(held[2] or '')
+    if level and at then
+      level = math.min(full, level + math.max(0, now - at) * full / 60000)
+    else
+      level = full
+    end
+    local name = place == 1 and 'rpm' or 'tpm'
+    if amount > level + 1e-9 then
+      if amount > full then return {name, -1} end
+      return {name, math.ceil((amount - level) * 60000 / full)}
+    end
+    levels[place] = level - amount
+  end
+end
+if takes then
+  for place = 1, 2 do
+    if levels[place] then
+      local full = tonumber(ARGV[place])
+      redis.call('HSET', KEYS[place], 'level', string.format('%.17g', levels[place]), 'at', string.format('%.17g', now))
+      redis.call('PEXPIRE', KEYS[place], math.min(math.ceil((full - levels[place]) * 60000 / full) + 1000, 1e9))
+    end
+  end
+  if most > 0 then
+    redis.call('ZADD', KEYS[3], now + ARGV[6], ARGV[5])
+    redis.call('PEXPIRE', KEYS[3], ARGV[6])
+  end
+end
+return {}
+""")
+
+# KEYS: a bucket of tokens. ARGV: tpm, tokens used beyond what was taken.
+CORRECT = Script("""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + time[2] / 1000
+local full = tonumber(ARGV[1])
+local held = redis.call('HMGET', KEYS[1], 'level', 'at')
+local level, at = tonumber(held[1] or ''), tonumber(held[2] or '')
+if level and at then level = math.min(full, level + math.max(0, now - at) * full / 60000) else level = full end
+level = math.min(full, level - ARGV[2])
+redis.call('HSET', KEYS[1], 'level', string.format('%.17g', level), 'at', string.format('%.17g', now))
+redis.call('PEXPIRE', KEYS[1], math.min(math.ceil((full - level) * 60000 / full) + 1000, 1e9))
+return 1
+""")
+
+# KEYS: requests under way of one key. ARGV: milliseconds of a lease, then names of requests. Makes those anew that a restart forgot.
+RENEW = Script("""
+local time = redis.call('TIME')
+local until_ms = time[1] * 1000 + time[2] / 1000 + ARGV[1]
+for place = 2, #ARGV do redis.call('ZADD', KEYS[1], until_ms, ARGV[place]) end
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return 1
+""")
+
+
+class RedisCounts:
+    """See `anabranch.gateway.core.admission.SharedCounts`.
+
+    Args:
+        link: to Redis.
+        wake: called where something waits to be told.
+        clock: seconds, rising.
+    """
+
+    def __init__(self, link: Link, wake: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._link, self._wake, self._clock = link, wake, clock
+        self._process = uuid.uuid4().hex[:12]
+        # Requests of this process under way, by whose they are, that have a lease, or may have.
+        self._leased: dict[str, set[str]] = {}
+        self._untold: list[tuple[str, ...]] = []
+        self._renewed_at = clock()
+
+    def _keys(self, whose: str) -> tuple[str, str, str]:
+        # In braces what must lie together in a cluster.
+        rpm, tpm, held = (self._link.key(kind, f"{{{whose or NOBODY}}}") for kind in ("rpm", "tpm", "held"))
+        return rpm, tpm, held
+
+    async def admit(self, whose: str, id: str, tokens: int, limits: Limits) -> None:
+        """See there."""
+        if limits.most is not None:
+            # Before it is asked: who is cancelled meanwhile may have a lease. And while it is away, so that it learns of it later.
+            self._leased.setdefault(whose, set()).add(id)
+        try:
+            await self._decide(whose, id, tokens, limits, takes=True)
+        except RateError:
+            self._drop(whose, id)
+            raise
+        except BaseException:
+            self.leave(whose, id)
+            raise
+
+    async def look(self, whose: str, limits: Limits) -> None:
+        """See there."""
+        await self._decide(whose, "", 0, limits, takes=False)
+
+    async def _decide(self, whose: str, id: str, tokens: int, limits: Limits, *, takes: bool) -> None:
+        asked = (limits.rpm or 0, limits.tpm or 0, limits.most or 0, tokens)
+        lease_ms = int(LEASE_S * 1e3)
+        keys, values = self._keys(whose), (*asked, f"{self._process}:{id}", lease_ms, int(takes))
+        try:
+            found = await self._link.script(ADMIT, keys, values)
+        except AwayError:
+            # The counts of this process have let it through.
+            return
+        if found:
+            raise _refusal(found[0].decode(), int(found[1]), tokens, limits)
+
+    def leave(self, whose: str, id: str) -> None:
+        """See there."""
+        if self._drop(whose, id):
+            self._tell("leave", whose, f"{self._process}:{id}")
+
+    def _drop(self, whose: str, id: str) -> bool:
+        """Renew its lease no more; whether it may have had one."""
+        ids = self._leased.get(whose)
+        if ids is None or id not in ids:
+            return False
+        ids.discard(id)
+        if not ids:
+            del self._leased[whose]
+        return True
+
+    def correct(self, whose: str, tokens: int, tpm: int) -> None:
+        """See there."""
+        if tokens:
+            self._tell("correct", whose, str(tpm), str(tokens))
+
+    def _tell(self, *what: str) -> None:
+        if len(self._untold) < MOST_UNTOLD:
+            self._untold.append(what)
+            self._wake()
+
+    async def tell(self) -> None:
+        """Tell what has changed, and renew leases where it is time. Raises AwayError; what was not told is told later."""
+        while self._untold:
+            some = self._untold[:MANY]
+            await self._link.run(lambda client: self._told(client, some))  # noqa: B023
+            del self._untold[: len(some)]
+        if self._clock() - self._renewed_at >= RENEW_S:
+            await self._renew()
+            self._renewed_at = self._clock()
+
+    async def _told(self, client: Any, some: list[tuple[str, ...]]) -> None:
+        async with client.pipeline(transaction=False) as pipe:
+            for kind, whose, *values in some:
+                _, tpm, held = self._keys(whose)
+                if kind == "leave":
+                    pipe.zrem(held, *values)
+                else:
+                    pipe.eval(CORRECT.text, 1, tpm, *values)
+            await pipe.execute()
+
+    async def _renew(self) -> None:
+        lease_ms = int(LEASE_S * 1e3)
+        for whose, ids in list(self._leased.items()):
+            names = [f"{self._process}:{id}" for id in ids]
+            for start in range(0, len(names), MANY):
+                await self._link.script(RENEW, (self._keys(whose)[2],), (lease_ms, *names[start : start + MANY]))
+            # Others have their turn.
+            await asyncio.sleep(0)
+
+
+def _refusal(limit: str, wait_ms: int, tokens: int, limits: Limits) -> RateError:
+    if limit == "max_in_flight":
+        assert limits.most is not None
+        return refusal_of_many(limits.most)
+    amount, per_minute = (1, limits.rpm) if limit == "rpm" else (tokens, limits.tpm)
+    assert per_minute is not None
+    return rate_refusal(limit, amount, per_minute, None if wait_ms < 0 else wait_ms / 1e3)

@@ -1,0 +1,69 @@
+"""`Shared`: all that this process shares with others, and the task that keeps it so."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from anabranch.gateway.config.parts import SharedConfig
+from anabranch.gateway.dispatch import Dispatcher
+from anabranch.gateway.metrics import Metrics
+from anabranch.gateway.shared.answers import SharedAnswers
+from anabranch.gateway.shared.breakers import SharedBreakers
+from anabranch.gateway.shared.counts import RedisCounts
+from anabranch.gateway.shared.link import AwayError, Link
+
+# Between looks at what others told.
+LOOK_S = 0.5
+
+
+class Shared:
+    """What one process shares.
+
+    Args:
+        config: where.
+        metrics: where it is told whether that answers.
+
+    Raises MissingExtraError, ConfigError: see `Link`.
+    """
+
+    def __init__(self, config: SharedConfig, metrics: Metrics) -> None:
+        self.link, self._wake = Link(config, metrics), asyncio.Event()
+        self.counts = RedisCounts(self.link, self._wake.set)
+        self.breakers = SharedBreakers(self.link)
+        self.answers = SharedAnswers(self.link, config.answer_bytes) if config.answers else None
+
+    async def start(self) -> None:
+        """Look whether it is there. Where it is not, that is said once, and all goes on."""
+        await self.link.start()
+
+    async def watch(self, dispatcher: Callable[[], Dispatcher]) -> None:
+        """Until it is cancelled: tell what happens here, and take over what others tell."""
+        time, look_at = asyncio.get_running_loop().time, 0.0
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, look_at - time())):
+                    await self._wake.wait()
+            self._wake.clear()
+            if time() >= look_at:
+                await self._exchange(dispatcher())
+                look_at = time() + LOOK_S
+            try:
+                await self.counts.tell()
+            except AwayError:
+                # Nothing wakes this before somebody has looked whether it is back.
+                await asyncio.sleep(max(0.0, look_at - time()))
+
+    async def _exchange(self, dispatcher: Dispatcher) -> None:
+        await self.link.look()
+        # Without it, its own breakers are all that it has.
+        with contextlib.suppress(AwayError):
+            await self.breakers.exchange(dispatcher.lives(), dispatcher.now())
+
+    async def close(self) -> None:
+        """Let go of it. What is under way is over, or ends by its lease."""
+        if self.answers is not None:
+            await self.answers.close()
+        # Else its leases end by themselves.
+        with contextlib.suppress(AwayError):
+            await self.counts.tell()
+        await self.link.close()

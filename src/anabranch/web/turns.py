@@ -1,0 +1,55 @@
+"""Work in one other thread, sender by sender: whoever brings much waits for itself, and others only for one piece of it."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_Piece = tuple[Callable[[], Any], "asyncio.Future[Any]"]
+
+
+class Turns:
+    """For one event loop. Senders who wait take turns; the pieces of each are done in the order they came.
+
+    Args:
+        executor: what the pieces are done in, one at a time.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor, self._is_busy = executor, False
+        # The order of the senders is that of their turns.
+        self._waiting: dict[str, deque[_Piece]] = {}
+
+    async def run(self, whose: str, work: Callable[[], T]) -> T:
+        """What ``work()`` gives or raises. One that is cancelled before its turn is not begun."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(whose, deque()).append((work, future))
+        self._begin()
+        found: T = await future
+        return found
+
+    def _begin(self) -> None:
+        while self._waiting and not self._is_busy:
+            whose = next(iter(self._waiting))
+            pieces = self._waiting.pop(whose)
+            work, future = pieces.popleft()
+            if pieces:
+                self._waiting[whose] = pieces
+            if not future.cancelled():
+                self._is_busy = True
+                running = future.get_loop().run_in_executor(self._executor, work)
+                running.add_done_callback(partial(self._ended, future))
+
+    def _ended(self, future: "asyncio.Future[Any]", running: "asyncio.Future[Any]") -> None:
+        self._is_busy = False
+        if running.cancelled():
+            future.cancel()
+        elif (error := running.exception()) is None:
+            if not future.done():
+                future.set_result(running.result())
+        elif not future.done():
+            future.set_exception(error)
+        self._begin()

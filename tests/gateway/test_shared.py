@@ -1,0 +1,442 @@
+"""What processes share on a real Redis: rates, requests under way, breakers, answers; and what becomes of them while it is away."""
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager
+
+import pytest
+
+from anabranch.errors import RateError
+from anabranch.gateway.cache import Entry
+from anabranch.gateway.config.parts import SharedConfig
+from anabranch.gateway.core.admission import Admission, Limits
+from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.dispatch import Deployment, Dispatcher, Group
+from anabranch.gateway.metrics import Metrics
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.shared import AwayError, Shared, counts, link
+from anabranch.gateway.store import RateLimits
+from redis_process import missing, redis_server
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no Redis to test with: {missing()}")
+
+NONE = Limits(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with redis_server() as made:
+        yield made
+
+
+@pytest.fixture
+def prefix(request):
+    """Of keys that no other test has."""
+    return f"t{abs(hash(request.node.nodeid))}"
+
+
+@asynccontextmanager
+async def processes(server, prefix, num=2, **fields):
+    """So many, each with a link of its own."""
+    made = [Shared(SharedConfig(url=server.url, prefix=prefix, **fields), Metrics()) for _ in range(num)]
+    try:
+        for one in made:
+            await one.start()
+        yield made
+    finally:
+        for one in made:
+            await one.close()
+
+
+def admissions(shared):
+    return [Admission(RateLimits(), InFlight(), one.counts) for one in shared]
+
+
+async def told(work):
+    """The limit that is in the way; "" for none."""
+    try:
+        await work
+    except RateError as error:
+        return error.limit
+    return ""
+
+
+# Rates
+
+
+def test_a_key_has_its_rate_once_however_many_processes_it_asks(server, prefix):
+    async def main():
+        async with processes(server, prefix, 3) as shared:
+            doors = admissions(shared)
+            limits = Limits(6, None, None)
+            asked = [told(doors[at % 3].enter("k1", f"r{at}", 1, limits)) for at in range(30)]
+            found = await asyncio.gather(*asked)
+            assert (found.count(""), found.count("rpm")) == (6, 24)
+            # Others have theirs.
+            assert await told(doors[0].enter("k2", "r", 1, limits)) == ""
+            with pytest.raises(RateError, match="may use 6 requests a minute; try again in") as caught:
+                await doors[1].enter("k1", "x", 1, limits)
+            assert 0 < caught.value.retry_after_s <= 10.5
+
+    asyncio.run(main())
+
+
+def test_tokens_are_counted_together_and_corrected(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = admissions(shared)
+            limits = Limits(None, 100, None)
+            await one.enter("k", "a", 60, limits)
+            assert await told(two.enter("k", "b", 60, limits)) == "tpm"
+            with pytest.raises(RateError, match="more than the 100 a minute") as caught:
+                await two.enter("k", "b", 101, limits)
+            assert caught.value.retry_after_s is None
+            one.correct("k", -60, 100)
+            await shared[0].counts.tell()
+            await two.enter("k", "b", 99, limits)
+            two.correct("k", 10_000, 100)
+            await shared[1].counts.tell()
+            with pytest.raises(RateError) as caught:
+                await one.enter("k", "c", 1, limits)
+            # It is worked off: a hundred a minute.
+            assert 5_900 < caught.value.retry_after_s < 6_100
+
+    asyncio.run(main())
+
+
+def test_both_limits_are_taken_from_or_none_and_what_is_refused_is_given_back_here(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = admissions(shared)
+            await one.enter("k", "a", 80, Limits(2, 100, None))
+            # Refused for its tokens by what the other took: it has cost neither a request nor anything here.
+            assert await told(two.enter("k", "b", 80, Limits(2, 100, None))) == "tpm"
+            assert await told(two.enter("k", "b", 5, Limits(2, 100, None))) == ""
+            assert await told(two.enter("k", "c", 5, Limits(2, 100, None))) == "rpm"
+
+    asyncio.run(main())
+
+
+def test_a_look_takes_nothing(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = admissions(shared)
+            limits = Limits(1, 10, 1)
+            for _ in range(5):
+                await one.look("k", limits)
+            await one.enter("k", "a", 1, limits)
+            assert await told(two.look("k", limits)) == "max_in_flight"
+            assert await told(two.look("k", Limits(1, 10, None))) == "rpm"
+            assert await told(two.count("k", "f", limits)) == "rpm"
+
+    asyncio.run(main())
+
+
+# Requests under way
+
+
+def test_requests_under_way_are_counted_together(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = admissions(shared)
+            limits = Limits(None, None, 2)
+            await one.enter("k", "a", 1, limits)
+            await two.enter("k", "a", 1, limits)  # the same id, in another process
+            assert (
+                await told(one.enter("k", "c", 1, limits))
+                == await told(two.enter("k", "c", 1, limits))
+                == "max_in_flight"
+            )
+            two.leave("k", "a")
+            await shared[1].counts.tell()
+            await one.enter("k", "c", 1, limits)
+            assert await told(two.enter("k", "d", 1, limits)) == "max_in_flight"
+
+    asyncio.run(main())
+
+
+def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not(server, prefix, monkeypatch):
+    monkeypatch.setattr(counts, "LEASE_S", 0.3)
+    monkeypatch.setattr(counts, "RENEW_S", 0.05)
+
+    async def main():
+        async with processes(server, prefix) as shared:
+            gone, lives = admissions(shared)
+            limits = Limits(None, None, 1)
+            await gone.enter("k", "a", 1, limits)
+            await lives.enter("other", "b", 1, limits)
+            assert await told(lives.enter("k", "c", 1, limits)) == "max_in_flight"
+            for _ in range(8):
+                await asyncio.sleep(0.06)
+                await shared[1].counts.tell()
+            await lives.enter("k", "c", 1, limits)
+            assert await told(gone.enter("other", "d", 1, limits)) == "max_in_flight"
+
+    asyncio.run(main())
+
+
+def test_who_is_cancelled_while_it_is_asked_holds_no_place_and_no_answer_reaches_another(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = admissions(shared)
+            limits = Limits(None, None, 1)
+            for number in range(60):
+                task = asyncio.ensure_future(one.enter("k", f"r{number}", 1, limits))
+                for _ in range(number % 12):
+                    await asyncio.sleep(0)
+                if not task.cancel():
+                    await task
+                await asyncio.gather(task, return_exceptions=True)
+                if not task.cancelled() and task.exception() is None:
+                    one.leave("k", f"r{number}")
+                await shared[0].counts.tell()
+                # What comes is what was asked for.
+                word = f"e{number}"
+                assert await shared[0].link.run(lambda client, word=word: client.echo(word)) == word.encode()
+            assert await told(two.enter("k", "x", 1, limits)) == ""
+
+    asyncio.run(main())
+
+
+# Away
+
+
+@pytest.mark.parametrize("how", ["hang", "stop"])
+def test_while_it_is_away_each_goes_on_with_its_own_and_says_so_once(prefix, caplog, monkeypatch, how):
+    monkeypatch.setattr(link, "RETRY_S", 0.0)
+
+    async def main(server):
+        async with processes(server, prefix, timeout_s=0.1) as shared:
+            one, two = admissions(shared)
+            limits = Limits(2, None, 3)
+            await one.enter("k", "a", 1, limits)
+            getattr(server, how)()
+            asked = [told(door.enter("k", f"{at}", 1, limits)) for at in range(4) for door in (one, two)]
+            found = await asyncio.gather(*asked)
+            # What each has let in itself counts on.
+            assert [found[0::2].count(""), found[1::2].count("")] == [1, 2]
+            for one_shared in shared:
+                assert not one_shared.link.is_up
+                await one_shared.link.look()
+                with pytest.raises(AwayError):
+                    await one_shared.counts.tell() or await one_shared.link.run(lambda client: client.ping())
+                assert await one_shared.answers.get("k", b"x") is None
+            text = shared[0].link._metrics
+            assert (text.up._value.get(), text.lost._value.get() > 0) == (0, True)
+            server.go_on() if how == "hang" else server.start()
+            while not all(one_shared.link.is_up for one_shared in shared):
+                for one_shared in shared:
+                    await one_shared.link.look()
+            assert text.up._value.get() == 1
+            # And what was not told is told now: only those requests that are under way count.
+            for door in (one, two):
+                for id in [*"a0123"]:
+                    door._shared.leave("k", id)
+            for one_shared in shared:
+                await one_shared.counts.tell()
+            assert await told(shared[0].counts.admit("k", "z", 1, Limits(None, None, 1))) == ""
+
+    with redis_server() as server, caplog.at_level(logging.WARNING):
+        asyncio.run(main(server))
+    said = [record.message for record in caplog.records if "Redis" in record.message]
+    assert [line.startswith("Redis is away") for line in said] == [True, True, False, False]
+    assert "each process goes on with limits, breakers and answers of its own" in said[0]
+
+
+def test_it_is_looked_for_more_and_more_rarely_however_many_asked():
+    """A name that cannot be resolved holds a thread for seconds each time."""
+
+    async def main():
+        clock, tries = Clock(), []
+        made = link.Link(SharedConfig(url="redis://127.0.0.1:1/0"), Metrics(), clock)
+
+        async def fails(client):
+            raise OSError("away")
+
+        await made.start()
+        made.is_up = True  # and a hundred requests find that it is not
+        await asyncio.gather(*(made.run(fails) for _ in range(100)), return_exceptions=True)
+        made._within = lambda work: tries.append(clock.now) or fails_as_away()
+
+        async def fails_as_away():
+            raise AwayError("away")
+
+        for _ in range(600):
+            clock.now += 0.1
+            await made.look()
+        waits = [after - before for before, after in zip([100.0, *tries], tries, strict=False)]
+        assert [round(wait) for wait in waits] == [1, 1, 2, 4, 8, 15, 15]
+
+    asyncio.run(main())
+
+
+def test_a_password_is_in_no_log(caplog):
+    async def main():
+        async with processes(Fake("redis://user:hush@127.0.0.1:1/0"), "x", 1) as [shared]:
+            assert not shared.link.is_up
+
+    class Fake:
+        def __init__(self, url):
+            self.url = url
+
+    with caplog.at_level(logging.DEBUG):
+        asyncio.run(main())
+    assert "Redis is away" in caplog.text
+    assert "hush" not in caplog.text
+
+
+# Breakers
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def dispatcher(shared, clock):
+    groups = [
+        Group(name="m", deployments=tuple(Deployment(name=name, provider=Mock.Config(model="m")) for name in "ab"))
+    ]
+    made = Dispatcher(groups, clock=clock)
+    made.on_change = shared.breakers.changed
+    return made
+
+
+def fail(live, clock, outcome="fatal"):
+    live.end(live.begin(clock.now, 1), outcome, clock.now)
+
+
+def test_a_breaker_that_opens_in_one_process_is_open_in_all_for_as_long(server, prefix):
+    async def main():
+        clocks = [Clock(), Clock()]
+        clocks[1].now = 5_000.0
+        async with processes(server, prefix) as shared:
+            one, two = (dispatcher(each, clock) for each, clock in zip(shared, clocks, strict=True))
+
+            async def exchange():
+                for each, made in zip(shared, (one, two), strict=True):
+                    await each.breakers.exchange(made.lives(), made.now())
+
+            await exchange()
+            here, there = one.lives()[0], two.lives()[0]
+            fail(here, clocks[0])
+            assert here.breaker.phase == "open"
+            await exchange()
+            assert (there.breaker.phase, two.lives()[1].breaker.phase) == ("open", "closed")
+            assert 0 < there.breaker.until - clocks[1].now <= here.breaker.until - clocks[0].now
+            assert [change["why"] for change in two.changes] == ["another process said so"]
+            await exchange()
+            assert len(two.changes) == 1
+            # Here it is well again, and there the next request may try.
+            clocks[0].now += 6
+            for _ in range(2):
+                fail(here, clocks[0], "success")
+            assert here.breaker.phase == "closed"
+            assert not there.can_take(clocks[1].now, 1)
+            await exchange()
+            assert there.can_take(clocks[1].now, 1)
+            fail(there, clocks[1], "success")
+            fail(there, clocks[1], "success")
+            await exchange()
+            assert (here.breaker.phase, there.breaker.phase) == ("closed", "closed")
+
+    asyncio.run(main())
+
+
+def test_a_breaker_is_told_later_where_it_cannot_be_told_now(prefix, monkeypatch):
+    monkeypatch.setattr(link, "RETRY_S", 0.0)
+
+    async def main(server):
+        clock = Clock()
+        async with processes(server, prefix, timeout_s=0.1) as shared:
+            one, two = (dispatcher(each, clock) for each in shared)
+            server.stop()
+            fail(one.lives()[0], clock)
+            with pytest.raises(AwayError):
+                await shared[0].breakers.exchange(one.lives(), clock.now)
+            server.start()
+            for each, made in zip(shared, (one, two), strict=True):
+                while not each.link.is_up:
+                    await each.link.look()
+                await each.breakers.exchange(made.lives(), clock.now)
+            assert two.lives()[0].breaker.phase == "open"
+
+    with redis_server() as server:
+        asyncio.run(main(server))
+
+
+def test_what_others_wrote_is_taken_with_care(server, prefix):
+    async def main():
+        clock = Clock()
+        async with processes(server, prefix, 1) as [shared]:
+            made = dispatcher(shared, clock)
+            for body in ("", "x", "{}", '{"times": -5}', '{"times": 1e99}', "[]"):
+                await shared.link.run(
+                    lambda client, body=body: client.set(shared.link.key("breaker", "a"), body, px=10**12)
+                )
+                await shared.breakers.exchange(made.lives(), clock.now)
+                breaker = made.lives()[0].breaker
+                assert (breaker.phase, breaker.times) == ("open", 1)
+                assert breaker.until - clock.now <= made.rules.breaker.max_open_s
+
+    asyncio.run(main())
+
+
+# Answers
+
+
+def entry(body=b'{"a": 1}\n\x00', **fields):
+    return Entry(body=body, model="small", prompt_tokens=3, completion_tokens=4, nano=5, **fields)
+
+
+def test_an_answer_that_one_process_kept_is_there_for_all_of_its_key_alone(server, prefix):
+    async def main():
+        async with processes(server, prefix, answer_bytes=1000) as shared:
+            one, two = (each.answers for each in shared)
+            one.put("k1", b"q", entry(), 60)
+            one.put("k1", b"long", entry(b"x" * 1000), 60)
+            one.put("", b"q", entry(b"nobody's"), 60)
+            one.put("k12", b"q", entry(), 60)
+            await one.close()
+            assert await two.get("k1", b"q") == entry()
+            assert await two.get("k1", b"long") is await two.get("k2", b"q") is None
+            assert (await two.get("", b"q")).body == b"nobody's"
+            assert await two.clear("k1") == 1
+            assert await one.get("k1", b"q") is None
+            assert await one.get("k12", b"q") == entry()
+            assert await two.clear() == 2
+            one.put("k1", b"short", entry(), 0.001)
+            await one.close()
+            await asyncio.sleep(0.01)
+            assert await two.get("k1", b"short") is None
+
+    asyncio.run(main())
+
+
+ODD = [b"", b"x", b"[]\nbody", b'["m", 1, 2, -3]\nbody', b'["m", 1, 2, 3]\n', b"[1, 1, 2, 3]\nbody", b"\xff\n\xff"]
+
+
+@pytest.mark.parametrize("raw", ODD)
+def test_what_is_no_answer_of_ours_is_none(server, prefix, raw):
+    async def main():
+        async with processes(server, prefix, 1) as [shared]:
+            name = shared.answers._key("k", b"q")
+            await shared.link.run(lambda client: client.set(name, raw))
+            return await shared.answers.get("k", b"q")
+
+    assert asyncio.run(main()) is None
+
+
+def test_the_program_of_a_limit_is_sent_again_to_a_redis_that_was_started_anew(prefix, monkeypatch):
+    monkeypatch.setattr(link, "RETRY_S", 0.0)
+
+    async def main(server):
+        async with processes(server, prefix, 1) as [shared]:
+            await shared.counts.admit("k", "a", 1, Limits(1, None, None))
+            await shared.link.run(lambda client: client.script_flush())
+            assert await told(shared.counts.admit("k", "b", 1, Limits(1, None, None))) == "rpm"
+
+    with redis_server() as server:
+        asyncio.run(main(server))

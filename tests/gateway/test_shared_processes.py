@@ -1,0 +1,94 @@
+"""Two gateways on one store and one Redis, as users start them."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from anabranch.gateway.config import load_config
+from gateway_process import ask, call, mock_config, served
+from redis_process import missing, redis_server
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no Redis to test with: {missing()}")
+RPM = 5
+
+
+def keyed(url, **fields):
+    status, made, _ = call(url, "POST", "/admin/keys", {"name": "evil", **fields}, "admin")
+    assert status == 200, made
+    return made["secret"]
+
+
+def statuses(urls, key, each):
+    """What each of the gateways answers to ``each`` requests, all at once."""
+    found = []
+
+    def run(url, at):
+        found.append(ask(url, f"question {url} {at}", key=key)[0])
+
+    threads = [threading.Thread(target=run, args=(url, at)) for at in range(each) for url in urls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == each * len(urls)
+    return found
+
+
+def test_a_hostile_key_gets_its_rate_once_and_goes_on_where_redis_does_not(tmp_path):
+    environment = {"ADMIN": "admin"}
+    with redis_server() as redis:
+        top = f'[admin]\nkey = "env:ADMIN"\n[shared]\nurl = "{redis.url}"\n'
+        config = mock_config(tmp_path / "gateway.toml", top=top)
+        with (
+            served("--config", config, environment=environment) as one,
+            served("--config", config, environment=environment) as two,
+        ):
+            urls = (one.url, two.url)
+            began = time.monotonic()
+            key = keyed(one.url, rpm=RPM)
+            found = statuses(urls, key, 2 * RPM)
+            # What a minute allows, and what has come back meanwhile.
+            most = RPM + int((time.monotonic() - began) * RPM / 60) + 1
+            assert set(found) == {200, 429}
+            assert RPM <= found.count(200) <= most < 2 * RPM
+
+            # An answer that one has kept the other gives.
+            calm = keyed_as(one.url, "calm")
+            first = ask(one.url, "the same", key=calm, headers={"x-cache": "allow"})
+            until = time.monotonic() + 20
+            while (second := ask(two.url, "the same", key=calm, headers={"x-cache": "allow"}))[2]["x-cache"] != "exact":
+                assert time.monotonic() < until
+            assert (first[2]["x-cache"], second[1]) == ("miss", first[1])
+            assert "anabranch_shared_up 1.0" in metrics(two.url)
+
+            # Without it each has its own counts, and nobody waits.
+            redis.hang()
+            try:
+                lone = keyed_as(one.url, "lone", rpm=RPM)
+                found = statuses(urls, lone, 2 * RPM)
+                assert set(found) == {200, 429}
+                assert found.count(200) >= 2 * RPM
+                assert "anabranch_shared_up 0.0" in metrics(one.url)
+            finally:
+                redis.go_on()
+
+
+def keyed_as(url, name, **fields):
+    status, made, _ = call(url, "POST", "/admin/keys", {"name": name, **fields}, "admin")
+    assert status == 200, made
+    return made["secret"]
+
+
+def metrics(url):
+    return call(url, "GET", "/metrics", key="admin")[1]
+
+
+def test_a_gateway_starts_without_redis_and_says_so(tmp_path):
+    top = '[shared]\nurl = "redis://127.0.0.1:1/0"\n'
+    config = mock_config(tmp_path / "gateway.toml", top=f"require_key = false\n{top}")
+    assert load_config(Path(config)).shared.prefix == "anabranch"
+    with served("--config", config) as running:
+        assert ask(running.url)[0] == 200
+        assert "anabranch_shared_up 0.0" in metrics(running.url)

@@ -1,0 +1,98 @@
+"""Turns: whose work is done next, and what becomes of work that fails or is given up. And that a key without room has no body read."""
+
+import asyncio
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import aiohttp
+import pytest
+
+from anabranch.errors import RateError
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http import exchange
+from anabranch.gateway.http.app import App
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.store.limits import RateLimits
+from anabranch.web.turns import Turns
+
+
+def test_senders_take_turns_and_each_keeps_its_order():
+    done, gate = [], threading.Event()
+
+    async def main():
+        with ThreadPoolExecutor(1) as executor:
+            turns = Turns(executor)
+            first = asyncio.create_task(turns.run("a", gate.wait))
+            await asyncio.sleep(0)
+            rest = [
+                asyncio.create_task(turns.run(whose, lambda name=(whose, at): done.append(name) or name))
+                for at, whose in enumerate("aaaabbc")
+            ]
+            await asyncio.sleep(0)
+            rest[1].cancel()
+            gate.set()
+            assert await first
+            found = await asyncio.gather(*rest, return_exceptions=True)
+            assert isinstance(found.pop(1), asyncio.CancelledError)
+            assert sorted(found) == sorted(done)
+            # It goes on after work that fails, and after who began it has gone.
+            with pytest.raises(ZeroDivisionError):
+                await turns.run("a", lambda: 1 / 0)
+            gate.clear()
+            gone = asyncio.create_task(turns.run("a", lambda: gate.wait() and 1 / 0))
+            await asyncio.sleep(0)
+            gone.cancel()
+            gate.set()
+            assert await turns.run("b", lambda: 7) == 7
+
+    asyncio.run(main())
+    assert done == [("a", 0), ("b", 4), ("c", 6), ("b", 5), ("a", 2), ("a", 3)]
+
+
+def test_a_look_takes_nothing_and_sees_what_is_gone():
+    now = [0.0]
+    limits = RateLimits(lambda: now[0])
+    for _ in range(5):
+        limits.look("a", rpm=1, tpm=10)
+    limits.admit("a", 10, rpm=1, tpm=10)
+    with pytest.raises(RateError, match="1 requests"):
+        limits.look("a", rpm=1, tpm=10)
+    limits.look("b", rpm=1, tpm=10)
+    now[0] = 60.0
+    limits.look("a", rpm=1, tpm=10)
+    limits.correct("a", 20, tpm=10)
+    with pytest.raises(RateError, match="10 tokens"):
+        limits.look("a", rpm=1, tpm=10)
+
+
+def test_a_large_body_of_a_key_without_room_is_not_read(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(exchange, "_parsed", lambda raw, parsed=exchange._parsed: read.append(len(raw)) or parsed(raw))
+    made = ModelConfig(
+        name="m", max_tokens=9, deployments=(DeploymentConfig(provider=Mock.Config(model="m", tokens=2)),)
+    )
+    config = GatewayConfig(models=(made,), store=str(tmp_path / "g.db"))
+    body = {"model": "m", "messages": [{"role": "user", "content": "x" * 400_000}]}
+
+    async def main():
+        async with Gateway(config) as gateway:
+            server = App(gateway).server()
+            listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+            url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1/chat/completions"
+            keys = [(await gateway.store.create_key(name, rpm=1))[0] for name in ("one", "other")]
+            said = []
+            try:
+                async with aiohttp.ClientSession() as session:
+                    for key in (keys[0], keys[0], keys[1]):
+                        head = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+                        async with session.post(url, data=json.dumps(body), headers=head) as reply:
+                            said.append((reply.status, reply.headers.get("retry-after") is not None))
+            finally:
+                listener.close()
+                await server.shutdown(0.1)
+            return said
+
+    assert asyncio.run(main()) == [(200, False), (429, True), (200, False)]
+    assert len(read) == 2

@@ -1,0 +1,89 @@
+"""A private Redis to test with, where its program and its client are installed."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+PROGRAM = shutil.which("redis-server") or shutil.which("valkey-server")
+
+
+def missing():
+    """Why there is none; None if there is."""
+    if importlib.util.find_spec("redis") is None:
+        return "the package redis is not installed (the extra redis)"
+    return None if PROGRAM else "no redis-server on this machine"
+
+
+class Redis:
+    """A server behind a Unix socket that keeps nothing on disk.
+
+    Attributes:
+        url: for clients.
+    """
+
+    def __init__(self, folder):
+        self._socket, self._process = folder / "s", None
+        self.url = f"unix://{self._socket}"
+
+    def start(self):
+        """Begin, with nothing in it."""
+        command = (
+            PROGRAM,
+            "--port",
+            "0",
+            "--unixsocket",
+            self._socket,
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+            self._socket.parent,
+        )
+        self._process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 20
+        while not self._answers():
+            assert time.monotonic() < until, "redis-server does not start"
+            assert self._process.poll() is None, "redis-server ended"
+            time.sleep(0.01)
+
+    def _answers(self):
+        import redis
+
+        try:
+            with redis.Redis.from_url(self.url, socket_timeout=5) as client:
+                return client.ping()
+        except redis.RedisError:
+            return False
+
+    def stop(self):
+        """End as a crash would."""
+        self._process.kill()
+        self._process.wait(20)
+
+    def hang(self):
+        """Take connections and answer nothing, until `go_on`."""
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def go_on(self):
+        """See `hang`."""
+        os.kill(self._process.pid, signal.SIGCONT)
+
+
+@contextmanager
+def redis_server():
+    """One that runs until the end of the block."""
+    folder = Path(tempfile.mkdtemp(prefix="rd", dir="/tmp"))  # a short path: sockets allow 107 bytes
+    made = Redis(folder)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(folder, ignore_errors=True)
