@@ -25,8 +25,11 @@ BARS: dict[str, tuple[Bar, ...]] = {
     "duo_llm": (Bar(1.67, ".* 25% big d=(192|[2-9][0-9][0-9]|[0-9]{4,}) .*"),),
     "elasticmoe": (Bar(5, "one device more.*"),),
     "expertflow": (Bar(1.5, peer="LRU per layer"), Bar(1.0, ".* 25% .*", "transformers")),
-    "fastrp": (Bar(3, peer="published.*"), Bar(1.0, peer=r"fastrp \(pip\)"), Bar(150, peer=r"PecanPy \+ gensim")),
-    "fully_ppr": (Bar(100, "dblp, decompose, .*"), Bar(1.0, ".*, exact, .*")),
+    "fastrp": (Bar(3, peer="published.*"), Bar(1.0, "(?!tuned).* columns, .*", r"fastrp \(pip\)"), Bar(100, "tuned, .*", "DeepWalk.*")),
+    "fully_ppr": (
+        Bar(10, "dblp, (decompose|exact), .* at equal error"),
+        Bar(3, "(ppi|blogcatalog), (decompose|exact), .* at equal error"),
+    ),
     "gateway_overhead": (
         Bar(3, "p50 added.*", "litellm"),
         Bar(0.5, "p50 added.*", "relay"),
@@ -47,6 +50,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(1.3, ".* E=64 .* training"),
     ),
     "parscale": (Bar(0.5, "decode 1 sequence, P = 4 against P = 1"),),
+    "ppr": (Bar(1.0, ".*: the first source, .*, L1 error .*"), Bar(10, ".*: the hundredth source, .*")),
     "prefill": (Bar(0.7, ".* bfloat16"),),
     "reuse": (
         Bar(0.99, ".*memory .*"),
@@ -83,6 +87,12 @@ BARS: dict[str, tuple[Bar, ...]] = {
 AWAITED: dict[str, frozenset[Bar]] = {
     # Of the first call in a process, with an empty cache and from it.
     "hnsw": frozenset({Bar(1.0, peer="bar")}),
+    # At equal terms; those before compared a tuned run with one that was not.
+    "fastrp": frozenset({Bar(100, "tuned, .*", "DeepWalk.*")}),
+    # Against blocks; those before were against loops.
+    "fully_ppr": frozenset(BARS["fully_ppr"]),
+    # Whose peers prepare, too.
+    "ppr": frozenset(BARS["ppr"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
     # Of processor time; the record has wall time alone.

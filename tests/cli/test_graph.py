@@ -168,6 +168,24 @@ def test_walks_are_indexed_and_asked(facts, place):
     np.testing.assert_allclose([row["score"] for row in ranking], scores)
 
 
+def test_an_index_of_walks_goes_along_with_its_graph(facts, run, place):
+    """As building the graph of all edges anew, and its index, would: by tables of edges, with a node that is new."""
+    facts("index", "edges.csv", "--walks", 40, "--out", "before.anb", "--seed", 3, "--threads", 1)
+    (place / "new.csv").write_text("source,target,weight\nann,zoe,2\nzoe,dan,1\n")
+    (place / "gone.csv").write_text("source,target\ncat,ann\n")
+    options = ["--add", "new.csv", "--remove", "gone.csv", "--out", "after.anb", "--out-graph", "after_graph.anb"]
+    found = facts("rewalk", "before.anb", "edges.csv", *options, "--threads", 1)
+    assert [found[name] for name in ("nodes", "new_nodes", "edges", "added", "removed")] == [7, 1, 7, 2, 1]
+    graph = Graph.load(place / "after_graph.anb")
+    assert graph.names.tolist() == ["ann", "bob", "cat", "dan", "eve", "x=1", "zoe"]
+    fresh = PowerWalk(walks=40, seed=3).build(graph).query(6, 3)
+    ranking = facts("ppr", "after_graph.anb", "zoe", "--index", "after.anb", "--top", 3)["ranking"]
+    assert [row["node"] for row in ranking] == graph.names_of(fresh[0]).tolist()
+    np.testing.assert_allclose([row["score"] for row in ranking], fresh[1])
+    out = run("rewalk", "after.anb", "after_graph.anb", "--add", "gone.csv", "--out", "b.anb", "--out-graph", "c.anb")
+    assert last(out) == ["wrote", "next"]
+
+
 # embed
 
 
@@ -387,6 +405,8 @@ MISTAKES = [
     ("ppr edges.csv --all --out x.csv --method guess", "method is 'guess'"),
     ("ppr edges.csv ann --index v.anb", "v.anb holds a hnsw index, not a powerwalk-index"),
     ("ppr edges.csv --index v.anb", "--index answers for seeds"),
+    ("rewalk walks.anb edges.csv --out z.anb --out-graph y.anb", "name a table of edges with --add"),
+    ("rewalk v.anb edges.csv --add seeds.csv --out z.anb --out-graph y.anb", "v.anb holds a hnsw index"),
     ("ppr empty.csv", "empty.csv"),
     ("embed edges.csv", "missing option '--out'"),
     ("embed edges.csv --out x.bin", "--out is 'x.bin'; its name must end in .npy"),

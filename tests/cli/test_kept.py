@@ -49,6 +49,11 @@ COMMANDS = {
     ),
     "graph predict": ("{fitted} {edges} --out {OUT}", {"fitted": "i.anb", "edges": "e.csv"}, {"OUT": "o.csv"}),
     "graph index": ("{vectors} --names {names} --out {OUT}", {"vectors": "v.npy", "names": "e.csv"}, {"OUT": "o.anb"}),
+    "graph rewalk": (
+        "{index} {source} --add {add} --remove {remove} --out {OUT} --out-graph {OUT_GRAPH}",
+        {"index": "i.anb", "source": "g.anb", "add": "a.csv", "remove": "r.csv"},
+        {"OUT": "o.anb", "OUT_GRAPH": "g2.anb"},
+    ),
     "graph search": (
         "{index} --queries {queries} --curve {CURVE} --out {OUT}",
         {"index": "i.anb", "queries": "q.npy"},

@@ -149,6 +149,7 @@ graph resume no.anb karate --save z.anb
 graph transform no.anb --out z.npy
 graph predict no.anb holes.parquet
 graph index huge.npy -o z.anb
+graph rewalk no.anb karate --add holes.parquet --out z.anb --out-graph z2.anb
 graph search no.anb huge.npy
 graph rank holes.parquet a
 graph peer z.db --items holes.parquet --rounds 0

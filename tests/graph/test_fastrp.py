@@ -700,6 +700,18 @@ def test_tuning_by_labels_finds_what_is_no_worse():
     assert found.trials == model.tune(graph, group_N, trials=9, dim=32, train_fraction=0.3, shuffles=(0, 1)).trials
 
 
+def test_tuning_tries_longer_walks_too():
+    """Each order in turn, and then around the best; a trial is what its own weights alone give."""
+    graph, group_N = blocks(within=0.25, between=0.04)
+    found = FastRP(32, seed=2).tune(graph, group_N, trials=12, dim=32, orders=(2, 3, 5), train_fraction=0.3)
+    lengths = [len(trial.weights) for trial in found.trials]
+    assert lengths[:6] == [2, 3, 5, 2, 3, 5]
+    assert len(set(lengths[8:])) == 1
+    for trial in found.trials[1:4]:
+        again = FastRP(32, trial.weights, trial.beta, seed=2).fit_transform(graph)
+        assert classify_nodes(again, group_N, train_fraction=0.3, seeds=(0,)).macro == pytest.approx(trial.score)
+
+
 def test_tuning_by_edges():
     graph, _ = blocks()
     held = hold_out_edges(graph, 0.1)
@@ -721,6 +733,9 @@ def test_tuning_by_edges():
         ({"labels": np.zeros(60, int), "trials": 0}, "trials is 0"),
         ({"labels": np.zeros(60, int), "objective": "accuracy"}, "objective is 'accuracy'"),
         ({"labels": np.zeros(60, int), "order": 0}, "order is 0"),
+        ({"labels": np.zeros(60, int), "orders": ()}, r"order is \(\)"),
+        ({"labels": np.zeros(60, int), "orders": (3, 0)}, r"order is \(3, 0\)"),
+        ({"labels": np.zeros(60, int), "order": 2, "orders": (3,)}, "either order or orders"),
     ],
 )
 def test_tuning_that_cannot_be(options, message):

@@ -395,6 +395,78 @@ def test_an_update_is_a_new_build_that_walks_less(changes):
     assert len(found.update(changed)) == 0
 
 
+@settings(max_examples=15)
+@given(st.integers(0, 10_000), st.booleans(), st.booleans(), st.sampled_from(DANGLING), st.sampled_from([0, 2]))
+def test_an_update_by_edges_with_new_nodes_is_a_build_from_all_edges(seed, directed, weighted, dangling, least):
+    """To the byte: the graph, every row, and so every answer."""
+    graph = random_graph(seed, num_nodes=40, num_edges=60, directed=directed, weighted=weighted)
+    options = {"walks": 8, "dangling": dangling, "min_in_degree": least}
+    found = PowerWalk(**options).build(graph)
+    generator = np.random.default_rng(seed)
+    source, target, weight = graph.edges()
+    gone = generator.permutation(len(source))[:4]
+    # Some go to new nodes, some come from there.
+    added = np.concatenate([generator.integers(0, 44, (5, 2)), [[3, 43], [42, 5]]])
+    more = generator.lognormal(0, 1, len(added)).astype(np.float32)
+    kept = np.delete(np.arange(len(source)), gone)
+    weights = np.append(weight[kept], more) if weighted else None
+    rebuilt = Graph.from_edges(
+        np.append(source[kept], added[:, 0]), np.append(target[kept], added[:, 1]), weights, directed, 44
+    )
+    removed = np.stack([target[gone], source[gone]], 1) if not directed else (source[gone], target[gone])
+    edges = (added[:, 0], added[:, 1], more) if weighted else added
+    stale = found.update(edges_added=edges, edges_removed=removed)
+    assert found.graph.equals(rebuilt)
+    if least == 0:
+        assert {40, 41, 42, 43} <= set(stale[:4].tolist())
+    fresh = PowerWalk(**options).build(rebuilt)
+    # A node whose in-edges went keeps its row; all others are those of a build.
+    left = found._index.has_N & ~fresh._index.has_N
+    assert least or not left.any()
+    for node in np.flatnonzero(fresh._index.has_N):
+        for one, other in zip(found.fingerprint(node), fresh.fingerprint(node), strict=True):
+            assert np.array_equal(one, other)
+    if not left.any():
+        assert same_index(found, fresh)
+
+
+def test_new_nodes_answer_before_they_are_walked_and_after(tmp_path):
+    """By exact scores of the new graph: within the error of an index that was built of it."""
+    graph = connected(num_nodes=60)
+    found = PowerWalk(walks=400, track=True).build(graph)
+    stale = found.update(edges_added=[(3, 60), (60, 61), (61, 7)], refresh=False)
+    assert set(stale[:2]) == {60, 61}
+    waiting = found.query(61, rounds=3, eps=0)[1].sum()
+    assert waiting == pytest.approx(1, abs=1e-6)
+    found.refresh()
+    fresh = PowerWalk(walks=400, track=True).build(found.graph)
+    assert same_index(found, fresh)
+    for node in (60, 61, 3, 30):
+        error = np.abs(spread(found.query(node), 62) - dense_ppr(found.graph, node)).sum()
+        assert error <= 0.85**2 * 0.35
+    found.save(tmp_path / "new.anb")
+    assert same_index(PowerWalk.load(tmp_path / "new.anb", found.graph), fresh)
+
+
+def test_an_index_of_chosen_nodes_gets_no_rows_of_new_ones():
+    found = PowerWalk(walks=5).build(connected(num_nodes=30), [1, 2, 3])
+    found.update(edges_added=[(0, 30)])
+    assert np.flatnonzero(found._index.has_N).tolist() == [1, 2, 3]
+    ids, scores = found.query(30)
+    assert 30 in ids[:2]
+    assert scores.sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_graph_whose_nodes_are_others_is_no_successor():
+    named = Graph.from_edges([0, 1], [1, 2], names=["a", "b", "c"])
+    found = PowerWalk(walks=5).build(named)
+    with pytest.raises(InputError, match="node 1 is 'x' in the graph and 'b' in the index"):
+        found.update(Graph.from_edges([0, 1], [1, 2], names=["a", "x", "c"]))
+    found.update(edges_added=[("c", "d")], edges_removed=[("b", "a")])
+    assert found.graph.names.tolist() == ["a", "b", "c", "d"]
+    assert same_index(found, PowerWalk(walks=5).build(found.graph))
+
+
 def test_rows_can_wait_to_be_refreshed():
     graph = connected(num_nodes=60)
     source, target, weight = graph.edges()
@@ -529,7 +601,9 @@ def test_bad_arguments_name_what_is_wrong():
         (lambda: found.query_batch([0], method="backward", rounds="auto"), "needs a number of rounds"),
         (lambda: found.query_batch([0, 31]), "node 31 is not one of"),
         (lambda: found.refresh(0), "fraction is 0"),
-        (lambda: found.update(random_graph(0, num_nodes=31)), "the graph has 31 nodes"),
+        (lambda: found.update(random_graph(0, num_nodes=29)), "the graph has 29 nodes"),
+        (lambda: found.update(), "give the changed graph, or the edges"),
+        (lambda: found.update(graph, edges_added=[(0, 1)]), "give the changed graph, or the edges"),
         (lambda: PowerWalk(walks=3, keep=2).build(graph).update(graph), "track=True"),
     ):
         with pytest.raises(InputError, match=message.replace(".", r"\.")):

@@ -1,4 +1,5 @@
 import importlib
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +21,7 @@ from anabranch.graph.ppr import (
     prepare,
     solve,
 )
+from anabranch.graph.ppr.factor import as_it_is
 from anabranch.graph.ppr.push import PushBuffers
 from anabranch.graph.rows import order_top, top_of_dense
 
@@ -78,7 +80,7 @@ def test_every_exact_method_against_linear_algebra(dangling, directed, weighted)
     transition = Transition(graph, ALPHA, dangling)
     exact = [dense_ppr(graph, node, dangling) for node in range(graph.num_nodes)]
     block_NB = power_block(transition, range(graph.num_nodes), tol=1e-12)
-    factors = {few: prepare(transition, few) for few in (0, 2, 8)}
+    factors = {few: prepare(transition, few) for few in (0, 2, 8)} | {"as it is": as_it_is(transition)}
     for node in range(graph.num_nodes):
         found = {
             "power": power_iteration(transition, node, tol=1e-12),
@@ -181,7 +183,7 @@ def test_every_method_keeps_its_promise(seed, directed, dangling, tol, alpha):
     graph = random_graph(seed, num_nodes=25, num_edges=60, directed=directed)
     node = seed % 25
     exact = dense_ppr(graph, node, dangling, alpha)
-    for method in ("solve", "power", "push"):
+    for method in ("auto", "solve", "power", "push"):
         found = PageRank(alpha, method, tol, dangling).vector(graph, node)
         assert np.abs(found - exact).sum() <= tol + 1e-12, method
         assert found.min() >= -tol
@@ -335,9 +337,141 @@ def test_a_query_takes_what_another_graph_left():
     assert ours.get_params()["alpha"] == 0.5
 
 
+def test_threads_that_ask_a_graph_that_is_not_prepared():
+    graph = random_graph(3, num_nodes=200, num_edges=900)
+    exact = [dense_ppr(graph, node) for node in range(40)]
+    ours = PageRank(tol=1e-9)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda node: ours.vector(graph, node), range(40)))
+    assert max(np.abs(one - other).sum() for one, other in zip(found, exact, strict=True)) <= 1e-9
+
+
+@pytest.fixture
+def factors_made(monkeypatch):
+    """Names of the factors that are made, in order."""
+    made = []
+    pagerank = importlib.import_module("anabranch.graph.ppr.pagerank")
+    for name in ("prepare", "as_it_is"):
+        real = getattr(pagerank, name)
+
+        def counted(*arguments, name=name, real=real):
+            made.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(pagerank, name, counted)
+    return made
+
+
+def test_auto_prepares_when_queries_have_cost_as_much(factors_made):
+    graph = Graph.from_edges(*np.random.default_rng(0).integers(0, 400, (2, 2000)), num_nodes=400)
+    ours = PageRank(tol=1e-8)
+    for number in range(40):
+        found = dense(ours.personalized(graph, number), 400)
+        assert np.abs(found - power_iteration(graph, number, tol=1e-12)).sum() <= 1e-8
+        assert len(factors_made) == 1 or number > 2
+    # Once each: for the first queries, and for the others.
+    assert factors_made == ["as_it_is", "prepare"]
+    # A batch knows how many come; whoever says so needs none to come.
+    for large in (lambda ours: ours.batch(graph, range(20)), lambda ours: ours.prepare(graph)):
+        factors_made.clear()
+        large(PageRank(tol=1e-8))
+        assert factors_made == ["prepare"]
+    factors_made.clear()
+    PageRank(tol=1e-8).batch(graph, range(2))
+    PageRank(method="push").prepare(graph)
+    assert factors_made == ["as_it_is"]
+
+
+def test_a_first_query_of_a_wide_tolerance_looks_around_itself_alone(factors_made):
+    count = 5000
+    ring = Graph.from_edges(np.arange(count), (np.arange(count) + 1) % count)
+    ours = PageRank(tol=1e-3)
+    ids, scores = ours.personalized(ring, 77)
+    assert len(ids) < 300
+    assert factors_made == []
+    assert np.all(np.diff(scores) <= 0)
+    assert np.abs(dense((ids, scores), count) - power_iteration(ring, 77, tol=1e-13)).sum() <= 1e-3
+    assert np.array_equal(ours.personalized(ring, 77, top_k=3)[0], ids[:3])
+    assert np.array_equal(ours.vector(ring, 77), dense((ids, scores), count))
+    assert ours._last.reads < 20_000
+
+
+def test_a_large_graph_is_never_eliminated_nor_its_edges_copied(monkeypatch, factors_made):
+    monkeypatch.setattr("anabranch.graph.ppr.pagerank.LARGE", 10)
+    graph = random_graph(5, directed=False)
+    if graph.num_self_loops:
+        source, target, weight = graph.edges()
+        kept = source != target
+        graph = Graph.from_edges(source[kept], target[kept], weight[kept], num_nodes=30)
+    ours = PageRank(tol=1e-10).prepare(graph)
+    assert factors_made == ["as_it_is"]
+    core = ours._last.make_factor()[0].core
+    assert np.shares_memory(core.indices, graph.indices)
+    assert np.shares_memory(core.values, graph.weights)
+    assert np.abs(ours.vector(graph, 3) - dense_ppr(graph, 3)).sum() <= 1e-10
+
+
+def peak_of(work):
+    """Most bytes that arrays made in Python held at once; kernels here make none that matter."""
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def unseen(graph):
+    """The same arrays without degrees, sums and whatever else a graph remembers."""
+    return Graph(graph.indptr, graph.indices, graph.weights, graph.is_directed)
+
+
+@pytest.mark.parametrize(("directed", "weighted"), [(False, False), (False, True), (True, True)])
+def test_memory_is_what_the_formula_says(directed, weighted):
+    """In units of nodes and edges, so that nothing depends on the machine."""
+    generator = np.random.default_rng(0)
+    ends = generator.integers(0, 4000, (2, 60_000))
+    ends = ends[:, ends[0] != ends[1]]
+    graph = Graph.from_edges(*ends, generator.lognormal(0, 1, ends.shape[1]) if weighted else None, directed, 4000)
+    nodes, edges = graph.num_nodes, len(graph.indices)
+    works = {
+        "scores": (lambda graph: PageRank(tol=1e-4).scores(graph), 40 * nodes),
+        "once": (lambda graph: PageRank().vector(graph, 7), PageRank.peak_bytes(nodes, edges, weighted, directed)),
+        "prepared": (
+            lambda graph: PageRank().prepare(graph).vector(graph, 7),
+            PageRank.peak_bytes(nodes, edges, weighted, directed, prepared=True),
+        ),
+    }
+    for name, (work, formula) in works.items():
+        # Kernels are compiled or loaded.
+        work(unseen(graph))
+        made = unseen(graph)
+        peak = peak_of(lambda work=work, made=made: work(made))
+        assert peak <= formula + 50_000, (name, peak / nodes, peak / edges)
+        # And is no loose bound.
+        assert peak >= 0.4 * formula, (name, peak / nodes, peak / edges)
+        if name == "scores" or not directed:
+            assert "reversed" not in vars(made) or made.reversed is made
+
+
+def test_global_scores_of_walks_that_are_lost_are_scaled_within_the_tolerance():
+    """Most walks of this graph are lost at once, so what is left must be known better than the tolerance."""
+    star = Graph.from_edges(np.arange(1, 50), np.zeros(49, int), directed=True)
+    matrix = star.to_scipy(np.float64).toarray()
+    matrix[0] = 1 / 50
+    exact = ALPHA / 50 * np.linalg.solve(np.eye(50) - 0.85 * matrix.T, np.ones(50))
+    for tol in (0.5, 1e-2, 1e-6, 1e-12):
+        for dangling in ("source", "uniform"):
+            found = PageRank(tol=tol, dangling=dangling).scores(star)
+            assert np.abs(found - exact).sum() <= tol
+            assert found.sum() == pytest.approx(1, abs=1e-12)
+    absorbed = PageRank(tol=1e-12, dangling="absorb").scores(star)
+    matrix[0] = np.eye(50)[0]
+    assert np.abs(absorbed - ALPHA / 50 * np.linalg.solve(np.eye(50) - 0.85 * matrix.T, np.ones(50))).sum() <= 1e-12
+
+
 def test_threads_share_one_object():
     graph = random_graph(3, num_nodes=200, num_edges=900)
-    ours = PageRank(tol=1e-9)
+    ours = PageRank(tol=1e-9).prepare(graph)
     alone = [ours.vector(graph, node) for node in range(100)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda node: ours.vector(graph, node), range(100)))

@@ -262,6 +262,16 @@ def select_rows(indptr, indices, weights, nodes, new_id_N, new_indptr, new_indic
 
 
 @nb.njit(cache=True, nogil=True)
+def sum_rows(indptr, weights, sum_R):
+    """The sum of each row's weights, in float64 without a copy of them."""
+    for row in range(len(sum_R)):
+        total = 0.0
+        for place in range(indptr[row], indptr[row + 1]):
+            total += weights[place]
+        sum_R[row] = total
+
+
+@nb.njit(cache=True, nogil=True)
 def count_loops(indptr, indices):
     """Edges from a node to itself."""
     found = 0

@@ -138,6 +138,11 @@ class NumbaProducts:
         return np.empty(shape, self.operator.left_N.dtype)
 
 
+def multiply_block(of: Operator, x_NW: np.ndarray, out_NW: np.ndarray) -> None:
+    """out <- diag(left) A x of one block of `BLOCK` columns, C-contiguous and of the working type, in this thread."""
+    _multiply(of.indptr, of.indices, of.value_M, of.left_N, x_NW, out_NW, 0, of.num_rows)
+
+
 class ScipyProducts:
     """With scipy's product, one thread."""
 

@@ -207,10 +207,9 @@ class Graph:
         """float64 [N], the sum of each node's weights; its degree without weights."""
         if self.weights is None:
             return self.degree_N.astype(np.float64)
-        # Reduceat needs a place behind the last row.
-        padded = np.append(self.weights, np.float32(0)).astype(np.float64)
-        sums = np.add.reduceat(padded, self.indptr[:-1]) if self.num_nodes else np.empty(0)
-        return np.where(self.degree_N > 0, sums, 0.0)
+        sum_N = np.empty(self.num_nodes)
+        csr.sum_rows(self.indptr, self.weights, sum_N)
+        return sum_N
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from anabranch.cli.graph.ppr import ppr
 from anabranch.cli.graph.predict import predict
 from anabranch.cli.graph.rank import rank
 from anabranch.cli.graph.resume import resume
+from anabranch.cli.graph.rewalk import rewalk
 from anabranch.cli.graph.search import search
 from anabranch.cli.graph.serve import serve
 from anabranch.cli.graph.transform import transform
@@ -35,6 +36,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "transform": transform,
     "predict": predict,
     "index": index,
+    "rewalk": rewalk,
     "search": search,
     "remove": remove,
     "update": update,

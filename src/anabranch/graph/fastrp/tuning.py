@@ -3,6 +3,7 @@ products serves several trials.
 
 As published: vectors of 64 columns, rows normalised, weights (0, ..., 0, 1, w) with w log-uniform in [1, 64], beta uniform in [-1, 0],
 macro F1 at 10% training nodes. Ours draws points that fill the ranges evenly (van der Corput's), the second half of them near the best.
+``orders`` also tries longer walks, which cost no further products: powers of the longest are those of all.
 """
 
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ def tune(
     trials: int = 20,
     dim: int = 64,
     order: int | None = None,
+    orders: Sequence[int] | None = None,
     objective: Literal["macro_f1", "micro_f1"] = "macro_f1",
     train_fraction: float = 0.1,
     shuffles: Sequence[int] = (0,),
@@ -84,6 +86,7 @@ def tune(
         trials: how many points.
         dim: columns during the search.
         order: q; default as in ``model``.
+        orders: several q instead, tried in turn.
         objective: which F1.
         train_fraction: of nodes. ``shuffles``: seeds of splits, means are taken. ``C``: of the classifier.
 
@@ -95,9 +98,11 @@ def tune(
         raise InputError(f"trials is {trials}; it must be at least 1")
     if objective not in ("macro_f1", "micro_f1"):
         raise InputError(f"objective is {objective!r}; it must be 'macro_f1' or 'micro_f1'")
-    count = len(model.weights) if order is None else order
-    if count < 1:
-        raise InputError(f"order is {order}; it must be at least 1")
+    if order is not None and orders is not None:
+        raise InputError("give either order or orders, not both")
+    counts = tuple(orders) if orders is not None else (len(model.weights) if order is None else order,)
+    if not counts or min(counts) < 1:
+        raise InputError(f"order is {order if orders is None else orders}; it must be at least 1")
 
     def score(embedding_ND: np.ndarray) -> float:
         if edges is not None:
@@ -111,11 +116,13 @@ def tune(
         group = len(done) // PER_POWERS
         near = max(done, key=lambda trial: trial.score) if 2 * len(done) >= trials and done else None
         beta = _point(group, 2, -1.0, 0.0, None if near is None else near.beta)
-        small = _like(model, dim=dim, beta=beta, weights=_weights(count, 1.0))
-        powers = small.powers(source, count)
+        small = _like(model, dim=dim, beta=beta, weights=_weights(max(counts), 1.0))
+        powers = small.powers(source, max(counts))
         for place in range(min(PER_POWERS, trials - len(done))):
             last = None if near is None else float(np.log(near.weights[-1]))
             size = float(np.exp(_point(group * PER_POWERS + place, 3, 0.0, float(np.log(LARGEST)), last)))
+            # The better half goes by the best trial's.
+            count = counts[len(done) % len(counts)] if near is None else len(near.weights)
             weights = _weights(count, size)
             done.append(Trial(beta, weights, score(small.combine(powers, weights))))
     best = max(done, key=lambda trial: trial.score)

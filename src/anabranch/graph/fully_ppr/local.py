@@ -127,8 +127,22 @@ def _walk_rows(
 
 
 def exact_work(graph: Graph, alpha: float, dangling: Dangling, tol: float, top_k: int | None, least: float) -> Work:
-    """Rows within ``tol`` of the truth in L1, float64: elimination and conjugate gradients, or forward push where ``tol`` is wide."""
-    model = PageRank(alpha, "push" if tol >= LOCAL else "solve", tol, dangling)
+    """Rows within ``tol`` of the truth in L1, float64.
+
+    By blocks of sources where nothing of the graph can be eliminated; else one after another, by elimination and conjugate gradients, or
+    by forward push where ``tol`` is wide.
+    """
+    model = PageRank(alpha, "solve", tol, dangling)
+    blocks = model.blocks(graph)
+    if blocks is not None:
+
+        def work_in_blocks(source_C: np.ndarray) -> SparseRows:
+            parsed = [(source_C[place : place + 1], np.ones(1)) for place in range(len(source_C))]
+            return at_least(SparseRows.from_rows(blocks.rows(parsed, top_k), graph.num_nodes, dtype=np.float64), least)
+
+        return work_in_blocks
+    if tol >= LOCAL:
+        model.set_params(method="push")
     # What queries share is made once, before threads ask for it.
     model.personalized(graph, 0, 1)
 

@@ -10,8 +10,10 @@ import numpy as np
 from anabranch import machine
 from anabranch.errors import CapacityError, InputError
 from anabranch.graph.fully_ppr.devices import num_walks
+from anabranch.graph.ppr.blocks import MOST_NODES
 from anabranch.graph.ppr.rules import check_alpha, check_dangling, check_tol
 from anabranch.graph.ppr.walks import check_count
+from anabranch.graph.projection import BLOCK
 from anabranch.graph.rows import check_top_k, id_type
 from anabranch.graph.store import Graph
 from anabranch.graph.workers import num_workers
@@ -164,8 +166,10 @@ def index_bytes(graph: Graph, walks: int, alpha: float) -> float:
 
 
 def exact_bytes(graph: Graph, workers: int) -> float:
-    """Bytes of exact solutions, about: an eliminated graph of up to twice the edges, and ten vectors of N per thread."""
-    return graph.nbytes + 2 * 12 * len(graph.indices) + 80 * graph.num_nodes * (workers + 1)
+    """Bytes of exact solutions, about: eliminating, and ten vectors of N or four blocks of `BLOCK` vectors per thread."""
+    size = graph.num_nodes
+    in_blocks = 32 * BLOCK * workers * size if not graph.is_directed and size <= MOST_NODES else 0
+    return graph.nbytes + 30 * (len(graph.indices) + size) + 80 * size * (workers + 1) + in_blocks
 
 
 def row_bytes(graph: Graph, top_k: int | None, most: int, score_bytes: int = 4) -> int:

@@ -11,11 +11,21 @@ from numpy.typing import ArrayLike
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.coerce import as_graph
+from anabranch.graph.delta import with_changes
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.powerwalk.batch import backward_rows, forward_rows, prefers_backward
 from anabranch.graph.powerwalk.index import Moves, Plan, adopted, make_chunks
 from anabranch.graph.powerwalk.query import decompose, take
-from anabranch.graph.powerwalk.stored import KIND, Gathered, Index, changed_nodes, check_mark, mark, read
+from anabranch.graph.powerwalk.stored import (
+    KIND,
+    Gathered,
+    Index,
+    changed_nodes,
+    check_mark,
+    check_successor,
+    mark,
+    read,
+)
 from anabranch.graph.ppr.pagerank import PageRank
 from anabranch.graph.ppr.rules import GOES_ON, Dangling, Transition, answer, check_alpha, check_dangling, parse_seeds
 from anabranch.graph.ppr.walks import Mode, check_count, check_mode, check_seed
@@ -34,6 +44,9 @@ EXACT_ROUNDS = 12
 
 # Of rounds="auto".
 MOST_ROUNDS = 8
+
+# Beyond any share of visits: rows that are not there at all come first.
+NEW = 1e-6
 DTYPES = {"f16": np.float16, "f32": np.float32}
 
 
@@ -388,36 +401,60 @@ class PowerWalk(Estimator):
 
     # Keeping it
 
-    def update(self, graph: Any, *, refresh: bool = True) -> np.ndarray:
-        """Go over to a changed graph of as many nodes; only rows whose walks met a change are walked again.
+    def update(
+        self,
+        graph: Any = None,
+        *,
+        edges_added: Any = None,
+        edges_removed: Any = None,
+        num_nodes: int | None = None,
+        refresh: bool = True,
+    ) -> np.ndarray:
+        """Go over to a changed graph, given whole or by its edges that are new and gone; only rows that a change touches are walked.
 
         The result is what `build` makes of the new graph, row by row. Rows are found by what the index holds (full paths, not cut),
-        or by what was tracked.
+        or by what was tracked. New nodes get rows where `build` would give them some, in an index of chosen ``nodes`` none; a node
+        whose in-edges fall below ``min_in_degree`` keeps its row. The new graph is `graph` afterwards.
 
         Args:
-            graph: the new graph, whatever `as_graph` takes.
-            refresh: walk at once; otherwise rows wait as stale until `refresh`.
+            graph: the new graph, whatever `as_graph` takes: the old nodes in their order, new ones after them.
+            edges_added: edges instead, rows ``(u, v)`` or ``(u, v, weight)`` or a tuple of columns; ends that are not known are new
+                nodes. See `anabranch.graph.delta.with_changes`.
+            edges_removed: likewise, without weights.
+            num_nodes: nodes afterwards, where some new ones have no edge.
+            refresh: walk at once; otherwise rows wait as stale until `refresh`, and new nodes answer without a row of their own.
 
         Returns:
-            Ids of the stale rows, those with the largest share of visits at changed nodes first.
+            Ids of the stale rows: those of new nodes, then those with the largest share of visits at changed nodes.
 
         Raises:
-            InputError: the number of nodes differs, or the index cannot say where walks passed.
+            InputError: a graph and edges, or neither; edges as in `with_changes`; a graph of fewer nodes or other names; or the index
+                cannot say where walks passed.
         """
         index = self._built()
-        given, old = as_graph(graph, allow_negative=True), index.transition.graph
-        graph = given.numbered()
-        if graph.num_nodes != old.num_nodes:
-            raise InputError(f"the graph has {graph.num_nodes:,} nodes, the index {old.num_nodes:,}; build a new index")
+        old = index.transition.graph
+        changes = (edges_added, edges_removed, num_nodes)
+        if (graph is None) == all(change is None for change in changes):
+            raise InputError("give the changed graph, or the edges that were added and removed")
         cut = self.keep is not None or (self.mass is not None and self.mass < 1)
         if (self.mode == "endpoint" or cut) and not self.track:
             raise InputError(
                 "this index does not say where walks passed (end points, or cut rows); build it with track=True"
             )
-        share_N = np.maximum(index.stale(changed_nodes(old, graph)), self._stale_N)
-        arrays = index.arrays()
-        self._index, self._asked = Index(Transition(graph, self.alpha, self.dangling), arrays, self._unit()), given
-        self._stale_N = share_N
+        if graph is None:
+            given = with_changes(self.graph, edges_added, edges_removed, num_nodes=num_nodes)
+        else:
+            given = as_graph(graph, allow_negative=True)
+        graph = given.numbered()
+        check_successor(old, graph)
+        share_N = np.zeros(graph.num_nodes)
+        share_N[: old.num_nodes] = np.maximum(index.stale(changed_nodes(old, graph)), self._stale_N)
+        grown = index.grown(Transition(graph, self.alpha, self.dangling))
+        # Whoever chose nodes chose them all.
+        if np.array_equal(np.flatnonzero(index.has_N), self._sources(old, None)):
+            wanted = self._sources(graph, None)
+            share_N[wanted[~grown.has_N[wanted]]] = 1.0 + NEW
+        self._index, self._asked, self._stale_N = grown, given, share_N
         stale = self.stale
         if refresh:
             self.refresh()

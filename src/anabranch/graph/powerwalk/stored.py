@@ -9,7 +9,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-from anabranch.errors import DataError
+from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.powerwalk.index import Chunk, stored_counts
 from anabranch.graph.powerwalk.query import Lookup, QueryBuffers, read_count
@@ -101,6 +101,19 @@ class Index:
             _mark_seen(self.seen_ptr, self.seen, changed_N, share_N)
         return share_N
 
+    def grown(self, transition: Transition) -> "Index":
+        """The index for another graph, whose nodes beyond those of this one have no rows yet."""
+        arrays, more = self.arrays(), transition.num_nodes - len(self.has_N)
+        if more:
+            for name in ("indptr", "seen_ptr"):
+                if len(arrays[name]):
+                    arrays[name] = np.append(arrays[name], np.full(more, arrays[name][-1]))
+            for name in ("has", "total", "cut"):
+                arrays[name] = np.append(arrays[name], np.zeros(more, arrays[name].dtype))
+            for name in ("ids", "seen"):
+                arrays[name] = arrays[name].astype(id_type(transition.num_nodes), copy=False)
+        return Index(transition, arrays, self.unit)
+
     def replaced(self, transition: Transition, nodes: np.ndarray, made: "Gathered") -> "Index":
         """The index with the rows of ``nodes`` from ``made``, for another graph of as many nodes."""
         facts = made.facts()
@@ -115,7 +128,7 @@ class Index:
             arrays["seen_ptr"], arrays["seen"], _ = _merged(
                 (self.seen_ptr, self.seen, self.seen), (facts["seen_ptr"], facts["seen"], facts["seen"]), is_new_N
             )
-        for name in ("total", "cut"):
+        for name in ("total", "cut", "has"):
             arrays[name] = np.where(is_new_N, facts[name], arrays[name])
         return Index(transition, arrays, self.unit)
 
@@ -220,8 +233,25 @@ def check_mark(path: str | Path, found: dict[str, int], graph: Graph) -> None:
         )
 
 
+def check_successor(old: Graph, new: Graph) -> None:
+    """Raises InputError unless the nodes of ``old`` are the first of ``new``."""
+    if new.num_nodes < old.num_nodes:
+        raise InputError(
+            f"the graph has {new.num_nodes:,} nodes, the index {old.num_nodes:,}; nodes do not go away: remove their edges, or "
+            "build a new index"
+        )
+    if old.names is not None and new.names is not None:
+        differ = np.flatnonzero(new.names[: old.num_nodes] != old.names)
+        if differ.size:
+            place = differ[0]
+            raise InputError(
+                f"node {place} is {new.names[place]!r} in the graph and {old.names[place]!r} in the index; keep the order of "
+                "nodes, with new ones after the old"
+            )
+
+
 def changed_nodes(old: Graph, new: Graph) -> np.ndarray:
-    """bool [N]: nodes whose out-edges or their weights differ."""
+    """bool [N of the old graph]: its nodes whose out-edges or their weights differ in the new one, which has no fewer nodes."""
     differs_N = np.zeros(old.num_nodes, bool)
     empty = np.empty(0, np.float32)
     before, after = (empty if graph.weights is None else graph.weights for graph in (old, new))

@@ -7,11 +7,12 @@
 `anabranch.graph.ppr.rules` states the walk, its dead ends and the bound on the error.
 """
 
+from anabranch.graph.ppr.factor import Factor, prepare
 from anabranch.graph.ppr.pagerank import PageRank
 from anabranch.graph.ppr.power import power_block, power_iteration, power_rows
 from anabranch.graph.ppr.push import Scores, forward_push
 from anabranch.graph.ppr.rules import Dangling, Transition, parse_seeds
-from anabranch.graph.ppr.solve import Factor, prepare, solve
+from anabranch.graph.ppr.solve import solve
 from anabranch.graph.ppr.walks import monte_carlo
 
 __all__ = [

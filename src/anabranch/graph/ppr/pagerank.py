@@ -1,20 +1,23 @@
 """`PageRank`: one object for global and personalised PageRank by whichever method is quickest."""
 # Shapes: N nodes, Q queries
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, Self, TypeVar, get_args
 
 import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
+from anabranch.graph.ppr.blocks import Blocks
+from anabranch.graph.ppr.factor import Factor, as_it_is, prepare
+from anabranch.graph.ppr.leaky import from_anywhere
+from anabranch.graph.ppr.once import solve_once
 from anabranch.graph.ppr.power import BLOCK, power_iteration, power_rows
 from anabranch.graph.ppr.push import PushBuffers, forward_push
 from anabranch.graph.ppr.rules import (
-    GOES_ON,
     Dangling,
     Transition,
     answer,
@@ -24,16 +27,25 @@ from anabranch.graph.ppr.rules import (
     parse_seeds,
     seed_nodes,
 )
-from anabranch.graph.ppr.solve import FEW, Factor, Workspace, prepare, solve
+from anabranch.graph.ppr.solve import Workspace, solve
 from anabranch.graph.ppr.walks import check_count, check_seed, monte_carlo
-from anabranch.graph.rows import SparseRows, check_top_k, top_of_dense
+from anabranch.graph.rows import SparseRows, check_top_k, order_top, top_of_dense
 from anabranch.graph.store import Graph
 
 T = TypeVar("T")
 Method = Literal["auto", "solve", "power", "push", "monte_carlo"]
 
-# Stored edges above which `prepare` leaves the graph as it is: elimination would take seconds and gigabytes.
+# Stored edges above which nothing is eliminated: it would take seconds and gigabytes.
 LARGE = 5_000_000
+
+# Passes over the edges that eliminating is reckoned to cost; so much is spent on queries before it is thought worth it.
+WORTH = 100
+
+# A batch of fewer is answered one by one.
+FEW_QUERIES = 8
+
+# That one query of a graph that is not prepared is reckoned to cost.
+PASSES = 12
 
 
 class PageRank(Estimator):
@@ -43,12 +55,21 @@ class PageRank(Estimator):
         alpha: probability that a walk ends (teleports) before each step; 1 - alpha is what other libraries call damping.
         method: ``solve`` (elimination once per graph, then conjugate gradients), ``power`` (power iteration), ``push`` (forward push,
             which looks at no more of the graph than the tolerance needs), ``monte_carlo`` (``walks`` random walks, no bound), or
-            ``auto``: ``solve``.
+            ``auto``: while the graph is not prepared, push, and where that would read much of the graph conjugate gradients for what it
+            leaves (`anabranch.graph.ppr.once`); ``solve`` once queries have cost what preparing does, a batch is large enough, or
+            after `prepare`. Answers before and after agree within ``tol``, not to the bit.
         tol: L1 error allowed; proven for every method but ``monte_carlo``.
         dangling: what walks do at nodes without out-edges, see `anabranch.graph.ppr.rules`. The default is networkx's rule; ``source``
             was that of earlier releases, and differs for several seeds.
         walks: of ``monte_carlo``, per query.
         seed: of its randomness.
+
+    Memory beside the graph, in bytes, for N nodes and M stored edges (w is 4 for weighted graphs, else 0; `peak_bytes` adds them up):
+
+        scores           16 N, and 24 N for degrees, their inverses and sums of weights, which stay with the graph
+        a query          180 N; directed graphs and those with self-loops 215 N + (4 + w) M: edges by target
+        prepared         at most 30 (M + N) more while nodes are eliminated, of which a factor of 12 bytes an entry stays; above 5 million
+                         stored edges nothing is eliminated, and no edge of an undirected graph without loops is copied
 
     Raises:
         InputError: an argument out of range.
@@ -83,10 +104,36 @@ class PageRank(Estimator):
         Equals that of other libraries at damping 1 - alpha.
         """
         transition = self._prepared(graph).transition
-        # A walk that starts anywhere goes back to anywhere.
-        if transition.dangling in GOES_ON:
-            transition = Transition(transition.graph, self.alpha, "uniform")
-        return power_iteration(transition, np.arange(transition.num_nodes), tol=self.tol)
+        dead, is_absorbing = transition.dangling_nodes, self.dangling == "absorb"
+        parts = (transition.out, transition.graph.strength_N, self.alpha, is_absorbing)
+        if not len(dead) or is_absorbing:
+            leaky_N, _ = from_anywhere(*parts, self.tol)
+            leaky_N[dead] /= self.alpha
+            return leaky_N
+        # A walk that starts anywhere goes back to anywhere: each lost one starts over. To scale twice the error at most.
+        leaky_N, _ = from_anywhere(*parts, self.tol / 2)
+        leaky_N /= leaky_N.sum()
+        return leaky_N
+
+    def prepare(self, graph: Any) -> Self:
+        """Do now what queries of this graph share (for ``auto`` and ``solve``: elimination), so that the first is as quick as others.
+
+        Raises InputError for a graph without nodes or with negative weights.
+        """
+        prepared = self._prepared(graph)
+        if self.method in ("auto", "solve"):
+            prepared.make_factor()
+        return self
+
+    @staticmethod
+    def peak_bytes(
+        num_nodes: int, num_stored_edges: int, is_weighted: bool = False, is_directed: bool = False, *,
+        prepared: bool = False,
+    ) -> int:  # fmt: skip
+        """Bytes that a query by ``auto`` holds at most beside the graph, before it is prepared or after; see the formula of the class."""
+        entries, width = num_stored_edges + num_nodes, 4 + 4 * is_weighted
+        once = 215 * num_nodes + width * num_stored_edges if is_directed else 180 * num_nodes
+        return once + 30 * entries if prepared and num_stored_edges <= LARGE else once
 
     def personalized(self, graph: Any, seeds: Any, top_k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Scores from one node or a set: nodes and scores float64 of all positive or the ``top_k`` largest, by falling score.
@@ -117,6 +164,12 @@ class PageRank(Estimator):
             found = forward_push(transition, seeds, tol=self.tol, top_k=top_k, buffers=buffers)
             prepared.buffers.give(buffers)
             return found.ids, found.scores
+        if self.method == "auto" and not prepared.is_worth():
+            ids, value = self._once(prepared, seeds)
+            if ids is None:
+                return top_of_dense(value, top_k)
+            count = order_top(ids, value, len(ids), check_top_k(top_k))
+            return ids[:count], value[:count]
         return top_of_dense(self._vector(prepared, seeds), top_k)
 
     def vector(self, graph: Any, seeds: Any) -> np.ndarray:
@@ -125,25 +178,27 @@ class PageRank(Estimator):
         by_id = prepared.by_id(seeds)
         if self.method not in ("push", "monte_carlo"):
             return self._vector(prepared, by_id)
-        ids, scores = self._ranked(prepared, by_id, None)
-        found_N = np.zeros(prepared.graph.num_nodes)
-        found_N[ids] = scores
-        return found_N
+        return _dense(*self._ranked(prepared, by_id, None), prepared.graph.num_nodes)
 
     def _vector(self, prepared: "_Prepared", seeds: Any) -> np.ndarray:
         transition = prepared.transition
         if self.method == "power":
             return power_iteration(transition, seeds, tol=self.tol)
+        if self.method == "auto" and not prepared.is_worth():
+            found, value = self._once(prepared, seeds)
+            return value if found is None else _dense(found, value, transition.num_nodes)
         ids, share = parse_seeds(transition.graph, seeds)
-        workspace = prepared.workspaces.take()
-        scores_N, _, _ = solve(transition, prepared.factor, ids, transition.start(ids, share), self.tol, workspace)
-        prepared.workspaces.give(workspace)
+        factor, workspaces = prepared.make_factor()
+        workspace = workspaces.take()
+        scores_N, _, _ = solve(transition, factor, ids, transition.start(ids, share), self.tol, workspace)
+        workspaces.give(workspace)
         return transition.finish(scores_N, ids, share)
 
     def batch(self, graph: Any, seeds_list: Sequence[Any], top_k: int | None = None) -> SparseRows:
         """`personalized` of many queries: one row each, in their order, float64, by ids; ``names`` of the rows has the graph's names.
 
-        Raises as `personalized`.
+        On graphs of which nothing can be eliminated, ``auto`` and ``solve`` take them in blocks (`anabranch.graph.ppr.blocks`). Raises as
+        `personalized`.
         """
         check_top_k(top_k)
         prepared = self._prepared(graph)
@@ -151,8 +206,41 @@ class PageRank(Estimator):
         if self.method == "power":
             found = power_rows(prepared.transition, asked, tol=self.tol, top_k=top_k, block=BLOCK)
             return replace(found, names=names)
-        rows = [self._ranked(prepared, seeds, top_k) for seeds in asked]
+        if self.method == "auto":
+            prepared.expect(len(asked))
+        blocks = None
+        if len(asked) >= FEW_QUERIES and (self.method == "solve" or (self.method == "auto" and prepared.is_worth())):
+            blocks = prepared.make_blocks(self.tol)
+        if blocks is not None:
+            rows = blocks.rows([parse_seeds(prepared.transition.graph, seeds) for seeds in asked], top_k)
+        else:
+            rows = [self._ranked(prepared, seeds, top_k) for seeds in asked]
         return SparseRows.from_rows(rows, prepared.graph.num_nodes, dtype=np.float64, names=names)
+
+    def blocks(self, graph: Any) -> Blocks | None:
+        """What answers many queries of the graph quickest, by ``auto`` and ``solve``; None where that is one after another."""
+        return self._prepared(graph).make_blocks(self.tol) if self.method in ("auto", "solve") else None
+
+    def _once(self, prepared: "_Prepared", seeds: Any) -> tuple[np.ndarray | None, np.ndarray]:
+        """Scores without preparing: of the nodes that are given, or of all."""
+        transition = prepared.transition
+        ids, share = parse_seeds(transition.graph, seeds)
+        buffers = prepared.buffers.take()
+        taken: list[tuple[_Spare[Workspace], Workspace]] = []
+
+        def fall_back() -> tuple[Factor, Workspace]:
+            factor, workspaces = prepared.make_plain()
+            taken.append((workspaces, workspaces.take()))
+            return factor, taken[0][1]
+
+        found = solve_once(transition, ids, transition.start(ids, share), self.tol, buffers, fall_back)
+        for workspaces, workspace in taken:
+            workspaces.give(workspace)
+        prepared.buffers.give(buffers)
+        prepared.reads += found.reads
+        if found.ids is None:
+            return None, transition.finish(found.value, ids, share)
+        return transition.finish_sparse(found.ids, found.value, ids, share)
 
     def _prepared(self, given: Any) -> "_Prepared":
         """What queries of the graph share. That of the last graph is kept, since making it costs passes over the edges."""
@@ -168,15 +256,29 @@ class PageRank(Estimator):
         return last
 
 
+def _dense(ids: np.ndarray, value: np.ndarray, num_nodes: int) -> np.ndarray:
+    found_N = np.zeros(num_nodes)
+    found_N[ids] = value
+    return found_N
+
+
 class _Prepared:
-    """A graph's transition, its factor once one is needed, and arrays that queries hand on. Names end here: the transition knows ids."""
+    """A graph's transition, its factors once they are needed, and arrays that queries hand on. Names end here: the transition knows ids.
+
+    Attributes:
+        reads: edges that queries have read so far, while the graph was not prepared.
+    """
 
     def __init__(self, graph: Graph, alpha: float, dangling: Dangling) -> None:
         self.graph = graph
         self.transition = transition = Transition(graph.numbered(), alpha, dangling)
         self.rules = (alpha, dangling)
         self.buffers = _Spare(lambda: PushBuffers(transition.num_nodes))
-        self.workspaces = _Spare(lambda: Workspace(self.factor))
+        self.reads = 0
+        self._plain: tuple[Factor, _Spare[Workspace]] | None = None
+        self._factor: tuple[Factor, _Spare[Workspace]] | None = None
+        self._blocks: Blocks | None = None
+        self._lock = threading.RLock()
 
     def is_of(self, graph: Graph) -> bool:
         """Whether this is the same graph, called the same."""
@@ -187,10 +289,46 @@ class _Prepared:
         is_named = self.graph.names is not None and self.graph.are_names(seed_nodes(self.graph, seeds)[0])
         return parse_seeds(self.graph, seeds) if is_named else seeds
 
-    @cached_property
-    def factor(self) -> Factor:
-        large = len(self.transition.graph.indices) > LARGE
-        return prepare(self.transition, few=0 if large else FEW)
+    def is_worth(self) -> bool:
+        """Whether queries go by the factor: it is there, or they have cost as much as making it does."""
+        graph = self.transition.graph
+        return self._factor is not None or self.reads >= WORTH * (len(graph.indices) + graph.num_nodes)
+
+    def expect(self, queries: int) -> None:
+        """That many will come."""
+        if queries * PASSES >= WORTH:
+            self.make_factor()
+
+    def make_factor(self) -> "tuple[Factor, _Spare[Workspace]]":
+        """The factor, eliminated where the graph is not too large for it, made once, and scratch for it."""
+        with self._lock:
+            if self._factor is None:
+                is_large = len(self.transition.graph.indices) > LARGE
+                self._factor = self.make_plain() if is_large else _with_scratch(prepare(self.transition))
+                # Its rows of a directed graph are not needed any more.
+                self._plain = None
+            return self._factor
+
+    def make_blocks(self, tol: float) -> Blocks | None:
+        """Of a graph that stays whole, made once for a tolerance."""
+        factor, _ = self.make_factor()
+        if len(factor.diagonal_P) or not Blocks.suits(self.transition, tol):
+            return None
+        with self._lock:
+            if self._blocks is None or self._blocks.tol != tol:
+                self._blocks = Blocks(self.transition, tol)
+            return self._blocks
+
+    def make_plain(self) -> "tuple[Factor, _Spare[Workspace]]":
+        """The graph as it is, made once, and scratch for it."""
+        with self._lock:
+            if self._plain is None:
+                self._plain = _with_scratch(as_it_is(self.transition))
+            return self._plain
+
+
+def _with_scratch(factor: Factor) -> "tuple[Factor, _Spare[Workspace]]":
+    return factor, _Spare(lambda: Workspace(factor))
 
 
 class _Spare(Generic[T]):

@@ -51,7 +51,7 @@ def power_iteration(
 def leaky_power(
     transition: Transition, start_N: np.ndarray, tol: float, max_rounds: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """x, f and the number of rounds until |f|_1 is at most ``tol``."""
+    """x, f and the number of rounds until |f|_1 is at most ``tol``. The start becomes f, in place."""
     absorb = transition.dangling == "absorb"
     return leaky_iteration(transition.into, transition.inverse_N, transition.alpha, absorb, start_N, tol, max_rounds)
 

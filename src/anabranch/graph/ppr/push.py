@@ -99,6 +99,14 @@ def push_into(
     return int(touched), float(error), int(edges)
 
 
+def take_residual(buffers: PushBuffers, touched: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and flows of what a push has left, in no order; the buffers stay as they are."""
+    ids = buffers.touched_N[:touched].copy()
+    flow = buffers.flow_N[ids]
+    kept = flow > 0
+    return ids[kept], flow[kept]
+
+
 def take_sparse(buffers: PushBuffers, touched: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and scores of what was pushed, in no order; the buffers are clean afterwards."""
     ids = buffers.touched_N[:touched].copy()

@@ -32,7 +32,7 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph.counters import ABSORB, SOURCE, UNIFORM
-from anabranch.graph.ppr.leaky import leaky_iteration
+from anabranch.graph.ppr.leaky import from_anywhere
 from anabranch.graph.store import Graph
 
 Dangling = Literal["restart", "source", "absorb", "uniform"]
@@ -190,8 +190,7 @@ class Transition:
     @cached_property
     def _anywhere(self) -> tuple[np.ndarray, float]:
         """Leaky PageRank of the uniform start, to 1e-14, and its sum."""
-        start_N = np.full(self.num_nodes, 1.0 / self.num_nodes)
-        found_N, _, _ = leaky_iteration(self.into, self.inverse_N, self.alpha, False, start_N, 1e-14, 0)
+        found_N, _ = from_anywhere(self.out, self.graph.strength_N, self.alpha, False, 1e-14)
         return found_N, float(found_N.sum())
 
     def start(self, ids: np.ndarray, share: np.ndarray) -> np.ndarray:

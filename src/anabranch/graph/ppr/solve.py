@@ -1,194 +1,20 @@
 """Exact scores by elimination and conjugate gradients: the quickest way to one vector where a graph is asked more than once.
 
 The leaky system, with x = z / (1 / strength) and W the weights, is (D - c W^T) z = alpha s, an M-matrix (the diagonal outweighs each
-column). Once per graph, nodes of few neighbours are eliminated, independent sets at a time: their equations give them in terms of the
-others, and what remains for the others (the Schur complement) is an M-matrix again. In graphs of people and papers most nodes go, with
-little fill: of 51,264 authors of DBLP 5,240 remain. What remains is solved by conjugate gradients with symmetric Gauss-Seidel as
+column). What remains of it after elimination (`anabranch.graph.ppr.factor`) is solved by conjugate gradients with symmetric Gauss-Seidel as
 preconditioner, both halves of which are done in one pass over the edges (Eisenstat, 1981); for directed graphs by BiCGSTAB. The
 residual of the eliminated equations is 0, so that of the rest bounds the L1 error of the whole (`anabranch.graph.ppr.rules`), and it is
 computed from its definition before an answer is given.
 
 If the Krylov method does not get there, Gauss-Seidel sweeps do: they converge for every M-matrix.
 """
-# Shapes: N nodes, P eliminated nodes (in their order), C nodes of the core, Z entries
-
-from dataclasses import dataclass
-from typing import Any
+# Shapes: N nodes, C nodes of the core
 
 import numba as nb
 import numpy as np
 
+from anabranch.graph.ppr.factor import Factor
 from anabranch.graph.ppr.rules import Transition
-
-# Neighbours of a node that may be eliminated.
-FEW = 8
-
-# Of elimination at most.
-ROUNDS = 30
-
-# Share of nodes that a round must eliminate.
-GAIN = 0.02
-
-# Share of the edges that may remain, else nothing is eliminated.
-WORTH = 0.8
-NONE = np.empty(0)
-
-
-@dataclass(frozen=True, eq=False)
-class Triangle:
-    """Rows of eliminated nodes: entries at later places, with the sign turned so that they are not negative."""
-
-    indptr: np.ndarray
-    indices: np.ndarray
-    values: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Core:
-    """What remains: diagonal C, and other entries with the sign turned; ``values`` is empty where all equal ``value``."""
-
-    diagonal_C: np.ndarray
-    indptr: np.ndarray
-    middle_C: np.ndarray  # where in its row entries above the diagonal begin
-    indices: np.ndarray
-    values: np.ndarray
-    value: float
-
-
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """A graph prepared for queries.
-
-    Attributes:
-        order_N: nodes in the order of elimination, then the core.
-        place_N: where each node stands in it.
-        diagonal_P: pivots.
-        upper: rows of the eliminated, for the way back.
-        lower: columns of the eliminated, for the way there; the same where the graph is undirected.
-        core: the rest.
-        symmetric: whether conjugate gradients apply.
-    """
-
-    order_N: np.ndarray
-    place_N: np.ndarray
-    diagonal_P: np.ndarray
-    upper: Triangle
-    lower: Triangle
-    core: Core
-    symmetric: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        parts = [self.order_N, self.place_N, self.diagonal_P, *vars(self.upper).values()]
-        parts += [] if self.lower is self.upper else vars(self.lower).values()
-        parts += [part for part in vars(self.core).values() if isinstance(part, np.ndarray)]
-        return sum(part.nbytes for part in parts)
-
-
-def prepare(transition: Transition, few: int = FEW) -> Factor:
-    """Eliminate nodes of at most ``few`` neighbours, over and over. Costs about as much as a few dozen rounds of power iteration."""
-    from scipy.sparse import csr_array, diags_array
-
-    graph = transition.graph
-    # Row v: what flows into v.
-    weights = graph.reversed.to_scipy(np.float64)
-    strength_N = np.where(graph.strength_N > 0, graph.strength_N, 1.0)
-    matrix = csr_array(diags_array(strength_N).tocsr() - (1.0 - transition.alpha) * weights)
-    matrix.sort_indices()
-    symmetric = not graph.is_directed
-    steps, rest, ids = _eliminate(matrix, few, symmetric)
-    if rest.nnz > WORTH * matrix.nnz:
-        steps, rest, ids = [], matrix, np.arange(graph.num_nodes)
-    by_degree = np.argsort(np.diff(rest.indptr), kind="stable")
-    rest = csr_array(rest[by_degree][:, by_degree])
-    order_N = np.concatenate([*(step[0] for step in steps), ids[by_degree]]).astype(np.int64)
-    place_N = np.empty(len(order_N), np.int64)
-    place_N[order_N] = np.arange(len(order_N))
-    upper = _triangle([step[2] for step in steps], place_N)
-    lower = upper if symmetric else _triangle([step[3] for step in steps], place_N)
-    pivots = np.concatenate([NONE, *(step[1] for step in steps)])
-    return Factor(order_N, place_N, pivots, upper, lower, _core(rest), symmetric)
-
-
-def _eliminate(matrix: Any, few: int, symmetric: bool) -> tuple[list[tuple[Any, ...]], Any, np.ndarray]:
-    """(ids, pivots, rows, columns) of each round, what remains, and ids of its nodes."""
-    from scipy.sparse import csr_array, diags_array
-
-    steps: list[tuple[Any, ...]] = []
-    ids = np.arange(matrix.shape[0])
-    for _ in range(ROUNDS):
-        pattern = matrix if symmetric else csr_array(abs(matrix) + abs(matrix.T))
-        degree = np.diff(pattern.indptr)
-        out = _independent(pattern.indptr, pattern.indices, np.argsort(degree, kind="stable"), few)
-        if out.sum() < max(GAIN * len(ids), 1):
-            break
-        gone = np.flatnonzero(out)
-        gone, stay = gone[np.argsort(degree[gone], kind="stable")], np.flatnonzero(~out)
-        rows, columns, pivots = matrix[gone][:, stay], matrix[stay][:, gone], matrix.diagonal()[gone]
-        left = csr_array(matrix[stay][:, stay] - columns @ diags_array(1.0 / pivots) @ rows)
-        left.sort_indices()
-        ahead = -csr_array(rows)
-        behind = ahead if symmetric else -csr_array(columns.T)
-        steps.append((ids[gone], pivots, (ahead, ids[stay]), (behind, ids[stay])))
-        matrix, ids = left, ids[stay]
-    return steps, matrix, ids
-
-
-@nb.njit(cache=True, nogil=True)
-def _independent(indptr, indices, order, few):
-    """Nodes of at most ``few`` neighbours, none next to another, in that order of preference."""
-    num_nodes = len(indptr) - 1
-    taken, barred = np.zeros(num_nodes, np.bool_), np.zeros(num_nodes, np.bool_)
-    for node in order:
-        # Its own entry is one of them.
-        if indptr[node + 1] - indptr[node] > few + 1:
-            break
-        if barred[node]:
-            continue
-        taken[node] = True
-        for edge in range(indptr[node], indptr[node + 1]):
-            barred[indices[edge]] = True
-    return taken
-
-
-def _triangle(parts: list[tuple[Any, np.ndarray]], place_N: np.ndarray) -> Triangle:
-    lengths = [np.diff(part.indptr) for part, _ in parts]
-    indptr = np.append(0, np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths]))).astype(np.int64)
-    indices = np.concatenate([np.empty(0, np.int64), *(place_N[ids[part.indices]] for part, ids in parts)])
-    values = np.concatenate([NONE, *(part.data for part, _ in parts)])
-    return Triangle(indptr, _narrow(indices, len(place_N)), values)
-
-
-def _core(matrix: Any) -> Core:
-    from scipy.sparse import csr_array, diags_array
-
-    diagonal_C = matrix.diagonal()
-    others = csr_array(diags_array(diagonal_C).tocsr() - matrix)
-    others.eliminate_zeros()
-    others.sort_indices()
-    middle_C = _middle(others.indptr, others.indices)
-    even = others.nnz and (others.data == others.data[0]).all()
-    values, value = (NONE, float(others.data[0])) if even else (others.data, 1.0)
-    return Core(
-        diagonal_C, others.indptr.astype(np.int64), middle_C, _narrow(others.indices, len(diagonal_C)), values, value
-    )
-
-
-def _narrow(indices: np.ndarray, count: int) -> np.ndarray:
-    """The smallest type that fits; unsigned, since numba asks of signed indices whether they count from the end."""
-    return indices.astype(np.uint16 if count <= 2**16 else np.uint32 if count <= 2**32 else np.uint64)
-
-
-@nb.njit(cache=True, nogil=True)
-def _middle(indptr, indices):
-    middle = np.empty(len(indptr) - 1, np.int64)
-    for node in range(len(middle)):
-        edge = indptr[node]
-        while edge < indptr[node + 1] and indices[edge] < node:
-            edge += 1
-        middle[node] = edge
-    return middle
 
 
 class Workspace:
@@ -238,7 +64,7 @@ def solve(
 # A call would cost as much as a short row.
 @nb.njit(inline="always")
 def _dot(indices, values, value, vector, start, end):
-    """Sum of values times what they point at, in four chains: additions take several cycles, and would wait for each other."""
+    """``value`` times the sum of values times what they point at, in four chains: additions take cycles, and would wait for each other."""
     a, b, c, d = 0.0, 0.0, 0.0, 0.0
     edge = start
     if len(values):
@@ -251,7 +77,7 @@ def _dot(indices, values, value, vector, start, end):
         while edge < end:
             a += values[edge] * vector[indices[edge]]
             edge += 1
-        return (a + b) + (c + d)
+        return value * ((a + b) + (c + d))
     while edge + 3 < end:
         a += vector[indices[edge]]
         b += vector[indices[edge + 1]]

@@ -244,6 +244,8 @@ class GraphScores:
             "file": str(path), "engine": "graph", **_facts(self._graph), "alpha": sources.alpha, "method": sources.method,
         }  # fmt: skip
         if self.num_nodes:
+            # Now, not within a request.
+            self._engine.prepare(self._graph)
             self.top(np.zeros(1, np.int64), np.ones(1), 1)
 
     def top(self, ids: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

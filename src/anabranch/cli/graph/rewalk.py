@@ -1,0 +1,116 @@
+"""``anabranch graph rewalk``: an index of walks goes along with its graph, without being built again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.graph.inputs import open_graph, read_table
+from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads
+from anabranch.cli.graph.waiting import waiting
+from anabranch.cli.options import AsJson, Quiet
+from anabranch.cli.output import duration, fact, print_json, size, wrote
+from anabranch.errors import DataError, InputError
+from anabranch.files import check_apart
+
+if TYPE_CHECKING:
+    from anabranch.graph import Graph
+
+
+def rewalk(
+    index: Annotated[
+        str, typer.Argument(metavar="INDEX", help="An index of walks (anabranch graph index GRAPH --walks N).")
+    ],
+    source: GraphSource,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The new index, e.g. new.anb.")],
+    out_graph: Annotated[Path, typer.Option(metavar="FILE", help="The new graph, which the new index is of (.anb).")],
+    add: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Table of new edges (.csv, .parquet): source, target and perhaps weight. Unknown nodes are new ones.",
+        ),
+    ] = None,
+    remove: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Table of edges that are gone: source and target.")
+    ] = None,
+    directed: Directed = None,
+    columns: Columns = None,
+    ids: Ids = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add edges to a graph and its index of walks, or take some away.
+
+    Only walks that met a change are walked again, and those from new nodes. The index is what building it anew would give.
+
+    Example: anabranch graph rewalk walks.anb graph.anb --add new.csv --out walks2.anb --out-graph graph2.anb
+    """  # fmt: skip
+    check_apart([out, out_graph], [index, source, add, remove])
+    if add is None and remove is None:
+        raise InputError("nothing changes; name a table of edges with --add FILE or --remove FILE")
+    from anabranch import machine
+    from anabranch.graph import PowerWalk
+
+    opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
+    # Tables call nodes by their names, also where those are numbers.
+    named = replace(opened.graph, by_name=opened.graph.names is not None)
+    found = PowerWalk.load(index, named, workers=threads or machine.usable_cores())
+    added, removed = (None if path is None else _edges(path, opened.graph) for path in (add, remove))
+    if removed is not None:
+        # A table that has weights tells the same edges.
+        removed = removed[:2]
+    started = time.perf_counter()
+    with waiting("walking", quiet):
+        walked = found.update(edges_added=added, edges_removed=removed)
+    seconds = time.perf_counter() - started
+    graph = found.graph
+    graph.save(out_graph)
+    found.save(out)
+    facts: dict[str, Any] = {
+        "nodes": graph.num_nodes, "new_nodes": graph.num_nodes - opened.graph.num_nodes, "edges": graph.num_edges,
+        "added": 0 if added is None else len(added[0]), "removed": 0 if removed is None else len(removed[0]),
+        "walked": len(walked), "seconds": seconds, "size_bytes": out.stat().st_size, "wrote": [str(out), str(out_graph)],
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+        return
+    fact("graph", f"{source}   {graph.num_nodes:,} nodes ({facts['new_nodes']:,} new), {graph.num_edges:,} edges")
+    fact("walked", f"from {len(walked):,} of them in {duration(seconds)}")
+    fact("graph", f"wrote {out_graph}")
+    wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph ppr {out_graph} NODE --index {out}")
+
+
+def _edges(path: Path, graph: Graph) -> tuple[list[Any], ...]:
+    """Columns of a table: source, target and, where there is one, weight; ends as the graph calls its nodes."""
+    table = read_table(str(path))
+    if len(table) < 2:
+        raise DataError(
+            f"{path} has {len(table)} column(s); edges are a table of source and target, and perhaps weight"
+        )
+    listed = list(table)
+    ends = ["source", "target"] if {"source", "target"} <= table.keys() else listed[:2]
+    weight = "weight" if "weight" in table else next((name for name in listed if name not in ends), None)
+    as_text = graph.names is not None and graph.names.dtype.kind not in "iu"
+    found = []
+    for name in ends:
+        empty = next((row for row, cell in enumerate(table[name]) if cell in (None, "")), None)
+        if empty is not None:
+            raise DataError(f"{path}, row {empty}: an empty cell")
+        try:
+            found.append([str(cell) if as_text else _number(cell) for cell in table[name]])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"{path}: nodes of this graph are numbers ({error})") from None
+    return (*found, table[weight]) if weight is not None else tuple(found)
+
+
+def _number(cell: Any) -> int:
+    number = int(cell)
+    if isinstance(cell, float) and cell != number:
+        raise ValueError(f"{cell} is not whole")
+    return number
