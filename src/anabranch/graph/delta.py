@@ -1,7 +1,7 @@
 """A graph with some edges more and some fewer, and nodes that are new: what an index that is kept up to date goes over to.
 
-Edges are rows ``(u, v)`` or ``(u, v, weight)``, or a *tuple* of columns: ``(source, target)`` or ``(source, target, weight)``. Ends are ids or
-names, as everywhere (`Graph.resolve`). Old nodes keep their ids, new ones come after them.
+Edges are rows ``(u, v)`` or ``(u, v, weight)``, or a *tuple* of columns, ``(source, target)`` or ``(source, target, weight)``. Ends are ids
+or names, as everywhere (`Graph.resolve`). Old nodes keep their ids, new ones come after them.
 """
 # Shapes: N nodes, E edges
 
