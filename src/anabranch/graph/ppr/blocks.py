@@ -144,7 +144,7 @@ class Blocks:
         """What rounding kept from the tolerance, by power iteration."""
         from anabranch.graph.ppr.power import leaky_power
 
-        for column in np.flatnonzero(~is_done_W):
+        for column in np.flatnonzero(~is_done_W).tolist():
             ids, share = chosen[column]
             start_N = np.zeros(len(self.strength_N))
             start_N[ids] = self.transition.start(ids, share)
