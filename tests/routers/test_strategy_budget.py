@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.routers import strategies
 from anabranch.routers.checks import made_outcomes, made_pool
-from anabranch.routers.strategies.budget import trade_off_for, trade_off_of, within_budget
+from anabranch.routers.strategies.budget import kept_within, spending, trade_off_for, trade_off_of, within_budget
 
 
 def chosen(quality, cost, trade_off):
@@ -88,3 +88,39 @@ def test_what_has_no_trade_off_has_no_budget():
     unpriced = dataclasses.replace(data, cost_NM=None)
     with pytest.raises(DataError, match="costs"):
         within_budget(strategies.make("oracle"), unpriced, made_pool(), 1.0)
+
+
+@pytest.mark.parametrize("name", ["ridge", "knn"])
+def test_a_budget_of_the_config_is_kept_by_fit(name):
+    data = made_outcomes(300)
+    free, cost_M = strategies.make(name).fit(data), np.nanmean(data.cost_NM, axis=0)
+    budget = 0.5 * (cost_M.min() + free.play(data, made_pool()).cost_N.mean())
+    kept = strategies.make(name, budget=budget).fit(data)
+    assert kept.config.trade_off == within_budget(free, data, made_pool(), budget).config.trade_off > 0
+    assert kept.play(data, made_pool()).cost_N.mean() <= budget * 1.000001
+    # A sender's own lambda, or another setting, is what it says.
+    assert kept.with_knob(0.0).config.budget is None
+    assert kept.with_knob(0.0).play(data, made_pool()).cost_N.mean() == free.play(data, made_pool()).cost_N.mean()
+    with pytest.raises(InputError, match="below the"):
+        strategies.make(name, budget=cost_M.min() / 10).fit(data)
+    with pytest.raises(DataError, match="recorded costs"):
+        strategies.make(name, budget=budget).fit(dataclasses.replace(data, cost_NM=None))
+    with pytest.raises(ConfigError, match="budget"):
+        strategies.make(name, budget=0.0)
+
+
+@pytest.mark.parametrize("name", ["ridge", "linucb", "cascade"])
+def test_what_is_spent_at_which_trade_off_is_known(name):
+    data = made_outcomes(300)
+    fitted = strategies.make(name, **({"num_cuts": 5} if name == "cascade" else {})).fit(data)
+    spent = spending(fitted, data, made_pool())
+    assert 1 < len(spent) <= 25
+    assert [value for value, _ in spent] == sorted(value for value, _ in spent)
+    middle = 0.5 * (spent[0][1] + spent[-1][1])
+    value = kept_within(spent, middle)
+    assert dict(spent)[value] <= middle
+    assert all(cost > middle for other, cost in spent if other < value)
+    with pytest.raises(InputError, match="below the"):
+        kept_within(spent, min(cost for _, cost in spent) / 2)
+    assert spending(strategies.make("cheapest"), data, made_pool()) == []
+    assert spending(fitted, dataclasses.replace(data, cost_NM=None), made_pool()) == []

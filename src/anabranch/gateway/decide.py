@@ -19,6 +19,7 @@ from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision, Pool, Query
 from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder
+from anabranch.routers.fitted import FittedRouter
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ def _make(
 ) -> tuple[Strategy, Embedder | None]:
     """The strategy of a config, and what embeds its queries."""
     if wanted.router is not None:
-        return load_router(name, wanted.router, embedder, [model.name for model in config.models])
+        return load_router(name, wanted, embedder, [model.name for model in config.models])
     try:
         made: Strategy = make_strategy(wanted)
     except ConfigError as error:
@@ -208,13 +209,13 @@ def _make(
 
 
 def load_router(
-    name: str, place: str, embedder: Embedder | None, models: Sequence[str]
+    name: str, wanted: StrategyConfig, embedder: Embedder | None, models: Sequence[str]
 ) -> tuple[Strategy, Embedder | None]:
     """The fitted strategy that one of a name serves, and what embeds its queries.
 
     Args:
         name: of the strategy.
-        place: file, or folder.
+        wanted: its config, with the file or folder, and at which trade-off.
         embedder: for routers that were fitted without one of their own.
         models: of the gateway.
 
@@ -224,6 +225,7 @@ def load_router(
     from anabranch.routers.fitted import load_folder
     from anabranch.routers.recommendation import no_recommendation, pick
 
+    place = str(wanted.router)
     picked = pick(place, name)
     if picked is None:
         held = ", ".join(load_folder(place).routers)
@@ -234,4 +236,30 @@ def load_router(
     check_models(name, picked, models)
     if picked.choice is not None:
         logger.info("strategy %s: %s", name, picked.why)
-    return picked.router.strategy, picked.router.embedder or embedder
+    made = picked.router.strategy
+    if wanted.trade_off is not None or wanted.budget_usd is not None:
+        made = _at(name, picked.router, wanted)
+        own = picked.router.embedder or embedder
+        made.connect(embed=None if own is None else own.embed)
+    return made, picked.router.embedder or embedder
+
+
+def _at(name: str, router: FittedRouter, wanted: StrategyConfig) -> Strategy:
+    """A fitted strategy at another trade-off than it was saved with. Raises ConfigError where it has none."""
+    from anabranch.routers.strategies.budget import kept_within
+
+    if router.strategy.knob != "trade_off":
+        raise ConfigError(f"strategies.{name}: {router.strategy.name} has no trade-off between quality and cost to set")
+    if wanted.trade_off is not None:
+        return router.strategy.with_knob(wanted.trade_off)
+    assert wanted.budget_usd is not None
+    spent = [(float(value), float(cost)) for value, cost in router.about.get("spending", ())]
+    if not spent:
+        raise ConfigError(
+            f"strategies.{name}.budget_usd: what {router.strategy.name} spends at which trade-off is not in its file; fit it anew, on "
+            "outcomes with costs"
+        )
+    try:
+        return router.strategy.with_knob(kept_within(spent, wanted.budget_usd))
+    except InputError as error:
+        raise ConfigError(f"strategies.{name}.budget_usd: {error}") from None

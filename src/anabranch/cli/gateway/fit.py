@@ -64,6 +64,7 @@ def fit(
     from anabranch.routers.fitted import RECOMMENDED, FittedRouter, check_router_folder, save_folder
     from anabranch.routers.referee.baselines import best_single
     from anabranch.routers.referee.evaluate import digest
+    from anabranch.routers.strategies.budget import spending
 
     check_apart([out], [data, prices])
     check_router_folder(out)
@@ -79,7 +80,7 @@ def fit(
         "data": digest(recorded), "learned": len(learned), "held_out": len(recorded) - len(learned), "seed": seed,
         "embedder": embedder, "best_single": best_single(learned, learned).facts["model"],
     }  # fmt: skip
-    routers = {}
+    routers, spent = {}, {}
     for name, one in chosen.items():
         with waiting(f"fitting {name}", quiet):
             one.connect(embed=made.embed)
@@ -91,8 +92,10 @@ def fit(
                     raise
                 say(f"{name} was left out: {error}")
                 continue
+            spent[name] = spending(one, learned, pool)
         needed = made if one.needs_vector else None
-        routers[name] = FittedRouter(strategy=one, models=pool.models, embedder=needed, about=about)
+        known = {**about, "spending": spent[name]} if spent[name] else about
+        routers[name] = FittedRouter(strategy=one, models=pool.models, embedder=needed, about=known)
     if not routers:
         raise DataError(f"no strategy can learn from {data}")
     was_recommended = (out / RECOMMENDED).is_file()

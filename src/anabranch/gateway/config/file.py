@@ -25,7 +25,7 @@ from anabranch.routers.money import MOST_NANO, NANO, TOKEN_RATES, nano_dollars
 # Of a million tokens; of a thousand searches and calls.
 PRICES = tuple(f"{name}_usd" for name in (*TOKEN_RATES, "web_search", "request"))
 MAX_BYTES = 16 << 20
-_STRATEGY = ("use", "fields", "trade_off", "router", "models", "timeout_s", "learns_from", "learns_of")
+_STRATEGY = ("use", "fields", "trade_off", "budget_usd", "router", "models", "timeout_s", "learns_from", "learns_of")
 
 
 def load_config(path: str | Path) -> GatewayConfig:

@@ -100,6 +100,7 @@ class StrategyConfig(Config):
         use: name of a strategy or predictor (`anabranch.routers.strategies.names`).
         fields: of its config.
         trade_off: score given up to save a dollar; None takes the strategy's own.
+        budget_usd: dollars a query, on average, that a fitted router may spend: the trade-off that kept it as it was fitted. None for none.
         router: a fitted router's file, or a folder of them (``anabranch gateway fit``): the one of the strategy's name, else what
             ``anabranch gateway eval`` recommends of them, else the only one.
         models: those it may choose among; empty for all.
@@ -111,6 +112,7 @@ class StrategyConfig(Config):
     use: str | None = None
     fields: dict[str, Any] = Field(default_factory=dict)
     trade_off: float | None = Field(default=None, ge=0)
+    budget_usd: float | None = Field(default=None, gt=0)
     router: str | None = None
     models: tuple[str, ...] = ()
     timeout_s: float = Field(default=0.05, gt=0)
@@ -125,6 +127,11 @@ class StrategyConfig(Config):
         if self.router is not None and self.fields:
             raise ConfigError(
                 f"fields are {', '.join(self.fields)}, but a fitted router brings its own; leave them out"
+            )
+        if self.budget_usd is not None and (self.router is None or self.trade_off is not None):
+            raise ConfigError(
+                f"budget_usd is {self.budget_usd:g}, and finds the trade_off of a fitted router; give router and no trade_off, or leave it "
+                "out (fields of some strategies have a budget)"
             )
         odd = next((one for one in self.learns_of if not is_key_or_team(one)), None)
         if odd is not None:

@@ -140,9 +140,8 @@ def _model(config: GatewayConfig, name: str) -> Model:
 
 def _served(config: GatewayConfig, name: str) -> tuple[FittedRouter, str]:
     """What a strategy serves now, and the mark of what it learns; "" if that is not kept."""
-    place = str(config.strategies[name].router)
     embedder = None if config.embedder is None else config.embedder.build()
-    strategy, own = load_router(name, place, embedder, [one.name for one in config.models])
+    strategy, own = load_router(name, config.strategies[name], embedder, [one.name for one in config.models])
     router = FittedRouter(strategy=strategy, models=(), embedder=own)
     return router, made_of(name, strategy, own) if strategy.learns else ""
 

@@ -143,10 +143,13 @@ class Ranked(Strategy, kind="ranked"):
         Attributes:
             predictor: what says the quality.
             trade_off: score given up to save a dollar on one query; 0 looks at quality alone.
+            budget: dollars a query, on average, that may be spent: ``fit`` puts the trade-off that keeps it on what it learned from in
+                the place of ``trade_off``. None leaves that.
         """
 
         predictor: Predictor.Config
         trade_off: float = Field(default=0.0, ge=0)
+        budget: float | None = Field(default=None, gt=0)
 
     needs_fit = True
     knob = "trade_off"
@@ -183,10 +186,19 @@ class Ranked(Strategy, kind="ranked"):
         return (LAMBDA, *((THRESHOLD,) if wins else ()), *self.predictor.sender_knobs)
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
-        """Fit the predictor, and the mean cost and length of each model's answers."""
+        """Fit the predictor, and the mean cost and length of each model's answers.
+
+        Raises InputError for a budget below what the cheapest choices cost, DataError for one without costs.
+        """
         self.predictor.fit(data, seed=seed)
         self.cost_M = _means(data.cost_NM, len(data.models))
         self.completion_M = _means(None if data.tokens_NM2 is None else data.tokens_NM2[..., 1], len(data.models))
+        if self.config.budget is not None:
+            from anabranch.routers.strategies.budget import within_budget
+
+            pool = Pool(tuple(Model(name=name) for name in data.models))
+            found = within_budget(self, data, pool, self.config.budget)
+            self.config = self.config.replace(trade_off=found.config.trade_off)
         return self
 
     def route(self, query: Query, pool: Pool) -> Decision:
@@ -288,7 +300,7 @@ class Ranked(Strategy, kind="ranked"):
 
     def with_knob(self, value: float) -> "Ranked":
         """The same predictor at another trade-off."""
-        other = Ranked(self.config.replace(trade_off=value), self.predictor)
+        other = Ranked(self.config.replace(trade_off=value, budget=None), self.predictor)
         other.cost_M, other.completion_M = self.cost_M, self.completion_M
         return other
 

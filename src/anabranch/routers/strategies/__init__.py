@@ -22,24 +22,28 @@ def names() -> list[str]:
     return sorted({*kinds("strategy"), *kinds("predictor")} - {Ranked.kind})
 
 
-def make(name: str, *, trade_off: float | None = None, **fields: Any) -> Strategy:
+def make(name: str, *, trade_off: float | None = None, budget: float | None = None, **fields: Any) -> Strategy:
     """A strategy, not yet fitted.
 
     Args:
         name: of a strategy, or of a predictor, which then ranks by predicted quality and cost.
         trade_off: for predictors: score given up to save a dollar (default 0).
+        budget: for predictors: dollars a query, on average, that ``fit`` chooses the trade-off for; as a field where others have one.
         fields: of its config.
 
     Raises ConfigError for an unknown name or field.
     """
     if name in kinds("predictor"):
-        return Ranked.Config(predictor=_part("predictor", name).Config(**fields), trade_off=trade_off or 0.0).build()
+        predictor = _part("predictor", name).Config(**fields)
+        return Ranked.Config(predictor=predictor, trade_off=trade_off or 0.0, budget=budget).build()
     if name not in names():
         near = difflib.get_close_matches(name.lower(), names(), n=1)
         said = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names())}"
         raise ConfigError(f"no strategy {name!r}; {said}")
     if trade_off is not None:
         fields["trade_off"] = trade_off
+    if budget is not None:
+        fields["budget"] = budget
     return _part("strategy", name).Config(**fields).build()
 
 

@@ -9,7 +9,7 @@ exactly in expectation.
 """
 # Shapes: N queries, M models
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,9 @@ from anabranch.routers.contract.strategy import Strategy
 # Of the budget, within which a mean cost is taken to meet it.
 TOLERANCE = 1e-3
 MOST_STEPS = 200
+
+# Trade-offs whose mean cost is remembered of a fitted router, and rows that it is reckoned on.
+SPENDING, ROWS = 25, 400
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,33 @@ def within_budget(strategy: Strategy, data: Recorded, pool: Pool, budget: float)
 
     found = trade_off_for(mean_cost, budget, unit=_unit(data.score_NM, data.cost_NM))
     return strategy.with_knob(found.high)
+
+
+def spending(strategy: Strategy, data: Recorded, pool: Pool) -> list[tuple[float, float]]:
+    """Trade-offs, by rising size, and the mean dollars a query that each comes to on recorded data; empty where there is nothing to tell.
+
+    At most `SPENDING` of them, on at most `ROWS` rows: what is served picks one of them to keep a budget (`kept_within`).
+    """
+    if strategy.knob != "trade_off" or data.cost_NM is None or not np.isfinite(data.cost_NM).any():
+        return []
+    data = data.take(np.linspace(0, len(data) - 1, min(ROWS, len(data))).astype(int))
+    values = sorted(set(strategy.knobs(data)))
+    places = np.unique(np.linspace(0, len(values) - 1, min(SPENDING, len(values))).astype(int))
+    found = [(values[at], float(np.nanmean(strategy.with_knob(values[at]).play(data, pool).cost_N))) for at in places]
+    return [(trade_off, cost) for trade_off, cost in found if np.isfinite(cost)]
+
+
+def kept_within(spent: Sequence[tuple[float, float]], budget: float) -> float:
+    """The least trade-off of `spending` within a budget. Raises InputError where there is none."""
+    within = [trade_off for trade_off, cost in spent if cost <= budget]
+    if not within:
+        least = (
+            f"the {min(cost for _, cost in spent):.3g} that the cheapest choices cost"
+            if spent
+            else "what is known of its costs"
+        )
+        raise InputError(f"a budget of {budget:.3g} dollars a query is below {least}")
+    return min(within)
 
 
 def _unit(quality_NM: np.ndarray, cost_NM: np.ndarray) -> float:
