@@ -199,6 +199,50 @@ def test_mistral_thinks_in_parts_and_is_given_them_back(clients, upstream, clien
     assert found == "About 270,000."
 
 
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"name": "weather", "description": "Of today."}
+BOTH = [{"role": "user", "content": "How is the weather in Ghent and in Bruges?"}]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("client", CLIENTS)
+def test_calls_that_are_told_side_by_side(clients, upstream, client, is_streamed):
+    """It was an error: Anthropic's blocks come one after the other."""
+    del upstream.faults[:]
+    if client == "openai":
+        ask = clients["openai"].chat.completions
+        tools = [{"type": "function", "function": {**WEATHER, "parameters": CITY}}]
+        asked = {"model": "openai", "messages": BOTH, "tools": tools, "max_tokens": 64}
+        if is_streamed:
+            with ask.stream(**asked, stream_options={"include_usage": True}) as stream:
+                made = stream.get_final_completion()
+        else:
+            made = ask.create(**asked)
+        calls = [(call.id, json.loads(call.function.arguments)) for call in made.choices[0].message.tool_calls]
+        said = [call.to_dict() for call in made.choices[0].message.tool_calls]
+        said = [{name: call[name] for name in ("id", "type", "function")} for call in said]
+        said = [{**call, "function": {name: call["function"][name] for name in ("name", "arguments")}} for call in said]
+        turns = [{"role": "assistant", "content": None, "tool_calls": said}]
+        turns += [{"role": "tool", "tool_call_id": id, "content": "rain"} for id, _ in calls]
+        found = ask.create(**{**asked, "messages": [*BOTH, *turns]}).choices[0].message.content
+    else:
+        ask = clients["anthropic"].messages
+        asked = {"model": "openai", "messages": BOTH, "tools": [{**WEATHER, "input_schema": CITY}], "max_tokens": 64}
+        if is_streamed:
+            with ask.stream(**asked) as stream:
+                made = stream.get_final_message()
+        else:
+            made = ask.create(**asked)
+        calls = [(block.id, block.input) for block in made.content]
+        said = [{"type": "tool_use", "id": id, "name": "weather", "input": given} for id, given in calls]
+        results = [{"type": "tool_result", "tool_use_id": id, "content": "rain"} for id, _ in calls]
+        turns = [{"role": "assistant", "content": said}, {"role": "user", "content": results}]
+        found = ask.create(**{**asked, "messages": [*BOTH, *turns]}).content[0].text
+    assert not upstream.faults, "\n".join(upstream.faults)
+    assert calls == [("call_g", {"city": "Ghent"}), ("call_b", {"city": "Bruges"})]
+    assert found == "Rain in both."
+
+
 # Errors: what each kind answers, as documented, and what either client makes of it
 
 

@@ -359,3 +359,15 @@ def test_sound_is_sound_whatever_part_it_comes_in():
 def test_gemini_is_sent_no_film_as_an_image(url):
     with pytest.raises(UpstreamError, match="must be an image"):
         _part({"type": "image_url", "image_url": {"url": url}})
+
+
+def test_a_picture_that_a_model_made_counts_as_one_when_it_goes_back():
+    """It is in ``images`` of the message, and was counted by its letters."""
+    url = "data:image/png;base64," + "A" * 10**6
+    made = {"role": "assistant", "content": "Here.", "images": [{"type": "image_url", "image_url": {"url": url}}]}
+    asked = [{"role": "user", "content": "again"}]
+    plain = count_prompt({"messages": [{"role": "assistant", "content": "Here."}, *asked]})
+    counted = count_prompt({"messages": [made, *asked]})
+    assert (counted.at_most, counted.images) == (plain.at_most + image(url).at_most, image(url).at_most)
+    # What is no picture is a text that is paid for.
+    assert count_prompt({"messages": [{**made, "images": "x" * 999}]}).at_most > 999

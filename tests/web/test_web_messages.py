@@ -277,6 +277,52 @@ def test_a_call_that_goes_on_after_the_next_began_makes_no_message():
         events_of([*STREAM[:-2], late])
 
 
+def piece(text, at=None, **more):
+    """A piece of a call's arguments; with its id and name its beginning."""
+    begun = (
+        {"id": more["id"], "function": {"name": more["id"], "arguments": text}}
+        if more
+        else {"function": {"arguments": text}}
+    )
+    return delta(tool_calls=[begun if at is None else {"index": at, **begun}])
+
+
+def test_calls_that_are_told_side_by_side_become_blocks_one_after_the_other():
+    """The first is told as it comes; a text waits for it too, and what is whole does not wait."""
+    side = [
+        piece("", 0, id="a"),
+        piece("", 1, id="b"),
+        piece('{"x"', 0),
+        piece('{"y"', 1),
+        piece(":1}", 0),
+        delta(content="so"),
+    ]
+    values = events_of([*side, piece(":2}", 1), piece('{"z": 3}', 2, id="c"), piece("\n", 0), delta("tool_calls")])
+    assert blocks_of(values) == [
+        {"type": "tool_use", "id": "a", "name": "a", "input": {}, "json": '{"x":1}'},
+        {"type": "tool_use", "id": "b", "name": "b", "input": {}, "json": '{"y":2}'},
+        {"type": "text", "text": "so"},
+        {"type": "tool_use", "id": "c", "name": "c", "input": {}, "json": '{"z": 3}'},
+    ]
+    # Of the first, each piece at once.
+    told = [
+        value["delta"]["partial_json"]
+        for value in events_of(side, ended=False)
+        if value["type"] == "content_block_delta"
+    ]
+    assert told == ['{"x"', ":1}", '{"y"']
+
+
+def test_a_call_without_arguments_ends_with_the_message():
+    values = events_of([piece("", 0, id="a"), piece("{}", 1, id="b"), delta("tool_calls")])
+    assert [block.get("json") for block in blocks_of(values)] == [None, "{}"]
+
+
+def test_calls_of_a_server_that_numbers_none_are_told_apart_by_their_names():
+    values = events_of([piece('{"x"', id="a"), piece(":1}"), piece("{}", id="b"), delta("tool_calls")])
+    assert [(block["id"], block["json"]) for block in blocks_of(values)] == [("a", '{"x":1}'), ("b", "{}")]
+
+
 NATIVE = [
     {"type": "message_start", "message": {"id": "msg_9"}},
     {"type": "ping"},
@@ -311,5 +357,21 @@ def test_another_model_goes_on_where_one_of_anthropics_broke_off():
 
 def test_a_stream_that_breaks_ends_in_an_error():
     made = MessageEvents(ASK)
-    [piece] = made.fail("no", "deadline_exceeded")
-    assert piece == b'event: error\ndata: {"type":"error","error":{"type":"timeout_error","message":"no"}}\n\n'
+    [told] = made.fail("no", "deadline_exceeded")
+    assert told == b'event: error\ndata: {"type":"error","error":{"type":"timeout_error","message":"no"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("rate_limit_exceeded", "rate_limit_error"),
+        ("upstream_unavailable", "overloaded_error"),
+        ("upstream_timeout", "timeout_error"),
+        ("context_length_exceeded", "invalid_request_error"),
+        ("upstream_cut", "api_error"),
+        (None, "api_error"),
+    ],
+)
+def test_the_error_of_a_stream_is_one_that_anthropic_documents(code, kind):
+    [told] = MessageEvents(ASK).fail("no", code)
+    assert json.loads(told.decode().partition("data: ")[2])["error"] == {"type": kind, "message": "no"}

@@ -156,9 +156,15 @@ def _gather_message(message: Any, texts: list[str], found: list[Media]) -> None:
         texts.append(_text(message))
         return
     for name, value in message.items():
-        if name not in ("role", "content") and value:
+        if name not in ("role", "content", "images") and value:
             texts.append(_text(value))
     _gather(message.get("content"), texts, found)
+    # Pictures that a model made before: what is none of them is text.
+    images = message.get("images")
+    if isinstance(images, list):
+        _gather(images, texts, found)
+    elif images:
+        texts.append(_text(images))
 
 
 def _gather(content: Any, texts: list[str], found: list[Media] | None = None) -> None:
