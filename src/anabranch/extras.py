@@ -30,6 +30,7 @@ _MODULES = {
     "faiss-cpu": "faiss",
     "google-auth": "google.auth",
     "import-linter": "importlinter",
+    "llama-index-core": "llama_index.core",
     "mkdocs-material": "material",
     "opentelemetry-exporter-otlp-proto-http": "opentelemetry.exporter.otlp.proto.http",
     "opentelemetry-sdk": "opentelemetry.sdk",

@@ -16,6 +16,10 @@ Beside ``index.anb``, which stays as it is, lies the folder ``index.anb.live``:
     index   `LiveIndex`: changes in groups, one write to the disk for each; snapshots in the background
 """
 
+from anabranch.extras import require
+
+require("graph", by=__name__)
+
 from anabranch.graph.live.folder import check_unchanged, live_folder, open_index
 from anabranch.graph.live.index import LiveIndex, NoRoomError
 
