@@ -89,11 +89,14 @@ class Keys:
         return self._has_keys
 
 
+refused = []
+
+
 def admission(keys, **fields):
     of = GatewayConfig(
         models=(ModelConfig(name="m", deployments=(DeploymentConfig(provider=Mock.Config(model="m")),)),), **fields
     )
-    return KeyAdmission(lambda: keys, lambda: of, Admission(RateLimits(), InFlight()))
+    return KeyAdmission(lambda: keys, lambda: of, Admission(RateLimits(), InFlight()), refused.append)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +145,10 @@ def test_what_is_answered_here_alone_counts_as_a_request_of_its_key():
         # It was counted out though it was refused.
         for _ in range(2):
             await counted("a minute")
+        refused.clear()
         with pytest.raises(ApiError, match="a minute"):
             await held.look(record)
+        assert refused == ["rate_limit_exceeded"]
         for _ in range(2):
             await held.admit(None)
         with pytest.raises(ApiError) as caught:

@@ -31,7 +31,6 @@ from anabranch.gateway.core.intake import Intake
 from anabranch.gateway.core.relay import Ahead, Chunks
 from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.core.request import RequestRun
-from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.core.unsettled import Unsettled
 from anabranch.gateway.key_admission import KeyAdmission
@@ -56,7 +55,6 @@ from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.gateway.upkeep import learn_forever, prune_forever
 from anabranch.routers.contract.query import Decision
 from anabranch.routers.contract.strategy import Strategy
-from anabranch.web.api_error import ApiError
 
 if TYPE_CHECKING:
     from anabranch.gateway.learning.joining import Joined
@@ -100,14 +98,8 @@ class Gateway(SyncGateway):
         self.observers = Observers(self.metrics, config)
         self.webhooks = Webhooks(config.webhooks, lambda: self.store)
         self._overview = Overview(self._sources())
-        self._keys = KeyAdmission(lambda: self.store, lambda: self.config, self.admission)
-        self._log = RequestLog(
-            self.recent,
-            metrics=self.metrics,
-            observers=self.observers,
-            overview=self._overview,
-            teaching=self.teaching,
-        )
+        self._keys = KeyAdmission(lambda: self.store, lambda: self.config, self.admission, self.metrics.refuse)
+        self._log = RequestLog(self.recent, self.metrics, self.observers, self._overview, self.teaching)
         self._intake = Intake(
             runtime=lambda: self.runtime,
             services=self._services,
@@ -115,7 +107,7 @@ class Gateway(SyncGateway):
             admission=self.admission,
             spawn=self._tasks.spawn,
             keep=self.keep,
-            on_refused=self._refused,
+            on_refused=self._log.refused,
         )
         super().__init__()
 
@@ -256,18 +248,10 @@ class Gateway(SyncGateway):
     async def add_model(
         self, name: str, *, strategies: Sequence[str] = (), outcomes: "Recorded | None" = None
     ) -> "Joined":
-        """Let a model of the config join the fitted routers that are served; `reload` makes them known. See `learning.joining.join`."""
-        from anabranch.gateway.learning.joining import join
+        """Let a model of the config join the fitted routers that are served; `reload` makes them known. See `join_served`."""
+        from anabranch.gateway.learning.joining import join_served
 
-        lanes = [
-            lane
-            for lane in self.runtime.decider.lanes.values()
-            if lane.settings.router is not None and (not strategies or lane.name in strategies)
-        ]
-        async with self.kept.handed_over(lanes) as over:
-            done = await join(self.store, self.config, name, strategies=strategies, outcomes=outcomes)
-            over.update(done.strategies)
-        return done
+        return await join_served(self._learning, self.kept, name, strategies=strategies, outcomes=outcomes)
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Have a task that somebody else waits for end before the gateway does."""
@@ -290,14 +274,8 @@ class Gateway(SyncGateway):
         """Answer one request. Raises ApiError.
 
         Args:
-            endpoint: ``chat``, ``completions`` or ``embeddings``.
-            body: as OpenAI's endpoint takes it.
+            endpoint, body, headers, shown_as, collecting, num_bytes, native: see `Incoming`.
             key: of this gateway, or what is known of it already.
-            headers: of the request; names in lower case, or a mapping that does not mind.
-            shown_as: what metrics call the endpoint, if not by its name.
-            collecting: what it is collected for; None for a request of a user.
-            num_bytes: of the body as it came, if that is known; a large one is read, counted and sent in other threads.
-            native: what ``body`` was made of, if that came in Anthropic's form.
         """
         incoming = Incoming(
             endpoint=endpoint,
@@ -375,11 +353,7 @@ class Gateway(SyncGateway):
 
     async def look(self, record: KeyRecord | None) -> None:
         """Whether a request of this key has room by what is known before its body is read; nothing is taken. Raises ApiError (429)."""
-        try:
-            await self._keys.look(record)
-        except ApiError as error:
-            self.metrics.refuse(error.code)
-            raise
+        await self._keys.look(record)
 
     def keeps_texts(self, body: Mapping[str, Any]) -> bool:
         """See `core.decision_log.keeps_texts`."""
@@ -399,19 +373,6 @@ class Gateway(SyncGateway):
             begin_trace=self.observers.begin_trace,
             on_finished=self._log.finished,
             on_priced=self._log.priced,
-        )
-
-    def _refused(self, state: RequestState, status: int, code: str) -> None:
-        """A request is over that has no row in the ledger."""
-        self.observers.refused(
-            state.shown_as,
-            status,
-            code=code,
-            id=state.id,
-            key_id=state.tenant,
-            trace=state.trace,
-            time_s=state.time_s,
-            latency_s=state.elapsed(),
         )
 
     async def snapshot(self) -> Snapshot:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import Any
 
 from anabranch.errors import CapacityError, RateError
 from anabranch.gateway.config import GatewayConfig
@@ -20,6 +21,7 @@ class KeyAdmission:
         store: gives the store, open.
         config: gives the config that is in use now.
         admission: of requests and tokens, by key.
+        on_refused: told the code of what is refused before its body is read.
     """
 
     def __init__(
@@ -27,8 +29,9 @@ class KeyAdmission:
         store: Callable[[], Store],
         config: Callable[[], GatewayConfig],
         admission: Admission,
+        on_refused: Callable[[Any], None],
     ) -> None:
-        self._store, self._config, self._admission = store, config, admission
+        self._store, self._config, self._admission, self._on_refused = store, config, admission, on_refused
 
     async def authenticate(self, secret: str | None) -> KeyRecord | None:
         """The key a request came with; None where none is needed and none that is known was sent. Raises ApiError (401, 503)."""
@@ -75,4 +78,6 @@ class KeyAdmission:
         try:
             await self._admission.look(tenant, limits)
         except RateError as error:
-            raise limited(error) from None
+            refusal = limited(error)
+            self._on_refused(refusal.code)
+            raise refusal from None

@@ -3,6 +3,7 @@
 from collections import deque
 
 from anabranch.gateway.core.finished import Finished, Priced
+from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.metrics import Ended, Metrics
 from anabranch.gateway.observe.observers import Observers
@@ -12,7 +13,8 @@ from anabranch.gateway.ui.seen import seen_of, with_price
 
 
 class RequestLog:
-    """That of one gateway, on its event loop. A request is `finished` once, and `priced` once after that.
+    """That of one gateway, on its event loop. A request is `finished` once, and `priced` once
+    after that, or `refused`.
 
     Args:
         recent: where the page finds the last requests.
@@ -23,7 +25,7 @@ class RequestLog:
     """
 
     def __init__(
-        self, recent: deque[Seen], *, metrics: Metrics, observers: Observers, overview: Overview, teaching: Teaching
+        self, recent: deque[Seen], metrics: Metrics, observers: Observers, overview: Overview, teaching: Teaching
     ) -> None:
         self._recent, self._metrics, self._observers = recent, metrics, observers
         self._overview, self._teaching = overview, teaching
@@ -65,3 +67,16 @@ class RequestLog:
                 break
         if priced.outcome is not None:
             self._teaching.priced(row.strategy, row, priced.outcome)
+
+    def refused(self, state: RequestState, status: int, code: str) -> None:
+        """A request is over that has no row in the ledger."""
+        self._observers.refused(
+            state.shown_as,
+            status,
+            code=code,
+            id=state.id,
+            key_id=state.tenant,
+            trace=state.trace,
+            time_s=state.time_s,
+            latency_s=state.elapsed(),
+        )

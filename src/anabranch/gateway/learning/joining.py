@@ -19,7 +19,8 @@ from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.config.prices import model_price
 from anabranch.gateway.decide import load_router
 from anabranch.gateway.lane import made_of
-from anabranch.gateway.learning.kept import packed_part, read_part
+from anabranch.gateway.learning.kept import Kept, packed_part, read_part
+from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import NOBODY, LearnedRow
 from anabranch.routers.contract.dataset import Recorded
@@ -60,6 +61,32 @@ def file_of(place: str, name: str) -> Path:
     if picked is None or (picked.choice is not None and picked.choice.kind == "model"):
         raise InputError(f"{place} holds no router that strategy {name} serves")
     return path / f"{picked.name}{ENDING}"
+
+
+async def join_served(
+    services: LearningServices,
+    kept: Kept,
+    name: str,
+    *,
+    strategies: Sequence[str] = (),
+    outcomes: Recorded | None = None,
+) -> Joined:
+    """`join` where strategies are at work: what they have learned is handed over, and nothing is written of it meanwhile.
+
+    Args:
+        services: of the gateway.
+        kept: what its strategies have stored.
+        name, strategies, outcomes: see `join`, which says what is raised.
+    """
+    lanes = [
+        lane
+        for lane in services.lanes.values()
+        if lane.settings.router is not None and (not strategies or lane.name in strategies)
+    ]
+    async with kept.handed_over(lanes) as over:
+        done = await join(services.store, services.config, name, strategies=strategies, outcomes=outcomes)
+        over.update(done.strategies)
+    return done
 
 
 async def join(
