@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from anabranch.cli.graph.vectors import read_vectors
-from anabranch.graph import FastRP, FullyPPR, GraphVite, PowerWalk, load_dataset, read_graph
+from anabranch.graph import FastRP, FullyPPR, GraphVite, PageRank, PowerWalk, TypedGraph, load_dataset, read_graph
 from anabranch.graph.evaluate import hold_out_edges
 from anabranch.graph.fully_ppr import FullyPPRResult
 
@@ -158,6 +158,22 @@ def test_knobs_of_all(facts, place):
     assert FullyPPRResult.load(place / "visits.anb").facts["estimator"] == "fullpath"
 
 
+def test_edges_of_several_kinds(facts, place):
+    (place / "typed.csv").write_text("kind,source,target\ncites,p,q\ncites,q,r\nwrote,ann,p\nwrote,bob,r\n")
+    edges = {"cites": (["p", "q"], ["q", "r"]), "wrote": (["ann", "bob"], ["p", "r"])}
+    typed = TypedGraph.from_edges(edges, weights={"cites": 3})
+    options = ("typed.csv", "--relation", "kind", "--weight-of", "cites=3")
+    found = facts("ppr", *options, "ann")
+    nodes, scores = PageRank().personalized(typed, "ann", 10)
+    assert [one["node"] for one in found["ranking"]] == nodes.tolist()
+    assert [one["score"] for one in found["ranking"]] == pytest.approx(scores.tolist())
+    drawn = facts("ppr", *options, "ann", "--share", "relations")["ranking"]
+    by_kind = TypedGraph.from_edges(edges, weights={"cites": 3}, share="relations")
+    assert drawn[0]["score"] == pytest.approx(PageRank().personalized(by_kind, "ann")[1][0])
+    facts("embed", *options, "--dim", 4, "--out", "t.npz")
+    np.testing.assert_array_equal(read_vectors(place / "t.npz").array, FastRP(4).fit_transform(typed))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -183,6 +199,11 @@ def test_knobs_of_all(facts, place):
         ("index edges.csv --walks 5 --set kep=1 --out w.anb", "did you mean keep"),
         ("index edges.csv --walks 5 --set walks=1 --out w.anb", "has an option of its own"),
         ("index v.npy --set keep=1 --out w.anb", "--set is for --walks"),
+        ("ppr edges.csv ann --weight-of a=1", "go with --relation"),
+        ("ppr edges.csv ann --relation kind", "no column 'kind'; there are source, target, weight"),
+        ("ppr edges.csv ann --relation weight --weight-of x=1", "no relation 'x'"),
+        ("ppr edges.csv ann --relation weight --weight-of 1=much", "write KIND=WEIGHT"),
+        ("embed edges.csv --relation weight --share kinds --out v.npy", "share is 'kinds'"),
         ("ppr edges.csv ann --set rounds=3", "--set is for --all and --index"),
         ("ppr edges.csv --all --out a.anb --set top_k=3", "use --top"),
         ("ppr edges.csv --all --out a.anb --set progress=1", "cannot set progress from a command line"),

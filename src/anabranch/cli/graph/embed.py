@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.inputs import Opened, open_graph, read_labels
+from anabranch.cli.graph.inputs import Opened, check_untyped, open_graph, open_typed, read_labels
 from anabranch.cli.graph.models import check_saved
-from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads, check_extra, check_picture
+from anabranch.cli.graph.options import (
+    Columns,
+    Directed,
+    GraphSource,
+    Ids,
+    Relation,
+    Share,
+    Threads,
+    WeightOf,
+    check_extra,
+    check_picture,
+)
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, table, wrote
@@ -66,6 +77,9 @@ def embed(
         Path | None,
         typer.Option("--map", metavar="FILE", help="Draw nodes in two dimensions into this .png or .svg file."),
     ] = None,
+    relation: Relation = None,
+    weight_of: WeightOf = None,
+    share: Share = "edges",
     directed: Directed = None,
     columns: Columns = None,
     ids: Ids = "auto",
@@ -91,7 +105,11 @@ def embed(
     check_apart([out, picture, save], [source, labels])
     if not 0 < train < 1:
         raise InputError(f"--train is {train}; it must be a share between 0 and 1")
-    opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
+    if relation is not None:
+        opened = open_typed(source, relation, weight_of, share, directed=directed, columns=columns, quiet=quiet)
+    else:
+        check_untyped(weight_of, share)
+        opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
     label_NC = labels_of(opened, labels)
     _check_split(label_NC, train)
     started = time.perf_counter()

@@ -58,6 +58,51 @@ def open_graph(
     return Opened(graph, source, labels)
 
 
+def open_typed(
+    source: str,
+    relation: str,
+    weights: list[str] | None,
+    share: str,
+    *,
+    directed: bool | None,
+    columns: str | None,
+    quiet: bool,
+) -> Opened:
+    """The graph of a table of edges of several kinds, by what each kind counts.
+
+    Raises DataError for a file that is none, InputError for a column or kind that is not there or a weight that is no number.
+    """
+    check_extra()
+    if columns is not None:
+        raise InputError(
+            "--columns is for edges of one kind; with --relation call columns source, target and perhaps weight"
+        )
+    import pyarrow as pa
+
+    from anabranch.graph import TypedGraph
+
+    counted = {}
+    for text in weights or ():
+        kind, equals, value = text.rpartition("=")
+        try:
+            counted[kind] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not kind:
+            raise InputError(f"--weight-of is {text!r}; write KIND=WEIGHT")
+    with waiting(f"reading {source}", quiet):
+        table = pa.table(read_table(source))
+        typed = TypedGraph.from_table(table, relation, weights=counted, share=share, directed=bool(directed))
+    # Nodes that were written are found by name here, and given on by number.
+    return Opened(typed.graph.numbered(), source)
+
+
+def check_untyped(weights: list[str] | None, share: str) -> None:
+    """Raises InputError for options that go with --relation."""
+    if weights or share != "edges":
+        raise InputError("--weight-of and --share go with --relation COLUMN")
+
+
 def example_node(graph: Graph) -> str:
     """The node with most edges, as a shell takes its name; empty where there is none."""
     if not graph.num_nodes:

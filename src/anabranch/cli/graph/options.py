@@ -25,6 +25,18 @@ Columns = Annotated[
 Ids = Annotated[
     str, typer.Option(metavar="KIND", help="What nodes are called in the file: numbers, names, text, or auto.")
 ]
+Relation = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="Edges are of several kinds, which this column of GRAPH (.csv, .tsv, .parquet) tells."),
+]  # fmt: skip
+WeightOf = Annotated[
+    list[str] | None,
+    typer.Option("--weight-of", metavar="KIND=W", help="With --relation: what edges of a kind count; 1 unless told. May be repeated."),
+]  # fmt: skip
+Share = Annotated[
+    str,
+    typer.Option(metavar="HOW", help="With --relation: edges count by their kind (edges), or a walk draws the kind first (relations)."),
+]  # fmt: skip
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads. Default: one per core.")]
 Top = Annotated[int, typer.Option("--top", "-k", metavar="K", min=1, help="How many results.")]
 

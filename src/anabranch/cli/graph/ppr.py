@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.inputs import Opened, open_graph, read_table, weighted_nodes
-from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads, Top
+from anabranch.cli.graph.inputs import Opened, check_untyped, open_graph, open_typed, read_table, weighted_nodes
+from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Relation, Share, Threads, Top, WeightOf
 from anabranch.cli.graph.tables import ENDINGS, check_ending, write_table
 from anabranch.cli.graph.waiting import Rate, waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, read_assignments
@@ -83,6 +83,9 @@ def ppr(
         ),
     ] = None,
     memory: Annotated[float | None, typer.Option(metavar="GB", help="Of --all: memory to use at most.")] = None,
+    relation: Relation = None,
+    weight_of: WeightOf = None,
+    share: Share = "edges",
     directed: Directed = None,
     columns: Columns = None,
     ids: Ids = "auto",
@@ -107,7 +110,11 @@ def ppr(
         _check_all(out, engine)
     else:
         check_ending(out)
-    opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
+    if relation is not None:
+        opened = open_typed(source, relation, weight_of, share, directed=directed, columns=columns, quiet=quiet)
+    else:
+        check_untyped(weight_of, share)
+        opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
     given = _seeds(opened, nodes, seeds)
     if every:
         options = {"alpha": alpha, "method": method, "engine": engine, "dangling": dangling, "top_k": top, "seed": seed,
