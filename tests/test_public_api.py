@@ -37,7 +37,7 @@ PUBLIC = {
     """,
     "anabranch.routers.data": """
         SETS UNITS Columns RoutingSet check_disjoint deduplicated folds groups is_store llmrouter load_csv load_jsonl
-        load_outcomes measured_in merged pool_of pooled read_joules read_prices routellm_mmlu split
+        load_judgements load_outcomes measured_in merged pool_of pooled read_joules read_prices routellm_mmlu split
     """,
     "anabranch.routers.embed": "Embedder embed_cached",
     "anabranch.routers.referee": """

@@ -24,7 +24,7 @@ Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="Recorded outcomes: .jsonl, .csv, also .gz; a gateway's store (.db); or a public set (llmrouter, routellm_mmlu).",
+        help="Recorded outcomes: .jsonl, .csv, also .gz; a store (.db); a folder of MT-Bench; or a public set (llmrouter, routellm_mmlu).",
     ),
 ]
 Named = Annotated[

@@ -14,6 +14,7 @@ from anabranch.routers.contract.query import Model
 from anabranch.routers.data.budget import UNITS, measured_in
 from anabranch.routers.data.csv import Columns, load_csv
 from anabranch.routers.data.jsonl import load_jsonl
+from anabranch.routers.data.judgements import is_judged, load_judgements
 from anabranch.routers.data.prices import pool_of, read_joules, read_prices
 from anabranch.routers.data.sets import SETS, RoutingSet, llmrouter, merged, routellm_mmlu
 from anabranch.routers.data.splits import check_disjoint, deduplicated, folds, groups, pooled, split
@@ -31,6 +32,7 @@ __all__ = [
     "llmrouter",
     "load_csv",
     "load_jsonl",
+    "load_judgements",
     "load_outcomes",
     "measured_in",
     "merged",
@@ -57,6 +59,8 @@ def load_outcomes(
 ) -> Recorded:
     """Outcomes from a file, by the ending of its name: .jsonl, .csv or .tsv, each with or without .gz, or a gateway's store (.db, a URL).
 
+    A folder of MT-Bench, or one of its files of judgements, is known by what is in it (`load_judgements`).
+
     ``by_choice`` is for logs of traffic, see `anabranch.gateway.store_outcomes.load_store`.
 
     Raises DataError for another ending, or a file that is malformed, with the line.
@@ -64,12 +68,14 @@ def load_outcomes(
     if is_store(path):
         return resolve("outcomes", "store")(str(path), by_choice=by_choice)
     path = Path(path)
+    if path.is_dir() and is_judged(path):
+        return load_judgements(path, prices=prices)
     endings = [ending for ending in path.suffixes[-2:] if ending != ".gz"]
     kind = endings[-1] if endings else ""
     if kind in (".csv", ".tsv"):
         return load_csv(path, columns, prices=prices)
     if kind in (".jsonl", ".ndjson", ".json"):
-        return load_jsonl(path, prices=prices)
+        return load_judgements(path, prices=prices) if is_judged(path) else load_jsonl(path, prices=prices)
     raise DataError(
         f"{path} has no ending that is known; outcomes are read from .jsonl and .csv files, also gzipped (.jsonl.gz)"
     )
