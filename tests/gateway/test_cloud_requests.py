@@ -74,6 +74,49 @@ def test_gemini_is_asked_with_all_that_it_knows():
     }
 
 
+@pytest.mark.parametrize(
+    ("model", "thinking", "effort", "config"),
+    [
+        (
+            "gemini-2.5-flash",
+            {"type": "enabled", "budget_tokens": 2048},
+            None,
+            {"includeThoughts": True, "thinkingBudget": 2048},
+        ),
+        ("gemini-2.5-flash", {"type": "adaptive"}, None, {"includeThoughts": True, "thinkingBudget": -1}),
+        ("gemini-2.5-flash", {"type": "disabled"}, None, {"thinkingBudget": 0}),
+        ("gemini-2.5-pro", {"type": "disabled"}, None, {"thinkingBudget": 128}),
+        ("gemini-2.5-flash", {"type": "adaptive"}, "low", {"includeThoughts": True, "thinkingBudget": 1024}),
+        ("gemini-3-pro-preview", {"type": "adaptive"}, "low", {"includeThoughts": True, "thinkingLevel": "low"}),
+        ("gemini-2.0-flash", {"type": "adaptive"}, None, None),
+        ("gemini-2.5-flash-image", {"type": "adaptive"}, None, None),
+    ],
+)
+def test_what_anthropics_form_says_of_thinking_reaches_gemini(model, thinking, effort, config):
+    body = {"model": "m", "max_tokens": 4096, "messages": [{"role": "user", "content": "hi"}], "thinking": thinking}
+    body |= {} if effort is None else {"output_config": {"effort": effort}}
+    request = UpstreamRequest("chat", to_chat(body), is_foreign=True)
+    sent_body = json.loads(made("gemini", model=model).build(request).body)
+    assert sent_body["generationConfig"].get("thinkingConfig") == config
+
+
+def test_ollama_thinks_unless_it_is_told_not_to():
+    def think(thinking):
+        body = {"model": "m", "max_tokens": 4096, "messages": [{"role": "user", "content": "hi"}], "thinking": thinking}
+        return json.loads(made("ollama").build(UpstreamRequest("chat", to_chat(body), is_foreign=True)).body).get(
+            "think"
+        )
+
+    assert think({"type": "disabled"}) is False
+    # Models that cannot would refuse.
+    assert think({"type": "enabled", "budget_tokens": 1024}) is None
+
+
+def test_gemini_is_asked_for_pictures():
+    assert sent("gemini", modalities=["text", "image"])["generationConfig"] == {"responseModalities": ["TEXT", "IMAGE"]}
+    assert "generationConfig" not in sent("gemini", modalities=["text"])
+
+
 def test_gemini_3_gets_words_for_thinking_and_a_mark_for_calls_of_other_models():
     calls = [{"id": str(at), "type": "function", "function": {"name": "f", "arguments": "{}"}} for at in range(2)]
     messages = [

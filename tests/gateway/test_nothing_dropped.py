@@ -1,5 +1,6 @@
 """No part of what an upstream answers is dropped in silence: of every kind of provider, whole and streamed, in all three forms."""
 
+import asyncio
 import base64
 import json
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.config import from_dict
+from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan
 from anabranch.gateway.providers import Provider, UpstreamRequest
 from anabranch.gateway.providers.chunks import as_chunks, assembled
 from anabranch.gateway.providers.content_lists import flattened
@@ -457,3 +459,90 @@ def test_claude_is_not_sent_what_another_model_thought(kind):
         assert marks[0] not in text
         assert "google." not in text
         assert parts[2]["content" if kind == "ollama" else "text"] in text
+
+
+class Slow:
+    """A transport whose answer comes event by event, each when it is asked for."""
+
+    def __init__(self, chunks):
+        self.status, self.headers = 200, {"content-type": "text/event-stream"}
+        self._events = [f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n".encode() for chunk in chunks] + [
+            b"data: [DONE]\n\n"
+        ]
+
+    async def open(self, call):
+        return self
+
+    def read_ready(self):
+        return b""
+
+    async def read_some(self):
+        return self._events.pop(0) if self._events else b""
+
+    def close(self):
+        """Nothing."""
+
+
+def test_content_in_parts_is_put_into_openais_form_all_along_a_stream():
+    """Chunks behind the first token are passed on unread, but for these."""
+
+    async def main():
+        group = Group(name="a", deployments=(Deployment(name="a-0", provider=provider_of("openai").config),))
+        parts = [[{"type": "thinking", "thinking": [{"type": "text", "text": text}]}] for text in ("h", "m")]
+        deltas = [
+            {"content": part}
+            for part in (*parts, [{"type": "text", "text": "a"}], "b", [{"type": "text", "text": "c"}])
+        ]
+        chunks = [{"choices": [{"index": 0, "delta": one, "finish_reason": None}]} for one in deltas]
+        chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        dispatcher = Dispatcher([group], DispatchRules(retries=0), http=Slow(chunks))
+        opened = await dispatcher.stream(
+            Plan(candidates=("a",), deadline=dispatcher.now() + 5), request_of("openai", True)
+        )
+        data = [value async for block in opened for value in read_data(block)]
+        await dispatcher.close()
+        return data
+
+    found = [value["choices"][0]["delta"] for value in asyncio.run(main()) if value.get("choices")]
+    assert "".join(delta.get("reasoning_content", "") for delta in found) == "hm"
+    assert "".join(delta.get("content") or "" for delta in found) == "abc"
+
+
+def test_calls_that_are_told_side_by_side_each_end_once_in_a_response():
+    def piece(at, text, **more):
+        return {
+            "choices": [
+                {"delta": {"tool_calls": [{"index": at, **more, "function": {"name": "f", "arguments": text}}]}}
+            ]
+        }
+
+    side = [
+        piece(0, "", id="a"),
+        piece(1, "", id="b"),
+        piece(0, '{"x"'),
+        piece(1, "{}"),
+        piece(0, ":1}"),
+        piece(2, "{}", id="c"),
+    ]
+    output = response_of([*side, {"choices": [{"delta": {"content": "so"}, "finish_reason": "tool_calls"}]}])["output"]
+    assert [(item.get("call_id"), item.get("arguments")) for item in output] == [
+        ("a", '{"x":1}'),
+        ("b", "{}"),
+        ("c", "{}"),
+        (None, None),
+    ]
+
+
+def test_a_block_of_bedrocks_that_nobody_ended_is_told_with_the_message():
+    translator = provider_of("bedrock").translator(request_of("bedrock", True))
+    thought = [{"reasoningContent": {"text": "hm"}}, {"reasoningContent": {"signature": "s"}}]
+    events = [{"contentBlockDelta": {"contentBlockIndex": 0, "delta": delta}} for delta in thought]
+    events += [{"contentBlockStart": {"contentBlockIndex": 1, "start": {"toolUse": {"name": "f", "toolUseId": "t"}}}}]
+    chunks = [
+        chunk
+        for event in [*events, {"messageStop": {"stopReason": "tool_use"}}]
+        for chunk in translator.feed(json.dumps(event).encode())
+    ]
+    message = assembled(chunks)["choices"][0]["message"]
+    assert message["thinking_blocks"] == [{"type": "thinking", "thinking": "hm", "signature": "s"}]
+    assert message["tool_calls"][0]["function"]["arguments"] == "{}"

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from anabranch.gateway.config import (
 )
 from anabranch.gateway.config.price_table import FILE, list_price, table
 from anabranch.gateway.config.prices import deployment_price, model_price, unpriced
+from anabranch.gateway.core.bounds import Bounds
 from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.dispatch.bill import bill
 from anabranch.gateway.dispatch.billed import broken_off
@@ -236,6 +238,21 @@ def test_what_tools_bring_into_the_prompt_is_part_of_the_most():
     assert asked.most(count, 100, context=20_000).prompt == 1000 + 2 * 20_000
     assert asked.most(count, 50_000, context=20_000).prompt == 1000 + 2 * 51_000
     assert Asked(searches=1).most(count, 100).pages == 0
+
+
+def test_pages_are_reserved_within_the_context_of_the_model():
+    body = {
+        "messages": [{"role": "user", "content": "x" * 993}],
+        "max_tokens": 100,
+        "tools": [{**SEARCH, "max_uses": 2}],
+    }
+    count = count_prompt({"messages": body["messages"]})
+    given = SimpleNamespace(context=20_000, max_tokens=None)
+    runtime = SimpleNamespace(models={"m": given}, config=SimpleNamespace(limits=SimpleNamespace(max_tokens=9)))
+    bounds = Bounds("chat", body, runtime, count, asked_of(body))
+    assert bounds.most("m", None).prompt == 1000 + 2 * 20_000
+    given.context = None
+    assert bounds.most("m", None).prompt == 1000 + 92_200
 
 
 def test_a_stream_that_broke_off_is_charged_the_pages_that_it_may_have_read():
