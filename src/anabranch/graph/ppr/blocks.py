@@ -21,6 +21,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 
+from anabranch.graph.ppr.leaky import leaky_iteration
 from anabranch.graph.ppr.rules import Transition
 from anabranch.graph.products import Operator, multiply_block
 from anabranch.graph.projection import BLOCK
@@ -39,7 +40,7 @@ MOST_NODES = 1 << 18
 LARGE = 64
 
 # Products that estimate the second eigenvalue, and what is added to it.
-LOOKS, SLACK = 24, 0.02
+LOOKS, SLACK = 12, 0.03
 MOST_ROUNDS = 2000
 
 
@@ -142,13 +143,12 @@ class Blocks:
         self, chosen: Sequence[tuple[np.ndarray, np.ndarray]], is_done_W: np.ndarray, found_WN: np.ndarray
     ) -> None:
         """What rounding kept from the tolerance, by power iteration."""
-        from anabranch.graph.ppr.power import leaky_power
-
         for column in np.flatnonzero(~is_done_W).tolist():
             ids, share = chosen[column]
             start_N = np.zeros(len(self.strength_N))
             start_N[ids] = self.transition.start(ids, share)
-            found_WN[column] = leaky_power(self.transition, start_N, self.tol, 0)[0]
+            of, absorb = self.transition, self.transition.dangling == "absorb"
+            found_WN[column], _, _ = leaky_iteration(of.into, of.inverse_N, of.alpha, absorb, start_N, self.tol, 0)
 
     def _reach(self) -> np.ndarray:
         """[K]: c times the largest eigenvalue of P, in size, but for 1, about; c for small components."""
@@ -204,33 +204,34 @@ def _take(next_NW, strength_N, alpha, columns, found_WN):
 @nb.njit(cache=True, nogil=True)
 def _without_level(here_NW, strength_N, number_N, components):
     """Take its mean, weighted by strength, from each component of each column; those of number -1 stay."""
-    total, mean = np.zeros(components), np.zeros(components)
+    total, mean = np.zeros(components), np.zeros((components, here_NW.shape[1]))
     for node in range(len(number_N)):
-        if number_N[node] >= 0:
-            total[number_N[node]] += strength_N[node]
-    for column in range(here_NW.shape[1]):
-        mean[:] = 0.0
-        for node in range(len(number_N)):
-            if number_N[node] >= 0:
-                mean[number_N[node]] += strength_N[node] * here_NW[node, column]
-        for node in range(len(number_N)):
-            if number_N[node] >= 0:
-                here_NW[node, column] -= mean[number_N[node]] / total[number_N[node]]
+        place = number_N[node]
+        if place >= 0:
+            total[place] += strength_N[node]
+            for column in range(here_NW.shape[1]):
+                mean[place, column] += strength_N[node] * here_NW[node, column]
+    for node in range(len(number_N)):
+        place = number_N[node]
+        if place >= 0:
+            for column in range(here_NW.shape[1]):
+                here_NW[node, column] -= mean[place, column] / total[place]
 
 
 @nb.njit(cache=True, nogil=True)
 def _scale(here_NW, strength_N, number_N, largest):
     """Bring each column of each component to length 1 (weighted by strength); ``largest`` is what they had, by component."""
-    largest[:] = 0.0
-    square = np.zeros(len(largest))
-    for column in range(here_NW.shape[1]):
-        square[:] = 0.0
-        for node in range(len(number_N)):
-            if number_N[node] >= 0:
-                square[number_N[node]] += strength_N[node] * here_NW[node, column] ** 2
-        for place in range(len(largest)):
-            square[place] = np.sqrt(square[place])
-            largest[place] = max(largest[place], square[place])
-        for node in range(len(number_N)):
-            place = number_N[node]
-            here_NW[node, column] = here_NW[node, column] / square[place] if place >= 0 and square[place] > 0.0 else 0.0
+    square = np.zeros((len(largest), here_NW.shape[1]))
+    for node in range(len(number_N)):
+        place = number_N[node]
+        if place >= 0:
+            for column in range(here_NW.shape[1]):
+                square[place, column] += strength_N[node] * here_NW[node, column] * here_NW[node, column]
+    for place in range(len(largest)):
+        largest[place] = np.sqrt(square[place].max())
+        for column in range(here_NW.shape[1]):
+            square[place, column] = 1.0 / np.sqrt(square[place, column]) if square[place, column] > 0.0 else 0.0
+    for node in range(len(number_N)):
+        place = number_N[node]
+        for column in range(here_NW.shape[1]):
+            here_NW[node, column] *= square[place, column] if place >= 0 else 0.0

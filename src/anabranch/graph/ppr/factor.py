@@ -27,6 +27,9 @@ GAIN = 0.02
 
 # Share of the edges that may remain, else nothing is eliminated.
 WORTH = 0.8
+
+# Share of the edges that must be at nodes of few neighbours for a trial.
+HOPE = 0.2
 NONE = np.empty(0)
 
 
@@ -90,9 +93,12 @@ def prepare(transition: Transition, few: int = FEW) -> Factor:
     """
     from scipy.sparse import csr_array
 
-    if not few:
-        return ordered(transition)
     symmetric = not transition.graph.is_directed
+    degree_N = transition.graph.degree_N
+    # Edges of nodes that may go are too few for it to be worth while, whatever goes after them.
+    is_hopeless = symmetric and 2 * degree_N[degree_N <= few].sum() < HOPE * len(transition.graph.indices)
+    if not few or is_hopeless:
+        return ordered(transition)
     entries = len(transition.graph.indices) + transition.num_nodes
     # No name holds the matrix, so that the first round can give it up.
     steps, rest, ids = _eliminate(_system(transition), few, symmetric)
