@@ -257,6 +257,27 @@ def test_when_the_disk_is_waited_for(path, tmp_path):
         shutil.rmtree(live_folder(path))
 
 
+def test_names_of_files_are_brought_to_the_disk_before_anything_is_acknowledged(path, monkeypatch):
+    """A file whose name was not written is gone after a loss of power: that of the folder, of each log and of a snapshot."""
+    own, synced = os.fsync, []
+
+    def noted(handle):
+        synced.append(os.fstat(handle).st_ino)
+        own(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with opened(path) as live:
+        live.delete([1])
+        folder = live_folder(path)
+        assert {path.parent.stat().st_ino, folder.stat().st_ino, (folder / "log-00000001").stat().st_ino} <= set(synced)
+        synced.clear()
+        live.delete([2])
+        assert synced == []
+        live.snapshot()
+        assert synced.count(folder.stat().st_ino) == 2
+        assert (folder / "snapshot.anb").stat().st_ino in synced
+
+
 @pytest.mark.parametrize(
     "options", [{"fsync": "often"}, {"fsync": 0}, {"fsync": True}, {"snapshot_bytes": 0}, {"most": 0}]
 )

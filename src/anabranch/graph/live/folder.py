@@ -188,6 +188,18 @@ def check_unchanged(path: str | Path) -> None:
         )
 
 
+def _make(folder: Path) -> None:
+    """A folder that is still there after a loss of power: its name is in the folder around it, which is brought to the disk too."""
+    if folder.is_dir():
+        return
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 class FolderLock:
     """The right to write a folder, held by one process at a time; the system takes it back when that ends, however it does."""
 
@@ -195,7 +207,7 @@ class FolderLock:
         """Take it. Raises DataError if another has it, and as `explained`."""
         path = folder / LOCK
         with explained(path):
-            folder.mkdir(exist_ok=True)
+            _make(folder)
             self._handle: int | None = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             if fcntl is not None:

@@ -48,7 +48,7 @@ class HnswShard(Shard):
         return id_QK[0][found], 1.0 - distance_QK[0][found].astype(np.float64)
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """In the order they came."""
+        """In the order of their places in the graph."""
         id_N = self._graph.ids
         return id_N, self._graph.vectors(id_N)
 
@@ -58,8 +58,8 @@ class HnswShard(Shard):
 
     @property
     def size_bytes(self) -> int:
-        """Memory of vectors and links."""
-        return int(self._graph.stats()["size_bytes"])
+        """Memory of vectors and links, with what they have room for."""
+        return self._graph.size_bytes
 
 
 class Hnsw(Index, kind="hnsw"):
