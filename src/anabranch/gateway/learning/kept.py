@@ -173,23 +173,14 @@ class Kept:
                 strategy=lane.name, made=held.made, writer=held.writer, kind=lane.strategy.name, version=1,
                 ts_us=self._store().now_us(), body=body,
             )  # fmt: skip
-            try:
-                is_written = await self._put(row, held, lane.strategy.adds_up)
-            except learned.FoldedError:
-                await self._begin_anew(lane, held)
-                continue
-            if is_written:
+            seen = held.seen if lane.strategy.adds_up else None
+            if await self._store().change(lambda connection: learned.put_learned(connection, row, seen)):  # noqa: B023
                 held.told = told
                 held.next_s = self._clock() + max(EVERY_S, MEGABYTE_S * len(body) / 1e6)
                 if lane.strategy.adds_up:
                     held.body = body
                     await lane.alone(lane.strategy.published)
                 return
-
-    async def _put(self, row: LearnedRow, held: _Held, adds_up: bool) -> bool:
-        """Write the own row; whether it is, since others have not written meanwhile. Raises FoldedError."""
-        seen, is_there = (held.seen, held.body != b"") if adds_up else (None, False)
-        return await self._store().change(lambda connection: learned.put_learned(connection, row, seen, is_there))
 
     async def _begin_anew(self, lane: "Lane", held: _Held) -> None:
         """The own row is nobody's by now: what it tells of is heard of again like that of others."""

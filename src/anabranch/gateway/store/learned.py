@@ -22,10 +22,6 @@ LABEL = "label:"
 OUTCOME = "outcome:"
 
 
-class FoldedError(Exception):
-    """A writer's row is part of nobody's: it was taken for dead. What it has told of is in there."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedRow:
     """What one process has learned with one strategy.
@@ -68,24 +64,18 @@ def others_of(connection: Connection, strategy: str) -> int:
     return int(connection.rows("SELECT count(*) FROM learned WHERE strategy = :strategy", strategy=strategy)[0][0])
 
 
-def put_learned(
-    connection: Connection, row: LearnedRow, seen: Mapping[str, int] | None, is_there: bool = False
-) -> bool:
+def put_learned(connection: Connection, row: LearnedRow, seen: Mapping[str, int] | None) -> bool:
     """Write a row in place of the writer's last one, its version counted on; whether it was written.
 
     Args:
         connection: in a transaction.
         row: to write.
-        seen: versions of all others that were read; None does not mind.
-        is_there: the writer has written one before.
-
-    Raises FoldedError where that is gone.
+        seen: versions of all others that were read; None does not mind. Where the writer's own row has become part of nobody's, that has
+            another version than was read.
     """
     connection.lock("learned")
     marks = read_marks(connection, row.strategy, row.made)
     last = marks.pop(row.writer, 0)
-    if is_there and not last:
-        raise FoldedError
     if seen is not None and marks != seen:
         return False
     columns = ", ".join(schema.LEARNED)
