@@ -18,6 +18,7 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.store import SHADOW, LedgerQuery, open_store
 from anabranch.gateway.store.learned import erase_texts, read_outcomes
 from anabranch.gateway.store.records import GLOBAL
+from anabranch.gateway.store_outcomes import judged_questions
 from anabranch.routers.data import load_outcomes
 from gateway_process import call, served
 
@@ -310,6 +311,9 @@ def test_an_outcome_goes_when_its_question_goes(tmp_path, quick):
             await gateway.store.change(
                 lambda connection: connection.run("UPDATE collected SET body = '{' WHERE key LIKE 'outcome:%'")
             )
+            assert await judged_questions(gateway.store) == []
+            assert await gateway.store.change(lambda connection: erase_texts(connection, request_id="another")) == 1
+            assert await gateway.store.look(read_outcomes) == []
 
     run(work)
 
