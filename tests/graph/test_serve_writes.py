@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from anabranch.cli.graph.serve import is_loopback
 from anabranch.errors import DataError, InputError
 from anabranch.graph import HNSW
 from anabranch.graph.live import live_folder, open_index
@@ -210,6 +211,19 @@ def test_a_server_may_only_read(path, tmp_path):
     client.__exit__(None, None, None)
 
 
+def test_addresses_that_others_see_need_a_token(path):
+    for host, expected in (
+        ("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("[::1]", True), ("localhost", True),
+        ("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("example.org", False), ("", False),
+    ):  # fmt: skip
+        assert is_loopback(host) == expected
+    client = TestClient(create_app(Sources([path], why_read_only="there is no token"), LIMITS))
+    with client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        found = error_of(client.post("/upsert", json={"ids": [1], "vectors": GOOD}))
+        assert found[1:] == ("read_only", "this server takes no changes: there is no token")
+
+
 def test_an_index_that_is_full(path):
     client = served(path, Writes(vectors=COUNT + 1))
     assert client.post("/upsert", json={"ids": [100], "vectors": GOOD}).status_code == 200
@@ -370,7 +384,10 @@ def drill(path, kills, pauses, *options):
     """
     clients, generator = [], random.Random(0)
     for turn in range(kills + 1):
-        with started("graph", "serve", str(path), "--quiet", "--max-body", "8000", *options) as server:
+        token = {"ANABRANCH_WRITE_TOKEN": "secret"} if turn == kills else None
+        with started(
+            "graph", "serve", str(path), "--quiet", "--max-body", "8000", *options, environment=token
+        ) as server:
             if clients:
                 check(server.url, open_index(path), clients)
             if turn == kills:
@@ -397,6 +414,9 @@ def check(url, found, clients):
         one.check(found)
     with httpx.Client(base_url=url, timeout=30) as http:
         assert http.get("/v1/info").json()["search"]["vectors"] == len(found)
+        assert http.post("/delete", json={"ids": [1]}).status_code == 401
+        answer = http.post("/delete", json={"ids": [1]}, headers={"Authorization": "Bearer secret"})
+        assert answer.json()["missing"] == [1]
         for one in clients:
             if found.contains(one.ids).all():
                 assert nearest(http, found.vectors(one.ids[:1])[0]) == one.ids[:1]
