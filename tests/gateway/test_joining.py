@@ -281,3 +281,36 @@ def test_by_command_where_no_gateway_runs(place, capsys):
     assert not (place / "gateway.db").exists()
     assert main([*command, "--strategy", "irt"]) == 2
     assert "irt knows 'large' already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_graph_keeps_its_edges_and_gets_those_of_the_newcomer(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEST_ADMIN_KEY", "operator-key-1")
+    embedder, some = EMBEDDER.build(), data(100)
+    made = strategies.make("graph").fit(some.with_vectors(embedder.embed(some.query)))
+    models = tuple(Model(name=name, price=Price.of_dollars(1, 1)) for name in some.models)
+    save_folder(
+        tmp_path / "routers", {"graph": FittedRouter(strategy=made, models=models, embedder=embedder)}, some, {}
+    )
+    path = write(tmp_path, MODELS, kinds=("graph",))
+    path.write_text(path.read_text().replace('default_strategy = "irt"', 'default_strategy = "graph"'))
+
+    async def edges(gateway):
+        lane = gateway.runtime.decider.lanes["graph"]
+        return await lane.alone(lambda: lane.strategy.predictor.edges_M.tolist())
+
+    async def work():
+        async with Gateway(load_config(path)) as gateway:
+            for number in range(5):
+                _, id = await went(gateway, "graph", f"add the numbers {number}")
+                assert (await gateway.feedback({"request_id": id, "score": 1.0}))["learned"]
+            before = await edges(gateway)
+            assert sum(before) == 2 * 100 + 5
+            await gateway.add_model("large", outcomes=best_of_all())
+            await gateway.reload(gateway.config)
+            assert await edges(gateway) == [*before, 60]
+            assert (await went(gateway, "graph"))[0] == "large"
+        async with Gateway(load_config(path)) as gateway:
+            assert (await edges(gateway))[:2] == before
+
+    run(work)
