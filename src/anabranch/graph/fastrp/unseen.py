@@ -73,8 +73,9 @@ def start_of_new(rows: NewRows, setup: Setup, beta: float, features: Any, names:
     random_RD = start.of_new(key_R, features)
     with np.errstate(over="ignore", under="ignore", divide="ignore"):
         scale_R = rows.degree_R**beta / math.sqrt(random_RD.shape[1])
-    # A degree of 0 counts as the smallest that is not, as in the fit.
-    least = start.scale_N.max(initial=0) if beta <= 0 else start.scale_N.min(initial=np.inf)
+    # A degree of 0 counts as the smallest that is not, of old and new nodes, as in the fit.
+    known = np.append(start.scale_N.astype(np.float64), scale_R[rows.degree_R > 0])
+    least = known.max(initial=0) if beta <= 0 else known.min(initial=np.inf)
     scale_R = np.where(rows.degree_R > 0, scale_R, least)
     if not np.isfinite(scale_R.astype(start.scale_N.dtype)).all():
         raise InputError(f"degrees of new nodes to the power beta = {beta} leave the range of {start.scale_N.dtype}")
