@@ -70,12 +70,13 @@ def test_a_model_answers_where_there_is_no_program_or_it_failed_before_it_said_a
     async def work():
         state, _ = await decided(says_yes, {"model": "small"})
         assert await ask_program(state) is None
-        state, _ = await decided(fails)
+        state, program = await decided(fails)
         assert await ask_program(state) is None
         assert state.decided.bypassed == "ValueError in the program"
         assert state.program is None
         # It was passed over, and is not asked again.
         assert await ask_program(state) is None
+        assert len(program.requests) == 1
 
     run(work)
 
