@@ -224,7 +224,7 @@ def spark_rows(name: str, rounds: int) -> list[dict[str, Any]]:
     ):
         print("pyspark, pandas or Java is missing: no rows of Spark", file=sys.stderr)
         return []
-    from anabranch.graph.fully_ppr.session import session
+    from anabranch.graph.spark.session import session
 
     graph = graph_of(name, 0)
     options: dict[str, Any] = {"alpha": ALPHA, "walks": SPARK_WALKS, "method": "walks", "top_k": BEST}

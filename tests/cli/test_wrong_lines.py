@@ -148,6 +148,12 @@ graph tune karate --set weights=[nan]
 graph resume no.anb karate --save z.anb
 graph transform no.anb --out z.npy
 graph predict no.anb holes.parquet
+graph embed karate -o z --engine spark
+graph embed karate -o z.csv --engine cluster
+graph index karate -o z --walks 5 --engine spark
+graph index huge.npy -o z --engine spark
+graph ppr holes.parquet --all --engine spark --ids names -o z
+graph ppr holes.parquet --all --engine spark
 graph index huge.npy -o z.anb
 graph rewalk no.anb karate --add holes.parquet --out z.anb --out-graph z2.anb
 graph search no.anb huge.npy

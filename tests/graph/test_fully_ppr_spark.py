@@ -28,10 +28,10 @@ from anabranch.graph.fully_ppr.rounds import (
     run_rounds,
     split,
 )
-from anabranch.graph.fully_ppr.session import check_java, check_packages, session, spark_bytes
 from anabranch.graph.fully_ppr.spark import _rows_for, choose_plan
 from anabranch.graph.ppr import power_iteration
 from anabranch.graph.rows import SparseRows
+from anabranch.graph.spark.session import check_java, check_packages, session, spark_bytes
 
 
 def random_graph(seed=0, nodes=40, edges=160, **options):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.graph.cluster import check_engine, edge_files, embed_files
 from anabranch.cli.graph.inputs import Opened, check_untyped, open_graph, open_typed, read_labels
 from anabranch.cli.graph.models import check_saved
 from anabranch.cli.graph.options import (
@@ -47,7 +48,10 @@ NAMED = 8
 
 def embed(
     source: GraphSource,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where vectors go: .npy, .npz, .parquet, .csv or .tsv.")],
+    out: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Where vectors go: .npy, .npz, .parquet, .csv or .tsv; on Spark a folder."),
+    ],
     method: Annotated[str, typer.Option(metavar="M", help="fastrp (seconds) or graphvite (trained).")] = "fastrp",
     dim: Annotated[int, typer.Option(metavar="D", min=1, help="Numbers in a vector.")] = 128,
     epochs: Annotated[float | None, typer.Option(metavar="N", help="Of graphvite: passes over the edges.")] = None,
@@ -80,6 +84,9 @@ def embed(
     relation: Relation = None,
     weight_of: WeightOf = None,
     share: Share = "edges",
+    engine: Annotated[
+        str, typer.Option(metavar="E", help="Of fastrp: local, or spark for edges in Parquet beyond one machine.")
+    ] = "local",
     directed: Directed = None,
     columns: Columns = None,
     ids: Ids = "auto",
@@ -95,10 +102,32 @@ def embed(
     Example: anabranch graph embed blogcatalog --out vectors.npy --labels own --map map.png
     """  # fmt: skip
     check_extra()
-    from anabranch.cli.graph.vectors import Vectors, check_written, write_vectors
-
     if method not in METHODS:
         raise InputError(f"--method is {method!r}; use one of {', '.join(METHODS)}")
+    check_engine(engine)
+    if engine == "spark":
+        if method != "fastrp" or epochs is not None or labels is not None or picture is not None or save is not None:
+            raise InputError("--engine spark is for --method fastrp, without --epochs, --labels, --map and --save")
+        if relation is not None:
+            raise InputError("--engine spark reads edges of one kind; leave out --relation")
+        check_untyped(weight_of, share)
+        files = edge_files(source, out, directed=directed, columns=columns, ids=ids)
+        embed_files(files, {"dim": dim, "seed": seed, **read_assignments(changes)}, out, quiet, as_json)
+        return
+    _embed(
+        source, Path(out), method, dim, epochs, changes, labels, train, save, picture, relation, weight_of, share, directed,
+        columns, ids, threads, seed, quiet, as_json,
+    )  # fmt: skip
+
+
+def _embed(
+    source: str, out: Path, method: str, dim: int, epochs: float | None, changes: list[str] | None, labels: str | None,
+    train: float, save: Path | None, picture: Path | None, relation: str | None, weight_of: list[str] | None, share: str,
+    directed: bool | None, columns: str | None, ids: str, threads: int | None, seed: int, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """On this machine."""
+    from anabranch.cli.graph.vectors import Vectors, check_written, write_vectors
+
     check_written(out)
     check_picture(picture)
     check_saved(save)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.graph.cluster import check_engine, edge_files, index_files
 from anabranch.cli.graph.options import Threads, check_extra
 from anabranch.cli.graph.waiting import Rate
 from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
@@ -30,7 +31,7 @@ def index(
             metavar="VECTORS", help="Vectors: .npy, .npz, .parquet, .csv, .tsv, .anb; with --walks a graph."
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The index, e.g. index.anb.")],
+    out: Annotated[str, typer.Option(metavar="FILE", help="The index, e.g. index.anb; on Spark a folder.")],
     metric: Annotated[str, typer.Option(metavar="M", help="l2 (squared), cosine, or ip (inner product).")] = "l2",
     links: Annotated[
         int, typer.Option("--m", metavar="M", help="Links of an element, 5 to 48; more for more dimensions.")
@@ -64,6 +65,9 @@ def index(
             help="Of --walks, any other argument of PowerWalk, e.g. --set mode=endpoint, --set keep=100. May be repeated.",
         ),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="E", help="Of --walks: local, or spark for edges in Parquet beyond one machine.")
+    ] = "local",
     threads: Threads = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -76,22 +80,39 @@ def index(
     Example: anabranch graph index vectors.npy --metric cosine --out index.anb
     """  # fmt: skip
     check_extra()
+    check_engine(engine)
+    if engine == "spark":
+        if walks is None:
+            raise InputError("--engine spark indexes walks: give --walks; an index of vectors is built on this machine")
+        files = edge_files(vectors, out)
+        index_files(
+            files, {"alpha": alpha, "walks": walks, "seed": seed}, read_assignments(changes), out, quiet, as_json
+        )
+        return
     from anabranch.graph.live import check_unchanged
     from anabranch.graph.names import names_path
 
-    check_unchanged(out)
-    check_apart([out, names_path(out)], [vectors, names])
+    check_unchanged(Path(out))
+    check_apart([Path(out), names_path(out)], [vectors, names])
     if walks is not None:
         given = {"alpha": alpha, "walks": walks, "seed": seed, "workers": threads}
-        _index_walks(vectors, out, given, read_assignments(changes), quiet, as_json)
+        _index_walks(vectors, Path(out), given, read_assignments(changes), quiet, as_json)
         return
     if changes:
         raise InputError("--set is for --walks; an index of vectors has options of its own")
+    _index_vectors(vectors, Path(out), metric, links, ef_construction, dtype, names, threads, seed, quiet, as_json)
+
+
+def _index_vectors(
+    vectors: str, out: Path, metric: str, links: int, ef_construction: int, dtype: str, names: str | None,
+    threads: int | None, seed: int, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """HNSW."""
     import numpy as np
 
     from anabranch.cli.graph.vectors import read_vectors
     from anabranch.graph import HNSW
-    from anabranch.graph.names import Names, write_names
+    from anabranch.graph.names import Names, names_path, write_names
 
     found = read_vectors(vectors)
     count, dim = found.array.shape

@@ -46,7 +46,7 @@ def open_graph(
         if Path(source).exists():
             # Which says itself whether it is directed.
             own = is_own(source)
-            graph = read_graph(source, directed=None if own else directed, ids=ids, **_columns(columns))
+            graph = read_graph(source, directed=None if own else directed, ids=ids, **columns_of(columns))
         else:
             try:
                 found = load_dataset(source)
@@ -123,7 +123,8 @@ def is_own(source: str) -> bool:
         return False
 
 
-def _columns(text: str | None) -> dict[str, Any]:
+def columns_of(text: str | None) -> dict[str, Any]:
+    """``--columns`` as arguments of `read_graph`; none where it is not given. Raises InputError for another form."""
     if text is None:
         return {}
     parts = [part.strip() for part in text.split(",")]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.graph.cluster import edge_files, is_edges, rank_files
 from anabranch.cli.graph.inputs import Opened, check_untyped, open_graph, open_typed, read_table, weighted_nodes
 from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Relation, Share, Threads, Top, WeightOf
 from anabranch.cli.graph.tables import ENDINGS, check_ending, write_table
@@ -76,7 +77,7 @@ def ppr(
         typer.Option(metavar="FILE", help="Ask an index of walks instead (anabranch graph index GRAPH --walks N)."),
     ] = None,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="FILE",
             help="Write a table (.parquet, .csv, .tsv, .jsonl); with --all also .anb, on Spark a folder.",
@@ -98,18 +99,33 @@ def ppr(
 
     From one node or several with weights, from anywhere, or with --all from each, here or on Spark.
 
-    A run with --all that was stopped goes on where it was.
+    A run with --all that was stopped goes on where it was. With --engine spark edges in Parquet (a file, a folder, a URI) are read by
+    Spark, and the graph is never whole in one process.
 
     Example: anabranch graph ppr lesmis Valjean Javert=2
     """  # fmt: skip
-    parts = out.with_name(f"{out.name}.parts") if out is not None and every else None
-    check_apart([out, parts], [source, seeds, index])
+    if every and index is not None:
+        raise InputError("--index answers for seeds; --all does not need it")
+    limit = None if memory is None else int(memory * 1e9)
+    options: dict[str, Any] = {"alpha": alpha, "method": method, "engine": engine, "dangling": dangling, "top_k": top,
+                               "seed": seed, "walks": walks, "workers": threads, "memory_limit": limit}  # fmt: skip
+    if every and engine == "spark" and is_edges(source):
+        if relation is not None:
+            raise InputError("--engine spark reads edges of one kind from Parquet; leave out --relation")
+        check_untyped(weight_of, share)
+        options |= {} if tol is None else {"tol": tol}
+        files = edge_files(source, out, directed=directed, columns=columns, ids=ids)
+        rank_files(
+            files, {**options, **_known(read_assignments(changes))}, _given_names(nodes, seeds), out, quiet, as_json
+        )
+        return
+    place = None if out is None else Path(out)
+    parts = place.with_name(f"{place.name}.parts") if place is not None and every else None
+    check_apart([place, parts], [source, seeds, index])
     if every:
-        if index is not None:
-            raise InputError("--index answers for seeds; --all does not need it")
-        _check_all(out, engine)
+        _check_all(place, engine)
     else:
-        check_ending(out)
+        check_ending(place)
     if relation is not None:
         opened = open_typed(source, relation, weight_of, share, directed=directed, columns=columns, quiet=quiet)
     else:
@@ -117,12 +133,10 @@ def ppr(
         opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
     given = _seeds(opened, nodes, seeds)
     if every:
-        options = {"alpha": alpha, "method": method, "engine": engine, "dangling": dangling, "top_k": top, "seed": seed,
-                   "walks": walks, "workers": threads, "memory_limit": None if memory is None else int(memory * 1e9)}  # fmt: skip
         if tol is not None:
             options["tol"] = tol
         options |= _known(read_assignments(changes))
-        _rank_all(opened, None if given is None else given[0], options, out, quiet, as_json)
+        _rank_all(opened, None if given is None else given[0], options, place, quiet, as_json)
         return
     if engine != "auto":
         raise InputError(f"--engine {engine} is for --all; one ranking is made on this machine")
@@ -134,13 +148,26 @@ def ppr(
             raise InputError(
                 f"cannot set {unknown}; with --index it is rounds, eps or bound (the rest is told when it is built)"
             )
-        _rank_one(opened, given, {"index": str(index), **asked}, top, out, quiet, as_json)
+        _rank_one(opened, given, {"index": str(index), **asked}, top, place, quiet, as_json)
         return
     if changes:
         raise InputError("--set is for --all and --index; one exact ranking has options of its own")
     options = {"alpha": alpha, "method": method, "dangling": dangling, "seed": seed}
     options |= {name: value for name, value in (("tol", tol), ("walks", walks)) if value is not None}
-    _rank_one(opened, given, options, top, out, quiet, as_json)
+    _rank_one(opened, given, options, top, place, quiet, as_json)
+
+
+def _given_names(nodes: list[str] | None, file: Path | None) -> list[str] | None:
+    """Ids of sources as they were written; None where none were given."""
+    if file is None:
+        return nodes or None
+    if nodes:
+        raise InputError("seeds come as arguments or by --seeds, not both")
+    columns = read_table(str(file))
+    node = "node" if "node" in columns else next(iter(columns))
+    if not columns[node]:
+        raise DataError(f"{file} has no rows")
+    return [str(name) for name in columns[node]]
 
 
 def _known(changes: dict[str, Any]) -> dict[str, Any]:

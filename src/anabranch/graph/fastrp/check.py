@@ -13,6 +13,7 @@ CHOICES = {
     "direction": ("out", "in", "both"),
     "dtype": ("float32", "float64"),
     "backend": ("numba", "scipy", "torch"),
+    "engine": ("local", "spark"),
 }
 
 
@@ -21,7 +22,7 @@ def check(model: Any) -> None:
     for name, allowed in CHOICES.items():
         if getattr(model, name) not in allowed:
             raise InputError(f"{name} is {getattr(model, name)!r}; it must be one of {', '.join(map(repr, allowed))}")
-    for name in ("dim", "chunk", "threads", "workers"):
+    for name in ("dim", "chunk", "threads", "workers", "partitions"):
         value = getattr(model, name)
         if value is None and name != "dim":
             continue

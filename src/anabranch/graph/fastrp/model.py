@@ -34,10 +34,12 @@ from anabranch.graph.evaluate import HeldOut
 from anabranch.graph.fastrp import storage
 from anabranch.graph.fastrp.check import check, check_weights
 from anabranch.graph.fastrp.start import DENSE_BELOW, Setup, operator_of, projection_of, sparsity, turned
+from anabranch.graph.fastrp.stored import StoredVectors
 from anabranch.graph.fastrp.tuning import Tuning, tune
 from anabranch.graph.fastrp.unseen import edges_of_new, new_rows, powers_of_new, start_of_new
 from anabranch.graph.products import NumbaProducts, Operator, Products, ScipyProducts, TorchProducts
 from anabranch.graph.projection import BLOCK
+from anabranch.graph.spark.edges import EdgeFiles
 from anabranch.graph.store import Graph
 from anabranch.graph.vectors import add_rows, column_moments, scale_rows, shift_columns
 from anabranch.graph.workers import Threads, num_workers, threads
@@ -90,13 +92,20 @@ class FastRP(Estimator):
         workers: threads; None for the usable cores, or fewer where NUMBA_NUM_THREADS says so. Changes no bit of the result.
         threads: the former name of ``workers``, which counts where that is None.
         keep_powers: let `fit` keep N_1 ... N_q, which `transform` needs.
+        engine: ``local`` (this machine), or ``spark``: `fit` takes edges in Parquet, by a path that Spark can read or as `EdgeFiles`,
+            and the graph is never whole in one process (extra ``spark``, Java 17).
+        out: of ``spark``: the folder of Parquet files to write, a path or URI. A run that was stopped goes on with the same ``out``.
+        spark: a session to use. Default: the active one, else one on all cores of this machine.
+        partitions: of Spark's work. Default: so many that a part of it takes about 64 MB.
 
     Attributes:
-        embedding_: [N, D], after `fit`.
+        embedding_: [N, D], after `fit`; of ``spark`` a `StoredVectors`, which says where they lie.
         powers_: `Powers`, after `fit` with ``keep_powers``.
 
     Raises InputError for a value that is not allowed.
     """
+
+    embedding_: Any
 
     def __init__(
         self,
@@ -123,6 +132,10 @@ class FastRP(Estimator):
         threads: int | None = None,
         keep_powers: bool = False,
         workers: int | None = None,
+        engine: Literal["local", "spark"] = "local",
+        out: str | Path | None = None,
+        spark: Any = None,
+        partitions: int | None = None,
     ) -> None:
         self.dim, self.weights, self.beta, self.normalize = dim, weights, beta, normalize
         self.projection, self.s, self.matrix, self.standardize = projection, s, matrix, standardize
@@ -130,15 +143,19 @@ class FastRP(Estimator):
         self.self_weight, self.direction, self.allow_negative = self_weight, direction, allow_negative
         self.seed, self.dtype, self.backend, self.device = seed, dtype, backend, device
         self.chunk, self.threads, self.keep_powers, self.workers = chunk, threads, keep_powers, workers
+        self.engine, self.out, self.spark, self.partitions = engine, out, spark, partitions
         check(self)
 
     # What it is for
 
     def fit(self, graph: Any, y: Any = None) -> Self:
-        """Embed the nodes of a graph (whatever `as_graph` takes) into `embedding_`. ``y`` is not used.
+        """Embed the nodes of a graph (whatever `as_graph` takes; of ``spark`` edges in Parquet) into `embedding_`. ``y`` is not used.
 
-        Raises InputError for a graph or features that do not fit.
+        Raises InputError for a graph or features that do not fit; of ``spark`` DataError for files that cannot be read, BackendError
+        where Spark is missing or fails.
         """
+        if self.engine == "spark":
+            return self._fit_files(graph)
         given = as_graph(graph, allow_negative=self.allow_negative)
         setup = self._prepare(given)
         with threads(self._num_threads) as pool:
@@ -149,6 +166,17 @@ class FastRP(Estimator):
                 found = self._embed(setup, pool)
             self._mean_D, self._factor_D = self._standardize(found, pool)
         self.embedding_, self._setup, self._nodes = found, setup if self.keep_powers else None, given.bare()
+        return self
+
+    def _fit_files(self, edges: Any) -> Self:
+        if not isinstance(edges, str | Path | EdgeFiles):
+            raise InputError(
+                f"engine 'spark' takes the path of edges in Parquet, not a {type(edges).__name__}; engine='local' takes graphs"
+            )
+        from anabranch.graph.fastrp.from_edges import run_from_edges
+
+        self.embedding_ = run_from_edges(self, EdgeFiles.of(edges))
+        self._setup = None
         return self
 
     def fit_transform(self, graph: Any, y: Any = None) -> np.ndarray:
@@ -209,6 +237,8 @@ class FastRP(Estimator):
     def _fitted(self) -> np.ndarray:
         if not hasattr(self, "embedding_"):
             raise InputError("this FastRP is not fitted yet; call fit first")
+        if isinstance(self.embedding_, StoredVectors):
+            raise InputError(f"the vectors lie in {self.embedding_.path}; embedding_.load() reads them")
         return self.embedding_
 
     # On disk

@@ -15,6 +15,9 @@ or their visits, (visits of v) / (all visits); scores of at least delta have a r
 - `local`: the embedded engine, all walks of a source at once; `chunks`: parallel, streamed to disk, resumable
 - `devices`: what the paper adds for clusters: pieces of hubs (alias trees), big moves, pipelines, the choice of gamma
 - `rounds`: the partitioned plan as pure functions of arrays, run in this process; `spark`: both plans on Spark
+- `from_edges`: from edges in Parquet to scores in Parquet on Spark, with no process that holds the graph
+
+    fully_ppr("edges.parquet", engine="spark", out="scores")
 
 Departures: the paper's details of these devices are not known to us, so their layouts are ours, with its guarantees; big moves draw from
 exact outcome tables instead of stored walks; walks of one source at one node are one row with a count; gamma follows counted walks, not
@@ -23,5 +26,7 @@ measured times, so that runs repeat to the bit; locally an index of few walks wi
 
 from anabranch.graph.fully_ppr.api import FullyPPR, fully_ppr
 from anabranch.graph.fully_ppr.result import FullyPPRResult
+from anabranch.graph.fully_ppr.stored import StoredScores
+from anabranch.graph.spark.edges import EdgeFiles
 
-__all__ = ["FullyPPR", "FullyPPRResult", "fully_ppr"]
+__all__ = ["EdgeFiles", "FullyPPR", "FullyPPRResult", "StoredScores", "fully_ppr"]

@@ -32,10 +32,12 @@ from anabranch.graph.fully_ppr.options import (
 )
 from anabranch.graph.fully_ppr.result import FullyPPRResult
 from anabranch.graph.fully_ppr.rounds import Round
+from anabranch.graph.fully_ppr.stored import StoredScores
 from anabranch.graph.powerwalk import PowerWalk
 from anabranch.graph.ppr import Dangling, Transition
 from anabranch.graph.ppr.rules import CODES
 from anabranch.graph.ppr.walks import check_count
+from anabranch.graph.spark.edges import EdgeFiles, is_parquet
 from anabranch.graph.store import Graph
 from anabranch.graph.walk import walk_arrays
 
@@ -62,7 +64,8 @@ class FullyPPR(Estimator):
         dangling: what walks do at nodes without out-edges, see `anabranch.graph.ppr.rules`.
         index_walks, rounds: of ``decompose``.
         tol: of ``exact``.
-        out: file to write (``.parquet``: Parquet; else a checked array file), or on Spark a folder of Parquet files. A run that was stopped
+        out: file to write (``.parquet``: Parquet; else a checked array file), or on Spark a folder of Parquet files, which may be a URI
+            (``s3a://...``) where edges come from files. A run that was stopped
             goes on where it was when it is started again with the same ``out``. None keeps the result in memory.
         memory_limit: bytes to use at most. Default: what the machine has; on Spark, what an executor has.
         seed: of the walks. Results depend on it alone, not on threads, chunks or partitions.
@@ -125,7 +128,7 @@ class FullyPPR(Estimator):
         self.plan, self.partitions, self.spark = plan, partitions, spark
         self.gamma, self.theta, self.big_moves = gamma, theta, big_moves
         self.rounds_: list[Round] = []
-        self._found: FullyPPRResult | Path | None = None
+        self._found: FullyPPRResult | StoredScores | Path | None = None
         self._by_name = False
         self._options().check()
         if plan not in ("auto", "broadcast", "partitioned"):
@@ -141,6 +144,10 @@ class FullyPPR(Estimator):
     def fit(self, graph: Any) -> Self:
         """Scores from every source of the graph (whatever `as_graph` takes); they are in ``result_``.
 
+        Engine ``spark`` also takes edges in Parquet, by a path that Spark can read or as `EdgeFiles`: the graph is then never whole in
+        one process, ``out`` is needed, ``sources`` are ids as in the edges, ``result_`` is a `StoredScores`, walks make no big moves,
+        and ``method`` may be ``decompose`` too.
+
         Raises:
             InputError: an unknown or repeated source, a graph without nodes or with negative weights.
             CapacityError: memory does not suffice; says how much would.
@@ -149,6 +156,8 @@ class FullyPPR(Estimator):
             AnabranchError: the run was cancelled.
         """
         options = self._options()
+        if isinstance(graph, EdgeFiles) or (self.engine == "spark" and is_parquet(graph)):
+            return self._fit_files(options, EdgeFiles.of(graph))
         given = as_graph(graph, allow_negative=True)
         graph, self._by_name = given.numbered(), given.by_name
         # Refuses graphs without nodes, or of negative weights.
@@ -161,6 +170,14 @@ class FullyPPR(Estimator):
             self._found = run_spark(self, options, graph, source_S, is_all)
         else:
             self._found = self._fit_local(options, graph, source_S, is_all)
+        return self
+
+    def _fit_files(self, options: Options, given: EdgeFiles) -> Self:
+        if self.engine != "spark":
+            raise InputError(f"engine {self.engine!r} takes a graph or its path; EdgeFiles are for engine='spark'")
+        from anabranch.graph.fully_ppr.from_edges import run_from_edges
+
+        self._found = run_from_edges(self, options, given)
         return self
 
     def top(self, node: Any, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -177,13 +194,13 @@ class FullyPPR(Estimator):
         return FullyPPRResult.load(path, mmap=mmap)
 
     @property
-    def result_(self) -> FullyPPRResult:
-        """Scores of the last `fit`. Raises InputError before it."""
+    def result_(self) -> FullyPPRResult | StoredScores:
+        """Scores of the last `fit`; of files of edges, where they lie. Raises InputError before it."""
         if self._found is None:
             raise InputError("there are no scores yet; call fit(graph) first")
         if isinstance(self._found, Path):
             self._found = FullyPPRResult.load(self._found, mmap=True)
-        if self._found.by_name != self._by_name:
+        if isinstance(self._found, FullyPPRResult) and self._found.by_name != self._by_name:
             self._found = replace(self._found, by_name=self._by_name)
         return self._found
 
@@ -235,8 +252,12 @@ class FullyPPR(Estimator):
         )  # fmt: skip
 
 
-def fully_ppr(graph: Any, alpha: float = 0.15, walks: int | None = None, **options: Any) -> FullyPPRResult:
+def fully_ppr(
+    graph: Any, alpha: float = 0.15, walks: int | None = None, **options: Any
+) -> FullyPPRResult | StoredScores:
     """Personalised PageRank from every node of ``graph``; arguments and errors are those of `FullyPPR`.
+
+    ``fully_ppr("s3a://bucket/edges", engine="spark", out="s3a://bucket/scores")`` runs from edges in Parquet to scores in Parquet.
 
     Example:
         >>> fully_ppr(graph, top_k=10).top(7)  # doctest: +SKIP

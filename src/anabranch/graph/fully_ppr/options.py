@@ -124,9 +124,7 @@ class Options:
     def choose_method(self, graph: Graph, engine: str) -> str:
         """What "auto" is: walks where they are asked for or on Spark, exact where that is less work than an index, else decompose."""
         if engine == "spark":
-            if self.method not in ("auto", "walks"):
-                raise InputError(f"method {self.method!r} runs on this machine alone; on Spark it is 'walks'")
-            return "walks"
+            return self.spark_method()
         if self.method != "auto":
             return self.method
         if self.walks is not None or self.eps is not None:
@@ -136,6 +134,20 @@ class Options:
             return "exact"
         fits = walk_bytes(graph) + index_bytes(graph, self.index_walks, self.alpha) <= self.room()
         return "decompose" if fits else "walks"
+
+    def spark_method(self) -> str:
+        """What "auto" is on Spark. Raises InputError for methods of one machine."""
+        if self.method not in ("auto", "walks"):
+            raise InputError(f"method {self.method!r} runs on this machine alone; on Spark it is 'walks'")
+        return "walks"
+
+    def files_method(self) -> str:
+        """What "auto" is on Spark from files of edges. Raises InputError for methods of one machine."""
+        if self.method == "exact":
+            raise InputError(
+                "method 'exact' runs on this machine alone; from files of edges it is 'walks' or 'decompose'"
+            )
+        return "decompose" if self.method == "decompose" else "walks"
 
     def facts(self, method: str) -> dict[str, Any]:
         """What decides the scores, as JSON."""

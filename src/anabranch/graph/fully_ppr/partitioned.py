@@ -12,7 +12,7 @@ written to Parquet, which cuts Spark's lineage and is where a stopped run goes o
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +23,10 @@ from anabranch.graph.fully_ppr.devices import Records, big_moves, first_pieces, 
 from anabranch.graph.fully_ppr.options import Options
 from anabranch.graph.fully_ppr.result import names_from, table_of
 from anabranch.graph.fully_ppr.rounds import UNIT, Rows, Rules, Schedule, best_rows, merged, move
-from anabranch.graph.fully_ppr.session import executor_bytes
 from anabranch.graph.fully_ppr.spark import Manifest, check_cancelled, schema_of
 from anabranch.graph.ppr.rules import CODES
 from anabranch.graph.rows import SparseRows, id_type
+from anabranch.graph.spark.session import executor_bytes
 from anabranch.graph.store import Graph
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ WALKS, DONE, FACTS = 0, 1, 2
 RECORDS = (
     "bucket int, record long, kind byte, code array<long>, keep array<float>, other array<int>, share array<double>"
 )
+ENDS = "bucket int, source long, key long, count long"
 MOVED = "what byte, bucket int, source long, key long, count long"
 
 
@@ -60,7 +61,10 @@ def run_partitioned(model: "FullyPPR", options: Options, job: Job, spark: Any, m
     else:
         memory = options.memory_limit or SHARE * executor_bytes(spark)
         schedule = Schedule.make(len(job.source_S), options.num_walks, options.alpha, memory, model.gamma)
-    _Rounds(job, spark, manifest, records, rules, schedule).run()
+    sources = pa.table(
+        {"source": job.source_S, "bucket": (job.source_S % manifest.state["partitions"]).astype(np.int32)}
+    )
+    Rounds(job, spark, manifest, records, spark.createDataFrame(sources), rules, schedule).run()
     model.rounds_ = schedule.log
     return [_best(options, job, spark, manifest)]
 
@@ -181,19 +185,51 @@ def moved_table(parts: list[tuple[int, Rows, np.ndarray]]) -> pa.Table:
     )
 
 
-class _Rounds:
-    """The loop over rounds, with its checkpoints."""
+class Watched(Protocol):
+    """Whom the rounds tell how far they are, and who stops them."""
+
+    @property
+    def progress(self) -> Callable[[int, int], None] | None:
+        """Called with the numbers of walks that have ended and of all."""
+
+    @property
+    def cancel(self) -> Any:
+        """An event that stops the run at the next round; None for none."""
+
+
+class Kept(Protocol):
+    """Where rounds keep their checkpoints: a `Manifest`, or a run from edges (`anabranch.graph.spark.run`)."""
+
+    state: dict[str, Any]
+
+    def place(self, name: str) -> str:
+        """The path of a checkpoint."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Note how far the run is."""
+
+
+class Rounds:
+    """The loop over rounds, with its checkpoints.
+
+    Args:
+        job: told of progress, asked whether to stop.
+        spark: the session.
+        manifest: with the number of ``partitions`` in its state, and the last checkpoint.
+        records: frame of records, by bucket.
+        sources: frame of sources (``source``, ``bucket``), distinct.
+        rules, schedule: of the walks.
+    """
 
     def __init__(
-        self, job: Job, spark: Any, manifest: Manifest, records: Any, rules: Rules, schedule: Schedule
+        self, job: Watched, spark: Any, manifest: Kept, records: Any, sources: Any, rules: Rules, schedule: Schedule
     ) -> None:
         self.job, self.spark, self.manifest, self.rules, self.schedule = job, spark, manifest, rules, schedule
         self.partitions = manifest.state["partitions"]
         self.records = records.groupBy("bucket")
         # Frames since the last checkpoint.
         self.held: list[Any] = []
-        sources = pa.table({"source": job.source_S, "bucket": (job.source_S % self.partitions).astype(np.int32)})
-        self.sources = spark.createDataFrame(sources).persist()
+        self.sources = sources.persist()
         self.walks: Any = self._read(schedule.number) if schedule.number else None
 
     def run(self) -> None:
@@ -245,11 +281,10 @@ class _Rounds:
         done = (
             done.where(sql.col("what") == DONE).groupBy("bucket", "source", "key").agg(sql.sum("count").alias("count"))
         )
-        done.write.mode("overwrite").parquet(str(self.manifest.folder / f"ends-{number:06d}"))
-        self.walks.write.mode("overwrite").parquet(str(self._place(number)))
-        self.manifest.save(
-            {"partitions": self.partitions, "schedule": self.schedule.to_dict(), "ends": self._ends(number)}
-        )
+        done.write.mode("overwrite").parquet(self.manifest.place(f"ends-{number:06d}"))
+        self.walks.write.mode("overwrite").parquet(self._place(number))
+        state = self.manifest.state
+        self.manifest.save({**state, "schedule": self.schedule.to_dict(), "ends": self._ends(number)})
         for frame in self.held:
             frame.unpersist()
         self.held, self.walks = [], self._read(number)
@@ -257,11 +292,11 @@ class _Rounds:
     def _ends(self, number: int) -> list[int]:
         return [*self.manifest.state.get("ends", []), number]
 
-    def _place(self, number: int) -> Path:
-        return self.manifest.folder / f"walks-{number:06d}"
+    def _place(self, number: int) -> str:
+        return self.manifest.place(f"walks-{number:06d}")
 
     def _read(self, number: int) -> Any:
-        return self.spark.read.schema("bucket int, source long, key long, count long").parquet(str(self._place(number)))
+        return self.spark.read.schema(ENDS).parquet(self._place(number))
 
 
 # The end
@@ -270,7 +305,7 @@ class _Rounds:
 def _best(options: Options, job: Job, spark: Any, manifest: Manifest) -> Path:
     """The best of each source, from all ends."""
     ends = [str(manifest.folder / f"ends-{number:06d}") for number in manifest.state["ends"]]
-    found = spark.read.schema("bucket int, source long, key long, count long").parquet(*ends)
+    found = spark.read.schema(ENDS).parquet(*ends)
     place = manifest.folder / "scores"
     best = _best_of(str(manifest.folder / "graph.anb"), options.top_k or 0, options.min_score)
     scores = (

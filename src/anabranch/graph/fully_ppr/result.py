@@ -143,6 +143,7 @@ class FullyPPRResult:
     def load(cls, path: str | Path, *, mmap: bool = False) -> Self:
         """Read what `save` wrote, or a folder of Parquet files of a run on Spark.
 
+        In a folder of a run from files of edges whose ids are not 0 ... N - 1, nodes are the ids that scores name, in rising order.
         With ``mmap`` an array file stays on disk until it is used. Parquet does not tell of sources that have no score of at least
         ``min_score``, unless all nodes were sources. Raises DataError for a file that is missing, foreign or damaged.
         """
@@ -175,6 +176,8 @@ class FullyPPRResult:
 
 
 def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.ndarray | None]:
+    if facts.get("ids") == "names":
+        return _from_names(table)
     num_nodes = facts["num_nodes"]
     source, target, score = (table[name].to_numpy() for name in COLUMNS)
     order = np.lexsort((target, -score, source))
@@ -195,6 +198,27 @@ def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.
     for ids, column in ((source, "source_name"), (target, "target_name")):
         names[ids] = np.array(table[column].to_pylist(), object)
     return rows, names
+
+
+def _from_names(table: pa.Table) -> tuple[SparseRows, np.ndarray]:
+    """Scores of a run from files of edges whose ids are not 0 ... N - 1: nodes are the ids that are named, in rising order."""
+    ends = pa.chunked_array([*table["source"].chunks, *table["target"].chunks], table["source"].type)
+    codes = (
+        ends.combine_chunks().dictionary_encode() if ends.num_chunks else pa.array([], ends.type).dictionary_encode()
+    )
+    if isinstance(codes, pa.ChunkedArray):
+        codes = codes.combine_chunks()
+    found = codes.dictionary.to_numpy(zero_copy_only=False)
+    order = np.argsort(found)
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    number = place[codes.indices.to_numpy()]
+    source, target, score = number[: len(table)], number[len(table) :], table["score"].to_numpy()
+    order_E = np.lexsort((target, -score, source))
+    nodes, length = np.unique(source, return_counts=True)
+    indptr = np.append(0, np.cumsum(length)).astype(np.int64)
+    rows = SparseRows(indptr, target[order_E].astype(id_type(len(found))), score[order_E], len(found), nodes)
+    return rows, found[order]
 
 
 def table_of(rows: SparseRows, first: int, names: np.ndarray | None, meta: dict[str, Any] | None = None) -> pa.Table:

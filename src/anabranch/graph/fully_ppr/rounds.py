@@ -17,7 +17,7 @@ import numba as nb
 import numpy as np
 
 from anabranch.graph.alias import pick
-from anabranch.graph.counters import ABSORB, SOURCE
+from anabranch.graph.counters import ABSORB, SOURCE, VANISH
 from anabranch.graph.fully_ppr.devices import MOVE, NODE, Records, adapt_gamma, choose_gamma
 from anabranch.graph.random import below, next_bits, stream, to_unit
 
@@ -55,7 +55,7 @@ class Rules:
     Attributes:
         seed: of the streams.
         alpha: probability to end before each step.
-        dangling: `SOURCE`, `ABSORB` or `UNIFORM` of `anabranch.graph.counters`.
+        dangling: `SOURCE`, `ABSORB`, `UNIFORM` or `VANISH` of `anabranch.graph.counters`.
         full: count every visit (else ends).
         num_nodes: N.
         unit: what one visit counts.
@@ -188,6 +188,8 @@ def _move(
                 code = 2 * source
             elif dangling == ABSORB:
                 code = 2 * record
+            elif dangling == VANISH:
+                continue
             else:
                 code = 2 * below(bits, num_nodes)
             if code & 1:

@@ -28,9 +28,9 @@ from anabranch.graph.fully_ppr.chunks import Job
 from anabranch.graph.fully_ppr.local import WalkWork
 from anabranch.graph.fully_ppr.options import Options, walk_bytes
 from anabranch.graph.fully_ppr.result import FACTS, FullyPPRResult, names_arrays, names_from, table_of, write_facts
-from anabranch.graph.fully_ppr.session import default_partitions, executor_bytes, session
 from anabranch.graph.ppr.rules import CODES
 from anabranch.graph.rows import SparseRows
+from anabranch.graph.spark.session import default_partitions, executor_bytes, session
 from anabranch.graph.store import Graph
 from anabranch.graph.walk import walk_arrays
 
@@ -120,13 +120,17 @@ class Manifest:
                 f"{folder} holds parts of another run (other graph, sources or settings); remove it to start anew"
             )
 
+    def place(self, name: str) -> str:
+        """The path of a checkpoint."""
+        return str(self.folder / name)
+
     def save(self, state: dict[str, Any]) -> None:
         """Note how far the run is."""
         self.state = state
         atomic_write_json(self._path, {"job": self._identity, "state": state})
 
 
-def check_cancelled(job: Job, done: str) -> None:
+def check_cancelled(job: Any, done: str) -> None:
     """Raises AnabranchError where the run is to stop."""
     if job.cancel is not None and job.cancel.is_set():
         raise AnabranchError(f"cancelled after {done}; with the same `out` the run goes on from its last checkpoint")

@@ -25,11 +25,13 @@ from anabranch.graph.powerwalk.stored import (
     check_successor,
     mark,
     read,
+    read_folder,
 )
 from anabranch.graph.ppr.pagerank import PageRank
 from anabranch.graph.ppr.rules import GOES_ON, Dangling, Transition, answer, check_alpha, check_dangling, parse_seeds
 from anabranch.graph.ppr.walks import Mode, check_count, check_mode, check_seed
 from anabranch.graph.rows import SparseRows, check_top_k, order_top, row_file
+from anabranch.graph.spark.edges import EdgeFiles
 from anabranch.graph.store import Graph
 from anabranch.graph.workers import num_workers
 
@@ -47,6 +49,8 @@ MOST_ROUNDS = 8
 
 # Beyond any share of visits: rows that are not there at all come first.
 NEW = 1e-6
+# Arguments that say how the index is made, not what it is.
+HOW = ("workers", "engine", "spark", "partitions")
 DTYPES = {"f16": np.float16, "f32": np.float32}
 
 
@@ -70,6 +74,10 @@ class PowerWalk(Estimator):
         dtype: of counts, ``f16`` (exact up to 2048) or ``f32``.
         seed: of the walks. The index does not depend on the number of threads.
         workers: threads; None for the usable cores.
+        engine: ``local`` (this machine), or ``spark``: `build` takes edges in Parquet, by a path that Spark can read or as `EdgeFiles`,
+            and writes an index that no process holds whole (extra ``spark``, Java 17); one machine then answers from it by `load`.
+        spark: a session to use. Default: the active one, else one on all cores of this machine.
+        partitions: of Spark's work. Default: so many that each has about 500,000 edges.
 
     Raises:
         InputError: an argument out of range.
@@ -92,6 +100,9 @@ class PowerWalk(Estimator):
         dtype: Literal["f16", "f32"] = "f16",
         seed: int = 0,
         workers: int | None = None,
+        engine: Literal["local", "spark"] = "local",
+        spark: Any = None,
+        partitions: int | None = None,
     ) -> None:
         self.alpha = check_alpha(alpha)
         self.walks = check_count("walks", walks)
@@ -118,6 +129,9 @@ class PowerWalk(Estimator):
         self.min_in_degree, self.track = int(min_in_degree), bool(track)
         self.seed = check_seed(seed)
         self.workers = None if workers is None else check_count("workers", workers)
+        _one_of("engine", engine, ("local", "spark"))
+        self.engine, self.spark = engine, spark
+        self.partitions = None if partitions is None else check_count("partitions", partitions)
         self._index: Index | None = None
         # The graph as it was given, which knows what callers call its nodes; the index knows ids.
         self._asked: Graph | None = None
@@ -136,18 +150,20 @@ class PowerWalk(Estimator):
         """Walk from every node, from ``nodes``, or from those of ``min_in_degree``, and keep the counts.
 
         Memory beside graph and index: 8 N bytes a thread (24 N where counts move) and a few chunks of 1,024 rows. With ``out`` rows
-        go to that file as they are made, and the index stays on disk, mapped.
+        go to that file as they are made, and the index stays on disk, mapped. Of ``spark`` a folder of Parquet files, which `load` reads.
 
         Args:
-            graph: whatever `as_graph` takes.
+            graph: whatever `as_graph` takes; of ``spark`` the path of edges in Parquet, or `EdgeFiles`.
             nodes: nodes, by id or name, that get a fingerprint; None for all (of ``min_in_degree``).
             out: file to build in, as `save` writes it.
             progress: called with the number of finished nodes.
 
         Raises:
             InputError: an unknown node, a graph without nodes or with negative weights. DataError, CapacityError: ``out`` cannot be
-                written.
+                written. BackendError: Spark is asked for, and is missing or fails.
         """
+        if self.engine == "spark":
+            return self._build_files(graph, nodes, out, progress)
         given = as_graph(graph, allow_negative=True)
         graph = given.numbered()
         transition = Transition(graph, self.alpha, self.dangling)
@@ -172,6 +188,16 @@ class PowerWalk(Estimator):
         return self
 
     fit = build
+
+    def _build_files(self, edges: Any, nodes: Any, out: str | Path | None, progress: Any) -> Self:
+        if not isinstance(edges, str | Path | EdgeFiles):
+            raise InputError("engine 'spark' takes the path of edges in Parquet; engine='local' takes graphs")
+        if nodes is not None:
+            raise InputError("engine 'spark' walks from every node; leave out nodes")
+        from anabranch.graph.spark.walk_index import build_index
+
+        build_index(self, EdgeFiles.of(edges), out, progress)
+        return self
 
     @classmethod
     def from_rows(cls, graph: Any, rows: SparseRows, **params: Any) -> Self:
@@ -228,7 +254,11 @@ class PowerWalk(Estimator):
         return (self.alpha if self.mode == "fullpath" else 1.0) / self.walks
 
     def _meta(self) -> dict[str, Any]:
-        return {"params": {name: value for name, value in self.get_params().items() if name != "workers"}}
+        return {"params": self.stored_params()}
+
+    def stored_params(self) -> dict[str, Any]:
+        """Arguments that decide the index, as JSON."""
+        return {name: value for name, value in self.get_params().items() if name not in HOW}
 
     def _reset_stale(self) -> None:
         self._stale_N = np.zeros(self._built().transition.num_nodes)
@@ -493,19 +523,31 @@ class PowerWalk(Estimator):
     def load(cls, path: str | Path, graph: Any, *, mmap: bool = False, workers: int | None = None) -> Self:
         """Read what `save` or ``build(out=...)`` wrote; with ``mmap`` rows stay on disk until they are looked up.
 
+        Of a folder that engine ``spark`` wrote, ``graph`` is what its edges make here, and rows are read into memory.
+
         Raises DataError for a file that is missing, foreign, truncated or damaged, or that was made of another graph.
         """
         given = as_graph(graph, allow_negative=True)
         graph = given.numbered()
-        arrays, meta = read(path, mmap=mmap)
-        check_mark(path, meta["graph"], graph)
-        try:
-            made = cls(**meta["params"], workers=workers)
-        except (TypeError, InputError) as error:
-            raise DataError(f"{path} holds an index of parameters that this release does not know: {error}") from error
-        made._index, made._asked = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit()), given
+        if Path(path).is_dir():
+            gathered, params = read_folder(Path(path), given, DTYPES.__getitem__)
+            made = cls._of(path, params, workers)
+            made._index = gathered.index(Transition(graph, made.alpha, made.dangling), made._unit())
+        else:
+            arrays, meta = read(path, mmap=mmap)
+            check_mark(path, meta["graph"], graph)
+            made = cls._of(path, meta["params"], workers)
+            made._index = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit())
+        made._asked = given
         made._reset_stale()
         return made
+
+    @classmethod
+    def _of(cls, path: str | Path, params: dict[str, Any], workers: int | None) -> Self:
+        try:
+            return cls(**params, workers=workers)
+        except (TypeError, InputError) as error:
+            raise DataError(f"{path} holds an index of parameters that this release does not know: {error}") from error
 
     @property
     def graph(self) -> Graph:

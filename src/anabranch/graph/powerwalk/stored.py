@@ -2,6 +2,7 @@
 # Shapes: N nodes, R indexed nodes, Z entries
 
 import zlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,19 @@ import numba as nb
 import numpy as np
 
 from anabranch.errors import DataError, InputError
+from anabranch.files import parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.powerwalk.index import Chunk, stored_counts
 from anabranch.graph.powerwalk.query import Lookup, QueryBuffers, read_count
 from anabranch.graph.ppr.rules import Transition
 from anabranch.graph.rows import RowFile, SparseRows, check_rows, id_type
+from anabranch.graph.spark.run import FACTS
 from anabranch.graph.store import Graph
 
 KIND = "powerwalk-index"
+
+# Of a folder of Parquet files that Spark wrote (`anabranch.graph.spark.walk_index`).
+PARQUET_KIND = "powerwalk-index-parquet"
 
 
 class Index:
@@ -191,6 +197,52 @@ def read(path: str | Path, *, mmap: bool) -> tuple[dict[str, np.ndarray], dict[s
     found = read_arrays(path, KIND, mmap=mmap)
     _check(found.arrays, found.meta, str(path))
     return found.arrays, found.meta
+
+
+def read_folder(path: Path, graph: Graph, dtype_of: Callable[[str], Any]) -> tuple["Gathered", dict[str, Any]]:
+    """Rows of an index that Spark wrote, for the graph that its edges make here, and the arguments it was made by.
+
+    ``dtype_of`` gives the type of counts by its name. Raises DataError for a folder that is not whole, not an index, or of another graph.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        facts = parse_json((path / FACTS).read_text(encoding="utf-8"))
+        if facts.get("kind") != PARQUET_KIND:
+            raise DataError(f"{path} holds no index of walks")
+        params, of = facts["params"], facts["graph"]
+        table = pa.concat_tables([pq.ParquetFile(file).read() for file in sorted(path.glob("part-*.parquet"))])
+        source, target, count, total = (table[name] for name in ("source", "target", "count", "total"))
+        found = {"num_nodes": graph.num_nodes, "num_stored_edges": len(graph.indices)}
+        wanted = {name: of[name] for name in found}
+        dtype = dtype_of(params["dtype"])
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"cannot read the index in {path}: {str(error).splitlines()[0]}") from error
+    if found != wanted:
+        raise DataError(f"{path} is the index of another graph: {wanted}, this one has {found}; build it again")
+    try:
+        source_Z, target_Z = (_numbers(column, graph) for column in (source, target))
+    except InputError as error:
+        raise DataError(f"{path} is the index of another graph: {error}") from None
+    count_Z, total_Z = count.to_numpy(), total.to_numpy()
+    order = np.lexsort((target_Z, -count_Z, source_Z))
+    source_Z, target_Z, count_Z, total_Z = source_Z[order], target_Z[order], count_Z[order], total_Z[order]
+    length_N = np.bincount(source_Z, minlength=graph.num_nodes)
+    total_N = np.zeros(graph.num_nodes, np.int64)
+    total_N[source_Z] = total_Z
+    none = np.zeros(graph.num_nodes, np.int64)
+    ids = target_Z.astype(id_type(graph.num_nodes))
+    made = Gathered(graph.num_nodes, np.arange(graph.num_nodes), dtype, track=False)
+    made.append(Chunk(length_N, ids, count_Z.astype(np.float32), total_N, none, none[:0], ids[:0]))
+    return made, params
+
+
+def _numbers(column: Any, graph: Graph) -> np.ndarray:
+    """Numbers of nodes from their ids in a table, each distinct one looked up once. Raises InputError for one that is no node."""
+    encoded = column.combine_chunks().dictionary_encode()
+    known = graph.ids_of(encoded.dictionary.to_pylist())
+    return known[encoded.indices.to_numpy()]
 
 
 def _check(arrays: dict[str, np.ndarray], meta: dict[str, Any], path: str) -> None:

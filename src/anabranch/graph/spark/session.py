@@ -12,6 +12,7 @@ import anabranch
 from anabranch import machine
 from anabranch.errors import BackendError
 from anabranch.extras import require
+from anabranch.graph.spark.files import first_line
 
 UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -20,9 +21,11 @@ UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 def session(given: Any = None, partitions: int | None = None) -> Iterator[Any]:
     """Yield a session whose shuffles have ``partitions``. One that is made here is stopped afterwards; settings of another are put back.
 
-    Raises BackendError where pyspark, pandas or Java is missing, or the session does not start.
+    Raises BackendError where pyspark, pandas or Java is missing, the session does not start, or Spark fails at what is done with it.
     """
     check_packages()
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
     from pyspark.sql import SparkSession
 
     found = given or SparkSession.getActiveSession()
@@ -35,12 +38,16 @@ def session(given: Any = None, partitions: int | None = None) -> Iterator[Any]:
         # It would join partitions that are made to stay apart.
         "spark.sql.adaptive.enabled": "false",
         "spark.sql.shuffle.partitions": str(partitions or default_partitions(found)),
+        # What is sent to all executors goes through the driver, which is to hold no part of a graph; small tables are sent by hand.
+        "spark.sql.autoBroadcastJoinThreshold": "-1",
     }
     before = {name: found.conf.get(name, None) for name in changed}
     for name, value in changed.items():
         found.conf.set(name, value)
     try:
         yield found
+    except (Py4JError, PySparkException) as error:
+        raise BackendError(f"Spark failed: {first_line(error)}") from error
     finally:
         if made:
             found.stop()
@@ -75,7 +82,7 @@ def _start(builder_of: Any) -> Any:
     try:
         found = (
             builder_of.builder.master("local[*]")
-            .appName("anabranch fully_ppr")
+            .appName("anabranch graph")
             .config("spark.ui.enabled", "false")
             .config("spark.ui.showConsoleProgress", "false")
             .config("spark.executorEnv.PYTHONPATH", os.pathsep.join(path for path in paths if path))
@@ -95,8 +102,8 @@ def _start(builder_of: Any) -> Any:
 
 def executor_bytes(spark: Any) -> int:
     """What an executor may use: ``spark.executor.memory``; on one machine, where workers are processes of it, the machine's memory."""
-
-    if spark.conf.get("spark.master", "").startswith("local"):
+    master = spark.conf.get("spark.master", "")
+    if master.startswith("local") and not master.startswith("local-cluster"):
         return machine.room_bytes()
     return spark_bytes(spark.conf.get("spark.executor.memory", "1g"))
 
