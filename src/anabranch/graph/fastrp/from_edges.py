@@ -13,7 +13,7 @@ A step shuffles at most one row of ``dim`` numbers for each (source, tile), fewe
 
 from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -37,16 +37,13 @@ from anabranch.graph.spark.run import Run
 from anabranch.graph.spark.session import default_partitions, session
 from anabranch.graph.vectors import FLAT
 
-if TYPE_CHECKING:
-    from anabranch.graph.fastrp.model import FastRP
-
 # Of the partial rows that a tile gives, and of those that a bucket adds up.
 TILE_BYTES = 64 << 20
 
 ROWS = "bucket int, node long, vector binary"
 
 
-def run_from_edges(model: "FastRP", given: EdgeFiles) -> StoredVectors:
+def run_from_edges(model: Any, given: EdgeFiles) -> StoredVectors:
     """All of it; gives where the vectors lie. Raises as `FastRP.fit`."""
     _check(model)
     facts = {name: value for name, value in model.get_params().items() if name not in _NO_FACTS}
@@ -68,7 +65,7 @@ _NO_FACTS = {
 }  # fmt: skip
 
 
-def _check(model: "FastRP") -> None:
+def _check(model: Any) -> None:
     if model.out is None:
         raise InputError("engine 'spark' writes its vectors: give out=FOLDER")
     if model.features is not None or model.feature_ratio:
@@ -80,7 +77,7 @@ def _check(model: "FastRP") -> None:
 class _Work:
     """The frames of a run."""
 
-    def __init__(self, model: "FastRP", run: Run, graph: SparkGraph) -> None:
+    def __init__(self, model: Any, run: Run, graph: SparkGraph) -> None:
         self.model, self.run, self.graph, self.spark = model, run, graph, run.spark
         row = model.dim * np.dtype(model.dtype).itemsize
         self.tile_edges = max(1, TILE_BYTES // row)
@@ -173,7 +170,7 @@ class _Work:
     def _scale(self, degree_N: np.ndarray) -> np.ndarray:
         return scale_of(degree_N, self.model.beta, self.model.dim, self.model.dtype)
 
-    def _plain(self) -> "FastRP":
+    def _plain(self) -> Any:
         """The model without what cannot be sent to workers."""
         return type(self.model)(**{**self.model.get_params(), "spark": None, "engine": "local", "out": None})
 

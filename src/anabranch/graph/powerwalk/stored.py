@@ -22,7 +22,7 @@ from anabranch.graph.store import Graph
 
 KIND = "powerwalk-index"
 
-# Of a folder of Parquet files that Spark wrote (`anabranch.graph.spark.walk_index`).
+# Of a folder of Parquet files that Spark wrote (`anabranch.graph.fully_ppr.walk_index`).
 PARQUET_KIND = "powerwalk-index-parquet"
 
 
