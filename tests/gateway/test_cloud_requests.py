@@ -6,6 +6,7 @@ import pytest
 
 from anabranch.gateway.providers import UpstreamError, UpstreamRequest
 from anabranch.gateway.providers.chunks import assembled
+from anabranch.gateway.providers.content_lists import is_mistral
 from anabranch.web.messages import to_chat
 from cloud_providers import CLAUDE, chat, keys, made, sent
 from recorded_conversations import exchanges
@@ -110,6 +111,21 @@ def test_ollama_thinks_unless_it_is_told_not_to():
     assert think({"type": "disabled"}) is False
     # Models that cannot would refuse.
     assert think({"type": "enabled", "budget_tokens": 1024}) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "is_own"),
+    [
+        ("magistral-medium-latest", True),
+        ("mistral-small-2506", True),
+        ("mistralai/Magistral-Small-2509", False),
+        ("magistral:24b", False),
+        ("mistral", False),
+        ("qwen3", False),
+    ],
+)
+def test_only_the_models_of_mistrals_own_api_are_given_thoughts_in_parts(model, is_own):
+    assert is_mistral(model) == is_own
 
 
 def test_gemini_is_asked_for_pictures():

@@ -546,3 +546,14 @@ def test_a_block_of_bedrocks_that_nobody_ended_is_told_with_the_message():
     message = assembled(chunks)["choices"][0]["message"]
     assert message["thinking_blocks"] == [{"type": "thinking", "thinking": "hm", "signature": "s"}]
     assert message["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"kind": "openai", "model": "magistral-medium-latest"}, {"kind": "openrouter", "model": "m"}]
+)
+def test_a_turn_of_nothing_but_what_another_model_thought_is_left_out(fields):
+    provider = from_dict(Provider.Config, {"key_env": None, **fields}).build()
+    signed = {"type": "thinking", "thinking": "Hm.", "signature": "EqQB"}
+    for block, roles in ((signed, ["user", "user"]), ({**signed, "signature": ""}, ["user", "assistant", "user"])):
+        request = turn_of_messages({"content": [block]})
+        assert [message["role"] for message in json.loads(provider.build(request).body)["messages"]] == roles

@@ -17,9 +17,9 @@ from anabranch.gateway.providers.provider import Json
 from anabranch.gateway.providers.thoughts import unsigned
 from anabranch.web.beside import joined
 
-# By how they are called, wherever they are served.
+# As Mistral's own API calls them; other servers of its models (a path or a tag in the name) have words of OpenAI's form for thoughts.
 _MISTRAL = re.compile(
-    r"(?:.*/)?(?:mistral|magistral|ministral|codestral|devstral|pixtral|voxtral|open-mi[sx]tral)", re.I
+    r"(?:mistral|magistral|ministral|codestral|devstral|pixtral|voxtral|open-mi[sx]tral)-[\w.-]+", re.I
 )
 
 
@@ -81,8 +81,8 @@ def _thought(given: Any) -> str | None:
 
 
 def is_mistral(model: str) -> bool:
-    """Whether a model is one of Mistral's, by its name."""
-    return _MISTRAL.match(model) is not None
+    """Whether a model is one of Mistral's own API, by its name."""
+    return _MISTRAL.fullmatch(model) is not None
 
 
 def for_mistral(body: Json, is_foreign: bool) -> Json:
@@ -97,7 +97,9 @@ def for_mistral(body: Json, is_foreign: bool) -> Json:
     messages = body.get("messages") or ()
     if not any(isinstance(message, dict) and any(name in message for name in _THOUGHTS) for message in messages):
         return body
-    return {**body, "messages": [_with_thought(one) if isinstance(one, dict) else one for one in messages]}
+    made = [_with_thought(one) if isinstance(one, dict) else one for one in messages]
+    # One that held nothing but what another model thought has nothing left.
+    return {**body, "messages": [one for one in made if not isinstance(one, dict) or one.keys() != {"role"}]}
 
 
 _THOUGHTS = ("reasoning_content", "thinking_blocks")
@@ -107,7 +109,8 @@ def _with_thought(message: Json) -> Json:
     made = {name: value for name, value in message.items() if name not in _THOUGHTS}
     thought = message.get("reasoning_content") or unsigned(message.get("thinking_blocks"))
     if not isinstance(thought, str) or not thought:
-        return made
+        is_empty = not (made.get("content") or made.get("tool_calls"))
+        return {"role": made.get("role")} if is_empty else made
     content = made.get("content") or []
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return {**made, "content": [{"type": "thinking", "thinking": [{"type": "text", "text": thought}]}, *parts]}

@@ -16,6 +16,7 @@ from anabranch.gateway.providers.provider import (
     Endpoint,
     Failure,
     HttpCall,
+    Json,
     Native,
     Provider,
     Translator,
@@ -112,15 +113,23 @@ class OpenAI(Provider, kind="openai"):
     def _fitted(self, request: UpstreamRequest) -> UpstreamRequest:
         """A chat as this model takes it: its parameters mapped, and what another API alone knows put into OpenAI's words."""
         config, body = self.config, request.body
-        own_thoughts = is_mistral(config.model)
         if request.is_foreign:
-            body = plain(body, config.model, keeps_thoughts=own_thoughts)
-        if own_thoughts:
-            body = for_mistral(body, request.is_foreign)
+            body = plain(body, config.model, keeps_thoughts=self._takes_thoughts)
+        if self._takes_thoughts:
+            body = self._with_thoughts(body, request.is_foreign)
         body = fitted(body, config.model, config.reasons)
         if config.drops:
             body = {name: value for name, value in body.items() if name not in config.drops}
         return request if body is request.body else request.asking(body)
+
+    @property
+    def _takes_thoughts(self) -> bool:
+        """It is given what it thought before, in words of its own."""
+        return is_mistral(self.config.model)
+
+    def _with_thoughts(self, body: Json, is_foreign: bool) -> Json:
+        """A chat with those; the same object where there are none."""
+        return for_mistral(body, is_foreign)
 
     def _native(self, request: UpstreamRequest) -> Native | None:
         """A request that came in the form of the Responses API, where the endpoint has that."""

@@ -15,6 +15,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamError,
     UpstreamRequest,
 )
+from anabranch.gateway.providers.thoughts import unsigned
 from anabranch.gateway.providers.vocabulary import kind_of, status_said
 
 
@@ -54,6 +55,23 @@ class OpenRouter(OpenAI, kind="openrouter"):
     def _fitted(self, request: UpstreamRequest) -> UpstreamRequest:
         return self._told_more(super()._fitted(request), self._own)
 
+    @property
+    def _takes_thoughts(self) -> bool:
+        return True
+
+    def _with_thoughts(self, body: Json, is_foreign: bool) -> Json:
+        """Of a request in Anthropic's form: what was thought there is ``reasoning`` here."""
+        if not is_foreign:
+            return body
+        made = [_reasoned(message) for message in body["messages"]]
+        # One that held nothing but what another model thought has nothing left.
+        messages = [
+            one
+            for one in made
+            if one["role"] != "assistant" or any(one.get(name) for name in ("content", "tool_calls", "reasoning"))
+        ]
+        return {name: value for name, value in body.items() if name != "thinking"} | {"messages": messages}
+
     def _told_more(self, request: UpstreamRequest, own: Json) -> UpstreamRequest:
         """With ``own`` fields, and the wish for the cost, where the sender does not say it."""
         added = {**own, **({"usage": {"include": True}} if self.config.tells_cost else {})}
@@ -86,6 +104,12 @@ class OpenRouter(OpenAI, kind="openrouter"):
             if kind in ("context", "filter"):
                 return replace(failure, kind=kind)
         return failure
+
+
+def _reasoned(message: Json) -> Json:
+    thought = unsigned(message.get("thinking_blocks"))
+    made = {name: value for name, value in message.items() if name != "thinking_blocks"}
+    return {**made, "reasoning": thought} if thought else made
 
 
 def _metadata(body: bytes) -> Json:
