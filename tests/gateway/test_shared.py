@@ -175,6 +175,48 @@ def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not
     asyncio.run(main())
 
 
+def test_a_lease_of_a_process_that_is_gone_ends_beside_those_of_one_that_lives(server, prefix, monkeypatch):
+    monkeypatch.setattr(counts, "LEASE_S", 0.3)
+    monkeypatch.setattr(counts, "RENEW_S", 0.05)
+
+    async def main():
+        async with processes(server, prefix) as shared:
+            gone, lives = admissions(shared)
+            limits = Limits(None, None, 2)
+            await gone.enter("k", "a", 1, limits)
+            await lives.enter("k", "b", 1, limits)
+            assert await told(lives.enter("k", "c", 1, limits)) == "max_in_flight"
+            for _ in range(8):
+                await asyncio.sleep(0.06)
+                await shared[1].counts.tell()
+            await lives.enter("k", "c", 1, limits)
+            assert await told(gone.enter("k", "d", 1, limits)) == "max_in_flight"
+
+    asyncio.run(main())
+
+
+def test_who_is_cancelled_before_the_answer_has_come_gives_its_place_back(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = admissions(shared)
+            limits, script = Limits(None, None, 1), shared[0].link.script
+
+            async def lost(*given):
+                await script(*given)
+                await asyncio.Event().wait()
+
+            shared[0].link.script = lost
+            task = asyncio.ensure_future(one.enter("k", "a", 1, limits))
+            while await told(two.look("k", limits)) == "":
+                await asyncio.sleep(0.001)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await shared[0].counts.tell()
+            await two.enter("k", "b", 1, limits)
+
+    asyncio.run(main())
+
+
 def test_who_is_cancelled_while_it_is_asked_holds_no_place_and_no_answer_reaches_another(server, prefix):
     async def main():
         async with processes(server, prefix) as shared:
@@ -254,6 +296,7 @@ def test_it_is_looked_for_more_and_more_rarely_however_many_asked():
             raise OSError("away")
 
         await made.start()
+        clock.now = 200.0
         made.is_up = True  # and a hundred requests find that it is not
         await asyncio.gather(*(made.run(fails) for _ in range(100)), return_exceptions=True)
         made._within = lambda work: tries.append(clock.now) or fails_as_away()
@@ -264,7 +307,7 @@ def test_it_is_looked_for_more_and_more_rarely_however_many_asked():
         for _ in range(600):
             clock.now += 0.1
             await made.look()
-        waits = [after - before for before, after in zip([100.0, *tries], tries, strict=False)]
+        waits = [after - before for before, after in zip([200.0, *tries], tries, strict=False)]
         assert [round(wait) for wait in waits] == [1, 1, 2, 4, 8, 15, 15]
 
     asyncio.run(main())

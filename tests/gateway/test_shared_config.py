@@ -137,6 +137,7 @@ class Elsewhere:
 
     async def get(self, tenant, key):
         self.asked.append((tenant, key))
+        await asyncio.sleep(0.01)
         return self.held.get((tenant, key))
 
     def put(self, tenant, key, entry, ttl_s):
