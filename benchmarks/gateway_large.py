@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -49,7 +50,8 @@ def bodies(megabytes: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """By the name of the case: path and body."""
     size = megabytes * 10**6
     turns = [
-        {"role": ("user", "assistant")[at % 2], "content": "a turn of the talk " * 20} for at in range(size // 450 | 1)
+        {"role": ("user", "assistant")[at % 2], "content": "a turn of the talk " * 100}
+        for at in range(size // 1950 | 1)
     ]
     return {
         f"{megabytes} MB of text": ("chat/completions", _chat("plain words " * (size // 12))),
@@ -92,9 +94,12 @@ def send(url: str, path: str) -> None:
     raw = Path(path).read_bytes()
     for _ in sys.stdin:
         asked = urllib.request.Request(url, raw, {"content-type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=120) as answer:
-            answer.read()
-            print(answer.status, flush=True)
+        try:
+            with urllib.request.urlopen(asked, timeout=120) as answer:
+                answer.read()
+                print(answer.status, flush=True)
+        except urllib.error.HTTPError as error:
+            print(error.code, error.read()[:300], flush=True)
 
 
 class Watch:
@@ -125,7 +130,8 @@ async def child(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
     try:
         yield process
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
 
 
