@@ -37,7 +37,7 @@ PACKAGES = {
 FILLS = 30
 
 # Processor seconds of a query, beyond which a peer cannot win.
-SLOW_S = 2.0
+SLOW_S = 0.5
 
 
 class Peer(NamedTuple):
