@@ -242,6 +242,23 @@ def test_changes_of_many_threads_share_writes(path, tmp_path, monkeypatch):
         assert after_a_crash(path, tmp_path) == {**start(), **{100 + n: VECTORS[n].tolist() for n in range(8)}}
 
 
+def test_a_log_is_on_the_disk_before_the_next_one_is_begun(path, monkeypatch):
+    """Else a loss of power could leave what came later without what came before."""
+    own, seen = Log.create, []
+    with opened(path, fsync="never") as live:
+        live.delete([1])
+        old = live._log
+
+        def watched(*arguments, **options):
+            seen.append(old.is_dirty)
+            return own(*arguments, **options)
+
+        monkeypatch.setattr(Log, "create", watched)
+        assert old.is_dirty
+        live.snapshot()
+        assert seen == [False]
+
+
 def test_when_the_disk_is_waited_for(path, tmp_path):
     for fsync in ("always", "never", 0.01):
         with opened(path, fsync=fsync) as live:
