@@ -56,14 +56,24 @@ def one_file(folder, path):
 
 
 @with_spark
-def test_scores_from_a_folder_of_named_edges(spark, tmp_path):
-    """The front door, strings, hubs in pieces, duplicates, dead ends; equal to the embedded engine within the bound."""
+def test_scores_from_a_folder_of_named_edges(spark, tmp_path, monkeypatch):
+    """The front door, strings, hubs in pieces, duplicates, dead ends; equal to the embedded engine within the bound.
+
+    The driver gets no frame of as many rows as there are nodes, let alone edges.
+    """
+    kind, seen = type(spark.range(1)), []
+    before = kind.collect
+    monkeypatch.setattr(kind, "collect", lambda frame: seen.append(before(frame)) or seen[-1])
+    for name in ("toPandas", "toArrow", "toLocalIterator"):
+        monkeypatch.setattr(kind, name, lambda *_, name=name: pytest.fail(f"{name} brings a frame to the driver"))
     source, target, weight = random_edges(1, names=lambda node: f"n{node:02}")
     edges = write_edges(tmp_path / "edges", source, target, weight)
     out = tmp_path / "scores"
     options = {"walks": 3000, "alpha": 0.7, "top_k": None, "dangling": "source"}
     stored = fully_ppr(EdgeFiles(edges, directed=True), engine="spark", spark=spark, out=str(out), theta=8, gamma=3000, partitions=2,
                        **options)  # fmt: skip
+    assert seen
+    assert max(map(len, seen)) < 40
     graph = read_graph(one_file(tmp_path / "edges", tmp_path / "one.parquet"), directed=True)
     names = names_of(graph)
     local = fully_ppr(graph, engine="local", **options)

@@ -1,0 +1,127 @@
+"""What do Fully PPR, PowerWalk's index and FastRP cost from edges in Parquet on Spark, at 1, 2 and 4 executors?
+
+Each run is a standalone cluster of this machine in a process of its own (`local-cluster`): executors are JVMs of one core and
+``--memory`` MiB. A row has nodes, stored edges, partitions, shuffled bytes, seconds at each number of executors, and what a graph of a
+billion stored edges would take *on paper*: shuffled bytes and core-hours in proportion to stored edges (walks: to walks and rounds), which
+says nothing about networks, stragglers or failures. More executors than cores of this machine show no gain: ``cores`` says how many
+there are.
+
+    python benchmarks/graph_spark.py --json benchmarks/results/graph_spark.json
+
+Needs the extra ``spark`` and Java 17.
+"""
+# Shapes: M stored edges
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from _harness import arguments, finish, start
+from anabranch import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+EXECUTORS = (1, 2, 4)
+BILLION = 1_000_000_000
+
+# Of a run: the arguments, and what its work is in proportion to beside stored edges.
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "fastrp": {"dim": 64, "weights": [0, 0, 1, 6]},
+    "ppr": {"alpha": 0.3, "walks": 20, "gamma": 20, "top_k": 50},
+    "powerwalk": {"alpha": 0.3, "walks": 10},
+}
+
+
+def write_edges(folder: Path, nodes: int, edges: int, files: int = 8) -> None:
+    """Edges of a power law, with weights."""
+    folder.mkdir()
+    for number in range(files):
+        rng = np.random.default_rng(number)
+        count = edges // files
+        columns = {
+            "source": (nodes * rng.random(count) ** 2).astype(np.int64), "target": rng.integers(0, nodes, count),
+            "weight": rng.lognormal(0, 1, count).astype(np.float32),
+        }  # fmt: skip
+        pq.write_table(pa.table(columns), folder / f"{number}.parquet")
+
+
+def once(system: str, edges: Path, executors: int, memory: int, partitions: int) -> dict[str, Any]:
+    """One run on a cluster of its own; what `tests/spark_cluster.py` prints, and the facts of the result."""
+    with tempfile.TemporaryDirectory(prefix="anabranch-") as folder:
+        out = Path(folder) / "out"
+        task = {"system": system, "edges": str(edges), "out": str(out), "executors": executors, "memory": memory,
+                "options": {**SYSTEMS[system], "partitions": partitions}}  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "spark_cluster.py"), json.dumps(task)],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(f"{system} on {executors} executors: {done.stderr.strip().splitlines()[-1]}")
+        facts = json.loads((out / "_anabranch.json").read_text())
+        of = facts.get("graph", facts.get("facts", {}))
+        return {
+            **json.loads(done.stdout.splitlines()[-1]),
+            "num_nodes": of["num_nodes"],
+            "stored": of["num_stored_edges"],
+        }
+
+
+def row(system: str, edges: Path, memory: int, partitions: int, rounds: int) -> dict[str, Any]:
+    """All numbers of executors, in turns; medians."""
+    found: dict[int, list[dict[str, Any]]] = {executors: [] for executors in EXECUTORS}
+    for _ in range(rounds):
+        for executors in EXECUTORS:
+            found[executors].append(once(system, edges, executors, memory, partitions))
+            last = found[executors][-1]
+            print(
+                f"{system:<10} {executors} executors {last['seconds']:8.1f} s  {last['shuffle_bytes'] / 1e6:9.1f} MB",
+                file=sys.stderr,
+            )
+    seconds = {executors: float(np.median([run["seconds"] for run in runs])) for executors, runs in found.items()}
+    last = found[1][-1]
+    size, stored = float(np.median([run["shuffle_bytes"] for run in found[1]])), last["stored"]
+    return {
+        "case": f"{system}, {last['num_nodes']:,} nodes, {stored:,} stored edges",
+        "num_nodes": last["num_nodes"], "stored_edges": stored, "partitions": partitions, "executor_mb": memory,
+        "cores": machine.usable_cores(), "settings": SYSTEMS[system],
+        "seconds": {str(executors): round(value, 1) for executors, value in seconds.items()},
+        "speedup": {str(executors): round(seconds[1] / value, 2) for executors, value in seconds.items()},
+        "shuffle_mb": round(size / 1e6, 1), "shuffle_bytes_per_edge": round(size / stored, 1),
+        "driver_grew_mb": round(last["driver_grew_bytes"] / 1e6, 1), "rounds": last.get("rounds"),
+        "billion_on_paper": {
+            "shuffle_tb": round(size / stored * BILLION / 1e12, 2),
+            "core_hours": round(seconds[1] / stored * BILLION / 3600, 1),
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__.split("\n")[0])
+    parser.add_argument("--memory", type=int, default=1024, metavar="MIB", help="of an executor (default 1024)")
+    parser.add_argument("--edges", type=int, default=2_000_000, help="edges (default 2,000,000; with --quick 50,000)")
+    options = parser.parse_args()
+    start(options)
+    if importlib.util.find_spec("pyspark") is None or not shutil.which("java"):
+        print("pyspark or Java is missing: nothing to measure", file=sys.stderr)
+        return
+    edges = 50_000 if options.quick else options.edges
+    rounds = 1 if options.quick else min(options.rounds, 3)
+    with tempfile.TemporaryDirectory(prefix="anabranch-") as folder:
+        place = Path(folder) / "edges"
+        write_edges(place, max(edges // 20, 100), edges)
+        rows = [row(system, place, options.memory, 8, rounds) for system in SYSTEMS if options.only in system]
+    finish("graph_spark", rows, options, ("numpy", "pyspark", "pyarrow", "anabranch"))
+
+
+if __name__ == "__main__":
+    main()
