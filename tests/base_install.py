@@ -79,6 +79,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "graph serve x": "graph",
     "graph remove x y": "graph",
     "graph update x y": "graph",
+    "graph rewalk x y --add z.csv --out w.anb --out-graph g.anb": "graph",
     "gateway serve": "gateway",
     "gateway serve --check": "gateway",
     "gateway import x": "gateway",
