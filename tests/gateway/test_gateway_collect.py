@@ -377,6 +377,19 @@ def test_questions_of_a_key_go_to_no_model_that_it_may_not_use(tmp_path, capsys)
     assert (done["questions"], done["not_allowed"], done["unjudged"]) == (1, 1, 1)
 
 
+def test_a_key_that_may_not_hides_a_question_from_nobody(tmp_path, capsys):
+    path, out = write(tmp_path), tmp_path / "out.jsonl"
+    used(path, ("a", "asked by both", {}), ("a", "Asked by  both", {}), models=["a"])
+    used(path, ("a", "asked by both", {}))
+    done = collect(capsys, path, out, "--judge", "judge")
+    assert (done["questions"], done["not_allowed"]) == (1, 1)
+    # A question that no judge knows is one, whoever asks it.
+    (tmp_path / "r.jsonl").write_text('{"query": "other", "answer": "a says it"}\n')
+    used(path, ("a", "asked by both", {}))
+    done = collect(capsys, path, tmp_path / "o2.jsonl", "--judge", "exact", "--references", tmp_path / "r.jsonl")
+    assert (done["questions"], done["not_allowed"], done["unjudged"]) == (0, 1, 1)
+
+
 def test_what_users_were_told_is_not_asked_again_but_only_whole_and_plain_answers(tmp_path, capsys):
     path, out = write(tmp_path), tmp_path / "out.jsonl"
     fields = [{}, {"max_tokens": 2}, {"temperature": 1.5}, {"stop": ["x"]}, {"max_tokens": 20}]

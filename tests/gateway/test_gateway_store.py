@@ -295,6 +295,22 @@ def test_request_ids(tmp_path):
     run(main())
 
 
+def test_a_secret_is_made_once_and_is_each_stores_own(url, tmp_path):
+    async def main():
+        async with (
+            open_store(url) as one,
+            open_store(url, serves=False) as other,
+            open_store(str(tmp_path / "o.db")) as far,
+        ):
+            first = await asyncio.gather(one.secret("x"), other.secret("x"), one.secret("x"))
+            assert len({*first, await one.secret("y"), await far.secret("x")}) == 3
+            assert len(first[0]) == 64
+        async with open_store(url) as again:
+            assert await again.secret("x") == first[0]
+
+    run(main())
+
+
 def test_whoever_stops_waiting_for_a_reservation_does_not_keep_it(url):
     async def main():
         async with open_store(url) as store:

@@ -28,6 +28,7 @@ from anabranch.routers.data import (
     split,
 )
 from anabranch.routers.data.splits import question
+from anabranch.routers.data.table import Row
 from anabranch.routers.money import Price
 from made_outcomes import made_outcomes, write_outcomes
 
@@ -403,6 +404,36 @@ def test_the_ledger_is_a_log_of_one_answer_per_query():
     np.testing.assert_array_equal(data.signals["probability"], [[np.nan, np.nan], [np.nan, 0.25]])
     with pytest.raises(DataError, match="no request with both its text and a score"):
         from_ledger(rows[2:])
+
+
+def test_outcomes_of_conversations_take_no_place_in_a_log():
+    def row(query, score, is_conversation):
+        return Row(query, None, {"score": {"m": score}}, is_conversation=is_conversation)
+
+    scored = [
+        {"query": "a", "model": "m", "score": 1.0},
+        {"query": "b", "model": "m", "score": 0.75},
+        {"query": "b", "model": "m", "score": 0.5, "is_conversation": True},
+    ]
+    data = from_ledger(scored, [row("A ", 0.0, True), row("B", 0.25, False), row("c", 0.0, True)])
+    assert list(zip(data.query, data.score_NM[:, 0], strict=True)) == [("a", 1.0), ("b", 0.5), ("B", 0.25)]
+    with pytest.raises(DataError, match="nobody has scored"):
+        from_ledger([], [row("a", 1.0, True)])
+
+
+def test_a_conversation_of_a_file_is_learned_from_where_its_last_text_is_not_asked_alone(tmp_path):
+    talk = [{"role": "system", "content": "say banana"}, {"role": "user", "content": "q"}]
+    rows = [
+        {"query": "Q ", "scores": {"a": 0}, "messages": talk},
+        {"query": "q", "scores": {"a": 1}},
+        {"query": "r", "scores": {"a": 0.5}, "messages": [{"role": "user", "content": "r"}]},
+        {"query": "yes", "scores": {"a": 0.25}, "messages": talk},
+        {"query": "yes", "scores": {"a": 0.75}, "messages": ["anything"]},
+        {"query": "s", "scores": {"a": 0.5}, "messages": None},
+    ]
+    data = load_outcomes(written(tmp_path, "\n".join(map(json.dumps, rows))))
+    assert data.query == ("q", "r", "yes", "yes", "s")
+    assert data.score_NM[:, 0].tolist() == [1, 0.5, 0.25, 0.75, 0.5]
 
 
 def test_a_question_of_a_log_is_all_its_answers_together():

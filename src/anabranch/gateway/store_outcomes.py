@@ -109,7 +109,7 @@ def _scored(row: "LedgerRow", decision: dict[str, Any], texts: dict[str, Any], b
         "model": chosen if by_choice and was_asked else row.model, "chosen": chosen if by_choice else row.model,
         "probability": _chance(told.get("probability")) if by_choice or chosen == row.model else None,
         "cost_nano": max(0, cost_nano), "prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens,
-        "latency_us": row.latency_us,
+        "latency_us": row.latency_us, "is_conversation": "messages" in texts,
     }  # fmt: skip
 
 
@@ -140,15 +140,25 @@ def from_ledger(rows: Iterable[Mapping[str, Any]], judged: Sequence[Row] = ()) -
     Args:
         rows: each with ``query`` (its text, where prompts are kept), ``model``, ``score``, and what there is of ``task``, ``answer``,
             ``cost_nano``, ``prompt_tokens``, ``completion_tokens``, ``latency_us`` and ``probability``, which is that of ``chosen`` where
-            this is another than ``model``. Rows without a text or a score are left out, since nothing can be learned from them.
-        judged: whole outcomes of questions, in the place of what else is there of these.
+            this is another than ``model``; ``is_conversation`` where the text is only the last one of what was asked. Rows without a text
+            or a score are left out, since nothing can be learned from them.
+        judged: whole outcomes of questions, in the place of what else is there of these. Those of conversations are left out: who asks
+            chooses what stands before the last text, and with it what every model says, so none may speak for that text alone, nor take
+            the place of what others scored.
 
     Raises DataError if that leaves none.
     """
     scored = [row for row in rows if _is_number(row.get("score"))]
     found = [_row(row) for row in scored if (row.get("query") or "").strip()]
-    whole = {question(row.query) for row in judged}
-    found = [row for row in found if question(row.query) not in whole] + list(judged)
+    alone = [row for row in judged if not row.is_conversation]
+    if len(alone) < len(judged):
+        logger.warning(
+            "%d outcomes of conversations are left out; anabranch gateway collect writes them to a file, without paying for them again",
+            len(judged) - len(alone),
+        )
+    whole = {question(row.query) for row in alone}
+    # What was said at the end of a conversation is not what was judged.
+    found = [row for row in found if row.is_conversation or question(row.query) not in whole] + alone
     if not found:
         missing = (
             "nobody has scored an answer yet: send scores to POST /v1/feedback"
@@ -177,6 +187,7 @@ def _row(row: Mapping[str, Any]) -> Row:
         row["query"], row.get("task"), known,
         answers={model: row["answer"]} if row.get("answer") else {},
         signals={} if chance is None else {"probability": {chosen: float(chance)}},
+        is_conversation=bool(row.get("is_conversation")),
     )  # fmt: skip
 
 

@@ -70,6 +70,19 @@ def test_of_settings_what_is_short_and_of_others_that_they_were_there():
     assert texts_of(state)["settings"]["messages"] is True
 
 
+@pytest.mark.parametrize("tier", ["priority", "flex", "default", "auto"])
+def test_a_tier_is_a_setting_and_notes_for_the_books_are_none(tier):
+    assert texts_of(read({"service_tier": tier}))["settings"] == {"service_tier": tier}
+    notes = {"user": "ann", "metadata": {"a": "b"}, "stream": False, "store": True, "prompt_cache_key": "k"}
+    assert "settings" not in texts_of(read(notes))
+
+
+def test_a_text_with_a_name_beside_it_is_a_conversation():
+    named = [{"role": "user", "content": "hello", "name": "ann"}]
+    assert texts_of(read({"messages": named}))["messages"] == named
+    assert "messages" not in texts_of(read({"messages": [{"content": "hello", "role": "user"}]}))
+
+
 def test_a_conversation_is_kept_unless_it_is_too_long():
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
     assert texts_of(read({"messages": messages}))["messages"] == messages

@@ -129,8 +129,10 @@ class Collector:
         self._max_tokens = max_tokens
         self._fields: Mapping[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
         self.done = Collected()
-        # Questions that this collector has done with; what came to nothing is left to the next one.
+        # Questions that this collector has done with; what came to nothing is left to the next one. And those that it passed over for a
+        # key: what one key may not, another may.
         self._tried: set[str] = set()
+        self._passed: set[tuple[str, str]] = set()
 
     async def run(
         self, out: Path, *, limit: int | None = None, share_of: float = 1.0, since_s: float = 0.0, waits: bool = False
@@ -168,13 +170,16 @@ class Collector:
         """All questions that are not in the table; whether there was any text."""
         store = self.gateway.store
         keys = {key.id: key for key in await store.keys()}
-        answers, any_text, in_vain = Answers(), False, 0
+        answers, any_text, in_vain, secret = Answers(), False, 0, await store.secret(COLLECT)
         async for origin in told_requests(store, 0):
             answers.note(origin)
         async for origin in told_requests(store, int(since_s * 1e6)):
             any_text = True
             key = origin.identity
-            if key in self._tried or table.has(key, origin.request_id) or share("collect", key) >= share_of:
+            if key in self._tried or (key, origin.key_id) in self._passed or table.has(key, origin.request_id):
+                continue
+            # Keyed, or who asks could choose words that are drawn.
+            if share(COLLECT, secret, key) >= share_of:
                 continue
             if limit is not None and self.done.questions >= limit:
                 break
@@ -183,7 +188,7 @@ class Collector:
                 keys = {key.id: key for key in await store.keys()}
             # What is passed over costs nothing; what is asked in vain does.
             if not self.may_collect(origin, keys.get(origin.key_id)):
-                self._tried.add(key)
+                self._passed.add((key, origin.key_id))
                 continue
             waiting = self.done.waiting
             try:
@@ -214,6 +219,8 @@ class Collector:
             return False
         if not self.judge.knows(origin.shown):
             self.done.unjudged += 1
+            # Whoever asks it.
+            self._tried.add(origin.identity)
             return False
         return True
 

@@ -58,14 +58,22 @@ class Origin:
 
 
 def identity(messages: Messages) -> str:
-    """What tells a conversation from others: who said what, case and white space aside; of one text alone, its `question`."""
-    said = [
-        (one.get("role"), normal_form(text) if isinstance(text := one.get("content"), str) else repr(text)) for one in messages
-    ]  # fmt: skip
+    """What tells a conversation from others: who said what, case and white space aside; of one text alone, its `question`.
+
+    All of a message counts: with a name beside it, a text is not alone. No text alone is what a conversation is: that begins with a line
+    break, which no `question` with a letter in it has.
+    """
     match messages:
-        case [{"role": "user", "content": str(text)}]:
+        case [{"role": "user", "content": str(text), **others}] if not others:
             return question(text)
-    return repr(said)
+    said = [
+        (
+            one.get("role"), normal_form(text) if isinstance(text := one.get("content"), str) else repr(text),
+            *sorted((name, repr(value)) for name, value in one.items() if name not in ("role", "content")),
+        )
+        for one in messages
+    ]  # fmt: skip
+    return f"\n{said!r}"
 
 
 async def told_requests(store: Store, since_us: int) -> AsyncIterator[Origin]:

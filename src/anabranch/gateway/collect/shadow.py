@@ -114,7 +114,7 @@ class Shadow:
             models = wanted.models or tuple(model.name for model in config.models)
             judge = ModelJudge(wanted.judge, models[0])
             collector = Collector(aside, models, judge, per_minute=wanted.rate, tag=SHADOW)
-            await _Watch(self, store, collector, wanted.share).forever()
+            await _Watch(self, store, collector, wanted.share, await store.secret(SHADOW)).forever()
         finally:
             await aside.stop()
 
@@ -138,15 +138,19 @@ class _Watch:
         store: of both gateways.
         collector: that asks.
         share_of: the questions.
+        secret: of the store, without which who asks could choose words that are drawn.
     """
 
-    def __init__(self, shadow: Shadow, store: Store, collector: Collector, share_of: float) -> None:
+    def __init__(self, shadow: Shadow, store: Store, collector: Collector, share_of: float, secret: str) -> None:
         self._shadow, self._store, self._collector, self._share_of = shadow, store, collector, share_of
+        self._secret = secret
         self._since_us = store.now_us() - LOOK_BACK_US
         self._after, self._in_vain = 0, 0
-        # Requests that were looked at, and questions that need no further look, each oldest first.
+        # Requests that were looked at, questions that need no further look, and those that were passed over for a key, since what one key
+        # may not, another may; each oldest first.
         self._seen: dict[str, None] = {}
         self._tried: dict[str, None] = {}
+        self._passed: dict[tuple[str, str], None] = {}
 
     async def forever(self) -> None:
         """Until the config changes."""
@@ -162,44 +166,50 @@ class _Watch:
                 await self._shadow.rest(EVERY_S)
 
     async def _through(self, origins: list[Origin]) -> None:
-        fresh = {one.identity: one for one in origins if self._is_sampled(one)}
+        fresh = {(one.identity, one.key_id): one for one in origins if self._is_sampled(one)}
         if not fresh:
             return
         keys = {key.id: key for key in await self._store.keys()}
-        there = await self._store.collected([self._key(identity) for identity in fresh])
-        for identity, origin in fresh.items():
+        there = await self._store.collected([self._key(identity) for identity, _ in fresh])
+        for (identity, key_id), origin in fresh.items():
             if self._key(identity) in there:
                 self._note(identity)
-            while self._shadow.is_current and identity not in self._tried:
-                await self._ask(identity, origin, keys.get(origin.key_id))
+            while self._shadow.is_current and not self._is_done(identity, key_id):
+                await self._ask(identity, origin, keys.get(key_id))
 
     def _is_sampled(self, origin: Origin) -> bool:
-        return origin.identity not in self._tried and share(SHADOW, origin.identity) < self._share_of
+        identity = origin.identity
+        return not self._is_done(identity, origin.key_id) and share(SHADOW, self._secret, identity) < self._share_of
+
+    def _is_done(self, identity: str, key_id: str) -> bool:
+        return identity in self._tried or (identity, key_id) in self._passed
 
     async def _ask(self, identity: str, origin: Origin, key: KeyRecord | None) -> None:
         """Take one question as far as it goes now: what is not noted as tried is to be asked again."""
-        collector, result = self._collector, "not_allowed"
-        before_usd = collector.done.cost_usd
-        if collector.may_collect(origin, key):
-            answers = Answers()
-            answers.note(origin)
-            failed = collector.done.failed
-            try:
-                line = await collector.outcome(origin, answers)
-            except OutOfBudgetError as error:
-                collector.note_calls()
-                self._shadow.count("over_budget", collector.done.cost_usd - before_usd)
-                logger.info("shadow samples rest: %s", error)
-                if error.wait_s is None:
-                    # There will be no room for this one; perhaps for another.
-                    self._note(identity)
-                await self._shadow.rest(min(REST_S, error.wait_s or REST_S))
-                return
+        collector = self._collector
+        if not collector.may_collect(origin, key):
+            self._passed[identity, origin.key_id] = None
+            _bound(self._passed, REMEMBERED)
+            self._shadow.count("not_allowed", 0.0)
+            return
+        before_usd, failed, answers = collector.done.cost_usd, collector.done.failed, Answers()
+        answers.note(origin)
+        try:
+            line = await collector.outcome(origin, answers)
+        except OutOfBudgetError as error:
             collector.note_calls()
-            if line is not None:
-                await self._keep(identity, origin, line)
-            result = "judged" if line is not None else "failed" if collector.done.failed > failed else "unjudged"
-            await self._mind(line is None)
+            self._shadow.count("over_budget", collector.done.cost_usd - before_usd)
+            logger.info("shadow samples rest: %s", error)
+            if error.wait_s is None:
+                # There will be no room for this one; perhaps for another.
+                self._note(identity)
+            await self._shadow.rest(min(REST_S, error.wait_s or REST_S))
+            return
+        collector.note_calls()
+        if line is not None:
+            await self._keep(identity, origin, line)
+        result = "judged" if line is not None else "failed" if collector.done.failed > failed else "unjudged"
+        await self._mind(line is None)
         self._note(identity)
         self._shadow.count(result, collector.done.cost_usd - before_usd)
 
@@ -227,7 +237,7 @@ class _Watch:
         _bound(self._tried, REMEMBERED)
 
 
-def _bound(known: dict[str, None], most: int) -> None:
+def _bound(known: dict[Any, None], most: int) -> None:
     """Let go of the oldest."""
     while len(known) > most:
         del known[next(iter(known))]

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 # Characters of a question or an answer that are kept; more are cut off.
 LONGEST_TEXT = 100_000
-_NO_SETTINGS = IGNORED | {"model", "messages", "prompt", "input", "tools"}
+
+# A tier answers the same, so that the cache may look past it, but at another price and pace: that is not what the model comes to.
+_NO_SETTINGS = (IGNORED - {"service_tier"}) | {"model", "messages", "prompt", "input", "tools"}
 
 
 def keeps_texts(config: GatewayConfig, body: Mapping[str, Any]) -> bool:
@@ -45,8 +47,8 @@ def explained(decided: Decided, attempts: Sequence[Attempt], arm: Arm | None = N
 def texts_of(state: "RequestState") -> dict[str, Any]:
     """What was asked and answered, for the store: as much as a router is learned from, and another model asked with.
 
-    ``messages`` is there where they are more than the one text; ``None`` where they are too long to be kept. ``settings`` are what else
-    was asked for, with which the same model would have said something else.
+    ``messages`` is there where they are more than the one text, be it a name beside it; ``None`` where they are too long to be kept.
+    ``settings`` are what else was asked for, with which the same model would have said something else, or for another price.
     """
     body = state.body
     query = asked_text(state.endpoint, body)
@@ -56,7 +58,7 @@ def texts_of(state: "RequestState") -> dict[str, Any]:
         "task": clean(state.headers.get("x-task") or "") or None,
     }
     messages = body.get("messages", ())
-    if messages and [(one.get("role"), one.get("content")) for one in messages] != [("user", query)]:
+    if messages and list(messages) != [{"role": "user", "content": query}]:
         # Tokens are at most bytes, so this needs no second look at what may be megabytes.
         found["messages"] = messages if state.count.at_most <= LONGEST_TEXT else None
     if body.get("tools"):

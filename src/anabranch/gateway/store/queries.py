@@ -2,6 +2,7 @@
 
 import json
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -193,6 +194,14 @@ def read_decisions(connection: Connection, request_id: str | None, limit: int) -
         DecisionRow(request_id=request, ts_us=ts_us, strategy=strategy, model=model, body=json.loads(body))
         for request, ts_us, strategy, model, body in rows
     ]
+
+
+def made_secret(connection: Connection, name: str) -> str:
+    """A random text of the store's own: of those who make it at once, the first one's stays."""
+    made = secrets.token_hex(32)
+    sql = "INSERT INTO secrets (name, value) VALUES (:name, :value) ON CONFLICT (name) DO NOTHING"
+    connection.run(sql, name=name, value=made)
+    return str(connection.rows("SELECT value FROM secrets WHERE name = :name", name=name)[0][0])
 
 
 def read_bodies(

@@ -90,6 +90,8 @@ MIGRATIONS: list[Sequence[str]] = [
     ),
     # What a key has spent of late is asked by the key itself, as often as it likes: of its own rows alone, and of nothing beside the index.
     ("CREATE INDEX ledger_by_key ON ledger (key_id, ts_us, parent_id, cost_nano)",),
+    # What nobody outside can know, so that none can work out on whom a draw falls.
+    ("CREATE TABLE secrets (name TEXT PRIMARY KEY, value TEXT NOT NULL)",),
 ]
 
 # What is in every store, of whatever version.

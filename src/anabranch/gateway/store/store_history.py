@@ -58,6 +58,16 @@ class StoreHistory(StoreAccess):
         keys = listed("keys", keys)
         return await self._read(lambda connection: queries.read_bodies(connection, "collected", keys, "key"))
 
+    async def secret(self, name: str) -> str:
+        """What this store alone knows, for draws that no sender is to work out: made once, and the same ever after.
+
+        Args:
+            name: of what it is for.
+
+        Raises CapacityError if the store cannot write.
+        """
+        return await self._do(lambda connection: queries.made_secret(connection, name))
+
     async def decisions(self, request_id: str | None = None, limit: int = 100) -> list[DecisionRow]:
         """Of one request, or of all, newest first."""
         return await self._read(lambda connection: queries.read_decisions(connection, request_id, limit))

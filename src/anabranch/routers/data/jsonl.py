@@ -6,6 +6,9 @@
 ``signals`` ({"logprob": {model: number}}, see `Recorded`) may be there too, and in a log of traffic ``probability`` ({model: number}), the
 chance with which the model that answered was chosen. Other fields are not looked at. A model that is left out of a row, or null,
 was not asked.
+
+With ``messages`` the query is the last text of a conversation, as strategies see it. What was said before decides the answers too, so
+such a row never stands beside, or in the place of, one of the query alone: where a file has both, it is left out.
 """
 
 import json
@@ -18,6 +21,7 @@ from anabranch.errors import DataError
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model
 from anabranch.routers.data.lines import read_lines
+from anabranch.routers.data.splits import question
 from anabranch.routers.data.table import Row, gather, number
 
 
@@ -39,6 +43,8 @@ def load_jsonl(path: str | Path, *, prices: Mapping[str, Model] | None = None) -
             rows.append(row_of(text))
         except DataError as error:
             raise DataError(f"{path}, line {line}: {error}") from None
+    alone = {question(row.query) for row in rows if not row.is_conversation}
+    rows = [row for row in rows if not row.is_conversation or question(row.query) not in alone]
     return gather(rows, path, prices)
 
 
@@ -63,7 +69,9 @@ def row_of(text: str) -> Row:
     signals = {name: _numbers(_table(found, "signals"), name, -float("inf")) for name in _table(found, "signals")}
     if "probability" in found:
         signals["probability"] = _numbers(found, "probability", 0.0)
-    return Row(query, task, values | _tokens(found), _answers(found), signals)
+    messages = found.get("messages")
+    is_conversation = messages is not None and messages != [{"role": "user", "content": query}]
+    return Row(query, task, values | _tokens(found), _answers(found), signals, is_conversation)
 
 
 _FIELDS = (("score", "scores", -float("inf")), ("cost", "cost", 0.0), ("latency", "latency", 0.0))

@@ -24,13 +24,17 @@ USUAL_COMPLETION = 512
 
 @dataclass
 class Row:
-    """One query: its values by part and model. A value of None is one that is not known."""
+    """One query: its values by part and model. A value of None is one that is not known.
+
+    ``is_conversation`` says that the query is only the last text of what was asked: the answers are to all of it.
+    """
 
     query: str
     task: str | None = None
     values: dict[str, dict[str, float | None]] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
     signals: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    is_conversation: bool = False
 
 
 def number(value: Any, what: str, *, low: float = -math.inf) -> float | None:
