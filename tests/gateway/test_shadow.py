@@ -296,7 +296,7 @@ def test_what_stands_around_a_question_forges_no_outcome_of_it(tmp_path, quick, 
             await gateway.achat({"model": "a", "messages": forged}, key=other)
             await until(partial(has, gateway, 1))
             assert await learned(gateway) == {"question 1?": {"b": 0.75}}
-            assert "1 outcomes of conversations are left out" in caplog.text
+            assert "outcomes of conversations that are left out: 1;" in caplog.text
             # Whole outcomes of the text alone, on the other hand, take the place of what was said of it; not of what ended in it.
             await gateway.achat({"model": "a", "messages": [{"role": "user", "content": "question 2?"}]}, key=other)
             await until(partial(has, gateway, 2))

@@ -417,7 +417,9 @@ def test_outcomes_of_conversations_take_no_place_in_a_log():
     ]
     data = from_ledger(scored, [row("A ", 0.0, True), row("B", 0.25, False), row("c", 0.0, True)])
     assert list(zip(data.query, data.score_NM[:, 0], strict=True)) == [("a", 1.0), ("b", 0.5), ("B", 0.25)]
-    with pytest.raises(DataError, match="nobody has scored"):
+    with pytest.raises(
+        DataError, match=r"nobody has scored .*\. Outcomes of conversations that are left out: 1; .* collect"
+    ):
         from_ledger([], [row("a", 1.0, True)])
 
 

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 # Named in errors.
 SOURCE = Path("the ledger")
 
+# Of what shadow samples came to.
+LEFT_OUT = "outcomes of conversations that are left out: %d; anabranch gateway collect writes them to a file, without paying for them again"
+
 # Rows of the ledger read at a time.
 PAGE = 10_000
 
@@ -152,10 +155,7 @@ def from_ledger(rows: Iterable[Mapping[str, Any]], judged: Sequence[Row] = ()) -
     found = [_row(row) for row in scored if (row.get("query") or "").strip()]
     alone = [row for row in judged if not row.is_conversation]
     if len(alone) < len(judged):
-        logger.warning(
-            "%d outcomes of conversations are left out; anabranch gateway collect writes them to a file, without paying for them again",
-            len(judged) - len(alone),
-        )
+        logger.warning(LEFT_OUT, len(judged) - len(alone))
     whole = {question(row.query) for row in alone}
     # What was said at the end of a conversation is not what was judged.
     found = [row for row in found if row.is_conversation or question(row.query) not in whole] + alone
@@ -166,7 +166,8 @@ def from_ledger(rows: Iterable[Mapping[str, Any]], judged: Sequence[Row] = ()) -
             else f"{len(scored):,} answers were scored, but their texts are not kept: set prompts = true under [log] of the gateway's "
             "config; what is asked from then on can be learned from"
         )
-        raise DataError(f"the ledger holds no request with both its text and a score; {missing}")
+        left_out = f". {(LEFT_OUT % len(judged)).capitalize()}" if judged else ""
+        raise DataError(f"the ledger holds no request with both its text and a score; {missing}{left_out}")
     return gather(found, SOURCE, None)
 
 

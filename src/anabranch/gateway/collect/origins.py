@@ -66,14 +66,14 @@ def identity(messages: Messages) -> str:
     match messages:
         case [{"role": "user", "content": str(text), **others}] if not others:
             return question(text)
-    said = [
+    parts = [
         (
-            one.get("role"), normal_form(text) if isinstance(text := one.get("content"), str) else repr(text),
+            one.get("role"), normal_form(said) if isinstance(said := one.get("content"), str) else repr(said),
             *sorted((name, repr(value)) for name, value in one.items() if name not in ("role", "content")),
         )
         for one in messages
     ]  # fmt: skip
-    return f"\n{said!r}"
+    return f"\n{parts!r}"
 
 
 async def told_requests(store: Store, since_us: int) -> AsyncIterator[Origin]:
