@@ -22,6 +22,7 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.store import LedgerQuery, LedgerRow, Store, open_store
 from anabranch.routers.data import load_outcomes
 from anabranch.routers.judges import ModelJudge, ReferenceJudge, prompt_of, verdict
+from anabranch.routers.strategies.training import share
 from anabranch.web.api_error import ApiError
 
 CONFIG = """
@@ -375,6 +376,21 @@ def test_questions_of_a_key_go_to_no_model_that_it_may_not_use(tmp_path, capsys)
     (tmp_path / "r.jsonl").write_text('{"query": "secret of 3", "answer": "a says it"}\n')
     done = collect(capsys, path, tmp_path / "o2.jsonl", "--judge", "exact", "--references", tmp_path / "r.jsonl")
     assert (done["questions"], done["not_allowed"], done["unjudged"]) == (1, 1, 1)
+
+
+def test_a_share_is_drawn_by_a_secret_of_the_store(tmp_path, capsys):
+    path, out = write(tmp_path), tmp_path / "out.jsonl"
+    used(path, *(("a", f"question {number}?", {}) for number in range(24)))
+
+    async def secret():
+        async with open_store(str(tmp_path / "gateway.db"), serves=False) as store:
+            return await store.secret("collect")
+
+    drawn = asyncio.run(secret())
+    wanted = {f"question {number}?" for number in range(24) if share("collect", drawn, f"question {number}?") < 0.5}
+    for _ in range(2):
+        collect(capsys, path, out, "--judge", "judge", "--share", 0.5)
+        assert {line["query"] for line in lines_of(out)} == wanted
 
 
 def test_a_key_that_may_not_hides_a_question_from_nobody(tmp_path, capsys):

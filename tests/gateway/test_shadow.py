@@ -301,6 +301,12 @@ def test_what_stands_around_a_question_forges_no_outcome_of_it(tmp_path, quick, 
             await gateway.achat({"model": "a", "messages": [{"role": "user", "content": "question 2?"}]}, key=other)
             await until(partial(has, gateway, 2))
             assert (await learned(gateway))["question 2?"] == {"b": 0.5, "a": 0.5}
+            reply = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "QUESTION 2?"}]
+            await gateway.achat({"model": "a", "messages": reply}, key=theirs)
+            [row] = await gateway.store.ledger(LedgerQuery(key_id=row.key_id, limit=1))
+            await gateway.feedback({"request_id": row.request_id, "score": 0.25}, key=theirs)
+            found = await learned(gateway)
+            assert (found["question 2?"], found["QUESTION 2?"]["a"]) == ({"b": 0.5, "a": 0.5}, 0.25)
 
     run(work)
 
