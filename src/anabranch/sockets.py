@@ -1,8 +1,10 @@
-"""Where a server listens: a bound socket, or a clear word why not; and what clients on this machine call it."""
+"""Where a server listens: a bound socket, or a clear word why not; what it is called here, and which names mean this machine."""
 
 import contextlib
+import ipaddress
 import socket
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from anabranch.errors import InputError
 
@@ -38,3 +40,21 @@ def url_of(host: str, listener: socket.socket) -> str:
     """What a client on this machine calls it."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def is_local(host: str) -> bool:
+    """Whether a name or address means this machine, to this machine alone."""
+    if host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def name_of(host: str) -> str | None:
+    """The name or address in a ``Host`` header, in small letters; None for one that has none or cannot be read."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None

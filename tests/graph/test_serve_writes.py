@@ -26,6 +26,7 @@ from server_process import started
 DIM, COUNT = 4, 40
 LIMITS = Limits(body_bytes=4096, batch=4, k=8, concurrency=2, waiting=2, timeout_s=5.0)
 VECTORS = drawn(400, DIM, 3)
+HERE = "http://127.0.0.1:8080"
 
 
 def saved(path, metric="l2", rows=None):
@@ -41,7 +42,7 @@ def path(tmp_path):
 
 
 def served(path, writes=None, limits=LIMITS, **options):
-    client = TestClient(create_app(Sources([path], writes=writes or Writes()), limits, **options))
+    client = TestClient(create_app(Sources([path], writes=writes or Writes()), limits, **options), base_url=HERE)
     client.__enter__()
     wait_until(lambda: client.get("/readyz").status_code == 200)
     return client
@@ -182,6 +183,129 @@ def test_bodies_methods_and_pages_of_others(untouched):
         assert error_of(answer)[:2] == (403, "other_origin")
 
 
+LOCAL = [
+    "localhost:8080",
+    "LOCALHOST",
+    "localhost.",
+    "127.8.0.1",
+    "[::1]:8080",
+    "app.localhost",
+    "box.example:8080",
+    "BOX.example",
+]
+OTHER = [
+    "evil.example",
+    "evil.example:8080",
+    "127.0.0.1.evil.example",
+    "10.0.0.1",
+    "0.0.0.0",
+    "[",
+    "[::1",
+    "",
+    "localhost@evil.example",
+]
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A server that listens at a name of its own."""
+    client = served(saved(tmp_path_factory.mktemp("named") / "index.anb"), host="box.example")
+    yield client
+    client.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("host", LOCAL)
+@pytest.mark.parametrize("page", ["http://{}", None])
+def test_names_of_this_machine_may_change_something(named, host, page):
+    headers = {"Host": host} | ({} if page is None else {"Origin": page.format(host)})
+    assert named.post("/delete", json={"ids": [10**6]}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("host", OTHER)
+@pytest.mark.parametrize("route", ["/upsert", "/v1/upsert", "/delete", "/v1/delete"])
+def test_a_page_whose_name_leads_here_changes_nothing(untouched, host, route):
+    for headers in ({"Host": host}, {"Host": host, "Origin": f"http://{host}"}):
+        assert error_of(untouched.post(route, json={"ids": [1]}, headers=headers))[:2] == (403, "other_host")
+    # Which may still search: that changes nothing.
+    assert untouched.post("/search", json={"ids": [1]}, headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://[::1", "http://[", "[", "", "://", b"\xff://\xff", "http://127.0.0.1:8080:"]
+)
+def test_origins_that_are_none(untouched, origin):
+    for headers in ({}, {"Authorization": "Bearer x"}):
+        answer = untouched.post("/delete", json={"ids": [1]}, headers={"Origin": origin, **headers})
+        assert error_of(answer)[:2] == (403, "other_origin")
+
+
+def test_reloading_is_a_change_too(path):
+    client = served(path, token="t")
+    admin = {"Authorization": "Bearer t"}
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "http://[::1"}):
+        answer = client.post("/admin/reload", headers=admin | headers)
+        assert error_of(answer)[:2] == (403, "other_origin")
+    assert client.post("/admin/reload", headers={"Authorization": "Bearer \xff".encode("latin-1")}).status_code == 401
+    # Who knows the token may call the server what they like.
+    assert client.post("/admin/reload", headers=admin | {"Host": "box.example"}).status_code == 200
+    client.__exit__(None, None, None)
+
+
+HALVES = [
+    ("/search", '{"\\ud800": 1}', 400),
+    ("/search", '{"vectors": [[1, 2, 3, 4]], "filter": {"\\udfff": 1}}', 400),
+    ("/search", '{"names": ["\\ud800"]}', 400),
+    ("/search", '{"ids": ["\\ud800"]}', 400),
+    ("/search", '{"ids": [1], "k": "\\ud800"}', 400),
+    ("/upsert", '{"\\ud800": 1}', 400),
+    ("/upsert", '{"ids": ["\\ud800"], "vectors": [["\\ud800"]]}', 400),
+    ("/delete", '{"ids": [1], "\\ud800\\ud800": 1}', 400),
+    ("/ppr", '{"seeds": 1, "\\ud800": 1}', 400),
+    ("/ppr", '{"queries": [{"seeds": 1, "\\ud800": 1}]}', 400),
+    ("/%ed%a0%80", "{}", 404),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "status"), HALVES)
+def test_half_of_a_surrogate_pair_is_refused_in_json(untouched, route, body, status):
+    answer = untouched.post(route, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    assert json.loads(answer.content.decode())["error"]["message"]
+    if body.startswith('{"\\ud800"'):
+        assert answer.json()["error"]["field"] == "\ud800"
+
+
+def test_a_token_that_is_no_text_is_refused_and_no_fault(path):
+    client = served(path, Writes(token="\udcff"), token="\udcff")
+    for route in ("/delete", "/admin/reload"):
+        answer = client.post(route, json={"ids": [1]}, headers={"Authorization": "Bearer x"})
+        assert error_of(answer)[:2] == (401, "wrong_token")
+    client.__exit__(None, None, None)
+
+
+def test_an_element_that_goes_while_it_is_looked_up_is_unknown_all_the_same(client, monkeypatch):
+    real = HNSW.contains
+    monkeypatch.setattr(HNSW, "contains", lambda self, ids: np.ones_like(real(self, ids)))
+    answer = client.post("/search", json={"ids": [3, 999]})
+    assert error_of(answer) == (404, "unknown_id", "ids[1] is 999, which is not in the index")
+
+
+def test_a_number_that_json_has_not_is_null(client, monkeypatch):
+    real = HNSW.search
+
+    def search(self, *args, **options):
+        ids, distances = real(self, *args, **options)
+        distances[:, 0] = np.inf
+        return ids, distances
+
+    monkeypatch.setattr(HNSW, "search", search)
+    answer = client.post("/search", json={"vectors": GOOD, "k": 2})
+    assert answer.status_code == 200
+    first, second = answer.json()["results"][0]["distances"]
+    assert first is None
+    assert second > 0
+
+
 def test_zero_has_no_direction(tmp_path):
     client = served(saved(tmp_path / "index.anb", "cosine"))
     answer = client.post("/upsert", json={"ids": [1], "vectors": [[0, 0, 0, 0]]})
@@ -302,6 +426,58 @@ def test_a_reload_keeps_what_was_changed_and_refuses_a_file_that_would_lose_it(p
     client.__exit__(None, None, None)
 
 
+def test_a_reload_beside_a_change_of_the_first_element_works(path, monkeypatch):
+    """A change takes an element out for a moment: whatever was read of it before is not there any more."""
+    real, source = HNSW.ids, Sources([path], writes=Writes())
+    live = source.load().vectors.live
+
+    def ids(self):
+        found = real.__get__(self)
+        if self is live.index:
+            live.delete(found[:1])
+        return found
+
+    monkeypatch.setattr(HNSW, "ids", property(ids))
+    assert source.load(2).generation == 2
+    monkeypatch.undo()
+    assert len(live) < COUNT
+    source.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"metric": "cosine", "dtype": "i8", "flat": True}, {"metric": "ip", "rerank": False, "dtype": "f16"}],
+)
+def test_kernels_of_changes_are_there_before_the_first(tmp_path, monkeypatch, options):
+    """Such an index is changed and searched while the files are read, and what is served is not."""
+    HNSW(DIM, **options).save(tmp_path / "new.anb")
+    seen = []
+
+    def spied(name, real):
+        def called(self, *args, **more):
+            seen.append((name, self))
+            return real(self, *args, **more)
+
+        return called
+
+    for name in ("add", "remove", "search"):
+        monkeypatch.setattr(HNSW, name, spied(name, getattr(HNSW, name)))
+    source = Sources([tmp_path / "new.anb"], writes=Writes())
+    loaded = source.load()
+    assert {name for name, _ in seen} == {"add", "remove", "search"}
+    for _, made in seen:
+        assert made is not loaded.vectors.index
+        for option in ("metric", "dtype", "rerank", "flat"):
+            assert getattr(made, option) == getattr(loaded.vectors.index, option)
+    assert len(loaded.vectors.index) == 0
+    # Once, and not for whom only reads.
+    seen.clear()
+    source.load(2)
+    source.close()
+    Sources([tmp_path / "new.anb"]).load()
+    assert seen == []
+
+
 def test_a_request_to_an_index_that_was_replaced_meanwhile_is_not_lost(path):
     source = Sources([path], writes=Writes())
     old = source.load()
@@ -390,6 +566,8 @@ def drill(path, kills, pauses, *options):
         ) as server:
             if clients:
                 check(server.url, open_index(path), clients)
+            else:
+                refuses_what_it_may_not_take(server.url)
             if turn == kills:
                 server.process.send_signal(signal.SIGTERM)
                 assert server.process.wait(30) == 0
@@ -406,6 +584,21 @@ def drill(path, kills, pauses, *options):
             for thread in threads:
                 thread.join(60)
             assert "Traceback" not in server.log.read_text()
+
+
+def refuses_what_it_may_not_take(url):
+    """A page whose name was made to lead here, what is no origin, and half of a character: a word in JSON, and no fault."""
+    with httpx.Client(base_url=url, timeout=30) as http:
+        for headers, code in (
+            ({"Host": "evil.example", "Origin": "http://evil.example"}, "other_host"),
+            ({"Origin": "http://[::1"}, "other_origin"),
+        ):
+            assert error_of(http.post("/upsert", json={"ids": [1], "vectors": GOOD}, headers=headers))[:2] == (
+                403,
+                code,
+            )
+        answer = http.post("/search", content='{"\\ud800": 1}', headers={"Content-Type": "application/json"})
+        assert error_of(answer)[:2] == (400, "invalid_request")
 
 
 def check(url, found, clients):

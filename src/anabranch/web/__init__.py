@@ -4,6 +4,7 @@
     answers     reading a body, answering in JSON, errors in OpenAI's form
     api_error   `ApiError`, an answer that is an error
     body        JSON that is checked, and how an error shows a value
+    json_text   JSON of whatever a client sent
     sse         server-sent events
     responses   /v1/responses as chat, and chat as /v1/responses
     ids         of requests

@@ -1,8 +1,6 @@
 """Reading what a client sent, and answering it: JSON, errors in OpenAI's form."""
 
 import asyncio
-import json
-import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -10,6 +8,7 @@ from aiohttp import web
 
 from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
+from anabranch.web.json_text import to_json
 
 JSON = "application/json"
 SAFE = {"x-content-type-options": "nosniff", "server": "anabranch"}
@@ -19,28 +18,13 @@ Route = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 def error_response(error: ApiError) -> web.Response:
     """OpenAI's form of an error."""
     headers = {"x-request-id": new_id(), **SAFE, **error.headers}
-    body = json.dumps(error.to_dict(), ensure_ascii=False).encode("utf-8", "replace")
-    return web.Response(status=error.status, body=body, content_type=JSON, headers=headers)
+    return web.Response(status=error.status, body=to_json(error.to_dict()), content_type=JSON, headers=headers)
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """JSON, never cached. Numbers that JSON has not (NaN, infinities) are null."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(value), ensure_ascii=False, default=str)
-    body = text.encode("utf-8", "replace")
-    return web.Response(
-        status=status, body=body, content_type=JSON, headers={**SAFE, "cache-control": "no-store", **(headers or {})}
-    )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    """JSON (`to_json`), never cached."""
+    told = {**SAFE, "cache-control": "no-store", **(headers or {})}
+    return web.Response(status=status, body=to_json(value), content_type=JSON, headers=told)
 
 
 def bearer(request: web.BaseRequest) -> str | None:

@@ -4,13 +4,15 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from anabranch.web.json_text import to_json
+
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": waiting\n\n"
 
 
 def event(data: Any, name: str | None = None) -> bytes:
     """One event with JSON data."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+    text = to_json(data, (",", ":"))
     return (b"event: " + name.encode() + b"\n" if name else b"") + b"data: " + text + b"\n\n"
 
 

@@ -23,6 +23,7 @@ from anabranch.web.answers import SAFE, bearer, read_body
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
+from anabranch.web.json_text import to_json
 from anabranch.web.large_json import LARGE, load_large, parse_large
 from anabranch.web.turns import Turns
 
@@ -191,8 +192,7 @@ class Exchange:
 
 def _told(whole: Callable[[dict[str, Any]], dict[str, Any]], raw: bytes) -> bytes:
     """A chat's answer in another form."""
-    made = whole(load_large(raw) if len(raw) > LARGE else json.loads(raw))
-    return json.dumps(made, ensure_ascii=False).encode("utf-8", "replace")
+    return to_json(whole(load_large(raw) if len(raw) > LARGE else json.loads(raw)))
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:

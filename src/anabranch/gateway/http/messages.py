@@ -1,7 +1,6 @@
 """``/v1/messages``: Anthropic's form, in front of any model."""
 
 import asyncio
-import json
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from anabranch.gateway.validate import check_depth, check_model
 from anabranch.web.answers import JSON, SAFE, Route, json_response
 from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
+from anabranch.web.json_text import to_json
 from anabranch.web.large_json import LARGE
 from anabranch.web.messages import MessageEvents, to_chat, to_error, to_message
 from anabranch.web.sse import event
@@ -119,9 +119,8 @@ def _in_form(route: Route) -> Route:
 def _error_response(error: ApiError) -> web.Response:
     is_early = "x-request-id" not in error.headers
     id = error.headers.setdefault("x-request-id", new_id())
-    data = json.dumps(to_error(error), ensure_ascii=False).encode("utf-8", "replace")
     headers = {**SAFE, **error.headers, "request-id": id}
-    response = web.Response(status=error.status, body=data, content_type=JSON, headers=headers)
+    response = web.Response(status=error.status, body=to_json(to_error(error)), content_type=JSON, headers=headers)
     # For the access log, which knows the others by their ids.
     response[IS_EARLY] = is_early
     if error.headers.get("connection") == "close":

@@ -20,10 +20,7 @@ def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
     if wanted.names is not None:
         own = _by_name(held.names, wanted.names, "names")
     if own is not None:
-        known = (own >= 0) & index.contains(np.maximum(own, 0))
-        if not known.all():
-            raise _unknown("ids", own, known, f"the {len(index):,} vectors")
-        query = index.vectors(own)
+        query = _rows(index, own)
     else:
         assert wanted.vectors is not None
         query = fitting(wanted.vectors, index)
@@ -54,6 +51,17 @@ def answer_ppr(loaded: Loaded, wanted: Ppr) -> dict[str, Any]:
         result = {"ids": found.tolist(), "scores": scores.tolist()}
         results.append(result if held.names is None else {**result, "names": held.names.of(found)})
     return {"results": results, "generation": loaded.generation}
+
+
+def _rows(index: Any, own: np.ndarray) -> np.ndarray:
+    known = (own >= 0) & index.contains(np.maximum(own, 0))
+    if not known.all():
+        raise _unknown("ids", own, known, f"the {len(index):,} vectors")
+    try:
+        return index.vectors(own)
+    except InputError as error:
+        # A change took one out just now.
+        raise RequestError(404, "unknown_id", str(error), field="ids") from None
 
 
 def _seeds(seeds: SeedSet, field: str, names: Names | None, num_nodes: int) -> np.ndarray:

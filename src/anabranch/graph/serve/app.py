@@ -2,18 +2,16 @@
 
 import asyncio
 import contextlib
-import hmac
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,17 +22,18 @@ from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.metrics import Metrics
 from anabranch.graph.serve.openapi import STARTS, describe
 from anabranch.graph.serve.requests import RequestError, parse, read_ppr, read_search
+from anabranch.graph.serve.senders import check_sender
 from anabranch.graph.serve.sources import Loaded, Sources
 from anabranch.graph.serve.swap import Holder
 from anabranch.graph.serve.writes import (
     WRITERS,
     answer_delete,
     answer_upsert,
-    check_sender,
     live_of,
     read_delete,
     read_upsert,
 )
+from anabranch.web.json_text import to_json
 
 if TYPE_CHECKING:
     from anabranch.graph.live import LiveIndex
@@ -43,6 +42,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 JSON = "application/json"
 RETRY_S = "1"
+SHORT = (",", ":")
 
 
 class Serving:
@@ -100,7 +100,7 @@ class Serving:
             found = compute(loaded, read(parse(body), self.limits))
             if not is_write:
                 self.metrics.queries(name, len(found["results"]))
-            return json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+            return to_json(found, SHORT)
 
         try:
             self.metrics.in_flight.inc()
@@ -161,6 +161,7 @@ def create_app(
     limits: Limits | None = None,
     *,
     token: str | None = None,
+    host: str = "127.0.0.1",
     watch_s: float | None = None,
     on_ready: Callable[[Loaded], None] = lambda loaded: None,
     on_failure: Callable[[AnabranchError], None] = lambda error: None,
@@ -171,6 +172,7 @@ def create_app(
         sources: what to serve.
         limits: of requests; None for the defaults.
         token: lets ``POST /admin/reload`` in, as ``Authorization: Bearer TOKEN``; None keeps everybody out.
+        host: where the server listens. Without a token of `Writes`, changes are taken by this name and those of this machine only.
         watch_s: look for changed files this often, in seconds; None never.
         on_ready: called when the first files are loaded.
         on_failure: called if they cannot be.
@@ -186,36 +188,43 @@ def create_app(
     async def ppr(request: Request) -> Response:
         return await serving(request).answer(request, "ppr", read_ppr, answer_ppr)
 
+    def check_writer(request: Request) -> None:
+        # Where nothing is taken, that is the answer.
+        if sources.writes is not None:
+            check_sender(request, sources.writes.token, host)
+
     async def upsert(request: Request) -> Response:
-        check_sender(request, sources.writes)
+        check_writer(request)
         return await serving(request).answer(request, "upsert", read_upsert, answer_upsert, is_write=True)
 
     async def delete(request: Request) -> Response:
-        check_sender(request, sources.writes)
+        check_writer(request)
         return await serving(request).answer(request, "delete", read_delete, answer_delete, is_write=True)
 
     async def info(request: Request) -> Response:
         shown = {name: getattr(limits, name) for name in Limits.__dataclass_fields__}
-        return JSONResponse({**serving(request).loaded().to_dict(), "limits": shown})
+        return _json({**serving(request).loaded().to_dict(), "limits": shown})
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return _json({"status": "ok"})
 
     async def ready(request: Request) -> Response:
         if serving(request).is_stopping:
             raise RequestError(503, "stopping", "the server is stopping")
-        return JSONResponse({"status": "ready", "generation": serving(request).loaded().generation})
+        return _json({"status": "ready", "generation": serving(request).loaded().generation})
 
     async def metrics(request: Request) -> Response:
         return Response(serving(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(description)
+        return _json(description)
 
     async def reload(request: Request) -> Response:
-        _check_token(request, token)
+        if token is None:
+            raise RequestError(403, "no_token", "reloading by request is off; start the server with a token")
+        check_sender(request, token, host)
         try:
-            return JSONResponse((await serving(request).holder.reload()).to_dict())
+            return _json((await serving(request).holder.reload()).to_dict())
         except AnabranchError as error:
             raise RequestError(409, "reload_failed", f"the old files are still served: {error}") from None
 
@@ -270,20 +279,13 @@ async def _first(
         on_failure(error)
 
 
-def _check_token(request: Request, token: str | None) -> None:
-    if token is None:
-        raise RequestError(403, "no_token", "reloading by request is off; start the server with a token")
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
-        raise RequestError(
-            401, "wrong_token", "the token is missing or wrong; send Authorization: Bearer TOKEN",
-            headers={"WWW-Authenticate": "Bearer"},
-        )  # fmt: skip
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(to_json(value, SHORT), status, headers, JSON)
 
 
 async def _refuse(request: Request, error: RequestError) -> Response:
     serving(request).metrics.refused(error.code)
-    return JSONResponse(error.to_dict(), error.status, error.headers)
+    return _json(error.to_dict(), error.status, error.headers)
 
 
 async def _no_route(request: Request, error: HTTPException) -> Response:
@@ -323,7 +325,7 @@ class _Counted:
             if status:
                 raise
             failed = RequestError(500, "bug", "the server failed; its log says how")
-            await JSONResponse(failed.to_dict(), 500)(scope, receive, watched)
+            await _json(failed.to_dict(), 500)(scope, receive, watched)
         finally:
             endpoint = scope["path"] if scope["path"] in self._paths else "other"
             self._state.serving.metrics.answered(endpoint, status or 499, started)

@@ -52,7 +52,7 @@ class Writes:
         fsync: when they are brought to the disk, as of `LiveIndex.open`.
         snapshot_bytes: size of the log beyond which a snapshot is written and a new log begun.
         vectors: most that the index may hold; None for as many as there is memory for.
-        token: who changes something sends it, as ``Authorization: Bearer TOKEN``; None lets everybody.
+        token: who changes something sends it, as ``Authorization: Bearer TOKEN``; None lets every program of this machine.
 
     Raises InputError for a value that makes no sense.
     """

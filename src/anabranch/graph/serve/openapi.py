@@ -22,7 +22,7 @@ ERRORS = {
 
 WRITES_SAY = {
     401: "The token is missing or wrong.",
-    403: "The server takes no changes, or not from a page of another site.",
+    403: "The server takes no changes, or not from a page of another site or under the name of another host.",
     409: "The index holds as many vectors as it may.",
 }
 POST = {
@@ -182,7 +182,8 @@ def _response(measure: str, about: str) -> dict[str, Any]:
         "required": ["ids", measure],
         "properties": {
             "ids": {"type": "array", "items": {"type": "integer"}},
-            measure: {"type": "array", "items": {"type": "number"}},
+            # null: one that JSON has no number for.
+            measure: {"type": "array", "items": {"type": ["number", "null"]}},
             "names": {"type": "array", "items": {"type": ["string", "integer"]}},
         },
     }

@@ -60,7 +60,8 @@ def run(
             server.should_exit = True
 
         app = create_app(
-            sources, limits, token=token, watch_s=watch_s, on_ready=lambda loaded: on_ready(url, loaded), on_failure=failed
+            sources, limits, token=token, host=host, watch_s=watch_s, on_ready=lambda loaded: on_ready(url, loaded),
+            on_failure=failed,
         )  # fmt: skip
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="on", backlog=BACKLOG,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # To read files that change while they are read.
 TRIES = 5
 
+# Elements of an index that is made to compile what changes need: enough to be inserted side by side.
+TRIED = 1200
+
 
 class Scores(Protocol):
     """What answers PageRank requests. Safe for several threads at once."""
@@ -194,9 +197,9 @@ class Sources:
         index = open_index(path, mmap=self.mmap) if index is None else index
         names = read_names(path, index.ids)
         if len(index):
-            first = index.ids[:1]
-            for filter in (None, first):
-                index.search(index.vectors(first), 1, filter=filter, num_threads=1)
+            # Not an element's own vector: a change may just be moving it.
+            for filter in (None, index.ids[:1]):
+                index.search(np.ones((1, index.dim), np.float32), 1, filter=filter, num_threads=1)
         about = {
             "file": str(path), "vectors": len(index), "dim": index.dim, "metric": index.metric, "dtype": index.dtype,
             "named": names is not None,
@@ -220,7 +223,27 @@ class Sources:
             mmap=self.mmap,
         )
         opened.callback(live.close)
+        _try_changes(live.index)
         return live
+
+
+def _try_changes(index: Any) -> None:
+    """Make changes of all kinds to a small index of the same kind, and search it, so that no request waits for kernels to be compiled."""
+    from anabranch.graph import HNSW
+
+    options = ("metric", "dtype", "rerank", "heuristic", "extend_candidates", "keep_pruned", "flat")
+    made = HNSW(2, M=2, ef_construction=2, **{name: getattr(index, name) for name in options})
+    rows, ids = np.random.default_rng(0).normal(size=(TRIED, 2)).astype(np.float32), np.arange(TRIED)
+    made.add(rows, ids)
+    # So many that it compacts.
+    made.remove(ids[: TRIED // 2])
+    made.add(rows[: TRIED // 2], ids[: TRIED // 2])
+    # Into the place of one that went.
+    made.remove(ids[:1])
+    made.add(rows[:1], ids[:1])
+    # What is served may be empty still, and have nothing to be searched for.
+    for filter in (None, ids[:1], ids[::2]):
+        made.search(rows[:1], 1, filter=filter)
 
 
 def _taken(live: "LiveIndex") -> str:

@@ -1,16 +1,13 @@
-"""Changes over HTTP: what a request may be, what becomes of it, and who may send one."""
+"""Changes over HTTP: what a request may be, and what becomes of it."""
 
-import hmac
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
-from starlette.requests import Request
 
 from anabranch.graph.live import LiveIndex, NoRoomError
 from anabranch.graph.serve.answers import fitting
-from anabranch.graph.serve.limits import Limits, Writes
+from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.requests import RequestError, known_fields, read_ids, read_matrix
 from anabranch.graph.serve.sources import Loaded
 
@@ -81,22 +78,6 @@ def live_of(loaded: Loaded) -> LiveIndex:
     if held.live is None:
         raise RequestError(403, "read_only", f"this server takes no changes: {held.why_read_only}")
     return held.live
-
-
-def check_sender(request: Request, writes: Writes | None) -> None:
-    """Raise RequestError for a request that may change nothing: without the token, or sent by a page of another site."""
-    origin, host = request.headers.get("origin"), request.headers.get("host", "")
-    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-        raise RequestError(403, "other_origin", f"a page of {origin!r:.80} may change nothing here")
-    token = None if writes is None else writes.token
-    if token is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
-        raise RequestError(
-            401, "wrong_token", "the token is missing or wrong; send Authorization: Bearer TOKEN",
-            headers={"WWW-Authenticate": "Bearer"},
-        )  # fmt: skip
 
 
 def _distinct(ids: np.ndarray) -> np.ndarray:

@@ -4,12 +4,10 @@ A page can send requests to any address, and by a name of its own that it lets m
 rebinding). Its requests say where they come from (``Origin``) and by which name they were sent (``Host``).
 """
 
-import ipaddress
-from urllib.parse import urlsplit
-
 from aiohttp import web
 
 from anabranch.serving.http.config import HttpConfig
+from anabranch.sockets import is_local, name_of
 from anabranch.web.api_error import ApiError
 
 
@@ -30,7 +28,7 @@ class Gate:
         if not self._is_closed:
             return
         host = request.headers.get("host", "")
-        name = _name_of(f"//{host}")
+        name = name_of(host)
         if name is None or not (is_local(name) or name in self._hosts):
             message = f"this server is for this machine, not for the host {name or '?':.80}; http.hosts allows names"
             raise ApiError(403, "forbidden_host", message)
@@ -41,21 +39,3 @@ class Gate:
             raise ApiError(
                 403, "forbidden_origin", "pages of other origins may not call; http.cors_origins allows them"
             )
-
-
-def is_local(host: str) -> bool:
-    """Whether a name or address means this machine, to this machine alone."""
-    if host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _name_of(url: str) -> str | None:
-    """The host of a URL, in small letters; None for one that has none or cannot be read."""
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None

@@ -1,0 +1,42 @@
+"""Who may change something: who has the token; without one, programs of this machine, and no page that its browser shows.
+
+A page can send requests to any address, and one that lets a name of its own mean 127.0.0.1 passes for this server's own page (DNS
+rebinding). Its requests say where they come from (``Origin``) and by which name they were sent (``Host``).
+"""
+
+import hmac
+
+from starlette.requests import Request
+
+from anabranch.graph.serve.requests import RequestError
+from anabranch.sockets import is_local, name_of
+
+
+def check_sender(request: Request, token: str | None, host: str) -> None:
+    """Raise RequestError for a request that may change nothing.
+
+    Args:
+        request: see the module.
+        token: that it must have; None lets in whoever uses a name of this machine.
+        host: that the server listens at, which may be such a name too.
+    """
+    origin, given = request.headers.get("origin"), request.headers.get("host", "")
+    if origin is not None and origin.partition("://")[2].lower() != given.lower():
+        raise RequestError(403, "other_origin", f"a page of {origin!r:.80} may change nothing here")
+    if token is not None:
+        check_token(request, token)
+        return
+    name = name_of(given)
+    if name is None or not (is_local(name) or name == host.strip("[]").lower()):
+        message = f"changes are for this machine, not for the host {given!r:.80}; start the server with a token, or send to localhost"
+        raise RequestError(403, "other_host", message)
+
+
+def check_token(request: Request, token: str) -> None:
+    """Raise RequestError (401) without ``Authorization: Bearer TOKEN``; it takes as long for any wrong one."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # A token of the environment need not be text.
+    known = token.encode("utf-8", "surrogateescape")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), known):
+        message = "the token is missing or wrong; send Authorization: Bearer TOKEN"
+        raise RequestError(401, "wrong_token", message, headers={"WWW-Authenticate": "Bearer"})
