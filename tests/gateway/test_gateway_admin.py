@@ -380,3 +380,19 @@ def test_an_origin_is_written_as_browsers_send_it(origin):
             models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small")),)),),
             strategies={"cheapest": StrategyConfig(use="cheapest")}, cors_origins=(origin,),
         )  # fmt: skip
+
+
+def test_half_of_a_surrogate_pair_comes_back_as_json_has_it(tmp_path):
+    half = "a \ud800 b"
+
+    async def work(call):
+        asked = {"model": "small", "input": "x", "instructions": half, "metadata": {half: half}}
+        status, told = await call("POST", "/v1/responses", asked, key=None)
+        assert (status, told["instructions"], told["metadata"]) == (200, half, {half: half})
+        status, told = await call("POST", "/v1/messages", {"model": half, "messages": []}, key=None)
+        assert (status, told["type"]) == (400, "error")
+        status, told = await call("POST", "/admin/explain", {"model": half, "messages": [{"role": half}]})
+        assert status == 400
+        assert told["error"]["message"]
+
+    served(tmp_path, work, require_key=False)

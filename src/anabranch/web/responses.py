@@ -14,6 +14,7 @@ from typing import Any
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.beside import beside, images_of, is_whole, joined
 from anabranch.web.body import said
+from anabranch.web.json_text import to_json
 from anabranch.web.sse import event
 
 _HERE = frozenset(
@@ -314,7 +315,7 @@ def _sealed(item: dict[str, Any], thoughts: Any, body: dict[str, Any]) -> dict[s
         thoughts = [{"type": "thinking", "thinking": unsigned}]
     if not thoughts or not isinstance(included, list) or "reasoning.encrypted_content" not in included:
         return item
-    text = json.dumps(thoughts, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    text = to_json(thoughts, (",", ":"))
     return {**item, "encrypted_content": _SEAL + base64.urlsafe_b64encode(text).decode()}
 
 

@@ -8,7 +8,7 @@ import pytest
 from anabranch.errors import ConfigError
 from anabranch.serving.http.config import HttpConfig
 from fake_engine import Script
-from serving_thread import HELLO, serving
+from serving_thread import HELLO, serving, streamed
 
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 
@@ -382,3 +382,18 @@ def test_tokens_of_a_text(server):
     assert server.ask("/detokenize", {"tokens": chat})[2] == {"prompt": "User: hi\nAssistant:"}
     assert server.ask("/detokenize", {"tokens": [-1]})[2]["error"]["param"] == "tokens"
     assert server.ask("/tokenize", {})[2]["error"]["param"] == "prompt"
+
+
+def test_half_of_a_surrogate_pair_comes_back_as_json_has_it(server):
+    half = "a \ud800 b"
+    asked = {"model": "fake", "input": "x", "instructions": half, "metadata": {half: half}}
+    status, _, told = server.ask("/v1/responses", asked)
+    assert (status, told["instructions"], told["metadata"]) == (200, half, {half: half})
+    for stream in (False, True):
+        status, _, told = server.complete(prompt=half, echo=True, max_tokens=1, stream=stream)
+        assert status == 200
+        text = streamed(told) if stream else told["choices"][0]["text"]
+        assert text.startswith(half)
+    # Its name of a field is told in a header too, which takes no such letter.
+    status, headers, _ = server.chat(**{half: 1})
+    assert (status, headers["x-warning"]) == (200, "ignored unknown fields: a ? b")
