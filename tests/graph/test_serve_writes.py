@@ -288,6 +288,7 @@ def test_an_element_that_goes_while_it_is_looked_up_is_unknown_all_the_same(clie
     monkeypatch.setattr(HNSW, "contains", lambda self, ids: np.ones_like(real(self, ids)))
     answer = client.post("/search", json={"ids": [3, 999]})
     assert error_of(answer) == (404, "unknown_id", "ids[1] is 999, which is not in the index")
+    assert answer.json()["error"]["field"] == "ids[1]"
 
 
 def test_a_number_that_json_has_not_is_null(client, monkeypatch):

@@ -61,7 +61,7 @@ def _rows(index: Any, own: np.ndarray) -> np.ndarray:
         return index.vectors(own)
     except InputError as error:
         # A change took one out just now.
-        raise RequestError(404, "unknown_id", str(error), field="ids") from None
+        raise RequestError(404, "unknown_id", str(error), field=str(error).partition(" ")[0]) from None
 
 
 def _seeds(seeds: SeedSet, field: str, names: Names | None, num_nodes: int) -> np.ndarray:
