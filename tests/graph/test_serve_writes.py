@@ -19,7 +19,7 @@ from anabranch.graph import HNSW
 from anabranch.graph.live import live_folder, open_index
 from anabranch.graph.live.log import Log
 from anabranch.graph.names import Names, write_names
-from anabranch.graph.serve import Limits, Sources, Writes, create_app
+from anabranch.graph.serve import Limits, Sources, Writes, create_app, server
 from hnsw_checks import drawn
 from server_process import started
 
@@ -237,6 +237,15 @@ def test_origins_that_are_none(untouched, origin):
     for headers in ({}, {"Authorization": "Bearer x"}):
         answer = untouched.post("/delete", json={"ids": [1]}, headers={"Origin": origin, **headers})
         assert error_of(answer)[:2] == (403, "other_origin")
+
+
+def test_the_application_knows_where_it_listens(path, monkeypatch):
+    def stop(*_, host, **__):
+        raise DataError(f"it is {host}")
+
+    monkeypatch.setattr(server, "create_app", stop)
+    with pytest.raises(DataError, match=r"it is 127\.0\.0\.2"):
+        server.run(Sources([path]), host="127.0.0.2", port=0)
 
 
 def test_reloading_is_a_change_too(path):

@@ -8,6 +8,7 @@
     requests  JSON in: what a request may be
     answers   what is computed for it
     writes    the same for changes of an index of vectors (`anabranch.graph.live`)
+    senders   who may change something
     gate      how many at once, and for how long
     app       routes; `metrics` and `openapi` are what the names say
     server    the process: socket, signals, graceful stop
