@@ -31,8 +31,8 @@ class Counts:
     def leave(self, whose, id):
         self.told.append(("leave", whose, id))
 
-    def correct(self, whose, tokens, tpm):
-        self.told.append(("correct", whose, tokens, tpm))
+    def correct(self, whose, id, tokens, tpm):
+        self.told.append(("correct", whose, id, tokens, tpm))
 
 
 def made(shared=None):
@@ -84,12 +84,12 @@ def test_nobody_is_asked_about_a_key_without_limits():
         await door.enter("k", "a", 1, Limits(None, None, None))
         await door.look("k", Limits(None, None, None))
         await door.count("k", "f", Limits(None, 5, 5))
-        door.correct("k", 7, None)
+        door.correct("k", "a", 7, None)
         assert shared.told == []
-        door.correct("k", 7, 100)
+        door.correct("k", "a", 7, 100)
         await door.look("k", Limits(1, None, None))
         await door.count("k", "f", Limits(1, 5, 5))
-        assert shared.told == [("correct", "k", 7, 100), ("look", "k"), ("admit", "k", "f", 0)]
+        assert shared.told == [("correct", "k", "a", 7, 100), ("look", "k"), ("admit", "k", "f", 0)]
 
     asyncio.run(main())
 

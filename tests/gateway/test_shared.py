@@ -1,6 +1,7 @@
 """What processes share on a real Redis: rates, requests under way, breakers, answers; and what becomes of them while it is away."""
 
 import asyncio
+import contextlib
 import logging
 from contextlib import asynccontextmanager
 
@@ -8,13 +9,15 @@ import pytest
 
 from anabranch.errors import RateError
 from anabranch.gateway.cache import Entry
+from anabranch.gateway.caches import Caches
+from anabranch.gateway.config import CacheConfig
 from anabranch.gateway.config.parts import SharedConfig
 from anabranch.gateway.core.admission import Admission, Limits
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.dispatch import Deployment, Dispatcher, Group
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.shared import AwayError, Shared, counts, link
+from anabranch.gateway.shared import AwayError, Shared, clears, counts, link
 from anabranch.gateway.store import RateLimits
 from redis_process import missing, redis_server
 
@@ -91,15 +94,45 @@ def test_tokens_are_counted_together_and_corrected(server, prefix):
             with pytest.raises(RateError, match="more than the 100 a minute") as caught:
                 await two.enter("k", "b", 101, limits)
             assert caught.value.retry_after_s is None
-            one.correct("k", -60, 100)
+            one.correct("k", "a", -60, 100)
             await shared[0].counts.tell()
             await two.enter("k", "b", 99, limits)
-            two.correct("k", 10_000, 100)
+            two.correct("k", "b", 10_000, 100)
             await shared[1].counts.tell()
             with pytest.raises(RateError) as caught:
                 await one.enter("k", "c", 1, limits)
             # It is worked off: a hundred a minute.
             assert 5_900 < caught.value.retry_after_s < 6_100
+
+    asyncio.run(main())
+
+
+def test_what_was_not_taken_is_not_given_back(server, prefix):
+    """A key had its tokens twice after Redis was away: what it never took was given back to it."""
+
+    async def main():
+        async with processes(server, prefix, 1) as [shared]:
+            [door], limits = admissions([shared]), Limits(None, 1000, None)
+            await shared.counts.admit("k", "a", 900, limits)
+            shared.link.is_up = False
+            await door.enter("k", "b", 900, limits)
+            shared.link.is_up = True
+            door.correct("k", "b", -890, 1000)
+            await shared.counts.tell()
+            assert await told(shared.counts.admit("k", "c", 900, limits)) == "tpm"
+            # Nor is it charged what came beside it: of all that, Redis knows nothing.
+            door.correct("k", "b", 10_000, 1000)
+            await shared.counts.tell()
+            assert await told(shared.counts.admit("k", "c", 50, limits)) == ""
+            # What was taken is, until the request has ended.
+            shared.counts.correct("k", "a", -890, 1000)
+            await shared.counts.tell()
+            assert await told(shared.counts.admit("k", "d", 900, limits)) == ""
+            for id in "abcd":
+                shared.counts.leave("k", id)
+            assert not shared.counts._taken
+            await shared.counts.look("k", limits)
+            assert not shared.counts._taken
 
     asyncio.run(main())
 
@@ -443,12 +476,14 @@ def test_an_answer_that_one_process_kept_is_there_for_all_of_its_key_alone(serve
             one.put("", b"q", entry(b"nobody's"), 60)
             one.put("k12", b"q", entry(), 60)
             await one.close()
-            assert await two.get("k1", b"q") == entry()
+            found, left_s = await two.get("k1", b"q")
+            assert found == entry()
+            assert 0 < left_s <= 60
             assert await two.get("k1", b"long") is await two.get("k2", b"q") is None
-            assert (await two.get("", b"q")).body == b"nobody's"
+            assert (await two.get("", b"q"))[0].body == b"nobody's"
             assert await two.clear("k1") == 1
             assert await one.get("k1", b"q") is None
-            assert await one.get("k12", b"q") == entry()
+            assert (await one.get("k12", b"q"))[0] == entry()
             assert await two.clear() == 2
             one.put("k1", b"short", entry(), 0.001)
             await one.close()
@@ -466,10 +501,218 @@ def test_what_is_no_answer_of_ours_is_none(server, prefix, raw):
     async def main():
         async with processes(server, prefix, 1) as [shared]:
             name = shared.answers._key("k", b"q")
-            await shared.link.run(lambda client: client.set(name, raw))
+            await shared.link.run(lambda client: client.set(name, raw, px=60_000))
             return await shared.answers.get("k", b"q")
 
     assert asyncio.run(main()) is None
+
+
+def test_an_answer_without_an_end_is_none_of_ours(server, prefix):
+    async def main():
+        async with processes(server, prefix, 1) as [shared]:
+            shared.answers.put("k", b"q", entry(), 60)
+            await shared.answers.close()
+            name = shared.answers._key("k", b"q")
+            assert (await shared.answers.get("k", b"q"))[0] == entry()
+            await shared.link.run(lambda client: client.persist(name))
+            assert await shared.answers.get("k", b"q") is None
+
+    asyncio.run(main())
+
+
+def test_an_answer_taken_over_ends_when_the_first_one_does(server, prefix):
+    """It lived up to twice as long: its time began anew where it was taken over."""
+
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = (Caches(CacheConfig(ttl_s=60), None, shared=each.answers) for each in shared)
+            one.put("k", (one.exact, b"q"), None, None, entry())
+            await shared[0].answers.close()
+            # Most of its time has passed.
+            name = shared[0].answers._key("k", b"q")
+            await shared[0].link.run(lambda client: client.pexpire(name, 10_000))
+            clock = Clock()
+            two.exact._clock = clock
+            assert await two.elsewhere("k", b"q") == entry()
+            clock.now += 9
+            assert two.exact.get("k", b"q") == entry()
+            clock.now += 1.001
+            assert two.exact.get("k", b"q") is None
+
+    asyncio.run(main())
+
+
+def test_an_answer_of_another_config_is_not_taken_over(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two, same = (
+                Caches(CacheConfig(), None, shared=each.answers, mark=mark)
+                for each, mark in zip((*shared, shared[1]), (b"old", b"new", b"old"), strict=True)
+            )
+            one.put("k", (one.exact, b"q"), None, None, entry())
+            await shared[0].answers.close()
+            assert await two.elsewhere("k", b"q") is None
+            assert await same.elsewhere("k", b"q") == entry()
+            # An operator clears those of all configs.
+            assert await shared[1].answers.clear("k") == 1
+
+    asyncio.run(main())
+
+
+def test_what_is_being_written_is_cleared_too(server, prefix):
+    async def main():
+        async with processes(server, prefix, 1) as [shared]:
+            shared.answers.put("k", b"q", entry(), 60)
+            assert await shared.answers.clear("k") == 1
+
+    asyncio.run(main())
+
+
+# Orders to clear
+
+
+def test_an_order_to_clear_reaches_all_others_once_and_in_its_turn(server, prefix):
+    async def main():
+        async with processes(server, prefix, 3) as (one, two, three):
+            await one.clear("k1")
+            await one.clear()
+            await two.clear("")
+            assert await one.clears.news() == [""]
+            assert await two.clears.news() == ["k1", None]
+            assert await three.clears.news() == ["k1", None, ""]
+            assert [await each.clears.news() for each in (one, two, three)] == [[], [], []]
+            await three.clear("k2")
+            assert [await each.clears.news() for each in (one, two, three)] == [["k2"], ["k2"], []]
+            # Who comes later has kept nothing of before.
+            async with processes(server, prefix, 1) as [late]:
+                assert await late.clears.news() == []
+                await one.clear("k3")
+                assert await late.clears.news() == ["k3"]
+
+    asyncio.run(main())
+
+
+def test_who_missed_more_orders_than_are_held_forgets_everything(server, prefix, monkeypatch):
+    monkeypatch.setattr(clears, "MOST", 3)
+
+    async def main():
+        async with processes(server, prefix) as (one, two):
+            for count, wanted in ((1, ["k0"]), (3, [None]), (4, [None]), (2, ["k0", "k1"])):
+                for number in range(count):
+                    await one.clear(f"k{number}")
+                assert await two.clears.news() == wanted
+            assert await one.link.run(lambda client: client.llen(one.link.key("clears"))) == 3
+            assert 0 < await one.link.run(lambda client: client.ttl(one.link.key("clears"))) <= clears.KEPT_S
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("raw", [b"", b"x", b"[]", b"[1, 2]", b'["a", 2]', b"{}", b"7", b"\xff"])
+def test_an_order_that_is_none_of_ours_clears_nothing(server, prefix, raw):
+    async def main():
+        async with processes(server, prefix) as (one, two):
+            await one.link.run(lambda client: client.lpush(one.link.key("clears"), raw))
+            await one.clear("k")
+            assert await two.clears.news() == ["k"]
+
+    asyncio.run(main())
+
+
+def test_who_was_away_reads_an_order_when_it_is_back(server, prefix):
+    async def main():
+        async with processes(server, prefix) as (one, two):
+            two.link.is_up = False
+            await one.clear("k")
+            with pytest.raises(AwayError):
+                await two.clears.news()
+            two.link.is_up = True
+            assert await two.clears.news() == ["k"]
+
+    asyncio.run(main())
+
+
+# Others at the other end
+
+
+class Odd:
+    """A server that greets as Redis does and answers ``reply`` to everything else, and to PING too if ``is_deaf``."""
+
+    def __init__(self, reply, is_deaf=False):
+        self.reply, self.is_deaf = reply, is_deaf
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+
+    async def _serve(self, reader, writer):
+        while line := await reader.readline():
+            words = [await reader.readexactly(int((await reader.readline())[1:]) + 2) for _ in range(int(line[1:]))]
+            word = words[0].strip().upper()
+            greets = {b"PING": b"+PONG\r\n", b"HELLO": b"-ERR unknown command\r\n", b"CLIENT": b"+OK\r\n"}
+            if self.is_deaf:
+                del greets[b"PING"]
+            writer.write(greets.get(word, self.reply))
+        writer.close()
+
+
+REPLIES = [b":7\r\n", b"+OK\r\n", b"$-1\r\n", b"*2\r\n:1\r\n$1\r\nx\r\n", b"*2\r\n$3\r\nrpm\r\n$1\r\nx\r\n",
+           b"*2\r\n$4\r\nwhat\r\n:1\r\n", b"*1\r\n:-5\r\n", b"*2\r\n$3\r\ntpm\r\n:1\r\n", b"?what\r\n", b"$1\r\n\xff\r\n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_an_answer_of_an_unexpected_kind_is_as_good_as_none(reply):
+    """It was a 500 for every request of a key with limits."""
+
+    async def main():
+        async with Odd(reply) as server, processes(server, "x", 1) as [shared]:
+            [door] = admissions([shared])
+            limits = Limits(3, None, 2)
+
+            async def again():
+                shared.link.is_up = True
+
+            await again()
+            assert await told(door.enter("k", "a", 1, limits)) == ""
+            await again()
+            assert await told(door.look("k", limits)) == ""
+            await again()
+            assert await shared.answers.get("k", b"q") is None
+            made = dispatcher(shared, Clock())
+            for work in (
+                lambda: shared.answers.clear("k"),
+                lambda: shared.breakers.exchange(made.lives(), 0.0),
+                shared.clears.news,
+            ):
+                await again()
+                with contextlib.suppress(AwayError):
+                    await work()
+            door.leave("k", "a")
+            with contextlib.suppress(AwayError):
+                await shared.counts.tell()
+
+    asyncio.run(main())
+
+
+def test_one_that_does_not_know_the_newer_protocol_will_do():
+    """Redis 5 does not; the client asked for it by itself from its release 8 on."""
+
+    async def main():
+        async with Odd(b"*0\r\n") as server, processes(server, "x", 1) as [shared]:
+            assert shared.link.is_up
+
+    asyncio.run(main())
+
+
+def test_who_answers_something_else_to_a_ping_is_not_redis():
+    async def main():
+        async with Odd(b"+OK\r\n", is_deaf=True) as server, processes(server, "x", 1) as [shared]:
+            assert not shared.link.is_up
+
+    asyncio.run(main())
 
 
 def test_the_program_of_a_limit_is_sent_again_to_a_redis_that_was_started_anew(prefix, monkeypatch):

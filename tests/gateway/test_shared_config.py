@@ -138,7 +138,8 @@ class Elsewhere:
     async def get(self, tenant, key):
         self.asked.append((tenant, key))
         await asyncio.sleep(0.01)
-        return self.held.get((tenant, key))
+        found = self.held.get((tenant, key))
+        return None if found is None else (found, 60.0)
 
     def put(self, tenant, key, entry, ttl_s):
         self.held[tenant, key] = entry
@@ -198,16 +199,27 @@ class Away:
         raise AwayError("away")
 
 
+class Workers:
+    def __init__(self):
+        self.asked = []
+
+    async def ask(self, name, of):
+        self.asked.append((name, of))
+        return {1: b"2"}
+
+
 def test_who_clears_caches_is_told_where_some_could_not_be(tmp_path):
     async def main():
         async with Gateway(config(tmp_path)) as gateway:
-            gateway.shared = SimpleNamespace(answers=Away())
-            operators = admin.AdminRoutes(gateway, None, None)
+            gateway.shared, workers = Away(), Workers()
+            operators = admin.AdminRoutes(gateway, None, workers)
             try:
                 with pytest.raises(ApiError) as caught:
                     await operators._clear(SimpleNamespace(name=""))
             finally:
                 gateway.shared = None
             assert (caught.value.status, caught.value.code) == (503, "shared_unavailable")
+            # Those on this machine are cleared all the same.
+            assert workers.asked == [("clear", "")]
 
     asyncio.run(main())

@@ -36,43 +36,83 @@ def statuses(urls, key, each):
     return found
 
 
-def test_a_hostile_key_gets_its_rate_once_and_goes_on_where_redis_does_not(tmp_path):
-    environment = {"ADMIN": "admin"}
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Redis, two gateways on it, and the file of their config."""
+    environment, path = {"ADMIN": "admin"}, tmp_path_factory.mktemp("pair") / "gateway.toml"
     with redis_server() as redis:
-        top = f'[admin]\nkey = "env:ADMIN"\n[shared]\nurl = "{redis.url}"\n'
-        config = mock_config(tmp_path / "gateway.toml", top=top)
+        config = mock_config(path, top=f'[admin]\nkey = "env:ADMIN"\n[shared]\nurl = "{redis.url}"\n')
         with (
             served("--config", config, environment=environment) as one,
             served("--config", config, environment=environment) as two,
         ):
-            urls = (one.url, two.url)
-            began = time.monotonic()
-            key = keyed(one.url, rpm=RPM)
-            found = statuses(urls, key, 2 * RPM)
-            # What a minute allows, and what has come back meanwhile.
-            most = RPM + int((time.monotonic() - began) * RPM / 60) + 1
-            assert set(found) == {200, 429}
-            assert RPM <= found.count(200) <= most < 2 * RPM
+            yield redis, one, two, path
 
-            # An answer that one has kept the other gives.
-            calm = keyed_as(one.url, "calm")
-            first = ask(one.url, "the same", key=calm, headers={"x-cache": "allow"})
-            until = time.monotonic() + 20
-            while (second := ask(two.url, "the same", key=calm, headers={"x-cache": "allow"}))[2]["x-cache"] != "exact":
-                assert time.monotonic() < until
-            assert (first[2]["x-cache"], second[1]) == ("miss", first[1])
-            assert "anabranch_shared_up 1.0" in metrics(two.url)
 
-            # Without it each has its own counts, and nobody waits.
-            redis.hang()
-            try:
-                lone = keyed_as(one.url, "lone", rpm=RPM)
-                found = statuses(urls, lone, 2 * RPM)
-                assert set(found) == {200, 429}
-                assert found.count(200) >= 2 * RPM
-                assert "anabranch_shared_up 0.0" in metrics(one.url)
-            finally:
-                redis.go_on()
+def test_a_hostile_key_gets_its_rate_once_and_goes_on_where_redis_does_not(pair):
+    redis, one, two, _ = pair
+    urls = (one.url, two.url)
+    began = time.monotonic()
+    key = keyed(one.url, rpm=RPM)
+    found = statuses(urls, key, 2 * RPM)
+    # What a minute allows, and what has come back meanwhile.
+    most = RPM + int((time.monotonic() - began) * RPM / 60) + 1
+    assert set(found) == {200, 429}
+    assert RPM <= found.count(200) <= most < 2 * RPM
+
+    # An answer that one has kept the other gives.
+    calm = keyed_as(one.url, "calm")
+    first = ask(one.url, "the same", key=calm, headers={"x-cache": "allow"})
+    until = time.monotonic() + 20
+    while (second := ask(two.url, "the same", key=calm, headers={"x-cache": "allow"}))[2]["x-cache"] != "exact":
+        assert time.monotonic() < until
+    assert (first[2]["x-cache"], second[1]) == ("miss", first[1])
+    assert "anabranch_shared_up 1.0" in metrics(two.url)
+
+    # Without it each has its own counts, and nobody waits.
+    redis.hang()
+    try:
+        lone = keyed_as(one.url, "lone", rpm=RPM)
+        found = statuses(urls, lone, 2 * RPM)
+        assert set(found) == {200, 429}
+        assert found.count(200) >= 2 * RPM
+        assert "anabranch_shared_up 0.0" in metrics(one.url)
+    finally:
+        redis.go_on()
+
+
+def kept(url, key, text="the same"):
+    """What a gateway answers to a question that may be answered from a cache: from which, and what."""
+    status, body, headers = ask(url, text, key=key, headers={"x-cache": "allow"})
+    assert status == 200, body
+    return headers["x-cache"], body["choices"][0]["message"]["content"]
+
+
+def test_an_operator_clears_and_changes_answers_for_all(pair):
+    _, one, two, config = pair
+    key = keyed_as(one.url, "careful")
+    first = kept(one.url, key)
+    until = time.monotonic() + 20
+    while (second := kept(two.url, key))[0] != "exact":
+        assert time.monotonic() < until
+    assert (first[0], second[1]) == ("miss", first[1])
+
+    # Cleared at one: neither Redis has it, nor, soon, the other.
+    assert call(one.url, "DELETE", "/admin/cache", key="admin")[0] == 200
+    while kept(two.url, key)[0] != "miss":
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+    # Changed at one: what the other still answers is the old model's, and no answer of the new.
+    assert kept(two.url, key)[0] == "exact"
+    config.write_text(config.read_text().replace("tokens = 4", 'reply = "new"'))
+    assert call(one.url, "POST", "/admin/reload", {}, "admin")[0] == 200
+    assert kept(one.url, key) == ("miss", "new")
+    assert kept(two.url, key) == ("exact", first[1])
+    assert call(two.url, "POST", "/admin/reload", {}, "admin")[0] == 200
+    while (found := kept(two.url, key))[0] != "exact":
+        assert time.monotonic() < until
+    assert found[1] == "new"
 
 
 def keyed_as(url, name, **fields):

@@ -24,6 +24,7 @@ class Caches:
         embedder: of texts, for the semantic one.
         previous: whose place these take.
         shared: exact answers of all processes; None if each has its own.
+        mark: of the config (`answer_mark`): what is shared is shared with those alone that have the same.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class Caches:
         embedder: Embedder | None,
         previous: "Caches | None" = None,
         shared: SharedEntries | None = None,
+        mark: bytes = b"",
     ) -> None:
-        self._shared = shared
+        self._shared, self._mark = shared, mark
         self.exact = ExactCache(ttl_s=config.ttl_s, size_bytes=config.max_bytes) if config.exact else None
         limits: dict[str, Any] = {"ttl_s": config.ttl_s, "size": config.max_entries, "size_bytes": config.max_bytes}
         self.named: Named = Named(**limits) if previous is None else previous.named
@@ -53,11 +55,14 @@ class Caches:
         return (await asyncio.to_thread(embedder.embed, [text]))[0]
 
     async def elsewhere(self, tenant: str, key: bytes) -> Entry | None:
-        """An exact answer that another process kept; from now on it is here too."""
-        found = None if self._shared is None else await self._shared.get(tenant, key)
-        if found is not None and self.exact is not None:
-            self.exact.put(tenant, key, found)
-        return found
+        """An exact answer that another process kept; from now on it is here too, for as long as it is there."""
+        found = None if self._shared is None else await self._shared.get(tenant, self._mark + key)
+        if found is None:
+            return None
+        entry, left_s = found
+        if self.exact is not None:
+            self.exact.put(tenant, key, entry, left_s)
+        return entry
 
     def put(
         self,
@@ -72,13 +77,17 @@ class Caches:
             cache, key = exact
             cache.put(tenant, key, entry)  # type: ignore[arg-type]
             if self._shared is not None and isinstance(cache, ExactCache) and isinstance(key, bytes):
-                self._shared.put(tenant, key, entry, cache.ttl_s)
+                self._shared.put(tenant, self._mark + key, entry, cache.ttl_s)
         if context is not None and vector is not None and self.semantic is not None:
             self.semantic.put(tenant, context[0], vector, entry)
 
     def delete(self, tenant: str) -> int:
         """Forget a tenant's answers; returns how many there were."""
         return sum(cache.delete(tenant) for cache in (self.exact, self.named, self.semantic) if cache is not None)
+
+    def forget(self, tenant: str | None) -> int:
+        """`delete`, or `clear` for None."""
+        return self.clear() if tenant is None else self.delete(tenant)
 
     def clear(self) -> int:
         """Forget all; returns how many there were."""

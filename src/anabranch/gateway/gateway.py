@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.gateway import listings
+from anabranch.gateway.answer_mark import answer_mark
 from anabranch.gateway.cache import SharedEntries
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.collect.shadow import Shadow
@@ -89,7 +90,7 @@ class Gateway(SyncGateway):
         self.ahead, self.unsettled, self._tasks = Ahead(), Unsettled(), Tasks()
         self._strategies = strategies
         self.runtime = self._made(config, None)
-        self.caches = Caches(config.cache, self.runtime.embedder, shared=self._shared_answers)
+        self.caches = Caches(config.cache, self.runtime.embedder, shared=self._shared_answers, mark=self.runtime.mark)
         self.admin_key = None if config.admin.key is None else config.admin.key.reveal()
         self.recent: deque[Seen] = deque(maxlen=200)
         self.began_s = time.time()
@@ -140,6 +141,7 @@ class Gateway(SyncGateway):
         made = Runtime(config, self._bypassed, self._strategies, previous, self.metrics.of)
         if self.shared is not None:
             made.dispatcher.on_change = self.shared.breakers.changed
+            made.mark = answer_mark(config, self._strategies or {})
         return made
 
     @property
@@ -176,7 +178,7 @@ class Gateway(SyncGateway):
         self.observers.start(self.config)
         if self.shared is not None:
             await self.shared.start()
-            self._tasks.spawn(self.shared.watch(lambda: self.runtime.dispatcher))
+            self._tasks.spawn(self.shared.watch(lambda: self.runtime.dispatcher, lambda of: self.caches.forget(of)))
         await self.teaching.start()
         await self.erasures.start()
         await self.kept.load(self.runtime.decider.lanes.values())
@@ -239,7 +241,8 @@ class Gateway(SyncGateway):
             raise
         self.webhooks.hooks = hooks
         new.decider.succeed(old.decider)
-        self.runtime, self.caches = new, Caches(config.cache, new.embedder, self.caches, self._shared_answers)
+        self.runtime = new
+        self.caches = Caches(config.cache, new.embedder, self.caches, self._shared_answers, new.mark)
         await self.errands.start()
         self.shadow.follow()
         self.metrics.reloads.labels("taken").inc()

@@ -34,6 +34,7 @@ class Runtime:
         embedder: of queries; None if the config has none.
         models: by name.
         users: requests under way on it.
+        mark: what tells its answers from those of another config, where processes share them; empty where they do not.
 
     Args:
         config: see there.
@@ -67,7 +68,7 @@ class Runtime:
         )
         for line in unpriced(config.models):
             logger.warning("%s", line)
-        self.users = 0
+        self.users, self.mark = 0, b""
         self._free = asyncio.Event()
         self._is_old = False
 

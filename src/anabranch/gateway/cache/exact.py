@@ -36,8 +36,8 @@ def _file(value: Any) -> list[str]:
 class SharedEntries(Protocol):
     """Answers that other processes kept, by (namespace, key). Where they cannot be asked, there are none."""
 
-    async def get(self, tenant: str, key: bytes) -> Entry | None:
-        """The answer, if there is one."""
+    async def get(self, tenant: str, key: bytes) -> tuple[Entry, float] | None:
+        """The answer, if there is one, and the seconds that it is still good for."""
 
     def put(self, tenant: str, key: bytes, entry: Entry, ttl_s: float) -> None:
         """Keep an answer for so long; nobody waits for that."""
@@ -75,12 +75,18 @@ class ExactCache:
         self._held.move_to_end((namespace, key))
         return found[0]
 
-    def put(self, namespace: str, key: bytes, entry: Entry) -> None:
-        """Keep an answer; one that is larger than the whole cache is not kept."""
+    def put(self, namespace: str, key: bytes, entry: Entry, ttl_s: float | None = None) -> None:
+        """Keep an answer; one that is larger than the whole cache is not kept.
+
+        Args:
+            namespace, key: where.
+            entry: the answer.
+            ttl_s: seconds that it is good for, if that is less than the cache's own.
+        """
         self._drop((namespace, key))
         if entry.size_bytes > self.most_bytes:
             return
-        self._held[namespace, key] = (entry, self._clock() + self.ttl_s)
+        self._held[namespace, key] = (entry, self._clock() + min(self.ttl_s, self.ttl_s if ttl_s is None else ttl_s))
         self.size_bytes += entry.size_bytes
         while self.size_bytes > self.most_bytes:
             self._drop(next(iter(self._held)))

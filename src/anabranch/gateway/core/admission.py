@@ -47,8 +47,8 @@ class SharedCounts(Protocol):
     def leave(self, whose: str, id: str) -> None:
         """A request is under way no more."""
 
-    def correct(self, whose: str, tokens: int, tpm: int) -> None:
-        """``tokens`` more were used than `admit` was told; negative if fewer."""
+    def correct(self, whose: str, id: str, tokens: int, tpm: int) -> None:
+        """``tokens`` more were used than `admit` was told; negative if fewer. Before `leave`; of what was not counted, nothing."""
 
 
 class Admission:
@@ -100,8 +100,8 @@ class Admission:
         if self._shared is not None:
             self._shared.leave(whose, id)
 
-    def correct(self, whose: str, tokens: int, tpm: int | None) -> None:
-        """``tokens`` more were used than `enter` was told; negative if fewer."""
+    def correct(self, whose: str, id: str, tokens: int, tpm: int | None) -> None:
+        """``tokens`` more were used than `enter` was told; negative if fewer. Before `leave`."""
         self._rates.correct(whose, tokens, tpm=tpm)
         if self._shared is not None and tpm is not None:
-            self._shared.correct(whose, tokens, tpm)
+            self._shared.correct(whose, id, tokens, tpm)

@@ -63,7 +63,7 @@ def correct_rate(state: RequestState) -> None:
         return
     prompt = state.count.tokens
     used = sum(prompt + one.seen if one.is_guess else one.usage.prompt + one.usage.completion for one in attempts)
-    state.services.admission.correct(state.tenant, used - prompt, state.tpm)
+    state.services.admission.correct(state.tenant, state.id, used - prompt, state.tpm)
 
 
 def _log_decision(state: RequestState, row: LedgerRow, report: Report) -> None:

@@ -240,18 +240,25 @@ class AdminRoutes:
     async def _clear(self, call: _Call) -> Any:
         caches = self._gateway.caches
         deleted = caches.delete(call.name) if call.name else caches.clear()
-        shared = self._gateway.shared
-        if shared is not None and shared.answers is not None:
-            try:
-                await shared.answers.clear(call.name or None)
-            except AwayError:
-                message = (
-                    "what processes share (Redis) does not answer, and its answers could not be deleted; try again"
-                )
-                raise ApiError(503, "shared_unavailable", message, headers={"Retry-After": "1"}) from None
-        if self._peers is not None:
-            deleted += sum(int(answer) for answer in (await self._peers.ask("clear", call.name)).values())
+        try:
+            # First, so that those on this machine have done it whatever becomes of Redis.
+            if self._peers is not None:
+                deleted += sum(int(answer) for answer in (await self._peers.ask("clear", call.name)).values())
+        finally:
+            await self._clear_shared(call.name or None)
         return {"deleted": deleted}
+
+    async def _clear_shared(self, tenant: str | None) -> None:
+        if self._gateway.shared is None:
+            return
+        try:
+            await self._gateway.shared.clear(tenant)
+        except AwayError:
+            message = (
+                "this gateway and its workers have deleted theirs, but what processes share (Redis) does not answer: its answers, and "
+                "those that other gateways hold, are still there; try again"
+            )
+            raise ApiError(503, "shared_unavailable", message, headers={"Retry-After": "1"}) from None
 
     async def _ic_cache(self, call: _Call) -> Any:
         """``forget``: erase examples of one request, of a key or a user of it, or all."""

@@ -4,6 +4,7 @@
     counts      requests and tokens a minute, and requests at a time, of each key
     breakers    which deployments others found out of order
     answers     what the exact cache holds
+    clears      that an operator has cleared it
 
 Nothing here is needed: while Redis is away, each process goes on with what it knows itself.
 """

@@ -29,14 +29,15 @@ class SharedAnswers:
     def _key(self, tenant: str, key: bytes) -> str:
         return self._link.key("answer", tenant, key.hex())
 
-    async def get(self, tenant: str, key: bytes) -> Entry | None:
+    async def get(self, tenant: str, key: bytes) -> tuple[Entry, float] | None:
         """See there."""
         name = self._key(tenant, key)
         try:
-            found = await self._link.run(lambda client: client.get(name))
+            body, left_ms = await self._link.run(lambda client: _read(client, name))
         except AwayError:
             return None
-        return None if found is None else _entry(found)
+        entry = None if body is None or left_ms <= 0 else _entry(body)
+        return None if entry is None else (entry, left_ms / 1e3)
 
     def put(self, tenant: str, key: bytes, entry: Entry, ttl_s: float) -> None:
         """See there."""
@@ -55,20 +56,40 @@ class SharedAnswers:
 
     async def clear(self, tenant: str | None = None) -> int:
         """Forget the answers of a key, or all; how many there were. Raises AwayError."""
+        # What is being written would lie there afterwards.
+        await self.close()
         # A tenant is an id: it has no sign that a pattern knows.
         pattern = self._link.key("answer", "*" if tenant is None else f"{tenant}:*")
-        count, cursor = 0, -1
-        while cursor != 0:
-            cursor, names = await self._link.run(
-                lambda client: client.scan(cursor=max(cursor, 0), match=pattern, count=MANY)  # noqa: B023
-            )
-            if names:
-                count += await self._link.run(lambda client: client.unlink(*names))  # noqa: B023
-        return count
+        count, cursor = 0, 0
+        while True:
+            cursor, deleted = await self._link.run(lambda client: _unlink(client, pattern, cursor))  # noqa: B023
+            count += deleted
+            if cursor == 0:
+                return count
 
     async def close(self) -> None:
         """Wait for what is being written."""
         await asyncio.gather(*self._writes, return_exceptions=True)
+
+
+async def _unlink(client: Any, pattern: str, cursor: int) -> tuple[int, int]:
+    """Delete some; where to go on (0 at the end), and how many there were. Raises ValueError for an answer that is none of a scan."""
+    after, names = await client.scan(cursor=cursor, match=pattern, count=MANY)
+    deleted = await client.unlink(*names) if names else 0
+    if type(after) is not int or type(deleted) is not int or 0 != after == cursor:
+        raise ValueError("its answer is none of a scan")
+    return after, deleted
+
+
+async def _read(client: Any, name: str) -> tuple[bytes | None, int]:
+    """What lies under a name, and how many milliseconds it will (negative if for ever, or not at all). Raises ValueError for all else."""
+    async with client.pipeline(transaction=True) as pipe:
+        pipe.get(name)
+        pipe.pttl(name)
+        body, left_ms = await pipe.execute()
+    if not isinstance(body, bytes | None) or type(left_ms) is not int:
+        raise ValueError("its answer is no text with its time")
+    return body, left_ms
 
 
 def _written(entry: Entry) -> bytes:

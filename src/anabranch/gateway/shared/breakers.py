@@ -82,7 +82,12 @@ class SharedBreakers:
                 pipe.get(key)
                 pipe.pttl(key)
             found = await pipe.execute()
-        return list(zip(found[0::2], found[1::2], strict=True))
+        pairs = list(zip(found[0::2], found[1::2], strict=True))
+        if len(pairs) != len(names) or not all(
+            isinstance(body, bytes | None) and type(left_ms) is int for body, left_ms in pairs
+        ):
+            raise ValueError("its answer on breakers is none of ours")
+        return pairs
 
 
 def _times(body: bytes) -> int:

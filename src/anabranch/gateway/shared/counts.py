@@ -116,6 +116,8 @@ class RedisCounts:
         self._process = uuid.uuid4().hex[:12]
         # Requests of this process under way, by whose they are, that have a lease, or may have.
         self._leased: dict[str, set[str]] = {}
+        # Requests of this process under way whose tokens were taken there.
+        self._taken: set[tuple[str, str]] = set()
         self._untold: list[tuple[str, ...]] = []
         self._renewed_at = clock()
 
@@ -147,15 +149,18 @@ class RedisCounts:
         lease_ms = int(LEASE_S * 1e3)
         keys, values = self._keys(whose), (*asked, f"{self._process}:{id}", lease_ms, int(takes))
         try:
-            found = await self._link.script(ADMIT, keys, values)
+            refused = await self._link.script(ADMIT, keys, values, lambda found: _refused(found, limits))
         except AwayError:
             # The counts of this process have let it through.
             return
-        if found:
-            raise _refusal(found[0].decode(), int(found[1]), tokens, limits)
+        if refused is not None:
+            raise _refusal(*refused, tokens, limits)
+        if takes and limits.tpm is not None:
+            self._taken.add((whose, id))
 
     def leave(self, whose: str, id: str) -> None:
         """See there."""
+        self._taken.discard((whose, id))
         if self._drop(whose, id):
             self._tell("leave", whose, f"{self._process}:{id}")
 
@@ -169,9 +174,10 @@ class RedisCounts:
             del self._leased[whose]
         return True
 
-    def correct(self, whose: str, tokens: int, tpm: int) -> None:
+    def correct(self, whose: str, id: str, tokens: int, tpm: int) -> None:
         """See there."""
-        if tokens:
+        # Of who was let in while it was away it took nothing, and has nothing to give back.
+        if tokens and (whose, id) in self._taken:
             self._tell("correct", whose, str(tpm), str(tokens))
 
     def _tell(self, *what: str) -> None:
@@ -204,9 +210,21 @@ class RedisCounts:
         for whose, ids in list(self._leased.items()):
             names = [f"{self._process}:{id}" for id in ids]
             for start in range(0, len(names), MANY):
-                await self._link.script(RENEW, (self._keys(whose)[2],), (lease_ms, *names[start : start + MANY]))
+                some = (lease_ms, *names[start : start + MANY])
+                await self._link.script(RENEW, (self._keys(whose)[2],), some, lambda found: None)
             # Others have their turn.
             await asyncio.sleep(0)
+
+
+def _refused(found: Any, limits: Limits) -> tuple[str, int] | None:
+    """The limit that is in the way and the milliseconds to wait, as `ADMIT` gives them; None if none is. Raises ValueError for all else."""
+    asked = {b"rpm": limits.rpm, b"tpm": limits.tpm, b"max_in_flight": limits.most}
+    if found == []:
+        return None
+    is_one = isinstance(found, list) and len(found) == 2 and isinstance(found[0], bytes) and type(found[1]) is int
+    if not is_one or asked.get(found[0]) is None:
+        raise ValueError("its answer on a limit is none of the program's")
+    return found[0].decode(), found[1]
 
 
 def _refusal(limit: str, wait_ms: int, tokens: int, limits: Limits) -> RateError:

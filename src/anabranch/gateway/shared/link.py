@@ -25,6 +25,9 @@ RETRY_S, LONGEST_RETRY_S = 1.0, 15.0
 # Between lines of the log that say it is away: a link that comes and goes is not told each time.
 SAID_S = 60.0
 
+# What reading an answer raises that is of another kind than what was asked for: something else sits at the other end, or in between.
+UNREAD = (AttributeError, LookupError, TypeError, ValueError)
+
 # More connections than this do not make one Redis faster.
 CONNECTIONS = 16
 
@@ -91,6 +94,8 @@ class Link:
                 socket_connect_timeout=timeout_s,
                 retry=Retry(NoBackoff(), 0),
                 client_name="anabranch-gateway",
+                # What Redis 5 speaks too.
+                protocol=2,
             )
             # Options of the URL are looked at when a connection is made.
             pool.make_connection()
@@ -103,7 +108,7 @@ class Link:
         if self.is_up or self._client is None or self._clock() < self._retry_at:
             return
         try:
-            await self._within(lambda client: client.ping())
+            await self._within(_answers)
         except AwayError:
             self._retry_at = self._clock() + self._retry_s
             self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
@@ -115,22 +120,26 @@ class Link:
             logger.warning("Redis answers again: limits, breakers and answers are shared")
 
     async def run(self, work: Callable[[Any], Awaitable[T]]) -> T:
-        """What ``work`` brings of the client. Raises AwayError at once while it is away, else within ``timeout_s``."""
+        """What ``work`` brings of the client, which it reads too: an answer of another kind than what was asked is as good as none.
+
+        Raises AwayError at once while it is away, else within ``timeout_s``.
+        """
         if not self.is_up:
             raise AwayError("Redis is away")
         return await self._within(work)
 
-    async def script(self, script: Script, keys: Sequence[str], values: Sequence[Any]) -> Any:
-        """What a script gives. Raises AwayError as `run` does."""
+    async def script(self, script: Script, keys: Sequence[str], values: Sequence[Any], read: Callable[[Any], T]) -> T:
+        """What ``read`` makes of what a script gives. Raises AwayError as `run` does."""
 
-        async def work(client: Any) -> Any:
+        async def work(client: Any) -> T:
             from redis.exceptions import NoScriptError
 
             try:
-                return await client.evalsha(script.sha, len(keys), *keys, *values)
+                found = await client.evalsha(script.sha, len(keys), *keys, *values)
             except NoScriptError:
                 # It has been started anew.
-                return await client.eval(script.text, len(keys), *keys, *values)
+                found = await client.eval(script.text, len(keys), *keys, *values)
+            return read(found)
 
         return await self.run(work)
 
@@ -138,7 +147,7 @@ class Link:
         try:
             async with asyncio.timeout(self._config.timeout_s):
                 return await work(self._client)
-        except self._errors as error:
+        except (*self._errors, *UNREAD) as error:
             self._lost(error)
             raise AwayError("Redis is away") from None
 
@@ -165,3 +174,9 @@ class Link:
             with contextlib.suppress(*self._errors):
                 async with asyncio.timeout(self._config.timeout_s):
                     await client.aclose(close_connection_pool=True)
+
+
+async def _answers(client: Any) -> None:
+    """Raises ValueError where somebody else answers in its place."""
+    if await client.ping() is not True:
+        raise ValueError("its answer to PING is none of Redis")

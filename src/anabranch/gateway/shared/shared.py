@@ -9,6 +9,7 @@ from anabranch.gateway.dispatch import Dispatcher
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.shared.answers import SharedAnswers
 from anabranch.gateway.shared.breakers import SharedBreakers
+from anabranch.gateway.shared.clears import SharedClears
 from anabranch.gateway.shared.counts import RedisCounts
 from anabranch.gateway.shared.link import AwayError, Link
 
@@ -30,14 +31,23 @@ class Shared:
         self.link, self._wake = Link(config, metrics), asyncio.Event()
         self.counts = RedisCounts(self.link, self._wake.set)
         self.breakers = SharedBreakers(self.link)
+        self.clears = SharedClears(self.link)
         self.answers = SharedAnswers(self.link, config.answer_bytes) if config.answers else None
 
     async def start(self) -> None:
         """Look whether it is there. Where it is not, that is said once, and all goes on."""
         await self.link.start()
+        # What was cleared before this process was there it has not kept.
+        with contextlib.suppress(AwayError):
+            await self.clears.news()
 
-    async def watch(self, dispatcher: Callable[[], Dispatcher]) -> None:
-        """Until it is cancelled: tell what happens here, and take over what others tell."""
+    async def watch(self, dispatcher: Callable[[], Dispatcher], forget: Callable[[str | None], object]) -> None:
+        """Until it is cancelled: tell what happens here, and take over what others tell.
+
+        Args:
+            dispatcher: in use now.
+            forget: called with a key whose kept answers an operator cleared elsewhere, or with None for those of all.
+        """
         time, look_at = asyncio.get_running_loop().time, 0.0
         while True:
             with contextlib.suppress(TimeoutError):
@@ -45,7 +55,7 @@ class Shared:
                     await self._wake.wait()
             self._wake.clear()
             if time() >= look_at:
-                await self._exchange(dispatcher())
+                await self._exchange(dispatcher(), forget)
                 look_at = time() + LOOK_S
             try:
                 await self.counts.tell()
@@ -53,10 +63,19 @@ class Shared:
                 # Nothing wakes this before somebody has looked whether it is back.
                 await asyncio.sleep(max(0.0, look_at - time()))
 
-    async def _exchange(self, dispatcher: Dispatcher) -> None:
+    async def clear(self, tenant: str | None = None) -> None:
+        """Forget the answers of a key, or all: those that are shared, and those that other processes hold. Raises AwayError."""
+        if self.answers is not None:
+            await self.answers.clear(tenant)
+        # Afterwards: who has forgotten them must not find them there again.
+        await self.clears.tell(tenant)
+
+    async def _exchange(self, dispatcher: Dispatcher, forget: Callable[[str | None], object]) -> None:
         await self.link.look()
         # Without it, its own breakers are all that it has.
         with contextlib.suppress(AwayError):
+            for tenant in await self.clears.news():
+                forget(tenant)
             await self.breakers.exchange(dispatcher.lives(), dispatcher.now())
 
     async def close(self) -> None:
