@@ -709,7 +709,7 @@ def test_one_that_does_not_know_the_newer_protocol_will_do():
 
 def test_who_answers_something_else_to_a_ping_is_not_redis():
     async def main():
-        async with Odd(b"+OK\r\n", is_deaf=True) as server, processes(server, "x", 1) as [shared]:
+        async with Odd(b"*0\r\n", is_deaf=True) as server, processes(server, "x", 1) as [shared]:
             assert not shared.link.is_up
 
     asyncio.run(main())

@@ -62,7 +62,7 @@ class Link:
         require("redis", by="shared", of="redis")
         self._config, self._clock, self._metrics = config, clock, metrics.shared()
         self._url, self._client = config.revealed(), None
-        self._errors: tuple[type[BaseException], ...] = (OSError, TimeoutError)
+        self._errors: tuple[type[BaseException], ...] = (OSError, TimeoutError, *UNREAD)
         self._retry_at, self._said_at = -math.inf, -math.inf
         self._retry_s, self._is_said = RETRY_S, False
         self.is_up = False
@@ -147,7 +147,7 @@ class Link:
         try:
             async with asyncio.timeout(self._config.timeout_s):
                 return await work(self._client)
-        except (*self._errors, *UNREAD) as error:
+        except self._errors as error:
             self._lost(error)
             raise AwayError("Redis is away") from None
 
