@@ -1,6 +1,7 @@
 """A request of the gateway without a gateway: its state on a mock pool, and a store that notes what it is told."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 from anabranch.errors import BudgetError
@@ -19,6 +20,7 @@ from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import RateLimits, Reservation
 from anabranch.routers.money import Price
+from anabranch.web.turns import Turns
 
 
 class FakeStore:
@@ -98,6 +100,7 @@ def services(store=None, cache=None):
         store=store or FakeStore(),
         authenticate=None,
         admission=Admission(RateLimits(), InFlight()),
+        turns=Turns(ThreadPoolExecutor(1)),
         caches=Caches(cache or CacheConfig(), None),
         metrics=Metrics(),
         unsettled=Unsettled(),

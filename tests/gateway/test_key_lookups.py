@@ -5,7 +5,7 @@ import asyncio
 import aiohttp
 import pytest
 
-from anabranch.errors import CapacityError
+from anabranch.errors import CapacityError, ConfigError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig
 from anabranch.gateway.core.admission import Admission
 from anabranch.gateway.core.in_flight import InFlight
@@ -147,7 +147,7 @@ def test_what_is_answered_here_alone_counts_as_a_request_of_its_key():
             await counted("a minute")
         refused.clear()
         with pytest.raises(ApiError, match="a minute"):
-            await held.look(record)
+            await held.hold(record, None)
         assert refused == ["rate_limit_exceeded"]
         for _ in range(2):
             await held.admit(None)
@@ -156,3 +156,90 @@ def test_what_is_answered_here_alone_counts_as_a_request_of_its_key():
         assert caught.value.status == 429
 
     asyncio.run(work())
+
+
+MB = 1 << 20
+
+
+def test_a_large_body_is_a_request_of_its_key_before_it_has_come():
+    async def work():
+        door, record = admission(Keys(), limits=LimitsConfig(rpm=9)), KeyRecord(id="k", max_in_flight=1)
+        coming = await door.hold(record, MB)
+        for large in (MB, None):
+            with pytest.raises(ApiError, match="under way") as caught:
+                await door.hold(record, large)
+            assert (caught.value.status, caught.value.headers["Retry-After"]) == (429, "1")
+        # Small ones are not, and neither are those of others kept out.
+        (await door.hold(record, 1000)).close()
+        (await door.hold(KeyRecord(id="other", max_in_flight=1), MB)).close()
+        coming.close()
+        # Its request has the place that it had, and leaves it.
+        coming = await door.hold(record, MB)
+        async with door.counted(record, coming):
+            with pytest.raises(ApiError, match="under way"):
+                await door.hold(record, MB)
+        (await door.hold(record, MB)).close()
+        coming.close()
+        async with door.counted(record):
+            pass
+
+    asyncio.run(work())
+
+
+def test_a_key_that_takes_all_it_may_leaves_room_for_a_body_of_another():
+    """Of any size that there may be, in the least room that may be configured."""
+    limits = LimitsConfig(body_bytes=MB, bodies_bytes=4 * MB)
+
+    async def work():
+        door, hostile, num_refused = admission(Keys(), limits=limits), KeyRecord(id="h", max_in_flight=1000), 0
+        refused.clear()
+        told = set()
+        # As many as it likes, all begun before any has come.
+        for body in [await door.hold(hostile, MB) for _ in range(50)]:
+            try:
+                for _ in range(64):
+                    body.more(MB // 64, None)
+                body.is_whole()
+            except ApiError as error:
+                told.add((error.status, error.code, error.headers["Retry-After"]))
+                num_refused += 1
+                body.close()
+        assert (num_refused, told) == (48, {(429, "overloaded", "1")})
+        with pytest.raises(ApiError, match="this sender"):
+            await door.hold(hostile, MB)
+        with pytest.raises(ApiError, match="this sender"):
+            await door.hold(hostile, 1000)
+        assert refused == ["overloaded"] * 50
+        other = await door.hold(KeyRecord(id="o"), MB)
+        for _ in range(64):
+            other.more(MB // 64, None)
+        other.close()
+        # What was refused for its bytes has no place among the requests either.
+        assert door._admission._senders._counts == {"h": 2}
+
+    asyncio.run(work())
+
+
+def test_a_new_limit_of_bodies_holds_from_the_next_one_on():
+    of = [LimitsConfig(body_bytes=MB, bodies_bytes=4 * MB)]
+
+    class Config:
+        @property
+        def limits(self):
+            return of[0]
+
+    async def work():
+        door = KeyAdmission(Keys, Config, Admission(RateLimits(), InFlight()), refused.append)
+        with pytest.raises(ApiError, match="overloaded"):
+            await door.hold(None, 5 * MB)
+        of[0] = LimitsConfig(body_bytes=MB, bodies_bytes=8 * MB)
+        (await door.hold(None, 5 * MB)).close()
+
+    asyncio.run(work())
+
+
+def test_the_room_for_bodies_is_enough_for_one_beside_a_greedy_key():
+    assert LimitsConfig().room_for_bodies == 256 * MB
+    assert LimitsConfig(body_bytes=100 * MB).room_for_bodies == 400 * MB
+    with pytest.raises(ConfigError, match=r"bodies_bytes is 67,108,863; it needs at least 67,108,864"):
+        LimitsConfig(bodies_bytes=64 * MB - 1)

@@ -14,6 +14,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +27,7 @@ from anabranch.gateway.collect.shadow import Shadow
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
 from anabranch.gateway.core.admission import Admission
 from anabranch.gateway.core.decision_log import Collecting, keeps_texts
+from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.incoming import Incoming, Key, KnownKey
 from anabranch.gateway.core.intake import Intake
@@ -56,10 +58,14 @@ from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.gateway.upkeep import learn_forever, prune_forever
 from anabranch.routers.contract.query import Decision
 from anabranch.routers.contract.strategy import Strategy
+from anabranch.web.turns import Turns
 
 if TYPE_CHECKING:
     from anabranch.gateway.learning.joining import Joined
     from anabranch.routers.contract.dataset import Recorded
+
+# Large bodies are read and counted here, one after another: the more threads want Python's lock, the longer the loop waits for it.
+_READERS = ThreadPoolExecutor(1, "large-body")
 
 
 class Gateway(SyncGateway):
@@ -87,7 +93,7 @@ class Gateway(SyncGateway):
         self.metrics, self.rates, self.senders = Metrics(), RateLimits(), InFlight()
         self.shared = None if config.shared is None else Shared(config.shared, self.metrics)
         self.admission = Admission(self.rates, self.senders, None if self.shared is None else self.shared.counts)
-        self.ahead, self.unsettled, self._tasks = Ahead(), Unsettled(), Tasks()
+        self.ahead, self.unsettled, self._tasks, self.turns = Ahead(), Unsettled(), Tasks(), Turns(_READERS)
         self._strategies = strategies
         self.runtime = self._made(config, None)
         self.caches = Caches(config.cache, self.runtime.embedder, shared=self._shared_answers, mark=self.runtime.mark)
@@ -273,11 +279,12 @@ class Gateway(SyncGateway):
         collecting: Collecting | None = None,
         num_bytes: int = 0,
         native: Native | None = None,
+        held: HeldBody | None = None,
     ) -> Reply:
         """Answer one request. Raises ApiError.
 
         Args:
-            endpoint, body, headers, shown_as, collecting, num_bytes, native: see `Incoming`.
+            endpoint, body, headers, shown_as, collecting, num_bytes, native, held: see `Incoming`.
             key: of this gateway, or what is known of it already.
         """
         incoming = Incoming(
@@ -288,6 +295,7 @@ class Gateway(SyncGateway):
             collecting=collecting,
             num_bytes=num_bytes,
             native=native,
+            held=held,
         )
         return await self._intake.take(incoming, key)
 
@@ -350,13 +358,15 @@ class Gateway(SyncGateway):
         told = {"request_id": row.request_id, "score": score, "model": row.model, "learned": learned}
         return {"object": "feedback", **told}
 
-    def counted(self, record: KeyRecord | None) -> contextlib.AbstractAsyncContextManager[None]:
+    def counted(
+        self, record: KeyRecord | None, held: HeldBody | None = None
+    ) -> contextlib.AbstractAsyncContextManager[None]:
         """What is answered here alone is a request of its key all the same, as long as the block lasts. Raises ApiError (429)."""
-        return self._keys.counted(record)
+        return self._keys.counted(record, held)
 
-    async def look(self, record: KeyRecord | None) -> None:
-        """Whether a request of this key has room by what is known before its body is read; nothing is taken. Raises ApiError (429)."""
-        await self._keys.look(record)
+    async def hold(self, record: KeyRecord | None, num_bytes: int | None) -> HeldBody:
+        """Room for a body of this key that is to be read; see `KeyAdmission.hold`. Raises ApiError (429)."""
+        return await self._keys.hold(record, num_bytes)
 
     def keeps_texts(self, body: Mapping[str, Any]) -> bool:
         """See `core.decision_log.keeps_texts`."""
@@ -368,6 +378,7 @@ class Gateway(SyncGateway):
             store=self.store,
             authenticate=self.authenticate,
             admission=self.admission,
+            turns=self.turns,
             caches=self.caches,
             metrics=self.metrics,
             unsettled=self.unsettled,

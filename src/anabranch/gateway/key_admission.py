@@ -8,10 +8,16 @@ from typing import Any
 from anabranch.errors import CapacityError, RateError
 from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.core.admission import Admission, Limits, limits_of
+from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.store import KeyRecord, Store
 from anabranch.web.api_error import ApiError
+from anabranch.web.body_room import BodyRoom
 from anabranch.web.ids import new_id
+from anabranch.web.large_json import LARGE
+
+# Of the room for bodies that others leave, so much is for one key: however many it sends, another finds room for one.
+BODY_SHARE = 0.5
 
 
 class KeyAdmission:
@@ -32,6 +38,8 @@ class KeyAdmission:
         on_refused: Callable[[Any], None],
     ) -> None:
         self._store, self._config, self._admission, self._on_refused = store, config, admission, on_refused
+        limit = config().limits.room_for_bodies
+        self._room = BodyRoom(limit, BODY_SHARE, 429, lambda: on_refused("overloaded"))
 
     async def authenticate(self, secret: str | None) -> KeyRecord | None:
         """The key a request came with; None where none is needed and none that is known was sent. Raises ApiError (401, 503)."""
@@ -60,11 +68,11 @@ class KeyAdmission:
             raise limited(error) from None
 
     @contextlib.asynccontextmanager
-    async def counted(self, record: KeyRecord | None) -> AsyncIterator[None]:
-        """`admit`, and a request under way as long as the block lasts. Raises ApiError (429)."""
+    async def counted(self, record: KeyRecord | None, held: HeldBody | None = None) -> AsyncIterator[None]:
+        """`admit`, and a request under way as long as the block lasts, in the place of its body if that was held. Raises ApiError (429)."""
         (tenant, limits), id = self._limits(record), new_id()
         try:
-            await self._admission.enter(tenant, id, 0, replace(limits, tpm=None))
+            await self._admission.enter(tenant, id, 0, replace(limits, tpm=None), held)
         except RateError as error:
             raise limited(error) from None
         try:
@@ -72,12 +80,28 @@ class KeyAdmission:
         finally:
             self._admission.leave(tenant, id)
 
-    async def look(self, record: KeyRecord | None) -> None:
-        """Whether a request of this key has room by what is known before its body is read; nothing is taken. Raises ApiError (429)."""
+    async def hold(self, record: KeyRecord | None, num_bytes: int | None) -> HeldBody:
+        """Room for a body that is to be read. A large one, or one of unknown size, is a request of its key under way from here on.
+
+        Args:
+            record: of the key.
+            num_bytes: that the body says it has; None if it does not say.
+
+        Raises ApiError (429), and nothing is taken, where its key has no room for one more request or there is none for its bytes.
+        """
         tenant, limits = self._limits(record)
+        self._room.limit = self._config().limits.room_for_bodies
+        leave = None
+        if num_bytes is None or num_bytes > LARGE:
+            try:
+                leave = await self._admission.hold(tenant, limits)
+            except RateError as error:
+                refusal = limited(error)
+                self._on_refused(refusal.code)
+                raise refusal from None
         try:
-            await self._admission.look(tenant, limits)
-        except RateError as error:
-            refusal = limited(error)
-            self._on_refused(refusal.code)
-            raise refusal from None
+            return HeldBody(self._room.enter(tenant, num_bytes), leave)
+        except ApiError:
+            if leave is not None:
+                leave()
+            raise

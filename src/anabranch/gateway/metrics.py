@@ -27,7 +27,7 @@ BUCKET_S, BUCKETS = 10, 360
 REFUSALS = frozenset(
     {
         "failed", "insufficient_quota", "invalid_api_key", "invalid_http", "invalid_json", "invalid_value", "model_not_allowed",
-        "model_not_found", "rate_limit_exceeded", "too_many", "unsupported",
+        "model_not_found", "overloaded", "rate_limit_exceeded", "too_many", "unsupported",
     }
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """What is asked, whose it is, and whether there is room for it."""
 
+import asyncio
 import threading
 
 import pytest
@@ -152,3 +153,26 @@ def test_large_bodies_are_worked_on_in_another_thread(num_bytes, is_apart):
         return await beginning.apart(state_of(num_bytes=num_bytes), threading.current_thread)
 
     assert (run(work) is not threading.main_thread()) == is_apart
+
+
+def test_a_sender_of_many_large_bodies_waits_for_itself_and_another_for_one_piece():
+    lent, done, gate = services()[0], [], threading.Event()
+
+    def of(whose):
+        state = state_of(lent=lent, num_bytes=LARGE + 1)
+        state.record = KeyRecord(id=whose)
+        return state
+
+    async def work():
+        first = asyncio.create_task(beginning.apart(of("hostile"), lambda: gate.wait() and done.append("first")))
+        await asyncio.sleep(0)
+        rest = [
+            asyncio.create_task(beginning.apart(of(whose), lambda whose=whose: done.append(whose)))
+            for whose in ["hostile"] * 5 + ["other"]
+        ]
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(first, *rest)
+
+    run(work)
+    assert done == ["first", "hostile", "other", *["hostile"] * 4]

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from anabranch.gateway.config import LimitsConfig
+from anabranch.gateway.core.admission import Limits
+from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.core.incoming import Incoming, KnownKey
 from anabranch.gateway.core.intake import Intake
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord
 from anabranch.web.api_error import ApiError
+from anabranch.web.body_room import BodyRoom
 from gateway_states import FakeStore, config, model, run, services
 
 KEY = KnownKey(KeyRecord(id="k"))
@@ -36,9 +39,9 @@ def opened(of=None):
     return intake, runtime, lent, seen
 
 
-def incoming(headers=None, **body):
+def incoming(headers=None, held=None, **body):
     body = {"model": "small", "messages": [{"role": "user", "content": "hi"}], **body}
-    return Incoming(endpoint="chat", body=body, headers=headers or {})
+    return Incoming(endpoint="chat", body=body, headers=headers or {}, held=held)
 
 
 def is_empty(intake, runtime, lent):
@@ -119,5 +122,36 @@ def test_one_with_a_name_goes_on_without_its_client(stream):
         assert is_empty(intake, runtime, lent)
         again = await intake.take(incoming(named), KEY)
         assert again.headers["x-cache"] == "exact"
+
+    run(work)
+
+
+@pytest.mark.parametrize("body", [{}, {"stream": True}, {"model": "nobody"}], ids=["whole", "stream", "refused"])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_body_is_held_until_its_request_ends_and_has_one_place(body, is_named):
+    """Also where its client, who held it too, has gone."""
+
+    async def work():
+        intake, runtime, lent, seen = opened(config(limits=LimitsConfig(max_in_flight=1)) if not is_named else slow())
+        room, senders = BodyRoom(100, 0.5, 429), lent.admission._senders
+        held = HeldBody(room.enter("k", 10), await lent.admission.hold("k", Limits(None, None, 1)))
+        held.more(10, None)
+        task = asyncio.ensure_future(
+            intake.take(incoming({"idempotency-key": "n"} if is_named else {}, held, **body), KEY)
+        )
+        await asyncio.sleep(0)
+        assert (room.num_bytes, senders._counts) == (10, {"k": 1})
+        if is_named:
+            task.cancel()
+        else:
+            await asyncio.wait([task])
+        held.close()
+        if body.get("stream") and not is_named:
+            assert (room.num_bytes, senders._counts) == (10, {"k": 1})
+            await task.result().stream.aclose()
+        await asyncio.gather(task, *seen.tasks, return_exceptions=True)
+        while not is_empty(intake, runtime, lent):
+            await asyncio.sleep(0.001)
+        assert room.num_bytes == 0
 
     run(work)

@@ -225,6 +225,9 @@ class LimitsConfig(Config):
 
     Attributes:
         body_bytes: of a request.
+        bodies_bytes: of all bodies that come, and of large ones (over 256 KiB) until their requests end, in one process; more get 429. A
+            key may have half of what others leave. At least four times ``body_bytes``, so that beside a key that takes all it may there is
+            room for one of any size. None is 256 MiB, or four times ``body_bytes`` if that is more.
         header_timeout_s, body_timeout_s: seconds in which headers and body must have come.
         max_tokens: completion tokens reserved for a request that names none, of a model that says nothing.
         most_tokens: largest ``max_tokens`` a request may name.
@@ -240,6 +243,7 @@ class LimitsConfig(Config):
     """
 
     body_bytes: int = Field(default=16 << 20, ge=1)
+    bodies_bytes: int | None = Field(default=None, ge=4)
     header_timeout_s: float = Field(default=10.0, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
     max_tokens: int = Field(default=4096, ge=1)
@@ -252,6 +256,19 @@ class LimitsConfig(Config):
     request_usd: float | None = Field(default=None, gt=0, le=1e6)
     max_in_flight: int | None = Field(default=None, ge=1)
     allow_unpriced: bool = False
+
+    def __post_init__(self) -> None:
+        least = 4 * self.body_bytes
+        if self.bodies_bytes is not None and self.bodies_bytes < least:
+            raise ConfigError(
+                f"bodies_bytes is {self.bodies_bytes:,}; it needs at least {least:,}, four times body_bytes ({self.body_bytes:,}), so that "
+                "a key that takes all it may leaves room for a body of another"
+            )
+
+    @property
+    def room_for_bodies(self) -> int:
+        """``bodies_bytes``, or what stands in place of it."""
+        return max(256 << 20, 4 * self.body_bytes) if self.bodies_bytes is None else self.bodies_bytes
 
 
 @configclass

@@ -1,10 +1,13 @@
 """`Admission`: whether a sender has room for one more request: in the counts of this process, and in those that processes share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from anabranch.errors import RateError
 from anabranch.gateway.config.parts import LimitsConfig
+from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.store import KeyRecord, RateLimits
 
@@ -62,9 +65,13 @@ class Admission:
     def __init__(self, rates: RateLimits, senders: InFlight, shared: SharedCounts | None = None) -> None:
         self._rates, self._senders, self._shared = rates, senders, shared
 
-    async def enter(self, whose: str, id: str, tokens: int, limits: Limits) -> None:
-        """Count a request of about ``tokens`` in; `leave` counts it out. Raises RateError, and it is not counted."""
-        self._senders.enter(whose, limits.most)
+    async def enter(self, whose: str, id: str, tokens: int, limits: Limits, held: HeldBody | None = None) -> None:
+        """Count a request of about ``tokens`` in, in the place that its body has if that was held; `leave` counts it out.
+
+        Raises RateError, and it is not counted.
+        """
+        if held is None or not held.take_place():
+            self._senders.enter(whose, limits.most)
         try:
             await self._take(whose, id, tokens, limits)
         except BaseException:
@@ -86,6 +93,16 @@ class Admission:
             # It was not let in.
             self._rates.give_back(whose, tokens, rpm=limits.rpm, tpm=limits.tpm)
             raise
+
+    async def hold(self, whose: str, limits: Limits) -> Callable[[], None]:
+        """A place among the requests of this process for one whose body is still to come.
+
+        Returns what gives it back. Raises RateError, and it is not counted, where a request has no room even by what is known before it
+        is read.
+        """
+        await self.look(whose, limits)
+        self._senders.enter(whose, limits.most)
+        return partial(self._senders.leave, whose)
 
     async def look(self, whose: str, limits: Limits) -> None:
         """Whether a request has room by what is known before it is read; nothing is taken. Raises RateError."""

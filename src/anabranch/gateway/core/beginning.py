@@ -1,6 +1,5 @@
 """The first steps of a request: what it asks for, whose it is, whether there is room for it, and the purse that it is paid out of."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -28,8 +27,8 @@ T = TypeVar("T")
 
 
 async def apart(state: RequestState, work: Callable[[], T]) -> T:
-    """``work()``, in another thread where the body is so large that it would hold up all other requests."""
-    return await asyncio.to_thread(work) if state.num_bytes > LARGE else work()
+    """``work()``, in another thread where the body is so large that it would hold up all other requests; there senders take turns."""
+    return await state.services.turns.run(state.tenant, work) if state.num_bytes > LARGE else work()
 
 
 def read(state: RequestState) -> None:
@@ -103,7 +102,7 @@ async def admit(state: RequestState) -> None:
     """Whether its sender has asked too much of late. Raises ApiError."""
     limits = limits_of(state.record, state.runtime.config.limits)
     try:
-        await state.services.admission.enter(state.tenant, state.id, state.count.tokens, limits)
+        await state.services.admission.enter(state.tenant, state.id, state.count.tokens, limits, state.held)
     except RateError as error:
         raise limited(error) from None
     state.is_counted, state.tpm = True, limits.tpm

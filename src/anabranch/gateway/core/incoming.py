@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anabranch.gateway.core.decision_log import Collecting
+from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.store import KeyRecord
 
@@ -36,6 +37,7 @@ class Incoming:
         collecting: what it is collected for; None for a request of a user.
         num_bytes: of the body as it came; 0 if that is not known. A large one is read, counted and sent in other threads.
         native: what ``body`` was made of, if it came in another form.
+        held: what the body takes, if it was held when it came; the request holds it too until it ends.
     """
 
     endpoint: Any
@@ -45,3 +47,4 @@ class Incoming:
     collecting: Collecting | None = None
     num_bytes: int = 0
     native: Native | None = None
+    held: HeldBody | None = None

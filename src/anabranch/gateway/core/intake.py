@@ -58,6 +58,8 @@ class Intake:
         run = RequestRun(self._services(), runtime, incoming)
         self.in_flight += 1
         runtime.users += 1
+        if incoming.held is not None:
+            incoming.held.share()
         if not incoming.headers.get("idempotency-key"):
             return await self._run(run, key)
         # One with a name goes on without its client, who comes back for the answer.
@@ -109,3 +111,5 @@ class Intake:
         state.runtime.release()
         if state.is_counted:
             self._admission.leave(state.tenant, state.id)
+        if state.held is not None:
+            state.held.close()

@@ -46,6 +46,7 @@ class RequestState:
         self.services, self.runtime, self.endpoint, self.body = services, runtime, incoming.endpoint, incoming.body
         self.headers, self.shown_as = incoming.headers, incoming.shown_as or incoming.endpoint
         self.collecting, self.num_bytes, self.native = incoming.collecting, incoming.num_bytes, incoming.native
+        self.held = incoming.held
         self.trace = services.begin_trace(self.headers)
         self.clock = StageClock(services.metrics.staged)
         self.began, self.time_s, self.id = time.perf_counter(), time.time(), new_id()

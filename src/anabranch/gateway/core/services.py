@@ -13,6 +13,7 @@ from anabranch.gateway.core.unsettled import Unsettled
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.observe.trace_context import Trace
 from anabranch.gateway.store import KeyRecord, Store
+from anabranch.web.turns import Turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,7 @@ class Services:
         store: open.
         authenticate: the record of a key, None where none is needed. Raises ApiError.
         admission: of requests and tokens, by key.
+        turns: large bodies are counted, and their keys in caches made, in another thread.
         caches: of the config that the request began on.
         metrics: of the process.
         unsettled: requests that are over, and whose row is still to be written.
@@ -36,6 +38,7 @@ class Services:
     store: Store
     authenticate: Callable[[str | None], Awaitable[KeyRecord | None]]
     admission: Admission
+    turns: Turns
     caches: Caches
     metrics: Metrics
     unsettled: Unsettled

@@ -33,7 +33,8 @@ from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.money import Price
 from anabranch.web.turns import Turns
 
-# Large answers are read here, one after another: the more threads want Python's lock, the longer the event loop waits for it.
+# Large requests are written and large answers read here, one after another: the more threads want Python's lock, the longer the event loop
+# waits for it.
 _READERS = ThreadPoolExecutor(1, "large-answer")
 
 # Changes of breakers that are remembered.
@@ -114,7 +115,7 @@ class Dispatcher:
         self._http: Transport = Upstream() if http is None else http
         self._owns_http = http is None
         self._lingering: set[asyncio.Future[None]] = set()
-        self._turns = Turns(_READERS)
+        self.turns = Turns(_READERS)
         self.late = Late(self.rules.read_on_s, self.rules.read_on)
         self.groups: dict[str, LiveGroup] = {}
         names: set[str] = set()
@@ -222,7 +223,7 @@ class Dispatcher:
 
     def reader(self, live: Live, request: UpstreamRequest, sender: str) -> Reader:
         """What reads a deployment's whole answer to a request."""
-        return Reader(live.provider, request, self._turns, sender)
+        return Reader(live.provider, request, self.turns, sender)
 
     async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:
         """A stream whose first token has come. Read it to the end, or close it.

@@ -1,14 +1,15 @@
 """What a deployment is to be sent, and what it is called when a provider fails at that or at anything else."""
 
-import asyncio
 import logging
 from dataclasses import replace
+from functools import partial
 
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.retry import OUTCOME
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import Failure, HttpCall, UpstreamError, UpstreamRequest
 from anabranch.web.large_json import LARGE
+from anabranch.web.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +24,14 @@ def as_failure(error: Exception, name: str) -> UpstreamError:
     )
 
 
-async def built(live: Live, request: UpstreamRequest) -> HttpCall:
-    """What a deployment is to be sent; a large request is put into its form in another thread.
+async def built(live: Live, request: UpstreamRequest, turns: Turns, sender: str) -> HttpCall:
+    """What a deployment is to be sent; a large request is put into its form in another thread, where senders take ``turns``.
 
     Raises UpstreamError, of a kind that is held against nobody but the request. Nothing has been sent yet: whatever goes wrong here
     comes of what is in the request, be it that the provider has a fault that it meets.
     """
     if request.num_bytes > LARGE:
-        return await asyncio.to_thread(_built, live, request)
+        return await turns.run(sender, partial(_built, live, request))
     return _built(live, request)
 
 

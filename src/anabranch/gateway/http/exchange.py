@@ -5,13 +5,13 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from aiohttp import web
 
+from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.core.incoming import KnownKey
 from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.forms import parse_form
@@ -25,13 +25,9 @@ from anabranch.web.body import parse
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 from anabranch.web.json_text import to_json
 from anabranch.web.large_json import LARGE, load_large, parse_large
-from anabranch.web.turns import Turns
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-# Large bodies are read here, one after another (`Turns`): the more threads want Python's lock, the longer the event loop waits for it.
-_READERS = ThreadPoolExecutor(1, "large-body")
 
 # After its deadline a stream that is not read ends.
 STALL_S = 5.0
@@ -45,12 +41,14 @@ class Received:
         body: JSON, or what was made of a form.
         num_bytes: of it as it came.
         key: that it came with, looked up once.
+        held: what the body takes until nothing is left of it; None of one that came at once and is small.
         chat: the body as a chat, if it came in another form.
     """
 
     body: dict[str, Any]
     num_bytes: int
     key: KnownKey
+    held: HeldBody | None
     chat: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,39 +56,64 @@ class Exchange:
     """See the module."""
 
     def __init__(self, gateway: Gateway) -> None:
-        self._gateway, self._turns = gateway, Turns(_READERS)
+        self._gateway = gateway
 
     async def key(self, request: web.BaseRequest) -> KnownKey:
         """Whose request it is. Raises ApiError."""
         return KnownKey(await self._gateway.authenticate(bearer(request)))
 
+    @contextlib.asynccontextmanager
     async def read(
         self,
         request: web.BaseRequest,
         chat: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: {},
         *,
         takes_forms: bool = False,
-    ) -> Received:
+    ) -> AsyncIterator[Received]:
         """The body, of those only who have a key: nobody else may fill the memory. Raises ApiError.
+
+        What it takes of its key's requests and of the room for bodies it takes before anything is read, until the block ends, or the
+        request that it is passed on to if that ends later.
 
         Args:
             request: whose body it is.
             chat: makes a chat of it, beside the loop where it is large.
             takes_forms: it may be a form.
         """
+        key, held = await self._let_in(request)
+        try:
+            yield await self._read(request, key, held, chat, takes_forms)
+        finally:
+            if held is not None:
+                held.close()
+
+    async def _let_in(self, request: web.BaseRequest) -> tuple[KnownKey, HeldBody | None]:
         length = request.content_length
         try:
             key = await self.key(request)
-            if length is None or length > LARGE:
-                # To read it costs time and memory, which its key may have no room for.
-                await self._gateway.look(key.record)
+            if length is not None and length <= LARGE and request.content.is_eof():
+                return key, None
+            # To read it costs time and memory, which its key may have no room for.
+            return key, await self._gateway.hold(key.record, length)
         except ApiError as error:
             if not request.content.is_eof():
                 error.headers["connection"] = "close"
             raise
+
+    async def _read(
+        self,
+        request: web.BaseRequest,
+        key: KnownKey,
+        held: HeldBody | None,
+        chat: Callable[[dict[str, Any]], dict[str, Any]],
+        takes_forms: bool,
+    ) -> Received:
         kind, limits = request.headers.get("content-type", ""), self._gateway.config.limits
         is_form = kind.lower().startswith("multipart/form-data")
-        raw = await read_body(request, limits.body_bytes, limits.body_timeout_s)
+        keep = None if held is None else held.more
+        raw = await read_body(request, limits.body_bytes, limits.body_timeout_s, keep)
+        if held is not None:
+            held.is_whole()
         if is_form and not takes_forms:
             message = f"the body is a form (multipart/form-data); {request.path} takes JSON (application/json)"
             raise ApiError(400, "invalid_body", message)
@@ -99,15 +122,15 @@ class Exchange:
             body = parse_form(raw, kind) if is_form else _parsed(raw)
             return body, chat(body)
 
-        body, made = await self._beside(key, read) if is_form else await self._apart(key, len(raw), read)
-        return Received(body, len(raw), key, made)
+        body, made = await self._beside(key, read) if is_form else await self.apart(key, len(raw), read)
+        return Received(body, len(raw), key, held, made)
 
-    async def _apart(self, key: KnownKey, size: int, work: Callable[[], T]) -> T:
+    async def apart(self, key: KnownKey, size: int, work: Callable[[], T]) -> T:
         """``work()`` on so many bytes of a request, or of its answer: large ones would hold up all other requests."""
         return work() if size <= LARGE else await self._beside(key, work)
 
     async def _beside(self, key: KnownKey, work: Callable[[], T]) -> T:
-        return await self._turns.run("" if key.record is None else key.record.id, work)
+        return await self._gateway.turns.run("" if key.record is None else key.record.id, work)
 
     async def ask(
         self,
@@ -128,6 +151,7 @@ class Exchange:
             shown_as=shown_as,
             num_bytes=received.num_bytes,
             native=native,
+            held=received.held,
         )
 
     async def tell(
@@ -150,7 +174,7 @@ class Exchange:
         if source is not None:
             reply.stream = translated(source, form)
         elif reply.body is not None:
-            reply.body = await self._apart(received.key, len(reply.body), partial(_told, whole, reply.body))
+            reply.body = await self.apart(received.key, len(reply.body), partial(_told, whole, reply.body))
         return await self.send(request, reply, source)
 
     async def send(

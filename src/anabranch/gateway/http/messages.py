@@ -11,17 +11,15 @@ from anabranch.gateway.config import find_target
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import IS_EARLY
 from anabranch.gateway.http.chat_form import ChatForm
-from anabranch.gateway.http.exchange import Exchange
+from anabranch.gateway.http.exchange import Exchange, Received
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import unavailable
-from anabranch.gateway.store import KeyRecord
 from anabranch.gateway.validate import check_depth, check_model
 from anabranch.web.answers import JSON, SAFE, Route, json_response
 from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
 from anabranch.web.json_text import to_json
-from anabranch.web.large_json import LARGE
 from anabranch.web.messages import MessageEvents, to_chat, to_error, to_message
 from anabranch.web.sse import event
 
@@ -45,27 +43,31 @@ class MessagesRoutes:
         }
 
     async def _messages(self, request: web.BaseRequest) -> web.StreamResponse:
-        received = await self._exchange.read(request, _as_chat)
-        body = received.body
-        native = Native(body, {name: request.headers[name] for name in _ALONG if name in request.headers})
-        reply = await self._exchange.ask(request, received, "chat", received.chat, shown_as="messages", native=native)
-        reply.headers["request-id"] = reply.headers.get("x-request-id", "")
-        return await self._exchange.tell(
-            request, received, reply, lambda: MessageForm(body), lambda answer: to_message(body, answer)
-        )
+        along = {name: request.headers[name] for name in _ALONG if name in request.headers}
+        async with self._exchange.read(request, _as_chat) as received:
+            body, chat = received.body, received.chat
+            native = Native(body, along)
+            reply = await self._exchange.ask(request, received, "chat", chat, shown_as="messages", native=native)
+            reply.headers["request-id"] = reply.headers.get("x-request-id", "")
+            return await self._exchange.tell(
+                request, received, reply, lambda: MessageForm(body), lambda answer: to_message(body, answer)
+            )
 
     async def _count(self, request: web.BaseRequest) -> web.StreamResponse:
         """Tokens of a prompt, counted here: by the model's tokenizer where it has one, else a quarter of the bytes."""
-        received = await self._exchange.read(request, partial(_as_chat, counts=True))
-        # A thread counts on when its client goes away: until it ends it is under way.
-        counting = asyncio.ensure_future(self._counted(received.chat, received.num_bytes, received.key.record))
-        self._gateway.keep(counting)
-        return json_response({"input_tokens": await asyncio.shield(counting)})
+        async with self._exchange.read(request, partial(_as_chat, counts=True)) as received:
+            # A thread counts on when its client goes away: until it ends it is under way.
+            counting = asyncio.ensure_future(self._counted(received))
+            if (held := received.held) is not None:
+                held.share()
+                counting.add_done_callback(lambda done: held.close())
+            self._gateway.keep(counting)
+            return json_response({"input_tokens": await asyncio.shield(counting)})
 
-    async def _counted(self, chat: dict[str, Any], num_bytes: int, record: KeyRecord | None) -> int:
+    async def _counted(self, received: Received) -> int:
         """Raises ApiError where the key may not ask that model, or not now."""
-        runtime = self._gateway.runtime
-        async with self._gateway.counted(record):
+        chat, record, runtime = received.chat, received.key.record, self._gateway.runtime
+        async with self._gateway.counted(record, received.held):
             try:
                 target = find_target(runtime.config, check_model(chat))
             except UnknownModelError as error:
@@ -76,9 +78,8 @@ class MessagesRoutes:
                 message = f"this key may use {', '.join(record.models)}"
                 raise ApiError(403, "model_not_allowed", message, param="model")
             counter = runtime.counters.get(target.model or "")
-            if num_bytes <= LARGE:
-                return count_prompt(chat, counter).tokens
-            return (await asyncio.to_thread(count_prompt, chat, counter)).tokens
+            count = await self._exchange.apart(received.key, received.num_bytes, partial(count_prompt, chat, counter))
+            return count.tokens
 
 
 def _as_chat(body: dict[str, Any], *, counts: bool = False) -> dict[str, Any]:

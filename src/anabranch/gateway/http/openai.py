@@ -35,9 +35,9 @@ class OpenAIRoutes:
 
     def _endpoint(self, endpoint: str) -> Route:
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
-            received = await self._exchange.read(request, takes_forms=endpoint in FORMS)
-            reply = await self._exchange.ask(request, received, endpoint, received.body)
-            return await self._exchange.send(request, reply, reply.stream)
+            async with self._exchange.read(request, takes_forms=endpoint in FORMS) as received:
+                reply = await self._exchange.ask(request, received, endpoint, received.body)
+                return await self._exchange.send(request, reply, reply.stream)
 
         return answer
 
@@ -53,5 +53,5 @@ class OpenAIRoutes:
         return json_response(await self._gateway.key_facts(key.record))
 
     async def _feedback(self, request: web.BaseRequest) -> web.StreamResponse:
-        received = await self._exchange.read(request)
-        return json_response(await self._gateway.feedback(received.body, key=received.key))
+        async with self._exchange.read(request) as received:
+            return json_response(await self._gateway.feedback(received.body, key=received.key))

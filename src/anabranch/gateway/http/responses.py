@@ -25,19 +25,19 @@ class ResponsesRoutes:
         return {"/v1/responses": {"POST": self._responses}}
 
     async def _responses(self, request: web.BaseRequest) -> web.StreamResponse:
-        received = await self._exchange.read(request, lambda body: to_chat(body))
-        asked = received.body
-        native = Native(asked, {}, "responses") if self._has_responses(asked.get("model")) else None
-        reply = await self._exchange.ask(request, received, "chat", received.chat, shown_as="responses", native=native)
-        # Unlike OpenAI's, ours cannot be asked for again; it is said all the same whether its text is kept.
-        body = {**asked, "store": self._gateway.keeps_texts(asked)}
-        return await self._exchange.tell(
-            request,
-            received,
-            reply,
-            lambda: ResponseForm(body),
-            lambda answer: answer.get("responses") or to_response(body, answer),
-        )
+        async with self._exchange.read(request, lambda body: to_chat(body)) as received:
+            asked, chat = received.body, received.chat
+            native = Native(asked, {}, "responses") if self._has_responses(asked.get("model")) else None
+            reply = await self._exchange.ask(request, received, "chat", chat, shown_as="responses", native=native)
+            # Unlike OpenAI's, ours cannot be asked for again; it is said all the same whether its text is kept.
+            body = {**asked, "store": self._gateway.keeps_texts(asked)}
+            return await self._exchange.tell(
+                request,
+                received,
+                reply,
+                lambda: ResponseForm(body),
+                lambda answer: answer.get("responses") or to_response(body, answer),
+            )
 
     def _has_responses(self, name: Any) -> bool:
         """Whether a model is asked in this form where it is at home."""

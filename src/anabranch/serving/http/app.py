@@ -14,7 +14,6 @@ from anabranch import __version__
 from anabranch.errors import AnabranchError
 from anabranch.serving.core.client import Mends
 from anabranch.serving.http.admin import Admin
-from anabranch.serving.http.body_room import BodyRoom
 from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.embeddings import Embeddings
 from anabranch.serving.http.frontend import Frontend
@@ -27,6 +26,7 @@ from anabranch.serving.http.tokens import Tokens
 from anabranch.serving.ui.page import HEADERS, page
 from anabranch.web.answers import wrong_method
 from anabranch.web.api_error import ApiError
+from anabranch.web.body_room import BodyRoom
 from anabranch.web.places import Places
 from anabranch.web.server import Connection, Server
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from aiohttp import web
 
-from anabranch.serving.http.body_room import BodyRoom, Kept
 from anabranch.serving.http.config import HttpConfig
 from anabranch.web.answers import JSON, bearer, error_response, json_response, read_body
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import parse
+from anabranch.web.body_room import BodyRoom, Kept
 from anabranch.web.ids import new_id
 from anabranch.web.json_size import check_json_size
 

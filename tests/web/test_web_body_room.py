@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.serving.http.body_room import PATIENCE_S, BodyRoom
 from anabranch.web.api_error import ApiError
+from anabranch.web.body_room import PATIENCE_S, BodyRoom
 
 
 class Clock:

@@ -32,6 +32,7 @@ class BodyRoom:
         clock: seconds, monotonic.
 
     Attributes:
+        limit: may be changed; what is kept stays.
         num_bytes: that are kept.
     """
 
@@ -44,7 +45,7 @@ class BodyRoom:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_bytes = 0
-        self._limit, self._share, self._status, self._refused, self._clock = limit, share, status, refused, clock
+        self.limit, self._share, self._status, self._refused, self._clock = limit, share, status, refused, clock
         self._of_source: Counter[str] = Counter()
         # Those that come, the one that has been coming for longest first.
         self._coming: dict[Kept, float] = {}
@@ -70,9 +71,9 @@ class BodyRoom:
         """What ``more`` bytes of a source lack, even were those ``gone``."""
         total = self.num_bytes - sum(kept.num_bytes for kept in gone)
         own = self._of_source[source] - sum(kept.num_bytes for kept in gone if kept.source == source)
-        if own and own + more > most_beside(total - own, self._limit, self._share):
+        if own and own + more > most_beside(total - own, self.limit, self._share):
             return "share"
-        return "room" if total + more > self._limit else None
+        return "room" if total + more > self.limit else None
 
     def _is_late(self, kept: "Kept") -> bool:
         return self._clock() - self._coming[kept] > PATIENCE_S
