@@ -57,13 +57,13 @@ def post(server, secret, body=BODY, path="/v1/chat/completions"):
         link.close()
 
 
-def begun(server, secret, *, path="/v1/chat/completions", num_bytes=SIZE):
+def begun(server, secret, *, path="/v1/chat/completions", body=BODY, num_bytes=SIZE):
     """A connection on which so much of a body has been sent, and the rest never comes."""
     link = socket.create_connection(("127.0.0.1", server.port), timeout=20)
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {secret}\r\ncontent-type: application/json\r\n"
     # One that is refused at its head is closed while the rest is sent.
     with contextlib.suppress(ConnectionError):
-        link.sendall(f"{head}content-length: {len(BODY)}\r\n\r\n".encode() + BODY[:num_bytes])
+        link.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body[:num_bytes])
     return link
 
 
@@ -125,6 +125,24 @@ def test_a_key_that_fills_its_part_of_the_room_keeps_no_other_out(server):
     closed(others)
     until_there_is_room(server, hostile)
     closed(refused)
+
+
+def test_small_bodies_take_room_while_they_come(server):
+    secret, other = key(server, "small ones"), key(server, "beside small ones")
+    small = json.dumps({"model": "small", "messages": [{"role": "user", "content": "x" * 190_000}]}).encode()
+    # Half of the room holds ten.
+    links = [begun(server, secret, body=small, num_bytes=189_000) for _ in range(14)]
+    refused, others = answered(links, 4)
+    assert all(link.recv(20).startswith(b"HTTP/1.1 429") for link in refused)
+    assert post(server, other) == (200, None)
+    said = []
+    for link in others:
+        # One that was refused just now is closed.
+        with contextlib.suppress(ConnectionError):
+            link.sendall(small[189_000:])
+            said.append(link.recv(20))
+    assert any(one.startswith(b"HTTP/1.1 200") for one in said)
+    closed(links)
 
 
 def test_a_body_that_takes_too_long_has_its_place_no_more(server, folder):

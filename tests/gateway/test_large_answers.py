@@ -10,6 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
+from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.dispatch import late
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http import exchange, messages, responses
@@ -174,6 +175,41 @@ def test_tokens_of_a_large_prompt_are_counted_beside_the_loop(tmp_path, monkeypa
     against(tmp_path, b"{}", work)
     names = ("check_depth", "to_chat", "count_prompt")
     assert found == [(False, [(name, True) for name in names]), (True, [(name, False) for name in names])]
+
+
+def test_a_prompt_is_held_whole_until_it_is_counted_though_its_client_goes_away(tmp_path, monkeypatch):
+    began, gate, closes = threading.Event(), threading.Event(), []
+    inner = messages.count_prompt
+    monkeypatch.setattr(messages, "count_prompt", lambda *given: began.set() or (gate.wait() and inner(*given)))
+    body = {**CHAT, "messages": [{"role": "user", "content": "word " * (LARGE // 4)}]}
+
+    async def work(gateway, post):
+        room, hold = gateway._keys._room, gateway.hold
+
+        async def noted_hold(*given):
+            held = await hold(*given)
+            close = held.close
+            monkeypatch.setattr(HeldBody, "close", lambda self: closes.append(1) or close())
+            return held
+
+        monkeypatch.setattr(gateway, "hold", noted_hold)
+        task = asyncio.ensure_future(post("messages/count_tokens", body))
+        await asyncio.to_thread(began.wait)
+        # It is whole: nobody takes it for one that has been coming for long.
+        assert (room.num_bytes > LARGE, room._coming) == (True, {})
+        task.cancel()
+        while not closes:
+            await asyncio.sleep(0.001)
+        assert room.num_bytes > LARGE
+        gate.set()
+        while room.num_bytes:
+            await asyncio.sleep(0.001)
+        assert gateway.senders._counts == {}
+
+    try:
+        against(tmp_path, b"{}", work)
+    finally:
+        gate.set()
 
 
 @pytest.mark.parametrize("path", ["messages", "responses"])
