@@ -1,8 +1,10 @@
 """Turns: whose work is done next, and what becomes of work that fails or is given up. And that a key without room has no body read."""
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import aiohttp
@@ -48,7 +50,44 @@ def test_senders_take_turns_and_each_keeps_its_order():
             assert await turns.run("b", lambda: 7) == 7
 
     asyncio.run(main())
-    assert done == [("a", 0), ("b", 4), ("c", 6), ("b", 5), ("a", 2), ("a", 3)]
+    assert done == [("a", 0), ("b", 4), ("c", 6), ("a", 2), ("b", 5), ("a", 3)]
+
+
+def test_nothing_stays_of_work_that_was_given_up_before_its_turn():
+    class Body:
+        pass
+
+    gate = threading.Event()
+
+    async def main():
+        with ThreadPoolExecutor(1) as executor:
+            turns = Turns(executor)
+            first = asyncio.create_task(turns.run("a", gate.wait))
+            await asyncio.sleep(0)
+            bodies = [Body() for _ in range(3)]
+            seen = [weakref.ref(body) for body in bodies]
+            # Of one who has more that waits, and of one who has not.
+            tasks = [
+                asyncio.create_task(turns.run(whose, lambda body=body: body))
+                for whose, body in zip("aab", bodies, strict=True)
+            ]
+            del bodies
+            await asyncio.sleep(0)
+            tasks[0].cancel()
+            tasks[2].cancel()
+            await asyncio.wait([tasks[0], tasks[2]])
+            kept = tasks[1]
+            del tasks
+            gc.collect()
+            assert [body() is not None for body in seen] == [False, True, False]
+            gate.set()
+            await first
+            assert isinstance(await kept, Body)
+
+    try:
+        asyncio.run(main())
+    finally:
+        gate.set()
 
 
 def test_a_look_takes_nothing_and_sees_what_is_gone():

@@ -24,12 +24,24 @@ class Turns:
         self._waiting: dict[str, deque[_Piece]] = {}
 
     async def run(self, whose: str, work: Callable[[], T]) -> T:
-        """What ``work()`` gives or raises. One that is cancelled before its turn is not begun."""
+        """What ``work()`` gives or raises. One that is cancelled before its turn is not begun, and nothing of it stays."""
         future = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(whose, deque()).append((work, future))
+        piece = (work, future)
+        self._waiting.setdefault(whose, deque()).append(piece)
         self._begin()
-        found: T = await future
+        try:
+            found: T = await future
+        except asyncio.CancelledError:
+            self._forget(whose, piece)
+            raise
         return found
+
+    def _forget(self, whose: str, piece: _Piece) -> None:
+        pieces = self._waiting.get(whose)
+        if pieces is not None and piece in pieces:
+            pieces.remove(piece)
+            if not pieces:
+                del self._waiting[whose]
 
     def _begin(self) -> None:
         while self._waiting and not self._is_busy:
