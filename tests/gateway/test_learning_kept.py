@@ -722,8 +722,10 @@ def test_a_store_of_the_schema_before_learns_too(url, monkeypatch):
             return await use(gateway, range(2))
 
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:before])
+        # The schema last: a module that is imported only now takes in what it holds, and would keep the older one.
+        older = schema.MIGRATIONS[:before]
         for module in ("sqlite", "postgres"):
-            patch.setattr(f"anabranch.gateway.store.{module}.MIGRATIONS", schema.MIGRATIONS)
+            patch.setattr(f"anabranch.gateway.store.{module}.MIGRATIONS", older)
+        patch.setattr(schema, "MIGRATIONS", older)
         run(old)
     assert run(new) == 2
