@@ -65,6 +65,6 @@ def test_a_row_that_cannot_be_written_is_said_in_the_log(caplog, error, level):
         await asyncio.sleep(0)
         assert done.exception() is error
 
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, "anabranch"):
         asyncio.run(work())
     assert [record.levelno for record in caplog.records if "ledger" in record.message] == [level]
