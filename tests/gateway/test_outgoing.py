@@ -5,7 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-from anabranch.gateway.dispatch.outgoing import built
+from anabranch.gateway.dispatch.run import Run
 from anabranch.web.large_json import LARGE
 from anabranch.web.turns import Turns
 
@@ -19,17 +19,21 @@ def test_a_sender_of_many_large_requests_waits_for_itself_and_another_for_one_pi
 
     live = SimpleNamespace(name="m", provider=SimpleNamespace(build=build))
 
+    def built(turns, sender, request):
+        of = SimpleNamespace(dispatcher=SimpleNamespace(turns=turns), plan=SimpleNamespace(sender=sender, trace=None))
+        return Run.built(of, live, request, SimpleNamespace())
+
     async def main():
         with ThreadPoolExecutor(1) as executor:
             turns = Turns(executor)
             tasks = []
             for whose in ["hostile"] * 4 + ["other"]:
                 request = SimpleNamespace(whose=whose, num_bytes=LARGE + 1)
-                tasks.append(asyncio.create_task(built(live, request, turns, whose)))
+                tasks.append(asyncio.create_task(built(turns, whose, request)))
                 await asyncio.sleep(0)
             gate.set()
             await asyncio.gather(*tasks)
-            await built(live, SimpleNamespace(whose="small", num_bytes=LARGE), turns, "other")
+            await built(turns, "other", SimpleNamespace(whose="small", num_bytes=LARGE))
 
     asyncio.run(main())
     assert done == [
