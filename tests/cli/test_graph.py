@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -309,6 +310,38 @@ def test_changes_that_a_server_took_are_read_and_not_written_over(facts, here, p
         assert "l.anb.live holds changes of l.anb, which would be lost" in one_line(here("graph", *line.split()))
     assert facts("remove", "l.anb", "500", "--out", "merged.anb")["vectors"] == 299
     assert 7 not in HNSW.load(place / "merged.anb")
+
+
+@pytest.mark.parametrize("line", ["remove w.anb 1", "update w.anb v.npy --rows 0-299", "index v.npy --out w.anb"])
+def test_a_server_takes_no_changes_of_an_index_while_it_is_written_over(facts, here, place, monkeypatch, line):
+    """What came between the first look and the end would be lost; so would what another of these commands writes."""
+    from anabranch.graph.live import LiveIndex
+
+    facts("index", "v.npy", "--out", "w.anb", "--threads", 1)
+    own, refused = HNSW.save, []
+
+    def late(self, path):
+        own(self, path)
+        with pytest.raises(DataError, match="is written by another process"):
+            live.delete([7])
+        with monkeypatch.context() as patch:
+            patch.setattr(HNSW, "save", own)
+            refused.append(here("graph", "remove", "w.anb", "1"))
+
+    with LiveIndex.open(place / "w.anb") as live:
+        monkeypatch.setattr(HNSW, "save", late)
+        facts(*line.split())
+        monkeypatch.undo()
+        monkeypatch.chdir(place)
+        assert "w.anb.live is written by another process" in one_line(refused[0])
+        assert not (place / "w.anb.live").exists()
+        with pytest.raises(DataError, match="read it again"):
+            live.delete([7])
+    with LiveIndex.open(place / "w.anb") as live:
+        live.delete([7])
+        assert "which would be lost" in one_line(here("graph", *line.split()))
+    (place / "w.anb").unlink()
+    shutil.rmtree(place / "w.anb.live")
 
 
 def test_recall_is_measured_and_drawn(facts, run, place):

@@ -1,5 +1,6 @@
 """Which slot holds which id, filters worked out once, and the places of deleted elements."""
 
+import copy
 import gc
 import pickle
 import signal
@@ -392,6 +393,17 @@ def test_what_is_no_filter_is_told_at_once():
     index.add(VECTORS[:1])
     with pytest.raises(InputError, match="a mask of 100 entries and the largest id is 100"):
         index.search(QUERIES, 3, filter=made)
+
+
+@pytest.mark.parametrize("value", [np.arange(0, 40, 3), np.arange(5000) % 3 == 0, [], range(4)])
+def test_a_filter_goes_to_another_process(value):
+    index = built()
+    made = index.prepare_filter(value)
+    expected = index.search(QUERIES, 7, filter=made)
+    for other in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        assert repr(other) == repr(made)
+        for found, wanted in zip(index.search(QUERIES, 7, filter=other), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
 
 
 def test_many_threads_use_one_filter():

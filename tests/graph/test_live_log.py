@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 import zlib
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, DataError
-from anabranch.graph.live.log import CRC, HEAD, MARK, SECTOR, Change, Log, decode, encode, read_log
+from anabranch.graph.live import log as log_module
+from anabranch.graph.live.log import CRC, HEAD, LEAST_PIECE, MARK, SECTOR, Change, Log, decode, encode, read_log
 
 DIM = 3
 
@@ -134,18 +136,101 @@ def test_pieces_that_the_disk_never_wrote_are_a_torn_tail(path):
         read_log(path, is_last=True)
 
 
+@pytest.mark.parametrize("before", [0, *range(8, SECTOR, 64)])
+def test_zeros_that_were_written_are_not_pieces_that_are_missing(tmp_path, before):
+    """Whatever a frame holds and wherever it lies, a byte of it that changed is damage, though all its vectors are zeros."""
+    path = tmp_path / "log"
+    log = Log.create(path, dim=1, base="b", segment=1, first=1)
+    if before:
+        log.append(encode([gone(*range(1, before // 8 + 1))]))
+    begin = log.size
+    log.append(encode([Change(np.arange(64), np.zeros((64, 1), np.float32)), gone(0)]))
+    log.close()
+    content, last = path.read_bytes(), len(read_log(path, is_last=True).frames)
+    assert begin % SECTOR == 0 or LEAST_PIECE <= begin % SECTOR <= SECTOR - LEAST_PIECE
+    assert len(content) % SECTOR == 0 or LEAST_PIECE <= len(content) % SECTOR <= SECTOR - LEAST_PIECE
+    # All of head and tail, and some in between; to zero, and a bit.
+    for place in [
+        *range(begin, begin + 24),
+        *range(begin + 24, len(content) - 20, 97),
+        *range(len(content) - 20, len(content)),
+    ]:
+        for byte in {0, content[place] ^ 0x10} - {content[place]}:
+            path.write_bytes(content[:place] + bytes([byte]) + content[place + 1 :])
+            with pytest.raises(DataError, match=f"damaged at byte {begin:,}, in change {last}"):
+                read_log(path, is_last=True)
+
+
+def test_a_frame_is_not_called_torn_for_what_is_missing_behind_it(path):
+    """One that was acknowledged is damaged, and the one behind it was never written."""
+    content, begin = path.read_bytes(), read_log(path, is_last=True).frames[1].end
+    for place in (begin + 1, len(content) - 1):
+        altered = bytearray(content)
+        altered[place] ^= 1
+        path.write_bytes(altered + bytes(2 * SECTOR))
+        with pytest.raises(DataError, match=f"damaged at byte {begin:,}"):
+            read_log(path, is_last=True)
+
+
+def test_what_would_not_be_read_again_is_not_written(path, monkeypatch):
+    log = Log.resume(path, read_log(path, is_last=True))
+    before = path.read_bytes()
+    monkeypatch.setattr(log_module, "MOST_PAYLOAD", 100)
+    with pytest.raises(CapacityError, match=r"104 bytes is too large .* at most 100"):
+        log.append(encode([gone(*range(12))]))
+    assert path.read_bytes() == before
+    assert log.append(encode([gone(*range(11))])) == 8
+    log.close()
+    assert len(read_log(path, is_last=True).frames) == 4
+
+
+def test_who_has_nothing_to_bring_to_the_disk_waits_for_who_brings_it(path, monkeypatch):
+    """Two threads: the first is told by the disk that it failed, and the second must not go on as if all were there."""
+    log = Log.resume(path, read_log(path, is_last=True))
+    log.append(encode([gone(1)]))
+    inside, go_on, told = threading.Event(), threading.Event(), []
+
+    def broken(handle):
+        inside.set()
+        assert go_on.wait(30)
+        raise OSError(errno.EIO, "Input/output error")
+
+    def sync():
+        try:
+            log.sync()
+        except DataError as error:
+            told.append(str(error))
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    threads = [threading.Thread(target=sync) for _ in range(2)]
+    threads[0].start()
+    assert inside.wait(30)
+    threads[1].start()
+    threads[1].join(0.05)
+    assert threads[1].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 2
+    log.close()
+
+
 def test_vectors_that_look_like_a_frame_are_none(tmp_path):
-    """A client sends the bytes of a frame as numbers; the write is torn. Without the salt the rest would be found and called damage."""
+    """A client sends the bytes of a frame as numbers, and the write is torn: without the salt the rest would be called damage.
+
+    Whether it knows what all are xor with, which is in a file that it cannot read, makes no difference.
+    """
     log = Log.create(tmp_path / "log", dim=8, base="b", segment=1, first=1)
     head = HEAD.pack(MARK, 0, 9)
     forged = head + CRC.pack(zlib.crc32(head)) + CRC.pack(zlib.crc32(b""))
-    vector = np.frombuffer(forged.ljust(32, b"\1"), "<f4")[None].astype(np.float32)
-    log.append(encode([Change(np.array([1]), vector)]))
+    for sent in (forged.ljust(32, b"\1"), log.header.masked(forged.ljust(32, b"\1"))):
+        vector = np.frombuffer(sent, "<f4")[None].astype(np.float32)
+        log.append(encode([Change(np.array([1]), vector)]))
     log.close()
     content = (tmp_path / "log").read_bytes()
     assert forged in content
     (tmp_path / "log").write_bytes(content[:-2])
-    assert read_log(tmp_path / "log", is_last=True).frames == []
+    assert len(read_log(tmp_path / "log", is_last=True).frames) == 1
 
 
 def test_foreign_files(tmp_path, path):

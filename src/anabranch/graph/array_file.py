@@ -53,8 +53,10 @@ def write_arrays(
     arrays: Mapping[str, np.ndarray],
     meta: Mapping[str, Any] | None = None,
     version: int = 1,
+    *,
+    mode: int | None = None,
 ) -> None:
-    """Write a file, all or nothing. ``meta`` is what JSON can hold.
+    """Write a file, all or nothing. ``meta`` is what JSON can hold, ``mode`` as of `atomic_file`.
 
     Raises InputError for arrays of objects or records, and as `atomic_file`.
     """
@@ -67,7 +69,7 @@ def write_arrays(
         offset += _padded(array.nbytes)
     header = json.dumps({"kind": kind, "version": version, "meta": dict(meta or {}), "arrays": entries}).encode()
     start = _padded(len(MAGIC) + 16 + len(header) + 4)
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path, mode=mode) as temporary, open(temporary, "wb") as file:
         file.write(MAGIC + np.array([len(header), start + offset], "<u8").tobytes() + header)
         file.write(np.array([zlib.crc32(header)], "<u4").tobytes())
         file.write(b"\0" * (start - file.tell()))

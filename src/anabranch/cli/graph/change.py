@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,20 +50,20 @@ def remove(
     Example: anabranch graph remove index.anb --rows 0,7 --compact
     """
     check_extra()
-    made, called = _opened(index, out, threads, quiet)
-    if names and rows is not None:
-        raise InputError("name elements, or give --rows, one of them")
-    if not names and rows is None and not compact:
-        raise InputError("nothing to take out; give names or --rows 0,7 (or --compact for what is deleted already)")
     import numpy as np
 
-    ids = element_ids(called, names) if names else numbers(rows) if rows is not None else np.empty(0, np.int64)
-    before = made.stats()
-    with waiting("taking out", quiet):
-        made.remove(ids)
-        if compact:
-            made.compact(num_threads=threads)
-    _save(made, called, index, out)
+    with _opened(index, out, threads, quiet) as (made, called):
+        if names and rows is not None:
+            raise InputError("name elements, or give --rows, one of them")
+        if not names and rows is None and not compact:
+            raise InputError("nothing to take out; give names or --rows 0,7 (or --compact for what is deleted already)")
+        ids = element_ids(called, names) if names else numbers(rows) if rows is not None else np.empty(0, np.int64)
+        before = made.stats()
+        with waiting("taking out", quiet):
+            made.remove(ids)
+            if compact:
+                made.compact(num_threads=threads)
+        _save(made, called, index, out)
     after = made.stats()
     facts = {
         "index": index, "removed": len(ids), "vectors": len(made), "deleted": after["deleted"],
@@ -97,15 +99,15 @@ def update(
     check_extra()
     from anabranch.cli.graph.vectors import read_vectors
 
-    made, called = _opened(index, out, threads, quiet, vectors)
-    found = read_vectors(vectors)
-    if found.array.shape[1] != made.dim:
-        raise InputError(f"{vectors} has vectors of {found.array.shape[1]} numbers, the index of {made.dim}")
-    ids, called = _ids(found.names, len(found.array), rows, made, called, vectors)
-    before = len(made)
-    with waiting("bringing in", quiet):
-        made.add(found.array, ids, update=True, repair=True, num_threads=threads)
-    _save(made, called, index, out)
+    with _opened(index, out, threads, quiet, vectors) as (made, called):
+        found = read_vectors(vectors)
+        if found.array.shape[1] != made.dim:
+            raise InputError(f"{vectors} has vectors of {found.array.shape[1]} numbers, the index of {made.dim}")
+        ids, called = _ids(found.names, len(found.array), rows, made, called, vectors)
+        before = len(made)
+        with waiting("bringing in", quiet):
+            made.add(found.array, ids, update=True, repair=True, num_threads=threads)
+        _save(made, called, index, out)
     new = len(made) - before
     facts = {
         "index": index, "new": new, "moved": len(found.array) - new, "vectors": len(made), "wrote": str(out or index),
@@ -118,17 +120,20 @@ def update(
     wrote(f"{out or index} ({size(facts['size_bytes'])})", f"anabranch graph search {out or index} --check")
 
 
-def _opened(index: str, out: Path | None, threads: int | None, quiet: bool, *read: str) -> tuple[HNSW, Names | None]:
-    """The index, with what a server changed, and its names; after a look at what would be written over."""
-    from anabranch.graph.live import check_unchanged, open_index
+@contextmanager
+def _opened(
+    index: str, out: Path | None, threads: int | None, quiet: bool, *read: str
+) -> Iterator[tuple[HNSW, Names | None]]:
+    """The index, with what a server changed, and its names. Until the end nobody else changes what is written over."""
+    from anabranch.graph.live import open_index, replacing
     from anabranch.graph.names import names_path, read_names
 
     if out is not None:
         check_apart([out, names_path(out)], [index, names_path(index), *read])
-    check_unchanged(out or index)
-    with waiting(f"reading {index}", quiet):
-        made = open_index(index, num_threads=threads)
-    return made, read_names(index, made.ids)
+    with replacing(out or index):
+        with waiting(f"reading {index}", quiet):
+            made = open_index(index, num_threads=threads)
+        yield made, read_names(index, made.ids)
 
 
 def _ids(

@@ -89,18 +89,19 @@ def index(
             files, {"alpha": alpha, "walks": walks, "seed": seed}, read_assignments(changes), out, quiet, as_json
         )
         return
-    from anabranch.graph.live import check_unchanged
+    from anabranch.graph.live import replacing
     from anabranch.graph.names import names_path
 
-    check_unchanged(Path(out))
     check_apart([Path(out), names_path(out)], [vectors, names])
-    if walks is not None:
-        given = {"alpha": alpha, "walks": walks, "seed": seed, "workers": threads}
-        _index_walks(vectors, Path(out), given, read_assignments(changes), quiet, as_json)
-        return
-    if changes:
-        raise InputError("--set is for --walks; an index of vectors has options of its own")
-    _index_vectors(vectors, Path(out), metric, links, ef_construction, dtype, names, threads, seed, quiet, as_json)
+    # From the start: at the end it would be too late to say that a server took changes of what is there.
+    with replacing(out):
+        if walks is not None:
+            given = {"alpha": alpha, "walks": walks, "seed": seed, "workers": threads}
+            _index_walks(vectors, Path(out), given, read_assignments(changes), quiet, as_json)
+            return
+        if changes:
+            raise InputError("--set is for --walks; an index of vectors has options of its own")
+        _index_vectors(vectors, Path(out), metric, links, ef_construction, dtype, names, threads, seed, quiet, as_json)
 
 
 def _index_vectors(

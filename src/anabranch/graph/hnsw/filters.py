@@ -44,6 +44,13 @@ class Filter:
         self._value = np.array(as_filter_value(value))
         self._on: WeakKeyDictionary[Slots, tuple[int, Prepared]] = WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What it is on indexes of this process is worked out again.
+        return {"_value": self._value}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._value, self._on = state["_value"], WeakKeyDictionary()
+
     def __repr__(self) -> str:
         if self._value.dtype == bool:
             return f"Filter(a mask of {int(self._value.sum()):,} of {len(self._value):,} ids)"

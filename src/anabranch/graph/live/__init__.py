@@ -20,7 +20,7 @@ from anabranch.extras import require
 
 require("graph", by=__name__)
 
-from anabranch.graph.live.folder import check_unchanged, live_folder, open_index
+from anabranch.graph.live.folder import check_unchanged, live_folder, open_index, replacing
 from anabranch.graph.live.index import LiveIndex, NoRoomError
 
-__all__ = ["LiveIndex", "NoRoomError", "check_unchanged", "live_folder", "open_index"]
+__all__ = ["LiveIndex", "NoRoomError", "check_unchanged", "live_folder", "open_index", "replacing"]

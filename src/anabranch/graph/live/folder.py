@@ -1,6 +1,9 @@
 """The files of an index that takes changes: which there are, who may write them, and what they hold together."""
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.files import explained
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw import HNSW, storage
-from anabranch.graph.live.log import Frame, Read, read_log
+from anabranch.graph.live.log import Change, Frame, Read, read_log
 from anabranch.graph.names import fingerprint
 
 try:
@@ -21,6 +24,8 @@ except ImportError:  # not on Windows
 
 SNAPSHOT = "snapshot.anb"
 LOCK = "lock"
+# Elements that are there already are moved so many at a time, so that each is missing for a short while only.
+MOVED = 64
 # To read a folder that a server changes meanwhile.
 TRIES = 5
 
@@ -57,13 +62,22 @@ def log_path(folder: Path, segment: int) -> Path:
 
 
 def segments(folder: Path) -> list[int]:
-    """Numbers of the logs there are, rising."""
-    found = (file.name.removeprefix("log-") for file in folder.glob("log-*"))
+    """Numbers of the logs there are, rising. Raises DataError where they may not be looked at."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return []
+        # Not as if there were none: what changed would be missing from answers.
+        raise DataError(f"cannot read {folder}: {(error.strerror or str(error)).lower()}") from error
+    found = (name.removeprefix("log-") for name in names if name.startswith("log-"))
     return sorted(int(number) for number in found if number.isascii() and number.isdigit())
 
 
-def find(path: Path, *, mmap: bool = False, num_threads: int | None = None) -> Found:
+def find(path: Path, *, mmap: bool = False, num_threads: int | None = None, verify: bool = False) -> Found:
     """What the index file and the folder beside it hold. Changes nothing.
+
+    Checksums of all arrays are looked at, but those of an index file that is mapped and has no changes: there ``verify`` says whether.
 
     Raises DataError for files that are missing, damaged, or do not belong together.
     """
@@ -75,7 +89,7 @@ def find(path: Path, *, mmap: bool = False, num_threads: int | None = None) -> F
             raise DataError(
                 f"{folder} holds a snapshot and no log, so what changed last is not known; bring the log back"
             )
-        return Found(HNSW.load(path, mmap=mmap, num_threads=num_threads), base, 0, {})
+        return Found(_load(path, mmap, num_threads, verify=verify or not mmap), base, 0, {})
     index, number, began_with = _index(path, folder, has_snapshot, mmap, num_threads)
     logs = {segment: read_log(log_path(folder, segment), is_last=segment == numbers[-1]) for segment in numbers}
     _check(folder, index, number, logs)
@@ -93,9 +107,10 @@ def _index(
 ) -> tuple[HNSW, int, str | None]:
     """The index that the logs change, the last change in it, and what it began with."""
     if not has_snapshot:
-        return HNSW.load(path, mmap=mmap, num_threads=num_threads), 0, None
+        return _load(path, mmap, num_threads), 0, None
     source = folder / SNAPSHOT
-    read = read_arrays(source, storage.KIND, versions=(storage.VERSION,), mmap=mmap)
+    # Also where it is mapped: the next snapshot would give what is damaged here a checksum that is right.
+    read = read_arrays(source, storage.KIND, versions=(storage.VERSION,), mmap=mmap, verify=True)
     about = read.meta.get("live")
     if (
         not isinstance(about, dict)
@@ -105,6 +120,12 @@ def _index(
         raise DataError(f"{source} is an index, but no snapshot of one that takes changes")
     index = HNSW._made(read.arrays, read.meta, mapped=mmap, source=str(source), num_threads=num_threads)
     return index, about["number"], about["base"]
+
+
+def _load(path: Path, mmap: bool, num_threads: int | None, *, verify: bool = True) -> HNSW:
+    """An index file."""
+    read = read_arrays(path, storage.KIND, versions=(storage.VERSION,), mmap=mmap, verify=verify)
+    return HNSW._made(read.arrays, read.meta, mapped=mmap, source=str(path), num_threads=num_threads)
 
 
 def _check(folder: Path, index: HNSW, number: int, logs: dict[int, Read]) -> None:
@@ -129,11 +150,32 @@ def _check(folder: Path, index: HNSW, number: int, logs: dict[int, Read]) -> Non
         )
 
 
+def apply(index: HNSW, change: Change, num_threads: int | None = None) -> np.ndarray:
+    """Make a change; which of its ids were there before, bool [N]."""
+    known = index.contains(change.ids)
+    if change.vectors is None:
+        index.remove(change.ids[known])
+        return known
+    if not known.all():
+        index.add(change.vectors[~known], change.ids[~known], num_threads=num_threads)
+    there = np.flatnonzero(known)
+    for begin in range(0, len(there), MOVED):
+        rows = there[begin : begin + MOVED]
+        index.remove(change.ids[rows])
+        index.add(change.vectors[rows], change.ids[rows], num_threads=num_threads)
+    return known
+
+
 def replay(index: HNSW, frames: list[Frame], num_threads: int | None = None) -> int:
     """Make changes: of each id the last one counts. Returns how many elements came, moved or went."""
     changes = [change for frame in frames for change in frame.changes if len(change.ids)]
     if not changes:
         return 0
+    if index.metric == "l2" and index.dtype != "f32" and not index.rerank:
+        # Rows are kept as they lie about the mean of those that came first, or first after all had gone: it must be what it was.
+        for change in changes:
+            apply(index, change, num_threads)
+        return len(np.unique(np.concatenate([change.ids for change in changes])))
     id_N = np.concatenate([change.ids for change in changes])
     owner_N = np.repeat(np.arange(len(changes)), [len(change.ids) for change in changes])
     row_N = np.concatenate([np.arange(len(change.ids)) for change in changes])
@@ -157,7 +199,7 @@ def replay(index: HNSW, frames: list[Frame], num_threads: int | None = None) -> 
 def write_snapshot(folder: Path, state: dict[str, Any], base: str, number: int) -> None:
     """Put a snapshot in the place of the one before. ``state`` is that of a pickled index. Raises as `atomic_file`."""
     meta = {**state["meta"], "live": {"base": base, "number": number}}
-    write_arrays(folder / SNAPSHOT, storage.KIND, state["arrays"], meta, storage.VERSION)
+    write_arrays(folder / SNAPSHOT, storage.KIND, state["arrays"], meta, storage.VERSION, mode=0o600)
 
 
 def open_index(path: str | Path, *, mmap: bool = False, num_threads: int | None = None) -> HNSW:
@@ -188,11 +230,35 @@ def check_unchanged(path: str | Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[None]:
+    """Around reading an index and writing it, or another one in its place: no process takes changes of it meanwhile, which would be lost.
+
+    Nothing is left beside the index, nor made where its folder is not there yet.
+
+    Raises InputError as `check_unchanged`, DataError while another process takes changes or writes it, and as `explained`.
+    """
+    folder = live_folder(path)
+    check_unchanged(path)
+    if not folder.parent.is_dir():
+        # Nobody can have opened it.
+        yield
+        return
+    lock = FolderLock(folder)
+    try:
+        # Now that nothing can come any more.
+        check_unchanged(path)
+        yield
+    finally:
+        lock.release(clean=True)
+
+
 def _make(folder: Path) -> None:
     """A folder that is still there after a loss of power: its name is in the folder around it, which is brought to the disk too."""
     if folder.is_dir():
         return
-    folder.mkdir(exist_ok=True)
+    # As its files: of its owner alone, whoever may read the index.
+    folder.mkdir(0o700, exist_ok=True)
     handle = os.open(folder.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -205,21 +271,48 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         """Take it. Raises DataError if another has it, and as `explained`."""
-        path = folder / LOCK
+        self._folder = folder
+        self._handle: int | None = None
+        for _ in range(TRIES):
+            if self._take(folder / LOCK):
+                return
+        raise self._refusal()
+
+    def _take(self, path: Path) -> bool:
+        """Whether the file that was locked is still the one that others find: who held it may have removed it (`release`)."""
         with explained(path):
-            _make(folder)
-            self._handle: int | None = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            try:
+                _make(self._folder)
+                self._handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            except FileNotFoundError:
+                if self._folder.parent.is_dir():
+                    return False
+                raise
         try:
             if fcntl is not None:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.release()
-            raise DataError(
-                f"{folder} is written by another process; an index takes changes from one at a time"
-            ) from None
+            raise self._refusal() from None
+        try:
+            if os.path.samestat(os.fstat(self._handle), os.stat(path)):
+                return True
+        except FileNotFoundError:
+            pass
+        self.release()
+        return False
 
-    def release(self) -> None:
-        """Give it back."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+    def _refusal(self) -> DataError:
+        return DataError(f"{self._folder} is written by another process; an index takes changes from one at a time")
+
+    def release(self, *, clean: bool = False) -> None:
+        """Give it back. With ``clean`` nothing is left of a folder that holds nothing else."""
+        if self._handle is None:
+            return
+        # Windows keeps open files; then the folder stays, empty but for this.
+        with contextlib.suppress(OSError):
+            if clean and os.listdir(self._folder) == [LOCK]:
+                (self._folder / LOCK).unlink()
+                self._folder.rmdir()
+        os.close(self._handle)
+        self._handle = None

@@ -17,9 +17,11 @@ from anabranch.errors import AnabranchError, CapacityError, DataError, InputErro
 from anabranch.graph.hnsw import HNSW
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors
 from anabranch.graph.interrupts import Interrupts
+from anabranch.graph.live import log as log_module
 from anabranch.graph.live.folder import (
     SNAPSHOT,
     FolderLock,
+    apply,
     find,
     live_folder,
     log_path,
@@ -27,7 +29,7 @@ from anabranch.graph.live.folder import (
     segments,
     write_snapshot,
 )
-from anabranch.graph.live.log import Change, Log, encode
+from anabranch.graph.live.log import Change, Log, check_size, encode, payload_bytes
 from anabranch.graph.names import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,6 @@ FSYNC = ("always", "never")
 SNAPSHOT_BYTES = 64 << 20
 # Of one write to the disk; a change that is larger goes alone.
 GROUP_BYTES = 16 << 20
-# Elements that are there already are moved so many at a time, so that each is missing for a short while only.
-MOVED = 64
 
 
 class NoRoomError(InputError):
@@ -155,7 +155,8 @@ class LiveIndex:
         folder = live_folder(path)
         held = FolderLock(folder) if segments(folder) else None
         try:
-            found = find(path, mmap=mmap, num_threads=num_threads)
+            # The first snapshot would give what is damaged a checksum that is right.
+            found = find(path, mmap=mmap, num_threads=num_threads, verify=True)
             live = cls(path, found.index, found.base, fsync=fsync, snapshot_bytes=snapshot_bytes, most=most)
             live._lock = held
             if found.logs:
@@ -220,6 +221,13 @@ class LiveIndex:
         """Whether the index file is still the one that it began with. Raises DataError if there is none."""
         return fingerprint(self.path) == self.base
 
+    def is_current(self) -> bool:
+        """Whether files say what is here: no other process took changes since they were read, or replaced the index file.
+
+        Raises DataError as `is_of_this_file`.
+        """
+        return self.is_of_this_file() and (self.has_changes or not segments(self._folder))
+
     # Changing
 
     def upsert(self, ids: Any, vectors: Any) -> tuple[int, np.ndarray]:
@@ -233,7 +241,8 @@ class LiveIndex:
             The number of the write, and which of the ids were there before, bool [N].
 
         Raises:
-            InputError: as `HNSW.add`; NoRoomError where the index would hold more than ``most``. Nothing changes.
+            InputError: as `HNSW.add`, and for more than 2 GiB at once; NoRoomError where the index would hold more than ``most``. Nothing
+                changes.
             CapacityError: no room on the disk or in memory. Nothing changes.
             DataError: the log cannot be written, or this is closed. Whether the change is there is known when it is opened again.
         """
@@ -248,7 +257,7 @@ class LiveIndex:
             The number of the write, and which of the ids were there, bool [N].
 
         Raises:
-            InputError: ids that are none, or the same one twice.
+            InputError: ids that are none, or the same one twice; more than 2 GiB of them.
             CapacityError: as `upsert`, as are others.
             DataError: as `upsert`.
         """
@@ -258,6 +267,7 @@ class LiveIndex:
         if not len(change.ids):
             return self._number, np.empty(0, bool)
         self._check_process()
+        check_size(change)
         mine = _Waiting(change)
         # An interrupt waits: in between lies what is in the log and not in the index.
         with Interrupts():
@@ -314,8 +324,8 @@ class LiveIndex:
     def _next_group(self) -> list[_Waiting]:
         size, count = 0, 0
         for one in self._waiting:
-            size += one.change.ids.nbytes + (0 if one.change.vectors is None else one.change.vectors.nbytes)
-            if count and size > GROUP_BYTES:
+            size += payload_bytes(one.change)
+            if count and size > min(GROUP_BYTES, log_module.MOST_PAYLOAD):
                 break
             count += 1
         group, self._waiting = self._waiting[:count], self._waiting[count:]
@@ -367,10 +377,18 @@ class LiveIndex:
 
     def _begin_log(self) -> Log:
         if self._log is None:
-            self._lock = self._lock or FolderLock(self._folder)
-            if segments(self._folder) or not self.is_of_this_file():
-                raise DataError(f"{self.path} was changed by another process since it was read; read it again")
-            self._log = Log.create(log_path(self._folder, 1), dim=self.index.dim, base=self.base, segment=1, first=1)
+            lock = FolderLock(self._folder)
+            try:
+                if not self.is_current():
+                    raise DataError(f"{self.path} was changed by another process since it was read; read it again")
+                self._log = Log.create(
+                    log_path(self._folder, 1), dim=self.index.dim, base=self.base, segment=1, first=1
+                )
+            except BaseException:
+                # Others may write what this one may not.
+                lock.release(clean=True)
+                raise
+            self._lock = lock
             self._begin_flushing()
         return self._log
 
@@ -381,19 +399,11 @@ class LiveIndex:
         self.counts.sync_s += time.perf_counter() - begun
 
     def _apply(self, change: Change) -> np.ndarray:
-        known = self.index.contains(change.ids)
+        known = apply(self.index, change)
         if change.vectors is None:
-            self.index.remove(change.ids[known])
             self.counts.deleted += int(known.sum())
-            return known
-        if not known.all():
-            self.index.add(change.vectors[~known], change.ids[~known])
-        there = np.flatnonzero(known)
-        for begin in range(0, len(there), MOVED):
-            rows = there[begin : begin + MOVED]
-            self.index.remove(change.ids[rows])
-            self.index.add(change.vectors[rows], change.ids[rows])
-        self.counts.upserted += len(change.ids)
+        else:
+            self.counts.upserted += len(change.ids)
         return known
 
     # In the background

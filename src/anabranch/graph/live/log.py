@@ -2,21 +2,26 @@
 
     magic     8 bytes, b"ANABLOG1"
     length    uint32, bytes of the header
-    header    JSON: ``dim``, ``base`` (which index it changes), ``segment`` (its number), ``first`` (number of its first frame), ``salt``
+    header    JSON: ``dim``, ``base`` (which index it changes), ``segment`` (its number), ``first`` (number of its first frame), ``salt``;
+              spaces behind it, so that frames begin at a multiple of 512 bytes
     crc       uint32, CRC-32 of length and header
     frames    one after the other
 
 A frame is what one write to the disk brings: the changes of one or more requests.
 
     head      mark (4 bytes), length of the payload (uint32), number (uint64, one more than that of the frame before), their CRC-32
-    payload   changes: kind (uint32), count (uint32), ids int64 [count], and for an upsert float32 [count, dim]; little-endian
-    crc       uint32, CRC-32 of the payload
+    payload   changes: kind (uint32), count (uint32), ids int64 [count], and for an upsert float32 [count, dim]; little-endian. All of it
+              xor the salt, again and again
+    crc       uint32, CRC-32 of the payload as it is in the file
+    padding   0 to 15 bytes b"\xa7": a frame has at least 16 bytes in each piece of the disk (512 bytes) where it has any
 
 Checksums begin with the header's salt, so that no client can send numbers that look like a frame.
 
 When a process or the power ends in the middle of a write, the last frame is torn: it ends before its length says, or has pieces of the
-disk (512 bytes) that were never written, which are zeros. Such a tail is cut off: nobody was told that it was there. Whatever else is
-wrong, a byte that changed in a frame or one that is missing in between, is damage, and an error that says where.
+disk that were never written, which are zeros. Such a tail is cut off: nobody was told that it was there. Whatever else is wrong, a byte
+that changed in a frame or one that is missing in between, is damage, and an error that says where. So that the two are never taken for
+each other, no piece of a frame that was written is zeros, whatever vectors hold: that is what salt and padding are for. What cannot be
+told from a torn tail is a disk that later gives zeros for a whole piece of the last frame, or a file that something cut short.
 """
 # Shapes: N ids, D dimension
 
@@ -24,6 +29,7 @@ import json
 import os
 import secrets
 import struct
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +38,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from anabranch.errors import CapacityError, DataError
+from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.files import atomic_file, explained, is_full, parse_json
 
 MAGIC = b"ANABLOG1"
@@ -43,9 +49,12 @@ ITEM = struct.Struct("<II")
 HEAD_BYTES = HEAD.size + CRC.size
 # What a disk writes whole or not at all.
 SECTOR = 512
+# Fewer bytes may be zeros by chance, or after one of them changed.
+LEAST_PIECE = 16
+PAD = b"\xa7"
 UPSERT, DELETE = 1, 2
 MOST_HEADER = 1 << 16
-# Frames are read into memory whole.
+# Frames are read into memory whole. Nothing larger is written.
 MOST_PAYLOAD = 1 << 31
 
 
@@ -79,6 +88,16 @@ class Header:
         """What checksums begin with."""
         return zlib.crc32(bytes.fromhex(self.salt))
 
+    def masked(self, payload: bytes) -> bytes:
+        """A payload as it is in the file, or one that is there as it was."""
+        mask = np.frombuffer(bytes.fromhex(self.salt), np.uint8)
+        # Long rows for long payloads.
+        mask = np.tile(mask, max(1, min(256, -(-len(payload) // len(mask)))))
+        content = np.zeros((-(-len(payload) // len(mask)), len(mask)), np.uint8)
+        content.reshape(-1)[: len(payload)] = np.frombuffer(payload, np.uint8)
+        content ^= mask
+        return content.reshape(-1)[: len(payload)].tobytes()
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -97,6 +116,28 @@ class Read:
     frames: list[Frame]
     size: int
     torn: int
+
+
+def payload_bytes(change: Change) -> int:
+    """Bytes of a change in a payload."""
+    return ITEM.size + 8 * len(change.ids) + (0 if change.vectors is None else 4 * change.vectors.size)
+
+
+def check_size(change: Change) -> None:
+    """Raise InputError for a change that no frame can hold."""
+    size = payload_bytes(change)
+    if size > MOST_PAYLOAD:
+        raise InputError(
+            f"the change of {len(change.ids):,} elements has {size:,} bytes, and one may have {MOST_PAYLOAD:,}; send fewer at once"
+        )
+
+
+def padding(end: int) -> int:
+    """How many bytes come behind a frame whose checksum ends there."""
+    beyond = end % SECTOR
+    if 0 < beyond < LEAST_PIECE:
+        return LEAST_PIECE - beyond
+    return SECTOR - beyond if beyond > SECTOR - LEAST_PIECE else 0
 
 
 def encode(changes: Sequence[Change]) -> bytes:
@@ -144,6 +185,8 @@ class Log:
         self.path, self.header, self.size, self.number = path, header, size, number
         self.failure: str | None = None
         self.is_dirty = False
+        # Who finds nothing to bring to the disk must know that another has brought it, not only begun to.
+        self._syncing = threading.Lock()
         with explained(path):
             self._handle: int | None = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
 
@@ -152,6 +195,7 @@ class Log:
         """Begin a file, which is there whole or not at all. Raises as `anabranch.files.atomic_file`."""
         header = Header(dim, base, segment, first, secrets.token_hex(16))
         text = json.dumps(header.__dict__).encode()
+        text += b" " * (-(len(MAGIC) + 2 * CRC.size + len(text)) % SECTOR)
         start = CRC.pack(len(text)) + text
         with atomic_file(path, mode=0o600) as temporary:
             temporary.write_bytes(MAGIC + start + CRC.pack(zlib.crc32(start)))
@@ -173,11 +217,21 @@ class Log:
         """Write a frame; its number. It need not be on the disk yet (`sync`).
 
         Raises CapacityError or DataError where it cannot be written: then it is not there, or ``failure`` says that nothing can be written.
+        One that is larger than what is read again is not written.
         """
         self.check()
         assert self._handle is not None
-        seed, head = self.header.seed(), HEAD.pack(MARK, len(payload), self.number + 1)
-        frame = b"".join((head, CRC.pack(zlib.crc32(head, seed)), payload, CRC.pack(zlib.crc32(payload, seed))))
+        if len(payload) > MOST_PAYLOAD:
+            raise CapacityError(
+                f"a write of {len(payload):,} bytes is too large for {self.path}: at most {MOST_PAYLOAD:,}"
+            )
+        seed, head, payload = (
+            self.header.seed(),
+            HEAD.pack(MARK, len(payload), self.number + 1),
+            self.header.masked(payload),
+        )
+        pad = PAD * padding(self.size + HEAD_BYTES + len(payload) + CRC.size)
+        frame = b"".join((head, CRC.pack(zlib.crc32(head, seed)), payload, CRC.pack(zlib.crc32(payload, seed)), pad))
         done, left = self.size, memoryview(frame)
         try:
             while left:
@@ -203,15 +257,16 @@ class Log:
         Raises DataError or CapacityError if it cannot be brought there. What the system then holds of the file is not known, so nothing
         is written any more.
         """
-        self.check()
-        if not self.is_dirty or self._handle is None:
-            return
-        self.is_dirty = False
-        try:
-            getattr(os, "fdatasync", os.fsync)(self._handle)
-        except OSError as error:
-            self.failure = f"{self.path} could not be brought to the disk ({error.strerror})"
-            raise _told(self.path, error) from error
+        with self._syncing:
+            self.check()
+            if not self.is_dirty or self._handle is None:
+                return
+            self.is_dirty = False
+            try:
+                getattr(os, "fdatasync", os.fsync)(self._handle)
+            except OSError as error:
+                self.failure = f"{self.path} could not be brought to the disk ({error.strerror})"
+                raise _told(self.path, error) from error
 
     def check(self) -> None:
         """Raise DataError if nothing can be written any more."""
@@ -220,9 +275,10 @@ class Log:
 
     def close(self) -> None:
         """Let go of the file; what was written stays."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        with self._syncing:
+            if self._handle is not None:
+                os.close(self._handle)
+                self._handle = None
 
 
 def _told(path: Path, error: OSError) -> CapacityError | DataError:
@@ -255,7 +311,7 @@ def read_log(path: Path, *, is_last: bool) -> Read:
                 f"{path} is damaged at byte {place:,}, in change {number:,}: what it holds is not what was written; bring a copy of "
                 f"the folder back, or cut the file there (truncate -s {place}), which loses that change and all behind it"
             )
-        end = place + HEAD_BYTES + len(payload) + CRC.size
+        end, payload = _end(place, len(payload)), header.masked(payload)
         try:
             frames.append(Frame(number, decode(payload, header.dim), end))
         except (ValueError, struct.error) as error:
@@ -282,7 +338,7 @@ def _read_header(path: Path, content: bytes) -> tuple[Header, int]:
         found: Any = parse_json(content[start + CRC.size : end])
         header = Header(**found)
         header.seed()
-        if not (header.dim > 0 and header.segment > 0 and header.first > 0):
+        if not (header.dim > 0 and header.segment > 0 and header.first > 0 and header.salt):
             raise ValueError(f"{found}")
     except (TypeError, ValueError) as error:
         raise DataError(f"{path} has a header that this release cannot read: {error}") from error
@@ -300,17 +356,24 @@ def _head(content: bytes, place: int, seed: int) -> tuple[int, int] | None:
     return length, number
 
 
+def _end(place: int, length: int) -> int:
+    """Where a frame with a payload of this length ends that begins at a place."""
+    end = place + HEAD_BYTES + length + CRC.size
+    return end + padding(end)
+
+
 def _frame(content: bytes, place: int, number: int, seed: int) -> bytes | None:
-    """The payload of a whole frame of this number at a place; None where there is none."""
+    """The payload of a whole frame of this number at a place, as it is in the file; None where there is none."""
     found = _head(content, place, seed)
     if found is None or found[1] != number:
         return None
     begin = place + HEAD_BYTES
-    end = begin + found[0]
-    if end + CRC.size > len(content):
+    end, behind = begin + found[0], _end(place, found[0])
+    if behind > len(content):
         return None
-    payload = content[begin:end]
-    return payload if zlib.crc32(payload, seed) == CRC.unpack_from(content, end)[0] else None
+    payload, pad = content[begin:end], content[end + CRC.size : behind]
+    is_whole = zlib.crc32(payload, seed) == CRC.unpack_from(content, end)[0] and pad == PAD * len(pad)
+    return payload if is_whole else None
 
 
 def _is_torn(content: bytes, place: int, number: int, seed: int) -> bool:
@@ -325,12 +388,16 @@ def _is_torn(content: bytes, place: int, number: int, seed: int) -> bool:
     found = _head(content, place, seed)
     if found is not None and found[1] != number:
         return False
-    if found is not None and place + HEAD_BYTES + found[0] + CRC.size > len(content):
-        return True
-    begin = place
-    while begin < len(content):
-        end = min(begin - begin % SECTOR + SECTOR, len(content))
-        if not any(content[begin:end]):
+    # A head that is not whole lies in a piece that is missing; what else is missing says nothing about it.
+    end = place + HEAD_BYTES if found is None else _end(place, found[0])
+    return end > len(content) or _has_missing(content, place, end)
+
+
+def _has_missing(content: bytes, begin: int, end: int) -> bool:
+    """Whether one of the pieces of the disk that a part of the file lies in was never written."""
+    while begin < end:
+        behind = min(begin - begin % SECTOR + SECTOR, len(content))
+        if not any(content[begin:behind]):
             return True
-        begin = end
+        begin = behind
     return False

@@ -28,6 +28,10 @@ def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
     # An element finds itself, and that is left out.
     k = wanted.k + (own is not None)
     ids, distances = index.search(query, k, wanted.ef, filter, num_threads=1)
+    if not np.isfinite(distances[ids >= 0]).all():
+        # Vectors and queries are such that distances are (`MAX_LENGTH`).
+        message = "the index holds numbers that nobody gave it: its file is damaged; bring a copy of it back"
+        raise RequestError(500, "damaged_index", message)
     results = []
     for row, (id_K, distance_K) in enumerate(zip(ids, distances, strict=True)):
         kept = id_K >= 0

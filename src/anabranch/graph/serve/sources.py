@@ -163,6 +163,8 @@ class Sources:
             return
         if old is not None and not old.retire():
             raise DataError(_taken(old))
+        if old is not None:
+            old.close()
         self._live = live
 
     def _load(self, generation: int, opened: ExitStack) -> Loaded:
@@ -207,11 +209,11 @@ class Sources:
         return Vectors(index, names, about, live, why)
 
     def _live_of(self, path: Path, opened: ExitStack) -> "LiveIndex":
-        """What takes changes of a file: the one that does already, unless the file was replaced."""
+        """What takes changes of a file: the one that does already, unless the file was replaced or another process took changes."""
         from anabranch.graph.live import LiveIndex
 
         assert self.writes is not None
-        if self._live is not None and self._live.path == path and self._live.is_of_this_file():
+        if self._live is not None and self._live.path == path and self._live.is_current():
             return self._live
         if self._live is not None and self._live.has_changes:
             raise DataError(_taken(self._live))
