@@ -312,7 +312,9 @@ def test_changes_that_a_server_took_are_read_and_not_written_over(facts, here, p
     assert 7 not in HNSW.load(place / "merged.anb")
 
 
-@pytest.mark.parametrize("line", ["remove w.anb 1", "update w.anb v.npy --rows 0-299", "index v.npy --out w.anb"])
+@pytest.mark.parametrize(
+    "line", ["remove w.anb 1", "update w.anb v.npy --rows 300-599", "index v.npy --out w.anb --m 8"]
+)
 def test_a_server_takes_no_changes_of_an_index_while_it_is_written_over(facts, here, place, monkeypatch, line):
     """What came between the first look and the end would be lost; so would what another of these commands writes."""
     from anabranch.graph.live import LiveIndex
