@@ -47,7 +47,7 @@ PUBLIC = {
     "anabranch.graph": """
         FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk TypedGraph as_graph load_dataset read_graph write_graph
     """,
-    "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index",
+    "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config

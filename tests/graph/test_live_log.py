@@ -136,7 +136,7 @@ def test_pieces_that_the_disk_never_wrote_are_a_torn_tail(path):
         read_log(path, is_last=True)
 
 
-@pytest.mark.parametrize("before", [0, *range(8, SECTOR, 64)])
+@pytest.mark.parametrize("before", [0, 200, 408, 424, 472, 488])
 def test_zeros_that_were_written_are_not_pieces_that_are_missing(tmp_path, before):
     """Whatever a frame holds and wherever it lies, a byte of it that changed is damage, though all its vectors are zeros."""
     path = tmp_path / "log"
@@ -144,7 +144,7 @@ def test_zeros_that_were_written_are_not_pieces_that_are_missing(tmp_path, befor
     if before:
         log.append(encode([gone(*range(1, before // 8 + 1))]))
     begin = log.size
-    log.append(encode([Change(np.arange(64), np.zeros((64, 1), np.float32)), gone(0)]))
+    log.append(encode([Change(np.arange(1, 301), np.zeros((300, 1), np.float32)), gone(0)]))
     log.close()
     content, last = path.read_bytes(), len(read_log(path, is_last=True).frames)
     assert begin % SECTOR == 0 or LEAST_PIECE <= begin % SECTOR <= SECTOR - LEAST_PIECE

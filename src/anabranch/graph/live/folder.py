@@ -284,7 +284,8 @@ class FolderLock:
             try:
                 _make(self._folder)
                 self._handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):
+                # Who held it removed the folder just now.
                 if self._folder.parent.is_dir():
                     return False
                 raise
