@@ -410,11 +410,11 @@ def test_without_leave_to_keep_prompts_nothing_of_them_is_stored(tmp_path, domai
 
     async def main():
         async with Gateway(made) as gateway:
-            await ask(gateway, "list the secrets")
+            await ask(gateway, "list the jewels")
             await gateway.kept.save(gateway.runtime.decider.lanes.values(), at_once=True)
 
     asyncio.run(main())
-    assert not any(b"secrets" in file.read_bytes() for file in tmp_path.iterdir())
+    assert not any(b"jewels" in file.read_bytes() for file in tmp_path.iterdir())
 
 
 def test_a_reload_that_would_store_texts_without_leave_is_refused(tmp_path):

@@ -62,10 +62,13 @@ def test_a_hostile_key_gets_its_rate_once_and_goes_on_where_redis_does_not(pair)
 
     # An answer that one has kept the other gives.
     calm = keyed_as(one.url, "calm")
-    first = ask(one.url, "the same", key=calm, headers={"x-cache": "allow"})
-    until = time.monotonic() + 20
-    while (second := ask(two.url, "the same", key=calm, headers={"x-cache": "allow"}))[2]["x-cache"] != "exact":
-        assert time.monotonic() < until
+    for number in range(40):
+        # It is kept there beside the answer; whoever asks before that asks the model.
+        first = ask(one.url, f"the same {number}", key=calm, headers={"x-cache": "allow"})
+        time.sleep(0.02 * number)
+        second = ask(two.url, f"the same {number}", key=calm, headers={"x-cache": "allow"})
+        if second[2]["x-cache"] == "exact":
+            break
     assert (first[2]["x-cache"], second[1]) == ("miss", first[1])
     assert "anabranch_shared_up 1.0" in metrics(two.url)
 

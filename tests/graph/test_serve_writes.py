@@ -300,7 +300,7 @@ def test_an_element_that_goes_while_it_is_looked_up_is_unknown_all_the_same(clie
     assert answer.json()["error"]["field"] == "ids[1]"
 
 
-def test_a_number_that_json_has_not_is_null(client, monkeypatch):
+def test_a_distance_that_is_no_number_is_told_as_damage(client, monkeypatch):
     real = HNSW.search
 
     def search(self, *args, **options):
@@ -310,10 +310,7 @@ def test_a_number_that_json_has_not_is_null(client, monkeypatch):
 
     monkeypatch.setattr(HNSW, "search", search)
     answer = client.post("/search", json={"vectors": GOOD, "k": 2})
-    assert answer.status_code == 200
-    first, second = answer.json()["results"][0]["distances"]
-    assert first is None
-    assert second > 0
+    assert error_of(answer)[:2] == (500, "damaged_index")
 
 
 def test_zero_has_no_direction(tmp_path):

@@ -94,10 +94,12 @@ def test_a_rate_is_corrected_by_what_was_used_and_not_by_what_may_have_been():
         state.record, state.tpm = KeyRecord(id="k"), tpm
         state.report = Report(attempts=list(attempts))
         ending.correct_rate(state)
-        return state.count.tokens
+        return state.id, state.count.tokens
 
-    prompt = run(work, attempt(usage=Usage(10, 5, 0)), attempt(usage=Usage(900, 900, 0), is_guess=True, seen=2))
-    assert corrected == [("k", 15 + prompt + 2 - prompt, 100)]
+    request, prompt = run(
+        work, attempt(usage=Usage(10, 5, 0)), attempt(usage=Usage(900, 900, 0), is_guess=True, seen=2)
+    )
+    assert corrected == [("k", request, 15 + prompt + 2 - prompt, 100)]
     run(work)
     run(work, attempt(), tpm=None)
     assert len(corrected) == 1
