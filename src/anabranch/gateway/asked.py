@@ -16,9 +16,20 @@ Json = Mapping[str, Any]
 # Tools that cost no more than their tokens: they run at the sender's, or are billed by tokens alone. Beginnings of their types, which carry
 # dates.
 FREE_TOOLS = (
-    "function", "custom", "bash", "text_editor", "str_replace_based_edit", "computer", "memory", "mcp", "tool_search", "local_shell",
-    "shell", "apply_patch", "namespace",
-)  # fmt: skip
+    "function",
+    "custom",
+    "bash",
+    "text_editor",
+    "str_replace_based_edit",
+    "computer",
+    "memory",
+    "mcp",
+    "tool_search",
+    "local_shell",
+    "shell",
+    "apply_patch",
+    "namespace",
+)
 
 # Tokens that one use of a tool brings into the prompt at most, by the beginning of its type: ten results of a search, of a usual page each;
 # and a long paper, unless the tool says how much (`max_content_tokens`). Anthropic, "Web search tool", "Web fetch tool".
@@ -29,11 +40,19 @@ COMPACTION = "context_management"
 
 # Fields of providers that choose another model, another price, or searches, and of which no price list speaks.
 OTHERS: Mapping[str, str] = {
-    "models": "other models to answer", "route": "a way to choose models", "fallbacks": "other models to answer",
-    "provider": "who serves the model", "plugins": "plugins", "search_parameters": "searches", "search_settings": "searches",
-    "enable_search": "searches", "search_type": "a kind of search", "inference_geo": "where the model runs",
-    "compound_custom": "other models to answer", COMPACTION: "a summary of the prompt, which is billed beside the answer",
-}  # fmt: skip
+    "models": "other models to answer",
+    "route": "a way to choose models",
+    "fallbacks": "other models to answer",
+    "provider": "who serves the model",
+    "plugins": "plugins",
+    "search_parameters": "searches",
+    "search_settings": "searches",
+    "enable_search": "searches",
+    "search_type": "a kind of search",
+    "inference_geo": "where the model runs",
+    "compound_custom": "other models to answer",
+    COMPACTION: "a summary of the prompt, which is billed beside the answer",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +108,21 @@ class Asked:
         """
         prompt = count.at_most + (pages := self._pages(count.at_most, completion, context))
         return Usage(
-            prompt, completion, 0, True, tier=self.tier, searches=self.searches or None, audio_input=min(count.audio, prompt),
-            image_input=min(count.images, prompt), audio_output=completion if self.audio_output else 0,
-            image_output=completion if self.image_output else 0, cache_write=prompt if self.ttl == "5m" else 0,
-            cache_write_1h=prompt if self.ttl == "1h" else 0, calls=self.calls if self.calls > 1 else None, pages=pages,
-        )  # fmt: skip
+            prompt,
+            completion,
+            0,
+            True,
+            tier=self.tier,
+            searches=self.searches or None,
+            audio_input=min(count.audio, prompt),
+            image_input=min(count.images, prompt),
+            audio_output=completion if self.audio_output else 0,
+            image_output=completion if self.image_output else 0,
+            cache_write=prompt if self.ttl == "5m" else 0,
+            cache_write_1h=prompt if self.ttl == "1h" else 0,
+            calls=self.calls if self.calls > 1 else None,
+            pages=pages,
+        )
 
     def _pages(self, prompt: int, completion: int, context: int | None) -> int:
         """Prompt tokens beside the sender's: after each use the model reads all again, with what was found and said so far."""

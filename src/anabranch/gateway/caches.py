@@ -44,7 +44,7 @@ class Caches:
         if config.semantic and embedder is not None:
             self.semantic = SemanticCache(
                 threshold=config.threshold, ttl_s=config.ttl_s, size=config.max_entries, size_bytes=config.max_bytes
-            )  # fmt: skip
+            )
         self.flights: SingleFlight[Entry] = SingleFlight()
         self._embedder = embedder
 

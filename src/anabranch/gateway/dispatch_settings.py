@@ -18,17 +18,32 @@ def rules_of(config: GatewayConfig) -> DispatchRules:
     """How attempts follow one another."""
     retries, breaker, hedge = config.retries, config.breaker, config.hedge or HedgeConfig()
     return DispatchRules(
-        retries=retries.attempts - 1, backoff_s=retries.base_s, max_backoff_s=retries.cap_s, extra=retries.budget,
+        retries=retries.attempts - 1,
+        backoff_s=retries.base_s,
+        max_backoff_s=retries.cap_s,
+        extra=retries.budget,
         min_extra=retries.least if retries.budget else 0,
-        window_s=retries.window_s, hedge=config.hedge is not None, hedge_quantile=hedge.quantile,
-        hedge_min_s=hedge.min_s, hedge_samples=hedge.samples, mid_stream=config.mid_stream,
-        read_on_s=config.lost.read_on_s, read_on=config.lost.read_on, margin_s=config.lost.margin_s,
+        window_s=retries.window_s,
+        hedge=config.hedge is not None,
+        hedge_quantile=hedge.quantile,
+        hedge_min_s=hedge.min_s,
+        hedge_samples=hedge.samples,
+        mid_stream=config.mid_stream,
+        read_on_s=config.lost.read_on_s,
+        read_on=config.lost.read_on,
+        margin_s=config.lost.margin_s,
         bytes_per_token=config.lost.bytes_per_token,
         breaker=BreakerRules(
-            failures=breaker.failures, rate=breaker.rate, window_s=breaker.window_s, open_s=breaker.open_s,
-            max_open_s=breaker.max_open_s, probes=breaker.probes, successes=breaker.successes, senders=breaker.senders,
+            failures=breaker.failures,
+            rate=breaker.rate,
+            window_s=breaker.window_s,
+            open_s=breaker.open_s,
+            max_open_s=breaker.max_open_s,
+            probes=breaker.probes,
+            successes=breaker.successes,
+            senders=breaker.senders,
         ),
-    )  # fmt: skip
+    )
 
 
 def _group(model: ModelConfig, config: GatewayConfig) -> Group:
@@ -36,9 +51,14 @@ def _group(model: ModelConfig, config: GatewayConfig) -> Group:
         _deployment(model, at, model.deadline_s or config.deadline_s) for at in range(len(model.deployments))
     )
     return Group(
-        name=model.name, deployments=deployments, price=model_price(model) or Price(), context=model.context, parameters=model.parameters,
-        description=model.description, balance=model.balance or config.balance,
-    )  # fmt: skip
+        name=model.name,
+        deployments=deployments,
+        price=model_price(model) or Price(),
+        context=model.context,
+        parameters=model.parameters,
+        description=model.description,
+        balance=model.balance or config.balance,
+    )
 
 
 def _deployment(model: ModelConfig, at: int, deadline_s: float) -> Deployment:

@@ -268,9 +268,11 @@ def made_of(name: str, strategy: Strategy, embedder: Embedder | None) -> str:
     try:
         arrays, facts = strategy.state()
         about = {
-            "kind": strategy.name, "facts": facts, "config": None if strategy.config is None else to_dict(strategy.config),
+            "kind": strategy.name,
+            "facts": facts,
+            "config": None if strategy.config is None else to_dict(strategy.config),
             "embedder": None if embedder is None else to_dict(embedder.config),
-        }  # fmt: skip
+        }
         return digest_of({name: np.asarray(value) for name, value in arrays.items()}, json.dumps(about, sort_keys=True))
     except Exception as error:
         logger.warning("what strategy %s learns cannot be kept: %s: %s", name, type(error).__name__, error)

@@ -26,10 +26,20 @@ BUCKET_S, BUCKETS = 10, 360
 # Codes of refusals. A label takes no other text: who writes it would fill the memory.
 REFUSALS = frozenset(
     {
-        "failed", "insufficient_quota", "invalid_api_key", "invalid_http", "invalid_json", "invalid_value", "model_not_allowed",
-        "model_not_found", "overloaded", "rate_limit_exceeded", "too_many", "unsupported",
+        "failed",
+        "insufficient_quota",
+        "invalid_api_key",
+        "invalid_http",
+        "invalid_json",
+        "invalid_value",
+        "model_not_allowed",
+        "model_not_found",
+        "overloaded",
+        "rate_limit_exceeded",
+        "too_many",
+        "unsupported",
     }
-)  # fmt: skip
+)
 
 
 @dataclass(slots=True)

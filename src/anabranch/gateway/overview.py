@@ -116,17 +116,28 @@ class Overview:
         requests = list(totals(metrics.requests))
         cache = {labels["result"]: int(value) for labels, value in totals(metrics.cache)}
         return Snapshot(
-            now_s=now_s, uptime_s=now_s - sources.began_s, version=__version__,
+            now_s=now_s,
+            uptime_s=now_s - sources.began_s,
+            version=__version__,
             requests=int(sum(value for _, value in requests)),
             errors=int(sum(value for labels, value in requests if _is_error(labels["status"]))),
-            in_flight=sources.in_flight(), hits={name: count for name, count in cache.items() if name != "miss"},
-            misses=cache.get("miss", 0), bypassed=int(sum(value for _, value in totals(metrics.bypassed))), spend=self._spend,
-            latency=_buckets(metrics.latency), ttft=_buckets(metrics.ttft), overhead=_buckets(metrics.overhead),
-            timeline=tuple(metrics.history), deployments=self._deployments(), points=self._points(),
-            calibration=self._calibration, recent=tuple(reversed(sources.recent))[:SHOWN],
-            has_tests=bool(config.ab), refused=int(sum(value for _, value in totals(metrics.refused))),
+            in_flight=sources.in_flight(),
+            hits={name: count for name, count in cache.items() if name != "miss"},
+            misses=cache.get("miss", 0),
+            bypassed=int(sum(value for _, value in totals(metrics.bypassed))),
+            spend=self._spend,
+            latency=_buckets(metrics.latency),
+            ttft=_buckets(metrics.ttft),
+            overhead=_buckets(metrics.overhead),
+            timeline=tuple(metrics.history),
+            deployments=self._deployments(),
+            points=self._points(),
+            calibration=self._calibration,
+            recent=tuple(reversed(sources.recent))[:SHOWN],
+            has_tests=bool(config.ab),
+            refused=int(sum(value for _, value in totals(metrics.refused))),
             keeps_texts=config.log.prompts,
-        )  # fmt: skip
+        )
 
     async def _read(self) -> dict[str, list[Spend]]:
         store, since_s = self._sources.store(), time.time() - SPEND_S
@@ -148,12 +159,16 @@ class Overview:
             counted[1] += 0 if labels["outcome"] in ("ok", "cancelled", "rejected") else int(value)
         return tuple(
             DeploymentFact(
-                name=state["deployment"], model=state["model"], state=state["breaker"], in_flight=state["in_flight"],
-                requests=calls.get(state["deployment"], [0, 0])[0], failures=calls.get(state["deployment"], [0, 0])[1],
+                name=state["deployment"],
+                model=state["model"],
+                state=state["breaker"],
+                in_flight=state["in_flight"],
+                requests=calls.get(state["deployment"], [0, 0])[0],
+                failures=calls.get(state["deployment"], [0, 0])[1],
                 latency_s=state["latency_s"],
             )
             for state in self._sources.states()
-        )  # fmt: skip
+        )
 
     def _points(self) -> tuple[Point, ...]:
         points = []

@@ -108,12 +108,19 @@ def _scored(row: "LedgerRow", decision: dict[str, Any], texts: dict[str, Any], b
     helpers = texts.get("asked_nano")
     cost_nano = row.cost_nano - helpers if isinstance(helpers, int) else row.cost_nano
     return {
-        "query": _text(told.get("query")), "task": _text(told.get("task")), "answer": _text(told.get("answer")), "score": row.quality,
-        "model": chosen if by_choice and was_asked else row.model, "chosen": chosen if by_choice else row.model,
+        "query": _text(told.get("query")),
+        "task": _text(told.get("task")),
+        "answer": _text(told.get("answer")),
+        "score": row.quality,
+        "model": chosen if by_choice and was_asked else row.model,
+        "chosen": chosen if by_choice else row.model,
         "probability": _chance(told.get("probability")) if by_choice or chosen == row.model else None,
-        "cost_nano": max(0, cost_nano), "prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens,
-        "latency_us": row.latency_us, "is_conversation": "messages" in texts,
-    }  # fmt: skip
+        "cost_nano": max(0, cost_nano),
+        "prompt_tokens": row.prompt_tokens,
+        "completion_tokens": row.completion_tokens,
+        "latency_us": row.latency_us,
+        "is_conversation": "messages" in texts,
+    }
 
 
 def _is_programs(row: "LedgerRow") -> bool:
@@ -175,21 +182,25 @@ def _row(row: Mapping[str, Any]) -> Row:
     model = row["model"]
     cost, latency = row.get("cost_nano"), row.get("latency_us")
     values: dict[str, Any] = {
-        "score": float(row["score"]), "cost": None if cost is None else dollars(cost),
-        "prompt": row.get("prompt_tokens"), "completion": row.get("completion_tokens"),
+        "score": float(row["score"]),
+        "cost": None if cost is None else dollars(cost),
+        "prompt": row.get("prompt_tokens"),
+        "completion": row.get("completion_tokens"),
         "latency": None if latency is None else latency / 1e6,
-    }  # fmt: skip
+    }
     chance, chosen = row.get("probability"), row.get("chosen", model)
     known: dict[str, dict[str, float | None]] = {
         part: {model: value} for part, value in values.items() if value is not None
     }
     known["score"].setdefault(chosen, None)
     return Row(
-        row["query"], row.get("task"), known,
+        row["query"],
+        row.get("task"),
+        known,
         answers={model: row["answer"]} if row.get("answer") else {},
         signals={} if chance is None else {"probability": {chosen: float(chance)}},
         is_conversation=bool(row.get("is_conversation")),
-    )  # fmt: skip
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -61,15 +61,26 @@ def made_outcomes(num_rows: int = 160, *, seed: int = 0) -> Recorded:
     ]
     said = ("I am not sure", "yes")
     return Recorded(
-        query=tuple(texts), models=MODELS, score_NM=score_NM, cost_NM=tokens_NM2.sum(2) * np.array(PRICES) / 1e6, task=task,
-        tokens_NM2=tokens_NM2, latency_NM=0.5 + rng.random(chance_NM.shape) * [1, 2, 4, 2], vector_ND=vector_ND,
-        answers=tuple({name: f"{name} says {said[int(right)]}" for name, right in zip(MODELS, row, strict=True)} for row in score_NM),
+        query=tuple(texts),
+        models=MODELS,
+        score_NM=score_NM,
+        cost_NM=tokens_NM2.sum(2) * np.array(PRICES) / 1e6,
+        task=task,
+        tokens_NM2=tokens_NM2,
+        latency_NM=0.5 + rng.random(chance_NM.shape) * [1, 2, 4, 2],
+        vector_ND=vector_ND,
+        answers=tuple(
+            {name: f"{name} says {said[int(right)]}" for name, right in zip(MODELS, row, strict=True)}
+            for row in score_NM
+        ),
         signals={
-            "logprob": -0.8 + 0.5 * score_NM + noise_NM, "entropy": 0.8 - 0.5 * score_NM - noise_NM, "quantile": -1.5 + score_NM + noise_NM,
+            "logprob": -0.8 + 0.5 * score_NM + noise_NM,
+            "entropy": 0.8 - 0.5 * score_NM - noise_NM,
+            "quantile": -1.5 + score_NM + noise_NM,
             "votes": np.clip(np.round((0.3 + 0.4 * score_NM + noise_NM) * 8), 0, 8) / 8,
             "agreement": np.clip(np.round((0.4 + 0.5 * score_NM + noise_NM) * 3), 1, 3) / 3,
         },
-    )  # fmt: skip
+    )
 
 
 def made_pool(names: tuple[str, ...] = MODELS, **changes: Any) -> Pool:
@@ -413,7 +424,7 @@ class _Checks:
             "no rows": data.take([]),
             "no scores": dataclasses.replace(data, score_NM=np.full(data.score_NM.shape, np.nan)),
             "no vectors": dataclasses.replace(data, vector_ND=None),
-        }  # fmt: skip
+        }
         for case, odd in cases.items():
             try:
                 fitted = self.fit(odd)

@@ -74,9 +74,13 @@ class FittedRouter:
         arrays, facts = self.strategy.state()
         tensors = {f"strategy.{name}": np.array(value, order="C") for name, value in arrays.items()}
         content: dict[str, Any] = {
-            "version": VERSION, "config": to_dict(self.strategy.config), "facts": facts,
-            "models": [_model_to_dict(model) for model in self.models], "about": self.about, "embedder": None,
-        }  # fmt: skip
+            "version": VERSION,
+            "config": to_dict(self.strategy.config),
+            "facts": facts,
+            "models": [_model_to_dict(model) for model in self.models],
+            "about": self.about,
+            "embedder": None,
+        }
         if self.embedder is not None:
             learned, embedder_facts = self.embedder.state()
             tensors |= {f"embedder.{name}": np.array(value, order="C") for name, value in learned.items()}

@@ -179,9 +179,12 @@ class Price(Config):
         picture = price.input if price.image_input is None else price.image_input
         cached = price.input if price.cached_input is None else price.cached_input
         inputs = [
-            (tokens.audio_input, sound), (tokens.image_input, picture), (tokens.cache_write_1h, written_1h),
-            (tokens.cache_write, written), (tokens.cached, cached),
-        ]  # fmt: skip
+            (tokens.audio_input, sound),
+            (tokens.image_input, picture),
+            (tokens.cache_write_1h, written_1h),
+            (tokens.cache_write, written),
+            (tokens.cached, cached),
+        ]
         outputs = [
             (tokens.audio_output, price.output if price.audio_output is None else price.audio_output),
             (tokens.image_output, price.output if price.image_output is None else price.image_output),
@@ -211,8 +214,16 @@ INHERITED = ("audio_input", "audio_output", "image_input", "image_output", "web_
 PARTS = ("cached", "cache_write", "cache_write_1h", "audio_input", "image_input", "audio_output", "image_output")
 _parts_of = attrgetter(*PARTS)
 TOKEN_RATES = (
-    "input", "output", "cached_input", "cache_write", "cache_write_1h", "audio_input", "audio_output", "image_input", "image_output",
-)  # fmt: skip
+    "input",
+    "output",
+    "cached_input",
+    "cache_write",
+    "cache_write_1h",
+    "audio_input",
+    "audio_output",
+    "image_input",
+    "image_output",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,9 +42,12 @@ def keep_recommendation(folder: str | Path, verdict: Verdict) -> None:
     """
     assert verdict.recommended is not None
     content = {
-        "version": VERSION, "recommended": asdict(verdict.recommended), "questions": verdict.questions,
-        "best_single": verdict.best_single, "sentences": verdict.sentences(),
-    }  # fmt: skip
+        "version": VERSION,
+        "recommended": asdict(verdict.recommended),
+        "questions": verdict.questions,
+        "best_single": verdict.best_single,
+        "sentences": verdict.sentences(),
+    }
     atomic_write_json(Path(folder) / RECOMMENDED, content)
 
 

@@ -18,8 +18,19 @@ from anabranch.web.json_text import to_json
 from anabranch.web.sse import event
 
 _HERE = frozenset(
-    {"input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "reasoning", "include", "truncation", "prompt"}
-)  # fmt: skip
+    {
+        "input",
+        "instructions",
+        "max_output_tokens",
+        "text",
+        "tools",
+        "tool_choice",
+        "reasoning",
+        "include",
+        "truncation",
+        "prompt",
+    }
+)
 _STATE = ("previous_response_id", "conversation", "background", "prompt")
 _ROLES = ("system", "developer", "user", "assistant")
 _TEXT = (lambda value: isinstance(value, str), "text")
@@ -27,16 +38,29 @@ _TEXT = (lambda value: isinstance(value, str), "text")
 _ITEMS: dict[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
     "message": (("role", lambda value: value in _ROLES, f"one of {', '.join(_ROLES)}"),),
     "function_call": (
-        ("name", *_TEXT), ("arguments", lambda value: value is None or isinstance(value, str), "JSON as text"),
+        ("name", *_TEXT),
+        ("arguments", lambda value: value is None or isinstance(value, str), "JSON as text"),
     ),
-    "function_call_output": (("call_id", *_TEXT), ("output", lambda value: isinstance(value, str | list), "text or a list of parts")),
-}  # fmt: skip
+    "function_call_output": (
+        ("call_id", *_TEXT),
+        ("output", lambda value: isinstance(value, str | list), "text or a list of parts"),
+    ),
+}
 # Events of a part, by what it is.
 _TEXTS = {"text": "output_text", "refusal": "refusal", "reasoning": "reasoning_text"}
 _SHOWN: dict[str, Any] = {
-    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "temperature": 1.0,
-    "tool_choice": "auto", "tools": [], "top_p": 1.0, "truncation": "disabled", "user": None, "store": False,
-}  # fmt: skip
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "temperature": 1.0,
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+    "store": False,
+}
 
 
 def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str, Any]:
@@ -267,9 +291,12 @@ class ResponseStream:
         call["status"] = "completed"
         at = self._at(call)
         yield self._event(
-            "response.function_call_arguments.done", item_id=call["id"], output_index=at, name=call["name"],
+            "response.function_call_arguments.done",
+            item_id=call["id"],
+            output_index=at,
+            name=call["name"],
             arguments=call["arguments"],
-        )  # fmt: skip
+        )
         yield self._event("response.output_item.done", output_index=at, item=call)
 
     def _at(self, item: dict[str, Any]) -> int:
@@ -434,10 +461,20 @@ def _response(body: dict[str, Any], model: str | None, created: int | None) -> d
     shown = {name: default if body.get(name) is None else body[name] for name, default in _SHOWN.items()}
     reasoning = {"effort": _table(body, "reasoning").get("effort"), "summary": None}
     return {
-        "id": _new("resp"), "object": "response", "created_at": created or int(time.time()), "status": "in_progress", "error": None,
-        "incomplete_details": None, "model": model or body.get("model"), "output": [], "previous_response_id": None,
-        "reasoning": reasoning, "text": body.get("text") or {"format": {"type": "text"}}, "usage": None, **shown,
-    }  # fmt: skip
+        "id": _new("resp"),
+        "object": "response",
+        "created_at": created or int(time.time()),
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "model": model or body.get("model"),
+        "output": [],
+        "previous_response_id": None,
+        "reasoning": reasoning,
+        "text": body.get("text") or {"format": {"type": "text"}},
+        "usage": None,
+        **shown,
+    }
 
 
 def _finished(
@@ -460,9 +497,12 @@ def _usage(usage: dict[str, Any] | None) -> dict[str, Any] | None:
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
     return {
-        "input_tokens": prompt, "input_tokens_details": {"cached_tokens": cached}, "output_tokens": completion,
-        "output_tokens_details": {"reasoning_tokens": reasoning}, "total_tokens": prompt + completion,
-    }  # fmt: skip
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": cached},
+        "output_tokens": completion,
+        "output_tokens_details": {"reasoning_tokens": reasoning},
+        "total_tokens": prompt + completion,
+    }
 
 
 def _part(kind: str, text: str) -> dict[str, Any]:
@@ -490,8 +530,13 @@ def _image_item(kind: str, data: str) -> dict[str, Any]:
 
 def _call_item(id: str, call_id: Any, name: Any, arguments: str, status: str = "completed") -> dict[str, Any]:
     return {
-        "id": id, "type": "function_call", "call_id": call_id or id, "name": name or "", "arguments": arguments, "status": status
-    }  # fmt: skip
+        "id": id,
+        "type": "function_call",
+        "call_id": call_id or id,
+        "name": name or "",
+        "arguments": arguments,
+        "status": status,
+    }
 
 
 def _listed(body: dict[str, Any], name: str) -> list[Any]:

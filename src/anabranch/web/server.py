@@ -104,9 +104,19 @@ class Server(web.Server):
     def __call__(self) -> RequestHandler:
         """A new connection."""
         connection = Connection(
-            self, self._refuse, self._header_timeout_s, self._places, loop=self._loop, access_log=None, keepalive_timeout=KEEP_ALIVE_S,
-            max_line_size=HEADER_BYTES, max_field_size=HEADER_BYTES, max_headers=NUM_HEADERS, auto_decompress=False, lingering_time=0.5,
-        )  # fmt: skip
+            self,
+            self._refuse,
+            self._header_timeout_s,
+            self._places,
+            loop=self._loop,
+            access_log=None,
+            keepalive_timeout=KEEP_ALIVE_S,
+            max_line_size=HEADER_BYTES,
+            max_field_size=HEADER_BYTES,
+            max_headers=NUM_HEADERS,
+            auto_decompress=False,
+            lingering_time=0.5,
+        )
         return connection
 
 

@@ -36,9 +36,13 @@ class Arm:
     def to_dict(self) -> dict[str, Any]:
         """For the decision in the store, with all that a result is reckoned from."""
         return {
-            "test": self.test, "arm": self.side, "probability": self.probability, "unit": self.unit,
-            "version": version_of(self.test, self.config), "config": _told(self.config),
-        }  # fmt: skip
+            "test": self.test,
+            "arm": self.side,
+            "probability": self.probability,
+            "unit": self.unit,
+            "version": version_of(self.test, self.config),
+            "config": _told(self.config),
+        }
 
 
 @lru_cache(maxsize=256)

@@ -132,10 +132,19 @@ def result_of(name: str, config: ABConfig, rows: Sequence[ArmRow]) -> ABResult:
     found = two_means(value_T, is_b_T, config.alpha) if len(values) else None
     arms = {side: _arm(side, config, counted, value_T[is_b_T == (side == "b")]) for side in ("a", "b")}
     return ABResult(
-        name=name, metric=config.metric, unit=config.unit, share=config.share, answers=config.answers, alpha=config.alpha, **arms,
-        found=(found.better if found else None) or "not resolved", p=found.p if found else 1.0, at=found.at if found else 0,
-        most=config.most_usd or 1.0, uncounted=len(rows) - len(counted),
-    )  # fmt: skip
+        name=name,
+        metric=config.metric,
+        unit=config.unit,
+        share=config.share,
+        answers=config.answers,
+        alpha=config.alpha,
+        **arms,
+        found=(found.better if found else None) or "not resolved",
+        p=found.p if found else 1.0,
+        at=found.at if found else 0,
+        most=config.most_usd or 1.0,
+        uncounted=len(rows) - len(counted),
+    )
 
 
 def _is_of(row: ArmRow, name: str, version: str) -> bool:
@@ -179,6 +188,12 @@ def _arm(side: str, config: ABConfig, rows: Sequence[ArmRow], value_T: np.ndarra
         low, high = most * (1 - high), most * (1 - low)
         mean = None if mean is None else most * (1 - mean)
     return ArmResult(
-        strategy=config.a if side == "a" else config.b, requests=len(mine), units=len(value_T), waiting=seen - len(value_T),
-        cost_usd=dollars(sum(row.cost_nano for row in mine)) / len(mine) if mine else None, mean=mean, low=low, high=high,
-    )  # fmt: skip
+        strategy=config.a if side == "a" else config.b,
+        requests=len(mine),
+        units=len(value_T),
+        waiting=seen - len(value_T),
+        cost_usd=dollars(sum(row.cost_nano for row in mine)) / len(mine) if mine else None,
+        mean=mean,
+        low=low,
+        high=high,
+    )

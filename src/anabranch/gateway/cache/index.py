@@ -90,7 +90,5 @@ class GraphIndex:
             return []
         id_1K, distance_1K = self._graph.search(vector_D[None], k, max(k, self._ef))
         return [
-            (int(id), 1.0 - float(distance))
-            for id, distance in zip(id_1K[0], distance_1K[0], strict=True)
-            if id >= 0
-        ]  # fmt: skip
+            (int(id), 1.0 - float(distance)) for id, distance in zip(id_1K[0], distance_1K[0], strict=True) if id >= 0
+        ]

@@ -268,12 +268,17 @@ class Collector:
                 self._note_unreadable(heard)
             return None
         return {
-            "query": origin.query, "task": origin.task, "scores": scores, "cost": {model: one.cost for model, one in answers_of.items()},
+            "query": origin.query,
+            "task": origin.task,
+            "scores": scores,
+            "cost": {model: one.cost for model, one in answers_of.items()},
             "tokens": {model: list(one.tokens) for model, one in answers_of.items()},
             "latency": {model: one.latency_s for model, one in answers_of.items()},
-            "answers": {model: one.text for model, one in answers_of.items()}, "judge": self.judge.name, "request_id": origin.request_id,
+            "answers": {model: one.text for model, one in answers_of.items()},
+            "judge": self.judge.name,
+            "request_id": origin.request_id,
             **({} if origin.is_plain else {"messages": origin.messages}),
-        }  # fmt: skip
+        }
 
     def _note_unreadable(self, heard: Sequence[str]) -> None:
         """Keep the first judgement of a question that could not be read: the end, where it should be."""

@@ -68,11 +68,12 @@ def identity(messages: Messages) -> str:
             return question(text)
     parts = [
         (
-            one.get("role"), normal_form(said) if isinstance(said := one.get("content"), str) else repr(said),
+            one.get("role"),
+            normal_form(said) if isinstance(said := one.get("content"), str) else repr(said),
             *sorted((name, repr(value)) for name, value in one.items() if name not in ("role", "content")),
         )
         for one in messages
-    ]  # fmt: skip
+    ]
     return f"\n{parts!r}"
 
 
@@ -129,8 +130,15 @@ def _origin(row: LedgerRow, texts: Mapping[str, Any]) -> Origin | None:
         return None
     assert isinstance(query, str)
     return Origin(
-        row.request_id, row.ts_us, query, task if isinstance(task, str) else None, messages, row.key_id, row.model, _said(row, texts)
-    )  # fmt: skip
+        request_id=row.request_id,
+        asked_us=row.ts_us,
+        query=query,
+        task=task if isinstance(task, str) else None,
+        messages=messages,
+        key_id=row.key_id,
+        model=row.model,
+        said=_said(row, texts),
+    )
 
 
 def _said(row: LedgerRow, texts: Mapping[str, Any]) -> Said | None:

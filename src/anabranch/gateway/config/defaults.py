@@ -38,12 +38,18 @@ def default_config() -> GatewayConfig:
     """
     models = [
         {
-            "name": name, "price": {"input": price_in, "output": price_out}, "context": 128_000, "max_tokens": 4096,
-            "parameters": parameters, "description": description,
-            "deployments": [{"provider": {"kind": "mock", "model": name, "latency_s": latency_s, "tokens_per_s": speed}}],
+            "name": name,
+            "price": {"input": price_in, "output": price_out},
+            "context": 128_000,
+            "max_tokens": 4096,
+            "parameters": parameters,
+            "description": description,
+            "deployments": [
+                {"provider": {"kind": "mock", "model": name, "latency_s": latency_s, "tokens_per_s": speed}}
+            ],
         }
         for name, price_in, price_out, parameters, description, latency_s, speed in _MODELS
-    ]  # fmt: skip
+    ]
     config: dict[str, Any] = {
         "models": models,
         "strategies": {name: {"use": name} for name in _STRATEGIES},

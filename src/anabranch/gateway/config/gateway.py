@@ -178,12 +178,15 @@ class GatewayConfig(Config):
         return Pool(
             tuple(
                 Model(
-                    name=one.name, price=model_price(one) or Price(), parameters=one.parameters, description=one.description,
+                    name=one.name,
+                    price=model_price(one) or Price(),
+                    parameters=one.parameters,
+                    description=one.description,
                     context=one.context,
                 )
                 for one in self.models
             )
-        )  # fmt: skip
+        )
 
 
 def _by_name(config: GatewayConfig) -> dict[str, ModelConfig]:

@@ -36,13 +36,33 @@ COSTS = {
     "input_cost_per_image_token": "image_input",
     "output_cost_per_image_token": "image_output",
 }
-_PARAMS = frozenset((
-    "model", "api_base", "base_url", "api_key", "rpm", "tpm", "weight", "timeout", "stream_timeout", "max_parallel_requests",
-    "custom_llm_provider", *COSTS,
-))  # fmt: skip
-_INFO = frozenset((
-    "id", "mode", "base_model", "max_input_tokens", "max_output_tokens", "max_tokens", *COSTS,
-))  # fmt: skip
+_PARAMS = frozenset(
+    {
+        "model",
+        "api_base",
+        "base_url",
+        "api_key",
+        "rpm",
+        "tpm",
+        "weight",
+        "timeout",
+        "stream_timeout",
+        "max_parallel_requests",
+        "custom_llm_provider",
+        *COSTS,
+    }
+)
+_INFO = frozenset(
+    {
+        "id",
+        "mode",
+        "base_model",
+        "max_input_tokens",
+        "max_output_tokens",
+        "max_tokens",
+        *COSTS,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +207,13 @@ class _Import:
     def _deployment(self, params: Table, field: str) -> Table:
         made: Table = {}
         for theirs, ours, kind in (
-            ("rpm", "rpm", int), ("tpm", "tpm", int), ("max_parallel_requests", "max_in_flight", int), ("weight", "weight", float),
-            ("timeout", "timeout_s", float), ("stream_timeout", "first_token_timeout_s", float),
-        ):  # fmt: skip
+            ("rpm", "rpm", int),
+            ("tpm", "tpm", int),
+            ("max_parallel_requests", "max_in_flight", int),
+            ("weight", "weight", float),
+            ("timeout", "timeout_s", float),
+            ("stream_timeout", "first_token_timeout_s", float),
+        ):
             value = self._number(params.get(theirs), f"{field}.{theirs}")
             if value is not None:
                 made[ours] = kind(value)

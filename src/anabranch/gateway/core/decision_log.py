@@ -38,10 +38,15 @@ def explained(decided: Decided, attempts: Sequence[Attempt], arm: Arm | None = N
     of_test = {} if arm is None else {"ab": arm.to_dict()}
     return {
         **of_test,
-        "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence, "candidates": _candidates(decision),
-        "details": dict(decision.details), "bypassed": decided.bypassed, "probability": decision.probability,
+        "strategy": decision.strategy,
+        "reason": decision.reason,
+        "confidence": decision.confidence,
+        "candidates": _candidates(decision),
+        "details": dict(decision.details),
+        "bypassed": decided.bypassed,
+        "probability": decision.probability,
         "asked": list(dict.fromkeys(attempt.model for attempt in attempts)),
-    }  # fmt: skip
+    }
 
 
 def texts_of(state: "RequestState") -> dict[str, Any]:
@@ -100,13 +105,18 @@ def collected_of(state: "RequestState", row: LedgerRow) -> CollectedRow | None:
     if state.collecting is None or row.status != "ok" or state.answer_text is None:
         return None
     body = {
-        "answer": clean(state.answer_text, LONGEST_TEXT), "finish_reason": state.finish_reason, "cost_nano": row.cost_nano,
-        "tokens": [row.prompt_tokens, row.completion_tokens], "latency_us": row.latency_us, "request_id": row.request_id,
-    }  # fmt: skip
+        "answer": clean(state.answer_text, LONGEST_TEXT),
+        "finish_reason": state.finish_reason,
+        "cost_nano": row.cost_nano,
+        "tokens": [row.prompt_tokens, row.completion_tokens],
+        "latency_us": row.latency_us,
+        "request_id": row.request_id,
+    }
     return CollectedRow(state.collecting.key, state.collecting.asked_us, body)
 
 
 def _candidates(decision: Decision) -> list[dict[str, Any]]:
     return [
-        {"model": one.model, "score": one.score, "quality": one.quality, "cost": one.cost} for one in decision.candidates
-    ]  # fmt: skip
+        {"model": one.model, "score": one.score, "quality": one.quality, "cost": one.cost}
+        for one in decision.candidates
+    ]

@@ -16,8 +16,13 @@ def refusal_of(error: BaseException) -> ApiError | None:
     if isinstance(error, UpstreamError):
         told = error.to_dict()["error"]
         return ApiError(
-            error.status, told["code"], told["message"], type=told["type"], param=told["param"], headers=_retry_after(error)
-        )  # fmt: skip
+            error.status,
+            told["code"],
+            told["message"],
+            type=told["type"],
+            param=told["param"],
+            headers=_retry_after(error),
+        )
     if isinstance(error, BudgetError):
         return limited(error)
     if isinstance(error, CapacityError):

@@ -44,12 +44,21 @@ def finished(
     of_calls = copied([attempt for call in calls for attempt in call.report.attempts])
     first_s = None if row.first_token_us is None or not state.body.get("stream") else row.first_token_us / 1e6
     return Finished(
-        row=row, calls=tuple(call_rows(state)), attempts=copied(report.attempts),
-        asked_attempts=of_calls, time_s=state.time_s, endpoint=state.shown_as,
-        key="" if state.record is None else state.record.name or state.record.id, http_status=http_status, first_s=first_s,
-        prompt_tokens=row.prompt_tokens or state.count.tokens, cached_model="" if state.hit is None else state.hit.model,
-        decided=state.decided, outcome=outcome, trace=state.trace,
-    )  # fmt: skip
+        row=row,
+        calls=tuple(call_rows(state)),
+        attempts=copied(report.attempts),
+        asked_attempts=of_calls,
+        time_s=state.time_s,
+        endpoint=state.shown_as,
+        key="" if state.record is None else state.record.name or state.record.id,
+        http_status=http_status,
+        first_s=first_s,
+        prompt_tokens=row.prompt_tokens or state.count.tokens,
+        cached_model="" if state.hit is None else state.hit.model,
+        decided=state.decided,
+        outcome=outcome,
+        trace=state.trace,
+    )
 
 
 def row_of(state: "RequestState", report: Report, latency_s: float, status: str, code: str, cache: str) -> LedgerRow:
@@ -58,13 +67,31 @@ def row_of(state: "RequestState", report: Report, latency_s: float, status: str,
     decided = state.decided
     candidates = () if decided is None else tuple(one.model for one in decided.decision.candidates)
     return LedgerRow(
-        request_id=state.id, key_id=state.tenant, user=state.user, team="" if state.record is None else state.record.team,
-        tags=state.tags, requested=state.label, strategy=state.strategy, candidates=candidates,
-        model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
-        completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated, price=price, cost_nano=report.cost,
-        latency_us=round(latency_s * 1e6), first_token_us=_first_token_us(state, report),
-        overhead_us=round(overhead_s(state, report) * 1e6), status=status, code=code, cache=cache, flags=_flags(state, report),
-    )  # fmt: skip
+        request_id=state.id,
+        key_id=state.tenant,
+        user=state.user,
+        team="" if state.record is None else state.record.team,
+        tags=state.tags,
+        requested=state.label,
+        strategy=state.strategy,
+        candidates=candidates,
+        model=report.model or "",
+        deployment=report.deployment or "",
+        attempts=len(report.attempts),
+        prompt_tokens=usage.prompt,
+        completion_tokens=usage.completion,
+        cached_tokens=usage.cached,
+        is_estimated=usage.is_estimated,
+        price=price,
+        cost_nano=report.cost,
+        latency_us=round(latency_s * 1e6),
+        first_token_us=_first_token_us(state, report),
+        overhead_us=round(overhead_s(state, report) * 1e6),
+        status=status,
+        code=code,
+        cache=cache,
+        flags=_flags(state, report),
+    )
 
 
 def priced(state: "RequestState", row: LedgerRow) -> LedgerRow:
@@ -92,10 +119,24 @@ def call_rows(state: "RequestState") -> list[LedgerRow]:
 def _call_row(state: "RequestState", call: ModelCall) -> LedgerRow:
     report, usage = call.report, call.report.usage
     return LedgerRow(
-        request_id=call.id, parent_id=state.id, purpose=call.purpose, requested=call.model, strategy=state.strategy,
-        candidates=(call.model,), model=report.model or "", deployment=report.deployment or "", attempts=len(report.attempts),
-        prompt_tokens=usage.prompt, completion_tokens=usage.completion, cached_tokens=usage.cached,
-        is_estimated=usage.is_estimated, price=state.runtime.dispatcher.price_of(call.model, report.deployment), cost_nano=report.cost,
-        reserved_nano=call.held_nano, latency_us=round(call.latency_s * 1e6), status=call.status, code=call.code,
+        request_id=call.id,
+        parent_id=state.id,
+        purpose=call.purpose,
+        requested=call.model,
+        strategy=state.strategy,
+        candidates=(call.model,),
+        model=report.model or "",
+        deployment=report.deployment or "",
+        attempts=len(report.attempts),
+        prompt_tokens=usage.prompt,
+        completion_tokens=usage.completion,
+        cached_tokens=usage.cached,
+        is_estimated=usage.is_estimated,
+        price=state.runtime.dispatcher.price_of(call.model, report.deployment),
+        cost_nano=report.cost,
+        reserved_nano=call.held_nano,
+        latency_us=round(call.latency_s * 1e6),
+        status=call.status,
+        code=call.code,
         flags=("hedged",) if any(attempt.is_hedge for attempt in report.attempts) else (),
-    )  # fmt: skip
+    )

@@ -344,9 +344,14 @@ def answered(model: str, answer: Answer, report: Report, latency_s: float) -> An
         raise garbage("an answer without choices")
     usage = report.usage
     return Answered(
-        model=model, choices=found, prompt_tokens=usage.prompt, completion_tokens=usage.completion,
-        cached_tokens=usage.cached, cost=dollars(report.cost), latency_s=latency_s,
-    )  # fmt: skip
+        model=model,
+        choices=found,
+        prompt_tokens=usage.prompt,
+        completion_tokens=usage.completion,
+        cached_tokens=usage.cached,
+        cost=dollars(report.cost),
+        latency_s=latency_s,
+    )
 
 
 async def check_priced(runtime: "Runtime", purse: Purse, model: str, asked: Asked) -> None:

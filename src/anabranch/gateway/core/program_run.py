@@ -107,9 +107,12 @@ class ProgramRun:
             choice["logprobs"] = self._done.logprobs
         usage = self._usage()
         body = {
-            **self._head, "object": "chat.completion", "model": self.report.model or "", "choices": [choice],
+            **self._head,
+            "object": "chat.completion",
+            "model": self.report.model or "",
+            "choices": [choice],
             "usage": usage.to_openai(),
-        }  # fmt: skip
+        }
         answer = Answer(body, None, usage)
         answer.report = self.report
         return answer

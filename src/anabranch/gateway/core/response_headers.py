@@ -16,9 +16,12 @@ def headers_of(state: "RequestState", report: Report) -> dict[str, str]:
         (live.model, live.deployment) if report.model is None and live else (report.model, report.deployment)
     )
     found = {
-        "x-request-id": state.id, "x-route-model": model or "", "x-route-deployment": deployment or "",
-        "x-route-attempts": str(len(report.attempts)), "x-overhead-ms": f"{overhead_s(state, report) * 1e3:.3f}",
-    }  # fmt: skip
+        "x-request-id": state.id,
+        "x-route-model": model or "",
+        "x-route-deployment": deployment or "",
+        "x-route-attempts": str(len(report.attempts)),
+        "x-overhead-ms": f"{overhead_s(state, report) * 1e3:.3f}",
+    }
     if state.strategy and decided is not None:
         found["x-route-strategy"] = state.strategy
         found["x-route-reason"] = decided.decision.reason[:200]
@@ -59,6 +62,6 @@ def overhead_s(state: "RequestState", report: Report) -> float:
 
 def safe(value: str) -> str:
     """As a header may hold it: printable ASCII in one line."""
-    return value if value.isascii() and value.isprintable() else "".join(
-        sign if sign.isascii() and sign.isprintable() else "?" for sign in value
-    )  # fmt: skip
+    if value.isascii() and value.isprintable():
+        return value
+    return "".join(sign if sign.isascii() and sign.isprintable() else "?" for sign in value)

@@ -71,5 +71,9 @@ def _least(choices: Sequence[Live], key: Callable[[Live], float | tuple[float, .
 
 
 POLICIES: dict[Balance, Callable[[Sequence[Live], float, random.Random], Live]] = {
-    "weighted": weighted, "least_in_flight": least_in_flight, "latency": latency, "tpm": tpm, "price": price,
-}  # fmt: skip
+    "weighted": weighted,
+    "least_in_flight": least_in_flight,
+    "latency": latency,
+    "tpm": tpm,
+    "price": price,
+}

@@ -255,12 +255,20 @@ class Live:
     def state(self, now: float) -> dict[str, Any]:
         """For the page and for metrics."""
         return {
-            "model": self.model, "deployment": self.name, "provider": self.provider.kind, "breaker": self.breaker.phase,
+            "model": self.model,
+            "deployment": self.name,
+            "provider": self.provider.kind,
+            "breaker": self.breaker.phase,
             "open_for_s": max(0.0, self.breaker.until - now) if self.breaker.phase == "open" else 0.0,
-            "rests_for_s": max(0.0, self.rests_until - now), "in_flight": self.in_flight, "failing": self.failing,
-            "first_token_s": self.first_token_s, "token_s": self.token_s, "latency_s": self.latency_s,
-            "load": self.load(now), "weight": self.deployment.weight,
-        }  # fmt: skip
+            "rests_for_s": max(0.0, self.rests_until - now),
+            "in_flight": self.in_flight,
+            "failing": self.failing,
+            "first_token_s": self.first_token_s,
+            "token_s": self.token_s,
+            "latency_s": self.latency_s,
+            "load": self.load(now),
+            "weight": self.deployment.weight,
+        }
 
 
 def _smoothed(old: float | None, new: float) -> float:

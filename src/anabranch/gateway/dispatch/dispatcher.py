@@ -73,10 +73,16 @@ class LiveGroup:
         group, lives = self.group, self.lives
         latencies = [live.latency_s for live in lives if live.latency_s is not None]
         return Model(
-            name=group.name, price=group.price, parameters=group.parameters, description=group.description, context=group.context,
-            is_available=any(live.can_take(now, 0) for live in lives), in_flight=sum(live.in_flight for live in lives),
-            load=min(live.load(now) for live in lives), latency_s=min(latencies) if latencies else None,
-        )  # fmt: skip
+            name=group.name,
+            price=group.price,
+            parameters=group.parameters,
+            description=group.description,
+            context=group.context,
+            is_available=any(live.can_take(now, 0) for live in lives),
+            in_flight=sum(live.in_flight for live in lives),
+            load=min(live.load(now) for live in lives),
+            latency_s=min(latencies) if latencies else None,
+        )
 
 
 class Dispatcher:
@@ -159,10 +165,14 @@ class Dispatcher:
     def _changed(self, live: Live, before: str, why: str, now: float) -> None:
         self.changes.append(
             {
-                "time_s": time.time(), "model": live.model, "deployment": live.name, "from": before,
-                "to": live.breaker.phase, "why": why,
+                "time_s": time.time(),
+                "model": live.model,
+                "deployment": live.name,
+                "from": before,
+                "to": live.breaker.phase,
+                "why": why,
             }
-        )  # fmt: skip
+        )
         if why != TOLD:
             self.on_change(live)
 

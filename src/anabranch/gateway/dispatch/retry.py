@@ -17,26 +17,55 @@ from anabranch.gateway.providers.provider import FailureKind
 Action = Literal["retry", "fall_back", "give_up"]
 
 ACTION: dict[FailureKind, Action] = {
-    "connect": "retry", "timeout": "retry", "first_token": "retry", "conflict": "retry", "rate_limit": "retry",
-    "server": "retry", "garbage": "retry", "cut": "retry",
-    "excess": "fall_back",  # asked again, the same model would say the same, and be billed for it again
-    "context": "fall_back", "filter": "fall_back", "unsupported": "fall_back", "unavailable": "fall_back", "refused": "fall_back",
-    "credit": "retry", "auth": "retry",  # the breaker opens: another deployment has its own account, else the next model is asked
-    "forbidden": "retry",  # another deployment has its own key
-    "missing": "retry", "not_found": "retry",  # another deployment may have it
-    "request": "give_up", "deadline": "give_up",
-}  # fmt: skip
+    "connect": "retry",
+    "timeout": "retry",
+    "first_token": "retry",
+    "conflict": "retry",
+    "rate_limit": "retry",
+    "server": "retry",
+    "garbage": "retry",
+    "cut": "retry",
+    # Asked again, the same model would say the same, and be billed for it again.
+    "excess": "fall_back",
+    "context": "fall_back",
+    "filter": "fall_back",
+    "unsupported": "fall_back",
+    "unavailable": "fall_back",
+    "refused": "fall_back",
+    # The breaker opens: another deployment has its own account, else the next model is asked.
+    "credit": "retry",
+    "auth": "retry",
+    # Another deployment has its own key, or may have what was not found.
+    "forbidden": "retry",
+    "missing": "retry",
+    "not_found": "retry",
+    "request": "give_up",
+    "deadline": "give_up",
+}
 
 OUTCOME: dict[FailureKind, Outcome] = {
-    "connect": "failure", "timeout": "failure", "first_token": "failure", "rate_limit": "failure", "server": "failure",
-    "garbage": "failure", "cut": "failure", "deadline": "failure",
-    "credit": "fatal", "auth": "fatal",
+    "connect": "failure",
+    "timeout": "failure",
+    "first_token": "failure",
+    "rate_limit": "failure",
+    "server": "failure",
+    "garbage": "failure",
+    "cut": "failure",
+    "deadline": "failure",
+    "credit": "fatal",
+    "auth": "fatal",
     "missing": "failure",
     "excess": "ignored",
-    "conflict": "ignored", "context": "ignored", "filter": "ignored", "unsupported": "ignored", "request": "ignored",
-    "forbidden": "ignored", "not_found": "ignored",
-    "unavailable": "ignored", "refused": "ignored",
-}  # fmt: skip
+    "conflict": "ignored",
+    "context": "ignored",
+    "filter": "ignored",
+    "unsupported": "ignored",
+    "request": "ignored",
+    "forbidden": "ignored",
+    "not_found": "ignored",
+    "unavailable": "ignored",
+    "refused": "ignored",
+}
 
 # Asked again, the same deployment would refuse again: another one, else the next model.
 IN_VAIN: tuple[FailureKind, ...] = ("forbidden", "missing", "not_found", "credit")
@@ -132,8 +161,11 @@ class RetryBudget:
     def state(self, now: float) -> dict[str, float]:
         """For the page."""
         return {
-            "requests": self._requests.at(now), "extra": self._extra.at(now), "held": self.held, "room": self.room(now),
-        }  # fmt: skip
+            "requests": self._requests.at(now),
+            "extra": self._extra.at(now),
+            "held": self.held,
+            "room": self.room(now),
+        }
 
     def _most(self, now: float) -> float:
         return max(self._least, self._share * self._requests.at(now))

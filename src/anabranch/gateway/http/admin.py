@@ -172,12 +172,18 @@ class AdminRoutes:
         lanes = self._gateway.runtime.decider.lanes
         found = [
             {
-                "name": name, "strategy": lane.strategy.name, "is_default": name == self._gateway.config.default,
-                "needs_vector": lane.strategy.needs_vector, "reads_answers": lane.strategy.reads_answers, "learns": lane.learns,
-                "knob": lane.strategy.knob, "timeout_s": lane.timeout_s, "config": redacted(to_dict(lane.strategy.config)),
+                "name": name,
+                "strategy": lane.strategy.name,
+                "is_default": name == self._gateway.config.default,
+                "needs_vector": lane.strategy.needs_vector,
+                "reads_answers": lane.strategy.reads_answers,
+                "learns": lane.learns,
+                "knob": lane.strategy.knob,
+                "timeout_s": lane.timeout_s,
+                "config": redacted(to_dict(lane.strategy.config)),
             }
             for name, lane in lanes.items()
-        ]  # fmt: skip
+        ]
         return {"strategies": found}
 
     async def _add_model(self, call: _Call) -> Any:
@@ -324,9 +330,11 @@ def _outcomes(rows: Any) -> Recorded | None:
 
 def _budget(budget: Budget) -> dict[str, Any]:
     return {
-        **dataclasses.asdict(budget), "remaining_nano": budget.remaining_nano, "limit_usd": dollars(budget.limit_nano),
+        **dataclasses.asdict(budget),
+        "remaining_nano": budget.remaining_nano,
+        "limit_usd": dollars(budget.limit_nano),
         "spent_usd": dollars(budget.spent_nano),
-    }  # fmt: skip
+    }
 
 
 def _limit_of(name: str, value: Any) -> int:

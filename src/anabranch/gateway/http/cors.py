@@ -33,6 +33,8 @@ def preflight(origins: Sequence[str], request: web.BaseRequest) -> web.Response 
     if request.method != "OPTIONS" or not told or "access-control-request-method" not in request.headers:
         return None
     more = {
-        "access-control-allow-methods": METHODS, "access-control-allow-headers": SENT, "access-control-max-age": str(DAY_S),
-    }  # fmt: skip
+        "access-control-allow-methods": METHODS,
+        "access-control-allow-headers": SENT,
+        "access-control-max-age": str(DAY_S),
+    }
     return web.Response(status=204, headers={**told, **more})

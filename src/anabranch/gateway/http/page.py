@@ -19,9 +19,14 @@ from anabranch.web.body import parse
 MOST_BYTES = 4096
 
 _HEADERS = {
-    **SAFE, "content-security-policy": CSP, "referrer-policy": "no-referrer", "x-frame-options": "DENY", "cache-control": "no-store",
-    "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
-}  # fmt: skip
+    **SAFE,
+    "content-security-policy": CSP,
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cache-control": "no-store",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
 
 
 class PageRoutes:

@@ -113,11 +113,22 @@ class LaneErrands:
         def known() -> LedgerRow:
             usage = report.usage
             return LedgerRow(
-                request_id=id, tags=(LEARNING,), requested=model, strategy=self._lane.name, model=report.model or "",
-                deployment=report.deployment or "", attempts=len(report.attempts), prompt_tokens=usage.prompt,
-                completion_tokens=usage.completion, cached_tokens=usage.cached, is_estimated=usage.is_estimated,
-                price=price if report.model else None, cost_nano=report.cost, latency_us=round(took_s * 1e6), status=status,
-            )  # fmt: skip
+                request_id=id,
+                tags=(LEARNING,),
+                requested=model,
+                strategy=self._lane.name,
+                model=report.model or "",
+                deployment=report.deployment or "",
+                attempts=len(report.attempts),
+                prompt_tokens=usage.prompt,
+                completion_tokens=usage.completion,
+                cached_tokens=usage.cached,
+                is_estimated=usage.is_estimated,
+                price=price if report.model else None,
+                cost_nano=report.cost,
+                latency_us=round(took_s * 1e6),
+                status=status,
+            )
 
         def write(held: Reservation | None) -> None:
             # Whoever asked was gone before there was money, and then there was none.

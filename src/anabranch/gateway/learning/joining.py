@@ -160,9 +160,12 @@ def _model(config: GatewayConfig, name: str) -> Model:
             f"{', '.join(one.name for one in config.models)})"
         )
     return Model(
-        name=name, price=model_price(found) or Price(), parameters=found.parameters, description=found.description,
+        name=name,
+        price=model_price(found) or Price(),
+        parameters=found.parameters,
+        description=found.description,
         context=found.context,
-    )  # fmt: skip
+    )
 
 
 def _served(config: GatewayConfig, name: str) -> tuple[FittedRouter, str]:
@@ -198,7 +201,7 @@ async def _carry_over(
             continue
         new = LearnedRow(
             strategy=name, made=new_made, writer=NOBODY, kind=row.kind, version=1, ts_us=store.now_us(), body=body
-        )  # fmt: skip
+        )
         await store.change(lambda connection: learned.put_learned(connection, new, None))  # noqa: B023
         return
 

@@ -170,9 +170,14 @@ class Kept:
             told, part = await lane.alone(lambda: (lane.told, _copy(lane)))
             body = await asyncio.to_thread(_bytes, part, lane.name)
             row = LearnedRow(
-                strategy=lane.name, made=held.made, writer=held.writer, kind=lane.strategy.name, version=1,
-                ts_us=self._store().now_us(), body=body,
-            )  # fmt: skip
+                strategy=lane.name,
+                made=held.made,
+                writer=held.writer,
+                kind=lane.strategy.name,
+                version=1,
+                ts_us=self._store().now_us(),
+                body=body,
+            )
             seen = held.seen if lane.strategy.adds_up else None
             if await self._store().change(lambda connection: learned.put_learned(connection, row, seen)):  # noqa: B023
                 held.told = told

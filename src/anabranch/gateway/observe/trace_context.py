@@ -73,9 +73,12 @@ def trace_of(headers: Mapping[str, str]) -> Trace | None:
     if version == "ff" or (version == "00" and rest is not None) or not trace_id.strip("0") or not parent_id.strip("0"):
         return None
     return Trace(
-        trace_id=trace_id, span_id=new_span_id(), parent_id=parent_id, is_sampled=bool(int(flags, 16) & SAMPLED),
+        trace_id=trace_id,
+        span_id=new_span_id(),
+        parent_id=parent_id,
+        is_sampled=bool(int(flags, 16) & SAMPLED),
         state=_state(_all(headers, "tracestate")),
-    )  # fmt: skip
+    )
 
 
 def _all(headers: Mapping[str, str], name: str) -> list[str]:

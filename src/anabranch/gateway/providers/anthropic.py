@@ -35,13 +35,26 @@ from anabranch.gateway.providers.usage import searches_of, tier_of
 
 __all__ = ["Anthropic", "MessageStream", "translated"]
 FINISH = {
-    "end_turn": "stop", "stop_sequence": "stop", "pause_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls",
-    "refusal": "content_filter", "model_context_window_exceeded": "length",
-}  # fmt: skip
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "pause_turn": "stop",
+    "max_tokens": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+    "model_context_window_exceeded": "length",
+}
 STATUS = {  # of an error inside a stream, which has no status of its own
-    "overloaded_error": 529, "api_error": 500, "rate_limit_error": 429, "authentication_error": 401, "permission_error": 403,
-    "not_found_error": 404, "request_too_large": 413, "timeout_error": 504, "billing_error": 402, "invalid_request_error": 400,
-}  # fmt: skip
+    "overloaded_error": 529,
+    "api_error": 500,
+    "rate_limit_error": 429,
+    "authentication_error": 401,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "timeout_error": 504,
+    "billing_error": 402,
+    "invalid_request_error": 400,
+}
 
 # Blocks that are said in full by a message of chat.
 _IN_CHAT = ("text", "thinking", "redacted_thinking", "tool_use")

@@ -50,9 +50,15 @@ def classify(status: int, headers: Headers, body: bytes) -> Failure:
         message = f"the upstream redirects ({status}), which is not followed to another host"
     text = message or f"the upstream answered with status {status}"
     return Failure(
-        kind=what, message=text[:SAID_LETTERS], status=status, retry_after_s=retry_after(headers), type=kind, code=code, param=param,
+        kind=what,
+        message=text[:SAID_LETTERS],
+        status=status,
+        retry_after_s=retry_after(headers),
+        type=kind,
+        code=code,
+        param=param,
         hint=hint_of(status, message) if what == "request" else None,
-    )  # fmt: skip
+    )
 
 
 def _said(body: bytes) -> tuple[str, str | None, str | None, str | None]:

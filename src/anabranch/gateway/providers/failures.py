@@ -125,10 +125,16 @@ _TYPES = frozenset(
 _STATUS = {"rate_limit": 429, "refused": 429, "unavailable": 503, "deadline": 504, "timeout": 504, "first_token": 504}
 
 _CODE = {
-    "rate_limit": "rate_limit_exceeded", "refused": "insufficient_quota", "context": "context_length_exceeded",
-    "filter": "content_filter", "request": "invalid_request", "unsupported": "unsupported", "deadline": "deadline_exceeded",
-    "missing": "model_not_found", "not_found": "invalid_request",
-}  # fmt: skip
+    "rate_limit": "rate_limit_exceeded",
+    "refused": "insufficient_quota",
+    "context": "context_length_exceeded",
+    "filter": "content_filter",
+    "request": "invalid_request",
+    "unsupported": "unsupported",
+    "deadline": "deadline_exceeded",
+    "missing": "model_not_found",
+    "not_found": "invalid_request",
+}
 
 
 def excess(what: str) -> UpstreamError:

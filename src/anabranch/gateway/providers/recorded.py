@@ -299,8 +299,11 @@ def write_answers(path: str | Path, answers: dict[str, str], tokens: dict[str, t
         }
         asked = json.dumps({"messages": [{"role": "user", "content": prompt}]}).encode()
         row = {
-            "key": request_key(PATHS["chat"], asked), "status": 200, "headers": {"content-type": "application/json"},
-            "body": json.dumps(body), "seconds": 0.0,
-        }  # fmt: skip
+            "key": request_key(PATHS["chat"], asked),
+            "status": 200,
+            "headers": {"content-type": "application/json"},
+            "body": json.dumps(body),
+            "seconds": 0.0,
+        }
         lines.append(json.dumps(row, separators=(",", ":")))
     atomic_write_text(path, "".join(line + "\n" for line in lines))

@@ -17,8 +17,20 @@ from anabranch.gateway.providers.provider import Json
 from anabranch.gateway.providers.sse import DONE, event
 
 STEPS = (
-    "ok", "hang", "slow", "trickle", "cut", "reset", "garbage", "html", "short", "no_done", "credit", "context", "filter",
-)  # fmt: skip
+    "ok",
+    "hang",
+    "slow",
+    "trickle",
+    "cut",
+    "reset",
+    "garbage",
+    "html",
+    "short",
+    "no_done",
+    "credit",
+    "context",
+    "filter",
+)
 EMBEDDING_DIM = 8
 TRICKLE_S = 1.0
 WORDS = (

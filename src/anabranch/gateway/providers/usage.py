@@ -85,9 +85,16 @@ class Usage:
     def tokens(self) -> Tokens:
         """For a price."""
         return Tokens(
-            self.prompt, self.completion, self.cached, self.cache_write, self.cache_write_1h, self.audio_input, self.image_input,
-            self.audio_output, self.image_output,
-        )  # fmt: skip
+            prompt=self.prompt,
+            completion=self.completion,
+            cached=self.cached,
+            cache_write=self.cache_write,
+            cache_write_1h=self.cache_write_1h,
+            audio_input=self.audio_input,
+            image_input=self.image_input,
+            audio_output=self.audio_output,
+            image_output=self.image_output,
+        )
 
     @classmethod
     def of(cls, body: Any) -> "Usage | None":

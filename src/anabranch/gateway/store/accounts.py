@@ -75,6 +75,12 @@ def read_budget(connection: Connection, row: Row, now_us: int) -> Budget:
     """A row of the table of budgets as of now."""
     one = account_of(connection, row, now_us)
     return Budget(
-        id=one.id, subject=one.subject, period=one.period, limit_nano=one.limit, spent_nano=one.spent, reserved_nano=one.reserved,
-        window_us=window(one.period, one.since)[0], resets_us=one.resets,
-    )  # fmt: skip
+        id=one.id,
+        subject=one.subject,
+        period=one.period,
+        limit_nano=one.limit,
+        spent_nano=one.spent,
+        reserved_nano=one.reserved,
+        window_us=window(one.period, one.since)[0],
+        resets_us=one.resets,
+    )

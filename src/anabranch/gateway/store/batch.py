@@ -209,8 +209,14 @@ class _Books:
             self._set_aside(made.subjects, made.nano)
             self.open[made.request_id] = made.nano
             self.new[made.request_id] = (
-                made.request_id, self.replica, self.now_us, made.nano, joined(made.subjects), clean(job.requested), clean(job.strategy),
-            )  # fmt: skip
+                made.request_id,
+                self.replica,
+                self.now_us,
+                made.nano,
+                joined(made.subjects),
+                clean(job.requested),
+                clean(job.strategy),
+            )
         return made
 
     def _grow(self, job: Grow) -> Reservation:
@@ -299,8 +305,14 @@ class _Books:
         self.open[request] = nano
         self.revived.append(request)
         self.new[request] = (
-            request, self.replica, self.now_us, nano, joined(reservation.subjects), requested, strategy,
-        )  # fmt: skip
+            request,
+            self.replica,
+            self.now_us,
+            nano,
+            joined(reservation.subjects),
+            requested,
+            strategy,
+        )
         logger.warning("request %s had been taken for left behind, and goes on", request)
         return True
 
@@ -383,9 +395,14 @@ def _refusal(account: Account, nano: int, now_us: int) -> BudgetError:
     else:
         retry = None if account.resets is None else max(1.0, (account.resets - now_us) / 1e6)
     return BudgetError(
-        message, subject=account.subject, period=account.period, limit_nano=account.limit, remaining_nano=left,
-        resets_s=None if account.resets is None else account.resets / 1e6, retry_after_s=retry,
-    )  # fmt: skip
+        message,
+        subject=account.subject,
+        period=account.period,
+        limit_nano=account.limit,
+        remaining_nano=left,
+        resets_s=None if account.resets is None else account.resets / 1e6,
+        retry_after_s=retry,
+    )
 
 
 def owners(subjects: Sequence[str]) -> dict[str, Any]:
@@ -396,21 +413,50 @@ def owners(subjects: Sequence[str]) -> dict[str, Any]:
         if scope in found:
             found[scope].append(name)
     return {
-        "key_id": "".join(found["key"]), "user": "".join(found["user"]), "team": "".join(found["team"]), "tags": tuple(found["tag"]),
-    }  # fmt: skip
+        "key_id": "".join(found["key"]),
+        "user": "".join(found["user"]),
+        "team": "".join(found["team"]),
+        "tags": tuple(found["tag"]),
+    }
 
 
 def ledger_values(row: LedgerRow) -> Row:
     """A row as the table has it, in the order of `schema.LEDGER`."""
     price = row.price
     return (
-        row.request_id, row.ts_us, clean(row.key_id), clean(row.user), clean(row.team), joined(row.tags), clean(row.requested),
-        clean(row.strategy), joined(row.candidates), clean(row.model), clean(row.deployment), row.attempts, row.prompt_tokens,
-        row.completion_tokens, row.cached_tokens, int(row.is_estimated), None if price is None else price.input,
-        None if price is None else price.output, None if price is None else price.cached_input, row.cost_nano, row.reserved_nano,
-        row.latency_us, row.first_token_us, row.overhead_us, row.status, clean(row.code), row.cache, joined(row.flags), row.parent_id,
-        row.purpose, row.calls, row.calls_nano,
-    )  # fmt: skip
+        row.request_id,
+        row.ts_us,
+        clean(row.key_id),
+        clean(row.user),
+        clean(row.team),
+        joined(row.tags),
+        clean(row.requested),
+        clean(row.strategy),
+        joined(row.candidates),
+        clean(row.model),
+        clean(row.deployment),
+        row.attempts,
+        row.prompt_tokens,
+        row.completion_tokens,
+        row.cached_tokens,
+        int(row.is_estimated),
+        None if price is None else price.input,
+        None if price is None else price.output,
+        None if price is None else price.cached_input,
+        row.cost_nano,
+        row.reserved_nano,
+        row.latency_us,
+        row.first_token_us,
+        row.overhead_us,
+        row.status,
+        clean(row.code),
+        row.cache,
+        joined(row.flags),
+        row.parent_id,
+        row.purpose,
+        row.calls,
+        row.calls_nano,
+    )
 
 
 def read_ledger(row: Row) -> LedgerRow:

@@ -55,12 +55,15 @@ def read_calibration(connection: Connection, since_us: int) -> list[Calibration]
             groups.setdefault(((ts_us - MONDAY_US) // WEEK_US, strategy), []).append((expected, float(score)))
     return [
         Calibration(
-            week=iso(week * WEEK_US + MONDAY_US)[:10], strategy=strategy, count=len(pairs),
-            expected=fsum(one for one, _ in pairs) / len(pairs), scored=fsum(one for _, one in pairs) / len(pairs),
+            week=iso(week * WEEK_US + MONDAY_US)[:10],
+            strategy=strategy,
+            count=len(pairs),
+            expected=fsum(one for one, _ in pairs) / len(pairs),
+            scored=fsum(one for _, one in pairs) / len(pairs),
             error=fsum(abs(one - other) for one, other in pairs) / len(pairs),
         )
         for (week, strategy), pairs in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1]))
-    ]  # fmt: skip
+    ]
 
 
 def _expected(body: str, model: str) -> float | None:

@@ -104,7 +104,7 @@ def leave_learned(
     version = 1 + max(row.version for row in rows)
     left = LearnedRow(
         strategy=strategy, made=made, writer=NOBODY, kind=rows[0].kind, version=version, ts_us=now_us, body=body
-    )  # fmt: skip
+    )
     put_learned(connection, left, None)
     _delete(connection, strategy, made, writer)
 
@@ -114,15 +114,19 @@ def move_learned(connection: Connection, strategy: str, made: str, new_made: str
     connection.lock("learned")
     return connection.run(
         "UPDATE learned SET made = :new WHERE strategy = :strategy AND made = :made",
-        strategy=strategy, made=made, new=new_made,
-    )  # fmt: skip
+        strategy=strategy,
+        made=made,
+        new=new_made,
+    )
 
 
 def _delete(connection: Connection, strategy: str, made: str, writer: str) -> None:
     connection.run(
         "DELETE FROM learned WHERE strategy = :strategy AND made = :made AND writer = :writer",
-        strategy=strategy, made=made, writer=writer,
-    )  # fmt: skip
+        strategy=strategy,
+        made=made,
+        writer=writer,
+    )
 
 
 def delete_older(connection: Connection, strategy: str, made: str, before_us: int) -> int:
@@ -130,8 +134,10 @@ def delete_older(connection: Connection, strategy: str, made: str, before_us: in
     return connection.run(
         "DELETE FROM learned WHERE strategy = :strategy AND made = :made AND ts_us < :before AND ts_us <"
         " (SELECT max(ts_us) FROM learned WHERE strategy = :strategy AND made = :made)",
-        strategy=strategy, made=made, before=before_us,
-    )  # fmt: skip
+        strategy=strategy,
+        made=made,
+        before=before_us,
+    )
 
 
 # Orders to forget
@@ -165,7 +171,7 @@ def delete_before(connection: Connection, strategy: str, before_us: int) -> int:
     """Delete what was learned with a strategy and written before."""
     return connection.run(
         "DELETE FROM learned WHERE strategy = :strategy AND ts_us < :before", strategy=strategy, before=before_us
-    )  # fmt: skip
+    )
 
 
 # What is kept one by one
@@ -199,8 +205,10 @@ def read_examples(
     rows = connection.rows(
         "SELECT key, writer, version, ts_us, body, vector FROM examples WHERE strategy = :strategy AND made = :made"
         f" AND version > :after ORDER BY version LIMIT {EXAMPLES}",
-        strategy=strategy, made=made, after=after,
-    )  # fmt: skip
+        strategy=strategy,
+        made=made,
+        after=after,
+    )
     return [(key, writer, version, ts_us, body, bytes(vector)) for key, writer, version, ts_us, body, vector in rows]
 
 
@@ -262,7 +270,7 @@ def erase_examples(connection: Connection, strategy: str, is_meant: Callable[[st
     connection.lock("examples")
     rows = connection.rows(
         "SELECT made, key, writer, body FROM examples WHERE strategy = :strategy AND body <> ''", strategy=strategy
-    )  # fmt: skip
+    )
     meant = [(made, key, writer) for made, key, writer, body in rows if is_meant(body)]
     for made in dict.fromkeys(made for made, _, _ in meant):
         gone = [(key, "", b"") for other, key, _ in meant if other == made]

@@ -176,9 +176,12 @@ class PostgresDatabase:
             parsed = sqlalchemy.make_url(url).set(drivername="postgresql+psycopg")
             # Transactions are begun and committed by statements.
             self._engine = sqlalchemy.create_engine(
-                parsed, isolation_level="AUTOCOMMIT", pool_size=POOL, max_overflow=0,
+                parsed,
+                isolation_level="AUTOCOMMIT",
+                pool_size=POOL,
+                max_overflow=0,
                 connect_args={name: value for name, value in PATIENCE.items() if name not in parsed.query},
-            )  # fmt: skip
+            )
         except (sqlalchemy.exc.ArgumentError, ValueError):
             raise DataError("the URL of the store cannot be read; write postgresql://user@host/name") from None
         self.name, self.replica = parsed.render_as_string(hide_password=True), uuid.uuid4().hex

@@ -31,9 +31,19 @@ MAX_ROWS = 100_000
 SCORES = 5_000
 DAY_US = 86_400 * 10**6
 _GROUP = {
-    "key": "key_id", "user": "owner", "team": "team", "model": "model", "deployment": "deployment", "strategy": "strategy",
-    "requested": "requested", "status": "status", "cache": "cache", "purpose": "purpose", "tag": "tags", "day": f"ts_us / {DAY_US}",
-}  # fmt: skip
+    "key": "key_id",
+    "user": "owner",
+    "team": "team",
+    "model": "model",
+    "deployment": "deployment",
+    "strategy": "strategy",
+    "requested": "requested",
+    "status": "status",
+    "cache": "cache",
+    "purpose": "purpose",
+    "tag": "tags",
+    "day": f"ts_us / {DAY_US}",
+}
 GROUPS = tuple(_GROUP)
 
 
@@ -59,9 +69,11 @@ def read_ledger_rows(connection: Connection, query: LedgerQuery) -> list[LedgerR
         parts.append(part)
         values |= more
     bounds = (
-        ("ts_us >=", "since_us", query.since_us), ("ts_us <", "until_us", query.until_us), ("seq <", "before", query.before_seq),
+        ("ts_us >=", "since_us", query.since_us),
+        ("ts_us <", "until_us", query.until_us),
+        ("seq <", "before", query.before_seq),
         ("seq >", "after", query.after_seq),
-    )  # fmt: skip
+    )
     for comparison, name, bound in bounds:
         if bound is not None:
             parts.append(f"{comparison} :{name}")
@@ -86,10 +98,15 @@ def read_spend(connection: Connection, by: Sequence[str], since_us: int | None, 
     sums = ", ".join(
         f"CAST(coalesce(sum({what}), 0) AS BIGINT)"
         for what in (
-            "CASE WHEN parent_id = '' THEN 1 ELSE 0 END", "CASE WHEN parent_id = '' AND status <> 'ok' THEN 1 ELSE 0 END",
-            "cost_nano", "prompt_tokens", "completion_tokens", "cached_tokens", "CASE WHEN parent_id = '' THEN 0 ELSE 1 END",
+            "CASE WHEN parent_id = '' THEN 1 ELSE 0 END",
+            "CASE WHEN parent_id = '' AND status <> 'ok' THEN 1 ELSE 0 END",
+            "cost_nano",
+            "prompt_tokens",
+            "completion_tokens",
+            "cached_tokens",
+            "CASE WHEN parent_id = '' THEN 0 ELSE 1 END",
         )
-    )  # fmt: skip
+    )
     grouped = f" GROUP BY {', '.join(columns)}" if columns else ""
     sql = f"SELECT {', '.join([*columns, sums])} FROM ledger WHERE ts_us >= :since AND ts_us < :until{grouped}"
     until = 2**62 if until_us is None else until_us
@@ -101,12 +118,18 @@ def read_spend(connection: Connection, by: Sequence[str], since_us: int | None, 
                 total[place] += int(value)
     found = [
         Spend(
-            group=group, requests=total[0], errors=total[1], cost_nano=total[2], prompt_tokens=total[3], completion_tokens=total[4],
-            cached_tokens=total[5], calls=total[6],
+            group=group,
+            requests=total[0],
+            errors=total[1],
+            cost_nano=total[2],
+            prompt_tokens=total[3],
+            completion_tokens=total[4],
+            cached_tokens=total[5],
+            calls=total[6],
         )
         for group, total in totals.items()
         if total[0] or total[6]
-    ]  # fmt: skip
+    ]
     order: Callable[[Spend], Any] = lambda one: one.group if "day" in by else (-one.cost_nano, one.group)  # noqa: E731
     return sorted(found, key=order)
 
@@ -165,8 +188,10 @@ def put_budget(connection: Connection, subject: str, period: Period, limit_nano:
     connection.lock_budgets()
     changed = connection.run(
         "UPDATE budgets SET limit_nano = :limit WHERE subject = :subject AND period = :period",
-        limit=limit_nano, subject=subject, period=period,
-    )  # fmt: skip
+        limit=limit_nano,
+        subject=subject,
+        period=period,
+    )
     if not changed:
         since = window(period, now_us)[0]
         spent = spent_since(connection, subject, since)
@@ -177,8 +202,9 @@ def put_budget(connection: Connection, subject: str, period: Period, limit_nano:
         connection.insert("budgets", schema.BUDGETS[1:], [(subject, period, limit_nano, spent, reserved, since)])
     rows = connection.rows(
         f"SELECT {', '.join(schema.BUDGETS)} FROM budgets WHERE subject = :subject AND period = :period",
-        subject=subject, period=period,
-    )  # fmt: skip
+        subject=subject,
+        period=period,
+    )
     return read_budget(connection, rows[0], now_us)
 
 

@@ -98,17 +98,59 @@ MIGRATIONS: list[Sequence[str]] = [
 TABLES = frozenset(("keys", "budgets", "replicas", "reservations", "ledger", "decisions", "feedback"))
 
 KEYS = (
-    "id", "hash", "name", "hint", "owner", "team", "tags", "models", "rpm", "tpm", "is_admin", "created_us", "expires_us", "revoked_us",
-    "max_in_flight", "speaks_for",
-)  # fmt: skip
+    "id",
+    "hash",
+    "name",
+    "hint",
+    "owner",
+    "team",
+    "tags",
+    "models",
+    "rpm",
+    "tpm",
+    "is_admin",
+    "created_us",
+    "expires_us",
+    "revoked_us",
+    "max_in_flight",
+    "speaks_for",
+)
 BUDGETS = ("id", "subject", "period", "limit_nano", "spent_nano", "reserved_nano", "window_us")
 RESERVATIONS = ("request_id", "replica", "ts_us", "nano", "subjects", "requested", "strategy")
 LEDGER = (
-    "request_id", "ts_us", "key_id", "owner", "team", "tags", "requested", "strategy", "candidates", "model", "deployment", "attempts",
-    "prompt_tokens", "completion_tokens", "cached_tokens", "is_estimated", "price_input", "price_output", "price_cached", "cost_nano",
-    "reserved_nano", "latency_us", "first_token_us", "overhead_us", "status", "code", "cache", "flags", "parent_id", "purpose", "calls",
+    "request_id",
+    "ts_us",
+    "key_id",
+    "owner",
+    "team",
+    "tags",
+    "requested",
+    "strategy",
+    "candidates",
+    "model",
+    "deployment",
+    "attempts",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "is_estimated",
+    "price_input",
+    "price_output",
+    "price_cached",
+    "cost_nano",
+    "reserved_nano",
+    "latency_us",
+    "first_token_us",
+    "overhead_us",
+    "status",
+    "code",
+    "cache",
+    "flags",
+    "parent_id",
+    "purpose",
+    "calls",
     "calls_nano",
-)  # fmt: skip
+)
 DECISIONS = ("request_id", "ts_us", "strategy", "model", "body")
 FEEDBACK = ("request_id", "ts_us", "key_id", "score", "comment")
 TEXTS = ("request_id", "ts_us", "body")

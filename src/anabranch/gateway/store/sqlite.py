@@ -38,10 +38,17 @@ CHECKPOINT_S = 1.0
 WAL_PAGES = 16_384
 
 # Mistakes of ours: the same statement fails again, however often and wherever it is run.
-_OURS = frozenset((
-    sqlite3.SQLITE_ERROR, sqlite3.SQLITE_INTERNAL, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH,
-    sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE,
-))  # fmt: skip
+_OURS = frozenset(
+    {
+        sqlite3.SQLITE_ERROR,
+        sqlite3.SQLITE_INTERNAL,
+        sqlite3.SQLITE_TOOBIG,
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_MISMATCH,
+        sqlite3.SQLITE_MISUSE,
+        sqlite3.SQLITE_RANGE,
+    }
+)
 
 # The connection is as good as before. After all else (a file that was read-only, moved or damaged) a new one may do better.
 _WAITING = frozenset((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM))
@@ -61,9 +68,13 @@ class SqliteConnection:
             return self._raw
         # Never made anew: rows in an empty file would be lost for whoever puts the old one back.
         raw = sqlite3.connect(
-            f"{self._path.as_uri()}?mode=rw", uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False,
+            f"{self._path.as_uri()}?mode=rw",
+            uri=True,
+            timeout=BUSY_S,
+            isolation_level=None,
+            check_same_thread=False,
             cached_statements=256,
-        )  # fmt: skip
+        )
         try:
             raw.execute("PRAGMA journal_mode = WAL")
             raw.execute(f"PRAGMA synchronous = {self._synchronous}")

@@ -80,10 +80,18 @@ class StoreKeys(StoreAccess):
         """
         secret = new_secret()
         fields = {
-            "name": name, "user": user, "team": team, "tags": tags, "models": models, "rpm": rpm, "tpm": tpm, "expires_s": expires_s,
+            "name": name,
+            "user": user,
+            "team": team,
+            "tags": tags,
+            "models": models,
+            "rpm": rpm,
+            "tpm": tpm,
+            "expires_s": expires_s,
             "max_in_flight": max_in_flight,
-            "is_admin": is_admin, "speaks_for": speaks_for,
-        }  # fmt: skip
+            "is_admin": is_admin,
+            "speaks_for": speaks_for,
+        }
         row = key_rows.new_row(fields, secret, self._now_us())
         record = queries.read_key(row)
         is_made = await self._do(lambda connection: key_rows.insert(connection, row))

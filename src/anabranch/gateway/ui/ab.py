@@ -79,10 +79,14 @@ def _table(one: ABResult) -> str:
     heads = "".join(
         f'<th scope="col" class="number{minor}">{head}</th>'
         for head, minor in (
-            ("requests", " minor"), (f"{one.unit}s", ""), ("awaited", " minor"), (WORDS[one.metric], ""),
-            (f"{1 - one.alpha:.0%}", " minor"), ("cost", ""),
+            ("requests", " minor"),
+            (f"{one.unit}s", ""),
+            ("awaited", " minor"),
+            (WORDS[one.metric], ""),
+            (f"{1 - one.alpha:.0%}", " minor"),
+            ("cost", ""),
         )
-    )  # fmt: skip
+    )
     head = f'<thead><tr><th scope="col">arm</th>{heads}</tr></thead>'
     return f'<div class="scroll"><table class="lines">{head}<tbody>{rows}</tbody></table></div>'
 

@@ -24,9 +24,9 @@ def render_label(pair: Pair | None, waiting: int, judged: int) -> str:
     """
     status = f'{judged:,} of {judged + waiting:,} pairs judged \u00b7 <a href="/ui">the gateway</a>'
     if pair is None:
-        said = "All of them are judged: run <code>anabranch gateway collect</code> again, which takes them in." if judged else (
-            "<code>anabranch gateway collect --judge human</code> brings pairs of answers here."
-        )  # fmt: skip
+        said = "<code>anabranch gateway collect --judge human</code> brings pairs of answers here."
+        if judged:
+            said = "All of them are judged: run <code>anabranch gateway collect</code> again, which takes them in."
         return framed("label", status, f'<section class="whole"><p class="none">{said}</p></section>', kind="label")
     buttons = "".join(
         f'<button type="button" data-verdict="{said}" data-key="{key}">{words}<kbd>{key}</kbd></button>'

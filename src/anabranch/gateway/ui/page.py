@@ -54,7 +54,7 @@ def render_parts(now: Snapshot) -> str:
             ),
             _card("why", "Why this model", _inspector(now), f"newest first; {KEPT if now.keeps_texts else NOT_KEPT}"),
         )
-    )  # fmt: skip
+    )
 
 
 def _card(id: str, title: str, body: str, note: str = "") -> str:

@@ -13,16 +13,29 @@ def seen_of(done: Finished) -> Seen:
     """Everything but what was asked and answered; the cost is what is known by now."""
     row, decision = done.row, None if done.decided is None else done.decided.decision
     return Seen(
-        request_id=done.id, time_s=done.time_s, key=done.key, asked=row.requested, strategy=row.strategy,
-        chosen=row.model or done.cached_model, reason="" if decision is None else decision.reason,
+        request_id=done.id,
+        time_s=done.time_s,
+        key=done.key,
+        asked=row.requested,
+        strategy=row.strategy,
+        chosen=row.model or done.cached_model,
+        reason="" if decision is None else decision.reason,
         confidence=None if decision is None else decision.confidence,
-        candidates=() if decision is None else _candidates(decision), details={} if decision is None else decision.details,
-        attempts=[{"deployment": one.deployment, "outcome": one.status, "seconds": one.total_s} for one in done.attempts],
-        status=done.http_status, cache=row.cache, bypassed="" if done.decided is None else done.decided.bypassed,
-        prompt_tokens=done.prompt_tokens, completion_tokens=row.completion_tokens,
-        nano=row.cost_nano + sum(call.cost_nano for call in done.calls), latency_s=done.latency_s, overhead_s=done.overhead_s,
+        candidates=() if decision is None else _candidates(decision),
+        details={} if decision is None else decision.details,
+        attempts=[
+            {"deployment": one.deployment, "outcome": one.status, "seconds": one.total_s} for one in done.attempts
+        ],
+        status=done.http_status,
+        cache=row.cache,
+        bypassed="" if done.decided is None else done.decided.bypassed,
+        prompt_tokens=done.prompt_tokens,
+        completion_tokens=row.completion_tokens,
+        nano=row.cost_nano + sum(call.cost_nano for call in done.calls),
+        latency_s=done.latency_s,
+        overhead_s=done.overhead_s,
         calls=[_call(one) for one in done.calls],
-    )  # fmt: skip
+    )
 
 
 def with_price(seen: Seen, priced: Priced) -> Seen:

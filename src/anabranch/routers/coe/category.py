@@ -332,9 +332,10 @@ class CategoryRouter:
         shared = {"head.example_ED", "head.target_EC"}
         arrays = {name: value for name, value in arrays.items() if name not in shared}
         facts = {
-            "categories": list(self.categories), "temperature": self.temperature,
+            "categories": list(self.categories),
+            "temperature": self.temperature,
             "min_confidence": None if np.isinf(self.min_confidence) else self.min_confidence,
-        }  # fmt: skip
+        }
         return {**arrays, "example_ED": self._example_ED, "class_E": self._class_E}, facts
 
     def load_state(self, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
@@ -436,14 +437,20 @@ def _report(
         return np.divide(over_C, under_C, out=np.full(num_classes, np.nan), where=under_C > 0).tolist()
 
     columns = zip(
-        categories, ratio(right_C, predicted_C), ratio(right_C, true_C), ratio(2 * right_C, predicted_C + true_C),
-        true_C.tolist(), strict=True,
-    )  # fmt: skip
+        categories,
+        ratio(right_C, predicted_C),
+        ratio(right_C, true_C),
+        ratio(2 * right_C, predicted_C + true_C),
+        true_C.tolist(),
+        strict=True,
+    )
     return CategoryReport(
-        accuracy=float(right_C.sum() / max(len(class_N), 1)), ece=calibration_error(distribution_NC, class_N),
-        abstained=abstained, confusion_CC=confusion_CC,
+        accuracy=float(right_C.sum() / max(len(class_N), 1)),
+        ece=calibration_error(distribution_NC, class_N),
+        abstained=abstained,
+        confusion_CC=confusion_CC,
         of_category={
             name: {"precision": precision, "recall": recall, "f1": f1, "count": count}
             for name, precision, recall, f1, count in columns
         },
-    )  # fmt: skip
+    )

@@ -123,9 +123,11 @@ class MlpHead(Head):
             value, slope_NC = cross_entropy(hidden_NF @ out_FC + out_C, target_NC)
             slope_NF = (slope_NC @ out_FC.T) * (1 - hidden_NF**2)
             gradients = (
-                vector_ND.T @ slope_NF + in_DF / self.C, slope_NF.sum(0),
-                hidden_NF.T @ slope_NC + out_FC / self.C, slope_NC.sum(0),
-            )  # fmt: skip
+                vector_ND.T @ slope_NF + in_DF / self.C,
+                slope_NF.sum(0),
+                hidden_NF.T @ slope_NC + out_FC / self.C,
+                slope_NC.sum(0),
+            )
             total = value + 0.5 * float((in_DF**2).sum() + (out_FC**2).sum()) / self.C
             return total, np.concatenate([gradient.ravel() for gradient in gradients]).astype(np.float64)
 

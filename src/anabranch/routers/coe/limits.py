@@ -104,9 +104,13 @@ class Problem:
         size_E = np.array([size[name] for name in table.experts])
         value_CE = np.where(unknown_CE, -np.inf, np.nan_to_num(table.quality_CE) - limits.trade_off * size_E)
         return cls(
-            value_CE=value_CE, share_C=table.share_C, size_E=size_E,
-            price_E=np.array([price[name] for name in table.experts]), table=table, limits=limits,
-        )  # fmt: skip
+            value_CE=value_CE,
+            share_C=table.share_C,
+            size_E=size_E,
+            price_E=np.array([price[name] for name in table.experts]),
+            table=table,
+            limits=limits,
+        )
 
     @property
     def budget(self) -> float:
@@ -138,9 +142,13 @@ class Problem:
         used = np.unique(choice_C)
         # Rounded, so that the order of a sum does not decide.
         return (
-            round(float(self.size_E[used].sum()), 9), round(float(self.price_E[used].sum()), 9), len(used),
-            tuple(sorted(self.table.experts[at] for at in used)), round(self.active(choice_C), 9), tuple(choice_C.tolist()),
-        )  # fmt: skip
+            round(float(self.size_E[used].sum()), 9),
+            round(float(self.price_E[used].sum()), 9),
+            len(used),
+            tuple(sorted(self.table.experts[at] for at in used)),
+            round(self.active(choice_C), 9),
+            tuple(choice_C.tolist()),
+        )
 
     def is_better(self, choice_C: np.ndarray, other_C: np.ndarray | None) -> bool:
         """Whether a choice beats another (None: there is none)."""
@@ -189,10 +197,13 @@ class Problem:
         rows = np.arange(len(choice_C))
         return ExpertMap(
             choice={name: names[at] for name, at in zip(self.table.categories, choice_C, strict=True)},
-            chosen=tuple(names[at] for at in used), objective=self.objective(choice_C),
-            quality=float(self.share_C @ self.table.quality_CE[rows, choice_C]), active=self.active(choice_C),
-            host=float(self.size_E[used].sum()), limits=self.limits,
-        )  # fmt: skip
+            chosen=tuple(names[at] for at in used),
+            objective=self.objective(choice_C),
+            quality=float(self.share_C @ self.table.quality_CE[rows, choice_C]),
+            active=self.active(choice_C),
+            host=float(self.size_E[used].sum()),
+            limits=self.limits,
+        )
 
 
 def _size(name: str, parameters: Mapping[str, float], limits: Limits) -> float:

@@ -65,10 +65,12 @@ class _Program:
         width = len(self.worth_V)
         one = coo_array((np.ones(len(cell)), (cell // num_e, cell)), shape=(num_c, width))
         linked = coo_array(
-            (np.concatenate((np.ones(len(cell)), -np.ones(len(cell)))),
-             (np.concatenate((cell, cell)), np.concatenate((cell, len(cell) + cell % num_e)))),
+            (
+                np.concatenate((np.ones(len(cell)), -np.ones(len(cell)))),
+                (np.concatenate((cell, cell)), np.concatenate((cell, len(cell) + cell % num_e))),
+            ),
             shape=(len(cell), width),
-        )  # fmt: skip
+        )
         limits = [(self.host_V, self.budget)]
         if limited:
             limits += [(number_V, float(problem.most_experts)), (active_V, problem.most_active)]
@@ -106,9 +108,12 @@ class _Program:
         num_c, num_e = self.shape
         upper_V = np.concatenate((self.open_CE.ravel().astype(np.float64), np.ones(num_e)))
         found = milp(
-            cost_V, integrality=self.integer_V, bounds=Bounds(0, upper_V), constraints=constraints,
+            cost_V,
+            integrality=self.integer_V,
+            bounds=Bounds(0, upper_V),
+            constraints=constraints,
             options={"mip_rel_gap": 0.0},
-        )  # fmt: skip
+        )
         if found.status == 2:
             return None, None
         if found.x is None:

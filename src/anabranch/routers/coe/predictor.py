@@ -220,18 +220,34 @@ class CompositionOfExperts(Predictor, kind="coe"):
             else None
         )
         kind = fixed or best_kind(
-            data.score_NM, data.models, true, predicted, sizes or {}, limits,
-            prices=config.prices, shrinkage=config.shrinkage, folds=config.folds, seed=seed,
-        )  # fmt: skip
+            data.score_NM,
+            data.models,
+            true,
+            predicted,
+            sizes or {},
+            limits,
+            prices=config.prices,
+            shrinkage=config.shrinkage,
+            folds=config.folds,
+            seed=seed,
+        )
         if config.trade_off_params == "auto":
             if sizes is None:
                 raise InputError(
                     f"trade_off_params 'auto' needs the size of every model; add {self._unsized()[0]!r} to parameters, in billions"
                 )
             self.trade_off = largest_trade_off(
-                data.score_NM, data.models, true, predicted, sizes, limits,
-                kind=kind, prices=config.prices, folds=config.folds, seed=seed,
-            )  # fmt: skip
+                data.score_NM,
+                data.models,
+                true,
+                predicted,
+                sizes,
+                limits,
+                kind=kind,
+                prices=config.prices,
+                folds=config.folds,
+                seed=seed,
+            )
         return kind
 
     def _unsized(self) -> list[str]:
@@ -307,9 +323,11 @@ class CompositionOfExperts(Predictor, kind="coe"):
             "map": self.kind_of_map.kind,
         }
         return Prediction(
-            quality_NM=plan.quality_CM[row : row + 1], penalty_NM=plan.penalty_CM[row : row + 1],
-            confidence_N=np.clip(found.confidence_N, 0.0, 1.0), details=details,
-        )  # fmt: skip
+            quality_NM=plan.quality_CM[row : row + 1],
+            penalty_NM=plan.penalty_CM[row : row + 1],
+            confidence_N=np.clip(found.confidence_N, 0.0, 1.0),
+            details=details,
+        )
 
     def headers(self, decision: Decision) -> Mapping[str, str]:
         """The category that a prompt was taken for; how sure it is of that has a header of its own."""
@@ -483,13 +501,19 @@ class CompositionOfExperts(Predictor, kind="coe"):
         arrays, facts = self.router.state()
         table = self._table
         arrays = {f"router.{name}": value for name, value in arrays.items()} | {
-            "quality_CE": table.quality_CE, "count_CE": table.count_CE, "variance_CE": table.variance_CE,
-            "share_C": table.share_C, "mean_E": table.mean_E,
-        }  # fmt: skip
+            "quality_CE": table.quality_CE,
+            "count_CE": table.count_CE,
+            "variance_CE": table.variance_CE,
+            "share_C": table.share_C,
+            "mean_E": table.mean_E,
+        }
         return arrays, {
-            "router": facts, "kind_of_map": [self.kind_of_map.kind, self.kind_of_map.m], "trade_off": self.trade_off,
-            "fresh": [[*cell, *sums_3.tolist()] for cell, sums_3 in self._fresh.cells.items()], "incumbents": self._incumbents,
-        }  # fmt: skip
+            "router": facts,
+            "kind_of_map": [self.kind_of_map.kind, self.kind_of_map.m],
+            "trade_off": self.trade_off,
+            "fresh": [[*cell, *sums_3.tolist()] for cell, sums_3 in self._fresh.cells.items()],
+            "incumbents": self._incumbents,
+        }
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave."""
@@ -506,9 +530,10 @@ class CompositionOfExperts(Predictor, kind="coe"):
         self._incumbents, self._known = dict(facts["incumbents"]), ()
         self._plans.clear()
         self._table = QualityTable(
-            categories=self.router.categories, experts=self.models,
+            categories=self.router.categories,
+            experts=self.models,
             **{name: arrays[name] for name in ("quality_CE", "count_CE", "variance_CE", "share_C", "mean_E")},
-        )  # fmt: skip
+        )
 
 
 def _penalties(quality_CM: np.ndarray, size_M: np.ndarray, first_C: np.ndarray) -> np.ndarray:

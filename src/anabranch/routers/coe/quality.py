@@ -90,9 +90,14 @@ class QualityTable:
         share_C = np.array([1.0 if share is None else share.get(name, 0.0) for name in categories])
         count_CE = np.where(np.isnan(quality_CE), 0.0, counts)
         return cls(
-            categories=categories, experts=experts, quality_CE=quality_CE, count_CE=count_CE,
-            variance_CE=np.zeros(quality_CE.shape), share_C=share_C, mean_E=_means(quality_CE, count_CE),
-        )  # fmt: skip
+            categories=categories,
+            experts=experts,
+            quality_CE=quality_CE,
+            count_CE=count_CE,
+            variance_CE=np.zeros(quality_CE.shape),
+            share_C=share_C,
+            mean_E=_means(quality_CE, count_CE),
+        )
 
     def row(self, category: str) -> int:
         """Raises InputError for a category that is not there."""
@@ -159,19 +164,25 @@ class QualityTable:
     def with_row(self, category: str, share: float) -> Self:
         """A further category in which every expert is worth its mean; the others' shares shrink to make room."""
         return replace(
-            self, categories=(*self.categories, category), quality_CE=np.vstack([self.quality_CE, self.mean_E]),
+            self,
+            categories=(*self.categories, category),
+            quality_CE=np.vstack([self.quality_CE, self.mean_E]),
             count_CE=np.vstack([self.count_CE, self.count_CE.sum(0)]),
             variance_CE=np.vstack([self.variance_CE, self.variance_CE.mean(0)]),
             share_C=np.append(self.share_C * (1 - share), share),
-        )  # fmt: skip
+        )
 
     def only(self, experts: Sequence[str]) -> Self:
         """These experts, in this order. Raises InputError for one that is not there."""
         at = [self.column(name) for name in experts]
         return replace(
-            self, experts=tuple(experts), quality_CE=self.quality_CE[:, at], count_CE=self.count_CE[:, at],
-            variance_CE=self.variance_CE[:, at], mean_E=self.mean_E[at],
-        )  # fmt: skip
+            self,
+            experts=tuple(experts),
+            quality_CE=self.quality_CE[:, at],
+            count_CE=self.count_CE[:, at],
+            variance_CE=self.variance_CE[:, at],
+            mean_E=self.mean_E[at],
+        )
 
     def gain(self, category: str, expert: str, incumbent: str, confidence: float = 0.9) -> tuple[float, float]:
         """Interval of how much better ``expert`` is than ``incumbent``, from means and spreads of independent observations.
@@ -357,10 +368,14 @@ def _of_moments(
     quality_CE = np.divide(sum_CE, count_CE, out=np.full(count_CE.shape, np.nan), where=count_CE > 0)
     spread_CE = np.maximum(square_CE - count_CE * np.nan_to_num(quality_CE) ** 2, 0.0)
     return QualityTable(
-        categories=categories, experts=experts, quality_CE=quality_CE, count_CE=count_CE, share_C=share_C,
+        categories=categories,
+        experts=experts,
+        quality_CE=quality_CE,
+        count_CE=count_CE,
+        share_C=share_C,
         variance_CE=np.divide(spread_CE, count_CE - 1, out=np.zeros(count_CE.shape), where=count_CE > 1),
         mean_E=_means(quality_CE, count_CE),
-    )  # fmt: skip
+    )
 
 
 def _means(quality_CE: np.ndarray, count_CE: np.ndarray) -> np.ndarray:

@@ -313,17 +313,23 @@ class ExpertStore:
             counts, times = dict(self._counts), list(self._switch_s)
             tiers = {
                 name: {
-                    "bytes_moved": self._moved[name]["bytes"], "loads": self._moved[name]["loads"],
-                    "evictions": self._moved[name]["evictions"], "used_bytes": tier.used_bytes,
-                    "peak_bytes": tier.peak_bytes, "capacity_bytes": tier.capacity_bytes,
+                    "bytes_moved": self._moved[name]["bytes"],
+                    "loads": self._moved[name]["loads"],
+                    "evictions": self._moved[name]["evictions"],
+                    "used_bytes": tier.used_bytes,
+                    "peak_bytes": tier.peak_bytes,
+                    "capacity_bytes": tier.capacity_bytes,
                 }
                 for name, tier in self._tiers.items()
-            }  # fmt: skip
+            }
         return {
-            **counts, "hit_rate": counts["hits"] / counts["requests"] if counts["requests"] else None,
-            "switch_s_mean": sum(times) / len(times) if times else None, "switch_s_p50": quantile(times, 0.5),
-            "switch_s_p95": quantile(times, 0.95), "tiers": tiers,
-        }  # fmt: skip
+            **counts,
+            "hit_rate": counts["hits"] / counts["requests"] if counts["requests"] else None,
+            "switch_s_mean": sum(times) / len(times) if times else None,
+            "switch_s_p50": quantile(times, 0.5),
+            "switch_s_p95": quantile(times, 0.95),
+            "tiers": tiers,
+        }
 
     # Under the lock
 

@@ -81,10 +81,14 @@ class Recorded:
             for name in ("cost_NM", "tokens_NM2", "latency_NM", "vector_ND")
         }
         return replace(
-            self, query=tuple(self.query[row] for row in at), task=tuple(self.task[row] for row in at), score_NM=self.score_NM[at],
+            self,
+            query=tuple(self.query[row] for row in at),
+            task=tuple(self.task[row] for row in at),
+            score_NM=self.score_NM[at],
             answers=tuple(self.answers[row] for row in at) if self.answers else (),
-            signals={name: value[at] for name, value in self.signals.items()}, **part,
-        )  # fmt: skip
+            signals={name: value[at] for name, value in self.signals.items()},
+            **part,
+        )
 
     def only(self, models: Sequence[str]) -> Self:
         """These models, in this order. Raises InputError for one that is not there."""
@@ -112,8 +116,10 @@ class Recorded:
                 [] if self.tokens_NM2 is None else self.tokens_NM2[row, :, 0][np.isfinite(self.tokens_NM2[row, :, 0])]
             )
             yield Query(
-                text=text, task=self.task[row],
+                text=text,
+                task=self.task[row],
                 prompt_tokens=round(float(np.mean(known))) if len(known) else None,
                 vector_D=None if self.vector_ND is None else self.vector_ND[row],
-                answers=self.answers[row] if self.answers else {}, request_id=str(copy) if copy else "",
-            )  # fmt: skip
+                answers=self.answers[row] if self.answers else {},
+                request_id=str(copy) if copy else "",
+            )

@@ -128,9 +128,13 @@ def one_row(query: Query, models: tuple[str, ...]) -> Recorded:
     """A query as a table of one row without outcomes."""
     vector_ND = None if query.vector_D is None else query.vector_D[None]
     return Recorded(
-        query=(query.text,), task=(query.task,), models=models, score_NM=np.full((1, len(models)), np.nan), vector_ND=vector_ND,
+        query=(query.text,),
+        task=(query.task,),
+        models=models,
+        score_NM=np.full((1, len(models)), np.nan),
+        vector_ND=vector_ND,
         answers=(query.answers,) if query.answers else (),
-    )  # fmt: skip
+    )
 
 
 class Ranked(Strategy, kind="ranked"):

@@ -256,9 +256,13 @@ class Strategy(Part, family="strategy"):
             for item in decision.candidates
         ]
         return {
-            "strategy": decision.strategy, "reason": decision.reason, "confidence": decision.confidence,
-            "candidates": candidates, "details": dict(decision.details), "probability": decision.probability,
-        }  # fmt: skip
+            "strategy": decision.strategy,
+            "reason": decision.reason,
+            "confidence": decision.confidence,
+            "candidates": candidates,
+            "details": dict(decision.details),
+            "probability": decision.probability,
+        }
 
     def state(self) -> tuple[Arrays, Facts]:
         """What it learned: named arrays, and facts ready for JSON. `load_state` reads them back to the bit."""
@@ -364,8 +368,9 @@ def ordered(pool: Pool, score_M: Sequence[float] | np.ndarray, **of_model: np.nd
     values = [(name, value) for name, value in of_model.items() if value is not None]
     return tuple(
         Candidate(
-            model=models[at].name, score=scores[at],
+            model=models[at].name,
+            score=scores[at],
             **{name: float(value[at]) if math.isfinite(value[at]) else None for name, value in values},
         )
         for at in chosen
-    )  # fmt: skip
+    )

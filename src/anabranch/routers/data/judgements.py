@@ -68,12 +68,14 @@ def load_judgements(path: str | Path, *, prices: Mapping[str, Model] | None = No
     answers = _answers(place / "model_answer")
     rows = [
         Row(
-            text, category, {"score": {model: sum(all) / len(all) for model, all in scores[id].items()}},
+            text,
+            category,
+            {"score": {model: sum(all) / len(all) for model, all in scores[id].items()}},
             answers={model: answers[id, model] for model in scores[id] if (id, model) in answers},
         )
         for id, (text, category) in questions.items()
         if id in scores
-    ]  # fmt: skip
+    ]
     return gather(rows, file, prices)
 
 

@@ -89,10 +89,14 @@ def merged(parts: list[Recorded]) -> Recorded:
         return None if any(value is None for value in found) else np.concatenate(found)
 
     return Recorded(
-        query=tuple(text for part in parts for text in part.query), models=parts[0].models,
+        query=tuple(text for part in parts for text in part.query),
+        models=parts[0].models,
         task=tuple(task for part in parts for task in part.task),
-        score_NM=np.concatenate([part.score_NM for part in parts]), cost_NM=stacked("cost_NM"), tokens_NM2=stacked("tokens_NM2"),
-        latency_NM=stacked("latency_NM"), vector_ND=stacked("vector_ND"),
+        score_NM=np.concatenate([part.score_NM for part in parts]),
+        cost_NM=stacked("cost_NM"),
+        tokens_NM2=stacked("tokens_NM2"),
+        latency_NM=stacked("latency_NM"),
+        vector_ND=stacked("vector_ND"),
         answers=tuple(a for part in parts for a in part.answers) if all(part.answers for part in parts) else (),
         signals={name: np.concatenate([part.signals[name] for part in parts]) for name in shared},
-    )  # fmt: skip
+    )

@@ -69,10 +69,16 @@ def gather(rows: list[Row], path: Path, prices: Mapping[str, Model] | None) -> R
         priced_NM = _priced([row.query for row in rows], models, tokens_NM2, prices, path)
         cost_NM = np.where(np.isfinite(cost_NM), cost_NM, priced_NM)
     return Recorded(
-        query=tuple(row.query for row in rows), models=tuple(models), task=tuple(row.task for row in rows),
-        score_NM=table["score"], cost_NM=_known(cost_NM), tokens_NM2=_known(tokens_NM2), latency_NM=_known(table["latency"]),
-        answers=tuple(row.answers for row in rows) if any(row.answers for row in rows) else (), signals=signals,
-    )  # fmt: skip
+        query=tuple(row.query for row in rows),
+        models=tuple(models),
+        task=tuple(row.task for row in rows),
+        score_NM=table["score"],
+        cost_NM=_known(cost_NM),
+        tokens_NM2=_known(tokens_NM2),
+        latency_NM=_known(table["latency"]),
+        answers=tuple(row.answers for row in rows) if any(row.answers for row in rows) else (),
+        signals=signals,
+    )
 
 
 def _column(values: list[dict[str, float | None]], part: str, models: list[str], path: Path) -> np.ndarray:

@@ -57,9 +57,16 @@ class Memory:
     """
 
     def __init__(
-        self, learned: Arrays, mean_2M: np.ndarray, kappa_2: tuple[float, float], k: int, stores: tuple[Neighbours, Neighbours],
-        num_tasks: int, capacity: int, columns: int,
-    ) -> None:  # fmt: skip
+        self,
+        learned: Arrays,
+        mean_2M: np.ndarray,
+        kappa_2: tuple[float, float],
+        k: int,
+        stores: tuple[Neighbours, Neighbours],
+        num_tasks: int,
+        capacity: int,
+        columns: int,
+    ) -> None:
         self.learned, self.mean_2M, self.kappa_2, self.k = learned, mean_2M, kappa_2, k
         self.num_tasks, self.capacity, self.oldest = num_tasks, capacity, 0
         parts, width = num_tasks + len(learned["l.centre_KD"]), learned["l.attend_DA"].shape[1]
@@ -77,9 +84,16 @@ class Memory:
 
     @classmethod
     def fill(
-        cls, learned: Arrays, mean_2M: np.ndarray, kappa_2: tuple[float, float], k: int, stores: tuple[Neighbours, Neighbours],
-        share_NT: np.ndarray, value_2NM: np.ndarray, capacity: int,
-    ) -> "Memory":  # fmt: skip
+        cls,
+        learned: Arrays,
+        mean_2M: np.ndarray,
+        kappa_2: tuple[float, float],
+        k: int,
+        stores: tuple[Neighbours, Neighbours],
+        share_NT: np.ndarray,
+        value_2NM: np.ndarray,
+        capacity: int,
+    ) -> "Memory":
         """Of fitted queries, whose vectors are in the first store: share of each task, effects and scaled costs (NaN: no edge)."""
         made = cls(learned, mean_2M, kappa_2, k, stores, share_NT.shape[1], capacity, 1 + mean_2M.shape[1] + SPARE)
         vector_ND, share_NT = stores[0].vector_ND, np.ascontiguousarray(share_NT, np.float32)
@@ -193,8 +207,14 @@ class Memory:
         return level_S, count_S / (count_S + 1)
 
     def put(
-        self, row_S: np.ndarray, vector_SD: np.ndarray, share_ST: np.ndarray, model: int, left_S: np.ndarray, weight_S: np.ndarray
-    ) -> None:  # fmt: skip
+        self,
+        row_S: np.ndarray,
+        vector_SD: np.ndarray,
+        share_ST: np.ndarray,
+        model: int,
+        left_S: np.ndarray,
+        weight_S: np.ndarray,
+    ) -> None:
         """Edges of one model: in fitted rows, or (-1) with the queries, which are stored with them."""
         column, stored_S = 1 + model, row_S >= 0
         edge_S4C = np.zeros((len(row_S), 4, self.sum_4FC.shape[2]), np.float32)
@@ -319,8 +339,13 @@ class Memory:
 
     @classmethod
     def of_state(
-        cls, arrays: Mapping[str, np.ndarray], facts: Facts, k: int, stores: tuple[Neighbours, Neighbours], capacity: int
-    ) -> "Memory":  # fmt: skip
+        cls,
+        arrays: Mapping[str, np.ndarray],
+        facts: Facts,
+        k: int,
+        stores: tuple[Neighbours, Neighbours],
+        capacity: int,
+    ) -> "Memory":
         """From what `state` gave; ``stores`` are empty."""
         learned = {name: value for name, value in arrays.items() if name.startswith("l.")}
         first, second = facts["kappa_2"]

@@ -148,9 +148,14 @@ class Material:
 
 
 def fit_plus(
-    network: PlusNetwork, material: Material, settings: Episodes, neighbours: int, seed: int, validate: Callable[[], float] | None,
+    network: PlusNetwork,
+    material: Material,
+    settings: Episodes,
+    neighbours: int,
+    seed: int,
+    validate: Callable[[], float] | None,
     progress: Callable[[int, float], None] = lambda *_: None,
-) -> PlusNetwork:  # fmt: skip
+) -> PlusNetwork:
     """Train in place and leave the best weights in it.
 
     Args:
@@ -207,9 +212,12 @@ def episode_loss(
     rate_M = torch.where(torch.rand(num_models, generator=draw) < 0.5, rate_M, 1.0)
     visible_SM = torch.rand(len(used_S), num_models, generator=draw) < rate_M
     heads = network(
-        taken(material.support, used_S, value_2NM, seen_2NM, visible_SM.float()), material.support.vector_ND[target_Q],
-        material.support.share_NT[target_Q], *among(material, target_Q, used_S, neighbours), model_MV,
-    )  # fmt: skip
+        taken(material.support, used_S, value_2NM, seen_2NM, visible_SM.float()),
+        material.support.vector_ND[target_Q],
+        material.support.share_NT[target_Q],
+        *among(material, target_Q, used_S, neighbours),
+        model_MV,
+    )
     return sum(
         (_loss(found, value_2NM[head, target_Q], seen_2NM[head, target_Q]) for head, found in enumerate(heads)),
         torch.zeros(()),

@@ -142,9 +142,16 @@ class GraphRouter(Predictor, kind="graph"):
         self.texts = tuple(text[:length] for text in data.query) if length else ()
         model_MV, task_TV = self._describe(data.models, vector_ND, task_N, model_vectors or {}, task_vectors or {})
         observed = Observed(
-            vector_ND=vector_ND, share_NT=share_NT, task_N=task_N, group_N=group_N, held_N=held_N, effect_NM=data.score_NM,
-            cost_NM=cost_NM, task_TV=task_TV, model_MV=model_MV,
-        )  # fmt: skip
+            vector_ND=vector_ND,
+            share_NT=share_NT,
+            task_N=task_N,
+            group_N=group_N,
+            held_N=held_N,
+            effect_NM=data.score_NM,
+            cost_NM=cost_NM,
+            task_TV=task_TV,
+            model_MV=model_MV,
+        )
         if config.mode == "plus":
             self.engine = Plus.fit(config.plus, observed, seed)
         else:
@@ -152,9 +159,13 @@ class GraphRouter(Predictor, kind="graph"):
         return self
 
     def _describe(
-        self, models: tuple[str, ...], vector_ND: np.ndarray, task_N: np.ndarray,
-        model_vectors: Mapping[str, np.ndarray], task_vectors: Mapping[str, np.ndarray],
-    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        self,
+        models: tuple[str, ...],
+        vector_ND: np.ndarray,
+        task_N: np.ndarray,
+        model_vectors: Mapping[str, np.ndarray],
+        task_vectors: Mapping[str, np.ndarray],
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of models and of tasks."""
         config = self.config
         embedder = config.embedder.build() if config.descriptions or config.task_descriptions else None
@@ -334,10 +345,15 @@ class GraphRouter(Predictor, kind="graph"):
         engine = self._fitted()
         if isinstance(engine, Plus):
             facts["neighbours"] = [
-                {"row": row, "query": self.texts[row] if row < len(self.texts) else "", "similarity": like, "attention": weight,
-                 "edges": {self.models[model]: left for model, left in edges.items()}}
+                {
+                    "row": row,
+                    "query": self.texts[row] if row < len(self.texts) else "",
+                    "similarity": like,
+                    "attention": weight,
+                    "edges": {self.models[model]: left for model, left in edges.items()},
+                }
                 for row, like, weight, edges in engine.nearest(vector_ND, share_NT, SHOWN)
-            ]  # fmt: skip
+            ]
         return facts
 
     # Inside
@@ -372,9 +388,11 @@ class GraphRouter(Predictor, kind="graph"):
         arrays, facts = engine.state() if isinstance(engine, Plus) else (engine.state(), {})
         own = {"weight_DT": self.tasks.weight_DT, "bias_T": self.tasks.bias_T, "edges_M": self.edges_M.copy()}
         names = {
-            "tasks": list(self.tasks.names), "sharpness": self.tasks.sharpness, "texts": list(self.texts),
+            "tasks": list(self.tasks.names),
+            "sharpness": self.tasks.sharpness,
+            "texts": list(self.texts),
             "description_dim": self.description_dim,
-        }  # fmt: skip
+        }
         return {**arrays, **self.costs.state(), **{f"graph.{name}": value for name, value in own.items()}}, {
             **facts,
             **names,

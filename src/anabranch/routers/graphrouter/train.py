@@ -94,9 +94,15 @@ def fit_network(
 
 
 def _step(
-    network: Network, nodes: Nodes, edge_NM3: Tensor, label_NM: Tensor, train_NM: Tensor, settings: Training,
-    optimizer: torch.optim.Optimizer, draw: torch.Generator,
-) -> None:  # fmt: skip
+    network: Network,
+    nodes: Nodes,
+    edge_NM3: Tensor,
+    label_NM: Tensor,
+    train_NM: Tensor,
+    settings: Training,
+    optimizer: torch.optim.Optimizer,
+    draw: torch.Generator,
+) -> None:
     """One step. Node features do not depend on the mask, so they are made once and their gradients gathered over draws."""
     network.train()
     optimizer.zero_grad()

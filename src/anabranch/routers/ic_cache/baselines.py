@@ -20,12 +20,15 @@ def _shown(examples: list[Any], similarity: Any, reason: str) -> Selection:
     return Selection(
         chosen=tuple(
             Chosen(
-                example=example, similarity=float(cosine), utility=float(cosine), reason=reason,
+                example=example,
+                similarity=float(cosine),
+                utility=float(cosine),
+                reason=reason,
                 tokens=estimate_tokens(example.request) + estimate_tokens(example.response),
             )
             for example, cosine in zip(examples, similarity, strict=True)
         )
-    )  # fmt: skip
+    )
 
 
 class NoExamples:

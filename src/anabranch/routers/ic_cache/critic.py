@@ -92,11 +92,14 @@ class ReplayBuffer:
         """What is remembered."""
         held = len(self)
         return {
-            "x_NI": self.x_NI[:held], "arm_N2": self.arm_N2[:held], "target_N": self.target_N[:held],
-            "priority_N": self.priority_N[:held], "count": np.array(self._count),
+            "x_NI": self.x_NI[:held],
+            "arm_N2": self.arm_N2[:held],
+            "target_N": self.target_N[:held],
+            "priority_N": self.priority_N[:held],
+            "count": np.array(self._count),
             # As bytes of JSON, since files hold numbers.
             "owners": np.frombuffer(json.dumps(self.owner_N[:held]).encode(), np.uint8).copy(),
-        }  # fmt: skip
+        }
 
     def load_state(self, arrays: Arrays) -> None:
         """Take it back."""
@@ -143,8 +146,11 @@ class Critic(Part):
     def __init__(self, config: Any, inputs: int, arms: int, *, seed: int, prior_M: np.ndarray | None = None) -> None:
         self.config, self.num_arms = config, arms
         self.network = Network(
-            (inputs, *config.hidden, arms), seed=seed, learning_rate=config.learning_rate, weight_decay=config.weight_decay
-        )  # fmt: skip
+            (inputs, *config.hidden, arms),
+            seed=seed,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
         if prior_M is not None:
             self.network.parameters[-1][:] = prior_M
         self.buffer = ReplayBuffer(config.memory, inputs, alpha=config.alpha, beta=config.beta)

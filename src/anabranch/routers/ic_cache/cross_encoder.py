@@ -125,10 +125,13 @@ class CrossEncoder(Proxy, kind="cross_encoder"):
 
         width = config.dim
         weights = {
-            "table": normal(config.buckets, width, scale=0.5), "segment": normal(SEGMENTS, width, scale=0.5),
-            "shared": normal(2, width, scale=0.5), "position": normal(config.max_tokens, width, scale=0.1),
-            "head": np.zeros(width, np.float32), "bias": np.zeros((), np.float32),
-        }  # fmt: skip
+            "table": normal(config.buckets, width, scale=0.5),
+            "segment": normal(SEGMENTS, width, scale=0.5),
+            "shared": normal(2, width, scale=0.5),
+            "position": normal(config.max_tokens, width, scale=0.1),
+            "head": np.zeros(width, np.float32),
+            "bias": np.zeros((), np.float32),
+        }
         for layer in range(config.layers):
             weights |= {
                 f"{layer}.qkv": normal(width, 3 * width, scale=width**-0.5),

@@ -24,11 +24,29 @@ OPPOSITES = tuple(
 NEGATIONS = frozenset("not no never without none except isn don doesn cannot exclude excluding non".split())
 MODEL_BUCKETS = 4
 NAMES = (
-    "similarity", "behind the best", "rank", "shared words", "request covered", "example covered", "differing words",
-    "literals shared", "foreign literals", "words in answer", "length", "example length", "answer length", "length ratio",
-    "success rate", "uses", "quality", "trust", "opposite", "copied from request", "literals copied",
+    "similarity",
+    "behind the best",
+    "rank",
+    "shared words",
+    "request covered",
+    "example covered",
+    "differing words",
+    "literals shared",
+    "foreign literals",
+    "words in answer",
+    "length",
+    "example length",
+    "answer length",
+    "length ratio",
+    "success rate",
+    "uses",
+    "quality",
+    "trust",
+    "opposite",
+    "copied from request",
+    "literals copied",
     *(f"model {bucket}" for bucket in range(MODEL_BUCKETS)),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,9 @@ class ICCache(Part):
         self.config, self.embed, self.judge, self.load, self.clock = config, embed, judge, load, clock
         self.metrics: Metrics = Counters() if metrics is None else metrics
         dim = int(np.asarray(embed(["x"])).shape[1]) if embed is not None else int(dim or 0)
-        self.router = Router(config.router, [arm.name for arm in arms], [arm.cost for arm in arms], dim, seed=config.seed)  # fmt: skip
+        self.router = Router(
+            config.router, [arm.name for arm in arms], [arm.cost for arm in arms], dim, seed=config.seed
+        )
         self.arms = {arm.name: arm for arm in arms}
         self.dearest = max(arms, key=lambda arm: arm.cost).name
         self.pool = ExamplePool(config.pool, config.index.build(dim), redact=redact)
@@ -207,8 +209,15 @@ class ICCache(Part):
             self._bypassed("router", None)
         order = self._order(choice, available)
         routed = Routed(
-            id=uuid.uuid4().hex, query=query, vector_D=vector_D, selection=selection, choice=choice, arm=order[0], order=order, x_I=x_I
-        )  # fmt: skip
+            id=uuid.uuid4().hex,
+            query=query,
+            vector_D=vector_D,
+            selection=selection,
+            choice=choice,
+            arm=order[0],
+            order=order,
+            x_I=x_I,
+        )
         self._remember(routed)
         return routed
 
@@ -235,11 +244,22 @@ class ICCache(Part):
             self._pending.popitem(last=False)
         choice = routed.choice
         if choice is not None:
-            self.log.append({
-                "id": routed.id, "time_s": self.clock(), "tenant": routed.query.tenant, "user": routed.query.user, "arm": choice.arm,
-                "arms": list(choice.arms), "probability": choice.probability_M.tolist(), "mu": choice.mu_M.tolist(),
-                "push": choice.push, "second": choice.second, "tau": routed.selection.tau, "examples": list(routed.selection.ids),
-            })  # fmt: skip
+            self.log.append(
+                {
+                    "id": routed.id,
+                    "time_s": self.clock(),
+                    "tenant": routed.query.tenant,
+                    "user": routed.query.user,
+                    "arm": choice.arm,
+                    "arms": list(choice.arms),
+                    "probability": choice.probability_M.tolist(),
+                    "mu": choice.mu_M.tolist(),
+                    "push": choice.push,
+                    "second": choice.second,
+                    "tau": routed.selection.tau,
+                    "examples": list(routed.selection.ids),
+                }
+            )
         self.metrics.count("ic_cache_requests_total", arm=routed.arm)
         self.metrics.count("ic_cache_examples_selected_total", len(routed.selection.chosen))
         self.metrics.count("ic_cache_selection_seconds_total", routed.selection.took_s)
@@ -255,9 +275,14 @@ class ICCache(Part):
         if arm not in self.arms or not self.shows_examples(arm) or not routed.selection.chosen:
             return messages
         kept = fit(
-            messages, routed.selection.chosen, context=self.arms[arm].context, max_tokens=routed.query.max_tokens,
-            prompt_tokens=routed.query.prompt_tokens, style=self.config.style, count_tokens=self.selector.count_tokens,
-        )  # fmt: skip
+            messages,
+            routed.selection.chosen,
+            context=self.arms[arm].context,
+            max_tokens=routed.query.max_tokens,
+            prompt_tokens=routed.query.prompt_tokens,
+            style=self.config.style,
+            count_tokens=self.selector.count_tokens,
+        )
         if len(kept) < len(routed.selection.chosen):
             self.metrics.count("ic_cache_examples_dropped_total", len(routed.selection.chosen) - len(kept))
             self._replace(routed.id, selection=shortened(routed.selection, kept))
@@ -327,7 +352,7 @@ class ICCache(Part):
         """Offer an answer to a decision's request."""
         return self.offer(
             routed.query, response, arm, vector_D=routed.vector_D, store=store, quality=quality, source=routed.id
-        )  # fmt: skip
+        )
 
     def offer(
         self,
@@ -345,10 +370,17 @@ class ICCache(Part):
             vector_D = query.vector_D
         try:
             admission = self.pool.admit(
-                query, response, model, now_s=self.clock(), vector_D=vector_D, embed=self.embed, quality=quality, store=store,
+                query,
+                response,
+                model,
+                now_s=self.clock(),
+                vector_D=vector_D,
+                embed=self.embed,
+                quality=quality,
+                store=store,
                 source=source,
                 make_room=lambda missing: self.manager.make_room(missing, self.clock()),
-            )  # fmt: skip
+            )
         except Exception:
             admission = self._bypassed("admission", Admission(None, "failed"))
         self.metrics.count("ic_cache_admissions_total", reason=admission.reason)
@@ -491,8 +523,10 @@ class ICCache(Part):
             del self._pending[id]
         self.log.forget(lambda row: is_theirs(row["tenant"], row["user"]))
         kept = [
-            lesson for lesson in self._lessons if not is_theirs(lesson.tenant, lesson.user) and gone.isdisjoint(lesson.ids)
-        ]  # fmt: skip
+            lesson
+            for lesson in self._lessons
+            if not is_theirs(lesson.tenant, lesson.user) and gone.isdisjoint(lesson.ids)
+        ]
         self._lessons = deque(kept, maxlen=self._lessons.maxlen)
         if ids is None:
             self.router.critic.buffer.forget(tenant, user)

@@ -149,11 +149,20 @@ class ExamplePool(Part):
                 return Admission(None, "no vector of what is kept")
             vector_D = np.asarray(embed([request]))[0]
         example = Example(
-            id=self._next_id, tenant=query.tenant, domain=domain_of(query), user=query.user, request=request, response=answer, model=model,
-            trust=self.config.trust.get(model, 0), created_s=now_s, quality=quality, offloads_s=now_s,
+            id=self._next_id,
+            tenant=query.tenant,
+            domain=domain_of(query),
+            user=query.user,
+            request=request,
+            response=answer,
+            model=model,
+            trust=self.config.trust.get(model, 0),
+            created_s=now_s,
+            quality=quality,
+            offloads_s=now_s,
             source=source,
             expires_s=None if self.config.ttl_s is None else now_s + self.config.ttl_s,
-        )  # fmt: skip
+        )
         size = example.size_bytes
         if size > min(self.config.max_example_bytes, self.config.max_bytes):
             return Admission(None, "too large")

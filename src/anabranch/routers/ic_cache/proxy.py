@@ -193,8 +193,11 @@ class Mlp(_OnFeatures, kind="mlp"):
     def _fresh(self, seed: int) -> Network:
         config = self.config
         return Network(
-            (len(NAMES), config.hidden, 1), seed=seed, learning_rate=config.learning_rate, weight_decay=config.weight_decay
-        )  # fmt: skip
+            (len(NAMES), config.hidden, 1),
+            seed=seed,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
 
     def _score(self, pairs: Pairs) -> np.ndarray:
         return sigmoid(self.network(self._standardise(pairs.feature_KF))[:, 0].astype(np.float64))

@@ -160,9 +160,15 @@ class Router(Part):
         similarity = [item.similarity for item in selection.chosen] or [0.0]
         utility = [item.utility for item in selection.chosen] or [0.0]
         extras = [
-            len(selection.chosen) / 5, float(bool(selection.chosen)), max(similarity), sum(similarity) / len(similarity),
-            max(utility), sum(utility) / len(utility), math.log1p(selection.tokens) / 8, math.log1p(prompt_tokens) / 8,
-        ]  # fmt: skip
+            len(selection.chosen) / 5,
+            float(bool(selection.chosen)),
+            max(similarity),
+            sum(similarity) / len(similarity),
+            max(utility),
+            sum(utility) / len(utility),
+            math.log1p(selection.tokens) / 8,
+            math.log1p(prompt_tokens) / 8,
+        ]
         return np.concatenate([vector_D, np.array(extras)]).astype(np.float32)
 
     def choose(self, x_I: np.ndarray, available: Sequence[str] | None = None) -> Choice:
@@ -178,9 +184,15 @@ class Router(Part):
         at = int(self._random.choice(len(self.arms), p=probability_M))
         spread = float(mu_M[is_open_M].std())
         return Choice(
-            arm=self.arms[at], arms=self.arms, mu_M=mu_M, score_M=score_M, probability_M=probability_M, push=self.push, spread=spread,
+            arm=self.arms[at],
+            arms=self.arms,
+            mu_M=mu_M,
+            score_M=score_M,
+            probability_M=probability_M,
+            push=self.push,
+            spread=spread,
             second=self._second(at, is_open_M, spread),
-        )  # fmt: skip
+        )
 
     def _second(self, at: int, is_open_M: np.ndarray, spread: float) -> str | None:
         """Thompson sampling among the others, where mu cannot tell arms apart."""
@@ -215,8 +227,10 @@ class Router(Part):
         """Critic, beliefs and what will be drawn next; load is of the moment, and not kept."""
         own = {"wins_M": self.wins_M, "losses_M": self.losses_M, "cost_M": self.cost_M}
         return {**own, **{f"critic.{name}": value for name, value in self.critic.state().items()}}, {
-            "arms": list(self.arms), "dim": self.dim, "random": [self._random.bit_generator.state, self.critic.random.bit_generator.state],
-        }  # fmt: skip
+            "arms": list(self.arms),
+            "dim": self.dim,
+            "random": [self._random.bit_generator.state, self.critic.random.bit_generator.state],
+        }
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take them back. Raises InputError if they are of other arms or another dimension."""

@@ -142,16 +142,23 @@ class Selector(Part):
         picked.sort(key=lambda at: (utility_K[at], similarity_K[at], -at))
         chosen = tuple(
             Chosen(
-                example=examples[at], similarity=float(similarity_K[at]), utility=float(utility_K[at]), tokens=tokens_K[at],
+                example=examples[at],
+                similarity=float(similarity_K[at]),
+                utility=float(utility_K[at]),
+                tokens=tokens_K[at],
                 reason=f"similarity {similarity_K[at]:.2f}, expected use {utility_K[at]:.2f} of at least {tau:.2f}",
             )
             for at in picked
-        )  # fmt: skip
+        )
         kept = Pairs(found.feature_KF[picked], [found.texts[at] for at in picked])
         return Selection(
-            chosen=chosen, tau=tau, is_trial=is_trial, rejected={name: count for name, count in rejected.items() if count},
-            took_s=time.perf_counter() - started, pairs=kept,
-        )  # fmt: skip
+            chosen=chosen,
+            tau=tau,
+            is_trial=is_trial,
+            rejected={name: count for name, count in rejected.items() if count},
+            took_s=time.perf_counter() - started,
+            pairs=kept,
+        )
 
     def _tokens(self, example: Example) -> int:
         return self.count_tokens(example.request) + self.count_tokens(example.response)
@@ -169,9 +176,13 @@ class Selector(Part):
             return []
         vector_UD = self.pool.index.vectors([examples[at].id for at in useful])
         places = pick_diverse(
-            utility_K[useful], vector_UD, [tokens_K[int(at)] for at in useful],
-            mmr=self.config.mmr, most=self.config.max_examples, budget=self.config.max_example_tokens,
-        )  # fmt: skip
+            utility_K[useful],
+            vector_UD,
+            [tokens_K[int(at)] for at in useful],
+            mmr=self.config.mmr,
+            most=self.config.max_examples,
+            budget=self.config.max_example_tokens,
+        )
         spare = self.config.max_example_tokens - sum(tokens_K[int(useful[place])] for place in places)
         left = [at for place, at in enumerate(useful) if place not in places]
         rejected["too long"] += sum(tokens_K[int(at)] > spare for at in left)

@@ -126,8 +126,13 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         trust = {**settings.pool.trust, **dict.fromkeys(trusted, max(1, settings.pool.min_trust))}
         pool: ExamplePool.Config = settings.pool.replace(domains=self._domains, trust=trust)
         return ICCache(
-            settings.replace(pool=pool), arms=arms, dim=dim, embed=self._embed, metrics=self.metrics, clock=lambda: self._now_s
-        )  # fmt: skip
+            settings.replace(pool=pool),
+            arms=arms,
+            dim=dim,
+            embed=self._embed,
+            metrics=self.metrics,
+            clock=lambda: self._now_s,
+        )
 
     def _arm(self, name: str, cost: float, context: int | None = None) -> Arm:
         shows = (name in self.config.assisted) if self.config.assisted else None
@@ -182,20 +187,30 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         first = candidates[0].model
         shown = len(examples) if first in cache.arms and cache.shows_examples(first) else 0
         push = 0.0 if choice is None else choice.push
-        reason = "the router failed; the dearest model answers" if choice is None else (
-            f"{first} with {shown} examples" + (f", load takes {push:.2f} off the dearest model" if push else "")
-        )  # fmt: skip
+        reason = f"{first} with {shown} examples" + (f", load takes {push:.2f} off the dearest model" if push else "")
+        if choice is None:
+            reason = "the router failed; the dearest model answers"
         details = {
-            "id": routed.id, "examples": examples, "rejected": dict(routed.selection.rejected), "tau": routed.selection.tau, "push": push,
-            "second": None if choice is None else choice.second, "autoscale": cache.router.autoscale,
-        }  # fmt: skip
+            "id": routed.id,
+            "examples": examples,
+            "rejected": dict(routed.selection.rejected),
+            "tau": routed.selection.tau,
+            "push": push,
+            "second": None if choice is None else choice.second,
+            "autoscale": cache.router.autoscale,
+        }
         confidence = None if choice is None else float(choice.probability_M.max())
         chance = (
             None if choice is None or choice.arm != first else float(choice.probability_M[choice.arms.index(first)])
         )
         return Decision(
-            candidates=candidates, strategy=self.name, reason=reason, confidence=confidence, details=details, probability=chance
-        )  # fmt: skip
+            candidates=candidates,
+            strategy=self.name,
+            reason=reason,
+            confidence=confidence,
+            details=details,
+            probability=chance,
+        )
 
     def headers(self, decision: Decision) -> Mapping[str, str]:
         """The decision, its examples and the scores of all arms."""
@@ -204,10 +219,11 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         )
         examples = decision.details.get("examples", ()) if shown else ()
         return {
-            "x-ic-id": str(decision.details.get("id", "")), "x-ic-arm": decision.model,
+            "x-ic-id": str(decision.details.get("id", "")),
+            "x-ic-arm": decision.model,
             "x-ic-examples": ",".join(str(item["id"]) for item in examples),
             "x-ic-scores": ",".join(f"{one.model}={one.score:.3f}" for one in decision.candidates),
-        }  # fmt: skip
+        }
 
     def prepare(
         self, query: Query, model: str, messages: Sequence[Mapping[str, Any]], *, decision: Decision | None = None
@@ -291,8 +307,10 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         if cache is None:
             before = len(self._to_take)
             self._to_take = [
-                one for one in self._to_take if one.body is None or not is_meant(one.body, tenant=tenant, user=user, decision=decision)
-            ]  # fmt: skip
+                one
+                for one in self._to_take
+                if one.body is None or not is_meant(one.body, tenant=tenant, user=user, decision=decision)
+            ]
             return before - len(self._to_take)
         self._answered.clear()
         if decision is not None:

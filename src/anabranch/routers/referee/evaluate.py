@@ -129,16 +129,26 @@ def evaluate(
         raise InputError(f"no strategy could be judged; {name}: {reason}")
     reach = reach_of(test.score_NM)
     verdict = decide(
-        [own_setting(trial, best) for trial in trials], sequences, best.facts["model"], questions=len(test), reach=reach,
-        chosen_on="train" if known or train is not None else "test", margin=margin * reach, unfit=failed,
-    )  # fmt: skip
+        [own_setting(trial, best) for trial in trials],
+        sequences,
+        best.facts["model"],
+        questions=len(test),
+        reach=reach,
+        chosen_on="train" if known or train is not None else "test",
+        margin=margin * reach,
+        unfit=failed,
+    )
     tested = {one.name: one for one in verdict.gains}
     report = _report(trials, tested, learned, best, test, cost_range, dollar, draws)
     return report.replace(
-        verdict=verdict, failed=failed, seeds=list(seeds) if train is not None else [], left_out=num_rows - len(test),
-        num_train=None if train is None else len(train), seconds=time.perf_counter() - started,
+        verdict=verdict,
+        failed=failed,
+        seeds=list(seeds) if train is not None else [],
+        left_out=num_rows - len(test),
+        num_train=None if train is None else len(train),
+        seconds=time.perf_counter() - started,
         data={"test": digest(test)} if train is None else {"train": digest(train), "test": digest(test)},
-    )  # fmt: skip
+    )
 
 
 def digest(data: Recorded) -> str:
@@ -173,8 +183,14 @@ def _in_order(pool: Pool, names: tuple[str, ...]) -> tuple:
 
 
 def try_out(
-    name: str, strategy: Strategy, train: Recorded | None, test: Recorded, pool: Pool, seeds: Sequence[int], embed: Embed | None
-) -> Trial:  # fmt: skip
+    name: str,
+    strategy: Strategy,
+    train: Recorded | None,
+    test: Recorded,
+    pool: Pool,
+    seeds: Sequence[int],
+    embed: Embed | None,
+) -> Trial:
     """Learn and play with every seed, as `evaluate` does with each strategy; arguments are as there, outcomes complete.
 
     Raises InputError if vectors are missing.
@@ -283,19 +299,27 @@ def _report(
 ) -> Report:
     singles = {model: baselines.single(test, model) for model in test.models}
     rules = {
-        "random": baselines.random_choice(test), "best_single": best,
-        "best_per_task": baselines.best_per_task(learned, test), "oracle": baselines.oracle(test),
-    }  # fmt: skip
+        "random": baselines.random_choice(test),
+        "best_single": best,
+        "best_per_task": baselines.best_per_task(learned, test),
+        "oracle": baselines.oracle(test),
+    }
     known = {name: rule for name, rule in rules.items() if rule is not None}
     single_P2 = baselines.mixing(test)
     if single_P2 is not None and cost_range is None:
         cost_range = float(single_P2[:, 0].min()), float(single_P2[:, 0].max())
+    mixing = None
+    if single_P2 is not None and cost_range is not None:
+        mixing = {"aiq": aiq(single_P2, *cost_range), "curve": hull(single_P2).tolist()}
     found = Report(
-        models=list(test.models), num_test=len(test), cost_range=cost_range, dollar=dollar,
+        models=list(test.models),
+        num_test=len(test),
+        cost_range=cost_range,
+        dollar=dollar,
         baselines={name: _baseline_row(rule, single_P2, cost_range) for name, rule in known.items()},
         singles={model: _baseline_row(rule, single_P2, cost_range) for model, rule in singles.items()},
-        mixing=None if single_P2 is None or cost_range is None else {"aiq": aiq(single_P2, *cost_range), "curve": hull(single_P2).tolist()},
-    )  # fmt: skip
+        mixing=mixing,
+    )
     if not trials:
         return found
     quality_NS = np.column_stack([trial.quality_N for trial in trials])
@@ -331,29 +355,45 @@ def _baseline_row(
 
 
 def _standing(
-    trial: Trial, score: Interval, gain: Interval, tested: Gain, test: Recorded, rules: Mapping[str, Baseline], dollar: float
-) -> Standing:  # fmt: skip
+    trial: Trial,
+    score: Interval,
+    gain: Interval,
+    tested: Gain,
+    test: Recorded,
+    rules: Mapping[str, Baseline],
+    dollar: float,
+) -> Standing:
     share_M = np.mean([one.calls_NM.mean(0) for one in trial.played], axis=0)
     recovered: dict[str, Any] = {}
     if trial.recovery is not None and trial.binned is not None:
         cpt = {f"{target:.0%}": trial.recovery.cpt(target) for target in TARGETS}
         recovered = {"apgr": trial.recovery.apgr, "apgr_in_bins": trial.binned.apgr, "cpt": cpt}
     return Standing(
-        name=trial.name, score=score.mean, interval=[score.low, score.high],
-        gain=gain.mean, gain_interval=[gain.low, gain.high], p=tested.p, p_holm=tested.p_holm,
-        gap=float(rules["oracle"].quality_N.mean()) - score.mean, regret=_regret(trial, test, dollar),
+        name=trial.name,
+        score=score.mean,
+        interval=[score.low, score.high],
+        gain=gain.mean,
+        gain_interval=[gain.low, gain.high],
+        p=tested.p,
+        p_holm=tested.p_holm,
+        gap=float(rules["oracle"].quality_N.mean()) - score.mean,
+        regret=_regret(trial, test, dollar),
         by_seed=[float(one.quality_N.mean()) for one in trial.played],
         calls={model: float(share) for model, share in zip(test.models, share_M, strict=True)},
-        fit_s=trial.fit_s, memory_bytes=sum(array.nbytes for array in trial.strategy.state()[0].values()),
+        fit_s=trial.fit_s,
+        memory_bytes=sum(array.nbytes for array in trial.strategy.state()[0].values()),
         latency_ms=None if trial.latency_ms is None else {"p50": trial.latency_ms[0], "p99": trial.latency_ms[1]},
         **recovered,
-    )  # fmt: skip
+    )
 
 
 def _of_cost(
-    trial: Trial, trials: list[Trial], rules: Mapping[str, Baseline], single_P2: np.ndarray | None,
+    trial: Trial,
+    trials: list[Trial],
+    rules: Mapping[str, Baseline],
+    single_P2: np.ndarray | None,
     cost_range: tuple[float, float] | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The part of a standing that needs costs."""
     best = rules["best_single"].point
     if trial.curve_P2 is None or single_P2 is None or cost_range is None or best is None:

@@ -113,9 +113,18 @@ class Contender:
 
 
 def compared(
-    kind: Kind, name: str, quality_N: np.ndarray, cost_N: np.ndarray | None, best_quality_N: np.ndarray, best_cost_N: np.ndarray | None,
-    setting: float | None = None, *, doubt: float = 0.0, cost_doubt: float = 0.0, weight: float = 1.0,
-) -> Contender:  # fmt: skip
+    kind: Kind,
+    name: str,
+    quality_N: np.ndarray,
+    cost_N: np.ndarray | None,
+    best_quality_N: np.ndarray,
+    best_cost_N: np.ndarray | None,
+    setting: float | None = None,
+    *,
+    doubt: float = 0.0,
+    cost_doubt: float = 0.0,
+    weight: float = 1.0,
+) -> Contender:
     """A contender from outcomes of each question, its own and those of the best single model; costs None where they are not known.
 
     ``weight`` is the most that a question counts, where not all count 1. For the rest see `Contender`.
@@ -126,9 +135,15 @@ def compared(
         dearest = max(DEAREST * weight * float(best_cost_N.mean()), float(cost_N2.max()))
         cost_N2 = in_parts(cost_N2)
     return Contender(
-        kind=kind, name=name, setting=setting, gain_N=in_parts(quality_N - best_quality_N), cost_N2=cost_N2, doubt=doubt,
-        cost_doubt=cost_doubt, dearest=dearest,
-    )  # fmt: skip
+        kind=kind,
+        name=name,
+        setting=setting,
+        gain_N=in_parts(quality_N - best_quality_N),
+        cost_N2=cost_N2,
+        doubt=doubt,
+        cost_doubt=cost_doubt,
+        dearest=dearest,
+    )
 
 
 def reach_of(score_NM: np.ndarray) -> float:
@@ -138,9 +153,18 @@ def reach_of(score_NM: np.ndarray) -> float:
 
 
 def decide(
-    strategies: Sequence[Contender], sequences: Sequence[Sequence[Contender]], best_single: str, *, questions: int, reach: float,
-    chosen_on: str, margin: float, alpha: float = ALPHA, unfit: Mapping[str, str] | None = None, most: float | None = None,
-) -> Verdict:  # fmt: skip
+    strategies: Sequence[Contender],
+    sequences: Sequence[Sequence[Contender]],
+    best_single: str,
+    *,
+    questions: int,
+    reach: float,
+    chosen_on: str,
+    margin: float,
+    alpha: float = ALPHA,
+    unfit: Mapping[str, str] | None = None,
+    most: float | None = None,
+) -> Verdict:
     """The verdict.
 
     Args:
@@ -163,16 +187,29 @@ def decide(
         effect = max(closest.gain, margin)
         needed = _needed(closest, effect, len(strategies), questions, reach, alpha)
     return Verdict(
-        best_single=best_single, chosen_on=chosen_on, questions=questions, gains=gains, equal_quality=equal,
-        has_costs=_has_costs(sequences), margin=margin, alpha=alpha, unfit=dict(unfit or {}), needed=needed, effect=effect,
+        best_single=best_single,
+        chosen_on=chosen_on,
+        questions=questions,
+        gains=gains,
+        equal_quality=equal,
+        has_costs=_has_costs(sequences),
+        margin=margin,
+        alpha=alpha,
+        unfit=dict(unfit or {}),
+        needed=needed,
+        effect=effect,
         recommended=_choice(gains, equal, sequences, best_single, questions, chosen_on),
-    )  # fmt: skip
+    )
 
 
 def _choice(
-    gains: Sequence[Gain], equal: EqualQuality | None, sequences: Sequence[Sequence[Contender]], best_single: str, questions: int,
+    gains: Sequence[Gain],
+    equal: EqualQuality | None,
+    sequences: Sequence[Sequence[Contender]],
+    best_single: str,
+    questions: int,
     chosen_on: str,
-) -> Choice:  # fmt: skip
+) -> Choice:
     best = next((one for one in gains if one.found == BETTER), None)
     if best is not None:
         return Choice(kind="strategy", name=best.name, reason=f"it is better than {best_single} ({best.gain:+.4f})")
@@ -201,10 +238,15 @@ def _gains(strategies: Sequence[Contender], reach: float, alpha: float, most: fl
             low, high = (max(low, 0.0), high) if what == BETTER else (low, min(high, 0.0))
         found.append(
             Gain(
-                name=one.name, gain=one.gain, interval=[low, high], p=min(1.0, 2 * min(gain_p[at], loss_p[at])), p_holm=p_holm, found=what,
+                name=one.name,
+                gain=one.gain,
+                interval=[low, high],
+                p=min(1.0, 2 * min(gain_p[at], loss_p[at])),
+                p_holm=p_holm,
+                found=what,
                 saving=one.saving,
             )
-        )  # fmt: skip
+        )
     return sorted(found, key=lambda one: (-one.gain, -(one.saving or 0.0)))
 
 
@@ -240,6 +282,11 @@ def _equal(sequences: Sequence[Sequence[Contender]], reach: float, margin: float
     if best is None or best.saving is None:
         return None
     return EqualQuality(
-        kind=best.kind, name=best.name, setting=best.setting, saving=best.saving, interval=best.saved(each), gain=best.gain,
+        kind=best.kind,
+        name=best.name,
+        setting=best.setting,
+        saving=best.saving,
+        interval=best.saved(each),
+        gain=best.gain,
         at_least=best.lower(level, reach),
-    )  # fmt: skip
+    )

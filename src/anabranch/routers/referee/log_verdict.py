@@ -131,14 +131,27 @@ class _Log:
         share = self.unsupported(one.model_R, parts_R) + self.unsupported(best.model_R, parts_R)
         dearest = 0.0 if self.log.cost_NM is None else float(np.nanmax(self.log.cost_NM, initial=0.0))
         return compared(
-            kind, name, one.quality_G, one.cost_G, best.quality_G, best.cost_G, doubt=share * self.span, cost_doubt=share * dearest,
+            kind,
+            name,
+            one.quality_G,
+            one.cost_G,
+            best.quality_G,
+            best.cost_G,
+            doubt=share * self.span,
+            cost_doubt=share * dearest,
             weight=self.heaviest,
-        )  # fmt: skip
+        )
 
 
 def verdict_of_log(
-    strategies: Mapping[str, Strategy], log: Recorded, pool: Pool, *, learned: Recorded | None = None, margin: float = MARGIN, seed: int = 0
-) -> Verdict:  # fmt: skip
+    strategies: Mapping[str, Strategy],
+    log: Recorded,
+    pool: Pool,
+    *,
+    learned: Recorded | None = None,
+    margin: float = MARGIN,
+    seed: int = 0,
+) -> Verdict:
     """What a log says of fitted strategies.
 
     Args:
@@ -151,8 +164,11 @@ def verdict_of_log(
     """
     part, equal = _Log(log, pool, seed), margin * reach_of(log.score_NM)
     if not len(part.rows):
-        return undecided("Not resolved: no choice of the log was drawn, so it does not tell what other models would have earned.",
-                         len(part.log), equal)  # fmt: skip
+        return undecided(
+            "Not resolved: no choice of the log was drawn, so it does not tell what other models would have earned.",
+            len(part.log),
+            equal,
+        )
     alone = {name: Static(Static.Config(model=name)) for name in pool.names}
     single = {name: part.values(one) for name, one in alone.items()}
     fit = [name for name, one in single.items() if not one.unfit]
@@ -167,6 +183,13 @@ def verdict_of_log(
     contenders = [part.contender("strategy", name, one, best) for name, one in found.items() if not one.unfit]
     others = [[part.contender("model", name, single[name], best)] for name in fit if name != best_name]
     return decide(
-        contenders, [*([one] for one in contenders), *others], best_name, questions=len(part.share_G), reach=part.reach, most=part.span,
-        chosen_on=chosen_on, margin=equal, unfit={name: one.unfit for name, one in found.items() if one.unfit},
-    )  # fmt: skip
+        contenders,
+        [*([one] for one in contenders), *others],
+        best_name,
+        questions=len(part.share_G),
+        reach=part.reach,
+        most=part.span,
+        chosen_on=chosen_on,
+        margin=equal,
+        unfit={name: one.unfit for name, one in found.items() if one.unfit},
+    )

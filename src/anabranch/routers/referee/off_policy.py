@@ -189,9 +189,16 @@ def _row_means(value_NM: np.ndarray, known_NM: np.ndarray) -> np.ndarray:
 
 
 def _estimate(
-    name: str, log: Recorded, model_N: np.ndarray, weight_NM: np.ndarray, drawn_N: np.ndarray, expected_NM: np.ndarray | None,
-    logged_N: np.ndarray, draws: int, seed: int,
-) -> Replayed:  # fmt: skip
+    name: str,
+    log: Recorded,
+    model_N: np.ndarray,
+    weight_NM: np.ndarray,
+    drawn_N: np.ndarray,
+    expected_NM: np.ndarray | None,
+    logged_N: np.ndarray,
+    draws: int,
+    seed: int,
+) -> Replayed:
     rows = np.arange(len(log))
     weight_N = weight_NM[rows, model_N]
     matched = int((weight_N > 0).sum())
@@ -219,17 +226,26 @@ def _estimate(
         priced_N = (weight_N > 0) & np.isfinite(cost_N)
         cost = float(np.average(cost_N[priced_N], weights=weight_N[priced_N])) if priced_N.any() else None
     found = Replayed(
-        name, matched, float(weight_N.sum() ** 2 / (weight_N**2).sum()), score, _interval(score_B), cost,
-        score - logged, _interval(score_B - logged_B),
-    )  # fmt: skip
+        name,
+        matched,
+        float(weight_N.sum() ** 2 / (weight_N**2).sum()),
+        score,
+        _interval(score_B),
+        cost,
+        score - logged,
+        _interval(score_B - logged_B),
+    )
     if not drawn_N.any():
         return found
     num_drawn = drawn_N.sum()
     return replace(
-        found, ips=float(value_N.sum() / num_drawn), doubly_robust=float(robust_N.sum() / num_drawn),
-        doubly_robust_interval=_interval(mean_B5[:, 3] / mean_B5[:, 4]), support=float(weight_N.sum() / num_drawn),
+        found,
+        ips=float(value_N.sum() / num_drawn),
+        doubly_robust=float(robust_N.sum() / num_drawn),
+        doubly_robust_interval=_interval(mean_B5[:, 3] / mean_B5[:, 4]),
+        support=float(weight_N.sum() / num_drawn),
         support_interval=_supported(summed_G5[:, 1], summed_G5[:, 4], float(weight_NM.max())),
-    )  # fmt: skip
+    )
 
 
 def _supported(weight_G: np.ndarray, drawn_G: np.ndarray, heaviest: float) -> list[float]:

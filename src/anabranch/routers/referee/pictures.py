@@ -41,10 +41,17 @@ def _curve(axes: Axes, one: Standing, colour: str, marker: str) -> None:
     axes.plot(line[:, 0] * THOUSAND, line[:, 1], color=colour)
     low, high = one.interval
     axes.errorbar(
-        one.cost * THOUSAND, one.score, yerr=[[max(one.score - low, 0)], [max(high - one.score, 0)]], color=colour,
-        marker=marker, markersize=6, capsize=2, elinewidth=0.8, linestyle="none",
+        one.cost * THOUSAND,
+        one.score,
+        yerr=[[max(one.score - low, 0)], [max(high - one.score, 0)]],
+        color=colour,
+        marker=marker,
+        markersize=6,
+        capsize=2,
+        elinewidth=0.8,
+        linestyle="none",
         label=f"{one.name}  AIQ {one.aiq:.3f}",
-    )  # fmt: skip
+    )
 
 
 def _reference(axes: Axes, report: Report) -> None:
@@ -55,15 +62,24 @@ def _reference(axes: Axes, report: Report) -> None:
         is_left = row["cost"] <= middle
         axes.plot(row["cost"] * THOUSAND, row["score"], "o", color=MUTED, markersize=4)
         axes.annotate(
-            name, (row["cost"] * THOUSAND, row["score"]), (5 if is_left else -5, -9), textcoords="offset points",
-            ha="left" if is_left else "right", color=MUTED, fontsize=7,
-        )  # fmt: skip
+            name,
+            (row["cost"] * THOUSAND, row["score"]),
+            (5 if is_left else -5, -9),
+            textcoords="offset points",
+            ha="left" if is_left else "right",
+            color=MUTED,
+            fontsize=7,
+        )
     if report.mixing is not None:
         cost, quality = zip(*report.mixing["curve"], strict=True)
         axes.plot(
-            [value * THOUSAND for value in cost], quality, color=MUTED, linestyle=(0, (2, 2)), linewidth=1,
+            [value * THOUSAND for value in cost],
+            quality,
+            color=MUTED,
+            linestyle=(0, (2, 2)),
+            linewidth=1,
             label="single models, mixed at random",
-        )  # fmt: skip
+        )
     best = report.baselines["best_single"]
     axes.axhline(best["score"], color=MUTED, linestyle=(0, (6, 3)), linewidth=1, label=f"best single ({best['model']})")
     random = report.baselines["random"]

@@ -150,12 +150,20 @@ class Report:
         """Cells under `HEADERS`, best first."""
         return [
             [
-                one.name, number(one.score), f"{number(one.interval[0])}-{number(one.interval[1])}", f"{one.gain:+.4f}",
-                "" if one.p_holm >= 0.05 else "*", dollars(one.cost), number(one.aiq), share(one.cost_save),
-                number(one.gap), number(one.apgr), number(None if one.latency_ms is None else one.latency_ms["p99"], 3),
+                one.name,
+                number(one.score),
+                f"{number(one.interval[0])}-{number(one.interval[1])}",
+                f"{one.gain:+.4f}",
+                "" if one.p_holm >= 0.05 else "*",
+                dollars(one.cost),
+                number(one.aiq),
+                share(one.cost_save),
+                number(one.gap),
+                number(one.apgr),
+                number(None if one.latency_ms is None else one.latency_ms["p99"], 3),
             ]
             for one in self.ranked()
-        ]  # fmt: skip
+        ]
 
     def baseline_rows(self) -> list[list[str]]:
         """Cells under `BASELINE_HEADERS`."""
@@ -173,9 +181,18 @@ class Report:
 
 COST = "cost"
 HEADERS = (
-    "strategy", "score", "95% interval", "gain on\nbest single", "p<.05\nHolm", COST, "AIQ", "cost saved\nwithout loss",
-    "gap to\noracle", "APGR", "decision\nms p99",
-)  # fmt: skip
+    "strategy",
+    "score",
+    "95% interval",
+    "gain on\nbest single",
+    "p<.05\nHolm",
+    COST,
+    "AIQ",
+    "cost saved\nwithout loss",
+    "gap to\noracle",
+    "APGR",
+    "decision\nms p99",
+)
 BASELINE_HEADERS = ("baseline", "score", COST, "AIQ")
 
 

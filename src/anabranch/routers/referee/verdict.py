@@ -189,6 +189,15 @@ def shown(one: Choice | EqualQuality) -> str:
 def undecided(note: str, questions: int, margin: float) -> Verdict:
     """A verdict that says only why there is none."""
     return Verdict(
-        best_single="", chosen_on="", questions=questions, gains=[], equal_quality=None, has_costs=False, margin=margin, alpha=ALPHA,
-        recommended=None, unfit={}, note=note,
-    )  # fmt: skip
+        best_single="",
+        chosen_on="",
+        questions=questions,
+        gains=[],
+        equal_quality=None,
+        has_costs=False,
+        margin=margin,
+        alpha=ALPHA,
+        recommended=None,
+        unfit={},
+        note=note,
+    )

@@ -97,10 +97,17 @@ def fitted(
     """
     learn_N, check_N = parts
     return descend(
-        parameters, lambda at: loss(parameters, x_ND[at], y_NM[at])[1], learn_N,
-        rate=config.rate, penalty=config.weight_decay, batch=config.batch, epochs=config.epochs, rng=rng,
-        check=lambda: loss(parameters, x_ND[check_N], y_NM[check_N])[0], patience=config.patience,
-    )  # fmt: skip
+        parameters,
+        lambda at: loss(parameters, x_ND[at], y_NM[at])[1],
+        learn_N,
+        rate=config.rate,
+        penalty=config.weight_decay,
+        batch=config.batch,
+        epochs=config.epochs,
+        rng=rng,
+        check=lambda: loss(parameters, x_ND[check_N], y_NM[check_N])[0],
+        patience=config.patience,
+    )
 
 
 def held_back(num_rows: int, share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -261,9 +261,11 @@ class AutoMix(Escalating, kind="automix"):
             raise InputError(f"automix asks {', '.join(self.models[first:])}; the pool has {', '.join(pool.names)}")
         self._seen.pop((query.tenant, query.text), None)
         return Decision(
-            candidates=ordered(pool, listed(known, pool)), strategy=self.name, reason=f"automix: {' then '.join(known)}",
+            candidates=ordered(pool, listed(known, pool)),
+            strategy=self.name,
+            reason=f"automix: {' then '.join(known)}",
             details={"chain": known, "skipped": list(self.models[:first])},
-        )  # fmt: skip
+        )
 
     def _check(self) -> None:
         if not self.models:

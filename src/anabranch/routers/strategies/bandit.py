@@ -236,10 +236,16 @@ class Bandit(Pooled):
         best = pool.names.index(candidates[0].model)
         is_open_P = np.isin(pool.names, [candidate.model for candidate in candidates])
         return Decision(
-            candidates=candidates, strategy=self.name, reason=f"{self.name} {how} {candidates[0].model}",
-            details={"mean": round(float(mean_P[best]), 4), "width": round(float(width_P[best]), 4), "steps": self.steps},
+            candidates=candidates,
+            strategy=self.name,
+            reason=f"{self.name} {how} {candidates[0].model}",
+            details={
+                "mean": round(float(mean_P[best]), 4),
+                "width": round(float(width_P[best]), 4),
+                "steps": self.steps,
+            },
             probability=self._chance(best, is_open_P, mean_P - charge_P, width_P),
-        )  # fmt: skip
+        )
 
     def _view(self, query: Query, pool: Pool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean and standard error of each model's quality, and its mean cost."""

@@ -119,9 +119,13 @@ class Cascade(Escalating, kind="cascade"):
         signals = {name: np.full((1, 1), float(details.get(name, np.nan))) for name in self.signals}
         vector_1V = None if query.vector_D is None else np.asarray(query.vector_D, np.float32)[None]
         one = Recorded(
-            query=(query.text,), models=(model,), score_NM=np.full((1, 1), np.nan), vector_ND=vector_1V, signals=signals,
+            query=(query.text,),
+            models=(model,),
+            score_NM=np.full((1, 1), np.nan),
+            vector_ND=vector_1V,
+            signals=signals,
             answers=({model: answer},),
-        )  # fmt: skip
+        )
         return float(self.confidences(one)[0, 0])
 
     def _width(self) -> int:
@@ -167,10 +171,16 @@ def answer_cues(text: str) -> np.ndarray:
     """Signs of how an answer went, each of about size 1: emptiness, length, digits, code, refusal, hedges."""
     text = text[:LOOKED_AT]
     digits = sum(character.isdigit() for character in text)
-    return np.array([
-        float(not text.strip()), np.log1p(len(text)) / 8, np.log1p(digits) / 4, float("```" in text),
-        float(_REFUSES.search(text) is not None), min(3, len(_HEDGES.findall(text))) / 3,
-    ])  # fmt: skip
+    return np.array(
+        [
+            float(not text.strip()),
+            np.log1p(len(text)) / 8,
+            np.log1p(digits) / 4,
+            float("```" in text),
+            float(_REFUSES.search(text) is not None),
+            min(3, len(_HEDGES.findall(text))) / 3,
+        ]
+    )
 
 
 def hashed_words(text: str, buckets: int) -> np.ndarray:

@@ -75,8 +75,11 @@ class Cluster(Kept, Predictor, kind="cluster"):
         training_set(data, "cluster", cost=config.performance_weight not in (None, 1.0))
         self.models, self.mean_M = data.models, means(data.score_NM)
         self.centre_CD, cluster_N = kmeans(
-            data.vector_ND, config.num_clusters, num_starts=config.num_starts, seed=seed  # type: ignore[arg-type]
-        )  # fmt: skip
+            data.vector_ND,  # type: ignore[arg-type]
+            config.num_clusters,
+            num_starts=config.num_starts,
+            seed=seed,
+        )
         self.size_C = np.bincount(cluster_N, minlength=len(self.centre_CD)).astype(float)
         self.score_CM = shrunk(*totals(data.score_NM, cluster_N, len(self.centre_CD)), config.prior, self.mean_M)
         self.cost_CM = np.zeros((len(self.centre_CD), 0))

@@ -108,9 +108,13 @@ class Consistency(Chained, kind="consistency"):
     ) -> Facts:
         came = sum(one is not None for one in drawn_m)
         return {
-            "model": model, "samples": len(drawn_m), "came": came, "agreement": round(share, 4), "threshold": threshold,
+            "model": model,
+            "samples": len(drawn_m),
+            "came": came,
+            "agreement": round(share, 4),
+            "threshold": threshold,
             "is_given": is_given,
-        }  # fmt: skip
+        }
 
 
 def commonest(drawn_m: Sequence[Answered | None]) -> tuple[float, Answered | None]:

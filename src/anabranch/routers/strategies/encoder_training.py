@@ -56,9 +56,11 @@ class Network(nn.Module):
         real_BL = real_BL | ~real_BL.any(1, keepdim=True) & (position_BL == 0)
         x_BLD = self.embedding(word_BL)
         context = ForwardContext(
-            position_BL=position_BL, rotary=self.rotary(position_BL, x_BLD.dtype), is_causal=False,
+            position_BL=position_BL,
+            rotary=self.rotary(position_BL, x_BLD.dtype),
+            is_causal=False,
             attention_mask=real_BL[:, None, None, :].expand(-1, 1, word_BL.shape[1], -1),
-        )  # fmt: skip
+        )
         for block in self.blocks:
             x_BLD = block(x_BLD, context)
         real_BL1 = real_BL.unsqueeze(-1).to(x_BLD.dtype)
@@ -74,9 +76,13 @@ class Network(nn.Module):
         }
         for layer, block in enumerate(self.blocks):
             parts = {
-                "norm1": block.norm1, "qkv": block.attention.qkv, "out": block.attention.out,  # type: ignore[union-attr]
-                "norm2": block.norm2, "w13": block.feed_forward.w13, "w2": block.feed_forward.w2,  # type: ignore[union-attr]
-            }  # fmt: skip
+                "norm1": block.norm1,
+                "qkv": block.attention.qkv,  # type: ignore[union-attr]
+                "out": block.attention.out,  # type: ignore[union-attr]
+                "norm2": block.norm2,
+                "w13": block.feed_forward.w13,  # type: ignore[union-attr]
+                "w2": block.feed_forward.w2,  # type: ignore[union-attr]
+            }
             found |= {f"{layer}.{name}": part.weight for name, part in parts.items()}  # type: ignore[union-attr]
         return {name: value.detach().numpy().copy() for name, value in found.items()}
 

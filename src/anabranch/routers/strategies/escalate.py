@@ -153,9 +153,14 @@ class Escalating(Strategy):
         ]
         quality, cost = outcomes(score_NK, cost_NK * calls_K, accept)
         points = [
-            Chain(names, tuple(float(cut_G[at]) for cut_G, at in zip(cuts, place, strict=True)), float(cost[place]), float(quality[place]))
+            Chain(
+                names,
+                tuple(float(cut_G[at]) for cut_G, at in zip(cuts, place, strict=True)),
+                float(cost[place]),
+                float(quality[place]),
+            )
             for place in np.ndindex(quality.shape)
-        ]  # fmt: skip
+        ]
         yield from frontier_of(points)
 
     # -- deciding
@@ -189,9 +194,11 @@ class Escalating(Strategy):
         if not known:
             raise InputError(f"{self.name} asks {', '.join(models)}; the pool has {', '.join(pool.names)}")
         return Decision(
-            candidates=ordered(pool, listed(known, pool)), strategy=self.name, reason=f"{self.name}: {' then '.join(known)}",
+            candidates=ordered(pool, listed(known, pool)),
+            strategy=self.name,
+            reason=f"{self.name}: {' then '.join(known)}",
             details={"chain": known, "thresholds": {name: self.threshold_of(name, query) for name in known}},
-        )  # fmt: skip
+        )
 
     def threshold_of(self, model: str, query: Query) -> float | None:
         """Confidence from which an answer of this model is given to a query; None if it always is. Raises InputError for odd knobs."""

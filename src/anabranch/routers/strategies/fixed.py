@@ -42,9 +42,11 @@ class Static(Strategy, kind="static"):
         if name is not None:
             score_P[pool.names.index(name)] = 1.0
         return Decision(
-            candidates=ordered(pool, score_P), strategy=self.name, reason=f"always {name or 'the first model'}",
+            candidates=ordered(pool, score_P),
+            strategy=self.name,
+            reason=f"always {name or 'the first model'}",
             probability=1.0,
-        )  # fmt: skip
+        )
 
 
 class Random(Strategy, kind="random"):
@@ -202,9 +204,11 @@ class LeastLatency(_OfModel, kind="least_latency"):
         )
         candidates = ordered(pool, -waiting_P)
         return Decision(
-            candidates=candidates, strategy=self.name, reason=f"{candidates[0].model} answers in {-candidates[0].score:.2f} s",
+            candidates=candidates,
+            strategy=self.name,
+            reason=f"{candidates[0].model} answers in {-candidates[0].score:.2f} s",
             probability=1.0,
-        )  # fmt: skip
+        )
 
 
 class Cheapest(_OfModel, kind="cheapest"):

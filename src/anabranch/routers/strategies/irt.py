@@ -71,10 +71,12 @@ class ItemResponse(Kept, Predictor, kind="irt"):
         span = Span.of(data.score_NM)
         x_ND, y_NM = np.asarray(data.vector_ND, float), span.shrink(data.score_NM)
         parameters = {
-            "A_FD": rng.standard_normal((config.dim, x_ND.shape[1])), "a_F": np.full(config.dim, 1 / np.sqrt(config.dim)),
-            "beta_D": np.zeros(x_ND.shape[1]), "beta_1": np.zeros(1),
+            "A_FD": rng.standard_normal((config.dim, x_ND.shape[1])),
+            "a_F": np.full(config.dim, 1 / np.sqrt(config.dim)),
+            "beta_D": np.zeros(x_ND.shape[1]),
+            "beta_1": np.zeros(1),
             "theta_MF": rng.standard_normal((len(self.models), config.dim)) / np.sqrt(config.dim),
-        }  # fmt: skip
+        }
         parts = held_back(len(data), config.holdout, rng)
         for name, value in fitted(parameters, loss_and_gradients, x_ND, y_NM, parts, config, rng).items():
             setattr(self, name, value)
@@ -143,9 +145,12 @@ def loss_and_gradients(parameters: Parameters, x_BD: np.ndarray, y_BM: np.ndarra
     dlogit_BM = np.where(known_BM, sigmoid(logit_BM) - label_BM, 0.0) / count
     ddemand_BF, dhard_B = dlogit_BM @ parameters["theta_MF"], -dlogit_BM.sum(1)
     return loss, {
-        "A_FD": ddemand_BF.T @ x_BD, "a_F": ddemand_BF.sum(0), "beta_D": dhard_B @ x_BD, "beta_1": dhard_B.sum(keepdims=True),
+        "A_FD": ddemand_BF.T @ x_BD,
+        "a_F": ddemand_BF.sum(0),
+        "beta_D": dhard_B @ x_BD,
+        "beta_1": dhard_B.sum(keepdims=True),
         "theta_MF": dlogit_BM.T @ demand_BF,
-    }  # fmt: skip
+    }
 
 
 def _ability(

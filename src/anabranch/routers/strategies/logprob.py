@@ -74,9 +74,12 @@ class LogProb(Chained, kind="logprob"):
         sure = self.confidence(request.query, model, found.text, {"logprobs": found.logprobs()})
         is_given = sure >= threshold
         facts = {
-            "model": model, "measure": self.config.measure, "confidence": round(sure, 4) if np.isfinite(sure) else None,
-            "threshold": threshold, "is_given": is_given,
-        }  # fmt: skip
+            "model": model,
+            "measure": self.config.measure,
+            "confidence": round(sure, 4) if np.isfinite(sure) else None,
+            "threshold": threshold,
+            "is_given": is_given,
+        }
         return Draft(_as_asked(Done.of(found), asked), is_given, Step("measured", facts))
 
 

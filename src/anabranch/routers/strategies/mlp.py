@@ -102,5 +102,8 @@ def loss_and_gradients(parameters: Parameters, x_BD: np.ndarray, y_BM: np.ndarra
     dlogit_BM = np.where(known_BM, sigmoid(logit_BM) - label_BM, 0.0) / count
     draw_BH = (dlogit_BM @ parameters["U_MH"]) * (raw_BH > 0)
     return loss, {
-        "V_HD": draw_BH.T @ x_BD, "a_H": draw_BH.sum(0), "U_MH": dlogit_BM.T @ hidden_BH, "b_M": dlogit_BM.sum(0),
-    }  # fmt: skip
+        "V_HD": draw_BH.T @ x_BD,
+        "a_H": draw_BH.sum(0),
+        "U_MH": dlogit_BM.T @ hidden_BH,
+        "b_M": dlogit_BM.sum(0),
+    }

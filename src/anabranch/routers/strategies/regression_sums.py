@@ -161,8 +161,11 @@ class Sums:
             "seen_S2",
         )
         return {name: np.array(getattr(self, name)) for name in names}, {
-            "dim": self.dim, "models": list(self.models), "basis": self.basis, "length": self.length,
-        }  # fmt: skip
+            "dim": self.dim,
+            "models": list(self.models),
+            "basis": self.basis,
+            "length": self.length,
+        }
 
     @classmethod
     def read(cls, arrays: Arrays, facts: Facts) -> Self:
@@ -181,9 +184,13 @@ class Sums:
         """Raises ValueError if the arrays do not fit one another."""
         count, dim = len(self.models), self.dim
         shapes: dict[str, tuple[int, ...]] = {
-            "gram_MDD": (count, dim, dim), "moment_MD": (count, dim), "count_M": (count,), "calls_M": (count,), "spent_M": (count,),
+            "gram_MDD": (count, dim, dim),
+            "moment_MD": (count, dim),
+            "count_M": (count,),
+            "calls_M": (count,),
+            "spent_M": (count,),
             "seen_S2": (len(self.seen_SV), 2),
-        }  # fmt: skip
+        }
         for name, shape in shapes.items():
             value: Any = getattr(self, name)
             if (value.shape != shape and value.size + int(np.prod(shape))) or not np.isfinite(value).all():

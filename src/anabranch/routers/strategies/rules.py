@@ -138,10 +138,12 @@ class Rules(Strategy, kind="rules"):
             raise InputError(f"the prompt has about {seen.tokens} tokens; no model of the pool takes that many")
         usable_P = [score if is_long else -math.inf for score, is_long in zip(score_P, long_P, strict=True)]
         return Decision(
-            candidates=ordered(pool, usable_P), strategy=self.name, reason=reason,
+            candidates=ordered(pool, usable_P),
+            strategy=self.name,
+            reason=reason,
             details={"rule": None if rule is None else rule.name, "tokens": seen.tokens},
             probability=1.0,
-        )  # fmt: skip
+        )
 
     def _fits(self, rule: Rule, query: Query, seen: "_Seen") -> bool:
         """Conditions from the cheapest to tell to the dearest."""

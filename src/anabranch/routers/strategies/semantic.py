@@ -187,10 +187,13 @@ class Semantic(Strategy, kind="semantic"):
         )
         top = {self.names[at]: round(float(similarity_R[at]), 4) for at in np.argsort(-similarity_R, kind="stable")[:5]}
         return Decision(
-            candidates=ordered(pool, listed(models, pool)), strategy=self.name, reason=reason,
+            candidates=ordered(pool, listed(models, pool)),
+            strategy=self.name,
+            reason=reason,
             confidence=float(np.clip(similarity_R[best], 0, 1)) if found else None,
-            details={"route": self.names[best] if found else None, "similarities": top}, probability=1.0,
-        )  # fmt: skip
+            details={"route": self.names[best] if found else None, "similarities": top},
+            probability=1.0,
+        )
 
     def state(self) -> tuple[Arrays, Facts]:
         """Examples, thresholds, routes."""
