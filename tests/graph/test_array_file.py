@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from anabranch.errors import DataError, InputError
-from anabranch.graph.array_file import ALIGN, MAGIC, kind_of, read_arrays, verify, write_arrays
+from anabranch.graph.array_file import (
+    ALIGN,
+    MAGIC,
+    Shape,
+    filling_arrays,
+    kind_of,
+    read_arrays,
+    read_beside,
+    verify,
+    write_arrays,
+)
 
 ARRAYS = {"ids": np.arange(7, dtype=np.int32), "weights": np.linspace(0, 1, 5, dtype=np.float32).reshape(5, 1)}
 
@@ -210,3 +220,90 @@ def test_a_file_may_be_replaced_while_it_is_mapped(file):
     mapped = read_arrays(file, "demo", mmap=True).arrays["ids"]
     write_arrays(file, "demo", {"ids": np.zeros(7, np.int32)})
     assert mapped.tolist() == list(range(7))
+
+
+# Files that are filled piece by piece
+
+
+def filled(path, arrays, align=64):
+    shapes = {name: Shape(array.dtype, array.shape, align if name == "a" else 64) for name, array in arrays.items()}
+    with filling_arrays(path, "thing", shapes, {"x": 1}) as file:
+        for name, array in arrays.items():
+            # In any order.
+            for row in reversed(range(len(array))):
+                file.put(name, row, array[row : row + 1])
+
+
+PARTS = {
+    "a": np.arange(30, dtype=np.uint64).reshape(10, 3),
+    "b": np.array([1.5, -2.0], np.float32),
+    "none": np.empty((0, 4), np.int32),
+}
+
+
+@pytest.mark.parametrize("align", [64, 4096])
+def test_a_file_that_was_filled_is_read_as_any_other(tmp_path, align):
+    path = tmp_path / "f.anb"
+    filled(path, PARTS, align)
+    found = read_arrays(path, "thing", mmap=True, verify=True)
+    assert (found.meta, list(found.arrays)) == ({"x": 1}, list(PARTS))
+    for name, array in PARTS.items():
+        np.testing.assert_array_equal(found.arrays[name], array)
+        assert found.arrays[name].dtype == array.dtype
+    assert found.arrays["a"].offset % align == 0
+
+
+def test_rows_that_were_not_written_are_zeros(tmp_path):
+    with filling_arrays(tmp_path / "f.anb", "thing", {"a": Shape(np.int32, (4, 2))}) as file:
+        file.put("a", 1, np.ones((1, 2), np.int32))
+    np.testing.assert_array_equal(
+        read_arrays(tmp_path / "f.anb", "thing").arrays["a"], [[0, 0], [1, 1], [0, 0], [0, 0]]
+    )
+
+
+def test_rows_that_do_not_fit_and_files_that_fail_leave_nothing(tmp_path):
+    (tmp_path / "f.anb").write_bytes(b"before")
+    for first, rows in ((-1, np.ones((1, 2))), (4, np.ones((1, 2))), (0, np.ones((1, 3)))):
+        with (
+            pytest.raises(ValueError, match="are none of 'a'"),
+            filling_arrays(tmp_path / "f.anb", "thing", {"a": Shape(np.int32, (4, 2))}) as file,
+        ):
+            file.put("a", first, rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["f.anb"]
+    assert (tmp_path / "f.anb").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_one_array_is_left_in_its_file(tmp_path, mmap):
+    path = tmp_path / "f.anb"
+    write_arrays(path, "thing", PARTS, {"x": 1})
+    found, left = read_beside(path, "thing", "a", mmap=mmap)
+    # What takes its place is another file.
+    write_arrays(tmp_path / "other.anb", "thing", {"a": PARTS["a"] + 1})
+    (tmp_path / "other.anb").replace(path)
+    left.file.seek(left.place)
+    np.testing.assert_array_equal(np.fromfile(left.file, np.uint64, 30).reshape(left.shape.sides), PARTS["a"])
+    np.testing.assert_array_equal(found.arrays["b"], PARTS["b"])
+    assert set(found.arrays) == {"b", "none"}
+    left.file.close()
+
+
+def test_what_is_not_left_is_checked(tmp_path):
+    path = tmp_path / "f.anb"
+    write_arrays(path, "thing", PARTS)
+    with pytest.raises(DataError, match="has no 'c'"):
+        read_beside(path, "thing", "c")
+    with pytest.raises(DataError, match="not a thong"):
+        read_beside(path, "thong", "a")
+    with pytest.raises(DataError, match="this release reads 2"):
+        read_beside(path, "thing", "a", versions=(2,))
+    with pytest.raises(DataError, match="no such file"):
+        read_beside(tmp_path / "none.anb", "thing", "a")
+    data = bytearray(path.read_bytes())
+    # The last array with bytes.
+    data[-64] ^= 1
+    path.write_bytes(data)
+    for mmap in (False, True):
+        with pytest.raises(DataError, match="checksum of 'b'"):
+            read_beside(path, "thing", "a", mmap=mmap)
+        read_beside(path, "thing", "b", mmap=mmap)[1].file.close()
