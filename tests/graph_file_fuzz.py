@@ -16,6 +16,7 @@ import numpy as np
 from anabranch.errors import DataError, InputError
 from anabranch.graph import Graph
 from anabranch.graph.array_file import _header, write_arrays
+from anabranch.graph.disk import DiskIndex, build
 from anabranch.graph.fully_ppr import FullyPPRResult, fully_ppr
 from anabranch.graph.hnsw import HNSW, ShardedHNSW
 from anabranch.graph.powerwalk import PowerWalk
@@ -67,6 +68,25 @@ def use_index(path, mmap):
     index.search(VECTORS[:3], 5, 20)
 
 
+# Of the good file.
+TRUE_IDS = []
+
+
+def use_disk(path, mmap):
+    """What is found is true: each block has a digest, so nobody makes good ones of bad ones but who writes the whole file."""
+    with DiskIndex(path, mmap=mmap) as index:
+        index.search(VECTORS[:3], 5, 20)
+        index.search(VECTORS[:2], 2, filter=[1, 2, 3])
+        index.search(VECTORS[:2], 2, filter=np.arange(1300) % 2 == 0)
+        index.vectors([0, 1299])
+        ids, distances = index.exact(VECTORS[:3], 5)
+        found = ((index.vectors(ids.ravel()).reshape(3, 5, 6) - VECTORS[:3, None]) ** 2).sum(2)
+        assert np.allclose(found, distances, rtol=1e-5)
+        if not TRUE_IDS:
+            TRUE_IDS.append(ids)
+        assert np.array_equal(ids, TRUE_IDS[0])
+
+
 def use_shards(path, mmap):
     index = ShardedHNSW.load(path, mmap=mmap)
     index.search(VECTORS[:3], 5, 20)
@@ -88,6 +108,8 @@ def made(kind, path):
         index.add(VECTORS)
         index.remove(np.arange(5))
         index.save(path)
+    elif kind == "disk":
+        build(VECTORS, path, M=4, ef_construction=12, code_bytes=3, num_threads=1).close()
     else:
         index = ShardedHNSW(6, 2, num_threads=1)
         index.add(VECTORS[:300])
@@ -96,7 +118,7 @@ def made(kind, path):
 
 USES = {
     "graph": use_graph, "walks": use_walks, "result": use_result, "rows": use_rows, "hnsw-f32": use_index, "hnsw-i8": use_index,
-    "hnsw-f16": use_index, "shards": use_shards,
+    "hnsw-f16": use_index, "shards": use_shards, "disk": use_disk,
 }  # fmt: skip
 
 

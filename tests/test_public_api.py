@@ -47,6 +47,7 @@ PUBLIC = {
     "anabranch.graph": """
         FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk TypedGraph as_graph load_dataset read_graph write_graph
     """,
+    "anabranch.graph.disk": "DiskIndex build from_hnsw is_on_disk",
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.lm": """

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph import HNSW, Graph, PageRank, PowerWalk
+from anabranch.graph.disk import build
 from anabranch.graph.names import Names, names_path, read_names, write_names
 from anabranch.graph.serve import Limits, Sources, create_app
 from anabranch.graph.serve.openapi import describe
@@ -644,3 +645,27 @@ def test_a_stop_lets_requests_under_way_finish(server):
     assert out == ""
     assert "Traceback" not in err
     assert Path(server.path).exists()
+
+
+def test_an_index_on_disk_is_served_and_takes_no_changes(tmp_path):
+    path, rows = tmp_path / "disk.anb", vectors_of(0)
+    build(rows, path, M=8, num_threads=1).close()
+    server = Server(path)
+    assert server.facts["search"]["dtype"] == "pq4"
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        found = client.post("/v1/search", json={"vectors": rows[:2].tolist(), "k": 3, "filter": {"ids": [0, 1, 5, 6]}})
+        far = ((rows[[0, 1, 5, 6]] - rows[:2, None]) ** 2).sum(2)
+        wanted = np.array([0, 1, 5, 6])[far.argsort(1)[:, :3]]
+        assert [row["ids"] for row in found.json()["results"]] == wanted.tolist()
+        own = client.post("/v1/search", json={"ids": [7], "k": 2}).json()["results"][0]["ids"]
+        assert own == ((rows - rows[7]) ** 2).sum(1).argsort()[1:3].tolist()
+        refused = client.post("/v1/upsert", json={"ids": [1], "vectors": rows[:1].tolist()})
+        assert (refused.status_code, "on disk" in refused.text) == (403, True)
+        # Damage after the start is one refused request, and no wrong answer.
+        data = bytearray(path.read_bytes())
+        data[-100] ^= 1
+        with open(path, "r+b") as file:
+            file.write(data)
+        assert client.post("/v1/search", json={"vectors": rows[:1].tolist(), "k": 40, "ef": 40}).status_code == 500
+        assert client.get("/healthz").status_code == 200
+    assert server.stop() == 0

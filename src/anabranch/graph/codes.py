@@ -28,8 +28,10 @@ ROUNDS = 12
 # So many vectors for each centre are enough to place it.
 ENOUGH = 128
 
-_kernel: Any = nb.njit(cache=True, nogil=True)
-_helper: Any = nb.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# Numba's types do not know of all of its options.
+_jit: Any = nb.njit
+_kernel = _jit(cache=True, nogil=True)
+_helper = _jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def find_centres(part_SW, centre_WK, rounds):
                 sum_KW[best, place] += part_SW[row, place]
         for centre in range(CENTRES):
             if number_K[centre] == 0:
-                row = np.argmax(far_S)
+                row = int(np.argmax(far_S))
                 far_S[row] = np.float32(0.0)
                 for place in range(width):
                     centre_WK[place, centre] = part_SW[row, place]

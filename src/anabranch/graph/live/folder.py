@@ -13,6 +13,7 @@ import numpy as np
 from anabranch.errors import DataError, InputError
 from anabranch.files import explained
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.disk import DiskIndex, is_on_disk
 from anabranch.graph.hnsw import HNSW, storage
 from anabranch.graph.live.log import Change, Frame, Read, read_log
 from anabranch.graph.names import fingerprint
@@ -202,12 +203,14 @@ def write_snapshot(folder: Path, state: dict[str, Any], base: str, number: int) 
     write_arrays(folder / SNAPSHOT, storage.KIND, state["arrays"], meta, storage.VERSION, mode=0o600)
 
 
-def open_index(path: str | Path, *, mmap: bool = False, num_threads: int | None = None) -> HNSW:
-    """The index at a path with the changes that a server took, in memory; files stay as they are.
+def open_index(path: str | Path, *, mmap: bool = False, num_threads: int | None = None) -> HNSW | DiskIndex:
+    """The index at a path with the changes that a server took, in memory; files stay as they are. One on disk takes no changes.
 
-    Raises DataError as `HNSW.load`, and where the changes beside it are damaged or of another index.
+    Raises DataError as `HNSW.load` or `DiskIndex`, and where the changes beside it are damaged or of another index.
     """
     path = Path(path)
+    if is_on_disk(path):
+        return DiskIndex(path, mmap=mmap, num_threads=num_threads)
     for attempt in range(TRIES):
         before = segments(live_folder(path))
         try:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import InputError
+from anabranch.errors import DataError, InputError
 from anabranch.graph.hnsw.checks import MAX_LENGTH, TOO_LONG, too_long
 from anabranch.graph.names import Names
 from anabranch.graph.serve.requests import Ppr, RequestError, Search, SeedSet
@@ -27,7 +27,11 @@ def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
     filter = _filter(wanted, held.names, index)
     # An element finds itself, and that is left out.
     k = wanted.k + (own is not None)
-    ids, distances = index.search(query, k, wanted.ef, filter, num_threads=1)
+    try:
+        ids, distances = index.search(query, k, wanted.ef, filter, num_threads=1)
+    except DataError as error:
+        # Of one on disk: a block that was read is not what was written.
+        raise RequestError(500, "damaged_index", str(error)) from None
     if not np.isfinite(distances[ids >= 0]).all():
         # Vectors and queries are such that distances are (`MAX_LENGTH`).
         message = "the index holds numbers that nobody gave it: its file is damaged; bring a copy of it back"
@@ -63,6 +67,8 @@ def _rows(index: Any, own: np.ndarray) -> np.ndarray:
         raise _unknown("ids", own, known, f"the {len(index):,} vectors")
     try:
         return index.vectors(own)
+    except DataError as error:
+        raise RequestError(500, "damaged_index", str(error)) from None
     except InputError as error:
         # A change took one out just now.
         raise RequestError(404, "unknown_id", str(error), field=str(error).partition(" ")[0]) from None

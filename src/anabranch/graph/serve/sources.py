@@ -15,6 +15,8 @@ from anabranch.graph.array_file import MAGIC, kind_of
 from anabranch.graph.names import Names, names_path, read_names
 
 if TYPE_CHECKING:
+    from anabranch.graph.disk import DiskIndex
+    from anabranch.graph.hnsw import HNSW
     from anabranch.graph.live import LiveIndex
     from anabranch.graph.serve.limits import Writes
     from anabranch.graph.store import Graph
@@ -188,15 +190,17 @@ class Sources:
         return Loaded(None if index is None else self._vectors(index, opened), scores, generation)
 
     def _vectors(self, path: Path, opened: ExitStack) -> Vectors:
+        from anabranch.graph.disk import is_on_disk
         from anabranch.graph.live import open_index
 
-        live, index, why = None, None, self.why_read_only
-        if self.writes is not None and names_path(path).exists():
+        live, why = None, self.why_read_only
+        if is_on_disk(path):
+            why = "it is on disk, and made anew when its vectors change"
+        elif self.writes is not None and names_path(path).exists():
             why = "its elements have names, which a change cannot bring along"
         elif self.writes is not None:
             live = self._live_of(path, opened)
-            index = live.index
-        index = open_index(path, mmap=self.mmap) if index is None else index
+        index: HNSW | DiskIndex = open_index(path, mmap=self.mmap) if live is None else live.index
         names = read_names(path, index.ids)
         if len(index):
             # Not an element's own vector: a change may just be moving it.
@@ -300,7 +304,13 @@ class WalkScores:
         return self._engine.query((ids, weights), k, self._rounds)
 
 
-_ROLES = {"hnsw index": "index of vectors", "powerwalk-index": "index of walks", "graph": "graph", None: "graph"}
+_ROLES = {
+    "hnsw index": "index of vectors",
+    "disk vector index": "index of vectors",
+    "powerwalk-index": "index of walks",
+    "graph": "graph",
+    None: "graph",
+}
 
 
 def _read_graph(path: Path, sources: Sources) -> "Graph":
