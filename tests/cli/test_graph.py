@@ -16,6 +16,7 @@ from anabranch.cli.graph.info import DATA_SETS
 from anabranch.cli.graph.vectors import Vectors, read_vectors, write_vectors
 from anabranch.errors import DataError
 from anabranch.graph import HNSW, FastRP, Graph, PageRank, PowerWalk, datasets, load_dataset, read_graph
+from anabranch.graph.disk import DiskIndex
 from anabranch.graph.names import Names, read_names, write_names
 
 
@@ -237,6 +238,36 @@ def test_index_and_search_find_what_the_library_finds(facts, run, place):
     assert parquet.read_table(place / "near.parquet").to_pydict()["id"][:3] == ids[0, 1:].tolist()
 
 
+def test_an_index_on_disk_finds_what_the_library_finds(facts, run, place):
+    made = facts("index", "v.npy", "--disk", "--memory", "8MiB", "--out", "disk.anb", "--m", 8, "--threads", 1)
+    assert (made["vectors"], made["dtype"], made["shards"], made["memory_limit"]) == (300, "pq6", 1, 8 << 20)
+    assert made["memory_bytes"] <= 8 << 20
+    assert made["size_bytes"] == (place / "disk.anb").stat().st_size
+    rows = np.load(place / "v.npy")
+    with DiskIndex(place / "disk.anb") as index:
+        ids, distances = index.search(rows[[7]], 4)
+    found = facts("search", "disk.anb", "--rows", "7", "--top", 3, "--check")
+    assert found["results"][0]["ids"] == ids[0, 1:].tolist()
+    np.testing.assert_allclose(found["results"][0]["distances"], distances[0, 1:], rtol=1e-6)
+    assert found["recall"] == 1.0
+    only = facts("search", "disk.anb", "--rows", "4", "--only", "10-19,290", "--check", "-k", 6)
+    assert (set(only["results"][0]["ids"]) <= {*range(10, 20), 290}, only["recall"]) == (True, 1.0)
+    assert "blocks" in facts("search", "disk.anb", "--sample", 20, "--curve", "c.svg")["curve"][0]
+    told = facts("info", "disk.anb")
+    assert (told["kind"], told["count"], told["code_bytes"], told["named"]) == ("disk vector index", 300, 6, False)
+    assert last(run("index", "v.npy", "--disk", "--code-bytes", 3, "--out", "d2.anb", "--m", 8)) == ["wrote", "next"]
+
+
+def test_an_index_in_memory_goes_to_disk_with_its_names(facts, place):
+    made = facts("index", "named.anb", "--disk", "--out", "named-disk.anb")
+    assert (made["vectors"], made["named"]) == (6, True)
+    found = facts("search", "named-disk.anb", "ann", "-k", 2)["results"]
+    assert found == facts("search", "named.anb", "ann", "-k", 2)["results"]
+    np.save(place / "six.npy", np.load(place / "v.npy")[:6])
+    assert facts("index", "six.npy", "--disk", "--out", "sd.anb", "--names", "edges.csv")["named"] is True
+    assert facts("search", "sd.anb", "ann", "-k", 2)["results"][0]["names"] == found[0]["names"]
+
+
 def test_names_go_from_vectors_to_results(facts, run, place):
     write_vectors(place / "named.parquet", Vectors(np.load(place / "v.npy")[:6], read_names(place / "named.anb").array))
     assert facts("index", "named.parquet", "--out", "n.anb")["named"] is True
@@ -399,6 +430,18 @@ def one_line(found):
 
 
 MISTAKES = [
+    ("index v.npy --out x.anb --memory 1GiB", "--memory is for --disk"),
+    ("index v.npy --out x.anb --code-bytes 3", "--code-bytes is for --disk"),
+    ("index v.npy --out x.anb --disk --memory 8", "--memory is '8'; give a number of bytes with a unit"),
+    ("index v.npy --out x.anb --disk --memory 1MiB", "memory is 1,048,576 bytes, and an index on disk of 300 vectors of 6 numbers needs"),
+    ("index v.npy --out x.anb --disk --code-bytes 7", "code_bytes is 7; vectors of 6 numbers have codes of 1 to 6 bytes"),
+    ("index v.npy --out x.anb --disk --dtype i8", "--dtype is i8; with --disk"),
+    ("index v.npy --out x.anb --disk --metric l1", "metric is 'l1'"),
+    ("index v.npy --out x.anb --disk --walks 5", "--disk is for vectors"),
+    ("index labels.csv --out x.anb --disk", "--disk reads vectors a piece at a time: from .npy"),
+    ("index nowhere.npy --out x.anb --disk", "there is no file nowhere.npy"),
+    ("index v.npy --out x.anb --disk --names edges.csv", "--names is of a graph with 6 nodes; there are 300 vectors"),
+    ("index cut.anb --out x.anb --disk", "cut.anb"),
     ("inf", "no such command 'inf'; did you mean 'info'? (see anabranch graph --help)"),
     ("info edges.csv --pictur x.png", "no such option: --pictur; did you mean --picture? (see anabranch graph info --help)"),
     ("ppr", "missing argument 'GRAPH' (see anabranch graph ppr --help)"),

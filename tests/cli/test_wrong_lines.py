@@ -155,6 +155,8 @@ graph index huge.npy -o z --engine spark
 graph ppr holes.parquet --all --engine spark --ids names -o z
 graph ppr holes.parquet --all --engine spark
 graph index huge.npy -o z.anb
+graph index huge.npy -o z.anb --disk
+graph index huge.npy -o z.anb --disk --memory nan
 graph rewalk no.anb karate --add holes.parquet --out z.anb --out-graph z2.anb
 graph search no.anb huge.npy
 graph rank holes.parquet a

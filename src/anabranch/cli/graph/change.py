@@ -125,6 +125,7 @@ def _opened(
     index: str, out: Path | None, threads: int | None, quiet: bool, *read: str
 ) -> Iterator[tuple[HNSW, Names | None]]:
     """The index, with what a server changed, and its names. Until the end nobody else changes what is written over."""
+    from anabranch.graph.disk import DiskIndex
     from anabranch.graph.live import open_index, replacing
     from anabranch.graph.names import names_path, read_names
 
@@ -133,6 +134,8 @@ def _opened(
     with replacing(out or index):
         with waiting(f"reading {index}", quiet):
             made = open_index(index, num_threads=threads)
+        if isinstance(made, DiskIndex):
+            raise InputError(f"{index} is on disk and takes no changes; make it anew (anabranch graph index --disk)")
         yield made, read_names(index, made.ids)
 
 

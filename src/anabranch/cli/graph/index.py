@@ -11,7 +11,7 @@ import typer
 from anabranch.cli.graph.cluster import check_engine, edge_files, index_files
 from anabranch.cli.graph.options import Threads, check_extra
 from anabranch.cli.graph.waiting import Rate
-from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
+from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import DataError, InputError
@@ -42,6 +42,27 @@ def index(
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="How vectors are searched: f32, f16 (half the bytes) or i8 (a quarter).")
     ] = "f32",
+    disk: Annotated[
+        bool,
+        typer.Option(
+            "--disk",
+            metavar=FLAG,
+            help="Leave vectors and links on disk, short codes in memory; VECTORS is .npy or .anb.",
+        ),
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Of --disk: most memory, such as 2GiB, for building and for searching. Default: a fifth.",
+        ),
+    ] = None,
+    code_bytes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Of --disk: bytes of a code. Default: one for 4 numbers, if memory allows."
+        ),
+    ] = None,
     names: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +94,7 @@ def index(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build an index of vectors (HNSW), or with --walks of a graph (PowerWalk).
+    """Build an index of vectors (HNSW; with --disk one that memory need not hold), or with --walks of a graph (PowerWalk).
 
     Row i gets id i. Where rows have names, they go into a second file beside the index (FILE.names).
 
@@ -81,6 +102,7 @@ def index(
     """  # fmt: skip
     check_extra()
     check_engine(engine)
+    _check_disk(disk, memory, code_bytes, dtype, walks)
     if engine == "spark":
         if walks is None:
             raise InputError("--engine spark indexes walks: give --walks; an index of vectors is built on this machine")
@@ -101,7 +123,38 @@ def index(
             return
         if changes:
             raise InputError("--set is for --walks; an index of vectors has options of its own")
+        if disk:
+            from anabranch.cli.graph.disk import Wanted, index_on_disk
+
+            wanted = Wanted(
+                vectors,
+                Path(out),
+                memory,
+                metric,
+                links,
+                ef_construction,
+                code_bytes,
+                threads,
+                seed,
+            )
+            index_on_disk(wanted, None if names is None else _names(names, quiet), quiet, as_json)
+            return
         _index_vectors(vectors, Path(out), metric, links, ef_construction, dtype, names, threads, seed, quiet, as_json)
+
+
+def _check_disk(disk: bool, memory: str | None, code_bytes: int | None, dtype: str, walks: int | None) -> None:
+    """Raises InputError for options that do not go together."""
+    for name, value in (("--memory", memory), ("--code-bytes", code_bytes)):
+        if value is not None and not disk:
+            raise InputError(f"{name} is for --disk; what is not on disk is in memory whole")
+    if disk and walks is not None:
+        raise InputError(
+            "--disk is for vectors; an index of walks is mapped from its file (anabranch graph serve --mmap)"
+        )
+    if disk and dtype != "f32":
+        raise InputError(
+            f"--dtype is {dtype}; with --disk vectors are searched by codes (--code-bytes) and measured as f32"
+        )
 
 
 def _index_vectors(
@@ -162,13 +215,18 @@ def _index_vectors(
 
 
 def _names_of(source: str, count: int, quiet: bool) -> np.ndarray:
+    found = _names(source, quiet)
+    if len(found) != count:
+        raise InputError(f"--names is {source} with {len(found):,} nodes; there are {count:,} vectors")
+    return found
+
+
+def _names(source: str, quiet: bool) -> np.ndarray:
     from anabranch.cli.graph.inputs import open_graph
 
     graph = open_graph(source, quiet=quiet).graph
     if graph.names is None:
         raise InputError(f"--names is {source}, whose nodes have no names")
-    if graph.num_nodes != count:
-        raise InputError(f"--names is {source} with {graph.num_nodes:,} nodes; there are {count:,} vectors")
     return graph.names
 
 

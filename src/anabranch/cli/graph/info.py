@@ -131,13 +131,24 @@ def _show_file(source: str, kind: str | None, as_json: bool) -> None:
         from anabranch.graph.live import open_index
         from anabranch.graph.names import read_names
 
-        index = open_index(source, mmap=True)
+        index: Any = open_index(source, mmap=True)
         names = read_names(source, index.ids)
         facts: dict[str, Any] = {
             "dim": index.dim, "metric": index.metric, "dtype": index.dtype, "M": index.M,
             "ef_construction": index.ef_construction, "named": names is not None, **index.stats(),
         }  # fmt: skip
         for name in ("queries", "hops", "distances"):
+            facts.pop(name)
+    elif kind == "disk vector index":
+        from anabranch.graph.disk import DiskIndex
+        from anabranch.graph.names import read_names
+
+        with DiskIndex(source, mmap=True) as held:
+            names = read_names(source, held.ids)
+            facts = {
+                "dim": held.dim, "metric": held.metric, "dtype": held.dtype, "M": held.M, "named": names is not None, **held.stats(),
+            }  # fmt: skip
+        for name in ("queries", "blocks", "codes", "exact"):
             facts.pop(name)
     else:
         from anabranch.graph.array_file import read_arrays

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from anabranch.graph import HNSW
+    from anabranch.graph.disk import DiskIndex
     from anabranch.graph.names import Names
 
 # Queries in the table on a terminal.
@@ -126,9 +127,9 @@ class _Wanted:
         self.vectors, self.own, self.titles, self.is_sample = vectors, own, titles, is_sample
         # Ids of what may be found; None for all.
         self.allowed: np.ndarray | None = None
-        self._filter: Any = None
+        self.filter: Any = None
 
-    def allow(self, index: HNSW, only: str | None, without: str | None) -> None:
+    def allow(self, index: HNSW | DiskIndex, only: str | None, without: str | None) -> None:
         """Let only some elements be found. Raises InputError for ids that are none, or if both are given."""
         if only is None and without is None:
             return
@@ -139,13 +140,15 @@ class _Wanted:
         ids = index.ids
         chosen = np.isin(ids, numbers(only or without or "", "--only" if only is not None else "--without"))
         self.allowed = ids[chosen if only is not None else ~chosen]
-        self._filter = index.prepare_filter(self.allowed)
+        self.filter = index.prepare_filter(self.allowed)
 
-    def find(self, index: HNSW, k: int, ef: int, threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def find(
+        self, index: HNSW | DiskIndex, k: int, ef: int, threads: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and distances [Q, k], -1 and infinity behind the last."""
         if self.own is None:
-            return index.search(self.vectors, k, ef, self._filter, num_threads=threads)
-        return _without(self.own, *index.search(self.vectors, k + 1, ef, self._filter, num_threads=threads))
+            return index.search(self.vectors, k, ef, self.filter, num_threads=threads)
+        return _without(self.own, *index.search(self.vectors, k + 1, ef, self.filter, num_threads=threads))
 
 
 def _without(own: np.ndarray, ids: np.ndarray, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +163,7 @@ def _without(own: np.ndarray, ids: np.ndarray, distances: np.ndarray) -> tuple[n
 
 
 def _wanted(
-    index: HNSW, called: Names | None, names: list[str] | None, queries: str | None, rows: str | None, sample: int | None,
+    index: HNSW | DiskIndex, called: Names | None, names: list[str] | None, queries: str | None, rows: str | None, sample: int | None,
     seed: int,
 ) -> _Wanted:  # fmt: skip
     import numpy as np
@@ -193,17 +196,22 @@ def _wanted(
     return _Wanted(index.vectors(ids), ids, ids.tolist() if called is None else called.of(ids))
 
 
-def _exact(index: HNSW, wanted: _Wanted, k: int) -> np.ndarray:
+def _exact(index: HNSW | DiskIndex, wanted: _Wanted, k: int) -> np.ndarray:
     """Ids [Q, k] of the true neighbours: all distances are measured."""
+    from anabranch.graph.disk import DiskIndex
     from anabranch.graph.hnsw import brute_force
 
     ids = index.ids if wanted.allowed is None else wanted.allowed
     more = k + (wanted.own is not None)
-    found, distances = brute_force(index.vectors(ids), wanted.vectors, more, index.metric, ids=ids)
+    if isinstance(index, DiskIndex):
+        # Block by block: memory need not hold its vectors.
+        found, distances = index.exact(wanted.vectors, more, wanted.filter)
+    else:
+        found, distances = brute_force(index.vectors(ids), wanted.vectors, more, index.metric, ids=ids)
     return found if wanted.own is None else _without(wanted.own, found, distances)[0]
 
 
-def _recall(index: HNSW, wanted: _Wanted, ids: np.ndarray, truth: np.ndarray) -> float:
+def _recall(index: HNSW | DiskIndex, wanted: _Wanted, ids: np.ndarray, truth: np.ndarray) -> float:
     """Share of the true neighbours that were found. What is as near as the farthest of them counts as one of them."""
     right = 0
     for query, row, true in zip(wanted.vectors, ids, truth, strict=True):
@@ -214,7 +222,7 @@ def _recall(index: HNSW, wanted: _Wanted, ids: np.ndarray, truth: np.ndarray) ->
     return min(right / max(int((truth >= 0).sum()), 1), 1.0)
 
 
-def _distances(index: HNSW, query: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _distances(index: HNSW | DiskIndex, query: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Of one query to elements, in 64 bits."""
     import numpy as np
 
@@ -224,7 +232,7 @@ def _distances(index: HNSW, query: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return 1 - held @ (query / np.linalg.norm(query) if index.metric == "cosine" else query)
 
 
-def _curve(index: HNSW, wanted: _Wanted, truth: np.ndarray, k: int, quiet: bool) -> list[dict[str, Any]]:
+def _curve(index: HNSW | DiskIndex, wanted: _Wanted, truth: np.ndarray, k: int, quiet: bool) -> list[dict[str, Any]]:
     points = []
     for ef in sorted({max(ef, k + 1) for ef in CURVE}):
         with waiting(f"ef {ef}", quiet):
@@ -236,12 +244,12 @@ def _curve(index: HNSW, wanted: _Wanted, truth: np.ndarray, k: int, quiet: bool)
         stats = index.stats()
         points.append({
             "ef": ef, "k": k, "recall": _recall(index, wanted, ids, truth), "queries_per_second": len(ids) / max(best, 1e-9),
-            "distances": stats["distances"], "hops": stats["hops"],
+            **{name: cost for name, cost in stats.items() if name in ("distances", "hops", "blocks", "codes")},
         })  # fmt: skip
     return points
 
 
-def _draw(index: HNSW, facts: dict[str, Any], name: str, path: Path) -> None:
+def _draw(index: HNSW | DiskIndex, facts: dict[str, Any], name: str, path: Path) -> None:
     from anabranch.cli.graph.pictures import draw_recall
 
     title = f"{Path(name).name}   {len(index):,} x {index.dim}, {index.metric}, {index.dtype}, M {index.M}"
@@ -272,7 +280,12 @@ def _results(wanted: _Wanted, called: Names | None, ids: np.ndarray, distances: 
 
 
 def _print(
-    index: HNSW, wanted: _Wanted, called: Names | None, ids: np.ndarray, distances: np.ndarray, facts: dict[str, Any]
+    index: HNSW | DiskIndex,
+    wanted: _Wanted,
+    called: Names | None,
+    ids: np.ndarray,
+    distances: np.ndarray,
+    facts: dict[str, Any],
 ) -> None:
     fact("index", f"{facts['index']}   {len(index):,} x {index.dim}, {index.metric}, {index.dtype}, M {index.M}")
     rate = quantity(facts["queries"] / max(facts["seconds"], 1e-9))
@@ -282,11 +295,12 @@ def _print(
         fact("recall", f"{facts['recall']:.4f}")
     if "curve" in facts:
         print()
+        cost = "blocks" if "blocks" in facts["curve"][0] else "distances"
         rows = [
-            [str(p["ef"]), f"{p['recall']:.4f}", quantity(p["queries_per_second"]), quantity(p["distances"])]
+            [str(p["ef"]), f"{p['recall']:.4f}", quantity(p["queries_per_second"]), quantity(p[cost])]
             for p in facts["curve"]
         ]
-        table(["ef", "recall", "queries\n(1/s, one thread)", "distances\n(per query)"], rows, text_columns=0)
+        table(["ef", "recall", "queries\n(1/s, one thread)", f"{cost}\n(per query)"], rows, text_columns=0)
     if not wanted.is_sample:
         print()
         rows = []
