@@ -42,6 +42,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
     "graphrouter": (Bar(1.0, peer="bar"), Bar(100, peer="llmrouter-lib")),
     "graphvite": (Bar(2, peer=r"PecanPy \+ gensim"), Bar(1.6, "two threads.*")),
     "hnsw": (Bar(1.0, peer="bar"), Bar(1.0, ".*, (queries|build), f32, .*", "hnswlib"), Bar(1.7, "two threads.*")),
+    "hnsw_disk": (Bar(1.0, "(memory|queries).*", "the bar"), Bar(1.0, "(cold|warm) queries, .*")),
     "hnsw_live": (Bar(0.5, "p(50|99) of a search, .*", "at rest"), Bar(1.0, "searches beside flat out")),
     "ic_cache": (Bar(1.0, peer="bar of .*"),),
     "moe_layer": (
@@ -97,6 +98,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
     "hnsw_live": frozenset(BARS["hnsw_live"]),
+    "hnsw_disk": frozenset(BARS["hnsw_disk"]),
 }
 
 
