@@ -2,13 +2,16 @@
 
     python tests/spark_cluster.py '{"system": "ppr", "edges": "...", "out": "...", "executors": 2, "memory": 512, "options": {...}}'
 
-Prints JSON: seconds, shuffled bytes, executors that worked, and how much the driver's own memory grew.
+Prints JSON: seconds, shuffled bytes, executors that worked, how much the driver's own memory grew, and the most memory that a process of
+each kind held (resident bytes): ``driver``, ``driver_java``, ``executor_java``, and ``worker``, the Python that an executor calls.
 """
 
 import json
 import os
+import re
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,12 +22,12 @@ from anabranch.graph import FastRP, PowerWalk
 from anabranch.graph.fully_ppr import EdgeFiles, FullyPPR
 
 
-def cluster(executors, memory, settings):
-    """A session on a standalone cluster of this machine, each executor a JVM of ``memory`` MiB with one core."""
+def cluster(executors, memory, settings, driver=512):
+    """A session on a standalone cluster of this machine: executors are JVMs of ``memory`` MiB and one core, the driver's has ``driver``."""
     from pyspark.sql import SparkSession
 
     os.environ |= {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
-    os.environ["PYSPARK_SUBMIT_ARGS"] = "--driver-memory 512m pyspark-shell"
+    os.environ["PYSPARK_SUBMIT_ARGS"] = f"--driver-memory {driver}m pyspark-shell"
     paths = [str(Path(anabranch.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     builder = SparkSession.builder.master(f"local-cluster[{executors},1,{memory}]").appName("cluster")
     every = {
@@ -43,6 +46,51 @@ def cluster(executors, memory, settings):
     return found
 
 
+class Peaks(threading.Thread):
+    """Looks at this process and all below it, again and again, for the most that each kind has held."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.bytes_of, self.over = {}, threading.Event()
+
+    def run(self):
+        while not self.over.wait(0.2):
+            self.look()
+
+    def look(self):
+        """Once. The system keeps each process's peak, so only what lives shorter than the pause is missed."""
+        above = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                status = (folder / "status").read_text()
+                words = (folder / "cmdline").read_text().split("\0")
+            except OSError:  # it has just ended
+                continue
+            peak = re.search(r"(?m)^VmHWM:\s+(\d+) kB$", status)
+            parent = int(re.search(r"(?m)^PPid:\s+(\d+)$", status)[1])
+            above[int(folder.name)] = parent, words, 1024 * int(peak[1]) if peak else 0
+        for number, (_, words, peak) in above.items():
+            kind = self.kind(number, above, words)
+            if kind is not None:
+                self.bytes_of[kind] = max(peak, self.bytes_of.get(kind, 0))
+
+    def kind(self, number, above, words):
+        """Of a process; None of what is not ours."""
+        if number == os.getpid():
+            return "driver"
+        line = set()
+        while number in above and number not in line:
+            line.add(number)
+            number = above[number][0]
+        if os.getpid() not in line:
+            return None
+        if any("CoarseGrainedExecutorBackend" in word for word in words):
+            return "executor_java"
+        if any(word.startswith("pyspark.daemon") or word.startswith("pyspark.worker") for word in words):
+            return "worker"
+        return "driver_java" if any("SparkSubmit" in word for word in words) else None
+
+
 def shuffled(spark):
     """Bytes that executors wrote for shuffles, and how many of them finished tasks."""
     listed = spark.sparkContext._jsc.sc().statusStore().executorList(False)
@@ -52,7 +100,7 @@ def shuffled(spark):
 
 
 def run(task, spark):
-    edges = EdgeFiles(task["edges"], directed=True)
+    edges = EdgeFiles(task["edges"], directed=task.get("directed", True))
     options = {"engine": "spark", "spark": spark, **task["options"]}
     if task["system"] == "ppr":
         model = FullyPPR(**options, out=task["out"]).fit(edges)
@@ -66,19 +114,26 @@ def run(task, spark):
 
 def main():
     task = json.loads(sys.argv[1])
-    spark = cluster(task["executors"], task["memory"], task.get("settings", {}))
+    peaks = Peaks()
+    peaks.start()
+    spark = cluster(task["executors"], task["memory"], task.get("settings", {}), task.get("driver", 512))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
     try:
         found = run(task, spark)
         seconds = time.perf_counter() - begin
         size, working = shuffled(spark)
+        peaks.over.set()
+        peaks.join()
+        peaks.look()
     finally:
         spark.stop()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(
-        json.dumps({**found, "seconds": seconds, "shuffle_bytes": size, "working": working, "driver_grew_bytes": grown})
-    )
+    told = {
+        **found, "seconds": seconds, "shuffle_bytes": size, "working": working, "driver_grew_bytes": grown,
+        "peaks": peaks.bytes_of,
+    }  # fmt: skip
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The contract of `as_graph`: every estimator and function x every kind of graph gives one result, by number and by name."""
 
+import inspect
+import tempfile
 import types
 
 import igraph
@@ -12,18 +14,49 @@ import torch
 from scipy.sparse import coo_array, csc_matrix
 
 from anabranch.errors import InputError
-from anabranch.graph import FastRP, FullyPPR, Graph, GraphVite, PageRank, PowerWalk
+from anabranch.graph import (
+    FastRP,
+    FullyPPR,
+    Graph,
+    GraphVite,
+    PageRank,
+    PowerWalk,
+    delta,
+    evaluate,
+    fastrp,
+    formats,
+    generate,
+    graphvite,
+    powerwalk,
+    ppr,
+)
+from anabranch.graph import fully_ppr as fully
 from anabranch.graph.coerce import as_graph
+from anabranch.graph.delta import with_changes
 from anabranch.graph.evaluate import hold_out_edges
-from anabranch.graph.formats import to_igraph, to_networkx, to_table, write_graph
+from anabranch.graph.fastrp import tune
+from anabranch.graph.formats import read_graph, to_igraph, to_networkx, to_table, write_graph
 from anabranch.graph.fully_ppr import fully_ppr
-from anabranch.graph.ppr import forward_push, monte_carlo, power_block, power_iteration, power_rows
+from anabranch.graph.generate import random_weights
+from anabranch.graph.ppr import (
+    Transition,
+    forward_push,
+    monte_carlo,
+    parse_seeds,
+    power_block,
+    power_iteration,
+    power_rows,
+    prepare,
+    solve,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse")
 SOURCE = [0, 0, 1, 2, 3, 4, 5, 6, 7, 2, 0]
 TARGET = [1, 2, 2, 3, 4, 5, 6, 7, 0, 6, 5]
 WEIGHT = [1.0, 2.0, 0.5, 4.0, 1.0, 3.0, 0.25, 1.0, 2.0, 1.0, 0.5]
 COUNT = 8
+# To an edge of the sixth node, by every name that it has.
+TARGET_OF_B = {5: 6, "fay": "gus", 41: 50}
 TEXT = ["ann", "bob", "cay", "dan", "eve", "fay", "gus", "hal"]
 NUMBERS = [3, 10, 20, 25, 40, 41, 50, 70]
 
@@ -142,6 +175,53 @@ def hidden(given):
     return [found.positive_E2.tolist(), found.negative_E2.tolist(), found.graph.indices.tolist()]
 
 
+def solved(given, node):
+    """By the steps that `PageRank` takes."""
+    transition = Transition(given)
+    ids, share = parse_seeds(given, node)
+    scores, _, _ = solve(transition, prepare(transition), ids, transition.start(ids, share), 1e-8)
+    return transition.finish(scores, ids, share)
+
+
+def changed(given, a, b):
+    graph = with_changes(given, [(a, b, 2.0)], [(b, TARGET_OF_B[b])])
+    return [graph.num_edges, sorted(graph.edges()[2].tolist())]
+
+
+def stored(given):
+    with tempfile.TemporaryDirectory() as folder:
+        write_graph(given, f"{folder}/g.anb")
+        found = read_graph(f"{folder}/g.anb")
+    return [found.num_nodes, found.indices.tolist(), found.weights.tolist()]
+
+
+def kept(given, index_of):
+    """An index that was saved, opened with its graph in this form."""
+    with tempfile.TemporaryDirectory() as folder:
+        PowerWalk(walks=30).build(index_of).save(f"{folder}/index.anb")
+        return PowerWalk.load(f"{folder}/index.anb", given)
+
+
+def weighed(theirs):
+    """Edges of a networkx graph, of igraph or of a table, however their ends are called."""
+    if hasattr(theirs, "es"):
+        return [theirs.vcount(), sorted(theirs.es["weight"])]
+    if hasattr(theirs, "column_names"):
+        return [theirs.column_names, theirs["weight"].to_pylist()]
+    return [len(theirs), sorted(weight for *_, weight in theirs.edges(data="weight"))]
+
+
+def tuned(given):
+    found = tune(FastRP(8), given, [0, 1] * (COUNT // 2), trials=2, dim=4, train_fraction=0.5)
+    return [found.best.beta, list(found.best.weights)]
+
+
+def newcomer(given):
+    """The vector of a node with two edges."""
+    row = coo_array(([1.0, 2.0], ([0, 0], [0, 5])), shape=(1, COUNT))
+    return FastRP(8, keep_powers=True).fit(given).transform(row)
+
+
 # (graph, nodes in order, two of them) -> what can be compared; nodes of answers are called as the graph calls them.
 ESTIMATORS = {
     "solve": lambda g, nodes, a, b: ranked(PageRank().personalized(g, a)),
@@ -159,6 +239,7 @@ ESTIMATORS = {
     "forward_push": lambda g, nodes, a, b: ranked(forward_push(g, a)),
     "monte_carlo": lambda g, nodes, a, b: ranked(monte_carlo(g, [a, b], walks=300)),
     "powerwalk": lambda g, nodes, a, b: ranked(PowerWalk().build(g).query({a: 1, b: 2})),
+    "powerwalk fit": lambda g, nodes, a, b: ranked(PowerWalk().fit(g).query(a)),
     "powerwalk nodes": lambda g, nodes, a, b: ranked(PowerWalk().build(g, [a, b]).query(b)),
     "powerwalk batch": lambda g, nodes, a, b: rows(PowerWalk().build(g).query_batch([a, [a, b]])),
     "fingerprint": lambda g, nodes, a, b: ranked(PowerWalk().build(g).fingerprint(a)),
@@ -172,6 +253,23 @@ ESTIMATORS = {
     "graphvite edges": lambda g, nodes, a, b: small_vite().fit(g).predict([[a, b], [b, a]]).tolist(),
     "graphvite resume": lambda g, nodes, a, b: numbers(nodes, small_vite().fit(g).resume(g, 5).transform()),
     "hold_out_edges": lambda g, nodes, a, b: hidden(g),
+    "prepared": lambda g, nodes, a, b: ranked(PageRank(method="solve").prepare(g).personalized(g, a)),
+    "blocks": lambda g, nodes, a, b: PageRank().blocks(g) is None,
+    "from_rows": lambda g, nodes, a, b: ranked(PowerWalk.from_rows(g, fully_ppr(as_graph(g), walks=50, top_k=None).rows).query(a)),
+    "fastrp powers": lambda g, nodes, a, b: (m := FastRP(8)).combine(m.powers(g)).tolist(),
+    "graphvite bytes": lambda g, nodes, a, b: small_vite().peak_bytes(g),
+    "solve by steps": lambda g, nodes, a, b: numbers(nodes, solved(g, a)),
+    "seeds": lambda g, nodes, a, b: [part.tolist() for part in parse_seeds(g, {a: 1, b: 3})],
+    "with_changes": lambda g, nodes, a, b: changed(g, a, b),
+    "random_weights": lambda g, nodes, a, b: random_weights(g).weights.tolist(),
+    "tune": lambda g, nodes, a, b: tuned(g),
+    "write_graph": lambda g, nodes, a, b: stored(g),
+    "to_networkx": lambda g, nodes, a, b: weighed(to_networkx(g)),
+    "to_igraph": lambda g, nodes, a, b: weighed(to_igraph(g)),
+    "to_table": lambda g, nodes, a, b: weighed(to_table(g)),
+    "powerwalk load": lambda g, nodes, a, b: ranked(kept(g, as_graph(g)).query(a)),
+    "powerwalk edges": lambda g, nodes, a, b: ranked((m := PowerWalk().build(g), m.update(edges_added=[(a, b, 1.0)]))[0].query(a)),
+    "fastrp new": lambda g, nodes, a, b: newcomer(g).tolist(),
 }  # fmt: skip
 
 
@@ -188,6 +286,51 @@ def expected():
         return known[key]
 
     return of
+
+
+# What takes a graph, and where above it is asked; `test_nothing_that_takes_a_graph_is_left_out` finds them.
+TAKERS = {
+    "FastRP": {"fit": "fastrp", "fit_transform": "fastrp", "powers": "fastrp powers", "tune": "tune"},
+    "tune": "tune",
+    "GraphVite": {
+        "fit": "graphvite nodes", "fit_transform": "graphvite", "resume": "graphvite resume", "peak_bytes": "graphvite bytes",
+    },
+    "FullyPPR": {"fit": "fully_ppr exact"},
+    "fully_ppr": "fully_ppr",
+    "PowerWalk": {"build": "powerwalk", "fit": "powerwalk fit", "from_rows": "from_rows", "update": "powerwalk update", "load": "powerwalk load"},
+    "PageRank": {
+        "scores": "scores", "prepare": "prepared", "personalized": "solve", "vector": "vector", "batch": "batch", "blocks": "blocks",
+    },
+    "Transition": "solve by steps", "parse_seeds": "seeds", "forward_push": "forward_push", "monte_carlo": "monte_carlo",
+    "power_block": "power_block", "power_iteration": "power_iteration", "power_rows": "power_rows",
+    "to_igraph": "to_igraph", "to_networkx": "to_networkx", "to_table": "to_table", "write_graph": "write_graph",
+    "hold_out_edges": "hold_out_edges", "with_changes": "with_changes", "random_weights": "random_weights",
+}  # fmt: skip
+
+
+def takes_graph(work):
+    return "graph" in inspect.signature(work).parameters
+
+
+def test_nothing_that_takes_a_graph_is_left_out():
+    """All public functions, classes and methods with a parameter ``graph``; what makes a graph of one library's takes that alone."""
+    found = {}
+    for module in (fastrp, graphvite, fully, powerwalk, ppr, formats, evaluate, delta, generate):
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        for name in getattr(module, "__all__", [name for name in own if not name.startswith("_")]):
+            value = getattr(module, name)
+            if inspect.isclass(value):
+                methods = {of for of in dir(value) if not of.startswith("_") and callable(getattr(value, of))}
+                taken = {of for of in methods if takes_graph(getattr(value, of))}
+                if taken:
+                    found[name] = taken
+                elif issubclass(value, Transition):
+                    found[name] = None
+            elif inspect.isfunction(value) and not name.startswith("from_") and takes_graph(value):
+                found[name] = None
+    assert found == {name: set(of) if isinstance(of, dict) else None for name, of in TAKERS.items()}
+    asked = [one for of in TAKERS.values() for one in (of.values() if isinstance(of, dict) else [of])]
+    assert set(asked) <= set(ESTIMATORS)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -213,8 +356,8 @@ def test_names_change_no_number(name, expected):
 
     numbered = expected(name, list(range(COUNT)))
     for nodes in (NUMBERS, TEXT):
-        if name == "fastrp":  # its rows are keyed by names, as documented
-            assert expected(name, nodes).keys() == set(nodes)
+        if name in ("fastrp", "fastrp new", "fastrp powers", "tune"):  # its rows are keyed by names, as documented
+            assert name != "fastrp" or expected(name, nodes).keys() == set(nodes)
         else:
             assert anonymous(expected(name, nodes)) == numbered
 

@@ -13,16 +13,17 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph.checks import is_known, near_name
+from anabranch.graph.coerce import as_graph
 from anabranch.graph.store import Graph
 
 
-def with_changes(graph: Graph, added: Any = None, removed: Any = None, *, num_nodes: int | None = None) -> Graph:
+def with_changes(graph: Any, added: Any = None, removed: Any = None, *, num_nodes: int | None = None) -> Graph:
     """The graph that building from all edges, old ones less ``removed`` and then ``added``, would give.
 
     Takes passes over all edges, and memory of a second graph. To set a weight, remove the edge and add it.
 
     Args:
-        graph: the graph, which stays as it is.
+        graph: whatever `as_graph` takes, which stays as it is.
         added: edges. One that is there already gets the sum of both weights (without weights, it stays as it is). Names that are
             not known are new nodes, in the order in which they first come (sources before targets); of numbers, the next free ones are.
         removed: edges, without weights; of an undirected graph in either direction.
@@ -32,6 +33,7 @@ def with_changes(graph: Graph, added: Any = None, removed: Any = None, *, num_no
         InputError: an edge to remove that is not there, a weight that is not positive or that the graph has no place for, ends that are
             no nodes and cannot be new ones.
     """
+    graph = as_graph(graph, allow_negative=True)
     index = {} if graph.names is None else {name: place for place, name in enumerate(graph.names.tolist())}
     source_E, target_E, weight_E = graph.edges()
     if removed is not None:

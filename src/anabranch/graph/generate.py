@@ -17,12 +17,15 @@ one stream draws `barabasi_albert` and the orders that shuffle.
 """
 # Shapes: N nodes, E edges drawn, C communities
 
+from typing import Any
+
 import numba as nb
 import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph import csr
 from anabranch.graph.alias import build_alias, pick
+from anabranch.graph.coerce import as_graph
 from anabranch.graph.random import mix, next_bits, stream, to_unit
 from anabranch.graph.store import Graph
 
@@ -235,14 +238,15 @@ def hubs(num_nodes: int, num_hubs: int, *, mean_degree: float = 0.0, seed: int =
     )
 
 
-def random_weights(graph: Graph, low: float = 0.0, high: float = 1.0, *, seed: int = 0) -> Graph:
-    """The graph with weights uniform in (low, high], the same in both directions of an undirected edge.
+def random_weights(graph: Any, low: float = 0.0, high: float = 1.0, *, seed: int = 0) -> Graph:
+    """The graph (whatever `as_graph` takes) with weights uniform in (low, high], the same in both directions of an undirected edge.
 
     Raises:
         InputError: bounds that are not 0 <= low < high.
     """
     if not 0 <= low < high < np.inf:
         raise InputError(f"low is {low} and high is {high}; they must be 0 <= low < high")
+    graph = as_graph(graph, allow_negative=True)
     weights = np.empty(len(graph.indices), np.float32)
     _draw_weights(_seed(seed), graph.indptr, graph.indices, graph.is_directed, low, high, weights)
     return graph.with_weights(weights)

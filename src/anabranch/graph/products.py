@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 
 from anabranch.errors import BackendError
 from anabranch.extras import require
+from anabranch.graph.guarded import CHECKED
 from anabranch.graph.projection import BLOCK, SparseProjection
 from anabranch.graph.workers import Threads
 
@@ -263,10 +264,22 @@ def _row_sum(is_weighted: bool) -> Any:
 _plain_sum, _weighted_sum = _row_sum(False), _row_sum(True)
 
 
+@nb.njit
+def _check_row(row, rows_out, rows_x, indices, start, end):
+    """In the checked build: that a row's sum reads and writes rows that are there."""
+    if row < 0 or row >= rows_out or start < 0 or end > len(indices):
+        raise IndexError("past the end of a matrix")
+    for edge in range(start, end):
+        if indices[edge] < 0 or indices[edge] >= rows_x:
+            raise IndexError("past the end of the rows that are summed")
+
+
 @nb.njit(cache=True, nogil=True)
 def _multiply(indptr, indices, value_M, left_N, x_NW, out_NW, first, last):
     is_weighted = len(value_M) > 0
     for row in range(first, last):
+        if CHECKED:
+            _check_row(row, len(out_NW), len(x_NW), indices, indptr[row], indptr[row + 1])
         if is_weighted:
             _weighted_sum(out_NW, row, x_NW, indices, value_M, indptr[row], indptr[row + 1], left_N[row])
         else:

@@ -5,20 +5,13 @@
     graph = from_networkx(g); table = to_table(graph)
 
 The rules of `Graph` hold for all of them. What is special to a format stands in its module: `edge_list` (also CSV), `parquet`,
-`matrix_market`, `metis`, `matrices` (``.npz``, ``.mat``), `objects`; `build` holds the build in bounded memory.
+`matrix_market`, `metis`, `matrices` (``.npz``, ``.mat``), `objects`; `coerce` tells which of them is given, `out` goes the other way;
+`build` holds the build in bounded memory.
 """
 
-from anabranch.graph.formats.objects import (
-    from_igraph,
-    from_networkx,
-    from_pyg,
-    from_table,
-    from_torch,
-    to_igraph,
-    to_networkx,
-    to_table,
-)
-from anabranch.graph.formats.read import FORMATS, read_graph, write_graph
+from anabranch.graph.formats.objects import from_igraph, from_networkx, from_pyg, from_table, from_torch
+from anabranch.graph.formats.out import to_igraph, to_networkx, to_table, write_graph
+from anabranch.graph.formats.read import FORMATS, read_graph
 
 __all__ = [
     "FORMATS",

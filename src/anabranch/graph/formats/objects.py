@@ -1,4 +1,4 @@
-"""Graphs of other libraries, there and back. Nothing is imported that the caller has not imported, except to make their objects."""
+"""Graphs made of objects of other libraries. Nothing is imported that the caller has not imported."""
 # Shapes: N nodes, E edges
 
 from typing import Any
@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import InputError
-from anabranch.extras import require
 from anabranch.graph.formats.build import Rules
 from anabranch.graph.formats.edge_list import Column, Dialect
 from anabranch.graph.formats.matrices import of_entries
-from anabranch.graph.formats.parquet import NOTE, choose_columns, graph_of
+from anabranch.graph.formats.parquet import choose_columns, graph_of
 from anabranch.graph.store import Graph
 
 
@@ -56,23 +55,6 @@ def _numbers(values: list[Any], edges: list[Any]) -> np.ndarray:
     return found
 
 
-def to_networkx(graph: Graph) -> Any:
-    """A networkx ``Graph`` or ``DiGraph``; nodes are the graph's names, or its ids. Raises BackendError where networkx is not installed."""
-    require("networkx", by="to_networkx")
-    import networkx
-
-    made = networkx.DiGraph() if graph.is_directed else networkx.Graph()
-    names = range(graph.num_nodes) if graph.names is None else graph.names.tolist()
-    made.add_nodes_from(names)
-    source_E, target_E, weight_E = graph.edges()
-    ends = [(names[u], names[v]) for u, v in zip(source_E.tolist(), target_E.tolist(), strict=True)]
-    if weight_E is None:
-        made.add_edges_from(ends)
-    else:
-        made.add_weighted_edges_from((u, v, w) for (u, v), w in zip(ends, weight_E.tolist(), strict=True))
-    return made
-
-
 def from_igraph(graph: Any, weight: str | None = "weight", name: str | None = "name", **options: Any) -> Graph:
     """The graph of an igraph one.
 
@@ -100,22 +82,6 @@ def from_igraph(graph: Any, weight: str | None = "weight", name: str | None = "n
     return Graph.from_edges(
         ends[:, 0], ends[:, 1], weight_E, bool(graph.is_directed()), graph.vcount(), names=names, **options
     )
-
-
-def to_igraph(graph: Graph) -> Any:
-    """An ``igraph.Graph`` with the attributes ``name`` and ``weight`` where there are some. Raises BackendError without igraph."""
-    require("igraph", by="to_igraph")
-    import igraph
-
-    source_E, target_E, weight_E = graph.edges()
-    made = igraph.Graph(
-        n=graph.num_nodes, edges=np.column_stack([source_E, target_E]).tolist(), directed=graph.is_directed
-    )
-    if weight_E is not None:
-        made.es["weight"] = weight_E.tolist()
-    if graph.names is not None:
-        made.vs["name"] = graph.names.tolist()
-    return made
 
 
 def from_pyg(data: Any, weight: str | None = "auto", directed: bool | None = None, **options: Any) -> Graph:
@@ -228,21 +194,6 @@ def from_table(
     columns = choose_columns("the table", table.schema, Dialect(source=source, target=target, weight=weight))
     batch = [table.column(column) for column in columns]
     return graph_of("the table", table.schema, columns, [batch], Rules(directed=directed, **options))
-
-
-def to_table(graph: Graph, names: bool = True) -> Any:
-    """The edges as a `pyarrow.Table` with the columns ``source``, ``target`` and (perhaps) ``weight``, an undirected edge once.
-
-    Args:
-        graph: the graph.
-        names: whether ends are outside names, where the graph has some; otherwise ids.
-    """
-    import pyarrow as pa
-
-    source_E, target_E, weight_E = graph.edges()
-    return pa.table(edge_columns(graph, source_E, target_E, weight_E, names)).replace_schema_metadata(
-        {NOTE: note_of(graph)}
-    )
 
 
 def note_of(graph: Graph) -> str:

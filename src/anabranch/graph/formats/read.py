@@ -1,4 +1,4 @@
-"""`read_graph` and `write_graph`: which format a file is of, and who reads or writes it."""
+"""`read_graph`: which format a file is of, and who reads it."""
 
 import operator
 import os
@@ -16,7 +16,7 @@ from anabranch.graph.formats.matrices import read_mat, read_npz
 from anabranch.graph.formats.matrix_market import read_matrix_market
 from anabranch.graph.formats.metis import read_metis
 from anabranch.graph.formats.parquet import read_parquet
-from anabranch.graph.formats.write import WRITERS, name_of
+from anabranch.graph.formats.write import name_of
 from anabranch.graph.store import Graph
 
 FORMATS = {
@@ -29,7 +29,7 @@ FORMATS = {
     "npz": "a scipy matrix, or arrays of edges",
     "mat": "a MATLAB matrix, up to version 7.2",
 }
-_ENDINGS = {
+ENDINGS = {
     ".anb": "anb", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".mtx": "mtx", ".mm": "mtx", ".metis": "metis",
     ".graph": "metis", ".npz": "npz", ".mat": "mat", ".txt": "edges", ".tsv": "edges", ".edgelist": "edges", ".edges": "edges",
     ".el": "edges", ".ncol": "edges",
@@ -121,28 +121,6 @@ def _read(path: Path, kind: str, rules: Rules, dialect: Dialect, variable: str |
     return reader(path, rules, dialect)
 
 
-def write_graph(graph: Graph, path: str | os.PathLike[str], *, format: str | None = None) -> None:
-    """Write a graph, all or nothing. `read_graph` gives it back, except where the format cannot hold it (see `docs/systems/graph.md`).
-
-    Args:
-        graph: the graph.
-        path: the file; text whose name ends in ``.gz`` is compressed.
-        format: one of `FORMATS`. Default: by the ending.
-
-    Raises:
-        InputError: an unknown format, or a graph that it cannot hold (names, self-loops ...).
-        DataError, CapacityError: the place cannot be written, or its disk is full.
-    """
-    path = Path(path)
-    kind = format or _ENDINGS.get(name_of(path).suffix.lower())
-    if kind not in FORMATS:
-        shown = f"{format!r}" if format else f"of {path.name}"
-        raise InputError(f"the format {shown} is unknown; give one of {', '.join(FORMATS)}")
-    if path.suffix in (".bz2", ".xz") or (path.suffix == ".gz" and kind not in ("csv", "edges", "mtx", "metis")):
-        raise InputError(f"{path}: {kind!r} cannot be written compressed like that; text can as .gz")
-    WRITERS[kind](graph, path)
-
-
 def _rules(**values: Any) -> Rules:
     if values["ids"] not in IDS:
         raise InputError(f"ids is {values['ids']!r}{near_name(values['ids'], IDS)}; it must be one of {', '.join(IDS)}")
@@ -178,4 +156,4 @@ def _kind(path: Path, format: str | None) -> str:
         known = "mtx"
     if known is not None and known != "mtx" and compression(path):
         raise DataError(f"{path} is a compressed {known!r} file; uncompress it first")
-    return known or _ENDINGS.get(name_of(path).suffix.lower(), "edges")
+    return known or ENDINGS.get(name_of(path).suffix.lower(), "edges")

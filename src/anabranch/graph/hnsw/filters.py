@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from anabranch.graph.guarded import held
 from anabranch.graph.hnsw.checks import as_filter, as_filter_value
 from anabranch.graph.hnsw.slots import Slots
 
@@ -67,5 +68,5 @@ class Filter:
 
 def prepared(value: Any, slots: Slots) -> Prepared:
     """What a filter is on an index. Raises InputError as `as_filter`."""
-    allowed_S = as_filter(value, slots.labels(), slots.live())
+    allowed_S = held(as_filter(value, slots.labels(), slots.live()))
     return Prepared(allowed_S, int(allowed_S.sum()))

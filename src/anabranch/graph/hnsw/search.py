@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.graph.guarded import CHECKED
 from anabranch.graph.hnsw.layout import (
     AUX,
     CAP,
@@ -111,12 +112,22 @@ def clear(pool_d, begin):
 
 
 @helper
+def check_pool(place, after, size, room, length_d, length_i):
+    """In the checked build: that what `insert` compares, in whole vectors, and what it moves lies in the pool."""
+    compared = (size + LANES - 1) // LANES * LANES
+    if place < 0 or after < 0 or room < 1 or compared > length_d or room > min(length_d, length_i):
+        raise IndexError("past the end of a pool")
+
+
+@helper
 def insert(pool_d, pool_i, size, room, key, value):
     """Put an entry behind those of at most its key in a sorted pool, whose last falls out if it is full; where it stands."""
     distances, slots = address(pool_d), address(pool_i)
     # The compare goes in whole vectors, so a key that is infinite would come out behind the padding.
     place = min(np.int64(count_not_above(distances, size, key)), min(size, room - 1))
     after = min(size, room - 1) - place
+    if CHECKED:
+        check_pool(place, after, size, room, len(pool_d), len(pool_i))
     move(distances + 4 * (place + 1), distances + 4 * place, 4 * after)
     move(slots + 4 * (place + 1), slots + 4 * place, 4 * after)
     pool_d[place], pool_i[place] = key, value

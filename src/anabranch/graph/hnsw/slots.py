@@ -10,6 +10,7 @@ import secrets
 
 import numpy as np
 
+from anabranch.graph import guarded
 from anabranch.graph.hnsw.raw import kernel
 from anabranch.graph.hnsw.storage import Storage
 from anabranch.graph.random import mix
@@ -83,7 +84,7 @@ class Slots:
         """Which slots are live, bool [S]: one array until something changes, not to be written."""
         held = self._storage
         if self._live is None or self._live[0] != held.version:
-            self._live = held.version, held.deleted[: held.count] == 0
+            self._live = held.version, guarded.held(held.deleted[: held.count] == 0)
         return self._live[1]
 
     def _table(self) -> np.ndarray:

@@ -18,8 +18,8 @@ import numpy as np
 
 from anabranch.errors import CapacityError, DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.guarded import CHECKED, guarded, held
 from anabranch.graph.hnsw import layout
-from anabranch.graph.hnsw.guarded import guarded, is_on
 from anabranch.graph.hnsw.raw import LINE, get_i32, kernel
 from anabranch.graph.random import next_bits, stream, to_unit
 
@@ -29,7 +29,6 @@ METRICS = ("l2", "ip", "cosine")
 PRECISIONS = ("f32", "f16", "i8")
 ITEM = {"f32": 4, "f16": 2, "i8": 1}
 MAX_LEVEL = 64
-_GUARDED = is_on()
 
 # Scale and norm of a query that has none; kernels only read it.
 _ONE_ZERO = np.zeros((1, 2), np.float32)
@@ -294,7 +293,7 @@ class Storage:
                 break
             if len(marks) == self.capacity + 1:
                 return marks
-        return np.zeros(self.capacity + 1, np.uint8)
+        return held(np.zeros(self.capacity + 1, np.uint8))
 
     def give_marks(self, marks: np.ndarray) -> None:
         """Let the next search use these marks."""
@@ -324,8 +323,8 @@ class Storage:
         self.num_upper = len(arrays["upper"])
         for name in ("links", "first", "level", "label", "deleted", "rows", "upper", "aux", "full"):
             if name in arrays:
-                # The small ones are read anyway.
-                stays = mapped and name in ("links", "rows", "upper", "aux", "full")
+                # The small ones are read anyway; in the checked build a file has no guard behind each array.
+                stays = mapped and not CHECKED and name in ("links", "rows", "upper", "aux", "full")
                 setattr(
                     self, name, arrays[name] if stays else _grown(arrays[name], len(arrays[name]), len(arrays[name]))
                 )
@@ -422,7 +421,7 @@ def read(path: str | Path, *, mmap: bool) -> tuple[dict[str, np.ndarray], dict[s
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array that starts at a multiple of 64 bytes; its content is undefined."""
-    if _GUARDED:
+    if CHECKED:
         return guarded(shape, dtype)
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     raw = np.empty(size + LINE, np.uint8)
@@ -439,10 +438,10 @@ def _grown(array: np.ndarray, capacity: int, count: int) -> np.ndarray:
 def _padded(array_ND: np.ndarray, width: int) -> np.ndarray:
     """Rows of ``width`` elements, C order, zeros behind the vector; the array itself where it is so."""
     if array_ND.shape[1] == width:
-        return np.ascontiguousarray(array_ND)
+        return held(np.ascontiguousarray(array_ND))
     padded = np.zeros((len(array_ND), width), array_ND.dtype)
     padded[:, : array_ND.shape[1]] = array_ND
-    return padded
+    return held(padded)
 
 
 def _lines(size: int) -> int:

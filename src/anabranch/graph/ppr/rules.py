@@ -31,6 +31,7 @@ import numba as nb
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.graph.coerce import as_graph
 from anabranch.graph.counters import ABSORB, SOURCE, UNIFORM
 from anabranch.graph.ppr.leaky import from_anywhere
 from anabranch.graph.store import Graph
@@ -86,17 +87,19 @@ def answer(graph: Graph, ids: np.ndarray, seeds: Any) -> np.ndarray:
     return graph.answer(ids, seed_nodes(graph, seeds)[0])
 
 
-def parse_seeds(graph: Graph, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
+def parse_seeds(graph: Any, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
     """Seeds as distinct int64 ids [S], rising, and float64 weights [S] that sum to 1.
 
     Args:
-        graph: they are nodes of.
+        graph: they are nodes of, whatever `as_graph` takes.
         seeds: one node; a list or array of nodes (of equal weight); a mapping node -> weight; or a tuple of two lists or arrays
             ``(nodes, weights)``. Nodes are ids or names, see `Graph.resolve`.
 
     Raises:
         InputError: no seed, an unknown node, a weight that is negative or not finite, or weights that are all 0.
     """
+    if not isinstance(graph, Graph):
+        graph = as_graph(graph, allow_negative=True)
     # The common case, quickly.
     if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool) and not graph.by_name:
         if not 0 <= seeds < graph.num_nodes:
@@ -135,7 +138,7 @@ class Transition:
     """The walk on one graph: what all algorithms take. Make it once per graph; parts are made when they are first used.
 
     Attributes:
-        graph: the graph, with weights that are not negative.
+        graph: the graph, of whatever `as_graph` takes; its weights are not negative.
         alpha: probability to end before each step.
         dangling: policy.
     """
@@ -147,6 +150,7 @@ class Transition:
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
         check_dangling(self.dangling)
+        object.__setattr__(self, "graph", as_graph(self.graph, allow_negative=True))
         weights = self.graph.weights
         if weights is not None and len(weights) and not weights.min() >= 0:
             raise InputError(f"walks need weights that are not negative; the least of this graph is {weights.min()}")
