@@ -130,9 +130,13 @@ def main():
         spark.stop()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     told = {
-        **found, "seconds": seconds, "shuffle_bytes": size, "working": working, "driver_grew_bytes": grown,
+        **found,
+        "seconds": seconds,
+        "shuffle_bytes": size,
+        "working": working,
+        "driver_grew_bytes": grown,
         "peaks": peaks.bytes_of,
-    }  # fmt: skip
+    }
     print(json.dumps(told))
 
 

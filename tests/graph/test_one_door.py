@@ -293,19 +293,43 @@ TAKERS = {
     "FastRP": {"fit": "fastrp", "fit_transform": "fastrp", "powers": "fastrp powers", "tune": "tune"},
     "tune": "tune",
     "GraphVite": {
-        "fit": "graphvite nodes", "fit_transform": "graphvite", "resume": "graphvite resume", "peak_bytes": "graphvite bytes",
+        "fit": "graphvite nodes",
+        "fit_transform": "graphvite",
+        "resume": "graphvite resume",
+        "peak_bytes": "graphvite bytes",
     },
     "FullyPPR": {"fit": "fully_ppr exact"},
     "fully_ppr": "fully_ppr",
-    "PowerWalk": {"build": "powerwalk", "fit": "powerwalk fit", "from_rows": "from_rows", "update": "powerwalk update", "load": "powerwalk load"},
-    "PageRank": {
-        "scores": "scores", "prepare": "prepared", "personalized": "solve", "vector": "vector", "batch": "batch", "blocks": "blocks",
+    "PowerWalk": {
+        "build": "powerwalk",
+        "fit": "powerwalk fit",
+        "from_rows": "from_rows",
+        "update": "powerwalk update",
+        "load": "powerwalk load",
     },
-    "Transition": "solve by steps", "parse_seeds": "seeds", "forward_push": "forward_push", "monte_carlo": "monte_carlo",
-    "power_block": "power_block", "power_iteration": "power_iteration", "power_rows": "power_rows",
-    "to_igraph": "to_igraph", "to_networkx": "to_networkx", "to_table": "to_table", "write_graph": "write_graph",
-    "hold_out_edges": "hold_out_edges", "with_changes": "with_changes", "random_weights": "random_weights",
-}  # fmt: skip
+    "PageRank": {
+        "scores": "scores",
+        "prepare": "prepared",
+        "personalized": "solve",
+        "vector": "vector",
+        "batch": "batch",
+        "blocks": "blocks",
+    },
+    "Transition": "solve by steps",
+    "parse_seeds": "seeds",
+    "forward_push": "forward_push",
+    "monte_carlo": "monte_carlo",
+    "power_block": "power_block",
+    "power_iteration": "power_iteration",
+    "power_rows": "power_rows",
+    "to_igraph": "to_igraph",
+    "to_networkx": "to_networkx",
+    "to_table": "to_table",
+    "write_graph": "write_graph",
+    "hold_out_edges": "hold_out_edges",
+    "with_changes": "with_changes",
+    "random_weights": "random_weights",
+}
 
 
 def takes_graph(work):

@@ -64,14 +64,23 @@ def run(system, large, out, **options):
     size = EDGE_BYTES * len(graph.indices)
     assert size > MEMORY << 20
     task = {
-        "system": system, "edges": str(folder), "out": str(out), "executors": 2, "memory": MEMORY, "driver": DRIVER,
-        "directed": False, "options": options, "settings": SETTINGS,
-    }  # fmt: skip
+        "system": system,
+        "edges": str(folder),
+        "out": str(out),
+        "executors": 2,
+        "memory": MEMORY,
+        "driver": DRIVER,
+        "directed": False,
+        "options": options,
+        "settings": SETTINGS,
+    }
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "spark_cluster.py"), json.dumps(task)],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps({"system": system, "graph_bytes": size, **facts}))
