@@ -15,7 +15,7 @@ import yaml
 
 from anabranch.cli.main import main
 from anabranch.config import from_dict
-from anabranch.gateway.config.parts import SharedConfig
+from anabranch.gateway.config.shared import SharedConfig
 from gateway_process import served
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"

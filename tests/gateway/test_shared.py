@@ -11,7 +11,7 @@ from anabranch.errors import RateError
 from anabranch.gateway.cache import Entry
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import CacheConfig
-from anabranch.gateway.config.parts import SharedConfig
+from anabranch.gateway.config.shared import SharedConfig
 from anabranch.gateway.core.admission import Admission, Limits
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.dispatch import Deployment, Dispatcher, Group

@@ -11,8 +11,8 @@ from anabranch.errors import ConfigError
 from anabranch.gateway.cache import Entry
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import CacheConfig, DeploymentConfig, GatewayConfig, ModelConfig, load_config
-from anabranch.gateway.config.parts import SharedConfig
 from anabranch.gateway.config.redact import redacted
+from anabranch.gateway.config.shared import SharedConfig
 from anabranch.gateway.dispatch import Deployment, Dispatcher, Group
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http import admin

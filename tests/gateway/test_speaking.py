@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
-from anabranch.gateway.config.parts import KeysConfig
+from anabranch.gateway.config.access import KeysConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.mock import Mock
@@ -160,7 +160,7 @@ def test_texts_of_a_user_that_a_key_named_are_erased_by_that_name(tmp_path):
         _, num_texts = await gateway.erasures.order(tenant=record.id, user="bob")
         assert num_texts == 1
 
-    from anabranch.gateway.config.parts import LogConfig
+    from anabranch.gateway.config.observe import LogConfig
 
     served(config(tmp_path, log=LogConfig(prompts=True)), work)
 

@@ -23,8 +23,8 @@ from anabranch.gateway.collect.calls import OutOfBudgetError
 from anabranch.gateway.collect.collector import IN_VAIN, Collector, for_collecting
 from anabranch.gateway.collect.origins import PAGE, Answers, Origin, told_page
 from anabranch.gateway.config import GatewayConfig
-from anabranch.gateway.config.parts import LearningConfig
 from anabranch.gateway.config.shadow import ShadowConfig
+from anabranch.gateway.config.strategies import LearningConfig
 from anabranch.gateway.store import SHADOW, KeyRecord, Store, schema
 from anabranch.gateway.store.learned import OUTCOME
 from anabranch.routers.judges import ModelJudge

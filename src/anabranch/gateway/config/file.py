@@ -17,8 +17,8 @@ from anabranch.config import from_dict
 from anabranch.errors import AnabranchError, ConfigError, DataError
 from anabranch.gateway.config.gateway import GatewayConfig
 from anabranch.gateway.config.lines import Lines, join, parse
-from anabranch.gateway.config.parts import StrategyConfig
 from anabranch.gateway.config.secret import MUST, VARIABLE, is_reference
+from anabranch.gateway.config.strategies import StrategyConfig
 from anabranch.gateway.config.suggestions import hint
 from anabranch.routers.money import MOST_NANO, NANO, TOKEN_RATES, nano_dollars
 

@@ -7,28 +7,16 @@ from typing import Any, Literal
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.config.ab import ABConfig
-from anabranch.gateway.config.parts import (
-    AdminConfig,
-    Balance,
-    BreakerConfig,
-    CacheConfig,
-    FeedbackConfig,
-    HedgeConfig,
-    KeysConfig,
-    LearningConfig,
-    LimitsConfig,
-    LogConfig,
-    LostConfig,
-    MetricsConfig,
-    ModelConfig,
-    OtelConfig,
-    RetryConfig,
-    SharedConfig,
-    StrategyConfig,
-    WebhookConfig,
-)
+from anabranch.gateway.config.access import AdminConfig, KeysConfig
+from anabranch.gateway.config.attempts import BreakerConfig, HedgeConfig, LostConfig, RetryConfig
+from anabranch.gateway.config.cache import CacheConfig
+from anabranch.gateway.config.limits import LimitsConfig
+from anabranch.gateway.config.models import Balance, ModelConfig
+from anabranch.gateway.config.observe import LogConfig, MetricsConfig, OtelConfig, WebhookConfig
 from anabranch.gateway.config.prices import model_price
 from anabranch.gateway.config.shadow import ShadowConfig
+from anabranch.gateway.config.shared import SharedConfig
+from anabranch.gateway.config.strategies import FeedbackConfig, LearningConfig, StrategyConfig
 from anabranch.gateway.config.suggestions import hint
 from anabranch.gateway.providers.provider import FailureKind
 from anabranch.routers.contract.query import Model, Pool

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from anabranch.gateway.config.parts import DeploymentConfig, ModelConfig
+from anabranch.gateway.config.models import DeploymentConfig, ModelConfig
 from anabranch.gateway.config.price_table import list_price
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.money import Price

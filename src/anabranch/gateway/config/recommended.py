@@ -6,7 +6,7 @@ from typing import Any
 
 from anabranch.errors import ConfigError
 from anabranch.gateway.config.gateway import GatewayConfig
-from anabranch.gateway.config.parts import StrategyConfig
+from anabranch.gateway.config.strategies import StrategyConfig
 from anabranch.routers.recommendation import Picked, no_recommendation, pick
 
 # Of the strategy that serves it.

@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from anabranch.gateway.config.parts import FeedbackConfig
+from anabranch.gateway.config.strategies import FeedbackConfig
 from anabranch.gateway.store.limits import Bucket, take
 
 

@@ -1,7 +1,7 @@
 """Who may score a request, and whose scores a strategy learns from."""
 
 from anabranch.gateway.config import StrategyConfig
-from anabranch.gateway.config.parts import Who
+from anabranch.gateway.config.strategies import Who
 from anabranch.gateway.store import KeyRecord
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import AnabranchError
-from anabranch.gateway.config.parts import Who
+from anabranch.gateway.config.strategies import Who
 from anabranch.gateway.learning.fair import FairShare
 from anabranch.gateway.learning.permission import is_learned_of, may_score, may_teach
 from anabranch.gateway.learning.services import LearningServices

@@ -22,7 +22,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from anabranch.errors import AnabranchError
 from anabranch.gateway.config import WebhookConfig
-from anabranch.gateway.config.parts import check_webhook_url
+from anabranch.gateway.config.observe import check_webhook_url
 from anabranch.gateway.config.secret import Secret, is_reference
 from anabranch.gateway.store import Budget, Store, alerts
 from anabranch.gateway.store.alerts import TRIES, Alert

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.extras import require
-from anabranch.gateway.config.parts import SharedConfig
+from anabranch.gateway.config.shared import SharedConfig
 from anabranch.gateway.metrics import Metrics
 from anabranch.redaction import hide_passwords
 

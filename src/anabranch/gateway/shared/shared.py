@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from anabranch.gateway.config.parts import SharedConfig
+from anabranch.gateway.config.shared import SharedConfig
 from anabranch.gateway.dispatch import Dispatcher
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.shared.answers import SharedAnswers

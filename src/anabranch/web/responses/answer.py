@@ -1,0 +1,119 @@
+"""A whole answer of chat as a response."""
+
+import time
+from typing import Any
+
+from anabranch.web.beside import beside, images_of
+from anabranch.web.responses.items import call_item, image_item, message_item, new_id, reasoning_item
+from anabranch.web.responses.request import table_of
+from anabranch.web.responses.thoughts import sealed, thought_in
+
+# Fields of a request that a response shows, and what they are where it says nothing.
+_SHOWN: dict[str, Any] = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "temperature": 1.0,
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+    "store": False,
+}
+
+
+def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """The response that says what an answer of chat says.
+
+    Args:
+        body: the request, as it came.
+        answer: of chat.
+    """
+    choice = (answer.get("choices") or [{}])[0]
+    message = choice.get("message") or {}
+    output: list[dict[str, Any]] = []
+    if thought_in(message) or message.get("thinking_blocks"):
+        thought = reasoning_item(new_id("rs"), thought_in(message))
+        output.append(sealed(thought, message.get("thinking_blocks"), body))
+    if message.get("content") is not None or message.get("refusal"):
+        output.append(message_item(new_id("msg"), _as_text(message.get("content")), message.get("refusal") or ""))
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        output.append(call_item(new_id("fc"), call.get("id"), function.get("name"), function.get("arguments") or ""))
+    output += [image_item(kind, data) for kind, data in images_of(message)]
+    made = response_of(body, answer.get("model"), answer.get("created"))
+    return finished(made, output, choice.get("finish_reason"), answer.get("usage"), beside(message))
+
+
+def _as_text(content: Any) -> str:
+    """Of a message: some servers give its text in parts."""
+    if not isinstance(content, list):
+        return content or ""
+    texts = [part.get("text") for part in content if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def response_of(body: dict[str, Any], model: str | None, created: int | None) -> dict[str, Any]:
+    """A response that has just begun.
+
+    Args:
+        body: the request, as it came.
+        model: that answers; None for the one it names.
+        created: seconds since 1970; None for now.
+    """
+    shown = {name: default if body.get(name) is None else body[name] for name, default in _SHOWN.items()}
+    reasoning = {"effort": table_of(body, "reasoning").get("effort"), "summary": None}
+    return {
+        "id": new_id("resp"),
+        "object": "response",
+        "created_at": created or int(time.time()),
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "model": model or body.get("model"),
+        "output": [],
+        "previous_response_id": None,
+        "reasoning": reasoning,
+        "text": body.get("text") or {"format": {"type": "text"}},
+        "usage": None,
+        **shown,
+    }
+
+
+def finished(
+    made: dict[str, Any],
+    output: list[dict[str, Any]],
+    reason: str | None,
+    usage: dict[str, Any] | None,
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    """A response that has come to its end.
+
+    Args:
+        made: as it began (`response_of`).
+        output: its items.
+        reason: why it ended, in the words of chat.
+        usage: in those of chat.
+        more: what chat said beside the message.
+    """
+    why = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(reason or "")
+    status = {"status": "incomplete", "incomplete_details": {"reason": why}} if why else {"status": "completed"}
+    told = {"extra_content": more} if more else {}
+    return {**made, **status, "output": output, "usage": _usage(usage), **told}
+
+
+def _usage(usage: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not usage:
+        return None
+    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": cached},
+        "output_tokens": completion,
+        "output_tokens_details": {"reasoning_tokens": reasoning},
+        "total_tokens": prompt + completion,
+    }

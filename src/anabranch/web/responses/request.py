@@ -1,0 +1,200 @@
+"""A request of ``/v1/responses`` as one of chat."""
+
+from collections.abc import Callable
+from typing import Any
+
+from anabranch.web.api_error import wrong
+from anabranch.web.body import said
+from anabranch.web.responses.thoughts import THOUGHTS, thoughts_of
+
+# What chat has other words for.
+_HERE = frozenset(
+    {
+        "input",
+        "instructions",
+        "max_output_tokens",
+        "text",
+        "tools",
+        "tool_choice",
+        "reasoning",
+        "include",
+        "truncation",
+        "prompt",
+    }
+)
+# What a server would have to keep.
+_STATE = ("previous_response_id", "conversation", "background", "prompt")
+_ROLES = ("system", "developer", "user", "assistant")
+_TEXT = (lambda value: isinstance(value, str), "text")
+# Fields of an item, by its type, and what they may be.
+_ITEMS: dict[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
+    "message": (("role", lambda value: value in _ROLES, f"one of {', '.join(_ROLES)}"),),
+    "function_call": (
+        ("name", *_TEXT),
+        ("arguments", lambda value: value is None or isinstance(value, str), "JSON as text"),
+    ),
+    "function_call_output": (
+        ("call_id", *_TEXT),
+        ("output", lambda value: isinstance(value, str | list), "text or a list of parts"),
+    ),
+}
+
+
+def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str, Any]:
+    """The request of ``/v1/chat/completions`` that asks the same.
+
+    Args:
+        body: the request, as it came.
+        keeps_reasoning: what a model thought comes back to it; what another did is not for it to see.
+
+    Raises ApiError for what chat cannot do.
+    """
+    for name in _STATE:
+        if body.get(name):
+            raise wrong(name, f"{name} needs a server that keeps conversations; send all of it in input", "unsupported")
+    chat = {name: value for name, value in body.items() if name not in _HERE}
+    chat["messages"] = _messages(body, keeps_reasoning)
+    if body.get("max_output_tokens") is not None:
+        chat["max_completion_tokens"] = body["max_output_tokens"]
+    if body.get("tools"):
+        chat["tools"] = [_tool(tool, at) for at, tool in enumerate(_listed(body, "tools"))]
+    if body.get("tool_choice") is not None:
+        chat["tool_choice"] = _choice(body["tool_choice"])
+    wanted = table_of(table_of(body, "text"), "format", "text.format")
+    if wanted and wanted.get("type") != "text":
+        form = {name: value for name, value in wanted.items() if name != "type"}
+        is_schema = wanted.get("type") == "json_schema"
+        chat["response_format"] = {"type": wanted.get("type"), **({"json_schema": form} if is_schema else form)}
+    if effort := table_of(body, "reasoning").get("effort"):
+        chat["reasoning_effort"] = effort
+    if verbosity := table_of(body, "text").get("verbosity"):
+        chat["verbosity"] = verbosity
+    if body.get("stream"):
+        chat["stream_options"] = {"include_usage": True}
+    return chat
+
+
+def _messages(body: dict[str, Any], keeps_reasoning: bool) -> list[dict[str, Any]]:
+    wanted, messages = body.get("input"), []
+    if body.get("instructions") is not None:
+        if not isinstance(body["instructions"], str):
+            raise wrong("instructions", f"instructions is {said(body['instructions'])}; it must be text")
+        messages.append({"role": "system", "content": body["instructions"]})
+    if isinstance(wanted, str):
+        return [*messages, {"role": "user", "content": wanted}]
+    if not isinstance(wanted, list) or not wanted:
+        raise wrong("input", "input must be text or a list of items with at least one in it")
+    for at, item in enumerate(wanted):
+        if not isinstance(item, dict):
+            raise wrong(f"input[{at}]", f"input[{at}] must be an object")
+        if item.get("type") == "reasoning":
+            made = thoughts_of(item, keeps_reasoning)
+            # It is of the message or the call that follows.
+            if made:
+                messages.append({"role": "assistant", "content": "", **made})
+        else:
+            _add_item(messages, item, f"input[{at}]")
+    return messages
+
+
+def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -> None:
+    kind = item.get("type", "message")
+    for field, is_right, wanted in _ITEMS.get(kind, ()) if isinstance(kind, str) else ():
+        if not is_right(item.get(field)):
+            raise wrong(f"{name}.{field}", f"{name}.{field} is {said(item.get(field))}; it must be {wanted}")
+    if kind == "message":
+        made: dict[str, Any] = {"role": item.get("role"), "content": _content(item.get("content"), name)}
+        before = messages[-1] if messages else {}
+        is_thought = any(before.get(name) for name in THOUGHTS) and not before["content"]
+        if made["role"] == "assistant" and is_thought and not before.get("tool_calls"):
+            messages.pop()
+            made |= {name: before[name] for name in (*THOUGHTS, "images") if name in before}
+        messages.append(made)
+    elif kind == "function_call":
+        call = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
+        made = {"id": item.get("call_id"), "type": "function", "function": call}
+        # What was said before the call, and calls beside it.
+        if messages and messages[-1]["role"] == "assistant":
+            messages[-1].setdefault("tool_calls", []).append(made)
+        else:
+            messages.append({"role": "assistant", "content": None, "tool_calls": [made]})
+    elif kind == "image_generation_call" and isinstance(item.get("result"), str):
+        _add_image(messages, item)
+    elif kind == "function_call_output":
+        content = _content(item.get("output"), name)
+        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
+    else:
+        what = f"{name} is of type {str(kind)[:40]!r}, which no chat model can be sent"
+        raise wrong(f"{name}.type", what, "unsupported")
+
+
+def _add_image(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
+    """A picture that the model made before."""
+    form, result = item.get("output_format"), item["result"]
+    url = result if "://" in result[:10] else f"data:image/{form if isinstance(form, str) else 'png'};base64,{result}"
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": None})
+    messages[-1].setdefault("images", []).append({"type": "image_url", "image_url": {"url": url}})
+
+
+def _choice(choice: Any) -> Any:
+    """A ``tool_choice`` as chat has it."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") != "function" or not isinstance(choice.get("name"), str):
+        what = 'as an object tool_choice is {"type": "function", "name": ...}; no other kind can be chosen'
+        raise wrong("tool_choice", what, "unsupported")
+    return {"type": "function", "function": {"name": choice["name"]}}
+
+
+def _content(content: Any, name: str) -> Any:
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for at, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("input_text", "output_text", "text"):
+            parts.append({"type": "text", "text": part.get("text")})
+        elif kind == "refusal":
+            parts.append({"type": "refusal", "refusal": part.get("refusal")})
+        elif kind == "input_image" and part.get("image_url"):
+            detail = {"detail": part["detail"]} if part.get("detail") else {}
+            parts.append({"type": "image_url", "image_url": {"url": part["image_url"], **detail}})
+        elif kind == "input_file" and (part.get("file_data") or part.get("file_id")):
+            file = {field: part[field] for field in ("file_data", "file_id", "filename") if part.get(field)}
+            parts.append({"type": "file", "file": file})
+        elif kind == "input_audio" and isinstance(part.get("input_audio"), dict):
+            parts.append({"type": "input_audio", "input_audio": part["input_audio"]})
+        else:
+            where = f"{name}.content[{at}]"
+            raise wrong(
+                where,
+                f"{where} is of type {str(kind)[:40]!r}; text, images by URL, files with their data and sound can be sent",
+                "unsupported",
+            )
+    if len(parts) == 1 and parts[0]["type"] == "text":
+        return parts[0]["text"]
+    return parts
+
+
+def _tool(tool: Any, at: int) -> dict[str, Any]:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if kind != "function":
+        raise wrong(
+            f"tools[{at}]", f"tools[{at}] is of type {str(kind)[:40]!r}; only functions can be offered", "unsupported"
+        )
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def _listed(body: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(body[name], list):
+        raise wrong(name, f"{name} must be a list")
+    return body[name]
+
+
+def table_of(body: dict[str, Any], name: str, shown: str | None = None) -> dict[str, Any]:
+    """A field that is a table, empty where it is not given. Raises ApiError for anything else, under the name that is ``shown``."""
+    value = body.get(name) or {}
+    if not isinstance(value, dict):
+        raise wrong(shown or name, f"{shown or name} must be an object")
+    return value

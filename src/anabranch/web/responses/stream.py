@@ -1,0 +1,185 @@
+"""`ResponseStream`: a stream of chat as the events of a response."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from anabranch.web.beside import beside, images_of, is_whole, joined
+from anabranch.web.responses.answer import finished, response_of
+from anabranch.web.responses.items import call_item, image_item, message_item, new_id, part_of, reasoning_item
+from anabranch.web.responses.thoughts import sealed, thought_in
+from anabranch.web.sse import event
+
+# Events of a part, by what it is.
+_TEXTS = {"text": "output_text", "refusal": "refusal", "reasoning": "reasoning_text"}
+
+
+class ResponseStream:
+    """Turns the chunks of a chat stream into the events of a streamed response: `begin`, `add` each chunk, `end` or `fail`."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._body, self._made = body, response_of(body, body.get("model"), None)
+        self._number = -1
+        self._output: list[dict[str, Any]] = []
+        # The message or reasoning that is being told, and what its last part is: "text", "refusal" or "reasoning".
+        self._item: dict[str, Any] | None = None
+        self._part: str | None = None
+        self._calls: dict[int, dict[str, Any]] = {}
+        self._thoughts: list[dict[str, Any]] = []
+        self._beside: dict[str, Any] = {}
+        self._reason: str | None = None
+        self._usage: dict[str, Any] | None = None
+
+    def begin(self) -> Iterator[bytes]:
+        """Before the first chunk."""
+        yield self._event("response.created", response=self._made)
+        yield self._event("response.in_progress", response=self._made)
+
+    def add(self, chunk: dict[str, Any]) -> Iterator[bytes]:
+        """The events of one chunk."""
+        self._usage = chunk.get("usage") or self._usage
+        self._made["model"] = chunk.get("model") or self._made["model"]
+        for choice in (chunk.get("choices") or ())[:1]:
+            delta = choice.get("delta") or {}
+            self._reason = choice.get("finish_reason") or self._reason
+            self._beside = joined(self._beside, beside(delta))
+            texts = (
+                ("reasoning", thought_in(delta)),
+                ("text", delta.get("content")),
+                ("refusal", delta.get("refusal")),
+            )
+            for kind, text in texts:
+                if text:
+                    yield from self._add_text(kind, text)
+                if kind == "reasoning" and delta.get("thinking_blocks"):
+                    yield from self._add_thoughts(delta["thinking_blocks"])
+            for image in images_of(delta):
+                yield from self._add_image(image_item(*image))
+            for call in delta.get("tool_calls") or ():
+                yield from self._add_call(call)
+
+    def end(self) -> Iterator[bytes]:
+        """After the last chunk."""
+        yield from self._close_item()
+        yield from self._close_calls()
+        made = finished(self._made, self._output, self._reason, self._usage, self._beside)
+        yield self._event(f"response.{made['status']}", response=made)
+
+    def fail(self, message: str, code: str | None) -> Iterator[bytes]:
+        """Instead of the end."""
+        failed = {**self._made, "status": "failed", "output": self._output}
+        failed["error"] = {"code": code or "server_error", "message": message}
+        yield self._event("response.failed", response=failed)
+
+    def _event(self, name: str, /, **fields: Any) -> bytes:
+        self._number += 1
+        return event({"type": name, "sequence_number": self._number, **fields}, name)
+
+    def _add_text(self, kind: str, text: str) -> Iterator[bytes]:
+        is_thought = kind == "reasoning"
+        if self._item is not None and (self._item["type"] == "reasoning") != is_thought:
+            yield from self._close_item()
+        item = self._item
+        if item is None:
+            yield from self._close_calls(only_whole=True)
+            made = reasoning_item(new_id("rs"), "") if is_thought else message_item(new_id("msg"), "", "")
+            item = self._item = {**made, "status": "in_progress", "content": []}
+            self._output.append(item)
+            yield self._event("response.output_item.added", output_index=self._at(item), item=item)
+        if self._part != kind:
+            yield from self._close_part()
+            self._part = kind
+            item["content"].append(part_of(kind, ""))
+            yield self._event("response.content_part.added", **self._where(item), part=item["content"][-1])
+        item["content"][-1]["refusal" if kind == "refusal" else "text"] += text
+        more: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+        yield self._event(f"response.{_TEXTS[kind]}.delta", **self._where(item), delta=text, **more)
+
+    def _add_thoughts(self, blocks: list[dict[str, Any]]) -> Iterator[bytes]:
+        """What seals the thoughts that were told before, or is sealed whole."""
+        if self._item is None or self._item["type"] != "reasoning":
+            yield from self._close_item()
+            yield from self._close_calls(only_whole=True)
+            item = self._item = {**reasoning_item(new_id("rs"), ""), "status": "in_progress", "content": []}
+            self._output.append(item)
+            yield self._event("response.output_item.added", output_index=self._at(item), item=item)
+        self._thoughts += blocks
+
+    def _close_part(self) -> Iterator[bytes]:
+        if self._part is None or self._item is None:
+            return
+        part, kind, item = self._item["content"][-1], self._part, self._item
+        field = "refusal" if kind == "refusal" else "text"
+        more: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+        yield self._event(f"response.{_TEXTS[kind]}.done", **self._where(item), **{field: part[field]}, **more)
+        yield self._event("response.content_part.done", **self._where(item), part=part)
+        self._part = None
+
+    def _close_item(self) -> Iterator[bytes]:
+        if self._item is None:
+            return
+        yield from self._close_part()
+        item, self._item = self._item, None
+        item["status"] = "completed"
+        if item["type"] == "reasoning":
+            thoughts, self._thoughts = self._thoughts, []
+            item |= sealed(item, thoughts, self._body)
+        yield self._event("response.output_item.done", output_index=self._at(item), item=item)
+
+    def _add_image(self, item: dict[str, Any]) -> Iterator[bytes]:
+        yield from self._close_item()
+        self._output.append(item)
+        begun = {**item, "status": "in_progress", "result": None}
+        yield self._event("response.output_item.added", output_index=self._at(item), item=begun)
+        yield self._event("response.output_item.done", output_index=self._at(item), item=item)
+
+    def _place(self, part: dict[str, Any]) -> int:
+        """Which call a piece is of; of a server that numbers none, each that is named is another."""
+        number = part.get("index")
+        if isinstance(number, int):
+            return number
+        is_new = bool(part.get("id") or (part.get("function") or {}).get("name"))
+        return len(self._calls) if is_new else len(self._calls) - 1
+
+    def _add_call(self, part: dict[str, Any]) -> Iterator[bytes]:
+        number, function = self._place(part), part.get("function") or {}
+        call = self._calls.get(number)
+        if call is None:
+            yield from self._close_item()
+            # Others that are told at the same time go on.
+            yield from self._close_calls(only_whole=True)
+            call = call_item(new_id("fc"), part.get("id"), function.get("name"), "", status="in_progress")
+            self._calls[number] = call
+            self._output.append(call)
+            yield self._event("response.output_item.added", output_index=self._at(call), item=call)
+        text = function.get("arguments")
+        if text and call["status"] == "completed":
+            if text.strip():
+                raise ValueError("a call goes on behind its end")
+        elif text:
+            call["arguments"] += text
+            yield self._event(
+                "response.function_call_arguments.delta", item_id=call["id"], output_index=self._at(call), delta=text
+            )
+
+    def _close_calls(self, *, only_whole: bool = False) -> Iterator[bytes]:
+        for call in self._calls.values():
+            if call["status"] == "in_progress" and not (only_whole and not is_whole(call["arguments"])):
+                yield from self._close_call(call)
+
+    def _close_call(self, call: dict[str, Any]) -> Iterator[bytes]:
+        call["status"] = "completed"
+        at = self._at(call)
+        yield self._event(
+            "response.function_call_arguments.done",
+            item_id=call["id"],
+            output_index=at,
+            name=call["name"],
+            arguments=call["arguments"],
+        )
+        yield self._event("response.output_item.done", output_index=at, item=call)
+
+    def _at(self, item: dict[str, Any]) -> int:
+        return next(at for at, held in enumerate(self._output) if held is item)
+
+    def _where(self, item: dict[str, Any]) -> dict[str, Any]:
+        return {"item_id": item["id"], "output_index": self._at(item), "content_index": len(item["content"]) - 1}
