@@ -17,7 +17,7 @@ from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.dispatch import Deployment, Dispatcher, Group
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.shared import AwayError, Shared, clears, counts, link
+from anabranch.gateway.shared import AwayError, Shared, clears, leases, link
 from anabranch.gateway.store import RateLimits
 from redis_process import missing, redis_server
 
@@ -189,8 +189,8 @@ def test_requests_under_way_are_counted_together(server, prefix):
 
 
 def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not(server, prefix, monkeypatch):
-    monkeypatch.setattr(counts, "LEASE_S", 0.3)
-    monkeypatch.setattr(counts, "RENEW_S", 0.05)
+    monkeypatch.setattr(leases, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "RENEW_S", 0.05)
 
     async def main():
         async with processes(server, prefix) as shared:
@@ -209,8 +209,8 @@ def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not
 
 
 def test_a_lease_of_a_process_that_is_gone_ends_beside_those_of_one_that_lives(server, prefix, monkeypatch):
-    monkeypatch.setattr(counts, "LEASE_S", 0.3)
-    monkeypatch.setattr(counts, "RENEW_S", 0.05)
+    monkeypatch.setattr(leases, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "RENEW_S", 0.05)
 
     async def main():
         async with processes(server, prefix) as shared:

@@ -5,7 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.gateway.cache import Entry, ExactCache, Named, NameKey, SemanticCache, SharedEntries, SingleFlight
+from anabranch.gateway.cache import (
+    Abroad,
+    Entry,
+    ExactCache,
+    Named,
+    NameKey,
+    SemanticCache,
+    SharedEntries,
+    SharedTexts,
+    SingleFlight,
+)
 from anabranch.gateway.config import CacheConfig
 from anabranch.routers.embed import Embedder
 
@@ -24,6 +34,7 @@ class Caches:
         embedder: of texts, for the semantic one.
         previous: whose place these take.
         shared: exact answers of all processes; None if each has its own.
+        meanings: likewise those of the semantic one.
         mark: of the config (`answer_mark`): what is shared is shared with those alone that have the same.
     """
 
@@ -33,6 +44,7 @@ class Caches:
         embedder: Embedder | None,
         previous: "Caches | None" = None,
         shared: SharedEntries | None = None,
+        meanings: SharedTexts | None = None,
         mark: bytes = b"",
     ) -> None:
         self._shared, self._mark = shared, mark
@@ -41,10 +53,11 @@ class Caches:
         self.named: Named = Named(**limits) if previous is None else previous.named
         self.named.bound(**limits)
         self.semantic: SemanticCache | None = None
+        self._abroad: Abroad | None = None
         if config.semantic and embedder is not None:
-            self.semantic = SemanticCache(
-                threshold=config.threshold, ttl_s=config.ttl_s, size=config.max_entries, size_bytes=config.max_bytes
-            )
+            self.semantic = SemanticCache(threshold=config.threshold, **limits)
+            if meanings is not None:
+                self._abroad = Abroad(meanings, SemanticCache(threshold=config.threshold, **limits), mark)
         self.flights: SingleFlight[Entry] = SingleFlight()
         self._embedder = embedder
 
@@ -64,6 +77,13 @@ class Caches:
             self.exact.put(tenant, key, entry, left_s)
         return entry
 
+    async def alike(self, tenant: str, context: bytes, vector: np.ndarray) -> Entry | None:
+        """The answer to a text that means the same, kept here or by another process."""
+        near = None if self.semantic is None else self.semantic.get(tenant, context, vector)
+        if near is None and self._abroad is not None:
+            near = await self._abroad.find(tenant, context, vector)
+        return None if near is None else near[0]
+
     def put(
         self,
         tenant: str,
@@ -80,9 +100,13 @@ class Caches:
                 self._shared.put(tenant, self._mark + key, entry, cache.ttl_s)
         if context is not None and vector is not None and self.semantic is not None:
             self.semantic.put(tenant, context[0], vector, entry)
+            if self._abroad is not None:
+                self._abroad.put(tenant, context[0], vector, entry)
 
     def delete(self, tenant: str) -> int:
         """Forget a tenant's answers; returns how many there were."""
+        if self._abroad is not None:
+            self._abroad.forget(tenant)
         return sum(cache.delete(tenant) for cache in (self.exact, self.named, self.semantic) if cache is not None)
 
     def forget(self, tenant: str | None) -> int:
@@ -91,6 +115,8 @@ class Caches:
 
     def clear(self) -> int:
         """Forget all; returns how many there were."""
+        if self._abroad is not None:
+            self._abroad.forget(None)
         held = [cache for cache in (self.exact, self.named, self.semantic) if cache is not None]
         count = sum(len(cache) for cache in held)
         for cache in held:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Self
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.gateway import listings
 from anabranch.gateway.answer_mark import answer_mark
-from anabranch.gateway.cache import SharedEntries
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.collect.shadow import Shadow
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
@@ -96,7 +95,7 @@ class Gateway(SyncGateway):
         self.ahead, self.unsettled, self._tasks, self.turns = Ahead(), Unsettled(), Tasks(), Turns(_READERS)
         self._strategies = strategies
         self.runtime = self._made(config, None)
-        self.caches = Caches(config.cache, self.runtime.embedder, shared=self._shared_answers, mark=self.runtime.mark)
+        self.caches = self._made_caches()
         self.admin_key = None if config.admin.key is None else config.admin.key.reveal()
         self.recent: deque[Seen] = deque(maxlen=200)
         self.began_s = time.time()
@@ -147,12 +146,20 @@ class Gateway(SyncGateway):
         made = Runtime(config, self._bypassed, self._strategies, previous, self.metrics.of)
         if self.shared is not None:
             made.dispatcher.on_change = self.shared.breakers.changed
+            made.dispatcher.rooms = self.shared.rooms
             made.mark = answer_mark(config, self._strategies or {})
         return made
 
-    @property
-    def _shared_answers(self) -> SharedEntries | None:
-        return None if self.shared is None else self.shared.answers
+    def _made_caches(self, previous: Caches | None = None) -> Caches:
+        runtime, shared = self.runtime, self.shared
+        return Caches(
+            runtime.config.cache,
+            runtime.embedder,
+            previous,
+            shared=None if shared is None else shared.answers,
+            meanings=None if shared is None else shared.meanings,
+            mark=runtime.mark,
+        )
 
     @property
     def in_flight(self) -> int:
@@ -248,7 +255,7 @@ class Gateway(SyncGateway):
         self.webhooks.hooks = hooks
         new.decider.succeed(old.decider)
         self.runtime = new
-        self.caches = Caches(config.cache, new.embedder, self.caches, self._shared_answers, new.mark)
+        self.caches = self._made_caches(self.caches)
         await self.errands.start()
         self.shadow.follow()
         self.metrics.reloads.labels("taken").inc()

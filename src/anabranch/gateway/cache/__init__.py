@@ -3,18 +3,21 @@
 exact      same tenant, model or strategy, messages and sampling fields
 named      same tenant, and the same name that the sender gave it
 semantic   same tenant and context, and a last message that means the same (opt-in)
+abroad     likewise, of what other processes kept
 flight     identical requests under way at once make one call upstream
 """
 
+from anabranch.gateway.cache.abroad import Abroad
 from anabranch.gateway.cache.entry import Entry
 from anabranch.gateway.cache.exact import ExactCache, SharedEntries, exact_key
 from anabranch.gateway.cache.flight import SingleFlight, Ticket
 from anabranch.gateway.cache.index import ExactIndex, GraphIndex, VectorIndex
 from anabranch.gateway.cache.named import LONGEST_NAME, Named, NameKey, OtherRequestError
-from anabranch.gateway.cache.semantic import SemanticCache, context_key
+from anabranch.gateway.cache.semantic import SemanticCache, SharedTexts, context_key
 
 __all__ = [
     "LONGEST_NAME",
+    "Abroad",
     "Entry",
     "ExactCache",
     "ExactIndex",
@@ -24,6 +27,7 @@ __all__ = [
     "OtherRequestError",
     "SemanticCache",
     "SharedEntries",
+    "SharedTexts",
     "SingleFlight",
     "Ticket",
     "VectorIndex",

@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,6 +37,28 @@ def context_key(endpoint: str, target: str, body: Mapping[str, Any]) -> tuple[by
     last = {name: value for name, value in messages[-1].items() if name != "content"}
     context = json.dumps([endpoint, target, fields, messages[:-1], last], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(context.encode()).digest(), text
+
+
+class SharedTexts(Protocol):
+    """What other processes kept by the meaning of a text. Where they cannot be asked, there is nothing."""
+
+    async def news(
+        self, tenant: str, context: bytes, after: str
+    ) -> tuple[str, list[tuple[np.ndarray, str, float]]] | None:
+        """Texts of one context that others kept: vectors, names of the answers, and the seconds that these are still good for.
+
+        None where they cannot be asked.
+
+        Args:
+            tenant, context: see `SemanticCache`.
+            after: the place up to which they are known; "" for the beginning. The new one comes first in what is returned.
+        """
+
+    async def get(self, tenant: str, name: str) -> tuple[Entry, float] | None:
+        """The answer of a name, if it is still there, and the seconds that it is good for."""
+
+    def put(self, tenant: str, context: bytes, vector_D: np.ndarray, entry: Entry, ttl_s: float) -> None:
+        """Keep an answer for so long; nobody waits for that."""
 
 
 @dataclass(slots=True)
@@ -100,8 +122,17 @@ class SemanticCache:
             self._drop(id)
         return None
 
-    def put(self, namespace: str, context: bytes, vector_D: np.ndarray, entry: Entry) -> None:
-        """Keep an answer. A vector of zeros (nothing in the text was known) means nothing, and is not kept."""
+    def put(
+        self, namespace: str, context: bytes, vector_D: np.ndarray, entry: Entry, ttl_s: float | None = None
+    ) -> None:
+        """Keep an answer. A vector of zeros (nothing in the text was known) means nothing, and is not kept.
+
+        Args:
+            namespace, context: where.
+            vector_D: of the text.
+            entry: the answer.
+            ttl_s: seconds that it is good for, if that is less than the cache's own.
+        """
         length = float(np.linalg.norm(vector_D))
         if not np.isfinite(length) or length == 0:
             return
@@ -112,10 +143,16 @@ class SemanticCache:
         self._next_id += 1
         room.index.add(id, vector_D / length)
         room.ids.add(id)
-        self._held[id] = (place, entry, self._clock() + self.ttl_s)
+        self._held[id] = (place, entry, self._clock() + min(self.ttl_s, self.ttl_s if ttl_s is None else ttl_s))
         self.size_bytes += entry.size_bytes
         while self._held and (len(self._held) > self.size or self.size_bytes > self.most_bytes):
             self._drop(next(iter(self._held)))
+
+    def remove(self, namespace: str, context: bytes, entry: Entry) -> None:
+        """Forget this one answer, if it is there."""
+        room = self._rooms.get((namespace, context))
+        for id in [id for id in ([] if room is None else room.ids) if self._held[id][1] is entry]:
+            self._drop(id)
 
     def delete(self, namespace: str) -> int:
         """Forget all of a namespace; returns how many answers there were."""

@@ -10,7 +10,7 @@ from anabranch.gateway.config.secret import Secret, is_reference
 
 @configclass
 class SharedConfig(Config):
-    """Where processes count together: rates and requests under way of keys, breakers, answers of the exact cache.
+    """Where processes count together: rates and what is under way of keys and deployments, breakers, answers of the caches.
 
     Needs the extra ``redis``. While Redis is away each process goes on with its own.
 
@@ -18,7 +18,7 @@ class SharedConfig(Config):
         url: ``redis://HOST:PORT/DATABASE``, ``rediss://`` (TLS) or ``unix://PATH``; ``env:VARIABLE`` where it holds a password.
         prefix: of all keys, so that several gateways can share one Redis and nothing else.
         timeout_s: longest that a request waits for it.
-        answers: of the exact cache are shared; those of more than ``answer_bytes`` are not.
+        answers: of the exact and the semantic cache are shared; those of more than ``answer_bytes`` are not.
     """
 
     url: str

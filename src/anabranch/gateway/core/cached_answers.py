@@ -144,8 +144,8 @@ class CachedAnswers:
         if self._context is None or caches.semantic is None:
             return None
         state.vector = await caches.embed(self._context[1])
-        near = caches.semantic.get(state.tenant, self._context[0], state.vector)
-        return None if near is None else (near[0], "semantic")
+        entry = await caches.alike(state.tenant, self._context[0], state.vector)
+        return None if entry is None else (entry, "semantic")
 
     def _wish(self) -> str:
         """What the sender says about caches: ``x-cache: allow`` or ``deny``, or a ``cache-control`` that means the latter."""

@@ -52,6 +52,7 @@ class AttemptEnds:
         self.charge(live, attempt, usage, attempt.seen)
         live.senders.answered(self.plan.sender, now)
         live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None)
+        self._leave_room(live, attempt)
         live.timed(attempt.total_s, attempt.first_token_s, usage.completion)
         if attempt.first_token_s is None:
             self.dispatcher.groups[live.model].hedge_whole.observe(attempt.total_s)
@@ -71,6 +72,7 @@ class AttemptEnds:
             self.charge(live, attempt, usage, attempt.seen)
         if not attempt.is_late:
             attempt.call = None
+        self._leave_room(live, attempt)
         if failure is None:
             attempt.status = "cancelled"
             live.end(attempt.ticket, "ignored", now, was_heard=was_heard)
@@ -133,7 +135,15 @@ class AttemptEnds:
         """What an attempt costs. So many tokens were ``made`` as far as is known, if not all that it is charged for."""
         attempt.usage = usage
         attempt.cost = live.bill(usage, attempt.most)
-        live.spent(self.dispatcher.now(), usage.completion if made is None else made)
+        made = usage.completion if made is None else made
+        live.spent(self.dispatcher.now(), made)
+        if self.dispatcher.rooms is not None:
+            self.dispatcher.rooms.spent(live.deployment, made)
+
+    def _leave_room(self, live: Live, attempt: Attempt) -> None:
+        """Of the attempts that processes count together it is one no more."""
+        if self.dispatcher.rooms is not None and attempt.place:
+            self.dispatcher.rooms.leave(live.name, attempt.place)
 
     def _unseen(self, live: Live, attempt: Attempt, failure: Failure | None) -> Usage:
         """The most that may be billed of an attempt of which nothing has come."""

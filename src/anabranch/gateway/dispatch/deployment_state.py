@@ -9,6 +9,7 @@ from anabranch.gateway.dispatch.bill import bill, is_unpriced
 from anabranch.gateway.dispatch.breaker import Breaker, BreakerRules, Outcome, admit, record, would_admit
 from anabranch.gateway.dispatch.deployments import Deployment
 from anabranch.gateway.dispatch.senders import Senders
+from anabranch.gateway.dispatch.shared_rooms import Full
 from anabranch.gateway.dispatch.window import SlidingSum
 from anabranch.gateway.providers.provider import Failure, Provider, Transport, Usage
 from anabranch.routers.money import Price
@@ -55,6 +56,7 @@ class Live:
         fast_token_s: seconds per completion token of the fastest stream of late; None before the first.
         tells_usage: its streams say what they come to.
         rests_until: the upstream asked to be left alone until then.
+        full_until: all processes together have used up its limits until then, for attempts of ``full_tokens`` and more.
         senders: what each of them met here.
         is_doubted: it refused somebody for what may well be its own fault, and has served nobody since.
     """
@@ -75,6 +77,7 @@ class Live:
         self.transport = self.provider.transport(http)
         self.breaker = Breaker()
         self.in_flight, self.waiting, self.failing, self.rests_until = 0, 0, 0.0, 0.0
+        self.full_until, self.full_tokens = 0.0, 0
         self.first_token_s: float | None = None
         self.token_s: float | None = None
         self.latency_s: float | None = None
@@ -129,6 +132,8 @@ class Live:
         own = self.deployment
         if now < self.rests_until or not would_admit(self.breaker, self.rules, now):
             return False
+        if now < self.full_until and tokens >= self.full_tokens:
+            return False
         if own.max_in_flight is not None and self.in_flight >= own.max_in_flight:
             return False
         if own.rpm is not None and self.requests.at(now) + 1 > own.rpm:
@@ -139,6 +144,8 @@ class Live:
         """Seconds until it may be asked again, as far as that is known."""
         own = self.deployment
         waits = [self.rests_until - now, self.breaker.until - now if self.breaker.phase == "open" else 0.0]
+        if tokens >= self.full_tokens:
+            waits.append(self.full_until - now)
         if own.rpm is not None:
             waits.append(self.requests.room_in_s(now, 1, own.rpm))
         if own.tpm is not None:
@@ -181,6 +188,16 @@ class Live:
             self.rests_until = max(self.rests_until, now + wait_s)
         if before.phase != self.breaker.phase:
             self._on_change(self, before.phase, "it works again" if failure is None else failure.kind, now)
+
+    def back_out(self, ticket: int, now: float, tokens: int, full: Full) -> None:
+        """Count an attempt out as if it had never been: other processes had taken the room that it was given here."""
+        self.end(ticket, "ignored", now)
+        if self.deployment.rpm is not None:
+            self.requests.give_back(1)
+        if self.deployment.tpm is not None:
+            self.tokens.give_back(tokens)
+        if full.wait_s is not None:
+            self.full_until, self.full_tokens = now + full.wait_s, full.tokens
 
     def told_open(self, for_s: float, times: int, now: float) -> None:
         """Another process found it out of order: nobody is sent there for so long. One that is open already stays as it is.
@@ -243,6 +260,8 @@ class Live:
             "fast_token_s",
             "tells_usage",
             "rests_until",
+            "full_until",
+            "full_tokens",
             "is_doubted",
             "requests",
             "tokens",

@@ -44,6 +44,11 @@ class Deployment:
     is_priced: bool = True
 
     @property
+    def is_limited(self) -> bool:
+        """It has a limit of its own."""
+        return self.rpm is not None or self.tpm is not None or self.max_in_flight is not None
+
+    @property
     def idle_s(self) -> float:
         """Most seconds between two events of a stream."""
         return self.timeout_s if self.idle_timeout_s is None else self.idle_timeout_s

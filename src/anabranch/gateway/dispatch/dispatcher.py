@@ -18,6 +18,7 @@ from anabranch.gateway.dispatch.late import Exchange, Late, Reader, answer_of, e
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
 from anabranch.gateway.dispatch.run import Run
+from anabranch.gateway.dispatch.shared_rooms import SharedRooms
 from anabranch.gateway.dispatch.stream import Stream, linger
 from anabranch.gateway.dispatch.upstream import Upstream
 from anabranch.gateway.providers.answer_bounds import most_bytes
@@ -118,6 +119,8 @@ class Dispatcher:
         self.changes: deque[dict[str, Any]] = deque(maxlen=CHANGES)
         # Told of each change of a breaker that this process found itself.
         self.on_change: Callable[[Live], None] = lambda live: None
+        # Limits of deployments that are kept with other processes; None where each keeps its own.
+        self.rooms: SharedRooms | None = None
         self._http: Transport = Upstream() if http is None else http
         self._owns_http = http is None
         self._lingering: set[asyncio.Future[None]] = set()

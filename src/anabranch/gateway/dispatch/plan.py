@@ -86,6 +86,7 @@ class Attempt:
         is_guess: nobody told, and ``usage`` is the most that may be billed, as far as is known.
         is_late: it was lost, and its answer is read on; ``usage`` and ``cost`` become what it says.
         span_id: of the trace, that the upstream was told; "" where there is none.
+        place: its name among those that processes count together; "" where it is not counted there.
         time_s: when it began, in seconds since 1970; 0 where there is no trace.
     """
 
@@ -110,6 +111,7 @@ class Attempt:
     is_guess: bool = False
     is_late: bool = False
     span_id: str = ""
+    place: str = ""
     time_s: float = 0.0
 
 

@@ -7,6 +7,7 @@ There is one deadline, and every wait is cut to what is left of it.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,6 +19,7 @@ from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.outgoing import as_failure, built
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, backoff
+from anabranch.gateway.dispatch.shared_rooms import NoRoomError, SharedRooms
 from anabranch.gateway.observe.trace_context import new_span_id
 from anabranch.gateway.providers.provider import (
     Failure,
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Opening = Callable[[Live, UpstreamRequest, Attempt], Awaitable[Any]]
 
+
+# Names of attempts that processes count together.
+_places = itertools.count()
 
 # They take long.
 SLOW: tuple[FailureKind, ...] = (
@@ -61,6 +66,8 @@ class Run:
         self._holds, self._has_failed = False, False
         self._last: UpstreamError | None = None
         self._causes: set[FailureKind] = set()
+        # Deployments that have as many attempts under way as they may, elsewhere too.
+        self._crowded: set[str] = set()
         dispatcher.budget.request(self.began, plan.sender)
 
     @property
@@ -84,6 +91,9 @@ class Run:
             live = await self._next()
             try:
                 return await self._ask(live, request, opening)
+            except NoRoomError:
+                # No attempt was made.
+                continue
             except UpstreamError as error:
                 self.failed(error)
 
@@ -105,7 +115,11 @@ class Run:
     def _has_fresh(self) -> bool:
         """A deployment of the present model has not been asked yet, and may be."""
         group, now = self.dispatcher.groups.get(self.plan.candidates[self._at]), self.dispatcher.now()
-        return group is not None and any(live.name not in self.ends.avoid for live in group.free(now, self.tokens))
+        return group is not None and any(live.name not in self.ends.avoid for live in self._free(group, now))
+
+    def _free(self, group: "LiveGroup", now: float) -> list[Live]:
+        """Deployments that take this request now."""
+        return [live for live in group.free(now, self.tokens) if live.name not in self._crowded]
 
     def reject(self) -> None:
         """The answer is not good enough: go on to the next candidate."""
@@ -148,7 +162,7 @@ class Run:
             if group is None:
                 self._skip(model, "no such model")
                 continue
-            if not group.free(now, self.tokens):
+            if not self._free(group, now):
                 await self._wait_or_skip(group, now)
                 continue
             if not await self._may_go_on(model, now):
@@ -192,7 +206,7 @@ class Run:
     def _pick(self, group: "LiveGroup") -> Live | None:
         """One of the group, or None and on to the next candidate."""
         now = self.dispatcher.now()
-        free = group.free(now, self.tokens)
+        free = self._free(group, now)
         fresh = [live for live in free if live.name not in self.ends.avoid] or free
         if not fresh:
             return None
@@ -212,7 +226,7 @@ class Run:
     def _has_steady_later(self, now: float) -> bool:
         names = filter(self._is_meant, self.plan.candidates[self._at + 1 :])
         later = (self.dispatcher.groups.get(model) for model in names)
-        return any(not live.is_doubtful(now) for group in later if group for live in group.free(now, self.tokens))
+        return any(not live.is_doubtful(now) for group in later if group for live in self._free(group, now))
 
     # Asking
 
@@ -261,7 +275,7 @@ class Run:
             return None
         for model in filter(self._is_meant, self.plan.candidates[self._at :]):
             group = self.dispatcher.groups.get(model)
-            free = [] if group is None else group.free(now, self.tokens)
+            free = [] if group is None else self._free(group, now)
             free = [other for other in free if other is not live and not other.is_doubtful(now)]
             if group is None or not free:
                 continue
@@ -310,7 +324,11 @@ class Run:
             request = own if request.stream else own.whole()
         request = request.bounded(self.plan.bounds.get(live.model))
         try:
+            if self.dispatcher.rooms is not None and live.deployment.is_limited:
+                await self._take_room(live, attempt, self.dispatcher.rooms)
             return await opening(live, request, attempt), attempt
+        except NoRoomError:
+            raise
         except Exception as cause:
             error = as_failure(cause, live.name)
             self.ends.lost(live, attempt, error.failure)
@@ -318,6 +336,19 @@ class Run:
         except BaseException:
             self.ends.lost(live, attempt, None)
             raise
+
+    async def _take_room(self, live: Live, attempt: Attempt, rooms: SharedRooms) -> None:
+        """Count an attempt in for all processes. Raises NoRoomError, and it never was, where they have used up the deployment's limits."""
+        place = str(next(_places))
+        full = await rooms.take(live.deployment, place, self.tokens)
+        if full is None:
+            attempt.place = place
+            return
+        live.back_out(attempt.ticket, self.dispatcher.now(), self.tokens, full)
+        if full.wait_s is None:
+            self._crowded.add(live.name)
+        self.report.attempts[:] = [one for one in self.report.attempts if one is not attempt]
+        raise NoRoomError
 
     async def built(self, live: Live, request: UpstreamRequest, attempt: Attempt) -> HttpCall:
         """What an attempt sends, the trace that it belongs to among it. Raises UpstreamError as `built` does."""

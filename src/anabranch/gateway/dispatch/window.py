@@ -26,6 +26,17 @@ class SlidingSum:
             parts.append([now, now, amount])
         self.total += amount
 
+    def give_back(self, amount: float) -> None:
+        """Take so much off what was added last: it was not used."""
+        parts = self._parts
+        while parts and amount > 0:
+            taken = min(parts[-1][2], amount)
+            parts[-1][2] -= taken
+            self.total -= taken
+            amount -= taken
+            if parts[-1][2] <= 0:
+                parts.pop()
+
     def at(self, now: float) -> float:
         """The sum at ``now``."""
         parts, oldest = self._parts, now - self._window_s

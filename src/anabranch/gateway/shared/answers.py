@@ -33,10 +33,10 @@ class SharedAnswers:
         """See there."""
         name = self._key(tenant, key)
         try:
-            body, left_ms = await self._link.run(lambda client: _read(client, name))
+            body, left_ms = await self._link.run(lambda client: read(client, name))
         except AwayError:
             return None
-        entry = None if body is None or left_ms <= 0 else _entry(body)
+        entry = None if body is None or left_ms <= 0 else entry_of(body)
         return None if entry is None else (entry, left_ms / 1e3)
 
     def put(self, tenant: str, key: bytes, entry: Entry, ttl_s: float) -> None:
@@ -49,7 +49,7 @@ class SharedAnswers:
 
     async def _put(self, name: str, entry: Entry, ttl_s: float) -> None:
         try:
-            await self._link.run(lambda client: client.set(name, _written(entry), px=max(1, int(ttl_s * 1e3))))
+            await self._link.run(lambda client: client.set(name, written(entry), px=max(1, int(ttl_s * 1e3))))
         except AwayError:
             # Others ask for themselves.
             return
@@ -58,18 +58,21 @@ class SharedAnswers:
         """Forget the answers of a key, or all; how many there were. Raises AwayError."""
         # What is being written would lie there afterwards.
         await self.close()
-        # A tenant is an id: it has no sign that a pattern knows.
-        pattern = self._link.key("answer", "*" if tenant is None else f"{tenant}:*")
-        count, cursor = 0, 0
-        while True:
-            cursor, deleted = await self._link.run(lambda client: _unlink(client, pattern, cursor))  # noqa: B023
-            count += deleted
-            if cursor == 0:
-                return count
+        return await deleted(self._link, self._link.key("answer", "*" if tenant is None else f"{tenant}:*"))
 
     async def close(self) -> None:
         """Wait for what is being written."""
         await asyncio.gather(*self._writes, return_exceptions=True)
+
+
+async def deleted(link: Link, pattern: str) -> int:
+    """Delete all whose names fit; how many there were. A tenant is an id: it has no sign that a pattern knows. Raises AwayError."""
+    count, cursor = 0, 0
+    while True:
+        cursor, some = await link.run(lambda client: _unlink(client, pattern, cursor))  # noqa: B023
+        count += some
+        if cursor == 0:
+            return count
 
 
 async def _unlink(client: Any, pattern: str, cursor: int) -> tuple[int, int]:
@@ -81,7 +84,7 @@ async def _unlink(client: Any, pattern: str, cursor: int) -> tuple[int, int]:
     return after, deleted
 
 
-async def _read(client: Any, name: str) -> tuple[bytes | None, int]:
+async def read(client: Any, name: str) -> tuple[bytes | None, int]:
     """What lies under a name, and how many milliseconds it will (negative if for ever, or not at all). Raises ValueError for all else."""
     async with client.pipeline(transaction=True) as pipe:
         pipe.get(name)
@@ -92,13 +95,14 @@ async def _read(client: Any, name: str) -> tuple[bytes | None, int]:
     return body, left_ms
 
 
-def _written(entry: Entry) -> bytes:
+def written(entry: Entry) -> bytes:
+    """As answers lie there."""
     head = [entry.model, entry.prompt_tokens, entry.completion_tokens, entry.nano]
     return json.dumps(head).encode() + b"\n" + entry.body
 
 
-def _entry(raw: bytes) -> Entry | None:
-    """What `_written` made of it; None of anything else."""
+def entry_of(raw: bytes) -> Entry | None:
+    """What `written` made of it; None of anything else."""
     head, _, body = raw.partition(b"\n")
     try:
         model, prompt, completion, nano = json.loads(head)

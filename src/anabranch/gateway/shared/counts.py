@@ -1,36 +1,22 @@
 """`RedisCounts`: rates and requests under way of each key, counted for all processes in one place.
 
 One script decides on a request, in one step that nothing comes between: the same token buckets as `anabranch.gateway.store.limits`, by
-the clock of Redis, and the requests under way as leases. A process renews the leases of its requests while it lives; those of one that
-is gone end by themselves.
+the clock of Redis, and the requests under way as leases.
 """
 
-import asyncio
-import logging
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 from anabranch.errors import RateError
 from anabranch.gateway.core.admission import Limits
 from anabranch.gateway.core.in_flight import refusal_of_many
+from anabranch.gateway.shared import leases
 from anabranch.gateway.shared.link import AwayError, Link, Script
 from anabranch.gateway.store.limits import rate_refusal
 
-logger = logging.getLogger(__name__)
-
-# Of a request under way, and when leases are renewed.
-LEASE_S, RENEW_S = 15.0, 5.0
-
-# What waits to be told while Redis is away; more is left out, and ends by itself (leases) or is worked off (tokens).
-MOST_UNTOLD = 10_000
-
 # Who has no key.
 NOBODY = "-"
-
-# Told, or renewed, in one go.
-MANY = 500
 
 # KEYS: buckets of requests and of tokens, requests under way. ARGV: rpm, tpm, most at a time (0 for no limit), tokens, the name of the
 # request, milliseconds of its lease, 1 to take or 0 to look. Gives the limit that is in the way and the milliseconds to wait (-1 for
@@ -92,45 +78,32 @@ redis.call('PEXPIRE', KEYS[1], math.min(math.ceil((full - level) * 60000 / full)
 return 1
 """)
 
-# KEYS: requests under way of one key. ARGV: milliseconds of a lease, then names of requests. Makes those anew that a restart forgot.
-RENEW = Script("""
-local time = redis.call('TIME')
-local until_ms = time[1] * 1000 + time[2] / 1000 + ARGV[1]
-for place = 2, #ARGV do redis.call('ZADD', KEYS[1], until_ms, ARGV[place]) end
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
-return 1
-""")
 
-
-class RedisCounts:
+class RedisCounts(leases.Leases):
     """See `anabranch.gateway.core.admission.SharedCounts`.
 
     Args:
-        link: to Redis.
-        wake: called where something waits to be told.
-        clock: seconds, rising.
+        link, wake, clock: see `Leases`.
     """
 
     def __init__(self, link: Link, wake: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._link, self._wake, self._clock = link, wake, clock
-        self._process = uuid.uuid4().hex[:12]
-        # Requests of this process under way, by whose they are, that have a lease, or may have.
-        self._leased: dict[str, set[str]] = {}
+        super().__init__(link, wake, clock)
         # Requests of this process under way whose tokens were taken there.
         self._taken: set[tuple[str, str]] = set()
-        self._untold: list[tuple[str, ...]] = []
-        self._renewed_at = clock()
 
     def _keys(self, whose: str) -> tuple[str, str, str]:
         # In braces what must lie together in a cluster.
         rpm, tpm, held = (self._link.key(kind, f"{{{whose or NOBODY}}}") for kind in ("rpm", "tpm", "held"))
         return rpm, tpm, held
 
+    def _held_key(self, whose: str) -> str:
+        return self._keys(whose)[2]
+
     async def admit(self, whose: str, id: str, tokens: int, limits: Limits) -> None:
         """See there."""
         if limits.most is not None:
             # Before it is asked: who is cancelled meanwhile may have a lease. And while it is away, so that it learns of it later.
-            self._leased.setdefault(whose, set()).add(id)
+            self._hold(whose, id)
         try:
             await self._decide(whose, id, tokens, limits, takes=True)
         except RateError:
@@ -146,8 +119,8 @@ class RedisCounts:
 
     async def _decide(self, whose: str, id: str, tokens: int, limits: Limits, *, takes: bool) -> None:
         asked = (limits.rpm or 0, limits.tpm or 0, limits.most or 0, tokens)
-        lease_ms = int(LEASE_S * 1e3)
-        keys, values = self._keys(whose), (*asked, f"{self._process}:{id}", lease_ms, int(takes))
+        lease_ms = int(leases.LEASE_S * 1e3)
+        keys, values = self._keys(whose), (*asked, self._name(id), lease_ms, int(takes))
         try:
             refused = await self._link.script(ADMIT, keys, values, lambda found: _refused(found, limits))
         except AwayError:
@@ -161,18 +134,7 @@ class RedisCounts:
     def leave(self, whose: str, id: str) -> None:
         """See there."""
         self._taken.discard((whose, id))
-        if self._drop(whose, id):
-            self._tell("leave", whose, f"{self._process}:{id}")
-
-    def _drop(self, whose: str, id: str) -> bool:
-        """Renew its lease no more; whether it may have had one."""
-        ids = self._leased.get(whose)
-        if ids is None or id not in ids:
-            return False
-        ids.discard(id)
-        if not ids:
-            del self._leased[whose]
-        return True
+        super().leave(whose, id)
 
     def correct(self, whose: str, id: str, tokens: int, tpm: int) -> None:
         """See there."""
@@ -180,40 +142,8 @@ class RedisCounts:
         if tokens and (whose, id) in self._taken:
             self._tell("correct", whose, str(tpm), str(tokens))
 
-    def _tell(self, *what: str) -> None:
-        if len(self._untold) < MOST_UNTOLD:
-            self._untold.append(what)
-            self._wake()
-
-    async def tell(self) -> None:
-        """Tell what has changed, and renew leases where it is time. Raises AwayError; what was not told is told later."""
-        while self._untold:
-            some = self._untold[:MANY]
-            await self._link.run(lambda client: self._told(client, some))  # noqa: B023
-            del self._untold[: len(some)]
-        if self._clock() - self._renewed_at >= RENEW_S:
-            await self._renew()
-            self._renewed_at = self._clock()
-
-    async def _told(self, client: Any, some: list[tuple[str, ...]]) -> None:
-        async with client.pipeline(transaction=False) as pipe:
-            for kind, whose, *values in some:
-                _, tpm, held = self._keys(whose)
-                if kind == "leave":
-                    pipe.zrem(held, *values)
-                else:
-                    pipe.eval(CORRECT.text, 1, tpm, *values)
-            await pipe.execute()
-
-    async def _renew(self) -> None:
-        lease_ms = int(LEASE_S * 1e3)
-        for whose, ids in list(self._leased.items()):
-            names = [f"{self._process}:{id}" for id in ids]
-            for start in range(0, len(names), MANY):
-                some = (lease_ms, *names[start : start + MANY])
-                await self._link.script(RENEW, (self._keys(whose)[2],), some, lambda found: None)
-            # Others have their turn.
-            await asyncio.sleep(0)
+    def _write(self, pipe: Any, kind: str, whose: str, values: list[str]) -> None:
+        pipe.eval(CORRECT.text, 1, self._keys(whose)[1], *values)
 
 
 def _refused(found: Any, limits: Limits) -> tuple[str, int] | None:

@@ -12,6 +12,8 @@ from anabranch.gateway.shared.breakers import SharedBreakers
 from anabranch.gateway.shared.clears import SharedClears
 from anabranch.gateway.shared.counts import RedisCounts
 from anabranch.gateway.shared.link import AwayError, Link
+from anabranch.gateway.shared.meanings import SharedMeanings
+from anabranch.gateway.shared.rooms import RedisRooms
 
 # Between looks at what others told.
 LOOK_S = 0.5
@@ -30,9 +32,11 @@ class Shared:
     def __init__(self, config: SharedConfig, metrics: Metrics) -> None:
         self.link, self._wake = Link(config, metrics), asyncio.Event()
         self.counts = RedisCounts(self.link, self._wake.set)
+        self.rooms = RedisRooms(self.link, self._wake.set)
         self.breakers = SharedBreakers(self.link)
         self.clears = SharedClears(self.link)
         self.answers = SharedAnswers(self.link, config.answer_bytes) if config.answers else None
+        self.meanings = SharedMeanings(self.link, config.answer_bytes) if config.answers else None
 
     async def start(self) -> None:
         """Look whether it is there. Where it is not, that is said once, and all goes on."""
@@ -59,14 +63,16 @@ class Shared:
                 look_at = time() + LOOK_S
             try:
                 await self.counts.tell()
+                await self.rooms.tell()
             except AwayError:
                 # Nothing wakes this before somebody has looked whether it is back.
                 await asyncio.sleep(max(0.0, look_at - time()))
 
     async def clear(self, tenant: str | None = None) -> None:
         """Forget the answers of a key, or all: those that are shared, and those that other processes hold. Raises AwayError."""
-        if self.answers is not None:
-            await self.answers.clear(tenant)
+        for kept in (self.answers, self.meanings):
+            if kept is not None:
+                await kept.clear(tenant)
         # Afterwards: who has forgotten them must not find them there again.
         await self.clears.tell(tenant)
 
@@ -80,9 +86,11 @@ class Shared:
 
     async def close(self) -> None:
         """Let go of it. What is under way is over, or ends by its lease."""
-        if self.answers is not None:
-            await self.answers.close()
+        for kept in (self.answers, self.meanings):
+            if kept is not None:
+                await kept.close()
         # Else its leases end by themselves.
         with contextlib.suppress(AwayError):
             await self.counts.tell()
+            await self.rooms.tell()
         await self.link.close()

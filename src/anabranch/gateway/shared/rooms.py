@@ -1,0 +1,133 @@
+"""`RedisRooms`: requests, tokens and attempts at a time of each deployment that has limits of its own, counted for all processes.
+
+One script decides on an attempt, in one step: sums over the last minute, as each process keeps them for itself (`SlidingSum`), by the
+clock of Redis, and the attempts under way as leases.
+"""
+
+from typing import Any
+
+from anabranch.gateway.dispatch.deployments import Deployment
+from anabranch.gateway.dispatch.shared_rooms import Full
+from anabranch.gateway.shared import leases
+from anabranch.gateway.shared.link import AwayError, Script
+
+# Of the window, and of the parts of it that are kept as one.
+MINUTE_MS = 60_000
+PARTS = 64
+
+# KEYS: sums of requests and of tokens by parts of the minute, attempts under way. ARGV: rpm, tpm, most at a time (0 for no limit), tokens,
+# the name of the attempt, milliseconds of its lease, of the window, and of a part of it. Gives the limit that is in the way and the
+# milliseconds to wait (0 until an attempt ends, -1 for ever); nothing if none is. A part counts until all of it is older than the window.
+TAKE = Script("""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + time[2] / 1000
+local most, window, grain = tonumber(ARGV[3]), tonumber(ARGV[7]), tonumber(ARGV[8])
+if most > 0 then
+  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+  if redis.call('ZCARD', KEYS[3]) >= most then return {'max_in_flight', 0} end
+end
+for place, amount in ipairs({1, tonumber(ARGV[4])}) do
+  local full = tonumber(ARGV[place])
+  if full > 0 then
+    local name = place == 1 and 'rpm' or 'tpm'
+    if amount > full then return {name, -1} end
+    local held, parts, sum = redis.call('HGETALL', KEYS[place]), {}, 0
+    for at = 1, #held, 2 do
+      local part, value = tonumber(held[at]), tonumber(held[at + 1])
+      if not part or not value or (part + 1) * grain + window <= now then
+        redis.call('HDEL', KEYS[place], held[at])
+      else
+        parts[#parts + 1] = {part, value}
+        sum = sum + value
+      end
+    end
+    if sum + amount > full then
+      table.sort(parts, function(one, other) return one[1] < other[1] end)
+      local over = sum + amount - full
+      for _, part in ipairs(parts) do
+        over = over - part[2]
+        if over <= 0 then return {name, math.max(1, math.ceil((part[1] + 1) * grain + window - now))} end
+      end
+      return {name, window}
+    end
+  end
+end
+for place, amount in ipairs({1, tonumber(ARGV[4])}) do
+  if tonumber(ARGV[place]) > 0 then
+    redis.call('HINCRBY', KEYS[place], math.floor(now / grain), amount)
+    redis.call('PEXPIRE', KEYS[place], window + 2 * math.ceil(grain))
+  end
+end
+if most > 0 then
+  redis.call('ZADD', KEYS[3], now + ARGV[6], ARGV[5])
+  redis.call('PEXPIRE', KEYS[3], ARGV[6])
+end
+return {}
+""")
+
+# KEYS: sums of tokens. ARGV: tokens, milliseconds of the window and of a part of it.
+SPEND = Script("""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + time[2] / 1000
+redis.call('HINCRBY', KEYS[1], math.floor(now / tonumber(ARGV[3])), tonumber(ARGV[1]))
+redis.call('PEXPIRE', KEYS[1], tonumber(ARGV[2]) + 2 * math.ceil(tonumber(ARGV[3])))
+return 1
+""")
+
+# What is said of an attempt that would never fit; it is looked at again after this, for other processes may have other limits.
+AGAIN_S = 1.0
+
+
+class RedisRooms(leases.Leases):
+    """See `anabranch.gateway.dispatch.shared_rooms.SharedRooms`; for arguments, `Leases`."""
+
+    def _keys(self, whose: str) -> tuple[str, str, str]:
+        # In braces what must lie together in a cluster.
+        rpm, tpm, held = (self._link.key("room", kind, f"{{{whose}}}") for kind in ("rpm", "tpm", "held"))
+        return rpm, tpm, held
+
+    def _held_key(self, whose: str) -> str:
+        return self._keys(whose)[2]
+
+    async def take(self, deployment: Deployment, id: str, tokens: int) -> Full | None:
+        """See there."""
+        name = deployment.name
+        if deployment.max_in_flight is not None:
+            # Before it is asked: who is cancelled meanwhile may have a lease. And while it is away, so that it learns of it later.
+            self._hold(name, id)
+        limits = (deployment.rpm or 0, deployment.tpm or 0, deployment.max_in_flight or 0, tokens)
+        values = (*limits, self._name(id), int(leases.LEASE_S * 1e3), MINUTE_MS, MINUTE_MS / PARTS)
+        try:
+            full = await self._link.script(TAKE, self._keys(name), values, lambda found: _full(found, tokens))
+        except AwayError:
+            # The counts of this process have let it through.
+            return None
+        except BaseException:
+            self.leave(name, id)
+            raise
+        if full is not None:
+            self._drop(name, id)
+        return full
+
+    def spent(self, deployment: Deployment, tokens: int) -> None:
+        """See there."""
+        if tokens and deployment.tpm is not None:
+            self._tell("spent", deployment.name, str(tokens))
+
+    def _write(self, pipe: Any, kind: str, whose: str, values: list[str]) -> None:
+        pipe.eval(SPEND.text, 1, self._keys(whose)[1], *values, MINUTE_MS, MINUTE_MS / PARTS)
+
+
+def _full(found: Any, tokens: int) -> Full | None:
+    """What `TAKE` says; None if there is room. Raises ValueError for what it does not say."""
+    if found == []:
+        return None
+    if not (isinstance(found, list) and len(found) == 2 and type(found[1]) is int):
+        raise ValueError("its answer on a limit is none of the program's")
+    limit, wait_ms = found
+    if limit == b"max_in_flight":
+        return Full(None)
+    if limit not in (b"rpm", b"tpm"):
+        raise ValueError("its answer on a limit is none of the program's")
+    wait_s = AGAIN_S if wait_ms < 0 else wait_ms / 1e3
+    return Full(wait_s, 0 if limit == b"rpm" else tokens)

@@ -1,0 +1,290 @@
+"""The end of an attempt: what it is charged, what it says of its deployment, and what is read on."""
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.gateway.dispatch import Attempt, Deployment, Dispatcher, DispatchRules, Group, Plan, Report
+from anabranch.gateway.dispatch.attempt_ends import AttemptEnds
+from anabranch.gateway.dispatch.billed import FEW
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.provider import Failure, HttpCall, UpstreamRequest, Usage
+from anabranch.routers.money import Price
+
+# 1,000 nano-dollars a token of the prompt, 2,000 of the answer.
+PRICE = Price(input=1_000_000_000, output=2_000_000_000)
+MOST = Usage(10, 50, 0, True)
+ANSWER = {
+    "id": "c",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "m",
+    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}}],
+    "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+}
+
+
+class Case:
+    """One deployment, and the ends of a request's attempts at it."""
+
+    def __init__(self, *, stream=False, sender="ann", rules=None, plan=None, **deployment):
+        self.now_s = 100.0
+        provider = Mock.Config(model="m")
+        group = Group(name="m", deployments=(Deployment(name="d", provider=provider, **deployment),), price=PRICE)
+        self.dispatcher = Dispatcher([group], rules or DispatchRules(), http=object(), clock=lambda: self.now_s)
+        [self.live] = self.dispatcher.lives()
+        self.late = []
+        plan = Plan(candidates=("m",), deadline=1e6, sender=sender, late=lambda *told: self.late.append(told))
+        self.request = UpstreamRequest("chat", {"messages": []}, stream=stream, prompt_tokens=7)
+        self.report = Report()
+        self.ends = AttemptEnds(self.dispatcher, plan, self.request, self.report, self.now_s)
+
+    def attempt(self, *, is_sent=True, most=MOST, **fields):
+        call = HttpCall("http://nowhere", {}, b"{}", is_sent=is_sent)
+        ticket = self.live.begin(self.now_s, self.ends.tokens)
+        made = Attempt(model="m", deployment="d", start_s=0.0, ticket=ticket, call=call, most=most, **fields)
+        self.report.attempts.append(made)
+        return made
+
+
+def failed(kind, status=None, message="no"):
+    return Failure(kind=kind, message=message, status=status)
+
+
+def test_who_wins_is_charged_what_was_told_and_says_that_all_is_well():
+    case = Case(tpm=1000)
+    attempt = case.attempt(seen=4)
+    case.now_s += 2.0
+    case.ends.won(case.live, attempt, Usage(3, 5))
+    assert (attempt.status, attempt.total_s, attempt.call) == ("ok", 2.0, None)
+    assert (attempt.cost, attempt.is_guess) == (3 * 1000 + 5 * 2000, False)
+    assert (case.report.model, case.report.deployment) == ("m", "d")
+    assert (case.live.in_flight, case.live.waiting, case.live.latency_s) == (0, 0, 2.0)
+    # Counted against the deployment's limit is what came, beside what the request had.
+    assert case.live.tokens.at(case.now_s) == 7 + 4
+    assert case.dispatcher.groups["m"].hedge_whole._seen[-1] == 2.0
+
+
+def test_what_the_winner_did_not_tell_is_a_guess():
+    case = Case()
+    attempt = case.attempt(first_token_s=0.5)
+    case.live.heard(case.now_s)
+    case.ends.won(case.live, attempt, Usage(3, 5, 0, True))
+    assert attempt.is_guess
+    assert case.live.waiting == 0
+    # A stream's time says nothing of whole answers.
+    assert not case.dispatcher.groups["m"].hedge_whole._seen
+
+
+@pytest.mark.parametrize(
+    ("failure", "fields", "cost"),
+    [
+        # It never went out, or was refused: nothing.
+        (failed("timeout"), {"is_sent": False}, 0),
+        (failed("rate_limit", 429), {"http_status": 429}, 0),
+        # A whole answer is made to its end.
+        (failed("timeout"), {"is_whole": True}, 10 * 1000 + 50 * 2000),
+        (None, {"is_whole": True}, 10 * 1000 + 50 * 2000),
+        # Nobody knows how fast its streams are.
+        (failed("cut"), {"has_begun": True}, 10 * 1000 + 50 * 2000),
+    ],
+)
+def test_what_is_lost_is_charged_the_most_that_may_be_billed(failure, fields, cost):
+    case = Case()
+    attempt = case.attempt(**fields)
+    case.ends.lost(case.live, attempt, failure)
+    assert attempt.cost == cost
+    assert attempt.is_guess is bool(cost)
+
+
+def test_a_stream_that_was_cut_off_here_is_charged_the_time_it_had():
+    case = Case(stream=True, rules=DispatchRules(margin_s=1.0))
+    case.live.fast_token_s = 0.5
+    attempt = case.attempt()
+    case.now_s += 3.0
+    case.ends.lost(case.live, attempt, failed("first_token"))
+    assert attempt.usage.completion == FEW + 2 * (3 + 1)
+    # One that broke off by itself may have been made to its end.
+    attempt = case.attempt(has_begun=True)
+    case.ends.lost(case.live, attempt, failed("cut"))
+    assert attempt.usage.completion == MOST.completion
+
+
+def test_where_nobody_keeps_accounts_what_is_lost_costs_its_prompt():
+    case = Case()
+    attempt = case.attempt(most=None)
+    case.ends.lost(case.live, attempt, None)
+    assert (attempt.usage, attempt.cost) == (Usage(7, 0, 0, True), 7000)
+
+
+def test_who_is_cancelled_says_nothing_of_the_deployment_and_does_not_avoid_it():
+    case = Case()
+    attempt = case.attempt()
+    case.ends.lost(case.live, attempt, None)
+    assert (attempt.status, attempt.call) == ("cancelled", None)
+    assert case.ends.avoid == set()
+    assert (case.live.in_flight, case.live.failing, case.live.breaker.counts) == (0, 0.0, ())
+
+
+def test_who_fails_is_avoided_and_its_failure_is_told():
+    case = Case()
+    attempt = case.attempt(http_status=200)
+    case.ends.lost(case.live, attempt, failed("server", 503, "busy"))
+    assert (attempt.status, attempt.message, attempt.http_status) == ("server", "busy", 503)
+    assert case.ends.avoid == {"d"}
+    assert case.live.failing > 0
+    attempt = case.attempt(http_status=200)
+    case.ends.lost(case.live, attempt, failed("garbage"))
+    assert attempt.http_status == 200
+
+
+@pytest.mark.parametrize("kind", ["request", "context", "conflict", "unsupported", "excess"])
+def test_what_a_request_brings_about_is_not_held_against_the_deployment(kind):
+    case = Case()
+    for _ in range(20):
+        case.ends.lost(case.live, case.attempt(), failed(kind, 400))
+    assert (case.live.breaker.phase, case.live.failing) == ("closed", 0.0)
+
+
+def test_a_key_that_is_not_accepted_shuts_the_deployment_at_once():
+    case = Case()
+    case.ends.lost(case.live, case.attempt(), failed("auth", 401))
+    assert case.live.breaker.phase == "open"
+
+
+def test_a_refusal_is_the_deployments_own_once_three_senders_in_a_row_met_it():
+    case = Case(sender="ann")
+    for _ in range(5):
+        case.ends.lost(case.live, case.attempt(), failed("forbidden", 403))
+    assert case.live.breaker.phase == "closed"
+    for sender in ("bob", "cay"):
+        ends = AttemptEnds(
+            case.dispatcher, Plan(candidates=("m",), deadline=1e6, sender=sender), case.request, case.report, case.now_s
+        )
+        ends.lost(case.live, case.attempt(), failed("forbidden", 403))
+    assert case.live.breaker.phase == "open"
+
+
+def test_a_refusal_casts_doubt_until_somebody_is_served():
+    case = Case()
+    case.ends.lost(case.live, case.attempt(), failed("missing", 404))
+    assert case.live.is_doubted
+    case.ends.won(case.live, case.attempt(), Usage(1, 1))
+    assert not case.live.is_doubted
+
+
+@pytest.mark.parametrize(
+    ("stream", "took_s", "counts"),
+    [(False, 4.0, False), (False, 6.0, True), (True, 0.9, False), (True, 1.1, True)],
+)
+def test_the_end_of_a_requests_time_counts_if_the_deployment_had_half_of_its_own(stream, took_s, counts):
+    case = Case(stream=stream, timeout_s=10.0, first_token_timeout_s=2.0)
+    attempt = case.attempt()
+    case.now_s += took_s
+    case.ends.lost(case.live, attempt, failed("deadline"))
+    assert (case.live.failing > 0) is counts
+
+
+def test_a_stream_that_had_begun_when_the_time_was_up_is_no_failure():
+    case = Case(stream=True, timeout_s=10.0, first_token_timeout_s=2.0)
+    attempt = case.attempt(first_token_s=0.5)
+    case.live.heard(case.now_s)
+    case.now_s += 9.0
+    case.ends.lost(case.live, attempt, failed("deadline"))
+    assert (case.live.failing, case.live.waiting) == (0.0, 0)
+
+
+def body(**usage):
+    made = ANSWER if usage is None else {**ANSWER, **usage}
+    return 200, {}, json.dumps(made).encode(), None
+
+
+async def exchanged(gate, result):
+    await gate.wait()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+@pytest.mark.parametrize(
+    ("result", "cost", "is_guess"),
+    [
+        (body(), 3 * 1000 + 2 * 2000, False),
+        ((503, {}, b"{}", None), 0, False),
+        # What cannot be read may be billed all the same.
+        ((200, {}, b"{", None), 10 * 1000 + 50 * 2000, True),
+    ],
+)
+def test_what_was_sent_is_read_on_for_what_it_costs(result, cost, is_guess):
+    async def main():
+        case, gate, known = Case(), asyncio.Event(), []
+        attempt = case.attempt(is_whole=True)
+        exchange = asyncio.ensure_future(exchanged(gate, result))
+        case.ends.leave(case.live, case.request, attempt, exchange)
+        assert attempt.is_late
+        case.ends.lost(case.live, attempt, failed("timeout"))
+        case.report.when_known(lambda: known.append(attempt.cost))
+        # Until it is known, the most that it may be.
+        assert (attempt.cost, attempt.is_guess, known) == (10 * 1000 + 50 * 2000, True, [])
+        gate.set()
+        await case.dispatcher.late.settled()
+        assert (attempt.cost, attempt.is_guess, known) == (cost, is_guess, [cost])
+        assert (attempt.is_late, attempt.call) == (False, None)
+        assert [answer.text for _, answer in case.late] == (["hi"] if result == body() else [])
+
+    asyncio.run(main())
+
+
+def test_what_is_read_on_and_given_up_stays_charged_the_most():
+    async def main():
+        case, gate = Case(), asyncio.Event()
+        attempt = case.attempt(is_whole=True)
+        exchange = asyncio.ensure_future(exchanged(gate, body()))
+        case.ends.leave(case.live, case.request, attempt, exchange)
+        case.ends.lost(case.live, attempt, None)
+        await case.dispatcher.late.close()
+        assert exchange.cancelled()
+        assert (attempt.cost, attempt.is_guess, case.late) == (10 * 1000 + 50 * 2000, True, [])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("most", "is_sent"), [(None, True), (Usage(0, 0, 0, True), True), (MOST, False)])
+def test_what_cannot_be_billed_is_not_read_on(most, is_sent):
+    async def main():
+        case, gate = Case(), asyncio.Event()
+        attempt = case.attempt(is_whole=True, most=most, is_sent=is_sent)
+        exchange = asyncio.ensure_future(exchanged(gate, body()))
+        await asyncio.sleep(0)
+        case.ends.leave(case.live, case.request, attempt, exchange)
+        # Of one that has not gone out, its end is waited for: until then it still may.
+        assert attempt.is_late is (not is_sent)
+        await asyncio.wait([exchange])
+        assert exchange.cancelled()
+        assert attempt.cost == 0
+
+    asyncio.run(main())
+
+
+ENDS = st.sampled_from(["won", "cancelled", "server", "timeout", "rate_limit", "request", "cut", "deadline"])
+
+
+@given(st.lists(st.tuples(ENDS, st.booleans(), st.floats(0, 5)), max_size=30))
+def test_every_attempt_that_ends_is_counted_out_and_never_costs_less_than_was_told(ends):
+    case = Case()
+    for what, is_sent, seconds in ends:
+        attempt = case.attempt(is_sent=is_sent, is_whole=True, told=Usage(10, 20))
+        case.now_s += seconds
+        if what == "won":
+            case.ends.won(case.live, attempt, Usage(10, 20))
+        else:
+            case.ends.lost(case.live, attempt, None if what == "cancelled" else failed(what))
+        assert attempt.status != "open"
+        assert attempt.cost >= (10 * 1000 + 20 * 2000 if is_sent or what == "won" else 0)
+        # A new one next time: this is about attempts, not about breakers.
+        case.live.breaker = type(case.live.breaker)()
+        case.live.rests_until = 0.0
+    assert (case.live.in_flight, case.live.waiting) == (0, 0)

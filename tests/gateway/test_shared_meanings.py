@@ -1,0 +1,274 @@
+"""Answers of the semantic cache that processes share on a real Redis, by their meaning and for one key alone."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from anabranch.gateway.cache import Entry, SemanticCache
+from anabranch.gateway.cache.abroad import Abroad
+from anabranch.gateway.caches import Caches
+from anabranch.gateway.config import CacheConfig
+from anabranch.gateway.config.shared import SharedConfig
+from anabranch.gateway.metrics import Metrics
+from anabranch.gateway.shared import Shared, meanings
+from redis_process import missing, redis_server
+
+needs_redis = pytest.mark.skipif(missing() is not None, reason=f"no Redis to test with: {missing()}")
+CONTEXT = b"c" * 32
+
+
+@pytest.fixture(scope="module")
+def server():
+    with redis_server() as made:
+        yield made
+
+
+@pytest.fixture
+def prefix(request):
+    """Of keys that no other test has."""
+    return f"t{abs(hash(request.node.nodeid))}"
+
+
+@asynccontextmanager
+async def processes(server, prefix, num=2, mark=b"", ttl_s=60.0, **fields):
+    """So many, each with a link and caches of its own."""
+    made = [Shared(SharedConfig(url=server.url, prefix=prefix, **fields), Metrics()) for _ in range(num)]
+    try:
+        for one in made:
+            await one.start()
+        config = CacheConfig(semantic=True, threshold=0.9, ttl_s=ttl_s)
+        yield made, [Caches(config, object(), meanings=one.meanings, mark=mark) for one in made]
+    finally:
+        for one in made:
+            await one.close()
+
+
+def vector(angle, dim=4):
+    found = np.zeros(dim, np.float32)
+    found[:2] = np.cos(angle), np.sin(angle)
+    return found
+
+
+def entry(body=b'{"a": 1}\n\x00'):
+    return Entry(body=body, model="small", prompt_tokens=3, completion_tokens=4, nano=5)
+
+
+def keep(caches, tenant, angle, made, context=CONTEXT):
+    caches.put(tenant, None, (context, "text"), vector(angle), made)
+
+
+@needs_redis
+def test_an_answer_that_one_process_kept_is_there_for_all_of_its_key_and_context_alone(server, prefix):
+    async def main():
+        async with processes(server, prefix) as (shared, (one, two)):
+            keep(one, "k", 0.0, entry())
+            await shared[0].meanings.close()
+            assert await two.alike("k", CONTEXT, vector(0.1)) == entry()
+            # As often as it is asked for, and in the one that kept it too.
+            assert await two.alike("k", CONTEXT, vector(0.1)) == entry()
+            assert await one.alike("k", CONTEXT, vector(0.1)) == entry()
+            # It means something else, or is another's.
+            assert await two.alike("k", CONTEXT, vector(0.6)) is None
+            assert await two.alike("other", CONTEXT, vector(0.0)) is None
+            assert await two.alike("k", b"d" * 32, vector(0.0)) is None
+            # What came later is seen too, and the nearest is given.
+            keep(one, "k", 0.2, entry(b"nearer"))
+            await shared[0].meanings.close()
+            assert (await two.alike("k", CONTEXT, vector(0.15))).body == b"nearer"
+            assert await two.alike("k", CONTEXT, vector(-0.05)) == entry()
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_an_answer_of_another_config_is_not_taken_over(server, prefix):
+    async def main():
+        async with processes(server, prefix, mark=b"a") as (shared, (one, _)):
+            other = Caches(CacheConfig(semantic=True), object(), meanings=shared[1].meanings, mark=b"b")
+            keep(one, "k", 0.0, entry())
+            await shared[0].meanings.close()
+            assert await other.alike("k", CONTEXT, vector(0.0)) is None
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_of_many_all_are_known_up_to_a_bound(server, prefix, monkeypatch):
+    monkeypatch.setattr(meanings, "MANY", 7)
+
+    async def main():
+        async with processes(server, prefix) as (shared, (one, two)):
+            angles = np.linspace(0, 6, 13)
+            for at, angle in enumerate(angles):
+                keep(one, "k", angle, entry(str(at).encode()))
+                await shared[0].meanings.close()
+            found = [(await two.alike("k", CONTEXT, vector(angle))).body for angle in angles]
+            assert found == [str(at).encode() for at in range(13)]
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_an_answer_ends_everywhere_when_the_first_one_does(server, prefix):
+    async def main():
+        async with processes(server, prefix, ttl_s=0.3) as (shared, (one, two)):
+            keep(one, "k", 0.0, entry())
+            await shared[0].meanings.close()
+            assert await two.alike("k", CONTEXT, vector(0.0)) == entry()
+            while await two.alike("k", CONTEXT, vector(0.0)) is not None:
+                await asyncio.sleep(0.02)
+            while await one.alike("k", CONTEXT, vector(0.0)) is not None:
+                await asyncio.sleep(0.02)
+            # Nothing is left there.
+            found = await shared[0].link.run(lambda client: client.keys(shared[0].link.key("*")))
+            assert found == []
+
+    asyncio.run(main())
+
+
+@needs_redis
+@pytest.mark.parametrize("tenant", ["k", None])
+def test_what_is_cleared_is_gone_in_all(server, prefix, tenant):
+    async def main():
+        async with processes(server, prefix) as (shared, (one, two)):
+            for whose in ("k", "l"):
+                keep(one, whose, 0.0, entry())
+            await shared[0].meanings.close()
+            assert await two.alike("k", CONTEXT, vector(0.0)) == entry()
+            # Still being written.
+            keep(one, "k", 1.0, entry())
+            assert await shared[0].meanings.clear(tenant) == (2 if tenant else 3)
+            # Before its order to forget has come, the other finds nothing either.
+            assert await two.alike("k", CONTEXT, vector(0.0)) is None
+            one.forget(tenant)
+            assert await one.alike("k", CONTEXT, vector(0.0)) is None
+            assert (await two.alike("l", CONTEXT, vector(0.0)) is None) is (tenant is None)
+            # What comes afterwards counts.
+            keep(one, "k", 0.0, entry(b"new"))
+            await shared[0].meanings.close()
+            assert (await two.alike("k", CONTEXT, vector(0.0))).body == b"new"
+            two.forget(tenant)
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_a_long_answer_and_one_while_it_is_away_stay_where_they_are(prefix):
+    async def main(server):
+        async with processes(server, prefix, answer_bytes=400, timeout_s=0.1) as (shared, (one, two)):
+            keep(one, "k", 0.0, entry(b"x" * 1000))
+            await shared[0].meanings.close()
+            assert await two.alike("k", CONTEXT, vector(0.0)) is None
+            keep(one, "k", 1.0, entry())
+            await shared[0].meanings.close()
+            server.stop()
+            assert await two.alike("k", CONTEXT, vector(1.0)) is None
+            assert await one.alike("k", CONTEXT, vector(1.0)) == entry()
+            # Its link has not noticed yet, and then has.
+            for _ in range(2):
+                keep(one, "k", 2.0, entry())
+                await shared[0].meanings.close()
+            assert not shared[0].link.is_up
+
+    with redis_server() as server:
+        asyncio.run(main(server))
+
+
+ODD = [
+    {"vector": b"abc"},
+    {"vector": b""},
+    {"vector": np.full(4, np.nan, np.float32).tobytes()},
+    {"vector": vector(0.0, dim=5).tobytes()},
+    {"name": b"a:b"},
+    {"name": b""},
+    {"name": b"gone"},
+    {"ttl_ms": b"soon"},
+    {"ttl_ms": b"0"},
+    {"ttl_ms": b"9" * 400},
+]
+
+
+@needs_redis
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_no_text_of_ours_is_passed_over(server, prefix, odd):
+    async def main():
+        async with processes(server, prefix, 1) as ([shared], [caches]):
+            stream = shared.meanings._stream("k", CONTEXT)
+            fields = {"vector": vector(0.0).tobytes(), "name": b"n", "ttl_ms": b"60000", "process": b"p", **odd}
+            body = b'["small", 3, 4, 5]\n{}'
+            await shared.link.run(lambda client: client.set(shared.meanings._answer("k", "n"), body, px=60_000))
+            await shared.link.run(lambda client: client.xadd(stream, fields))
+            found = await caches.alike("k", CONTEXT, vector(0.0))
+            # It is good for longer than anybody keeps it; all others are nothing.
+            assert (found is not None) is (len(fields["ttl_ms"]) > 100)
+            assert shared.link.is_up
+            await shared.link.run(
+                lambda client: client.xadd(
+                    stream, {**fields, "vector": vector(1.0).tobytes(), "name": b"n", "ttl_ms": b"60000"}
+                )
+            )
+            assert (await caches.alike("k", CONTEXT, vector(1.0))).body == b"{}"
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_what_is_no_stream_is_as_good_as_none(server, prefix):
+    async def main():
+        async with processes(server, prefix, 1) as ([shared], [caches]):
+            stream = shared.meanings._stream("k", CONTEXT)
+            await shared.link.run(lambda client: client.set(stream, b"x"))
+            assert await caches.alike("k", CONTEXT, vector(0.0)) is None
+            assert not shared.link.is_up
+
+    asyncio.run(main())
+
+
+# What each process makes of it
+
+
+class Texts:
+    """Stands for other processes."""
+
+    def __init__(self):
+        self.items, self.held, self.asked, self.after = [], {}, [], []
+
+    async def news(self, tenant, context, after):
+        self.after.append(after)
+        return None if self.items is None else (str(len(self.items)), self.items[int(after or 0) :])
+
+    async def get(self, tenant, name):
+        self.asked.append(name)
+        found = self.held.get(name)
+        return None if found is None else (found, 5.0)
+
+
+def test_each_text_is_read_once_and_an_answer_that_is_gone_gives_way_to_the_next():
+    async def main():
+        texts = Texts()
+        abroad = Abroad(texts, SemanticCache(threshold=0.5, ttl_s=60, size=9), b"")
+        texts.items = [(vector(0.0), "a", 5.0), (vector(0.1), "b", 5.0), (vector(0.2), "c", 5.0)]
+        texts.held = {"b": entry(b"b"), "c": entry(b"c")}
+        found, cosine = await abroad.find("k", CONTEXT, vector(0.0))
+        assert (found.body, round(cosine, 4)) == (b"b", round(float(np.cos(0.1)), 4))
+        assert (texts.asked, texts.after) == (["a", "b"], [""])
+        assert (await abroad.find("k", CONTEXT, vector(0.0)))[0].body == b"b"
+        assert (texts.asked, texts.after) == (["a", "b", "b"], ["", "3"])
+        # Nobody can be asked: what is known here is of no use without its answer.
+        texts.items = None
+        assert await abroad.find("k", CONTEXT, vector(0.0)) is None
+
+    asyncio.run(main())
+
+
+def test_what_is_known_of_contexts_is_bounded():
+    async def main():
+        texts = Texts()
+        abroad = Abroad(texts, SemanticCache(threshold=0.5, ttl_s=60, size=3), b"")
+        for at in range(9):
+            await abroad.find("k", bytes([at]), vector(0.0))
+        assert len(abroad._known) == 3
+
+    asyncio.run(main())

@@ -1,0 +1,357 @@
+"""Limits of deployments that processes keep together on a real Redis, and what becomes of them while it is away."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.gateway.config.shared import SharedConfig
+from anabranch.gateway.dispatch import BreakerRules, Deployment, Dispatcher, DispatchRules, Group, Plan
+from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.shared_rooms import Full
+from anabranch.gateway.dispatch.window import SlidingSum
+from anabranch.gateway.metrics import Metrics
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.shared import Shared, leases, rooms
+from anabranch.routers.money import Price
+from redis_process import missing, redis_server
+
+needs_redis = pytest.mark.skipif(missing() is not None, reason=f"no Redis to test with: {missing()}")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with redis_server() as made:
+        yield made
+
+
+@pytest.fixture
+def prefix(request):
+    """Of keys that no other test has."""
+    return f"t{abs(hash(request.node.nodeid))}"
+
+
+@asynccontextmanager
+async def processes(server, prefix, num=2, **fields):
+    """So many, each with a link of its own."""
+    made = [Shared(SharedConfig(url=server.url, prefix=prefix, **fields), Metrics()) for _ in range(num)]
+    try:
+        for one in made:
+            await one.start()
+        yield made
+    finally:
+        for one in made:
+            await one.close()
+
+
+def deployment(name="d", **fields):
+    return Deployment(name=name, provider=Mock.Config(model="m"), **fields)
+
+
+# What Redis counts
+
+
+@needs_redis
+def test_requests_of_a_minute_are_counted_together(server, prefix):
+    async def main():
+        async with processes(server, prefix, 3) as shared:
+            one = deployment(rpm=6)
+            found = await asyncio.gather(*(shared[at % 3].rooms.take(one, f"a{at}", 1) for at in range(30)))
+            full = [each for each in found if each is not None]
+            assert len(full) == 24
+            # Until the first of them is a minute old, and the part of it that it lies in.
+            assert all(59 < each.wait_s <= 61 and each.tokens == 0 for each in full)
+            # Others have their own.
+            assert await shared[0].rooms.take(deployment("other", rpm=1), "x", 1) is None
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_tokens_of_a_minute_are_counted_together_those_that_were_made_among_them(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = (each.rooms for each in shared)
+            limited = deployment(tpm=100)
+            assert await one.take(limited, "a", 60) is None
+            full = await two.take(limited, "b", 60)
+            assert (full.tokens, 59 < full.wait_s <= 61) == (60, True)
+            # A smaller one has room.
+            assert await two.take(limited, "c", 30) is None
+            one.spent(limited, 5)
+            await one.tell()
+            assert await two.take(limited, "d", 6) is not None
+            assert await two.take(limited, "e", 5) is None
+            # One that never fits is looked at again soon: who has less room may not be alone.
+            assert await one.take(limited, "f", 101) == Full(rooms.AGAIN_S, 101)
+            # What is not limited by tokens is not counted.
+            one.spent(deployment(rpm=1), 5)
+            assert not one._untold
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_both_limits_are_taken_from_or_none(server, prefix):
+    async def main():
+        async with processes(server, prefix, 1) as [shared]:
+            limited = deployment(rpm=2, tpm=100)
+            assert await shared.rooms.take(limited, "a", 101) is not None
+            assert await shared.rooms.take(limited, "b", 90) is None
+            assert await shared.rooms.take(limited, "c", 90) is not None
+            assert await shared.rooms.take(limited, "d", 10) is None
+            assert (await shared.rooms.take(limited, "e", 0)).tokens == 0
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_a_minute_passes(server, prefix, monkeypatch):
+    monkeypatch.setattr(rooms, "MINUTE_MS", 320)
+
+    async def main():
+        async with processes(server, prefix) as shared:
+            limited = deployment(rpm=2, tpm=50)
+            for each in shared:
+                assert await each.rooms.take(limited, "a", 25) is None
+            full = await shared[0].rooms.take(limited, "b", 1)
+            assert 0 < full.wait_s <= 0.33
+            # Not a moment too late, nor earlier than it says.
+            while await shared[0].rooms.take(limited, "b", 50) is not None:
+                await asyncio.sleep(full.wait_s / 10)
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_attempts_under_way_are_counted_together_and_end(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = (each.rooms for each in shared)
+            limited = deployment(max_in_flight=2)
+            assert [await one.take(limited, "a", 1), await two.take(limited, "a", 1)] == [None, None]
+            assert await one.take(limited, "b", 1) == Full(None)
+            # What was refused has no lease to be renewed.
+            assert one._leased == {"d": {"a"}}
+            two.leave("d", "a")
+            two.leave("d", "unknown")
+            await two.tell()
+            assert await one.take(limited, "b", 1) is None
+            assert await two.take(limited, "a", 1) == Full(None)
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not(server, prefix, monkeypatch):
+    monkeypatch.setattr(leases, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "RENEW_S", 0.05)
+
+    async def main():
+        async with processes(server, prefix) as shared:
+            gone, alive = (each.rooms for each in shared)
+            limited = deployment(max_in_flight=2)
+            await gone.take(limited, "a", 1)
+            await alive.take(limited, "b", 1)
+            assert await alive.take(limited, "c", 1) == Full(None)
+            while await alive.take(limited, "c", 1) is not None:
+                await alive.tell()
+                await asyncio.sleep(0.02)
+            # That of the one that lives is still there.
+            await alive.tell()
+            assert await gone.take(limited, "d", 1) == Full(None)
+
+    asyncio.run(main())
+
+
+@needs_redis
+def test_while_it_is_away_there_is_room_and_what_began_is_counted_afterwards(prefix, monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_S", 0.0)
+
+    async def main(server):
+        async with processes(server, prefix, timeout_s=0.1) as shared:
+            one, two = (each.rooms for each in shared)
+            limited = deployment(max_in_flight=1, rpm=1)
+            server.stop()
+            assert [await one.take(limited, str(at), 1) for at in range(3)] == [None] * 3
+            one.leave("d", "0")
+            server.start()
+            for each in shared:
+                each.link._retry_at = 0.0
+                await each.link.look()
+            await one.tell()
+            assert await two.take(limited, "x", 1) == Full(None)
+
+    with redis_server() as server:
+        asyncio.run(main(server))
+
+
+@pytest.mark.parametrize("found", [None, b"OK", [b"rpm"], [b"rpm", b"5"], [b"rps", 5], ["rpm", 5], [b"rpm", 5, 5]])
+def test_an_answer_that_is_none_of_the_programs_is_as_good_as_none(found):
+    with pytest.raises(ValueError, match="none of the program's"):
+        rooms._full(found, 1)
+
+
+# What a dispatcher does with it
+
+
+class Rooms:
+    """Says what a test wrote, and notes what it is told."""
+
+    def __init__(self, *said):
+        self.said, self.taken, self.left, self.made = list(said), [], [], []
+
+    async def take(self, deployment, id, tokens):
+        self.taken.append((deployment.name, tokens))
+        await asyncio.sleep(0)
+        said = self.said.pop(0) if self.said else None
+        if isinstance(said, BaseException):
+            raise said
+        return said
+
+    def leave(self, whose, id):
+        self.left.append(whose)
+
+    def spent(self, deployment, tokens):
+        self.made.append((deployment.name, tokens))
+
+
+def dispatcher(*limits, said=(), rules=None, **mock):
+    """A model of deployments a, b, ... with such limits."""
+    made = tuple(
+        Deployment(name="abc"[at], provider=Mock.Config(model="m", tokens=4, **mock), weight=10.0**-at, **own)
+        for at, own in enumerate(limits)
+    )
+    found = Dispatcher([Group(name="m", deployments=made, balance="weighted")], rules or DispatchRules(), seed=0)
+    found.rooms = Rooms(*said)
+    return found
+
+
+def chat(**fields):
+    return UpstreamRequest("chat", {"messages": [{"role": "user", "content": "hi"}]}, prompt_tokens=7, **fields)
+
+
+def plan(made, **fields):
+    return Plan(candidates=("m",), deadline=made.now() + 5, **fields)
+
+
+LIMITED = {"rpm": 10, "tpm": 1000, "max_in_flight": 10}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_attempt_is_counted_in_and_out_and_what_it_made_told(stream):
+    async def main():
+        made = dispatcher(LIMITED)
+        if stream:
+            async for _ in await made.stream(plan(made), chat(stream=True)):
+                assert made.rooms.left == []
+        else:
+            await made.complete(plan(made), chat())
+        assert (made.rooms.taken, made.rooms.left) == ([("a", 7)], ["a"])
+        [(name, tokens)] = made.rooms.made
+        assert (name, tokens > 0) == ("a", True)
+
+    asyncio.run(main())
+
+
+def test_a_deployment_without_limits_is_not_asked_for():
+    async def main():
+        made = dispatcher({})
+        await made.complete(plan(made), chat())
+        assert (made.rooms.taken, made.rooms.left) == ([], [])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("full", [Full(30.0), Full(30.0, 7), Full(None)])
+def test_where_there_is_no_room_another_is_asked_and_no_attempt_was_made(full):
+    async def main():
+        made = dispatcher(LIMITED, LIMITED, said=[full], rules=DispatchRules(retries=0, extra=0, min_extra=0))
+        answer = await made.complete(plan(made, max_attempts=1), chat())
+        assert [one.deployment for one in answer.report.attempts] == ["b"]
+        assert (made.rooms.taken, made.rooms.left) == ([("a", 7), ("b", 7)], ["b"])
+        here = made.lives()[0]
+        now = made.now()
+        assert (here.in_flight, here.waiting, here.requests.at(now), here.tokens.at(now)) == (0, 0, 0, 0)
+        # Nobody is sent there in vain, as long as that is known.
+        assert here.can_take(now, 7) is (full.wait_s is None)
+        assert here.can_take(now, 6) is (full.wait_s is None or full.tokens > 0)
+        assert here.failing == 0
+
+    asyncio.run(main())
+
+
+def test_where_no_deployment_has_room_that_is_said_with_when_it_will():
+    async def main():
+        made = dispatcher(LIMITED, said=[Full(30.0)])
+        with pytest.raises(UpstreamError, match="no deployment takes requests") as caught:
+            await made.complete(plan(made), chat())
+        assert caught.value.failure.kind == "unavailable"
+        assert 29 < caught.value.failure.retry_after_s <= 30
+        assert caught.value.report.attempts == []
+        made = dispatcher(LIMITED, said=[Full(None)])
+        with pytest.raises(UpstreamError, match="no deployment takes requests"):
+            await made.complete(plan(made), chat())
+
+    asyncio.run(main())
+
+
+def test_a_short_wait_is_waited_for():
+    async def main():
+        made = dispatcher(LIMITED, said=[Full(0.01), Full(0.01)])
+        answer = await made.complete(plan(made), chat())
+        assert len(answer.report.attempts) == 1
+        assert len(made.rooms.taken) == 3
+
+    asyncio.run(main())
+
+
+def test_who_is_cancelled_while_it_is_asked_is_counted_out_here():
+    async def main():
+        made = dispatcher(LIMITED, said=[asyncio.CancelledError()])
+        with pytest.raises(asyncio.CancelledError):
+            await made.complete(plan(made), chat())
+        assert (made.lives()[0].in_flight, made.rooms.left) == (0, [])
+
+    asyncio.run(main())
+
+
+def test_a_hedge_without_room_leaves_the_first_attempt_alone():
+    async def main():
+        rules = DispatchRules(hedge=True, hedge_samples=1, min_extra=10)
+        made = dispatcher(LIMITED, LIMITED, said=[None, Full(30.0)], rules=rules, latency_s=0.05)
+        made.groups["m"].hedge_whole.observe(0.001)
+        answer = await made.complete(plan(made), chat())
+        assert [one.deployment for one in answer.report.attempts] == ["a"]
+        assert (len(made.rooms.taken), made.rooms.left) == (2, ["a"])
+
+    asyncio.run(main())
+
+
+def live(**limits):
+    return Live("m", deployment(**limits), Price(), BreakerRules(), object(), lambda *_: None)
+
+
+def test_what_is_known_of_limits_outlives_a_reload():
+    old, new = live(rpm=5), live(rpm=5)
+    old.back_out(old.begin(0.0, 7), 0.0, 7, Full(30.0, 7))
+    new.adopt(old)
+    assert (new.can_take(1.0, 7), new.can_take(1.0, 6), new.can_take(31.0, 7)) == (False, True, True)
+    assert (new.free_in_s(1.0, 7), new.free_in_s(1.0, 6)) == (29.0, 0.0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 9), st.booleans()), max_size=40))
+def test_what_is_given_back_was_never_there(steps):
+    window, kept, now = SlidingSum(60.0), 0, 0.0
+    for seconds, amount, is_kept in steps:
+        now += seconds / 10
+        window.add(now, amount)
+        if is_kept:
+            kept += amount
+        else:
+            window.give_back(amount)
+        assert window.at(now) == kept
+    assert window.at(now + 61) == 0
