@@ -207,14 +207,33 @@ def test_a_model_judges_in_both_orders(tmp_path, capsys):
     assert sum(row.model == "judge" for row in rows) == 3 * 2 * 2
 
 
-def test_new_questions_are_collected_while_they_come_in(tmp_path, capsys):
-    """Three questions are there; three more come while it waits, and it ends once it has five."""
+@pytest.fixture
+def after_first_look(monkeypatch):
+    """Have something done once a collector has looked for the first time; gives how many questions it had after each look."""
+    real, looks, todo = Collector.run, [], []
+
+    async def run(collector, *arguments, **more):
+        done = await real(collector, *arguments, **more)
+        looks.append(done.questions)
+        while todo:
+            await asyncio.to_thread(todo.pop())
+        return done
+
+    def plan(work):
+        todo.append(work)
+        return looks
+
+    monkeypatch.setattr(Collector, "run", run)
+    return plan
+
+
+def test_new_questions_are_collected_while_they_come_in(tmp_path, capsys, after_first_look):
+    """Three questions are there; more come while it waits, and it ends once it has five."""
     path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
     traffic(path, 3)
-    later = threading.Thread(target=lambda: (time.sleep(0.5), traffic(path, 8)))
-    later.start()
+    looks = after_first_look(lambda: traffic(path, 8))
     done = collect(capsys, path, out, "--judge", "judge", "--every", "1s", "--limit", 5)
-    later.join()
+    assert looks == [3, 5]
     assert (done["questions"], done["there"]) == (5, 0)
     assert len(set(load_outcomes(out).query)) == 5
 
@@ -511,14 +530,12 @@ def test_what_is_collected_of_a_question_goes_when_the_question_goes(tmp_path, c
     assert held("SELECT count(*) FROM texts") == held("SELECT count(*) FROM collected") == [(0,)]
 
 
-def test_watching_a_store_without_texts_waits_for_them(tmp_path, capsys):
+def test_watching_a_store_without_texts_waits_for_them(tmp_path, capsys, after_first_look):
     path, out = write(tmp_path), tmp_path / "outcomes.jsonl"
     used(path)
-    later = threading.Thread(target=lambda: (time.sleep(0.3), used(path, ("a", "question 1?", {}))))
-    later.start()
+    looks = after_first_look(lambda: used(path, ("a", "question 1?", {})))
     done = collect(capsys, path, out, "--judge", "judge", "--every", "1s", "--limit", 1)
-    later.join()
-    assert done["questions"] == 1
+    assert (done["questions"], looks) == (1, [0, 1])
 
 
 @pytest.mark.parametrize("option", ["--since", "--every"])

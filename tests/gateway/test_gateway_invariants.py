@@ -32,6 +32,7 @@ from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.api_error import ApiError
 from gateway_process import served
 from gateway_stores import missing, server
+from paced_time import pace, run_paced
 
 STEPS = (
     *("ok",) * 9, *("slow:0.3",) * 5, "500", "429:0", "cut:2", "reset", "garbage", "slow:0.05", "filter", "credit", "html",
@@ -147,6 +148,7 @@ def test_a_thousand_random_requests_at_once(tmp_path, monkeypatch, seed, mode):
 
     async def main():
         async with Gateway(busy(tmp_path, seed, mode)) as gateway:
+            pace(gateway)
             keys = [
                 (await gateway.store.create_key(f"k{at}", team="a" if at % 2 else "", speaks_for=["*"]))[0]
                 for at in range(4)
@@ -175,7 +177,7 @@ def test_a_thousand_random_requests_at_once(tmp_path, monkeypatch, seed, mode):
             assert {row.request_id for row in rows} >= set(ids)
             return ended, seen, rows
 
-    ended, seen, rows = asyncio.run(main())
+    ended, seen, rows = run_paced(main())
     assert ended["answered"] > 50
     assert ended["left"] > 20
     assert ended["insufficient_quota"] > 0

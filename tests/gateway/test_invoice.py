@@ -2,6 +2,7 @@
 and kills of the gateway.
 
 Never below the bill, request by request; and, as a call whose end is not known is charged the most it can have cost, not far above it.
+Provider and gateway share a loop whose time is that in which both could work: what is charged by time is so on any machine.
 """
 
 import asyncio
@@ -36,6 +37,7 @@ from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
 from billing_provider import FATES, HABITS, BillingProvider
 from gateway_process import served
+from paced_time import pace, run_paced
 
 PRICES = {
     "small": Price.of_dollars("0.15", "0.6"),
@@ -117,6 +119,7 @@ async def day(tmp_path, requests, seed, at_once=16, weights=FAULTS, leaving=0.02
     ended = Counter()
     provider = BillingProvider(PRICES, seed, weights, slow_s=SLOW_S, habits=habits, after_s=0.001)
     async with provider.running(), Gateway(config(provider.url, tmp_path)) as gateway:
+        pace(gateway)
         numbers = iter(range(requests))
 
         async def sender():
@@ -150,14 +153,14 @@ def check(provider, rows, most_above):
 
 
 def bad_day(tmp_path, requests, seed):
-    provider, rows, ended = asyncio.run(day(tmp_path, requests, seed, habits=TALK))
+    provider, rows, ended = run_paced(day(tmp_path, requests, seed, habits=TALK))
     assert set(provider.calls) >= {"fine", "slow", "refused"}
     assert ended["left"] > 0
     check(provider, rows, 0.02)
 
 
 def test_the_ledger_is_the_invoice_where_nothing_goes_wrong(tmp_path):
-    provider, rows, ended = asyncio.run(day(tmp_path, 200, 1, weights=(1, 0, 0, 0, 0), leaving=0, stopping=0))
+    provider, rows, ended = run_paced(day(tmp_path, 200, 1, weights=(1, 0, 0, 0, 0), leaving=0, stopping=0))
     assert ended == {"answered": 200}
     assert {row.status for row in rows} == {"ok"}
     check(provider, rows, 0.0)
@@ -167,7 +170,7 @@ def test_the_ledger_is_the_invoice_where_nothing_goes_wrong(tmp_path):
 def test_one_kind_of_fault_alone(tmp_path, fate):
     """However often: never below the bill."""
     weights = tuple(1.0 if name in ("fine", fate) else 0.0 for name in FATES)
-    provider, rows, _ = asyncio.run(day(tmp_path, 60, 2, weights=weights, leaving=0.3, at_once=30))
+    provider, rows, _ = run_paced(day(tmp_path, 60, 2, weights=weights, leaving=0.3, at_once=30))
     assert provider.calls[fate] > 10
     check(provider, rows, 20.0)
 
@@ -214,13 +217,14 @@ def test_errands_are_charged_what_the_provider_bills_too(tmp_path):
     async def main():
         provider = BillingProvider(PRICES, 6, (60, 10, 10, 10, 10), slow_s=SLOW_S)
         async with provider.running(), Gateway(config(provider.url, tmp_path)) as gateway:
+            pace(gateway)
             ended = Counter(await asyncio.gather(*(errand(gateway, number) for number in range(60))))
             await gateway.settled()
             await provider.idle()
             assert len(gateway.unsettled) == gateway.runtime.users == 0
             return provider, await gateway.store.ledger(LedgerQuery(limit=1000)), ended
 
-    provider, rows, ended = asyncio.run(main())
+    provider, rows, ended = run_paced(main())
     assert ended["answered"] > 20
     assert ended["left"] > 0
     assert {row.tags for row in rows} == {("learning",)}

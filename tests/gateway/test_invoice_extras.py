@@ -23,6 +23,7 @@ from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
 from billing_extras import SEARCH_NANO, RichCall
 from billing_provider import BillingProvider
+from paced_time import pace, run_paced
 
 PRICES = {
     "small": Price.of_dollars("0.15", "0.6"),
@@ -106,6 +107,7 @@ async def day(tmp_path, requests, seed, weights, leaving):
     async with provider.running():
         made = config(provider.url, tmp_path, {name: price(name) for name in PRICES})
         async with Gateway(made) as gateway:
+            pace(gateway)
             numbers = iter(range(requests))
 
             async def one(number, draw):
@@ -144,7 +146,7 @@ def test_the_price_list_of_the_provider_is_that_of_the_config():
 
 
 def test_the_ledger_covers_the_invoice_where_nothing_goes_wrong(tmp_path):
-    provider, rows = asyncio.run(day(tmp_path, 150, 1, (1, 0, 0, 0, 0), 0))
+    provider, rows = run_paced(day(tmp_path, 150, 1, (1, 0, 0, 0, 0), 0))
     assert {row.status for row in rows} == {"ok"}
     # Above it only where the provider did not say that it gave less than was asked for.
     check(provider, rows, 0.1)
@@ -152,7 +154,7 @@ def test_the_ledger_covers_the_invoice_where_nothing_goes_wrong(tmp_path):
 
 @pytest.mark.parametrize("seed", [2, 3])
 def test_never_below_the_bill_on_a_bad_day(tmp_path, seed):
-    provider, rows = asyncio.run(day(tmp_path, 120, seed, (80, 5, 5, 5, 5), 0.1))
+    provider, rows = run_paced(day(tmp_path, 120, seed, (80, 5, 5, 5, 5), 0.1))
     assert min(provider.calls[fate] for fate in ("slow", "lost", "cut")) > 0
     check(provider, rows, 20.0)
 

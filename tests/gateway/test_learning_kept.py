@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import signal
+import time
 import urllib.request
 
 import numpy as np
@@ -355,6 +356,25 @@ def test_of_what_does_not_add_up_the_newest_is_gone_on_with(url):
     assert counted(url, 2) == (3, 5)
     assert counted(url, 8) == (5, 13)
     assert counted(url, 1) == (5, 6)  # 13 cannot be taken in, and what was written before it is
+
+
+def test_what_is_still_being_learned_when_it_stops_is_kept(url):
+    """On a busy machine the last outcomes waited for the strategy's thread, and were dropped with it."""
+
+    async def work(slow_s):
+        made = Counts()
+
+        def observe(outcome):
+            time.sleep(slow_s)
+            made.heard += 1
+
+        made.observe = observe
+        async with Gateway(config(url), strategies={"ucb": made}) as gateway:
+            await gateway.handle("chat", {"model": "auto/ucb", "messages": [{"role": "user", "content": "x"}]})
+        return made.heard[0]
+
+    assert run(lambda: work(0.1)) == 1
+    assert run(lambda: work(0.0)) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "odd"])

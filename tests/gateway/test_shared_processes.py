@@ -1,5 +1,6 @@
 """Two gateways on one store and one Redis, as users start them."""
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -12,12 +13,6 @@ from redis_process import missing, redis_server
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no Redis to test with: {missing()}")
 RPM = 5
-
-
-def keyed(url, **fields):
-    status, made, _ = call(url, "POST", "/admin/keys", {"name": "evil", **fields}, "admin")
-    assert status == 200, made
-    return made["secret"]
 
 
 def statuses(urls, key, each):
@@ -49,28 +44,55 @@ def pair(tmp_path_factory):
             yield redis, one, two, path
 
 
+def ups(urls):
+    """Of each gateway, whether Redis answers it and how often it was lost: two equal ones say that it did all the time."""
+    lines = [line for url in urls for line in metrics(url).splitlines() if line.startswith("anabranch_shared_")]
+    return [line for line in lines if line.split()[0] in ("anabranch_shared_up", "anabranch_shared_lost_total")]
+
+
+def while_up(urls, work):
+    """What ``work`` gives, of a time in which Redis answered both gateways: a machine that is busy may keep it for too long."""
+    until = time.monotonic() + 120
+    while True:
+        before = ups(urls)
+        if [line for line in before if "_up " in line] == ["anabranch_shared_up 1.0"] * 2:
+            found = work()
+            if ups(urls) == before:
+                return found
+        assert time.monotonic() < until, before
+        time.sleep(0.05)
+
+
 def test_a_hostile_key_gets_its_rate_once_and_goes_on_where_redis_does_not(pair):
     redis, one, two, _ = pair
-    urls = (one.url, two.url)
-    began = time.monotonic()
-    key = keyed(one.url, rpm=RPM)
-    found = statuses(urls, key, 2 * RPM)
-    # What a minute allows, and what has come back meanwhile.
-    most = RPM + int((time.monotonic() - began) * RPM / 60) + 1
+    urls, numbers = (one.url, two.url), itertools.count()
+
+    def hammered():
+        began, key = time.monotonic(), keyed_as(one.url, f"evil {next(numbers)}", rpm=RPM)
+        found = statuses(urls, key, 2 * RPM)
+        # What a minute allows, and what has come back meanwhile.
+        return found, RPM + int((time.monotonic() - began) * RPM / 60) + 1
+
+    found, most = while_up(urls, hammered)
     assert set(found) == {200, 429}
-    assert RPM <= found.count(200) <= most < 2 * RPM
+    assert RPM <= found.count(200) <= most
 
     # An answer that one has kept the other gives.
     calm = keyed_as(one.url, "calm")
-    for number in range(40):
-        # It is kept there beside the answer; whoever asks before that asks the model.
-        first = ask(one.url, f"the same {number}", key=calm, headers={"x-cache": "allow"})
-        time.sleep(0.02 * number)
-        second = ask(two.url, f"the same {number}", key=calm, headers={"x-cache": "allow"})
-        if second[2]["x-cache"] == "exact":
-            break
-    assert (first[2]["x-cache"], second[1]) == ("miss", first[1])
-    assert "anabranch_shared_up 1.0" in metrics(two.url)
+
+    def passed_on():
+        for tries in range(40):
+            # It is kept there beside the answer; whoever asks before that asks the model, and has an answer of its own then.
+            text = f"the same {next(numbers)}"
+            first = ask(one.url, text, key=calm, headers={"x-cache": "allow"})
+            time.sleep(0.02 * tries)
+            second = ask(two.url, text, key=calm, headers={"x-cache": "allow"})
+            if second[2]["x-cache"] == "exact":
+                break
+        return first, second
+
+    first, second = while_up(urls, passed_on)
+    assert (first[2]["x-cache"], second[2]["x-cache"], second[1]) == ("miss", "exact", first[1])
 
     # Without it each has its own counts, and nobody waits.
     redis.hang()
@@ -93,7 +115,7 @@ def kept(url, key, text="the same"):
 
 def test_an_operator_clears_and_changes_answers_for_all(pair):
     _, one, two, config = pair
-    key, until = keyed_as(one.url, "careful"), time.monotonic() + 20
+    key, until = keyed_as(one.url, "careful"), time.monotonic() + 120
     # Another test had it away.
     while not all("anabranch_shared_up 1.0" in metrics(each.url) for each in (one, two)):
         assert time.monotonic() < until
@@ -104,7 +126,9 @@ def test_an_operator_clears_and_changes_answers_for_all(pair):
     assert (first[0], second[1]) == ("miss", first[1])
 
     # Cleared at one: neither Redis has it, nor, soon, the other.
-    assert call(one.url, "DELETE", "/admin/cache", key="admin")[0] == 200
+    while call(one.url, "DELETE", "/admin/cache", key="admin")[0] != 200:
+        # It did not answer in time, and is to be told again.
+        assert time.monotonic() < until
     while kept(two.url, key)[0] != "miss":
         assert time.monotonic() < until
         time.sleep(0.05)

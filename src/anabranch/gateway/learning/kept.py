@@ -131,6 +131,9 @@ class Kept:
                 if held is None or held.made != lane.made:
                     continue
                 try:
+                    if at_once or is_last:
+                        # What waits for the strategy's thread is learned first: `told` does not know of it yet.
+                        await lane.alone(lambda: None)
                     await self._round(lane, held, at_once or is_last)
                     if is_last:
                         await self._leave(lane, held)
