@@ -1,9 +1,13 @@
 """From the schema of the first release to the present one, with the rows of a store that was in use."""
 
 import asyncio
+import hashlib
 
-from anabranch.gateway.store import LedgerQuery, open_store, schema
+import pytest
+
+from anabranch.gateway.store import CollectedRow, LedgerQuery, LedgerRow, open_store, schema
 from anabranch.gateway.store.queries import spent_by_key
+from gateway_process import ask, call, mock_config, served
 
 NOW_US = 1_700_000_000 * 10**6
 
@@ -43,21 +47,26 @@ ROWS = {
 }  # fmt: skip
 
 
-def at_first(url, monkeypatch):
-    """A store as the first release left it."""
+def known_up_to(patch, steps):
+    """Have stores opened by a version that knows these migrations."""
+    for module in ("sqlite", "postgres"):
+        patch.setattr(f"anabranch.gateway.store.{module}.MIGRATIONS", steps)
+
+
+def at_first(url, monkeypatch, changes=None, version=1):
+    """A store as the first release left it, or one of that version."""
 
     async def fill():
         async with open_store(url, serves=False) as store:
 
             def work(connection):
-                for table, (columns, rows) in ROWS.items():
+                for table, (columns, rows) in {**ROWS, **(changes or {})}.items():
                     assert connection.insert(table, columns, rows) == len(rows)
 
             await store._do(work)
 
     with monkeypatch.context() as patch:
-        for module in ("sqlite", "postgres"):
-            patch.setattr(f"anabranch.gateway.store.{module}.MIGRATIONS", schema.MIGRATIONS[:1])
+        known_up_to(patch, schema.MIGRATIONS[:version])
         asyncio.run(fill())
 
 
@@ -95,6 +104,71 @@ def test_a_store_of_the_first_release_is_taken_on_whole(url, monkeypatch):
     asyncio.run(look())
     # A second time there is nothing to do.
     asyncio.run(look_again(url))
+
+
+@pytest.mark.parametrize("version", range(1, len(schema.MIGRATIONS)))
+def test_a_store_of_every_older_schema_is_taken_on(url, monkeypatch, version):
+    # Names differ from one of the steps on.
+    keys = [(*row[:2], f"key {row[0]}", *row[3:]) for row in ROWS["keys"][1]]
+    at_first(url, monkeypatch, {"keys": (KEYS, keys)}, version)
+
+    async def main():
+        async with open_store(url, makes=False) as store:
+            held = await store.reserve("r", ["global"], 10)
+            made = LedgerRow(request_id="r", cost_nano=5)
+            store.settle(held, made, CollectedRow("k", 1, {"answer": "x"}))
+            assert await store.collected(["k"]) == {"k": {"answer": "x"}}
+            assert sorted(key.name for key in await store.keys()) == ["key k1", "key k2", "key k3"]
+            assert len(await store.secret("s")) == 64
+            return {row.request_id: row.cost_nano for row in await store.ledger(LedgerQuery())}
+
+    assert asyncio.run(main()) == {"open": 7, "r0": 10, "r1": 10, "r2": 10, "r": 5}
+
+
+def test_an_upgrade_that_breaks_off_leaves_the_store_as_it_was(url, monkeypatch):
+    """A step that cannot be done takes those before it back, and a later version goes on from where the store was."""
+    at_first(url, monkeypatch)
+    broken = [*schema.MIGRATIONS[:4], ["ALTER TABLE feedback ADD COLUMN mood TEXT", "INSERT INTO nowhere VALUES (1)"]]
+
+    async def columns():
+        async with open_store(url, serves=False, makes=False) as store:
+            for table, column in (("feedback", "mood"), ("texts", "body")):
+                try:
+                    await store.look(lambda connection, t=table, c=column: connection.rows(f"SELECT {c} FROM {t}"))
+                    yield f"{table}.{column}"
+                except Exception:
+                    continue
+
+    async def listed():
+        return [name async for name in columns()]
+
+    with monkeypatch.context() as patch:
+        known_up_to(patch, broken)
+        for _ in range(2):
+            with pytest.raises(Exception, match="nowhere"):
+                open_store(url)
+    with monkeypatch.context() as patch:
+        # Whoever knows the first schema alone can go on with it.
+        known_up_to(patch, schema.MIGRATIONS[:1])
+        assert asyncio.run(listed()) == []
+    assert asyncio.run(listed()) == ["texts.body"]
+
+
+def test_a_gateway_that_is_started_on_it_serves_the_keys_of_then(url, monkeypatch, tmp_path):
+    secret = "sk-anabranch-of-the-first-release"
+    kept = [("k1", hashlib.sha256(secret.encode()).hexdigest(), *ROWS["keys"][1][0][2:]), *ROWS["keys"][1][1:]]
+    at_first(url, monkeypatch, {"keys": (KEYS, kept)})
+    path = mock_config(tmp_path / "gateway.toml", top='[admin]\nkey = "env:ADMIN"\n')
+    text = (tmp_path / "gateway.toml").read_text()
+    (tmp_path / "gateway.toml").write_text(text.replace(text.splitlines()[0], f'store = "{url}"'))
+    with served("--config", path, environment={"ADMIN": "admin"}) as running:
+        assert ask(running.url, key=secret)[0] == 200
+        assert ask(running.url, key="sk-of-nobody")[0] == 401
+        _, told, _ = call(running.url, "GET", "/admin/ledger?limit=100", key="admin")
+        rows = {row["request_id"]: row for row in told["rows"]}
+        assert {"open", "r0", "r1", "r2"} < set(rows)
+        [new] = [row for id, row in rows.items() if id not in ("open", "r0", "r1", "r2")]
+        assert (new["key_id"], new["team"], new["status"]) == ("k1", "ml", "ok")
 
 
 async def look_again(url):

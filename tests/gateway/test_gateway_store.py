@@ -1000,27 +1000,6 @@ def test_a_link_to_a_store_has_its_lock(tmp_path):
     run(main())
 
 
-@pytest.mark.parametrize("version", range(1, len(schema.MIGRATIONS)))
-def test_a_store_of_every_older_schema_is_taken_on(tmp_path, version):
-    with contextlib.closing(sqlite3.connect(tmp_path / "g.db")) as connection, connection:
-        for step in schema.MIGRATIONS[:version]:
-            for statement in step:
-                connection.execute(statement.replace("{serial}", "INTEGER PRIMARY KEY"))
-        connection.execute(
-            "INSERT INTO keys (id, hash, name, hint, owner, team, tags, models, is_admin, created_us)"
-            " VALUES ('k1', 'h', 'old', 'abcd', '', '', ',collect,', '', 0, 1)"
-        )
-        connection.execute(f"PRAGMA user_version = {version}")
-
-    async def main():
-        async with open_store(str(tmp_path / "g.db"), makes=False) as store:
-            held = await store.reserve("r", ["global"], 10)
-            store.settle(held, row("r", 5), CollectedRow("k", 1, {"answer": "x"}))
-            return [key.name for key in await store.keys()], await store.collected(["k"])
-
-    assert run(main()) == (["old"], {"k": {"answer": "x"}})
-
-
 def test_a_store_that_is_not_there_is_not_made_by_those_who_look(tmp_path):
     with pytest.raises(DataError, match="not there"):
         open_store(str(tmp_path / "none.db"), serves=False, makes=False)
