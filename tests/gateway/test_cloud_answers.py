@@ -207,4 +207,4 @@ def test_what_openrouter_thought_is_put_together_whole():
     chunks = [event for event in exchanges("openrouter")[2]["reply"]["events"] if isinstance(event, dict)]
     whole = assembled(chunks)["choices"][0]["message"]
     assert whole["reasoning"] == "Look it up."
-    assert [detail["text"] for detail in whole["reasoning_details"]] == ["Look ", "it up."]
+    assert [detail["text"] for detail in whole["reasoning_details"]] == ["Look it up."]

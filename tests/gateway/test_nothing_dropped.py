@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -297,6 +298,8 @@ def said(value):
         sealed = item.get("encrypted_content")
         if sealed:
             text += base64.urlsafe_b64decode(sealed.removeprefix("anabranch-1.")).decode()
+    for seal in re.findall(r"details\.([\w=-]+)", text):
+        text += base64.urlsafe_b64decode(seal).decode()
     return text
 
 

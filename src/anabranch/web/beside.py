@@ -7,7 +7,17 @@ Json = dict[str, Any]
 
 # Fields that every form has words for.
 _SAID = frozenset(
-    {"role", "content", "refusal", "reasoning_content", "reasoning", "thinking_blocks", "tool_calls", "images"}
+    {
+        "role",
+        "content",
+        "refusal",
+        "reasoning_content",
+        "reasoning",
+        "reasoning_details",
+        "thinking_blocks",
+        "tool_calls",
+        "images",
+    }
 )
 
 

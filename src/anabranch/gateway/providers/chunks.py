@@ -6,6 +6,7 @@ from typing import Any
 from anabranch.gateway.providers.native_events import NATIVE, events_of
 from anabranch.gateway.providers.provider import Json
 from anabranch.web.beside import joined
+from anabranch.web.reasoning_details import details_in, joined_details
 
 # Most choices, or calls of tools, of an answer.
 PLACES = 1024
@@ -70,6 +71,9 @@ def _unnumbered(choice: Json) -> Json:
                 {field: value for field, value in one.items() if field != "index"} if isinstance(one, dict) else one
                 for one in held
             ]
+    if details := details_in(message):
+        # Whoever gives them back gives them as they are in a whole answer.
+        message["reasoning_details"] = joined_details(details)
     return choice
 
 

@@ -17,6 +17,7 @@ from anabranch.gateway.providers.provider import (
 )
 from anabranch.gateway.providers.thoughts import unsigned
 from anabranch.gateway.providers.vocabulary import kind_of, status_said
+from anabranch.web.reasoning_details import details_of
 
 
 class OpenRouter(OpenAI, kind="openrouter"):
@@ -60,17 +61,22 @@ class OpenRouter(OpenAI, kind="openrouter"):
         return True
 
     def _with_thoughts(self, body: Json, is_foreign: bool) -> Json:
-        """Of a request in Anthropic's form: what was thought there is ``reasoning`` here."""
-        if not is_foreign:
+        """Of a request in Anthropic's form, or in that of the Responses API: what was thought there is ``reasoning`` here.
+
+        What came of OpenRouter goes back as it came (``reasoning_details``); what others signed does not go there.
+        """
+        if not is_foreign and not any(
+            isinstance(message, dict) and "thinking_blocks" in message for message in body["messages"]
+        ):
             return body
         made = [_reasoned(message) for message in body["messages"]]
-        # One that held nothing but what another model thought has nothing left.
         messages = [
             one
             for one in made
-            if one["role"] != "assistant" or any(one.get(name) for name in ("content", "tool_calls", "reasoning"))
+            if not isinstance(one, dict) or one.get("role") != "assistant" or any(one.get(name) for name in _SAID)
         ]
-        return {name: value for name, value in body.items() if name != "thinking"} | {"messages": messages}
+        own = {name: value for name, value in body.items() if name != "thinking"} if is_foreign else body
+        return {**own, "messages": messages}
 
     def _told_more(self, request: UpstreamRequest, own: Json) -> UpstreamRequest:
         """With ``own`` fields, and the wish for the cost, where the sender does not say it."""
@@ -106,10 +112,21 @@ class OpenRouter(OpenAI, kind="openrouter"):
         return failure
 
 
-def _reasoned(message: Json) -> Json:
-    thought = unsigned(message.get("thinking_blocks"))
+# Of a message of the assistant's: one that held nothing but what another model thought has nothing left.
+_SAID = ("content", "tool_calls", "reasoning", "reasoning_details", "refusal", "images", "audio", "function_call")
+
+
+def _reasoned(message: Any) -> Any:
+    if not isinstance(message, dict) or "thinking_blocks" not in message:
+        return message
+    blocks = message["thinking_blocks"]
+    thought, details = unsigned(blocks), details_of(blocks)
     made = {name: value for name, value in message.items() if name != "thinking_blocks"}
-    return {**made, "reasoning": thought} if thought else made
+    if thought and not made.get("reasoning"):
+        made["reasoning"] = thought
+    if details and not made.get("reasoning_details"):
+        made["reasoning_details"] = details
+    return made
 
 
 def _metadata(body: bytes) -> Json:

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from anabranch.web.reasoning_details import is_sealed
+
 Json = dict[str, Any]
 
 # No signature has a dot in it: they are base64.
@@ -51,11 +53,13 @@ def unsigned(blocks: Any) -> str:
 
 
 def is_claudes(block: Json) -> bool:
-    """Whether a block of thoughts can go to a model of Anthropic, whoever serves it: it is signed, and not by Google."""
+    """Whether a block of thoughts can go to a model of Anthropic, whoever serves it: it is signed, and neither by Google nor by us."""
     if block.get("type") == "redacted_thinking":
         return True
     signature = block.get("signature")
-    return block.get("type") == "thinking" and bool(signature) and _SEAL.fullmatch(str(signature)) is None
+    if block.get("type") != "thinking" or not signature or is_sealed(signature):
+        return False
+    return _SEAL.fullmatch(str(signature)) is None
 
 
 def _thinking(blocks: Any) -> Iterable[Json]:

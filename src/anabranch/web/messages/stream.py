@@ -8,6 +8,7 @@ from typing import Any
 from anabranch.web.beside import beside, images_of, is_whole, joined
 from anabranch.web.messages.answer import head, image_block, stop_reason, thoughts_of, usage_of
 from anabranch.web.messages.errors import error_event
+from anabranch.web.reasoning_details import details_in, joined_details, sealed_block
 from anabranch.web.sse import event
 
 Json = dict[str, Any]
@@ -49,6 +50,8 @@ class MessageEvents:
         # What waits for the open call: calls, and pieces of text.
         self._waiting: list[_Call | Json] = []
         self._beside: Json = {}
+        # Pieces of what seals the thoughts that were told.
+        self._details: list[Any] = []
         self._base = 0
         self._has_begun = self._has_ended = False
         self._reason: Any = None
@@ -73,6 +76,7 @@ class MessageEvents:
         if self._has_ended:
             return
         yield from self._begun({})
+        yield from self._sealed()
         yield from self._settled()
         yield from self._closed()
         delta: Json = {"stop_reason": stop_reason(self._reason, bool(self._calls)), "stop_sequence": None}
@@ -113,16 +117,32 @@ class MessageEvents:
 
     def _delta(self, delta: Json) -> Iterator[bytes]:
         self._beside = joined(self._beside, beside(delta))
-        said = {name: delta[name] for name in _TOLD if delta.get(name)}
+        thought, said = ({name: delta[name] for name in names if delta.get(name)} for names in (_THOUGHT, _SAID))
+        self._details += details_in(delta)
+        if thought:
+            yield from self._told(thought)
+        if said or delta.get("tool_calls"):
+            yield from self._sealed()
         if said:
-            if self._open == "tool_use":
-                yield from self._freed()
-            if self._open == "tool_use":
-                self._waiting.append(said)
-            else:
-                yield from self._tell(said)
+            yield from self._told(said)
         for call in delta.get("tool_calls") or ():
             yield from self._add_call(call)
+
+    def _sealed(self) -> Iterator[bytes]:
+        """What seals the thoughts, once all of it has come."""
+        if self._details:
+            block = sealed_block(joined_details(self._details))
+            self._details = []
+            yield from self._told({"thinking_blocks": [block]})
+
+    def _told(self, said: Json) -> Iterator[bytes]:
+        """Tell what is said, or have it wait for the end of a call."""
+        if self._open == "tool_use":
+            yield from self._freed()
+        if self._open == "tool_use":
+            self._waiting.append(said)
+        else:
+            yield from self._tell(said)
 
     def _tell(self, delta: Json) -> Iterator[bytes]:
         """Thoughts, text and pictures."""
@@ -239,7 +259,8 @@ class MessageEvents:
 
 
 # What blocks other than calls are made of.
-_TOLD = ("reasoning_content", "reasoning", "thinking_blocks", "content", "refusal", "images")
+_THOUGHT = ("reasoning_content", "reasoning", "thinking_blocks")
+_SAID = ("content", "refusal", "images")
 
 
 def _event(kind: str, **fields: Any) -> bytes:

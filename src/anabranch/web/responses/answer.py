@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from anabranch.web.beside import beside, images_of
+from anabranch.web.reasoning_details import details_in, sealed_block
 from anabranch.web.responses.items import call_item, image_item, message_item, new_id, reasoning_item
 from anabranch.web.responses.request import table_of
 from anabranch.web.responses.thoughts import sealed, thought_in
@@ -34,9 +35,11 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     choice = (answer.get("choices") or [{}])[0]
     message = choice.get("message") or {}
     output: list[dict[str, Any]] = []
-    if thought_in(message) or message.get("thinking_blocks"):
-        thought = reasoning_item(new_id("rs"), thought_in(message))
-        output.append(sealed(thought, message.get("thinking_blocks"), body))
+    blocks, details = message.get("thinking_blocks"), details_in(message)
+    if not blocks and details:
+        blocks = [sealed_block(details)]
+    if thought_in(message) or blocks:
+        output.append(sealed(reasoning_item(new_id("rs"), thought_in(message)), blocks, body))
     if message.get("content") is not None or message.get("refusal"):
         output.append(message_item(new_id("msg"), _as_text(message.get("content")), message.get("refusal") or ""))
     for call in message.get("tool_calls") or ():

@@ -88,13 +88,25 @@ def _messages(body: dict[str, Any], keeps_reasoning: bool) -> list[dict[str, Any
         if not isinstance(item, dict):
             raise wrong(f"input[{at}]", f"input[{at}] must be an object")
         if item.get("type") == "reasoning":
-            made = thoughts_of(item, keeps_reasoning)
-            # It is of the message or the call that follows.
-            if made:
-                messages.append({"role": "assistant", "content": "", **made})
+            _add_thoughts(messages, thoughts_of(item, keeps_reasoning), wanted[at + 1 :])
         else:
             _add_item(messages, item, f"input[{at}]")
     return messages
+
+
+def _add_thoughts(messages: list[dict[str, Any]], made: dict[str, Any], behind: list[Any]) -> None:
+    """What was thought is of the message or the call that follows; where none does, of what was said before."""
+    if not made:
+        return
+    after = behind[0] if behind and isinstance(behind[0], dict) else {}
+    is_followed = after.get("type", "message") != "message" or after.get("role") == "assistant"
+    is_followed = is_followed and after.get("type") != "function_call_output"
+    before = messages[-1] if messages else {}
+    if behind and is_followed or before.get("role") != "assistant":
+        messages.append({"role": "assistant", "content": "", **made})
+        return
+    for name, value in made.items():
+        before[name] = before[name] + value if before.get(name) else value
 
 
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from anabranch.web.beside import beside, images_of, is_whole, joined
+from anabranch.web.reasoning_details import details_in, joined_details, sealed_block
 from anabranch.web.responses.answer import finished, response_of
 from anabranch.web.responses.items import call_item, image_item, message_item, new_id, part_of, reasoning_item
 from anabranch.web.responses.thoughts import sealed, thought_in
@@ -25,6 +26,7 @@ class ResponseStream:
         self._part: str | None = None
         self._calls: dict[int, dict[str, Any]] = {}
         self._thoughts: list[dict[str, Any]] = []
+        self._details: list[Any] = []
         self._beside: dict[str, Any] = {}
         self._reason: str | None = None
         self._usage: dict[str, Any] | None = None
@@ -42,6 +44,7 @@ class ResponseStream:
             delta = choice.get("delta") or {}
             self._reason = choice.get("finish_reason") or self._reason
             self._beside = joined(self._beside, beside(delta))
+            self._details += details_in(delta)
             texts = (
                 ("reasoning", thought_in(delta)),
                 ("text", delta.get("content")),
@@ -50,8 +53,8 @@ class ResponseStream:
             for kind, text in texts:
                 if text:
                     yield from self._add_text(kind, text)
-                if kind == "reasoning" and delta.get("thinking_blocks"):
-                    yield from self._add_thoughts(delta["thinking_blocks"])
+                if kind == "reasoning" and (delta.get("thinking_blocks") or (self._details and self._item is None)):
+                    yield from self._add_thoughts(delta.get("thinking_blocks") or [])
             for image in images_of(delta):
                 yield from self._add_image(image_item(*image))
             for call in delta.get("tool_calls") or ():
@@ -60,6 +63,10 @@ class ResponseStream:
     def end(self) -> Iterator[bytes]:
         """After the last chunk."""
         yield from self._close_item()
+        if self._details:
+            # They came behind what was said.
+            yield from self._add_thoughts([])
+            yield from self._close_item()
         yield from self._close_calls()
         made = finished(self._made, self._output, self._reason, self._usage, self._beside)
         yield self._event(f"response.{made['status']}", response=made)
@@ -122,6 +129,9 @@ class ResponseStream:
         item["status"] = "completed"
         if item["type"] == "reasoning":
             thoughts, self._thoughts = self._thoughts, []
+            details, self._details = self._details, []
+            if details and not thoughts:
+                thoughts = [sealed_block(joined_details(details))]
             item |= sealed(item, thoughts, self._body)
         yield self._event("response.output_item.done", output_index=self._at(item), item=item)
 
