@@ -111,6 +111,33 @@ def test_responses_with_tools(client):
     assert [item.type for item in final.output] == ["function_call"]
 
 
+def test_responses_with_custom_and_allowed_tools(client):
+    patch = {"type": "custom", "name": "patch", "description": "Change a file."}
+    other = {"type": "function", "name": "other", "parameters": {"type": "object", "properties": {}}, "strict": False}
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "custom", "name": "patch"}]}
+    asked = [{"role": "user", "content": "Change it."}]
+    fields = {"model": "large", "tools": [other, patch], "tool_choice": choice}
+    made = client.responses.create(input=asked, **fields)
+    [call] = made.output
+    assert (call.type, call.name) == ("custom_tool_call", "patch")
+    follow = [*asked, call, {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "done"}]
+    assert client.responses.create(model="large", input=follow, tools=[patch]).output_text
+    with client.responses.stream(input=asked, **fields) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response()
+    assert "response.custom_tool_call_input.done" in kinds
+    assert [item.type for item in final.output] == ["custom_tool_call"]
+
+
+def test_responses_are_counted_and_none_is_kept(client):
+    short = client.responses.input_tokens.count(model="small", input="hello").input_tokens
+    assert 0 < short < client.responses.input_tokens.count(model="small", input="hello " * 50).input_tokens
+    made = client.responses.create(model="small", input="hello", max_output_tokens=20)
+    for work in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
+        with pytest.raises(openai.NotFoundError, match="no response is kept here"):
+            work(made.id)
+
+
 def test_the_async_client(server):
     async def main():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:

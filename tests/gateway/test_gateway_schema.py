@@ -24,6 +24,7 @@ def test_the_document_describes_the_routes_there_are():
         "/v1/completions",
         "/v1/embeddings",
         "/v1/responses",
+        "/v1/responses/input_tokens",
         "/v1/models",
         "/v1/feedback",
     } < set(document["paths"])

@@ -30,7 +30,8 @@ from anabranch.web.api_error import ApiError
 from anabranch.web.server import Server
 
 logger = logging.getLogger(__name__)
-MODEL = "/v1/models/"
+
+MODEL, RESPONSE = "/v1/models/", "/v1/responses/"
 
 # What machines ask all the time.
 UNLOGGED = frozenset({"/health", "/ready", "/metrics"})
@@ -161,6 +162,11 @@ class App:
             if request.method not in ("GET", "HEAD"):
                 raise wrong_method(request, {"GET": None})
             return await self._openai.model(request, unquote(request.rel_url.raw_path[len(MODEL) :]))
+        if self._public and path.startswith(RESPONSE):
+            message = (
+                "no response is kept here, so that none can be asked for again; send all of a conversation in input"
+            )
+            raise ApiError(404, "not_found", message)
         if self._admin is not None and path.startswith("/admin/"):
             return await self._admin.answer(request)
         raise ApiError(404, "not_found", f"there is no {path!r:.80}; GET /openapi.json lists what there is")

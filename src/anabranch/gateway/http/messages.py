@@ -1,21 +1,19 @@
 """``/v1/messages``: Anthropic's form, in front of any model."""
 
-import asyncio
 from functools import partial
 from typing import Any
 
 from aiohttp import web
 
-from anabranch.errors import AnabranchError, CapacityError, InputError, UnknownModelError
-from anabranch.gateway.config import find_target
+from anabranch.errors import AnabranchError, CapacityError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import IS_EARLY
 from anabranch.gateway.http.chat_form import ChatForm
-from anabranch.gateway.http.exchange import Exchange, Received
-from anabranch.gateway.prompt_tokens import count_prompt
+from anabranch.gateway.http.counting import counted
+from anabranch.gateway.http.exchange import Exchange
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import unavailable
-from anabranch.gateway.validate import check_depth, check_model
+from anabranch.gateway.validate import check_depth
 from anabranch.web.answers import JSON, SAFE, Route, json_response
 from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
@@ -54,32 +52,9 @@ class MessagesRoutes:
             )
 
     async def _count(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Tokens of a prompt, counted here: by the model's tokenizer where it has one, else a quarter of the bytes."""
+        """Tokens of a prompt; see `counted`."""
         async with self._exchange.read(request, partial(_as_chat, counts=True)) as received:
-            # A thread counts on when its client goes away: until it ends it is under way.
-            counting = asyncio.ensure_future(self._counted(received))
-            if (held := received.held) is not None:
-                held.share()
-                counting.add_done_callback(lambda done: held.close())
-            self._gateway.keep(counting)
-            return json_response({"input_tokens": await asyncio.shield(counting)})
-
-    async def _counted(self, received: Received) -> int:
-        """Raises ApiError where the key may not ask that model, or not now."""
-        chat, record, runtime = received.chat, received.key.record, self._gateway.runtime
-        async with self._gateway.counted(record, received.held):
-            try:
-                target = find_target(runtime.config, check_model(chat))
-            except UnknownModelError as error:
-                raise ApiError(404, "model_not_found", str(error), param="model") from None
-            except InputError as error:
-                raise ApiError(400, "invalid_value", str(error), param="model") from None
-            if record is not None and target.model is not None and not record.allows(target.model):
-                message = f"this key may use {', '.join(record.models)}"
-                raise ApiError(403, "model_not_allowed", message, param="model")
-            counter = runtime.counters.get(target.model or "")
-            count = await self._exchange.apart(received.key, received.num_bytes, partial(count_prompt, chat, counter))
-            return count.tokens
+            return json_response({"input_tokens": await counted(self._gateway, self._exchange, received)})
 
 
 def _as_chat(body: dict[str, Any], *, counts: bool = False) -> dict[str, Any]:

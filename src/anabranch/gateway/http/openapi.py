@@ -192,6 +192,7 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
             "/v1/completions": post("Completion", "Go on with a text", True),
             "/v1/embeddings": post("Embeddings", "Turn texts into vectors"),
             "/v1/responses": post("Responses", "Answer, in the form of the Responses API", True),
+            "/v1/responses/input_tokens": post("Responses", "Count the tokens of a prompt", False, id="input_tokens"),
             "/v1/messages": post("Messages", "Answer, in the form of Anthropic's Messages API, errors too", True),
             "/v1/messages/count_tokens": post("Messages", "Count the tokens of a prompt", False, id="count_tokens"),
             "/v1/feedback": post("Feedback", "Score an answer, from 0 to 1; once", False, "409"),

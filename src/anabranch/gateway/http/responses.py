@@ -7,9 +7,10 @@ from aiohttp import web
 
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.chat_form import ChatForm
+from anabranch.gateway.http.counting import counted
 from anabranch.gateway.http.exchange import Exchange
 from anabranch.gateway.providers.provider import Native
-from anabranch.web.answers import Route
+from anabranch.web.answers import Route, json_response
 from anabranch.web.responses import ResponseStream, to_chat, to_response
 from anabranch.web.sse import event
 
@@ -22,7 +23,16 @@ class ResponsesRoutes:
 
     def table(self) -> dict[str, dict[str, Route]]:
         """Route by path and method."""
-        return {"/v1/responses": {"POST": self._responses}}
+        return {
+            "/v1/responses": {"POST": self._responses},
+            "/v1/responses/input_tokens": {"POST": self._count},
+        }
+
+    async def _count(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Tokens of a prompt; see `counted`."""
+        async with self._exchange.read(request, lambda body: to_chat(body)) as received:
+            tokens = await counted(self._gateway, self._exchange, received)
+            return json_response({"object": "response.input_tokens", "input_tokens": tokens})
 
     async def _responses(self, request: web.BaseRequest) -> web.StreamResponse:
         async with self._exchange.read(request, lambda body: to_chat(body)) as received:

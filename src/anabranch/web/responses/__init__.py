@@ -4,6 +4,7 @@ What holds state on the server (``previous_response_id``, ``conversation``, ``ba
 here keeps a conversation. Fields that chat has too, and those nobody knows, pass through. A gateway and a server of a model both use it.
 
     request     what is asked, as a chat
+    tools       tools, as functions
     thoughts    what a model thought, sealed for whoever gets it back
     items       what a response is made of
     answer      a whole response

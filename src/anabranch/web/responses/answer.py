@@ -5,12 +5,19 @@ from typing import Any
 
 from anabranch.web.beside import beside, images_of
 from anabranch.web.reasoning_details import details_in, sealed_block
-from anabranch.web.responses.items import call_item, image_item, message_item, new_id, reasoning_item
+from anabranch.web.responses.items import call_item, image_item, logprobs_of, message_item, new_id, reasoning_item
 from anabranch.web.responses.request import table_of
 from anabranch.web.responses.thoughts import sealed, thought_in
+from anabranch.web.responses.tools import custom_names
 
 # Fields of a request that a response shows, and what they are where it says nothing.
 _SHOWN: dict[str, Any] = {
+    "background": False,
+    "max_tool_calls": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "service_tier": None,
+    "top_logprobs": 0,
     "instructions": None,
     "max_output_tokens": None,
     "metadata": {},
@@ -41,10 +48,15 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     if thought_in(message) or blocks:
         output.append(sealed(reasoning_item(new_id("rs"), thought_in(message)), blocks, body))
     if message.get("content") is not None or message.get("refusal"):
-        output.append(message_item(new_id("msg"), _as_text(message.get("content")), message.get("refusal") or ""))
+        text, refusal = _as_text(message.get("content")), message.get("refusal") or ""
+        output.append(message_item(new_id("msg"), text, refusal, logprobs=logprobs_of(choice)))
+    custom = custom_names(body)
     for call in message.get("tool_calls") or ():
         function = call.get("function") or {}
-        output.append(call_item(new_id("fc"), call.get("id"), function.get("name"), function.get("arguments") or ""))
+        name, arguments = function.get("name"), function.get("arguments") or ""
+        is_custom = name in custom
+        id = new_id("ctc" if is_custom else "fc")
+        output.append(call_item(id, call.get("id"), name, arguments, is_custom=is_custom))
     output += [image_item(kind, data) for kind, data in images_of(message)]
     made = response_of(body, answer.get("model"), answer.get("created"))
     return finished(made, output, choice.get("finish_reason"), answer.get("usage"), beside(message))

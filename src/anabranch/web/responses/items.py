@@ -3,6 +3,8 @@
 import uuid
 from typing import Any
 
+from anabranch.web.responses.tools import text_of
+
 
 def part_of(kind: str, text: str) -> dict[str, Any]:
     """A part of a message or of reasoning; ``kind`` is text, refusal or reasoning."""
@@ -13,11 +15,15 @@ def part_of(kind: str, text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def message_item(id: str, text: str, refusal: str, status: str = "completed") -> dict[str, Any]:
-    """What a model said."""
+def message_item(
+    id: str, text: str, refusal: str, status: str = "completed", logprobs: list[Any] | None = None
+) -> dict[str, Any]:
+    """What a model said, with the log-probabilities of its text."""
     content = [
         part_of(kind, value) for kind, value in (("text", text), ("refusal", refusal)) if value or kind == "text"
     ]
+    if logprobs:
+        content[0]["logprobs"] = logprobs
     return {"id": id, "type": "message", "role": "assistant", "status": status, "content": content}
 
 
@@ -32,8 +38,13 @@ def image_item(kind: str, data: str) -> dict[str, Any]:
     return {"id": new_id("ig"), "type": "image_generation_call", "status": "completed", "result": data, **form}
 
 
-def call_item(id: str, call_id: Any, name: Any, arguments: str, status: str = "completed") -> dict[str, Any]:
-    """A call of a function; ``arguments`` are JSON."""
+def call_item(
+    id: str, call_id: Any, name: Any, arguments: str, status: str = "completed", *, is_custom: bool = False
+) -> dict[str, Any]:
+    """A call of a function, whose ``arguments`` are JSON; of a custom tool, what stands in them."""
+    if is_custom:
+        made = {"id": id, "type": "custom_tool_call", "call_id": call_id or id, "name": name or "", "status": status}
+        return {**made, "input": text_of(arguments) if arguments else ""}
     return {
         "id": id,
         "type": "function_call",
@@ -47,3 +58,10 @@ def call_item(id: str, call_id: Any, name: Any, arguments: str, status: str = "c
 def new_id(kind: str) -> str:
     """An id as OpenAI has them, such as ``msg_`` and 32 digits."""
     return f"{kind}_{uuid.uuid4().hex}"
+
+
+def logprobs_of(choice: dict[str, Any]) -> list[Any]:
+    """Log-probabilities of what a choice of chat, or a piece of one, says."""
+    told = choice.get("logprobs")
+    listed = told.get("content") if isinstance(told, dict) else None
+    return listed if isinstance(listed, list) else []

@@ -6,6 +6,7 @@ from typing import Any
 from anabranch.web.api_error import wrong
 from anabranch.web.body import said
 from anabranch.web.responses.thoughts import THOUGHTS, thoughts_of
+from anabranch.web.responses.tools import arguments_of, choice_of, tools_of
 
 # What chat has other words for.
 _HERE = frozenset(
@@ -20,8 +21,13 @@ _HERE = frozenset(
         "include",
         "truncation",
         "prompt",
+        # Of streams, what is hidden in the lengths of pieces; and a limit of tools that run at the provider, of which there are none.
+        "stream_options",
+        "max_tool_calls",
     }
 )
+# Of ``include``: log-probabilities of what is said.
+LOGPROBS = "message.output_text.logprobs"
 # What a server would have to keep.
 _STATE = ("previous_response_id", "conversation", "background", "prompt")
 _ROLES = ("system", "developer", "user", "assistant")
@@ -37,7 +43,13 @@ _ITEMS: dict[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
         ("call_id", *_TEXT),
         ("output", lambda value: isinstance(value, str | list), "text or a list of parts"),
     ),
+    "custom_tool_call": (("name", *_TEXT), ("input", *_TEXT)),
+    "custom_tool_call_output": (
+        ("call_id", *_TEXT),
+        ("output", lambda value: isinstance(value, str | list), "text or a list of parts"),
+    ),
 }
+_OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 
 def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str, Any]:
@@ -57,9 +69,9 @@ def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str,
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]
     if body.get("tools"):
-        chat["tools"] = [_tool(tool, at) for at, tool in enumerate(_listed(body, "tools"))]
+        chat["tools"] = tools_of(body)
     if body.get("tool_choice") is not None:
-        chat["tool_choice"] = _choice(body["tool_choice"])
+        chat["tool_choice"] = choice_of(body["tool_choice"])
     wanted = table_of(table_of(body, "text"), "format", "text.format")
     if wanted and wanted.get("type") != "text":
         form = {name: value for name, value in wanted.items() if name != "type"}
@@ -69,6 +81,9 @@ def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str,
         chat["reasoning_effort"] = effort
     if verbosity := table_of(body, "text").get("verbosity"):
         chat["verbosity"] = verbosity
+    included = body.get("include")
+    if body.get("top_logprobs") or (isinstance(included, list) and LOGPROBS in included):
+        chat["logprobs"] = True
     if body.get("stream"):
         chat["stream_options"] = {"include_usage": True}
     return chat
@@ -100,9 +115,9 @@ def _add_thoughts(messages: list[dict[str, Any]], made: dict[str, Any], behind: 
         return
     after = behind[0] if behind and isinstance(behind[0], dict) else {}
     is_followed = after.get("type", "message") != "message" or after.get("role") == "assistant"
-    is_followed = is_followed and after.get("type") != "function_call_output"
+    is_followed = is_followed and after.get("type") not in _OUTPUTS
     before = messages[-1] if messages else {}
-    if behind and is_followed or before.get("role") != "assistant":
+    if (behind and is_followed) or before.get("role") != "assistant":
         messages.append({"role": "assistant", "content": "", **made})
         return
     for name, value in made.items():
@@ -122,8 +137,10 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -
             messages.pop()
             made |= {name: before[name] for name in (*THOUGHTS, "images") if name in before}
         messages.append(made)
-    elif kind == "function_call":
-        call = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
+    elif kind in ("function_call", "custom_tool_call"):
+        is_custom = kind == "custom_tool_call"
+        arguments = arguments_of(item["input"]) if is_custom else item.get("arguments") or ""
+        call = {"name": item.get("name"), "arguments": arguments}
         made = {"id": item.get("call_id"), "type": "function", "function": call}
         # What was said before the call, and calls beside it.
         if messages and messages[-1]["role"] == "assistant":
@@ -132,7 +149,7 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -
             messages.append({"role": "assistant", "content": None, "tool_calls": [made]})
     elif kind == "image_generation_call" and isinstance(item.get("result"), str):
         _add_image(messages, item)
-    elif kind == "function_call_output":
+    elif kind in _OUTPUTS:
         content = _content(item.get("output"), name)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
     else:
@@ -147,16 +164,6 @@ def _add_image(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": None})
     messages[-1].setdefault("images", []).append({"type": "image_url", "image_url": {"url": url}})
-
-
-def _choice(choice: Any) -> Any:
-    """A ``tool_choice`` as chat has it."""
-    if not isinstance(choice, dict):
-        return choice
-    if choice.get("type") != "function" or not isinstance(choice.get("name"), str):
-        what = 'as an object tool_choice is {"type": "function", "name": ...}; no other kind can be chosen'
-        raise wrong("tool_choice", what, "unsupported")
-    return {"type": "function", "function": {"name": choice["name"]}}
 
 
 def _content(content: Any, name: str) -> Any:
@@ -187,21 +194,6 @@ def _content(content: Any, name: str) -> Any:
     if len(parts) == 1 and parts[0]["type"] == "text":
         return parts[0]["text"]
     return parts
-
-
-def _tool(tool: Any, at: int) -> dict[str, Any]:
-    kind = tool.get("type") if isinstance(tool, dict) else None
-    if kind != "function":
-        raise wrong(
-            f"tools[{at}]", f"tools[{at}] is of type {str(kind)[:40]!r}; only functions can be offered", "unsupported"
-        )
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
-
-
-def _listed(body: dict[str, Any], name: str) -> list[Any]:
-    if not isinstance(body[name], list):
-        raise wrong(name, f"{name} must be a list")
-    return body[name]
 
 
 def table_of(body: dict[str, Any], name: str, shown: str | None = None) -> dict[str, Any]:

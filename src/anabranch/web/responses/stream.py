@@ -6,8 +6,17 @@ from typing import Any
 from anabranch.web.beside import beside, images_of, is_whole, joined
 from anabranch.web.reasoning_details import details_in, joined_details, sealed_block
 from anabranch.web.responses.answer import finished, response_of
-from anabranch.web.responses.items import call_item, image_item, message_item, new_id, part_of, reasoning_item
+from anabranch.web.responses.items import (
+    call_item,
+    image_item,
+    logprobs_of,
+    message_item,
+    new_id,
+    part_of,
+    reasoning_item,
+)
 from anabranch.web.responses.thoughts import sealed, thought_in
+from anabranch.web.responses.tools import custom_names, text_of
 from anabranch.web.sse import event
 
 # Events of a part, by what it is.
@@ -25,6 +34,8 @@ class ResponseStream:
         self._item: dict[str, Any] | None = None
         self._part: str | None = None
         self._calls: dict[int, dict[str, Any]] = {}
+        # Of calls of custom tools, by id, the arguments that have come: what stands in them is told once it is whole.
+        self._custom, self._arguments = custom_names(body), dict[str, str]()
         self._thoughts: list[dict[str, Any]] = []
         self._details: list[Any] = []
         self._beside: dict[str, Any] = {}
@@ -52,7 +63,7 @@ class ResponseStream:
             )
             for kind, text in texts:
                 if text:
-                    yield from self._add_text(kind, text)
+                    yield from self._add_text(kind, text, logprobs_of(choice) if kind == "text" else [])
                 if kind == "reasoning" and (delta.get("thinking_blocks") or (self._details and self._item is None)):
                     yield from self._add_thoughts(delta.get("thinking_blocks") or [])
             for image in images_of(delta):
@@ -81,7 +92,7 @@ class ResponseStream:
         self._number += 1
         return event({"type": name, "sequence_number": self._number, **fields}, name)
 
-    def _add_text(self, kind: str, text: str) -> Iterator[bytes]:
+    def _add_text(self, kind: str, text: str, logprobs: list[Any]) -> Iterator[bytes]:
         is_thought = kind == "reasoning"
         if self._item is not None and (self._item["type"] == "reasoning") != is_thought:
             yield from self._close_item()
@@ -98,7 +109,10 @@ class ResponseStream:
             item["content"].append(part_of(kind, ""))
             yield self._event("response.content_part.added", **self._where(item), part=item["content"][-1])
         item["content"][-1]["refusal" if kind == "refusal" else "text"] += text
-        more: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+        more: dict[str, Any] = {}
+        if kind == "text":
+            item["content"][-1]["logprobs"] += logprobs
+            more = {"logprobs": logprobs}
         yield self._event(f"response.{_TEXTS[kind]}.delta", **self._where(item), delta=text, **more)
 
     def _add_thoughts(self, blocks: list[dict[str, Any]]) -> Iterator[bytes]:
@@ -116,7 +130,7 @@ class ResponseStream:
             return
         part, kind, item = self._item["content"][-1], self._part, self._item
         field = "refusal" if kind == "refusal" else "text"
-        more: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+        more: dict[str, Any] = {"logprobs": part["logprobs"]} if kind == "text" else {}
         yield self._event(f"response.{_TEXTS[kind]}.done", **self._where(item), **{field: part[field]}, **more)
         yield self._event("response.content_part.done", **self._where(item), part=part)
         self._part = None
@@ -157,7 +171,12 @@ class ResponseStream:
             yield from self._close_item()
             # Others that are told at the same time go on.
             yield from self._close_calls(only_whole=True)
-            call = call_item(new_id("fc"), part.get("id"), function.get("name"), "", status="in_progress")
+            name = function.get("name")
+            is_custom = name in self._custom
+            id = new_id("ctc" if is_custom else "fc")
+            call = call_item(id, part.get("id"), name, "", status="in_progress", is_custom=is_custom)
+            if is_custom:
+                self._arguments[id] = ""
             self._calls[number] = call
             self._output.append(call)
             yield self._event("response.output_item.added", output_index=self._at(call), item=call)
@@ -165,6 +184,8 @@ class ResponseStream:
         if text and call["status"] == "completed":
             if text.strip():
                 raise ValueError("a call goes on behind its end")
+        elif text and call["id"] in self._arguments:
+            self._arguments[call["id"]] += text
         elif text:
             call["arguments"] += text
             yield self._event(
@@ -173,12 +194,20 @@ class ResponseStream:
 
     def _close_calls(self, *, only_whole: bool = False) -> Iterator[bytes]:
         for call in self._calls.values():
-            if call["status"] == "in_progress" and not (only_whole and not is_whole(call["arguments"])):
+            told = self._arguments.get(call["id"], call.get("arguments", ""))
+            if call["status"] == "in_progress" and not (only_whole and not is_whole(told)):
                 yield from self._close_call(call)
 
     def _close_call(self, call: dict[str, Any]) -> Iterator[bytes]:
         call["status"] = "completed"
         at = self._at(call)
+        if call["id"] in self._arguments:
+            call["input"] = text_of(self._arguments[call["id"]])
+            where = {"item_id": call["id"], "output_index": at}
+            yield self._event("response.custom_tool_call_input.delta", **where, delta=call["input"])
+            yield self._event("response.custom_tool_call_input.done", **where, input=call["input"])
+            yield self._event("response.output_item.done", output_index=at, item=call)
+            return
         yield self._event(
             "response.function_call_arguments.done",
             item_id=call["id"],

@@ -1,0 +1,40 @@
+"""Tokens of a prompt, counted here: by the model's tokenizer where it has one, else a quarter of the bytes."""
+
+import asyncio
+from functools import partial
+
+from anabranch.errors import InputError, UnknownModelError
+from anabranch.gateway.config import find_target
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.exchange import Exchange, Received
+from anabranch.gateway.prompt_tokens import count_prompt
+from anabranch.gateway.validate import check_model
+from anabranch.web.api_error import ApiError
+
+
+async def counted(gateway: Gateway, exchange: Exchange, received: Received) -> int:
+    """Of a request that has been made a chat. Raises ApiError where the key may not ask that model, or not now."""
+    # A thread counts on when its client goes away: until it ends it is under way.
+    counting = asyncio.ensure_future(_counted(gateway, exchange, received))
+    if (held := received.held) is not None:
+        held.share()
+        counting.add_done_callback(lambda done: held.close())
+    gateway.keep(counting)
+    return await asyncio.shield(counting)
+
+
+async def _counted(gateway: Gateway, exchange: Exchange, received: Received) -> int:
+    chat, record, runtime = received.chat, received.key.record, gateway.runtime
+    async with gateway.counted(record, received.held):
+        try:
+            target = find_target(runtime.config, check_model(chat))
+        except UnknownModelError as error:
+            raise ApiError(404, "model_not_found", str(error), param="model") from None
+        except InputError as error:
+            raise ApiError(400, "invalid_value", str(error), param="model") from None
+        if record is not None and target.model is not None and not record.allows(target.model):
+            message = f"this key may use {', '.join(record.models)}"
+            raise ApiError(403, "model_not_allowed", message, param="model")
+        counter = runtime.counters.get(target.model or "")
+        count = await exchange.apart(received.key, received.num_bytes, partial(count_prompt, chat, counter))
+        return count.tokens

@@ -1,0 +1,253 @@
+"""Requests of the Responses API that chat has no words for: custom tools, allowed tools, log-probabilities; and what is refused."""
+
+import json
+import re
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.web.api_error import ApiError
+from anabranch.web.responses import ResponseStream, to_chat, to_response
+from anabranch.web.responses.tools import arguments_of, text_of
+from anabranch.web.sse import read_data
+
+FUNCTION = {"type": "function", "name": "add", "parameters": {"type": "object"}}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": 'start: "x"'}
+CUSTOM = {"type": "custom", "name": "patch", "description": "Change a file.", "format": GRAMMAR}
+ASKED = {"model": "m", "input": "hi", "tools": [FUNCTION, CUSTOM]}
+
+
+def refused(**fields):
+    with pytest.raises(ApiError) as caught:
+        to_chat({"model": "m", "input": "hi", **fields})
+    return caught.value
+
+
+def answer(logprobs=None, **message):
+    choice = {"index": 0, "message": {"role": "assistant", "content": None, **message}, "finish_reason": "stop"}
+    return {"model": "m", "created": 7, "choices": [{**choice, **({"logprobs": logprobs} if logprobs else {})}]}
+
+
+def call(arguments, name="patch", **more):
+    return {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+def told(body, *deltas, logprobs=None):
+    """All events of a stream of such pieces."""
+    made = ResponseStream(body)
+    more = {"logprobs": logprobs} if logprobs else {}
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None, **more}]} for delta in deltas]
+    raw = [*made.begin(), *(piece for chunk in chunks for piece in made.add(chunk)), *made.end()]
+    return [value for piece in raw for value in read_data(piece)]
+
+
+# Custom tools
+
+
+def test_a_custom_tool_is_a_function_of_one_text_whose_grammar_is_told():
+    [_, made] = to_chat(ASKED)["tools"]
+    assert made["type"] == "function"
+    function = made["function"]
+    assert function["name"] == "patch"
+    assert function["description"] == 'Change a file.\n\nThe input must be of this grammar (lark):\nstart: "x"'
+    assert function["parameters"]["required"] == list(function["parameters"]["properties"]) == ["input"]
+    [bare] = to_chat({**ASKED, "tools": [{"type": "custom", "name": "say"}]})["tools"]
+    assert "description" not in bare["function"]
+    assert to_chat({**ASKED, "tool_choice": {"type": "custom", "name": "patch"}})["tool_choice"] == {
+        "type": "function",
+        "function": {"name": "patch"},
+    }
+
+
+@given(st.text())
+def test_a_text_is_what_stands_in_its_arguments(text):
+    assert text_of(arguments_of(text)) == text
+
+
+@pytest.mark.parametrize("arguments", ["", "x", "[]", '{"input": 5}', '{"other": "x"}', '{"input": "x"', "[" * 9999])
+def test_what_a_model_wrote_that_is_no_such_arguments_is_passed_on(arguments):
+    assert text_of(arguments) == arguments
+
+
+def test_a_call_of_it_goes_out_as_one_and_comes_back():
+    made = to_response(ASKED, answer(tool_calls=[call(arguments_of("a\nb")), call("{}", "add")]))
+    first, second = made["output"]
+    assert (first["type"], first["call_id"], first["name"], first["input"]) == (
+        "custom_tool_call",
+        "c1",
+        "patch",
+        "a\nb",
+    )
+    assert (second["type"], second["arguments"]) == ("function_call", "{}")
+    assert first["id"].startswith("ctc_")
+    result = {"type": "custom_tool_call_output", "call_id": "c1", "output": "done"}
+    messages = to_chat({**ASKED, "input": [{"role": "user", "content": "?"}, first, result]})["messages"]
+    assert messages[1]["tool_calls"] == [call(arguments_of("a\nb"))]
+    assert messages[2] == {"role": "tool", "tool_call_id": "c1", "content": "done"}
+
+
+def test_a_streamed_call_of_it_is_told_once_it_is_whole():
+    text = arguments_of("a\nb")
+    events = told(
+        ASKED,
+        {"tool_calls": [call("", index=0)]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": text[:5]}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": text[5:]}}]},
+        {"tool_calls": [call("{}", "add", index=1)]},
+    )
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "custom_tool_call_input.delta",
+        "custom_tool_call_input.done",
+        "output_item.done",
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
+    assert events[2]["item"] == {**events[5]["item"], "input": "", "status": "in_progress"}
+    assert (events[3]["delta"], events[4]["input"], events[5]["item"]["input"]) == ("a\nb",) * 3
+    assert events[4]["item_id"] == events[5]["item"]["id"]
+    assert [item["type"] for item in events[-1]["response"]["output"]] == ["custom_tool_call", "function_call"]
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({"type": "custom_tool_call", "name": "patch", "call_id": "c"}, "input[0].input"),
+        ({"type": "custom_tool_call", "input": "x", "call_id": "c"}, "input[0].name"),
+        ({"type": "custom_tool_call_output", "output": "x"}, "input[0].call_id"),
+        ({"type": "custom_tool_call_output", "call_id": "c", "output": 5}, "input[0].output"),
+    ],
+)
+def test_items_of_custom_tools_are_looked_at(item, param):
+    assert refused(input=[item]).param == param
+    assert refused(tools=[{"type": "custom"}]).param == "tools[0].name"
+
+
+# Allowed tools
+
+
+def test_of_allowed_tools_no_other_is_offered():
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "custom", "name": "patch"}]}
+    chat = to_chat({**ASKED, "tool_choice": choice})
+    assert [tool["function"]["name"] for tool in chat["tools"]] == ["patch"]
+    assert chat["tool_choice"] == "required"
+    assert len(to_chat({**ASKED, "tool_choice": "required"})["tools"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "param"),
+    [
+        ({"type": "allowed_tools", "mode": "none", "tools": [{"name": "add"}]}, "tool_choice.mode"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": []}, "tool_choice.tools"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}, "tool_choice.tools"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": "add"}, "tool_choice.tools"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"name": "sub"}]}, "tool_choice.tools"),
+        ({"type": "file_search"}, "tool_choice"),
+        ({"type": "function"}, "tool_choice"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(choice, param):
+    assert refused(tools=[FUNCTION], tool_choice=choice).param == param
+
+
+# Log-probabilities, and fields that say nothing to chat
+
+LOGPROBS = {"content": [{"token": "hi", "logprob": -0.5, "bytes": None, "top_logprobs": []}]}
+
+
+@pytest.mark.parametrize("fields", [{"top_logprobs": 3}, {"include": ["message.output_text.logprobs"]}])
+def test_log_probabilities_are_asked_for_and_told(fields):
+    chat = to_chat({**ASKED, **fields})
+    assert chat["logprobs"] is True
+    assert chat.get("top_logprobs") == fields.get("top_logprobs")
+    made = to_response(ASKED, answer(LOGPROBS, content="hi"))
+    assert made["output"][0]["content"][0]["logprobs"] == LOGPROBS["content"]
+    events = {
+        event["type"].removeprefix("response."): event for event in told(ASKED, {"content": "hi"}, logprobs=LOGPROBS)
+    }
+    assert events["output_text.delta"]["logprobs"] == events["output_text.done"]["logprobs"] == LOGPROBS["content"]
+    assert events["completed"]["response"]["output"] == [events["output_item.done"]["item"]]
+
+
+def test_without_a_wish_there_are_none():
+    assert "logprobs" not in to_chat({**ASKED, "top_logprobs": 0, "include": ["reasoning.encrypted_content"]})
+    assert to_response(ASKED, answer(content="hi"))["output"][0]["content"][0]["logprobs"] == []
+
+
+def test_what_limits_what_is_not_there_is_left_out():
+    chat = to_chat(
+        {**ASKED, "max_tool_calls": 3, "stream_options": {"include_obfuscation": False}, "truncation": "auto"}
+    )
+    assert not {"max_tool_calls", "stream_options", "truncation"} & set(chat)
+    shown = to_response({**ASKED, "max_tool_calls": 3, "safety_identifier": "s"}, answer(content="hi"))
+    assert (shown["max_tool_calls"], shown["safety_identifier"], shown["background"]) == (3, "s", False)
+
+
+# All that the official library may send
+
+
+def kinds_of(union):
+    """The words of ``type`` of a union of tables."""
+    found = set()
+    for one in typing.get_args(union):
+        word = typing.get_type_hints(one, include_extras=False).get("type")
+        found.update(arg for arg in typing.get_args(word) if isinstance(arg, str))
+    return found
+
+
+def test_each_kind_of_tool_and_item_of_the_library_is_taken_or_refused_by_name():
+    pytest.importorskip("openai")
+    from openai.types.responses.response_input_item_param import ResponseInputItemParam
+    from openai.types.responses.tool_param import ToolParam
+
+    tools, items = kinds_of(ToolParam), kinds_of(ResponseInputItemParam)
+    assert {"function", "custom", "web_search", "mcp"} <= tools
+    assert {"message", "function_call", "custom_tool_call", "item_reference"} <= items
+    for kind in tools - {"function", "custom"}:
+        error = refused(tools=[{"type": kind, "name": "x"}])
+        assert (error.code, error.param) == ("unsupported", "tools[0]")
+        assert repr(kind) in error.message
+    known = {
+        "message",
+        "function_call",
+        "function_call_output",
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "reasoning",
+        "image_generation_call",
+    }
+    for kind in items - known:
+        error = refused(input=[{"type": kind, "id": "x"}])
+        assert (error.code, error.param) == ("unsupported", "input[0].type")
+
+
+ODD = [True, "x", 3, ["x"], {"id": "x"}]
+
+
+def test_each_field_of_the_library_is_taken_or_refused_in_words():
+    """Whatever stands in it; what asks for something that would have to be kept here is refused."""
+    pytest.importorskip("openai")
+    from openai.types.responses.response_create_params import ResponseCreateParamsBase
+
+    fields = set(typing.get_type_hints(ResponseCreateParamsBase))
+    assert {"background", "input", "text", "tools"} <= fields
+    for name in fields - {"input", "model"}:
+        for value in ODD:
+            error, chat = None, {}
+            try:
+                chat = to_chat({"model": "m", "input": "hi", name: value})
+            except ApiError as found:
+                error = found
+            if error is not None:
+                assert (error.status, re.split(r"[.\[]", error.param)[0]) == (400, name)
+            else:
+                assert name not in ("background", "conversation", "previous_response_id", "prompt")
+                json.dumps(chat)
