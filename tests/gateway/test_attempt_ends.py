@@ -30,7 +30,7 @@ ANSWER = {
 class Case:
     """One deployment, and the ends of a request's attempts at it."""
 
-    def __init__(self, *, stream=False, sender="ann", rules=None, plan=None, **deployment):
+    def __init__(self, *, stream=False, sender="ann", rules=None, **deployment):
         self.now_s = 100.0
         provider = Mock.Config(model="m")
         group = Group(name="m", deployments=(Deployment(name="d", provider=provider, **deployment),), price=PRICE)
@@ -38,7 +38,7 @@ class Case:
         [self.live] = self.dispatcher.lives()
         self.late = []
         plan = Plan(candidates=("m",), deadline=1e6, sender=sender, late=lambda *told: self.late.append(told))
-        self.request = UpstreamRequest("chat", {"messages": []}, stream=stream, prompt_tokens=7)
+        self.request = UpstreamRequest("chat", {"messages": [], "stream": stream}, prompt_tokens=7)
         self.report = Report()
         self.ends = AttemptEnds(self.dispatcher, plan, self.request, self.report, self.now_s)
 

@@ -8,6 +8,7 @@ from anabranch.config import from_dict
 from anabranch.gateway.providers.chunks import as_chunks, assembled
 from anabranch.gateway.providers.provider import Native, Provider, UpstreamRequest
 from anabranch.web import messages, responses
+from anabranch.web.reasoning_details import details_of
 from anabranch.web.responses import ResponseStream
 from anabranch.web.sse import read_data
 
@@ -151,7 +152,9 @@ def test_a_whole_message_holds_them_in_the_signature_of_its_thought():
 def test_a_streamed_message_does_too(how):
     made = messages.MessageEvents({"model": "m"})
     content = message_of([*(raw for chunk in streams()[how] for raw in made.add(chunk)), *made.end()])
-    assert content == messages.to_message({"model": "m"}, ANSWER)["content"]
+    whole = messages.to_message({"model": "m"}, ANSWER)["content"]
+    assert details_of(content) == details_of(whole) == DETAILS
+    assert [{**block, "signature": ""} for block in content] == [{**block, "signature": ""} for block in whole]
     check(by_messages(content))
 
 

@@ -231,7 +231,7 @@ def dispatcher(*limits, said=(), rules=None, **mock):
 
 
 def chat(**fields):
-    return UpstreamRequest("chat", {"messages": [{"role": "user", "content": "hi"}]}, prompt_tokens=7, **fields)
+    return UpstreamRequest("chat", {"messages": [{"role": "user", "content": "hi"}], **fields}, prompt_tokens=7)
 
 
 def plan(made, **fields):
@@ -246,8 +246,8 @@ def test_an_attempt_is_counted_in_and_out_and_what_it_made_told(stream):
     async def main():
         made = dispatcher(LIMITED)
         if stream:
-            async for _ in await made.stream(plan(made), chat(stream=True)):
-                assert made.rooms.left == []
+            left = [list(made.rooms.left) async for _ in await made.stream(plan(made), chat(stream=True))]
+            assert left[0] == []
         else:
             await made.complete(plan(made), chat())
         assert (made.rooms.taken, made.rooms.left) == ([("a", 7)], ["a"])

@@ -3,7 +3,8 @@
     images  Anthropic, "Vision": width * height / 750, about 1,600 for one, up to 4,784 at high resolution
             OpenAI, "Images and vision": 85 and 170 for each of at most 8 tiles; or 2.46 at most for each of 1,536 patches of 32 pixels
             Gemini, "Understand and count tokens": 258 for each tile of 768 pixels
-    audio   OpenAI, "Managing costs": 10 a second; Gemini: 32 a second; how long it is, the frames of a clip say (`sound_frames`)
+    audio   OpenAI, "Managing costs": 10 a second; Gemini: 32 a second; how long it is, the frames of a clip say (`sound_frames`),
+            or the packets in a container (`sound_containers`)
     files   Anthropic, "PDF support": 1,500 to 3,000 a page for its text, and those of an image of the page; OpenAI: 100 pages a request
 
 What a header says of an image or a clip is believed, as whoever decodes it does: so it is found as they find it, by walking through the
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.gateway.sound_containers import contained, is_container
 from anabranch.gateway.sound_frames import flac_seconds, framed
 
 # Of an image whose size is not known.
@@ -139,6 +141,10 @@ def _clip(num_bytes: int, form: str, head: Callable[[int], bytes]) -> Media:
     if (found := framed(head(num_bytes)) if first.startswith(_FRAMED) else None) is not None:
         seconds = found.seconds + found.rest / _TYPICAL.get(form, _TYPICAL["mp3"])
         return _sound(seconds, found.seconds + found.rest / _FEWEST)
+    if is_container(first) and (within := contained(head(num_bytes))) is not None:
+        # What is only told is what it is mostly; what it may be at most, its bytes say.
+        at_most = within.seconds if within.is_counted else num_bytes / _FEWEST
+        return _sound(within.seconds, max(within.seconds, at_most) + within.rest / _FEWEST)
     rate, is_plain = _wave_rate(first) or _wave_rate(head(_HEAD)) or (_FEWEST, False)
     seconds = num_bytes / (rate if is_plain else _TYPICAL.get(form, _TYPICAL["mp3"]))
     at_most = max(seconds, num_bytes / rate)
@@ -154,7 +160,7 @@ def _sound(seconds: float, at_most_s: float) -> Media:
 
 
 def heard_seconds(data: bytes, form: str) -> float:
-    """Seconds of sound that a provider has made, about: of WAV, PCM, FLAC, MP3 and AAC, exactly."""
+    """Seconds of sound that a provider has made, about: of WAV, PCM, FLAC, MP3, AAC and Opus, exactly."""
     if form == "pcm":
         return len(data) / _PCM
     found = framed(data)
