@@ -26,7 +26,7 @@ from anabranch.gateway.store import (
     schema,
     subjects_of,
 )
-from anabranch.gateway.store.batch import ledger_values
+from anabranch.gateway.store.ledger_rows import ledger_values
 from anabranch.routers.money import Price
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()

@@ -3,7 +3,7 @@
 import asyncio
 
 from anabranch.gateway.store import LedgerQuery, LedgerRow, Spend, open_store, schema, subjects_of
-from anabranch.gateway.store.batch import ledger_values
+from anabranch.gateway.store.ledger_rows import ledger_values
 from anabranch.routers.money import Price
 
 STEP = next(at for at, step in enumerate(schema.MIGRATIONS) if any("parent_id" in statement for statement in step))

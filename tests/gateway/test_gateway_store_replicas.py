@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store, writer
-from anabranch.gateway.store.batch import Do, recover
+from anabranch.gateway.store.batch import recover
+from anabranch.gateway.store.jobs import Do
 from anabranch.gateway.store.sqlite import SqliteDatabase
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()

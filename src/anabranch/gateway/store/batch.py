@@ -4,19 +4,19 @@ Every job may be applied again without harm, since a commit whose answer was los
 made, one that is gone was settled, a request that is in the ledger has ended.
 """
 
-import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import replace
 
 from anabranch.errors import BudgetError, DataError, InputError
 from anabranch.gateway.store import schema
 from anabranch.gateway.store.accounts import Account, account_of
-from anabranch.gateway.store.database import Connection, Database, Row, Work
+from anabranch.gateway.store.database import Connection, Database, Row
+from anabranch.gateway.store.jobs import Append, Grow, Insert, Job, Reserve, Settle, Unmake
+from anabranch.gateway.store.ledger_rows import ledger_values, owners
 from anabranch.gateway.store.period import iso
 from anabranch.gateway.store.records import GLOBAL, LedgerRow, Reservation, clean, joined, parted
-from anabranch.routers.money import Price, in_full
+from anabranch.routers.money import in_full
 
 logger = logging.getLogger(__name__)
 
@@ -27,89 +27,6 @@ MOST_SPENT = 2**62
 RECOVERED = 500
 # What a row says of a request whose process is gone, and of one that was only taken for such.
 CRASHED, CORRECTED = "crashed", "corrected"
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """Something to write, and who waits for it.
-
-    Attributes:
-        future: of the event loop; None if nobody waits.
-        result, error: what to tell.
-        is_tried: the writer has begun with it.
-        is_withdrawn: nobody waits for it any more, and it is not to be done.
-        is_aside: it failed by itself, which was said, and is tried again from time to time.
-    """
-
-    future: "asyncio.Future[Any] | None" = field(default=None, kw_only=True)
-    result: Any = field(default=None, kw_only=True)
-    error: Exception | None = field(default=None, kw_only=True)
-    is_tried: bool = field(default=False, kw_only=True)
-    is_withdrawn: bool = field(default=False, kw_only=True)
-    is_aside: bool = field(default=False, kw_only=True)
-
-
-@dataclass(slots=True, eq=False)
-class Reserve(Job):
-    """Set money aside."""
-
-    reservation: Reservation
-    requested: str
-    strategy: str
-
-
-@dataclass(slots=True, eq=False)
-class Grow(Job):
-    """Set more aside."""
-
-    reservation: Reservation
-    nano: int
-
-
-@dataclass(slots=True, eq=False)
-class Unmake(Job):
-    """Give back what a reservation has set aside that nobody was told of, if it was made; there is no row of it."""
-
-    reservation: Reservation
-
-
-@dataclass(slots=True, eq=False)
-class Append(Job):
-    """Write the row of a request that reserved nothing."""
-
-    row: LedgerRow
-
-
-@dataclass(slots=True, eq=False)
-class Insert(Job):
-    """Write a row of another table."""
-
-    table: str
-    columns: Sequence[str]
-    row: Row
-
-
-@dataclass(slots=True, eq=False)
-class Settle(Job):
-    """Replace what was set aside by what was spent, and write the row of the request.
-
-    Attributes:
-        also: rows that belong to it, all or none.
-        calls: rows of what a strategy asked for it; their cost is spent too.
-    """
-
-    reservation: Reservation
-    row: LedgerRow
-    also: tuple[Insert, ...] = ()
-    calls: tuple[LedgerRow, ...] = ()
-
-
-@dataclass(slots=True, eq=False)
-class Do(Job):
-    """Run ``work`` in a transaction of its own; without one if it may not have one."""
-
-    work: Work
-    in_transaction: bool = True
 
 
 def apply(connection: Connection, jobs: Sequence[Job], replica: str, now_us: int) -> None:
@@ -403,72 +320,3 @@ def _refusal(account: Account, nano: int, now_us: int) -> BudgetError:
         resets_s=None if account.resets is None else account.resets / 1e6,
         retry_after_s=retry,
     )
-
-
-def owners(subjects: Sequence[str]) -> dict[str, Any]:
-    """Fields of a ledger row that say whose it was."""
-    found: dict[str, list[str]] = {"key": [], "user": [], "team": [], "tag": []}
-    for subject in subjects:
-        scope, _, name = subject.partition(":")
-        if scope in found:
-            found[scope].append(name)
-    return {
-        "key_id": "".join(found["key"]),
-        "user": "".join(found["user"]),
-        "team": "".join(found["team"]),
-        "tags": tuple(found["tag"]),
-    }
-
-
-def ledger_values(row: LedgerRow) -> Row:
-    """A row as the table has it, in the order of `schema.LEDGER`."""
-    price = row.price
-    return (
-        row.request_id,
-        row.ts_us,
-        clean(row.key_id),
-        clean(row.user),
-        clean(row.team),
-        joined(row.tags),
-        clean(row.requested),
-        clean(row.strategy),
-        joined(row.candidates),
-        clean(row.model),
-        clean(row.deployment),
-        row.attempts,
-        row.prompt_tokens,
-        row.completion_tokens,
-        row.cached_tokens,
-        int(row.is_estimated),
-        None if price is None else price.input,
-        None if price is None else price.output,
-        None if price is None else price.cached_input,
-        row.cost_nano,
-        row.reserved_nano,
-        row.latency_us,
-        row.first_token_us,
-        row.overhead_us,
-        row.status,
-        clean(row.code),
-        row.cache,
-        joined(row.flags),
-        row.parent_id,
-        row.purpose,
-        row.calls,
-        row.calls_nano,
-    )
-
-
-def read_ledger(row: Row) -> LedgerRow:
-    """The opposite, with ``seq`` before and ``quality`` behind."""
-    seq, *values, quality = row
-    named: dict[str, Any] = dict(zip(schema.LEDGER, values, strict=True))
-    price_input, price_output = named.pop("price_input"), named.pop("price_output")
-    cached = named.pop("price_cached")
-    price = (
-        None if price_input is None else Price(input=price_input, output=cast(int, price_output), cached_input=cached)
-    )
-    for name in ("tags", "candidates", "flags"):
-        named[name] = parted(named[name])
-    named["user"], named["is_estimated"] = named.pop("owner"), bool(named["is_estimated"])
-    return LedgerRow(**named, price=price, seq=seq, quality=quality)

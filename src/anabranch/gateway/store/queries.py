@@ -9,8 +9,8 @@ from typing import Any
 from anabranch.errors import InputError
 from anabranch.gateway.store import schema
 from anabranch.gateway.store.accounts import has, read_budget, spent_since
-from anabranch.gateway.store.batch import read_ledger
 from anabranch.gateway.store.database import Connection, Row
+from anabranch.gateway.store.ledger_rows import read_ledger
 from anabranch.gateway.store.period import Period, iso, window
 from anabranch.gateway.store.records import (
     Budget,

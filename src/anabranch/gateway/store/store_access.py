@@ -12,8 +12,9 @@ from typing import Any, Self, TypeVar
 
 from anabranch.errors import CapacityError, DataError
 from anabranch.gateway.store import writer
-from anabranch.gateway.store.batch import Do, recover
+from anabranch.gateway.store.batch import recover
 from anabranch.gateway.store.database import BusyError, Connection, Database
+from anabranch.gateway.store.jobs import Do
 from anabranch.gateway.store.writer import Writer
 
 T = TypeVar("T")

@@ -8,8 +8,8 @@ from typing import Any
 from anabranch.bounds import finite
 from anabranch.errors import InputError
 from anabranch.gateway.store import queries, schema
-from anabranch.gateway.store.batch import Insert
 from anabranch.gateway.store.calibration import Calibration, read_calibration
+from anabranch.gateway.store.jobs import Insert
 from anabranch.gateway.store.records import (
     DecisionRow,
     FeedbackRow,

@@ -14,8 +14,8 @@ from typing import Any
 from anabranch.bounds import is_whole, shown
 from anabranch.errors import CapacityError, InputError
 from anabranch.gateway.store import queries, schema
-from anabranch.gateway.store.batch import Append, Grow, Insert, Reserve, Settle, Unmake
 from anabranch.gateway.store.database import Connection, Database
+from anabranch.gateway.store.jobs import Append, Grow, Insert, Reserve, Settle, Unmake
 from anabranch.gateway.store.period import check_period
 from anabranch.gateway.store.records import Budget, CollectedRow, LedgerRow, Reservation, check_subject, listed
 from anabranch.gateway.store.store_keys import StoreKeys

@@ -22,8 +22,9 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from anabranch.errors import AnabranchError, CapacityError
-from anabranch.gateway.store.batch import Append, Do, Insert, Job, Reserve, Settle, Unmake, apply, recover
+from anabranch.gateway.store.batch import apply, recover
 from anabranch.gateway.store.database import BusyError, Database
+from anabranch.gateway.store.jobs import Append, Do, Insert, Job, Reserve, Settle, Unmake
 
 logger = logging.getLogger(__name__)
 GATHER_S = 0.05
