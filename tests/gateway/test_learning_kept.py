@@ -18,11 +18,11 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.lane import made_from
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import learned, open_store, schema
-from anabranch.routers.checks import made_outcomes, made_pool
 from anabranch.routers.contract.query import Outcome, Query
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.fitted import VERSION, FittedRouter, packed
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.money import Price
 from anabranch.routers.strategies import make
 from anabranch.routers.strategies.bandit import LinUCB

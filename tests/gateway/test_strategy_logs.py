@@ -7,7 +7,7 @@ import pytest
 
 from anabranch.errors import DataError
 from anabranch.routers import strategies
-from anabranch.routers.checks import made_outcomes, made_pool
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 
 
 def one_answer_each(data, seed=0):

@@ -15,16 +15,16 @@ from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig,
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock
 from anabranch.routers import strategies
-from anabranch.routers.checks import made_outcomes, made_pool
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model, Outcome, Pool, Query
 from anabranch.routers.data import load_outcomes, pool_of
 from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.money import Price
 from anabranch.routers.referee import replay
 from anabranch.routers.referee.log_verdict import verdict_of_log
-from anabranch.routers.strategies.bandit import largest_of_normals
 from anabranch.routers.strategies.fixed import Static
+from anabranch.routers.strategies.normals import largest_of_normals
 
 VECTOR = np.array([0.6, 0.8], np.float32)
 DRAWS = {

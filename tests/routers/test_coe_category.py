@@ -3,7 +3,8 @@ import pytest
 
 from anabranch.errors import InputError
 from anabranch.routers.coe import CategoryRouter
-from anabranch.routers.coe.category import best_temperature, calibration_error, label_by_neighbours, stratified_folds
+from anabranch.routers.coe.calibration import best_temperature, calibration_error
+from anabranch.routers.coe.category import label_by_neighbours, stratified_folds
 from anabranch.routers.coe.clusters import k_means
 from anabranch.routers.coe.heads import LogisticHead, MlpHead, cross_entropy, softmax
 from anabranch.routers.embed import Embedder

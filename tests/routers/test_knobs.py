@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from anabranch.errors import InputError
-from anabranch.routers.checks import made_outcomes, made_pool
 from anabranch.routers.contract.knobs import check_knobs, knob_of
 from anabranch.routers.contract.query import Pool
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.strategies import make, names
 
 POOL = made_pool()

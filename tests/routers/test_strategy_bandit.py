@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from anabranch.errors import InputError
 from anabranch.routers import strategies
-from anabranch.routers.checks import made_outcomes, made_pool
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model, Outcome, Pool, Query
-from anabranch.routers.strategies.bandit import EpsGreedy, LinUCB, Thompson, _normal
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
+from anabranch.routers.strategies.bandit import EpsGreedy, LinUCB, Thompson
+from anabranch.routers.strategies.normals import normal_of as _normal
 
 POOL = Pool((Model(name="a"), Model(name="b"), Model(name="c")))
 KINDS = ["linucb", "thompson", "eps_greedy"]

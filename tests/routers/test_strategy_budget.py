@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.routers import strategies
-from anabranch.routers.checks import made_outcomes, made_pool
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.strategies.budget import kept_within, spending, trade_off_for, trade_off_of, within_budget
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from anabranch.errors import AnabranchError, BackendError, ConfigError, DataError, InputError
 from anabranch.routers import strategies
-from anabranch.routers.checks import made_outcomes, made_pool
 from anabranch.routers.contract.ask import Answered, Said
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.program import ProgramRequest
 from anabranch.routers.contract.query import Query
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.strategies.automix import AutoMix
 from anabranch.routers.strategies.cascade import answer_cues, hashed_words
 from anabranch.routers.strategies.consistency import agreement, commonest, final_answer

@@ -88,7 +88,7 @@ def test_no_torch_to_decide():
 import json, sys
 from anabranch.routers import strategies
 from anabranch.routers.contract.ask import Answered
-from anabranch.routers.checks import made_outcomes, made_pool
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 data, pool = made_outcomes(), made_pool()
 small = json.loads(sys.argv[1])
 for name in strategies.names():

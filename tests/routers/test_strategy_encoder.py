@@ -8,7 +8,7 @@ import torch
 
 from anabranch.errors import ConfigError
 from anabranch.routers import strategies
-from anabranch.routers.checks import made_outcomes, made_pool
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.strategies.encoder import Encoder, encode
 from anabranch.routers.strategies.encoder_training import Network
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.routers import strategies
-from anabranch.routers.checks import made_outcomes, made_pool
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.strategies import irt, mf, mlp
 from anabranch.routers.strategies.adam import Adam, descend, held_back
 from anabranch.routers.strategies.battles import battles_of, win_rates

@@ -7,10 +7,10 @@ import pytest
 
 from anabranch.errors import DataError, InputError
 from anabranch.routers import strategies
-from anabranch.routers.checks import made_outcomes, made_pool
 from anabranch.routers.contract.predictor import Prediction, Predictor, Ranked
 from anabranch.routers.contract.query import Model, Pool, Query
 from anabranch.routers.contract.strategy import playable
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 
 
 def test_signals_go_with_their_rows_and_models():

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from anabranch.config import from_dict
 from anabranch.errors import BackendError, ConfigError, InputError
 from anabranch.routers import strategies
-from anabranch.routers.checks import made_outcomes, made_pool
 from anabranch.routers.contract.ask import Answered
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model, Pool, Query
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.money import Price
 from anabranch.routers.strategies.semantic import Semantic, best_cut
 

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,75 +22,26 @@ import numpy as np
 
 from anabranch.config import Config, from_dict, to_dict
 from anabranch.errors import AnabranchError, DataError, InputError
+from anabranch.routers.check_parts import (
+    TOLERANCE,
+    check_decision,
+    check_played,
+    chosen_of,
+    copied,
+    ensure,
+    names_of,
+    refuses,
+    same_arrays,
+    through_json,
+    through_json_part,
+)
 from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.knobs import LAMBDA
 from anabranch.routers.contract.predictor import Predictor, Ranked
-from anabranch.routers.contract.query import Decision, Model, Outcome, Pool, Query
+from anabranch.routers.contract.query import Decision, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Played, Strategy
-from anabranch.routers.money import Price
-
-DIM = 12
-FRUIT = ("apples", "pears", "figs")
-MODELS = ("small", "middle", "large", "odd")
-PRICES = (0.1, 0.4, 1.5, 0.4)  # dollars per million tokens
-
-# Of scores: a product of one row is summed in another order than of many.
-TOLERANCE = 1e-4
-
-
-def made_outcomes(num_rows: int = 160, *, seed: int = 0) -> Recorded:
-    """Outcomes with all there can be: scores that depend on the vector, costs, tasks, tokens, latencies, answers and signals of them."""
-    rng = np.random.default_rng(seed)
-    # The same for every seed.
-    world = np.random.default_rng(7)
-    vector_ND = rng.standard_normal((num_rows, DIM)).astype(np.float32)
-    vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
-    chance_NM = 1 / (1 + np.exp(-5 * vector_ND @ world.standard_normal((DIM, len(MODELS))) - [-0.5, 0.0, 0.8, 0.0]))
-    score_NM = (rng.random(chance_NM.shape) < chance_NM).astype(float)
-    tokens_NM2 = np.stack(
-        (np.repeat(rng.integers(10, 200, (num_rows, 1)), len(MODELS), 1), rng.integers(20, 400, chance_NM.shape)),
-        axis=2,
-    ).astype(float)
-    noise_NM = rng.normal(0, 0.2, chance_NM.shape)
-    task = tuple("abc"[int(at)] for at in (vector_ND[:, :3]).argmax(1))
-    texts = [
-        f"question {row} of kind {task[row]}: how many {FRUIT[row % 3]} are {row % 7} + {row % 5}?"
-        for row in range(num_rows)
-    ]
-    said = ("I am not sure", "yes")
-    return Recorded(
-        query=tuple(texts),
-        models=MODELS,
-        score_NM=score_NM,
-        cost_NM=tokens_NM2.sum(2) * np.array(PRICES) / 1e6,
-        task=task,
-        tokens_NM2=tokens_NM2,
-        latency_NM=0.5 + rng.random(chance_NM.shape) * [1, 2, 4, 2],
-        vector_ND=vector_ND,
-        answers=tuple(
-            {name: f"{name} says {said[int(right)]}" for name, right in zip(MODELS, row, strict=True)}
-            for row in score_NM
-        ),
-        signals={
-            "logprob": -0.8 + 0.5 * score_NM + noise_NM,
-            "entropy": 0.8 - 0.5 * score_NM - noise_NM,
-            "quantile": -1.5 + score_NM + noise_NM,
-            "votes": np.clip(np.round((0.3 + 0.4 * score_NM + noise_NM) * 8), 0, 8) / 8,
-            "agreement": np.clip(np.round((0.4 + 0.5 * score_NM + noise_NM) * 3), 1, 3) / 3,
-        },
-    )
-
-
-def made_pool(names: tuple[str, ...] = MODELS, **changes: Any) -> Pool:
-    """Models with prices; names that are not of the made outcomes cost a dollar a million tokens."""
-    price = dict(zip(MODELS, PRICES, strict=True))
-    return Pool(
-        tuple(
-            Model(name=name, price=Price.of_dollars(price.get(name, 1.0), price.get(name, 1.0)), **changes)
-            for name in names
-        )
-    )
+from anabranch.routers.made_outcomes import DIM, MODELS, made_outcomes, made_pool
 
 
 def check_strategy(
@@ -146,43 +96,43 @@ class _Checks:
         """What it decides, having asked where it asks."""
         if type(strategy).aroute is Strategy.aroute:
             return strategy.route(query, pool)
-        _is(self.ask is not None, "it asks models to decide; give check_strategy an ask")
+        ensure(self.ask is not None, "it asks models to decide; give check_strategy an ask")
         return asyncio.run(strategy.aroute(query, pool, cast(Ask, self.ask)))
 
     def fit(self, data: Recorded, seed: int = 0) -> Strategy:
         strategy = self.build()
-        _is(strategy.fit(data, seed=seed) is strategy, "fit does not return the strategy")
+        ensure(strategy.fit(data, seed=seed) is strategy, "fit does not return the strategy")
         return strategy
 
     def config(self) -> None:
         if self.kind is not None:
             self.readable()
         strategy = self.build()
-        _is(isinstance(strategy, Strategy), f"the config builds {type(strategy).__name__}, which is no Strategy")
-        _is(isinstance(strategy.name, str) and strategy.name != "", "it has no name")
+        ensure(isinstance(strategy, Strategy), f"the config builds {type(strategy).__name__}, which is no Strategy")
+        ensure(isinstance(strategy.name, str) and strategy.name != "", "it has no name")
 
     def readable(self) -> None:
         """What is registered reads back from the name it is registered under."""
         read = from_dict(type(self.given), json.loads(json.dumps(to_dict(self.given))))
-        _is(read == self.given, "the config does not read back equal from JSON")
+        ensure(read == self.given, "the config does not read back equal from JSON")
 
     def untrained(self) -> None:
         if self.decides and self.build().needs_fit:
-            _refuses(lambda: self.route(self.build(), self.query, made_pool()), InputError, "route before fit")
+            refuses(lambda: self.route(self.build(), self.query, made_pool()), InputError, "route before fit")
 
     def decisions(self, fitted: Strategy) -> None:
         twin = self.fit(made_outcomes())
         for query in list(self.test.queries())[:10]:
             for pool in (made_pool(), made_pool(MODELS[::-1]), made_pool(is_available=False)):
                 decision = self.route(fitted, query, pool)
-                _check_decision(decision, pool)
-                _is(
-                    _chosen(decision) == _chosen(self.route(twin, query, pool)),
+                check_decision(decision, pool)
+                ensure(
+                    chosen_of(decision) == chosen_of(self.route(twin, query, pool)),
                     "fitted twice on the same data with the same seed, it decides differently",
                 )
             if type(fitted).aroute is Strategy.aroute:
                 facts = fitted.explain(query, made_pool())
-                _is(json.loads(json.dumps(facts)) is not None, "explain is not ready for JSON")
+                ensure(json.loads(json.dumps(facts)) is not None, "explain is not ready for JSON")
                 twin.explain(query, made_pool())
         if fitted.reads_answers:
             self.answers(fitted)
@@ -196,38 +146,36 @@ class _Checks:
         ):
             for candidate in candidates:
                 said = fitted.accept(self.query, candidate.model, "an answer", details)
-                _is(isinstance(said, bool | np.bool_), f"accept says {said!r}, not whether")
+                ensure(isinstance(said, bool | np.bool_), f"accept says {said!r}, not whether")
             fitted.accept(self.query, candidates[0].model, "", details)
         fitted.accept(self.query, "a model nobody knows", "an answer", {})
 
     def pools(self, fitted: Strategy) -> None:
         one = self.route(fitted, self.query, made_pool(("small", "large")))
-        _is(set(_names(one)) <= {"small", "large"}, "it routes to a model outside the pool")
+        ensure(set(names_of(one)) <= {"small", "large"}, "it routes to a model outside the pool")
         models = [
             dataclasses.replace(model, is_available=model.name != one.model)
             for model in made_pool(("small", "large")).models
         ]
         other = self.route(fitted, self.query, Pool(tuple(models)))
-        _is(other.model != one.model or len(_names(one)) == 1, "it prefers a model that is not available")
-        _check_decision(self.route(fitted, self.query, made_pool((*MODELS, "new"))), made_pool((*MODELS, "new")))
+        ensure(other.model != one.model or len(names_of(one)) == 1, "it prefers a model that is not available")
+        check_decision(self.route(fitted, self.query, made_pool((*MODELS, "new"))), made_pool((*MODELS, "new")))
         for name in ("large", "new"):
             try:
                 decision = self.route(fitted, self.query, made_pool((name,)))
             except InputError as error:
-                _is(name in str(error), f"the error for a pool of {name!r} alone does not name it: {error}")
+                ensure(name in str(error), f"the error for a pool of {name!r} alone does not name it: {error}")
             else:
-                _is(_names(decision) == [name], f"of a pool of {name!r} alone it chose {decision.model!r}")
+                ensure(names_of(decision) == [name], f"of a pool of {name!r} alone it chose {decision.model!r}")
 
     def vectors(self, fitted: Strategy) -> None:
         if not fitted.needs_vector:
-            _check_decision(
-                self.route(fitted, dataclasses.replace(self.query, vector_D=None), made_pool()), made_pool()
-            )
+            check_decision(self.route(fitted, dataclasses.replace(self.query, vector_D=None), made_pool()), made_pool())
             return
         for vector_D in (None, np.ones(DIM + 1, np.float32)):
             odd = dataclasses.replace(self.query, vector_D=vector_D)
             what = "a missing vector" if vector_D is None else "a vector of another length"
-            _refuses(functools.partial(self.route, fitted, odd, made_pool()), InputError, what)
+            refuses(functools.partial(self.route, fitted, odd, made_pool()), InputError, what)
 
     def observations(self, fitted: Strategy) -> None:
         learner = self.fit(made_outcomes())
@@ -244,18 +192,22 @@ class _Checks:
         learner.observe(
             Outcome(query=dataclasses.replace(self.query, vector_D=None), model="a model nobody knows", quality=0.5)
         )
-        _check_decision(self.route(learner, self.query, made_pool()), made_pool())
+        check_decision(self.route(learner, self.query, made_pool()), made_pool())
         twin = self.build()
-        twin.load_state(*_through_json(learner))
-        _is(
-            _chosen(self.route(twin, self.query, made_pool())) == _chosen(self.route(learner, self.query, made_pool())),
+        twin.load_state(*through_json(learner))
+        ensure(
+            chosen_of(self.route(twin, self.query, made_pool()))
+            == chosen_of(self.route(learner, self.query, made_pool())),
             "read back after it observed, it decides differently",
         )
-        kept = _copied(learner.state()[0])
+        kept = copied(learner.state()[0])
         twin.observe(Outcome(query=self.query, model="small", quality=1.0, cost=1e-4))
-        _is(_same(kept, learner.state()[0]), "what a strategy read back observes changes the one it was saved from")
-        _is(
-            _names(before) == _names(self.route(self.fit(made_outcomes()), self.query, made_pool())),
+        ensure(
+            same_arrays(kept, learner.state()[0]),
+            "what a strategy read back observes changes the one it was saved from",
+        )
+        ensure(
+            names_of(before) == names_of(self.route(self.fit(made_outcomes()), self.query, made_pool())),
             "learning of one changes another",
         )
 
@@ -273,68 +225,69 @@ class _Checks:
             )
             alone.observe(outcome)
             pair[row % 2].observe(outcome)
-        parts = [_through_json_part(one) for one in pair]
+        parts = [through_json_part(one) for one in pair]
         for one, part in zip(pair, parts[::-1], strict=True):
             one.hear(*one.joined([part]))
             ours, theirs = (
                 self.route(one, self.query, made_pool()).candidates,
                 self.route(alone, self.query, made_pool()).candidates,
             )
-            _is(
+            ensure(
                 [item.model for item in ours] == [item.model for item in theirs],
                 "what two of it observed does not add up to the same",
             )
             near = all(abs(a.score - b.score) < TOLERANCE for a, b in zip(ours, theirs, strict=True))
-            _is(near, "what two of it observed does not add up to the same scores")
+            ensure(near, "what two of it observed does not add up to the same scores")
         first, before = pair[0], [item.score for item in self.route(pair[0], self.query, made_pool()).candidates]
         first.disown(*parts[0])
         first.hear(*first.joined(parts))
         after = [item.score for item in self.route(first, self.query, made_pool()).candidates]
         near = len(before) == len(after) and all(abs(a - b) < TOLERANCE for a, b in zip(before, after, strict=True))
-        _is(near, "what it let go of and heard again is not what it was")
+        ensure(near, "what it let go of and heard again is not what it was")
 
     def saving(self, fitted: Strategy) -> None:
-        arrays, facts = _through_json(fitted)
-        _is(
+        arrays, facts = through_json(fitted)
+        ensure(
             all(isinstance(array, np.ndarray) and array.dtype.kind in "biuf" for array in arrays.values()),
             "state holds what is no plain array",
         )
         twin = self.build()
         twin.load_state(arrays, facts)
         again = twin.state()
-        _is(
-            _same(arrays, again[0]) and json.loads(json.dumps(again[1])) == facts,
+        ensure(
+            same_arrays(arrays, again[0]) and json.loads(json.dumps(again[1])) == facts,
             "state, read back and saved again, differs",
         )
         same = self.fit(made_outcomes())
-        _is(
-            _same(arrays, _copied(same.state()[0])),
+        ensure(
+            same_arrays(arrays, copied(same.state()[0])),
             "fitted twice on the same data with the same seed, its state differs",
         )
         if self.decides:
             for query in self.test.queries():
-                _is(
-                    _chosen(self.route(twin, query, made_pool())) == _chosen(self.route(fitted, query, made_pool())),
+                ensure(
+                    chosen_of(self.route(twin, query, made_pool()))
+                    == chosen_of(self.route(fitted, query, made_pool())),
                     "read back, it decides differently",
                 )
         if self.plays:
             played = fitted.play(self.test, made_pool()), twin.play(self.test, made_pool())
-            _is(
+            ensure(
                 np.array_equal(played[0].model_N, played[1].model_N)
                 and np.array_equal(played[0].cost_N, played[1].cost_N),
                 "read back, it plays differently",
             )
 
     def playing(self, fitted: Strategy) -> None:
-        state = _copied(fitted.state()[0])
+        state = copied(fitted.state()[0])
         played = fitted.play(self.test, made_pool())
-        _check_played(played, self.test)
-        _is(_same(state, fitted.state()[0]), "playing changes what it learned")
+        check_played(played, self.test)
+        ensure(same_arrays(state, fitted.state()[0]), "playing changes what it learned")
         twice = fitted.play(self.test, made_pool())
-        _is(np.array_equal(played.model_N, twice.model_N), "playing twice gives different choices")
+        ensure(np.array_equal(played.model_N, twice.model_N), "playing twice gives different choices")
         narrow = fitted.play(self.test, made_pool(("small", "large")))
-        _is(set(narrow.model_N.tolist()) <= {0, 2}, "playing, it chooses models outside the pool")
-        _check_played(fitted.play(self.test.take([3]), made_pool()), self.test.take([3]))
+        ensure(set(narrow.model_N.tolist()) <= {0, 2}, "playing, it chooses models outside the pool")
+        check_played(fitted.play(self.test.take([3]), made_pool()), self.test.take([3]))
         if isinstance(fitted, Ranked):
             self.as_routed(fitted, played)
 
@@ -344,11 +297,11 @@ class _Checks:
         for row, query in enumerate(self.test.queries()):
             at = fitted.predictor.models.index(self.route(fitted, query, made_pool()).model)
             chosen = fitted.predictor.models.index(self.test.models[played.model_N[row]])
-            _is(
+            ensure(
                 abs(quality_NM[row, at] - quality_NM[row, chosen]) < TOLERANCE,
                 f"row {row} is routed otherwise than it is played",
             )
-        _is(
+        ensure(
             np.allclose(
                 quality_NM.max(1),
                 quality_NM[
@@ -367,27 +320,27 @@ class _Checks:
                     fitted.route(query, made_pool())
                 except InputError:
                     continue
-                _is(False, f"the knob {name} is set to {odd!r}, and nobody says that this is no number")
+                ensure(False, f"the knob {name} is set to {odd!r}, and nobody says that this is no number")
         if LAMBDA in fitted.sender_knobs:
-            _is(fitted.knob == "trade_off", "it reads lambda, which is the trade-off, and has none")
+            ensure(fitted.knob == "trade_off", "it reads lambda, which is the trade-off, and has none")
 
     def knob(self, fitted: Strategy) -> None:
         values = list(fitted.knobs(made_outcomes()))
         if fitted.knob is None:
-            _is(not values, "it has values of a knob, and no knob")
+            ensure(not values, "it has values of a knob, and no knob")
             return
-        _is(all(np.isfinite(value) for value in values), "a value of the knob is not finite")
+        ensure(all(np.isfinite(value) for value in values), "a value of the knob is not finite")
         if len(values) < 2:
             return
         before = fitted.play(self.test, made_pool())
         dear, cheap = (fitted.with_knob(values[at]) for at in (0, -1))
-        _is(getattr(dear.config, fitted.knob) == values[0], f"with_knob does not set {fitted.knob}")
+        ensure(getattr(dear.config, fitted.knob) == values[0], f"with_knob does not set {fitted.knob}")
         spent = [one.play(self.test, made_pool()).cost_N.mean() for one in (dear, cheap)]
-        _is(
+        ensure(
             spent[1] <= spent[0] * 1.02,
             f"the last value of the knob spends {spent[1]:.3g}, the first {spent[0]:.3g}: they must run from dear to cheap",
         )
-        _is(
+        ensure(
             np.array_equal(fitted.play(self.test, made_pool()).model_N, before.model_N),
             "with_knob changes the strategy it was asked of",
         )
@@ -398,7 +351,7 @@ class _Checks:
                 fitted.predictor.models.index(self.test.models[at])
                 for at in fitted.with_knob(1e12).play(self.test, made_pool()).model_N
             ]
-            _is(
+            ensure(
                 np.allclose(cost_NM[np.arange(len(cost_NM)), choice_N], cost_NM.min(1)),
                 "with an endless trade-off it does not take the cheapest",
             )
@@ -430,17 +383,17 @@ class _Checks:
                 fitted = self.fit(odd)
                 if self.decides:
                     decision = self.route(fitted, self.query, made_pool(odd.models))
-                    _check_decision(decision, made_pool(odd.models))
+                    check_decision(decision, made_pool(odd.models))
                 if self.plays:
                     test = self.test.only(odd.models)
-                    _check_played(fitted.play(test, made_pool(odd.models)), test)
+                    check_played(fitted.play(test, made_pool(odd.models)), test)
                     if odd.cost_NM is not None and fitted.knob is not None:
-                        _is(
+                        ensure(
                             all(np.isfinite(value) for value in fitted.knobs(odd)),
                             f"{case}: a value of the knob is not finite",
                         )
             except (DataError, InputError) as error:
-                _is(len(str(error)) > 20, f"{case}: the error says only {error}")
+                ensure(len(str(error)) > 20, f"{case}: the error says only {error}")
             except AnabranchError as error:
                 raise AssertionError(
                     f"{case}: {type(error).__name__}; data that cannot be learned from are a DataError"
@@ -449,84 +402,3 @@ class _Checks:
                 raise AssertionError(f"{case}: {error}") from error
             except Exception as error:
                 raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
-
-
-def _check_decision(decision: Decision, pool: Pool) -> None:
-    names = _names(decision)
-    _is(len(names) > 0, "a decision has no candidate")
-    _is(len(set(names)) == len(names), f"a decision names a model twice: {names}")
-    _is(set(names) <= set(pool.names), f"a decision names {sorted(set(names) - set(pool.names))}, not in the pool")
-    scores = [candidate.score for candidate in decision.candidates]
-    _is(
-        bool(np.isfinite(scores).all()) and scores == sorted(scores, reverse=True),
-        f"scores are not finite and falling: {scores}",
-    )
-    _is(bool(decision.strategy) and bool(decision.reason), "a decision names no strategy, or gives no reason")
-    _is(decision.confidence is None or 0 <= decision.confidence <= 1, f"confidence is {decision.confidence}")
-    chance = decision.probability
-    _is(chance is None or 0 < chance <= 1, f"probability is {chance}; it must be above 0 and at most 1, or None")
-    _is(json.loads(json.dumps(dict(decision.details), allow_nan=False)) is not None, "details are not ready for JSON")
-
-
-def _check_played(played: Played, data: Recorded) -> None:
-    rows = np.arange(len(data))
-    _is(
-        played.model_N.shape == (len(data),) and played.calls_NM.shape == data.score_NM.shape,
-        "what was played has other shapes than the data",
-    )
-    _is(
-        np.array_equal(played.quality_N, data.score_NM[rows, played.model_N], equal_nan=True),
-        "qualities are not those of the chosen models",
-    )
-    _is(bool(played.calls_NM[rows, played.model_N].all()), "the model whose answer was given was not asked")
-    if data.cost_NM is not None:
-        asked_N = np.where(played.calls_NM, data.cost_NM, 0).sum(1)
-        _is(bool((played.cost_N >= asked_N * (1 - 1e-9)).all()), "a call is not counted in the cost")
-
-
-def _chosen(decision: Decision) -> Any:
-    """What must agree between twins; details may tell of caches."""
-    return decision.candidates, decision.confidence
-
-
-def _names(decision: Decision) -> list[str]:
-    return [candidate.model for candidate in decision.candidates]
-
-
-def _through_json(strategy: Strategy) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """State as a file keeps it."""
-    arrays, facts = strategy.state()
-    return _copied(arrays), json.loads(json.dumps(facts, allow_nan=False))
-
-
-def _through_json_part(strategy: Strategy) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Its part as a store keeps it."""
-    arrays, facts = strategy.part()
-    return _copied(arrays), json.loads(json.dumps(facts, allow_nan=False))
-
-
-def _copied(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.array(array) for name, array in arrays.items()}
-
-
-def _same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
-    return first.keys() == second.keys() and all(
-        np.asarray(first[name]).dtype == np.asarray(second[name]).dtype
-        and np.array_equal(first[name], second[name], equal_nan=first[name].dtype.kind == "f")
-        for name in first
-    )
-
-
-def _refuses(call: Callable[[], Any], error: type[Exception], what: str) -> None:
-    try:
-        call()
-    except error:
-        return
-    except Exception as other:
-        raise AssertionError(f"{what} raises {type(other).__name__}, not {error.__name__}: {other}") from other
-    raise AssertionError(f"{what} is not refused")
-
-
-def _is(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)

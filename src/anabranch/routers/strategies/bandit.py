@@ -24,7 +24,6 @@ D-LinUCB has its extra ridge term for.
 """
 # Shapes: N queries, M arms, P models of the pool, V dimensions of a vector, D of z
 
-import math
 from typing import Any, Self
 
 import numpy as np
@@ -37,6 +36,7 @@ from anabranch.routers.contract.query import Decision, Model, Outcome, Pool, Que
 from anabranch.routers.contract.strategy import Arrays, Facts, Played, Strategy, ordered, playable, played
 from anabranch.routers.money import dollars
 from anabranch.routers.strategies.fixed import USUAL_COMPLETION, USUAL_PROMPT
+from anabranch.routers.strategies.normals import largest_of_normals, normal_of
 from anabranch.routers.strategies.regression_sums import FIXED, SEEDED, Sums, turned
 from anabranch.routers.strategies.shared_bandit import Pooled
 from anabranch.routers.strategies.training import lot, share, training_set
@@ -44,9 +44,6 @@ from anabranch.routers.strategies.training import lot, share, training_set
 # Observations, beyond which an arm is as uncertain as can be.
 MOST_AGE = 10_000
 
-# Of a standard normal number: where its distribution is looked at, and the distribution there.
-_STEPS = np.linspace(-6, 6, 193)
-_BELOW = np.array([(1 + math.erf(step / math.sqrt(2))) / 2 for step in _STEPS])
 KNOBS = (0.0, *np.logspace(-3, 3, 61).tolist())
 
 
@@ -379,7 +376,7 @@ class Thompson(Bandit, kind="thompson"):
     def _index(
         self, query: Query, pool: Pool, mean_P: np.ndarray, width_P: np.ndarray, charge_P: np.ndarray
     ) -> tuple[np.ndarray, str]:
-        draw_P = np.array([_normal(self.config.seed, self.steps, name, *lot(query)) for name in pool.names])
+        draw_P = np.array([normal_of(self.config.seed, self.steps, name, *lot(query)) for name in pool.names])
         return mean_P + self.config.scale * width_P * draw_P - charge_P, "drew the most for"
 
     def _chance(self, best: int, is_open_P: np.ndarray, value_P: np.ndarray, width_P: np.ndarray) -> float:
@@ -427,26 +424,3 @@ class EpsGreedy(Bandit, kind="eps_greedy"):
         epsilon = self._epsilon()
         greedy = int(np.where(is_open_P, value_P, -np.inf).argmax())
         return float(epsilon / is_open_P.sum() + (1 - epsilon) * (best == greedy))
-
-
-def largest_of_normals(mean_K: np.ndarray, deviation_K: np.ndarray) -> np.ndarray:
-    """Probability ``[K]`` of each of K independent normal numbers to be the largest.
-
-    The integral of prod_{j != k} F_j dF_k, F the distributions, by the trapezoidal rule on a grid that is fine wherever one of them
-    rises; right to about 1e-4. Without a deviation a number is its mean; equal ones share.
-    """
-    # As wide as floats tell apart, so that a number without a deviation rises within its own part of the grid.
-    deviation_K = np.maximum(deviation_K, 1e-9 * max(1.0, float(np.abs(mean_K).max())))
-    grid_G = np.sort((mean_K[:, None] + deviation_K[:, None] * _STEPS).ravel())
-    below_KG = np.interp((grid_G - mean_K[:, None]) / deviation_K[:, None], _STEPS, _BELOW, left=0.0, right=1.0)
-    chance_K = np.empty(len(mean_K))
-    for k in range(len(mean_K)):
-        others_G = np.delete(below_KG, k, axis=0).prod(axis=0)
-        chance_K[k] = ((others_G[1:] + others_G[:-1]) / 2) @ np.diff(below_KG[k])
-    return chance_K / chance_K.sum()
-
-
-def _normal(*what: object) -> float:
-    """A standard normal number that is a hash of ``what`` (Box and Muller 1958)."""
-    radius, angle = share("radius", *what), share("angle", *what)
-    return float(np.sqrt(-2 * np.log(1.0 - radius)) * np.cos(2 * np.pi * angle))
