@@ -133,5 +133,5 @@ def test_a_response_begins_once_and_says_nothing_of_its_own_where_the_model_does
     ]
     # Another model goes on, whose words have no place in the response that was begun.
     told = read(native, says("lo"), says("!"), form=form)
-    assert (names(told)[-1], "lo" in told, "upstream_cut" in told) == ("response.failed", False, True)
+    assert (names(told)[-1], '"lo"' in told, "upstream_cut" in told) == ("response.failed", False, True)
     assert list(read_data(read(BROKEN, form=form).encode()))[-1]["response"]["status"] == "failed"

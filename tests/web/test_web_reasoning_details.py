@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.web.reasoning_details import details_in, details_of, is_sealed, joined_details, sealed_block
+from anabranch.web.reasoning_details import details_in, details_of, is_sealed, joined_details, sealed_blocks
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=9),
@@ -18,7 +18,7 @@ TEXT = {"type": "reasoning.text", "format": "anthropic-claude-v1", "index": 0}
 
 @given(st.lists(JSON, min_size=1, max_size=4))
 def test_what_is_sealed_is_read_back_as_it_was(details):
-    block = sealed_block(details, "so")
+    [block] = sealed_blocks(details, "so")
     assert (block["type"], block["thinking"], is_sealed(block["signature"])) == ("thinking", "so", True)
     # Through a client, which keeps what it does not know.
     again = json.loads(json.dumps(block))
@@ -32,7 +32,14 @@ def test_a_thought_is_read_from_details_where_it_is_said_nowhere_else():
         7,
         {"type": "reasoning.summary", "summary": "it up"},
     ]
-    assert sealed_block(details)["thinking"] == "Look it up"
+    [block] = sealed_blocks(details)
+    assert block["thinking"] == "Look it up"
+
+
+def test_text_that_nobody_signed_needs_no_seal():
+    assert sealed_blocks([{**TEXT, "text": "a"}, {"type": "reasoning.text", "text": "b", "signature": None}]) == []
+    assert sealed_blocks([]) == []
+    assert len(sealed_blocks([{**TEXT, "text": "a"}, {**TEXT, "signature": "s"}])) == 1
 
 
 @pytest.mark.parametrize(

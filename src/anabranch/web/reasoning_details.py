@@ -53,18 +53,23 @@ def _of_same(made: list[Any], piece: Any) -> Json | None:
     return same[-1] if same and same[-1] is made[-1] else None
 
 
-def sealed_block(details: list[Any], thought: str | None = None) -> Json:
-    """A thinking block that holds them.
+def sealed_blocks(details: list[Any], thought: str | None = None) -> list[Json]:
+    """A thinking block that holds them; none where there is nothing in them but text that nobody signed.
 
     Args:
         details: whole.
         thought: what was thought; None reads that from them.
     """
+    is_plain = all(
+        isinstance(one, dict) and one.get("type") == "reasoning.text" and not one.get("signature") for one in details
+    )
+    if is_plain:
+        return []
     if thought is None:
         found = [one.get(_GROWS.get(one.get("type"), "")) for one in details if isinstance(one, dict)]
         thought = "".join(text for text in found if isinstance(text, str))
     seal = base64.urlsafe_b64encode(to_json(details, (",", ":"))).decode()
-    return {"type": "thinking", "thinking": thought, "signature": _SEAL + seal}
+    return [{"type": "thinking", "thinking": thought, "signature": _SEAL + seal}]
 
 
 def is_sealed(signature: Any) -> bool:

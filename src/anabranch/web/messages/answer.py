@@ -5,7 +5,7 @@ import uuid
 from typing import Any
 
 from anabranch.web.beside import beside, images_of
-from anabranch.web.reasoning_details import details_in, sealed_block
+from anabranch.web.reasoning_details import details_in, sealed_blocks
 
 Json = dict[str, Any]
 STOPS = {
@@ -87,8 +87,8 @@ def thoughts_of(message: Json) -> list[Json]:
     blocks = message.get("thinking_blocks")
     sealed = [_thought(block) for block in blocks] if isinstance(blocks, list) else []
     thought = message.get("reasoning_content") or message.get("reasoning")
-    if not sealed and (details := details_in(message)):
-        return [sealed_block(details, thought if isinstance(thought, str) else None)]
+    if not sealed:
+        sealed = sealed_blocks(details_in(message), thought if isinstance(thought, str) else None)
     if not isinstance(thought, str):
         return sealed
     # Its blocks say the same once more, as far as they are sealed.

@@ -8,7 +8,7 @@ from typing import Any
 from anabranch.web.beside import beside, images_of, is_whole, joined
 from anabranch.web.messages.answer import head, image_block, stop_reason, thoughts_of, usage_of
 from anabranch.web.messages.errors import error_event
-from anabranch.web.reasoning_details import details_in, joined_details, sealed_block
+from anabranch.web.reasoning_details import details_in, joined_details, sealed_blocks
 from anabranch.web.sse import event
 
 Json = dict[str, Any]
@@ -131,9 +131,10 @@ class MessageEvents:
     def _sealed(self) -> Iterator[bytes]:
         """What seals the thoughts, once all of it has come."""
         if self._details:
-            block = sealed_block(joined_details(self._details))
+            blocks = sealed_blocks(joined_details(self._details))
             self._details = []
-            yield from self._told({"thinking_blocks": [block]})
+            if blocks:
+                yield from self._told({"thinking_blocks": blocks})
 
     def _told(self, said: Json) -> Iterator[bytes]:
         """Tell what is said, or have it wait for the end of a call."""

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from anabranch.web.beside import beside, images_of
-from anabranch.web.reasoning_details import details_in, sealed_block
+from anabranch.web.reasoning_details import details_in, sealed_blocks
 from anabranch.web.responses.items import call_item, image_item, logprobs_of, message_item, new_id, reasoning_item
 from anabranch.web.responses.request import table_of
 from anabranch.web.responses.thoughts import sealed, thought_in
@@ -42,9 +42,7 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     choice = (answer.get("choices") or [{}])[0]
     message = choice.get("message") or {}
     output: list[dict[str, Any]] = []
-    blocks, details = message.get("thinking_blocks"), details_in(message)
-    if not blocks and details:
-        blocks = [sealed_block(details)]
+    blocks = message.get("thinking_blocks") or sealed_blocks(details_in(message))
     if thought_in(message) or blocks:
         output.append(sealed(reasoning_item(new_id("rs"), thought_in(message)), blocks, body))
     if message.get("content") is not None or message.get("refusal"):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from anabranch.web.beside import beside, images_of, is_whole, joined
-from anabranch.web.reasoning_details import details_in, joined_details, sealed_block
+from anabranch.web.reasoning_details import details_in, joined_details, sealed_blocks
 from anabranch.web.responses.answer import finished, response_of
 from anabranch.web.responses.items import (
     call_item,
@@ -144,9 +144,7 @@ class ResponseStream:
         if item["type"] == "reasoning":
             thoughts, self._thoughts = self._thoughts, []
             details, self._details = self._details, []
-            if details and not thoughts:
-                thoughts = [sealed_block(joined_details(details))]
-            item |= sealed(item, thoughts, self._body)
+            item |= sealed(item, thoughts or sealed_blocks(joined_details(details)), self._body)
         yield self._event("response.output_item.done", output_index=self._at(item), item=item)
 
     def _add_image(self, item: dict[str, Any]) -> Iterator[bytes]:
