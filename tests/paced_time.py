@@ -9,15 +9,19 @@ import asyncio
 import selectors
 import time
 
-# Of work between two looks, and of one wait, the most that counts.
-WORK_S, WAIT_S = 0.001, 0.005
+# Of one wait, the most that counts; and of work between two looks.
+WAIT_S, WORK_S = 0.005, 0.001
 
 
 class PacedLoop(asyncio.SelectorEventLoop):
-    """See the module."""
+    """See the module.
 
-    def __init__(self):
-        self._now_s = 0.0
+    Args:
+        work_s: the most that counts of work between two looks.
+    """
+
+    def __init__(self, work_s=WORK_S):
+        self._now_s, self.work_s = 0.0, work_s
         super().__init__(_Paced(self))
 
     def time(self):
@@ -36,7 +40,7 @@ class _Paced(selectors.DefaultSelector):
 
     def select(self, timeout=None):
         began = time.monotonic()
-        self._loop.passed(min(began - self._looked, WORK_S))
+        self._loop.passed(min(began - self._looked, self._loop.work_s))
         ready = super().select(WAIT_S if timeout is None else min(timeout, WAIT_S))
         self._looked = time.monotonic()
         waited = self._looked - began
@@ -44,9 +48,9 @@ class _Paced(selectors.DefaultSelector):
         return ready
 
 
-def run_paced(work):
+def run_paced(work, work_s=WORK_S):
     """Run a coroutine in a loop of its own."""
-    with asyncio.Runner(loop_factory=PacedLoop) as runner:
+    with asyncio.Runner(loop_factory=lambda: PacedLoop(work_s)) as runner:
         return runner.run(work)
 
 

@@ -66,7 +66,7 @@ def sealed_blocks(details: list[Any], thought: str | None = None) -> list[Json]:
     if is_plain:
         return []
     if thought is None:
-        found = [one.get(_GROWS.get(one.get("type"), "")) for one in details if isinstance(one, dict)]
+        found = [one.get(_GROWS.get(str(one.get("type")), "")) for one in details if isinstance(one, dict)]
         thought = "".join(text for text in found if isinstance(text, str))
     seal = base64.urlsafe_b64encode(to_json(details, (",", ":"))).decode()
     return [{"type": "thinking", "thinking": thought, "signature": _SEAL + seal}]
