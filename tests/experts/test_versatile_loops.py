@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 
 from anabranch.config import configclass
 from anabranch.errors import ConfigError, DataError
-from anabranch.experts.versatile import VersatileFFN, from_dense, loop_gates, record_difficulty, to_dense
+from anabranch.experts.versatile import LoopGate, VersatileFFN, from_dense, loop_gates, record_difficulty, to_dense
 from anabranch.lm import Decoder
 from anabranch.lm.recipes import start_from
-from anabranch.nn import MLP, BuildContext, Count, Dense, ForwardContext, Linear, RMSNorm, SelfAttention, SwiGLU
+from anabranch.lm.replay_contract import check_replay, check_replayed_training
+from anabranch.nn import MLP, BuildContext, Count, Dense, ForwardContext, Linear, MoE, RMSNorm, SelfAttention, SwiGLU
 from anabranch.routing import (
     Override,
     Router,
@@ -108,7 +110,7 @@ def test_recorded_loops_are_taken_again_to_the_bit(options):
         for gate in gates.values():  # another gate, which is not asked
             if options.get("gate") != "soft":
                 gate.score.weight.neg_()
-        with replay_routing(model, trace, routers=gates), record_difficulty(model) as again:
+        with replay_routing(model, trace), record_difficulty(model) as again:
             replayed = run()
     for ours, wanted in zip(replayed, expected, strict=True):
         assert torch.equal(ours[mask] if ours.shape[1] == 8 else ours, wanted[mask] if ours.shape[1] == 8 else wanted)
@@ -168,6 +170,35 @@ def test_whatever_is_recorded_by_default_is_replayed_by_default(fusion, training
     assert again.trace().table.equals(trace.table)
 
 
+def test_a_trace_of_the_loops_alone_leaves_the_experts_to_their_routers():
+    model, token = model_of(), tokens()
+    with record_difficulty(model) as recorder, torch.no_grad():
+        expected = model(token).logits_BLV
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    with torch.no_grad():
+        for gate in loop_gates(model).values():  # another gate, and other experts
+            gate.score.weight.neg_()
+        with replay_routing(model, recorder.trace()):
+            assert torch.equal(model(token).logits_BLV, expected)
+        for router in routers:
+            router.score.weight.neg_()
+        with replay_routing(model, recorder.trace()):
+            assert not torch.equal(model(token).logits_BLV, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"fusion": "depth_only"}, {"fusion": "depth_only", "gate": "soft"}])
+def test_the_contract_of_replay_is_of_gates_too(options, monkeypatch):
+    model, token = model_of(**options), tokens(length=12)
+    check_replay(model, token)
+    check_replayed_training(model, token)
+    if options.get("gate") == "soft":  # the number that is chosen mixes nothing there
+        return
+    forward = LoopGate.forward
+    monkeypatch.setattr(LoopGate, "forward", lambda self, x, context: forward(self, x, replace(context, routing=[])))
+    with pytest.raises(AssertionError, match="a router runs though all is replayed"):
+        check_replay(model, token)
+
+
 def test_what_cannot_be():
     model, token = model_of(), tokens()
     with pytest.raises(ConfigError, match="index_NK has 2 choices; a token takes one number of loops"):
@@ -186,7 +217,9 @@ def test_what_cannot_be():
             soft.train()(token)
     with record_difficulty(model) as recorder:
         model(token)
-    with pytest.raises(DataError, match="layer 0 is"), replay_routing(model, recorder.trace()):
+    layer = MoE.Config(num_experts=LOOPS, hidden_dim=8, router=Router.Config(select=TopK.Config(top_k=1)))
+    experts = model.config.replace(feed_forward=layer).build()
+    with pytest.raises(DataError, match="layer 0 is"), replay_routing(experts, recorder.trace()):
         pass
     with pytest.raises(ConfigError, match=r"routers has blocks.0.attention, whose decisions cannot be overridden"):
         with replay_routing(model, recorder.trace(), routers={"blocks.0.attention": model.blocks[0].attention}):

@@ -1,7 +1,7 @@
 """The contract of replay: a trace that is replayed gives the passes that it was recorded in, to the bit, and no router runs.
 
 `anabranch.testing` checks it for every feed-forward design and every kind of streams. Each check raises AssertionError that says what
-is broken; a model without a router passes.
+is broken; a model in which nothing decides passes. What decides and is no `Router` (`TakesOverrides`: a loop gate) is held to it likewise.
 """
 # Shapes: B batch, L positions, V vocabulary
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.lm.decoder import Decoder
-from anabranch.routing import Router, record_routing, replay_routing
+from anabranch.routing import record_routing, replay_routing
 from anabranch.routing.balance import LoadCounter
+from anabranch.routing.discovery import takes_overrides
 
 __all__ = ["check_replay", "check_replayed_training"]
 
@@ -24,9 +25,10 @@ TOLERANCE = 1e-4
 
 def check_replay(model: Decoder, token_BL: Tensor) -> None:
     """Evaluation, padded, in another order, and cached."""
-    if not _routers(model):
-        return
+    # What decides may mix all destinations in training, and decide in an evaluation only.
     model.eval()
+    if not _deciders(model):
+        return
     mask_BL = torch.ones_like(token_BL, dtype=torch.bool)
     mask_BL[0, :4] = False
 
@@ -51,9 +53,9 @@ def check_replay(model: Decoder, token_BL: Tensor) -> None:
 
 def check_replayed_training(model: Decoder, token_BL: Tensor) -> None:
     """Replayed, a training pass has the same cross-entropy to the bit; with weights of its own it learns as if it had chosen."""
-    if not _routers(model):
-        return
     model.train()
+    if not _deciders(model):
+        return
     model.recompute = True
     with record_routing(model) as recorder:
         cross_entropy, loss, gradients = _trained(model, token_BL)
@@ -86,14 +88,18 @@ def _trained(model: Decoder, token_BL: Tensor) -> tuple[Tensor, Tensor, dict[str
 
 @contextmanager
 def _no_scores(model: nn.Module) -> Iterator[None]:
-    """No router may ask its score."""
+    """No router may ask its score. A gate that mixes by its scores what was decided says so (``mixes_by_scores``), and may."""
 
     def refuse(*given: Any) -> Tensor:
         raise AssertionError("a router runs though all is replayed")
 
-    scores = [router.score for router in _routers(model)]
+    scores: list[Any] = [
+        module.score
+        for module in _deciders(model)
+        if hasattr(module, "score") and not getattr(module, "mixes_by_scores", False)
+    ]
     for score in scores:
-        score.project = refuse  # type: ignore[method-assign, assignment]
+        score.project = refuse
     try:
         yield
     finally:
@@ -101,8 +107,8 @@ def _no_scores(model: nn.Module) -> Iterator[None]:
             del score.project
 
 
-def _routers(model: nn.Module) -> list[Router]:
-    return [module for module in model.modules() if isinstance(module, Router)]
+def _deciders(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if takes_overrides(module)]
 
 
 def _loads(model: nn.Module) -> list[Tensor]:

@@ -35,7 +35,7 @@ class TakesOverrides(Protocol):
 
     It gives a `Routing`, and asks its context what changes it (`anabranch.routing.override.overrides_of`). So it is recorded, overridden,
     and replayed as routers are; traces have its layers behind those of routers. Besides it has ``num_destinations``, ``num_choices`` and
-    ``destinations``, as a router has them.
+    ``destinations``, as a router has them. One that needs its scores though a decision is given has a ``mixes_by_scores`` that is True.
     """
 
     @property

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from anabranch.errors import AnabranchError, ConfigError, DataError
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import UNUSED
-from anabranch.routing.discovery import RouterLayer
+from anabranch.routing.discovery import RouterLayer, router_layers
 from anabranch.routing.layer_overrides import overriding, own_layers
 from anabranch.routing.override import Override
 from anabranch.routing.router import Router
@@ -54,7 +54,8 @@ def replay_routing(
         trace: of its layers; one that was skipped all the time may be missing.
         weights: ``recorded``, and no router runs; or ``own``: the router's scores weigh the recorded destinations, as its select does.
         learn: balancers see the decisions, in losses and loads. Routers run for that.
-        routers: those that were recorded, where `record_routing` was given them; the others decide themselves.
+        routers: those that were recorded, where `record_routing` was given some of them by names of its own; the others decide
+            themselves. Not needed for a trace of all routers, with or without loop gates and the like, nor for one of those alone.
 
     A decision that was recorded several times for one item and position is taken in that order, and from the first again when all were
     taken: a block that a pass visits twice, and a second epoch over items that ``context.state`` names. What is not named is counted on,
@@ -87,12 +88,7 @@ class Replay:
         if weights not in ("recorded", "own"):
             raise ConfigError(f"weights is {weights!r}; use recorded or own")
         known = {layer.layer for layer in trace.layers}
-        # What is no router and was not recorded decides itself.
-        layers = [
-            layer
-            for layer in own_layers(model, routers)
-            if routers is not None or isinstance(layer.router, Router) or layer.number in known
-        ]
+        layers = _layers_of(model, trace) if routers is None else own_layers(model, routers)
         _check_layers(layers, trace)
         self._num_passes = {layer.router: layer.num_passes for layer in layers}
         self._weights, self._learn = weights, learn
@@ -292,6 +288,24 @@ def _rank_among_equals(value_N: np.ndarray) -> np.ndarray:
     rank_N = np.empty(len(value_N), np.int64)
     rank_N[order_N] = np.arange(len(value_N)) - np.searchsorted(sorted_N, sorted_N, "left")
     return rank_N
+
+
+def _layers_of(model: nn.Module, trace: RoutingTrace) -> list[RouterLayer]:
+    """The layers of ``model`` that a trace of it is about: its routers, and what else decides where that was recorded.
+
+    A trace of nothing but what else decides (`record_difficulty`) numbers that from 0 on, as if there were no routers: they decide themselves.
+    """
+    layers = own_layers(model)
+    others = {layer.router_name: layer.router for layer in layers if not isinstance(layer.router, Router)}
+    alone = router_layers(model, others) if others else []
+    if trace.layers and all(any(_is_of(layer, recorded) for layer in alone) for recorded in trace.layers):
+        return alone
+    known = {layer.layer for layer in trace.layers}
+    return [layer for layer in layers if isinstance(layer.router, Router) or layer.number in known]
+
+
+def _is_of(layer: RouterLayer, recorded: TraceLayer) -> bool:
+    return layer.number == recorded.layer and _is_one_name(layer.name, recorded.name)
 
 
 def _check_layers(layers: list[RouterLayer], trace: RoutingTrace) -> None:

@@ -41,6 +41,8 @@ class LoopGate(nn.Module):
     Attributes:
         layer: index of the layer, for traces.
         num_destinations: T.
+        mixes_by_scores: whether the share of each path is made of the probabilities, which no decision says: then the gate is asked for
+            them though its number is forced.
     """
 
     num_choices: ClassVar[int] = 1
@@ -53,7 +55,7 @@ class LoopGate(nn.Module):
         self.destinations = Destinations()
         # What the probabilities mix is not said by the number that was chosen.
         self._is_soft_in_training = config.relaxation == "soft"
-        self._is_soft = config.gate == "soft" or self._is_soft_in_training
+        self.mixes_by_scores: bool = config.gate == "soft" or self._is_soft_in_training
         self.score: LinearScore = LinearScore.Config().build(dim, config.max_loops, generator=generator)
         self.temperature: Temperature = config.temperature.build()
 
@@ -72,7 +74,7 @@ class LoopGate(nn.Module):
             overrides = overrides_of(self, self.num_destinations, x_ND, context)
             self._check(overrides, context)
             forced = [override for override in overrides if override.index_NK is not None]
-            if forced and forced[-1].is_complete and not self._is_soft:
+            if forced and forced[-1].is_complete and not self.mixes_by_scores:
                 return _taken(forced[-1].routing(x_ND, self.num_destinations, None))
         logit_NT = self.score.project(x_ND, context)
         if context.training:
@@ -114,7 +116,7 @@ def _taken(routing: Routing) -> Routing:
 
 
 def loop_gates(model: nn.Module) -> dict[str, nn.Module]:
-    """The loop gates of a model by name, as ``routers`` of `record_routing` and `replay_routing`.
+    """The loop gates of a model by name, for a record of them alone (``routers`` of `record_routing`).
 
     Raises ConfigError if there is none.
     """
@@ -133,6 +135,8 @@ def record_difficulty(model: nn.Module, *, path: str | Path | None = None) -> Ab
             model(token_BL)
         loops_N = recorder.trace().decisions(0).index_NK[:, 0] + 1        # of layer 0
 
-    ``replay_routing(model, trace, routers=loop_gates(model))`` takes them again. Raises ConfigError if the model has no loop gate.
+    ``replay_routing(model, trace)`` takes them again, and leaves the experts to their routers.
+
+    Raises ConfigError if the model has no loop gate.
     """
     return record_routing(model, path=path, routers=loop_gates(model))
