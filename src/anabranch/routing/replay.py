@@ -293,7 +293,7 @@ def _rank_among_equals(value_N: np.ndarray) -> np.ndarray:
 def _layers_of(model: nn.Module, trace: RoutingTrace) -> list[RouterLayer]:
     """The layers of ``model`` that a trace of it is about: its routers, and what else decides where that was recorded.
 
-    A trace of nothing but what else decides (`record_difficulty`) numbers that from 0 on, as if there were no routers: they decide themselves.
+    A trace of nothing but what else decides (`record_difficulty`) numbers that from 0 on, as if there were no routers; they decide freely.
     """
     layers = own_layers(model)
     others = {layer.router_name: layer.router for layer in layers if not isinstance(layer.router, Router)}
