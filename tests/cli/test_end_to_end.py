@@ -820,6 +820,7 @@ def test_an_audit_of_balance_on_a_model_and_on_its_trace(here, tmp_path, tiny, d
     assert code == 0
     of_model = json.loads(out)["balance_audit"]
     assert [facts["has_bias"] for facts in of_model] == [True, True]
+    assert [facts["preference_violations"] for facts in of_model] == [0, 0]
     trace = tmp_path / "report/trace.parquet"
     code, text, _ = here("report", trace, "--out", tmp_path / "again", "--balance-audit")
     assert code == 0

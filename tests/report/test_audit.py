@@ -50,6 +50,28 @@ def test_it_is_the_audit_of_the_scores():
     assert found.domain_max_violation == {}
 
 
+def test_preferences_are_broken_by_what_score_and_bias_did_not_choose():
+    """By hand: 0 is the best of all three tokens; the first keeps it, the second leaves it for 1, the third for 2."""
+    score_NE = np.array([[0.9, 0.2, 0.1], [0.9, 0.8, 0.1], [0.9, 0.1, 0.8]], np.float32)
+    trace = trace_of(np.array([[0], [1], [2]]), score_NE, 3)
+    assert audit_trace(trace)[0].preference_violations is None
+    for bias_E, broken in (([0.0, 0.2, 0.2], 0), ([0.0, 0.2, -0.1], 1), ([0.0, -0.1, -0.1], 2), ([0.0, 0.0, 0.0], 0)):
+        assert audit_trace(trace, {0: np.array(bias_E)})[0].preference_violations == broken
+    # The next float32 is not another bias.
+    near = np.nextafter(np.float32(0.25), np.float32(0))
+    assert audit_trace(trace, {0: np.array([0.25, near, near])})[0].preference_violations == 0
+
+
+def test_choices_by_score_and_bias_break_no_preference_and_those_by_another_bias_do():
+    draw = np.random.default_rng(1)
+    score_NE = draw.random((512, 8), np.float32)
+    bias_E = draw.normal(size=8).astype(np.float32) / 10
+    index_NK = np.argsort(-(score_NE + bias_E), 1)[:, :3]
+    trace = trace_of(index_NK, score_NE, 8)
+    assert audit_trace(trace, {0: bias_E})[0].preference_violations == 0
+    assert audit_trace(trace, {0: -bias_E})[0].preference_violations > 100
+
+
 def test_domains_are_each_audited_for_balance():
     score_NE = np.array([[0.9, 0.1], [0.8, 0.6], [0.2, 0.3], [0.4, 0.3]], np.float32)
     trace = trace_of(np.array([[0], [0], [1], [0]]), score_NE, 2, domain=["b", "b", "a", "a"])

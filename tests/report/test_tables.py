@@ -83,11 +83,13 @@ def test_audits():
         prices=[],
         correlation=0.875,
         has_bias=True,
+        preference_violations=1024,
     )
-    plain = LayerAudit(**{**vars(facts), "has_bias": False, "correlation": None, "domain_max_violation": {}})
+    unknown = {"has_bias": False, "correlation": None, "domain_max_violation": {}, "preference_violations": None}
+    plain = LayerAudit(**{**vars(facts), **unknown})
     assert rows(of_audits([facts, plain])) == [
-        ["4", "2,048", "1.500", "-0.500", "1.750 code", "2.500", "0.7500", "0.0625", "0.875"],
-        ["4", "2,048", "1.500", "-0.500", "-", "2.500", "0.7500", "-", "-"],
+        ["4", "2,048", "1.500", "-0.500", "1.750 code", "2.500", "0.7500", "0.0625", "0.875", "1,024"],
+        ["4", "2,048", "1.500", "-0.500", "-", "2.500", "0.7500", "-", "-", "-"],
     ]
 
 

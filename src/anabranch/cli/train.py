@@ -161,7 +161,7 @@ class _Observer:
         self.progress = Progress(config.train.steps, "step", quiet=quiet)
         self._losses: list[float] = []
 
-    def introduce(self, name: str, trainer: Trainer, wanted: Decoder.Config) -> None:
+    def introduce(self, name: str, trainer: Trainer[RunConfig], wanted: Decoder.Config) -> None:
         """What is about to be trained, on what; and where the model it starts from is not as ``wanted``."""
         from anabranch.cli.runs import describe_model
         from anabranch.lm.differences import shown
@@ -223,7 +223,9 @@ def _balance(values: dict[str, Any]) -> str:
     return f", MaxVio {values['max_violation']:.2f}" if "max_violation" in values else ""
 
 
-def _conclude(name: str, config: RunConfig, trainer: Trainer, result: TrainResult, out: Path, *, as_json: bool) -> None:
+def _conclude(
+    name: str, config: RunConfig, trainer: Trainer[RunConfig], result: TrainResult, out: Path, *, as_json: bool
+) -> None:
     counts = config.model.count(config.data.sequence_length)
     drawn = _try_sample(trainer, result) if result.status == "finished" else _Sample()
     if as_json:
@@ -280,7 +282,7 @@ class _Sample:
     problem: str | None = None
 
 
-def _try_sample(trainer: Trainer, result: TrainResult) -> _Sample:
+def _try_sample(trainer: Trainer[RunConfig], result: TrainResult) -> _Sample:
     """A sample for the eye. The run is finished and saved, so whatever goes wrong here is told in a line and is no failure of it."""
     try:
         return _sample(trainer, result)
@@ -290,7 +292,7 @@ def _try_sample(trainer: Trainer, result: TrainResult) -> _Sample:
         return _Sample(problem=problem)
 
 
-def _sample(trainer: Trainer, result: TrainResult) -> _Sample:
+def _sample(trainer: Trainer[RunConfig], result: TrainResult) -> _Sample:
     """Raises AnabranchError where the model cannot generate or there is too little text for a prompt."""
     from anabranch.data import Stdlib
     from anabranch.lm import SamplingConfig, generate, load_model

@@ -16,7 +16,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.differences import Difference, differences, shown
 from anabranch.lm.upcycle import upcycle
-from anabranch.nn import MoE, SwiGLU
+from anabranch.nn import FeedForward, MoE, SwiGLU
 from anabranch.routing import LinearScore, Router
 
 __all__ = ["Material", "Started", "fields_beyond", "kept_fields", "not_chosen", "recipe", "start_from"]
@@ -175,7 +175,7 @@ def _check_kinds(made: Decoder.Config, config: Decoder.Config, wanted: list[_Rec
         raise ConfigError(f"the model has streams ({made.streams}), and the design wanted has {config.streams}: {ways}")
 
 
-def _check_layer(theirs: Any, ours: Any, used: list[_Recipe]) -> None:
+def _check_layer(theirs: FeedForward.Config, ours: FeedForward.Config, used: list[_Recipe]) -> None:
     sizes = _SIZES if isinstance(ours, MoE.Config) else ("hidden_dim",)
     passed = [*sizes, *_INITIAL, *_OF_LAYER, *(f"router.{name}" for name in _OF_ROUTER)]
     passed += _NOT_CHOSEN.get(type(ours), ())
@@ -200,12 +200,13 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _trained_as(model: Decoder, ours: Any) -> Decoder:
+def _trained_as(model: Decoder, ours: FeedForward.Config) -> Decoder:
     """``model`` with the balancers, capacity and computation of the layer ``ours``; balancers that are new begin as untrained."""
-    theirs: Any = model.config.feed_forward
+    theirs = model.config.feed_forward
     changed = {name: getattr(ours, name) for name in _OF_LAYER if hasattr(ours, name)}
-    if isinstance(getattr(ours, "router", None), Router.Config) and isinstance(theirs.router, Router.Config):
-        changed["router"] = theirs.router.replace(**{name: getattr(ours.router, name) for name in _OF_ROUTER})
+    wanted, held = (getattr(layer, "router", None) for layer in (ours, theirs))
+    if isinstance(wanted, Router.Config) and isinstance(held, Router.Config):
+        changed["router"] = held.replace(**{name: getattr(wanted, name) for name in _OF_ROUTER})
     layer = theirs.replace(**changed) if changed else theirs
     if to_dict(layer) == to_dict(theirs):
         return model
@@ -213,12 +214,12 @@ def _trained_as(model: Decoder, ours: Any) -> Decoder:
     state, fresh = model.state_dict(), made.state_dict()
     if state.keys() - fresh.keys():
         # A bias chooses experts as weights do, so without it the model would compute something else.
-        _refuse([Difference(f"{_LAYER}.router.balance", ours.router.balance, theirs.router.balance)])
+        _refuse([Difference(f"{_LAYER}.router.balance", wanted and wanted.balance, held and held.balance)])
     made.load_state_dict(fresh | state, assign=True)
     return made.to(model.embedding.weight.device).train(model.training)
 
 
-def _score_kind(layer: Any) -> str | None:
+def _score_kind(layer: FeedForward.Config) -> str | None:
     router = getattr(layer, "router", None)
     return None if router is None or type(layer) is SwiGLU.Config else router.score.owner.kind
 

@@ -17,7 +17,6 @@ All of this takes weights on the experts' output; on their input (`MoE.Config.we
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch import Tensor
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
-from anabranch.nn import BuildContext, MoE, SwiGLU
+from anabranch.nn import BuildContext, FeedForward, MoE, SwiGLU
 from anabranch.nn.linear import Added, Split
 from anabranch.nn.pool import check_stacked
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
@@ -98,8 +97,7 @@ def average(model: Decoder, *, slices: int = 1) -> Decoder:
         ConfigError: the layers are not plain, or replaced or quantised in part, their shared experts have a gate, or ``slices`` does
             not divide the experts.
     """
-    moe: Any = model.config.feed_forward
-    _check_plain(moe)
+    moe = _plain(model.config.feed_forward)
     if moe.shared_gate:
         raise ConfigError("shared_gate is True: a gate that depends on the token has no dense equal")
     if slices < 1 or moe.num_experts % slices:
@@ -129,10 +127,10 @@ def average(model: Decoder, *, slices: int = 1) -> Decoder:
 
 def _check(model: Decoder, moe: MoE.Config, noise: float, reinit: float) -> int:
     """G, the slices of a feed-forward. Raises ConfigError if ``moe`` does not fit."""
-    dense: Any = model.config.feed_forward
+    dense = model.config.feed_forward
     if not isinstance(dense, SwiGLU.Config) or model.config.dense_layers:
         raise ConfigError(f"upcycle needs a dense model, this one has {dense.owner.kind!r} layers")
-    _check_plain(moe)
+    _plain(moe)
     if noise < 0 or not 0 <= reinit <= 1:
         raise ConfigError(f"noise is {noise} and reinit {reinit}; noise must be at least 0, reinit between 0 and 1")
     slices, rest = divmod(dense.hidden_dim, moe.hidden_dim)
@@ -150,8 +148,9 @@ def _check(model: Decoder, moe: MoE.Config, noise: float, reinit: float) -> int:
     return slices
 
 
-def _check_plain(moe: Any) -> None:
-    if type(moe) is not MoE.Config:
+def _plain(moe: FeedForward.Config) -> MoE.Config:
+    """``moe``, a mixture that dense layers can become. Raises ConfigError if it is of another kind, or its experts and scores are."""
+    if not isinstance(moe, MoE.Config) or type(moe) is not MoE.Config:
         raise ConfigError(
             f"feed_forward is of kind {moe.owner.kind!r}; it must be a plain 'moe' (from which others can be made)"
         )
@@ -163,6 +162,7 @@ def _check_plain(moe: Any) -> None:
         raise ConfigError(
             f"router.score is of kind {moe.router.score.owner.kind!r}, whose layers share parts; use 'linear' and convert the result"
         )
+    return moe
 
 
 def _check_matrices(model: Decoder, layers: Iterable[int]) -> None:
@@ -232,7 +232,7 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _fresh(config: Decoder.Config, layer: int, slices: int, generator: torch.Generator) -> dict[str, Tensor]:
     """What a mixture has and a dense layer has not, under its names in the layer: router and shared experts."""
-    moe: Any = config.feed_forward
+    moe = _plain(config.feed_forward)
     router = moe.router.build(config.dim, moe.num_experts, layer=layer, generator=generator)
     weight_ED = router.score.weight
     weight_ED.copy_(weight_ED[::slices].repeat_interleave(slices, dim=0))

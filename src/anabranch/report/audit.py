@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from anabranch.errors import DataError
-from anabranch.routing.assignment import balance_audit
+from anabranch.routing.assignment import balance_audit, broken_preferences, choose
 from anabranch.routing.measure import domain_load, load_violation, max_violation
 from anabranch.routing.trace import RoutingTrace
 
@@ -29,6 +29,9 @@ class LayerAudit:
         prices: optimal ones, by destination, mean 0; what a bias should be.
         correlation: of the bias with optimal prices; None without a bias, or a constant one.
         has_bias: whether the router's bias is known. One that multiplies scores is not in this sense: prices are added.
+        preference_violations: tokens that drop one of their K best scores for a destination of a lower bias; None without a bias. By the
+            theory there is none where score + bias makes the choice, so others were made by something else: groups, closed destinations,
+            an override, or a bias that was not this one.
     """
 
     layer: int
@@ -47,6 +50,7 @@ class LayerAudit:
     prices: list[float]
     correlation: float | None
     has_bias: bool
+    preference_violations: int | None = None
 
 
 def audit_trace(trace: RoutingTrace, bias: Mapping[int, np.ndarray] | None = None) -> list[LayerAudit]:
@@ -103,4 +107,14 @@ def _audit(trace: RoutingTrace, layer: int, bias_E: np.ndarray | None) -> LayerA
         prices=found.price_E.tolist(),
         correlation=None if np.isnan(found.correlation) else found.correlation,
         has_bias=bias_E is not None,
+        preference_violations=None if bias_E is None else _violations(score_TE, index_TK, bias_E),
     )
+
+
+def _violations(score_TE: np.ndarray, index_TK: np.ndarray, bias_E: np.ndarray) -> int:
+    """Of choices as recorded, beside those without a bias."""
+    chosen_TE = np.zeros(score_TE.shape, bool)
+    np.put_along_axis(chosen_TE, index_TK, True, axis=1)
+    # Two biases as near to each other as score + bias is rounded may go either way.
+    slack = 4 * float(np.finfo(np.float32).eps) * max(1.0, np.abs(score_TE).max(), np.abs(bias_E).max())
+    return broken_preferences(choose(score_TE, index_TK.shape[1]), chosen_TE, bias_E, slack)

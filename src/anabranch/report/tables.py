@@ -209,12 +209,18 @@ def of_audits(audits: list[LayerAudit]) -> Table | None:
         Column("score over\noptimum", [_number(facts.achieved_share, 4) for facts in audits]),
         Column("gap of\nthe bias", [_number(facts.duality_gap if facts.has_bias else None, 4) for facts in audits]),
         Column("correlation\nwith prices", [_number(facts.correlation, 3) for facts in audits]),
+        Column("broken\npreferences", [_count(facts.preference_violations) for facts in audits]),
     ]
     note = (
         "The choices beside the best balanced ones of the same scores (arXiv 2512.03915). A score over 1 is bought with imbalance; a gap "
-        "of 0 is an optimal bias; prices are what a bias should be."
+        "of 0 is an optimal bias; prices are what a bias should be. A preference is broken by a token that drops one of its best scores "
+        "for an expert of a lower bias: something else than score and bias chose there (groups, closed experts, an override)."
     )
     return Table("Balance beside the optimum", note, columns)
+
+
+def _count(number: int | None) -> str:
+    return UNKNOWN if number is None else f"{number:,}"
 
 
 def _worst_domain(facts: LayerAudit) -> str:

@@ -191,7 +191,7 @@ def read_run_config(out: str | Path) -> RunConfig:
     return _parsed(out, lambda: from_dict(RunConfig, table))
 
 
-def read_task_run_config(out: str | Path, task: Any = Task) -> TaskRunConfig:
+def read_task_run_config(out: str | Path, task: type[Task] = Task) -> TaskRunConfig:
     """The config of a run of any task but a language model's, equal to the one that was saved.
 
     Args:

@@ -149,8 +149,8 @@ class TextTask(Task, kind="text"):
 
     def _streams(self) -> Streams.Config | None:
         """Parallel streams of the model."""
-        streams: Any = getattr(self.model, "streams", None)
-        return getattr(streams, "config", None) if isinstance(streams, Streams) else None
+        streams = getattr(self.model, "streams", None)
+        return streams.config if isinstance(streams, Streams) else None
 
     def evaluate(self, model: nn.Module, data: Windows, context: TaskContext) -> dict[str, Any]:
         """See `Evaluation`."""
@@ -192,6 +192,7 @@ class LanguageModel(DecoderTask, TextTask, kind="language_model"):
         super()._check_vocabulary(self.config.model.vocab_size)
 
 
-def decoder_parts(model: Any) -> list[nn.Module]:
+def decoder_parts(model: nn.Module) -> list[nn.Module]:
     """What of a decoder is gathered on its own where weights are in shards: a pool that blocks share, and each block."""
+    assert isinstance(model, Decoder), "a language model is a decoder"
     return [*(module for module in model.shared.values() if isinstance(module, ExpertPool)), *model.blocks]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,11 @@ from anabranch.train.task import Task, TaskContext, moved
 log = logging.getLogger(__name__)
 
 
-class Trainer:
+# What is trained: a language model's run, written short, or any other task's.
+R = TypeVar("R", bound=RunConfig | TaskRunConfig)
+
+
+class Trainer(Generic[R]):
     """Trains one model.
 
     Args:
@@ -59,15 +63,14 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig | TaskRunConfig,
+        config: R,
         out: str | Path,
         *,
         resume: bool = False,
         on_event: Callable[[Event], None] | None = None,
         **given: Any,
     ) -> None:
-        # What config, model and data are is the task's business, so no type can be told here.
-        self.config: Any = config
+        self.config = config
         self.out = Path(out)
         self._settings = config.train
         self._on_event = on_event
@@ -81,6 +84,7 @@ class Trainer:
         self.task: Task = config.task.build(**given)
         self._held_out = self.task.validation_data(self._context)
         self.stream = self.task.training_data(self._context)
+        # Whatever module the task makes.
         self.model: Any = self._model(found)
         wrapped = self.workers.wrap(self.model, self.task.sharded_parts(self.model))
         self._meter = LoadMeter(self.model)

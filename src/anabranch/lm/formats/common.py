@@ -27,7 +27,7 @@ from anabranch.lm.formats.few_bits import METHODS
 from anabranch.lm.formats.foreign import Foreign
 from anabranch.lm.formats.positions import read_rotary, read_windows, write_rotary
 from anabranch.lm.tensors import Piece, TensorSource
-from anabranch.nn import MoE, Rotary, SelfAttention, SwiGLU
+from anabranch.nn import MLP, MoE, Rotary, SelfAttention, SwiGLU
 from anabranch.nn.attention import Attention
 from anabranch.routing import LinearScore, Router, SwitchLoss, TopK
 
@@ -210,7 +210,7 @@ def write_head_dim(config: Decoder.Config) -> dict[str, Any]:
 
 def write_moe(config: Decoder.Config) -> dict[str, Any]:
     """The fields of a mixture that most families spell alike."""
-    moe: Any = config.feed_forward
+    moe = mixture_of(config)
     select, balance = moe.router.select, moe.router.balance
     alpha = next((part.alpha for part in balance if isinstance(part, SwitchLoss.Config)), 0.0)
     return {
@@ -232,6 +232,21 @@ def body(config: Decoder.Config, attention: AttentionPieces | None = None) -> Pi
         pieces[f"{ours}.feed_forward_norm.weight"] = [Piece(f"{theirs}.post_attention_layernorm.weight")]
         pieces |= place(config, f"{ours}.attention", f"{theirs}.self_attn")
     return pieces
+
+
+def mixture_of(config: Decoder.Config) -> MoE.Config:
+    """The mixture of a model that a family of Hugging Face can be. Raises CheckpointError if its layers are of another kind."""
+    if not isinstance(config.feed_forward, MoE.Config):
+        raise CheckpointError(f"feed_forward.kind={config.feed_forward.owner.kind!r}")
+    return config.feed_forward
+
+
+def dense_of(config: Decoder.Config) -> SwiGLU.Config | MLP.Config:
+    """The feed-forward of its dense layers, of which some may stand between mixtures. Raises CheckpointError as `mixture_of`."""
+    layer = config.dense_feed_forward if config.dense_layers else config.feed_forward
+    if not isinstance(layer, SwiGLU.Config | MLP.Config):
+        raise CheckpointError(f"feed_forward.kind={layer.owner.kind!r}")
+    return layer
 
 
 def self_attention(config: Decoder.Config) -> SelfAttention.Config:
@@ -310,7 +325,7 @@ def mixture(
         feed_forward = config.feed_forward_of(layer)
         ours, theirs = f"blocks.{layer}.feed_forward", f"model.layers.{layer}.mlp"
         if not isinstance(feed_forward, MoE.Config):
-            pieces |= swiglu(ours, theirs, feed_forward.hidden_dim)  # type: ignore[attr-defined]
+            pieces |= swiglu(ours, theirs, dense_of(config).hidden_dim)
             continue
         pieces[f"{ours}.router.score.weight"] = [Piece(f"{theirs}.gate.weight")]
         if bias:

@@ -11,7 +11,9 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats.common import (
     Foreign,
     Pieces,
+    dense_of,
     mixture,
+    mixture_of,
     read_attention,
     read_body,
     read_moe,
@@ -54,8 +56,8 @@ def read(foreign: Foreign) -> Decoder.Config:
 
 def write(config: Decoder.Config) -> dict[str, Any]:
     """Ours as config.json; dense layers that are not the first ones or a regular pattern cannot be said in it."""
-    moe: Any = config.feed_forward
-    dense: Any = config.dense_feed_forward if config.dense_layers else moe
+    moe = mixture_of(config)
+    dense = dense_of(config) if config.dense_layers else moe
     routed = [layer for layer in range(config.num_layers) if layer not in config.dense_layers]
     every = routed[1] - routed[0] if len(routed) > 1 else routed[0] or config.num_layers
     fields = write_moe(config)

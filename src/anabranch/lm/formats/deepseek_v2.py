@@ -4,10 +4,10 @@ from collections.abc import Collection
 from typing import Any
 
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.formats.common import Foreign, Pieces, mixture, read_moe, with_dense_layers, write_moe
+from anabranch.lm.formats.common import Foreign, Pieces, mixture, mixture_of, read_moe, with_dense_layers, write_moe
 from anabranch.lm.formats.deepseek_v3 import USUAL, latent_pieces, read_latent_body, write_latent
 from anabranch.lm.formats.routers import write_shared_layers
-from anabranch.routing import GroupTopK
+from anabranch.routing import GroupTopK, Select
 
 MODEL_TYPE = "deepseek_v2"
 ARCHITECTURE = "DeepseekV2ForCausalLM"
@@ -31,7 +31,7 @@ def read(foreign: Foreign) -> Decoder.Config:
         shared_experts=foreign.get("n_shared_experts", 2),
     )
     scale, top_k = float(foreign.get("routed_scaling_factor", 1.0)), foreign["num_experts_per_tok"]
-    select: Any = moe.router.select.replace(scale=scale)
+    select: Select.Config = moe.router.select.replace(scale=scale)
     if foreign.get("topk_method") == "group_limited_greedy":
         groups = {"num_groups": foreign["n_group"], "top_groups": foreign["topk_group"]}
         select = GroupTopK.Config(top_k=top_k, group_score="max", scale=scale, **groups)
@@ -42,7 +42,7 @@ def read(foreign: Foreign) -> Decoder.Config:
 
 def write(config: Decoder.Config) -> dict[str, Any]:
     """Ours as config.json."""
-    moe: Any = config.feed_forward
+    moe = mixture_of(config)
     select, fields = moe.router.select, write_moe(config)
     groups: dict[str, Any] = {"topk_method": "greedy", "n_group": None, "topk_group": None}
     if isinstance(select, GroupTopK.Config):

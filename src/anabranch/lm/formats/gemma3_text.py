@@ -11,6 +11,7 @@ from anabranch.lm.formats.common import (
     Foreign,
     Pieces,
     body,
+    dense_of,
     read_attention,
     read_body,
     self_attention,
@@ -80,7 +81,7 @@ def _rotaries(foreign: Foreign) -> tuple[Rotary.Config, Rotary.Config]:
 
 def write(config: Decoder.Config) -> dict[str, Any]:
     """Ours as config.json."""
-    feed_forward: Any = config.feed_forward
+    feed_forward = dense_of(config)
     attention, local = self_attention(config), config.local_attention
     own = local.rotary if isinstance(local, SelfAttention.Config) and config.local_layers else None
     fields = {**write_body(config), **write_head_dim(config), **write_windows(config)}
@@ -111,6 +112,6 @@ def sanitize(config: Decoder.Config, names: Collection[str]) -> Pieces:
             "feed_forward_after": "post_feedforward_layernorm",
         }
         pieces |= {f"{ours}.{name}.weight": [Piece(f"{theirs}.{stored}.weight")] for name, stored in norms.items()}
-        feed_forward: Any = config.feed_forward
+        feed_forward = dense_of(config)
         pieces |= swiglu(f"{ours}.feed_forward", f"{theirs}.mlp", feed_forward.hidden_dim)
     return pieces

@@ -12,6 +12,7 @@ from anabranch.lm.formats.common import (
     Pieces,
     body,
     experts,
+    mixture_of,
     read_attention,
     read_body,
     self_attention,
@@ -70,7 +71,7 @@ def read(foreign: Foreign) -> Decoder.Config:
 
 def write(config: Decoder.Config) -> dict[str, Any]:
     """Ours as config.json, in floating point."""
-    moe: Any = config.feed_forward
+    moe = mixture_of(config)
     fields = {**write_body(config), **write_head_dim(config), **write_moe(config), **write_windows(config)}
     for name in ("norm_topk_prob", "rope_theta", "rope_scaling"):
         del fields[name]
@@ -97,7 +98,7 @@ def sanitize(config: Decoder.Config, names: Collection[str]) -> Pieces:
             pieces[f"{ours}.router.score.{kind}"] = [Piece(f"{theirs}.router.{kind}")]
         stored = f"{theirs}.experts"
         if f"{stored}.gate_up_proj" not in names and f"{stored}.0.gate_proj.weight" in names:
-            moe: Any = config.feed_forward
+            moe = mixture_of(config)
             pieces |= experts(f"{ours}.experts", stored, moe, names) | _biases(f"{ours}.experts", stored, moe)
             continue
         pieces[f"{ours}.experts.w13"] = [Piece(f"{stored}.gate_up_proj", change=Change(_parted, _mingled))]

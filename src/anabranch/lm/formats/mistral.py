@@ -7,6 +7,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats.common import (
     Foreign,
     Pieces,
+    dense_of,
     mixture,
     read_attention,
     read_body,
@@ -32,7 +33,7 @@ def read(foreign: Foreign) -> Decoder.Config:
 
 def write(config: Decoder.Config) -> dict[str, Any]:
     """Ours as config.json."""
-    feed_forward: Any = config.feed_forward
+    feed_forward = dense_of(config)
     return {
         **write_body(config),
         **write_head_dim(config),

@@ -9,6 +9,7 @@ from anabranch.lm.formats.common import (
     Pieces,
     body,
     experts,
+    mixture_of,
     read_attention,
     read_body,
     read_moe,
@@ -42,7 +43,7 @@ def read(foreign: Foreign) -> Decoder.Config:
 
 def write(config: Decoder.Config) -> dict[str, Any]:
     """Ours as config.json."""
-    moe: Any = config.feed_forward
+    moe = mixture_of(config)
     fields = {**write_body(config), **write_head_dim(config), **write_moe(config)}
     del fields["norm_topk_prob"]
     return {
@@ -58,7 +59,7 @@ def sanitize(config: Decoder.Config, names: Collection[str]) -> Pieces:
     """Their tensors in ours. transformers 5 calls the block ``mlp`` in memory, and files ``block_sparse_moe``."""
     pieces = body(config)
     block = "mlp" if "model.layers.0.mlp.gate.weight" in names else "block_sparse_moe"
-    moe: Any = config.feed_forward
+    moe = mixture_of(config)
     for layer in range(config.num_layers):
         ours, theirs = f"blocks.{layer}.feed_forward", f"model.layers.{layer}.{block}"
         pieces[f"{ours}.router.score.weight"] = [Piece(f"{theirs}.gate.weight")]

@@ -8,6 +8,7 @@ from anabranch.lm.formats.common import (
     Foreign,
     Pieces,
     mixture,
+    mixture_of,
     read_attention,
     read_body,
     read_moe,
@@ -38,7 +39,7 @@ def read(foreign: Foreign) -> Decoder.Config:
 
 def write(config: Decoder.Config) -> dict[str, Any]:
     """Ours as config.json."""
-    moe: Any = config.feed_forward
+    moe = mixture_of(config)
     return {
         **write_body(config),
         **write_moe(config),

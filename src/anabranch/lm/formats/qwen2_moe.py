@@ -13,7 +13,9 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats.common import (
     Foreign,
     Pieces,
+    dense_of,
     mixture,
+    mixture_of,
     read_attention,
     read_body,
     read_moe,
@@ -60,7 +62,7 @@ def dense_layers(foreign: Foreign) -> list[int]:
 
 def write(config: Decoder.Config) -> dict[str, Any]:
     """Ours as config.json."""
-    moe: Any = config.feed_forward
+    moe = mixture_of(config)
     return {
         **write_body(config),
         **write_head_dim(config),
@@ -74,8 +76,8 @@ def write(config: Decoder.Config) -> dict[str, Any]:
 
 def write_layers(config: Decoder.Config) -> dict[str, Any]:
     """Experts and dense layers, in the spelling of both Qwen families."""
-    moe: Any = config.feed_forward
-    dense: Any = config.dense_feed_forward if config.dense_layers else moe
+    moe = mixture_of(config)
+    dense = dense_of(config) if config.dense_layers else moe
     return {
         "num_experts": moe.num_experts,
         "moe_intermediate_size": moe.hidden_dim,
@@ -92,7 +94,7 @@ def sanitize(config: Decoder.Config, names: Collection[str]) -> Pieces:
 
 def gated_config(config: Decoder.Config) -> Decoder.Config:
     """``config`` with a gated shared expert in each mixture."""
-    moe: Any = config.feed_forward
+    moe = mixture_of(config)
     width = moe.shared_width or _SPARE_DIM
     return config.replace(feed_forward=moe.replace(shared_experts=1, shared_hidden_dim=width, shared_gate=True))
 

@@ -3,9 +3,10 @@
 from typing import Any
 
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.formats.common import dense_of, mixture_of
 from anabranch.lm.formats.foreign import Foreign
 from anabranch.nn import MoE
-from anabranch.routing import BiasBalancer, GroupTopK, LinearScore, Router, TopK
+from anabranch.routing import BiasBalancer, GroupTopK, LinearScore, Router, Select, TopK
 
 __all__ = ["read_biased_moe", "write_biased_moe", "write_shared_layers"]
 
@@ -18,7 +19,7 @@ def read_biased_moe(foreign: Foreign) -> MoE.Config:
         "normalize": "sum" if foreign.get("norm_topk_prob", True) else "none",
         "scale": float(foreign.get("routed_scaling_factor", 1.0)),
     }
-    select: Any = TopK.Config(**weights)
+    select: Select.Config = TopK.Config(**weights)
     if top_groups < num_groups:
         select = GroupTopK.Config(**weights, num_groups=num_groups, top_groups=top_groups, group_score="top2_sum")
     return MoE.Config(
@@ -33,23 +34,23 @@ def read_biased_moe(foreign: Foreign) -> MoE.Config:
 
 def write_biased_moe(config: Decoder.Config) -> dict[str, Any]:
     """The fields that `read_biased_moe` reads."""
-    moe: Any = config.feed_forward
+    moe = mixture_of(config)
     select = moe.router.select
-    is_grouped = isinstance(select, GroupTopK.Config)
+    groups = (select.num_groups, select.top_groups) if isinstance(select, GroupTopK.Config) else (1, 1)
     return {
         **write_shared_layers(config),
         "num_experts_per_tok": select.exact_choices or 1,
         "norm_topk_prob": select.normalize != "none",
         "routed_scaling_factor": select.scale,
-        "n_group": select.num_groups if is_grouped else 1,
-        "topk_group": select.top_groups if is_grouped else 1,
+        "n_group": groups[0],
+        "topk_group": groups[1],
     }
 
 
 def write_shared_layers(config: Decoder.Config) -> dict[str, Any]:
     """Experts, shared experts and dense layers, which are the first ones."""
-    moe: Any = config.feed_forward
-    dense: Any = config.dense_feed_forward if config.dense_layers else moe
+    moe = mixture_of(config)
+    dense = dense_of(config) if config.dense_layers else moe
     return {
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.shared_width // moe.hidden_dim,
