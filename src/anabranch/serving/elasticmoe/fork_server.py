@@ -18,7 +18,7 @@ from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError, pair
 
 __all__ = ["ForkServer", "ForkedProcess"]
 
-_RANK = "anabranch.serving.elasticmoe.rank"
+_RANK = "anabranch.serving.elasticmoe.rank_process"
 
 
 class ForkedProcess(Process):
@@ -122,9 +122,9 @@ class ForkServer:
 def main() -> None:
     """The process."""
     control = Channel.of_fd(int(sys.argv[1]))
-    import anabranch.serving.elasticmoe.rank as rank
+    from anabranch.serving.elasticmoe import rank_process
 
-    rank.rehearse()
+    rank_process.rehearse()
     gc.collect()
     # The collector would write to every object, and no page of them would be shared any more.
     gc.freeze()
@@ -140,7 +140,7 @@ def main() -> None:
             pid = os.fork()
             if pid == 0:
                 control.forget()
-                rank.main(fd)
+                rank_process.main(fd)
             os.close(fd)
             pidfd = os.pidfd_open(pid)
             control.send(pid, [pidfd])

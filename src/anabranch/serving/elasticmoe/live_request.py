@@ -1,0 +1,90 @@
+"""`Live`: one request under way, as the coordinator's `Ledger` has it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from anabranch.serving.core.request import Output, Request
+from anabranch.serving.elasticmoe.handover import Carried
+from anabranch.serving.elasticmoe.instance import Instance
+
+__all__ = ["SUSPECT", "Emit", "Live"]
+
+Emit = Callable[[Output], None]
+
+# Failures without a token between them after which a request is run alone.
+SUSPECT = 2
+
+
+@dataclass(slots=True)
+class Live:
+    """One request under way.
+
+    Attributes:
+        request: with a seed, so that it can go on elsewhere as it would have here.
+        emit: takes its outputs, in any thread.
+        serial: order among requests of one priority and time.
+        need: blocks at its longest.
+        output: tokens so far.
+        num_scored: log probabilities of the prompt so far.
+        instance, device: where it runs; None while it waits.
+        reruns: how often it was begun again.
+        failures: of the ranks that ran it, since it last gave something.
+        came, first, last: times of arrival, first and newest token, seconds.
+        longest_gap_s: between two outputs.
+        is_held: its rank waits with it until no other is suspect.
+        is_queued: it waits for a rank.
+        paused: since when its reader is too slow for it; None while it may run.
+        paused_s: how long that was so before; no fault of the devices.
+    """
+
+    request: Request
+    emit: Emit
+    serial: int
+    need: int
+    output: list[int] = field(default_factory=list)
+    num_scored: int = 0
+    instance: Instance | None = None
+    device: int | None = None
+    reruns: int = 0
+    failures: int = 0
+    is_held: bool = False
+    is_queued: bool = False
+    came: float = 0.0
+    first: float | None = None
+    last: float = 0.0
+    longest_gap_s: float = 0.0
+    paused: float | None = None
+    paused_s: float = 0.0
+
+    @property
+    def runs(self) -> bool:
+        """Whether a rank has it and may run it."""
+        return self.instance is not None and self.paused is None and not self.is_held
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what ranks die of, and is to be run alone."""
+        return self.failures >= SUSPECT and self.paused is None
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """See `Waiting`, as the others."""
+        return self.request.priority, self.came, self.serial
+
+    @property
+    def own_priority(self) -> int:  # noqa: D102
+        return self.request.own_priority
+
+    @property
+    def key(self) -> str:  # noqa: D102
+        return self.request.key
+
+    @property
+    def cost(self) -> int:
+        """Tokens that it may have."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens
+
+    @property
+    def carried(self) -> Carried:
+        """For a run from its tokens."""
+        return Carried(self.request, tuple(self.output), num_scored=self.num_scored)
