@@ -72,7 +72,10 @@ def one_line(found):
             )
             for command in ("train demo --out x", "serve x --check")
         ),
-        ("gateway serve --check -c a.toml --config b.toml", "--config is given 2 times (a.toml, b.toml)"),
+        *(
+            (f"gateway {command} -c a.toml --config b.toml", "--config is given 2 times (a.toml, b.toml)")
+            for command in ("serve --check", "add-model m", "collect --judge exact --out o.jsonl")
+        ),
         ("train demo --out x --config nowhere.toml", "cannot read nowhere.toml: no such file or directory"),
         ("train --out nowhere --resume", "no training run in nowhere"),
         ("eval nowhere", "no model at nowhere"),

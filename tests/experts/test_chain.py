@@ -14,6 +14,7 @@ from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE, export_expanded
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.lm import Decoder, export_huggingface, load_weights, save_model
 from anabranch.nn import ForwardContext, MoE, SelfAttention
+from anabranch.presets import PRESETS
 from anabranch.routing import (
     BiasBalancer,
     Router,
@@ -56,11 +57,13 @@ def items(count=5, dim=16, seed=0):
 # ---- identities ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("normalize", ["none", "sum"])
 @pytest.mark.parametrize("residual", ["inner", "outer", "init", "none"])
 @pytest.mark.parametrize("norm", ["each", "once"])
-def test_one_iteration_is_the_plain_layer_to_the_bit(residual, norm):
-    plain = model_of(MoE.Config(**SIZES, shared_experts=1))
-    single = model_of(chain(iterations=1, residual=residual, norm=norm, shared_experts=1))
+def test_one_iteration_is_the_plain_layer_to_the_bit(residual, norm, normalize):
+    options = {"shared_experts": 1, "router": Router.Config(select=TopK.Config(normalize=normalize))}
+    plain = model_of(MoE.Config(**SIZES, **options))
+    single = model_of(chain(iterations=1, residual=residual, norm=norm, **options))
     assert list(plain.state_dict()) == list(single.state_dict())
     for name, value in plain.state_dict().items():
         assert torch.equal(value, single.state_dict()[name]), name
@@ -77,10 +80,11 @@ def one_pass(layer, router, x_ND):
     """f_t as a loop over items and experts."""
     score_NE = F.linear(x_ND, router.score.weight).softmax(-1)
     top = score_NE.topk(router.config.select.top_k)
+    gate_NK = top.values / top.values.sum(-1, keepdim=True) if router.config.select.normalize == "sum" else top.values
     rows = []
     for item in range(len(x_ND)):
         total_D = torch.zeros_like(x_ND[item])
-        for expert, gate in zip(top.indices[item].tolist(), top.values[item], strict=True):
+        for expert, gate in zip(top.indices[item].tolist(), gate_NK[item], strict=True):
             gate_F, up_F = (layer.experts.w13[expert] @ x_ND[item]).chunk(2)
             total_D = total_D + gate * (layer.experts.w2[expert] @ (F.silu(gate_F) * up_F))
         rows.append(total_D)
@@ -119,6 +123,29 @@ def test_passes_written_out(passes, residual, norm):
     expected_ND = h_ND + (y_ND - start_ND) if norm == "once" and residual != "none" else y_ND
     seen_ND = layer.add_to(h_ND[None], block.feed_forward_norm, layer_context())[0]
     torch.testing.assert_close(seen_ND, expected_ND, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", ["none", "sum"])
+@pytest.mark.parametrize("residual", ["inner", "init"])
+def test_passes_with_gates_of_either_convention(residual, normalize):
+    """Raw gates, as in the paper, and gates whose sum is 1: two of four experts in two passes, written out."""
+    router = Router.Config(select=TopK.Config(top_k=2, normalize=normalize))
+    config = chain(residual=residual, norm="each", router=router)
+    block = model_of(config, init_std=0.5).double().eval().blocks[0]
+    layer, h_ND = block.feed_forward, items().double()
+    first_ND = one_pass(layer, layer.routers[0], block.feed_forward_norm(h_ND))
+    x_ND = h_ND + first_ND
+    expected_ND = (x_ND if residual == "inner" else h_ND) + one_pass(
+        layer, layer.routers[1], block.feed_forward_norm(x_ND)
+    )
+    seen_ND = layer.add_to(h_ND[None], block.feed_forward_norm, layer_context())[0]
+    torch.testing.assert_close(seen_ND, expected_ND, atol=1e-12, rtol=1e-12)
+
+
+def test_the_papers_gates_are_raw_by_default_and_in_the_preset():
+    assert Chain.Config().router.select.normalize == "none"
+    assert PRESETS["chain"]("tiny").model.feed_forward.router.select.normalize == "none"
+    assert paper_router(2, num_layers=2, iterations=2).select.normalize == "none"
 
 
 def layer_context(training=False):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.gateway.options import ColumnMap, read_data
-from anabranch.cli.options import AsJson
+from anabranch.cli.options import AsJson, only_file
 from anabranch.cli.output import fact, print_json, say, shell_word, wrote
 from anabranch.errors import DataError, InputError
 from anabranch.extras import require
@@ -28,8 +28,8 @@ PATIENCE_S = 300.0
 
 def add_model(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A model of the gateway's config.")],
-    config: Annotated[
-        Path | None,
+    config_files: Annotated[
+        list[Path] | None,
         typer.Option("--config", "-c", metavar="FILE", help="Of a gateway that does not run, or is read again next."),
     ] = None,
     url: Annotated[
@@ -68,6 +68,7 @@ def add_model(
 
     Example: anabranch gateway add-model newcomer --url http://localhost:8080 --outcomes shots.jsonl
     """
+    config = only_file(config_files)
     if (config is None) == (url is None):
         raise InputError("give --config, for a gateway that does not run, or --url, for one that does; one of them")
     if url is not None and store is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.gateway.stores import moment, seconds
-from anabranch.cli.options import AsJson, Quiet, finite_number
+from anabranch.cli.options import AsJson, Quiet, finite_number, only_file
 from anabranch.cli.output import fact, print_json, say, wrote
 from anabranch.errors import DataError, InputError
 from anabranch.extras import require
@@ -28,7 +28,9 @@ RULES = ("exact", "contains")
 
 
 def collect(
-    config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="Of the gateway whose store is read.")],
+    config_files: Annotated[
+        list[Path], typer.Option("--config", "-c", metavar="FILE", help="Of the gateway whose store is read.")
+    ],
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="Recorded outcomes (.jsonl); gone on with where it is there.")
     ],
@@ -95,6 +97,8 @@ def collect(
 
     Example: anabranch gateway collect -c gateway.toml --judge gpt-4o --budget 5 --out outcomes.jsonl
     """
+    config = only_file(config_files)
+    assert config is not None, "an option that must be given"
     require("gateway", by="anabranch gateway collect")
     from anabranch.gateway.http.run import load
     from anabranch.gateway.store.opening import store_file
