@@ -1,5 +1,6 @@
 """Stages 1 and 3 of Duo-LLM, its analyses and controls; the layer and the oracle are in test_duo_llm.py."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -322,6 +323,24 @@ def test_two_processes_learn_labels_as_one_does(duo_run):
     model = with_router(decoder(2))
     run = TaskRunConfig(task=LabelledRoutes.Config(model=model.config), train=duo_run(clip=None).train)
     check_task(run, model=model, labels=labelled(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ids_BL": torch.full((6, 9), 257)}, "labels has token 257, and the model has 0 to"),
+        ({"ids_BL": torch.full((6, 9), -1)}, "labels has token -1"),
+        ({"route_BLY": torch.full((6, 8, 2), 2)}, "labels has option 2, and the model has 0 to 1"),
+        ({"route_BLY": torch.zeros(6, 8, 3, dtype=torch.int64)}, "routes over 3 duo layers, and the model has 2"),
+    ],
+)
+def test_labels_of_another_model_are_refused(change, said):
+    model = with_router(decoder(2))
+    task = LabelledRoutes.Config(model=model.config)
+    with pytest.raises(DataError, match=said):
+        task.build(model=model, labels=dataclasses.replace(labelled(model), **change))
+    with pytest.raises(ConfigError, match="LabelledRoutes has no labels"):
+        task.build(model=model)
 
 
 def states_of_routers(model, token_BL, route_BLY):

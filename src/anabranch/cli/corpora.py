@@ -9,7 +9,8 @@ from anabranch.cli.output import say
 from anabranch.cli.progress import Progress
 from anabranch.data import Batch, DataConfig, Document, Stdlib, Tokenizer, Windows, corpus_at, corpus_windows
 from anabranch.data.split import VALIDATION, labels_cut_inside, split
-from anabranch.train import RunConfig, read_run_config
+from anabranch.train import RunConfig, read_run_config, read_task_run_config
+from anabranch.train.config import task_kind
 
 DEFAULT_LENGTH = 1024
 
@@ -21,11 +22,17 @@ PACKAGES = 6
 
 
 def run_of(model: str) -> RunConfig | None:
-    """The config of the run that ``model`` is, or is a checkpoint of; None if it is no run."""
+    """The config of the run that ``model`` is, or is a checkpoint of; None if it is no run on text.
+
+    A run that learned routes is measured as the model that it began as.
+    """
     path = Path(model)
     for folder in (path, path.parent.parent):
         if (folder / "checkpoints").is_dir() and (folder / "config.json").is_file():
-            return read_run_config(folder)
+            if task_kind(folder) is None:
+                return read_run_config(folder)
+            source = getattr(read_task_run_config(folder).task, "source", None)
+            return None if source is None else run_of(source)
     return None
 
 

@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 from anabranch.cli.options import AsJson, Assignments, Quiet, only_file, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, sample, shell_word, size, wrote
 from anabranch.cli.progress import Progress
+from anabranch.cli.train_routes import holds_routes, train_routes
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 
@@ -62,6 +63,13 @@ def train(
             help="Start from the weights of a model, which the design of the preset turns into its own.",
         ),
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Routes of anabranch oracle (labels.jsonl), which routers of the duo model of --from learn; the rest of it stays.",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -83,7 +91,7 @@ def train(
     Without more, a small ReXMoE learns from the source of Python's standard library. Ctrl-C saves; --resume goes on.
 
     With --from a trained model becomes the preset's design: a dense one versatile or a mixture; a mixture one with reuse, a chain or
-    recurrent routers; any one parallel streams.
+    recurrent routers; any one parallel streams. With --labels too, routers of a duo model learn the routes of an oracle.
 
     Text of your own: --set data.corpus.kind=files --set 'data.corpus.paths=["my/texts"]'
     """
@@ -98,7 +106,24 @@ def train(
     settings |= {} if steps is None else {"train.steps": steps}
     settings |= {} if seed is None else {"train.seed": seed}
     goes_on = resume or (holds_run(out) and (resume_auto or is_restart(out)))
-    if goes_on and config_file is None and (resume or size_dial is None):
+    keeps_config = config_file is None and (resume or size_dial is None)
+    if labels is not None or (goes_on and holds_routes(out)):
+        learned = train_routes(
+            labels,
+            source,
+            out,
+            preset=preset,
+            config_file=config_file,
+            size_dial=size_dial,
+            settings=settings,
+            goes_on=goes_on,
+            keeps_config=keeps_config,
+            quiet=quiet,
+            as_json=as_json,
+        )
+        _exit_if_interrupted(learned)
+        return
+    if goes_on and keeps_config:
         name, config = _held_config(out, preset, size_dial, settings)
     else:
         name, config = build_config(preset, config_file, size_dial, settings)
@@ -124,6 +149,10 @@ def train(
         result = trainer.fit()
     if first:
         _conclude(name, config, trainer, result, out, as_json=as_json)
+    _exit_if_interrupted(result)
+
+
+def _exit_if_interrupted(result: TrainResult) -> None:
     if result.status == "interrupted":
         raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
 

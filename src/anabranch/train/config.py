@@ -216,6 +216,15 @@ def read_task_run_config(out: str | Path, task: type[Task] = Task) -> TaskRunCon
     )
 
 
+def task_kind(out: str | Path) -> str | None:
+    """The registered name of the task whose run is in ``out``; None for a language model's, a task without a name, and no run."""
+    if not (Path(out) / CONFIG_FILE).is_file():
+        return None
+    task = _read(out).get("task")
+    kind = task.get("kind") if isinstance(task, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
 def read_same_run(out: str | Path, config: RunConfig | TaskRunConfig) -> RunConfig | TaskRunConfig:
     """The config of the run in ``out``, as `read_run_config` or `read_task_run_config`: as is fit for what ``config`` trains."""
     return read_run_config(out) if isinstance(config, RunConfig) else read_task_run_config(out, config.task.owner)

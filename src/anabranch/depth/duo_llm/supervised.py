@@ -2,7 +2,7 @@
 
     L = focal(W_l h / tau, label_l)       with the labelled route executed, so that each router sees the states its label leads to
 
-Supervision by labels is ours; the paper's stage 3 knows none.
+Supervision by labels is ours; the paper's stage 3 knows none. ``anabranch train duo --from MODEL --labels FILE`` is such a run.
 """
 # Shapes: B sequences, L positions, Y duo layers, E options
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.config import configclass
+from anabranch.data import Tokenizer
 from anabranch.depth.duo_llm.labels import RouteLabels
-from anabranch.depth.duo_llm.layer import duo_layers, take
+from anabranch.depth.duo_llm.layer import DuoFFN, duo_layers, take
 from anabranch.depth.duo_llm.parts import class_weights
+from anabranch.errors import ConfigError, DataError
 from anabranch.lm.decoder import Decoder
 from anabranch.routing import record_routing
 from anabranch.train import DecoderTask, Examples, Losses, Task, TaskContext
@@ -31,9 +33,13 @@ class LabelledRoutes(DecoderTask, kind="labelled_routes"):
     Measured by ``agreement``: how often, over layers and tokens, a router takes what its label says.
 
     Args:
-        config: says the model.
+        config: says the model, and where labels lie that are not given.
         model: a duo model with a learned router, see `with_router`.
-        labels: what it learns from.
+        labels: what it learns from. Default: those of the file that ``config`` names.
+        tokenizer: of the model, saved beside it; None for none.
+
+    Raises ConfigError without labels, DataError for a file that holds none, or labels of another model: of other layers or options, with
+    tokens that it has not, or longer than it reads.
     """
 
     headline: ClassVar[str] = "agreement"
@@ -42,16 +48,39 @@ class LabelledRoutes(DecoderTask, kind="labelled_routes"):
 
     @configclass
     class Config(Task.Config):
-        """Attributes: ``model``, the duo model with its learned router."""
+        """What learns, and from what.
+
+        Attributes:
+            model: the duo model with its learned router.
+            labels: a file of `RouteLabels`; None where they are given.
+            source: the model that it began as, before its routers were made; for whoever goes on with the run.
+        """
 
         model: Decoder.Config
+        labels: str | None = None
+        source: str | None = None
 
-    def __init__(self, config: Config, *, labels: RouteLabels, model: Decoder | None = None) -> None:
+    config: Config
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        labels: RouteLabels | None = None,
+        model: Decoder | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         super().__init__(config, model=model)
-        self.labels = labels
+        if labels is None:
+            if config.labels is None:
+                raise ConfigError(
+                    "LabelledRoutes has no labels; give it labels=RouteLabels(...), or a file in config.labels"
+                )
+            labels = RouteLabels.read(config.labels)
+        _check(labels, config.model, config.labels or "labels")
+        self.labels, self.tokenizer = labels, tokenizer
         layer: Any = config.model.feed_forward
-        num_options = layer.num_options
-        self._weight_E = class_weights(labels.route_BLY, num_options)
+        self._weight_E = class_weights(labels.route_BLY, layer.num_options)
 
     def learns(self, name: str, parameter: nn.Parameter) -> bool:
         """Routers alone."""
@@ -87,6 +116,27 @@ class LabelledRoutes(DecoderTask, kind="labelled_routes"):
         for ids, route in zip(ids_BL.split(context.batch_size), route_BLY.split(context.batch_size), strict=True):
             agreed += int((chosen_routes(model, ids[:, :-1]) == route).sum())
         return {"agreement": agreed / max(route_BLY.numel(), 1)}
+
+
+def _check(labels: RouteLabels, model: Decoder.Config, what: str) -> None:
+    """Raise DataError for labels that are not of this model, ConfigError for a model without duo layers."""
+    layer = model.feed_forward
+    if not isinstance(layer, DuoFFN.Config):
+        raise ConfigError(f"routes are of duo models, and this one's feed_forward is {layer.owner.kind!r}")
+    _, length, num_layers = labels.route_BLY.shape
+    ours = sum(isinstance(model.feed_forward_of(number), DuoFFN.Config) for number in range(model.num_layers))
+    if num_layers != ours:
+        raise DataError(f"{what} has routes over {num_layers} duo layers, and the model has {ours}")
+    if length > model.max_positions:
+        raise DataError(f"{what} has sequences of {length} tokens, and the model reads {model.max_positions}")
+    # That there are none, the stream of examples says.
+    for name, value, limit in (
+        ("option", labels.route_BLY, layer.num_options),
+        ("token", labels.ids_BL, model.vocab_size),
+    ):
+        if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < limit:
+            wrong = int(value.max()) if int(value.max()) >= limit else int(value.min())
+            raise DataError(f"{what} has {name} {wrong}, and the model has 0 to {limit - 1}")
 
 
 def chosen_routes(model: Decoder, token_BL: Tensor) -> Tensor:

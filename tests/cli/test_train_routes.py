@@ -1,0 +1,113 @@
+"""``anabranch train --labels``: routers of a duo model learn an oracle's routes, by command; the run goes on, and is a model."""
+
+import json
+
+import pytest
+import torch
+
+from anabranch.cli.corpora import run_of
+from anabranch.data import ByteTokenizer
+from anabranch.depth.duo_llm import DuoFFN, RouteLabels, train_router
+from anabranch.lm import Decoder, load_model, save_model
+from anabranch.nn import MoE, SelfAttention
+from anabranch.train import RunConfig, TrainConfig, read_metrics
+
+SETTINGS = ["--set", "train.batch_size=4", "--set", "train.learning_rate=0.01"]
+
+
+def save(folder, feed_forward, **changes):
+    sizes = {"dim": 16, "num_layers": 2, "max_positions": 64, "init_std": 0.3, **changes}
+    config = Decoder.Config(attention=SelfAttention.Config(num_heads=2), feed_forward=feed_forward, **sizes)
+    model = config.build(seed=0)
+    save_model(folder, model, ByteTokenizer())
+    return model
+
+
+@pytest.fixture
+def material(tmp_path, monkeypatch):
+    """A model in ``duo``, and random labels for it in ``labels.jsonl``."""
+    monkeypatch.chdir(tmp_path)
+    model = save("duo", DuoFFN.Config(big=32, small=4))
+    draw = torch.Generator().manual_seed(0)
+    ids, route = torch.randint(257, (6, 9), generator=draw), torch.randint(2, (6, 8, 2), generator=draw)
+    labels = RouteLabels(ids, route, 1, "exact")
+    labels.write("labels.jsonl")
+    return model, labels
+
+
+def line(out, *more):
+    return ["train", "--out", out, "--from", "duo", "--labels", "labels.jsonl", "--quiet", *SETTINGS, *more]
+
+
+def test_it_is_the_run_of_the_library_and_its_model_is_one_like_others(here, material):
+    model, labels = material
+    code, out, err = here(*line("routed", "--steps", 3, "--json"))
+    assert code == 0, err
+    said = json.loads(out)
+    assert (said["status"], said["step"], said["task"]) == ("finished", 3, "labelled_routes")
+    assert said["agreement"] == read_metrics("routed")[-1]["agreement"]
+    made, tokenizer = load_model("routed")
+    assert isinstance(tokenizer, ByteTokenizer)
+    held = json.loads(open("routed/config.json").read())["train"]
+    run = RunConfig(model=model.config, train=TrainConfig(**{**held, "schedule": _schedule(held)}))
+    ours = train_router(model, run, "library", supervision="oracle", labels=labels)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(made.state_dict()[name], value), name
+    assert run_of("routed") is None  # the model that it began as is no run, so there is no text of it
+    code, _, err = here("generate", "routed", "--prompt", "a", "--max-tokens", 2)
+    assert code == 0, err
+
+
+def _schedule(held):
+    from anabranch.config import from_dict
+
+    return from_dict(TrainConfig, held).schedule
+
+
+@pytest.mark.parametrize("again", ["--resume", "auto"])
+def test_a_run_goes_on_to_the_bit(here, material, again):
+    assert here(*line("whole", "--steps", 4))[0] == 0
+    assert here(*line("parts", "--steps", 2))[0] == 0
+    more = ["train", "--out", "parts", "--resume", "--steps", 4, "--quiet"]
+    assert here(*(more if again == "--resume" else line("parts", "--steps", 4, "--resume", "auto")))[0] == 0
+    # Schedules go by the number of steps: a run of 4 that was stopped is what is compared in tests/depth.
+    first, second = (read_metrics(name)[-1] for name in ("whole", "parts"))
+    assert first["step"] == second["step"] == 4
+    model, tokenizer = load_model("parts")
+    assert isinstance(tokenizer, ByteTokenizer)
+    assert model.blocks[0].feed_forward.router.score.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--set", "data.sequence_length=8"], "data.sequence_length is set, but model and text are those of --from and --labels"),
+        (["--set", "model.dim=8"], "model.dim is set, but model and text"),
+        (["moe"], "--labels are for routers of duo models, and moe has 'moe' layers"),
+        (["--labels", "nowhere.jsonl"], "nowhere.jsonl does not hold route labels"),
+        (["--from", "moe"], "no 'duo' feed-forward layers"),
+        (["--from", "deep"], "has routes over 2 duo layers, and the model has 3"),
+        (["--from", "short"], "has sequences of 8 tokens, and the model reads 4"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_a_clear_line(here, material, more, said):
+    save("moe", MoE.Config(num_experts=2, hidden_dim=8))
+    duo = DuoFFN.Config(big=32, small=4)
+    save("deep", duo, num_layers=3)
+    save("short", duo, max_positions=4)
+    code, _, err = here(*line("routed", "--steps", 1, *more))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert said in err
+
+
+def test_labels_without_a_model_and_another_model_than_before(here, material):
+    code, _, err = here("train", "--out", "x", "--labels", "labels.jsonl", "--quiet")
+    assert code == 2
+    assert "--from is not given" in err
+    assert here(*line("routed", "--steps", 1))[0] == 0
+    save("other", DuoFFN.Config(big=32, small=4))
+    code, _, err = here("train", "--out", "routed", "--resume", "--from", "other", "--steps", 2, "--quiet")
+    assert code == 2
+    assert "--from is 'other', but the run in routed began with" in err
+    code, _, err = here("train", "--out", "routed", "--resume", "--set", "data.sequence_length=8", "--quiet")
+    assert code == 2
