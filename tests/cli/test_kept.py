@@ -20,8 +20,8 @@ COMMANDS = {
         "{data} --prices {prices} --out {OUT}", {"data": "routers/d.jsonl", "prices": "routers/p.json"}, {"OUT": "routers"}
     ),
     "gateway collect": (
-        "--config {config} --references {references} --judge exact --out {OUT}",
-        {"config": "c.toml", "references": "r.jsonl"},
+        "--config {config_files} --references {references} --judge exact --out {OUT}",
+        {"config_files": "c.toml", "references": "r.jsonl"},
         {"OUT": "o.jsonl"},
     ),
     "gateway ledger export": ("--store {store} --out {OUT}", {"store": "store.csv"}, {"OUT": "o.csv"}),
@@ -85,7 +85,7 @@ OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in
 READ = {
     "compare", "convert", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
     "eval data", "train config_file", "serve config_files", "gateway serve config_files", "gateway serve store", "gateway replay router",
-    "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config",
+    "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",
     "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",
     "routers replay router", "routers replay prices", "routers route router",
 }  # fmt: skip

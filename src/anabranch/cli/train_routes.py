@@ -13,7 +13,6 @@ from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from anabranch.depth.duo_llm import LabelledRoutes
     from anabranch.train import Event, TaskRunConfig, TrainResult
 
 # Of ``--set``: what is left to say where model and data are given.
@@ -140,7 +139,7 @@ def _routed(source: str, router: Any, seed: int) -> tuple[Any, Any]:
     return with_router(model, router, seed=seed), tokenizer
 
 
-def _introduce(task: LabelledRoutes) -> None:
+def _introduce(task: Any) -> None:
     labels = task.labels
     count, length, layers = labels.route_BLY.shape
     fact("from", str(task.config.source), to=sys.stderr)

@@ -150,7 +150,7 @@ class TextTask(Task, kind="text"):
     def _streams(self) -> Streams.Config | None:
         """Parallel streams of the model."""
         streams = getattr(self.model, "streams", None)
-        return streams.config if isinstance(streams, Streams) else None
+        return getattr(streams, "config", None) if isinstance(streams, Streams) else None
 
     def evaluate(self, model: nn.Module, data: Windows, context: TaskContext) -> dict[str, Any]:
         """See `Evaluation`."""

@@ -60,8 +60,6 @@ class LabelledRoutes(DecoderTask, kind="labelled_routes"):
         labels: str | None = None
         source: str | None = None
 
-    config: Config
-
     def __init__(
         self,
         config: Config,

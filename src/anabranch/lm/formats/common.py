@@ -243,7 +243,7 @@ def mixture_of(config: Decoder.Config) -> MoE.Config:
 
 def dense_of(config: Decoder.Config) -> SwiGLU.Config | MLP.Config:
     """The feed-forward of its dense layers, of which some may stand between mixtures. Raises CheckpointError as `mixture_of`."""
-    layer = config.dense_feed_forward if config.dense_layers else config.feed_forward
+    layer = (config.dense_feed_forward if config.dense_layers else None) or config.feed_forward
     if not isinstance(layer, SwiGLU.Config | MLP.Config):
         raise CheckpointError(f"feed_forward.kind={layer.owner.kind!r}")
     return layer
