@@ -280,6 +280,17 @@ def test_reading_names_the_dotted_path(data, message):
 # Setting by path
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"x": 1.0}, "points is {'x': 1.0}; it must be a list, in TOML [[points]] or [{...}, {...}]"),
+        ("near", "points is 'near'; it must be a list"),
+    ],
+)
+def test_what_is_no_list_where_a_file_has_a_list_is_told_in_the_words_of_files(given, message):
+    assert error_of(from_dict, Kitchen, {"points": given}) == message
+
+
 def test_override_by_hand():
     config = override(Kitchen(points=(Point(x=1.0), Point(x=2.0))), {"seed": 4, "points.1.y": 3, "first.leaves": 9})
     assert config == Kitchen(seed=4, points=(Point(x=1.0), Point(x=2.0, y=3.0)), first=Tea.Config(leaves=9))

@@ -266,6 +266,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         items = zip(_item_hints(hint, value), value, strict=False)
         parsed = [_value(item_hint, item, f"{path}.{place}") for place, (item_hint, item) in enumerate(items)]
         return origin([*parsed, *value[len(parsed) :]])  # a wrong length is for pydantic to explain
+    if origin in (tuple, list):
+        form = f", in TOML [[{path}]] or [{{...}}, {{...}}]" if isinstance(value, dict) else ""
+        raise ConfigError(f"{path} is {shown(value)}; it must be a list{form}")
     if origin is dict and isinstance(value, dict):
         return {key: _value(args[1], item, f"{path}.{key}") for key, item in value.items()}
     if _is_config(hint) and not isinstance(value, hint):
