@@ -216,7 +216,7 @@ def test_when_all_are_deleted_new_ones_take_their_places():
 
 
 def test_one_in_many_waits_until_it_is_worth_it(monkeypatch):
-    monkeypatch.setattr("anabranch.graph.hnsw.index.WORTH", 100)
+    monkeypatch.setattr("anabranch.graph.hnsw.changing.WORTH", 100)
     index = built(1000)
     index.remove(np.arange(9))
     index.add(VECTORS[1000:1001])

@@ -224,7 +224,7 @@ class Index(_Base):
             raise RuntimeError(
                 "Can't use addPoint to update deleted elements if replacement of deleted elements is enabled."
             )
-        is_known = index._known(label_N)
+        is_known = index._slots.known(label_N)
         new = np.flatnonzero(~is_known & ~(is_dead & (not replace_deleted)))
         num_vacant = min(len(self._deleted), len(new)) if replace_deleted else 0
         if self.element_count + len(new) - num_vacant > self._max_elements:
@@ -236,7 +236,7 @@ class Index(_Base):
             index.restore(revived)
             for label in revived:
                 del self._deleted[label]
-            is_known = index._known(label_N)
+            is_known = index._slots.known(label_N)
         threads = self._threads(num_threads, rows)
         if is_known.any():
             index.update(label_N[is_known], vector_ND[is_known], num_threads=threads)
@@ -258,8 +258,8 @@ class Index(_Base):
             held.label[slot_N] = label_N
             held.mark(slot_N, deleted=False)
             index._slots.forget()
-            index._move(slot_N, vector_ND, workers)
-            index._repair()
+            index._changes.move(slot_N, vector_ND, workers)
+            index._changes.repair()
 
     # Asking
 
@@ -288,7 +288,7 @@ class Index(_Base):
             raise ValueError("get_items accepts a list of indices and returns a list of vectors")
         label_N = np.empty(0, np.int64) if ids is None else _flat_labels(ids)
         index = self._made()
-        if not index._known(label_N).all():
+        if not index._slots.known(label_N).all():
             raise RuntimeError("Label not found")
         found = np.array(index.vectors(label_N)) if len(label_N) else np.empty(0, np.float32)
         return found if return_type == "numpy" else found.tolist()

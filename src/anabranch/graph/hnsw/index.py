@@ -8,33 +8,15 @@ import numpy as np
 
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.hnsw import layout, storage
-from anabranch.graph.hnsw.checks import (
-    as_distinct,
-    as_ids,
-    as_positive,
-    as_vectors,
-    is_one_row,
-    like,
-)
-from anabranch.graph.hnsw.filters import Filter, prepared
-from anabranch.graph.hnsw.linking import Linker, Marks
+from anabranch.graph.hnsw.changing import Changes
+from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_one_row, like
+from anabranch.graph.hnsw.filters import Filter
+from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
-from anabranch.graph.hnsw.search import scan_many, search_many
+from anabranch.graph.hnsw.options import check_options
+from anabranch.graph.hnsw.searching import POOL, Searcher
 from anabranch.graph.hnsw.slots import Slots
-from anabranch.graph.hnsw.storage import METRICS, PRECISIONS, Storage, draw_levels
-from anabranch.graph.interrupts import Interrupts
-
-# Above this ef, two heaps are quicker than one sorted array.
-POOL = 1024
-
-# A filter that lets a smaller share through is answered by measuring all of it.
-SELECTIVE = 0.01
-
-# Deleted elements are taken out of all lists, so that their places can be used again, once they are one in so many.
-WORTH = 4096
-
-# Results measured again beside 2 k.
-EXTRA = 16
+from anabranch.graph.hnsw.storage import Storage
 
 
 class HNSW:
@@ -82,32 +64,21 @@ class HNSW:
     ) -> None:
         self.dim, self.M = as_positive(dim, "dim"), as_positive(M, "M")
         self.ef_construction = max(as_positive(ef_construction, "ef_construction"), self.M)
-        for name, value, allowed in (
-            ("metric", metric, METRICS),
-            ("dtype", dtype, PRECISIONS),
-            ("heuristic", heuristic, ("diverse", "simple")),
-        ):
-            if value not in allowed:
-                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-        if self.M < 2 or self.M > 1024 or self.dim > 2**16:
-            raise InputError(f"M is {M} and dim {dim}; M must be 2 to 1024 and dim at most {2**16}")
-        if compact_at is not None and not 0 <= compact_at < 1:
-            raise InputError(f"compact_at is {compact_at}; it must be a share from 0 to below 1, or None")
-        if not isinstance(seed, int | np.integer):
-            raise InputError(f"seed is {seed!r}; it must be an integer")
+        check_options(
+            self.dim, self.M, metric=metric, dtype=dtype, heuristic=heuristic, compact_at=compact_at, seed=seed
+        )
         self.metric, self.dtype, self.seed, self.heuristic = metric, dtype, int(seed), heuristic
         self.extend_candidates, self.keep_pruned, self.flat = bool(extend_candidates), bool(keep_pruned), bool(flat)
         self.compact_at = compact_at
         self.num_threads = None if num_threads is None else as_positive(num_threads, "num_threads")
-        self._storage = Storage(self.dim, metric, self.M, self.ef_construction, dtype, bool(rerank))
-        self._storage.graph[layout.SIMPLE] = heuristic == "simple"
-        self._storage.graph[layout.EXTEND], self._storage.graph[layout.KEEP] = extend_candidates, keep_pruned
+        self._storage = Storage(self.dim, self.metric, self.M, self.ef_construction, self.dtype, bool(rerank))
+        self._storage.graph[layout.SIMPLE] = self.heuristic == "simple"
+        self._storage.graph[layout.EXTEND], self._storage.graph[layout.KEEP] = self.extend_candidates, self.keep_pruned
         self._lock = ReadWriteLock()
-        self._drawn = 0  # levels so far
-        self._next_id = 0
         self._linker = Linker(self._storage, self._lock)
         self._slots = Slots(self._storage)
-        self._last = (0, 0, 0)
+        self._changes = Changes(self._storage, self._slots, self._linker, self.seed, is_flat=self.flat)
+        self._searcher = Searcher(self._storage, self._slots, self._lock)
 
     # What is in it
 
@@ -120,13 +91,13 @@ class HNSW:
         if not 0 <= id <= np.iinfo(np.int64).max:
             return False
         with self._lock.read():
-            return bool(self._known(np.array([id]))[0])
+            return bool(self._slots.known(np.array([id]))[0])
 
     def contains(self, ids: Any) -> np.ndarray:
         """Which of some ids are in it, bool [N]. Raises InputError for what are no ids."""
         id_N = as_ids(ids, None)
         with self._lock.read():
-            return self._known(id_N)
+            return self._slots.known(id_N)
 
     def __repr__(self) -> str:
         return f"HNSW({len(self):,} vectors of {self.dim}, {self.metric}, {self.dtype}, M={self.M})"
@@ -158,7 +129,7 @@ class HNSW:
         Raises InputError for unknown ids.
         """
         with self._lock.read():
-            return like(self._storage.decode(self._slots_of(as_ids(ids, None))), ids)
+            return like(self._storage.decode(self._slots.of(as_ids(ids, None))), ids)
 
     # Putting in
 
@@ -197,19 +168,19 @@ class HNSW:
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         given = None if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
         with self._lock.write() as interrupts, self._workers(num_threads) as workers:
-            id_N = self._following(len(vector_ND)) if given is None else given
-            known = self._known(id_N) if given is not None else np.zeros(len(id_N), bool)
+            id_N = self._changes.following(len(vector_ND)) if given is None else given
+            known = self._slots.known(id_N) if given is not None else np.zeros(len(id_N), bool)
             if known.any() and not update:
                 row = int(np.flatnonzero(known)[0])
                 raise InputError(
                     f"ids[{row}] is {id_N[row]}, which is in the index; update=True moves it to the new vector"
                 )
             if known.any():
-                self._move(self._slots_of(id_N[known]), vector_ND[known], workers)
+                self._changes.move(self._slots.of(id_N[known]), vector_ND[known], workers)
             if not known.all():
-                self._insert_new(vector_ND[~known], id_N[~known], workers, interrupts, reuse)
+                self._changes.insert(vector_ND[~known], id_N[~known], workers, interrupts, reuse=reuse)
             if repair:
-                self._repair()
+                self._changes.repair()
         return id_N
 
     def update(self, ids: Any, vectors: Any, *, repair: bool = True, num_threads: int | None = None) -> None:
@@ -220,9 +191,9 @@ class HNSW:
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         id_N = as_distinct(as_ids(ids, len(vector_ND)))
         with self._lock.write(), self._workers(num_threads) as workers:
-            self._move(self._slots_of(id_N), vector_ND, workers)
+            self._changes.move(self._slots.of(id_N), vector_ND, workers)
             if repair:
-                self._repair()
+                self._changes.repair()
 
     def remove(self, ids: Any) -> None:
         """Delete elements: searches walk over them and do not return them, until `compact` takes them out.
@@ -233,14 +204,11 @@ class HNSW:
         """
         id_N = as_distinct(as_ids(ids, None))
         with self._lock.write():
-            slot_S = self._slots_of(id_N)
-            self._storage.own()
-            self._slots.drop(id_N)
-            self._storage.mark(slot_S, deleted=True)
+            self._changes.delete(id_N)
             share = self._storage.graph[layout.NUM_DELETED] / max(self._storage.count, 1)
             if self.compact_at is not None and share > self.compact_at:
                 with self._workers(None) as workers:
-                    self._compact(True, workers)
+                    self._changes.compact(workers, repair=True)
                 # Some room stays for what comes next.
                 if 4 * self._storage.count < 3 * self._storage.capacity:
                     self._storage.shrink()
@@ -252,18 +220,7 @@ class HNSW:
         """
         id_N = as_distinct(as_ids(ids, None))
         with self._lock.write():
-            dead_S = np.flatnonzero(~self._slots.live())
-            dead_S = dead_S[np.argsort(self._slots.labels()[dead_S], kind="stable")]
-            label_S = self._slots.labels()[dead_S]
-            # The last that was deleted with an id.
-            place_N = np.searchsorted(label_S, id_N, side="right") - 1
-            is_there = (place_N >= 0) & ~self._known(id_N)
-            is_there[is_there] = label_S[place_N[is_there]] == id_N[is_there]
-            if not is_there.all():
-                row = int(np.flatnonzero(~is_there)[0])
-                raise InputError(f"ids[{row}] is {id_N[row]}, which is not a deleted element of the index")
-            self._storage.mark(dead_S[place_N], deleted=False)
-            self._slots.put(id_N, dead_S[place_N])
+            self._changes.restore(id_N)
 
     def compact(self, *, repair: bool = True, num_threads: int | None = None) -> int:
         """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many.
@@ -271,7 +228,7 @@ class HNSW:
         Arrays become as small as what they hold.
         """
         with self._lock.write(), self._workers(num_threads) as workers:
-            found = self._compact(repair, workers)
+            found = self._changes.compact(workers, repair=repair)
             if not self._storage.is_mapped:
                 self._storage.shrink()
             return found
@@ -282,7 +239,7 @@ class HNSW:
         It is linked from the nearest reached list that has room, so nothing else changes.
         """
         with self._lock.write():
-            return self._repair()
+            return self._changes.repair()
 
     # Searching
 
@@ -309,7 +266,7 @@ class HNSW:
         """
         k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
         if filter is None and is_one_row(queries, self.dim) and self.metric != "cosine" and max(k, ef) <= POOL:
-            return self._search_one(queries, k, ef)
+            return self._searcher.one(queries, k, ef)
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
         try:
             id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
@@ -317,7 +274,8 @@ class HNSW:
             raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
         with self._lock.read():
             if self._storage.graph[layout.ENTRY] >= 0 and len(query_QD):
-                self._search(query_QD, ef, filter, id_QK, distance_QK, num_threads)
+                with self._workers(num_threads) as workers:
+                    self._searcher.many(query_QD, ef, filter, id_QK, distance_QK, workers)
         return like(id_QK, queries), like(distance_QK, queries)
 
     def prepare_filter(self, ids_or_mask: Any) -> Filter:
@@ -348,7 +306,7 @@ class HNSW:
                 links = held.links[: held.count] if level == 0 else held.upper[lists]
                 degrees.append(round(float((links >= 0).sum(1).mean()), 3))
             reached = self._linker.reached()
-            hops, distances, queries = self._last
+            hops, distances, queries = self._searcher.last
             return {
                 "count": held.count - int(graph[layout.NUM_DELETED]),
                 "deleted": int(graph[layout.NUM_DELETED]),
@@ -406,8 +364,8 @@ class HNSW:
         names = ("dim", "metric", "M", "ef_construction", "dtype", "seed", "rerank", "heuristic", "extend_candidates")
         return {
             "options": {name: getattr(self, name) for name in (*names, "keep_pruned", "flat", "compact_at")},
-            "drawn": self._drawn,
-            "next_id": self._next_id,
+            "drawn": self._changes.drawn,
+            "next_id": self._changes.next_id,
         }
 
     @classmethod
@@ -420,7 +378,7 @@ class HNSW:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{source} is damaged: its header does not describe an index ({error})") from error
         made._storage.take_arrays(arrays, entry, top, mapped=mapped, source=source)
-        made._drawn, made._next_id, made._linker.linked = drawn, next_id, made._storage.count
+        made._changes.drawn, made._changes.next_id, made._linker.linked = drawn, next_id, made._storage.count
         made._slots.forget()
         return made
 
@@ -428,189 +386,3 @@ class HNSW:
 
     def _workers(self, num_threads: int | None) -> Workers:
         return Workers(self.num_threads if num_threads is None else as_positive(num_threads, "num_threads"))
-
-    def _following(self, count: int) -> np.ndarray:
-        """Ids after the largest so far. Raises InputError where there are none left."""
-        left = int(np.iinfo(np.int64).max) - self._next_id + 1
-        if count > left:
-            raise InputError(
-                f"the largest id so far is {self._next_id - 1}, which leaves {left:,} for {count:,} vectors; give ids"
-            )
-        return np.arange(count, dtype=np.int64) + np.int64(self._next_id) if count else np.empty(0, np.int64)
-
-    def _known(self, id_N: np.ndarray) -> np.ndarray:
-        return self._slots.find(id_N) >= 0
-
-    def _slots_of(self, id_N: np.ndarray) -> np.ndarray:
-        slot_S = self._slots.find(id_N)
-        bad = np.flatnonzero(slot_S < 0)
-        if bad.size:
-            raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
-        return slot_S
-
-    def _insert_new(
-        self, vector_ND: np.ndarray, id_N: np.ndarray, workers: Workers, interrupts: Interrupts, reuse: bool
-    ) -> None:
-        held, count, done = self._storage, len(vector_ND), 0
-        again = self._vacate(count, workers) if reuse else 0
-        # A table that a reader makes from now on has all of them.
-        had_table = self._slots.is_made
-        slot_S = self._append(vector_ND[again:], id_N[again:])
-        try:
-            slot_S = np.append(held.refill(again, vector_ND[:again], id_N[:again]), slot_S)
-            done = self._linker.link(slot_S, workers, interrupts)
-        finally:
-            # An interrupt, or no memory: what was linked stays, the rest was never here.
-            if done < count:
-                done = self._linker.num_done if len(slot_S) == count else 0
-                self._take_back(slot_S[done:], count - again, workers)
-            self._drawn += max(done - again, 0)
-            if done:
-                self._next_id = max(self._next_id, int(id_N[:done].max()) + 1)
-            if done < count:
-                # Readers, who were let in meanwhile, may have counted the rest.
-                self._slots.forget()
-            elif had_table:
-                self._slots.put(id_N, slot_S)
-
-    def _vacate(self, count: int, workers: Workers) -> int:
-        """How many of so many new elements have vacant places; where there are too few, those of deleted elements become so."""
-        held = self._storage
-        dead = int(held.graph[layout.NUM_DELETED]) - len(held.vacant_S)
-        if len(held.vacant_S) < count and dead * WORTH >= max(held.count, 1):
-            held.own()
-            dead_S = np.flatnonzero(~self._slots.live() & (held.level[: held.count] >= 0))
-            self._linker.take_out(dead_S, workers)
-            held.vacate(dead_S)
-            if held.graph[layout.ENTRY] >= 0:
-                self._linker.repair()
-        return min(count, len(held.vacant_S))
-
-    def _append(self, vector_ND: np.ndarray, id_N: np.ndarray) -> np.ndarray:
-        if not len(id_N):
-            return np.empty(0, np.int64)
-        level_N = np.zeros(len(id_N), np.int32)
-        if not self.flat:
-            level_N = draw_levels(np.uint64(self.seed % 2**64), self._drawn, len(id_N), self.M)
-        return self._storage.append(vector_ND, id_N, level_N)
-
-    def _take_back(self, slot_S: np.ndarray, appended: int, workers: Workers) -> None:
-        """Let slots be as if they had never been given to the linker, of which the last ``appended`` of all were new."""
-        held = self._storage
-        self._linker.undo(slot_S, workers)
-        begin = held.count - appended
-        again_S = np.sort(slot_S[slot_S < begin])
-        held.mark(again_S, deleted=True)
-        held.vacate(again_S)
-        held.drop_last(int((slot_S >= begin).sum()))
-
-    def _move(self, slot_S: np.ndarray, vector_SD: np.ndarray, workers: Workers) -> None:
-        if not len(slot_S):
-            return
-        self._storage.own()
-        # Before anything is taken out: there may be no memory for it.
-        encoded = self._storage.encode(vector_SD)
-        try:
-            self._linker.take_out(slot_S, workers)
-            self._storage.put_encoded(slot_S, encoded)
-            self._linker.link(slot_S, workers)
-        except BaseException:
-            # Whatever came between, they come in again.
-            self._linker.link_again(slot_S, workers)
-            raise
-
-    def _compact(self, repair: bool, workers: Workers) -> int:
-        held, is_live_S = self._storage, self._slots.live()
-        dead, live = np.flatnonzero(~is_live_S), np.flatnonzero(is_live_S)
-        if not dead.size:
-            return 0
-        held.own()
-        if live.size:
-            self._linker.take_out(dead[held.level[dead] >= 0], workers)
-            held.keep(live)
-        else:
-            held.reset()
-            self._linker.linked = 0
-        self._slots.forget()
-        if repair:
-            self._repair()
-        return len(dead)
-
-    def _repair(self) -> int:
-        if not self._storage.count:
-            return 0
-        self._storage.own()
-        return self._linker.repair()
-
-    def _search_one(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `search` of one float32 row without a filter: the same kernel, with nothing around it that one query does not need."""
-        query_1D = query.reshape(1, -1)
-        id_1K, distance_1K = np.empty((1, k), np.int64), np.empty((1, k), np.float32)
-        id_1K.fill(-1)
-        distance_1K.fill(np.inf)
-        counts = np.zeros(2, np.int64)
-        with Interrupts() as interrupts:
-            self._lock.enter_read(interrupts)
-            try:
-                self._search_held(query_1D, k, ef, id_1K, distance_1K, counts)
-            finally:
-                self._lock.leave_read()
-        return id_1K, distance_1K
-
-    def _search_held(
-        self, query_1D: np.ndarray, k: int, ef: int, id_1K: np.ndarray, distance_1K: np.ndarray, counts: np.ndarray
-    ) -> None:
-        held = self._storage
-        if held.graph[layout.NUM_DELETED] != len(held.vacant_S):
-            self._search(query_1D, ef, None, id_1K, distance_1K, 1)
-            return
-        if held.graph[layout.ENTRY] >= 0:
-            query_Q, aux_Q, full_Q = held.encode_queries(query_1D)
-            ef = min(max(ef, k), held.count)
-            marks = held.take_marks()
-            search_many(
-                held.graph, held.label, marks, query_Q, aux_Q, full_Q, 0, 1, ef, min(ef, 2 * k + EXTRA), 0,
-                id_1K, distance_1K, counts,
-            )  # fmt: skip
-            held.give_marks(marks)
-        self._last = (int(counts[0]), int(counts[1]), 1)
-
-    def _search(
-        self,
-        query_QD: np.ndarray,
-        ef: int,
-        filter: Any,
-        id_QK: np.ndarray,
-        distance_QK: np.ndarray,
-        num_threads: int | None,
-    ) -> None:
-        held, graph, k = self._storage, self._storage.graph, id_QK.shape[1]
-        ef = min(max(ef, k), held.count)
-        label_N, keep = self._slots.labels(), min(ef, 2 * k + EXTRA)
-        query_Q, aux_Q, full_Q = held.encode_queries(query_QD)
-        # All, unless something keeps some out or two heaps are quicker.
-        allowed, slot_S = 0, None
-        if filter is not None:
-            wanted = filter.on(self._slots) if isinstance(filter, Filter) else prepared(filter, self._slots)
-            allowed_N, allowed = wanted.allowed_S, wanted.allowed_S.ctypes.data
-            if wanted.number <= max(2 * ef, SELECTIVE * held.count):
-                slot_S = wanted.slots(label_N)
-        elif graph[layout.NUM_DELETED] != len(held.vacant_S) or ef > POOL:
-            allowed_N = self._slots.live()
-            allowed = allowed_N.ctypes.data
-        parts: list[np.ndarray] = []
-
-        def walk(begin: int, end: int) -> None:
-            counts = np.zeros(2, np.int64)
-            queries, results = (query_Q, aux_Q, full_Q, begin, end), (id_QK, distance_QK, counts)
-            if slot_S is not None:
-                scan_many(graph, label_N, slot_S, *queries, *results)
-            else:
-                with Marks(held) as marks:
-                    search_many(graph, label_N, marks, *queries, ef, keep, allowed, *results)
-            parts.append(counts)
-
-        with self._workers(num_threads) as workers:
-            workers.run(walk, len(query_QD) if slot_S is None or len(slot_S) else 0, 4)
-        hops, distances = (sum(int(part[place]) for part in parts) for place in (0, 1))
-        self._last = (hops, distances, len(query_QD))

@@ -58,7 +58,7 @@ class ShardedHNSW:
         """Insert vectors, as `HNSW.add`. All arguments are checked before any shard changes."""
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         if ids is None:
-            begin = max((shard._next_id for shard in self.shards), default=0)
+            begin = max((shard._changes.next_id for shard in self.shards), default=0)
             id_N = np.arange(begin, begin + len(vector_ND))
         else:
             id_N = as_distinct(as_ids(ids, len(vector_ND)))

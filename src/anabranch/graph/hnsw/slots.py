@@ -10,6 +10,7 @@ import secrets
 
 import numpy as np
 
+from anabranch.errors import InputError
 from anabranch.graph import guarded
 from anabranch.graph.hnsw.raw import kernel
 from anabranch.graph.hnsw.storage import Storage
@@ -51,6 +52,18 @@ class Slots:
         slot_N = np.empty(len(id_N), np.int64)
         if len(id_N):
             find_slots(self._table(), self._seed, self._storage.label, _plain(id_N), slot_N)
+        return slot_N
+
+    def known(self, id_N: np.ndarray) -> np.ndarray:
+        """Which of some ids are live, bool [N]."""
+        return self.find(id_N) >= 0
+
+    def of(self, id_N: np.ndarray) -> np.ndarray:
+        """Slots of ids, int64 [N]. Raises InputError for one that is not live."""
+        slot_N = self.find(id_N)
+        bad = np.flatnonzero(slot_N < 0)
+        if bad.size:
+            raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
         return slot_N
 
     def put(self, id_N: np.ndarray, slot_N: np.ndarray) -> None:

@@ -1,0 +1,30 @@
+"""What an index may be made with, said before anything is made."""
+
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import InputError
+from anabranch.graph.hnsw.storage import METRICS, PRECISIONS
+
+HEURISTICS = ("diverse", "simple")
+MAX_DIM, MAX_M = 2**16, 1024
+
+
+def check_options(
+    dim: int, M: int, *, metric: Any, dtype: Any, heuristic: Any, compact_at: float | None, seed: Any
+) -> None:
+    """Raise InputError where an argument of `HNSW` has a value that it may not have."""
+    for name, value, allowed in (
+        ("metric", metric, METRICS),
+        ("dtype", dtype, PRECISIONS),
+        ("heuristic", heuristic, HEURISTICS),
+    ):
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    if M < 2 or M > MAX_M or dim > MAX_DIM:
+        raise InputError(f"M is {M} and dim {dim}; M must be 2 to {MAX_M} and dim at most {MAX_DIM}")
+    if compact_at is not None and not 0 <= compact_at < 1:
+        raise InputError(f"compact_at is {compact_at}; it must be a share from 0 to below 1, or None")
+    if not isinstance(seed, int | np.integer):
+        raise InputError(f"seed is {seed!r}; it must be an integer")

@@ -1,0 +1,111 @@
+"""How a search is answered: which kernel, with what filter, on how many threads. Callers hold the lock of the index, but for `one`."""
+# Shapes: Q queries, K neighbours, D dimension, S slots
+
+import numpy as np
+
+from anabranch.graph.hnsw import layout
+from anabranch.graph.hnsw.filters import Filter, prepared
+from anabranch.graph.hnsw.linking import Marks
+from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
+from anabranch.graph.hnsw.search import scan_many, search_many
+from anabranch.graph.hnsw.slots import Slots
+from anabranch.graph.hnsw.storage import Storage
+from anabranch.graph.interrupts import Interrupts
+
+# Above this ef, two heaps are quicker than one sorted array.
+POOL = 1024
+
+# A filter that lets a smaller share through is answered by measuring all of it.
+SELECTIVE = 0.01
+
+# Results measured again beside 2 k.
+EXTRA = 16
+
+
+class Searcher:
+    """Searches an index.
+
+    Attributes:
+        last: hops, distances and queries of the last search.
+    """
+
+    def __init__(self, held: Storage, slots: Slots, lock: ReadWriteLock) -> None:
+        self._storage, self._slots, self._lock = held, slots, lock
+        self.last = (0, 0, 0)
+
+    def one(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `many` of one float32 row without a filter: the same kernel, with nothing around it that one query does not need."""
+        query_1D = query.reshape(1, -1)
+        id_1K, distance_1K = np.empty((1, k), np.int64), np.empty((1, k), np.float32)
+        id_1K.fill(-1)
+        distance_1K.fill(np.inf)
+        counts = np.zeros(2, np.int64)
+        with Interrupts() as interrupts:
+            self._lock.enter_read(interrupts)
+            try:
+                self._one_held(query_1D, k, ef, id_1K, distance_1K, counts)
+            finally:
+                self._lock.leave_read()
+        return id_1K, distance_1K
+
+    def _one_held(
+        self, query_1D: np.ndarray, k: int, ef: int, id_1K: np.ndarray, distance_1K: np.ndarray, counts: np.ndarray
+    ) -> None:
+        held = self._storage
+        if held.graph[layout.NUM_DELETED] != len(held.vacant_S):
+            with Workers(1) as workers:
+                self.many(query_1D, ef, None, id_1K, distance_1K, workers)
+            return
+        if held.graph[layout.ENTRY] >= 0:
+            query_Q, aux_Q, full_Q = held.encode_queries(query_1D)
+            ef = min(max(ef, k), held.count)
+            marks = held.take_marks()
+            search_many(
+                held.graph, held.label, marks, query_Q, aux_Q, full_Q, 0, 1, ef, min(ef, 2 * k + EXTRA), 0,
+                id_1K, distance_1K, counts,
+            )  # fmt: skip
+            held.give_marks(marks)
+        self.last = (int(counts[0]), int(counts[1]), 1)
+
+    def many(
+        self,
+        query_QD: np.ndarray,
+        ef: int,
+        filter: object,
+        id_QK: np.ndarray,
+        distance_QK: np.ndarray,
+        workers: Workers,
+    ) -> None:
+        """Write the nearest K of each query over -1 and infinity; the graph has an entry point.
+
+        Raises InputError for a filter that does not fit.
+        """
+        held, graph, k = self._storage, self._storage.graph, id_QK.shape[1]
+        ef = min(max(ef, k), held.count)
+        label_N, keep = self._slots.labels(), min(ef, 2 * k + EXTRA)
+        query_Q, aux_Q, full_Q = held.encode_queries(query_QD)
+        # All, unless something keeps some out or two heaps are quicker.
+        allowed, slot_S = 0, None
+        if filter is not None:
+            wanted = filter.on(self._slots) if isinstance(filter, Filter) else prepared(filter, self._slots)
+            allowed_N, allowed = wanted.allowed_S, wanted.allowed_S.ctypes.data
+            if wanted.number <= max(2 * ef, SELECTIVE * held.count):
+                slot_S = wanted.slots(label_N)
+        elif graph[layout.NUM_DELETED] != len(held.vacant_S) or ef > POOL:
+            allowed_N = self._slots.live()
+            allowed = allowed_N.ctypes.data
+        parts: list[np.ndarray] = []
+
+        def walk(begin: int, end: int) -> None:
+            counts = np.zeros(2, np.int64)
+            queries, results = (query_Q, aux_Q, full_Q, begin, end), (id_QK, distance_QK, counts)
+            if slot_S is not None:
+                scan_many(graph, label_N, slot_S, *queries, *results)
+            else:
+                with Marks(held) as marks:
+                    search_many(graph, label_N, marks, *queries, ef, keep, allowed, *results)
+            parts.append(counts)
+
+        workers.run(walk, len(query_QD) if slot_S is None or len(slot_S) else 0, 4)
+        hops, distances = (sum(int(part[place]) for part in parts) for place in (0, 1))
+        self.last = (hops, distances, len(query_QD))
