@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import InputError
-from anabranch.graph.hnsw.storage import METRICS, PRECISIONS
+from anabranch.graph.hnsw.encoding import PRECISIONS
+from anabranch.graph.hnsw.storage import METRICS
 
 HEURISTICS = ("diverse", "simple")
 MAX_DIM, MAX_M = 2**16, 1024

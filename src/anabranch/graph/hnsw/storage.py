@@ -3,10 +3,9 @@
 Rows start at multiples of 64 bytes and are padded with zeros to whole lines. Links on level 0 are one int32 array with a row of 2M per
 element, so that the lists the search walks through lie together, without vectors between them.
 
-Precisions "f16" and "i8" search rows of a half or a quarter of the bytes. With ``rerank`` the float32 vectors are kept in an array of their
-own, which a search touches only for the few nearest it found (mapped from a file, it may stay on disk); without it there are only the short
-rows, and distances are theirs. For squared L2, short rows hold x minus the mean of the first vectors added: distances do not change by
-that, and their precision goes where the data is.
+Precisions "f16" and "i8" search rows of a half or a quarter of the bytes (`encoding`). With ``rerank`` the float32 vectors are kept in an
+array of their own, which a search touches only for the few nearest it found (mapped from a file, it may stay on disk); without it there are
+only the short rows, and distances are theirs.
 """
 # Shapes: N slots in use, C capacity, D dimension, M links of a new element
 
@@ -16,35 +15,30 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import CapacityError, DataError
+from anabranch.errors import CapacityError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.guarded import CHECKED, guarded, held
 from anabranch.graph.hnsw import layout
-from anabranch.graph.hnsw.raw import LINE, get_i32, kernel
+from anabranch.graph.hnsw.encoding import Encoded, Encoding
+from anabranch.graph.hnsw.raw import LINE, kernel
+from anabranch.graph.hnsw.soundness import MAX_LEVEL, Wanted, check_links, check_shapes
 from anabranch.graph.random import next_bits, stream, to_unit
 
 KIND = "hnsw index"
 VERSION = 1
 METRICS = ("l2", "ip", "cosine")
-PRECISIONS = ("f32", "f16", "i8")
-ITEM = {"f32": 4, "f16": 2, "i8": 1}
-MAX_LEVEL = 64
-
-# Scale and norm of a query that has none; kernels only read it.
-_ONE_ZERO = np.zeros((1, 2), np.float32)
 
 
 class Storage:
     """Arrays and the row that describes them to kernels (`layout`). Not safe for threads: `HNSW` holds the lock."""
 
     def __init__(self, dim: int, metric: str, M: int, ef_construction: int, dtype: str, rerank: bool) -> None:
-        self.dim, self.metric, self.M, self.dtype = dim, metric, M, dtype
-        self.rerank = rerank and dtype != "f32"
-        self.stride = _lines(dim * ITEM[dtype])
-        self.full_stride = _lines(4 * dim)
+        self.encoding = Encoding(dim, metric, dtype, rerank)
+        self.M, self.rerank = M, self.encoding.rerank
+        self.stride, self.full_stride = self.encoding.stride, self.encoding.full_stride
         self.graph = np.zeros(layout.FIELDS, np.int64)
-        self.graph[layout.KIND] = 2 * PRECISIONS.index(dtype) + (metric != "l2")
-        self.graph[layout.STRIDE], self.graph[layout.WIDTH] = self.stride, self.stride // ITEM[dtype]
+        self.graph[layout.KIND] = self.encoding.kind
+        self.graph[layout.STRIDE], self.graph[layout.WIDTH] = self.stride, self.encoding.width
         self.graph[layout.FULL_STRIDE], self.graph[layout.FULL_WIDTH] = self.full_stride, self.full_stride // 4
         self.graph[layout.CAP0], self.graph[layout.CAP], self.graph[layout.EF] = 2 * M, M, ef_construction
         self.is_mapped = False
@@ -56,7 +50,7 @@ class Storage:
     def reset(self) -> None:
         """Hold nothing."""
         self.count = self.capacity = self.num_upper = 0
-        self.centre_D: np.ndarray | None = None
+        self.encoding.centre_D = None
         self.rows = aligned((0, self.stride), np.uint8)
         self.aux = aligned((0, 2), np.float32)
         self.full = aligned((0, self.full_stride // 4), np.float32)
@@ -83,65 +77,26 @@ class Storage:
 
     # Vectors
 
-    def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows as they are searched (uint8 [N, STRIDE]), their aux, and full rows (float32; empty where rows are final)."""
-        full = _padded(vector_ND, self.full_stride // 4)
-        if self.dtype == "f32":
-            return full.view(np.uint8), np.zeros((len(full), 2), np.float32), full[:, :0]
-        short_ND = self._centred(vector_ND)
-        kept = full if self.rerank else full[:, :0]
-        if self.dtype == "f16":
-            with np.errstate(over="ignore"):
-                half = short_ND.astype(np.float16)
-            # Beyond its range: its ends.
-            half = np.clip(half, np.finfo(np.float16).min, np.finfo(np.float16).max)
-            return _padded(half, self.stride // 2).view(np.uint8), np.zeros((len(full), 2), np.float32), kept
-        codes, aux = self._codes(short_ND)
-        return _padded(codes, self.stride).view(np.uint8), aux, kept
+    def encode(self, vector_ND: np.ndarray) -> Encoded:
+        """See `Encoding.encode`."""
+        return self.encoding.encode(vector_ND)
 
-    def encode_queries(self, vector_QD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Queries as kernels take them: as `encode`, but float32 for rows of float16, and full ones always."""
-        full = _padded(vector_QD, self.full_stride // 4)
-        aux = _ONE_ZERO if len(full) == 1 else np.zeros((len(full), 2), np.float32)
-        if self.dtype == "f32":
-            return full.view(np.uint8), aux, full
-        if self.dtype == "f16":
-            return _padded(self._centred(vector_QD), self.stride // 2).view(np.uint8), aux, full
-        codes, aux = self._codes(self._centred(vector_QD))
-        return _padded(codes, self.stride).view(np.uint8), aux, full
+    def encode_queries(self, vector_QD: np.ndarray) -> Encoded:
+        """See `Encoding.encode_queries`."""
+        return self.encoding.encode_queries(vector_QD)
 
     def decode(self, slot_S: np.ndarray) -> np.ndarray:
         """Vectors, float32 [S, D], of the highest precision there is."""
         if self.rerank:
-            return self.full[slot_S, : self.dim]
-        rows = self.rows[slot_S]
-        if self.dtype == "f32":
-            return rows.view(np.float32)[:, : self.dim]
-        if self.dtype == "f16":
-            found = rows.view(np.float16)[:, : self.dim].astype(np.float32)
-        else:
-            found = rows.view(np.int8)[:, : self.dim] * self.aux[slot_S, :1]
-        return found if self.centre_D is None else found + self.centre_D
-
-    def _centred(self, vector_ND: np.ndarray) -> np.ndarray:
-        return vector_ND if self.centre_D is None else vector_ND - self.centre_D
-
-    def _codes(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int8 codes, and float32 [N, 2] of scale and squared norm."""
-        aux = np.empty((len(vector_ND), 2), np.float32)
-        aux[:, 0] = np.abs(vector_ND).max(1, initial=0.0) / 127
-        with np.errstate(over="ignore"):
-            aux[:, 1] = np.einsum("nd,nd->n", vector_ND, vector_ND)
-        scale = np.where(aux[:, :1] > 0, aux[:, :1], 1)
-        return np.clip(np.rint(vector_ND / scale), -127, 127).astype(np.int8), aux
+            return self.full[slot_S, : self.encoding.dim]
+        return self.encoding.decode(self.rows[slot_S], self.aux[slot_S])
 
     # Growing
 
     def append(self, vector_ND: np.ndarray, label_N: np.ndarray, level_N: np.ndarray) -> np.ndarray:
         """Take elements in, without links; their slots."""
         self.own()
-        if self.centre_D is None and self.metric == "l2" and self.dtype != "f32":
-            self.centre_D = vector_ND.mean(0, dtype=np.float64).astype(np.float32)
+        self.encoding.settle(vector_ND)
         more, begin = len(vector_ND), self.count
         self._reserve(begin + more, self.num_upper + int(level_N.sum()))
         end = begin + more
@@ -165,7 +120,7 @@ class Storage:
         """Replace vectors."""
         self.put_encoded(slot_S, self.encode(vector_SD))
 
-    def put_encoded(self, slot_S: np.ndarray, encoded: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    def put_encoded(self, slot_S: np.ndarray, encoded: Encoded) -> None:
         """Replace vectors by what `encode` made of others."""
         rows, aux, full = encoded
         self.rows[slot_S], self.aux[slot_S] = rows, aux
@@ -308,12 +263,12 @@ class Storage:
         if len(self.vacant_S):
             found["level"] = np.where(found["level"] < 0, ~found["level"], found["level"])
         found["upper"] = self.upper[: self.num_upper]
-        if self.dtype == "i8":
+        if self.encoding.dtype == "i8":
             found["aux"] = self.aux[:count]
         if self.rerank:
             found["full"] = self.full[:count]
-        if self.centre_D is not None:
-            found["centre"] = self.centre_D
+        if self.encoding.centre_D is not None:
+            found["centre"] = self.encoding.centre_D
         return found
 
     def take_arrays(self, arrays: dict[str, np.ndarray], entry: int, top: int, *, mapped: bool, source: str) -> None:
@@ -330,7 +285,7 @@ class Storage:
                 )
         if "aux" not in arrays:
             self.aux = np.zeros((self.count, 2), np.float32)
-        self.centre_D = arrays.get("centre")
+        self.encoding.centre_D = arrays.get("centre")
         self.graph[layout.ENTRY], self.graph[layout.TOP] = entry, top
         self.graph[layout.NUM_DELETED] = int(self.deleted.sum())
         self.is_mapped = mapped
@@ -338,63 +293,22 @@ class Storage:
 
     def _check(self, arrays: dict[str, np.ndarray], entry: int, top: int, source: str) -> None:
         """Kernels follow links without looking, so whatever they follow is looked at here (not the vectors)."""
-        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            "links": ((2 * self.M,), np.int32),
-            "first": ((), np.int32),
-            "level": ((), np.int32),
-            "label": ((), np.int64),
-            "deleted": ((), np.uint8),
-            "rows": ((self.stride,), np.uint8),
+        count, num_upper = (np.atleast_1d(arrays.get(name, ())).shape[0] for name in ("label", "upper"))
+        wanted: Wanted = {
+            "links": ((count, 2 * self.M), np.int32),
+            "upper": ((num_upper, self.M), np.int32),
+            "first": ((count,), np.int32),
+            "level": ((count,), np.int32),
+            "label": ((count,), np.int64),
+            "deleted": ((count,), np.uint8),
+            "rows": ((count, self.stride), np.uint8),
         }
-        if self.dtype == "i8":
-            shapes["aux"] = ((2,), np.float32)
+        if self.encoding.dtype == "i8":
+            wanted["aux"] = ((count, 2), np.float32)
         if self.rerank:
-            shapes["full"] = ((self.full_stride // 4,), np.float32)
-        if {*arrays} - {"centre"} != {*shapes, "upper"}:
-            raise DataError(f"{source} is damaged: it holds the arrays {sorted(arrays)}")
-        count, num_upper = len(arrays["label"]), len(arrays["upper"])
-        wanted = {name: ((count, *shape), dtype) for name, (shape, dtype) in shapes.items()}
-        wanted["upper"] = ((num_upper, self.M), np.int32)
-        if "centre" in arrays:
-            wanted["centre"] = ((self.dim,), np.float32)
-        for name, (shape, dtype) in wanted.items():
-            if arrays[name].shape != shape or arrays[name].dtype != dtype:
-                found = f"{arrays[name].dtype} {list(arrays[name].shape)}"
-                raise DataError(f"{source} is damaged: {name!r} is {found}, not {np.dtype(dtype)} {list(shape)}")
-        if not self._is_sound(arrays, entry, top):
-            raise DataError(f"{source} is damaged: its links or levels do not fit together; build the index again")
-
-    def _is_sound(self, arrays: dict[str, np.ndarray], entry: int, top: int) -> bool:
-        count, num_upper = len(arrays["label"]), len(arrays["upper"])
-        if not count:
-            return entry == top == -1
-        level, first = arrays["level"].astype(np.int64), arrays["first"].astype(np.int64)
-        live = arrays["label"][arrays["deleted"] == 0]
-        if not (0 <= entry < count and level.min() >= 0 and level[entry] == top == level.max() <= MAX_LEVEL):
-            return False
-        if first.min() < 0 or (first + level).max() > num_upper or len(np.unique(live)) != len(live):
-            return False
-        lists = [arrays["links"]]
-        lists += [
-            np.ascontiguousarray(arrays["upper"][first[level >= number] + number - 1]) for number in range(1, top + 1)
-        ]
-        level_N = np.array(arrays["level"])
-        return all(
-            links_are_sound(links.ctypes.data, *links.shape, level_N, number) for number, links in enumerate(lists)
-        )
-
-
-@kernel
-def links_are_sound(links, num_rows, cap, level_N, level):
-    """Whether every link is -1, with nothing behind it, or a slot that has the level; ``links`` is an address."""
-    for row in range(num_rows):
-        is_over = False
-        for place in range(cap):
-            slot = get_i32(links, row * cap + place)
-            if slot < -1 or slot >= len(level_N) or (slot >= 0 and (is_over or level_N[slot] < level)):
-                return False
-            is_over = slot < 0
-    return True
+            wanted["full"] = ((count, self.full_stride // 4), np.float32)
+        check_shapes(arrays, wanted, {"centre": ((self.encoding.dim,), np.float32)}, source)
+        check_links(arrays, entry, top, source)
 
 
 @kernel
@@ -433,16 +347,3 @@ def _grown(array: np.ndarray, capacity: int, count: int) -> np.ndarray:
     grown = aligned((capacity, *array.shape[1:]), array.dtype)
     grown[:count] = array[:count]
     return grown
-
-
-def _padded(array_ND: np.ndarray, width: int) -> np.ndarray:
-    """Rows of ``width`` elements, C order, zeros behind the vector; the array itself where it is so."""
-    if array_ND.shape[1] == width:
-        return held(np.ascontiguousarray(array_ND))
-    padded = np.zeros((len(array_ND), width), array_ND.dtype)
-    padded[:, : array_ND.shape[1]] = array_ND
-    return held(padded)
-
-
-def _lines(size: int) -> int:
-    return -(-size // LINE) * LINE

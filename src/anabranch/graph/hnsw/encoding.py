@@ -1,0 +1,112 @@
+"""Vectors as rows that kernels measure, and back: float32, float16 or int8, padded with zeros to whole lines.
+
+For squared L2, short rows hold x minus the mean of the first vectors added: distances do not change by that, and their precision goes where
+the data is.
+"""
+# Shapes: N vectors, D dimension, Q queries
+
+import numpy as np
+
+from anabranch.graph.guarded import held
+from anabranch.graph.hnsw.raw import LINE
+
+PRECISIONS = ("f32", "f16", "i8")
+ITEM = {"f32": 4, "f16": 2, "i8": 1}
+
+# Scale and norm of a query that has none; kernels only read it.
+_ONE_ZERO = np.zeros((1, 2), np.float32)
+
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Encoding:
+    """How an index keeps vectors.
+
+    Attributes:
+        stride: bytes of a row as it is searched, and how many numbers that is (``width``).
+        full_stride: bytes of a float32 row that results are measured again by.
+        rerank: whether these are kept beside.
+        centre_D: what is taken off before rows are shortened, float32 [D]; None for nothing.
+    """
+
+    def __init__(self, dim: int, metric: str, dtype: str, rerank: bool) -> None:
+        self.dim, self.metric, self.dtype = dim, metric, dtype
+        self.rerank = rerank and dtype != "f32"
+        self.stride = lines(dim * ITEM[dtype])
+        self.width = self.stride // ITEM[dtype]
+        self.full_stride = lines(4 * dim)
+        self.centre_D: np.ndarray | None = None
+
+    @property
+    def kind(self) -> int:
+        """Of distance (`layout`)."""
+        return 2 * PRECISIONS.index(self.dtype) + (self.metric != "l2")
+
+    def settle(self, vector_ND: np.ndarray) -> None:
+        """Take the centre of the first vectors."""
+        if self.centre_D is None and self.metric == "l2" and self.dtype != "f32":
+            self.centre_D = vector_ND.mean(0, dtype=np.float64).astype(np.float32)
+
+    def encode(self, vector_ND: np.ndarray) -> Encoded:
+        """Rows as they are searched (uint8 [N, STRIDE]), their aux, and full rows (float32; empty where rows are final)."""
+        full = padded(vector_ND, self.full_stride // 4)
+        if self.dtype == "f32":
+            return full.view(np.uint8), np.zeros((len(full), 2), np.float32), full[:, :0]
+        short_ND = self._centred(vector_ND)
+        kept = full if self.rerank else full[:, :0]
+        if self.dtype == "f16":
+            with np.errstate(over="ignore"):
+                half = short_ND.astype(np.float16)
+            # Beyond its range: its ends.
+            half = np.clip(half, np.finfo(np.float16).min, np.finfo(np.float16).max)
+            return padded(half, self.width).view(np.uint8), np.zeros((len(full), 2), np.float32), kept
+        codes, aux = _codes(short_ND)
+        return padded(codes, self.width).view(np.uint8), aux, kept
+
+    def encode_queries(self, vector_QD: np.ndarray) -> Encoded:
+        """Queries as kernels take them: as `encode`, but float32 for rows of float16, and full ones always."""
+        full = padded(vector_QD, self.full_stride // 4)
+        aux = _ONE_ZERO if len(full) == 1 else np.zeros((len(full), 2), np.float32)
+        if self.dtype == "f32":
+            return full.view(np.uint8), aux, full
+        if self.dtype == "f16":
+            return padded(self._centred(vector_QD), self.width).view(np.uint8), aux, full
+        codes, aux = _codes(self._centred(vector_QD))
+        return padded(codes, self.width).view(np.uint8), aux, full
+
+    def decode(self, rows: np.ndarray, aux: np.ndarray) -> np.ndarray:
+        """Vectors of short or final rows, float32 [N, D]."""
+        if self.dtype == "f32":
+            return rows.view(np.float32)[:, : self.dim]
+        if self.dtype == "f16":
+            found = rows.view(np.float16)[:, : self.dim].astype(np.float32)
+        else:
+            found = rows.view(np.int8)[:, : self.dim] * aux[:, :1]
+        return found if self.centre_D is None else found + self.centre_D
+
+    def _centred(self, vector_ND: np.ndarray) -> np.ndarray:
+        return vector_ND if self.centre_D is None else vector_ND - self.centre_D
+
+
+def _codes(vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes, and float32 [N, 2] of scale and squared norm."""
+    aux = np.empty((len(vector_ND), 2), np.float32)
+    aux[:, 0] = np.abs(vector_ND).max(1, initial=0.0) / 127
+    with np.errstate(over="ignore"):
+        aux[:, 1] = np.einsum("nd,nd->n", vector_ND, vector_ND)
+    scale = np.where(aux[:, :1] > 0, aux[:, :1], 1)
+    return np.clip(np.rint(vector_ND / scale), -127, 127).astype(np.int8), aux
+
+
+def padded(array_ND: np.ndarray, width: int) -> np.ndarray:
+    """Rows of ``width`` elements, C order, zeros behind the vector; the array itself where it is so."""
+    if array_ND.shape[1] == width:
+        return held(np.ascontiguousarray(array_ND))
+    wide = np.zeros((len(array_ND), width), array_ND.dtype)
+    wide[:, : array_ND.shape[1]] = array_ND
+    return held(wide)
+
+
+def lines(size: int) -> int:
+    """Bytes of whole lines that so many fit in."""
+    return -(-size // LINE) * LINE

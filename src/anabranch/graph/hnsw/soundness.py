@@ -1,0 +1,61 @@
+"""Whether the arrays of a file fit together: kernels follow links without looking, so whatever they follow is looked at here."""
+# Shapes: N slots
+
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import DataError
+from anabranch.graph.hnsw.raw import get_i32, kernel
+
+MAX_LEVEL = 64
+
+# Shape and type of an array by its name.
+Wanted = dict[str, tuple[tuple[int, ...], Any]]
+
+
+def check_shapes(arrays: dict[str, np.ndarray], wanted: Wanted, optional: Wanted, source: str) -> None:
+    """Raise DataError naming ``source`` unless there are these arrays, and perhaps the optional ones, of these shapes and types."""
+    if {*arrays} - {*optional} != {*wanted}:
+        raise DataError(f"{source} is damaged: it holds the arrays {sorted(arrays)}")
+    for name, (shape, dtype) in {**wanted, **optional}.items():
+        if name in arrays and (arrays[name].shape != shape or arrays[name].dtype != dtype):
+            found = f"{arrays[name].dtype} {list(arrays[name].shape)}"
+            raise DataError(f"{source} is damaged: {name!r} is {found}, not {np.dtype(dtype)} {list(shape)}")
+
+
+def check_links(arrays: dict[str, np.ndarray], entry: int, top: int, source: str) -> None:
+    """Raise DataError naming ``source`` unless links, levels and ids can be those of an index. Vectors are not looked at."""
+    if not _is_sound(arrays, entry, top):
+        raise DataError(f"{source} is damaged: its links or levels do not fit together; build the index again")
+
+
+def _is_sound(arrays: dict[str, np.ndarray], entry: int, top: int) -> bool:
+    count, num_upper = len(arrays["label"]), len(arrays["upper"])
+    if not count:
+        return entry == top == -1
+    level, first = arrays["level"].astype(np.int64), arrays["first"].astype(np.int64)
+    live = arrays["label"][arrays["deleted"] == 0]
+    if not (0 <= entry < count and level.min() >= 0 and level[entry] == top == level.max() <= MAX_LEVEL):
+        return False
+    if first.min() < 0 or (first + level).max() > num_upper or len(np.unique(live)) != len(live):
+        return False
+    lists = [arrays["links"]]
+    lists += [
+        np.ascontiguousarray(arrays["upper"][first[level >= number] + number - 1]) for number in range(1, top + 1)
+    ]
+    level_N = np.array(arrays["level"])
+    return all(links_are_sound(links.ctypes.data, *links.shape, level_N, number) for number, links in enumerate(lists))
+
+
+@kernel
+def links_are_sound(links, num_rows, cap, level_N, level):
+    """Whether every link is -1, with nothing behind it, or a slot that has the level; ``links`` is an address."""
+    for row in range(num_rows):
+        is_over = False
+        for place in range(cap):
+            slot = get_i32(links, row * cap + place)
+            if slot < -1 or slot >= len(level_N) or (slot >= 0 and (is_over or level_N[slot] < level)):
+                return False
+            is_over = slot < 0
+    return True
