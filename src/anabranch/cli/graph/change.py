@@ -100,9 +100,9 @@ def update(
     from anabranch.cli.graph.vectors import read_vectors
 
     with _opened(index, out, threads, quiet, vectors) as (made, called):
-        found = read_vectors(vectors)
-        if found.array.shape[1] != made.dim:
-            raise InputError(f"{vectors} has vectors of {found.array.shape[1]} numbers, the index of {made.dim}")
+        found = read_vectors(vectors, bits=made.metric == "hamming")
+        if found.array.shape[1] != made.row_size:
+            raise InputError(f"{vectors} has vectors of {found.array.shape[1]} numbers, the index of {made.row_size}")
         ids, called = _ids(found.names, len(found.array), rows, made, called, vectors)
         before = len(made)
         with waiting("bringing in", quiet):

@@ -32,7 +32,9 @@ def index(
         ),
     ],
     out: Annotated[str, typer.Option(metavar="FILE", help="The index, e.g. index.anb; on Spark a folder.")],
-    metric: Annotated[str, typer.Option(metavar="M", help="l2 (squared), cosine, or ip (inner product).")] = "l2",
+    metric: Annotated[
+        str, typer.Option(metavar="M", help="l2 (squared), cosine, ip (inner product), or hamming: packed bits, uint8.")
+    ] = "l2",
     links: Annotated[
         int, typer.Option("--m", metavar="M", help="Links of an element, 5 to 48; more for more dimensions.")
     ] = 16,
@@ -40,8 +42,12 @@ def index(
         int, typer.Option(metavar="EF", help="Candidates looked at for them; more is better and slower.")
     ] = 200,
     dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="How vectors are searched: f32, f16 (half the bytes) or i8 (a quarter).")
-    ] = "f32",
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="How vectors are searched: f32, f16 (half the bytes) or i8 (a quarter). Default: f32, or b1 for hamming.",
+        ),
+    ] = None,
     disk: Annotated[
         bool,
         typer.Option(
@@ -142,7 +148,7 @@ def index(
         _index_vectors(vectors, Path(out), metric, links, ef_construction, dtype, names, threads, seed, quiet, as_json)
 
 
-def _check_disk(disk: bool, memory: str | None, code_bytes: int | None, dtype: str, walks: int | None) -> None:
+def _check_disk(disk: bool, memory: str | None, code_bytes: int | None, dtype: str | None, walks: int | None) -> None:
     """Raises InputError for options that do not go together."""
     for name, value in (("--memory", memory), ("--code-bytes", code_bytes)):
         if value is not None and not disk:
@@ -151,14 +157,14 @@ def _check_disk(disk: bool, memory: str | None, code_bytes: int | None, dtype: s
         raise InputError(
             "--disk is for vectors; an index of walks is mapped from its file (anabranch graph serve --mmap)"
         )
-    if disk and dtype != "f32":
+    if disk and dtype not in (None, "f32"):
         raise InputError(
             f"--dtype is {dtype}; with --disk vectors are searched by codes (--code-bytes) and measured as f32"
         )
 
 
 def _index_vectors(
-    vectors: str, out: Path, metric: str, links: int, ef_construction: int, dtype: str, names: str | None,
+    vectors: str, out: Path, metric: str, links: int, ef_construction: int, dtype: str | None, names: str | None,
     threads: int | None, seed: int, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """HNSW."""
@@ -168,8 +174,9 @@ def _index_vectors(
     from anabranch.graph import HNSW
     from anabranch.graph.names import Names, names_path, write_names
 
-    found = read_vectors(vectors)
+    found = read_vectors(vectors, bits=metric == "hamming")
     count, dim = found.array.shape
+    dim *= 8 if metric == "hamming" else 1
     called = found.names
     if names is not None:
         called = _names_of(names, count, quiet)
@@ -198,7 +205,7 @@ def _index_vectors(
         names_path(out).unlink(missing_ok=True)
     stats = made.stats()
     facts = {
-        "vectors": count, "dim": dim, "metric": metric, "dtype": dtype, "M": made.M, "ef_construction": made.ef_construction,
+        "vectors": count, "dim": dim, "metric": metric, "dtype": made.dtype, "M": made.M, "ef_construction": made.ef_construction,
         "named": called is not None, "seconds": seconds, "levels": stats["levels"], "mean_degree": stats["mean_degree"],
         "repaired": repaired, "unreachable": stats["unreachable"], "size_bytes": out.stat().st_size, "wrote": str(out),
     }  # fmt: skip
@@ -206,7 +213,7 @@ def _index_vectors(
         print_json(facts)
         return
     fact("vectors", f"{vectors}   {count:,} x {dim}" + ("   with names" if called is not None else ""))
-    fact("index", f"{metric}, {dtype}, M {made.M}, ef_construction {made.ef_construction}   {len(stats['levels'])} levels, "
+    fact("index", f"{metric}, {made.dtype}, M {made.M}, ef_construction {made.ef_construction}   {len(stats['levels'])} levels, "
          f"{stats['mean_degree'][0]:.1f} links each")  # fmt: skip
     fact("built", f"in {duration(seconds)}, {quantity(count / max(seconds, 1e-9))} vectors/s")
     if repaired:

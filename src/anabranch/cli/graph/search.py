@@ -176,10 +176,10 @@ def _wanted(
     if queries is not None:
         from anabranch.cli.graph.vectors import read_vectors
 
-        found = read_vectors(queries)
+        found = read_vectors(queries, bits=index.metric == "hamming")
         titles = list(range(len(found.array))) if found.names is None else found.names.tolist()
-        if found.array.shape[1] != index.dim:
-            raise InputError(f"{queries} has vectors of {found.array.shape[1]} numbers, the index of {index.dim}")
+        if found.array.shape[1] != index.row_size:
+            raise InputError(f"{queries} has vectors of {found.array.shape[1]} numbers, the index of {index.row_size}")
         return _Wanted(found.array, None, titles)
     if names:
         ids = element_ids(called, names)
@@ -226,6 +226,8 @@ def _distances(index: HNSW | DiskIndex, query: np.ndarray, ids: np.ndarray) -> n
     """Of one query to elements, in 64 bits."""
     import numpy as np
 
+    if index.metric == "hamming":
+        return np.unpackbits(index.vectors(ids) ^ query, axis=1).sum(1, dtype=np.float64)
     held, query = index.vectors(ids).astype(np.float64), query.astype(np.float64)
     if index.metric == "l2":
         return ((held - query) ** 2).sum(1)

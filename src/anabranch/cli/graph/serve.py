@@ -54,7 +54,7 @@ def serve(
             metavar="D", min=1, help="Begin an empty index of vectors of D numbers where the file is not there."
         ),
     ] = None,
-    metric: Annotated[str, typer.Option(metavar="M", help="Of an index begun so: l2, ip, cosine.")] = "l2",
+    metric: Annotated[str, typer.Option(metavar="M", help="Of an index begun so: l2, ip, cosine, hamming.")] = "l2",
     fsync: Annotated[
         str, typer.Option(metavar="WHEN", help="Bring changes to the disk always, never, or every so many seconds.")
     ] = "always",

@@ -25,14 +25,17 @@ _NAMES = ("node", "name", "id", "key")
 
 @dataclass(frozen=True)
 class Vectors:
-    """Rows of numbers [N, D], float32, and what they are called (None: by number)."""
+    """Rows of numbers [N, D], float32 (of packed bits uint8 [N, D / 8]), and what they are called (None: by number)."""
 
     array: np.ndarray
     names: np.ndarray | None = None
 
 
-def read_vectors(path: str | Path) -> Vectors:
-    """Vectors and names in a file. Raises DataError for a file that is missing, foreign or malformed, naming the row."""
+def read_vectors(path: str | Path, *, bits: bool = False) -> Vectors:
+    """Vectors and names in a file; ``bits``: packed bits, of bytes 0 to 255 [N, D / 8] or truth values [N, D].
+
+    Raises DataError for a file that is missing, foreign or malformed, naming the row.
+    """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no file {path}")
@@ -43,7 +46,8 @@ def read_vectors(path: str | Path) -> Vectors:
         found = readers[path.suffix](path)
     except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    return Vectors(_checked(found.array, path), None if found.names is None else _checked_names(found, path))
+    array = _checked_bits(found.array, path) if bits else _checked(found.array, path)
+    return Vectors(array, None if found.names is None else _checked_names(found, path))
 
 
 def write_vectors(path: str | Path, vectors: Vectors) -> None:
@@ -186,6 +190,25 @@ def _checked(array: np.ndarray, path: Path) -> np.ndarray:
     if bad.size:
         raise DataError(f"{path}, row {bad[0]}: a number is not finite (as a 32-bit number)")
     return found
+
+
+def _checked_bits(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.dtype.kind not in "iub" or array.ndim != 2:
+        raise DataError(
+            f"{path} holds {array.dtype} of the shape {list(array.shape)}; bits are bytes (uint8) or truth values"
+        )
+    if not array.size:
+        raise DataError(f"{path} holds no vectors (shape {list(array.shape)})")
+    if array.dtype == bool:
+        if array.shape[1] % 8:
+            raise DataError(
+                f"{path} has {array.shape[1]} truth values in a row; bits come in whole bytes, so in eights"
+            )
+        return np.packbits(array, axis=1)
+    bad = np.flatnonzero(((array < 0) | (array > 255)).any(1))
+    if bad.size:
+        raise DataError(f"{path}, row {bad[0]}: a number is no byte, 0 to 255")
+    return np.ascontiguousarray(array, np.uint8)
 
 
 def _checked_names(found: Vectors, path: Path) -> np.ndarray:

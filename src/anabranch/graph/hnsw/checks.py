@@ -40,16 +40,14 @@ def like(array: np.ndarray, value: Any) -> Any:
 
 
 def as_vectors(value: Any, dim: int, metric: str, what: str) -> np.ndarray:
-    """float32 [N, dim], C order; of length 1 for "cosine". One vector [dim] is one row.
+    """float32 [N, dim], C order; of length 1 for "cosine". One vector [dim] is one row. For "hamming" see `as_bits`.
 
     Raises InputError for a wrong dimension, for what is not finite as float32, for a vector longer than `MAX_LENGTH`, whose squared
     distances would not be, and for a zero vector with "cosine".
     """
-    found = as_array(value, what)
-    if found.ndim == 1 and (found.size == dim or found.size):
-        found = found[None]
-    if found.ndim == 1:
-        found = found.reshape(0, dim)
+    if metric == "hamming":
+        return as_bits(value, dim, what)
+    found = _as_rows(as_array(value, what), dim)
     if found.ndim != 2 or found.shape[1] != dim:
         raise InputError(f"{what} have the shape {list(found.shape)}; the index takes rows of {dim} numbers")
     if found.dtype == np.float32:
@@ -63,6 +61,37 @@ def as_vectors(value: Any, dim: int, metric: str, what: str) -> np.ndarray:
     if not (square_N <= MAX_LENGTH**2).all():
         _check_rows(vector_ND, metric, what)
     return normalized(vector_ND, what) if metric == "cosine" else vector_ND
+
+
+def _as_rows(found: np.ndarray, width: int) -> np.ndarray:
+    """One row as an array of one, none as one of none."""
+    if found.ndim == 1:
+        return found[None] if found.size else found.reshape(0, width)
+    return found
+
+
+def as_bits(value: Any, dim: int, what: str) -> np.ndarray:
+    """Packed bits, uint8 [N, dim / 8], C order: of bytes (what `numpy.packbits` gives, or whole numbers 0 to 255), or of bool [N, dim].
+
+    Raises InputError for another dimension, and for what are no bytes, with the row.
+    """
+    found = as_array(value, what)
+    width = dim if found.dtype == bool and found.size else dim // 8
+    found = _as_rows(found, width)
+    if found.ndim != 2 or found.shape[1] != width:
+        raise InputError(
+            f"{what} have the shape {list(found.shape)} of {found.dtype}; the index takes rows of {dim // 8} bytes, which are {dim} bits "
+            f"(numpy.packbits), or of {dim} truth values"
+        )
+    if found.dtype == bool:
+        return np.packbits(found, axis=1) if found.size else np.zeros((len(found), dim // 8), np.uint8)
+    if found.dtype.kind not in "iu" and found.size:
+        raise InputError(f"{what} are {found.dtype}; with the metric 'hamming' they are bytes (uint8) or truth values")
+    if found.dtype != np.uint8:
+        bad = np.flatnonzero(((found < 0) | (found > 255)).any(1))
+        if bad.size:
+            raise InputError(f"row {bad[0]} of {what} holds a number that is no byte; bytes are 0 to 255")
+    return np.ascontiguousarray(found, np.uint8)
 
 
 def is_one_row(value: Any, dim: int) -> bool:

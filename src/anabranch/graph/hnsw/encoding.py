@@ -1,4 +1,4 @@
-"""Vectors as rows that kernels measure, and back: float32, float16 or int8, padded with zeros to whole lines.
+"""Vectors as rows that kernels measure, and back: float32, float16 or int8, padded with zeros to whole lines; or bits.
 
 For squared L2, short rows hold x minus the mean of the first vectors added: distances do not change by that, and their precision goes where
 the data is.
@@ -8,9 +8,12 @@ the data is.
 import numpy as np
 
 from anabranch.graph.guarded import held
-from anabranch.graph.hnsw.raw import LINE
+from anabranch.graph.hnsw.raw import HAMMING, LINE
 
 PRECISIONS = ("f32", "f16", "i8")
+# Of packed bits, with the metric "hamming".
+BITS = "b1"
+WORD = 8  # bytes
 ITEM = {"f32": 4, "f16": 2, "i8": 1}
 
 # Scale and norm of a query that has none; kernels only read it.
@@ -88,6 +91,41 @@ class Encoding:
         return vector_ND if self.centre_D is None else vector_ND - self.centre_D
 
 
+class BitEncoding(Encoding):
+    """How an index keeps packed bits, uint8 [N, D / 8]: as they come, in words of 64; a row that fits into a line never lies in two."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim, self.metric, self.dtype, self.rerank = dim, "hamming", BITS, False
+        self.stride = short_stride(dim // 8)
+        self.width = self.stride // WORD
+        self.full_stride = 0
+        self.centre_D = None
+
+    @property
+    def kind(self) -> int:
+        """Of distance (`layout`)."""
+        return HAMMING
+
+    def encode(self, vector_ND: np.ndarray) -> Encoded:
+        """Rows, and nothing beside them."""
+        count = len(vector_ND)
+        return padded(vector_ND, self.stride), np.zeros((count, 2), np.float32), np.zeros((count, 0), np.float32)
+
+    def encode_queries(self, vector_QD: np.ndarray) -> Encoded:
+        """The same of queries; kernels take arrays of all kinds, and do not look at the others."""
+        rows, aux, _ = self.encode(vector_QD)
+        return rows, aux, np.zeros((len(rows), 1), np.float32)
+
+    def decode(self, rows: np.ndarray, aux: np.ndarray) -> np.ndarray:
+        """Packed bits, uint8 [N, D / 8]."""
+        return rows[:, : self.dim // 8]
+
+
+def encoding_of(dim: int, metric: str, dtype: str, rerank: bool) -> Encoding:
+    """How an index of these options keeps vectors."""
+    return BitEncoding(dim) if metric == "hamming" else Encoding(dim, metric, dtype, rerank)
+
+
 def _codes(vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 codes, and float32 [N, 2] of scale and squared norm."""
     aux = np.empty((len(vector_ND), 2), np.float32)
@@ -110,3 +148,8 @@ def padded(array_ND: np.ndarray, width: int) -> np.ndarray:
 def lines(size: int) -> int:
     """Bytes of whole lines that so many fit in."""
     return -(-size // LINE) * LINE
+
+
+def short_stride(size: int) -> int:
+    """Bytes that so many take so that rows which are shorter than a line do not cross from one into the next."""
+    return lines(size) if size > LINE // 2 else max(WORD, 1 << (size - 1).bit_length())

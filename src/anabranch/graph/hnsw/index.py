@@ -10,6 +10,7 @@ from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.hnsw import layout, storage
 from anabranch.graph.hnsw.changing import Changes
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_one_row, like
+from anabranch.graph.hnsw.encoding import BITS
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
@@ -27,11 +28,12 @@ class HNSW:
     and `ids` is whole. The same calls with the same seed give the same bytes, whatever the number of threads and of searches beside.
 
     Args:
-        dim: numbers in a vector.
-        metric: "l2" (squared), "ip" (1 - inner product; no metric, so recall may suffer) or "cosine" (vectors are scaled to length 1).
+        dim: numbers in a vector; bits for "hamming", a multiple of 8.
+        metric: "l2" (squared), "ip" (1 - inner product; no metric, so recall may suffer), "cosine" (vectors are scaled to length 1) or
+            "hamming" (how many bits differ; vectors are packed bits, uint8 [N, dim / 8], or bool [N, dim]).
         M: links of a new element; at most 2 M accumulate on level 0. 5 to 48, more for more dimensions.
         ef_construction: candidates considered for them; at least M.
-        dtype: how vectors are searched, "f32", "f16" (half the bytes) or "i8" (a quarter).
+        dtype: how vectors are searched, "f32", "f16" (half the bytes) or "i8" (a quarter); "b1" for "hamming". None for "f32", or "b1".
         seed: of the levels.
         rerank: whether to keep float32 vectors beside shorter ones and measure the best results again by them; without effect for "f32".
         heuristic: "diverse" (paper, algorithm 4) or "simple" (the M nearest, algorithm 3).
@@ -51,7 +53,7 @@ class HNSW:
         metric: str = "l2",
         M: int = 16,
         ef_construction: int = 200,
-        dtype: str = "f32",
+        dtype: str | None = None,
         seed: int = 0,
         *,
         rerank: bool = True,
@@ -64,6 +66,7 @@ class HNSW:
     ) -> None:
         self.dim, self.M = as_positive(dim, "dim"), as_positive(M, "M")
         self.ef_construction = max(as_positive(ef_construction, "ef_construction"), self.M)
+        dtype = (BITS if metric == "hamming" else "f32") if dtype is None else dtype
         check_options(
             self.dim, self.M, metric=metric, dtype=dtype, heuristic=heuristic, compact_at=compact_at, seed=seed
         )
@@ -103,6 +106,11 @@ class HNSW:
         return f"HNSW({len(self):,} vectors of {self.dim}, {self.metric}, {self.dtype}, M={self.M})"
 
     @property
+    def row_size(self) -> int:
+        """Numbers of a vector as it is given: ``dim``, or for "hamming" as many bytes as hold ``dim`` bits."""
+        return self.dim // 8 if self.metric == "hamming" else self.dim
+
+    @property
     def rerank(self) -> bool:
         """Whether results are measured again by float32 vectors."""
         return self._storage.rerank
@@ -124,7 +132,8 @@ class HNSW:
             return self._slots.labels()[self._slots.live()]
 
     def vectors(self, ids: Any) -> Any:
-        """Vectors by id, float32 [N, D]: of length 1 for "cosine", rounded where only short rows are kept.
+        """Vectors by id, float32 [N, D]: of length 1 for "cosine", rounded where only short rows are kept. For "hamming" packed bits,
+        uint8 [N, D / 8].
 
         Raises InputError for unknown ids.
         """
@@ -148,7 +157,7 @@ class HNSW:
         Places of deleted elements are used again, once it is worth a look at all lists to take these out of them.
 
         Args:
-            vectors: [N, D] numbers.
+            vectors: [N, D] numbers; for "hamming" packed bits.
             ids: int [N], not negative, each once; None for those after the largest so far.
             update: move elements whose id is there already, instead of raising.
             repair: link elements that level 0 does not lead to afterwards (as `repair`).
@@ -249,7 +258,7 @@ class HNSW:
         """The k nearest of each query.
 
         Args:
-            queries: [Q, D], or [D] for one; a numpy array, or a torch tensor on any device.
+            queries: [Q, D], or [D] for one; a numpy array, or a torch tensor on any device. For "hamming" packed bits, as of `add`.
             k: how many.
             ef: how many to hold during the walk, at least k; more finds more. Default 64.
             filter: only elements that it lets through: a mask by id (bool, an entry for every id up to the largest), a list of ids, or what
@@ -265,7 +274,8 @@ class HNSW:
             CapacityError: memory does not hold the results.
         """
         k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
-        if filter is None and is_one_row(queries, self.dim) and self.metric != "cosine" and max(k, ef) <= POOL:
+        is_plain = self.metric in ("l2", "ip") and filter is None and max(k, ef) <= POOL
+        if is_plain and is_one_row(queries, self.dim):
             return self._searcher.one(queries, k, ef)
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
         try:

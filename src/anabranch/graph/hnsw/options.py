@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import InputError
-from anabranch.graph.hnsw.encoding import PRECISIONS
+from anabranch.graph.hnsw.encoding import BITS, PRECISIONS
 from anabranch.graph.hnsw.storage import METRICS
 
 HEURISTICS = ("diverse", "simple")
@@ -18,13 +18,21 @@ def check_options(
     """Raise InputError where an argument of `HNSW` has a value that it may not have."""
     for name, value, allowed in (
         ("metric", metric, METRICS),
-        ("dtype", dtype, PRECISIONS),
+        ("dtype", dtype, (*PRECISIONS, BITS)),
         ("heuristic", heuristic, HEURISTICS),
     ):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
     if M < 2 or M > MAX_M or dim > MAX_DIM:
         raise InputError(f"M is {M} and dim {dim}; M must be 2 to {MAX_M} and dim at most {MAX_DIM}")
+    if (metric == "hamming") != (dtype == BITS):
+        raise InputError(
+            f"metric is {metric!r} and dtype {dtype!r}; 'hamming' compares bits, {BITS!r}, and nothing else does"
+        )
+    if metric == "hamming" and dim % 8:
+        raise InputError(
+            f"dim is {dim}; with the metric 'hamming' it is a number of bits in whole bytes, a multiple of 8"
+        )
     if compact_at is not None and not 0 <= compact_at < 1:
         raise InputError(f"compact_at is {compact_at}; it must be a share from 0 to below 1, or None")
     if not isinstance(seed, int | np.integer):

@@ -29,6 +29,9 @@ kernel = jit(cache=True, nogil=True)
 # Called by kernels alone: half the time to compile.
 helper = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
+# Kinds of distance that are no pair of a precision and a metric (`layout`).
+HAMMING = 10
+
 LINE = 64  # bytes
 LANES = 16
 SUMS = 4
@@ -37,6 +40,10 @@ _F32, _HALF = ir.FloatType(), ir.HalfType()
 _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VECTOR, _HALVES = ir.VectorType(_F32, LANES), ir.VectorType(_HALF, LANES)
 _INTS = ir.VectorType(_I32, LANES)
+
+# A line of words of 64 bits.
+WORDS = 8
+_WORDS = ir.VectorType(_I64, WORDS)
 
 
 def _element(builder: Any, address: Any, index: Any, size: int) -> Any:
@@ -188,6 +195,31 @@ def _count(builder: Any, value: Any) -> Any:
     return builder.call(function, [value])
 
 
+def _different_bits(builder: Any, query: Any, row: Any, width: Any) -> Any:
+    """Bits that differ in ``width`` words of 64: whole lines at once, the rest (rows shorter than a line) word by word."""
+
+    def differing(offset: Any, kind: Any, name: str) -> Any:
+        left, right = (_chunk(builder, address, offset, kind, 8) for address in (query, row))
+        count = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), f"llvm.ctpop.{name}")
+        return builder.call(count, [builder.xor(left, right)])
+
+    line = ir.Constant(_I64, WORDS)
+    zero = ir.Constant(_WORDS, [0] * WORDS)
+    wide, single = cgutils.alloca_once_value(builder, zero), cgutils.alloca_once_value(builder, ir.Constant(_I64, 0))
+    many = builder.udiv(width, line)
+    with cgutils.for_range(builder, many, intp=_I64) as loop:
+        found = differing(builder.mul(loop.index, line), _WORDS, f"v{WORDS}i64")
+        builder.store(builder.add(builder.load(wide, typ=_WORDS), found), wide)
+    start = builder.mul(many, line)
+    with cgutils.for_range(builder, builder.sub(width, start), intp=_I64) as loop:
+        found = differing(builder.add(start, loop.index), _I64, "i64")
+        builder.store(builder.add(builder.load(single, typ=_I64), found), single)
+    total = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_I64, [_WORDS]), f"llvm.vector.reduce.add.v{WORDS}i64"
+    )
+    return builder.add(builder.call(total, [builder.load(wide, typ=_WORDS)]), builder.load(single, typ=_I64))
+
+
 def _distance_function(module: Any) -> Any:
     """One function per module that is not inlined: its loops, copied to every place that measures, would take seconds to compile."""
     arguments = [_I64, _I64, _F32, _F32, _I64, _I64, _I64, _I64]
@@ -208,6 +240,10 @@ def _distance_function(module: Any) -> Any:
         builder.position_at_end(block)
         total = _float_sum(builder, query, row, width, half, square)
         builder.ret(total if square else builder.fsub(one, total))
+    bits = function.append_basic_block("bits")
+    choice.add_case(ir.Constant(_I64, HAMMING), bits)
+    builder.position_at_end(bits)
+    builder.ret(builder.uitofp(_different_bits(builder, query, row, width), _F32))
     builder.position_at_end(other)
     beside = builder.mul(slot, ir.Constant(_I64, 2))
     place = _element(builder, aux, beside, 4)

@@ -3,6 +3,8 @@
 Rows start at multiples of 64 bytes and are padded with zeros to whole lines. Links on level 0 are one int32 array with a row of 2M per
 element, so that the lists the search walks through lie together, without vectors between them.
 
+With the metric "hamming" rows are bits, 8 to 32 bytes where a vector is that short.
+
 Precisions "f16" and "i8" search rows of a half or a quarter of the bytes (`encoding`). With ``rerank`` the float32 vectors are kept in an
 array of their own, which a search touches only for the few nearest it found (mapped from a file, it may stay on disk); without it there are
 only the short rows, and distances are theirs.
@@ -19,21 +21,21 @@ from anabranch.errors import CapacityError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.guarded import CHECKED, guarded, held
 from anabranch.graph.hnsw import layout
-from anabranch.graph.hnsw.encoding import Encoded, Encoding
+from anabranch.graph.hnsw.encoding import Encoded, encoding_of
 from anabranch.graph.hnsw.raw import LINE, kernel
 from anabranch.graph.hnsw.soundness import MAX_LEVEL, Wanted, check_links, check_shapes
 from anabranch.graph.random import next_bits, stream, to_unit
 
 KIND = "hnsw index"
 VERSION = 1
-METRICS = ("l2", "ip", "cosine")
+METRICS = ("l2", "ip", "cosine", "hamming")
 
 
 class Storage:
     """Arrays and the row that describes them to kernels (`layout`). Not safe for threads: `HNSW` holds the lock."""
 
     def __init__(self, dim: int, metric: str, M: int, ef_construction: int, dtype: str, rerank: bool) -> None:
-        self.encoding = Encoding(dim, metric, dtype, rerank)
+        self.encoding = encoding_of(dim, metric, dtype, rerank)
         self.M, self.rerank = M, self.encoding.rerank
         self.stride, self.full_stride = self.encoding.stride, self.encoding.full_stride
         self.graph = np.zeros(layout.FIELDS, np.int64)
@@ -86,7 +88,7 @@ class Storage:
         return self.encoding.encode_queries(vector_QD)
 
     def decode(self, slot_S: np.ndarray) -> np.ndarray:
-        """Vectors, float32 [S, D], of the highest precision there is."""
+        """Vectors, float32 [S, D], of the highest precision there is; uint8 [S, D / 8] of bits."""
         if self.rerank:
             return self.full[slot_S, : self.encoding.dim]
         return self.encoding.decode(self.rows[slot_S], self.aux[slot_S])

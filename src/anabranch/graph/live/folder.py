@@ -15,7 +15,7 @@ from anabranch.files import explained
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.disk import DiskIndex, is_on_disk
 from anabranch.graph.hnsw import HNSW, storage
-from anabranch.graph.live.log import Change, Frame, Read, read_log
+from anabranch.graph.live.log import BYTES, FLOATS, Change, Frame, Read, read_log
 from anabranch.graph.names import fingerprint
 
 try:
@@ -55,6 +55,11 @@ class Found:
 def live_folder(path: str | Path) -> Path:
     """Where the changes of the index at ``path`` lie."""
     return Path(f"{path}.live")
+
+
+def row_of(index: HNSW) -> tuple[int, str]:
+    """Numbers in a row that a change brings, and their type."""
+    return index.row_size, BYTES if index.metric == "hamming" else FLOATS
 
 
 def log_path(folder: Path, segment: int) -> Path:
@@ -134,7 +139,7 @@ def _check(folder: Path, index: HNSW, number: int, logs: dict[int, Read]) -> Non
     following = None
     for segment, read in logs.items():
         header, source = read.header, log_path(folder, segment)
-        if header.segment != segment or header.dim != index.dim:
+        if header.segment != segment or (header.dim, header.row) != row_of(index):
             raise DataError(
                 f"{source} says that it is log {header.segment} of an index of {header.dim} numbers; it is not one of this index"
             )
@@ -188,7 +193,7 @@ def replay(index: HNSW, frames: list[Frame], num_threads: int | None = None) -> 
     index.remove(id_N[last_N][known])
     coming = last_N[~is_gone]
     if coming.size:
-        rows = np.empty((len(coming), index.dim), np.float32)
+        rows = np.empty((len(coming), row_of(index)[0]), row_of(index)[1])
         for place, which in enumerate(coming.tolist()):
             vectors = changes[owner_N[which]].vectors
             assert vectors is not None

@@ -26,6 +26,7 @@ from anabranch.graph.live.folder import (
     live_folder,
     log_path,
     replay,
+    row_of,
     segments,
     write_snapshot,
 )
@@ -235,7 +236,7 @@ class LiveIndex:
 
         Args:
             ids: int [N], not negative, each once.
-            vectors: [N, D].
+            vectors: [N, D], as of `HNSW.add`.
 
         Returns:
             The number of the write, and which of the ids were there before, bool [N].
@@ -381,9 +382,7 @@ class LiveIndex:
             try:
                 if not self.is_current():
                     raise DataError(f"{self.path} was changed by another process since it was read; read it again")
-                self._log = Log.create(
-                    log_path(self._folder, 1), dim=self.index.dim, base=self.base, segment=1, first=1
-                )
+                self._log = self._new_log(1, 1)
             except BaseException:
                 # Others may write what this one may not.
                 lock.release(clean=True)
@@ -391,6 +390,12 @@ class LiveIndex:
             self._lock = lock
             self._begin_flushing()
         return self._log
+
+    def _new_log(self, segment: int, first: int) -> Log:
+        dim, row = row_of(self.index)
+        return Log.create(
+            log_path(self._folder, segment), dim=dim, base=self.base, segment=segment, first=first, row=row
+        )
 
     def _sync(self, log: Log) -> None:
         begun = time.perf_counter()
@@ -470,13 +475,7 @@ class LiveIndex:
         old, number, segment = self._log, self._log.number, self._log.header.segment
         # Nothing may be on the disk that comes after what is not.
         self._sync(old)
-        self._log = Log.create(
-            log_path(self._folder, segment + 1),
-            dim=self.index.dim,
-            base=self.base,
-            segment=segment + 1,
-            first=number + 1,
-        )
+        self._log = self._new_log(segment + 1, number + 1)
         old.close()
         self._older[segment] = old.size
         is_copied = 2 * self.index.size_bytes < machine.room_bytes()

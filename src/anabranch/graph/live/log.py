@@ -2,7 +2,8 @@
 
     magic     8 bytes, b"ANABLOG1"
     length    uint32, bytes of the header
-    header    JSON: ``dim``, ``base`` (which index it changes), ``segment`` (its number), ``first`` (number of its first frame), ``salt``;
+    header    JSON: ``dim``, ``base`` (which index it changes), ``segment`` (its number), ``first`` (number of its first frame), ``salt``,
+              ``row`` where vectors are no float32;
               spaces behind it, so that frames begin at a multiple of 512 bytes
     crc       uint32, CRC-32 of length and header
     frames    one after the other
@@ -10,8 +11,8 @@
 A frame is what one write to the disk brings: the changes of one or more requests.
 
     head      mark (4 bytes), length of the payload (uint32), number (uint64, one more than that of the frame before), their CRC-32
-    payload   changes: kind (uint32), count (uint32), ids int64 [count], and for an upsert float32 [count, dim]; little-endian. All of it
-              xor the salt, again and again
+    payload   changes: kind (uint32), count (uint32), ids int64 [count], and for an upsert float32 (or as ``row`` says) [count, dim];
+              little-endian. All of it xor the salt, again and again
     crc       uint32, CRC-32 of the payload as it is in the file
     padding   0 to 15 bytes b"\xa7": a frame has at least 16 bytes in each piece of the disk (512 bytes) where it has any
 
@@ -53,6 +54,8 @@ SECTOR = 512
 LEAST_PIECE = 16
 PAD = b"\xa7"
 UPSERT, DELETE = 1, 2
+# Types of numbers in a vector.
+FLOATS, BYTES = "f4", "u1"
 MOST_HEADER = 1 << 16
 # Frames are read into memory whole. Nothing larger is written.
 MOST_PAYLOAD = 1 << 31
@@ -60,7 +63,7 @@ MOST_PAYLOAD = 1 << 31
 
 @dataclass(frozen=True)
 class Change:
-    """Elements that come or move (``vectors``, float32 [N, D]), or go (None). ``ids`` are int64 [N], each once."""
+    """Elements that come or move (``vectors``, float32 [N, D], or uint8 of packed bits), or go (None). ``ids`` are int64 [N], each once."""
 
     ids: np.ndarray
     vectors: np.ndarray | None
@@ -76,6 +79,7 @@ class Header:
         segment: its number among the logs of an index, from 1.
         first: number of its first frame.
         salt: of its checksums, hexadecimal.
+        row: type of these numbers, "f4", or "u1" for packed bits.
     """
 
     dim: int
@@ -83,6 +87,7 @@ class Header:
     segment: int
     first: int
     salt: str
+    row: str = FLOATS
 
     def seed(self) -> int:
         """What checksums begin with."""
@@ -120,7 +125,12 @@ class Read:
 
 def payload_bytes(change: Change) -> int:
     """Bytes of a change in a payload."""
-    return ITEM.size + 8 * len(change.ids) + (0 if change.vectors is None else 4 * change.vectors.size)
+    size = ITEM.size + 8 * len(change.ids)
+    return size if change.vectors is None else size + np.dtype(_row(change.vectors)).itemsize * change.vectors.size
+
+
+def _row(vectors: np.ndarray) -> str:
+    return BYTES if vectors.dtype == np.uint8 else FLOATS
 
 
 def check_size(change: Change) -> None:
@@ -147,23 +157,23 @@ def encode(changes: Sequence[Change]) -> bytes:
         parts.append(ITEM.pack(DELETE if change.vectors is None else UPSERT, len(change.ids)))
         parts.append(np.ascontiguousarray(change.ids, "<i8").tobytes())
         if change.vectors is not None:
-            parts.append(np.ascontiguousarray(change.vectors, "<f4").tobytes())
+            parts.append(np.ascontiguousarray(change.vectors, f"<{_row(change.vectors)}").tobytes())
     return b"".join(parts)
 
 
-def decode(payload: bytes, dim: int) -> list[Change]:
+def decode(payload: bytes, dim: int, row: str = FLOATS) -> list[Change]:
     """Changes of a payload. Raises ValueError where it is not one."""
-    changes, place = [], 0
+    changes, place, number = [], 0, np.dtype(row).newbyteorder("<")
     while place < len(payload):
         kind, count = ITEM.unpack_from(payload, place)
         place += ITEM.size
-        size = 8 * count + (4 * count * dim if kind == UPSERT else 0)
+        size = 8 * count + (number.itemsize * count * dim if kind == UPSERT else 0)
         if kind not in (UPSERT, DELETE) or place + size > len(payload):
             raise ValueError(f"a change of kind {kind} with {count} ids")
         ids = np.frombuffer(payload, "<i8", count, place).astype(np.int64)
         vectors = None
         if kind == UPSERT:
-            vectors = np.frombuffer(payload, "<f4", count * dim, place + 8 * count).astype(np.float32)
+            vectors = np.frombuffer(payload, number, count * dim, place + 8 * count).astype(row)
             vectors = vectors.reshape(count, dim)
         changes.append(Change(ids, vectors))
         place += size
@@ -191,10 +201,12 @@ class Log:
             self._handle: int | None = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
 
     @classmethod
-    def create(cls, path: Path, *, dim: int, base: str, segment: int, first: int) -> Self:
+    def create(cls, path: Path, *, dim: int, base: str, segment: int, first: int, row: str = FLOATS) -> Self:
         """Begin a file, which is there whole or not at all. Raises as `anabranch.files.atomic_file`."""
-        header = Header(dim, base, segment, first, secrets.token_hex(16))
-        text = json.dumps(header.__dict__).encode()
+        header = Header(dim, base, segment, first, secrets.token_hex(16), row)
+        # As earlier releases wrote it, and read it, where they could have.
+        said = {name: value for name, value in header.__dict__.items() if name != "row" or value != FLOATS}
+        text = json.dumps(said).encode()
         text += b" " * (-(len(MAGIC) + 2 * CRC.size + len(text)) % SECTOR)
         start = CRC.pack(len(text)) + text
         with atomic_file(path, mode=0o600) as temporary:
@@ -313,7 +325,7 @@ def read_log(path: Path, *, is_last: bool) -> Read:
             )
         end, payload = _end(place, len(payload)), header.masked(payload)
         try:
-            frames.append(Frame(number, decode(payload, header.dim), end))
+            frames.append(Frame(number, decode(payload, header.dim, header.row), end))
         except (ValueError, struct.error) as error:
             # Its sum is right: written so by something else.
             raise DataError(f"{path} holds what this release cannot read, at byte {place:,}: {error}") from error
@@ -338,7 +350,8 @@ def _read_header(path: Path, content: bytes) -> tuple[Header, int]:
         found: Any = parse_json(content[start + CRC.size : end])
         header = Header(**found)
         header.seed()
-        if not (header.dim > 0 and header.segment > 0 and header.first > 0 and header.salt):
+        is_known = header.row in (FLOATS, BYTES)
+        if not (is_known and header.dim > 0 and header.segment > 0 and header.first > 0 and header.salt):
             raise ValueError(f"{found}")
     except (TypeError, ValueError) as error:
         raise DataError(f"{path} has a header that this release cannot read: {error}") from error

@@ -86,12 +86,17 @@ def _seeds(seeds: SeedSet, field: str, names: Names | None, num_nodes: int) -> n
 
 
 def fitting(vectors: np.ndarray, index: Any) -> np.ndarray:
-    """The same vectors. Raises RequestError unless the index can measure them."""
-    if vectors.shape[1] != index.dim:
+    """The same vectors, as bytes where the index holds bits. Raises RequestError unless the index can measure them."""
+    if vectors.shape[1] != index.row_size:
+        bits = f" bytes, which are {index.dim} bits" if index.metric == "hamming" else ""
         raise RequestError(
-            400, "invalid_request", f"vectors have {vectors.shape[1]} numbers each, those of the index {index.dim}",
+            400,
+            "invalid_request",
+            f"vectors have {vectors.shape[1]} numbers each, those of the index {index.row_size}{bits}",
             field="vectors",
-        )  # fmt: skip
+        )
+    if index.metric == "hamming":
+        return _bytes(vectors)
     if index.metric == "cosine" and not vectors.any(1).all():
         row = int(np.flatnonzero(~vectors.any(1))[0])
         raise RequestError(
@@ -101,6 +106,18 @@ def fitting(vectors: np.ndarray, index: Any) -> np.ndarray:
         message = f"vectors[{long}] is longer than {MAX_LENGTH:g}: {TOO_LONG}"
         raise RequestError(400, "invalid_request", message, field=f"vectors[{long}]")
     return vectors
+
+
+def _bytes(vectors: np.ndarray) -> np.ndarray:
+    bad = np.argwhere((vectors != np.floor(vectors)) | (vectors < 0) | (vectors > 255))
+    if len(bad):
+        row, place = bad[0].tolist()
+        field = f"vectors[{row}][{place}]"
+        message = (
+            f"{field} is {vectors[row, place]:g}; the index holds bits, which are sent as bytes: whole numbers 0 to 255"
+        )
+        raise RequestError(400, "invalid_request", message, field=field)
+    return vectors.astype(np.uint8)
 
 
 def _filter(wanted: Search, names: Names | None, index: Any) -> np.ndarray | None:

@@ -102,7 +102,7 @@ def _schemas(limits: Limits) -> dict[str, Any]:
             "additionalProperties": False,
             "oneOf": [{"required": [name]} for name in ("vectors", "ids", "names")],
             "properties": {
-                "vectors": _list(_list({"type": "number"}), limits.batch, "What to search for."),
+                "vectors": _list(_list({"type": "number"}), limits.batch, "What to search for; for packed bits (hamming) bytes, 0 to 255."),
                 "ids": _list({"type": "integer"}, limits.batch, "Or elements, which are left out of their results."),
                 "names": _list({"type": ["string", "integer"]}, limits.batch, "Or the same by name."),
                 "k": k,
@@ -133,7 +133,7 @@ def _schemas(limits: Limits) -> dict[str, Any]:
             "required": ["ids", "vectors"],
             "properties": {
                 "ids": {**_list(id, limits.batch, "One for each vector."), "uniqueItems": True},
-                "vectors": _list(_list({"type": "number"}), limits.batch, "As long as those of the index."),
+                "vectors": _list(_list({"type": "number"}), limits.batch, "As long as those of the index; packed bits as bytes."),
             },
         },
         "UpsertResponse": _changed(

@@ -192,6 +192,7 @@ class Sources:
     def _vectors(self, path: Path, opened: ExitStack) -> Vectors:
         from anabranch.graph.disk import is_on_disk
         from anabranch.graph.live import open_index
+        from anabranch.graph.live.folder import row_of
 
         live, why = None, self.why_read_only
         if is_on_disk(path):
@@ -205,7 +206,7 @@ class Sources:
         if len(index):
             # Not an element's own vector: a change may just be moving it.
             for filter in (None, index.ids[:1]):
-                index.search(np.ones((1, index.dim), np.float32), 1, filter=filter, num_threads=1)
+                index.search(np.ones((1, index.row_size), row_of(index)[1]), 1, filter=filter, num_threads=1)
         about = {
             "file": str(path), "vectors": len(index), "dim": index.dim, "metric": index.metric, "dtype": index.dtype,
             "named": names is not None,
@@ -238,8 +239,10 @@ def _try_changes(index: Any) -> None:
     from anabranch.graph import HNSW
 
     options = ("metric", "dtype", "rerank", "heuristic", "extend_candidates", "keep_pruned", "flat")
-    made = HNSW(2, M=2, ef_construction=2, **{name: getattr(index, name) for name in options})
-    rows, ids = np.random.default_rng(0).normal(size=(TRIED, 2)).astype(np.float32), np.arange(TRIED)
+    made = HNSW(8, M=2, ef_construction=2, **{name: getattr(index, name) for name in options})
+    ids = np.arange(TRIED)
+    rows = np.random.default_rng(0).normal(size=(TRIED, 8)).astype(np.float32)
+    rows = rows > 0 if index.metric == "hamming" else rows
     made.add(rows, ids)
     # So many that it compacts.
     made.remove(ids[: TRIED // 2])
