@@ -60,12 +60,13 @@ def use_rows(path, mmap):
 
 def use_index(path, mmap):
     index = HNSW.load(path, mmap=mmap)
-    index.search(VECTORS[:3], 5, 20)
-    index.search(VECTORS[:2], 2, filter=[1, 2, 3])
+    rows = VECTORS if index.metric != "hamming" else VECTORS.view(np.uint8)[:, :6]
+    index.search(rows[:3], 5, 20)
+    index.search(rows[:2], 2, filter=[1, 2, 3])
     index.remove(index.ids[:20])
-    index.add(VECTORS[:4])
+    index.add(rows[:4])
     index.compact()
-    index.search(VECTORS[:3], 5, 20)
+    index.search(rows[:3], 5, 20)
 
 
 # Of the good file.
@@ -103,6 +104,11 @@ def made(kind, path):
         fully_ppr(GRAPH, walks=20).save(path)
     elif kind == "rows":
         SparseRows.from_rows([([1, 2], [0.5, 0.25]), ([], []), ([3], [1.0])], 5).save(path)
+    elif kind == "hnsw-b1":
+        index = HNSW(48, "hamming", M=4, ef_construction=12, num_threads=1)
+        index.add(VECTORS.view(np.uint8)[:, :6])
+        index.remove(np.arange(5))
+        index.save(path)
     elif kind.startswith("hnsw"):
         index = HNSW(6, M=4, ef_construction=12, dtype=kind[5:], num_threads=1)
         index.add(VECTORS)
@@ -118,7 +124,7 @@ def made(kind, path):
 
 USES = {
     "graph": use_graph, "walks": use_walks, "result": use_result, "rows": use_rows, "hnsw-f32": use_index, "hnsw-i8": use_index,
-    "hnsw-f16": use_index, "shards": use_shards, "disk": use_disk,
+    "hnsw-f16": use_index, "hnsw-b1": use_index, "shards": use_shards, "disk": use_disk,
 }  # fmt: skip
 
 

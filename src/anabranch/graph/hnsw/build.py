@@ -40,7 +40,7 @@ NEAR = np.float32(0.0)
 
 @helper
 def measure(graph, query, scale, norm, slot):
-    """From a query to a slot."""
+    """From a query to a slot, of any kind (`raw.distance`)."""
     row = graph[ROWS] + slot * graph[STRIDE]
     return distance(graph[KIND], query, scale, norm, row, graph[AUX], slot, graph[WIDTH])
 

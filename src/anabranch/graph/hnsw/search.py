@@ -291,7 +291,7 @@ def search_many(
         graph: the row that describes the index.
         label_N: int64, ids outside.
         visited: uint8 [C + 1], marks.
-        query_Q: uint8 [Q, bytes], queries as rows are; float32 for those of float16.
+        query_Q: uint8 [Q, bytes], queries as rows are (bits too); float32 for those of float16.
         aux_Q: float32 [Q, 2], their scales and squared norms.
         full_Q: float32 [Q, FULL_WIDTH], queries to measure again by.
         begin: the first query.
