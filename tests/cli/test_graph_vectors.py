@@ -1,4 +1,4 @@
-"""``anabranch graph index`` and ``search`` with packed bits: from files to files, and what mistakes give."""
+"""``anabranch graph index`` and ``search`` with packed bits and by radius: from files to files, and what mistakes give."""
 
 import json
 
@@ -64,3 +64,40 @@ def test_what_are_no_bits_is_refused(here, tmp_path, monkeypatch, line, says):
     assert code == 2
     assert says in err
     assert not (tmp_path / "z.anb").exists()
+
+
+def test_all_within_a_radius(facts, here, tmp_path):
+    held = np.random.default_rng(0).integers(-3, 4, (300, 3)).astype(np.float32)
+    np.save("v.npy", held)
+    facts("index", "v.npy", "--out", "i.anb")
+    far = ((held[:, None] - held[None]) ** 2).sum(2)
+    found = facts("search", "i.anb", "--rows", "7,9", "--radius", "2", "--exact", "--out", "near.csv")
+    for row, result in zip((7, 9), found["results"], strict=True):
+        wanted = [id for id in np.lexsort((np.arange(300), far[row])).tolist() if far[row, id] <= 2 and id != row]
+        assert result["ids"] == wanted
+        assert result["distances"] == far[row, wanted].tolist()
+    assert (found["k"], found["radius"]) == (None, 2.0)
+    assert len((tmp_path / "near.csv").read_text().splitlines()) == 1 + sum(len(one["ids"]) for one in found["results"])
+    checked = facts("search", "i.anb", "--radius", "3", "--check", "--sample", "30")
+    assert checked["recall"] == 1.0
+    assert facts("search", "i.anb", "--queries", "v.npy", "--radius", "-1", "--check")["recall"] == 1.0
+    code, out, _ = here("graph", "search", "i.anb", "--rows", "7", "--radius", "2", "--only", "0-99")
+    assert code == 0
+    assert "radius 2, ef 64" in out
+    assert f"within    {int((far[7, :100] <= 2).sum()) - 1:,} in all" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--rows 0 --exact", "--exact is for --radius"),
+        ("--radius 1 --curve c.svg", "--curve is of the K nearest"),
+        ("--rows 0 --radius nan", "radius is nan"),
+    ],
+)
+def test_a_radius_that_is_none_is_refused(facts, here, line, says):
+    np.save("v.npy", np.eye(4))
+    facts("index", "v.npy", "--out", "i.anb")
+    code, _, err = here("graph", "search", "i.anb", *line.split())
+    assert code == 2
+    assert says in err

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from anabranch.graph import HNSW
     from anabranch.graph.disk import DiskIndex
+    from anabranch.graph.hnsw import Within
     from anabranch.graph.names import Names
 
 # Queries in the table on a terminal.
@@ -46,6 +47,13 @@ def search(
         int,
         typer.Option(metavar="EF", min=1, help="Width of the search, at least K; more finds more and takes longer."),
     ] = 64,
+    radius: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="Find all within this distance (squared for l2), instead of the K nearest."),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", metavar=FLAG, help="Of --radius: measure every distance, so that none is missed.")
+    ] = False,
     only: Annotated[
         str | None, typer.Option(metavar="I,J", help="Find only elements with these ids, e.g. 0,7 or 0-9.")
     ] = None,
@@ -77,6 +85,10 @@ def search(
     check_ending(out)
     check_picture(curve)
     check_apart([out, curve], [index, queries])
+    if exact and radius is None:
+        raise InputError("--exact is for --radius; --check measures all distances of a search for the nearest")
+    if radius is not None and curve is not None:
+        raise InputError("--curve is of the K nearest; leave out --radius")
     from anabranch.graph.live import open_index
     from anabranch.graph.names import read_names
 
@@ -86,15 +98,19 @@ def search(
     wanted.allow(made, only, without)
     started = time.perf_counter()
     with waiting("searching", quiet):
-        ids, distances = wanted.find(made, top, ef)
+        if radius is None:
+            ids, distances = wanted.find(made, top, ef)
+        else:
+            ids, distances = wanted.within(made, radius, ef, exact)
     facts: dict[str, Any] = {
-        "index": index, "vectors": len(made), "dim": made.dim, "metric": made.metric, "queries": len(wanted.vectors), "k": top,
-        "ef": max(ef, top), "seconds": time.perf_counter() - started,
+        "index": index, "vectors": len(made), "dim": made.dim, "metric": made.metric, "queries": len(wanted.vectors),
+        "k": top if radius is None else None, "radius": radius, "ef": max(ef, top) if radius is None else ef,
+        "seconds": time.perf_counter() - started,
     }  # fmt: skip
     written = []
     if check or curve is not None:
         with waiting("measuring all distances", quiet):
-            truth = _exact(made, wanted, top)
+            truth = _exact(made, wanted, top) if radius is None else wanted.within(made, radius, ef, True)[0]
         facts["recall"] = _recall(made, wanted, ids, truth)
     if curve is not None:
         facts["curve"] = _curve(made, wanted, truth, top, quiet)
@@ -149,6 +165,25 @@ class _Wanted:
         if self.own is None:
             return index.search(self.vectors, k, ef, self.filter, num_threads=threads)
         return _without(self.own, *index.search(self.vectors, k + 1, ef, self.filter, num_threads=threads))
+
+    def within(self, index: HNSW, radius: float, ef: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+        """All within a radius, as `find`; as many columns as the most that a query has."""
+        return _all_but(self.own, index.range_search(self.vectors, radius, ef, self.filter, exact=exact))
+
+
+def _all_but(own: np.ndarray | None, found: Within) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as ids and distances [Q, K], -1 and infinity behind the last; without the query's own element."""
+    import numpy as np
+
+    row_Z = np.repeat(np.arange(len(found.indptr) - 1), np.diff(found.indptr))
+    kept = np.ones(len(row_Z), bool) if own is None else found.ids != own[row_Z]
+    row_Z, id_Z, distance_Z = row_Z[kept], found.ids[kept], found.distances[kept]
+    number_Q = np.bincount(row_Z, minlength=len(found.indptr) - 1)
+    place_Z = np.arange(len(row_Z)) - np.repeat(np.cumsum(number_Q) - number_Q, number_Q)
+    shape = (len(number_Q), int(number_Q.max(initial=0)))
+    ids, distances = np.full(shape, -1), np.full(shape, np.inf, np.float32)
+    ids[row_Z, place_Z], distances[row_Z, place_Z] = id_Z, distance_Z
+    return ids, distances
 
 
 def _without(own: np.ndarray, ids: np.ndarray, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,12 +249,15 @@ def _exact(index: HNSW | DiskIndex, wanted: _Wanted, k: int) -> np.ndarray:
 def _recall(index: HNSW | DiskIndex, wanted: _Wanted, ids: np.ndarray, truth: np.ndarray) -> float:
     """Share of the true neighbours that were found. What is as near as the farthest of them counts as one of them."""
     right = 0
+    if not (truth >= 0).any():
+        # Nothing could be missed.
+        return 1.0
     for query, row, true in zip(wanted.vectors, ids, truth, strict=True):
         row, true = row[row >= 0], true[true >= 0]
         if len(row) and len(true):
             limit = _distances(index, query, true).max()
             right += int((_distances(index, query, row) <= limit + 1e-6 * abs(limit) + 1e-12).sum())
-    return min(right / max(int((truth >= 0).sum()), 1), 1.0)
+    return min(right / int((truth >= 0).sum()), 1.0)
 
 
 def _distances(index: HNSW | DiskIndex, query: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -292,7 +330,10 @@ def _print(
     fact("index", f"{facts['index']}   {len(index):,} x {index.dim}, {index.metric}, {index.dtype}, M {index.M}")
     rate = quantity(facts["queries"] / max(facts["seconds"], 1e-9))
     what = "elements drawn" if wanted.is_sample else "queries"
-    fact("search", f"{facts['queries']:,} {what}, k {facts['k']}, ef {facts['ef']}   {rate} queries/s")
+    wide = f"k {facts['k']}" if facts["radius"] is None else f"radius {facts['radius']:g}"
+    fact("search", f"{facts['queries']:,} {what}, {wide}, ef {facts['ef']}   {rate} queries/s")
+    if facts["radius"] is not None:
+        fact("within", f"{int((ids >= 0).sum()):,} in all, {ids.shape[1]:,} of one query at most")
     if "recall" in facts:
         fact("recall", f"{facts['recall']:.4f}")
     if "curve" in facts:

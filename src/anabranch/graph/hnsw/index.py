@@ -15,6 +15,7 @@ from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.options import check_options
+from anabranch.graph.hnsw.ranges import Ranges, Within, as_radius
 from anabranch.graph.hnsw.searching import POOL, Searcher
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage
@@ -82,6 +83,7 @@ class HNSW:
         self._slots = Slots(self._storage)
         self._changes = Changes(self._storage, self._slots, self._linker, self.seed, is_flat=self.flat)
         self._searcher = Searcher(self._storage, self._slots, self._lock)
+        self._ranges = Ranges(self._searcher)
 
     # What is in it
 
@@ -287,6 +289,53 @@ class HNSW:
                 with self._workers(num_threads) as workers:
                     self._searcher.many(query_QD, ef, filter, id_QK, distance_QK, workers)
         return like(id_QK, queries), like(distance_QK, queries)
+
+    def range_search(
+        self,
+        queries: Any,
+        radius: Any,
+        ef: int | None = None,
+        filter: Any = None,
+        *,
+        exact: bool = False,
+        num_threads: int | None = None,
+    ) -> Within:
+        """All within a radius of each query.
+
+        What is returned is within it, with the distance that `search` gives. What may be missing is what `search` misses with an ``ef`` of
+        at least twice as many as are within: the walk holds ``ef``, then twice as many and so on, until at most half of them are. Where
+        that would be more than a sixteenth of all elements, and with ``exact``, every distance is measured and nothing is missing.
+
+        Args:
+            queries: as of `search`.
+            radius: the largest distance that counts, as the metric gives it (squared for "l2"), as a 32-bit number; one, or [Q]. May be
+                infinite.
+            ef: how many the first walk holds; more finds more. Default 64.
+            filter: as of `search`.
+            exact: measure every distance.
+            num_threads: for this call; None for the index's own.
+
+        Returns:
+            `Within`: ``indptr``, int64 [Q + 1], ``ids``, int64, and ``distances``, float32: those of query q are from ``indptr[q]`` to
+            ``indptr[q + 1]``, the nearest first, those at one distance by id. Tensors, on their device, where queries are.
+
+        Raises:
+            InputError: as `search`; a radius that is no number.
+            CapacityError: memory does not hold the results.
+            DataError: a distance is no number, since a mapped file was damaged.
+        """
+        ef = 64 if ef is None else as_positive(ef, "ef")
+        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
+        radius_Q = as_radius(radius, len(query_QD))
+        try:
+            with self._lock.read(), self._workers(num_threads) as workers:
+                rows = self._ranges.many(query_QD, radius_Q, ef, filter, bool(exact), workers)
+            found = Within.of(rows)
+        except MemoryError as error:
+            raise CapacityError(
+                f"no memory for all within the radius of {len(query_QD):,} queries; ask for fewer, or for a smaller one"
+            ) from error
+        return Within(*(like(array, queries) for array in found))
 
     def prepare_filter(self, ids_or_mask: Any) -> Filter:
         """A filter for many searches: what it lets through is worked out once, and again only when the index has changed.

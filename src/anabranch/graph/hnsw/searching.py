@@ -26,11 +26,13 @@ class Searcher:
     """Searches an index.
 
     Attributes:
+        storage: its arrays.
+        slots: where they hold what.
         last: hops, distances and queries of the last search.
     """
 
     def __init__(self, held: Storage, slots: Slots, lock: ReadWriteLock) -> None:
-        self._storage, self._slots, self._lock = held, slots, lock
+        self.storage, self.slots, self._lock = held, slots, lock
         self.last = (0, 0, 0)
 
     def one(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +53,7 @@ class Searcher:
     def _one_held(
         self, query_1D: np.ndarray, k: int, ef: int, id_1K: np.ndarray, distance_1K: np.ndarray, counts: np.ndarray
     ) -> None:
-        held = self._storage
+        held = self.storage
         if held.graph[layout.NUM_DELETED] != len(held.vacant_S):
             with Workers(1) as workers:
                 self.many(query_1D, ef, None, id_1K, distance_1K, workers)
@@ -80,19 +82,19 @@ class Searcher:
 
         Raises InputError for a filter that does not fit.
         """
-        held, graph, k = self._storage, self._storage.graph, id_QK.shape[1]
+        held, graph, k = self.storage, self.storage.graph, id_QK.shape[1]
         ef = min(max(ef, k), held.count)
-        label_N, keep = self._slots.labels(), min(ef, 2 * k + EXTRA)
+        label_N, keep = self.slots.labels(), min(ef, 2 * k + EXTRA)
         query_Q, aux_Q, full_Q = held.encode_queries(query_QD)
         # All, unless something keeps some out or two heaps are quicker.
         allowed, slot_S = 0, None
         if filter is not None:
-            wanted = filter.on(self._slots) if isinstance(filter, Filter) else prepared(filter, self._slots)
+            wanted = filter.on(self.slots) if isinstance(filter, Filter) else prepared(filter, self.slots)
             allowed_N, allowed = wanted.allowed_S, wanted.allowed_S.ctypes.data
             if wanted.number <= max(2 * ef, SELECTIVE * held.count):
                 slot_S = wanted.slots(label_N)
         elif graph[layout.NUM_DELETED] != len(held.vacant_S) or ef > POOL:
-            allowed_N = self._slots.live()
+            allowed_N = self.slots.live()
             allowed = allowed_N.ctypes.data
         parts: list[np.ndarray] = []
 

@@ -14,6 +14,7 @@ from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.index import HNSW
+from anabranch.graph.hnsw.ranges import Within
 
 KIND = "sharded hnsw index"
 
@@ -104,6 +105,18 @@ class ShardedHNSW:
         best_QK = np.lexsort((by_id, distance_QR))[:, :k]
         ids, distances = np.take_along_axis(id_QR, best_QK, 1), np.take_along_axis(distance_QR, best_QK, 1)
         return like(ids, queries), like(distances, queries)
+
+    def range_search(
+        self, queries: Any, radius: Any, ef: int | None = None, filter: Any = None, *, exact: bool = False
+    ) -> Within:
+        """All within a radius that each shard finds, as `HNSW.range_search`."""
+        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
+        found = self._all(lambda shard: shard.range_search(query_QD, radius, ef, filter, exact=exact))
+        row_Z = np.concatenate([np.repeat(np.arange(len(query_QD)), np.diff(one.indptr)) for one in found])
+        id_Z, distance_Z = (np.concatenate([one[place] for one in found]) for place in (1, 2))
+        order_Z = np.lexsort((id_Z, distance_Z, row_Z))
+        indptr = np.append(0, np.cumsum(np.bincount(row_Z, minlength=len(query_QD)))).astype(np.int64)
+        return Within(*(like(array, queries) for array in (indptr, id_Z[order_Z], distance_Z[order_Z])))
 
     def prepare_filter(self, ids_or_mask: Any) -> Filter:
         """A filter for many searches, as `HNSW.prepare_filter`: worked out for each shard once, and again when that has changed."""

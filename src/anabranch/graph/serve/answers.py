@@ -6,6 +6,8 @@ import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.hnsw.checks import MAX_LENGTH, TOO_LONG, too_long
+from anabranch.graph.hnsw import HNSW
+from anabranch.graph.hnsw.ranges import DAMAGED
 from anabranch.graph.names import Names
 from anabranch.graph.serve.requests import Ppr, RequestError, Search, SeedSet
 from anabranch.graph.serve.sources import Loaded
@@ -25,26 +27,54 @@ def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
         assert wanted.vectors is not None
         query = fitting(wanted.vectors, index)
     filter = _filter(wanted, held.names, index)
+    rows = (
+        _nearest(index, query, wanted, own, filter) if wanted.radius is None else _within(index, query, wanted, filter)
+    )
+    results = []
+    for row, (ids, distances) in enumerate(rows):
+        if not np.isfinite(distances).all():
+            # Vectors and queries are such that distances are (`MAX_LENGTH`).
+            raise _damaged(f"the {DAMAGED}")
+        if own is not None:
+            kept = ids != own[row]
+            ids, distances = ids[kept], distances[kept]
+        result: dict[str, Any] = {"ids": ids[: wanted.k].tolist(), "distances": distances[: wanted.k].tolist()}
+        if wanted.radius is not None:
+            result["within"] = len(ids)
+        results.append(result if held.names is None else {**result, "names": held.names.of(ids[: wanted.k])})
+    return {"results": results, "generation": loaded.generation}
+
+
+def _nearest(
+    index: Any, query: np.ndarray, wanted: Search, own: np.ndarray | None, filter: np.ndarray | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
     # An element finds itself, and that is left out.
     k = wanted.k + (own is not None)
     try:
         ids, distances = index.search(query, k, wanted.ef, filter, num_threads=1)
     except DataError as error:
         # Of one on disk: a block that was read is not what was written.
-        raise RequestError(500, "damaged_index", str(error)) from None
-    if not np.isfinite(distances[ids >= 0]).all():
-        # Vectors and queries are such that distances are (`MAX_LENGTH`).
-        message = "the index holds numbers that nobody gave it: its file is damaged; bring a copy of it back"
-        raise RequestError(500, "damaged_index", message)
-    results = []
-    for row, (id_K, distance_K) in enumerate(zip(ids, distances, strict=True)):
-        kept = id_K >= 0
-        if own is not None:
-            kept &= id_K != own[row]
-        id_K, distance_K = id_K[kept][: wanted.k], distance_K[kept][: wanted.k]
-        result = {"ids": id_K.tolist(), "distances": distance_K.tolist()}
-        results.append(result if held.names is None else {**result, "names": held.names.of(id_K)})
-    return {"results": results, "generation": loaded.generation}
+        raise _damaged(str(error)) from None
+    return [(id_K[id_K >= 0], distance_K[id_K >= 0]) for id_K, distance_K in zip(ids, distances, strict=True)]
+
+
+def _within(
+    index: Any, query: np.ndarray, wanted: Search, filter: np.ndarray | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    if not isinstance(index, HNSW):
+        message = "radius cannot be used: an index on disk finds the nearest k, not all within a distance"
+        raise RequestError(400, "invalid_request", message, field="radius")
+    try:
+        indptr, ids, distances = index.range_search(
+            query, wanted.radius, wanted.ef, filter, exact=wanted.is_exact, num_threads=1
+        )
+    except DataError as error:
+        raise _damaged(str(error)) from None
+    return list(zip(np.split(ids, indptr[1:-1]), np.split(distances, indptr[1:-1]), strict=True))
+
+
+def _damaged(message: str) -> RequestError:
+    return RequestError(500, "damaged_index", message)
 
 
 def answer_ppr(loaded: Loaded, wanted: Ppr) -> dict[str, Any]:

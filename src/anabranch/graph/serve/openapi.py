@@ -108,6 +108,9 @@ def _schemas(limits: Limits) -> dict[str, Any]:
                 "k": k,
                 "ef": {"type": "integer", "minimum": 1, "maximum": limits.ef, "default": 64,
                        "description": "Width of the search: more finds more and takes longer."},
+                "radius": {"type": "number",
+                           "description": "All within this distance instead, of which the nearest k are told (default: the most)."},
+                "exact": {"type": "boolean", "default": False, "description": "With radius: measure every distance."},
                 "filter": {
                     "type": "object",
                     "additionalProperties": False,
@@ -187,6 +190,9 @@ def _response(measure: str, about: str) -> dict[str, Any]:
             "names": {"type": "array", "items": {"type": ["string", "integer"]}},
         },
     }
+    if measure == "distances":
+        about_within = "Of a radius: how many lie within, of which at most k are told."
+        result["properties"]["within"] = {"type": "integer", "minimum": 0, "description": about_within}
     return {
         "type": "object",
         "required": ["results", "generation"],

@@ -39,7 +39,10 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Search:
-    """A search. One of ``vectors``, ``ids`` and ``names`` is given: what is searched for."""
+    """A search. One of ``vectors``, ``ids`` and ``names`` is given: what is searched for.
+
+    With a ``radius`` it is for all within, of which the nearest ``k`` are told.
+    """
 
     vectors: np.ndarray | None
     ids: np.ndarray | None
@@ -49,6 +52,8 @@ class Search:
     filter_ids: np.ndarray | None
     filter_names: list[Any] | None
     is_exclude: bool
+    radius: float | None = None
+    is_exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def parse(body: bytes) -> dict[str, Any]:
 
 def read_search(found: dict[str, Any], limits: Limits) -> Search:
     """A request for nearest neighbours. Raises RequestError."""
-    known_fields(found, {"vectors", "ids", "names", "k", "ef", "filter"}, "")
+    known_fields(found, {"vectors", "ids", "names", "k", "ef", "filter", "radius", "exact"}, "")
     given = [name for name in ("vectors", "ids", "names") if name in found]
     if len(given) != 1:
         what = "none is" if not given else f"{' and '.join(given)} are"
@@ -106,9 +111,10 @@ def read_search(found: dict[str, Any], limits: Limits) -> Search:
     names = _names(found["names"], "names", limits.batch) if given == ["names"] else None
     ef = None if found.get("ef") is None else _count(found["ef"], "ef", limits.ef)
     by_id, by_name, is_exclude = _filter(found.get("filter"))
-    return Search(
-        vectors, ids, names, _count(found.get("k", default_k(limits)), "k", limits.k), ef, by_id, by_name, is_exclude
-    )
+    radius, exact = _radius(found)
+    # Of a radius, as many as there may be.
+    k = _count(found.get("k", default_k(limits) if radius is None else limits.k), "k", limits.k)
+    return Search(vectors, ids, names, k, ef, by_id, by_name, is_exclude, radius, exact)
 
 
 def read_ppr(found: dict[str, Any], limits: Limits) -> Ppr:
@@ -128,6 +134,22 @@ def read_ppr(found: dict[str, Any], limits: Limits) -> Ppr:
         known_fields(query, {"seeds", "names", "weights"}, name)
         sets.append(_seed_set(query, name, limits))
     return Ppr(sets, names, k)
+
+
+def _radius(found: dict[str, Any]) -> tuple[float | None, bool]:
+    exact = found.get("exact", False)
+    if not isinstance(exact, bool):
+        raise _wrong("exact", f"exact is {_kind(exact)}; it must be true or false")
+    if found.get("radius") is None:
+        if exact:
+            raise _wrong("exact", "exact is for a radius; there is none")
+        return None, False
+    value = found["radius"]
+    if type(value) not in (int, float):
+        raise _wrong("radius", f"radius is {_kind(value)}; it must be a number")
+    if abs(value) > np.finfo(np.float32).max:
+        raise _wrong("radius", "radius does not fit into a float32")
+    return float(value), exact
 
 
 def _seed_set(found: dict[str, Any], where: str, limits: Limits) -> SeedSet:
