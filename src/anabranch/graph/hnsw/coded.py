@@ -1,0 +1,288 @@
+"""Codes: a walk measures a few bytes in place of each vector, and the best of what it finds are measured again by the vectors themselves.
+
+    "pq"      product quantisation (`anabranch.graph.codes`): a byte for each of some parts, distances by look-up
+    "int4"    half a byte for each number: round(x / s) with s = max |x| / 7 of that vector, beside them s and |x|^2
+
+Vectors stay as float32 rows beside the codes, and the graph is linked by them, so it is the graph of an index without codes. Mapped from a
+file, rows stay on the disk, and a search reads those of the candidates that it measures again. What codes stand for is learned from a
+sample of the vectors once there are enough (`FIRST`), and again while they are far more than it was learned from; until then there are
+none, and distances are exact.
+"""
+# Shapes: N vectors, D dimension, M bytes of a code, C capacity, S slots or sample, Q queries
+
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import DataError, InputError
+from anabranch.graph.codes import CENTRES, ProductCodes
+from anabranch.graph.hnsw import layout
+from anabranch.graph.hnsw.arrays import aligned, grown
+from anabranch.graph.hnsw.encoding import lines, padded, short_stride
+from anabranch.graph.hnsw.raw import IP_I4, IP_PQ, L2_I4, L2_PQ
+from anabranch.graph.hnsw.soundness import Wanted
+
+QUANTIZATIONS = ("pq", "int4")
+
+# Vectors that codes are first learned from, and how many times as many there must be to learn them anew.
+FIRST, MORE = 1024, 8
+
+# Learned from at most so many, which is enough (`codes.ENOUGH`).
+SAMPLE = 1 << 15
+
+# Numbers of a vector for each byte of "pq", unless another number of bytes is asked for.
+SHARE = 4
+
+# Bytes that are unpacked at once, to twice as many numbers.
+NIBBLES = 32
+
+# Bytes of tables that one thread works out at once.
+TABLES = 1 << 22
+
+
+class PQ:
+    """Product quantisation of an index's vectors."""
+
+    def __init__(self, dim: int, metric: str, num_parts: int) -> None:
+        self.dim, self.metric, self.num_parts = dim, metric, num_parts
+        self.stride = short_stride(num_parts)
+        # Four are looked up at a time.
+        self.width = -(-num_parts // 4) * 4
+        self.kind = L2_PQ if metric == "l2" else IP_PQ
+        self.has_aux = False
+        self.codes: ProductCodes | None = None
+
+    @property
+    def query_bytes(self) -> int:
+        """Of a query as kernels take it."""
+        return 4 * CENTRES * self.width
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is known what codes stand for."""
+        return self.codes is not None
+
+    def trained(self, vector_SD: np.ndarray, seed: int, num_threads: int) -> "PQ":
+        """Another one that has learned from vectors."""
+        made = PQ(self.dim, self.metric, self.num_parts)
+        made.codes = ProductCodes.train(vector_SD, self.num_parts, seed=seed, num_threads=num_threads)
+        return made
+
+    def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows, uint8 [N, STRIDE], and nothing beside them."""
+        assert self.codes is not None
+        return padded(self.codes.encode(vector_ND), self.stride), np.zeros((len(vector_ND), 2), np.float32)
+
+    def encode_queries(self, vector_QD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tables to add up by code, as bytes, zeros beyond the parts."""
+        assert self.codes is not None
+        table_QMK = np.zeros((len(vector_QD), self.width, CENTRES), np.float32)
+        table_QMK[:, : self.num_parts] = self.codes.tables(vector_QD, squared=self.metric == "l2")
+        return table_QMK.reshape(len(vector_QD), -1).view(np.uint8), np.zeros((len(vector_QD), 2), np.float32)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was learned, by name."""
+        assert self.codes is not None
+        return {"code_centres": self.codes.centre_MWK}
+
+    def wanted(self) -> Wanted:
+        """Shapes of these."""
+        return {"code_centres": ((self.num_parts, -(-self.dim // self.num_parts), CENTRES), np.float32)}
+
+    def take_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Know what was learned. Raises DataError for numbers that are none."""
+        self.codes = ProductCodes(self.dim, np.array(arrays["code_centres"]))
+
+
+class Int4:
+    """Four bits for each number of an index's vectors; what is learned is their mean, which is taken off for squared L2."""
+
+    def __init__(self, dim: int, metric: str) -> None:
+        self.dim, self.metric = dim, metric
+        self.stride = max(NIBBLES, short_stride(-(-dim // 2)))
+        self.width, self.kind = self.stride, L2_I4 if metric == "l2" else IP_I4
+        self.has_aux = True
+        self.centre_D: np.ndarray | None = None
+
+    @property
+    def query_bytes(self) -> int:
+        """Of a query as kernels take it."""
+        return 2 * self.stride
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is known what codes stand for."""
+        return self.centre_D is not None
+
+    def trained(self, vector_SD: np.ndarray, seed: int, num_threads: int) -> "Int4":
+        """Another one that has learned from vectors."""
+        made = Int4(self.dim, self.metric)
+        mean_D = vector_SD.mean(0, dtype=np.float64) if self.metric == "l2" else np.zeros(self.dim)
+        made.centre_D = mean_D.astype(np.float32)
+        return made
+
+    def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows, uint8 [N, STRIDE], and float32 [N, 2] of scale and squared norm."""
+        code_ND, aux = _rounded(vector_ND - self.centre_D, 7)
+        half = padded((code_ND + 8).astype(np.uint8), 2 * self.stride).reshape(len(code_ND), -1, 2, NIBBLES)
+        return (half[:, :, 0] | half[:, :, 1] << 4).reshape(len(code_ND), self.stride), aux
+
+    def encode_queries(self, vector_QD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Queries of a whole byte for each number, int8 as bytes, zeros beyond them; and their aux."""
+        code_QD, aux = _rounded(vector_QD - self.centre_D, 127)
+        return padded(code_QD.astype(np.int8), 2 * self.stride).view(np.uint8), aux
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was learned, by name."""
+        assert self.centre_D is not None
+        return {"code_centre": self.centre_D}
+
+    def wanted(self) -> Wanted:
+        """Shapes of these."""
+        return {"code_centre": ((self.dim,), np.float32)}
+
+    def take_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Know what was learned. Raises DataError for numbers that are none."""
+        self.centre_D = np.array(arrays["code_centre"])
+        if not np.isfinite(self.centre_D).all():
+            raise DataError("the centre of codes is not finite")
+
+
+def _rounded(vector_ND: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers as multiples -most ... most of a scale, and float32 [N, 2] of that and the squared norm."""
+    aux = np.empty((len(vector_ND), 2), np.float32)
+    aux[:, 0] = np.abs(vector_ND).max(1, initial=0.0) / most
+    aux[:, 1] = np.einsum("nd,nd->n", vector_ND, vector_ND)
+    scale = np.where(aux[:, :1] > 0, aux[:, :1], 1)
+    return np.clip(np.rint(vector_ND / scale), -most, most), aux
+
+
+class Coded:
+    """The codes of an index's slots. Not safe for threads: `HNSW` holds the lock.
+
+    Attributes:
+        quantization: "pq" or "int4".
+        trained_on: how many vectors there were when codes were learned; 0 before.
+    """
+
+    def __init__(self, quantization: str, dim: int, metric: str, code_bytes: int | None) -> None:
+        self.quantization, self.code_bytes = quantization, code_bytes
+        parts = max(1, dim // SHARE) if code_bytes is None else code_bytes
+        self.coder: PQ | Int4 = PQ(dim, metric, parts) if quantization == "pq" else Int4(dim, metric)
+        self.trained_on = 0
+        self.rows, self.aux = self._room(0)
+
+    def _room(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+        aux = aligned((capacity if self.coder.has_aux else 0, 2), np.float32)
+        return aligned((capacity, self.coder.stride), np.uint8), aux
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there are codes."""
+        return self.coder.is_trained
+
+    @property
+    def each(self) -> int:
+        """Bytes of an element; 0 before there are codes."""
+        return (self.coder.stride + 8 * self.coder.has_aux) if self.is_trained else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, with what they have room for."""
+        learned = sum(array.nbytes for array in self.coder.arrays().values()) if self.is_trained else 0
+        return self.rows.nbytes + self.aux.nbytes + learned
+
+    def is_due(self, count: int) -> bool:
+        """Whether codes should be learned now that there are so many vectors."""
+        if not self.is_trained:
+            return count >= FIRST
+        return self.trained_on < SAMPLE and count >= MORE * self.trained_on
+
+    def learned(
+        self, rows: np.ndarray, sample_S: np.ndarray, count: int, capacity: int, seed: int, num_threads: int
+    ) -> "Coded":
+        """Codes of the first ``count`` rows (float32 [C, D]), learned from some of them; this one stays as it is."""
+        made = object.__new__(Coded)
+        made.quantization, made.code_bytes, made.trained_on = self.quantization, self.code_bytes, count
+        made.coder = self.coder.trained(np.ascontiguousarray(rows[sample_S]), seed, num_threads)
+        made.rows, made.aux = made._room(capacity)
+        for begin in range(0, count, SAMPLE):
+            slot_S = np.arange(begin, min(begin + SAMPLE, count))
+            made.put(slot_S, made.encode(rows[slot_S]))
+        return made
+
+    def encode(self, vector_SD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes of vectors, for `put`."""
+        return self.coder.encode(vector_SD)
+
+    def put(self, slot_S: np.ndarray, encoded: tuple[np.ndarray, np.ndarray]) -> None:
+        """Replace codes."""
+        self.rows[slot_S] = encoded[0]
+        if self.coder.has_aux:
+            self.aux[slot_S] = encoded[1]
+
+    def larger(self, capacity: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Arrays with room for so many, of which the first are those there are."""
+        if not self.is_trained:
+            return self._room(0)
+        return grown(self.rows, capacity, count), grown(self.aux, capacity if self.coder.has_aux else 0, count)
+
+    def keep(self, slot_S: np.ndarray) -> None:
+        """Drop all slots but these (rising), and number them anew."""
+        for array in (self.rows, self.aux):
+            if len(array):
+                array[: len(slot_S)] = array[slot_S]
+
+    def described(self, graph: np.ndarray, *, rerank: bool) -> np.ndarray:
+        """The row that describes an index to kernels, so that they walk over codes."""
+        row = graph.copy()
+        row[layout.KIND], row[layout.WIDTH] = self.coder.kind, self.coder.width
+        row[layout.ROWS], row[layout.STRIDE] = self.rows.ctypes.data, self.coder.stride
+        row[layout.AUX] = self.aux.ctypes.data
+        row[layout.FULL] = graph[layout.ROWS] if rerank else 0
+        return row
+
+    # On disk
+
+    def arrays(self, count: int) -> dict[str, np.ndarray]:
+        """What is saved, by name."""
+        if not self.is_trained:
+            return {}
+        beside = {"code_aux": self.aux[:count]} if self.coder.has_aux else {}
+        return {"codes": self.rows[:count], **beside, **self.coder.arrays()}
+
+    def wanted(self, count: int) -> Wanted:
+        """Shapes of these."""
+        beside: Wanted = {"code_aux": ((count, 2), np.float32)} if self.coder.has_aux else {}
+        return {"codes": ((count, self.coder.stride), np.uint8), **beside, **self.coder.wanted()}
+
+    def take_arrays(self, arrays: dict[str, np.ndarray], source: str) -> None:
+        """Hold what `arrays` gave. Raises DataError for numbers that are none."""
+        try:
+            self.coder.take_arrays(arrays)
+        except DataError as error:
+            raise DataError(f"{source} is damaged: {error}") from None
+        count = len(arrays["codes"])
+        self.rows = grown(arrays["codes"], count, count)
+        if self.coder.has_aux:
+            self.aux = grown(arrays["code_aux"], count, count)
+
+
+def check_quantization(quantization: Any, code_bytes: Any, *, dim: int, metric: str, dtype: str) -> None:
+    """Raise InputError where an argument of `HNSW` has a value that it may not have."""
+    if quantization is None:
+        if code_bytes is not None:
+            raise InputError(f"code_bytes is {code_bytes}, and there are no codes; it goes with quantization='pq'")
+        return
+    if quantization not in QUANTIZATIONS:
+        raise InputError(f"quantization is {quantization!r}; it must be one of {', '.join(QUANTIZATIONS)}, or None")
+    if dtype != "f32":
+        raise InputError(
+            f"dtype is {dtype!r}; with quantization={quantization!r} codes are searched, and vectors kept beside them as 'f32'"
+        )
+    if code_bytes is not None and quantization != "pq":
+        raise InputError(f"code_bytes is {code_bytes}; it is for quantization='pq', 'int4' has half a byte for each number")
+    if code_bytes is not None and (
+        isinstance(code_bytes, bool) or not isinstance(code_bytes, int | np.integer) or not 1 <= code_bytes <= dim
+    ):
+        raise InputError(f"code_bytes is {code_bytes!r}; it must be an integer from 1 to the dimension, {dim}")
