@@ -48,6 +48,13 @@ def index(
             help="How vectors are searched: f32, f16 (half the bytes) or i8 (a quarter). Default: f32, or b1 for hamming.",
         ),
     ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="Q",
+            help="Walk over codes of vectors, and measure the best again by these: pq, or int4 (half bytes).",
+        ),
+    ] = None,
     disk: Annotated[
         bool,
         typer.Option(
@@ -66,7 +73,9 @@ def index(
     code_bytes: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Of --disk: bytes of a code. Default: one for 4 numbers, if memory allows."
+            metavar="N",
+            min=1,
+            help="Of pq and --disk: bytes of a code. Default: one for 4 numbers, on disk if memory allows.",
         ),
     ] = None,
     names: Annotated[
@@ -108,7 +117,7 @@ def index(
     """  # fmt: skip
     check_extra()
     check_engine(engine)
-    _check_disk(disk, memory, code_bytes, dtype, walks)
+    _check_disk(disk, memory, code_bytes, dtype, quantization, walks)
     if engine == "spark":
         if walks is None:
             raise InputError("--engine spark indexes walks: give --walks; an index of vectors is built on this machine")
@@ -145,14 +154,31 @@ def index(
             )
             index_on_disk(wanted, None if names is None else _names(names, quiet), quiet, as_json)
             return
-        _index_vectors(vectors, Path(out), metric, links, ef_construction, dtype, names, threads, seed, quiet, as_json)
+        codes = {"quantization": quantization, "code_bytes": code_bytes}
+        _index_vectors(
+            vectors, Path(out), metric, links, ef_construction, dtype, codes, names, threads, seed, quiet, as_json
+        )
 
 
-def _check_disk(disk: bool, memory: str | None, code_bytes: int | None, dtype: str | None, walks: int | None) -> None:
+def _check_disk(
+    disk: bool,
+    memory: str | None,
+    code_bytes: int | None,
+    dtype: str | None,
+    quantization: str | None,
+    walks: int | None,
+) -> None:
     """Raises InputError for options that do not go together."""
-    for name, value in (("--memory", memory), ("--code-bytes", code_bytes)):
-        if value is not None and not disk:
-            raise InputError(f"{name} is for --disk; what is not on disk is in memory whole")
+    if memory is not None and not disk:
+        raise InputError("--memory is for --disk; what is not on disk is in memory whole")
+    if code_bytes is not None and not disk and quantization is None:
+        raise InputError(
+            "--code-bytes is for --disk and --quantization pq; without them vectors are not searched by codes"
+        )
+    if disk and quantization is not None:
+        raise InputError(f"--quantization is {quantization}; with --disk vectors are searched by codes of pq already")
+    if quantization is not None and walks is not None:
+        raise InputError("--quantization is for vectors; an index of walks has none")
     if disk and walks is not None:
         raise InputError(
             "--disk is for vectors; an index of walks is mapped from its file (anabranch graph serve --mmap)"
@@ -164,8 +190,8 @@ def _check_disk(disk: bool, memory: str | None, code_bytes: int | None, dtype: s
 
 
 def _index_vectors(
-    vectors: str, out: Path, metric: str, links: int, ef_construction: int, dtype: str | None, names: str | None,
-    threads: int | None, seed: int, quiet: bool, as_json: bool,
+    vectors: str, out: Path, metric: str, links: int, ef_construction: int, dtype: str | None, codes: dict[str, Any],
+    names: str | None, threads: int | None, seed: int, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """HNSW."""
     import numpy as np
@@ -185,7 +211,7 @@ def _index_vectors(
         raise DataError(
             f"{vectors}, row {zero[0]}: all numbers are 0, which has no cosine ({zero.size:,} such rows); use --metric l2"
         )
-    made = HNSW(dim, metric, links, ef_construction, dtype, seed, num_threads=threads)
+    made = HNSW(dim, metric, links, ef_construction, dtype, seed, num_threads=threads, **codes)
     started = time.perf_counter()
     with Progress(count, "vector", quiet=quiet) as progress:
         rate, step = Rate(progress, "vectors"), max(STEP, count // 50)
@@ -207,7 +233,8 @@ def _index_vectors(
     facts = {
         "vectors": count, "dim": dim, "metric": metric, "dtype": made.dtype, "M": made.M, "ef_construction": made.ef_construction,
         "named": called is not None, "seconds": seconds, "levels": stats["levels"], "mean_degree": stats["mean_degree"],
-        "repaired": repaired, "unreachable": stats["unreachable"], "size_bytes": out.stat().st_size, "wrote": str(out),
+        
+        "quantization": made.quantization, "code_bytes": stats["code_bytes"], "repaired": repaired, "unreachable": stats["unreachable"], "size_bytes": out.stat().st_size, "wrote": str(out),
     }  # fmt: skip
     if as_json:
         print_json(facts)
@@ -216,6 +243,12 @@ def _index_vectors(
     fact("index", f"{metric}, {made.dtype}, M {made.M}, ef_construction {made.ef_construction}   {len(stats['levels'])} levels, "
          f"{stats['mean_degree'][0]:.1f} links each")  # fmt: skip
     fact("built", f"in {duration(seconds)}, {quantity(count / max(seconds, 1e-9))} vectors/s")
+    if made.quantization is not None:
+        coded = f"{made.quantization}, {stats['code_bytes']:,} bytes each beside {4 * dim:,}"
+        fact(
+            "codes",
+            coded if stats["code_bytes"] else "none yet: there are too few vectors, which are searched themselves",
+        )
     if repaired:
         fact("note", f"{repaired:,} vectors could not be reached and were linked; are many of them equal?")
     wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph search {out} --rows 0 --check")

@@ -4,15 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.graph.hnsw.guarded import guarded, is_on
+from anabranch.graph.guarded import CHECKED, guarded
 from anabranch.graph.hnsw.raw import LINE
-
-_GUARDED = is_on()
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array that starts at a multiple of 64 bytes; its content is undefined."""
-    if _GUARDED:
+    if CHECKED:
         return guarded(shape, dtype)
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     raw = np.empty(size + LINE, np.uint8)

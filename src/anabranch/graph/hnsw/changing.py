@@ -5,8 +5,9 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph.hnsw import layout
+from anabranch.graph.hnsw.coded import SAMPLE
 from anabranch.graph.hnsw.linking import Linker
-from anabranch.graph.hnsw.lock import Workers
+from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage, draw_levels
 from anabranch.graph.interrupts import Interrupts
@@ -23,8 +24,10 @@ class Changes:
         next_id: after the largest so far.
     """
 
-    def __init__(self, held: Storage, slots: Slots, linker: Linker, seed: int, *, is_flat: bool) -> None:
-        self._storage, self._slots, self._linker = held, slots, linker
+    def __init__(
+        self, held: Storage, slots: Slots, linker: Linker, lock: ReadWriteLock, seed: int, *, is_flat: bool
+    ) -> None:
+        self._storage, self._slots, self._linker, self._lock = held, slots, linker, lock
         self._seed, self._is_flat = np.uint64(seed % 2**64), is_flat
         self.drawn = self.next_id = 0
 
@@ -156,3 +159,23 @@ class Changes:
             return 0
         self._storage.own()
         return self._linker.repair()
+
+    def learn_if_due(self, workers: Workers) -> None:
+        """Learn codes where there are now enough vectors for that, or far more than they were learned from."""
+        coded = self._storage.coded
+        if coded is not None and coded.is_due(int(self._slots.live().sum())):
+            self.learn(workers)
+
+    def learn(self, workers: Workers, sample_SD: np.ndarray | None = None) -> None:
+        """Learn codes of vectors, or of those that are there. Raises InputError for none."""
+        held, live_S = self._storage, np.flatnonzero(self._slots.live())
+        if sample_SD is None:
+            if len(live_S) > SAMPLE:
+                live_S = np.sort(np.random.default_rng(self._seed).choice(live_S, SAMPLE, replace=False))
+            sample_SD = held.decode(live_S)
+        if not len(sample_SD):
+            raise InputError("there are no vectors to learn codes from; give some, or add them first")
+        # It reads rows alone, and makes others beside the codes that searches use.
+        with self._lock.open_to_readers():
+            coded = held.learn_codes(sample_SD, int(self._seed), workers.num_threads)
+        held.coded = coded

@@ -16,9 +16,10 @@ import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.codes import CENTRES, ProductCodes
+from anabranch.graph.guarded import held
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.arrays import aligned, grown
-from anabranch.graph.hnsw.encoding import lines, padded, short_stride
+from anabranch.graph.hnsw.encoding import padded, short_stride
 from anabranch.graph.hnsw.raw import IP_I4, IP_PQ, L2_I4, L2_PQ
 from anabranch.graph.hnsw.soundness import Wanted
 
@@ -78,7 +79,7 @@ class PQ:
         assert self.codes is not None
         table_QMK = np.zeros((len(vector_QD), self.width, CENTRES), np.float32)
         table_QMK[:, : self.num_parts] = self.codes.tables(vector_QD, squared=self.metric == "l2")
-        return table_QMK.reshape(len(vector_QD), -1).view(np.uint8), np.zeros((len(vector_QD), 2), np.float32)
+        return held(table_QMK.reshape(len(vector_QD), -1).view(np.uint8)), np.zeros((len(vector_QD), 2), np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What was learned, by name."""
@@ -199,12 +200,12 @@ class Coded:
         return self.trained_on < SAMPLE and count >= MORE * self.trained_on
 
     def learned(
-        self, rows: np.ndarray, sample_S: np.ndarray, count: int, capacity: int, seed: int, num_threads: int
+        self, sample_SD: np.ndarray, rows: np.ndarray, count: int, capacity: int, seed: int, num_threads: int
     ) -> "Coded":
-        """Codes of the first ``count`` rows (float32 [C, D]), learned from some of them; this one stays as it is."""
+        """Codes of the first ``count`` rows (float32 [C, D]), learned from a sample; this one stays as it is."""
         made = object.__new__(Coded)
         made.quantization, made.code_bytes, made.trained_on = self.quantization, self.code_bytes, count
-        made.coder = self.coder.trained(np.ascontiguousarray(rows[sample_S]), seed, num_threads)
+        made.coder = self.coder.trained(np.ascontiguousarray(sample_SD), seed, num_threads)
         made.rows, made.aux = made._room(capacity)
         for begin in range(0, count, SAMPLE):
             slot_S = np.arange(begin, min(begin + SAMPLE, count))
@@ -281,7 +282,9 @@ def check_quantization(quantization: Any, code_bytes: Any, *, dim: int, metric: 
             f"dtype is {dtype!r}; with quantization={quantization!r} codes are searched, and vectors kept beside them as 'f32'"
         )
     if code_bytes is not None and quantization != "pq":
-        raise InputError(f"code_bytes is {code_bytes}; it is for quantization='pq', 'int4' has half a byte for each number")
+        raise InputError(
+            f"code_bytes is {code_bytes}; it is for quantization='pq', 'int4' has half a byte for each number"
+        )
     if code_bytes is not None and (
         isinstance(code_bytes, bool) or not isinstance(code_bytes, int | np.integer) or not 1 <= code_bytes <= dim
     ):

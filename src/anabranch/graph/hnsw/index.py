@@ -10,6 +10,7 @@ from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.hnsw import layout, storage
 from anabranch.graph.hnsw.changing import Changes
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_one_row, like
+from anabranch.graph.hnsw.coded import Coded, check_quantization
 from anabranch.graph.hnsw.encoding import BITS
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.linking import Linker
@@ -36,7 +37,11 @@ class HNSW:
         ef_construction: candidates considered for them; at least M.
         dtype: how vectors are searched, "f32", "f16" (half the bytes) or "i8" (a quarter); "b1" for "hamming". None for "f32", or "b1".
         seed: of the levels.
-        rerank: whether to keep float32 vectors beside shorter ones and measure the best results again by them; without effect for "f32".
+        rerank: whether to keep float32 vectors beside shorter ones and measure the best results again by them (2 k + 16; with codes all
+            that the walk holds), or how many of them (at least k are); without effect for "f32" without codes.
+        quantization: walk over codes of vectors in place of the vectors: "pq" (product quantisation) or "int4" (half a byte for each
+            number). Vectors stay as float32 beside them, mapped from a file on the disk. See `train`.
+        code_bytes: of "pq", bytes of a code, 1 to ``dim``; None for one for each four numbers.
         heuristic: "diverse" (paper, algorithm 4) or "simple" (the M nearest, algorithm 3).
         extend_candidates: consider neighbours of candidates too (algorithm 4).
         keep_pruned: fill links up with the nearest rejected (algorithm 4).
@@ -57,13 +62,15 @@ class HNSW:
         dtype: str | None = None,
         seed: int = 0,
         *,
-        rerank: bool = True,
+        rerank: bool | int = True,
         heuristic: str = "diverse",
         extend_candidates: bool = False,
         keep_pruned: bool = False,
         flat: bool = False,
         compact_at: float | None = 0.2,
         num_threads: int | None = None,
+        quantization: str | None = None,
+        code_bytes: int | None = None,
     ) -> None:
         self.dim, self.M = as_positive(dim, "dim"), as_positive(M, "M")
         self.ef_construction = max(as_positive(ef_construction, "ef_construction"), self.M)
@@ -71,18 +78,22 @@ class HNSW:
         check_options(
             self.dim, self.M, metric=metric, dtype=dtype, heuristic=heuristic, compact_at=compact_at, seed=seed
         )
+        check_quantization(quantization, code_bytes, dim=self.dim, metric=metric, dtype=dtype)
         self.metric, self.dtype, self.seed, self.heuristic = metric, dtype, int(seed), heuristic
+        self.quantization, self.code_bytes = quantization, code_bytes
+        self._rerank = rerank if isinstance(rerank, bool) else as_positive(rerank, "rerank")
         self.extend_candidates, self.keep_pruned, self.flat = bool(extend_candidates), bool(keep_pruned), bool(flat)
         self.compact_at = compact_at
         self.num_threads = None if num_threads is None else as_positive(num_threads, "num_threads")
-        self._storage = Storage(self.dim, self.metric, self.M, self.ef_construction, self.dtype, bool(rerank))
+        coded = None if quantization is None else Coded(quantization, self.dim, metric, code_bytes)
+        self._storage = Storage(self.dim, metric, self.M, self.ef_construction, dtype, bool(rerank), coded)
         self._storage.graph[layout.SIMPLE] = self.heuristic == "simple"
         self._storage.graph[layout.EXTEND], self._storage.graph[layout.KEEP] = self.extend_candidates, self.keep_pruned
         self._lock = ReadWriteLock()
         self._linker = Linker(self._storage, self._lock)
         self._slots = Slots(self._storage)
-        self._changes = Changes(self._storage, self._slots, self._linker, self.seed, is_flat=self.flat)
-        self._searcher = Searcher(self._storage, self._slots, self._lock)
+        self._changes = Changes(self._storage, self._slots, self._linker, self._lock, self.seed, is_flat=self.flat)
+        self._searcher = Searcher(self._storage, self._slots, self._lock, rerank=self._rerank)
         self._ranges = Ranges(self._searcher)
 
     # What is in it
@@ -113,13 +124,13 @@ class HNSW:
         return self.dim // 8 if self.metric == "hamming" else self.dim
 
     @property
-    def rerank(self) -> bool:
-        """Whether results are measured again by float32 vectors."""
-        return self._storage.rerank
+    def rerank(self) -> bool | int:
+        """Whether results are measured again by float32 vectors, or how many of the best."""
+        return self._rerank if self._storage.rerank or self.quantization is not None else False
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all arrays with what they have room for, the table of ids included."""
+        """Bytes of all arrays with what they have room for, codes and the table of ids included; also of those on the disk (`stats`)."""
         return self._storage.nbytes + self._slots.nbytes
 
     def growth_bytes(self, count: int) -> int:
@@ -192,7 +203,28 @@ class HNSW:
                 self._changes.insert(vector_ND[~known], id_N[~known], workers, interrupts, reuse=reuse)
             if repair:
                 self._changes.repair()
+            self._changes.learn_if_due(workers)
         return id_N
+
+    def train(self, vectors: Any = None, *, num_threads: int | None = None) -> None:
+        """Learn anew what codes stand for, and code all vectors by it. Searches go on meanwhile.
+
+        `add` does so by itself once there are 1,024 vectors, and again at eight times as many, until there are 32,768; this is for vectors
+        that have become others since. Before, there are no codes, and distances are exact.
+
+        Args:
+            vectors: [S, D] to learn from; None for those that are there, or 32,768 of them.
+            num_threads: for this call; None for the index's own.
+
+        Raises:
+            InputError: the index has no codes, or nothing to learn from; and as `add`.
+            CapacityError: memory does not suffice; codes are as they were.
+        """
+        if self.quantization is None:
+            raise InputError("the index has no codes to learn; it was made without quantization")
+        sample = None if vectors is None else as_vectors(vectors, self.dim, self.metric, "vectors")
+        with self._lock.write(), self._workers(num_threads) as workers:
+            self._changes.learn(workers, sample)
 
     def update(self, ids: Any, vectors: Any, *, repair: bool = True, num_threads: int | None = None) -> None:
         """Move elements to new vectors: they are taken out of the graph and inserted again on their levels.
@@ -276,7 +308,7 @@ class HNSW:
             CapacityError: memory does not hold the results.
         """
         k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
-        is_plain = self.metric in ("l2", "ip") and filter is None and max(k, ef) <= POOL
+        is_plain = self.metric in ("l2", "ip") and filter is None and max(k, ef) <= POOL and self.quantization is None
         if is_plain and is_one_row(queries, self.dim):
             return self._searcher.one(queries, k, ef)
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
@@ -352,8 +384,9 @@ class HNSW:
 
         Returns:
             ``count``, ``deleted``, ``levels`` (elements on each level), ``mean_degree`` (links per list on each level), ``unreachable``
-            (elements that level 0 does not lead to), ``size_bytes`` (as the property), and of the last search ``queries``, ``hops`` and
-            ``distances`` (means per query).
+            (elements that level 0 does not lead to), ``size_bytes`` (as the property), ``mapped_bytes`` (of these, on the disk until they
+            are used), ``code_bytes`` (of an element's codes, 0 without), and of the last search ``queries``, ``hops`` and ``distances``
+            (means per query).
         """
         with self._lock.read(whole=True):
             held, graph = self._storage, self._storage.graph
@@ -373,6 +406,8 @@ class HNSW:
                 "mean_degree": degrees,
                 "unreachable": int((~reached & (held.deleted[: held.count] == 0)).sum()),
                 "size_bytes": self.size_bytes,
+                "mapped_bytes": held.mapped_bytes,
+                "code_bytes": 0 if held.coded is None else held.coded.each,
                 "queries": queries,
                 "hops": hops / max(queries, 1),
                 "distances": distances / max(queries, 1),
@@ -421,8 +456,13 @@ class HNSW:
 
     def _facts(self) -> dict[str, Any]:
         names = ("dim", "metric", "M", "ef_construction", "dtype", "seed", "rerank", "heuristic", "extend_candidates")
+        options = {name: getattr(self, name) for name in (*names, "keep_pruned", "flat", "compact_at")}
+        if self.quantization is not None:
+            options |= {"quantization": self.quantization, "code_bytes": self.code_bytes}
+        coded = self._storage.coded
         return {
-            "options": {name: getattr(self, name) for name in (*names, "keep_pruned", "flat", "compact_at")},
+            "options": options,
+            **({} if coded is None else {"trained_on": coded.trained_on}),
             "drawn": self._changes.drawn,
             "next_id": self._changes.next_id,
         }
@@ -434,6 +474,8 @@ class HNSW:
         try:
             made = cls(**meta["options"], num_threads=num_threads)
             drawn, next_id, entry, top = (int(meta[name]) for name in ("drawn", "next_id", "entry", "top"))
+            if made._storage.coded is not None:
+                made._storage.coded.trained_on = int(meta["trained_on"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{source} is damaged: its header does not describe an index ({error})") from error
         made._storage.take_arrays(arrays, entry, top, mapped=mapped, source=source)

@@ -1,7 +1,8 @@
 """Where the parts of an index lie, as kernels see it: one row of int64 with addresses, sizes and the entry point; and distances to a slot.
 
 Kinds of distance are 2 * precision + metric: precision 0 float32, 1 float16, 2 int8; metric 0 squared L2, 1 for 1 - <a, b>. Of bits it is
-`HAMMING`, how many differ; a row is then of words of 64, whose number is WIDTH.
+`HAMMING`, how many differ; a row is then of words of 64, whose number is WIDTH. Codes (`coded`) are only searched: half bytes, where WIDTH
+is bytes of a row, and bytes to look up, where it is their number.
 
 A row of int8 holds round(x / s) with s = max |x| / 127 of that row; beside it stand s and |x|^2 ("aux"). Then
 
@@ -60,7 +61,7 @@ from anabranch.graph.hnsw.raw import LINE, get_f32, get_i32, helper, prefetch, w
 # Bytes of a row that are asked for ahead.
 ASKED = 256
 
-# Kinds of distance; `raw.HAMMING` is another.
+# Kinds of distance that a graph is linked by; `raw` has the others.
 L2_F32, IP_F32, L2_F16, IP_F16, L2_I8, IP_I8 = range(6)
 
 

@@ -29,8 +29,8 @@ kernel = jit(cache=True, nogil=True)
 # Called by kernels alone: half the time to compile.
 helper = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
-# Kinds of distance that are no pair of a precision and a metric (`layout`).
-HAMMING = 10
+# Kinds of distance beyond those of whole numbers and floats (`layout`): half bytes, look-up by code, bits that differ.
+L2_I4, IP_I4, L2_PQ, IP_PQ, HAMMING = range(6, 11)
 
 LINE = 64  # bytes
 LANES = 16
@@ -187,6 +187,42 @@ def _byte_product(builder: Any, query: Any, row: Any, width: Any) -> Any:
     return _count(builder, _summed(builder, builder.udiv(width, ir.Constant(_I64, 2)), step, zero, builder.add))
 
 
+def _nibble_product(builder: Any, query: Any, row: Any, width: Any) -> Any:
+    """Dot product of signed bytes and half bytes less 8; of each 32 bytes of a row the lower halves come first."""
+    size = 2 * LANES
+    wide_bytes, wide_ints = ir.VectorType(_I8, size), ir.VectorType(_I32, size)
+    low, eight, four = (ir.Constant(wide_bytes, [value] * size) for value in (15, 8, 4))
+    nothing = ir.Constant(wide_ints, ir.Undefined)
+    even, odd = (ir.Constant(_INTS, [2 * lane + first for lane in range(LANES)]) for first in (0, 1))
+    total = cgutils.alloca_once_value(builder, ir.Constant(_INTS, [0] * LANES))
+    chunk = ir.Constant(_I64, size)
+    with cgutils.for_range(builder, builder.udiv(width, chunk), intp=_I64) as loop:
+        place = builder.mul(loop.index, chunk)
+        packed = _chunk(builder, row, place, wide_bytes, 1)
+        halves = builder.and_(packed, low), builder.lshr(packed, four)
+        for number, half in enumerate(halves):
+            start = builder.add(builder.mul(place, ir.Constant(_I64, 2)), ir.Constant(_I64, size * number))
+            left = builder.sext(_chunk(builder, query, start, wide_bytes, 1), wide_ints)
+            product = builder.mul(left, builder.sext(builder.sub(half, eight), wide_ints))
+            firsts, seconds = (builder.shuffle_vector(product, nothing, lanes) for lanes in (even, odd))
+            found = builder.add(builder.load(total, typ=_INTS), builder.add(firsts, seconds))
+            builder.store(found, total)
+    return _count(builder, builder.load(total, typ=_INTS))
+
+
+def _looked_up(builder: Any, table: Any, row: Any, width: Any) -> Any:
+    """The sum of one number from each of ``width`` (a multiple of 4) rows of 256, by the codes of a row."""
+    sums = [cgutils.alloca_once_value(builder, ir.Constant(_F32, 0.0)) for _ in range(SUMS)]
+    with cgutils.for_range(builder, builder.udiv(width, ir.Constant(_I64, SUMS)), intp=_I64) as loop:
+        for number, place in enumerate(sums):
+            part = builder.add(builder.mul(loop.index, ir.Constant(_I64, SUMS)), ir.Constant(_I64, number))
+            code = builder.zext(_chunk(builder, row, part, _I8, 1), _I64)
+            entry = builder.add(builder.mul(part, ir.Constant(_I64, 256)), code)
+            builder.store(builder.fadd(builder.load(place, typ=_F32), _chunk(builder, table, entry, _F32, 4)), place)
+    values = [builder.load(place, typ=_F32) for place in sums]
+    return builder.fadd(builder.fadd(values[0], values[1]), builder.fadd(values[2], values[3]))
+
+
 def _count(builder: Any, value: Any) -> Any:
     """The sum of a vector of integers."""
     function = cgutils.get_or_insert_function(
@@ -244,16 +280,24 @@ def _distance_function(module: Any) -> Any:
     choice.add_case(ir.Constant(_I64, HAMMING), bits)
     builder.position_at_end(bits)
     builder.ret(builder.uitofp(_different_bits(builder, query, row, width), _F32))
-    builder.position_at_end(other)
-    beside = builder.mul(slot, ir.Constant(_I64, 2))
-    place = _element(builder, aux, beside, 4)
-    product = builder.sitofp(_byte_product(builder, query, row, width), _F32)
-    product = builder.fmul(product, builder.fmul(scale, builder.load(place, typ=_F32)))
-    is_product = builder.icmp_unsigned("==", kind, ir.Constant(_I64, 5))
-    with builder.if_then(is_product):
-        builder.ret(builder.fsub(one, product))
-    square = builder.load(_element(builder, aux, builder.add(beside, ir.Constant(_I64, 1)), 4), typ=_F32)
-    builder.ret(builder.fsub(builder.fadd(norm, square), builder.fmul(two, product)))
+    codes = function.append_basic_block("codes")
+    for number in (L2_PQ, IP_PQ):
+        choice.add_case(ir.Constant(_I64, number), codes)
+    builder.position_at_end(codes)
+    builder.ret(_looked_up(builder, query, row, width))
+    nibbles = function.append_basic_block("nibbles")
+    for number in (L2_I4, IP_I4):
+        choice.add_case(ir.Constant(_I64, number), nibbles)
+    for block, product_of in ((nibbles, _nibble_product), (other, _byte_product)):
+        builder.position_at_end(block)
+        product = builder.sitofp(product_of(builder, query, row, width), _F32)
+        beside = builder.mul(slot, ir.Constant(_I64, 2))
+        product = builder.fmul(product, builder.fmul(scale, builder.load(_element(builder, aux, beside, 4), typ=_F32)))
+        is_product = builder.trunc(kind, ir.IntType(1))
+        with builder.if_then(is_product):
+            builder.ret(builder.fsub(one, product))
+        square = builder.load(_element(builder, aux, builder.add(beside, ir.Constant(_I64, 1)), 4), typ=_F32)
+        builder.ret(builder.fsub(builder.fadd(norm, square), builder.fmul(two, product)))
     return function
 
 

@@ -4,6 +4,7 @@
 import numpy as np
 
 from anabranch.graph.hnsw import layout
+from anabranch.graph.hnsw.coded import TABLES, Coded
 from anabranch.graph.hnsw.filters import Filter, prepared
 from anabranch.graph.hnsw.linking import Marks
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
@@ -31,8 +32,8 @@ class Searcher:
         last: hops, distances and queries of the last search.
     """
 
-    def __init__(self, held: Storage, slots: Slots, lock: ReadWriteLock) -> None:
-        self.storage, self.slots, self._lock = held, slots, lock
+    def __init__(self, held: Storage, slots: Slots, lock: ReadWriteLock, *, rerank: bool | int) -> None:
+        self.storage, self.slots, self._lock, self._rerank = held, slots, lock, rerank
         self.last = (0, 0, 0)
 
     def one(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,11 +64,22 @@ class Searcher:
             ef = min(max(ef, k), held.count)
             marks = held.take_marks()
             search_many(
-                held.graph, held.label, marks, query_Q, aux_Q, full_Q, 0, 1, ef, min(ef, 2 * k + EXTRA), 0,
+                held.graph, held.label, marks, query_Q, aux_Q, full_Q, 0, 1, ef, self._kept(k, ef), 0,
                 id_1K, distance_1K, counts,
             )  # fmt: skip
             held.give_marks(marks)
         self.last = (int(counts[0]), int(counts[1]), 1)
+
+    def _kept(self, k: int, ef: int) -> int:
+        """How many of ``ef`` results are measured again."""
+        if isinstance(self._rerank, bool):
+            return ef if self._codes() is not None else min(ef, 2 * k + EXTRA)
+        return min(ef, max(k, self._rerank))
+
+    def _codes(self) -> Coded | None:
+        """Those that are walked over."""
+        coded = self.storage.coded
+        return coded if coded is not None and coded.is_trained else None
 
     def many(
         self,
@@ -77,14 +89,18 @@ class Searcher:
         id_QK: np.ndarray,
         distance_QK: np.ndarray,
         workers: Workers,
+        *,
+        keep: int | None = None,
     ) -> None:
         """Write the nearest K of each query over -1 and infinity; the graph has an entry point.
+
+        ``keep`` of those that a walk finds are measured again, None for as many as the index says.
 
         Raises InputError for a filter that does not fit.
         """
         held, graph, k = self.storage, self.storage.graph, id_QK.shape[1]
         ef = min(max(ef, k), held.count)
-        label_N, keep = self.slots.labels(), min(ef, 2 * k + EXTRA)
+        label_N, keep = self.slots.labels(), self._kept(k, ef) if keep is None else keep
         query_Q, aux_Q, full_Q = held.encode_queries(query_QD)
         # All, unless something keeps some out or two heaps are quicker.
         allowed, slot_S = 0, None
@@ -97,12 +113,22 @@ class Searcher:
             allowed_N = self.slots.live()
             allowed = allowed_N.ctypes.data
         parts: list[np.ndarray] = []
+        coded = self._codes()
 
         def walk(begin: int, end: int) -> None:
             counts = np.zeros(2, np.int64)
             queries, results = (query_Q, aux_Q, full_Q, begin, end), (id_QK, distance_QK, counts)
             if slot_S is not None:
                 scan_many(graph, label_N, slot_S, *queries, *results)
+            elif coded is not None:
+                row, step = coded.described(graph, rerank=bool(self._rerank)), max(1, TABLES // coded.coder.query_bytes)
+                for first in range(begin, end, step):
+                    part = slice(first, min(first + step, end))
+                    some = *coded.coder.encode_queries(query_QD[part]), full_Q[part], 0, part.stop - first
+                    with Marks(held) as marks:
+                        search_many(
+                            row, label_N, marks, *some, ef, keep, allowed, id_QK[part], distance_QK[part], counts
+                        )
             else:
                 with Marks(held) as marks:
                     search_many(graph, label_N, marks, *queries, ef, keep, allowed, *results)

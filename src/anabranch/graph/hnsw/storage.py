@@ -19,10 +19,12 @@ import numpy as np
 
 from anabranch.errors import CapacityError
 from anabranch.graph.array_file import read_arrays, write_arrays
-from anabranch.graph.guarded import CHECKED, guarded, held
+from anabranch.graph.guarded import CHECKED, held
 from anabranch.graph.hnsw import layout
+from anabranch.graph.hnsw.arrays import aligned, grown
+from anabranch.graph.hnsw.coded import Coded
 from anabranch.graph.hnsw.encoding import Encoded, encoding_of
-from anabranch.graph.hnsw.raw import LINE, kernel
+from anabranch.graph.hnsw.raw import kernel
 from anabranch.graph.hnsw.soundness import MAX_LEVEL, Wanted, check_links, check_shapes
 from anabranch.graph.random import next_bits, stream, to_unit
 
@@ -34,8 +36,19 @@ METRICS = ("l2", "ip", "cosine", "hamming")
 class Storage:
     """Arrays and the row that describes them to kernels (`layout`). Not safe for threads: `HNSW` holds the lock."""
 
-    def __init__(self, dim: int, metric: str, M: int, ef_construction: int, dtype: str, rerank: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        metric: str,
+        M: int,
+        ef_construction: int,
+        dtype: str,
+        rerank: bool,
+        coded: Coded | None = None,
+    ) -> None:
         self.encoding = encoding_of(dim, metric, dtype, rerank)
+        # Of float32 rows, in whose place they are searched.
+        self.coded = coded
         self.M, self.rerank = M, self.encoding.rerank
         self.stride, self.full_stride = self.encoding.stride, self.encoding.full_stride
         self.graph = np.zeros(layout.FIELDS, np.int64)
@@ -56,6 +69,8 @@ class Storage:
         self.rows = aligned((0, self.stride), np.uint8)
         self.aux = aligned((0, 2), np.float32)
         self.full = aligned((0, self.full_stride // 4), np.float32)
+        if self.coded is not None:
+            self.coded.rows, self.coded.aux = self.coded.larger(0, 0)
         self.links = aligned((0, 2 * self.M), np.int32)
         self.upper = aligned((0, self.M), np.int32)
         self.first, self.level = aligned((0,), np.int32), aligned((0,), np.int32)
@@ -93,6 +108,18 @@ class Storage:
             return self.full[slot_S, : self.encoding.dim]
         return self.encoding.decode(self.rows[slot_S], self.aux[slot_S])
 
+    def _floats(self, rows: np.ndarray) -> np.ndarray:
+        """Float32 rows without what they are padded with, [N, D]."""
+        return rows.view(np.float32)[:, : self.encoding.dim]
+
+    def learn_codes(self, sample_SD: np.ndarray, seed: int, num_threads: int) -> Coded:
+        """Codes of all slots, learned from vectors; nothing changes. Raises CapacityError where memory does not suffice."""
+        assert self.coded is not None
+        try:
+            return self.coded.learned(sample_SD, self._floats(self.rows), self.count, self.capacity, seed, num_threads)
+        except MemoryError as error:
+            raise CapacityError(f"no memory for codes of {self.count:,} elements") from error
+
     # Growing
 
     def append(self, vector_ND: np.ndarray, label_N: np.ndarray, level_N: np.ndarray) -> np.ndarray:
@@ -125,6 +152,9 @@ class Storage:
     def put_encoded(self, slot_S: np.ndarray, encoded: Encoded) -> None:
         """Replace vectors by what `encode` made of others."""
         rows, aux, full = encoded
+        if self.coded is not None and self.coded.is_trained:
+            # Worked out before anything changes: there may be no memory for it.
+            self.coded.put(slot_S, self.coded.encode(self._floats(rows)))
         self.rows[slot_S], self.aux[slot_S] = rows, aux
         if self.rerank:
             self.full[slot_S] = full
@@ -140,7 +170,13 @@ class Storage:
     def nbytes(self) -> int:
         """Bytes of all arrays, with what they have room for."""
         names = ("rows", "aux", "full", "links", "upper", "first", "level", "label", "deleted")
-        return sum(getattr(self, name).nbytes for name in names)
+        return sum(getattr(self, name).nbytes for name in names) + (0 if self.coded is None else self.coded.nbytes)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """How many of them are on the disk until they are used."""
+        names = ("rows", "aux", "full", "links", "upper") if self.is_mapped else ()
+        return sum(getattr(self, name).nbytes for name in names if isinstance(getattr(self, name), np.memmap))
 
     def growth_bytes(self, more: int) -> int:
         """Bytes of the arrays that are made when so many elements come, 0 where they fit (levels above 0 are not counted)."""
@@ -149,7 +185,8 @@ class Storage:
 
     def _each(self) -> int:
         """Bytes of an element without levels above 0."""
-        return self.stride + 8 * self.M + 29 + self.rerank * self.full_stride
+        codes = 0 if self.coded is None else self.coded.each
+        return self.stride + 8 * self.M + 29 + self.rerank * self.full_stride + codes
 
     def _reserve(self, count: int, num_upper: int) -> None:
         if count >= 2**31 - 1:
@@ -168,13 +205,16 @@ class Storage:
         names = ["rows", "aux", "links", "first", "level", "label", "deleted"] + ["full"] * self.rerank
         names = names if capacity != self.capacity or self.is_mapped else []
         try:
-            grown = {name: _grown(getattr(self, name), capacity, self.count) for name in names}
-            grown["upper"] = _grown(self.upper, num_upper, self.num_upper)
+            larger = {name: grown(getattr(self, name), capacity, self.count) for name in names}
+            larger["upper"] = grown(self.upper, num_upper, self.num_upper)
+            coded = None if self.coded is None or not names else self.coded.larger(capacity, self.count)
         except MemoryError as error:
             raise CapacityError(f"no memory for {capacity:,} elements of {self._each():,} bytes") from error
         # Not before all of them are there.
-        for name, array in grown.items():
+        for name, array in larger.items():
             setattr(self, name, array)
+        if self.coded is not None and coded is not None:
+            self.coded.rows, self.coded.aux = coded
         self.capacity = capacity
         self.describe()
 
@@ -230,6 +270,8 @@ class Storage:
         for name in ("rows", "aux", "level", "label", "deleted") + ("full",) * self.rerank:
             array = getattr(self, name)
             array[: len(slot_S)] = array[slot_S]
+        if self.coded is not None:
+            self.coded.keep(slot_S)
         level_S = self.level[: len(slot_S)]
         self.first[: len(slot_S)] = np.cumsum(level_S) - level_S
         self.graph[layout.ENTRY] = new_N[self.graph[layout.ENTRY]]
@@ -271,7 +313,7 @@ class Storage:
             found["full"] = self.full[:count]
         if self.encoding.centre_D is not None:
             found["centre"] = self.encoding.centre_D
-        return found
+        return found if self.coded is None else {**found, **self.coded.arrays(count)}
 
     def take_arrays(self, arrays: dict[str, np.ndarray], entry: int, top: int, *, mapped: bool, source: str) -> None:
         """Hold what `arrays` gave. Raises DataError naming ``source`` if they do not fit together."""
@@ -283,11 +325,13 @@ class Storage:
                 # The small ones are read anyway; in the checked build a file has no guard behind each array.
                 stays = mapped and not CHECKED and name in ("links", "rows", "upper", "aux", "full")
                 setattr(
-                    self, name, arrays[name] if stays else _grown(arrays[name], len(arrays[name]), len(arrays[name]))
+                    self, name, arrays[name] if stays else grown(arrays[name], len(arrays[name]), len(arrays[name]))
                 )
         if "aux" not in arrays:
             self.aux = np.zeros((self.count, 2), np.float32)
         self.encoding.centre_D = arrays.get("centre")
+        if self.coded is not None and "codes" in arrays:
+            self.coded.take_arrays(arrays, source)
         self.graph[layout.ENTRY], self.graph[layout.TOP] = entry, top
         self.graph[layout.NUM_DELETED] = int(self.deleted.sum())
         self.is_mapped = mapped
@@ -309,6 +353,8 @@ class Storage:
             wanted["aux"] = ((count, 2), np.float32)
         if self.rerank:
             wanted["full"] = ((count, self.full_stride // 4), np.float32)
+        if self.coded is not None and "codes" in arrays:
+            wanted |= self.coded.wanted(count)
         check_shapes(arrays, wanted, {"centre": ((self.encoding.dim,), np.float32)}, source)
         check_links(arrays, entry, top, source)
 
@@ -333,19 +379,3 @@ def read(path: str | Path, *, mmap: bool) -> tuple[dict[str, np.ndarray], dict[s
     """Arrays and facts of a saved index. Raises DataError for a file that is missing, foreign, truncated or damaged."""
     found = read_arrays(path, KIND, versions=(VERSION,), mmap=mmap)
     return found.arrays, found.meta
-
-
-def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that starts at a multiple of 64 bytes; its content is undefined."""
-    if CHECKED:
-        return guarded(shape, dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    raw = np.empty(size + LINE, np.uint8)
-    start = -raw.ctypes.data % LINE
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _grown(array: np.ndarray, capacity: int, count: int) -> np.ndarray:
-    grown = aligned((capacity, *array.shape[1:]), array.dtype)
-    grown[:count] = array[:count]
-    return grown

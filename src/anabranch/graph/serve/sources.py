@@ -238,12 +238,15 @@ def _try_changes(index: Any) -> None:
     """Make changes of all kinds to a small index of the same kind, and search it, so that no request waits for kernels to be compiled."""
     from anabranch.graph import HNSW
 
-    options = ("metric", "dtype", "rerank", "heuristic", "extend_candidates", "keep_pruned", "flat")
+    options = ("metric", "dtype", "quantization", "rerank", "heuristic", "extend_candidates", "keep_pruned", "flat")
     made = HNSW(8, M=2, ef_construction=2, **{name: getattr(index, name) for name in options})
     ids = np.arange(TRIED)
     rows = np.random.default_rng(0).normal(size=(TRIED, 8)).astype(np.float32)
     rows = rows > 0 if index.metric == "hamming" else rows
     made.add(rows, ids)
+    if index.quantization is not None:
+        # There are too few for it to learn codes by itself.
+        made.train()
     # So many that it compacts.
     made.remove(ids[: TRIED // 2])
     made.add(rows[: TRIED // 2], ids[: TRIED // 2])
