@@ -109,6 +109,11 @@ def made(kind, path):
         index.add(VECTORS.view(np.uint8)[:, :6])
         index.remove(np.arange(5))
         index.save(path)
+    elif kind in ("hnsw-pq", "hnsw-int4"):
+        index = HNSW(6, M=4, ef_construction=12, quantization=kind[5:], num_threads=1)
+        index.add(VECTORS)
+        index.remove(np.arange(5))
+        index.save(path)
     elif kind.startswith("hnsw"):
         index = HNSW(6, M=4, ef_construction=12, dtype=kind[5:], num_threads=1)
         index.add(VECTORS)
@@ -124,7 +129,8 @@ def made(kind, path):
 
 USES = {
     "graph": use_graph, "walks": use_walks, "result": use_result, "rows": use_rows, "hnsw-f32": use_index, "hnsw-i8": use_index,
-    "hnsw-f16": use_index, "hnsw-b1": use_index, "shards": use_shards, "disk": use_disk,
+    "hnsw-f16": use_index, "hnsw-b1": use_index, "hnsw-pq": use_index, "hnsw-int4": use_index, "shards": use_shards,
+    "disk": use_disk,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""``anabranch graph index`` and ``search`` with packed bits and by radius: from files to files, and what mistakes give."""
+"""``anabranch graph index`` and ``search`` with packed bits, by radius and over codes: from files to files, and what mistakes give."""
 
 import json
 
@@ -101,3 +101,33 @@ def test_a_radius_that_is_none_is_refused(facts, here, line, says):
     code, _, err = here("graph", "search", "i.anb", *line.split())
     assert code == 2
     assert says in err
+
+
+@pytest.mark.parametrize(("quantization", "each"), [("pq", 8), ("int4", 40)])
+def test_codes(facts, here, quantization, each):
+    np.save("v.npy", np.random.default_rng(0).normal(size=(1200, 32)).astype(np.float32))
+    found = facts("index", "v.npy", "--out", "i.anb", "--quantization", quantization, "--threads", "1")
+    assert (found["quantization"], found["code_bytes"]) == (quantization, each)
+    assert facts("search", "i.anb", "--check", "--ef", "300", "--sample", "50")["recall"] > 0.95
+    assert facts("info", "i.anb")["code_bytes"] == each
+    code, out, _ = here("graph", "index", "v.npy", "--out", "i.anb", "--quantization", quantization)
+    assert code == 0
+    assert f"codes     {quantization}, {each} bytes each beside 128" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--quantization pq9", "quantization is 'pq9'"),
+        ("--code-bytes 4", "--code-bytes is for --disk and --quantization pq"),
+        ("--quantization pq --code-bytes 9", "code_bytes is 9; it must be an integer from 1 to the dimension, 4"),
+        ("--quantization int4 --dtype f16", "dtype is 'f16'"),
+    ],
+)
+def test_codes_that_are_none_are_refused(here, tmp_path, monkeypatch, line, says):
+    monkeypatch.chdir(tmp_path)
+    np.save("v.npy", np.eye(4))
+    code, _, err = here("graph", "index", "v.npy", "--out", "z.anb", *line.split())
+    assert code == 2
+    assert says in err
+    assert not (tmp_path / "z.anb").exists()

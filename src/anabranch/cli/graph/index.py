@@ -233,8 +233,8 @@ def _index_vectors(
     facts = {
         "vectors": count, "dim": dim, "metric": metric, "dtype": made.dtype, "M": made.M, "ef_construction": made.ef_construction,
         "named": called is not None, "seconds": seconds, "levels": stats["levels"], "mean_degree": stats["mean_degree"],
-        
-        "quantization": made.quantization, "code_bytes": stats["code_bytes"], "repaired": repaired, "unreachable": stats["unreachable"], "size_bytes": out.stat().st_size, "wrote": str(out),
+        "quantization": made.quantization, "code_bytes": stats["code_bytes"], "repaired": repaired,
+        "unreachable": stats["unreachable"], "size_bytes": out.stat().st_size, "wrote": str(out),
     }  # fmt: skip
     if as_json:
         print_json(facts)
