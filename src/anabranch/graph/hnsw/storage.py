@@ -153,8 +153,11 @@ class Storage:
         """Replace vectors by what `encode` made of others."""
         rows, aux, full = encoded
         if self.coded is not None and self.coded.is_trained:
-            # Worked out before anything changes: there may be no memory for it.
-            self.coded.put(slot_S, self.coded.encode(self._floats(rows)))
+            try:
+                codes = self.coded.encode(self._floats(rows))
+            except MemoryError as error:
+                raise CapacityError(f"no memory for codes of {len(rows):,} elements") from error
+            self.coded.put(slot_S, codes)
         self.rows[slot_S], self.aux[slot_S] = rows, aux
         if self.rerank:
             self.full[slot_S] = full
