@@ -6,7 +6,9 @@ their best results again in float32. Two threads are timed by the clock; so are 
 and with a full one, whose peer is the most that is allowed (15 s, 1.5 s). Bytes per element stand beside their formula.
 
 Bars: queries and build at least 1.0 times hnswlib (float32); two threads at least 1.7 times one. faiss-cpu and usearch take part where they
-are installed; MNIST where ANABRANCH_DATA names its folder. Vectors of one's own: ``--vectors FILE.npy`` (rows; the last 1,000 are queries).
+are installed; MNIST where ANABRANCH_DATA names its folder. Packed bits run against faiss' binary index and usearch's b1, where found is
+what is as near as the tenth nearest; codes (pq, int4) against faiss' codes of as many bytes, both with their best measured again in float32.
+Vectors of one's own: ``--vectors FILE.npy`` (rows; the last 1,000 are queries).
 
     python benchmarks/hnsw.py --json benchmarks/results/hnsw.json
 """
@@ -42,6 +44,78 @@ def ours(dtype: str = "f32", threads: int = 1) -> Callable[[np.ndarray], Search]
         index = HNSW(base_ND.shape[1], M=M, ef_construction=EF_CONSTRUCTION, dtype=dtype, num_threads=threads)
         index.add(base_ND)
         return lambda query_QD, ef: index.search(query_QD, K, ef)[0]
+
+    return build
+
+
+def ours_of_bits(base_ND: np.ndarray) -> Search:
+    index = HNSW(8 * base_ND.shape[1], "hamming", M=M, ef_construction=EF_CONSTRUCTION, num_threads=1)
+    index.add(base_ND)
+    return lambda query_QD, ef: index.search(query_QD, K, ef)[0]
+
+
+def faiss_of_bits(base_ND: np.ndarray) -> Search:
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    index = faiss.IndexBinaryHNSW(8 * base_ND.shape[1], M)
+    index.hnsw.efConstruction = EF_CONSTRUCTION
+    index.add(base_ND)
+
+    def search(query_QD: np.ndarray, ef: int) -> np.ndarray:
+        index.hnsw.efSearch = ef
+        return index.search(query_QD, K)[1]
+
+    return search
+
+
+def usearch_of_bits(base_ND: np.ndarray) -> Search:
+    from usearch.index import Index
+
+    index = Index(
+        ndim=8 * base_ND.shape[1], metric="hamming", dtype="b1", connectivity=M, expansion_add=EF_CONSTRUCTION
+    )
+    index.add(np.arange(len(base_ND)), base_ND, threads=1)
+
+    def search(query_QD: np.ndarray, ef: int) -> np.ndarray:
+        index.expansion_search = ef
+        return index.search(query_QD, K, threads=1).keys.astype(np.int64)
+
+    return search
+
+
+def ours_of_codes(quantization: str) -> Callable[[np.ndarray], Search]:
+    def build(base_ND: np.ndarray) -> Search:
+        index = HNSW(base_ND.shape[1], M=M, ef_construction=EF_CONSTRUCTION, quantization=quantization, num_threads=1)
+        index.add(base_ND)
+        return lambda query_QD, ef: index.search(query_QD, K, ef)[0]
+
+    return build
+
+
+def faiss_of_codes(quantization: str) -> Callable[[np.ndarray], Search]:
+    """Of as many bytes, and all that a walk holds is measured again."""
+
+    def build(base_ND: np.ndarray) -> Search:
+        import faiss
+
+        faiss.omp_set_num_threads(1)
+        dim = base_ND.shape[1]
+        inner = (
+            faiss.IndexHNSWPQ(dim, dim // 4, M)
+            if quantization == "pq"
+            else faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_4bit, M)
+        )
+        inner.hnsw.efConstruction = EF_CONSTRUCTION
+        index = faiss.IndexRefineFlat(inner)
+        index.train(base_ND[:32768])
+        index.add(base_ND)
+
+        def search(query_QD: np.ndarray, ef: int) -> np.ndarray:
+            inner.hnsw.efSearch, index.k_factor = ef, ef / K
+            return index.search(query_QD, K)[1]
+
+        return search
 
     return build
 
@@ -89,6 +163,7 @@ def with_usearch(base_ND: np.ndarray) -> Search:
 
 
 PEERS = {"hnswlib": with_hnswlib, "faiss": with_faiss, "usearch": with_usearch}
+OF_BITS = {"faiss": faiss_of_bits, "usearch": usearch_of_bits}
 
 
 # Data
@@ -130,17 +205,17 @@ def recall(found_QK: np.ndarray, truth_QK: np.ndarray) -> float:
     return sum(hits) / truth_QK.size
 
 
-def least_ef(search: Search, query_QD: np.ndarray, truth_QK: np.ndarray) -> tuple[int, float]:
+def least_ef(search: Search, query_QD: np.ndarray, score: Callable[[np.ndarray], float]) -> tuple[int, float]:
     """The smallest ef that reaches the target (recall rises with ef but for noise), and the recall there."""
     low, high = K - 1, K
-    while recall(search(query_QD, high), truth_QK) < TARGET:
+    while score(search(query_QD, high)) < TARGET:
         low, high = high, 2 * high
         if high > len(query_QD) * 100:
             raise SystemExit("recall 0.95 is out of reach")
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if recall(search(query_QD, middle), truth_QK) >= TARGET else (middle, high)
-    return high, recall(search(query_QD, high), truth_QK)
+        low, high = (low, middle) if score(search(query_QD, middle)) >= TARGET else (middle, high)
+    return high, score(search(query_QD, high))
 
 
 def race(
@@ -220,29 +295,71 @@ def measure(case: str, base_ND: np.ndarray, query_QD: np.ndarray, options: Any) 
         behind = [name for name in mine if found[name] < found.get("hnswlib", 0.0) - AS_GOOD]
         if behind and not options.quick:
             raise SystemExit(f"{case}: recall of {behind[0]} at ef {ef} is more than {AS_GOOD} below hnswlib's")
-    rows = []
-    at = {name: least_ef(search, query_QD, truth_QK) for name, search in {**mine, **searches}.items()}
-    for dtype in mine:
-        rows += race(
-            f"{case}, queries, {dtype}",
-            lambda dtype=dtype: mine[dtype](query_QD, at[dtype][0]),  # type: ignore[misc]
-            {name: lambda name=name: searches[name](query_QD, at[name][0]) for name in searches},  # type: ignore[misc]
-            options.rounds,
-            time.process_time,
-            ef=at[dtype][0],
-            recall=round(at[dtype][1], 4),
-            queries_per_second=None,
-        )
-    for one in rows:
-        one["queries_per_second"] = round(len(query_QD) / (one["ours"] / 1e3))
-        one["peer_queries_per_second"] = round(len(query_QD) / (one["peer"] / 1e3))
-        one["peer_ef"], one["peer_recall"] = at[one["peer_name"]][0], round(at[one["peer_name"]][1], 4)
+    rows = at_target(case, mine, searches, query_QD, lambda found_QK: recall(found_QK, truth_QK), options)
     for dtype in ("f32", "i8"):
         works = {name: lambda build=build: build(base_ND) for name, build in peers.items()}  # type: ignore[misc]
         rounds = min(options.rounds, 3)
         rows += race(
             f"{case}, build, {dtype}", lambda dtype=dtype: ours(dtype)(base_ND), works, rounds, time.process_time
         )  # type: ignore[misc]
+    return rows
+
+
+def at_target(
+    case: str,
+    mine: dict[str, Search],
+    searches: dict[str, Search],
+    query_QD: np.ndarray,
+    score: Callable[[np.ndarray], float],
+    options: Any,
+) -> list[dict[str, Any]]:
+    """Queries of each of ours against the peers, each at the smallest ef that reaches the target."""
+    rows = []
+    at = {name: least_ef(search, query_QD, score) for name, search in {**mine, **searches}.items()}
+    for name in mine:
+        rows += race(
+            f"{case}, queries, {name}",
+            lambda name=name: mine[name](query_QD, at[name][0]),  # type: ignore[misc]
+            {peer: lambda peer=peer: searches[peer](query_QD, at[peer][0]) for peer in searches},  # type: ignore[misc]
+            options.rounds,
+            time.process_time,
+            ef=at[name][0],
+            recall=round(at[name][1], 4),
+            queries_per_second=None,
+        )
+    for one in rows:
+        one["queries_per_second"] = round(len(query_QD) / (one["ours"] / 1e3))
+        one["peer_queries_per_second"] = round(len(query_QD) / (one["peer"] / 1e3))
+        one["peer_ef"], one["peer_recall"] = at[one["peer_name"]][0], round(at[one["peer_name"]][1], 4)
+    return rows
+
+
+def bits(base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list[dict[str, Any]]:
+    """Two bits of each number, whether it is above 0 and above 1, packed; many are equally far, so distances say who was found."""
+    base_NB, query_QB = (np.packbits(np.concatenate([rows > 0, rows > 1], 1), axis=1) for rows in (base_ND, query_QD))
+    far_QK = brute_force(base_NB, query_QB, K, "hamming")[1]
+
+    def score(found_QK: np.ndarray) -> float:
+        differ_QK = np.bitwise_count(base_NB[found_QK] ^ query_QB[:, None]).sum(2)
+        return float((differ_QK <= far_QK[:, -1:]).mean())
+
+    builds = {name: build for name, build in OF_BITS.items() if importlib.util.find_spec(name)}
+    searches = {name: build(base_NB) for name, build in builds.items()}
+    case = f"bits {len(base_NB):,} x {8 * base_NB.shape[1]}"
+    rows = at_target(case, {"hamming": ours_of_bits(base_NB)}, searches, query_QB, score, options)
+    works = {name: lambda build=build: build(base_NB) for name, build in builds.items()}  # type: ignore[misc]
+    rounds = min(options.rounds, 3)
+    return rows + race(f"{case}, build", lambda: ours_of_bits(base_NB), works, rounds, time.process_time)
+
+
+def codes(case: str, base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list[dict[str, Any]]:
+    """A walk over codes whose best are measured again."""
+    truth_QK = brute_force(base_ND, query_QD, K)[0]
+    rows = []
+    for quantization in ("pq", "int4"):
+        mine = {quantization: ours_of_codes(quantization)(base_ND)}
+        peers = {"faiss": faiss_of_codes(quantization)(base_ND)} if importlib.util.find_spec("faiss") else {}
+        rows += at_target(case, mine, peers, query_QD, lambda found_QK: recall(found_QK, truth_QK), options)
     return rows
 
 
@@ -297,6 +414,10 @@ def memory(base_ND: np.ndarray) -> list[dict[str, Any]]:
         rows.append(
             row(f"bytes per element, {dtype}", index.stats()["size_bytes"] / len(base_ND), formula, "bytes", "formula")
         )
+    for quantization, size in (("pq", base_ND.shape[1] // 4), ("int4", base_ND.shape[1] / 2 + 8)):
+        index = HNSW(base_ND.shape[1], M=M, ef_construction=20, quantization=quantization)
+        index.add(base_ND)
+        rows.append(row(f"bytes of a code, {quantization}", index.stats()["code_bytes"], size, "bytes", "formula"))
     return rows
 
 
@@ -313,6 +434,10 @@ def main() -> None:
     for case, base_ND, query_QD in cases(options):
         if options.only in case or options.only in "queries, build":
             rows += measure(case, base_ND, query_QD, options)
+        if options.only in f"{case}, queries, pq, int4":
+            rows += codes(case, base_ND, query_QD, options)
+        if not any(one["case"].startswith("bits") for one in rows) and options.only in "bits, queries, build":
+            rows += bits(base_ND, query_QD, options)
         if not rows or not any(one["case"].startswith("two threads") for one in rows):
             rows += two_threads(base_ND, query_QD, options) if options.only in "two threads" else []
             rows += memory(base_ND[:20_000]) if options.only in "bytes per element" else []
