@@ -7,7 +7,7 @@ and with a full one, whose peer is the most that is allowed (15 s, 1.5 s). Bytes
 
 Bars: queries and build at least 1.0 times hnswlib (float32); two threads at least 1.7 times one. faiss-cpu and usearch take part where they
 are installed; MNIST where ANABRANCH_DATA names its folder. Packed bits run against faiss' binary index and usearch's b1, where found is
-what is as near as the tenth nearest; codes (pq, int4) against faiss' codes of as many bytes, both with their best measured again in float32.
+what is as near as the tenth nearest; codes (pq, int4) against faiss' codes of as many bytes, both with their best measured again.
 Vectors of one's own: ``--vectors FILE.npy`` (rows; the last 1,000 are queries).
 
     python benchmarks/hnsw.py --json benchmarks/results/hnsw.json

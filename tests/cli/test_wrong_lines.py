@@ -157,6 +157,9 @@ graph ppr holes.parquet --all --engine spark
 graph index huge.npy -o z.anb
 graph index huge.npy -o z.anb --disk
 graph index huge.npy -o z.anb --disk --memory nan
+graph index huge.npy -o z.anb --metric hamming
+graph index huge.npy -o z.anb --quantization pq --code-bytes 0
+graph search no.anb --rows 0 --radius nan
 graph rewalk no.anb karate --add holes.parquet --out z.anb --out-graph z2.anb
 graph search no.anb huge.npy
 graph rank holes.parquet a

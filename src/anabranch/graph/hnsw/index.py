@@ -12,6 +12,7 @@ from anabranch.graph.hnsw.changing import Changes
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_one_row, like
 from anabranch.graph.hnsw.coded import Coded, check_quantization
 from anabranch.graph.hnsw.encoding import BITS
+from anabranch.graph.hnsw.figures import figures
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
@@ -389,29 +390,7 @@ class HNSW:
             (means per query).
         """
         with self._lock.read(whole=True):
-            held, graph = self._storage, self._storage.graph
-            level_N = held.level[: held.count]
-            levels = [int((level_N >= level).sum()) for level in range(int(graph[layout.TOP]) + 1)]
-            degrees = []
-            for level in range(len(levels)):
-                lists = held.first[: held.count][level_N >= level] + level - 1
-                links = held.links[: held.count] if level == 0 else held.upper[lists]
-                degrees.append(round(float((links >= 0).sum(1).mean()), 3))
-            reached = self._linker.reached()
-            hops, distances, queries = self._searcher.last
-            return {
-                "count": held.count - int(graph[layout.NUM_DELETED]),
-                "deleted": int(graph[layout.NUM_DELETED]),
-                "levels": levels,
-                "mean_degree": degrees,
-                "unreachable": int((~reached & (held.deleted[: held.count] == 0)).sum()),
-                "size_bytes": self.size_bytes,
-                "mapped_bytes": held.mapped_bytes,
-                "code_bytes": 0 if held.coded is None else held.coded.each,
-                "queries": queries,
-                "hops": hops / max(queries, 1),
-                "distances": distances / max(queries, 1),
-            }
+            return figures(self._storage, self._linker, self.size_bytes, self._searcher.last)
 
     # On disk
 
