@@ -162,6 +162,20 @@ def test_deleted_elements_are_not_within(index):
     assert HNSW(8).range_search(VECTORS[:2], 9.0).indptr.tolist() == [0, 0, 0]
 
 
+def test_elements_that_nothing_leads_to_are_measured(monkeypatch):
+    index = HNSW(8, M=6, ef_construction=20, num_threads=1)
+    index.add(VECTORS[:2000])
+
+    def fails(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(index._linker, "link", fails)
+    with pytest.raises(MemoryError):
+        index.update(np.arange(2000), VECTORS[:2000])
+    assert index.search(VECTORS[:1], 1)[0].tolist() == [[-1]]
+    assert rows(index.range_search(VECTORS[:2], 0)) == [[(0, 0.0)], [(1, 0.0)]]
+
+
 def test_many_at_one_place_are_all_found():
     index = HNSW(4, M=4, ef_construction=16, num_threads=1)
     index.add(np.zeros((2500, 4), np.float32), repair=True)

@@ -81,8 +81,8 @@ class HNSW:
         )
         check_quantization(quantization, code_bytes, dim=self.dim, metric=metric, dtype=dtype)
         self.metric, self.dtype, self.seed, self.heuristic = metric, dtype, int(seed), heuristic
-        self.quantization, self.code_bytes = quantization, code_bytes
-        self._rerank = rerank if isinstance(rerank, bool) else as_positive(rerank, "rerank")
+        self.quantization, self.code_bytes = quantization, None if code_bytes is None else int(code_bytes)
+        self._rerank = bool(rerank) if isinstance(rerank, bool | np.bool_) else as_positive(rerank, "rerank")
         self.extend_candidates, self.keep_pruned, self.flat = bool(extend_candidates), bool(keep_pruned), bool(flat)
         self.compact_at = compact_at
         self.num_threads = None if num_threads is None else as_positive(num_threads, "num_threads")

@@ -13,7 +13,7 @@ import numpy as np
 from anabranch.errors import DataError, InputError
 from anabranch.graph.hnsw.checks import as_array
 from anabranch.graph.hnsw.filters import Filter, prepared
-from anabranch.graph.hnsw.layout import AUX, FULL, FULL_STRIDE, FULL_WIDTH, KIND, ROWS, STRIDE, WIDTH
+from anabranch.graph.hnsw.layout import AUX, ENTRY, FULL, FULL_STRIDE, FULL_WIDTH, KIND, ROWS, STRIDE, WIDTH
 from anabranch.graph.hnsw.lock import Workers
 from anabranch.graph.hnsw.raw import address, distance, kernel
 from anabranch.graph.hnsw.searching import SELECTIVE, Searcher
@@ -89,6 +89,8 @@ class Ranges:
         else:
             slot_S = np.flatnonzero(slots.live())
             number = len(slot_S)
+        # Nothing leads anywhere where memory ended while elements were linked.
+        exact = exact or held.graph[ENTRY] < 0
         rows: Rows = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(query_QD)
         left_R, cost = np.arange(len(query_QD) if number else 0), [0, 0]
         while left_R.size and not exact and MEASURED * ef < number:
