@@ -340,7 +340,7 @@ def bits(base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list[dict[s
     far_QK = brute_force(base_NB, query_QB, K, "hamming")[1]
 
     def score(found_QK: np.ndarray) -> float:
-        differ_QK = np.bitwise_count(base_NB[found_QK] ^ query_QB[:, None]).sum(2)
+        differ_QK = np.unpackbits(base_NB[found_QK] ^ query_QB[:, None], axis=2).sum(2)
         return float((differ_QK <= far_QK[:, -1:]).mean())
 
     builds = {name: build for name, build in OF_BITS.items() if importlib.util.find_spec(name)}

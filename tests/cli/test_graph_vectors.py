@@ -24,7 +24,7 @@ def rows(count, dim, seed=0):
 
 
 def nearest(held, query, k):
-    differ = np.bitwise_count(held ^ query).sum(1)
+    differ = np.unpackbits(held ^ query, axis=1).sum(1)
     return np.lexsort((np.arange(len(held)), differ))[:k].tolist()
 
 

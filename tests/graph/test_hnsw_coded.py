@@ -344,7 +344,7 @@ def test_the_longest_vectors_and_those_at_one_place(quantization):
     found, far = same.search(np.ones((2, 8)), 5, ef=64)
     assert (far == 0).all()
     assert (found >= 0).all()
-    same.add(np.zeros((1, 8)), ids=[2**63 - 1])
+    same.add(np.zeros((1, 8)), ids=[2**63 - 1], repair=True)
     assert same.search(np.zeros((1, 8)), 1, ef=1101)[0].tolist() == [[2**63 - 1]]
 
 

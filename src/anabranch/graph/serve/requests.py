@@ -147,7 +147,7 @@ def _radius(found: dict[str, Any]) -> tuple[float | None, bool]:
     value = found["radius"]
     if type(value) not in (int, float):
         raise _wrong("radius", f"radius is {_kind(value)}; it must be a number")
-    if abs(value) > np.finfo(np.float32).max:
+    if abs(value) > float(np.finfo(np.float32).max):
         raise _wrong("radius", "radius does not fit into a float32")
     return float(value), exact
 
