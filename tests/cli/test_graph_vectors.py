@@ -84,7 +84,7 @@ def test_all_within_a_radius(facts, here, tmp_path):
     code, out, _ = here("graph", "search", "i.anb", "--rows", "7", "--radius", "2", "--only", "0-99")
     assert code == 0
     assert "radius 2, ef 64" in out
-    assert f"within    {int((far[7, :100] <= 2).sum()) - 1:,} in all" in out
+    assert f"within  {int((far[7, :100] <= 2).sum()) - 1:,} in all" in out
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_codes(facts, here, quantization, each):
     assert facts("info", "i.anb")["code_bytes"] == each
     code, out, _ = here("graph", "index", "v.npy", "--out", "i.anb", "--quantization", quantization)
     assert code == 0
-    assert f"codes     {quantization}, {each} bytes each beside 128" in out
+    assert f"codes   {quantization}, {each} bytes each beside 128" in out
 
 
 @pytest.mark.parametrize(

@@ -459,7 +459,7 @@ def test_bad_counts_of_searches(name, value):
     [
         ({"dim": 0}, "dim is 0"),
         ({"dim": 2**16 + 1}, "dim 65537"),
-        ({"metric": "hamming"}, "metric is 'hamming'"),
+        ({"metric": "jaccard"}, "metric is 'jaccard'"),
         ({"dtype": "f64"}, "dtype is 'f64'"),
         ({"M": 1}, "M is 1"),
         ({"M": 2000}, "M is 2000"),

@@ -357,7 +357,7 @@ def test_no_memory_leaves_the_index_as_it_was(monkeypatch):
     def none(*_):
         raise MemoryError
 
-    monkeypatch.setattr(storage, "_grown", none)
+    monkeypatch.setattr(storage, "grown", none)
     with pytest.raises(CapacityError, match="no memory for 150 elements of"):
         index.add(VECTORS[:10])
     monkeypatch.undo()

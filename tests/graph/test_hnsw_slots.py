@@ -139,7 +139,7 @@ def test_where_memory_is_short_compacting_leaves_arrays_as_they_are(monkeypatch)
     def none(*_):
         raise MemoryError
 
-    monkeypatch.setattr(storage, "_grown", none)
+    monkeypatch.setattr(storage, "grown", none)
     assert index.compact() == 300
     monkeypatch.undo()
     assert index._storage.capacity == 600
@@ -308,7 +308,7 @@ def test_no_memory_for_new_rows_leaves_the_places_vacant(monkeypatch):
         index.add(VECTORS[301:450])
     monkeypatch.undo()
     assert (len(index), index._storage.count, len(index._storage.vacant_S)) == (201, 300, 99)
-    monkeypatch.setattr(storage, "_grown", none)
+    monkeypatch.setattr(storage, "grown", none)
     with pytest.raises(CapacityError):
         index.add(VECTORS[301:650])
     monkeypatch.undo()

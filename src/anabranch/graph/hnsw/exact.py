@@ -93,7 +93,7 @@ def _nearest_bits(
     many = max(1, PIECE // size)
     for start in range(0, len(query_QD), many):
         query_PD = torch.from_numpy(np.unpackbits(query_QD[start : start + many], axis=1)).to(place).float()
-        best_PK = None
+        best_PK: Any = None
         step = max(1, PIECE // max(size, len(query_PD)))
         for begin in range(0, len(row_ND), step):
             bits_RD = torch.from_numpy(np.unpackbits(row_ND[begin : begin + step], axis=1)).to(place).float()

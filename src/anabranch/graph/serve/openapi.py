@@ -180,7 +180,7 @@ def _changed(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _response(measure: str, about: str) -> dict[str, Any]:
-    result = {
+    result: dict[str, Any] = {
         "type": "object",
         "required": ["ids", measure],
         "properties": {

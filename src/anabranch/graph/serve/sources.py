@@ -241,8 +241,8 @@ def _try_changes(index: Any) -> None:
     options = ("metric", "dtype", "quantization", "rerank", "heuristic", "extend_candidates", "keep_pruned", "flat")
     made = HNSW(8, M=2, ef_construction=2, **{name: getattr(index, name) for name in options})
     ids = np.arange(TRIED)
-    rows = np.random.default_rng(0).normal(size=(TRIED, 8)).astype(np.float32)
-    rows = rows > 0 if index.metric == "hamming" else rows
+    drawn = np.random.default_rng(0).normal(size=(TRIED, 8)).astype(np.float32)
+    rows: np.ndarray = drawn > 0 if index.metric == "hamming" else drawn
     made.add(rows, ids)
     if index.quantization is not None:
         # There are too few for it to learn codes by itself.
