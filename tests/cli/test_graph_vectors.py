@@ -131,3 +131,16 @@ def test_codes_that_are_none_are_refused(here, tmp_path, monkeypatch, line, says
     assert code == 2
     assert says in err
     assert not (tmp_path / "z.anb").exists()
+
+
+def test_an_index_on_disk_has_other_ways(facts, here):
+    np.save("v.npy", np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32))
+    facts("index", "v.npy", "--out", "d.anb", "--disk")
+    for line, says in (
+        ("search d.anb --rows 0 --radius 2", "--radius is for an index in memory"),
+        ("index v.npy --out z.anb --disk --quantization int4", "--quantization is int4; with --disk"),
+        ("index v.npy --out z.anb --walks 3 --quantization int4", "--quantization is for vectors"),
+    ):
+        code, _, err = here("graph", *line.split())
+        assert code == 2
+        assert says in err

@@ -166,8 +166,12 @@ class _Wanted:
             return index.search(self.vectors, k, ef, self.filter, num_threads=threads)
         return _without(self.own, *index.search(self.vectors, k + 1, ef, self.filter, num_threads=threads))
 
-    def within(self, index: HNSW, radius: float, ef: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
-        """All within a radius, as `find`; as many columns as the most that a query has."""
+    def within(self, index: HNSW | DiskIndex, radius: float, ef: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+        """All within a radius, as `find`; as many columns as the most that a query has. Raises InputError for an index on disk."""
+        from anabranch.graph import HNSW
+
+        if not isinstance(index, HNSW):
+            raise InputError("--radius is for an index in memory; one on disk finds the K nearest")
         return _all_but(self.own, index.range_search(self.vectors, radius, ef, self.filter, exact=exact))
 
 

@@ -86,6 +86,11 @@ class DiskIndex:
         return self._form.dim
 
     @property
+    def row_size(self) -> int:
+        """As of `HNSW`: numbers of a vector as it is given."""
+        return self.dim
+
+    @property
     def metric(self) -> str:
         """As of `HNSW`."""
         return self._held.metric

@@ -57,7 +57,7 @@ def live_folder(path: str | Path) -> Path:
     return Path(f"{path}.live")
 
 
-def row_of(index: HNSW) -> tuple[int, str]:
+def row_of(index: HNSW | DiskIndex) -> tuple[int, str]:
     """Numbers in a row that a change brings, and their type."""
     return index.row_size, BYTES if index.metric == "hamming" else FLOATS
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError, InputError
-from anabranch.graph.hnsw.checks import MAX_LENGTH, TOO_LONG, too_long
 from anabranch.graph.hnsw import HNSW
+from anabranch.graph.hnsw.checks import MAX_LENGTH, TOO_LONG, too_long
 from anabranch.graph.hnsw.ranges import DAMAGED
 from anabranch.graph.names import Names
 from anabranch.graph.serve.requests import Ppr, RequestError, Search, SeedSet
