@@ -115,6 +115,8 @@ def test_nothing_is_copied_without_being_asked():
 SUITES = [
     ["hnsw"],
     ["hnsw_changes", "hnsw_slots"],
+    ["hnsw_bits", "hnsw_ranges"],
+    ["codes", "hnsw_coded"],
     ["hnsw_extremes", "hnsw_lock", "interrupts"],
     ["hnswlib_compat", "adapter_langchain", "adapter_llama_index"],
     ["live", "live_folder", "live_log"],
