@@ -14,7 +14,7 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.experts.parscale import ParScale
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, convert, export_huggingface, load_config, load_model, load_weights, save_model
-from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.nn import MLP, MoE, SelfAttention, SwiGLU
 from anabranch.registry import BUILTIN, kinds, resolve
 from anabranch.routing import BiasBalancer, CosineScore, GroupTopK, LinearScore, Router, TopK, TopP, WeightField
 
@@ -204,8 +204,14 @@ def routed(**changes):
                 "attention": SelfAttention.Config(num_heads=2, out_bias=True),
                 "feed_forward": SwiGLU.Config(hidden_dim=8),
             },
-            "no Hugging Face family has attention.out_bias=True",
+            "no Hugging Face family has attention.out_bias=True in a dense model$",
         ),
+        (
+            {"attention": SelfAttention.Config(num_heads=2), "feed_forward": MLP.Config(hidden_dim=8)},
+            "the closest, llama, lacks feed_forward.kind='mlp'$",
+        ),
+        # Mixtures have it.
+        ({"feed_forward": SwiGLU.Config(hidden_dim=8)}, "has attention.qk_norm='full' in a dense model$"),
         (
             {"dense_feed_forward": routed(), "dense_layers": (0,)},
             "no Hugging Face family has dense_feed_forward.kind='moe'; 'swiglu' can be exported",

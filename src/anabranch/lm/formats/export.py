@@ -28,6 +28,9 @@ from anabranch.nn.latent_attention import LatentAttention
 
 logger = logging.getLogger(__name__)
 
+# Behind what a family of mixtures lacks beside a dense model, or the other way round.
+_IN_ALL = " in all layers"
+
 
 def export(
     folder: Path,
@@ -112,7 +115,7 @@ def choose(model: Decoder, family: str | None = None, prefer: str | None = None)
     for name in candidates:
         module = FAMILIES[name]
         if getattr(module, "IS_DENSE", False) == routed:
-            lacking[name] = [f"feed_forward.kind={to_dict(config.feed_forward)['kind']!r} in all layers"]
+            lacking[name] = [f"feed_forward.kind={to_dict(config.feed_forward)['kind']!r}{_IN_ALL}"]
             continue
         ready = module.prepared(model) if hasattr(module, "prepared") else model
         lacking[name] = lacks(module, ready.config)
@@ -120,7 +123,7 @@ def choose(model: Decoder, family: str | None = None, prefer: str | None = None)
             return module, ready
         if module is qwen2_moe and not lacks(module, qwen2_moe.gated_config(config)):
             return module, qwen2_moe.gated(model)
-    raise CheckpointError(_objection(lacking, family))
+    raise CheckpointError(_objection(lacking, family, is_dense=not routed))
 
 
 def lacks(family: Any, config: Decoder.Config) -> list[str]:
@@ -240,14 +243,19 @@ def _check_kinds(config: Decoder.Config) -> None:
             )
 
 
-def _objection(lacking: dict[str, list[str]], family: str | None) -> str:
+def _objection(lacking: dict[str, list[str]], family: str | None, *, is_dense: bool) -> str:
     if family is not None:
         return f"Hugging Face's {family} has no {some(lacking[family])}; leave the family out to take one that fits, if any does"
-    others = ("feed_forward.kind=", "attention.kind=")
-    close = {name: features for name, features in lacking.items() if not features[0].startswith(others)} or lacking
+    # Mixtures beside dense models, and attention of another kind, of which no more is compared.
+    close = {
+        name: features
+        for name, features in lacking.items()
+        if not features[0].endswith(_IN_ALL) and not features[0].startswith("attention.kind=")
+    } or lacking
     nowhere = set.intersection(*map(set, close.values()))
     if nowhere:
-        return f"no Hugging Face family has {some(sorted(nowhere))}"
+        where = " in a dense model" if is_dense else ""
+        return f"no Hugging Face family has {some(sorted(nowhere))}{where}"
     # A part of another kind is one difference in words, and differs in all.
     kinds = {
         name: sum(feature.split("=")[0].endswith(".kind") for feature in features) for name, features in close.items()
