@@ -47,7 +47,11 @@ NEAR = {
     "nn.kernels.expert_mlp": ("nn/test_grouped.py", "nn/test_pool.py", "nn/test_binding.py"),
     "nn.kernels.paged": ("nn/test_binding.py", "nn/test_fuzz.py"),
     "nn.kernels.rows": ("nn/test_rows.py", "nn/test_norm.py", "nn/test_rotary.py", "nn/test_binding.py"),
-    "experts.versatile.loop_gate": ("experts/test_versatile_loops.py", "experts/test_versatile.py"),
+    "experts.versatile.loop_gate": (
+        "experts/test_versatile_loop_gate.py",
+        "experts/test_versatile_loops.py",
+        "experts/test_versatile.py",
+    ),
     "experts.rmoe_measure": ("experts/test_rmoe.py",),
     "routing.conversion": ("lm/formats/test_errors.py",),
     "routing.discovery": ("routing/test_record.py",),

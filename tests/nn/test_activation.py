@@ -178,3 +178,16 @@ def test_the_loop_differentiates_half_types_in_float32(name):
     hidden = activation.apply(torch.mm(x, w13[0].t()).double())
     expected = (torch.mm(dy, w2[0]).double() * hidden).sum()
     torch.testing.assert_close(found.double().squeeze(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_derivatives_are_those_of_autograd_at_the_limits_too(name):
+    """Gates and ups of 7, -7, a step beyond them, and 0."""
+    activation = ACTIVATIONS[name]
+    value = torch.tensor([0.0, 7.0, -7.0, 7.5, -7.5, 6.5, -1.0], dtype=torch.float64)
+    z = torch.cartesian_prod(value, value) if len(activation.parts) == 2 else value.unsqueeze(1)
+    leaf = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(activation.apply(leaf).sum(), leaf)
+    found, pull = activation.linearize(z)
+    torch.testing.assert_close(found, activation.apply(z))
+    torch.testing.assert_close(pull(torch.ones_like(found)), expected)
