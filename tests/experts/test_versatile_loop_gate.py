@@ -53,6 +53,7 @@ def test_the_likeliest_number_by_its_probability(gate, x):
     torch.testing.assert_close(found.weight_NK, soft.max(-1, keepdim=True).values)
     assert found.propensity_NK is None
     assert (gate.layer, gate.num_destinations, gate.num_choices) == (4, LOOPS, 1)
+    assert LoopGate(VersatileFFN.Config(), DIM).layer == 0
 
 
 def test_padding_takes_one_loop(gate, x):
