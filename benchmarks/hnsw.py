@@ -1,203 +1,57 @@
-"""How many queries does a second of one core answer at recall 0.95, and how long does a build take, beside hnswlib, faiss and usearch?
+"""How long does a search of real vectors take at recall 0.95, many queries in one call and one in each, beside who is known to be fast?
 
-All with M = 16, ef_construction 100, one thread, processor time, in turns. First recall at every ef must be within 0.01 of hnswlib's.
-Then each contestant gets the smallest ef that reaches recall 0.95 of the 10 nearest, and runs at that. Rows with a short dtype measure
-their best results again in float32. Two threads are timed by the clock; so are the first call with an empty cache of compiled kernels
-and with a full one, whose peer is the most that is allowed (15 s, 1.5 s). Bytes per element stand beside their formula.
+hnswlib, faiss, usearch, Glass (pip pyglass-portable) and Intel's SVS (pip scalable-vs), as far as they are installed, in three classes of
+what is kept of a vector (`_vector_peers`), on vectors of several kinds (`_vector_sets`). All by one thread, in processor time, in turns.
+Everybody gets, of two settings of the graph, the one that is faster on a quarter of the vectors, then the least effort that reaches the
+recall of the 10 nearest. Rows have bytes per vector of the saved index, and how long it took to build. Recall against speed is drawn
+beside the record, from all efforts. Then searches with a filter (a share of ids), beside hnswlib's function and faiss' bitmap; packed bits,
+where found is what is as near as the tenth nearest; two threads, by the clock; the first call in a process; bytes beside their formula.
 
-Bars: queries and build at least 1.0 times hnswlib (float32); two threads at least 1.7 times one. faiss-cpu and usearch take part where they
-are installed; MNIST where ANABRANCH_DATA names its folder. Packed bits run against faiss' binary index and usearch's b1, where found is
-what is as near as the tenth nearest; codes (pq, int4) against faiss' codes of as many bytes, both with their best measured again.
-Vectors of one's own: ``--vectors FILE.npy`` (rows; the last 1,000 are queries).
+Bars: one query at a time and many, at least 1.0 times each peer of the class, filters too; two threads at least 1.7 times one; the first
+call within 15 s with nothing compiled and 1.5 s else. Vectors of one's own: ``--vectors FILE.npy`` (rows; the last 1,000 are queries).
 
-    python benchmarks/hnsw.py --json benchmarks/results/hnsw.json
+    python benchmarks/hnsw.py --threads 1 --json benchmarks/results/hnsw.json
+
+All of it takes some 25 minutes. Sets are made once, into ``--sets`` (runs/vectors), from what `_vector_sets` says.
 """
 # Shapes: N vectors, D dimension, Q queries
 
-import gzip
 import importlib.util
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from _harness import arguments, finish, peak_megabytes, start
+from _harness import arguments, finish, start
+from _vector_bits import bits_of, builds, score_of
+from _vector_filters import filtering
+from _vector_peers import KINDS, SETTINGS, Built, Contestant, K, Ours, contestants
+from _vector_picture import draw
+from _vector_sets import QUERIES, of_set, sets
 from anabranch.graph.hnsw import HNSW, brute_force
 
-K, M, EF_CONSTRUCTION, TARGET, AS_GOOD = 10, 16, 100, 0.95, 0.01
-EFS = (10, 20, 40, 80, 160)
-Search = Callable[[np.ndarray, int], np.ndarray]
+TARGETS = (0.95, 0.9, 0.8)
+EFFORTS = (10, 16, 25, 40, 63, 100, 160, 250, 400, 640)
+MOST = 1280
+ENOUGH = 0.998
+SHARES = (0.5, 0.1)
 
-
-# Contestants: build(vectors) -> search(queries, ef) -> ids
-
-
-def ours(dtype: str = "f32", threads: int = 1) -> Callable[[np.ndarray], Search]:
-    def build(base_ND: np.ndarray) -> Search:
-        index = HNSW(base_ND.shape[1], M=M, ef_construction=EF_CONSTRUCTION, dtype=dtype, num_threads=threads)
-        index.add(base_ND)
-        return lambda query_QD, ef: index.search(query_QD, K, ef)[0]
-
-    return build
-
-
-def ours_of_bits(base_ND: np.ndarray) -> Search:
-    index = HNSW(8 * base_ND.shape[1], "hamming", M=M, ef_construction=EF_CONSTRUCTION, num_threads=1)
-    index.add(base_ND)
-    return lambda query_QD, ef: index.search(query_QD, K, ef)[0]
-
-
-def faiss_of_bits(base_ND: np.ndarray) -> Search:
-    import faiss
-
-    faiss.omp_set_num_threads(1)
-    index = faiss.IndexBinaryHNSW(8 * base_ND.shape[1], M)
-    index.hnsw.efConstruction = EF_CONSTRUCTION
-    index.add(base_ND)
-
-    def search(query_QD: np.ndarray, ef: int) -> np.ndarray:
-        index.hnsw.efSearch = ef
-        return index.search(query_QD, K)[1]
-
-    return search
-
-
-def usearch_of_bits(base_ND: np.ndarray) -> Search:
-    from usearch.index import Index
-
-    index = Index(
-        ndim=8 * base_ND.shape[1], metric="hamming", dtype="b1", connectivity=M, expansion_add=EF_CONSTRUCTION
-    )
-    index.add(np.arange(len(base_ND)), base_ND, threads=1)
-
-    def search(query_QD: np.ndarray, ef: int) -> np.ndarray:
-        index.expansion_search = ef
-        return index.search(query_QD, K, threads=1).keys.astype(np.int64)
-
-    return search
-
-
-def ours_of_codes(quantization: str) -> Callable[[np.ndarray], Search]:
-    def build(base_ND: np.ndarray) -> Search:
-        index = HNSW(base_ND.shape[1], M=M, ef_construction=EF_CONSTRUCTION, quantization=quantization, num_threads=1)
-        index.add(base_ND)
-        return lambda query_QD, ef: index.search(query_QD, K, ef)[0]
-
-    return build
-
-
-def faiss_of_codes(quantization: str) -> Callable[[np.ndarray], Search]:
-    """Of as many bytes, and all that a walk holds is measured again."""
-
-    def build(base_ND: np.ndarray) -> Search:
-        import faiss
-
-        faiss.omp_set_num_threads(1)
-        dim = base_ND.shape[1]
-        inner = (
-            faiss.IndexHNSWPQ(dim, dim // 4, M)
-            if quantization == "pq"
-            else faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_4bit, M)
-        )
-        inner.hnsw.efConstruction = EF_CONSTRUCTION
-        index = faiss.IndexRefineFlat(inner)
-        index.train(base_ND[:32768])
-        index.add(base_ND)
-
-        def search(query_QD: np.ndarray, ef: int) -> np.ndarray:
-            inner.hnsw.efSearch, index.k_factor = ef, ef / K
-            return index.search(query_QD, K)[1]
-
-        return search
-
-    return build
-
-
-def with_hnswlib(base_ND: np.ndarray) -> Search:
-    import hnswlib
-
-    index = hnswlib.Index("l2", base_ND.shape[1])
-    index.init_index(len(base_ND), M=M, ef_construction=EF_CONSTRUCTION)
-    index.add_items(base_ND, num_threads=1)
-
-    def search(query_QD: np.ndarray, ef: int) -> np.ndarray:
-        index.set_ef(ef)
-        return index.knn_query(query_QD, K, num_threads=1)[0].astype(np.int64)
-
-    return search
-
-
-def with_faiss(base_ND: np.ndarray) -> Search:
-    import faiss
-
-    faiss.omp_set_num_threads(1)
-    index = faiss.IndexHNSWFlat(base_ND.shape[1], M)
-    index.hnsw.efConstruction = EF_CONSTRUCTION
-    index.add(base_ND)
-
-    def search(query_QD: np.ndarray, ef: int) -> np.ndarray:
-        index.hnsw.efSearch = ef
-        return index.search(query_QD, K)[1]
-
-    return search
-
-
-def with_usearch(base_ND: np.ndarray) -> Search:
-    from usearch.index import Index
-
-    index = Index(ndim=base_ND.shape[1], metric="l2sq", dtype="f32", connectivity=M, expansion_add=EF_CONSTRUCTION)
-    index.add(np.arange(len(base_ND)), base_ND, threads=1)
-
-    def search(query_QD: np.ndarray, ef: int) -> np.ndarray:
-        index.expansion_search = ef
-        return index.search(query_QD, K, threads=1).keys.astype(np.int64)
-
-    return search
-
-
-PEERS = {"hnswlib": with_hnswlib, "faiss": with_faiss, "usearch": with_usearch}
-OF_BITS = {"faiss": faiss_of_bits, "usearch": usearch_of_bits}
-
-
-# Data
-
-
-def clusters(count: int, dim: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(0)
-    centre_CD = generator.standard_normal((200, dim), np.float32)
-    total = count + num_queries
-    drawn_ND = generator.standard_normal((total, dim), np.float32) + centre_CD[generator.integers(0, 200, total)]
-    return drawn_ND[num_queries:], drawn_ND[:num_queries]
-
-
-def mnist() -> np.ndarray | None:
-    place = Path(os.environ.get("ANABRANCH_DATA", "")) / "images" / "mnist_t10k_images.idx3.gz"
-    if not place.is_file():
-        return None
-    return np.frombuffer(gzip.decompress(place.read_bytes())[16:], np.uint8).reshape(-1, 784).astype(np.float32)
-
-
-def cases(options: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    count = 5_000 if options.quick else 50_000
-    yield f"clusters {count:,} x 128", *clusters(count, 128, 200 if options.quick else 2000)
-    digits_ND = mnist()
-    if digits_ND is None:
-        print("MNIST left out: ANABRANCH_DATA names no folder with images/mnist_t10k_images.idx3.gz", file=sys.stderr)
-    elif not options.quick:
-        yield "MNIST 9,000 x 784", digits_ND[1000:], digits_ND[:1000]
-    if options.vectors:
-        own_ND = np.load(options.vectors).astype(np.float32)
-        yield f"{options.vectors.stem} {len(own_ND) - 1000:,} x {own_ND.shape[1]}", own_ND[:-1000], own_ND[-1000:]
-
-
-# Measuring
+# Packages by the name that they are imported by.
+PACKAGES = {
+    "hnswlib": "hnswlib",
+    "faiss": "faiss-cpu",
+    "usearch": "usearch",
+    "glass": "pyglass-portable",
+    "svs": "scalable-vs",
+}
 
 
 def recall(found_QK: np.ndarray, truth_QK: np.ndarray) -> float:
@@ -205,69 +59,77 @@ def recall(found_QK: np.ndarray, truth_QK: np.ndarray) -> float:
     return sum(hits) / truth_QK.size
 
 
-def least_ef(search: Search, query_QD: np.ndarray, score: Callable[[np.ndarray], float]) -> tuple[int, float]:
-    """The smallest ef that reaches the target (recall rises with ef but for noise), and the recall there."""
+def seconds(work: Callable[[], Any]) -> float:
+    """Processor time of a call."""
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+def singly(index: Built, query_QD: np.ndarray) -> None:
+    """One query in each call."""
+    for query_D in query_QD:
+        index.one(query_D)
+
+
+# Settings and efforts
+
+
+def least_effort(index: Built, query_QD: np.ndarray, truth_QK: np.ndarray, target: float) -> int | None:
+    """The smallest that reaches a recall; None where it is out of reach."""
+
+    def reaches(effort: int) -> bool:
+        index.aim(effort)
+        return recall(index.batch(query_QD), truth_QK) >= target
+
+    return least(reaches)
+
+
+def least(reaches: Callable[[int], bool]) -> int | None:
+    """The smallest effort that reaches something (which comes nearer with it but for noise); None where it is out of reach."""
     low, high = K - 1, K
-    while score(search(query_QD, high)) < TARGET:
+    while not reaches(high):
         low, high = high, 2 * high
-        if high > len(query_QD) * 100:
-            raise SystemExit("recall 0.95 is out of reach")
+        if high > MOST:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if score(search(query_QD, middle)) >= TARGET else (middle, high)
-    return high, score(search(query_QD, high))
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return high
 
 
-def race(
-    case: str,
-    mine: Callable[[], Any],
-    peers: dict[str, Callable[[], Any]],
-    rounds: int,
-    clock: Callable[[], float],
-    **facts: Any,
-) -> list[dict[str, Any]]:
-    """Everyone takes a turn in each round; one row per peer."""
-    contestants = {"ours": mine, **peers}
-    memory = {name: peak_megabytes(work) for name, work in contestants.items()}  # and the warm-up
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds):
-        for name in list(contestants)[:: 1 if turn % 2 else -1]:
-            begin = clock()
-            contestants[name]()
-            times[name].append(clock() - begin)
-    rows = []
-    for name in peers:
-        ratios = [theirs / own for theirs, own in zip(times[name], times["ours"], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        rows.append(
-            row(
-                f"{case}, {name}",
-                1e3 * statistics.median(times["ours"]),
-                1e3 * statistics.median(times[name]),
-                "ms",
-                name,
-                statistics.median(ratios),
-                high - low,
-                memory_ours_mb=round(memory["ours"], 1),
-                memory_peer_mb=round(memory[name], 1),
-                **facts,
-            )
-        )
-    return rows
+def best_setting(one: Contestant, base_ND: np.ndarray, query_QD: np.ndarray) -> str:
+    """The one with which a search of a part of the vectors is fastest at the recall."""
+    part_ND = base_ND[: len(base_ND) // 4]
+    truth_QK = brute_force(part_ND, query_QD, K)[0]
+    taken = {}
+    for name, setting in SETTINGS.items():
+        index = one.build(part_ND, setting)
+        effort = least_effort(index, query_QD, truth_QK, TARGETS[0])
+        if effort is None:
+            taken[name] = float("inf")
+            continue
+        index.aim(effort)
+        taken[name] = min(seconds(lambda index=index: index.batch(query_QD)) for _ in range(3))  # type: ignore[misc]
+    return min(taken, key=lambda name: taken[name])
+
+
+# Rows
 
 
 def row(
-    case: str,
-    mine: float,
-    peer: float,
-    unit: str,
-    name: str,
-    ratio: float | None = None,
-    spread: float = 0.0,
-    **facts: Any,
+    case: str, mine: float, peer: float, unit: str, name: str, ratios: list[float] | None = None, **facts: Any
 ) -> dict[str, Any]:
-    ratio = peer / mine if ratio is None else ratio
-    print(f"{case:<58} ours {mine:11.2f} {unit}   {name:<10} {peer:11.2f} {unit}   ratio {ratio:5.2f}", file=sys.stderr)
+    """``ratios``: of each round, the peer's time by ours; without them the ratio is that of the two figures."""
+    ratio, spread = peer / mine, 0.0
+    if ratios is not None:
+        low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        spread = high - low
+    print(
+        f"{case:<58} ours {mine:11.2f} {unit}   {name:<18} {peer:11.2f} {unit}   ratio {ratio:5.2f}",
+        file=sys.stderr,
+        flush=True,
+    )
     return {
         "case": case,
         "ours": round(mine, 4),
@@ -280,110 +142,206 @@ def row(
     }
 
 
-def measure(case: str, base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list[dict[str, Any]]:
-    """Recall first, then queries, then the build."""
-    truth_QK = brute_force(base_ND, query_QD, K)[0]
-    peers = {name: build for name, build in PEERS.items() if importlib.util.find_spec(name)}
-    searches = {name: build(base_ND) for name, build in peers.items()}
-    mine = {dtype: ours(dtype)(base_ND) for dtype in ("f32", "f16", "i8")}
-    for ef in EFS:
-        found = {name: recall(search(query_QD, ef), truth_QK) for name, search in {**mine, **searches}.items()}
-        print(
-            f"  recall at ef {ef:3}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()),
-            file=sys.stderr,
-        )
-        behind = [name for name in mine if found[name] < found.get("hnswlib", 0.0) - AS_GOOD]
-        if behind and not options.quick:
-            raise SystemExit(f"{case}: recall of {behind[0]} at ef {ef} is more than {AS_GOOD} below hnswlib's")
-    rows = at_target(case, mine, searches, query_QD, lambda found_QK: recall(found_QK, truth_QK), options)
-    for dtype in ("f32", "i8"):
-        works = {name: lambda build=build: build(base_ND) for name, build in peers.items()}  # type: ignore[misc]
-        rounds = min(options.rounds, 3)
-        rows += race(
-            f"{case}, build, {dtype}", lambda dtype=dtype: ours(dtype)(base_ND), works, rounds, time.process_time
-        )  # type: ignore[misc]
+def in_turns(works: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Everyone takes a turn in each round, after one that does not count; seconds of each."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name in list(works)[:: 1 if number % 2 else -1]:
+            begin = clock()
+            works[name]()
+            if number:
+                times[name].append(clock() - begin)
+    return times
+
+
+def race(
+    case: str, works: dict[str, Callable[[], Any]], count: int, options: Any, facts: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row per peer: microseconds of one of ``count`` queries. ``facts`` of everybody are told as ``..._ours`` and ``..._peer``."""
+    times = in_turns(works, options.rounds, time.process_time)
+    mine, rows = times.pop("ours"), []
+    for name, theirs in times.items():
+        told = {f"{key}_ours": value for key, value in facts["ours"].items()}
+        told |= {f"{key}_peer": value for key, value in facts[name].items()}
+        ratios = [peer / own for peer, own in zip(theirs, mine, strict=True)]
+        each = [1e6 * statistics.median(taken) / count for taken in (mine, theirs)]
+        rows.append(row(case, *each, "us", name, ratios, **told))
     return rows
 
 
-def at_target(
+def curve(index: Built, query_QD: np.ndarray, truth_QK: np.ndarray, options: Any) -> dict[str, list[list[float]]]:
+    """Recall, queries a second and effort of every effort until nearly all is found, in both ways."""
+    found: dict[str, list[list[float]]] = {"batch": [], "one at a time": []}
+    few_QD = query_QD[: len(query_QD) // 4]
+    for effort in EFFORTS[:4] if options.quick else EFFORTS:
+        index.aim(effort)
+        reached = recall(index.batch(query_QD), truth_QK)
+        for way, work, count in (
+            ("batch", lambda: index.batch(query_QD), len(query_QD)),
+            ("one at a time", lambda: singly(index, few_QD), len(few_QD)),
+        ):
+            taken = min(seconds(work) for _ in range(3))
+            found[way].append([round(reached, 4), round(count / max(taken, 1e-9)), effort])
+        if reached >= ENOUGH:
+            break
+    return found
+
+
+def measure(
+    name: str, base_ND: np.ndarray, query_QD: np.ndarray, people: list[Contestant], options: Any
+) -> tuple[list[Any], list[Any]]:
+    """Rows and curves of one set."""
+    truth_QK = brute_force(base_ND, query_QD, K)[0]
+    rows: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
+    for kind in KINDS:
+        built: dict[str, Built] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        for one in (one for one in people if one.kind == kind):
+            setting = next(iter(SETTINGS)) if options.quick else best_setting(one, base_ND, query_QD)
+            begin = time.process_time()
+            index = built[one.name] = one.build(base_ND, SETTINGS[setting])
+            taken = time.process_time() - begin
+            size = index.saved_bytes() / len(base_ND)
+            facts[one.name] = {"setting": setting, "build_s": round(taken, 2), "bytes": round(size, 1)}
+            for way, points in curve(index, query_QD, truth_QK, options).items():
+                curves.append({"set": name, "kind": kind, "contestant": one.name, "way": way, "points": points})
+        if len(built) > 1:
+            rows += at_equal_recall(
+                f"{name} {len(base_ND):,} x {base_ND.shape[1]}, {kind}", built, facts, query_QD, truth_QK, options
+            )
+    return rows, curves
+
+
+def at_equal_recall(
     case: str,
-    mine: dict[str, Search],
-    searches: dict[str, Search],
+    built: dict[str, Built],
+    facts: dict[str, dict[str, Any]],
     query_QD: np.ndarray,
-    score: Callable[[np.ndarray], float],
+    truth_QK: np.ndarray,
     options: Any,
 ) -> list[dict[str, Any]]:
-    """Queries of each of ours against the peers, each at the smallest ef that reaches the target."""
-    rows = []
-    at = {name: least_ef(search, query_QD, score) for name, search in {**mine, **searches}.items()}
-    for name in mine:
-        rows += race(
-            f"{case}, queries, {name}",
-            lambda name=name: mine[name](query_QD, at[name][0]),  # type: ignore[misc]
-            {peer: lambda peer=peer: searches[peer](query_QD, at[peer][0]) for peer in searches},  # type: ignore[misc]
-            options.rounds,
-            time.process_time,
-            ef=at[name][0],
-            recall=round(at[name][1], 4),
-            queries_per_second=None,
-        )
-    for one in rows:
-        one["queries_per_second"] = round(len(query_QD) / (one["ours"] / 1e3))
-        one["peer_queries_per_second"] = round(len(query_QD) / (one["peer"] / 1e3))
-        one["peer_ef"], one["peer_recall"] = at[one["peer_name"]][0], round(at[one["peer_name"]][1], 4)
+    """Rows of one class: at the highest target that ours reaches, those who do not being told."""
+    for target in TARGETS:
+        efforts = {name: least_effort(index, query_QD, truth_QK, target) for name, index in built.items()}
+        if efforts["ours"] is not None:
+            break
+    failed = [name for name, effort in efforts.items() if effort is None]
+    rows = [
+        {
+            "case": f"{case}, {way}",
+            "ours": None,
+            "peer": None,
+            "ratio": None,
+            "spread": None,
+            "unit": "us",
+            "peer_name": name,
+            "failed": f"{name}: recall {target if efforts['ours'] else TARGETS[-1]} is out of reach",
+        }
+        for name in failed
+        for way in ("batch", "one at a time")
+    ]
+    if efforts["ours"] is None:
+        return rows
+    for name, effort in efforts.items():
+        if effort is not None:
+            built[name].aim(effort)
+            reached = recall(built[name].batch(query_QD), truth_QK)
+            facts[name] |= {"ef": effort, "recall": round(reached, 4)}
+    able = {name: index for name, index in built.items() if name not in failed}
+    few_QD = query_QD[: len(query_QD) // 2]
+    batch = {name: lambda index=index: index.batch(query_QD) for name, index in able.items()}
+    each = {name: lambda index=index: singly(index, few_QD) for name, index in able.items()}
+    rows += race(f"{case}, batch", batch, len(query_QD), options, facts)  # type: ignore[arg-type]
+    return rows + race(f"{case}, one at a time", each, len(few_QD), options, facts)  # type: ignore[arg-type]
+
+
+# Filters
+
+
+def filtered(base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list[dict[str, Any]]:
+    """One query at a time, of a share of the ids that is drawn: our prepared filter, hnswlib's function, faiss' bitmap."""
+    setting = next(iter(SETTINGS.values()))
+    rows, few_QD = [], query_QD[: len(query_QD) // 2]
+    mine = Ours(base_ND, setting).index
+    peers = filtering(base_ND, setting)
+    for share in SHARES:
+        allowed_N = np.random.default_rng(1).random(len(base_ND)) < share
+        ids = np.flatnonzero(allowed_N)
+        truth_QK = brute_force(base_ND[ids], few_QD, K, ids=ids)[0]
+        prepared = mine.prepare_filter(allowed_N)
+        searches: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+            "ours": lambda query_D, ef, prepared=prepared: mine.search(query_D, K, ef, prepared)[0],  # type: ignore[misc]
+            **{name: made(allowed_N) for name, made in peers.items()},
+        }
+        facts, works = {}, {}
+        for name, search in searches.items():
+            for ef in EFFORTS:
+                found_QK = np.concatenate([np.reshape(search(query_D, ef), (1, K)) for query_D in few_QD])
+                if recall(found_QK.astype(np.int64), truth_QK) >= TARGETS[0]:
+                    break
+            facts[name] = {"ef": ef, "recall": round(recall(found_QK.astype(np.int64), truth_QK), 4)}
+            works[name] = lambda search=search, ef=ef: [search(query_D, ef) for query_D in few_QD]
+        rows += race(f"filter, {share:.0%} of {len(base_ND):,} ids, one at a time", works, len(few_QD), options, facts)
     return rows
 
 
-def bits(base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list[dict[str, Any]]:
-    """Two bits of each number, whether it is above 0 and above 1, packed; many are equally far, so distances say who was found."""
-    base_NB, query_QB = (np.packbits(np.concatenate([rows > 0, rows > 1], 1), axis=1) for rows in (base_ND, query_QD))
-    far_QK = brute_force(base_NB, query_QB, K, "hamming")[1]
-
-    def score(found_QK: np.ndarray) -> float:
-        differ_QK = np.unpackbits(base_NB[found_QK] ^ query_QB[:, None], axis=2).sum(2)
-        return float((differ_QK <= far_QK[:, -1:]).mean())
-
-    builds = {name: build for name, build in OF_BITS.items() if importlib.util.find_spec(name)}
-    searches = {name: build(base_NB) for name, build in builds.items()}
-    case = f"bits {len(base_NB):,} x {8 * base_NB.shape[1]}"
-    rows = at_target(case, {"hamming": ours_of_bits(base_NB)}, searches, query_QB, score, options)
-    works = {name: lambda build=build: build(base_NB) for name, build in builds.items()}  # type: ignore[misc]
-    rounds = min(options.rounds, 3)
-    return rows + race(f"{case}, build", lambda: ours_of_bits(base_NB), works, rounds, time.process_time)
+# Bits
 
 
-def codes(case: str, base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list[dict[str, Any]]:
-    """A walk over codes whose best are measured again."""
-    truth_QK = brute_force(base_ND, query_QD, K)[0]
-    rows = []
-    for quantization in ("pq", "int4"):
-        mine = {quantization: ours_of_codes(quantization)(base_ND)}
-        peers = {"faiss": faiss_of_codes(quantization)(base_ND)} if importlib.util.find_spec("faiss") else {}
-        rows += at_target(case, mine, peers, query_QD, lambda found_QK: recall(found_QK, truth_QK), options)
-    return rows
+def packed_bits(base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list[dict[str, Any]]:
+    """Many queries in a call, and builds."""
+    base_NB, query_QB = bits_of(base_ND), bits_of(query_QD)
+    score, case = score_of(base_NB, query_QB), f"bits {len(base_NB):,} x {8 * base_NB.shape[1]}"
+    works, facts = {}, {}
+    made = builds()
+    for name, build in made.items():
+        search = build(base_NB)
+        ef = least(lambda ef, search=search: score(search(query_QB, ef)) >= TARGETS[0]) or MOST  # type: ignore[misc]
+        facts[name] = {"ef": ef, "recall": round(score(search(query_QB, ef)), 4)}
+        works[name] = lambda search=search, ef=ef: search(query_QB, ef)  # type: ignore[misc]
+    rows = race(f"{case}, batch", works, len(query_QB), options, facts)
+    again = {name: lambda build=build: build(base_NB) for name, build in made.items()}  # type: ignore[misc]
+    return rows + race(f"{case}, build", again, len(base_NB), options, {name: {} for name in made})
+
+
+# Threads, the first call, memory
 
 
 def two_threads(base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list[dict[str, Any]]:
     """By the clock, so on a quiet machine."""
-    one, two = (ours(threads=threads)(base_ND) for threads in (1, 2))
-    rounds = min(options.rounds, 5)
-    clock = time.perf_counter
-    builds = ours(threads=2), ours()
-    rows = race("two threads, build", lambda: builds[0](base_ND), {"one thread": lambda: builds[1](base_ND)}, 3, clock)
-    return rows + race(
-        "two threads, queries", lambda: two(query_QD, 40), {"one thread": lambda: one(query_QD, 40)}, rounds, clock
-    )
+
+    def made(threads: int) -> HNSW:
+        index = HNSW(base_ND.shape[1], M=16, ef_construction=100, num_threads=threads)
+        index.add(base_ND)
+        return index
+
+    one, two = made(1), made(2)
+    rows = []
+    for case, works, rounds in (
+        ("two threads, build", {"ours": lambda: made(2), "one thread": lambda: made(1)}, min(options.rounds, 3)),
+        (
+            "two threads, queries",
+            {"ours": lambda: two.search(query_QD, K, 40), "one thread": lambda: one.search(query_QD, K, 40)},
+            min(options.rounds, 5),
+        ),
+    ):
+        times = in_turns(works, rounds, time.perf_counter)
+        ratios = [peer / own for peer, own in zip(times["one thread"], times["ours"], strict=True)]
+        figures = [1e3 * statistics.median(times[name]) for name in ("ours", "one thread")]
+        rows.append(row(case, *figures, "ms", "one thread", ratios))
+    return rows
 
 
 FIRST = """
 import time
 import numpy as np
 from anabranch.graph.hnsw import HNSW
-begin = time.perf_counter()
+begin = time.process_time()
 index = HNSW(16, num_threads=1)
 index.add(np.eye(16))
 index.search(np.eye(16), 3)
-print(time.perf_counter() - begin, time.process_time())
+print(time.process_time() - begin)
 """
 
 
@@ -405,7 +363,7 @@ def first_call() -> list[dict[str, Any]]:
 
 def memory(base_ND: np.ndarray) -> list[dict[str, Any]]:
     """Bytes per element against row + 8 M + 4 M / (M - 1) + 17 (links above level 0; id, level, place, mark), + 8 of int8 (scale, norm)."""
-    rows = []
+    rows, M = [], 16
     for dtype, size in (("f32", 4), ("f16", 2), ("i8", 1)):
         index = HNSW(base_ND.shape[1], M=M, ef_construction=20, dtype=dtype, rerank=False)
         index.add(base_ND)
@@ -426,25 +384,50 @@ def main() -> None:
     parser.add_argument(
         "--vectors", type=Path, metavar="FILE", help="vectors of one's own, .npy, the last 1,000 of them queries"
     )
+    parser.add_argument(
+        "--sets", type=Path, metavar="FOLDER", default=Path("runs/vectors"), help="where sets are kept (runs/vectors)"
+    )
+    parser.add_argument(
+        "--debian", type=Path, metavar="FOLDER", default=Path("/"), help="where Debian packages are unpacked (/)"
+    )
     options = parser.parse_args()
+    given = options.rounds
     start(options)
+    options.rounds = given or (2 if options.quick else 7)
     rows: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
     if options.only in "first add and search":
         rows += first_call()
-    for case, base_ND, query_QD in cases(options):
-        if options.only in case or options.only in "queries, build":
-            rows += measure(case, base_ND, query_QD, options)
-        if options.only in f"{case}, queries, pq, int4":
-            rows += codes(case, base_ND, query_QD, options)
-        if not any(one["case"].startswith("bits") for one in rows) and options.only in "bits, queries, build":
-            rows += bits(base_ND, query_QD, options)
-        if not rows or not any(one["case"].startswith("two threads") for one in rows):
+    people = contestants()
+    for name, base_ND, query_QD in cases(options):
+        begin = time.perf_counter()
+        if any(options.only in f"{name}, {kind}" for kind in KINDS):
+            more, drawn = measure(name, base_ND, query_QD, people, options)
+            rows, curves = rows + more, curves + drawn
+        if name == "clusters":
+            rows += filtered(base_ND, query_QD, options) if options.only in "filter" else []
+            rows += packed_bits(base_ND, query_QD, options) if options.only in "bits" else []
             rows += two_threads(base_ND, query_QD, options) if options.only in "two threads" else []
-            rows += memory(base_ND[:20_000]) if options.only in "bytes per element" else []
-    peers = [
-        package for package in ("hnswlib", "faiss-cpu", "usearch") if importlib.util.find_spec(package.split("-")[0])
-    ]
+            rows += memory(base_ND) if options.only in "bytes per element" else []
+        print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    peers = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module)]
     finish("hnsw", rows, options, ("numpy", "numba", "anabranch", *peers))
+    if options.json:
+        record = {**json.loads(options.json.read_text()), "curves": curves}
+        options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        draw(record, options.json.with_suffix(".svg"))
+
+
+def cases(options: Any) -> Any:
+    """Name, vectors and queries of each set."""
+    for one in sets():
+        most, queries = (2000, 100) if options.quick else (one.most, QUERIES)
+        made = of_set(one, options.sets, options.debian, most, queries)
+        if made is not None:
+            yield one.name, *made
+    if options.vectors:
+        own_ND = np.load(options.vectors).astype(np.float32)
+        yield options.vectors.stem, own_ND[:-QUERIES], own_ND[-QUERIES:]
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ def on_files(files: Any, config: Any) -> Any:
     for path, text in generated_pages().items():
         text = command_line_page() if path == COMMAND_LINE else text
         files.append(File.generated(config, path, content=text))
-    for record in (ROOT / "studies" / "results").glob("*.json"):
+    for record in (*_records("studies"), *_records("benchmarks")):
         for plot in _plots(record):
-            files.append(File.generated(config, f"results/{plot.name}", abs_src_path=str(plot)))
+            files.append(File.generated(config, f"results/{_plot_name(record)}", abs_src_path=str(plot)))
     return files
 
 
@@ -131,9 +131,17 @@ def results(folder: str, name: str | None, up: str = "") -> str:
     for path in found:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         table = study_table(recorded) if folder == "studies" else benchmark_table(recorded)
-        pictures = "".join(f"\n![{path.stem}: recorded curves]({up}results/{plot.name})\n" for plot in _plots(path))
+        pictures = "".join(
+            f"\n![{path.stem}: recorded curves]({up}results/{_plot_name(path)})\n" for plot in _plots(path)
+        )
         tables.append((f"### {path.stem}\n\n" if name is None else "") + table + pictures)
     return "\n".join(tables) or "Nothing is recorded yet."
+
+
+def _plot_name(record: Path) -> str:
+    """What the picture beside a record is called on the site: a benchmark may have the name of a study."""
+    mark = "benchmark-" if record.parent.parent.name == "benchmarks" else ""
+    return "".join(mark + plot.name for plot in _plots(record))
 
 
 def _plots(record: Path) -> list[Path]:
@@ -227,6 +235,9 @@ def benchmark_table(recorded: dict[str, Any]) -> str:
         "Bar": "bar",
         "Spread": "spread",
     }
+    # Of benchmarks that say what each vector, or whatever it is, takes.
+    if any("bytes_ours" in row for row in recorded["rows"]):
+        columns |= {"Bytes each, ours": "bytes_ours", "Peer's": "bytes_peer"}
     rows = [
         row | {"ratio": "withdrawn", "bar": None} if row.get("withdrawn") else row | {"bar": _bar_told(row)}
         for row in recorded["rows"]

@@ -1,0 +1,317 @@
+"""Who searches vectors in `benchmarks/hnsw.py`, by class of what is kept of a vector, each with the settings that it is tuned over.
+
+    float32            vectors as they are
+    int8 + float32     the walk goes over bytes, the best found are measured again by vectors that are kept beside
+    int8               bytes alone
+    int4 + float32     half bytes, and vectors beside
+    codes + float32    a byte for each four numbers, and vectors beside
+
+Every contestant is built by one thread, from vectors [N, D], by one of its settings; its effort (``ef``, or the window) is set apart from
+the searches, which answer many queries in one call or one query in each.
+"""
+# Shapes: N vectors, D dimension, Q queries
+
+import contextlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from anabranch.graph.hnsw import HNSW
+
+K = 10
+FLOAT, BESIDE, BYTES, HALVES, CODES = "float32", "int8 + float32", "int8", "int4 + float32", "codes + float32"
+KINDS = (FLOAT, BESIDE, BYTES, HALVES, CODES)
+
+# Links (M; 2 M on the lowest level) and candidates while it is built.
+SETTINGS = {"M 16, 100 candidates": (16, 100), "M 32, 200 candidates": (32, 200)}
+
+
+class Built(Protocol):
+    """An index of a contestant."""
+
+    def aim(self, effort: int) -> None:
+        """How much the next searches look for."""
+
+    def batch(self, query_QD: np.ndarray) -> np.ndarray:
+        """Ids [Q, K]."""
+
+    def one(self, query_D: np.ndarray) -> np.ndarray:
+        """Ids [K] or [1, K]."""
+
+    def saved_bytes(self) -> int:
+        """Bytes of the index on disk."""
+
+
+class Contestant(NamedTuple):
+    """One of them; ``build`` makes an index by a setting."""
+
+    name: str
+    kind: str
+    build: Callable[[np.ndarray, tuple[int, int]], Built]
+
+
+def contestants() -> list[Contestant]:
+    """All whose packages are there, ours first in each class; the others are named."""
+    found = [
+        Contestant("ours", FLOAT, lambda base_ND, setting: Ours(base_ND, setting, dtype="f32")),
+        Contestant("ours", BESIDE, lambda base_ND, setting: Ours(base_ND, setting, dtype="i8")),
+        Contestant("ours", BYTES, lambda base_ND, setting: Ours(base_ND, setting, dtype="i8", rerank=False)),
+        Contestant("ours", HALVES, lambda base_ND, setting: Ours(base_ND, setting, quantization="int4")),
+        Contestant("ours", CODES, lambda base_ND, setting: Ours(base_ND, setting, quantization="pq")),
+    ]
+    for package, made in {
+        "hnswlib": _hnswlib,
+        "faiss": _faiss,
+        "usearch": _usearch,
+        "glass": _glass,
+        "svs": _svs,
+    }.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"not installed, left out: {package}", file=sys.stderr)
+        else:
+            found += made()
+    return found
+
+
+@contextlib.contextmanager
+def _file() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "index"
+
+
+def _size(path: Path) -> int:
+    """Of a file, or of all files of a folder."""
+    return (
+        path.stat().st_size if path.is_file() else sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
+    )
+
+
+class Ours:
+    """`HNSW`."""
+
+    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int], **options: Any) -> None:
+        M, candidates = setting
+        self.index = HNSW(base_ND.shape[1], M=M, ef_construction=candidates, num_threads=1, **options)
+        self.index.add(base_ND)
+        self._effort = K
+
+    def aim(self, effort: int) -> None:
+        self._effort = effort
+
+    def batch(self, query_QD: np.ndarray) -> np.ndarray:
+        return self.index.search(query_QD, K, self._effort)[0]
+
+    def one(self, query_D: np.ndarray) -> np.ndarray:
+        return self.index.search(query_D, K, self._effort)[0]
+
+    def saved_bytes(self) -> int:
+        with _file() as path:
+            self.index.save(path)
+            return _size(path)
+
+
+class Hnswlib:
+    """hnswlib's Index."""
+
+    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int]) -> None:
+        import hnswlib
+
+        self.index = hnswlib.Index("l2", base_ND.shape[1])
+        self.index.init_index(len(base_ND), M=setting[0], ef_construction=setting[1])
+        self.index.add_items(base_ND, num_threads=1)
+
+    def aim(self, effort: int) -> None:
+        self.index.set_ef(effort)
+
+    def batch(self, query_QD: np.ndarray) -> np.ndarray:
+        return self.index.knn_query(query_QD, K, num_threads=1)[0].astype(np.int64)
+
+    def one(self, query_D: np.ndarray) -> np.ndarray:
+        return self.index.knn_query(query_D, K, num_threads=1)[0]
+
+    def saved_bytes(self) -> int:
+        return int(self.index.index_file_size())
+
+
+def _hnswlib() -> list[Contestant]:
+    return [Contestant("hnswlib", FLOAT, Hnswlib)]
+
+
+class Faiss:
+    """faiss' IndexHNSWFlat, -SQ or -PQ; within an IndexRefineFlat that measures the best again, 3 K of bytes, all that is held of less."""
+
+    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int], kind: str) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(1)
+        self._faiss, (M, candidates), dim = faiss, setting, base_ND.shape[1]
+        scalar = faiss.ScalarQuantizer.QT_4bit if kind == HALVES else faiss.ScalarQuantizer.QT_8bit
+        if kind == FLOAT:
+            self.inner = faiss.IndexHNSWFlat(dim, M)
+        elif kind == CODES:
+            self.inner = faiss.IndexHNSWPQ(dim, dim // 4, M)
+        else:
+            self.inner = faiss.IndexHNSWSQ(dim, scalar, M)
+        self.inner.hnsw.efConstruction = candidates
+        self.index, self._is_wide = self.inner, kind in (HALVES, CODES)
+        if kind not in (FLOAT, BYTES):
+            self.index = faiss.IndexRefineFlat(self.inner)
+            self.index.k_factor = 3
+        self.index.train(base_ND[:32768])
+        self.index.add(base_ND)
+
+    def aim(self, effort: int) -> None:
+        self.inner.hnsw.efSearch = effort
+        if self._is_wide:
+            self.index.k_factor = effort / K
+
+    def batch(self, query_QD: np.ndarray) -> np.ndarray:
+        return self.index.search(query_QD, K)[1]
+
+    def one(self, query_D: np.ndarray) -> np.ndarray:
+        return self.index.search(query_D[None], K)[1]
+
+    def saved_bytes(self) -> int:
+        return int(self._faiss.serialize_index(self.index).nbytes)
+
+
+def _faiss() -> list[Contestant]:
+    kinds = {
+        FLOAT: "faiss",
+        BESIDE: "faiss SQ8 + refine",
+        BYTES: "faiss SQ8",
+        HALVES: "faiss SQ4 + refine",
+        CODES: "faiss PQ + refine",
+    }
+    return [
+        Contestant(name, kind, lambda base_ND, setting, kind=kind: Faiss(base_ND, setting, kind))  # type: ignore[misc]
+        for kind, name in kinds.items()
+    ]
+
+
+class Usearch:
+    """usearch's Index; its bytes are of numbers from -1 to 1, so all vectors are scaled to that alike."""
+
+    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int], kind: str) -> None:
+        from usearch.index import Index
+
+        self._scale = np.float32(1 / np.abs(base_ND).max()) if kind == BYTES else np.float32(1)
+        self._is_scaled = kind == BYTES
+        dtype = "i8" if kind == BYTES else "f32"
+        self.index = Index(
+            ndim=base_ND.shape[1], metric="l2sq", dtype=dtype, connectivity=setting[0], expansion_add=setting[1]
+        )
+        self.index.add(np.arange(len(base_ND)), self._scaled(base_ND), threads=1)
+
+    def _scaled(self, vector_ND: np.ndarray) -> np.ndarray:
+        return vector_ND * self._scale if self._is_scaled else vector_ND
+
+    def aim(self, effort: int) -> None:
+        self.index.expansion_search = effort
+
+    def batch(self, query_QD: np.ndarray) -> np.ndarray:
+        return self.index.search(self._scaled(query_QD), K, threads=1).keys.astype(np.int64)
+
+    def one(self, query_D: np.ndarray) -> np.ndarray:
+        return self.index.search(self._scaled(query_D), K, threads=1).keys
+
+    def saved_bytes(self) -> int:
+        return int(self.index.serialized_length)
+
+
+def _usearch() -> list[Contestant]:
+    return [
+        Contestant("usearch", FLOAT, lambda base_ND, setting: Usearch(base_ND, setting, FLOAT)),
+        Contestant("usearch i8", BYTES, lambda base_ND, setting: Usearch(base_ND, setting, BYTES)),
+    ]
+
+
+class Glass:
+    """Glass' HNSW, searched over vectors as they are or over bytes of them, with the best measured again or not."""
+
+    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int], search: str, refine: str) -> None:
+        import glass
+
+        glass.set_num_threads(1)
+        self._base_ND = base_ND
+        index = glass.Index(index_type="HNSW", metric="L2", quant="FP32", R=2 * setting[0], L=setting[1])
+        self._graph = index.build(base_ND)
+        self._searcher = glass.Searcher(
+            graph=self._graph, data=base_ND, metric="L2", quantizer=search, refine_quant=refine
+        )
+        self._searcher.optimize(1)
+        self._bytes = base_ND.shape[1] * ({"FP32": 4}.get(search, 1) + {"FP32": 4}.get(refine, 0))
+
+    def aim(self, effort: int) -> None:
+        self._searcher.set_ef(effort)
+
+    def batch(self, query_QD: np.ndarray) -> np.ndarray:
+        return np.asarray(self._searcher.batch_search(query_QD, K, num_threads=1)[0]).reshape(len(query_QD), K)
+
+    def one(self, query_D: np.ndarray) -> np.ndarray:
+        return np.asarray(self._searcher.search(query_D, K)[0])
+
+    def saved_bytes(self) -> int:
+        with _file() as path:
+            self._graph.save(str(path))
+            return _size(path) + len(self._base_ND) * self._bytes
+
+
+def _glass() -> list[Contestant]:
+    return [
+        Contestant("glass", FLOAT, lambda base_ND, setting: Glass(base_ND, setting, "FP32", "")),
+        Contestant("glass SQ8 + FP32", BESIDE, lambda base_ND, setting: Glass(base_ND, setting, "SQ8U", "FP32")),
+        Contestant("glass SQ8", BYTES, lambda base_ND, setting: Glass(base_ND, setting, "SQ8U", "")),
+    ]
+
+
+class Svs:
+    """Intel's SVS, a Vamana graph, over vectors or over its codes (LVQ), with rests of these to measure the best again."""
+
+    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int], bits: tuple[int, int] | None) -> None:
+        import svs
+
+        parameters = svs.VamanaBuildParameters(graph_max_degree=2 * setting[0], window_size=setting[1], alpha=1.2)
+        if bits is None:
+            self.index = svs.Vamana.build(parameters, base_ND, svs.DistanceType.L2, num_threads=1)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            # It reads what it codes from a file.
+            path = os.path.join(folder, "vectors.fvecs")
+            svs.write_vecs(base_ND, path)
+            vectors = svs.VectorDataLoader(path, svs.DataType.float32, dims=base_ND.shape[1])
+            loader = svs.LVQLoader(vectors, primary=bits[0], residual=bits[1], padding=32)
+            self.index = svs.Vamana.build(parameters, loader, svs.DistanceType.L2, num_threads=1)
+
+    def aim(self, effort: int) -> None:
+        self.index.search_window_size = effort
+
+    def batch(self, query_QD: np.ndarray) -> np.ndarray:
+        return self.index.search(query_QD, K)[0].astype(np.int64)
+
+    def one(self, query_D: np.ndarray) -> np.ndarray:
+        return self.index.search(query_D[None], K)[0]
+
+    def saved_bytes(self) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            self.index.save(*(os.path.join(folder, name) for name in ("config", "graph", "data")))
+            return _size(Path(folder))
+
+
+def _svs() -> list[Contestant]:
+    kinds = {
+        "svs": (FLOAT, None),
+        "svs LVQ8x8": (BESIDE, (8, 8)),
+        "svs LVQ8": (BYTES, (8, 0)),
+        "svs LVQ4x8": (HALVES, (4, 8)),
+    }
+    return [
+        Contestant(name, kind, lambda base_ND, setting, bits=bits: Svs(base_ND, setting, bits))  # type: ignore[misc]
+        for name, (kind, bits) in kinds.items()
+    ]
