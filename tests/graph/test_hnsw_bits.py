@@ -13,7 +13,8 @@ from anabranch.errors import DataError, InputError
 from anabranch.graph.hnsw import HNSW, ShardedHNSW, brute_force
 from anabranch.graph.hnsw.encoding import BitEncoding, short_stride
 from anabranch.graph.hnsw.linking import Linker
-from anabranch.graph.hnsw.raw import HAMMING, distance, kernel
+from anabranch.graph.hnsw.measuring import distance
+from anabranch.graph.hnsw.raw import HAMMING, kernel
 from anabranch.graph.live import LiveIndex, live_folder, open_index
 from anabranch.graph.serve import Sources, Writes, create_app
 from hnsw_checks import check_graph, graph_bytes

@@ -13,7 +13,8 @@ from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw import HNSW, ShardedHNSW, brute_force, coded
 from anabranch.graph.hnsw.checks import MAX_LENGTH
 from anabranch.graph.hnsw.coded import PQ, Int4
-from anabranch.graph.hnsw.raw import distance, kernel
+from anabranch.graph.hnsw.measuring import distance
+from anabranch.graph.hnsw.raw import kernel
 from anabranch.graph.hnsw.storage import KIND
 from anabranch.graph.live import LiveIndex, open_index
 from hnsw_checks import check_graph, drawn, graph_bytes, naive, recall

@@ -10,7 +10,7 @@ from anabranch.graph import hnswlib_compat
 from anabranch.graph.hnsw import HNSW, ShardedHNSW, brute_force
 from anabranch.graph.hnsw.checks import MAX_LENGTH
 from anabranch.graph.hnsw.raw import kernel
-from anabranch.graph.hnsw.search import insert
+from anabranch.graph.hnsw.search import PADDING, insert
 from hnsw_checks import check_graph, naive
 
 DTYPES = ("f32", "f16", "i8")
@@ -95,15 +95,16 @@ def test_any_finite_vectors_are_found_or_refused(rows, dtype, metric):
 @pytest.mark.parametrize("key", [np.inf, -np.inf, np.nan, 0.0, 2.5, 9.0])
 @pytest.mark.parametrize("size", [0, 1, 4, 5])
 def test_any_key_has_a_place_in_a_pool(key, size):
-    """Also infinity, behind which there is padding of infinity."""
+    """Also infinity, behind which there is padding of infinity, as far as whole vectors go."""
     room = 5
-    distances = np.full(room + 16, np.inf, np.float32)
-    slots = np.full(room + 16, -7, np.int32)
+    distances = np.full(room + PADDING + 16, np.inf, np.float32)
+    slots = np.full(room + PADDING + 16, -7, np.int32)
     distances[:size], slots[:size] = np.arange(size), np.arange(size)
     place = put(distances, slots, size, room, np.float32(key), 99)
     assert 0 <= place <= min(size, room - 1)
     assert slots[place] == 99
-    assert (slots[room:] == -7).all()
+    assert (slots[room + PADDING :] == -7).all()
+    assert np.isinf(distances[room + PADDING :]).all()
 
 
 def test_ids_run_out_with_an_error():

@@ -102,7 +102,7 @@ class Asked:
 
     def _by_codes(self, slot_S: np.ndarray, first: int, last: int) -> np.ndarray:
         total, held = np.zeros(4, np.int64), self.held
-        near_d, near_i = np.empty(self.ef + search.LANES, np.float32), np.empty(self.ef + search.LANES, np.int32)
+        near_d, near_i = np.empty(self.ef + search.PADDING, np.float32), np.empty(self.ef + search.PADDING, np.int32)
         table_MK = self._table()
         for number in range(first, last):
             size = search.nearest_codes(

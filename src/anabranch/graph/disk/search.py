@@ -14,10 +14,9 @@ import numpy as np
 
 from anabranch.graph.codes import CENTRES, fill_table
 from anabranch.graph.disk.blocks import are_links_sound, ask_for, bring, label_of, links_at
+from anabranch.graph.hnsw.measuring import distance
 from anabranch.graph.hnsw.raw import (
-    LANES,
     address,
-    distance,
     get_f32,
     get_i32,
     get_u8,
@@ -26,7 +25,7 @@ from anabranch.graph.hnsw.raw import (
     prefetch,
     set_u8,
 )
-from anabranch.graph.hnsw.search import clear, insert
+from anabranch.graph.hnsw.search import PADDING, clear, insert
 
 # Of the walk over the entry layer.
 ENTRY_EF = 16
@@ -263,8 +262,8 @@ def search_many(
     """
     parts = len(centre_MWK)
     counts[BAD] = -1
-    pool_d, pool_i = np.empty(ef + LANES, np.float32), np.empty(ef + LANES, np.int32)
-    near_d, near_e = np.empty(ENTRY_EF + LANES, np.float32), np.empty(ENTRY_EF + LANES, np.int32)
+    pool_d, pool_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
+    near_d, near_e = np.empty(ENTRY_EF + PADDING, np.float32), np.empty(ENTRY_EF + PADDING, np.int32)
     todo, slot_B = np.empty(form.links + 1, np.int32), np.empty(beam, np.int64)
     room_BW = np.empty((beam, form.block >> 3), np.uint64)
     seen_T = np.empty(min(form.elements, 4096 + len(root_R) + form.per * (form.links + 1)), np.int32)
@@ -346,8 +345,8 @@ def search_many(
 
 @kernel
 def nearest_codes(codes, centre_MWK, squared, query_D, slot_S, table_MK, near_d, near_i):
-    """The nearest of some slots by their codes, into sorted pools whose room (less LANES) is how many; how many there are."""
-    parts, room = len(centre_MWK), len(near_d) - LANES
+    """The nearest of some slots by their codes, into sorted pools whose room (less PADDING) is how many; how many there are."""
+    parts, room = len(centre_MWK), len(near_d) - PADDING
     fill_table(query_D, centre_MWK, squared, table_MK)
     clear(near_d, 0)
     size, table = 0, address(table_MK)

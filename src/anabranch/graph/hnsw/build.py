@@ -32,8 +32,9 @@ from anabranch.graph.hnsw.layout import (
     links_of,
     touch,
 )
-from anabranch.graph.hnsw.raw import LANES, address, distance, get_i32, get_u8, helper, kernel, set_i32, set_u8
-from anabranch.graph.hnsw.search import INFINITY, clear, descend, insert, next_tag, pool_search
+from anabranch.graph.hnsw.measuring import distance
+from anabranch.graph.hnsw.raw import address, get_i32, get_u8, helper, kernel, set_i32, set_u8
+from anabranch.graph.hnsw.search import INFINITY, PADDING, clear, descend, insert, next_tag, pool_search
 
 NEAR = np.float32(0.0)
 
@@ -136,7 +137,7 @@ def extend(graph, base, level, query, scale, norm, count, visited, found_d, foun
 def link_new(graph, visited, slot_B, begin, end):
     """Write the links of new elements ``begin`` ... ``end`` of a batch on every level that the graph has and they have."""
     ef = graph[EF]
-    found_d, found_i = np.empty(ef + LANES, np.float32), np.empty(ef + LANES, np.int32)
+    found_d, found_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
     todo = np.empty(graph[CAP0] + 1, np.int32)
     chosen = np.empty(graph[CAP] + 1, np.int32)
     own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
@@ -170,7 +171,7 @@ def add_links(graph, level, target, source_B, begin, end, own, other):
             set_i32(links, held + number - begin, source_B[number])
         return
     query, scale, norm = as_query(graph, target, address(own))
-    found_d, found_i = np.empty(count + LANES, np.float32), np.empty(count + LANES, np.int32)
+    found_d, found_i = np.empty(count + PADDING, np.float32), np.empty(count + PADDING, np.int32)
     clear(found_d, 0)
     for number in range(held):
         touch(graph[ROWS] + get_i32(links, number) * graph[STRIDE], graph[STRIDE])
@@ -190,23 +191,29 @@ def link_back(graph, level, target_T, start_T, source_B, begin, end):
 
 
 @kernel
+def come_singly(graph, slot_B, number):
+    """Let the graph lead to element ``number``, whose own links are written: the second step of a batch of one."""
+    own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
+    base = np.int64(slot_B[number])
+    top = get_i32(graph[LEVEL], base)
+    for level in range(min(top, graph[TOP]) + 1):
+        links = links_of(graph, base, level)
+        for place in range(cap_of(graph, level)):
+            target = get_i32(links, place)
+            if target < 0:
+                break
+            add_links(graph, level, target, slot_B, number, number + 1, own, other)
+    if graph[ENTRY] < 0 or top > graph[TOP]:
+        graph[ENTRY], graph[TOP] = base, top
+
+
+@kernel
 def insert_singly(graph, visited, slot_B, begin, end):
     """Insert elements one after the other: batches of one."""
-    own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
     for number in range(begin, end):
-        base = np.int64(slot_B[number])
-        top = get_i32(graph[LEVEL], base)
         if graph[ENTRY] >= 0:
             link_new(graph, visited, slot_B, number, number + 1)
-            for level in range(min(top, graph[TOP]) + 1):
-                links = links_of(graph, base, level)
-                for place in range(cap_of(graph, level)):
-                    target = get_i32(links, place)
-                    if target < 0:
-                        break
-                    add_links(graph, level, target, slot_B, number, number + 1, own, other)
-        if graph[ENTRY] < 0 or top > graph[TOP]:
-            graph[ENTRY], graph[TOP] = base, top
+        come_singly(graph, slot_B, number)
 
 
 @kernel
@@ -231,7 +238,7 @@ def points_at(graph, level, gone_N, begin, end, is_hit_N):
 def bridge(graph, level, visited, gone_N, slot_T, begin, end):
     """Select the links of slots anew, from those that stay and those that can be reached through what goes (at most ef_construction)."""
     most = max(graph[EF], graph[CAP0])
-    found_d, found_i = np.empty(most + LANES, np.float32), np.empty(most + LANES, np.int32)
+    found_d, found_i = np.empty(most + PADDING, np.float32), np.empty(most + PADDING, np.int32)
     own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
     cap, marks = cap_of(graph, level), address(visited)
     chosen, through = np.empty(cap, np.int32), np.empty(most + 1, np.int32)
@@ -295,7 +302,7 @@ def repair_links(graph, visited, is_reached_N):
     """Link every element that level 0 does not lead to from the nearest reached list with room; how many were linked, how many remain."""
     num_slots, ef = graph[COUNT], graph[EF]
     queue = np.empty(num_slots + 1, np.int32)
-    found_d, found_i = np.empty(ef + LANES, np.float32), np.empty(ef + LANES, np.int32)
+    found_d, found_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
     todo, own = np.empty(graph[CAP0] + 1, np.int32), np.empty(graph[WIDTH], np.float32)
     reach(graph, graph[ENTRY], is_reached_N, queue)
     # Typed: a literal would be compiled as a case of its own.

@@ -1,7 +1,6 @@
 """What callers pass: vectors, ids and filters as arrays that kernels can trust, or an error that names the row."""
 # Shapes: N vectors, D dimension
 
-import math
 import sys
 from typing import Any
 
@@ -92,14 +91,6 @@ def as_bits(value: Any, dim: int, what: str) -> np.ndarray:
         if bad.size:
             raise InputError(f"row {bad[0]} of {what} holds a number that is no byte; bytes are 0 to 255")
     return np.ascontiguousarray(found, np.uint8)
-
-
-def is_one_row(value: Any, dim: int) -> bool:
-    """Whether this is one float32 row as kernels take it, of which nothing is left to check."""
-    if type(value) is not np.ndarray or value.dtype != np.float32 or value.size != dim or not value.flags.c_contiguous:
-        return False
-    # A bound that cannot overflow; rows beyond it are looked at in full.
-    return (value.ndim == 1 or value.shape == (1, dim)) and float(np.abs(value).max()) <= MAX_LENGTH / math.sqrt(dim)
 
 
 def _check_rows(vector_ND: np.ndarray, metric: str, what: str) -> None:

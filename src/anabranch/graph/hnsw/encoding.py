@@ -8,6 +8,7 @@ the data is.
 import numpy as np
 
 from anabranch.graph.guarded import held
+from anabranch.graph.hnsw.queries import code_rows
 from anabranch.graph.hnsw.raw import HAMMING, LINE
 
 PRECISIONS = ("f32", "f16", "i8")
@@ -55,16 +56,14 @@ class Encoding:
         full = padded(vector_ND, self.full_stride // 4)
         if self.dtype == "f32":
             return full.view(np.uint8), np.zeros((len(full), 2), np.float32), full[:, :0]
-        short_ND = self._centred(vector_ND)
         kept = full if self.rerank else full[:, :0]
         if self.dtype == "f16":
             with np.errstate(over="ignore"):
-                half = short_ND.astype(np.float16)
+                half = self._centred(vector_ND).astype(np.float16)
             # Beyond its range: its ends.
             half = np.clip(half, np.finfo(np.float16).min, np.finfo(np.float16).max)
             return padded(half, self.width).view(np.uint8), np.zeros((len(full), 2), np.float32), kept
-        codes, aux = _codes(short_ND)
-        return padded(codes, self.width).view(np.uint8), aux, kept
+        return *self._codes(vector_ND), kept
 
     def encode_queries(self, vector_QD: np.ndarray) -> Encoded:
         """Queries as kernels take them: as `encode`, but float32 for rows of float16, and full ones always."""
@@ -74,8 +73,7 @@ class Encoding:
             return full.view(np.uint8), aux, full
         if self.dtype == "f16":
             return padded(self._centred(vector_QD), self.width).view(np.uint8), aux, full
-        codes, aux = _codes(self._centred(vector_QD))
-        return padded(codes, self.width).view(np.uint8), aux, full
+        return *self._codes(vector_QD), full
 
     def decode(self, rows: np.ndarray, aux: np.ndarray) -> np.ndarray:
         """Vectors of short or final rows, float32 [N, D]."""
@@ -89,6 +87,14 @@ class Encoding:
 
     def _centred(self, vector_ND: np.ndarray) -> np.ndarray:
         return vector_ND if self.centre_D is None else vector_ND - self.centre_D
+
+    def _codes(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int8 codes as rows (uint8 [N, STRIDE]), and float32 [N, 2] of scale and squared norm."""
+        count, vector_ND = len(vector_ND), held(np.ascontiguousarray(vector_ND, np.float32))
+        rows, aux = held(np.zeros((count, self.stride), np.uint8)), np.empty((count, 2), np.float32)
+        centre_D = None if self.centre_D is None else held(self.centre_D)
+        code_rows(vector_ND.ctypes.data, 0 if centre_D is None else centre_D.ctypes.data, count, self.dim, rows, aux)
+        return rows, aux
 
 
 class BitEncoding(Encoding):
@@ -124,16 +130,6 @@ class BitEncoding(Encoding):
 def encoding_of(dim: int, metric: str, dtype: str, rerank: bool) -> Encoding:
     """How an index of these options keeps vectors."""
     return BitEncoding(dim) if metric == "hamming" else Encoding(dim, metric, dtype, rerank)
-
-
-def _codes(vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 codes, and float32 [N, 2] of scale and squared norm."""
-    aux = np.empty((len(vector_ND), 2), np.float32)
-    aux[:, 0] = np.abs(vector_ND).max(1, initial=0.0) / 127
-    with np.errstate(over="ignore"):
-        aux[:, 1] = np.einsum("nd,nd->n", vector_ND, vector_ND)
-    scale = np.where(aux[:, :1] > 0, aux[:, :1], 1)
-    return np.clip(np.rint(vector_ND / scale), -127, 127).astype(np.int8), aux
 
 
 def padded(array_ND: np.ndarray, width: int) -> np.ndarray:

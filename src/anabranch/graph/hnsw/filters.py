@@ -19,10 +19,14 @@ class Prepared:
     Attributes:
         allowed_S: which slots it lets through, bool [S].
         number: how many these are.
+        version: of the index as it was.
+        address: of the first of them.
     """
 
     allowed_S: np.ndarray
     number: int
+    version: int
+    address: int
     _slots: np.ndarray | None = field(default=None, repr=False)
 
     def slots(self, label_S: np.ndarray) -> np.ndarray:
@@ -43,7 +47,7 @@ class Filter:
     def __init__(self, value: Any) -> None:
         """Of a mask by id or a list of ids; a copy is kept. Raises InputError for other things."""
         self._value = np.array(as_filter_value(value))
-        self._on: WeakKeyDictionary[Slots, tuple[int, Prepared]] = WeakKeyDictionary()
+        self._on: WeakKeyDictionary[Slots, Prepared] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         # What it is on indexes of this process is worked out again.
@@ -59,14 +63,17 @@ class Filter:
 
     def on(self, slots: Slots) -> Prepared:
         """What it is on an index, whose lock the caller holds. Raises InputError for a mask that ends before the largest id."""
-        version, known = slots.version, self._on.get(slots)
-        if known is None or known[0] != version:
-            known = version, prepared(self._value, slots)
-            self._on[slots] = known
-        return known[1]
+        known = self._on.get(slots)
+        if known is None or known.version != slots.version:
+            known = self._on[slots] = prepared(self._value, slots)
+        return known
+
+    def known(self, slots: Slots) -> Prepared | None:
+        """What it was on an index when that was last asked for, without its lock; whoever uses it looks whether the version is the same."""
+        return self._on.get(slots)
 
 
 def prepared(value: Any, slots: Slots) -> Prepared:
     """What a filter is on an index. Raises InputError as `as_filter`."""
     allowed_S = held(as_filter(value, slots.labels(), slots.live()))
-    return Prepared(allowed_S, int(allowed_S.sum()))
+    return Prepared(allowed_S, int(allowed_S.sum()), slots.version, allowed_S.ctypes.data)

@@ -9,7 +9,7 @@ import numpy as np
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.hnsw import layout, storage
 from anabranch.graph.hnsw.changing import Changes
-from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_one_row, like
+from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like
 from anabranch.graph.hnsw.coded import Coded, check_quantization
 from anabranch.graph.hnsw.encoding import BITS
 from anabranch.graph.hnsw.figures import figures
@@ -18,7 +18,8 @@ from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.options import check_options
 from anabranch.graph.hnsw.ranges import Ranges, Within, as_radius
-from anabranch.graph.hnsw.searching import POOL, Searcher
+from anabranch.graph.hnsw.searching import Searcher
+from anabranch.graph.hnsw.single import Single
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage
 
@@ -94,7 +95,8 @@ class HNSW:
         self._linker = Linker(self._storage, self._lock)
         self._slots = Slots(self._storage)
         self._changes = Changes(self._storage, self._slots, self._linker, self._lock, self.seed, is_flat=self.flat)
-        self._searcher = Searcher(self._storage, self._slots, self._lock, rerank=self._rerank)
+        self._searcher = Searcher(self._storage, self._slots, rerank=self._rerank)
+        self._single = Single(self._searcher, self._lock)
         self._ranges = Ranges(self._searcher)
 
     # What is in it
@@ -308,10 +310,11 @@ class HNSW:
             InputError: queries of another dimension or with numbers that are not finite; k or ef below 1; a filter of another kind.
             CapacityError: memory does not hold the results.
         """
+        if filter is None or type(filter) is Filter:
+            found = self._single.search(queries, k, ef, filter)
+            if found is not None:
+                return found
         k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
-        is_plain = self.metric in ("l2", "ip") and filter is None and max(k, ef) <= POOL and self.quantization is None
-        if is_plain and is_one_row(queries, self.dim):
-            return self._searcher.one(queries, k, ef)
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
         try:
             id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)

@@ -55,8 +55,21 @@ from anabranch.graph.hnsw.raw import LINE, get_f32, get_i32, helper, prefetch, w
     FULL,
     FULL_STRIDE,
     FULL_WIDTH,
+    # Numbers in a vector.
+    DIM,
+    # 1: queries are brought to length 1.
+    COSINE,
+    # Address of float32 [DIM] that rows of a shorter precision are less by, 0 where there is none.
+    CENTRE,
+    # Address of int64 [C], ids outside.
+    LABEL,
+    CAPACITY,  # C
+    # Deleted, and in no list.
+    NUM_VACANT,
+    # Rises whenever slots come, go, or have other ids.
+    VERSION,
     FIELDS,
-) = range(24)
+) = range(31)
 
 # Bytes of a row that are asked for ahead.
 ASKED = 256

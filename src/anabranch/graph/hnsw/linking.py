@@ -8,6 +8,7 @@ import numpy as np
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.build import (
     bridge,
+    come_singly,
     insert_singly,
     link_back,
     link_new,
@@ -51,8 +52,7 @@ class Linker:
         self.num_done = 0
         singly = len(slot_S) if len(slot_S) == 1 else max(min(SINGLY - self.linked, len(slot_S)), 0)
         if singly:
-            with Marks(self._storage) as marks:
-                insert_singly(graph, marks, slot_S, 0, singly)
+            self._link_singly(slot_S, singly)
             self.num_done = done = singly
             self.linked += singly
         while done < len(slot_S):
@@ -69,6 +69,18 @@ class Linker:
             self.num_done = done = done + len(batch_B)
             self.linked += len(batch_B)
         return done
+
+    def _link_singly(self, slot_S: np.ndarray, count: int) -> None:
+        """Insert the first so many, one after the other."""
+        graph = self._storage.graph
+        with Marks(self._storage) as marks:
+            if len(slot_S) > 1 or graph[layout.ENTRY] < 0:
+                insert_singly(graph, marks, slot_S, 0, count)
+                return
+            # Nearly all of the work, and nothing leads there yet.
+            with self._lock.open_to_readers():
+                link_new(graph, marks, slot_S, 0, 1)
+        come_singly(graph, slot_S, 0)
 
     def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
         held, graph = self._storage, self._storage.graph

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from weakref import WeakSet
 
 from anabranch import machine
 from anabranch.errors import DataError
+from anabranch.graph.hnsw.gate import new_gate, turn
 from anabranch.graph.interrupts import Interrupts
 
 # Per thread, so that threads finish together.
@@ -19,6 +21,9 @@ PIECES = 4
 
 # Between looks for an interrupt that is held back, while a lock is waited for.
 LOOK_S = 0.05
+
+# Between looks for a search of one query that is not over.
+GATE_S = 5e-5
 
 
 class _Reader:
@@ -49,6 +54,10 @@ class ReadWriteLock:
     A reader that comes while a writer waits lets it go first; readers who wait when a writer ends, or makes room, all go before the next
     one. A writer may let readers in while it only reads itself (`open_to_readers`), or between two steps (`make_room`): it keeps other
     writers out all the time.
+
+    Attributes:
+        gate: where readers in compiled code come in and go out (`gate`), as long as one that comes now would be let in at once. A writer
+            that wants to be alone waits for them, too; those who find it shut come as all others do.
     """
 
     def __init__(self) -> None:
@@ -62,6 +71,7 @@ class ReadWriteLock:
         # To the end of its work.
         self._is_alone = False
         self._is_torn = False
+        self.gate = new_gate()
         _LOCKS.add(self)
 
     def after_fork(self) -> None:
@@ -71,6 +81,8 @@ class ReadWriteLock:
         self._readers = self._waiting_writers = self._due = 0
         self._queue = []
         self._is_owned = self._is_exclusive = self._is_closing = self._is_alone = False
+        # In place: whoever holds it keeps it.
+        self.gate[:] = self._is_torn, 0
 
     @contextmanager
     def read(self, *, whole: bool = False) -> Iterator[None]:
@@ -121,6 +133,15 @@ class ReadWriteLock:
             self._changed.wait(LOOK_S if interrupts.is_holding else None)
         return True
 
+    def _turn_gate(self) -> bool:
+        """Open or shut it as a reader that comes now may be let in or not; whether nobody is in it. Whoever changes that calls this."""
+        return bool(turn(self.gate, self._is_torn or not self._is_free(False)) == 0)
+
+    def _empty_gate(self) -> None:
+        """Wait for those in it to go, with it shut: each is as long as one search of one query."""
+        while not self._turn_gate():
+            time.sleep(GATE_S)
+
     def _is_free(self, whole: bool) -> bool:
         """For a reader that comes now."""
         if self._is_owned:
@@ -150,14 +171,17 @@ class ReadWriteLock:
             if self._is_torn:
                 raise DataError(TORN)
             self._waiting_writers += 1
+            self._turn_gate()
             try:
                 if not self._until(lambda: not (self._is_owned or self._readers or self._due), interrupts):
                     return False
                 self._is_owned = self._is_exclusive = True
                 self._is_alone = alone
+                self._empty_gate()
                 return True
             finally:
                 self._waiting_writers -= 1
+                self._turn_gate()
                 self._changed.notify_all()
 
     @contextmanager
@@ -173,7 +197,9 @@ class ReadWriteLock:
         finally:
             with self._changed:
                 self._is_closing = True
+                self._turn_gate()
                 self._changed.wait_for(lambda: not (self._readers or self._due))
+                self._empty_gate()
                 self._is_closing, self._is_exclusive = False, True
 
     def make_room(self) -> None:
@@ -188,6 +214,7 @@ class ReadWriteLock:
             if not (reader.is_let_in or (self._is_owned and reader.whole)):
                 reader.is_let_in = True
                 self._due += 1
+        self._turn_gate()
         self._changed.notify_all()
 
 

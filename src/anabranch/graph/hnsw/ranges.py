@@ -15,8 +15,10 @@ from anabranch.graph.hnsw.checks import as_array
 from anabranch.graph.hnsw.filters import Filter, prepared
 from anabranch.graph.hnsw.layout import AUX, ENTRY, FULL, FULL_STRIDE, FULL_WIDTH, KIND, ROWS, STRIDE, WIDTH
 from anabranch.graph.hnsw.lock import Workers
-from anabranch.graph.hnsw.raw import address, distance, kernel
-from anabranch.graph.hnsw.searching import SELECTIVE, Searcher
+from anabranch.graph.hnsw.measuring import distance
+from anabranch.graph.hnsw.raw import address, kernel
+from anabranch.graph.hnsw.search import is_selective
+from anabranch.graph.hnsw.searching import Searcher
 
 # All are measured where a walk would hold one in so many.
 MEASURED = 16
@@ -85,7 +87,7 @@ class Ranges:
         if filter is not None:
             wanted = filter.on(slots) if isinstance(filter, Filter) else prepared(filter, slots)
             slot_S, number = wanted.slots(slots.labels()), wanted.number
-            exact = exact or number <= max(2 * ef, SELECTIVE * held.count)
+            exact = exact or is_selective(number, ef, held.count)
         else:
             slot_S = np.flatnonzero(slots.live())
             number = len(slot_S)

@@ -31,24 +31,41 @@ from anabranch.graph.hnsw.layout import (
     links_of,
     touch,
 )
+from anabranch.graph.hnsw.measuring import AT_ONCE, distance, distances, room_for_some
 from anabranch.graph.hnsw.raw import (
     LANES,
     address,
     count_not_above,
-    distance,
+    get_f32,
     get_i32,
+    get_i64,
     get_u8,
     helper,
     kernel,
-    move,
     prefetch,
+    set_f32,
     set_u8,
+    shift_up,
 )
 
 INFINITY = np.float32(np.inf)
 
-# Rows asked for before they are measured.
-AHEAD = 4
+# Behind the last entry of a pool: its compares and moves go in whole vectors.
+PADDING = 2 * LANES
+
+# Above this ef, two heaps are quicker than one sorted array.
+POOL = 1024
+
+# A filter that lets a smaller share through is answered by measuring all of it.
+SELECTIVE = 0.01
+
+# Results measured again beside 2 k.
+EXTRA = 16
+
+
+def is_selective(number: int, ef: int, count: int) -> bool:
+    """Whether a filter that lets ``number`` of ``count`` elements through is answered by measuring all of those."""
+    return number <= max(2 * min(ef, count), SELECTIVE * count)
 
 
 @helper
@@ -64,26 +81,44 @@ def next_tag(visited):
 
 
 @helper
+def measure_next(graph, query, scale, norm, slots, begin, count, near):
+    """Write the distances of the next of ``count`` slots (int32 at an address), at most AT_ONCE, at ``near``; ask for the rows behind."""
+    kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
+    end = min(begin + AT_ONCE, count)
+    for place in range(end, min(end + AT_ONCE, count)):
+        touch(rows + get_i32(slots, place) * stride, stride)
+    if end - begin == AT_ONCE:
+        distances(kind, query, scale, norm, rows, stride, aux, slots + 4 * begin, width, near)
+    else:
+        for place in range(begin, end):
+            slot = get_i32(slots, place)
+            set_f32(near, place - begin, distance(kind, query, scale, norm, rows + slot * stride, aux, slot, width))
+
+
+@helper
 def descend(graph, query, scale, norm, to_level):
     """Greedy walk from the entry point down to, and on, ``to_level`` + 1: slot, distance, that of the entry point, hops, evaluations."""
-    kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
+    rows, stride, cap, near = graph[ROWS], graph[STRIDE], graph[CAP], room_for_some()
     at = graph[ENTRY]
-    best = distance(kind, query, scale, norm, rows + at * stride, aux, at, width)
+    best = distance(graph[KIND], query, scale, norm, rows + at * stride, graph[AUX], at, graph[WIDTH])
     start, hops, evaluations = best, 0, 1
     for level in range(graph[TOP], to_level, -1):
         is_better = True
         while is_better:
             is_better = False
-            links = links_of(graph, at, level)
+            links, count = links_of(graph, at, level), 0
+            while count < cap and get_i32(links, count) >= 0:
+                if count < AT_ONCE:
+                    touch(rows + get_i32(links, count) * stride, stride)
+                count += 1
             hops += 1
-            for place in range(graph[CAP]):
-                slot = get_i32(links, place)
-                if slot < 0:
-                    break
-                found = distance(kind, query, scale, norm, rows + slot * stride, aux, slot, width)
-                evaluations += 1
+            evaluations += count
+            for place in range(count):
+                if place % AT_ONCE == 0:
+                    measure_next(graph, query, scale, norm, links, place, count, near)
+                found = get_f32(near, place % AT_ONCE)
                 if found < best:
-                    best, at, is_better = found, slot, True
+                    best, at, is_better = found, get_i32(links, place), True
     return at, best, start, hops, evaluations
 
 
@@ -99,7 +134,7 @@ def unvisited(links, cap, visited, tag, todo, rows, stride):
         todo[count] = slot
         count += get_u8(visited, slot) != tag
         set_u8(visited, slot, tag)
-    for place in range(min(count, AHEAD)):
+    for place in range(min(count, AT_ONCE)):
         touch(rows + np.int64(todo[place]) * stride, stride)
     return count
 
@@ -115,7 +150,8 @@ def clear(pool_d, begin):
 def check_pool(place, after, size, room, length_d, length_i):
     """In the checked build: that what `insert` compares, in whole vectors, and what it moves lies in the pool."""
     compared = (size + LANES - 1) // LANES * LANES
-    if place < 0 or after < 0 or room < 1 or compared > length_d or room > min(length_d, length_i):
+    moved = place + 1 + (after + LANES - 1) // LANES * LANES
+    if place < 0 or after < 0 or room < 1 or compared > length_d or max(room, moved) > min(length_d, length_i):
         raise IndexError("past the end of a pool")
 
 
@@ -128,20 +164,20 @@ def insert(pool_d, pool_i, size, room, key, value):
     after = min(size, room - 1) - place
     if CHECKED:
         check_pool(place, after, size, room, len(pool_d), len(pool_i))
-    move(distances + 4 * (place + 1), distances + 4 * place, 4 * after)
-    move(slots + 4 * (place + 1), slots + 4 * place, 4 * after)
+    shift_up(distances + 4 * place, after)
+    shift_up(slots + 4 * place, after)
     pool_d[place], pool_i[place] = key, value
     return place
 
 
 @helper
 def pool_search(graph, query, scale, norm, level, entry, nearest, start, ef, visited, pool_d, pool_i, todo):
-    """The ``ef`` nearest on a level into the sorted ``pool_d``, ``pool_i`` [>= ef + LANES]; count, hops, evaluations.
+    """The ``ef`` nearest on a level into the sorted ``pool_d``, ``pool_i`` [>= ef + PADDING]; count, hops, evaluations.
 
     It begins at ``entry``, and on level 0 also at the entry point of the graph at the distance ``start`` (infinity: not), so that whatever
     can be reached from there is found if ``ef`` is large enough. Slots come back as ~slot, which marks those that were expanded: all.
     """
-    kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
+    rows, stride, near = graph[ROWS], graph[STRIDE], room_for_some()
     cap, marks, tag = cap_of(graph, level), address(visited), next_tag(visited)
     clear(pool_d, 0)
     pool_d[0], pool_i[0] = nearest, entry
@@ -162,11 +198,11 @@ def pool_search(graph, query, scale, norm, level, entry, nearest, start, ef, vis
         evaluations += count
         lowest = at + 1
         for number in range(count):
-            if number + AHEAD < count:
-                touch(rows + np.int64(todo[number + AHEAD]) * stride, stride)
-            slot = np.int64(todo[number])
-            found = distance(kind, query, scale, norm, rows + slot * stride, aux, slot, width)
+            if number % AT_ONCE == 0:
+                measure_next(graph, query, scale, norm, address(todo), number, count, near)
+            found = get_f32(near, number % AT_ONCE)
             if found < pool_d[ef - 1]:
+                slot = np.int64(todo[number])
                 place = insert(pool_d, pool_i, size, ef, found, slot)
                 size = min(size + 1, ef)
                 if place < lowest:
@@ -212,16 +248,16 @@ def pop(keys, values, size):
 
 @helper
 def filtered_search(
-    graph, query, scale, norm, entry, nearest, start, ef, allowed, visited, heap_d, heap_i, best_d, best_i, todo
+    graph, query, scale, norm, entry, nearest, start, ef, flags, kept_out, visited, heap_d, heap_i, best_d, best_i, todo
 ):
-    """As `pool_search` on level 0, of slots with ``allowed`` (address of uint8 [N]) alone; results in rising order, as ~slot."""
-    kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
+    """As `pool_search` on level 0, of slots whose flag (address of uint8 [N]) is not ``kept_out``; results in rising order, as ~slot."""
+    rows, stride, near = graph[ROWS], graph[STRIDE], room_for_some()
     cap, marks, tag = graph[CAP0], address(visited), next_tag(visited)
     size, held, hops, evaluations = 0, 0, 0, 0
     for number in range(1 if graph[ENTRY] == entry or ef == 1 else 2):
         slot, found = (entry, nearest) if number == 0 else (graph[ENTRY], start)
         size = push(heap_d, heap_i, size, found, slot)
-        if get_u8(allowed, slot) != 0:
+        if get_u8(flags, slot) != kept_out:
             held = push(best_d, best_i, held, -found, slot)
         set_u8(marks, slot, tag)
     while size > 0:
@@ -233,13 +269,13 @@ def filtered_search(
         hops += 1
         evaluations += count
         for number in range(count):
-            if number + AHEAD < count:
-                touch(rows + np.int64(todo[number + AHEAD]) * stride, stride)
-            slot = np.int64(todo[number])
-            found = distance(kind, query, scale, norm, rows + slot * stride, aux, slot, width)
+            if number % AT_ONCE == 0:
+                measure_next(graph, query, scale, norm, address(todo), number, count, near)
+            found = get_f32(near, number % AT_ONCE)
             if held < ef or found < -best_d[0]:
+                slot = np.int64(todo[number])
                 size = push(heap_d, heap_i, size, found, slot)
-                if get_u8(allowed, slot) != 0:
+                if get_u8(flags, slot) != kept_out:
                     if held == ef:
                         held = pop(best_d, best_i, held)
                     held = push(best_d, best_i, held, -found, slot)
@@ -252,14 +288,20 @@ def filtered_search(
 
 
 @helper
-def sort_ties(distance_R, slot_R, count, label_N):
-    """Bring entries that are sorted by distance, or nearly so, into the order of (distance, label)."""
+def label_of(labels, slot):
+    """The id of a slot outside."""
+    return get_i64(labels, np.int64(slot))
+
+
+@helper
+def sort_ties(distance_R, slot_R, count, labels):
+    """Bring entries that are sorted by distance, or nearly so, into the order of (distance, label); ``labels`` is an address."""
     for end in range(1, count):
         key, value = distance_R[end], slot_R[end]
         place = end
         while place > 0 and (
             distance_R[place - 1] > key
-            or (distance_R[place - 1] == key and label_N[slot_R[place - 1]] > label_N[value])
+            or (distance_R[place - 1] == key and label_of(labels, slot_R[place - 1]) > label_of(labels, value))
         ):
             distance_R[place], slot_R[place] = distance_R[place - 1], slot_R[place - 1]
             place -= 1
@@ -267,18 +309,20 @@ def sort_ties(distance_R, slot_R, count, label_N):
 
 
 @helper
-def finish(graph, full_query, count, keep, label_N, found_d, found_i, id_K, distance_K):
-    """Measure the nearest ``keep`` again where rows are not final, sort, and write the nearest K with their labels."""
+def finish(graph, full_query, count, keep, labels, found_d, found_i, id_K, distance_K):
+    """Measure the nearest ``keep`` again where rows are not final, sort, and write the nearest K with their labels; how many these are."""
     if graph[FULL] != 0:
         count = min(count, keep)
         for place in range(count):
             row = graph[FULL] + np.int64(found_i[place]) * graph[FULL_STRIDE]
             zero = np.float32(0.0)
             found_d[place] = distance(graph[KIND] & 1, full_query, zero, zero, row, 0, 0, graph[FULL_WIDTH])
-    sort_ties(found_d, found_i, count, label_N)
-    for place in range(min(count, len(id_K))):
-        id_K[place] = label_N[found_i[place]]
+    sort_ties(found_d, found_i, count, labels)
+    count = min(count, len(id_K))
+    for place in range(count):
+        id_K[place] = label_of(labels, found_i[place])
         distance_K[place] = found_d[place]
+    return count
 
 
 @kernel
@@ -303,8 +347,7 @@ def search_many(
         distance_QK: float32, written.
         counts: int64 [2], hops and evaluations are added.
     """
-    room = ef + LANES
-    best_d, best_i = np.empty(room, np.float32), np.empty(room, np.int32)
+    best_d, best_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
     heap_room = graph[COUNT] + 1 if allowed != 0 else 1
     heap_d, heap_i = np.empty(heap_room, np.float32), np.empty(heap_room, np.int32)
     todo = np.empty(graph[CAP0] + 1, np.int32)
@@ -328,6 +371,7 @@ def search_many(
                 start,
                 ef,
                 allowed,
+                ground,
                 visited,
                 heap_d,
                 heap_i,
@@ -339,14 +383,15 @@ def search_many(
         counts[1] += evaluations + more
         for place in range(count):
             best_i[place] = ~best_i[place]
-        finish(graph, address(full_Q[number]), count, keep, label_N, best_d, best_i, id_QK[number], distance_QK[number])
+        full, labels = address(full_Q[number]), address(label_N)
+        finish(graph, full, count, keep, labels, best_d, best_i, id_QK[number], distance_QK[number])
 
 
 @kernel
 def scan_many(graph, label_N, slot_S, query_Q, aux_Q, full_Q, begin, end, id_QK, distance_QK, counts):
     """The nearest K of the slots ``slot_S`` (rising by label) by measuring all, exactly where there are full vectors; as `search_many`."""
     room = min(id_QK.shape[1], len(slot_S))
-    best_d, best_i = np.empty(room + LANES, np.float32), np.empty(room + LANES, np.int32)
+    best_d, best_i = np.empty(room + PADDING, np.float32), np.empty(room + PADDING, np.int32)
     zero = np.float32(0.0)
     is_full = graph[FULL] != 0
     kind = graph[KIND] & 1 if is_full else graph[KIND]
@@ -363,7 +408,7 @@ def scan_many(graph, label_N, slot_S, query_Q, aux_Q, full_Q, begin, end, id_QK,
             if found < best_d[room - 1]:
                 insert(best_d, best_i, size, room, found, slot)
                 size = min(size + 1, room)
-        sort_ties(best_d, best_i, size, label_N)
+        sort_ties(best_d, best_i, size, address(label_N))
         for place in range(size):
             id_QK[number, place] = label_N[best_i[place]]
             distance_QK[number, place] = best_d[place]

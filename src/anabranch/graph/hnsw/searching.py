@@ -1,4 +1,4 @@
-"""How a search is answered: which kernel, with what filter, on how many threads. Callers hold the lock of the index, but for `one`."""
+"""How a search is answered: which kernel, with what filter, on how many threads. Callers hold the lock of the index."""
 # Shapes: Q queries, K neighbours, D dimension, S slots
 
 import numpy as np
@@ -7,20 +7,10 @@ from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.coded import TABLES, Coded
 from anabranch.graph.hnsw.filters import Filter, prepared
 from anabranch.graph.hnsw.linking import Marks
-from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
-from anabranch.graph.hnsw.search import scan_many, search_many
+from anabranch.graph.hnsw.lock import Workers
+from anabranch.graph.hnsw.search import EXTRA, POOL, is_selective, scan_many, search_many
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage
-from anabranch.graph.interrupts import Interrupts
-
-# Above this ef, two heaps are quicker than one sorted array.
-POOL = 1024
-
-# A filter that lets a smaller share through is answered by measuring all of it.
-SELECTIVE = 0.01
-
-# Results measured again beside 2 k.
-EXTRA = 16
 
 
 class Searcher:
@@ -29,52 +19,19 @@ class Searcher:
     Attributes:
         storage: its arrays.
         slots: where they hold what.
+        rerank: whether, or how many, results are measured again.
         last: hops, distances and queries of the last search.
     """
 
-    def __init__(self, held: Storage, slots: Slots, lock: ReadWriteLock, *, rerank: bool | int) -> None:
-        self.storage, self.slots, self._lock, self._rerank = held, slots, lock, rerank
+    def __init__(self, held: Storage, slots: Slots, *, rerank: bool | int) -> None:
+        self.storage, self.slots, self.rerank = held, slots, rerank
         self.last = (0, 0, 0)
-
-    def one(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `many` of one float32 row without a filter: the same kernel, with nothing around it that one query does not need."""
-        query_1D = query.reshape(1, -1)
-        id_1K, distance_1K = np.empty((1, k), np.int64), np.empty((1, k), np.float32)
-        id_1K.fill(-1)
-        distance_1K.fill(np.inf)
-        counts = np.zeros(2, np.int64)
-        with Interrupts() as interrupts:
-            self._lock.enter_read(interrupts)
-            try:
-                self._one_held(query_1D, k, ef, id_1K, distance_1K, counts)
-            finally:
-                self._lock.leave_read()
-        return id_1K, distance_1K
-
-    def _one_held(
-        self, query_1D: np.ndarray, k: int, ef: int, id_1K: np.ndarray, distance_1K: np.ndarray, counts: np.ndarray
-    ) -> None:
-        held = self.storage
-        if held.graph[layout.NUM_DELETED] != len(held.vacant_S):
-            with Workers(1) as workers:
-                self.many(query_1D, ef, None, id_1K, distance_1K, workers)
-            return
-        if held.graph[layout.ENTRY] >= 0:
-            query_Q, aux_Q, full_Q = held.encode_queries(query_1D)
-            ef = min(max(ef, k), held.count)
-            marks = held.take_marks()
-            search_many(
-                held.graph, held.label, marks, query_Q, aux_Q, full_Q, 0, 1, ef, self._kept(k, ef), 0,
-                id_1K, distance_1K, counts,
-            )  # fmt: skip
-            held.give_marks(marks)
-        self.last = (int(counts[0]), int(counts[1]), 1)
 
     def _kept(self, k: int, ef: int) -> int:
         """How many of ``ef`` results are measured again."""
-        if isinstance(self._rerank, bool):
+        if isinstance(self.rerank, bool):
             return ef if self._codes() is not None else min(ef, 2 * k + EXTRA)
-        return min(ef, max(k, self._rerank))
+        return min(ef, max(k, self.rerank))
 
     def _codes(self) -> Coded | None:
         """Those that are walked over."""
@@ -107,7 +64,7 @@ class Searcher:
         if filter is not None:
             wanted = filter.on(self.slots) if isinstance(filter, Filter) else prepared(filter, self.slots)
             allowed_N, allowed = wanted.allowed_S, wanted.allowed_S.ctypes.data
-            if wanted.number <= max(2 * ef, SELECTIVE * held.count):
+            if is_selective(wanted.number, ef, held.count):
                 slot_S = wanted.slots(label_N)
         elif graph[layout.NUM_DELETED] != len(held.vacant_S) or ef > POOL:
             allowed_N = self.slots.live()
@@ -121,7 +78,7 @@ class Searcher:
             if slot_S is not None:
                 scan_many(graph, label_N, slot_S, *queries, *results)
             elif coded is not None:
-                row, step = coded.described(graph, rerank=bool(self._rerank)), max(1, TABLES // coded.coder.query_bytes)
+                row, step = coded.described(graph, rerank=bool(self.rerank)), max(1, TABLES // coded.coder.query_bytes)
                 for first in range(begin, end, step):
                     part = slice(first, min(first + step, end))
                     some = *coded.coder.encode_queries(query_QD[part]), full_Q[part], 0, part.stop - first

@@ -56,9 +56,8 @@ class Storage:
         self.graph[layout.STRIDE], self.graph[layout.WIDTH] = self.stride, self.encoding.width
         self.graph[layout.FULL_STRIDE], self.graph[layout.FULL_WIDTH] = self.full_stride, self.full_stride // 4
         self.graph[layout.CAP0], self.graph[layout.CAP], self.graph[layout.EF] = 2 * M, M, ef_construction
+        self.graph[layout.DIM], self.graph[layout.COSINE] = dim, metric == "cosine"
         self.is_mapped = False
-        # Rises whenever slots come, go, or have other ids.
-        self.version = 0
         self._marks: list[np.ndarray] = []
         self.reset()
 
@@ -77,20 +76,32 @@ class Storage:
         self.label, self.deleted = aligned((0,), np.int64), aligned((0,), np.uint8)
         self.graph[layout.ENTRY] = self.graph[layout.TOP] = -1
         self.graph[layout.NUM_DELETED] = 0
-        # Deleted, and in no list; rising.
-        self.vacant_S = np.empty(0, np.int64)
+        self._set_vacant(np.empty(0, np.int64))
         self.is_mapped = False
         self.describe()
+
+    @property
+    def version(self) -> int:
+        """Rises whenever slots come, go, or have other ids."""
+        return int(self.graph[layout.VERSION])
+
+    def _set_vacant(self, slot_S: np.ndarray) -> None:
+        # Deleted, and in no list; rising.
+        self.vacant_S = slot_S
+        self.graph[layout.NUM_VACANT] = len(slot_S)
 
     def describe(self) -> None:
         """Bring addresses and counts up to date."""
         graph = self.graph
-        self.version += 1
+        graph[layout.VERSION] += 1
         graph[layout.ROWS], graph[layout.AUX] = self.rows.ctypes.data, self.aux.ctypes.data
         graph[layout.FULL] = self.full.ctypes.data if self.rerank else 0
         graph[layout.LINKS], graph[layout.UPPER] = self.links.ctypes.data, self.upper.ctypes.data
         graph[layout.FIRST], graph[layout.LEVEL] = self.first.ctypes.data, self.level.ctypes.data
         graph[layout.DELETED], graph[layout.COUNT] = self.deleted.ctypes.data, self.count
+        graph[layout.LABEL], graph[layout.CAPACITY] = self.label.ctypes.data, self.capacity
+        centre_D = self.encoding.centre_D
+        graph[layout.CENTRE] = 0 if centre_D is None else centre_D.ctypes.data
 
     # Vectors
 
@@ -234,14 +245,14 @@ class Storage:
         """Let slots be deleted, or not. They must have been the other thing."""
         self.deleted[slot_S] = deleted
         self.graph[layout.NUM_DELETED] += len(slot_S) if deleted else -len(slot_S)
-        self.version += 1
+        self.graph[layout.VERSION] += 1
 
     def vacate(self, slot_S: np.ndarray) -> None:
         """Note that deleted slots (rising) are in no list any more. Kernels see that from their level, which is ~level until `refill`."""
         self.label[slot_S] = -1
         self.level[slot_S] = ~self.level[slot_S]
-        self.vacant_S = np.union1d(self.vacant_S, slot_S)
-        self.version += 1
+        self._set_vacant(np.union1d(self.vacant_S, slot_S))
+        self.graph[layout.VERSION] += 1
 
     def refill(self, count: int, vector_ND: np.ndarray, label_N: np.ndarray) -> np.ndarray:
         """Take elements in at the first ``count`` slots that are vacant, on their levels, without links; the slots."""
@@ -251,7 +262,7 @@ class Storage:
         self.own()
         # Before anything changes: there may be no memory for it.
         self.put_encoded(slot_S, self.encode(vector_ND))
-        self.vacant_S = self.vacant_S[count:]
+        self._set_vacant(self.vacant_S[count:])
         self.label[slot_S], self.level[slot_S] = label_N, ~self.level[slot_S]
         self.mark(slot_S, deleted=False)
         return slot_S
@@ -280,7 +291,7 @@ class Storage:
         self.graph[layout.ENTRY] = new_N[self.graph[layout.ENTRY]]
         self.count, self.num_upper = len(slot_S), len(lists)
         self.graph[layout.NUM_DELETED] = int(self.deleted[: self.count].sum())
-        self.vacant_S = np.empty(0, np.int64)
+        self._set_vacant(np.empty(0, np.int64))
         self.describe()
 
     # Marks of searches
@@ -332,7 +343,7 @@ class Storage:
                 )
         if "aux" not in arrays:
             self.aux = np.zeros((self.count, 2), np.float32)
-        self.encoding.centre_D = arrays.get("centre")
+        self.encoding.centre_D = np.array(arrays["centre"]) if "centre" in arrays else None
         if self.coded is not None and "codes" in arrays:
             self.coded.take_arrays(arrays, source)
         self.graph[layout.ENTRY], self.graph[layout.TOP] = entry, top
