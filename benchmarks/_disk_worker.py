@@ -121,7 +121,7 @@ def _open_faiss(folder: Path) -> Any:
     import faiss
 
     faiss.omp_set_num_threads(1)
-    return faiss.read_index(str(folder / "index.faiss"), faiss.IO_FLAG_MMAP)
+    return faiss.read_index(str(folder / "index.faiss"))
 
 
 def build_diskann(vectors: Path, folder: Path, memory: int) -> None:
@@ -215,12 +215,12 @@ def sweep(search: Search, told: dict[str, Any]) -> list[tuple[int, float]]:
     return found
 
 
-def turn(search: Search, folder: Path, told: dict[str, Any], before: dict[str, float]) -> dict[str, float]:
-    """One query after another, the system's cache empty; then the same again. ``before``: without the index."""
-    query_QD, seconds = np.load(told["queries"]), []
-    other_QD = query_QD[::-1][:20] + np.float32(1e-3)
-    for query in other_QD:
-        search(query[None], told["knob"])
+def turn(opened: Callable[..., Search], folder: Path, told: dict[str, Any]) -> dict[str, float]:
+    """One query after another, the system's cache empty; then the same again."""
+    query_QD, seconds, before = np.load(told["queries"]), [], resident()
+    drop(folder)
+    search = opened(folder, told["memory"])
+    # Once more: what opening read and did not keep.
     drop(folder)
     for _ in range(2):
         started = time.perf_counter()
@@ -240,30 +240,25 @@ def turn(search: Search, folder: Path, told: dict[str, Any], before: dict[str, f
 def main() -> None:
     told = json.loads(sys.argv[1])
     folder, (package, build, opened, _) = Path(told["folder"]), CONTESTANTS[told["name"]]
-    if told["do"] == "nothing":
-        said: Any = __import__(package).__name__
-        if package == "anabranch":
-            # What compiled kernels take is no part of an index.
-            with tempfile.TemporaryDirectory() as other:
-                np.save(
-                    Path(other) / "vectors.npy", np.random.default_rng(0).standard_normal((2000, 16)).astype(np.float32)
-                )
-                build(Path(other) / "vectors.npy", Path(other), 16 << 20)
-    elif told["do"] == "build":
+    said: Any = __import__(package).__name__
+    if package == "anabranch":
+        # Kernels are read, as a library of another is: no part of an index, nor of a build.
+        with tempfile.TemporaryDirectory() as other:
+            few_ND = np.random.default_rng(0).standard_normal((2000, 16)).astype(np.float32)
+            np.save(Path(other) / "vectors.npy", few_ND)
+            build(Path(other) / "vectors.npy", Path(other), 16 << 20)
+            opened(Path(other), 0)(few_ND[:3], 20)
+    if told["do"] == "build":
         started = time.perf_counter()
         build(folder.parent / "vectors.npy", folder, told["memory"])
         said = {
             "seconds": time.perf_counter() - started,
             "disk_mb": sum(path.stat().st_size for path in folder.iterdir()) / 2**20,
         }
-    else:
-        __import__(package)
-        if package == "anabranch":
-            # Its kernels are read with their module, as a library of another is: no part of an index.
-            __import__("anabranch.graph.disk")
-        before = resident()
-        search = opened(folder, told["memory"])
-        said = sweep(search, told) if told["do"] == "sweep" else turn(search, folder, told, before)
+    elif told["do"] == "sweep":
+        said = sweep(opened(folder, told["memory"]), told)
+    elif told["do"] == "turn":
+        said = turn(opened, folder, told)
     print("\n" + json.dumps(said), flush=True)
 
 

@@ -2,19 +2,20 @@
 
 200,000 vectors of 128 numbers in clusters, or ``--vectors FILE.npy`` (the last 500 rows are queries). Each contestant builds its index
 (M = 16 or 32 links, ef_construction 100, one thread), and gets the least of its knob that reaches recall@10 of 0.90 and of 0.95. Then they
-take turns, each turn a process of its own: it opens its index, answers 20 other queries, the system forgets what it has of its files
-(posix_fadvise, DONTNEED), and every query is asked alone, by one thread, first so (cold) and then once more (warm).
+take turns, each turn a process of its own: the system forgets what it has of its files (posix_fadvise, DONTNEED), it opens its index, and
+every query is asked alone, by one thread, first so (cold) and then once more (warm). Ours is compiled before, on another index.
 
 Memory is what a process has of its own beyond what it had before it opened the index (RssAnon), mapped pages of files beside it (RssFile),
 and what the system's cache has of the files after the turn (mincore). Ours is built and opened within a fifth of the vectors as float32;
 the peak of each build is watched from outside (RssAnon, less that of the same process without data).
 
 Contestants: ``diskannpy``; ``usearch`` (view); faiss with inverted lists on disk, of vectors, and of product codes whose best 100 are
-measured again by the vectors in their file. Those whose package ``--peer PYTHON`` has run by that.
+measured again by the vectors in their file. A contestant runs by the first Python that has its package: this one, or one of ``--peer``
+(diskannpy wants an older numpy than faiss).
 
 Bars: recall of at least 0.9 within a fifth of the whole float index (1 of "the bar"); at least 1.0 times each peer.
 
-    python benchmarks/hnsw_disk.py --peer ~/venv-disk/bin/python --json benchmarks/results/hnsw_disk.json
+    python benchmarks/hnsw_disk.py --peer /diskann/bin/python --peer /faiss/bin/python --json benchmarks/results/hnsw_disk.json
 """
 # Shapes: N vectors, D dimension, Q queries
 
@@ -50,23 +51,29 @@ def clusters(count: int, dim: int, num_queries: int) -> tuple[np.ndarray, np.nda
 
 
 def has(python: str, package: str) -> bool:
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
-    return subprocess.run([python, "-c", code], check=False).returncode == 0
+    return subprocess.run([python, "-c", f"import {package}"], check=False, stderr=subprocess.DEVNULL).returncode == 0
 
 
-def run(python: str, told: dict[str, Any]) -> tuple[Any, float]:
-    """What a worker says, and the most memory of its own that it had, in MB. Raises RuntimeError with its last words if it failed."""
+def run(python: str, told: dict[str, Any], most_s: float) -> tuple[Any, float]:
+    """What a worker says, and the most memory of its own that it had, in MB.
+
+    Raises RuntimeError with its last words if it failed, or did not come to its end in time.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen([python, WORKER, json.dumps(told)], stdout=out, stderr=err, env=environment)
-        peak = 0
+        peak, started = 0, time.monotonic()
         while process.poll() is None:
             peak = max(peak, _anon_kb(process.pid))
             time.sleep(0.01)
+            if time.monotonic() - started > most_s:
+                process.kill()
+                process.wait()
+                raise RuntimeError(f"no answer within {most_s:g} s to {told['do']!r}")
         if process.returncode:
             err.seek(0)
             last = (err.read().strip().splitlines() or [f"it ended with {process.returncode}"])[-1]
-            raise RuntimeError(f"{told['name']}: {last:.200}")
+            raise RuntimeError(f"{last:.200}")
         out.seek(0)
         return json.loads(out.read().strip().splitlines()[-1]), peak / 1024
 
@@ -83,7 +90,10 @@ def _anon_kb(pid: int) -> int:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--vectors", type=Path, metavar="FILE", help="vectors of one's own, .npy")
-    parser.add_argument("--peer", default=sys.executable, metavar="PYTHON", help="that has the peers' packages")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="PYTHON", help="that has packages of peers; may be repeated"
+    )
+    parser.add_argument("--most", type=float, default=1800, metavar="S", help="seconds that a step of a peer may take")
     options = parser.parse_args()
     start(options)
     rounds = min(options.rounds, 2 if options.quick else 7)
@@ -98,15 +108,14 @@ def main() -> None:
         np.save(folder / "queries.npy", query_QD)
         np.save(folder / "truth.npy", brute_force(base_ND, query_QD, K)[0])
         memory = int(SHARE * base_ND.nbytes) if not options.quick else 4 << 20
-        made, failed = built(folder, memory, options.peer)
-        knobs = {name: swept(folder, name, memory, options.peer) for name in made}
+        made, knobs, python_of, failed = prepared(folder, memory, [sys.executable, *options.peer], options.most)
         found: dict[tuple[str, float], list[dict[str, float]]] = {}
         for number in range(rounds):
             for target in TARGETS:
                 names = [name for name in made if target in knobs[name]]
                 for name in names if number % 2 else names[::-1]:
                     told = asked(folder, name, memory) | {"do": "turn", "knob": knobs[name][target][0]}
-                    said, _ = run(python_of(name, options.peer), told)
+                    said, _ = run(python_of[name], told, options.most)
                     found.setdefault((name, target), []).append(said)
                     print(number, target, name, {key: round(value, 3) for key, value in said.items()}, flush=True)
     whole = base_ND.nbytes + len(base_ND) * (8 * M + 4 * M // (M - 1) + 17)
@@ -127,10 +136,6 @@ def main() -> None:
     finish("hnsw_disk", made_rows, options, ["numpy", "numba"])
 
 
-def python_of(name: str, peer: str) -> str:
-    return sys.executable if name == "ours" else peer
-
-
 def asked(folder: Path, name: str, memory: int) -> dict[str, Any]:
     own = folder / name.replace(" ", "-")
     own.mkdir(exist_ok=True)
@@ -143,30 +148,36 @@ def asked(folder: Path, name: str, memory: int) -> dict[str, Any]:
     }
 
 
-def built(folder: Path, memory: int, peer: str) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Every contestant's build: seconds, bytes on disk, most memory; and why others are not there."""
-    made, failed = {}, {}
+def prepared(folder: Path, memory: int, pythons: list[str], most_s: float) -> tuple[Any, Any, Any, Any]:
+    """Of every contestant: its build (seconds, bytes on disk, most memory), its knobs, and who runs it; and why others are not there."""
+    made: dict[str, dict[str, float]] = {}
+    knobs: dict[str, dict[float, tuple[int, float]]] = {}
+    python_of: dict[str, str] = {}
+    failed: dict[str, str] = {}
     for name, (package, *_) in CONTESTANTS.items():
-        if not has(python_of(name, peer), package):
+        python = next((one for one in pythons if has(one, package)), None)
+        if python is None:
             failed[name] = "not installed"
             continue
         try:
-            said, peak = run(python_of(name, peer), asked(folder, name, memory) | {"do": "build"})
-            _, nothing = run(python_of(name, peer), asked(folder, name, memory) | {"do": "nothing"})
-            made[name] = {**said, "peak_mb": peak - nothing}
+            own = asked(folder, name, memory)
+            said, peak = run(python, own | {"do": "build"}, most_s)
+            _, nothing = run(python, own | {"do": "nothing"}, most_s)
+            knobs[name] = swept(python, own, name, most_s)
+            made[name], python_of[name] = {**said, "peak_mb": peak - nothing}, python
             print("built", name, made[name], flush=True)
         except RuntimeError as error:
             if name == "ours":
                 raise
             failed[name] = str(error)
     print("not there:", failed, flush=True)
-    return made, failed
+    return made, knobs, python_of, failed
 
 
-def swept(folder: Path, name: str, memory: int, peer: str) -> dict[float, tuple[int, float]]:
+def swept(python: str, own: dict[str, Any], name: str, most_s: float) -> dict[float, tuple[int, float]]:
     """The least knob that reaches each target, with its recall."""
-    told = asked(folder, name, memory) | {"do": "sweep", "knobs": CONTESTANTS[name][3], "target": max(TARGETS)}
-    points, _ = run(python_of(name, peer), told)
+    told = own | {"do": "sweep", "knobs": CONTESTANTS[name][3], "target": max(TARGETS)}
+    points, _ = run(python, told, most_s)
     print("recall", name, points, flush=True)
     return {
         target: next((knob, round(recall, 4)) for knob, recall in points if recall >= target)
