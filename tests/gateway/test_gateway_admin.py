@@ -365,7 +365,7 @@ def test_a_page_of_another_host_may_call_what_the_config_lets_it_and_nothing_of_
             for path in ("/admin/keys", "/ui", "/ui/parts", "/ui/label", "/metrics"):
                 assert (await told("OPTIONS", path))[1] is None, path
                 assert (await told("GET", path))[1] is None, path
-            assert (await told("OPTIONS", "/v1/chat/completions", origin="https://evil.example"))[:2] == (405, None)
+            assert (await told("OPTIONS", "/v1/chat/completions", origin="https://evil.example"))[:2] == (403, None)
             assert (await told("POST", "/v1/chat/completions", origin="https://app.example.evil", json=chat))[1] is None
             listener.close()
             await server.shutdown(0.1)

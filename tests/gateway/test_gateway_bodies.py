@@ -60,7 +60,7 @@ def post(server, secret, body=BODY, path="/v1/chat/completions"):
 def begun(server, secret, *, path="/v1/chat/completions", body=BODY, num_bytes=SIZE):
     """A connection on which so much of a body has been sent, and the rest never comes."""
     link = socket.create_connection(("127.0.0.1", server.port), timeout=20)
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {secret}\r\ncontent-type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {secret}\r\ncontent-type: application/json\r\n"
     # One that is refused at its head is closed while the rest is sent.
     with contextlib.suppress(ConnectionError):
         link.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body[:num_bytes])

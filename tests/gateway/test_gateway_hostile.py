@@ -23,7 +23,7 @@ kind = "cheapest"
 name = "small"
 deployments = [{ provider = { kind = "mock" } }]
 """
-LINE = b"GET /health HTTP/1.1\r\nhost: x\r\n"
+LINE = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
 HELLO = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -105,7 +105,9 @@ def test_a_prompt_of_ten_megabytes_is_answered_or_refused_in_time(server):
 
 
 def test_a_body_over_the_limit_is_a_413(server):
-    answer, _ = raw(server, b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n{")
+    answer, _ = raw(
+        server, b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999\r\n\r\n{"
+    )
     assert answer.startswith(b"HTTP/1.1 413")
     assert error_of(answer.split(b"\r\n\r\n", 1)[1])["code"] == "request_too_large"
 
@@ -119,7 +121,7 @@ def test_a_chunked_body_over_the_limit_is_a_413(server):
     chunk = b"%x\r\n" % 1_000_000 + b" " * 1_000_000 + b"\r\n"
     answer, _ = raw(
         server,
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + chunk * 12,
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + chunk * 12,
         then=chunk,
     )
     assert answer.startswith(b"HTTP/1.1 413")
@@ -129,25 +131,25 @@ def test_a_chunked_body_is_read(server):
     body = json.dumps(HELLO).encode()
     half = len(body) // 2
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:half], body[half:])) + b"0\r\n\r\n"
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
     assert raw(server, head, then=chunks)[0].startswith(b"HTTP/1.1 200")
 
 
 def test_broken_chunks_are_a_400(server):
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
     answer, seconds = raw(server, head, then=b"zz\r\nhello\r\n")
     assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 408"))
     assert seconds < 2.5
 
 
 def test_a_slow_body_is_a_408(server):
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n{"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 500\r\n\r\n{"
     answer, seconds = raw(server, head)
     assert answer.startswith(b"HTTP/1.1 408")
     assert seconds < 3
 
 
-@pytest.mark.parametrize("begin", [b"", b"POST /v1/chat", b"POST / HTTP/1.1\r\nhost: x\r\nx-a: "])
+@pytest.mark.parametrize("begin", [b"", b"POST /v1/chat", b"POST / HTTP/1.1\r\nhost: localhost\r\nx-a: "])
 def test_slow_headers_are_dropped(server, begin):
     """Slowloris: a connection that never finishes its headers is closed, byte by byte or not at all."""
     link = socket.create_connection(("127.0.0.1", server.port), timeout=3)
@@ -170,7 +172,7 @@ def test_slow_headers_are_dropped(server, begin):
 
 @pytest.mark.parametrize(
     "head",
-    [LINE + b"x-big: " + b"a" * 70_000 + b"\r\n\r\n", b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+    [LINE + b"x-big: " + b"a" * 70_000 + b"\r\n\r\n", b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
      LINE + b"".join(b"x-%d: 1\r\n" % at for at in range(500)) + b"\r\n", b"\x00\x01\x02\r\n\r\n", b"GET /health HTTP/9.9\r\n\r\n",
      LINE + b"bad header\r\n\r\n", LINE + b"content-length: -1\r\n\r\n",
      LINE + b"content-length: 3\r\ntransfer-encoding: chunked\r\n\r\nabc"],
@@ -219,8 +221,8 @@ def test_names_cannot_inject_headers(server, text):
 
 
 def test_pipelined_requests_are_answered_in_order(server):
-    one = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
-    last = b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    one = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    last = b"GET /ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
     answer, _ = raw(server, one * 5 + last)
     assert answer.count(b"HTTP/1.1 200") == 6
     assert answer.rindex(b"ready") > answer.rindex(b'"ok"')

@@ -546,7 +546,9 @@ async def until(is_so, seconds=5.0):
 def test_the_body_of_somebody_without_a_key_is_not_read(tmp_path, path):
     async def work(gateway, url):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
-        writer.write(f"POST /v1/{path} HTTP/1.1\r\nhost: x\r\ncontent-length: 9000000\r\n\r\n".encode() + b"{" * 1000)
+        writer.write(
+            f"POST /v1/{path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9000000\r\n\r\n".encode() + b"{" * 1000
+        )
         answer = await asyncio.wait_for(reader.read(), 3)
         writer.close()
         return answer
@@ -597,7 +599,9 @@ def test_a_client_that_does_not_read_is_not_waited_for_without_end(tmp_path, mon
         link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         link.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
         body = json.dumps(ask(stream=True, max_tokens=60_000)).encode()
-        link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        link.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        )
         await until(lambda: gateway.in_flight == 1)
         await until(lambda: gateway.in_flight == 0, 8.0)
         link.close()

@@ -90,7 +90,7 @@ def test_requests_under_way_end_before_workers_do(tmp_path):
     with served("--config", path, "--workers", "2") as running:
         link = socket.create_connection(("127.0.0.1", running.port))
         body = json.dumps({"model": "small", "messages": [{"role": "user", "content": "x"}]}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode()
         link.sendall(head + body)
         until(lambda: number(call(running.url, "GET", "/metrics")[1], "anabranch_in_flight")[0] == 1)
         running.process.send_signal(signal.SIGTERM)

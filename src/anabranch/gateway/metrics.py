@@ -27,6 +27,8 @@ BUCKET_S, BUCKETS = 10, 360
 REFUSALS = frozenset(
     {
         "failed",
+        "forbidden_host",
+        "forbidden_origin",
         "insufficient_quota",
         "invalid_api_key",
         "invalid_http",
@@ -34,6 +36,7 @@ REFUSALS = frozenset(
         "invalid_value",
         "model_not_allowed",
         "model_not_found",
+        "not_found",
         "overloaded",
         "rate_limit_exceeded",
         "too_many",

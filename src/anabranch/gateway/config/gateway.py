@@ -61,6 +61,8 @@ class GatewayConfig(Config):
         shared: where processes count together; None has each count by itself.
         require_key: requests need a key of the store (``anabranch gateway keys create``).
         cors_origins: pages of these origins (``https://app.example``; ``*`` for all) may call ``/v1`` from a browser, with a key.
+        hosts: names beside those of this machine that requests may be for (``*`` for all), where it listens on this machine only and
+            ``require_key`` is false: such as that which a proxy before it passes on. No web page may reach it by a name of its own.
         store: path of a SQLite file, or a URL: ``sqlite:///gateway.db``, ``postgresql://user@host/name``.
 
     Raises ConfigError that names the field if names are there twice or lead nowhere.
@@ -95,6 +97,7 @@ class GatewayConfig(Config):
     webhooks: dict[str, WebhookConfig] = Field(default_factory=dict)
     require_key: bool = True
     cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     store: str = Field(default="gateway.db", min_length=1)
 
     def __post_init__(self) -> None:

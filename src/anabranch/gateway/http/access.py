@@ -7,13 +7,13 @@ import base64
 import binascii
 import hmac
 import ipaddress
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from anabranch.gateway.gateway import Gateway
 from anabranch.web.answers import JSON, bearer
 from anabranch.web.api_error import ApiError
+from anabranch.web.senders import is_meant, is_same_origin
 
 # Of an answer to a request that no request of a model was made of.
 IS_EARLY = web.ResponseKey("is_early", bool)
@@ -60,12 +60,10 @@ def _is_local(request: web.BaseRequest) -> bool:
     """It comes from this machine, and was meant for it: a name of another host that leads here (DNS rebinding) is none."""
     try:
         is_near = ipaddress.ip_address(request.remote or "").is_loopback
-        host = urlsplit(f"//{request.host}").hostname or ""
-        is_meant = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
     forwarded = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip"))
-    return is_near and is_meant and not forwarded
+    return is_near and is_meant(request.headers.get("host", "")) and not forwarded
 
 
 def check_origin(request: web.BaseRequest) -> None:
@@ -77,7 +75,7 @@ def check_origin(request: web.BaseRequest) -> None:
         return
     origin = request.headers.get("origin")
     is_foreign = request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-    if is_foreign or (origin is not None and origin.lower().partition("://")[2] != request.host.lower()):
+    if is_foreign or not is_same_origin(origin, request.headers.get("host", "")):
         raise ApiError(
             403, "foreign_origin", "a page of another host asks for this; use one of this host, or no browser"
         )

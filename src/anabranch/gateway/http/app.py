@@ -13,6 +13,7 @@ from aiohttp import web
 
 from anabranch import __version__
 from anabranch.errors import AnabranchError, CapacityError
+from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import IS_EARLY, check_operator
 from anabranch.gateway.http.admin import AdminRoutes
@@ -27,14 +28,18 @@ from anabranch.gateway.http.responses import ResponsesRoutes
 from anabranch.gateway.refusals import unavailable
 from anabranch.web.answers import Route, error_response, json_response, wrong_method
 from anabranch.web.api_error import ApiError
+from anabranch.web.gate import Gate
 from anabranch.web.server import Server
 
 logger = logging.getLogger(__name__)
 
 MODEL, RESPONSE = "/v1/models/", "/v1/responses/"
 
+# What machines ask, whatever they call this one.
+PROBES = frozenset({"/health", "/ready"})
+
 # What machines ask all the time.
-UNLOGGED = frozenset({"/health", "/ready", "/metrics"})
+UNLOGGED = PROBES | {"/metrics"}
 
 
 class App:
@@ -47,6 +52,8 @@ class App:
         gateway: what it talks to.
         public: serve what OpenAI's clients call.
         admin: serve what operators call.
+        host: that it listens at. Where that is this machine alone and no key is needed, nothing but the name tells its programs from the
+            web pages that it shows.
         on_reload: reads the config again, for ``POST /admin/reload``; None if there is no file to read.
         peers: the other workers; None if this process is the only one.
     """
@@ -57,6 +64,7 @@ class App:
         *,
         public: bool = True,
         admin: bool = True,
+        host: str = "127.0.0.1",
         on_reload: Any = None,
         peers: Peers | None = None,
     ) -> None:
@@ -64,7 +72,8 @@ class App:
         exchange = Exchange(gateway)
         self._openai = OpenAIRoutes(gateway, exchange)
         self._admin = AdminRoutes(gateway, on_reload, peers) if admin else None
-        self._public, self._peers = public, peers
+        self._public, self._peers, self._host = public, peers, host
+        self._gate: tuple[GatewayConfig, Gate] | None = None
         table: dict[str, dict[str, Route]] = {
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
@@ -112,8 +121,24 @@ class App:
         """It is for clients, and not for operators."""
         return self._public and (self._known(path) in self._clients or path.startswith(MODEL))
 
+    def _check_sender(self, request: web.BaseRequest) -> None:
+        """Raises ApiError (403) for a page that would use what needs no key. Operators' routes look for themselves (`access`)."""
+        config = self.gateway.config
+        if config.require_key or request.path in PROBES or not self._is_public(request.path):
+            return
+        if self._gate is None or self._gate[0] is not config:
+            self._gate = config, Gate(self._host, config.hosts, config.cors_origins)
+        try:
+            self._gate[1].check(request.headers)
+        except ApiError as error:
+            self.gateway.metrics.refuse(error.code)
+            if not request.content.is_eof():
+                error.headers["connection"] = "close"
+            raise
+
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
+            self._check_sender(request)
             methods = self._table.get(self._known(request.path))
             if methods is not None:
                 # A look at the headers alone: of its answer nothing else is sent.
@@ -169,6 +194,7 @@ class App:
             raise ApiError(404, "not_found", message)
         if self._admin is not None and path.startswith("/admin/"):
             return await self._admin.answer(request)
+        self.gateway.metrics.refuse("not_found")
         raise ApiError(404, "not_found", f"there is no {path!r:.80}; GET /openapi.json lists what there is")
 
     async def _health(self, request: web.BaseRequest) -> web.StreamResponse:

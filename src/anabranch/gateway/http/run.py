@@ -159,7 +159,7 @@ async def _main(
         if place.seat is not None:
             reload.peers = await stack.enter_async_context(_peers(gateway, place.seat, reload).serving())
             tasks.append(loop.create_task(end_with_supervisor(signals.stop)))
-        apps = [App(gateway, admin=place.admin_port is None, on_reload=on_reload, peers=reload.peers)]
+        apps = [App(gateway, admin=place.admin_port is None, host=place.host, on_reload=on_reload, peers=reload.peers)]
         sockets, urls = [listener], [url_of(place.host, listener)]
         if place.admin_port is not None:
             sockets.append(place.listening(stack, admin.host, place.admin_port))

@@ -1,15 +1,11 @@
-"""Who may change something: who has the token; without one, programs of this machine, and no page that its browser shows.
-
-A page can send requests to any address, and one that lets a name of its own mean 127.0.0.1 passes for this server's own page (DNS
-rebinding). Its requests say where they come from (``Origin``) and by which name they were sent (``Host``).
-"""
+"""Who may change something: who has the token; without one, programs of this machine, and no page that its browser shows."""
 
 import hmac
 
 from starlette.requests import Request
 
 from anabranch.graph.serve.requests import RequestError
-from anabranch.sockets import is_local, name_of
+from anabranch.web.senders import is_meant, is_same_origin
 
 
 def check_sender(request: Request, token: str | None, host: str) -> None:
@@ -21,13 +17,12 @@ def check_sender(request: Request, token: str | None, host: str) -> None:
         host: that the server listens at, which may be such a name too.
     """
     origin, given = request.headers.get("origin"), request.headers.get("host", "")
-    if origin is not None and origin.partition("://")[2].lower() != given.lower():
+    if not is_same_origin(origin, given):
         raise RequestError(403, "other_origin", f"a page of {origin!r:.80} may change nothing here")
     if token is not None:
         check_token(request, token)
         return
-    name = name_of(given)
-    if name is None or not (is_local(name) or name == host.strip("[]").lower()):
+    if not is_meant(given, (host.strip("[]").lower(),)):
         message = f"changes are for this machine, not for the host {given!r:.80}; start the server with a token, or send to localhost"
         raise RequestError(403, "other_host", message)
 

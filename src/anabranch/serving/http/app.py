@@ -17,7 +17,6 @@ from anabranch.serving.http.admin import Admin
 from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.embeddings import Embeddings
 from anabranch.serving.http.frontend import Frontend
-from anabranch.serving.http.gate import Gate
 from anabranch.serving.http.generate import Generate
 from anabranch.serving.http.keys import Keys
 from anabranch.serving.http.openapi import describe
@@ -27,6 +26,7 @@ from anabranch.serving.ui.page import HEADERS, page
 from anabranch.web.answers import wrong_method
 from anabranch.web.api_error import ApiError
 from anabranch.web.body_room import BodyRoom
+from anabranch.web.gate import Gate
 from anabranch.web.places import Places
 from anabranch.web.server import Connection, Server
 
@@ -49,7 +49,8 @@ class App:
 
     def __init__(self, frontend: Frontend, connections: int | None = None) -> None:
         self.frontend, self.config, self.metrics = frontend, frontend.config, frontend.metrics
-        self._keys, self._gate = Keys(self.config.api_keys), Gate(self.config)
+        self._keys = Keys(self.config.api_keys)
+        self._gate = Gate(self.config.host, self.config.hosts, self.config.cors_origins, "http.")
         self._generate, self._tokens, self._admin = Generate(frontend), Tokens(frontend), Admin(frontend)
         self._embeddings = Embeddings(frontend)
         limits, admission = self.config.limits, self.config.admission
@@ -106,7 +107,7 @@ class App:
 
     async def _answer(self, context: RequestContext) -> web.StreamResponse:
         try:
-            self._gate.check(context.request)
+            self._gate.check(context.request.headers)
             self._check_place(context.request)
             return context.preflight() or await self._route(context)
         except ApiError as error:
