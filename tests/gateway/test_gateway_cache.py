@@ -12,14 +12,13 @@ from anabranch.errors import InputError
 from anabranch.gateway.cache import (
     Entry,
     ExactCache,
-    ExactIndex,
-    GraphIndex,
     SemanticCache,
     SingleFlight,
     Ticket,
     context_key,
     exact_key,
 )
+from anabranch.routers.retrieve import Exact, Hnsw
 
 
 class Clock:
@@ -184,25 +183,23 @@ def test_a_semantic_answer_never_crosses_namespaces_or_contexts(steps):
         assert len(cache) == sum(len(room.index) for room in cache._rooms.values()) <= 8
 
 
-@pytest.mark.parametrize("make", [ExactIndex, GraphIndex])
-def test_indexes_find_the_nearest_as_a_naive_search_does(make):
+@pytest.mark.parametrize("index", [Exact.Config(), Hnsw.Config()])
+def test_the_nearest_text_is_found_as_a_naive_search_does(index):
     random = np.random.default_rng(0)
     vector_ND = random.normal(size=(40, 8)).astype(np.float32)
     vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
-    index = make(8)
-    assert index.nearest(vector_ND[0]) == []
-    for id, vector in enumerate(vector_ND):
-        index.add(id, vector)
-    gone = {3, 17, 39}
-    for id in (*gone, 99):
-        index.remove(id)
-    assert len(index) == 37
-    for query in vector_ND[:5] + 0.1:
-        query = query / np.linalg.norm(query)
-        best = max((id for id in range(40) if id not in gone), key=lambda id: float(vector_ND[id] @ query))
-        [(id, cosine)] = index.nearest(query)
-        assert id == best
-        assert cosine == pytest.approx(float(vector_ND[best] @ query), abs=1e-5)
+    cache = SemanticCache(threshold=0.01, ttl_s=5, size=37, index=index)
+    for number, vector in enumerate(vector_ND):
+        cache.put("n", b"c", 3 * vector, entry(str(number)))
+    # The first three had to make room.
+    for query in vector_ND[3:8] + 0.1:
+        best = max(range(3, 40), key=lambda number: float(vector_ND[number] @ query))
+        found, cosine = cache.get("n", b"c", query)
+        assert found.body.decode() == str(best)
+        assert cosine == pytest.approx(float(vector_ND[best] @ query) / np.linalg.norm(query), abs=1e-5)
+    # What means nothing is near to nothing.
+    assert cache.get("n", b"c", np.full(8, np.nan, np.float32)) is None
+    assert cache.get("n", b"c", np.zeros(8, np.float32)) is None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from anabranch.errors import InputError
 from anabranch.routers.coe import CategoryRouter
 from anabranch.routers.coe.calibration import best_temperature, calibration_error
 from anabranch.routers.coe.category import label_by_neighbours, stratified_folds
-from anabranch.routers.coe.clusters import k_means
 from anabranch.routers.coe.heads import LogisticHead, MlpHead, cross_entropy, softmax
 from anabranch.routers.embed import Embedder
 
@@ -272,21 +271,3 @@ def test_what_may_not_be(call, message):
     router = CategoryRouter(head="knn").fit(vector_ND, labels)
     with pytest.raises(InputError, match=message):
         call(router)
-
-
-# Clusters
-
-
-def test_clusters_find_clouds():
-    vector_ND, labels = clouds(200, spread=0.1)
-    cluster_N = k_means(vector_ND, 4, seed=0)
-    assert len({(label, cluster) for label, cluster in zip(labels, cluster_N, strict=True)}) == 4
-    counts = np.bincount(cluster_N)
-    assert (np.diff(counts) <= 0).all()  # numbered by falling size
-    assert np.array_equal(cluster_N, k_means(vector_ND, 4, seed=0))
-
-
-def test_clusters_of_few_or_equal_rows():
-    assert k_means(np.ones((3, 2), np.float32), 5, seed=0).tolist() == [0, 0, 0]
-    with pytest.raises(InputError, match="num_clusters is 0"):
-        k_means(np.ones((3, 2), np.float32), 0, seed=0)

@@ -20,12 +20,13 @@ from anabranch.routers.ic_cache import baselines
 from anabranch.routers.ic_cache.cross_encoder import CrossEncoder, torch_logits
 from anabranch.routers.ic_cache.example import Example
 from anabranch.routers.ic_cache.features import NAMES, Pairs, is_opposite, pairs
-from anabranch.routers.ic_cache.mlp import Network, sigmoid
+from anabranch.routers.ic_cache.mlp import Network
 from anabranch.routers.ic_cache.pool import ExamplePool
 from anabranch.routers.ic_cache.prompt import INSTRUCTION, PER_MESSAGE, build, fit
 from anabranch.routers.ic_cache.proxy import Logistic, Mlp, Proxy, Similarity, merge
 from anabranch.routers.ic_cache.selector import Chosen, Selector, estimate_tokens, pick_diverse
 from anabranch.routers.ic_cache.threshold import Threshold
+from anabranch.routers.logistic import sigmoid
 from anabranch.routers.retrieve import Exact
 
 EMBEDDER = Hashed.Config(dim=128).build()

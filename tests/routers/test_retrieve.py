@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import InputError
 from anabranch.routers.retrieve import Clustered, Exact, Hnsw, Index
-from anabranch.routers.retrieve.clustered import closest, k_means
+from anabranch.routers.retrieve.clustered import centres, closest
 
 CONFIGS = [Exact.Config(), Clustered.Config(probes=None), Clustered.Config(probes=2), Hnsw.Config()]
 EXACT = CONFIGS[:2]
@@ -128,10 +128,11 @@ def test_k_means_finds_clear_groups_and_does_not_leave_a_cluster_empty():
     vector_ND = np.repeat(corners, 30, axis=0) + 0.01 * vectors(120, 4)
     vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
     for seed in range(5):
-        cluster_N = closest(vector_ND, k_means(vector_ND, 4, seed=seed))
+        cluster_N = closest(vector_ND, centres(vector_ND, 4, seed=seed))
         assert len(set(cluster_N.tolist())) == 4
     same = np.ones((9, 2), np.float32) / math.sqrt(2)
-    assert np.isfinite(k_means(same, 3, seed=0)).all()
+    np.testing.assert_allclose(centres(same, 3, seed=0), same[:1], atol=1e-6)
+    assert centres(0 * same, 3, seed=0).tolist() == [[0, 0]]
 
 
 def test_hnsw_finds_nearly_all():

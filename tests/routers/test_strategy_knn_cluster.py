@@ -9,7 +9,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.routers import strategies
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model, Pool, Query
-from anabranch.routers.strategies.kmeans import distances, kmeans
+from anabranch.routers.kmeans import by_size, distances, kmeans
 from anabranch.routers.strategies.knn import Knn, top_k
 
 POOL = Pool((Model(name="a"), Model(name="b")))
@@ -131,6 +131,44 @@ def test_kmeans_ends_where_lloyd_stands_still(rows, clusters, seed):
     naive = ((x[:, None] - centre) ** 2).sum(2)
     np.testing.assert_allclose(distances(x, centre), naive, atol=1e-4)
     np.testing.assert_allclose(naive[np.arange(rows), cluster], naive.min(1), atol=1e-4)
+
+
+def test_kmeans_is_what_scikit_learn_finds_from_the_same_seeds():
+    from sklearn.cluster import KMeans
+
+    from anabranch.routers.kmeans import _seeds
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 5)).astype(np.float32)
+    start = _seeds(x, 7, np.random.default_rng([3, 0]))
+    theirs = KMeans(7, init=start, n_init=1, max_iter=100, tol=0, algorithm="lloyd").fit(x)
+    centre, cluster = kmeans(x, 7, num_starts=1, seed=3)
+    np.testing.assert_array_equal(cluster, theirs.labels_)
+    np.testing.assert_allclose(centre, theirs.cluster_centers_, atol=1e-5)
+
+
+def test_kmeans_on_the_sphere_stands_still_there(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    centre, cluster = kmeans(x, 6, num_starts=1, on_sphere=True)
+    np.testing.assert_allclose(np.linalg.norm(centre, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(cluster, (x @ centre.T).argmax(1))
+    for number in range(6):
+        mean = x[cluster == number].mean(0)
+        np.testing.assert_allclose(centre[number], mean / np.linalg.norm(mean), atol=1e-5)
+    # In blocks of rows it is the same.
+    monkeypatch.setattr("anabranch.routers.kmeans.PIECE", 50)
+    again, same = kmeans(x, 6, num_starts=1, on_sphere=True)
+    np.testing.assert_array_equal(cluster, same)
+    np.testing.assert_allclose(centre, again, atol=1e-6)
+
+
+def test_clusters_by_size_and_what_makes_none():
+    assert by_size(np.array([2, 0, 1, 1, 2, 2, 3])).tolist() == [0, 2, 1, 1, 0, 0, 3]
+    assert kmeans(np.ones((3, 2), np.float32), 5)[1].tolist() == [0, 0, 0]
+    for rows, number in ((3, 0), (0, 1)):
+        with pytest.raises(InputError, match=f"num_clusters is {number} for {rows} rows"):
+            kmeans(np.ones((rows, 2), np.float32), number)
 
 
 # -- the ranking of clusters

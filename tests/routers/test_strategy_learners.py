@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.routers import strategies
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.logistic import cross_entropy, fit_logistic, sigmoid
 from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.strategies import irt, mf, mlp
 from anabranch.routers.strategies.adam import Adam, descend, held_back
 from anabranch.routers.strategies.battles import battles_of, win_rates
 from anabranch.routers.strategies.elo import bradley_terry, tiers
 from anabranch.routers.strategies.hybrid import best_shift, mean_difference
-from anabranch.routers.strategies.logistic import cross_entropy, fit_logistic, sigmoid
 from anabranch.routers.strategies.ridge import Ridge, ridge, ridge_left_out
 from anabranch.routers.strategies.training import folds, means, share, shrunk
 from anabranch.routers.strategies.unit_scale import Span
@@ -137,6 +137,31 @@ def test_logistic_regression_against_a_fine_grid():
         key=lambda t: weight @ cross_entropy(x @ np.array(t), label) + 0.25 * np.array(t) @ np.array(t),
     )
     np.testing.assert_allclose(theta, best, atol=0.006)
+
+
+@pytest.mark.parametrize("penalty", [0.1, 1.0, 30.0])
+def test_logistic_regression_is_what_scikit_learn_finds(penalty):
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(200, 6)), rng.uniform(0.5, 2, 200)
+    label = (x @ rng.normal(size=6) + rng.normal(size=200) > 0.3).astype(float)
+    theirs = LogisticRegression(C=1 / penalty, solver="newton-cholesky", tol=1e-10).fit(x, label, weight)
+    theta = fit_logistic(np.column_stack((np.ones(200), x)), label, weight_N=weight, penalty=penalty, free=1)
+    # The constant of theirs has no penalty at all.
+    np.testing.assert_allclose(theta, [*theirs.intercept_, *theirs.coef_[0]], rtol=1e-4, atol=1e-5)
+    theirs = LogisticRegression(C=1 / penalty, solver="newton-cholesky", tol=1e-10, fit_intercept=False).fit(x, label)
+    np.testing.assert_allclose(fit_logistic(x, label, penalty=penalty), theirs.coef_[0], rtol=1e-5, atol=1e-7)
+
+
+def test_logistic_regression_from_offsets_and_a_prior():
+    rng = np.random.default_rng(1)
+    x, offset, prior, label = rng.normal(size=(40, 3)), rng.normal(size=40), rng.normal(size=3), rng.random(40)
+    theta = fit_logistic(x, label, offset_N=offset, prior_D=prior, penalty=2.0)
+    gradient = x.T @ (sigmoid(x @ theta + offset) - label) + 2.0 * (theta - prior)
+    np.testing.assert_allclose(gradient, 0, atol=1e-5)
+    np.testing.assert_allclose(fit_logistic(x, label, prior_D=prior, penalty=1e9), prior, atol=1e-6)
+    np.testing.assert_array_equal(fit_logistic(x, label, prior_D=prior, steps=0), prior)
 
 
 def test_logistic_regression_of_classes_that_are_told_apart():

@@ -11,7 +11,6 @@ from anabranch.gateway.cache.abroad import Abroad
 from anabranch.gateway.cache.entry import Entry
 from anabranch.gateway.cache.exact import ExactCache, SharedEntries, exact_key
 from anabranch.gateway.cache.flight import SingleFlight, Ticket
-from anabranch.gateway.cache.index import ExactIndex, GraphIndex, VectorIndex
 from anabranch.gateway.cache.named import LONGEST_NAME, Named, NameKey, OtherRequestError
 from anabranch.gateway.cache.semantic import SemanticCache, SharedTexts, context_key
 
@@ -20,8 +19,6 @@ __all__ = [
     "Abroad",
     "Entry",
     "ExactCache",
-    "ExactIndex",
-    "GraphIndex",
     "NameKey",
     "Named",
     "OtherRequestError",
@@ -30,7 +27,6 @@ __all__ = [
     "SharedTexts",
     "SingleFlight",
     "Ticket",
-    "VectorIndex",
     "context_key",
     "exact_key",
 ]

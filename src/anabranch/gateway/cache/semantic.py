@@ -19,7 +19,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.gateway.cache.entry import Entry
 from anabranch.gateway.cache.exact import IGNORED
-from anabranch.gateway.cache.index import ExactIndex, VectorIndex
+from anabranch.routers.retrieve import Exact, Index
 
 
 def context_key(endpoint: str, target: str, body: Mapping[str, Any]) -> tuple[bytes, str] | None:
@@ -65,7 +65,7 @@ class SharedTexts(Protocol):
 class _Room:
     """What is held for one context of one tenant."""
 
-    index: VectorIndex
+    index: Index
     ids: set[int] = field(default_factory=set)
 
 
@@ -77,7 +77,7 @@ class SemanticCache:
         ttl_s: seconds an answer is good for.
         size: most answers.
         size_bytes: most bytes of all answers together; None for no limit.
-        make_index: of D dimensions, for one context.
+        index: makes the index of one context.
         clock: seconds, rising.
     """
 
@@ -88,7 +88,7 @@ class SemanticCache:
         ttl_s: float,
         size: int,
         size_bytes: int | None = None,
-        make_index: Callable[[int], VectorIndex] = ExactIndex,
+        index: Index.Config | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 0 < threshold <= 1 or not ttl_s > 0 or size < 1:
@@ -99,7 +99,7 @@ class SemanticCache:
         self.threshold, self.ttl_s, self.size = threshold, ttl_s, size
         self.most_bytes: float = math.inf if size_bytes is None else size_bytes
         self.size_bytes = 0
-        self._make_index, self._clock = make_index, clock
+        self._index, self._clock = index or Exact.Config(), clock
         self._rooms: dict[tuple[str, bytes], _Room] = {}
         self._held: OrderedDict[int, tuple[tuple[str, bytes], Entry, float]] = OrderedDict()
         self._next_id = 0
@@ -110,11 +110,11 @@ class SemanticCache:
     def get(self, namespace: str, context: bytes, vector_D: np.ndarray) -> tuple[Entry, float] | None:
         """The answer to the nearest text with its cosine, if that reaches the threshold and is not too old."""
         room = self._rooms.get((namespace, context))
-        while room is not None and room.ids:
-            found = room.index.nearest(vector_D)
-            if not found or found[0][1] < self.threshold:
+        while room is not None and room.ids and np.isfinite(vector_D).all():
+            id_K, cosine_K = room.index.search(vector_D, 1)
+            if not len(id_K) or cosine_K[0] < self.threshold:
                 return None
-            id, cosine = found[0]
+            id, cosine = int(id_K[0]), float(cosine_K[0])
             _, entry, until = self._held[id]
             if until > self._clock():
                 self._held.move_to_end(id)
@@ -138,10 +138,10 @@ class SemanticCache:
             return
         place = (namespace, context)
         if place not in self._rooms:
-            self._rooms[place] = _Room(self._make_index(len(vector_D)))
+            self._rooms[place] = _Room(self._index.build(len(vector_D)))
         room, id = self._rooms[place], self._next_id
         self._next_id += 1
-        room.index.add(id, vector_D / length)
+        room.index.add(vector_D, [id])
         room.ids.add(id)
         self._held[id] = (place, entry, self._clock() + min(self.ttl_s, self.ttl_s if ttl_s is None else ttl_s))
         self.size_bytes += entry.size_bytes
@@ -171,7 +171,7 @@ class SemanticCache:
         place, entry, _ = self._held.pop(id)
         self.size_bytes -= entry.size_bytes
         room = self._rooms[place]
-        room.index.remove(id)
+        room.index.remove([id])
         room.ids.discard(id)
         if not room.ids:
             del self._rooms[place]

@@ -25,7 +25,6 @@ from anabranch.config import Field, configclass
 from anabranch.errors import InputError
 from anabranch.routers.coe.category import Categories, CategoryRouter
 from anabranch.routers.coe.choice import MapKind, best_kind, largest_trade_off, table_for
-from anabranch.routers.coe.clusters import k_means
 from anabranch.routers.coe.expert_map import (
     ExpertMap,
     Limits,
@@ -41,6 +40,7 @@ from anabranch.routers.contract.knobs import knob_of
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Decision, Model, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts
+from anabranch.routers.kmeans import by_size, kmeans
 
 # Characters of a category's name in a header.
 HEADER = 200
@@ -195,7 +195,7 @@ class CompositionOfExperts(Predictor, kind="coe"):
             return list(data.task)
         assert data.vector_ND is not None
         number = self.config.num_clusters or int(np.clip(np.sqrt(len(data) / 2), 1, 64))
-        cluster_N = k_means(data.vector_ND, number, seed=seed)
+        cluster_N = by_size(kmeans(data.vector_ND, number, num_starts=1, seed=seed)[1])
         return [f"cluster-{cluster:02d}" for cluster in cluster_N]
 
     def _predicted(self, data: Recorded, labels: list[str | None], folds: int, seed: int) -> list[str]:

@@ -17,7 +17,7 @@ from anabranch.routers.graphrouter.neighbours import Neighbours
 from anabranch.routers.graphrouter.observed import Observed
 from anabranch.routers.graphrouter.placement import Placement
 from anabranch.routers.graphrouter.settings import PlusConfig
-from anabranch.routers.strategies.kmeans import kmeans
+from anabranch.routers.kmeans import kmeans
 
 if TYPE_CHECKING:
     from anabranch.routers.graphrouter.plus_network import Material, PlusNetwork

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from anabranch.routers.contract.query import Query
-from anabranch.routers.ic_cache.mlp import sigmoid
 from anabranch.routers.ic_cache.pool import ExamplePool
 from anabranch.routers.ic_cache.selector import Chosen, Selection, estimate_tokens
+from anabranch.routers.logistic import fit_logistic, sigmoid
 
 
 def _shown(examples: list[Any], similarity: Any, reason: str) -> Selection:
@@ -127,16 +127,7 @@ class StaticThreshold:
     def fit(self, x_ND: np.ndarray, will_do_N: np.ndarray) -> "StaticThreshold":
         """Learn from requests and whether the small arm's answer did, 0 to 1. Newton's method."""
         x_N1 = np.hstack([np.asarray(x_ND, np.float64), np.ones((len(x_ND), 1))])
-        weight_D1 = np.zeros(x_N1.shape[1])
-        for _ in range(30):
-            chance_N = sigmoid(x_N1 @ weight_D1)
-            slope_D1 = x_N1.T @ (chance_N - will_do_N) + self.penalty * weight_D1
-            curve_DD = (x_N1.T * (chance_N * (1 - chance_N) + 1e-9)) @ x_N1 + self.penalty * np.eye(x_N1.shape[1])
-            move_D1 = np.linalg.solve(curve_DD, slope_D1)
-            weight_D1 -= move_D1
-            if np.abs(move_D1).max() < 1e-9:
-                break
-        self.weight_D1 = weight_D1
+        self.weight_D1 = fit_logistic(x_N1, np.asarray(will_do_N, np.float64), penalty=self.penalty)
         return self
 
     def probability(self, x_D: np.ndarray) -> float:

@@ -15,7 +15,8 @@ import numpy as np
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.routers.contract.strategy import Arrays
-from anabranch.routers.ic_cache.mlp import Network, sigmoid
+from anabranch.routers.ic_cache.mlp import Network
+from anabranch.routers.logistic import sigmoid
 
 # Of a priority: nothing is never drawn again.
 SMALLEST = 1e-3

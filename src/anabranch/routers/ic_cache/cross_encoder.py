@@ -20,8 +20,8 @@ from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.routers.contract.strategy import Arrays, Facts
 from anabranch.routers.ic_cache.features import Pairs
-from anabranch.routers.ic_cache.mlp import sigmoid
 from anabranch.routers.ic_cache.proxy import Proxy
+from anabranch.routers.logistic import sigmoid
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
 SEGMENTS = 3

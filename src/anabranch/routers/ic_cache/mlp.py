@@ -98,8 +98,3 @@ class Network:
         for at in range(len(self.parameters)):
             self.parameters[at] = arrays[f"p{at}"].copy()
             self._mean[at], self._square[at] = arrays[f"m{at}"].copy(), arrays[f"s{at}"].copy()
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)) without overflow."""
-    return np.where(x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x))))

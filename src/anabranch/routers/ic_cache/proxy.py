@@ -14,7 +14,8 @@ from anabranch.config import Field, Part, configclass
 from anabranch.errors import InputError
 from anabranch.routers.contract.strategy import Arrays, Facts
 from anabranch.routers.ic_cache.features import NAMES, Pairs
-from anabranch.routers.ic_cache.mlp import Network, sigmoid
+from anabranch.routers.ic_cache.mlp import Network
+from anabranch.routers.logistic import fit_logistic, sigmoid
 
 
 class Proxy(Part, family="utility_proxy"):
@@ -139,20 +140,10 @@ class Logistic(_OnFeatures, kind="logistic"):
         return sigmoid(self._standardise(pairs.feature_KF) @ self.weight_F1[:-1] + self.weight_F1[-1])
 
     def _fit(self, pairs: Pairs, helped_N: np.ndarray, seed: int) -> None:
-        x_N1 = np.hstack([self._measure(pairs.feature_KF), np.ones((len(pairs), 1))])
-        penalty_F1 = np.full(x_N1.shape[1], self.config.penalty)
-        # Keeps it finite where all outcomes are alike.
-        penalty_F1[-1] = 1e-6
-        weight_F1 = np.zeros(x_N1.shape[1])
-        for _ in range(self.config.rounds):
-            chance_N = sigmoid(x_N1 @ weight_F1)
-            slope_F1 = x_N1.T @ (chance_N - helped_N) + penalty_F1 * weight_F1
-            curve_FF = (x_N1.T * np.maximum(chance_N * (1 - chance_N), 1e-9)) @ x_N1 + np.diag(penalty_F1)
-            move_F1 = np.linalg.solve(curve_FF, slope_F1)
-            weight_F1 -= move_F1 / max(1.0, np.abs(move_F1).max())
-            if np.abs(move_F1).max() < 1e-10:
-                break
-        self.weight_F1 = weight_F1
+        # The constant has next to no penalty, which keeps it finite where all outcomes are alike.
+        x_N1 = np.hstack([np.ones((len(pairs), 1)), self._measure(pairs.feature_KF)])
+        theta_F1 = fit_logistic(x_N1, helped_N, penalty=self.config.penalty, free=1, steps=self.config.rounds)
+        self.weight_F1 = np.roll(theta_F1, -1)
 
     def state(self) -> tuple[Arrays, Facts]:
         """With the weights."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from anabranch.config import Field, Seed, configclass
 from anabranch.routers.contract.strategy import Arrays
+from anabranch.routers.kmeans import kmeans
 from anabranch.routers.retrieve.index import Allow, Index, Shard
 from anabranch.routers.retrieve.rows import Rows, nearest
 
@@ -59,7 +60,7 @@ class ClusteredShard(Shard):
                 self._clusters[cluster_N[at[0]]].add(id_N[at], vector_ND[at])
 
     def _rebuild(self, id_N: np.ndarray, vector_ND: np.ndarray) -> None:
-        self._set_clusters(k_means(vector_ND, round(math.sqrt(len(id_N))), seed=self._config.seed))
+        self._set_clusters(centres(vector_ND, round(math.sqrt(len(id_N))), seed=self._config.seed))
         self._put(id_N, vector_ND, closest(vector_ND, self.centre_KD))
         self._made_at = len(id_N)
 
@@ -138,31 +139,12 @@ class Clustered(Index, kind="clustered"):
         return shard.num_clusters if isinstance(shard, ClusteredShard) else 0
 
 
-def k_means(vector_ND: np.ndarray, num_clusters: int, *, seed: int) -> np.ndarray:
-    """Centres of length 1, float32 [K, D], by Lloyd's rounds on the sphere over a sample.
-
-    An empty cluster begins again at the vector worst served. A centre of zeros is possible where vectors are.
-    """
+def centres(vector_ND: np.ndarray, num_clusters: int, *, seed: int) -> np.ndarray:
+    """Centres of length 1, float32 [K, D], of a sample; fewer where there are fewer different vectors. Those of zeros are zeros."""
     random = np.random.default_rng(seed)
     if len(vector_ND) > SAMPLE * num_clusters:
         vector_ND = vector_ND[np.sort(random.choice(len(vector_ND), SAMPLE * num_clusters, replace=False))]
-    centre_KD = vector_ND[random.choice(len(vector_ND), num_clusters, replace=False)]
-    for _ in range(ROUNDS):
-        cluster_N = closest(vector_ND, centre_KD)
-        total_KD = np.zeros_like(centre_KD)
-        order = np.argsort(cluster_N, kind="stable")
-        present, first = np.unique(cluster_N[order], return_index=True)
-        total_KD[present] = np.add.reduceat(vector_ND[order], first, axis=0)
-        empty = np.setdiff1d(np.arange(num_clusters), present)
-        if len(empty):
-            served_N = (vector_ND * centre_KD[cluster_N]).sum(1)
-            total_KD[empty] = vector_ND[np.argsort(served_N, kind="stable")[: len(empty)]]
-        length_K1 = np.linalg.norm(total_KD, axis=1, keepdims=True)
-        moved_KD = total_KD / np.where(length_K1 > 0, length_K1, 1)
-        if np.allclose(moved_KD, centre_KD, atol=1e-6):
-            break
-        centre_KD = moved_KD
-    return centre_KD.astype(np.float32)
+    return kmeans(vector_ND, num_clusters, num_starts=1, seed=seed, iterations=ROUNDS, on_sphere=True)[0]
 
 
 def closest(vector_ND: np.ndarray, centre_KD: np.ndarray) -> np.ndarray:

@@ -78,6 +78,7 @@ class Index(Part, family="vector_index"):
         self.config, self.dim = config, int(dim)
         self._shards: dict[str, Shard] = {}
         self._namespace: dict[int, str] = {}  # of each id
+        self._sizes: dict[str, int] = {}
         self._next_id = 0
         self._lock = threading.RLock()
 
@@ -110,10 +111,7 @@ class Index(Part, family="vector_index"):
     def sizes(self) -> dict[str, int]:
         """Vectors in each namespace."""
         with self._lock:
-            counts = dict.fromkeys(self._shards, 0)
-            for namespace in self._namespace.values():
-                counts[namespace] += 1
-            return counts
+            return dict(self._sizes)
 
     @property
     def size_bytes(self) -> int:
@@ -140,6 +138,7 @@ class Index(Part, family="vector_index"):
                 shard = self._shards.get(namespace) or self._shards.setdefault(namespace, self.make_shard())
                 shard.add(id_N, vector_ND)
                 self._namespace |= dict.fromkeys(id_N.tolist(), namespace)
+                self._sizes[namespace] = self._sizes.get(namespace, 0) + len(id_N)
                 self._next_id = max(self._next_id, int(id_N.max()) + 1)
             return id_N
 
@@ -163,12 +162,12 @@ class Index(Part, family="vector_index"):
             for id in dict.fromkeys(int(id) for id in ids):
                 if id in self._namespace:
                     by_namespace.setdefault(self._namespace.pop(id), []).append(id)
-            left = set(self._namespace.values()) if by_namespace else set()
             for namespace, gone in by_namespace.items():
-                if namespace in left:
+                self._sizes[namespace] -= len(gone)
+                if self._sizes[namespace]:
                     self._shards[namespace].remove(np.asarray(gone, np.int64))
                 else:
-                    del self._shards[namespace]
+                    del self._shards[namespace], self._sizes[namespace]
             return sum(map(len, by_namespace.values()))
 
     def compact(self) -> None:
@@ -218,13 +217,14 @@ class Index(Part, family="vector_index"):
         if facts["dim"] != self.dim:
             raise InputError(f"the stored vectors have {facts['dim']} dimensions, the index has {self.dim}; embed anew")
         with self._lock:
-            self._shards, self._namespace = {}, {}
+            self._shards, self._namespace, self._sizes = {}, {}, {}
             for number, namespace in enumerate(facts["namespaces"]):
                 own = {name.partition(".")[2]: value for name, value in arrays.items() if name.startswith(f"{number}.")}
                 id_N, vector_ND = own.pop("id_N"), own.pop("vector_ND")
                 shard = self._shards[namespace] = self.make_shard()
                 shard.load_state(id_N, vector_ND, own)
                 self._namespace |= dict.fromkeys(id_N.tolist(), namespace)
+                self._sizes[namespace] = len(id_N)
             self._next_id = int(facts["next_id"])
 
 

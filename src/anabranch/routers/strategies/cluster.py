@@ -24,7 +24,7 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Facts
-from anabranch.routers.strategies.kmeans import distances, kmeans
+from anabranch.routers.kmeans import distances, kmeans
 from anabranch.routers.strategies.knn import one_vector, top_k
 from anabranch.routers.strategies.training import (
     Kept,

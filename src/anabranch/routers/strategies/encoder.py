@@ -26,8 +26,8 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Arrays, Facts
+from anabranch.routers.logistic import sigmoid
 from anabranch.routers.strategies.adam import held_back
-from anabranch.routers.strategies.logistic import sigmoid
 from anabranch.routers.strategies.training import closed, means, training_set
 from anabranch.routers.strategies.unit_scale import Span
 

@@ -25,8 +25,8 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Arrays, Facts
+from anabranch.routers.logistic import fit_logistic, sigmoid
 from anabranch.routers.strategies.knn import one_vector
-from anabranch.routers.strategies.logistic import fit_logistic, sigmoid
 from anabranch.routers.strategies.training import Kept, check_compared, means, training_set, vectors_of
 
 

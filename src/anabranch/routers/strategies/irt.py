@@ -22,9 +22,9 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Model, Query
 from anabranch.routers.contract.strategy import Facts
+from anabranch.routers.logistic import cross_entropy, fit_logistic, sigmoid
 from anabranch.routers.strategies.adam import Parameters, fitted, held_back
 from anabranch.routers.strategies.knn import one_vector
-from anabranch.routers.strategies.logistic import cross_entropy, sigmoid
 from anabranch.routers.strategies.training import Kept, closed, means, training_set, vector_of, vectors_of
 from anabranch.routers.strategies.unit_scale import Span
 
@@ -100,7 +100,9 @@ class ItemResponse(Kept, Predictor, kind="irt"):
             raise DataError(f"irt cannot place {name!r} without a score of it")
         demand_NF, difficulty_N = self._items(vectors_of(own.take(rows), self.A_FD.shape[1], "irt").astype(float))
         label_N = np.clip(Span(*self.span_2).shrink(own.score_NM[rows, 0]), 0, 1)
-        theta_F = _ability(demand_NF, difficulty_N, label_N, self.theta_MF.mean(0), self.config.new_penalty)
+        theta_F = fit_logistic(
+            demand_NF, label_N, offset_N=-difficulty_N, prior_D=self.theta_MF.mean(0), penalty=self.config.new_penalty
+        )
         mean = float(own.score_NM[rows, 0].mean())
         if name in self.models:
             at = self.models.index(name)
@@ -151,27 +153,3 @@ def loss_and_gradients(parameters: Parameters, x_BD: np.ndarray, y_BM: np.ndarra
         "beta_1": dhard_B.sum(keepdims=True),
         "theta_MF": dlogit_BM.T @ demand_BF,
     }
-
-
-def _ability(
-    demand_NF: np.ndarray, difficulty_N: np.ndarray, label_N: np.ndarray, prior_F: np.ndarray, penalty: float
-) -> np.ndarray:
-    """theta that minimises sum H(y, sigma(a theta - b)) + penalty |theta - prior|^2 / 2, by Newton's method with halved steps."""
-
-    def loss(theta_F: np.ndarray) -> float:
-        logit_N = demand_NF @ theta_F - difficulty_N
-        return float(cross_entropy(logit_N, label_N).sum() + 0.5 * penalty * ((theta_F - prior_F) ** 2).sum())
-
-    theta_F = prior_F.copy()
-    for _ in range(50):
-        p_N = sigmoid(demand_NF @ theta_F - difficulty_N)
-        gradient_F = demand_NF.T @ (p_N - label_N) + penalty * (theta_F - prior_F)
-        curve_FF = (demand_NF * (p_N * (1 - p_N))[:, None]).T @ demand_NF + penalty * np.eye(len(theta_F))
-        step_F = np.linalg.solve(curve_FF, gradient_F)
-        if gradient_F @ step_F < 1e-12:
-            break
-        size, now = 1.0, loss(theta_F)
-        while loss(theta_F - size * step_F) > now and size > 1e-8:
-            size /= 2
-        theta_F = theta_F - size * step_F
-    return theta_F

@@ -22,10 +22,10 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Facts
+from anabranch.routers.logistic import sigmoid
 from anabranch.routers.strategies.adam import Adam, Parameters
 from anabranch.routers.strategies.battles import Battles, battles_of, win_rates
 from anabranch.routers.strategies.knn import one_vector
-from anabranch.routers.strategies.logistic import sigmoid
 from anabranch.routers.strategies.training import Kept, means, training_set, vector_of, vectors_of
 
 

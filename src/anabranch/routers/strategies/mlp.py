@@ -16,9 +16,9 @@ from anabranch.config import Field, configclass
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Query
+from anabranch.routers.logistic import cross_entropy, sigmoid
 from anabranch.routers.strategies.adam import Parameters, fitted, held_back
 from anabranch.routers.strategies.knn import one_vector
-from anabranch.routers.strategies.logistic import cross_entropy, sigmoid
 from anabranch.routers.strategies.training import Kept, closed, means, training_set, vectors_of
 from anabranch.routers.strategies.unit_scale import Span
 
