@@ -5,11 +5,13 @@ import json
 import re
 import signal
 import time
+from collections import Counter
 from functools import partial
 
 import numpy as np
 import pytest
 
+from anabranch.cli.main import main
 from anabranch.errors import ConfigError
 from anabranch.gateway.collect import shadow
 from anabranch.gateway.collect.calls import Calls
@@ -20,7 +22,9 @@ from anabranch.gateway.store.learned import erase_texts, read_outcomes
 from anabranch.gateway.store.records import GLOBAL
 from anabranch.gateway.store_outcomes import from_ledger, judged_questions, scored_requests
 from anabranch.routers.data import load_outcomes
+from anabranch.routers.data.table import Row
 from gateway_process import call, served
+from gateway_scripted import scripted, whole
 
 MODEL = """
 [[models]]
@@ -438,3 +442,121 @@ def test_what_cannot_be_sampled_is_refused_at_the_start(tmp_path, wanted, messag
 def test_texts_must_be_kept_for_it(tmp_path):
     with pytest.raises(ConfigError, match=r"log\.prompts"):
         load_config(write(tmp_path, prompts=False))
+
+
+# Apps with a system prompt
+
+
+SYSTEM = [{"role": "system", "content": "You are the assistant of a shop. Be brief."}]
+
+
+def says(name):
+    """A model of an app: a writes poems, b adds up; only with the app's system prompt is either any good. The judge likes what is good."""
+
+    def answer(body):
+        asked = body["messages"][-1]["content"]
+        if name == "judge":
+            pair = json.loads(asked[asked.index("{") : asked.rindex("}") + 1])
+            assert pair["conversation"][0] == SYSTEM[0], "the judge sees the whole conversation"
+            good = [side for side in "AB" if "good" in pair[f"answer_{side}"]]
+            text = f"verdict: {good[0] if len(good) == 1 else 'tie'}"
+        else:
+            is_good = body["messages"][0] == SYSTEM[0] and ("poem" in asked) == (name == "a")
+            text = f"{name}: {'good' if is_good else 'poor'}"
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        usage = {"prompt_tokens": 20, "completion_tokens": 3, "total_tokens": 23}
+        return whole(
+            {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+        )
+
+    return answer
+
+
+def app_config(folder, url, more):
+    models = "".join(
+        f'[[models]]\nname = "{name}"\nmax_tokens = 20\nprice = {{ input_usd = 1, output_usd = 1 }}\n'
+        f'deployments = [{{ provider = {{ kind = "openai", model = "m", base_url = "{url}/{name}", key_env = "" }} }}]\n'
+        for name in ("a", "b", "judge")
+    )
+    path = folder / "gateway.toml"
+    top = f'store = "{folder}/gateway.db"\nrequire_key = false\nadmin = {{ key = "env:TEST_ADMIN_KEY" }}\n[log]\nprompts = true\n'
+    path.write_text(f"{top}[shadow]\n{WANTED}\n{models}{more}")
+    return str(path)
+
+
+def test_from_an_app_with_a_system_prompt_to_a_router_that_serves_it(tmp_path, capsys):
+    """By HTTP and the command line alone. What was sampled before the switch is learned from too, and paid for once."""
+    environment = {"TEST_ADMIN_KEY": "operator-key-1"}
+    kinds = ("write a poem about number", "add up the sum of number")
+
+    def chat(url, model, number):
+        body = {"model": model, "messages": [*SYSTEM, {"role": "user", "content": f"{kinds[number % 2]} {number}"}]}
+        status, answer, headers = call(url, "POST", "/v1/chat/completions", body)
+        assert status == 200, answer
+        return answer["choices"][0]["message"]["content"], headers
+
+    with scripted({name: says(name) for name in ("a", "b", "judge")}) as url:
+        with served("--config", app_config(tmp_path, url, ""), environment=environment) as server:
+            for number in range(20):
+                chat(server.url, "a", number)
+            wait_for(lambda: outcomes_at(server.url) >= 20)
+            store, routers = str(tmp_path / "gateway.db"), str(tmp_path / "routers")
+            fit = ["gateway", "fit", store, "--out", routers, "--strategy", "ridge", "--hold-out", "0", "--quiet"]
+            assert main(fit) == 2
+            said = capsys.readouterr().err
+            assert "Outcomes of conversations that are left out: 20; conversations = true under [shadow]" in " ".join(
+                said.split()
+            )
+            spent = call(server.url, "GET", "/admin/spend?by=tag", key="operator-key-1")[1]
+            path = tmp_path / "gateway.toml"
+            path.write_text(path.read_text().replace("share = 1.0", "share = 1.0\nconversations = true"))
+            assert call(server.url, "POST", "/admin/reload", key="operator-key-1")[0] == 200
+            for number in range(20, 24):
+                chat(server.url, "a", number)
+            wait_for(lambda: outcomes_at(server.url) >= 24)
+            assert spent["spend"]
+        assert main(fit) == 0
+        data = load_outcomes(tmp_path / "gateway.db")
+        assert (len(data), data.models) == (24, ("a", "b"))
+        # b against a, whose own score is a half: it loses at poems, and wins at sums.
+        assert {text.split()[0]: row.tolist() for text, row in zip(data.query, data.score_NM, strict=True)} == {
+            "write": [0.5, 0.0],
+            "add": [0.5, 1.0],
+        }
+        calls = asyncio.run(calls_of(store))
+        assert calls == {"b": 24, "judge": 48}
+        more = f'[strategies.learned]\nrouter = "{routers}/ridge.safetensors"\n'
+        with served("--config", app_config(tmp_path, url, more), environment=environment) as server:
+            for number in (100, 101):
+                text, headers = chat(server.url, "auto/learned", number)
+                assert text == ("a: good", "b: good")[number % 2]
+                assert headers.get("x-route-bypassed") is None
+
+
+async def calls_of(url):
+    """Calls that were sampled, by model."""
+    async with open_store(url, serves=False) as store:
+        rows = await store.ledger(LedgerQuery(tag=SHADOW, limit=1000))
+    return dict(Counter(row.requested for row in rows))
+
+
+def test_a_conversation_that_is_vouched_for_never_speaks_for_its_text_alone():
+    def judged(query, score, **fields):
+        return Row(query, None, {"score": {"a": 0.5, "b": score}}, **fields)
+
+    conversation = {"is_conversation": True, "is_vouched": True}
+    scored = [
+        {"query": "one", "model": "a", "score": 0.25},
+        {"query": "two", "model": "a", "score": 0.75, "is_conversation": True},
+    ]
+    rows = [judged("ONE", 1.0, **conversation), judged("two", 1.0, **conversation), judged("two", 0.0, **conversation)]
+    rows += [judged("three", 0.0), judged("Three", 1.0, **conversation), judged("four", 1.0, is_conversation=True)]
+    data = from_ledger(scored, rows)
+    found = [(text, row[data.models.index("b")]) for text, row in zip(data.query, data.score_NM, strict=True)]
+    assert [(text, None if np.isnan(score) else score) for text, score in found] == [
+        ("one", None),
+        ("two", None),
+        ("three", 0.0),
+        ("two", 1.0),
+        ("two", 0.0),
+    ]

@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 SOURCE = Path("the ledger")
 
 # Of what shadow samples came to.
-LEFT_OUT = "outcomes of conversations that are left out: %d; anabranch gateway collect writes them to a file, without paying for them again"
+LEFT_OUT = (
+    "outcomes of conversations that are left out: %d; conversations = true under [shadow] lets routers learn from them, and anabranch "
+    "gateway collect writes them to a file, without paying for them again"
+)
 
 # Rows of the ledger read at a time.
 PAGE = 10_000
@@ -82,14 +85,15 @@ async def scored_requests(store: "Store", *, by_choice: bool = False) -> list[di
 
 async def judged_questions(store: "Store") -> list[Row]:
     """What shadow samples came to, oldest first; of several judges, whose scores differ in what they mean, those of the last one."""
-    from anabranch.gateway.store.learned import read_outcomes
+    from anabranch.gateway.store.learned import VOUCHED, read_outcomes
 
     by_judge: dict[str, list[Row]] = {}
     last = ""
     for body in await store.look(read_outcomes):
         try:
-            row = row_of(body)
-            judge = str(json.loads(body).get("judge"))
+            row, found = row_of(body), json.loads(body)
+            judge = str(found.get("judge"))
+            row.is_vouched = row.is_conversation and found.get(VOUCHED) is True
         except DataError as error:
             logger.warning("an outcome of shadow samples is left out: %s", error)
             continue
@@ -152,20 +156,23 @@ def from_ledger(rows: Iterable[Mapping[str, Any]], judged: Sequence[Row] = ()) -
             ``cost_nano``, ``prompt_tokens``, ``completion_tokens``, ``latency_us`` and ``probability``, which is that of ``chosen`` where
             this is another than ``model``; ``is_conversation`` where the text is only the last one of what was asked. Rows without a text
             or a score are left out, since nothing can be learned from them.
-        judged: whole outcomes of questions, in the place of what else is there of these. Those of conversations are left out: who asks
-            chooses what stands before the last text, and with it what every model says, so none may speak for that text alone, nor take
-            the place of what others scored.
+        judged: whole outcomes of questions, in the place of what else is there of these. Those of conversations are left out unless the
+            operator vouches for them (`Row.is_vouched`): who asks chooses what stands before the last text, and with it what every model
+            says. None may speak for that text alone, nor take the place of what others scored, so where there is anything of the text
+            alone they are left out in any case.
 
     Raises DataError if that leaves none.
     """
     scored = [row for row in rows if _is_number(row.get("score"))]
     found = [_row(row) for row in scored if (row.get("query") or "").strip()]
     alone = [row for row in judged if not row.is_conversation]
-    if len(alone) < len(judged):
-        logger.warning(LEFT_OUT, len(judged) - len(alone))
+    if num_closed := sum(row.is_conversation and not row.is_vouched for row in judged):
+        logger.warning(LEFT_OUT, num_closed)
     whole = {question(row.query) for row in alone}
     # What was said at the end of a conversation is not what was judged.
     found = [row for row in found if row.is_conversation or question(row.query) not in whole] + alone
+    told = {question(row.query) for row in found if not row.is_conversation}
+    found += [row for row in judged if row.is_vouched and question(row.query) not in told]
     if not found:
         missing = (
             "nobody has scored an answer yet: send scores to POST /v1/feedback"
@@ -173,7 +180,7 @@ def from_ledger(rows: Iterable[Mapping[str, Any]], judged: Sequence[Row] = ()) -
             else f"{len(scored):,} answers were scored, but their texts are not kept: set prompts = true under [log] of the gateway's "
             "config; what is asked from then on can be learned from"
         )
-        left_out = f". {(LEFT_OUT % len(judged)).capitalize()}" if judged else ""
+        left_out = f". {LEFT_OUT[0].upper()}{LEFT_OUT[1:] % len(judged)}" if judged else ""
         raise DataError(f"the ledger holds no request with both its text and a score; {missing}{left_out}")
     return gather(found, SOURCE, None)
 

@@ -15,7 +15,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import AnabranchError
@@ -26,7 +26,7 @@ from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.config.shadow import ShadowConfig
 from anabranch.gateway.config.strategies import LearningConfig
 from anabranch.gateway.store import SHADOW, KeyRecord, Store, schema
-from anabranch.gateway.store.learned import OUTCOME
+from anabranch.gateway.store.learned import OUTCOME, VOUCHED
 from anabranch.routers.judges import ModelJudge
 from anabranch.routers.money import nano_dollars
 from anabranch.routers.strategies.training import share
@@ -114,7 +114,7 @@ class Shadow:
             models = wanted.models or tuple(model.name for model in config.models)
             judge = ModelJudge(wanted.judge, models[0])
             collector = Collector(aside, models, judge, per_minute=wanted.rate, tag=SHADOW)
-            await _Watch(self, store, collector, wanted.share, await store.secret(SHADOW)).forever()
+            await _Watch(self, store, collector, wanted, await store.secret(SHADOW)).forever()
         finally:
             await aside.stop()
 
@@ -137,13 +137,13 @@ class _Watch:
         shadow: whose they are.
         store: of both gateways.
         collector: that asks.
-        share_of: the questions.
+        wanted: which of the questions, and whether those of conversations are learned from.
         secret: of the store, without which who asks could choose words that are drawn.
     """
 
-    def __init__(self, shadow: Shadow, store: Store, collector: Collector, share_of: float, secret: str) -> None:
-        self._shadow, self._store, self._collector, self._share_of = shadow, store, collector, share_of
-        self._secret = secret
+    def __init__(self, shadow: Shadow, store: Store, collector: Collector, wanted: ShadowConfig, secret: str) -> None:
+        self._shadow, self._store, self._collector, self._share_of = shadow, store, collector, wanted.share
+        self._secret, self._vouches = secret, wanted.conversations
         self._since_us = store.now_us() - LOOK_BACK_US
         self._after, self._in_vain = 0, 0
         # Requests that were looked at, questions that need no further look, and those that were passed over for a key, since what one key
@@ -172,7 +172,8 @@ class _Watch:
         keys = {key.id: key for key in await self._store.keys()}
         there = await self._store.collected([self._key(identity) for identity, _ in fresh])
         for (identity, key_id), origin in fresh.items():
-            if self._key(identity) in there:
+            if (kept := there.get(self._key(identity))) is not None:
+                await self._vouch(identity, origin, kept)
                 self._note(identity)
             while self._shadow.is_current and not self._is_done(identity, key_id):
                 await self._ask(identity, origin, keys.get(key_id))
@@ -223,9 +224,21 @@ class _Watch:
 
     async def _keep(self, identity: str, origin: Origin, line: dict[str, Any]) -> None:
         """Have the store keep an outcome, as long as the question that it is about."""
+        line = line | self._mark(origin)
         row = (self._key(identity), origin.asked_us, json.dumps(line, separators=(",", ":")))
         await self._store.change(lambda connection: connection.insert("collected", schema.COLLECTED, [row]))
         self._collector.done.questions += 1
+
+    def _mark(self, origin: Origin) -> dict[str, bool]:
+        """Of an outcome of a conversation that is to be learned from."""
+        return {VOUCHED: True} if self._vouches and not origin.is_plain else {}
+
+    async def _vouch(self, identity: str, origin: Origin, kept: Mapping[str, Any]) -> None:
+        """Mark an outcome that was kept before the config let conversations be learned from."""
+        if self._mark(origin) and not kept.get(VOUCHED):
+            body = json.dumps({**kept, VOUCHED: True}, separators=(",", ":"))
+            sql, key = "UPDATE collected SET body = :body WHERE key = :key", self._key(identity)
+            await self._store.change(lambda connection: connection.run(sql, body=body, key=key))
 
     def _key(self, identity: str) -> str:
         """Of an outcome: other models, or another judge, make another one."""

@@ -14,6 +14,9 @@ class ShadowConfig(Config):
         share: of the questions; of those alike, all or none.
         budget_usd: dollars a day for all of it, the judge's calls too; the budget of the tag ``shadow``.
         rate: calls a minute, the judge's among them.
+        conversations: routers learn from questions with a system prompt, earlier turns or a name too, under their last text, as a strategy
+            sees them when it decides. Who asks has a say in what every model answers then: for gateways whose keys are your own apps'.
+            Otherwise such outcomes are kept and left out.
     """
 
     judge: str = Field(min_length=1)
@@ -21,6 +24,7 @@ class ShadowConfig(Config):
     share: float = Field(default=0.05, gt=0, le=1)
     budget_usd: float = Field(default=1.0, ge=0, le=1e6)
     rate: float = Field(default=60.0, gt=0, le=1e6)
+    conversations: bool = False
 
     def __post_init__(self) -> None:
         if self.models and len(set(self.models)) < max(2, len(self.models)):

@@ -21,6 +21,9 @@ LABEL = "label:"
 # And those of whole outcomes of a question: what every model that was compared said, and what that is worth.
 OUTCOME = "outcome:"
 
+# A field of those of conversations: the operator vouches for what stands before the last text (``conversations`` of `ShadowConfig`).
+VOUCHED = "vouched"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedRow:

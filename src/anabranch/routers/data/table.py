@@ -26,7 +26,8 @@ USUAL_COMPLETION = 512
 class Row:
     """One query: its values by part and model. A value of None is one that is not known.
 
-    ``is_conversation`` says that the query is only the last text of what was asked: the answers are to all of it.
+    ``is_conversation`` says that the query is only the last text of what was asked: the answers are to all of it. ``is_vouched`` says that
+    they may be learned from all the same.
     """
 
     query: str
@@ -35,6 +36,7 @@ class Row:
     answers: dict[str, str] = field(default_factory=dict)
     signals: dict[str, dict[str, float | None]] = field(default_factory=dict)
     is_conversation: bool = False
+    is_vouched: bool = False
 
 
 def number(value: Any, what: str, *, low: float = -math.inf) -> float | None:
