@@ -112,7 +112,7 @@ def test_what_a_strategy_asked_is_shown_with_its_request_alike_calls_together():
     assert "<script>alert" not in text
     assert ": 3 times, 1 without an answer, $0.0020</li>" in text
     assert "<li>judge by large: $0</li>" in text
-    assert "asked models to decide" not in render(busy())
+    assert "asked models itself" not in render(busy())
 
 
 def test_the_assets_fetch_nothing_from_elsewhere():

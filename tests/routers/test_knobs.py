@@ -1,12 +1,15 @@
 """What a sender may set of a strategy: every one says what it reads, does as told, and takes nothing else."""
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from anabranch.errors import InputError
+from anabranch.routers.contract.ask import Answered
 from anabranch.routers.contract.knobs import check_knobs, knob_of
+from anabranch.routers.contract.program import Done, ProgramRequest
 from anabranch.routers.contract.query import Pool
 from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.strategies import make, names
@@ -91,10 +94,25 @@ def test_a_threshold_of_a_cascade_says_which_answers_will_do():
     query = next(made_outcomes(1, seed=1).queries())
     judged = strategy.chain.models[0]
     strategy.confidence = lambda query, model, answer, details: 0.6
+
+    class Models:
+        """Each says its name."""
+
+        async def __call__(self, arm, messages, **how):
+            return Answered.saying(arm.model, model=arm.model)
+
+        async def stream(self, arm, messages, **how):
+            yield await self(arm, messages)
+
+    async def given_by(knobs):
+        told = replace(query, knobs=knobs)
+        request = ProgramRequest(query=told, pool=POOL, decision=strategy.route(told, POOL))
+        [done] = [event async for event in strategy.run(request, Models()) if isinstance(event, Done)]
+        return done.model
+
     for threshold, will_do in (("0", True), ("0.6", True), ("0.61", False), ("1", False)):
-        assert strategy.accept(replace(query, knobs={"threshold": threshold}), judged, "x", {}) is will_do
-    # The last one's is given whatever it is.
-    assert strategy.accept(replace(query, knobs={"threshold": "1"}), strategy.chain.models[-1], "x", {})
+        # The last one's is given whatever it is.
+        assert asyncio.run(given_by({"threshold": threshold})) == (judged if will_do else strategy.chain.models[-1])
 
 
 @pytest.mark.parametrize(

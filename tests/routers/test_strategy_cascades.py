@@ -13,12 +13,12 @@ from anabranch.errors import AnabranchError, BackendError, ConfigError, DataErro
 from anabranch.routers import strategies
 from anabranch.routers.contract.ask import Answered, Said
 from anabranch.routers.contract.dataset import Recorded
-from anabranch.routers.contract.program import ProgramRequest
+from anabranch.routers.contract.program import Done, ProgramRequest
 from anabranch.routers.contract.query import Query
 from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.strategies.automix import AutoMix
 from anabranch.routers.strategies.cascade import answer_cues, hashed_words
-from anabranch.routers.strategies.consistency import agreement, commonest, final_answer
+from anabranch.routers.strategies.consistency import commonest, final_answer
 from anabranch.routers.strategies.escalate import NEVER, Chain, frontier_of, outcomes, run
 from anabranch.routers.strategies.logprob import measured
 
@@ -130,10 +130,8 @@ def test_cascades_beat_each_model_alone(name):
 def test_a_written_chain_before_fit():
     one = strategies.make("logprob", models=("small", "large"), threshold=-0.5)
     assert [c.model for c in one.route(QUERY, POOL).candidates][:2] == ["small", "large"]
-    assert one.accept(QUERY, "small", "4", {"logprob": -0.4})
-    assert not one.accept(QUERY, "small", "4", {"logprob": -0.6})
-    assert not one.accept(QUERY, "small", "4", {})  # cannot be told
-    assert one.accept(QUERY, "large", "4", {"logprob": -9.0})  # the last is given in any case
+    assert one.threshold_of("small", QUERY) == -0.5
+    assert one.threshold_of("large", QUERY) is None  # the last is given in any case
     data = made_outcomes(100)
     played = one.play(data, POOL)
     np.testing.assert_array_equal(played.model_N == 0, data.signals["logprob"][:, 0] >= -0.5)
@@ -201,8 +199,12 @@ def test_measures_of_log_probabilities_by_hand():
 
 def test_entropy_is_the_less_the_better():
     one = strategies.make("logprob", measure="entropy", threshold=-0.5, models=("small", "large"))
-    assert one.accept(QUERY, "small", "4", {"entropy": 0.4})
-    assert not one.accept(QUERY, "small", "4", {"entropy": 0.6})
+    assert one.confidence(QUERY, "small", "4", {"entropy": 0.4}) == -0.4
+    # Of two alternatives that are as likely it is ln 2 = 0.69.
+    for alike, will_do in ((-0.02, True), (np.log(0.5), False)):
+        models = Models(small=[likely("4", -0.1, top=(alike, np.log(1 - np.exp(alike))))], large=["It is 4"])
+        *_, done = program(models, None, "logprob", measure="entropy", threshold=-0.5)
+        assert done.model == ("small" if will_do else "large")
 
 
 # -- agreement
@@ -241,13 +243,6 @@ def test_final_answers_take_no_time_cubic_in_white_space(text, final):
     assert final_answer(text) == final
 
 
-def test_agreement_by_hand():
-    assert agreement(["42", "The answer is 42.", "41"]) == pytest.approx(2 / 3)
-    assert agreement(["x", "y", "y"]) == pytest.approx(1 / 3)  # the first is what would be given
-    assert agreement(["", "", "y"]) == 0
-    assert np.isnan(agreement([]))
-
-
 class Models:
     """What models say, in turn; an exception is raised in place of an answer."""
 
@@ -255,11 +250,12 @@ class Models:
         self.said, self.asked = {name: list(answers) for name, answers in said.items()}, []
 
     async def __call__(self, arm, messages, **how):
-        self.asked.append((arm.model, {**arm.settings, **how}))
-        answer = self.said[arm.model].pop(0)
+        name, settings = (arm, {}) if isinstance(arm, str) else (arm.model, arm.settings)
+        self.asked.append((name, {**settings, **how}))
+        answer = self.said[name].pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return answer if isinstance(answer, Answered) else Answered.saying(answer, model=arm.model)
+        return answer if isinstance(answer, Answered) else Answered.saying(answer, model=name)
 
     async def stream(self, arm, messages, **how):
         answered = await self(arm, messages, streams=True)
@@ -271,11 +267,9 @@ class Models:
         yield answered
 
 
-def program(models, settings=None, kind="consistency", **fields):
-    """The events of a run, and whether it raised."""
-    usual = {"samples": 4} if kind == "consistency" else {}
-    one = strategies.make(kind, **{"models": ("small", "large"), "threshold": 0.6, **usual, **fields})
-    request = ProgramRequest(query=QUERY, pool=POOL, decision=one.route(QUERY, POOL), settings=settings or {})
+def answered(one, models, settings=None, query=QUERY):
+    """The events of a run of a strategy as it is, or what it raised at the end of them."""
+    request = ProgramRequest(query=query, pool=POOL, decision=one.route(query, POOL), settings=settings or {})
 
     async def main():
         events = []
@@ -287,6 +281,13 @@ def program(models, settings=None, kind="consistency", **fields):
         return events
 
     return asyncio.run(main())
+
+
+def program(models, settings=None, kind="consistency", **fields):
+    """The events of a run of a strategy that was not fitted."""
+    usual = {"samples": 4} if kind == "consistency" else {}
+    one = strategies.make(kind, **{"models": ("small", "large"), "threshold": 0.6, **usual, **fields})
+    return answered(one, models, settings)
 
 
 def test_consistency_gives_one_of_the_commonest_answers():
@@ -450,31 +451,68 @@ def test_automix_is_optimal_among_all_policies_by_brute_force():
         assert played.quality_N.mean() - trade_off * played.cost_N.mean() == pytest.approx(max(values), abs=1e-9)
 
 
-def test_automix_live_asks_for_votes_and_remembers_them():
+def test_automix_lets_a_draft_be_verified_by_its_own_model():
     one, _ = automix(0.03)
-    said = []
+    models = Models(small=["four", " correct.\n"])
+    step, done = answered(one, models, {"temperature": 0, "max_tokens": 50})
+    assert models.asked == [
+        ("small", {"temperature": 0, "max_tokens": 50, "purpose": "draft"}),
+        ("small", {"max_tokens": 8, "temperature": 0.7, "purpose": "judge"}),
+    ]
+    assert (step.name, step.facts) == ("verified", {"model": "small", "votes": 1, "confidence": 1.0, "is_given": True})
+    assert (done.model, done.message["content"]) == ("small", "four")
+    # The last one of its chain is not verified, and what it says goes out as it comes.
+    models = Models(small=["five", "Incorrect"], middle=["It is four"])
+    events = answered(one, models)
+    assert [type(event).__name__ for event in events] == ["Step", "Said", "Said", "Said", "Done"]
+    assert (events[-1].model, events[-1].message["content"]) == ("middle", "It is four")
+    assert [name for name, _ in models.asked] == ["small", "small", "middle"]
 
-    async def ask(model, prompt, *, max_tokens, temperature):
-        assert "What is 2 + 2?" in prompt
-        said.append(model)
-        return Answered.saying("Incorrect" if "five" in prompt else " correct.\n")
 
-    assert [c.model for c in one.route(QUERY, POOL).candidates][:2] == ["small", "middle"]
-    assert asyncio.run(one.aaccept(QUERY, "small", "four", {}, ask))
-    assert not asyncio.run(one.aaccept(QUERY, "small", "five", {}, ask))
-    assert said == ["small", "small"]
-    assert asyncio.run(one.aaccept(QUERY, "middle", "five", {}, ask))  # the last of its chain
-    assert said == ["small", "small"]
-
-
-@pytest.mark.parametrize("answer", ["Yes", "It is correct, I think", "", "Correct or Incorrect"])
+@pytest.mark.parametrize("answer", ["Yes", "It is correct, I think", "", "Correct or Incorrect", BackendError("gone")])
 def test_a_verdict_that_cannot_be_read_counts_against(answer):
     one, _ = automix(0.03)
+    step, *_, done = answered(one, Models(small=["four", answer], middle=["five"]))
+    assert step.facts["confidence"] == 0
+    assert (step.facts["is_given"], done.model) == (False, "middle")
 
-    async def ask(model, prompt, *, max_tokens, temperature):
-        return Answered.saying(answer)
 
-    assert not asyncio.run(one.aaccept(QUERY, "small", "four", {}, ask))
+def test_an_answer_that_is_not_worth_verifying_is_given_as_it_comes():
+    one, _ = automix(0.2)
+    models = Models(small=["It is 4"])
+    events = answered(one, models)
+    assert [type(event).__name__ for event in events] == ["Said", "Said", "Said", "Done"]
+    assert models.asked == [("small", {"streams": True})]
+
+
+def test_automix_with_a_threshold_is_a_cascade_of_votes():
+    data = made_outcomes(300)
+    one = strategies.make("automix", rule="threshold", votes=4).fit(data).with_knob(0.0)
+    first, last = one.chain.models
+    threshold = one.chain.thresholds[0]
+    for correct in range(5):
+        said = {first: ["four", *["Correct"] * correct, *["Incorrect"] * (4 - correct)], last: ["five"]}
+        step, *_, done = answered(one, Models(**said), query=next(data.queries()))
+        assert step.facts["threshold"] == threshold
+        assert done.model == (first if correct / 4 >= threshold else last)
+        assert step.facts["confidence"] == correct / 4
+
+
+class Voting:
+    """Models that answer with their name, and verify it as the votes of a row say."""
+
+    def __init__(self, votes):
+        self.votes, self.told = votes, {}
+
+    async def __call__(self, arm, messages, *, purpose, **how):
+        name = arm if isinstance(arm, str) else arm.model
+        if purpose != "judge":
+            return Answered.saying(name, model=name)
+        self.told[name] = self.told.get(name, 0) + 1
+        return Answered.saying("Correct" if self.told[name] <= round(self.votes[name] * 8) else "Incorrect")
+
+    async def stream(self, arm, messages, **how):
+        yield await self(arm, messages, **how)
 
 
 def test_automix_of_three_models_uses_earlier_votes():
@@ -485,18 +523,58 @@ def test_automix_of_three_models_uses_earlier_votes():
     low, high = one.believe([0.0, 0.5]), one.believe([1.0, 0.5])
     assert high[1::2].sum() > low[1::2].sum()  # states in which the first is right
     np.testing.assert_allclose(one.believe([float("nan"), 0.5]), one.believe([0.5], first=1))
-    first = one.first()
-    live = []
-    for row, query in enumerate(data.queries()):
-        chain = one.route(query, POOL).details["chain"]
-        asked = list(chain)
-        for name in chain:
-            if one.accept(query, name, "x", {"votes": data.signals["votes"][row, data.models.index(name)]}):
-                asked = chain[: chain.index(name) + 1]
-                break
-        live.append(data.models.index(asked[-1]))
-    assert first == 0
-    assert live == one.play(data, POOL).model_N.tolist()
+    assert one.first() == 0
+    # Live, all at once, it does what it was judged by.
+    votes_NM = np.round(data.signals["votes"] * 8) / 8
+    played = one.play(dataclasses.replace(data, signals={**data.signals, "votes": votes_NM}), POOL)
+
+    async def live(row, query):
+        votes = dict(zip(data.models, votes_NM[row].tolist(), strict=True))
+        request = ProgramRequest(query=query, pool=POOL, decision=one.route(query, POOL))
+        [done] = [event async for event in one.run(request, Voting(votes)) if isinstance(event, Done)]
+        return data.models.index(done.model)
+
+    async def main():
+        return await asyncio.gather(*(live(row, query) for row, query in enumerate(data.queries())))
+
+    assert asyncio.run(main()) == played.model_N.tolist()
+    assert len(set(played.model_N.tolist())) > 1
+
+
+# -- FrugalGPT's cascade, live
+
+
+def test_a_cascade_gives_the_first_draft_that_its_scorer_likes():
+    data = made_outcomes(600)
+    one = strategies.make("cascade", max_length=2).fit(data).with_knob(0.0)
+    first, last = one.chain.models
+    query = next(data.queries())
+    for sure in (1.0, 0.0):
+        one.confidence = lambda query, model, answer, details, sure=sure: sure if answer == "draft" else float("nan")
+        models = Models(**{first: ["draft"], last: ["It is 4"]})
+        step, *rest, done = answered(one, models, {"temperature": 0}, query)
+        assert (step.name, step.facts) == (
+            "scored",
+            {"model": first, "confidence": sure, "threshold": one.chain.thresholds[0], "is_given": sure == 1.0},
+        )
+        assert models.asked[0] == (first, {"temperature": 0, "purpose": "draft"})
+        assert (done.model, len(rest)) == ((first, 0) if sure else (last, 3))
+
+
+def test_a_cascade_goes_on_where_a_model_fails_and_gives_the_last_draft_in_the_end():
+    data = made_outcomes(600)
+    one = strategies.make("cascade", max_length=2).fit(data).with_knob(0.0)
+    one.confidence = lambda query, model, answer, details: -1.0
+    first, last = one.chain.models
+    others = [name for name in POOL.names if name not in (first, last)]
+    gone = BackendError("gone")
+    query = next(data.queries())
+    step, *_, done = answered(one, Models(**{first: [gone], last: ["five"]}), query=query)
+    assert (step.name, step.facts, done.model) == ("failed", {"model": first, "error": "BackendError"}, last)
+    *_, done = answered(
+        one, Models(**{first: ["four"], last: [gone], **{name: [gone] for name in others}}), query=query
+    )
+    assert (done.model, done.message["content"]) == (first, "four")
 
 
 def test_never_is_json():

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from anabranch.routers.contract.ask import Answered
 from anabranch.routers.judges import ReferenceJudge
-from anabranch.routers.strategies.consistency import agreement
+from anabranch.routers.strategies.consistency import commonest
 from anabranch.routers.wording import answer_form, is_same_answer, letters_and_digits, normal_form, says
 
 
@@ -102,4 +103,4 @@ def test_the_exact_judge_and_votes_mind_the_sign():
     assert judge.knows("What is 2 - 7?")
     assert not judge.knows("What is 2 + 7?")
     assert asyncio.run(judge.scores("What is 2 - 7?", {"a": "5", "b": "-5"}, None)) == {"a": 0, "b": 1}
-    assert agreement(["x > 4", "x < 4"]) == 0.5
+    assert commonest([Answered.saying("x > 4"), Answered.saying("x < 4")])[0] == 0.5

@@ -39,9 +39,11 @@ from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.knobs import LAMBDA
 from anabranch.routers.contract.predictor import Predictor, Ranked
+from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Decision, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Played, Strategy
 from anabranch.routers.made_outcomes import DIM, MODELS, made_outcomes, made_pool
+from anabranch.routers.program_checks import check_program
 
 
 def check_strategy(
@@ -57,7 +59,7 @@ def check_strategy(
         config: of a strategy, or of a predictor. Small sizes keep the check quick.
         decides: it routes live queries; False for what only plays recorded outcomes.
         plays: it plays recorded outcomes.
-        ask: how it asks models, where it does; a `Program` is run with it too.
+        ask: how it asks models, where it does; a `Program` is run with it too, if it has ``stream``.
     """
     checks = _Checks(config, decides, plays, ask)
     with warnings.catch_warnings():
@@ -72,6 +74,7 @@ def check_strategy(
             checks.observations(fitted)
             checks.sender_knobs(fitted)
             checks.sharing()
+            checks.runs(fitted)
         checks.saving(fitted)
         if plays:
             checks.playing(fitted)
@@ -149,6 +152,12 @@ class _Checks:
                 ensure(isinstance(said, bool | np.bool_), f"accept says {said!r}, not whether")
             fitted.accept(self.query, candidates[0].model, "", details)
         fitted.accept(self.query, "a model nobody knows", "an answer", {})
+
+    def runs(self, fitted: Strategy) -> None:
+        """Where it answers itself."""
+        if isinstance(fitted, Program):
+            for query in (self.query, *list(self.test.queries())[1:4]):
+                check_program(fitted, query, made_pool(), self.ask if hasattr(self.ask, "stream") else None)
 
     def pools(self, fitted: Strategy) -> None:
         one = self.route(fitted, self.query, made_pool(("small", "large")))

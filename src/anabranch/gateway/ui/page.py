@@ -233,9 +233,7 @@ def _calls(seen: Seen) -> str:
     for call in seen.calls:
         alike.setdefault((str(call["purpose"]), str(call["model"])), []).append(call)
     items = "".join(_called(purpose, model, calls) for (purpose, model), calls in alike.items())
-    return (
-        f'<p class="quiet">The strategy asked models to decide:</p><ul class="attempts">{items}</ul>' if items else ""
-    )
+    return f'<p class="quiet">The strategy asked models itself:</p><ul class="attempts">{items}</ul>' if items else ""
 
 
 def _called(purpose: str, model: str, calls: Sequence[Mapping[str, Any]]) -> str:

@@ -6,8 +6,9 @@
     go on     observe(outcome)                 from the one model that was asked
     judge     play(recorded, pool) -> Played   what it would have earned and spent
 
-A strategy that reads answers (a cascade) is asked ``accept`` after each one, and the gateway goes on to the next candidate while it
-says no. One that asks models itself (``is_async``) is awaited: ``aroute``, ``aaccept``, with the `Ask` of the request that it is done for.
+A strategy that reads answers is asked ``accept`` after each one, and the gateway goes on to the next candidate while it says no. One that
+asks models itself (``is_async``) is awaited: ``aroute``, ``aaccept``, with the `Ask` of the request that it is done for. One that answers
+itself, as cascades do, is a `Program`.
 Learning may import torch, inside ``fit``; deciding may not, since a gateway holds no torch unless something needs it.
 """
 # Shapes: N queries, M models

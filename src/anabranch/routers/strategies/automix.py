@@ -11,32 +11,30 @@ as the hidden state of a POMDP with the votes as observations. States, observati
 each with one more count (Laplace). The horizon is the chain's length, so the POMDP is solved exactly by looking ahead.
 ``rule="threshold"`` is the paper's simpler router: give the answer if v is at least a threshold (chosen as in `escalate`).
 
-Recorded data must carry the signal ``votes`` (`Recorded.signals`); live, the model is asked through the gateway. A
-self-verification costs ``vote_cost`` of an answer.
+Recorded data must carry the signal ``votes`` (`Recorded.signals`); live, it is a `Program`, which lets each model verify its own draft; an
+answer that is not worth verifying is given as it comes. A self-verification costs ``vote_cost`` of an answer.
 """
 # Shapes: N queries, K models of the chain, S = 2^K states, V = k + 1 levels of votes
 
 import asyncio
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, DataError, InputError
-from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.program import Answered, Ask, ProgramRequest
 from anabranch.routers.contract.query import Decision, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Played, ordered, playable
-from anabranch.routers.strategies.escalate import Escalating, run
+from anabranch.routers.strategies.chained import Chained, Draft
+from anabranch.routers.strategies.escalate import run
 from anabranch.routers.strategies.semantic import listed
 from anabranch.routers.strategies.training import means, training_set
 from anabranch.routers.strategies.unit_scale import Span
 
-# Requests whose earlier votes are kept.
-REMEMBERED = 1024
 VERIFY = """Somebody was asked the question between the first marks and gave the answer between the second.
 
 <<<
@@ -50,11 +48,11 @@ VERIFY = """Somebody was asked the question between the first marks and gave the
 Is the answer correct? Check it against the question step by step, in your head. Then reply with one word, Correct or Incorrect."""
 
 
-class AutoMix(Escalating, kind="automix"):
+class AutoMix(Chained, kind="automix"):
     """Self-verification, then the action of largest expected utility."""
 
     @configclass
-    class Config(Escalating.Config):
+    class Config(Chained.Config):
         """Verification and rule.
 
         Attributes:
@@ -71,7 +69,6 @@ class AutoMix(Escalating, kind="automix"):
         temperature: float = Field(default=0.7, gt=0)
         correct: float = Field(default=0.5, gt=0, le=1)
 
-    is_async = True
     needs_fit = True
 
     def __init__(self, config: Any) -> None:
@@ -79,7 +76,6 @@ class AutoMix(Escalating, kind="automix"):
         self.models: tuple[str, ...] = ()
         self.prior_S, self.quality_SK, self.cost_K = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
         self.vote_KSV = np.zeros((0, 0, 0))
-        self._seen: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
         # Few combinations of votes occur, so each is decided once.
         self._decided: dict[tuple[Any, ...], Any] = {}
 
@@ -99,10 +95,6 @@ class AutoMix(Escalating, kind="automix"):
                 f"automix needs the signal 'votes' of recorded answers; the data have {sorted(data.signals) or 'none'}"
             )
         return data.signals["votes"]
-
-    def confidence(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> float:
-        """Votes given by the details; NaN without."""
-        return float(details.get("votes", np.nan))
 
     # -- learning
 
@@ -259,7 +251,6 @@ class AutoMix(Escalating, kind="automix"):
         known = [name for name in self.models[first:] if name in pool.names]
         if not known:
             raise InputError(f"automix asks {', '.join(self.models[first:])}; the pool has {', '.join(pool.names)}")
-        self._seen.pop((query.tenant, query.text), None)
         return Decision(
             candidates=ordered(pool, listed(known, pool)),
             strategy=self.name,
@@ -271,52 +262,50 @@ class AutoMix(Escalating, kind="automix"):
         if not self.models:
             raise InputError("automix has not learned yet: fit it on recorded outcomes with votes")
 
-    def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
-        """By the belief after this vote and the earlier ones for the same query."""
-        if self.config.rule == "threshold":
-            return super().accept(query, model, answer, details)
-        self._check()
-        votes, first = self._earlier(query, model)
-        if votes is None or not self.verifies(votes, first):
-            return True
-        votes.append(self.confidence(query, model, answer, details))
-        is_given = self.accepts(votes, first)
-        if is_given:
-            self._seen.pop((query.tenant, query.text), None)
-        return is_given
+    # -- answering
 
-    def _earlier(self, query: Query, model: str) -> tuple[list[float] | None, int]:
-        """Votes of the models before this one for the same query, NaN for those that failed; None if its answer is given in any case."""
+    step_name = "verified"
+
+    async def is_judged(self, request: ProgramRequest, model: str, earlier: Sequence[Draft]) -> bool:
+        """Whether the answer is verified: where the rule is the POMDP's, only if that is worth its price."""
+        if self.config.rule == "threshold":
+            return await super().is_judged(request, model, earlier)
+        self._check()
+        told = self._votes(model, earlier)
+        # Solving it for votes that have not occurred takes a while where the chain is long.
+        return told is not None and await asyncio.to_thread(self.verifies, *told)
+
+    async def examine(self, request: ProgramRequest, model: str, found: Answered, ask: Ask) -> tuple[float, Facts]:
+        """Let the model verify its answer k times, all at once. A verdict that cannot be read counts against the answer."""
+        text = VERIFY.format(question=request.query.text, answer=found.text)
+        verdicts = await asyncio.gather(*(self._verdict(model, text, ask) for _ in range(self.config.votes)))
+        return sum(verdicts) / len(verdicts), {"votes": len(verdicts)}
+
+    async def will_do(self, request: ProgramRequest, model: str, sure: float, earlier: Sequence[Draft]) -> bool:
+        """By the belief after this vote and the earlier ones for the same request."""
+        if self.config.rule == "threshold":
+            return await super().will_do(request, model, sure, earlier)
+        told = self._votes(model, earlier)
+        assert told is not None
+        votes, first = told
+        return await asyncio.to_thread(self.accepts, [*votes, sure], first)
+
+    def bar(self, request: ProgramRequest, model: str) -> Facts:
+        """A threshold, where the rule is one."""
+        return super().bar(request, model) if self.config.rule == "threshold" else {}
+
+    def _votes(self, model: str, earlier: Sequence[Draft]) -> tuple[list[float], int] | None:
+        """Votes of the models before this one, NaN for those without, and the place of the first; None if its answer is given as it is."""
         if model not in self.models[:-1]:
-            return None, 0
+            return None
         place = self.models.index(model)
         first = min(self.first(), place)
-        votes = self._seen.setdefault((query.tenant, query.text), [])
-        self._seen.move_to_end((query.tenant, query.text))
-        while len(self._seen) > REMEMBERED:
-            self._seen.popitem(last=False)
-        votes += [float("nan")] * (place - first - len(votes))
-        del votes[place - first :]
-        return votes, first
-
-    async def aaccept(self, query: Query, model: str, answer: str, details: Mapping[str, Any], ask: Ask) -> bool:
-        """Let the model verify its answer k times, all at once, then `accept`. A verdict that cannot be read counts against the answer."""
-        if "votes" in details or not self._wants_votes(query, model):
-            return self.accept(query, model, answer, details)
-        text = VERIFY.format(question=query.text, answer=answer)
-        verdicts = await asyncio.gather(*(self._verdict(model, text, ask) for _ in range(self.config.votes)))
-        return self.accept(query, model, answer, {**details, "votes": sum(verdicts) / len(verdicts)})
-
-    def _wants_votes(self, query: Query, model: str) -> bool:
-        if self.config.rule == "threshold":
-            return self.threshold_of(model, query) is not None
-        self._check()
-        votes, first = self._earlier(query, model)
-        return votes is not None and self.verifies(votes, first)
+        told = {draft.model: draft.confidence for draft in earlier}
+        return [told.get(name, float("nan")) for name in self.models[first:place]], first
 
     async def _verdict(self, model: str, text: str, ask: Ask) -> bool:
         try:
-            said = (await ask(model, text, max_tokens=8, temperature=self.config.temperature)).text
+            said = (await ask(model, text, max_tokens=8, temperature=self.config.temperature, purpose="judge")).text
         except AnabranchError:
             return False
         return re.fullmatch(r"\W*correct\W*", said.strip(), re.IGNORECASE) is not None
@@ -370,3 +359,6 @@ class AutoMix(Escalating, kind="automix"):
         )
         self.models = tuple(facts["models"])
         self._decided.clear()
+        if self.models:
+            # A long chain takes a while to solve, which the first request would have to wait for.
+            self.first()

@@ -14,6 +14,7 @@ router that hedges. Thresholds are chosen on leave-one-out predictions, since a 
 """
 # Shapes: N queries, M models, C features, V dimensions of a vector
 
+import asyncio
 import re
 import zlib
 from collections.abc import Mapping
@@ -24,9 +25,10 @@ import numpy as np
 from anabranch.config import Field, configclass
 from anabranch.errors import InputError
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.program import Answered, Ask, ProgramRequest
 from anabranch.routers.contract.query import Decision, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts
-from anabranch.routers.strategies.escalate import Escalating
+from anabranch.routers.strategies.chained import Chained
 from anabranch.routers.strategies.ridge import ridge_left_out
 
 # Characters of an answer.
@@ -43,11 +45,11 @@ _HEDGES = re.compile(
 NUM_CUES = 6
 
 
-class Cascade(Escalating, kind="cascade"):
+class Cascade(Chained, kind="cascade"):
     """Ordered models, a learned scorer of answers, thresholds under a budget."""
 
     @configclass
-    class Config(Escalating.Config):
+    class Config(Chained.Config):
         """The scorer.
 
         Attributes:
@@ -127,6 +129,16 @@ class Cascade(Escalating, kind="cascade"):
             answers=({model: answer},),
         )
         return float(self.confidences(one)[0, 0])
+
+    # -- answering
+
+    step_name = "scored"
+
+    async def examine(self, request: ProgramRequest, model: str, found: Answered, ask: Ask) -> tuple[float, Facts]:
+        """g of the draft: its words are looked at in a thread, for there may be many."""
+        return await asyncio.to_thread(self.confidence, request.query, model, found.text, {}), {}
+
+    # -- the scorer
 
     def _width(self) -> int:
         return self.dim + (self.config.buckets + NUM_CUES if self.reads_text else 0) + len(self.signals)

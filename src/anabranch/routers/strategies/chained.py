@@ -2,14 +2,19 @@
 
     draft of model 1, judged;  if it will do, it is the answer,  else the draft of model 2;  ...;  the last model's answer as it comes
 
-What a kind of cascade does to judge a draft, sampling more, asking for log-probabilities, having it verified, is its `draft`.
+What tells cascades apart is how a draft is judged: by a learned scorer, by its log-probabilities, by letting its model verify it
+(`examine`), or by drawing more of them (`draft`).
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from anabranch.errors import AnabranchError
 from anabranch.routers.contract.program import Answered, Ask, Done, Event, Program, ProgramRequest, Step
+from anabranch.routers.contract.strategy import Facts
 from anabranch.routers.strategies.escalate import Escalating
 
 
@@ -18,25 +23,22 @@ class Draft:
     """A draft, judged.
 
     Attributes:
+        model: whose.
         answer: what would be given; None where the model did not answer.
         is_given: it will do.
         step: how it went.
+        confidence: that it will do, as its kind of cascade measures it; NaN where it cannot be told.
     """
 
+    model: str
     answer: Done | None
     is_given: bool
     step: Step
+    confidence: float = float("nan")
 
 
 class Chained(Escalating, Program):
-    """Base of cascades that are programs. A subclass says ``draft``."""
-
-    # It judges its drafts itself.
-    reads_answers = False
-
-    async def draft(self, request: ProgramRequest, model: str, threshold: float, ask: Ask) -> Draft:
-        """Ask a model, and judge its answer by the threshold. What it fails with is no error, but a draft without an answer."""
-        raise NotImplementedError
+    """Base of cascades. A subclass says ``examine``, or ``draft`` where one answer is not enough."""
 
     async def run(self, request: ProgramRequest, ask: Ask) -> AsyncIterator[Event]:
         """Draft with the models of the chain one after another until a draft will do; the last one's answer is given as it comes.
@@ -44,24 +46,83 @@ class Chained(Escalating, Program):
         Where models fail, the next is asked, and in the end the last draft there was is better than none. Raises what the last model
         failed with where nobody answered.
         """
-        # The rest is there for when the chain fails.
-        judged, thresholds = request.decision.details["chain"][:-1], request.decision.details["thresholds"]
         spare: Done | None = None
+        drafts: list[Draft] = []
         for name in request.names:
             is_last = name == request.names[-1]
-            threshold = thresholds.get(name) if name in judged and not is_last else None
-            if threshold is None:
+            if is_last or not await self.is_judged(request, name, drafts):
                 async for event in given_as_it_comes(request, name, ask, spare, is_last):
                     yield event
                     if isinstance(event, Done):
                         return
                 continue
-            draft = await self.draft(request, name, threshold, ask)
+            draft = await self.draft(request, name, drafts, ask)
+            drafts.append(draft)
             yield draft.step
             spare = draft.answer or spare
             if draft.answer is not None and draft.is_given:
                 yield draft.answer
                 return
+
+    async def is_judged(self, request: ProgramRequest, model: str, earlier: Sequence[Draft]) -> bool:
+        """Whether an answer of this model has to be looked at before it may be given.
+
+        Args:
+            request: what for.
+            model: that is to be asked.
+            earlier: drafts of the models before it.
+        """
+        # What comes after the chain is there for when the chain fails.
+        return model in request.decision.details["chain"][:-1] and threshold_in(request, model) is not None
+
+    async def draft(self, request: ProgramRequest, model: str, earlier: Sequence[Draft], ask: Ask) -> Draft:
+        """Ask a model once, as the sender wants it asked, and judge its answer. What it fails with is a draft without an answer."""
+        try:
+            found = await ask(request.arm(model), request.messages, purpose="draft", **self.asked_with(request))
+        except AnabranchError as error:
+            return Draft(model, None, False, failed(model, error))
+        sure, facts = await self.examine(request, model, found, ask)
+        is_given = await self.will_do(request, model, sure, earlier)
+        told = {"model": model, **facts, "confidence": round(sure, 4) if np.isfinite(sure) else None}
+        step = Step(self.step_name, {**told, **self.bar(request, model), "is_given": is_given})
+        return Draft(model, self.given(request, found), is_given, step, sure)
+
+    # What a kind says of its drafts
+
+    # Of the line in the trace that a judged draft makes.
+    step_name = "judged"
+
+    def asked_with(self, request: ProgramRequest) -> dict[str, Any]:
+        """What a draft is asked for beside what the sender wants."""
+        return {}
+
+    async def examine(self, request: ProgramRequest, model: str, found: Answered, ask: Ask) -> tuple[float, Facts]:
+        """How sure it is of a draft, NaN where that cannot be told; and what else to tell of it."""
+        raise NotImplementedError
+
+    async def will_do(self, request: ProgramRequest, model: str, sure: float, earlier: Sequence[Draft]) -> bool:
+        """Whether a draft is given, of which it is so sure. By default, if that reaches the model's threshold."""
+        threshold = threshold_in(request, model)
+        return threshold is not None and sure >= threshold
+
+    def bar(self, request: ProgramRequest, model: str) -> Facts:
+        """What a draft was measured against."""
+        return {"threshold": threshold_in(request, model)}
+
+    def given(self, request: ProgramRequest, found: Answered) -> Done:
+        """A draft as it is given."""
+        return Done.of(found)
+
+
+def threshold_in(request: ProgramRequest, model: str) -> float | None:
+    """Confidence from which an answer of this model is given, as it was decided; None if it always is."""
+    threshold: float | None = request.decision.details["thresholds"].get(model)
+    return threshold
+
+
+def failed(model: str, error: AnabranchError) -> Step:
+    """A model that gave no answer."""
+    return Step("failed", {"model": model, "error": type(error).__name__})
 
 
 async def given_as_it_comes(
@@ -78,7 +139,7 @@ async def given_as_it_comes(
             yield Done.of(piece) if isinstance(piece, Answered) else piece
         return
     except AnabranchError as error:
-        yield Step("failed", {"model": name, "error": type(error).__name__})
+        yield failed(name, error)
         if said or (spare is None and is_last):
             raise
     if is_last and spare is not None:

@@ -13,7 +13,7 @@ the sender asked for it, the others at ``temperature``.
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,7 @@ import numpy as np
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, DataError
 from anabranch.routers.contract.dataset import Recorded
-from anabranch.routers.contract.program import Answered, Ask, Done, ProgramRequest, Step
-from anabranch.routers.contract.query import Query
-from anabranch.routers.contract.strategy import Facts
+from anabranch.routers.contract.program import Answered, Ask, ProgramRequest, Step
 from anabranch.routers.strategies.chained import Chained, Draft
 from anabranch.routers.wording import answer_form
 
@@ -69,21 +67,24 @@ class Consistency(Chained, kind="consistency"):
             )
         return data.signals["agreement"]
 
-    def confidence(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> float:
-        """Agreement of the samples in ``details``; NaN if there are none."""
-        if "samples" in details:
-            return agreement([answer, *details["samples"]])
-        return float(details.get("agreement", np.nan))
-
     # -- answering
 
-    async def draft(self, request: ProgramRequest, model: str, threshold: float, ask: Ask) -> Draft:
+    async def draft(self, request: ProgramRequest, model: str, earlier: Sequence[Draft], ask: Ask) -> Draft:
         """m samples; one of the commonest, if those are enough. A draw that fails counts as one that disagrees."""
         drawn_m = await self._draw(request, model, ask)
         share, best = commonest(drawn_m)
-        is_given = best is not None and share >= threshold
-        step = Step("sampled", self._facts(model, drawn_m, share, threshold, is_given))
-        return Draft(None if best is None else Done.of(best), is_given, step)
+        is_given = best is not None and await self.will_do(request, model, share, earlier)
+        facts = {
+            "model": model,
+            "samples": len(drawn_m),
+            "came": sum(one is not None for one in drawn_m),
+            "agreement": round(share, 4),
+            **self.bar(request, model),
+            "is_given": is_given,
+        }
+        return Draft(
+            model, None if best is None else self.given(request, best), is_given, Step("sampled", facts), share
+        )
 
     async def _draw(self, request: ProgramRequest, model: str, ask: Ask) -> list[Answered | None]:
         """m answers of a model, all at once; None for each that did not come."""
@@ -103,19 +104,6 @@ class Consistency(Chained, kind="consistency"):
 
         return list(await asyncio.gather(*(one(number) for number in range(self.config.samples))))
 
-    def _facts(
-        self, model: str, drawn_m: Sequence[Answered | None], share: float, threshold: float, is_given: bool
-    ) -> Facts:
-        came = sum(one is not None for one in drawn_m)
-        return {
-            "model": model,
-            "samples": len(drawn_m),
-            "came": came,
-            "agreement": round(share, 4),
-            "threshold": threshold,
-            "is_given": is_given,
-        }
-
 
 def commonest(drawn_m: Sequence[Answered | None]) -> tuple[float, Answered | None]:
     """The share of samples whose final answer is the commonest one, and the first of them; of equally common ones the earlier.
@@ -128,14 +116,6 @@ def commonest(drawn_m: Sequence[Answered | None]) -> tuple[float, Answered | Non
         return 0.0, next((one for one in drawn_m if one is not None), None)
     best = max(dict.fromkeys(said), key=said.count)
     return said.count(best) / len(finals), drawn_m[finals.index(best)]
-
-
-def agreement(answers: Sequence[str]) -> float:
-    """Share of answers that come to the same as the first, which is the one that would be given; 0 if that is empty, NaN for no answers."""
-    if not answers:
-        return float("nan")
-    finals = [final_answer(answer) for answer in answers]
-    return finals.count(finals[0]) / len(finals) if finals[0] else 0.0
 
 
 def final_answer(text: str) -> str:

@@ -2,8 +2,7 @@
 
     ask model 1;  if confidence(answer) >= t_1 give it,  else ask model 2;  ...;  the last model's answer is given in any case
 
-A strategy of this family says how sure it is of an answer; here the chain and its thresholds are chosen, every call is counted,
-and both are run.
+A strategy of this family says how sure it is of an answer; here the chain and its thresholds are chosen, and every call is counted.
 
 Chains of up to ``max_length`` models are tried with thresholds at quantiles of the confidence on recorded outcomes (FrugalGPT's
 problem: maximise quality under a budget; Chen, Zaharia and Zou 2023, arXiv 2305.05176, eq. 2 and 3). Of all of them the *frontier*
@@ -13,7 +12,7 @@ strategy serves the whole curve.
 # Shapes: N queries, M models, K models of a chain, G cuts, F points of the frontier
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -51,7 +50,7 @@ class Chain:
 
 
 class Escalating(Strategy):
-    """Base of cascades. A subclass says ``confidences`` of recorded answers and ``confidence`` of a live one."""
+    """Base of cascades. A subclass says ``confidences`` of recorded answers; how live ones are asked for and judged is `Chained`'s."""
 
     @configclass
     class Config(Strategy.Config):
@@ -77,7 +76,6 @@ class Escalating(Strategy):
             if len(set(self.models)) < len(self.models):
                 raise ConfigError(f"models is {list(self.models)}; a chain asks each model once")
 
-    reads_answers = True
     knob = "trade_off"
     sender_knobs = (LAMBDA, THRESHOLD)
 
@@ -89,10 +87,6 @@ class Escalating(Strategy):
 
     def confidences(self, data: Recorded) -> np.ndarray:
         """``[N, M]`` of recorded answers; NaN where unknown, which never passes. Raises DataError if the data do not tell."""
-        raise NotImplementedError
-
-    def confidence(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> float:
-        """Of a live answer; NaN where it cannot be told."""
         raise NotImplementedError
 
     def learn(self, data: Recorded, *, seed: int) -> np.ndarray:
@@ -210,11 +204,6 @@ class Escalating(Strategy):
         if self.config.models and model in self.config.models[-1:]:
             return None
         return self.config.threshold if wanted is None else wanted
-
-    def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any]) -> bool:
-        """Whether the confidence reaches the model's threshold. One that cannot be told does not."""
-        threshold = self.threshold_of(model, query)
-        return threshold is None or self.confidence(query, model, answer, details) >= threshold
 
     # -- judging
 

@@ -19,11 +19,12 @@ from typing import Any, Literal
 import numpy as np
 
 from anabranch.config import Field, configclass
-from anabranch.errors import AnabranchError, DataError
+from anabranch.errors import DataError
 from anabranch.routers.contract.dataset import Recorded
-from anabranch.routers.contract.program import Ask, Done, ProgramRequest, Step
+from anabranch.routers.contract.program import Answered, Ask, Done, ProgramRequest
 from anabranch.routers.contract.query import Query
-from anabranch.routers.strategies.chained import Chained, Draft
+from anabranch.routers.contract.strategy import Facts
+from anabranch.routers.strategies.chained import Chained
 
 
 class LogProb(Chained, kind="logprob"):
@@ -63,24 +64,21 @@ class LogProb(Chained, kind="logprob"):
 
     # -- answering
 
-    async def draft(self, request: ProgramRequest, model: str, threshold: float, ask: Ask) -> Draft:
-        """An answer with its log-probabilities."""
-        asked = _alternatives(request.settings)
-        wanted = max(asked or 0, self.config.alternatives if self.config.measure == "entropy" else 0)
-        try:
-            found = await ask(request.arm(model), request.messages, logprobs=wanted, purpose="draft")
-        except AnabranchError as error:
-            return Draft(None, False, Step("failed", {"model": model, "error": type(error).__name__}))
+    step_name = "measured"
+
+    def asked_with(self, request: ProgramRequest) -> dict[str, Any]:
+        """As many log-probabilities as the sender wants to see, and as are needed to measure."""
+        wanted = self.config.alternatives if self.config.measure == "entropy" else 0
+        return {"logprobs": max(_alternatives(request.settings) or 0, wanted)}
+
+    async def examine(self, request: ProgramRequest, model: str, found: Answered, ask: Ask) -> tuple[float, Facts]:
+        """By what the provider told of its tokens."""
         sure = self.confidence(request.query, model, found.text, {"logprobs": found.logprobs()})
-        is_given = sure >= threshold
-        facts = {
-            "model": model,
-            "measure": self.config.measure,
-            "confidence": round(sure, 4) if np.isfinite(sure) else None,
-            "threshold": threshold,
-            "is_given": is_given,
-        }
-        return Draft(_as_asked(Done.of(found), asked), is_given, Step("measured", facts))
+        return sure, {"measure": self.config.measure}
+
+    def given(self, request: ProgramRequest, found: Answered) -> Done:
+        """With no more log-probabilities than the sender asked for."""
+        return _as_asked(Done.of(found), _alternatives(request.settings))
 
 
 def _alternatives(settings: Mapping[str, Any]) -> int | None:
