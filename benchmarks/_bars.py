@@ -66,6 +66,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(1.3, ".* hand-tied transformers"),
         Bar(0.95, "(training|decode) .* against reuse 1"),
     ),
+    "routing_decisions": (Bar(1.0, peer="bar of .*"),),
     "serving_engine": (
         Bar(1.5, "16 streams, ours bfloat16", "transformers"),
         # Of each vLLM that is compiled: what counts is the faster, and one row that misses is seen.
