@@ -188,7 +188,7 @@ def test_the_nearest_text_is_found_as_a_naive_search_does(index):
     random = np.random.default_rng(0)
     vector_ND = random.normal(size=(40, 8)).astype(np.float32)
     vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
-    cache = SemanticCache(threshold=0.01, ttl_s=5, size=37, index=index)
+    cache = SemanticCache(threshold=0.01, ttl_s=1e6, size=37, index=index)
     for number, vector in enumerate(vector_ND):
         cache.put("n", b"c", 3 * vector, entry(str(number)))
     # The first three had to make room.
