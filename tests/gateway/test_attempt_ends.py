@@ -113,6 +113,14 @@ def test_a_stream_that_was_cut_off_here_is_charged_the_time_it_had():
     assert attempt.usage.completion == MOST.completion
 
 
+def test_a_whole_answer_is_made_to_its_end_however_short_it_was_waited_for():
+    case = Case()
+    case.live.fast_token_s = 0.5
+    attempt = case.attempt(is_whole=True)
+    case.ends.lost(case.live, attempt, failed("timeout"))
+    assert attempt.usage.completion == MOST.completion
+
+
 def test_where_nobody_keeps_accounts_what_is_lost_costs_its_prompt():
     case = Case()
     attempt = case.attempt(most=None)

@@ -69,6 +69,9 @@ def test_an_answer_that_one_process_kept_is_there_for_all_of_its_key_and_context
             # As often as it is asked for, and in the one that kept it too.
             assert await two.alike("k", CONTEXT, vector(0.1)) == entry()
             assert await one.alike("k", CONTEXT, vector(0.1)) == entry()
+            # That one does not take over what it told itself.
+            assert await one.alike("k", CONTEXT, vector(0.6)) is None
+            assert (len(one._abroad._index), len(two._abroad._index)) == (0, 1)
             # It means something else, or is another's.
             assert await two.alike("k", CONTEXT, vector(0.6)) is None
             assert await two.alike("other", CONTEXT, vector(0.0)) is None
@@ -104,8 +107,9 @@ def test_of_many_all_are_known_up_to_a_bound(server, prefix, monkeypatch):
             for at, angle in enumerate(angles):
                 keep(one, "k", angle, entry(str(at).encode()))
                 await shared[0].meanings.close()
-            found = [(await two.alike("k", CONTEXT, vector(angle))).body for angle in angles]
-            assert found == [str(at).encode() for at in range(13)]
+            # The last first: it is seen at the first look.
+            found = [(await two.alike("k", CONTEXT, vector(angle))).body for angle in reversed(angles)]
+            assert found == [str(at).encode() for at in reversed(range(13))]
 
     asyncio.run(main())
 
@@ -140,6 +144,8 @@ def test_what_is_cleared_is_gone_in_all(server, prefix, tenant):
             # Still being written.
             keep(one, "k", 1.0, entry())
             assert await shared[0].meanings.clear(tenant) == (2 if tenant else 3)
+            left = await shared[0].link.run(lambda client: client.keys(shared[0].link.key("*")))
+            assert [name.split(b":")[3] for name in left] == ([b"l"] * 2 if tenant else [])
             # Before its order to forget has come, the other finds nothing either.
             assert await two.alike("k", CONTEXT, vector(0.0)) is None
             one.forget(tenant)

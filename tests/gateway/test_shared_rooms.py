@@ -167,6 +167,29 @@ def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not
     asyncio.run(main())
 
 
+def test_leases_are_renewed_when_it_is_time_and_not_all_the_time():
+    class Told:
+        def __init__(self):
+            self.renewed = 0
+
+        def key(self, *parts):
+            return ":".join(parts)
+
+        async def script(self, script, keys, values, read):
+            self.renewed += script is leases.RENEW
+
+    async def main():
+        link, now_s = Told(), [0.0]
+        found = rooms.RedisRooms(link, lambda: None, lambda: now_s[0])
+        found._hold("d", "a")
+        for seconds in (0.0, 1.0, leases.RENEW_S, leases.RENEW_S + 1, 2 * leases.RENEW_S):
+            now_s[0] = seconds
+            await found.tell()
+        assert link.renewed == 2
+
+    asyncio.run(main())
+
+
 @needs_redis
 def test_while_it_is_away_there_is_room_and_what_began_is_counted_afterwards(prefix, monkeypatch):
     monkeypatch.setattr(leases, "RENEW_S", 0.0)
