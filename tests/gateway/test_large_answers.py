@@ -13,7 +13,7 @@ from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfi
 from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.dispatch import late
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.http import exchange, messages, responses
+from anabranch.gateway.http import counting, exchange, messages, responses
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.store import LedgerQuery
@@ -158,8 +158,8 @@ def test_a_large_answer_that_is_none_is_told_as_a_small_one(tmp_path, answer):
 def test_tokens_of_a_large_prompt_are_counted_beside_the_loop(tmp_path, monkeypatch):
     """All of it: what the body is turned into, and how deep it is, among it."""
     seen = []
-    for name in ("check_depth", "to_chat", "count_prompt"):
-        noted(monkeypatch, messages, name, seen)
+    for module, name in ((messages, "check_depth"), (messages, "to_chat"), (counting, "count_prompt")):
+        noted(monkeypatch, module, name, seen)
     text = "word " * (LARGE // 4)
     found = []
 
@@ -179,8 +179,8 @@ def test_tokens_of_a_large_prompt_are_counted_beside_the_loop(tmp_path, monkeypa
 
 def test_a_prompt_is_held_whole_until_it_is_counted_though_its_client_goes_away(tmp_path, monkeypatch):
     began, gate, closes = threading.Event(), threading.Event(), []
-    inner = messages.count_prompt
-    monkeypatch.setattr(messages, "count_prompt", lambda *given: began.set() or (gate.wait() and inner(*given)))
+    inner = counting.count_prompt
+    monkeypatch.setattr(counting, "count_prompt", lambda *given: began.set() or (gate.wait() and inner(*given)))
     body = {**CHAT, "messages": [{"role": "user", "content": "word " * (LARGE // 4)}]}
 
     async def work(gateway, post):
