@@ -79,10 +79,13 @@ def test_training_takes_the_largest_of_a_noisy_sample(gate, x):
     assert not found.propensity_NK.requires_grad
 
 
-def test_a_forced_number_weighs_what_the_gate_thinks_of_it(gate, x):
-    found = gate(x, context(Override(index_NK=[2])))
-    assert (found.index_NK == 2).all()
-    torch.testing.assert_close(found.weight_NK, probabilities(gate, x)[:, 2:])
+@pytest.mark.parametrize("number", [-1, 0, 1, 2])
+def test_a_forced_number_weighs_what_the_gate_thinks_of_it(gate, x, number):
+    """None is one loop."""
+    taken = max(number, 0)
+    found = gate(x, context(Override(index_NK=[number])))
+    assert (found.index_NK == taken).all()
+    torch.testing.assert_close(found.weight_NK, probabilities(gate, x)[:, taken : taken + 1])
     torch.testing.assert_close(found.score_NE, probabilities(gate, x))
 
 

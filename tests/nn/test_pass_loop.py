@@ -76,6 +76,7 @@ def test_scales_begin_at_zero_and_only_gated_passes_have_them():
     assert PassLoop(3, "gated").new_scale().tolist() == [0.0, 0.0]
     assert PassLoop(3).new_scale() is None
     assert PassLoop(3).num_scales == 0
+    assert not PassLoop(3).recompute
 
 
 def test_routers_in_order():
