@@ -105,6 +105,11 @@ def test_a_key_is_taken_out_before_the_text_is_cut():
     assert hidden(Failure(kind="auth", message="m", code=word), SECRET).code == "y" * 195 + "[key]"
 
 
+def test_what_is_passed_on_is_cut():
+    found = hidden(Failure(kind="auth", message="x" * 999, type="t" * 999, code="c" * 999, param="p" * 999), None)
+    assert [len(text) for text in (found.message, found.type, found.code, found.param)] == [500, 200, 200, 200]
+
+
 def test_a_short_secret_is_no_reason_to_spoil_a_sentence():
     failure = Failure(kind="auth", message="a bad request")
     assert hidden(failure, "a") == failure

@@ -153,6 +153,8 @@ CONFIGS = {
     44_100: (2 << 11 | 4 << 7 | 2 << 3).to_bytes(2, "big"),
     24_000: (2 << 11 | 6 << 7 | 1 << 3).to_bytes(2, "big"),
     11_111: (2 << 35 | 15 << 31 | 11_111 << 7 | 1 << 3).to_bytes(5, "big"),
+    # A kind of two bytes, that is.
+    8_000: (31 << 11 | 10 << 5 | 11 << 1).to_bytes(2, "big"),
     -24_000: (5 << 19 | 6 << 15 | 2 << 11 | 3 << 7).to_bytes(3, "big"),
 }
 
@@ -210,6 +212,9 @@ def test_what_an_m4a_says_is_shorter_is_not_believed(fields):
 
 def test_what_it_says_is_longer_is():
     assert contained(m4a(430, delta=2048)).seconds == pytest.approx(430 * 2048 / 44_100)
+    # In whichever of its places it says so.
+    assert contained(m4a(430, delta=2048, length=1)).seconds == pytest.approx(430 * 2048 / 44_100)
+    assert contained(m4a(430, length=430 * 4096)).seconds == pytest.approx(430 * 4096 / 44_100)
 
 
 def test_samples_of_fragments_count_too():
