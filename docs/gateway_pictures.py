@@ -1,8 +1,8 @@
 """The guide's pictures of the gateway's pages: the real server, made-up traffic, a real browser at 1280 and at 390 pixels.
 
-    python docs/gateway_pictures.py [FOLDER]      (docs/images; needs chromium)
+    python docs/gateway_pictures.py FOLDER      (needs chromium)
 
-Run it after a change of a page, and look at what it wrote before it is kept.
+Run it after a change of a page, look at what it wrote, and keep those in docs/images that the guide shows.
 """
 
 import asyncio
@@ -39,7 +39,9 @@ QUESTIONS = (
     "Why is the sky blue?",
     "Prove that the square root of 2 is irrational.",
 )
+ADMIN = {"TEST_ADMIN_KEY": "key of the pictures"}
 TOP = """store = "{folder}/gateway.db"
+admin = {{ key = "env:TEST_ADMIN_KEY" }}
 [log]
 prompts = true
 [cache]
@@ -92,7 +94,7 @@ async def main(folder: Path) -> None:
             await page.picture(f"{url}/ui", folder / "gateway-phone.png", PHONE, 1640)
             for name in ("ab", "label"):
                 await page.picture(f"{url}/ui/{name}", folder / f"gateway-{name}.png", DESKTOP)
-                await page.picture(f"{url}/ui/{name}", Path(place) / f"{name}-phone.png", PHONE)
+                await page.picture(f"{url}/ui/{name}", folder / f"gateway-{name}-phone.png", PHONE)
 
 
 @contextlib.asynccontextmanager
@@ -110,7 +112,9 @@ async def serving(config: Path) -> AsyncIterator[str]:
         "0",
         "--json",
     ]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, env={**os.environ, **ADMIN}
+    )
     assert process.stdout is not None
     try:
         said = b""
@@ -139,7 +143,7 @@ async def send(url: str, secrets: dict[str, str]) -> None:
         "small",
         "gpt-9",
     )
-    turns = asyncio.Semaphore(6)
+    turns = asyncio.Semaphore(2)
 
     async def one(session: aiohttp.ClientSession, number: int) -> None:
         key = draw.choices(list(KEYS), (6, 3, 2))[0]
@@ -185,13 +189,15 @@ async def collect(config: Path, place: str) -> None:
         "large",
         "--limit",
         "6",
+        "--share",
+        "0.04",
         "--rate",
         "6000",
         "--out",
         f"{place}/outcomes.jsonl",
         "--quiet",
     ]
-    process = await asyncio.create_subprocess_exec(*command)
+    process = await asyncio.create_subprocess_exec(*command, env={**os.environ, **ADMIN})
     await process.wait()
 
 
@@ -219,6 +225,8 @@ class Page:
         await self.tell(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=scale, mobile=is_phone
         )
+        await self.tell("Network.enable")
+        await self.tell("Network.setExtraHTTPHeaders", headers={"Authorization": f"Bearer {ADMIN['TEST_ADMIN_KEY']}"})
         await self.tell("Page.navigate", url=url)
         await asyncio.sleep(1.5)
         script = "[document.documentElement.scrollHeight, document.documentElement.scrollWidth]"
@@ -266,4 +274,4 @@ async def browser(place: str) -> AsyncIterator[Page]:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images"))
+    asyncio.run(main(Path(sys.argv[1])))

@@ -73,6 +73,9 @@ def test_the_page_says_whether_prompts_are_kept():
     text = render(Snapshot(now_s=0.0, keeps_texts=True))
     assert "no prompt is kept" not in text
     assert "prompts are kept in the store" in text
+    # The page where people judge them opens with a key that a browser is asked for, or not at all.
+    assert "/ui/label" not in text
+    assert "/ui/label" in render(Snapshot(now_s=0.0, keeps_texts=True, can_label=True))
 
 
 def test_refusals_are_counted_and_hits_have_a_denominator():

@@ -137,6 +137,7 @@ class Overview:
             has_tests=bool(config.ab),
             refused=int(sum(value for _, value in totals(metrics.refused))),
             keeps_texts=config.log.prompts,
+            can_label=config.log.prompts and config.admin.key is not None,
         )
 
     async def _read(self) -> dict[str, list[Spend]]:

@@ -34,9 +34,13 @@ def _test(one: ABResult) -> str:
     return (
         f'<section aria-labelledby="ab-{name}"><h2 id="ab-{name}">auto/{name} <span class="state {state}">{escape(label)}</span></h2>'
         f"<p>{escape(one.sentence())}</p>{_chart(one)}{_table(one)}{left}"
-        f'<p class="quiet">{one.share:.0%} of the {one.unit}s get b. A {one.unit} counts once, with the mean of its first {one.answers} '
-        f"answers; bars hold the mean with {1 - one.alpha:.0%} at all times together.{_waiting(one)}</p></section>"
+        f'<p class="quiet">{one.share:.0%} of the {one.unit}s get b. A {one.unit} counts once, with {_counted(one)}'
+        f"; bars hold the mean with {1 - one.alpha:.0%} at all times together.{_waiting(one)}</p></section>"
     )
+
+
+def _counted(one: ABResult) -> str:
+    return "its first answer" if one.answers == 1 else f"the mean of its first {one.answers} answers"
 
 
 def _waiting(one: ABResult) -> str:

@@ -33,7 +33,7 @@ def asset(name: str) -> bytes:
 def render(now: Snapshot) -> str:
     """The whole page."""
     tests = AB_LINK if now.has_tests else ""
-    label = LABEL_LINK if now.keeps_texts else ""
+    label = LABEL_LINK if now.can_label else ""
     status = f'{tests}{label}up {_span(now.uptime_s)} · {escape(now.version)} · <span id="live">live</span>'
     return framed("gateway", status, render_parts(now), script="page.js", after=NO_SCRIPT)
 

@@ -137,6 +137,7 @@ class Snapshot:
         recent: requests, newest first.
         has_tests: the config has A/B tests.
         keeps_texts: what is asked and answered is kept in the store.
+        can_label: there are such texts, and a browser can be asked for the key that opens the page where people judge them.
     """
 
     now_s: float
@@ -160,6 +161,7 @@ class Snapshot:
     recent: Sequence[Seen] = ()
     has_tests: bool = False
     keeps_texts: bool = False
+    can_label: bool = False
 
 
 def quantile(buckets: Buckets, share: float) -> float | None:
