@@ -48,7 +48,7 @@ PUBLIC = {
         FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk TypedGraph as_graph load_dataset read_graph write_graph
     """,
     "anabranch.graph.disk": "DiskIndex build from_hnsw is_on_disk",
-    "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index replacing",
+    "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.codes import CENTRES, ProductCodes
-from anabranch.graph.workers import threads
+from anabranch.graph.workers import Workers
 
 
 def drawn(count, dim, seed=0):
@@ -71,7 +71,7 @@ def test_threads_change_nothing():
     vector_ND = drawn(600, 12)
     one, two = (ProductCodes.train(vector_ND, 5, seed=3, num_threads=number) for number in (1, 2))
     assert one.centre_MWK.tobytes() == two.centre_MWK.tobytes()
-    with threads(2) as pool:
+    with Workers(2) as pool:
         assert one.encode(vector_ND, pool).tobytes() == one.encode(vector_ND).tobytes()
 
 

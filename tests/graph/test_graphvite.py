@@ -12,6 +12,7 @@ from anabranch.graph import Graph
 from anabranch.graph.estimator import most_similar
 from anabranch.graph.evaluate import classify_nodes
 from anabranch.graph.graphvite import GraphVite
+from anabranch.graph.graphvite.augmentation import Sampler
 from anabranch.graph.graphvite.partition import zig_zag
 from anabranch.graph.graphvite.parts import MappedParts, Parts
 from ranks import run_ranks
@@ -90,6 +91,20 @@ def test_workers_reproduce_one_worker_to_the_bit(graph, partitions, group, optim
         assert np.array_equal(one.vertex_ND, other.vertex_ND)
         assert np.array_equal(one.context_ND, other.context_ND)
         assert one.history == other.history
+
+
+@pytest.mark.parametrize(("samplers", "walking"), [(0, 3), (1, 1), (2, 2)])
+def test_walks_in_turn_are_made_by_all_workers(graph, monkeypatch, samplers, walking):
+    """One thread would bound what several workers gain: walks are a quarter of the work."""
+    own, seen = Sampler.pool, set()
+
+    def watched(self, first, count, workers):
+        seen.add(workers.count)
+        return own(self, first, count, workers)
+
+    monkeypatch.setattr(Sampler, "pool", watched)
+    GraphVite(**{**SMALL, "epochs": 2}, workers=3, samplers=samplers).fit(graph)
+    assert seen == {walking}
 
 
 def test_seeds_and_parts_change_the_result_and_nothing_else_does(graph):

@@ -1,7 +1,6 @@
 """Walks, pairs and pools of GraphVite."""
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from anabranch.graph import Graph
 from anabranch.graph.graphvite.augmentation import Sampler, auto_augmentation, pairs_of_walk, shuffled
 from anabranch.graph.graphvite.partition import zig_zag
+from anabranch.graph.workers import Workers
 
 QUANTILE = 3.7  # standard deviations that a chi-square statistic may lie above its mean: p < 1e-3, seeds are fixed
 
@@ -210,8 +210,8 @@ def test_pools_are_the_same_however_they_are_made(monkeypatch):
     sampler = Sampler.of(graph, zig_zag(graph.strength_N, 2), 2, walk_length=5, augmentation=2, shuffle_base=2)
     whole = sampler.pool(100, 90)
     monkeypatch.setattr("anabranch.graph.graphvite.augmentation.CHUNK", 7)
-    with ThreadPoolExecutor(3) as threads:
-        split = sampler.pool(100, 90, (threads,))
+    with Workers(3) as workers:
+        split = sampler.pool(100, 90, workers)
     for name in ("head_S", "tail_S", "start_B", "count_B"):
         assert np.array_equal(getattr(whole, name), getattr(split, name)), name
     assert sampler.pool(100, 0).size == 0

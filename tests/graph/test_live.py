@@ -13,8 +13,7 @@ import pytest
 from anabranch import machine
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.hnsw import HNSW
-from anabranch.graph.live import LiveIndex, NoRoomError, live_folder, open_index
-from anabranch.graph.live import index as live_module
+from anabranch.graph.live import LiveIndex, NoRoomError, background, live_folder, open_index
 from anabranch.graph.live.log import Log
 from hnsw_checks import check_graph, drawn
 
@@ -118,7 +117,7 @@ def test_a_crash_after_any_change_loses_nothing(path, tmp_path, seed):
 
 
 def test_a_snapshot_cuts_the_log_and_a_crash_within_it_loses_nothing(path, tmp_path, monkeypatch):
-    seen, own = [], live_module.write_snapshot
+    seen, own = [], background.write_snapshot
     with opened(path) as live:
         live.upsert([1, 70], VECTORS[100:102])
         live.delete([2])
@@ -131,7 +130,7 @@ def test_a_snapshot_cuts_the_log_and_a_crash_within_it_loses_nothing(path, tmp_p
             own(folder, state, base, number)
             seen.append((files(path), after_a_crash(path, tmp_path)))
 
-        monkeypatch.setattr(live_module, "write_snapshot", watched)
+        monkeypatch.setattr(background, "write_snapshot", watched)
         live.snapshot()
         later = {**expected, 71: VECTORS[110].tolist()}
         two = ["lock", "log-00000001", "log-00000002"]
@@ -176,12 +175,12 @@ def test_a_snapshot_that_fails_costs_nothing_and_is_not_tried_at_every_change(pa
         calls.append(1)
         raise CapacityError("no room left on disk")
 
-    monkeypatch.setattr(live_module, "write_snapshot", full)
+    monkeypatch.setattr(background, "write_snapshot", full)
     with opened(path, snapshot_bytes=1000) as live:
         for number in range(40):
             live.upsert([number], VECTORS[100 + number][None])
-            if live._snapshot_thread is not None:
-                live._snapshot_thread.join()
+            if live._snapshots.thread is not None:
+                live._snapshots.thread.join()
         # 40 changes of some 70 bytes: after 1,000, and after each 1,000 more.
         assert 1 <= len(calls) <= 4
         assert live.counts.failed == len(calls)
@@ -195,7 +194,7 @@ def test_a_snapshot_that_fails_costs_nothing_and_is_not_tried_at_every_change(pa
 
 
 def test_without_memory_for_a_copy_changes_wait_and_searches_go_on(path, tmp_path, monkeypatch):
-    own, inside, order = live_module.write_snapshot, threading.Event(), []
+    own, inside, order = background.write_snapshot, threading.Event(), []
 
     def slow(*arguments):
         inside.set()
@@ -204,7 +203,7 @@ def test_without_memory_for_a_copy_changes_wait_and_searches_go_on(path, tmp_pat
         order.append(len(live))
         own(*arguments)
 
-    monkeypatch.setattr(live_module, "write_snapshot", slow)
+    monkeypatch.setattr(background, "write_snapshot", slow)
     with opened(path) as live:
         live.delete([7])
         monkeypatch.setattr(machine, "room_bytes", lambda: 10)
@@ -232,7 +231,7 @@ def test_changes_of_many_threads_share_writes(path, tmp_path, monkeypatch):
         ]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(live._waiting) == 7)
+        wait_until(lambda: len(live.groups.waiting) == 7)
         # Nobody sees what is not on the disk.
         assert len(live) == COUNT
         gate.set()
@@ -247,7 +246,7 @@ def test_a_log_is_on_the_disk_before_the_next_one_is_begun(path, monkeypatch):
     own, seen = Log.create, []
     with opened(path, fsync="never") as live:
         live.delete([1])
-        old = live._log
+        old = live.logs.current
 
         def watched(*arguments, **options):
             seen.append(old.is_dirty)
@@ -269,7 +268,7 @@ def test_when_the_disk_is_waited_for(path, tmp_path):
             elif fsync == "never":
                 assert live.counts.syncs == 0
             else:
-                wait_until(lambda live=live: live.counts.syncs and not live._log.is_dirty)
+                wait_until(lambda live=live: live.counts.syncs and not live.logs.current.is_dirty)
             assert after_a_crash(path, tmp_path) == content(live.index)
         shutil.rmtree(live_folder(path))
 
@@ -404,7 +403,9 @@ def test_a_file_that_was_replaced_is_not_taken_for_the_one_that_was_changed(path
     changed_and_closed(path)
     index = HNSW(DIM, M=6, num_threads=1)
     index.add(VECTORS[:20])
-    index.save(path)
+    # By another program: our own would not.
+    index.save(path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
     for call in (opened, open_index):
         with pytest.raises(DataError, match="holds changes of another index than"):
             call(path)
@@ -445,7 +446,7 @@ def test_a_log_in_between_that_is_missing_is_told(path, monkeypatch):
     def fails(*_):
         raise CapacityError("no room")
 
-    monkeypatch.setattr(live_module, "write_snapshot", fails)
+    monkeypatch.setattr(background, "write_snapshot", fails)
     with opened(path) as live:
         for id in (1, 2):
             live.delete([id])

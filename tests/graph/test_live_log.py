@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, DataError
 from anabranch.graph.live import log as log_module
-from anabranch.graph.live.log import CRC, HEAD, LEAST_PIECE, MARK, SECTOR, Change, Log, decode, encode, read_log
+from anabranch.graph.live.changes import Change, decode, encode
+from anabranch.graph.live.log import CRC, HEAD, LEAST_PIECE, MARK, SECTOR, Log, read_log
 
 DIM = 3
 

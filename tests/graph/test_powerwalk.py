@@ -311,16 +311,16 @@ def test_an_index_of_hubs_answers_for_all():
 
 def test_rounds_by_budget(monkeypatch):
     found = PowerWalk(walks=30).build(connected(num_nodes=200))
-    monkeypatch.setattr("anabranch.graph.powerwalk.model.BUDGET", 2000)
+    monkeypatch.setattr("anabranch.graph.powerwalk.asking.BUDGET", 2000)
     assert 0 < found.inspect(0, "auto")["reads"] <= 2000
-    monkeypatch.setattr("anabranch.graph.powerwalk.model.BUDGET", 1)
+    monkeypatch.setattr("anabranch.graph.powerwalk.asking.BUDGET", 1)
     assert np.array_equal(found.query(0, rounds="auto")[0], found.query(0, rounds=0)[0])
-    monkeypatch.setattr("anabranch.graph.powerwalk.model.BUDGET", 10**9)
+    monkeypatch.setattr("anabranch.graph.powerwalk.asking.BUDGET", 10**9)
     assert np.array_equal(found.query(0, rounds="auto")[1], found.query(0, rounds=8)[1])
 
 
 def test_a_batch_on_a_diffuse_graph_is_answered_exactly(monkeypatch):
-    monkeypatch.setattr("anabranch.graph.powerwalk.model.EXACT_ROUNDS", 3)
+    monkeypatch.setattr("anabranch.graph.powerwalk.asking.EXACT_ROUNDS", 3)
     generator = np.random.default_rng(0)
     ends = generator.integers(0, 100, (2, 300))
     graph = Graph.from_edges(*ends, num_nodes=100)

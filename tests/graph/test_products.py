@@ -12,7 +12,7 @@ from anabranch.errors import BackendError
 from anabranch.graph.products import NumbaProducts, Operator, ScipyProducts, TorchProducts, ranges
 from anabranch.graph.projection import sparse_rows
 from anabranch.graph.vectors import add_rows, column_moments, scale_rows, shift_columns
-from anabranch.graph.workers import threads
+from anabranch.graph.workers import Workers
 
 
 def operator(seed=0, nodes=70, weighted=True, dtype=np.float32, ids=np.int32):
@@ -44,7 +44,7 @@ def test_products_are_those_of_dense_matrices(maker, weighted, dtype, ids, colum
     start_NC = np.random.default_rng(1).normal(size=(70, columns)).astype(dtype)
     matrix = of.left_N[:, None].astype(float) * of.to_scipy().toarray()
     tolerance = 1e-5 if dtype == np.float32 else 1e-13
-    with threads(2) as pool:
+    with Workers(2) as pool:
         products = makers(of, pool)[maker]
         chunk = products.multiply(products.load(start_NC.copy()))
         assert written(products, chunk, 70, columns, dtype) == pytest.approx(matrix @ start_NC, abs=tolerance)
@@ -62,7 +62,7 @@ def test_the_first_product_of_sparse_rows(maker, weighted, s):
     rows = sparse_rows(np.arange(70, dtype=np.uint64), 0, 45, s, 3)
     scale_N = np.random.default_rng(1).random(70).astype(np.float32)
     expected = of.left_N[:, None] * (of.to_scipy().toarray() @ (scale_N[:, None] * rows.to_scipy().toarray()))
-    with threads(2) as pool:
+    with Workers(2) as pool:
         products = makers(of, pool)[maker]
         found = written(products, products.first(rows, scale_N), 70, 45)
     assert found == pytest.approx(expected, abs=1e-5)
@@ -71,7 +71,7 @@ def test_the_first_product_of_sparse_rows(maker, weighted, s):
 def test_adding_to_some_columns():
     of = operator()
     start_NC = np.random.default_rng(1).normal(size=(70, 40)).astype(np.float32)
-    with threads(1) as pool:
+    with Workers(1) as pool:
         for name, products in makers(of, pool).items():
             out_ND = np.ones((70, 90), np.float32)
             products.add_to(products.load(start_NC), out_ND, 32, 2.0, False)
@@ -87,14 +87,14 @@ def test_threads_change_no_bit(seed, count, weighted):
     start_NC = np.random.default_rng(seed).normal(size=(70, 64)).astype(np.float32)
     found = []
     for number in (1, count):
-        with threads(number) as pool:
+        with Workers(number) as pool:
             products = NumbaProducts(of, pool)
             found.append(written(products, products.multiply(products.load(start_NC)), 70, 64))
     assert np.array_equal(*found)
 
 
 def test_an_error_in_a_thread_is_raised():
-    with threads(2) as pool, pytest.raises(ZeroDivisionError):
+    with Workers(2) as pool, pytest.raises(ZeroDivisionError):
         pool.each(lambda number: 1 / number, [(1,), (0,), (2,)])
 
 
@@ -124,7 +124,7 @@ def test_rows_and_columns_by_numpy(count, dtype):
     x_ND, y_ND = generator.normal(2, 1, (2, 9000, 37)).astype(dtype)
     x_ND[5] = 0
     norm_N1 = np.maximum(np.linalg.norm(x_ND.astype(float), axis=1, keepdims=True), 1e-30)
-    with threads(count) as pool:
+    with Workers(count) as pool:
         out_ND = x_ND.copy()
         scale_rows(out_ND, 3.0, True, pool)
         np.testing.assert_allclose(out_ND, 3 * x_ND / norm_N1, atol=1e-5, rtol=1e-5)
@@ -145,14 +145,14 @@ def test_rows_and_columns_by_numpy(count, dtype):
 
 
 def test_tiny_and_huge_rows_have_their_length():
-    with threads(1) as pool:
+    with Workers(1) as pool:
         x_ND = np.array([[3e-30, 4e-30], [3e30, 4e30]], np.float32)
         scale_rows(x_ND, 1.0, True, pool)
         assert x_ND == pytest.approx(np.array([[0.6, 0.8], [0.6, 0.8]]), abs=1e-6)
 
 
 def test_no_rows_at_all():
-    with threads(2) as pool:
+    with Workers(2) as pool:
         x_ND = np.empty((0, 3), np.float32)
         mean_D, factor_D = column_moments(x_ND, pool)
         shift_columns(x_ND, mean_D, factor_D, pool)

@@ -33,10 +33,9 @@ from anabranch.graph.fully_ppr.edge_records import bucket_records, plan_hubs, up
 from anabranch.graph.fully_ppr.from_edges import cut_rows, scores_table
 from anabranch.graph.fully_ppr.partitioned import records_from
 from anabranch.graph.fully_ppr.rounds import Rules, Schedule, run_rounds
-from anabranch.graph.powerwalk.stored import PARQUET_KIND
 from anabranch.graph.ppr.rules import Transition
 from anabranch.graph.spark.files import as_text, first_line, is_uri
-from anabranch.graph.spark.run import FACTS
+from anabranch.graph.stored_folder import FACTS, WALKS
 from spark_graphs import random_edges
 
 
@@ -289,7 +288,7 @@ def test_scores_whose_nodes_are_names_are_read(tmp_path):
         pa.table({"source": ["a"], "target": ["b"], "score": pa.array([1.0], pa.float32())}), folder / "part-1.parquet"
     )
     stored = StoredScores(f"file:{folder}")
-    with pytest.raises(DataError, match="no scores that are whole"):
+    with pytest.raises(DataError, match=r"cannot read the scores in .* which is not whole"):
         _ = stored.facts
     with pytest.raises(DataError):
         stored.load()
@@ -325,7 +324,7 @@ def test_an_index_that_spark_wrote_is_read(tmp_path):
     with pytest.raises(DataError, match="cannot read the index"):
         PowerWalk.load(folder, graph)
     params = PowerWalk(0.2, 4).stored_params()
-    facts = {"kind": PARQUET_KIND, "params": params, "graph": {"num_nodes": 3, "num_stored_edges": 2}}
+    facts = {"kind": WALKS, "params": params, "graph": {"num_nodes": 3, "num_stored_edges": 2}}
     (folder / FACTS).write_text(json.dumps(facts))
     walker = PowerWalk.load(folder, graph)
     assert walker.rows.row(0)[0].tolist() == [0, 1]
@@ -338,14 +337,14 @@ def test_an_index_that_spark_wrote_is_read(tmp_path):
     with pytest.raises(DataError, match="index of another graph: the graph has no node"):
         PowerWalk.load(folder, Graph.from_edges([0, 1], [1, 2], None, True, 3, names=["a", "b", "d"]))
     (folder / FACTS).write_text(json.dumps({**facts, "kind": "scores"}))
-    with pytest.raises(DataError, match="holds no index"):
+    with pytest.raises(DataError, match=r"cannot read the index of walks in .*, which holds the scores of another run"):
         PowerWalk.load(folder, graph)
 
 
 def test_vectors_that_spark_wrote_are_read(tmp_path):
     pq.write_table(pa.table({"node": ["a", "b"], "vector": [[1.0, 2.0], [3.0, 4.0]]}), tmp_path / "part-0.parquet")
     stored = StoredVectors(str(tmp_path))
-    with pytest.raises(DataError, match="no vectors that are whole"):
+    with pytest.raises(DataError, match=r"cannot read the vectors in .* which is not whole"):
         stored.load()
     (tmp_path / FACTS).write_text(json.dumps({"num_nodes": 2, "dim": 2, "facts": {}}))
     stored = StoredVectors(str(tmp_path))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_array, csr_array, random_array
 
 from anabranch.errors import CapacityError, DataError, InputError
-from anabranch.graph import Graph, csr
+from anabranch.graph import Graph, csr, transform
 from anabranch.graph.store import GraphBytes
 from graphs import edge_lists, graphs
 
@@ -145,7 +145,14 @@ def test_zero_and_negative_weights_where_they_are_asked_for():
     assert Graph.from_edges([0, 0], [1, 1], [-2.0, 2.0], allow_negative=True, drop_zero=True).num_edges == 0
 
 
-def test_ids_are_wide_where_they_must_be(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_ids_are_wide_where_they_must_be(monkeypatch, compiled):
+    if not compiled:
+        # The same lines: kernels of wide ids take half a minute to compile.
+        for module in (csr, transform):
+            for name, kernel in vars(module).items():
+                if hasattr(kernel, "py_func"):
+                    monkeypatch.setattr(module, name, kernel.py_func)
     narrow = Graph.from_edges([0, 0, 5], [1, 1, 3], [1, 2, 3])
     monkeypatch.setattr(csr, "INT32", 5)  # the 6 nodes do not fit
     wide = Graph.from_edges([0, 0, 5], [1, 1, 3], [1, 2, 3])

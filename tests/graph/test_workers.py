@@ -1,15 +1,23 @@
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+import anabranch.graph
 from anabranch import machine
-from anabranch.graph.workers import as_done, in_order, num_workers, threads
+from anabranch.graph.workers import PIECES, Workers, as_done, in_order, num_workers
 
 
 def test_by_default_as_many_as_can_run(monkeypatch):
     monkeypatch.setattr(machine, "usable_cores", lambda: 7)
-    assert num_workers(None) == 7
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    assert num_workers(None) == num_workers() == 7
+    assert num_workers(3) == 3
+    for said, number in (("2", 2), ("9", 7), ("0", 7), ("many", 7), ("", 7)):
+        monkeypatch.setenv("NUMBA_NUM_THREADS", said)
+        assert num_workers(None) == number
     assert num_workers(3) == 3
 
 
@@ -64,8 +72,50 @@ def test_an_error_ends_it(run, workers):
 @pytest.mark.parametrize("count", [1, 3])
 def test_threads_fill_places_of_their_own(count):
     found = [0] * 10
-    with threads(count) as pool:
-        pool.each(lambda place, value: found.__setitem__(place, value), [(place, place + 1) for place in range(10)])
+    with Workers(count) as workers:
+        workers.each(lambda place, value: found.__setitem__(place, value), [(place, place + 1) for place in range(10)])
         with pytest.raises(IndexError):
-            pool.each(lambda place: found[place], [(0,), (99,)])
+            workers.each(lambda place: found[place], [(0,), (99,)])
+        assert workers.map(lambda value: value * value, range(5)) == [0, 1, 4, 9, 16]
+        assert workers.map(abs, []) == []
+        assert workers.begin(lambda a, b: (a, b), 1, 2).result() == (1, 2)
     assert found == list(range(1, 11))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("total", "least"), [(0, 1), (1, 1), (7, 3), (100, 1), (100, 60), (5, 0)])
+def test_pieces_cover_all_of_it(count, total, least):
+    pieces = []
+    with Workers(count) as workers:
+        workers.run(lambda begin, end: pieces.append((begin, end)), total, least)
+    assert sorted(place for begin, end in pieces for place in range(begin, end)) == list(range(total))
+    assert len(pieces) < 2 or min(end - begin for begin, end in pieces) >= least
+    assert len(pieces) <= (1 if count == 1 else count * PIECES)
+
+
+def test_all_are_over_when_an_error_goes_on():
+    gate, over = threading.Event(), []
+
+    def work(number):
+        if number == 0:
+            gate.set()
+            raise ValueError("no")
+        gate.wait(10)
+        time.sleep(0.02)
+        over.append(number)
+
+    with Workers(4) as workers:
+        with pytest.raises(ValueError, match="no"):
+            workers.each(work, [(number,) for number in range(4)])
+        assert sorted(over) == [1, 2, 3]
+
+
+def test_no_module_has_threads_of_another_kind():
+    """One default number, one way to run kernels side by side. A server's and a log's threads wait for other things."""
+    package = Path(anabranch.graph.__file__).parent
+    found = set()
+    for file in package.rglob("*.py"):
+        text = file.read_text()
+        if re.search(r"ThreadPoolExecutor|usable_cores\(|machine\.affinity\(", text):
+            found.add(str(file.relative_to(package)))
+    assert found == {"workers.py", "serve/gate.py", "serve/swap.py"}

@@ -26,8 +26,8 @@ import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.files import atomic_file, parse_json
+from anabranch.graph.beside import MAGIC, new_file
 
-MAGIC = b"ANABARR1"
 ALIGN = 64
 _CHUNK = 1 << 24
 _PIECE = 1 << 18
@@ -88,10 +88,20 @@ def write_arrays(
     version: int = 1,
     *,
     mode: int | None = None,
+    is_held: bool = False,
 ) -> None:
-    """Write a file, all or nothing. ``meta`` is what JSON can hold, ``mode`` as of `atomic_file`.
+    """Write a file, all or nothing.
 
-    Raises InputError for arrays of objects or records, and as `atomic_file`.
+    Args:
+        path: the place.
+        kind: what the file holds.
+        arrays: by name.
+        meta: what JSON can hold.
+        version: of the kind.
+        mode: as of `atomic_file`.
+        is_held: whether nobody else can take changes of what is there, since this process does.
+
+    Raises InputError for arrays of objects or records, and as `new_file`.
     """
     entries, offset = [], 0
     stored = {name: _little(name, array) for name, array in arrays.items()}
@@ -102,7 +112,8 @@ def write_arrays(
         offset += _padded(array.nbytes)
     header = json.dumps({"kind": kind, "version": version, "meta": dict(meta or {}), "arrays": entries}).encode()
     start = _padded(len(MAGIC) + 16 + len(header) + 4)
-    with atomic_file(path, mode=mode) as temporary, open(temporary, "wb") as file:
+    place = atomic_file if is_held else new_file
+    with place(path, mode=mode) as temporary, open(temporary, "wb") as file:
         file.write(MAGIC + np.array([len(header), start + offset], "<u8").tobytes() + header)
         file.write(np.array([zlib.crc32(header)], "<u4").tobytes())
         file.write(b"\0" * (start - file.tell()))
@@ -146,7 +157,7 @@ def filling_arrays(
 ) -> Iterator[Filling]:
     """Write a file whose arrays need not fit into memory, all or nothing: what is yielded takes their rows.
 
-    Raises as `atomic_file`.
+    Raises as `new_file`.
     """
     entries, widest = [], 2**32 - 1
     for name, shape in shapes.items():
@@ -163,7 +174,7 @@ def filling_arrays(
     for entry, (name, shape) in zip(entries, shapes.items(), strict=True):
         places[name] = -(-end // shape.align) * shape.align
         entry["offset"], end = places[name] - start, _padded(places[name] + shape.nbytes)
-    with atomic_file(path) as temporary, open(temporary, "w+b") as file:
+    with new_file(path) as temporary, open(temporary, "w+b") as file:
         file.truncate(end)
         filling = Filling(file, places, shapes)
         yield filling

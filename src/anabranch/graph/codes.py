@@ -18,7 +18,7 @@ import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.products import ranges
-from anabranch.graph.workers import Threads, threads
+from anabranch.graph.workers import Workers
 
 CENTRES = 256
 
@@ -88,11 +88,11 @@ class ProductCodes:
             centre_MWK[part, : end - begin] = part_SW[first_MK[part]].T
             find_centres(part_SW, centre_MWK[part], ROUNDS)
 
-        with threads(num_threads) as pool:
+        with Workers(num_threads) as pool:
             pool.each(one, [(part,) for part in range(num_parts)])
         return cls(dim, centre_MWK)
 
-    def encode(self, vector_ND: np.ndarray, pool: Threads | None = None) -> np.ndarray:
+    def encode(self, vector_ND: np.ndarray, pool: Workers | None = None) -> np.ndarray:
         """Codes of vectors (float32 [N, D]), uint8 [N, M], by the threads of ``pool``."""
         vector_ND = np.require(vector_ND, np.float32, ["C", "W"])
         code_NM = np.empty((len(vector_ND), self.num_parts), np.uint8)

@@ -37,9 +37,23 @@ def draw_lengths(state, alpha, max_steps, left_W):
 
 @nb.njit(cache=True, nogil=True)
 def count_walks(
-    seed, source, part, alpha, dangling, full, max_steps, indptr, indices, keep_M, other_M,
-    left_W, at_W, count_N, touched_N, touched,
-):  # fmt: skip
+    seed,
+    source,
+    part,
+    alpha,
+    dangling,
+    full,
+    max_steps,
+    indptr,
+    indices,
+    keep_M,
+    other_M,
+    left_W,
+    at_W,
+    count_N,
+    touched_N,
+    touched,
+):
     """Walk ``len(left_W)`` times from ``source`` and add to its counts.
 
     Args:

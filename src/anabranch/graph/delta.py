@@ -127,9 +127,13 @@ def _is_name(graph: Graph, end: Any) -> bool:
 
 
 def _without(
-    graph: Graph, source_E: np.ndarray, target_E: np.ndarray, gone_source: np.ndarray, gone_target: np.ndarray,
+    graph: Graph,
+    source_E: np.ndarray,
+    target_E: np.ndarray,
+    gone_source: np.ndarray,
+    gone_target: np.ndarray,
     named: list[list[Any]],
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """bool [E], the edges that stay."""
     size = max(graph.num_nodes, 1)
     if not graph.is_directed:

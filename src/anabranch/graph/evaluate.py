@@ -251,9 +251,14 @@ def hold_out_edges(graph: Any, fraction: float = 0.1, seed: int = 0, *, keep_con
     kept = np.ones(len(source_E), bool)
     kept[hidden] = False
     rest = Graph.from_edges(
-        source_E[kept], target_E[kept], None if weight_E is None else weight_E[kept], graph.is_directed, graph.num_nodes,
-        names=graph.names, allow_negative=True,
-    )  # fmt: skip
+        source_E[kept],
+        target_E[kept],
+        None if weight_E is None else weight_E[kept],
+        graph.is_directed,
+        graph.num_nodes,
+        names=graph.names,
+        allow_negative=True,
+    )
     positive_E2 = np.column_stack([source_E[hidden], target_E[hidden]]).astype(np.int64)
     rest = replace(rest, by_name=graph.by_name)
     return HeldOut(rest, positive_E2, _non_edges(graph, source_E, target_E, count, generator))

@@ -89,9 +89,7 @@ def power_law(
     Raises:
         InputError: an argument out of range.
     """
-    return planted(
-        num_nodes, num_edges, 1, exponent=exponent, max_degree=max_degree, directed=directed, seed=seed
-    )[0]  # fmt: skip
+    return planted(num_nodes, num_edges, 1, exponent=exponent, max_degree=max_degree, directed=directed, seed=seed)[0]
 
 
 def planted(
@@ -136,9 +134,18 @@ def planted(
     inside = build_alias(start_C, weight_N[order_N])
     source_E, target_E = np.empty(num_edges, np.int64), np.empty(num_edges, np.int64)
     _draw_planted(
-        _seed(seed), 1.0 if num_communities == 1 else mixing, community_N, order_N, start_C,
-        everyone.keep_M, everyone.other_M, inside.keep_M, inside.other_M, source_E, target_E,
-    )  # fmt: skip
+        _seed(seed),
+        1.0 if num_communities == 1 else mixing,
+        community_N,
+        order_N,
+        start_C,
+        everyone.keep_M,
+        everyone.other_M,
+        inside.keep_M,
+        inside.other_M,
+        source_E,
+        target_E,
+    )
     kept = source_E != target_E
     return Graph.from_edges(source_E[kept], target_E[kept], None, directed, num_nodes), community_N
 

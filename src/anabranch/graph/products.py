@@ -25,7 +25,7 @@ from anabranch.errors import BackendError
 from anabranch.extras import require
 from anabranch.graph.guarded import CHECKED
 from anabranch.graph.projection import BLOCK, SparseProjection
-from anabranch.graph.workers import Threads
+from anabranch.graph.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def ranges(count: int, parts: int) -> list[tuple[int, int]]:
 class NumbaProducts:
     """On the CPU, with our kernels."""
 
-    def __init__(self, operator: Operator, pool: Threads) -> None:
+    def __init__(self, operator: Operator, pool: Workers) -> None:
         self.operator, self.pool = operator, pool
         # Runs of rows with as many edges each, four per thread so that none waits long.
         work = operator.indptr + np.arange(operator.num_rows + 1)

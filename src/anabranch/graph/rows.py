@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.beside import check_unchanged
 
 KIND = "sparse-rows"
 INT32 = np.iinfo(np.int32).max
@@ -43,11 +44,19 @@ def check_rows(
         source: named in the error, as ``what`` is.
     """
     if not (
-        isinstance(indptr, np.ndarray) and indptr.dtype == np.int64 and indptr.ndim == 1 and len(indptr)
-        and isinstance(ids, np.ndarray) and ids.dtype in (np.int32, np.int64) and ids.ndim == 1
+        isinstance(indptr, np.ndarray)
+        and indptr.dtype == np.int64
+        and indptr.ndim == 1
+        and len(indptr)
+        and isinstance(ids, np.ndarray)
+        and ids.dtype in (np.int32, np.int64)
+        and ids.ndim == 1
         and (num_rows is None or len(indptr) == num_rows + 1)
-        and (values is None or (isinstance(values, np.ndarray) and values.dtype.kind in "fiu" and values.shape == ids.shape))
-    ):  # fmt: skip
+        and (
+            values is None
+            or (isinstance(values, np.ndarray) and values.dtype.kind in "fiu" and values.shape == ids.shape)
+        )
+    ):
         raise DataError(f"{source} is damaged: its {what} are not lists that belong together; make it again")
     if (row := _find_fault(indptr, ids, num_columns)) >= 0:
         raise DataError(f"{source} is damaged: row {row} of its {what} is out of range; make it again")
@@ -248,6 +257,8 @@ def row_file(
         meta: further facts, read at the end too.
     """
     path = Path(path)
+    # In the end it would be too late to say so.
+    check_unchanged(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         rows = RowFile(Path(folder), num_columns, dtype)

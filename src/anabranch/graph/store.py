@@ -23,14 +23,11 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anabranch.errors import DataError, InputError
-from anabranch.graph import csr, transform
+from anabranch.errors import InputError
+from anabranch.graph import csr, graph_file, transform
 from anabranch.graph.alias import AliasTable, build_alias
-from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.checks import checked_ends, checked_names, checked_weights, has_text, is_known, near_name
 from anabranch.graph.csr import DUPLICATES, NO_WEIGHTS
-
-KIND = "graph"
 
 
 class GraphBytes(NamedTuple):
@@ -120,9 +117,13 @@ class Graph:
         found_names = checked_names(names, count)
         chunk = (source_E, target_E, weight_E)
         indptr, indices, weights = csr.compress(
-            lambda: [chunk], count, directed=bool(directed), is_weighted=weight_E is not None,
-            duplicates=duplicates, drop_zero=drop_zero,
-        )  # fmt: skip
+            lambda: [chunk],
+            count,
+            directed=bool(directed),
+            is_weighted=weight_E is not None,
+            duplicates=duplicates,
+            drop_zero=drop_zero,
+        )
         return cls(indptr, indices, weights, bool(directed), found_names)
 
     @classmethod
@@ -157,9 +158,15 @@ class Graph:
         if coo.data.dtype.kind not in "biuf":
             raise InputError(f"entries of an adjacency matrix are real numbers, not {coo.data.dtype}")
         graph = cls.from_edges(
-            coo.row, coo.col, coo.data, True, matrix.shape[0],
-            names=names, drop_zero=drop_zero, allow_negative=allow_negative,
-        )  # fmt: skip
+            coo.row,
+            coo.col,
+            coo.data,
+            True,
+            matrix.shape[0],
+            names=names,
+            drop_zero=drop_zero,
+            allow_negative=allow_negative,
+        )
         if graph.weights is not None and (graph.weights == 1).all():
             graph = cls(graph.indptr, graph.indices, None, True, graph.names)
         return graph if directed else graph._as_undirected(demanded=directed is False)
@@ -402,22 +409,9 @@ class Graph:
     def save(self, path: str | Path) -> None:
         """Write the graph into one checked file (`anabranch.graph.array_file`), all or nothing.
 
-        Raises InputError for names that are neither integers nor all text, and as `anabranch.files.atomic_file`.
+        Raises InputError for names that are neither integers nor all text, and as `anabranch.graph.beside.new_file`.
         """
-        arrays = {"indptr": self.indptr, "indices": self.indices}
-        meta: dict[str, Any] = {"is_directed": self.is_directed}
-        if self.weights is not None:
-            arrays["weights"] = self.weights
-        if self.names is not None and self.names.dtype.kind in "iu":
-            arrays["names"] = self.names
-        elif self.names is not None:
-            strange = next((name for name in self.names.tolist() if not isinstance(name, str)), None)
-            if strange is not None:
-                raise InputError(f"names can be saved if all are integers or all are text; {strange!r} is not text")
-            encoded = [name.encode() for name in self.names.tolist()]
-            arrays["name_ends"] = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-            arrays["name_bytes"] = np.frombuffer(b"".join(encoded), np.uint8)
-        write_arrays(path, KIND, arrays, meta)
+        graph_file.write(path, self.indptr, self.indices, self.weights, self.names, self.is_directed)
 
     @classmethod
     def load(cls, path: str | Path, *, mmap: bool = False, verify: bool | None = None) -> Self:
@@ -432,44 +426,7 @@ class Graph:
         Raises:
             DataError: the file is missing, foreign, truncated or damaged.
         """
-        verify = not mmap if verify is None else verify
-        found = read_arrays(path, KIND, mmap=mmap, verify=verify)
-        try:
-            return cls._of_file(found.arrays, found.meta)
-        # Sums were right: written so, not damaged.
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            UnicodeDecodeError,
-        ) as error:
-            raise DataError(f"{path} does not hold a graph that this release can read ({error})") from error
-
-    @classmethod
-    def _of_file(cls, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Self:
-        indptr, indices, weights, names = (
-            arrays["indptr"],
-            arrays["indices"],
-            arrays.get("weights"),
-            arrays.get("names"),
-        )
-        if "name_ends" in arrays:
-            text, ends = arrays["name_bytes"].tobytes(), arrays["name_ends"].tolist()
-            names = np.empty(len(ends), object)
-            names[:] = [text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
-        if indptr.dtype != np.int64 or indptr.ndim != 1 or not len(indptr):
-            raise ValueError("indptr is not a list of int64")
-        if indices.dtype not in (np.int32, np.int64) or indices.ndim != 1:
-            raise ValueError("indices are not a list of integers")
-        if indptr[0] != 0 or indptr[-1] != len(indices):
-            raise ValueError("indptr does not fit indices")
-        if weights is not None and (weights.dtype != np.float32 or weights.shape != indices.shape):
-            raise ValueError("weights do not fit indices")
-        if names is not None and names.shape != (len(indptr) - 1,):
-            raise ValueError("names do not fit nodes")
-        if (row := csr.find_fault(indptr, indices, len(indices))) >= 0:
-            raise ValueError(f"the edges of node {row} are out of order or range")
-        return cls(indptr, indices, weights, bool(meta["is_directed"]), names)
+        return cls(*graph_file.read(path, mmap=mmap, verify=not mmap if verify is None else verify))
 
     def __repr__(self) -> str:
         kind = "directed" if self.is_directed else "undirected"

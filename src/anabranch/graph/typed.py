@@ -101,13 +101,17 @@ class TypedGraph:
         relations = {
             name: replace(
                 Graph.from_edges(
-                    np.array([place[end] for end in source], np.int64), np.array([place[end] for end in target], np.int64), weight,
-                    name in turned, len(called), names=None if is_plain else called,
+                    np.array([place[end] for end in source], np.int64),
+                    np.array([place[end] for end in target], np.int64),
+                    weight,
+                    name in turned,
+                    len(called),
+                    names=None if is_plain else called,
                 ),
                 by_name=not is_plain,
             )
             for name, (source, target, weight) in parts.items()
-        }  # fmt: skip
+        }
         return cls(relations, dict(weights or {}), share)
 
     @classmethod

@@ -8,7 +8,7 @@ import numba as nb
 import numpy as np
 
 from anabranch.graph.products import ranges
-from anabranch.graph.workers import Threads
+from anabranch.graph.workers import Workers
 
 _LANES = 32
 
@@ -19,7 +19,7 @@ _TILE = 4096
 FLAT = 1e-6
 
 
-def scale_rows(x_ND: np.ndarray, weight: float, normalize: bool, pool: Threads) -> None:
+def scale_rows(x_ND: np.ndarray, weight: float, normalize: bool, pool: Workers) -> None:
     """x = weight x, each row first divided by its length (zero rows stay) if ``normalize``."""
     pool.each(
         lambda first, last: _combine(x_ND, x_ND, float(weight), normalize, True, first, last),
@@ -27,7 +27,7 @@ def scale_rows(x_ND: np.ndarray, weight: float, normalize: bool, pool: Threads) 
     )
 
 
-def add_rows(out_ND: np.ndarray, x_ND: np.ndarray, weight: float, normalize: bool, pool: Threads) -> None:
+def add_rows(out_ND: np.ndarray, x_ND: np.ndarray, weight: float, normalize: bool, pool: Workers) -> None:
     """out += weight x, each row of x first divided by its length (zero rows stay) if ``normalize``."""
     pool.each(
         lambda first, last: _combine(out_ND, x_ND, float(weight), normalize, False, first, last),
@@ -35,7 +35,7 @@ def add_rows(out_ND: np.ndarray, x_ND: np.ndarray, weight: float, normalize: boo
     )
 
 
-def column_moments(x_ND: np.ndarray, pool: Threads) -> tuple[np.ndarray, np.ndarray]:
+def column_moments(x_ND: np.ndarray, pool: Workers) -> tuple[np.ndarray, np.ndarray]:
     """Mean [D], and what to multiply with for variance 1 [D], 0 where a column is constant; both float64."""
     tiles = [(first, min(first + _TILE, len(x_ND))) for first in range(0, len(x_ND), _TILE)]
     sum_TD, square_TD = np.zeros((2, len(tiles), x_ND.shape[1]))
@@ -52,7 +52,7 @@ def column_moments(x_ND: np.ndarray, pool: Threads) -> tuple[np.ndarray, np.ndar
     return mean_D, np.where(varies, 1 / np.sqrt(np.where(varies, variance_D, 1.0)), 0.0)
 
 
-def shift_columns(x_ND: np.ndarray, mean_D: np.ndarray, factor_D: np.ndarray, pool: Threads) -> None:
+def shift_columns(x_ND: np.ndarray, mean_D: np.ndarray, factor_D: np.ndarray, pool: Workers) -> None:
     """x = (x - mean) factor."""
     pool.each(
         lambda first, last: _shift(x_ND, mean_D, factor_D, first, last),

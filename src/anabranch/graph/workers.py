@@ -1,23 +1,33 @@
 """Threads of this package: how many there are by default, and the ways in which work is given to them.
 
 Kernels let go of the interpreter's lock, so threads are enough. What comes out never depends on their number: results stand in the order of
-the tasks (`in_order`), carry their number (`as_done`), or lie in places of their own (`Threads`).
+the tasks (`in_order`), carry their number (`as_done`), or lie in places of their own (`Workers`).
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any, Self, TypeVar
 
 from anabranch import machine
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+# Of `Workers.run`, per thread, so that threads finish together.
+PIECES = 4
 
-def num_workers(asked: int | None) -> int:
-    """What is asked for, or as many as can really run at once."""
-    return machine.usable_cores() if asked is None else int(asked)
+
+def num_workers(asked: int | None = None) -> int:
+    """What is asked for; by default as many as can really run at once, or fewer where NUMBA_NUM_THREADS in the environment says so.
+
+    The one default of this package. Numba itself is not asked: that would start its own threads, and set how many torch uses.
+    """
+    if asked is not None:
+        return int(asked)
+    most = os.environ.get("NUMBA_NUM_THREADS", "").strip()
+    return min(machine.usable_cores(), int(most)) if most.isdecimal() and int(most) else machine.usable_cores()
 
 
 def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
@@ -59,33 +69,53 @@ def as_done(
                 future.cancel()
 
 
-class Threads:
-    """Runs functions of row ranges on some threads, call after call."""
+class Workers:
+    """Threads for as long as it is entered, begun when they are first needed; with one, work is done where it is asked for.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._pool = ThreadPoolExecutor(count) if count > 1 else None
+    Args:
+        count: how many; None for the default.
+    """
 
-    def each(self, work: Callable[..., None], tasks: list[tuple[Any, ...]]) -> None:
-        """``work(*task)`` of all tasks, in any order."""
-        if self._pool is None or len(tasks) < 2:
-            for task in tasks:
-                work(*task)
-            return
-        for done in [self._pool.submit(work, *task) for task in tasks]:
-            done.result()
+    def __init__(self, count: int | None = None) -> None:
+        self.count = num_workers(count)
+        self._pool: ThreadPoolExecutor | None = None
 
-    def close(self) -> None:
-        """End the threads."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown()
 
+    def each(self, work: Callable[..., None], tasks: Sequence[tuple[Any, ...]]) -> None:
+        """``work(*task)`` of all tasks, in any order. All are over before an error goes on: whoever puts things right is alone."""
+        if self.count == 1 or len(tasks) < 2:
+            for task in tasks:
+                work(*task)
+            return
+        begun = [self._begun().submit(work, *task) for task in tasks]
+        wait(begun)
+        for one in begun:
+            one.result()
 
-@contextmanager
-def threads(count: int) -> Iterator[Threads]:
-    """Some threads for a while."""
-    pool = Threads(count)
-    try:
-        yield pool
-    finally:
-        pool.close()
+    def run(self, work: Callable[[int, int], None], total: int, least: int = 1) -> None:
+        """``work(begin, end)`` on pieces that cover ``total``, none shorter than ``least`` unless there is only one."""
+        pieces = 1 if self.count == 1 else max(1, min(self.count * PIECES, total // max(least, 1)))
+        ends = [total * piece // pieces for piece in range(pieces + 1)]
+        if total:
+            self.each(work, list(pairwise(ends)))
+
+    def map(self, work: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+        """Results of all tasks, in their order."""
+        found: list[Any] = [None] * len(tasks)
+        self.each(lambda place, task: found.__setitem__(place, work(task)), list(enumerate(tasks)))
+        return found
+
+    def begin(self, work: Callable[..., Result], *arguments: Any) -> "Future[Result]":
+        """Begin work in a thread, also where there is only one."""
+        return self._begun().submit(work, *arguments)
+
+    def _begun(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.count)
+        return self._pool

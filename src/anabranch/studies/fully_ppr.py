@@ -511,6 +511,9 @@ def draw(results: Results, path: Path) -> None:
                        label=None if number else "fixed gamma")  # fmt: skip
             right.axhline(run["throughput_chosen"], color=SERIES[1], linewidth=1, label=None if number else "chosen")
         right.set_xscale("log", base=2)
+        if devices:
+            # From nothing, so that heights compare.
+            right.set_ylim(bottom=0)
         right.set_xlabel("gamma, walks a pipeline")
         right.set_title("throughput, walks moved per unit of cost")
         for axes, there in ((left, law), (right, devices)):

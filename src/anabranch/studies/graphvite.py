@@ -24,7 +24,8 @@ paired difference lies above their limit (0.02 and 0), do not hold if it lies be
 # Shapes: N nodes, D dim
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from anabranch.files import atomic_file, atomic_write_text
 from anabranch.graph.datasets import load_dataset
 from anabranch.graph.evaluate import classify_nodes, hold_out_edges, link_auc
 from anabranch.graph.graphvite import GraphVite
-from anabranch.report.style import INK, SERIES, figure, horizontal_grid, to_png, to_svg
+from anabranch.report.style import GRID, INK, SERIES, figure, horizontal_grid, to_png, to_svg
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, every_seed, verdict_below
 
@@ -99,16 +100,17 @@ def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`."""
     small = Size(long=100, middle=30, short=5, sparse=60)
     size = (Size() if full else small).replace(**changes)
+    found = arms(size)
     return Study(
         name="graphvite",
         title="node embedding in orthogonal blocks",
         settings={"size": "full" if full else "smoke", **to_dict(size)},
-        arms=list(arms(size).values()),
+        arms=list(found.values()),
         seeds=(0, 1, 2) if full else (0, 1),
         run=run,
         judge=judge,
         columns=COLUMNS,
-        draw=draw,
+        draw=partial(draw, graphs={name: arm.config.dataset for name, arm in found.items()}),
     )
 
 
@@ -282,23 +284,32 @@ def _gain(results: Results, arm: str, baseline: str, limit: float, claim: str, p
     )
 
 
-def draw(results: Results, path: Path) -> None:
-    """Left, micro and macro F1 of each arm; right, loss by epoch."""
-    scored = [arm for arm in results.runs if results.values(arm, "micro_f1")]
+def draw(results: Results, path: Path, *, graphs: Mapping[str, str]) -> None:
+    """Left, micro and macro F1 of each arm; right, loss by epoch. ``graphs`` are theirs: figures of different ones do not compare."""
+    scored = sorted(
+        (arm for arm in results.runs if results.values(arm, "micro_f1")), key=graphs.__getitem__, reverse=True
+    )
     with figure(10, max(3.2, 1.4 + 0.34 * len(scored)), ncols=2) as (made, (left, right)):
         made.suptitle("GraphVite at our scale", x=0.01, ha="left", fontweight="bold", color=INK)
         for number, metric in enumerate(("micro_f1", "macro_f1")):
             for row, arm in enumerate(scored):
                 values = list(results.values(arm, metric).values())
                 left.plot(values, [row] * len(values), "o", color=SERIES[number], label=metric if row == 0 else None)
-        left.set_yticks(range(len(scored)), scored)
+        left.set_yticks(range(len(scored)), [f"{arm}, {graphs[arm]}" for arm in scored])
+        for row in range(1, len(scored)):
+            if graphs[scored[row]] != graphs[scored[row - 1]]:
+                left.axhline(row - 0.5, color=GRID, linewidth=1)
+        left.set_xlim(left=0)
         left.set_xlabel("F1, 10% of the nodes labelled")
         if left.lines:
             left.legend()
         for number, (arm, seeds) in enumerate(results.runs.items()):
             curve = next(iter(seeds.values())).get("curve")
             if curve:
-                right.plot(*zip(*curve, strict=True), color=SERIES[number % len(SERIES)], label=arm)
+                # Colours come again with another line.
+                style = ("-", "--", ":")[number // len(SERIES) % 3]
+                label = f"{arm}, {graphs[arm]}"
+                right.plot(*zip(*curve, strict=True), style, color=SERIES[number % len(SERIES)], label=label)
         right.set_xlabel("epochs")
         right.set_ylabel("loss")
         horizontal_grid(right)

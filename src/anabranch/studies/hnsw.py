@@ -433,6 +433,9 @@ def draw(results: Results, path: Path) -> None:
             counts = _counts(results, arm)
             heights = [results.mean(arm, f"distances_{count}").mean for count in counts]
             right.plot(counts, heights, marker=MARKERS[number], color=SERIES[number], label=arm)
+        if left.lines:
+            # There is no more than all of them.
+            left.set_ylim(top=1.0)
         for axes, x, y in ((left, "ef", "recall of 10"), (right, "vectors", "distances per query at recall 0.95")):
             axes.set_xscale("log")
             axes.set_xlabel(x)

@@ -126,17 +126,17 @@ def _opened(
 ) -> Iterator[tuple[HNSW, Names | None]]:
     """The index, with what a server changed, and its names. Until the end nobody else changes what is written over."""
     from anabranch.graph.disk import DiskIndex
-    from anabranch.graph.live import open_index, replacing
-    from anabranch.graph.names import names_path, read_names
+    from anabranch.graph.live import open_named, replacing
+    from anabranch.graph.names import names_path
 
     if out is not None:
         check_apart([out, names_path(out)], [index, names_path(index), *read])
     with replacing(out or index):
         with waiting(f"reading {index}", quiet):
-            made = open_index(index, num_threads=threads)
+            made, called = open_named(index, num_threads=threads)
         if isinstance(made, DiskIndex):
             raise InputError(f"{index} is on disk and takes no changes; make it anew (anabranch graph index --disk)")
-        yield made, read_names(index, made.ids)
+        yield made, called
 
 
 def _ids(
@@ -173,7 +173,7 @@ def _ids(
 
 def _like(name: Any, called: Names, source: str) -> Any:
     """A name as the index has them: numbers, or text."""
-    if called.array.dtype.kind not in "iu":
+    if not called.are_numbers:
         return str(name)
     if not isinstance(name, int):
         raise DataError(f"{source} has a vector called {name!r:.80}; the index calls its elements by numbers")

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.inputs import Opened, example_node, is_own, open_graph
-from anabranch.cli.graph.options import Columns, Directed, Ids, check_extra, check_picture
+from anabranch.cli.graph.inputs import Opened, example_node, is_own
+from anabranch.cli.graph.options import check_extra, check_picture
+from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import fact, print_json, size, table, wrote
@@ -25,6 +26,7 @@ DATA_SETS = {
 }
 
 
+@takes_reading
 def info(
     source: Annotated[
         str | None,
@@ -38,9 +40,7 @@ def info(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the graph in another format, by the file's ending.")
     ] = None,
-    directed: Directed = None,
-    columns: Columns = None,
-    ids: Ids = "auto",
+    reading: Reading = AS_IT_SAYS,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -60,7 +60,7 @@ def info(
         _show_file(source, kind, as_json)
         return
     check_apart([out, picture], [source])
-    opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
+    opened = reading.open(source, quiet)
     with waiting("looking at it", quiet):
         facts = opened.graph.describe()
     written = []
@@ -128,11 +128,10 @@ def _print(opened: Opened, facts: dict[str, Any]) -> None:
 def _show_file(source: str, kind: str | None, as_json: bool) -> None:
     """What another of our files holds."""
     if kind == "hnsw index":
-        from anabranch.graph.live import open_index
-        from anabranch.graph.names import read_names
+        from anabranch.graph.live import open_named
 
-        index: Any = open_index(source, mmap=True)
-        names = read_names(source, index.ids)
+        index: Any
+        index, names = open_named(source, mmap=True)
         facts: dict[str, Any] = {
             "dim": index.dim, "metric": index.metric, "dtype": index.dtype, "M": index.M,
             "ef_construction": index.ef_construction, "named": names is not None, **index.stats(),

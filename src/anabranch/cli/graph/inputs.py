@@ -176,7 +176,7 @@ def element_ids(called: Names | None, texts: list[str]) -> np.ndarray:
     """Ids of elements of an index as they were written, by name, or by id where they have none. Raises InputError."""
     import numpy as np
 
-    if called is None or called.array.dtype.kind in "iu":
+    if called is None or called.are_numbers:
         for text in texts:
             if not text.lstrip("-").isdigit():
                 what = "has no names, only ids" if called is None else "calls its elements by numbers"

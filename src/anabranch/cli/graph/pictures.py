@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anabranch.files import atomic_file
+from anabranch.graph.beside import new_file
 from anabranch.report.style import GRID, INK, MARKERS, MUTED, SERIES, figure, to_png, to_svg
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ LABELLED = len(SERIES)
 def save(made: Figure, path: Path) -> None:
     """Write a picture, all or nothing, in the form that the name ends in."""
     content = to_svg(made).encode() if path.suffix == ".svg" else to_png(made)
-    with atomic_file(path) as temporary:
+    with new_file(path) as temporary:
         temporary.write_bytes(content)
 
 
@@ -57,6 +57,8 @@ def draw_degrees(graph: Graph, name: str, path: Path) -> None:
                 color=MUTED, fontsize=8.5,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="edges of a node, at least", ylabel="share of nodes")
+        # There is no more than all of them.
+        axes.set_ylim(top=1.0)
         axes.set_title(f"Degrees of {name}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges", pad=20)
         axes.grid(color=GRID)
         _plain_ticks(axes)

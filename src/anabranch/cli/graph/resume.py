@@ -9,15 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.graph.embed import train_with_progress
-from anabranch.cli.graph.inputs import open_graph
 from anabranch.cli.graph.models import MODEL, check_saved, open_model
-from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads
+from anabranch.cli.graph.options import GraphSource, Threads
+from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import duration, fact, print_json, wrote
 from anabranch.errors import InputError
 from anabranch.files import check_apart
 
 
+@takes_reading
 def resume(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     source: GraphSource,
@@ -29,9 +30,7 @@ def resume(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write vectors: .npy, .npz, .parquet, .csv or .tsv.")
     ] = None,
-    directed: Directed = None,
-    columns: Columns = None,
-    ids: Ids = "auto",
+    reading: Reading = AS_IT_SAYS,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -48,7 +47,7 @@ def resume(
     if out is not None:
         check_written(out)
     check_apart([save, out], [model, source])
-    opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
+    opened = reading.open(source, quiet)
     found = open_model(model)
     from anabranch.graph import GraphVite
 

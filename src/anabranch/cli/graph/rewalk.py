@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.inputs import open_graph, read_table
-from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads
+from anabranch.cli.graph.inputs import read_table
+from anabranch.cli.graph.options import GraphSource, Threads
+from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import duration, fact, print_json, size, wrote
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from anabranch.graph import Graph
 
 
+@takes_reading
 def rewalk(
     index: Annotated[
         str, typer.Argument(metavar="INDEX", help="An index of walks (anabranch graph index GRAPH --walks N).")
@@ -38,9 +40,7 @@ def rewalk(
     remove: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Table of edges that are gone: source and target.")
     ] = None,
-    directed: Directed = None,
-    columns: Columns = None,
-    ids: Ids = "auto",
+    reading: Reading = AS_IT_SAYS,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -54,13 +54,12 @@ def rewalk(
     check_apart([out, out_graph], [index, source, add, remove])
     if add is None and remove is None:
         raise InputError("nothing changes; name a table of edges with --add FILE or --remove FILE")
-    from anabranch import machine
     from anabranch.graph import PowerWalk
 
-    opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
+    opened = reading.open(source, quiet)
     # Tables call nodes by their names, also where those are numbers.
     named = replace(opened.graph, by_name=opened.graph.names is not None)
-    found = PowerWalk.load(index, named, workers=threads or machine.usable_cores())
+    found = PowerWalk.load(index, named, workers=threads)
     added, removed = (None if path is None else _edges(path, opened.graph) for path in (add, remove))
     if removed is not None:
         # A table that has weights tells the same edges.

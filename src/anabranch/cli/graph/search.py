@@ -13,7 +13,7 @@ from anabranch.cli.graph.options import Threads, Top, check_extra, check_picture
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
-from anabranch.cli.output import fact, print_json, quantity, table, wrote
+from anabranch.cli.output import duration, fact, print_json, quantity, table, wrote
 from anabranch.errors import InputError
 from anabranch.files import check_apart
 
@@ -89,11 +89,9 @@ def search(
         raise InputError("--exact is for --radius; --check measures all distances of a search for the nearest")
     if radius is not None and curve is not None:
         raise InputError("--curve is of the K nearest; leave out --radius")
-    from anabranch.graph.live import open_index
-    from anabranch.graph.names import read_names
+    from anabranch.graph.live import open_named
 
-    made = open_index(index, num_threads=threads)
-    called = read_names(index, made.ids)
+    made, called = open_named(index, num_threads=threads)
     wanted = _wanted(made, called, names, queries, rows, sample if check or curve else None, seed)
     wanted.allow(made, only, without)
     started = time.perf_counter()
@@ -332,10 +330,11 @@ def _print(
     facts: dict[str, Any],
 ) -> None:
     fact("index", f"{facts['index']}   {len(index):,} x {index.dim}, {index.metric}, {index.dtype}, M {index.M}")
-    rate = quantity(facts["queries"] / max(facts["seconds"], 1e-9))
     what = "elements drawn" if wanted.is_sample else "queries"
     wide = f"k {facts['k']}" if facts["radius"] is None else f"radius {facts['radius']:g}"
-    fact("search", f"{facts['queries']:,} {what}, {wide}, ef {facts['ef']}   {rate} queries/s")
+    # No rate: the first search also waits for kernels and pages to be loaded. --curve measures it.
+    took = f"{1e3 * facts['seconds']:.3g} ms" if facts["seconds"] < 1 else duration(facts["seconds"])
+    fact("search", f"{facts['queries']:,} {what}, {wide}, ef {facts['ef']}   in {took}, the first of this process")
     if facts["radius"] is not None:
         fact("within", f"{int((ids >= 0).sum()):,} in all, {ids.shape[1]:,} of one query at most")
     if "recall" in facts:

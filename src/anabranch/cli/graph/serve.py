@@ -84,8 +84,8 @@ def serve(
 
     POST /search, /ppr, /upsert and /delete; GET /v1/info, /openapi.json, /healthz, /readyz and /metrics.
 
-    Changes are in a log in INDEX.live before they are acknowledged; the file itself stays as it is. An index with names takes none. Where
-    other machines can reach the server, only those with the token in ANABRANCH_WRITE_TOKEN change anything.
+    Changes are in a log in INDEX.live before they are acknowledged; the file itself stays as it is. Where other
+    machines can reach the server, only those with the token in ANABRANCH_WRITE_TOKEN change anything.
 
     SIGHUP, --watch or POST /admin/reload (with the token in ANABRANCH_ADMIN_TOKEN) take new files without a failed request.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import InputError
-from anabranch.files import atomic_file
+from anabranch.graph.beside import new_file
 
 ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")
 
@@ -26,7 +26,7 @@ def write_table(path: Path, columns: Mapping[str, Any]) -> None:
     from pyarrow import csv, parquet
 
     table = pa.table(dict(columns))
-    with atomic_file(path) as temporary:
+    with new_file(path) as temporary:
         if path.suffix == ".parquet":
             parquet.write_table(table, temporary)
         elif path.suffix == ".jsonl":

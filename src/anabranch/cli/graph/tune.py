@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.graph.embed import labels_of, made_of
-from anabranch.cli.graph.inputs import open_graph
-from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Threads
+from anabranch.cli.graph.options import GraphSource, Threads
+from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
@@ -21,6 +21,7 @@ from anabranch.files import check_apart
 SHOWN = 5
 
 
+@takes_reading
 def tune(
     source: GraphSource,
     labels: Annotated[
@@ -46,9 +47,7 @@ def tune(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all trials (.parquet, .csv, .tsv, .jsonl).")
     ] = None,
-    directed: Directed = None,
-    columns: Columns = None,
-    ids: Ids = "auto",
+    reading: Reading = AS_IT_SAYS,
     threads: Threads = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -62,7 +61,7 @@ def tune(
     """  # fmt: skip
     check_ending(out)
     check_apart([out], [source, labels])
-    opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
+    opened = reading.open(source, quiet)
     from anabranch.graph import FastRP
     from anabranch.graph.evaluate import hold_out_edges
 

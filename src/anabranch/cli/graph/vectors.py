@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import atomic_file
+from anabranch.graph.beside import new_file
 
 WRITTEN = (".npy", ".npz", ".parquet", ".csv", ".tsv")
 _NAMES = ("node", "name", "id", "key")
@@ -54,7 +54,7 @@ def write_vectors(path: str | Path, vectors: Vectors) -> None:
     """Write vectors, all or nothing. Raises InputError for an unknown ending, and as `atomic_file`."""
     path = Path(path)
     check_written(path)
-    with atomic_file(path) as temporary:
+    with new_file(path) as temporary:
         if path.suffix == ".npy":
             with open(temporary, "wb") as file:
                 np.save(file, vectors.array)
@@ -107,12 +107,10 @@ def _npz(path: Path) -> Vectors:
 
 
 def _index(path: Path) -> Vectors:
-    from anabranch.graph.live import open_index
-    from anabranch.graph.names import read_names
+    from anabranch.graph.live import open_named
 
-    index = open_index(path)
+    index, names = open_named(path)
     ids = index.ids
-    names = read_names(path, ids)
     if names is not None:
         return Vectors(index.vectors(ids), names.array[ids])
     return Vectors(index.vectors(ids), None if np.array_equal(ids, np.arange(len(ids))) else ids)

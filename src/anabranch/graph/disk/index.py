@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from anabranch import machine
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.disk import search, stored
 from anabranch.graph.disk.answering import Asked
@@ -15,7 +14,8 @@ from anabranch.graph.disk.blocks import Form, read_blocks
 from anabranch.graph.disk.slots import Slots
 from anabranch.graph.hnsw.checks import as_ids, as_positive, as_vectors, like
 from anabranch.graph.hnsw.filters import Filter, Prepared, prepared
-from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
+from anabranch.graph.hnsw.lock import ReadWriteLock
+from anabranch.graph.workers import Workers, num_workers
 
 # Queries of one call of a kernel: between two of them an interrupt is seen.
 PIECE = 256
@@ -288,7 +288,7 @@ class DiskIndex:
                 f"memory is {memory:,} bytes, and {self._held.nbytes:,} of {self.path} must be in it; build it with shorter codes"
             )
         # Searches take some: marks of each thread, and pools.
-        room = memory - self._held.nbytes - SCRATCH - (self.num_threads or machine.affinity()) * (form.elements // 4)
+        room = memory - self._held.nbytes - SCRATCH - num_workers(self.num_threads) * (form.elements // 4)
         number = max(0, min(total, room // form.block))
         cache_CW = np.empty((number, form.block >> 3), np.uint64)
         self._check(int(read_blocks(form, 0, cache_CW)))

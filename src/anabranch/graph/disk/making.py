@@ -35,6 +35,7 @@ from anabranch.graph.disk.stored import METRICS, check_system
 from anabranch.graph.disk.writing import Graph, write
 from anabranch.graph.hnsw import HNSW, layout
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive
+from anabranch.graph.workers import num_workers
 
 # With shards: one element in so many is in the entry layer, with so many links when it is inserted.
 ENTRY_SHARE, ENTRY_M = 32, 8
@@ -64,7 +65,7 @@ class _Job:
     @property
     def threads(self) -> int:
         """How many, if nobody said so."""
-        return self.num_threads or machine.affinity()
+        return num_workers(self.num_threads)
 
 
 def build(

@@ -13,7 +13,7 @@ from anabranch.graph.disk.blocks import LABEL, NUMBER, PAGE, block_of, element_b
 from anabranch.graph.disk.packing import packed
 from anabranch.graph.disk.source import Source
 from anabranch.graph.disk.stored import KIND, VERSION
-from anabranch.graph.workers import threads
+from anabranch.graph.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def write(
     shapes["codes"] = Shape(np.uint8, (count, codes.num_parts))
     shapes["blocks"] = Shape(np.uint64, (-(-count // per), block // 8), PAGE)
     step = max(1, piece // per)
-    with filling_arrays(path, KIND, shapes, meta, VERSION) as file, threads(num_threads) as pool:
+    with filling_arrays(path, KIND, shapes, meta, VERSION) as file, Workers(num_threads) as pool:
         for name, array in small.items():
             file.put(name, 0, array)
         for first in range(0, -(-count // per), step):

@@ -35,6 +35,7 @@ from anabranch.graph.fastrp.worker import (
 from anabranch.graph.spark.edges import EdgeFiles, SparkGraph, open_edges, open_run
 from anabranch.graph.spark.run import Run
 from anabranch.graph.spark.session import default_partitions, session
+from anabranch.graph.stored_folder import VECTORS
 from anabranch.graph.vectors import FLAT
 
 # Of the partial rows that a tile gives, and of those that a bucket adds up.
@@ -49,20 +50,31 @@ def run_from_edges(model: Any, given: EdgeFiles) -> StoredVectors:
     facts = {name: value for name, value in model.get_params().items() if name not in _NO_FACTS}
     facts["weights"] = list(map(float, model.weights))
     with session(model.spark, model.partitions) as spark:
-        run = open_run(spark, cast(str, model.out), given, facts)
+        run = open_run(spark, cast(str, model.out), given, facts, VECTORS)
         with run.working():
             graph = open_edges(run, given, allow_negative=model.allow_negative)
             run.step("vectors", _Work(model, run, graph).vectors)
         size = model.dim * (sum(map(bool, model.weights)) + bool(model.self_weight)) if model.concatenate else model.dim
-        whole = {"num_nodes": graph.num_nodes, "dim": size, "facts": {**facts, **graph.facts()}}
+        whole = {"kind": VECTORS, "num_nodes": graph.num_nodes, "dim": size, "facts": {**facts, **graph.facts()}}
         run.publish("vectors", whole)
         return StoredVectors(run.out, whole)
 
 
 # Arguments that do not decide the vectors.
 _NO_FACTS = {
-    "spark", "partitions", "out", "engine", "threads", "workers", "chunk", "backend", "device", "features", "feature_ratio", "keep_powers"
-}  # fmt: skip
+    "spark",
+    "partitions",
+    "out",
+    "engine",
+    "threads",
+    "workers",
+    "chunk",
+    "backend",
+    "device",
+    "features",
+    "feature_ratio",
+    "keep_powers",
+}
 
 
 def _check(model: Any) -> None:

@@ -20,53 +20,28 @@ chooses which edges of a directed graph count. With negative weights degrees are
 # Shapes: N nodes, M stored edges, D dim, C columns of a chunk, F features
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-import numba as nb
 import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.coerce import as_graph
-from anabranch.graph.estimator import Estimator
 from anabranch.graph.evaluate import HeldOut
 from anabranch.graph.fastrp import storage
 from anabranch.graph.fastrp.check import check, check_weights
-from anabranch.graph.fastrp.start import DENSE_BELOW, Setup, operator_of, projection_of, sparsity, turned
+from anabranch.graph.fastrp.start import DENSE_BELOW, Setup, sparsity
+from anabranch.graph.fastrp.steps import Powers, Steps
 from anabranch.graph.fastrp.stored import StoredVectors
 from anabranch.graph.fastrp.tuning import Tuning, tune
 from anabranch.graph.fastrp.unseen import edges_of_new, new_rows, powers_of_new, start_of_new
-from anabranch.graph.products import NumbaProducts, Operator, Products, ScipyProducts, TorchProducts
-from anabranch.graph.projection import BLOCK
 from anabranch.graph.spark.edges import EdgeFiles
 from anabranch.graph.store import Graph
-from anabranch.graph.vectors import add_rows, column_moments, scale_rows, shift_columns
-from anabranch.graph.workers import Threads, num_workers, threads
-
-# Of chunks, where ``chunk`` is not given.
-SCRATCH_BYTES = 64 << 20
+from anabranch.graph.vectors import shift_columns
+from anabranch.graph.workers import Workers
 
 
-@dataclass(frozen=True)
-class Powers:
-    """What `FastRP.combine` makes vectors of, for any weights.
-
-    Attributes:
-        start_ND: L R.
-        power_KND: N_1, N_2, ..., not normalised, a tuple of [N, D].
-    """
-
-    start_ND: np.ndarray
-    power_KND: tuple[np.ndarray, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all."""
-        return self.start_ND.nbytes + sum(power.nbytes for power in self.power_KND)
-
-
-class FastRP(Estimator):
+class FastRP(Steps):
     """Vectors of nodes by FastRP, in the form of a scikit-learn estimator.
 
     Args:
@@ -89,7 +64,7 @@ class FastRP(Estimator):
         backend: ``numba``, ``scipy`` (one thread) or ``torch``; the same numbers up to rounding.
         device: of torch.
         chunk: columns computed at a time, rounded up to a multiple of 32; None for about 64 MB of scratch. Changes no bit of the result.
-        workers: threads; None for the usable cores, or fewer where NUMBA_NUM_THREADS says so. Changes no bit of the result.
+        workers: threads; None for the default (`anabranch.graph.workers`). Changes no bit of the result.
         threads: the former name of ``workers``, which counts where that is None.
         keep_powers: let `fit` keep N_1 ... N_q, which `transform` needs.
         engine: ``local`` (this machine), or ``spark``: `fit` takes edges in Parquet, by a path that Spark can read or as `EdgeFiles`,
@@ -158,7 +133,7 @@ class FastRP(Estimator):
             return self._fit_files(graph)
         given = as_graph(graph, allow_negative=self.allow_negative)
         setup = self._prepare(given)
-        with threads(self._num_threads) as pool:
+        with Workers(self._num_threads) as pool:
             if self.keep_powers:
                 self.powers_ = self._powers(setup, pool, len(self.weights))
                 found = self._combine(self.powers_, tuple(self.weights), self.self_weight, pool)
@@ -207,7 +182,7 @@ class FastRP(Estimator):
         if self.self_weight or new.among_RR is not None or is_asked:
             start = start_of_new(new, setup, self.beta, features, names)
         powers = powers_of_new(new, start, (known.start_ND, *known.power_KND[:-1]))
-        with threads(1) as pool:
+        with Workers(1) as pool:
             found = self._combine(Powers(start, tuple(powers)), tuple(self.weights), self.self_weight, pool)
             if self.standardize:
                 shift_columns(found, self._mean_D, self._factor_D, pool)
@@ -277,7 +252,7 @@ class FastRP(Estimator):
         count = len(self.weights) if order is None else order
         if count < 1:
             raise InputError(f"order is {order}; it must be at least 1")
-        with threads(self._num_threads) as pool:
+        with Workers(self._num_threads) as pool:
             return self._powers(self._prepare(graph), pool, count)
 
     def combine(self, powers: Powers, weights: Sequence[float] | None = None) -> np.ndarray:
@@ -288,14 +263,14 @@ class FastRP(Estimator):
             raise InputError(
                 f"there are {len(chosen)} weights and {len(powers.power_KND)} powers; call powers(graph, order=...)"
             )
-        with threads(self._num_threads) as pool:
+        with Workers(self._num_threads) as pool:
             found = self._combine(powers, chosen, self.self_weight, pool)
             self._standardize(found, pool)
         return found
 
     def mixed(self, start_ND: np.ndarray, power_KND: tuple[np.ndarray, ...]) -> np.ndarray:
         """As `combine` of some rows, on one thread and before columns are standardised: what Spark's workers do. Arrays may change."""
-        with threads(1) as pool:
+        with Workers(1) as pool:
             return self._combine(Powers(start_ND, power_KND), tuple(self.weights), self.self_weight, pool)
 
     def peak_bytes(self, num_nodes: int, num_stored_edges: int, is_weighted: bool = False) -> int:
@@ -316,144 +291,11 @@ class FastRP(Estimator):
         edges = num_stored_edges * b if copied else 0
         return int(b * num_nodes * (self.dim * vectors + 2 * chunk) + random + edges + 40 * num_nodes)
 
-    # Steps
-
-    def _prepare(self, graph: Any) -> Setup:
-        found = as_graph(graph, allow_negative=self.allow_negative)
-        rows = turned(found, self.direction)
-        start = projection_of(
-            rows, found.names, self.projection, self.s, self.seed, self.dim,
-            self.beta, self.features, self._num_feature_columns, self.dtype,
-        )  # fmt: skip
-        return Setup(*operator_of(rows, self.matrix, self.dtype), start, rows.is_directed)
-
-    def _run(self, setup: Setup, pool: Threads, targets: dict[int, tuple[np.ndarray, float, bool]]) -> None:
-        """Add w_k N_k to targets[k] = (array, w_k, whether it is the first there), chunk by chunk of columns."""
-        assert setup.operator is not None
-        products, step = self._products(setup.operator, pool), self._chunk_columns(setup.operator.num_rows)
-        for first in range(0, self.dim, step):
-            last = min(first + step, self.dim)
-            rows = setup.start.sparse_columns(first, last)
-            if 0 in targets:
-                targets[0][0][:, first:last] = setup.start.columns(first, last)
-            if max(targets) == 0:
-                continue
-            if rows is None:
-                chunk = products.multiply(products.load(setup.start.columns(first, last)))
-            else:
-                chunk = products.first(rows, setup.start.scale_N)
-            # Its memory is needed.
-            rows = None
-            for order in range(1, max(targets) + 1):
-                if order > 1:
-                    chunk = products.multiply(chunk)
-                if order in targets:
-                    out_ND, weight, is_new = targets[order]
-                    products.add_to(chunk, out_ND, first, weight, is_new)
-
-    def _embed(self, setup: Setup, pool: Threads) -> np.ndarray:
-        """Vectors before columns are standardised, without keeping powers."""
-        count, orders = setup.num_nodes, [k for k, weight in enumerate(self.weights, 1) if weight]
-        if self.concatenate:
-            whole = np.empty((count, self.dim * (len(orders) + bool(self.self_weight))), self.dtype)
-            every = ([0] if self.self_weight else []) + orders
-            parts = {k: whole[:, place * self.dim : (place + 1) * self.dim] for place, k in enumerate(every)}
-            self._run(setup, pool, {k: (part, 1.0, True) for k, part in parts.items()})
-            for k, part in parts.items():
-                scale_rows(part, self._weight(k), self.normalize or k == 0, pool)
-            return whole
-        if self.normalize:
-            found = {k: np.empty((count, self.dim), self.dtype) for k in orders}
-            targets = {k: (part, 1.0, True) for k, part in found.items()}
-        else:
-            total = np.empty((count, self.dim), self.dtype)
-            found = {orders[-1]: total} if orders else {}
-            targets = {k: (total, float(self.weights[k - 1]), k == orders[0]) for k in orders}
-        if self.self_weight:
-            found[0] = np.empty((count, self.dim), self.dtype)
-            targets[0] = (found[0], 1.0, True)
-        self._run(setup, pool, targets)
-        return self._sum(found, tuple(self.weights), self.self_weight, pool, summed=not self.normalize)
-
-    def _sum(
-        self, parts: dict[int, np.ndarray], weights: Sequence[float], own: float, pool: Threads, summed: bool = False
-    ) -> np.ndarray:
-        """sum_k w_k N_k (normalised), in the place of the first part; ``summed``: parts but 0 have their weights in them."""
-        out = None
-        for k in sorted(parts):
-            part = parts.pop(k)
-            weight = own if k == 0 else 1.0 if summed else weights[k - 1]
-            if out is None:
-                out = part
-                scale_rows(out, weight, self.normalize or k == 0, pool)
-            else:
-                add_rows(out, part, weight, self.normalize or k == 0, pool)
-        return cast(np.ndarray, out)
-
-    def _powers(self, setup: Setup, pool: Threads, count: int) -> Powers:
-        arrays = [np.empty((setup.num_nodes, self.dim), self.dtype) for _ in range(count + 1)]
-        self._run(setup, pool, {k: (array, 1.0, True) for k, array in enumerate(arrays)})
-        return Powers(arrays[0], tuple(arrays[1:]))
-
-    def _combine(self, powers: Powers, weights: Sequence[float], own: float, pool: Threads) -> np.ndarray:
-        """Vectors before columns are standardised."""
-        parts = {k: powers.power_KND[k - 1] for k, weight in enumerate(weights, 1) if weight}
-        if own:
-            parts[0] = powers.start_ND
-        if self.concatenate:
-            out = np.concatenate([parts[k] for k in sorted(parts)], axis=1)
-            for place, k in enumerate(sorted(parts)):
-                part = out[:, place * self.dim : (place + 1) * self.dim]
-                scale_rows(part, own if k == 0 else weights[k - 1], self.normalize or k == 0, pool)
-            return out
-        # The sum is made there.
-        parts[min(parts)] = parts[min(parts)].copy()
-        return self._sum(parts, weights, own, pool)
-
-    def _standardize(self, out_ND: np.ndarray, pool: Threads) -> tuple[np.ndarray, np.ndarray]:
-        """In place; mean and factor of columns. Raises InputError if values have left the range of the type."""
-        mean_D, factor_D = column_moments(out_ND, pool)
-        if not np.isfinite(mean_D).all():
-            raise InputError(
-                f"vectors leave the range of {self.dtype}; use matrix='transition', dtype='float64', or smaller edge weights"
-            )
-        if self.standardize:
-            shift_columns(out_ND, mean_D, factor_D, pool)
-        return mean_D, factor_D
-
-    def _products(self, operator: Operator, pool: Threads) -> Products:
-        if self.backend == "numba":
-            return NumbaProducts(operator, pool)
-        return ScipyProducts(operator) if self.backend == "scipy" else TorchProducts(operator, self.device)
-
     def tune(
         self, graph: Any, labels: Any = None, *, edges: HeldOut | None = None, trials: int = 20, **options: Any
     ) -> Tuning:
         """Search weights and beta for this graph; see `anabranch.graph.fastrp.tuning.tune`."""
         return tune(self, graph, labels, edges=edges, trials=trials, **options)
-
-    # Sizes and checks
-
-    @property
-    def _num_feature_columns(self) -> int:
-        return round(self.feature_ratio * self.dim)
-
-    @property
-    def _num_threads(self) -> int:
-        asked = self.threads if self.workers is None else self.workers
-        # Asking numba would start its own threads, and with them set how many torch uses in this process.
-        return asked or min(num_workers(None), nb.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-
-    def _weight(self, order: int) -> float:
-        return self.self_weight if order == 0 else self.weights[order - 1]
-
-    def _chunk_columns(self, num_nodes: int) -> int:
-        """Columns of a chunk, a multiple of `BLOCK`, no more than there are."""
-        wanted = self.chunk
-        if wanted is None:
-            fits = SCRATCH_BYTES // (2 * np.dtype(self.dtype).itemsize * max(num_nodes, 1))
-            wanted = max(fits // BLOCK, self._num_threads) * BLOCK
-        return min(-(-wanted // BLOCK), -(-self.dim // BLOCK)) * BLOCK
 
 
 def _plain(value: Any) -> Any:

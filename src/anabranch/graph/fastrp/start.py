@@ -211,9 +211,17 @@ def _feature_rows(features: Any, num_nodes: int) -> Any:
 
 
 def projection_of(
-    graph: Graph, names: np.ndarray | None, kind: str, s: float | None, seed: int, dim: int,
-    beta: float, features: Any, num_features: int, dtype: Any,
-) -> Projection:  # fmt: skip
+    graph: Graph,
+    names: np.ndarray | None,
+    kind: str,
+    s: float | None,
+    seed: int,
+    dim: int,
+    beta: float,
+    features: Any,
+    num_features: int,
+    dtype: Any,
+) -> Projection:
     """L R of a graph (turned already) whose nodes have these outside names."""
     key_N = np.arange(graph.num_nodes, dtype=np.uint64) if names is None else keys_of(names)
     fitted = Features.fitted(features, num_features, graph.num_nodes, seed, dtype)

@@ -66,8 +66,14 @@ def _setup(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Setup:
         features = Features(arrays["feature_columns"], arrays["feature_random"])
     facts = meta["start"]
     start = Projection(
-        arrays["key"], facts["kind"], float(facts["s"]), int(facts["seed"]), int(facts["num_random"]), features, arrays["scale"]
-    )  # fmt: skip
+        arrays["key"],
+        facts["kind"],
+        float(facts["s"]),
+        int(facts["seed"]),
+        int(facts["num_random"]),
+        features,
+        arrays["scale"],
+    )
     return Setup(None, arrays.get("right"), start, bool(meta["turned"]))
 
 

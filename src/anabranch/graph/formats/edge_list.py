@@ -261,9 +261,10 @@ def _layout(path: Path, rules: Rules, dialect: Dialect, lines: list[int], texts:
     ):
         place = lines[1] if has_header else lines[0]
         fail(
-            path, place,
+            path,
+            place,
             f"the third field {sample[columns[2]][0]!r} is not a number; weight=None leaves it out, weight=COLUMN takes another",
-        )  # fmt: skip
+        )
     return Layout(delimiter, lines[0] if has_header else 0, columns, is_text)
 
 

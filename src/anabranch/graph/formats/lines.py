@@ -159,9 +159,17 @@ class Splitter:
         """The fields of the rows up to a bad one, and what is wrong with that. What comes before may be worse: look there first."""
         fields = Fields(text, self.wanted)
         rows, problem, line, found, expected = split_fields(
-            text, self.delimiter, self.comment, fields.wanted, self.num_fields, first_line,
-            fields.start_FR, fields.end_FR, fields.quoted_FR, fields.line_R,
-        )  # fmt: skip
+            text,
+            self.delimiter,
+            self.comment,
+            fields.wanted,
+            self.num_fields,
+            first_line,
+            fields.start_FR,
+            fields.end_FR,
+            fields.quoted_FR,
+            fields.line_R,
+        )
         fields.keep(slice(0, rows))
         self.num_fields = int(expected)
         if problem == _FINE:

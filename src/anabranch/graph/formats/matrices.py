@@ -157,9 +157,16 @@ def _of_lists(path: Path, lists: dict[str, Any], rules: Rules) -> Graph:
 def of_entries(source: Any, target: Any, weight: Any, num_nodes: int | None, rules: Rules, names: Any = None) -> Graph:
     """The graph of entries of a matrix; undirected if it is symmetric, or must be so by ``rules.directed``. Raises InputError."""
     graph = Graph.from_edges(
-        source, target, weight, True, num_nodes,
-        names=names, duplicates=rules.duplicates, drop_zero=rules.drop_zero, allow_negative=rules.allow_negative,
-    )  # fmt: skip
+        source,
+        target,
+        weight,
+        True,
+        num_nodes,
+        names=names,
+        duplicates=rules.duplicates,
+        drop_zero=rules.drop_zero,
+        allow_negative=rules.allow_negative,
+    )
     if graph.weights is not None and (graph.weights == 1).all():
         graph = graph.with_weights(None)
     return graph if rules.directed else graph._as_undirected(demanded=rules.directed is False)

@@ -30,10 +30,23 @@ FORMATS = {
     "mat": "a MATLAB matrix, up to version 7.2",
 }
 ENDINGS = {
-    ".anb": "anb", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".mtx": "mtx", ".mm": "mtx", ".metis": "metis",
-    ".graph": "metis", ".npz": "npz", ".mat": "mat", ".txt": "edges", ".tsv": "edges", ".edgelist": "edges", ".edges": "edges",
-    ".el": "edges", ".ncol": "edges",
-}  # fmt: skip
+    ".anb": "anb",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".mtx": "mtx",
+    ".mm": "mtx",
+    ".metis": "metis",
+    ".graph": "metis",
+    ".npz": "npz",
+    ".mat": "mat",
+    ".txt": "edges",
+    ".tsv": "edges",
+    ".edgelist": "edges",
+    ".edges": "edges",
+    ".el": "edges",
+    ".ncol": "edges",
+}
 _MAGICS = {MAGIC: "anb", b"PAR1": "parquet", b"PK\x03\x04": "npz", b"MATLAB 5.0": "mat", b"MATLAB 7.3": "mat"}
 _STREAMED = ("edges", "csv", "parquet", "mtx", "metis")
 
@@ -90,9 +103,15 @@ def read_graph(
     """
     path = Path(path)
     rules = _rules(
-        directed=directed, ids=ids, num_nodes=num_nodes, duplicates=duplicates, drop_zero=drop_zero, allow_negative=allow_negative,
-        memory_limit=memory_limit, spill_folder=spill_folder,
-    )  # fmt: skip
+        directed=directed,
+        ids=ids,
+        num_nodes=num_nodes,
+        duplicates=duplicates,
+        drop_zero=drop_zero,
+        allow_negative=allow_negative,
+        memory_limit=memory_limit,
+        spill_folder=spill_folder,
+    )
     dialect = Dialect(source=source, target=target, weight=weight, header=header, delimiter=delimiter, comment=comment)
     if not path.is_file():
         raise DataError(f"{path} is a folder, not a file" if path.is_dir() else f"there is no file {path}")

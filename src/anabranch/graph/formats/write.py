@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 
 from anabranch.errors import InputError
-from anabranch.files import atomic_file
+from anabranch.graph.beside import new_file
 from anabranch.graph.formats.objects import edge_columns, note_of
 from anabranch.graph.formats.parquet import NOTE
 from anabranch.graph.store import Graph
@@ -60,7 +60,7 @@ def _write_rows(graph: Graph, path: Path, delimiter: bytes, quoting: str, *, hea
         for name in graph.names.tolist():
             if isinstance(name, str) and ("\n" in name or "\r" in name):
                 raise InputError(f"{path}: the name {name!r} holds a line break; write .parquet or .anb")
-    with atomic_file(path) as temporary, _opened(temporary, path) as file:
+    with new_file(path) as temporary, _opened(temporary, path) as file:
         if not header:
             kind = "directed" if graph.is_directed else "undirected"
             file.write(f"# anabranch graph: {graph.num_nodes} nodes, {kind}\n".encode())
@@ -77,7 +77,7 @@ def write_parquet(graph: Graph, path: Path) -> None:
 
     _refuse_lost_names(graph, path)
     schema = pa.table(edge_columns(graph, *_none(graph), True)).schema.with_metadata({NOTE: note_of(graph)})
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
+    with new_file(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
         for part in parts(graph):
             writer.write_table(pa.table(edge_columns(graph, *part, True), schema))
 
@@ -87,7 +87,7 @@ def write_matrix_market(graph: Graph, path: Path) -> None:
     _refuse_names(graph, path)
     field = "pattern" if graph.weights is None else "real"
     symmetry = "general" if graph.is_directed else "symmetric"
-    with atomic_file(path) as temporary, _opened(temporary, path) as file:
+    with new_file(path) as temporary, _opened(temporary, path) as file:
         file.write(f"%%MatrixMarket matrix coordinate {field} {symmetry}\n".encode())
         file.write(f"{graph.num_nodes} {graph.num_nodes} {graph.num_edges}\n".encode())
         for source_E, target_E, weight_E in parts(graph):
@@ -107,7 +107,7 @@ def write_metis(graph: Graph, path: Path) -> None:
         raise InputError(
             f"{path}: METIS files hold whole weights (up to 2**24, so that they are exact); this graph has others"
         )
-    with atomic_file(path) as temporary, _opened(temporary, path) as file:
+    with new_file(path) as temporary, _opened(temporary, path) as file:
         file.write(f"{graph.num_nodes} {graph.num_edges}{'' if graph.weights is None else ' 001'}\n".encode())
         for node in range(graph.num_nodes):
             places = slice(graph.indptr[node], graph.indptr[node + 1])
@@ -123,7 +123,7 @@ def write_npz(graph: Graph, path: Path) -> None:
     from scipy.sparse import save_npz
 
     _refuse_names(graph, path)
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+    with new_file(path) as temporary, open(temporary, "wb") as file:
         save_npz(file, graph.to_scipy(), compressed=False)
 
 
@@ -132,7 +132,7 @@ def write_mat(graph: Graph, path: Path) -> None:
     from scipy.io import savemat
 
     _refuse_names(graph, path)
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+    with new_file(path) as temporary, open(temporary, "wb") as file:
         savemat(file, {"network": graph.to_scipy(np.float64).tocsc()}, do_compression=True)
 
 

@@ -247,9 +247,15 @@ class FullyPPR(Estimator):
             index.workers = 1
             return decompose_work(index, self.rounds, self.top_k, self.min_score)
         return WalkWork(
-            walk_arrays(graph), options.num_walks, self.alpha, CODES[self.dangling], self.estimator == "fullpath",
-            self.top_k or 0, self.min_score, self.seed,
-        )  # fmt: skip
+            walk_arrays(graph),
+            options.num_walks,
+            self.alpha,
+            CODES[self.dangling],
+            self.estimator == "fullpath",
+            self.top_k or 0,
+            self.min_score,
+            self.seed,
+        )
 
 
 def fully_ppr(

@@ -8,6 +8,7 @@ A chunk is a range of the sources. What comes out does not depend on the chunks,
 """
 
 # Shapes: S sources, Z stored entries
+import os
 import shutil
 import threading
 import zlib
@@ -21,7 +22,9 @@ import numpy as np
 
 from anabranch.errors import AnabranchError, DataError
 from anabranch.files import atomic_write_json, parse_json
-from anabranch.graph.fully_ppr.result import KIND, FullyPPRResult, names_arrays, parquet_facts, parquet_writer
+from anabranch.graph.beside import check_parts, check_unchanged
+from anabranch.graph.fully_ppr.result import KIND, FullyPPRResult, parquet_facts, parquet_writer
+from anabranch.graph.names import names_arrays
 from anabranch.graph.rows import SparseRows, row_file
 from anabranch.graph.store import Graph
 from anabranch.graph.workers import as_done
@@ -29,6 +32,8 @@ from anabranch.graph.workers import as_done
 Work = Callable[[np.ndarray], SparseRows]
 Progress = Callable[[int, int], None]
 _CRC_BYTES = 1 << 24
+# What lies in a folder of parts.
+_OURS = r"manifest\.json|chunk-\d+\.anb"
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ def run(job: Job, prepare: Callable[[], Work], out: str | Path | None) -> FullyP
     out = Path(out)
     if out.is_dir():
         raise DataError(f"cannot write {out}: it is a folder; name a file")
+    # In the end it would be too late to say so.
+    check_unchanged(out)
     folder = out.with_name(f"{out.name}.parts")
     job, done = _resumed(job, folder)
     missing = [number for number in range(_count(job)) if number not in done]
@@ -133,6 +140,8 @@ def _path(folder: Path, number: int) -> Path:
 def _resumed(job: Job, folder: Path) -> tuple[Job, set[int]]:
     """The job with the chunks of the manifest, and which of them are there; a new manifest where there is none."""
     path, identity = folder / "manifest.json", job.identity
+    if folder.is_dir():
+        check_parts(folder, os.listdir(folder), _OURS if path.exists() else "")
     if not path.exists():
         atomic_write_json(path, {"job": identity, "chunk": job.chunk})
         return job, set()

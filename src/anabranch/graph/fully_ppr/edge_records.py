@@ -39,9 +39,11 @@ def edge_records(graph: SparkGraph, spark: Any, theta: int, partitions: int) -> 
         upper = upper_entries(known, dict(map(tuple, sums)), theta)
         plain = plain.union(leaves).union(spark.createDataFrame(upper, _ENTRIES))
     marks = graph.nodes.select(
-        sql.col("node").alias("record"), sql.lit(NODE).cast("byte").alias("kind"),
-        sql.lit(_MARK).cast("long").alias("code"), sql.lit(0.0).alias("weight"),
-    )  # fmt: skip
+        sql.col("node").alias("record"),
+        sql.lit(NODE).cast("byte").alias("kind"),
+        sql.lit(_MARK).cast("long").alias("code"),
+        sql.lit(0.0).alias("weight"),
+    )
     entries = plain.union(marks).withColumn("bucket", (sql.col("record") % partitions).cast("int"))
 
     def made(table: pa.Table) -> pa.Table:
@@ -60,9 +62,11 @@ def _leaves(edges: Any, plain: Any, known: list[tuple[int, int, int, int]], spar
     order = Window.partitionBy("source").orderBy("target")
     ranked = edges.join(table, edges["source"] == table["hub"]).withColumn("place", sql.row_number().over(order) - 1)
     leaves = ranked.select(
-        sql.expr("first + (place * leaves) div degree").alias("record"), sql.lit(INNER).cast("byte").alias("kind"),
-        (2 * sql.col("target")).alias("code"), "weight",
-    )  # fmt: skip
+        sql.expr("first + (place * leaves) div degree").alias("record"),
+        sql.lit(INNER).cast("byte").alias("kind"),
+        (2 * sql.col("target")).alias("code"),
+        "weight",
+    )
     return leaves, plain.join(table, plain["record"] == table["hub"], "left_anti")
 
 

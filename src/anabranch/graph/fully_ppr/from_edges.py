@@ -11,13 +11,14 @@ Every step is kept beside ``out`` until then, so a run that was stopped goes on.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from anabranch.errors import InputError
 from anabranch.graph.counters import VANISH
+from anabranch.graph.fully_ppr.asked import Asked
 from anabranch.graph.fully_ppr.edge_decompose import check_rule, decomposed
 from anabranch.graph.fully_ppr.edge_records import edge_records
 from anabranch.graph.fully_ppr.options import Options
@@ -29,9 +30,7 @@ from anabranch.graph.ppr.rules import CODES
 from anabranch.graph.spark.edges import EdgeFiles, SparkGraph, open_edges, open_run, partitions_for
 from anabranch.graph.spark.run import Run
 from anabranch.graph.spark.session import executor_bytes, session
-
-if TYPE_CHECKING:
-    from anabranch.graph.fully_ppr.api import FullyPPR
+from anabranch.graph.stored_folder import SCORES
 
 # Stored edges of a bucket: about 100 MB in a Python worker.
 BUCKET_EDGES = 1 << 19
@@ -72,7 +71,7 @@ class Walks:
     partitions: int | None
 
 
-def run_from_edges(model: "FullyPPR", options: Options, given: EdgeFiles) -> StoredScores:
+def run_from_edges(model: Asked, options: Options, given: EdgeFiles) -> StoredScores:
     """All of it; gives where the scores lie. Raises as `FullyPPR.fit`."""
     if model.out is None:
         raise InputError("engine 'spark' on files of edges writes its scores: give out=FOLDER")
@@ -81,20 +80,33 @@ def run_from_edges(model: "FullyPPR", options: Options, given: EdgeFiles) -> Sto
             "plan 'broadcast' sends a whole graph to every worker; files of edges take plan 'partitioned' or 'auto'"
         )
     method = options.files_method()
-    facts = {**options.facts(method), "engine": "spark", "plan": "edges",
-             "gamma": model.gamma, "theta": model.theta, "memory_limit": options.memory_limit}  # fmt: skip
+    facts = {
+        **options.facts(method),
+        "engine": "spark",
+        "plan": "edges",
+        "gamma": model.gamma,
+        "theta": model.theta,
+        "memory_limit": options.memory_limit,
+    }
     if method == "decompose":
         check_rule(options.dangling)
     named = None if model.sources is None else _listed(model.sources)
     with session(model.spark, model.partitions) as spark:
-        run = open_run(spark, model.out, given, {**facts, "sources": named}, model.cancel)
+        run = open_run(spark, model.out, given, {**facts, "sources": named}, SCORES, model.cancel)
         with run.working():
             graph = open_edges(run, given)
             sources = _sources(graph, spark, named)
         walks = Walks(
-            options.alpha, options.num_walks, int(options.seed), options.estimator == "fullpath", CODES[options.dangling],
-            model.gamma, model.theta, options.memory_limit, model.partitions,
-        )  # fmt: skip
+            options.alpha,
+            options.num_walks,
+            int(options.seed),
+            options.estimator == "fullpath",
+            CODES[options.dangling],
+            model.gamma,
+            model.theta,
+            options.memory_limit,
+            model.partitions,
+        )
         watch = Watch(model.progress, model.cancel)
         if method == "decompose":
             walks = replace(walks, walks=options.index_walks, full=True, dangling=VANISH)
@@ -181,9 +193,16 @@ def cut_rows(ends: pa.Table, keep: int, mass: float) -> pa.Table:
 def _answered(graph: SparkGraph, sources: Any, rows: Any, options: Options) -> Any:
     """Scores by rounds of decomposition on an index."""
     scores = decomposed(
-        graph, graph.nodes if sources is None else sources, rows, alpha=options.alpha, walks=options.index_walks,
-        rounds=options.rounds, dangling=options.dangling, top_k=options.top_k or 0, least=options.min_score,
-    )  # fmt: skip
+        graph,
+        graph.nodes if sources is None else sources,
+        rows,
+        alpha=options.alpha,
+        walks=options.index_walks,
+        rounds=options.rounds,
+        dangling=options.dangling,
+        top_k=options.top_k or 0,
+        least=options.min_score,
+    )
     return _ordered(graph, scores)
 
 

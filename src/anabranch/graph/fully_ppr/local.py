@@ -65,9 +65,20 @@ class WalkWork:
         done = 0
         while True:
             done = _walk_rows(  # type: ignore[call-arg]
-                self.seed, source_C, done, self.alpha, self.dangling, self.full, self.top_k, self.least, *self.arrays,
-                *scratch, indptr, ids, values,
-            )  # fmt: skip
+                self.seed,
+                source_C,
+                done,
+                self.alpha,
+                self.dangling,
+                self.full,
+                self.top_k,
+                self.least,
+                *self.arrays,
+                *scratch,
+                indptr,
+                ids,
+                values,
+            )
             if done == len(source_C):
                 break
             # Rows are longer than expected: twice the room.
@@ -97,16 +108,48 @@ def scratch_bytes(num_nodes: int, walks: int) -> int:
 
 @nb.njit(cache=True, nogil=True)
 def _walk_rows(
-    seed, source_C, done, alpha, dangling, full, top_k, least, indptr, indices, keep_M, other_M,
-    left_W, at_W, count_N, touched_N, value_N, first, ids, values,
-):  # fmt: skip
+    seed,
+    source_C,
+    done,
+    alpha,
+    dangling,
+    full,
+    top_k,
+    least,
+    indptr,
+    indices,
+    keep_M,
+    other_M,
+    left_W,
+    at_W,
+    count_N,
+    touched_N,
+    value_N,
+    first,
+    ids,
+    values,
+):
     """Rows of the sources from ``done`` on, as far as there is room; returns how many are done."""
     used = first[done]
     while done < len(source_C):
         touched, _ = count_walks(
-            seed, source_C[done], 0, alpha, dangling, full, 0, indptr, indices, keep_M, other_M,
-            left_W, at_W, count_N, touched_N, 0,
-        )  # fmt: skip
+            seed,
+            source_C[done],
+            0,
+            alpha,
+            dangling,
+            full,
+            0,
+            indptr,
+            indices,
+            keep_M,
+            other_M,
+            left_W,
+            at_W,
+            count_N,
+            touched_N,
+            0,
+        )
         total = 0
         for place in range(touched):
             total += count_N[touched_N[place]]

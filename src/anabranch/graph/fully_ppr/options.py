@@ -152,8 +152,12 @@ class Options:
     def facts(self, method: str) -> dict[str, Any]:
         """What decides the scores, as JSON."""
         found: dict[str, Any] = {
-            "method": method, "alpha": self.alpha, "dangling": self.dangling, "top_k": self.top_k, "min_score": self.min_score,
-        }  # fmt: skip
+            "method": method,
+            "alpha": self.alpha,
+            "dangling": self.dangling,
+            "top_k": self.top_k,
+            "min_score": self.min_score,
+        }
         if method == "exact":
             return {**found, "tol": self.tol}
         found |= {"seed": int(self.seed)}

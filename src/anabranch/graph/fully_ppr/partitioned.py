@@ -12,25 +12,24 @@ written to Parquet, which cuts Spark's lineage and is where a stopped run goes o
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from anabranch.graph.array_file import read_arrays
+from anabranch.graph.fully_ppr.asked import Asked
 from anabranch.graph.fully_ppr.chunks import Job
 from anabranch.graph.fully_ppr.devices import Records, big_moves, first_pieces, records_of
+from anabranch.graph.fully_ppr.manifest import Manifest, check_cancelled, schema_of
 from anabranch.graph.fully_ppr.options import Options
-from anabranch.graph.fully_ppr.result import names_from, table_of
+from anabranch.graph.fully_ppr.result import table_of
 from anabranch.graph.fully_ppr.rounds import UNIT, Rows, Rules, Schedule, best_rows, merged, move
-from anabranch.graph.fully_ppr.spark import Manifest, check_cancelled, schema_of
+from anabranch.graph.names import names_from
 from anabranch.graph.ppr.rules import CODES
 from anabranch.graph.rows import SparseRows, id_type
 from anabranch.graph.spark.session import executor_bytes
 from anabranch.graph.store import Graph
-
-if TYPE_CHECKING:
-    from anabranch.graph.fully_ppr.api import FullyPPR
 
 CHECKPOINT = 5  # rounds
 
@@ -49,7 +48,7 @@ ENDS = "bucket int, source long, key long, count long"
 MOVED = "what byte, bucket int, source long, key long, count long"
 
 
-def run_partitioned(model: "FullyPPR", options: Options, job: Job, spark: Any, manifest: Manifest) -> list[Path]:
+def run_partitioned(model: Asked, options: Options, job: Job, spark: Any, manifest: Manifest) -> list[Path]:
     """All rounds; a folder of Parquet files."""
     graph = job.graph
     full = options.estimator == "fullpath"
@@ -72,15 +71,22 @@ def run_partitioned(model: "FullyPPR", options: Options, job: Job, spark: Any, m
 # Records
 
 
-def _records(model: "FullyPPR", graph: Graph, spark: Any, manifest: Manifest, full: bool) -> Any:
+def _records(model: Asked, graph: Graph, spark: Any, manifest: Manifest, full: bool) -> Any:
     """Records as a frame, made once and kept in Parquet, then in memory and on disk."""
     place, path, partitions = manifest.folder / "records", manifest.folder / "graph.anb", manifest.state["partitions"]
     if not (place / "_SUCCESS").exists():
         graph.save(path)
         slices = -(-graph.num_nodes // SLICE)
-        maker = _maker(str(path), {
-            "theta": model.theta, "alpha": model.alpha, "steps": model.big_moves, "partitions": partitions, "visits": full,
-        })  # fmt: skip
+        maker = _maker(
+            str(path),
+            {
+                "theta": model.theta,
+                "alpha": model.alpha,
+                "steps": model.big_moves,
+                "partitions": partitions,
+                "visits": full,
+            },
+        )
         made = spark.range(0, slices, 1, min(slices, partitions)).mapInArrow(maker, RECORDS)
         made.write.mode("overwrite").parquet(str(place))
     found = spark.read.schema(RECORDS).parquet(str(place))

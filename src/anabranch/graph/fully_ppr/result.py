@@ -14,15 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import atomic_file, atomic_write_json, parse_json
+from anabranch.files import atomic_write_json, parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.beside import new_file
 from anabranch.graph.checks import is_known
+from anabranch.graph.names import names_arrays, names_from
 from anabranch.graph.rows import SparseRows, id_type
+from anabranch.graph.stored_folder import FACTS, SCORES, read_facts, read_table
 
 KIND = "fully-ppr"
 
 # Beside the Parquet files of a folder; readers pass over names with an underscore.
-FACTS = "_anabranch.json"
 
 # Of a Parquet file's schema.
 META = b"anabranch"
@@ -160,10 +162,7 @@ class FullyPPRResult:
     def _from_parquet(cls, path: Path) -> Self:
         try:
             if path.is_dir():
-                facts = parse_json((path / FACTS).read_text(encoding="utf-8"))
-                files = sorted(path.rglob("*.parquet"))
-                tables = [pq.ParquetFile(file).read() for file in files]
-                table = pa.concat_tables(tables)
+                facts, table = read_facts(path, SCORES), read_table(path)
             else:
                 table = pq.ParquetFile(path).read()
                 facts = parse_json((table.schema.metadata or {})[META])
@@ -235,7 +234,7 @@ def table_of(rows: SparseRows, first: int, names: np.ndarray | None, meta: dict[
 
 def parquet_facts(num_nodes: int, facts: dict[str, Any], *, is_all: bool, ordered: bool) -> dict[str, Any]:
     """What Parquet says beside the scores: N, whether every node is a source, whether sources stand in the order they were asked in."""
-    return {"num_nodes": num_nodes, "is_all": is_all, "ordered": ordered, "facts": facts}
+    return {"kind": SCORES, "num_nodes": num_nodes, "is_all": is_all, "ordered": ordered, "facts": facts}
 
 
 @contextmanager
@@ -245,29 +244,10 @@ def parquet_writer(
     """Yield ``write(rows, first)``, which adds a row group to a Parquet file that is there whole in the end or not at all."""
     none = SparseRows(np.zeros(1, np.int64), np.empty(0, id_type(num_nodes)), np.empty(0, dtype), num_nodes)
     schema = table_of(none, 0, names, meta).schema
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with new_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         yield lambda rows, first: writer.write_table(table_of(rows, first, names, meta).cast(schema))
 
 
 def write_facts(folder: Path, num_nodes: int, facts: dict[str, Any], is_all: bool) -> None:
     """The facts of a folder of Parquet files; written last, so a folder without them is not whole."""
     atomic_write_json(folder / FACTS, parquet_facts(num_nodes, facts, is_all=is_all, ordered=False))
-
-
-def names_arrays(names: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Names as arrays of an array file."""
-    if names is None:
-        return {}
-    if names.dtype.kind in "iu":
-        return {"names": names}
-    encoded = [str(name).encode() for name in names.tolist()]
-    ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-    return {"name_ends": ends, "name_bytes": np.frombuffer(b"".join(encoded), np.uint8)}
-
-
-def names_from(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Names of an array file."""
-    if "name_ends" not in arrays:
-        return arrays.get("names")
-    text, ends = arrays["name_bytes"].tobytes(), arrays["name_ends"].tolist()
-    return np.array([text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)], object)

@@ -134,11 +134,29 @@ def _move_piece(walks: Rows, records: Records, ids: np.ndarray | None, rules: Ru
     done = Rows(*(np.empty(room, np.int64) for _ in range(3)))
     share = np.empty(0) if records.share is None else records.share
     num_live, num_done = _move(
-        np.uint64(stream(np.uint64(rules.seed % 2**64), np.uint64(number))), rules.alpha, rules.dangling, rules.full,
-        rules.num_nodes, rules.unit, walks.source, walks.key, place_W, walks.count,
-        records.indptr, records.kind, records.code, records.keep, records.other, share,
-        live.source, live.key, live.count, done.source, done.key, done.count,
-    )  # fmt: skip
+        np.uint64(stream(np.uint64(rules.seed % 2**64), np.uint64(number))),
+        rules.alpha,
+        rules.dangling,
+        rules.full,
+        rules.num_nodes,
+        rules.unit,
+        walks.source,
+        walks.key,
+        place_W,
+        walks.count,
+        records.indptr,
+        records.kind,
+        records.code,
+        records.keep,
+        records.other,
+        share,
+        live.source,
+        live.key,
+        live.count,
+        done.source,
+        done.key,
+        done.count,
+    )
     return merged(_front(live, num_live)), merged(_front(done, num_done))
 
 
@@ -148,10 +166,29 @@ def _front(rows: Rows, count: int) -> Rows:
 
 @nb.njit(cache=True, nogil=True)
 def _move(
-    key, alpha, dangling, full, num_nodes, unit, source_W, record_W, place_W, count_W,
-    indptr, kind_R, code_E, keep_E, other_E, share_E,
-    live_source, live_key, live_count, done_source, done_key, done_count,
-):  # fmt: skip
+    key,
+    alpha,
+    dangling,
+    full,
+    num_nodes,
+    unit,
+    source_W,
+    record_W,
+    place_W,
+    count_W,
+    indptr,
+    kind_R,
+    code_E,
+    keep_E,
+    other_E,
+    share_E,
+    live_source,
+    live_key,
+    live_count,
+    done_source,
+    done_key,
+    done_count,
+):
     num_live, num_done = 0, 0
     for row in range(len(source_W)):
         source, record, place = source_W[row], record_W[row], place_W[row]

@@ -9,36 +9,36 @@
 """
 
 # Shapes: S sources, N nodes, M edges
-import re
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from anabranch.errors import AnabranchError, DataError, InputError
-from anabranch.files import atomic_folder, atomic_write_json, check_holds_only, parse_json
+from anabranch.errors import DataError, InputError
+from anabranch.files import atomic_folder
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.fully_ppr.asked import Asked
 from anabranch.graph.fully_ppr.chunks import Job
 from anabranch.graph.fully_ppr.local import WalkWork
+from anabranch.graph.fully_ppr.manifest import Manifest, check_cancelled, schema_of
 from anabranch.graph.fully_ppr.options import Options, walk_bytes
-from anabranch.graph.fully_ppr.result import FACTS, FullyPPRResult, names_arrays, names_from, table_of, write_facts
+from anabranch.graph.fully_ppr.partitioned import run_partitioned
+from anabranch.graph.fully_ppr.result import FullyPPRResult, table_of, write_facts
+from anabranch.graph.names import names_arrays, names_from
 from anabranch.graph.ppr.rules import CODES
 from anabranch.graph.rows import SparseRows
 from anabranch.graph.spark.session import default_partitions, executor_bytes, session
 from anabranch.graph.store import Graph
+from anabranch.graph.stored_folder import OURS, SCORES, check_place
 from anabranch.graph.walk import walk_arrays
 
-if TYPE_CHECKING:
-    from anabranch.graph.fully_ppr.api import FullyPPR
-
-# What a folder of scores holds.
-_OURS = rf"part-\d+\.parquet|{re.escape(FACTS)}"
 KIND = "walk-graph"
 
 # Sources whose rows a worker holds at once.
@@ -49,7 +49,7 @@ JOBS = 8
 
 
 def run_spark(
-    model: "FullyPPR", options: Options, graph: Graph, source_S: np.ndarray, is_all: bool
+    model: Asked, options: Options, graph: Graph, source_S: np.ndarray, is_all: bool
 ) -> Path | FullyPPRResult:
     """Run on Spark. Gives the folder that was written, or the result where ``model.out`` is None."""
     method = options.choose_method(graph, "spark")
@@ -79,20 +79,18 @@ def choose_plan(asked: str, graph: Graph, room: float) -> str:
     return "broadcast" if walk_bytes(graph) <= room else "partitioned"
 
 
-def _run(model: "FullyPPR", options: Options, job: Job, spark: Any, out: Path) -> None:
-    from anabranch.graph.fully_ppr.partitioned import run_partitioned
-
+def _run(model: Asked, options: Options, job: Job, spark: Any, out: Path) -> None:
     folder = out.with_name(f"{out.name}.parts").resolve()
     if out.is_file():
         raise DataError(f"cannot write {out}: it is a file; on Spark `out` is a folder")
-    check_holds_only(out, _OURS)
+    _check_place(out)
     partitions = model.partitions or default_partitions(spark)
     manifest = Manifest(folder, job, {"partitions": partitions})
     if job.facts["plan"] == "broadcast":
         written = run_broadcast(options, job, spark, manifest)
     else:
         written = run_partitioned(model, options, job, spark, manifest)
-    with atomic_folder(out, replacing=_OURS) as temporary:
+    with atomic_folder(out, replacing=OURS.pattern, check_old=_check_place) as temporary:
         files = sorted(file for place in written for file in place.glob("*.parquet"))
         for number, file in enumerate(files):
             file.rename(temporary / f"part-{number:06d}.parquet")
@@ -100,40 +98,10 @@ def _run(model: "FullyPPR", options: Options, job: Job, spark: Any, out: Path) -
     shutil.rmtree(folder)
 
 
-class Manifest:
-    """What a run in a folder is about and how far it is. ``state`` is what `save` was last given."""
-
-    def __init__(self, folder: Path, job: Job, first: dict[str, Any]) -> None:
-        """Raises DataError where the folder belongs to another run."""
-        self.folder, self._path, self._identity = folder, folder / "manifest.json", job.identity
-        self.state: dict[str, Any] = first
-        if not self._path.exists():
-            self.save(first)
-            return
-        try:
-            found = parse_json(self._path.read_text(encoding="utf-8"))
-            recorded, self.state = found["job"], found["state"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self._path} is not readable; remove {folder} to start anew") from error
-        if recorded != self._identity:
-            raise DataError(
-                f"{folder} holds parts of another run (other graph, sources or settings); remove it to start anew"
-            )
-
-    def place(self, name: str) -> str:
-        """The path of a checkpoint."""
-        return str(self.folder / name)
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Note how far the run is."""
-        self.state = state
-        atomic_write_json(self._path, {"job": self._identity, "state": state})
-
-
-def check_cancelled(job: Any, done: str) -> None:
-    """Raises AnabranchError where the run is to stop."""
-    if job.cancel is not None and job.cancel.is_set():
-        raise AnabranchError(f"cancelled after {done}; with the same `out` the run goes on from its last checkpoint")
+def _check_place(out: Path) -> None:
+    """Raise DataError unless a folder holds nothing, or scores."""
+    names = os.listdir(out) if out.is_dir() else []
+    check_place(out, names, lambda name: (out / name).read_text(encoding="utf-8"), SCORES)
 
 
 # The broadcast plan
@@ -146,11 +114,18 @@ def run_broadcast(options: Options, job: Job, spark: Any, manifest: Manifest) ->
         write_walk_graph(path, job.graph, job.source_S)
     partitions, total = manifest.state["partitions"], len(job.source_S)
     edges = np.linspace(0, total, min(JOBS, max(total // (SLICE * partitions), 1)) + 1).astype(int).tolist()
-    rows_of = _rows_of(str(path), {
-        "walks": options.num_walks, "alpha": options.alpha, "dangling": CODES[options.dangling],
-        "full": options.estimator == "fullpath", "top_k": options.top_k or 0, "least": options.min_score,
-        "seed": int(options.seed),
-    })  # fmt: skip
+    rows_of = _rows_of(
+        str(path),
+        {
+            "walks": options.num_walks,
+            "alpha": options.alpha,
+            "dangling": CODES[options.dangling],
+            "full": options.estimator == "fullpath",
+            "top_k": options.top_k or 0,
+            "least": options.min_score,
+            "seed": int(options.seed),
+        },
+    )
     written = []
     for number, (first, end) in enumerate(pairwise(edges)):
         place = manifest.folder / f"scores-{number:04d}"
@@ -189,15 +164,6 @@ def _rows_of(path: str, settings: dict[str, Any]) -> Callable[[Iterator[pa.Recor
 
 def _batches(rows: SparseRows, names: np.ndarray | None) -> list[pa.RecordBatch]:
     return table_of(rows, 0, names).to_batches()
-
-
-def schema_of(graph: Graph) -> str:
-    """Of scores, in Spark's words."""
-    columns = "source long, target long, score float"
-    if graph.names is None:
-        return columns
-    kind = "long" if graph.names.dtype.kind in "iu" else "string"
-    return f"{columns}, source_name {kind}, target_name {kind}"
 
 
 def _rows_for(rows: SparseRows, source_S: np.ndarray) -> SparseRows:

@@ -1,45 +1,25 @@
 """`StoredScores`: scores that lie in Parquet and may be larger than this machine."""
 
-import json
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import parse_json
-from anabranch.graph.fully_ppr.result import FACTS, FullyPPRResult
+from anabranch.graph.fully_ppr.result import FullyPPRResult
+from anabranch.graph.stored_folder import SCORES, StoredFolder
 
 
-class StoredScores:
+class StoredScores(StoredFolder):
     """A folder of scores (``source``, ``target``, ``score``) that a run from files of edges has written.
 
     Nothing is read before it is asked for: `top` reads the rows of one source, `load` all of them. Whatever else `FullyPPRResult` has is
     there too, and loads.
 
-    Args:
-        path: the folder, with or without ``file:``; others than local ones are read by Spark.
-        known: what lies beside the scores, where that is known; None to read it.
-
-    Attributes:
-        path: as Spark knows it.
+    Args and attributes as of `StoredFolder`.
     """
 
-    def __init__(self, path: str | Path, known: dict[str, Any] | None = None) -> None:
-        self.path = str(path)
-        self._known = known
-
-    def __repr__(self) -> str:
-        return f"StoredScores({self.path!r})"
-
-    @property
-    def folder(self) -> Path:
-        """The local folder. Raises InputError where it lies elsewhere."""
-        text = self.path.removeprefix("file://").removeprefix("file:")
-        if "://" in text:
-            raise InputError(f"{self.path} is not on this machine; read it with spark.read.parquet, or copy it here")
-        return Path(text)
+    kind = SCORES
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -50,15 +30,6 @@ class StoredScores:
     def num_nodes(self) -> int:
         """N, of the graph."""
         return self._whole["num_nodes"]
-
-    @cached_property
-    def _whole(self) -> dict[str, Any]:
-        if self._known is not None:
-            return self._known
-        try:
-            return parse_json((self.folder / FACTS).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            raise DataError(f"{self.folder} holds no scores that are whole: {error}") from error
 
     @property
     def num_scores(self) -> int:

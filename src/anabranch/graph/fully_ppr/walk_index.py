@@ -11,17 +11,15 @@ from anabranch.errors import InputError
 from anabranch.graph.counters import VANISH
 from anabranch.graph.fully_ppr.devices import THETA
 from anabranch.graph.fully_ppr.from_edges import Walks, Watch, index_rows, walk
-from anabranch.graph.powerwalk.stored import PARQUET_KIND
 from anabranch.graph.spark.edges import EdgeFiles, SparkGraph, open_edges, open_run
 from anabranch.graph.spark.session import session
+from anabranch.graph.stored_folder import WALKS
 
 if TYPE_CHECKING:
     from anabranch.graph.powerwalk.model import PowerWalk
 
 # Arguments that rounds of rows with counts do not know.
-_LOCAL: dict[str, Any] = {
-    "moves": "walkers", "long_path": False, "max_steps": None, "min_in_degree": 0, "track": False,
-}  # fmt: skip
+_LOCAL: dict[str, Any] = {"moves": "walkers", "long_path": False, "max_steps": None, "min_in_degree": 0, "track": False}
 
 
 def build_index(model: "PowerWalk", given: EdgeFiles, out: str | Path | None, progress: Any = None) -> str:
@@ -39,13 +37,13 @@ def build_index(model: "PowerWalk", given: EdgeFiles, out: str | Path | None, pr
         model.alpha, model.walks, model.seed, model.mode == "fullpath", VANISH, None, THETA, None, model.partitions
     )
     with session(model.spark, model.partitions) as spark:
-        run = open_run(spark, out, given, {"index": params})
+        run = open_run(spark, out, given, {"index": params}, WALKS)
         with run.working():
             graph = open_edges(run, given)
         watch = Watch(None if progress is None else lambda done, total: progress(done), None)
         ends, _ = walk(run, graph, None, walks, watch)
         run.step("rows", lambda: _rows(graph, ends, model.keep or 0, 1.0 if model.mass is None else float(model.mass)))
-        facts = {"kind": PARQUET_KIND, "params": params, "graph": graph.facts()}
+        facts = {"kind": WALKS, "params": params, "graph": graph.facts()}
         run.publish("rows", facts)
         return run.out
 

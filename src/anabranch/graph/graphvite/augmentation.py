@@ -13,8 +13,6 @@ Walk w is keyed by (seed, w): pools are the same however walks are split among t
 # Shapes: N nodes, M stored edges, C walks of a chunk, L edges of a walk, S samples of a pool, P parts, B = P^2 blocks
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numba as nb
@@ -25,6 +23,7 @@ from anabranch.graph.graphvite.partition import Partition
 from anabranch.graph.random import next_bits, stream, to_unit
 from anabranch.graph.store import Graph
 from anabranch.graph.walk import step, walk_arrays
+from anabranch.graph.workers import Workers
 
 # Second key of the streams of walks.
 WALKS = 1
@@ -137,10 +136,10 @@ class Sampler:
             _walk_biased(*arguments)
         return walk_CL
 
-    def pool(self, first: int, count: int, pools: Sequence[Executor] = ()) -> Pool:
-        """The pool of these walks; chunks of them are spread over ``pools`` (in this thread if there are none)."""
+    def pool(self, first: int, count: int, workers: Workers | None = None) -> Pool:
+        """The pool of these walks; chunks of them are spread over ``workers`` (in this thread if there are none)."""
         chunks = [(at, min(CHUNK, first + count - at)) for at in range(first, first + count, CHUNK)]
-        mapped = pools[0].map if pools else map
+        workers = workers or Workers(1)
         parts = self.partition
         num_blocks = parts.num_parts**2
 
@@ -149,7 +148,7 @@ class Sampler:
             _count(walk_CL, self.augmentation, parts.part_N, parts.num_parts, count_B)
             return walk_CL, count_B
 
-        made = list(mapped(make, chunks))
+        made = workers.map(make, chunks)
         count_KB = np.array([count_B for _, count_B in made], np.int64).reshape(len(made), num_blocks)
         count_B = count_KB.sum(0)
         start_B = np.cumsum(count_B) - count_B
@@ -159,11 +158,20 @@ class Sampler:
 
         def fill(number: int) -> None:
             _fill(
-                made[number][0], self.augmentation, parts.part_N, parts.local_N, parts.num_parts,
-                before_KB[number], start_B, count_B, self.shuffle_base, head_S, tail_S,
-            )  # fmt: skip
+                made[number][0],
+                self.augmentation,
+                parts.part_N,
+                parts.local_N,
+                parts.num_parts,
+                before_KB[number],
+                start_B,
+                count_B,
+                self.shuffle_base,
+                head_S,
+                tail_S,
+            )
 
-        list(mapped(fill, range(len(made))))
+        workers.each(fill, [(number,) for number in range(len(made))])
         return Pool(head_S, tail_S, start_B, count_B, count)
 
 

@@ -20,6 +20,7 @@ from anabranch.graph.graphvite.parts import SIDES, Parts
 from anabranch.graph.graphvite.schedule import Block
 from anabranch.graph.graphvite.torch_executor import import_torch
 from anabranch.graph.graphvite.train import Rate, train_block
+from anabranch.graph.workers import Workers
 
 
 def import_distributed() -> Any:
@@ -51,12 +52,12 @@ def steps_of(blocks: list[Block]) -> list[list[int]]:
 class ShareSampler(Sampler):
     """Makes one process's share of the walks of every pool; `DistributedExecutor.route` brings the samples together."""
 
-    def pool(self, first: int, count: int, pools: Any = ()) -> Pool:
+    def pool(self, first: int, count: int, workers: Workers | None = None) -> Pool:
         """The samples of this process's share of the walks, not yet shuffled; ``num_walks`` counts all walks."""
         distributed = import_distributed()
         rank, world = distributed.get_rank(), distributed.get_world_size()
         begin, end = first + count * rank // world, first + count * (rank + 1) // world
-        made = super().pool(begin, end - begin, pools)
+        made = super().pool(begin, end - begin, workers)
         return Pool(made.head_S, made.tail_S, made.start_B, made.count_B, count)
 
 
@@ -121,9 +122,14 @@ class DistributedExecutor:
                 if block.tail % self.world != self.rank or not pool.count_B[number]:
                     continue
                 loss_B[number] = train_block(
-                    parts.load("head", block.head), parts.load("tail", block.tail), pool.block(number), plan.table(block.tail),
-                    plan.state(episode, place), plan.rule, Rate(rate.first + int(first_B[place]), rate.total),
-                )  # fmt: skip
+                    parts.load("head", block.head),
+                    parts.load("tail", block.tail),
+                    pool.block(number),
+                    plan.table(block.tail),
+                    plan.state(episode, place),
+                    plan.rule,
+                    Rate(rate.first + int(first_B[place]), rate.total),
+                )
         # Each is of one process: no rounding.
         self.distributed.all_reduce(self.torch.from_numpy(loss_B))
         return loss_B

@@ -56,7 +56,7 @@ class GraphVite(Estimator):
         pool_size: positive samples of a pool; two are held, 8 bytes a sample.
         micro_batch: of the torch executor, positives whose gradients are added up before they are applied; ``auto``: as many as bring the
             busiest node at most 8 times, 1 to 8192.
-        samplers: threads that make the next pool while one is trained; 0: in turn, in the calling thread.
+        samplers: threads that make the next pool while one is trained; 0: in turn with training, by the threads of the workers.
         normalize: give rows of length 1 from `transform`.
         isolated: ``keep`` the first values of nodes without edges, or make them ``zero``. `is_trained_N` says which they are.
         scratch: folder of the files of parameters out of memory. Default: the system's for temporary files.
@@ -195,22 +195,37 @@ class GraphVite(Estimator):
         base = self.shuffle_base if self.shuffle_base != "auto" else steps if self.model == "line" else 1
         how = ShareSampler if self._how == "distributed" else Sampler
         sampler = how.of(
-            graph, partition, self.seed,
-            walk_length=self.walk_length, augmentation=steps, p=self.p, q=self.q,
+            graph,
+            partition,
+            self.seed,
+            walk_length=self.walk_length,
+            augmentation=steps,
+            p=self.p,
+            q=self.q,
             shuffle_base=1 if self._how == "distributed" else int(base),  # shuffled once all are together
-        )  # fmt: skip
+        )
         plan = Plan(
-            partition, blocks_in_order(num_parts, group), negative_tables(graph.reversed.strength_N, partition),
-            rule, self.seed,
-        )  # fmt: skip
+            partition,
+            blocks_in_order(num_parts, group),
+            negative_tables(graph.reversed.strength_N, partition),
+            rule,
+            self.seed,
+        )
         parts = self._parts(partition, rule, limit, row_bytes, arrays)
         executor = self._executor(plan, parts, limit, row_bytes, degree_N, int(base))
         size = settings.pool_of(self.pool_size, count, num_parts, counters.total, int(base), limit is not None)
         train(
-            sampler, executor, counters,
-            num_edges=graph.num_edges, pool_size=size, samplers=self.samplers, per_positive=1 + self.negatives,
-            lr=self.lr, callbacks=self.callbacks,
-        )  # fmt: skip
+            sampler,
+            executor,
+            counters,
+            num_edges=graph.num_edges,
+            pool_size=size,
+            samplers=self.samplers,
+            in_turn=executor.workers if isinstance(executor, ThreadExecutor) else 1,
+            per_positive=1 + self.negatives,
+            lr=self.lr,
+            callbacks=self.callbacks,
+        )
         executor.finish()
         self._collect(graph, parts, rule, counters)
         return self
@@ -219,9 +234,7 @@ class GraphVite(Estimator):
         self, partition: Partition, rule: Rule, limit: int | None, row_bytes: int, arrays: dict[str, np.ndarray]
     ) -> Parts:
         if limit is not None and self._how == "threads":
-            parts: Parts = MappedParts(
-                partition, self.dim, rule.moments, limit_bytes=limit, folder=self.scratch
-            )  # fmt: skip
+            parts: Parts = MappedParts(partition, self.dim, rule.moments, limit_bytes=limit, folder=self.scratch)
         else:
             parts = Parts(partition, self.dim, rule.moments)
         parts.initialize(self.seed)

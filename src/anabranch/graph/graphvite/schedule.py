@@ -17,10 +17,10 @@ order of blocks, and with it the result, does not depend on who trains them.
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from anabranch.errors import InputError
+from anabranch.graph.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,6 @@ def run_blocks(blocks: list[Block], workers: int, work: Callable[[int, int], Non
                 event.set()
             raise
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="graphvite") as pool:
-        futures = [pool.submit(guarded, worker) for worker in range(workers)]
-    for future in futures:
-        future.result()
+    with Workers(workers) as threads:
+        # A thread for each: they wait for each other.
+        threads.each(guarded, [(worker,) for worker in range(workers)])

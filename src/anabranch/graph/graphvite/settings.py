@@ -37,8 +37,13 @@ def check(given: dict[str, Any]) -> None:
     for name, least in (("dim", 1), ("walk_length", 1), ("negatives", 0), ("samplers", 0)):
         _whole(name, given[name], least)
     for name, least in (
-        ("augmentation", 1), ("partitions", 1), ("group", 1), ("pool_size", 1), ("shuffle_base", 1), ("micro_batch", 1),
-    ):  # fmt: skip
+        ("augmentation", 1),
+        ("partitions", 1),
+        ("group", 1),
+        ("pool_size", 1),
+        ("shuffle_base", 1),
+        ("micro_batch", 1),
+    ):
         if given[name] != "auto":
             _whole(name, given[name], least, " or 'auto'")
     for name, zero in (
@@ -51,8 +56,11 @@ def check(given: dict[str, Any]) -> None:
     ):
         _number(name, given[name], zero)
     for name, known in (
-        ("model", MODELS), ("optimizer", tuple(OPTIMIZERS)), ("executor", EXECUTORS), ("isolated", ("keep", "zero")),
-    ):  # fmt: skip
+        ("model", MODELS),
+        ("optimizer", tuple(OPTIMIZERS)),
+        ("executor", EXECUTORS),
+        ("isolated", ("keep", "zero")),
+    ):
         if given[name] not in known:
             raise InputError(f"{name} is {given[name]!r}; known: {', '.join(known)}")
     if given["memory_limit"] is not None:

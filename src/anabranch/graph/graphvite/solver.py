@@ -3,7 +3,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from anabranch.graph.graphvite.augmentation import Pool, Sampler, pairs_of_walk
 from anabranch.graph.graphvite.executor import BlockExecutor
 from anabranch.graph.graphvite.train import FLOOR, Rate
+from anabranch.graph.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,23 @@ def train(
     num_edges: int,
     pool_size: int,
     samplers: int,
+    in_turn: int = 1,
     per_positive: int,
     lr: float,
     callbacks: Sequence[Callback],
 ) -> bool:
-    """Train until the run is done (True), or a callback returns False (False; ``counters`` then say where to go on)."""
+    """Train until the run is done (True), or a callback returns False (False; ``counters`` then say where to go on).
+
+    ``samplers`` threads make the next pool meanwhile; with 0 of them it is made before training goes on, by ``in_turn`` threads.
+    """
     with ExitStack() as stack:
-        maker: Executor | None = None
-        inner: tuple[Executor, ...] = ()
-        if samplers:
-            maker = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="graphvite-pool"))
-        if samplers > 1:
-            inner = (stack.enter_context(ThreadPoolExecutor(samplers, thread_name_prefix="graphvite-walks")),)
+        # One thread waits for those that walk.
+        maker, walkers = stack.enter_context(Workers(1)), stack.enter_context(Workers(samplers or in_turn))
         full = pairs_of_walk(sampler.walk_length, sampler.augmentation)
 
         def begin(after: Counters) -> "Future[Pool] | Callable[[], Pool]":
-            arguments = (after.walks, after.next_walks(pool_size, full), inner)
-            return maker.submit(sampler.pool, *arguments) if maker else lambda: sampler.pool(*arguments)
+            arguments = (after.walks, after.next_walks(pool_size, full), walkers)
+            return maker.begin(sampler.pool, *arguments) if samplers else lambda: sampler.pool(*arguments)
 
         upcoming = begin(counters)
         clock = time.perf_counter()
@@ -103,9 +104,13 @@ def train(
             now = time.perf_counter()
             last = lr * max(1 - (counters.done - 1) / counters.total, FLOOR)
             progress = Progress(
-                counters.done, counters.total, counters.done / num_edges, loss, last,
+                counters.done,
+                counters.total,
+                counters.done / num_edges,
+                loss,
+                last,
                 per_positive * pool.size / max(now - clock, 1e-9),
-            )  # fmt: skip
+            )
             clock = now
             counters.history.append({"epoch": progress.epoch, "loss": loss, "lr": last})
             # All are told, whatever one says.

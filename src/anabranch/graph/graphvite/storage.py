@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import atomic_file, parse_json
+from anabranch.files import parse_json
 from anabranch.graph.array_file import MAGIC, read_arrays, write_arrays
+from anabranch.graph.beside import new_file
 
 KIND = "graphvite"
 TEXT = (".txt", ".vec", ".emb", ".w2v")
@@ -42,7 +43,7 @@ def write(path: str | Path, saved: Saved) -> None:
         import json
 
         meta = np.frombuffer(json.dumps(saved.meta).encode(), np.uint8)
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        with new_file(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **saved.arrays, **{_META: meta})  # type: ignore[arg-type]
     elif path.suffix in TEXT:
         _write_text(path, saved.arrays["vertex"], saved.arrays.get("names"))
@@ -90,7 +91,7 @@ def _write_text(path: Path, vertex_ND: np.ndarray, names: np.ndarray | None) -> 
     for word in words:
         if not word or any(letter.isspace() for letter in word):
             raise InputError(f"word2vec text cannot hold the name {word!r} (empty, or with a space); save as .npz")
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with new_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(f"{len(vertex_ND)} {vertex_ND.shape[1]}\n")
         for word, row_D in zip(words, vertex_ND, strict=True):
             # The shortest text that reads back equal.

@@ -103,18 +103,21 @@ def train_block(
         The sum of the losses of the samples.
     """
     numbers = (
-        rule.lr, rate.first, rate.total, np.float32(rule.weight_decay), np.float32(rule.negative_weight), rule.negatives,
-    )  # fmt: skip
+        rule.lr,
+        rate.first,
+        rate.total,
+        np.float32(rule.weight_decay),
+        np.float32(rule.negative_weight),
+        rule.negatives,
+    )
     if rule.moments == 0:
         return float(_train(head[0], tail[0], *samples, *table, state, *numbers))
     none = np.empty((0, 0), np.float32)
     head_b, tail_b = (head[2], tail[2]) if rule.moments == 2 else (none, none)
     kind = OPTIMIZERS[rule.optimizer]
     return float(
-        _train_moments(
-            kind, head[0], head[1], head_b, tail[0], tail[1], tail_b, *samples, *table, state, *numbers
-        )
-    )  # fmt: skip
+        _train_moments(kind, head[0], head[1], head_b, tail[0], tail[1], tail_b, *samples, *table, state, *numbers)
+    )
 
 
 @nb.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "arcp", "nsz"})
@@ -181,9 +184,25 @@ def _change(kind, lr, gradient, a_D, b_D, i):
 
 @nb.njit(cache=True, nogil=True)
 def _train_moments(
-    kind, V_nD, Va_nD, Vb_nD, C_nD, Ca_nD, Cb_nD, head_S, tail_S, keep_n, other_n, state,
-    first_lr, first, total, weight_decay, negative_weight, negatives,
-):  # fmt: skip
+    kind,
+    V_nD,
+    Va_nD,
+    Vb_nD,
+    C_nD,
+    Ca_nD,
+    Cb_nD,
+    head_S,
+    tail_S,
+    keep_n,
+    other_n,
+    state,
+    first_lr,
+    first,
+    total,
+    weight_decay,
+    negative_weight,
+    negatives,
+):
     dim, count = V_nD.shape[1], len(keep_n)
     one = np.float32(1)
     empty = np.empty(0, np.float32)

@@ -16,9 +16,10 @@ from anabranch.graph.hnsw.build import (
     reach,
     repair_links,
 )
-from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
+from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.storage import Storage
 from anabranch.graph.interrupts import Interrupts
+from anabranch.graph.workers import Workers
 
 # As many elements are inserted one by one.
 SINGLY = 1024

@@ -1,23 +1,16 @@
-"""Many readers or one writer; and pieces of work for threads whose kernels run without the interpreter's lock."""
+"""Many readers or one writer."""
 
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import pairwise
-from types import TracebackType
-from typing import Self
 from weakref import WeakSet
 
-from anabranch import machine
 from anabranch.errors import DataError
 from anabranch.graph.hnsw.gate import new_gate, turn
 from anabranch.graph.interrupts import Interrupts
-
-# Per thread, so that threads finish together.
-PIECES = 4
+from anabranch.graph.workers import Workers as Workers
 
 # Between looks for an interrupt that is held back, while a lock is waited for.
 LOOK_S = 0.05
@@ -216,36 +209,3 @@ class ReadWriteLock:
                 self._due += 1
         self._turn_gate()
         self._changed.notify_all()
-
-
-class Workers:
-    """Threads for as long as it is entered; with one thread, work is done where it is asked for."""
-
-    def __init__(self, num_threads: int | None) -> None:
-        self.num_threads = num_threads or machine.affinity()
-        self._pool: ThreadPoolExecutor | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def run(self, work: Callable[[int, int], None], total: int, least: int = 1) -> None:
-        """``work(begin, end)`` on pieces that cover ``total``, none shorter than ``least`` unless there is only one."""
-        pieces = min(self.num_threads * PIECES, total // max(least, 1))
-        if self.num_threads == 1 or pieces < 2:
-            if total:
-                work(0, total)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.num_threads)
-        ends = [total * piece // pieces for piece in range(pieces + 1)]
-        tasks = [self._pool.submit(work, *pair) for pair in pairwise(ends)]
-        # All of them, also where one raises: whoever puts things right must be alone.
-        wait(tasks)
-        for task in tasks:
-            task.result()

@@ -2,19 +2,18 @@
 # Shapes: N vectors, Q queries, K neighbours
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from anabranch import machine
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.index import HNSW
 from anabranch.graph.hnsw.ranges import Within
+from anabranch.graph.workers import Workers, num_workers
 
 KIND = "sharded hnsw index"
 
@@ -152,11 +151,8 @@ class ShardedHNSW:
         return made
 
     def _all(self, work: Callable[[HNSW], Any]) -> list[Any]:
-        threads = min(self.num_threads or machine.affinity(), self.num_shards)
-        if threads == 1:
-            return [work(shard) for shard in self.shards]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(work, self.shards))
+        with Workers(min(num_workers(self.num_threads), self.num_shards)) as workers:
+            return workers.map(work, self.shards)
 
     def _each(self, id_N: np.ndarray, work: Callable[[HNSW, np.ndarray], Any]) -> None:
         """Give every shard the rows of its ids."""

@@ -1,9 +1,5 @@
-"""The files of an index that takes changes: which there are, who may write them, and what they hold together."""
+"""The files of an index that takes changes: which there are, and what they hold together."""
 
-import contextlib
-import errno
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +7,15 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import explained
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.beside import live_folder, segments
 from anabranch.graph.disk import DiskIndex, is_on_disk
 from anabranch.graph.hnsw import HNSW, storage
-from anabranch.graph.live.log import BYTES, FLOATS, Change, Frame, Read, read_log
-from anabranch.graph.names import fingerprint
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from anabranch.graph.live.changes import BYTES, FLOATS, Change
+from anabranch.graph.live.log import Frame, Read, read_log
+from anabranch.graph.names import GrowingNames, Names, fingerprint, names_path, read_names
 
 SNAPSHOT = "snapshot.anb"
-LOCK = "lock"
 # Elements that are there already are moved so many at a time, so that each is missing for a short while only.
 MOVED = 64
 # To read a folder that a server changes meanwhile.
@@ -40,21 +31,22 @@ class Found:
         base: fingerprint of the file that its changes began with.
         number: of the last change that is in it already.
         logs: by segment, rising; the last is the one that was being written.
+        names: of elements, with those that changes brought; None where there are none.
+        num_named: how many of them the file beside the index has.
+        names_mark: that file's fingerprint; None where there is none.
     """
 
     index: HNSW
     base: str
     number: int
     logs: dict[int, Read]
+    names: GrowingNames | None
+    num_named: int
+    names_mark: str | None
 
     def frames(self) -> list[Frame]:
         """Those that are not in the index yet, in their order."""
         return [frame for read in self.logs.values() for frame in read.frames if frame.number > self.number]
-
-
-def live_folder(path: str | Path) -> Path:
-    """Where the changes of the index at ``path`` lie."""
-    return Path(f"{path}.live")
 
 
 def row_of(index: HNSW | DiskIndex) -> tuple[int, str]:
@@ -65,19 +57,6 @@ def row_of(index: HNSW | DiskIndex) -> tuple[int, str]:
 def log_path(folder: Path, segment: int) -> Path:
     """The log of a number."""
     return folder / f"log-{segment:08}"
-
-
-def segments(folder: Path) -> list[int]:
-    """Numbers of the logs there are, rising. Raises DataError where they may not be looked at."""
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-            return []
-        # Not as if there were none: what changed would be missing from answers.
-        raise DataError(f"cannot read {folder}: {(error.strerror or str(error)).lower()}") from error
-    found = (name.removeprefix("log-") for name in names if name.startswith("log-"))
-    return sorted(int(number) for number in found if number.isascii() and number.isdigit())
 
 
 def find(path: Path, *, mmap: bool = False, num_threads: int | None = None, verify: bool = False) -> Found:
@@ -95,8 +74,9 @@ def find(path: Path, *, mmap: bool = False, num_threads: int | None = None, veri
             raise DataError(
                 f"{folder} holds a snapshot and no log, so what changed last is not known; bring the log back"
             )
-        return Found(_load(path, mmap, num_threads, verify=verify or not mmap), base, 0, {})
-    index, number, began_with = _index(path, folder, has_snapshot, mmap, num_threads)
+        index = _load(path, mmap, num_threads, verify=verify or not mmap)
+        return Found(index, base, 0, {}, *_names(path, [], []))
+    index, number, began_with, more = _index(path, folder, has_snapshot, mmap, num_threads)
     logs = {segment: read_log(log_path(folder, segment), is_last=segment == numbers[-1]) for segment in numbers}
     _check(folder, index, number, logs)
     began_with = began_with or next(iter(logs.values())).header.base
@@ -105,15 +85,18 @@ def find(path: Path, *, mmap: bool = False, num_threads: int | None = None, veri
             f"{folder} holds changes of another index than {path}, which was replaced since; bring the old file back, or move the "
             "folder away to begin with the new one"
         )
-    return Found(index, base, number, logs)
+    changes = [
+        change for read in logs.values() for frame in read.frames if frame.number > number for change in frame.changes
+    ]
+    return Found(index, base, number, logs, *_names(path, more, changes))
 
 
 def _index(
     path: Path, folder: Path, has_snapshot: bool, mmap: bool, num_threads: int | None
-) -> tuple[HNSW, int, str | None]:
-    """The index that the logs change, the last change in it, and what it began with."""
+) -> tuple[HNSW, int, str | None, list[Any]]:
+    """The index that the logs change, the last change in it, what it began with, and names that changes in it brought."""
     if not has_snapshot:
-        return _load(path, mmap, num_threads), 0, None
+        return _load(path, mmap, num_threads), 0, None, []
     source = folder / SNAPSHOT
     # Also where it is mapped: the next snapshot would give what is damaged here a checksum that is right.
     read = read_arrays(source, storage.KIND, versions=(storage.VERSION,), mmap=mmap, verify=True)
@@ -122,10 +105,51 @@ def _index(
         not isinstance(about, dict)
         or not isinstance(about.get("number"), int)
         or not isinstance(about.get("base"), str)
+        or not isinstance(more := read.meta.get("names", []), list)
     ):
         raise DataError(f"{source} is an index, but no snapshot of one that takes changes")
     index = HNSW._made(read.arrays, read.meta, mapped=mmap, source=str(source), num_threads=num_threads)
-    return index, about["number"], about["base"]
+    return index, about["number"], about["base"], more
+
+
+def names_mark(path: Path) -> str | None:
+    """What tells the file of names beside an index from another one; None where there is none."""
+    place = names_path(path)
+    return fingerprint(place) if place.exists() else None
+
+
+def _names(path: Path, more: list[Any], changes: list[Change]) -> tuple[GrowingNames | None, int, str | None]:
+    """Names of elements: those beside the index, ``more`` of a snapshot, and those that changes bring."""
+    mark, held = names_mark(path), read_names(path)
+    brought = [(change.first_named, list(change.names)) for change in changes if change.names]
+    if held is None:
+        if more or brought:
+            raise DataError(
+                f"{live_folder(path)} brings names of elements, and those that were there before are missing: bring {names_path(path)} back"
+            )
+        return None, 0, None
+    names, count = GrowingNames(held), len(held)
+    for first, new in [(count, more), *brought]:
+        try:
+            names.check(new)
+        except InputError as error:
+            raise DataError(f"{live_folder(path)} brings names that are none: {error}") from None
+        if first != len(names) or any(names.find(name) is not None for name in new):
+            raise DataError(
+                f"{live_folder(path)} brings names of elements behind others than those in {names_path(path)}: bring the file back that "
+                "was there"
+            )
+        names.add(new)
+    return names, count, mark
+
+
+def check_named(path: Path, index: HNSW, names: GrowingNames | None) -> None:
+    """Raise DataError for an index with elements that have no name, where others have one."""
+    ids = index.ids
+    if names is not None and len(ids) and ids.max() >= len(names):
+        raise DataError(
+            f"{names_path(path)} has {len(names):,} names, and an id of the index is {ids.max()}; build the index again"
+        )
 
 
 def _load(path: Path, mmap: bool, num_threads: int | None, *, verify: bool = True) -> HNSW:
@@ -205,17 +229,21 @@ def replay(index: HNSW, frames: list[Frame], num_threads: int | None = None) -> 
 def write_snapshot(folder: Path, state: dict[str, Any], base: str, number: int) -> None:
     """Put a snapshot in the place of the one before. ``state`` is that of a pickled index. Raises as `atomic_file`."""
     meta = {**state["meta"], "live": {"base": base, "number": number}}
-    write_arrays(folder / SNAPSHOT, storage.KIND, state["arrays"], meta, storage.VERSION, mode=0o600)
+    write_arrays(folder / SNAPSHOT, storage.KIND, state["arrays"], meta, storage.VERSION, mode=0o600, is_held=True)
 
 
-def open_index(path: str | Path, *, mmap: bool = False, num_threads: int | None = None) -> HNSW | DiskIndex:
-    """The index at a path with the changes that a server took, in memory; files stay as they are. One on disk takes no changes.
+def open_named(
+    path: str | Path, *, mmap: bool = False, num_threads: int | None = None
+) -> tuple[HNSW | DiskIndex, Names | None]:
+    """The index at a path with the changes that a server took, in memory, and the names of its elements; files stay as they are.
 
-    Raises DataError as `HNSW.load` or `DiskIndex`, and where the changes beside it are damaged or of another index.
+    One on disk takes no changes. Raises DataError as `HNSW.load` or `DiskIndex`, and where the changes beside it, or its names, are damaged
+    or of another index.
     """
     path = Path(path)
     if is_on_disk(path):
-        return DiskIndex(path, mmap=mmap, num_threads=num_threads)
+        index = DiskIndex(path, mmap=mmap, num_threads=num_threads)
+        return index, read_names(path, index.ids)
     for attempt in range(TRIES):
         before = segments(live_folder(path))
         try:
@@ -226,102 +254,10 @@ def open_index(path: str | Path, *, mmap: bool = False, num_threads: int | None 
             if attempt == TRIES - 1 or segments(live_folder(path)) == before:
                 raise
     replay(found.index, found.frames(), num_threads)
-    return found.index
+    check_named(path, found.index, found.names)
+    return found.index, found.names
 
 
-def check_unchanged(path: str | Path) -> None:
-    """Before an index is written. Raises InputError if a server took changes of the one that is there: they would be lost."""
-    if segments(live_folder(path)):
-        raise InputError(
-            f"{live_folder(path)} holds changes of {path}, which would be lost if that were written; name another file, or move the "
-            "folder away"
-        )
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[None]:
-    """Around reading an index and writing it, or another one in its place: no process takes changes of it meanwhile, which would be lost.
-
-    Nothing is left beside the index, nor made where its folder is not there yet.
-
-    Raises InputError as `check_unchanged`, DataError while another process takes changes or writes it, and as `explained`.
-    """
-    folder = live_folder(path)
-    check_unchanged(path)
-    if not folder.parent.is_dir():
-        # Nobody can have opened it.
-        yield
-        return
-    lock = FolderLock(folder)
-    try:
-        # Now that nothing can come any more.
-        check_unchanged(path)
-        yield
-    finally:
-        lock.release(clean=True)
-
-
-def _make(folder: Path) -> None:
-    """A folder that is still there after a loss of power: its name is in the folder around it, which is brought to the disk too."""
-    if folder.is_dir():
-        return
-    # As its files: of its owner alone, whoever may read the index.
-    folder.mkdir(0o700, exist_ok=True)
-    handle = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class FolderLock:
-    """The right to write a folder, held by one process at a time; the system takes it back when that ends, however it does."""
-
-    def __init__(self, folder: Path) -> None:
-        """Take it. Raises DataError if another has it, and as `explained`."""
-        self._folder = folder
-        self._handle: int | None = None
-        for _ in range(TRIES):
-            if self._take(folder / LOCK):
-                return
-        raise self._refusal()
-
-    def _take(self, path: Path) -> bool:
-        """Whether the file that was locked is still the one that others find: who held it may have removed it (`release`)."""
-        with explained(path):
-            try:
-                _make(self._folder)
-                self._handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-            except (FileNotFoundError, FileExistsError):
-                # Who held it removed the folder just now.
-                if self._folder.parent.is_dir():
-                    return False
-                raise
-        try:
-            if fcntl is not None:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.release()
-            raise self._refusal() from None
-        try:
-            if os.path.samestat(os.fstat(self._handle), os.stat(path)):
-                return True
-        except FileNotFoundError:
-            pass
-        self.release()
-        return False
-
-    def _refusal(self) -> DataError:
-        return DataError(f"{self._folder} is written by another process; an index takes changes from one at a time")
-
-    def release(self, *, clean: bool = False) -> None:
-        """Give it back. With ``clean`` nothing is left of a folder that holds nothing else."""
-        if self._handle is None:
-            return
-        # Windows keeps open files; then the folder stays, empty but for this.
-        with contextlib.suppress(OSError):
-            if clean and os.listdir(self._folder) == [LOCK]:
-                (self._folder / LOCK).unlink()
-                self._folder.rmdir()
-        os.close(self._handle)
-        self._handle = None
+def open_index(path: str | Path, *, mmap: bool = False, num_threads: int | None = None) -> HNSW | DiskIndex:
+    """`open_named` without the names."""
+    return open_named(path, mmap=mmap, num_threads=num_threads)[0]

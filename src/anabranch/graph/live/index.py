@@ -1,12 +1,10 @@
 """`LiveIndex`: an index whose changes are in a log before they are acknowledged."""
 # Shapes: N vectors, D dimension
 
-import contextlib
 import logging
 import os
-import threading
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,75 +12,24 @@ import numpy as np
 
 from anabranch import machine
 from anabranch.errors import AnabranchError, CapacityError, DataError, InputError
-from anabranch.graph.hnsw import HNSW
+from anabranch.graph.beside import FolderLock, live_folder, segments
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors
-from anabranch.graph.interrupts import Interrupts
-from anabranch.graph.live import log as log_module
-from anabranch.graph.live.folder import (
-    SNAPSHOT,
-    FolderLock,
-    apply,
-    find,
-    live_folder,
-    log_path,
-    replay,
-    row_of,
-    segments,
-    write_snapshot,
-)
-from anabranch.graph.live.log import Change, Log, check_size, encode, payload_bytes
+from anabranch.graph.live.background import Flusher, RetiredError, Snapshots
+from anabranch.graph.live.changes import Change
+from anabranch.graph.live.folder import SNAPSHOT, Found, apply, check_named, find, log_path, names_mark, replay, row_of
+from anabranch.graph.live.group import Groups, Waiting
+from anabranch.graph.live.log import check_size
+from anabranch.graph.live.logs import Counts, Logs
 from anabranch.graph.names import fingerprint
 
 logger = logging.getLogger(__name__)
 
 FSYNC = ("always", "never")
 SNAPSHOT_BYTES = 64 << 20
-# Of one write to the disk; a change that is larger goes alone.
-GROUP_BYTES = 16 << 20
 
 
 class NoRoomError(InputError):
     """The index holds as many vectors as it may."""
-
-
-class _RetiredError(DataError):
-    """Another index has taken its place."""
-
-
-@dataclass
-class _Waiting:
-    """A change that waits for its turn, and what became of it."""
-
-    change: Change
-    is_done: bool = False
-    number: int = 0
-    known: np.ndarray | None = None
-    error: BaseException | None = None
-
-
-@dataclass
-class Counts:
-    """What a `LiveIndex` did since it was opened.
-
-    Attributes:
-        upserted: elements that came or moved.
-        deleted: elements that went.
-        replayed: elements that the log changed when it was opened.
-        writes: frames written to the log.
-        syncs: how often the disk was waited for, ``sync_s`` seconds in all.
-        snapshots: that were written; ``failed`` could not be.
-        snapshot_at: when the last one was, seconds since 1970; 0 for never.
-    """
-
-    upserted: int = 0
-    deleted: int = 0
-    replayed: int = 0
-    writes: int = 0
-    syncs: int = 0
-    sync_s: float = 0.0
-    snapshots: int = 0
-    failed: int = 0
-    snapshot_at: float = 0.0
 
 
 class LiveIndex:
@@ -95,32 +42,33 @@ class LiveIndex:
     Attributes:
         path: of the index file that it began with, which stays as it is.
         index: for searches.
-        counts: see `Counts`.
+        names: what its elements are called, by id; None where they have none.
+        logs: of its changes.
+        groups: in which they are made.
+        is_closed: whether none are taken any more.
     """
 
     def __init__(
-        self, path: Path, index: HNSW, base: str, *, fsync: str | float, snapshot_bytes: int, most: int | None
+        self,
+        path: Path,
+        found: Found,
+        lock: FolderLock | None,
+        *,
+        fsync: str | float,
+        snapshot_bytes: int,
+        most: int | None,
     ) -> None:
         """Use `open`."""
-        self.path, self.index, self.base, self.fsync = path, index, base, fsync
-        self.snapshot_bytes, self.most = snapshot_bytes, most
-        self.counts = Counts()
-        self._folder, self._process = live_folder(path), os.getpid()
-        self._lock: FolderLock | None = None
-        self._log: Log | None = None
-        # Of logs before the one that is written, by segment.
-        self._older: dict[int, int] = {}
-        self._number = 0
-        # Whose turn it is to write: of a leader with all changes that wait, or of a snapshot, of which there is one at a time.
-        self._turn, self._snapshotting = threading.Lock(), threading.Lock()
-        self._changed = threading.Condition()
-        self._waiting: list[_Waiting] = []
-        self._is_led = self._is_closed = False
+        self.path, self.index, self.names, self.base = path, found.index, found.names, found.base
+        self.fsync, self.snapshot_bytes, self.most = fsync, snapshot_bytes, most
+        self.logs = Logs(path, row_of(found.index), found.base, lock)
+        self.groups = Groups(self.check, self._write)
+        self.is_closed = False
+        self._process = os.getpid()
+        self._names_mark, self._num_named = found.names_mark, found.num_named
         self._failure: str | None = None
-        self._end = threading.Event()
-        self._snapshot_thread: threading.Thread | None = None
-        self._retry_bytes = 0
-        self._flusher: threading.Thread | None = None
+        self._snapshots = Snapshots(self)
+        self._flusher: Flusher | None = None
 
     @classmethod
     def open(
@@ -158,34 +106,27 @@ class LiveIndex:
         try:
             # The first snapshot would give what is damaged a checksum that is right.
             found = find(path, mmap=mmap, num_threads=num_threads, verify=True)
-            live = cls(path, found.index, found.base, fsync=fsync, snapshot_bytes=snapshot_bytes, most=most)
-            live._lock = held
+            live = cls(path, found, held, fsync=fsync, snapshot_bytes=snapshot_bytes, most=most)
             if found.logs:
                 live._resume(found, num_threads)
+            check_named(path, found.index, found.names)
         except BaseException:
             if held is not None:
                 held.release()
             raise
         return live
 
-    def _resume(self, found: Any, num_threads: int | None) -> None:
+    def _resume(self, found: Found, num_threads: int | None) -> None:
         for name in (".log-*", f".{SNAPSHOT}.*"):
             # Of a write that a crash broke off.
-            for left in self._folder.glob(name):
+            for left in self.logs.folder.glob(name):
                 left.unlink(missing_ok=True)
         self.counts.replayed = replay(self.index, found.frames(), num_threads)
-        last = max(found.logs)
-        read = found.logs[last]
-        if read.torn:
-            logger.warning(
-                "%s: %d bytes of a change that nobody was told of are cut off", log_path(self._folder, last), read.torn
-            )
-        self._log = Log.resume(log_path(self._folder, last), read)
-        self._older = {segment: one.size for segment, one in found.logs.items() if segment != last}
-        self._number = self._log.number
+        if torn := self.logs.resume(found):
+            last = log_path(self.logs.folder, max(found.logs))
+            logger.warning("%s: %d bytes of a change that nobody was told of are cut off", last, torn)
         self._begin_flushing()
-        if self.log_bytes > self.snapshot_bytes:
-            self._begin_snapshot()
+        self._snapshots.begin_if_due()
 
     def __enter__(self) -> Self:
         return self
@@ -199,35 +140,40 @@ class LiveIndex:
     # What is known of it
 
     @property
+    def counts(self) -> Counts:
+        """See `Counts`."""
+        return self.logs.counts
+
+    @property
     def has_changes(self) -> bool:
         """Whether it ever took one."""
-        return self._log is not None
+        return self.logs.current is not None
 
     @property
     def number(self) -> int:
         """Of the last write, 0 for none."""
-        return self._number
+        return self.logs.number
 
     @property
     def log_bytes(self) -> int:
         """Bytes of the logs."""
-        return sum(list(self._older.values())) + (0 if self._log is None else self._log.size)
+        return self.logs.size
 
     @property
     def failure(self) -> str | None:
         """Why no changes are taken any more, or None."""
-        return self._failure or (None if self._log is None else self._log.failure)
+        return self._failure or self.logs.failure
 
     def is_of_this_file(self) -> bool:
-        """Whether the index file is still the one that it began with. Raises DataError if there is none."""
-        return fingerprint(self.path) == self.base
+        """Whether the index file, and that of its names, are still those that it began with. Raises DataError if there is none."""
+        return fingerprint(self.path) == self.base and names_mark(self.path) == self._names_mark
 
     def is_current(self) -> bool:
         """Whether files say what is here: no other process took changes since they were read, or replaced the index file.
 
         Raises DataError as `is_of_this_file`.
         """
-        return self.is_of_this_file() and (self.has_changes or not segments(self._folder))
+        return self.is_of_this_file() and (self.has_changes or not segments(self.logs.folder))
 
     # Changing
 
@@ -249,7 +195,27 @@ class LiveIndex:
         """
         vector_ND = as_vectors(vectors, self.index.dim, self.index.metric, "vectors")
         id_N = as_distinct(as_ids(ids, len(vector_ND)))
-        return self._make(Change(id_N, vector_ND))
+        if self.names is not None and len(id_N) and id_N.max() >= len(self.names):
+            row = int(np.flatnonzero(id_N >= len(self.names))[0])
+            raise InputError(
+                f"ids[{row}] is {id_N[row]}; elements of this index have names, so bring new ones in by name"
+            )
+        return self._make(Waiting(Change(id_N, vector_ND)))
+
+    def upsert_named(self, names: Sequence[Any], vectors: Any) -> tuple[int, np.ndarray]:
+        """`upsert` by names, of an index whose elements have some. A name keeps its id, also while its element is gone.
+
+        Args:
+            names: N of them, each once: integers or text, as those of the index.
+            vectors: [N, D].
+
+        Returns and raises as `upsert`, and raises InputError where elements have no names.
+        """
+        vector_ND = as_vectors(vectors, self.index.dim, self.index.metric, "vectors")
+        called = self._called(names)
+        if len(called) != len(vector_ND):
+            raise InputError(f"there are {len(called):,} names for {len(vector_ND):,} vectors; give one each")
+        return self._make(Waiting(Change(np.zeros(len(called), np.int64), vector_ND, tuple(called)), called))
 
     def delete(self, ids: Any) -> tuple[int, np.ndarray]:
         """Take elements out; those that are not there stay so.
@@ -262,27 +228,29 @@ class LiveIndex:
             CapacityError: as `upsert`, as are others.
             DataError: as `upsert`.
         """
-        return self._make(Change(as_distinct(as_ids(ids, None)), None))
+        return self._make(Waiting(Change(as_distinct(as_ids(ids, None)), None)))
 
-    def _make(self, change: Change) -> tuple[int, np.ndarray]:
-        if not len(change.ids):
-            return self._number, np.empty(0, bool)
+    def delete_named(self, names: Sequence[Any]) -> tuple[int, np.ndarray]:
+        """`delete` by names; those that are of no element are among the ones that were not there.
+
+        Returns and raises as `delete`, and raises InputError where elements have no names.
+        """
+        called = self._called(names)
+        return self._make(Waiting(Change(np.zeros(len(called), np.int64), None), called))
+
+    def _called(self, names: Sequence[Any]) -> list[Any]:
+        if self.names is None:
+            raise InputError("elements of this index have no names; give ids")
+        called = list(names)
+        self.names.check(called)
+        return called
+
+    def _make(self, mine: Waiting) -> tuple[int, np.ndarray]:
+        if not len(mine.change.ids):
+            return self.number, np.empty(0, bool)
         self._check_process()
-        check_size(change)
-        mine = _Waiting(change)
-        # An interrupt waits: in between lies what is in the log and not in the index.
-        with Interrupts():
-            with self._changed:
-                self._check()
-                self._waiting.append(mine)
-                while not mine.is_done and self._is_led:
-                    self._changed.wait()
-                if not mine.is_done:
-                    self._is_led = True
-            if not mine.is_done:
-                self._lead(mine)
-        if mine.error is not None:
-            raise mine.error
+        check_size(mine.change)
+        self.groups.make(mine)
         assert mine.known is not None
         return mine.number, mine.known
 
@@ -293,74 +261,60 @@ class LiveIndex:
                 f"{self.path} takes changes in the process that opened it, not in one that was forked from it"
             )
 
-    def _check(self) -> None:
-        if self._is_closed:
-            raise _RetiredError(f"{self.path} takes no changes any more: it was closed")
+    def check(self) -> None:
+        """Raise DataError where no changes are taken any more."""
+        if self.is_closed:
+            raise RetiredError(f"{self.path} takes no changes any more: it was closed")
         if self._failure is not None:
             raise DataError(f"no changes are taken any more: {self._failure}; start again")
 
-    def _lead(self, mine: _Waiting) -> None:
-        """Make the changes that wait, one write for as many as fit, until one's own is done."""
-        try:
-            while not mine.is_done:
-                with self._turn:
-                    with self._changed:
-                        group = self._next_group()
-                    try:
-                        self._write(group)
-                    except BaseException as error:
-                        for one in group:
-                            if one.known is None and one.error is None:
-                                one.error = error
-                    finally:
-                        with self._changed:
-                            for one in group:
-                                one.is_done = True
-                            self._changed.notify_all()
-        finally:
-            with self._changed:
-                self._is_led = False
-                self._changed.notify_all()
-
-    def _next_group(self) -> list[_Waiting]:
-        size, count = 0, 0
-        for one in self._waiting:
-            size += payload_bytes(one.change)
-            if count and size > min(GROUP_BYTES, log_module.MOST_PAYLOAD):
-                break
-            count += 1
-        group, self._waiting = self._waiting[:count], self._waiting[count:]
-        return group
-
-    def _write(self, group: list[_Waiting]) -> None:
+    def _write(self, group: list[Waiting]) -> None:
         """Log and make changes. Those that cannot be made get their error and are not logged."""
-        self._check()
+        self.check()
         room = None if self.most is None else self.most - len(self.index)
-        kept = []
+        kept, coming = [], dict[Any, int]()
         for one in group:
             try:
-                room = self._check_room(one.change, room)
-                kept.append(one)
+                change = self._resolved(one, coming)
+                room = self._check_room(change, room)
             except AnabranchError as error:
                 one.error = error
+                continue
+            coming.update((name, change.first_named + place) for place, name in enumerate(change.names))
+            one.change = change
+            if len(change.ids):
+                kept.append(one)
+            else:
+                # Names of no element.
+                one.number, one.known = self.number, np.zeros(len(one.called or ()), bool)
         if not kept:
             return
-        log = self._begin_log()
-        self._number = number = log.append(encode([one.change for one in kept]))
-        if self.fsync == "always":
-            self._sync(log)
-        self.counts.writes += 1
+        self._begin_log()
+        number = self.logs.append([one.change for one in kept], sync=self.fsync == "always")
         for one in kept:
             one.number = number
             try:
-                one.known = self._apply(one.change)
+                one.known = self._apply(one)
             except BaseException as error:
                 # It is in the log, so what is here is less than what will be there again.
                 self._failure = f"a change that is logged could not be made ({error})"
                 logger.exception("%s: %s", self.path, self._failure)
                 raise
-        if self.log_bytes > max(self.snapshot_bytes, self._retry_bytes):
-            self._begin_snapshot()
+        self._snapshots.begin_if_due()
+
+    def _resolved(self, one: Waiting, coming: dict[Any, int]) -> Change:
+        """The change with ids in the place of names. ``coming`` are names that changes before it in the group bring."""
+        if one.called is None:
+            return one.change
+        assert self.names is not None
+        found = [coming.get(name) if (id := self.names.find(name)) is None else id for name in one.called]
+        if one.change.vectors is None:
+            return Change(np.array([id for id in found if id is not None], np.int64), None)
+        first = len(self.names) + len(coming)
+        new = [name for name, id in zip(one.called, found, strict=True) if id is None]
+        following = iter(range(first, first + len(new)))
+        ids = np.array([next(following) if id is None else id for id in found], np.int64)
+        return replace(one.change, ids=ids, names=tuple(new), first_named=first)
 
     def _check_room(self, change: Change, room: int | None) -> int | None:
         """What room is left behind a change. Raises NoRoomError, or CapacityError where arrays must grow and memory is short."""
@@ -376,76 +330,34 @@ class LiveIndex:
             raise CapacityError(f"no memory for {new:,} more vectors: arrays of {need:,} bytes do not fit")
         return None if room is None else room - new
 
-    def _begin_log(self) -> Log:
-        if self._log is None:
-            lock = FolderLock(self._folder)
-            try:
-                if not self.is_current():
-                    raise DataError(f"{self.path} was changed by another process since it was read; read it again")
-                self._log = self._new_log(1, 1)
-            except BaseException:
-                # Others may write what this one may not.
-                lock.release(clean=True)
-                raise
-            self._lock = lock
+    def _begin_log(self) -> None:
+        def check() -> None:
+            if not self.is_current():
+                raise DataError(f"{self.path} was changed by another process since it was read; read it again")
+
+        if not self.has_changes:
+            self.logs.begin(check)
             self._begin_flushing()
-        return self._log
 
-    def _new_log(self, segment: int, first: int) -> Log:
-        dim, row = row_of(self.index)
-        return Log.create(
-            log_path(self._folder, segment), dim=dim, base=self.base, segment=segment, first=first, row=row
-        )
-
-    def _sync(self, log: Log) -> None:
-        begun = time.perf_counter()
-        log.sync()
-        self.counts.syncs += 1
-        self.counts.sync_s += time.perf_counter() - begun
-
-    def _apply(self, change: Change) -> np.ndarray:
+    def _apply(self, one: Waiting) -> np.ndarray:
+        change = one.change
+        if change.names:
+            assert self.names is not None
+            # Before its element is found.
+            self.names.add(change.names)
         known = apply(self.index, change)
-        if change.vectors is None:
-            self.counts.deleted += int(known.sum())
-        else:
+        if change.vectors is not None:
             self.counts.upserted += len(change.ids)
-        return known
+            return known
+        self.counts.deleted += int(known.sum())
+        if one.called is None or len(known) == len(one.called):
+            return known
+        assert self.names is not None
+        found = np.array([self.names.find(name) is not None for name in one.called])
+        found[found] = known
+        return found
 
     # In the background
-
-    def _begin_flushing(self) -> None:
-        if isinstance(self.fsync, str) or self._flusher is not None:
-            return
-
-        def flush(every_s: float) -> None:
-            while not self._end.wait(every_s):
-                log = self._log
-                try:
-                    # One that was replaced meanwhile is on the disk.
-                    if log is not None and log.failure is None:
-                        self._sync(log)
-                except (AnabranchError, OSError) as error:
-                    logger.error("%s: no changes are taken any more: %s", self.path, error)
-
-        self._flusher = threading.Thread(target=flush, args=(self.fsync,), name="flush", daemon=True)
-        self._flusher.start()
-
-    def _begin_snapshot(self) -> None:
-        running = self._snapshot_thread
-        if self._is_closed or (running is not None and running.is_alive()):
-            return
-        self._snapshot_thread = threading.Thread(target=self._snapshot_or_warn, name="snapshot", daemon=True)
-        self._snapshot_thread.start()
-
-    def _snapshot_or_warn(self) -> None:
-        try:
-            self.snapshot()
-        except _RetiredError:
-            logger.debug("%s was closed before its snapshot", self.path)
-        except Exception as error:
-            # Not at every change from now on.
-            self._retry_bytes = self.log_bytes + self.snapshot_bytes
-            logger.warning("%s: a snapshot could not be written, the log goes on: %s", self.path, error)
 
     def snapshot(self) -> None:
         """Write the index as it is into the folder, and cut the log. Searches go on, and so do changes, but while it is copied in memory.
@@ -455,63 +367,32 @@ class LiveIndex:
         Raises as `anabranch.files.atomic_file`; the log then still holds all.
         """
         self._check_process()
-        with Interrupts(), self._snapshotting, contextlib.ExitStack() as turn:
-            turn.enter_context(self._turn)
-            with self._changed:
-                self._check()
-            if self._log is None:
-                return
-            try:
-                self._write_snapshot(turn)
-            except BaseException:
-                self.counts.failed += 1
-                raise
-            self.counts.snapshots += 1
-            self.counts.snapshot_at = time.time()
-            self._retry_bytes = 0
+        self._snapshots.write()
 
-    def _write_snapshot(self, turn: contextlib.ExitStack) -> None:
-        assert self._log is not None
-        old, number, segment = self._log, self._log.number, self._log.header.segment
-        # Nothing may be on the disk that comes after what is not.
-        self._sync(old)
-        self._log = self._new_log(segment + 1, number + 1)
-        old.close()
-        self._older[segment] = old.size
-        is_copied = 2 * self.index.size_bytes < machine.room_bytes()
-        state = self.index._state(copy=is_copied)
-        if is_copied:
-            # The rest is between this thread and the disk.
-            turn.close()
-        write_snapshot(self._folder, state, self.base, number)
-        # The oldest first: what is left after a crash has no gap.
-        for one in sorted(self._older):
-            log_path(self._folder, one).unlink(missing_ok=True)
-            del self._older[one]
+    def new_names(self) -> list[Any]:
+        """Names that changes brought."""
+        return [] if self.names is None else self.names.since(self._num_named)
+
+    def _begin_flushing(self) -> None:
+        if not isinstance(self.fsync, str) and self._flusher is None:
+            self._flusher = Flusher(self, self.fsync)
 
     def retire(self) -> bool:
         """Take no changes any more, unless some were taken; whether that is so. For who puts another index in its place."""
-        with self._turn, self._changed:
-            if self._log is not None:
+        with self.groups.turn, self.groups.changed:
+            if self.has_changes:
                 return False
-            self._is_closed = True
+            self.is_closed = True
             return True
 
     def close(self) -> None:
         """Bring the log to the disk and let go of the folder. Changes that come later are refused; searches are not."""
         if self._process != os.getpid():
             return
-        with self._changed:
-            self._is_closed = True
-        self._end.set()
-        for thread in (self._flusher, self._snapshot_thread):
-            if thread is not None and thread is not threading.current_thread():
-                thread.join()
-        with self._snapshotting, self._turn:
-            if self._log is not None:
-                if self._log.failure is None:
-                    with contextlib.suppress(AnabranchError):
-                        self._sync(self._log)
-                self._log.close()
-            if self._lock is not None:
-                self._lock.release()
+        with self.groups.changed:
+            self.is_closed = True
+        if self._flusher is not None:
+            self._flusher.close()
+        self._snapshots.join()
+        with self._snapshots.lock, self.groups.turn:
+            self.logs.close()

@@ -11,8 +11,7 @@
 A frame is what one write to the disk brings: the changes of one or more requests.
 
     head      mark (4 bytes), length of the payload (uint32), number (uint64, one more than that of the frame before), their CRC-32
-    payload   changes: kind (uint32), count (uint32), ids int64 [count], and for an upsert float32 (or as ``row`` says) [count, dim];
-              little-endian. All of it xor the salt, again and again
+    payload   changes (`anabranch.graph.live.changes`), all of it xor the salt, again and again
     crc       uint32, CRC-32 of the payload as it is in the file
     padding   0 to 15 bytes b"\xa7": a frame has at least 16 bytes in each piece of the disk (512 bytes) where it has any
 
@@ -32,7 +31,6 @@ import secrets
 import struct
 import threading
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -41,32 +39,21 @@ import numpy as np
 
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.files import atomic_file, explained, is_full, parse_json
+from anabranch.graph.live.changes import BYTES, FLOATS, Change, decode, payload_bytes
 
 MAGIC = b"ANABLOG1"
 MARK = b"\xa7anb"
 HEAD = struct.Struct("<4sIQ")
 CRC = struct.Struct("<I")
-ITEM = struct.Struct("<II")
 HEAD_BYTES = HEAD.size + CRC.size
 # What a disk writes whole or not at all.
 SECTOR = 512
 # Fewer bytes may be zeros by chance, or after one of them changed.
 LEAST_PIECE = 16
 PAD = b"\xa7"
-UPSERT, DELETE = 1, 2
-# Types of numbers in a vector.
-FLOATS, BYTES = "f4", "u1"
 MOST_HEADER = 1 << 16
 # Frames are read into memory whole. Nothing larger is written.
 MOST_PAYLOAD = 1 << 31
-
-
-@dataclass(frozen=True)
-class Change:
-    """Elements that come or move (``vectors``, float32 [N, D], or uint8 of packed bits), or go (None). ``ids`` are int64 [N], each once."""
-
-    ids: np.ndarray
-    vectors: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -123,16 +110,6 @@ class Read:
     torn: int
 
 
-def payload_bytes(change: Change) -> int:
-    """Bytes of a change in a payload."""
-    size = ITEM.size + 8 * len(change.ids)
-    return size if change.vectors is None else size + np.dtype(_row(change.vectors)).itemsize * change.vectors.size
-
-
-def _row(vectors: np.ndarray) -> str:
-    return BYTES if vectors.dtype == np.uint8 else FLOATS
-
-
 def check_size(change: Change) -> None:
     """Raise InputError for a change that no frame can hold."""
     size = payload_bytes(change)
@@ -148,36 +125,6 @@ def padding(end: int) -> int:
     if 0 < beyond < LEAST_PIECE:
         return LEAST_PIECE - beyond
     return SECTOR - beyond if beyond > SECTOR - LEAST_PIECE else 0
-
-
-def encode(changes: Sequence[Change]) -> bytes:
-    """The payload of a frame."""
-    parts: list[bytes] = []
-    for change in changes:
-        parts.append(ITEM.pack(DELETE if change.vectors is None else UPSERT, len(change.ids)))
-        parts.append(np.ascontiguousarray(change.ids, "<i8").tobytes())
-        if change.vectors is not None:
-            parts.append(np.ascontiguousarray(change.vectors, f"<{_row(change.vectors)}").tobytes())
-    return b"".join(parts)
-
-
-def decode(payload: bytes, dim: int, row: str = FLOATS) -> list[Change]:
-    """Changes of a payload. Raises ValueError where it is not one."""
-    changes, place, number = [], 0, np.dtype(row).newbyteorder("<")
-    while place < len(payload):
-        kind, count = ITEM.unpack_from(payload, place)
-        place += ITEM.size
-        size = 8 * count + (number.itemsize * count * dim if kind == UPSERT else 0)
-        if kind not in (UPSERT, DELETE) or place + size > len(payload):
-            raise ValueError(f"a change of kind {kind} with {count} ids")
-        ids = np.frombuffer(payload, "<i8", count, place).astype(np.int64)
-        vectors = None
-        if kind == UPSERT:
-            vectors = np.frombuffer(payload, number, count * dim, place + 8 * count).astype(row)
-            vectors = vectors.reshape(count, dim)
-        changes.append(Change(ids, vectors))
-        place += size
-    return changes
 
 
 class Log:

@@ -12,6 +12,11 @@ Departures: walks have no limit by default (the reference cuts at 10 steps) and 
 ``moves="rounding"`` is that); walks vanish at dead ends and the policy is applied at the end, so that the identity holds under each
 (the reference sends them to their source, for which it does not); flows below ``eps`` leave alpha of themselves where the
 reference drops all.
+
+    index     walks, chunk by chunk        moves    walkers one by one, or counts of them
+    query     decomposition, compiled      batch    many queries at once
+    stored    arrays and files of an index
+    held      what a `PowerWalk` holds     asking, changing    its queries, its changes of the graph     model    the rest of it
 """
 
 from anabranch.graph.powerwalk.model import PowerWalk

@@ -74,9 +74,18 @@ def forward_rows(
     def work(first: int) -> tuple[np.ndarray, ...]:
         buffers: QueryBuffers = index.take_buffers()
         found = decompose_many(
-            *transition.out, transition.inverse_N, transition.alpha, *queries.piece(first, min(first + PIECE, len(queries))),
-            rounds, budget, eps, True, top_k if plain else 0, *index.lookup.arrays, *buffers.arrays,
-        )  # fmt: skip
+            *transition.out,
+            transition.inverse_N,
+            transition.alpha,
+            *queries.piece(first, min(first + PIECE, len(queries))),
+            rounds,
+            budget,
+            eps,
+            True,
+            top_k if plain else 0,
+            *index.lookup.arrays,
+            *buffers.arrays,
+        )
         index.spare.append(buffers)
         return found[:3]
 

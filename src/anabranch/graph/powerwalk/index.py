@@ -99,10 +99,30 @@ def make_chunk(graph: Graph, plan: Plan, sources: np.ndarray, scratch: Scratch) 
     indptr, indices, keep_M, other_M = walk_arrays(graph)
     weight_M = NO_WEIGHTS if graph.weights is None else graph.weights
     parts = _rows(
-        sources, plan.seed, plan.walks, plan.alpha, plan.full, MOVES[plan.moves], plan.max_steps, plan.keep, plan.mass,
-        plan.track, indptr, indices, weight_M, keep_M, other_M, scratch.left_W, scratch.at_W, scratch.here_N,
-        scratch.next_N, scratch.front_N, scratch.ahead_N, scratch.count_N, scratch.touched_N,
-    )  # fmt: skip
+        sources,
+        plan.seed,
+        plan.walks,
+        plan.alpha,
+        plan.full,
+        MOVES[plan.moves],
+        plan.max_steps,
+        plan.keep,
+        plan.mass,
+        plan.track,
+        indptr,
+        indices,
+        weight_M,
+        keep_M,
+        other_M,
+        scratch.left_W,
+        scratch.at_W,
+        scratch.here_N,
+        scratch.next_N,
+        scratch.front_N,
+        scratch.ahead_N,
+        scratch.count_N,
+        scratch.touched_N,
+    )
     return Chunk(*parts)
 
 
@@ -140,9 +160,30 @@ def _grown(array, size):
 
 @nb.njit(cache=True, nogil=True)
 def _rows(
-    sources, seed, walks, alpha, full, moves, max_steps, keep, mass, track, indptr, indices, weight_M, keep_M, other_M,
-    left_W, at_W, here_N, next_N, front_N, ahead_N, count_N, touched_N,
-):  # fmt: skip
+    sources,
+    seed,
+    walks,
+    alpha,
+    full,
+    moves,
+    max_steps,
+    keep,
+    mass,
+    track,
+    indptr,
+    indices,
+    weight_M,
+    keep_M,
+    other_M,
+    left_W,
+    at_W,
+    here_N,
+    next_N,
+    front_N,
+    ahead_N,
+    count_N,
+    touched_N,
+):
     size = len(sources)
     length_S, total_S, cut_S = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64)
     seen_length_S = np.zeros(size if track else 0, np.int64)
@@ -157,19 +198,58 @@ def _rows(
             touched, cut = 0, 0
             if moves == 0:
                 touched, cut = count_walks(
-                    seed, source, 0, alpha, VANISH, visits, max_steps, indptr, indices, keep_M, other_M, left_W, at_W,
-                    count_N, touched_N, 0,
-                )  # fmt: skip
+                    seed,
+                    source,
+                    0,
+                    alpha,
+                    VANISH,
+                    visits,
+                    max_steps,
+                    indptr,
+                    indices,
+                    keep_M,
+                    other_M,
+                    left_W,
+                    at_W,
+                    count_N,
+                    touched_N,
+                    0,
+                )
             elif moves == 3:
                 touched, _ = count_long_path(
-                    seed, source, int(walks / alpha + 0.5), alpha, visits, indptr, indices, keep_M, other_M, count_N,
+                    seed,
+                    source,
+                    int(walks / alpha + 0.5),
+                    alpha,
+                    visits,
+                    indptr,
+                    indices,
+                    keep_M,
+                    other_M,
+                    count_N,
                     touched_N,
-                )  # fmt: skip
+                )
             else:
                 touched, cut = count_moves(
-                    seed, source, walks, alpha, visits, moves == 2, max_steps, indptr, indices, weight_M, keep_M, other_M,
-                    here_N, next_N, front_N, ahead_N, count_N, touched_N,
-                )  # fmt: skip
+                    seed,
+                    source,
+                    walks,
+                    alpha,
+                    visits,
+                    moves == 2,
+                    max_steps,
+                    indptr,
+                    indices,
+                    weight_M,
+                    keep_M,
+                    other_M,
+                    here_N,
+                    next_N,
+                    front_N,
+                    ahead_N,
+                    count_N,
+                    touched_N,
+                )
             if track and (look == 0):
                 seen = _grown(seen, watched + touched)
                 seen[watched : watched + touched] = touched_N[:touched]

@@ -47,9 +47,25 @@ def rounded(state, amount):
 
 @nb.njit(cache=True, nogil=True)
 def count_moves(
-    seed, source, walks, alpha, full, rounding, max_steps, indptr, indices, weight_M, keep_M, other_M,
-    here_N, next_N, front_N, ahead_N, count_N, touched_N,
-):  # fmt: skip
+    seed,
+    source,
+    walks,
+    alpha,
+    full,
+    rounding,
+    max_steps,
+    indptr,
+    indices,
+    weight_M,
+    keep_M,
+    other_M,
+    here_N,
+    next_N,
+    front_N,
+    ahead_N,
+    count_N,
+    touched_N,
+):
     """Visits (or ends) of ``walks`` walks from ``source``, vanishing at dead ends. ``here_N`` and ``next_N`` are 0 before and after.
 
     Returns how many ids have a count, and how many walkers were cut at ``max_steps`` (0: no limit).

@@ -84,10 +84,29 @@ def _read_overload(values, table, place):
 
 @nb.njit(cache=True, nogil=True)
 def decompose(
-    out_ptr, out_ids, weight_M, inverse_N, alpha, start_ids, start_value, rounds, budget, eps, use_index,
-    row_ptr, row_ids, row_values, table, scale_N,
-    result_N, flow_N, next_N, front_N, ahead_N, touched_N,
-):  # fmt: skip
+    out_ptr,
+    out_ids,
+    weight_M,
+    inverse_N,
+    alpha,
+    start_ids,
+    start_value,
+    rounds,
+    budget,
+    eps,
+    use_index,
+    row_ptr,
+    row_ids,
+    row_values,
+    table,
+    scale_N,
+    result_N,
+    flow_N,
+    next_N,
+    front_N,
+    ahead_N,
+    touched_N,
+):
     """One query into ``result_N``; the ids of what it holds are in ``touched_N``.
 
     ``rounds`` rounds, or with a ``budget`` > 0 as many of them as keep the entries read below it.
@@ -182,10 +201,31 @@ def _grown(array, size):
 
 @nb.njit(cache=True, nogil=True)
 def decompose_many(
-    out_ptr, out_ids, weight_M, inverse_N, alpha, query_ptr, start_ids, start_value, rounds, budget, eps, use_index, top_k,
-    row_ptr, row_ids, row_values, table, scale_N,
-    result_N, flow_N, next_N, front_N, ahead_N, touched_N,
-):  # fmt: skip
+    out_ptr,
+    out_ids,
+    weight_M,
+    inverse_N,
+    alpha,
+    query_ptr,
+    start_ids,
+    start_value,
+    rounds,
+    budget,
+    eps,
+    use_index,
+    top_k,
+    row_ptr,
+    row_ids,
+    row_values,
+    table,
+    scale_N,
+    result_N,
+    flow_N,
+    next_N,
+    front_N,
+    ahead_N,
+    touched_N,
+):
     """`decompose` and `take` of many queries. Returns lengths, ids, scores (float32), and the largest flow that any dropped."""
     count = len(query_ptr) - 1
     length_Q = np.empty(count, np.int64)
@@ -194,9 +234,29 @@ def decompose_many(
     for query in range(count):
         start, end = query_ptr[query], query_ptr[query + 1]
         touched, dropped, _ = decompose(
-            out_ptr, out_ids, weight_M, inverse_N, alpha, start_ids[start:end], start_value[start:end], rounds, budget, eps,
-            use_index, row_ptr, row_ids, row_values, table, scale_N, result_N, flow_N, next_N, front_N, ahead_N, touched_N,
-        )  # fmt: skip
+            out_ptr,
+            out_ids,
+            weight_M,
+            inverse_N,
+            alpha,
+            start_ids[start:end],
+            start_value[start:end],
+            rounds,
+            budget,
+            eps,
+            use_index,
+            row_ptr,
+            row_ids,
+            row_values,
+            table,
+            scale_N,
+            result_N,
+            flow_N,
+            next_N,
+            front_N,
+            ahead_N,
+            touched_N,
+        )
         worst = max(worst, dropped)
         ids, values = _grown(ids, filled + touched), _grown(values, filled + touched)
         for place in range(touched):
@@ -211,9 +271,21 @@ def decompose_many(
 
 @nb.njit(cache=True, nogil=True)
 def pull_level(
-    nodes, out_ptr, out_ids, weight_M, inverse_N, alpha, result_N, touched_N, place_N, row_ptr, row_ids, row_values, table,
+    nodes,
+    out_ptr,
+    out_ids,
+    weight_M,
+    inverse_N,
+    alpha,
+    result_N,
+    touched_N,
+    place_N,
+    row_ptr,
+    row_ids,
+    row_values,
+    table,
     scale_R,
-):  # fmt: skip
+):
     """One level of the backward variant: y_v = alpha e_v + c sum_w P0(v, w) y_w for each of ``nodes``.
 
     Rows of the level below are read as those of an index; ``place_N`` says which row is a node's (empty: row w is about w).
@@ -251,7 +323,7 @@ def pull_level(
 @nb.njit(cache=True, nogil=True)
 def mix_rows(
     query_ptr, start_ids, start_value, top_k, result_N, touched_N, place_N, row_ptr, row_ids, row_values, table, scale_R
-):  # fmt: skip
+):
     """Queries as mixtures of rows: lengths, ids and values (float32), in order, cut to ``top_k`` (0: all)."""
     count = len(query_ptr) - 1
     length_Q = np.empty(count, np.int64)

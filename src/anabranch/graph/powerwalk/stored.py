@@ -11,19 +11,17 @@ import numba as nb
 import numpy as np
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.powerwalk.index import Chunk, stored_counts
 from anabranch.graph.powerwalk.query import Lookup, QueryBuffers, read_count
 from anabranch.graph.ppr.rules import Transition
 from anabranch.graph.rows import RowFile, SparseRows, check_rows, id_type
-from anabranch.graph.spark.run import FACTS
 from anabranch.graph.store import Graph
+from anabranch.graph.stored_folder import WALKS, read_facts, read_table
 
 KIND = "powerwalk-index"
 
 # Of a folder of Parquet files that Spark wrote (`anabranch.graph.fully_ppr.walk_index`).
-PARQUET_KIND = "powerwalk-index-parquet"
 
 
 class Index:
@@ -84,9 +82,15 @@ class Index:
     def arrays(self) -> dict[str, np.ndarray]:
         """By the names they have in a file."""
         return {
-            "indptr": self.indptr, "ids": self.ids, "values": self.counts, "has": self.has_N, "total": self.total_N,
-            "cut": self.cut_N, "seen_ptr": self.seen_ptr, "seen": self.seen,
-        }  # fmt: skip
+            "indptr": self.indptr,
+            "ids": self.ids,
+            "values": self.counts,
+            "has": self.has_N,
+            "total": self.total_N,
+            "cut": self.cut_N,
+            "seen_ptr": self.seen_ptr,
+            "seen": self.seen,
+        }
 
     def save(self, path: str | Path, meta: dict[str, Any]) -> None:
         """Write it, all or nothing, with the mark of the graph."""
@@ -204,20 +208,14 @@ def read_folder(path: Path, graph: Graph, dtype_of: Callable[[str], Any]) -> tup
 
     ``dtype_of`` gives the type of counts by its name. Raises DataError for a folder that is not whole, not an index, or of another graph.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        facts = parse_json((path / FACTS).read_text(encoding="utf-8"))
-        if facts.get("kind") != PARQUET_KIND:
-            raise DataError(f"{path} holds no index of walks")
+        facts, table = read_facts(path, WALKS), read_table(path)
         params, of = facts["params"], facts["graph"]
-        table = pa.concat_tables([pq.ParquetFile(file).read() for file in sorted(path.glob("part-*.parquet"))])
         source, target, count, total = (table[name] for name in ("source", "target", "count", "total"))
         found = {"num_nodes": graph.num_nodes, "num_stored_edges": len(graph.indices)}
         wanted = {name: of[name] for name in found}
         dtype = dtype_of(params["dtype"])
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"cannot read the index in {path}: {str(error).splitlines()[0]}") from error
     if found != wanted:
         raise DataError(f"{path} is the index of another graph: {wanted}, this one has {found}; build it again")

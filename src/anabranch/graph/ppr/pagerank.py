@@ -127,9 +127,13 @@ class PageRank(Estimator):
 
     @staticmethod
     def peak_bytes(
-        num_nodes: int, num_stored_edges: int, is_weighted: bool = False, is_directed: bool = False, *,
+        num_nodes: int,
+        num_stored_edges: int,
+        is_weighted: bool = False,
+        is_directed: bool = False,
+        *,
         prepared: bool = False,
-    ) -> int:  # fmt: skip
+    ) -> int:
         """Bytes that a query by ``auto`` holds at most beside the graph, before it is prepared or after; see the formula of the class."""
         entries, width = num_stored_edges + num_nodes, 4 + 4 * is_weighted
         once = 215 * num_nodes + width * num_stored_edges if is_directed else 180 * num_nodes

@@ -75,8 +75,15 @@ def power_block(
     for column, (ids, share) in enumerate(parsed):
         flow_NB[ids, column] = transition.start(ids, share)
     result_NB = np.zeros_like(flow_NB)
-    _power_block(*transition.into, transition.inverse_N, transition.alpha, check_tol(tol), result_NB, flow_NB,
-                 np.empty_like(flow_NB))  # fmt: skip
+    _power_block(
+        *transition.into,
+        transition.inverse_N,
+        transition.alpha,
+        check_tol(tol),
+        result_NB,
+        flow_NB,
+        np.empty_like(flow_NB),
+    )
     if len(transition.dangling_nodes) and transition.dangling not in GOES_ON:
         for column, (ids, share) in enumerate(parsed):
             result_NB[:, column] = transition.finish(result_NB[:, column].copy(), ids, share)

@@ -93,9 +93,20 @@ def push_into(
     """Push from ``start`` at ``ids``; x and f stay in the buffers. Returns nodes touched, the bound, and edges read."""
     limit = np.iinfo(np.int64).max if max_edges is None else max_edges
     touched, error, edges = _push(
-        *transition.out, transition.inverse_N, transition.alpha, transition.dangling == "absorb", ids, start, tol, limit,
-        buffers.result_N, buffers.flow_N, buffers.state_N, buffers.queue_N, buffers.touched_N,
-    )  # fmt: skip
+        *transition.out,
+        transition.inverse_N,
+        transition.alpha,
+        transition.dangling == "absorb",
+        ids,
+        start,
+        tol,
+        limit,
+        buffers.result_N,
+        buffers.flow_N,
+        buffers.state_N,
+        buffers.queue_N,
+        buffers.touched_N,
+    )
     return int(touched), float(error), int(edges)
 
 
@@ -119,9 +130,22 @@ def take_sparse(buffers: PushBuffers, touched: int) -> tuple[np.ndarray, np.ndar
 
 @nb.njit(cache=True, nogil=True)
 def _push(
-    indptr, indices, weight_M, inverse_N, alpha, absorb, start_ids, start_value, tol, max_edges,
-    result_N, flow_N, state_N, queue_N, touched_N,
-):  # fmt: skip
+    indptr,
+    indices,
+    weight_M,
+    inverse_N,
+    alpha,
+    absorb,
+    start_ids,
+    start_value,
+    tol,
+    max_edges,
+    result_N,
+    flow_N,
+    state_N,
+    queue_N,
+    touched_N,
+):
     num_nodes, num_edges = len(flow_N), max(len(indices), 1)
     touched, edges, alive = 0, 0, 0.0
     for place in range(len(start_ids)):

@@ -73,9 +73,20 @@ def monte_carlo(
         count, done = int(end) - done, int(end)
         if count:
             touched, _ = count_walks(
-                seed, node, 0, transition.alpha, CODES[transition.dangling], full, max_steps or 0, *arrays,
-                left_W[:count], at_W[:count], count_N, touched_N, touched,
-            )  # fmt: skip
+                seed,
+                node,
+                0,
+                transition.alpha,
+                CODES[transition.dangling],
+                full,
+                max_steps or 0,
+                *arrays,
+                left_W[:count],
+                at_W[:count],
+                count_N,
+                touched_N,
+                touched,
+            )
     found = touched_N[:touched].copy()
     value = count_N[found].astype(np.float64)
     value *= transition.alpha / walks if full and unbiased else 1.0 / value.sum()

@@ -30,7 +30,8 @@ from anabranch.graph.rank.items import Item, library, matches, normalize
 from anabranch.graph.rank.keys import SigningKey
 from anabranch.graph.rank.measures import ndcg, rank_distance
 from anabranch.graph.rank.network import Network
-from anabranch.graph.rank.peer import Merged, Peer, Ranked, Results
+from anabranch.graph.rank.peer import Peer
+from anabranch.graph.rank.results import Merged, Ranked, Results
 from anabranch.graph.rank.rows import Row
 from anabranch.graph.rank.swarm import run_swarm
 from anabranch.graph.rank.transport import GossipServer

@@ -24,7 +24,8 @@ from anabranch.graph.rank.defences import Defences
 from anabranch.graph.rank.formula import check_parameters, raw_similarity, saturated, top_terms_mask
 from anabranch.graph.rank.items import Item, by_id, matches, normalize, order_of
 from anabranch.graph.rank.measures import ndcg
-from anabranch.graph.rank.peer import Match, Ranked, _check_k
+from anabranch.graph.rank.peer import Match, _check_k
+from anabranch.graph.rank.results import Ranked
 
 KIND = "rank model"
 PARAMETERS = ("F", "top_terms", "saturation", "click_cap", "min_common", "term_key", "match")

@@ -3,13 +3,12 @@
 A node that signs is named by its public key, so no directory is needed.
 """
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import DataError
 from anabranch.extras import require
+from anabranch.graph.beside import new_file
 from anabranch.graph.rank.rows import Row
 
 PREFIX = "ed25519:"
@@ -43,18 +42,10 @@ class SigningKey:
         return self._key.sign(content).hex()
 
     def save(self, path: str | Path) -> None:
-        """Write the key, for its owner alone to read, all or nothing. Raises DataError if the place cannot be written."""
-        path = Path(path)
-        try:
-            # Readable by the owner alone.
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(self._secret)
-                file.flush()
-                os.fsync(handle)
-            Path(temporary).replace(path)
-        except OSError as error:
-            raise DataError(f"cannot write the key {path}: {(error.strerror or str(error)).lower()}") from error
+        """Write the key, for its owner alone to read, all or nothing. Raises as `anabranch.graph.beside.new_file`."""
+        # Readable by the owner alone.
+        with new_file(path, mode=0o600) as temporary:
+            temporary.write_bytes(self._secret)
 
     @classmethod
     def load(cls, path: str | Path) -> "SigningKey":

@@ -4,29 +4,26 @@ R_i(Q)[k] = sum_j C_jk(Q) (S_i(j) + F)                 C: clicks by node j on it
 S_i(j)    = (kappa_t + kappa_m^2) / kappa_u, over the largest S_i of all known peers; S_i(i) = 1
 """
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
 from anabranch.errors import DataError, InputError
-from anabranch.files import parse_json
-from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.rank import peer_file
 from anabranch.graph.rank.defences import Defences
 from anabranch.graph.rank.formula import check_parameters, raw_similarity, saturated, top_terms
 from anabranch.graph.rank.items import Id, Item, by_id, matches, normalize, order_of
 from anabranch.graph.rank.keys import SigningKey, is_signed
 from anabranch.graph.rank.log import ClickLog, TermKey
+from anabranch.graph.rank.results import Merged, Ranked, Results
 from anabranch.graph.rank.rows import SHOWN_LIMIT, Row, Vector, check_vector, is_node, row_from_json
 from anabranch.graph.rank.store import RowStore
-
-KIND = "rank peer"
 
 # Bytes of a message around its rows: names and addresses.
 AROUND = 1 << 14
@@ -35,45 +32,6 @@ AROUND = 1 << 14
 PENDING = 1_000
 PEERS_LIMIT = 100_000
 Match = Callable[[str, Item], bool]
-
-
-class Ranked(NamedTuple):
-    """An item with its score."""
-
-    item: Id
-    score: float
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a query shows.
-
-    Attributes:
-        qid: number of the query, for `Peer.click`.
-        term: normalised.
-        items: ids, best first.
-        scores: of the items, as ranked (an exploring swap moves an item with its score).
-    """
-
-    qid: int
-    term: str
-    items: tuple[Id, ...]
-    scores: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What became of the rows of a message.
-
-    Attributes:
-        added: new rows.
-        known: those that were there, or are too old to be kept.
-        refused: how many, by reason ("malformed", "signature", "forged", "conflict", "future", "full", "quota", "unsolicited").
-    """
-
-    added: int = 0
-    known: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
 
 
 class Peer:
@@ -431,26 +389,7 @@ class Peer:
 
         Not: the key, the store, open queries.
         """
-        rows = b"\n".join(json.dumps(row.to_json()).encode() for row in self.log.all_rows())
-        library = [[item.id, item.title, item.artist, list(item.tags)] for item in self.library.values()]
-        meta = {
-            "node_id": self.node_id,
-            "F": self.F,
-            "explore": self.explore,
-            "top_terms": self.top_terms,
-            "defences": asdict(self.defences),
-            "known": list(self._known),
-            "marked": dict(self.log.marked),
-            "distrusted": sorted(self.log.distrusted),
-            "held": self.log.vector(),
-            "next_query": self._next_query,
-            "generator": self._generator.bit_generator.state,
-        }
-        arrays = {
-            "rows": np.frombuffer(rows, np.uint8),
-            "library": np.frombuffer(json.dumps(library).encode(), np.uint8),
-        }
-        write_arrays(path, KIND, arrays, meta)
+        peer_file.write(path, self)
 
     @classmethod
     def load(cls, path: str | Path, **others: Any) -> Self:
@@ -458,25 +397,7 @@ class Peer:
 
         Raises DataError for a file that is missing, foreign or damaged.
         """
-        file = read_arrays(path, KIND)
-        meta = file.meta
-        items = [
-            Item(id, title, artist, tuple(tags))
-            for id, title, artist, tags in parse_json(file.arrays["library"].tobytes())
-        ]
-        defences = Defences(**meta["defences"])
-        peer = cls(items, meta["node_id"], meta["F"], meta["explore"], meta["top_terms"], defences=defences, **others)
-        lines = file.arrays["rows"].tobytes().splitlines()
-        peer._take([row_from_json(parse_json(line)) for line in lines], is_ours=True)
-        for origin, ends in meta["held"].items():
-            peer.log.restore(origin, ends)
-        for node in meta["known"]:
-            peer.learn(node)
-        peer.log.marked.update(meta["marked"])
-        peer.log.distrusted.update(meta["distrusted"])
-        peer._next_query = max(peer._next_query, meta["next_query"])
-        peer._generator.bit_generator.state = meta["generator"]
-        return peer
+        return peer_file.read(path, cls, others)
 
     def close(self) -> None:
         """Close the store, if there is one."""

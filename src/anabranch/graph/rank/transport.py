@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from anabranch.errors import AnabranchError, DataError, InputError
-from anabranch.graph.rank.peer import Merged, Peer
+from anabranch.graph.rank.peer import Peer
+from anabranch.graph.rank.results import Merged
 from anabranch.graph.rank.rows import is_node
 
 LENGTH = 4

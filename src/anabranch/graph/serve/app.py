@@ -110,9 +110,11 @@ class Serving:
         except LateError:
             after = "it may be made all the same, and can be sent again" if is_write else "ask for less at once"
             raise RequestError(
-                503, "timeout", f"the answer took longer than {self.limits.timeout_s:g} s; {after}",
+                503,
+                "timeout",
+                f"the answer took longer than {self.limits.timeout_s:g} s; {after}",
                 headers={"Retry-After": RETRY_S},
-            ) from None  # fmt: skip
+            ) from None
         except (CapacityError, MemoryError) as error:
             raise RequestError(503, "no_memory", f"no room for this: {error}") from None
         except DataError as error:
@@ -128,9 +130,11 @@ class Serving:
     def _full(self, gate: Gate) -> RequestError:
         most = gate.room
         return RequestError(
-            429, "busy", f"{most} requests are under way or waiting, which is the limit; try again",
+            429,
+            "busy",
+            f"{most} requests are under way or waiting, which is the limit; try again",
             headers={"Retry-After": RETRY_S},
-        )  # fmt: skip
+        )
 
     async def _body(self, request: Request, deadline: float) -> bytes:
         kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()

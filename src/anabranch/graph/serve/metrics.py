@@ -36,13 +36,14 @@ class Metrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         registry.register(_Written(live))
-        self._requests = Counter(
-            "anabranch_requests", "Requests answered.", ["endpoint", "status"], registry=registry
-        )  # fmt: skip
+        self._requests = Counter("anabranch_requests", "Requests answered.", ["endpoint", "status"], registry=registry)
         self._seconds = Histogram(
-            "anabranch_request_seconds", "From the request's first byte to the answer.", ["endpoint"], buckets=SECONDS,
+            "anabranch_request_seconds",
+            "From the request's first byte to the answer.",
+            ["endpoint"],
+            buckets=SECONDS,
             registry=registry,
-        )  # fmt: skip
+        )
         self._queries = Counter("anabranch_queries", "Vectors and seed sets answered.", ["endpoint"], registry=registry)
         self._refused = Counter("anabranch_refused", "Requests not answered, by reason.", ["reason"], registry=registry)
         self.in_flight = Gauge("anabranch_in_flight", "Requests under way or waiting.", registry=registry)

@@ -30,9 +30,9 @@ POST = {
     "ppr": ("Ppr", "Nodes most related to a set of seeds, by personalised PageRank"),
     "upsert": (
         "Upsert",
-        "Bring vectors in, or move those whose ids are there; the answer says that they are on the disk",
+        "Bring vectors in, or move those whose ids or names are there; the answer says that they are on the disk",
     ),
-    "delete": ("Delete", "Take vectors out by id; the answer says that it is on the disk"),
+    "delete": ("Delete", "Take vectors out by id or name; the answer says that it is on the disk"),
 }
 WRITES = ("upsert", "delete")
 
@@ -95,6 +95,9 @@ def _schemas(limits: Limits) -> dict[str, Any]:
         "names": {"oneOf": [{"type": ["string", "integer"]}, _list({"type": ["string", "integer"]}, limits.seeds)]},
         "weights": _list({"type": "number", "minimum": 0}, limits.seeds),
     }
+    name = {"type": ["string", "integer"]}
+    named = {**_list(name, limits.batch), "uniqueItems": True}
+    by = [{"required": ["ids"]}, {"required": ["names"]}]
     either = {"oneOf": [{"required": ["seeds"]}, {"required": ["names"]}]}
     return {
         "SearchRequest": {
@@ -102,21 +105,35 @@ def _schemas(limits: Limits) -> dict[str, Any]:
             "additionalProperties": False,
             "oneOf": [{"required": [name]} for name in ("vectors", "ids", "names")],
             "properties": {
-                "vectors": _list(_list({"type": "number"}), limits.batch, "What to search for; for packed bits (hamming) bytes, 0 to 255."),
+                "vectors": _list(
+                    _list({"type": "number"}),
+                    limits.batch,
+                    "What to search for; for packed bits (hamming) bytes, 0 to 255.",
+                ),
                 "ids": _list({"type": "integer"}, limits.batch, "Or elements, which are left out of their results."),
                 "names": _list({"type": ["string", "integer"]}, limits.batch, "Or the same by name."),
                 "k": k,
-                "ef": {"type": "integer", "minimum": 1, "maximum": limits.ef, "default": 64,
-                       "description": "Width of the search: more finds more and takes longer."},
-                "radius": {"type": "number",
-                           "description": "All within this distance instead, of which the nearest k are told (default: the most)."},
+                "ef": {
+                    "type": "integer",
+                    "minimum": 1,
+                    "maximum": limits.ef,
+                    "default": 64,
+                    "description": "Width of the search: more finds more and takes longer.",
+                },
+                "radius": {
+                    "type": "number",
+                    "description": "All within this distance instead, of which the nearest k are told (default: the most).",
+                },
                 "exact": {"type": "boolean", "default": False, "description": "With radius: measure every distance."},
                 "filter": {
                     "type": "object",
                     "additionalProperties": False,
                     "oneOf": [{"required": ["ids"]}, {"required": ["names"]}],
-                    "properties": {"ids": {**ids, "minItems": 0}, "names": {**names, "minItems": 0},
-                                   "exclude": {"type": "boolean", "default": False}},
+                    "properties": {
+                        "ids": {**ids, "minItems": 0},
+                        "names": {**names, "minItems": 0},
+                        "exclude": {"type": "boolean", "default": False},
+                    },
                     "description": "Only these elements are results; with exclude, all but these.",
                 },
             },
@@ -133,10 +150,14 @@ def _schemas(limits: Limits) -> dict[str, Any]:
         "UpsertRequest": {
             "type": "object",
             "additionalProperties": False,
-            "required": ["ids", "vectors"],
+            "required": ["vectors"],
+            "oneOf": by,
             "properties": {
                 "ids": {**_list(id, limits.batch, "One for each vector."), "uniqueItems": True},
-                "vectors": _list(_list({"type": "number"}), limits.batch, "As long as those of the index; packed bits as bytes."),
+                "names": {**named, "description": "Or names, of an index whose elements have some; new ones are kept."},
+                "vectors": _list(
+                    _list({"type": "number"}), limits.batch, "As long as those of the index; packed bits as bytes."
+                ),
             },
         },
         "UpsertResponse": _changed(
@@ -145,11 +166,11 @@ def _schemas(limits: Limits) -> dict[str, Any]:
         "DeleteRequest": {
             "type": "object",
             "additionalProperties": False,
-            "required": ["ids"],
-            "properties": {"ids": {**_list(id, limits.batch), "uniqueItems": True}},
+            "oneOf": by,
+            "properties": {"ids": {**_list(id, limits.batch), "uniqueItems": True}, "names": named},
         },
         "DeleteResponse": _changed(
-            {"deleted": count, "missing": {"type": "array", "items": id, "description": "Those that were not there."}}
+            {"deleted": count, "missing": {"type": "array", "items": name, "description": "Those that were not there."}}
         ),
         "Error": {
             "type": "object",
@@ -162,7 +183,7 @@ def _schemas(limits: Limits) -> dict[str, Any]:
                 }
             },
         },
-    }  # fmt: skip
+    }
 
 
 def _changed(properties: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def read_search(found: dict[str, Any], limits: Limits) -> Search:
         raise RequestError(400, "invalid_request", f"give one of vectors, ids and names; {what} given")
     vectors = read_matrix(found["vectors"], "vectors", limits.batch) if given == ["vectors"] else None
     ids = read_ids(found["ids"], "ids", limits.batch) if given == ["ids"] else None
-    names = _names(found["names"], "names", limits.batch) if given == ["names"] else None
+    names = read_named(found["names"], "names", limits.batch) if given == ["names"] else None
     ef = None if found.get("ef") is None else _count(found["ef"], "ef", limits.ef)
     by_id, by_name, is_exclude = _filter(found.get("filter"))
     radius, exact = _radius(found)
@@ -162,7 +162,7 @@ def _seed_set(found: dict[str, Any], where: str, limits: Limits) -> SeedSet:
         # One seed need not be a list.
         value = [value]
     ids = read_ids(value, field, limits.seeds) if given == ["seeds"] else None
-    names = _names(value, field, limits.seeds) if given == ["names"] else None
+    names = read_named(value, field, limits.seeds) if given == ["names"] else None
     if found.get("weights") is None:
         return SeedSet(ids, names, np.ones(len(value)))
     name = f"{where}weights"
@@ -194,7 +194,7 @@ def _filter(found: Any) -> tuple[np.ndarray | None, list[Any] | None, bool]:
     field = f"filter.{given[0]}"
     if given == ["ids"]:
         return read_ids(found["ids"], field, None), None, exclude
-    return None, _names(found["names"], field, None), exclude
+    return None, read_named(found["names"], field, None), exclude
 
 
 def read_matrix(value: Any, field: str, most: int) -> np.ndarray:
@@ -238,7 +238,8 @@ def read_ids(value: Any, field: str, most: int | None) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-def _names(value: Any, field: str, most: int | None) -> list[Any]:
+def read_named(value: Any, field: str, most: int | None) -> list[Any]:
+    """Names: text and whole numbers. Raises RequestError."""
     found = _list(value, field, most)
     for place, name in enumerate(found):
         if type(name) not in (int, str):
@@ -276,9 +277,11 @@ def known_fields(found: dict[str, Any], known: set[str], where: str) -> None:
     for name in found:
         if name not in known:
             raise RequestError(
-                400, "invalid_request", f"there is no field {where + name!r:.80}; known: {', '.join(sorted(known))}",
+                400,
+                "invalid_request",
+                f"there is no field {where + name!r:.80}; known: {', '.join(sorted(known))}",
                 field=(where + name)[:80],
-            )  # fmt: skip
+            )
 
 
 def _wrong(field: str, message: str) -> RequestError:

@@ -60,13 +60,23 @@ def run(
             server.should_exit = True
 
         app = create_app(
-            sources, limits, token=token, host=host, watch_s=watch_s, on_ready=lambda loaded: on_ready(url, loaded),
+            sources,
+            limits,
+            token=token,
+            host=host,
+            watch_s=watch_s,
+            on_ready=lambda loaded: on_ready(url, loaded),
             on_failure=failed,
-        )  # fmt: skip
+        )
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, lifespan="on", backlog=BACKLOG,
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            backlog=BACKLOG,
             timeout_graceful_shutdown=max(1, round(limits.stop_s)),
-        )  # fmt: skip
+        )
         server = _Server(config, app, drain_s)
         server.run(sockets=[listener])
         if failures:

@@ -12,7 +12,7 @@ import numpy as np
 
 from anabranch.errors import AnabranchError, CapacityError, DataError, InputError
 from anabranch.graph.array_file import MAGIC, kind_of
-from anabranch.graph.names import Names, names_path, read_names
+from anabranch.graph.names import Names, names_path
 
 if TYPE_CHECKING:
     from anabranch.graph.disk import DiskIndex
@@ -54,8 +54,11 @@ class Vectors:
         found = {**self.about, "vectors": len(self.index)}
         if self.live is not None:
             found["writes"] = {
-                "fsync": self.live.fsync, "number": self.live.number, "log_bytes": self.live.log_bytes, "failure": self.live.failure,
-            }  # fmt: skip
+                "fsync": self.live.fsync,
+                "number": self.live.number,
+                "log_bytes": self.live.log_bytes,
+                "failure": self.live.failure,
+            }
         return found
 
 
@@ -191,26 +194,28 @@ class Sources:
 
     def _vectors(self, path: Path, opened: ExitStack) -> Vectors:
         from anabranch.graph.disk import is_on_disk
-        from anabranch.graph.live import open_index
+        from anabranch.graph.live import open_named
         from anabranch.graph.live.folder import row_of
 
         live, why = None, self.why_read_only
         if is_on_disk(path):
             why = "it is on disk, and made anew when its vectors change"
-        elif self.writes is not None and names_path(path).exists():
-            why = "its elements have names, which a change cannot bring along"
         elif self.writes is not None:
             live = self._live_of(path, opened)
-        index: HNSW | DiskIndex = open_index(path, mmap=self.mmap) if live is None else live.index
-        names = read_names(path, index.ids)
+        index: HNSW | DiskIndex
+        index, names = open_named(path, mmap=self.mmap) if live is None else (live.index, live.names)
         if len(index):
             # Not an element's own vector: a change may just be moving it.
             for filter in (None, index.ids[:1]):
                 index.search(np.ones((1, index.row_size), row_of(index)[1]), 1, filter=filter, num_threads=1)
         about = {
-            "file": str(path), "vectors": len(index), "dim": index.dim, "metric": index.metric, "dtype": index.dtype,
+            "file": str(path),
+            "vectors": len(index),
+            "dim": index.dim,
+            "metric": index.metric,
+            "dtype": index.dtype,
             "named": names is not None,
-        }  # fmt: skip
+        }
         return Vectors(index, names, about, live, why)
 
     def _live_of(self, path: Path, opened: ExitStack) -> "LiveIndex":
@@ -276,8 +281,12 @@ class GraphScores:
         self.num_nodes = self._graph.num_nodes
         self.names = None if self._graph.names is None else Names(self._graph.names)
         self.about: dict[str, Any] = {
-            "file": str(path), "engine": "graph", **_facts(self._graph), "alpha": sources.alpha, "method": sources.method,
-        }  # fmt: skip
+            "file": str(path),
+            "engine": "graph",
+            **_facts(self._graph),
+            "alpha": sources.alpha,
+            "method": sources.method,
+        }
         if self.num_nodes:
             # Now, not within a request.
             self._engine.prepare(self._graph)
@@ -300,9 +309,14 @@ class WalkScores:
         self.num_nodes = graph.num_nodes
         self.names = None if graph.names is None else Names(graph.names)
         self.about: dict[str, Any] = {
-            "file": str(path), "engine": "powerwalk", "graph": str(graph_path), **_facts(graph),
-            "alpha": self._engine.alpha, "walks": self._engine.walks, "rounds": sources.rounds,
-        }  # fmt: skip
+            "file": str(path),
+            "engine": "powerwalk",
+            "graph": str(graph_path),
+            **_facts(graph),
+            "alpha": self._engine.alpha,
+            "walks": self._engine.walks,
+            "rounds": sources.rounds,
+        }
         self.top(np.zeros(1, np.int64), np.ones(1), 1)
 
     def top(self, ids: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -330,8 +344,11 @@ def _read_graph(path: Path, sources: Sources) -> "Graph":
 
 def _facts(graph: "Graph") -> dict[str, Any]:
     return {
-        "nodes": graph.num_nodes, "edges": graph.num_edges, "directed": graph.is_directed, "named": graph.names is not None,
-    }  # fmt: skip
+        "nodes": graph.num_nodes,
+        "edges": graph.num_edges,
+        "directed": graph.is_directed,
+        "named": graph.names is not None,
+    }
 
 
 def _kind(path: Path) -> str | None:

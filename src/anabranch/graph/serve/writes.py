@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.errors import InputError
 from anabranch.graph.live import LiveIndex, NoRoomError
 from anabranch.graph.serve.answers import fitting
 from anabranch.graph.serve.limits import Limits
-from anabranch.graph.serve.requests import RequestError, known_fields, read_ids, read_matrix
+from anabranch.graph.serve.requests import RequestError, known_fields, read_ids, read_matrix, read_named
 from anabranch.graph.serve.sources import Loaded
 
 # Changes that wait for the disk together; each has a thread.
@@ -17,39 +18,50 @@ WRITERS = 8
 
 @dataclass(frozen=True)
 class Upsert:
-    """Elements that come, or move: int64 [N], each once and not negative, and float32 [N, D]."""
+    """Elements that come, or move: ids, int64 [N], each once and not negative, or names; and float32 [N, D]."""
 
-    ids: np.ndarray
+    ids: np.ndarray | None
+    names: list[Any] | None
     vectors: np.ndarray
 
 
 @dataclass(frozen=True)
 class Delete:
-    """Elements that go: int64 [N], each once."""
+    """Elements that go: ids, int64 [N], each once, or names."""
 
-    ids: np.ndarray
+    ids: np.ndarray | None
+    names: list[Any] | None
 
 
 def read_upsert(found: dict[str, Any], limits: Limits) -> Upsert:
     """A request that brings elements. Raises RequestError."""
-    known_fields(found, {"ids", "vectors"}, "")
-    for name in ("ids", "vectors"):
-        if name not in found:
-            raise RequestError(400, "invalid_request", f"give ids and vectors; there are no {name}", field=name)
-    ids = _distinct(read_ids(found["ids"], "ids", limits.batch))
+    known_fields(found, {"ids", "names", "vectors"}, "")
+    ids, names = _elements(found, limits)
+    if "vectors" not in found:
+        raise RequestError(400, "invalid_request", "give vectors; there are none", field="vectors")
     vectors = read_matrix(found["vectors"], "vectors", limits.batch)
-    if len(ids) != len(vectors):
-        message = f"there are {len(ids):,} ids for {len(vectors):,} vectors; give one each"
-        raise RequestError(400, "invalid_request", message, field="ids")
-    return Upsert(ids, vectors)
+    field, count = ("ids", len(ids)) if ids is not None else ("names", len(names or ()))
+    if count != len(vectors):
+        message = f"there are {count:,} {field} for {len(vectors):,} vectors; give one each"
+        raise RequestError(400, "invalid_request", message, field=field)
+    return Upsert(ids, names, vectors)
 
 
 def read_delete(found: dict[str, Any], limits: Limits) -> Delete:
     """A request that takes elements out. Raises RequestError."""
-    known_fields(found, {"ids"}, "")
-    if "ids" not in found:
-        raise RequestError(400, "invalid_request", "give ids; there are none", field="ids")
-    return Delete(_distinct(read_ids(found["ids"], "ids", limits.batch)))
+    known_fields(found, {"ids", "names"}, "")
+    return Delete(*_elements(found, limits))
+
+
+def _elements(found: dict[str, Any], limits: Limits) -> tuple[np.ndarray | None, list[Any] | None]:
+    """Which elements a request is about, by id or by name."""
+    given = [name for name in ("ids", "names") if name in found]
+    if len(given) != 1:
+        what = "both are given" if given else "none is given"
+        raise RequestError(400, "invalid_request", f"give ids or names; {what}", field=given[0] if given else "ids")
+    if given == ["ids"]:
+        return _distinct(read_ids(found["ids"], "ids", limits.batch)), None
+    return None, read_named(found["names"], "names", limits.batch)
 
 
 def answer_upsert(loaded: Loaded, wanted: Upsert) -> dict[str, Any]:
@@ -57,17 +69,45 @@ def answer_upsert(loaded: Loaded, wanted: Upsert) -> dict[str, Any]:
     live = live_of(loaded)
     vectors = fitting(wanted.vectors, live.index)
     try:
-        number, known = live.upsert(wanted.ids, vectors)
+        if wanted.names is not None:
+            number, known = live.upsert_named(_known(live, wanted.names), vectors)
+        else:
+            number, known = live.upsert(wanted.ids, vectors)
     except NoRoomError as error:
         raise RequestError(409, "index_full", str(error)) from None
+    except InputError as error:
+        raise _refused(error) from None
     return _done(loaded, live, number, upserted=len(known), new=int((~known).sum()))
 
 
 def answer_delete(loaded: Loaded, wanted: Delete) -> dict[str, Any]:
     """Take elements out for good. Those that are not there are named, which is no error: the request may be sent again."""
     live = live_of(loaded)
-    number, known = live.delete(wanted.ids)
-    return _done(loaded, live, number, deleted=int(known.sum()), missing=wanted.ids[~known].tolist())
+    try:
+        if wanted.names is not None:
+            number, known = live.delete_named(_known(live, wanted.names))
+            missing = [name for name, there in zip(wanted.names, known.tolist(), strict=True) if not there]
+        else:
+            assert wanted.ids is not None
+            number, known = live.delete(wanted.ids)
+            missing = wanted.ids[~known].tolist()
+    except InputError as error:
+        raise _refused(error) from None
+    return _done(loaded, live, number, deleted=int(known.sum()), missing=missing)
+
+
+def _refused(error: InputError) -> RequestError:
+    # As in `ids[3] is ...`.
+    word = str(error).partition(" ")[0]
+    return RequestError(400, "invalid_request", str(error), field=word if word.endswith("]") else None)
+
+
+def _known(live: LiveIndex, names: list[Any]) -> list[Any]:
+    """The names. Raises RequestError where elements have none."""
+    if live.names is None:
+        message = "names cannot be used: elements of this index have none; give ids"
+        raise RequestError(400, "invalid_request", message, field="names")
+    return names
 
 
 def live_of(loaded: Loaded) -> LiveIndex:

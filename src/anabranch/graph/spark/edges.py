@@ -95,13 +95,18 @@ class SparkGraph:
     def facts(self) -> dict[str, Any]:
         """As JSON."""
         return {
-            "num_nodes": self.num_nodes, "num_stored_edges": self.num_stored, "id_type": self.id_type,
-            "is_dense": self.is_dense, "is_directed": self.is_directed,
-        }  # fmt: skip
+            "num_nodes": self.num_nodes,
+            "num_stored_edges": self.num_stored,
+            "id_type": self.id_type,
+            "is_dense": self.is_dense,
+            "is_directed": self.is_directed,
+        }
 
 
-def open_run(spark: Any, out: str | Path, given: EdgeFiles, facts: dict[str, Any], cancel: Any = None) -> Run:
-    """The run of these files and settings: one that was stopped goes on where neither has changed.
+def open_run(
+    spark: Any, out: str | Path, given: EdgeFiles, facts: dict[str, Any], kind: str, cancel: Any = None
+) -> Run:
+    """The run of these files and settings, for a result of a kind: one that was stopped goes on where neither has changed.
 
     Raises InputError where ``out`` is the edges' own folder, lies in it or around it, and as `Run`.
     """
@@ -111,7 +116,7 @@ def open_run(spark: Any, out: str | Path, given: EdgeFiles, facts: dict[str, Any
         raise InputError(f"out is {out}, and the edges are read from {path}; choose a folder apart from theirs")
     # A pattern has no one place to look at.
     stamp = files.stamp(path) if not set(path) & set("*?[{") and files.exists(path) else None
-    return Run(spark, out, {"facts": facts, "edges": given.facts(), "files": stamp}, cancel)
+    return Run(spark, out, {"facts": facts, "edges": given.facts(), "files": stamp}, kind, cancel)
 
 
 def open_edges(run: Run, given: EdgeFiles, *, allow_negative: bool = False) -> SparkGraph:
@@ -165,8 +170,15 @@ def _columns(read: Any, given: EdgeFiles) -> tuple[Any, str]:
     import pyarrow as pa
     from pyspark.sql import functions as sql
 
-    kinds = {"bigint": pa.int64(), "int": pa.int32(), "smallint": pa.int16(), "tinyint": pa.int8(), "string": pa.string(),
-             "double": pa.float64(), "float": pa.float32()}  # fmt: skip
+    kinds = {
+        "bigint": pa.int64(),
+        "int": pa.int32(),
+        "smallint": pa.int16(),
+        "tinyint": pa.int8(),
+        "string": pa.string(),
+        "double": pa.float64(),
+        "float": pa.float32(),
+    }
     fields = []
     for field in read.schema.fields:
         name = field.dataType.simpleString()

@@ -8,7 +8,6 @@ A step that is there is not made again. A job that fails leaves the parts and no
 """
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,16 +16,12 @@ from typing import Any
 
 from anabranch.errors import AnabranchError, BackendError, DataError, InputError
 from anabranch.files import parse_json
+from anabranch.graph.beside import check_parts
 from anabranch.graph.spark.files import Files, first_line
-
-# Beside the Parquet files of a result; readers pass over names with an underscore.
-FACTS = "_anabranch.json"
+from anabranch.graph.stored_folder import FACTS, check_place
 
 # File systems that rename a folder in one step.
 _RENAMING = ("file", "hdfs", "viewfs")
-
-# What a result of ours holds, and what may be replaced by another one.
-_OURS = re.compile(rf"part-.*\.parquet|_SUCCESS|{re.escape(FACTS)}|\..*\.crc")
 
 
 class Run:
@@ -36,15 +31,16 @@ class Run:
         spark: the session.
         out: where the result goes.
         identity: all that decides the result, as JSON: a run is gone on with where it is the same.
+        kind: of the result, as in `anabranch.graph.stored_folder`.
         cancel: an event that stops the run between steps; None for none.
 
     Raises:
-        DataError: ``out`` holds something that is not a result of ours, or the parts are those of another run.
+        DataError: ``out`` holds something that is not a result of this kind, or the parts are those of another run.
     """
 
-    def __init__(self, spark: Any, out: str | Path, identity: dict[str, Any], cancel: Any = None) -> None:
+    def __init__(self, spark: Any, out: str | Path, identity: dict[str, Any], kind: str, cancel: Any = None) -> None:
         self.spark, self.files, self.cancel = spark, Files(spark), cancel
-        self.out = self.files.qualified(out)
+        self.out, self._kind = self.files.qualified(out), kind
         self.folder = f"{self.out}.parts"
         self._identity = json.loads(json.dumps(identity))
         self.state: dict[str, Any] = {}
@@ -52,6 +48,7 @@ class Run:
         self._is_new = not self.files.exists(path)
         if self._is_new:
             self._check_out()
+            check_parts(self.folder, self.files.names(self.folder))
             self.files.make_folder(self.folder)
             self.save({})
             return
@@ -70,15 +67,13 @@ class Run:
         """What may be replaced is a result of ours, whole, or one that this run was putting there."""
         if self.files.is_file(self.out):
             raise DataError(f"cannot write {self.out}: it is a file; on Spark `out` is a folder")
-        names = self.files.names(self.out)
-        foreign = [name for name in names if not _OURS.fullmatch(name)]
-        if names and not foreign and FACTS not in names and not self.state.get("publishing"):
-            # Other programs of Spark's call their files the same.
-            foreign = [name for name in names if not name.startswith((".", "_"))] or names
-        if foreign:
-            raise DataError(
-                f"{self.out} holds {foreign[0]}, which would be lost if it were replaced; choose a new folder"
-            )
+        check_place(
+            self.out,
+            self.files.names(self.out),
+            lambda name: self.files.read_text(f"{self.out}/{name}"),
+            self._kind,
+            is_publishing=bool(self.state.get("publishing")),
+        )
 
     @contextmanager
     def working(self) -> Iterator[None]:

@@ -1,0 +1,127 @@
+"""`BFIndex`: the index of hnswlib that measures every distance."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anabranch.errors import DataError
+from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.hnsw.search import scan_many
+from anabranch.graph.hnsw.storage import Storage
+from anabranch.graph.hnswlib_compat.base import FULL, METRIC, Base, labels_of, last_of_each
+from anabranch.graph.workers import Workers
+
+KIND = "hnswlib_compat brute-force index"
+
+
+class BFIndex(Base):
+    """`hnswlib.BFIndex`: every distance."""
+
+    def __init__(self, space: str, dim: int) -> None:
+        super().__init__(space, dim)
+        self._storage: Storage | None = None
+        self._max_elements = self._next = 0
+        self._slots: dict[int, int] = {}
+        self._free: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"<hnswlib.BFIndex(space='{self._space}', dim={self._dim})>"
+
+    def init_index(self, max_elements: int) -> None:
+        """Begin an empty index."""
+        if self._storage is not None:
+            raise RuntimeError("The index is already initiated.")
+        self._storage, self._max_elements = self._empty(), int(max_elements)
+
+    def add_items(self, data: Any, ids: Any = None) -> None:
+        """Insert vectors, or replace those whose label is there."""
+        held, vector_ND = self._made(), self._vectors(data)
+        label_N = labels_of(ids, len(vector_ND), self._next)
+        self._next += len(label_N)
+        chosen = last_of_each(label_N)
+        vector_ND, label_N = vector_ND[chosen], label_N[chosen]
+        is_known = np.array([label in self._slots for label in label_N.tolist()], bool)
+        if len(self._slots) + int((~is_known).sum()) > self._max_elements:
+            self._next -= len(chosen)
+            raise RuntimeError(FULL)
+        num_free = min(len(self._free), int((~is_known).sum()))
+        # The places of deleted ones.
+        for row in np.flatnonzero(~is_known)[:num_free].tolist():
+            self._slots[int(label_N[row])] = self._free.pop()
+            is_known[row] = True
+        slot_S = np.array([self._slots[label] for label in label_N[is_known].tolist()], np.int64)
+        held.put(slot_S, vector_ND[is_known])
+        held.label[slot_S] = label_N[is_known]
+        new = ~is_known
+        if new.any():
+            slots = held.append(vector_ND[new], label_N[new], np.zeros(int(new.sum()), np.int32))
+            self._slots.update(zip(label_N[new].tolist(), slots.tolist(), strict=True))
+
+    def delete_vector(self, label: int) -> None:
+        """Delete an element; nothing happens for an unknown label."""
+        slot = self._slots.pop(int(label), None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def knn_query(
+        self, data: Any, k: int = 1, num_threads: int = -1, filter: Callable[[int], bool] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Labels, uint64 [Q, k], and distances, float32 [Q, k], the nearest first."""
+        held, query_QD = self._made(), self._vectors(data)
+        slot_S = np.array(
+            [self._slots[label] for label in sorted(self._slots) if filter is None or filter(label)], np.int64
+        )
+        if k < 1 or (k > len(slot_S) and len(query_QD)):
+            raise RuntimeError(f"k is {k}, and there are {len(slot_S)} elements to return")
+        id_QK = np.full((len(query_QD), k), -1)
+        distance_QK = np.full(id_QK.shape, np.inf, np.float32)
+        queries, label_N = held.encode_queries(query_QD), held.label[: held.count]
+
+        def scan(begin: int, end: int) -> None:
+            counts = np.zeros(2, np.int64)
+            scan_many(held.graph, label_N, slot_S, *queries, begin, end, id_QK, distance_QK, counts)
+
+        with Workers(self._threads(num_threads, len(query_QD))) as workers:
+            workers.run(scan, len(query_QD), 4)
+        return id_QK.astype(np.uint64), distance_QK
+
+    def get_max_elements(self) -> int:
+        """How many elements fit."""
+        return self._max_elements
+
+    def get_current_count(self) -> int:
+        """How many elements there are."""
+        return len(self._slots)
+
+    def save_index(self, path_to_index: str | Path) -> None:
+        """Write the index into one file, all or nothing."""
+        held = self._made()
+        slot_S = np.array([self._slots[label] for label in sorted(self._slots)], np.int64)
+        arrays = {"vectors": held.decode(slot_S), "labels": held.label[slot_S]}
+        write_arrays(path_to_index, KIND, arrays, {"max_elements": self._max_elements})
+
+    def load_index(self, path_to_index: str | Path, max_elements: int = 0) -> None:
+        """Read what `save_index` wrote, in place of what there is; ``max_elements`` is not looked at, as there."""
+        try:
+            found = read_arrays(path_to_index, KIND)
+        except DataError as error:
+            raise RuntimeError(f"Index seems to be corrupted or unsupported: {error}") from error
+        vectors, labels = found.arrays["vectors"], found.arrays["labels"]
+        if vectors.shape != (len(labels), self._dim):
+            raise RuntimeError(
+                f"{path_to_index} holds vectors of the shape {list(vectors.shape)}, not of {self._dim} numbers"
+            )
+        held = self._empty()
+        slots = held.append(vectors, labels, np.zeros(len(labels), np.int32)) if len(labels) else np.empty(0, np.int64)
+        self._storage, self._slots, self._free = held, dict(zip(labels.tolist(), slots.tolist(), strict=True)), []
+        self._max_elements, self._next = int(found.meta["max_elements"]), len(labels)
+
+    def _empty(self) -> Storage:
+        return Storage(self._dim, METRIC[self._space], 2, 2, "f32", False)
+
+    def _made(self) -> Storage:
+        if self._storage is None:
+            raise RuntimeError("The index is not initiated; call init_index or load_index")
+        return self._storage

@@ -1,0 +1,181 @@
+"""What may not take the place of what is there: an index that took changes, a folder that holds something else."""
+
+import ast
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import anabranch
+from anabranch.errors import DataError, InputError
+from anabranch.graph import HNSW, FullyPPR, Graph, PowerWalk, beside, write_graph
+from anabranch.graph.beside import NoLocksError, live_folder, new_file
+from anabranch.graph.hnswlib_compat import Index
+from anabranch.graph.live import LiveIndex, open_index
+from anabranch.graph.names import Names, write_names
+from anabranch.graph.rows import SparseRows
+from anabranch.graph.stored_folder import FACTS, SCORES, VECTORS, WALKS, check_place, read_facts
+
+GRAPH = Graph.from_edges([0, 1, 2], [1, 2, 0])
+ROWS = np.eye(4, dtype=np.float32)
+
+
+def made():
+    index = HNSW(4, num_threads=1)
+    index.add(ROWS)
+    return index
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """An index of whose vectors a server took one out."""
+    path = tmp_path / "index.anb"
+    made().save(path)
+    with LiveIndex.open(path) as live:
+        live.delete([3])
+    return path
+
+
+def compatible(path):
+    index = Index("l2", 4)
+    index.init_index(4)
+    index.save_index(path)
+
+
+WRITERS = {
+    "the same index": lambda path: open_index(path).save(path),
+    "another index": lambda path: made().save(path),
+    "hnswlib": compatible,
+    "graph": GRAPH.save,
+    "edges": lambda path: write_graph(GRAPH, path, format="edges"),
+    "rows": SparseRows.from_rows([], 3).save,
+    "walks": PowerWalk(walks=2, workers=1).build(GRAPH).save,
+    "walks on disk": lambda path: PowerWalk(walks=2, workers=1).build(GRAPH, out=path),
+    "scores": lambda path: FullyPPR(walks=2, workers=1, out=path).fit(GRAPH),
+    "names": lambda path: write_names(path, Names(["a", "b", "c", "d"])),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_nothing_is_written_over_an_index_that_took_changes(changed, name):
+    before = {file: file.read_bytes() for file in changed.parent.rglob("*") if file.is_file()}
+    with pytest.raises(
+        InputError, match=r"index\.anb\.live holds changes of .*index\.anb, which would be lost .* name another file"
+    ):
+        WRITERS[name](changed)
+    assert {file: file.read_bytes() for file in changed.parent.rglob("*") if file.is_file()} == before
+    assert len(open_index(changed)) == 3
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_took_none_is_replaced_as_ever(tmp_path, name):
+    path = tmp_path / "index.anb"
+    made().save(path)
+    with LiveIndex.open(path):
+        WRITERS[name](path)
+    assert sorted(file.name for file in tmp_path.iterdir()) in (["index.anb"], ["index.anb", "index.anb.names"])
+
+
+def test_everything_here_that_writes_a_file_asks_first():
+    """`atomic_file` itself would not: only what has no path that a user gave may use it."""
+    package = Path(anabranch.__file__).parent
+    found = set()
+    for folder in (package / "graph", package / "cli" / "graph"):
+        for file in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module == "anabranch.files":
+                    found |= {
+                        (str(file.relative_to(package)), name.name) for name in node.names if "atomic" in name.name
+                    }
+    # Changes of an index lie in its own folder; those of JSON are files of a folder that is ours.
+    assert found == {
+        ("graph/beside.py", "atomic_file"),
+        ("graph/array_file.py", "atomic_file"),
+        ("graph/live/log.py", "atomic_file"),
+        ("graph/adapters/documents.py", "atomic_write_json"),
+        ("graph/fully_ppr/chunks.py", "atomic_write_json"),
+        ("graph/fully_ppr/result.py", "atomic_write_json"),
+        ("graph/fully_ppr/manifest.py", "atomic_write_json"),
+        ("graph/fully_ppr/spark.py", "atomic_folder"),
+    }
+
+
+def test_a_file_system_without_locks_keeps_nothing_from_being_written(tmp_path, monkeypatch):
+    path = tmp_path / "index.anb"
+    made().save(path)
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(beside.fcntl, "flock", none)
+    made().save(path)
+    with (
+        LiveIndex.open(path) as live,
+        pytest.raises(NoLocksError, match=r"cannot be locked .* a file system with locks"),
+    ):
+        live.delete([1])
+    assert not live_folder(path).exists()
+    with new_file(tmp_path / "other.csv") as temporary:
+        temporary.write_text("x")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["index.anb", "other.csv"]
+
+
+@pytest.mark.parametrize("manifest", [False, True])
+def test_a_folder_of_other_things_is_no_place_for_parts(tmp_path, manifest):
+    out, mine = tmp_path / "scores.anb", tmp_path / "scores.anb.parts" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    if manifest:
+        (mine.parent / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match=r"scores\.anb\.parts holds thesis\.txt, which would be lost.* move it away"):
+        FullyPPR(walks=2, workers=1, out=out).fit(GRAPH)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    # Of a write that was broken off.
+    (mine.parent / ".manifest.json.x").touch()
+    (mine.parent / "manifest.json").unlink(missing_ok=True)
+    FullyPPR(walks=2, workers=1, out=out).fit(GRAPH)
+    assert not mine.parent.exists()
+
+
+def test_a_result_takes_the_place_of_its_own_kind_alone():
+    held = {
+        SCORES: {"kind": SCORES},
+        VECTORS: {"kind": VECTORS},
+        WALKS: {"kind": WALKS},
+    }
+    older = {SCORES: {"num_nodes": 1, "is_all": True}, VECTORS: {"num_nodes": 1, "dim": 2}}
+    names = ["part-0.parquet", "_SUCCESS", ".part-0.parquet.crc", FACTS]
+    for facts in (held, older):
+        for kind, there in facts.items():
+            for wanted in held:
+
+                def place(there=there, wanted=wanted, kind=kind):
+                    check_place("out", names, lambda _, there=there: json.dumps(there), wanted)
+
+                if wanted == kind:
+                    place()
+                    continue
+                with pytest.raises(
+                    DataError, match=r"out holds the .* of another run, not .*, and would be lost; choose a new folder"
+                ):
+                    place()
+    check_place("out", [], lambda _: "", SCORES)
+    check_place("out", ["part-0.parquet"], lambda _: "", SCORES, is_publishing=True)
+    for text in ("{", "[]", "[" * 100_000):
+        with pytest.raises(DataError, match="out holds what this release cannot read"):
+            check_place("out", names, lambda _, text=text: text, SCORES)
+    with pytest.raises(DataError, match=r"out holds part-0\.parquet, which would be lost"):
+        check_place("out", names[:3], lambda _: "", SCORES)
+    with pytest.raises(DataError, match=r"out holds thesis\.txt, which would be lost"):
+        check_place("out", [*names, "thesis.txt"], lambda _: "", SCORES)
+
+
+def test_facts_of_another_kind_are_told(tmp_path):
+    (tmp_path / FACTS).write_text(json.dumps({"kind": WALKS}))
+    with pytest.raises(
+        DataError, match=r"cannot read the vectors in .*, which holds the index of walks of another run"
+    ):
+        read_facts(tmp_path, VECTORS)
