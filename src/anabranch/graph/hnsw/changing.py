@@ -177,5 +177,5 @@ class Changes:
             raise InputError("there are no vectors to learn codes from; give some, or add them first")
         # It reads rows alone, and makes others beside the codes that searches use.
         with self._lock.open_to_readers():
-            coded = held.learn_codes(sample_SD, int(self._seed), workers.num_threads)
+            coded = held.learn_codes(sample_SD, int(self._seed), workers.count)
         held.coded = coded
