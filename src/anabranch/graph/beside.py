@@ -141,6 +141,10 @@ def _make(folder: Path) -> None:
     handle = os.open(folder.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
     finally:
         os.close(handle)
 
