@@ -120,6 +120,7 @@ SUITES = [
     ["hnsw_extremes", "hnsw_lock", "interrupts"],
     ["hnswlib_compat", "adapter_langchain", "adapter_llama_index"],
     ["live", "live_folder", "live_log"],
+    ["disk", "disk_making"],
     ["powerwalk"],
     ["ppr", "ppr_blocks", "networkx_backend"],
     ["store", "alias", "array_file", "coerce", "delta", "random", "typed", "generate"],

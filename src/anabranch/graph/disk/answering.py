@@ -10,6 +10,8 @@ from anabranch.graph.codes import CENTRES
 from anabranch.graph.disk import search
 from anabranch.graph.disk.blocks import Form
 from anabranch.graph.disk.stored import Stored
+from anabranch.graph.guarded import held
+from anabranch.graph.hnsw.arrays import aligned
 from anabranch.graph.hnsw.filters import Prepared
 
 # A filter that lets a smaller share through is answered by comparing the codes of all of it.
@@ -33,6 +35,10 @@ class Asked:
     ef: int = 1
     beam: int = 1
 
+    def __post_init__(self) -> None:
+        # One copy, before there are several threads.
+        _ = self._allowed_S
+
     @cached_property
     def _slot_S(self) -> np.ndarray | None:
         """What a filter lets through, where that is few; None for a walk."""
@@ -40,9 +46,18 @@ class Asked:
             return None
         return np.flatnonzero(self.wanted.allowed_S).astype(np.int32)
 
+    @cached_property
+    def _allowed_S(self) -> np.ndarray:
+        """What may be found, as kernels take it by its address; empty for all."""
+        return np.empty(0, bool) if self.wanted is None else held(self.wanted.allowed_S)
+
     @property
     def _allowed(self) -> int:
-        return 0 if self.wanted is None else self.wanted.allowed_S.ctypes.data
+        return 0 if self.wanted is None else self._allowed_S.ctypes.data
+
+    def _rooms(self, count: int) -> np.ndarray:
+        """Room for blocks that are read."""
+        return aligned((count, self.form.block >> 3), np.uint64)
 
     def answer(self, first: int, last: int) -> np.ndarray:
         """Answer queries from one to another; counts as of `search_many`."""
@@ -59,6 +74,7 @@ class Asked:
         search.measure_blocks(
             self.form,
             self.cache_CW,
+            self._rooms(1)[0],
             blocks.astype(np.int64),
             self.query_QD,
             first,
@@ -71,20 +87,23 @@ class Asked:
         return counts
 
     def _walk(self, first: int, last: int) -> np.ndarray:
-        held, count, counts = self.held, self.form.elements, np.zeros(4, np.int64)
+        index, count, counts = self.held, self.form.elements, np.zeros(4, np.int64)
+        marks_B = aligned(((count >> 2) + 1,), np.uint8)
+        marks_B[:] = 0
         ef = min(self.ef, count)
         if self.wanted is not None:
             ef = min(count, max(ef, min(POOL, -(-ef * count // self.wanted.number))))
         search.search_many(
             self.form,
-            held.code_NM.ctypes.data,
-            held.codes.centre_MWK,
-            held.root_R,
-            held.slot_E,
-            held.link_EL,
+            index.code_NM.ctypes.data,
+            index.codes.centre_MWK,
+            index.root_R,
+            index.slot_E,
+            index.link_EL,
             self.cache_CW,
-            np.zeros((count >> 2) + 1, np.uint8),
+            marks_B,
             self._table(),
+            self._rooms(self.beam),
             self.query_QD,
             first,
             last,
@@ -98,16 +117,16 @@ class Asked:
         return counts
 
     def _table(self) -> np.ndarray:
-        return np.empty((self.held.codes.num_parts, CENTRES), np.float32)
+        return aligned((self.held.codes.num_parts, CENTRES), np.float32)
 
     def _by_codes(self, slot_S: np.ndarray, first: int, last: int) -> np.ndarray:
-        total, held = np.zeros(4, np.int64), self.held
+        total, index = np.zeros(4, np.int64), self.held
         near_d, near_i = np.empty(self.ef + search.PADDING, np.float32), np.empty(self.ef + search.PADDING, np.int32)
         table_MK = self._table()
         for number in range(first, last):
             size = search.nearest_codes(
-                held.code_NM.ctypes.data,
-                held.codes.centre_MWK,
+                index.code_NM.ctypes.data,
+                index.codes.centre_MWK,
                 self.form.kind == 0,
                 self.query_QD[number, : self.form.dim],
                 slot_S,

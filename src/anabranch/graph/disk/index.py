@@ -12,6 +12,7 @@ from anabranch.graph.disk import search, stored
 from anabranch.graph.disk.answering import Asked
 from anabranch.graph.disk.blocks import Form, read_blocks
 from anabranch.graph.disk.slots import Slots
+from anabranch.graph.hnsw.arrays import aligned
 from anabranch.graph.hnsw.checks import as_ids, as_positive, as_vectors, like
 from anabranch.graph.hnsw.filters import Filter, Prepared, prepared
 from anabranch.graph.hnsw.lock import ReadWriteLock
@@ -129,8 +130,9 @@ class DiskIndex:
             raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
         order = np.argsort(slot_N, kind="stable")
         vector_ND, label_N = np.empty((len(id_N), self.dim), np.float32), np.empty(len(id_N), np.int64)
+        room_W = aligned((self._form.block >> 3,), np.uint64)
         with self._open():
-            wrong = search.gather(self._form, self._cache_CW, slot_N[order], vector_ND, label_N)
+            wrong = search.gather(self._form, self._cache_CW, room_W, slot_N[order], vector_ND, label_N)
         if wrong < 0 and not np.array_equal(label_N, id_N[order]):
             wrong = int(slot_N[order][np.argmax(label_N != id_N[order])]) // self._form.per
         self._check(int(wrong))
@@ -297,8 +299,8 @@ class DiskIndex:
 
     def _wide(self, query_QD: np.ndarray) -> np.ndarray:
         """As kernels take them: padded with zeros."""
-        wide_QD = np.zeros((len(query_QD), self._form.width), np.float32)
-        wide_QD[:, : self.dim] = query_QD
+        wide_QD = aligned((len(query_QD), self._form.width), np.float32)
+        wide_QD[:, : self.dim], wide_QD[:, self.dim :] = query_QD, 0
         return wide_QD
 
     def _prepared(self, filter: Any) -> Prepared:

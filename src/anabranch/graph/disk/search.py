@@ -229,6 +229,7 @@ def search_many(
     cache_CW,
     marks_B,
     table_MK,
+    room_BW,
     query_QD,
     first,
     last,
@@ -252,6 +253,7 @@ def search_many(
         marks_B: uint8, zeros, a byte for each 4 slots and one more. The caller's, as what is taken by address must be: an array of a
             kernel's own is gone after its last use by name.
         table_MK: float32 [M, 256], room for the table of a query.
+        room_BW: uint64, room for a beam of blocks.
         query_QD: float32 [Q, width].
         ef: size of the pool.
         beam: blocks that are asked for together.
@@ -265,7 +267,6 @@ def search_many(
     pool_d, pool_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
     near_d, near_e = np.empty(ENTRY_EF + PADDING, np.float32), np.empty(ENTRY_EF + PADDING, np.int32)
     todo, slot_B = np.empty(form.links + 1, np.int32), np.empty(beam, np.int64)
-    room_BW = np.empty((beam, form.block >> 3), np.uint64)
     seen_T = np.empty(min(form.elements, 4096 + len(root_R) + form.per * (form.links + 1)), np.int32)
     table, marks = address(table_MK), address(marks_B)
     for number in range(first, last):
@@ -361,12 +362,12 @@ def nearest_codes(codes, centre_MWK, squared, query_D, slot_S, table_MK, near_d,
 
 
 @kernel
-def measure_blocks(form, cache_CW, block_U, query_QD, first, last, allowed, id_QK, distance_QK, counts):
+def measure_blocks(form, cache_CW, room_W, block_U, query_QD, first, last, allowed, id_QK, distance_QK, counts):
     """Measure all elements of some blocks that may be results of queries ``first`` ... ``last``, as `search_many`.
 
     Results that are there already stay among those that it chooses from.
     """
-    room_W, held_Q = np.empty(form.block >> 3, np.uint64), np.zeros(last - first, np.int64)
+    held_Q = np.zeros(last - first, np.int64)
     counts[BAD] = -1
     for query in range(first, last):
         for place in range(id_QK.shape[1]):
@@ -401,10 +402,9 @@ def measure_blocks(form, cache_CW, block_U, query_QD, first, last, allowed, id_Q
 
 
 @kernel
-def gather(form, cache_CW, slot_S, vector_SD, label_S):
+def gather(form, cache_CW, room_W, slot_S, vector_SD, label_S):
     """Read vectors and labels of slots (rising is quickest); -1, or the number of a block that is damaged."""
-    room_W, before = np.empty(form.block >> 3, np.uint64), np.int64(-1)
-    block_W = room_W
+    before, block_W = np.int64(-1), room_W
     for place in range(len(slot_S)):
         number = np.int64(slot_S[place]) // form.per
         if number != before:

@@ -26,6 +26,7 @@ from anabranch.errors import BackendError, DataError
 from anabranch.graph.array_file import Left, kind_of, read_beside
 from anabranch.graph.codes import ProductCodes
 from anabranch.graph.disk.blocks import Form, block_of, element_bytes, padded_width
+from anabranch.graph.guarded import held
 
 KIND = "disk vector index"
 VERSION = 1
@@ -96,7 +97,8 @@ def read(path: str | Path, *, mmap: bool) -> Stored:
 
 
 def _described(arrays: dict[str, np.ndarray], meta: dict[str, Any], left: Left, source: str) -> Stored:
-    arrays = {name: array if name in _MAPPED else np.array(array) for name, array in arrays.items()}
+    # By address; in the checked build between pages that may not be touched.
+    arrays = {name: held(array) if name in _MAPPED else np.array(array) for name, array in arrays.items()}
     if any(array.ndim == 0 for array in arrays.values()):
         raise DataError(f"{source} is damaged: it holds a single number")
     needed = {"codes", "centres", "slots", "roots", "entry_slots", "entry_links"}
