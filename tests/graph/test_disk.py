@@ -133,6 +133,9 @@ def test_equal_distances_are_in_the_order_of_ids(tmp_path):
         ids, distances = index.search(same[:1], 50, 200)
         assert ids[0, :40].tolist() == sorted(ids[0, :40].tolist()) == list(range(40))
         assert (distances[0, :40] == 0).all()
+        # More at one distance than are asked for.
+        for found in (index.search(same[:1], 10, 200), index.exact(same[:1], 10)):
+            assert found[0][0].tolist() == list(range(10))
 
 
 def test_fewer_than_asked_for(tmp_path):
@@ -381,5 +384,7 @@ def test_it_is_what_an_hnsw_was(tmp_path):
     made.remove(ids[:3])
     with pytest.raises(InputError, match="call compact"):
         from_hnsw(made, tmp_path / "d.anb")
+    with pytest.raises(InputError, match="not 'hamming'"):
+        from_hnsw(HNSW(8, metric="hamming"), tmp_path / "d.anb")
     made.restore(ids[:3])
     np.testing.assert_array_equal(made.search(QUERIES, 5)[0], before)

@@ -277,8 +277,8 @@ small.close()
 resource.setrlimit(resource.RLIMIT_DATA, (data() + memory + (1 << 20), resource.RLIM_INFINITY))
 index = build(vectors, place, memory=memory, **options)
 assert index.stats()["shards"] >= shards, index.stats()
-ids = index.search(vectors[::500], 10, 80)[0]
-print(float((ids[:, 0] == np.arange(0, len(vectors), 500)).mean()))
+ids = index.search(vectors[::250], 10, 80)[0]
+print(float((ids[:, 0] == np.arange(0, len(vectors), 250)).mean()))
 try:
     np.ones(3 * memory, np.uint8)
 except MemoryError:
@@ -293,9 +293,9 @@ def test_an_index_is_made_and_searched_within_its_memory(tmp_path):
     centre = draw.standard_normal((30, 128))
     np.save(
         tmp_path / "v.npy",
-        (centre[draw.integers(0, 30, 24_000)] + 0.4 * draw.standard_normal((24_000, 128))).astype(np.float32),
+        (centre[draw.integers(0, 30, 12_000)] + 0.4 * draw.standard_normal((12_000, 128))).astype(np.float32),
     )
-    memory = 24_000 * 128 * 4 // 3
+    memory = 12_000 * 128 * 4 // 3
     command = [sys.executable, "-c", LIMITED, tmp_path / "v.npy", tmp_path / "i.anb", str(memory), "3"]
     environment = {
         **os.environ,
