@@ -44,10 +44,10 @@ def sets() -> list[VectorSet]:
     """All there are."""
     return [
         VectorSet("clusters", 20_000, _clusters),
-        VectorSet("SIFT", 50_000, _sift),
-        VectorSet("Fashion-MNIST", 20_000, _fashion),
+        VectorSet("SIFT", 30_000, _sift),
+        VectorSet("Fashion-MNIST", 15_000, _fashion),
         VectorSet("MNIST", 9_000, _mnist),
-        VectorSet("SmolLM2 tokens", 30_000, _tokens),
+        VectorSet("SmolLM2 tokens", 20_000, _tokens),
         VectorSet("MiniLM sentences", 20_000, _sentences),
     ]
 

@@ -117,7 +117,7 @@ SUITES = [
     ["hnsw_changes", "hnsw_slots"],
     ["hnsw_bits", "hnsw_ranges"],
     ["codes", "hnsw_coded"],
-    ["hnsw_extremes", "hnsw_lock", "interrupts"],
+    ["hnsw_extremes", "hnsw_lock", "hnsw_single", "interrupts"],
     ["hnswlib_compat", "adapter_langchain", "adapter_llama_index"],
     ["live", "live_folder", "live_log"],
     ["disk", "disk_making"],
