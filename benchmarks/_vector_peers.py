@@ -28,8 +28,28 @@ K = 10
 FLOAT, BESIDE, BYTES, HALVES, CODES = "float32", "int8 + float32", "int8", "int4 + float32", "codes + float32"
 KINDS = (FLOAT, BESIDE, BYTES, HALVES, CODES)
 
-# Links (M; 2 M on the lowest level) and candidates while it is built.
-SETTINGS = {"M 16, 100 candidates": (16, 100), "M 32, 200 candidates": (32, 200)}
+
+class Setting(NamedTuple):
+    """Of a graph.
+
+    Attributes:
+        M: links of a new element; 2 M on the lowest level.
+        candidates: how many are considered for them.
+        is_filled: whether lists that pruning leaves short are filled up with the nearest that it rejected. On vectors of many independent
+            dimensions it leaves 5 of 32. Ours and faiss can; SVS prunes less by its own rule.
+    """
+
+    M: int
+    candidates: int
+    is_filled: bool = False
+
+
+SETTINGS = {
+    "M 16, 100 candidates": Setting(16, 100),
+    "M 32, 200 candidates": Setting(32, 200),
+    "M 16, 100 candidates, filled": Setting(16, 100, True),
+    "M 32, 200 candidates, filled": Setting(32, 200, True),
+}
 
 
 class Built(Protocol):
@@ -49,21 +69,28 @@ class Built(Protocol):
 
 
 class Contestant(NamedTuple):
-    """One of them; ``build`` makes an index by a setting."""
+    """One of them; ``build`` makes an index by a setting, one that is filled where it can."""
 
     name: str
     kind: str
-    build: Callable[[np.ndarray, tuple[int, int]], Built]
+    build: Callable[[np.ndarray, Setting], Built]
+    can_fill: bool = False
+
+    def settings(self) -> list[str]:
+        """What it is tuned over."""
+        return [name for name, setting in SETTINGS.items() if self.can_fill or not setting.is_filled]
 
 
 def contestants() -> list[Contestant]:
     """All whose packages are there, ours first in each class; the others are named."""
     found = [
-        Contestant("ours", FLOAT, lambda base_ND, setting: Ours(base_ND, setting, dtype="f32")),
-        Contestant("ours", BESIDE, lambda base_ND, setting: Ours(base_ND, setting, dtype="i8")),
-        Contestant("ours", BYTES, lambda base_ND, setting: Ours(base_ND, setting, dtype="i8", rerank=False)),
-        Contestant("ours", HALVES, lambda base_ND, setting: Ours(base_ND, setting, quantization="int4")),
-        Contestant("ours", CODES, lambda base_ND, setting: Ours(base_ND, setting, quantization="pq")),
+        Contestant("ours", FLOAT, lambda base_ND, setting: Ours(base_ND, setting, dtype="f32"), can_fill=True),
+        Contestant("ours", BESIDE, lambda base_ND, setting: Ours(base_ND, setting, dtype="i8"), can_fill=True),
+        Contestant(
+            "ours", BYTES, lambda base_ND, setting: Ours(base_ND, setting, dtype="i8", rerank=False), can_fill=True
+        ),
+        Contestant("ours", HALVES, lambda base_ND, setting: Ours(base_ND, setting, quantization="int4"), can_fill=True),
+        Contestant("ours", CODES, lambda base_ND, setting: Ours(base_ND, setting, quantization="pq"), can_fill=True),
     ]
     for package, made in {
         "hnswlib": _hnswlib,
@@ -95,9 +122,9 @@ def _size(path: Path) -> int:
 class Ours:
     """`HNSW`."""
 
-    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int], **options: Any) -> None:
-        M, candidates = setting
-        self.index = HNSW(base_ND.shape[1], M=M, ef_construction=candidates, num_threads=1, **options)
+    def __init__(self, base_ND: np.ndarray, setting: Setting, **options: Any) -> None:
+        M, candidates, fill = setting
+        self.index = HNSW(base_ND.shape[1], M=M, ef_construction=candidates, keep_pruned=fill, num_threads=1, **options)
         self.index.add(base_ND)
         self._effort = K
 
@@ -119,11 +146,11 @@ class Ours:
 class Hnswlib:
     """hnswlib's Index."""
 
-    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int]) -> None:
+    def __init__(self, base_ND: np.ndarray, setting: Setting) -> None:
         import hnswlib
 
         self.index = hnswlib.Index("l2", base_ND.shape[1])
-        self.index.init_index(len(base_ND), M=setting[0], ef_construction=setting[1])
+        self.index.init_index(len(base_ND), M=setting.M, ef_construction=setting.candidates)
         self.index.add_items(base_ND, num_threads=1)
 
     def aim(self, effort: int) -> None:
@@ -146,11 +173,11 @@ def _hnswlib() -> list[Contestant]:
 class Faiss:
     """faiss' IndexHNSWFlat, -SQ or -PQ; within an IndexRefineFlat that measures the best again, 3 K of bytes, all that is held of less."""
 
-    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int], kind: str) -> None:
+    def __init__(self, base_ND: np.ndarray, setting: Setting, kind: str) -> None:
         import faiss
 
         faiss.omp_set_num_threads(1)
-        self._faiss, (M, candidates), dim = faiss, setting, base_ND.shape[1]
+        self._faiss, (M, candidates, fill), dim = faiss, setting, base_ND.shape[1]
         scalar = faiss.ScalarQuantizer.QT_4bit if kind == HALVES else faiss.ScalarQuantizer.QT_8bit
         if kind == FLOAT:
             self.inner = faiss.IndexHNSWFlat(dim, M)
@@ -158,7 +185,7 @@ class Faiss:
             self.inner = faiss.IndexHNSWPQ(dim, dim // 4, M)
         else:
             self.inner = faiss.IndexHNSWSQ(dim, scalar, M)
-        self.inner.hnsw.efConstruction = candidates
+        self.inner.hnsw.efConstruction, self.inner.keep_max_size_level0 = candidates, fill
         self.index, self._is_wide = self.inner, kind in (HALVES, CODES)
         if kind not in (FLOAT, BYTES):
             self.index = faiss.IndexRefineFlat(self.inner)
@@ -190,7 +217,7 @@ def _faiss() -> list[Contestant]:
         CODES: "faiss PQ + refine",
     }
     return [
-        Contestant(name, kind, lambda base_ND, setting, kind=kind: Faiss(base_ND, setting, kind))  # type: ignore[misc]
+        Contestant(name, kind, lambda base_ND, setting, kind=kind: Faiss(base_ND, setting, kind), True)  # type: ignore[misc]
         for kind, name in kinds.items()
     ]
 
@@ -198,14 +225,14 @@ def _faiss() -> list[Contestant]:
 class Usearch:
     """usearch's Index; its bytes are of numbers from -1 to 1, so all vectors are scaled to that alike."""
 
-    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int], kind: str) -> None:
+    def __init__(self, base_ND: np.ndarray, setting: Setting, kind: str) -> None:
         from usearch.index import Index
 
         self._scale = np.float32(1 / np.abs(base_ND).max()) if kind == BYTES else np.float32(1)
         self._is_scaled = kind == BYTES
         dtype = "i8" if kind == BYTES else "f32"
         self.index = Index(
-            ndim=base_ND.shape[1], metric="l2sq", dtype=dtype, connectivity=setting[0], expansion_add=setting[1]
+            ndim=base_ND.shape[1], metric="l2sq", dtype=dtype, connectivity=setting.M, expansion_add=setting.candidates
         )
         self.index.add(np.arange(len(base_ND)), self._scaled(base_ND), threads=1)
 
@@ -235,12 +262,12 @@ def _usearch() -> list[Contestant]:
 class Glass:
     """Glass' HNSW, searched over vectors as they are or over bytes of them, with the best measured again or not."""
 
-    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int], search: str, refine: str) -> None:
+    def __init__(self, base_ND: np.ndarray, setting: Setting, search: str, refine: str) -> None:
         import glass
 
         glass.set_num_threads(1)
         self._base_ND = base_ND
-        index = glass.Index(index_type="HNSW", metric="L2", quant="FP32", R=2 * setting[0], L=setting[1])
+        index = glass.Index(index_type="HNSW", metric="L2", quant="FP32", R=2 * setting.M, L=setting.candidates)
         self._graph = index.build(base_ND)
         self._searcher = glass.Searcher(
             graph=self._graph, data=base_ND, metric="L2", quantizer=search, refine_quant=refine
@@ -274,10 +301,12 @@ def _glass() -> list[Contestant]:
 class Svs:
     """Intel's SVS, a Vamana graph, over vectors or over its codes (LVQ), with rests of these to measure the best again."""
 
-    def __init__(self, base_ND: np.ndarray, setting: tuple[int, int], bits: tuple[int, int] | None) -> None:
+    def __init__(self, base_ND: np.ndarray, setting: Setting, bits: tuple[int, int] | None) -> None:
         import svs
 
-        parameters = svs.VamanaBuildParameters(graph_max_degree=2 * setting[0], window_size=setting[1], alpha=1.2)
+        parameters = svs.VamanaBuildParameters(
+            graph_max_degree=2 * setting.M, window_size=setting.candidates, alpha=1.2
+        )
         if bits is None:
             self.index = svs.Vamana.build(parameters, base_ND, svs.DistanceType.L2, num_threads=1)
             return

@@ -2,7 +2,7 @@
 
 hnswlib, faiss, usearch, Glass (pip pyglass-portable) and Intel's SVS (pip scalable-vs), as far as they are installed, in three classes of
 what is kept of a vector (`_vector_peers`), on vectors of several kinds (`_vector_sets`). All by one thread, in processor time, in turns.
-Everybody gets, of two settings of the graph, the one that is faster on a quarter of the vectors, then the least effort that reaches the
+Everybody gets, of some settings of the graph, the one that is fastest on a quarter of the vectors, then the least effort that reaches the
 recall of the 10 nearest. Rows have bytes per vector of the saved index, and how long it took to build. Recall against speed is drawn
 beside the record, from all efforts. Then searches with a filter (a share of ids), beside hnswlib's function and faiss' bitmap; packed bits,
 where found is what is as near as the tenth nearest; two threads, by the clock; the first call in a process; bytes beside their formula.
@@ -106,8 +106,8 @@ def best_setting(one: Contestant, base_ND: np.ndarray, query_QD: np.ndarray) -> 
     part_ND = base_ND[: len(base_ND) // 4]
     truth_QK = brute_force(part_ND, query_QD, K)[0]
     taken = {}
-    for name, setting in SETTINGS.items():
-        index = one.build(part_ND, setting)
+    for name in one.settings():
+        index = one.build(part_ND, SETTINGS[name])
         effort = least_effort(index, query_QD, truth_QK, TARGETS[0])
         if effort is None:
             taken[name] = float("inf")
@@ -201,7 +201,7 @@ def measure(
         built: dict[str, Built] = {}
         facts: dict[str, dict[str, Any]] = {}
         for one in (one for one in people if one.kind == kind):
-            setting = next(iter(SETTINGS)) if options.quick else best_setting(one, base_ND, query_QD)
+            setting = best_setting(one, base_ND, query_QD)
             begin = time.process_time()
             index = built[one.name] = one.build(base_ND, SETTINGS[setting])
             taken = time.process_time() - begin
