@@ -37,8 +37,8 @@ SHARE = 4
 # Bytes that are unpacked at once, to twice as many numbers.
 NIBBLES = 32
 
-# Bytes of tables that one thread works out at once.
-TABLES = 1 << 22
+# Bytes of tables that one thread works out at once: they should still be near when they are looked up.
+TABLES = 1 << 18
 
 
 class PQ:
@@ -77,8 +77,9 @@ class PQ:
     def encode_queries(self, vector_QD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tables to add up by code, as bytes, zeros beyond the parts."""
         assert self.codes is not None
-        table_QMK = np.zeros((len(vector_QD), self.width, CENTRES), np.float32)
-        table_QMK[:, : self.num_parts] = self.codes.tables(vector_QD, squared=self.metric == "l2")
+        table_QMK = self.codes.tables(vector_QD, squared=self.metric == "l2")
+        if self.width > self.num_parts:
+            table_QMK = np.pad(table_QMK, ((0, 0), (0, self.width - self.num_parts), (0, 0)))
         return held(table_QMK.reshape(len(vector_QD), -1).view(np.uint8)), np.zeros((len(vector_QD), 2), np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
