@@ -120,7 +120,7 @@ class Ranges:
     ) -> np.ndarray:
         """Write rows of what lies inside; which are not done, since most of what was held does, bool [R]."""
         id_RK, distance_RK = np.full((len(part_R), ef), -1), np.full((len(part_R), ef), np.inf, np.float32)
-        self._searcher.many(query_QD[part_R], ef, filter, id_RK, distance_RK, workers, keep=ef)
+        self._searcher.many(query_QD[part_R], ef, filter, id_RK, distance_RK, workers)
         found_RK = id_RK >= 0
         _check(distance_RK[found_RK])
         inside_R = (found_RK & (distance_RK <= radius_Q[part_R, None])).sum(1)

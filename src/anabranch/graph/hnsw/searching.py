@@ -28,7 +28,7 @@ class Searcher:
         self.last = (0, 0, 0)
 
     def _kept(self, k: int, ef: int) -> int:
-        """How many of ``ef`` results are measured again."""
+        """How many of ``ef`` results are measured again: at least the k that are returned."""
         if isinstance(self.rerank, bool):
             return ef if self._codes() is not None else min(ef, 2 * k + EXTRA)
         return min(ef, max(k, self.rerank))
@@ -46,18 +46,14 @@ class Searcher:
         id_QK: np.ndarray,
         distance_QK: np.ndarray,
         workers: Workers,
-        *,
-        keep: int | None = None,
     ) -> None:
         """Write the nearest K of each query over -1 and infinity; the graph has an entry point.
-
-        ``keep`` of those that a walk finds are measured again, None for as many as the index says.
 
         Raises InputError for a filter that does not fit.
         """
         held, graph, k = self.storage, self.storage.graph, id_QK.shape[1]
         ef = min(max(ef, k), held.count)
-        label_N, keep = self.slots.labels(), self._kept(k, ef) if keep is None else keep
+        label_N, keep = self.slots.labels(), self._kept(k, ef)
         query_Q, aux_Q, full_Q = held.encode_queries(query_QD)
         # All, unless something keeps some out or two heaps are quicker.
         allowed, slot_S = 0, None
