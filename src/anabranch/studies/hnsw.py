@@ -427,7 +427,7 @@ def draw(results: Results, path: Path) -> None:
         shown: list[str] = [arm for arm in ("ours", "f16", "i8", "hnswlib") if arm in results.runs]
         for number, arm in enumerate(shown):
             heights = [results.mean(arm, f"recall_{ef}").mean for ef in EFS]
-            left.plot(EFS, heights, marker=MARKERS[number], color=SERIES[number], label=arm)
+            left.plot(EFS, heights, marker=MARKERS[number], color=SERIES[number], label=arm, clip_on=False)
         grown: list[str] = [arm for arm in ("scaling-d8", "scaling-d32") if arm in results.runs]
         for number, arm in enumerate(grown):
             counts = _counts(results, arm)
