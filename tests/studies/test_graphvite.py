@@ -130,5 +130,5 @@ def test_runs_end_to_end(tmp_path):
 
 
 def test_picture_is_drawn_of_what_has_run(tmp_path):
-    draw(Results({"link": runs(auc=[0.9])}), tmp_path / "picture")
+    draw(Results({"link": runs(auc=[0.9])}), tmp_path / "picture", graphs={"link": "karate"})
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
