@@ -118,3 +118,29 @@ def test_it_is_measured_on_the_text_of_the_run_that_it_began_as(material, tmp_pa
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         config.save(tmp_path / name)
     assert run_of("routed") == base
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n",
+        "[" * 100_000,
+        "[]",
+        '{"ids": [1, 2]}',
+        '{"ids": [1, 1e400], "label": [[1, 1]], "budget": 1, "bound": "exact"}',
+        f'{{"ids": [1, {10**30}], "label": [[1, 1]], "budget": 1, "bound": "exact"}}',
+        '{"ids": [1.5, 2.5], "label": [[1, 1]], "budget": 1, "bound": "exact"}',
+        '{"ids": [1, 2], "label": [[1.0, 1.0]], "budget": 1, "bound": "exact"}',
+        '{"ids": [1, 2], "label": [[]], "budget": 1, "bound": "exact"}',
+        '{"ids": [1, 2], "label": [[1, 3]], "budget": 1, "bound": "exact"}',
+        '{"ids": [1, 2, 3], "label": [[1, 1]], "budget": 1, "bound": "exact"}',
+        '{"ids": [-1, 2], "label": [[1, 1]], "budget": 1, "bound": "exact"}',
+    ],
+)
+def test_damaged_labels_are_one_line(here, material, tmp_path, text):
+    (tmp_path / "labels.jsonl").write_text(text)
+    code, _, err = here(*line("routed", "--steps", 1))
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert "labels.jsonl" in err
+    assert not (tmp_path / "routed").exists()

@@ -104,6 +104,9 @@ report text.parquet --out z
 report holes.parquet --out z
 report text --out z
 oracle trained --out z
+train --out z --labels text
+train --out z --labels text --from trained
+train duo --out z --labels deep.jsonl --from trained
 oracle text --out z
 convert no.gguf z --to native
 convert trained z --to native --quantize int4 --group {HUGE}

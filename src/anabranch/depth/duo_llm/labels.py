@@ -58,6 +58,8 @@ class RouteLabels:
             rows = [parse_json(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
             ids_BL = torch.tensor([row["ids"] for row in rows])
             label_BLY = torch.tensor([row["label"] for row in rows])
+            if ids_BL.dtype != torch.int64 or label_BLY.dtype != torch.int64:
+                raise ValueError(f"ids are {ids_BL.dtype} and labels {label_BLY.dtype}; both must be whole numbers")
             if (
                 label_BLY.dim() != 3
                 or label_BLY.shape[1] + 1 != ids_BL.shape[1]
@@ -66,5 +68,7 @@ class RouteLabels:
                 raise ValueError(f"labels of shape {list(label_BLY.shape)} for ids of shape {list(ids_BL.shape)}")
             option_W = torch.tensor([WORK.index(work) for work in range(len(OPTIONS))])
             return cls(ids_BL, option_W[label_BLY], rows[0]["budget"], rows[0]["bound"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise DataError(f"{path} does not hold route labels ({error})") from error
+        # Of torch: numbers beyond its own, and nothing where a number is looked for.
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+            said = f"no field {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise DataError(f"{path} does not hold route labels ({said})") from error
