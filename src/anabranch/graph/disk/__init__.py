@@ -4,6 +4,10 @@ A walk over a graph of neighbours as in `HNSW`, laid out as in Subramanya et al.
 Search on a Single Node", NeurIPS 2019.
 """
 
+from anabranch.extras import require
+
+require("graph", by=__name__)
+
 from anabranch.graph.disk.index import DiskIndex
 from anabranch.graph.disk.making import build, from_hnsw
 from anabranch.graph.disk.stored import is_on_disk
