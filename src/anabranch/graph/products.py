@@ -6,8 +6,10 @@ layout; `add_to` writes one out.
 The numba one keeps a chunk as blocks of `BLOCK` columns, [B, N, W]. A block's part of a row is two cache lines, and all of it often fits
 into the cache of a core, while rows of a wide matrix would not. The sum of a row's neighbours is kept in vector registers, for which
 numba's own loops are not enough: `_row_sum` writes that loop as LLVM. Measured against the same loop left to numba (PPI, BlogCatalog, DBLP,
-with weights and without, one thread, processor time, equal to the bit): 4.2 to 5.0 times in float32, 2.0 to 4.8 in float64. Each number is the sum of the same products in the same order
-whatever the chunks and threads, without fused multiply-adds, so all runs agree to the bit.
+with weights and without, one thread, processor time, equal to the bit): 4.2 to 5.0 times in float32, 2.0 to 4.8 in float64.
+
+Each number is the sum of the same products in the same order whatever the chunks and threads, without fused multiply-adds, so all runs
+agree to the bit.
 """
 # Shapes: N nodes, M stored edges, D dim, B blocks, W columns of a block, C columns of a chunk
 
