@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from anabranch.errors import DataError
+from anabranch.report import audit
 from anabranch.report.audit import audit_trace
 from anabranch.routing import TraceBuilder, TraceLayer
 from anabranch.routing.assignment import balance_audit
@@ -23,7 +24,7 @@ def test_by_hand():
     score_NE = np.array([[0.9, 0.1], [0.8, 0.6]], np.float32)
     (found,) = audit_trace(trace_of(np.array([[0], [0]]), score_NE, 2))
     assert (found.tokens, found.max_violation, found.unbiased_max_violation) == (2, 1.0, 1.0)
-    assert (found.achieved, found.optimum) == pytest.approx((1.7, 1.5))
+    assert (found.achieved, found.optimum, found.achieved_share) == pytest.approx((1.7, 1.5, 1.7 / 1.5))
     assert (found.has_bias, found.correlation) == (False, None)
     (balanced,) = audit_trace(trace_of(np.array([[0], [1]]), score_NE, 2), {0: np.array([0.0, 0.3])})
     assert (balanced.max_violation, balanced.unbiased_max_violation) == (0.0, 1.0)
@@ -62,6 +63,16 @@ def test_preferences_are_broken_by_what_score_and_bias_did_not_choose():
     assert audit_trace(trace, {0: np.array([0.25, near, near])})[0].preference_violations == 0
 
 
+@pytest.mark.parametrize(("scores", "bias_E"), [(1e4, [0.25, 0.249]), (1.0, [1e4, 9999.999])])
+def test_what_rounding_of_large_numbers_chose_breaks_no_preference(scores, bias_E):
+    """Of 0.25 and 0.249 nothing is left beside 10,000 in float32, nor of scores beside such a bias; a hundredth is another bias."""
+    score_NE = np.array([[scores, 0.0, -1.0], [0.0, scores, -1.0]], np.float32)
+    trace = trace_of(np.array([[1], [1]]), score_NE, 3)
+    assert audit_trace(trace, {0: np.array([*bias_E, 0.0])})[0].preference_violations == 0
+    apart = np.array([bias_E[0], bias_E[0] - 0.01, 0.0])
+    assert audit_trace(trace, {0: apart})[0].preference_violations == 1
+
+
 def test_choices_by_score_and_bias_break_no_preference_and_those_by_another_bias_do():
     draw = np.random.default_rng(1)
     score_NE = draw.random((512, 8), np.float32)
@@ -70,6 +81,15 @@ def test_choices_by_score_and_bias_break_no_preference_and_those_by_another_bias
     trace = trace_of(index_NK, score_NE, 8)
     assert audit_trace(trace, {0: bias_E})[0].preference_violations == 0
     assert audit_trace(trace, {0: -bias_E})[0].preference_violations > 100
+
+
+def test_of_a_long_trace_tokens_are_taken_from_all_over_it(monkeypatch):
+    monkeypatch.setattr(audit, "TOKENS", 3)
+    score_NE = np.array([[0.9, 0.1]] * 4 + [[0.1, 0.9]] * 3, np.float32)
+    (found,) = audit_trace(trace_of(np.array([[0]] * 4 + [[1]] * 3), score_NE, 2))
+    # The first, the middle and the last.
+    assert (found.tokens, found.achieved) == (3, pytest.approx(2.7))
+    assert found.max_violation == pytest.approx(1 / 3)
 
 
 def test_domains_are_each_audited_for_balance():
