@@ -461,3 +461,16 @@ def test_options_that_do_not_go_together_are_refused(options, says):
     with pytest.raises(InputError) as told:
         HNSW(16, **options)
     assert says in str(told.value)
+
+
+def test_lists_that_two_elements_have_in_common_are_damage(tmp_path):
+    """A level that is one too high made compaction end in a traceback."""
+    made("pq", VECTORS[:1100]).save(tmp_path / "i.anb")
+    found = read_arrays(tmp_path / "i.anb", KIND)
+    arrays = {name: np.array(array) for name, array in found.arrays.items()}
+    # Its list is then the first one of the next that has any.
+    ground = np.flatnonzero((arrays["level"] == 0) & (arrays["first"] < len(arrays["upper"])))
+    arrays["level"][ground[0]] = 1
+    write_arrays(tmp_path / "i.anb", KIND, arrays, found.meta)
+    with pytest.raises(DataError, match="its links or levels do not fit together"):
+        HNSW.load(tmp_path / "i.anb")

@@ -40,6 +40,11 @@ def _is_sound(arrays: dict[str, np.ndarray], entry: int, top: int) -> bool:
         return False
     if first.min() < 0 or (first + level).max() > num_upper or len(np.unique(live)) != len(live):
         return False
+    # No two have a list in common: one that is taken out would take the other's along.
+    above = np.flatnonzero(level > 0)
+    above = above[np.argsort(first[above], kind="stable")]
+    if (first[above][1:] < (first + level)[above][:-1]).any():
+        return False
     lists = [arrays["links"]]
     lists += [
         np.ascontiguousarray(arrays["upper"][first[level >= number] + number - 1]) for number in range(1, top + 1)
