@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, DataError, InputError
-from anabranch.graph.array_file import _header
+from anabranch.graph.array_file import _header, read_arrays, write_arrays
 from anabranch.graph.disk import DiskIndex, build, from_hnsw
+from anabranch.graph.disk.stored import KIND
 from anabranch.graph.hnsw import HNSW
 
 COUNT, DIM = 1500, 20
@@ -194,6 +195,13 @@ def test_a_filter_lets_only_its_own_through(index, sharded, share):
     np.testing.assert_array_equal(made.exact(QUERIES, 5, ids[rows])[0], ids[true])
 
 
+def test_a_walk_holds_as_many_as_the_filter_asks_for(index):
+    index.search(QUERIES, 5, 40)
+    before = index.stats()["blocks"]
+    index.search(QUERIES, 5, 40, np.arange(COUNT) % 3 == 0)
+    assert index.stats()["blocks"] > 1.4 * before
+
+
 def test_a_filter_that_lets_nothing_through(index):
     ids, distances = index.search(QUERIES[:2], 3, filter=[COUNT + 5])
     assert (ids == -1).all()
@@ -340,6 +348,29 @@ def test_a_block_of_another_place_or_file_is_not_taken(index, tmp_path):
 def test_what_is_in_memory_is_checked_when_it_is_opened(index, name, mmap):
     with pytest.raises(DataError, match=f"checksum of '{name}'"):
         DiskIndex(spoilt(index.path, name, 1), mmap=mmap)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("slots", lambda a: a.__setitem__(0, a[1])),
+        ("slots", lambda a: a.__setitem__(0, COUNT)),
+        ("ids", lambda a: a.__setitem__(slice(0, 2), a[1::-1])),
+        ("ids", lambda a: a.__setitem__(0, -1)),
+        ("roots", lambda a: a.__setitem__(0, -1)),
+        ("entry_slots", lambda a: a.__setitem__(0, a[1])),
+        ("entry_slots", lambda a: a.__setitem__(0, COUNT)),
+        ("entry_links", lambda a: a.__setitem__((0, 0), len(a))),
+        ("entry_links", lambda a: a.__setitem__((0, 0), -2)),
+        ("centres", lambda a: a.__setitem__((0, 0, 0), np.nan)),
+    ],
+)
+def test_what_does_not_fit_together_is_damage_whatever_its_checksums(sharded, tmp_path, name, change):
+    found = read_arrays(sharded[0].path, KIND)
+    change(found.arrays[name])
+    write_arrays(tmp_path / "bad.anb", KIND, found.arrays, found.meta)
+    with pytest.raises(DataError, match="is damaged"):
+        DiskIndex(tmp_path / "bad.anb")
 
 
 def test_a_file_that_is_cut_while_it_is_open_is_no_signal(index, tmp_path):

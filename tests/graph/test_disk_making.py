@@ -132,12 +132,13 @@ def test_where_one_shard_alone_has_room_a_vector_is_in_one():
     assert np.bincount(shard_N2[:8].reshape(-1)).tolist() == [7, 7, 2]
 
 
-@pytest.mark.parametrize("shards", [5, 60])
-def test_equal_vectors_make_an_index_in_shards(tmp_path, shards):
-    """With 60 there are more parts that nothing leads between than elements of the entry layer: each is begun at."""
-    rows = np.ones((400, 3), np.float32)
-    with build(rows, tmp_path / "i.anb", M=4, num_shards=shards, num_threads=1) as index:
+@pytest.mark.parametrize(("shards", "dim"), [(5, 3), (60, 600)])
+def test_equal_vectors_make_an_index_in_shards(tmp_path, shards, dim):
+    """With 60 there are more parts that nothing leads between, nor a block, than elements of the entry layer: each is begun at."""
+    rows = np.ones((400, dim), np.float32)
+    with build(rows, tmp_path / "i.anb", M=4, code_bytes=2, num_shards=shards, num_threads=1) as index:
         assert index.stats()["shards"] == shards
+        assert (index.stats()["per_block"] == 1) == (dim == 600)
         assert sorted(index.search(rows[:1], 400, 400)[0][0].tolist()) == list(range(400))
 
 
