@@ -55,6 +55,9 @@ SETTINGS = {
 class Built(Protocol):
     """An index of a contestant."""
 
+    def settle(self) -> None:
+        """Whatever else it tunes itself by, once it is the one that is measured; that is not timed."""
+
     def aim(self, effort: int) -> None:
         """How much the next searches look for."""
 
@@ -119,7 +122,7 @@ def _size(path: Path) -> int:
     )
 
 
-class Ours:
+class Ours(Built):
     """`HNSW`."""
 
     def __init__(self, base_ND: np.ndarray, setting: Setting, **options: Any) -> None:
@@ -143,7 +146,7 @@ class Ours:
             return _size(path)
 
 
-class Hnswlib:
+class Hnswlib(Built):
     """hnswlib's Index."""
 
     def __init__(self, base_ND: np.ndarray, setting: Setting) -> None:
@@ -170,7 +173,7 @@ def _hnswlib() -> list[Contestant]:
     return [Contestant("hnswlib", FLOAT, Hnswlib)]
 
 
-class Faiss:
+class Faiss(Built):
     """faiss' IndexHNSWFlat, -SQ or -PQ; within an IndexRefineFlat that measures the best again, 3 K of bytes, all that is held of less."""
 
     def __init__(self, base_ND: np.ndarray, setting: Setting, kind: str) -> None:
@@ -222,7 +225,7 @@ def _faiss() -> list[Contestant]:
     ]
 
 
-class Usearch:
+class Usearch(Built):
     """usearch's Index; its bytes are of numbers from -1 to 1, so all vectors are scaled to that alike."""
 
     def __init__(self, base_ND: np.ndarray, setting: Setting, kind: str) -> None:
@@ -259,7 +262,7 @@ def _usearch() -> list[Contestant]:
     ]
 
 
-class Glass:
+class Glass(Built):
     """Glass' HNSW, searched over vectors as they are or over bytes of them, with the best measured again or not."""
 
     def __init__(self, base_ND: np.ndarray, setting: Setting, search: str, refine: str) -> None:
@@ -272,8 +275,11 @@ class Glass:
         self._searcher = glass.Searcher(
             graph=self._graph, data=base_ND, metric="L2", quantizer=search, refine_quant=refine
         )
-        self._searcher.optimize(1)
         self._bytes = base_ND.shape[1] * ({"FP32": 4}.get(search, 1) + {"FP32": 4}.get(refine, 0))
+
+    def settle(self) -> None:
+        # It tries how far ahead to ask for memory: up to a minute.
+        self._searcher.optimize(1)
 
     def aim(self, effort: int) -> None:
         self._searcher.set_ef(effort)
@@ -298,7 +304,7 @@ def _glass() -> list[Contestant]:
     ]
 
 
-class Svs:
+class Svs(Built):
     """Intel's SVS, a Vamana graph, over vectors or over its codes (LVQ), with rests of these to measure the best again."""
 
     def __init__(self, base_ND: np.ndarray, setting: Setting, bits: tuple[int, int] | None) -> None:

@@ -205,6 +205,7 @@ def measure(
             begin = time.process_time()
             index = built[one.name] = one.build(base_ND, SETTINGS[setting])
             taken = time.process_time() - begin
+            index.settle()
             size = index.saved_bytes() / len(base_ND)
             facts[one.name] = {"setting": setting, "build_s": round(taken, 2), "bytes": round(size, 1)}
             for way, points in curve(index, query_QD, truth_QK, options).items():
