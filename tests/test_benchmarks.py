@@ -713,3 +713,15 @@ def test_models_are_added_to_a_record_of_the_same_machine_and_settings(benchmark
     assert memory.kept(memory.arguments(["--json", str(path)]), settings) == ([], {})
     with pytest.raises(SystemExit, match="has another cpu"):
         memory.kept(options, {**settings, "cpu": "b"})
+
+
+# On paper
+
+
+def test_a_billion_edges_on_paper(benchmark):
+    """40 microseconds an edge, and 20 seconds to begin."""
+    paper = benchmark("graph_spark").on_paper(2_000_000, 100.0, 500_000, 40.0, 8e9)
+    assert paper == {"shuffle_tb": 4.0, "core_hours": 11.1, "start_s": 20.0}
+    assert (
+        benchmark("graph_spark").on_paper(2_000_000, 30.0, 500_000, 40.0, 8e9)["core_hours"] == 0.0
+    )  # nothing is learned

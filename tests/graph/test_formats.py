@@ -664,6 +664,20 @@ def test_a_line_without_an_end_is_told(tmp_path, monkeypatch):
     assert [line for _, line in lines.blocks(path, 1 << 10)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("before", ["", "# who knows whom\n", "1 2\n"])
+@pytest.mark.parametrize("row", ["3", "3 4 ", "3,4,"])
+def test_a_long_row_is_told_before_its_fields_are_counted(tmp_path, before, row):
+    """Its fields would take a hundred times its bytes."""
+    path = tmp_path / "e.txt"
+    for end in ("", "\n", "\n5 6\n"):
+        path.write_text(before + row * (3 << 20) + end)
+        line = before.count("\n") + 1
+        with pytest.raises(DataError, match=f"e.txt, line {line}: a line of more than 1 MiB; this is no list of edges"):
+            read_graph(path)
+    path.write_text("5 6" + " 7" * 1000 + "\n")
+    assert read_graph(path).num_edges == 1
+
+
 def test_sizes_beyond_memory_are_told(tmp_path):
     path = tmp_path / "m.mtx"
     path.write_text("%%MatrixMarket matrix coordinate pattern general\n900000000000 900000000000 1\n1 2\n")

@@ -21,6 +21,8 @@ from anabranch.graph.spark.run import Run
 from anabranch.graph.spark.session import session
 from spark_graphs import need_spark, random_edges, with_spark, write_edges
 
+slow = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def spark():
@@ -55,6 +57,7 @@ def one_file(folder, path):
     return path
 
 
+@slow
 @with_spark
 def test_scores_from_a_folder_of_named_edges(spark, tmp_path, monkeypatch):
     """The front door, strings, hubs in pieces, duplicates, dead ends; equal to the embedded engine within the bound.
@@ -86,9 +89,6 @@ def test_scores_from_a_folder_of_named_edges(spark, tmp_path, monkeypatch):
     assert dict(table.dtypes) == {"source": "string", "target": "string", "score": "float"}
     assert not (tmp_path / "scores.parts").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edges", "one.parquet", "scores"]
-
-
-slow = pytest.mark.slow
 
 
 @slow
@@ -180,8 +180,15 @@ def test_bad_edges_are_named_and_leave_nothing(spark, tmp_path):
     tried("holds no edges", DataError, source=pa.array([], pa.int64()), target=pa.array([], pa.int64()))
     tried("node ids are integers or text", DataError, source=[1.5], target=[3.0])
     tried("where an edge needs two", DataError, source=[1])
-    with pytest.raises(DataError, match="cannot be read as Parquet"):
-        fully_ppr(str(tmp_path / "nowhere"), engine="spark", spark=spark, out=tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty cannot be read as Parquet: it holds no Parquet files$"):
+        fully_ppr(tmp_path / "empty", engine="spark", spark=spark, out=tmp_path / "out")
+    for edges, match in (
+        ("nowhere.parquet", "Path does not exist"),
+        (f"file://{tmp_path}/nowhere", "cannot be read as Parquet"),
+    ):
+        with pytest.raises(DataError, match=match):
+            fully_ppr(edges, engine="spark", spark=spark, out=tmp_path / "out")
     edges = write_edges(tmp_path / "edges", *random_edges(1))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
@@ -189,6 +196,10 @@ def test_bad_edges_are_named_and_leave_nothing(spark, tmp_path):
         fully_ppr(edges, engine="spark", spark=spark, out=tmp_path / "mine")
     with pytest.raises(DataError, match="it is a file"):
         fully_ppr(edges, engine="spark", spark=spark, out=tmp_path / "mine" / "thesis.txt")
+    with pytest.raises(
+        DataError, match=r"cannot make the folder file:/proc/none/out\.parts: nothing may be written there"
+    ):
+        fully_ppr(edges, engine="spark", spark=spark, out="/proc/none/out")
     for place in ("edges", "edges/scores", "."):
         with pytest.raises(InputError, match="choose a folder apart from theirs"):
             fully_ppr(edges, engine="spark", spark=spark, out=tmp_path / place)

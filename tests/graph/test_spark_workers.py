@@ -34,7 +34,7 @@ from anabranch.graph.fully_ppr.from_edges import cut_rows, scores_table
 from anabranch.graph.fully_ppr.partitioned import records_from
 from anabranch.graph.fully_ppr.rounds import Rules, Schedule, run_rounds
 from anabranch.graph.ppr.rules import Transition
-from anabranch.graph.spark.files import as_text, first_line, is_uri
+from anabranch.graph.spark.files import as_text, first_line, is_uri, why_unread
 from anabranch.graph.stored_folder import FACTS, WALKS
 from spark_graphs import random_edges
 
@@ -376,6 +376,14 @@ def test_what_a_worker_raised_is_told_in_one_line():
     assert first_line(RuntimeError(text)) == "degrees leave the range"
     assert first_line(RuntimeError("Job aborted.\n\tat org.apache")) == "Job aborted."
     assert first_line(RuntimeError()) == "RuntimeError"
+
+
+def test_why_files_are_not_read():
+    said = "[PATH_NOT_FOUND] Path does not exist: file:/e. SQLSTATE: 42K03\n\tat org.apache.spark"
+    assert why_unread(RuntimeError(said)) == "Path does not exist: file:/e."
+    said = "[UNABLE_TO_INFER_SCHEMA] Unable to infer schema for Parquet. It must be specified manually. SQLSTATE: 42KD9"
+    assert why_unread(RuntimeError(said)) == "it holds no Parquet files"
+    assert why_unread(RuntimeError("Could not read footer.")) == "Could not read footer."
 
 
 def test_settings_that_do_not_go_with_files_are_refused(tmp_path):

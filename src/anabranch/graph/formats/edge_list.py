@@ -49,6 +49,9 @@ WEIGHTS = ("weight", "weights", "w", "edge_weight", "strength")
 # `write_graph` leaves it.
 NOTE = re.compile(rb"^# anabranch graph: (\d+) nodes, (directed|undirected)\r?$", re.MULTILINE)
 
+# A longer row among the first two, which are looked at field by field, is none of a list of edges.
+MOST_ROW = 1 << 20
+
 Column = int | str | None
 
 
@@ -206,13 +209,18 @@ def _first_rows(path: Path, dialect: Dialect) -> tuple[bytes, list[int], list[st
     size = 1 << 16
     while True:
         start = first_bytes(path, size)
+        if b"\0" in start[: 1 << 16]:
+            next(iter(blocks(path)))  # says where
         whole = start if len(start) < size else start[: start.rfind(b"\n") + 1]
         found = list(islice(_data_lines(whole, dialect.comment), 2))
+        long = next((number for number, line in found if len(line) > MOST_ROW), None)
+        if long is None and len(found) < 2 and len(start) - len(whole) > MOST_ROW:
+            long = whole.count(b"\n") + 1
+        if long is not None:
+            fail(path, long, f"a line of more than {MOST_ROW >> 20:,} MiB; this is no list of edges (give `format`)")
         if len(found) == 2 or len(start) < size:
             break
         size *= 16
-    if b"\0" in start[: 1 << 16]:
-        next(iter(blocks(path)))  # says where
     if not start:
         raise DataError(f"{path} is empty")
     if not found:

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlparse
 from anabranch.errors import DataError, InputError
 from anabranch.graph.formats.edge_list import Dialect
 from anabranch.graph.formats.parquet import NOTE, choose_columns
-from anabranch.graph.spark.files import Files, as_text, first_line, is_uri
+from anabranch.graph.spark.files import Files, as_text, is_uri, why_unread
 from anabranch.graph.spark.run import Run
 from anabranch.graph.spark.session import default_partitions
 
@@ -162,7 +162,7 @@ def _read(run: Run, given: EdgeFiles) -> Any:
     try:
         return run.spark.read.parquet(path)
     except (Py4JError, PySparkException) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
+        raise DataError(f"{path} cannot be read as Parquet: {why_unread(error)}") from error
 
 
 def _columns(read: Any, given: EdgeFiles) -> tuple[Any, str]:

@@ -105,10 +105,12 @@ class Files:
                 raise DataError(f"cannot move {path} to {to}: something is there, or it may not be written")
 
     def make_folder(self, path: str) -> None:
-        """Make a folder and those above it."""
+        """Make a folder and those above it. Raises DataError where that may not be."""
         with _explained(path):
             system, found = self._at(path)
-            system.mkdirs(found)
+            # Hadoop tells so without saying why.
+            if not system.mkdirs(found):
+                raise DataError(f"cannot make the folder {path}: nothing may be written there")
 
     def remove(self, path: str) -> None:
         """Remove a file, or a folder with all that it holds, where it is there."""
@@ -143,6 +145,18 @@ def _explained(path: str) -> Iterator[None]:
         yield
     except Py4JError as error:
         raise DataError(f"{path}: {first_line(error)}") from error
+
+
+# How Spark begins and ends what it says: "[PATH_NOT_FOUND] Path does not exist: file:/e. SQLSTATE: 42K03".
+_CODES = re.compile(r"^\[[A-Z_.]+\] | SQLSTATE: \w+$")
+
+
+def why_unread(error: BaseException) -> str:
+    """Why Parquet cannot be read, of what Spark says."""
+    said = first_line(error)
+    if "UNABLE_TO_INFER_SCHEMA" in said:
+        return "it holds no Parquet files"
+    return _CODES.sub("", said)
 
 
 def first_line(error: BaseException) -> str:

@@ -96,7 +96,8 @@ def _start(builder_of: Any) -> Any:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-    found.sparkContext.setLogLevel("ERROR")
+    # What fails is raised here, in a line; executors would write Java's stacks to the terminal beside.
+    found.sparkContext.setLogLevel("FATAL")
     return found
 
 
