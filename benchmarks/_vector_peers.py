@@ -272,6 +272,10 @@ class Glass(Built):
         self._base_ND = base_ND
         index = glass.Index(index_type="HNSW", metric="L2", quant="FP32", R=2 * setting.M, L=setting.candidates)
         self._graph = index.build(base_ND)
+        # A searcher takes the graph for its own.
+        with _file() as path:
+            self._graph.save(str(path))
+            self._graph_bytes = _size(path)
         self._searcher = glass.Searcher(
             graph=self._graph, data=base_ND, metric="L2", quantizer=search, refine_quant=refine
         )
@@ -291,9 +295,7 @@ class Glass(Built):
         return np.asarray(self._searcher.search(query_D, K)[0])
 
     def saved_bytes(self) -> int:
-        with _file() as path:
-            self._graph.save(str(path))
-            return _size(path) + len(self._base_ND) * self._bytes
+        return self._graph_bytes + len(self._base_ND) * self._bytes
 
 
 def _glass() -> list[Contestant]:
