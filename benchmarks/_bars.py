@@ -106,6 +106,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
     "hnsw_live": frozenset(BARS["hnsw_live"]),
+    "routing_decisions": frozenset(BARS["routing_decisions"]),
     "hnsw_disk": frozenset(BARS["hnsw_disk"]),
 }
 

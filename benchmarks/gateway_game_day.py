@@ -17,6 +17,7 @@ how often that breaker opened at all; where it did not, the period is that of a 
 
 import argparse
 import asyncio
+import datetime
 import platform
 import random
 import subprocess
@@ -192,11 +193,17 @@ def main() -> None:
             rows.append(row)
             say(row, time.process_time() - began)
     if options.json:
+        versions = {name: version(name) for name in ("aiohttp", "anabranch")}
         result = {
-            "name": "gateway_game_day", "device": "any machine: time is simulated", "rows": rows, "bars": BARS,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("aiohttp", "anabranch")}},
-            "commit": commit(), "command": " ".join([Path(sys.executable).name, *sys.argv]),
-        }  # fmt: skip
+            "name": "gateway_game_day",
+            "device": "any machine: time is simulated",
+            "rows": rows,
+            "bars": BARS,
+            "versions": {"python": platform.python_version(), **versions},
+            "commit": commit(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        }
         atomic_write_json(options.json, result)
 
 
