@@ -2,11 +2,19 @@
 
 import contextlib
 import ipaddress
+import re
 import socket
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 from anabranch.errors import InputError
+
+MOST_PORT = 65_535
+
+# A name or an IPv4 address, or an IPv6 address in brackets, with or without a port. Names hold no sign that means something in a URL, and
+# no space; which letters they may have besides is for whoever looks them up.
+_HOST = re.compile(
+    r"(?:\[(?P<inner>[^\[\]]+)\]|(?P<name>[^\x00-\x20\x7f\[\]@/?#\\:,;%\"'<>^`{|}]+))(?::(?P<port>[0-9]{0,5}))?"
+)
 
 
 @contextlib.contextmanager
@@ -15,8 +23,8 @@ def listening(host: str, port: int, *, shared: bool = False) -> Iterator[socket.
 
     Raises InputError if the address cannot be had.
     """
-    if not 0 <= port <= 65535:
-        raise InputError(f"port is {port}; it must be 0 (any free one) to 65535")
+    if not 0 <= port <= MOST_PORT:
+        raise InputError(f"port is {port}; it must be 0 (any free one) to {MOST_PORT}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -53,8 +61,22 @@ def is_local(host: str) -> bool:
 
 
 def name_of(host: str) -> str | None:
-    """The name or address in a ``Host`` header, in small letters; None for one that has none or cannot be read."""
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
+    """The name or address in a ``Host`` header, in small letters; None for one that has none or is none.
+
+    A header holds a name and perhaps a port, and nothing else that a URL may have: ``localhost#.page.example`` is no name of this machine.
+    """
+    found = _HOST.fullmatch(host)
+    if found is None:
         return None
+    name, port = (found["inner"] or found["name"]).lower(), found["port"]
+    if found["inner"] is not None and not _is_ipv6(name):
+        return None
+    return name if not port or int(port) <= MOST_PORT else None
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True

@@ -59,6 +59,37 @@ def test_why_an_answer_ended(kind, reply, reason):
     assert answer.usage.prompt == 3
 
 
+@pytest.mark.parametrize(
+    ("given", "content"),
+    [
+        ({"chosenCandidates": [{"token": "a", "logProbability": -0.5}]}, [("a", -0.5, [])]),
+        (
+            {
+                "chosenCandidates": [{"token": "a", "logProbability": 0}, {"token": "b"}, 7, None],
+                "topCandidates": [{"candidates": [{"token": "c"}, {"token": "d", "logProbability": -1}, "x"]}, 5],
+            },
+            [("a", 0, ["d"])],
+        ),
+        ({"chosenCandidates": [{"token": "a", "logProbability": None}], "topCandidates": {"0": 1}}, [("a", None, [])]),
+        ({"chosenCandidates": 7}, []),
+        ([1], None),
+        ("x", None),
+        ({}, None),
+    ],
+)
+def test_odd_log_probabilities_of_gemini_lose_no_answer(given, content):
+    body = {"candidates": [{"content": {"parts": [{"text": "hi"}]}, "finishReason": "STOP", "logprobsResult": given}]}
+    [choice] = made("gemini").parse(chat(), json.dumps(body).encode()).body["choices"]
+    assert choice["message"]["content"] == "hi"
+    found = choice.get("logprobs")
+    told = (
+        None
+        if found is None
+        else [(one["token"], one["logprob"], [top["token"] for top in one["top_logprobs"]]) for one in found["content"]]
+    )
+    assert told == content
+
+
 def test_a_prompt_that_gemini_blocks_is_filtered():
     body = {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 3}}
     provider = made("gemini")

@@ -197,6 +197,69 @@ def test_measures_of_log_probabilities_by_hand():
         assert np.isnan(measured(broken, "logprob"))
 
 
+HOSTILE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from([10**400, -(10**400), -1e308, 1e9, 0]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["logprob", "top_logprobs", "content", "token"]), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+MEASURES = ("logprob", "entropy", "quantile")
+
+
+@pytest.mark.filterwarnings("error")
+@given(
+    HOSTILE
+    | st.lists(st.fixed_dictionaries({"logprob": HOSTILE, "top_logprobs": HOSTILE | st.lists(HOSTILE)}), max_size=3)
+)
+def test_whatever_an_upstream_tells_of_its_tokens_measures_something_or_nothing(told):
+    one = strategies.make("logprob", models=("small", "large"), measure="entropy")
+    for measure in MEASURES:
+        for given_ in (told, {"content": told}):
+            found = measured(given_, measure)
+            assert isinstance(found, float)
+            assert np.isnan(found) or (found >= 0 if measure == "entropy" else -9999 <= found <= 0)
+    one.confidence(QUERY, "small", "4", {"logprobs": told})
+    one.confidence(QUERY, "small", "4", {"entropy": told})
+
+
+@pytest.mark.parametrize("top", [{"token": "a"}, {"logprob": None}, {"logprob": 10**400}, {"logprob": "x"}, None, 3])
+def test_an_alternative_without_its_log_probability_is_none(top):
+    half = {"logprob": np.log(0.5), "top_logprobs": [{"logprob": np.log(0.5)}, top]}
+    # The other half is what is left.
+    assert measured([half], "entropy") == pytest.approx(np.log(2))
+    assert np.isnan(measured([{"logprob": -1.0, "top_logprobs": [top]}], "entropy"))
+    assert np.isnan(measured([{"logprob": 10**400}], "logprob"))
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        ([{"token": "x", "logprob": -0.1, "top_logprobs": 3}], [{"token": "x", "logprob": -0.1, "top_logprobs": []}]),
+        (
+            [{"token": "x", "logprob": -0.1}, {"logprob": 10**400}, 7],
+            [{"token": "x", "logprob": -0.1, "top_logprobs": []}, {"logprob": 10**400, "top_logprobs": []}, 7],
+        ),
+        ([{"token": "x", "logprob": -0.1}, {"logprob": float("nan")}], None),
+    ],
+)
+def test_a_draft_whose_log_probabilities_are_odd_is_given_and_no_second_one_bought(content, shown):
+    choice = {
+        "message": {"role": "assistant", "content": "4"},
+        "finish_reason": "stop",
+        "logprobs": {"content": content},
+    }
+    models = Models(small=[Answered(model="small", choices=(choice,))])
+    step, done = program(models, {"logprobs": True, "top_logprobs": 2}, "logprob", threshold=-0.3)
+    assert (step.name, done.model, len(models.asked)) == ("measured", "small", 1)
+    assert (done.logprobs and done.logprobs["content"]) == shown
+
+
 def test_entropy_is_the_less_the_better():
     one = strategies.make("logprob", measure="entropy", threshold=-0.5, models=("small", "large"))
     assert one.confidence(QUERY, "small", "4", {"entropy": 0.4}) == -0.4

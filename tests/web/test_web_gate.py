@@ -1,6 +1,8 @@
 """Who may reach a server of this machine, by the headers alone."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anabranch.web.api_error import ApiError
 from anabranch.web.gate import Gate
@@ -35,6 +37,29 @@ def said(gate, **headers):
         ("page.example@127.0.0.1.evil", False),
         ("", False),
         ("[", False),
+        ("localhost:", True),
+        ("[::1]", True),
+        ("::1", False),
+        # Whatever a URL may have besides a name and a port.
+        ("localhost#.page.example", False),
+        ("localhost?.page.example", False),
+        ("localhost/.page.example", False),
+        ("localhost\\.page.example", False),
+        ("page.example@127.0.0.1", False),
+        ("a@127.0.0.1:80", False),
+        ("localhost, page.example", False),
+        ("localhost page.example", False),
+        (" localhost", False),
+        ("localhost\t", False),
+        ("[::1", False),
+        ("[127.0.0.1]", False),
+        ("[localhost]", False),
+        ("[::1]page.example", False),
+        ("localhost:80:80", False),
+        ("localhost:x", False),
+        ("localhost:-1", False),
+        ("localhost:65536", False),
+        ("localhost:" + "1" * 5000, False),
     ],
 )
 def test_names_of_this_machine(host, is_ours):
@@ -56,6 +81,47 @@ def test_names_of_this_machine(host, is_ours):
 )
 def test_pages_of_the_server_itself(origin, host, is_own):
     assert is_same_origin(origin, host) is is_own
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_what_follows_a_name_of_this_machine_is_a_port_or_makes_another_name(text):
+    if is_meant(f"localhost{text}"):
+        dots, colon, port = text.partition(":")
+        assert not dots.strip(".")
+        assert not port or (colon and port.isascii() and port.isdigit() and int(port) <= 65_535)
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="."), min_size=1, max_size=20))
+def test_what_stands_before_a_name_of_this_machine_makes_another_name(text):
+    assert not is_meant(f"{text}localhost")
+    assert not is_meant(f"{text}[::1]")
+
+
+@pytest.mark.parametrize("kind", ["aiohttp", "starlette"])
+def test_a_header_that_is_there_twice_is_no_origin_and_no_host(kind):
+    def headers(*pairs):
+        if kind == "starlette":
+            return pytest.importorskip("starlette.datastructures").Headers(
+                raw=[(one.encode(), other.encode()) for one, other in pairs]
+            )
+        return pytest.importorskip("multidict").CIMultiDictProxy(pytest.importorskip("multidict").CIMultiDict(pairs))
+
+    gate, ours = Gate("127.0.0.1", (), ()), ("host", "localhost:7")
+    page, own = ("origin", "http://page.example"), ("origin", "http://localhost:7")
+    for pairs, code in (
+        ([ours], None),
+        ([ours, own], None),
+        ([ours, own, page], "forbidden_origin"),
+        ([ours, page, own], "forbidden_origin"),
+        ([ours, ("host", "page.example"), own], "forbidden_host"),
+        ([own], "forbidden_host"),
+    ):
+        try:
+            gate.check(headers(*pairs))
+            found = None
+        except ApiError as error:
+            found = error.code
+        assert found == code, pairs
 
 
 def test_a_gate_is_closed_on_loopback_alone():

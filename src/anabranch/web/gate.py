@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from anabranch.sockets import is_local, name_of
 from anabranch.web.api_error import ApiError
-from anabranch.web.senders import is_meant, is_same_origin
+from anabranch.web.senders import is_meant, is_same_origin, told
 
 ANY = "*"
 
@@ -28,7 +28,7 @@ class Gate:
         """Raises ApiError (403) for the headers of a request that is for another name, or of another page."""
         if not self._is_closed:
             return
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host, origin = told(headers, "host") or "", told(headers, "origin")
         if not is_meant(host, self._hosts):
             name = name_of(host) or "?"
             message = f"this server is for this machine, not for the host {name:.80}; {self._part}hosts allows names"

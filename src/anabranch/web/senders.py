@@ -4,9 +4,26 @@ A page can send requests to any address, and by a name of its own that it lets m
 rebinding). Its requests say by which name they were sent (``Host``) and where they come from (``Origin``): no page can change that.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from anabranch.sockets import is_local, name_of
+
+
+def told(headers: Mapping[str, str], name: str) -> str | None:
+    """What a request says in a header; None if nothing.
+
+    One that it has several times is as one with commas in between (RFC 9110, section 5.3): no origin, nor a host, and none of them is
+    left out.
+
+    Args:
+        headers: with ``getall`` (aiohttp) or ``getlist`` (Starlette) where a name may be there several times.
+        name: in small letters.
+    """
+    several: Any = getattr(headers, "getall", None) or getattr(headers, "getlist", None)
+    if several is None:
+        return headers.get(name)
+    return ", ".join(several(name)) if name in headers else None
 
 
 def is_meant(host: str, names: Collection[str] = ()) -> bool:

@@ -13,7 +13,7 @@ from aiohttp import web
 from anabranch.gateway.gateway import Gateway
 from anabranch.web.answers import JSON, bearer
 from anabranch.web.api_error import ApiError
-from anabranch.web.senders import is_meant, is_same_origin
+from anabranch.web.senders import is_meant, is_same_origin, told
 
 # Of an answer to a request that no request of a model was made of.
 IS_EARLY = web.ResponseKey("is_early", bool)
@@ -63,7 +63,7 @@ def _is_local(request: web.BaseRequest) -> bool:
     except ValueError:
         return False
     forwarded = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip"))
-    return is_near and is_meant(request.headers.get("host", "")) and not forwarded
+    return is_near and is_meant(told(request.headers, "host") or "") and not forwarded
 
 
 def check_origin(request: web.BaseRequest) -> None:
@@ -73,13 +73,13 @@ def check_origin(request: web.BaseRequest) -> None:
     """
     if request.method in ("GET", "HEAD"):
         return
-    origin = request.headers.get("origin")
-    is_foreign = request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-    if is_foreign or not is_same_origin(origin, request.headers.get("host", "")):
+    headers = request.headers
+    is_foreign = told(headers, "sec-fetch-site") not in (None, "same-origin", "none")
+    if is_foreign or not is_same_origin(told(headers, "origin"), told(headers, "host") or ""):
         raise ApiError(
             403, "foreign_origin", "a page of another host asks for this; use one of this host, or no browser"
         )
-    kind = (request.headers.get("content-type") or "").partition(";")[0].strip().lower()
+    kind = (headers.get("content-type") or "").partition(";")[0].strip().lower()
     is_wrong = kind != JSON if request.body_exists else kind in _SIMPLE
     if is_wrong and request.method != "DELETE":
         raise ApiError(415, "unsupported_media_type", "send application/json as content-type")

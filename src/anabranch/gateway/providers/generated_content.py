@@ -132,17 +132,27 @@ def choice_of(at: int, candidate: Json) -> Json:
 
 
 def _logprobs(given: Any) -> Json | None:
-    if not given:
+    """OpenAI's form of ``logprobsResult``; what is none of its own is left out: it is no reason to lose an answer that was paid for."""
+    if not given or not isinstance(given, dict):
         return None
-    tops = given.get("topCandidates") or []
-    content = []
-    for at, chosen in enumerate(given.get("chosenCandidates") or []):
-        others = tops[at].get("candidates") or [] if at < len(tops) else []
-        top = [{"token": one["token"], "logprob": one["logProbability"], "bytes": None} for one in others]
-        content.append(
-            {"token": chosen["token"], "logprob": chosen["logProbability"], "bytes": None, "top_logprobs": top}
-        )
+    tops, content = _listed(given.get("topCandidates")), []
+    for at, chosen in enumerate(_listed(given.get("chosenCandidates"))):
+        told = tops[at] if at < len(tops) else None
+        others = _listed(told.get("candidates")) if isinstance(told, dict) else []
+        top = [token for one in others if (token := _token(one)) is not None]
+        if (token := _token(chosen)) is not None:
+            content.append({**token, "top_logprobs": top})
     return {"content": content}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _token(given: Any) -> Json | None:
+    if not isinstance(given, dict) or not {"token", "logProbability"} <= given.keys():
+        return None
+    return {"token": given["token"], "logprob": given["logProbability"], "bytes": None}
 
 
 class GeminiStream(ForeignStream):

@@ -5,7 +5,7 @@ import hmac
 from starlette.requests import Request
 
 from anabranch.graph.serve.requests import RequestError
-from anabranch.web.senders import is_meant, is_same_origin
+from anabranch.web.senders import is_meant, is_same_origin, told
 
 
 def check_sender(request: Request, token: str | None, host: str) -> None:
@@ -16,7 +16,7 @@ def check_sender(request: Request, token: str | None, host: str) -> None:
         token: that it must have; None lets in whoever uses a name of this machine.
         host: that the server listens at, which may be such a name too.
     """
-    origin, given = request.headers.get("origin"), request.headers.get("host", "")
+    origin, given = told(request.headers, "origin"), told(request.headers, "host") or ""
     if not is_same_origin(origin, given):
         raise RequestError(403, "other_origin", f"a page of {origin!r:.80} may change nothing here")
     if token is not None:

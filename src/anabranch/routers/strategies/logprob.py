@@ -12,6 +12,8 @@ even made where its provider is known to refuse.
 """
 # Shapes: N queries, M models
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -25,6 +27,10 @@ from anabranch.routers.contract.program import Answered, Ask, Done, ProgramReque
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Facts
 from anabranch.routers.strategies.chained import Chained
+
+# Nats: what OpenAI writes for a token that is as good as impossible, below which nothing is told apart; and how far above 0, where no
+# log-probability is, rounding takes one that is 0.
+LEAST, ROUNDED = -9999.0, 1e-2
 
 
 class LogProb(Chained, kind="logprob"):
@@ -59,7 +65,8 @@ class LogProb(Chained, kind="logprob"):
         if "logprobs" in details:
             found = measured(details["logprobs"], self.config.measure, self.config.quantile)
         else:
-            found = float(details.get(self.config.measure, np.nan))
+            told = _number(details.get(self.config.measure))
+            found = math.nan if told is None else told
         return -found if self.config.measure == "entropy" else found
 
     # -- answering
@@ -87,28 +94,56 @@ def _alternatives(settings: Mapping[str, Any]) -> int | None:
 
 
 def _as_asked(done: Done, alternatives: int | None) -> Done:
-    """An answer with no more log-probabilities than the sender asked for."""
-    if alternatives is None or done.logprobs is None:
+    """An answer with no more log-probabilities than the sender asked for; with none where they are nothing that JSON has (NaN)."""
+    if alternatives is None or not isinstance(done.logprobs, Mapping):
         return replace(done, logprobs=None)
-    told = done.logprobs.get("content")
     tokens = [
-        {**one, "top_logprobs": list(one.get("top_logprobs") or ())[:alternatives]} if isinstance(one, Mapping) else one
-        for one in (told if isinstance(told, list) else ())
+        {**one, "top_logprobs": _listed(one.get("top_logprobs"))[:alternatives]} if isinstance(one, Mapping) else one
+        for one in _listed(done.logprobs.get("content"))
     ]
-    return replace(done, logprobs={**done.logprobs, "content": tokens})
+    shown = {**done.logprobs, "content": tokens}
+    try:
+        json.dumps(shown, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return replace(done, logprobs=None)
+    return replace(done, logprobs=shown)
 
 
 def measured(logprobs: Any, measure: str, quantile: float = 0.1) -> float:
-    """One number of OpenAI's ``logprobs`` (``{"content": [...]}`` or its list); NaN where it does not hold what is needed."""
-    tokens: Sequence[Any] = (logprobs.get("content") if isinstance(logprobs, Mapping) else logprobs) or ()
-    tokens = [token for token in tokens if isinstance(token, Mapping) and isinstance(token.get("logprob"), int | float)]
-    if not tokens:
+    """One number of OpenAI's ``logprobs`` (``{"content": [...]}`` or its list); NaN where it does not hold what is needed.
+
+    Whatever an upstream wrote there, nothing is raised: what is no log-probability is passed over.
+    """
+    tokens = _listed(logprobs.get("content") if isinstance(logprobs, Mapping) else logprobs)
+    told = [(token, value) for token in tokens if (value := _logprob(token)) is not None]
+    if not told:
         return float("nan")
     if measure == "entropy":
-        entropies = [_entropy([top["logprob"] for top in token.get("top_logprobs") or ()]) for token in tokens]
-        return float(np.mean(entropies))
-    value = np.array([token["logprob"] for token in tokens], float)
-    return float(value.mean() if measure == "logprob" else np.quantile(value, quantile))
+        tops = ([_logprob(top) for top in _listed(token.get("top_logprobs"))] for token, _ in told)
+        return float(np.mean([_entropy([value for value in top if value is not None]) for top in tops]))
+    values = np.array([value for _, value in told])
+    return float(values.mean() if measure == "logprob" else np.quantile(values, quantile))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _logprob(token: Any) -> float | None:
+    """What a token, or an alternative to one, says of itself, in nats; None where that is no log-probability."""
+    value = _number(token.get("logprob")) if isinstance(token, Mapping) else None
+    return None if value is None or value > ROUNDED else min(0.0, max(LEAST, value))
+
+
+def _number(value: Any) -> float | None:
+    """A float that is not NaN; None of anything else, such as an integer that is too long for one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return None if math.isnan(found) else found
 
 
 def _entropy(logprobs: Sequence[float]) -> float:
