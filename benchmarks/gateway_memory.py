@@ -23,6 +23,9 @@ from gateway_overhead import litellm, ours
 
 FAIL_EVERY, CONCURRENCY = 10, 16
 
+# Longer than any connection is kept for the next request: as many of them may be kept as there were requests at once, or none.
+IDLE_S = 20.0
+
 
 async def mixed(contestant: Contestant, count: int, seed: int) -> dict[str, int]:
     """The load; how often each status came, ``cut`` for those the client left."""
@@ -67,7 +70,7 @@ def tasks(contestant: Contestant) -> int | None:
 def run(contestant: Contestant, count: int, parts: int = 10) -> dict[str, Any]:
     statuses: dict[str, int] = {}
     asyncio.run(mixed(contestant, count // parts, 0))  # warm
-    time.sleep(2)
+    time.sleep(IDLE_S)
     before = {"rss_mib": contestant.rss_mib(), "sockets": sockets(contestant)}
     if contestant.name == "ours":
         before["tasks"] = tasks(contestant) or 0
@@ -78,7 +81,7 @@ def run(contestant: Contestant, count: int, parts: int = 10) -> dict[str, Any]:
         along.append(round(contestant.rss_mib(), 2))
         print(f"{contestant.name}: {part * count // parts:,} requests, {along[-1]} MiB", file=sys.stderr)
     seconds = time.perf_counter() - begin
-    time.sleep(6)  # idle connections to the upstream close
+    time.sleep(IDLE_S)
     after = {"rss_mib": contestant.rss_mib(), "sockets": sockets(contestant)}
     if contestant.name == "ours":
         after["tasks"] = tasks(contestant) or 0
