@@ -132,6 +132,23 @@ async def both_drafts(request, ask):
 # Through HTTP
 
 
+def test_a_program_that_the_config_does_not_name_is_served_by_its_name_and_after_a_reload(tmp_path):
+    plain = config(tmp_path, strategies={"cheapest": StrategyConfig(use="cheapest")})
+
+    async def work(gateway):
+        before = (await gateway.achat(ask()))["choices"]
+        await gateway.reload(plain.replace(retries=RetryConfig(attempts=2)))
+        return before, (await gateway.achat(ask()))["choices"]
+
+    async def says_so(request, ask):
+        yield Said("so")
+        yield Done(model="small")
+
+    found, _, program = run(plain, work, says_so)
+    assert [choices[0]["message"]["content"] for choices in found] == ["so", "so"]
+    assert len(program.requests) == 2
+
+
 def test_a_program_answers_through_http_whole_and_as_a_stream(tmp_path):
     async def work(gateway):
         operator, _ = await gateway.store.create_key("op", is_admin=True)

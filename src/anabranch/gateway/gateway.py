@@ -23,7 +23,7 @@ from anabranch.gateway import listings
 from anabranch.gateway.answer_mark import answer_mark
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.collect.shadow import Shadow
-from anabranch.gateway.config import GatewayConfig, default_config, load_config
+from anabranch.gateway.config import GatewayConfig, StrategyConfig, default_config, load_config
 from anabranch.gateway.core.admission import Admission
 from anabranch.gateway.core.decision_log import Collecting, keeps_texts
 from anabranch.gateway.core.held_body import HeldBody
@@ -73,7 +73,7 @@ class Gateway(SyncGateway):
     Args:
         config: a config, the path of a file, or None for a mock pool.
         store: in place of the one the config names; whoever gives it closes it.
-        strategies: ready-made ones in place of the config's, by name.
+        strategies: ready-made ones by name, in place of the config's or beside them; ``auto/NAME`` asks them.
 
     Raises ConfigError, and what else the parts of the config raise when they are made.
     """
@@ -143,11 +143,15 @@ class Gateway(SyncGateway):
         self.shadow = Shadow(self, lambda config: Gateway(config, self.store))
 
     def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
-        made = Runtime(config, self._bypassed, self._strategies, previous, self.metrics.of)
+        ready = self._strategies or {}
+        own = {name: StrategyConfig(use=one.name) for name, one in ready.items() if name not in config.strategies}
+        if own:
+            config = config.replace(strategies={**config.strategies, **own})
+        made = Runtime(config, self._bypassed, ready, previous, self.metrics.of)
         if self.shared is not None:
             made.dispatcher.on_change = self.shared.breakers.changed
             made.dispatcher.rooms = self.shared.rooms
-            made.mark = answer_mark(config, self._strategies or {})
+            made.mark = answer_mark(config, ready)
         return made
 
     def _made_caches(self, previous: Caches | None = None) -> Caches:
