@@ -108,6 +108,34 @@ def test_a_csv_file_without_costs_and_with_prices(run):
     assert priced["strategies"][0]["apgr"] is not None
 
 
+def test_what_a_table_was_read_as_is_said(run, place):
+    lines = (place / "other.csv").read_text().split("\n")
+    odd = [
+        lines[0] + ",year," + ",".join(f"cost:{name}" for name in MODELS),
+        *(line + ",2025,0.1,0.2,0.3" for line in lines[1:]),
+    ]
+    (place / "odd.csv").write_text("\n".join(odd))
+    known = {"models": list(MODELS), "costs": list(MODELS), "left_out": {"year": "not scores, by its name"}}
+    said = "left out of odd.csv: year (not scores, by its name)"
+    for line in (
+        "fit odd.csv --out odd --strategy ridge --quiet",
+        "eval odd.csv --strategy ridge --seeds 1 --quiet",
+        "replay odd.csv --router odd --allow-leak --quiet",
+    ):
+        code, out, err = run(*line.split())
+        assert code == 0, err
+        assert err.count(said) == 1
+        if "replay" not in line:
+            assert re.search(rf"^models +{', '.join(MODELS)}$", out, re.MULTILINE)
+            assert re.search(r"^costs +of all models$", out, re.MULTILINE)
+        assert known.items() <= told(run(*line.split(), "--json"))["read"].items()
+    (place / "odd.csv").write_text("\n".join(odd).replace(",2025,0.1", ",2025,none at all", 1))
+    code, out, err = run("fit", "odd.csv", "--out", "odd2")
+    assert (code, out) == (2, "")
+    assert "odd.csv, line 2: cost of 'small' (column 'cost:small') is 'none at all'" in err
+    assert not (place / "odd2").exists()
+
+
 def test_other_outcomes_are_judged_whole_and_shared_ones_refused(run, place):
     assert told(run("eval", "other.jsonl", "--router", "routers", "--json", "--quiet"))["num_test"] == 40
     (place / "half.jsonl").write_text("\n".join((place / "data.jsonl").read_text().splitlines()[:80]))

@@ -153,6 +153,7 @@ BAD_FILES = {
     ),
     "unknown ending": (b"x", "data.parquet", "no ending that is known"),
     "no ending": (b"x", "data", "no ending that is known"),
+    "an ending of another file": (b"x", "gateway.toml", "from a gateway's store (.db, .sqlite, or a URL"),
     "a table with no rows": (b"prompt,a\n", "data.csv", "holds no rows"),
     "a short row": (b"prompt,a\nq,1\nq2\n", "data.csv", "line 3: 1 cells; the header has 2 columns"),
     "an open quote": (b'prompt,a\n"q,1\n', "data.csv", "not CSV"),
@@ -218,8 +219,93 @@ def test_a_mapping_says_which_column_is_what(tmp_path):
     assert (data.task, data.models) == (("maths", None), ("m",))
     np.testing.assert_array_equal(data.cost_NM, [[0.5], [np.nan]])
     np.testing.assert_array_equal(data.tokens_NM2[0], [[7, 9]])
-    with pytest.raises(DataError, match="score of 'm' is 'maths'"):
+    with pytest.raises(DataError, match=r"score of 'm' \(column 'kind'\) is 'maths'"):
         load_csv(path, Columns(query="text", score={"m": "kind"}))
+
+
+ODD = {
+    "a word among numbers": ("prompt,small,large\nhi,1,1\nho,n/a,0\n", "line 3: score of 'small' (column 'small') is 'n/a'"),
+    "an infinity": ("prompt,small,large\nhi,inf,1\nho,1,0\n", "line 2: score of 'small' (column 'small')"),
+    "an infinity alone": ("prompt,small,large\nhi,inf,1\n", "line 2: score of 'small' (column 'small')"),
+    "a word in marked scores": ("prompt,a_correct\nhi,good\n", "line 2: score of 'a' (column 'a_correct') is 'good'"),
+    "a word in costs": ("prompt,a,cost:a\nhi,1,free\n", "line 2: cost of 'a' (column 'cost:a') is 'free'"),
+    "costs of nobody": ("prompt,a,cost:b\nhi,1,1\n", "has a cost of 'b' (column 'cost:b'), which has no column of scores"),
+    "costs of words": ("prompt,a,b,cost:a\nhi,x,1,1\n", "the column 'a' is left out: no numbers"),
+    "scores twice": ("prompt,a_correct,score:a\nhi,1,1\n", "'a_correct' and 'score:a' both hold score of 'a'"),
+    "nothing but years": ("prompt,year\nhi,1999\n", "cannot tell which columns"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_cell_that_is_no_number_is_named_and_takes_no_model_away(tmp_path, name):
+    text, message = ODD[name]
+    with pytest.raises(DataError) as error:
+        load_outcomes(written(tmp_path, text, "a.csv"))
+    assert message in str(error.value)
+    assert "a.csv" in str(error.value)
+
+
+def test_a_number_that_is_no_score_makes_no_model_and_what_is_left_out_is_named(tmp_path):
+    text = (
+        "id,prompt,topic,small,large,cost_small,latencyMs,year,cost:large,note,void,tiny_response\n"
+        "7,hi,x,0.5,,0.1,20,2025,0.3,,,yes\n8,ho,y,1,0,0.2,30,2025,,see,,no\n"
+    )
+    data = load_outcomes(written(tmp_path, text, "a.csv"))
+    assert data.what_was_read() == {
+        "models": ["small", "large"],
+        "costs": ["large"],
+        "columns": {
+            "query": "prompt", "task": None, "score": {"small": "small", "large": "large"}, "cost": {"large": "cost:large"}
+        },
+        "left_out": {
+            "id": "not of a model, by its name", "topic": "no numbers", "cost_small": "not scores, by its name",
+            "latencyMs": "not scores, by its name", "year": "not scores, by its name", "note": "no numbers", "void": "empty",
+            "tiny_response": "answers of 'tiny', which has no column of scores",
+        },
+    }  # fmt: skip
+    np.testing.assert_array_equal(data.score_NM, [[0.5, np.nan], [1, 0]])
+    part = deduplicated(pooled(data.take([1]))).only(["small"])
+    assert part.reading == data.reading
+
+
+def test_bare_numbers_beside_marked_scores_are_left_out_by_name(tmp_path):
+    data = load_outcomes(written(tmp_path, "prompt,a_correct,score:b,extra\nhi,1,0,9\n", "a.csv"))
+    assert data.models == ("a", "b")
+    assert data.reading.left_out == {"extra": "other columns are marked as scores"}
+
+
+def test_what_a_mapping_does_not_name_is_left_out_by_name(tmp_path):
+    data = load_csv(written(tmp_path, "prompt,a,b\nhi,1,0\n", "a.csv"), Columns.parse("query=prompt,score:a=a"))
+    assert data.reading.left_out == {"b": "not named by the mapping"}
+
+
+@given(
+    st.lists(st.sampled_from(["1", "0.5", "", "x", "n/a", "inf", "true", "nan"]), min_size=1, max_size=6),
+    st.sampled_from(["small", "small_correct", "score:small", "year", "id", "cost:large"]),
+)
+def test_every_column_is_read_or_named_or_an_error(tmp_path_factory, cells, name):
+    path = tmp_path_factory.mktemp("odd") / "a.csv"
+    path.write_text(f"prompt,score:large,{name}\n" + "".join(f"q{at},1,{cell}\n" for at, cell in enumerate(cells)))
+    try:
+        data = load_outcomes(path)
+    except DataError as error:
+        told = str(error)
+    else:
+        told = ""
+    if told:
+        assert f"(column {name!r})" in told
+        return
+    read = [one for of in data.reading.columns.values() for one in of.values()]
+    assert sorted(["prompt", *read, *data.reading.left_out]) == sorted(["prompt", "score:large", name])
+
+
+def test_fields_of_a_line_that_mean_nothing_are_named(tmp_path):
+    row = '{"query": "q", "scores": {"a": 1}, "costs": {"a": 1}, "judge": "j", "request_id": "r", "colour": 3}\n'
+    data = load_outcomes(written(tmp_path, GOOD + row))
+    assert data.reading.left_out == {
+        "costs": "not a field of outcomes; did you mean 'cost'?",
+        "colour": "not a field of outcomes",
+    }
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from anabranch.cli.gateway.options import (
     read_data,
     read_strategies,
     rest,
+    say_read,
 )
 from anabranch.cli.gateway.verdict import Ending, print_verdict
 from anabranch.cli.graph.waiting import waiting
@@ -108,7 +109,7 @@ def evaluate(
     settings: dict[str, Any] = {"pool": pool, "dollar": dollar, "allow_leak": allow_leak, "margin": margin}
 
     def read_copies() -> tuple[Recorded, Pool]:
-        log, pool = read_data(data, columns, prices, keep_copies=True)
+        log, pool = read_data(data, columns, prices, keep_copies=True, tell=False)
         return measured(log, unit, prices), pool
 
     if test is None and is_log(recorded, lambda: read_copies()[0]):
@@ -132,8 +133,9 @@ def evaluate(
     report = report.replace(unit=unit, verdict=ending.of(report.verdict))
     written = _write(report, data, html, picture, markdown)
     if as_json:
-        print_json({**report.to_dict(), "wrote": written})
+        print_json({**report.to_dict(), "wrote": written, "read": recorded.what_was_read()})
         return
+    say_read(recorded)
     _print(report, written)
     print_verdict(report.verdict)
 

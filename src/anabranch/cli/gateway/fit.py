@@ -19,6 +19,7 @@ from anabranch.cli.gateway.options import (
     make_embedder,
     read_data,
     read_strategies,
+    say_read,
 )
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed, finite_number
@@ -104,11 +105,20 @@ def fit(
         say(f"what was recommended of {out} is not among the new routers; until eval, nothing is")
     sizes = {name: (out / f"{name}.safetensors").stat().st_size for name in routers}
     if as_json:
-        print_json({"out": str(out), "routers": sizes, "models": list(recorded.models), **about})
+        print_json(
+            {
+                "out": str(out),
+                "routers": sizes,
+                "models": list(recorded.models),
+                "read": recorded.what_was_read(),
+                **about,
+            }
+        )
         return
     table(["router", "needs vectors", "file"], [
         [name, "yes" if router.embedder is not None else "no", size(sizes[name])] for name, router in routers.items()
     ], text_columns=2)  # fmt: skip
+    say_read(recorded)
     print(f"learned from {len(learned):,} questions on {len(recorded.models)} models; {about['held_out']:,} held out")
     after = f"eval {shell_word(data)}" if about["held_out"] else "route 'a question'"
     wrote(str(out), f"{door()} {after} --router {shell_word(out)}")

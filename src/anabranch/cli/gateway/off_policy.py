@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.gateway.options import embed, make_embedder, read_strategies, rest
+from anabranch.cli.gateway.options import embed, make_embedder, read_strategies, rest, say_read
 from anabranch.cli.gateway.replay import print_replay
 from anabranch.cli.gateway.verdict import Ending, print_verdict
 from anabranch.cli.graph.waiting import waiting
@@ -52,6 +52,7 @@ def show_log(
     from anabranch.routers.strategies.fixed import Static
 
     learned: Recorded | None
+    read = log.what_was_read()
     if ending.router is None:
         judged, learned, log = _learned(log, pool, ending.strategy, fields, embedder, share, seed, quiet)
     else:
@@ -61,8 +62,9 @@ def show_log(
         result = replay({**judged, **alone}, log, pool)
         verdict = ending.of(verdict_of_log(judged, log, pool, learned=learned, margin=margin), is_log=True)
     if as_json:
-        print_json({"estimated": "off_policy", **result.to_dict(), "verdict": verdict.to_dict()})
+        print_json({"estimated": "off_policy", **result.to_dict(), "verdict": verdict.to_dict(), "read": read})
         return
+    say_read(log)
     print_replay(result)
     print_verdict(verdict)
 

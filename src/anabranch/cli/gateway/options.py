@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.options import FLAG, read_assignments
-from anabranch.cli.output import say
+from anabranch.cli.output import fact, say
 from anabranch.errors import ConfigError, DataError, InputError
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ Unseen = Annotated[
 
 
 def read_data(
-    name: str, columns: str | None, prices: Path | None, *, keep_copies: bool = False
+    name: str, columns: str | None, prices: Path | None, *, keep_copies: bool = False, tell: bool = True
 ) -> tuple[Recorded, Pool]:
     """Outcomes, and the pool of their models.
 
     Each question once: what a log knows of it from several answers together. With ``keep_copies`` each answer as it was chosen, for
-    what weighs choices.
+    what weighs choices. What of the file was left out is said on stderr, unless ``tell`` is False.
     """
     from anabranch.routers.data import SETS, Columns, deduplicated, load_outcomes, pool_of, pooled, read_prices
 
@@ -77,10 +77,21 @@ def read_data(
     known = None if prices is None else read_prices(prices)
     parsed = None if columns is None else Columns.parse(columns)
     data = load_outcomes(name, columns=parsed, prices=known, by_choice=keep_copies)
+    if tell and data.reading.left_out:
+        left = "; ".join(f"{one or 'a column without a name'} ({why})" for one, why in data.reading.left_out.items())
+        say(f"left out of {name}: {left}")
     if not keep_copies:
         # Copies that were scored apart, as conversations that end alike are, are all that is known of the text that they share.
         data = deduplicated(data) if _is_agreed(data) else pooled(data)
     return data, pool_of(data.models, known)
+
+
+def say_read(data: Recorded) -> None:
+    """Which models there are outcomes of, and which of them have costs."""
+    read = data.what_was_read()
+    fact("models", ", ".join(read["models"]))
+    is_all = read["costs"] == read["models"]
+    fact("costs", "of all models" if is_all else f"of {', '.join(read['costs'])}" if read["costs"] else "none")
 
 
 def _is_agreed(data: Recorded) -> bool:

@@ -55,7 +55,7 @@ def replay(
             log = embed(one.embedder, log, (lambda text: None) if quiet else say)
     result = estimate(strategies, log, pool)
     if as_json:
-        print_json(result.to_dict())
+        print_json({**result.to_dict(), "read": log.what_was_read()})
         return
     print_replay(result)
 

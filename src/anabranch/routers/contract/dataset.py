@@ -12,6 +12,22 @@ from anabranch.routers.contract.query import Query
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a file of outcomes was read, so that nobody has to guess it.
+
+    Attributes:
+        query, task: columns of a table; None where the file has none.
+        columns: of a table, by part (score, cost, prompt, completion, latency, answer) the column of each model.
+        left_out: columns, or fields of rows, that were not read, and why.
+    """
+
+    query: str | None = None
+    task: str | None = None
+    columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recorded:
     """Outcomes of every query on every model, as far as they are known.
 
@@ -27,6 +43,7 @@ class Recorded:
         vector_ND: float32 unit vectors of the texts; None until embedded.
         signals: float64 ``[N, M]`` by name: what is known of an answer beside its score, NaN where it is not: ``logprob`` (mean of its
             tokens), ``entropy``, ``votes`` (share of self-verifications for it), ``agreement`` (share of samples that say the same).
+        reading: how they were read from a file.
     """
 
     query: tuple[str, ...]
@@ -39,6 +56,7 @@ class Recorded:
     answers: tuple[Mapping[str, str], ...] = ()
     vector_ND: np.ndarray | None = None
     signals: Mapping[str, np.ndarray] = field(default_factory=dict)
+    reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         shape = (len(self.query), len(self.models))
@@ -106,6 +124,18 @@ class Recorded:
     def with_vectors(self, vector_ND: np.ndarray) -> Self:
         """The same with vectors of the texts."""
         return replace(self, vector_ND=np.ascontiguousarray(vector_ND, np.float32))
+
+    def what_was_read(self) -> dict[str, Any]:
+        """For a report: ``models``; ``costs``, those of them with any cost; ``columns`` of a table; ``left_out``."""
+        costs = [] if self.cost_NM is None else np.isfinite(self.cost_NM).any(0).tolist()
+        columns = {part: dict(of) for part, of in self.reading.columns.items() if of}
+        named = {"query": self.reading.query, "task": self.reading.task}
+        return {
+            "models": list(self.models),
+            "costs": [name for name, known in zip(self.models, costs, strict=False) if known],
+            "columns": {**named, **columns} if columns else None,
+            "left_out": dict(self.reading.left_out),
+        }
 
     def queries(self) -> Iterator[Query]:
         """Each row as a strategy sees it."""

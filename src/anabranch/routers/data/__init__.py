@@ -77,5 +77,6 @@ def load_outcomes(
     if kind in (".jsonl", ".ndjson", ".json"):
         return load_judgements(path, prices=prices) if is_judged(path) else load_jsonl(path, prices=prices)
     raise DataError(
-        f"{path} has no ending that is known; outcomes are read from .jsonl and .csv files, also gzipped (.jsonl.gz)"
+        f"{path} has no ending that is known; outcomes are read from .jsonl, .csv and .tsv files, also gzipped (.jsonl.gz), from a "
+        "gateway's store (.db, .sqlite, or a URL such as postgresql://HOST/NAME), and from a folder of MT-Bench"
     )

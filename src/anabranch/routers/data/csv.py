@@ -5,29 +5,31 @@
 Without a mapping the header is read as people write it: a column ``query``, ``prompt`` or ``question``; ``task``, ``subject``,
 ``category`` or ``eval_name``; and of each model a column of scores ``NAME``, ``score:NAME`` or ``NAME_correct`` (numbers, or true and
 false), with ``cost:NAME`` or ``NAME|total_cost`` and ``answer:NAME``, ``NAME_response`` or ``NAME|model_response`` where they are there.
-So RouteLLM's files of two models and RouterBench's table load as they are.
+So RouteLLM's files of two models and RouterBench's table load as they are. Which columns were read, and which were left out and why, is
+kept (`Reading`); a cell that is no number, in a column that is to hold numbers, is an error that names file, line and column.
 """
 
 import csv
-import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError, DataError
-from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.dataset import Reading, Recorded
 from anabranch.routers.contract.query import Model
+from anabranch.routers.data.header import guess
 from anabranch.routers.data.lines import read_lines
 from anabranch.routers.data.table import PARTS, Row, gather, number
 
-QUERY = ("query", "prompt", "question", "instruction")
-TASK = ("task", "subject", "category", "eval_name")
-
-# Never the name of a model.
-IGNORED = re.compile(r"(?i)|unnamed.*|index|(.*_)?id|split|oracle_model_to_route_to")
 _TRUTH = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 _UNKNOWN = ("", "nan", "none", "null", "na")
+_HINT = ". If the column holds something else, say which columns count, such as query=prompt,score:small=small_correct (--columns)"
+
+
+class _CellError(DataError):
+    """A cell that is to hold a number and does not."""
 
 
 @configclass
@@ -74,22 +76,7 @@ class Columns(Config):
     @classmethod
     def guess(cls, header: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> "Columns":
         """From the names in the header, and from which columns hold numbers. Raises DataError if that is not clear."""
-        lower = {name.lower(): name for name in reversed(header)}
-        query = next((lower[name] for name in QUERY if name in lower), None)
-        task = next((lower[name] for name in TASK if name in lower), None)
-        tables: dict[str, dict[str, str]] = {part: {} for part in (*PARTS, "answer")}
-        for column, name in enumerate(header):
-            part, model = _meaning(name)
-            if name in (query, task) or IGNORED.fullmatch(name):
-                continue
-            if part == "answer" or all(_is_number(row[column]) for row in rows):
-                tables[part][model] = name
-        for part in (*PARTS[1:], "answer"):
-            tables[part] = {model: name for model, name in tables[part].items() if model in tables["score"]}
-        if query is None or not tables["score"]:
-            raise DataError(
-                f"{path}: cannot tell which columns are what ({', '.join(header)}); say it, such as query=prompt,score:small=small_correct"
-            )
+        query, task, tables, _ = guess(header, rows, path, _looks_like_number)
         return cls(query=query, task=task, **tables)
 
 
@@ -107,11 +94,14 @@ def load_csv(
     """
     path = Path(path)
     header, lines, rows = _read(path)
-    columns = Columns.guess(header, rows, path) if columns is None else columns
+    is_guessed = columns is None
+    if columns is None:
+        query, task, tables, left = guess(header, rows, path, _looks_like_number)
+        columns = Columns(query=query, task=task, **tables)
+    else:
+        left = dict.fromkeys((name for name in header if name not in _named(columns)), "not named by the mapping")
     place = {name: column for column, name in enumerate(header)}
-    wanted = [columns.query, *filter(None, [columns.task])]
-    wanted += [name for part in (*PARTS, "answer") for name in getattr(columns, part).values()]
-    missing = [name for name in wanted if name not in place]
+    missing = [name for name in _named(columns) if name not in place]
     if missing:
         raise DataError(f"{path} has no column {missing[0]!r}; it has {', '.join(header)}")
     made = []
@@ -119,8 +109,17 @@ def load_csv(
         try:
             made.append(_row(cells, columns, place))
         except DataError as error:
-            raise DataError(f"{path}, line {line}: {error}") from None
-    return gather(made, path, prices)
+            hint = _HINT if is_guessed and isinstance(error, _CellError) else ""
+            raise DataError(f"{path}, line {line}: {error}{hint}") from None
+    parts = {part: dict(getattr(columns, part)) for part in (*PARTS, "answer")}
+    reading = Reading(query=columns.query, task=columns.task, columns=parts, left_out=left)
+    return replace(gather(made, path, prices), reading=reading)
+
+
+def _named(columns: Columns) -> list[str]:
+    """All columns that are read."""
+    named = [columns.query, *filter(None, [columns.task])]
+    return named + [name for part in (*PARTS, "answer") for name in getattr(columns, part).values()]
 
 
 def _read(path: Path) -> tuple[list[str], list[int], list[list[str]]]:
@@ -150,26 +149,14 @@ def _read(path: Path) -> tuple[list[str], list[int], list[list[str]]]:
     return header, lines, rows
 
 
-def _meaning(name: str) -> tuple[str, str]:
-    """What a column holds, and of which model."""
-    part, separator, model = name.partition(":")
-    if separator and part in (*PARTS, "answer"):
-        return part, model
-    for ending, kind in (
-        ("_correct", "score"),
-        ("|total_cost", "cost"),
-        ("|model_response", "answer"),
-        ("_response", "answer"),
-    ):
-        if name.endswith(ending):
-            return kind, name.removesuffix(ending)
-    return "score", name
-
-
-def _is_number(cell: str) -> bool:
+def _looks_like_number(cell: str) -> bool:
+    """Also of infinities, which are no scores: what holds one is meant to hold numbers."""
+    text = cell.strip().lower()
+    if text in _TRUTH:
+        return True
     try:
-        return _value(cell, "it") is not None or cell.strip().lower() in _UNKNOWN
-    except DataError:
+        return text not in _UNKNOWN and float(text) is not None
+    except ValueError:
         return False
 
 
@@ -182,7 +169,7 @@ def _value(cell: str, what: str) -> float | None:
     try:
         return number(float(text), what)
     except ValueError:
-        raise DataError(
+        raise _CellError(
             f"{what} is {cell!r}; it must be a number, true or false, or empty if it is not known"
         ) from None
 
@@ -195,7 +182,8 @@ def _row(cells: list[str], columns: Columns, place: dict[str, int]) -> Row:
     values: dict[str, dict[str, float | None]] = {}
     for part in PARTS:
         values[part] = {
-            model: _value(cells[place[name]], f"{part} of {model!r}") for model, name in getattr(columns, part).items()
+            model: _value(cells[place[name]], f"{part} of {model!r} (column {name!r})")
+            for model, name in getattr(columns, part).items()
         }
         negative = next((model for model, value in values[part].items() if value is not None and value < 0), None)
         if part != "score" and negative is not None:

@@ -4,8 +4,8 @@
 
 ``cost`` is in dollars. ``tokens`` ({model: [prompt, completion]}), ``latency`` ({model: seconds}), ``answers`` ({model: text}) and
 ``signals`` ({"logprob": {model: number}}, see `Recorded`) may be there too, and in a log of traffic ``probability`` ({model: number}), the
-chance with which the model that answered was chosen. Other fields are not looked at. A model that is left out of a row, or null,
-was not asked.
+chance with which the model that answered was chosen. Other fields are not looked at, and named as left out (`Reading`). A model that is
+left out of a row, or null, was not asked.
 
 With ``messages`` the query is the last text of a conversation, as strategies see it. What was said before decides the answers too, so
 such a row never stands beside, or in the place of, one of the query alone: where a file has both, it is left out.
@@ -13,12 +13,14 @@ such a row never stands beside, or in the place of, one of the query alone: wher
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from anabranch.bounds import shown
 from anabranch.errors import DataError
-from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.dataset import Reading, Recorded
 from anabranch.routers.contract.query import Model
 from anabranch.routers.data.lines import read_lines
 from anabranch.routers.data.splits import question
@@ -43,9 +45,16 @@ def load_jsonl(path: str | Path, *, prices: Mapping[str, Model] | None = None) -
             rows.append(row_of(text))
         except DataError as error:
             raise DataError(f"{path}, line {line}: {error}") from None
+    unread = list(dict.fromkeys(name for row in rows for name in row.unread))
     alone = {question(row.query) for row in rows if not row.is_conversation}
     rows = [row for row in rows if not row.is_conversation or question(row.query) not in alone]
-    return gather(rows, path, prices)
+    left = {name: _why_unread(name) for name in unread}
+    return replace(gather(rows, path, prices), reading=Reading(left_out=left))
+
+
+def _why_unread(name: str) -> str:
+    near = get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.8)
+    return f"not a field of outcomes; did you mean {near[0]!r}?" if near else "not a field of outcomes"
 
 
 def row_of(text: str) -> Row:
@@ -71,7 +80,24 @@ def row_of(text: str) -> Row:
         signals["probability"] = _numbers(found, "probability", 0.0)
     messages = found.get("messages")
     is_conversation = messages is not None and messages != [{"role": "user", "content": query}]
-    return Row(query, task, values | _tokens(found), _answers(found), signals, is_conversation)
+    unread = tuple(name for name in found if name not in KNOWN and name not in BESIDE)
+    return Row(query, task, values | _tokens(found), _answers(found), signals, is_conversation, unread=unread)
+
+
+KNOWN = (
+    "query",
+    "task",
+    "scores",
+    "cost",
+    "tokens",
+    "latency",
+    "answers",
+    "signals",
+    "probability",
+    "messages",
+)
+# What ``gateway collect`` writes beside outcomes, for its own next run.
+BESIDE = frozenset({"judge", "request_id"})
 
 
 _FIELDS = (("score", "scores", -float("inf")), ("cost", "cost", 0.0), ("latency", "latency", 0.0))

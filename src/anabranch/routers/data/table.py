@@ -27,7 +27,7 @@ class Row:
     """One query: its values by part and model. A value of None is one that is not known.
 
     ``is_conversation`` says that the query is only the last text of what was asked: the answers are to all of it. ``is_vouched`` says that
-    they may be learned from all the same.
+    they may be learned from all the same. ``unread`` are fields that mean nothing here.
     """
 
     query: str
@@ -37,6 +37,7 @@ class Row:
     signals: dict[str, dict[str, float | None]] = field(default_factory=dict)
     is_conversation: bool = False
     is_vouched: bool = False
+    unread: tuple[str, ...] = ()
 
 
 def number(value: Any, what: str, *, low: float = -math.inf) -> float | None:

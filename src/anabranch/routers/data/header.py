@@ -1,0 +1,113 @@
+"""Which column of a CSV file is what, told from its name and from whether it holds numbers.
+
+A column whose name says what it holds (``score:NAME``, ``NAME_correct``, ``cost:NAME``, ...) is that, whatever its cells are: one that
+is no number is an error of that cell. A bare name is a model's scores if any cell is a number, no column is marked as scores, and the name
+is no usual one of something else, such as ``year`` or ``latency_ms``. What is neither is left out, and the reason is kept.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from anabranch.errors import DataError
+from anabranch.routers.data.table import PARTS
+
+QUERY = ("query", "prompt", "question", "instruction")
+TASK = ("task", "subject", "category", "eval_name")
+
+# Never the name of a model.
+IGNORED = re.compile(r"(?i)|unnamed.*|index|(.*_)?id|split|oracle_model_to_route_to")
+
+# Words of a name that say that a bare column of numbers is no model's scores.
+_OTHER = frozenset(
+    "answer answers cost costs count date day difficulty dollar dollars duration elapsed expected fold gold hour label labels "
+    "latency len length level minutes month ms price prices row sec seconds seed solution temperature time timestamp token tokens "
+    "truth usd week year".split()
+)
+_ENDINGS = (
+    ("_correct", "score"),
+    ("|total_cost", "cost"),
+    ("|model_response", "answer"),
+    ("_response", "answer"),
+)
+Tables = dict[str, dict[str, str]]
+
+
+def guess(
+    header: Sequence[str], rows: Sequence[Sequence[str]], path: Path, is_number: Callable[[str], bool]
+) -> tuple[str, str | None, Tables, dict[str, str]]:
+    """Which column is what.
+
+    Args:
+        header: names of the columns.
+        rows: cells.
+        path: named in errors.
+        is_number: whether a cell holds a number, be it one that is no score.
+
+    Returns the column of texts, that of tasks or None, by part the column of each model, and of columns that are left out why. Raises
+    DataError if it is not clear.
+    """
+    lower = {name.lower(): name for name in reversed(header)}
+    query = next((lower[name] for name in QUERY if name in lower), None)
+    task = next((lower[name] for name in TASK if name in lower), None)
+    tables: Tables = {part: {} for part in (*PARTS, "answer")}
+    left: dict[str, str] = {}
+    marks = {name: mark for name in header if name not in (query, task) and (mark := _mark(name)) is not None}
+    has_scores = any(part == "score" for part, _ in marks.values())
+    for column, name in enumerate(header):
+        if name in (query, task):
+            continue
+        if name in marks:
+            _put(tables, *marks[name], name, path)
+        elif (why := _why_not(name, [row[column] for row in rows], has_scores, is_number)) is not None:
+            left[name] = why
+        else:
+            _put(tables, "score", name, name, path)
+    if query is None or not tables["score"]:
+        raise DataError(
+            f"{path}: cannot tell which columns are what ({', '.join(header)}); say it, such as query=prompt,score:small=small_correct"
+        )
+    _check_owners(tables, left, path)
+    return query, task, tables, left
+
+
+def _mark(name: str) -> tuple[str, str] | None:
+    """The part that a name says the column holds, and the model; None of a bare name."""
+    part, separator, model = name.partition(":")
+    if separator and model and part in (*PARTS, "answer"):
+        return part, model
+    found = next(((kind, name.removesuffix(ending)) for ending, kind in _ENDINGS if name.endswith(ending)), None)
+    return found if found and found[1] else None
+
+
+def _put(tables: Tables, part: str, model: str, name: str, path: Path) -> None:
+    other = tables[part].setdefault(model, name)
+    if other != name:
+        raise DataError(f"{path}: the columns {other!r} and {name!r} both hold {part} of {model!r}; leave one out")
+
+
+def _why_not(name: str, cells: list[str], has_scores: bool, is_number: Callable[[str], bool]) -> str | None:
+    """Why a column with a bare name holds no model's scores; None if it does."""
+    if IGNORED.fullmatch(name):
+        return "not of a model, by its name"
+    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+    if words & _OTHER:
+        return "not scores, by its name"
+    if not any(map(is_number, cells)):
+        return "no numbers" if any(cell.strip() for cell in cells) else "empty"
+    return "other columns are marked as scores" if has_scores else None
+
+
+def _check_owners(tables: Tables, left: dict[str, str], path: Path) -> None:
+    """Every part is of a model with scores; answers of another, which a file may hold of whoever wrote the questions, are left out."""
+    for part in (*PARTS[1:], "answer"):
+        for model, name in list(tables[part].items()):
+            if model in tables["score"]:
+                continue
+            if part != "answer":
+                why = f"; the column {model!r} is left out: {left[model]}" if model in left else ""
+                raise DataError(
+                    f"{path} has a {part} of {model!r} (column {name!r}), which has no column of scores{why}"
+                )
+            left[name] = f"answers of {model!r}, which has no column of scores"
+            del tables[part][model]
