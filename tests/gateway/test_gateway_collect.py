@@ -159,6 +159,15 @@ def test_a_model_that_fails_is_asked_again_by_the_next_run(tmp_path, capsys):
     assert (second["questions"], second["calls"], second["reused"]) == (4, 4, 8)
 
 
+def test_a_model_that_never_answers_is_named_and_how_to_leave_it_out(tmp_path, capsys):
+    path, out = write(tmp_path, scripts={"c": ["400"] * 20}), tmp_path / "outcomes.jsonl"
+    traffic(path, 12)
+    asked = ["-c", str(path), "--out", str(out), "--judge", "exact", "--references", references(tmp_path)]
+    assert main(["gateway", "collect", *map(str, asked), "--rate", "9999"]) == 2
+    told = capsys.readouterr().err
+    assert "Most often c: scripted failure; --model NAME, once for each of the others, leaves one out" in told
+
+
 def test_it_says_what_it_has_spent_and_asked_and_why_something_came_to_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(REPLIES, "judge", "both are fine, I could not say")
     path, out = write(tmp_path, scripts={"c": ["400"]}), tmp_path / "outcomes.jsonl"

@@ -196,7 +196,7 @@ def _print(done: Collected, out: Path) -> None:
     if done.waiting:
         fact(
             "waiting",
-            f"{done.waiting:,} questions for a person: judge them at /ui/label of the gateway, and run this again",
+            f"{done.waiting:,} questions for a person: judge them at /ui/label (needs the gateway's [admin] key), and run this again",
         )
     for why, count in done.unanswered.items():
         fact("no answer", f"{count:,} times {why}")

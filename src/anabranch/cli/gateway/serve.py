@@ -101,7 +101,7 @@ def serve(
             key = ' -H "authorization: Bearer $KEY"' if held.require_key else ""
             fact("next", f"curl -s {url}/v1/chat/completions -d '{_EXAMPLE}' -H 'content-type: application/json'{key}")
             if held.require_key:
-                fact("keys", f"anabranch gateway keys create ci --store {shell_word(held.store)} makes a $KEY")
+                fact("keys", f"anabranch gateway keys create NAME --store {shell_word(held.store)} makes a $KEY")
         sys.stdout.flush()
 
     if workers == 1:

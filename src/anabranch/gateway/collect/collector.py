@@ -207,10 +207,15 @@ class Collector:
             if in_vain >= IN_VAIN:
                 self.done.stopped = (
                     f"{IN_VAIN} questions in a row came to nothing ({self.done.failed} of all were not answered, {self.done.unjudged} not "
-                    f"judged); see to the models, or to the judge, {self.judge.name}"
+                    f"judged); see to the models, or to the judge, {self.judge.name}{self._commonest()}"
                 )
                 break
         return any_text
+
+    def _commonest(self) -> str:
+        """Which failed most, for who may leave a model out."""
+        why = next((why for why, _ in self._calls.unanswered.most_common(1)), None)
+        return "" if why is None else f". Most often {why}; --model NAME, once for each of the others, leaves one out"
 
     def may_collect(self, origin: Origin, key: KeyRecord | None) -> bool:
         """Whether all models, the judge's too, may see a question, and the judge knows what to say of it."""
