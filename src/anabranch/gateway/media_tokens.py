@@ -47,6 +47,9 @@ _TYPICAL = {
 }
 _FEWEST = 1_000
 
+# Likewise of sound that was counted: silence that takes next to no bytes.
+_SPARSEST = 100
+
 # Samples a second, channels, and bits of a sample that files of sound have; what says more is none, or lies.
 _SOUND = (384_000, 32, 64)
 
@@ -137,14 +140,31 @@ def sound(data: bytes, form: str) -> Media:
 
 def _clip(num_bytes: int, form: str, head: Callable[[int], bytes]) -> Media:
     """Of so many bytes; ``head`` gives the first of them."""
+    found = _lasts(num_bytes, form, head)
+    # A few bytes that claim to be hours are no reason to keep others out of a limit that all share; a budget of one's own they may fill.
+    seconds = min(found.seconds, num_bytes / (_SPARSEST if found.is_counted else _FEWEST))
+    return Media(math.ceil(seconds * AUDIO_A_SECOND), math.ceil(found.at_most_s * AUDIO_A_SECOND), "audio")
+
+
+@dataclass(frozen=True, slots=True)
+class _Lasts:
+    """Seconds of a clip, about, and at most; ``is_counted``: by its frames or packets, not by what a field says."""
+
+    seconds: float
+    at_most_s: float
+    is_counted: bool = False
+
+
+def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes]) -> _Lasts:
     first = head(_FORMAT * 3 // 4)
     if (found := framed(head(num_bytes)) if first.startswith(_FRAMED) else None) is not None:
         seconds = found.seconds + found.rest / _TYPICAL.get(form, _TYPICAL["mp3"])
-        return _sound(seconds, found.seconds + found.rest / _FEWEST)
+        return _Lasts(seconds, found.seconds + found.rest / _FEWEST, True)
     if is_container(first) and (within := contained(head(num_bytes))) is not None:
         # What is only told is what it is mostly; what it may be at most, its bytes say.
         at_most = within.seconds if within.is_counted else num_bytes / _FEWEST
-        return _sound(within.seconds, max(within.seconds, at_most) + within.rest / _FEWEST)
+        at_most = max(within.seconds, at_most) + within.rest / _FEWEST
+        return _Lasts(within.seconds, at_most, within.is_counted)
     rate, is_plain = _wave_rate(first) or _wave_rate(head(_HEAD)) or (_FEWEST, False)
     seconds = num_bytes / (rate if is_plain else _TYPICAL.get(form, _TYPICAL["mp3"]))
     at_most = max(seconds, num_bytes / rate)
@@ -152,11 +172,7 @@ def _clip(num_bytes: int, form: str, head: Callable[[int], bytes]) -> Media:
     if declared is not None:
         # Silence takes next to no bytes there.
         seconds, at_most = declared, max(declared, at_most)
-    return _sound(seconds, at_most)
-
-
-def _sound(seconds: float, at_most_s: float) -> Media:
-    return Media(math.ceil(seconds * AUDIO_A_SECOND), math.ceil(at_most_s * AUDIO_A_SECOND), "audio")
+    return _Lasts(seconds, at_most)
 
 
 def heard_seconds(data: bytes, form: str) -> float:
@@ -164,7 +180,7 @@ def heard_seconds(data: bytes, form: str) -> float:
     if form == "pcm":
         return len(data) / _PCM
     found = framed(data)
-    return found.seconds if found is not None else sound(data, form).tokens / AUDIO_A_SECOND
+    return found.seconds if found is not None else _lasts(len(data), form, lambda size: data[:size]).seconds
 
 
 def file(given: Mapping[str, Any]) -> Media | None:

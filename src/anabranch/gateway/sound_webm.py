@@ -1,0 +1,185 @@
+"""Seconds of sound in WebM (RFC 8794, RFC 9559), by its blocks; see `sound_containers`."""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from anabranch.gateway.sound_packets import PACKET_MS, Contained, NoContainerError, Pieces, opus_ms
+
+_SEGMENT, _INFO, _SCALE, _DURATION = 0x18538067, 0x1549A966, 0x2AD7B1, 0x4489
+_TRACKS, _TRACK, _NUMBER, _CODEC, _CODING = 0x1654AE6B, 0xAE, 0xD7, 0x86, 0x6D80
+_CLUSTER, _TIME, _SIMPLE, _GROUP, _BLOCK = 0x1F43B675, 0xE7, 0xA3, 0xA0, 0xA1
+_WITHIN = (_SEGMENT, _INFO, _TRACKS, _TRACK, _CLUSTER, _GROUP)
+_CLUSTER_MARK = _CLUSTER.to_bytes(4, "big")
+
+_BLOCKS = (_SIMPLE, _BLOCK)
+_SAID = frozenset({_SCALE, _DURATION, _NUMBER, _CODEC, _TIME})
+
+# Bytes of an element that may say something; decoders take a much longer one for damage.
+_SAYING = 64
+
+# No integer has more bytes (RFC 8794, 7.1 and 7.2).
+_INTEGER = 8
+
+# How codecs of pictures, words and buttons begin.
+_SILENT = (b"V_", b"S_", b"B_")
+
+
+def webm(data: bytes) -> Contained | None:
+    """Of all its tracks that are no pictures: of those that it does not tell of, too. Raises NoContainerError, IndexError, struct.error."""
+    found = _Found()
+    walk = _Walk(data)
+    for id, begin, end in walk:
+        found.take(data, id, begin, end)
+    found.entries.append(found.entry)
+    return found.result(walk.rest)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One entry of the list of tracks, whatever order it tells of itself in."""
+
+    numbers: list[int] = field(default_factory=list)
+    is_opus: bool = False
+    is_silent: bool = False
+    is_other: bool = False
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the elements say.
+
+    Attributes:
+        scale: nanoseconds of a unit of time.
+        told, time_at, last: the length that is told, when the cluster begins, and the last block, in units.
+        entry, entries: of the list of tracks, the one that is read, and those before.
+        counted_ms, frames, num_bytes: of the blocks of each track, as Opus.
+        is_coded: packets do not stand there as they are.
+    """
+
+    scale: int = 1_000_000
+    told: float = 0.0
+    time_at: int = 0
+    last: int = 0
+    entry: _Entry = field(default_factory=_Entry)
+    entries: list[_Entry] = field(default_factory=list)
+    counted_ms: dict[int, float] = field(default_factory=dict)
+    frames: dict[int, int] = field(default_factory=dict)
+    num_bytes: dict[int, int] = field(default_factory=dict)
+    is_coded: bool = False
+
+    def take(self, data: bytes, id: int, begin: int, end: int) -> None:
+        if id in _BLOCKS:
+            self._block(data, begin, end)
+        elif id == _TRACK:
+            self.entries.append(self.entry)
+            self.entry = _Entry()
+        elif id == _NUMBER:
+            self.entry.numbers.append(_integer(data, begin, end))
+        elif id == _CODEC:
+            codec = data[begin : min(end, begin + _INTEGER)]
+            self.entry.is_opus |= codec.startswith(b"A_OPUS")
+            self.entry.is_silent |= codec.startswith(_SILENT)
+            self.entry.is_other |= not codec.startswith((b"A_OPUS", *_SILENT))
+        elif id == _CODING:
+            self.is_coded = True
+        elif id == _SCALE:
+            self.scale = _integer(data, begin, end)
+        elif id == _DURATION:
+            self.told = _float(data[begin : min(end, begin + _INTEGER + 1)])
+        elif id == _TIME:
+            self.time_at = _integer(data, begin, end)
+
+    def _block(self, data: bytes, begin: int, end: int) -> None:
+        track, size = _number(data, begin)
+        head = begin + size
+        self.last = max(self.last, self.time_at + struct.unpack_from(">h", data, head)[0])
+        # Of several in one block it is not looked at where each begins.
+        frames = data[head + 3] + 1 if data[head + 2] & 6 else 0
+        ms = PACKET_MS * frames if frames else opus_ms(data[head + 3 : min(head + 5, end)])
+        self.counted_ms[track] = self.counted_ms.get(track, 0.0) + ms
+        self.frames[track] = self.frames.get(track, 0) + max(frames, 1)
+        self.num_bytes[track] = self.num_bytes.get(track, 0) + end - begin
+
+    def result(self, rest: int) -> Contained:
+        """In all; ``rest`` are the bytes that were walked past."""
+        silent, sounds = set[int](), set[int]()
+        for entry in self.entries:
+            (sounds if entry.is_opus or entry.is_other else silent).update(entry.numbers if _says(entry) else ())
+        heard = [track for track in self.counted_ms if track in sounds or track not in silent]
+        ms = sum(PACKET_MS * self.frames[track] if self.is_coded else self.counted_ms[track] for track in heard)
+        if any(entry.is_opus for entry in self.entries) and not any(entry.is_other for entry in self.entries):
+            # Of a track that it does not tell of nobody knows what it is.
+            rest += sum(self.num_bytes[track] for track in heard if track not in sounds)
+            return Contained(ms / 1e3, True, rest)
+        return Contained(max(self.told, self.last) * self.scale / 1e9, False, rest)
+
+
+def _says(entry: _Entry) -> bool:
+    return entry.is_opus or entry.is_other or entry.is_silent
+
+
+class _Walk:
+    """Each element's number, and where its content begins and ends; those with elements in them come first, and are gone into.
+
+    Where one says that it is longer than what it is in, decoders look for the next cluster, and so is it done here.
+
+    Attributes:
+        rest: bytes that were walked past, up to here.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.rest = data, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        data, pieces, at = self._data, Pieces(), 0
+        # Where what it is in ends, from the outermost on.
+        ends = [len(data)]
+        while at < len(data):
+            pieces.add()
+            while at >= ends[-1] and len(ends) > 1:
+                ends.pop()
+            id, width = _number(data, at, keeps_mark=True)
+            size, more = _number(data, at + width)
+            begin = at + width + more
+            is_endless = size == (1 << 7 * more) - 1
+            end = begin + size
+            if id in _WITHIN:
+                if not is_endless and end <= ends[-1]:
+                    ends.append(end)
+                yield id, begin, begin
+                at = begin
+                continue
+            if is_endless or end > ends[-1]:
+                if id == _CODING or (end <= len(data) and not is_endless):
+                    yield id, begin, end
+                again = data.find(_CLUSTER_MARK, at + 1)
+                again = len(data) if again < 0 else again
+                self.rest += again - at
+                at, ends = again, [len(data)]
+                continue
+            yield id, begin, end
+            if id not in _BLOCKS and (id not in _SAID or end - at > _SAYING):
+                self.rest += end - at
+            at = end
+
+
+def _number(data: bytes, at: int, keeps_mark: bool = False) -> tuple[int, int]:
+    """A number of which the first bits say how long it is, and its length. Raises IndexError at the end."""
+    first = data[at]
+    width = 9 - first.bit_length()
+    if width > _INTEGER or at + width > len(data):
+        raise IndexError
+    value = int.from_bytes(data[at : at + width], "big")
+    return value if keeps_mark else value & (1 << 7 * width) - 1, width
+
+
+def _integer(data: bytes, begin: int, end: int) -> int:
+    if end - begin > _INTEGER:
+        raise NoContainerError(f"an integer of {end - begin:,} bytes; they have at most {_INTEGER}")
+    return int.from_bytes(data[begin:end], "big")
+
+
+def _float(raw: bytes) -> float:
+    made = struct.unpack(">f" if len(raw) == 4 else ">d", raw)[0] if len(raw) in (4, 8) else 0.0
+    return made if 0 < made < 1e18 else 0.0
