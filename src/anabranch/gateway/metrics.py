@@ -181,6 +181,7 @@ class Metrics:
         return SharedMetrics(
             Gauge("anabranch_shared_up", "1 while what processes share can be asked (Redis)", registry=self.registry),
             Counter("anabranch_shared_lost", "Times it did not answer, or not in time", registry=self.registry),
+            Counter("anabranch_shared_refused", "Commands that it refused", registry=self.registry),
         )
 
     def staged(self, stage: str, seconds: float) -> None:
@@ -267,6 +268,7 @@ class SharedMetrics:
 
     up: Gauge
     lost: Counter
+    refused: Counter
 
 
 class StrategyMetrics:

@@ -8,6 +8,9 @@ import numpy as np
 from anabranch.gateway.cache.entry import Entry
 from anabranch.gateway.cache.semantic import SemanticCache, SharedTexts
 
+# Answers that turn out to be gone, for one request; it asks a model then, and the next one looks further.
+MOST_GONE = 8
+
 
 class Abroad:
     """Vectors are held here, answers stay where they are until one is wanted.
@@ -27,10 +30,16 @@ class Abroad:
         """The answer to the nearest text with its cosine, as `SemanticCache.get`."""
         if not await self._learn(tenant, context, len(vector_D)):
             return None
-        while (near := self._index.get(tenant, context, vector_D)) is not None:
+        for _ in range(MOST_GONE):
+            near = self._index.get(tenant, context, vector_D)
+            if near is None:
+                return None
             name, cosine = near
             found = await self._texts.get(tenant, name.body.decode())
-            if found is not None:
+            if found is None:
+                # Nobody knows whether it is there: it is asked for again.
+                return None
+            if found[0] is not None:
                 return found[0], cosine
             # It ended there before it did here, or was cleared.
             self._index.remove(tenant, context, name)
@@ -39,10 +48,15 @@ class Abroad:
     async def _learn(self, tenant: str, context: bytes, dim: int) -> bool:
         """Take in what others have kept meanwhile; whether they could be asked."""
         place = tenant, context
-        news = await self._texts.news(tenant, self._mark + context, self._known.pop(place, ""))
+        after = self._known.get(place, "")
+        news = await self._texts.news(tenant, self._mark + context, after)
         if news is None:
             return False
+        if self._known.get(place, "") != after:
+            # Another request has taken them in meanwhile.
+            return True
         self._known[place], found = news
+        self._known.move_to_end(place)
         while len(self._known) > self._index.size:
             self._known.popitem(last=False)
         for vector_D, name, left_s in found:

@@ -54,8 +54,8 @@ class SharedTexts(Protocol):
             after: the place up to which they are known; "" for the beginning. The new one comes first in what is returned.
         """
 
-    async def get(self, tenant: str, name: str) -> tuple[Entry, float] | None:
-        """The answer of a name, if it is still there, and the seconds that it is good for."""
+    async def get(self, tenant: str, name: str) -> tuple[Entry | None, float] | None:
+        """The answer of a name (None where it is gone), and the seconds that it is good for; None where they cannot be asked."""
 
     def put(self, tenant: str, context: bytes, vector_D: np.ndarray, entry: Entry, ttl_s: float) -> None:
         """Keep an answer for so long; nobody waits for that."""

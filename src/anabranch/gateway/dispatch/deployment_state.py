@@ -197,7 +197,7 @@ class Live:
         if self.deployment.tpm is not None:
             self.tokens.give_back(tokens)
         if full.wait_s is not None:
-            self.full_until, self.full_tokens = now + full.wait_s, full.tokens
+            self.full_until, self.full_tokens = now + min(full.wait_s, MINUTE_S), full.tokens
 
     def told_open(self, for_s: float, times: int, now: float) -> None:
         """Another process found it out of order: nobody is sent there for so long. One that is open already stays as it is.

@@ -5,7 +5,9 @@ import json
 from typing import Any
 
 from anabranch.gateway.cache import Entry
+from anabranch.gateway.providers.usage import TOKENS
 from anabranch.gateway.shared.link import AwayError, Link
+from anabranch.routers.money import MOST_NANO
 
 # Writes under way at once; more are left out: it is a cache.
 MOST_WRITES = 64
@@ -106,9 +108,12 @@ def entry_of(raw: bytes) -> Entry | None:
     head, _, body = raw.partition(b"\n")
     try:
         model, prompt, completion, nano = json.loads(head)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
-    counts: list[Any] = [prompt, completion, nano]
-    if not isinstance(model, str) or not body or not all(type(count) is int and count >= 0 for count in counts):
+    # A name goes into headers, and counts into a store.
+    if not isinstance(model, str) or not model.isprintable() or not body:
+        return None
+    counts: list[tuple[Any, int]] = [(prompt, TOKENS), (completion, TOKENS), (nano, MOST_NANO)]
+    if not all(type(count) is int and 0 <= count <= most for count, most in counts):
         return None
     return Entry(body=body, model=model, prompt_tokens=prompt, completion_tokens=completion, nano=nano)

@@ -11,6 +11,9 @@ from typing import Any
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.shared.link import Link
 
+# What Redis gives as the time of what is not there.
+GONE = -2
+
 # Longer than any breaker is open.
 LONGEST_S = 86_400.0
 
@@ -44,10 +47,11 @@ class SharedBreakers:
         await self._tell(now)
         names = [live.name for live in lives]
         found = await self._link.run(lambda client: self._read(client, names)) if names else []
-        for live, (body, left_ms) in zip(lives, found, strict=True):
-            if live.name in self._changed:
+        for live, pair in zip(lives, found, strict=True):
+            if live.name in self._changed or pair is None:
                 # What happened while it was asked is newer.
                 continue
+            body, left_ms = pair
             if body is not None and left_ms > 0:
                 self._seen.add(live.name)
                 live.told_open(min(left_ms / 1e3, LONGEST_S), _times(body), now)
@@ -73,27 +77,32 @@ class SharedBreakers:
                     pipe.set(key, json.dumps({"times": breaker.times}), px=left_ms)
                 elif breaker.phase == "closed":
                     pipe.delete(key)
-            await pipe.execute()
+            await self._link.each(pipe)
 
-    async def _read(self, client: Any, names: list[str]) -> list[tuple[bytes | None, int]]:
+    async def _read(self, client: Any, names: list[str]) -> list[tuple[bytes | None, int] | None]:
+        """Of each name what lies there, and its milliseconds; None where that is nothing that can be read."""
         async with client.pipeline(transaction=False) as pipe:
             for name in names:
                 key = self._link.key("breaker", name)
                 pipe.get(key)
                 pipe.pttl(key)
-            found = await pipe.execute()
+            found = await self._link.each(pipe)
         pairs = list(zip(found[0::2], found[1::2], strict=True))
         if len(pairs) != len(names) or not all(
-            isinstance(body, bytes | None) and type(left_ms) is int for body, left_ms in pairs
+            isinstance(body, bytes | None) and isinstance(left_ms, int | None) for body, left_ms in pairs
         ):
             raise ValueError("its answer on breakers is none of ours")
-        return pairs
+        # What is refused, as where something else lies there, has its time all the same.
+        return [
+            None if left_ms is None or (body is None and left_ms != GONE) else (body, left_ms)
+            for body, left_ms in pairs
+        ]
 
 
 def _times(body: bytes) -> int:
     """How often it opened in a row, by what another process wrote; once where that cannot be read."""
     try:
         times = json.loads(body)["times"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return 1
     return times if type(times) is int and 1 <= times <= 60 else 1

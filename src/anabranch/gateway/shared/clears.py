@@ -70,6 +70,6 @@ def _order(raw: bytes) -> tuple[str, str | None] | None:
     """What `SharedClears.tell` wrote; None of anything else."""
     try:
         id, tenant = json.loads(raw)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     return (id, tenant) if isinstance(id, str) and isinstance(tenant, str | None) else None

@@ -18,28 +18,46 @@ from anabranch.gateway.store.limits import rate_refusal
 # Who has no key.
 NOBODY = "-"
 
+# Of the programs below: what a bucket holds now. What was written at a time that is still to come, since the clock once ran ahead, is as of
+# now; nobody waits longer than a bucket is kept (LONGEST_MS); and what is no number is no bucket.
+LONGEST_MS = 10**9
+REFILL = f"""
+local function number(text)
+  local found = tonumber(text or '')
+  return found and found - found == 0 and found or nil
+end
+local function refill(key, now, full)
+  local held = redis.call('HMGET', key, 'level', 'at')
+  local level, at = number(held[1]), number(held[2])
+  if not level or not at then return full end
+  if at > now then
+    redis.call('HSET', key, 'at', string.format('%.17g', now))
+    at = now
+  end
+  return math.max(full - full * {LONGEST_MS} / 60000, math.min(full, level + (now - at) * full / 60000))
+end
+"""
+
 # KEYS: buckets of requests and of tokens, requests under way. ARGV: rpm, tpm, most at a time (0 for no limit), tokens, the name of the
 # request, milliseconds of its lease, 1 to take or 0 to look. Gives the limit that is in the way and the milliseconds to wait (-1 for
 # ever, 0 until one ends); nothing if none is.
-ADMIT = Script("""
+ADMIT = Script(
+    f"""
+{leases.ENDED}{REFILL}
+"""
+    + """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
 local most, takes = tonumber(ARGV[3]), ARGV[7] == '1'
 if most > 0 then
-  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+  let_go(KEYS[3], now, ARGV[6])
   if redis.call('ZCARD', KEYS[3]) >= most then return {'max_in_flight', 0} end
 end
 local levels = {}
 for place, amount in ipairs({1, tonumber(ARGV[4])}) do
   local full = tonumber(ARGV[place])
   if full > 0 then
-    local held = redis.call('HMGET', KEYS[place], 'level', 'at')
-    local level, at = tonumber(held[1] or ''), tonumber(held[2] or '')
-    if level and at then
-      level = math.min(full, level + math.max(0, now - at) * full / 60000)
-    else
-      level = full
-    end
+    local level = refill(KEYS[place], now, full)
     local name = place == 1 and 'rpm' or 'tpm'
     if amount > level + 1e-9 then
       if amount > full then return {name, -1} end
@@ -53,7 +71,7 @@ if takes then
     if levels[place] then
       local full = tonumber(ARGV[place])
       redis.call('HSET', KEYS[place], 'level', string.format('%.17g', levels[place]), 'at', string.format('%.17g', now))
-      redis.call('PEXPIRE', KEYS[place], math.min(math.ceil((full - levels[place]) * 60000 / full) + 1000, 1e9))
+      redis.call('PEXPIRE', KEYS[place], math.min(math.ceil((full - levels[place]) * 60000 / full) + 1000, 1000000000))
     end
   end
   if most > 0 then
@@ -62,21 +80,24 @@ if takes then
   end
 end
 return {}
-""")
+"""
+)
 
 # KEYS: a bucket of tokens. ARGV: tpm, tokens used beyond what was taken.
-CORRECT = Script("""
+CORRECT = Script(
+    f"""
+{REFILL}
+"""
+    + """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
 local full = tonumber(ARGV[1])
-local held = redis.call('HMGET', KEYS[1], 'level', 'at')
-local level, at = tonumber(held[1] or ''), tonumber(held[2] or '')
-if level and at then level = math.min(full, level + math.max(0, now - at) * full / 60000) else level = full end
-level = math.min(full, level - ARGV[2])
+local level = math.min(full, refill(KEYS[1], now, full) - ARGV[2])
 redis.call('HSET', KEYS[1], 'level', string.format('%.17g', level), 'at', string.format('%.17g', now))
-redis.call('PEXPIRE', KEYS[1], math.min(math.ceil((full - level) * 60000 / full) + 1000, 1e9))
+redis.call('PEXPIRE', KEYS[1], math.min(math.ceil((full - level) * 60000 / full) + 1000, 1000000000))
 return 1
-""")
+"""
+)
 
 
 class RedisCounts(leases.Leases):

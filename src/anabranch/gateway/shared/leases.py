@@ -4,12 +4,13 @@ Whatever is under way holds a lease, which its process renews while it lives; th
 """
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-from anabranch.gateway.shared.link import Link, Script
+from anabranch.gateway.shared.link import Link, RefusedError, Script
 
 # Of what is under way, and when leases are renewed.
 LEASE_S, RENEW_S = 15.0, 5.0
@@ -19,6 +20,18 @@ MOST_UNTOLD = 10_000
 
 # Told, or renewed, in one go.
 MANY = 500
+
+# Of other programs: lets go of leases that have ended. Those that end later than any made now, since the clock once ran ahead, end as one
+# made now does.
+ENDED = """
+local function let_go(key, now, lease)
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
+  local last = now + lease
+  for _, name in ipairs(redis.call('ZRANGEBYSCORE', key, '(' .. string.format('%.17g', last), '+inf')) do
+    redis.call('ZADD', key, last, name)
+  end
+end
+"""
 
 # KEYS: what is under way of one owner. ARGV: milliseconds of a lease, then names. Makes those anew that a restart forgot.
 RENEW = Script("""
@@ -100,7 +113,8 @@ class Leases:
                     pipe.zrem(self._held_key(whose), *values)
                 else:
                     self._write(pipe, kind, whose, values)
-            await pipe.execute()
+            # One that is refused would be refused again.
+            await self._link.each(pipe)
 
     async def _renew(self) -> None:
         lease_ms = int(LEASE_S * 1e3)
@@ -108,6 +122,8 @@ class Leases:
             names = [self._name(id) for id in ids]
             for start in range(0, len(names), MANY):
                 some = (lease_ms, *names[start : start + MANY])
-                await self._link.script(RENEW, (self._held_key(whose),), some, lambda found: None)
+                # Those of others can still be renewed.
+                with contextlib.suppress(RefusedError):
+                    await self._link.script(RENEW, (self._held_key(whose),), some, lambda found: None)
             # Others have their turn.
             await asyncio.sleep(0)

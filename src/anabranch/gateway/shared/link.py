@@ -47,6 +47,10 @@ class AwayError(AnabranchError):
     """Redis does not answer, or not in time, or not what was asked."""
 
 
+class RefusedError(AwayError):
+    """Redis is there, and refuses this one command, as where something else lies under the name: all others go on."""
+
+
 class Link:
     """One connection pool, which knows whether there is somebody at its end.
 
@@ -63,7 +67,9 @@ class Link:
         self._config, self._clock, self._metrics = config, clock, metrics.shared()
         self._url, self._client = config.revealed(), None
         self._errors: tuple[type[BaseException], ...] = (OSError, TimeoutError, *UNREAD)
-        self._retry_at, self._said_at = -math.inf, -math.inf
+        # What the server says of one command.
+        self._refusals: tuple[type[BaseException], ...] = ()
+        self._retry_at, self._said_at, self._refused_at = -math.inf, -math.inf, -math.inf
         self._retry_s, self._is_said = RETRY_S, False
         self.is_up = False
 
@@ -81,9 +87,9 @@ class Link:
         from redis.asyncio import BlockingConnectionPool, Redis
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
-        from redis.exceptions import RedisError
+        from redis.exceptions import RedisError, ResponseError
 
-        self._errors = (*self._errors, RedisError)
+        self._errors, self._refusals = (*self._errors, RedisError), (ResponseError,)
         timeout_s = self._config.timeout_s
         try:
             pool = BlockingConnectionPool.from_url(
@@ -122,7 +128,7 @@ class Link:
     async def run(self, work: Callable[[Any], Awaitable[T]]) -> T:
         """What ``work`` brings of the client, which it reads too: an answer of another kind than what was asked is as good as none.
 
-        Raises AwayError at once while it is away, else within ``timeout_s``.
+        Raises AwayError at once while it is away, else within ``timeout_s``; RefusedError where it is there, and refuses.
         """
         if not self.is_up:
             raise AwayError("Redis is away")
@@ -143,13 +149,34 @@ class Link:
 
         return await self.run(work)
 
+    async def each(self, pipe: Any) -> list[Any]:
+        """What each command of a pipeline that is no transaction gives; None for one that was refused, which the others do not mind."""
+        found = []
+        for one in await pipe.execute(raise_on_error=False):
+            is_refused = isinstance(one, self._refusals)
+            if is_refused:
+                self._refused(one)
+            found.append(None if is_refused else one)
+        return found
+
     async def _within(self, work: Callable[[Any], Awaitable[T]]) -> T:
         try:
             async with asyncio.timeout(self._config.timeout_s):
                 return await work(self._client)
+        except self._refusals as error:
+            self._refused(error)
+            raise RefusedError("Redis refuses a command") from None
         except self._errors as error:
             self._lost(error)
             raise AwayError("Redis is away") from None
+
+    def _refused(self, error: BaseException) -> None:
+        self._metrics.refused.inc()
+        now = self._clock()
+        if now - self._refused_at >= SAID_S:
+            self._refused_at = now
+            why = hide_passwords(str(error), is_url=True)[:200]
+            logger.warning("Redis refuses a command (%s: %s): what it was for is not shared", type(error).__name__, why)
 
     def _lost(self, error: BaseException) -> None:
         now = self._clock()

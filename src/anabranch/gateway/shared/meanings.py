@@ -13,13 +13,17 @@ import numpy as np
 
 from anabranch.gateway.cache import Entry
 from anabranch.gateway.shared.answers import MOST_WRITES, deleted, entry_of, read, written
-from anabranch.gateway.shared.link import AwayError, Link
+from anabranch.gateway.shared.link import AwayError, Link, RefusedError
 
 # Texts of one context that are held, about; the oldest go first.
 MOST_TEXTS = 1000
 
 # Read in one go: of 1,536 dimensions, 400 KB.
 MANY = 64
+
+# Of the ids of a stream: milliseconds in which none of ours can be (the year 33658), and the largest number that follows them. Behind the
+# last id there is nothing can be written.
+LAST_MS, LAST_COUNT = 10**15, 2**64 - 1
 
 # How vectors are written.
 NUMBERS = np.dtype("<f4")
@@ -69,18 +73,22 @@ class SharedMeanings:
         is_ours = fields.get(b"process") == self._process
         if is_ours or not raw or len(raw) % NUMBERS.itemsize or not name.isalnum() or not ttl_ms.isdigit():
             return None
-        left_ms = int(ttl_ms[:15]) - (now_ms - int(id.partition(b"-")[0]))
+        # By the clock of when it was written, which may have been ahead.
+        left_ms = int(ttl_ms[:15]) - max(0, now_ms - _ms(id))
         return None if left_ms <= 0 else (np.frombuffer(raw, NUMBERS), name.decode(), left_ms / 1e3)
 
-    async def get(self, tenant: str, name: str) -> tuple[Entry, float] | None:
+    async def get(self, tenant: str, name: str) -> tuple[Entry | None, float] | None:
         """See there."""
         key = self._answer(tenant, name)
         try:
             body, left_ms = await self._link.run(lambda client: read(client, key))
+        except RefusedError:
+            # Something else lies there.
+            return None, 0.0
         except AwayError:
             return None
         entry = None if body is None or left_ms <= 0 else entry_of(body)
-        return None if entry is None else (entry, left_ms / 1e3)
+        return entry, max(0, left_ms) / 1e3
 
     def put(self, tenant: str, context: bytes, vector_D: np.ndarray, entry: Entry, ttl_s: float) -> None:
         """See there."""
@@ -102,9 +110,18 @@ class SharedMeanings:
             async with client.pipeline(transaction=False) as pipe:
                 # First: who reads of it finds it.
                 pipe.set(answer, written(entry), px=fields["ttl_ms"])
-                pipe.xadd(stream, fields, maxlen=MOST_TEXTS, approximate=True)
-                pipe.pexpire(stream, fields["ttl_ms"])
-                await pipe.execute()
+                add(pipe)
+                is_set, id, _ = await self._link.each(pipe)
+                # What cannot even be set is refused for a reason of another kind, such as that there is no memory left.
+                if is_set and (id is None or _ms(id) >= LAST_MS):
+                    # It is no stream, or has come to its end: nobody would find anything that is added.
+                    pipe.delete(stream)
+                    add(pipe)
+                    await self._link.each(pipe)
+
+        def add(pipe: Any) -> None:
+            pipe.xadd(stream, fields, maxlen=MOST_TEXTS, approximate=True)
+            pipe.pexpire(stream, fields["ttl_ms"])
 
         try:
             await self._link.run(write)
@@ -127,9 +144,8 @@ class SharedMeanings:
 
 async def _some(client: Any, stream: str, after: str) -> tuple[list[tuple[bytes, dict[bytes, bytes]]], int]:
     """Items of a stream behind a place, and the time there in milliseconds since 1970. Raises ValueError for an answer of another kind."""
-    head, _, count = after.partition("-")
     async with client.pipeline(transaction=False) as pipe:
-        pipe.xrange(stream, min=f"{head}-{int(count) + 1}" if after else "-", count=MANY)
+        pipe.xrange(stream, min=_next(after) if after else "-", max=f"{LAST_MS - 1}", count=MANY)
         pipe.time()
         items, (seconds, micros) = await pipe.execute()
     if not isinstance(items, list) or not all(
@@ -138,3 +154,14 @@ async def _some(client: Any, stream: str, after: str) -> tuple[list[tuple[bytes,
     ):
         raise ValueError("its answer is none of a stream")
     return items, int(seconds) * 1000 + int(micros) // 1000
+
+
+def _ms(id: bytes) -> int:
+    """When an item was written, in milliseconds since 1970."""
+    return int(id.partition(b"-")[0])
+
+
+def _next(id: str) -> str:
+    """The first id behind one."""
+    head, _, count = id.partition("-")
+    return f"{head}-{int(count) + 1}" if int(count) < LAST_COUNT else f"{int(head) + 1}-0"

@@ -18,12 +18,20 @@ PARTS = 64
 # KEYS: sums of requests and of tokens by parts of the minute, attempts under way. ARGV: rpm, tpm, most at a time (0 for no limit), tokens,
 # the name of the attempt, milliseconds of its lease, of the window, and of a part of it. Gives the limit that is in the way and the
 # milliseconds to wait (0 until an attempt ends, -1 for ever); nothing if none is. A part counts until all of it is older than the window.
-TAKE = Script("""
+# Parts of a time that is still to come, since the clock once ran ahead, are the newest there are: they count as of now. What is no part is
+# let go of.
+TAKE = Script(
+    f"""
+{leases.ENDED}
+local function whole(text) return #text <= 15 and string.find(text, '^-?%d+$') and tonumber(text) end
+"""
+    + """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
 local most, window, grain = tonumber(ARGV[3]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local here = math.floor(now / grain)
 if most > 0 then
-  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+  let_go(KEYS[3], now, ARGV[6])
   if redis.call('ZCARD', KEYS[3]) >= most then return {'max_in_flight', 0} end
 end
 for place, amount in ipairs({1, tonumber(ARGV[4])}) do
@@ -31,22 +39,28 @@ for place, amount in ipairs({1, tonumber(ARGV[4])}) do
   if full > 0 then
     local name = place == 1 and 'rpm' or 'tpm'
     if amount > full then return {name, -1} end
-    local held, parts, sum = redis.call('HGETALL', KEYS[place]), {}, 0
+    local held, parts, sum, early = redis.call('HGETALL', KEYS[place]), {}, 0, 0
     for at = 1, #held, 2 do
-      local part, value = tonumber(held[at]), tonumber(held[at + 1])
-      if not part or not value or (part + 1) * grain + window <= now then
+      local part, value = whole(held[at]), whole(held[at + 1])
+      if not part or not value or part > here or (part + 1) * grain + window <= now then
         redis.call('HDEL', KEYS[place], held[at])
+        if part and value and part > here then early = math.min(early + value, 1e14) end
       else
         parts[#parts + 1] = {part, value}
         sum = sum + value
       end
+    end
+    if early > 0 then
+      redis.call('HINCRBY', KEYS[place], here, early)
+      parts[#parts + 1] = {here, early}
+      sum = sum + early
     end
     if sum + amount > full then
       table.sort(parts, function(one, other) return one[1] < other[1] end)
       local over = sum + amount - full
       for _, part in ipairs(parts) do
         over = over - part[2]
-        if over <= 0 then return {name, math.max(1, math.ceil((part[1] + 1) * grain + window - now))} end
+        if over <= 0 then return {name, math.min(window, math.ceil((part[1] + 1) * grain + window - now))} end
       end
       return {name, window}
     end
@@ -54,7 +68,7 @@ for place, amount in ipairs({1, tonumber(ARGV[4])}) do
 end
 for place, amount in ipairs({1, tonumber(ARGV[4])}) do
   if tonumber(ARGV[place]) > 0 then
-    redis.call('HINCRBY', KEYS[place], math.floor(now / grain), amount)
+    redis.call('HINCRBY', KEYS[place], here, amount)
     redis.call('PEXPIRE', KEYS[place], window + 2 * math.ceil(grain))
   end
 end
@@ -63,7 +77,8 @@ if most > 0 then
   redis.call('PEXPIRE', KEYS[3], ARGV[6])
 end
 return {}
-""")
+"""
+)
 
 # KEYS: sums of tokens. ARGV: tokens, milliseconds of the window and of a part of it.
 SPEND = Script("""
@@ -129,5 +144,5 @@ def _full(found: Any, tokens: int) -> Full | None:
         return Full(None)
     if limit not in (b"rpm", b"tpm"):
         raise ValueError("its answer on a limit is none of the program's")
-    wait_s = AGAIN_S if wait_ms < 0 else wait_ms / 1e3
+    wait_s = AGAIN_S if wait_ms < 0 else min(wait_ms, MINUTE_MS) / 1e3
     return Full(wait_s, 0 if limit == b"rpm" else tokens)

@@ -78,10 +78,11 @@ class Shared:
 
     async def _exchange(self, dispatcher: Dispatcher, forget: Callable[[str | None], object]) -> None:
         await self.link.look()
-        # Without it, its own breakers are all that it has.
         with contextlib.suppress(AwayError):
             for tenant in await self.clears.news():
                 forget(tenant)
+        # Whatever is wrong with the one, the other goes on. Without it, its own breakers are all that it has.
+        with contextlib.suppress(AwayError):
             await self.breakers.exchange(dispatcher.lives(), dispatcher.now())
 
     async def close(self) -> None:
