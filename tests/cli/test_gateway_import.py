@@ -1,11 +1,20 @@
 """``anabranch gateway import``, end to end."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from anabranch import extras
+from anabranch.cli.gateway.convert import _changed
 from anabranch.cli.main import main
-from anabranch.gateway.config import load_config
+from anabranch.gateway.config import import_litellm, load_config
+from anabranch.gateway.config.file import config_from
+from anabranch.routers.money import MOST_NANO, NANO, Price
 
 LITELLM = """
 model_list:
@@ -82,6 +91,82 @@ def test_a_file_is_not_written_over_itself(litellm, capsys):
     assert main(["gateway", "import", str(litellm), "--out", str(litellm)]) == 2
     assert litellm.read_text() == LITELLM
     assert "name another" in capsys.readouterr().err
+
+
+DEAR = """
+model_list:
+  - model_name: gpt
+    litellm_params: {model: azure/our-own, api_base: "https://x.openai.azure.com", api_key: os.environ/OPENAI_API_KEY}
+    model_info: {base_model: azure/gpt-4o}
+  - model_name: cheap
+    litellm_params: {model: hosted_vllm/x, api_base: "http://10.0.0.1/v1"}
+    model_info: {input_cost_per_token: 0.0000001, output_cost_per_token: 0.000000000000001}
+"""
+
+
+def test_prices_are_written_in_dollars_and_read_back_the_same(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key-of-the-operator")
+    path, out = tmp_path / "config.yaml", tmp_path / "gateway.yaml"
+    path.write_text(DEAR)
+    assert main(["gateway", "import", str(path), "--out", str(out)]) == 0
+    capsys.readouterr()
+    wanted, found = import_litellm(path).config.models, load_config(out).models
+    assert [model.price for model in found] == [model.price for model in wanted]
+    assert found[0].deployments[0].price == wanted[0].deployments[0].price
+    assert found[0].deployments[0].price.tiers["batch"].input == 1_250_000_000
+    text = out.read_text()
+    assert "input_usd: 0.1\n" in text
+    assert "output_usd: 1.0e-09\n" in text
+    assert not re.search(r"\b(input|output|request): ", text)
+
+
+WHOLE = st.integers(0, MOST_NANO // NANO * NANO)
+
+
+@settings(max_examples=30)
+@given(
+    st.builds(Price, **dict.fromkeys(("input", "output", "cached_input", "request"), WHOLE)),
+    WHOLE,
+)
+def test_no_price_is_changed_by_being_written(price, nano):
+    whole = price.replace(tiers={"flex": Price(input=nano)}, long_context=9, long=Price(output=nano))
+    table = yaml.safe_load(yaml.safe_dump(_changed(whole)))
+    provider = {"kind": "mock", "model": "m"}
+    data = {"models": [{"name": "m", "price": table, "deployments": [{"provider": provider}]}]}
+    assert config_from(data, {}, Path("x.yaml")).models[0].price == whole
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_extra_that_is_not_installed_is_named_before_the_next_command_wants_it(
+    tmp_path, capsys, monkeypatch, as_json
+):
+    path, out = tmp_path / "config.yaml", tmp_path / "gateway.yaml"
+    path.write_text(
+        "model_list:\n"
+        "  - model_name: claude\n"
+        "    litellm_params: {model: bedrock/anthropic.claude-x, aws_region_name: us-east-1}\n"
+        "  - model_name: gem\n"
+        "    litellm_params: {model: vertex_ai/gemini-2.5-pro, vertex_project: p, vertex_location: us-central1}\n"
+        "router_settings: {redis_url: os.environ/REDIS}\n"
+    )
+    monkeypatch.delenv("AWS_BEARER_TOKEN_BEDROCK", raising=False)
+    monkeypatch.setattr(
+        extras, "is_installed", lambda module: module not in ("botocore", "redis", "google", "cryptography")
+    )
+    line = ["gateway", "import", str(path), "--out", str(out), *(["--json"] if as_json else [])]
+    assert main(line) == 0
+    shown = capsys.readouterr()
+    lines = json.loads(shown.out)["install"] if as_json else shown.err.splitlines()
+    for name in ("bedrock", "redis"):
+        assert any("pip install" in line and name in line for line in lines), lines
+    monkeypatch.setenv("AWS_BEARER_TOKEN_BEDROCK", "x")
+    assert main(line) == 0
+    shown = capsys.readouterr()
+    assert "provider bedrock" not in shown.out + shown.err
+    monkeypatch.setattr(extras, "is_installed", lambda module: True)
+    assert main(line) == 0
+    shown = capsys.readouterr()
+    assert "pip install" not in shown.out + shown.err
 
 
 UNPRICED = """

@@ -8,6 +8,8 @@ from anabranch import registry
 from anabranch.config import configclass, from_dict, to_dict
 from anabranch.errors import ConfigError, DataError
 from anabranch.gateway.config import GatewayConfig, import_litellm, load_config
+from anabranch.gateway.config.price_table import list_price
+from anabranch.gateway.config.prices import deployment_price
 from anabranch.gateway.providers import Provider
 from anabranch.routers.money import Price
 
@@ -115,6 +117,7 @@ def test_what_is_taken_over(moved):
     assert (config.balance, config.retries.attempts, config.deadline_s) == ("least_in_flight", 3, 60.0)
     assert config.fallbacks == {"gpt-4o-mini": ("claude",)}
     assert config.admin.key == "env:LITELLM_MASTER_KEY"
+    assert config.shared.url == "redis://localhost:6379/0"
 
 
 def test_what_is_not_is_said(moved, tmp_path):
@@ -125,7 +128,7 @@ def test_what_is_not_is_said(moved, tmp_path):
         "model_list.1.litellm_params.api_key", "model_list.1.litellm_params.temperature", "model_list.4.litellm_params.model",
         "model_list.5.model_name", "model_list.6.litellm_params.api_base", "model_list.7.model_info.mode", "model_list.8",
         "litellm_settings.drop_params", "router_settings.fallbacks.0.gpt-4o-mini", "router_settings.fallbacks.1.gone",
-        "router_settings.model_group_alias.gpt-5", "router_settings.redis_host", "general_settings.master_key",
+        "router_settings.model_group_alias.gpt-5", "general_settings.master_key",
         "general_settings.database_url",
         "environment_variables.REDIS_PASSWORD",
     ]  # fmt: skip
@@ -165,3 +168,91 @@ def test_a_master_key_written_down_is_not_taken(moved):
     assert done.config.admin.key is None
     assert "sk-1234" not in str(done.left)
     assert done.config.models[0].deployments[0].provider.key_env == "OPENAI_API_KEY"
+
+
+AZURE = """\
+model_list:
+  - model_name: a
+    litellm_params: {model: azure/our-own, api_base: "https://x.openai.azure.com", api_key: os.environ/K, max_tokens: 2000}
+    model_info: {base_model: azure/gpt-4o, id: east, max_output_tokens: 16384, max_input_tokens: 1000}
+  - model_name: a
+    litellm_params: {model: openai/gpt-4o-mini, api_key: os.environ/K}
+    model_info: {id: 7}
+"""
+
+
+def test_what_a_model_is_based_on_says_what_it_costs(moved):
+    done = moved(AZURE)
+    assert done.left == ()
+    (model,) = done.config.models
+    east, other = model.deployments
+    assert east.price == list_price("https://x.openai.azure.com", "gpt-4o")
+    assert (east.price.input, east.price.output) == (2_500_000_000, 10_000_000_000)
+    # The other has its own in the list, which is not that of the first.
+    assert model.price is other.price is None
+    assert deployment_price(model, other).input < east.price.input
+    assert (east.name, other.name) == ("east", "7")
+    assert (model.max_tokens, model.context) == (2000, 17_384)
+    assert done.unpriced == ()
+
+
+@pytest.mark.parametrize("base", ["gpt-4o", "azure/eu/gpt-4o", "openai/gpt-4o"])
+def test_a_base_model_is_known_however_it_is_written(moved, base):
+    done = moved(AZURE.replace("base_model: azure/gpt-4o", f"base_model: {base}"))
+    assert done.config.models[0].deployments[0].price.input == 2_500_000_000
+
+
+def test_a_base_model_that_is_not_in_the_list_and_ids_that_are_there_twice_are_said(moved):
+    text = AZURE.replace("base_model: azure/gpt-4o", "base_model: azure/nobody").replace("id: 7", "id: east")
+    done = moved(text)
+    assert len(done.left) == 3
+    assert "model_info.base_model is 'azure/nobody', which the price list that ships does not know" in done.left[0]
+    assert all("model_info.id is 'east', which another deployment is called too" in line for line in done.left[1:])
+    assert [one.name for one in done.config.models[0].deployments] == ["", ""]
+    assert "has no price" in done.unpriced[0]
+
+
+def test_a_price_of_an_entry_comes_before_its_base_model(moved):
+    done = moved(AZURE.replace("max_tokens: 2000", "input_cost_per_token: 0.000001"))
+    assert done.config.models[0].price == Price(input=1_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("router", "url", "left"),
+    [
+        ("{redis_url: os.environ/REDIS}", "env:REDIS", []),
+        ("{redis_url: 'redis://cache:7/2'}", "redis://cache:7/2", []),
+        ("{redis_host: cache, redis_port: 7}", "redis://cache:7/0", []),
+        ("{redis_url: os.environ/REDIS, redis_password: os.environ/P}", "env:REDIS", ["redis_password"]),
+        ("{redis_host: cache, redis_password: hush}", None, ["redis_host", "redis_password"]),
+        ("{redis_url: 'redis://:hush@cache:7/2'}", None, ["redis_url"]),
+        ("{redis_host: os.environ/HOST}", None, ["redis_host"]),
+        ("{redis_url: 'http://cache'}", None, ["redis_url"]),
+        ("{redis_host: 'a b/c@', redis_port: [1]}", None, ["redis_host", "redis_port"]),
+    ],
+)
+def test_redis_is_where_processes_count_together(moved, router, url, left):
+    done = moved(f"{AZURE}router_settings: {router}\n")
+    assert (done.config.shared and done.config.shared.url) == url
+    assert [line.partition("router_settings.")[2].split()[0] for line in done.left] == left
+    assert "hush" not in "".join(done.left)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("litellm_settings: {callbacks: [otel, prometheus]}", "litellm_settings.callbacks has 'otel': spans go to"),
+        ("litellm_settings: {success_callback: langfuse}", "success_callback has 'langfuse', which has no counterpart"),
+        (
+            "general_settings: {alerting: [slack]}",
+            "general_settings.alerting is of budgets here, which are told by [webhooks",
+        ),
+    ],
+)
+def test_what_has_a_counterpart_that_is_set_elsewhere_names_it(moved, text, why):
+    (line,) = moved(f"{AZURE}{text}\n").left
+    assert why in line
+
+
+def test_metrics_for_prometheus_are_there_anyway(moved):
+    assert moved(f"{AZURE}litellm_settings: {{callbacks: [prometheus]}}\n").left == ()

@@ -287,7 +287,7 @@ def test_settings_that_have_a_counterpart(moved):
         ("litellm_settings", "drop_params", True, "never left out silently"),
         ("litellm_settings", "max_budget", 100, "anabranch gateway budget set global"),
         ("litellm_settings", "cache", True, "cache.exact"),
-        ("router_settings", "redis_host", "x", "has no counterpart"),
+        ("router_settings", "redis_password", "x", "is a part of shared.url"),
         ("router_settings", "cooldown_time", -1, "no number above 0"),
         ("router_settings", "enable_pre_call_checks", False, "has no counterpart"),
         ("router_settings", "model_group_alias", {"x": []}, "no model that was taken over"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,9 @@ from anabranch.cli.options import AsJson
 from anabranch.cli.output import print_json, say, wrote
 from anabranch.errors import ConfigError
 from anabranch.files import atomic_file, check_apart, mode_of
+
+if TYPE_CHECKING:
+    from anabranch.routers.money import Price
 
 
 def convert(
@@ -29,6 +33,7 @@ def convert(
     import yaml
 
     from anabranch.gateway.config import import_litellm
+    from anabranch.gateway.config.needs import lacking
 
     check_apart([out], [file])
     imported = import_litellm(file)
@@ -47,19 +52,32 @@ def convert(
         temporary.write_text(f"# made from {file.name} by anabranch gateway import\n{text}", encoding="utf-8")
     if as_json:
         names = [model.name for model in imported.config.models]
-        print_json({"out": str(out), "models": names, "left": list(imported.left), "unpriced": list(imported.unpriced)})
+        print_json(
+            {
+                "out": str(out),
+                "models": names,
+                "left": list(imported.left),
+                "unpriced": list(imported.unpriced),
+                "install": lacking(imported.config),
+            }
+        )
         return
     for line in imported.left:
         say(f"left out  {line}")
     for line in imported.unpriced:
         say(f"no price  {line}")
+    for line in lacking(imported.config):
+        say(f"install   {line}")
     wrote(str(out), f"anabranch gateway serve --config {out}")
 
 
 def _changed(config: Any) -> Any:
     """The plain form of a config without the fields that are at their defaults."""
     from anabranch.config import Config
+    from anabranch.routers.money import Price
 
+    if isinstance(config, Price):
+        return _price(config)
     if isinstance(config, dict):
         return {name: _changed(value) for name, value in config.items()}
     if isinstance(config, list | tuple):
@@ -74,6 +92,33 @@ def _changed(config: Any) -> Any:
         if (value := getattr(config, field.name)) != _default(field)
     }
     return {"kind": kind, **fields} if kind else fields
+
+
+def _price(price: Price, *, is_inner: bool = False) -> dict[str, Any]:
+    """In dollars, as people write it. One of a tier names its tokens' prices always: it would be read as its outer one's otherwise."""
+    from anabranch.routers.money import TOKEN_RATES
+
+    made: dict[str, Any] = {}
+    for field in dataclasses.fields(price):
+        value = getattr(price, field.name)
+        if field.name in (*TOKEN_RATES, "web_search", "request"):
+            if value != _default(field) or (is_inner and field.name in ("input", "output")):
+                made[f"{field.name}_usd"] = _dollars(value)
+        elif field.name == "tiers":
+            made |= {"tiers": {name: _price(tier, is_inner=True) for name, tier in value.items()}} if value else {}
+        elif value is not None:
+            made[field.name] = _price(value, is_inner=True) if field.name == "long" else value
+    return made
+
+
+def _dollars(nano: int) -> int | float | str:
+    """Read as exactly as many nano-dollars."""
+    from anabranch.routers.money import NANO
+
+    if nano % NANO == 0:
+        return nano // NANO
+    exact = Decimal(nano) / NANO
+    return float(exact) if Decimal(str(float(exact))) == exact else f"{exact:f}"
 
 
 def _default(field: Any) -> Any:

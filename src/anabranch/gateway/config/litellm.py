@@ -1,8 +1,8 @@
 """Moving in from LiteLLM: the part of its ``config.yaml`` that means the same here, and a list of what does not.
 
 Taken over: ``model_list`` (several entries of one ``model_name`` become deployments of one model; providers as in `litellm_providers`; keys
-as ``os.environ/NAME``; rpm, tpm, weight, timeouts; prices, context and output limits of ``model_info``), and of the settings what
-`litellm_settings` says.
+as ``os.environ/NAME``; rpm, tpm, weight, timeouts; max_tokens; prices, ids, context and output limits of ``model_info``; what its
+``base_model`` costs by the list that ships, as of the day of the import), and of the settings what `litellm_settings` says.
 """
 
 from dataclasses import dataclass
@@ -10,19 +10,24 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from anabranch.bounds import shown
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import ConfigError, DataError
 from anabranch.gateway.config.gateway import GatewayConfig
 from anabranch.gateway.config.lines import Lines, parse
-from anabranch.gateway.config.litellm_providers import FIELDS, kind_of, provider_of
+from anabranch.gateway.config.litellm_providers import FIELDS, based_price, kind_of, provider_of
 from anabranch.gateway.config.litellm_settings import LARGEST, Settings, number_of
 from anabranch.gateway.config.prices import unpriced
 from anabranch.gateway.providers.provider import Provider
+from anabranch.routers.money import MOST_NANO, NANO
 
 Table = dict[str, Any]
 
 # Dollars a token -> nano-dollars a million tokens.
 NANO_MILLION = 10**15
+
+# Dollars a token: what a price in a file of ours may be.
+MOST_PRICE = Decimal(MOST_NANO // NANO) / 10**6
 
 # Prices, by what they are called there: dollars a token.
 COSTS = {
@@ -49,6 +54,8 @@ _PARAMS = frozenset(
         "stream_timeout",
         "max_parallel_requests",
         "custom_llm_provider",
+        "max_tokens",
+        "base_model",
         *COSTS,
     }
 )
@@ -104,6 +111,10 @@ def import_litellm(path: str | Path) -> Imported:
 class _Import:
     def __init__(self, path: Path, lines: Lines) -> None:
         self.path, self.lines, self.left = path, lines, list[str]()
+        # Deployments with an id, and where that stands.
+        self.named: list[tuple[Table, str]] = []
+        # Deployments whose base_model has a price.
+        self.based: list[tuple[Table, Table]] = []
 
     def run(self, data: Table) -> Imported:
         models: dict[str, Table] = {}
@@ -115,6 +126,10 @@ class _Import:
             )
         for model in models.values():
             _hoist_price(model)
+        for deployment, price in self.based:
+            # Of that deployment alone: others of its model have their own in the list.
+            deployment["price"] = price
+        self._name(models)
         config: Table = {"models": list(models.values())}
         for name in data:
             if name not in (
@@ -171,6 +186,11 @@ class _Import:
         facts = self._facts(params, info, field)
         if "price" in facts:
             deployment["price"] = facts.pop("price")
+        elif (price := self._based(params, info, provider, field)) is not None:
+            self.based.append((deployment, price))
+        if (given := info.get("id")) is not None:
+            deployment["name"] = str(given)
+            self.named.append((deployment, f"{field}.model_info.id"))
         if name not in models:
             models[name] = {"name": name, **facts, "deployments": [deployment]}
             return
@@ -180,6 +200,36 @@ class _Import:
                 self._leave(
                     f"{field}.model_info", f"gives {name!r} another {fact} than the entry before; the first counts"
                 )
+
+    def _based(self, params: Table, info: Table, provider: Table, field: str) -> Table | None:
+        """The price of what a deployment is said to run, which its own name, as on Azure, does not tell."""
+        where, table = ("model_info", info) if info.get("base_model") is not None else ("litellm_params", params)
+        base = table.get("base_model")
+        if base is None:
+            return None
+        price = based_price(base, from_dict(Provider.Config, provider)) if isinstance(base, str) else None
+        if price is None:
+            self._leave(
+                f"{field}.{where}.base_model",
+                f"is {shown(base)}, which the price list that ships does not know; set price (input_usd and output_usd)",
+            )
+            return None
+        made: Table = to_dict(price)
+        return made
+
+    def _name(self, models: dict[str, Table]) -> None:
+        """Leave out ids that cannot be names of deployments: those that another has."""
+        every = [
+            one.get("name") or (name if len(model["deployments"]) == 1 else f"{name}#{at}")
+            for name, model in models.items()
+            for at, one in enumerate(model["deployments"])
+        ]
+        for deployment, field in self.named:
+            if every.count(deployment["name"]) > 1:
+                self._leave(field, f"is {shown(deployment['name'])}, which another deployment is called too")
+        for deployment, _ in self.named:
+            if every.count(deployment["name"]) > 1:
+                del deployment["name"]
 
     def _unknown(self, table: Table, known: Any, field: str) -> None:
         for name in table:
@@ -226,7 +276,7 @@ class _Import:
         """Dollars a token; 0 for what costs nothing."""
         if isinstance(value, int | float) and value == 0 and not isinstance(value, bool):
             return Decimal(0)
-        return self._number(value, field, most=LARGEST / NANO_MILLION)
+        return self._number(value, field, most=MOST_PRICE)
 
     def _facts(self, params: Table, info: Table, field: str) -> Table:
         made: Table = {}
@@ -242,8 +292,10 @@ class _Import:
         answer = self._number(
             info.get("max_output_tokens", info.get("max_tokens")), f"{field}.model_info.max_output_tokens"
         )
-        if answer is not None:
-            made["max_tokens"] = int(answer)
+        # What an entry sends where a request names no limit comes before what its model could write at most.
+        sent = self._number(params.get("max_tokens"), f"{field}.litellm_params.max_tokens")
+        if sent is not None or answer is not None:
+            made["max_tokens"] = int(sent or answer or 0)
         if prompt is not None:
             made["context"] = int(prompt + (answer or 0))
         return made

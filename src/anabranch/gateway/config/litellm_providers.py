@@ -6,8 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from anabranch.errors import ConfigError
+from anabranch.gateway.config.price_table import list_price
+from anabranch.gateway.config.prices import PLACES, listed_price
 from anabranch.gateway.config.secret import VARIABLE
 from anabranch.gateway.providers.openai import check_url
+from anabranch.gateway.providers.provider import Provider
+from anabranch.routers.money import Price
 
 Table = dict[str, Any]
 Leave = Callable[[str, str], None]
@@ -29,6 +33,15 @@ _ENDPOINTS: dict[str, str | None] = {
     "lm_studio": None,
     "llamafile": None,
     "litellm_proxy": None,
+}
+# Of the others, for the price list.
+_ADDRESSES = {
+    "anthropic": "https://api.anthropic.com",
+    "azure": "https://any.openai.azure.com",
+    "bedrock": PLACES["bedrock"],
+    "gemini": "https://generativelanguage.googleapis.com",
+    "openrouter": "https://openrouter.ai/api/v1",
+    "vertex_ai": PLACES["vertex"],
 }
 # Variables that LiteLLM reads where an entry names no key.
 _KEYS = {
@@ -93,6 +106,25 @@ def kind_of(params: Table, upstream: str) -> tuple[str, str]:
 
 def _is_known(kind: str) -> bool:
     return kind in _ENDPOINTS or _SAME.get(kind, kind) in _MADE
+
+
+def based_price(base: str, provider: Provider.Config) -> Price | None:
+    """What the list that ships says of ``base_model``, such as ``azure/gpt-4o``: where the deployment is, else where its prefix says.
+
+    None if the list does not know it.
+    """
+    try:
+        kind, model = kind_of({}, base)
+    except ValueError:
+        return None
+    # A region may stand between: azure/eu/gpt-4o.
+    names = dict.fromkeys((model, model.rpartition("/")[2]))
+    for name in names:
+        address = _ENDPOINTS.get(kind) or _ADDRESSES.get(kind)
+        found = listed_price(provider.replace(model=name)) or (list_price(address, name) if address else None)
+        if found is not None:
+            return found
+    return None
 
 
 def provider_of(params: Table, kind: str, model: str, field: str, leave: Leave) -> Table | None:

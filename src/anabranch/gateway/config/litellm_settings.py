@@ -7,6 +7,7 @@ aliases of models                         model_group_alias
 first_token_timeout_s, max_in_flight      stream_timeout, default_max_parallel_requests: of deployments that say none themselves
 admin.key                                 master_key
 require_key                               whether there is a master_key: without one, LiteLLM lets everybody in
+shared                                    redis_url, redis_host and redis_port of router_settings
 limits, log                               global_max_parallel_requests, max_request_size_mb; store_prompts_in_spend_logs and its days
 """
 
@@ -14,9 +15,12 @@ import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
+from urllib.parse import urlsplit
 
 from anabranch.bounds import LARGEST_INT, shown
+from anabranch.errors import ConfigError
 from anabranch.gateway.config.litellm_providers import variable_of
+from anabranch.gateway.config.shared import check_redis_url
 
 Table = dict[str, Any]
 Leave = Callable[[str, str], None]
@@ -42,8 +46,17 @@ _KNOWN_NOT = {
     "budget_duration": "is of a budget, which is kept in the store here: anabranch gateway budget set global DOLLARS --period PERIOD",
     "drop_params": "has no counterpart: what a provider cannot do is refused, or asked of a fallback, and never left out silently",
     "cache": "is on here by itself for requests at temperature 0; see cache.exact and cache.semantic",
+    "alerting": "is of budgets here, which are told by [webhooks.NAME], with url and secret",
+    "alert_to_webhook_url": "is of budgets here, which are told by [webhooks.NAME], with url and secret",
+    "set_verbose": "is log.level here",
+    "json_logs": "is log.access here, whose lines are JSON",
+    "turn_off_message_logging": "is the default here: texts are kept only with log.prompts = true",
     "cache_params": "are not taken over; see cache.ttl_s, cache.max_bytes and cache.semantic",
 }
+# Of router_settings, what leads to Redis.
+_REDIS = ("redis_url", "redis_host", "redis_port", "redis_password", "redis_username", "redis_db", "redis_ssl")
+_CALLBACKS = ("callbacks", "success_callback", "failure_callback", "service_callback")
+_HOST = re.compile(r"[A-Za-z0-9_.-]+:\d{1,5}")
 _PERIOD = re.compile(r"(\d{1,6})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
@@ -60,6 +73,21 @@ def number_of(value: Any, field: str, leave: Leave, *, least: float = 0, most: D
         leave(field, f"is {shown(value)}, which is no number above {least} and up to {most:,}")
         return None
     return number
+
+
+def _plain_redis(given: Table) -> str | None:
+    """The URL of a Redis that wants no password; None if there is none, or if it is not all written down."""
+    url = given.get("redis_url")
+    host, port = given.get("redis_host"), given.get("redis_port", 6379)
+    if url is None and given.keys() <= {"redis_host", "redis_port"} and _HOST.fullmatch(f"{host}:{port}"):
+        url = f"redis://{host}:{port}/0"
+    if not isinstance(url, str) or "os.environ/" in url:
+        return None
+    try:
+        check_redis_url(url)
+        return None if urlsplit(url).password else url
+    except ConfigError:
+        return None
 
 
 class Settings:
@@ -79,7 +107,9 @@ class Settings:
         # The latter wins, as it does there.
         for section in ("litellm_settings", "router_settings"):
             for name, value in self._table(data.get(section), section).items():
-                self._setting(name, value, f"{section}.{name}")
+                if section != "router_settings" or name not in _REDIS:
+                    self._setting(name, value, f"{section}.{name}")
+        self._redis(self._table(data.get("router_settings"), "router_settings"))
         general = self._table(data.get("general_settings"), "general_settings")
         for name, value in general.items():
             self._general(name, value, f"general_settings.{name}")
@@ -117,11 +147,38 @@ class Settings:
         elif name == "default_max_parallel_requests":
             number = self._number(value, here)
             self._of_all("max_in_flight", None if number is None else int(number))
+        elif name in _CALLBACKS:
+            self._callbacks(value, here)
         elif name == "enable_pre_call_checks" and value is True:
             # Prompts go to no model whose context is known to be too short, always.
             return
         else:
             self._leave(here, _KNOWN_NOT.get(name, "has no counterpart here"))
+
+    def _redis(self, router: Table) -> None:
+        """Where processes count together. Passwords are never taken over, but for a URL that is in the environment as a whole."""
+        given = [name for name in _REDIS if router.get(name) is not None]
+        variable = variable_of(router.get("redis_url"))
+        url = f"env:{variable}" if variable else _plain_redis({name: router[name] for name in given})
+        read = {"redis_url"} if "redis_url" in given else {"redis_host", "redis_port"}
+        if url is not None:
+            self._config["shared"] = {"url": url}
+        for name in given:
+            if url is None:
+                why = "is a part of shared.url here: put redis://:PASSWORD@HOST:PORT/0 into a variable, and set that to env:VARIABLE"
+                self._leave(f"router_settings.{name}", why)
+            elif name not in read:
+                self._leave(f"router_settings.{name}", "is not looked at, since redis_url says all of it")
+
+    def _callbacks(self, value: Any, here: str) -> None:
+        for name in [value] if isinstance(value, str) else self._list(value, here):
+            if name == "otel":
+                self._leave(here, "has 'otel': spans go to a collector with [otel] and its endpoint here")
+            elif name != "prometheus":
+                # The latter is always there, at /metrics.
+                self._leave(
+                    here, f"has {shown(name)}, which has no counterpart here; there are [otel], /metrics and log.access"
+                )
 
     def _limit(self, name: str, value: Any, here: str) -> None:
         number = self._number(value, here, least=-1 if name in ("num_retries", "allowed_fails") else 0)

@@ -31,17 +31,18 @@ def model_price(model: ModelConfig, one: DeploymentConfig | None = None) -> Pric
     if model.price is not None:
         return model.price
     if one is not None:
-        return _listed(one.provider)
+        return listed_price(one.provider)
     found = [deployment_price(model, each) for each in model.deployments]
     known = [price for price in found if price is not None]
     return max(known, key=lambda price: price.cost(1000, 500), default=None)
 
 
-def _listed(provider: Provider.Config) -> Price | None:
+def listed_price(provider: Provider.Config) -> Price | None:
+    """Of a provider's model, from the list that ships; None if that does not know it, or nothing says where the provider is."""
     inner = getattr(provider, "provider", None)
     if isinstance(inner, Provider.Config) and provider.owner.is_billed:
         # One that only looks on.
-        return _listed(inner)
+        return listed_price(inner)
     if not provider.owner.is_billed:
         return Price()
     url = getattr(provider, "base_url", None) or PLACES.get(provider.owner.kind)

@@ -1,0 +1,40 @@
+"""Which extras a config needs that are not installed."""
+
+import os
+
+from anabranch.errors import MissingExtraError
+from anabranch.extras import require
+from anabranch.gateway.config.gateway import GatewayConfig
+from anabranch.gateway.providers.provider import Provider
+
+
+def lacking(config: GatewayConfig) -> list[str]:
+    """A line for each extra that serving the config would ask for, with the pip command; empty if all is here."""
+    wanted: dict[str, str] = {}
+    for model in config.models:
+        for one in model.deployments:
+            if (extra := _extra(one.provider)) is not None:
+                wanted.setdefault(extra, f"the provider {one.provider.owner.kind} (of model {model.name})")
+    if config.shared is not None:
+        wanted["redis"] = "[shared] in the config"
+    if config.otel is not None:
+        wanted["otel"] = "[otel] in the config"
+    lines = []
+    for extra, by in wanted.items():
+        try:
+            require(extra, by=by)
+        except MissingExtraError as error:
+            lines.append(str(error))
+    return lines
+
+
+def _extra(provider: Provider.Config) -> str | None:
+    kind = provider.owner.kind
+    if kind not in ("bedrock", "vertex"):
+        return None
+    names = ("key_env", "key_file", "access_key_env", "profile")
+    key_env, key_file, *signs = (getattr(provider, name, None) for name in names)
+    # With a key nothing is signed, and no token is fetched.
+    is_told = kind == "bedrock" and not any(signs) and os.environ.get("AWS_BEARER_TOKEN_BEDROCK")
+    has_key = key_env or key_file or is_told
+    return None if has_key else kind
