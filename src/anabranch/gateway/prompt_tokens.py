@@ -180,7 +180,7 @@ def _gather(content: Any, texts: list[str], found: list[Media] | None = None) ->
         if counted is None:
             said = [value for name, value in part.items() if name != "type"]
             if found is not None:
-                found.extend(_named_in(part))
+                found.extend(media_within(part))
         elif found is None:
             continue
         else:
@@ -188,7 +188,7 @@ def _gather(content: Any, texts: list[str], found: list[Media] | None = None) ->
         texts.extend(_text(value) for value in said if value)
 
 
-def _named_in(part: dict[str, Any]) -> list[Media]:
+def media_within(part: Mapping[str, Any]) -> list[Media]:
     """What a part names, at any depth, that a provider gets for itself; its letters say nothing of how long that is."""
     found: list[Media] = []
     left: list[Any] = [part]

@@ -14,6 +14,7 @@ from anabranch.gateway.core.model_calls import ModelCalls
 from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media
+from anabranch.gateway.native_tokens import count_native
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.store import OUR_TAGS, subjects_of
@@ -47,7 +48,11 @@ def read(state: RequestState) -> None:
             raise wrong("model", f"{state.endpoint} need a model by its name; strategies choose among models of text")
         state.count, state.asked = count_media(state.endpoint, body), asked_of_media(state.endpoint, body)
         return
-    state.count = count_prompt(body, runtime.counters.get(state.target.model or ""))
+    native, counter = state.native, runtime.counters.get(state.target.model or "")
+    if native is not None and native.form == "responses":
+        state.count = count_native(body, native.body, counter)
+    else:
+        state.count = count_prompt(body, counter)
     state.asked = asked_of(body if state.native is None else state.native.body)
 
 

@@ -7,15 +7,19 @@ from anabranch.errors import InputError, UnknownModelError
 from anabranch.gateway.config import find_target
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.exchange import Exchange, Received
+from anabranch.gateway.native_tokens import count_native
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.validate import check_model
 from anabranch.web.api_error import ApiError
 
 
-async def counted(gateway: Gateway, exchange: Exchange, received: Received) -> int:
-    """Of a request that has been made a chat. Raises ApiError where the key may not ask that model, or not now."""
+async def counted(gateway: Gateway, exchange: Exchange, received: Received, *, is_native: bool = False) -> int:
+    """Of a request that has been made a chat. Raises ApiError where the key may not ask that model, or not now.
+
+    ``is_native``: it would be sent as it came to ``/v1/responses``.
+    """
     # A thread counts on when its client goes away: until it ends it is under way.
-    counting = asyncio.ensure_future(_counted(gateway, exchange, received))
+    counting = asyncio.ensure_future(_counted(gateway, exchange, received, is_native))
     if (held := received.held) is not None:
         held.share()
         counting.add_done_callback(lambda done: held.close())
@@ -23,7 +27,7 @@ async def counted(gateway: Gateway, exchange: Exchange, received: Received) -> i
     return await asyncio.shield(counting)
 
 
-async def _counted(gateway: Gateway, exchange: Exchange, received: Received) -> int:
+async def _counted(gateway: Gateway, exchange: Exchange, received: Received, is_native: bool) -> int:
     chat, record, runtime = received.chat, received.key.record, gateway.runtime
     async with gateway.counted(record, received.held):
         try:
@@ -36,5 +40,6 @@ async def _counted(gateway: Gateway, exchange: Exchange, received: Received) -> 
             message = f"this key may use {', '.join(record.models)}"
             raise ApiError(403, "model_not_allowed", message, param="model")
         counter = runtime.counters.get(target.model or "")
-        count = await exchange.apart(received.key, received.num_bytes, partial(count_prompt, chat, counter))
+        work = partial(count_native, chat, received.body) if is_native else partial(count_prompt, chat)
+        count = await exchange.apart(received.key, received.num_bytes, partial(work, counter))
         return count.tokens

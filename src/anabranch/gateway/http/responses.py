@@ -31,7 +31,8 @@ class ResponsesRoutes:
     async def _count(self, request: web.BaseRequest) -> web.StreamResponse:
         """Tokens of a prompt; see `counted`."""
         async with self._exchange.read(request, lambda body: to_chat(body)) as received:
-            tokens = await counted(self._gateway, self._exchange, received)
+            is_native = self._has_responses(received.body.get("model"))
+            tokens = await counted(self._gateway, self._exchange, received, is_native=is_native)
             return json_response({"object": "response.input_tokens", "input_tokens": tokens})
 
     async def _responses(self, request: web.BaseRequest) -> web.StreamResponse:

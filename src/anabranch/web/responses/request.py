@@ -159,11 +159,16 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], name: str) -
 
 def _add_image(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
     """A picture that the model made before."""
-    form, result = item.get("output_format"), item["result"]
-    url = result if "://" in result[:10] else f"data:image/{form if isinstance(form, str) else 'png'};base64,{result}"
+    url = picture_url(item)
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": None})
     messages[-1].setdefault("images", []).append({"type": "image_url", "image_url": {"url": url}})
+
+
+def picture_url(item: dict[str, Any]) -> str:
+    """Of the ``result`` of an ``image_generation_call``."""
+    form, result = item.get("output_format"), item["result"]
+    return result if "://" in result[:10] else f"data:image/{form if isinstance(form, str) else 'png'};base64,{result}"
 
 
 def _content(content: Any, name: str) -> Any:

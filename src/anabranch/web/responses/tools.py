@@ -57,10 +57,7 @@ def _tool(tool: Any, at: int) -> dict[str, Any]:
         raise wrong(f"tools[{at}]", what, "unsupported")
     if not isinstance(tool.get("name"), str):
         raise wrong(f"tools[{at}].name", f"tools[{at}].name must be text")
-    given, form = tool.get("description"), tool.get("format")
-    told = [given] if isinstance(given, str) and given else []
-    if isinstance(form, dict) and form.get("type") == "grammar":
-        told.append(f"The input must be of this grammar ({form.get('syntax')}):\n{form.get('definition')}")
+    told = told_of(tool)
     parameters = {
         "type": "object",
         "properties": {INPUT: {"type": "string"}},
@@ -68,7 +65,16 @@ def _tool(tool: Any, at: int) -> dict[str, Any]:
         "additionalProperties": False,
     }
     function = {"name": tool["name"], "parameters": parameters}
-    return {"type": "function", "function": {**function, "description": "\n\n".join(told)} if told else function}
+    return {"type": "function", "function": {**function, "description": told} if told else function}
+
+
+def told_of(tool: dict[str, Any]) -> str:
+    """What the function that stands for a custom tool says of itself; "" for nothing."""
+    given, form = tool.get("description"), tool.get("format")
+    told = [given] if isinstance(given, str) and given else []
+    if isinstance(form, dict) and form.get("type") == "grammar":
+        told.append(f"The input must be of this grammar ({form.get('syntax')}):\n{form.get('definition')}")
+    return "\n\n".join(told)
 
 
 def choice_of(choice: Any) -> Any:
