@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from anabranch.cli.main import main
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, DataError
 from anabranch.gateway.collect import shadow
 from anabranch.gateway.collect.calls import Calls
 from anabranch.gateway.config import load_config
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.store import SHADOW, LedgerQuery, open_store
+from anabranch.gateway.store import SHADOW, LedgerQuery, open_store, schema
+from anabranch.gateway.store import learned as stored
 from anabranch.gateway.store.learned import erase_texts, read_outcomes
 from anabranch.gateway.store.records import GLOBAL
 from anabranch.gateway.store_outcomes import from_ledger, judged_questions, scored_requests
@@ -531,6 +532,58 @@ def test_from_an_app_with_a_system_prompt_to_a_router_that_serves_it(tmp_path, c
                 text, headers = chat(server.url, "auto/learned", number)
                 assert text == ("a: good", "b: good")[number % 2]
                 assert headers.get("x-route-bypassed") is None
+            # This config does not vouch for them any more: nobody learns from them.
+            wait_for(lambda: not learns(store))
+        capsys.readouterr()
+        assert main(fit) == 2
+        assert "are left out: 2" in capsys.readouterr().err
+
+
+def learns(store):
+    """Whether there is anything to learn from."""
+    try:
+        load_outcomes(store)
+    except DataError:
+        return False
+    return True
+
+
+def test_what_an_earlier_config_vouched_for_is_withdrawn_and_can_be_vouched_for_again(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(stored, "EXAMPLES", 2)
+    without = load_config(write(tmp_path, require_key="false"))
+    vouching = load_config(write(tmp_path, WANTED + "\nconversations = true", require_key="false"))
+    odd = {f"{stored.OUTCOME}{at}": body for at, body in enumerate(('{"vouched": true', '["vouched"]', "[" * 100_000))}
+    odd[f"label:{'x'}"] = '{"vouched":true}'
+
+    async def marked(gateway):
+        return [one.get(stored.VOUCHED) for one in await parts(gateway)]
+
+    async def parts(gateway):
+        bodies = await gateway.store.look(read_outcomes)
+        return [json.loads(body) for body in bodies if body not in odd.values()]
+
+    async def work():
+        async with Gateway(vouching) as gateway:
+            rows = [(key, 0, body) for key, body in odd.items()]
+            await gateway.store.change(lambda connection: connection.insert("collected", schema.COLLECTED, rows))
+            for number in range(5):
+                messages = [*SYSTEM, {"role": "user", "content": f'question {number}, "vouched":true?'}]
+                await gateway.achat({"model": "a", "messages": messages if number else messages[1:]})
+
+            async def have(marks):
+                return sorted(await marked(gateway), key=str) == marks
+
+            await until(lambda: have([None, True, True, True, True]))
+            before = await parts(gateway)
+            await gateway.reload(without)
+            await until(lambda: have([None] * 5))
+            assert await parts(gateway) == [{k: v for k, v in one.items() if k != stored.VOUCHED} for one in before]
+            await gateway.reload(vouching)
+            await until(lambda: have([None, True, True, True, True]))
+            found = await gateway.store.look(lambda connection: connection.rows("SELECT key, body FROM collected"))
+            assert odd.items() <= dict(found).items()
+
+    asyncio.run(work())
 
 
 async def calls_of(url):

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import AnabranchError
@@ -26,7 +27,7 @@ from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.config.shadow import ShadowConfig
 from anabranch.gateway.config.strategies import LearningConfig
 from anabranch.gateway.store import SHADOW, KeyRecord, Store, schema
-from anabranch.gateway.store.learned import OUTCOME, VOUCHED
+from anabranch.gateway.store.learned import OUTCOME, VOUCHED, withdraw_vouched
 from anabranch.routers.judges import ModelJudge
 from anabranch.routers.money import nano_dollars
 from anabranch.routers.strategies.training import share
@@ -108,6 +109,8 @@ class Shadow:
         """Sample until the config changes. Raises AnabranchError for what the store cannot do now."""
         store = self._gateway.store
         await store.set_budget(f"tag:{SHADOW}", nano_dollars(wanted.budget_usd), "day")
+        if not wanted.conversations:
+            await _withdraw(store)
         # Not started: it neither learns, nor cares for the store, nor tells anybody; it only makes calls.
         aside = await asyncio.to_thread(self._beside, for_shadow(config))
         try:
@@ -248,6 +251,13 @@ class _Watch:
     def _note(self, identity: str) -> None:
         self._tried[identity] = None
         _bound(self._tried, REMEMBERED)
+
+
+async def _withdraw(store: Store) -> None:
+    """Let nobody learn from outcomes of conversations that an earlier config vouched for: they are kept, and left out."""
+    after: str | None = ""
+    while after is not None:
+        after = await store.change(partial(withdraw_vouched, after=after))
 
 
 def _bound(known: dict[Any, None], most: int) -> None:

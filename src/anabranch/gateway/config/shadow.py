@@ -16,7 +16,8 @@ class ShadowConfig(Config):
         rate: calls a minute, the judge's among them.
         conversations: routers learn from questions with a system prompt, earlier turns or a name too, under their last text, as a strategy
             sees them when it decides. Who asks has a say in what every model answers then: for gateways whose keys are your own apps'.
-            Otherwise such outcomes are kept and left out.
+            Otherwise such outcomes are kept and left out, those too that an earlier config let be learned from, once a gateway serves
+            with this one.
     """
 
     judge: str = Field(min_length=1)

@@ -268,6 +268,28 @@ def read_outcomes(connection: Connection) -> list[str]:
     return [body for (body,) in connection.rows(sql, ours=f"{OUTCOME}%")]
 
 
+def withdraw_vouched(connection: Connection, after: str) -> str | None:
+    """Take the mark `VOUCHED` off outcomes whose keys come behind ``after``, some at a time; the last key, None if there are no more."""
+    rows = connection.rows(
+        "SELECT key, body FROM collected WHERE key LIKE :ours AND key > :after AND body LIKE :marked"
+        f" ORDER BY key LIMIT {EXAMPLES}",
+        ours=f"{OUTCOME}%",
+        after=after,
+        marked=f'%"{VOUCHED}"%',
+    )
+    for key, body in rows:
+        try:
+            line = json.loads(body)
+            is_marked = line.pop(VOUCHED, None) is not None
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            # A damaged one is learned from by nobody.
+            continue
+        if is_marked:
+            body = json.dumps(line, separators=(",", ":"))
+            connection.run("UPDATE collected SET body = :body WHERE key = :key", body=body, key=key)
+    return rows[-1][0] if rows else None
+
+
 def erase_examples(connection: Connection, strategy: str, is_meant: Callable[[str], bool], now_us: int) -> int:
     """Leave nothing of examples but that they are gone, of whatever make; how many."""
     connection.lock("examples")
