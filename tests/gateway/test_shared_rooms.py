@@ -95,6 +95,37 @@ def test_tokens_of_a_minute_are_counted_together_those_that_were_made_among_them
 
 
 @needs_redis
+def test_a_prompt_that_was_counted_in_as_too_much_or_too_little_is_corrected_for_all(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = (each.rooms for each in shared)
+            limited = deployment(tpm=1_000_000)
+            assert await one.take(limited, "a", 992_000) is None
+            assert await two.take(limited, "b", 20_000) is not None
+            one.corrected(limited, -991_990, 0.01)
+            await one.tell()
+            assert await two.take(limited, "b", 999_980) is None
+            # Nothing is taken back that is not there, nor what has passed.
+            one.corrected(limited, -(10**6), 30.0)
+            one.corrected(limited, -10, 61.0)
+            await one.tell()
+            assert await two.take(limited, "c", 11) is not None
+            one.corrected(limited, -5, 0.0)
+            one.corrected(limited, 10, 0.0)
+            await one.tell()
+            assert await two.take(limited, "d", 6) is not None
+            assert await two.take(limited, "e", 5) is None
+            one.corrected(deployment(rpm=1), 5, 0.0)
+            one.corrected(limited, 0, 0.0)
+            assert not one._untold
+            one.corrected(limited, 10**40, 0.0)
+            await one.tell()
+            assert await two.take(limited, "f", 1) is not None
+
+    asyncio.run(main())
+
+
+@needs_redis
 def test_both_limits_are_taken_from_or_none(server, prefix):
     async def main():
         async with processes(server, prefix, 1) as [shared]:
@@ -226,6 +257,7 @@ class Rooms:
 
     def __init__(self, *said):
         self.said, self.taken, self.left, self.made = list(said), [], [], []
+        self.corrections = []
 
     async def take(self, deployment, id, tokens):
         self.taken.append((deployment.name, tokens))
@@ -240,6 +272,9 @@ class Rooms:
 
     def spent(self, deployment, tokens):
         self.made.append((deployment.name, tokens))
+
+    def corrected(self, deployment, by, ago_s):
+        self.corrections.append((deployment.name, by, ago_s >= 0))
 
 
 def dispatcher(*limits, said=(), rules=None, **mock):
@@ -276,6 +311,30 @@ def test_an_attempt_is_counted_in_and_out_and_what_it_made_told(stream):
         assert (made.rooms.taken, made.rooms.left) == ([("a", 7)], ["a"])
         [(name, tokens)] = made.rooms.made
         assert (name, tokens > 0) == ("a", True)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("claimed", [900, 3])
+def test_a_prompt_counts_as_its_upstream_says_once_it_has(stream, claimed):
+    async def main():
+        made = dispatcher(LIMITED)
+        request = UpstreamRequest("chat", chat(stream=stream).body, prompt_tokens=claimed)
+        if stream:
+            request = UpstreamRequest(
+                "chat", {**request.body, "stream_options": {"include_usage": True}}, prompt_tokens=claimed
+            )
+            answer = await made.stream(plan(made), request)
+            async for _ in answer:
+                pass
+        else:
+            answer = await made.complete(plan(made), request)
+        [attempt] = answer.report.attempts
+        assert not attempt.usage.is_estimated
+        [live] = made.lives()
+        assert live.tokens.at(made.now()) == attempt.usage.prompt + attempt.usage.completion
+        assert made.rooms.corrections == [("a", attempt.usage.prompt - claimed, True)]
 
     asyncio.run(main())
 
@@ -364,6 +423,48 @@ def test_what_is_known_of_limits_outlives_a_reload():
     new.adopt(old)
     assert (new.can_take(1.0, 7), new.can_take(1.0, 6), new.can_take(31.0, 7)) == (False, True, True)
     assert (new.free_in_s(1.0, 7), new.free_in_s(1.0, 6)) == (29.0, 0.0)
+
+
+@given(st.lists(st.tuples(st.floats(1, 20), st.integers(1, 9), st.integers(0, 9)), max_size=40), st.floats(0, 90))
+def test_what_is_taken_back_is_of_its_own_time(steps, later_s):
+    window, now, kept = SlidingSum(60.0), 0.0, []
+    for seconds, amount, back in steps:
+        now += seconds
+        window.add(now, amount)
+        kept.append((now, amount, back))
+    now += later_s
+    window.at(now)
+    for since, _, back in kept:
+        window.take_back(since, back)
+    assert window.at(now) == sum(max(0, amount - back) for since, amount, back in kept if since > now - 60.0)
+
+
+def test_what_has_passed_is_not_taken_back_from_others():
+    window = SlidingSum(60.0)
+    window.add(0.0, 100)
+    window.add(50.0, 7)
+    assert window.at(61.0) == 7
+    window.take_back(0.0, 90)
+    assert window.at(61.0) == 7
+    window.take_back(50.0, 5)
+    window.take_back(50.0, 5)
+    assert window.at(61.0) == 0
+    window.take_back(70.0, 5)
+    assert window.at(61.0) == 0
+
+
+def test_a_claim_is_corrected_in_the_limit_of_a_deployment():
+    one = live(tpm=1_000_000)
+    one.begin(0.0, 992_000)
+    assert not one.can_take(1.0, 20_000)
+    one.corrected(1.0, 0.0, -991_990)
+    assert one.tokens.at(1.0) == 10
+    assert one.can_take(1.0, 20_000)
+    one.corrected(2.0, 0.0, 10**30)
+    assert one.tokens.at(2.0) == 1_000_010
+    unlimited = live(rpm=1)
+    unlimited.corrected(1.0, 0.0, 5)
+    assert unlimited.tokens.at(1.0) == 0
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 9), st.booleans()), max_size=40))

@@ -136,9 +136,17 @@ class AttemptEnds:
         attempt.usage = usage
         attempt.cost = live.bill(usage, attempt.most)
         made = usage.completion if made is None else made
-        live.spent(self.dispatcher.now(), made)
-        if self.dispatcher.rooms is not None:
-            self.dispatcher.rooms.spent(live.deployment, made)
+        now, rooms = self.dispatcher.now(), self.dispatcher.rooms
+        live.spent(now, made)
+        if rooms is not None:
+            rooms.spent(live.deployment, made)
+        # It was counted in with what it said of itself; others need not stand back for that longer than until it is known better.
+        by = 0 if usage.is_estimated else usage.prompt - self.tokens
+        if by:
+            since = self.began + attempt.start_s
+            live.corrected(now, since, by)
+            if rooms is not None:
+                rooms.corrected(live.deployment, by, now - since)
 
     def _leave_room(self, live: Live, attempt: Attempt) -> None:
         """Of the attempts that processes count together it is one no more."""

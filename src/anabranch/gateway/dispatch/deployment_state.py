@@ -224,6 +224,15 @@ class Live:
         if self.deployment.tpm is not None and tokens:
             self.tokens.add(now, tokens)
 
+    def corrected(self, now: float, since: float, by: int) -> None:
+        """The prompt of an attempt that began at ``since`` had so many tokens more (or less) than it was counted in with."""
+        if self.deployment.tpm is None:
+            return
+        if by > 0:
+            self.tokens.add(now, min(by, self.deployment.tpm))
+        else:
+            self.tokens.take_back(since, -by)
+
     def timed(self, latency_s: float | None, first_token_s: float | None = None, tokens: int = 0) -> None:
         """Learn from how long a successful attempt took."""
         if latency_s is not None:

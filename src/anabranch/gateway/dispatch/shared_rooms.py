@@ -34,3 +34,6 @@ class SharedRooms(Protocol):
 
     def spent(self, deployment: Deployment, tokens: int) -> None:
         """So many completion tokens were made."""
+
+    def corrected(self, deployment: Deployment, by: int, ago_s: float) -> None:
+        """The prompt of an attempt that began so many seconds ago had so many tokens more (or less) than it was counted in with."""

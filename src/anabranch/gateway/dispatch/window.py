@@ -2,6 +2,9 @@
 
 from collections import deque
 
+# Times that were added up differently, and are the same.
+_SAME_S = 1e-6
+
 
 class SlidingSum:
     """The sum of what was added in the last ``window_s`` seconds.
@@ -36,6 +39,15 @@ class SlidingSum:
             amount -= taken
             if parts[-1][2] <= 0:
                 parts.pop()
+
+    def take_back(self, since: float, amount: float) -> None:
+        """Take so much off what was added at ``since``, as far as it has not passed: less was used."""
+        for part in reversed(self._parts):
+            if part[0] - _SAME_S <= since <= part[1] + _SAME_S:
+                taken = min(part[2], amount)
+                part[2] -= taken
+                self.total -= taken
+                return
 
     def at(self, now: float) -> float:
         """The sum at ``now``."""

@@ -89,6 +89,24 @@ redis.call('PEXPIRE', KEYS[1], tonumber(ARGV[2]) + 2 * math.ceil(tonumber(ARGV[3
 return 1
 """)
 
+# KEYS: sums of tokens. ARGV: tokens to take back, milliseconds since they were taken, of the window and of a part of it. They are in the
+# part of that time or in one beside it: it is told a little later than it is measured. What has passed by now stays passed.
+BACK = Script("""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + time[2] / 1000
+local left, grain = tonumber(ARGV[1]), tonumber(ARGV[4])
+local first = math.floor((now - tonumber(ARGV[2])) / grain) - 1
+for part = first, math.min(first + 3, math.floor(now / grain)) do
+  local held = tonumber(redis.call('HGET', KEYS[1], part) or 0) or 0
+  local taken = math.min(held, left)
+  if taken > 0 then
+    redis.call('HINCRBY', KEYS[1], part, -taken)
+    left = left - taken
+  end
+end
+return 1
+""")
+
 # What is said of an attempt that would never fit; it is looked at again after this, for other processes may have other limits.
 AGAIN_S = 1.0
 
@@ -129,8 +147,20 @@ class RedisRooms(leases.Leases):
         if tokens and deployment.tpm is not None:
             self._tell("spent", deployment.name, str(tokens))
 
+    def corrected(self, deployment: Deployment, by: int, ago_s: float) -> None:
+        """See there."""
+        ago_ms = int(ago_s * 1e3)
+        if deployment.tpm is None:
+            return
+        if by > 0:
+            # More than all there is fills it no more.
+            self._tell("spent", deployment.name, str(min(by, deployment.tpm)))
+        elif by and ago_ms < MINUTE_MS:
+            self._tell("back", deployment.name, str(-by), str(ago_ms))
+
     def _write(self, pipe: Any, kind: str, whose: str, values: list[str]) -> None:
-        pipe.eval(SPEND.text, 1, self._keys(whose)[1], *values, MINUTE_MS, MINUTE_MS / PARTS)
+        script = BACK if kind == "back" else SPEND
+        pipe.eval(script.text, 1, self._keys(whose)[1], *values, MINUTE_MS, MINUTE_MS / PARTS)
 
 
 def _full(found: Any, tokens: int) -> Full | None:
