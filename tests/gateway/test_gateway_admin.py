@@ -12,6 +12,7 @@ from anabranch.gateway.config import AdminConfig, DeploymentConfig, GatewayConfi
 from anabranch.gateway.config.secret import Secret
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
+from anabranch.gateway.http.cors import SENT
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import open_store
 from anabranch.routers.money import Price
@@ -337,8 +338,11 @@ def test_a_page_of_another_host_may_call_what_the_config_lets_it_and_nothing_of_
     async def main():
         made = GatewayConfig(
             models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small")),)),),
-            strategies={"cheapest": StrategyConfig(use="cheapest")}, require_key=False, store=str(tmp_path / "g.db"),
-            cors_origins=("https://app.example",),
+            strategies={
+                "cheapest": StrategyConfig(use="cheapest"),
+                "twice": StrategyConfig(use="consistency", fields={"models": ("small",), "samples": 2}),
+            },
+            require_key=False, store=str(tmp_path / "g.db"), cors_origins=("https://app.example",),
         )  # fmt: skip
         async with Gateway(made) as gateway, aiohttp.ClientSession() as session:
             server = App(gateway).server()
@@ -356,9 +360,22 @@ def test_a_page_of_another_host_may_call_what_the_config_lets_it_and_nothing_of_
             assert (status, allowed) == (204, "https://app.example")
             assert "authorization" in headers["access-control-allow-headers"]
             assert "access-control-allow-credentials" not in headers
+            # Whatever clients send of their own, and nothing that is no list of names.
+            names = "x-api-key,anthropic-version, anthropic-dangerous-direct-browser-access,x-stainless-lang"
+            for asked, allowed in ((names, names), ("a b", None), ("a,,b", None), ("a" * 129, None), ("*:", None)):
+                more = {"origin": "https://app.example", "access-control-request-method": "POST"}
+                more["access-control-request-headers"] = asked
+                async with session.options(url + "/v1/messages", headers=more) as answer:
+                    assert answer.headers["access-control-allow-headers"] == (allowed or SENT), asked
             for stream in (False, True):
-                found = await told("POST", "/v1/chat/completions", json={**chat, "stream": stream})
-                assert found[:2] == (200, "https://app.example")
+                for asked in ({**chat, "stream": stream}, {**chat, "model": "auto/twice", "stream": stream}):
+                    found = await told("POST", "/v1/chat/completions", json=asked)
+                    assert found[:2] == (200, "https://app.example")
+                    ours = {name.lower() for name in found[2] if name.lower().startswith("x-")}
+                    # A header that a page may not read is none to it.
+                    assert ours >= {"x-request-id", "x-route-model"}
+                    assert ("x-route-calls" in ours) == (asked["model"] == "auto/twice")
+                    assert ours - {"x-accel-buffering"} <= set(found[2]["access-control-expose-headers"].split(", "))
             # An error is to be read too.
             assert (await told("POST", "/v1/chat/completions", json={}))[:2] == (400, "https://app.example")
             assert (await told("GET", "/v1/models/small"))[:2] == (200, "https://app.example")

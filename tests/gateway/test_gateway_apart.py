@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestServer
 
 from anabranch.errors import RateError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig, StrategyConfig
-from anabranch.gateway.core import beginning, cached_answers
+from anabranch.gateway.core import beginning, cached_answers, call_bodies
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http import exchange
@@ -25,9 +25,13 @@ from anabranch.web.large_json import LARGE
 
 def config(tmp_path, made, **fields):
     return GatewayConfig(
-        models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=made),)),),
-        strategies={"cheapest": StrategyConfig(use="cheapest")},
-        **{"store": str(tmp_path / "g.db"), "require_key": False, **fields},
+        **{
+            "models": (ModelConfig(name="small", deployments=(DeploymentConfig(provider=made),)),),
+            "strategies": {"cheapest": StrategyConfig(use="cheapest")},
+            "store": str(tmp_path / "g.db"),
+            "require_key": False,
+            **fields,
+        },
     )
 
 
@@ -88,6 +92,31 @@ def test_large_bodies_are_worked_on_in_other_threads_and_small_ones_at_once(tmp_
     small, large = served(config(tmp_path, Mock.Config(model="m")), work)
     assert small == {name: {True} for name in ("check_json_size", "parse", "count_prompt", "check_chat", "exact_key")}
     assert large == {name: {False} for _, name in WORK if name != "parse"}
+
+
+def test_a_cascade_s_calls_with_a_large_body_are_worked_on_in_other_threads(tmp_path, monkeypatch):
+    seen = {}
+    for module, name in ((call_bodies, "count_prompt"), (upstream_request, "dump_large")):
+        noted(monkeypatch, module, name, seen)
+    counted = []
+    inner = call_bodies.count_prompt
+    monkeypatch.setattr(call_bodies, "count_prompt", lambda body: counted.append(1) or inner(body))
+
+    async def work(gateway, session, url):
+        messages = [{"role": "user", "content": "word " * 60} for _ in range(1_000)]
+        body = {"model": "auto/c", "messages": messages}
+        async with session.post(f"{url}/v1/chat/completions", data=json.dumps(body)) as answer:
+            assert answer.status == 200, await answer.text()
+            return int(answer.headers["x-route-calls"])
+
+    made = tuple(
+        ModelConfig(name=name, deployments=(DeploymentConfig(provider=Mock.Config(model=name, reply="no")),))
+        for name in ("small", "large")
+    )
+    cascade = StrategyConfig(use="consistency", fields={"models": ("small", "large"), "samples": 4})
+    asked = served(config(tmp_path, made[0].deployments[0].provider, models=made, strategies={"c": cascade}), work)
+    assert asked >= 4
+    assert (seen, len(counted)) == ({"count_prompt": {False}, "dump_large": {False}}, 1)
 
 
 def test_a_large_body_arrives_whole_and_without_a_warning(tmp_path):

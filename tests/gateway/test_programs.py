@@ -164,6 +164,11 @@ def test_a_program_answers_through_http_whole_and_as_a_stream(tmp_path):
                 decisions = json.loads(await reply.text())
             async with session.get("/ui") as reply:
                 assert "drafts" in await reply.text()
+        # The page's line says what the answer's usage says, before its cost is known and after.
+        for line in gateway.recent:
+            assert (line.prompt_tokens, line.completion_tokens) == tuple(
+                whole["usage"][f"{name}_tokens"] for name in ("prompt", "completion")
+            )
         return whole, headers, text, decisions
 
     (whole, headers, text, decisions), rows, program = run(config(tmp_path), work, both_drafts)

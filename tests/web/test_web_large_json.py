@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from anabranch.web import large_json
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import MOST_DEPTH, parse
-from anabranch.web.large_json import dump_large, load_large, num_bytes, parse_large, shortened, utf8_pieces
+from anabranch.web.large_json import (
+    LARGE,
+    dump_large,
+    load_large,
+    num_bytes,
+    parse_large,
+    shortened,
+    utf8_pieces,
+    weight_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -190,3 +199,14 @@ def test_texts_full_of_escapes_are_read_in_steps(monkeypatch, text, is_ascii):
         longest.clear()
         assert told(parse_large, raw) == told(parse, raw)
         assert max(longest) <= step + 12
+
+
+def test_a_value_weighs_about_what_its_json_has_and_is_weighed_no_further_than_it_must():
+    short = {"model": "m", "messages": [{"role": "user", "content": "x" * 9_000}]}
+    assert 9_000 < weight_of(short) < len(json.dumps(short)) * 1.1
+    endless = []
+    endless.append(endless)
+    for large in ("x" * LARGE, [0] * LARGE, {"a": [["x" * 99] * 99] * 99}, {"x" * LARGE: 1}):
+        assert weight_of({"value": large}) > LARGE
+    assert weight_of(endless) > LARGE
+    assert weight_of({}) == weight_of(None) < weight_of([None])

@@ -37,6 +37,9 @@ _PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
 # Bytes of the items of a list that are read at once, where the rest of a body is long.
 _GROUP = 1 << 16
 
+# What a value weighs beside its text: many short ones take as long as few long ones.
+_VALUE = 1 << 4
+
 # Items of a list, each short, that are written at once.
 _ITEMS = 1 << 12
 
@@ -234,6 +237,23 @@ def utf8_pieces(text: str) -> Iterator[bytes]:
 def num_bytes(text: str) -> int:
     """Of a text in UTF-8, half of a surrogate pair too."""
     return len(text) if text.isascii() else sum(len(piece) for piece in utf8_pieces(text))
+
+
+def weight_of(value: Any) -> int:
+    """About the bytes of its JSON, counted only until there are more than `LARGE`: to see whether a value is large, in next to no time."""
+    weight, left = 0, [value]
+    while left and weight <= LARGE:
+        one = left.pop()
+        weight += _VALUE
+        if isinstance(one, str):
+            weight += len(one)
+        elif isinstance(one, dict):
+            weight += sum(len(name) for name in one if isinstance(name, str))
+            left.extend(one.values())
+        elif isinstance(one, list | tuple):
+            # Each weighs something: the rest of a long list is not needed to see that it is one.
+            left.extend(one[: LARGE // _VALUE + 1])
+    return weight
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

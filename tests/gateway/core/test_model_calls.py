@@ -6,13 +6,14 @@ import pytest
 
 from anabranch.errors import BudgetError, InputError, LimitError
 from anabranch.gateway.config import LimitsConfig
+from anabranch.gateway.core.call_bodies import CallBodies
 from anabranch.gateway.core.model_calls import answered, body_of, bounded
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.providers.provider import Answer, UpstreamError, Usage
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord
 from anabranch.routers.contract.ask import Answered, Arm, Said
-from gateway_states import FakeStore, begun, config, model, run, services, state_of
+from gateway_states import FakeStore, at_once, begun, config, model, run, services, state_of
 
 
 def asking(*, store=None, record=None, **fields):
@@ -107,10 +108,9 @@ def test_a_request_ends_once_its_calls_have():
 
 
 def test_a_body_is_the_arm_s_settings_the_conversation_and_what_the_call_says():
-    runtime = Runtime(config())
     given = [{"role": "system", "content": "old"}, {"role": "user", "content": "hi"}]
     arm = Arm("small", {"top_p": 0.5, "max_completion_tokens": 9}, samples=2, system="be kind")
-    body = body_of(arm, given, runtime, max_tokens=5, seed=1, logprobs=3, stop=["x"])
+    body = body_of(arm, given, max_tokens=5, seed=1, logprobs=3, stop=["x"])
     assert body == {
         "top_p": 0.5,
         "model": "small",
@@ -126,11 +126,11 @@ def test_a_body_is_the_arm_s_settings_the_conversation_and_what_the_call_says():
 
 def test_a_call_without_an_end_is_given_one():
     runtime = Runtime(config())
-    body, count, most = bounded(runtime, {"model": "small", "messages": [{"role": "user", "content": "hi"}], "n": 2})
-    assert (body["max_tokens"], most.completion, most.prompt) == (50, 100, count.at_most)
-    body, _, most = bounded(
-        runtime, {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-    )
+    given = {"model": "small", "messages": [{"role": "user", "content": "hi"}]}
+    looked = at_once(CallBodies(runtime, "").look(given))
+    body, most = bounded(runtime, {**given, "n": 2}, looked)
+    assert (body["max_tokens"], most.completion, most.prompt) == (50, 100, looked.count.at_most)
+    body, most = bounded(runtime, {**given, "max_tokens": 3}, looked)
     assert (body["max_tokens"], most.completion) == (3, 3)
 
 

@@ -13,19 +13,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from anabranch.errors import InputError, LimitError
-from anabranch.gateway.asked import Asked, asked_of
+from anabranch.gateway.asked import Asked
+from anabranch.gateway.core.call_bodies import CallBodies, Looked
 from anabranch.gateway.core.payable import refusal
 from anabranch.gateway.core.pieces import AHEAD, drained
 from anabranch.gateway.core.purse import Hold, Purse
 from anabranch.gateway.dispatch import Dispatcher, Plan, Report
 from anabranch.gateway.observe.trace_context import Trace
-from anabranch.gateway.prompt_tokens import PromptCount, count_prompt, room_of
+from anabranch.gateway.prompt_tokens import room_of
 from anabranch.gateway.providers.chunks import text_of
 from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage, garbage
-from anabranch.gateway.validate import check_chat, check_depth
 from anabranch.routers.contract.ask import Answered, Arm, Messages, Purpose, Said
 from anabranch.routers.money import dollars
-from anabranch.web.api_error import ApiError
 from anabranch.web.sse import read_data
 
 if TYPE_CHECKING:
@@ -105,6 +104,7 @@ class ModelCalls:
         self.limit_s, self.deadline_s = runtime.config.limits.strategy_calls_s, runtime.config.deadline_s
         self.made: list[ModelCall] = []
         self.purpose: Purpose = "route"
+        self._bodies = CallBodies(runtime, sender)
         self._live: set[asyncio.Task[Answered]] = set()
         self._num_asked = 0
         # Seconds of the request in which at least one was under way; and since when one is.
@@ -166,7 +166,7 @@ class ModelCalls:
         """A call as a task of its own, which outlives whoever waits for it as long as its end takes."""
         arm = Arm(arm) if isinstance(arm, str) else arm
         self._check(arm.model, purpose)
-        body = body_of(arm, messages, self._runtime, **how)
+        body = body_of(arm, messages, **how)
         if pieces is not None:
             body = {**body, "stream": True, "n": 1}
         deadline_s = self._deadline_s()
@@ -239,15 +239,21 @@ class ModelCalls:
     ) -> Answered:
         """One call, from its money to its answer."""
         runtime = self._runtime
-        body, count, most = bounded(runtime, body)
-        await check_priced(runtime, self._purse, model, asked_of(body))
+        try:
+            looked = await self._bodies.look(body)
+        except InputError:
+            # What makes no call is none of those that may be made.
+            self._num_asked -= 1
+            raise
+        body, most = bounded(runtime, body, looked)
+        await check_priced(runtime, self._purse, model, looked.asked)
         async with self._purse.holding(worst_nano(runtime, model, most)) as hold:
             number = len(self.made) + 1
             call = ModelCall(id=f"{self._request_id}.{number}", model=model, purpose=purpose, began_s=self._elapsed())
             self.made.append(call)
             try:
                 deadline = runtime.dispatcher.now() + deadline_s - self._elapsed()
-                request = UpstreamRequest("chat", body, request_id=call.id, prompt_tokens=count.tokens)
+                request = upstream_request(body, call.id, looked)
                 plan = paid_plan(runtime, self._purse, hold, model, most, call.report, deadline, sender=self.sender)
                 plan = replace(plan, trace=self._trace)
                 answer = await (
@@ -289,7 +295,6 @@ async def _streamed(
 def body_of(
     arm: Arm,
     messages: Messages,
-    runtime: "Runtime",
     *,
     n: int | None = None,
     max_tokens: int | None = None,
@@ -298,7 +303,7 @@ def body_of(
     logprobs: int | None = None,
     stop: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The request of a call in OpenAI's form. Raises InputError for what makes none."""
+    """The request of a call in OpenAI's form, not yet looked at. Raises InputError for settings that are none of an arm's."""
     ours = sorted(OURS & arm.settings.keys())
     if ours:
         raise InputError(f"settings of an arm hold {', '.join(ours)}, which the call says itself")
@@ -315,17 +320,12 @@ def body_of(
         body["n"] = samples
     if logprobs is not None:
         body |= {"logprobs": True} | ({"top_logprobs": logprobs} if logprobs else {})
-    try:
-        check_depth(body)
-        check_chat(body, runtime.config.limits.most_tokens)
-    except ApiError as error:
-        raise InputError(f"a strategy asks a model what cannot be asked: {error}") from None
     return body
 
 
-def bounded(runtime: "Runtime", body: dict[str, Any]) -> tuple[dict[str, Any], PromptCount, Usage]:
-    """A request with an end where it names none, its prompt's tokens, and the most tokens that one attempt at it may be billed for."""
-    model, count = runtime.models[body["model"]], count_prompt(body)
+def bounded(runtime: "Runtime", body: dict[str, Any], looked: Looked) -> tuple[dict[str, Any], Usage]:
+    """A request with an end where it names none, and the most tokens that one attempt at it may be billed for."""
+    model, count = runtime.models[body["model"]], looked.count
     most = max(body.get("max_tokens") or 0, body.get("max_completion_tokens") or 0)
     if not most:
         # As for a request: an end that nobody asked for must not make it too long for the model.
@@ -333,7 +333,12 @@ def bounded(runtime: "Runtime", body: dict[str, Any]) -> tuple[dict[str, Any], P
         room = room_of(limit, model.context, count)
         body = body if room is None else {**body, "max_tokens": room}
         most = room or model.context or limit
-    return body, count, asked_of(body).most(count, (body.get("n") or 1) * most)
+    return body, looked.asked.most(count, (body.get("n") or 1) * most)
+
+
+def upstream_request(body: dict[str, Any], id: str, looked: Looked) -> UpstreamRequest:
+    """The call as its provider is given it: a large one is put into its form in another thread."""
+    return UpstreamRequest("chat", body, request_id=id, prompt_tokens=looked.count.tokens, num_bytes=looked.num_bytes)
 
 
 def answered(model: str, answer: Answer, report: Report, latency_s: float) -> Answered:

@@ -114,7 +114,7 @@ class App:
         if response is None:
             response = await self._answer(request)
             if not response.prepared:
-                response.headers.update(for_origin(origins, request))
+                response.headers.update(for_origin(origins, request, response.headers))
         return response
 
     def _is_public(self, path: str) -> bool:

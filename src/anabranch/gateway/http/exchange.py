@@ -183,7 +183,7 @@ class Exchange:
         """Reply as HTTP. A stream is written as fast as it is read on the other side, and ``source``, what it is made of, is closed when
         that goes away, breaks, or does not read on until `STALL_S` after the deadline.
         """
-        reply.headers |= {**SAFE, **for_origin(self._gateway.config.cors_origins, request)}
+        reply.headers |= {**SAFE, **for_origin(self._gateway.config.cors_origins, request, (*SAFE, *reply.headers))}
         if reply.stream is None or source is None:
             return web.Response(
                 status=reply.status, body=reply.body, content_type=reply.content_type, headers=reply.headers

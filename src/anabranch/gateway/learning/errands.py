@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, InputError, LimitError
-from anabranch.gateway.asked import asked_of
 from anabranch.gateway.core import settlement
-from anabranch.gateway.core.model_calls import bounded, check_priced, paid_plan, worst_nano
+from anabranch.gateway.core.call_bodies import CallBodies
+from anabranch.gateway.core.model_calls import bounded, check_priced, paid_plan, upstream_request, worst_nano
 from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.learning.services import LearningServices
-from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.gateway.store import LEARNING, KeyRecord, LedgerRow, Reservation
 from anabranch.gateway.store.records import GLOBAL
 from anabranch.routers.contract.strategy import Strategy
@@ -68,17 +68,20 @@ class LaneErrands:
         store, runtime = self._services.store, self._services.runtime
         if model not in runtime.models:
             raise InputError(f"strategy {self._lane.name} asks for model {model!r}, which is not in the config")
-        body, count, most = bounded(runtime, {"model": model, "messages": list(messages), "temperature": temperature})
+        body: dict[str, Any] = {"model": model, "messages": list(messages), "temperature": temperature}
         id, report, began = new_id(), Report(), time.perf_counter()
         purse = Purse(
             lambda nano: store.reserve(id, SUBJECTS, nano, requested=model, strategy=self._lane.name),
             store.grow,
             has_budget=lambda: store.has_budget(SUBJECTS),
         )
-        status, request = "cancelled", UpstreamRequest("chat", body, request_id=id, prompt_tokens=count.tokens)
+        status = "cancelled"
         with runtime.used():
+            looked = await CallBodies(runtime, LEARNING).look(body)
+            body, most = bounded(runtime, body, looked)
+            request = upstream_request(body, id, looked)
             try:
-                await check_priced(runtime, purse, model, asked_of(body))
+                await check_priced(runtime, purse, model, looked.asked)
                 async with purse.holding(worst_nano(runtime, model, most)) as hold:
                     self.asked += 1
                     deadline = runtime.dispatcher.now() + LONGEST_S

@@ -94,7 +94,8 @@ class Ask(Protocol):
 
     Args of both methods:
         arm: a model's name, or one with settings.
-        messages: a conversation in OpenAI's form, or the text of one user's message.
+        messages: a conversation in OpenAI's form, or the text of one user's message. Messages that were sent stay as they are: another
+            question is another list, of new messages where they say something else.
         n: answers to draw; None for the arm's.
         max_tokens: of each answer; None for the arm's setting, or the model's own limit.
         temperature, seed: None for the arm's setting.
