@@ -1,4 +1,4 @@
-"""What is sent as it came to a model of ``/v1/responses`` is counted: never less than the chat, and never less than its letters."""
+"""What is sent as it came is counted: never less than the chat that was made of it, and never less than its letters."""
 
 import base64
 
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from anabranch.gateway.native_tokens import count_native
 from anabranch.gateway.prompt_tokens import count_prompt
+from anabranch.web.messages import to_chat as messages_to_chat
 from anabranch.web.responses import to_chat
 from gateway_process import call, served
 from gateway_scripted import scripted, whole
@@ -88,6 +89,50 @@ def test_what_a_chat_has_other_words_for_counts_once():
     }
     native, chat = counts(body)
     assert chat.at_most <= native.at_most <= chat.at_most + 50
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [{"name": "f", "input_schema": {}, "input_examples": [{"a": LONG}]}]},
+        {"messages": [{"role": "user", "content": "hi", "of_tomorrow": LONG}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "of_tomorrow": [LONG]}]}]},
+        {"of_tomorrow": {"a": LONG}},
+    ],
+)
+def test_what_is_left_out_of_a_message_counts_too(more):
+    body = {"model": "m", "max_tokens": 5, "messages": [USER], **more}
+    chat = messages_to_chat(body)
+    assert count_prompt(chat).at_most < 1_000
+    assert count_native(chat, body).at_most >= len(LONG)
+
+
+def test_a_message_counts_once():
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "A" * 9_000}}
+    paper = {"type": "document", "title": "t", "source": {**picture["source"], "media_type": "application/pdf"}}
+    text = {"type": "text", "text": LONG, "cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    calls = [
+        {"type": "thinking", "thinking": LONG, "signature": "s" * 90},
+        {"type": "tool_use", "id": "t", "name": "f", "input": {"a": LONG, "b": [1, 2.5, True]}},
+    ]
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [picture, text]}
+    body = {
+        "model": "m",
+        "max_tokens": 5,
+        "system": [text],
+        "messages": [
+            {"role": "user", "content": [text, picture, paper]},
+            {"role": "assistant", "content": calls},
+            {"role": "user", "content": [result]},
+        ],
+        "tools": [{"name": "f", "description": LONG, "input_schema": {"properties": {"a": {"description": LONG}}}}],
+        "output_config": {"format": {"type": "json_schema", "schema": {"description": LONG}}},
+        "stop_sequences": [LONG],
+    }
+    chat = messages_to_chat(body)
+    native, counted = count_native(chat, body), count_prompt(chat)
+    assert counted.at_most <= native.at_most <= counted.at_most + 50
+    assert native.images == counted.images
 
 
 def test_pictures_within_thoughts_are_pictures():

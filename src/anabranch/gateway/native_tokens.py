@@ -1,9 +1,10 @@
-"""Prompt tokens of a request to ``/v1/responses`` that is sent as it came: of the chat that was made of it, and of what a chat leaves out.
+"""Prompt tokens of a request that is sent as it came (``/v1/responses``, ``/v1/messages``): of its chat, and of what that leaves out.
 
 Tools that may not be called now are left out of a chat, and so is what another model thought; where the request is sent as it came, both
 are sent, and paid for.
 """
 
+import json
 from collections import Counter as Multiset
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -29,7 +30,10 @@ _LABELS = frozenset({"type", "role", "status", "id", "phase"})
 _SHORT = 64
 
 # Fields of a request that are a prompt; of all others only what is long.
-_PROMPT = frozenset({"input", "instructions", "tools", "text"})
+_PROMPT = frozenset({"input", "instructions", "tools", "text", "messages", "system", "output_config", "output_format"})
+
+# Likewise where it ends, which no model reads.
+_ENDS = "stop_sequences"
 
 # Of an item, what a chat is made of: images and files in there are counted with it.
 _KNOWN = frozenset({"content", "output", "arguments", "input", "result"})
@@ -67,7 +71,7 @@ def count_native(chat: Json, native: Json, counter: Counter | None = None) -> Pr
 
 
 def _is_prompt(name: str, value: Any) -> bool:
-    return name not in NO_PROMPT and isinstance(value, str | list | dict)
+    return name not in NO_PROMPT and name != _ENDS and isinstance(value, str | list | dict)
 
 
 def _native_leaves(native: Json) -> Iterable[str]:
@@ -77,6 +81,8 @@ def _native_leaves(native: Json) -> Iterable[str]:
             continue
         if name == "input" and isinstance(value, list):
             yield from _leaves([_as_in_chat(item) for item in value])
+        elif name in ("messages", "system") and isinstance(value, list):
+            yield from _leaves([_blocks_as_in_chat(one) for one in value])
         elif name == "tools" and isinstance(value, list):
             yield from _leaves([_tool_as_in_chat(tool) for tool in value])
         else:
@@ -90,6 +96,22 @@ def _as_in_chat(item: Any) -> Any:
     if kind == "image_generation_call" and isinstance(item.get("result"), str):
         return {**item, "result": picture_url(item)}
     return item
+
+
+def _blocks_as_in_chat(block: Any) -> Any:
+    """A message or a block of Anthropic's, and the blocks within: files in one text, calls with their arguments in one."""
+    if not isinstance(block, dict):
+        return block
+    kind, source, content = block.get("type"), block.get("source"), block.get("content")
+    if kind in ("image", "document") and isinstance(source, dict) and source.get("type") == "base64":
+        left = {name: value for name, value in source.items() if name not in ("type", "media_type", "data")}
+        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+        return {**block, "source": [url, left]}
+    if kind == "tool_use" and isinstance(block.get("input"), dict):
+        return {**block, "input": json.dumps(block["input"], ensure_ascii=False)}
+    if (kind is None or kind == "tool_result") and isinstance(content, list):
+        return {**block, "content": [_blocks_as_in_chat(one) for one in content]}
+    return block
 
 
 def _tool_as_in_chat(tool: Any) -> Any:

@@ -49,10 +49,7 @@ def read(state: RequestState) -> None:
         state.count, state.asked = count_media(state.endpoint, body), asked_of_media(state.endpoint, body)
         return
     native, counter = state.native, runtime.counters.get(state.target.model or "")
-    if native is not None and native.form == "responses":
-        state.count = count_native(body, native.body, counter)
-    else:
-        state.count = count_prompt(body, counter)
+    state.count = count_prompt(body, counter) if native is None else count_native(body, native.body, counter)
     state.asked = asked_of(body if state.native is None else state.native.body)
 
 
