@@ -45,7 +45,8 @@ PUBLIC = {
         pareto_distance preference recovery recovery_in_bins replay routerbench_aiq try_out with_cheapest
     """,
     "anabranch.graph": """
-        FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk TypedGraph as_graph load_dataset read_graph write_graph
+        FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk TypedGraph as_graph fully_ppr
+        load_dataset read_graph write_graph
     """,
     "anabranch.graph.disk": "DiskIndex build from_hnsw is_on_disk",
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",

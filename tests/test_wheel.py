@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import urllib.request
 import venv
 
+import numpy as np
 import pytest
 
 from base_install import ROOT, check_base, tried
@@ -95,6 +97,11 @@ def test_graphs_work_with_their_extra_alone(graph):
     assert json.loads(graph.anabranch("graph", "info", "edges.csv", "--json"))["nodes"] == 4
     assert json.loads(graph.anabranch("graph", "info", "karate", "--json"))["nodes"] == 34
     assert "error" not in graph.anabranch("graph", "ppr", "edges.csv", "a", "--top", "2")
+    # What is said to come next needs no more than what came before.
+    np.save(graph.folder / "rows.npy", np.eye(4, dtype=np.float32))
+    told = graph.anabranch("graph", "index", "rows.npy", "--out", "rows.anb")
+    [following] = [line.split("anabranch ", 1)[1] for line in told.splitlines() if line.startswith("next")]
+    assert "recall" in graph.anabranch(*shlex.split(following))
 
 
 def test_a_gateway_without_torch_answers(gateway):

@@ -561,3 +561,11 @@ def test_parameters_are_kept():
     assert FullyPPR(**model.get_params()).get_params() == model.get_params()
     assert model.set_params(seed=4).fit(random_graph(0)).result_.facts["seed"] == 4
     assert json.dumps(model.result_.facts)
+
+
+def test_the_function_is_found_where_the_package_of_its_name_is():
+    from anabranch.graph import fully_ppr as found
+
+    graph = random_graph(3)
+    np.testing.assert_array_equal(found(graph, top_k=3).top(2), fully_ppr(graph, top_k=3).top(2))
+    assert found.FullyPPR is FullyPPR

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -396,6 +397,23 @@ def test_brute_force_edges():
         brute_force(np.eye(2), np.eye(3))
     with pytest.raises(BackendError, match="torch has no device"):
         brute_force(np.eye(2), np.eye(2), device="nowhere")
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine", "hamming"])
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_every_distance_is_the_same_without_torch_and_with_it(metric, k, monkeypatch):
+    generator = np.random.default_rng(k)
+    row_ND, query_QD = generator.standard_normal((50, 24)), generator.standard_normal((9, 24))
+    row_ND[20:30] = row_ND[3]
+    if metric == "hamming":
+        row_ND, query_QD = row_ND > 0, query_QD > 0
+    ids = generator.permutation(1000)[:50]
+    by_torch = brute_force(row_ND, query_QD, k, metric, ids=ids, device="cpu")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found, distances = brute_force(row_ND, query_QD, k, metric, ids=ids)
+    np.testing.assert_allclose(distances, by_torch[1], rtol=1e-5, atol=1e-6)
+    if metric in ("l2", "hamming"):
+        np.testing.assert_array_equal(found, by_torch[0])
 
 
 def test_shards_merge_exactly():

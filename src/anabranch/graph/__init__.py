@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from anabranch.graph.datasets import load_dataset
     from anabranch.graph.fastrp import FastRP
     from anabranch.graph.formats import read_graph, write_graph
-    from anabranch.graph.fully_ppr import FullyPPR
+    from anabranch.graph.fully_ppr import FullyPPR, fully_ppr
     from anabranch.graph.graphvite import GraphVite
     from anabranch.graph.hnsw import HNSW
     from anabranch.graph.powerwalk import PowerWalk
@@ -45,6 +45,7 @@ __all__ = [
     "PowerWalk",
     "TypedGraph",
     "as_graph",
+    "fully_ppr",
     "load_dataset",
     "read_graph",
     "write_graph",
@@ -62,6 +63,8 @@ __getattr__, __dir__ = lazy(
         "PowerWalk": ".powerwalk",
         "TypedGraph": ".typed",
         "as_graph": ".coerce",
+        # The package, which can be called as the function of its name.
+        "fully_ppr": None,
         "load_dataset": ".datasets",
         "read_graph": ".formats",
         "write_graph": ".formats",

@@ -24,9 +24,23 @@ exact outcome tables instead of stored walks; walks of one source at one node ar
 measured times, so that runs repeat to the bit; locally an index of few walks with exact decomposition (PowerWalk) stands beside walks.
 """
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from anabranch.graph.fully_ppr.api import FullyPPR, fully_ppr
 from anabranch.graph.fully_ppr.result import FullyPPRResult
 from anabranch.graph.fully_ppr.stored import StoredScores
 from anabranch.graph.spark.edges import EdgeFiles
 
 __all__ = ["EdgeFiles", "FullyPPR", "FullyPPRResult", "StoredScores", "fully_ppr"]
+
+
+class _Callable(ModuleType):
+    """So that ``from anabranch.graph import fully_ppr``, which finds this package, gives what the name says."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return fully_ppr(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
