@@ -92,3 +92,52 @@ def test_names_and_weights_that_do_not_fit_are_refused():
     ):
         with pytest.raises(InputError, match=message):
             with_changes(text, **change)
+
+
+def called(names=(10, 20, 30), by_name=False):
+    graph = Graph.from_edges([0, 1, 2], [1, 2, 0], [1.0, 1.0, 1.0], names=list(names))
+    return replace(graph, by_name=by_name)
+
+
+def test_a_float_is_a_number_of_a_node_and_no_name():
+    row = np.array([[0, 1, 2.5]])
+    found = with_changes(called(), row)
+    assert found.names.tolist() == [10, 20, 30]
+    assert listed(found)[0] == (0, 1, 3.5)
+    for table in (row[:, :2], ([0.0], [np.float32(1)])):
+        assert with_changes(called(), removed=table).num_edges == 2
+    # Where callers say names, it is the name.
+    found = with_changes(called(by_name=True), np.array([[10, 35, 2.5]]))
+    assert found.names.tolist() == [10, 20, 30, 35]
+    assert found.names.dtype.kind == "i"
+    # And text is not called by numbers.
+    assert with_changes(called("abc"), row).names.tolist() == ["a", "b", "c"]
+    with pytest.raises(InputError, match="node 7 is not one of"):
+        with_changes(called("abc"), np.array([[0, 7, 2.5]]))
+
+
+def test_floats_are_names_where_the_names_are_floats():
+    graph = called([0.5, 1.5, 2.0], by_name=True)
+    found = with_changes(graph, [(0.5, 1.5, 1.0), (2.0, 3.25, 1.0)], [(1.5, 2.0)])
+    assert found.names.tolist() == [0.5, 1.5, 2.0, 3.25]
+    assert listed(found)[0] == (0, 1, 2.0)
+    # A tuple may be a name too, one and not several.
+    made = with_changes(called([("a", 1), ("b", 2), ("c", 3)]), [(("a", 1), ("d", 4))])
+    assert made.names.tolist()[3] == ("d", 4)
+
+
+@pytest.mark.parametrize(
+    "end", [35.7, float("nan"), float("inf"), -float("inf"), 2**70, (1, 2), [1], None, True, "x", b"x"]
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_end_that_can_be_no_name_is_refused(end, by_name):
+    for change in ({"added": [(10 if by_name else 0, end, 1.0)]}, {"removed": [(end, 10 if by_name else 0)]}):
+        with pytest.raises(InputError, match=r"cannot be the name|is no node|has no node|node ids are|is not one of"):
+            with_changes(called(by_name=by_name), **change)
+    if not isinstance(end, str):
+        with pytest.raises(InputError):
+            with_changes(called("abc", by_name=by_name), [("a", end, 1.0)])
+
+
+def test_several_edges_go_at_once():
+    assert with_changes(weighted(), removed=[(0, 1), (2, 2)]).num_edges == 1

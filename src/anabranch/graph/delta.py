@@ -1,7 +1,8 @@
 """A graph with some edges more and some fewer, and nodes that are new: what an index that is kept up to date goes over to.
 
 Edges are rows ``(u, v)`` or ``(u, v, weight)``, or a *tuple* of columns, ``(source, target)`` or ``(source, target, weight)``. Ends are ids
-or names, as everywhere (`Graph.resolve`). Old nodes keep their ids, new ones come after them.
+or names, as everywhere (`Graph.resolve`); a float is the whole number that it is, as in a table whose third column are weights. Old nodes
+keep their ids, new ones come after them.
 """
 # Shapes: N nodes, E edges
 
@@ -15,6 +16,9 @@ from anabranch.errors import InputError
 from anabranch.graph.checks import is_known, near_name
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.store import Graph
+
+# Kinds of names in messages.
+_WORDS: dict[type, str] = {str: "text", int: "numbers", float: "floats"}
 
 
 def with_changes(graph: Any, added: Any = None, removed: Any = None, *, num_nodes: int | None = None) -> Graph:
@@ -40,6 +44,7 @@ def with_changes(graph: Any, added: Any = None, removed: Any = None, *, num_node
         ends, weight = _columns(removed, "edges to remove")
         if weight is not None:
             raise InputError("edges to remove have a third column; an edge is removed whole, write its two ends alone")
+        ends = [_plain(graph, column) for column in ends]
         gone = [_known(graph, index, column) for column in ends]
         kept = _without(graph, source_E, target_E, gone[0], gone[1], ends)
         source_E, target_E = source_E[kept], target_E[kept]
@@ -50,7 +55,7 @@ def with_changes(graph: Any, added: Any = None, removed: Any = None, *, num_node
         ends, weight = _columns(added, "edges to add")
         if weight is not None and weight_E is None:
             raise InputError("edges to add have weights and the graph has none; leave the third column out")
-        new, names, count = _with_new(graph, index, ends)
+        new, names, count = _with_new(graph, index, [_plain(graph, column) for column in ends])
         source_E, target_E = np.append(source_E, new[0]), np.append(target_E, new[1])
         if weight_E is not None:
             weight_E = np.append(weight_E, _weights(weight, len(new[0])))
@@ -103,6 +108,30 @@ def _numbers(column: Sequence[Any]) -> np.ndarray:
     if whole is None or found.ndim != 1 or not (whole == found).all() or (whole < 0).any():
         raise InputError("ends of edges are whole numbers from 0: this graph has no names")
     return whole
+
+
+def _plain(graph: Graph, column: Sequence[Any]) -> list[Any]:
+    """Ends of edges of a graph with names: a float is a name where names are floats, and elsewhere the whole number that it is."""
+    ends = [end.item() if isinstance(end, np.generic) else end for end in column]
+    kinds = _kinds(graph)
+    if graph.names is None or float in kinds:
+        return ends
+    for place, end in enumerate(ends):
+        if isinstance(end, bool) and bool not in kinds:
+            # Which Python takes for 0 and 1.
+            raise InputError(f"the end {end} of an edge is no node: it is neither a name nor a whole number")
+        if isinstance(end, float):
+            if not end.is_integer():
+                raise InputError(f"the end {end!r} of an edge is no node: it is neither a name nor a whole number")
+            ends[place] = int(end)
+    return ends
+
+
+def _kinds(graph: Graph) -> set[type]:
+    """Types of the names there are."""
+    if graph.names is None or graph.names.dtype.kind in "iu":
+        return {int}
+    return {type(name) for name in graph.names.tolist()} or {str}
 
 
 def _known(graph: Graph, index: dict[Any, int], column: Sequence[Any]) -> np.ndarray:
@@ -163,25 +192,48 @@ def _with_new(
         columns = [_numbers(column) for column in ends]
         return columns, None, max(old, *(int(column.max(initial=-1)) + 1 for column in columns))
     is_number = graph.names.dtype.kind in "iu"
+    kinds = _kinds(graph)
     fresh: list[Any] = []
     for end in (*ends[0], *ends[1]):
         if not _is_name(graph, end):
             _place(graph, index, end)
         elif not is_known(end, index):
-            if end is None or isinstance(end, str) == is_number:
-                kind = "numbers" if is_number else "text"
-                raise InputError(f"{end!r} cannot be the name of a new node: nodes of this graph are called by {kind}")
+            _check_name(graph, kinds, end)
             index[end] = old + len(fresh)
             fresh.append(end)
     names = graph.names
     if fresh:
         names = np.empty(old + len(fresh), object)
-        names[:old], names[old:] = graph.names, fresh
+        names[:old] = graph.names
+        for place, name in enumerate(fresh, old):
+            # One by one: of a tuple numpy would make several.
+            names[place] = name
         names = names.astype(graph.names.dtype) if is_number else names
     columns = [
         np.array([index[end] if _is_name(graph, end) else int(end) for end in column], np.int64) for column in ends
     ]
     return columns, names, old + len(fresh)
+
+
+def _check_name(graph: Graph, kinds: set[type], name: Any) -> None:
+    """Raise InputError for what a new node cannot be called, in a graph whose names are of these kinds."""
+    assert graph.names is not None  # asked of graphs with names alone
+    is_number = graph.names.dtype.kind in "iu"
+    fits = type(name) in kinds and name is not None and name == name
+    if fits and is_number:
+        limits = np.iinfo(graph.names.dtype)
+        fits = limits.min <= name <= limits.max
+    try:
+        hash(name)
+    except TypeError:
+        fits = False
+    if not fits:
+        called = (
+            "numbers of 64 bits"
+            if is_number
+            else " or ".join(sorted(_WORDS.get(kind, kind.__name__) for kind in kinds))
+        )
+        raise InputError(f"{name!r:.80} cannot be the name of a new node: nodes of this graph are called by {called}")
 
 
 def _weights(weight: Sequence[Any] | None, count: int) -> np.ndarray:

@@ -85,9 +85,13 @@ def _is_table(graph: Any) -> bool:
 
 
 def _from_scipy(matrix: Any, allow_negative: bool) -> Graph:
-    matrix = matrix.tocsr(copy=True)
-    matrix.sum_duplicates()
-    return Graph.from_scipy(matrix, allow_negative=allow_negative)
+    entries = matrix.tocoo()
+    if len(entries.shape) == 2 and entries.data.dtype.kind in "biuf":
+        # Scipy adds in the type that is there: 200 + 100 would be 44 in bytes, and True + True be 1.
+        wide = entries.astype(np.float64).tocsr(copy=True)
+        wide.sum_duplicates()
+        entries = wide
+    return Graph.from_scipy(entries, allow_negative=allow_negative)
 
 
 def _from_lists(edges: Any, allow_negative: bool) -> Graph:

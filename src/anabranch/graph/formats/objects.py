@@ -20,7 +20,8 @@ def from_networkx(graph: Any, weight: str | None = "weight", **options: Any) -> 
 
     Args:
         graph: a ``Graph``, ``DiGraph`` or a multigraph, whose parallel edges are duplicates.
-        weight: the edge attribute that is the weight, 1 for edges without it if others have it (networkx's own rule); None for none.
+        weight: the edge attribute that is the weight, 1 for edges without it if others have it, or if edges are parallel: they count as
+            many as they are (networkx's own rules). None for a graph without weights, where they are one edge.
         options: ``duplicates``, ``drop_zero`` and ``allow_negative`` of `Graph.from_edges`.
 
     Raises:
@@ -34,13 +35,19 @@ def from_networkx(graph: Any, weight: str | None = "weight", **options: Any) -> 
     place = {node: node if is_plain else number for number, node in enumerate(nodes)}
     ends = np.array([(place[u], place[v]) for u, v in graph.edges()], np.int64).reshape(-1, 2)
     values = None if weight is None else [value for _, _, value in graph.edges(data=weight)]
-    if values is not None and all(value is None for value in values):
+    if values is not None and all(value is None for value in values) and not _has_parallel(ends, graph.is_directed()):
         values = None
     weight_E = None if values is None else _numbers(values, [(u, v) for u, v in graph.edges()])
     names = None if is_plain else nodes
     return Graph.from_edges(
         ends[:, 0], ends[:, 1], weight_E, bool(graph.is_directed()), len(nodes), names=names, **options
     )
+
+
+def _has_parallel(ends: np.ndarray, is_directed: bool) -> bool:
+    """Whether an edge of ``ends`` [E, 2] is there more than once, as multigraphs have them."""
+    ordered = ends if is_directed else np.sort(ends, axis=1)
+    return len(np.unique(ordered, axis=0)) < len(ordered)
 
 
 def _numbers(values: list[Any], edges: list[Any]) -> np.ndarray:
@@ -51,7 +58,13 @@ def _numbers(values: list[Any], edges: list[Any]) -> np.ndarray:
             continue
         if not isinstance(value, (int, float, np.integer, np.floating)):
             raise InputError(f"edge {edges[place]} has the weight {value!r}, which is not a number")
-        found[place] = value
+        try:
+            found[place] = value
+        except OverflowError:
+            # An integer beyond float64. Not in full: it may have more digits than Python writes.
+            raise InputError(
+                f"edge {edges[place]} has a weight of {value.bit_length():,} bits; weights must be finite (as 32-bit numbers)"
+            ) from None
     return found
 
 
@@ -59,8 +72,8 @@ def from_igraph(graph: Any, weight: str | None = "weight", name: str | None = "n
     """The graph of an igraph one.
 
     Args:
-        graph: an ``igraph.Graph``; parallel edges are duplicates.
-        weight: the edge attribute that is the weight, if there is such a one; None for none.
+        graph: an ``igraph.Graph``; parallel edges are duplicates, and count as many as they are where no edge has a weight.
+        weight: the edge attribute that is the weight, if there is such a one; None for a graph without weights.
         name: the vertex attribute that is the name, likewise.
         options: as of `from_networkx`.
 
@@ -78,6 +91,8 @@ def from_igraph(graph: Any, weight: str | None = "weight", name: str | None = "n
         if missing is not None:
             raise InputError(f"edge {edges[missing]} has no {weight!r}, others have")
         weight_E = _numbers(values, edges)
+    elif weight is not None and _has_parallel(ends, graph.is_directed()):
+        weight_E = np.ones(len(ends))
     names = graph.vs[name] if name is not None and name in graph.vs.attributes() else None
     return Graph.from_edges(
         ends[:, 0], ends[:, 1], weight_E, bool(graph.is_directed()), graph.vcount(), names=names, **options
