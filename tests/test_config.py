@@ -91,6 +91,16 @@ def error_of(action, *args, **kwargs) -> str:
 # Building
 
 
+@configclass
+class HookConfig(Config):
+    url: str
+
+
+def test_a_class_that_is_a_part_of_a_file_is_told_in_words():
+    assert error_of(HookConfig) == "url is missing in the hook config"
+    assert error_of(HookConfig, url="x", ulr="y") == "the hook config has no field 'ulr'; did you mean 'url'?"
+
+
 def test_config_builds_its_owner_and_passes_the_rest_on():
     tea = Tea.Config(leaves=3).build(cups=4)
     assert type(tea) is Tea

@@ -134,7 +134,10 @@ def _explain(cls: type, item: Any) -> str:
 
 
 def _label(cls: type) -> str:
-    return cls.__qualname__.removesuffix(".Config")
+    """What errors call a config: the name of what it is of, as Python has it; of a part of a file, whose class nobody sees, in words."""
+    name = cls.__qualname__.removesuffix(".Config").rpartition(".")[2] or cls.__qualname__
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.removesuffix("Config")).lower()
+    return f"the {words} config" if name.endswith("Config") and words else cls.__qualname__.removesuffix(".Config")
 
 
 def _unknown(name: str, known: list[str], where: str) -> str:

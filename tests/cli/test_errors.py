@@ -4,8 +4,12 @@ import json
 import re
 import resource
 import shutil
+import socket
+import threading
 
 import pytest
+
+from anabranch.cli.main import main
 
 
 def one_line(found):
@@ -243,3 +247,36 @@ def test_options_of_other_servers_are_settings_that_there_are():
         group, _, name = setting.partition("=")[0].partition(".")
         assert group == "engine"
         assert hasattr(ServingConfig(), name)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("gateway route x --router r --trade-off much", "--trade-off is 'much': it must be a valid number (see "),
+        ("gateway serve --port much", "--port is 'much': it must be a valid integer (see "),
+    ],
+)
+def test_a_value_is_told_in_our_words(capsys, line, told):
+    assert main(line.split()) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_gateway_that_is_not_there_or_is_none_is_told_in_our_words(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def speak():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"SSH-2.0-OpenSSH\r\n")
+
+        speaker = threading.Thread(target=speak)
+        speaker.start()
+        assert main(["gateway", "add-model", "x", "--url", f"http://127.0.0.1:{port}"]) == 2
+        speaker.join()
+    assert (
+        f"http://127.0.0.1:{port} does not answer as a gateway does: what it sent is no JSON" in capsys.readouterr().err
+    )
+    assert main(["gateway", "add-model", "x", "--url", f"http://127.0.0.1:{port}"]) == 2
+    assert f"cannot reach http://127.0.0.1:{port}: connection refused; give --url" in capsys.readouterr().err

@@ -294,6 +294,12 @@ def test_a_damaged_router_is_refused(run, place):
     code, _, err = run("route", "q", "--router", "cut.safetensors")
     assert code == 2
     assert "cut.safetensors is damaged or no router" in err
+    (place / "gateway.toml").write_text("[[models]]\nname = 'small'\n")
+    code, _, err = run("eval", "other.jsonl", "--router", "gateway.toml")
+    assert code == 2
+    assert err.splitlines()[-1].endswith(
+        "gateway.toml is damaged or no router: it is no whole safetensors file, which fit writes"
+    )
 
 
 def test_routes_and_judgements_of_light_strategies_load_no_torch(place):

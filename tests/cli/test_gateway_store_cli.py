@@ -269,6 +269,10 @@ def test_prune_and_backup(facts, here, store, tmp_path):
     assert facts("ledger", "backup", tmp_path / "copy.db") == {
         "wrote": str(tmp_path / "copy.db")
     }  # a copy may be renewed
+    # A disk that is not mounted is not replaced by a folder of its name.
+    code, _, err = here("gateway", "ledger", "backup", tmp_path / "disk/daily/copy.db", "--store", store)
+    assert (code, f"there is no folder {tmp_path / 'disk/daily'}; make it, or name another" in err) == (2, True)
+    assert not (tmp_path / "disk").exists()
     (tmp_path / "thesis.txt").write_text("years of work")
     code, _, err = here("gateway", "ledger", "backup", tmp_path / "thesis.txt", "--store", store)
     assert (code, "thesis.txt is no SQLite store of a gateway, and would be lost" in err) == (2, True)

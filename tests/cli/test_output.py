@@ -10,9 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.cli.options import read_seeds
-from anabranch.cli.output import duration, print_json, quantity, shell_word, size, table, visible
+from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, table, visible
 from anabranch.cli.runs import build_config, flatten
 from anabranch.errors import ConfigError
+
+
+@pytest.mark.parametrize("label", ["wrote", "exactly8", "no answer", "much longer than that"])
+def test_a_label_is_never_glued_to_what_it_labels(capsys, label):
+    fact(label, "7 times")
+    assert re.fullmatch(rf"{label} +7 times\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

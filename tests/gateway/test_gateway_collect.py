@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import sqlite3
 import stat
 import threading
@@ -185,6 +186,7 @@ def test_it_says_what_it_has_spent_and_asked_and_why_something_came_to_nothing(t
     said = capsys.readouterr().out
     assert "cost    $" in said
     assert "judged  " in said
+    assert re.search(r"^no answer 1 time: c: ", said, re.MULTILINE)
     assert "unclear a judgement that ends in 'both are fine, I could not say'" in said
 
 

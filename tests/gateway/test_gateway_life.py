@@ -548,8 +548,11 @@ def test_the_plain_api_needs_no_event_loop(tmp_path):
         assert gateway.chat(ask())["choices"][0]["message"]["content"]
         assert text_of(list(gateway.chat(ask(), stream=True)))
         assert gateway.route(ask(model="auto/cheapest")).model == "small"
-        with pytest.raises(ApiError, match="did you mean"):
+        with pytest.raises(ApiError, match="did you mean") as refused:
             gateway.chat(ask(model="smal"))
+        # Where it was refused in the gateway says nothing to who asked: forty lines above the one that does.
+        assert len(refused.traceback) <= 5
+        assert refused.value.__suppress_context__
 
 
 def test_the_package_gives_gateway_and_strategies():

@@ -49,7 +49,7 @@ def fact(label: str, text: str, *, to: TextIO | None = None) -> None:
         width = max(shutil.get_terminal_size().columns - LABEL_WIDTH, 20)
         lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
         text = f"\n{'':{LABEL_WIDTH}}".join(lines)
-    line = f"{label:<{LABEL_WIDTH}}{text}"
+    line = f"{label + ' ':<{LABEL_WIDTH}}{text}"
     if to is sys.stderr:
         say(line)
     else:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, Self, TypeVar
 
 from anabranch.routers.contract.query import Decision
+from anabranch.web.api_error import ApiError
 
 T = TypeVar("T")
 
@@ -92,8 +93,11 @@ class _Worker:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        """The result of a coroutine. Raises what it raises; a refusal without the path that it took through the gateway."""
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except ApiError as error:
+            raise error.with_traceback(None) from None
 
     def close(self) -> None:
         """End the loop."""

@@ -308,7 +308,12 @@ def unpacked(data: bytes, name: str) -> tuple[Arrays, dict[str, Any]]:
         # The header was read above, so that its length and its JSON are sound.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.get("__metadata__") or {}
-    except (SafetensorError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
+    except SafetensorError:
+        # Its own words are of its parser, whatever the file is.
+        raise CheckpointError(
+            f"{name} is damaged or no router: it is no whole safetensors file, which fit writes"
+        ) from None
+    except (UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{name} is damaged or no router: {error}") from None
     text = metadata.get(_FIELD)
     if text is None:

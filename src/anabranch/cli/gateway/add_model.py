@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -127,11 +128,23 @@ def _told(url: str, key: str | None, name: str, strategies: list[str], shots: Re
             found = json.load(answer)
     except urllib.error.HTTPError as error:
         raise InputError(f"{url} refuses that ({error.code}): {_reason(error)}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{url} does not answer as a gateway does: {error}") from None
+    except urllib.error.URLError as error:
+        raise DataError(f"cannot reach {url}: {_plainly(error.reason)}; give --url of a gateway that runs") from None
+    except TimeoutError:
+        raise DataError(f"{url} did not answer within {PATIENCE_S:g} seconds") from None
+    except OSError as error:
+        raise DataError(f"{url} broke off: {_plainly(error)}") from None
+    except (ValueError, http.client.HTTPException):
+        raise DataError(f"{url} does not answer as a gateway does: what it sent is no JSON over HTTP") from None
     if not isinstance(found, dict) or not {"strategies", "refused", "files"} <= found.keys():
         raise DataError(f"{url} does not answer as a gateway does")
     return {field: found[field] for field in ("strategies", "refused", "files")}
+
+
+def _plainly(error: object) -> str:
+    """Why a connection failed, as the system says it."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text[:1].lower() + text[1:]
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -199,7 +199,7 @@ def _print(done: Collected, out: Path) -> None:
             f"{done.waiting:,} questions for a person: judge them at /ui/label (needs the gateway's [admin] key), and run this again",
         )
     for why, count in done.unanswered.items():
-        fact("no answer", f"{count:,} times {why}")
+        fact("no answer", f"{count:,} {'time' if count == 1 else 'times'}: {why}")
     for text in done.unreadable:
         fact("unclear", f"a judgement that ends in {text!r}" if text else "the judge gave no answer")
     if done.stopped:

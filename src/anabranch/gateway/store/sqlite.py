@@ -178,6 +178,9 @@ class SqliteConnection:
 def _check_replaceable(path: Path, source: Path) -> None:
     """Raise InputError or DataError if something would be lost were a copy of ``source`` to take the place of ``path``."""
     check_apart([path], [source])
+    if not path.absolute().parent.is_dir():
+        # Not made: where a disk for backups is not mounted, the copy would lie on that of the store, and nobody would know.
+        raise DataError(f"cannot write {path}: there is no folder {path.parent}; make it, or name another")
     logs = (Path(f"{path}{ending}") for ending in SQLITE_LOGS)
     log = next((log for log in logs if log.exists()), None)
     if log is not None:

@@ -195,8 +195,8 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} is not the published model (sha256 {found[:16]}..., not {SHA256[:16]}...)")
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from None
+    except SafetensorError:
+        raise CheckpointError(f"{path} is no whole safetensors file; it is cut off or damaged") from None
 
 
 def _read_tokenizer(path: Path, max_tokens: int) -> Any:
