@@ -130,7 +130,8 @@ def _misuse(error: Exception, arguments: Sequence[str]) -> str:
             message = f"No such option: {option}; it is --set {_SERVE_SETTINGS[option]} here"
     invalid = re.fullmatch(r"Invalid value for '(.*?)'(?: / '.*?')*: (?:Value error, )?(.*)", message, re.DOTALL)
     if invalid:
-        message = f"{invalid[1]} is {_given(invalid[1], arguments)}: {invalid[2].replace('Input should be', 'it must be').partition(', unable to parse')[0]}"
+        why = invalid[2].replace("Input should be", "it must be").partition(", unable to parse")[0]
+        message = f"{invalid[1]} is {_given(invalid[1], arguments)}: {why}"
     command = context.command_path if context is not None else _command_of(arguments)
     # A group without one has shown its help.
     message = message or "name a command"
