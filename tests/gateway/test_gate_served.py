@@ -49,6 +49,11 @@ def server(tmp_path_factory):
         ({"host": "192.168.0.1:80"}, "forbidden_host"),
         ({"host": ""}, "forbidden_host"),
         ({"host": "["}, "forbidden_host"),
+        ({"host": "localhost#.page.example"}, "forbidden_host"),
+        ({"host": "localhost?.page.example"}, "forbidden_host"),
+        ({"host": "a@127.0.0.1"}, "forbidden_host"),
+        # Two headers of one name.
+        ({"host": "localhost:7", "origin": "http://localhost:7", "Origin": "http://page.example"}, "forbidden_origin"),
         ({"origin": "http://page.example"}, "forbidden_origin"),
         # A page may send this anywhere without asking first, and the gateway reads it.
         ({"origin": "http://page.example", "content-type": "text/plain"}, "forbidden_origin"),

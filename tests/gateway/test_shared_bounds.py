@@ -213,6 +213,30 @@ def test_whatever_lies_there_a_wait_is_bounded_and_redis_is_not_away(server, dat
     asyncio.run(main())
 
 
+@needs_redis
+@pytest.mark.parametrize("value", [b"9" * 19, b"9223372036854775807", b"nan", b"inf", b"7.5", b"", b"-1e3"])
+def test_what_is_no_count_is_let_go_of_and_stops_no_program(server, value):
+    async def main():
+        async with processes(server) as [shared]:
+            here = int(time.time() * 1e3 / (rooms.MINUTE_MS / rooms.PARTS))
+            rpm, *_ = shared.rooms._keys("d")
+            bucket, *_ = shared.counts._keys("k")
+            # Also where this takes until the next part has begun.
+            parts = {here + more: value for more in range(9)}
+            await shared.link.run(lambda client: client.hset(rpm, mapping=parts))
+            await shared.link.run(lambda client: client.hset(bucket, mapping={"level": value, "at": value}))
+            assert await shared.rooms.take(deployment(rpm=2), "a", 1) is None
+            assert await refusal(shared.counts.admit("k", "a", 1, Limits(2, None, None))) is None
+            assert shared.link._metrics.refused._value.get() == 0
+            assert list((await shared.link.run(lambda client: client.hgetall(rpm))).values()) == [b"1"]
+            # From now on they count.
+            assert await shared.rooms.take(deployment(rpm=1), "b", 1) is not None
+            assert await refusal(shared.counts.admit("k", "b", 1, Limits(2, None, None))) is None
+            assert await refusal(shared.counts.admit("k", "c", 1, Limits(2, None, None))) is not None
+
+    asyncio.run(main())
+
+
 # One command that is refused
 
 
@@ -269,6 +293,12 @@ def test_a_name_under_which_something_else_lies_is_that_ones_trouble_alone(serve
 
             await shared._exchange(Made(), lambda tenant: None)
             assert [live.breaker.phase for live in lives] == ["closed", "open"]
+            # Nor does it say that one is well again.
+            ends = lives[1].breaker.until
+            await link.run(lambda client: client.delete(link.key("breaker", "e")))
+            await link.run(lambda client: client.xadd(link.key("breaker", "e"), {"a": "b"}))
+            await shared._exchange(Made(), lambda tenant: None)
+            assert lives[1].breaker.until == ends > 0
             with pytest.raises(AwayError):
                 await shared.clears.news()
             assert link.is_up

@@ -260,6 +260,25 @@ def test_a_stream_with_an_id_behind_which_nothing_is_found_begins_anew(server, p
 
 
 @needs_redis
+def test_a_stream_outlives_a_redis_without_memory(server, prefix):
+    async def main():
+        async with processes(server, prefix) as (shared, (one, two)):
+            run = shared[0].link.run
+            keep(one, "k", 0.0, entry())
+            await shared[0].meanings.close()
+            await run(lambda client: client.config_set("maxmemory", 1))
+            try:
+                keep(one, "k", 1.0, entry())
+                await shared[0].meanings.close()
+            finally:
+                await run(lambda client: client.config_set("maxmemory", 0))
+            assert await two.alike("k", CONTEXT, vector(0.0)) == entry()
+            assert shared[0].link.is_up
+
+    asyncio.run(main())
+
+
+@needs_redis
 def test_the_largest_number_of_a_millisecond_is_followed_by_the_next_one(server, prefix):
     async def main():
         async with processes(server, prefix) as (shared, (one, two)):
@@ -400,5 +419,9 @@ def test_what_is_known_of_contexts_is_bounded():
         for at in range(9):
             await abroad.find("k", bytes([at]), vector(0.0))
         assert len(abroad._known) == 3
+        # Those of late are.
+        for at in (6, 1):
+            await abroad.find("k", bytes([at]), vector(0.0))
+        assert [context for _, context in abroad._known] == [b"\x08", b"\x06", b"\x01"]
 
     asyncio.run(main())

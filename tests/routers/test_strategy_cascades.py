@@ -235,6 +235,10 @@ def test_an_alternative_without_its_log_probability_is_none(top):
     assert measured([half], "entropy") == pytest.approx(np.log(2))
     assert np.isnan(measured([{"logprob": -1.0, "top_logprobs": [top]}], "entropy"))
     assert np.isnan(measured([{"logprob": 10**400}], "logprob"))
+    # None is above 0, but for rounding, and of those that are as good as impossible one is as any other.
+    assert np.isnan(measured([{"logprob": 1e9}], "logprob"))
+    assert measured([{"logprob": 1e-9}], "logprob") == 0.0
+    assert measured([{"logprob": -1e308}, {"logprob": float("-inf")}], "logprob") == -9999.0
 
 
 @pytest.mark.parametrize(

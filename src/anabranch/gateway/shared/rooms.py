@@ -60,7 +60,7 @@ for place, amount in ipairs({1, tonumber(ARGV[4])}) do
       local over = sum + amount - full
       for _, part in ipairs(parts) do
         over = over - part[2]
-        if over <= 0 then return {name, math.min(window, math.ceil((part[1] + 1) * grain + window - now))} end
+        if over <= 0 then return {name, math.ceil((part[1] + 1) * grain + window - now)} end
       end
       return {name, window}
     end
