@@ -1,11 +1,14 @@
 """Elements that come into an index, move and go: slots, labels, links and the table of ids in step, also where something comes between."""
 # Shapes: N vectors, D dimension, S slots
 
+from contextlib import suppress
+
 import numpy as np
 
-from anabranch.errors import InputError
+from anabranch.errors import CapacityError, InputError
 from anabranch.graph.hnsw import layout
-from anabranch.graph.hnsw.coded import SAMPLE
+from anabranch.graph.hnsw.centres import better_centre, spread_places
+from anabranch.graph.hnsw.coded import LOOKED_AT, SAMPLE
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.slots import Slots
@@ -14,6 +17,9 @@ from anabranch.graph.interrupts import Interrupts
 
 # Deleted elements are taken out of all lists, so that their places can be used again, once they are one in so many.
 WORTH = 4096
+
+# Elements are linked anew in so many parts.
+PARTS = 8
 
 
 class Changes:
@@ -30,6 +36,8 @@ class Changes:
         self._storage, self._slots, self._linker, self._lock = held, slots, linker, lock
         self._seed, self._is_flat = np.uint64(seed % 2**64), is_flat
         self.drawn = self.next_id = 0
+        # Whether elements went since the centre of rows was looked at, and whether codes are to be looked at.
+        self._went = self._look = False
 
     def following(self, count: int) -> np.ndarray:
         """Ids after the largest so far. Raises InputError where there are none left."""
@@ -46,6 +54,10 @@ class Changes:
         """Bring in elements whose ids are not there; ``reuse`` places of deleted ones."""
         held, count, done = self._storage, len(vector_ND), 0
         again = self._vacate(count, workers) if reuse else 0
+        # Twice as many, or what there was went: what rows are rounded about may be far from them by now.
+        if self._went or held.count.bit_length() < (held.count + count - again).bit_length() <= SAMPLE.bit_length():
+            self._look = True
+            self._settle(vector_ND, workers)
         # A table that a reader makes from now on has all of them.
         had_table = self._slots.is_made
         slot_S = self._append(vector_ND[again:], id_N[again:])
@@ -75,6 +87,7 @@ class Changes:
             dead_S = np.flatnonzero(~self._slots.live() & (held.level[: held.count] >= 0))
             self._linker.take_out(dead_S, workers)
             held.vacate(dead_S)
+            self._went = True
             if held.graph[layout.ENTRY] >= 0:
                 self._linker.repair()
         return min(count, len(held.vacant_S))
@@ -145,6 +158,9 @@ class Changes:
         if live.size:
             self._linker.take_out(dead[held.level[dead] >= 0], workers)
             held.keep(live)
+            self._look = True
+            with suppress(CapacityError):
+                self._settle(held.decode(live[:0]), workers)
         else:
             held.reset()
             self._linker.linked = 0
@@ -152,6 +168,38 @@ class Changes:
         if repair:
             self.repair()
         return len(dead)
+
+    def _settle(self, vector_ND: np.ndarray, workers: Workers) -> None:
+        """Round all rows about another centre where one is far better for those that are there and these that come."""
+        held, self._went = self._storage, False
+        encoding = held.encoding
+        if encoding.centre_D is None or not held.count:
+            return
+        live_S = np.flatnonzero(held.deleted[: held.count] == 0)
+        place_S = spread_places(len(live_S) + len(vector_ND))
+        old_S, new_S = place_S[place_S < len(live_S)], place_S[place_S >= len(live_S)] - len(live_S)
+        centre_D = better_centre(encoding.centre_D, np.concatenate([held.decode(live_S[old_S]), vector_ND[new_S]]))
+        if centre_D is None:
+            return
+        held.own()
+        # It reads rows alone, and makes others beside those that searches use.
+        with self._lock.open_to_readers():
+            recoded = held.recoded(centre_D)
+        held.take_recoded(*recoded)
+        # They were linked by distances that said little. A part at a time, so that searches find the others.
+        for part_S in np.array_split(live_S, PARTS):
+            if len(part_S):
+                self._link_anew(part_S, workers)
+
+    def _link_anew(self, slot_S: np.ndarray, workers: Workers) -> None:
+        """Take slots out of the graph, and bring them in again."""
+        try:
+            self._linker.take_out(slot_S, workers)
+            self._linker.link(slot_S, workers)
+        except BaseException:
+            # Whatever came between, they come in again.
+            self._linker.link_again(slot_S, workers)
+            raise
 
     def repair(self) -> int:
         """Link what level 0 does not lead to; how many."""
@@ -161,10 +209,24 @@ class Changes:
         return self._linker.repair()
 
     def learn_if_due(self, workers: Workers) -> None:
-        """Learn codes where there are now enough vectors for that, or far more than they were learned from."""
-        coded = self._storage.coded
-        if coded is not None and coded.is_due(int(self._slots.live().sum())):
+        """Learn codes where there are now enough vectors for that, far more than they were learned from, or others."""
+        held, coded, look = self._storage, self._storage.coded, self._look
+        self._look = False
+        if coded is None:
+            return
+        live_S = np.flatnonzero(self._slots.live())
+        is_due = coded.is_due(len(live_S))
+        if not is_due and look and coded.is_trained and len(live_S):
+            some_S = live_S[np.linspace(0, len(live_S) - 1, min(len(live_S), LOOKED_AT)).astype(np.int64)]
+            is_due = coded.is_worn(held.decode(some_S))
+        if is_due:
             self.learn(workers)
+
+    def learn_after_loss(self, workers: Workers) -> None:
+        """Learn codes anew where they say little of what stayed. Where memory does not suffice, they are as they were."""
+        if self._look:
+            with suppress(CapacityError):
+                self.learn_if_due(workers)
 
     def learn(self, workers: Workers, sample_SD: np.ndarray | None = None) -> None:
         """Learn codes of vectors, or of those that are there. Raises InputError for none."""

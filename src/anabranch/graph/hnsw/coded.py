@@ -5,8 +5,8 @@
 
 Vectors stay as float32 rows beside the codes, and the graph is linked by them, so it is the graph of an index without codes. Mapped from a
 file, rows stay on the disk, and a search reads those of the candidates that it measures again. What codes stand for is learned from a
-sample of the vectors once there are enough (`FIRST`), and again while they are far more than it was learned from; until then there are
-none, and distances are exact.
+sample of the vectors once there are enough (`FIRST`), again while they are far more than it was learned from, and where codes say little of
+the vectors that there are by now (what they were learned from went); until then there are none, and distances are exact.
 """
 # Shapes: N vectors, D dimension, M bytes of a code, C capacity, S slots or sample, Q queries
 
@@ -19,6 +19,7 @@ from anabranch.graph.codes import CENTRES, ProductCodes
 from anabranch.graph.guarded import held
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.arrays import aligned, grown
+from anabranch.graph.hnsw.centres import better_centre, centre_of
 from anabranch.graph.hnsw.encoding import padded, short_stride
 from anabranch.graph.hnsw.raw import IP_I4, IP_PQ, L2_I4, L2_PQ
 from anabranch.graph.hnsw.soundness import Wanted
@@ -30,6 +31,12 @@ FIRST, MORE = 1024, 8
 
 # Learned from at most so many, which is enough (`codes.ENOUGH`).
 SAMPLE = 1 << 15
+
+# Codes are worn out where vectors use fewer than one in so many of the centres that they could.
+WORN = 4
+
+# Vectors that are looked at for that.
+LOOKED_AT = 1024
 
 # Numbers of a vector for each byte of "pq", unless another number of bytes is asked for.
 SHARE = 4
@@ -69,6 +76,21 @@ class PQ:
         made.codes = ProductCodes.train(vector_SD, self.num_parts, seed=seed, num_threads=num_threads)
         return made
 
+    def is_worn(self, vector_SD: np.ndarray) -> bool:
+        """Whether these vectors fall upon few of the centres, although they differ."""
+        assert self.codes is not None
+        if not len(vector_SD):
+            return False
+        code_SM = self.codes.encode(vector_SD)
+        used = possible = 0
+        for part in range(self.num_parts):
+            begin, end = part * self.dim // self.num_parts, (part + 1) * self.dim // self.num_parts
+            used += len(np.unique(code_SM[:, part]))
+            # As bytes: sorting rows of numbers is slow.
+            part_S = np.ascontiguousarray(vector_SD[:, begin:end]).view(f"V{4 * (end - begin)}")
+            possible += min(CENTRES, len(np.unique(part_S)))
+        return WORN * used < possible
+
     def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows, uint8 [N, STRIDE], and nothing beside them."""
         assert self.codes is not None
@@ -97,7 +119,7 @@ class PQ:
 
 
 class Int4:
-    """Four bits for each number of an index's vectors; what is learned is their mean, which is taken off for squared L2."""
+    """Four bits for each number of an index's vectors; what is learned is a centre (`centres`), which is taken off for squared L2."""
 
     def __init__(self, dim: int, metric: str) -> None:
         self.dim, self.metric = dim, metric
@@ -119,9 +141,13 @@ class Int4:
     def trained(self, vector_SD: np.ndarray, seed: int, num_threads: int) -> "Int4":
         """Another one that has learned from vectors."""
         made = Int4(self.dim, self.metric)
-        mean_D = vector_SD.mean(0, dtype=np.float64) if self.metric == "l2" else np.zeros(self.dim)
-        made.centre_D = mean_D.astype(np.float32)
+        made.centre_D = centre_of(vector_SD) if self.metric == "l2" else np.zeros(self.dim, np.float32)
         return made
+
+    def is_worn(self, vector_SD: np.ndarray) -> bool:
+        """Whether these vectors have gone so far from the centre that their codes say little."""
+        assert self.centre_D is not None
+        return self.metric == "l2" and better_centre(self.centre_D, vector_SD) is not None
 
     def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows, uint8 [N, STRIDE], and float32 [N, 2] of scale and squared norm."""
@@ -199,6 +225,10 @@ class Coded:
         if not self.is_trained:
             return count >= FIRST
         return self.trained_on < SAMPLE and count >= MORE * self.trained_on
+
+    def is_worn(self, vector_SD: np.ndarray) -> bool:
+        """Whether codes that were learned say little of these vectors, and should be learned anew."""
+        return self.is_trained and self.coder.is_worn(vector_SD)
 
     def learned(
         self, sample_SD: np.ndarray, rows: np.ndarray, count: int, capacity: int, seed: int, num_threads: int

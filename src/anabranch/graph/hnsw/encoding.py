@@ -1,13 +1,16 @@
 """Vectors as rows that kernels measure, and back: float32, float16 or int8, padded with zeros to whole lines; or bits.
 
-For squared L2, short rows hold x minus the mean of the first vectors added: distances do not change by that, and their precision goes where
-the data is.
+For squared L2, short rows hold x minus a centre of the vectors (`centres`): distances do not change by that, and their precision goes where
+the data is. It is that of the first vectors added; whether another is better is looked at as they become twice as many, and when some go.
 """
 # Shapes: N vectors, D dimension, Q queries
+
+from copy import copy
 
 import numpy as np
 
 from anabranch.graph.guarded import held
+from anabranch.graph.hnsw.centres import centre_of
 from anabranch.graph.hnsw.queries import code_rows
 from anabranch.graph.hnsw.raw import HAMMING, LINE
 
@@ -49,7 +52,13 @@ class Encoding:
     def settle(self, vector_ND: np.ndarray) -> None:
         """Take the centre of the first vectors."""
         if self.centre_D is None and self.metric == "l2" and self.dtype != "f32":
-            self.centre_D = vector_ND.mean(0, dtype=np.float64).astype(np.float32)
+            self.centre_D = centre_of(vector_ND)
+
+    def with_centre(self, centre_D: np.ndarray) -> "Encoding":
+        """The same with another centre."""
+        made = copy(self)
+        made.centre_D = centre_D
+        return made
 
     def encode(self, vector_ND: np.ndarray) -> Encoded:
         """Rows as they are searched (uint8 [N, STRIDE]), their aux, and full rows (float32; empty where rows are final)."""

@@ -212,8 +212,9 @@ class HNSW:
     def train(self, vectors: Any = None, *, num_threads: int | None = None) -> None:
         """Learn anew what codes stand for, and code all vectors by it. Searches go on meanwhile.
 
-        `add` does so by itself once there are 1,024 vectors, and again at eight times as many, until there are 32,768; this is for vectors
-        that have become others since. Before, there are no codes, and distances are exact.
+        `add` does so by itself once there are 1,024 vectors, and again at eight times as many, until there are 32,768; and where codes say
+        little of the vectors that there are by then, `add` (as they become twice as many) and `compact`. This is for vectors that have
+        become others since. Before, there are no codes, and distances are exact.
 
         Args:
             vectors: [S, D] to learn from; None for those that are there, or 32,768 of them.
@@ -255,6 +256,7 @@ class HNSW:
             if self.compact_at is not None and share > self.compact_at:
                 with self._workers(None) as workers:
                     self._changes.compact(workers, repair=True)
+                    self._changes.learn_after_loss(workers)
                 # Some room stays for what comes next.
                 if 4 * self._storage.count < 3 * self._storage.capacity:
                     self._storage.shrink()
@@ -275,6 +277,7 @@ class HNSW:
         """
         with self._lock.write(), self._workers(num_threads) as workers:
             found = self._changes.compact(workers, repair=repair)
+            self._changes.learn_after_loss(workers)
             if not self._storage.is_mapped:
                 self._storage.shrink()
             return found

@@ -23,13 +23,15 @@ from anabranch.graph.guarded import CHECKED, held
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.arrays import aligned, grown
 from anabranch.graph.hnsw.coded import Coded
-from anabranch.graph.hnsw.encoding import Encoded, encoding_of
+from anabranch.graph.hnsw.encoding import Encoded, Encoding, encoding_of
 from anabranch.graph.hnsw.raw import kernel
 from anabranch.graph.hnsw.soundness import MAX_LEVEL, Wanted, check_links, check_shapes
 from anabranch.graph.random import next_bits, stream, to_unit
 
 KIND = "hnsw index"
 VERSION = 1
+# Rows that are rounded anew at once.
+PIECE = 1 << 13
 METRICS = ("l2", "ip", "cosine", "hamming")
 
 
@@ -118,6 +120,28 @@ class Storage:
         if self.rerank:
             return self.full[slot_S, : self.encoding.dim]
         return self.encoding.decode(self.rows[slot_S], self.aux[slot_S])
+
+    def recoded(self, centre_D: np.ndarray) -> tuple[Encoding, np.ndarray, np.ndarray]:
+        """An encoding with another centre, and rows and aux of all slots by it; nothing changes.
+
+        They are made of the vectors where these are kept (``rerank``), else of what the rows that there are still say.
+
+        Raises CapacityError where memory does not suffice.
+        """
+        made = self.encoding.with_centre(centre_D)
+        try:
+            rows, aux = (aligned(array.shape, array.dtype) for array in (self.rows, self.aux))
+            for begin in range(0, self.count, PIECE):
+                slot_S = np.arange(begin, min(begin + PIECE, self.count))
+                rows[slot_S], aux[slot_S], _ = made.encode(self.decode(slot_S))
+        except MemoryError as error:
+            raise CapacityError(f"no memory to round {self.count:,} elements anew") from error
+        return made, rows, aux
+
+    def take_recoded(self, made: Encoding, rows: np.ndarray, aux: np.ndarray) -> None:
+        """Hold what `recoded` gave."""
+        self.encoding, self.rows, self.aux = made, rows, aux
+        self.describe()
 
     def _floats(self, rows: np.ndarray) -> np.ndarray:
         """Float32 rows without what they are padded with, [N, D]."""
