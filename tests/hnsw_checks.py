@@ -1,8 +1,13 @@
 """What tests of the index share: data, the definition of nearest, and what must hold of every graph."""
 
+import threading
+import time
+
 import numpy as np
 
 from anabranch.graph.hnsw import layout
+
+WAIT_S = 20
 
 
 def drawn(count, dim=16, seed=0, clusters=8):
@@ -65,3 +70,25 @@ def check_graph(index):
 def graph_bytes(index):
     """All that a build decides."""
     return {name: array.tobytes() for name, array in index._storage.arrays().items()}
+
+
+def thread(work):
+    made = threading.Thread(target=work, daemon=True)
+    made.start()
+    return made
+
+
+def waits(lock, number):
+    """Until so many readers wait."""
+    end = time.monotonic() + WAIT_S
+    while len(lock._queue) < number:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def wanted(lock, number):
+    """Until so many writers wait."""
+    end = time.monotonic() + WAIT_S
+    while lock._waiting_writers < number:
+        assert time.monotonic() < end
+        time.sleep(0.001)

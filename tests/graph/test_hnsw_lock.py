@@ -1,38 +1,13 @@
 """The lock of an index: nobody starves, nobody sees what is half there, searches go on beside a writer."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
 
 from anabranch.graph.hnsw import HNSW
 from anabranch.graph.hnsw.lock import ReadWriteLock
-from hnsw_checks import check_graph, drawn, graph_bytes
-
-WAIT_S = 20
-
-
-def thread(work):
-    made = threading.Thread(target=work, daemon=True)
-    made.start()
-    return made
-
-
-def waits(lock, number):
-    """Until so many readers wait."""
-    end = time.monotonic() + WAIT_S
-    while len(lock._queue) < number:
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
-def wanted(lock, number):
-    """Until so many writers wait."""
-    end = time.monotonic() + WAIT_S
-    while lock._waiting_writers < number:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+from hnsw_checks import WAIT_S, check_graph, drawn, graph_bytes, thread, waits, wanted
 
 
 def test_readers_who_wait_go_before_the_next_writer():

@@ -105,7 +105,7 @@ def test_a_walk_holds_more_until_half_of_it_is_outside(index, monkeypatch):
 
     def many(query_QD, ef, *rest):
         widths.append((ef, len(query_QD)))
-        own(query_QD, ef, *rest)
+        return own(query_QD, ef, *rest)
 
     monkeypatch.setattr(index._searcher, "many", many)
     within = np.diff(index.range_search(queries, 12.0, exact=True).indptr)

@@ -162,13 +162,16 @@ def as_filter_value(value: Any) -> np.ndarray:
     return found
 
 
-def as_filter(value: Any, label_N: np.ndarray, is_live_N: np.ndarray) -> np.ndarray:
+def as_filter(value: Any, label_N: np.ndarray, is_live_N: np.ndarray, *, is_begun: bool = False) -> np.ndarray:
     """Which live slots a filter lets through, bool [N]: of a mask by id, or of a list of ids (those that are not there match nothing).
+
+    A search that ``is_begun`` asked for none of the ids behind the end of its mask: they came later.
 
     Raises InputError for another type, and for a mask that ends before the largest id that is live.
     """
     found = as_filter_value(value)
     if found.dtype == bool:
+        is_live_N = is_live_N & (label_N < len(found)) if is_begun else is_live_N
         largest = label_N.max(initial=-1, where=is_live_N)
         if len(found) <= largest:
             raise InputError(

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from anabranch.errors import InputError
 from anabranch.graph.guarded import held
 from anabranch.graph.hnsw.checks import as_filter, as_filter_value
 from anabranch.graph.hnsw.slots import Slots
@@ -68,12 +69,41 @@ class Filter:
             known = self._on[slots] = prepared(self._value, slots)
         return known
 
+    def on_begun(self, slots: Slots) -> Prepared:
+        """As `on`, for a search that it fitted when that began: ids behind the end of a mask, which have come since, are kept out."""
+        try:
+            return self.on(slots)
+        except InputError:
+            return prepared(self._value, slots, is_begun=True)
+
     def known(self, slots: Slots) -> Prepared | None:
         """What it was on an index when that was last asked for, without its lock; whoever uses it looks whether the version is the same."""
         return self._on.get(slots)
 
 
-def prepared(value: Any, slots: Slots) -> Prepared:
+class Asked:
+    """A filter, or none, of one call that is answered in several turns, between which the index may change: what it is in each of them.
+
+    Args:
+        value: a `Filter`, what one is made of, or None.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._filter: Filter | None = None
+
+    def on(self, slots: Slots) -> Prepared | None:
+        """What it is on an index, whose lock the caller holds; None for none. Raises InputError as `Filter`, in the first turn alone."""
+        if self._value is None:
+            return None
+        if self._filter is None:
+            made = self._value if isinstance(self._value, Filter) else Filter(self._value)
+            found, self._filter = made.on(slots), made
+            return found
+        return self._filter.on_begun(slots)
+
+
+def prepared(value: Any, slots: Slots, *, is_begun: bool = False) -> Prepared:
     """What a filter is on an index. Raises InputError as `as_filter`."""
-    allowed_S = held(as_filter(value, slots.labels(), slots.live()))
+    allowed_S = held(as_filter(value, slots.labels(), slots.live(), is_begun=is_begun))
     return Prepared(allowed_S, int(allowed_S.sum()), slots.version, allowed_S.ctypes.data)

@@ -28,8 +28,10 @@ class HNSW:
     """Approximate nearest neighbours of vectors, by a walk through a hierarchy of small-world graphs.
 
     Any number of threads may search at once, and beside one that changes the index: a search waits for single steps of it, never for the
-    whole, and finds new elements batch by batch (one that is moved is not found for a while). What is saved, pickled or counted by `stats`
-    and `ids` is whole. The same calls with the same seed give the same bytes, whatever the number of threads and of searches beside.
+    whole, and finds new elements batch by batch (one that is moved is not found for a while). A search of many queries makes room for
+    whoever waits to change something: each query is answered by one state of the index, a later one maybe by a later state. What is saved,
+    pickled or counted by `stats` and `ids` is whole. The same calls with the same seed give the same bytes, whatever the number of threads
+    and of searches beside.
 
     Args:
         dim: numbers in a vector; bits for "hamming", a multiple of 8.
@@ -323,10 +325,8 @@ class HNSW:
             id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
         except (MemoryError, ValueError) as error:
             raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
-        with self._lock.read():
-            if self._storage.graph[layout.ENTRY] >= 0 and len(query_QD):
-                with self._workers(num_threads) as workers:
-                    self._searcher.many(query_QD, ef, filter, id_QK, distance_QK, workers)
+        with self._workers(num_threads) as workers:
+            self._searcher.all(query_QD, ef, filter, id_QK, distance_QK, workers, self._lock)
         return like(id_QK, queries), like(distance_QK, queries)
 
     def range_search(
@@ -367,8 +367,8 @@ class HNSW:
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
         radius_Q = as_radius(radius, len(query_QD))
         try:
-            with self._lock.read(), self._workers(num_threads) as workers:
-                rows = self._ranges.many(query_QD, radius_Q, ef, filter, bool(exact), workers)
+            with self._workers(num_threads) as workers:
+                rows = self._ranges.many(query_QD, radius_Q, ef, filter, bool(exact), workers, self._lock)
             found = Within.of(rows)
         except MemoryError as error:
             raise CapacityError(

@@ -45,8 +45,9 @@ class ReadWriteLock:
     """Many readers or one writer, and nobody starves. Not reentrant.
 
     A reader that comes while a writer waits lets it go first; readers who wait when a writer ends, or makes room, all go before the next
-    one. A writer may let readers in while it only reads itself (`open_to_readers`), or between two steps (`make_room`): it keeps other
-    writers out all the time.
+    one. Nobody else comes in while a writer waits for a reader that is in, so one that reads for long looks whether it does (`is_wanted`).
+    A writer may let readers in while it only reads itself (`open_to_readers`), or between two steps (`make_room`): it keeps other writers
+    out all the time.
 
     Attributes:
         gate: where readers in compiled code come in and go out (`gate`), as long as one that comes now would be let in at once. A writer
@@ -107,6 +108,11 @@ class ReadWriteLock:
             self._readers -= 1
             if self._waiting_writers or self._is_closing:
                 self._changed.notify_all()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a writer waits for those who read: a reader with more to do gives it back then, and comes again behind that writer."""
+        return self._waiting_writers > 0 or self._is_closing
 
     def _wait(self, reader: _Reader, interrupts: Interrupts) -> bool:
         self._queue.append(reader)

@@ -12,13 +12,13 @@ import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.hnsw.checks import as_array
-from anabranch.graph.hnsw.filters import Filter, prepared
+from anabranch.graph.hnsw.filters import Asked
 from anabranch.graph.hnsw.layout import AUX, ENTRY, FULL, FULL_STRIDE, FULL_WIDTH, KIND, ROWS, STRIDE, WIDTH
-from anabranch.graph.hnsw.lock import Workers
+from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.measuring import distance
 from anabranch.graph.hnsw.raw import address, kernel
 from anabranch.graph.hnsw.search import is_selective
-from anabranch.graph.hnsw.searching import Searcher
+from anabranch.graph.hnsw.searching import Searcher, in_pieces, piece_of
 
 # All are measured where a walk would hold one in so many.
 MEASURED = 16
@@ -70,90 +70,114 @@ def as_radius(value: Any, count: int) -> np.ndarray:
 
 
 class Ranges:
-    """Searches an index by radius, for a reader that holds its lock."""
+    """Searches an index by radius."""
 
     def __init__(self, searcher: Searcher) -> None:
         self._searcher = searcher
         self._storage, self._slots = searcher.storage, searcher.slots
 
     def many(
-        self, query_QD: np.ndarray, radius_Q: np.ndarray, ef: int, filter: object, exact: bool, workers: Workers
-    ) -> Rows:
-        """Ids and distances of each query.
-
-        Raises InputError for a filter that does not fit, DataError for distances that are no numbers.
-        """
-        held, slots = self._storage, self._slots
-        if filter is not None:
-            wanted = filter.on(slots) if isinstance(filter, Filter) else prepared(filter, slots)
-            slot_S, number = wanted.slots(slots.labels()), wanted.number
-            exact = exact or is_selective(number, ef, held.count)
-        else:
-            slot_S = np.flatnonzero(slots.live())
-            number = len(slot_S)
-        # Nothing leads anywhere where memory ended while elements were linked.
-        exact = exact or held.graph[ENTRY] < 0
-        rows: Rows = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(query_QD)
-        left_R, cost = np.arange(len(query_QD) if number else 0), [0, 0]
-        while left_R.size and not exact and MEASURED * ef < number:
-            again = []
-            for begin in range(0, len(left_R), max(1, HELD // ef)):
-                part_R = left_R[begin : begin + max(1, HELD // ef)]
-                again.append(part_R[self._walk(query_QD, radius_Q, part_R, ef, filter, workers, rows)])
-                cost = [total + more for total, more in zip(cost, self._searcher.last, strict=False)]
-            left_R, ef = np.concatenate(again), 2 * ef
-        if left_R.size:
-            self._measure(query_QD, radius_Q, left_R, slot_S, workers, rows)
-            cost[1] += len(left_R) * len(slot_S)
-        self._searcher.last = (cost[0], cost[1], len(query_QD))
-        return rows
-
-    def _walk(
         self,
         query_QD: np.ndarray,
         radius_Q: np.ndarray,
-        part_R: np.ndarray,
         ef: int,
         filter: object,
+        exact: bool,
         workers: Workers,
-        rows: Rows,
-    ) -> np.ndarray:
-        """Write rows of what lies inside; which are not done, since most of what was held does, bool [R]."""
+        lock: ReadWriteLock,
+    ) -> Rows:
+        """Ids and distances of each query, in as many turns as writers ask for (`searching`).
+
+        Raises InputError for a filter that does not fit, DataError for distances that are no numbers.
+        """
+        query = _Query(query_QD, radius_Q, Asked(filter), ef, bool(exact))
+        while query.left_R.size or query.again_R.size:
+            with lock.read():
+                self._turn(query, workers, lock)
+        self._searcher.last = (*query.cost, len(query_QD))
+        return query.rows
+
+    def _turn(self, query: "_Query", workers: Workers, lock: ReadWriteLock) -> None:
+        """Answer queries until there are none left or a writer waits: one piece at least."""
+        held, slots = self._storage, self._slots
+        wanted = query.asked.on(slots)
+        slot_S = np.flatnonzero(slots.live()) if wanted is None else wanted.slots(slots.labels())
+        number, at_once = len(slot_S), max(1, HELD // query.ef)
+        if not number:
+            query.left_R = query.again_R = query.left_R[:0]
+        while query.left_R.size or query.again_R.size:
+            if not query.left_R.size:
+                query.left_R, query.again_R, query.ef = query.again_R, query.left_R, 2 * query.ef
+                at_once = max(1, HELD // query.ef)
+            is_few = wanted is not None and is_selective(number, query.first_ef, held.count)
+            # Nothing leads anywhere where memory ended while elements were linked.
+            if query.exact or is_few or held.graph[ENTRY] < 0 or MEASURED * query.ef >= number:
+                self._measure(query, slot_S, workers, lock)
+            else:
+                self._walk(query, query.left_R[:at_once], workers, lock)
+            if lock.is_wanted:
+                break
+
+    def _walk(self, query: "_Query", part_R: np.ndarray, workers: Workers, lock: ReadWriteLock) -> None:
+        """Write rows of what lies inside, of the first queries of a part; those where it is most of what was held walk again."""
+        ef = query.ef
         id_RK, distance_RK = np.full((len(part_R), ef), -1), np.full((len(part_R), ef), np.inf, np.float32)
-        self._searcher.many(query_QD[part_R], ef, filter, id_RK, distance_RK, workers)
+        done, hops, distances = self._searcher.many(
+            query.query_QD[part_R], ef, query.asked, id_RK, distance_RK, workers, lock
+        )
+        part_R, id_RK, distance_RK = part_R[:done], id_RK[:done], distance_RK[:done]
+        query.spend(hops, distances)
         found_RK = id_RK >= 0
         _check(distance_RK[found_RK])
-        inside_R = (found_RK & (distance_RK <= radius_Q[part_R, None])).sum(1)
+        inside_R = (found_RK & (distance_RK <= query.radius_Q[part_R, None])).sum(1)
         # A walk that ended before it held so many has seen all it can.
         more_R = found_RK[:, -1] & (2 * inside_R > ef)
         for place in np.flatnonzero(~more_R).tolist():
             end = int(inside_R[place])
-            rows[int(part_R[place])] = id_RK[place, :end].copy(), distance_RK[place, :end].copy()
-        return more_R
+            query.rows[int(part_R[place])] = id_RK[place, :end].copy(), distance_RK[place, :end].copy()
+        query.left_R, query.again_R = query.left_R[done:], np.concatenate([query.again_R, part_R[more_R]])
 
-    def _measure(
-        self,
-        query_QD: np.ndarray,
-        radius_Q: np.ndarray,
-        left_R: np.ndarray,
-        slot_S: np.ndarray,
-        workers: Workers,
-        rows: Rows,
-    ) -> None:
-        """Write rows of what lies inside of all slots."""
-        held, label_S = self._storage, self._slots.labels()[slot_S]
-        queries = held.encode_queries(query_QD[left_R])
+    def _measure(self, query: "_Query", slot_S: np.ndarray, workers: Workers, lock: ReadWriteLock) -> None:
+        """Write rows of what lies inside of all slots, of the first queries that are left."""
+        held, label_S, left_R = self._storage, self._slots.labels()[slot_S], query.left_R
 
         def work(begin: int, end: int) -> None:
             distance_S = np.empty(len(slot_S), np.float32)
+            queries = held.encode_queries(query.query_QD[left_R[begin:end]])
             for number in range(begin, end):
-                measure_slots(held.graph, slot_S, *queries, number, distance_S)
+                measure_slots(held.graph, slot_S, *queries, number - begin, distance_S)
                 _check(distance_S)
-                inside = np.flatnonzero(distance_S <= radius_Q[left_R[number]])
+                inside = np.flatnonzero(distance_S <= query.radius_Q[left_R[number]])
                 inside = inside[np.lexsort((label_S[inside], distance_S[inside]))]
-                rows[int(left_R[number])] = label_S[inside], distance_S[inside]
+                query.rows[int(left_R[number])] = label_S[inside], distance_S[inside]
 
-        workers.run(work, len(left_R), 1)
+        done, _ = in_pieces(work, len(left_R), piece_of(query.ef, slot_S), workers, lock)
+        query.spend(0, done * len(slot_S))
+        query.left_R = left_R[done:]
+
+
+class _Query:
+    """What is asked for, and how far it is answered.
+
+    Attributes:
+        ef: how many walks hold now.
+        first_ef: how many the first held.
+        left_R: numbers of those that are to be answered with that.
+        again_R: of those to be answered with twice as many.
+        rows: the answers.
+        cost: hops and distances so far.
+    """
+
+    def __init__(self, query_QD: np.ndarray, radius_Q: np.ndarray, asked: Asked, ef: int, exact: bool) -> None:
+        self.query_QD, self.radius_Q, self.asked, self.exact = query_QD, radius_Q, asked, exact
+        self.ef = self.first_ef = ef
+        self.left_R, self.again_R = np.arange(len(query_QD)), np.arange(0)
+        self.rows: Rows = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(query_QD)
+        self.cost = (0, 0)
+
+    def spend(self, hops: int, distances: int) -> None:
+        """Count what an answer cost."""
+        self.cost = self.cost[0] + hops, self.cost[1] + distances
 
 
 def _check(distance_S: np.ndarray) -> None:
