@@ -22,13 +22,9 @@ NOBODY = "-"
 # now; nobody waits longer than a bucket is kept (LONGEST_MS); and what is no number is no bucket.
 LONGEST_MS = 10**9
 REFILL = f"""
-local function number(text)
-  local found = tonumber(text or '')
-  return found and found - found == 0 and found or nil
-end
 local function refill(key, now, full)
   local held = redis.call('HMGET', key, 'level', 'at')
-  local level, at = number(held[1]), number(held[2])
+  local level, at = tonumber(held[1] or ''), tonumber(held[2] or '')
   if not level or not at then return full end
   if at > now then
     redis.call('HSET', key, 'at', string.format('%.17g', now))
