@@ -58,6 +58,12 @@ def test_what_a_chat_leaves_out_counts(body):
     assert native.tokens >= 2_000
 
 
+def test_a_thought_is_an_item_as_a_message_is_one():
+    thought = {"type": "reasoning", "summary": []}
+    native, chat = counts({"input": [USER, thought, thought]})
+    assert (native.tokens - chat.tokens, native.at_most - chat.at_most) == (8, 8)
+
+
 def test_what_is_said_twice_is_paid_for_twice():
     body = {"input": [{"role": "user", "content": LONG}, {"type": "reasoning", "summary": [{"text": LONG}]}]}
     assert counts(body)[0].at_most >= 2 * len(LONG)

@@ -95,6 +95,10 @@ def test_of_two_configs_the_slower_one_counts():
     other = box(b"stsd", b"\x00" * 4, struct.pack(">I", 1), entry)
     found = contained(file(tables=(stsz(100), other)))
     assert (found.seconds, found.is_counted) == (pytest.approx(100 * 1024 / 8_000), True)
+    for first, last in ((44_100, 8_000), (8_000, 44_100)):
+        other = box(b"stsd", b"\x00" * 12 + b"mp4a" + b"\x00" * 28, esds(CONFIGS[last]))
+        found = contained(file(tables=(stsz(100), other), config=CONFIGS[first]))
+        assert (found.seconds, found.is_counted) == (pytest.approx(100 * 1024 / 8_000), True)
     # One of another codec is not known at all.
     other = box(b"stsd", b"\x00" * 4, struct.pack(">I", 1), box(b"alac", b"\x00" * 60))
     assert not contained(file(tables=(stsz(100), other))).is_counted

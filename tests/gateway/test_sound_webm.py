@@ -61,6 +61,8 @@ def test_what_is_walked_past_is_the_sparsest_sound():
     raw = OPUS + CLUSTER + TIME + SMALL * 50
     filled = raw + element("EC", b"\x00" * 4_991)
     assert contained(filled).rest - contained(raw).rest == 5_000
+    broken = raw + b"\xec\x10\xff\xff\xff" + b"\x00" * 995
+    assert contained(broken).rest - contained(raw).rest == 1_000
     # However it calls itself, if it is longer than what says something.
     long = raw + element("4489", b"\x00" * 990)
     assert contained(long).rest - contained(raw).rest == 1_000
