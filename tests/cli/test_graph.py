@@ -294,6 +294,16 @@ def test_only_what_a_filter_lets_through_is_found(facts):
     assert (len(found["results"][0]["ids"]), found["recall"]) == (6, 1.0)
 
 
+def test_elements_are_let_through_by_name_and_deleted_ones_are_told_by_name(facts, here, place):
+    write_vectors(place / "o.parquet", Vectors(np.load(place / "v.npy")[:6], read_names(place / "named.anb").array))
+    facts("index", "o.parquet", "--out", "o.anb")
+    assert facts("search", "o.anb", "ann", "--only", "bob,x=1")["results"][0]["ids"] in ([1, 5], [5, 1])
+    assert set(facts("search", "o.anb", "ann", "--without", "bob,x=1")["results"][0]["ids"]) == {2, 3, 4}
+    facts("remove", "o.anb", "cat")
+    code, _, err = here("graph", "search", "o.anb", "ann", "cat")
+    assert (code, err) == (2, "error: 'cat' was deleted from the index\n")
+
+
 def test_elements_are_taken_out_brought_in_and_moved(facts, run, place):
     rows = np.load(place / "v.npy")
     facts("index", "v.npy", "--out", "c.anb", "--m", 6, "--ef-construction", 30, "--threads", 1)

@@ -18,6 +18,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.graph import HNSW
 from anabranch.graph.live import live_folder, open_index
 from anabranch.graph.live.log import Log
+from anabranch.graph.names import Names, write_names
 from anabranch.graph.serve import Limits, Sources, Writes, create_app, server
 from hnsw_checks import drawn
 from server_process import started
@@ -74,6 +75,15 @@ def error_of(answer):
 def metric(client, line):
     lines = client.get("/metrics").text.splitlines()
     return next((float(text.rsplit(" ", 1)[1]) for text in lines if text.startswith(line + " ")), None)
+
+
+def test_a_name_whose_element_was_deleted_is_told_by_its_name(path):
+    write_names(path, Names([f"n{row}" for row in range(COUNT)]))
+    client = served(path)
+    assert client.post("/delete", json={"names": ["n5"]}).status_code == 200
+    answer = client.post("/search", json={"names": ["n4", "n5"]})
+    assert error_of(answer) == (404, "unknown_id", "names[1] is 'n5', which was deleted")
+    client.__exit__(None, None, None)
 
 
 # What is taken

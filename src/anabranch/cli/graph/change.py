@@ -73,7 +73,10 @@ def remove(
         print_json(facts)
         return
     fact("removed", f"{len(ids):,} of {before['count']:,}   {after['deleted']:,} deleted ones are still in the file")
-    wrote(f"{out or index} ({size(after['size_bytes'])})", f"anabranch graph search {out or index} --check")
+    wrote(
+        f"{out or index} ({size((out or Path(index)).stat().st_size)})",
+        f"anabranch graph search {out or index} --check",
+    )
 
 
 def update(
@@ -117,7 +120,10 @@ def update(
         print_json(facts)
         return
     fact("updated", f"{new:,} new, {len(found.array) - new:,} moved   {len(made):,} vectors")
-    wrote(f"{out or index} ({size(facts['size_bytes'])})", f"anabranch graph search {out or index} --check")
+    wrote(
+        f"{out or index} ({size((out or Path(index)).stat().st_size)})",
+        f"anabranch graph search {out or index} --check",
+    )
 
 
 @contextmanager

@@ -250,7 +250,10 @@ def _index_vectors(
             coded if stats["code_bytes"] else "none yet: there are too few vectors, which are searched themselves",
         )
     if repaired:
-        fact("note", f"{repaired:,} vectors could not be reached and were linked; are many of them equal?")
+        fact(
+            "note",
+            f"{repaired:,} vectors that no list of links led to were linked; of many equal vectors there are more of them",
+        )
     wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph search {out} --rows 0 --check")
 
 

@@ -55,9 +55,10 @@ def search(
         bool, typer.Option("--exact", metavar=FLAG, help="Of --radius: measure every distance, so that none is missed.")
     ] = False,
     only: Annotated[
-        str | None, typer.Option(metavar="I,J", help="Find only elements with these ids, e.g. 0,7 or 0-9.")
+        str | None,
+        typer.Option(metavar="I,J", help="Find only these elements: ids, e.g. 0,7 or 0-9, or names, e.g. ann,bob."),
     ] = None,
-    without: Annotated[str | None, typer.Option(metavar="I,J", help="Find all but elements with these ids.")] = None,
+    without: Annotated[str | None, typer.Option(metavar="I,J", help="Find all but these elements.")] = None,
     check: Annotated[
         bool, typer.Option("--check", metavar=FLAG, help="Measure all distances too, and tell the recall.")
     ] = False,
@@ -93,7 +94,7 @@ def search(
 
     made, called = open_named(index, num_threads=threads)
     wanted = _wanted(made, called, names, queries, rows, sample if check or curve else None, seed)
-    wanted.allow(made, only, without)
+    wanted.allow(made, called, only, without)
     started = time.perf_counter()
     with waiting("searching", quiet):
         if radius is None:
@@ -143,8 +144,8 @@ class _Wanted:
         self.allowed: np.ndarray | None = None
         self.filter: Any = None
 
-    def allow(self, index: HNSW | DiskIndex, only: str | None, without: str | None) -> None:
-        """Let only some elements be found. Raises InputError for ids that are none, or if both are given."""
+    def allow(self, index: HNSW | DiskIndex, called: Names | None, only: str | None, without: str | None) -> None:
+        """Let only some elements be found. Raises InputError for what are no ids, or no names, or if both are given."""
         if only is None and without is None:
             return
         if only is not None and without is not None:
@@ -152,7 +153,9 @@ class _Wanted:
         import numpy as np
 
         ids = index.ids
-        chosen = np.isin(ids, numbers(only or without or "", "--only" if only is not None else "--without"))
+        text, option = only or without or "", "--only" if only is not None else "--without"
+        named = called is not None and not called.are_numbers
+        chosen = np.isin(ids, element_ids(called, text.split(",")) if named else numbers(text, option))
         self.allowed = ids[chosen if only is not None else ~chosen]
         self.filter = index.prepare_filter(self.allowed)
 
@@ -220,6 +223,9 @@ def _wanted(
         return _Wanted(found.array, None, titles)
     if names:
         ids = element_ids(called, names)
+        gone = [name for name, is_there in zip(names, index.contains(ids).tolist(), strict=True) if not is_there]
+        if called is not None and gone:
+            raise InputError(f"{gone[0]!r} was deleted from the index")
     elif rows is not None:
         ids = numbers(rows)
     elif sample is not None:

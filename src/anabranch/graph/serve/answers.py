@@ -22,7 +22,7 @@ def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
     if wanted.names is not None:
         own = _by_name(held.names, wanted.names, "names")
     if own is not None:
-        query = _rows(index, own)
+        query = _rows(index, own, wanted.names)
     else:
         assert wanted.vectors is not None
         query = fitting(wanted.vectors, index)
@@ -91,8 +91,11 @@ def answer_ppr(loaded: Loaded, wanted: Ppr) -> dict[str, Any]:
     return {"results": results, "generation": loaded.generation}
 
 
-def _rows(index: Any, own: np.ndarray) -> np.ndarray:
+def _rows(index: Any, own: np.ndarray, names: list[Any] | None) -> np.ndarray:
+    """Vectors of ids, which were asked for by ``names`` where there are some."""
     known = (own >= 0) & index.contains(np.maximum(own, 0))
+    if not known.all() and names is not None:
+        raise _gone(names, int(np.flatnonzero(~known)[0]))
     if not known.all():
         raise _unknown("ids", own, known, f"the {len(index):,} vectors")
     try:
@@ -101,6 +104,8 @@ def _rows(index: Any, own: np.ndarray) -> np.ndarray:
         raise RequestError(500, "damaged_index", str(error)) from None
     except InputError as error:
         # A change took one out just now.
+        if names is not None:
+            raise _gone(names, int(np.flatnonzero(~index.contains(own))[:1].sum())) from None
         raise RequestError(404, "unknown_id", str(error), field=str(error).partition(" ")[0]) from None
 
 
@@ -169,6 +174,12 @@ def _by_name(names: Names | None, asked: list[Any], field: str) -> np.ndarray:
         return names.ids_of(asked)
     except InputError as error:
         raise RequestError(404, "unknown_id", f"{field}: {error}", field=field) from None
+
+
+def _gone(names: list[Any], place: int) -> RequestError:
+    """Of a name that the index knows, and whose element was deleted."""
+    field = f"names[{place}]"
+    return RequestError(404, "unknown_id", f"{field} is {names[place]!r}, which was deleted", field=field)
 
 
 def _unknown(field: str, ids: np.ndarray, known: np.ndarray, of: str) -> RequestError:
