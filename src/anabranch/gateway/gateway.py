@@ -355,19 +355,25 @@ class Gateway(SyncGateway):
         return await listings.key_facts(self.store, self.config, record, self.now_s())
 
     async def feedback(self, body: dict[str, Any], *, key: Key = None) -> dict[str, Any]:
-        """Take a score for an answer, one from each key that may give one: the store keeps it. It counts as a request of its key.
+        """Take a score, a thumb or a preference for an answer, one from each key that may give one: the store keeps it.
+
+        It counts as a request of its key.
 
         Whether the strategy that chose learns from it is in the answer (``learned``) and up to `FeedbackConfig`. Raises ApiError.
         """
         record = key.record if isinstance(key, KnownKey) else await self.authenticate(key)
         await self._keys.admit(record)
         try:
-            row, score, learned = await self.teaching.score(body, record)
+            row, said, learned = await self.teaching.score(body, record)
         except CapacityError as error:
             raise unavailable(error) from None
-        self._overview.judged(row, score)
-        told = {"request_id": row.request_id, "score": score, "model": row.model, "learned": learned}
-        return {"object": "feedback", **told}
+        told: dict[str, Any] = {"object": "feedback", "request_id": row.request_id}
+        if said.score is not None:
+            self._overview.judged(row, said.score)
+            told["score"] = said.score
+        else:
+            told["preferred"] = list(said.preferred or ())
+        return {**told, "model": row.model, "learned": learned}
 
     def counted(
         self, record: KeyRecord | None, held: HeldBody | None = None

@@ -136,6 +136,21 @@ class Lane:
             self._waiting += 1
             self._threads.submit(self._observe, outcome).add_done_callback(self._observed)
 
+    @property
+    def compares(self) -> bool:
+        """Whether its strategy learns from preferences."""
+        return self.learns and type(self.strategy).prefer is not Strategy.prefer
+
+    def prefer(self, outcome: Outcome, better: str, worse: str) -> None:
+        """As `observe`, of a preference."""
+        if not self.compares:
+            return
+        if self.is_fast or self._threads is None:
+            self._prefer(outcome, better, worse)
+        elif self._waiting < WAITING:
+            self._waiting += 1
+            self._threads.submit(self._prefer, outcome, better, worse).add_done_callback(self._observed)
+
     async def explain(self, query: Query, pool: Pool) -> dict[str, Any]:
         """Why the strategy would decide so. Raises BypassError."""
         return dict(await self._called(lambda: self.strategy.explain(query, self.narrowed(pool)), JUDGING_S))
@@ -184,9 +199,15 @@ class Lane:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _observe(self, outcome: Outcome) -> None:
+        self._learn(lambda: self.strategy.observe(outcome))
+
+    def _prefer(self, outcome: Outcome, better: str, worse: str) -> None:
+        self._learn(lambda: self.strategy.prefer(outcome, better, worse))
+
+    def _learn(self, work: Callable[[], None]) -> None:
         self._told[0] += 1
         try:
-            self.strategy.observe(outcome)
+            work()
         except Exception as error:
             logger.warning("strategy %s failed to learn: %s", self.name, type(error).__name__)
 

@@ -38,7 +38,7 @@ _PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
 _GROUP = 1 << 16
 
 # What a value weighs beside its text: many short ones take as long as few long ones.
-_VALUE = 1 << 4
+_VALUE = 1 << 6
 
 # Items of a list, each short, that are written at once.
 _ITEMS = 1 << 12

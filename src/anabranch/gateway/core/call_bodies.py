@@ -5,6 +5,7 @@ request that send it: samples differ in what a call says itself (`SAID`), of whi
 """
 
 import asyncio
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -106,7 +107,11 @@ def _is_same(one: Json, other: Json) -> bool:
 
 
 def _are_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return len(one) == len(other) and all(map(_is_one, one, other))
+    if len(one) != len(other):
+        return False
+    # Of tens of thousands, most are the same objects: that is seen in C.
+    rest = [at for at, is_same in enumerate(map(operator.is_, one, other)) if not is_same]
+    return all(_is_one(one[at], other[at]) for at in rest)
 
 
 def _is_one(one: Any, other: Any) -> bool:

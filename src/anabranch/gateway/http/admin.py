@@ -223,7 +223,11 @@ class AdminRoutes:
 
     async def _feedback(self, call: _Call) -> Any:
         rows = await self._gateway.store.feedbacks(call.name or None, call.number("limit", 100))
-        return {"feedback": [dataclasses.asdict(row) for row in rows]}
+        compared = await self._gateway.store.preferences(call.name or None, call.number("limit", 100))
+        return {
+            "feedback": [dataclasses.asdict(row) for row in rows],
+            "preferences": [dataclasses.asdict(row) for row in compared],
+        }
 
     async def _ledger(self, call: _Call) -> Any:
         names = ("request_id", "key_id", "user", "team", "tag", "model", "strategy", "status", "parent_id")

@@ -136,10 +136,20 @@ def _bodies(most_tokens: int) -> dict[str, dict[str, Any]]:
         },
         "Feedback": {
             "type": "object",
-            "required": ["request_id", "score"],
+            "required": ["request_id"],
+            "oneOf": [{"required": ["score"]}, {"required": ["thumb"]}, {"required": ["preferred"]}],
+            "additionalProperties": False,
             "properties": {
                 "request_id": {"type": "string", "minLength": 1, "maxLength": 128},
                 "score": {"type": "number", "minimum": 0, "maximum": 1},
+                "thumb": {"type": "string", "enum": ["up", "down"]},
+                "preferred": {
+                    "description": "what is better, what is worse: models, or requests that they answered; one is this request's",
+                    "type": "array",
+                    "items": {"type": "string", "minLength": 1, "maxLength": 512},
+                    "minItems": 2,
+                    "maxItems": 2,
+                },
                 "comment": {"type": ["string", "null"], "maxLength": 2000},
             },
         },
@@ -195,7 +205,9 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
             "/v1/responses/input_tokens": post("Responses", "Count the tokens of a prompt", False, id="input_tokens"),
             "/v1/messages": post("Messages", "Answer, in the form of Anthropic's Messages API, errors too", True),
             "/v1/messages/count_tokens": post("Messages", "Count the tokens of a prompt", False, id="count_tokens"),
-            "/v1/feedback": post("Feedback", "Score an answer, from 0 to 1; once", False, "409"),
+            "/v1/feedback": post(
+                "Feedback", "Score an answer, from 0 to 1, by a thumb, or against another; once", False, "409"
+            ),
             "/v1/models": get("Models and strategies", "application/json", "401", "503"),
             "/v1/key": get("Limits, budgets and spend of the key that asks", "application/json", "401", "429", "503"),
             "/health": get("The process is alive"),

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import AnabranchError
 from anabranch.gateway.config.strategies import Who
+from anabranch.gateway.learning import said
 from anabranch.gateway.learning.fair import FairShare
 from anabranch.gateway.learning.permission import is_learned_of, may_score, may_teach
+from anabranch.gateway.learning.said import Said
 from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.learning.waiting import Waiting
 from anabranch.gateway.store import KeyRecord, LedgerQuery, LedgerRow, SaidBeforeError
@@ -46,16 +48,17 @@ class Teaching:
         self._shares: dict[tuple[str, bool], FairShare] = {}
         self._keys: dict[str, KeyRecord] = {}
         self._keys_read_s = 0.0
-        # Requests that are being scored now, and by whom.
-        self._scoring: set[tuple[str, str]] = set()
+        # Requests that are being scored now, by whom, and how.
+        self._scoring: set[tuple[str, str, str]] = set()
         # Scores that wait for the row of their request.
         self._later: set[asyncio.Task[None]] = set()
-        self._last_seq = 0
+        self._last_seq = self._last_preference = 0
 
     async def start(self) -> None:
         """Learn which keys there are, and what is no news."""
         await self.read_keys()
         self._last_seq = await self._services.store.newest_score()
+        self._last_preference = await self._services.store.newest_preference()
 
     # Requests that end
 
@@ -88,31 +91,61 @@ class Teaching:
 
     # Scores
 
-    async def score(self, body: Mapping[str, Any], giver: KeyRecord | None) -> tuple[LedgerRow, float, bool]:
+    async def score(self, body: Mapping[str, Any], giver: KeyRecord | None) -> tuple[LedgerRow, Said, bool]:
         """Take ``POST /v1/feedback``: the store keeps it, and the strategy that chose may learn from it.
 
-        Returns the request, its score, and whether the strategy was told. Raises ApiError.
+        Returns the request, what was said of it, two models where it was a preference, and whether the strategy was told. Raises ApiError.
         """
-        id, score, comment = _read(body)
-        whose = "" if giver is None else giver.id
-        if (id, whose) in self._scoring:
-            raise _scored_before(id)
-        self._scoring.add((id, whose))
+        told = said.read(body)
+        id, whose = told.id, "" if giver is None else giver.id
+        mark = (id, whose, _kind(told))
+        if mark in self._scoring:
+            raise said.scored_before(id)
+        self._scoring.add(mark)
         is_written = True
         try:
             row, is_written = await self._row(id, giver)
+            if told.preferred is not None:
+                told = replace(told, preferred=await self._models(row, told.preferred, giver))
             if is_written:
-                await self._keep(row, score, whose, comment)
+                await self._keep(row, told, whose)
             else:
-                self._keep_later(row, score, whose, comment)
+                self._keep_later(row, told, whose)
             # Where one key is new, others may be.
             await self.read_keys(0.0 if giver is not None and giver.id not in self._keys else FRESH_S)
         except SaidBeforeError:
-            raise _scored_before(id) from None
+            raise said.scored_before(id) from None
+        except ApiError:
+            # Nothing will be written later.
+            is_written = True
+            raise
         finally:
             if is_written:
-                self._scoring.discard((id, whose))
-        return row, score, self._learn(id, score, giver)
+                self._scoring.discard(mark)
+        return row, told, self._learn(told, giver)
+
+    async def _models(self, row: LedgerRow, pair: tuple[str, str], giver: KeyRecord | None) -> tuple[str, str]:
+        """The models of a preference, where each may be named by a request that it answered. Raises ApiError (400)."""
+        better, worse = [await self._model(name, giver) for name in pair]
+        if better == worse:
+            raise wrong("preferred", f"preferred names {better!r} twice; it must be [better, worse] of two models")
+        if row.model not in (better, worse):
+            raise wrong("preferred", f"preferred must name the model of this request, {row.model!r}, and another one")
+        return better, worse
+
+    async def _model(self, name: str, giver: KeyRecord | None) -> str:
+        # What a key may not use is not told from what is not there.
+        if name in self._services.runtime.models and (giver is None or giver.is_admin or giver.allows(name)):
+            return name
+        try:
+            row = (await self._row(name, giver))[0] if said.is_id(name) else None
+        except ApiError:
+            row = None
+        if row is None or not row.model:
+            raise wrong(
+                "preferred", f"preferred names {name!r}, which is no model and no answered request that you may score"
+            )
+        return row.model
 
     async def _row(self, id: str, giver: KeyRecord | None) -> tuple[LedgerRow, bool]:
         """The request, and whether it is in the store already, if the giver may say something of it.
@@ -130,23 +163,26 @@ class Teaching:
             raise ApiError(404, "unknown_request", f"there is no request {id!r}", param="request_id")
         return row, is_written
 
-    async def _keep(self, row: LedgerRow, score: float, whose: str, comment: str) -> None:
-        """Have the store keep a score. Raises SaidBeforeError, CapacityError."""
-        await self._services.store.feedback(
-            row.request_id, score, key_id=whose, owner=row.key_id, comment=comment, once=True
-        )
+    async def _keep(self, row: LedgerRow, told: Said, whose: str) -> None:
+        """Have the store keep what was said. Raises SaidBeforeError, CapacityError."""
+        store, how = self._services.store, {"key_id": whose, "owner": row.key_id, "comment": told.comment}
+        if told.preferred is not None:
+            await store.preference(row.request_id, *told.preferred, **how, once=True)
+        else:
+            assert told.score is not None
+            await store.feedback(row.request_id, told.score, **how, once=True)
 
-    def _keep_later(self, row: LedgerRow, score: float, whose: str, comment: str) -> None:
-        """Have the store keep a score of a request as soon as it has its row."""
+    def _keep_later(self, row: LedgerRow, told: Said, whose: str) -> None:
+        """Have the store keep what was said of a request as soon as it has its row."""
 
         async def later() -> None:
             try:
                 await self._services.unsettled.wait(row.request_id)
-                await self._keep(row, score, whose, comment)
+                await self._keep(row, told, whose)
             except AnabranchError as error:
-                logger.warning("a score of request %s is not kept: %s", row.request_id, error)
+                logger.warning("feedback of request %s is not kept: %s", row.request_id, error)
             finally:
-                self._scoring.discard((row.request_id, whose))
+                self._scoring.discard((row.request_id, whose, _kind(told)))
 
         task = asyncio.ensure_future(later())
         self._later.add(task)
@@ -158,33 +194,48 @@ class Teaching:
             await asyncio.wait(list(self._later))
 
     async def catch_up(self) -> None:
-        """Learn from scores that other processes on the same store were sent for requests that were decided here."""
+        """Learn from what other processes on the same store were sent of requests that were decided here."""
         store = self._services.store
         for seq, id, key_id, score in await store.scores_after(self._last_seq - OVERLAP):
             self._last_seq = max(self._last_seq, seq)
-            giver = self._keys.get(key_id)
-            # A key that is not known, or has ended, is not nobody.
-            is_known = giver is not None or not key_id
-            if is_known and id in self.waiting and (id, key_id) not in self._scoring:
-                self._learn(id, score, giver)
+            self._learn_of_another(Said(id=id, score=score), key_id)
+        for seq, id, key_id, better, worse in await store.preferences_after(self._last_preference - OVERLAP):
+            self._last_preference = max(self._last_preference, seq)
+            self._learn_of_another(Said(id=id, preferred=(better, worse)), key_id)
 
-    def _learn(self, id: str, score: float, giver: KeyRecord | None) -> bool:
-        """Tell the strategy, once for each request; whether it was told."""
-        waited = self.waiting.get(id)
+    def _learn_of_another(self, told: Said, key_id: str) -> None:
+        giver = self._keys.get(key_id)
+        # A key that is not known, or has ended, is not nobody.
+        is_known = giver is not None or not key_id
+        if is_known and told.id in self.waiting and (told.id, key_id, _kind(told)) not in self._scoring:
+            self._learn(told, giver)
+
+    def _learn(self, told: Said, giver: KeyRecord | None) -> bool:
+        """Tell the strategy, once for each request, and once of a preference; whether it was told."""
+        waited = self.waiting.get(told.id)
         lane = None if waited is None else self._lane(waited.strategy)
         whose = "" if giver is None else giver.id
         # What was refused stays so, also where it is read from the store again, or the settings have changed since.
-        if waited is None or lane is None or whose in waited.refused:
+        if waited is None or lane is None or whose in waited.refused or _kind(told) in waited.told:
+            return False
+        if told.preferred is not None and not lane.compares:
             return False
         may = may_teach(self._who(lane), giver, waited.key_id, waited.team)
         if not may or not is_learned_of(lane.settings, waited.key_id, waited.team):
             waited.refused.add(whose)
             self._count(lane, "not_allowed")
             return False
-        self.waiting.take(id)
+        if lane.compares:
+            # The other kind may still come.
+            waited.told.add(_kind(told))
+        else:
+            self.waiting.take(told.id)
         if not self._admit(lane, whose, giver, is_scored=True):
             return False
-        lane.observe(replace(waited.outcome, quality=score))
+        if told.preferred is not None:
+            lane.prefer(waited.outcome, *told.preferred)
+        else:
+            lane.observe(replace(waited.outcome, quality=told.score))
         return True
 
     # Limits
@@ -228,19 +279,5 @@ class Teaching:
         self._services.metrics.outcomes.labels(lane.name, result).inc()
 
 
-def _read(body: Mapping[str, Any]) -> tuple[str, float, str]:
-    """Request, score and comment. Raises ApiError."""
-    id, score, comment = body.get("request_id"), body.get("score"), body.get("comment")
-    if not (isinstance(id, str) and 0 < len(id) <= 128 and id.isascii() and id.isprintable()):
-        raise wrong("request_id", "request_id must be that of an answer (its header x-request-id)")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise wrong("score", "score must be a number from 0 to 1")
-    if comment is not None and (not isinstance(comment, str) or len(comment) > 2000):
-        raise wrong("comment", "comment must be text of at most 2,000 characters")
-    return id, float(score), comment or ""
-
-
-def _scored_before(id: str) -> ApiError:
-    return ApiError(
-        409, "scored_before", f"this key has scored {id!r} already; a request is scored once", param="request_id"
-    )
+def _kind(told: Said) -> str:
+    return "score" if told.preferred is None else "preferred"

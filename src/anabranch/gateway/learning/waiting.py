@@ -21,6 +21,7 @@ class Waited:
         key_id, team: of the request; empty if it had none.
         outcome: without the conversation and the answer.
         refused: ids of keys whose scores of it teach nothing.
+        told: what the strategy was told of it: a score, a preference.
     """
 
     strategy: str
@@ -28,6 +29,7 @@ class Waited:
     team: str
     outcome: Outcome
     refused: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
 
     @property
     def characters(self) -> int:

@@ -4,7 +4,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from anabranch.errors import InputError
 from anabranch.gateway.store import schema
@@ -19,6 +19,7 @@ from anabranch.gateway.store.records import (
     KeyRecord,
     LedgerQuery,
     LedgerRow,
+    PreferenceRow,
     Spend,
     parted,
 )
@@ -250,8 +251,14 @@ def read_bodies(
     return found
 
 
-def put_feedback(connection: Connection, row: Row, key_id: str | None, once: bool) -> tuple[LedgerRow | None, bool]:
-    """Keep a row of feedback in the place of what its key said of the request before; the row of the request as it was.
+def put_feedback(
+    connection: Connection,
+    row: Row,
+    key_id: str | None,
+    once: bool,
+    table: Literal["feedback", "preferences"] = "feedback",
+) -> tuple[LedgerRow | None, bool]:
+    """Keep a row of feedback, or a preference, in the place of what its key said of the request before; the row of the request as it was.
 
     None if there is no such request, or it was of another key than ``key_id`` (None for an operator). And whether it was kept: not where
     its key has said something before and may do so ``once``. Applied again, it is kept still.
@@ -262,14 +269,14 @@ def put_feedback(connection: Connection, row: Row, key_id: str | None, once: boo
     found = read_ledger_rows(connection, LedgerQuery(request_id=row[0], key_id=key_id))
     if not found:
         return None, False
+    columns = schema.FEEDBACK if table == "feedback" else schema.PREFERENCES
     if once:
-        columns = ", ".join(schema.FEEDBACK)
-        sql = f"SELECT {columns} FROM feedback WHERE request_id = :request AND key_id = :key"
+        sql = f"SELECT {', '.join(columns)} FROM {table} WHERE request_id = :request AND key_id = :key"
         before = connection.rows(sql, **values)
         if before:
             return found[0], tuple(row) in [tuple(one) for one in before]
-    connection.run("DELETE FROM feedback WHERE request_id = :request AND key_id = :key", **values)
-    connection.insert("feedback", schema.FEEDBACK, [row])
+    connection.run(f"DELETE FROM {table} WHERE request_id = :request AND key_id = :key", **values)
+    connection.insert(table, columns, [row])
     return found[0], True
 
 
@@ -282,6 +289,27 @@ def read_feedback(connection: Connection, request_id: str | None, limit: int) ->
         f"SELECT {columns} FROM feedback WHERE {part} ORDER BY seq DESC LIMIT {int(limit)}", **values
     )
     return [FeedbackRow(**dict(zip(schema.FEEDBACK, row, strict=True))) for row in rows]
+
+
+def read_preferences(connection: Connection, request_id: str | None, limit: int) -> list[PreferenceRow]:
+    """Newest first."""
+    part = "1 = 1" if request_id is None else "request_id = :request"
+    values = {} if request_id is None else {"request": request_id}
+    sql = f"SELECT {', '.join(schema.PREFERENCES)} FROM preferences WHERE {part} ORDER BY seq DESC LIMIT {int(limit)}"
+    return [PreferenceRow(**dict(zip(schema.PREFERENCES, row, strict=True))) for row in connection.rows(sql, **values)]
+
+
+def read_new_preferences(connection: Connection, after: int) -> list[Row]:
+    """Number, request, who said so, what is better and what is worse, in the order of the numbers."""
+    columns = "seq, request_id, key_id, better, worse"
+    return connection.rows(
+        f"SELECT {columns} FROM preferences WHERE seq > :after ORDER BY seq LIMIT {SCORES}", after=after
+    )
+
+
+def newest_preference(connection: Connection) -> int:
+    """Number of the newest one; 0 if there is none."""
+    return int(connection.rows("SELECT coalesce(max(seq), 0) FROM preferences")[0][0])
 
 
 def read_scores(connection: Connection, after: int) -> list[Row]:
@@ -304,6 +332,7 @@ def delete_before(connection: Connection, before_us: int, most: int) -> int:
         ("texts", "request_id"),
         ("collected", "key"),
         ("feedback", "seq"),
+        ("preferences", "seq"),
     ):
         count += connection.run(
             f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE ts_us < :before LIMIT {most})",

@@ -379,6 +379,26 @@ class FeedbackRow:
     comment: str
 
 
+@dataclass(frozen=True, slots=True)
+class PreferenceRow:
+    """Whose answer somebody preferred to whose.
+
+    Attributes:
+        request_id: of the request whose answer was one of the two.
+        ts_us: when it was said.
+        key_id: who said it.
+        better, worse: models.
+        comment: in words.
+    """
+
+    request_id: str
+    ts_us: int
+    key_id: str
+    better: str
+    worse: str
+    comment: str
+
+
 def joined(items: Sequence[str]) -> str:
     """A list of names as one text: ``,a,b,``; empty for none. Names hold no commas, or lose them."""
     return f",{','.join(clean(item).replace(',', ';') for item in items)}," if items else ""

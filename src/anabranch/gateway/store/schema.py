@@ -92,6 +92,13 @@ MIGRATIONS: list[Sequence[str]] = [
     ("CREATE INDEX ledger_by_key ON ledger (key_id, ts_us, parent_id, cost_nano)",),
     # What nobody outside can know, so that none can work out on whom a draw falls.
     ("CREATE TABLE secrets (name TEXT PRIMARY KEY, value TEXT NOT NULL)",),
+    # Whose answer somebody preferred to whose: no score, so that no mean of scores has to leave it out.
+    (
+        """CREATE TABLE preferences (
+            seq {serial}, request_id TEXT NOT NULL, ts_us BIGINT NOT NULL, key_id TEXT NOT NULL, better TEXT NOT NULL,
+            worse TEXT NOT NULL, comment TEXT NOT NULL)""",
+        "CREATE INDEX preferences_by_request ON preferences (request_id)",
+    ),
 ]
 
 # What is in every store, of whatever version.
@@ -153,6 +160,7 @@ LEDGER = (
 )
 DECISIONS = ("request_id", "ts_us", "strategy", "model", "body")
 FEEDBACK = ("request_id", "ts_us", "key_id", "score", "comment")
+PREFERENCES = ("request_id", "ts_us", "key_id", "better", "worse", "comment")
 TEXTS = ("request_id", "ts_us", "body")
 ALERTS = ("id", "period", "ts_us", "next_us", "tries", "sent_us", "body")
 COLLECTED = ("key", "ts_us", "body")

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from anabranch.bounds import finite
 from anabranch.errors import InputError
@@ -15,6 +15,7 @@ from anabranch.gateway.store.records import (
     FeedbackRow,
     LedgerQuery,
     LedgerRow,
+    PreferenceRow,
     SaidBeforeError,
     Spend,
     clean,
@@ -97,14 +98,45 @@ class StoreHistory(StoreAccess):
         Raises InputError if there is no such request, or it was somebody else's (which is not told apart); SaidBeforeError.
         """
         score = finite("score", score, -1e9, 1e9)
-        whose = key_id if owner is None else owner
         row = (request_id, self._now_us(), key_id or "", score, clean(comment, 2000))
-        found, is_kept = await self._do(lambda connection: queries.put_feedback(connection, row, whose, once))
+        return await self._keep_said("feedback", row, key_id if owner is None else owner, once)
+
+    async def preference(
+        self,
+        request_id: str,
+        better: str,
+        worse: str,
+        *,
+        key_id: str | None = None,
+        owner: str | None = None,
+        comment: str = "",
+        once: bool = False,
+    ) -> LedgerRow:
+        """Keep whose answer somebody preferred to whose; all else is as of `feedback`. One of the two models answered the request."""
+        row = (request_id, self._now_us(), key_id or "", clean(better), clean(worse), clean(comment, 2000))
+        return await self._keep_said("preferences", row, key_id if owner is None else owner, once)
+
+    async def _keep_said(
+        self, table: Literal["feedback", "preferences"], row: tuple[Any, ...], whose: str | None, once: bool
+    ) -> LedgerRow:
+        found, is_kept = await self._do(lambda connection: queries.put_feedback(connection, row, whose, once, table))
         if found is None:
-            raise InputError(f"there is no request {request_id[:REQUEST_CHARACTERS]!r}")
+            raise InputError(f"there is no request {row[0][:REQUEST_CHARACTERS]!r}")
         if not is_kept:
-            raise SaidBeforeError(f"this key has scored {request_id!r} already; a request is scored once")
+            raise SaidBeforeError(f"this key has scored {row[0]!r} already; a request is scored once")
         return found
+
+    async def preferences(self, request_id: str | None = None, limit: int = 100) -> list[PreferenceRow]:
+        """Of one request, or of all, newest first."""
+        return await self._read(lambda connection: queries.read_preferences(connection, request_id, limit))
+
+    async def preferences_after(self, seq: int) -> list[tuple[int, str, str, str, str]]:
+        """As `scores_after`: number, request, who said so, the better model, the worse."""
+        return await self._read(lambda connection: queries.read_new_preferences(connection, seq))
+
+    async def newest_preference(self) -> int:
+        """The number of the newest preference; 0 if there is none."""
+        return await self._read(queries.newest_preference)
 
     async def scores_after(self, seq: int) -> list[tuple[int, str, str, float]]:
         """Scores behind one in the order in which they were numbered, some thousand at most: number, request, who said so, score."""

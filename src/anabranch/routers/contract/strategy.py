@@ -198,6 +198,14 @@ class Strategy(Part, family="strategy"):
     def observe(self, outcome: Outcome) -> None:
         """Learn from one outcome. Outcomes without a quality may teach cost and latency."""
 
+    def prefer(self, outcome: Outcome, better: str, worse: str) -> None:
+        """Learn that somebody preferred one model's answer to another's; most strategies learn nothing of that.
+
+        Args:
+            outcome: of the request that one of the two answered, as `observe` was told it.
+            better, worse: models.
+        """
+
     def join(self, model: Model, shots: Recorded | None = None) -> None:
         """Let a model join that was not there when it learned; it chooses among that one too from now on.
 

@@ -257,6 +257,12 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         if self._now_s - self._ticked_s >= self.config.tick_s:
             self.tick()
 
+    def prefer(self, outcome: Outcome, better: str, worse: str) -> None:
+        """Learn which of two arms did better with a request that it still knows of."""
+        cache, decision = self.cache, outcome.decision
+        if cache is not None and decision is not None:
+            cache.feedback(decision.details.get("id", ""), preferred=(better, worse))
+
     def _note(self, routed: Routed, outcome: Outcome) -> None:
         """Have an answer compared, if that is wanted. What may teach nothing comes without its time."""
         choice = routed.choice
