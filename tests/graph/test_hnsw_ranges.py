@@ -308,3 +308,50 @@ def test_http_tells_damage(client):
     held.rows.view(np.float32)[:, 0] = np.inf
     answer = client.post("/search", json={"vectors": VECTORS[:1].tolist(), "radius": 1})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "damaged_index")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "pq", "rerank": False},
+        {"quantization": "int4", "rerank": False},
+        {"quantization": "int4", "rerank": 2},
+        {"dtype": "i8", "rerank": False},
+    ],
+    ids=str,
+)
+def test_a_walk_and_a_scan_mean_the_same_by_within(options):
+    """Codes without measuring again told their own distances on walks alone, some of them below zero."""
+    vectors = drawn(2000, 24, 5)
+    index = HNSW(24, M=10, ef_construction=60, num_threads=1, **options)
+    index.add(vectors)
+    walked, scanned = (index.range_search(vectors[:30], 20.0, ef=32, exact=exact) for exact in (False, True))
+    for number in range(30):
+        (ids, far), (all_ids, all_far) = (
+            (found.ids[begin:end].tolist(), found.distances[begin:end].tolist())
+            for found in (walked, scanned)
+            for begin, end in [found.indptr[number : number + 2]]
+        )
+        known = dict(zip(all_ids, all_far, strict=True))
+        assert [known[id] for id in ids] == far == sorted(far)
+        assert min(all_far) >= 0
+        if "quantization" in options:
+            assert far[0] == 0
+            np.testing.assert_allclose(all_far, ((vectors[all_ids] - vectors[number]) ** 2).sum(1), rtol=1e-4)
+    assert len(walked.ids) > 0.8 * len(scanned.ids)
+
+
+@pytest.mark.parametrize("options", [{"quantization": "int4"}, {"dtype": "i8"}], ids=str)
+def test_no_squared_distance_is_below_zero(options):
+    vectors = drawn(1500, 24, 5)
+    index = HNSW(24, M=10, ef_construction=60, num_threads=1, rerank=False, **options)
+    index.add(vectors)
+    few = np.arange(20)
+    for ids, far in (
+        index.search(vectors[:300], 5),
+        index.search(vectors[:20], 5, filter=few),
+        *(index.search(row, 5) for row in vectors[:50]),
+    ):
+        assert far.min() >= 0
+        order = np.lexsort((ids, far), axis=1)
+        assert (order == np.arange(ids.shape[1])).all()

@@ -341,7 +341,8 @@ class HNSW:
     ) -> Within:
         """All within a radius of each query.
 
-        What is returned is within it, with the distance that `search` gives. What may be missing is what `search` misses with an ``ef`` of
+        What is returned is within it, with the distance that `search` gives (but of codes with ``rerank=False``, where `search` tells
+        distances of codes: here those of the vectors count). What may be missing is what `search` misses with an ``ef`` of
         at least twice as many as are within: the walk holds ``ef``, then twice as many and so on, until at most half of them are. Where
         that would be more than a sixteenth of all elements, and with ``exact``, every distance is measured and nothing is missing.
 

@@ -3,6 +3,9 @@
 A walk of width ef finds the ef nearest (`search`). If at most half of them are within the radius, those inside are taken: the walk went as
 far beyond the border as there is inside. Otherwise it is made again with twice the width, and where it would hold one in `MEASURED` of all,
 every distance is measured, which is quicker then, and exact.
+
+What is within is decided by one kind of distance, whichever way it was found: that of the vectors where they are there (also where a walk
+over codes does not measure again, ``rerank=False``), else that of the short rows.
 """
 # Shapes: Q queries, R rows still to do, S slots, Z results
 
@@ -17,7 +20,7 @@ from anabranch.graph.hnsw.layout import AUX, ENTRY, FULL, FULL_STRIDE, FULL_WIDT
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.measuring import distance
 from anabranch.graph.hnsw.raw import address, kernel
-from anabranch.graph.hnsw.search import is_selective
+from anabranch.graph.hnsw.search import at_least_zero, is_selective
 from anabranch.graph.hnsw.searching import Searcher, in_pieces, piece_of
 
 # All are measured where a walk would hold one in so many.
@@ -127,6 +130,7 @@ class Ranges:
         )
         part_R, id_RK, distance_RK = part_R[:done], id_RK[:done], distance_RK[:done]
         query.spend(hops, distances)
+        self._by_vectors(query.query_QD[part_R], id_RK, distance_RK)
         found_RK = id_RK >= 0
         _check(distance_RK[found_RK])
         inside_R = (found_RK & (distance_RK <= query.radius_Q[part_R, None])).sum(1)
@@ -136,6 +140,19 @@ class Ranges:
             end = int(inside_R[place])
             query.rows[int(part_R[place])] = id_RK[place, :end].copy(), distance_RK[place, :end].copy()
         query.left_R, query.again_R = query.left_R[done:], np.concatenate([query.again_R, part_R[more_R]])
+
+    def _by_vectors(self, query_RD: np.ndarray, id_RK: np.ndarray, distance_RK: np.ndarray) -> None:
+        """Measure what walks found again, where that was by codes alone, and sort it."""
+        held = self._storage
+        if self._searcher.rerank or held.coded is None or not held.coded.is_trained:
+            return
+        queries = held.encode_queries(query_RD)
+        for number in range(len(id_RK)):
+            count = int((id_RK[number] >= 0).sum())
+            id_S, distance_S = id_RK[number, :count].copy(), np.empty(count, np.float32)
+            measure_slots(held.graph, self._slots.find(id_S), *queries, number, distance_S)
+            order = np.lexsort((id_S, distance_S))
+            id_RK[number, :count], distance_RK[number, :count] = id_S[order], distance_S[order]
 
     def _measure(self, query: "_Query", slot_S: np.ndarray, workers: Workers, lock: ReadWriteLock) -> None:
         """Write rows of what lies inside of all slots, of the first queries that are left."""
@@ -199,3 +216,4 @@ def measure_slots(graph, slot_S, query_Q, aux_Q, full_Q, number, distance_S):
     for place in range(len(slot_S)):
         slot = np.int64(slot_S[place])
         distance_S[place] = distance(kind, query, scale, norm, rows + slot * stride, aux, slot, width)
+    at_least_zero(kind, distance_S, len(slot_S))

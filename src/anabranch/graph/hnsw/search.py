@@ -23,6 +23,7 @@ from anabranch.graph.hnsw.layout import (
     FULL_STRIDE,
     FULL_WIDTH,
     KIND,
+    L2_I8,
     ROWS,
     STRIDE,
     TOP,
@@ -33,6 +34,7 @@ from anabranch.graph.hnsw.layout import (
 )
 from anabranch.graph.hnsw.measuring import AT_ONCE, distance, distances, room_for_some
 from anabranch.graph.hnsw.raw import (
+    L2_I4,
     LANES,
     address,
     count_not_above,
@@ -309,6 +311,15 @@ def sort_ties(distance_R, slot_R, count, labels):
 
 
 @helper
+def at_least_zero(kind, found_d, count):
+    """Raise squared distances to zero that came out below it: of rows of few bits they are sums of products, which do not quite cancel."""
+    if kind == L2_I8 or kind == L2_I4:
+        for place in range(count):
+            if found_d[place] < np.float32(0.0):
+                found_d[place] = np.float32(0.0)
+
+
+@helper
 def finish(graph, full_query, count, keep, labels, found_d, found_i, id_K, distance_K):
     """Measure the nearest ``keep`` again where rows are not final, sort, and write the nearest K with their labels; how many these are."""
     if graph[FULL] != 0:
@@ -317,6 +328,8 @@ def finish(graph, full_query, count, keep, labels, found_d, found_i, id_K, dista
             row = graph[FULL] + np.int64(found_i[place]) * graph[FULL_STRIDE]
             zero = np.float32(0.0)
             found_d[place] = distance(graph[KIND] & 1, full_query, zero, zero, row, 0, 0, graph[FULL_WIDTH])
+    else:
+        at_least_zero(graph[KIND], found_d, count)
     sort_ties(found_d, found_i, count, labels)
     count = min(count, len(id_K))
     for place in range(count):
@@ -408,6 +421,7 @@ def scan_many(graph, label_N, slot_S, query_Q, aux_Q, full_Q, begin, end, id_QK,
             if found < best_d[room - 1]:
                 insert(best_d, best_i, size, room, found, slot)
                 size = min(size + 1, room)
+        at_least_zero(kind, best_d, size)
         sort_ties(best_d, best_i, size, address(label_N))
         for place in range(size):
             id_QK[number, place] = label_N[best_i[place]]

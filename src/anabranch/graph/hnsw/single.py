@@ -164,7 +164,7 @@ def is_plain(graph, visited):
 
 @helper
 def answer(graph, full, count, hops, evaluations, best_d, best_i, keep, id_1K, distance_1K):
-    """Write the results of a search, and nothing behind the last; its cost in one number."""
+    """Write the results of a search (`finish`), and nothing behind the last; its cost in one number."""
     for place in range(count):
         best_i[place] = ~best_i[place]
     k = id_1K.shape[1]
