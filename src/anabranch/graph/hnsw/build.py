@@ -3,6 +3,9 @@
 A batch is inserted in two steps. `link_new` searches the graph as it was before the batch and writes the links of the new elements, which
 nobody sees yet. `link_back` then adds the batch to the lists of its targets, one list at a time. Either step may be split among threads in
 any way: each list is written once, from what the step before left, so the bytes are the same for any number of threads.
+
+Equal vectors would fill each other's lists until nothing leads out of them or to the last that came. So at most half of a list leads to
+equals of its element (`select`), and one that finds this half full stands between its equal and another (`stand_between`).
 """
 # Shapes: B batch, T targets, K candidates
 
@@ -34,7 +37,7 @@ from anabranch.graph.hnsw.layout import (
 )
 from anabranch.graph.hnsw.measuring import distance
 from anabranch.graph.hnsw.raw import address, get_i32, get_u8, helper, kernel, set_i32, set_u8
-from anabranch.graph.hnsw.search import INFINITY, PADDING, clear, descend, insert, next_tag, pool_search
+from anabranch.graph.hnsw.search import INFINITY, PADDING, clear, descend, insert, is_equal, next_tag, pool_search
 
 NEAR = np.float32(0.0)
 
@@ -47,30 +50,41 @@ def measure(graph, query, scale, norm, slot):
 
 
 @helper
-def select(graph, count, most, found_d, found_i, chosen, scratch):
+def most_equal(most):
+    """How many links of so many may lead to equals of their element."""
+    return max(most >> 1, 1)
+
+
+@helper
+def select(graph, base, count, most, found_d, found_i, chosen, scratch):
     """SELECT: at most ``most`` of ``count`` candidates, sorted by their distance to the base, into ``chosen``; how many.
 
-    The heuristic takes a candidate if none of those taken is nearer to it than the base is.
+    The heuristic takes a candidate if none of those taken is nearer to it than the base is. Equals of the base (`is_equal`) are none that
+    others are near to, so it would take all of them, and nothing would lead out of a group that is larger than a list: at most half of the
+    links may lead to equals (the paper's algorithm 4 has no such bound).
     """
-    if count <= most or graph[SIMPLE] != 0:
-        taken = min(count, most)
-        for number in range(taken):
-            chosen[number] = found_i[number]
-        return taken
-    kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
     taken, rejected = 0, np.empty(count, np.int32)
-    num_rejected = 0
+    num_rejected, num_equal, most_same = 0, 0, most_equal(most)
+    is_simple = count <= most or graph[SIMPLE] != 0
+    kind, rows, stride, aux, width = graph[KIND], graph[ROWS], graph[STRIDE], graph[AUX], graph[WIDTH]
     for number in range(count):
         if taken == most:
             break
         slot = np.int64(found_i[number])
-        query, scale, norm = as_query(graph, slot, scratch)
+        if is_equal(graph, base, slot):
+            num_equal += 1
+            if num_equal <= most_same:
+                chosen[taken] = slot
+                taken += 1
+            continue
         is_diverse = True
-        for place in range(taken):
-            other = np.int64(chosen[place])
-            if distance(kind, query, scale, norm, rows + other * stride, aux, other, width) < found_d[number]:
-                is_diverse = False
-                break
+        if not is_simple:
+            query, scale, norm = as_query(graph, slot, scratch)
+            for place in range(taken):
+                other = np.int64(chosen[place])
+                if distance(kind, query, scale, norm, rows + other * stride, aux, other, width) < found_d[number]:
+                    is_diverse = False
+                    break
         if is_diverse:
             chosen[taken] = slot
             taken += 1
@@ -154,21 +168,89 @@ def link_new(graph, visited, slot_B, begin, end):
             count = live_candidates(graph, base, count, found_d, found_i)
             if graph[EXTEND] != 0:
                 count = extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i)
-            count = select(graph, count, graph[CAP], found_d, found_i, chosen, address(other))
+            count = select(graph, base, count, graph[CAP], found_d, found_i, chosen, address(other))
             write_links(links_of(graph, base, level), cap_of(graph, level), chosen, count)
 
 
 @helper
-def add_links(graph, level, target, source_B, begin, end, own, other):
-    """Add ``source_B[begin:end]`` to the links of ``target``; select again where they are too many."""
+def is_first_equal(graph, slot, level, other):
+    """Whether ``other`` is the first in the list of ``slot`` that is equal to it."""
+    links = links_of(graph, slot, level)
+    for place in range(cap_of(graph, level)):
+        link = get_i32(links, place)
+        if link < 0:
+            return False
+        if is_equal(graph, slot, link):
+            return bool(link == other)
+    return False
+
+
+@helper
+def put_last(links, cap, slot):
+    """Put a slot that a list has not behind its last; False where there is no room."""
+    for place in range(cap):
+        link = get_i32(links, place)
+        if link == slot:
+            return True
+        if link < 0:
+            set_i32(links, place, slot)
+            return True
+    return False
+
+
+@helper
+def stand_between(graph, level, target, source):
+    """Bring ``source`` into the list of its equal ``target``; False where it comes among the others, as there are less than half equals.
+
+    It takes the place of the first equal, which it leads to itself from now on: whatever could be reached still can, however large the
+    group. That is for the first of its own equals alone, since others need not lead to it; they stay as they are.
+    """
     links, cap = links_of(graph, target, level), cap_of(graph, level)
+    first, last, num_equal = -1, -1, 0
+    for place in range(cap):
+        link = get_i32(links, place)
+        if link < 0:
+            break
+        last = place
+        if is_equal(graph, target, link):
+            num_equal += 1
+            if first < 0:
+                first = place
+    if num_equal < most_equal(cap):
+        return False
+    if is_first_equal(graph, source, level, target) and put_last(
+        links_of(graph, source, level), cap, get_i32(links, first)
+    ):
+        for place in range(first, last):
+            set_i32(links, place, get_i32(links, place + 1))
+        set_i32(links, last, source)
+    return True
+
+
+@helper
+def add_links(graph, level, target, source_B, begin, end, own, other):
+    """Add ``source_B[begin:end]`` to the links of ``target``; select again where they are too many.
+
+    At most one of them is equal to ``target`` (`linking` sees to it), and nobody else has its list meanwhile.
+    """
+    links, cap = links_of(graph, target, level), cap_of(graph, level)
+    # One that is left out of the others: behind the last where there is none.
+    out = end
+    for number in range(begin, end):
+        source = np.int64(source_B[number])
+        if is_equal(graph, target, source):
+            if stand_between(graph, level, target, source):
+                out = number
+            break
     held = 0
     while held < cap and get_i32(links, held) >= 0:
         held += 1
-    count = held + end - begin
+    count = held + end - begin - (out < end)
     if count <= cap:
         for number in range(begin, end):
-            set_i32(links, held + number - begin, source_B[number])
+            if number != out:
+                set_i32(links, held, source_B[number])
+                held += 1
         return
     query, scale, norm = as_query(graph, target, address(own))
     found_d, found_i = np.empty(count + PADDING, np.float32), np.empty(count + PADDING, np.int32)
@@ -176,10 +258,11 @@ def add_links(graph, level, target, source_B, begin, end, own, other):
     for number in range(held):
         touch(graph[ROWS] + get_i32(links, number) * graph[STRIDE], graph[STRIDE])
     for number in range(count):
-        slot = np.int64(source_B[begin + number - held]) if number >= held else get_i32(links, number)
+        place = begin + number - held
+        slot = get_i32(links, number) if number < held else np.int64(source_B[place + (place >= out)])
         insert(found_d, found_i, number, count, measure(graph, query, scale, norm, slot), slot)
     chosen = np.empty(cap, np.int32)
-    write_links(links, cap, chosen, select(graph, count, cap, found_d, found_i, chosen, address(other)))
+    write_links(links, cap, chosen, select(graph, target, count, cap, found_d, found_i, chosen, address(other)))
 
 
 @kernel
@@ -197,11 +280,12 @@ def come_singly(graph, slot_B, number):
     base = np.int64(slot_B[number])
     top = get_i32(graph[LEVEL], base)
     for level in range(min(top, graph[TOP]) + 1):
-        links = links_of(graph, base, level)
-        for place in range(cap_of(graph, level)):
+        links, count = links_of(graph, base, level), 0
+        while count < cap_of(graph, level) and get_i32(links, count) >= 0:
+            count += 1
+        # An equal may put another behind these, which is none that was chosen.
+        for place in range(count):
             target = get_i32(links, place)
-            if target < 0:
-                break
             add_links(graph, level, target, slot_B, number, number + 1, own, other)
     if graph[ENTRY] < 0 or top > graph[TOP]:
         graph[ENTRY], graph[TOP] = base, top
@@ -266,7 +350,7 @@ def bridge(graph, level, visited, gone_N, slot_T, begin, end):
                 elif size <= most:
                     through[size] = slot
                     size += 1
-        count = select(graph, count, cap, found_d, found_i, chosen, address(other))
+        count = select(graph, base, count, cap, found_d, found_i, chosen, address(other))
         write_links(links_of(graph, base, level), cap, chosen, count)
 
 

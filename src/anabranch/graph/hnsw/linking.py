@@ -28,6 +28,9 @@ SINGLY = 1024
 SHARE = 64
 BATCH = 4096  # at most
 
+# Elements that are inserted one by one before searches get room.
+EQUALS = 16
+
 # Lists that are written before searches get room.
 STEP = 128
 
@@ -84,6 +87,16 @@ class Linker:
         come_singly(graph, slot_S, 0)
 
     def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
+        """Insert a batch side by side; of equal vectors the first, then the others one by one, each of which finds those before."""
+        held, is_first_B = self._storage, self._storage.are_first(batch_B)
+        self._link_beside(batch_B[is_first_B], workers)
+        again_B = batch_B[~is_first_B]
+        for begin in range(0, len(again_B), EQUALS):
+            with Marks(held) as marks:
+                insert_singly(held.graph, marks, again_B, begin, min(begin + EQUALS, len(again_B)))
+            self._lock.make_room()
+
+    def _link_beside(self, batch_B: np.ndarray, workers: Workers) -> None:
         held, graph = self._storage, self._storage.graph
 
         def forward(begin: int, end: int) -> None:

@@ -22,6 +22,7 @@ from anabranch.graph.hnsw.layout import (
     FULL,
     FULL_STRIDE,
     FULL_WIDTH,
+    IP_I8,
     KIND,
     L2_I8,
     ROWS,
@@ -68,6 +69,18 @@ EXTRA = 16
 def is_selective(number: int, ef: int, count: int) -> bool:
     """Whether a filter that lets ``number`` of ``count`` elements through is answered by measuring all of those."""
     return number <= max(2 * min(ef, count), SELECTIVE * count)
+
+
+@helper
+def is_equal(graph, slot, other):
+    """Whether two slots hold the same vector: the same bytes, which is exact for every kind of distance (0 is not, where it rounds)."""
+    rows, stride = graph[ROWS], graph[STRIDE]
+    one, two = rows + slot * stride, rows + other * stride
+    for word in range(stride >> 3):
+        if get_i64(one, word) != get_i64(two, word):
+            return False
+    # Rows of int8 are told apart by their scales too.
+    return graph[KIND] < L2_I8 or graph[KIND] > IP_I8 or get_i64(graph[AUX], slot) == get_i64(graph[AUX], other)
 
 
 @helper

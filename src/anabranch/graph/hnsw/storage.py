@@ -143,6 +143,17 @@ class Storage:
         self.encoding, self.rows, self.aux = made, rows, aux
         self.describe()
 
+    def are_first(self, slot_B: np.ndarray) -> np.ndarray:
+        """Which of some slots are the first of those that hold equal vectors, bool [B]; now and then not one that differs from all."""
+        words_BW = self.rows[slot_B].view(np.uint64)
+        if self.encoding.dtype == "i8":
+            words_BW = np.append(words_BW, self.aux[slot_B].view(np.uint64), axis=1)
+        # Odd numbers, so that no bit of a word is lost.
+        by_W = np.random.default_rng(0).integers(0, 2**64, words_BW.shape[1], np.uint64) | np.uint64(1)
+        is_first_B = np.zeros(len(slot_B), bool)
+        is_first_B[np.unique((words_BW * by_W).sum(1), return_index=True)[1]] = True
+        return is_first_B
+
     def _floats(self, rows: np.ndarray) -> np.ndarray:
         """Float32 rows without what they are padded with, [N, D]."""
         return rows.view(np.float32)[:, : self.encoding.dim]

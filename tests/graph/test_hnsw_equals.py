@@ -1,0 +1,110 @@
+"""Equal vectors: groups larger than a list stay connected, among themselves and outwards, and nothing else changes."""
+
+import numpy as np
+import pytest
+
+from anabranch.graph.hnsw import HNSW, layout
+from hnsw_checks import check_graph, drawn, graph_bytes, lists
+
+ORDER = np.random.default_rng(1).permutation(10_000)
+KINDS = {
+    "l2": {},
+    "cosine": {"metric": "cosine"},
+    "i8": {"dtype": "i8"},
+    "f16 alone": {"dtype": "f16", "rerank": False},
+    "hamming": {"metric": "hamming"},
+}
+
+
+def drawn_for(options, count, seed=0):
+    generator = np.random.default_rng(seed)
+    if options.get("metric") == "hamming":
+        return generator.integers(0, 256, (count, 8), np.uint8)
+    return generator.standard_normal((count, 16)).astype(np.float32)
+
+
+def empty(options, **more):
+    return HNSW(64 if options.get("metric") == "hamming" else 16, **{**options, **more})
+
+
+def check_halves(index, vectors):
+    """At most half of a list leads to equals of its element."""
+    for level in range(int(index._storage.graph[layout.TOP]) + 1):
+        cap = 2 * index.M if level == 0 else index.M
+        for slot, links in lists(index, level).items():
+            assert (vectors[links] == vectors[slot]).all(1).sum() <= cap // 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_of_fifty_are_all_found(kind):
+    """200 vectors, 50 times each, in any order; before, most could not be reached, and a tenth of the searches had no exact hit."""
+    base = drawn_for(KINDS[kind], 200)
+    vectors = np.repeat(base, 50, 0)[ORDER]
+    index = empty(KINDS[kind], num_threads=2)
+    index.add(vectors)
+    ids, _ = index.search(base, 10)
+    assert (vectors[ids] == base[:, None]).all()
+    assert index.stats()["unreachable"] == 0
+    check_graph(index)
+    check_halves(index, vectors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_one_group_is_found_whole(kind, at_once):
+    vectors = np.repeat(drawn_for(KINDS[kind], 1), 1500, 0)
+    index = empty(KINDS[kind], ef_construction=50, num_threads=1)
+    for part in np.array_split(vectors, 1 if at_once else 7):
+        index.add(part)
+    ids, _ = index.search(vectors[0], 200, 2000)
+    assert len(set(ids[0].tolist()) - {-1}) == 200
+    assert index.search(vectors[0], 1500, 2000)[0].tolist() == [list(range(1500))]
+    assert index.stats()["unreachable"] == 0
+    check_graph(index)
+
+
+def test_a_group_has_its_way_out():
+    """1,200 equal vectors, then others: a search that begins among the equals still finds these."""
+    others = drawn(300, 16, 2)
+    index = HNSW(16, M=8, ef_construction=60, num_threads=1)
+    index.add(np.concatenate([np.ones((1200, 16), np.float32), others]))
+    ids, _ = index.search(others, 1, 64)
+    assert (ids[:, 0] == 1200 + np.arange(300)).mean() > 0.9
+    # 1,465 before, and no other was found. Those that came among nothing but equals have few links.
+    assert index.stats()["unreachable"] <= 30
+    index.repair()
+    assert index.stats()["unreachable"] == 0
+
+
+@pytest.mark.parametrize("kind", ["l2", "hamming"])
+def test_equals_come_to_the_same_bytes_for_any_number_of_threads(kind):
+    base = drawn_for(KINDS[kind], 40)
+    vectors = np.concatenate([drawn_for(KINDS[kind], 1100, 3), np.repeat(base, 30, 0)[ORDER[ORDER < 1200]]])
+    made = []
+    for threads in (1, 2, 5):
+        index = empty(KINDS[kind], M=6, ef_construction=40, num_threads=threads)
+        index.add(vectors)
+        made.append(graph_bytes(index))
+    assert made[0] == made[1] == made[2]
+
+
+def test_equals_that_go_and_come_again_are_found():
+    vectors = np.concatenate([np.repeat(drawn_for({}, 10), 60, 0), drawn(600, 16, 5)])
+    index = HNSW(16, M=6, ef_construction=50, num_threads=1)
+    index.add(vectors)
+    index.remove(np.arange(0, 600, 2))
+    index.add(vectors[:600:2], ids=np.arange(5000, 5300), repair=True)
+    index.update(np.arange(1, 200, 2), vectors[1:200:2])
+    assert index.stats()["unreachable"] == 0
+    check_graph(index)
+    found = index.search(vectors[:600:60], 60, 700)[1]
+    assert (found == 0).all()
+
+
+def test_the_first_of_equals_is_known_by_all_bytes():
+    index = HNSW(16, dtype="i8", num_threads=1)
+    row = drawn(1, 16)
+    # The codes of one are those of its double; their scales differ.
+    index.add(np.concatenate([row, row, 2 * row, -row, row]))
+    index._storage.encoding.centre_D = None
+    assert index._storage.are_first(np.arange(5)).tolist() == [True, False, True, True, False]
