@@ -77,7 +77,7 @@ def served(tmp_path, work):
             max_tokens=50,
             deployments=(DeploymentConfig(provider=Mock.Config(model=name)),),
         )
-        for name, dollars in (("small", 1), ("large", 10))
+        for name, dollars in (("small", 1), ("middle", 5), ("large", 10))
     )
     config = GatewayConfig(
         models=models, store=str(tmp_path / "g.db"), embedder=Hashed.Config(dim=64), log=LogConfig(prompts=True),
@@ -130,6 +130,7 @@ def counted(gateway, kind):
 def test_preferences_reach_the_strategy_and_the_store_once_and_beside_a_score(tmp_path):
     async def work(gateway, ask, say, strategy):
         id, model = await ask()
+        assert model != "middle"
         other = "small" if model == "large" else "large"
         before = beliefs(strategy)
         status, told = await say(id, preferred=[other, model], comment="shorter")
@@ -159,6 +160,7 @@ def test_preferences_reach_the_strategy_and_the_store_once_and_beside_a_score(tm
 def test_requests_stand_for_the_models_that_answered_them(tmp_path):
     async def work(gateway, ask, say, strategy):
         id, model = await ask()
+        assert model != "middle"
         other = "small" if model == "large" else "large"
         compared, _ = await ask(model=other)
         theirs, _ = await ask(key="b", model=other)
@@ -167,10 +169,9 @@ def test_requests_stand_for_the_models_that_answered_them(tmp_path):
             status, told = await say(id, preferred=[name, model])
             assert (status, told["error"]["param"]) == (400, "preferred"), told
         assert (await say(id, key="b", preferred=[other, model]))[0] == 404
-        for pair in ([model, model], [id, model]):
+        # Twice the same, and two others than its own.
+        for pair in ([model, model], [id, model], [compared, "middle"]):
             assert (await say(id, preferred=pair))[0] == 400
-        # Of two others than its own.
-        assert (await say(compared, preferred=[model, id]))[0] == 400
         assert await gateway.store.preferences() == []
         status, told = await say(id, preferred=[compared, id])
         assert (status, told["preferred"], told["learned"]) == (200, [other, model], True)
@@ -198,6 +199,7 @@ def test_what_learns_nothing_of_comparisons_keeps_its_place_for_a_score_and_clos
 def test_preferences_sent_to_another_process_are_learned_here(tmp_path):
     async def work(gateway, ask, say, strategy):
         id, model = await ask()
+        assert model != "middle"
         other = "small" if model == "large" else "large"
         key = next(one for one in await gateway.store.keys() if one.name == "a")
         await gateway.teaching.read_keys()
