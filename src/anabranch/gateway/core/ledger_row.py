@@ -1,7 +1,7 @@
 """The ledger's rows of a request, and what is told of it as it ends. Nothing here changes it."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.core.finished import Finished, copied
 from anabranch.gateway.core.model_calls import ModelCall
@@ -13,6 +13,21 @@ from anabranch.routers.contract.query import Outcome
 
 if TYPE_CHECKING:
     from anabranch.gateway.core.request_state import RequestState
+
+
+def told_by(report: Report) -> dict[str, Any]:
+    """Fields of a row that a report fills: who answered, after how many attempts, for how many tokens, and what they cost."""
+    usage = report.usage
+    return {
+        "model": report.model or "",
+        "deployment": report.deployment or "",
+        "attempts": len(report.attempts),
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "cached_tokens": usage.cached,
+        "is_estimated": usage.is_estimated,
+        "cost_nano": report.cost,
+    }
 
 
 def _first_token_us(state: "RequestState", report: Report) -> int | None:
@@ -63,7 +78,7 @@ def finished(
 
 def row_of(state: "RequestState", report: Report, latency_s: float, status: str, code: str, cache: str) -> LedgerRow:
     """The ledger's row of a request that is over."""
-    usage, price = report.usage, state.runtime.dispatcher.price_of(report.model, report.deployment)
+    price = state.runtime.dispatcher.price_of(report.model, report.deployment)
     decided = state.decided
     candidates = () if decided is None else tuple(one.model for one in decided.decision.candidates)
     return LedgerRow(
@@ -75,15 +90,8 @@ def row_of(state: "RequestState", report: Report, latency_s: float, status: str,
         requested=state.label,
         strategy=state.strategy,
         candidates=candidates,
-        model=report.model or "",
-        deployment=report.deployment or "",
-        attempts=len(report.attempts),
-        prompt_tokens=usage.prompt,
-        completion_tokens=usage.completion,
-        cached_tokens=usage.cached,
-        is_estimated=usage.is_estimated,
+        **told_by(report),
         price=price,
-        cost_nano=report.cost,
         latency_us=round(latency_s * 1e6),
         first_token_us=_first_token_us(state, report),
         overhead_us=round(overhead_s(state, report) * 1e6),
@@ -117,7 +125,7 @@ def call_rows(state: "RequestState") -> list[LedgerRow]:
 
 
 def _call_row(state: "RequestState", call: ModelCall) -> LedgerRow:
-    report, usage = call.report, call.report.usage
+    report = call.report
     return LedgerRow(
         request_id=call.id,
         parent_id=state.id,
@@ -125,15 +133,8 @@ def _call_row(state: "RequestState", call: ModelCall) -> LedgerRow:
         requested=call.model,
         strategy=state.strategy,
         candidates=(call.model,),
-        model=report.model or "",
-        deployment=report.deployment or "",
-        attempts=len(report.attempts),
-        prompt_tokens=usage.prompt,
-        completion_tokens=usage.completion,
-        cached_tokens=usage.cached,
-        is_estimated=usage.is_estimated,
+        **told_by(report),
         price=state.runtime.dispatcher.price_of(call.model, report.deployment),
-        cost_nano=report.cost,
         reserved_nano=call.held_nano,
         latency_us=round(call.latency_s * 1e6),
         status=call.status,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anabranch.errors import AnabranchError, CapacityError, InputError, LimitError
 from anabranch.gateway.core import settlement
 from anabranch.gateway.core.call_bodies import CallBodies
+from anabranch.gateway.core.ledger_row import told_by
 from anabranch.gateway.core.model_calls import bounded, check_priced, paid_plan, upstream_request, worst_nano
 from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.dispatch import Report
@@ -114,21 +115,13 @@ class LaneErrands:
         services = self._services
 
         def known() -> LedgerRow:
-            usage = report.usage
             return LedgerRow(
                 request_id=id,
                 tags=(LEARNING,),
                 requested=model,
                 strategy=self._lane.name,
-                model=report.model or "",
-                deployment=report.deployment or "",
-                attempts=len(report.attempts),
-                prompt_tokens=usage.prompt,
-                completion_tokens=usage.completion,
-                cached_tokens=usage.cached,
-                is_estimated=usage.is_estimated,
+                **told_by(report),
                 price=price if report.model else None,
-                cost_nano=report.cost,
                 latency_us=round(took_s * 1e6),
                 status=status,
             )
