@@ -1,5 +1,7 @@
 """Vectors and ids at the ends of what there is: an error that names the row, or the right answer; never a signal, never a wrong one."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,6 +47,23 @@ def test_vectors_whose_squares_overflow_are_refused_by_row(dtype, metric, value)
         other.add_items(vectors)
 
 
+def test_vectors_whose_squares_vanish_are_told_of_by_row():
+    """Every distance among them is 0, and any answer as good as another."""
+    vectors = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    index = HNSW(4)
+    with pytest.warns(UserWarning, match="row 7 of vectors is shorter than 1e-18, and not zero"):
+        index.add(np.concatenate([vectors[:7], vectors[7:] * np.float32(1e-30)]))
+    with pytest.warns(UserWarning, match="row 1 of vectors is shorter"):
+        index.update([3, 4], [[0, 0, 0, 0], [1e-40, 0, 0, 0]])
+    assert index.search([0, 0, 0, 0], 1)[1].tolist() == [[0]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        index.add(np.concatenate([np.zeros((2, 4)), vectors * 1e-17]))
+        for metric in ("cosine", "ip"):
+            HNSW(4, metric).add(vectors * np.float32(1e-30))
+        HNSW(32, "hamming").add(np.zeros((2, 4), np.uint8))
+
+
 def test_directions_may_be_of_any_length():
     index = HNSW(3, "cosine")
     index.add(np.array([[3e38, 0, 0], [0, 1e-38, 0], [1e20, 1e20, 0]], np.float32))
@@ -67,6 +86,7 @@ def test_the_longest_there_may_be_are_found(dtype, metric):
         assert (ids[:, 0] == np.arange(300)).mean() > 0.99
 
 
+@pytest.mark.filterwarnings("ignore:row .* is shorter than")
 @given(
     st.lists(
         st.lists(st.floats(-LARGEST, LARGEST, width=32), min_size=3, max_size=3), min_size=1, max_size=40

@@ -2,6 +2,7 @@
 # Shapes: N vectors, D dimension
 
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from anabranch.errors import InputError
 # The longest vector there may be: distances are squares of differences in 32 bits, and sums of a few of them are taken.
 MAX_LENGTH = 1e18
 TOO_LONG = "squared distances would not be finite as 32-bit numbers; scale all vectors down"
+
+# Below that, squares of differences vanish as 32-bit numbers, and all such vectors lie at distance 0 from each other.
+MIN_LENGTH = 1e-18
 
 
 def is_tensor(value: Any) -> bool:
@@ -106,6 +110,24 @@ def too_long(vector_ND: np.ndarray) -> int | None:
     """The first row that is longer than `MAX_LENGTH`."""
     bad = np.flatnonzero(np.einsum("nd,nd->n", vector_ND, vector_ND, dtype=np.float64) > MAX_LENGTH**2)
     return int(bad[0]) if bad.size else None
+
+
+def warn_of_short(vector_ND: np.ndarray, metric: str, what: str) -> None:
+    """Tell of the first row that is not zero and shorter than `MIN_LENGTH`, where distances are squares of differences ("l2").
+
+    It is no error: among longer vectors such a one is as good as zero, and found as that.
+    """
+    if metric != "l2":
+        return
+    square_N = np.einsum("nd,nd->n", vector_ND, vector_ND)
+    short = np.flatnonzero(square_N < MIN_LENGTH**2)
+    short = short[vector_ND[short].any(1)]
+    if short.size:
+        message = (
+            f"row {short[0]} of {what} is shorter than {MIN_LENGTH:g}, and not zero: squared distances between such vectors are 0 as "
+            "32-bit numbers, so that they are not told apart; scale all vectors up"
+        )
+        warnings.warn(message, stacklevel=3)
 
 
 def normalized(vector_ND: np.ndarray, what: str) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.hnsw import layout, storage
 from anabranch.graph.hnsw.changing import Changes
-from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like
+from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like, warn_of_short
 from anabranch.graph.hnsw.coded import Coded, check_quantization
 from anabranch.graph.hnsw.encoding import BITS
 from anabranch.graph.hnsw.figures import figures
@@ -187,12 +187,16 @@ class HNSW:
 
         An interrupt (Ctrl-C) ends it between batches: elements that are in the graph by then stay, the others are not there.
 
+        Warns (UserWarning), with the row, of a vector for "l2" that is not zero and shorter than 1e-18 (`MIN_LENGTH`): squared distances
+        between such ones are 0, so that they are not told apart.
+
         Raises:
             InputError: vectors of another dimension, with numbers that are not finite or too long to be squared (`MAX_LENGTH`), ids that do
                 not fit, or no ids left after the largest.
             CapacityError: memory does not suffice; the index is as it was.
         """
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
+        warn_of_short(vector_ND, self.metric, "vectors")
         given = None if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
         with self._lock.write() as interrupts, self._workers(num_threads) as workers:
             id_N = self._changes.following(len(vector_ND)) if given is None else given
@@ -238,6 +242,7 @@ class HNSW:
         Raises InputError for unknown ids, and as `add`.
         """
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
+        warn_of_short(vector_ND, self.metric, "vectors")
         id_N = as_distinct(as_ids(ids, len(vector_ND)))
         with self._lock.write(), self._workers(num_threads) as workers:
             self._changes.move(self._slots.of(id_N), vector_ND, workers)

@@ -202,7 +202,7 @@ def replay(index: HNSW, frames: list[Frame], num_threads: int | None = None) -> 
     if not changes:
         return 0
     if index.metric == "l2" and index.dtype != "f32" and not index.rerank:
-        # Rows are kept as they lie about the mean of those that came first, or first after all had gone: it must be what it was.
+        # Rows are kept as they lie about a centre of those that came before: it must be what it was.
         for change in changes:
             apply(index, change, num_threads)
         return len(np.unique(np.concatenate([change.ids for change in changes])))
