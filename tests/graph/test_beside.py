@@ -11,7 +11,15 @@ import pytest
 import anabranch
 from anabranch.errors import DataError, InputError
 from anabranch.graph import HNSW, FullyPPR, Graph, PowerWalk, beside, write_graph
-from anabranch.graph.beside import NoLocksError, live_folder, new_file
+from anabranch.graph.beside import (
+    FolderLock,
+    NoLocksError,
+    foreign_parts,
+    live_folder,
+    new_file,
+    remove_parts,
+    replacing,
+)
 from anabranch.graph.hnswlib_compat import Index
 from anabranch.graph.live import LiveIndex, open_index
 from anabranch.graph.names import Names, write_names
@@ -134,7 +142,7 @@ def test_a_folder_of_other_things_is_no_place_for_parts(tmp_path, manifest):
     assert mine.read_text() == "mine"
     mine.unlink()
     # Of a write that was broken off.
-    (mine.parent / ".manifest.json.x").touch()
+    (mine.parent / ".manifest.json.abcdefgh").touch()
     (mine.parent / "manifest.json").unlink(missing_ok=True)
     FullyPPR(walks=2, workers=1, out=out).fit(GRAPH)
     assert not mine.parent.exists()
@@ -179,3 +187,158 @@ def test_facts_of_another_kind_are_told(tmp_path):
         DataError, match=r"cannot read the vectors in .*, which holds the index of walks of another run"
     ):
         read_facts(tmp_path, VECTORS)
+
+
+@pytest.mark.parametrize("name", [".env", ".git", ".DS_Store", ".manifest.json.backup", "chunk-1.anb.bak", "notes"])
+@pytest.mark.parametrize("manifest", [False, True])
+def test_what_is_hidden_is_not_ours_for_that(tmp_path, name, manifest):
+    out, mine = tmp_path / "scores.anb", tmp_path / "scores.anb.parts" / name
+    mine.mkdir(parents=True)
+    if manifest:
+        (mine.parent / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match=r"which would be lost"):
+        FullyPPR(walks=2, workers=1, out=out).fit(GRAPH)
+    assert mine.is_dir()
+    assert sorted(file.name for file in mine.parent.iterdir()) == sorted([name] + ["manifest.json"] * manifest)
+
+
+def test_what_comes_into_the_folder_of_parts_stays(tmp_path):
+    out, parts = tmp_path / "scores.anb", tmp_path / "scores.anb.parts"
+
+    def progress(done, total):
+        if done:
+            # Called as ours, and not written by us.
+            for name in ("thesis.txt", ".chunk-000000.anb.abcdefgh", "chunk-000009.anb"):
+                (parts / name).write_text("mine")
+            (parts / ".chunk-000001.anb.abcdefgh").write_bytes(beside.MAGIC)
+
+    FullyPPR(walks=2, workers=1, out=out, progress=progress).fit(GRAPH)
+    assert out.is_file()
+    assert {file.name for file in parts.iterdir()} == {"thesis.txt", "chunk-000009.anb", ".chunk-000000.anb.abcdefgh"}
+
+
+def test_steps_of_a_run_are_removed_and_nothing_else(tmp_path):
+    for name in ("walks-000001", "records", "photos"):
+        (tmp_path / "parts" / name).mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "parts" / "lock").touch()
+    names = [
+        "walks-000001",
+        "records",
+        "photos",
+        ".manifest.json.new.crc",
+        ".manifest.json.crc",
+        "manifest.json.new",
+        "lock",
+    ]
+    assert foreign_parts(names, r"records|walks-\d+") == ["photos"]
+    remove_parts(tmp_path / "parts", ["walks-000001", "records"])
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["photos"]
+
+
+def test_two_runs_do_not_share_a_folder_of_parts(tmp_path):
+    out, parts = tmp_path / "new" / "scores.anb", tmp_path / "new" / "scores.anb.parts"
+    second = []
+
+    def progress(done, total):
+        if not second:
+            with pytest.raises(
+                DataError, match=r"scores\.anb\.parts holds the parts of a run that is under way; wait for it"
+            ):
+                FullyPPR(walks=2, workers=1, out=out).fit(GRAPH)
+            second.append(done)
+
+    FullyPPR(walks=2, workers=1, out=out, progress=progress).fit(GRAPH)
+    assert second
+    assert [file.name for file in out.parent.iterdir()] == ["scores.anb"]
+    (tmp_path / "elsewhere").mkdir()
+    for place, what in (((tmp_path / "elsewhere"), "a link"), (None, "a file")):
+        parts.unlink(missing_ok=True)
+        parts.symlink_to(place) if place else parts.touch()
+        with pytest.raises(DataError, match=rf"scores\.anb\.parts is {what}; .* name another place"):
+            FullyPPR(walks=2, workers=1, out=out).fit(GRAPH)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_changes_belong_to_the_file_whatever_it_is_called(changed):
+    alias = changed.with_name("alias.anb")
+    alias.symlink_to(changed.name)
+    assert live_folder(alias) == live_folder(changed)
+    with LiveIndex.open(alias) as live:
+        live.delete([2])
+    for path in (alias, changed):
+        with pytest.raises(InputError, match="holds changes of"):
+            made().save(path)
+        assert len(open_index(path)) == 2
+
+
+def test_an_index_that_came_meanwhile_keeps_its_changes(tmp_path):
+    path = tmp_path / "index.anb"
+
+    def late(temporary):
+        temporary.write_text("late")
+        made().save(path)
+        with LiveIndex.open(path) as live:
+            live.delete([3])
+
+    with pytest.raises(InputError, match="holds changes of"), new_file(path) as temporary:
+        late(temporary)
+    assert len(open_index(path)) == 3
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["index.anb", "index.anb.live"]
+
+
+def test_changes_that_came_before_the_lock_are_seen_under_it(tmp_path, monkeypatch):
+    path = tmp_path / "index.anb"
+    made().save(path)
+    real = beside.FolderLock
+
+    def late(folder, *rest):
+        monkeypatch.setattr(beside, "FolderLock", real)
+        with LiveIndex.open(path) as live:
+            live.delete([3])
+        return real(folder, *rest)
+
+    monkeypatch.setattr(beside, "FolderLock", late)
+    with pytest.raises(InputError, match="holds changes of"), replacing(path):
+        pass
+    assert len(open_index(path)) == 3
+
+
+@pytest.mark.parametrize(
+    "held", [{}, {"lock": b"mine"}, {"photo.jpg": b"mine"}, {"photo.jpg": b"mine", "lock": b"mine"}]
+)
+def test_a_folder_of_the_user_stays(tmp_path, held):
+    folder = tmp_path / "graph.txt.live"
+    folder.mkdir()
+    for name, content in held.items():
+        (folder / name).write_bytes(content)
+    with new_file(tmp_path / "graph.txt") as temporary:
+        temporary.write_text("0 1")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == held
+
+
+def test_a_lock_that_a_crash_left_goes_with_its_folder(tmp_path):
+    folder = tmp_path / "graph.txt.live"
+    folder.mkdir()
+    (folder / "lock").touch()
+    with new_file(tmp_path / "graph.txt") as temporary:
+        temporary.write_text("0 1")
+    assert [file.name for file in tmp_path.iterdir()] == ["graph.txt"]
+
+
+def test_a_lock_is_taken_again_where_another_removed_it_and_is_of_its_owner_alone(tmp_path, monkeypatch):
+    folder, real, lost = tmp_path / "index.anb.live", beside.fcntl.flock, []
+
+    def flock(handle, how):
+        real(handle, how)
+        if len(lost) < 2:
+            # Who held it removes it between opening and locking.
+            lost.append((folder / "lock").unlink())
+
+    monkeypatch.setattr(beside.fcntl, "flock", flock)
+    lock = FolderLock(folder)
+    assert len(lost) == 2
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "lock").stat().st_mode & 0o777 == 0o600
+    lock.release(clean=True)
+    assert not folder.exists()

@@ -2,13 +2,15 @@
 
 Beside an index of vectors may lie a folder with the changes that a server took of it (`anabranch.graph.live`). They are changes of that
 very file: put another one in its place, and they are lost. So all that writes a file by name in this package does it by `new_file`. A run
-that is long keeps its parts in a folder beside its result, which is removed in the end: `check_parts` says whether it may be.
+that is long keeps its parts in a folder beside its result, which is removed in the end: `check_parts` says whether it may be, and
+`holding_parts` gives it to one run at a time.
 """
 
 import contextlib
 import errno
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +26,9 @@ except ImportError:  # not on Windows
 # Of array files (`anabranch.graph.array_file`): changes can be taken of no others.
 MAGIC = b"ANABARR1"
 LOCK = "lock"
+# Of a run that keeps its parts in a folder.
+MANIFEST = "manifest.json"
+_MANIFEST = r"manifest\.json"
 # To take a lock whose file others make and remove.
 TRIES = 5
 
@@ -32,8 +37,8 @@ _held = threading.local()
 
 
 def live_folder(path: str | Path) -> Path:
-    """Where the changes of the index at ``path`` lie."""
-    return Path(f"{path}.live")
+    """Where the changes of the index at ``path`` lie: of a link, beside the file that it leads to, which has a name of its own."""
+    return Path(f"{os.path.realpath(path) if os.path.islink(path) else path}.live")
 
 
 def segments(folder: Path) -> list[int]:
@@ -97,9 +102,23 @@ def new_file(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
     Raises as `atomic_file`, and as `replacing` where an array file or a folder of changes is there.
     """
     with contextlib.ExitStack() as stack:
-        if _may_have_changes(Path(path)):
+        if is_replacing := _may_have_changes(Path(path)):
             stack.enter_context(replacing(path))
-        yield stack.enter_context(atomic_file(path, mode=mode))
+        with atomic_file(path, mode=mode) as temporary:
+            yield temporary
+            # Where nothing was when this began, an index may have come since, and taken changes. Held until the file is in place.
+            if not is_replacing and _may_have_changes(Path(path)):
+                stack.enter_context(replacing(path))
+
+
+def foreign_parts(names: Iterable[str], ours: str = "") -> list[str]:
+    """Those of the names in a folder of parts that are not of the run, rising.
+
+    ``ours`` is as of `check_parts`. Of the run are also its manifest and lock, and what a write of its files left that was broken off.
+    """
+    own = rf"{ours}|{_MANIFEST}" if ours else _MANIFEST
+    known = re.compile(rf"{ours}|{LOCK}|\.(?:{own})\.[a-z0-9_]{{8}}|\.?manifest\.json(?:\.new)?(?:\.crc)?")
+    return sorted(name for name in names if not known.fullmatch(name))
 
 
 def check_parts(folder: str | Path, names: Iterable[str], ours: str = "") -> None:
@@ -110,14 +129,68 @@ def check_parts(folder: str | Path, names: Iterable[str], ours: str = "") -> Non
         names: what it holds.
         ours: regular expression of the names that parts have. Default: none, for a run that begins.
 
-    Raises DataError if it holds anything else; names that begin with a dot are what a write left that was broken off.
+    Raises DataError if it holds anything else, see `foreign_parts`.
     """
-    foreign = sorted(name for name in names if not name.startswith(".") and not re.fullmatch(ours, name))
-    if foreign:
+    if foreign := foreign_parts(names, ours):
         raise DataError(
             f"{folder} holds {foreign[0]}, which would be lost: parts of a run go there, and it is removed with them; move it away, or "
             "name another place for the result"
         )
+
+
+@contextlib.contextmanager
+def holding_parts(folder: Path) -> Iterator[None]:
+    """The folder of the parts of a run, made where there is none; no other run has it meanwhile. What is left of it is not removed here.
+
+    Raises DataError for a link or a file in its place, and while another run has it.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise DataError(
+            f"{folder} is {'a link' if folder.is_symlink() else 'a file'}; parts of a run go into a folder of that name, which is removed "
+            "in the end; move it away, or name another place for the result"
+        )
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FolderLock(
+            folder, "holds the parts of a run that is under way; wait for it, or name another place for the result"
+        )
+    except NoLocksError:
+        # Without locks, two runs with one result are the caller's own care.
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release(clean=True)
+
+
+def remove_parts(folder: Path, names: Iterable[str]) -> None:
+    """Remove the files or folders of these names, what broken-off writes of them left, and the folder if it then holds nothing.
+
+    Whatever else came into it stays, and the folder with it. Raises DataError as `explained`.
+    """
+    wanted = {*names, LOCK, MANIFEST}
+    with explained(folder):
+        for name in os.listdir(folder):
+            # As `tempfile` calls the file that `atomic_file` makes.
+            left = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", name)
+            place = folder / name
+            if name in wanted and place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            elif name in wanted or (left is not None and left[1] in wanted and _is_broken_off(place)):
+                place.unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _is_broken_off(path: Path) -> bool:
+    """Whether a file begins as one that was being written here: an array file, JSON, or nothing yet."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(len(MAGIC))
+    return head == MAGIC or head.startswith(b"{") or not head.strip(b"\0")
 
 
 def _may_have_changes(path: Path) -> bool:
@@ -132,12 +205,20 @@ def _may_have_changes(path: Path) -> bool:
         return False
 
 
-def _make(folder: Path) -> None:
-    """A folder that is still there after a loss of power: its name is in the folder around it, which is brought to the disk too."""
+def _make(folder: Path) -> bool:
+    """A folder that is still there after a loss of power: its name is in the folder around it, which is brought to the disk too.
+
+    Gives whether it was not there before.
+    """
     if folder.is_dir():
-        return
-    # As its files: of its owner alone, whoever may read the index.
-    folder.mkdir(0o700, exist_ok=True)
+        return False
+    try:
+        # As its files: of its owner alone, whoever may read the index.
+        folder.mkdir(0o700)
+    except FileExistsError:
+        if folder.is_dir():
+            return False
+        raise
     handle = os.open(folder.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -147,6 +228,7 @@ def _make(folder: Path) -> None:
         raise
     finally:
         os.close(handle)
+    return True
 
 
 class NoLocksError(DataError):
@@ -156,9 +238,15 @@ class NoLocksError(DataError):
 class FolderLock:
     """The right to write a folder, held by one process at a time; the system takes it back when that ends, however it does."""
 
-    def __init__(self, folder: Path) -> None:
-        """Take it. Raises DataError if another has it, NoLocksError where there are no locks, and as `explained`."""
-        self._folder = folder
+    def __init__(
+        self, folder: Path, taken: str = "is written by another process; an index takes changes from one at a time"
+    ) -> None:
+        """Take it.
+
+        Raises DataError with what ``taken`` says if another has it, NoLocksError where there are no locks, and as `explained`.
+        """
+        self._folder, self._taken = folder, taken
+        self._made_folder = self._made_lock = False
         self._handle: int | None = None
         for _ in range(TRIES):
             if self._take(folder / LOCK):
@@ -169,8 +257,14 @@ class FolderLock:
         """Whether the file that was locked is still the one that others find: who held it may have removed it (`release`)."""
         with explained(path):
             try:
-                _make(self._folder)
-                self._handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+                self._made_folder |= _make(self._folder)
+                flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+                try:
+                    self._handle = os.open(path, flags | os.O_EXCL, 0o600)
+                    self._made_lock = True
+                except FileExistsError:
+                    self._handle = os.open(path, flags, 0o600)
+                    self._made_lock = False
             except (FileNotFoundError, FileExistsError):
                 # Who held it removed the folder just now.
                 if self._folder.parent.is_dir():
@@ -196,16 +290,24 @@ class FolderLock:
         return False
 
     def _refusal(self) -> DataError:
-        return DataError(f"{self._folder} is written by another process; an index takes changes from one at a time")
+        return DataError(f"{self._folder} {self._taken}")
 
     def release(self, *, clean: bool = False) -> None:
-        """Give it back. With ``clean`` nothing is left of a folder that holds nothing else."""
+        """Give it back.
+
+        With ``clean`` what was made here goes: the lock, and the folder if it holds nothing else. So does what a crash left of another
+        lock, a folder with an empty file in it. A folder that a user made stays.
+        """
         if self._handle is None:
             return
         # Windows keeps open files; then the folder stays, empty but for this.
         with contextlib.suppress(OSError):
-            if clean and os.listdir(self._folder) == [LOCK]:
-                (self._folder / LOCK).unlink()
-                self._folder.rmdir()
+            if clean:
+                is_alone = os.listdir(self._folder) == [LOCK]
+                is_left = is_alone and not self._made_lock and os.fstat(self._handle).st_size == 0
+                if self._made_lock or is_left:
+                    (self._folder / LOCK).unlink()
+                if is_alone and (self._made_folder or is_left):
+                    self._folder.rmdir()
         os.close(self._handle)
         self._handle = None

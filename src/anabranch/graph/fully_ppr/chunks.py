@@ -9,7 +9,6 @@ A chunk is a range of the sources. What comes out does not depend on the chunks,
 
 # Shapes: S sources, Z stored entries
 import os
-import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import AnabranchError, DataError
-from anabranch.files import atomic_write_json, parse_json
-from anabranch.graph.beside import check_parts, check_unchanged
+from anabranch.files import atomic_write_json, explained, parse_json
+from anabranch.graph.beside import MANIFEST, check_parts, check_unchanged, holding_parts, remove_parts
 from anabranch.graph.fully_ppr.result import KIND, FullyPPRResult, parquet_facts, parquet_writer
 from anabranch.graph.names import names_arrays
 from anabranch.graph.rows import SparseRows, row_file
@@ -88,13 +87,16 @@ def run(job: Job, prepare: Callable[[], Work], out: str | Path | None) -> FullyP
     # In the end it would be too late to say so.
     check_unchanged(out)
     folder = out.with_name(f"{out.name}.parts")
-    job, done = _resumed(job, folder)
-    missing = [number for number in range(_count(job)) if number not in done]
-    already = sum(len(_part(job, number)) for number in done)
-    for number, rows in _finished(job, prepare, missing, already):
-        rows.save(_path(folder, number))
-    _assemble(job, folder, out)
-    shutil.rmtree(folder)
+    _check_names(folder)
+    with holding_parts(folder):
+        job, done = _resumed(job, folder)
+        missing = [number for number in range(_count(job)) if number not in done]
+        already = sum(len(_part(job, number)) for number in done)
+        for number, rows in _finished(job, prepare, missing, already):
+            rows.save(_path(folder, number))
+        _assemble(job, folder, out)
+        # Those that were read as rows or written here.
+        remove_parts(folder, [_path(folder, number).name for number in range(_count(job))])
     return out
 
 
@@ -139,9 +141,8 @@ def _path(folder: Path, number: int) -> Path:
 
 def _resumed(job: Job, folder: Path) -> tuple[Job, set[int]]:
     """The job with the chunks of the manifest, and which of them are there; a new manifest where there is none."""
-    path, identity = folder / "manifest.json", job.identity
-    if folder.is_dir():
-        check_parts(folder, os.listdir(folder), _OURS if path.exists() else "")
+    path, identity = folder / MANIFEST, job.identity
+    _check_names(folder)
     if not path.exists():
         atomic_write_json(path, {"job": identity, "chunk": job.chunk})
         return job, set()
@@ -163,6 +164,14 @@ def _resumed(job: Job, folder: Path) -> tuple[Job, set[int]]:
                 raise DataError(f"{_path(folder, number)} has {len(rows)} rows; remove {folder} to start anew")
             done.add(number)
     return job, done
+
+
+def _check_names(folder: Path) -> None:
+    """Before a lock is put there, and once nobody else puts anything there. Raises DataError as `check_parts`."""
+    if folder.is_dir():
+        with explained(folder):
+            names = os.listdir(folder)
+        check_parts(folder, names, _OURS if MANIFEST in names else "")
 
 
 def _assemble(job: Job, folder: Path, out: Path) -> None:

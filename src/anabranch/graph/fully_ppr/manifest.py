@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import AnabranchError, DataError
-from anabranch.files import atomic_write_json, parse_json
-from anabranch.graph.beside import check_parts
+from anabranch.files import atomic_write_json, explained, parse_json
+from anabranch.graph.beside import MANIFEST, check_parts
 from anabranch.graph.fully_ppr.chunks import Job
 from anabranch.graph.store import Graph
+
+# What lies in the folder beside the manifest.
+OURS = r"manifest\.json|graph\.anb|records|(?:scores|ends|walks)-\d+"
 
 
 class Manifest:
@@ -16,11 +19,10 @@ class Manifest:
 
     def __init__(self, folder: Path, job: Job, first: dict[str, Any]) -> None:
         """Raises DataError where the folder belongs to another run."""
-        self.folder, self._path, self._identity = folder, folder / "manifest.json", job.identity
+        self.folder, self._path, self._identity = folder, folder / MANIFEST, job.identity
         self.state: dict[str, Any] = first
+        check_names(folder)
         if not self._path.exists():
-            if folder.is_dir():
-                check_parts(folder, os.listdir(folder))
             self.save(first)
             return
         try:
@@ -41,6 +43,14 @@ class Manifest:
         """Note how far the run is."""
         self.state = state
         atomic_write_json(self._path, {"job": self._identity, "state": state})
+
+
+def check_names(folder: Path) -> None:
+    """Raises DataError where a folder holds anything but the parts of a run, as `check_parts`."""
+    if folder.is_dir():
+        with explained(folder):
+            names = os.listdir(folder)
+        check_parts(folder, names, OURS if MANIFEST in names else "")
 
 
 def check_cancelled(job: Any, done: str) -> None:

@@ -10,7 +10,6 @@
 
 # Shapes: S sources, N nodes, M edges
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,10 +23,12 @@ import pyarrow as pa
 from anabranch.errors import DataError, InputError
 from anabranch.files import atomic_folder
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.beside import foreign_parts, holding_parts, remove_parts
 from anabranch.graph.fully_ppr.asked import Asked
 from anabranch.graph.fully_ppr.chunks import Job
 from anabranch.graph.fully_ppr.local import WalkWork
-from anabranch.graph.fully_ppr.manifest import Manifest, check_cancelled, schema_of
+from anabranch.graph.fully_ppr.manifest import OURS as PARTS
+from anabranch.graph.fully_ppr.manifest import Manifest, check_cancelled, check_names, schema_of
 from anabranch.graph.fully_ppr.options import Options, walk_bytes
 from anabranch.graph.fully_ppr.partitioned import run_partitioned
 from anabranch.graph.fully_ppr.result import FullyPPRResult, table_of, write_facts
@@ -80,22 +81,30 @@ def choose_plan(asked: str, graph: Graph, room: float) -> str:
 
 
 def _run(model: Asked, options: Options, job: Job, spark: Any, out: Path) -> None:
-    folder = out.with_name(f"{out.name}.parts").resolve()
+    # Absolute, for Spark's workers; a link there is refused.
+    folder = Path(os.path.abspath(out)).with_name(f"{out.name}.parts")
     if out.is_file():
         raise DataError(f"cannot write {out}: it is a file; on Spark `out` is a folder")
     _check_place(out)
     partitions = model.partitions or default_partitions(spark)
-    manifest = Manifest(folder, job, {"partitions": partitions})
-    if job.facts["plan"] == "broadcast":
-        written = run_broadcast(options, job, spark, manifest)
-    else:
-        written = run_partitioned(model, options, job, spark, manifest)
+    check_names(folder)
+    with holding_parts(folder):
+        manifest = Manifest(folder, job, {"partitions": partitions})
+        if job.facts["plan"] == "broadcast":
+            written = run_broadcast(options, job, spark, manifest)
+        else:
+            written = run_partitioned(model, options, job, spark, manifest)
+        _publish(job, written, out)
+        names = os.listdir(folder)
+        remove_parts(folder, set(names) - set(foreign_parts(names, PARTS)))
+
+
+def _publish(job: Job, written: list[Path], out: Path) -> None:
     with atomic_folder(out, replacing=OURS.pattern, check_old=_check_place) as temporary:
         files = sorted(file for place in written for file in place.glob("*.parquet"))
         for number, file in enumerate(files):
             file.rename(temporary / f"part-{number:06d}.parquet")
         write_facts(temporary, job.graph.num_nodes, dict(job.facts), job.is_all)
-    shutil.rmtree(folder)
 
 
 def _check_place(out: Path) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 
 from anabranch.errors import AnabranchError, BackendError, DataError, InputError
 from anabranch.files import parse_json
-from anabranch.graph.beside import check_parts
+from anabranch.graph.beside import check_parts, foreign_parts
 from anabranch.graph.spark.files import Files, first_line
 from anabranch.graph.stored_folder import FACTS, check_place
 
 # File systems that rename a folder in one step.
 _RENAMING = ("file", "hdfs", "viewfs")
+# What lies in the folder of parts: the steps of all runs.
+_OURS = r"manifest\.json|edges|ids|records|index|scores|rows|vectors|degrees|matrix|sums|(?:ends|walks|power)-\d+"
 
 
 class Run:
@@ -46,9 +48,9 @@ class Run:
         self.state: dict[str, Any] = {}
         path = self.place("manifest.json")
         self._is_new = not self.files.exists(path)
+        check_parts(self.folder, self.files.names(self.folder), "" if self._is_new else _OURS)
         if self._is_new:
             self._check_out()
-            check_parts(self.folder, self.files.names(self.folder))
             self.files.make_folder(self.folder)
             self.save({})
             return
@@ -82,7 +84,7 @@ class Run:
             yield
         except (InputError, DataError):
             if self._is_new:
-                self.files.remove(self.folder)
+                self._remove_parts()
             raise
 
     def place(self, name: str) -> str:
@@ -138,7 +140,16 @@ class Run:
             self.files.write_text(f"{self.out}/_SUCCESS", "")
         if old is not None:
             self.files.remove(old)
-        self.files.remove(self.folder)
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        """Remove the folder, or what is ours in it where something else came into it."""
+        names = self.files.names(self.folder)
+        foreign = foreign_parts(names, _OURS)
+        if not foreign:
+            self.files.remove(self.folder)
+        for name in sorted(set(names) - set(foreign)) if foreign else ():
+            self.files.remove(self.place(name))
 
 
 def write(frame: Any, place: str) -> None:
