@@ -1,9 +1,16 @@
 """``anabranch graph index`` and ``search`` with packed bits, by radius and over codes: from files to files, and what mistakes give."""
 
 import json
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from anabranch.cli.graph.inputs import element_ids
+from anabranch.errors import DataError, InputError
+from anabranch.graph import HNSW
+from anabranch.graph.names import Names, read_names, write_names
 
 
 @pytest.fixture
@@ -144,3 +151,79 @@ def test_an_index_on_disk_has_other_ways(facts, here):
         code, _, err = here("graph", *line.split())
         assert code == 2
         assert says in err
+
+
+@pytest.fixture
+def named(here, tmp_path, monkeypatch):
+    """An index whose elements have names, and vectors of which one is new."""
+    monkeypatch.chdir(tmp_path)
+    index = HNSW(8, num_threads=1)
+    index.add(np.eye(8, dtype=np.float32))
+    index.save("n.anb")
+    write_names("n.anb", Names([f"e{number}" for number in range(8)]))
+    np.savez("more.npz", vectors=np.ones((1, 8), np.float32), names=np.array(["new"]))
+    return index
+
+
+def test_an_update_that_is_killed_leaves_an_index_with_its_names(named, facts, monkeypatch):
+    real, before = Path.replace, Path("n.anb").read_bytes()
+
+    def killed(self, target):
+        if Path(target).name == "n.anb":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    # Between the names and the index, which are two files.
+    monkeypatch.setattr(Path, "replace", killed)
+    with suppress(KeyboardInterrupt, SystemExit, AssertionError):
+        facts("update", "n.anb", "more.npz")
+    assert Path("n.anb").read_bytes() == before
+    assert facts("search", "n.anb", "e1", "-k", "2")["results"]
+    monkeypatch.setattr(Path, "replace", real)
+    assert facts("update", "n.anb", "more.npz")["vectors"] == 9
+    assert read_names("n.anb").array.tolist()[7:] == ["e7", "new"]
+    # The names of the old index fit it still; those of another do not.
+    Path("n.anb").write_bytes(before)
+    assert len(read_names("n.anb")) == 9
+    named.remove([0])
+    named.save("n.anb")
+    with pytest.raises(DataError, match="belongs to another index"):
+        read_names("n.anb")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "remove n.anb e1 --out y.anb",
+        "update n.anb more.npz --out y.anb",
+        "remove x.anb --rows 0 --out y.anb",
+        "index v.npy --out y.anb",
+        "remove y.anb --rows 0",
+    ],
+)
+def test_a_list_of_the_user_is_no_file_of_names(here, named, line):
+    named.save("x.anb")
+    named.save("y.anb")
+    np.save("v.npy", np.eye(8, dtype=np.float32))
+    before = Path("y.anb").read_bytes()
+    Path("y.anb.names").write_text("my own list")
+    code, _, said = here("graph", *line.split())
+    assert code == 2
+    assert "y.anb.names" in said
+    assert "Traceback" not in said
+    assert Path("y.anb.names").read_text() == "my own list"
+    assert Path("y.anb").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["--5", "\u00b2", "9" * 23, "9" * 5000, str(2**63), "-" + "9" * 20])
+def test_what_is_no_id_is_no_element(text):
+    for called in (None, Names([10, 20])):
+        with pytest.raises(InputError, match=r"there is no "):
+            element_ids(called, [text])
+    assert element_ids(None, ["7", "-1"]).tolist() == [7, -1]
+    assert element_ids(Names(np.array([2**64 - 1], np.uint64)), [str(2**64 - 1)]).tolist() == [0]
+
+
+def test_names_of_a_link_are_those_of_its_file(named):
+    Path("alias.anb").symlink_to("n.anb")
+    assert read_names("alias.anb").array.tolist()[0] == "e0"

@@ -631,3 +631,39 @@ def test_flows_that_vanish_touch_nothing(weighted, use_index):
     np.testing.assert_allclose(scores.sum(), 1, atol=1e-6)
     ids, scores = model.query_batch([0, 1], rounds=1000, eps=0).row(1)
     assert len(set(ids.tolist())) == len(ids) == 12
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_new_nodes_get_rows_also_after_one_lost_its_in_edges(tmp_path, again):
+    graph = Graph.from_edges([0, 1, 2, 3, 1, 0], [1, 2, 0, 0, 3, 3], None, True, 4)
+    found = PowerWalk(walks=2, min_in_degree=2, seed=1).build(graph)
+    found.update(edges_removed=[(1, 3)])
+    if again:
+        found.save(tmp_path / "walks.anb")
+        found = PowerWalk.load(tmp_path / "walks.anb", found.graph)
+    assert found._index.has_N.tolist() == [True, False, False, True]
+    # Two in a row, of which the first is not walked yet.
+    found.update(edges_added=[(0, 4), (1, 4), (4, 0)], refresh=False)
+    found.update(edges_added=[(0, 5), (1, 5)])
+    assert found._index.has_N.tolist() == [True, False, False, True, True, True]
+    chosen = PowerWalk(walks=2, seed=1).build(graph, nodes=[0, 1])
+    if again:
+        chosen.save(tmp_path / "walks.anb")
+        chosen = PowerWalk.load(tmp_path / "walks.anb", graph)
+    chosen.update(edges_added=[(0, 4), (1, 4)])
+    assert chosen._index.has_N.tolist() == [True, True, False, False, False]
+
+
+def test_rows_that_wait_stay_stale_through_another_change():
+    graph = connected(num_nodes=60)
+    found = PowerWalk(walks=2, seed=3).build(graph)
+    first = found.update(edges_added=[(3, 40, 5.0)], refresh=False)
+    second = found.update(edges_added=[(50, 51, 1e-3)], refresh=False)
+    assert set(first) <= set(second)
+    found.refresh()
+    assert same_index(found, PowerWalk(walks=2, seed=3).build(found.graph))
+
+
+def test_as_many_as_there_are_may_be_asked_for():
+    found = PowerWalk(walks=2).build(connected(num_nodes=8))
+    assert np.array_equal(found.query(5, top_k=10**30)[0], found.query(5)[0])

@@ -5,8 +5,9 @@ it: a checked file (`anabranch.graph.array_file`) that also says which index it 
 read with the names of another.
 """
 
+import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
-from anabranch.graph.beside import replacing
+from anabranch.graph.beside import new_file, replacing
 
 KIND = "names"
 _HEAD_BYTES = 1 << 16
@@ -116,17 +117,60 @@ class GrowingNames(Names):
 
 
 def names_path(index: str | Path) -> Path:
-    """Where the names of an index lie."""
-    return Path(f"{index}.names")
+    """Where the names of an index lie: of a link, beside the file that it leads to."""
+    return Path(f"{os.path.realpath(index) if os.path.islink(index) else index}.names")
 
 
 def write_names(index: str | Path, names: Names) -> Path:
-    """Write the names of the index that was saved at ``index``, all or nothing. Raises as `anabranch.graph.beside.new_file`."""
+    """Write the names of the index that was saved at ``index``, all or nothing.
+
+    Raises as `anabranch.graph.beside.new_file` and `check_names_place`.
+    """
     path = names_path(index)
     # Changes that were taken of the index may bring names.
     with replacing(index):
+        check_names_place(index)
         write_arrays(path, KIND, names_arrays(names.array), {"index": fingerprint(Path(index))})
     return path
+
+
+def write_named(index: str | Path, names: Names, save: Callable[[Path], None]) -> None:
+    """Put a changed index and its names in the place of what it was made of, so that a crash leaves an index with its names.
+
+    Args:
+        index: the place.
+        names: those that were there, and perhaps more behind them.
+        save: writes the index to the path that it is given.
+
+    Raises as `anabranch.graph.beside.new_file` and `check_names_place`.
+    """
+    with replacing(index), new_file(index) as temporary:
+        check_names_place(index)
+        save(temporary)
+        # First the names, which fit the old index too: a process may be killed before the new one is in its place.
+        meta = {"index": fingerprint(temporary), "before": fingerprint(Path(index))}
+        # A link is replaced by the index, whose names then lie beside it.
+        write_arrays(Path(f"{index}.names"), KIND, names_arrays(names.array), meta)
+
+
+def check_names_place(index: str | Path) -> None:
+    """Raise DataError where something else than names of an index lies in their place: it would be lost."""
+    # Of a link, whose names lie elsewhere until an index takes its place.
+    for path in {names_path(index), Path(f"{index}.names")}:
+        if not os.path.lexists(path):
+            continue
+        try:
+            read_arrays(path, KIND, mmap=True)
+        except DataError as error:
+            raise DataError(
+                f"{path} lies where names of {index} go, and would be lost ({error}); move it away, or name another file"
+            ) from None
+
+
+def remove_names(index: str | Path) -> None:
+    """Remove the names of an index that was there before. Raises DataError as `check_names_place`."""
+    check_names_place(index)
+    names_path(index).unlink(missing_ok=True)
 
 
 def read_names(index: str | Path, ids: np.ndarray | None = None) -> Names | None:
@@ -138,7 +182,7 @@ def read_names(index: str | Path, ids: np.ndarray | None = None) -> Names | None
     if not path.exists():
         return None
     found = read_arrays(path, KIND)
-    if found.meta.get("index") != fingerprint(Path(index)):
+    if fingerprint(Path(index)) not in (found.meta.get("index"), found.meta.get("before")):
         raise DataError(f"{path} belongs to another index than {index}; build the index again, or remove the file")
     try:
         names = Names(names_from(found.arrays))
@@ -153,12 +197,16 @@ def read_names(index: str | Path, ids: np.ndarray | None = None) -> Names | None
 
 
 def names_arrays(names: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Names, [N] of integers or text, as arrays that a file can hold; none for None."""
+    """Names, [N] of integers or text, as arrays that a file can hold; none for None. Raises InputError for text that is not UTF-8."""
     if names is None:
         return {}
     if names.dtype.kind in "iu":
         return {"names": names}
-    encoded = [str(name).encode() for name in names.tolist()]
+    try:
+        encoded = [str(name).encode() for name in names.tolist()]
+    except UnicodeEncodeError as error:
+        # Half of a pair of UTF-16, which Python's text may hold.
+        raise InputError(f"the name {error.object!r:.80} cannot be written: it is no text in UTF-8") from None
     ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
     return {"name_ends": ends, "name_bytes": np.frombuffer(b"".join(encoded), np.uint8)}
 

@@ -275,7 +275,8 @@ def check_top_k(top_k: int | None) -> int:
         return 0
     if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
         raise InputError(f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all")
-    return int(top_k)
+    # More than there can be nodes, and a number that kernels take.
+    return min(int(top_k), 2**40)
 
 
 @nb.njit(cache=True, nogil=True)

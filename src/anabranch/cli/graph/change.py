@@ -133,11 +133,12 @@ def _opened(
     """The index, with what a server changed, and its names. Until the end nobody else changes what is written over."""
     from anabranch.graph.disk import DiskIndex
     from anabranch.graph.live import open_named, replacing
-    from anabranch.graph.names import names_path
+    from anabranch.graph.names import check_names_place, names_path
 
     if out is not None:
         check_apart([out, names_path(out)], [index, names_path(index), *read])
     with replacing(out or index):
+        check_names_place(out or index)
         with waiting(f"reading {index}", quiet):
             made, called = open_named(index, num_threads=threads)
         if isinstance(made, DiskIndex):
@@ -187,12 +188,15 @@ def _like(name: Any, called: Names, source: str) -> Any:
 
 
 def _save(made: HNSW, called: Names | None, index: str, out: Path | None) -> None:
-    from anabranch.graph.names import names_path, write_names
+    from anabranch.graph.names import remove_names, write_named, write_names
 
+    if out is None and called is not None:
+        write_named(index, called, made.save)
+        return
     place = out or Path(index)
     made.save(place)
     if called is not None:
         write_names(place, called)
     else:
         # Of an index that was there before.
-        names_path(place).unlink(missing_ok=True)
+        remove_names(place)

@@ -40,7 +40,7 @@ def index_on_disk(wanted: Wanted, names: np.ndarray | None, quiet: bool, as_json
 
     ``names`` are those of the rows, if they have some.
     """
-    from anabranch.graph.names import Names, names_path, read_names, write_names
+    from anabranch.graph.names import Names, read_names, remove_names, write_names
 
     limit = None if wanted.memory is None else parse_bytes(wanted.memory, "--memory")
     started = time.perf_counter()
@@ -55,7 +55,7 @@ def index_on_disk(wanted: Wanted, names: np.ndarray | None, quiet: bool, as_json
         write_names(wanted.out, called)
     else:
         # Of an index that was there before.
-        names_path(wanted.out).unlink(missing_ok=True)
+        remove_names(wanted.out)
     stats = made.stats()
     facts = {
         "vectors": len(made),

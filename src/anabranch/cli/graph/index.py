@@ -127,11 +127,13 @@ def index(
         )
         return
     from anabranch.graph.live import replacing
-    from anabranch.graph.names import names_path
+    from anabranch.graph.names import check_names_place, names_path
 
     check_apart([Path(out), names_path(out)], [vectors, names])
     # From the start: at the end it would be too late to say that a server took changes of what is there.
     with replacing(out):
+        if walks is None:
+            check_names_place(out)
         if walks is not None:
             given = {"alpha": alpha, "walks": walks, "seed": seed, "workers": threads}
             _index_walks(vectors, Path(out), given, read_assignments(changes), quiet, as_json)
@@ -198,7 +200,7 @@ def _index_vectors(
 
     from anabranch.cli.graph.vectors import read_vectors
     from anabranch.graph import HNSW
-    from anabranch.graph.names import Names, names_path, write_names
+    from anabranch.graph.names import Names, remove_names, write_names
 
     found = read_vectors(vectors, bits=metric == "hamming")
     count, dim = found.array.shape
@@ -228,7 +230,7 @@ def _index_vectors(
         write_names(out, Names(called))
     else:
         # Of an index that was there before.
-        names_path(out).unlink(missing_ok=True)
+        remove_names(out)
     stats = made.stats()
     facts = {
         "vectors": count, "dim": dim, "metric": metric, "dtype": made.dtype, "M": made.M, "ef_construction": made.ef_construction,

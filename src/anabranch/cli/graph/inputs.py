@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,9 +179,12 @@ def element_ids(called: Names | None, texts: list[str]) -> np.ndarray:
 
     if called is None or called.are_numbers:
         for text in texts:
-            if not text.lstrip("-").isdigit():
+            # Beyond 64 bits there are no ids, nor numbers that are names.
+            if not re.fullmatch(r"-?\d{1,20}", text) or not -(2**63) <= int(text) < (
+                2**63 if called is None else 2**64
+            ):
                 what = "has no names, only ids" if called is None else "calls its elements by numbers"
-                raise InputError(f"there is no element {text!r}: the index {what}")
+                raise InputError(f"there is no element {text!r:.80}: the index {what}")
         numbers = [int(text) for text in texts]
         return np.array(numbers, np.int64) if called is None else called.ids_of(numbers)
     return called.ids_of(texts)

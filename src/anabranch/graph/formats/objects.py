@@ -63,7 +63,7 @@ def _numbers(values: list[Any], edges: list[Any]) -> np.ndarray:
         except OverflowError:
             # An integer beyond float64. Not in full: it may have more digits than Python writes.
             raise InputError(
-                f"edge {edges[place]} has a weight of {value.bit_length():,} bits; weights must be finite (as 32-bit numbers)"
+                f"edge {edges[place]} has a weight of {int(value).bit_length():,} bits; weights must be finite (as 32-bit numbers)"
             ) from None
     return found
 

@@ -70,8 +70,8 @@ class Changing(Held):
         share_N = np.zeros(graph.num_nodes)
         share_N[: old.num_nodes] = np.maximum(index.stale(changed_nodes(old, graph)), self._stale_N)
         grown = index.grown(Transition(graph, self.alpha, self.dangling))
-        # Whoever chose nodes chose them all.
-        if np.array_equal(np.flatnonzero(index.has_N), self._sources(old, None)):
+        # Not by the rows there are: a node that lost its in-edges keeps its row, and a new one waits for its own.
+        if not self._is_chosen:
             wanted = self._sources(graph, None)
             share_N[wanted[~grown.has_N[wanted]]] = 1.0 + NEW
         self._index, self._asked, self._stale_N = grown, given, share_N

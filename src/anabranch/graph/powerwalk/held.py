@@ -40,6 +40,8 @@ class Held(Estimator):
     # The graph as it was given, which knows what callers call its nodes; the index knows ids.
     _asked: Graph | None = None
     _stale_N: np.ndarray = np.empty(0)
+    # Whether it has rows of nodes that were chosen, so that new ones get none.
+    _is_chosen: bool = False
 
     def _parsed(self, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
         """Ids and weights of seeds. Raises InputError for bad ones, or where there is no index."""
@@ -61,6 +63,10 @@ class Held(Estimator):
         if not self.min_in_degree:
             return np.arange(graph.num_nodes, dtype=np.int64)
         return np.flatnonzero(graph.reversed.degree_N >= self.min_in_degree)
+
+    def _differs(self, graph: Graph, nodes: np.ndarray) -> bool:
+        """Whether these nodes were chosen: whoever chose those that all get a row chose none."""
+        return not np.array_equal(nodes, self._sources(graph, None))
 
     def _plan(self) -> Plan:
         """How walks are made."""

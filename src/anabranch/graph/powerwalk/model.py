@@ -135,6 +135,7 @@ class PowerWalk(Asking, Changing):
         graph = given.numbered()
         transition = Transition(graph, self.alpha, self.dangling)
         sources = self._sources(graph, None if nodes is None else given.resolve(nodes))
+        self._is_chosen = self._differs(graph, sources)
         chunks = make_chunks(graph, self._plan(), sources, num_workers(self.workers), progress)
         gathered = Gathered(graph.num_nodes, sources, DTYPES[self.dtype], self.track)
         if out is None:
@@ -197,6 +198,7 @@ class PowerWalk(Asking, Changing):
         gathered = Gathered(graph.num_nodes, nodes[order], DTYPES[made.dtype], track=False)
         gathered.append(adopted(rows.take(order), graph.num_nodes))
         made._index, made._asked = gathered.index(transition, 0.0), given
+        made._is_chosen = made._differs(graph, nodes[order])
         made._reset_stale()
         return made
 
@@ -207,7 +209,7 @@ class PowerWalk(Asking, Changing):
         return (self.alpha if self.mode == "fullpath" else 1.0) / self.walks
 
     def _meta(self) -> dict[str, Any]:
-        return {"params": self.stored_params()}
+        return {"params": self.stored_params(), "chosen": self._is_chosen}
 
     def stored_params(self) -> dict[str, Any]:
         """Arguments that decide the index, as JSON."""
@@ -241,6 +243,10 @@ class PowerWalk(Asking, Changing):
             check_mark(path, meta["graph"], graph)
             made = cls._of(path, meta["params"], workers)
             made._index = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit())
+            # Of an older release the rows say it.
+            chosen = meta.get("chosen")
+            has_row = np.flatnonzero(made._index.has_N)
+            made._is_chosen = made._differs(graph, has_row) if chosen is None else bool(chosen)
         made._asked = given
         made._reset_stale()
         return made
