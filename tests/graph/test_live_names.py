@@ -349,3 +349,10 @@ def test_a_server_takes_changes_by_name(path):
     schema = client.get("/openapi.json").json()["components"]["schemas"]["DeleteRequest"]
     assert json.dumps(schema["oneOf"]) == '[{"required": ["ids"]}, {"required": ["names"]}]'
     client.__exit__(None, None, None)
+
+
+def test_names_without_a_change_are_no_payload():
+    change = Change(np.array([4]), VECTORS[:1], ("x",), 4)
+    alone = payload_bytes(change) - payload_bytes(Change(np.array([4]), VECTORS[:1]))
+    with pytest.raises(ValueError, match="names of no change"):
+        decode(encode([change])[:alone], DIM)

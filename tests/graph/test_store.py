@@ -518,3 +518,10 @@ def test_a_random_matrix_of_another_hand():
     graph = Graph.from_scipy(matrix)
     check_form(graph)
     assert np.allclose(graph.to_scipy(np.float64).toarray(), matrix.toarray())
+
+
+def test_names_that_are_no_utf_8_are_refused_before_anything_is_written(tmp_path):
+    graph = Graph.from_edges([0], [1], names=["a", "\ud800"])
+    with pytest.raises(InputError, match=r"the name '\\ud800' cannot be written"):
+        graph.save(tmp_path / "g.anb")
+    assert not list(tmp_path.iterdir())
