@@ -108,3 +108,10 @@ def test_the_first_of_equals_is_known_by_all_bytes():
     index.add(np.concatenate([row, row, 2 * row, -row, row]))
     index._storage.encoding.centre_D = None
     assert index._storage.are_first(np.arange(5)).tolist() == [True, False, True, True, False]
+
+
+def test_the_one_that_makes_room_is_led_to_by_the_one_it_makes_room_for():
+    """With M = 2 a new element has one link to an equal: only by what it takes over from that can the others be reached."""
+    index = HNSW(16, M=2, ef_construction=10, num_threads=1)
+    index.add(np.ones((300, 16), np.float32))
+    assert index.stats()["unreachable"] == 0
