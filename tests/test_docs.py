@@ -84,6 +84,17 @@ def test_python_examples_run(page, tmp_path, monkeypatch):
             exec(code, namespace)
 
 
+def test_each_section_on_adding_a_design_runs_alone(tmp_path, monkeypatch):
+    """A reader takes the file from the section that is about his kind of part; a section's later blocks may go on from its first."""
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "adding-a-design.md"
+    sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = [[block for block in blocks(section) if block.info == "python"] for section in sections]
+    assert sum(map(bool, found)) == 5
+    for number, block in enumerate(block for section in found[2:] for block in section):
+        exec(compile(block.body, f"block {number}", "exec"), {"__name__": "__main__"})
+
+
 @cache
 def extensions() -> dict[str, dict[str, Any]]:
     """Those of mkdocs.yml, with their settings."""

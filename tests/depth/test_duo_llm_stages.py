@@ -429,6 +429,30 @@ def test_labels_survive_a_file(tmp_path):
         RouteLabels.read(tmp_path / "bad.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", r"the file is empty"),
+        ('{"ids": [1, 2], "label": [[3]]}', r"label has 3; it is 0 \(skip\), 1 \(small\) or 2 \(big\)"),
+        ('{"ids": [1, 2], "label": [[-1]]}', r"label has -1; it is 0"),
+        ('{"ids": [1, 2], "label": [[true]]}', r"label has true; it is whole numbers"),
+        ('{"ids": [1, false], "label": [[1]]}', r"ids has false; it is whole numbers"),
+        ('{"ids": [1, 2], "label": [[1.5]]}', r"label has 1.5; it is whole numbers"),
+        (
+            '{"ids": [1, 2], "label": []}',
+            r"label has a row of layers for each of ids but the last; it has shape \[1, 0\]",
+        ),
+        ('{"ids": [1, 2], "label": [[]]}', r"label is empty"),
+        ('{"ids": [1], "label": []}', r"label has a row of layers"),
+    ],
+)
+def test_damaged_labels_are_told_in_one_line(tmp_path, line, said):
+    (tmp_path / "bad.jsonl").write_text(line and f"{line}\n")
+    with pytest.raises(DataError, match=f"does not hold route labels \\({said}") as caught:
+        RouteLabels.read(tmp_path / "bad.jsonl")
+    assert "\n" not in str(caught.value)
+
+
 def test_transfer_scores_the_chosen_routes_on_another_model():
     first, second, ids_BL = decoder(3, seed=0), decoder(3, seed=1), tokens(5, 6)
     result = oracle(first, ids_BL, (1, 2), chunk=2)

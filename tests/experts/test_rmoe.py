@@ -17,7 +17,19 @@ from anabranch.experts.rmoe import RecurrentScore, to_recurrent
 from anabranch.experts.rmoe_measure import expert_similarity, gate_facts, measure_gates
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model, load_weights, save_model, upcycle
 from anabranch.nn import ExpertPool, MoE, SelfAttention, SwiGLU
-from anabranch.routing import BiasBalancer, Router, Routing, RoutingContext, SwitchLoss, TopK
+from anabranch.routing import (
+    BiasBalancer,
+    Override,
+    Router,
+    Routing,
+    RoutingContext,
+    SwitchLoss,
+    TopK,
+    override_routing,
+    record_routing,
+    replay_routing,
+)
+from anabranch.routing.discovery import find_routers
 from anabranch.train import RunConfig, TrainConfig, Trainer, read_metrics
 from ranks import run_ranks
 
@@ -561,3 +573,46 @@ def test_routers_of_one_model_share_one_kind_of_cell():
         ConfigError, match=r"^state_dim is 5 in layer 1, but 6 in a layer before; recurrent routers share one cell$"
     ):
         model_of(**mixed)
+
+
+def recorded(model, token_BL, routers=None):
+    with torch.no_grad(), record_routing(model, routers=routers) as recorder:
+        logits_BLV = model(token_BL).logits_BLV
+    return logits_BLV, recorder.trace()
+
+
+@pytest.mark.parametrize("picked", [[0], [1], [1, 2], [3]])
+def test_replay_of_some_routers_leaves_the_state_to_the_others(picked):
+    model, token_BL = model_of(num_layers=4).eval(), tokens()
+    routers = list(find_routers(model).items())
+    some = dict(routers[index] for index in picked)
+    expected_BLV, trace = recorded(model, token_BL, some)
+    with torch.no_grad(), replay_routing(model, trace, routers=some):
+        assert torch.equal(model(token_BL).logits_BLV, expected_BLV)
+
+
+def test_a_whole_replay_beside_other_overrides_hands_the_state_on():
+    model, token_BL = model_of(num_layers=4).eval(), tokens()
+    expected_BLV, trace = recorded(model, token_BL)
+    same = {layer: Override(index_NK=torch.from_numpy(trace.decisions(layer).index_NK).long()) for layer in (0, 2)}
+    with torch.no_grad(), replay_routing(model, trace), override_routing(model, same):
+        assert torch.equal(model(token_BL).logits_BLV, expected_BLV)
+    # One of the third router alone: the first must know of it.
+    name, router = list(find_routers(model).items())[2]
+    _, part = recorded(model, token_BL, {name: router})
+    with (
+        torch.no_grad(),
+        replay_routing(model, trace),
+        replay_routing(model, part, weights="own", routers={name: router}),
+    ):
+        assert torch.equal(model(token_BL).logits_BLV, expected_BLV)
+
+
+def test_a_replay_that_knows_a_part_of_the_model_is_refused_where_a_state_is_missing():
+    model, token_BL = model_of(num_layers=4).eval(), tokens()
+    part = model.blocks[1]
+    with torch.no_grad(), record_routing(part) as recorder:
+        model(token_BL)
+    with torch.no_grad(), pytest.raises(AnabranchError, match="has not handed on"):
+        with replay_routing(part, recorder.trace()):
+            model(token_BL)

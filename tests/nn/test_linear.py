@@ -99,6 +99,19 @@ def test_the_first_pattern_that_fits_counts():
     assert scales["blocks.0.attention.k"] == 5.0
 
 
+def test_a_pattern_that_earlier_ones_leave_nothing_to_is_an_error():
+    names = ["blocks.0.q", "blocks.1.q", "head"]
+    check_patterns({"blocks.0.q": None, "*.q": None}, names)
+    with pytest.raises(
+        ConfigError, match=r"linears has 'blocks\.1\.q', .* \('\*\.q' takes blocks\.1\.q\), and the first"
+    ):
+        check_patterns({"*.q": None, "blocks.1.q": None}, names)
+    with pytest.raises(ConfigError, match=r"linears has '\*\.q', but earlier patterns"):
+        check_patterns({"*.0.q": None, "*.1.q": None, "*.q": None}, names)
+    with pytest.raises(ConfigError, match="linears has 'head', but earlier"):
+        decoder({"*": Dense.Config(), "head": Scaled.Config()}).build()
+
+
 def test_a_pattern_that_fits_nothing_is_an_error():
     with pytest.raises(
         ConfigError, match=r"linears has 'blocks\.0\.attention\.qq', .* did you mean 'blocks\.0\.attention\.q'"

@@ -27,7 +27,16 @@ from anabranch.nn.attention import Attention, SelfAttention, distinct
 from anabranch.nn.block import Block, PreNorm
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
-from anabranch.nn.linear import Linear, Projection, build_linear, call_linear, check_patterns, count_linear
+from anabranch.nn.items import on_positions
+from anabranch.nn.linear import (
+    Linear,
+    Projection,
+    build_linear,
+    call_linear,
+    check_patterns,
+    count_linear,
+    takes_context,
+)
 from anabranch.nn.rotary import Rotary
 from anabranch.nn.streams import Streams
 from anabranch.nn.visits import Path, check_path, on_rows, steps_of
@@ -256,11 +265,12 @@ class Decoder(Part, nn.Module):
         before = 0 if cache is None else cache.length
         try:
             x_BLD = self.hidden(token_BL, context)
+            keep_L = torch.tensor([token_BL.shape[1] - 1], device=x_BLD.device) if last_only else None
             if last_only:
                 x_BLD = x_BLD[:, -1:]
             if self.streams is not None:
                 x_BLD = self.streams.merge(x_BLD, context)
-            logits_BLV = self.logits(x_BLD, context)
+            logits_BLV = self.logits(x_BLD, context, keep_L=keep_L)
         except BaseException:
             # The same pass may be tried again: positions that have no logits were not seen.
             if cache is not None:
@@ -341,11 +351,19 @@ class Decoder(Part, nn.Module):
             return recomputed(block, x_BLD, context)
         return block(x_BLD, context)
 
-    def logits(self, x_BLD: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """Scores over the vocabulary."""
+    def logits(self, x_BLD: Tensor, context: ForwardContext | None = None, *, keep_L: Tensor | None = None) -> Tensor:
+        """Scores over the vocabulary.
+
+        Args:
+            x_BLD: what `hidden` gave, of all streams merged.
+            context: of the pass, which a head that routes needs; it is called with what that says of these rows.
+            keep_L: the positions that ``x_BLD`` has, where not all of them.
+        """
         if self.head is None:
             return F.linear(x_BLD, self.embedding.weight)
-        return call_linear(self.head, x_BLD, context)
+        if context is None or not takes_context(self.head):
+            return call_linear(self.head, x_BLD, context)
+        return on_positions(partial(call_linear, self.head), x_BLD, context, keep_L)
 
     @property
     def is_causal(self) -> bool:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from anabranch.lm.decoder import Decoder
 from anabranch.routing import record_routing, replay_routing
 from anabranch.routing.balance import LoadCounter
-from anabranch.routing.discovery import takes_overrides
+from anabranch.routing.discovery import find_routers, takes_overrides
 
-__all__ = ["check_replay", "check_replayed_training"]
+__all__ = ["check_partial_replay", "check_replay", "check_replayed_training"]
 
 # Gradients are summed in another order.
 TOLERANCE = 1e-4
@@ -49,6 +49,34 @@ def check_replay(model: Decoder, token_BL: Tensor) -> None:
     for ours_BLV, expected_BLV in zip(replayed, expected, strict=True):
         _is(torch.equal(ours_BLV, expected_BLV), "a replayed trace gives other logits")
     _is(again.trace().table.equals(trace.table), "what is replayed is recorded as something else")
+
+
+def check_partial_replay(model: Decoder, token_BL: Tensor) -> None:
+    """The first, the last, or all routers but the first replayed; and all, with some of them weighing by their own scores inside."""
+    model.eval()
+    routers = {name: module for name, module in find_routers(model).items() if takes_overrides(module)}
+    if not routers:
+        return
+    names = list(routers)
+    picked = dict.fromkeys((tuple(names[:1]), tuple(names[1:]), tuple(names[-1:])))
+    with torch.no_grad():
+        with record_routing(model) as recorder:
+            expected_BLV = model(token_BL).logits_BLV
+        for part in ({name: routers[name] for name in some} for some in picked if some):
+            with record_routing(model, routers=part) as of_part:
+                model(token_BL)
+            which = ", ".join(part)
+            with replay_routing(model, of_part.trace(), routers=part):
+                _is(
+                    torch.equal(model(token_BL).logits_BLV, expected_BLV), f"replay of {which} alone gives other logits"
+                )
+            with (
+                replay_routing(model, recorder.trace()),
+                replay_routing(model, of_part.trace(), routers=part, weights="own"),
+            ):
+                replayed_BLV = model(token_BL).logits_BLV
+            message = f"all replayed, and {which} with weights of its own inside, gives other logits"
+            _is(torch.equal(replayed_BLV, expected_BLV), message)
 
 
 def check_replayed_training(model: Decoder, token_BL: Tensor) -> None:

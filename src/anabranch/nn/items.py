@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.routing.context import RoutingContext
-from anabranch.routing.sequences import StreamSequence
+from anabranch.routing.sequences import BEGINS, StreamSequence
 
 if TYPE_CHECKING:
     from anabranch.nn.context import ForwardContext
 
-__all__ = ["Items", "no_rows", "of_items", "on_items"]
+__all__ = ["Items", "no_rows", "of_items", "on_items", "on_positions"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,52 @@ def of_items(context: RoutingContext, item_R: Tensor, num_items: int) -> Any:
     if "position_BL" not in {field.name for field in fields(context)}:
         return part
     return _with_positions(part, context, item_R)  # type: ignore[arg-type]
+
+
+def on_positions(
+    run: Callable[[Tensor, Any], Tensor], x_BKD: Tensor, context: "ForwardContext", keep_L: Tensor | None = None
+) -> Tensor:
+    """``run(x_BKD, context of these)`` for what stands behind the blocks: K positions of every sequence, and one stream where several were.
+
+    Args:
+        run: a layer, or anything called like one.
+        x_BKD: hidden states of B sequences, those of all streams merged.
+        context: of the whole pass, of P B sequences and L positions.
+        keep_L: int64 ``[K]``, which positions they are; None for all L.
+
+    What the layer emits and carries on counts for these items. They have the names of the first stream.
+    """
+    if keep_L is None and context.num_streams == 1:
+        return run(x_BKD, context)
+    rows, length = context.position_BL.shape
+    batch, device = rows // context.num_streams, context.position_BL.device
+    keep_L = torch.arange(length, device=device) if keep_L is None else keep_L.to(device)
+    item_R = (torch.arange(batch, device=device)[:, None] * length + keep_L).flatten()
+    items = Items(item_R, (rows, length), (batch, len(keep_L)))
+    token_BL, mask_N = context.token_BL, context.item_mask_N
+    is_of_whole = token_BL is not None and token_BL.shape == context.position_BL.shape
+    part = replace(
+        context.fork(items.take_all(context.carry, "carry")),
+        item_mask_N=None if mask_N is None else mask_N[item_R],
+        num_streams=1,
+        state=items.take_all(context.state, "state"),
+        position_BL=context.position_BL[:batch, keep_L],
+        rotary=(context.rotary[0][:batch, :, keep_L], context.rotary[1][:batch, :, keep_L]),
+        attention_mask=None,
+        is_causal=False,
+        cache=None,
+        token_BL=token_BL[:batch, keep_L] if is_of_whole else None,  # type: ignore[index]
+        rows=None if context.rows is None else context.rows[:batch],
+    )
+    if not torch.compiler.is_compiling() and bool((context.position_BL == 0).any()):
+        part.state[BEGINS] = True
+    if context.sequence_length is not None:
+        part.sequence_length = len(keep_L)
+    elif context.sequences is not None and len(context.sequences) == batch * length:
+        # Every item has a name of its own.
+        part.all_sequences = context.all_sequences or context.sequences
+        part.sequences = [context.sequences[item] for item in item_R.tolist()]
+    return items.run(run, x_BKD, context, part)
 
 
 def _items_of(context: RoutingContext, item_R: Tensor, num_items: int) -> Items:

@@ -37,6 +37,7 @@ __all__ = [
     "call_linear",
     "count_linear",
     "is_plain",
+    "takes_context",
 ]
 
 
@@ -192,6 +193,11 @@ def call_linear(layer: nn.Module, x: Tensor, context: Any) -> Tensor:
     return layer(x, context) if isinstance(layer, Linear) else layer(x)
 
 
+def takes_context(layer: Any) -> bool:
+    """Whether `call_linear` gives it a context that it may look at, as what routes must."""
+    return isinstance(layer, Linear) and type(layer) is not Dense
+
+
 def count_linear(projection: Projection, context: "BuildContext") -> Count:
     """Sizes of what `build_linear` makes."""
     chosen, total = projection.chosen(context.linears), Count()
@@ -206,16 +212,27 @@ def count_linear(projection: Projection, context: "BuildContext") -> Count:
 
 
 def check_patterns(patterns: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise ConfigError for a pattern that fits none of ``names``, with the nearest of them."""
+    """Raise ConfigError for a pattern that fits none of ``names``, with the nearest of them, or none that earlier ones leave to it."""
     for pattern in patterns:
-        if any(fnmatchcase(name, pattern) for name in names):
-            continue
-        last = pattern.rpartition(".")[2]
-        alike = [name for name in names if fnmatchcase(name.rpartition(".")[2], last)]
-        near = difflib.get_close_matches(pattern, alike or names, n=1, cutoff=0.4)
-        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        hint = f"did you mean {near[0]!r}?" if near else f"the last word of a name is one of {known}"
-        raise ConfigError(f"linears has {pattern!r}, which fits no linear layer of this model; {hint}")
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise ConfigError(
+                f"linears has {pattern!r}, which fits no linear layer of this model; {_hint(pattern, names)}"
+            )
+        taken = [next(first for first in patterns if fnmatchcase(name, first)) for name in fitting]
+        if pattern not in taken:
+            raise ConfigError(
+                f"linears has {pattern!r}, but earlier patterns take every layer that it fits ({taken[0]!r} takes {fitting[0]}), and "
+                "the first that fits counts; put the narrower pattern first, or leave this one out"
+            )
+
+
+def _hint(pattern: str, names: Sequence[str]) -> str:
+    last = pattern.rpartition(".")[2]
+    alike = [name for name in names if fnmatchcase(name.rpartition(".")[2], last)]
+    near = difflib.get_close_matches(pattern, alike or names, n=1, cutoff=0.4)
+    known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return f"did you mean {near[0]!r}?" if near else f"the last word of a name is one of {known}"
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -50,7 +50,10 @@ def _balance(summary: Summary) -> str:
         return "No item was sent anywhere: every place of every decision is unused."
     if worst.num_destinations == 1:
         return "There is a single destination, so there is nothing to balance."
-    idle = f"{worst.idle} of its {worst.num_destinations} experts get less than a tenth of their fair share"
+    idle = (
+        f"{worst.idle} of its {worst.num_destinations} experts {'gets' if worst.idle == 1 else 'get'} less than a tenth of "
+        f"{'its' if worst.idle == 1 else 'their'} fair share"
+    )
     if worst.idle == 0:
         idle = "every expert gets at least a tenth of its fair share"
     if worst.max_violation < max(0.25, 2 * worst.noise):

@@ -85,11 +85,13 @@ def overriding(model: nn.Module, source: Overrides, routers: Mapping[str, nn.Mod
     """Every forward pass that reaches a router of ``model`` in the block carries ``source``. Warns (UserWarning) if none did."""
     # A dictionary holds each router once, in order.
     known = {layer.router: None for layer in own_layers(model, routers)}
+    # The first router of a pass must know of all that overrides some router behind it: see `Override.of_all_routers`.
+    every = known | {layer.router: None for layer in router_layers(model) if takes_overrides(layer.router)}
     was_called = False
 
     def join(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal was_called
-        was_called = True
+        was_called = was_called or router in known
         context = argument_of(RoutingContext, args, kwargs)
         # The list is one for the whole pass, and what recomputes parts of it later has it too.
         if context is not None and not any(other is source for other in context.routing):
@@ -97,7 +99,7 @@ def overriding(model: nn.Module, source: Overrides, routers: Mapping[str, nn.Mod
 
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for router in known:
+        for router in every:
             handle = router.register_forward_pre_hook(join, with_kwargs=True)
             stack.callback(handle.remove)
         yield

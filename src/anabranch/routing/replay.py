@@ -10,6 +10,9 @@ they have (``item_N`` and ``position_N`` in ``context.state``) or come to the sa
 0, 1, ... from position 0 on, as batched generation was. With the recorded weights no router runs, and the same tokens give the same outputs
 to the bit. With ``weights="own"`` only the destinations are replayed, which is what training on rollouts needs (an engine and a trainer
 round differently, and near-ties between experts then go other ways): weights are made of the router's own scores, with their gradient.
+
+Where only some routers are replayed, or other overrides hold besides, a score that hands a state on to the next router (`Score.hands_on`)
+still runs: what decides freely behind it goes on from that state.
 """
 # Shapes: N items, K choices per item, R decisions of a layer
 
@@ -91,6 +94,7 @@ class Replay:
         layers = _layers_of(model, trace) if routers is None else own_layers(model, routers)
         _check_layers(layers, trace)
         self._num_passes = {layer.router: layer.num_passes for layer in layers}
+        self._is_of_all = all(each in self._num_passes for each in model.modules() if isinstance(each, Router))
         self._weights, self._learn = weights, learn
         self._recorded = {
             (layer.router, layer.pass_index): _Recorded(trace, layer.number)
@@ -152,7 +156,8 @@ class Replay:
             index_NK=torch.from_numpy(index_NK),
             weight_NK=None if weight_NK is None else torch.from_numpy(weight_NK),
             learn=self._learn,
-            of_all_routers=True,
+            # Another source may let a router that we decided for ask its score, which goes on from the state before.
+            of_all_routers=self._is_of_all and len(context.routing) == 1,
         )
 
     def _unsure_of(self, done: list[Callable[[], None]] | None) -> "_Unsure | None":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
-from anabranch.errors import NotFiniteError
+from anabranch.errors import AnabranchError, NotFiniteError
 from anabranch.routing.balance import Balancer, Observation, SwitchLoss, ZLoss
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import UNUSED, Routing
@@ -21,6 +21,9 @@ from anabranch.routing.renamed import Renamed
 from anabranch.routing.score import LinearScore, Score
 from anabranch.routing.select import Select, TopK
 from anabranch.routing.shared import Share, join_model
+
+# In ``context.carry`` behind a score that should have handed on its state and did not run.
+_SKIPPED = "routing_skipped"
 
 
 class Router(Part, nn.Module):
@@ -98,14 +101,22 @@ class Router(Part, nn.Module):
             overrides = overrides_of(self, self.num_destinations, x_ND, context)
             forced = [override for override in overrides if override.index_NK is not None]
             if forced and forced[-1].is_complete and (forced[-1].of_all_routers or not self.score.hands_on):
+                if self.score.hands_on:
+                    context.carry[_SKIPPED] = torch.tensor(True)
                 return forced[-1].routing(x_ND, self.num_destinations, context.item_mask_N)
         return self.decide(x_ND, context, overrides)
 
     def decide(self, x_ND: Tensor, context: RoutingContext, overrides: Sequence[Override] = ()) -> Routing:
         """The decision by score and select, with ``overrides``; balancers watch it in training.
 
-        Raises NotFiniteError for scores that are NaN, see `anabranch.routing.nan`.
+        Raises NotFiniteError for scores that are NaN, see `anabranch.routing.nan`, and AnabranchError for a score that goes on from what
+        others hand on, behind one that did not run (`Override.of_all_routers`).
         """
+        if self.score.hands_on and _SKIPPED in context.carry:
+            raise AnabranchError(
+                f"the router of layer {self.layer} goes on from a state that a router before it has not handed on: what decided for that "
+                "one says that it decides for all routers. Replay or override routers of the whole model, not of a part of it"
+            )
         logit_NE = self.score.project(x_ND, context)
         if self.config.check_finite and not torch.isfinite(logit_NE).all():
             raise NotFiniteError(f"router of layer {self.layer} has NaN or infinite logits; lower the learning rate")

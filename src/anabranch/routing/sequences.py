@@ -12,6 +12,7 @@ import numpy as np
 from anabranch.routing.context import RoutingContext
 
 __all__ = [
+    "BEGINS",
     "WHEN_DONE",
     "ItemNumbers",
     "SequenceNumbers",
@@ -24,6 +25,8 @@ __all__ = [
 
 # In `RoutingContext.state`: functions to call once the pass has succeeded, of whoever records; none is called of a pass that fails.
 WHEN_DONE = "when_done"
+# Likewise: True in a context of some positions whose pass begins sequences, though the first positions need not be among them.
+BEGINS = "begins"
 
 
 class StreamSequence(NamedTuple):
@@ -87,6 +90,7 @@ class ItemNumbers:
             else:
                 # A pass that begins behind position 0 goes on with the sequences of the pass before (cached decoding).
                 goes_on = position_N is not None and num_items > 0 and not (position_N[real_items(context)] == 0).any()
+                goes_on = goes_on and not context.state.get(BEGINS, False)
                 item_N = context.once(self, lambda: self._numbers.begin(goes_on)) + _rows(context, num_items, length)
                 self._numbers.count(int(item_N.max(initial=-1)))
         return item_N, count_N % length if position_N is None else position_N

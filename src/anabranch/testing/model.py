@@ -4,6 +4,7 @@
 import copy
 import pickle
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from anabranch.lm import Decoder
 from anabranch.lm.backward_contract import check_gradients, check_second_derivatives, gradients_of_training
-from anabranch.lm.replay_contract import check_replay, check_replayed_training
+from anabranch.lm.replay_contract import check_partial_replay, check_replay, check_replayed_training
 from anabranch.nn import Attention, Block, FeedForward, Linear, MoE, SelfAttention, SwiGLU
 from anabranch.nn.streams import Streams
+from anabranch.registry import resolve
 from anabranch.routing import (
     UNUSED,
     record_routing,
@@ -127,6 +129,36 @@ def check_linear(
     for down, parts in (("", {}), ("experts.*.", {"feed_forward": experts})):
         linears = {"blocks.*.attention.v": config, f"blocks.*.feed_forward.{down}down": config}
         _check_model(_decoder(dim, num_layers, linears=linears, **parts), device, compile_backend)
+    head = _decoder(dim, num_layers, linears={"head": config})
+    _check_head(head.build(seed=0).to(device))
+    parscale: Any = resolve("streams", "parscale")
+    streams = parscale.Config(num_streams=2)
+    _check_head(head.replace(streams=streams).build(seed=0).to(device))
+
+
+def _check_head(model: Decoder) -> None:
+    """A layer that is the head sees kept positions, of one stream, as those of the whole pass: padded, cached and recorded."""
+    model.eval()
+    token_BL = torch.randint(0, VOCAB_SIZE, (3, 9), generator=torch.Generator().manual_seed(1))
+    token_BL = token_BL.to(model.embedding.weight.device)
+    mask_BL = torch.ones_like(token_BL, dtype=torch.bool)
+    mask_BL[0, :4] = False
+    routers = {name: router for name, router in find_routers(model).items() if name.startswith("head.")}
+    for given in ({}, {"token_mask_BL": mask_BL}):
+        recorder: Any = record_routing(model, routers=routers) if routers else nullcontext()
+        with torch.no_grad(), no_counting(model), recorder as recorded:
+            whole_BLV = model(token_BL, **given).logits_BLV
+            last_BLV = model(token_BL, last_only=True, **given).logits_BLV
+        expect_close(last_BLV, whole_BLV[:, -1:], "the head gives the last positions alone other logits")
+        if not routers:
+            continue
+        trace = recorded.trace()
+        for layer in trace.layers:
+            decisions = trace.decisions(layer.layer)
+            found = list(zip(decisions.item_N.tolist(), decisions.position_N.tolist(), strict=True))
+            expected = [(row, place) for row in range(3) for place in range(int(mask_BL[row].sum()) if given else 9)]
+            expected += [(3 + row, int(mask_BL[row].sum()) - 1 if given else 8) for row in range(3)]
+            expect(found == expected, f"{layer.name} is recorded of items and positions {found}, not {expected}")
 
 
 def _decoder(dim: int, num_layers: int, **parts: Any) -> Decoder.Config:
@@ -184,6 +216,7 @@ def _check_model(model_config: Decoder.Config, device: str, compile_backend: str
         _check_state,
         _check_record,
         check_replay,
+        check_partial_replay,
         check_replayed_training,
         _check_half_precision,
     ):

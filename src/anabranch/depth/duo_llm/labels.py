@@ -8,6 +8,7 @@ line and sequence: ``id``, ``ids`` (L + 1 tokens), ``label`` (L rows of Y), ``bu
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,19 +57,34 @@ class RouteLabels:
         """Read what `write` wrote. Raises DataError if the file is missing, empty or of another form."""
         try:
             rows = [parse_json(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-            ids_BL = torch.tensor([row["ids"] for row in rows])
-            label_BLY = torch.tensor([row["label"] for row in rows])
-            if ids_BL.dtype != torch.int64 or label_BLY.dtype != torch.int64:
-                raise ValueError(f"ids are {ids_BL.dtype} and labels {label_BLY.dtype}; both must be whole numbers")
-            if (
-                label_BLY.dim() != 3
-                or label_BLY.shape[1] + 1 != ids_BL.shape[1]
-                or not 0 <= label_BLY.min() <= label_BLY.max() <= 2
-            ):
-                raise ValueError(f"labels of shape {list(label_BLY.shape)} for ids of shape {list(ids_BL.shape)}")
+            if not rows:
+                raise ValueError("the file is empty; there is a JSON object per sequence")
+            ids_BL = _whole_numbers([row["ids"] for row in rows], "ids")
+            label_BLY = _whole_numbers([row["label"] for row in rows], "label")
+            wanted = f"label has a row of layers for each of ids but the last; it has shape {list(label_BLY.shape)} for ids of shape"
+            if label_BLY.dim() != 3 or ids_BL.dim() != 2 or label_BLY.shape[1] + 1 != ids_BL.shape[1]:
+                raise ValueError(f"{wanted} {list(ids_BL.shape)}")
+            if not label_BLY.numel():
+                raise ValueError("label is empty: there is no token, or no layer, in it")
+            for work in (int(label_BLY.min()), int(label_BLY.max())):
+                if not 0 <= work < len(OPTIONS):
+                    raise ValueError(f"label has {work}; it is 0 (skip), 1 (small) or 2 (big)")
             option_W = torch.tensor([WORK.index(work) for work in range(len(OPTIONS))])
             return cls(ids_BL, option_W[label_BLY], rows[0]["budget"], rows[0]["bound"])
         # Of torch: numbers beyond its own, and nothing where a number is looked for.
         except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             said = f"no field {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise DataError(f"{path} does not hold route labels ({said})") from error
+
+
+def _whole_numbers(value: list[Any], name: str) -> Tensor:
+    """``value``, lists in lists, as int64. Raises ValueError for anything but whole numbers in it; true and false are none."""
+    stack: list[Any] = [value]
+    while stack:
+        each = stack.pop()
+        if isinstance(each, list):
+            stack += each
+        elif type(each) is not int:
+            raise ValueError(f"{name} has {json.dumps(each)[:40]}; it is whole numbers")
+    # Empty lists hold no number that would say the type.
+    return torch.tensor(value, dtype=torch.int64)

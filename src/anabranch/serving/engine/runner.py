@@ -19,6 +19,7 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.request import Request, Sampling
+from anabranch.serving.engine.head import RowsOfPass, logits_of
 from anabranch.serving.engine.isolate import Isolation
 from anabranch.serving.engine.kinds import Kinds
 from anabranch.serving.engine.layout import StepLayout
@@ -141,6 +142,9 @@ class ModelRunner:
         self._recordings: list[Callable[[], None]] = []
         # The newest token of each request, for chunks that carry `PENDING`.
         self._last: dict[str, int] = {}
+        # Of the step under way, for a head that routes: the pass that ran last, and all with their rows.
+        self._context_run: ForwardContext | None = None
+        self._passes: list[RowsOfPass] = []
         self._isolation = Isolation(self._step, self._try_out)
         self._usual = Variant(self.num_streams)
         # Of requests that ask for another; of what hooks say knows `RequestOverrides`.
@@ -254,11 +258,11 @@ class ModelRunner:
         scored, pooled_rows = scored_rows(chunks), self._pooling.rows(chunks)
         x_RD = self._hidden_of(chunks, tokens, [*rows, *scored, *pooled_rows], routes)
         first = len(rows) + len(scored)
-        told = score(x_RD[len(rows) : first], self._head, chunks, self._tops)
+        told = score(x_RD[len(rows) : first], lambda x_SD, at: self._head(x_SD, len(rows) + at), chunks, self._tops)
         pooled = self._pooling.of(x_RD[first:], chunks)
         self._tell(chunks)
         # Last of what may fail: a sample that is taken cannot be taken back.
-        sampled = verify(self.sampler, self._head(x_RD[: len(rows)]), chunks) if rows else []
+        sampled = verify(self.sampler, self._head(x_RD[: len(rows)], 0), chunks) if rows else []
         results = {result.id: result for result in sampled}
         _tell_routes(sampled, chunks, rows, routes)
         for id, found in told.items():
@@ -275,14 +279,14 @@ class ModelRunner:
         ids = [chunk.id for chunk in chunks for _ in range(chunk.num_samples)]
         return {row: {} for row, id in zip(sampled_rows(chunks), ids, strict=True) if id in self._recorded}
 
-    def _head(self, x_RD: Tensor) -> Tensor:
-        """logits_RV of hidden states."""
+    def _head(self, x_RD: Tensor, first: int) -> Tensor:
+        """logits_RV of hidden states of the step, from the ``first`` on."""
         # A listener may have come or gone since the layers ran, so hidden states are of either path.
         fast = self._compiled()
         if fast is not None:
             return fast.logits(x_RD.float())
         with steady(self.model) if self.deterministic else nullcontext():
-            return self.model.logits(x_RD[None].to(self.model.embedding.weight.dtype))[0]
+            return logits_of(self.model, x_RD.to(self.model.embedding.weight.dtype), first, self._passes)
 
     def _compiled(self) -> FastDecoder | None:
         """The compiled step where there is one, and nobody listens whom it would run past."""
@@ -296,18 +300,29 @@ class ModelRunner:
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
     ) -> Tensor:
         """x_RD of ``rows``; fills in ``routes``."""
+        self._passes = []
         if not self._variants and self._overrides is None:
-            return self._hidden_alike(chunks, tokens, rows, routes)
-        x_RD: Tensor | None = None
+            x_RD = self._hidden_alike(chunks, tokens, rows, routes)
+            self._note_pass(range(len(rows)), rows)
+            return x_RD
+        made_RD: Tensor | None = None
         for part in passes_of(chunks, tokens, self._variant_of):
             wanted = [number for number, row in enumerate(rows) if row in part.place]
             own = {part.place[row]: route for row, route in routes.items() if row in part.place}
-            x_WD = self._hidden_alike(part.chunks, part.tokens, [part.place[rows[number]] for number in wanted], own)
-            if x_RD is None:
-                x_RD = x_WD.new_empty(len(rows), x_WD.shape[-1])
-            x_RD[wanted] = x_WD.to(x_RD.dtype)
-        assert x_RD is not None, "a step has chunks"
-        return x_RD
+            places = [part.place[rows[number]] for number in wanted]
+            x_WD = self._hidden_alike(part.chunks, part.tokens, places, own)
+            self._note_pass(wanted, places)
+            if made_RD is None:
+                made_RD = x_WD.new_empty(len(rows), x_WD.shape[-1])
+            made_RD[wanted] = x_WD.to(made_RD.dtype)
+        assert made_RD is not None, "a step has chunks"
+        return made_RD
+
+    def _note_pass(self, numbers: Sequence[int], rows: Sequence[int]) -> None:
+        """Which rows of the pass that has just run are which of the step's."""
+        if self._context_run is not None:
+            self._passes.append(RowsOfPass(self._context_run, list(numbers), list(rows)))
+        self._context_run = None
 
     def _variant_of(self, chunk: Chunk) -> Variant:
         """How a request runs the model."""
@@ -353,6 +368,7 @@ class ModelRunner:
         token_1T = torch.tensor([tokens], dtype=torch.int64, device=self.device)
         context = self._context(layout, token_1T, chunks)
         keep_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self._context_run = context
         with steady(model) if self.deterministic else nullcontext():
             x_PRD = model.hidden(token_1T, context, keep_L=keep_R)
             return (x_PRD if model.streams is None or not rows else model.streams.merge(x_PRD, context))[0]

@@ -25,13 +25,13 @@ def scored_rows(chunks: Sequence[Chunk]) -> list[int]:
 
 
 def score(
-    x_SD: Tensor, head: Callable[[Tensor], Tensor], chunks: Sequence[Chunk], tops: Mapping[str, int]
+    x_SD: Tensor, head: Callable[[Tensor, int], Tensor], chunks: Sequence[Chunk], tops: Mapping[str, int]
 ) -> dict[str, Sampled]:
     """What each chunk with targets is told, by id, as if it did not sample.
 
     Args:
         x_SD: hidden states of `scored_rows`.
-        head: logits_SV of them.
+        head: logits_SV of some of them, and at which of all S they begin.
         chunks: of the step.
         tops: how many of the most likely tokens each id wants to know.
     """
@@ -42,7 +42,7 @@ def score(
     best: list[float] = []
     for start in range(0, len(targets), TILE):
         part = slice(start, start + TILE)
-        logits_SV = head(x_SD[part])
+        logits_SV = head(x_SD[part], start)
         best += logits_SV.amax(-1).tolist()
         told += logprobs(logits_SV, targets[part], wanted[part])
     made, first = {}, 0

@@ -265,7 +265,7 @@ class DualBatch:
         )
         x_BLD = model.hidden(token_BL, context)
         store.advance(new)
-        return model.logits(x_BLD[:, -1:])[:, -1]
+        return model.logits(x_BLD[:, -1:], context, keep_L=torch.tensor([new - 1]))[:, -1]
 
     def _take(
         self, unit: _Unit, batch: Sequence[int], logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator

@@ -13,7 +13,7 @@ from anabranch.nn.block import PreNorm
 from anabranch.nn.description import Passes
 from anabranch.nn.kernels import load
 from anabranch.nn.kernels.operands import takes, why_refused
-from anabranch.nn.linear import is_plain
+from anabranch.nn.linear import is_plain, takes_context
 from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.packed import SHARE
 from anabranch.nn.pool import ExpertPool
@@ -50,6 +50,8 @@ def why_not(model: Decoder) -> str | None:
         reason = _of_block(block)
         if reason:
             return f"layer {number}: {reason}"
+    if takes_context(model.head):
+        return f"the head is a {type(model.head).__name__}"
     if load() is None:
         return "the compiled kernels could not be built here, or ANABRANCH_NO_KERNELS is set"
     return None
