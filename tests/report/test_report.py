@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from anabranch.errors import DataError
 from anabranch.report import explain, pictures, summarize, write_report
 from anabranch.report.page import page
+from anabranch.report.words import _balance
 from anabranch.routing import TraceBuilder, TraceLayer, consistency, measure
 from anabranch.routing.trace import concat
 
@@ -481,3 +483,17 @@ def test_words_about_offloading():
     assert "is hardly consistent" in loose
     assert re.search(r"cache \d+ experts of each layer, [\d.]+ times the active ones", loose)
     assert not any("offloaded" in text for text in explain(summarize(made(length=8))))
+
+
+@pytest.mark.parametrize(
+    ("idle", "said"),
+    [
+        (0, "every expert gets at least a tenth of its fair share"),
+        (1, "1 of its 8 experts gets less than a tenth of its fair share"),
+        (2, "2 of its 8 experts get less than a tenth of their fair share"),
+    ],
+)
+def test_idle_experts_are_told_in_grammar(idle, said):
+    worst = SimpleNamespace(idle=idle, num_destinations=8, max_violation=2.0, noise=0.0, layer=1, busiest=3)
+    summary = SimpleNamespace(worst=worst, typical=lambda name: 1.0, layers=[worst])
+    assert said in _balance(summary)
