@@ -63,8 +63,8 @@ def test_who_wins_is_charged_what_was_told_and_says_that_all_is_well():
     assert (attempt.cost, attempt.is_guess) == (3 * 1000 + 5 * 2000, False)
     assert (case.report.model, case.report.deployment) == ("m", "d")
     assert (case.live.in_flight, case.live.waiting, case.live.latency_s) == (0, 0, 2.0)
-    # Counted against the deployment's limit is what came, beside what the request had.
-    assert case.live.tokens.at(case.now_s) == 7 + 4
+    # Counted against the deployment's limit are the prompt as the upstream told it, not the 7 tokens of before, and what came.
+    assert case.live.tokens.at(case.now_s) == 3 + 4
     assert case.dispatcher.groups["m"].hedge_whole._seen[-1] == 2.0
 
 
