@@ -13,6 +13,8 @@ from anabranch.lm import Decoder, SamplingConfig, generate
 from anabranch.nn import Count, Linear
 from anabranch.routing import Router, TopK, record_routing, replay_routing
 from anabranch.serving import LLM, Sampling
+from anabranch.serving.engine.runner import ModelRunner
+from anabranch.serving.nanoflow.runtime import NanoRunner
 from anabranch.testing.model import _check_head
 
 GREEDY = SamplingConfig(max_tokens=5, temperature=0)
@@ -48,6 +50,10 @@ def model_of(streams=None, **linears):
     return Decoder.Config(dim=32, num_layers=2, linears=linears, streams=streams).build().eval()
 
 
+def nano(*args, **options):
+    return NanoRunner(*args, min_tokens=2, tile=1, **options)
+
+
 STREAMS = [None, ParScale.Config(num_streams=2)]
 
 
@@ -71,12 +77,13 @@ def test_ragged_prompts_generate_what_each_generates_alone(streams):
 
 
 @pytest.mark.parametrize("streams", STREAMS, ids=["plain", "streams"])
-def test_the_engine_gives_what_generate_gives_and_records_the_same_items(streams):
+@pytest.mark.parametrize("make_runner", [ModelRunner, nano], ids=["whole", "cut"])
+def test_the_engine_gives_what_generate_gives_and_records_the_same_items(streams, make_runner):
     model = model_of(streams, **{"head": RoutedRows.Config(), "blocks.*.q": RoutedRows.Config()})
     expected = [generate(model, [prompt], GREEDY)[0] for prompt in PROMPTS]
     sampling = Sampling(temperature=0, max_tokens=5, ignore_eos=True)
     scored = Sampling(temperature=0, max_tokens=5, ignore_eos=True, prompt_logprobs=0)
-    llm = LLM(model, ByteTokenizer())
+    llm = LLM(model, ByteTokenizer(), make_runner=make_runner)
     try:
         assert [list(made.tokens) for made in llm.generate(PROMPTS, sampling)] == expected
         made = llm.generate(PROMPTS, scored)

@@ -12,7 +12,7 @@ from anabranch.errors import ConfigError
 from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm import Decoder
 from anabranch.nn import BuildContext, Count, Dense, Linear, MoE, SelfAttention, SwiGLU
-from anabranch.nn.linear import Added, Split, check_patterns, is_plain
+from anabranch.nn.linear import Added, Projection, Split, check_patterns, is_plain, takes_context
 from anabranch.nn.quantize import quantize
 from anabranch.registry import kinds, resolve
 from linears import LowRank
@@ -275,6 +275,26 @@ def test_a_watched_layer_is_called(watch):
     token = torch.randint(50, (2, 7))
     model(token, token).loss.backward()
     assert seen
+
+
+def test_what_takes_a_context():
+    class Twice(Dense):
+        def forward(self, x, context=None):
+            return 2 * super().forward(x, context)
+
+    def of(kind):
+        return kind(Dense.Config(), Projection("head", 4, 4), BuildContext(4))
+
+    dense, twice, other = of(Dense), of(Twice), Scaled.Config().build(Projection("head", 4, 4), BuildContext(4))
+    routed = of(Twice)
+    routed.router = nn.Identity()
+    rows = {"head": 4}
+    for plain in (None, nn.Linear(4, 4), dense, twice, Split({"head": twice}), Added(dense, {"head": twice}, rows)):
+        assert not takes_context(plain)
+    for one in (other, routed):
+        for layer in (one, Split({"a": dense, "b": one}), Added(one, {"head": dense}, rows)):
+            assert takes_context(layer)
+        assert takes_context(Added(dense, {"head": one}, rows))
 
 
 def test_what_is_plain():

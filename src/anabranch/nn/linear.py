@@ -194,8 +194,18 @@ def call_linear(layer: nn.Module, x: Tensor, context: Any) -> Tensor:
 
 
 def takes_context(layer: Any) -> bool:
-    """Whether `call_linear` gives it a context that it may look at, as what routes must."""
-    return isinstance(layer, Linear) and type(layer) is not Dense
+    """Whether `call_linear` gives it a context that it may look at, as what routes must.
+
+    `Dense` and what derives from it do not where they hold no other module; of `Split` and `Added` the layers inside count.
+    """
+    if isinstance(layer, Split):
+        return any(takes_context(part) for part in layer.parts.values())
+    if isinstance(layer, Added):
+        return takes_context(layer.matrix) or any(takes_context(part) for part in layer.beside.values())
+    if isinstance(layer, Dense):
+        # A router is a module.
+        return any(True for _ in layer.children())
+    return isinstance(layer, Linear)
 
 
 def count_linear(projection: Projection, context: "BuildContext") -> Count:

@@ -153,9 +153,9 @@ def test_no_more_logits_at_once_than_a_tile(model, monkeypatch):
     seen = []
     head = ModelRunner._head
 
-    def noting(self, x_RD):
+    def noting(self, x_RD, first=0):
         seen.append(len(x_RD))
-        return head(self, x_RD)
+        return head(self, x_RD, first)
 
     monkeypatch.setattr(ModelRunner, "_head", noting)
     monkeypatch.setattr(score, "TILE", 8)

@@ -12,6 +12,7 @@ from anabranch.bounds import is_whole
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.context import ForwardContext
+from anabranch.nn.linear import takes_context
 from anabranch.nn.visits import check_path
 from anabranch.routing.override import Overrides
 from anabranch.routing.sequences import WHEN_DONE
@@ -279,7 +280,7 @@ class ModelRunner:
         ids = [chunk.id for chunk in chunks for _ in range(chunk.num_samples)]
         return {row: {} for row, id in zip(sampled_rows(chunks), ids, strict=True) if id in self._recorded}
 
-    def _head(self, x_RD: Tensor, first: int) -> Tensor:
+    def _head(self, x_RD: Tensor, first: int = 0) -> Tensor:
         """logits_RV of hidden states of the step, from the ``first`` on."""
         # A listener may have come or gone since the layers ran, so hidden states are of either path.
         fast = self._compiled()
@@ -300,7 +301,8 @@ class ModelRunner:
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
     ) -> Tensor:
         """x_RD of ``rows``; fills in ``routes``."""
-        self._passes = []
+        # One that failed may have left its context.
+        self._context_run, self._passes = None, []
         if not self._variants and self._overrides is None:
             x_RD = self._hidden_alike(chunks, tokens, rows, routes)
             self._note_pass(range(len(rows)), rows)
@@ -320,7 +322,7 @@ class ModelRunner:
 
     def _note_pass(self, numbers: Sequence[int], rows: Sequence[int]) -> None:
         """Which rows of the pass that has just run are which of the step's."""
-        if self._context_run is not None:
+        if self._context_run is not None and takes_context(self.model.head):
             self._passes.append(RowsOfPass(self._context_run, list(numbers), list(rows)))
         self._context_run = None
 

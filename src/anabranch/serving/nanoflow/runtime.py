@@ -19,7 +19,7 @@ from anabranch.nn.attention import SelfAttention
 from anabranch.nn.block import PreNorm
 from anabranch.nn.context import ForwardContext
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
-from anabranch.nn.linear import call_linear
+from anabranch.nn.linear import call_linear, takes_context
 from anabranch.serving.core.batch import Chunk
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import PagedStore
@@ -44,8 +44,9 @@ class NanoRunner(ModelRunner):
         tile: rows that cuts are multiples of.
         options: of `ModelRunner`.
 
-    Models of parallel streams or of other blocks and attention than the plain ones, deterministic runners, hooks that override requests,
-    requests with paths of their own, and steps that record routing or are watched by hooks run whole.
+    Models of parallel streams, of a head that routes, or of other blocks and attention than the plain ones, deterministic
+    runners, hooks that override requests, requests with paths of their own, and steps that record routing or are watched by hooks run
+    whole.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class NanoRunner(ModelRunner):
             type(block) is PreNorm and type(block.attention) is SelfAttention for block in self.model.blocks
         )
         self._is_known = self._is_known and self.model.config.has_plain_attention
+        # A head that routes is told of the items of a whole pass, and goes on with what its routers carry.
+        self._is_known = self._is_known and not takes_context(self.model.head)
         # Steps that were.
         self.num_cut = 0
 
