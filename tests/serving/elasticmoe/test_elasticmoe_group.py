@@ -199,15 +199,20 @@ def test_sampled_streams_are_those_of_a_group_that_never_changed(make):
 
 
 def test_requests_of_a_device_that_leaves_bring_their_cache(make, greedy, device):
-    group, numbers = make(devices=2, device=device), range(6)
-    client = Client(group)
-    for number in numbers:
-        client.submit(f"r{number}", prompt_of(number))
-    client.wait_tokens(100)  # every one has filled a block
-    report = group.scale(1)
-    check(client, numbers, greedy)
+    for _ in range(6):
+        group, numbers = make(devices=2, device=device), range(6)
+        client = Client(group)
+        for number in numbers:
+            client.submit(f"r{number}", prompt_of(number))
+        client.wait_tokens(100)  # every one has filled a block
+        report = group.scale(1)
+        check(client, numbers, greedy)
+        assert report.tokens_again < 16 * 4
+        group.close()
+        # Else all had ended before the device left, which a machine's load decides.
+        if report.tokens_brought:
+            break
     assert report.tokens_brought >= 16
-    assert report.tokens_again < 16 * 4
 
 
 DEATHS = [
