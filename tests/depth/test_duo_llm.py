@@ -143,8 +143,9 @@ def test_layers_inside_a_module_are_told_which_tokens_they_see(padded):
         torch.testing.assert_close(gradient, others[name], rtol=SAME, atol=SAME)
 
 
-def test_oracles_give_layers_inside_a_module_the_context():
-    config = decoder(num_layers=2).config.replace(linears={"*.big.down": ByPosition.Config()})
+@pytest.mark.parametrize("pattern", ["*.big.down", "*.attention.q", "head"])
+def test_oracles_give_layers_that_route_the_context_of_their_rows(pattern):
+    config = decoder(num_layers=2).config.replace(linears={pattern: ByPosition.Config()})
     model, ids = config.build(seed=0), tokens()
     best = oracle(model, ids, budget=2)
     with torch.no_grad():

@@ -130,6 +130,10 @@ class RoutingContext:
         carry = self.carry if carry is None else carry
         return replace(self, losses={}, loads=[], parts=[], metrics={}, carry=dict(carry))
 
+    def trial(self) -> Self:
+        """A `fork` for one of several calls of the same part in one pass: each is the first of the pass for what it calls."""
+        return replace(self.fork(), memo=dict(self.memo))
+
     def collected(self) -> tuple[dict, list, list, dict]:
         """All that was emitted, for `merge`."""
         return self.losses, self.loads, self.parts, self.metrics

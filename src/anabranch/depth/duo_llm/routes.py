@@ -175,7 +175,7 @@ class Walk:
         context = self.model.context(token_BL)
         for code, x_BLD in self._below(self.model.embed(token_BL), 0, 0, 0, context, allowed or self.space.allows):
             self.routes += 1
-            yield code, self.model.logits(self.model.norm(x_BLD))
+            yield code, self.model.logits(self.model.norm(x_BLD), context.trial())
 
     def _below(
         self, x_BLD: Tensor, block: int, depth: int, code: int, context: ForwardContext, allowed: Allowed

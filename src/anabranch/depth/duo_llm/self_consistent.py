@@ -101,17 +101,21 @@ def _step(
     model, prefixes = walk.model, _Prefixes(space)
     token_B1 = token_BL[:, position : position + 1]
     rotary = sequence.rotary[0][:, :, position : position + 1], sequence.rotary[1][:, :, position : position + 1]
-    x_BRD = model.embed(token_B1)
-    for block in blocks_of(model):
-        context = ForwardContext(
-            position_BL=sequence.position_BL[:, position : position + 1].expand(-1, x_BRD.shape[1]),
+
+    def of_prefixes(num_prefixes: int) -> ForwardContext:
+        return ForwardContext(
+            position_BL=sequence.position_BL[:, position : position + 1].expand(-1, num_prefixes),
             # All prefixes stand at one position.
             rotary=rotary,
-            attention_mask=_mask(x_BRD.shape[1], position, x_BRD.device),
+            attention_mask=_mask(num_prefixes, position, token_BL.device),
             is_causal=False,
             cache=past,
-            token_BL=token_B1.expand(-1, x_BRD.shape[1]),
+            token_BL=token_B1.expand(-1, num_prefixes),
         )
+
+    x_BRD = model.embed(token_B1)
+    for block in blocks_of(model):
+        context = of_prefixes(x_BRD.shape[1])
         prefixes.enter()
         feed_forward = block.feed_forward
         if not isinstance(feed_forward, DuoFFN):
@@ -124,7 +128,7 @@ def _step(
         parents, digits = prefixes.split()
         x_BRD = x_BRD[:, parents] + added[digits, :, parents].transpose(0, 1)
         walk.layer_passes += len(parents)
-    logits_BRV = model.logits(model.norm(x_BRD))
+    logits_BRV = model.logits(model.norm(x_BRD), of_prefixes(x_BRD.shape[1]))
     target_BR = target_BL[:, position : position + 1].expand(-1, x_BRD.shape[1])
     loss_B, place_B = token_losses(logits_BRV, [target_BR])[0].min(dim=1)
     walk.routes += len(prefixes.codes)

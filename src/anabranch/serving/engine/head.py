@@ -2,7 +2,7 @@
 # Shapes: R rows that sample or score, D width, V vocabulary
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,8 +42,7 @@ def logits_of(model: Decoder, x_RD: Tensor, first: int, passes: Sequence[RowsOfP
             continue
         number_W, row_W = torch.tensor(found, device=x_RD.device).T
         # Rows that are scored come in several calls: each is the first of the pass for what is in the head.
-        context = replace(of_pass.context.fork(), memo=dict(of_pass.context.memo))
-        made_WV = model.logits(x_RD[number_W][None], context, keep_L=row_W)[0]
+        made_WV = model.logits(x_RD[number_W][None], of_pass.context.trial(), keep_L=row_W)[0]
         if logits_RV is None:
             logits_RV = made_WV.new_empty(len(x_RD), made_WV.shape[-1])
         logits_RV[number_W] = made_WV
