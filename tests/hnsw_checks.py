@@ -89,6 +89,6 @@ def waits(lock, number):
 def wanted(lock, number):
     """Until so many writers wait."""
     end = time.monotonic() + WAIT_S
-    while lock._waiting_writers < number:
+    while len(lock._writers) < number:
         assert time.monotonic() < end
         time.sleep(0.001)

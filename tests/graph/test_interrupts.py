@@ -389,7 +389,7 @@ def test_alarms_at_any_moment_leave_an_index_whole(alarms):
                 except _AlarmError:
                     raised += 1
         assert signal.getsignal(signal.SIGALRM) is alarm
-        assert (index._lock._readers, index._lock._is_owned, index._lock._waiting_writers) == (0, False, 0)
+        assert (index._lock._readers, index._lock._is_owned, index._lock._writers) == (0, False, [])
         check_graph(index)
         assert len(index) == len(index.ids) == index.contains(index.ids).sum()
     assert raised > 5

@@ -199,13 +199,13 @@ def put_last(links, cap, slot):
 
 
 @helper
-def stand_between(graph, level, target, source):
-    """Bring ``source`` into the list of its equal ``target``; False where it comes among the others, as there are less than half equals.
+def stand_between(graph, level, target, links, source):
+    """Bring ``source`` into the list at ``links`` of its equal ``target``; False where it comes among others, as less than half are equals.
 
     It takes the place of the first equal, which it leads to itself from now on: whatever could be reached still can, however large the
     group. That is for the first of its own equals alone, since others need not lead to it; they stay as they are.
     """
-    links, cap = links_of(graph, target, level), cap_of(graph, level)
+    cap = cap_of(graph, level)
     first, last, num_equal = -1, -1, 0
     for place in range(cap):
         link = get_i32(links, place)
@@ -228,18 +228,18 @@ def stand_between(graph, level, target, source):
 
 
 @helper
-def add_links(graph, level, target, source_B, begin, end, own, other):
-    """Add ``source_B[begin:end]`` to the links of ``target``; select again where they are too many.
+def add_links(graph, level, target, links, source_B, begin, end, own, other):
+    """Add ``source_B[begin:end]`` to the links of ``target``, or to a copy of them, at ``links``; select again where they are too many.
 
     At most one of them is equal to ``target`` (`linking` sees to it), and nobody else has its list meanwhile.
     """
-    links, cap = links_of(graph, target, level), cap_of(graph, level)
+    cap = cap_of(graph, level)
     # One that is left out of the others: behind the last where there is none.
     out = end
     for number in range(begin, end):
         source = np.int64(source_B[number])
         if is_equal(graph, target, source):
-            if stand_between(graph, level, target, source):
+            if stand_between(graph, level, target, links, source):
                 out = number
             break
     held = 0
@@ -270,25 +270,73 @@ def link_back(graph, level, target_T, start_T, source_B, begin, end):
     """Add sources ``start_T[t]`` ... ``start_T[t + 1]`` to the links of each target t of ``begin`` ... ``end``."""
     own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
     for number in range(begin, end):
-        add_links(graph, level, target_T[number], source_B, start_T[number], start_T[number + 1], own, other)
+        target = target_T[number]
+        links = links_of(graph, target, level)
+        add_links(graph, level, target, links, source_B, start_T[number], start_T[number + 1], own, other)
 
 
-@kernel
-def come_singly(graph, slot_B, number):
-    """Let the graph lead to element ``number``, whose own links are written: the second step of a batch of one."""
+@helper
+def copy_links(links, into, cap):
+    """Write a list of links over another."""
+    for place in range(cap):
+        set_i32(into, place, get_i32(links, place))
+
+
+@helper
+def prepare(graph, slot_B, number, target_TP, list_TC):
+    """See `prepare_singly`."""
     own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
-    base = np.int64(slot_B[number])
-    top = get_i32(graph[LEVEL], base)
-    for level in range(min(top, graph[TOP]) + 1):
-        links, count = links_of(graph, base, level), 0
-        while count < cap_of(graph, level) and get_i32(links, count) >= 0:
+    base, done = np.int64(slot_B[number]), 0
+    for level in range(min(get_i32(graph[LEVEL], base), graph[TOP]) + 1):
+        links, count, cap = links_of(graph, base, level), 0, cap_of(graph, level)
+        while count < cap and get_i32(links, count) >= 0:
             count += 1
         # An equal may put another behind these, which is none that was chosen.
         for place in range(count):
-            target = get_i32(links, place)
-            add_links(graph, level, target, slot_B, number, number + 1, own, other)
+            target = np.int64(get_i32(links, place))
+            changed = address(list_TC[done])
+            copy_links(links_of(graph, target, level), changed, cap)
+            add_links(graph, level, target, changed, slot_B, number, number + 1, own, other)
+            target_TP[done, 0], target_TP[done, 1] = level, target
+            done += 1
+    return done
+
+
+@helper
+def lead_to(graph, slot_B, number, target_TP, list_TC, count):
+    """See `come_prepared`."""
+    for done in range(count):
+        level, target = target_TP[done, 0], target_TP[done, 1]
+        copy_links(address(list_TC[done]), links_of(graph, target, level), cap_of(graph, level))
+    base = np.int64(slot_B[number])
+    top = get_i32(graph[LEVEL], base)
     if graph[ENTRY] < 0 or top > graph[TOP]:
         graph[ENTRY], graph[TOP] = base, top
+
+
+@kernel
+def prepare_singly(graph, slot_B, number, target_TP, list_TC):
+    """Work out the lists that are to lead to element ``number``, whose own links are written: the second step of a batch of one.
+
+    Lists of other elements stay as they are, so searches may go on.
+
+    Args:
+        graph: the row that describes the index.
+        slot_B: int64 [B].
+        number: of the element in it.
+        target_TP: int64 [T, 2], written: level and slot of each list. T is at least 2 M, and M more for each level above 0.
+        list_TC: int32 [T, 2 M], written: the lists.
+
+    Returns:
+        How many they are.
+    """
+    return prepare(graph, slot_B, number, target_TP, list_TC)
+
+
+@kernel
+def come_prepared(graph, slot_B, number, target_TP, list_TC, count):
+    """Let the graph lead to element ``number`` by the lists that `prepare_singly` wrote: its last step, some microseconds."""
+    lead_to(graph, slot_B, number, target_TP, list_TC, count)
 
 
 @kernel
@@ -297,7 +345,10 @@ def insert_singly(graph, visited, slot_B, begin, end):
     for number in range(begin, end):
         if graph[ENTRY] >= 0:
             link_new(graph, visited, slot_B, number, number + 1)
-        come_singly(graph, slot_B, number)
+        most = graph[CAP0] + graph[CAP] * max(graph[TOP], 0)
+        target_TP, list_TC = np.empty((most, 2), np.int64), np.empty((most, graph[CAP0]), np.int32)
+        count = prepare(graph, slot_B, number, target_TP, list_TC)
+        lead_to(graph, slot_B, number, target_TP, list_TC, count)
 
 
 @kernel

@@ -48,14 +48,63 @@ class Changes:
             )
         return np.arange(count, dtype=np.int64) + np.int64(self.next_id) if count else np.empty(0, np.int64)
 
+    def insert_beside(self, vector_1D: np.ndarray, id_1: np.ndarray | None, *, reuse: bool) -> np.ndarray | None:
+        """Bring in one element beside searches, which are kept out for the moment in which the graph begins to lead to it; its id.
+
+        Args:
+            vector_1D: the vector.
+            id_1: its id, int64 [1]; None for the one after the largest so far.
+            reuse: of places of deleted elements, where there are any.
+
+        Returns:
+            int64 [1]; None, and nothing has happened, where there is more to do than that: the id is there, arrays are full, or something
+            of the whole index is due. Then it is for `insert`, whose results are the same.
+        """
+        held, graph = self._storage, self._storage.graph
+        is_known = id_1 is not None and bool(self._slots.known(id_1)[0])
+        if (
+            is_known
+            or graph[layout.ENTRY] < 0
+            or held.coded is not None
+            or self._is_due(1)
+            or (reuse and self._is_vacated(1))
+        ):
+            return None
+        level_1 = self._draw(1)
+        if level_1[0] > graph[layout.TOP] or not (held.has_room(level_1) and self._slots.has_room(1)):
+            return None
+        id_1 = self.following(1) if id_1 is None else id_1
+        prepared = self._linker.prepare(held.write_behind(vector_1D, id_1, level_1))
+        with self._lock.exclusive():
+            held.admit(level_1)
+            self._linker.take(prepared)
+            self._slots.put(id_1, prepared[0])
+        self.drawn += 1
+        self.next_id = max(self.next_id, int(id_1[0]) + 1)
+        return id_1
+
+    def _is_due(self, more: int) -> bool:
+        """Whether rows want another look at their centre with so many more: twice as many, or what there was went."""
+        count = self._storage.count
+        return self._went or count.bit_length() < (count + more).bit_length() <= SAMPLE.bit_length()
+
+    def _is_vacated(self, count: int) -> bool:
+        """Whether some of so many new elements have places of deleted ones, once those are made vacant where that is worth it."""
+        return len(self._storage.vacant_S) > 0 or self._is_worth(count)
+
+    def _is_worth(self, count: int) -> bool:
+        held = self._storage
+        dead = int(held.graph[layout.NUM_DELETED]) - len(held.vacant_S)
+        return len(held.vacant_S) < count and dead * WORTH >= max(held.count, 1)
+
     def insert(
         self, vector_ND: np.ndarray, id_N: np.ndarray, workers: Workers, interrupts: Interrupts, *, reuse: bool
     ) -> None:
         """Bring in elements whose ids are not there; ``reuse`` places of deleted ones."""
         held, count, done = self._storage, len(vector_ND), 0
         again = self._vacate(count, workers) if reuse else 0
-        # Twice as many, or what there was went: what rows are rounded about may be far from them by now.
-        if self._went or held.count.bit_length() < (held.count + count - again).bit_length() <= SAMPLE.bit_length():
+        # What rows are rounded about may be far from them by now.
+        if self._is_due(count - again):
             self._look = True
             self._settle(vector_ND, workers)
         # A table that a reader makes from now on has all of them.
@@ -81,8 +130,7 @@ class Changes:
     def _vacate(self, count: int, workers: Workers) -> int:
         """How many of so many new elements have vacant places; where there are too few, those of deleted elements become so."""
         held = self._storage
-        dead = int(held.graph[layout.NUM_DELETED]) - len(held.vacant_S)
-        if len(held.vacant_S) < count and dead * WORTH >= max(held.count, 1):
+        if self._is_worth(count):
             held.own()
             dead_S = np.flatnonzero(~self._slots.live() & (held.level[: held.count] >= 0))
             self._linker.take_out(dead_S, workers)
@@ -95,10 +143,13 @@ class Changes:
     def _append(self, vector_ND: np.ndarray, id_N: np.ndarray) -> np.ndarray:
         if not len(id_N):
             return np.empty(0, np.int64)
-        level_N = np.zeros(len(id_N), np.int32)
-        if not self._is_flat:
-            level_N = draw_levels(self._seed, self.drawn, len(id_N), self._storage.M)
-        return self._storage.append(vector_ND, id_N, level_N)
+        return self._storage.append(vector_ND, id_N, self._draw(len(id_N)))
+
+    def _draw(self, count: int) -> np.ndarray:
+        """Levels of the next so many elements, int32 [N]."""
+        if self._is_flat:
+            return np.zeros(count, np.int32)
+        return draw_levels(self._seed, self.drawn, count, self._storage.M)
 
     def _take_back(self, slot_S: np.ndarray, appended: int, workers: Workers) -> None:
         """Let slots be as if they had never been given to the linker, of which the last ``appended`` of all were new."""

@@ -49,9 +49,14 @@ class Encoding:
         """Of distance (`layout`)."""
         return 2 * PRECISIONS.index(self.dtype) + (self.metric != "l2")
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether `settle` has nothing to take."""
+        return self.centre_D is not None or self.metric != "l2" or self.dtype == "f32"
+
     def settle(self, vector_ND: np.ndarray) -> None:
         """Take the centre of the first vectors."""
-        if self.centre_D is None and self.metric == "l2" and self.dtype != "f32":
+        if not self.is_settled:
             self.centre_D = centre_of(vector_ND)
 
     def with_centre(self, centre_D: np.ndarray) -> "Encoding":

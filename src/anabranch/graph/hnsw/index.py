@@ -198,6 +198,11 @@ class HNSW:
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         warn_of_short(vector_ND, self.metric, "vectors")
         given = None if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
+        if len(vector_ND) == 1 and not repair:
+            with self._lock.write_beside():
+                id_1 = self._changes.insert_beside(vector_ND, given, reuse=reuse)
+            if id_1 is not None:
+                return id_1
         with self._lock.write() as interrupts, self._workers(num_threads) as workers:
             id_N = self._changes.following(len(vector_ND)) if given is None else given
             known = self._slots.known(id_N) if given is not None else np.zeros(len(id_N), bool)

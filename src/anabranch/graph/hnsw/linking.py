@@ -8,11 +8,12 @@ import numpy as np
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.build import (
     bridge,
-    come_singly,
+    come_prepared,
     insert_singly,
     link_back,
     link_new,
     points_at,
+    prepare_singly,
     reach,
     repair_links,
 )
@@ -30,6 +31,9 @@ BATCH = 4096  # at most
 
 # Elements that are inserted one by one before searches get room.
 EQUALS = 16
+
+# The slot of an element, level and slot of each list that is to lead to it, those lists, and how many they are.
+Prepared = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
 # Lists that are written before searches get room.
 STEP = 128
@@ -58,7 +62,6 @@ class Linker:
         if singly:
             self._link_singly(slot_S, singly)
             self.num_done = done = singly
-            self.linked += singly
         while done < len(slot_S):
             if interrupts is not None:
                 interrupts.check()
@@ -77,14 +80,30 @@ class Linker:
     def _link_singly(self, slot_S: np.ndarray, count: int) -> None:
         """Insert the first so many, one after the other."""
         graph = self._storage.graph
-        with Marks(self._storage) as marks:
-            if len(slot_S) > 1 or graph[layout.ENTRY] < 0:
+        if len(slot_S) > 1 or graph[layout.ENTRY] < 0:
+            with Marks(self._storage) as marks:
                 insert_singly(graph, marks, slot_S, 0, count)
-                return
-            # Nearly all of the work, and nothing leads there yet.
-            with self._lock.open_to_readers():
-                link_new(graph, marks, slot_S, 0, 1)
-        come_singly(graph, slot_S, 0)
+            self.linked += count
+            return
+        # Nearly all of the work, and nothing leads there yet.
+        with self._lock.open_to_readers():
+            prepared = self.prepare(slot_S)
+        self.take(prepared)
+
+    def prepare(self, slot_1: np.ndarray) -> Prepared:
+        """Write the links of one element, and work out the lists that are to lead to it; searches may go on, and see nothing of it."""
+        held, graph = self._storage, self._storage.graph
+        most = 2 * held.M + held.M * int(graph[layout.TOP])
+        target_TP, list_TC = np.empty((most, 2), np.int64), np.empty((most, 2 * held.M), np.int32)
+        with Marks(held) as marks:
+            link_new(graph, marks, slot_1, 0, 1)
+        return slot_1, target_TP, list_TC, int(prepare_singly(graph, slot_1, 0, target_TP, list_TC))
+
+    def take(self, prepared: Prepared) -> None:
+        """Let the graph lead to an element by what `prepare` worked out, since which nothing has changed."""
+        slot_1, target_TP, list_TC, count = prepared
+        come_prepared(self._storage.graph, slot_1, 0, target_TP, list_TC, count)
+        self.linked += 1
 
     def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
         """Insert a batch side by side; of equal vectors the first, then the others one by one, each of which finds those before."""

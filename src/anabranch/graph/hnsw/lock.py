@@ -47,7 +47,8 @@ class ReadWriteLock:
     A reader that comes while a writer waits lets it go first; readers who wait when a writer ends, or makes room, all go before the next
     one. Nobody else comes in while a writer waits for a reader that is in, so one that reads for long looks whether it does (`is_wanted`).
     A writer may let readers in while it only reads itself (`open_to_readers`), or between two steps (`make_room`): it keeps other writers
-    out all the time.
+    out all the time. One that does nearly all of its work where nobody looks begins beside readers (`write_beside`), and keeps them out
+    for a moment (`exclusive`). Writers go in the order in which they came.
 
     Attributes:
         gate: where readers in compiled code come in and go out (`gate`), as long as one that comes now would be let in at once. A writer
@@ -56,8 +57,10 @@ class ReadWriteLock:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._readers = self._waiting_writers = 0
+        self._readers = 0
         self._queue: list[_Reader] = []
+        # Those that wait, in their order.
+        self._writers: list[object] = []
         # Of those that were let in: who have not come yet.
         self._due = 0
         # A writer has it; has it alone; wants to have it alone again.
@@ -72,8 +75,8 @@ class ReadWriteLock:
         """In a process that was forked: other threads are not there. What one of them was changing stays half changed, and is refused."""
         self._changed = threading.Condition()
         self._is_torn = self._is_torn or self._is_owned
-        self._readers = self._waiting_writers = self._due = 0
-        self._queue = []
+        self._readers = self._due = 0
+        self._queue, self._writers = [], []
         self._is_owned = self._is_exclusive = self._is_closing = self._is_alone = False
         # In place: whoever holds it keeps it.
         self.gate[:] = self._is_torn, 0
@@ -106,13 +109,13 @@ class ReadWriteLock:
         """End it."""
         with self._changed:
             self._readers -= 1
-            if self._waiting_writers or self._is_closing:
+            if self._writers or self._is_closing:
                 self._changed.notify_all()
 
     @property
     def is_wanted(self) -> bool:
         """Whether a writer waits for those who read: a reader with more to do gives it back then, and comes again behind that writer."""
-        return self._waiting_writers > 0 or self._is_closing
+        return bool(self._writers) or self._is_closing
 
     def _wait(self, reader: _Reader, interrupts: Interrupts) -> bool:
         self._queue.append(reader)
@@ -145,7 +148,7 @@ class ReadWriteLock:
         """For a reader that comes now."""
         if self._is_owned:
             return not (whole or self._is_exclusive or self._is_closing)
-        return not self._waiting_writers
+        return not self._writers
 
     @contextmanager
     def write(self, *, alone: bool = False) -> Iterator[Interrupts]:
@@ -155,33 +158,56 @@ class ReadWriteLock:
         looks for it.
         """
         with Interrupts() as interrupts:
-            while not self._own(alone, interrupts):
+            while not self._own(interrupts):
+                interrupts.tell()
+            self._is_alone = alone
+            try:
+                yield interrupts
+            finally:
+                self._give_up()
+
+    @contextmanager
+    def write_beside(self) -> Iterator[Interrupts]:
+        """Hold it without other writers, beside readers, who see what changes within `exclusive` alone; interrupts as in `write`."""
+        with Interrupts() as interrupts:
+            while not self._own(interrupts, beside=True):
                 interrupts.tell()
             try:
                 yield interrupts
             finally:
-                with self._changed:
-                    self._is_owned = False
-                    self._let_in()
+                self._give_up()
 
-    def _own(self, alone: bool, interrupts: Interrupts) -> bool:
+    def _own(self, interrupts: Interrupts, *, beside: bool = False) -> bool:
         """Wait as a writer and have it then; False where an interrupt came before."""
         with self._changed:
             if self._is_torn:
                 raise DataError(TORN)
-            self._waiting_writers += 1
+            if beside and not (self._is_owned or self._writers):
+                self._is_owned, self._is_alone = True, False
+                return True
+            me = object()
+            self._writers.append(me)
             self._turn_gate()
             try:
-                if not self._until(lambda: not (self._is_owned or self._readers or self._due), interrupts):
+                if not self._until(lambda: self._writers[0] is me and self._is_left(beside), interrupts):
                     return False
-                self._is_owned = self._is_exclusive = True
-                self._is_alone = alone
-                self._empty_gate()
+                self._is_owned, self._is_exclusive, self._is_alone = True, not beside, False
+                if not beside:
+                    self._empty_gate()
                 return True
             finally:
-                self._waiting_writers -= 1
+                self._writers.remove(me)
                 self._turn_gate()
                 self._changed.notify_all()
+
+    def _is_left(self, beside: bool) -> bool:
+        """For the writer whose turn it is."""
+        return not (self._is_owned or (not beside and (self._readers or self._due)))
+
+    def _give_up(self) -> None:
+        with self._changed:
+            self._is_owned = False
+            self._let_in()
 
     @contextmanager
     def open_to_readers(self) -> Iterator[None]:
@@ -195,11 +221,26 @@ class ReadWriteLock:
             yield
         finally:
             with self._changed:
-                self._is_closing = True
-                self._turn_gate()
-                self._changed.wait_for(lambda: not (self._readers or self._due))
-                self._empty_gate()
-                self._is_closing, self._is_exclusive = False, True
+                self._close()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """For the writer beside readers: wait for them to go, and keep others out for as long as this is entered."""
+        with self._changed:
+            self._close()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._let_in()
+
+    def _close(self) -> None:
+        """Let nobody in, and wait for those who are in."""
+        self._is_closing = True
+        self._turn_gate()
+        self._changed.wait_for(lambda: not (self._readers or self._due))
+        self._empty_gate()
+        self._is_closing, self._is_exclusive = False, True
 
     def make_room(self) -> None:
         """For the writer: let those readers in who wait, and go on when they have gone."""

@@ -66,13 +66,17 @@ class Slots:
             raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
         return slot_N
 
+    def has_room(self, count: int) -> bool:
+        """Whether `put` takes so many in without making the table anew."""
+        return self._table_T is None or 3 * (self._taken + count) <= 2 * len(self._table_T)
+
     def put(self, id_N: np.ndarray, slot_N: np.ndarray) -> None:
         """Take ids in that are not there, whose slots have them as their label."""
         table_T = self._table_T
         # One that is made later has them.
         if table_T is None:
             return
-        if 3 * (self._taken + len(id_N)) > 2 * len(table_T):
+        if not self.has_room(len(id_N)):
             # Grows, or gets rid of what is gone.
             self._table_T = None
             self._table()

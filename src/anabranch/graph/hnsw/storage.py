@@ -172,18 +172,35 @@ class Storage:
         """Take elements in, without links; their slots."""
         self.own()
         self.encoding.settle(vector_ND)
-        more, begin = len(vector_ND), self.count
-        self._reserve(begin + more, self.num_upper + int(level_N.sum()))
-        end = begin + more
-        self.put(np.arange(begin, end), vector_ND)
+        self._reserve(self.count + len(vector_ND), self.num_upper + int(level_N.sum()))
+        slot_N = self.write_behind(vector_ND, label_N, level_N)
+        self.admit(level_N)
+        self.describe()
+        return slot_N
+
+    def has_room(self, level_N: np.ndarray) -> bool:
+        """Whether so many elements fit behind the last as things are, with nothing to be moved or worked out before."""
+        is_settled = self.encoding.is_settled and not self.is_mapped
+        room = len(self.upper) - self.num_upper
+        return is_settled and self.count + len(level_N) <= self.capacity and int(level_N.sum()) <= room
+
+    def write_behind(self, vector_ND: np.ndarray, label_N: np.ndarray, level_N: np.ndarray) -> np.ndarray:
+        """Write elements behind the last, where there is room and nobody looks until `admit`; their slots."""
+        begin, end = self.count, self.count + len(vector_ND)
+        slot_N, above = np.arange(begin, end), int(level_N.sum())
+        self.put(slot_N, vector_ND)
         self.label[begin:end], self.level[begin:end], self.deleted[begin:end] = label_N, level_N, 0
         self.links[begin:end] = -1
         self.first[begin:end] = self.num_upper + np.cumsum(level_N) - level_N
-        self.upper[self.num_upper : self.num_upper + int(level_N.sum())] = -1
+        self.upper[self.num_upper : self.num_upper + above] = -1
+        return slot_N
+
+    def admit(self, level_N: np.ndarray) -> None:
+        """Count elements that `write_behind` wrote."""
+        self.count += len(level_N)
         self.num_upper += int(level_N.sum())
-        self.count = end
-        self.describe()
-        return np.arange(begin, end)
+        self.graph[layout.COUNT] = self.count
+        self.graph[layout.VERSION] += 1
 
     def drop_last(self, number: int) -> None:
         """Forget the last so many elements, which nothing links to."""
