@@ -116,7 +116,7 @@ def test_what_wants_more_goes_the_long_way(beside):
 
 def test_searches_come_in_until_its_last_step_and_see_nothing_of_it(monkeypatch):
     index, whole, seen = made(200), Linker.prepare, []
-    query = VECTORS[200] + np.float32(1e-3)
+    query = VECTORS[230] + np.float32(1e-3)
     before = index.search(query, 5, 80), index.search(VECTORS[:9], 5, 80)
 
     def prepare(self, slot_1):
@@ -128,7 +128,7 @@ def test_searches_come_in_until_its_last_step_and_see_nothing_of_it(monkeypatch)
         return prepared
 
     monkeypatch.setattr(Linker, "prepare", prepare)
-    new = int(index.add(VECTORS[200])[0])
+    new = int(index.add(VECTORS[230])[0])
     assert len(seen) == 2
     for (ids, distances), (old_ids, old_distances) in zip(seen, before, strict=True):
         assert np.array_equal(ids, old_ids)
@@ -249,7 +249,7 @@ def test_one_who_comes_beside_waits_behind_a_writer_that_waits_for_readers():
 
 
 def test_many_singles_beside_many_searches_lose_nothing():
-    index, stop, wrong = made(60), threading.Event(), []
+    index, stop, wrong = made(60, M=8), threading.Event(), []
 
     def search():
         while not stop.is_set():
