@@ -249,9 +249,12 @@ def test_links_lead_somewhere(page):
 
 
 def designs() -> list[tuple[str, str]]:
-    """(folder, name) of what a registered part of any family belongs to where it is a system of its own: a module, or a folder of it."""
+    """(folder, name) of what a registered part of any family belongs to where it is a system of its own: a module, or a folder of it.
+
+    A part that is registered by the folder alone is shared by its systems.
+    """
     targets = {tuple(target.partition(":")[0].split(".")) for kinds in BUILTIN.values() for target in kinds.values()}
-    return sorted({(folder, name) for _, folder, name, *_ in targets if folder in OF_TOKENS})
+    return sorted({(folder, name[0]) for _, folder, *name in targets if folder in OF_TOKENS and name})
 
 
 def studies() -> list[str]:

@@ -51,6 +51,9 @@ PUBLIC = {
     "anabranch.graph.disk": "DiskIndex build from_hnsw is_on_disk",
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
+    "anabranch.adapters": """
+        Adapter Combined LowRank LowRankPool Pair adapter_of combine load_peft merge read_peft save_peft unload unmerge write_peft
+    """,
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config
         load_model load_weights save_model stream upcycle write_model

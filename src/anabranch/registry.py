@@ -60,6 +60,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "linear": {
         "dense": "anabranch.nn.linear:Dense",
+        "low_rank": "anabranch.adapters:LowRank",
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",

@@ -76,6 +76,7 @@ COMMANDS = {
         {"model": "m/config.json", "data": "r.npz"},
         {"OUT": "o.npz", "SAVE_ROUTES": "s.npz"},
     ),
+    "adapters merge": ("{adapters} --out {OUT}", {"adapters": "a/adapter_config.json"}, {"OUT": "a"}),
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
 }  # fmt: skip
@@ -84,12 +85,12 @@ OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
     "compare", "convert", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
-    "eval data", "train config_file", "serve config_files", "gateway serve config_files", "gateway serve store", "gateway replay router",
+    "eval data", "eval adapter", "train config_file", "serve config_files", "gateway serve config_files", "gateway serve store", "gateway replay router",
     "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",
     "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",
     "routers replay router", "routers replay prices", "routers route router",
 }  # fmt: skip
-FOLDERS = {"model": "m", "router": "routers"}  # what is named on the command line is not the file but its folder
+FOLDERS = {"model": "m", "router": "routers", "adapters": "a"}  # what is named on the command line is not the file but its folder
 
 
 def _commands(command, name=()):

@@ -111,6 +111,10 @@ oracle text --out z
 convert no.gguf z --to native
 convert trained z --to native --quantize int4 --group {HUGE}
 convert trained /dev/null --to native
+eval trained --adapter text
+adapters merge trained --out z
+adapters merge text deep.json --weights nan,1 --out z
+adapters merge text --weights {HUGE}{"0" * 400} --out z
 experts fit-predictor trained no.npz --out z
 experts fit-predictor trained text --out z --expert-budget nan
 experts fit-predictor trained holes.parquet --out z

@@ -53,19 +53,20 @@ GATED = {
     "geglu_tanh": lambda gate, up: gelu_by_tanh(gate) * up,
     "clamped_swiglu": clamped,
 }
+ALONE = {"gelu": gelu, "identity": lambda z: z}
 
 
 def naive(x_ND, routing, weight_NK, w13, w2, activation, weight_on):
     """Item by item and choice by choice."""
     rows = []
     for n in range(len(x_ND)):
-        y = torch.zeros_like(x_ND[n])
+        y = x_ND.new_zeros(w2.shape[1])
         for k, expert in enumerate(routing.index_NK[n].tolist()):
             if expert < 0:
                 continue
             weight = weight_NK[n, k]
             z = w13[expert] @ (x_ND[n] * weight if weight_on == "input" else x_ND[n])
-            a = gelu(z) if activation == "gelu" else GATED[activation](z[:HIDDEN], z[HIDDEN:])
+            a = ALONE[activation](z) if activation in ALONE else GATED[activation](z[:HIDDEN], z[HIDDEN:])
             y = y + (w2[expert] @ a) * (1 if weight_on == "input" else weight)
         rows.append(y)
     return torch.stack(rows)
@@ -144,7 +145,7 @@ def test_what_there_is_not():
     x, routing, w13, w2 = make("gelu")
     arguments = (x, plan_dispatch(routing), routing.weight_NK, w13, w2)
     with pytest.raises(
-        ConfigError, match="activation is 'relu'; use one of swiglu, geglu, geglu_tanh, clamped_swiglu, gelu"
+        ConfigError, match="activation is 'relu'; use one of swiglu, geglu, geglu_tanh, clamped_swiglu, gelu, identity"
     ):
         expert_mlp(*arguments, activation="relu")
     with pytest.raises(BackendError, match="kernels compute swiglu, not gelu; use backend 'auto'"):
@@ -157,7 +158,7 @@ def test_what_there_is_not():
 
 def test_matrices_of_a_feed_forward():
     assert {name: activation.num_matrices for name, activation in ACTIVATIONS.items()} == {
-        "swiglu": 3, "geglu": 3, "geglu_tanh": 3, "clamped_swiglu": 3, "gelu": 2,
+        "swiglu": 3, "geglu": 3, "geglu_tanh": 3, "clamped_swiglu": 3, "gelu": 2, "identity": 2,
     }  # fmt: skip
 
 

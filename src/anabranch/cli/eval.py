@@ -35,6 +35,10 @@ def evaluate(
     cached: Annotated[
         bool, typer.Option("--cached", help="Feed the text in pieces, with a key-value cache, as in generation.")
     ] = False,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Put a LoRA adapter onto the model first: a folder that peft saved."),
+    ] = None,
     streams: Streams = None,
     quantize: Quantize = None,
     expert_budget: ExpertBudget = None,
@@ -48,11 +52,14 @@ def evaluate(
     Windows of L tokens follow each other without overlap; every token but the first is predicted once.
     """
     require("lm", by="anabranch eval")
+    from anabranch.adapters import load_peft
     from anabranch.cli.corpora import Tracked, default_length, run_of, say_defaults, windows_of
     from anabranch.lm.on_path import OnPath
     from anabranch.train import evaluate as measure
 
     with parts(model, dtype, device, quantize, expert_budget) as (network, tokenizer):
+        if adapter is not None:
+            load_peft(adapter, network)
         used = network.streams_of(streams)[0]
         run = run_of(model)
         length = sequence_length or default_length(run, network.config.max_positions)
@@ -66,10 +73,13 @@ def evaluate(
         result = measure(measured, Tracked(windows, quiet))
     if as_json:
         how = {"path": None if measured.path is None else list(measured.path), "cached": cached, "streams": used}
+        how |= {} if adapter is None else {"adapter": adapter}
         print_json({**result.to_dict(), "model": model, "data": name, "sequence_length": length, **how})
         return
     counts = network.config.count(length)
     fact("model", f"{model}   {quantity(counts.parameters)} parameters, {quantity(counts.active)} active")
+    if adapter is not None:
+        fact("adapter", adapter)
     if measured.path is not None:
         fact("path", ", ".join(map(str, measured.path)))
     if streams is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from anabranch import __version__
+from anabranch.cli.adapters import app as adapters
 from anabranch.cli.boundary import debug_wanted, guarded
 from anabranch.cli.chat import chat
 from anabranch.cli.compare import compare
@@ -82,7 +83,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=TrainCommand if _command is train else None)(_command)
-_GROUPS = {"experts": experts, "graph": graph, "routers": routers, "gateway": gateway}
+_GROUPS = {"adapters": adapters, "experts": experts, "graph": graph, "routers": routers, "gateway": gateway}
 for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 

@@ -5,6 +5,7 @@
     geglu_tanh      the same, with gelu's approximation by tanh (Gemma)
     clamped_swiglu  (up + 1) * gate * sigmoid(1.702 gate), gate at most 7, up within +-7 (gpt-oss, arXiv 2508.10925)
     gelu            gelu(up)                Hendrycks and Gimpel 2016, arXiv 1606.08415; the exact one, by the error function
+    identity        up                      a product of two matrices, as low-rank adapters are; no feed-forward layer has it
 
 Those with a gate take the rows of both parts from one matrix, the gate's first.
 """
@@ -37,11 +38,13 @@ class Activation:
         parts: names of the first matrix's parts, in the order of its rows.
         apply: a_RF of z_RZ.
         linearize: of z_RZ: (a_RF, what makes dz_RZ of da_RF).
+        keeps_width: whether the second matrix leads back to the width of the items, as in a feed-forward layer.
     """
 
     parts: tuple[str, ...]
     apply: Callable[[Tensor], Tensor]
     linearize: Callable[[Tensor], tuple[Tensor, Pullback]]
+    keeps_width: bool = True
 
     def rows(self, hidden_dim: int) -> dict[str, int]:
         """Rows of each part of the first matrix, for F hidden units."""
@@ -109,6 +112,14 @@ def _linear_gelu(z_RF: Tensor) -> tuple[Tensor, Pullback]:
     return F.gelu(z_RF), lambda da: torch.ops.aten.gelu_backward(da, z_RF)
 
 
+def _identity(z_RF: Tensor) -> Tensor:
+    return z_RF
+
+
+def _linear_identity(z_RF: Tensor) -> tuple[Tensor, Pullback]:
+    return z_RF, _identity
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "swiglu": Activation(("gate", "up"), swiglu, _linear_swiglu),
     "geglu": Activation(("gate", "up"), _geglu, _linear_geglu),
@@ -117,6 +128,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "clamped_swiglu": Activation(("gate", "up"), _clamped_swiglu, _linear_clamped_swiglu),
     "gelu": Activation(("up",), F.gelu, _linear_gelu),
+    "identity": Activation(("up",), _identity, _linear_identity, keeps_width=False),
 }
 
 

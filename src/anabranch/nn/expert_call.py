@@ -24,7 +24,7 @@ class ExpertCall(NamedTuple):
         choice_R: see `DispatchPlan`, as is ``offset_E``.
         weight_NK: of each choice.
         w13_EFD: [E, 2F, D], or [E, F, D] for an activation without a gate.
-        w2_EDF: [E, D, F].
+        w2_EDF: [E, D, F], or [E, O, F] for an activation that leads to another width, O.
         on_input: weigh the inputs of experts, not their outputs.
         dtype: to compute in, and of the result.
         backend: ``native``, ``torch``, or the better of them: ``auto``.
@@ -51,6 +51,11 @@ class ExpertCall(NamedTuple):
     def options(self) -> tuple[Any, ...]:
         """What is no tensor."""
         return self[6:]
+
+    @property
+    def out_dim(self) -> int:
+        """Width of the result."""
+        return self.w2_EDF.shape[1]
 
     @property
     def plan(self) -> DispatchPlan:

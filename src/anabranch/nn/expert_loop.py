@@ -24,7 +24,7 @@ def plain_experts(call: ExpertCall) -> Tensor:
     ends = [0, *_ends(plan.offset_E, rows_RD.shape[0]), rows_RD.shape[0]]
     matrices = zip(ends[:-2], ends[1:-1], call.w13_EFD.unbind(0), call.w2_EDF.unbind(0), strict=True)
     parts = [F.linear(apply(F.linear(rows_RD[start:end], w13)), w2) for start, end, w13, w2 in matrices]
-    parts.append(rows_RD.new_zeros(ends[-1] - ends[-2], call.x_ND.shape[1]))
+    parts.append(rows_RD.new_zeros(ends[-1] - ends[-2], call.out_dim))
     return combine(torch.cat(parts), plan, None if call.on_input else call.weight_NK)
 
 
@@ -62,7 +62,7 @@ def forward(call: ExpertCall, keep: bool) -> tuple[Tensor, Tensor]:
     choice_R, dtype = call.choice_R[: ends[-1]], call.dtype
     rows_RD = _gather_rows(call.x_ND.to(dtype), choice_R, call.weight_NK if call.on_input else None, num_choices)
     z_R2F = rows_RD.new_empty((num_items * num_choices if keep else ends[-1], call.w13_EFD.shape[1]))
-    y_RD, apply = torch.empty_like(rows_RD), ACTIVATIONS[call.activation].apply
+    y_RD, apply = rows_RD.new_empty(len(rows_RD), call.out_dim), ACTIVATIONS[call.activation].apply
     for expert, start, end in _active(ends):
         torch.mm(rows_RD[start:end], call.w13_EFD[expert].to(dtype).t(), out=z_R2F[start:end])
         torch.mm(apply(z_R2F[start:end]), call.w2_EDF[expert].to(dtype).t(), out=y_RD[start:end])

@@ -57,7 +57,7 @@ def expert_mlp(
         plan: where they go, from `plan_dispatch`. Rows of unused choices are not computed.
         weight_NK: weight of each choice; 0 where the choice is unused.
         w13_EFD: [E, 2F, D], the gate projection's rows, then the up projection's; [E, F, D] for an activation without a gate.
-        w2_EDF: [E, D, F], the down projection.
+        w2_EDF: [E, D, F], the down projection; [E, O, F] with the activation ``identity``, which gives y_NO.
         weight_on: weigh each expert's ``output`` (the usual), or its ``input`` (Llama 4).
         backend: one of `BACKENDS`; ``auto`` chooses by device, dtype and shape.
         recompute: keep nothing but the inputs for the backward pass, which then repeats the first matmul.
@@ -76,7 +76,7 @@ def expert_mlp(
     device = x_ND.device.type
     dtype = autocast_dtype(device) or x_ND.dtype
     # A GPU wants one launch for all experts, and grouped_mm rows whose bytes are a multiple of 16.
-    aligned = x_ND.shape[1] % 8 == 0 and w2_EDF.shape[2] % 8 == 0
+    aligned = all(width % 8 == 0 for width in (x_ND.shape[1], *w2_EDF.shape[1:]))
     if backend == "auto" and device == "cuda" and dtype in (torch.bfloat16, torch.float16) and aligned:
         backend = "grouped_mm"
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, weight_NK, w13_EFD, w2_EDF))
@@ -139,7 +139,8 @@ def _check(
     backend: str,
     activation: str,
 ) -> None:
-    num_parts = len(activation_of(activation).parts)
+    form = activation_of(activation)
+    num_parts = len(form.parts)
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
     if weight_on not in ("output", "input"):
@@ -158,8 +159,9 @@ def _check(
         hidden = "F" if num_parts == 1 else f"{num_parts} F"
         raise ConfigError(f"w13 has shape {list(w13_EFD.shape)}; it must be [{experts}, {hidden}, {width}]")
     hidden_dim = w13_EFD.shape[1] // num_parts
-    if w2_EDF.shape != (experts, width, hidden_dim):
-        raise ConfigError(f"w2 has shape {list(w2_EDF.shape)}; it must be {[experts, width, hidden_dim]}")
+    out_dim = width if form.keeps_width or w2_EDF.dim() != 3 else w2_EDF.shape[1]
+    if w2_EDF.shape != (experts, out_dim, hidden_dim):
+        raise ConfigError(f"w2 has shape {list(w2_EDF.shape)}; it must be {[experts, out_dim, hidden_dim]}")
 
 
 # Back ends that autograd differentiates.

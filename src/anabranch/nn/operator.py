@@ -161,7 +161,7 @@ def _operator(*flat):
 def _(*flat):
     call, keep = ExpertCall(*flat[:-1]), flat[-1]
     z_shape = (call.choice_R.shape[0], call.w13_EFD.shape[1]) if keep else (0,)
-    y_ND = torch.empty_like(call.x_ND, dtype=call.dtype).contiguous()
+    y_ND = call.x_ND.new_empty((call.x_ND.shape[0], call.out_dim), dtype=call.dtype)
     return y_ND, call.x_ND.new_empty(z_shape, dtype=call.dtype)
 
 

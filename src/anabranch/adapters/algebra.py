@@ -1,0 +1,131 @@
+"""`combine`: one adapter out of several, by rules that say what is lost.
+
+    exact    sum_i w_i scale_i B_i A_i, by putting ranks side by side: nothing is lost, ranks add up
+    linear   A = sum_i c_i A_i and B = sum_i c_i' B_i with c c' = w scale, as peft's ``linear``: ranks stay, and the products of halves of
+             different adapters, which are in no sum, come in (``error`` tells how much)
+
+Both are of peft's kind: the result is one plain LoRA adapter, which every program reads that reads those.
+"""
+# Shapes: C inputs, O outputs, R rank
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from anabranch.adapters.low_rank import Pair
+from anabranch.adapters.peft_folder import Adapter, described
+from anabranch.errors import ConfigError
+
+__all__ = ["METHODS", "Combined", "Method", "combine"]
+
+Method = Literal["exact", "linear"]
+METHODS: tuple[Method, ...] = ("exact", "linear")
+# What a config says of how an adapter was trained or made, which the sum was not.
+_OF_TRAINING = (
+    "init_lora_weights",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "revision",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What `combine` made.
+
+    Attributes:
+        adapter: it.
+        error: the Frobenius norm of its difference to the exact sum, over that of the sum, of all layers together; 0 where that is exact.
+    """
+
+    adapter: Adapter
+    error: float
+
+
+def combine(adapters: Sequence[Adapter], weights: Sequence[float], method: Method = "exact") -> Combined:
+    """One adapter that adds ``sum_i weight_i delta_i``, or nearly so.
+
+    Args:
+        adapters: of one model; they may have other layers, ranks and scales.
+        weights: of each; negative ones take away.
+        method: see the top of this file.
+
+    Raises ConfigError: no adapters, another number of weights, one that is not finite, an unknown method, layers of other widths, ranks
+    that differ (``linear``), or adapters that bring whole tensors, which have no sum.
+    """
+    _check(adapters, weights, method)
+    modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.pairs))
+    pairs, missed, total = {}, 0.0, 0.0
+    for module in modules:
+        parts = [
+            (adapter.pairs[module], float(weight))
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if module in adapter.pairs
+        ]
+        _check_sizes(module, parts, method)
+        exact = _side_by_side(parts)
+        pairs[module] = exact if method == "exact" else _linear(parts)
+        if method != "exact":
+            delta = exact.delta()
+            missed += float((pairs[module].delta() - delta).square().sum())
+            total += float(delta.square().sum())
+    table = {name: value for name, value in adapters[0].table.items() if name not in _OF_TRAINING}
+    bases = {adapter.table.get("base_model_name_or_path") for adapter in adapters}
+    table["base_model_name_or_path"] = bases.pop() if len(bases) == 1 else None
+    error = 0.0 if not missed else math.inf if not total else math.sqrt(missed / total)
+    return Combined(Adapter(described({**table, "inference_mode": True}, pairs), pairs), error)
+
+
+def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: str) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"method is {method!r}; use one of {', '.join(METHODS)}")
+    if not adapters or len(adapters) != len(weights):
+        raise ConfigError(f"there are {len(weights)} weights for {len(adapters)} adapters; give one for each")
+    wrong = [weight for weight in weights if not math.isfinite(weight)]
+    if wrong:
+        raise ConfigError(f"a weight is {wrong[0]}; it must be a finite number")
+    for number, adapter in enumerate(adapters):
+        if adapter.saved:
+            name = next(iter(adapter.saved))
+            raise ConfigError(
+                f"adapter {number + 1} brings {name} whole, which has no sum; merge it into its model instead"
+            )
+
+
+def _check_sizes(module: str, parts: Sequence[tuple[Pair, float]], method: str) -> None:
+    sizes = {(pair.a_RC.shape[1], pair.b_OR.shape[0]) for pair, _ in parts}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"{module} has (inputs, outputs) {sorted(sizes)} in these adapters; they must be of one model"
+        )
+    ranks = {pair.rank for pair, _ in parts}
+    if method == "linear" and len(ranks) > 1:
+        raise ConfigError(f"{module} has ranks {sorted(ranks)}; method 'linear' needs one, 'exact' does not")
+
+
+def _side_by_side(parts: Sequence[tuple[Pair, float]]) -> Pair:
+    """The sum, of the rank of all: weights and scales are in B, and the scale is 1."""
+    a_RC = torch.cat([_wide(pair.a_RC) for pair, _ in parts])
+    b_OR = torch.cat([_wide(pair.b_OR) * (weight * pair.scale) for pair, weight in parts], dim=1)
+    return Pair(a_RC, b_OR, float(len(a_RC)))
+
+
+def _linear(parts: Sequence[tuple[Pair, float]]) -> Pair:
+    """Halves summed apart, each with the root of its weight; the sign of a weight is in B."""
+    roots = [math.sqrt(abs(weight * pair.scale)) for pair, weight in parts]
+    signs = [math.copysign(1.0, weight * pair.scale) for pair, weight in parts]
+    a_RC: Any = sum(_wide(pair.a_RC) * root for (pair, _), root in zip(parts, roots, strict=True))
+    b_OR: Any = sum(_wide(pair.b_OR) * (root * sign) for (pair, _), root, sign in zip(parts, roots, signs, strict=True))
+    return Pair(a_RC, b_OR, float(len(a_RC)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least, in which weights and scales are multiplied in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

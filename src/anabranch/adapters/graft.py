@@ -1,0 +1,112 @@
+"""Layers beside the matrices of a model that is there: put on by the linear seam, and taken off again, in place.
+
+A model with an adapter is what its config builds, with the matrices of the model before. So the config says which layers there are, the
+seam builds them empty, and what it built is put around the matrices.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from anabranch.adapters.low_rank import LowRank, Pair
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import build_empty
+from anabranch.nn import ExpertPool
+from anabranch.nn.linear import Added
+
+__all__ = ["check_pools", "graft", "layers_of", "patterns_of", "strip", "with_layers"]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_LAST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.[^.]*$)")
+
+
+def with_layers(config: Decoder.Config, pairs: Mapping[str, Pair], parts: Collection[str]) -> Decoder:
+    """An empty model of ``config`` with a `LowRank` beside each part that ``pairs`` names; ``parts`` are all that it has."""
+    configs = {
+        part: LowRank.Config(rank=pair.rank, alpha=float(pair.alpha), rslora=pair.rslora)
+        for part, pair in pairs.items()
+    }
+    return build_empty(config.replace(linears=patterns_of(configs, parts)))
+
+
+def patterns_of(configs: Mapping[str, LowRank.Config], parts: Collection[str]) -> dict[str, LowRank.Config]:
+    """As few patterns as say the same: one for all layers, or for all experts of a layer, where they are alike."""
+    found: dict[str, LowRank.Config] = {}
+    left = dict(configs)
+    for numbers in (_NUMBER, _LAST_NUMBER):
+        groups: dict[str, list[str]] = {}
+        for part in parts:
+            groups.setdefault(numbers.sub("*", part), []).append(part)
+        for pattern, members in groups.items():
+            first = left.get(members[0])
+            if len(members) == 1 or first is None or any(left.get(part) != first for part in members):
+                continue
+            if sum(fnmatchcase(part, pattern) for part in parts) == len(members):
+                found[pattern] = first
+                left = {part: config for part, config in left.items() if part not in set(members)}
+    return found | left
+
+
+def check_pools(model: Decoder, made: Decoder) -> None:
+    """Raise ConfigError where ``made`` has layers beside experts that are not stacked matrices of floats in ``model``."""
+    for name, _ in _pools(made):
+        pool: Any = model.get_submodule(name)
+        if not isinstance(pool, ExpertPool) or pool.layers is not None or pool.exchange is not None:
+            raise ConfigError(
+                f"experts of {name} are a {type(pool).__name__}, which nothing can stand beside; load the model with all its experts in "
+                "memory, in floating point"
+            )
+
+
+def graft(model: Decoder, made: Decoder, pairs: Mapping[str, Pair], *, trainable: bool = False) -> None:
+    """Put the layers of ``made``, with the numbers of ``pairs``, beside the matrices of ``model``, and take over its config."""
+    device = model.embedding.weight.device
+    for part, layer in layers_of(made).items():
+        layer.put(pairs[part], device, trainable=trainable)
+    for name, added in [(name, module) for name, module in made.named_modules() if isinstance(module, Added)]:
+        added.matrix = model.get_submodule(name)
+        _set(model, name, added.train(model.training))
+    for name, layers in _pools(made):
+        pool: Any = model.get_submodule(name)
+        pool.layers = layers.train(model.training)
+    model.config = made.config
+
+
+def strip(model: Decoder) -> None:
+    """Take the layers off that `graft` put on."""
+    for name, added in [(name, module) for name, module in model.named_modules() if isinstance(module, Added)]:
+        _set(model, name, added.matrix)
+    for name, _ in list(_pools(model)):
+        pool: Any = model.get_submodule(name)
+        pool.layers = None
+    model.config = model.config.replace(linears={})
+
+
+def layers_of(model: nn.Module) -> dict[str, LowRank]:
+    """The `LowRank` layers of a model, by the names of the parts they stand beside."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Added):
+            found |= {".".join([*name.split(".")[:-1], part]): layer for part, layer in module.beside.items()}
+        elif isinstance(module, ExpertPool) and module.layers is not None:
+            for experts in (module.layers.w13, module.layers.w2):
+                for number, beside in experts.items():
+                    parts = beside.items() if isinstance(beside, nn.ModuleDict) else ()
+                    found |= {f"{name}.{number}.{part}": layer for part, layer in parts}
+    return {name: layer for name, layer in found.items() if isinstance(layer, LowRank)}
+
+
+def _pools(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layers) of pools whose experts have layers of their own."""
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertPool) and module.layers is not None:
+            yield name, module.layers
+
+
+def _set(model: nn.Module, name: str, module: Any) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)

@@ -1,0 +1,185 @@
+"""adapter_config.json of the package peft, as far as plain LoRA needs it: which layers are adapted, with what rank and scale.
+
+Fields that are not named here are kept as they are. One that asks for something that is not computed is refused where it is set: what it
+asks for would be left out without a word.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from anabranch.adapters.patterns import ends_with, matching
+from anabranch.bounds import MOST_SIZE, shown
+from anabranch.errors import CheckpointError
+
+__all__ = ["ALL_LINEAR", "LoraTable"]
+
+ALL_LINEAR = "all-linear"
+# Set, they make an adapter something else than scale B A beside a matrix.
+_REFUSED = {
+    "use_dora": "DoRA",
+    "lora_bias": "biases of lora_B",
+    "layer_replication": "repeated layers",
+    "target_parameters": "adapters of stacked experts",
+    "trainable_token_indices": "single learned tokens",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow",
+    "megatron_config": "Megatron's layers",
+}
+# Ways to start that also change the base, which an adapter alone cannot say.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LoraTable:
+    """adapter_config.json of a LoRA adapter, checked.
+
+    Attributes:
+        table: all of it, as it stands there.
+        path: where it lies, for messages.
+    """
+
+    table: Mapping[str, Any]
+    path: Path
+
+    def __post_init__(self) -> None:
+        kind = self.table.get("peft_type")
+        if kind != "LORA":
+            self._refuse("peft_type", kind, "'LORA' is what can be read")
+        for name, what in _REFUSED.items():
+            if self.table.get(name):
+                self._refuse(name, self.table[name], f"{what} cannot be computed here")
+        start = self.table.get("init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            why = "it changed the base too; save the adapter with path_initial_model_for_weight_conversion, which makes it plain LoRA"
+            self._refuse("init_lora_weights", start, why)
+        self._rank("r", self.table.get("r", 8))
+        self._alpha("lora_alpha", self.table.get("lora_alpha", 8))
+        for name, check in (("rank_pattern", self._rank), ("alpha_pattern", self._alpha)):
+            for pattern, value in self._patterns(name).items():
+                check(f"{name}[{pattern!r}]", value)
+        if not isinstance(self.table.get("use_rslora", False), bool):
+            self._refuse("use_rslora", self.table["use_rslora"], "it must be true or false")
+        bias = self.table.get("bias", "none")
+        if bias not in ("none", "all", "lora_only"):
+            self._refuse("bias", bias, "it must be none, all or lora_only")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            if not isinstance(self.table.get(name), str):
+                self._words(name)
+        self._words("modules_to_save")
+        layers = self.table.get("layers_to_transform")
+        if layers is not None and not (_is_index(layers) or (isinstance(layers, list) and all(map(_is_index, layers)))):
+            self._refuse("layers_to_transform", layers, "it must be a layer's number, or a list of them")
+        if isinstance(self.table.get("layers_pattern"), list | type(None)):
+            self._words("layers_pattern")
+        elif not isinstance(self.table["layers_pattern"], str):
+            self._refuse("layers_pattern", self.table["layers_pattern"], "it must be a name, or a list of them")
+
+    @property
+    def rslora(self) -> bool:
+        """Whether scales are alpha / sqrt(rank)."""
+        return self.table.get("use_rslora", False)
+
+    @property
+    def target_modules(self) -> list[str] | str | None:
+        """Names, a regular expression, `ALL_LINEAR`, or None where nothing is said."""
+        given = self.table.get("target_modules")
+        return given if isinstance(given, str) else (self._words("target_modules") or None)
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        """Modules that the adapter brings whole."""
+        return self._words("modules_to_save")
+
+    def ranks(self, modules: Collection[str]) -> dict[str, int]:
+        """The rank of each adapted module."""
+        return self._by_pattern("rank_pattern", modules, self.table.get("r", 8))
+
+    def alphas(self, modules: Collection[str]) -> dict[str, float]:
+        """The alpha of each adapted module."""
+        return self._by_pattern("alpha_pattern", modules, self.table.get("lora_alpha", 8))
+
+    def targets(self, modules: Collection[str]) -> set[str]:
+        """Which of ``modules``, the linear layers of a model, are adapted; all where the config does not say."""
+        wanted = self.target_modules
+        if wanted is None:
+            found = set(modules)
+        elif wanted == ALL_LINEAR:
+            found = {name for name in modules if not ends_with(name, "lm_head")}
+        elif isinstance(wanted, str):
+            found = self._fitting("target_modules", wanted, modules)
+        else:
+            named = {name for name in modules if any(ends_with(name, word) for word in wanted)}
+            found = {name for name in named if self._is_in_layer(name)}
+        excluded = self.table.get("exclude_modules")
+        if isinstance(excluded, str):
+            found -= self._fitting("exclude_modules", excluded, found)
+        elif excluded:
+            found = {name for name in found if not any(ends_with(name, word) for word in excluded)}
+        return {name for name in found if not self.is_saved(name)}
+
+    def is_saved(self, module: str) -> bool:
+        """Whether ``module`` is one of those brought whole, or lies in one."""
+        return any(f".{word}." in f".{module}." for word in self.modules_to_save)
+
+    def _is_in_layer(self, module: str) -> bool:
+        """Whether ``layers_to_transform`` names its layer: the last number in its name, as peft has it."""
+        layers = self.table.get("layers_to_transform")
+        if layers is None or layers == []:
+            return True
+        pattern = self.table.get("layers_pattern")
+        before = [pattern] if isinstance(pattern, str) else pattern or []
+        words = module.split(".")
+        for place in range(len(words) - 2, 1, -1):
+            if words[place].isdecimal() and (
+                not before or any(ends_with(".".join(words[:place]), one) for one in before)
+            ):
+                return int(words[place]) in ([layers] if isinstance(layers, int) else layers)
+        return False
+
+    def _fitting(self, name: str, pattern: str, modules: Collection[str]) -> set[str]:
+        return matching([pattern], modules, is_ending=False, what=f"{name} in {self.path}")[0]
+
+    def _by_pattern(self, name: str, modules: Collection[str], usual: Any) -> dict[str, Any]:
+        """The value of the first pattern that fits each module, else the usual one."""
+        patterns = self._patterns(name)
+        found = dict.fromkeys(modules, usual)
+        fitting = matching(list(patterns), modules, is_ending=True, what=f"{name} in {self.path}")
+        for own, value in reversed(list(zip(fitting, patterns.values(), strict=True))):
+            found |= dict.fromkeys(own, value)
+        return found
+
+    def _patterns(self, name: str) -> dict[str, Any]:
+        value = self.table.get(name) or {}
+        if not isinstance(value, dict):
+            self._refuse(name, value, "it must be a table of patterns")
+        return value
+
+    def _words(self, name: str) -> list[str]:
+        value = self.table.get(name)
+        value = [] if value is None else value
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            self._refuse(name, value, "it must be a list of names")
+        return value
+
+    def _rank(self, name: str, value: Any) -> None:
+        if type(value) is not int or not 1 <= value <= MOST_SIZE:
+            self._refuse(name, value, "a rank must be a whole number, at least 1")
+
+    def _alpha(self, name: str, value: Any) -> None:
+        if type(value) not in (int, float) or not abs(value) < 1e30 or not math.isfinite(value):
+            self._refuse(name, value, "it must be a finite number")
+
+    def _refuse(self, name: str, value: Any, why: str) -> NoReturn:
+        raise CheckpointError(f"{name} in {self.path} is {shown(value)}; {why}")
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and value >= 0

@@ -1,0 +1,118 @@
+"""Tiny models in Hugging Face folders, and adapters for them in folders of peft's, made without either package.
+
+Numbers come from generators of torch by name, so that they are the same wherever a folder is made anew: `golden.json` of
+tests/adapters holds what peft computes on these.
+"""
+
+import json
+import zlib
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from anabranch.lm import Decoder, export_huggingface
+from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.routing import Router, SwitchLoss, TopK
+
+VOCAB = 61
+BODY = {"vocab_size": VOCAB, "dim": 32, "num_layers": 2, "max_positions": 64, "depth_scaled_init": False}
+DENSE = SwiGLU.Config(hidden_dim=48)
+ROUTER = Router.Config(select=TopK.Config(top_k=2, normalize="none"), balance=(SwitchLoss.Config(alpha=0.01),))
+CONFIGS = {
+    "llama": lambda: Decoder.Config(
+        **BODY, attention=SelfAttention.Config(num_heads=4, num_kv_heads=2), feed_forward=DENSE
+    ),
+    "qwen2": lambda: Decoder.Config(
+        **BODY,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, qkv_bias=True),
+        feed_forward=DENSE,
+        tie_embeddings=True,
+    ),
+    "qwen3": lambda: Decoder.Config(
+        **BODY,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm="head"),
+        feed_forward=DENSE,
+    ),
+    "olmoe": lambda: Decoder.Config(
+        **BODY,
+        attention=SelfAttention.Config(num_heads=4, qk_norm="full"),
+        feed_forward=MoE.Config(num_experts=4, hidden_dim=16, router=ROUTER),
+    ),
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+TOKENS = torch.tensor([[3, 17, 60, 8, 8, 41], [0, 5, 22, 1, 59, 30]])
+
+
+def drawn(name, shape):
+    """Numbers for a tensor of this name: the same ones whenever they are asked for."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    value = torch.randn(*shape, generator=generator) * 0.3
+    return value + 1 if "norm" in name else value
+
+
+def make_base(folder, family):
+    """A model of the family in ``folder``; returns its tensors by transformers' names."""
+    model = CONFIGS[family]().build()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(drawn(name, tensor.shape))
+    export_huggingface(folder, model, family=family)
+    return load_file(folder / "model.safetensors")
+
+
+def linear_layers(base, words):
+    """{module: (inputs, outputs)} of the base's layers whose last word is one of ``words``."""
+    return {
+        name.removesuffix(".weight"): (tensor.shape[1], tensor.shape[0])
+        for name, tensor in base.items()
+        if name.endswith(".weight") and name.split(".")[-2] in words
+    }
+
+
+def make_adapter(folder, layers, *, rank=4, ranks=None, extra=None, seed="", **table):
+    """An adapter of ``layers`` ({module: (inputs, outputs)}); ``extra`` are tensors beside the pairs. Returns all its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module, (inputs, outputs) in layers.items():
+        own = (ranks or {}).get(module, rank)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = drawn(f"{seed}{module}.A", (own, inputs))
+        tensors[f"base_model.model.{module}.lora_B.weight"] = drawn(f"{seed}{module}.B", (outputs, own))
+    tensors |= {f"base_model.model.{name}": tensor for name, tensor in (extra or {}).items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    words = sorted({module.split(".")[-1] for module in layers})
+    usual = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": words,
+        "bias": "none",
+        "base_model_name_or_path": "base",
+        "lora_dropout": 0.05,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps({**usual, **table}))
+    return tensors
+
+
+def with_deltas(folder, base_folder, base, adapter, scales, whole=None):
+    """The base as a folder whose matrices are W + scale B A, by the formula, and whose ``whole`` tensors are others."""
+    changed = dict(base)
+    for module, scale in scales.items():
+        a, b = (adapter[f"base_model.model.{module}.lora_{half}.weight"].double() for half in "AB")
+        changed[f"{module}.weight"] = (changed[f"{module}.weight"].double() + scale * (b @ a)).float()
+    changed |= {
+        name: tensor for name, tensor in (whole or {}).items() if f"{name.removesuffix('.weight')}" not in scales
+    }
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in changed.items()}, folder / "model.safetensors")
+    table = json.loads((base_folder / "config.json").read_text())
+    if whole and "lm_head.weight" in changed:
+        table["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(table))
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits_BLV

@@ -1,0 +1,146 @@
+"""`combine`: the exact sum against deltas added up here, and ``linear`` against its formula."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapter_models import make_adapter
+from anabranch.adapters import Adapter, Pair, combine, read_peft, write_peft
+from anabranch.errors import ConfigError
+
+NAMES = [f"model.layers.{layer}.mlp.up_proj" for layer in range(3)]
+
+
+def adapter(ranks, alpha=8.0, rslora=False, seed=0, dtype=torch.float64, **table):
+    """One with a pair for each rank that is not 0."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {
+        name: Pair(
+            torch.randn(rank, 5, generator=generator, dtype=dtype),
+            torch.randn(4, rank, generator=generator, dtype=dtype),
+            alpha,
+            rslora,
+        )
+        for name, rank in zip(NAMES, ranks, strict=True)
+        if rank
+    }
+    return Adapter({"peft_type": "LORA", **table}, pairs)
+
+
+@given(
+    ranks=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3).filter(any), min_size=1, max_size=3),
+    weights=st.lists(st.floats(-2, 2), min_size=3, max_size=3),
+    rslora=st.booleans(),
+)
+def test_exact_is_the_sum(ranks, weights, rslora):
+    adapters = [adapter(own, 3.0 + n, rslora and n == 0, seed=n) for n, own in enumerate(ranks)]
+    weights = weights[: len(adapters)]
+    made = combine(adapters, weights)
+    assert made.error == 0
+    for name in NAMES:
+        parts = [(one.pairs[name], weight) for one, weight in zip(adapters, weights, strict=True) if name in one.pairs]
+        if not parts:
+            assert name not in made.adapter.pairs
+            continue
+        found = made.adapter.pairs[name]
+        assert (found.rank, found.scale) == (sum(pair.rank for pair, _ in parts), 1)
+        wanted = sum(
+            pair.alpha / (math.sqrt(pair.rank) if pair.rslora else pair.rank) * weight * (pair.b_OR @ pair.a_RC)
+            for pair, weight in parts
+        )
+        torch.testing.assert_close(found.delta(), wanted)
+
+
+def test_linear_sums_halves_and_says_what_that_costs():
+    first, second = adapter([2, 2, 2]), adapter([2, 2, 2], 4.0, seed=1)
+    made = combine([first, second], [0.5, -0.25], "linear")
+    missed = total = 0.0
+    for name in NAMES:
+        (a1, b1), (a2, b2) = ((one.pairs[name].a_RC, one.pairs[name].b_OR) for one in (first, second))
+        c1, c2 = math.sqrt(0.5 * 4), math.sqrt(0.25 * 2)
+        found = made.adapter.pairs[name]
+        assert found.rank == 2
+        torch.testing.assert_close(found.delta(), (c1 * b1 - c2 * b2) @ (c1 * a1 + c2 * a2))
+        wanted = 2 * b1 @ a1 - 0.5 * b2 @ a2
+        missed, total = missed + (found.delta() - wanted).square().sum(), total + wanted.square().sum()
+    assert made.error == pytest.approx(float((missed / total).sqrt()))
+    # Alone there is no other half to mix with.
+    assert combine([first], [-1.5], "linear").error < 1e-12
+    assert combine([first], [0.0], "linear").error == 0
+
+
+def test_an_adapter_minus_itself_is_nothing():
+    one = adapter([2, 3, 0])
+    assert all(pair.delta().abs().max() < 1e-12 for pair in combine([one, one], [1, -1]).adapter.pairs.values())
+
+
+def test_the_config_says_what_the_sum_is(tmp_path):
+    """Targets that differ, ranks that differ, both scalings; what is not of the sum stays as the first adapter has it."""
+    layers = dict.fromkeys(NAMES, (5, 4))
+    make_adapter(
+        tmp_path / "a",
+        dict(list(layers.items())[:2]),
+        use_rslora=True,
+        layers_to_transform=[0, 1],
+        mine="kept",
+        init_lora_weights="gaussian",
+    )
+    make_adapter(
+        tmp_path / "b", layers, rank=2, seed="b", rank_pattern={"up_proj": 2}, base_model_name_or_path="elsewhere"
+    )
+    first, second = read_peft(tmp_path / "a"), read_peft(tmp_path / "b")
+    write_peft(tmp_path / "c", combine([first, second], [1, 1]).adapter)
+    back = read_peft(tmp_path / "c")
+    assert {name: pair.rank for name, pair in back.pairs.items()} == dict(zip(NAMES, (6, 6, 2), strict=True))
+    assert back.table["mine"] == "kept"
+    assert back.table["base_model_name_or_path"] is None
+    assert not {"init_lora_weights", "layers_to_transform"} & back.table.keys()
+    for name in NAMES:
+        wanted = second.pairs[name].delta() + (first.pairs[name].delta() if name in first.pairs else 0)
+        torch.testing.assert_close(back.pairs[name].delta(), wanted)
+
+
+def test_half_types_are_summed_in_float32():
+    one = adapter([2, 2, 2], dtype=torch.bfloat16)
+    made = combine([one, one], [0.3, 0.7]).adapter.pairs[NAMES[0]]
+    assert made.b_OR.dtype == torch.float32
+    torch.testing.assert_close(made.delta(), one.pairs[NAMES[0]].delta(), rtol=1e-6, atol=1e-6)
+
+
+def other_widths():
+    return Adapter({}, {NAMES[0]: Pair(torch.ones(2, 7), torch.ones(4, 2), 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("make", "weights", "method", "message"),
+    [
+        (lambda: [], [], "exact", "there are 0 weights for 0 adapters; give one for each"),
+        (lambda: [adapter([1, 1, 1])], [1, 2], "exact", "there are 2 weights for 1 adapters"),
+        (lambda: [adapter([1, 1, 1])], [math.nan], "exact", "a weight is nan; it must be a finite number"),
+        (lambda: [adapter([1, 1, 1])], [1], "ties", "method is 'ties'; use one of exact, linear"),
+        (
+            lambda: [adapter([1, 0, 0]), other_widths()],
+            [1, 1],
+            "exact",
+            r"has \(inputs, outputs\) \[\(5, 4\), \(7, 4\)\]",
+        ),
+        (
+            lambda: [adapter([1, 2, 0]), adapter([1, 3, 0])],
+            [1, 1],
+            "linear",
+            r"has ranks \[2, 3\]; method 'linear' needs one",
+        ),
+        (
+            lambda: [adapter([1, 1, 1]), Adapter({}, adapter([1, 1, 1]).pairs, {"lm_head.weight": torch.ones(1)})],
+            [1, 1],
+            "exact",
+            r"adapter 2 brings lm_head\.weight whole, which has no sum",
+        ),
+    ],
+)
+def test_what_cannot_be_combined(make, weights, method, message):
+    with pytest.raises(ConfigError, match=message):
+        combine(make(), weights, method)

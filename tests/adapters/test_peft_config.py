@@ -1,0 +1,136 @@
+"""adapter_config.json: which layers are adapted, with which rank and alpha; and what is refused, in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from anabranch.adapters.patterns import matching
+from anabranch.adapters.peft_config import LoraTable
+from anabranch.errors import CheckpointError
+
+LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.experts.3.up_proj")
+MODULES = [*(f"model.layers.{layer}.{name}" for layer in range(12) for name in LINEAR), "lm_head"]
+PLACE = Path("adapter_config.json")
+
+
+def table(**fields):
+    return LoraTable({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **fields}, PLACE)
+
+
+def of(layers, *names):
+    return {f"model.layers.{layer}.{name}" for layer in layers for name in names}
+
+
+ALL = range(12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"target_modules": ["q_proj"]}, of(ALL, "self_attn.q_proj")),
+        ({"target_modules": ["up_proj"]}, of(ALL, "mlp.up_proj", "mlp.experts.3.up_proj")),
+        ({"target_modules": ["proj"]}, set()),  # the last word, whole
+        ({"target_modules": ["model.layers.1.self_attn.q_proj"]}, of([1], "self_attn.q_proj")),  # not 11
+        ({"target_modules": "all-linear"}, set(MODULES) - {"lm_head"}),
+        ({"target_modules": ["lm_head"]}, {"lm_head"}),
+        ({"target_modules": None}, set(MODULES)),
+        ({"target_modules": r"model\.layers\.(1|2)\..*(q|k)_proj"}, of([1, 2], "self_attn.q_proj", "self_attn.k_proj")),
+        ({"target_modules": "q_proj"}, set()),  # a pattern fits a whole name
+        ({"target_modules": ["q_proj"], "layers_to_transform": 11}, of([11], "self_attn.q_proj")),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}, of([0, 2], "self_attn.q_proj")),
+        ({"target_modules": ["q_proj"], "layers_to_transform": []}, of(ALL, "self_attn.q_proj")),
+        # The last number of a name, as peft takes it: an expert's, unless a pattern says before what it stands.
+        (
+            {"target_modules": ["up_proj"], "layers_to_transform": [3]},
+            of([3], "mlp.up_proj") | of(ALL, "mlp.experts.3.up_proj"),
+        ),
+        (
+            {"target_modules": ["up_proj"], "layers_to_transform": [3], "layers_pattern": "layers"},
+            of([3], "mlp.up_proj", "mlp.experts.3.up_proj"),
+        ),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": ["blocks"]}, set()),
+        ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["q_proj"]}, of(ALL, "self_attn.k_proj")),
+        ({"target_modules": ["q_proj"], "exclude_modules": r".*layers\.\d\..*"}, of([10, 11], "self_attn.q_proj")),
+        ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, of(ALL, "self_attn.q_proj")),
+    ],
+)
+def test_targets(fields, wanted):
+    assert table(**fields).targets(MODULES) == wanted
+
+
+def test_ranks_and_alphas_by_pattern():
+    found = table(
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 16, r"layers\.[2-3]\..*_proj": 32},
+        alpha_pattern={"model.layers.0.mlp.up_proj": 0.5},
+    )
+    ranks, alphas = found.ranks(MODULES), found.alphas(MODULES)
+    assert ranks["model.layers.1.self_attn.q_proj"] == 2
+    assert ranks["model.layers.11.self_attn.q_proj"] == 16
+    assert ranks["model.layers.2.self_attn.q_proj"] == 16  # the first pattern that fits counts
+    assert ranks["model.layers.2.self_attn.k_proj"] == 32
+    assert ranks["model.layers.4.self_attn.k_proj"] == 4
+    assert alphas["model.layers.0.mlp.up_proj"] == 0.5
+    assert alphas["lm_head"] == 8
+    assert not found.rslora
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type in adapter_config.json is 'IA3'; 'LORA' is what can be read"),
+        ({"peft_type": None}, "peft_type in .* is None; 'LORA'"),
+        ({"r": 0}, "r in .* is 0; a rank must be a whole number, at least 1"),
+        ({"r": 2.5}, r"r in .* is 2\.5; a rank"),
+        ({"r": True}, "r in .* is True; a rank"),
+        ({"r": 10**400}, "r in .* is an integer of about 401 digits; a rank"),
+        ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\] in .* is -1; a rank"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern in .* is \['q_proj'\]; it must be a table of patterns"),
+        ({"lora_alpha": float("nan")}, "lora_alpha in .* is nan; it must be a finite number"),
+        ({"lora_alpha": "8"}, "lora_alpha in .* is '8'; it must be a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha in .*; it must be a finite number"),
+        ({"alpha_pattern": {"q": None}}, r"alpha_pattern\['q'\] in .* is None; it must be a finite number"),
+        ({"use_rslora": "yes"}, "use_rslora in .* is 'yes'; it must be true or false"),
+        ({"bias": "some"}, "bias in .* is 'some'; it must be none, all or lora_only"),
+        ({"target_modules": {"a": 1}}, "target_modules in .*; it must be a list of names"),
+        ({"target_modules": [1]}, r"target_modules in .* is \[1\]; it must be a list of names"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save in .* is 'lm_head'; it must be a list of names"),
+        ({"layers_to_transform": [1.5]}, "layers_to_transform in .*; it must be a layer's number"),
+        ({"layers_pattern": 3}, "layers_pattern in .*; it must be a name, or a list of them"),
+        ({"use_dora": True}, "use_dora in .* is True; DoRA cannot be computed here"),
+        ({"lora_bias": True}, "lora_bias in .*; biases of lora_B cannot"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication in .*; repeated layers cannot"),
+        (
+            {"target_parameters": ["mlp.experts.down_proj"]},
+            "target_parameters in .*; adapters of stacked experts cannot",
+        ),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights in .* is 'pissa_niter_4'; it changed the base too"),
+    ],
+)
+def test_what_is_refused(fields, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        table(**fields)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", None])
+def test_ways_to_start_that_leave_the_base_alone(start):
+    table(init_lora_weights=start)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(", r"target_modules in adapter_config.json cannot be compared .* '\(' is no regular expression"),
+        ("(.*)*(.*)*(.*)*!", "target_modules in adapter_config.json cannot be compared .* seconds?"),
+    ],
+)
+def test_a_pattern_that_is_none_or_never_ends_is_told(pattern, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        table(target_modules=pattern).targets(MODULES)
+    assert "\n" not in str(error.value)
+
+
+def test_plain_words_need_no_process(monkeypatch):
+    monkeypatch.setattr("anabranch.adapters.patterns.Sandbox", None)
+    assert matching(["q", "a.q", "x"], ["a.q", "q", "b"], is_ending=True, what="") == [{"a.q", "q"}, {"a.q"}, set()]

@@ -1,0 +1,120 @@
+"""``anabranch eval --adapter`` and ``anabranch adapters merge``, from folders to figures; and what is wrong with a folder, in one line."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapter_models import linear_layers, make_adapter
+from anabranch.data import ByteTokenizer
+from anabranch.lm import Decoder, export_huggingface
+from anabranch.nn import SelfAttention, SwiGLU
+
+
+@pytest.fixture(scope="module")
+def adapted(work):
+    """In ``work/adapted``: a model that reads bytes, two adapters of it, and the model with their sum in its matrices."""
+    root = work / "adapted"
+    config = Decoder.Config(
+        vocab_size=257,
+        dim=32,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+        feed_forward=SwiGLU.Config(hidden_dim=48),
+        max_positions=64,
+    )
+    tokenizer = ByteTokenizer.Config().build()
+    model = config.build(seed=1)
+    export_huggingface(root / "base", model, tokenizer, family="llama")
+    base = load_file(root / "base" / "model.safetensors")
+    layers = linear_layers(base, ["q_proj", "down_proj"])
+    made = [make_adapter(root / name, layers, seed=name) for name in ("first", "second")]
+    for module in layers:
+        for tensors in made:
+            a, b = (tensors[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
+            base[f"{module}.weight"] += 0.5 * 2.0 * b @ a
+    export_huggingface(root / "merged", model, tokenizer, family="llama")
+    save_file(base, root / "merged" / "model.safetensors")
+    return root
+
+
+EVAL = ["--data", "text/alpha", "--tokens", 512, "--sequence-length", 32, "--json", "--quiet"]
+
+
+def measured(here, *arguments):
+    code, out, err = here("eval", *arguments, *EVAL)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_a_model_is_measured_with_the_sum_of_two_adapters(here, adapted):
+    plain = measured(here, adapted / "base")
+    code, out, _ = here(
+        "adapters", "merge", adapted / "first", adapted / "second", "--weights", "0.5,0.5", "--out", adapted / "sum"
+    )
+    assert code == 0
+    assert "4 layers, rank 8, " in out
+    assert "anabranch eval MODEL --adapter" in out
+    found, wanted = measured(here, adapted / "base", "--adapter", adapted / "sum"), measured(here, adapted / "merged")
+    assert found["nats_per_token"] == pytest.approx(wanted["nats_per_token"], rel=1e-5)
+    assert found["adapter"] == str(adapted / "sum")
+    assert found.keys() - plain.keys() == {"adapter"}
+    one = measured(here, adapted / "base", "--adapter", adapted / "first")
+    assert len({round(each["nats_per_token"], 3) for each in (plain, found, one)}) == 3
+    code, out, _ = here("eval", adapted / "base", "--adapter", adapted / "first", *EVAL[:-2])
+    assert code == 0
+    assert f"adapter   {adapted / 'first'}" in out
+
+
+def test_linear_tells_its_error(here, adapted):
+    line = [
+        "adapters",
+        "merge",
+        adapted / "first",
+        adapted / "second",
+        "-o",
+        adapted / "linear",
+        "--method",
+        "linear",
+        "--json",
+    ]
+    code, out, _ = here(*line)
+    said = json.loads(out)
+    assert code == 0
+    assert (said["weights"], said["layers"], said["ranks"], said["method"]) == ([1.0, 1.0], 4, [4], "linear")
+    assert 0 < said["error"] < 3
+    assert said["size_bytes"] > 1000
+    assert (adapted / "linear" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("eval {0}/base --adapter {0}/base", "holds no adapter_config.json"),
+        ("eval {0}/base --adapter nowhere", "no adapter at nowhere: it is not there"),
+        ("eval {0}/base --adapter {0}/nan", "holds NaN or infinity"),
+        ("eval trained --adapter {0}/first", "adapt|inputs"),
+        (
+            "adapters merge {0}/first {0}/second --weights 1 --out z",
+            "--weights is '1'; give a finite number for each of the 2 adapters",
+        ),
+        ("adapters merge {0}/first --weights a --out z", "--weights is 'a'; write numbers with commas"),
+        ("adapters merge {0}/first {0}/nan --out z", "holds NaN or infinity"),
+        ("adapters merge {0}/first --out {0}/first", "would be lost"),
+        ("adapters merge {0}/first --out {0}/base", "would be lost if it were replaced"),
+        ("adapters merge {0}/first --method best --out z", "method is 'best'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(here, adapted, trained, work, line, message):
+    if not (adapted / "nan").exists():
+        make_adapter(adapted / "nan", {"model.layers.0.self_attn.q_proj": (32, 32)}, rank=1)
+        path = adapted / "nan" / "adapter_model.safetensors"
+        save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(path).items()}, path)
+    before = sorted(str(path) for path in adapted.rglob("*"))
+    code, out, err = here(*line.format(adapted).split())
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
+    assert any(part in err for part in message.split("|")), err
+    assert "fault inside" not in err
+    assert sorted(str(path) for path in adapted.rglob("*")) == before
+    assert not (work / "z").exists()
