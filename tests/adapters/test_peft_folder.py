@@ -63,7 +63,11 @@ def test_names_of_other_versions_of_peft(folder):
     weight = HEAD["lm_head.weight"]
     change(
         folder,
-        **{"lm_head.weight": None, "lm_head.modules_to_save.weight": weight, f"{FIRST}.base_layer.bias": weight[0]},
+        **{
+            "lm_head.weight": None,
+            "lm_head.modules_to_save.weight": weight,
+            f"{FIRST}.base_layer.bias": weight[0].clone(),
+        },
     )
     assert read_peft(folder).saved.keys() == {"lm_head.weight", f"{FIRST}.bias"}
     write_peft(folder, read_peft(folder))
@@ -120,7 +124,7 @@ DAMAGES = {
     ),
     "no weights": (
         lambda f: (f / "adapter_model.safetensors").unlink(),
-        "no weights in .* looked for adapter_model.safetensors",
+        r"no weights in .* \(looked for adapter_model\.safetensors",
     ),
     "cut": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 50), "truncated or corrupt"),
     "a pickle": (

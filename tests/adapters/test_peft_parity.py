@@ -137,6 +137,7 @@ def test_sums_are_those_of_peft(method, tmp_path):
         ["default", "b"], [0.5, 0.75], "sum", combination_type="cat" if method == "exact" else "linear"
     )
     model.set_adapter("sum")
+    model.eval()  # the new adapter has dropout, and is in training
     with torch.no_grad():
         wanted = model(TOKENS).logits
     made = combine([read_peft(tmp_path / seed) for seed in "ab"], [0.5, 0.75], method)

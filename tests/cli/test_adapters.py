@@ -64,7 +64,7 @@ def test_a_model_is_measured_with_the_sum_of_two_adapters(here, adapted):
     assert len({round(each["nats_per_token"], 3) for each in (plain, found, one)}) == 3
     code, out, _ = here("eval", adapted / "base", "--adapter", adapted / "first", *EVAL[:-2])
     assert code == 0
-    assert f"adapter   {adapted / 'first'}" in out
+    assert f"adapter {adapted / 'first'}" in out
 
 
 def test_linear_tells_its_error(here, adapted):

@@ -84,13 +84,14 @@ COMMANDS |= {f"routers {name}": COMMANDS[f"gateway {name}"] for name in ("eval",
 OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in the folder that is named
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
-    "compare", "convert", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
-    "eval data", "eval adapter", "train config_file", "serve config_files", "gateway serve config_files", "gateway serve store", "gateway replay router",
+    "compare", "convert", "eval adapter", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
+    "eval data", "train config_file", "serve config_files", "gateway serve config_files", "gateway serve store", "gateway replay router",
     "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",
     "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",
     "routers replay router", "routers replay prices", "routers route router",
 }  # fmt: skip
-FOLDERS = {"model": "m", "router": "routers", "adapters": "a"}  # what is named on the command line is not the file but its folder
+# What is named on the command line is not the file but its folder.
+FOLDERS = {"model": "m", "router": "routers", "adapters": "a"}
 
 
 def _commands(command, name=()):

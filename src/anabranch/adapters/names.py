@@ -151,11 +151,13 @@ def _of_rows(tensor: str, number: int | None, rows: Mapping[str, int], beside: A
 
 def _key(tensor: str, piece: Piece, parts_of: Mapping[tuple[str, int | None], list[_Key]]) -> _Key | None:
     """The key of the part that a piece is; None where it is none, or several at once."""
-    number, rows = None, list(piece.where)
-    if rows and isinstance(rows[0], int):
-        number = rows.pop(0)
+    numbers = [one for one in piece.where if isinstance(one, int)]
+    rows = [one for one in piece.where if isinstance(one, slice)]
+    if max(len(numbers), len(rows)) > 1:
+        return None
+    number = numbers[0] if numbers else None
     if rows:
-        return (tensor, number, rows[0].start, rows[0].stop - rows[0].start) if isinstance(rows[0], slice) else None
+        return tensor, number, rows[0].start, rows[0].stop - rows[0].start
     keys = parts_of.get((tensor, number), [])
     return keys[0] if len(keys) == 1 else None
 
@@ -168,10 +170,10 @@ def _places(layout: Layout, parts: Mapping[_Key, Projection]) -> dict[str, Place
     for tensor, pieces in layout.items():
         for piece in pieces:
             module, _, kind = piece.name.rpartition(".")
-            key = _key(tensor, piece, parts_of)
+            found = _key(tensor, piece, parts_of)
             # Numbers in another order would need adapters in that order, see `Piece.change`.
-            if kind == "weight" and piece.change is None and key in parts:
-                projection = parts[key]
+            if kind == "weight" and piece.change is None and found is not None and found in parts:
+                projection = parts[found]
                 places[module] = Place(
                     projection.name, projection.in_dim, projection.out_dim, tensor, tuple(piece.where)
                 )

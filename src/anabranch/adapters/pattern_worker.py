@@ -14,7 +14,7 @@ from anabranch.sandbox_worker import Limits, serve
 __all__ = ["LIMITS"]
 
 # All layers of a large mixture and one pattern take a hundredth of a second.
-LIMITS = Limits(seconds=2.0, memory=1 << 30)
+LIMITS = Limits(seconds=1.0, memory=1 << 30)
 
 
 def main() -> None:

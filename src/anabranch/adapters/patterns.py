@@ -29,7 +29,7 @@ def matching(patterns: Sequence[str], names: Collection[str], *, is_ending: bool
     """The names that each pattern fits.
 
     Args:
-        patterns: names, which need no process, or regular expressions, which are tried in one with two seconds of computing.
+        patterns: names, which need no process, or regular expressions, which are tried in one with a second of computing.
         names: of modules.
         is_ending: a pattern may fit the last words of a name, as in ``rank_pattern``; otherwise it must fit all of it.
         what: the field they come from, for messages.

@@ -8,6 +8,7 @@ Layers have the names that transformers gives them. Fields of the config that no
 # Shapes: C inputs, O outputs, R rank
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,7 +202,8 @@ def described(table: Mapping[str, Any], pairs: Mapping[str, Pair]) -> dict[str, 
         raise ValueError("some scales are alpha / rank and others alpha / sqrt(rank)")
     ranks = {module: pair.rank for module, pair in pairs.items()}
     alphas = {module: pair.alpha for module, pair in pairs.items()}
-    rank, alpha = (max(set(values), key=values.count) for values in (list(ranks.values()), list(alphas.values())))
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
     # Nothing that is left over from another set of layers may take one away.
     rest = {
         name: value

@@ -42,13 +42,11 @@ class LowRankPool(nn.Module):
     Attributes:
         a: parameter [E, R, C].
         b: parameter [E, O, R].
-        scale_E: float32, what each product is multiplied by.
+        scales: what each product is multiplied by: numbers, which no change of the pool's type rounds.
 
     Raises:
         ConfigError: a size or rank below 1, no adapter, another number of alphas than of adapters, or one that is not finite.
     """
-
-    scale_E: Tensor
 
     def __init__(
         self,
@@ -72,11 +70,10 @@ class LowRankPool(nn.Module):
         self.alphas = _each("alphas", self.ranks if alphas is None else alphas, len(ranks))
         self.rslora = _each("rslora", rslora, len(ranks))
         self.recompute, self.backend = recompute, backend
-        scales = [scale_of(*numbers) for numbers in zip(self.ranks, self.alphas, self.rslora, strict=True)]
+        self.scales = tuple(scale_of(*numbers) for numbers in zip(self.ranks, self.alphas, self.rslora, strict=True))
         widest = max(self.ranks)
         self.a = nn.Parameter(torch.zeros(len(ranks), widest, in_dim, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.zeros(len(ranks), out_dim, widest, device=device, dtype=dtype))
-        self.register_buffer("scale_E", torch.tensor(scales, device=device), persistent=False)
         for number, rank in enumerate(self.ranks):
             draw_a(self.a.data[number, :rank], generator)
 
@@ -155,7 +152,7 @@ class LowRankPool(nn.Module):
         Called as an `ExpertPool` is. There is nothing between the two matrices, so that it is the same where weights act.
         """
         # Choices that name nobody have weight 0, whatever the scale.
-        scale_NK = self.scale_E[routing.index_NK.clamp_min(0)].to(routing.weight_NK.dtype)
+        scale_NK = routing.weight_NK.new_tensor(self.scales)[routing.index_NK.clamp_min(0)]
         return expert_mlp(
             x_NC,
             plan_dispatch(routing),

@@ -1,6 +1,6 @@
 """``anabranch eval``: how well a model predicts text."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,7 +72,11 @@ def evaluate(
         )
         result = measure(measured, Tracked(windows, quiet))
     if as_json:
-        how = {"path": None if measured.path is None else list(measured.path), "cached": cached, "streams": used}
+        how: dict[str, Any] = {
+            "path": None if measured.path is None else list(measured.path),
+            "cached": cached,
+            "streams": used,
+        }
         how |= {} if adapter is None else {"adapter": adapter}
         print_json({**result.to_dict(), "model": model, "data": name, "sequence_length": length, **how})
         return
