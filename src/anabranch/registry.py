@@ -127,6 +127,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "openrouter": "anabranch.gateway.providers.openrouter:OpenRouter",
         "vertex": "anabranch.gateway.providers.vertex:Vertex",
         "engine": "anabranch.gateway.providers.engine:Engine",
+        "local": "anabranch.gateway.providers.local:Local",
         "mock": "anabranch.gateway.providers.mock:Mock",
         "record": "anabranch.gateway.providers.recorded:Record",
         "replay": "anabranch.gateway.providers.recorded:Replay",

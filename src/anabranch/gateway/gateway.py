@@ -13,7 +13,7 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -48,7 +48,7 @@ from anabranch.gateway.overview import Overview, Sources
 from anabranch.gateway.providers.provider import Native
 from anabranch.gateway.refusals import unavailable
 from anabranch.gateway.request_log import RequestLog
-from anabranch.gateway.runtime import Runtime
+from anabranch.gateway.runtime import Runtime, loaded
 from anabranch.gateway.shared import Shared
 from anabranch.gateway.store import KeyRecord, RateLimits, Store, open_store
 from anabranch.gateway.sync_gateway import SyncGateway
@@ -100,6 +100,7 @@ class Gateway(SyncGateway):
         self.recent: deque[Seen] = deque(maxlen=200)
         self.began_s = time.time()
         self._given, self._store = store is not None, store
+        self._reloading = asyncio.Lock()
         self._learn()
         self.observers = Observers(self.metrics, config)
         self.webhooks = Webhooks(config.webhooks, lambda: self.store)
@@ -188,8 +189,34 @@ class Gateway(SyncGateway):
 
     # From start to stop
 
-    async def start(self) -> Self:
-        """Open the store. Raises DataError if it cannot be."""
+    async def start(self, *, loads: bool = True) -> Self:
+        """Open the store, and load the models that run in this process.
+
+        Args:
+            loads: False leaves the models to `load`; requests of others are answered meanwhile.
+
+        Raises DataError if the store cannot be opened, ConfigError if a model cannot be loaded.
+        """
+        await self._open()
+        if loads:
+            try:
+                await self.load()
+            except BaseException:
+                await self.stop()
+                raise
+        return self
+
+    async def load(self) -> None:
+        """See `start`."""
+        async with self._reloading:
+            await self.runtime.load()
+
+    @property
+    def is_loaded(self) -> bool:
+        """The models that run in this process are there."""
+        return self.runtime.is_loaded
+
+    async def _open(self) -> None:
         if self._store is None:
             self._store = await asyncio.to_thread(open_store, self.config.store)
         self.observers.start(self.config)
@@ -205,7 +232,6 @@ class Gateway(SyncGateway):
         self._tasks.spawn(learn_forever(self._learning, self.teaching, self.erasures, self.kept))
         self._tasks.spawn(self.errands.forever())
         self.shadow.follow()
-        return self
 
     async def stop(self) -> None:
         """Close everything. Whoever serves sees to it that no request is under way.
@@ -241,20 +267,33 @@ class Gateway(SyncGateway):
     async def reload(self, config: GatewayConfig) -> None:
         """Take a new config without dropping a request. If it cannot be used, nothing has changed.
 
-        Raises ConfigError, and what its parts raise.
+        Models that run in this process are loaded before anything changes: the old ones answer until then, and are in memory until their
+        last requests have ended. Raises ConfigError, and what its parts raise.
         """
+        # Loading takes its time, in which another config may come, and what is known of deployments changes.
+        async with self._reloading:
+            with self._counted_reload():
+                self._check_lasting(config)
+                async with loaded(config):
+                    await self._reload(config)
+
+    def _check_lasting(self, config: GatewayConfig) -> None:
+        """Raises ConfigError for a change of what lasts as long as the gateway."""
+        for name in ("store", "admin", "shared"):
+            if getattr(config, name) != getattr(self.config, name):
+                raise ConfigError(f"{name} cannot change while the gateway runs; start it anew")
+
+    async def _reload(self, config: GatewayConfig) -> None:
+        old = self.runtime
+        await self.kept.save(old.decider.lanes.values(), at_once=True)
+        new = await asyncio.to_thread(self._made, config, old)
         try:
-            for name in ("store", "admin", "shared"):
-                if getattr(config, name) != getattr(self.config, name):
-                    raise ConfigError(f"{name} cannot change while the gateway runs; start it anew")
-            old = self.runtime
-            await self.kept.save(old.decider.lanes.values(), at_once=True)
-            new = await asyncio.to_thread(self._made, config, old)
+            await new.load()
             await self.kept.load(new.decider.news(old.decider))
             hooks = hooks_of(config.webhooks)
             self.observers.start(config)
-        except Exception:
-            self.metrics.reloads.labels("refused").inc()
+        except BaseException:
+            await new.dispatcher.release()
             raise
         self.webhooks.hooks = hooks
         new.decider.succeed(old.decider)
@@ -262,8 +301,16 @@ class Gateway(SyncGateway):
         self.caches = self._made_caches(self.caches)
         await self.errands.start()
         self.shadow.follow()
-        self.metrics.reloads.labels("taken").inc()
         self._tasks.spawn(old.retire())
+
+    @contextlib.contextmanager
+    def _counted_reload(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self.metrics.reloads.labels("refused").inc()
+            raise
+        self.metrics.reloads.labels("taken").inc()
 
     async def add_model(
         self, name: str, *, strategies: Sequence[str] = (), outcomes: "Recorded | None" = None

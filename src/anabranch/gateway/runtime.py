@@ -2,19 +2,21 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from anabranch.errors import ConfigError, TokenizerError
+from anabranch.errors import AnabranchError, ConfigError, TokenizerError
 from anabranch.extras import require
 from anabranch.gateway.config import GatewayConfig, ModelConfig
+from anabranch.gateway.config.needs import inside
 from anabranch.gateway.config.prices import unpriced
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.dispatch import Dispatcher
 from anabranch.gateway.dispatch_settings import groups_of, rules_of
 from anabranch.gateway.prompt_tokens import Counter
+from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder
 
@@ -34,6 +36,7 @@ class Runtime:
         embedder: of queries; None if the config has none.
         models: by name.
         users: requests under way on it.
+        is_loaded: what runs in this process is ready.
         mark: what tells its answers from those of another config, where processes share them; empty where they do not.
 
     Args:
@@ -68,9 +71,17 @@ class Runtime:
         )
         for line in unpriced(config.models):
             logger.warning("%s", line)
-        self.users, self.mark = 0, b""
+        self.users, self.mark, self.is_loaded = 0, b"", False
         self._free = asyncio.Event()
         self._is_old = False
+
+    async def load(self) -> None:
+        """Load what runs in this process. Raises ConfigError if it cannot be; `close` ends what has begun."""
+        await self.dispatcher.start()
+        for name, model in self.models.items():
+            if model.context is None and (context := self.dispatcher.groups[name].group.context) is not None:
+                self.models[name] = model.replace(context=context)
+        self.is_loaded = True
 
     @contextmanager
     def used(self) -> Iterator[Self]:
@@ -104,6 +115,27 @@ class Runtime:
         """Close it now."""
         self.decider.close()
         await self.dispatcher.close()
+
+
+@asynccontextmanager
+async def loaded(config: GatewayConfig) -> AsyncIterator[None]:
+    """The models of a config that run in this process, loaded before anything else is made of it: `Runtime.load` finds them ready.
+
+    Raises ConfigError that names the deployment whose model cannot be.
+    """
+    begun: list[Provider] = []
+    try:
+        for name, one in inside(config):
+            provider: Provider = one.build()
+            begun.append(provider)
+            try:
+                await provider.start()
+            except AnabranchError as error:
+                raise ConfigError(f"deployment {name} cannot start: {error}") from error
+        yield
+    finally:
+        for provider in begun:
+            await provider.close()
 
 
 def _counter(path: str) -> Counter:

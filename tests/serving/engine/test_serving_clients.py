@@ -593,3 +593,38 @@ def test_a_process_ends_when_its_front_end_does(config, hangs, tmp_path):
             return
         time.sleep(0.05)
     pytest.fail(f"process {pid} is still there")
+
+
+def test_a_thread_whose_start_nobody_waits_for_ends_once_it_has_loaded(config):
+    loads, goes_on = threading.Event(), threading.Event()
+    closed = threading.Event()
+
+    def make():
+        engine = config.make_engine()
+        loop = engine.loop
+
+        def noted(emit):
+            made = loop(emit)
+            close = made.runner.close
+            made.runner.close = lambda: (close(), closed.set())
+            return made
+
+        engine.loop = noted
+        loads.set()
+        assert goes_on.wait(10)
+        return engine
+
+    async def main():
+        client = LocalEngine(make)
+        starting = asyncio.create_task(client.start())
+        await asyncio.to_thread(loads.wait, 20)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        # It does not wait for what cannot be stopped.
+        await asyncio.wait_for(client.close(), 5)
+        assert not client.is_ready
+
+    asyncio.run(main())
+    goes_on.set()
+    assert closed.wait(20)

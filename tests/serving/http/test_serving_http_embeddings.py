@@ -19,7 +19,7 @@ from anabranch.serving.core.admission import Admission, AdmissionConfig
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
 from anabranch.serving.engine.engine import Engine, pooling_of
 from anabranch.serving.engine.local import LocalEngine
-from anabranch.serving.http.context import LONG_CHARACTERS
+from anabranch.serving.http.asked import LONG_CHARACTERS
 from anabranch.serving.http.embeddings import AT_ONCE, Vectors, read_inputs
 from anabranch.web.api_error import ApiError
 from serving_models import serve_process, small_moe

@@ -82,7 +82,7 @@ def serve(
     if check:
         from anabranch.gateway.config.prices import unpriced
 
-        held = load(config, store, router)
+        held = load(config, store, router, reads_models=True)
         try_out(held)
         for line in unpriced(held.models):
             say(f"no price  {line}")

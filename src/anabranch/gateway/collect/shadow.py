@@ -111,9 +111,11 @@ class Shadow:
         await store.set_budget(f"tag:{SHADOW}", nano_dollars(wanted.budget_usd), "day")
         if not wanted.conversations:
             await _withdraw(store)
-        # Not started: it neither learns, nor cares for the store, nor tells anybody; it only makes calls.
+        # Not started: it neither learns, nor cares for the store, nor tells anybody; it only makes calls. Models in this process are those
+        # that serve.
         aside = await asyncio.to_thread(self._beside, for_shadow(config))
         try:
+            await aside.load()
             models = wanted.models or tuple(model.name for model in config.models)
             judge = ModelJudge(wanted.judge, models[0])
             collector = Collector(aside, models, judge, per_minute=wanted.rate, tag=SHADOW)

@@ -28,20 +28,21 @@ MAX_BYTES = 16 << 20
 _STRATEGY = ("use", "fields", "trade_off", "budget_usd", "router", "models", "timeout_s", "learns_from", "learns_of")
 
 
-def load_config(path: str | Path) -> GatewayConfig:
+def load_config(path: str | Path, *, reads_models: bool = False) -> GatewayConfig:
     """Read a gateway's config from a ``.toml``, ``.yaml`` or ``.json`` file.
 
-    Paths in it (``store``, ``router``, ``tokenizer``, key files) are relative to the file. Strategies are tried out, and secrets looked
-    up but not kept.
+    Paths in it (``store``, ``router``, ``tokenizer``, key files, ``model`` of ``kind = "local"``) are relative to the file. Strategies are
+    tried out, and secrets looked up but not kept. Models that run in the gateway's process must be there; with ``reads_models`` their files
+    are looked into too, which may take seconds.
 
     Raises DataError for a file that cannot be read, ConfigError for one that is wrong: ``gateway.toml:12: models.0.price.input is ...``.
     """
     path = Path(path)
     data, lines = parse(_read(path), path)
-    return config_from(data, lines, path)
+    return config_from(data, lines, path, reads_models=reads_models)
 
 
-def config_from(data: dict[str, Any], lines: Lines, path: Path) -> GatewayConfig:
+def config_from(data: dict[str, Any], lines: Lines, path: Path, *, reads_models: bool = False) -> GatewayConfig:
     """`load_config` of what was parsed already."""
     source = _Source(path, lines)
     try:
@@ -52,6 +53,7 @@ def config_from(data: dict[str, Any], lines: Lines, path: Path) -> GatewayConfig
         source.fail(str(error))
     config = _at_home(config, path.parent)
     _check_secrets(config, source)
+    _check_providers(config, source, reads_models)
     _check_strategies(config, source)
     return config
 
@@ -191,6 +193,8 @@ def _plain_deployment(table: Any, path: str, source: _Source) -> Any:
         out |= {"key_env": where} if kind == "env" else {"key_env": None, "key_file": where}
     if isinstance(out.get("key_file"), str):
         out["key_file"] = os.path.join(source.path.parent, out["key_file"])
+    if out.get("kind") == "local" and isinstance(out.get("model"), str) and out["model"]:
+        out["model"] = os.path.join(source.path.parent, out["model"])
     named = out.get("key_env")
     if named and not (isinstance(named, str) and VARIABLE.fullmatch(named)):
         source.fail(
@@ -253,6 +257,21 @@ def _check_secrets(config: GatewayConfig, source: _Source) -> None:
                     'set it, or key_env = "" for an upstream that wants no key',
                     f"{path}.{given}",
                 )
+
+
+def _check_providers(config: GatewayConfig, source: _Source, reads_models: bool) -> None:
+    """What providers name on this machine is there."""
+    for at, model in enumerate(config.models):
+        for place, deployment in enumerate(model.deployments):
+            path = f"models.{at}.deployments.{place}.provider"
+            try:
+                deployment.provider.check(reads_model=reads_models)
+            except AnabranchError as error:
+                words = re.split(r"[ :]", str(error), maxsplit=1)[0].split(".")
+                fields = (".".join([path, *words[:end]]) for end in range(len(words), 0, -1))
+                field = next((name for name in fields if name in source.lines), path)
+                is_named = isinstance(error, ConfigError)
+                source.fail(f"{path}.{error}" if is_named else f"{path}: {error}", field)
 
 
 def _check_strategies(config: GatewayConfig, source: _Source) -> None:

@@ -1,4 +1,4 @@
-"""Which extras a config needs that are not installed."""
+"""What a config needs of this machine: extras that are not installed, and models that run within the gateway."""
 
 import os
 
@@ -28,8 +28,26 @@ def lacking(config: GatewayConfig) -> list[str]:
     return lines
 
 
+def runs_inside(provider: Provider.Config) -> bool:
+    """Whether a provider runs its model in the gateway's process, itself or behind one that looks on."""
+    inner = getattr(provider, "provider", None)
+    return provider.owner.is_inside or (isinstance(inner, Provider.Config) and runs_inside(inner))
+
+
+def inside(config: GatewayConfig) -> list[tuple[str, Provider.Config]]:
+    """The providers that run a model in the gateway's process, with the names of their deployments."""
+    return [
+        (model.deployment_name(at), one.provider)
+        for model in config.models
+        for at, one in enumerate(model.deployments)
+        if runs_inside(one.provider)
+    ]
+
+
 def _extra(provider: Provider.Config) -> str | None:
     kind = provider.owner.kind
+    if runs_inside(provider):
+        return "serve"
     if kind not in ("bedrock", "vertex"):
         return None
     names = ("key_env", "key_file", "access_key_env", "profile")

@@ -94,7 +94,7 @@ class AttemptEnds:
         def known() -> None:
             self._known(live, request, attempt, exchange)
 
-        if call is not None and most is not None and live.bill(most, most):
+        if call is not None and most is not None and live.provider.makes_on and live.bill(most, most):
             attempt.is_late = (
                 late.take(exchange, len(call.body), known, sender=self.plan.sender)
                 if call.is_sent

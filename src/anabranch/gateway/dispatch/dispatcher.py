@@ -7,10 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from anabranch.errors import ConfigError
+from anabranch.errors import AnabranchError, ConfigError
 from anabranch.gateway.dispatch.deployment_state import TOLD, Live
 from anabranch.gateway.dispatch.deployments import Balance, DispatchRules, Group
 from anabranch.gateway.dispatch.hedge import HedgeDelay
@@ -179,6 +179,27 @@ class Dispatcher:
         if why != TOLD:
             self.on_change(live)
 
+    async def start(self) -> None:
+        """Have providers get ready what takes long, one after another; calls of the others may be made meanwhile.
+
+        A model of whose context the config says nothing has that which its providers know of. Raises ConfigError that names the deployment;
+        `close` ends what has begun.
+        """
+        for group in self.groups.values():
+            for live in group.lives:
+                try:
+                    await live.provider.start()
+                except AnabranchError as error:
+                    raise ConfigError(f"deployment {live.name} cannot start: {error}") from error
+            known = [live.provider.context for live in group.lives if live.provider.context is not None]
+            if known and group.group.context is None:
+                group.group = replace(group.group, context=min(known))
+
+    async def release(self) -> None:
+        """Have providers give back what `start` got."""
+        for live in self.lives():
+            await live.provider.close()
+
     # Asking
 
     async def complete(self, plan: Plan, request: UpstreamRequest) -> Answer:
@@ -279,5 +300,6 @@ class Dispatcher:
         """End all connections. Answers that are read on are given up."""
         await self.late.close()
         await asyncio.gather(*self._lingering)
+        await self.release()
         if self._owns_http:
             await self._http.close()  # type: ignore[attr-defined]

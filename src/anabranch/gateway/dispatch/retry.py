@@ -22,6 +22,7 @@ ACTION: dict[FailureKind, Action] = {
     "first_token": "retry",
     "conflict": "retry",
     "rate_limit": "retry",
+    "busy": "retry",
     "server": "retry",
     "garbage": "retry",
     "cut": "retry",
@@ -55,6 +56,8 @@ OUTCOME: dict[FailureKind, Outcome] = {
     "credit": "fatal",
     "auth": "fatal",
     "missing": "failure",
+    # It says itself that it is well.
+    "busy": "ignored",
     "excess": "ignored",
     "conflict": "ignored",
     "context": "ignored",
@@ -68,7 +71,7 @@ OUTCOME: dict[FailureKind, Outcome] = {
 }
 
 # Asked again, the same deployment would refuse again: another one, else the next model.
-IN_VAIN: tuple[FailureKind, ...] = ("forbidden", "missing", "not_found", "credit")
+IN_VAIN: tuple[FailureKind, ...] = ("forbidden", "missing", "not_found", "credit", "busy")
 
 # Refusals that are the request's own, until several senders in a row have met one: then they are the deployment's. A 400 or 422 never is:
 # however many senders make the same mistake, others make none.

@@ -203,6 +203,8 @@ class App:
     async def _ready(self, request: web.BaseRequest) -> web.StreamResponse:
         if self.is_stopping:
             raise ApiError(503, "stopping", "the server is stopping", headers={"Retry-After": "5"})
+        if not self.gateway.is_loaded:
+            raise ApiError(503, "loading", "a model is being loaded", headers={"Retry-After": "2"})
         return json_response({"status": "ready", "models": len(self.gateway.config.models)})
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:

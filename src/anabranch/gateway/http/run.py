@@ -23,12 +23,15 @@ SWITCH_S = 1e-3
 Ready = Callable[[str, str, GatewayConfig], None]
 
 
-def load(path: Path | None, store: str | None = None, router: Path | None = None) -> GatewayConfig:
+def load(
+    path: Path | None, store: str | None = None, router: Path | None = None, *, reads_models: bool = False
+) -> GatewayConfig:
     """The config of a file, or the one that needs none. Raises ConfigError with the line that is wrong.
 
-    ``store`` takes the place of the config's; ``auto`` becomes what is recommended of the routers in ``router``.
+    ``store`` takes the place of the config's; ``auto`` becomes what is recommended of the routers in ``router``; ``reads_models``: see
+    `load_config`.
     """
-    config = default_config() if path is None else load_config(path)
+    config = default_config() if path is None else load_config(path, reads_models=reads_models)
     if router is not None:
         from anabranch.gateway.config.recommended import with_recommended
 
@@ -37,7 +40,10 @@ def load(path: Path | None, store: str | None = None, router: Path | None = None
 
 
 def try_out(config: GatewayConfig) -> None:
-    """Make all that `run` makes of a config, but for what it listens at and writes to. Raises AnabranchError, as `run` would."""
+    """Make all that `run` makes of a config, but for models that it loads, what it listens at and writes to.
+
+    Raises AnabranchError, as `run` would.
+    """
     check_place(config.store)
 
     async def made() -> None:
@@ -154,7 +160,7 @@ async def _main(
     async with contextlib.AsyncExitStack() as stack:
         signals = stack.enter_context(Signals())
         listener = place.listening(stack, place.host, place.port)
-        await gateway.start()
+        await gateway.start(loads=False)
         tasks = [loop.create_task(reload_on(signals.reload, reload.here))]
         if place.seat is not None:
             reload.peers = await stack.enter_async_context(_peers(gateway, place.seat, reload).serving())
@@ -170,17 +176,31 @@ async def _main(
             await loop.create_server(server, sock=bound, backlog=BACKLOG)
             for server, bound in zip(servers, sockets, strict=True)
         ]
-        heap.set_aside()
+        # The other models answer meanwhile, and so does who asks whether this process lives.
+        loading = loop.create_task(gateway.load())
+        tasks.append(loading)
         try:
-            on_ready(urls[0], urls[-1], config)
-            await signals.stop.wait()
+            await _first(loading, signals.stop)
+            if loading.done():
+                loading.result()
+                heap.set_aside()
+                on_ready(urls[0], urls[-1], config)
+                await signals.stop.wait()
         finally:
             for app in apps:
                 app.is_stopping = True
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
             await _drain(gateway, listeners, servers, signals, drain_s)
             await gateway.stop()
+
+
+async def _first(task: asyncio.Task[None], event: asyncio.Event) -> None:
+    """Wait until the task is done or the event is set."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
 
 
 async def _drain(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import ConfigError, InputError
+from anabranch.gateway.config.needs import inside
 from anabranch.gateway.http.run import Ready, load
 from anabranch.sockets import listening
 from anabranch.web.server import Signals
@@ -81,6 +82,11 @@ def run_workers(
     if not hasattr(socket, "SO_REUSEPORT"):
         raise InputError("several workers need SO_REUSEPORT, which this system does not have; start one")
     config = load(path, store, router)
+    if found := inside(config):
+        raise ConfigError(
+            f"deployment {found[0][0]} runs its model in the gateway's process, and each of {num} workers would load it; start one worker, "
+            'or run the model with anabranch serve, and give its address with kind = "engine"'
+        )
     logging.getLogger("anabranch").setLevel(config.log.level.upper())
     admin = config.admin
     with contextlib.ExitStack() as stack:

@@ -15,6 +15,8 @@ FailureKind = Literal[
     "first_token",
     "conflict",  # 409
     "rate_limit",  # 429
+    # A deployment in this process has no room now, or is being loaded: it is well, and says so itself.
+    "busy",
     "server",  # 5xx
     # An answer that cannot be read: HTML, broken JSON or SSE, wrong length, a redirect.
     "garbage",
@@ -98,6 +100,8 @@ class UpstreamError(AnabranchError):
         failure = self.failure
         if failure.kind in ("request", "context", "filter", "unsupported", "forbidden", "missing", "not_found"):
             return failure.status if failure.status is not None and 400 <= failure.status < 500 else 400
+        if failure.kind == "busy" and failure.status is not None:
+            return failure.status
         return _STATUS.get(failure.kind, 502)
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,7 +126,15 @@ _TYPES = frozenset(
         "image_generation_user_error",
     }
 )
-_STATUS = {"rate_limit": 429, "refused": 429, "unavailable": 503, "deadline": 504, "timeout": 504, "first_token": 504}
+_STATUS = {
+    "rate_limit": 429,
+    "busy": 503,
+    "refused": 429,
+    "unavailable": 503,
+    "deadline": 504,
+    "timeout": 504,
+    "first_token": 504,
+}
 
 _CODE = {
     "rate_limit": "rate_limit_exceeded",

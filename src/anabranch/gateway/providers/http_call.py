@@ -21,6 +21,7 @@ class HttpCall:
         headers: to send.
         body: JSON.
         proxy: URL of a proxy; None for none.
+        sender: whose request it is, for an upstream that is in this process; it goes nowhere else.
         is_sent: it may have gone out, and be billed: set when a transport is given it. One that knows better sets it to False until
             the body goes out.
     """
@@ -29,6 +30,7 @@ class HttpCall:
     headers: Headers
     body: bytes
     proxy: str | None = None
+    sender: str = ""
     is_sent: bool = False
 
     def __repr__(self) -> str:

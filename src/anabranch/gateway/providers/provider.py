@@ -5,7 +5,8 @@
     translator  None, or what turns a foreign stream into OpenAI's chunks
     error       status, headers, body -> Failure what went wrong, in one vocabulary
 
-All four are pure. Providers that need no socket (mock, replay) or that look on (record) put a transport of their own in the place of HTTP.
+All four are pure. Providers that need no socket (mock, replay, local) or that look on (record) put a transport of their own in the place of
+HTTP. One that holds something (local: a model) gets it in `start` and gives it back in `close`.
 
 A provider is written with what is imported here: what it is given (`upstream_request`), what it sends (`http_call`), what it makes of that
 (`answer`), and what may go wrong (`failures`, `error_body`).
@@ -70,6 +71,15 @@ class Provider(Part, family="provider"):
 
         model: str = ""
 
+        def check(self, *, reads_model: bool = False) -> None:
+            """Look whether what it names is there, as far as that is on this machine.
+
+            Args:
+                reads_model: look into the model's files too, which may take seconds.
+
+            Raises AnabranchError: MissingExtraError, or one whose message begins with the field that is wrong.
+            """
+
     endpoints: ClassVar[tuple[Endpoint, ...]] = ("chat", "completions", "embeddings")
 
     # Somebody may send an invoice for it: without a price, what it costs is not known.
@@ -77,6 +87,15 @@ class Provider(Part, family="provider"):
 
     # It puts prompts into its cache without being asked to, and may bill that.
     caches_unasked: ClassVar[bool] = True
+
+    # It makes an answer to its end, and may bill that, whoever has gone meanwhile.
+    makes_on: ClassVar[bool] = True
+
+    # It answers within this process, which holds what that takes.
+    is_inside: ClassVar[bool] = False
+
+    # Most prompt and completion tokens together, of one that knows it of itself; None where that is for the config to say.
+    context: int | None = None
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -115,3 +134,9 @@ class Provider(Part, family="provider"):
     def transport(self, http: Transport) -> Transport:
         """What carries its calls: HTTP, unless it says otherwise."""
         return http
+
+    async def start(self) -> None:
+        """Before its calls, in their event loop: get ready what takes long. Raises AnabranchError if that cannot be."""
+
+    async def close(self) -> None:
+        """After its last call, or where it was never started."""

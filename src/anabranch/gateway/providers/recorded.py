@@ -66,10 +66,15 @@ class Record(Provider, kind="record"):
         provider: Provider.Config
         path: str
 
+        def check(self, *, reads_model: bool = False) -> None:
+            """As the other."""
+            self.provider.check(reads_model=reads_model)
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.inner: Provider = config.provider.build()
         self.endpoints = self.inner.endpoints  # type: ignore[misc]
+        self.makes_on, self.is_inside = self.inner.makes_on, self.inner.is_inside  # type: ignore[misc]
         self._file = _Log(Path(config.path))
 
     def build(self, request: UpstreamRequest) -> HttpCall:
@@ -95,6 +100,15 @@ class Record(Provider, kind="record"):
     def transport(self, http: Transport) -> Transport:
         """That of the other, listened to."""
         return _Recorder(self.inner.transport(http), self._file)
+
+    async def start(self) -> None:
+        """As the other."""
+        await self.inner.start()
+        self.context = self.inner.context
+
+    async def close(self) -> None:
+        """As the other."""
+        await self.inner.close()
 
 
 class _Log:

@@ -1,6 +1,7 @@
 """`LocalEngine`: an engine in a thread of this process; for tests, embedding, and where a process of its own is not wanted."""
 
 import asyncio
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from anabranch.errors import BackendError
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.loop import EngineLoop
-from anabranch.serving.engine.messages import Command
+from anabranch.serving.engine.messages import Close, Command
 from anabranch.serving.engine.streams import StreamsClient, as_error, deliver_to
 
 
@@ -37,17 +38,26 @@ class LocalEngine(StreamsClient):
         except RuntimeError as error:
             raise BackendError(f"the engine's thread cannot be started: {error}") from error
         self._thread = thread
-        return self._opened(await started)
+        try:
+            return self._opened(await started)
+        except asyncio.CancelledError:
+            # What is being loaded cannot be stopped, but ends with that.
+            self._abandon()
+            if self._loop is not None:
+                self._loop.put(Close())
+            raise
 
     def _run(self, loop: asyncio.AbstractEventLoop, started: "asyncio.Future[EngineInfo]") -> None:
         try:
             engine = self._make()
             engine.warm_up()
         except BaseException as error:
-            loop.call_soon_threadsafe(_settle, started, None, as_error(error))
+            _tell(loop, started, None, as_error(error))
             return
         self._loop = engine.loop(functools.partial(deliver_to, self, loop))
-        loop.call_soon_threadsafe(_settle, started, engine.info, None)
+        if started.cancelled():
+            self._loop.put(Close())
+        _tell(loop, started, engine.info, None)
         self._loop.run()
 
     def _send(self, command: Command) -> None:
@@ -60,6 +70,17 @@ class LocalEngine(StreamsClient):
     async def _ended(self) -> None:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+
+
+def _tell(
+    loop: asyncio.AbstractEventLoop,
+    future: "asyncio.Future[EngineInfo]",
+    info: EngineInfo | None,
+    error: Exception | None,
+) -> None:
+    # Closed: nobody waits.
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(_settle, future, info, error)
 
 
 def _settle(future: "asyncio.Future[EngineInfo]", info: EngineInfo | None, error: Exception | None) -> None:

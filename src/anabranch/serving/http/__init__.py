@@ -2,7 +2,9 @@
 
     config              what a server is told
     app                 routes, and what is the same for all of them
-    context             one HTTP request: who asks, until when, what the log says of it
+    asked               one request: who asks, until when, what the log says of it
+    context             the same, which came by HTTP
+    inside              the same, from this process: a server's answers without its socket
     fields              what a request may say: every parameter, its type and range
     generation_request  a checked request: prompts as tokens, sampling, what to show
     frontend            the engine's life: loading, ready, crashed and restarted, draining

@@ -1,6 +1,5 @@
 """Routes of a server, and what is the same for all of them: who may ask, errors in OpenAI's form, metrics and the access log."""
 
-import asyncio
 import json
 import logging
 import time
@@ -11,9 +10,9 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from anabranch import __version__
-from anabranch.errors import AnabranchError
 from anabranch.serving.core.client import Mends
 from anabranch.serving.http.admin import Admin
+from anabranch.serving.http.asked import answered
 from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.embeddings import Embeddings
 from anabranch.serving.http.frontend import Frontend
@@ -30,7 +29,6 @@ from anabranch.web.gate import Gate
 from anabranch.web.places import Places
 from anabranch.web.server import Connection, Server
 
-logger = logging.getLogger(__name__)
 access = logging.getLogger("anabranch.serving.access")
 MODELS = "/v1/models/"
 Answer = Callable[[RequestContext], Awaitable[web.StreamResponse]]
@@ -88,7 +86,8 @@ class App:
         context = RequestContext(request, self.config, self.frontend.apart, self.room)
         self.under_way += 1
         try:
-            response = await self._answer(context)
+            what = f"{context.request.method} {context.request.path:.80}"
+            response = await answered(context, self._answer(context), what)
             context.code = response.status
             if self.frontend.state == "draining" or _is_beyond(request):
                 response.force_close()
@@ -106,20 +105,9 @@ class App:
             self._log(context)
 
     async def _answer(self, context: RequestContext) -> web.StreamResponse:
-        try:
-            self._gate.check(context.request.headers)
-            self._check_place(context.request)
-            return context.preflight() or await self._route(context)
-        except ApiError as error:
-            return context.refuse(error)
-        except (asyncio.CancelledError, ConnectionError):
-            raise
-        except AnabranchError as error:
-            return context.refuse(ApiError(400, "invalid_value", str(error)))
-        except Exception as error:
-            # A bug of ours: the log says what, the client only that.
-            logger.error("a bug: %s %.80s", context.request.method, context.request.path, exc_info=error)
-            return context.refuse(ApiError(500, "internal_error", "the server failed; its log says how"))
+        self._gate.check(context.request.headers)
+        self._check_place(context.request)
+        return context.preflight() or await self._route(context)
 
     def _check_place(self, request: web.BaseRequest) -> None:
         """Raises ApiError (503) on a connection that there was no place for, for all but the question whether the server lives."""

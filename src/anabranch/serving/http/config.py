@@ -8,6 +8,20 @@ from anabranch.errors import ConfigError
 from anabranch.serving.core.admission import AdmissionConfig
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES
 
+ReasoningFormat = Literal["auto", "none", "think", "magistral", "harmony"]
+ToolFormat = Literal[
+    "auto",
+    "hermes",
+    "llama3",
+    "mistral",
+    "mistral_args",
+    "deepseek_v3",
+    "deepseek_v31",
+    "pythonic",
+    "qwen3_coder",
+    "harmony",
+]
+
 
 @configclass
 class Limits(Config):
@@ -90,19 +104,8 @@ class HttpConfig(Config):
     hosts: tuple[str, ...] = ()
     priority_keys: tuple[str, ...] = ()
     shared_prefixes: bool = False
-    reasoning_format: Literal["auto", "none", "think", "magistral", "harmony"] = "auto"
-    tool_format: Literal[
-        "auto",
-        "hermes",
-        "llama3",
-        "mistral",
-        "mistral_args",
-        "deepseek_v3",
-        "deepseek_v31",
-        "pythonic",
-        "qwen3_coder",
-        "harmony",
-    ] = "auto"
+    reasoning_format: ReasoningFormat = "auto"
+    tool_format: ToolFormat = "auto"
     strict: bool = False
     admission: AdmissionConfig = AdmissionConfig()
     limits: Limits = Limits()

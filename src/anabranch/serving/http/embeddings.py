@@ -17,8 +17,8 @@ from anabranch.serving.core.admission import Admission, Ticket
 from anabranch.serving.core.client import BusyError, EngineInfo
 from anabranch.serving.core.request import Output, Request, Sampling
 from anabranch.serving.http import fields
+from anabranch.serving.http.asked import LONG_CHARACTERS, Asked
 from anabranch.serving.http.choice import refused
-from anabranch.serving.http.context import LONG_CHARACTERS, RequestContext
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.generation_request import check_model
 from anabranch.serving.http.reading import Reader
@@ -50,7 +50,7 @@ class Embeddings:
         self._frontend, self._metrics = frontend, frontend.metrics
         self._serial = 0
 
-    async def answer(self, context: RequestContext) -> web.StreamResponse:
+    async def answer(self, context: Asked) -> web.Response:
         """Vectors of texts. Raises ApiError: 501 for an engine that makes none."""
         frontend = self._frontend
         info, reader = frontend.check_ready()
@@ -81,7 +81,7 @@ class Embeddings:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return context.json({"object": "list", "data": data, "model": model, "usage": usage})
 
-    async def _read(self, context: RequestContext, given: Any, reader: Reader, info: EngineInfo) -> Prompts:
+    async def _read(self, context: Asked, given: Any, reader: Reader, info: EngineInfo) -> Prompts:
         length = (
             sum(len(part) for part in given if isinstance(part, str | list))
             if isinstance(given, list)
@@ -92,7 +92,7 @@ class Embeddings:
         return read_inputs(given, reader, info)
 
     async def _made(
-        self, context: RequestContext, prompts: Prompts, info: EngineInfo, salt: str
+        self, context: Asked, prompts: Prompts, info: EngineInfo, salt: str
     ) -> tuple[list[tuple[float, ...]], int]:
         """Vectors of prompts, and how many of their tokens were there. Raises ApiError."""
         frontend, left_s = self._frontend, context.left_s()

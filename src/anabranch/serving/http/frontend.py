@@ -60,10 +60,16 @@ class Frontend:
         config: of the server.
         make_engine: a new engine, not started; called again after a crash.
         make_reader: the tokenizer's side of the model; called in a thread.
+        is_shared: several keys may ask, none of which may keep the others out; None if the config has several.
     """
 
     def __init__(
-        self, config: HttpConfig, make_engine: Callable[[], EngineClient], make_reader: Callable[[], Reader]
+        self,
+        config: HttpConfig,
+        make_engine: Callable[[], EngineClient],
+        make_reader: Callable[[], Reader],
+        *,
+        is_shared: bool | None = None,
     ) -> None:
         self.config, self._make_engine, self._make_reader = config, make_engine, make_reader
         self.metrics = Metrics()
@@ -73,7 +79,7 @@ class Frontend:
         self.error = ""
         self.failed = asyncio.Event()
         self.num_cut = 0
-        self.admission = config.admission.build(is_shared=len(config.api_keys) > 1)
+        self.admission = config.admission.build(is_shared=len(config.api_keys) > 1 if is_shared is None else is_shared)
         self._reading = Turns(
             "anabranch-reading", "long requests wait to be read", threads=4, at_once=3, most_waiting=256
         )

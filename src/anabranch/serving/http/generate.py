@@ -7,16 +7,16 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from aiohttp import web
 
 from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.http.asked import LONG_CHARACTERS, Asked
 from anabranch.serving.http.choice import Choice, ChoiceDelta
 from anabranch.serving.http.completion import Completion
-from anabranch.serving.http.context import LONG_CHARACTERS, RequestContext
 from anabranch.serving.http.fields import KNOWN
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.generation_request import GenerationRequest, check_model, read_chat, read_completion
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.responses import ResponseShape, read_response
 from anabranch.serving.http.shape import ChatShape, CompletionShape, Shape
-from anabranch.serving.http.stream import HEARTBEAT, SlowReaderError, send, write
+from anabranch.serving.http.stream import HEARTBEAT, SlowReaderError
 from anabranch.web.answers import SAFE
 from anabranch.web.api_error import ApiError
 
@@ -40,7 +40,7 @@ class Generate:
     def __init__(self, frontend: Frontend) -> None:
         self._frontend, self._metrics = frontend, frontend.metrics
 
-    async def answer(self, context: RequestContext, kind: str) -> web.StreamResponse:
+    async def answer(self, context: Asked, kind: str) -> web.StreamResponse:
         """Answer a request to ``chat``, ``completions`` or ``responses``. Raises ApiError, and ConnectionError when the sender has gone."""
         frontend = self._frontend
         info, reader = frontend.check_ready()
@@ -79,12 +79,12 @@ class Generate:
                 ticket.close()
             self._count(context, request, choices)
 
-    async def _read(self, context: RequestContext, kind: str, info: EngineInfo, reader: Reader) -> GenerationRequest:
+    async def _read(self, context: Asked, kind: str, info: EngineInfo, reader: Reader) -> GenerationRequest:
         # Not only the longest prompt there is, but what else a request says.
         body = await context.body(most_tokens=2 * info.max_positions)
         check_model(body, self._frontend.names)
         limit = self._frontend.config.limits.most_n
-        length = context.request.content_length
+        length = context.length
         is_rendering = kind != "completions" and reader.has_template
         if is_rendering or length is None or length > LONG_CHARACTERS:
             request = await self._frontend.apart(
@@ -101,7 +101,7 @@ class Generate:
         return request
 
     async def _complete(
-        self, context: RequestContext, shape: Shape, completion: Completion, deadline_s: float | None
+        self, context: Asked, shape: Shape, completion: Completion, deadline_s: float | None
     ) -> web.StreamResponse:
         changes: list[list[ChoiceDelta]] = [[] for _ in shape.choices]
         end = None if deadline_s is None else context.began + deadline_s
@@ -112,20 +112,18 @@ class Generate:
             context.headers["x-route-experts"] = _experts(shape)
         response = context.json(shape.whole(changes))
         # Written here, not after the handler, so that a drain waits for it.
-        await write(response, context.request, self._frontend.config.limits.stall_s)
+        await context.give(response)
         context.code = response.status
         return response
 
     async def _stream(
-        self, context: RequestContext, shape: Shape, completion: Completion, deadline_s: float | None
+        self, context: Asked, shape: Shape, completion: Completion, deadline_s: float | None
     ) -> web.StreamResponse:
-        config = self._frontend.config
         end = None if deadline_s is None else context.began + deadline_s
-        events = self._events(shape, completion, end, config.keep_alive_s)
+        events = self._events(shape, completion, end, self._frontend.config.keep_alive_s)
         try:
-            response, failure = await send(
-                context.request, {**SAFE, **context.headers}, events, config.limits.stall_s, shape.failed, shape.ending
-            )
+            headers = {**SAFE, **context.headers}
+            response, failure = await context.give_events(headers, events, shape.failed, shape.ending)
         finally:
             await events.aclose()
         context.code = response.status
@@ -154,7 +152,7 @@ class Generate:
         cut = sum(1 for choice in choices if choice.finish is None)
         self._metrics.aborted.labels(reason).inc(cut)
 
-    def _count(self, context: RequestContext, request: GenerationRequest, choices: Sequence[Choice]) -> None:
+    def _count(self, context: Asked, request: GenerationRequest, choices: Sequence[Choice]) -> None:
         """Tokens and times of a request that is over, of whatever of it was done."""
         now, metrics = time.monotonic(), self._metrics
         tokens = sum(choice.completion_tokens for choice in choices)

@@ -3,8 +3,9 @@
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from anabranch.config import Config, Field, configclass, override, parse_assignment
 from anabranch.errors import ConfigError, TokenizerError
@@ -14,6 +15,9 @@ from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.policy import Policy
 from anabranch.serving.http.config import HttpConfig
 from anabranch.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from anabranch.serving.http.reading import Reader
 
 # ANABRANCH_SERVE_HTTP__PORT=9000 sets http.port.
 ENVIRONMENT = "ANABRANCH_SERVE_"
@@ -111,18 +115,10 @@ class ServeConfig(Config):
         on_info: Callable[[EngineInfo], None] = lambda info: None,
     ) -> int:
         """See `anabranch.serving.http.run.run`."""
-        from anabranch.lm.generation_defaults import generation_defaults
-        from anabranch.serving.chat import Dialect
-        from anabranch.serving.http.reading import Reader
         from anabranch.serving.http.run import run
 
         make_engine = self.engine.build if self.devices is None else self._elastic().build
-
-        def make_reader() -> Reader:
-            tokenizer = read_tokenizer(self.engine.model)
-            dialect = Dialect.of(tokenizer, reasoning=self.http.reasoning_format, tools=self.http.tool_format)
-            return Reader(tokenizer, generation_defaults(self.engine.model), dialect)
-
+        make_reader = partial(read_model, self.engine.model, self.http)
         return run(self.http, make_engine, make_reader, on_bound=on_bound, on_ready=on_ready, on_info=on_info)
 
     def check_model(self) -> None:
@@ -196,6 +192,17 @@ def from_environment(config: ServeConfig, environment: Mapping[str, str] = os.en
         return override(config, settings)
     except ConfigError as error:
         raise ConfigError(f"in the environment ({ENVIRONMENT}...): {error}") from None
+
+
+def read_model(path: str, http: HttpConfig) -> "Reader":
+    """What reads for a model: its tokenizer, its own defaults, how it says what it thinks and calls. Raises as `read_tokenizer`."""
+    from anabranch.lm.generation_defaults import generation_defaults
+    from anabranch.serving.chat import Dialect
+    from anabranch.serving.http.reading import Reader
+
+    tokenizer = read_tokenizer(path)
+    dialect = Dialect.of(tokenizer, reasoning=http.reasoning_format, tools=http.tool_format)
+    return Reader(tokenizer, generation_defaults(path), dialect)
 
 
 def read_tokenizer(path: str) -> Any:

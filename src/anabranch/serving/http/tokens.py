@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from anabranch.serving.http import fields
-from anabranch.serving.http.context import LONG_CHARACTERS, RequestContext
+from anabranch.serving.http.asked import LONG_CHARACTERS
+from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.generation_request import check_model
 from anabranch.web.api_error import wrong

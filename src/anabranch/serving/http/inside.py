@@ -1,0 +1,265 @@
+"""`Inside`: a server's answers without its socket, for a program that has the engine within itself, such as a gateway.
+
+    inside = Inside(InsideConfig(engine=ServingConfig(model="runs/demo", process=False)))
+    await inside.start()
+    reply = await inside.ask("chat", b'{"model": "demo", "messages": [...]}', key="team-a")
+    while part := await reply.read_some(): ...          # reply.status, reply.headers
+    await inside.close()
+
+What may be asked, what is answered, who is let in and in which order, errors and metrics are the server's own (`generate`, `embeddings`,
+`frontend`): the same request gets the same answer from ``anabranch serve``.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from aiohttp import web
+
+from anabranch.serving.core.client import EngineClient, EngineInfo
+from anabranch.serving.http.asked import Apart, Asked, answered
+from anabranch.serving.http.config import HttpConfig
+from anabranch.serving.http.embeddings import Embeddings
+from anabranch.serving.http.frontend import Frontend
+from anabranch.serving.http.generate import Generate
+from anabranch.serving.http.inside_config import InsideConfig
+from anabranch.serving.http.reading import Reader
+from anabranch.serving.http.serve import read_model
+from anabranch.web.api_error import ApiError
+from anabranch.web.ids import new_id
+from anabranch.web.json_text import to_json
+
+logger = logging.getLogger(__name__)
+Kind = Literal["chat", "completions", "embeddings"]
+
+# For answers that are cut short to be told of it, s.
+TELL_S = 1.0
+STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8"}
+
+
+class Inside:
+    """One model, of which this process asks. For the event loop that starts it.
+
+    Attributes:
+        config: see there.
+        frontend: the engine's life: started again after a crash, given up after several.
+
+    Args:
+        config: of the engine.
+        make_engine: in place of the config's.
+        make_reader: in place of that of the config's model.
+    """
+
+    def __init__(
+        self,
+        config: InsideConfig,
+        make_engine: Callable[[], EngineClient] | None = None,
+        make_reader: Callable[[], Reader] | None = None,
+    ) -> None:
+        self.config, engine, http = config, config.engine, config.http
+        self.frontend = Frontend(
+            http.replace(name=self.name_of(config)),
+            make_engine or engine.build,
+            make_reader or partial(read_model, engine.model, http),
+            is_shared=True,
+        )
+        self._generate, self._embeddings = Generate(self.frontend), Embeddings(self.frontend)
+        self._answering: set[asyncio.Task[None]] = set()
+
+    @staticmethod
+    def name_of(config: InsideConfig) -> str:
+        """What requests call the model, and answers too."""
+        return config.engine.name or Path(config.engine.model).name or "model"
+
+    @property
+    def has_failed(self) -> bool:
+        """The engine was given up: it died more often than it may."""
+        return self.frontend.state == "failed"
+
+    async def start(self) -> EngineInfo:
+        """Load the model, and take requests. Raises AnabranchError if that cannot be; nothing is left of it then."""
+        try:
+            await self.frontend.start()
+        except BaseException:
+            await self.frontend.close()
+            raise
+        assert self.frontend.info is not None, "it has started"
+        return self.frontend.info
+
+    async def ask(self, kind: Kind, body: bytes, *, key: str = "") -> "InsideReply":
+        """Ask for something; returns when the status of the answer is known.
+
+        Args:
+            kind: of OpenAI's endpoints.
+            body: JSON, as for that.
+            key: whose request it is. Keys take turns, none fills the queue, and what one has in the prefix cache shows nobody else.
+        """
+        reply = InsideReply()
+        asked = _AskedInside(self.frontend.config, self.frontend.apart, body, key, reply)
+        asked.endpoint = kind
+        task = asyncio.get_running_loop().create_task(self._answer(asked, kind))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+        # A task that is cancelled before it begins runs nothing of its own.
+        task.add_done_callback(lambda _: reply.end(_CUT))
+        reply.task = task
+        try:
+            await reply.begun.wait()
+        except BaseException:
+            reply.close()
+            raise
+        return reply
+
+    async def _answer(self, asked: "_AskedInside", kind: Kind) -> None:
+        try:
+            response = await answered(asked, self._answered(asked, kind), f"{kind} inside")
+            asked.code = response.status
+            asked.reply.end(response)
+        finally:
+            asked.let_go()
+            self.frontend.metrics.requests.labels(kind, str(asked.code)).inc()
+
+    async def _answered(self, asked: Asked, kind: Kind) -> web.StreamResponse:
+        if self.has_failed:
+            raise ApiError(503, "failed", self.frontend.error)
+        return await (self._embeddings.answer(asked) if kind == "embeddings" else self._generate.answer(asked, kind))
+
+    async def close(self) -> None:
+        """Take no more requests, cut short those under way, and end the engine."""
+        self.frontend.drain()
+        self.frontend.cut(ApiError(503, "shutting_down", "the engine was stopped before the answer was complete"))
+        if self._answering:
+            await asyncio.wait(self._answering, timeout=TELL_S)
+        left = list(self._answering)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self.frontend.close()
+
+
+class InsideReply:
+    """An answer under way. Who makes it waits until what came before has been read: a slow reader costs no memory.
+
+    Attributes:
+        status: of HTTP.
+        headers: of the answer.
+        begun: set when both are known.
+        task: makes it.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+        self.begun = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        self._held, self._is_over = b"", False
+        self._news, self._room = asyncio.Event(), asyncio.Event()
+
+    # Who makes it
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Status and headers are known."""
+        self.status, self.headers = status, headers
+        self.begun.set()
+
+    async def put(self, data: bytes) -> None:
+        """More of the body, once there is room for it."""
+        while self._held and not self._is_over:
+            self._room.clear()
+            await self._room.wait()
+        self._held += data
+        self._news.set()
+
+    def end(self, response: web.StreamResponse) -> None:
+        """No more comes behind ``response``: that is what was given, or all there is. A second call does nothing."""
+        if self._is_over:
+            return
+        body = response.body if isinstance(response, web.Response) else None
+        data = body if isinstance(body, bytes) else b""
+        if not self.begun.is_set():
+            self.begin(response.status, response.headers)
+            self._held = data
+        elif data:
+            # An error, behind the events of a stream.
+            self._held += b"data: " + data + b"\n\n"
+        self._is_over = True
+        self._news.set()
+        self._room.set()
+
+    # Who reads it
+
+    def read_ready(self) -> bytes:
+        """What has come, without waiting; empty if nothing has, or the end is reached."""
+        data, self._held = self._held, b""
+        if data:
+            self._room.set()
+        return data
+
+    async def read_some(self) -> bytes:
+        """What comes next, empty at the end. May be cancelled and called again without losing a byte."""
+        while not self._held and not self._is_over:
+            self._news.clear()
+            await self._news.wait()
+        return self.read_ready()
+
+    def close(self) -> None:
+        """Nobody reads on: what is not made yet is not made, and its place in the engine is free."""
+        if self.task is not None and not self._is_over:
+            self.task.cancel()
+
+
+class _AskedInside(Asked):
+    """A request from this process."""
+
+    def __init__(self, config: HttpConfig, apart: Apart, body: bytes, key: str, reply: InsideReply) -> None:
+        super().__init__(config, apart, new_id(), key)
+        self._body: bytes | None = body
+        self._length = len(body)
+        self.reply = reply
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of its body."""
+        return self._length
+
+    async def body(self, most_tokens: int = 0) -> dict[str, Any]:
+        """Its JSON."""
+        raw, self._body = self._body, None
+        assert raw is not None, "a body is read once"
+        return await self.parsed(raw, most_tokens)
+
+    async def give(self, response: web.Response) -> None:
+        """It goes back as what the route returns."""
+
+    async def give_events(
+        self,
+        headers: Mapping[str, str],
+        events: AsyncIterator[bytes],
+        failed: Callable[[ApiError], bytes],
+        ending: bytes,
+    ) -> tuple[web.StreamResponse, ApiError | None]:
+        """Hand on events as there is room for them."""
+        first = await anext(events)
+        failure: ApiError | None = None
+        self.reply.begin(200, {**headers, **STREAM_HEADERS})
+        await self.reply.put(first)
+        try:
+            async for data in events:
+                await self.reply.put(data)
+        except ApiError as error:
+            failure = error
+            await self.reply.put(failed(error))
+        await self.reply.put(ending)
+        # Only its status is looked at: what it says has been handed on.
+        return web.StreamResponse(status=200), failure
+
+
+def _error(error: ApiError) -> web.Response:
+    return web.Response(status=error.status, body=to_json(error.to_dict()), content_type="application/json")
+
+
+# The end of what nobody waits for any longer, or of what the end of the engine cut short.
+_CUT = _error(ApiError(503, "shutting_down", "the engine was stopped before the answer was complete"))

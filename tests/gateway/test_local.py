@@ -1,0 +1,295 @@
+"""A model of our engine in the gateway's process: what its config may say, what the engine's errors mean, and how long it lives."""
+
+import asyncio
+import json
+import sys
+import threading
+
+import pytest
+
+from anabranch.errors import ConfigError
+from anabranch.extras import require
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig, load_config
+from anabranch.gateway.config.needs import inside, lacking
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.providers.local import Local
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.provider import HttpCall, UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.recorded import Record
+from anabranch.gateway.store import LedgerQuery
+from anabranch.routers.money import Price
+from anabranch.testing import check_provider
+from anabranch.web.api_error import ApiError
+from serving_models import saved_moe
+
+ENGINE = {"dtype": "float32", "num_blocks": 200, "threads": 1}
+ASKED = [{"role": "user", "content": "hello"}]
+
+
+def provider(**fields):
+    return Local.Config(**{"model": saved_moe(), "engine": ENGINE, **fields})
+
+
+def model(name, *made, **fields):
+    deployments = tuple(DeploymentConfig(provider=one) for one in made)
+    return ModelConfig(name=name, deployments=deployments, **fields)
+
+
+def config(tmp_path, *models, **fields):
+    return GatewayConfig(
+        models=models,
+        strategies={"cheapest": StrategyConfig(use="cheapest")},
+        store=str(tmp_path / "g.db"),
+        require_key=False,
+        **fields,
+    )
+
+
+def engines():
+    """Threads of engines in this process."""
+    return sum(thread.name == "anabranch-engine" for thread in threading.enumerate())
+
+
+# What a config may say
+
+
+def written(tmp_path, text):
+    path = tmp_path / "gateway.toml"
+    path.write_text(
+        f'[[models]]\nname = "a"\n[[models.deployments]]\n[models.deployments.provider]\nkind = "local"\n{text}\n'
+    )
+    return path
+
+
+def test_the_path_is_relative_to_the_config_and_options_are_those_of_serve(tmp_path):
+    (tmp_path / "here").symlink_to(saved_moe())
+    path = written(
+        tmp_path, 'model = "here"\nengine = { memory = "4GiB", quantize = "int8" }\nadmission = { max_queued = 3 }'
+    )
+    [(name, found)] = inside(load_config(path, reads_models=True))
+    made = found.inside()
+    assert (name, found.model) == ("a", str(tmp_path / "here"))
+    assert (made.engine.memory, made.engine.quantize, made.engine.process) == ("4GiB", "int8", False)
+    assert (made.admission.max_queued, made.http.name) == (3, None)
+    assert provider(engine={"process": True}).inside().engine.process
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ('model = "nowhere"', 6, r"provider\.model is '.*nowhere', and there is no such file or folder"),
+        ('model = ""', 6, r"provider\.model is ''; give the folder or file of a model"),
+        ('model = "x"\n\nengine = { quantize = "int5" }', 8, r"provider\.engine\.quantize is 'int5'"),
+        ('model = "x"\nengine = { quantise = "int8" }', 7, r"no field 'quantise'; did you mean 'quantize'"),
+        ('model = "x"\nengine = { model = "y" }', 7, "the model's path is the provider's own field model"),
+        ('model = "x"\nengine = { memory = "much" }', 7, r"provider\.engine\.memory is 'much'"),
+        ('model = "x"\nadmission = { max_queued = 0 }', 7, r"provider\.admission\.max_queued is 0"),
+        ('model = "x"\ntool_format = "morse"', 7, r"provider\.tool_format is 'morse'"),
+        ('model = "x"\nengine = { disk_kv = "1GiB" }', 7, "disk_kv is set, but host_kv is not"),
+        ('model = "x"\nbase_url = "http://x"', 7, "no field 'base_url'"),
+    ],
+)
+def test_what_is_wrong_is_told_with_file_and_line(tmp_path, text, line, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_config(written(tmp_path, text))
+    assert str(caught.value).startswith(f"{tmp_path / 'gateway.toml'}:{line}: models.0.deployments.0.provider")
+
+
+def test_a_folder_without_a_model_is_told_where_files_are_looked_into(tmp_path):
+    (tmp_path / "empty").mkdir()
+    path = written(tmp_path, 'model = "empty"')
+    assert load_config(path).models
+    with pytest.raises(ConfigError, match=r"gateway.toml:\d+: models.0.deployments.0.provider: no model in .*empty"):
+        load_config(path, reads_models=True)
+
+
+def test_without_the_extra_the_pip_command_is_told(tmp_path, monkeypatch):
+    path = written(tmp_path, f'model = "{saved_moe()}"')
+    found = load_config(path)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(
+        ConfigError, match=r"gateway.toml:\d+: .*kind = \"local\" needs llguidance; pip install 'anabranch\[serve\]'"
+    ):
+        load_config(path)
+    assert lacking(found) == ["the provider local (of model a) needs llguidance; pip install 'anabranch[serve]'"]
+
+
+# What is asked and answered
+
+
+def test_it_keeps_the_contract_of_providers():
+    answer = {
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
+    }
+    check_provider(provider(), answer=json.dumps(answer).encode(), text="hi")
+
+
+def test_a_call_has_the_engines_name_of_the_model_and_nothing_that_others_know():
+    made = provider().build()
+    request = UpstreamRequest(
+        "chat",
+        {"model": "a", "messages": [{"role": "user", "content": "x"}], "top_k": 3, "stream": True},
+        is_foreign=True,
+    )
+    sent = json.loads(made.build(request).body)
+    assert sent["model"] == "small-moe"
+    assert "top_k" not in sent
+    assert sent["stream_options"] == {"include_usage": True}
+    assert json.loads(provider(engine={"name": "smol"}).build().build(request).body)["model"] == "smol"
+    with pytest.raises(UpstreamError, match="moderations cannot be asked"):
+        made.build(UpstreamRequest("moderations", {"input": "x"}))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "told", "says"),
+    [
+        (429, "overloaded", "busy", 429, "rate_limit_exceeded"),
+        (503, "busy", "busy", 503, "busy"),
+        (503, "loading", "busy", 503, "loading"),
+        (500, "request_failed", "excess", 502, "request_failed"),
+        (500, "engine_failed", "server", 502, "engine_failed"),
+        (503, "failed", "server", 502, "failed"),
+        (501, "not_supported", "unsupported", 400, "not_supported"),
+        (400, "context_length_exceeded", "context", 400, "context_length_exceeded"),
+        (400, "invalid_value", "request", 400, "invalid_value"),
+    ],
+)
+def test_what_the_engine_says_is_a_failure_of_the_gateways(status, code, kind, told, says):
+    body = ApiError(status, code, "so it is", headers={}).to_dict()
+    failure = provider().build().error(status, {"retry-after": "7"}, json.dumps(body).encode())
+    error = UpstreamError(failure)
+    assert (failure.kind, failure.retry_after_s, error.status, error.to_dict()["error"]["code"]) == (
+        kind,
+        7,
+        told,
+        says,
+    )
+
+
+def test_before_it_is_loaded_it_says_so():
+    made = provider().build()
+    with pytest.raises(UpstreamError, match="being loaded") as caught:
+        asyncio.run(made.transport(None).open(HttpCall("/chat/completions", {}, b"{}")))
+    assert (caught.value.status, caught.value.failure.kind) == (503, "busy")
+    asyncio.run(made.close())
+
+
+# A gateway with it
+
+
+def test_deployments_a_reload_and_who_looks_on_share_one_engine_and_the_last_ends_it(tmp_path):
+    recorded = Record.Config(provider=provider(), path=str(tmp_path / "log.jsonl"))
+    old = config(
+        tmp_path, model("a", provider(), recorded), model("b", provider(), price=Price(input=10**9, output=10**9))
+    )
+    other = config(tmp_path, model("a", provider(engine={**ENGINE, "max_positions": 64})), model("c", Mock.Config()))
+
+    async def work():
+        async with Gateway(old) as gateway:
+            assert engines() == 1
+            ask = {"messages": ASKED, "max_tokens": 2, "temperature": 0}
+            first = await gateway.achat({"model": "a", **ask})
+            assert [first["model"], first["usage"]["completion_tokens"]] == ["small-moe", 2]
+            assert (await gateway.achat({"model": "b", **ask}))["choices"] == first["choices"]
+            await gateway.reload(old.replace(deadline_s=60))
+            assert engines() == 1
+            assert (await gateway.achat({"model": "a", **ask}))["choices"] == first["choices"]
+            stream = await gateway.achat({"model": "a", **ask, "max_tokens": 200, "stream": True})
+            await anext(stream)
+            await gateway.reload(other)
+            # The old one answers to its end.
+            assert engines() == 2
+            chunks = [chunk async for chunk in stream]
+            assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+            while engines() > 1:
+                await asyncio.sleep(0.005)
+            # It knows how far its model reads, and so how long an answer may be that names no end.
+            assert gateway.runtime.models["a"].context == 64
+            answer = await gateway.achat({"model": "a", "messages": ASKED})
+            assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+            with pytest.raises(ConfigError, match=r"deployment a cannot start: .*num_blocks"):
+                await gateway.reload(config(tmp_path, model("a", provider(engine={**ENGINE, "num_blocks": 1}))))
+            assert engines() == 1
+            assert (await gateway.achat({"model": "a", "messages": ASKED, "max_tokens": 1}))["choices"]
+            await gateway.settled()
+            costs = {(row.model, row.cost_nano > 0) for row in await gateway.store.ledger(LedgerQuery(limit=50))}
+            assert {("a", False), ("b", True)} <= costs
+        assert engines() == 0
+
+    asyncio.run(work())
+
+
+def test_a_gateway_whose_model_cannot_be_loaded_ends_with_the_reason_and_leaves_nothing(tmp_path):
+    broken = provider(engine={**ENGINE, "num_blocks": 1})
+
+    async def work():
+        gateway = Gateway(config(tmp_path, model("good", provider()), model("bad", broken)))
+        with pytest.raises(ConfigError, match="deployment bad cannot start"):
+            await gateway.start()
+        assert not gateway.is_started
+        assert engines() == 0
+
+    asyncio.run(work())
+
+
+def test_what_nobody_waits_for_is_not_read_on_though_it_has_a_price(tmp_path):
+    priced = model("a", provider(engine={**ENGINE, "max_seqs": 1}), price=Price(input=10**9, output=10**9))
+
+    async def work():
+        async with Gateway(config(tmp_path, priced)) as gateway:
+            [live] = gateway.runtime.dispatcher.lives()
+            frontend = live.provider._lent.inside.frontend
+            task = asyncio.create_task(gateway.achat({"model": "a", "messages": ASKED, "max_tokens": 1500}))
+            while not frontend.admission.in_flight:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            while frontend.admission.in_flight:
+                await asyncio.sleep(0.001)
+            assert not gateway.runtime.dispatcher.late
+            assert live.breaker.counts == ()
+
+    asyncio.run(work())
+
+
+def test_other_models_answer_while_one_is_loaded(tmp_path, monkeypatch):
+    both = config(tmp_path, model("a", provider()), model("b", Mock.Config(reply="yes")))
+    goes_on = asyncio.Event()
+    start = Local.start
+
+    async def slow(self):
+        await goes_on.wait()
+        await start(self)
+
+    monkeypatch.setattr(Local, "start", slow)
+
+    async def work():
+        gateway = Gateway(both)
+        await gateway.start(loads=False)
+        loading = asyncio.create_task(gateway.load())
+        await asyncio.sleep(0)
+        assert (await gateway.achat({"model": "b", "messages": ASKED}))["choices"]
+        with pytest.raises(ApiError, match="being loaded") as caught:
+            await gateway.achat({"model": "a", "messages": ASKED})
+        assert (caught.value.status, caught.value.headers["Retry-After"]) == (503, "2")
+        assert not gateway.is_loaded
+        goes_on.set()
+        await loading
+        assert gateway.is_loaded
+        assert (await gateway.achat({"model": "a", "messages": ASKED, "max_tokens": 1}))["choices"]
+        await gateway.stop()
+
+    asyncio.run(work())
+
+
+def test_nothing_of_the_engine_is_imported_where_no_model_is_named():
+    """`anabranch.gateway` and this provider's module need no torch; see also the import contracts."""
+    require("gateway", by="this test")
+    import subprocess
+
+    code = (
+        "import sys\nfrom anabranch.gateway.providers.local import Local\nfrom anabranch.gateway import Gateway\nGateway\n"
+        "bad = [n for n in sys.modules if n == 'torch' or n.startswith('anabranch.serving')]\nassert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

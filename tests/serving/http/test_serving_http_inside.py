@@ -1,0 +1,253 @@
+"""A server's answers without its socket, in front of a scripted engine: the same as over HTTP, and nothing is left of who goes away."""
+
+import asyncio
+import json
+
+import pytest
+
+from anabranch.data import ByteTokenizer
+from anabranch.errors import CapacityError
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.admission import AdmissionConfig
+from anabranch.serving.http import frontend as frontend_module
+from anabranch.serving.http.inside import Inside
+from anabranch.serving.http.inside_config import InsideConfig
+from anabranch.serving.http.reading import Reader
+from fake_engine import Script
+from serving_thread import HELLO, events, serving, streamed
+
+ASKED = {"model": "fake", "messages": HELLO["messages"]}
+
+
+def inside(script, **fields):
+    config = InsideConfig(engine=ServingConfig(model="folder/fake", process=False), **fields)
+    return Inside(config, script, lambda: Reader(ByteTokenizer()))
+
+
+def run(script, work, **fields):
+    """What ``work`` gives of one that has started."""
+
+    async def main():
+        made = inside(script, **fields)
+        await made.start()
+        try:
+            return await asyncio.wait_for(work(made), 20)
+        finally:
+            await made.close()
+
+    return asyncio.run(main())
+
+
+async def read(reply):
+    parts = []
+    while part := await reply.read_some():
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def ask(made, kind="chat", key="", **fields):
+    """Status, headers, and the answer: JSON, or bytes of a stream."""
+    asked = {"model": "fake", "prompt": "hello"} if kind == "completions" else ASKED
+    reply = await made.ask(kind, json.dumps({**asked, **fields}).encode(), key=key)
+    raw = await read(reply)
+    is_json = "json" in reply.headers["content-type"]
+    return reply.status, reply.headers, json.loads(raw) if is_json else raw
+
+
+def same(answer):
+    """Of an answer, what does not differ from one time to the next."""
+    return {name: value for name, value in answer.items() if name not in ("id", "created")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "fields"),
+    [
+        ("chat", "chat/completions", {"max_tokens": 5}),
+        ("chat", "chat/completions", {"max_tokens": 5, "n": 2, "logprobs": True, "top_logprobs": 1}),
+        ("completions", "completions", {"max_tokens": 3, "echo": True}),
+        ("chat", "chat/completions", {"max_tokens": -1}),
+        ("chat", "chat/completions", {"model": "other"}),
+        ("chat", "chat/completions", {"max_tokens": 100_000}),
+        ("embeddings", "embeddings", {"input": "x"}),
+    ],
+)
+def test_a_request_gets_what_it_gets_over_http(kind, path, fields):
+    status, headers, answer = run(Script(), lambda made: ask(made, kind, **fields))
+    base = {"model": "fake", "prompt": "hello"} if kind == "completions" else ASKED
+    with serving() as server:
+        code, theirs, other = server.ask(f"/v1/{path}", {**base, **fields})
+    assert (status, same(answer)) == (code, same(other))
+    assert set(headers) >= {"x-request-id", "Content-Type"}
+    assert headers.get("x-route-model") == theirs.get("x-route-model")
+
+
+def test_a_stream_says_what_the_whole_answer_says_and_ends():
+    async def work(made):
+        _, _, whole = await ask(made, max_tokens=9)
+        status, headers, raw = await ask(made, max_tokens=9, stream=True, stream_options={"include_usage": True})
+        return whole, status, headers, raw
+
+    whole, status, headers, raw = run(Script(), work)
+    assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert streamed(raw) == whole["choices"][0]["message"]["content"]
+    assert events(raw)[-1] == "[DONE]"
+    assert events(raw)[-2]["usage"] == whole["usage"]
+
+
+def test_who_closes_a_stream_ends_its_row_and_leaves_its_place():
+    script = Script(endless=True, delay_s=0.001)
+
+    async def work(made):
+        first = await made.ask("chat", json.dumps({**ASKED, "stream": True, "max_tokens": 3000}).encode())
+        assert await first.read_some()
+        status, headers, refused = await ask(made, key="other", max_tokens=1)
+        assert (status, refused["error"]["code"], headers["Retry-After"]) == (429, "overloaded", "1")
+        first.close()
+        while made.frontend.admission.in_flight:
+            await asyncio.sleep(0.001)
+        assert len(script.made[0].aborted) == 1
+        return (await ask(made, key="other", max_tokens=1))[0]
+
+    assert run(script, work, admission=AdmissionConfig(max_in_flight=1)) == 200
+
+
+def test_who_stops_waiting_for_a_whole_answer_ends_its_row():
+    script = Script(endless=True, delay_s=0.001)
+
+    async def work(made):
+        task = asyncio.create_task(made.ask("chat", json.dumps({**ASKED, "max_tokens": 3000}).encode()))
+        while not script.made[0].running:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        while made.frontend.admission.in_flight:
+            await asyncio.sleep(0.001)
+        return script.made[0].aborted, made.frontend.metrics.requests.labels("chat", "499")._value.get()
+
+    aborted, gone = run(script, work)
+    assert (len(aborted), gone) == (1, 1)
+
+
+def test_one_that_is_given_up_before_it_begins_holds_nobody_up():
+    async def work(made):
+        task = asyncio.create_task(made.ask("chat", b"{}"))
+        await asyncio.sleep(0)
+        for answering in made._answering:
+            answering.cancel()
+        reply = await task
+        return reply.status, json.loads(await read(reply))["error"]["code"]
+
+    assert run(Script(), work) == (503, "shutting_down")
+
+
+def test_a_slow_reader_holds_its_own_stream_back_and_nobody_else():
+    script = Script(endless=True)
+
+    async def work(made):
+        slow = await made.ask("chat", json.dumps({**ASKED, "stream": True, "max_tokens": 2000}).encode())
+        await slow.read_some()
+        for _ in range(5):
+            assert (await ask(made, key="other", max_tokens=3))[0] == 200
+        # Of what is made, one block is before the reader, the rest waits in bounded buffers.
+        assert len(slow._held) < 100_000
+        rest = await read(slow)
+        assert events(rest)[-1] == "[DONE]"
+        return rest.count(b"data: ")
+
+    assert run(script, work) > 100
+
+
+def test_a_row_that_fails_says_why_and_the_others_go_on():
+    script = Script(bad="bad", delay_s=0.001)
+
+    async def work(made):
+        before = made.frontend._engine_request
+        made.frontend._engine_request = lambda request, id, key, at: before(request, f"{key}{id}", key, at)
+        return await asyncio.gather(*(ask(made, key=key, max_tokens=5) for key in ("bad", "a", "b")))
+
+    (status, headers, failed), *others = run(script, work)
+    assert (status, failed["error"]["code"], failed["error"]["message"]) == (500, "request_failed", "not a number")
+    assert headers["x-should-retry"] == "false"
+    assert [status for status, _, _ in others] == [200, 200]
+
+
+def test_an_engine_that_dies_is_started_again_and_given_up_after_so_many_times(monkeypatch):
+    monkeypatch.setattr(frontend_module, "AGAIN_S", 0.001)
+    monkeypatch.setattr(frontend_module, "WATCH_S", 0.001)
+    script = Script(delay_s=0.001)
+
+    async def work(made):
+        reply = await made.ask("chat", json.dumps({**ASKED, "stream": True}).encode())
+        script.made[0]._left = 0
+        last = events(await read(reply))[-2]["error"]["code"]
+        while len(script.made) < 2 or made.frontend.state != "ready":
+            await asyncio.sleep(0.001)
+        assert (await ask(made, max_tokens=1))[0] == 200
+        script.made[1].kill()
+        while not made.has_failed:
+            await asyncio.sleep(0.001)
+        return last, await ask(made, max_tokens=1)
+
+    last, (status, _, answer) = run(script, work, restarts=1)
+    assert last == "engine_failed"
+    assert (status, answer["error"]["code"]) == (503, "failed")
+    assert answer["error"]["message"] == "the engine died more than 1 times"
+
+
+def test_the_end_cuts_short_what_is_under_way_and_says_so():
+    async def work():
+        made = inside(Script(endless=True, delay_s=0.001))
+        await made.start()
+        stream = await made.ask("chat", json.dumps({**ASKED, "stream": True, "max_tokens": 3000}).encode())
+        await stream.read_some()
+        whole = asyncio.create_task(ask(made, max_tokens=3000))
+        while made.frontend.admission.in_flight < 2:
+            await asyncio.sleep(0.001)
+        closing = asyncio.create_task(made.close())
+        raw, (status, _, answer) = await read(stream), await whole
+        await closing
+        assert (status, answer["error"]["code"]) == (503, "shutting_down")
+        assert [one["error"]["code"] for one in events(raw) if "error" in one] == ["shutting_down"]
+        assert not made._answering
+        later = await ask(made)
+        assert (later[0], later[2]["error"]["code"]) == (503, "draining")
+
+    asyncio.run(work())
+
+
+def test_one_that_cannot_start_says_why_and_leaves_nothing():
+    script = Script(start_fails=1)
+
+    async def work():
+        made = inside(script)
+        with pytest.raises(CapacityError, match="no memory"):
+            await made.start()
+        return await ask(made)
+
+    status, _, answer = asyncio.run(work())
+    assert (status, answer["error"]["code"]) == (503, "loading")
+
+
+def test_keys_take_turns_and_share_no_prefixes():
+    script = Script()
+
+    async def work(made):
+        await asyncio.gather(*(ask(made, key=key, max_tokens=1) for key in ("a", "b", "")))
+        return made.frontend.admission._is_shared
+
+    assert run(script, work)
+    assert {request.key: request.cache_salt for request in script.requests} == {"a": "1 a ", "b": "1 b ", "": ""}
+
+
+def test_a_fault_of_ours_is_told_as_one(monkeypatch, caplog):
+    async def work(made):
+        async def broken(*given):
+            raise KeyError("secret")
+
+        monkeypatch.setattr(made._generate, "answer", broken)
+        return await ask(made)
+
+    status, _, answer = run(Script(), work)
+    assert (status, answer["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in json.dumps(answer)
+    assert "a bug: chat inside" in caplog.text
