@@ -43,7 +43,12 @@ name = "river"
 deployments = [{{ provider = {{ kind = "local", model = "river", engine = {{ dtype = "float32", num_blocks = 800, threads = 1 }} }} }}]
 [[models]]
 name = "narrow"
-deployments = [{{ provider = {{ kind = "local", model = "river", engine = {{ dtype = "float32", num_blocks = 400, threads = 1, name = "brook" }}, admission = {{ max_in_flight = 1 }} }} }}]
+[[models.deployments]]
+[models.deployments.provider]
+kind = "local"
+model = "river"
+engine = {{ dtype = "float32", num_blocks = 400, threads = 1, name = "brook" }}
+admission = {{ max_in_flight = 1 }}
 [[models]]
 name = "scripted"
 deployments = [{{ provider = {{ kind = "mock", reply = "yes" }} }}]

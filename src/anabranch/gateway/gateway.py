@@ -13,7 +13,7 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -42,6 +42,7 @@ from anabranch.gateway.learning.kept import Kept
 from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.metrics import Metrics
+from anabranch.gateway.metrics_text import labelled
 from anabranch.gateway.observe.observers import Observers
 from anabranch.gateway.observe.webhooks import Webhooks, hooks_of
 from anabranch.gateway.overview import Overview, Sources
@@ -462,9 +463,13 @@ class Gateway(SyncGateway):
         return time.time()
 
     def metrics_text(self) -> bytes:
-        """For Prometheus."""
+        """For Prometheus: of the gateway, and of each engine in this process, under the name of the first deployment that has it."""
         self.note_states()
-        return self.metrics.text()
+        engines: dict[Callable[[], bytes], str] = {}
+        for live in self.runtime.dispatcher.lives():
+            if live.provider.series is not None:
+                engines.setdefault(live.provider.series, live.name)
+        return self.metrics.text() + labelled({name: text() for text, name in engines.items()}, "deployment")
 
     def note_states(self) -> list[dict[str, Any]]:
         """How deployments are doing, noted in the metrics."""

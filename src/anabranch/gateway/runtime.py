@@ -79,8 +79,12 @@ class Runtime:
         """Load what runs in this process. Raises ConfigError if it cannot be; `close` ends what has begun."""
         await self.dispatcher.start()
         for name, model in self.models.items():
-            if model.context is None and (context := self.dispatcher.groups[name].group.context) is not None:
-                self.models[name] = model.replace(context=context)
+            group = self.dispatcher.groups[name]
+            if model.context is None and group.group.context is not None:
+                self.models[name] = model.replace(context=group.group.context)
+            counters = [live.provider.counter for live in group.lives]
+            if name not in self.counters and counters[0] is not None and all(counters):
+                self.counters[name] = counters[0]
         self.is_loaded = True
 
     @contextmanager

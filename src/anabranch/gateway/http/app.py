@@ -23,8 +23,9 @@ from anabranch.gateway.http.messages import MessagesRoutes
 from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.http.openapi import describe
 from anabranch.gateway.http.page import PageRoutes
-from anabranch.gateway.http.peers import Peers, labelled
+from anabranch.gateway.http.peers import Peers
 from anabranch.gateway.http.responses import ResponsesRoutes
+from anabranch.gateway.metrics_text import labelled
 from anabranch.gateway.refusals import unavailable
 from anabranch.web.answers import Route, error_response, json_response, wrong_method
 from anabranch.web.api_error import ApiError

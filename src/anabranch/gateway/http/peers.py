@@ -6,7 +6,6 @@ A scrape of ``/metrics`` or a change by an operator comes to one of them, whiche
 import asyncio
 import contextlib
 import logging
-import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ RELOAD_S = 60.0
 
 # Name and argument -> answer.
 Told = Callable[[str], Awaitable[bytes]]
-_SAMPLE = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,26 +115,3 @@ async def end_with_supervisor(stop: asyncio.Event) -> None:
         pass
     logger.error("the supervisor is gone; this worker ends")
     stop.set()
-
-
-def labelled(texts: Mapping[int, bytes]) -> bytes:
-    """The metrics of all workers as one text: each number with the label ``worker``, each family described once.
-
-    A sum would jump whenever a worker is replaced, since it begins anew at 0; whoever reads these numbers adds them up.
-    """
-    headers: dict[str, list[str]] = {}
-    samples: dict[str, list[str]] = {}
-    for index, text in sorted(texts.items()):
-        family = ""
-        for line in text.decode().splitlines():
-            if line.startswith("#"):
-                _, kind, family, *_ = line.split(" ", 3)
-                known = headers.setdefault(family, [])
-                if not any(one.startswith(f"# {kind} ") for one in known):
-                    known.append(line)
-            elif found := _SAMPLE.match(line):
-                name, rest = found[0], line[found.end() :]
-                more = f",{rest[1:]}" if rest.startswith("{") else f"}}{rest}"
-                samples.setdefault(family, []).append(f'{name}{{worker="{index}"{more}')
-    lines = [line for family, known in headers.items() for line in (*known, *samples.get(family, ()))]
-    return "".join(f"{line}\n" for line in lines).encode()

@@ -8,8 +8,11 @@ with each call, so that keys take turns in the engine, and one does not find in 
 This module imports nothing of `anabranch.serving` until a model is named: a gateway without one needs no torch.
 """
 
+import asyncio
 import json
+import logging
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +36,10 @@ from anabranch.gateway.providers.provider import (
 )
 
 if TYPE_CHECKING:
-    from anabranch.serving.http.inside import Kind
+    from anabranch.serving.http.inside import Inside, Kind
     from anabranch.serving.http.inside_config import InsideConfig
+
+logger = logging.getLogger(__name__)
 
 # What the engine says of a request that it does not answer, by `code`, where its status does not say it.
 _KINDS: dict[str, FailureKind] = {
@@ -46,6 +51,8 @@ _KINDS: dict[str, FailureKind] = {
     "request_failed": "excess",
     "not_supported": "unsupported",
 }
+# Of a call: how long an answer may be whose sender names no end.
+_DEFAULT = "x-default-tokens"
 LOADING = Failure(kind="busy", message="the model is being loaded", status=503, code="loading", retry_after_s=2.0)
 
 
@@ -112,9 +119,16 @@ class Local(Provider, kind="local"):
         """The sender's body under the engine's name of the model, to nowhere."""
         if request.endpoint not in self.endpoints:
             raise unsupported(f"{request.endpoint} cannot be asked of {self.kind}")
+        body, bound = request.body, request.bound
         if request.is_foreign and request.endpoint == "chat":
-            request = request.asking(plain(request.body, self._name))
-        return HttpCall(PATHS[request.endpoint], {}, request.encoded(self._name, True))
+            body = plain(body, self._name)
+        if bound is not None:
+            # The engine knows what room the prompt leaves, and refuses more than that where it is asked for.
+            body = {name: value for name, value in body.items() if name != "max_tokens"}
+        if body is not request.body:
+            request = request.asking(body)
+        headers = {} if bound is None else {_DEFAULT: str(bound)}
+        return HttpCall(PATHS[request.endpoint], headers, request.encoded(self._name, True))
 
     def error(self, status: int, headers: Headers, body: bytes) -> Failure:
         """What an answer that is not 2xx means: the engine's own words say more than the status."""
@@ -132,15 +146,20 @@ class Local(Provider, kind="local"):
 
     async def start(self) -> None:
         """Load the model, or join those who have it. Raises AnabranchError."""
-        config = self.config.inside()
-        from anabranch.serving.http.inside import Inside
-
+        config, began = self.config.inside(), time.monotonic()
+        # Which brings torch: that takes seconds, for which the loop has better use.
+        make = await asyncio.to_thread(_engine_class)
         made_from = to_dict(config)
         made_from["engine"]["model"] = os.path.realpath(self.config.model)
         self._of = json.dumps(made_from, sort_keys=True)
-        self._lent = await local_engines().lend(self._of, lambda: Inside(config))
-        info = self._lent.inside.frontend.info
-        self.context = None if info is None else info.max_positions
+        self._lent = await local_engines().lend(self._of, lambda: make(config))
+        logger.info("%s is ready after %.1f s", self.config.model, time.monotonic() - began)
+        inside = self._lent.inside
+        info, reader = inside.frontend.info, inside.frontend.reader
+        assert info is not None, "it has started"
+        assert reader is not None, "it has started"
+        self.context, self.series = info.max_positions, inside.metrics_text
+        self.counter = lambda text: len(reader.tokenizer.encode(text))
 
     async def close(self) -> None:
         """Give the engine back."""
@@ -152,7 +171,19 @@ class Local(Provider, kind="local"):
         """The engine's answer. Raises UpstreamError (``busy``) before it is loaded."""
         if self._lent is None:
             raise UpstreamError(LOADING)
-        return await self._lent.inside.ask(_ENDPOINTS[call.url], call.body, key=call.sender)
+        default = call.headers.get(_DEFAULT)
+        return await self._lent.inside.ask(
+            _ENDPOINTS[call.url],
+            call.body,
+            key=call.sender,
+            default_tokens=None if default is None else int(default),
+        )
+
+
+def _engine_class() -> "type[Inside]":
+    from anabranch.serving.http.inside import Inside
+
+    return Inside
 
 
 _ENDPOINTS: "dict[str, Kind]" = {PATHS[name]: name for name in ("chat", "completions", "embeddings")}  # type: ignore[misc]

@@ -12,7 +12,7 @@ A provider is written with what is imported here: what it is given (`upstream_re
 (`answer`), and what may go wrong (`failures`, `error_body`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Protocol
 
 from anabranch.config import Config as BaseConfig
@@ -96,6 +96,12 @@ class Provider(Part, family="provider"):
 
     # Most prompt and completion tokens together, of one that knows it of itself; None where that is for the config to say.
     context: int | None = None
+
+    # Tokens of a text, of one that has the model's tokenizer; None where the config has to name it.
+    counter: Callable[[str], int] | None = None
+
+    # What it counts itself, as text for Prometheus; None where it counts nothing.
+    series: Callable[[], bytes] | None = None
 
     def __init__(self, config: Any) -> None:
         self.config = config

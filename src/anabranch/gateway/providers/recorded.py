@@ -104,7 +104,7 @@ class Record(Provider, kind="record"):
     async def start(self) -> None:
         """As the other."""
         await self.inner.start()
-        self.context = self.inner.context
+        self.context, self.counter, self.series = self.inner.context, self.inner.counter, self.inner.series
 
     async def close(self) -> None:
         """As the other."""

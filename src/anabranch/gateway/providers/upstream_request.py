@@ -65,11 +65,15 @@ class UpstreamRequest:
             and where other messages are sent.
         is_foreign: it came in Anthropic's form: ``body`` has fields that only `anabranch.gateway.providers.anthropic` knows, and that
             others take out (`plain_chat`).
+
+    Attributes:
+        bound: completion tokens that it is held to though its sender names no end; they are in ``body`` then. None if there is none.
     """
 
     __slots__ = (
         "_rest",
         "body",
+        "bound",
         "endpoint",
         "headers",
         "is_foreign",
@@ -100,6 +104,7 @@ class UpstreamRequest:
         )
         self.stream = bool(body.get("stream")) and endpoint in WRITES
         self._rest: dict[bool, bytes] = {}
+        self.bound: int | None = None
         self.prompt_tokens = len(self.encoded("", False)) // 4 if prompt_tokens is None else prompt_tokens
 
     @property
@@ -147,7 +152,9 @@ class UpstreamRequest:
         has_end = body.get("max_completion_tokens") or body.get("max_tokens") or self.endpoint not in WRITES
         if most_tokens is None or has_end:
             return self
-        return self._like({**body, "max_tokens": most_tokens}, self.native, self.prompt_tokens)
+        bounded = self._like({**body, "max_tokens": most_tokens}, self.native, self.prompt_tokens)
+        bounded.bound = most_tokens
+        return bounded
 
     def with_body(self, **changes: Any) -> "UpstreamRequest":
         """The same request with some fields of the body set."""

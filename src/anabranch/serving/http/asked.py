@@ -40,6 +40,7 @@ class Asked:
         facts: for the access log.
         endpoint: label in the metrics.
         code: status of the answer once that is written; 499 until then, in case the sender goes away.
+        default_tokens: most new tokens where it names no end, if there is room for so many; None for what that means at OpenAI.
 
     Args:
         config: of the server.
@@ -54,6 +55,7 @@ class Asked:
         self.endpoint, self.code = "other", 499
         self.headers = {"x-request-id": id}
         self.facts: dict[str, Any] = {}
+        self.default_tokens: int | None = None
 
     # What it came by
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 
 from aiohttp import web
 
@@ -85,13 +86,14 @@ class Generate:
         check_model(body, self._frontend.names)
         limit = self._frontend.config.limits.most_n
         length = context.length
+        read = partial(_READ[kind], default_tokens=context.default_tokens)
         is_rendering = kind != "completions" and reader.has_template
         if is_rendering or length is None or length > LONG_CHARACTERS:
             request = await self._frontend.apart(
-                context.key, _READ[kind], body, reader, info, limit, is_rendering=is_rendering
+                context.key, read, body, reader, info, limit, is_rendering=is_rendering
             )
         else:
-            request = _READ[kind](body, reader, info, limit)
+            request = read(body, reader, info, limit)
         context.warn(request.unknown, KNOWN[request.kind])
         if self._frontend.config.log_prompts:
             context.facts["prompts"] = [reader.decode(prompt) for prompt in request.prompts]

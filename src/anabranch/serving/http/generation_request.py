@@ -109,15 +109,22 @@ def read_chat(
     info: EngineInfo,
     most_n: int,
     names: Mapping[str, FieldName] | None = None,
+    *,
+    default_tokens: int | None = None,
 ) -> GenerationRequest:
-    """A request to ``/v1/chat/completions``. Raises ApiError (400) that names the field, by ``names`` of another API (see `by_name`)."""
+    """A request to ``/v1/chat/completions``; one that names no end gets ``default_tokens`` at most, None for all that there is room for.
+
+    Raises ApiError (400) that names the field, by ``names`` of another API (see `by_name`).
+    """
     try:
-        return _read_chat(body, reader, info, most_n)
+        return _read_chat(body, reader, info, most_n, default_tokens)
     except ApiError as error:
         raise by_name(error, names or {}) from None
 
 
-def _read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> GenerationRequest:
+def _read_chat(
+    body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int, default_tokens: int | None
+) -> GenerationRequest:
     unknown = fields.check(body, "chat")
     body = reader.with_defaults(body)
     if body.get("messages") is None:
@@ -134,7 +141,7 @@ def _read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: i
     wanted = body.get(asked)
     if wanted == 0:
         raise wrong("max_tokens", "max_tokens is 0; it must be at least 1")
-    most = _room([prompt], wanted, None, info, "messages", asked)
+    most = _room([prompt], wanted, default_tokens, info, "messages", asked)
     shared = _shared(body, info, most, most_n, logprobs, grammar)
     if grammar is not None:
         is_call = tools is not None and tools.is_demanded
@@ -148,8 +155,13 @@ def _read_chat(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: i
     )  # fmt: skip
 
 
-def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> GenerationRequest:
-    """A request to ``/v1/completions``. Raises ApiError (400) that names the parameter."""
+def read_completion(
+    body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int, *, default_tokens: int | None = None
+) -> GenerationRequest:
+    """A request to ``/v1/completions``; one that names no end gets ``default_tokens`` at most, None for as many as at OpenAI.
+
+    Raises ApiError (400) that names the parameter.
+    """
     unknown = fields.check(body, "completions")
     body = reader.with_defaults(body)
     grammar = _grammar(body, None, reader.dialect)
@@ -160,7 +172,7 @@ def read_completion(body: dict[str, Any], reader: Reader, info: EngineInfo, most
         raise unsupported("best_of", f"best_of is {best_of}; this server makes n choices ({n}) and ranks none")
     if body.get("max_tokens") == 0 and not is_echo:
         raise wrong("max_tokens", "max_tokens is 0, which only echo makes sense of; it must be at least 1")
-    most = _room(prompts, body.get("max_tokens"), COMPLETION_TOKENS, info, "prompt", "max_tokens")
+    most = _room(prompts, body.get("max_tokens"), default_tokens or COMPLETION_TOKENS, info, "prompt", "max_tokens")
     shared = _shared(body, info, most, most_n, logprobs, grammar)
     if is_echo:
         shared["sampling"] = replace(shared["sampling"], prompt_logprobs=logprobs)

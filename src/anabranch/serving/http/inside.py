@@ -89,17 +89,18 @@ class Inside:
         assert self.frontend.info is not None, "it has started"
         return self.frontend.info
 
-    async def ask(self, kind: Kind, body: bytes, *, key: str = "") -> "InsideReply":
+    async def ask(self, kind: Kind, body: bytes, *, key: str = "", default_tokens: int | None = None) -> "InsideReply":
         """Ask for something; returns when the status of the answer is known.
 
         Args:
             kind: of OpenAI's endpoints.
             body: JSON, as for that.
             key: whose request it is. Keys take turns, none fills the queue, and what one has in the prefix cache shows nobody else.
+            default_tokens: see `Asked`.
         """
         reply = InsideReply()
         asked = _AskedInside(self.frontend.config, self.frontend.apart, body, key, reply)
-        asked.endpoint = kind
+        asked.endpoint, asked.default_tokens = kind, default_tokens
         task = asyncio.get_running_loop().create_task(self._answer(asked, kind))
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
@@ -126,6 +127,11 @@ class Inside:
         if self.has_failed:
             raise ApiError(503, "failed", self.frontend.error)
         return await (self._embeddings.answer(asked) if kind == "embeddings" else self._generate.answer(asked, kind))
+
+    def metrics_text(self) -> bytes:
+        """What is counted, for Prometheus: the series of ``anabranch serve``."""
+        self.frontend.picture()
+        return self.frontend.metrics.text()
 
     async def close(self) -> None:
         """Take no more requests, cut short those under way, and end the engine."""

@@ -33,15 +33,18 @@ _NAMES = {
 }  # fmt: skip
 
 
-def read_response(body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int) -> GenerationRequest:
-    """A request to ``/v1/responses``. Raises ApiError (400) that names the parameter."""
+def read_response(
+    body: dict[str, Any], reader: Reader, info: EngineInfo, most_n: int, *, default_tokens: int | None = None
+) -> GenerationRequest:
+    """A request to ``/v1/responses``; ``default_tokens`` as of `read_chat`. Raises ApiError (400) that names the parameter."""
     for name, allowed in _REFUSED.items():
         if body.get(name) is not None and body[name] not in allowed:
             raise unsupported(name, f"{name} is {said(body[name])}, which this server does not do; leave it out")
     # Nothing is stored, which the response says.
     own = {name: value for name, value in body.items() if name not in _REFUSED and name != "store"}
     chat = to_chat(own, keeps_reasoning=True)
-    return replace(read_chat(chat, reader, info, most_n, _NAMES), response_of=own)
+    read = read_chat(chat, reader, info, most_n, _NAMES, default_tokens=default_tokens)
+    return replace(read, response_of=own)
 
 
 class ResponseShape(ChatShape):
