@@ -120,8 +120,9 @@ def test_who_stops_waiting_for_a_whole_answer_ends_its_row():
             await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        while made.frontend.admission.in_flight:
+        while made._answering:
             await asyncio.sleep(0.001)
+        assert not made.frontend.admission.in_flight
         return script.made[0].aborted, made.frontend.metrics.requests.labels("chat", "499")._value.get()
 
     aborted, gone = run(script, work)
