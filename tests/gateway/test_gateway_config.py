@@ -368,6 +368,7 @@ def test_the_configs_of_the_guide_are_right(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("ANTHROPIC_API_KEY", "x")
     path = tmp_path / "gateway.toml"
+    (tmp_path / "models" / "smollm2").mkdir(parents=True)
     path.write_text(first)
     try_out(load_config(path))
     for part in parts:

@@ -23,6 +23,7 @@ from anabranch.gateway.providers.azure import Azure
 from anabranch.gateway.providers.bedrock import Bedrock
 from anabranch.gateway.providers.engine import Engine
 from anabranch.gateway.providers.gemini import Gemini
+from anabranch.gateway.providers.local import Local
 from anabranch.gateway.providers.mock import Mock, MockReply
 from anabranch.gateway.providers.ollama import Ollama
 from anabranch.gateway.providers.openai import OpenAI
@@ -63,6 +64,7 @@ def providers(tmp_path_factory):
         "ollama": Ollama.Config(model="m", key_env=None),
         "openrouter": OpenRouter.Config(model="m", key_env=None),
         "engine": Engine.Config(model="m"),
+        "local": Local.Config(model="m"),
         "mock": Mock.Config(model="m"),
         "replay": Replay.Config(model="m", path=str(folder / "answers.jsonl")),
         "record": Record.Config(provider=Anthropic.Config(model="m", key_env=None), path=str(folder / "new.jsonl")),
@@ -71,6 +73,8 @@ def providers(tmp_path_factory):
     assert set(found) == ours
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("A_KEY", "key-0123456789")
+        # In the place of an engine, which is not loaded here.
+        patch.setattr(Local, "transport", lambda self, http: http)
         yield found
 
 

@@ -186,7 +186,7 @@ def _engine_class() -> "type[Inside]":
     return Inside
 
 
-_ENDPOINTS: "dict[str, Kind]" = {PATHS[name]: name for name in ("chat", "completions", "embeddings")}  # type: ignore[misc]
+_ENDPOINTS: "dict[str, Kind]" = {PATHS[name]: name for name in ("chat", "completions", "embeddings")}
 
 
 class _Call:
