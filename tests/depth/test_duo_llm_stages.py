@@ -444,6 +444,20 @@ def test_labels_survive_a_file(tmp_path):
         ),
         ('{"ids": [1, 2], "label": [[]]}', r"label is empty"),
         ('{"ids": [1], "label": []}', r"label has a row of layers"),
+        ('{"ids": [1, -2], "label": [[1]], "budget": 1, "bound": "exact"}', r"ids has -2; token ids are 0 or more"),
+        (
+            '{"ids": [1, 2], "label": [[1]], "budget": "a", "bound": "exact"}',
+            r'budget is "a"; it is 0 to 1 layers, or null',
+        ),
+        ('{"ids": [1, 2], "label": [[1]], "budget": true, "bound": "exact"}', r"budget is true"),
+        ('{"ids": [1, 2], "label": [[1]], "budget": 2, "bound": "exact"}', r"budget is 2; it is 0 to 1"),
+        ('{"ids": [1, 2], "label": [[1]], "budget": null, "bound": 7}', r"bound is 7; it is a word"),
+        ('{"ids": [1, 2], "label": [[1]], "bound": "exact"}', r"no field 'budget'"),
+        (
+            '{"ids": [1, 2], "label": [[1]], "budget": 1, "bound": "exact"}\n'
+            '{"ids": [1, 2], "label": [[1]], "budget": 0, "bound": "exact"}',
+            r"line 2 is of another oracle than line 1",
+        ),
     ],
 )
 def test_damaged_labels_are_told_in_one_line(tmp_path, line, said):

@@ -616,3 +616,12 @@ def test_a_replay_that_knows_a_part_of_the_model_is_refused_where_a_state_is_mis
     with torch.no_grad(), pytest.raises(AnabranchError, match="has not handed on"):
         with replay_routing(part, recorder.trace()):
             model(token_BL)
+
+
+def test_a_replay_that_knows_a_part_is_enough_where_nothing_is_handed_on():
+    model, token_BL = model_of(SCORE(state_dim=6, passing=False), num_layers=4).eval(), tokens()
+    part = model.blocks[1]
+    with torch.no_grad(), record_routing(part) as recorder:
+        expected_BLV = model(token_BL).logits_BLV
+    with torch.no_grad(), replay_routing(part, recorder.trace()):
+        assert torch.equal(model(token_BL).logits_BLV, expected_BLV)

@@ -373,3 +373,32 @@ def test_messages():
         override_routing(nn.Linear(2, 2), {}),
     ):
         pass
+
+
+class Routers(nn.Module):
+    """Routers one after the other."""
+
+    def __init__(self, count=3):
+        super().__init__()
+        self.parts = nn.ModuleList([router(top_k=1) for _ in range(count)])
+
+    def forward(self, context):
+        return [part(torch.tensor(SCORES), context).index_NK[0].item() for part in self.parts]
+
+
+@pytest.mark.parametrize("is_whole_inside", [False, True])
+def test_the_inner_block_holds_whichever_of_them_a_pass_reaches_first(is_whole_inside):
+    model = Routers()
+    whole, part = (model, ["parts.0", "parts.1", "parts.2"]), (model.parts[1], [""])
+
+    def always(names, index):
+        return {name or 0: Override(index_NK=[index], weight_NK=[1.0]) for name in names}
+
+    outer, inner = (part, whole) if is_whole_inside else (whole, part)
+    with override_routing(outer[0], always(outer[1], 2)), override_routing(inner[0], always(inner[1], 3)):
+        found = model(RoutingContext())
+    assert found == ([3, 3, 3] if is_whole_inside else [2, 3, 2])
+    # And again, in the other order, after both have been left.
+    with override_routing(inner[0], always(inner[1], 3)), override_routing(outer[0], always(outer[1], 2)):
+        found = model(RoutingContext())
+    assert found == ([3, 2, 3] if is_whole_inside else [2, 2, 2])

@@ -145,13 +145,13 @@ class RecurrentScore(Score, kind="recurrent"):
             return nn.Parameter(nn.init.normal_(torch.empty(self.state_dim, dim), std=std, generator=generator))
 
     config: Config
-    hands_on = True
     recurrence: Recurrence
 
     def __init__(
         self, config: Config, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(config)
+        self.hands_on = config.passing or config.logit_residual > 0
         self.layer, self.is_first = 0, True
         std = config.init_std if config.init == "normal" else 1 / math.sqrt(config.state_dim)
         self.projector = None if config.shared_projector else config.new_projector(dim, generator)

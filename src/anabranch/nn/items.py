@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.errors import AnabranchError
 from anabranch.routing.context import RoutingContext
-from anabranch.routing.sequences import BEGINS, StreamSequence
+from anabranch.routing.sequences import BEGINS, ITEMS, StreamSequence
 
 if TYPE_CHECKING:
     from anabranch.nn.context import ForwardContext
@@ -152,6 +153,7 @@ def of_items(context: RoutingContext, item_R: Tensor, num_items: int) -> Any:
         all_sequences=context.all_sequences or context.sequences,
         state=items.take_all(context.state, "state"),
     )
+    part.state.setdefault(ITEMS, item_R)
     if "position_BL" not in {field.name for field in fields(context)}:
         return part
     return _with_positions(part, context, item_R)  # type: ignore[arg-type]
@@ -170,11 +172,17 @@ def on_positions(
 
     What the layer emits and carries on counts for these items. They have the names of the first stream.
     """
-    if keep_L is None and context.num_streams == 1:
-        return run(x_BKD, context)
     rows, length = context.position_BL.shape
+    if keep_L is None and context.num_streams == 1 and x_BKD.shape[1] == length:
+        return run(x_BKD, context)
     batch, device = rows // context.num_streams, context.position_BL.device
     keep_L = torch.arange(length, device=device) if keep_L is None else keep_L.to(device)
+    if x_BKD.shape[1] != len(keep_L):
+        raise AnabranchError(
+            f"x has {x_BKD.shape[1]} positions, and {len(keep_L)} of {length} are said to be kept; say which in keep_L"
+        )
+    # From the end, as indices are.
+    keep_L = torch.where(keep_L < 0, keep_L + length, keep_L)
     item_R = (torch.arange(batch, device=device)[:, None] * length + keep_L).flatten()
     items = Items(item_R, (rows, length), (batch, len(keep_L)))
     token_BL, mask_N = context.token_BL, context.item_mask_N
@@ -192,6 +200,7 @@ def on_positions(
         token_BL=token_BL[:batch, keep_L] if is_of_whole else None,  # type: ignore[index]
         rows=None if context.rows is None else context.rows[:batch],
     )
+    part.state.setdefault(ITEMS, item_R)
     if not torch.compiler.is_compiling() and bool((context.position_BL == 0).any()):
         part.state[BEGINS] = True
     if context.sequence_length is not None:

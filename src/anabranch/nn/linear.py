@@ -196,7 +196,8 @@ def call_linear(layer: nn.Module, x: Tensor, context: Any) -> Tensor:
 def takes_context(layer: Any) -> bool:
     """Whether `call_linear` gives it a context that it may look at, as what routes must.
 
-    `Dense` and what derives from it do not where they hold no other module; of `Split` and `Added` the layers inside count.
+    `Dense` does not, nor what derives from it where it holds no other module and computes the same way; of `Split` and `Added` the layers
+    inside count.
     """
     if isinstance(layer, Split):
         return any(takes_context(part) for part in layer.parts.values())
@@ -204,7 +205,7 @@ def takes_context(layer: Any) -> bool:
         return takes_context(layer.matrix) or any(takes_context(part) for part in layer.beside.values())
     if isinstance(layer, Dense):
         # A router is a module.
-        return any(True for _ in layer.children())
+        return type(layer).forward is not Dense.forward or any(True for _ in layer.children())
     return isinstance(layer, Linear)
 
 

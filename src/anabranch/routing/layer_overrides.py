@@ -9,6 +9,7 @@ code runs eagerly. A forward pass that begins in the block is changed to its end
 """
 # Shapes: N items, D width
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,10 @@ from anabranch.errors import ConfigError
 from anabranch.routing.context import RoutingContext, argument_of
 from anabranch.routing.discovery import RouterLayer, router_layers, takes_overrides
 from anabranch.routing.override import Override, Overrides
+
+# Blocks in the order in which they were entered: the inner ones have the higher numbers.
+_DEPTH = itertools.count()
+_depths: dict[int, int] = {}
 
 
 class LayerOverrides:
@@ -95,9 +100,13 @@ def overriding(model: nn.Module, source: Overrides, routers: Mapping[str, nn.Mod
         context = argument_of(RoutingContext, args, kwargs)
         # The list is one for the whole pass, and what recomputes parts of it later has it too.
         if context is not None and not any(other is source for other in context.routing):
-            context.routing.append(source)
+            # A pass may come to a router of an inner block first. What was there when it began is outside of all.
+            outer = sum(_depths.get(id(other), -1) < depth for other in context.routing)
+            context.routing.insert(outer, source)
 
+    depth = _depths[id(source)] = next(_DEPTH)
     with ExitStack() as stack:
+        stack.callback(_depths.pop, id(source), None)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for router in every:
             handle = router.register_forward_pre_hook(join, with_kwargs=True)

@@ -94,6 +94,7 @@ class Replay:
         layers = _layers_of(model, trace) if routers is None else own_layers(model, routers)
         _check_layers(layers, trace)
         self._num_passes = {layer.router: layer.num_passes for layer in layers}
+        self._names = {(layer.router, layer.pass_index): f"layer {layer.number} ({layer.name})" for layer in layers}
         self._is_of_all = all(each in self._num_passes for each in model.modules() if isinstance(each, Router))
         self._weights, self._learn = weights, learn
         self._recorded = {
@@ -133,9 +134,10 @@ class Replay:
                 "a backward pass repeats a router whose context does not tell which visit this is; recompute in context.fork(carry), with "
                 "the carry that the layer was given"
             )
-        recorded, num_items = self._recorded.get((router, visit % self._num_passes[router])), len(x_ND)
+        visited = router, visit % self._num_passes[router]
+        recorded, num_items = self._recorded.get(visited), len(x_ND)
         if recorded is None:
-            raise DataError(f"the trace does not have layer {getattr(router, 'layer', '?')}, in which this pass routes")
+            raise DataError(f"the trace does not have {self._names[visited]}, in which this pass routes")
         item_N, position_N = self._numbers.of(num_items, context)
         real_N = real_items(context)
         unsure = self._unsure_of(context.state.get(WHEN_DONE))

@@ -66,7 +66,7 @@ class Score(Part, nn.Module, family="score"):
 
     is_causal: ClassVar[bool] = True
     # Whether `project` leaves something in ``context.carry`` that a later score needs.
-    hands_on: ClassVar[bool] = False
+    hands_on: bool = False
 
     config: Config
 

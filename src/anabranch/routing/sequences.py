@@ -13,6 +13,7 @@ from anabranch.routing.context import RoutingContext
 
 __all__ = [
     "BEGINS",
+    "ITEMS",
     "WHEN_DONE",
     "ItemNumbers",
     "SequenceNumbers",
@@ -27,6 +28,9 @@ __all__ = [
 WHEN_DONE = "when_done"
 # Likewise: True in a context of some positions whose pass begins sequences, though the first positions need not be among them.
 BEGINS = "begins"
+
+# In ``context.state`` where a layer is called with some items of a pass: int64 [R], which of the pass they are.
+ITEMS = "items_of_pass"
 
 
 class StreamSequence(NamedTuple):

@@ -69,12 +69,30 @@ class RouteLabels:
             for work in (int(label_BLY.min()), int(label_BLY.max())):
                 if not 0 <= work < len(OPTIONS):
                     raise ValueError(f"label has {work}; it is 0 (skip), 1 (small) or 2 (big)")
+            if ids_BL.min() < 0:
+                raise ValueError(f"ids has {int(ids_BL.min())}; token ids are 0 or more")
+            budget, bound = _same_of_all(rows, label_BLY.shape[2])
             option_W = torch.tensor([WORK.index(work) for work in range(len(OPTIONS))])
-            return cls(ids_BL, option_W[label_BLY], rows[0]["budget"], rows[0]["bound"])
+            return cls(ids_BL, option_W[label_BLY], budget, bound)
         # Of torch: numbers beyond its own, and nothing where a number is looked for.
         except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             said = f"no field {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise DataError(f"{path} does not hold route labels ({said})") from error
+
+
+def _same_of_all(rows: list[dict[str, Any]], num_layers: int) -> tuple[int | None, str]:
+    """Budget and bound, which all rows must say alike. Raises ValueError for others, and KeyError where one says none."""
+    budget, bound = rows[0]["budget"], rows[0]["bound"]
+    if budget is not None and (type(budget) is not int or not 0 <= budget <= num_layers):
+        raise ValueError(f"budget is {json.dumps(budget)[:40]}; it is 0 to {num_layers} layers, or null")
+    if not isinstance(bound, str):
+        raise ValueError(f"bound is {json.dumps(bound)[:40]}; it is a word, as oracles report it")
+    for number, row in enumerate(rows):
+        if (row["budget"], row["bound"]) != (budget, bound):
+            raise ValueError(
+                f"line {number + 1} is of another oracle than line 1; budget and bound are the same in all"
+            )
+    return budget, bound
 
 
 def _whole_numbers(value: list[Any], name: str) -> Tensor:

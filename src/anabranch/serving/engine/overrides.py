@@ -15,6 +15,7 @@ from anabranch.routing.decision import UNUSED
 from anabranch.routing.discovery import find_routers
 from anabranch.routing.layer_overrides import find_overrides, own_layers
 from anabranch.routing.override import Override, Overrides
+from anabranch.routing.sequences import ITEMS
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, RequestOverride
 from anabranch.serving.core.request import Request
@@ -134,25 +135,27 @@ class _RowOverrides:
         override = of_visits[visit % len(of_visits)] if of_visits else None
         if override is None:
             return None
-        if len(x_ND) != self._num_rows * self._streams:
+        item_R = context.state.get(ITEMS)
+        if len(x_ND) != (self._num_rows * self._streams if item_R is None else len(item_R)):
             raise AnabranchError(
                 f"a router sees {len(x_ND)} of the {self._num_rows * self._streams} items of a step, so nobody knows whose they are"
             )
+        row_R = torch.arange(self._num_rows).repeat(self._streams) if item_R is None else item_R.cpu() % self._num_rows
         here_T = torch.zeros(self._num_rows, dtype=torch.bool)
         here_T[self._rows] = True if override.only_N is None else override.only_N.cpu()
         return replace(
             override,
-            index_NK=self._spread(override.index_NK, UNUSED),
-            weight_NK=self._spread(override.weight_NK, 0),
-            bias_NE=self._spread(override.bias_NE, 0),
-            open_NE=self._spread(override.open_NE, 1),
-            only_N=here_T.repeat(self._streams),
+            index_NK=self._spread(override.index_NK, UNUSED, row_R),
+            weight_NK=self._spread(override.weight_NK, 0, row_R),
+            bias_NE=self._spread(override.bias_NE, 0, row_R),
+            open_NE=self._spread(override.open_NE, 1, row_R),
+            only_N=here_T[row_R],
         )
 
-    def _spread(self, value: Tensor | None, elsewhere: int) -> Tensor | None:
-        """What is said of each row, in all rows of the step; what is said of all stays."""
+    def _spread(self, value: Tensor | None, elsewhere: int, row_R: Tensor) -> Tensor | None:
+        """What is said of each row of the request, at the rows of the step that a router sees; what is said of all stays."""
         if value is None or value.dim() == 1:
             return value
         all_TX = value.new_full((self._num_rows, value.shape[1]), elsewhere)
         all_TX[self._rows] = value
-        return all_TX.repeat(self._streams, 1)
+        return all_TX[row_R.to(value.device)]

@@ -19,12 +19,15 @@ class RoutingTap:
     """Listens to the routers of one model.
 
     Attributes:
-        layers: {layer: number of destinations}; a router that routes several times in a pass has as many layers.
+        layers: {layer: number of destinations}; a router that routes several times in a pass has as many layers. Routers of the head are
+            not among them: it sees the rows that are sampled alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
         routers = {name: module for name, module in find_routers(model).items() if isinstance(module, Router)}
-        layers = router_layers(model, routers)
+        head = getattr(model, "head", None)
+        of_head = set() if head is None else set(head.modules())
+        layers = [layer for layer in router_layers(model, routers) if layer.router not in of_head]
         self._routers: dict[nn.Module, int] = {layer.router: layer.number for layer in layers if layer.pass_index == 0}
         self._passes = Counter(layer.router for layer in layers)
         self.layers = {layer.number: routers[layer.router_name].num_destinations for layer in layers}

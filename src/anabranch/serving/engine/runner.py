@@ -261,9 +261,11 @@ class ModelRunner:
         first = len(rows) + len(scored)
         told = score(x_RD[len(rows) : first], lambda x_SD, at: self._head(x_SD, len(rows) + at), chunks, self._tops)
         pooled = self._pooling.of(x_RD[first:], chunks)
+        logits_RV = self._head(x_RD[: len(rows)], 0) if rows else None
+        # Behind all that may route.
         self._tell(chunks)
         # Last of what may fail: a sample that is taken cannot be taken back.
-        sampled = verify(self.sampler, self._head(x_RD[: len(rows)], 0), chunks) if rows else []
+        sampled = [] if logits_RV is None else verify(self.sampler, logits_RV, chunks)
         results = {result.id: result for result in sampled}
         _tell_routes(sampled, chunks, rows, routes)
         for id, found in told.items():
