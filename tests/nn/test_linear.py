@@ -285,13 +285,17 @@ def test_what_takes_a_context():
     def of(kind):
         return kind(Dense.Config(), Projection("head", 4, 4), BuildContext(4))
 
+    class Named(Dense):
+        """It computes as `Dense` does."""
+
     dense, twice, other = of(Dense), of(Twice), Scaled.Config().build(Projection("head", 4, 4), BuildContext(4))
-    routed = of(Twice)
+    named, routed = of(Named), of(Named)
     routed.router = nn.Identity()
     rows = {"head": 4}
-    for plain in (None, nn.Linear(4, 4), dense, twice, Split({"head": twice}), Added(dense, {"head": twice}, rows)):
+    for plain in (None, nn.Linear(4, 4), dense, named, Split({"head": named}), Added(dense, {"head": named}, rows)):
         assert not takes_context(plain)
-    for one in (other, routed):
+    # One that computes otherwise may look.
+    for one in (other, routed, twice):
         for layer in (one, Split({"a": dense, "b": one}), Added(one, {"head": dense}, rows)):
             assert takes_context(layer)
         assert takes_context(Added(dense, {"head": one}, rows))
