@@ -214,7 +214,75 @@ def test_a_base_model_that_is_not_in_the_list_and_ids_that_are_there_twice_are_s
 
 def test_a_price_of_an_entry_comes_before_its_base_model(moved):
     done = moved(AZURE.replace("max_tokens: 2000", "input_cost_per_token: 0.000001"))
-    assert done.config.models[0].price == Price(input=1_000_000_000)
+    # What it does not say of answers is as the base model's.
+    assert done.config.models[0].deployments[0].price == Price(input=1_000_000_000, output=10_000_000_000)
+
+
+ALONE = "model_list:\n- model_name: a\n  litellm_params: {{model: {model}, api_key: os.environ/K, {price}}}\n  model_info: {info}\n"
+
+
+@pytest.mark.parametrize(
+    ("model", "price", "info", "found"),
+    [
+        ("openai/gpt-4o", "input_cost_per_token: 0.000002", "{}", Price(input=2 * 10**9, output=10**10)),
+        ("openai/gpt-4o", "output_cost_per_token: 0.000002", "{}", Price(input=2_500_000_000, output=2 * 10**9)),
+        (
+            "openai/gpt-4o",
+            "cache_read_input_token_cost: 0.000001",
+            "{}",
+            Price(input=2_500_000_000, output=10**10, cached_input=10**9),
+        ),
+        ("openai/my-own", "input_cost_per_token: 0.000002", "{mode: embedding}", Price(input=2 * 10**9)),
+        ("openai/my-own", "input_cost_per_token: null", "{input_cost_per_token: 0, output_cost_per_token: 0}", Price()),
+        ("openai/my-own", "input_cost_per_token: 0.000002", "{}", "but no output_cost_per_token, and the price list"),
+        ("openai/my-own", "input_cost_per_token: 0", "{}", "but no output_cost_per_token, and the price list"),
+        ("openai/my-own", "output_cost_per_token: 0.000002", "{}", "but no input_cost_per_token, and the price list"),
+        ("openai/my-own", "output_cost_per_token: 0.000002", "{mode: embedding}", "but no input_cost_per_token, and"),
+        (
+            "openai/my-own",
+            "input_cost_per_image_token: 0.000002",
+            "{}",
+            "but no input_cost_per_token and no output_cost_per_token, and",
+        ),
+        ("openai/my-own", "input_cost_per_token: 0.000002, output_cost_per_token: -1", "{}", "but no output_cost"),
+    ],
+)
+def test_what_an_entry_does_not_say_of_its_price_is_not_free(moved, model, price, info, found):
+    done = moved(ALONE.format(model=model, price=price, info=info))
+    if isinstance(found, Price):
+        assert done.config.models[0].price == found
+        assert (done.left, done.unpriced) == ((), ())
+    else:
+        assert found in done.left[-1]
+        assert done.config.models[0].price is None
+        assert "has no price" in done.unpriced[0]
+
+
+def test_a_deployment_without_a_price_is_not_given_that_of_another(moved):
+    entry = "- model_name: a\n  litellm_params: {{model: {}, api_key: os.environ/K}}\n  model_info: {}\n"
+    free = "{input_cost_per_token: 0, output_cost_per_token: 0}"
+    one, two = entry.format("openai/my-own", free), entry.format("openai/gpt-4o", "{}")
+    for first, second, free_at in ((one, two, 0), (two, one, 1)):
+        (model,) = moved("model_list:\n" + first + second).config.models
+        prices = [deployment_price(model, each) for each in model.deployments]
+        assert prices[free_at].is_free
+        assert prices[1 - free_at].output == 10**10
+
+
+def test_a_deployment_of_which_nobody_knows_a_price_has_the_dearest_of_its_model(moved):
+    entry = "- model_name: a\n  litellm_params: {{model: hosted_vllm/x, api_base: 'http://{}/v1'}}\n  model_info: {}\n"
+    price = "{{input_cost_per_token: {0}e-6, output_cost_per_token: {0}e-6}}"
+    text = (
+        "model_list:\n"
+        + "".join(entry.format(f"h{at}", price.format(at)) for at in (1, 3, 2))
+        + entry.format("h", "{}")
+    )
+    (model,) = moved(text).config.models
+    assert [deployment_price(model, one).output // 10**9 for one in model.deployments] == [1, 3, 2, 3]
+    # What is free somewhere may cost something elsewhere.
+    text = "model_list:\n" + entry.format("h0", price.format(0)) + entry.format("h", "{}")
+    done = moved(text)
+    assert "has no price" in done.unpriced[0]
 
 
 @pytest.mark.parametrize(
@@ -229,10 +297,29 @@ def test_a_price_of_an_entry_comes_before_its_base_model(moved):
         ("{redis_host: os.environ/HOST}", None, ["redis_host"]),
         ("{redis_url: 'http://cache'}", None, ["redis_url"]),
         ("{redis_host: 'a b/c@', redis_port: [1]}", None, ["redis_host", "redis_port"]),
+        ("{}", None, []),
+        ("null", None, []),
+        ("{num_retries: 2}", None, []),
+        ("{redis_host: null, redis_port: null}", None, []),
+        ("{redis_port: 6379}", None, ["redis_port"]),
+        ("{redis_host: '', redis_port: 6379}", None, ["redis_host", "redis_port"]),
+        ("{redis_host: yes}", None, ["redis_host"]),
+        ("{redis_url: '', redis_host: cache}", None, ["redis_url", "redis_host"]),
+        ("{redis_url: 'rediss://[::1]:7/2?db=3'}", "rediss://[::1]:7/2?db=3", []),
+        ("{redis_url: 'unix:///run/redis.sock?db=3'}", "unix:///run/redis.sock?db=3", []),
+        # Wherever a password may stand, or what is left of one that was not escaped.
+        ("{redis_url: 'redis://cache:7/2?password=hush'}", None, ["redis_url"]),
+        ("{redis_url: 'redis://cache:7/2?db=1&p%61ssword=hush'}", None, ["redis_url"]),
+        ("{redis_url: 'redis://hush@cache:7/2'}", None, ["redis_url"]),
+        ("{redis_url: 'redis://user:12/hush@cache:7/2'}", None, ["redis_url"]),
+        ("{redis_url: 'redis://user:12#hush@cache:7/2'}", None, ["redis_url"]),
+        ("{redis_url: 'unix://:hush@/run/redis.sock'}", None, ["redis_url"]),
+        ("{redis_url: 'redis://cache:99999/2'}", None, ["redis_url"]),
     ],
 )
 def test_redis_is_where_processes_count_together(moved, router, url, left):
     done = moved(f"{AZURE}router_settings: {router}\n")
+    assert "hush" not in json.dumps(done.to_dict())
     assert (done.config.shared and done.config.shared.url) == url
     assert [line.partition("router_settings.")[2].split()[0] for line in done.left] == left
     assert "hush" not in "".join(done.left)
@@ -252,6 +339,24 @@ def test_redis_is_where_processes_count_together(moved, router, url, left):
 def test_what_has_a_counterpart_that_is_set_elsewhere_names_it(moved, text, why):
     (line,) = moved(f"{AZURE}{text}\n").left
     assert why in line
+
+
+def test_settings_that_are_null_are_not_given(moved):
+    sections = ("litellm_settings", "router_settings", "general_settings")
+    names = ("routing_strategy", "fallbacks", "callbacks", "master_key", "database_url", "max_request_size_mb")
+    text = "".join(f"{section}: {{{', '.join(f'{name}: null' for name in names)}}}\n" for section in sections)
+    assert moved(AZURE + text) == moved(AZURE)
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["ftp://joe:hush@gpu:8000/v1", "http://joe:hush@gpu:8000/v1", "http://gpu:8000/v1?key=hush", "ftp://hush@gpu/v1"],
+)
+def test_an_address_that_is_not_taken_over_is_told_without_its_password(moved, base):
+    entry = f"  - model_name: b\n    litellm_params: {{model: hosted_vllm/b, api_base: '{base}'}}\n"
+    done = moved(AZURE.replace("model_list:\n", f"model_list:\n{entry}"))
+    assert "litellm_params.api_base cannot be taken over" in done.left[0]
+    assert "hush" not in "".join(done.left)
 
 
 def test_metrics_for_prometheus_are_there_anyway(moved):

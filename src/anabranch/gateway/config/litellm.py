@@ -2,7 +2,8 @@
 
 Taken over: ``model_list`` (several entries of one ``model_name`` become deployments of one model; providers as in `litellm_providers`; keys
 as ``os.environ/NAME``; rpm, tpm, weight, timeouts; max_tokens; prices, ids, context and output limits of ``model_info``; what its
-``base_model`` costs by the list that ships, as of the day of the import), and of the settings what `litellm_settings` says.
+``base_model`` costs by the list that ships, as of the day of the import), and of the settings what `litellm_settings` says. An entry that
+says but one of what prompts and answers cost has the other from that list, or no price at all: what is not said is not free.
 """
 
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from anabranch.gateway.config.gateway import GatewayConfig
 from anabranch.gateway.config.lines import Lines, parse
 from anabranch.gateway.config.litellm_providers import FIELDS, based_price, kind_of, provider_of
 from anabranch.gateway.config.litellm_settings import LARGEST, Settings, number_of
-from anabranch.gateway.config.prices import unpriced
+from anabranch.gateway.config.prices import listed_price, unpriced
 from anabranch.gateway.providers.provider import Provider
-from anabranch.routers.money import MOST_NANO, NANO
+from anabranch.routers.money import MOST_NANO, NANO, Price
 
 Table = dict[str, Any]
 
@@ -183,11 +184,18 @@ class _Import:
             self._leave(f"{field}.model_info.mode", f"is {info['mode']!r}, which the gateway does not serve")
             return
         deployment = self._deployment(params, f"{field}.litellm_params") | {"provider": provider}
+        own = self._own_price(params, info, field)
         facts = self._facts(params, info, field)
-        if "price" in facts:
-            deployment["price"] = facts.pop("price")
-        elif (price := self._based(params, info, provider, field)) is not None:
-            self.based.append((deployment, price))
+        # Of a model that answers with vectors nothing else is billed.
+        if own and own.keys() >= ({"input"} if info.get("mode") == "embedding" else {"input", "output"}):
+            deployment["price"] = own
+        elif (based := self._based(params, info, provider, field)) is not None:
+            if own:
+                deployment["price"] = _completed(own, based)
+            else:
+                self.based.append((deployment, to_dict(based)))
+        elif own and (listed := self._listed(own, provider, field)) is not None:
+            deployment["price"] = _completed(own, listed)
         if (given := info.get("id")) is not None:
             deployment["name"] = str(given)
             self.named.append((deployment, f"{field}.model_info.id"))
@@ -201,7 +209,7 @@ class _Import:
                     f"{field}.model_info", f"gives {name!r} another {fact} than the entry before; the first counts"
                 )
 
-    def _based(self, params: Table, info: Table, provider: Table, field: str) -> Table | None:
+    def _based(self, params: Table, info: Table, provider: Table, field: str) -> Price | None:
         """The price of what a deployment is said to run, which its own name, as on Azure, does not tell."""
         where, table = ("model_info", info) if info.get("base_model") is not None else ("litellm_params", params)
         base = table.get("base_model")
@@ -213,9 +221,7 @@ class _Import:
                 f"{field}.{where}.base_model",
                 f"is {shown(base)}, which the price list that ships does not know; set price (input_usd and output_usd)",
             )
-            return None
-        made: Table = to_dict(price)
-        return made
+        return price
 
     def _name(self, models: dict[str, Table]) -> None:
         """Leave out ids that cannot be names of deployments: those that another has."""
@@ -278,16 +284,33 @@ class _Import:
             return Decimal(0)
         return self._number(value, field, most=MOST_PRICE)
 
-    def _facts(self, params: Table, info: Table, field: str) -> Table:
-        made: Table = {}
+    def _own_price(self, params: Table, info: Table, field: str) -> Table:
+        """What an entry itself says of its price, which may be but a part of it; empty for nothing."""
         price: Table = {}
         for theirs, ours in COSTS.items():
-            table, where = (params, "litellm_params") if theirs in params else (info, "model_info")
+            table, where = (params, "litellm_params") if params.get(theirs) is not None else (info, "model_info")
             value = self._price(table.get(theirs), f"{field}.{where}.{theirs}")
             if value is not None:
                 price[ours] = int((value * NANO_MILLION).to_integral_value())
-        if price:
-            made["price"] = price
+        return price
+
+    def _listed(self, own: Table, provider: Table, field: str) -> Price | None:
+        """What the list that ships says of a model whose entry gives its price in part; None, which is said, if it does not know it."""
+        listed = listed_price(from_dict(Provider.Config, provider))
+        if listed is not None:
+            return listed
+        missing = " and no ".join(
+            name for name, ours in COSTS.items() if ours in ("input", "output") and ours not in own
+        )
+        why = (
+            f"gives a price, but no {missing}, and the price list that ships does not know the model; set price "
+            "(input_usd and output_usd, 0 for what costs nothing)"
+        )
+        self._leave(field, why)
+        return None
+
+    def _facts(self, params: Table, info: Table, field: str) -> Table:
+        made: Table = {}
         prompt = self._number(info.get("max_input_tokens"), f"{field}.model_info.max_input_tokens")
         answer = self._number(
             info.get("max_output_tokens", info.get("max_tokens")), f"{field}.model_info.max_output_tokens"
@@ -301,12 +324,29 @@ class _Import:
         return made
 
 
+def _completed(own: Table, known: Price) -> Table:
+    """A price as an entry gives it; what it does not say of prompts and answers is as known."""
+    return {"input": known.input, "output": known.output, **own}
+
+
 def _hoist_price(model: Table) -> None:
-    """The first price that is given is the model's; deployments keep what differs from it."""
-    first = next((one["price"] for one in model["deployments"] if "price" in one), None)
-    if first is None:
+    """The first price is the model's, and deployments keep what differs from it.
+
+    A deployment that has none is given the dearest of the others, unless the list that ships knows its own, or nothing is billed there.
+    """
+    given = [one["price"] for one in model["deployments"] if "price" in one]
+    without = [one for one in model["deployments"] if "price" not in one]
+    if not given or any(_is_known(one) for one in without):
         return
-    model["price"] = first
+    price = max(given, key=lambda one: from_dict(Price, one).cost(1000, 500)) if without else given[0]
+    if without and from_dict(Price, price).is_free:
+        return
+    model["price"] = price
     for one in model["deployments"]:
-        if one.get("price") == first:
+        if one.get("price") == price:
             del one["price"]
+
+
+def _is_known(deployment: Table) -> bool:
+    """Whether the list that ships knows what it costs."""
+    return listed_price(from_dict(Provider.Config, deployment["provider"])) is not None

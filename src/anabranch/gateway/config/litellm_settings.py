@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
-from urllib.parse import urlsplit
 
 from anabranch.bounds import LARGEST_INT, shown
 from anabranch.errors import ConfigError
@@ -57,6 +56,11 @@ _KNOWN_NOT = {
 _REDIS = ("redis_url", "redis_host", "redis_port", "redis_password", "redis_username", "redis_db", "redis_ssl")
 _CALLBACKS = ("callbacks", "success_callback", "failure_callback", "service_callback")
 _HOST = re.compile(r"[A-Za-z0-9_.-]+:\d{1,5}")
+# A URL that says where Redis is, and nothing else: all of what may hold a password (a user, most options, what was not escaped) is none.
+_PLAIN = re.compile(
+    r"rediss?://(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/\d{0,9})?(?:\?db=\d{1,9})?"
+    r"|unix:///[A-Za-z0-9_./-]+(?:\?db=\d{1,9})?"
+)
 _PERIOD = re.compile(r"(\d{1,6})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
@@ -76,18 +80,19 @@ def number_of(value: Any, field: str, leave: Leave, *, least: float = 0, most: D
 
 
 def _plain_redis(given: Table) -> str | None:
-    """The URL of a Redis that wants no password; None if there is none, or if it is not all written down."""
-    url = given.get("redis_url")
-    host, port = given.get("redis_host"), given.get("redis_port", 6379)
-    if url is None and given.keys() <= {"redis_host", "redis_port"} and _HOST.fullmatch(f"{host}:{port}"):
-        url = f"redis://{host}:{port}/0"
-    if not isinstance(url, str) or "os.environ/" in url:
+    """The URL of a Redis that wants no password; None if none is named, or if it is not all written down."""
+    url, host = given.get("redis_url"), given.get("redis_host")
+    # A port alone names no host, and where nothing is given there is none.
+    if url is None and isinstance(host, str) and given.keys() <= {"redis_host", "redis_port"}:
+        place = f"{host}:{given.get('redis_port', 6379)}"
+        url = f"redis://{place}/0" if _HOST.fullmatch(place) else None
+    if not isinstance(url, str) or not _PLAIN.fullmatch(url):
         return None
     try:
         check_redis_url(url)
-        return None if urlsplit(url).password else url
     except ConfigError:
         return None
+    return url
 
 
 class Settings:
@@ -107,12 +112,13 @@ class Settings:
         # The latter wins, as it does there.
         for section in ("litellm_settings", "router_settings"):
             for name, value in self._table(data.get(section), section).items():
-                if section != "router_settings" or name not in _REDIS:
+                if value is not None and (section != "router_settings" or name not in _REDIS):
                     self._setting(name, value, f"{section}.{name}")
         self._redis(self._table(data.get("router_settings"), "router_settings"))
         general = self._table(data.get("general_settings"), "general_settings")
         for name, value in general.items():
-            self._general(name, value, f"general_settings.{name}")
+            if value is not None:
+                self._general(name, value, f"general_settings.{name}")
         if general.get("master_key") is None:
             self._config["require_key"] = False
 

@@ -24,6 +24,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamRequest,
     hidden,
 )
+from anabranch.redaction import hide_passwords, hide_settings
 
 PATHS: dict[Endpoint, str] = {
     "chat": "/chat/completions",
@@ -165,7 +166,8 @@ def check_url(field: str, url: str) -> None:
     """Raises ConfigError for what is no plain http(s) URL."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ConfigError(f"{field} is {url!r}; it must be a URL such as https://api.openai.com/v1")
+        known = hide_settings(hide_passwords(url, is_url=True))
+        raise ConfigError(f"{field} is {known!r}; it must be a URL such as https://api.openai.com/v1")
     if "@" in parts.netloc:
         raise ConfigError(f"{field} holds a user or password; keys come from the environment (key_env)")
 
