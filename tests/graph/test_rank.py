@@ -24,7 +24,7 @@ from anabranch.graph.rank import (
     rank_distance,
 )
 from anabranch.graph.rank.formula import raw_similarity, saturated, top_terms, top_terms_mask
-from anabranch.graph.rank.rows import Ranges, check_vector, row_from_json
+from anabranch.graph.rank.rows import END, START, Ranges, check_vector, row_from_json
 
 PLAIN = {"explore": 0.0, "defences": NONE}
 
@@ -491,6 +491,62 @@ def test_only_the_newest_rows_of_an_origin_are_kept():
     giver = Peer((), "c")
     giver.merge(message(rows))
     assert giver.make_reply(peer.vector())["rows"] == []
+
+
+def test_one_row_of_a_far_number_drops_no_others():
+    """Unsigned rows in another's name may be anybody's: what is kept is so many rows, not so many numbers."""
+    peer = Peer((), "a", defences=Defences(rows_per_origin=3))
+    rows = rows_of([("b", "t", number) for number in range(4)])
+    peer.merge(message(rows[:2]))
+    peer.merge(message([Row("b", 2**53 - 1, "t", 9)]))
+    assert sorted(peer.log.rows["b"]) == [0, 1, 2**53 - 1]
+    assert peer.vector() == {"b": [0, 2, 2**53 - 1, 2**53]}
+    # One more than there may be.
+    assert peer.merge(message(rows)).added == 2
+    assert sorted(peer.log.rows["b"]) == [2, 3, 2**53 - 1]
+    assert peer.vector() == {"b": [0, 4, 2**53 - 1, 2**53]}
+    assert peer.merge(message(rows)).known == 4
+
+
+def test_rows_that_expire_leave_no_more_gaps_than_there_may_be_rows():
+    now = [0.0]
+    peer = Peer((), "a", defences=Defences(rows_per_origin=3, ttl=1.0), clock=lambda: now[0])
+    for number in range(0, 40, 2):
+        now[0] += 10.0
+        peer.merge(message([Row("b", number, "t", 1, time=now[0])]))
+        assert sorted(peer.log.rows["b"])[-1] == number
+        assert number in peer.log.held["b"]
+        # Too old to be kept.
+        peer.merge(message([Row("b", number + 1_000_000, "t", 1, time=0.0)]))
+        assert len(peer.vector()["b"]) <= 6
+        peer.rank("t")
+    assert peer.log.num_rows == 1
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcx"), st.sets(st.integers(0, 30), min_size=1)), st.integers(60, 120), st.data()
+)
+def test_a_vector_in_parts_asks_for_what_the_whole_one_does(held, room, data):
+    """Parts lie behind one another to the end, each within its bytes; what comes of all of them is what lacks, and nothing twice."""
+    asker, giver = Peer((), "q", **PLAIN), Peer((), "p", **PLAIN)
+    for origin, numbers in held.items():
+        asker.merge(message([Row(origin, number, "t", 1) for number in sorted(numbers)]))
+    has = data.draw(st.sets(st.tuples(st.sampled_from("abcdx"), st.integers(0, 30))))
+    giver.merge(message([Row(origin, number, "t", 1) for origin, number in sorted(has)]))
+    begin, came, whole = START, [], {}
+    while True:
+        vector, end = asker.log.part(begin, room)
+        assert len(json.dumps(vector, separators=(",", ":"))) <= room + 2
+        for origin, ends in vector.items():
+            whole.setdefault(origin, []).extend(ends)
+        came += [tuple(row[:2]) for row in giver.make_reply(vector, None, (begin, end))["rows"]]
+        if end == END:
+            break
+        assert end > begin
+        begin = end
+    assert whole == asker.vector()
+    assert len(came) == len(set(came))
+    assert set(came) == has - {(origin, number) for origin, numbers in held.items() for number in numbers}
 
 
 def test_rows_expire_by_the_clock():

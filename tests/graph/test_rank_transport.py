@@ -77,6 +77,11 @@ BAD = {
     "a vector that is none": frame({"type": "pull", "from": "x", "since": None}),
     "a bad share": frame({"type": "bootstrap", "from": "x", "share": 7}),
     "no share": frame({"type": "bootstrap", "from": "x"}),
+    "a part that is none": frame({"type": "pull", "from": "x", "since": {}, "part": 3}),
+    "a part of no places": frame({"type": "pull", "from": "x", "since": {}, "part": [["a", 1.5], None]}),
+    "a part that ends before it starts": frame(
+        {"type": "pull", "from": "x", "since": {}, "part": [["b", 1], ["a", 2]]}
+    ),
     "unknown": frame({"type": "delete", "from": "x"}),
     "no type": frame({"from": "x"}),
     "unsolicited": frame({"type": "push", "from": "x", "rows": [["a", 9, "t", 1, "", "", [], [], None, ""]]}),
@@ -235,6 +240,51 @@ def test_a_long_log_comes_in_several_messages():
                 added.append((await two.pull(one.address)).added)
         assert len(added) > 2
         assert rows(taker) == rows(giver)
+
+    asyncio.run(run())
+
+
+def test_a_log_full_of_gaps_is_still_asked_with():
+    """Numbers that are left out make a vector longer than a message: it is asked with in parts, and all rows come."""
+    limits = Defences(max_message_bytes=1 << 18)
+
+    async def run():
+        asker, giver = peer("a", [("t", 1)], defences=limits), peer("b", defences=limits)
+        for origin in range(1, 9):
+            made = [Row(f"o{origin}", 10**15 + 2 * number, "t", 1).to_json() for number in range(1000)]
+            asker.merge({"from": "x", "rows": made})
+            giver.merge({"from": "x", "rows": made})
+        for name in ("a-first", "o5", "z-last"):
+            giver.merge({"from": "x", "rows": [Row(name, 10**15 + 1, "t", 1).to_json()]})
+        assert len(json.dumps(asker.vector())) > limits.max_message_bytes
+        async with GossipServer(giver) as one, GossipServer(asker) as two:
+            assert [(await two.pull(one.address)).added for _ in range(3)] == [2, 1, 0]
+            assert rows(asker) == rows(giver) | {("a", 0): asker.log.rows["a"][0]}
+            assert [(await one.pull(two.address)).added for _ in range(2)] == [1, 0]
+            assert one.errors == two.errors == {}
+        pushed = peer("c", defences=Defences(max_message_bytes=1 << 18, pull_only=False))
+        for row in asker.log.all_rows():
+            pushed.log.add(row)
+        async with GossipServer(pushed) as one, GossipServer(peer("d")) as two:
+            # The answer holds a vector.
+            assert await two.push(one.address) == 0
+
+    asyncio.run(run())
+
+
+def test_long_names_of_others_leave_room_for_rows():
+    async def run():
+        limits = Defences(max_message_bytes=1 << 18)
+        giver, taker = peer("a", defences=limits), peer("b")
+        for number in range(900):
+            giver.record("t" * 500, number)
+        async with GossipServer(giver) as one, GossipServer(taker) as two:
+            for number in range(64):
+                one._note(f"{number}".ljust(128, "\0"), ["\0" * 255, 7])
+            one._note("short", ["x", 8])
+            assert (await two.pull(one.address)).added > 300
+            # The newest first.
+            assert two.addresses["short"] == ("x", 8)
 
     asyncio.run(run())
 

@@ -15,9 +15,12 @@ from typing import Any
 
 from anabranch.graph.rank.defences import Defences
 from anabranch.graph.rank.items import Id, Item
-from anabranch.graph.rank.rows import Ranges, Row, Vector
+from anabranch.graph.rank.rows import END, NUMBER_LIMIT, START, Key, Part, Ranges, Row, Vector, dump
 
 TermKey = Callable[[str], Any]
+
+# Bytes of JSON around an origin and its ranges: a colon, brackets, a comma.
+AROUND_ORIGIN = 4
 
 
 class ClickLog:
@@ -50,6 +53,8 @@ class ClickLog:
         self.distrusted: set[str] = set()
         self.num_rows = self.num_bytes = 0
         self._by_time: list[tuple[float, str, int]] = []
+        # Heaps of the numbers of rows that are kept, and of some that went.
+        self._lowest: dict[str, list[int]] = {}
 
     # Taking rows in
 
@@ -78,16 +83,19 @@ class ClickLog:
             if row.time > now + ttl:
                 return "future"
             if row.time < now - ttl:
-                self._hold(row)
+                # It comes again where it is not noted, which is better than that it costs others their place.
+                if held is None or len(held.ends) < 2 * self._most:
+                    self._hold(row)
                 return "known"
         self._hold(row)
-        if row.number < self.floor(row.origin):
-            return "known"
         self._count(row, 1)
-        self.rows.setdefault(row.origin, {})[row.number] = row
+        own = self.rows.setdefault(row.origin, {})
+        own[row.number] = row
+        if self.defences.rows_per_origin is not None:
+            self._make_room(row, self.defences.rows_per_origin)
         if row.time is not None and ttl is not None:
             heapq.heappush(self._by_time, (row.time, row.origin, row.number))
-        return "added"
+        return "added" if row.number in own else "known"
 
     def _conflict(self, row: Row) -> str:
         if row.origin == self.own:
@@ -100,22 +108,27 @@ class ClickLog:
 
     def _hold(self, row: Row) -> None:
         held = self.held.setdefault(row.origin, Ranges())
-        before = self.floor(row.origin)
         held.add(row.number)
-        after = self.floor(row.origin)
-        if after == before:
-            return
-        # What is older than the newest ones is not asked for again.
-        held.add(0, after)
-        own = self.rows.get(row.origin, {})
-        old = range(before, after) if after - before < len(own) else [number for number in own if number < after]
-        for number in old:
-            self._drop(row.origin, number)
+        # Rows that expire leave what was held of them: no more of it than there may be rows.
+        if len(held.ends) > 2 * self._most:
+            held.add(0, held.ends[2])
 
-    def floor(self, origin: str) -> int:
-        """The lowest number of an origin that is still kept."""
-        limit, held = self.defences.rows_per_origin, self.held.get(origin)
-        return 0 if limit is None or held is None else max(0, held.end - limit)
+    @property
+    def _most(self) -> int:
+        """Rows of an origin, at most."""
+        return self.defences.rows_per_origin or self.defences.max_rows
+
+    def _make_room(self, row: Row, limit: int) -> None:
+        """Keep the ``limit`` newest rows of the origin of a row that came: rows are counted, not numbers, which anyone may leave out."""
+        own, lowest = self.rows[row.origin], self._lowest.setdefault(row.origin, [])
+        heapq.heappush(lowest, row.number)
+        if len(own) < limit:
+            return
+        # Some expired.
+        while lowest[0] not in own or len(own) > limit:
+            self._drop(row.origin, heapq.heappop(lowest))
+        # What is older than the newest ones is not asked for again.
+        self.held[row.origin].add(0, lowest[0])
 
     def expire(self, now: float) -> set[str]:
         """Drop rows that are older than ``ttl``; the origins that lost some."""
@@ -165,11 +178,40 @@ class ClickLog:
         """Which rows are held, or were."""
         return {origin: list(held.ends) for origin, held in self.held.items()}
 
-    def beyond(self, since: Vector) -> Iterator[tuple[str, list[int]]]:
-        """Numbers of the rows that ``since`` lacks, rising, by origin: our own first, then the others in order."""
-        for origin in sorted(self.rows, key=lambda origin: (origin != self.own, origin)):
+    def part(self, begin: Key, room: int) -> tuple[Vector, Key]:
+        """As much of the vector from ``begin`` on as ``room`` bytes of JSON hold, and where the rest begins (`END` for none).
+
+        What is held of the keys between the two is all in it, so a question about these is a true one, however long the vector is.
+        """
+        found: Vector = {}
+        for origin in sorted(origin for origin in self.held if origin >= begin[0]):
+            ends = self.held[origin].ends
+            if origin == begin[0]:
+                ends = Ranges(ends).between(begin[1], NUMBER_LIMIT)
+            if not ends:
+                continue
+            room -= len(dump(origin)) + AROUND_ORIGIN
+            taken = 0
+            while taken < len(ends) and room >= 0:
+                room -= len(str(ends[taken])) + len(str(ends[taken + 1])) + 2
+                taken += 2
+            taken -= 2 * (room < 0 and taken > 0)
+            if taken:
+                found[origin] = ends[:taken]
+            if room < 0:
+                return found, (origin, ends[taken])
+        return found, END
+
+    def beyond(self, since: Vector, part: Part = (START, END)) -> Iterator[tuple[str, list[int]]]:
+        """Numbers of the rows in ``part`` that ``since`` lacks, rising, by origin: our own first, then the others in order."""
+        begin, end = part
+        asked = (origin for origin in self.rows if begin[0] <= origin and (end == END or origin <= end[0]))
+        for origin in sorted(asked, key=lambda origin: (origin != self.own, origin)):
             rows = self.rows[origin]
-            missing = self.held[origin].without(Ranges(since.get(origin)))
+            low = begin[1] if origin == begin[0] else 0
+            high = end[1] if end != END and origin == end[0] else NUMBER_LIMIT
+            held = Ranges(self.held[origin].between(low, high))
+            missing = held.without(Ranges(since.get(origin)))
             numbers = [number for low, high in missing for number in _present(rows, low, high)]
             if numbers:
                 yield origin, numbers

@@ -22,7 +22,17 @@ from anabranch.graph.rank.items import Id, Item, by_id, matches, normalize, orde
 from anabranch.graph.rank.keys import SigningKey, is_signed
 from anabranch.graph.rank.log import ClickLog, TermKey
 from anabranch.graph.rank.results import Merged, Ranked, Results
-from anabranch.graph.rank.rows import SHOWN_LIMIT, Row, Vector, check_vector, is_node, row_from_json
+from anabranch.graph.rank.rows import (
+    END,
+    SHOWN_LIMIT,
+    START,
+    Part,
+    Row,
+    Vector,
+    check_vector,
+    is_node,
+    row_from_json,
+)
 from anabranch.graph.rank.store import RowStore
 
 # Bytes of a message around its rows: names and addresses.
@@ -263,12 +273,15 @@ class Peer:
         """Which rows this node has: what it asks with."""
         return self.log.vector()
 
-    def make_reply(self, since: Mapping[str, Any], asker: str | None = None) -> dict[str, Any]:
+    def make_reply(
+        self, since: Mapping[str, Any], asker: str | None = None, part: Part = (START, END)
+    ) -> dict[str, Any]:
         """The rows that a peer with the vector ``since`` lacks, within the quotas: a message for its `merge`.
 
         Args:
             since: the asker's `vector`; ``{}`` for all.
             asker: its name, which this node then knows.
+            part: of which rows, by origin and number, ``since`` tells; others are left out. Default: of all.
 
         Returns:
             ``{"from": node, "rows": [...], "more": whether quotas left some out}``.
@@ -280,7 +293,7 @@ class Peer:
             self.learn(asker)
         self._expire()
         limit = self.defences.reply_rows_per_origin
-        missing = list(self.log.beyond(vector))
+        missing = list(self.log.beyond(vector, part))
         rows = (self.log.rows[origin][number] for origin, numbers in missing for number in numbers[:limit])
         return self._message(rows, sum(len(numbers) for _, numbers in missing))
 

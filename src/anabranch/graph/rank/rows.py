@@ -20,6 +20,13 @@ SHOWN_LIMIT = 100
 NUMBER_LIMIT = 2**53
 Vector = dict[str, list[int]]
 
+# An origin and a number: where a part of all rows, in this order, begins (with it) and ends (before it).
+Key = tuple[str, int]
+Part = tuple[Key, Key]
+START: Key = ("", 0)
+# No origin is called "", and no row is there before it.
+END: Key = ("", -1)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -60,7 +67,7 @@ class Row:
 
     def signed_bytes(self) -> bytes:
         """What a signature covers."""
-        return b"anabranch.rank.row\0" + _dump(self.content())
+        return b"anabranch.rank.row\0" + dump(self.content())
 
     def to_json(self) -> list[Any]:
         """The row as JSON holds it."""
@@ -68,14 +75,15 @@ class Row:
 
     def size(self) -> int:
         """Bytes on the wire."""
-        return len(_dump(self.to_json()))
+        return len(dump(self.to_json()))
 
     def metadata(self) -> Item:
         """The item as this row describes it."""
         return Item(self.item, self.title, self.artist, self.tags)
 
 
-def _dump(value: Any) -> bytes:
+def dump(value: Any) -> bytes:
+    """A value as it goes on the wire."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
@@ -123,6 +131,28 @@ def check_vector(value: Any) -> Vector:
     return {origin: list(ranges) for origin, ranges in value.items()}
 
 
+def check_part(value: Any) -> Part:
+    """A part of all rows from the wire: ``[[origin, number], [origin, number]]``, null in place of one for the start or the end.
+
+    Raises DataError if it is none.
+    """
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise DataError("a part of all rows has a start and an end")
+    found = [_check_key(key, default) for key, default in zip(value, (START, END), strict=True)]
+    if found[1] != END and found[0] > found[1]:
+        raise DataError("a part of all rows ends before it starts")
+    return found[0], found[1]
+
+
+def _check_key(value: Any, default: Key) -> Key:
+    if value is None:
+        return default
+    good = isinstance(value, list | tuple) and len(value) == 2 and is_node(value[0]) and isinstance(value[1], int)
+    if not good or isinstance(value[1], bool) or not 0 <= value[1] <= NUMBER_LIMIT:
+        raise DataError("a place among rows is an origin and a number")
+    return str(value[0]), int(value[1])
+
+
 class Ranges:
     """A set of whole numbers as rising half-open ranges that do not touch."""
 
@@ -145,6 +175,13 @@ class Ranges:
         first = bisect.bisect_left(self.ends, low)
         last = bisect.bisect_right(self.ends, high)
         self.ends[first:last] = [*([low] if first % 2 == 0 else []), *([high] if last % 2 == 0 else [])]
+
+    def between(self, low: int, high: int) -> list[int]:
+        """The ends of what is here from ``low`` to before ``high``."""
+        if low >= high:
+            return []
+        first, last = bisect.bisect_right(self.ends, low), bisect.bisect_left(self.ends, high)
+        return [*([low] if first % 2 else []), *self.ends[first:last], *([high] if last % 2 else [])]
 
     def without(self, other: "Ranges") -> Iterator[tuple[int, int]]:
         """The ranges of what is here and not in ``other``."""

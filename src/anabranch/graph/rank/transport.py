@@ -2,12 +2,15 @@
 
 A message is four bytes of length, big-endian, and that many of JSON. A connection carries one request and one answer:
 
-    {"type": "pull", "from": node, "at": [host, port], "since": vector}        -> {"type": "rows", "from", "rows", "more", "peers"}
+    {"type": "pull", "from": node, "at": [host, port], "since": vector, "part": [[origin, number], [origin, number]]}
+                                                                               -> {"type": "rows", "from", "rows", "more", "peers"}
     {"type": "bootstrap", "from": node, "at": [host, port], "share": 0.1}      -> the same
     {"type": "push", "from": node, "at": [host, port], "rows": [...]}          -> {"type": "taken", "added": n, "vector": vector}
     anything else, malformed or too long                                       -> {"type": "error", "message": text}, and the
     connection closes
 
+A vector that one message does not hold is asked with in parts: ``part`` says of which rows, in the order of origin and number, ``since``
+tells, and only those come (null in place of a start or an end; without ``part`` all). The vector of an answer may end early, too.
 ``at`` is where the asker listens (null if nowhere); ``peers`` are addresses the answerer knows. Nothing here trusts the other
 side: lengths are checked before they are read, every wait has a limit, and a bad request costs its sender the connection and this
 side nothing.
@@ -20,15 +23,18 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from anabranch.errors import AnabranchError, DataError, InputError
-from anabranch.graph.rank.peer import Peer
+from anabranch.graph.rank.peer import AROUND, Peer
 from anabranch.graph.rank.results import Merged
-from anabranch.graph.rank.rows import is_node
+from anabranch.graph.rank.rows import END, START, Key, check_part, dump, is_node
 
 LENGTH = 4
 
 # That one answer tells.
 ADDRESSES = 64
 LINGER = 0.5  # seconds
+
+# That are remembered: of peers, and of how far each was asked.
+PLACES = 10_000
 Address = tuple[str, int]
 
 
@@ -62,6 +68,8 @@ class GossipServer:
         self.addresses: dict[str, Address] = {}
         self.received_bytes = self.sent_bytes = 0
         self.errors: dict[str, int] = {}
+        # Where the next question to an address begins, if the last one ended early.
+        self._next: dict[Address, Key] = {}
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.Task[Any]] = set()
 
@@ -95,10 +103,28 @@ class GossipServer:
     async def pull(self, address: Address) -> Merged:
         """Ask a peer for the rows this one lacks, and merge them.
 
+        Where one message does not hold what this one has (logs with very many gaps), it is about a part of all rows, and the next one
+        about those behind them.
+
         Raises DataError if it is not there, does not answer in time, or answers nonsense.
         """
-        answer = await self._ask(address, {"type": "pull", "since": self.peer.vector()})
-        return self._take_rows(answer, address)
+        begin = self._next.get(address, START)
+        since, end = self.peer.log.part(begin, self._room)
+        request: dict[str, Any] = {"type": "pull", "since": since}
+        if (begin, end) != (START, END):
+            request["part"] = [None if begin == START else begin, None if end == END else end]
+        merged = self._take_rows(await self._ask(address, request), address)
+        self._next.pop(address, None)
+        if end != END:
+            self._next[address] = end
+            if len(self._next) > PLACES:
+                del self._next[next(iter(self._next))]
+        return merged
+
+    @property
+    def _room(self) -> int:
+        """Bytes of a message that are left for a vector."""
+        return self.peer.defences.max_message_bytes - AROUND
 
     async def bootstrap(self, address: Address, share: float = 0.1) -> Merged:
         """Join through a peer: a random share of its log. Raises as `pull`."""
@@ -161,7 +187,7 @@ class GossipServer:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(LINGER):
                             await reader.read(1 << 16)
-        except (TimeoutError, OSError, EOFError) as error:
+        except (TimeoutError, OSError, EOFError, AnabranchError) as error:
             # The other side is slow or gone: its loss.
             self._count_error(type(error).__name__)
         finally:
@@ -183,9 +209,15 @@ class GossipServer:
             merged = self.peer.merge({"from": asker, "rows": request.get("rows")}, solicited=False)
             if "unsolicited" in merged.refused:
                 raise DataError("this peer takes no rows that it did not ask for")
-            answer: dict[str, Any] = {"type": "taken", "added": merged.added, "vector": self.peer.vector()}
+            vector, _ = self.peer.log.part(START, self._room)
+            answer: dict[str, Any] = {"type": "taken", "added": merged.added, "vector": vector}
         elif kind == "pull":
-            answer = {"type": "rows", **self.peer.make_reply(request.get("since", {}), asker), "peers": self._told()}
+            part = check_part(request.get("part", (None, None)))
+            answer = {
+                "type": "rows",
+                **self.peer.make_reply(request.get("since", {}), asker, part),
+                "peers": self._told(),
+            }
         elif kind == "bootstrap":
             share = request.get("share")
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
@@ -197,8 +229,15 @@ class GossipServer:
         return answer
 
     def _told(self) -> dict[str, list[Any]]:
-        latest = list(self.addresses.items())[-ADDRESSES:]
-        return {name: list(address) for name, address in latest}
+        """Addresses that were heard of last, as many as fit beside rows, however long their names are."""
+        told: dict[str, list[Any]] = {}
+        left = AROUND // 2
+        for name, address in list(self.addresses.items())[: -ADDRESSES - 1 : -1]:
+            left -= len(dump([name, address]))
+            if left < 0:
+                break
+            told[name] = list(address)
+        return told
 
     def _note(self, name: Any, place: Any) -> None:
         """Remember where a peer listens, if this can be an address."""
@@ -206,7 +245,7 @@ class GossipServer:
             return
         host, port = place
         if isinstance(host, str) and 0 < len(host) < 256 and isinstance(port, int) and 0 < port < 65536:
-            if name in self.addresses or len(self.addresses) < 10_000:
+            if name in self.addresses or len(self.addresses) < PLACES:
                 self.addresses[name] = (host, port)
             self.peer.learn(name)
 
