@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from anabranch.gateway.http.peers import labelled
+from anabranch.gateway.metrics_text import labelled
 from gateway_process import SOURCE, ask, call, mock_config, served
 
 ADMIN = {"TEST_ADMIN_KEY": "k"}
@@ -152,3 +152,5 @@ def test_metrics_of_workers_are_one_text():
         "# HELP a_total A", "# TYPE a_total counter", 'a_total{worker="0",x="1"} 2.0', 'a_total{worker="1",x="{"} 3.0',
         "# HELP b B", "# TYPE b gauge", 'b{worker="0"} 1.0', "# HELP c C", "# TYPE c gauge", 'c{worker="1"} 5.0',
     ]  # fmt: skip
+    name = 'a "b" \\ c\n'
+    assert labelled({name: b"x 1.0\n"}, "deployment").decode() == 'x{deployment="a \\"b\\" \\\\ c\\n"} 1.0\n'
