@@ -153,4 +153,5 @@ def test_metrics_of_workers_are_one_text():
         "# HELP b B", "# TYPE b gauge", 'b{worker="0"} 1.0', "# HELP c C", "# TYPE c gauge", 'c{worker="1"} 5.0',
     ]  # fmt: skip
     name = 'a "b" \\ c\n'
-    assert labelled({name: b"x 1.0\n"}, "deployment").decode() == 'x{deployment="a \\"b\\" \\\\ c\\n"} 1.0\n'
+    told = labelled({name: b"# HELP x X\nx 1.0\n"}, "deployment").decode()
+    assert told == '# HELP x X\nx{deployment="a \\"b\\" \\\\ c\\n"} 1.0\n'
