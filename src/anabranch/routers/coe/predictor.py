@@ -15,62 +15,31 @@ table, within the chosen experts if there is a limit on what is hosted.
 # Shapes: N queries, M models, D dimensions, C categories (the general one last)
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import InputError
-from anabranch.routers.coe.category import Categories, CategoryRouter
-from anabranch.routers.coe.choice import MapKind, best_kind, largest_trade_off, table_for
-from anabranch.routers.coe.expert_map import (
-    ExpertMap,
-    Limits,
-    Solver,
-    frontier_of_budget,
-    frontier_of_trade_off,
-    solve_map,
-)
+from anabranch.routers.coe.category import Categories
+from anabranch.routers.coe.choice import MapKind
+from anabranch.routers.coe.expert_map import Solver
 from anabranch.routers.coe.feedback import Feedback
-from anabranch.routers.coe.quality import QualityTable, table_of_scores
+from anabranch.routers.coe.fitting import Fitting
+from anabranch.routers.coe.planning import Known, Plan
+from anabranch.routers.coe.quality import QualityTable
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.knobs import knob_of
 from anabranch.routers.contract.predictor import Prediction, Predictor
-from anabranch.routers.contract.query import Decision, Model, Outcome, Pool, Query
+from anabranch.routers.contract.query import Decision, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts
-from anabranch.routers.kmeans import by_size, kmeans
 
 # Characters of a category's name in a header.
 HEADER = 200
 
-# Maps for knobs and pools that were asked for lately.
-KEPT_PLANS = 64
 
-# By how much a fallback stays behind the model before it.
-STEP = 1e-6
-
-# Name, billions of parameters, price of a model.
-Known = tuple[tuple[str, float | None, float], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A solved map in the form that deciding needs.
-
-    Attributes:
-        map: from categories to experts.
-        quality_CM: predicted; -inf for models that must not be asked: not there, never seen in the category, or not hosted for a limit.
-        penalty_CM: what puts the models of each category in order.
-    """
-
-    map: ExpertMap
-    quality_CM: np.ndarray
-    penalty_CM: np.ndarray
-
-
-class CompositionOfExperts(Predictor, kind="coe"):
+class CompositionOfExperts(Fitting, Predictor, kind="coe"):
     """Two-step routing under a budget of parameters; see the module.
 
     Senders may set the knobs ``budget_params``, ``trade_off_params`` and ``min_confidence`` of one query.
@@ -148,141 +117,6 @@ class CompositionOfExperts(Predictor, kind="coe"):
         self._known: Known = ()
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
-    def _new_router(self, seed: int) -> CategoryRouter:
-        config = self.config
-        return CategoryRouter(
-            head=config.head, k=config.k, general=config.general, C=config.C, uncertainty=config.uncertainty, seed=seed
-        )
-
-    # Learning
-
-    def fit(self, data: Recorded, *, seed: int = 0) -> Self:
-        """Classifier, table, kind of map. Queries need vectors; sizes that are not in the config are asked of the pool later.
-
-        Raises InputError if there are no vectors, or no tasks where they are asked for.
-        """
-        if data.vector_ND is None:
-            raise InputError(
-                "coe learns from vectors of the queries; embed them first: data.with_vectors(embedder.embed(...))"
-            )
-        # An empty text teaches nothing.
-        keep = np.flatnonzero(data.vector_ND.any(axis=1))
-        data = data.take(keep)
-        assert data.vector_ND is not None
-        labels = self._labels(data, seed)
-        self.models, self._known, self._incumbents = data.models, (), {}
-        self._fresh, self.own, self.others = Feedback(), Feedback(), Feedback()
-        self._plans.clear()
-        folds = self.config.folds if len(data) >= 2 * self.config.folds else 0
-        self.router = self._new_router(seed).fit(data.vector_ND, labels, folds=folds)
-        if folds:
-            self.router.abstain(self.config.abstain_rate, folds=folds)
-        if self.config.min_confidence is not None:
-            self.router.min_confidence = self.config.min_confidence
-        predicted = self._predicted(data, labels, folds, seed)
-        true = [predicted[row] if label is None else label for row, label in enumerate(labels)]
-        self.kind_of_map = self._choose(data, true, predicted, seed)
-        named = predicted if self.kind_of_map.kind == "aware" else true
-        self._table = table_of_scores(named, data.score_NM, data.models, categories=self.router.categories)
-        return self
-
-    def _labels(self, data: Recorded, seed: int) -> list[str | None]:
-        wanted = self.config.categories
-        has_tasks = any(task is not None for task in data.task)
-        if wanted == "task" and not has_tasks:
-            raise InputError("no recorded query has a task; use categories 'clusters', or 'auto'")
-        if wanted != "clusters" and has_tasks:
-            return list(data.task)
-        assert data.vector_ND is not None
-        number = self.config.num_clusters or int(np.clip(np.sqrt(len(data) / 2), 1, 64))
-        cluster_N = by_size(kmeans(data.vector_ND, number, num_starts=1, seed=seed)[1])
-        return [f"cluster-{cluster:02d}" for cluster in cluster_N]
-
-    def _predicted(self, data: Recorded, labels: list[str | None], folds: int, seed: int) -> list[str]:
-        """What each row is taken for by a classifier that did not learn from it, as far as there are enough rows."""
-        assert data.vector_ND is not None
-        names = self.router.categories
-        best_N = self.router.distribution(data.vector_ND).argmax(axis=1)
-        if folds and len(self.router) == len(data):
-            best_N = self.router.cross_predict(folds=folds, seed=seed).argmax(axis=1)
-        return [names[at] for at in best_N]
-
-    def _choose(self, data: Recorded, true: list[str], predicted: list[str], seed: int) -> MapKind:
-        """Kind, shrinkage and trade-off, by cross-validation where the config leaves them open."""
-        config = self.config
-        sizes = self._sizes_or_none()
-        limits = (
-            Limits() if sizes is None else self._limits(0.0 if config.trade_off_params == "auto" else self.trade_off)
-        )
-        fixed = (
-            MapKind(kind=config.map, m=0.0 if config.map == "plain" else config.shrinkage)
-            if config.map != "auto"
-            else None
-        )
-        kind = fixed or best_kind(
-            data.score_NM,
-            data.models,
-            true,
-            predicted,
-            sizes or {},
-            limits,
-            prices=config.prices,
-            shrinkage=config.shrinkage,
-            folds=config.folds,
-            seed=seed,
-        )
-        if config.trade_off_params == "auto":
-            if sizes is None:
-                raise InputError(
-                    f"trade_off_params 'auto' needs the size of every model; add {self._unsized()[0]!r} to parameters, in billions"
-                )
-            self.trade_off = largest_trade_off(
-                data.score_NM,
-                data.models,
-                true,
-                predicted,
-                sizes,
-                limits,
-                kind=kind,
-                prices=config.prices,
-                folds=config.folds,
-                seed=seed,
-            )
-        return kind
-
-    def _unsized(self) -> list[str]:
-        return [name for name in self.models if name not in self.config.parameters]
-
-    def _sizes_or_none(self) -> dict[str, float] | None:
-        return None if self._unsized() else {name: self.config.parameters[name] for name in self.models}
-
-    def add_experts(self, data: Recorded) -> Self:
-        """Add models that were scored later: new columns of the table; the classifier stays as it is.
-
-        Raises InputError for a model that is there already, and queries without vectors.
-        """
-        known = [name for name in data.models if name in self.models]
-        if known or data.vector_ND is None or self._table is None:
-            why = f"{known[0]!r} is known already" if known else "it must be fitted, and the queries need vectors"
-            raise InputError(f"cannot add experts: {why}")
-        names = self.router.categories
-        predicted = [names[at] for at in self.router.distribution(data.vector_ND).argmax(axis=1)]
-        added = table_of_scores(predicted, data.score_NM, data.models, categories=names, share=self._shares())
-        self._table = self._table.merged(added)
-        self.models = (*self.models, *data.models)
-        self._plans.clear()
-        return self
-
-    def join(self, model: Model, shots: Recorded | None = None) -> None:
-        """`add_experts`, as routers of all kinds are asked."""
-        if shots is None:
-            raise InputError(f"coe knows models by their scores; give outcomes of {model.name!r}")
-        self.add_experts(shots)
-
-    def _shares(self) -> dict[str, float]:
-        assert self._table is not None
-        return dict(zip(self._table.categories, self._table.share_C.tolist(), strict=True))
-
     # Deciding
 
     def meet(self, pool: Pool) -> None:
@@ -348,152 +182,7 @@ class CompositionOfExperts(Predictor, kind="coe"):
         names = self.router.categories
         return names.index(self.config.general) if self.config.general in names else len(names)
 
-    def plan(self, *, budget_params: float | None = None, trade_off_params: float | None = None) -> Plan:
-        """The map for the models there are now, remembered until they change.
-
-        Args:
-            budget_params: instead of the config's.
-            trade_off_params: likewise.
-
-        Raises InputError as `solve_map` does, and if no model of the pool is known.
-        """
-        key = (self._known, budget_params, trade_off_params)
-        found = self._plans.get(key)
-        if found is None:
-            found = self._planned(budget_params, trade_off_params)
-            self._plans[key] = found
-            while len(self._plans) > KEPT_PLANS:
-                self._plans.popitem(last=False)
-        return found
-
-    def frontier(self, by: Literal["budget", "trade_off"] = "budget") -> list[ExpertMap]:
-        """The best map for every budget of hosted parameters, or for every price of active ones, within the config's other limits.
-
-        Raises InputError before ``fit``, and for a model whose size nobody says.
-        """
-        drawn = self._tables()[1]
-        parameters, prices, present = self._facts_of_models()
-        if unsized := [name for name in present if name not in parameters]:
-            raise InputError(
-                f"a frontier needs the size of every model, in billions of parameters; {unsized[0]!r} has none"
-            )
-        drawn, limits = drawn.only(present), self._limits(self.trade_off)
-        if by == "budget":
-            return frontier_of_budget(
-                drawn, parameters, limits=limits.replace(budget=None), prices=prices, solver=self.config.solver
-            )
-        return frontier_of_trade_off(
-            drawn, parameters, limits=limits.replace(trade_off=0.0), prices=prices, solver=self.config.solver
-        )
-
-    def _planned(self, budget_params: float | None, trade_off_params: float | None) -> Plan:
-        table, drawn = self._tables()
-        parameters, prices, present = self._facts_of_models()
-        limits = self._limits(self.trade_off if trade_off_params is None else trade_off_params)
-        if budget_params is not None:
-            limits = limits.replace(budget=budget_params)
-        if self._incumbents:
-            drawn = table.steady(self._incumbents, drawn)
-        drawn = drawn.only(present)
-        found = solve_map(drawn, parameters, limits=limits, prices=prices, solver=self.config.solver)
-        at = [self.models.index(name) for name in present]
-        quality_CM = np.full((len(drawn.categories), len(self.models)), -np.inf)
-        quality_CM[:, at] = np.where(np.isnan(drawn.quality_CE), -np.inf, drawn.quality_CE)
-        # The others are not hosted.
-        if limits.budget is not None or limits.max_experts is not None:
-            quality_CM[:, ~np.isin(self.models, found.chosen)] = -np.inf
-        size_M = np.array([limits.trade_off * parameters.get(name, 0.0) for name in self.models])
-        first_C = [self.models.index(found[name]) for name in drawn.categories]
-        return Plan(map=found, quality_CM=quality_CM, penalty_CM=_penalties(quality_CM, size_M, np.array(first_C)))
-
-    def _tables(self) -> tuple[QualityTable, QualityTable]:
-        """Observations and, drawn toward the means, what to choose by; both with the general category."""
-        if self._table is None:
-            raise InputError("coe has not learned yet: fit it on recorded outcomes first")
-        if self.config.general in self.router.categories:
-            return self._table, table_for(self._table, self.kind_of_map)
-        # It needs an expert even if it is hardly ever asked.
-        rate = max(self.config.abstain_rate, 1e-6)
-        table = self._table.with_row(self.config.general, rate)
-        return table, table_for(self._table, self.kind_of_map).with_row(self.config.general, rate)
-
-    def _facts_of_models(self) -> tuple[dict[str, float], dict[str, float], list[str]]:
-        """Sizes, prices and names of the models that are known and there."""
-        parameters, prices = dict(self.config.parameters), dict(self.config.prices)
-        for name, size, price in self._known:
-            if size is not None:
-                parameters[name] = size
-            if price:
-                prices[name] = price / 1e9
-        there = {name for name, _, _ in self._known}
-        present = [name for name in self.models if not there or name in there]
-        if not present:
-            raise InputError(
-                f"coe knows none of the models {', '.join(sorted(there))}; it learned of {', '.join(self.models)}"
-            )
-        return parameters, prices, present
-
-    def _limits(self, trade_off: float) -> Limits:
-        config = self.config
-        return Limits(
-            budget=config.budget_params,
-            trade_off=trade_off,
-            max_experts=config.max_experts,
-            active=config.active_params,
-        )
-
-    # Going on
-
-    def observe(self, outcome: Outcome) -> None:
-        """Count a score; after ``refresh_every`` of them, make the map anew, steadily."""
-        if outcome.quality is None or outcome.query.vector_D is None or outcome.model not in self.models:
-            return
-        best = int(self.router.distribution(outcome.query.vector_D[None])[0].argmax())
-        for scores in (self._fresh, self.own):
-            scores.add(self.router.categories[best], outcome.model, float(outcome.quality))
-        self._refresh_if_due()
-
-    def _refresh_if_due(self) -> None:
-        if self.config.refresh_every and self._fresh.count >= self.config.refresh_every:
-            self.refresh()
-
-    def refresh(self) -> None:
-        """Take what was observed into the table and make the map anew; experts keep their categories unless others are surely better."""
-        fresh, unknown = self._fresh.split(self.models)
-        if not fresh.cells or self._table is None:
-            return
-        self._incumbents = dict(self.plan().map.choice)
-        self._table, self._fresh = self._table.with_feedback(fresh), unknown
-        self._plans.clear()
-
-    # Several processes
-
-    def part(self) -> tuple[Arrays, Facts]:
-        """See `Strategy`."""
-        return self.own.state()
-
-    def hear(self, arrays: Arrays, facts: Facts) -> None:
-        """See `Strategy`. It is taken into the table once there is enough, as what is observed here is."""
-        heard = Feedback.read(arrays, facts) if facts else Feedback()
-        heard.sums(self.router.categories, tuple({expert for _, expert in heard.cells}))
-        self._fresh.take(heard)
-        self._fresh.take(self.others, -1)
-        self.others = heard
-
-    def joined(self, parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
-        """See `Strategy`."""
-        made = Feedback()
-        for part in parts:
-            made.take(Feedback.read(*part))
-        return made.state()
-
-    def disown(self, arrays: Arrays, facts: Facts) -> None:
-        """See `Strategy`. The table has it until it comes back."""
-        part = Feedback.read(arrays, facts)
-        if not self.own.holds(part):
-            raise InputError("these scores are not among those that were observed here")
-        self.own.take(part, -1)
-        self._fresh.take(part, -1)
+    # On disk
 
     def state(self) -> tuple[Arrays, Facts]:
         """Classifier, table and what was chosen."""
@@ -534,14 +223,3 @@ class CompositionOfExperts(Predictor, kind="coe"):
             experts=self.models,
             **{name: arrays[name] for name in ("quality_CE", "count_CE", "variance_CE", "share_C", "mean_E")},
         )
-
-
-def _penalties(quality_CM: np.ndarray, size_M: np.ndarray, first_C: np.ndarray) -> np.ndarray:
-    """What to take off each quality so that the map's expert comes first, then the others by what they are worth net of their size."""
-    rows = np.arange(len(quality_CM))
-    worth_CM = np.where(np.isfinite(quality_CM), quality_CM - size_M, -np.inf)
-    top_C1 = worth_CM[rows, first_C][:, None]
-    order_CM = np.argsort(np.argsort(-worth_CM, axis=1, kind="stable"), axis=1)
-    wanted_CM = np.minimum(worth_CM, top_C1 - STEP * (1 + order_CM))
-    wanted_CM[rows, first_C] = top_C1[:, 0]
-    return np.where(np.isfinite(quality_CM), np.where(np.isfinite(quality_CM), quality_CM, 0.0) - wanted_CM, 0.0)

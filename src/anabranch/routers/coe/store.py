@@ -18,10 +18,8 @@ and the bound on waiting (`ExpertQueue`) are ours.
 """
 
 import asyncio
-import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -29,17 +27,13 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import CapacityError, CheckpointError, InputError
+from anabranch.errors import CapacityError, InputError
 from anabranch.routers.coe.lease import Expert, Job, Lease, signature_of
-from anabranch.routers.coe.tier import Eviction, Resident, Tier, Usage, quantile
-
-log = logging.getLogger(__name__)
-
-# Switch times for quantiles.
-REMEMBERED = 4096
+from anabranch.routers.coe.loading import Loading
+from anabranch.routers.coe.tier import Eviction, Tier, Usage
 
 
-class ExpertStore:
+class ExpertStore(Loading):
     """See the module. All methods may be called from any thread.
 
     Args:
@@ -75,29 +69,12 @@ class ExpertStore:
             raise InputError("to_device and device_bytes belong together: give both or neither")
         if workers < 1 or not half_life_s > 0:
             raise InputError(f"workers is {workers} and half_life_s {half_life_s}; both must be above 0")
-        self._read, self._copy = load, to_device
-        self._half_life_s, self._grace_s, self._on_evict, self._clock = half_life_s, grace_s, on_evict, clock
-        self._tiers = {"host": Tier("host", host_bytes, eviction)}
-        if device_bytes is not None:
-            self._tiers["device"] = Tier("device", device_bytes, eviction)
-        self._top = self._tiers["device" if device_bytes is not None else "host"]
-        self._experts: dict[str, Expert] = {}
-        self._jobs: dict[str, Job] = {}
-        # Of jobs nobody has begun; those with somebody waiting go first.
-        self._queue: deque[str] = deque()
-        self._changed = threading.Condition()
+        self._half_life_s = half_life_s
         self._kept: dict[str, Lease] = {}
-        self._counts = dict.fromkeys(
-            ("requests", "hits", "switches", "failed", "prefetched", "prefetch_used", "prefetch_dropped"), 0
-        )
-        self._moved = {name: {"bytes": 0, "loads": 0, "evictions": 0} for name in self._tiers}
-        self._switch_s: deque[float] = deque(maxlen=REMEMBERED)
-        self._is_open = True
-        self._threads = [
-            threading.Thread(target=self._work, name=f"experts-{number}", daemon=True) for number in range(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        tiers = {"host": Tier("host", host_bytes, eviction)}
+        if device_bytes is not None:
+            tiers["device"] = Tier("device", device_bytes, eviction)
+        super().__init__(load, to_device, workers=workers, grace_s=grace_s, tiers=tiers, on_evict=on_evict, clock=clock)
 
     # What there is
 
@@ -301,200 +278,6 @@ class ExpertStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def stats(self) -> dict[str, Any]:
-        """What happened so far, ready for JSON.
-
-        requests, hits, hit_rate (of requests, in the tier experts are used from); switches (loads that a request waited for) with
-        switch_s_mean, switch_s_p50 and switch_s_p95 (seconds from request to lease, of the last 4,096); prefetched, prefetch_used,
-        prefetch_dropped (no room, or failed); failed loads; and of each tier bytes_moved, loads, evictions, used_bytes, peak_bytes.
-        """
-        with self._changed:
-            counts, times = dict(self._counts), list(self._switch_s)
-            tiers = {
-                name: {
-                    "bytes_moved": self._moved[name]["bytes"],
-                    "loads": self._moved[name]["loads"],
-                    "evictions": self._moved[name]["evictions"],
-                    "used_bytes": tier.used_bytes,
-                    "peak_bytes": tier.peak_bytes,
-                    "capacity_bytes": tier.capacity_bytes,
-                }
-                for name, tier in self._tiers.items()
-            }
-        return {
-            **counts,
-            "hit_rate": counts["hits"] / counts["requests"] if counts["requests"] else None,
-            "switch_s_mean": sum(times) / len(times) if times else None,
-            "switch_s_p50": quantile(times, 0.5),
-            "switch_s_p95": quantile(times, 0.95),
-            "tiers": tiers,
-        }
-
-    # Under the lock
-
-    def _expert(self, name: str) -> Expert:
-        found = self._experts.get(name)
-        if found is None:
-            raise InputError(f"no expert {name!r} in the store; it has {', '.join(self._experts) or 'none'}")
-        return found
-
-    def _begin(self, name: str) -> float:
-        self._expert(name)
-        if not self._is_open:
-            raise InputError("the expert store is closed")
-        return self._clock()
-
-    def _enqueue(self, name: str) -> None:
-        """Put a job that has not begun behind those that somebody waits for, and before the others if somebody waits for it."""
-        job = self._jobs[name]
-        if job.has_begun:
-            return
-        if name in self._queue:
-            self._queue.remove(name)
-        first = sum(bool(self._jobs[other].waiting) for other in self._queue)
-        self._queue.insert(first if job.waiting else len(self._queue), name)
-        self._changed.notify_all()
-
-    def _wake(self, future: Future[Lease]) -> None:
-        if future.cancelled():
-            with self._changed:
-                self._changed.notify_all()
-
-    def _leased(self, name: str, resident: Resident) -> Lease:
-        resident.pins += 1
-        if resident.spare_until_s > -float("inf"):
-            resident.spare_until_s = -float("inf")
-            self._counts["prefetch_used"] += 1
-        return Lease(name, resident, self._unpin)
-
-    def _unpin(self, resident: Resident) -> None:
-        with self._changed:
-            resident.pins -= 1
-            self._changed.notify_all()
-
-    def _evict(self, tier: Tier, name: str) -> None:
-        resident = tier.drop(name)
-        self._moved[tier.name]["evictions"] += 1
-        if self._on_evict is not None:
-            self._on_evict(tier.name, name, resident.value)
-        resident.value = None
-
-    # On the loading threads
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                while self._is_open and not self._queue:
-                    self._changed.wait()
-                if not self._is_open:
-                    return
-                job = self._jobs[self._queue.popleft()]
-                job.has_begun = True
-            try:
-                self._run(job)
-            except BaseException as error:
-                self._fail(job, error)
-
-    def _run(self, job: Job) -> None:
-        """Bring an expert up tier by tier, then hand it to all that wait."""
-        expert = self._experts[job.name]
-        with self._changed:
-            below = self._tiers["host"].ready(job.name)
-            if below is not None:
-                below.pins += 1
-        try:
-            if below is None:
-                below = self._bring(job, self._tiers["host"], lambda: self._whole(expert, job.name))
-            if below is not None and self._copy is not None:
-                value, copy = below.value, self._copy
-                above = self._bring(job, self._top, lambda: copy(value))
-                value = None
-                self._hand_out(job, above)
-                if above is not None:
-                    self._unpin(above)
-            else:
-                self._hand_out(job, below)
-        finally:
-            if below is not None:
-                self._unpin(below)
-
-    def _bring(self, job: Job, tier: Tier, make: Callable[[], Any]) -> Resident | None:
-        """Load into a tier; the resident comes back pinned. None if nobody waits and there is no room."""
-        num_bytes = self._experts[job.name].bytes_in[tier.name]
-        with self._changed:
-            while (gone := tier.victims(num_bytes, self._usage(), self._clock())) is None:
-                if not self._is_open or not job.is_wanted():
-                    return None
-                self._changed.wait()
-            for name in gone:
-                self._evict(tier, name)
-            resident = tier.begin(job.name, num_bytes)
-        started = self._clock()
-        try:
-            value = make()
-        except BaseException:
-            with self._changed:
-                tier.drop(job.name)
-                self._changed.notify_all()
-            raise
-        with self._changed:
-            now_s = self._clock()
-            resident.value, resident.load_s, resident.since_s = value, now_s - started, now_s
-            resident.is_ready, resident.pins = True, 1
-            self._moved[tier.name]["bytes"] += num_bytes
-            self._moved[tier.name]["loads"] += 1
-        return resident
-
-    def _usage(self) -> dict[str, Usage]:
-        return {name: expert.usage for name, expert in self._experts.items()}
-
-    def _whole(self, expert: Expert, name: str) -> Any:
-        """Read a checkpoint whose files do not change meanwhile."""
-        signature = signature_of(expert.path)
-        value = self._read(expert.path) if signature == expert.signature else None
-        if not signature == signature_of(expert.path) == expert.signature:
-            raise CheckpointError(
-                f"the files of expert {name!r} in {expert.path} are not those that were added; add it again when they are whole"
-            )
-        return value
-
-    def _hand_out(self, job: Job, resident: Resident | None) -> None:
-        """Give leases to all that wait. None: nobody waited and there was no room; if somebody came since, try again."""
-        leases: list[tuple[Future[Lease], Lease]] = []
-        with self._changed:
-            if resident is None and job.is_wanted() and self._is_open:
-                job.has_begun = False
-                self._enqueue(job.name)
-                return
-            self._jobs.pop(job.name, None)
-            live = [(future, since) for future, since in job.waiting if future.set_running_or_notify_cancel()]
-            if resident is None:
-                self._counts["prefetch_dropped"] += bool(job.ahead)
-            else:
-                now_s = self._clock()
-                self._counts["switches"] += bool(live)
-                self._counts["prefetched"] += bool(job.ahead)
-                if job.ahead and job.is_spared:
-                    resident.spare_until_s = now_s + self._grace_s
-                self._switch_s.extend(now_s - since for _, since in live)
-                leases = [(future, self._leased(job.name, resident)) for future, _ in live]
-        for future, lease in leases:
-            future.set_result(lease)
-        job.finish_ahead()
-
-    def _fail(self, job: Job, error: BaseException) -> None:
-        """Tell all that wait; the next request tries again."""
-        with self._changed:
-            self._jobs.pop(job.name, None)
-            self._counts["failed"] += 1
-            self._counts["prefetch_dropped"] += bool(job.ahead)
-            live = [future for future, _ in job.waiting if future.set_running_or_notify_cancel()]
-        if job.ahead:
-            log.warning("fetching expert %s ahead failed: %s", job.name, error)
-        for future in live:
-            future.set_exception(error)
-        job.finish_ahead()
 
 
 def _released(future: Future[Lease]) -> None:
