@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from anabranch.errors import DataError
+from anabranch.routers.both_orders import TIE, of_both_orders
 from anabranch.routers.data.lines import read_lines
 from anabranch.routers.data.splits import question
 from anabranch.routers.wording import answer_form, is_same_answer, says
@@ -87,8 +88,7 @@ class ReferenceJudge:
 class ModelJudge:
     """Each answer against that of one model, the anchor, by a model that is shown both, once in each order.
 
-    A win counts 1, a tie 1/2, and the score is the mean of the two orders: a judge that always likes the first says 1/2 of everything
-    (Zheng et al. 2023, arXiv 2306.05685, section 3.4). The anchor's own score is 1/2.
+    The score is what `both_orders` says. The anchor's own is 1/2.
 
     Args:
         model: that judges; it is not told who wrote what.
@@ -108,13 +108,14 @@ class ModelJudge:
         found = {}
         for model, text in answers.items():
             if model == self.anchor or text == answers[self.anchor]:
-                found[model] = 0.5
+                found[model] = TIE
                 continue
             first = verdict(await ask(self.models[0], prompt_of(asked, text, answers[self.anchor])))
             second = verdict(await ask(self.models[0], prompt_of(asked, answers[self.anchor], text)))
-            if first is None or second is None:
+            worth = of_both_orders(first, None if second is None else 1 - second)
+            if worth is None:
                 return None
-            found[model] = (first + 1 - second) / 2
+            found[model] = worth
         return found
 
 

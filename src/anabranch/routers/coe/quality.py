@@ -20,6 +20,7 @@ from typing import Literal, Self
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.routers.both_orders import LOSS, TIE, WIN, of_both_orders
 from anabranch.routers.coe.category import CategoryRouter
 from anabranch.routers.coe.feedback import Feedback
 
@@ -279,16 +280,16 @@ class Judgement:
 def table_of_judgements(
     judgements: Iterable[Judgement], *, share: Mapping[str, float] | None = None, one_order: bool = False
 ) -> QualityTable:
-    """Win rates against a reference answer: 1 for a win, 0.5 for a tie, 0 for a loss, averaged over the two orders of each pair.
+    """Win rates against a reference answer, by what each pair comes to in both orders (`both_orders`).
 
     Args:
         judgements: of a judge.
         share: how often each category is asked; as often as judged if left out.
-        one_order: count pairs that were judged in one order only. Judges favour a place, so such pairs are left out by default.
+        one_order: count pairs that were judged in one order only, which are left out by default.
 
     Raises InputError if the same pair was judged twice in one order, or nothing is left.
     """
-    worth = {"yes": 1.0, "no": 0.0, "tie": 0.5}
+    worth = {"yes": WIN, "no": LOSS, "tie": TIE}
     pairs: dict[tuple[str, str, str], dict[bool, float]] = {}
     for item in judgements:
         orders = pairs.setdefault((item.question, item.category, item.expert), {})
@@ -297,14 +298,16 @@ def table_of_judgements(
                 f"question {item.question!r} and expert {item.expert!r} are judged twice in the same order"
             )
         orders[item.expert_first] = worth[item.won]
-    seen = {pair: np.mean(list(orders.values())) for pair, orders in pairs.items() if one_order or len(orders) == 2}
+    worths = {pair: of_both_orders(orders.get(True), orders.get(False)) for pair, orders in pairs.items()}
+    if one_order:
+        # Of a pair with one order that is all there is.
+        worths |= {pair: next(iter(pairs[pair].values())) for pair, score in worths.items() if score is None}
+    seen = {pair: score for pair, score in worths.items() if score is not None}
     if not seen:
         raise InputError(
             "no pair was judged in both orders; judge each with the answers swapped, or pass one_order=True"
         )
-    return table_of_feedback(
-        [(category, expert, float(score)) for (_, category, expert), score in seen.items()], share=share
-    )
+    return table_of_feedback([(category, expert, score) for (_, category, expert), score in seen.items()], share=share)
 
 
 def table_of_feedback(

@@ -6,8 +6,8 @@
                            or  {"question_id": 81, "model_a": "a", "model_b": "b", "winner": "model_a"}      people's
     model_answer/*.jsonl       {"question_id": 81, "model_id": "a", "choices": [{"turns": ["...", "..."]}]}  where they are there
 
-A question is its first turn, its category the task. A grade counts a tenth of itself; a pair a win 1, a tie 1/2, as the mean of both
-orders of the answers, and a pair that was judged in one order only by a model does not count, since judges favour a place. The score of
+A question is its first turn, its category the task. A grade counts a tenth of itself; a pair that a model judged what it comes to in both
+orders of the answers (`both_orders`), and nothing where one of them is not there; people's verdicts count as they are. The score of
 a model is the mean over turns and, of pairs, over the models that it was compared with on the question.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import DataError
+from anabranch.routers.both_orders import LOSS, TIE, WIN, of_both_orders
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model
 from anabranch.routers.data.lines import read_lines
@@ -137,21 +138,21 @@ def _judged(row: dict[str, Any], path: Path, number: int) -> list[Judged]:
     names = [row.get(name, row.get(other)) for name, other in (("model_1", "model_a"), ("model_2", "model_b"))]
     if not all(isinstance(name, str) for name in names) or names[0] == names[1]:
         raise DataError(f"{path}, line {number} must have a score, or two models and who won")
-    verdicts = [row[name] for name in ("g1_winner", "g2_winner") if name in row] or [row.get("winner")]
-    worth = [_worth(verdict) for verdict in verdicts]
-    if None in worth or ("g1_winner" in row) != ("g2_winner" in row):
-        return []
-    first = sum(one for one in worth if one is not None) / len(worth)
-    return [(id, str(names[0]), first), (id, str(names[1]), 1 - first)]
+    if "g1_winner" in row or "g2_winner" in row:
+        # The second game is the same pair in the other order; whoever wins is named as in the first.
+        first = of_both_orders(_worth(row.get("g1_winner")), _worth(row.get("g2_winner")))
+    else:
+        first = _worth(row.get("winner"))
+    return [] if first is None else [(id, str(names[0]), first), (id, str(names[1]), 1 - first)]
 
 
 def _worth(verdict: Any) -> float | None:
     """Of the first model; None for what is no verdict."""
     if verdict in ("model_1", "model_a"):
-        return 1.0
+        return WIN
     if verdict in ("model_2", "model_b"):
-        return 0.0
-    return 0.5 if isinstance(verdict, str) and verdict.startswith("tie") else None
+        return LOSS
+    return TIE if isinstance(verdict, str) and verdict.startswith("tie") else None
 
 
 def _answers(folder: Path) -> dict[tuple[str, str], str]:

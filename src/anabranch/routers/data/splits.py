@@ -12,9 +12,6 @@ from anabranch.routers.wording import normal_form
 
 HOLD_OUT = (0.8, 0.2)  # train, test
 
-# Train, validation, test, as in GraphRouter.
-WITH_VALIDATION = (0.7, 0.1, 0.2)
-
 
 def question(text: str) -> str:
     """What tells a question from others: its `normal_form`, or itself if it is nothing but white space."""

@@ -3,7 +3,7 @@
 replay     off-peak: the dearest arm answers the request of an example several times; each answer is graded, the best kept (section 4.3)
 compare    an uncertain request was answered by one arm: a second one answers too, and which is better teaches the router (section 5)
 
-The judge is a model. It grades an answer alone from 0 to 10, and compares two in both orders (Zheng et al. 2023, arXiv 2306.05685).
+The judge is a model. It grades an answer alone from 0 to 10, and compares two in both orders (`both_orders`).
 """
 
 import logging
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.routers.both_orders import of_both_orders
 from anabranch.routers.contract.strategy import Errands
 from anabranch.routers.ic_cache.ic_cache import ICCache
 from anabranch.routers.judges import grade, grade_prompt, prompt_of, verdict
@@ -135,8 +136,8 @@ async def compare(cache: ICCache, run: Errands, first: Answered) -> None:
         prompt = [{"role": "user", "content": prompt_of(asked, *pair)}]
         verdicts.append(verdict(await run.ask(run.judge, prompt, temperature=COLD)))
     forth, back = verdicts
-    if forth is None or back is None:
+    outcome = of_both_orders(forth, None if back is None else 1 - back)
+    if outcome is None:
         cache.metrics.count("ic_cache_feedback_ignored_total", reason="unclear verdict")
         return
-    outcome = (forth + 1 - back) / 2
     await run.alone(lambda: cache.prefer(first.decision, first.arm, second, outcome))
