@@ -9,7 +9,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.routers import strategies
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model, Pool, Query
-from anabranch.routers.kmeans import by_size, distances, kmeans
+from anabranch.routers.kmeans import MOST_ITERATIONS, _lloyd, _seeds, by_size, distances, kmeans
 from anabranch.routers.strategies.knn import Knn, top_k
 
 POOL = Pool((Model(name="a"), Model(name="b")))
@@ -81,6 +81,21 @@ def test_hnsw_finds_what_exact_search_finds():
     assert np.array_equal(twin.predict(test).quality_NM, index.predict(test).quality_NM)
 
 
+def test_a_neighbour_that_a_walk_did_not_find_is_none():
+    class Walk:
+        def search(self, query_QD, k, ef):
+            assert (k, ef) == (3, 7)
+            return np.array([[4, 2, 0]]), np.array([[0.9, 0.8, -np.inf]], np.float32)
+
+    for temperature in (None, 0.1):
+        one = Knn.Config(k=3, ef=7, temperature=temperature).build().fit(recorded(CIRCLE, SCORES))
+        one._index = Walk()
+        found = one.predict_one(Query(text="", vector_D=recorded(CIRCLE, SCORES).vector_ND[0]))
+        weight = np.array([1, 1 if temperature is None else np.exp(-1)])
+        np.testing.assert_allclose(found.quality_NM[0], weight @ one.score_NM[[4, 2]] / weight.sum(), rtol=1e-5)
+        assert [near["row"] for near in found.details["neighbours"]] == [4, 2]
+
+
 @given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_top_k_is_a_stable_sort(columns, levels, seed):
     value = np.random.default_rng(seed).integers(0, levels, (3, columns)).astype(float)
@@ -133,10 +148,39 @@ def test_kmeans_ends_where_lloyd_stands_still(rows, clusters, seed):
     np.testing.assert_allclose(naive[np.arange(rows), cluster], naive.min(1), atol=1e-4)
 
 
+def test_kmeans_gives_each_empty_cluster_a_row_of_its_own():
+    x = np.array([[0], [1], [2], [10]], np.float32)
+    centre, cluster, _ = _lloyd(x, np.array([[0.9], [100], [200]], np.float32), 1, False)
+    assert cluster.tolist() == [0, 0, 2, 1]
+    assert centre[:, 0].tolist() == [0.5, 10, 2]
+
+
+def test_kmeans_keeps_the_best_of_its_starts():
+    """Of rows without heaps, where each start ends elsewhere."""
+    x = np.random.default_rng(1).normal(size=(60, 2)).astype(np.float32)
+    found = set()
+    for seed in range(8):
+        each = [
+            _lloyd(x, _seeds(x, 6, np.random.default_rng([seed, start])), MOST_ITERATIONS, False)[2]
+            for start in range(4)
+        ]
+        centre, cluster = kmeans(x, 6, seed=seed)
+        assert ((x - centre[cluster]) ** 2).sum() == pytest.approx(min(each), rel=1e-4)
+        found.add(int(np.argmin(each)))
+    # None of them is always it.
+    assert len(found) > 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_that_is_there_again_makes_no_cluster(seed):
+    """By products of float32 it is not quite at the place of the other."""
+    row = np.random.default_rng(seed).normal(size=(1, 384)).astype(np.float32)
+    x = np.tile(row / np.linalg.norm(row), (6, 1))
+    assert len(kmeans(x, 3)[0]) == 1
+
+
 def test_kmeans_is_what_scikit_learn_finds_from_the_same_seeds():
     from sklearn.cluster import KMeans
-
-    from anabranch.routers.kmeans import _seeds
 
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 5)).astype(np.float32)

@@ -1,19 +1,21 @@
-"""N(q): the nearest stored queries, exactly while there are few, by `anabranch.graph.hnsw` once there are many.
+"""N(q): the nearest stored queries, exactly while there are few, on a walk (`retrieve.WalkedRows`) once there are many.
 
 Whole tables of queries are searched exactly a while longer, since one matrix product serves them all.
 """
 # Shapes: N stored queries, Q asked ones, J neighbours, D dimensions
 
-from typing import Any
-
 import numpy as np
 
-from anabranch.extras import is_installed, require
+from anabranch.extras import is_installed
 from anabranch.routers.contract.strategy import Arrays, Facts
+from anabranch.routers.retrieve import WalkedRows
 
 # Numbers of a block of cosines.
 PIECE = 1 << 23
 EF = 80
+
+# Who walks.
+BY = "an index of many queries"
 
 # Rows up to which whole tables of queries are searched exactly; queries that are a table.
 TABLE, MANY = 20_000, 32
@@ -32,7 +34,7 @@ class Neighbours:
         self.dim, self.exact_below, self.seed = dim, exact_below, seed
         self.count = 0
         self._held = np.zeros((0, dim), np.float32)
-        self._index: Any = None
+        self._index: WalkedRows | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -58,12 +60,10 @@ class Neighbours:
         """Put another query in the place of a row."""
         self._held[row] = vector_D
         if self._index is not None:
-            self._index.update([row], vector_D[None])
+            self._index.replace(row, vector_D)
 
     def _build(self) -> None:
-        from anabranch.graph.hnsw import HNSW
-
-        self._index = HNSW(self.dim, "ip", M=16, ef_construction=100, dtype="i8", seed=self.seed, num_threads=1)
+        self._index = WalkedRows(self.dim, by=BY, seed=self.seed, M=16, ef_construction=100, dtype="i8")
         self._index.add(self.vector_ND)
 
     @property
@@ -74,18 +74,17 @@ class Neighbours:
     def search(self, query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows int64 [Q, J] and cosines float32 [Q, J], nearest first, J = min(k, N)."""
         k = min(k, self.count)
-        if not self.is_exact and (len(query_QD) < MANY or self.count > TABLE):
-            row_QJ, distance_QJ = self._index.search(query_QD, k, ef=max(EF, 2 * k))
-            return np.maximum(row_QJ, 0), np.where(row_QJ < 0, -np.inf, 1 - distance_QJ).astype(np.float32)
+        if self._index is not None and (len(query_QD) < MANY or self.count > TABLE):
+            return self._index.search(query_QD, k, max(EF, 2 * k))
         return nearest(query_QD, self.vector_ND, k)
 
     def state(self) -> tuple[Arrays, Facts]:
         """Vectors, and the index as it was built."""
-        arrays, facts = {"near.vector_ND": self.vector_ND.copy()}, {}
+        arrays: Arrays = {"near.vector_ND": self.vector_ND.copy()}
+        facts: Facts = {}
         if self._index is not None:
-            held = self._index.__getstate__()
-            arrays |= {f"near.index.{name}": value for name, value in held["arrays"].items()}
-            facts["index"] = held["meta"]
+            held, facts["index"] = self._index.state()
+            arrays |= {f"near.index.{name}": value for name, value in held.items()}
         return arrays, facts
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
@@ -93,13 +92,9 @@ class Neighbours:
         self._held = np.array(arrays["near.vector_ND"], np.float32)
         self.count, self._index = len(self._held), None
         if "index" in facts:
-            require("numba", by="an index of many queries", of="routers")
-            from anabranch.graph.hnsw import HNSW
-
             prefix = "near.index."
             held = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-            self._index = HNSW.__new__(HNSW)
-            self._index.__setstate__({"arrays": held, "meta": facts["index"], "num_threads": 1})
+            self._index = WalkedRows.of_state(held, facts["index"], by=BY)
 
 
 def nearest(query_QD: np.ndarray, vector_ND: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ found, similarity = index.search(vector_D, k=5, namespace="tenant-7")
 
 from anabranch.routers.retrieve.clustered import Clustered
 from anabranch.routers.retrieve.exact import Exact
-from anabranch.routers.retrieve.hnsw import Hnsw
+from anabranch.routers.retrieve.hnsw import Hnsw, WalkedRows
 from anabranch.routers.retrieve.index import Index
 
-__all__ = ["Clustered", "Exact", "Hnsw", "Index"]
+__all__ = ["Clustered", "Exact", "Hnsw", "Index", "WalkedRows"]

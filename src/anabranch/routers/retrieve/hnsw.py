@@ -1,25 +1,82 @@
-"""`anabranch.graph.HNSW` behind the seam: a walk through small-world graphs, for a hundred thousand vectors and more."""
-# Shapes: N vectors, D dimensions
+"""`anabranch.graph.HNSW` behind the seam: a walk through small-world graphs, for a hundred thousand vectors and more.
 
-from typing import Any
+An `Index` of kind ``hnsw`` keeps vectors by id and namespace. `WalkedRows` is for tables that hold their vectors themselves (`knn`,
+GraphRouter's neighbours): rows are numbered as they come, and many queries are searched for at once.
+"""
+# Shapes: N vectors, Q queries, K results, D dimensions
+
+from typing import Any, Self
 
 import numpy as np
 
 from anabranch.config import Field, Seed, configclass
 from anabranch.extras import require
+from anabranch.routers.contract.strategy import Arrays, Facts
 from anabranch.routers.retrieve.index import Allow, Index, Shard
+
+
+def _graph_class(by: str) -> Any:
+    """It compiles on first use: only who asks for it waits. Raises MissingExtraError, ``by`` whom."""
+    require("numba", by=by, of="routers")
+    from anabranch.graph.hnsw import HNSW
+
+    return HNSW
+
+
+class WalkedRows:
+    """Vectors of length 1 (or 0), whose rows are found by cosine, some of them perhaps not.
+
+    Args:
+        dim: D.
+        by: who asks, for the message where the extra is missing.
+        seed: of the levels.
+        options: of `anabranch.graph.HNSW`.
+    """
+
+    def __init__(self, dim: int, *, by: str, seed: int = 0, **options: Any) -> None:
+        # The inner product of such vectors is the cosine, and takes zeros too.
+        self._graph = _graph_class(by)(dim, metric="ip", seed=seed, num_threads=1, **options)
+
+    def add(self, vector_ND: np.ndarray) -> None:
+        """Append rows."""
+        self._graph.add(vector_ND)
+
+    def replace(self, row: int, vector_D: np.ndarray) -> None:
+        """Put another vector in the place of a row."""
+        self._graph.update([row], vector_D[None])
+
+    def search(self, query_QD: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows int64 [Q, K] and cosines float32 [Q, K], nearest first; where a walk found fewer than k, row 0 and -inf.
+
+        Args:
+            query_QD: of length 1.
+            k: at most the rows there are.
+            ef: candidates that a walk keeps.
+        """
+        row_QK, distance_QK = self._graph.search(query_QD, k, ef=ef)
+        like_QK = np.where(row_QK < 0, -np.inf, 1 - distance_QK).astype(np.float32)
+        return np.maximum(row_QK, 0), like_QK
+
+    def state(self) -> tuple[Arrays, Facts]:
+        """The graph as it was built."""
+        held = self._graph.__getstate__()
+        return held["arrays"], held["meta"]
+
+    @classmethod
+    def of_state(cls, arrays: Arrays, facts: Facts, *, by: str) -> Self:
+        """What `state` gave, once more."""
+        made, graph_class = cls.__new__(cls), _graph_class(by)
+        made._graph = graph_class.__new__(graph_class)
+        made._graph.__setstate__({"arrays": arrays, "meta": facts, "num_threads": 1})
+        return made
 
 
 class HnswShard(Shard):
     """See the module. The inner product of unit vectors is the cosine, and takes zeros too."""
 
     def __init__(self, config: Any, dim: int) -> None:
-        # Compiles on first use: only who asks for it waits.
-        require("numba", by="the index hnsw", of="routers")
-        from anabranch.graph.hnsw import HNSW
-
         self._ef = config.ef
-        self._graph = HNSW(
+        self._graph = _graph_class("the index hnsw")(
             dim, metric="ip", M=config.M, ef_construction=config.ef_construction, seed=config.seed, num_threads=1
         )
 
@@ -54,12 +111,13 @@ class HnswShard(Shard):
 
     def vector(self, id: int) -> np.ndarray:
         """Of one that is there."""
-        return self._graph.vectors([id])[0]
+        found: np.ndarray = self._graph.vectors([id])[0]
+        return found
 
     @property
     def size_bytes(self) -> int:
         """Memory of vectors and links, with what they have room for."""
-        return self._graph.size_bytes
+        return int(self._graph.size_bytes)
 
 
 class Hnsw(Index, kind="hnsw"):

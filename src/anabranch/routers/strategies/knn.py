@@ -7,7 +7,7 @@ Varangot-Reille et al. 2025 (arXiv 2502.00409). With ``temperature`` neighbours 
 
 A neighbour whose score of a model is unknown does not count for that model; where no neighbour's is known, the model's overall
 mean stands in.
-The search is exact: one product of matrix and vector. For data far beyond 10^5 rows ``index="hnsw"`` searches `anabranch.graph`'s index.
+The search is exact: one product of matrix and vector. For data far beyond 10^5 rows ``index="hnsw"`` walks (`retrieve.WalkedRows`).
 """
 # Shapes: N recorded queries, Q queries, K neighbours, M models, D dimensions
 
@@ -16,11 +16,11 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from anabranch.config import Field, configclass
-from anabranch.extras import require
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Arrays, Facts
+from anabranch.routers.retrieve import WalkedRows
 from anabranch.routers.strategies.training import closed, means, training_set, vector_of, vectors_of
 
 # Similarities held at once.
@@ -55,7 +55,7 @@ class Knn(Predictor, kind="knn"):
         self.mean_M = np.zeros(0)
         self.is_complete = True
         self.seed = 0
-        self._index: Any = None
+        self._index: WalkedRows | None = None
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Keep the rows that have a score. ``seed`` draws the levels of ``hnsw``."""
@@ -71,11 +71,8 @@ class Knn(Predictor, kind="knn"):
         self.is_complete = bool(np.isfinite(score_NM).all())
         self._index = self._build_index() if self.config.index == "hnsw" else None
 
-    def _build_index(self) -> Any:
-        require("numba", by="knn with index = 'hnsw'", of="routers")
-        from anabranch.graph.hnsw import HNSW
-
-        index = HNSW(self.vector_ND.shape[1], metric="ip", seed=self.seed, num_threads=1)
+    def _build_index(self) -> WalkedRows:
+        index = WalkedRows(self.vector_ND.shape[1], by="knn with index = 'hnsw'", seed=self.seed)
         index.add(self.vector_ND)
         return index
 
@@ -83,8 +80,7 @@ class Knn(Predictor, kind="knn"):
         """Rows ``[Q, K]`` by falling similarity, ties by row, and their similarities."""
         k = min(self.config.k, len(self.vector_ND))
         if self._index is not None:
-            row_QK, distance_QK = self._index.search(vector_QD, k, ef=max(self.config.ef, k))
-            return np.asarray(row_QK), 1.0 - np.asarray(distance_QK, np.float32)
+            return self._index.search(vector_QD, k, max(self.config.ef, k))
         return top_k(vector_QD @ self.vector_ND.T if len(vector_QD) > 1 else (self.vector_ND @ vector_QD[0])[None], k)
 
     def predict(self, data: Recorded) -> Prediction:
@@ -104,6 +100,7 @@ class Knn(Predictor, kind="knn"):
         nearest = [
             {"row": int(row), "similarity": round(float(similarity), 4)}
             for row, similarity in zip(row_QK[0, :SHOWN], similarity_QK[0, :SHOWN], strict=True)
+            if np.isfinite(similarity)
         ]
         return Prediction(
             quality_NM=quality_QM, confidence_N=confidence_Q, details={"neighbours": nearest, "k": row_QK.shape[1]}
@@ -112,7 +109,8 @@ class Knn(Predictor, kind="knn"):
     def _expected(self, row_QK: np.ndarray, similarity_QK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean scores ``[Q, M]``, and the share of neighbours on which the best model was best."""
         score_QKM = self.score_NM[row_QK]
-        weight_QK = np.ones(row_QK.shape)
+        # A neighbour that a walk did not find is none.
+        weight_QK = np.isfinite(similarity_QK).astype(float)
         if self.config.temperature is not None:
             weight_QK = np.exp((similarity_QK - similarity_QK[:, :1]) / self.config.temperature)
         if self.is_complete:
