@@ -28,13 +28,13 @@ from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamRequest, Usage
 from anabranch.gateway.providers.scenes import Behaviour, Scene
-from anabranch.gateway.providers.sse import DONE, event
 from anabranch.gateway.store import LedgerQuery
 from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.api_error import ApiError
+from anabranch.web.sse import DONE, event
 
 PRICE = Price.of_dollars(1, 2)  # 1,000 and 2,000 nano-dollars a token
 

@@ -13,11 +13,8 @@ from dataclasses import replace
 
 from anabranch.gateway.sound_mp4 import mp4
 from anabranch.gateway.sound_ogg import ogg
-from anabranch.gateway.sound_packets import Contained
+from anabranch.gateway.sound_packets import LONGEST_S, Contained
 from anabranch.gateway.sound_webm import webm
-
-# No clip that is taken anywhere is longer, whatever it says: eleven days.
-_LONGEST_S = 1_000_000.0
 
 
 def is_container(head: bytes) -> bool:
@@ -39,4 +36,4 @@ def contained(data: bytes) -> Contained | None:
         return None
     if found is None or not found.seconds > 0:
         return None
-    return replace(found, seconds=min(found.seconds, _LONGEST_S))
+    return replace(found, seconds=min(found.seconds, LONGEST_S))

@@ -6,6 +6,8 @@ Bytes that are of no frame are told too; whoever sets a limit takes them for the
 
 from dataclasses import dataclass
 
+from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_RATES, LONGEST_S
+
 # Bits of a second in thousands, by version (1, or 2 and 2.5) and layer, by the mark in a frame's head; 0 where it is not said.
 _RATES: dict[tuple[bool, int], tuple[int, ...]] = {
     (True, 1): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -16,15 +18,8 @@ _RATES: dict[tuple[bool, int], tuple[int, ...]] = {
     (False, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 
-# Samples of a second by version (the two bits of a frame's head), and by the mark of ADTS.
+# Samples of a second by version (the two bits of a frame's head).
 _SAMPLES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
-_AAC_SAMPLES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000, 7_350)
-
-# Of one block of AAC; its newer kinds double the rate at which they are played, never the time.
-_AAC_BLOCK = 1024
-
-# No clip that is taken anywhere is longer, whatever it says: eleven days.
-_LONGEST_S = 1_000_000
 
 # Frames that follow one another before a place is taken for the beginning of one: two bytes of anything may look like a head.
 _SURE = 3
@@ -86,7 +81,7 @@ def flac_seconds(head: bytes) -> float | None:
         return None
     told = int.from_bytes(head[18:26], "big")
     rate, samples = told >> 44, told & (1 << 36) - 1
-    return min(samples / rate, _LONGEST_S) if rate and samples else None
+    return min(samples / rate, LONGEST_S) if rate and samples else None
 
 
 def _next_place(data: bytes, at: int, tries: int) -> tuple[int, int]:
@@ -135,6 +130,6 @@ def _adts(head: bytes) -> tuple[int, float] | None:
         return None
     mark = head[2] >> 2 & 15
     length = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
-    if mark >= len(_AAC_SAMPLES) or length < 7:
+    if mark >= len(AAC_RATES) or length < 7:
         return None
-    return length, (1 + (head[6] & 3)) * _AAC_BLOCK / _AAC_SAMPLES[mark]
+    return length, (1 + (head[6] & 3)) * AAC_BLOCK / AAC_RATES[mark]

@@ -4,10 +4,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from anabranch.gateway.sound_packets import Contained, Pieces
-
-_AAC_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000, 7_350)
-_AAC_SAMPLES = 1024
+from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_RATES, Contained, Pieces
 
 # Boxes with boxes in them, and how deep they are walked through.
 _BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
@@ -71,7 +68,7 @@ def mp4(data: bytes) -> Contained | None:
     fragments = min(fragments, len(data))
     seconds = [max(track.length, track.told) / track.scale for track in sounds]
     counted = [
-        (track.samples + (fragments if at == 0 else 0)) * _AAC_SAMPLES / track.rate if track.rate else 0.0
+        (track.samples + (fragments if at == 0 else 0)) * AAC_BLOCK / track.rate if track.rate else 0.0
         for at, track in enumerate(sounds)
     ]
     whole = sum(max(one, other) for one, other in zip(seconds, counted, strict=True))
@@ -180,4 +177,4 @@ def _config_rate(bits: int) -> int:
     mark = bits >> 64 - skip - 4 & 15
     if mark == 15:
         return bits >> 64 - skip - 28 & (1 << 24) - 1
-    return _AAC_RATES[mark] if mark < len(_AAC_RATES) else 0
+    return AAC_RATES[mark] if mark < len(AAC_RATES) else 0

@@ -1,4 +1,4 @@
-"""What the readers of containers of sound share: what they find, how long a packet of Opus lasts, and when they give up."""
+"""What the readers of sound share: how long a packet of Opus and a block of AAC last, what containers hold, and when readers give up."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,14 @@ _OPUS_MS = (*(10, 20, 40, 60) * 3, *(10, 20) * 2, *(2.5, 5, 10, 20) * 4)
 
 # A packet lasts no longer.
 PACKET_MS = 120.0
+
+# Samples a second of AAC by the mark in its heads, and samples of one block; newer kinds double the rate at which a block is played, never
+# its time.
+AAC_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000, 7_350)
+AAC_BLOCK = 1024
+
+# No clip that is taken anywhere is longer, whatever it says: eleven days.
+LONGEST_S = 1_000_000.0
 
 # Elements, boxes or packets that are walked through: more than five hours of packets of Opus have. What has more is made of next to
 # nothing but heads, and would hold up whoever waits for a turn behind it.

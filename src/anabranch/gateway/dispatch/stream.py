@@ -36,8 +36,8 @@ from anabranch.gateway.providers.provider import (
     excess,
     read_all,
 )
-from anabranch.gateway.providers.sse import DONE, DONE_DATA, event, events
-from anabranch.web.sse import HEARTBEAT
+from anabranch.gateway.providers.sse import DONE_DATA, events
+from anabranch.web.sse import DONE, HEARTBEAT, event
 
 STITCHED = b": x-stitched\n\n"
 RESTART = b'event: restart\ndata: {"object":"stream.restart"}\n\n'

@@ -30,8 +30,9 @@ from anabranch.gateway.providers.provider import (
     garbage,
     parse_object,
 )
-from anabranch.gateway.providers.sse import DONE_DATA, EVENT_BYTES, Splitter, event, events
+from anabranch.gateway.providers.sse import DONE_DATA, EVENT_BYTES, Splitter, events
 from anabranch.gateway.providers.vocabulary import status_said
+from anabranch.web.sse import event
 
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.run import Run

@@ -14,7 +14,7 @@ import struct
 import zlib
 
 from anabranch.gateway.providers.provider import Json, garbage, parse_object
-from anabranch.gateway.providers.sse import event
+from anabranch.web.sse import event
 
 # Of a message, as Amazon sets it.
 MOST_BYTES, MOST_HEADERS = 16 << 20, 128 << 10

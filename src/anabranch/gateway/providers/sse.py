@@ -1,16 +1,12 @@
-"""Server-sent events: whole events out of bytes that are cut anywhere, and bytes out of events."""
+"""Server-sent events of upstreams: whole events out of bytes that are cut anywhere. `anabranch.web.sse` writes them."""
 
-import json
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from anabranch.gateway.providers.provider import excess, garbage
-from anabranch.web.sse import DONE
 
 # Most bytes of one event.
 EVENT_BYTES = 8 << 20
-__all__ = ["DONE", "DONE_DATA", "EVENT_BYTES", "Splitter", "event", "events"]
 DONE_DATA = b"[DONE]"
 
 # A stream may begin with one.
@@ -80,8 +76,3 @@ def events(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         # One without data is none.
         if joined := b"\n".join(data):
             yield name, joined
-
-
-def event(value: Any) -> bytes:
-    """A chunk as an event."""
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
