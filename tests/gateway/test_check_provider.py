@@ -6,8 +6,10 @@ import pytest
 
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.engine import Engine
+from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import Failure, HttpCall, hidden
+from anabranch.gateway.providers.recorded import Replay
 from anabranch.testing import check_provider
 
 SECRET = "sk-test-0123456789abcdef"
@@ -44,6 +46,25 @@ def test_ours_keep_it():
     check_provider(
         Anthropic.Config(model="m"), secret=SECRET, answer=json.dumps(MESSAGE).encode(), text="hi", events=events
     )
+
+
+def test_those_that_make_answers_up_keep_it_too(tmp_path):
+    path = tmp_path / "recorded.jsonl"
+    path.write_text("")
+    check_provider(Mock.Config(model="m"), answer=ANSWER, text="hi")
+    check_provider(Replay.Config(path=str(path), model="m"), answer=ANSWER, text="hi")
+    theirs = Replay.Config(path=str(path), provider=Anthropic.Config(model="m"))
+    check_provider(theirs, answer=json.dumps(MESSAGE).encode(), text="hi")
+
+
+class Obliging(OpenAI):
+    endpoints = ("chat",)
+
+    def build(self, request):
+        self.endpoints = OpenAI.endpoints
+        call = super().build(request)
+        del self.endpoints
+        return call
 
 
 class Meddling(OpenAI):
@@ -93,6 +114,7 @@ class Trusting(OpenAI):
     [
         (Meddling, "changes the sender's body"), (Telling, "the key is in the URL"), (Relative, "no absolute URL"),
         (Splitting, "line break"), (Chatty, "shows the key|must be"), (Hasty, "must be 'auth'"), (Trusting, "taken for an answer"),
+        (Obliging, "a request to completions, which is none of its endpoints, is built"),
     ],
 )  # fmt: skip
 def test_what_breaks_it_is_found(broken, said):

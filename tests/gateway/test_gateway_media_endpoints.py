@@ -26,9 +26,11 @@ from anabranch.gateway.media_requests import (
     most_made,
 )
 from anabranch.gateway.media_tokens import heard_seconds, sound
-from anabranch.gateway.providers.media import Upload, encoded, read, usage_of
+from anabranch.gateway.providers.media import PATHS, Upload, encoded, read, usage_of
+from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamRequest
+from anabranch.gateway.providers.scenes import Behaviour
 from anabranch.gateway.providers.usage import Usage
 from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
@@ -437,3 +439,31 @@ def test_a_ranking_is_billed_by_its_units(upstream, tmp_path):
 
     _, rows = through(upstream, tmp_path, work, request=2_000_000_000)
     assert [row.cost_nano for row in rows] == [0, 2_000_000]
+
+
+# Upstreams that make their answers up
+
+
+def test_pictures_and_the_like_are_not_made_up(tmp_path):
+    asked = {
+        "images": {"prompt": "a river"},
+        "moderations": {"input": "a"},
+        "rerank": {"query": "q", "documents": ["a"]},
+        "speech": {"input": "a", "voice": "v"},
+    }
+    made = ModelConfig(name="m", deployments=(DeploymentConfig(provider=Mock.Config(model="m")),))
+
+    async def main():
+        async with Gateway(GatewayConfig(models=(made,), store=str(tmp_path / "g.db"), require_key=False)) as gateway:
+            for endpoint, fields in asked.items():
+                with pytest.raises(ApiError) as caught:
+                    await gateway.handle(endpoint, {"model": "m", **fields})
+                assert (caught.value.status, caught.value.code) == (400, "unsupported")
+                assert f"{endpoint} cannot be asked of mock" in str(caught.value)
+
+    asyncio.run(main())
+    # Nor by the scripted server.
+    for path in (*PATHS.values(), "/nothing", ""):
+        scene = Behaviour(Mock.Config()).scene(f"/v1{path}", b"{}")
+        assert scene.status == 404
+        assert b"there is no " in scene.parts[0][1]

@@ -66,6 +66,7 @@ def check_provider(
     for endpoint in _checked(provider):
         for stream in (False, True):
             _check_build(provider, endpoint, stream, secret)
+    _check_refusals(provider)
     _check_errors(provider, secret)
     _check_garbage(provider)
     if answer is not None:
@@ -101,6 +102,17 @@ def _check_build(provider: Provider, endpoint: Endpoint, stream: bool, secret: s
         assert not set("\r\n\0") & set(f"{name}{value}"), f"{where}: header {name!r} holds a line break"
     own = provider.transport(_Nowhere()) is not _NOWHERE
     assert own or urlsplit(call.url).scheme in ("http", "https"), f"{where}: {call.url!r} is no absolute URL"
+
+
+def _check_refusals(provider: Provider) -> None:
+    for endpoint in BODIES:
+        if endpoint in provider.endpoints:
+            continue
+        kind = _refused(lambda endpoint=endpoint: provider.build(_request(endpoint)))  # type: ignore[misc]
+        told = "is built" if kind is None else f"is {kind!r}"
+        assert kind == "unsupported", (
+            f"a request to {endpoint}, which is none of its endpoints, {told}; it must be 'unsupported'"
+        )
 
 
 class _Nowhere:

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from anabranch.config import Field, Seed, configclass
-from anabranch.gateway.providers.openai import PATHS
+from anabranch.gateway.providers.openai import PATHS, unsupported
 from anabranch.gateway.providers.provider import (
     Failure,
     Headers,
@@ -61,7 +61,9 @@ class Mock(Provider, kind="mock"):
         self.behaviour = Behaviour(config)
 
     def build(self, request: UpstreamRequest) -> HttpCall:
-        """As for OpenAI, to nowhere."""
+        """As for OpenAI, to nowhere. Raises UpstreamError (``unsupported``) for what it cannot make up: pictures, sound and the like."""
+        if request.endpoint not in self.endpoints:
+            raise unsupported(f"{request.endpoint} cannot be asked of mock")
         return HttpCall(PATHS[request.endpoint], {}, request.encoded(self.config.model, True))
 
     def transport(self, http: Transport) -> Transport:

@@ -17,7 +17,7 @@ from typing import Any
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError, DataError
-from anabranch.gateway.providers.openai import PATHS
+from anabranch.gateway.providers.openai import PATHS, unsupported
 from anabranch.gateway.providers.provider import (
     Answer,
     Failure,
@@ -207,11 +207,15 @@ class Replay(Provider, kind="replay"):
         super().__init__(config)
         self._rows = _read(Path(config.path))
         self._inner: Provider | None = None if config.provider is None else config.provider.build()
+        if self._inner is not None:
+            self.endpoints = self._inner.endpoints  # type: ignore[misc]
 
     def build(self, request: UpstreamRequest) -> HttpCall:
         """As for the provider whose form it is; sent to nowhere."""
         if self._inner is not None:
             return self._inner.build(request)
+        if request.endpoint not in self.endpoints:
+            raise unsupported(f"{request.endpoint} cannot be asked of {self.kind}")
         return HttpCall(PATHS[request.endpoint], {}, request.encoded(self.config.model, True))
 
     def parse(self, request: UpstreamRequest, body: bytes) -> Answer:

@@ -14,7 +14,7 @@ from typing import Any
 
 from anabranch.errors import ConfigError
 from anabranch.gateway.providers.provider import Json
-from anabranch.gateway.providers.sse import DONE, event
+from anabranch.web.sse import DONE, event
 
 STEPS = (
     "ok",
@@ -116,6 +116,8 @@ class Behaviour:
             return _error(refused[name], f"scripted {name}", code=words[name])
         if path.endswith("/embeddings"):
             return _broken(Scene(parts=[(self.config.latency_s, _embeddings(asked))]), name)
+        if not path.endswith("/completions"):
+            return _error(404, f"there is no {path[:80]!r} here")
         wait_s = float(number) if name == "slow" and number else self.config.latency_s
         scene = self._stream(asked, path, wait_s) if asked.get("stream") else self._whole(asked, path, wait_s)
         return _cut(scene, int(number or 1)) if name == "cut" else _broken(scene, name)
