@@ -8,9 +8,18 @@ import pytest
 
 from anabranch import registry
 from anabranch.config import Config, Field, configclass, from_dict, to_dict
-from anabranch.errors import ConfigError, DataError, InputError, UnknownModelError
+from anabranch.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    MissingExtraError,
+    TokenizerError,
+    UnknownModelError,
+)
 from anabranch.gateway.config import (
     GatewayConfig,
+    LimitsConfig,
     Secret,
     StrategyConfig,
     Target,
@@ -21,8 +30,11 @@ from anabranch.gateway.config import (
     names_of,
 )
 from anabranch.gateway.config.lines import parse
+from anabranch.gateway.config.source import told_where
+from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.run import try_out
 from anabranch.routers.contract.strategy import Strategy
+from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.money import Price
 
 GOOD = """\
@@ -183,6 +195,9 @@ BAD = [
     ('mid_stream = "stop"\n' + MODEL, 1, "mid_stream is 'stop'; it must be 'error', 'continue' or 'restart'"),
     (MODEL + "weight = -1", 5, "models.0.deployments.0.weight is -1; it must be greater than or equal to 0"),
     (MODEL + "\n\nrpm = 1.5", 7, "models.0.deployments.0.rpm is 1.5"),
+    (MODEL + "[hedge]\nsamples = 0", 6, "hedge.samples is 0; it must be greater than or equal to 1"),
+    (MODEL + "[lost]\nread_on = -1", 6, "lost.read_on is -1; it must be greater than or equal to 0"),
+    (MODEL + "[feedback]\nfree = -1", 6, "feedback.free is -1; it must be greater than or equal to 0"),
     (MODEL.replace("mock", "mok"), 4, "models.0.deployments.0.provider: no provider of kind 'mok'; did you mean 'mock'?"),
     (MODEL.replace('kind = "mock"', 'model = "x"'), 4, "models.0.deployments.0.provider needs a kind of provider; known: anthropic"),
     (MODEL.replace(" }", ", tokns = 3 }"), 4, "models.0.deployments.0.provider: Mock has no field 'tokns'; did you mean 'tokens'?"),
@@ -358,6 +373,96 @@ def test_without_a_config():
     assert len(set(prices)) == 3
     assert find_target(config, "auto").strategy == "rules"
     assert not config.require_key
+
+
+def test_the_least_that_may_be_is_taken(read):
+    config = read(MODEL + "[hedge]\nsamples = 1\n[lost]\nread_on = 0\n[feedback]\nfree = 0\n")
+    assert (config.hedge.samples, config.lost.read_on, config.feedback.free) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "room"),
+    [
+        ({}, 256 << 20),
+        ({"body_bytes": 64 << 20}, 256 << 20),
+        ({"body_bytes": (64 << 20) + 1}, (256 << 20) + 4),
+        ({"body_bytes": 1000, "bodies_bytes": 4000}, 4000),
+    ],
+)
+def test_there_is_room_for_four_bodies_of_any_size(fields, room):
+    assert LimitsConfig(**fields).room_for_bodies == room
+
+
+# What is found as the config is made into a gateway
+
+FITTED = '[strategies.a]\nkind = "knn"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "error", "message"),
+    [
+        (MODEL + '[strategies.a]\nkind = "linucb"', 5, ConfigError, "strategies.a needs vectors of queries"),
+        (MODEL + FITTED + '[embedder]\nkind = "hashed"', 5, ConfigError, "strategies.a: knn has to learn first"),
+        (MODEL + '[strategies.a]\nrouter = "g.toml"', 6, CheckpointError, "strategies.a.router: "),
+        ('[embedder]\nkind = "fit_first"\n' + MODEL, 1, ConfigError, "embedder has to learn"),
+        (MODEL.replace('small"', 'small"\ntokenizer = "no.json"'), 3, TokenizerError, "models.0.tokenizer: no tokenizer at"),
+        (MODEL + "[otel]\nendpoint = 'http://h:1'", 5, MissingExtraError, "[otel] in the config needs"),
+        ("a = 1\n" + MODEL, 1, ConfigError, "the gateway config has no field 'a'"),
+    ],
+)  # fmt: skip
+def test_whatever_a_config_cannot_be_made_into_is_told_with_its_line(tmp_path, monkeypatch, text, line, error, message):
+    """By the command, by Python, and where it is read again."""
+    monkeypatch.setattr(Hashed, "needs_fit", 'kind = "fit_first"' in text)
+    path = tmp_path / "g.toml"
+    path.write_text(text.replace("fit_first", "hashed"))
+    if error is MissingExtraError:
+        missing(monkeypatch, "otel")
+    for made in (lambda: Gateway(path), lambda: try_out(load_config(path), path)):
+        with pytest.raises(error) as caught:
+            made()
+        assert str(caught.value).startswith(f"{path}:{line}: {message}"), caught.value
+
+
+def test_an_extra_that_a_provider_needs_is_told_with_its_line(tmp_path, monkeypatch):
+    missing(monkeypatch, "bedrock")
+    path = tmp_path / "g.toml"
+    path.write_text(MODEL + MODEL.replace("small", "b").replace('"mock"', '"bedrock", model = "m", region = "r"'))
+    with pytest.raises(MissingExtraError) as caught:
+        Gateway(path)
+    assert str(caught.value).startswith(f"{path}:8: models.1.deployments.0.provider: the provider bedrock needs")
+    assert str(caught.value).endswith(caught.value.command)
+
+
+def test_what_stands_in_no_file_is_told_without_a_line(tmp_path):
+    path = tmp_path / "g.toml"
+    path.write_text(MODEL + '[strategies.a]\nkind = "random"\n')
+    for message, told in (
+        ("strategies.recommended: nothing", None),
+        ("nothing of the config", None),
+        ("[other] in the config", None),
+        ("strategies.a: nothing", 5),
+    ):
+        with pytest.raises(ConfigError) as caught, told_where(path):
+            raise ConfigError(message)
+        assert str(caught.value) == (message if told is None else f"{path}:{told}: {message}")
+        with pytest.raises(ConfigError) as caught, told_where(None):
+            raise ConfigError(message)
+        assert str(caught.value) == message
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"^strategies\.a: gone$"), told_where(path):
+        raise ConfigError("strategies.a: gone")
+
+
+def missing(monkeypatch, extra):
+    """Let an extra be one that is not installed."""
+
+    def refuse(name, *, by, of=None):
+        if name == extra:
+            command = f"pip install 'anabranch[{extra}]'"
+            raise MissingExtraError(f"{by} needs it; {command}", modules=["it"], command=command)
+
+    for module in ("config.needs", "observe.observers", "providers.bedrock"):
+        monkeypatch.setattr(f"anabranch.gateway.{module}.require", refuse)
 
 
 def test_the_configs_of_the_guide_are_right(tmp_path, monkeypatch):

@@ -334,7 +334,10 @@ def test_a_check_refuses_what_a_start_would(tmp_path, monkeypatch, capsys, extra
     monkeypatch.setenv("TEST_ADMIN_KEY", ADMIN)
     path = write(tmp_path / "gateway.toml", extra=extra)
     assert main(["gateway", "serve", "--check", "-c", path]) == 2
-    assert says in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert says in told
+    # With file and line.
+    assert re.match(rf"error: {re.escape(path)}:\d+: strategies\.a", told), told
     assert not (tmp_path / "gateway.db").exists()
 
 

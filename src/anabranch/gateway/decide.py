@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from anabranch.errors import ConfigError, InputError, LimitError
+from anabranch.errors import CheckpointError, ConfigError, InputError, LimitError
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
 from anabranch.gateway.lane import BypassError, Lane
 from anabranch.gateway.logged_error import raised
@@ -196,7 +196,10 @@ def _make(
 ) -> tuple[Strategy, Embedder | None]:
     """The strategy of a config, and what embeds its queries."""
     if wanted.router is not None:
-        return load_router(name, wanted, embedder, [model.name for model in config.models])
+        try:
+            return load_router(name, wanted, embedder, [model.name for model in config.models])
+        except CheckpointError as error:
+            raise CheckpointError(f"strategies.{name}.router: {error}") from None
     try:
         made: Strategy = make_strategy(wanted)
     except ConfigError as error:

@@ -24,6 +24,7 @@ from anabranch.gateway.answer_mark import answer_mark
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.collect.shadow import Shadow
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, default_config, load_config
+from anabranch.gateway.config.source import told_where
 from anabranch.gateway.core.admission import Admission
 from anabranch.gateway.core.decision_log import Collecting, keeps_texts
 from anabranch.gateway.core.held_body import HeldBody
@@ -88,8 +89,14 @@ class Gateway(SyncGateway):
     ) -> None:
         if config is None:
             config = default_config()
-        elif isinstance(config, str | Path):
-            config = load_config(Path(config))
+        path = Path(config) if isinstance(config, str | Path) else None
+        if isinstance(config, str | Path):
+            config = load_config(config)
+        with told_where(path):
+            self._make(config, strategies, store)
+        super().__init__()
+
+    def _make(self, config: GatewayConfig, strategies: Mapping[str, Strategy] | None, store: Store | None) -> None:
         self.metrics, self.rates, self.senders = Metrics(), RateLimits(), InFlight()
         self.shared = None if config.shared is None else Shared(config.shared, self.metrics)
         self.admission = Admission(self.rates, self.senders, None if self.shared is None else self.shared.counts)
@@ -117,7 +124,6 @@ class Gateway(SyncGateway):
             keep=self.keep,
             on_refused=self._log.refused,
         )
-        super().__init__()
 
     def _sources(self) -> Sources:
         """What the page's figures are read from."""

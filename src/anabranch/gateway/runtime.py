@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from anabranch.errors import AnabranchError, ConfigError, TokenizerError
+from anabranch.errors import AnabranchError, ConfigError, MissingExtraError, TokenizerError
 from anabranch.extras import require
 from anabranch.gateway.config import GatewayConfig, ModelConfig
-from anabranch.gateway.config.needs import inside
+from anabranch.gateway.config.needs import check_providers, inside
 from anabranch.gateway.config.prices import unpriced
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.dispatch import Dispatcher
@@ -64,11 +64,13 @@ class Runtime:
             raise ConfigError(
                 "embedder has to learn from a corpus first; use one that needs none, or a fitted router with its own"
             )
-        self.counters = {model.name: _counter(model.tokenizer) for model in config.models if model.tokenizer}
+        self.counters = {
+            model.name: _counter(model.tokenizer, f"models.{at}.tokenizer")
+            for at, model in enumerate(config.models)
+            if model.tokenizer
+        }
         self.decider = Decider(config, self.embedder, on_bypass, strategies, metrics)
-        self.dispatcher: Dispatcher = Dispatcher(
-            groups_of(config), rules_of(config), previous=None if previous is None else previous.dispatcher
-        )
+        self.dispatcher: Dispatcher = _dispatcher(config, None if previous is None else previous.dispatcher)
         for line in unpriced(config.models):
             logger.warning("%s", line)
         self.users, self.mark, self.is_loaded = 0, b"", False
@@ -142,16 +144,27 @@ async def loaded(config: GatewayConfig) -> AsyncIterator[None]:
             await provider.close()
 
 
-def _counter(path: str) -> Counter:
-    """Counts tokens by a ``tokenizer.json``."""
-    require("tokenizers", by="counting by a tokenizer", of="routers")
+def _dispatcher(config: GatewayConfig, previous: Dispatcher | None) -> Dispatcher:
+    try:
+        return Dispatcher(groups_of(config), rules_of(config), previous=previous)
+    except MissingExtraError:
+        # A provider does not know where in the config it stands.
+        check_providers(config)
+        raise
+
+
+def _counter(path: str, field: str) -> Counter:
+    """Counts tokens by a ``tokenizer.json``, which a field of the config names."""
+    require("tokenizers", by=f"{field}: counting by a tokenizer", of="routers")
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():
-        raise TokenizerError(f"no tokenizer at {path}; give the path of a tokenizer.json, or leave it out to estimate")
+        raise TokenizerError(
+            f"{field}: no tokenizer at {path}; give the path of a tokenizer.json, or leave it out to estimate"
+        )
     try:
         made: Any = Tokenizer.from_file(path)
     except Exception as error:
         # The library raises plain Exception.
-        raise TokenizerError(f"{path} is no tokenizer.json: {error}") from None
+        raise TokenizerError(f"{field}: {path} is no tokenizer.json: {error}") from None
     return lambda text: len(made.encode(text, add_special_tokens=False).ids)

@@ -79,10 +79,13 @@ def add_model(
         done = _told(url, key, name, strategy or [], shots)
     else:
         require("gateway", by="anabranch gateway add-model")
+        from anabranch.gateway.config.source import told_where
         from anabranch.gateway.http.run import load
 
         assert config is not None
-        done = asyncio.run(_joined(load(config, store), name, strategy or [], shots))
+        held = load(config, store)
+        with told_where(config):
+            done = asyncio.run(_joined(held, name, strategy or [], shots))
     if as_json:
         print_json({"model": name, **done})
         return

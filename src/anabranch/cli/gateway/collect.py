@@ -21,7 +21,7 @@ from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     from anabranch.gateway.collect import Collected
-    from anabranch.gateway.config import GatewayConfig
+    from anabranch.gateway.gateway import Gateway
     from anabranch.routers.judges import Judge
 
 RULES = ("exact", "contains")
@@ -100,6 +100,9 @@ def collect(
     config = only_file(config_files)
     assert config is not None, "an option that must be given"
     require("gateway", by="anabranch gateway collect")
+    from anabranch.gateway.collect import for_collecting
+    from anabranch.gateway.config.source import told_where
+    from anabranch.gateway.gateway import Gateway
     from anabranch.gateway.http.run import load
     from anabranch.gateway.store.opening import store_file
 
@@ -120,7 +123,9 @@ def collect(
     tell = (lambda text: None) if quiet or as_json else _teller()
     settings = {"per_minute": rate, "max_tokens": max_tokens, "told": tell}
     bounds = {"limit": limit, "share_of": share, "since_s": since_s}
-    done = asyncio.run(_run(held, names, chosen, out, budget, every_s, settings, bounds))
+    with told_where(config):
+        gateway = Gateway(for_collecting(held))
+    done = asyncio.run(_run(gateway, names, chosen, out, budget, every_s, settings, bounds))
     if as_json:
         print_json({"out": str(out), "models": names, "judge": chosen.name, **dataclasses.asdict(done)})
     else:
@@ -159,14 +164,13 @@ def _judge(how: str, references: Path | None, anchor: str | None, names: list[st
 
 
 async def _run(
-    config: GatewayConfig, names: list[str], judge: Judge, out: Path, budget: float | None, every_s: float | None,
+    made: Gateway, names: list[str], judge: Judge, out: Path, budget: float | None, every_s: float | None,
     settings: dict[str, Any], bounds: dict[str, Any],
 ) -> Collected:  # fmt: skip
-    from anabranch.gateway.collect import TAG, Collector, for_collecting
-    from anabranch.gateway.gateway import Gateway
+    from anabranch.gateway.collect import TAG, Collector
     from anabranch.routers.money import nano_dollars
 
-    async with Gateway(for_collecting(config)) as gateway:
+    async with made as gateway:
         collector = Collector(gateway, names, judge, **settings)
         if budget is not None:
             await gateway.store.set_budget(f"tag:{TAG}", nano_dollars(budget))

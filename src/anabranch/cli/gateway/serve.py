@@ -83,7 +83,7 @@ def serve(
         from anabranch.gateway.config.prices import unpriced
 
         held = load(config, store, router, reads_models=True)
-        try_out(held)
+        try_out(held, config)
         for line in unpriced(held.models):
             say(f"no price  {line}")
         say(f"{config or 'the built-in config'} is right: {len(held.models)} models, {len(held.strategies)} strategies")

@@ -10,21 +10,21 @@ What files may write shorter than `to_dict` does:
 import os
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from anabranch.bounds import shown
 from anabranch.config import from_dict
-from anabranch.errors import AnabranchError, ConfigError, DataError
+from anabranch.errors import AnabranchError, ConfigError
 from anabranch.gateway.config.gateway import GatewayConfig
 from anabranch.gateway.config.lines import Lines, join, parse
 from anabranch.gateway.config.secret import MUST, VARIABLE, is_reference
+from anabranch.gateway.config.source import LocatedError, Source, read_text
 from anabranch.gateway.config.strategies import StrategyConfig
 from anabranch.gateway.config.suggestions import hint
 from anabranch.routers.money import MOST_NANO, NANO, TOKEN_RATES, nano_dollars
 
 # Of a million tokens; of a thousand searches and calls.
 PRICES = tuple(f"{name}_usd" for name in (*TOKEN_RATES, "web_search", "request"))
-MAX_BYTES = 16 << 20
 _STRATEGY = ("use", "fields", "trade_off", "budget_usd", "router", "models", "timeout_s", "learns_from", "learns_of")
 
 
@@ -38,16 +38,16 @@ def load_config(path: str | Path, *, reads_models: bool = False) -> GatewayConfi
     Raises DataError for a file that cannot be read, ConfigError for one that is wrong: ``gateway.toml:12: models.0.price.input is ...``.
     """
     path = Path(path)
-    data, lines = parse(_read(path), path)
+    data, lines = parse(read_text(path), path)
     return config_from(data, lines, path, reads_models=reads_models)
 
 
 def config_from(data: dict[str, Any], lines: Lines, path: Path, *, reads_models: bool = False) -> GatewayConfig:
     """`load_config` of what was parsed already."""
-    source = _Source(path, lines)
+    source = Source(path, lines)
     try:
         config = from_dict(GatewayConfig, _plain(data, source))
-    except _LocatedError:
+    except LocatedError:
         raise
     except ConfigError as error:
         source.fail(str(error))
@@ -58,49 +58,7 @@ def config_from(data: dict[str, Any], lines: Lines, path: Path, *, reads_models:
     return config
 
 
-class _LocatedError(ConfigError):
-    """Says where already."""
-
-
-class _Source:
-    """A file whose fields have lines."""
-
-    def __init__(self, path: Path, lines: Lines) -> None:
-        self.path, self.lines = path, lines
-
-    def fail(self, message: str, field: str | None = None) -> NoReturn:
-        """Raise ConfigError with the line of ``field``; None takes the field that the message begins with."""
-        found = self._begun(message) if field is None else field
-        unknown = re.search(r" has no field '([^']*)'", message)
-        if unknown and join(found, unknown[1]) in self.lines:
-            found = join(found, unknown[1])
-        while found and found not in self.lines:
-            found = found.rpartition(".")[0]
-        line = self.lines.get(found, 1)
-        raise _LocatedError(f"{self.path}:{line}: {message}") from None
-
-    def _begun(self, message: str) -> str:
-        starts = (
-            name for name in self.lines if message.startswith(name) and message[len(name) :][:1] in (" ", ":", ".")
-        )
-        return max(starts, key=len, default="")
-
-
-def _read(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the config {path}: {(error.strerror or str(error)).lower()}") from None
-    if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{path} has {len(raw):,} bytes; a config has {MAX_BYTES:,} at most")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8: byte {error.start} is {raw[error.start]:#04x}") from None
-
-
-def _plain(data: dict[str, Any], source: _Source) -> dict[str, Any]:
+def _plain(data: dict[str, Any], source: Source) -> dict[str, Any]:
     """``data`` with the short forms of files written out."""
     out = dict(data)
     if isinstance(out.get("models"), list):
@@ -112,7 +70,7 @@ def _plain(data: dict[str, Any], source: _Source) -> dict[str, Any]:
     return out
 
 
-def _plain_model(model: Any, path: str, source: _Source) -> Any:
+def _plain_model(model: Any, path: str, source: Source) -> Any:
     if not isinstance(model, dict):
         return model
     out = dict(model)
@@ -126,7 +84,7 @@ def _plain_model(model: Any, path: str, source: _Source) -> Any:
     return out
 
 
-def _plain_price(price: dict[str, Any], path: str, source: _Source) -> dict[str, Any]:
+def _plain_price(price: dict[str, Any], path: str, source: Source) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in price.items():
         field = f"{path}.{name}"
@@ -168,7 +126,7 @@ def _looks_like_dollars(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**5)
 
 
-def _plain_other(other: Any, price: dict[str, Any], path: str, source: _Source) -> Any:
+def _plain_other(other: Any, price: dict[str, Any], path: str, source: Source) -> Any:
     """A price of a tier, or of long prompts, which costs for tokens what the price around it does where it names nothing."""
     if not isinstance(other, dict):
         return other
@@ -176,7 +134,7 @@ def _plain_other(other: Any, price: dict[str, Any], path: str, source: _Source) 
     return {**{name: price[name] for name in ("input", "output") if name in price}, **out}
 
 
-def _plain_deployment(table: Any, path: str, source: _Source) -> Any:
+def _plain_deployment(table: Any, path: str, source: Source) -> Any:
     if not isinstance(table, dict):
         return table
     if isinstance(table.get("price"), dict):
@@ -203,7 +161,7 @@ def _plain_deployment(table: Any, path: str, source: _Source) -> Any:
     return {**table, "provider": out}
 
 
-def _plain_strategy(table: Any, path: str, source: _Source) -> Any:
+def _plain_strategy(table: Any, path: str, source: Source) -> Any:
     if not isinstance(table, dict) or "kind" not in table:
         return table
     out = {name: value for name, value in table.items() if name in _STRATEGY and name != "fields"}
@@ -233,7 +191,7 @@ def _at_home(config: GatewayConfig, folder: Path) -> GatewayConfig:
     return config.replace(models=models, strategies=strategies, store=store)
 
 
-def _check_secrets(config: GatewayConfig, source: _Source) -> None:
+def _check_secrets(config: GatewayConfig, source: Source) -> None:
     """Variables that hold keys are there, where the config names them."""
     if config.admin.key is not None:
         try:
@@ -259,7 +217,7 @@ def _check_secrets(config: GatewayConfig, source: _Source) -> None:
                 )
 
 
-def _check_providers(config: GatewayConfig, source: _Source, reads_models: bool) -> None:
+def _check_providers(config: GatewayConfig, source: Source, reads_models: bool) -> None:
     """What providers name on this machine is there."""
     for at, model in enumerate(config.models):
         for place, deployment in enumerate(model.deployments):
@@ -274,7 +232,7 @@ def _check_providers(config: GatewayConfig, source: _Source, reads_models: bool)
                 source.fail(f"{path}.{error}" if is_named else f"{path}: {error}", field)
 
 
-def _check_strategies(config: GatewayConfig, source: _Source) -> None:
+def _check_strategies(config: GatewayConfig, source: Source) -> None:
     """Each strategy can be made, but for those that were fitted: those are there."""
     for name, strategy in config.strategies.items():
         path = f"strategies.{name}"

@@ -44,6 +44,15 @@ def inside(config: GatewayConfig) -> list[tuple[str, Provider.Config]]:
     ]
 
 
+def check_providers(config: GatewayConfig) -> None:
+    """Raises MissingExtraError, with the field, for a provider whose extra is not installed."""
+    for at, model in enumerate(config.models):
+        for place, one in enumerate(model.deployments):
+            if (extra := _extra(one.provider)) is not None:
+                field = f"models.{at}.deployments.{place}.provider"
+                require(extra, by=f"{field}: the provider {one.provider.owner.kind}")
+
+
 def _extra(provider: Provider.Config) -> str | None:
     kind = provider.owner.kind
     if runs_inside(provider):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
+from anabranch.gateway.config.source import told_where
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
 from anabranch.gateway.http.peers import RELOAD_S, Peers, Seat, end_with_supervisor
@@ -39,17 +40,18 @@ def load(
     return config if store is None else config.replace(store=store)
 
 
-def try_out(config: GatewayConfig) -> None:
+def try_out(config: GatewayConfig, path: Path | None = None) -> None:
     """Make all that `run` makes of a config, but for models that it loads, what it listens at and writes to.
 
-    Raises AnabranchError, as `run` would.
+    Raises AnabranchError, as `run` would, with the line of ``path`` that is wrong.
     """
     check_place(config.store)
 
     async def made() -> None:
         await Gateway(config).runtime.close()
 
-    asyncio.run(made())
+    with told_where(path):
+        asyncio.run(made())
 
 
 def run(
@@ -84,7 +86,7 @@ def run(
     # Threads that read large bodies give way to the loop sooner than after the 5 ms that are Python's own.
     sys.setswitchinterval(SWITCH_S)
     place = Place(host, port, config.admin.port if admin_port is None else admin_port, seat)
-    runner()(_main(config, place, lambda: load(path, store, router), path is not None, drain_s, on_ready))
+    runner()(_main(config, place, lambda: load(path, store, router), path, drain_s, on_ready))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +112,8 @@ class Place:
 class _Reload:
     """Reads the config again, in this process and, as an operator wants it, in the other workers."""
 
-    def __init__(self, gateway: Gateway, load_again: Callable[[], GatewayConfig]) -> None:
-        self._gateway, self._load = gateway, load_again
+    def __init__(self, gateway: Gateway, load_again: Callable[[], GatewayConfig], path: Path | None) -> None:
+        self._gateway, self._load, self._path = gateway, load_again, path
         self.peers: Peers | None = None
 
     async def here(self) -> None:
@@ -119,7 +121,8 @@ class _Reload:
         # Whatever the config says now: the log's file may have been moved away.
         self._gateway.observers.reopen()
         new = await asyncio.to_thread(self._load)
-        await self._gateway.reload(new)
+        with told_where(self._path):
+            await self._gateway.reload(new)
         heap.set_aside()
         logging.getLogger("anabranch").setLevel(new.log.level.upper())
 
@@ -148,19 +151,21 @@ async def _main(
     config: GatewayConfig,
     place: Place,
     load_again: Callable[[], GatewayConfig],
-    has_file: bool,
+    path: Path | None,
     drain_s: float,
     on_ready: Ready,
 ) -> None:
     admin = config.admin
-    gateway = Gateway(config)
-    reload = _Reload(gateway, load_again)
-    on_reload = reload.everywhere if has_file else None
+    with told_where(path):
+        gateway = Gateway(config)
+    reload = _Reload(gateway, load_again, path)
+    on_reload = None if path is None else reload.everywhere
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
         signals = stack.enter_context(Signals())
         listener = place.listening(stack, place.host, place.port)
-        await gateway.start(loads=False)
+        with told_where(path):
+            await gateway.start(loads=False)
         tasks = [loop.create_task(reload_on(signals.reload, reload.here))]
         if place.seat is not None:
             reload.peers = await stack.enter_async_context(_peers(gateway, place.seat, reload).serving())
