@@ -256,7 +256,7 @@ def test_tables_are_plain_text_with_every_baseline(run):
         ("fit data.jsonl", "missing option '--out' (see anabranch gateway fit --help)"),
         ("evl x", "no such command 'evl'; did you mean 'eval'? (see anabranch gateway --help)"),
         ("eval none.jsonl", "cannot read none.jsonl: no such file or directory"),
-        ("eval prices.toml", "prices.toml has no ending that is known"),
+        ("eval prices.toml", "prices.toml is a config by its name"),
         ("eval data.jsonl --embedder bert", "no embedder of kind 'bert'; known: hashed, minilm"),
         ("eval data.jsonl --strategy knn --set knn.q=1", "Knn has no field 'q'"),
         ("eval data.jsonl --set knn=1", "--set has 'knn'; write NAME.FIELD=VALUE"),

@@ -31,12 +31,12 @@ from anabranch.gateway.providers.openrouter import OpenRouter
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
 from anabranch.gateway.providers.recorded import Record, Replay, write_answers
 from anabranch.gateway.providers.scenes import Behaviour, Scene
-from anabranch.gateway.providers.sse import DONE, event
 from anabranch.gateway.providers.vertex import Vertex
 from anabranch.gateway.store import LedgerQuery
 from anabranch.registry import kinds, resolve
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import MOST_DEPTH, is_too_deep
+from anabranch.web.sse import DONE, event
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -459,9 +459,10 @@ def test_no_text_of_senders_or_upstreams_becomes_a_label(tmp_path, monkeypatch):
             {"temperature": 0},
         ]
         bodies = [{"model": "small", "messages": HELLO, **fields} for fields in odd]
-        headers = {"x-tags": word, "x-task": word, "x-cache": word}
+        headers = {"x-tags": word, "x-task": word}
         # Of two alike, one waits for the other, and fails with it.
         calls = [gateway.handle("chat", body, headers=headers, key=word) for body in [*bodies, bodies[-1]]]
+        calls += [gateway.handle("chat", bodies[-1], headers={name: word}) for name in ("x-cache", "x-mid-stream")]
         assert all(isinstance(one, ApiError) for one in await asyncio.gather(*calls, return_exceptions=True))
         return gateway.metrics_text().decode()
 

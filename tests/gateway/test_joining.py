@@ -96,6 +96,24 @@ def run(work):
     return asyncio.run(work())
 
 
+def test_a_strategy_that_serves_no_router_says_why(place):
+    """What is recommended of a folder may be a single model."""
+    text = write(place, MODELS, kinds=("best",)).read_text().replace('default_strategy = "irt"', "")
+    (place / "gateway.toml").write_text(text)
+    recommended = {"kind": "model", "name": "small", "setting": None, "reason": "it is as good and costs less"}
+    told = place / "routers" / "recommended.json"
+    told.write_text(json.dumps({"version": 1, "recommended": recommended}))
+    with pytest.raises(InputError) as caught:
+        run(lambda: join(None, load_config(place / "gateway.toml"), "large"))
+    said = str(caught.value)
+    assert said.startswith("strategy best: it serves no router: eval recommends ")
+    assert "since it is as good and costs less, so that small is always asked" in said
+    assert f"name the strategy as a router of {place}/routers (irt, coe, knn) to serve that one" in said
+    told.unlink()
+    with pytest.raises(InputError, match=r"serves none of the routers in .*none has its name, and no router of"):
+        joining.file_of(str(place / "routers"), "best")
+
+
 # Routers
 
 

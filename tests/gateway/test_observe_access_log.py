@@ -84,12 +84,18 @@ def test_over_http_each_request_has_one_line_and_hup_goes_on_in_a_new_file(tmp_p
     path = mock_config(tmp_path / "g.toml", top=f'[admin]\nkey = "env:TEST_ADMIN_KEY"\n[log]\naccess = "{log}"')
     with served("--config", path, environment={"TEST_ADMIN_KEY": "k"}) as running:
         assert call(running.url, "GET", "/health")[0] == 200
-        secret = call(running.url, "POST", "/admin/keys", {"name": "ci"}, key="k")[1]["secret"]
+        made = call(running.url, "POST", "/admin/keys", {"name": "ci"}, key="k")[1]
+        secret = made["secret"]
         assert ask(running.url, key=secret)[0] == 200
         assert ask(running.url, key="sk-no")[0] == 401
         assert call(running.url, "POST", "/v1/messages", {}, key="sk-no")[0] == 401
         assert ask(running.url, model="no", key=secret)[0] == 404
         assert call(running.url, "GET", "/nothing")[0] == 404
+        # Whose request it is, also where no model is asked; operators are shown nothing without their key, here either.
+        assert call(running.url, "GET", "/v1/key", key=secret)[0] == 200
+        assert call(running.url, "POST", "/v1/feedback", {}, key=secret)[0] == 400
+        assert call(running.url, "GET", "/ui", key=secret)[0] == 401
+        assert [call(running.url, "GET", "/metrics", key=key)[0] for key in (None, secret, "k")] == [401, 401, 200]
         expected = [
             "POST /admin/keys",
             "chat",
@@ -97,10 +103,14 @@ def test_over_http_each_request_has_one_line_and_hup_goes_on_in_a_new_file(tmp_p
             "POST /v1/messages",
             "chat",
             "GET /nothing",
+            "GET /v1/key",
+            "POST /v1/feedback",
+            "GET /ui",
         ]
         _until(lambda: log.exists() and len(lines(log)) == len(expected))
         assert [line["endpoint"] for line in lines(log)] == expected
-        assert [line["status"] for line in lines(log)] == [200, 200, 401, 401, 404, 404]
+        assert [line["status"] for line in lines(log)] == [200, 200, 401, 401, 404, 404, 200, 400, 401]
+        assert [line["key"] == made["key"]["id"] for line in lines(log)] == [at in (1, 4, 6, 7, 8) for at in range(9)]
         os.rename(log, tmp_path / "old.log")
         running.process.send_signal(signal.SIGHUP)
         _until(log.exists)

@@ -144,5 +144,8 @@ def test_what_is_wrong_is_said_with_its_place(bench, files, message):
 def test_judgements_without_their_questions_are_told(tmp_path):
     with pytest.raises(DataError, match=r"no question\.jsonl beside or above"):
         load_outcomes(write(tmp_path / "a.jsonl", [grade(81, "a", 1)]))
+    for name in ("gateway.toml", "gateway.yaml", "gateway.yml"):
+        with pytest.raises(DataError, match=f"^{name} is a config by its name, .* in its store: give the file or URL"):
+            load_outcomes(name)
     with pytest.raises(DataError, match="has no ending that is known"):
         load_outcomes(tmp_path)

@@ -18,6 +18,9 @@ from anabranch.web.senders import is_meant, is_same_origin, told
 # Of an answer to a request that no request of a model was made of.
 IS_EARLY = web.ResponseKey("is_early", bool)
 
+# Of a request: the id of the key of the store that it came with, for the access log.
+KEY_ID = web.RequestKey("key_id", str)
+
 # Types that any page may send, without asking first; nothing is sent as one of them without a body either.
 _SIMPLE = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 _ASK = {"WWW-Authenticate": 'Basic realm="gateway, any name, the admin key as password", charset="UTF-8"'}
@@ -37,6 +40,8 @@ async def check_operator(gateway: Gateway, request: web.BaseRequest, *, local: b
     if key is not None and hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()):
         return
     record = await gateway.store.key_of(given) if given else None
+    if record is not None:
+        request[KEY_ID] = record.id
     if record is not None and record.is_admin:
         return
     if key is None and not given:

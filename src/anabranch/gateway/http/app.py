@@ -15,7 +15,7 @@ from anabranch import __version__
 from anabranch.errors import AnabranchError, CapacityError
 from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.http.access import IS_EARLY, check_operator
+from anabranch.gateway.http.access import IS_EARLY, KEY_ID, check_operator
 from anabranch.gateway.http.admin import AdminRoutes
 from anabranch.gateway.http.cors import for_origin, preflight
 from anabranch.gateway.http.exchange import Exchange
@@ -104,7 +104,14 @@ class App:
         id = response.headers.get("x-request-id", "")
         if not id or response.get(IS_EARLY):
             what = f"{request.method[:16]} {request.path}"
-            observers.refused(what, response.status, id=id, time_s=time_s, latency_s=time.perf_counter() - began)
+            observers.refused(
+                what,
+                response.status,
+                id=id,
+                key_id=request.get(KEY_ID, ""),
+                time_s=time_s,
+                latency_s=time.perf_counter() - began,
+            )
         return response
 
     async def _for_pages(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -16,6 +16,7 @@ from anabranch.gateway.core.incoming import KnownKey
 from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.forms import parse_form
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.access import KEY_ID
 from anabranch.gateway.http.chat_form import ChatForm, translated
 from anabranch.gateway.http.cors import for_origin
 from anabranch.gateway.providers.provider import Native
@@ -60,7 +61,10 @@ class Exchange:
 
     async def key(self, request: web.BaseRequest) -> KnownKey:
         """Whose request it is. Raises ApiError."""
-        return KnownKey(await self._gateway.authenticate(bearer(request)))
+        record = await self._gateway.authenticate(bearer(request))
+        if record is not None:
+            request[KEY_ID] = record.id
+        return KnownKey(record)
 
     @contextlib.asynccontextmanager
     async def read(

@@ -26,10 +26,10 @@ from anabranch.gateway.store.learned import NOBODY, LearnedRow
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model
 from anabranch.routers.contract.strategy import Strategy
-from anabranch.routers.fitted import ENDING, FittedRouter
+from anabranch.routers.fitted import ENDING, FittedRouter, load_folder
 from anabranch.routers.joining import joined, outcomes_of, save_joined
 from anabranch.routers.money import Price
-from anabranch.routers.recommendation import pick
+from anabranch.routers.recommendation import no_recommendation, pick
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,15 @@ def file_of(place: str, name: str) -> Path:
     if path.is_file():
         return path
     picked = pick(place, name)
-    if picked is None or (picked.choice is not None and picked.choice.kind == "model"):
-        raise InputError(f"{place} holds no router that strategy {name} serves")
+    if picked is None:
+        raise InputError(
+            f"it serves none of the routers in {place}: none has its name, and {no_recommendation(place, 'anabranch gateway')}"
+        )
+    if picked.choice is not None and picked.choice.kind == "model":
+        raise InputError(
+            f"it serves no router: {picked.why}, so that {picked.name} is always asked; name the strategy as a router of {place} "
+            f"({', '.join(load_folder(place).routers)}) to serve that one"
+        )
     return path / f"{picked.name}{ENDING}"
 
 

@@ -76,6 +76,11 @@ def load_outcomes(
         return load_csv(path, columns, prices=prices)
     if kind in (".jsonl", ".ndjson", ".json"):
         return load_judgements(path, prices=prices) if is_judged(path) else load_jsonl(path, prices=prices)
+    if kind in (".toml", ".yaml", ".yml"):
+        raise DataError(
+            f"{path} is a config by its name, and outcomes are in no config; those of a gateway are in its store: give the file or URL "
+            "that its field store names (gateway.db unless it names one)"
+        )
     raise DataError(
         f"{path} has no ending that is known; outcomes are read from .jsonl, .csv and .tsv files, also gzipped (.jsonl.gz), from a "
         "gateway's store (.db, .sqlite, or a URL such as postgresql://HOST/NAME), and from a folder of MT-Bench"
