@@ -98,22 +98,22 @@ class StageClock:
         tell: called with each stage, of `STAGES`, and its seconds.
     """
 
-    __slots__ = ("_since", "_tell", "stage")
+    __slots__ = ("_since", "_stage", "_tell")
 
     def __init__(self, tell: Callable[[str, float], None]) -> None:
-        self._tell, self._since, self.stage = tell, time.perf_counter(), ""
+        self._tell, self._since, self._stage = tell, time.perf_counter(), ""
 
     def begin(self, stage: str) -> None:
         """The stage before has ended."""
         self.end()
-        self.stage = stage
+        self._stage = stage
 
     def end(self) -> None:
         """No stage is under way any more; does nothing if none is."""
         now = time.perf_counter()
-        if self.stage:
-            self._tell(self.stage, now - self._since)
-        self.stage, self._since = "", now
+        if self._stage:
+            self._tell(self._stage, now - self._since)
+        self._stage, self._since = "", now
 
 
 class Metrics:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from functools import partial
+from itertools import pairwise
 
 import pytest
 
@@ -123,3 +124,28 @@ def test_so_many_conversations_are_remembered():
 def test_a_small_body_is_looked_at_at_once():
     looked = at_once(CallBodies(Runtime(config()), "").look({"model": "small", "messages": LONG[:1]}))
     assert 300 < looked.num_bytes < 800
+
+
+@pytest.mark.parametrize(("num", "most"), [(1_000, 1), (80, 1), (2, 6)])
+def test_samples_that_are_drawn_at_once_take_turns_and_others_have_theirs_between(num, most):
+    """Some tens of kilobytes and more; short ones take no time."""
+
+    async def work():
+        bodies, begun_so_far, seen = CallBodies(Runtime(config()), ""), [], [0]
+        inner = bodies._begun
+        bodies._begun = lambda body: begun_so_far.append(1) or inner(body)
+
+        async def other():
+            while True:
+                seen.append(len(begun_so_far))
+                await asyncio.sleep(0)
+
+        task = asyncio.ensure_future(other())
+        body = {"model": "small", "messages": LONG[:num]}
+        looked = await asyncio.gather(*(bodies.look({**body, "seed": number}) for number in range(6)))
+        await asyncio.sleep(0)
+        task.cancel()
+        assert len(set(map(repr, looked))) == 1
+        assert max(after - before for before, after in pairwise(seen)) == most
+
+    run(work)

@@ -43,6 +43,15 @@ def test_a_strategy_is_shown_the_request_without_its_secrets():
     assert dict(query.headers) == {"x-task": "sums"}
 
 
+def test_a_strategy_is_told_of_pictures():
+    parts = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
+    found = [
+        choice.query_of(read({"model": "auto/cheapest", "messages": [{"role": "user", "content": content}]})).has_images
+        for content in (parts, "?")
+    ]
+    assert found == [True, False]
+
+
 def test_a_strategy_decides_and_what_it_asked_is_stopped():
     async def work():
         state = read({"model": "auto/cheapest"})

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from anabranch.gateway.config import CacheConfig
+from anabranch.gateway.config import CacheConfig, StrategyConfig
 from anabranch.gateway.core.incoming import Incoming, KnownKey
 from anabranch.gateway.core.request import CLIENT_GONE, RequestRun
+from anabranch.gateway.metrics import StageClock
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord
+from anabranch.routers import Program
 from anabranch.web.api_error import ApiError
 from gateway_states import FakeStore, config, model, run, services
 
@@ -53,6 +55,54 @@ def test_a_key_is_looked_up_unless_it_is_known():
     assert run(work, KnownKey(KeyRecord(id="l"))) == "l"
     assert run(work, NOBODY) == ""
     assert asked == ["sk"]
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "says"),
+    [
+        ("x-cache", "maybe", "x-cache is 'maybe'; it must be allow or deny, or left out"),
+        ("x-cache", "allow, deny", "x-cache is 'allow, deny'"),
+        ("x-mid-stream", "continue", "x-mid-stream is 'continue'; it must be restart, or left out"),
+        ("x-cache", "Allow", None),
+        ("x-cache", "", None),
+        ("x-mid-stream", "RESTART", None),
+    ],
+)
+def test_a_header_that_is_a_word_is_one_that_is_heeded(header, value, says):
+    async def work():
+        held, _, _ = request(headers={header: value})
+        if says is None:
+            assert (await held.run(NOBODY)).status == 200
+            return
+        with pytest.raises(ApiError) as caught:
+            await held.run(NOBODY)
+        assert (caught.value.status, caught.value.param) == (400, header)
+        assert str(caught.value).startswith(says)
+
+    run(work)
+
+
+def test_a_program_that_fails_is_timed_as_the_call_that_it_was():
+    class Slow(Program):
+        async def run(self, request, ask):
+            told.append(asyncio.get_running_loop().time())
+            await asyncio.sleep(0.05)
+            raise ValueError
+            yield
+
+    told, seen = [], []
+    of = config(strategies={"prog": StrategyConfig(use="static"), "cheapest": StrategyConfig(use="cheapest")})
+
+    async def work():
+        lent, _ = services(FakeStore())
+        incoming = Incoming(endpoint="chat", body={"model": "auto/prog", "messages": MESSAGES})
+        held = RequestRun(lent, Runtime(of, strategies={"prog": Slow(None)}), incoming)
+        held.state.clock = StageClock(lambda stage, seconds: seen.append((stage, seconds)))
+        assert (await held.run(NOBODY)).status == 200
+
+    run(work)
+    assert [stage for stage, _ in seen] == ["key", "read", "cache", "decide", "call", "reserve", "call"]
+    assert seen[4][1] >= 0.05 > seen[5][1]
 
 
 def test_a_whole_answer_ends_the_request():

@@ -15,16 +15,20 @@ from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media
 from anabranch.gateway.native_tokens import count_native
-from anabranch.gateway.prompt_tokens import count_prompt
+from anabranch.gateway.prompt_tokens import count_prompt, has_images
 from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.store import OUR_TAGS, subjects_of
 from anabranch.gateway.store.speaking import speaks_for, spoken
 from anabranch.gateway.validate import check_chat, check_completion, check_depth, check_embeddings
 from anabranch.routers.money import nano_dollars
 from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import said
 from anabranch.web.large_json import LARGE
 
 T = TypeVar("T")
+
+# Headers that are one of these words. What is none of them would be passed over in silence, and the sender believes that it is heeded.
+WISHES = {"x-cache": ("allow", "deny"), "x-mid-stream": ("restart",)}
 
 
 async def apart(state: RequestState, work: Callable[[], T]) -> T:
@@ -51,10 +55,16 @@ def read(state: RequestState) -> None:
     native, counter = state.native, runtime.counters.get(state.target.model or "")
     state.count = count_prompt(body, counter) if native is None else count_native(body, native.body, counter)
     state.asked = asked_of(body if state.native is None else state.native.body)
+    if state.endpoint == "chat" and state.target.strategy is not None:
+        state.has_images = has_images(body["messages"])
 
 
 def _check(state: RequestState) -> None:
     body, most_tokens = state.body, state.runtime.config.limits.most_tokens
+    for header, words in WISHES.items():
+        wish = state.headers.get(header, "")
+        if wish and wish.lower() not in words:
+            raise wrong(header, f"{header} is {said(wish)}; it must be {' or '.join(words)}, or left out")
     check_depth(body)
     if state.endpoint == "chat":
         check_chat(body, most_tokens)

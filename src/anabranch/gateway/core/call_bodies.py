@@ -1,7 +1,8 @@
 """What has to be known of the body of a call before it is paid for: that it may be asked, how long it is, and what in it is billed.
 
 All of that walks the whole conversation. A large one is looked at in another thread, where senders take turns, and once for all calls of a
-request that send it: samples differ in what a call says itself (`SAID`), of which none is long.
+request that send it: samples differ in what a call says itself (`SAID`), of which none is long. To see that a body is large, and the same
+as another, takes a moment too, and samples are drawn all at once: they take turns, and others have theirs between them.
 """
 
 import asyncio
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+# Of a body, without its size.
+_Known = tuple[PromptCount, Asked]
+
 # Fields that one call says and the next says otherwise. They are no part of the prompt, and nothing of `Asked`.
 SAID = frozenset(
     {"model", "n", "max_tokens", "max_completion_tokens", "temperature", "seed", "logprobs", "top_logprobs", "stop"}
@@ -31,6 +35,9 @@ SAID = frozenset(
 
 # Long lists, which are looked at apart.
 _LONG = frozenset({"messages", "tools"})
+
+# Bytes of a body from which on it takes a turn.
+_TAKES_TIME = LARGE >> 3
 
 # Conversations of one request that are remembered: its own, and what is asked about its answers.
 _MOST = 4
@@ -62,23 +69,32 @@ class CallBodies:
     def __init__(self, runtime: "Runtime", sender: str) -> None:
         self._runtime, self._sender = runtime, sender
         # Large ones: what is in them beside `SAID`, and what is known of that, or will be.
-        self._known: list[tuple[Json, asyncio.Future[tuple[PromptCount, Asked]]]] = []
+        self._known: list[tuple[Json, asyncio.Future[_Known]]] = []
+        self._turn = asyncio.Lock()
 
     async def look(self, body: Json) -> Looked:
         """See the module. Raises InputError for a body that is no request for a chat."""
-        size, most_tokens = weight_of(body), self._runtime.config.limits.most_tokens
         try:
-            if size <= LARGE:
-                return Looked(*_looked(body, most_tokens), size)
-            # What this call says itself: another one that sends the same conversation must not fail of it.
-            own = {name: value for name, value in body.items() if name not in _LONG}
-            check_chat({**own, "messages": [{"role": "user", "content": ""}]}, most_tokens)
+            async with self._turn:
+                size, found = self._begun(body)
+                if size > _TAKES_TIME:
+                    await asyncio.sleep(0)
             # Whoever stops waiting leaves it to the others who wait for it.
-            return Looked(*await asyncio.shield(self._apart(body, most_tokens)), size)
+            return Looked(*(found if isinstance(found, tuple) else await asyncio.shield(found)), size)
         except ApiError as error:
             raise InputError(f"a strategy asks a model what cannot be asked: {error}") from None
 
-    def _apart(self, body: Json, most_tokens: int) -> "asyncio.Future[tuple[PromptCount, Asked]]":
+    def _begun(self, body: Json) -> "tuple[int, _Known | asyncio.Future[_Known]]":
+        """How large a body is, and what is known of it; of a large one, what will be. Raises ApiError."""
+        size, most_tokens = weight_of(body), self._runtime.config.limits.most_tokens
+        if size <= LARGE:
+            return size, _looked(body, most_tokens)
+        # What this call says itself: another one that sends the same conversation must not fail of it.
+        own = {name: value for name, value in body.items() if name not in _LONG}
+        check_chat({**own, "messages": [{"role": "user", "content": ""}]}, most_tokens)
+        return size, self._apart(body, most_tokens)
+
+    def _apart(self, body: Json, most_tokens: int) -> "asyncio.Future[_Known]":
         shared = {name: value for name, value in body.items() if name not in SAID}
         for known, coming in self._known:
             if _is_same(shared, known):
@@ -91,7 +107,7 @@ class CallBodies:
         return coming
 
 
-def _looked(body: Json, most_tokens: int) -> tuple[PromptCount, Asked]:
+def _looked(body: Json, most_tokens: int) -> _Known:
     """Raises ApiError."""
     check_depth(body)
     check_chat(body, most_tokens)
@@ -109,7 +125,9 @@ def _is_same(one: Json, other: Json) -> bool:
 def _are_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     if len(one) != len(other):
         return False
-    # Of tens of thousands, most are the same objects: that is seen in C.
+    # Of tens of thousands, all or most are the same objects: that is seen in C.
+    if all(map(operator.is_, one, other)):
+        return True
     rest = [at for at, is_same in enumerate(map(operator.is_, one, other)) if not is_same]
     return all(_is_one(one[at], other[at]) for at in rest)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.decide import Decided
-from anabranch.gateway.prompt_tokens import asked_text, has_images
+from anabranch.gateway.prompt_tokens import asked_text
 from anabranch.gateway.providers.provider import WRITES
 from anabranch.routers.contract.query import Candidate, Decision, Pool, Query
 from anabranch.web.api_error import ApiError
@@ -48,7 +48,7 @@ def query_of(state: RequestState) -> Query:
         prompt_tokens=state.count.tokens,
         max_tokens=most,
         has_tools=bool(body.get("tools")),
-        has_images=has_images(messages),
+        has_images=state.has_images,
         headers=headers,
         tenant=state.tenant,
         user=state.named_user,

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 def told_by(report: Report) -> dict[str, Any]:
     """Fields of a row that a report fills: who answered, after how many attempts, for how many tokens, and what they cost."""
-    usage = report.usage
+    who = {"model": report.model or "", "deployment": report.deployment or "", "attempts": len(report.attempts)}
+    return {**who, **_cost_of(report.usage, report.cost)}
+
+
+def _cost_of(usage: Usage, nano: int) -> dict[str, Any]:
+    """Fields of a row that say what was billed."""
     return {
-        "model": report.model or "",
-        "deployment": report.deployment or "",
-        "attempts": len(report.attempts),
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
         "cached_tokens": usage.cached,
         "is_estimated": usage.is_estimated,
-        "cost_nano": report.cost,
+        "cost_nano": nano,
     }
 
 
@@ -104,19 +106,9 @@ def row_of(state: "RequestState", report: Report, latency_s: float, status: str,
 
 def priced(state: "RequestState", row: LedgerRow) -> LedgerRow:
     """The row with what its calls cost as is known now."""
-    usage, cost = (Usage(), 0) if state.report is None else (state.report.usage, state.report.cost)
-    known = (cost, usage.prompt, usage.completion, usage.cached, usage.is_estimated)
-    if known == (row.cost_nano, row.prompt_tokens, row.completion_tokens, row.cached_tokens, row.is_estimated):
-        return row
-    cost, prompt, completion, cached, is_estimated = known
-    return replace(
-        row,
-        cost_nano=cost,
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        cached_tokens=cached,
-        is_estimated=is_estimated,
-    )
+    known = _cost_of(Usage(), 0) if state.report is None else _cost_of(state.report.usage, state.report.cost)
+    # Of nearly all it was known before.
+    return row if all(getattr(row, name) == value for name, value in known.items()) else replace(row, **known)
 
 
 def call_rows(state: "RequestState") -> list[LedgerRow]:

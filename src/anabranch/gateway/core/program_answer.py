@@ -31,6 +31,7 @@ async def ask_program(state: RequestState) -> Answer | ProgramRun | None:
         raise wrong("model", f"{state.label} is a program: it answers /v1/chat/completions, with one choice (n = 1)")
     if decided.bypassed:
         return None
+    state.clock.begin("call")
     # As for a model that is named; each of its calls is looked at too, since it may ask others.
     usable = allowed(state, decided.decision.candidates)
     await payable(state.runtime, state.asked, usable, state.purse.is_limited)

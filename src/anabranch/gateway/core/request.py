@@ -76,11 +76,9 @@ class RequestRun:
             return self._from_cache(*found)
         clock.begin("decide")
         await choice.decide(state)
-        clock.begin("call")
         said = await ask_program(state)
         if said is None:
-            # There was none.
-            clock.stage = "reserve"
+            clock.begin("reserve")
             asked = ModelAnswer(state, self._cached)
             await asked.reserve()
             clock.begin("call")

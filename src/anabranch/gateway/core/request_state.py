@@ -61,6 +61,8 @@ class RequestState:
         self.arm: Arm | None = None
         self.label = ""
         self.count, self.asked = PromptCount(0, 0, True), Asked()
+        # Of a chat that a strategy sends on.
+        self.has_images = False
         # Of its rate, as the key or the config says.
         self.tpm: int | None = None
         # Both once it is known whose request it is; what models are asked that the strategy needs to decide.
