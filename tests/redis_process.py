@@ -7,8 +7,14 @@ import signal
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+
+import pytest
+
+from anabranch.gateway.config.shared import SharedConfig
+from anabranch.gateway.metrics import Metrics
+from anabranch.gateway.shared import Shared
 
 PROGRAM = shutil.which("redis-server") or shutil.which("valkey-server")
 
@@ -18,6 +24,9 @@ def missing():
     if importlib.util.find_spec("redis") is None:
         return "the package redis is not installed (the extra redis)"
     return None if PROGRAM else "no redis-server on this machine"
+
+
+needs_redis = pytest.mark.skipif(missing() is not None, reason=f"no Redis to test with: {missing()}")
 
 
 class Redis:
@@ -87,3 +96,16 @@ def redis_server():
     finally:
         made.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@asynccontextmanager
+async def processes(server, prefix="p", num=2, **fields):
+    """What so many processes share on a server, each by a link of its own; ``fields`` are the config's."""
+    made = [Shared(SharedConfig(url=server.url, prefix=prefix, **fields), Metrics()) for _ in range(num)]
+    try:
+        for one in made:
+            await one.start()
+        yield made
+    finally:
+        for one in made:
+            await one.close()

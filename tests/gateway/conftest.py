@@ -1,8 +1,9 @@
-"""Stores of both kinds, empty."""
+"""Stores of both kinds, empty, and a Redis for a module."""
 
 import pytest
 
 from gateway_stores import KINDS, missing, server
+from redis_process import redis_server
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,15 @@ def databases():
 def url(request, tmp_path):
     """Of an empty store."""
     return str(tmp_path / "g.db") if request.param == "sqlite" else request.getfixturevalue("databases")()
+
+
+@pytest.fixture(scope="module", name="server")
+def _redis():
+    with redis_server() as made:
+        yield made
+
+
+@pytest.fixture
+def prefix(request):
+    """Of keys in Redis that no other test has."""
+    return f"t{abs(hash(request.node.nodeid))}"

@@ -6,8 +6,12 @@ import aiohttp
 import pytest
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
+from anabranch.gateway.core.held_body import HeldBody
+from anabranch.gateway.core.incoming import KnownKey
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
+from anabranch.gateway.http.counting import counted
+from anabranch.gateway.http.exchange import Received
 from anabranch.gateway.providers.mock import Mock
 
 PATHS = {
@@ -44,3 +48,44 @@ def test_a_key_has_tokens_counted_of_models_that_it_may_ask(tmp_path, path):
             return told
 
     assert asyncio.run(main()) == {"none": [200, 200], "some": [200, 403], "all": [200, 200]}
+
+
+def test_a_body_takes_its_room_until_its_tokens_are_counted_also_when_nobody_waits(tmp_path):
+    class Kept:
+        closed = 0
+
+        def close(self):
+            self.closed += 1
+
+    class Exchange:
+        def __init__(self):
+            self.has_begun, self.goes_on = asyncio.Event(), asyncio.Event()
+
+        async def apart(self, key, num_bytes, work):
+            self.has_begun.set()
+            await self.goes_on.wait()
+            return work()
+
+    model = ModelConfig(name="m", deployments=(DeploymentConfig(provider=Mock.Config(model="m")),))
+
+    async def main():
+        made = GatewayConfig(models=(model,), store=str(tmp_path / "g.db"), require_key=False)
+        async with Gateway(made) as gateway:
+            kept, exchange = Kept(), Exchange()
+            held, body = HeldBody(kept, None), {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+            task = asyncio.ensure_future(
+                counted(gateway, exchange, Received(body, 99, KnownKey(None), held, chat=body))
+            )
+            await exchange.has_begun.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            # Who read it has gone; the thread that counts has not.
+            held.close()
+            assert kept.closed == 0
+            exchange.goes_on.set()
+            while not kept.closed:
+                await asyncio.sleep(0)
+            assert kept.closed == 1
+
+    asyncio.run(main())

@@ -5,6 +5,7 @@ from anabranch.gateway.config import (
     DeploymentConfig,
     GatewayConfig,
     HedgeConfig,
+    LostConfig,
     ModelConfig,
     RetryConfig,
 )
@@ -25,9 +26,11 @@ def test_rules_are_those_of_the_config():
                 failures=2, rate=0.7, window_s=9.0, open_s=1.0, max_open_s=8.0, probes=3, successes=4, senders=5
             ),
             hedge=HedgeConfig(quantile=0.8, min_s=0.3, samples=5),
+            lost=LostConfig(read_on_s=4.0, read_on=6, margin_s=0.5, bytes_per_token=2.0),
             mid_stream="continue",
         )
     )
+    assert (made.read_on_s, made.read_on, made.margin_s, made.bytes_per_token) == (4.0, 6, 0.5, 2.0)
     assert (made.retries, made.backoff_s, made.max_backoff_s, made.extra, made.window_s) == (3, 0.1, 3.0, 0.5, 7.0)
     assert (made.hedge, made.hedge_quantile, made.hedge_min_s, made.hedge_samples) == (True, 0.8, 0.3, 5)
     breaker = made.breaker

@@ -330,10 +330,26 @@ def test_whoever_stops_waiting_for_a_reservation_does_not_keep_it(url):
     run(main())
 
 
+def test_a_change_that_fails_in_the_middle_has_changed_nothing(url):
+    async def main():
+        async with open_store(url, clock=Clock()) as store:
+            await store.create_key("ci")
+
+            def half(connection):
+                connection.run("UPDATE keys SET name = 'other'")
+                raise InputError("the second half")
+
+            with pytest.raises(InputError, match="the second half"):
+                await store.change(half)
+            assert [key.name for key in await store.keys()] == ["ci"]
+
+    run(main())
+
+
 def test_a_row_reads_back_as_it_was(url):
     full = LedgerRow(
         request_id="full", key_id="k", user="ann \N{SNOWMAN}", team="t", tags=("a", "b"), requested="auto/knn?lambda=2", strategy="knn",
-        candidates=("small", "la,rge"), model="small", deployment="small#1", attempts=3, prompt_tokens=2**40, completion_tokens=7,
+        candidates=("small", "la,rge"), model="small", deployment="small#1\0\ud800", attempts=3, prompt_tokens=2**40, completion_tokens=7,
         cached_tokens=5, is_estimated=True, price=Price(input=1, output=2, cached_input=None), latency_us=123456, first_token_us=0,
         overhead_us=9, status="error", code="upstream\0broke\ud800", cache="exact", flags=("hedged", "stitched"),
     )  # fmt: skip
@@ -345,6 +361,7 @@ def test_a_row_reads_back_as_it_was(url):
             plain, found = await store.ledger()
             assert found.candidates == ("small", "la;rge")  # a comma parts names
             assert found.code == "upstream\N{REPLACEMENT CHARACTER}broke?"
+            assert found.deployment == "small#1\N{REPLACEMENT CHARACTER}?"
             same = (
                 "user",
                 "tags",

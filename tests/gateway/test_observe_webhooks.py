@@ -196,6 +196,7 @@ def test_a_private_address_is_not_called_unless_the_config_says_so(tmp_path, mon
     ("fields", "why"),
     [
         ({"url": "http://example.com/x"}, "https"), ({"url": "ftp://example.com"}, "https"), ({"url": "nothing"}, "cannot be read"),
+        ({"url": "https://example.com:0/x"}, "url cannot be read"),
         ({"url": "https://u:hidden-password@example.com"}, "password in it"), ({"url": "https://h\n.example.com"}, "cannot be read"),
         ({"shares": (0,)}, "shares has 0"), ({"shares": (float("nan"),)}, "shares"), ({"shares": ()}, "shares"),
     ],

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-from contextlib import asynccontextmanager
 
 import pytest
 
@@ -17,38 +16,13 @@ from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.dispatch import Deployment, Dispatcher, Group
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.shared import AwayError, Shared, clears, leases, link
+from anabranch.gateway.shared import AwayError, clears, leases, link
 from anabranch.gateway.store import RateLimits
-from redis_process import missing, redis_server
+from redis_process import needs_redis, processes, redis_server
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no Redis to test with: {missing()}")
+pytestmark = needs_redis
 
 NONE = Limits(None, None, None)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with redis_server() as made:
-        yield made
-
-
-@pytest.fixture
-def prefix(request):
-    """Of keys that no other test has."""
-    return f"t{abs(hash(request.node.nodeid))}"
-
-
-@asynccontextmanager
-async def processes(server, prefix, num=2, **fields):
-    """So many, each with a link of its own."""
-    made = [Shared(SharedConfig(url=server.url, prefix=prefix, **fields), Metrics()) for _ in range(num)]
-    try:
-        for one in made:
-            await one.start()
-        yield made
-    finally:
-        for one in made:
-            await one.close()
 
 
 def admissions(shared):

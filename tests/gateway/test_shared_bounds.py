@@ -11,39 +11,24 @@ from hypothesis import strategies as st
 
 from anabranch.errors import RateError
 from anabranch.gateway.cache import Entry
-from anabranch.gateway.config.shared import SharedConfig
 from anabranch.gateway.core.admission import Limits
 from anabranch.gateway.dispatch import BreakerRules, Deployment, Dispatcher, Group
 from anabranch.gateway.dispatch.deployment_state import MINUTE_S, Live
 from anabranch.gateway.dispatch.shared_rooms import Full
-from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.shared import AwayError, Shared, answers, breakers, clears, leases, rooms
+from anabranch.gateway.shared import AwayError, answers, breakers, clears, leases, rooms
 from anabranch.routers.money import Price
-from redis_process import missing, redis_server
+from redis_process import needs_redis, processes
 
-needs_redis = pytest.mark.skipif(missing() is not None, reason=f"no Redis to test with: {missing()}")
 DAY_S = 86_400.0
 
 
-@pytest.fixture(scope="module")
-def server():
-    with redis_server() as made:
-        yield made
-
-
 @asynccontextmanager
-async def processes(server, num=1, prefix="p"):
-    """So many on an empty Redis."""
-    made = [Shared(SharedConfig(url=server.url, prefix=prefix), Metrics()) for _ in range(num)]
-    try:
-        for one in made:
-            await one.start()
+async def on_empty(server, num=1):
+    """So many processes on an empty Redis."""
+    async with processes(server, num=num) as made:
         await made[0].link.run(lambda client: client.flushall())
         yield made
-    finally:
-        for one in made:
-            await one.close()
 
 
 def deployment(**fields):
@@ -67,7 +52,7 @@ def test_requests_that_were_counted_while_the_clock_was_ahead_are_of_the_last_mi
     monkeypatch.setattr(rooms, "MINUTE_MS", 400)
 
     async def main():
-        async with processes(server) as [shared]:
+        async with on_empty(server) as [shared]:
             rpm, *_ = shared.rooms._keys("d")
             part = int((time.time() + DAY_S) * 1e3 / (400 / 64))
             await shared.link.run(lambda client: client.hset(rpm, mapping={part: 1, part + 1: 1}))
@@ -87,7 +72,7 @@ def test_leases_that_were_given_while_the_clock_was_ahead_end_as_new_ones_do(ser
     monkeypatch.setattr(leases, "LEASE_S", 0.2)
 
     async def main():
-        async with processes(server) as [shared]:
+        async with on_empty(server) as [shared]:
             of = getattr(shared, kind)
             held = of._held_key("d")
             await shared.link.run(lambda client: client.zadd(held, {"gone:1": (time.time() + DAY_S) * 1e3, "b": "inf"}))
@@ -110,7 +95,7 @@ def test_leases_that_were_given_while_the_clock_was_ahead_end_as_new_ones_do(ser
 @pytest.mark.parametrize("takes", [True, False])
 def test_a_bucket_that_was_written_while_the_clock_was_ahead_fills_up(server, takes):
     async def main():
-        async with processes(server) as [shared]:
+        async with on_empty(server) as [shared]:
             rpm, *_ = shared.counts._keys("k")
             ahead = {"level": 0, "at": (time.time() + DAY_S) * 1e3}
             await shared.link.run(lambda client: client.hset(rpm, mapping=ahead))
@@ -182,7 +167,7 @@ def test_whatever_lies_there_a_wait_is_bounded_and_redis_is_not_away(server, dat
     held = data.draw(st.dictionaries(st.text("ab", min_size=1, max_size=3), SCORES, max_size=4))
 
     async def main():
-        async with processes(server) as [shared]:
+        async with on_empty(server) as [shared]:
             room_keys, count_keys = shared.rooms._keys("d"), shared.counts._keys("k")
 
             async def write(client):
@@ -217,7 +202,7 @@ def test_whatever_lies_there_a_wait_is_bounded_and_redis_is_not_away(server, dat
 @pytest.mark.parametrize("value", [b"9" * 19, b"9223372036854775807", b"nan", b"inf", b"7.5", b"", b"-1e3"])
 def test_what_is_no_count_is_let_go_of_and_stops_no_program(server, value):
     async def main():
-        async with processes(server) as [shared]:
+        async with on_empty(server) as [shared]:
             here = int(time.time() * 1e3 / (rooms.MINUTE_MS / rooms.PARTS))
             rpm, *_ = shared.rooms._keys("d")
             bucket, *_ = shared.counts._keys("k")
@@ -245,7 +230,7 @@ def test_a_name_under_which_something_else_lies_is_that_ones_trouble_alone(serve
     monkeypatch.setattr(leases, "RENEW_S", 0.0)
 
     async def main():
-        async with processes(server) as [shared]:
+        async with on_empty(server) as [shared]:
             link, limits = shared.link, Limits(3, 1000, 3)
             both = tuple(Deployment(name=name, provider=Mock.Config(model="m")) for name in "de")
             lives = Dispatcher([Group(name="m", deployments=both)]).lives()

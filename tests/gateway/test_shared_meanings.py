@@ -10,39 +10,18 @@ from anabranch.gateway.cache import Entry, SemanticCache
 from anabranch.gateway.cache.abroad import Abroad
 from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import CacheConfig
-from anabranch.gateway.config.shared import SharedConfig
-from anabranch.gateway.metrics import Metrics
-from anabranch.gateway.shared import Shared, meanings
-from redis_process import missing, redis_server
+from anabranch.gateway.shared import meanings
+from redis_process import needs_redis, processes, redis_server
 
-needs_redis = pytest.mark.skipif(missing() is not None, reason=f"no Redis to test with: {missing()}")
 CONTEXT = b"c" * 32
 
 
-@pytest.fixture(scope="module")
-def server():
-    with redis_server() as made:
-        yield made
-
-
-@pytest.fixture
-def prefix(request):
-    """Of keys that no other test has."""
-    return f"t{abs(hash(request.node.nodeid))}"
-
-
 @asynccontextmanager
-async def processes(server, prefix, num=2, mark=b"", ttl_s=60.0, **fields):
-    """So many, each with a link and caches of its own."""
-    made = [Shared(SharedConfig(url=server.url, prefix=prefix, **fields), Metrics()) for _ in range(num)]
-    try:
-        for one in made:
-            await one.start()
-        config = CacheConfig(semantic=True, threshold=0.9, ttl_s=ttl_s)
+async def with_caches(server, prefix, num=2, mark=b"", ttl_s=60.0, **fields):
+    """Processes, and caches of each."""
+    config = CacheConfig(semantic=True, threshold=0.9, ttl_s=ttl_s)
+    async with processes(server, prefix, num, **fields) as made:
         yield made, [Caches(config, object(), meanings=one.meanings, mark=mark) for one in made]
-    finally:
-        for one in made:
-            await one.close()
 
 
 def vector(angle, dim=4):
@@ -62,7 +41,7 @@ def keep(caches, tenant, angle, made, context=CONTEXT):
 @needs_redis
 def test_an_answer_that_one_process_kept_is_there_for_all_of_its_key_and_context_alone(server, prefix):
     async def main():
-        async with processes(server, prefix) as (shared, (one, two)):
+        async with with_caches(server, prefix) as (shared, (one, two)):
             keep(one, "k", 0.0, entry())
             await shared[0].meanings.close()
             assert await two.alike("k", CONTEXT, vector(0.1)) == entry()
@@ -88,11 +67,48 @@ def test_an_answer_that_one_process_kept_is_there_for_all_of_its_key_and_context
 @needs_redis
 def test_an_answer_of_another_config_is_not_taken_over(server, prefix):
     async def main():
-        async with processes(server, prefix, mark=b"a") as (shared, (one, _)):
+        async with with_caches(server, prefix, mark=b"a") as (shared, (one, _)):
             other = Caches(CacheConfig(semantic=True), object(), meanings=shared[1].meanings, mark=b"b")
             keep(one, "k", 0.0, entry())
             await shared[0].meanings.close()
             assert await other.alike("k", CONTEXT, vector(0.0)) is None
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("now_ms", "left_s"), [(900, 0.5), (1_000, 0.5), (1_200, 0.3), (1_499, 0.001), (1_500, None)])
+def test_a_text_is_good_for_what_its_age_leaves_of_it(now_ms, left_s):
+    fields = {b"vector": vector(0.0).tobytes(), b"name": b"n", b"ttl_ms": b"500", b"process": b"other"}
+    found = meanings.SharedMeanings(None, 1)._text(b"1000-0", fields, now_ms)
+    assert (None if found is None else found[2]) == left_s
+
+
+def test_so_many_answers_are_written_at_a_time_and_no_more(monkeypatch):
+    monkeypatch.setattr(meanings, "MOST_WRITES", 3)
+
+    class Slow:
+        is_up = True
+
+        def key(self, *parts):
+            return ":".join(parts)
+
+        async def run(self, work):
+            await asyncio.Event().wait()
+
+    async def main():
+        made = meanings.SharedMeanings(Slow(), 1000)
+        for _ in range(5):
+            made.put("k", CONTEXT, vector(0.0), entry(), 60.0)
+        await asyncio.sleep(0)
+        writes = list(made._writes)
+        for one in writes:
+            one.cancel()
+        await made.close()
+        assert len(writes) == 3
+        # Once they have ended there is room for others.
+        made.put("k", CONTEXT, vector(0.0), entry(), 60.0)
+        [one] = made._writes
+        one.cancel()
 
     asyncio.run(main())
 
@@ -102,7 +118,7 @@ def test_of_many_all_are_known_up_to_a_bound(server, prefix, monkeypatch):
     monkeypatch.setattr(meanings, "MANY", 7)
 
     async def main():
-        async with processes(server, prefix) as (shared, (one, two)):
+        async with with_caches(server, prefix) as (shared, (one, two)):
             angles = np.linspace(0, 6, 13)
             for at, angle in enumerate(angles):
                 keep(one, "k", angle, entry(str(at).encode()))
@@ -117,7 +133,7 @@ def test_of_many_all_are_known_up_to_a_bound(server, prefix, monkeypatch):
 @needs_redis
 def test_an_answer_ends_everywhere_when_the_first_one_does(server, prefix):
     async def main():
-        async with processes(server, prefix, ttl_s=0.3) as (shared, (one, two)):
+        async with with_caches(server, prefix, ttl_s=0.3) as (shared, (one, two)):
             keep(one, "k", 0.0, entry())
             await shared[0].meanings.close()
             assert await two.alike("k", CONTEXT, vector(0.0)) == entry()
@@ -136,7 +152,7 @@ def test_an_answer_ends_everywhere_when_the_first_one_does(server, prefix):
 @pytest.mark.parametrize("tenant", ["k", None])
 def test_what_is_cleared_is_gone_in_all(server, prefix, tenant):
     async def main():
-        async with processes(server, prefix) as (shared, (one, two)):
+        async with with_caches(server, prefix) as (shared, (one, two)):
             for whose in ("k", "l"):
                 keep(one, whose, 0.0, entry())
             await shared[0].meanings.close()
@@ -163,7 +179,7 @@ def test_what_is_cleared_is_gone_in_all(server, prefix, tenant):
 @needs_redis
 def test_a_long_answer_and_one_while_it_is_away_stay_where_they_are(prefix):
     async def main(server):
-        async with processes(server, prefix, answer_bytes=400, timeout_s=0.1) as (shared, (one, two)):
+        async with with_caches(server, prefix, answer_bytes=400, timeout_s=0.1) as (shared, (one, two)):
             keep(one, "k", 0.0, entry(b"x" * 1000))
             await shared[0].meanings.close()
             assert await two.alike("k", CONTEXT, vector(0.0)) is None
@@ -200,7 +216,7 @@ ODD = [
 @pytest.mark.parametrize("odd", ODD)
 def test_what_is_no_text_of_ours_is_passed_over(server, prefix, odd):
     async def main():
-        async with processes(server, prefix, 1) as ([shared], [caches]):
+        async with with_caches(server, prefix, 1) as ([shared], [caches]):
             stream = shared.meanings._stream("k", CONTEXT)
             fields = {"vector": vector(0.0).tobytes(), "name": b"n", "ttl_ms": b"60000", "process": b"p", **odd}
             body = b'["small", 3, 4, 5]\n{}'
@@ -223,7 +239,7 @@ def test_what_is_no_text_of_ours_is_passed_over(server, prefix, odd):
 @needs_redis
 def test_what_is_no_stream_is_as_good_as_none(server, prefix):
     async def main():
-        async with processes(server, prefix, 1) as ([shared], [caches]):
+        async with with_caches(server, prefix, 1) as ([shared], [caches]):
             stream = shared.meanings._stream("k", CONTEXT)
             await shared.link.run(lambda client: client.set(stream, b"x"))
             assert await caches.alike("k", CONTEXT, vector(0.0)) is None
@@ -243,7 +259,7 @@ LAST = 2**64 - 1
 @pytest.mark.parametrize("id", [f"{LAST}-{LAST}", f"{LAST}-0", f"{10**15}-{LAST}", f"{10**15}-1"])
 def test_a_stream_with_an_id_behind_which_nothing_is_found_begins_anew(server, prefix, id):
     async def main():
-        async with processes(server, prefix) as (shared, (one, two)):
+        async with with_caches(server, prefix) as (shared, (one, two)):
             stream = shared[0].meanings._stream("k", CONTEXT)
             fields = {"vector": vector(0.0).tobytes(), "name": b"n", "ttl_ms": b"60000", "process": b"p"}
             await shared[0].link.run(lambda client: client.xadd(stream, fields, id="7-7"))
@@ -262,7 +278,7 @@ def test_a_stream_with_an_id_behind_which_nothing_is_found_begins_anew(server, p
 @needs_redis
 def test_a_stream_outlives_a_redis_without_memory(server, prefix):
     async def main():
-        async with processes(server, prefix) as (shared, (one, two)):
+        async with with_caches(server, prefix) as (shared, (one, two)):
             run = shared[0].link.run
             keep(one, "k", 0.0, entry())
             await shared[0].meanings.close()
@@ -281,7 +297,7 @@ def test_a_stream_outlives_a_redis_without_memory(server, prefix):
 @needs_redis
 def test_the_largest_number_of_a_millisecond_is_followed_by_the_next_one(server, prefix):
     async def main():
-        async with processes(server, prefix) as (shared, (one, two)):
+        async with with_caches(server, prefix) as (shared, (one, two)):
             stream = shared[0].meanings._stream("k", CONTEXT)
             await shared[0].link.run(lambda client: client.xadd(stream, {"a": "b"}, id=f"7-{LAST}"))
             assert await two.alike("k", CONTEXT, vector(0.0)) is None
@@ -295,7 +311,7 @@ def test_the_largest_number_of_a_millisecond_is_followed_by_the_next_one(server,
 @needs_redis
 def test_a_text_of_a_clock_that_was_ahead_is_good_no_longer_than_any(server, prefix):
     async def main():
-        async with processes(server, prefix, 1) as ([shared], _):
+        async with with_caches(server, prefix, 1) as ([shared], _):
             stream = shared.meanings._stream("k", CONTEXT)
             fields = {"vector": vector(0.0).tobytes(), "name": b"n", "ttl_ms": b"5000", "process": b"p"}
             await shared.link.run(lambda client: client.xadd(stream, fields, id=f"{10**14}-0"))
@@ -308,7 +324,7 @@ def test_a_text_of_a_clock_that_was_ahead_is_good_no_longer_than_any(server, pre
 @needs_redis
 def test_where_an_answer_should_be_and_is_none_the_next_one_is_given(server, prefix):
     async def main():
-        async with processes(server, prefix) as (shared, (one, two)):
+        async with with_caches(server, prefix) as (shared, (one, two)):
             for angle, body in ((0.0, b"first"), (0.1, b"second")):
                 keep(one, "k", angle, entry(body))
                 await shared[0].meanings.close()

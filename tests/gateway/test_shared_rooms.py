@@ -1,50 +1,21 @@
 """Limits of deployments that processes keep together on a real Redis, and what becomes of them while it is away."""
 
 import asyncio
-from contextlib import asynccontextmanager
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.config.shared import SharedConfig
 from anabranch.gateway.dispatch import BreakerRules, Deployment, Dispatcher, DispatchRules, Group, Plan
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.shared_rooms import Full
 from anabranch.gateway.dispatch.window import SlidingSum
-from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
-from anabranch.gateway.shared import Shared, leases, rooms
+from anabranch.gateway.shared import leases, rooms
 from anabranch.routers.money import Price
-from redis_process import missing, redis_server
-
-needs_redis = pytest.mark.skipif(missing() is not None, reason=f"no Redis to test with: {missing()}")
-
-
-@pytest.fixture(scope="module")
-def server():
-    with redis_server() as made:
-        yield made
-
-
-@pytest.fixture
-def prefix(request):
-    """Of keys that no other test has."""
-    return f"t{abs(hash(request.node.nodeid))}"
-
-
-@asynccontextmanager
-async def processes(server, prefix, num=2, **fields):
-    """So many, each with a link of its own."""
-    made = [Shared(SharedConfig(url=server.url, prefix=prefix, **fields), Metrics()) for _ in range(num)]
-    try:
-        for one in made:
-            await one.start()
-        yield made
-    finally:
-        for one in made:
-            await one.close()
+from redis_process import needs_redis, processes, redis_server
 
 
 def deployment(name="d", **fields):
@@ -168,6 +139,8 @@ def test_attempts_under_way_are_counted_together_and_end(server, prefix):
             # What was refused has no lease to be renewed.
             assert one._leased == {"d": {"a"}}
             two.leave("d", "a")
+            # Of a deployment of which nothing is under way nothing is held.
+            assert two._leased == {}
             two.leave("d", "unknown")
             await two.tell()
             assert await one.take(limited, "b", 1) is None
@@ -194,6 +167,35 @@ def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not
             # That of the one that lives is still there.
             await alive.tell()
             assert await gone.take(limited, "d", 1) == Full(None)
+
+    asyncio.run(main())
+
+
+def test_what_waits_to_be_told_is_bounded(monkeypatch):
+    monkeypatch.setattr(leases, "MOST_UNTOLD", 2)
+    woken = []
+    found = rooms.RedisRooms(None, lambda: woken.append(1))
+    for at in range(4):
+        found.spent(deployment(tpm=9), at + 1)
+    assert found._untold == [("spent", "d", "1"), ("spent", "d", "2")]
+    assert len(woken) == 2
+
+
+@needs_redis
+@pytest.mark.parametrize(("tokens", "parts_ago"), [(11, 9), (70, 9), (71, 5), (90, 5), (91, 2), (100, 2)])
+def test_a_wait_ends_when_enough_of_what_is_in_the_way_has_passed(server, prefix, tokens, parts_ago):
+    """Of 100 there are 60 of nine parts of a minute ago, 20 of five, and 10 of two."""
+    grain_s = rooms.MINUTE_MS / rooms.PARTS / 1e3
+
+    async def main():
+        async with processes(server, prefix, 1) as [shared]:
+            here = int(time.time() / grain_s)
+            parts = {here - 9: 60, here - 5: 20, here - 2: 10}
+            await shared.link.run(lambda client: client.hset(shared.rooms._keys("d")[1], mapping=parts))
+            full = await shared.rooms.take(deployment(tpm=100), "a", tokens)
+            # Until all of that part is older than a minute; the next part may have begun meanwhile.
+            until_s = 60 - (parts_ago - 1) * grain_s
+            assert until_s - 2 * grain_s < full.wait_s <= until_s + 0.001
 
     asyncio.run(main())
 

@@ -123,6 +123,10 @@ def test_the_largest_of_two_normals_by_hand():
     assert found[0] == pytest.approx((1 + math.erf(0.3 / 0.5 / math.sqrt(2))) / 2, abs=1e-4)
     assert largest_of_normals(np.array([1.0, 1.0, 0.0]), np.zeros(3)) == pytest.approx([0.5, 0.5, 0.0], abs=1e-6)
     assert largest_of_normals(np.array([0.3]), np.array([0.0])) == pytest.approx([1.0])
+    # However large or small they are, as far as floats tell them apart.
+    for scale in (0.0, 1e-12, 1e12):
+        assert largest_of_normals(np.full(2, scale), np.zeros(2)) == pytest.approx([0.5, 0.5], abs=1e-6)
+    assert largest_of_normals(np.array([1e12, -1e12]), np.zeros(2)) == pytest.approx([1.0, 0.0], abs=1e-6)
 
 
 @given(st.lists(st.tuples(st.floats(-1, 1), st.sampled_from([0.0, 1e-3, 0.05, 1.0, 30.0])), min_size=2, max_size=6))

@@ -77,6 +77,12 @@ def test_calibration_error_by_hand():
     assert calibration_error(distribution_NC, np.array([0, 1, 0])) == pytest.approx((2 * 0.4 + 0.4) / 3)
 
 
+def test_who_is_quite_sure_is_of_the_last_bin():
+    """1 and .95, of which the second is right: gaps of -1 and .05 in one bin."""
+    distribution_NC = np.array([[1.0, 0.0], [0.95, 0.05]])
+    assert calibration_error(distribution_NC, np.array([1, 0])) == pytest.approx(0.95 / 2)
+
+
 def test_temperature_finds_the_factor_logits_were_scaled_by():
     generator = np.random.default_rng(0)
     logit_NC = generator.normal(0, 2, (20_000, 3))

@@ -1,5 +1,6 @@
 """Details of what a model thought: put together from pieces, sealed, and read back as they were."""
 
+import base64
 import json
 
 import pytest
@@ -53,7 +54,9 @@ def test_text_that_nobody_signed_needs_no_seal():
         [{"type": "thinking", "signature": "details.%%%"}],
         [{"type": "thinking", "signature": "details.Wz"}],
         [{"type": "thinking", "signature": "details.e30="}],
+        [{"type": "thinking", "signature": "details." + base64.b64encode(b"[" * 100_000).decode()}],
     ],
+    ids=lambda blocks: repr(blocks)[:60],
 )
 def test_what_is_no_seal_of_ours_holds_nothing(blocks):
     assert details_of(blocks) == []

@@ -43,6 +43,55 @@ def told(body, *deltas, logprobs=None):
     return [value for piece in raw for value in read_data(piece)]
 
 
+# How it ends
+
+
+def events_of(body, *chunks):
+    made = ResponseStream(body)
+    raw = [*made.begin(), *(piece for chunk in chunks for piece in made.add(chunk)), *made.end()]
+    return [value for piece in raw for value in read_data(piece)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "why"),
+    [
+        ("stop", "completed", None),
+        ("length", "incomplete", "max_output_tokens"),
+        ("content_filter", "incomplete", "content_filter"),
+    ],
+)
+def test_why_an_answer_ended_is_told(reason, status, why):
+    said = answer(content="so")
+    said["choices"][0]["finish_reason"] = reason
+    last = events_of(ASKED, {"choices": [{"index": 0, "delta": {"content": "so"}, "finish_reason": reason}]})[-1]
+    assert last["type"] == f"response.{status}"
+    for made in (to_response(ASKED, said), last["response"]):
+        assert (made["status"], made["incomplete_details"]) == (status, None if why is None else {"reason": why})
+
+
+def test_the_model_is_the_one_that_was_told_last():
+    one = {"choices": [{"index": 0, "delta": {"content": "a"}}]}
+    first, *_, last = events_of(ASKED, one, {**one, "model": "m-1"}, {**one, "model": "m-2"}, one)
+    assert (first["response"]["model"], last["response"]["model"]) == ("m", "m-2")
+
+
+def test_calls_without_numbers_are_told_apart_by_what_names_them():
+    deltas = (call('{"a"', "add"), {"function": {"arguments": ":1}"}}, {"id": "c2", "function": {"arguments": "{}"}})
+    named = {"function": {"name": "add", "arguments": "[]"}}
+    events = told(ASKED, *({"tool_calls": [delta]} for delta in (*deltas, named)))
+    assert [item["arguments"] for item in events[-1]["response"]["output"]] == ['{"a":1}', "{}", "[]"]
+
+
+@pytest.mark.parametrize("include", [None, [], ["message.output_text.logprobs"], "reasoning.encrypted_content", 7])
+@pytest.mark.parametrize("thought", [{"reasoning_content": "hm"}, {"thinking_blocks": [{"signature": "s"}]}])
+def test_thoughts_are_sealed_for_those_alone_who_ask_for_it(include, thought):
+    body = ASKED if include is None else {**ASKED, "include": include}
+    for output in (to_response(body, answer(**thought))["output"], told(body, thought)[-1]["response"]["output"]):
+        assert [(item["type"], "encrypted_content" in item) for item in output] == [("reasoning", False)]
+    asked = to_response({**ASKED, "include": ["reasoning.encrypted_content"]}, answer(**thought))["output"]
+    assert "encrypted_content" in asked[0]
+
+
 # Custom tools
 
 
