@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 
 import numpy as np
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.array_file import _header, read_arrays, write_arrays
-from anabranch.graph.disk import DiskIndex, build, from_hnsw
+from anabranch.graph.disk import DiskIndex, build, from_hnsw, making
 from anabranch.graph.disk.stored import KIND
 from anabranch.graph.hnsw import HNSW
+from hnsw_checks import WAIT_S, wanted
+from hnsw_checks import thread as begun
 
 COUNT, DIM = 1500, 20
 
@@ -419,3 +422,54 @@ def test_it_is_what_an_hnsw_was(tmp_path):
         from_hnsw(HNSW(8, metric="hamming"), tmp_path / "d.anb")
     made.restore(ids[:3])
     np.testing.assert_array_equal(made.search(QUERIES, 5)[0], before)
+
+
+def test_what_is_put_on_disk_is_one_state_of_an_index_that_others_change(tmp_path, monkeypatch):
+    """One that adds waits until it is written: links to what came later led beyond the end of arrays."""
+    made = HNSW(DIM, M=8, ef_construction=40, num_threads=1)
+    made.add(VECTORS[:600])
+    others, sample = [], making._sample
+
+    def and_others_come(*asked):
+        # As searches do, which are let in before the first change.
+        assert made.search(QUERIES, 5)[0].shape == (len(QUERIES), 5)
+        others.append(begun(lambda: made.add(VECTORS[600:])))
+        others.append(begun(lambda: made.update(np.arange(50), VECTORS[600:650])))
+        wanted(made._lock, 2)
+        return sample(*asked)
+
+    monkeypatch.setattr(making, "_sample", and_others_come)
+    with from_hnsw(made, tmp_path / "d.anb") as index:
+        assert len(index) == 600
+        np.testing.assert_array_equal(index.vectors(np.arange(600)), VECTORS[:600])
+        true = true_neighbours(VECTORS[:600], QUERIES, 5)[0]
+        np.testing.assert_array_equal(index.search(QUERIES, 5, 600)[0], true)
+    for one in others:
+        one.join(WAIT_S)
+    assert len(made) == COUNT
+
+
+def test_an_interrupt_ends_it_between_two_pieces_and_leaves_nothing(tmp_path, monkeypatch):
+    made = HNSW(DIM, M=8, ef_construction=40, num_threads=1)
+    made.add(VECTORS[:600])
+    sample = making._sample
+
+    def and_one_comes(*asked):
+        signal.raise_signal(signal.SIGINT)
+        return sample(*asked)
+
+    monkeypatch.setattr(making, "_sample", and_one_comes)
+    with pytest.raises(KeyboardInterrupt):
+        from_hnsw(made, tmp_path / "d.anb")
+    assert not list(tmp_path.iterdir())
+    # It was given back.
+    made.add(VECTORS[600:700])
+
+
+def test_links_that_lead_beyond_the_last_element_are_told(tmp_path):
+    made = HNSW(DIM, M=8, ef_construction=40, num_threads=1)
+    made.add(VECTORS[:600])
+    made._storage.links[7, 3] = 600
+    with pytest.raises(DataError, match="links of the index lead to what is not there"):
+        from_hnsw(made, tmp_path / "d.anb")
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import anabranch.graph.hnswlib_compat as hnswlib
-from hnsw_checks import check_graph, drawn, naive, recall
+from anabranch.graph.hnswlib_compat import brute
+from hnsw_checks import WAIT_S, check_graph, drawn, naive, recall, wanted
+from hnsw_checks import thread as begun
 
 VECTORS, QUERIES = drawn(600, 8, 1), drawn(30, 8, 2)
 
@@ -246,6 +248,51 @@ def test_brute_force(space, tmp_path):
     loaded.load_index(tmp_path / "exact")
     np.testing.assert_array_equal(loaded.knn_query(QUERIES, k=20)[0], truth)
     assert loaded.get_max_elements() == 600
+
+
+def test_brute_force_beside_one_that_adds(monkeypatch):
+    """Arrays that a query reads are not given back before it is over: whoever adds waits, also for one whose filter asks the index."""
+    index = hnswlib.BFIndex("l2", 8)
+    index.init_index(max_elements=600)
+    index.add_items(VECTORS[:100])
+    before = index.knn_query(QUERIES, k=5)
+    others, scan = [], brute.scan_many
+
+    def and_others_come(*asked):
+        if not others:
+            others.append(begun(lambda: index.add_items(VECTORS[100:])))
+            others.append(begun(lambda: index.delete_vector(3)))
+            wanted(index._lock, 2)
+        assert index._storage.count == 100
+        return scan(*asked)
+
+    monkeypatch.setattr(brute, "scan_many", and_others_come)
+    found = index.knn_query(QUERIES, k=5, filter=lambda label: label < index.get_current_count(), num_threads=1)
+    for one in others:
+        one.join(WAIT_S)
+    for one, other in zip(found, before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    monkeypatch.undo()
+    assert index.get_current_count() == 599
+    # A filter may change the index, and what went meanwhile is not returned.
+    labels, _ = index.knn_query(VECTORS[5], k=3, filter=lambda label: index.delete_vector(5) or label < 9)
+    assert set(labels[0].tolist()) <= {0, 1, 2, 4, 6, 7, 8}
+
+
+def test_a_pickle_of_brute_force_holds_vectors_and_no_addresses():
+    index = hnswlib.BFIndex("ip", 8)
+    assert pickle.loads(pickle.dumps(index)).get_current_count() == 0
+    index.init_index(max_elements=100)
+    index.add_items(VECTORS[:90])
+    index.delete_vector(7)
+    again = pickle.loads(pickle.dumps(index))
+    # Of its own.
+    index.add_items(VECTORS[90:100])
+    truth, _ = naive(np.delete(VECTORS[:90], 7, 0), QUERIES, 5, "ip", np.delete(np.arange(90), 7))
+    np.testing.assert_array_equal(again.knn_query(QUERIES, k=5)[0], truth)
+    again.add_items(VECTORS[:2])
+    assert (again.get_current_count(), again.get_max_elements()) == (91, 100)
+    assert 91 in again.knn_query(VECTORS[1], k=91)[0]
 
 
 def test_brute_force_changes_and_errors(tmp_path):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from anabranch import machine
-from anabranch.errors import InputError
+from anabranch.errors import DataError, InputError
 from anabranch.files import explained
 from anabranch.graph.codes import ProductCodes
 from anabranch.graph.disk import shards
@@ -35,6 +35,7 @@ from anabranch.graph.disk.stored import METRICS, check_system
 from anabranch.graph.disk.writing import Graph, write
 from anabranch.graph.hnsw import HNSW, layout
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive
+from anabranch.graph.interrupts import Interrupts
 from anabranch.graph.workers import num_workers
 
 # With shards: one element in so many is in the entry layer, with so many links when it is inserted.
@@ -165,6 +166,8 @@ def from_hnsw(
 ) -> DiskIndex:
     """Put an index on disk that was built in memory (or is mapped from its file), with its links and ids; and open it.
 
+    It is one state of the index: changes wait until it is written, and so do searches that come after one that waits.
+
     Args:
         index: without deleted elements (`HNSW.compact`), and not empty. Its vectors of the highest precision are kept.
         path: as of `build`, and so are ``memory``, ``code_bytes`` and ``num_threads``; what ``index`` takes is not counted.
@@ -174,8 +177,22 @@ def from_hnsw(
     check_system()
     if index.metric not in METRICS:
         raise InputError(f"an index on disk measures {', '.join(METRICS)}, not {index.metric!r}")
-    source = Elements(index)
-    if not source.count or index._storage.count != source.count:
+    with index._lock.read(whole=True) as interrupts:
+        memory = _put(index, Path(path), memory, code_bytes, num_threads, interrupts)
+    return DiskIndex(path, memory=memory, num_threads=num_threads)
+
+
+def _put(
+    index: HNSW,
+    path: Path,
+    memory: int | None,
+    code_bytes: int | None,
+    num_threads: int | None,
+    interrupts: Interrupts,
+) -> int:
+    """Write what `from_hnsw` opens, whose caller holds the lock of the index; the limit of memory."""
+    source = Elements(index, interrupts)
+    if not source.is_whole:
         raise InputError(
             f"{index!r} is empty or has deleted elements; an index on disk has none: call compact() before"
         )
@@ -192,10 +209,8 @@ def from_hnsw(
         is_built=True,
     )
     id_N = None if is_plain else source.id_N
-    job = _Job(
-        source, id_N, Path(path), plan, index.metric, index.M, index.ef_construction, index.seed, num_threads, _silent
-    )
-    with explained(Path(path)):
+    job = _Job(source, id_N, path, plan, index.metric, index.M, index.ef_construction, index.seed, num_threads, _silent)
+    with explained(path):
         sample_SD = _sample(source, plan, job.seed)
         codes = ProductCodes.train(sample_SD, plan.code_bytes, seed=job.seed, num_threads=job.threads)
         del sample_SD
@@ -205,7 +220,7 @@ def from_hnsw(
             last = min(first + plan.piece, source.count)
             link_NL[first:last] = links[first:last] + np.int32(1)
         _write(job, codes, _of_whole(index, link_NL))
-    return DiskIndex(path, memory=memory, num_threads=num_threads)
+    return memory
 
 
 def _silent(done: int) -> None:
@@ -321,13 +336,16 @@ def _sampled_layer(job: _Job) -> tuple[np.ndarray, np.ndarray]:
 
 def _write(job: _Job, codes: ProductCodes, graph: Graph) -> None:
     degree_N = np.zeros(job.source.count, np.int32)
+    most = int(merge_links(graph.link_NL, degree_N))
+    if most < 0:
+        raise DataError("links of the index lead to what is not there: its file is damaged; bring a copy of it back")
     # A number that no other file has, so that a block of one is not taken for one of another.
     meta = {
         "dim": job.source.dim,
         "metric": job.metric,
         "M": job.M,
         "ef_construction": job.ef_construction,
-        "links": int(merge_links(graph.link_NL, degree_N)),
+        "links": most,
         "seed": secrets.randbits(62),
         "shards": graph.num_shards,
     }

@@ -58,12 +58,17 @@ def fill_blocks(link_NL, per, order_N, slot_N):
 
 @kernel
 def merge_links(link_NL, degree_N):
-    """Bring links (elements + 1, 0 for none) to the front, each once; add to how many lists they stand in; most links of an element."""
+    """Bring links (elements + 1, 0 for none) to the front, each once; add to how many lists they stand in; most links of an element.
+
+    -1, and not all is done, where a link leads beyond the last element.
+    """
     most = 0
     for row in range(len(link_NL)):
         count = 0
         for place in range(link_NL.shape[1]):
             link = link_NL[row, place]
+            if link > len(degree_N):
+                return -1
             is_new = link > 0
             for other in range(count):
                 is_new = is_new and link_NL[row, other] != link

@@ -8,6 +8,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.hnsw import HNSW
 from anabranch.graph.hnsw.checks import as_array, as_vectors
+from anabranch.graph.interrupts import Interrupts
 
 
 class Rows:
@@ -42,19 +43,27 @@ class Rows:
 
 
 class Elements:
-    """What an `HNSW` holds, in the order of its places."""
+    """What an `HNSW` holds, in the order of its places. Whoever uses it holds the lock of the index, so nothing here asks for that.
 
-    def __init__(self, index: HNSW) -> None:
-        self._index, self.id_N = index, index.ids
-        self.count, self.dim, self.metric = len(self.id_N), index.dim, index.metric
+    Args:
+        index: where each place holds an element; of others ``is_whole`` is False, and rows cannot be read.
+        interrupts: those that are held back by the lock, looked for whenever rows are read.
+    """
+
+    def __init__(self, index: HNSW, interrupts: Interrupts) -> None:
+        self._storage, self._interrupts = index._storage, interrupts
+        self.count, self.dim, self.metric = self._storage.count, index.dim, index.metric
+        self.is_whole = self.count > 0 and not self._storage.deleted[: self.count].any()
+        self.id_N = self._storage.label[: self.count].copy()
 
     def piece(self, first: int, last: int) -> np.ndarray:
         """As `Rows.piece`."""
-        return self._index.vectors(self.id_N[first:last])
+        return self.take(np.arange(first, last))
 
     def take(self, row_S: np.ndarray) -> np.ndarray:
         """As `Rows.take`."""
-        return self._index.vectors(self.id_N[row_S])
+        self._interrupts.check()
+        return self._storage.decode(row_S)
 
 
 Source = Rows | Elements

@@ -82,15 +82,15 @@ class ReadWriteLock:
         self.gate[:] = self._is_torn, 0
 
     @contextmanager
-    def read(self, *, whole: bool = False) -> Iterator[None]:
+    def read(self, *, whole: bool = False) -> Iterator[Interrupts]:
         """Hold it with other readers; ``whole``: not while a writer is in the middle of its work and lets readers in.
 
-        An interrupt waits until it is given back, and leaves no trace while it is waited for.
+        An interrupt waits until it is given back, but where the caller looks for it, and leaves no trace while it is waited for.
         """
         with Interrupts() as interrupts:
             self.enter_read(interrupts, whole)
             try:
-                yield
+                yield interrupts
             finally:
                 self.leave_read()
 

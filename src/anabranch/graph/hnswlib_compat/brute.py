@@ -8,6 +8,7 @@ import numpy as np
 
 from anabranch.errors import DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.search import scan_many
 from anabranch.graph.hnsw.storage import Storage
 from anabranch.graph.hnswlib_compat.base import FULL, METRIC, Base, labels_of, last_of_each
@@ -17,7 +18,7 @@ KIND = "hnswlib_compat brute-force index"
 
 
 class BFIndex(Base):
-    """`hnswlib.BFIndex`: every distance."""
+    """`hnswlib.BFIndex`: every distance. Any number of threads may ask beside one that changes something."""
 
     def __init__(self, space: str, dim: int) -> None:
         super().__init__(space, dim)
@@ -25,19 +26,27 @@ class BFIndex(Base):
         self._max_elements = self._next = 0
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
+        # Of all of these: kernels read arrays that grow.
+        self._lock = ReadWriteLock()
 
     def __repr__(self) -> str:
         return f"<hnswlib.BFIndex(space='{self._space}', dim={self._dim})>"
 
     def init_index(self, max_elements: int) -> None:
         """Begin an empty index."""
-        if self._storage is not None:
-            raise RuntimeError("The index is already initiated.")
-        self._storage, self._max_elements = self._empty(), int(max_elements)
+        with self._lock.write():
+            if self._storage is not None:
+                raise RuntimeError("The index is already initiated.")
+            self._storage, self._max_elements = self._empty(), int(max_elements)
 
     def add_items(self, data: Any, ids: Any = None) -> None:
         """Insert vectors, or replace those whose label is there."""
-        held, vector_ND = self._made(), self._vectors(data)
+        self._made()
+        vector_ND = self._vectors(data)
+        with self._lock.write():
+            self._add(self._made(), vector_ND, ids)
+
+    def _add(self, held: Storage, vector_ND: np.ndarray, ids: Any) -> None:
         label_N = labels_of(ids, len(vector_ND), self._next)
         self._next += len(label_N)
         chosen = last_of_each(label_N)
@@ -61,18 +70,29 @@ class BFIndex(Base):
 
     def delete_vector(self, label: int) -> None:
         """Delete an element; nothing happens for an unknown label."""
-        slot = self._slots.pop(int(label), None)
-        if slot is not None:
-            self._free.append(slot)
+        with self._lock.write():
+            slot = self._slots.pop(int(label), None)
+            if slot is not None:
+                self._free.append(slot)
 
     def knn_query(
         self, data: Any, k: int = 1, num_threads: int = -1, filter: Callable[[int], bool] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Labels, uint64 [Q, k], and distances, float32 [Q, k], the nearest first."""
-        held, query_QD = self._made(), self._vectors(data)
-        slot_S = np.array(
-            [self._slots[label] for label in sorted(self._slots) if filter is None or filter(label)], np.int64
-        )
+        self._made()
+        query_QD = self._vectors(data)
+        with self._lock.read():
+            label_S = sorted(self._slots)
+        # Whatever it does, also with this index.
+        allowed_S = label_S if filter is None else [label for label in label_S if filter(label)]
+        with self._lock.read():
+            return self._query(self._made(), query_QD, k, allowed_S, num_threads)
+
+    def _query(
+        self, held: Storage, query_QD: np.ndarray, k: int, label_S: list[int], num_threads: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of elements with some labels, rising, that are still there."""
+        slot_S = np.array([self._slots[label] for label in label_S if label in self._slots], np.int64)
         if k < 1 or (k > len(slot_S) and len(query_QD)):
             raise RuntimeError(f"k is {k}, and there are {len(slot_S)} elements to return")
         id_QK = np.full((len(query_QD), k), -1)
@@ -97,10 +117,27 @@ class BFIndex(Base):
 
     def save_index(self, path_to_index: str | Path) -> None:
         """Write the index into one file, all or nothing."""
+        with self._lock.read():
+            arrays, most = self._arrays(), self._max_elements
+        write_arrays(path_to_index, KIND, arrays, {"max_elements": most})
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """Copies of all vectors and their labels."""
         held = self._made()
         slot_S = np.array([self._slots[label] for label in sorted(self._slots)], np.int64)
-        arrays = {"vectors": held.decode(slot_S), "labels": held.label[slot_S]}
-        write_arrays(path_to_index, KIND, arrays, {"max_elements": self._max_elements})
+        return {"vectors": held.decode(slot_S), "labels": held.label[slot_S]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock.read():
+            arrays = None if self._storage is None else self._arrays()
+            numbers = {"_max_elements": self._max_elements, "_next": self._next, "num_threads": self.num_threads}
+            return {"space": self._space, "dim": self._dim, "arrays": arrays, "numbers": numbers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["space"], state["dim"])  # type: ignore[misc]
+        if state["arrays"] is not None:
+            self._take(state["arrays"]["vectors"], state["arrays"]["labels"])
+        self.__dict__.update(state["numbers"])
 
     def load_index(self, path_to_index: str | Path, max_elements: int = 0) -> None:
         """Read what `save_index` wrote, in place of what there is; ``max_elements`` is not looked at, as there."""
@@ -113,10 +150,15 @@ class BFIndex(Base):
             raise RuntimeError(
                 f"{path_to_index} holds vectors of the shape {list(vectors.shape)}, not of {self._dim} numbers"
             )
+        with self._lock.write():
+            self._take(vectors, labels)
+            self._max_elements, self._next = int(found.meta["max_elements"]), len(labels)
+
+    def _take(self, vectors: np.ndarray, labels: np.ndarray) -> None:
+        """Hold these in place of what there is."""
         held = self._empty()
         slots = held.append(vectors, labels, np.zeros(len(labels), np.int32)) if len(labels) else np.empty(0, np.int64)
         self._storage, self._slots, self._free = held, dict(zip(labels.tolist(), slots.tolist(), strict=True)), []
-        self._max_elements, self._next = int(found.meta["max_elements"]), len(labels)
 
     def _empty(self) -> Storage:
         return Storage(self._dim, METRIC[self._space], 2, 2, "f32", False)

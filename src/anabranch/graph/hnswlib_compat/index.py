@@ -199,7 +199,7 @@ class Index(Base):
             raise ValueError("get_items accepts a list of indices and returns a list of vectors")
         label_N = np.empty(0, np.int64) if ids is None else flat_labels(ids)
         index = self._made()
-        if not index._slots.known(label_N).all():
+        if not index.contains(label_N).all():
             raise RuntimeError("Label not found")
         found = np.array(index.vectors(label_N)) if len(label_N) else np.empty(0, np.float32)
         return found if return_type == "numpy" else found.tolist()
