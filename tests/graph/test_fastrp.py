@@ -596,7 +596,7 @@ def test_names_of_new_nodes():
         (np.ones(40), r"\(40,\)"),
         (-np.ones((1, 40)), "not negative"),
         (np.full((1, 40), np.nan), "finite"),
-        (np.full((1, 40), "a"), "rows are numbers"),
+        (np.full((1, 40), "a"), "entries of rows .new nodes, 40. are real numbers, not <U1"),
     ],
 )
 def test_new_rows_that_do_not_fit(rows, message):

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from anabranch.errors import AnabranchError, InputError
 from anabranch.extras import require
 from anabranch.graph.coerce import as_graph
+from anabranch.graph.sparse import is_sparse, wide_rows
 from anabranch.graph.store import Graph
 
 Operator = Literal["dot", "cosine", "l2"]
@@ -378,7 +379,7 @@ def _vectors(embedding_ND: ArrayLike) -> np.ndarray:
 
 def _label_matrix(labels: Any, count: int) -> np.ndarray:
     """bool [N, C]."""
-    found = np.asarray(labels.toarray() if hasattr(labels, "toarray") else labels)
+    found = (wide_rows(labels, "labels") != 0).toarray() if is_sparse(labels) else np.asarray(labels)
     if found.ndim == 1 and found.dtype.kind in "iu" and found.size:
         if found.min() < -1:
             raise InputError(

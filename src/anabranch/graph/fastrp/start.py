@@ -10,6 +10,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.products import Operator
 from anabranch.graph.projection import SparseProjection, gaussian_rows, keys_of, sparse_rows
+from anabranch.graph.sparse import is_sparse, wide_rows
 from anabranch.graph.store import Graph
 
 # S at which rows are so full that a product with them made dense is quicker.
@@ -201,10 +202,10 @@ class Features:
 
 
 def _feature_rows(features: Any, num_nodes: int) -> Any:
-    values = features.tocsr() if hasattr(features, "tocsr") else np.asarray(features)
+    values = wide_rows(features, "features") if is_sparse(features) else np.asarray(features)
     if values.ndim != 2 or values.shape[0] != num_nodes:
         raise InputError(f"features have the shape {values.shape}; it must be [{num_nodes}, features]")
-    data = np.asarray(values.data if hasattr(values, "tocsr") else values)
+    data = np.asarray(values.data if is_sparse(values) else values)
     if data.dtype.kind not in "fiub" or not np.isfinite(data).all():
         raise InputError("features must be finite numbers")
     return values

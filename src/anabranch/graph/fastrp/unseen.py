@@ -11,6 +11,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.fastrp.start import Setup, inverse_power
 from anabranch.graph.projection import keys_of
+from anabranch.graph.sparse import wide_rows
 from anabranch.graph.store import Graph
 
 
@@ -36,15 +37,11 @@ def new_rows(rows: Any, setup: Setup, matrix: str, dtype: Any, allow_negative: b
     from scipy.sparse import csr_array
 
     old = len(setup.start.key_N)
-    try:
-        found = csr_array(rows, dtype=np.float64, copy=True)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"rows are numbers, [new nodes, {old}]: {error}") from None
-    if found.ndim != 2 or found.shape[1] not in (old, old + found.shape[0]):
+    found = wide_rows(rows, f"rows [new nodes, {old}]")
+    if found.shape[1] not in (old, old + found.shape[0]):
         raise InputError(
             f"rows have the shape {found.shape}; it must be [new nodes, {old}], or [new nodes, {old} + new nodes] with edges between them"
         )
-    found.sum_duplicates()
     if not np.isfinite(found.data).all() or (not allow_negative and (found.data < 0).any()):
         raise InputError("weights of new edges must be finite and not negative (allow_negative takes those)")
     degree_R = abs(found).sum(1)

@@ -10,6 +10,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.formats.objects import from_igraph, from_networkx, from_pyg, from_table, from_torch
 from anabranch.graph.formats.read import read_graph
+from anabranch.graph.sparse import wide_rows
 from anabranch.graph.store import Graph
 
 ACCEPTED = (
@@ -85,13 +86,7 @@ def _is_table(graph: Any) -> bool:
 
 
 def _from_scipy(matrix: Any, allow_negative: bool) -> Graph:
-    entries = matrix.tocoo()
-    if len(entries.shape) == 2 and entries.data.dtype.kind in "biuf":
-        # Scipy adds in the type that is there: 200 + 100 would be 44 in bytes, and True + True be 1.
-        wide = entries.astype(np.float64).tocsr(copy=True)
-        wide.sum_duplicates()
-        entries = wide
-    return Graph.from_scipy(entries, allow_negative=allow_negative)
+    return Graph.from_scipy(wide_rows(matrix, "an adjacency matrix"), allow_negative=allow_negative)
 
 
 def _from_lists(edges: Any, allow_negative: bool) -> Graph:
