@@ -43,7 +43,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
     "graphvite": (Bar(2, peer=r"PecanPy \+ gensim"), Bar(1.6, "two threads.*")),
     "hnsw": (
         Bar(1.0, peer="bar"),
-        Bar(1.0, ".*, (queries|build), f32, .*", "hnswlib"),
+        Bar(1.0, ".*, float32, build", "hnswlib"),
         # Against every peer of a class of what is kept of a vector: the fastest decides.
         Bar(1.0, ".* x .*, (float32|int8.*|int4.*|codes.*), (batch|one at a time)"),
         Bar(1.0, "filter, .*"),
@@ -95,8 +95,6 @@ BARS: dict[str, tuple[Bar, ...]] = {
 
 # Bars of which no record has a row yet: asked since the benchmark last ran. They leave with the record that has them.
 AWAITED: dict[str, frozenset[Bar]] = {
-    # Of the first call in a process, with an empty cache and from it; of real vectors, by class; of filters.
-    "hnsw": frozenset({BARS["hnsw"][0], *BARS["hnsw"][2:4]}),
     # At equal terms; those before compared a tuned run with one that was not.
     "fastrp": frozenset({Bar(100, "tuned, .*", "DeepWalk.*")}),
     # Against blocks; those before were against loops.
@@ -105,7 +103,6 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "ppr": frozenset(BARS["ppr"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
-    "hnsw_live": frozenset(BARS["hnsw_live"]),
     "routing_decisions": frozenset(BARS["routing_decisions"]),
     "hnsw_disk": frozenset(BARS["hnsw_disk"]),
 }

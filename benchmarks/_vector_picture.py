@@ -19,18 +19,25 @@ def draw(record: dict[str, Any], path: Path) -> None:
     sets, kinds = _in_order(curves, "set"), _in_order(curves, "kind")
     if not curves:
         return
-    names = _in_order(curves, "contestant")
-    with figure(
-        3.4 * len(kinds), 2.5 * len(sets) + 0.6, nrows=len(sets), ncols=len(kinds), squeeze=False, sharex=True
-    ) as (made, axes):
-        for row, name in enumerate(sets):
-            for column, kind in enumerate(kinds):
-                panel = axes[row][column]
-                panel.set_title(f"{name}, {kind}")
-                _panel(panel, [one for one in curves if one["set"] == name and one["kind"] == kind], names)
-        for column in range(len(kinds)):
-            axes[-1][column].set_xlabel("recall of the 10 nearest")
-        for row in range(len(sets)):
+    # Ours first, in one colour throughout; a colour comes again only with another marker.
+    names = sorted(_in_order(curves, "contestant"), key=lambda name: name != "ours")
+    panels = {
+        name: [
+            [one for one in curves if (one["set"], one["kind"]) == (name, kind)]
+            for kind in kinds
+            if any((one["set"], one["kind"]) == (name, kind) for one in curves)
+        ]
+        for name in sets
+    }
+    columns = max(len(of_set) for of_set in panels.values())
+    with figure(3.4 * columns, 2.5 * len(sets) + 0.6, nrows=len(sets), ncols=columns, squeeze=False) as (made, axes):
+        for row, (name, of_set) in enumerate(panels.items()):
+            for panel, of_panel in zip(axes[row], of_set, strict=False):
+                panel.set_title(f"{name}, {of_panel[0]['kind']}")
+                panel.set_xlabel("recall of the 10 nearest")
+                _panel(panel, of_panel, names)
+            for panel in axes[row][len(of_set) :]:
+                panel.set_axis_off()
             axes[row][0].set_ylabel("queries a second")
         path.write_text(to_svg(made))
 
@@ -40,10 +47,12 @@ def _panel(panel: Any, curves: list[dict[str, Any]], names: list[str]) -> None:
     for curve in curves:
         points = [point for point in curve["points"] if point[0] >= LEAST_RECALL]
         number, is_batch = names.index(curve["contestant"]), curve["way"] == "batch"
+        # The first colour is ours.
+        colour = SERIES[0] if number == 0 else SERIES[1 + (number - 1) % (len(SERIES) - 1)]
         panel.plot(
             [point[0] for point in points],
             [point[1] for point in points],
-            color=SERIES[number % len(SERIES)],
+            color=colour,
             marker=MARKERS[number % len(MARKERS)] if is_batch else "",
             linestyle="-" if is_batch else ":",
             label=curve["contestant"] if is_batch else None,

@@ -210,11 +210,18 @@ def measure(
             facts[one.name] = {"setting": setting, "build_s": round(taken, 2), "bytes": round(size, 1)}
             for way, points in curve(index, query_QD, truth_QK, options).items():
                 curves.append({"set": name, "kind": kind, "contestant": one.name, "way": way, "points": points})
+        case = f"{name} {len(base_ND):,} x {base_ND.shape[1]}, {kind}"
         if len(built) > 1:
-            rows += at_equal_recall(
-                f"{name} {len(base_ND):,} x {base_ND.shape[1]}, {kind}", built, facts, query_QD, truth_QK, options
-            )
+            rows += at_equal_recall(case, built, facts, query_QD, truth_QK, options)
+        if kind == "float32" and "hnswlib" in facts:
+            rows.append(build_row(case, facts["ours"], facts["hnswlib"]))
     return rows, curves
+
+
+def build_row(case: str, ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """How long each took to build what it was fastest with, once."""
+    made = row(f"{case}, build", ours["build_s"], peer["build_s"], "s", "hnswlib")
+    return made | {"setting_ours": ours["setting"], "setting_peer": peer["setting"]}
 
 
 def at_equal_recall(
