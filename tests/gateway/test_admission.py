@@ -24,6 +24,7 @@ class Counts:
         self.told.append(("admit", whose, id, tokens))
         if id in self.refused:
             raise refusal_of_many(limits.most or 1)
+        return limits.tpm is not None
 
     async def look(self, whose, limits):
         self.told.append(("look", whose))
@@ -31,8 +32,8 @@ class Counts:
     def leave(self, whose, id):
         self.told.append(("leave", whose, id))
 
-    def correct(self, whose, id, tokens, tpm):
-        self.told.append(("correct", whose, id, tokens, tpm))
+    def correct(self, whose, tokens, tpm):
+        self.told.append(("correct", whose, tokens, tpm))
 
 
 def made(shared=None):
@@ -81,15 +82,16 @@ def test_nobody_is_asked_about_a_key_without_limits():
     async def main():
         shared = Counts()
         door, _, _ = made(shared)
-        await door.enter("k", "a", 1, Limits(None, None, None))
+        assert not await door.enter("k", "a", 1, Limits(None, None, None))
         await door.look("k", Limits(None, None, None))
         await door.count("k", "f", Limits(None, 5, 5))
-        door.correct("k", "a", 7, None)
+        door.correct("k", 7, None, is_shared=True)
+        door.correct("k", 7, 100, is_shared=False)
         assert shared.told == []
-        door.correct("k", "a", 7, 100)
+        door.correct("k", 7, 100, is_shared=True)
         await door.look("k", Limits(1, None, None))
         await door.count("k", "f", Limits(1, 5, 5))
-        assert shared.told == [("correct", "k", "a", 7, 100), ("look", "k"), ("admit", "k", "f", 0)]
+        assert shared.told == [("correct", "k", 7, 100), ("look", "k"), ("admit", "k", "f", 0)]
 
     asyncio.run(main())
 

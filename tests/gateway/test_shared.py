@@ -68,10 +68,10 @@ def test_tokens_are_counted_together_and_corrected(server, prefix):
             with pytest.raises(RateError, match="more than the 100 a minute") as caught:
                 await two.enter("k", "b", 101, limits)
             assert caught.value.retry_after_s is None
-            one.correct("k", "a", -60, 100)
+            one.correct("k", -60, 100, is_shared=True)
             await shared[0].counts.tell()
             await two.enter("k", "b", 99, limits)
-            two.correct("k", "b", 10_000, 100)
+            two.correct("k", 10_000, 100, is_shared=True)
             await shared[1].counts.tell()
             with pytest.raises(RateError) as caught:
                 await one.enter("k", "c", 1, limits)
@@ -87,26 +87,86 @@ def test_what_was_not_taken_is_not_given_back(server, prefix):
     async def main():
         async with processes(server, prefix, 1) as [shared]:
             [door], limits = admissions([shared]), Limits(None, 1000, None)
-            await shared.counts.admit("k", "a", 900, limits)
+            assert await shared.counts.admit("k", "a", 900, limits)
             shared.link.is_up = False
-            await door.enter("k", "b", 900, limits)
+            is_shared = await door.enter("k", "b", 900, limits)
+            assert not is_shared
             shared.link.is_up = True
-            door.correct("k", "b", -890, 1000)
+            door.correct("k", -890, 1000, is_shared=is_shared)
             await shared.counts.tell()
             assert await told(shared.counts.admit("k", "c", 900, limits)) == "tpm"
             # Nor is it charged what came beside it: of all that, Redis knows nothing.
-            door.correct("k", "b", 10_000, 1000)
+            door.correct("k", 10_000, 1000, is_shared=is_shared)
             await shared.counts.tell()
             assert await told(shared.counts.admit("k", "c", 50, limits)) == ""
-            # What was taken is, until the request has ended.
-            shared.counts.correct("k", "a", -890, 1000)
+            # What was taken is.
+            shared.counts.correct("k", -890, 1000)
             await shared.counts.tell()
             assert await told(shared.counts.admit("k", "d", 900, limits)) == ""
-            for id in "abcd":
-                shared.counts.leave("k", id)
-            assert not shared.counts._taken
-            await shared.counts.look("k", limits)
-            assert not shared.counts._taken
+            # Of a key without that limit nothing is taken.
+            assert not await door.enter("l", "a", 900, Limits(9, None, None))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("num_done", [1, 2, 4])
+def test_what_is_told_again_counts_once(server, prefix, num_done):
+    """What Redis did, but answered too late, is told again: a correction took its tokens twice, or gave them back twice."""
+
+    async def main():
+        async with processes(server, prefix, 1) as [shared]:
+            limited = Deployment(name="d", provider=Mock.Config(model="m"), tpm=100_000)
+            assert await shared.counts.admit("k", "1", 10_000, Limits(None, 100_000, None))
+            await shared.rooms.take(limited, "1", 10_000)
+            for amount in (30_000, -20_000, 5_000, 1_000):
+                shared.counts.correct("k", amount, 100_000)
+                shared.rooms.corrected(limited, amount, 0.0)
+            for one in (shared.counts, shared.rooms):
+
+                async def lost(client, one=one, some=tuple(one._untold[:num_done])):
+                    await one._told(client, some)
+
+                # Done there, and the answer is lost; the same may come once more, even later than all that is told again.
+                await shared.link.run(lost)
+                await one.tell()
+                await shared.link.run(lost)
+            level, spent = await shared.link.run(
+                lambda client: _levels(client, shared.counts._keys("k")[1], shared.rooms._keys("d")[1])
+            )
+            # It fills up by 1,667 a second.
+            assert 74_000 <= level < 84_000
+            assert spent == 26_000
+            # Another process has numbers of its own.
+            async with processes(server, prefix, 1) as [other]:
+                other.rooms.spent(limited, 500)
+                await other.rooms.tell()
+                _, spent = await shared.link.run(lambda client: _levels(client, "none", shared.rooms._keys("d")[1]))
+                assert spent == 26_500
+
+    asyncio.run(main())
+
+
+async def _levels(client, bucket, sums):
+    return float((await client.hget(bucket, "level")) or 0), sum(map(int, await client.hvals(sums)))
+
+
+def test_what_redis_did_while_it_was_too_slow_to_say_so_is_not_done_again(server, prefix):
+    async def main():
+        async with processes(server, prefix, 1) as [shared]:
+            assert await shared.counts.admit("k", "1", 10, Limits(None, 100_000, None))
+            shared.counts.correct("k", 50_000, 100_000)
+            server.hang()
+            try:
+                with pytest.raises(AwayError):
+                    await shared.counts.tell()
+            finally:
+                server.go_on()
+            shared.link._retry_at = 0
+            while not shared.link.is_up:
+                await shared.link.look()
+            await shared.counts.tell()
+            level, _ = await shared.link.run(lambda client: _levels(client, shared.counts._keys("k")[1], "none"))
+            assert 49_000 < level < 80_000
 
     asyncio.run(main())
 

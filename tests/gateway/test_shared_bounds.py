@@ -188,7 +188,7 @@ def test_whatever_lies_there_a_wait_is_bounded_and_redis_is_not_away(server, dat
             for names in (room_keys, count_keys):
                 kept = await shared.link.run(lambda client, key=names[2]: client.zrange(key, 0, -1, withscores=True))
                 assert all(score <= last for _, score in kept)
-            shared.counts.correct("k", "a", 5, 1000)
+            shared.counts.correct("k", 5, 1000)
             shared.rooms.spent(deployment(tpm=1000), 5)
             await shared.counts.tell()
             await shared.rooms.tell()

@@ -2,6 +2,7 @@
 
 from anabranch.gateway.config import LogConfig
 from anabranch.gateway.core import choice, ending
+from anabranch.gateway.core.model_calls import ModelCall
 from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.providers.provider import Usage
 from anabranch.gateway.store import KeyRecord
@@ -84,25 +85,76 @@ def test_the_row_waits_for_a_call_that_is_read_on():
     run(work)
 
 
-def test_a_rate_is_corrected_by_what_was_used_and_not_by_what_may_have_been():
+def rated(tpm=100, is_shared=True):
+    """A request whose rate is corrected, and what its admission was told."""
     lent, _ = services()
     corrected = []
-    lent.admission.correct = lambda *given: corrected.append(given)
+    lent.admission.correct = lambda *given, **how: corrected.append((*given, how["is_shared"]))
 
-    async def work(*attempts, tpm=100):
+    async def work():
         state = await decided(lent=lent)
-        state.record, state.tpm = KeyRecord(id="k"), tpm
-        state.report = Report(attempts=list(attempts))
-        ending.correct_rate(state)
-        return state.id, state.count.tokens
+        state.record, state.tpm, state.is_rate_shared = KeyRecord(id="k"), tpm, is_shared
+        return state
 
-    request, prompt = run(
-        work, attempt(usage=Usage(10, 5, 0)), attempt(usage=Usage(900, 900, 0), is_guess=True, seen=2)
+    return run(work), corrected
+
+
+def guess(seen=0, **fields):
+    return attempt(usage=Usage(900, 900, 0), is_guess=True, seen=seen, **fields)
+
+
+def asked(*attempts, prompt=7):
+    return ModelCall(
+        id="r.1",
+        model="small",
+        purpose="draft",
+        began_s=0.0,
+        prompt_tokens=prompt,
+        report=Report(attempts=list(attempts)),
     )
-    assert corrected == [("k", request, 15 + prompt + 2 - prompt, 100)]
-    run(work)
-    run(work, attempt(), tpm=None)
+
+
+def test_a_rate_is_corrected_by_what_was_used_and_not_by_what_may_have_been():
+    state, corrected = rated()
+    state.report = Report(attempts=[attempt(usage=Usage(10, 5, 0)), guess(seen=2)])
+    ending.correct_rate(state)
+    assert corrected == [("k", 15 + 2, 100, True)]
+    # Nothing more has become known.
+    ending.correct_rate(state)
     assert len(corrected) == 1
+    for state, corrected in (rated(), rated(tpm=None)):
+        state.report = Report() if state.tpm else Report(attempts=[attempt()])
+        ending.correct_rate(state)
+        assert corrected == []
+
+
+def test_a_rate_is_corrected_by_what_was_asked_on_the_way_whatever_came_of_it():
+    """A client that went away before a program's first word paid for one prompt, however many calls there were."""
+    state, corrected = rated(is_shared=False)
+    prompt = state.count.tokens
+    state.calls.made = [asked(attempt(usage=Usage(2500, 4, 0))), asked(guess(), prompt=2500), asked(prompt=9)]
+    ending.correct_rate(state)
+    assert corrected == [("k", 2504 + 2500 - prompt, 100, False)]
+    # An answer beside what its strategy asked.
+    state.report = Report(attempts=[attempt(usage=Usage(10, 5, 0))])
+    ending.correct_rate(state)
+    assert corrected[1:] == [("k", 15, 100, False)]
+
+
+def test_a_rate_is_corrected_again_once_it_is_known_what_a_lost_call_used():
+    """Who went away just before an answer came used its prompt alone."""
+    state, corrected = rated()
+    prompt, late = state.count.tokens, guess(status="cancelled", is_late=True)
+    state.report = Report(attempts=[late])
+
+    async def work():
+        ending.conclude(state, "cancelled", 499, "", "", 0.1)
+        assert corrected == []
+        late.is_late, late.is_guess, late.usage = False, False, Usage(prompt + 1, 4000, 0)
+        state.report.now_known()
+
+    run(work)
+    assert corrected == [("k", 4001, 100, True)]
 
 
 def test_a_strategy_learns_only_of_what_it_decided():

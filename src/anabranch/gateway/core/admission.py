@@ -41,8 +41,11 @@ def limits_of(record: KeyRecord | None, limits: LimitsConfig) -> Limits:
 class SharedCounts(Protocol):
     """What several processes count together. Where that cannot be asked, it says yes: each process still has its own counts."""
 
-    async def admit(self, whose: str, id: str, tokens: int, limits: Limits) -> None:
-        """Count a request in: all limits are taken from, or none. Raises RateError."""
+    async def admit(self, whose: str, id: str, tokens: int, limits: Limits) -> bool:
+        """Count a request in: all limits are taken from, or none. Whether tokens were taken, which `correct` may be told of.
+
+        Raises RateError.
+        """
 
     async def look(self, whose: str, limits: Limits) -> None:
         """Whether `admit` could let any request through now; nothing is taken. Raises RateError."""
@@ -50,8 +53,8 @@ class SharedCounts(Protocol):
     def leave(self, whose: str, id: str) -> None:
         """A request is under way no more."""
 
-    def correct(self, whose: str, id: str, tokens: int, tpm: int) -> None:
-        """``tokens`` more were used than `admit` was told; negative if fewer. Before `leave`; of what was not counted, nothing."""
+    def correct(self, whose: str, tokens: int, tpm: int) -> None:
+        """``tokens`` more were used than `admit` was told; negative if fewer. Only where it took some."""
 
 
 class Admission:
@@ -65,15 +68,15 @@ class Admission:
     def __init__(self, rates: RateLimits, senders: InFlight, shared: SharedCounts | None = None) -> None:
         self._rates, self._senders, self._shared = rates, senders, shared
 
-    async def enter(self, whose: str, id: str, tokens: int, limits: Limits, held: HeldBody | None = None) -> None:
+    async def enter(self, whose: str, id: str, tokens: int, limits: Limits, held: HeldBody | None = None) -> bool:
         """Count a request of about ``tokens`` in, in the place that its body has if that was held; `leave` counts it out.
 
-        Raises RateError, and it is not counted.
+        Returns whether its tokens count in all processes, for `correct`. Raises RateError, and it is not counted.
         """
         if held is None or not held.take_place():
             self._senders.enter(whose, limits.most)
         try:
-            await self._take(whose, id, tokens, limits)
+            return await self._take(whose, id, tokens, limits)
         except BaseException:
             self._senders.leave(whose)
             raise
@@ -82,13 +85,13 @@ class Admission:
         """Count what is answered at once as a request, without tokens. Raises RateError."""
         await self._take(whose, id, 0, Limits(limits.rpm, None, None))
 
-    async def _take(self, whose: str, id: str, tokens: int, limits: Limits) -> None:
+    async def _take(self, whose: str, id: str, tokens: int, limits: Limits) -> bool:
         if limits.rpm is not None or limits.tpm is not None:
             self._rates.admit(whose, tokens, rpm=limits.rpm, tpm=limits.tpm)
         if self._shared is None or not limits.has_any:
-            return
+            return False
         try:
-            await self._shared.admit(whose, id, tokens, limits)
+            return await self._shared.admit(whose, id, tokens, limits)
         except RateError:
             # It was not let in.
             self._rates.give_back(whose, tokens, rpm=limits.rpm, tpm=limits.tpm)
@@ -117,8 +120,15 @@ class Admission:
         if self._shared is not None:
             self._shared.leave(whose, id)
 
-    def correct(self, whose: str, id: str, tokens: int, tpm: int | None) -> None:
-        """``tokens`` more were used than `enter` was told; negative if fewer. Before `leave`."""
+    def correct(self, whose: str, tokens: int, tpm: int | None, *, is_shared: bool) -> None:
+        """``tokens`` more were used than `enter` was told; negative if fewer. It may be told more than once, as more is known.
+
+        Args:
+            whose: of whom.
+            tokens: see above.
+            tpm: of his limits.
+            is_shared: as `enter` said.
+        """
         self._rates.correct(whose, tokens, tpm=tpm)
-        if self._shared is not None and tpm is not None:
-            self._shared.correct(whose, id, tokens, tpm)
+        if self._shared is not None and tpm is not None and is_shared:
+            self._shared.correct(whose, tokens, tpm)

@@ -114,7 +114,9 @@ async def admit(state: RequestState) -> None:
     """Whether its sender has asked too much of late. Raises ApiError."""
     limits = limits_of(state.record, state.runtime.config.limits)
     try:
-        await state.services.admission.enter(state.tenant, state.id, state.count.tokens, limits, state.held)
+        state.is_rate_shared = await state.services.admission.enter(
+            state.tenant, state.id, state.count.tokens, limits, state.held
+        )
     except RateError as error:
         raise limited(error) from None
     state.is_counted, state.tpm = True, limits.tpm

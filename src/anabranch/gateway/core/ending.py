@@ -44,6 +44,7 @@ def _write(state: RequestState, row: LedgerRow, outcome: Outcome | None) -> None
     services = state.services
 
     def write(held: Reservation | None) -> None:
+        correct_rate(state)
         known, calls = priced(state, row), call_rows(state)
         clock = StageClock(services.metrics.staged)
         clock.begin("settle")
@@ -57,13 +58,22 @@ def _write(state: RequestState, row: LedgerRow, outcome: Outcome | None) -> None
 
 
 def correct_rate(state: RequestState) -> None:
-    """Take from the rate what was used beside the prompt. What may have been billed was not used for all that is known."""
-    attempts = state.attempts
-    if state.tpm is None or not attempts:
-        return
+    """Take from the rate what was used and it was not told of: of the answer, and of all that was asked on the way, whoever has it.
+
+    What may have been billed was not used for all that is known. It is told once more when that is.
+    """
     prompt = state.count.tokens
-    used = sum(prompt + one.seen if one.is_guess else one.usage.prompt + one.usage.completion for one in attempts)
-    state.services.admission.correct(state.tenant, state.id, used - prompt, state.tpm)
+    asked = [(prompt, state.last_report), *((call.prompt_tokens, call.report) for call in state.calls.made)]
+    if state.tpm is None or not any(report.attempts for _, report in asked):
+        return
+    used = sum(
+        length + one.seen if one.is_guess else one.usage.prompt + one.usage.completion
+        for length, report in asked
+        for one in report.attempts
+    )
+    more, state.num_rated = used - (prompt if state.num_rated is None else state.num_rated), used
+    if more:
+        state.services.admission.correct(state.tenant, more, state.tpm, is_shared=state.is_rate_shared)
 
 
 def _log_decision(state: RequestState, row: LedgerRow, report: Report) -> None:

@@ -48,6 +48,7 @@ class ModelCall:
         model: that was asked.
         purpose: what for.
         began_s: seconds after the request began.
+        prompt_tokens: of what it was asked, as counted here.
         report: how the answer was come by.
         status: ``ok``, ``error``, or ``cancelled``, as it is until it ends.
         code: of the error, if any.
@@ -59,6 +60,7 @@ class ModelCall:
     model: str
     purpose: Purpose
     began_s: float
+    prompt_tokens: int = 0
     report: Report = field(default_factory=Report)
     status: str = "cancelled"
     code: str = ""
@@ -249,7 +251,13 @@ class ModelCalls:
         await check_priced(runtime, self._purse, model, looked.asked)
         async with self._purse.holding(worst_nano(runtime, model, most)) as hold:
             number = len(self.made) + 1
-            call = ModelCall(id=f"{self._request_id}.{number}", model=model, purpose=purpose, began_s=self._elapsed())
+            call = ModelCall(
+                id=f"{self._request_id}.{number}",
+                model=model,
+                purpose=purpose,
+                began_s=self._elapsed(),
+                prompt_tokens=looked.count.tokens,
+            )
             self.made.append(call)
             try:
                 deadline = runtime.dispatcher.now() + deadline_s - self._elapsed()

@@ -63,8 +63,10 @@ class RequestState:
         self.count, self.asked = PromptCount(0, 0, True), Asked()
         # Of a chat that a strategy sends on.
         self.has_images = False
-        # Of its rate, as the key or the config says.
+        # Of its rate, as the key or the config says; whether all processes count it; tokens it was told of, None for those of the prompt.
         self.tpm: int | None = None
+        self.is_rate_shared = False
+        self.num_rated: int | None = None
         # Both once it is known whose request it is; what models are asked that the strategy needs to decide.
         self.purse: Purse
         self.calls: ModelCalls

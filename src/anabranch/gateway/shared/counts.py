@@ -4,15 +4,13 @@ One script decides on a request, in one step that nothing comes between: the sam
 the clock of Redis, and the requests under way as leases.
 """
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 from anabranch.errors import RateError
 from anabranch.gateway.core.admission import Limits
 from anabranch.gateway.core.in_flight import refusal_of_many
 from anabranch.gateway.shared import leases
-from anabranch.gateway.shared.link import AwayError, Link, Script
+from anabranch.gateway.shared.link import AwayError, Script
 from anabranch.gateway.store.limits import rate_refusal
 
 # Who has no key.
@@ -79,16 +77,17 @@ return {}
 """
 )
 
-# KEYS: a bucket of tokens. ARGV: tpm, tokens used beyond what was taken.
+# KEYS: a bucket of tokens, up to where it was told. ARGV: the number of this, tpm, tokens used beyond what was taken.
 CORRECT = Script(
     f"""
-{REFILL}
+{leases.ONCE}{REFILL}
 """
     + """
+if was_told(KEYS[2], ARGV[1]) then return 0 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
-local full = tonumber(ARGV[1])
-local level = math.min(full, refill(KEYS[1], now, full) - ARGV[2])
+local full = tonumber(ARGV[2])
+local level = math.min(full, refill(KEYS[1], now, full) - ARGV[3])
 redis.call('HSET', KEYS[1], 'level', string.format('%.17g', level), 'at', string.format('%.17g', now))
 redis.call('PEXPIRE', KEYS[1], math.min(math.ceil((full - level) * 60000 / full) + 1000, 1000000000))
 return 1
@@ -97,16 +96,7 @@ return 1
 
 
 class RedisCounts(leases.Leases):
-    """See `anabranch.gateway.core.admission.SharedCounts`.
-
-    Args:
-        link, wake, clock: see `Leases`.
-    """
-
-    def __init__(self, link: Link, wake: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(link, wake, clock)
-        # Requests of this process under way whose tokens were taken there.
-        self._taken: set[tuple[str, str]] = set()
+    """See `anabranch.gateway.core.admission.SharedCounts`; for arguments, `Leases`."""
 
     def _keys(self, whose: str) -> tuple[str, str, str]:
         # In braces what must lie together in a cluster.
@@ -116,13 +106,16 @@ class RedisCounts(leases.Leases):
     def _held_key(self, whose: str) -> str:
         return self._keys(whose)[2]
 
-    async def admit(self, whose: str, id: str, tokens: int, limits: Limits) -> None:
+    def _told_key(self, whose: str) -> str:
+        return self._link.key("told", f"{{{whose or NOBODY}}}", self._process)
+
+    async def admit(self, whose: str, id: str, tokens: int, limits: Limits) -> bool:
         """See there."""
         if limits.most is not None:
             # Before it is asked: who is cancelled meanwhile may have a lease. And while it is away, so that it learns of it later.
             self._hold(whose, id)
         try:
-            await self._decide(whose, id, tokens, limits, takes=True)
+            return await self._decide(whose, id, tokens, limits, takes=True)
         except RateError:
             self._drop(whose, id)
             raise
@@ -134,7 +127,8 @@ class RedisCounts(leases.Leases):
         """See there."""
         await self._decide(whose, "", 0, limits, takes=False)
 
-    async def _decide(self, whose: str, id: str, tokens: int, limits: Limits, *, takes: bool) -> None:
+    async def _decide(self, whose: str, id: str, tokens: int, limits: Limits, *, takes: bool) -> bool:
+        """Whether tokens were taken."""
         asked = (limits.rpm or 0, limits.tpm or 0, limits.most or 0, tokens)
         lease_ms = int(leases.LEASE_S * 1e3)
         keys, values = self._keys(whose), (*asked, self._name(id), lease_ms, int(takes))
@@ -142,25 +136,18 @@ class RedisCounts(leases.Leases):
             refused = await self._link.script(ADMIT, keys, values, lambda found: _refused(found, limits))
         except AwayError:
             # The counts of this process have let it through.
-            return
+            return False
         if refused is not None:
             raise _refusal(*refused, tokens, limits)
-        if takes and limits.tpm is not None:
-            self._taken.add((whose, id))
+        return takes and limits.tpm is not None
 
-    def leave(self, whose: str, id: str) -> None:
+    def correct(self, whose: str, tokens: int, tpm: int) -> None:
         """See there."""
-        self._taken.discard((whose, id))
-        super().leave(whose, id)
-
-    def correct(self, whose: str, id: str, tokens: int, tpm: int) -> None:
-        """See there."""
-        # Of who was let in while it was away it took nothing, and has nothing to give back.
-        if tokens and (whose, id) in self._taken:
+        if tokens:
             self._tell("correct", whose, str(tpm), str(tokens))
 
     def _write(self, pipe: Any, kind: str, whose: str, values: list[str]) -> None:
-        pipe.eval(CORRECT.text, 1, self._keys(whose)[1], *values)
+        pipe.eval(CORRECT.text, 2, self._keys(whose)[1], self._told_key(whose), *values)
 
 
 def _refused(found: Any, limits: Limits) -> tuple[str, int] | None:

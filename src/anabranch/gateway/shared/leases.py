@@ -33,6 +33,20 @@ local function let_go(key, now, lease)
 end
 """
 
+# How long Redis remembers up to where it was told: longer than anything is told twice.
+TOLD_MS = 3_600_000
+
+# Of other programs: whether this was told before. What came too late to be answered is told again, in the same order, though Redis may have
+# done it; the numbers of what a process tells only rise.
+ONCE = f"""
+local function was_told(key, number)
+  local last = tonumber(redis.call('GET', key) or '')
+  if last and tonumber(number) <= last then return true end
+  redis.call('SET', key, number, 'PX', {TOLD_MS})
+  return false
+end
+"""
+
 # KEYS: what is under way of one owner. ARGV: milliseconds of a lease, then names. Makes those anew that a restart forgot.
 RENEW = Script("""
 local time = redis.call('TIME')
@@ -58,14 +72,19 @@ class Leases:
         # Of this process, by whose they are, what has a lease, or may have.
         self._leased: dict[str, set[str]] = {}
         self._untold: list[tuple[str, ...]] = []
+        self._num_told = 0
         self._renewed_at = clock()
 
     def _held_key(self, whose: str) -> str:
         """Where leases lie."""
         raise NotImplementedError
 
+    def _told_key(self, whose: str) -> str:
+        """Where it lies up to which number this process has told of one owner; in one place of a cluster with all that is his."""
+        raise NotImplementedError
+
     def _write(self, pipe: Any, kind: str, whose: str, values: list[str]) -> None:
-        """Put what was told of into a pipeline; ``leave`` is done here."""
+        """Put what was told of into a pipeline; ``leave`` is done here. The first of ``values`` is its number (`ONCE`)."""
         raise NotImplementedError
 
     def _name(self, id: str) -> str:
@@ -93,7 +112,9 @@ class Leases:
     def _tell(self, *what: str) -> None:
         """What kind it is of, whose, and more: for `tell`."""
         if len(self._untold) < MOST_UNTOLD:
-            self._untold.append(what)
+            kind, whose, *values = what
+            self._num_told += 1
+            self._untold.append((kind, whose, str(self._num_told), *values))
             self._wake()
 
     async def tell(self) -> None:
@@ -110,7 +131,8 @@ class Leases:
         async with client.pipeline(transaction=False) as pipe:
             for kind, whose, *values in some:
                 if kind == "leave":
-                    pipe.zrem(self._held_key(whose), *values)
+                    # Again, it changes nothing.
+                    pipe.zrem(self._held_key(whose), *values[1:])
                 else:
                     self._write(pipe, kind, whose, values)
             # One that is refused would be refused again.

@@ -80,22 +80,30 @@ return {}
 """
 )
 
-# KEYS: sums of tokens. ARGV: tokens, milliseconds of the window and of a part of it.
-SPEND = Script("""
+# KEYS: sums of tokens, up to where it was told. ARGV: the number of this, tokens, milliseconds of the window and of a part of it.
+SPEND = Script(
+    leases.ONCE
+    + """
+if was_told(KEYS[2], ARGV[1]) then return 0 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
-redis.call('HINCRBY', KEYS[1], math.floor(now / tonumber(ARGV[3])), tonumber(ARGV[1]))
-redis.call('PEXPIRE', KEYS[1], tonumber(ARGV[2]) + 2 * math.ceil(tonumber(ARGV[3])))
+redis.call('HINCRBY', KEYS[1], math.floor(now / tonumber(ARGV[4])), tonumber(ARGV[2]))
+redis.call('PEXPIRE', KEYS[1], tonumber(ARGV[3]) + 2 * math.ceil(tonumber(ARGV[4])))
 return 1
-""")
+"""
+)
 
-# KEYS: sums of tokens. ARGV: tokens to take back, milliseconds since they were taken, of the window and of a part of it. They are in the
-# part of that time or in one beside it: it is told a little later than it is measured. What has passed by now stays passed.
-BACK = Script("""
+# KEYS: sums of tokens, up to where it was told. ARGV: the number of this, tokens to take back, milliseconds since they were taken, of the
+# window and of a part of it. They are in the part of that time or in one beside it: it is told a little later than it is measured. What has
+# passed by now stays passed.
+BACK = Script(
+    leases.ONCE
+    + """
+if was_told(KEYS[2], ARGV[1]) then return 0 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
-local left, grain = tonumber(ARGV[1]), tonumber(ARGV[4])
-local first = math.floor((now - tonumber(ARGV[2])) / grain) - 1
+local left, grain = tonumber(ARGV[2]), tonumber(ARGV[5])
+local first = math.floor((now - tonumber(ARGV[3])) / grain) - 1
 for part = first, math.min(first + 3, math.floor(now / grain)) do
   local held = tonumber(redis.call('HGET', KEYS[1], part) or 0) or 0
   local taken = math.min(held, left)
@@ -105,7 +113,8 @@ for part = first, math.min(first + 3, math.floor(now / grain)) do
   end
 end
 return 1
-""")
+"""
+)
 
 # What is said of an attempt that would never fit; it is looked at again after this, for other processes may have other limits.
 AGAIN_S = 1.0
@@ -121,6 +130,9 @@ class RedisRooms(leases.Leases):
 
     def _held_key(self, whose: str) -> str:
         return self._keys(whose)[2]
+
+    def _told_key(self, whose: str) -> str:
+        return self._link.key("room", "told", f"{{{whose}}}", self._process)
 
     async def take(self, deployment: Deployment, id: str, tokens: int) -> Full | None:
         """See there."""
@@ -160,7 +172,7 @@ class RedisRooms(leases.Leases):
 
     def _write(self, pipe: Any, kind: str, whose: str, values: list[str]) -> None:
         script = BACK if kind == "back" else SPEND
-        pipe.eval(script.text, 1, self._keys(whose)[1], *values, MINUTE_MS, MINUTE_MS / PARTS)
+        pipe.eval(script.text, 2, self._keys(whose)[1], self._told_key(whose), *values, MINUTE_MS, MINUTE_MS / PARTS)
 
 
 def _full(found: Any, tokens: int) -> Full | None:
