@@ -1,6 +1,7 @@
 """What is sent as it came is counted: never less than the chat that was made of it, and never less than its letters."""
 
 import base64
+import json
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from anabranch.gateway.native_tokens import count_native
 from anabranch.gateway.prompt_tokens import count_prompt
+from anabranch.web.api_error import ApiError
 from anabranch.web.messages import to_chat as messages_to_chat
 from anabranch.web.responses import to_chat
 from gateway_process import call, served
@@ -58,10 +60,68 @@ def test_what_a_chat_leaves_out_counts(body):
     assert native.tokens >= 2_000
 
 
-def test_a_thought_is_an_item_as_a_message_is_one():
+def test_a_thought_is_an_item_as_a_message_is_one_and_counts_with_its_json():
     thought = {"type": "reasoning", "summary": []}
     native, chat = counts({"input": [USER, thought, thought]})
-    assert (native.tokens - chat.tokens, native.at_most - chat.at_most) == (8, 8)
+    sent = len(json.dumps(thought)) * 2
+    assert native.tokens - chat.tokens == 8 + -(-(sent + len("[, ]")) // 4)
+    assert native.at_most - chat.at_most == 8 + sent + len("[, ]")
+
+
+NAMES = {f"k{at}".ljust(64, "x"): True for at in range(100)}
+HIDDEN = {
+    "names": NAMES,
+    "nulls": [None] * 2_000,
+    "brackets": [[]] * 3_000,
+    "labels": [{"type": "word " * 12, "id": "word " * 12, "role": "user"}] * 60,
+    "falses": {"a": [{"b": False}] * 800},
+}
+
+
+@pytest.mark.parametrize("value", HIDDEN.values(), ids=HIDDEN)
+def test_all_json_of_what_is_left_out_counts(value):
+    sent = len(json.dumps(value, separators=(",", ":")))
+    left_out = {"type": "function", "name": "g", "parameters": {"default": value}}
+    thought = {"type": "reasoning", "summary": [], "of_tomorrow": value}
+    for body in (
+        {"input": "hi", "tools": [function("f"), left_out], "tool_choice": allowed("f")},
+        {"input": [USER, thought]},
+        {"input": [USER, {**thought, "of_tomorrow": None, "summary": value if isinstance(value, list) else [value]}]},
+        {"input": [{**USER, "content": [{"type": "input_text", "text": "hi", "annotations": value}]}]},
+        {"input": "hi", "reasoning": {"effort": "low", "more": value}},
+        {"input": "hi", "text": {"verbosity": "low", "more": value}},
+        {"input": "hi", "messages": [value]},
+    ):
+        assert counts(body)[0].at_most >= sent
+        assert counts(body)[0].tokens >= sent / 4
+    body = {"model": "m", "max_tokens": 5, "messages": [USER]}
+    for more in (
+        {"tools": [{"name": "f", "input_schema": {}, "input_examples": [value]}]},
+        {"messages": [{**USER, "more": value}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "more": value}]}]},
+        {"mcp_servers": [value]},
+        {"input": [value]},
+    ):
+        made = {**body, **more}
+        assert count_native(messages_to_chat(made), made).at_most >= sent
+
+
+def test_words_that_set_something_are_no_prompt():
+    plain = counts({"input": "hi"})[0]
+    more = {"include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low"}, "truncation": "auto"}
+    assert counts({"input": "hi", "text": {"verbosity": "low"}, **more})[0].at_most <= plain.at_most + 10
+    # Of many, each may be one.
+    many = {f"setting_{at}": True for at in range(1_000)}
+    assert counts({"input": "hi", **many})[0].at_most >= 10_000
+
+
+def test_names_of_items_are_next_to_nothing():
+    item = {"type": "message", "id": "msg_" + "a" * 50, "status": "completed", **USER}
+    native, chat = counts({"input": [item]})
+    assert native.tokens == chat.tokens
+    assert native.at_most - chat.at_most == 54 // 4
+    native, _ = counts({"input": [{**item, "id": "a" * 5_000}]})
+    assert native.at_most >= 5_000
 
 
 def test_what_is_said_twice_is_paid_for_twice():
@@ -192,6 +252,109 @@ _TOOLS = st.lists(st.tuples(st.sampled_from("fgh"), TEXT), max_size=4).map(
 )
 
 
+_NAME = st.sampled_from(["type", "role", "status", "id", "phase", "text", "content", "data", "name"]) | st.text(
+    "kx", min_size=1, max_size=64
+)
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 10**6)
+    | st.floats(allow_nan=False)
+    | st.text("ab \u00e9\n", max_size=70),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_NAME, inner, max_size=4),
+    max_leaves=8,
+)
+FORMS = {
+    "responses": (
+        to_chat,
+        lambda: {
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "so"}]},
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "ok"}]},
+            ],
+            "tools": [function("f"), function("g"), {"type": "custom", "name": "c", "format": {"type": "text"}}],
+            "tool_choice": allowed("f"),
+            "reasoning": {"effort": "low"},
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}},
+        },
+    ),
+    "messages": (
+        messages_to_chat,
+        lambda: {
+            "max_tokens": 5,
+            "system": [{"type": "text", "text": "be"}],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "ok"}]}
+                    ],
+                },
+            ],
+            "tools": [{"name": "f", "input_schema": {}}],
+            "output_config": {"format": {"type": "json_schema", "schema": {}}},
+        },
+    ),
+    "chat": (
+        None,
+        lambda: {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "hi"}]},
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "t", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+                },
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}},
+        },
+    ),
+}
+
+
+def tables(value):
+    """All objects and lists of a body but the choice of a tool, which no model reads."""
+    if isinstance(value, dict):
+        yield value
+        for name, inner in value.items():
+            if name != "tool_choice":
+                yield from tables(inner)
+    elif isinstance(value, list):
+        yield value
+        for inner in value:
+            yield from tables(inner)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data())
+def test_wherever_json_is_put_that_is_sent_it_is_never_below_a_quarter_of_its_bytes(form, data):
+    made, base = FORMS[form]
+    body = base()
+    places = list(tables(body))
+    place = places[data.draw(st.integers(0, len(places) - 1))]
+    value = data.draw(_JSON)
+    size = len(json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode())
+    many = [value] * (6_000 // size + 1)
+    if isinstance(place, list):
+        place += many
+    elif data.draw(st.booleans()):
+        place |= {f"{'k' * 20}{at}": one for at, one in enumerate(many)}
+    else:
+        place[data.draw(_NAME)] = many
+    try:
+        chat = body if made is None else made(body)
+    except ApiError:
+        return
+    count = count_prompt(chat) if made is None else count_native(chat, body)
+    assert count.at_most >= len(json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()) / 4
+
+
 def letters(value):
     if isinstance(value, str):
         return len(value.encode()) if len(value) > 64 else 0
@@ -251,10 +414,13 @@ deployments = [{{ provider = {{ kind = "openai", model = "m", responses = true, 
                 {"input": "hi", "tools": [function("f"), function("g", long)], "tool_choice": allowed("f")},
                 {"input": [USER, {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": long}]},
             ]
+            for value in HIDDEN.values():
+                hidden = {"type": "function", "name": "g", "parameters": {"default": [value] * 3}}
+                bodies.append({"input": "hi", "tools": [function("f"), hidden], "tool_choice": allowed("f")})
             for body in bodies:
                 body["model"] = "native"
                 count = call(server.url, "POST", "/v1/responses/input_tokens", body, key=made["secret"])[1]
-                assert count["input_tokens"] >= len(long) / 4
+                assert count["input_tokens"] >= 4_000
                 status, refused = call(server.url, "POST", "/v1/responses", body, key=made["secret"])[:2]
                 assert (status, refused["error"]["code"]) == (429, "insufficient_quota"), refused
             assert sent == []

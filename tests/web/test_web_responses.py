@@ -191,6 +191,14 @@ def test_of_allowed_tools_no_other_is_offered():
     assert len(to_chat({**ASKED, "tool_choice": "required"})["tools"]) == 2
 
 
+@pytest.mark.parametrize("name", [[], {}, None, 1])
+def test_a_tool_has_a_text_for_a_name(name):
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "add"}]}
+    odd = {"type": "function", "name": name}
+    assert refused(tools=[FUNCTION, odd], tool_choice=choice).param == "tools[1].name"
+    assert refused(tools=[odd]).param == "tools[0].name"
+
+
 @pytest.mark.parametrize(
     ("choice", "param"),
     [

@@ -16,6 +16,22 @@ ESTIMATE_FACTOR = 2
 # Around each message: its role and the marks of its ends.
 MESSAGE_TOKENS = 4
 
+# Names and values of settings that no model reads; what there is more of them is none.
+SETTINGS_BYTES = 1_024
+
+# Names that messages and parts have; what is said under any other counts with its name.
+_MESSAGE_NAMES = frozenset(
+    "name refusal audio function_call tool_calls tool_call_id reasoning reasoning_content reasoning_details thinking_blocks annotations "
+    "cache_control is_error".split()
+)
+_PART_NAMES = frozenset(
+    "text refusal image_url detail url data format file_data file_id filename cache_control citations title context source content input "
+    "name id tool_use_id thinking signature".split()
+)
+
+# Characters of what says which kind a part is.
+_KIND = 40
+
 IMAGES = ("image_url", "input_image")
 
 # Parts that are no text: the field that holds them, and what counts it.
@@ -66,11 +82,14 @@ class PromptCount:
 def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> PromptCount:
     """Of a request to ``/v1/chat/completions``, ``/v1/completions`` or ``/v1/embeddings``."""
     around = 0
+    # Of what an upstream may count, and most do not.
+    beside = max(0, sum(_setting_bytes(name, value) for name, value in body.items()) - SETTINGS_BYTES)
     texts: list[str] = []
     found: list[Media] = []
     for name, value in body.items():
         if name == "messages" and isinstance(value, list):
             around += MESSAGE_TOKENS * len(value) + 3
+            beside += MESSAGE_TOKENS * sum(map(_more_parts, value))
             for message in value:
                 _gather_message(message, texts, found)
         elif name in ("prompt", "input") and isinstance(value, list):
@@ -78,16 +97,28 @@ def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> Pro
                 if isinstance(part, int | list):  # ids of tokens
                     around += 1 if isinstance(part, int) else len(part)
                 else:
-                    texts.append(_text(part))
+                    texts.append(text_of(part))
         elif name not in NO_PROMPT and isinstance(value, str | list | dict):
-            texts.append(_text(value))
+            texts.append(text_of(value))
     tokens, at_most = (around + sum(each) for each in ([one.tokens for one in found], [one.at_most for one in found]))
+    at_most += beside
     audio, images = (sum(one.at_most for one in found if one.kind == kind) for kind in ("audio", "image"))
     if counter is not None:
         counted = sum(counter(text) for text in texts)
         return PromptCount(tokens + counted, at_most + counted, False, audio, images)
     size = sum(num_bytes(text) for text in texts)
     return PromptCount(tokens + -(-size // BYTES_PER_TOKEN), at_most + size, True, audio, images)
+
+
+def _setting_bytes(name: str, value: Any) -> int:
+    """Of a field its name; and its value, where that is no text and nothing with texts in it."""
+    return len(name) + (0 if isinstance(value, str | list | dict) else len(str(value)))
+
+
+def _more_parts(message: Any) -> int:
+    """Parts of a message behind the first, each with marks around it."""
+    content = message.get("content") if isinstance(message, dict) else None
+    return max(0, len(content) - 1) if isinstance(content, list) else 0
 
 
 def room_of(most: int, context: int | None, prompt: PromptCount) -> int | None:
@@ -153,18 +184,16 @@ def num_prompts(body: Mapping[str, Any]) -> int:
 def _gather_message(message: Any, texts: list[str], found: list[Media]) -> None:
     """Add all texts of a message to ``texts``, and what is none to ``found``."""
     if not isinstance(message, dict):
-        texts.append(_text(message))
+        texts.append(text_of(message))
         return
-    for name, value in message.items():
-        if name not in ("role", "content", "images") and value:
-            texts.append(_text(value))
+    texts.extend(_said(message, _MESSAGE_NAMES, ("role", "content", "images")))
     _gather(message.get("content"), texts, found)
     # Pictures that a model made before: what is none of them is text.
     images = message.get("images")
     if isinstance(images, list):
         _gather(images, texts, found)
     elif images:
-        texts.append(_text(images))
+        texts.append(text_of(images))
 
 
 def _gather(content: Any, texts: list[str], found: list[Media] | None = None) -> None:
@@ -174,18 +203,28 @@ def _gather(content: Any, texts: list[str], found: list[Media] | None = None) ->
         return
     for part in content if isinstance(content, list) else ():
         if not isinstance(part, dict):
-            texts.append(_text(part))
+            texts.append(text_of(part))
             continue
         counted, said = _media_of(part)
-        if counted is None:
-            said = [value for name, value in part.items() if name != "type"]
-            if found is not None:
-                found.extend(media_within(part))
-        elif found is None:
-            continue
+        if found is None:
+            said = [] if counted is not None else [text_of(one) for name, one in part.items() if name != "type" and one]
+        elif counted is None:
+            # One that says nothing is sent all the same.
+            kind = () if len(str(part.get("type"))) > _KIND else ("type",)
+            said = _said(part, _PART_NAMES, kind) or [text_of(part)]
+            found.extend(media_within(part))
         else:
             found.append(counted)
-        texts.extend(_text(value) for value in said if value)
+        texts.extend(said)
+
+
+def _said(table: Mapping[str, Any], known: frozenset[str], without: Sequence[str]) -> list[str]:
+    """What a message or a part says, ``without`` some fields; where a name is not ``known``, with the name."""
+    return [
+        text_of(value if name in known else {name: value})
+        for name, value in table.items()
+        if name not in without and (value or name not in known)
+    ]
 
 
 def media_within(part: Mapping[str, Any]) -> list[Media]:
@@ -207,7 +246,7 @@ def media_within(part: Mapping[str, Any]) -> list[Media]:
     return found
 
 
-def _media_of(part: dict[str, Any]) -> tuple[Media | None, list[Any]]:
+def _media_of(part: dict[str, Any]) -> tuple[Media | None, list[str]]:
     """What a part is if it is no text, and what it says beside that; None if it is text."""
     kind = part.get("type")
     if kind in IMAGES:
@@ -222,9 +261,11 @@ def _media_of(part: dict[str, Any]) -> tuple[Media | None, list[Any]]:
         counted = count(inner)
     else:
         return None, []
-    said = [value for name, value in part.items() if name not in ("type", field)]
-    return counted, said + [value for name, value in inner.items() if name != hidden]
+    return counted, _said(part, _PART_NAMES, ("type", field)) + _said(
+        inner, _PART_NAMES, (hidden,) if isinstance(inner.get(hidden), str) else ()
+    )
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A text as it is; of all else about its JSON."""
     return value if isinstance(value, str) else str(value)

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from anabranch.web.api_error import wrong
+from anabranch.web.body import said
 
 INPUT = "input"
 
@@ -51,6 +52,8 @@ def tools_of(body: dict[str, Any]) -> list[dict[str, Any]]:
 def _tool(tool: Any, at: int) -> dict[str, Any]:
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind == "function":
+        if not isinstance(tool.get("name", ""), str):
+            raise wrong(f"tools[{at}].name", f"tools[{at}].name is {said(tool['name'])}; it must be text")
         return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
     if kind != "custom":
         what = f"tools[{at}] is of type {str(kind)[:40]!r}; only functions and custom tools can be offered"
