@@ -104,7 +104,13 @@ def test_block(config):
     check_block(config)
 
 
-@pytest.mark.parametrize("config", defaults("linear"))
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(resolve("linear", kind).Config(), id=kind, marks=[pytest.mark.slow] if "low_rank" in kind else [])
+        for kind in kinds("linear")  # adapters have quick tests of their own
+    ],
+)
 def test_linear(config):
     check_linear(config)
 

@@ -52,7 +52,8 @@ PUBLIC = {
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.adapters": """
-        Adapter Combined LowRank LowRankPool Pair adapter_of combine load_peft merge read_peft save_peft unload unmerge write_peft
+        Adapter Combined LowRank LowRankPool Pair RoutedLowRank adapter_of chosen_rows combine load_peft load_pool merge read_peft
+        rows_for save_peft unload unmerge write_peft
     """,
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config

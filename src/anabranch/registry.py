@@ -61,6 +61,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "linear": {
         "dense": "anabranch.nn.linear:Dense",
         "low_rank": "anabranch.adapters:LowRank",
+        "routed_low_rank": "anabranch.adapters:RoutedLowRank",
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",

@@ -10,7 +10,7 @@
 The adapter stands beside matrices by the linear seam, so a model with one is a plain `Decoder` whose config names its `LowRank` layers.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.fits import check_fits
 from anabranch.adapters.graft import check_pools, graft, layers_of, strip, with_layers
 from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.adapters.names import Names, Place, names_of
-from anabranch.adapters.peft_config import LoraTable
-from anabranch.adapters.peft_folder import CONFIG, Adapter, described, read_peft, write_peft
+from anabranch.adapters.peft_folder import Adapter, described, read_peft, write_peft
+from anabranch.adapters.routed import RoutedLowRank, chosen_rows
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty, some
+from anabranch.nn import Linear
 
-__all__ = ["adapter_of", "load_peft", "merge", "save_peft", "unload", "unmerge"]
+__all__ = ["adapter_of", "load_peft", "load_pool", "merge", "rows_for", "save_peft", "unload", "unmerge"]
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # How a model remembers what was put onto it.
@@ -39,7 +41,7 @@ class _Attached:
     """What was put onto a model.
 
     Attributes:
-        adapter: as it was read.
+        adapters: as they were read, by name; several share a pool.
         names: of the model's layers.
         config: of the model before.
         before: what stood where the adapter's whole tensors are now, by the names of transformers.
@@ -48,13 +50,23 @@ class _Attached:
         merged: the pairs as they were added to the matrices; None where they stand beside them.
     """
 
-    adapter: Adapter
+    adapters: Mapping[str, Adapter]
     names: Names
     config: Decoder.Config
     before: dict[str, Tensor] = field(default_factory=dict)
     learned: list[str] = field(default_factory=list)
     head: Any = None
     merged: Mapping[str, Pair] | None = None
+
+    @property
+    def adapter(self) -> Adapter:
+        """The one that there is. Raises ConfigError for several."""
+        if len(self.adapters) > 1:
+            raise ConfigError(
+                f"the model has {len(self.adapters)} adapters ({', '.join(self.adapters)}), for rows to choose from; "
+                "combine makes one of them"
+            )
+        return next(iter(self.adapters.values()))
 
 
 def load_peft(folder: str | Path, model: Decoder, *, family: str | None = None, trainable: bool = False) -> Decoder:
@@ -76,33 +88,90 @@ def load_peft(folder: str | Path, model: Decoder, *, family: str | None = None, 
     unties = model.config.tie_embeddings and _parts_head(adapter)
     config = model.config.replace(tie_embeddings=False) if unties else model.config
     names = names_of(config, adapter.pairs, family)
-    _check_fits(adapter, names, Path(folder))
+    check_fits(adapter, names, Path(folder))
     pairs = {names.places[module].part: pair for module, pair in adapter.pairs.items()}
-    made = with_layers(config, pairs, names.parts)
+    made = with_layers(config, _configs(pairs), names.parts)
     check_pools(model, made)
     for name in adapter.saved:
         if not (unties and name == _HEAD):
             _tensor(model, names.tensors[name].tensor)
-    attached = _Attached(adapter, names, model.config, head=model.head)
-    attached.learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    if unties:
-        _part_head(model, config)
+    attached = _begin(model, {"default": adapter}, names, config)
     for name, tensor in adapter.saved.items():
         attached.before[name] = _exchange(model, names, name, tensor)
-    graft(model, made, pairs, trainable=trainable)
-    object.__setattr__(model, _ATTACHED, attached)
+    _put_on(model, made, pairs, trainable=trainable)
     return model
+
+
+def load_pool(folders: Mapping[str, str | Path], model: Decoder, *, family: str | None = None) -> Decoder:
+    """Put several adapters onto ``model``, in place, of which each row of a batch uses those that `rows_for` says; and return the model.
+
+    They share a `LowRankPool` beside each matrix: one grouped product for all rows. Rows that are told nothing get the base. Ranks, scales
+    and layers may differ.
+
+    Args:
+        folders: of peft's, by the names that rows are told with.
+        model: as for `load_peft`.
+        family: likewise.
+
+    Raises as `load_peft`; ConfigError also for no folder, and for adapters that bring whole tensors, which all rows would get.
+    """
+    if not folders:
+        raise ConfigError("there is no adapter to put on; give at least one folder")
+    adapters = {name: read_peft(folder) for name, folder in folders.items()}
+    _check_bare(model)
+    for name, adapter in adapters.items():
+        if adapter.saved:
+            raise ConfigError(
+                f"adapter {name!r} brings {next(iter(adapter.saved))} whole, which all rows would get; load it alone, with load_peft"
+            )
+    unties = model.config.tie_embeddings and any(map(_parts_head, adapters.values()))
+    config = model.config.replace(tie_embeddings=False) if unties else model.config
+    modules = list(dict.fromkeys(module for adapter in adapters.values() for module in adapter.pairs))
+    names = names_of(config, modules, family)
+    for name, adapter in adapters.items():
+        check_fits(adapter, names, Path(folders[name]))
+    pairs = {
+        names.places[module].part: [adapter.pairs.get(module) for adapter in adapters.values()] for module in modules
+    }
+    made = with_layers(config, {part: RoutedLowRank.config_of(own) for part, own in pairs.items()}, names.parts)
+    check_pools(model, made)
+    _begin(model, adapters, names, config)
+    device = model.embedding.weight.device
+    graft(model, made, lambda part, layer: layer.put(pairs[part], device))
+    return model
+
+
+def rows_for(model: Decoder, rows: Sequence[str | Mapping[str, float] | None], length: int) -> dict[str, Tensor]:
+    """The ``state`` of a forward pass whose rows use these adapters of `load_pool`.
+
+    Args:
+        model: with the adapters.
+        rows: for each row a name, names with weights (a mixture), or None for the base.
+        length: L of the pass.
+
+    Raises ConfigError for a name that there is not.
+    """
+    known = list(_attached(model).adapters)
+    told = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
+    unknown = [name for row in told for name in row if name not in known]
+    if unknown:
+        raise ConfigError(f"adapter {unknown[0]!r} is not on the model; there are {', '.join(map(repr, known))}")
+    most = max([1, *map(len, told)])
+    index_BK = torch.tensor([[*map(known.index, row), *[-1] * (most - len(row))] for row in told]).view(-1, most)
+    weight_BK = torch.tensor([[*row.values(), *[0.0] * (most - len(row))] for row in told]).view(-1, most)
+    device = model.embedding.weight.device
+    return chosen_rows(index_BK.to(device), length, weight_BK.to(device))
 
 
 def adapter_of(model: Decoder) -> Adapter:
     """The adapter on ``model``, with its numbers as they are now. Raises ConfigError where there is none."""
     attached = _attached(model)
+    only = attached.adapter
     if attached.merged is not None:
-        return Adapter(attached.adapter.table, attached.merged, _saved(model, attached))
+        return Adapter(only.table, attached.merged, _saved(model, attached))
     found = {name: layer.pair() for name, layer in layers_of(model).items()}
-    pairs = {module: found[attached.names.places[module].part] for module in attached.adapter.pairs}
-    return Adapter(attached.adapter.table, pairs, _saved(model, attached))
+    pairs = {module: found[attached.names.places[module].part] for module in only.pairs}
+    return Adapter(only.table, pairs, _saved(model, attached))
 
 
 def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) -> None:
@@ -121,7 +190,7 @@ def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) 
     if getattr(model, _ATTACHED, None) is not None:
         write_peft(folder, adapter_of(model))
         return
-    layers = layers_of(model)
+    layers = {part: layer for part, layer in layers_of(model).items() if isinstance(layer, LowRank)}
     if not layers:
         raise ConfigError("the model has no adapter to save; put one onto it with load_peft")
     others = [kind for kind in model.config.linears.values() if not isinstance(kind, LowRank.Config)]
@@ -199,7 +268,7 @@ def unmerge(model: Decoder) -> Decoder:
     for module, pair in pairs.items():
         _add(model, names.places[module], -pair.delta())
     own = {names.places[module].part: pair for module, pair in pairs.items()}
-    graft(model, with_layers(model.config, own, names.parts), own)
+    _put_on(model, with_layers(model.config, _configs(own), names.parts), own)
     attached.merged = None
     return model
 
@@ -209,6 +278,29 @@ def _attached(model: Decoder) -> _Attached:
     if attached is None:
         raise ConfigError("the model has no adapter that load_peft put onto it")
     return attached
+
+
+def _begin(model: Decoder, adapters: Mapping[str, Adapter], names: Names, config: Decoder.Config) -> _Attached:
+    """Note what the model is, freeze it, and give it the head of its own that ``config`` may say."""
+    attached = _Attached(adapters, names, model.config, head=model.head)
+    attached.learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    if model.config.tie_embeddings and not config.tie_embeddings:
+        _part_head(model, config)
+    object.__setattr__(model, _ATTACHED, attached)
+    return attached
+
+
+def _configs(pairs: Mapping[str, Pair]) -> dict[str, Linear.Config]:
+    return {
+        part: LowRank.Config(rank=pair.rank, alpha=float(pair.alpha), rslora=pair.rslora)
+        for part, pair in pairs.items()
+    }
+
+
+def _put_on(model: Decoder, made: Decoder, pairs: Mapping[str, Pair], *, trainable: bool = False) -> None:
+    device = model.embedding.weight.device
+    graft(model, made, lambda part, layer: layer.put(pairs[part], device, trainable=trainable))
 
 
 def _check_bare(model: Decoder) -> None:
@@ -234,57 +326,6 @@ def _part_head(model: Decoder, config: Decoder.Config) -> None:
         model.head = build_empty(config).head
         model.head.weight = nn.Parameter(model.embedding.weight.detach().clone(), requires_grad=False)
     model.config = config
-
-
-def _check_fits(adapter: Adapter, names: Names, folder: Path) -> None:
-    """Raise CheckpointError unless the adapter is one of this model: no layer too many, none missing, all of the right widths."""
-    unknown = [module for module in adapter.pairs if module not in names.places]
-    if unknown:
-        raise CheckpointError(
-            f"{folder} adapts {some(unknown)}, for which the model, a {names.family}, has no linear layer; is it another model's adapter?"
-        )
-    for module, pair in adapter.pairs.items():
-        place = names.places[module]
-        given, wanted = (pair.a_RC.shape[1], pair.b_OR.shape[0]), (place.in_dim, place.out_dim)
-        if given != wanted:
-            raise CheckpointError(
-                f"{folder} adapts {module} with {given[0]} inputs and {given[1]} outputs, and the model's has {wanted[0]} and {wanted[1]}; "
-                "is it an adapter of another model?"
-            )
-    _check_saved(adapter, names, folder)
-    table = LoraTable(adapter.table, folder / CONFIG)
-    outside = [module for module in adapter.pairs if module not in table.targets(adapter.pairs)]
-    if outside:
-        raise CheckpointError(
-            f"{folder} holds numbers for {some(outside)}, which target_modules in {table.path} does not name"
-        )
-    missing = [module for module in sorted(table.targets(names.places)) if module not in adapter.pairs]
-    missing = [module for module in missing if not _is_left_out(module, table, adapter.pairs)]
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks lora_A and lora_B of {some(missing)}, which target_modules in {table.path} names; copy it again, or is it an "
-            "adapter of another model?"
-        )
-
-
-def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:
-    for name, tensor in adapter.saved.items():
-        if name not in names.tensors:
-            raise CheckpointError(f"{folder} brings {name}, for which the model, a {names.family}, has no place")
-        shape = names.tensors[name].shape
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{folder} brings {name} of shape {list(tensor.shape)}, and the model's is {list(shape)}; is its vocabulary another?"
-            )
-
-
-def _is_left_out(module: str, table: LoraTable, pairs: Collection[str]) -> bool:
-    """Whether a layer may lack though it is named: experts that peft saw as one stacked tensor, in which it adapts no single one."""
-    before, is_expert, after = module.partition(".experts.")
-    if not is_expert:
-        return table.target_modules is None
-    last = after.rpartition(".")[2]
-    return not any(other.startswith(f"{before}.experts.") and other.endswith(f".{last}") for other in pairs)
 
 
 def _tensor(model: Decoder, name: str) -> Tensor:

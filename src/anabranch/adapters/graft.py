@@ -5,17 +5,16 @@ seam builds them empty, and what it built is put around the matrices.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
-from anabranch.nn import ExpertPool
+from anabranch.nn import ExpertPool, Linear
 from anabranch.nn.linear import Added
 
 __all__ = ["check_pools", "graft", "layers_of", "patterns_of", "strip", "with_layers"]
@@ -24,18 +23,14 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _LAST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.[^.]*$)")
 
 
-def with_layers(config: Decoder.Config, pairs: Mapping[str, Pair], parts: Collection[str]) -> Decoder:
-    """An empty model of ``config`` with a `LowRank` beside each part that ``pairs`` names; ``parts`` are all that it has."""
-    configs = {
-        part: LowRank.Config(rank=pair.rank, alpha=float(pair.alpha), rslora=pair.rslora)
-        for part, pair in pairs.items()
-    }
+def with_layers(config: Decoder.Config, configs: Mapping[str, Linear.Config], parts: Collection[str]) -> Decoder:
+    """An empty model of ``config`` with a layer of ``configs`` beside each part that they name; ``parts`` are all that it has."""
     return build_empty(config.replace(linears=patterns_of(configs, parts)))
 
 
-def patterns_of(configs: Mapping[str, LowRank.Config], parts: Collection[str]) -> dict[str, LowRank.Config]:
+def patterns_of(configs: Mapping[str, Linear.Config], parts: Collection[str]) -> dict[str, Linear.Config]:
     """As few patterns as say the same: one for all layers, or for all experts of a layer, where they are alike."""
-    found: dict[str, LowRank.Config] = {}
+    found: dict[str, Linear.Config] = {}
     left = dict(configs)
     for numbers in (_NUMBER, _LAST_NUMBER):
         groups: dict[str, list[str]] = {}
@@ -62,11 +57,10 @@ def check_pools(model: Decoder, made: Decoder) -> None:
             )
 
 
-def graft(model: Decoder, made: Decoder, pairs: Mapping[str, Pair], *, trainable: bool = False) -> None:
-    """Put the layers of ``made``, with the numbers of ``pairs``, beside the matrices of ``model``, and take over its config."""
-    device = model.embedding.weight.device
+def graft(model: Decoder, made: Decoder, put: Callable[[str, Any], None]) -> None:
+    """Put the layers of ``made`` beside the matrices of ``model``, and take over its config; ``put`` gives each its numbers, by part."""
     for part, layer in layers_of(made).items():
-        layer.put(pairs[part], device, trainable=trainable)
+        put(part, layer)
     for name, added in [(name, module) for name, module in made.named_modules() if isinstance(module, Added)]:
         added.matrix = model.get_submodule(name)
         _set(model, name, added.train(model.training))
@@ -86,8 +80,8 @@ def strip(model: Decoder) -> None:
     model.config = model.config.replace(linears={})
 
 
-def layers_of(model: nn.Module) -> dict[str, LowRank]:
-    """The `LowRank` layers of a model, by the names of the parts they stand beside."""
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """The layers that stand beside parts of matrices, by the names of the parts."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, Added):
@@ -97,7 +91,7 @@ def layers_of(model: nn.Module) -> dict[str, LowRank]:
                 for number, beside in experts.items():
                     parts = beside.items() if isinstance(beside, nn.ModuleDict) else ()
                     found |= {f"{name}.{number}.{part}": layer for part, layer in parts}
-    return {name: layer for name, layer in found.items() if isinstance(layer, LowRank)}
+    return found
 
 
 def _pools(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,63 @@
+"""`check_fits`: whether an adapter is one of this model, before anything of the model is touched."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from anabranch.adapters.names import Names
+from anabranch.adapters.peft_config import LoraTable
+from anabranch.adapters.peft_folder import CONFIG, Adapter
+from anabranch.errors import CheckpointError
+from anabranch.lm.tensors import some
+
+__all__ = ["check_fits"]
+
+
+def check_fits(adapter: Adapter, names: Names, folder: Path) -> None:
+    """Raise CheckpointError unless the adapter is one of this model: no layer too many, none missing, all of the right widths."""
+    unknown = [module for module in adapter.pairs if module not in names.places]
+    if unknown:
+        raise CheckpointError(
+            f"{folder} adapts {some(unknown)}, for which the model, a {names.family}, has no linear layer; is it another model's adapter?"
+        )
+    for module, pair in adapter.pairs.items():
+        place = names.places[module]
+        given, wanted = (pair.a_RC.shape[1], pair.b_OR.shape[0]), (place.in_dim, place.out_dim)
+        if given != wanted:
+            raise CheckpointError(
+                f"{folder} adapts {module} with {given[0]} inputs and {given[1]} outputs, and the model's has {wanted[0]} and {wanted[1]}; "
+                "is it an adapter of another model?"
+            )
+    _check_saved(adapter, names, folder)
+    table = LoraTable(adapter.table, folder / CONFIG)
+    outside = [module for module in adapter.pairs if module not in table.targets(adapter.pairs)]
+    if outside:
+        raise CheckpointError(
+            f"{folder} holds numbers for {some(outside)}, which target_modules in {table.path} does not name"
+        )
+    missing = [module for module in sorted(table.targets(names.places)) if module not in adapter.pairs]
+    missing = [module for module in missing if not _is_left_out(module, table, adapter.pairs)]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks lora_A and lora_B of {some(missing)}, which target_modules in {table.path} names; copy it again, or is it an "
+            "adapter of another model?"
+        )
+
+
+def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:
+    for name, tensor in adapter.saved.items():
+        if name not in names.tensors:
+            raise CheckpointError(f"{folder} brings {name}, for which the model, a {names.family}, has no place")
+        shape = names.tensors[name].shape
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{folder} brings {name} of shape {list(tensor.shape)}, and the model's is {list(shape)}; is its vocabulary another?"
+            )
+
+
+def _is_left_out(module: str, table: LoraTable, pairs: Collection[str]) -> bool:
+    """Whether a layer may lack though it is named: experts that peft saw as one stacked tensor, in which it adapts no single one."""
+    before, is_expert, after = module.partition(".experts.")
+    if not is_expert:
+        return table.target_modules is None
+    last = after.rpartition(".")[2]
+    return not any(other.startswith(f"{before}.experts.") and other.endswith(f".{last}") for other in pairs)

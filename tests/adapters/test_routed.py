@@ -1,0 +1,201 @@
+"""Pools of adapters beside matrices: chosen by the caller for each row, or by a router for each token."""
+
+import pytest
+import torch
+
+from adapter_models import ATTENTION, CONFIGS, MLP, TOKENS, linear_layers, logits, make_adapter, make_base
+from anabranch.adapters import (
+    LowRankPool,
+    RoutedLowRank,
+    chosen_rows,
+    load_peft,
+    load_pool,
+    merge,
+    rows_for,
+    save_peft,
+    unload,
+)
+from anabranch.errors import ConfigError, InputError
+from anabranch.lm import load_model
+from anabranch.routing import Router, SwitchLoss, TopK, record_routing
+
+ROUTED = Router.Config(select=TopK.Config(top_k=2), balance=(SwitchLoss.Config(),))
+
+
+@pytest.fixture(scope="module", params=["llama", "olmoe"])
+def place(request, tmp_path_factory):
+    """(base folder, adapter folders by name): of other ranks, scales and layers."""
+    root = tmp_path_factory.mktemp(request.param)
+    base = make_base(root / "base", request.param)
+    every = linear_layers(base, [*ATTENTION, *MLP])
+    some = {name: size for name, size in every.items() if name.endswith("q_proj") or ".1." in name}
+    make_adapter(root / "a", every, seed="a")
+    make_adapter(root / "b", linear_layers(base, ["q_proj", "down_proj"]), rank=7, seed="b", use_rslora=True)
+    make_adapter(root / "c", some, rank=2, lora_alpha=-3, seed="c", target_modules=list(some))
+    return root / "base", {name: root / name for name in "abc"}
+
+
+def alone(place, name):
+    model = load_model(place[0])[0]
+    return logits(model if name is None else load_peft(place[1][name], model))
+
+
+def pooled(place):
+    return load_pool(place[1], load_model(place[0])[0]).eval()
+
+
+def run(model, rows, token_BL=TOKENS, **options):
+    with torch.no_grad():
+        return model(token_BL, state=rows_for(model, rows, token_BL.shape[1]), **options).logits_BLV
+
+
+@pytest.mark.parametrize("rows", [["a", "b"], ["c", None], [None, "a"], ["b", "b"]])
+def test_each_row_is_as_alone(place, rows):
+    model = pooled(place)
+    expected = torch.stack([alone(place, name)[number] for number, name in enumerate(rows)])
+    torch.testing.assert_close(run(model, rows), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_told_nothing_are_the_base(place):
+    model, base = pooled(place), alone(place, None)
+    torch.testing.assert_close(logits(model), base)
+    torch.testing.assert_close(run(model, [None, "a"])[0], base[0])
+
+
+def test_a_mixture_is_the_sum(place, tmp_path):
+    """Weights of adapters in a row, against the adapters' sum from `combine`."""
+    from anabranch.adapters import combine, read_peft, write_peft
+
+    made = combine([read_peft(place[1][name]) for name in "ac"], [0.5, -0.25])
+    write_peft(tmp_path / "sum", made.adapter)
+    expected = logits(load_peft(tmp_path / "sum", load_model(place[0])[0]))
+    found = run(pooled(place), [{"a": 0.5, "c": -0.25}, "b"])
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], alone(place, "b")[1], rtol=1e-5, atol=1e-5)
+
+
+def test_with_a_cache_and_over_other_paths(place):
+    model, rows = pooled(place), ["b", "a"]
+    whole = run(model, rows)
+    cache = model.new_cache(6)
+    parts = [run(model, rows, TOKENS[:, i : i + 2], cache=cache) for i in range(0, 6, 2)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+    # Blocks that some rows pass over, so that the others are gathered.
+    paths = [(0, 1), (1,)]
+    together = run(model, rows, path=paths)
+    for number, path in enumerate(paths):
+        one = run(model, [rows[number]], TOKENS[number : number + 1], path=path)
+        torch.testing.assert_close(together[number], one[0], rtol=1e-5, atol=1e-5)
+
+
+def test_taken_off_nothing_is_left(place):
+    model = pooled(place)
+    assert torch.equal(logits(unload(model)), alone(place, None))
+    load_peft(place[1]["a"], model)
+
+
+def test_several_are_neither_merged_nor_saved_as_one(place, tmp_path):
+    model = pooled(place)
+    for what in (merge, lambda model: save_peft(tmp_path / "x", model)):
+        with pytest.raises(
+            ConfigError, match=r"the model has 3 adapters \(a, b, c\), for rows to choose from; combine makes one"
+        ):
+            what(model)
+    with pytest.raises(ConfigError, match="adapter 'd' is not on the model; there are 'a', 'b', 'c'"):
+        run(model, ["d", None])
+
+
+def test_what_cannot_be_pooled(place, tmp_path):
+    model = load_model(place[0])[0]
+    with pytest.raises(ConfigError, match="no adapter to put on"):
+        load_pool({}, model)
+    layers = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.self_attn.q_proj": (32, 32)}
+    make_adapter(tmp_path / "whole", layers, extra={"model.norm.weight": torch.ones(32)}, modules_to_save=["norm"])
+    with pytest.raises(ConfigError, match=r"adapter 'w' brings model\.norm\.weight whole, which all rows would get"):
+        load_pool({"w": tmp_path / "whole"}, model)
+    assert torch.equal(logits(model), alone(place, None))
+
+
+def test_a_head_of_its_own_in_a_pool(tmp_path):
+    make_base(tmp_path / "base", "qwen2")
+    make_adapter(tmp_path / "head", {"lm_head": (32, 61)})
+    make_adapter(tmp_path / "q", {f"model.layers.{n}.self_attn.q_proj": (32, 32) for n in (0, 1)})
+    folders = {name: tmp_path / name for name in ("head", "q")}
+    given = tmp_path / "base", folders
+    expected = torch.stack([alone(given, "head")[0], alone(given, "q")[1]])
+    model = pooled(given)
+    torch.testing.assert_close(run(model, ["head", "q"]), expected, rtol=1e-5, atol=1e-5)
+    assert unload(model).head is None
+
+
+def drawn_model(**options):
+    model = (
+        CONFIGS["llama"]()
+        .replace(linears={"*.q": RoutedLowRank.Config(**{"ranks": (2, 3, 1), "router": None, **options})})
+        .build()
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("pool.b"):
+            for number, rank in enumerate((2, 3, 1)):
+                parameter.data[number, :, :rank].normal_(generator=torch.Generator().manual_seed(number))
+    return model
+
+
+def test_a_router_chooses_for_each_token():
+    model = drawn_model(router=ROUTED, alphas=(4.0, 3.0, 2.0))
+    layer = model.blocks[0].attention.qkv.beside["q"]
+    assert layer.pool.scales == (2.0, 1.0, 2.0)
+    counted = model.config.count()
+    assert counted.parameters == sum(parameter.numel() for parameter in model.parameters())
+    with record_routing(model) as recorder:
+        logits(model)
+    trace = recorder.trace()
+    assert [each.num_destinations for each in trace.layers] == [3, 3]
+    assert trace.load_LE().sum() == 2 * 2 * TOKENS.numel()
+    model.train()(TOKENS, TOKENS.roll(-1, 1)).loss.backward()
+    for part in (layer.router.score.weight, layer.pool.a, layer.pool.b):
+        assert part.grad.any()
+
+
+def test_rows_can_be_told_by_number():
+    model = drawn_model()
+    index = torch.tensor([2, -1])
+    with torch.no_grad():
+        found = model(TOKENS, state=chosen_rows(index, 6)).logits_BLV
+        both = model(
+            TOKENS, state=chosen_rows(torch.tensor([[2, -1], [-1, -1]]), 6, torch.tensor([[1.0, 9.0], [9.0, 9.0]]))
+        ).logits_BLV
+    torch.testing.assert_close(both, found)
+    torch.testing.assert_close(found[1], logits(model)[1])
+    assert not torch.allclose(found[0], logits(model)[0])
+    assert isinstance(model.blocks[0].attention.qkv.beside["q"].pool, LowRankPool)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda: chosen_rows(torch.tensor([0, 3]), 6), "adapter 3 is chosen; there are 0 to 2"),
+        (lambda: chosen_rows(torch.tensor([0, 1]), 5), "adapters are chosen for 10 tokens of a pass of 12"),
+        (
+            lambda: chosen_rows(torch.tensor([0, 1]), 6, torch.ones(3)),
+            r"index has shape \[2, 1\] and weight \[3, 1\]; both must be",
+        ),
+    ],
+)
+def test_rows_that_cannot_be(state, message):
+    with pytest.raises(InputError, match=message), torch.no_grad():
+        drawn_model()(TOKENS, state=state())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ranks": ()}, "ranks"),
+        ({"ranks": (2, 0)}, r"ranks is \[2, 0\]; each must be at least 1"),
+        ({"ranks": (2, 2), "alphas": (1.0,)}, "alphas has 1 values for 2 adapters; give one for each"),
+        ({"ranks": (2,), "router": ROUTED}, "top_k"),
+    ],
+)
+def test_configs_that_cannot_be(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        RoutedLowRank.Config(**fields)
