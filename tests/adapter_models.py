@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anabranch.lm import Decoder, export_huggingface
-from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.nn import LatentAttention, MoE, Rotary, SelfAttention, SwiGLU
 from anabranch.routing import Router, SwitchLoss, TopK
 
 VOCAB = 61
@@ -33,6 +33,13 @@ CONFIGS = {
         attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm="head"),
         feed_forward=DENSE,
     ),
+    # Rows of its queries and keys stand in another order in files.
+    "deepseek_v2": lambda: Decoder.Config(
+        **BODY,
+        attention=LatentAttention.Config(num_heads=2, kv_rank=8, q_rank=12, head_dim=8, rotary_dim=4, value_dim=8),
+        feed_forward=MoE.Config(num_experts=4, hidden_dim=16, router=ROUTER, shared_experts=2),
+        rotary=Rotary.Config(),
+    ),
     "olmoe": lambda: Decoder.Config(
         **BODY,
         attention=SelfAttention.Config(num_heads=4, qk_norm="full"),
@@ -40,6 +47,7 @@ CONFIGS = {
     ),
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.tensor([[3, 17, 60, 8, 8, 41], [0, 5, 22, 1, 59, 30]])
 

@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapter_models import ATTENTION, CONFIGS, MLP, TOKENS, drawn, linear_layers, logits, make_adapter, make_base
+from adapter_models import (
+    ATTENTION,
+    CONFIGS,
+    LATENT,
+    MLP,
+    TOKENS,
+    drawn,
+    linear_layers,
+    logits,
+    make_adapter,
+    make_base,
+)
 from anabranch.adapters import combine, load_peft, read_peft, save_peft, write_peft
 from anabranch.lm import load_model
 
@@ -23,6 +34,7 @@ needs_peft = pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
 ADAPTERS = {
     "attention": (ATTENTION, {}),
     "all": ([*ATTENTION, *MLP], {"target_modules": "all-linear"}),
+    "latent": ([*LATENT, "o_proj"], {}),
     "ranks": (
         ["q_proj", "v_proj"],
         {
@@ -47,6 +59,7 @@ CASES = [
     (family, name)
     for family in CONFIGS
     for name in ADAPTERS
+    if (family == "deepseek_v2") == (name == "latent")
     if (family == "qwen2" or name != "biases") and (family != "olmoe" or name in ("attention", "ranks"))
 ]
 

@@ -1,5 +1,7 @@
 """Pools of adapters beside matrices: chosen by the caller for each row, or by a router for each token."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -169,6 +171,14 @@ def test_rows_can_be_told_by_number():
     torch.testing.assert_close(found[1], logits(model)[1])
     assert not torch.allclose(found[0], logits(model)[0])
     assert isinstance(model.blocks[0].attention.qkv.beside["q"].pool, LowRankPool)
+
+
+def test_a_choice_of_nobody_weighs_nothing():
+    layer = drawn_model().blocks[0].attention.qkv.beside["q"]
+    state = chosen_rows(torch.tensor([[1, -1], [-5, 0]]), 1, torch.tensor([[2.0, 9.0], [9.0, 3.0]]))
+    routing = layer._told(torch.zeros(2, 32), SimpleNamespace(state=state))
+    assert routing.index_NK.tolist() == [[1, -1], [-1, 0]]
+    assert routing.weight_NK.tolist() == [[2, 0], [0, 3]]
 
 
 @pytest.mark.parametrize(

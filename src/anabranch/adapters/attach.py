@@ -89,7 +89,7 @@ def load_peft(folder: str | Path, model: Decoder, *, family: str | None = None, 
     config = model.config.replace(tie_embeddings=False) if unties else model.config
     names = names_of(config, adapter.pairs, family)
     check_fits(adapter, names, Path(folder))
-    pairs = {names.places[module].part: pair for module, pair in adapter.pairs.items()}
+    pairs = _ours(names, adapter.pairs)
     made = with_layers(config, _configs(pairs), names.parts)
     check_pools(model, made)
     for name in adapter.saved:
@@ -130,9 +130,8 @@ def load_pool(folders: Mapping[str, str | Path], model: Decoder, *, family: str 
     names = names_of(config, modules, family)
     for name, adapter in adapters.items():
         check_fits(adapter, names, Path(folders[name]))
-    pairs = {
-        names.places[module].part: [adapter.pairs.get(module) for adapter in adapters.values()] for module in modules
-    }
+    own = [_ours(names, adapter.pairs) for adapter in adapters.values()]
+    pairs = {part: [one.get(part) for one in own] for part in (names.places[module].part for module in modules)}
     made = with_layers(config, {part: RoutedLowRank.config_of(own) for part, own in pairs.items()}, names.parts)
     check_pools(model, made)
     _begin(model, adapters, names, config)
@@ -170,7 +169,8 @@ def adapter_of(model: Decoder) -> Adapter:
     if attached.merged is not None:
         return Adapter(only.table, attached.merged, _saved(model, attached))
     found = {name: layer.pair() for name, layer in layers_of(model).items()}
-    pairs = {module: found[attached.names.places[module].part] for module in only.pairs}
+    places = attached.names.places
+    pairs = {module: places[module].theirs(found[places[module].part]) for module in only.pairs}
     return Adapter(only.table, pairs, _saved(model, attached))
 
 
@@ -201,7 +201,7 @@ def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) 
     homeless = [part for part in layers if part not in modules]
     if homeless:
         raise CheckpointError(f"Hugging Face's {names.family} has no linear layer for {some(homeless)}")
-    pairs = {modules[part]: layer.pair() for part, layer in layers.items()}
+    pairs = {modules[part]: names.places[modules[part]].theirs(layer.pair()) for part, layer in layers.items()}
     usual = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
@@ -250,7 +250,8 @@ def merge(model: Decoder) -> Decoder:
         _tensor(model, attached.names.places[module].tensor)
     strip(model)
     for module, pair in pairs.items():
-        _add(model, attached.names.places[module], pair.delta())
+        place = attached.names.places[module]
+        _add(model, place, place.ours(pair).delta())
     attached.merged = dict(pairs)
     return model
 
@@ -266,8 +267,8 @@ def unmerge(model: Decoder) -> Decoder:
         raise ConfigError("the adapter is not merged")
     pairs, names = attached.merged, attached.names
     for module, pair in pairs.items():
-        _add(model, names.places[module], -pair.delta())
-    own = {names.places[module].part: pair for module, pair in pairs.items()}
+        _add(model, names.places[module], -names.places[module].ours(pair).delta())
+    own = _ours(names, pairs)
     _put_on(model, with_layers(model.config, _configs(own), names.parts), own)
     attached.merged = None
     return model
@@ -289,6 +290,11 @@ def _begin(model: Decoder, adapters: Mapping[str, Adapter], names: Names, config
         _part_head(model, config)
     object.__setattr__(model, _ATTACHED, attached)
     return attached
+
+
+def _ours(names: Names, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The pairs by our parts, with rows in our order."""
+    return {names.places[module].part: names.places[module].ours(pair) for module, pair in pairs.items()}
 
 
 def _configs(pairs: Mapping[str, Pair]) -> dict[str, Linear.Config]:

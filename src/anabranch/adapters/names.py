@@ -5,16 +5,18 @@ are a part of their own (``q`` of ``qkv``). Here the two are put together.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.low_rank import Pair
 from anabranch.config import configclass
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.formats import FAMILIES, choose
-from anabranch.lm.tensors import Layout, Piece, build_empty, state_once
+from anabranch.lm.tensors import Change, Layout, Piece, build_empty, state_once
 from anabranch.nn import BuildContext, Count, ExpertPool, Linear
 from anabranch.nn.linear import Added, Projection
 
@@ -32,6 +34,7 @@ class Place:
         part: the name that patterns of ``linears`` know it by, ``blocks.3.attention.q``.
         in_dim, out_dim: its sizes.
         tensor: our tensor that holds its matrix, in a model without adapters, and ``where`` in it.
+        change: where the rows of the matrix stand in another order in files, and so those of B.
     """
 
     part: str
@@ -39,6 +42,15 @@ class Place:
     out_dim: int
     tensor: str
     where: tuple[int | slice, ...]
+    change: Change | None = None
+
+    def ours(self, pair: Pair) -> Pair:
+        """The pair with the rows of B in our order."""
+        return pair if self.change is None else replace(pair, b_OR=self.change.read(pair.b_OR))
+
+    def theirs(self, pair: Pair) -> Pair:
+        """What `ours` takes, of what it gives."""
+        return pair if self.change is None else replace(pair, b_OR=self.change.write(pair.b_OR))
 
 
 @dataclass(frozen=True)
@@ -171,13 +183,25 @@ def _places(layout: Layout, parts: Mapping[_Key, Projection]) -> dict[str, Place
         for piece in pieces:
             module, _, kind = piece.name.rpartition(".")
             found = _key(tensor, piece, parts_of)
-            # Numbers in another order would need adapters in that order, see `Piece.change`.
-            if kind == "weight" and piece.change is None and found is not None and found in parts:
-                projection = parts[found]
-                places[module] = Place(
-                    projection.name, projection.in_dim, projection.out_dim, tensor, tuple(piece.where)
-                )
+            if kind != "weight" or found is None or found not in parts:
+                continue
+            projection = parts[found]
+            sizes = projection.in_dim, projection.out_dim
+            # A change of columns, or of more than their order, would change A, or both halves.
+            if piece.change is None or _is_of_rows(piece.change, *sizes):
+                places[module] = Place(projection.name, *sizes, tensor, tuple(piece.where), piece.change)
     return places
+
+
+def _is_of_rows(change: Change, in_dim: int, out_dim: int) -> bool:
+    """Whether it puts the rows of a matrix in another order, and does nothing else: then it does the same to one column."""
+    row_O1 = torch.arange(out_dim, dtype=torch.float64).unsqueeze(1)
+    column_1C = torch.arange(in_dim, dtype=torch.float64).unsqueeze(0)
+    order_O1 = change.read(row_O1)
+    if order_O1.shape != row_O1.shape or not torch.equal(order_O1.sort(0).values, row_O1):
+        return False
+    changed = change.read(row_O1 * in_dim + column_1C)
+    return changed.shape == (out_dim, in_dim) and torch.equal(changed, order_O1 * in_dim + column_1C)
 
 
 def _tensors(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Stored]:
