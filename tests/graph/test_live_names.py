@@ -187,6 +187,7 @@ def test_threads_that_bring_one_name_share_its_element(path, monkeypatch):
         (["a", 3], r"names\[1\] is 3; elements are called by text here"),
         (["\ud800", "a"], r"names\[0\] is '\\ud800'; elements are called by text here"),
         (["a"], "there are 1 names for 2 vectors"),
+        (["a", "b" * 4097], r"names\[1\] is 'b{40}'\.\.\. of 4,097 characters; a new name has at most 4,096"),
     ],
 )
 def test_bad_names_change_nothing(path, names, message):
@@ -197,6 +198,13 @@ def test_bad_names_change_nothing(path, names, message):
         live.upsert_named([], np.empty((0, DIM)))
         live.delete_named([])
         assert not live.has_changes
+
+
+def test_a_long_name_that_is_there_stays_one(tmp_path):
+    path = saved(tmp_path / "index.anb", ["a" * 5000, "b"])
+    with LiveIndex.open(path, num_threads=1) as live:
+        assert live.upsert_named(["a" * 5000, "c" * 4096], VECTORS[50:52])[1].tolist() == [True, False]
+        assert live.delete_named(["a" * 5000])[1].tolist() == [True]
 
 
 def test_numbers_as_names(tmp_path):

@@ -20,6 +20,9 @@ from anabranch.graph.beside import new_file, replacing
 KIND = "names"
 _HEAD_BYTES = 1 << 16
 
+# Characters of a name that comes to an index: every result that is called so tells it.
+LONGEST = 4096
+
 
 class Names:
     """Names of N rows, both ways. ``array`` is [N], integers or text, as in `Graph.names`; they are distinct."""
@@ -91,7 +94,10 @@ class GrowingNames(Names):
         return self._index.get(name)
 
     def check(self, names: Sequence[Any]) -> None:
-        """Raise InputError unless these are different names that rows may have: integers of 64 bits, or text, as those there are."""
+        """Raise InputError unless these are different names that rows may have: integers of 64 bits, or text, as those there are.
+
+        New text has at most `LONGEST` characters.
+        """
         seen = set()
         limits = None if self._kind is None else np.iinfo(self._kind)
         for place, name in enumerate(names):
@@ -100,6 +106,10 @@ class GrowingNames(Names):
                     raise InputError(f"names[{place}] is {name!r:.80}; elements are called by whole numbers here")
             elif not isinstance(name, str) or any("\ud800" <= letter <= "\udfff" for letter in name):
                 raise InputError(f"names[{place}] is {name!r:.80}; elements are called by text here")
+            elif len(name) > LONGEST and name not in self._index:
+                raise InputError(
+                    f"names[{place}] is {name[:40]!r}... of {len(name):,} characters; a new name has at most {LONGEST:,}"
+                )
             if name in seen:
                 raise InputError(f"names[{place}] is {name!r:.80}, which stands there before; give each name once")
             seen.add(name)

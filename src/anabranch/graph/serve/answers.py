@@ -8,13 +8,16 @@ from anabranch.errors import DataError, InputError
 from anabranch.graph.hnsw import HNSW
 from anabranch.graph.hnsw.checks import MAX_LENGTH, TOO_LONG, too_long
 from anabranch.graph.hnsw.ranges import DAMAGED
+from anabranch.graph.hnsw.searching import SCANNED, WALKED
 from anabranch.graph.names import Names
+from anabranch.graph.serve.gate import Steps
+from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.requests import Ppr, RequestError, Search, SeedSet
 from anabranch.graph.serve.sources import Loaded
 
 
-def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
-    """Nearest neighbours of each query, nearest first. Raises RequestError."""
+def answer_search(loaded: Loaded, wanted: Search, limits: Limits) -> Steps[dict[str, Any]]:
+    """Nearest neighbours of each query, nearest first; a step for every few of them. Raises RequestError."""
     held = loaded.vectors
     if held is None:
         raise RequestError(404, "not_served", "this server holds no index of vectors, so it answers no searches")
@@ -27,9 +30,45 @@ def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
         assert wanted.vectors is not None
         query = fitting(wanted.vectors, index)
     filter = _filter(wanted, held.names, index)
-    rows = (
-        _nearest(index, query, wanted, own, filter) if wanted.radius is None else _within(index, query, wanted, filter)
-    )
+    step, told, results = _step(index, wanted), _Told(limits), []
+    for first in range(0, len(query), step):
+        part = slice(first, first + step)
+        mine = None if own is None else own[part]
+        if wanted.radius is None:
+            rows = _nearest(index, query[part], wanted, mine, filter)
+        else:
+            rows = _within(index, query[part], wanted, filter)
+        results += _results(rows, wanted, mine, held.names, told)
+        yield
+    return {"results": results, "generation": loaded.generation}
+
+
+def _step(index: Any, wanted: Search) -> int:
+    """How many queries take some milliseconds: walks, or with a radius maybe distances to all."""
+    walks = max(1, WALKED // max(wanted.k, wanted.ef or 1))
+    return walks if wanted.radius is None else max(1, min(walks, SCANNED // max(1, len(index))))
+
+
+class _Told:
+    """Counts characters of names in an answer: a result is as long as the name it finds."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._left = self._most = limits.answer_names
+
+    def names(self, names: Names, ids: np.ndarray) -> list[Any]:
+        """Names of ids. Raises RequestError where there is no room for them."""
+        found = names.of(ids)
+        if not names.are_numbers:
+            self._left -= sum(map(len, found))
+        if self._left < 0:
+            message = f"names of results have over {self._most:,} characters, which is the limit; ask for fewer at once"
+            raise RequestError(400, "over_limit", message)
+        return found
+
+
+def _results(
+    rows: list[tuple[np.ndarray, np.ndarray]], wanted: Search, own: np.ndarray | None, names: Names | None, told: _Told
+) -> list[dict[str, Any]]:
     results = []
     for row, (ids, distances) in enumerate(rows):
         if not np.isfinite(distances).all():
@@ -41,12 +80,12 @@ def answer_search(loaded: Loaded, wanted: Search) -> dict[str, Any]:
         result: dict[str, Any] = {"ids": ids[: wanted.k].tolist(), "distances": distances[: wanted.k].tolist()}
         if wanted.radius is not None:
             result["within"] = len(ids)
-        results.append(result if held.names is None else {**result, "names": held.names.of(ids[: wanted.k])})
-    return {"results": results, "generation": loaded.generation}
+        results.append(result if names is None else {**result, "names": told.names(names, ids[: wanted.k])})
+    return results
 
 
 def _nearest(
-    index: Any, query: np.ndarray, wanted: Search, own: np.ndarray | None, filter: np.ndarray | None
+    index: Any, query: np.ndarray, wanted: Search, own: np.ndarray | None, filter: Any
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     # An element finds itself, and that is left out.
     k = wanted.k + (own is not None)
@@ -58,9 +97,7 @@ def _nearest(
     return [(id_K[id_K >= 0], distance_K[id_K >= 0]) for id_K, distance_K in zip(ids, distances, strict=True)]
 
 
-def _within(
-    index: Any, query: np.ndarray, wanted: Search, filter: np.ndarray | None
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def _within(index: Any, query: np.ndarray, wanted: Search, filter: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     if not isinstance(index, HNSW):
         message = "radius cannot be used: an index on disk finds the nearest k, not all within a distance"
         raise RequestError(400, "invalid_request", message, field="radius")
@@ -77,17 +114,18 @@ def _damaged(message: str) -> RequestError:
     return RequestError(500, "damaged_index", message)
 
 
-def answer_ppr(loaded: Loaded, wanted: Ppr) -> dict[str, Any]:
-    """The nodes most related to each set of seeds, highest score first. Raises RequestError."""
+def answer_ppr(loaded: Loaded, wanted: Ppr, limits: Limits) -> Steps[dict[str, Any]]:
+    """The nodes most related to each set of seeds, highest score first; a step for each. Raises RequestError."""
     held = loaded.scores
     if held is None:
         raise RequestError(404, "not_served", "this server holds no graph, so it answers no PageRank requests")
-    results = []
+    told, results = _Told(limits), []
     for seeds, field in zip(wanted.queries, wanted.field_of, strict=True):
         ids = _seeds(seeds, field, held.names, held.num_nodes)
         found, scores = held.top(ids, seeds.weights, wanted.k)
         result = {"ids": found.tolist(), "scores": scores.tolist()}
-        results.append(result if held.names is None else {**result, "names": held.names.of(found)})
+        results.append(result if held.names is None else {**result, "names": told.names(held.names, found)})
+        yield
     return {"results": results, "generation": loaded.generation}
 
 
@@ -155,14 +193,14 @@ def _bytes(vectors: np.ndarray) -> np.ndarray:
     return vectors.astype(np.uint8)
 
 
-def _filter(wanted: Search, names: Names | None, index: Any) -> np.ndarray | None:
-    """What `HNSW.search` takes. Ids that no element has let nothing through, which is no mistake."""
+def _filter(wanted: Search, names: Names | None, index: Any) -> Any:
+    """What `HNSW.search` takes, worked out once. Ids that no element has let nothing through, which is no mistake."""
     ids = wanted.filter_ids
     if wanted.filter_names is not None:
         ids = _by_name(names, wanted.filter_names, "filter.names")
     if ids is None:
         return None
-    return np.setdiff1d(index.ids, ids) if wanted.is_exclude else ids
+    return index.prepare_filter(np.setdiff1d(index.ids, ids) if wanted.is_exclude else ids)
 
 
 def _by_name(names: Names | None, asked: list[Any], field: str) -> np.ndarray:

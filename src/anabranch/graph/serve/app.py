@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anabranch.errors import AnabranchError, CapacityError, DataError
 from anabranch.graph.serve.answers import answer_ppr, answer_search
-from anabranch.graph.serve.gate import FullError, Gate, LateError
+from anabranch.graph.serve.gate import FullError, Gate, LateError, Steps
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.metrics import Metrics
 from anabranch.graph.serve.openapi import STARTS, describe
@@ -33,6 +33,8 @@ from anabranch.graph.serve.writes import (
     read_delete,
     read_upsert,
 )
+from anabranch.web.api_error import ApiError
+from anabranch.web.body_room import BodyRoom, Kept
 from anabranch.web.json_text import to_json
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ T = TypeVar("T")
 JSON = "application/json"
 RETRY_S = "1"
 SHORT = (",", ":")
+
+# Of the room for bodies that others leave, so much is for one address.
+BODY_SHARE = 0.5
 
 
 class Serving:
@@ -58,6 +63,7 @@ class Serving:
         self.metrics, self.gate = Metrics(self._live), Gate(limits)
         # Changes wait for the disk, so they have threads of their own.
         self.write_gate = Gate(replace(limits, concurrency=WRITERS))
+        self.bodies = BodyRoom(limits.room_for_bodies, BODY_SHARE, 429)
         self.holder = Holder(sources, self._reloaded)
         self.is_stopping = False
 
@@ -81,7 +87,7 @@ class Serving:
         request: Request,
         name: str,
         read: Callable[[dict[str, Any], Limits], T],
-        compute: Callable[[Loaded, T], dict[str, Any]],
+        compute: Callable[[Loaded, T, Limits], Steps[dict[str, Any]]],
         *,
         is_write: bool = False,
     ) -> Response:
@@ -94,17 +100,25 @@ class Serving:
             live_of(loaded)
         if gate.is_full:
             raise self._full(gate)
-        body = await self._body(request, deadline)
+        kept = self._room(request)
+        try:
+            bodies, loop = [await self._body(request, deadline, kept)], asyncio.get_running_loop()
+        except BaseException:
+            kept.close()
+            raise
 
-        def work() -> bytes:
-            found = compute(loaded, read(parse(body), self.limits))
+        def work() -> Steps[bytes]:
+            wanted = read(parse(bodies.pop()), self.limits)
+            # What is kept of it now is small.
+            loop.call_soon_threadsafe(kept.close)
+            found = yield from compute(loaded, wanted, self.limits)
             if not is_write:
                 self.metrics.queries(name, len(found["results"]))
             return to_json(found, SHORT)
 
         try:
             self.metrics.in_flight.inc()
-            return Response(await gate.run(work, deadline), media_type=JSON)
+            return Response(await gate.run(work, deadline, kept.close), media_type=JSON)
         except FullError:
             raise self._full(gate) from None
         except LateError:
@@ -136,7 +150,19 @@ class Serving:
             headers={"Retry-After": RETRY_S},
         )
 
-    async def _body(self, request: Request, deadline: float) -> bytes:
+    def _room(self, request: Request) -> Kept:
+        """Room for a body that comes. Raises RequestError where there is none for what it says it has."""
+        source = request.client.host if request.client is not None else ""
+        length = request.headers.get("content-length", "")
+        said = int(length) if length.isdigit() and len(length) < 20 else None
+        try:
+            # What is too long is told so.
+            return self.bodies.enter(source, said if said is None or said <= self.limits.body_bytes else None)
+        except ApiError as error:
+            raise _no_room(error) from None
+
+    async def _body(self, request: Request, deadline: float, kept: Kept) -> bytes:
+        """All of it, which ``kept`` counts as it comes. Raises RequestError."""
         kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
         if kind != JSON and not kind.endswith("+json"):
             raise RequestError(415, "not_json", f"the content type is {kind!r:.80}; send {JSON}")
@@ -147,17 +173,28 @@ class Serving:
             raise too_large
         parts, size = [], 0
         try:
-            async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+            async with asyncio.timeout(max(deadline - time.monotonic(), 0)) as left:
                 async for part in request.stream():
                     size += len(part)
                     if size > most:
                         raise too_large
+                    kept.more(len(part), left)
                     parts.append(part)
+        except ApiError as error:
+            raise _no_room(error) from None
         except TimeoutError:
             raise RequestError(
-                408, "slow_body", f"the body did not come within {self.limits.timeout_s:g} s", headers=close
+                408,
+                "slow_body",
+                f"the body did not come within {self.limits.timeout_s:g} s, or was slow while others waited for room",
+                headers=close,
             ) from None
+        kept.is_whole()
         return b"".join(parts)
+
+
+def _no_room(error: ApiError) -> RequestError:
+    return RequestError(error.status, "overloaded", str(error), headers={"Retry-After": RETRY_S, "Connection": "close"})
 
 
 def create_app(

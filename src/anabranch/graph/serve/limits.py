@@ -12,6 +12,9 @@ class Limits:
 
     Attributes:
         body_bytes: of a request.
+        bodies_bytes: of all bodies that come, or wait to be computed; more get 429. One address may have half of what others leave; where
+            room is short, a body that has been coming for more than 2 s gives way. None is 128 MiB, or four times ``body_bytes`` if that
+            is more.
         batch: vectors, ids or seed sets in one request.
         k: results of each.
         ef: width of a search.
@@ -20,11 +23,13 @@ class Limits:
         waiting: requests that may wait for one of those threads; more get 429.
         timeout_s: seconds a request may take, waiting and its body included; then 503 (408 for a body that does not come).
         stop_s: seconds that a stop waits for requests under way.
+        answer_names: characters of all names in one answer.
 
-    Raises InputError for a value that is not positive (``waiting`` may be 0).
+    Raises InputError for a value that is not positive (``waiting`` may be 0), and for ``bodies_bytes`` below four times ``body_bytes``.
     """
 
     body_bytes: int = 8 << 20
+    bodies_bytes: int | None = None
     batch: int = 1024
     k: int = 1000
     ef: int = 10_000
@@ -33,15 +38,28 @@ class Limits:
     waiting: int = 64
     timeout_s: float = 10.0
     stop_s: float = 30.0
+    answer_names: int = 64 << 20
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value, least = getattr(self, field.name), 0 if field.name == "waiting" else 1
+            if field.name == "bodies_bytes" and value is None:
+                continue
             if field.name.endswith("_s"):
                 if not 0 < value < float("inf"):
                     raise InputError(f"{field.name} is {value}; it must be a positive number of seconds")
             elif isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{field.name} is {value!r}; it must be a whole number of at least {least}")
+        if self.bodies_bytes is not None and self.bodies_bytes < 4 * self.body_bytes:
+            raise InputError(
+                f"bodies_bytes is {self.bodies_bytes:,}; it must be at least {4 * self.body_bytes:,}, four times body_bytes, so that "
+                "beside an address that takes all it may there is room for one of any size"
+            )
+
+    @property
+    def room_for_bodies(self) -> int:
+        """``bodies_bytes``, or what stands in place of it."""
+        return max(128 << 20, 4 * self.body_bytes) if self.bodies_bytes is None else self.bodies_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -206,8 +206,12 @@ class Sources:
         index, names = open_named(path, mmap=self.mmap) if live is None else (live.index, live.names)
         if len(index):
             # Not an element's own vector: a change may just be moving it.
-            for filter in (None, index.ids[:1]):
-                index.search(np.ones((1, index.row_size), row_of(index)[1]), 1, filter=filter, num_threads=1)
+            query = np.ones((1, index.row_size), row_of(index)[1])
+            # One is measured, many are walked among.
+            for ids in (index.ids[:1], index.ids[: max(3, len(index) // 50)]):
+                index.search(query, 1, 1, index.prepare_filter(ids), num_threads=1)
+            for queries in (query, query.repeat(2, 0)):
+                index.search(queries, 1, num_threads=1)
         about = {
             "file": str(path),
             "vectors": len(index),
@@ -260,7 +264,12 @@ def _try_changes(index: Any) -> None:
     made.add(rows[:1], ids[:1])
     # What is served may be empty still, and have nothing to be searched for.
     for filter in (None, ids[:1], ids[::2]):
-        made.search(rows[:1], 1, filter=filter)
+        prepared = None if filter is None else made.prepare_filter(filter)
+        for queries in (rows[:1], rows[:2]):
+            made.search(queries, 1, filter=prepared)
+    # One that went may not be found.
+    made.remove(ids[:1])
+    made.search(rows[:1], 1)
 
 
 def _taken(live: "LiveIndex") -> str:

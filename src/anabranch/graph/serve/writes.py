@@ -8,6 +8,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.live import LiveIndex, NoRoomError
 from anabranch.graph.serve.answers import fitting
+from anabranch.graph.serve.gate import Steps
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.requests import RequestError, known_fields, read_ids, read_matrix, read_named
 from anabranch.graph.serve.sources import Loaded
@@ -64,8 +65,9 @@ def _elements(found: dict[str, Any], limits: Limits) -> tuple[np.ndarray | None,
     return None, read_named(found["names"], "names", limits.batch)
 
 
-def answer_upsert(loaded: Loaded, wanted: Upsert) -> dict[str, Any]:
-    """Bring elements in for good. Raises RequestError."""
+def answer_upsert(loaded: Loaded, wanted: Upsert, limits: Limits) -> Steps[dict[str, Any]]:
+    """Bring elements in for good, in one step. Raises RequestError."""
+    yield from ()
     live = live_of(loaded)
     vectors = fitting(wanted.vectors, live.index)
     try:
@@ -80,8 +82,9 @@ def answer_upsert(loaded: Loaded, wanted: Upsert) -> dict[str, Any]:
     return _done(loaded, live, number, upserted=len(known), new=int((~known).sum()))
 
 
-def answer_delete(loaded: Loaded, wanted: Delete) -> dict[str, Any]:
-    """Take elements out for good. Those that are not there are named, which is no error: the request may be sent again."""
+def answer_delete(loaded: Loaded, wanted: Delete, limits: Limits) -> Steps[dict[str, Any]]:
+    """Take elements out for good, in one step. Those that are not there are named, which is no error: the request may be sent again."""
+    yield from ()
     live = live_of(loaded)
     try:
         if wanted.names is not None:
