@@ -200,11 +200,21 @@ def test_bad_names_change_nothing(path, names, message):
         assert not live.has_changes
 
 
-def test_a_long_name_that_is_there_stays_one(tmp_path):
+def test_long_names_that_are_there_stay(tmp_path):
     path = saved(tmp_path / "index.anb", ["a" * 5000, "b"])
     with LiveIndex.open(path, num_threads=1) as live:
         assert live.upsert_named(["a" * 5000, "c" * 4096], VECTORS[50:52])[1].tolist() == [True, False]
         assert live.delete_named(["a" * 5000])[1].tolist() == [True]
+
+
+def test_a_long_name_in_a_log_of_before_is_read(path, monkeypatch):
+    """From when names had no bound."""
+    check = GrowingNames.check
+    monkeypatch.setattr(GrowingNames, "check", lambda self, names, longest=None: check(self, names, longest=None))
+    with LiveIndex.open(path, num_threads=1) as live:
+        live.upsert_named(["d" * 5000], VECTORS[50:51])
+    monkeypatch.undo()
+    assert "d" * 5000 in after_a_crash(path)
 
 
 def test_numbers_as_names(tmp_path):

@@ -93,10 +93,10 @@ class GrowingNames(Names):
         """The row of a name; None where there is none."""
         return self._index.get(name)
 
-    def check(self, names: Sequence[Any]) -> None:
+    def check(self, names: Sequence[Any], *, longest: int | None = LONGEST) -> None:
         """Raise InputError unless these are different names that rows may have: integers of 64 bits, or text, as those there are.
 
-        New text has at most `LONGEST` characters.
+        New text has at most ``longest`` characters; None for as many as it likes.
         """
         seen = set()
         limits = None if self._kind is None else np.iinfo(self._kind)
@@ -106,9 +106,9 @@ class GrowingNames(Names):
                     raise InputError(f"names[{place}] is {name!r:.80}; elements are called by whole numbers here")
             elif not isinstance(name, str) or any("\ud800" <= letter <= "\udfff" for letter in name):
                 raise InputError(f"names[{place}] is {name!r:.80}; elements are called by text here")
-            elif len(name) > LONGEST and name not in self._index:
+            elif longest is not None and len(name) > longest and name not in self._index:
                 raise InputError(
-                    f"names[{place}] is {name[:40]!r}... of {len(name):,} characters; a new name has at most {LONGEST:,}"
+                    f"names[{place}] is {name[:40]!r}... of {len(name):,} characters; a new name has at most {longest:,}"
                 )
             if name in seen:
                 raise InputError(f"names[{place}] is {name!r:.80}, which stands there before; give each name once")

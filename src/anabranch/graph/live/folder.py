@@ -131,7 +131,8 @@ def _names(path: Path, more: list[Any], changes: list[Change]) -> tuple[GrowingN
     names, count = GrowingNames(held), len(held)
     for first, new in [(count, more), *brought]:
         try:
-            names.check(new)
+            # Of a release that knew no bound, maybe.
+            names.check(new, longest=None)
         except InputError as error:
             raise DataError(f"{live_folder(path)} brings names that are none: {error}") from None
         if first != len(names) or any(names.find(name) is not None for name in new):
