@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError
-from anabranch.graph.hnsw import HNSW, ShardedHNSW, coded
+from anabranch.graph.hnsw import HNSW, ShardedHNSW, changing, coded
 from anabranch.graph.hnsw.centres import ENOUGH, better_centre, centre_of, spread_places
 from anabranch.graph.hnsw.checks import MAX_LENGTH
 from anabranch.graph.hnsw.coded import PQ
-from hnsw_checks import check_graph, drawn, graph_bytes, naive, recall
+from hnsw_checks import WAIT_S, check_graph, drawn, graph_bytes, naive, recall, thread
 
 KINDS = (
     *({"dtype": dtype, "rerank": rerank} for dtype in ("f16", "i8") for rerank in (True, False)),
@@ -175,6 +175,103 @@ def test_vectors_that_are_as_they_were_are_not_learned_again(kind, monkeypatch):
     assert before is None or index._storage.encoding.centre_D.tolist() == before
 
 
+# Many that move
+
+
+FAR = VECTORS[::-1] + np.float32(1e4) * (np.arange(12) == 3).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("way", ["update", "add", "one by one", "in halves"])
+def test_when_vectors_are_updated_they_are_rounded_about_what_they_are(kind, way, monkeypatch):
+    """A new model's vectors lie elsewhere: all is looked at again as elements move, not only as they come and go."""
+    count = 400 if way == "one by one" else 1100
+    monkeypatch.setattr(coded, "FIRST", 300)
+    index, ids = made(kind), np.arange(count)
+    index.add(FAR[:count], ids)
+    if way == "update":
+        index.update(ids, VECTORS[:count])
+    elif way == "add":
+        index.add(np.concatenate([VECTORS[:count], VECTORS[:50] + 9]), np.arange(count + 50), update=True)
+    elif way == "in halves":
+        for part in np.array_split(ids, 2):
+            index.update(part, VECTORS[part])
+    else:
+        for number in range(count):
+            index.update([number], VECTORS[number : number + 1], repair=False)
+    rows = VECTORS[:count] if way != "add" else np.concatenate([VECTORS[:count], VECTORS[:50] + 9])
+    fresh = made(kind)
+    fresh.add(rows)
+    # Rows without vectors beside them have lost what they said before the middle was another.
+    lost = not kind.get("rerank", True) and way in ("one by one", "in halves")
+    assert lost or found(index, rows=rows) > found(fresh, rows=rows) - 0.05
+    assert index.stats()["unreachable"] == 0 or way in ("one by one", "add")
+    check_graph(index)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2], *KINDS[4:]], ids=lambda kind: "-".join(map(str, kind.values())))
+def test_a_look_is_for_many_changes(kind, monkeypatch):
+    """Elements that go and come, or move, one by one: what all is rounded about is looked at once in an eighth of all, beside searches."""
+    index = made(kind)
+    index.add(VECTORS[:1040])
+    looks, worn = [], []
+    whole_look, whole_worn = changing.better_centre, coded.Coded.is_worn
+
+    def beside():
+        # One that comes while it is looked is let in at once.
+        reader = thread(lambda: index.search(QUERIES[:2], 3))
+        reader.join(WAIT_S)
+        assert not reader.is_alive()
+
+    def look(*asked):
+        looks.append(index._changes.drawn)
+        beside()
+        return whole_look(*asked)
+
+    def wear(self, sample):
+        worn.append(len(sample))
+        beside()
+        return whole_worn(self, sample)
+
+    monkeypatch.setattr(changing, "better_centre", look)
+    monkeypatch.setattr(coded.Coded, "is_worn", wear)
+    for number in range(260):
+        if number % 2:
+            index.update([number], VECTORS[1040 + number % 260][None], repair=False)
+        else:
+            index.remove([number])
+            index.add(VECTORS[1040 + number % 260][None], [number])
+    # Of 1,040, with 130 from one to the next.
+    assert len(looks if "dtype" in kind else worn) == 2
+
+
+def test_a_file_knows_how_much_has_changed(tmp_path):
+    """So that what comes later is the same, whether it was loaded in between or not."""
+    index = made(KINDS[2])
+    index.add(VECTORS[:800])
+    index.update(np.arange(90), FAR[:90])
+    index.save(tmp_path / "i.anb")
+    again = HNSW.load(tmp_path / "i.anb", num_threads=1)
+    assert again._changes.changed == index._changes.changed == 90
+    for held in (index, again):
+        held.update(np.arange(90, 500), FAR[90:500])
+        held.update(np.arange(500, 800), FAR[500:800])
+    assert graph_bytes(index) == graph_bytes(again)
+
+
+@pytest.mark.parametrize("kind", KINDS[:4], ids=NAMES[:4])
+def test_as_many_again_are_looked_at_however_many_there_are(kind, monkeypatch):
+    """Nobody looked beyond 65,535, nor where one call went beyond."""
+    monkeypatch.setattr(coded, "SAMPLE", 127)
+    monkeypatch.setattr(changing, "SAMPLE", 127)
+    index = made(kind)
+    index.add(FAR[:300], np.arange(5000, 5300))
+    index.add(VECTORS, np.arange(1300))
+    assert np.abs(index._storage.encoding.centre_D).max() < 9
+    assert found(index) > 0.85
+    assert index.stats()["unreachable"] == 0
+
+
 @pytest.mark.parametrize("num_parts", [1, 5, 12])
 def test_codes_are_worn_where_vectors_use_few_of_them(num_parts):
     coder = PQ(12, "l2", num_parts).trained(VECTORS, 0, 1)
@@ -183,6 +280,8 @@ def test_codes_are_worn_where_vectors_use_few_of_them(num_parts):
     assert not coder.is_worn(VECTORS[:0])
     assert coder.is_worn(VECTORS[:1000] * 1e-3)
     assert coder.is_worn(VECTORS[:1000] + 1e4)
+    # In one part alone.
+    assert coder.is_worn(FAR[:1000])
     # No others can be told apart.
     assert not coder.is_worn(np.ones((500, 12), np.float32))
 

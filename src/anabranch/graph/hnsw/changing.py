@@ -21,6 +21,10 @@ WORTH = 4096
 # Elements are linked anew in so many parts.
 PARTS = 8
 
+# What rows and codes are rounded about is looked at again once one in so many elements was moved or went: a look costs as much as some
+# hundred changes.
+LOOKS = 8
+
 
 class Changes:
     """What a writer does to an index whose lock it holds.
@@ -28,6 +32,7 @@ class Changes:
     Attributes:
         drawn: levels so far.
         next_id: after the largest so far.
+        changed: elements that were moved, or went, since what rows and codes are rounded about was looked at.
     """
 
     def __init__(
@@ -35,9 +40,9 @@ class Changes:
     ) -> None:
         self._storage, self._slots, self._linker, self._lock = held, slots, linker, lock
         self._seed, self._is_flat = np.uint64(seed % 2**64), is_flat
-        self.drawn = self.next_id = 0
-        # Whether elements went since the centre of rows was looked at, and whether codes are to be looked at.
-        self._went = self._look = False
+        self.drawn = self.next_id = self.changed = 0
+        # Whether codes are to be looked at.
+        self._look = False
 
     def following(self, count: int) -> np.ndarray:
         """Ids after the largest so far. Raises InputError where there are none left."""
@@ -84,9 +89,10 @@ class Changes:
         return id_1
 
     def _is_due(self, more: int) -> bool:
-        """Whether rows want another look at their centre with so many more: twice as many, or what there was went."""
+        """Whether rows want another look at their centre with so many more: twice as many, or enough of what there was went."""
         count = self._storage.count
-        return self._went or count.bit_length() < (count + more).bit_length() <= SAMPLE.bit_length()
+        live = count - int(self._storage.graph[layout.NUM_DELETED])
+        return 0 < self.changed >= live / LOOKS or count.bit_length() < (count + more).bit_length()
 
     def _is_vacated(self, count: int) -> bool:
         """Whether some of so many new elements have places of deleted ones, once those are made vacant where that is worth it."""
@@ -104,9 +110,7 @@ class Changes:
         held, count, done = self._storage, len(vector_ND), 0
         again = self._vacate(count, workers) if reuse else 0
         # What rows are rounded about may be far from them by now.
-        if self._is_due(count - again):
-            self._look = True
-            self._settle(vector_ND, workers)
+        is_anew = self._is_due(count - again) and self._settle(vector_ND, workers)
         # A table that a reader makes from now on has all of them.
         had_table = self._slots.is_made
         slot_S = self._append(vector_ND[again:], id_N[again:])
@@ -126,6 +130,8 @@ class Changes:
                 self._slots.forget()
             elif had_table:
                 self._slots.put(id_N, slot_S)
+        if is_anew:
+            self._linker.repair()
 
     def _vacate(self, count: int, workers: Workers) -> int:
         """How many of so many new elements have vacant places; where there are too few, those of deleted elements become so."""
@@ -135,7 +141,7 @@ class Changes:
             dead_S = np.flatnonzero(~self._slots.live() & (held.level[: held.count] >= 0))
             self._linker.take_out(dead_S, workers)
             held.vacate(dead_S)
-            self._went = True
+            self.changed += len(dead_S)
             if held.graph[layout.ENTRY] >= 0:
                 self._linker.repair()
         return min(count, len(held.vacant_S))
@@ -165,6 +171,8 @@ class Changes:
         """Give slots other vectors."""
         if not len(slot_S):
             return
+        self.changed += len(slot_S)
+        is_anew = self._is_due(0) and self._settle(vector_SD, workers, slot_S)
         self._storage.own()
         # Before anything is taken out: there may be no memory for it.
         encoded = self._storage.encode(vector_SD)
@@ -176,6 +184,8 @@ class Changes:
             # Whatever came between, they come in again.
             self._linker.link_again(slot_S, workers)
             raise
+        if is_anew:
+            self._linker.repair()
 
     def delete(self, id_N: np.ndarray) -> None:
         """Mark elements as deleted. Raises InputError for unknown ids, and then marks none."""
@@ -209,7 +219,8 @@ class Changes:
         if live.size:
             self._linker.take_out(dead[held.level[dead] >= 0], workers)
             held.keep(live)
-            self._look = True
+            # Before readers are let in.
+            self._slots.forget()
             with suppress(CapacityError):
                 self._settle(held.decode(live[:0]), workers)
         else:
@@ -220,18 +231,26 @@ class Changes:
             self.repair()
         return len(dead)
 
-    def _settle(self, vector_ND: np.ndarray, workers: Workers) -> None:
-        """Round all rows about another centre where one is far better for those that are there and these that come."""
-        held, self._went = self._storage, False
+    def _settle(self, vector_ND: np.ndarray, workers: Workers, moved_S: np.ndarray | None = None) -> bool:
+        """Round all rows about another centre where one is far better for those that are there and these that come; whether it was.
+
+        Codes are looked at, too, when all is done (`learn_if_due`). Slots of ``moved_S`` have others of the vectors soon: what they hold
+        now does not count, and they are not linked anew.
+        """
+        held, self.changed, self._look = self._storage, 0, True
         encoding = held.encoding
         if encoding.centre_D is None or not held.count:
-            return
-        live_S = np.flatnonzero(held.deleted[: held.count] == 0)
+            return False
+        is_live_S = held.deleted[: held.count] == 0
+        if moved_S is not None:
+            is_live_S[moved_S] = False
+        live_S = np.flatnonzero(is_live_S)
         place_S = spread_places(len(live_S) + len(vector_ND))
         old_S, new_S = place_S[place_S < len(live_S)], place_S[place_S >= len(live_S)] - len(live_S)
-        centre_D = better_centre(encoding.centre_D, np.concatenate([held.decode(live_S[old_S]), vector_ND[new_S]]))
+        with self._lock.open_to_readers():
+            centre_D = better_centre(encoding.centre_D, np.concatenate([held.decode(live_S[old_S]), vector_ND[new_S]]))
         if centre_D is None:
-            return
+            return False
         held.own()
         # It reads rows alone, and makes others beside those that searches use.
         with self._lock.open_to_readers():
@@ -241,6 +260,7 @@ class Changes:
         for part_S in np.array_split(live_S, PARTS):
             if len(part_S):
                 self._link_anew(part_S, workers)
+        return True
 
     def _link_anew(self, slot_S: np.ndarray, workers: Workers) -> None:
         """Take slots out of the graph, and bring them in again."""
@@ -269,7 +289,8 @@ class Changes:
         is_due = coded.is_due(len(live_S))
         if not is_due and look and coded.is_trained and len(live_S):
             some_S = live_S[np.linspace(0, len(live_S) - 1, min(len(live_S), LOOKED_AT)).astype(np.int64)]
-            is_due = coded.is_worn(held.decode(some_S))
+            with self._lock.open_to_readers():
+                is_due = coded.is_worn(held.decode(some_S))
         if is_due:
             self.learn(workers)
 

@@ -77,19 +77,19 @@ class PQ:
         return made
 
     def is_worn(self, vector_SD: np.ndarray) -> bool:
-        """Whether these vectors fall upon few of the centres, although they differ."""
+        """Whether these vectors fall upon few of the centres of a part, although they differ there."""
         assert self.codes is not None
         if not len(vector_SD):
             return False
         code_SM = self.codes.encode(vector_SD)
-        used = possible = 0
         for part in range(self.num_parts):
             begin, end = part * self.dim // self.num_parts, (part + 1) * self.dim // self.num_parts
-            used += len(np.unique(code_SM[:, part]))
+            used = len(np.unique(code_SM[:, part]))
             # As bytes: sorting rows of numbers is slow.
             part_S = np.ascontiguousarray(vector_SD[:, begin:end]).view(f"V{4 * (end - begin)}")
-            possible += min(CENTRES, len(np.unique(part_S)))
-        return WORN * used < possible
+            if WORN * used < min(CENTRES, len(np.unique(part_S))):
+                return True
+        return False
 
     def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows, uint8 [N, STRIDE], and nothing beside them."""

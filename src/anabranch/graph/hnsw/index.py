@@ -224,8 +224,8 @@ class HNSW:
         """Learn anew what codes stand for, and code all vectors by it. Searches go on meanwhile.
 
         `add` does so by itself once there are 1,024 vectors, and again at eight times as many, until there are 32,768; and where codes say
-        little of the vectors that there are by then, `add` (as they become twice as many) and `compact`. This is for vectors that have
-        become others since. Before, there are no codes, and distances are exact.
+        little of the vectors that there are by then, `add` and `update` (as they become twice as many, or one in 8 was moved or has gone)
+        and `compact`. This is for vectors that have become others since. Before, there are no codes, and distances are exact.
 
         Args:
             vectors: [S, D] to learn from; None for those that are there, or 32,768 of them.
@@ -253,6 +253,7 @@ class HNSW:
             self._changes.move(self._slots.of(id_N), vector_ND, workers)
             if repair:
                 self._changes.repair()
+            self._changes.learn_after_loss(workers)
 
     def remove(self, ids: Any) -> None:
         """Delete elements: searches walk over them and do not return them, until `compact` takes them out.
@@ -461,6 +462,7 @@ class HNSW:
             **({} if coded is None else {"trained_on": coded.trained_on}),
             "drawn": self._changes.drawn,
             "next_id": self._changes.next_id,
+            "changed": self._changes.changed,
         }
 
     @classmethod
@@ -470,6 +472,8 @@ class HNSW:
         try:
             made = cls(**meta["options"], num_threads=num_threads)
             drawn, next_id, entry, top = (int(meta[name]) for name in ("drawn", "next_id", "entry", "top"))
+            # Files of earlier releases do not say so.
+            made._changes.changed = int(meta.get("changed", 0))
             if made._storage.coded is not None:
                 made._storage.coded.trained_on = int(meta["trained_on"])
         except (KeyError, TypeError, ValueError) as error:
