@@ -282,6 +282,57 @@ def test_an_answer_that_was_not_accepted_is_better_than_none():
     run(work)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("first", "fields", "is_stopgap"),
+    [
+        ({}, {}, False),
+        # Of the request itself.
+        ({"script": ("context",)}, {}, False),
+        ({"script": ("filter",)}, {}, False),
+        ({}, {"accept": lambda model, answer: model == "b"}, False),
+        # What may pass.
+        ({"script": ("500",) * 9}, {}, True),
+        ({"script": ("credit",) * 9}, {}, True),
+        ({"rpm": 1, "max_in_flight": 1}, {"busy": True}, True),
+        # An answer that would not do, better than none.
+        ({}, {"accept": lambda model, answer: False, "others": {"fails": 1.0}}, True),
+        ({}, {"accept": lambda model, answer: False, "poor": True}, True),
+    ],
+)
+def test_it_is_said_where_an_answer_stands_in_for_another(first, fields, is_stopgap, stream):
+    fields = dict(fields)
+    others, busy, poor = (fields.pop(name, None) for name in ("others", "busy", "poor"))
+
+    async def allow(model, spent):
+        return not poor
+
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", first), group("b", others or {})], QUICK)
+        if busy:
+            await dispatcher.complete(plan(dispatcher, "a"), chat())
+        chosen = plan(dispatcher, "a", "b", allow=allow, **fields)
+        if not stream:
+            assert (await dispatcher.complete(chosen, chat())).report.is_stopgap is is_stopgap
+            return
+        answer = await dispatcher.stream(chosen, chat(stream=True))
+        await read(answer)
+        assert answer.report.is_stopgap is is_stopgap
+
+    run(work)
+
+
+def test_another_model_that_was_quicker_stands_in_for_the_first():
+    async def work() -> None:
+        rules = DispatchRules(hedge=True, min_extra=10)
+        dispatcher = Dispatcher([group("a", {"latency_s": 5.0}), group("b", {})], rules)
+        warmed(dispatcher, "a")
+        answer = await dispatcher.complete(plan(dispatcher, "a", "b"), chat())
+        assert (answer.report.model, answer.report.is_stopgap) == ("b", True)
+
+    run(work)
+
+
 def test_a_broken_deployment_is_left_alone_and_asked_again_later():
     async def work() -> None:
         now = [0.0]

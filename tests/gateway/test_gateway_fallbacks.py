@@ -6,7 +6,7 @@ import json
 import pytest
 
 from anabranch.errors import ConfigError
-from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, RetryConfig
+from anabranch.gateway.config import BreakerConfig, DeploymentConfig, GatewayConfig, ModelConfig, RetryConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock, MockTransport
 from anabranch.web.api_error import ApiError
@@ -98,3 +98,39 @@ def test_models_that_are_not_there_are_told():
         GatewayConfig(models=(model("short"), model("long")), context_fallbacks={"short": ("loong",)})
     with pytest.raises(ConfigError, match=r"filter_fallbacks.short.0 is 'short', which was tried before"):
         GatewayConfig(models=(model("short"),), filter_fallbacks={"short": ("short",)})
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(("step", "asked_again"), [("500", ["short"]), ("context", [])])
+def test_the_answer_of_a_fallback_is_not_kept_longer_than_what_it_is_for(tmp_path, step, asked_again, streams):
+    models = (model("short", step), model("spare"))
+    config = GatewayConfig(
+        models=models,
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+        retries=RetryConfig(attempts=1, base_s=0.0),
+        fallbacks={"short": ("spare",)},
+        breaker=BreakerConfig(failures=100),
+    )
+
+    async def main():
+        async with Gateway(config) as gateway:
+            body = {
+                "model": "short",
+                "stream": streams,
+                "temperature": 0,
+                "messages": [{"role": "user", "content": "x"}],
+            }
+            found = []
+            for _ in range(3):
+                reply = await gateway.handle("chat", body)
+                if streams:
+                    async for _ in reply.stream:
+                        pass
+                found.append((reply.headers["x-route-model"], reply.headers.get("x-cache")))
+            return found
+
+    first, second, third = asyncio.run(main())
+    assert first == ("spare", "miss")
+    assert second == (("short", "miss") if asked_again else ("spare", "exact"))
+    assert third == (second[0], "exact")

@@ -331,6 +331,30 @@ def test_an_answer_of_a_program_is_kept_and_given_again(tmp_path):
     assert len(program.requests) == 1
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_spare_answer_of_a_program_is_given_and_not_kept(tmp_path, streams):
+    """A draft that would not do was given again after the model was back that had been down."""
+
+    async def work_of(request, ask):
+        found = Done.of(await ask(request.arm("small"), request.messages))
+        yield replace(found, is_spare=not replies)
+
+    replies = []
+
+    async def work(gateway):
+        for _ in range(3):
+            replies.append(await gateway.handle("chat", ask(temperature=0, stream=streams)))
+            if streams:
+                async for _ in replies[-1].stream:
+                    pass
+        return [one.headers.get("x-cache") for one in replies]
+
+    found, rows, program = run(config(tmp_path, cache=CacheConfig(exact=True)), work, work_of)
+    assert found[2] == "exact"
+    assert [row.cache for row in rows if not row.parent_id] == ["", "", "exact"]
+    assert len(program.requests) == 2
+
+
 def test_what_a_program_says_is_no_outcome_of_a_model(tmp_path):
     async def work_of(request, ask):
         yield Done.of(await ask("small", request.messages))

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 
+import numpy as np
 import pytest
 
 from anabranch.errors import RateError
@@ -598,6 +599,56 @@ def test_what_is_being_written_is_cleared_too(server, prefix):
         async with processes(server, prefix, 1) as [shared]:
             shared.answers.put("k", b"q", entry(), 60)
             assert await shared.answers.clear("k") == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["*", "k?", "k[12]", "\\k1", "k1*", "k1:*", "[^x]1"])
+def test_a_name_is_no_pattern(server, prefix, name):
+    """To clear the answers of ``*`` cleared those of all keys."""
+
+    async def main():
+        async with processes(server, prefix, 1) as [shared]:
+            for tenant in ("k1", "k2", ""):
+                shared.answers.put(tenant, b"q", entry(), 60)
+                shared.meanings.put(tenant, b"c", np.ones(2, np.float32), entry(), 60)
+            await shared.clear(name)
+            assert await shared.clears.news() == []
+            for tenant in ("k1", "k2", ""):
+                assert await shared.answers.get(tenant, b"q") is not None
+            # As what it is, it goes.
+            shared.answers.put(name, b"q", entry(), 60)
+            assert await shared.answers.clear(name) == 1
+            assert await shared.answers.clear() == 3
+            assert await shared.meanings.clear() == 3
+
+    asyncio.run(main())
+
+
+def test_what_came_out_of_redis_before_it_was_cleared_is_not_kept_here_afterwards():
+    class Slow:
+        """Has an answer, and gives it once it is told to."""
+
+        def __init__(self):
+            self.may_answer = asyncio.Event()
+
+        async def get(self, tenant, key):
+            await self.may_answer.wait()
+            return entry(), 60.0
+
+    async def main():
+        for tenant in (None, "k"):
+            shared = Slow()
+            caches = Caches(CacheConfig(), None, shared=shared)
+            asked = asyncio.ensure_future(caches.elsewhere("k", b"q"))
+            await asyncio.sleep(0)
+            caches.forget(tenant)
+            shared.may_answer.set()
+            assert await asked == entry()
+            assert caches.exact.get("k", b"q") is None
+            # Nothing was cleared meanwhile.
+            assert await caches.elsewhere("k", b"q") == entry()
+            assert caches.exact.get("k", b"q") == entry()
 
     asyncio.run(main())
 

@@ -465,7 +465,18 @@ def test_where_tokens_were_not_likely_or_nothing_is_told_the_next_model_answers(
     *_, done = program(
         Models(small=[likely("5", -2.0)], large=[gone], middle=[gone], odd=[gone]), None, "logprob", threshold=-0.3
     )
-    assert (done.model, done.message["content"]) == ("small", "5")
+    assert (done.model, done.message["content"], done.is_spare) == ("small", "5", True)
+
+
+def test_what_stands_in_for_the_last_of_a_chain_says_so():
+    gone, dear = BackendError("gone"), ["It is 4"]
+    for draft, is_spare in ((likely("4", -0.1), False), (likely("5", -2.0), False), (gone, False)):
+        *_, done = program(Models(small=[draft], large=dear), None, "logprob", threshold=-0.3)
+        assert done.is_spare is is_spare
+    # Behind the chain.
+    models = Models(small=[likely("5", -2.0)], large=[gone], middle=["4, I think"], odd=["four"])
+    *_, done = program(models, None, "logprob", threshold=-0.3)
+    assert (done.model in ("middle", "odd"), done.is_spare) == (True, True)
 
 
 # -- AutoMix

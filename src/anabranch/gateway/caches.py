@@ -60,6 +60,8 @@ class Caches:
                 self._abroad = Abroad(meanings, SemanticCache(threshold=config.threshold, **limits), mark)
         self.flights: SingleFlight[Entry] = SingleFlight()
         self._embedder = embedder
+        # How often anything was forgotten.
+        self._num_forgotten = 0
 
     async def embed(self, text: str) -> np.ndarray:
         """A unit vector, made in a thread: it may take a while."""
@@ -69,11 +71,13 @@ class Caches:
 
     async def elsewhere(self, tenant: str, key: bytes) -> Entry | None:
         """An exact answer that another process kept; from now on it is here too, for as long as it is there."""
+        num_forgotten = self._num_forgotten
         found = None if self._shared is None else await self._shared.get(tenant, self._mark + key)
         if found is None:
             return None
         entry, left_s = found
-        if self.exact is not None:
+        # What came out of there before it was cleared must not be here afterwards.
+        if self.exact is not None and num_forgotten == self._num_forgotten:
             self.exact.put(tenant, key, entry, left_s)
         return entry
 
@@ -105,6 +109,7 @@ class Caches:
 
     def delete(self, tenant: str) -> int:
         """Forget a tenant's answers; returns how many there were."""
+        self._num_forgotten += 1
         if self._abroad is not None:
             self._abroad.forget(tenant)
         return sum(cache.delete(tenant) for cache in (self.exact, self.named, self.semantic) if cache is not None)
@@ -115,6 +120,7 @@ class Caches:
 
     def clear(self) -> int:
         """Forget all; returns how many there were."""
+        self._num_forgotten += 1
         if self._abroad is not None:
             self._abroad.forget(None)
         held = [cache for cache in (self.exact, self.named, self.semantic) if cache is not None]

@@ -8,9 +8,11 @@ import pytest
 from anabranch.gateway.config import CacheConfig
 from anabranch.gateway.core import beginning
 from anabranch.gateway.core.cached_answers import CachedAnswers
+from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, Usage
 from anabranch.gateway.store import KeyRecord
+from anabranch.routers.contract.query import Decision, Query
 from anabranch.web.api_error import ApiError
 from gateway_states import run, services, state_of
 
@@ -129,6 +131,32 @@ def test_only_whole_answers_are_kept_unless_they_have_a_name():
 
     assert not run(work, {}, reason="content_filter")
     assert run(work, {"idempotency-key": "a"}, reason="content_filter")
+
+
+@pytest.mark.parametrize("why", ["stopgap", "bypassed", ""])
+def test_what_stands_in_for_another_answer_is_given_to_those_who_wait_and_kept_for_none_but_who_names_it(why):
+    """A draft that would not do, or a fallback's answer, was given as long as it was kept: long after the outage it was for."""
+    lent, _ = services(cache=ON)
+
+    async def work(headers):
+        held, state = cached(lent=lent, headers=headers)
+        assert await held.look() is None
+        waits = asyncio.ensure_future(cached(lent=lent, headers=headers)[0].look())
+        await asyncio.sleep(0.01)
+        state.report = Report(model="small", is_stopgap=why == "stopgap")
+        state.decided = Decided(
+            Decision(candidates=(), strategy="", reason=""), why if why == "bypassed" else "", Query(text="")
+        )
+        held.keep(answer())
+        held.end()
+        _, which = await waits
+        again, _ = cached(lent=lent, headers=headers)
+        found = await again.look()
+        again.end()
+        return which, found is not None
+
+    assert run(work, {}) == ("shared", not why)
+    assert run(work, {"idempotency-key": "a"}) == ("shared", True)
 
 
 def test_a_name_is_for_one_request():

@@ -190,21 +190,26 @@ class CachedAnswers:
     # An answer that was fetched
 
     def keep(self, answer: Answer) -> None:
-        """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones."""
+        """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones.
+
+        What stands in for another answer is not kept for them, but for who comes back for it by its name.
+        """
         if self._exact is None and self._context is None:
             return
         state = self._state
         is_kept_anyway = state.endpoint == "embeddings" or (self.is_named and not state.body.get("stream"))
         if not is_kept_anyway and not answer.is_whole:
             return
-        self._share(answer, state.last_report.model or "", state.cost_nano)
+        is_stopgap = state.last_report.is_stopgap or (state.decided is not None and bool(state.decided.bypassed))
+        is_kept = self.is_named or not is_stopgap
+        self._share(answer, state.last_report.model or "", state.cost_nano, is_kept=is_kept)
 
     def come_late(self, attempt: Attempt, answer: Answer) -> None:
         """The answer to a request with a name has come after it was given up."""
         if self._ticket is not None and self._ticket.is_open:
             self._share(answer, attempt.model, attempt.cost)
 
-    def _share(self, answer: Answer, model: str, nano: int) -> None:
+    def _share(self, answer: Answer, model: str, nano: int, *, is_kept: bool = True) -> None:
         usage = answer.usage
         entry = Entry(
             body=answer.data,
@@ -213,7 +218,8 @@ class CachedAnswers:
             completion_tokens=usage.completion,
             nano=nano,
         )
-        self._caches.put(self._state.tenant, self._exact, self._context, self._state.vector, entry)
+        if is_kept:
+            self._caches.put(self._state.tenant, self._exact, self._context, self._state.vector, entry)
         if self._ticket is not None:
             self._ticket.land(entry)
 

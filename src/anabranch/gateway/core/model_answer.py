@@ -26,6 +26,7 @@ class ModelAnswer:
         self._state, self._cached = state, cached
         # Of the call for the answer, its further attempts among it.
         self._hold = Hold()
+        self._is_poor = False
 
     async def reserve(self) -> None:
         """Set aside the most that the first candidate may cost; a strategy's candidates that no budget has room for are passed over.
@@ -46,6 +47,8 @@ class ModelAnswer:
                     break
                 continue
             state.candidates = tuple(one.model for one in candidates[at:])
+            # There was no money for what would have answered.
+            self._is_poor = at > 0
             return
         assert refused is not None
         raise refused
@@ -67,7 +70,7 @@ class ModelAnswer:
             num_bytes=state.num_bytes,
             native=state.native,
         )
-        state.report = Report()
+        state.report = Report(is_stopgap=self._is_poor)
         plan = self._plan(request, state.report, judge)
         return await (dispatcher.stream(plan, request) if request.stream else dispatcher.complete(plan, request))
 

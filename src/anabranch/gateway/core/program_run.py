@@ -168,7 +168,7 @@ class ProgramRun:
 
     def _end(self, done: Done) -> None:
         """Take the end. Raises InputError if it does not begin as what was said, or is not ready for JSON."""
-        self._done = done
+        self._done, self.report.is_stopgap = done, done.is_spare
         said, content = "".join(self._said), self._message().get("content")
         if not isinstance(content, str | None):
             raise InputError(f"the program's answer is {type(content).__name__}; its content must be text, or None")

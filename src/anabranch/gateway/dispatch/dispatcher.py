@@ -218,7 +218,7 @@ class Dispatcher:
                     if last is None:
                         raise
                     answer, attempt = last
-                    attempt.status = "ok"
+                    attempt.status, run.report.is_stopgap = "ok", True
                     break
                 if plan.accept is None or run.is_last:
                     break

@@ -125,6 +125,7 @@ class Report:
         model: that answered; None if none did.
         deployment: likewise.
         is_stitched: another model went on where the first broke off.
+        is_stopgap: what answered stands in for what would have: that failed, was not to be had, or was too dear, which may pass.
     """
 
     attempts: list[Attempt] = field(default_factory=list)
@@ -132,6 +133,7 @@ class Report:
     model: str | None = None
     deployment: str | None = None
     is_stitched: bool = False
+    is_stopgap: bool = False
     _waiting: list[Callable[[], None]] = field(default_factory=list, init=False, repr=False)
 
     @property

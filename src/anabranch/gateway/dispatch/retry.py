@@ -44,6 +44,9 @@ ACTION: dict[FailureKind, Action] = {
     "deadline": "give_up",
 }
 
+# Of the request itself: the same model would fail of it later too, so that whoever answers in its place does so for good.
+LASTING: frozenset[FailureKind] = frozenset({"excess", "context", "filter", "unsupported"})
+
 OUTCOME: dict[FailureKind, Outcome] = {
     "connect": "failure",
     "timeout": "failure",

@@ -18,7 +18,7 @@ from anabranch.gateway.dispatch.balance import pick
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.outgoing import as_failure, built
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
-from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, backoff
+from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, LASTING, backoff
 from anabranch.gateway.dispatch.shared_rooms import NoRoomError, SharedRooms
 from anabranch.gateway.observe.trace_context import new_span_id
 from anabranch.gateway.providers.provider import (
@@ -90,7 +90,10 @@ class Run:
         while True:
             live = await self._next()
             try:
-                return await self._ask(live, request, opening)
+                found, attempt = await self._ask(live, request, opening)
+                # Of several beside each other another model may have been the first.
+                self.report.is_stopgap |= attempt.model != self.plan.candidates[self._at]
+                return found, attempt
             except NoRoomError:
                 # No attempt was made.
                 continue
@@ -108,6 +111,7 @@ class Run:
         # Asked again, the same deployment would take as much time again, or refuse again.
         is_in_vain = (cause in SLOW and not self.is_last) or cause in IN_VAIN
         if action == "fall_back" or self._retry >= self.rules.retries or (is_in_vain and not self._has_fresh()):
+            self.report.is_stopgap |= cause not in LASTING
             self._next_model()
         else:
             self._retry += 1
@@ -141,6 +145,7 @@ class Run:
 
     def _skip(self, model: str, why: str) -> None:
         self.report.skipped.append((model, why))
+        self.report.is_stopgap = True
         self._next_model()
 
     # Which deployment is next

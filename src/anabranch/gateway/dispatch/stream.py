@@ -104,7 +104,7 @@ class Stream:
                     raise
                 # Better than none.
                 opened, attempt = rejected
-                attempt.status = "ok"
+                attempt.status, run.report.is_stopgap = "ok", True
                 run.report.model, run.report.deployment = attempt.model, attempt.deployment
                 break
             accepted = accept(attempt.model, _whole(_chunks([opened.first]), self._request, opened.counted()))

@@ -18,7 +18,7 @@ from anabranch.gateway.http.access import check_operator, check_origin
 from anabranch.gateway.http.peers import PeerError, Peers
 from anabranch.gateway.lane import BypassError
 from anabranch.gateway.refusals import unavailable
-from anabranch.gateway.shared import AwayError
+from anabranch.gateway.shared import AwayError, Shared
 from anabranch.gateway.store import GROUPS, Budget, KeyRecord, LedgerQuery, key_rows
 from anabranch.gateway.store.key_rows import FIELDS, UnknownKeyError
 from anabranch.gateway.store.period import PERIODS
@@ -248,21 +248,26 @@ class AdminRoutes:
         return {"spend": [{**dataclasses.asdict(row), "cost_usd": dollars(row.cost_nano)} for row in rows]}
 
     async def _clear(self, call: _Call) -> Any:
-        caches = self._gateway.caches
-        deleted = caches.delete(call.name) if call.name else caches.clear()
         try:
             # First, so that those on this machine have done it whatever becomes of Redis.
-            if self._peers is not None:
-                deleted += sum(int(answer) for answer in (await self._peers.ask("clear", call.name)).values())
+            deleted = await self._clear_here(call.name)
         finally:
-            await self._clear_shared(call.name or None)
+            if self._gateway.shared is not None:
+                await self._clear_shared(self._gateway.shared, call.name or None)
+                # Meanwhile a request may have taken an answer out of Redis.
+                await self._clear_here(call.name)
         return {"deleted": deleted}
 
-    async def _clear_shared(self, tenant: str | None) -> None:
-        if self._gateway.shared is None:
-            return
+    async def _clear_here(self, name: str) -> int:
+        """Forget what this process and its workers hold of a key, "" for all; how many answers there were."""
+        deleted = self._gateway.caches.forget(name or None)
+        if self._peers is not None:
+            deleted += sum(int(answer) for answer in (await self._peers.ask("clear", name)).values())
+        return deleted
+
+    async def _clear_shared(self, shared: Shared, tenant: str | None) -> None:
         try:
-            await self._gateway.shared.clear(tenant)
+            await shared.clear(tenant)
         except AwayError:
             message = (
                 "this gateway and its workers have deleted theirs, but what processes share (Redis) does not answer: its answers, and "

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from typing import Any
 
 from anabranch.gateway.cache import Entry
@@ -14,6 +15,9 @@ MOST_WRITES = 64
 
 # Keys deleted in one go.
 MANY = 500
+
+# What means something in a pattern of Redis.
+_PATTERN = re.compile(r"[*?\[\]\\]")
 
 
 class SharedAnswers:
@@ -60,15 +64,20 @@ class SharedAnswers:
         """Forget the answers of a key, or all; how many there were. Raises AwayError."""
         # What is being written would lie there afterwards.
         await self.close()
-        return await deleted(self._link, self._link.key("answer", "*" if tenant is None else f"{tenant}:*"))
+        return await deleted(self._link, all_of(self._link, "answer", tenant))
 
     async def close(self) -> None:
         """Wait for what is being written."""
         await asyncio.gather(*self._writes, return_exceptions=True)
 
 
+def all_of(link: Link, kind: str, tenant: str | None) -> str:
+    """The pattern of what is kept of a kind for a tenant, whatever signs are in its name; None for that of all."""
+    return link.key(kind, "*" if tenant is None else _PATTERN.sub(r"\\\g<0>", tenant) + ":*")
+
+
 async def deleted(link: Link, pattern: str) -> int:
-    """Delete all whose names fit; how many there were. A tenant is an id: it has no sign that a pattern knows. Raises AwayError."""
+    """Delete all whose names fit; how many there were. Raises AwayError."""
     count, cursor = 0, 0
     while True:
         cursor, some = await link.run(lambda client: _unlink(client, pattern, cursor))  # noqa: B023

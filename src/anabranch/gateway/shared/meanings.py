@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.gateway.cache import Entry
-from anabranch.gateway.shared.answers import MOST_WRITES, deleted, entry_of, read, written
+from anabranch.gateway.shared.answers import MOST_WRITES, all_of, deleted, entry_of, read, written
 from anabranch.gateway.shared.link import AwayError, Link, RefusedError
 
 # Texts of one context that are held, about; the oldest go first.
@@ -133,9 +133,8 @@ class SharedMeanings:
         """Forget the answers of a key, or all; how many there were. Raises AwayError."""
         # What is being written would lie there afterwards.
         await self.close()
-        whose = "*" if tenant is None else f"{tenant}:*"
-        await deleted(self._link, self._link.key("texts", whose))
-        return await deleted(self._link, self._link.key("meant", whose))
+        await deleted(self._link, all_of(self._link, "texts", tenant))
+        return await deleted(self._link, all_of(self._link, "meant", tenant))
 
     async def close(self) -> None:
         """Wait for what is being written."""

@@ -99,12 +99,15 @@ class Done:
         model: whose answer it is, as headers and ledger tell it.
         finish_reason: OpenAI's.
         logprobs: likewise.
+        is_spare: better than none: what the program would give could not be had now. Whoever asks the same later is not given it from a
+            cache.
     """
 
     message: Mapping[str, Any] | None = None
     model: str = ""
     finish_reason: str = "stop"
     logprobs: Mapping[str, Any] | None = None
+    is_spare: bool = False
 
     @classmethod
     def of(cls, answered: Answered, choice: int = 0) -> Self:

@@ -7,7 +7,7 @@ What tells cascades apart is how a draft is judged: by a learned scorer, by its 
 """
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,9 +52,13 @@ class Chained(Escalating, Program):
             is_last = name == request.names[-1]
             if is_last or not await self.is_judged(request, name, drafts):
                 async for event in given_as_it_comes(request, name, ask, spare, is_last):
-                    yield event
-                    if isinstance(event, Done):
-                        return
+                    if not isinstance(event, Done):
+                        yield event
+                        continue
+                    # Who comes after the chain stands in for its last.
+                    is_spare = event.is_spare or name not in request.decision.details["chain"]
+                    yield replace(event, is_spare=is_spare)
+                    return
                 continue
             draft = await self.draft(request, name, drafts, ask)
             drafts.append(draft)
@@ -143,4 +147,4 @@ async def given_as_it_comes(
         if said or (spare is None and is_last):
             raise
     if is_last and spare is not None:
-        yield spare
+        yield replace(spare, is_spare=True)
