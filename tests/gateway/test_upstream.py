@@ -8,11 +8,11 @@ import os
 import pytest
 from aiohttp import web
 
-from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan
+from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan, upstream
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.mock_server import application
 from anabranch.gateway.providers.openai import OpenAI
-from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.provider import HttpCall, UpstreamError, UpstreamRequest
 from anabranch.gateway.providers.recorded import Record, Replay, write_answers
 from anabranch.routers.money import Price
 
@@ -398,3 +398,36 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch):
         assert called == []
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("most", [None, 0, 5, upstream.WRITE_BYTES, upstream.WRITE_BYTES + 1, 10**9])
+@pytest.mark.parametrize("size", [0, 1, upstream.WRITE_BYTES, 2 * upstream.WRITE_BYTES + 3])
+def test_a_body_goes_out_by_pieces_without_being_copied(size, most):
+    call = HttpCall("http://nowhere", {}, os.urandom(size))
+    pieces, turns = [], []
+
+    class Writer:
+        async def write(self, piece):
+            assert call.is_sent
+            pieces.append(piece)
+            turns.append(len(others))
+
+    others = []
+
+    async def other():
+        while True:
+            others.append(1)
+            await asyncio.sleep(0)
+
+    async def main():
+        body, task = upstream._Body(call), asyncio.ensure_future(other())
+        assert (body.size, body.decode("latin-1").encode("latin-1"), call.is_sent) == (size, call.body, False)
+        await (body.write(Writer()) if most is None else body.write_with_length(Writer(), most))
+        task.cancel()
+
+    asyncio.run(main())
+    assert b"".join(pieces) == call.body[:most]
+    assert all(piece.obj is call.body and 0 < len(piece) <= upstream.WRITE_BYTES for piece in pieces)
+    # Between two of them others have their turn.
+    assert len(set(turns)) == len(turns)
+    assert call.is_sent

@@ -5,7 +5,6 @@ no cookies are kept. Nothing here has a timeout: whoever waits sets one.
 """
 
 import asyncio
-import io
 import os
 import re
 from collections.abc import Mapping
@@ -28,6 +27,9 @@ _WRITTEN = re.compile(
 
 # What is read ahead of a slow reader, at most twice this.
 READ_BYTES = 64 << 10
+
+# Written in one go.
+WRITE_BYTES = 64 << 10
 
 
 class Upstream:
@@ -90,22 +92,34 @@ class Upstream:
             self._session = None
 
 
-class _Body(aiohttp.BytesIOPayload):
-    """The body of a call, which notes when it goes out, and goes by pieces, between which others get their turn."""
+class _Body(aiohttp.Payload):
+    """The body of a call, which notes when it goes out, and goes by pieces, between which others get their turn.
+
+    Nothing of it is copied; `aiohttp.BytesIOPayload` copies all of it to learn how long it is.
+    """
+
+    _autoclose = True
 
     def __init__(self, call: HttpCall) -> None:
-        super().__init__(io.BytesIO(call.body))
-        self._call = call
+        super().__init__(memoryview(call.body))
+        self._call, self._size = call, len(call.body)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """As text."""
+        return self._call.body.decode(encoding, errors)
 
     async def write(self, writer: Any) -> None:
         """All of it."""
-        self._call.is_sent = True
-        await super().write(writer)
+        await self.write_with_length(writer, None)
 
     async def write_with_length(self, writer: Any, content_length: int | None) -> None:
         """So much of it."""
         self._call.is_sent = True
-        await super().write_with_length(writer, content_length)
+        end = len(self._value) if content_length is None else min(content_length, len(self._value))
+        for start in range(0, end, WRITE_BYTES):
+            if start:
+                await asyncio.sleep(0)
+            await writer.write(self._value[start : min(start + WRITE_BYTES, end)])
 
 
 class HttpReply:
