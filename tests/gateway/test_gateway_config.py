@@ -453,6 +453,15 @@ def test_what_stands_in_no_file_is_told_without_a_line(tmp_path):
         raise ConfigError("strategies.a: gone")
 
 
+def test_what_says_where_already_is_not_told_twice(tmp_path, monkeypatch):
+    """Also where the file is called as one of its fields."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("models.toml")
+    path.write_text("deadline_s = 0\n" + MODEL)
+    with pytest.raises(ConfigError, match=r"^models\.toml:1: deadline_s is 0"), told_where(path):
+        load_config(path)
+
+
 def missing(monkeypatch, extra):
     """Let an extra be one that is not installed."""
 
