@@ -164,6 +164,17 @@ def test_it_stays_within_the_purse_and_gives_the_draft_there_is(place, strategy)
     assert [step["step"] for step in decision["body"]["details"]["trace"]][1:] == ["failed"]
 
 
+def test_votes_that_cannot_be_paid_at_once_are_made_one_after_another(place):
+    url, _, _ = place
+    # The most that each may cost, of four, is two cents of these five.
+    key = key_of(url, "votes-poor", budget_usd=0.05)
+    status, text, headers, _ = chat(url, key, "automix", "an easy question" + " x" * 10_000)
+    assert (status, text, headers["x-route-model"]) == (200, "It is surely so.", "small")
+    [decision] = admin(url, "GET", f"decisions/{headers['x-request-id']}")["decisions"]
+    [step] = decision["body"]["details"]["trace"]
+    assert (step["votes"], step.get("missing"), step["confidence"], step["is_given"]) == (4, None, 1.0, True)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_it_says_why_before_anybody_is_asked(place, strategy):
     url, data, routers = place

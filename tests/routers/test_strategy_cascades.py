@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.program import Done, ProgramRequest
 from anabranch.routers.contract.query import Query
 from anabranch.routers.made_outcomes import made_outcomes, made_pool
-from anabranch.routers.strategies.automix import AutoMix
+from anabranch.routers.strategies.automix import AutoMix, Share
 from anabranch.routers.strategies.cascade import answer_cues, hashed_words
 from anabranch.routers.strategies.consistency import commonest, final_answer
 from anabranch.routers.strategies.escalate import NEVER, Chain, frontier_of, outcomes, run
@@ -264,6 +265,28 @@ def test_a_draft_whose_log_probabilities_are_odd_is_given_and_no_second_one_boug
     assert (done.logprobs and done.logprobs["content"]) == shown
 
 
+@pytest.mark.parametrize("where", ["logprobs", "message", "finish_reason"])
+@pytest.mark.parametrize("strategy", ["logprob", "automix"])
+def test_what_json_does_not_have_is_left_out_of_a_draft_and_no_second_one_bought(strategy, where):
+    nan = float("nan")
+    choice = {
+        "message": {"role": "assistant", "content": "4", **({"audio": [nan]} if where == "message" else {})},
+        "finish_reason": nan if where == "finish_reason" else "length",
+        "logprobs": {
+            "content": [{"token": "4", "logprob": -0.1}, *([{"logprob": nan}] if where == "logprobs" else [])]
+        },
+    }
+    models = Models(small=[Answered(model="small", choices=(choice,)), "Correct"])
+    if strategy == "logprob":
+        _, done = program(models, {"logprobs": True}, "logprob", threshold=-0.3)
+    else:
+        _, done = answered(automix(0.03)[0], models)
+    json.dumps([done.message, done.finish_reason, done.logprobs], allow_nan=False)
+    assert (done.model, done.message) == ("small", {"role": "assistant", "content": "4"})
+    assert done.finish_reason == ("stop" if where == "finish_reason" else "length")
+    assert (done.logprobs is None) == (where == "logprobs")
+
+
 def test_entropy_is_the_less_the_better():
     one = strategies.make("logprob", measure="entropy", threshold=-0.5, models=("small", "large"))
     assert one.confidence(QUERY, "small", "4", {"entropy": 0.4}) == -0.4
@@ -443,6 +466,7 @@ def test_it_asks_for_log_probabilities_itself_and_shows_none():
         ({"logprobs": True, "top_logprobs": 2}, "entropy", 5, 2),
         ({"logprobs": True, "top_logprobs": 7}, "entropy", 7, 3),
         ({"logprobs": True, "top_logprobs": 2}, "logprob", 2, 2),
+        *[({"logprobs": True, "top_logprobs": odd}, "entropy", 5, 0) for odd in ("abc", [1], {}, -3, True, 2.5, None)],
     ],
 )
 def test_senders_see_as_many_as_they_asked_for(settings, measure, asked, shown):
@@ -547,12 +571,63 @@ def test_automix_lets_a_draft_be_verified_by_its_own_model():
     assert [name for name, _ in models.asked] == ["small", "small", "middle"]
 
 
-@pytest.mark.parametrize("answer", ["Yes", "It is correct, I think", "", "Correct or Incorrect", BackendError("gone")])
+@pytest.mark.parametrize("answer", ["Yes", "It is correct, I think", "", "Correct or Incorrect"])
 def test_a_verdict_that_cannot_be_read_counts_against(answer):
     one, _ = automix(0.03)
     step, *_, done = answered(one, Models(small=["four", answer], middle=["five"]))
     assert step.facts["confidence"] == 0
     assert (step.facts["is_given"], done.model) == (False, "middle")
+
+
+GONE = BackendError("no room")
+
+
+def test_votes_that_did_not_come_tell_nothing():
+    """The belief is that of before: small is right half the time, and large is worth ten times its price or is not."""
+    for trade_off, best in ((0.03, "middle"), (0.06, "small")):
+        one, _ = automix(trade_off)
+        assert one.accepts([float("nan")]) == (best == "small")
+        step, *_, done = answered(one, Models(small=["four", GONE, GONE], middle=["five"]))
+        assert (step.facts["votes"], step.facts["missing"], step.facts["confidence"]) == (0, 1, None)
+        assert done.model == best
+
+
+def test_votes_for_which_there_was_no_room_are_asked_for_one_after_another():
+    one = strategies.make("automix", votes=4, trade_off=0.03).fit(four_votes())
+    # Of four at once three are refused, and asked for again until one is refused again.
+    for again, came in (((*["Correct"] * 3,), 4), (("Correct", GONE), 2), ((GONE,), 1)):
+        models = Models(small=["four", "Correct", GONE, GONE, GONE, *again], middle=["five"])
+        step, *_, done = answered(one, models)
+        assert (step.facts["votes"], step.facts.get("missing", 0), step.facts["confidence"]) == (came, 4 - came, 1.0)
+        assert done.model == "small"
+        assert models.said["small"] == []
+    # Against it speak those that came, too.
+    step, *_, done = answered(one, Models(small=["four", *["Incorrect"] * 2, GONE, GONE, GONE], middle=["five"]))
+    assert (step.facts["votes"], done.model) == (2, "middle")
+
+
+def four_votes():
+    """Small is right half the time; each of four votes tells right from wrong 9 times in 10."""
+    rng = np.random.default_rng(0)
+    right = rng.random(4000) < 0.5
+    share = rng.binomial(4, np.where(right, 0.9, 0.1)) / 4
+    return recorded(np.column_stack((right, np.ones(4000))), [1, 10], votes=np.column_stack((share, np.ones(4000))))
+
+
+@pytest.mark.parametrize(("correct", "came"), [(0, 1), (1, 1), (1, 2), (3, 3), (2, 3), (4, 4)])
+def test_the_belief_after_some_of_the_votes_is_that_of_drawing_them(correct, came):
+    one = strategies.make("automix", votes=4, trade_off=0.03).fit(four_votes())
+    found = one.believe([Share(correct, came)])[[1, 3]].sum()
+    right, wrong = (p**correct * (1 - p) ** (came - correct) for p in (0.9, 0.1))
+    assert found == pytest.approx(right / (right + wrong), abs=0.02)
+    # By hand: which of the four came is chance.
+    chance = np.zeros(4)
+    for level in range(5):
+        votes = [1] * level + [0] * (4 - level)
+        drawn = list(itertools.combinations(votes, came))
+        chance += one.vote_KSV[0, :, level] * sum(sum(each) == correct for each in drawn) / len(drawn)
+    by_hand = one.prior_S * chance
+    assert one.believe([Share(correct, came)]) == pytest.approx(by_hand / by_hand.sum())
 
 
 def test_an_answer_that_is_not_worth_verifying_is_given_as_it_comes():

@@ -15,6 +15,7 @@ request itself where the program fails before it has said anything. What it lear
             yield Done.of(max(drafts, key=lambda draft: len(draft.text)))
 """
 
+import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -111,14 +112,27 @@ class Done:
 
     @classmethod
     def of(cls, answered: Answered, choice: int = 0) -> Self:
-        """One of the answers that a model gave."""
+        """One of the answers that a model gave, without what a model wrote there that JSON does not have (NaN)."""
         given = answered.choices[choice]
+        message, reason, logprobs = (given.get(name) for name in ("message", "finish_reason", "logprobs"))
+        message = message if isinstance(message, Mapping) else {}
+        if not is_json(message):
+            message = {name: value for name, value in message.items() if is_json(value)}
         return cls(
-            message=given.get("message", {}),
+            message=message,
             model=answered.model,
-            finish_reason=given.get("finish_reason") or "stop",
-            logprobs=given.get("logprobs"),
+            finish_reason=reason if isinstance(reason, str) and reason else "stop",
+            logprobs=logprobs if isinstance(logprobs, Mapping) and is_json(logprobs) else None,
         )
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON has such a value."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 Event = Said | Step | Done

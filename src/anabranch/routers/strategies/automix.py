@@ -12,11 +12,13 @@ each with one more count (Laplace). The horizon is the chain's length, so the PO
 ``rule="threshold"`` is the paper's simpler router: give the answer if v is at least a threshold (chosen as in `escalate`).
 
 Recorded data must carry the signal ``votes`` (`Recorded.signals`); live, it is a `Program`, which lets each model verify its own draft; an
-answer that is not worth verifying is given as it comes. A self-verification costs ``vote_cost`` of an answer.
+answer that is not worth verifying is given as it comes. A self-verification costs ``vote_cost`` of an answer; one that could not be made
+tells nothing: of c votes that came the chance is that of drawing them from k, P(v_i | s) being known.
 """
 # Shapes: N queries, K models of the chain, S = 2^K states, V = k + 1 levels of votes
 
 import asyncio
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
@@ -46,6 +48,22 @@ VERIFY = """Somebody was asked the question between the first marks and gave the
 >>>
 
 Is the answer correct? Check it against the question step by step, in your head. Then reply with one word, Correct or Incorrect."""
+
+
+class Share(float):
+    """Share of verifications that said "correct"; NaN where none came.
+
+    Attributes:
+        came: of how many.
+    """
+
+    came: int
+
+    def __new__(cls, correct: int, came: int) -> Self:
+        """Of those that came, so many said "correct"."""
+        share = super().__new__(cls, correct / came if came else math.nan)
+        share.came = came
+        return share
 
 
 class AutoMix(Chained, kind="automix"):
@@ -204,8 +222,23 @@ class AutoMix(Chained, kind="automix"):
         belief_S = self.prior_S.copy()
         for place, share in enumerate(votes, start=first):
             if np.isfinite(share):
-                belief_S *= self.vote_KSV[place, :, int(self._levels(np.array(share)))]
+                belief_S *= self.vote_KSV[place] @ self._drawn_V(share)
         return belief_S / belief_S.sum()
+
+    def _drawn_V(self, share: float) -> np.ndarray:
+        """Chance of such votes where so many of all k say "correct": that of drawing those that came from them."""
+        level, came = self._drawn(share)
+        if came == self.config.votes:
+            return np.eye(came + 1)[level]
+        k = self.config.votes
+        return np.array([math.comb(v, level) * math.comb(k - v, came - level) for v in range(k + 1)]) / math.comb(
+            k, came
+        )
+
+    def _drawn(self, share: float) -> tuple[int, int]:
+        """How many said "correct", of how many that came: of k, where that is not told."""
+        came = min(getattr(share, "came", self.config.votes), self.config.votes)
+        return int(np.clip(np.rint(share * came), 0, came)), came
 
     def first(self) -> int:
         """Place of the model to ask first: the one of largest value at the prior, of equals the earliest."""
@@ -231,9 +264,9 @@ class AutoMix(Chained, kind="automix"):
 
         return self._once(("accepts", first, *self._known(votes)), decide)
 
-    def _known(self, votes: list[float]) -> list[int]:
-        """Levels; -1 for a vote that is not known."""
-        return [int(self._levels(np.array(share))) if np.isfinite(share) else -1 for share in votes]
+    def _known(self, votes: list[float]) -> list[tuple[int, int]]:
+        """As `_drawn`; of one that is not known, none came."""
+        return [self._drawn(share) if np.isfinite(share) else (0, 0) for share in votes]
 
     def _once(self, key: tuple[Any, ...], decide: Callable[[], Any]) -> Any:
         if key not in self._decided:
@@ -276,10 +309,19 @@ class AutoMix(Chained, kind="automix"):
         return told is not None and await asyncio.to_thread(self.verifies, *told)
 
     async def examine(self, request: ProgramRequest, model: str, found: Answered, ask: Ask) -> tuple[float, Facts]:
-        """Let the model verify its answer k times, all at once. A verdict that cannot be read counts against the answer."""
+        """Let the model verify its answer k times. A verdict that cannot be read counts against the answer; one that did not come, not.
+
+        All at once; those for which there was no room (of money, or at the model) one after another, until one does not come again. NaN
+        where none came.
+        """
         text = VERIFY.format(question=request.query.text, answer=found.text)
-        verdicts = await asyncio.gather(*(self._verdict(model, text, ask) for _ in range(self.config.votes)))
-        return sum(verdicts) / len(verdicts), {"votes": len(verdicts)}
+        told = await asyncio.gather(*(self._verdict(model, text, ask) for _ in range(self.config.votes)))
+        verdicts = [verdict for verdict in told if verdict is not None]
+        while len(verdicts) < self.config.votes and (more := await self._verdict(model, text, ask)) is not None:
+            verdicts.append(more)
+        missing = self.config.votes - len(verdicts)
+        facts: Facts = {"votes": len(verdicts)} | ({"missing": missing} if missing else {})
+        return Share(sum(verdicts), len(verdicts)), facts
 
     async def will_do(self, request: ProgramRequest, model: str, sure: float, earlier: Sequence[Draft]) -> bool:
         """By the belief after this vote and the earlier ones for the same request."""
@@ -303,11 +345,12 @@ class AutoMix(Chained, kind="automix"):
         told = {draft.model: draft.confidence for draft in earlier}
         return [told.get(name, float("nan")) for name in self.models[first:place]], first
 
-    async def _verdict(self, model: str, text: str, ask: Ask) -> bool:
+    async def _verdict(self, model: str, text: str, ask: Ask) -> bool | None:
+        """None where none came."""
         try:
             said = (await ask(model, text, max_tokens=8, temperature=self.config.temperature, purpose="judge")).text
         except AnabranchError:
-            return False
+            return None
         return re.fullmatch(r"\W*correct\W*", said.strip(), re.IGNORECASE) is not None
 
     # -- judging

@@ -12,7 +12,6 @@ even made where its provider is known to refuse.
 """
 # Shapes: N queries, M models
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -89,24 +88,20 @@ class LogProb(Chained, kind="logprob"):
 
 
 def _alternatives(settings: Mapping[str, Any]) -> int | None:
-    """How many the sender wants told of each token; None for no log-probabilities at all."""
-    return int(settings.get("top_logprobs") or 0) if settings.get("logprobs") else None
+    """How many the sender wants told of each token, none where that is no number; None for no log-probabilities at all."""
+    wanted = settings.get("top_logprobs")
+    return (max(0, wanted) if type(wanted) is int else 0) if settings.get("logprobs") else None
 
 
 def _as_asked(done: Done, alternatives: int | None) -> Done:
-    """An answer with no more log-probabilities than the sender asked for; with none where they are nothing that JSON has (NaN)."""
+    """An answer with no more log-probabilities than the sender asked for."""
     if alternatives is None or not isinstance(done.logprobs, Mapping):
         return replace(done, logprobs=None)
     tokens = [
         {**one, "top_logprobs": _listed(one.get("top_logprobs"))[:alternatives]} if isinstance(one, Mapping) else one
         for one in _listed(done.logprobs.get("content"))
     ]
-    shown = {**done.logprobs, "content": tokens}
-    try:
-        json.dumps(shown, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return replace(done, logprobs=None)
-    return replace(done, logprobs=shown)
+    return replace(done, logprobs={**done.logprobs, "content": tokens})
 
 
 def measured(logprobs: Any, measure: str, quantile: float = 0.1) -> float:
