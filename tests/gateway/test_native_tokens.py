@@ -424,6 +424,21 @@ deployments = [{{ provider = {{ kind = "openai", model = "m", responses = true, 
                 status, refused = call(server.url, "POST", "/v1/responses", body, key=made["secret"])[:2]
                 assert (status, refused["error"]["code"]) == (429, "insufficient_quota"), refused
             assert sent == []
+            # Sound has no price there, in whatever form it comes.
+            heard = {"type": "input_audio", "input_audio": {"data": "AAAA" * 400, "format": "wav"}}
+            clip = {"type": "file", "file": {"file_data": "data:audio/wav;base64," + "AAAA" * 400}}
+            thought = {"type": "reasoning", "summary": [], "content": [heard]}
+            for path, name, value in (
+                ("chat/completions", "messages", [{"role": "user", "content": [heard]}]),
+                ("chat/completions", "messages", [{"role": "user", "content": [clip]}]),
+                ("responses", "input", [{"role": "user", "content": [heard]}]),
+                ("responses", "input", [USER, {"type": "function_call_output", "call_id": "c", "output": [heard]}]),
+                ("responses", "input", [USER, thought]),
+            ):
+                body = {"model": "native", name: value}
+                status, refused = call(server.url, "POST", f"/v1/{path}", body, key=made["secret"])[:2]
+                assert (status, refused["error"]["code"]) == (400, "unpriced"), refused
+            assert sent == []
             body = {"model": "native", "input": "hi"}
             assert call(server.url, "POST", "/v1/responses", body, key=made["secret"])[0] == 200
             assert len(sent) == 1

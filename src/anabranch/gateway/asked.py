@@ -133,9 +133,14 @@ class Asked:
         return read if context is None else min(read, uses * max(context, prompt + completion))
 
 
-def asked_of(body: Json) -> Asked:
-    """Of a request in OpenAI's or Anthropic's form, which has been checked."""
-    messages = [one for one in _listed(body.get("messages")) if isinstance(one, dict)]
+def asked_of(body: Json, count: PromptCount | None = None) -> Asked:
+    """Of a request in OpenAI's or Anthropic's form, which has been checked: of a chat, a response or a message.
+
+    Args:
+        body: as it came.
+        count: of its prompt, where it is known: it finds sound wherever that is.
+    """
+    messages = [one for name in ("messages", "input") for one in _listed(body.get(name)) if isinstance(one, dict)]
     parts = [part for one in [*messages, {"content": body.get("system")}] for part in _parts(one)]
     tools = [tool for tool in _listed(body.get("tools")) if isinstance(tool, dict)]
     calls = [call for one in messages for call in _listed(one.get("tool_calls")) if isinstance(call, dict)]
@@ -150,7 +155,7 @@ def asked_of(body: Json) -> Asked:
         searches=searches,
         uses=uses,
         page=page,
-        audio_input=any(part.get("type") == "input_audio" for part in parts),
+        audio_input=any(part.get("type") == "input_audio" for part in parts) or (count is not None and count.audio > 0),
         audio_output="audio" in words or bool(body.get("audio")),
         image_output="image" in words,
         others=(
@@ -234,4 +239,5 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _parts(message: Json) -> list[Json]:
-    return [part for part in _listed(message.get("content")) if isinstance(part, dict)]
+    """Of a message, a block or an item."""
+    return [part for name in ("content", "output") for part in _listed(message.get(name)) if isinstance(part, dict)]

@@ -239,10 +239,10 @@ def num_bytes(text: str) -> int:
     return len(text) if text.isascii() else sum(len(piece) for piece in utf8_pieces(text))
 
 
-def weight_of(value: Any) -> int:
-    """About the bytes of its JSON, counted only until there are more than `LARGE`: to see whether a value is large, in next to no time."""
+def weight_of(value: Any, most: int = LARGE) -> int:
+    """About the bytes of its JSON, counted only until there are more than ``most``: to see whether a value is large, in next to no time."""
     weight, left = 0, [value]
-    while left and weight <= LARGE:
+    while left and weight <= most:
         one = left.pop()
         weight += _VALUE
         if isinstance(one, str):
@@ -252,7 +252,7 @@ def weight_of(value: Any) -> int:
             left.extend(one.values())
         elif isinstance(one, list | tuple):
             # Each weighs something: the rest of a long list is not needed to see that it is one.
-            left.extend(one[: LARGE // _VALUE + 1])
+            left.extend(one[: most // _VALUE + 1])
     return weight
 
 

@@ -54,7 +54,7 @@ def read(state: RequestState) -> None:
         return
     native, counter = state.native, runtime.counters.get(state.target.model or "")
     state.count = count_prompt(body, counter) if native is None else count_native(body, native.body, counter)
-    state.asked = asked_of(body if state.native is None else state.native.body)
+    state.asked = asked_of(body if native is None else native.body, state.count)
     if state.endpoint == "chat" and state.target.strategy is not None:
         state.has_images = has_images(body["messages"])
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import InputError
 from anabranch.gateway.asked import Asked, asked_of
+from anabranch.gateway.core.call_room import MOST_BYTES
 from anabranch.gateway.prompt_tokens import PromptCount, count_prompt
 from anabranch.gateway.validate import check_chat, check_depth
 from anabranch.web.api_error import ApiError
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 # Of a body, without its size.
-_Known = tuple[PromptCount, Asked]
-
 # Fields that one call says and the next says otherwise. They are no part of the prompt, and nothing of `Asked`.
 SAID = frozenset(
     {"model", "n", "max_tokens", "max_completion_tokens", "temperature", "seed", "logprobs", "top_logprobs", "stop"}
@@ -50,7 +49,7 @@ class Looked:
     Attributes:
         count: of its prompt.
         asked: what else in it is billed.
-        num_bytes: about its length, counted no further than to see that it is large: as `UpstreamRequest` takes it.
+        num_bytes: about its length, as `UpstreamRequest` takes it; counted no further than to see that it is sent alone (`CallRoom`).
     """
 
     count: PromptCount
@@ -69,7 +68,7 @@ class CallBodies:
     def __init__(self, runtime: "Runtime", sender: str) -> None:
         self._runtime, self._sender = runtime, sender
         # Large ones: what is in them beside `SAID`, and what is known of that, or will be.
-        self._known: list[tuple[Json, asyncio.Future[_Known]]] = []
+        self._known: list[tuple[Json, asyncio.Future[Looked]]] = []
         self._turn = asyncio.Lock()
 
     async def look(self, body: Json) -> Looked:
@@ -80,11 +79,11 @@ class CallBodies:
                 if size > _TAKES_TIME:
                     await asyncio.sleep(0)
             # Whoever stops waiting leaves it to the others who wait for it.
-            return Looked(*(found if isinstance(found, tuple) else await asyncio.shield(found)), size)
+            return found if isinstance(found, Looked) else await asyncio.shield(found)
         except ApiError as error:
             raise InputError(f"a strategy asks a model what cannot be asked: {error}") from None
 
-    def _begun(self, body: Json) -> "tuple[int, _Known | asyncio.Future[_Known]]":
+    def _begun(self, body: Json) -> "tuple[int, Looked | asyncio.Future[Looked]]":
         """How large a body is, and what is known of it; of a large one, what will be. Raises ApiError."""
         size, most_tokens = weight_of(body), self._runtime.config.limits.most_tokens
         if size <= LARGE:
@@ -94,7 +93,7 @@ class CallBodies:
         check_chat({**own, "messages": [{"role": "user", "content": ""}]}, most_tokens)
         return size, self._apart(body, most_tokens)
 
-    def _apart(self, body: Json, most_tokens: int) -> "asyncio.Future[_Known]":
+    def _apart(self, body: Json, most_tokens: int) -> "asyncio.Future[Looked]":
         shared = {name: value for name, value in body.items() if name not in SAID}
         for known, coming in self._known:
             if _is_same(shared, known):
@@ -107,11 +106,12 @@ class CallBodies:
         return coming
 
 
-def _looked(body: Json, most_tokens: int) -> _Known:
+def _looked(body: Json, most_tokens: int) -> Looked:
     """Raises ApiError."""
     check_depth(body)
     check_chat(body, most_tokens)
-    return count_prompt(body), asked_of(body)
+    count = count_prompt(body)
+    return Looked(count, asked_of(body, count), weight_of(body, MOST_BYTES))
 
 
 def _is_same(one: Json, other: Json) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from anabranch.errors import InputError, LimitError
 from anabranch.gateway.asked import Asked
 from anabranch.gateway.core.call_bodies import CallBodies, Looked
+from anabranch.gateway.core.call_room import CallRoom
 from anabranch.gateway.core.payable import refusal
 from anabranch.gateway.core.pieces import AHEAD, drained
 from anabranch.gateway.core.purse import Hold, Purse
@@ -25,6 +26,7 @@ from anabranch.gateway.providers.chunks import text_of
 from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage, garbage
 from anabranch.routers.contract.ask import Answered, Arm, Messages, Purpose, Said
 from anabranch.routers.money import dollars
+from anabranch.web.large_json import LARGE
 from anabranch.web.sse import read_data
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ class ModelCalls:
         self.limit_s, self.deadline_s = runtime.config.limits.strategy_calls_s, runtime.config.deadline_s
         self.made: list[ModelCall] = []
         self.purpose: Purpose = "route"
-        self._bodies = CallBodies(runtime, sender)
+        self._bodies, self._room = CallBodies(runtime, sender), CallRoom()
         self._live: set[asyncio.Task[Answered]] = set()
         self._num_asked = 0
         # Seconds of the request in which at least one was under way; and since when one is.
@@ -249,7 +251,9 @@ class ModelCalls:
             raise
         body, most = bounded(runtime, body, looked)
         await check_priced(runtime, self._purse, model, looked.asked)
-        async with self._purse.holding(worst_nano(runtime, model, most)) as hold:
+        # Pieces of a stream may wait for a reader who waits for another call.
+        sent_bytes = looked.num_bytes if pieces is None and looked.num_bytes > LARGE else 0
+        async with self._room.taken(sent_bytes), self._purse.holding(worst_nano(runtime, model, most)) as hold:
             number = len(self.made) + 1
             call = ModelCall(
                 id=f"{self._request_id}.{number}",
