@@ -153,7 +153,22 @@ BAD_FILES = {
     ),
     "unknown ending": (b"x", "data.parquet", "no ending that is known"),
     "no ending": (b"x", "data", "no ending that is known"),
-    "an ending of another file": (b"x", "gateway.toml", "from a gateway's store (.db, .sqlite, or a URL"),
+    "an ending of another file": (b"x", "outcomes.xlsx", "from a gateway's store (.db, .sqlite, or a URL"),
+    "a config": (b"x", "gateway.toml", "is a config by its name"),
+    "a row for each model": (
+        b"prompt,model,score\nq,a,1\nq,b,0\n",
+        "data.csv",
+        "here 'model' names a model in each row",
+    ),
+    "a row for each model, and costs": (b"prompt,LLM,quality,cost\nq,a,1,2\n", "data.csv", "here 'LLM' names a model"),
+    "a row for each model, called otherwise": (b"prompt,model,f1\nq,a,1\n", "data.csv", "here 'model' names a model"),
+    "scores of nobody": (b"prompt,Score\nq,1\n", "data.csv", "'Score' is left out: no model's, by its name; say it"),
+    "other separators": (
+        b"prompt;small;large\nq;1;0\n",
+        "data.csv",
+        "has one column, 'prompt;small;large'; cells are split at",
+    ),
+    "tabs": (b"prompt\tsmall\nq\t1\n", "data.csv", "cells are split at commas (in .tsv files at tabs)"),
     "a table with no rows": (b"prompt,a\n", "data.csv", "holds no rows"),
     "a short row": (b"prompt,a\nq,1\nq2\n", "data.csv", "line 3: 1 cells; the header has 2 columns"),
     "an open quote": (b'prompt,a\n"q,1\n', "data.csv", "not CSV"),
@@ -232,6 +247,14 @@ ODD = {
     "costs of nobody": ("prompt,a,cost:b\nhi,1,1\n", "has a cost of 'b' (column 'cost:b'), which has no column of scores"),
     "costs of words": ("prompt,a,b,cost:a\nhi,x,1,1\n", "the column 'a' is left out: no numbers"),
     "scores twice": ("prompt,a_correct,score:a\nhi,1,1\n", "'a_correct' and 'score:a' both hold score of 'a'"),
+    "a percentage": ("prompt,small,large\nhi,50%,1\nho,,0\n", "line 2: score of 'small' (column 'small') is '50%'; it must be"),
+    "a comma for a point": ('prompt,small,large\nhi,"0,5",1\n', "line 2: score of 'small' (column 'small') is '0,5'"),
+    "another base": ("prompt,small,large\nhi,0x1,1\n", "line 2: score of 'small' (column 'small') is '0x1'"),
+    "a line between digits": ("prompt,small,large\nhi,1,1\nho,1_0,1\n", "line 3: score of 'small' (column 'small') is '1_0'"),
+    "such alone": ("prompt,small,large\nhi,1_0,1\n", "line 2: score of 'small' (column 'small') is '1_0'"),
+    "other digits": ("prompt,small,large\nhi,\uff11,1\n", "line 2: score of 'small' (column 'small') is '\uff11'"),
+    "a part of a whole": ("prompt,small,large\nhi,3/4,1\n", "line 2: score of 'small' (column 'small') is '3/4'"),
+    "too large": ("prompt,small,large\nhi,1e999,1\n", "line 2: score of 'small' (column 'small')"),
     "nothing but years": ("prompt,year\nhi,1999\n", "cannot tell which columns"),
 }  # fmt: skip
 
@@ -268,6 +291,54 @@ def test_a_number_that_is_no_score_makes_no_model_and_what_is_left_out_is_named(
     assert part.reading == data.reading
 
 
+@given(st.floats(allow_nan=False, allow_infinity=False), st.sampled_from(["{!r}", "{:.17g}", " {:+.17e} ", "{:E}"]))
+def test_a_number_is_read_as_it_was_written(tmp_path_factory, value, form):
+    path = tmp_path_factory.mktemp("numbers") / "a.csv"
+    text = form.format(value)
+    path.write_text(f"prompt,small\nq,{text}\n")
+    assert load_outcomes(path).score_NM.tolist() == [[float(text)]]
+
+
+def test_spaces_behind_commas_belong_to_no_name_and_no_cell(tmp_path):
+    text = 'prompt, small ,"large", cost:small\n"a, b", 0, 1, 2\n  code, 1, "0", 3\n'
+    data = load_outcomes(written(tmp_path, text, "a.csv"))
+    assert (data.models, data.query) == (("small", "large"), ("a, b", "code"))
+    np.testing.assert_array_equal(data.score_NM, [[0, 1], [1, 0]])
+    # Where nobody writes them so, a question is as it is.
+    data = load_outcomes(written(tmp_path, "prompt ,small\n  code,1\n", "a.csv"))
+    assert (data.models, data.query) == (("small",), ("  code",))
+    with pytest.raises(DataError, match="column 'small' twice"):
+        load_outcomes(written(tmp_path, "prompt, small,small\nhi,1,1\n", "a.csv"))
+    with pytest.raises(DataError, match="line 3: score of 'small'"):
+        load_outcomes(written(tmp_path, "prompt, small\nhi, 1\nho, x\n", "a.csv"))
+    data = load_csv(written(tmp_path, "text , ok\nhi, 1\n", "a.csv"), Columns.parse("query= text, score:m = ok"))
+    assert data.models == ("m",)
+
+
+@pytest.mark.parametrize(
+    ("header", "models"),
+    [
+        ("small_score,large_score", ("small", "large")),
+        ("small_Score,large_score", ("small", "large")),
+        # Of one alone nobody knows, and of others beside them neither.
+        ("bleu_score,large", ("bleu_score", "large")),
+        ("small_score,score", ("small_score",)),
+    ],
+)
+def test_scores_that_are_called_so_are_their_models(tmp_path, header, models):
+    assert load_outcomes(written(tmp_path, f"prompt,{header}\nhi,1,0\n", "a.csv")).models == models
+
+
+def test_an_ending_in_capitals_is_one(tmp_path):
+    assert load_outcomes(written(tmp_path, "prompt,small\nhi,1\n", "A.CSV")).models == ("small",)
+    assert load_outcomes(written(tmp_path, "prompt\tsmall\nhi\t1\n", "A.TSV")).models == ("small",)
+
+
+def test_a_column_that_names_models_is_left_out_beside_marked_scores(tmp_path):
+    data = load_outcomes(written(tmp_path, "prompt,model,score:a\nhi,a,1\n", "a.csv"))
+    assert (data.models, data.reading.left_out) == (("a",), {"model": "no numbers"})
+
+
 def test_bare_numbers_beside_marked_scores_are_left_out_by_name(tmp_path):
     data = load_outcomes(written(tmp_path, "prompt,a_correct,score:b,extra\nhi,1,0,9\n", "a.csv"))
     assert data.models == ("a", "b")
@@ -280,12 +351,16 @@ def test_what_a_mapping_does_not_name_is_left_out_by_name(tmp_path):
 
 
 @given(
-    st.lists(st.sampled_from(["1", "0.5", "", "x", "n/a", "inf", "true", "nan"]), min_size=1, max_size=6),
+    st.lists(
+        st.sampled_from(["1", "0.5", "", "x", "n/a", "inf", "true", "nan", "1_0", "50%", "0,5", "0x1", "1/2", "٣"]),
+        min_size=1,
+        max_size=6,
+    ),
     st.sampled_from(["small", "small_correct", "score:small", "year", "id", "cost:large"]),
 )
 def test_every_column_is_read_or_named_or_an_error(tmp_path_factory, cells, name):
     path = tmp_path_factory.mktemp("odd") / "a.csv"
-    path.write_text(f"prompt,score:large,{name}\n" + "".join(f"q{at},1,{cell}\n" for at, cell in enumerate(cells)))
+    path.write_text(f"prompt,score:large,{name}\n" + "".join(f'q{at},1,"{cell}"\n' for at, cell in enumerate(cells)))
     try:
         data = load_outcomes(path)
     except DataError as error:

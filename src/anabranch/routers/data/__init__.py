@@ -47,7 +47,7 @@ __all__ = [
 
 def is_store(path: str | Path) -> bool:
     """Whether outcomes by this name are those of a gateway's store."""
-    return "://" in str(path) or Path(path).suffix in (".db", ".sqlite", ".sqlite3")
+    return "://" in str(path) or Path(path).suffix.lower() in (".db", ".sqlite", ".sqlite3")
 
 
 def load_outcomes(
@@ -70,7 +70,7 @@ def load_outcomes(
     path = Path(path)
     if path.is_dir() and is_judged(path):
         return load_judgements(path, prices=prices)
-    endings = [ending for ending in path.suffixes[-2:] if ending != ".gz"]
+    endings = [ending for ending in map(str.lower, path.suffixes[-2:]) if ending != ".gz"]
     kind = endings[-1] if endings else ""
     if kind in (".csv", ".tsv"):
         return load_csv(path, columns, prices=prices)

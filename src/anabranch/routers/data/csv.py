@@ -10,6 +10,7 @@ kept (`Reading`); a cell that is no number, in a column that is to hold numbers,
 """
 
 import csv
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,10 @@ from anabranch.routers.data.table import PARTS, Row, gather, number
 
 _TRUTH = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 _UNKNOWN = ("", "nan", "none", "null", "na")
+
+# As numbers are written in such files, and as some write them otherwise: what is meant as one must not take a model away without a word.
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?inf(?:inity)?", re.ASCII)
+_MEANT = re.compile(r"[+-]?(?:[\d_]+[.,]?[\d_]*|[.,]\d+)(?:e[+-]?\d+)?\s*%?|[+-]?0[xbo][0-9a-f]+|\d+\s*/\s*\d+")
 _HINT = ". If the column holds something else, say which columns count, such as query=prompt,score:small=small_correct (--columns)"
 
 
@@ -58,7 +63,7 @@ class Columns(Config):
         fields: dict[str, object] = {}
         tables: dict[str, dict[str, str]] = {part: {} for part in (*PARTS, "answer")}
         for item in filter(None, (part.strip() for part in text.split(","))):
-            left, separator, column = item.rpartition("=")
+            left, separator, column = (part.strip() for part in item.rpartition("="))
             part, _, model = left.partition(":")
             if separator and left in ("query", "task"):
                 fields[left] = column
@@ -122,14 +127,22 @@ def _named(columns: Columns) -> list[str]:
     return named + [name for part in (*PARTS, "answer") for name in getattr(columns, part).values()]
 
 
-def _read(path: Path) -> tuple[list[str], list[int], list[list[str]]]:
-    """Header, line numbers and cells of the rows, blank lines left out."""
+def _read(path: Path, *, is_spaced: bool = False) -> tuple[list[str], list[int], list[list[str]]]:
+    """Header, line numbers and cells of the rows, blank lines left out.
+
+    Args:
+        path: of the file.
+        is_spaced: spaces behind a comma belong to no cell. Seen by the header.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    tab = "\t" if ".tsv" in path.suffixes else ","
-    reader = csv.reader((text for _, text in read_lines(path)), delimiter=tab, strict=True)
+    tab = "\t" if ".tsv" in path.name.lower() else ","
+    reader = csv.reader((text for _, text in read_lines(path)), delimiter=tab, strict=True, skipinitialspace=is_spaced)
     lines, rows = [], []
     try:
         header = next(reader, None)
+        if header is not None and not is_spaced and any(name.startswith(" ") for name in header[1:]):
+            return _read(path, is_spaced=True)
+        header = None if header is None else [name.strip() for name in header]
         for cells in reader:
             if not cells:
                 continue
@@ -150,14 +163,9 @@ def _read(path: Path) -> tuple[list[str], list[int], list[list[str]]]:
 
 
 def _looks_like_number(cell: str) -> bool:
-    """Also of infinities, which are no scores: what holds one is meant to hold numbers."""
+    """Also of infinities, percentages and the like, which are no scores: what holds one is meant to hold numbers."""
     text = cell.strip().lower()
-    if text in _TRUTH:
-        return True
-    try:
-        return text not in _UNKNOWN and float(text) is not None
-    except ValueError:
-        return False
+    return text in _TRUTH or _NUMBER.fullmatch(text) is not None or _MEANT.fullmatch(text) is not None
 
 
 def _value(cell: str, what: str) -> float | None:
@@ -166,12 +174,11 @@ def _value(cell: str, what: str) -> float | None:
         return None
     if text in _TRUTH:
         return _TRUTH[text]
-    try:
-        return number(float(text), what)
-    except ValueError:
+    if not _NUMBER.fullmatch(text):
         raise _CellError(
-            f"{what} is {cell!r}; it must be a number, true or false, or empty if it is not known"
-        ) from None
+            f"{what} is {cell!r}; it must be a number such as 0.5, true or false, or empty if it is not known"
+        )
+    return number(float(text), what)
 
 
 def _row(cells: list[str], columns: Columns, place: dict[str, int]) -> Row:

@@ -24,12 +24,20 @@ _OTHER = frozenset(
     "latency len length level minutes month ms price prices row sec seconds seed solution temperature time timestamp token tokens "
     "truth usd week year".split()
 )
+# Bare names that are of scores, and of no model; and those of columns that name one in each row.
+_GENERIC = frozenset(
+    "accuracy correct grade mark outcome outcomes points quality rating ratings result results reward score scores value verdict".split()
+)
+_NAMING = frozenset("model model_id model_name model_used models llm llm_name".split())
+_SCORE = "_score"
 _ENDINGS = (
     ("_correct", "score"),
     ("|total_cost", "cost"),
     ("|model_response", "answer"),
     ("_response", "answer"),
 )
+# Why a column is left out, where that needs no word when nothing could be read.
+_PLAIN = ("no numbers", "empty")
 Tables = dict[str, dict[str, str]]
 
 
@@ -63,12 +71,31 @@ def guess(
             left[name] = why
         else:
             _put(tables, "score", name, name, path)
-    if query is None or not tables["score"]:
-        raise DataError(
-            f"{path}: cannot tell which columns are what ({', '.join(header)}); say it, such as query=prompt,score:small=small_correct"
-        )
+    naming = next((name for name in header if name.lower() in _NAMING and left.get(name) == "no numbers"), None)
+    if query is None or not tables["score"] or (naming is not None and not has_scores and len(tables["score"]) == 1):
+        raise _unclear(header, left, naming, path)
+    if not has_scores and len(tables["score"]) > 1 and all(name.lower().endswith(_SCORE) for name in tables["score"]):
+        # All of them alike: it is not a model that is called so.
+        tables["score"] = {name[: -len(_SCORE)] or name: name for name in tables["score"]}
     _check_owners(tables, left, path)
     return query, task, tables, left
+
+
+def _unclear(header: Sequence[str], left: dict[str, str], naming: str | None, path: Path) -> DataError:
+    """Why it cannot be told which column is what."""
+    if naming is not None:
+        return DataError(
+            f"{path}: a row is a query, and each model has a column of scores; here {naming!r} names a model in each row. Make one row of "
+            "each query, with a column such as score:small for each model"
+        )
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        return DataError(
+            f"{path} has one column, {header[0]!r}; cells are split at commas (in .tsv files at tabs), whatever else stands between them"
+        )
+    why = "".join(f"; {name!r} is left out: {reason}" for name, reason in left.items() if reason not in _PLAIN)
+    return DataError(
+        f"{path}: cannot tell which columns are what ({', '.join(header)}){why}; say it, such as query=prompt,score:small=small_correct"
+    )
 
 
 def _mark(name: str) -> tuple[str, str] | None:
@@ -90,6 +117,8 @@ def _why_not(name: str, cells: list[str], has_scores: bool, is_number: Callable[
     """Why a column with a bare name holds no model's scores; None if it does."""
     if IGNORED.fullmatch(name):
         return "not of a model, by its name"
+    if name.lower() in _GENERIC:
+        return "no model's, by its name"
     words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
     if words & _OTHER:
         return "not scores, by its name"
