@@ -486,5 +486,5 @@ def test_the_configs_of_the_guide_are_right(tmp_path, monkeypatch):
     path.write_text(first)
     try_out(load_config(path))
     for part in parts:
-        path.write_text(f"{first}\n[embedder]\nkind = 'hashed'\n[strategies.learned]\nkind = 'random'\n{part}")
+        path.write_text(f"{first}\n[strategies.learned]\nkind = 'random'\n{part}")
         try_out(load_config(path))

@@ -14,6 +14,7 @@ from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strateg
 from anabranch.gateway.lane import BypassError, Lane
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import UpstreamError
+from anabranch.registry import kinds
 from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision, Pool, Query
@@ -68,7 +69,9 @@ class Decider:
             if made is None:
                 made, own = _make(name, wanted, embedder, config)
             if made.needs_vector and own is None:
-                raise ConfigError(f"strategies.{name} needs vectors of queries; set embedder.kind")
+                raise ConfigError(
+                    f"strategies.{name} needs vectors of queries; set embedder.kind: {' or '.join(kinds('embedder'))}"
+                )
             if made.keeps_answers and made.keeps_examples and not config.log.prompts:
                 raise ConfigError(
                     f"strategies.{name} keeps texts of requests and answers in the store, to show them to models; set log.prompts = true "

@@ -19,6 +19,7 @@ from anabranch.gateway.config.shared import SharedConfig
 from anabranch.gateway.config.strategies import FeedbackConfig, LearningConfig, StrategyConfig
 from anabranch.gateway.config.suggestions import hint
 from anabranch.gateway.providers.provider import FailureKind
+from anabranch.registry import kinds
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.embed import Embedder
 from anabranch.routers.money import Price
@@ -116,7 +117,9 @@ class GatewayConfig(Config):
             )
         _check_shadow(self)
         if self.cache.semantic and self.embedder is None:
-            raise ConfigError("cache.semantic is true, which needs an embedder; set embedder.kind")
+            raise ConfigError(
+                f"cache.semantic is true, which needs an embedder; set embedder.kind: {' or '.join(kinds('embedder'))}"
+            )
 
     @property
     def default(self) -> str:
