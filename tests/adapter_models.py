@@ -46,6 +46,15 @@ CONFIGS = {
         feed_forward=MoE.Config(num_experts=4, hidden_dim=16, router=ROUTER),
     ),
 }
+OTHERS = {
+    "qwen3_moe": lambda: Decoder.Config(
+        **BODY,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm="head"),
+        feed_forward=MoE.Config(
+            num_experts=4, hidden_dim=16, router=ROUTER.replace(select=TopK.Config(top_k=2, normalize="sum"))
+        ),
+    ),
+}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -61,7 +70,7 @@ def drawn(name, shape):
 
 def make_base(folder, family):
     """A model of the family in ``folder``; returns its tensors by transformers' names."""
-    model = CONFIGS[family]().build()
+    model = (CONFIGS | OTHERS)[family]().build()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(drawn(name, tensor.shape))
@@ -101,6 +110,17 @@ def make_adapter(folder, layers, *, rank=4, ranks=None, extra=None, seed="", **t
     }
     (folder / "adapter_config.json").write_text(json.dumps({**usual, **table}))
     return tensors
+
+
+def stacked(layers, *, rank=3, experts=4, dim=32, hidden=16, seed=""):
+    """Tensors of adapters of stacked experts, for `make_adapter`'s ``extra``: gate and up innermost, as peft wraps them."""
+    made = {}
+    for layer in layers:
+        place = f"model.layers.{layer}.mlp.experts"
+        for name, inputs, outputs in ((f"{place}.base_layer", dim, 2 * hidden), (place, hidden, dim)):
+            made[f"{name}.lora_A.weight"] = drawn(f"{seed}{name}.A", (experts * rank, inputs))
+            made[f"{name}.lora_B.weight"] = drawn(f"{seed}{name}.B", (outputs, rank * experts))
+    return made
 
 
 def with_deltas(folder, base_folder, base, adapter, scales, whole=None):

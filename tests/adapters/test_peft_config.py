@@ -99,10 +99,8 @@ def test_ranks_and_alphas_by_pattern():
         ({"use_dora": True}, "use_dora in .* is True; DoRA cannot be computed here"),
         ({"lora_bias": True}, "lora_bias in .*; biases of lora_B cannot"),
         ({"layer_replication": [[0, 2]]}, "layer_replication in .*; repeated layers cannot"),
-        (
-            {"target_parameters": ["mlp.experts.down_proj"]},
-            "target_parameters in .*; adapters of stacked experts cannot",
-        ),
+        ({"target_parameters": "down_proj"}, "target_parameters in .*; it must be a list of names"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config in .*; KaSA cannot be computed here"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights in .* is 'pissa_niter_4'; it changed the base too"),
     ],
 )

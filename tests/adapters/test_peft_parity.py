@@ -14,7 +14,6 @@ import torch
 
 from adapter_models import (
     ATTENTION,
-    CONFIGS,
     LATENT,
     MLP,
     TOKENS,
@@ -23,6 +22,7 @@ from adapter_models import (
     logits,
     make_adapter,
     make_base,
+    stacked,
 )
 from anabranch.adapters import combine, load_peft, read_peft, save_peft, write_peft
 from anabranch.lm import load_model
@@ -35,6 +35,15 @@ ADAPTERS = {
     "attention": (ATTENTION, {}),
     "all": ([*ATTENTION, *MLP], {"target_modules": "all-linear"}),
     "latent": ([*LATENT, "o_proj"], {}),
+    "stacked": (
+        ["q_proj"],
+        {
+            "rank": 3,
+            "extra": stacked([0, 1]),
+            "target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"],
+            "lora_dropout": 0.0,
+        },
+    ),
     "ranks": (
         ["q_proj", "v_proj"],
         {
@@ -56,11 +65,15 @@ ADAPTERS = {
     "one_layer": (["q_proj"], {"layers_to_transform": [1], "layers": [1]}),
 }
 CASES = [
-    (family, name)
-    for family in CONFIGS
-    for name in ADAPTERS
-    if (family == "deepseek_v2") == (name == "latent")
-    if (family == "qwen2" or name != "biases") and (family != "olmoe" or name in ("attention", "ranks"))
+    *(
+        (family, name)
+        for family in ("llama", "qwen2", "qwen3")
+        for name in ("attention", "all", "ranks", "head", "one_layer")
+    ),
+    ("qwen2", "biases"),
+    ("deepseek_v2", "latent"),
+    *(("olmoe", name) for name in ("attention", "ranks", "stacked")),
+    ("qwen3_moe", "stacked"),
 ]
 
 

@@ -92,6 +92,11 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: str) -
     if wrong:
         raise ConfigError(f"a weight is {wrong[0]}; it must be a finite number")
     for number, adapter in enumerate(adapters):
+        if adapter.stacks:
+            name = next(iter(adapter.stacks))
+            raise ConfigError(
+                f"adapter {number + 1} adapts {name}, experts that are stacked, which cannot be combined yet"
+            )
         if adapter.saved:
             name = next(iter(adapter.saved))
             raise ConfigError(

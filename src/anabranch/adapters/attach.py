@@ -24,6 +24,7 @@ from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.adapters.names import Names, Place, names_of
 from anabranch.adapters.peft_folder import Adapter, described, read_peft, write_peft
 from anabranch.adapters.routed import RoutedLowRank, chosen_rows
+from anabranch.adapters.stacked import expanded
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty, some
@@ -47,7 +48,7 @@ class _Attached:
         before: what stood where the adapter's whole tensors are now, by the names of transformers.
         learned: which parameters of the base learned before.
         head: of the model before.
-        merged: the pairs as they were added to the matrices; None where they stand beside them.
+        merged: the adapter as it was added to the matrices; None where it stands beside them.
     """
 
     adapters: Mapping[str, Adapter]
@@ -56,7 +57,7 @@ class _Attached:
     before: dict[str, Tensor] = field(default_factory=dict)
     learned: list[str] = field(default_factory=list)
     head: Any = None
-    merged: Mapping[str, Pair] | None = None
+    merged: Adapter | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -88,8 +89,12 @@ def load_peft(folder: str | Path, model: Decoder, *, family: str | None = None, 
     unties = model.config.tie_embeddings and _parts_head(adapter)
     config = model.config.replace(tie_embeddings=False) if unties else model.config
     names = names_of(config, adapter.pairs, family)
-    check_fits(adapter, names, Path(folder))
-    pairs = _ours(names, adapter.pairs)
+    check_fits(adapter, names, config, Path(folder))
+    if trainable and adapter.stacks:
+        raise ConfigError(
+            f"{folder} adapts experts that are stacked, whose gate and up share a matrix; such an adapter cannot learn here"
+        )
+    pairs = _ours(names, adapter, config)
     made = with_layers(config, _configs(pairs), names.parts)
     check_pools(model, made)
     for name in adapter.saved:
@@ -129,9 +134,9 @@ def load_pool(folders: Mapping[str, str | Path], model: Decoder, *, family: str 
     modules = list(dict.fromkeys(module for adapter in adapters.values() for module in adapter.pairs))
     names = names_of(config, modules, family)
     for name, adapter in adapters.items():
-        check_fits(adapter, names, Path(folders[name]))
-    own = [_ours(names, adapter.pairs) for adapter in adapters.values()]
-    pairs = {part: [one.get(part) for one in own] for part in (names.places[module].part for module in modules)}
+        check_fits(adapter, names, config, Path(folders[name]))
+    own = [_ours(names, adapter, config) for adapter in adapters.values()]
+    pairs = {part: [one.get(part) for one in own] for part in dict.fromkeys(part for one in own for part in one)}
     made = with_layers(config, {part: RoutedLowRank.config_of(own) for part, own in pairs.items()}, names.parts)
     check_pools(model, made)
     _begin(model, adapters, names, config)
@@ -167,11 +172,12 @@ def adapter_of(model: Decoder) -> Adapter:
     attached = _attached(model)
     only = attached.adapter
     if attached.merged is not None:
-        return Adapter(only.table, attached.merged, _saved(model, attached))
+        return attached.merged
     found = {name: layer.pair() for name, layer in layers_of(model).items()}
     places = attached.names.places
     pairs = {module: places[module].theirs(found[places[module].part]) for module in only.pairs}
-    return Adapter(only.table, pairs, _saved(model, attached))
+    # What is stacked does not learn.
+    return Adapter(only.table, pairs, _saved(model, attached), only.stacks)
 
 
 def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) -> None:
@@ -244,15 +250,15 @@ def merge(model: Decoder) -> Decoder:
     attached = _attached(model)
     if attached.merged is not None:
         raise ConfigError("the adapter is merged already")
-    pairs = adapter_of(model).pairs
+    adapter = adapter_of(model)
+    pairs = _ours(attached.names, adapter, model.config)
     # Nothing is added where one of them cannot be.
-    for module in pairs:
-        _tensor(model, attached.names.places[module].tensor)
+    for part in pairs:
+        _tensor(model, attached.names.of_part(part).tensor)
     strip(model)
-    for module, pair in pairs.items():
-        place = attached.names.places[module]
-        _add(model, place, place.ours(pair).delta())
-    attached.merged = dict(pairs)
+    for part, pair in pairs.items():
+        _add(model, attached.names.of_part(part), pair.delta())
+    attached.merged = adapter
     return model
 
 
@@ -265,11 +271,11 @@ def unmerge(model: Decoder) -> Decoder:
     attached = _attached(model)
     if attached.merged is None:
         raise ConfigError("the adapter is not merged")
-    pairs, names = attached.merged, attached.names
-    for module, pair in pairs.items():
-        _add(model, names.places[module], -names.places[module].ours(pair).delta())
-    own = _ours(names, pairs)
-    _put_on(model, with_layers(model.config, _configs(own), names.parts), own)
+    names = attached.names
+    pairs = _ours(names, attached.merged, model.config)
+    for part, pair in pairs.items():
+        _add(model, names.of_part(part), -pair.delta())
+    _put_on(model, with_layers(model.config, _configs(pairs), names.parts), pairs)
     attached.merged = None
     return model
 
@@ -292,9 +298,10 @@ def _begin(model: Decoder, adapters: Mapping[str, Adapter], names: Names, config
     return attached
 
 
-def _ours(names: Names, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-    """The pairs by our parts, with rows in our order."""
-    return {names.places[module].part: names.places[module].ours(pair) for module, pair in pairs.items()}
+def _ours(names: Names, adapter: Adapter, config: Decoder.Config) -> dict[str, Pair]:
+    """The pairs by our parts, with rows in our order; those of stacked experts one by one."""
+    own = {names.places[module].part: names.places[module].ours(pair) for module, pair in adapter.pairs.items()}
+    return own | expanded(adapter.stacks, config, "the adapter")
 
 
 def _configs(pairs: Mapping[str, Pair]) -> dict[str, Linear.Config]:

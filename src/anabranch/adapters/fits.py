@@ -6,13 +6,15 @@ from pathlib import Path
 from anabranch.adapters.names import Names
 from anabranch.adapters.peft_config import LoraTable
 from anabranch.adapters.peft_folder import CONFIG, Adapter
+from anabranch.adapters.stacked import PARAMETERS, expanded
 from anabranch.errors import CheckpointError
+from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
 
 __all__ = ["check_fits"]
 
 
-def check_fits(adapter: Adapter, names: Names, folder: Path) -> None:
+def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: Path) -> None:
     """Raise CheckpointError unless the adapter is one of this model: no layer too many, none missing, all of the right widths."""
     unknown = [module for module in adapter.pairs if module not in names.places]
     if unknown:
@@ -28,6 +30,7 @@ def check_fits(adapter: Adapter, names: Names, folder: Path) -> None:
                 "is it an adapter of another model?"
             )
     _check_saved(adapter, names, folder)
+    _check_stacks(adapter, names, config, folder)
     table = LoraTable(adapter.table, folder / CONFIG)
     outside = [module for module in adapter.pairs if module not in table.targets(adapter.pairs)]
     if outside:
@@ -41,6 +44,29 @@ def check_fits(adapter: Adapter, names: Names, folder: Path) -> None:
             f"{folder} lacks lora_A and lora_B of {some(missing)}, which target_modules in {table.path} names; copy it again, or is it an "
             "adapter of another model?"
         )
+
+
+def _check_stacks(adapter: Adapter, names: Names, config: Decoder.Config, folder: Path) -> None:
+    """The same of experts that are stacked: each once, and each parameter in all layers that have experts, or in none."""
+    parts = expanded(adapter.stacks, config, str(folder))
+    places = {place.part for place in names.places.values()}
+    homeless = [part for part in parts if part not in places]
+    if homeless:
+        raise CheckpointError(f"{folder} adapts {some(homeless)}, beside which nothing can stand in this model")
+    twice = [module for module in adapter.pairs if names.places[module].part in parts]
+    if twice:
+        raise CheckpointError(
+            f"{folder} adapts {some(twice)} alone and in a stack of all experts; it must be one of the two"
+        )
+    routed = {str(layer) for layer in range(config.num_layers) if config.feed_forward_of(layer).is_routed}
+    for parameter in PARAMETERS:
+        layers = {name.split("layers.")[1].split(".")[0] for name in adapter.stacks if name.endswith(f".{parameter}")}
+        missing = sorted(routed - layers, key=int) if layers else []
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks lora_A and lora_B of {parameter} in layer {missing[0]}, which target_parameters names; copy it again, or "
+                "is it an adapter of another model?"
+            )
 
 
 def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:

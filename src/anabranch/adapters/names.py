@@ -6,6 +6,7 @@ are a part of their own (``q`` of ``qkv``). Here the two are put together.
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +78,14 @@ class Names:
     places: Mapping[str, Place]
     tensors: Mapping[str, Stored]
     parts: tuple[str, ...]
+
+    def of_part(self, part: str) -> Place:
+        """The place of one of our parts that transformers has a name for."""
+        return self._of_part[part]
+
+    @cached_property
+    def _of_part(self) -> dict[str, Place]:
+        return {place.part: place for place in self.places.values()}
 
 
 class _Probe(Linear):

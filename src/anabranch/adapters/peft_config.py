@@ -22,7 +22,8 @@ _REFUSED = {
     "use_dora": "DoRA",
     "lora_bias": "biases of lora_B",
     "layer_replication": "repeated layers",
-    "target_parameters": "adapters of stacked experts",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
     "trainable_token_indices": "single learned tokens",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
@@ -74,6 +75,7 @@ class LoraTable:
             if not isinstance(self.table.get(name), str):
                 self._words(name)
         self._words("modules_to_save")
+        self._words("target_parameters")
         layers = self.table.get("layers_to_transform")
         if layers is not None and not (_is_index(layers) or (isinstance(layers, list) and all(map(_is_index, layers)))):
             self._refuse("layers_to_transform", layers, "it must be a layer's number, or a list of them")
@@ -97,6 +99,11 @@ class LoraTable:
     def modules_to_save(self) -> list[str]:
         """Modules that the adapter brings whole."""
         return self._words("modules_to_save")
+
+    def parameters(self, module: str, known: Collection[str]) -> list[str]:
+        """Which of the ``known`` parameters of a module ``target_parameters`` names."""
+        words = self._words("target_parameters")
+        return [name for name in known if any(ends_with(f"{module}.{name}", word) for word in words)]
 
     def ranks(self, modules: Collection[str]) -> dict[str, int]:
         """The rank of each adapted module."""

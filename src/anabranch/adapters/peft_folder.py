@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from anabranch.adapters.low_rank import Pair
+from anabranch.adapters.patterns import ends_with
 from anabranch.adapters.peft_config import LoraTable
+from anabranch.adapters.stacked import PARAMETERS, Stack
 from anabranch.bounds import shown
 from anabranch.errors import CheckpointError
 from anabranch.files import atomic_folder, atomic_write_json
@@ -30,6 +32,7 @@ __all__ = ["CONFIG", "WEIGHTS", "Adapter", "described", "read_peft", "write_peft
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _PREFIX = "base_model.model."
+_INNER = ".base_layer"
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 # What else an adapter of the kind LORA may hold, by what is in the names, and what that is.
 _OTHER = {
@@ -51,17 +54,20 @@ class Adapter:
         table: its adapter_config.json.
         pairs: the numbers, by the names of the linear layers they adapt (``model.layers.0.self_attn.q_proj``).
         saved: tensors that it brings whole (``modules_to_save``, biases), by the names that transformers gives them.
+        stacks: of experts that are stacked in one parameter, by its name (``model.layers.0.mlp.experts.down_proj``).
     """
 
     table: Mapping[str, Any]
     pairs: Mapping[str, Pair]
     saved: Mapping[str, Tensor] = field(default_factory=dict)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
         """Numbers in all of its tensors."""
         halves = (half for pair in self.pairs.values() for half in (pair.a_RC, pair.b_OR))
-        return sum(tensor.numel() for tensor in (*halves, *self.saved.values()))
+        stacked = (half for stack in self.stacks.values() for half in (stack.a_SC, stack.b_OS))
+        return sum(tensor.numel() for tensor in (*halves, *stacked, *self.saved.values()))
 
 
 def read_peft(folder: str | Path) -> Adapter:
@@ -82,16 +88,49 @@ def read_peft(folder: str | Path) -> Adapter:
         _put(name, halves, saved, where)
     if not halves:
         raise CheckpointError(f"{where} holds no pair of lora_A and lora_B, so there is nothing to add to a model")
-    ranks, alphas = table.ranks(halves), table.alphas(halves)
-    pairs = {}
-    for module, names in halves.items():
+    parameters = _parameters(halves, table, where)
+    keys = [parameters.get(module, module) for module in halves]
+    ranks, alphas = table.ranks(keys), table.alphas(keys)
+    pairs, stacks = {}, {}
+    for (module, names), key in zip(halves.items(), keys, strict=True):
         lacking = [f"lora_{half}" for half in "AB" if half not in names]
         if lacking:
-            raise CheckpointError(f"{where} lacks {lacking[0]} of {module}, whose other half it has")
+            raise CheckpointError(f"{where} lacks {lacking[0]} of {key}, whose other half it has")
         a_RC, b_OR = (_read(source, names[half], where) for half in "AB")
-        _check_pair(module, a_RC, b_OR, ranks[module], where)
-        pairs[module] = Pair(a_RC, b_OR, float(alphas[module]), table.rslora)
-    return Adapter(table.table, pairs, {name: _read(source, stored, where) for name, stored in saved.items()})
+        _check_pair(key, a_RC, b_OR, ranks[key], where, is_stack=module in parameters)
+        if module in parameters:
+            stacks[key] = Stack(a_RC, b_OR, ranks[key], float(alphas[key]), table.rslora)
+        else:
+            pairs[key] = Pair(a_RC, b_OR, float(alphas[key]), table.rslora)
+    return Adapter(table.table, pairs, {name: _read(source, stored, where) for name, stored in saved.items()}, stacks)
+
+
+def _parameters(modules: Collection[str], table: LoraTable, where: Path) -> dict[str, str]:
+    """The stacked parameter that each of ``modules`` adapts, of those that adapt one.
+
+    peft puts one layer around another for each parameter of a module, and the inner ones are called ``base_layer``. Raises CheckpointError
+    where there are not as many of them as parameters that the config names.
+    """
+    around: dict[str, list[str]] = {}
+    for module in modules:
+        inner = module
+        while inner.endswith(_INNER):
+            inner = inner.removesuffix(_INNER)
+        around.setdefault(inner, []).append(module)
+    found = {}
+    for inner, layers in around.items():
+        # A word like down_proj alone fits a parameter of any module; those of experts are stacked.
+        names = table.parameters(inner, PARAMETERS) if ends_with(inner, "experts") else []
+        if not names and layers == [inner]:
+            continue
+        if len(names) != len(layers):
+            told = f"names {', '.join(names)}" if names else "names none"
+            raise CheckpointError(
+                f"{where} holds {len(layers)} pairs for {inner}, of whose parameters target_parameters {told}"
+            )
+        for module, name in zip(sorted(layers, key=len, reverse=True), names, strict=True):
+            found[module] = f"{inner}.{name}"
+    return found
 
 
 def _open(place: Path) -> tuple[TensorSource, Path]:
@@ -131,7 +170,7 @@ def _read(source: TensorSource, name: str, where: Path) -> Tensor:
     return tensor
 
 
-def _check_pair(module: str, a_RC: Tensor, b_OR: Tensor, rank: int, where: Path) -> None:
+def _check_pair(module: str, a_RC: Tensor, b_OR: Tensor, rank: int, where: Path, *, is_stack: bool = False) -> None:
     for half, tensor in (("A", a_RC), ("B", b_OR)):
         if tensor.dim() != 2 or 0 in tensor.shape:
             raise CheckpointError(
@@ -141,7 +180,11 @@ def _check_pair(module: str, a_RC: Tensor, b_OR: Tensor, rank: int, where: Path)
         raise CheckpointError(
             f"lora_A of {module} in {where} has rank {a_RC.shape[0]}, and lora_B {b_OR.shape[1]}; they must have one"
         )
-    if a_RC.shape[0] != rank:
+    if is_stack and a_RC.shape[0] % rank:
+        raise CheckpointError(
+            f"lora_A of {module} in {where} has {a_RC.shape[0]} rows, and adapter_config.json says {rank} for each expert"
+        )
+    if not is_stack and a_RC.shape[0] != rank:
         raise CheckpointError(
             f"lora_A of {module} in {where} has rank {a_RC.shape[0]}, and adapter_config.json says {rank} (r, or rank_pattern)"
         )
@@ -164,10 +207,24 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
     for module, pair in adapter.pairs.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair.a_RC
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.b_OR
+    tensors |= _stacked(adapter.stacks)
     tensors |= {f"{_PREFIX}{_in_peft(name, adapter.pairs)}": tensor for name, tensor in adapter.saved.items()}
     with atomic_folder(folder, replacing=_OURS.pattern) as temporary:
         atomic_write_json(temporary / CONFIG, dict(adapter.table))
         write_file(temporary / WEIGHTS, tensors)
+
+
+def _stacked(stacks: Mapping[str, Stack]) -> dict[str, Tensor]:
+    """The tensors of stacks under the names of peft, see `_parameters`."""
+    tensors = {}
+    for name, stack in stacks.items():
+        module, _, parameter = name.rpartition(".")
+        # A layer stands around this one for each parameter that comes later.
+        later = PARAMETERS[PARAMETERS.index(parameter) + 1 :]
+        depth = sum(f"{module}.{other}" in stacks for other in later)
+        for half, tensor in (("A", stack.a_SC), ("B", stack.b_OS)):
+            tensors[f"{_PREFIX}{module}{_INNER * depth}.lora_{half}.weight"] = tensor
+    return tensors
 
 
 def _in_peft(name: str, modules: Collection[str]) -> str:
@@ -184,6 +241,12 @@ def _check_told(adapter: Adapter, path: Path) -> None:
         module
         for module, pair in adapter.pairs.items()
         if (ranks[module], float(alphas[module]), table.rslora) != (pair.rank, float(pair.alpha), pair.rslora)
+    ]
+    ranks, alphas = table.ranks(adapter.stacks), table.alphas(adapter.stacks)
+    wrong += [
+        name
+        for name, stack in adapter.stacks.items()
+        if (ranks[name], float(alphas[name]), table.rslora) != (stack.rank, float(stack.alpha), stack.rslora)
     ]
     wrong += [module for module in adapter.pairs if module not in wrong and module not in table.targets([module])]
     if wrong:

@@ -118,8 +118,8 @@ def check_no_adapter(folder: Path) -> None:
     """Raise CheckpointError if ``folder`` holds an adapter, with which the model beside it is another than its weights say."""
     if (folder / _ADAPTER).is_file():
         raise CheckpointError(
-            f"{folder} holds an adapter ({_ADAPTER}), which is not applied here; merge it (merge_and_unload of peft) and save the "
-            "model, or move that file elsewhere to take the model without it"
+            f"{folder} holds an adapter ({_ADAPTER}), which is not applied here; name the model that it was made for, and put the adapter "
+            "onto it (--adapter of anabranch eval, anabranch.adapters.load_peft), or move that file elsewhere to take the model without it"
         )
 
 

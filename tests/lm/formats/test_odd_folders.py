@@ -268,7 +268,7 @@ def test_an_adapter_beside_a_model_is_refused(tmp_path, has_model):
     (tmp_path / "a/adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
     for read in (load_model, load_config, open_model, load_parscale, lambda path: convert(path, tmp_path / "b")):
         with pytest.raises(
-            CheckpointError, match=r"a holds an adapter \(adapter_config.json\), which is not applied here; merge"
+            CheckpointError, match=r"a holds an adapter \(adapter_config.json\), which is not applied here; name"
         ):
             read(tmp_path / "a")
     assert not (tmp_path / "b").exists()
