@@ -4,8 +4,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapter_models import linear_layers, logits, make_adapter, make_base, stacked, with_deltas
-from anabranch.adapters import combine, load_peft, load_pool, merge, read_peft, rows_for, save_peft, unload, unmerge
+from adapter_models import CONFIGS, TOKENS, linear_layers, logits, make_adapter, make_base, stacked, with_deltas
+from anabranch.adapters import (
+    Adapter,
+    combine,
+    load_peft,
+    load_pool,
+    merge,
+    read_peft,
+    rows_for,
+    save_peft,
+    unload,
+    unmerge,
+)
+from anabranch.adapters.fits import check_fits
+from anabranch.adapters.names import Names
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm import load_model
 
@@ -110,8 +123,6 @@ def test_in_a_pool_beside_others(base, tmp_path):
     write(tmp_path / "a", base)
     make_adapter(tmp_path / "b", linear_layers(base[1], ["v_proj"]))
     model = load_pool({name: tmp_path / name for name in "ab"}, load_model(base[0])[0])
-    from adapter_models import TOKENS
-
     with torch.no_grad():
         found = model(TOKENS, state=rows_for(model, ["a", "b"], TOKENS.shape[1])).logits_BLV
     for number, name in enumerate("ab"):
@@ -183,6 +194,19 @@ def test_what_does_not_fit_is_told_in_one_line(base, tmp_path, wrong):
         load_peft(tmp_path / "a", model)
     assert "\n" not in str(error.value)
     assert torch.equal(logits(model), before)
+
+
+def test_an_expert_is_not_adapted_twice_nor_where_nothing_can_stand(base, tmp_path):
+    one = "model.layers.0.mlp.experts.1.up_proj"
+    layers = {**linear_layers(base[1], ["q_proj"]), one: (32, 16)}
+    table = {"target_modules": ["q_proj", one], "target_parameters": TARGETS}
+    make_adapter(tmp_path / "a", layers, rank=RANK, extra=stacked([0, 1]), **table)
+    with pytest.raises(CheckpointError, match=f"adapts {one} alone and in a stack of all experts"):
+        load_peft(tmp_path / "a", load_model(base[0])[0])
+    stacks = read_peft(tmp_path / "a").stacks
+    nowhere = Names("llama", {}, {}, ())
+    with pytest.raises(CheckpointError, match=r"adapts blocks\.0\.\S+, .* and 21 more, beside which nothing can stand"):
+        check_fits(Adapter({"peft_type": "LORA"}, {}, {}, stacks), nowhere, CONFIGS["olmoe"](), tmp_path)
 
 
 def test_what_is_not_done_with_stacks(base, tmp_path):
