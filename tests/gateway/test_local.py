@@ -12,6 +12,7 @@ import pytest
 from anabranch.errors import ConfigError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig, load_config
 from anabranch.gateway.config.needs import inside, lacking
+from anabranch.gateway.dispatch.breaker import Breaker
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers import local, local_engines
 from anabranch.gateway.providers.local import Local
@@ -72,7 +73,7 @@ def test_the_path_is_relative_to_the_config_and_options_are_those_of_serve(tmp_p
     made = found.inside()
     assert (name, found.model) == ("a", str(tmp_path / "here"))
     assert (made.engine.memory, made.engine.quantize, made.engine.process) == ("4GiB", "int8", False)
-    assert (made.admission.max_queued, made.http.name) == (3, None)
+    assert (made.admission.max_queued, made.http.name) == (3, "here")
     assert provider(engine={"process": True}).inside().engine.process
 
 
@@ -143,6 +144,15 @@ def test_a_call_has_the_engines_name_of_the_model_and_nothing_that_others_know()
         made.build(UpstreamRequest("moderations", {"input": "x"}))
 
 
+def test_an_end_that_the_gateway_adds_is_no_wish_of_the_senders():
+    made = provider().build()
+    asked = UpstreamRequest("chat", {"model": "a", "messages": ASKED})
+    call = made.build(asked.bounded(5000))
+    assert ("max_tokens" in json.loads(call.body), dict(call.headers)) == (False, {"x-default-tokens": "5000"})
+    own = made.build(UpstreamRequest("chat", {"model": "a", "messages": ASKED, "max_tokens": 7}).bounded(5000))
+    assert (json.loads(own.body)["max_tokens"], dict(own.headers)) == (7, {})
+
+
 @pytest.mark.parametrize(
     ("status", "code", "kind", "told", "says"),
     [
@@ -208,6 +218,7 @@ def test_deployments_a_reload_and_who_looks_on_share_one_engine_and_the_last_end
                 await asyncio.sleep(0.005)
             # It knows how far its model reads, and so how long an answer may be that names no end.
             assert gateway.runtime.models["a"].context == 64
+            assert gateway.runtime.counters["a"]("hello") == 5
             answer = await gateway.achat({"model": "a", "messages": ASKED})
             assert answer["choices"][0]["finish_reason"] in ("stop", "length")
             with pytest.raises(ConfigError, match=r"deployment a cannot start: kv_memory is 1KiB"):
@@ -220,6 +231,53 @@ def test_deployments_a_reload_and_who_looks_on_share_one_engine_and_the_last_end
             costs = {(row.model, row.cost_nano > 0) for row in await gateway.store.ledger(LedgerQuery(limit=50))}
             assert {("a", False), ("b", True)} <= costs
         assert engines() == 0
+
+    asyncio.run(work())
+
+
+def test_one_that_is_full_sends_on_to_another_deployment(tmp_path):
+    full = provider(admission={"max_in_flight": 1})
+    dear = DeploymentConfig(provider=Mock.Config(reply="elsewhere"), price=Price(input=10**9, output=10**9))
+    deployments = (DeploymentConfig(provider=full), dear)
+    alone = model("b", full)
+    both = config(tmp_path, ModelConfig(name="a", deployments=deployments, balance="price"), alone)
+
+    async def work():
+        async with Gateway(both) as gateway:
+            ask = {"model": "a", "messages": ASKED}
+            held = await gateway.achat({**ask, "stream": True, "max_tokens": 1500, "logit_bias": {"256": -100}})
+            await anext(held)
+            live = gateway.runtime.dispatcher.lives()[0]
+            # Asked again it would say the same.
+            with pytest.raises(ApiError, match="in flight") as caught:
+                await gateway.achat({**ask, "model": "b"})
+            assert caught.value.status == 429
+            await gateway.settled()
+            [row] = await gateway.store.ledger(LedgerQuery(status="error"))
+            assert (row.requested, row.attempts) == ("b", 1)
+            for _ in range(8):
+                answer = await gateway.achat({**ask, "max_tokens": 2})
+                assert answer["choices"][0]["message"]["content"].startswith("elsewhere")
+            assert (live.breaker.phase, live.rests_until) == ("closed", 0.0)
+            await held.aclose()
+
+    asyncio.run(work())
+
+
+def test_a_path_spelled_otherwise_is_the_same_model(tmp_path):
+    (tmp_path / "small-moe").symlink_to(saved_moe())
+    (tmp_path / "other").symlink_to(saved_moe())
+    made = [
+        provider(model=str(tmp_path / name)) for name in ("small-moe", "../" + tmp_path.name + "/small-moe", "other")
+    ]
+
+    async def work():
+        async with Gateway(config(tmp_path, *(model(f"m{at}", one) for at, one in enumerate(made)))) as gateway:
+            # What answers call it differs.
+            assert engines() == 2
+            for at, name in enumerate(("small-moe", "small-moe", "other")):
+                answer = await gateway.achat({"model": f"m{at}", "messages": ASKED, "max_tokens": 1})
+                assert answer["model"] == name
 
     asyncio.run(work())
 
@@ -283,6 +341,32 @@ def test_other_models_answer_while_one_is_loaded(tmp_path, monkeypatch):
         assert gateway.is_loaded
         assert (await gateway.achat({"model": "a", "messages": ASKED, "max_tokens": 1}))["choices"]
         await gateway.stop()
+
+    asyncio.run(work())
+
+
+def test_what_is_found_out_while_a_reload_loads_is_known_after_it(tmp_path, monkeypatch):
+    old = config(tmp_path, model("b", Mock.Config()))
+    new = config(tmp_path, model("b", Mock.Config()), model("a", provider()))
+    loads, goes_on = asyncio.Event(), asyncio.Event()
+    start = Local.start
+
+    async def slow(self):
+        loads.set()
+        await goes_on.wait()
+        await start(self)
+
+    monkeypatch.setattr(Local, "start", slow)
+
+    async def work():
+        async with Gateway(old) as gateway:
+            reload = asyncio.create_task(gateway.reload(new))
+            await loads.wait()
+            assert gateway.config is old
+            gateway.runtime.dispatcher.lives()[0].breaker = Breaker("open", 1, 0.0, 1e12, 1)
+            goes_on.set()
+            await reload
+            assert [live.breaker.phase for live in gateway.runtime.dispatcher.lives()] == ["open", "closed"]
 
     asyncio.run(work())
 

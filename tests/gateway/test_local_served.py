@@ -4,6 +4,8 @@ import http.client
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +15,7 @@ import torch
 from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
 from anabranch.lm import save_model
-from gateway_process import ask, call, served
+from gateway_process import SOURCE, ask, call, served
 from serving_models import small_moe
 
 openai = pytest.importorskip("openai")
@@ -174,6 +176,8 @@ def test_a_client_that_leaves_frees_the_row(gateway):
     status, refused, headers = again()
     assert (status, refused["error"]["code"]) == (429, "rate_limit_exceeded")
     assert int(headers["retry-after"]) >= 1
+    # It is well, however often it is asked too much: no breaker opens.
+    assert {again()[0] for _ in range(8)} == {429}
     # Long before its answer would have been complete.
     link.sock.close()
     answer.close()
@@ -228,7 +232,11 @@ def test_a_check_says_what_is_wrong_and_several_workers_are_refused(folder, caps
 
 def test_a_reload_keeps_it_and_the_end_is_clean(folder, gateway):
     """The last one: it ends the process."""
-    assert call(gateway.url, "GET", "/ready")[0] == 200
+
+    def text():
+        return call(gateway.url, "POST", "/v1/completions", {"model": "river", "prompt": "x", "max_tokens": 1})[0]
+
+    assert (call(gateway.url, "GET", "/ready")[0], text()) == (200, 200)
     path = folder / "gateway.toml"
     path.write_text(path.read_text().replace('name = "scripted"', 'name = "renamed"'))
     os.kill(gateway.process.pid, signal.SIGHUP)
@@ -236,12 +244,33 @@ def test_a_reload_keeps_it_and_the_end_is_clean(folder, gateway):
     while call(gateway.url, "GET", "/v1/models/renamed")[0] != 200 and time.monotonic() < end:
         time.sleep(0.02)
     assert ask(gateway.url, "hello", "renamed")[0] == 200
-    assert call(gateway.url, "POST", "/v1/completions", {"model": "river", "prompt": "x", "max_tokens": 1})[0] == 200
+    assert text() == 200
     # Counted from the beginning on: the engines are those that there were.
-    _, text, _ = call(gateway.url, "GET", "/metrics", key=ADMIN)
-    counted = 'anabranch_serving_requests_total{deployment="river",code="200",endpoint="embeddings"}'
-    [line] = [line for line in text.splitlines() if line.startswith(counted)]
-    assert float(line.split()[-1]) > 0
+    _, metrics, _ = call(gateway.url, "GET", "/metrics", key=ADMIN)
+    counted = 'anabranch_serving_requests_total{deployment="river",code="200",endpoint="completions"}'
+    [line] = [line for line in metrics.splitlines() if line.startswith(counted)]
+    assert float(line.split()[-1]) >= 2
     gateway.process.send_signal(signal.SIGTERM)
     assert gateway.process.wait(15) == 0
-    assert "Traceback" not in gateway.log.read_text()
+    told = gateway.log.read_text()
+    assert "Traceback" not in told
+    assert f"loading river, narrow; {gateway.url}/v1 answers for other models meanwhile" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait_s", [0.0, 1.0, 2.0])
+def test_a_signal_ends_it_while_it_loads(folder, wait_s):
+    path = folder / "stopped.toml"
+    path.write_text(CONFIG.format(store=folder / "s.db"))
+    command = [sys.executable, "-m", "anabranch.cli.main", "gateway", "serve", "--port", "0", "--config", str(path)]
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "ANABRANCH_TEST_ADMIN": ADMIN}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        assert process.stderr is not None
+        told = process.stderr.readline()
+        assert told.startswith("loading river, narrow")
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert "Traceback" not in process.stderr.read()

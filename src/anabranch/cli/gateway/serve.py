@@ -104,8 +104,21 @@ def serve(
                 fact("keys", f"anabranch gateway keys create NAME --store {shell_word(held.store)} makes a $KEY")
         sys.stdout.flush()
 
+    def loading(url: str, names: list[str]) -> None:
+        if not quiet:
+            say(f"loading {', '.join(names)}; {url}/v1 answers for other models meanwhile")
+
     if workers == 1:
-        run(config, host=host, port=port, store=store, router=router, drain_s=drain, on_ready=ready)
+        run(
+            config,
+            host=host,
+            port=port,
+            store=store,
+            router=router,
+            drain_s=drain,
+            on_ready=ready,
+            on_loading=loading,
+        )
     else:
         from anabranch.gateway.http.workers import run_workers
 

@@ -7,9 +7,11 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from anabranch.gateway.config import GatewayConfig, default_config, load_config
+from anabranch.gateway.config.needs import inside
 from anabranch.gateway.config.source import told_where
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
@@ -22,6 +24,7 @@ from anabranch.web.server import BACKLOG, Server, Signals, reload_on, runner
 logger = logging.getLogger(__name__)
 SWITCH_S = 1e-3
 Ready = Callable[[str, str, GatewayConfig], None]
+Loading = Callable[[str, list[str]], None]
 
 
 def load(
@@ -63,6 +66,7 @@ def run(
     router: Path | None = None,
     drain_s: float = 30.0,
     on_ready: Ready = lambda url, admin_url, config: None,
+    on_loading: Loading = lambda url, names: None,
     seat: Seat | None = None,
     admin_port: int | None = None,
 ) -> None:
@@ -75,7 +79,8 @@ def run(
         store: in place of the config's.
         router: folder of fitted routers whose recommended one ``auto`` is to be; None leaves that to the config.
         drain_s: how long requests under way have to end after a signal.
-        on_ready: called with the URL for requests, the one for operators and the config when both answer.
+        on_ready: called with the URL for requests, the one for operators and the config when both answer, and models are loaded.
+        on_loading: called before that with the URL, and the deployments whose models run in this process, if there are such.
         seat: which worker of several this process is; None for the only one.
         admin_port: in place of the config's.
 
@@ -86,7 +91,8 @@ def run(
     # Threads that read large bodies give way to the loop sooner than after the 5 ms that are Python's own.
     sys.setswitchinterval(SWITCH_S)
     place = Place(host, port, config.admin.port if admin_port is None else admin_port, seat)
-    runner()(_main(config, place, lambda: load(path, store, router), path, drain_s, on_ready))
+    again = partial(load, path, store, router)
+    runner()(_main(config, place, again, path, drain_s, on_ready, on_loading))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +160,7 @@ async def _main(
     path: Path | None,
     drain_s: float,
     on_ready: Ready,
+    on_loading: Loading,
 ) -> None:
     admin = config.admin
     with told_where(path):
@@ -184,6 +191,8 @@ async def _main(
         # The other models answer meanwhile, and so does who asks whether this process lives.
         loading = loop.create_task(gateway.load())
         tasks.append(loading)
+        if found := inside(config):
+            on_loading(urls[0], [name for name, _ in found])
         try:
             await _first(loading, signals.stop)
             if loading.done():

@@ -100,18 +100,23 @@ class Local(Provider, kind="local"):
             if reads_model:
                 config.check()
 
+        @property
+        def called(self) -> str:
+            """What the engine and its answers call the model."""
+            return self.engine.get("name") or Path(self.model).name or "model"
+
         def inside(self) -> "InsideConfig":
             """What the engine is made from. Raises MissingExtraError without the extra ``serve``, and ConfigError for wrong options."""
             require("serve", by='a provider of kind = "local"')
             from anabranch.serving.http.inside_config import InsideConfig
 
             fields = {name: value for name, value in to_dict(self).items() if name in to_dict(InsideConfig())}
-            engine = {"process": False, **self.engine, "model": self.model}
+            engine = {"process": False, **self.engine, "model": self.model, "name": self.called}
             return from_dict(InsideConfig, {**fields, "engine": engine})
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self._name: str = config.engine.get("name") or Path(config.model).name or "model"
+        self._name: str = config.called
         self._lent: Lent | None = None
         self._of = ""
 
