@@ -69,8 +69,9 @@ def test_the_path_is_relative_to_the_config_and_options_are_those_of_serve(tmp_p
     path = written(
         tmp_path, 'model = "here"\nengine = { memory = "4GiB", quantize = "int8" }\nadmission = { max_queued = 3 }'
     )
-    [(name, found)] = inside(load_config(path, reads_models=True))
+    [(name, field, found)] = inside(load_config(path, reads_models=True))
     made = found.inside()
+    assert field == "models.0.deployments.0.provider"
     assert (name, found.model) == ("a", str(tmp_path / "here"))
     assert (made.engine.memory, made.engine.quantize, made.engine.process) == ("4GiB", "int8", False)
     assert (made.admission.max_queued, made.http.name) == (3, "here")
@@ -221,7 +222,9 @@ def test_deployments_a_reload_and_who_looks_on_share_one_engine_and_the_last_end
             assert gateway.runtime.counters["a"]("hello") == 5
             answer = await gateway.achat({"model": "a", "messages": ASKED})
             assert answer["choices"][0]["finish_reason"] in ("stop", "length")
-            with pytest.raises(ConfigError, match=r"deployment a cannot start: kv_memory is 1KiB"):
+            with pytest.raises(
+                ConfigError, match=r"^models\.0\.deployments\.0\.provider: deployment a cannot start: kv_memory is 1KiB"
+            ):
                 await gateway.reload(
                     config(tmp_path, model("a", provider(engine={"kv_memory": "1KiB", "block_tokens": 64})))
                 )
@@ -287,7 +290,7 @@ def test_a_gateway_whose_model_cannot_be_loaded_ends_with_the_reason_and_leaves_
 
     async def work():
         gateway = Gateway(config(tmp_path, model("good", provider()), model("bad", broken)))
-        with pytest.raises(ConfigError, match="deployment bad cannot start"):
+        with pytest.raises(ConfigError, match=r"^models\.1\.deployments\.0\.provider: deployment bad cannot start"):
             await gateway.start()
         assert not gateway.is_started
         assert engines() == 0

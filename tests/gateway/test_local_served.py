@@ -222,7 +222,18 @@ def test_a_check_says_what_is_wrong_and_several_workers_are_refused(folder, caps
     path.write_text(CONFIG.format(store=folder / "c.db"))
     assert not main(["gateway", "serve", "--check", "--config", str(path)])
     assert main(["gateway", "serve", "--workers", "2", "--config", str(path)]) == 2
-    assert "deployment river runs its model in the gateway's process" in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert (
+        "checked.toml:12: models.0.deployments.0.provider: deployment river runs its model in the gateway's process"
+        in told
+    )
+    path.write_text(path.read_text().replace("num_blocks = 800", 'kv_memory = "1KiB", block_tokens = 64'))
+    # A server sets it for its process.
+    interval_s = sys.getswitchinterval()
+    assert main(["gateway", "serve", "--port", "0", "--config", str(path)]) == 2
+    sys.setswitchinterval(interval_s)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "checked.toml:12: models.0.deployments.0.provider: deployment river cannot start: kv_memory is 1KiB" in told
     path.write_text(path.read_text().replace('model = "river"', 'model = "lake"', 1))
     assert main(["gateway", "serve", "--check", "--config", str(path)]) == 2
     told = " ".join(capsys.readouterr().err.split())

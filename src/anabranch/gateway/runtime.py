@@ -79,7 +79,8 @@ class Runtime:
 
     async def load(self) -> None:
         """Load what runs in this process. Raises ConfigError if it cannot be; `close` ends what has begun."""
-        await self.dispatcher.start()
+        async with loaded(self.config):
+            await self.dispatcher.start()
         for name, model in self.models.items():
             group = self.dispatcher.groups[name]
             if model.context is None and group.group.context is not None:
@@ -127,17 +128,17 @@ class Runtime:
 async def loaded(config: GatewayConfig) -> AsyncIterator[None]:
     """The models of a config that run in this process, loaded before anything else is made of it: `Runtime.load` finds them ready.
 
-    Raises ConfigError that names the deployment whose model cannot be.
+    Raises ConfigError that begins with the field of the provider whose model cannot be.
     """
     begun: list[Provider] = []
     try:
-        for name, one in inside(config):
+        for name, field, one in inside(config):
             provider: Provider = one.build()
             begun.append(provider)
             try:
                 await provider.start()
             except AnabranchError as error:
-                raise ConfigError(f"deployment {name} cannot start: {error}") from error
+                raise ConfigError(f"{field}: deployment {name} cannot start: {error}") from error
         yield
     finally:
         for provider in begun:

@@ -1,6 +1,7 @@
 """What a config needs of this machine: extras that are not installed, and models that run within the gateway."""
 
 import os
+from typing import NamedTuple
 
 from anabranch.errors import MissingExtraError
 from anabranch.extras import require
@@ -34,12 +35,20 @@ def runs_inside(provider: Provider.Config) -> bool:
     return provider.owner.is_inside or (isinstance(inner, Provider.Config) and runs_inside(inner))
 
 
-def inside(config: GatewayConfig) -> list[tuple[str, Provider.Config]]:
-    """The providers that run a model in the gateway's process, with the names of their deployments."""
+class RunsInside(NamedTuple):
+    """A deployment whose model runs in the gateway's process: its name, the field of its provider, and that."""
+
+    name: str
+    field: str
+    provider: Provider.Config
+
+
+def inside(config: GatewayConfig) -> list[RunsInside]:
+    """Those of a config."""
     return [
-        (model.deployment_name(at), one.provider)
-        for model in config.models
-        for at, one in enumerate(model.deployments)
+        RunsInside(model.deployment_name(place), f"models.{at}.deployments.{place}.provider", one.provider)
+        for at, model in enumerate(config.models)
+        for place, one in enumerate(model.deployments)
         if runs_inside(one.provider)
     ]
 

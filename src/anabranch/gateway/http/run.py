@@ -192,11 +192,12 @@ async def _main(
         loading = loop.create_task(gateway.load())
         tasks.append(loading)
         if found := inside(config):
-            on_loading(urls[0], [name for name, _ in found])
+            on_loading(urls[0], [one.name for one in found])
         try:
             await _first(loading, signals.stop)
             if loading.done():
-                loading.result()
+                with told_where(path):
+                    loading.result()
                 heap.set_aside()
                 on_ready(urls[0], urls[-1], config)
                 await signals.stop.wait()

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import ConfigError, InputError
+from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.config.needs import inside
+from anabranch.gateway.config.source import told_where
 from anabranch.gateway.http.run import Ready, load
 from anabranch.sockets import listening
 from anabranch.web.server import Signals
@@ -82,11 +84,8 @@ def run_workers(
     if not hasattr(socket, "SO_REUSEPORT"):
         raise InputError("several workers need SO_REUSEPORT, which this system does not have; start one")
     config = load(path, store, router)
-    if found := inside(config):
-        raise ConfigError(
-            f"deployment {found[0][0]} runs its model in the gateway's process, and each of {num} workers would load it; start one worker, "
-            'or run the model with anabranch serve, and give its address with kind = "engine"'
-        )
+    with told_where(path):
+        _check_apart(config, num)
     logging.getLogger("anabranch").setLevel(config.log.level.upper())
     admin = config.admin
     with contextlib.ExitStack() as stack:
@@ -105,6 +104,15 @@ def run_workers(
             folder=folder,
         )
         asyncio.run(Supervisor(task).run(lambda url, admin_url: on_ready(url, admin_url, config)))
+
+
+def _check_apart(config: GatewayConfig, num: int) -> None:
+    """Raises ConfigError if each worker would load a model of its own."""
+    if found := inside(config):
+        raise ConfigError(
+            f"{found[0].field}: deployment {found[0].name} runs its model in the gateway's process, and each of {num} workers would load "
+            'it; start one worker, or run the model with anabranch serve, and give its address with kind = "engine"'
+        )
 
 
 def _held(stack: contextlib.ExitStack, host: str, port: int) -> int:
