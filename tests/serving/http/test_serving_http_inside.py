@@ -4,6 +4,8 @@ import asyncio
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.data import ByteTokenizer
 from anabranch.errors import CapacityError
@@ -247,6 +249,70 @@ def test_keys_take_turns_and_share_no_prefixes():
 
     assert run(script, work)
     assert {request.key: request.cache_salt for request in script.requests} == {"a": "1 a ", "b": "1 b ", "": ""}
+
+
+FIELD = st.sampled_from(
+    ["model", "messages", "stream", "max_tokens", "n", "stop", "tools", "response_format", "prompt", "input", "x"]
+)
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 5) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELD | st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+BODY = st.binary(max_size=30) | st.dictionaries(FIELD, VALUE, max_size=5).map(
+    lambda fields: json.dumps({**ASKED, **fields}).encode()
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["chat", "completions", "embeddings"]), BODY), min_size=1, max_size=8))
+def test_whatever_is_asked_gets_an_answer_and_leaves_nothing(asked):
+    async def work(made):
+        for kind, body in asked:
+            reply = await made.ask(kind, body)
+            raw = await asyncio.wait_for(read(reply), 5)
+            assert reply.status in (200, 400, 404, 501), raw
+            if reply.status != 200:
+                assert json.loads(raw)["error"]["message"]
+        assert not made._answering
+        assert not made.frontend.admission.in_flight
+
+    run(Script(), work)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 12), st.integers(1, 40)), min_size=1, max_size=10),
+    st.integers(1, 4),
+)
+def test_whoever_goes_away_whenever_leaves_nothing_and_holds_nobody_up(asked, slots):
+    """Requests that are closed after so many turns of the loop, streamed or not, among some that are read to their end."""
+    script = Script(slots=slots, endless=True)
+
+    async def work(made):
+        async def one(is_stream, turns, length):
+            body = json.dumps({**ASKED, "stream": is_stream, "max_tokens": length}).encode()
+            asking = asyncio.create_task(made.ask("chat", body, key=str(length % 3)))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if turns % 3 == 0:
+                return len(await read(await asking)) > 0
+            if asking.done():
+                asking.result().close()
+            else:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+            return True
+
+        assert all(await asyncio.gather(*(one(*each) for each in asked)))
+        while made._answering:
+            await asyncio.sleep(0)
+        assert not made.frontend.admission.in_flight
+        assert not script.made[0].running
+        assert not made.frontend._live
+        assert (await ask(made, max_tokens=2))[0] == 200
+
+    run(script, work)
 
 
 def test_a_fault_of_ours_is_told_as_one(monkeypatch, caplog):
