@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.hnsw import HNSW, ShardedHNSW, Within, ranges
 from anabranch.graph.serve import Limits, Sources, create_app
+from anabranch.graph.workers import Workers
 from hnsw_checks import drawn, naive
 
 VECTORS = drawn(3000, 8)
@@ -81,6 +82,39 @@ def test_every_distance_is_measured_where_it_is_asked_for_or_little(
     found = index.range_search(queries, radius, filter=kept, exact=is_exact)
     chosen = np.arange(count) if kept is None else np.flatnonzero(kept)
     assert rows(found) == truth(held[chosen], queries, radius, chosen, metric)
+
+
+@given(
+    st.integers(1, 80), st.integers(0, 2**32 - 1), st.integers(-2, 60), st.booleans(), st.integers(1, 90),
+    st.sampled_from(["f32", "i8"]), st.integers(1, 3), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_nearest_within_and_how_many_are_those_of_all(count, seed, radius, is_exact, k, dtype, shards, is_filtered):
+    """Whole numbers, so that many are at one distance: those of the smallest ids are kept."""
+    held, queries = whole(count, 2, seed), whole(5, 2, seed + 1)
+    index = HNSW(2, M=3, ef_construction=6, dtype=dtype, num_threads=1) if shards == 1 else ShardedHNSW(2, shards)
+    index.add(held, np.random.default_rng(seed).permutation(1000)[:count])
+    kept = index.ids[::2] if is_filtered else None
+    asked = queries, np.arange(5) + radius
+    every = rows(index.range_search(*asked, filter=kept, exact=is_exact))
+    ids, distances, number = index.nearest_within(*asked, k, filter=kept, exact=is_exact)
+    assert (ids.shape, distances.shape, number.tolist()) == ((5, k), (5, k), list(map(len, every)))
+    for id_K, distance_K, one in zip(ids.tolist(), distances.tolist(), every, strict=True):
+        wanted = one[:k] + [(-1, np.inf)] * (k - len(one))
+        assert list(zip(id_K, distance_K, strict=True)) == wanted
+
+
+def test_of_walks_no_more_is_kept_than_is_asked_for(index):
+    queries, radius_Q = VECTORS[:20], np.full(20, 9, np.float32)
+    with Workers(1) as workers:
+        found, number_Q = index._ranges.many(queries, radius_Q, 16, None, False, workers, index._lock, most=3)
+        every, _ = index._ranges.many(queries, radius_Q, 16, None, False, workers, index._lock)
+    assert number_Q.tolist() == [len(ids) for ids, _ in every]
+    assert number_Q.max() > 3
+    for (ids, distances), (all_ids, all_distances) in zip(found, every, strict=True):
+        assert (ids.tolist(), distances.tolist()) == (all_ids[:3].tolist(), all_distances[:3].tolist())
+        # A copy, which holds nothing else.
+        assert ids.base is None
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 60), st.integers(1, 64), st.booleans())
@@ -241,6 +275,8 @@ def test_no_memory_is_told(index, monkeypatch):
     monkeypatch.setattr(Within, "of", none)
     with pytest.raises(CapacityError, match="no memory for all within the radius of 2 queries"):
         index.range_search(VECTORS[:2], 1.0)
+    with pytest.raises(CapacityError, match="results of 2 queries; ask for fewer"):
+        index.nearest_within(VECTORS[:2], 1.0, 2**60)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -282,6 +318,9 @@ def test_http_tells_the_nearest_within_and_how_many_there_are(client):
         "/search", json={"ids": [0], "radius": 20, "filter": {"ids": [0, 1, 2], "exclude": True}}
     ).json()
     assert by_id["results"][0]["ids"] == [id for id, _ in wanted[0] if id > 2][:12]
+    assert by_id["results"][0]["within"] == len([id for id, _ in wanted[0] if id > 2])
+    itself = client.post("/search", json={"ids": [0], "radius": 20, "k": 3}).json()["results"][0]
+    assert (itself["ids"], itself["within"]) == ([id for id, _ in wanted[0] if id][:3], len(wanted[0]) - 1)
     nothing = client.post("/search", json={"vectors": VECTORS[:1].tolist(), "radius": -1}).json()["results"]
     assert nothing == [{"ids": [], "distances": [], "within": 0}]
 

@@ -380,13 +380,47 @@ class HNSW:
         radius_Q = as_radius(radius, len(query_QD))
         try:
             with self._workers(num_threads) as workers:
-                rows = self._ranges.many(query_QD, radius_Q, ef, filter, bool(exact), workers, self._lock)
+                rows, _ = self._ranges.many(query_QD, radius_Q, ef, filter, bool(exact), workers, self._lock)
             found = Within.of(rows)
         except MemoryError as error:
             raise CapacityError(
                 f"no memory for all within the radius of {len(query_QD):,} queries; ask for fewer, or for a smaller one"
             ) from error
         return Within(*(like(array, queries) for array in found))
+
+    def nearest_within(
+        self,
+        queries: Any,
+        radius: Any,
+        k: int = 10,
+        ef: int | None = None,
+        filter: Any = None,
+        *,
+        exact: bool = False,
+        num_threads: int | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """The k nearest within a radius of each query, and how many are within: as `range_search`, without holding all of these.
+
+        Args and errors are those of `search` and `range_search`.
+
+        Returns:
+            ids, int64 [Q, K], and distances, float32 [Q, K], as `search`; and how many are within, int64 [Q]. Tensors, on their device,
+            where queries are.
+        """
+        k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
+        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
+        radius_Q = as_radius(radius, len(query_QD))
+        try:
+            id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
+            with self._workers(num_threads) as workers:
+                rows, number_Q = self._ranges.many(
+                    query_QD, radius_Q, ef, filter, bool(exact), workers, self._lock, most=k
+                )
+        except (MemoryError, ValueError) as error:
+            raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
+        for number, (ids, distances) in enumerate(rows):
+            id_QK[number, : len(ids)], distance_QK[number, : len(ids)] = ids, distances
+        return like(id_QK, queries), like(distance_QK, queries), like(number_Q, queries)
 
     def prepare_filter(self, ids_or_mask: Any) -> Filter:
         """A filter for many searches: what it lets through is worked out once, and again only when the index has changed.

@@ -88,17 +88,19 @@ class Ranges:
         exact: bool,
         workers: Workers,
         lock: ReadWriteLock,
-    ) -> Rows:
-        """Ids and distances of each query, in as many turns as writers ask for (`searching`).
+        most: int | None = None,
+    ) -> tuple[Rows, np.ndarray]:
+        """Ids and distances of each query, the nearest ``most`` or all, and how many are within, int64 [Q].
 
-        Raises InputError for a filter that does not fit, DataError for distances that are no numbers.
+        In as many turns as writers ask for (`searching`). Raises InputError for a filter that does not fit, DataError for distances that
+        are no numbers.
         """
-        query = _Query(query_QD, radius_Q, Asked(filter), ef, bool(exact))
+        query = _Query(query_QD, radius_Q, Asked(filter), ef, bool(exact), most)
         while query.left_R.size or query.again_R.size:
             with lock.read():
                 self._turn(query, workers, lock)
         self._searcher.last = (*query.cost, len(query_QD))
-        return query.rows
+        return query.rows, query.number_Q
 
     def _turn(self, query: "_Query", workers: Workers, lock: ReadWriteLock) -> None:
         """Answer queries until there are none left or a writer waits: one piece at least."""
@@ -138,7 +140,7 @@ class Ranges:
         more_R = found_RK[:, -1] & (2 * inside_R > ef)
         for place in np.flatnonzero(~more_R).tolist():
             end = int(inside_R[place])
-            query.rows[int(part_R[place])] = id_RK[place, :end].copy(), distance_RK[place, :end].copy()
+            query.take(int(part_R[place]), id_RK[place, :end], distance_RK[place, :end])
         query.left_R, query.again_R = query.left_R[done:], np.concatenate([query.again_R, part_R[more_R]])
 
     def _by_vectors(self, query_RD: np.ndarray, id_RK: np.ndarray, distance_RK: np.ndarray) -> None:
@@ -165,8 +167,9 @@ class Ranges:
                 measure_slots(held.graph, slot_S, *queries, number - begin, distance_S)
                 _check(distance_S)
                 inside = np.flatnonzero(distance_S <= query.radius_Q[left_R[number]])
-                inside = inside[np.lexsort((label_S[inside], distance_S[inside]))]
-                query.rows[int(left_R[number])] = label_S[inside], distance_S[inside]
+                kept = _nearest(inside, distance_S, label_S, query.most)
+                kept = kept[np.lexsort((label_S[kept], distance_S[kept]))]
+                query.take(int(left_R[number]), label_S[kept], distance_S[kept], len(inside))
 
         done, _ = in_pieces(work, len(left_R), piece_of(query.ef, slot_S), workers, lock)
         query.spend(0, done * len(slot_S))
@@ -181,20 +184,42 @@ class _Query:
         first_ef: how many the first held.
         left_R: numbers of those that are to be answered with that.
         again_R: of those to be answered with twice as many.
+        most: that each keeps; None for all.
         rows: the answers.
+        number_Q: how many are within.
         cost: hops and distances so far.
     """
 
-    def __init__(self, query_QD: np.ndarray, radius_Q: np.ndarray, asked: Asked, ef: int, exact: bool) -> None:
-        self.query_QD, self.radius_Q, self.asked, self.exact = query_QD, radius_Q, asked, exact
+    def __init__(
+        self, query_QD: np.ndarray, radius_Q: np.ndarray, asked: Asked, ef: int, exact: bool, most: int | None
+    ) -> None:
+        self.query_QD, self.radius_Q, self.asked, self.exact, self.most = query_QD, radius_Q, asked, exact, most
         self.ef = self.first_ef = ef
         self.left_R, self.again_R = np.arange(len(query_QD)), np.arange(0)
         self.rows: Rows = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(query_QD)
+        self.number_Q = np.zeros(len(query_QD), np.int64)
         self.cost = (0, 0)
+
+    def take(self, number: int, id_Z: np.ndarray, distance_Z: np.ndarray, total: int | None = None) -> None:
+        """The answer of a query, in its order: ``total`` are within, as many as there are where that is not said."""
+        self.number_Q[number] = len(id_Z) if total is None else total
+        # Copies, so that what they were found in goes.
+        self.rows[number] = id_Z[: self.most].copy(), distance_Z[: self.most].copy()
 
     def spend(self, hops: int, distances: int) -> None:
         """Count what an answer cost."""
         self.cost = self.cost[0] + hops, self.cost[1] + distances
+
+
+def _nearest(inside: np.ndarray, distance_S: np.ndarray, label_S: np.ndarray, most: int | None) -> np.ndarray:
+    """The nearest ``most`` of some slots, or all, in any order; of those at one distance the smallest by label."""
+    if most is None or len(inside) <= most:
+        return inside
+    far = distance_S[inside]
+    edge = np.partition(far, most - 1)[most - 1]
+    nearer, at = inside[far < edge], inside[far == edge]
+    place = np.argpartition(label_S[at], most - len(nearer) - 1)[: most - len(nearer)]
+    return np.concatenate([nearer, at[place]])
 
 
 def _check(distance_S: np.ndarray) -> None:

@@ -98,11 +98,7 @@ class ShardedHNSW:
     def search(self, queries: Any, k: int = 10, ef: int | None = None, filter: Any = None) -> tuple[Any, Any]:
         """The k nearest among those that each shard finds, as `HNSW.search`."""
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
-        found = self._all(lambda shard: shard.search(query_QD, k, ef, filter))
-        id_QR, distance_QR = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
-        by_id = np.where(id_QR < 0, np.iinfo(np.int64).max, id_QR)
-        best_QK = np.lexsort((by_id, distance_QR))[:, :k]
-        ids, distances = np.take_along_axis(id_QR, best_QK, 1), np.take_along_axis(distance_QR, best_QK, 1)
+        ids, distances = _merged(self._all(lambda shard: shard.search(query_QD, k, ef, filter)), k)
         return like(ids, queries), like(distances, queries)
 
     def range_search(
@@ -116,6 +112,15 @@ class ShardedHNSW:
         order_Z = np.lexsort((id_Z, distance_Z, row_Z))
         indptr = np.append(0, np.cumsum(np.bincount(row_Z, minlength=len(query_QD)))).astype(np.int64)
         return Within(*(like(array, queries) for array in (indptr, id_Z[order_Z], distance_Z[order_Z])))
+
+    def nearest_within(
+        self, queries: Any, radius: Any, k: int = 10, ef: int | None = None, filter: Any = None, *, exact: bool = False
+    ) -> tuple[Any, Any, Any]:
+        """The k nearest within a radius and how many each shard finds there, as `HNSW.nearest_within`."""
+        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
+        found = self._all(lambda shard: shard.nearest_within(query_QD, radius, k, ef, filter, exact=exact))
+        ids, distances = _merged([one[:2] for one in found], k)
+        return tuple(like(array, queries) for array in (ids, distances, sum(one[2] for one in found)))
 
     def prepare_filter(self, ids_or_mask: Any) -> Filter:
         """A filter for many searches, as `HNSW.prepare_filter`: worked out for each shard once, and again when that has changed."""
@@ -165,3 +170,11 @@ class ShardedHNSW:
         bad = [row for row, id in enumerate(id_N.tolist()) if id not in self]
         if bad:
             raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
+
+
+def _merged(found: list[tuple[Any, Any]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest k of what shards found, -1 and infinity behind the last: ids and distances, [Q, K]."""
+    id_QR, distance_QR = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
+    by_id = np.where(id_QR < 0, np.iinfo(np.int64).max, id_QR)
+    best_QK = np.lexsort((by_id, distance_QR))[:, :k]
+    return np.take_along_axis(id_QR, best_QK, 1), np.take_along_axis(distance_QR, best_QK, 1)

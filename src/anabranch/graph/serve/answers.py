@@ -15,6 +15,9 @@ from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.requests import Ppr, RequestError, Search, SeedSet
 from anabranch.graph.serve.sources import Loaded
 
+# Of each query: ids, distances, and with a radius how many are within.
+Rows = list[tuple[np.ndarray, np.ndarray, int]]
+
 
 def answer_search(loaded: Loaded, wanted: Search, limits: Limits) -> Steps[dict[str, Any]]:
     """Nearest neighbours of each query, nearest first; a step for every few of them. Raises RequestError."""
@@ -34,19 +37,15 @@ def answer_search(loaded: Loaded, wanted: Search, limits: Limits) -> Steps[dict[
     for first in range(0, len(query), step):
         part = slice(first, first + step)
         mine = None if own is None else own[part]
-        if wanted.radius is None:
-            rows = _nearest(index, query[part], wanted, mine, filter)
-        else:
-            rows = _within(index, query[part], wanted, filter)
-        results += _results(rows, wanted, mine, held.names, told)
+        results += _results(_found(index, query[part], wanted, mine, filter), wanted, mine, held.names, told)
         yield
     return {"results": results, "generation": loaded.generation}
 
 
 def _step(index: Any, wanted: Search) -> int:
-    """How many queries take some milliseconds: walks, or with a radius maybe distances to all."""
+    """How many queries take some milliseconds: walks; or with a radius maybe distances to all, after walks that cost as much or more."""
     walks = max(1, WALKED // max(wanted.k, wanted.ef or 1))
-    return walks if wanted.radius is None else max(1, min(walks, SCANNED // max(1, len(index))))
+    return walks if wanted.radius is None else max(1, min(walks, SCANNED // max(1, 4 * len(index))))
 
 
 class _Told:
@@ -67,47 +66,45 @@ class _Told:
 
 
 def _results(
-    rows: list[tuple[np.ndarray, np.ndarray]], wanted: Search, own: np.ndarray | None, names: Names | None, told: _Told
+    rows: Rows, wanted: Search, own: np.ndarray | None, names: Names | None, told: _Told
 ) -> list[dict[str, Any]]:
     results = []
-    for row, (ids, distances) in enumerate(rows):
+    for row, (ids, distances, within) in enumerate(rows):
         if not np.isfinite(distances).all():
             # Vectors and queries are such that distances are (`MAX_LENGTH`).
             raise _damaged(f"the {DAMAGED}")
         if own is not None:
             kept = ids != own[row]
+            within -= not kept.all()
             ids, distances = ids[kept], distances[kept]
         result: dict[str, Any] = {"ids": ids[: wanted.k].tolist(), "distances": distances[: wanted.k].tolist()}
         if wanted.radius is not None:
-            result["within"] = len(ids)
+            result["within"] = within
         results.append(result if names is None else {**result, "names": told.names(names, ids[: wanted.k])})
     return results
 
 
-def _nearest(
-    index: Any, query: np.ndarray, wanted: Search, own: np.ndarray | None, filter: Any
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def _found(index: Any, query: np.ndarray, wanted: Search, own: np.ndarray | None, filter: Any) -> Rows:
+    if wanted.radius is not None and not isinstance(index, HNSW):
+        message = "radius cannot be used: an index on disk finds the nearest k, not all within a distance"
+        raise RequestError(400, "invalid_request", message, field="radius")
     # An element finds itself, and that is left out.
     k = wanted.k + (own is not None)
     try:
-        ids, distances = index.search(query, k, wanted.ef, filter, num_threads=1)
+        if wanted.radius is None:
+            ids, distances = index.search(query, k, wanted.ef, filter, num_threads=1)
+            within = np.zeros(len(ids), np.int64)
+        else:
+            ids, distances, within = index.nearest_within(
+                query, wanted.radius, k, wanted.ef, filter, exact=wanted.is_exact, num_threads=1
+            )
     except DataError as error:
         # Of one on disk: a block that was read is not what was written.
         raise _damaged(str(error)) from None
-    return [(id_K[id_K >= 0], distance_K[id_K >= 0]) for id_K, distance_K in zip(ids, distances, strict=True)]
-
-
-def _within(index: Any, query: np.ndarray, wanted: Search, filter: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    if not isinstance(index, HNSW):
-        message = "radius cannot be used: an index on disk finds the nearest k, not all within a distance"
-        raise RequestError(400, "invalid_request", message, field="radius")
-    try:
-        indptr, ids, distances = index.range_search(
-            query, wanted.radius, wanted.ef, filter, exact=wanted.is_exact, num_threads=1
-        )
-    except DataError as error:
-        raise _damaged(str(error)) from None
-    return list(zip(np.split(ids, indptr[1:-1]), np.split(distances, indptr[1:-1]), strict=True))
+    return [
+        (id_K[id_K >= 0], distance_K[id_K >= 0], number)
+        for id_K, distance_K, number in zip(ids, distances, within.tolist(), strict=True)
+    ]
 
 
 def _damaged(message: str) -> RequestError:
