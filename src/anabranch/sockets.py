@@ -4,9 +4,10 @@ import contextlib
 import ipaddress
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from anabranch.errors import InputError
+from anabranch.bounds import shown
+from anabranch.errors import ConfigError, InputError
 
 MOST_PORT = 65_535
 
@@ -72,6 +73,22 @@ def name_of(host: str) -> str | None:
     if found["inner"] is not None and not _is_ipv6(name):
         return None
     return name if not port or int(port) <= MOST_PORT else None
+
+
+def check_names(field: str, names: Sequence[str], any_name: str = "*") -> None:
+    """Raises ConfigError for what no request names as its host, such as a URL or a name with a port, so that it would let in nobody.
+
+    Args:
+        field: of a config, for errors.
+        names: of hosts.
+        any_name: that stands for all.
+    """
+    for place, name in enumerate(names):
+        is_one = name_of(name) == name.lower() and any_name not in name
+        if name != any_name and not is_one and not _is_ipv6(name):
+            raise ConfigError(
+                f"{field}.{place} is {shown(name)}; write a name such as gateway.example, without http:// and port, or {any_name} for all"
+            )
 
 
 def _is_ipv6(text: str) -> bool:

@@ -229,6 +229,7 @@ gateway eval scores.jsonl --test-share nan
 gateway fit scores.jsonl --out z --hold-out nan
 gateway route x --router z --trade-off nan
 gateway serve --drain nan
+gateway serve --drain -3
 gateway serve --workers 0
 gateway serve --workers many
 gateway keys list --store no.db

@@ -193,6 +193,9 @@ def test_keys_are_made_edited_renewed_and_ended(tmp_path):
             assert (await call("POST", path, {}))[0] == 404, path
         assert (await call("POST", "/admin/keys/nobody/rotate"))[0] == 404
         assert (await call("PATCH", "/admin/keys/nobody", {"team": "x"}))[0] == 404
+        status, told = await call("PATCH", f"/admin/keys/{id}", {})
+        assert (status, told["error"]["param"]) == (400, "body")
+        assert "give one of name" in told["error"]["message"]
         await call("PUT", "/admin/budgets", {"subject": "team:research", "limit_usd": 0})
         body = {"model": "small", "messages": [{"role": "user", "content": "x"}]}
         assert (await call("POST", "/v1/chat/completions", body, key=renewed["secret"]))[

@@ -474,6 +474,13 @@ def missing(monkeypatch, extra):
         monkeypatch.setattr(f"anabranch.gateway.{module}.require", refuse)
 
 
+@pytest.mark.parametrize("name", ["http://x", "x:80", "", "a b", "[::1]", "x/", "a@b", "*.x"])
+def test_a_host_that_no_request_names_is_refused(name):
+    made = default_config().replace(hosts=("gateway.example", "::1", "127.0.0.1", "*", "A.b"))
+    with pytest.raises(ConfigError, match=r"hosts\.1 is .*; write a name such as gateway\.example"):
+        made.replace(hosts=("x", name))
+
+
 def test_the_configs_of_the_guide_are_right(tmp_path, monkeypatch):
     """The first one as it stands; the others, which are parts, behind it."""
     guide = (Path(__file__).resolve().parents[2] / "docs" / "gateway-guide.md").read_text()

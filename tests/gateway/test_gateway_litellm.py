@@ -302,6 +302,7 @@ def test_a_deployment_of_which_nobody_knows_a_price_has_the_dearest_of_its_model
         ("{num_retries: 2}", None, []),
         ("{redis_host: null, redis_port: null}", None, []),
         ("{redis_port: 6379}", None, ["redis_port"]),
+        ("{redis_host: cache, redis_port: 99999}", None, ["redis_host", "redis_port"]),
         ("{redis_host: '', redis_port: 6379}", None, ["redis_host", "redis_port"]),
         ("{redis_host: yes}", None, ["redis_host"]),
         ("{redis_url: '', redis_host: cache}", None, ["redis_url", "redis_host"]),
@@ -339,6 +340,55 @@ def test_redis_is_where_processes_count_together(moved, router, url, left):
 def test_what_has_a_counterpart_that_is_set_elsewhere_names_it(moved, text, why):
     (line,) = moved(f"{AZURE}{text}\n").left
     assert why in line
+
+
+def test_what_cannot_be_read_is_said_in_words(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read the config .*: no such file or directory$"):
+        import_litellm(tmp_path / "none.yaml")
+    (tmp_path / "odd.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="it is not UTF-8"):
+        import_litellm(tmp_path / "odd.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "why"),
+    [
+        ("  litellm_params: {model: gpt-4o, max_tokens: 0.5}", "litellm_params.max_tokens", "no number from 1 on"),
+        ("  litellm_params: {model: gpt-4o, rpm: 0.5}", "litellm_params.rpm", "no number from 1 on"),
+        ("  litellm_params: {model: gpt-4o, weight: 0}", "litellm_params.weight", "no number above 0 and"),
+        (
+            "  litellm_params: {model: gpt-4o}\n  model_info: {max_input_tokens: 1.0e-9}",
+            "model_info.max_input_tokens",
+            "1 on",
+        ),
+        (
+            "  litellm_params: {model: gpt-4o}\nrouter_settings: {default_max_parallel_requests: 0.1}",
+            "router_settings.default_max_parallel_requests",
+            "no number from 1 on",
+        ),
+        (
+            "  litellm_params: {model: gpt-4o}\nrouter_settings: {num_retries: -0.5}",
+            "router_settings.num_retries",
+            "from 0 on",
+        ),
+        (
+            "  litellm_params: {model: gpt-4o}\ngeneral_settings: {max_request_size_mb: 1.0e-9}",
+            "general_settings.max_request_size_mb",
+            "no number from",
+        ),
+        (
+            "  litellm_params: {model: gpt-4o}\nrouter_settings: {redis_port: 99999}",
+            "router_settings.redis_port",
+            "is 99999, which is no port",
+        ),
+    ],
+)
+def test_a_number_that_would_be_none_is_said_with_its_line(moved, text, field, why):
+    done = moved(f"model_list:\n- model_name: a\n{text}\n")
+    line = next(one for one in done.left if field in one)
+    assert why in line
+    assert ".yaml:" in line
+    assert len(done.left) <= 2
 
 
 def test_settings_that_are_null_are_not_given(moved):

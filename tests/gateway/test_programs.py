@@ -314,6 +314,15 @@ def test_calls_of_a_program_do_not_pass_the_limit_of_a_request(tmp_path):
     assert (status, [row.status for row in rows]) == (429, ["ok", "ok", "refused"])
 
 
+@pytest.mark.parametrize(
+    ("one", "what"),
+    [("x", "no strategy but 'x'"), (Scripted, r"the class Scripted: make one, Scripted\(...\)"), (None, "None")],
+)
+def test_what_is_no_strategy_is_told_at_once(tmp_path, one, what):
+    with pytest.raises(InputError, match=rf"strategies has 'prog', which is .*{what}"):
+        Gateway(config(tmp_path), strategies={"prog": one})
+
+
 def test_an_answer_of_a_program_is_kept_and_given_again(tmp_path):
     async def work_of(request, ask):
         yield Done.of(await ask(request.arm("small"), request.messages))
@@ -537,14 +546,12 @@ def test_what_a_program_cannot_answer_is_refused(tmp_path, endpoint, body):
     }
 
     async def work(gateway):
-        with pytest.raises(
-            ApiError, match=r"auto/prog is a program: it answers /v1/chat/completions, with one choice"
-        ) as caught:
+        with pytest.raises(ApiError, match=r"auto/prog is a program: it answers (/v1/chat|with one choice)") as caught:
             await gateway.handle(endpoint, {**asked[endpoint], **body})
-        return caught.value.status
+        return caught.value.status, caught.value.param
 
-    status, [row], _ = run(config(tmp_path), work, both_drafts)
-    assert (status, row.status) == (400, "refused")
+    found, [row], _ = run(config(tmp_path), work, both_drafts)
+    assert (*found, row.status) == (400, "n" if endpoint == "chat" else "model", "refused")
 
 
 def test_where_a_request_of_a_program_would_go_nothing_is_run(tmp_path):

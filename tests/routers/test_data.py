@@ -329,6 +329,14 @@ def test_scores_that_are_called_so_are_their_models(tmp_path, header, models):
     assert load_outcomes(written(tmp_path, f"prompt,{header}\nhi,1,0\n", "a.csv")).models == models
 
 
+def test_a_name_with_other_columns_of_its_own_is_a_model(tmp_path):
+    """``cost:seed-1.6`` was an error: its column of scores was left out for the word "seed"."""
+    data = load_outcomes(written(tmp_path, "prompt,seed-1.6,cost:seed-1.6,seed\nhi,1,2,7\n", "a.csv"))
+    assert (data.models, data.reading.left_out) == (("seed-1.6",), {"seed": "not scores, by its name"})
+    data = load_outcomes(written(tmp_path, "prompt,o3-day,o3-day_response,day\nhi,1,x,7\n", "a.csv"))
+    assert data.models == ("o3-day",)
+
+
 def test_an_ending_in_capitals_is_one(tmp_path):
     assert load_outcomes(written(tmp_path, "prompt,small\nhi,1\n", "A.CSV")).models == ("small",)
     assert load_outcomes(written(tmp_path, "prompt\tsmall\nhi\t1\n", "A.TSV")).models == ("small",)

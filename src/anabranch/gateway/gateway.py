@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from anabranch.bounds import shown
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.gateway import listings
 from anabranch.gateway.answer_mark import answer_mark
@@ -152,6 +153,12 @@ class Gateway(SyncGateway):
 
     def _made(self, config: GatewayConfig, previous: Runtime | None) -> Runtime:
         ready = self._strategies or {}
+        for name, one in ready.items():
+            if not isinstance(one, Strategy):
+                what = (
+                    f"the class {one.__name__}: make one, {one.__name__}(...)" if isinstance(one, type) else shown(one)
+                )
+                raise InputError(f"strategies has {name!r}, which is no strategy but {what}")
         own = {name: StrategyConfig(use=one.name) for name, one in ready.items() if name not in config.strategies}
         if own:
             config = config.replace(strategies={**config.strategies, **own})

@@ -10,6 +10,7 @@ import typer
 
 from anabranch.cli.options import FLAG, AsJson, Quiet, finite_number, only_file
 from anabranch.cli.output import fact, print_json, say, shell_word
+from anabranch.errors import InputError
 from anabranch.extras import require
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ def serve(
             say(f"no price  {line}")
         say(f"{config or 'the built-in config'} is right: {len(held.models)} models, {len(held.strategies)} strategies")
         return
+
+    if drain < 0:
+        raise InputError(f"--drain is {drain:g}; it must be a number of seconds, 0 or more")
 
     def ready(url: str, admin_url: str, held: GatewayConfig) -> None:
         import sys

@@ -23,6 +23,7 @@ from anabranch.registry import kinds
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.embed import Embedder
 from anabranch.routers.money import Price
+from anabranch.sockets import check_names
 
 # As browsers send it: nothing behind the host and the port.
 ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
@@ -111,6 +112,7 @@ class GatewayConfig(Config):
                 raise ConfigError(
                     f"cors_origins.{place} is {origin!r}; write https://HOST, with its port if it has one, or *"
                 )
+        check_names("hosts", self.hosts)
         if self.learning.judge and self.learning.judge not in (names := [model.name for model in self.models]):
             raise ConfigError(
                 f"learning.judge is {self.learning.judge!r}, and there is no such model; {hint(self.learning.judge, names)}"

@@ -103,8 +103,12 @@ def import_litellm(path: str | Path) -> Imported:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the config {path}: {error}") from None
+    except OSError as error:
+        raise DataError(f"cannot read the config {path}: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"cannot read the config {path}: it is not UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
     data, lines = parse(text, path)
     return _Import(path, lines).run(data)
 
@@ -205,9 +209,7 @@ class _Import:
         models[name]["deployments"].append(deployment)
         for fact, value in facts.items():
             if models[name].setdefault(fact, value) != value:
-                self._leave(
-                    f"{field}.model_info", f"gives {name!r} another {fact} than the entry before; the first counts"
-                )
+                self._leave(field, f"gives {name!r} another {fact} than the entry before; the first counts")
 
     def _based(self, params: Table, info: Table, provider: Table, field: str) -> Price | None:
         """The price of what a deployment is said to run, which its own name, as on Azure, does not tell."""
@@ -270,13 +272,14 @@ class _Import:
             ("timeout", "timeout_s", float),
             ("stream_timeout", "first_token_timeout_s", float),
         ):
-            value = self._number(params.get(theirs), f"{field}.{theirs}")
+            value = self._number(params.get(theirs), f"{field}.{theirs}", is_whole=kind is int)
             if value is not None:
                 made[ours] = kind(value)
         return made
 
-    def _number(self, value: Any, field: str, most: Decimal = LARGEST) -> Decimal | None:
-        return number_of(value, field, self._leave, most=most)
+    def _number(self, value: Any, field: str, most: Decimal = LARGEST, *, is_whole: bool = False) -> Decimal | None:
+        """``is_whole``: it is cut to a whole number, of which 0 is none."""
+        return number_of(value, field, self._leave, most=most, first=1 if is_whole else None)
 
     def _price(self, value: Any, field: str) -> Decimal | None:
         """Dollars a token; 0 for what costs nothing."""
@@ -311,12 +314,14 @@ class _Import:
 
     def _facts(self, params: Table, info: Table, field: str) -> Table:
         made: Table = {}
-        prompt = self._number(info.get("max_input_tokens"), f"{field}.model_info.max_input_tokens")
+        prompt = self._number(info.get("max_input_tokens"), f"{field}.model_info.max_input_tokens", is_whole=True)
         answer = self._number(
-            info.get("max_output_tokens", info.get("max_tokens")), f"{field}.model_info.max_output_tokens"
+            info.get("max_output_tokens", info.get("max_tokens")),
+            f"{field}.model_info.max_output_tokens",
+            is_whole=True,
         )
         # What an entry sends where a request names no limit comes before what its model could write at most.
-        sent = self._number(params.get("max_tokens"), f"{field}.litellm_params.max_tokens")
+        sent = self._number(params.get("max_tokens"), f"{field}.litellm_params.max_tokens", is_whole=True)
         if sent is not None or answer is not None:
             made["max_tokens"] = int(sent or answer or 0)
         if prompt is not None:

@@ -65,16 +65,19 @@ _PERIOD = re.compile(r"(\d{1,6})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
-def number_of(value: Any, field: str, leave: Leave, *, least: float = 0, most: Decimal = LARGEST) -> Decimal | None:
-    """A number above ``least``; None for none, or, which is said, for anything else."""
+def number_of(
+    value: Any, field: str, leave: Leave, *, least: float = 0, most: Decimal = LARGEST, first: float | None = None
+) -> Decimal | None:
+    """A number above ``least``, or from ``first`` on where that is given; None for none, or, which is said, for anything else."""
     if value is None:
         return None
     try:
         number = Decimal(str(value)) if not isinstance(value, bool) else Decimal("nan")
     except (InvalidOperation, ValueError):
         number = Decimal("nan")
-    if not number.is_finite() or not least < number <= most:
-        leave(field, f"is {shown(value)}, which is no number above {least} and up to {most:,}")
+    if not number.is_finite() or number > most or (number <= least if first is None else number < first):
+        bound = f"above {least:g}" if first is None else f"from {first:g} on"
+        leave(field, f"is {shown(value)}, which is no number {bound} and up to {most:,}")
         return None
     return number
 
@@ -93,6 +96,10 @@ def _plain_redis(given: Table) -> str | None:
     except ConfigError:
         return None
     return url
+
+
+def _is_port(value: Any) -> bool:
+    return isinstance(value, int | str) and re.fullmatch(r"\d{1,5}", str(value)) is not None and 0 < int(value) < 65_536
 
 
 class Settings:
@@ -132,8 +139,8 @@ class Settings:
             self._leave(field, "is no list")
         return value if isinstance(value, list) else []
 
-    def _number(self, value: Any, field: str, least: float = 0) -> Decimal | None:
-        return number_of(value, field, self._leave, least=least)
+    def _number(self, value: Any, field: str, first: float | None = None) -> Decimal | None:
+        return number_of(value, field, self._leave, first=first)
 
     def _setting(self, name: str, value: Any, here: str) -> None:
         if name == "routing_strategy":
@@ -151,7 +158,7 @@ class Settings:
             number = self._number(value, here)
             self._of_all("first_token_timeout_s", None if number is None else float(number))
         elif name == "default_max_parallel_requests":
-            number = self._number(value, here)
+            number = self._number(value, here, first=1)
             self._of_all("max_in_flight", None if number is None else int(number))
         elif name in _CALLBACKS:
             self._callbacks(value, here)
@@ -170,7 +177,9 @@ class Settings:
         if url is not None:
             self._config["shared"] = {"url": url}
         for name in given:
-            if url is None:
+            if url is None and name == "redis_port" and not _is_port(router[name]):
+                self._leave(f"router_settings.{name}", f"is {shown(router[name])}, which is no port")
+            elif url is None:
                 why = "is a part of shared.url here: put redis://:PASSWORD@HOST:PORT/0 into a variable, and set that to env:VARIABLE"
                 self._leave(f"router_settings.{name}", why)
             elif name not in read:
@@ -187,7 +196,7 @@ class Settings:
                 )
 
     def _limit(self, name: str, value: Any, here: str) -> None:
-        number = self._number(value, here, least=-1 if name in ("num_retries", "allowed_fails") else 0)
+        number = self._number(value, here, first=0 if name in ("num_retries", "allowed_fails") else None)
         if number is None:
             return
         if name == "num_retries":
@@ -238,11 +247,12 @@ class Settings:
         if name == "master_key":
             self._master(value, here)
         elif name == "global_max_parallel_requests":
-            if (number := self._number(value, here)) is not None:
+            if (number := self._number(value, here, first=1)) is not None:
                 self._config.setdefault("limits", {})["in_flight"] = int(number)
         elif name == "max_request_size_mb":
-            if (number := self._number(value, here)) is not None:
-                self._config.setdefault("limits", {})["body_bytes"] = int(number * 2**20)
+            # Down to a byte.
+            if (number := self._number(value, here, first=2**-20)) is not None:
+                self._config.setdefault("limits", {})["body_bytes"] = int(min(number * 2**20, LARGEST))
         elif name == "store_prompts_in_spend_logs" and isinstance(value, bool):
             self._config.setdefault("log", {})["prompts"] = value
         elif name == "maximum_spend_logs_retention_period":

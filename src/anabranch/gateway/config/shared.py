@@ -7,6 +7,9 @@ from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.config.secret import Secret, is_reference
 
+# Its number, or nothing.
+_DATABASE = re.compile(r"/?|/\d{1,9}/?")
+
 
 @configclass
 class SharedConfig(Config):
@@ -50,7 +53,9 @@ def check_redis_url(url: str) -> None:
     except ValueError:
         raise ConfigError("url cannot be read; write redis://HOST:6379/0, or env:VARIABLE") from None
     is_one = (
-        bool(parts.hostname) if parts.scheme in ("redis", "rediss") else parts.scheme == "unix" and bool(parts.path)
+        bool(parts.hostname) and _DATABASE.fullmatch(parts.path) is not None
+        if parts.scheme in ("redis", "rediss")
+        else parts.scheme == "unix" and bool(parts.path)
     )
     if not is_one:
         raise ConfigError("url must be redis://HOST:6379/0, rediss://HOST:6379/0 or unix://PATH, or env:VARIABLE")

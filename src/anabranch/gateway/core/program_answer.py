@@ -27,8 +27,12 @@ async def ask_program(state: RequestState) -> Answer | ProgramRun | None:
     program = None if name is None else state.runtime.decider.program(name)
     if program is None or name is None or decided is None:
         return None
-    if state.endpoint != "chat" or (state.body.get("n") or 1) != 1:
-        raise wrong("model", f"{state.label} is a program: it answers /v1/chat/completions, with one choice (n = 1)")
+    if state.endpoint != "chat":
+        raise wrong(
+            "model", f"{state.label} is a program: it answers /v1/chat/completions, /v1/responses and /v1/messages"
+        )
+    if (state.body.get("n") or 1) != 1:
+        raise wrong("n", f"{state.label} is a program: it answers with one choice (n = 1)")
     if decided.bypassed:
         return None
     state.clock.begin("call")

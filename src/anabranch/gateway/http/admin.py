@@ -141,6 +141,10 @@ class AdminRoutes:
         return {"secret": secret, "key": dataclasses.asdict(record), **await self._limit(record, limit)}
 
     async def _edit_key(self, call: _Call) -> Any:
+        if not call.body:
+            raise wrong(
+                "body", f"nothing is said of the key that could be changed; give one of {', '.join((*FIELDS, *BUDGET))}"
+            )
         fields, limit = _key_fields(call.body)
         record = await _told(self._gateway.store.edit_key(call.name, **fields))
         return {"key": dataclasses.asdict(record), **await self._limit(record, limit)}

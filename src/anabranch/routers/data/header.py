@@ -62,12 +62,16 @@ def guess(
     left: dict[str, str] = {}
     marks = {name: mark for name in header if name not in (query, task) and (mark := _mark(name)) is not None}
     has_scores = any(part == "score" for part, _ in marks.values())
+    # Of whom there is a cost or an answer, his name is that of a model, whatever words are in it.
+    owners = {model for _, model in marks.values()}
     for column, name in enumerate(header):
         if name in (query, task):
             continue
         if name in marks:
             _put(tables, *marks[name], name, path)
-        elif (why := _why_not(name, [row[column] for row in rows], has_scores, is_number)) is not None:
+        elif (
+            why := _why_not(name, [row[column] for row in rows], has_scores, is_number, is_owner=name in owners)
+        ) is not None:
             left[name] = why
         else:
             _put(tables, "score", name, name, path)
@@ -113,14 +117,16 @@ def _put(tables: Tables, part: str, model: str, name: str, path: Path) -> None:
         raise DataError(f"{path}: the columns {other!r} and {name!r} both hold {part} of {model!r}; leave one out")
 
 
-def _why_not(name: str, cells: list[str], has_scores: bool, is_number: Callable[[str], bool]) -> str | None:
-    """Why a column with a bare name holds no model's scores; None if it does."""
+def _why_not(
+    name: str, cells: list[str], has_scores: bool, is_number: Callable[[str], bool], *, is_owner: bool
+) -> str | None:
+    """Why a column with a bare name holds no model's scores; None if it does. ``is_owner``: other columns are of a model of that name."""
     if IGNORED.fullmatch(name):
         return "not of a model, by its name"
     if name.lower() in _GENERIC:
         return "no model's, by its name"
     words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
-    if words & _OTHER:
+    if words & _OTHER and not is_owner:
         return "not scores, by its name"
     if not any(map(is_number, cells)):
         return "no numbers" if any(cell.strip() for cell in cells) else "empty"

@@ -6,6 +6,7 @@ from anabranch.bounds import shown
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.serving.core.admission import AdmissionConfig
+from anabranch.sockets import check_names
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES
 
 ReasoningFormat = Literal["auto", "none", "think", "magistral", "harmony"]
@@ -118,6 +119,7 @@ class HttpConfig(Config):
     page: bool = True
 
     def __post_init__(self) -> None:
+        check_names("hosts", self.hosts)
         for place, name in enumerate(self.names):
             if not isinstance(name, str) or not 0 < len(name) <= 256:
                 raise ConfigError(f"names.{place} is {shown(name)}; a name has 1 to 256 characters")
