@@ -72,6 +72,38 @@ def test_linear_sums_halves_and_says_what_that_costs():
     assert combine([first], [0.0], "linear").error == 0
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3, 9, None])
+def test_svd_is_the_best_of_its_rank_and_says_what_it_lacks(rank):
+    adapters, weights = [adapter([2, 1, 2]), adapter([1, 2, 0], 4.0, True, seed=1)], [0.5, -1.5]
+    exact, made = combine(adapters, weights).adapter, combine(adapters, weights, "svd", rank=rank)
+    missed = total = 0.0
+    for name in NAMES:
+        whole, found = exact.pairs[name].delta(), made.adapter.pairs[name]
+        left, value, right = torch.linalg.svd(whole)
+        kept = min(rank or max(one.pairs[name].rank for one in adapters if name in one.pairs), exact.pairs[name].rank)
+        assert found.rank == kept
+        best = left[:, :kept] @ torch.diag(value[:kept]) @ right[:kept]
+        torch.testing.assert_close(found.delta(), best)
+        missed, total = missed + float(value[kept:].square().sum()), total + float(value.square().sum())
+    assert made.error == pytest.approx(math.sqrt(missed / total), abs=1e-7)
+
+
+def test_svd_of_nothing_is_one_rank_of_nothing():
+    made = combine([adapter([2, 2, 2])], [0.0], "svd")
+    assert {pair.rank for pair in made.adapter.pairs.values()} == {1}
+    assert not any(pair.delta().any() for pair in made.adapter.pairs.values())
+    assert made.error == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "message"),
+    [("exact", 2, "rank is 2, and method 'exact' has none to choose"), ("svd", 0, "rank is 0; it must be at least 1")],
+)
+def test_ranks_that_cannot_be(method, rank, message):
+    with pytest.raises(ConfigError, match=message):
+        combine([adapter([1, 1, 1])], [1.0], method, rank=rank)
+
+
 def test_an_adapter_minus_itself_is_nothing():
     one = adapter([2, 3, 0])
     assert all(pair.delta().abs().max() < 1e-12 for pair in combine([one, one], [1, -1]).adapter.pairs.values())
@@ -120,7 +152,7 @@ def other_widths():
         (lambda: [], [], "exact", "there are 0 weights for 0 adapters; give one for each"),
         (lambda: [adapter([1, 1, 1])], [1, 2], "exact", "there are 2 weights for 1 adapters"),
         (lambda: [adapter([1, 1, 1])], [math.nan], "exact", "a weight is nan; it must be a finite number"),
-        (lambda: [adapter([1, 1, 1])], [1], "ties", "method is 'ties'; use one of exact, linear"),
+        (lambda: [adapter([1, 1, 1])], [1], "ties", "method is 'ties'; use one of exact, svd, linear"),
         (
             lambda: [adapter([1, 0, 0]), other_widths()],
             [1, 1],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapter_models import linear_layers, make_adapter
+from adapter_models import linear_layers, make_adapter, stacked
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, export_huggingface
 from anabranch.nn import SelfAttention, SwiGLU
@@ -88,6 +88,58 @@ def test_linear_tells_its_error(here, adapted):
     assert (adapted / "linear" / "adapter_model.safetensors").exists()
 
 
+def test_svd_of_a_rank(here, adapted):
+    line = [
+        "adapters",
+        "merge",
+        adapted / "first",
+        adapted / "second",
+        "-o",
+        adapted / "svd",
+        "--method",
+        "svd",
+        "--rank",
+        5,
+    ]
+    assert here(*line, "--quiet")[:2] == (0, "")
+    code, out, _ = here("adapters", "card", adapted / "svd", "--json")
+    said = json.loads(out)
+    assert (code, said["ranks"], said["layers"], said["targets"]) == (0, [5], 4, ["down_proj", "q_proj"])
+
+
+def test_a_card(here, adapted):
+    code, out, _ = here("adapters", "card", adapted / "first", "--json")
+    assert code == 0
+    assert json.loads(out) == {
+        "adapter": str(adapted / "first"),
+        "base": "base",
+        "layers": 4,
+        "stacked_layers": 0,
+        "targets": ["down_proj", "q_proj"],
+        "ranks": [4],
+        "alphas": [8.0],
+        "rslora": False,
+        "brings_whole": [],
+        "parameters": 2 * 4 * (32 + 32 + 48 + 32),
+        "size_bytes": sum(path.stat().st_size for path in (adapted / "first").iterdir()),
+    }
+    extra = {**stacked([0]), "model.norm.weight": torch.ones(32)}
+    layers = {"model.layers.0.self_attn.q_proj": (32, 32)}
+    options = {
+        "target_parameters": ["gate_up_proj", "down_proj"],
+        "rank": 3,
+        "use_rslora": True,
+        "alpha_pattern": {"down_proj": 0.5},
+    }
+    make_adapter(adapted / "much", layers, extra=extra, base_model_name_or_path=None, **options)
+    code, out, _ = here("adapters", "card", adapted / "much")
+    assert code == 0
+    assert "LoRA for a base that it does not name" in out
+    assert "1 and 2 stacks of experts: down_proj, gate_up_proj, q_proj" in out
+    assert "3   alpha 0.5 to 8, scale alpha / sqrt(rank)" in out
+    assert "model.norm.weight" in out
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -103,6 +155,9 @@ def test_linear_tells_its_error(here, adapted):
         ("adapters merge {0}/first {0}/nan --out z", "holds NaN or infinity"),
         ("adapters merge {0}/first --out {0}/first", "would be lost"),
         ("adapters merge {0}/first --out {0}/base", "would be lost if it were replaced"),
+        ("adapters card {0}/base", "holds no adapter_config.json"),
+        ("adapters card {0}/nan", "holds NaN or infinity"),
+        ("adapters merge {0}/first --rank 3 --out z", "rank is 3, and method 'exact' has none to choose"),
         ("adapters merge {0}/first --method best --out z", "method is 'best'"),
     ],
 )

@@ -112,6 +112,7 @@ convert no.gguf z --to native
 convert trained z --to native --quantize int4 --group {HUGE}
 convert trained /dev/null --to native
 eval trained --adapter text
+adapters card trained
 adapters merge trained --out z
 adapters merge text deep.json --weights nan,1 --out z
 adapters merge text --weights {HUGE}{"0" * 400} --out z

@@ -2,6 +2,7 @@
 
 import typer
 
+from anabranch.cli.adapters.card import card
 from anabranch.cli.adapters.merge import merge
 
 app = typer.Typer(
@@ -13,10 +14,5 @@ app = typer.Typer(
     anabranch eval MODEL --adapter FOLDER measures a model with one.""",
 )
 
-
-# A group, though it has one command.
-@app.callback()
-def _root() -> None: ...
-
-
+app.command("card")(card)
 app.command("merge")(merge)

@@ -24,11 +24,14 @@ def merge(
         typer.Option(metavar="W,W,...", help="What each is multiplied by; negative ones take away. Default: 1 each."),
     ] = None,
     method: Annotated[
-        Literal["exact", "linear"],
+        Literal["exact", "svd", "linear"],
         typer.Option(
-            help="exact: the weighted sum, whose rank is that of all together. linear: of one rank, halves summed apart, with an error.",
+            help="exact: the weighted sum, of all ranks together. svd: the best of a lower rank. linear: halves summed apart, as by peft.",
         ),
     ] = "exact",
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", min=1, help="With svd, the rank. Default: the greatest of the adapters.")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,7 +44,7 @@ def merge(
 
     numbers = [1.0] * len(adapters) if weights is None else _read_weights(weights, len(adapters))
     check_apart([out], adapters)
-    made = combine([read_peft(folder) for folder in adapters], numbers, method)
+    made = combine([read_peft(folder) for folder in adapters], numbers, method, rank=rank)
     write_peft(out, made.adapter)
     num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
     ranks = sorted({pair.rank for pair in made.adapter.pairs.values()})
@@ -60,8 +63,11 @@ def merge(
             }
         )
     elif not quiet:
-        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        fact("adapter", f"{len(made.adapter.pairs)} layers, {rank}, {quantity(made.adapter.num_parameters)} parameters")
+        of_rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        fact(
+            "adapter",
+            f"{len(made.adapter.pairs)} layers, {of_rank}, {quantity(made.adapter.num_parameters)} parameters",
+        )
         fact("error", "none, this is the sum" if not made.error else f"{made.error:.3g} of the sum")
         wrote(f"{out}   {size(num_bytes)}", f"anabranch eval MODEL --adapter {shell_word(out)}")
 
