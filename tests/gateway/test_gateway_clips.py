@@ -5,7 +5,7 @@ import struct
 
 from gateway_process import call, served
 from gateway_scripted import scripted, whole
-from sound_made import block, box, element, packet
+from sound_made import block, box, element, m4a, packet
 
 ADMIN = "operator-key-1"
 ANSWER = {
@@ -28,6 +28,14 @@ HUGE += element("E7", b"\xff" * 200) + block(packet(b"\xf8"))
 def clip(raw, form):
     heard = {"type": "input_audio", "input_audio": {"data": base64.b64encode(raw).decode(), "format": form}}
     return {"model": "small", "messages": [{"role": "user", "content": [heard]}]}
+
+
+def longer(raw, more):
+    """With the sizes of the boxes around a track, into which so many bytes were put."""
+    for name in (b"moov", b"trak"):
+        at = raw.index(name) - 4
+        raw = raw[:at] + struct.pack(">I", struct.unpack(">I", raw[at : at + 4])[0] + more) + raw[at + 4 :]
+    return raw
 
 
 def test_a_claim_of_hours_shuts_nobody_out(tmp_path):
@@ -56,6 +64,19 @@ provider = {{ kind = "openai", model = "m", base_url = "{url}/up", key_env = "" 
             for raw, form in ((CLAIM, "m4a"), (HUGE, "webm")):
                 status, told = asked(clip(raw, form), one)
                 assert status == 200, told
+            # Clips that are nothing but heads are not read to their end.
+            heads = element("1A45DFA3", b"") + bytes.fromhex("18538067") + ENDLESS + b"\xae\x80" * 220_000
+            slow = clip(heads, "webm")
+            slow["messages"][0]["content"] *= 4
+            status, told = asked(slow, one)
+            assert (status, told["error"]["param"]) == (400, "messages"), told
+            # Samples that are played again and again are paid for as often.
+            edits = box(b"elst", b"\0" * 4, struct.pack(">I", 5_000), struct.pack(">IiI", 1_160, 0, 1 << 16) * 5_000)
+            song = m4a(50, length=1).replace(b"trak", b"trak" + box(b"edts", edits), 1)
+            poor = call(server.url, "POST", "/admin/keys", {"name": "c", "budget_usd": 0.01}, key=ADMIN)[1]["secret"]
+            assert asked(clip(m4a(50), "m4a"), poor)[0] == 200
+            status, told = asked(clip(longer(song, len(box(b"edts", edits))), "m4a"), poor)
+            assert (status, told["error"]["code"]) == (429, "insufficient_quota"), told
             # What it was counted in with is corrected by what the upstream says: else the second one had no room.
             for _ in range(2):
                 status, told = asked(

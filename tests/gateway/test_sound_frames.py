@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, audio, heard_seconds, sound
-from anabranch.gateway.sound_frames import framed, notes_end
+from anabranch.gateway.sound_frames import flac, framed, notes_end
 
 NOTES = b"ID3\x04\x00\x00\x00\x00\x00\x05hello"
 
@@ -96,3 +96,84 @@ def test_what_looks_like_many_beginnings_takes_no_time_to_speak_of(junk):
     assert time.process_time() - began < 2
     assert found.rest <= len(junk)
     assert found.seconds + found.rest / 1_000 >= 3 * 1152 / 44_100
+
+
+# FLAC
+
+
+def sum8(data):
+    """Bit by bit, as it is written (RFC 9639, 9.1.8)."""
+    found = 0
+    for byte in data:
+        found ^= byte
+        for _ in range(8):
+            found = found << 1 & 0xFF ^ (0x07 if found & 0x80 else 0)
+    return found
+
+
+def flac_file(*frames, rate=8_000, told=0, notes=b""):
+    info = b"\x10\x00" * 2 + b"\x00" * 6 + (rate << 44 | 15 << 36 | told).to_bytes(8, "big") + b"\x00" * 16
+    return notes + b"fLaC\x80\x00\x00\x22" + info + b"".join(frames)
+
+
+def flac_frame(block=12, rate=0, *, number=b"\x00", more=b"", body=b"\x00" * 8, sync=b"\xff\xf8"):
+    head = sync + bytes([block << 4 | rate, 0x08]) + number + more
+    return head + bytes([sum8(head)]) + body
+
+
+@pytest.mark.parametrize(
+    ("one", "seconds"),
+    [
+        (flac_frame(1), 192 / 8_000),
+        (flac_frame(5), 4_608 / 8_000),
+        (flac_frame(12), 4_096 / 8_000),
+        (flac_frame(15), 32_768 / 8_000),
+        (flac_frame(6, more=b"\x63"), 100 / 8_000),
+        (flac_frame(7, more=b"\xff\xfe", number=b"\xf0\x90\x80\x80", sync=b"\xff\xf9"), 65_535 / 8_000),
+        # It says more samples a second than the file, and fewer.
+        (flac_frame(12, 9), 4_096 / 8_000),
+        (flac_frame(12, 12, more=b"\x04"), 4_096 / 4_000),
+        (flac_frame(12, 13, more=b"\x00\x01"), 4_096),
+        (flac_frame(12, 14, more=b"\x00\x64"), 4_096 / 1_000),
+    ],
+)
+@pytest.mark.parametrize("notes", [b"", NOTES])
+def test_a_flac_is_as_long_as_its_frames_whatever_it_says(one, seconds, notes):
+    for told in (0, 8_000):
+        raw = flac_file(*[one] * 100, told=told, notes=notes)
+        assert flac(raw).seconds == pytest.approx(min(100 * seconds, 1e6))
+        assert sound(raw, "flac").at_most == math.ceil(round(100 * seconds * AUDIO_A_SECOND, 4))
+    # Of what it says is longer one who decodes it hears nothing; a budget of one's own it may fill.
+    assert sound(flac_file(*[one] * 100, told=1 << 35), "flac").at_most == 32_000_000
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        flac_frame(0),
+        flac_frame(12, 15),
+        flac_frame(12, number=b"\xff"),
+        flac_frame(12, number=b"\x80"),
+        flac_frame(12)[:5] + b"\x00" * 9,
+        flac_frame(12)[:4],
+        b"\xff\xf8\xc0\xb8\x00" + bytes([sum8(b"\xff\xf8\xc0\xb8\x00")]),
+        b"\xff\xf8\xc0\x09\x00" + bytes([sum8(b"\xff\xf8\xc0\x09\x00")]),
+    ],
+)
+def test_what_is_no_frame_of_flac_counts_as_none(broken):
+    assert flac(flac_file(broken)).seconds == 0
+    assert flac(flac_file(flac_frame(12), broken)).seconds == pytest.approx(4_096 / 8_000)
+
+
+def test_a_flac_without_frames_is_not_believed_below_its_bytes():
+    raw = flac_file(bytes(50_000), told=8_000)
+    assert sound(raw, "flac").at_most >= 50 * AUDIO_A_SECOND
+    assert flac(b"no such") is None
+    assert flac(b"fLaC").seconds == 0
+
+
+@given(st.binary(max_size=300))
+def test_any_flac_is_read(data):
+    for raw in (b"fLaC" + data, flac_file(data), flac_file(flac_frame(12), data)):
+        assert 0 <= flac(raw).seconds <= 1e6
+        assert 0 <= sound(raw, "flac").tokens <= sound(raw, "flac").at_most

@@ -31,10 +31,12 @@ SMALL = block(packet(b"\xf8", 40))
 
 @pytest.mark.parametrize("size", [9, 200, 30_000])
 @pytest.mark.parametrize("id", ["E7", "2AD7B1", "D7"])
-def test_an_integer_of_more_than_eight_bytes_is_none(id, size):
+def test_an_integer_of_more_than_eight_bytes_is_passed_over(id, size):
     raw = HEAD + SEGMENT + LENGTH + TRACKS + track(codec=b"A_VORBIS") + CLUSTER
     raw += element(id, b"\xff" * size) + SMALL * 500
-    assert contained(raw) is None
+    found = contained(raw)
+    assert (found.seconds, found.is_counted) == (5.0, False)
+    assert found.at_most >= 500 * 0.02
     assert sound(raw, "webm").at_most >= len(raw) / 1_000 * AUDIO_A_SECOND
     # Of eight they are fine, however large.
     assert contained(raw.replace(element(id, b"\xff" * size), element(id, b"\xff" * 8))) is not None
@@ -97,12 +99,29 @@ def test_packets_that_do_not_stand_there_as_they_are_may_be_the_longest():
     assert contained(coded).seconds == pytest.approx(10 * 0.12)
 
 
-def test_what_has_too_many_pieces_is_none(monkeypatch):
-    monkeypatch.setattr(sound_packets, "MOST_PIECES", 100)
+def test_what_has_too_many_pieces_is_not_read(monkeypatch):
+    monkeypatch.setattr(sound_packets, "MOST_PIECES", 1_000)
     raw = OPUS + CLUSTER + TIME
-    assert contained(raw + SMALL * 90) is not None
-    assert contained(raw + SMALL * 100) is None
-    assert contained(raw + SMALL + b"\xec\x80" * 100) is None
+    assert contained(raw + SMALL * 200) is not None
+    other_tracks = block(packet(b"\xf8"), track=2) + block(packet(b"\xf8"), track=3)
+    for more in (SMALL * 300, SMALL + b"\xec\x80" * 300, SMALL + other_tracks, (TRACKS + track()) * 4):
+        with pytest.raises(sound_packets.ManyPiecesError):
+            contained(raw + more)
+
+
+@pytest.mark.parametrize("broken", [b"\x00", b"\xa3\x80", b"\xa3\x81\x81", b"\xec\x00", element("E7", b"\x00" * 9)])
+def test_what_came_before_something_broken_counts_and_the_cluster_behind_it(broken):
+    whole = OPUS + CLUSTER + TIME + block(b"\xfb\x06") * 500
+    assert contained(whole + broken).seconds == pytest.approx(500 * 0.12)
+    assert contained(whole + broken + CLUSTER + TIME + SMALL * 100).seconds == pytest.approx(500 * 0.12 + 100 * 0.02)
+
+
+@pytest.mark.parametrize(
+    ("codec", "each_s"), [(b"A_AAC", 0.139), (b"A_VORBIS", 0.5), (b"A_FLAC", 8.19), (b"A_ALAC", 0.5)]
+)
+def test_frames_of_other_codecs_last_no_longer_than_theirs_do(codec, each_s):
+    raw = HEAD + SEGMENT + TRACKS + track(codec=codec) + CLUSTER + TIME + block(b"x") * 1_000
+    assert sound(raw, "webm").at_most >= 1_000 * each_s * AUDIO_A_SECOND
 
 
 # What stands between blocks that are fine: damage of any kind, each behind the mark of a cluster or before one.
@@ -128,7 +147,7 @@ def test_of_any_damage_no_block_is_lost(parts):
         raw += CLUSTER + TIME + block(packet(head, size), track=number)
         sure_s += min(PACKETS[head] / 1e3, size / 1_000)
     found = contained(raw)
-    assert found is None or 0 < found.seconds <= 1_000_000
+    assert found is None or 0 < max(found.seconds, found.at_most) <= 1_000_000
     assert sound(raw, "webm").at_most >= int(sure_s * AUDIO_A_SECOND)
 
 
@@ -136,7 +155,7 @@ def test_of_any_damage_no_block_is_lost(parts):
 def test_any_bytes_are_one_or_none(data):
     for raw in (HEAD + data, OPUS + CLUSTER + data):
         found = contained(raw)
-        assert found is None or 0 < found.seconds <= 1_000_000
+        assert found is None or 0 < max(found.seconds, found.at_most) <= 1_000_000
 
 
 def test_audio_of_a_request_is_told_likewise():

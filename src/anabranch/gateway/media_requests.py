@@ -9,6 +9,7 @@ from anabranch.gateway import media_tokens
 from anabranch.gateway.asked import Asked
 from anabranch.gateway.prompt_tokens import PromptCount, count_prompt
 from anabranch.gateway.providers.media import PATHS, SPOKEN, Upload
+from anabranch.gateway.sound_packets import one_request
 from anabranch.gateway.validate import check_model
 from anabranch.routers.money import Price
 from anabranch.web.api_error import wrong
@@ -74,13 +75,17 @@ def check_media(endpoint: str, body: Json) -> None:
 
 
 def count_media(endpoint: str, body: Json) -> PromptCount:
-    """Tokens of a request, as the endpoint counts: letters of what is to be said, tokens of sound and of pictures, bytes of text."""
+    """Tokens of a request, as the endpoint counts: letters of what is to be said, tokens of sound and of pictures, bytes of text.
+
+    Raises ApiError for sound that is made to be read slowly.
+    """
     if endpoint == "speech":
         spoken = body["input"] + str(body.get("instructions") or "")
         return PromptCount(len(spoken), len(spoken.encode("utf-8", "surrogatepass")), True)
     texts = {name: value for name, value in body.items() if not _is_upload(value)}
     counted = count_prompt(texts)
-    found = [_media(endpoint, one) for value in body.values() if _is_upload(value) for one in value]
+    with one_request(_FILES.get(endpoint, "file")):
+        found = [_media(endpoint, one) for value in body.values() if _is_upload(value) for one in value]
     tokens = counted.tokens + sum(one.tokens for one in found)
     at_most = counted.at_most + sum(one.at_most for one in found)
     audio, images = (sum(one.at_most for one in found if one.kind == kind) for kind in ("audio", "image"))

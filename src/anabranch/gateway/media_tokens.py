@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.gateway.sound_containers import contained, is_container
-from anabranch.gateway.sound_frames import flac_seconds, framed
+from anabranch.gateway.sound_frames import flac, flac_seconds, framed
+from anabranch.gateway.sound_packets import ManyPiecesError
 
 # Of an image whose size is not known.
 IMAGE_TOKENS, IMAGE_MOST = 1_600, 4_784
@@ -162,16 +163,19 @@ def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes]) -> _Lasts:
         return _Lasts(seconds, found.seconds + found.rest / _FEWEST, True)
     if is_container(first) and (within := contained(head(num_bytes))) is not None:
         # What is only told is what it is mostly; what it may be at most, its bytes say.
-        at_most = within.seconds if within.is_counted else num_bytes / _FEWEST
+        at_most = within.seconds if within.is_counted else max(num_bytes / _FEWEST, within.at_most)
         at_most = max(within.seconds, at_most) + within.rest / _FEWEST
-        return _Lasts(within.seconds, at_most, within.is_counted)
+        seconds = within.seconds or num_bytes / _TYPICAL.get(form, _TYPICAL["m4a"])
+        return _Lasts(seconds, at_most, within.is_counted)
+    if (found := flac(head(num_bytes)) if first.startswith((b"fLaC", b"ID3")) else None) is not None:
+        declared = flac_seconds(head(_HEAD)) or 0.0
+        if found.seconds:
+            return _Lasts(found.seconds, max(found.seconds, declared), True)
+        # Silence takes next to no bytes there.
+        return _Lasts(declared or num_bytes / _TYPICAL["flac"], max(declared, num_bytes / _FEWEST))
     rate, is_plain = _wave_rate(first) or _wave_rate(head(_HEAD)) or (_FEWEST, False)
     seconds = num_bytes / (rate if is_plain else _TYPICAL.get(form, _TYPICAL["mp3"]))
     at_most = max(seconds, num_bytes / rate)
-    declared = flac_seconds(head(_HEAD))
-    if declared is not None:
-        # Silence takes next to no bytes there.
-        seconds, at_most = declared, max(declared, at_most)
     return _Lasts(seconds, at_most)
 
 
@@ -179,8 +183,11 @@ def heard_seconds(data: bytes, form: str) -> float:
     """Seconds of sound that a provider has made, about: of WAV, PCM, FLAC, MP3, AAC and Opus, exactly."""
     if form == "pcm":
         return len(data) / _PCM
-    found = framed(data)
-    return found.seconds if found is not None else _lasts(len(data), form, lambda size: data[:size]).seconds
+    try:
+        found = framed(data)
+        return found.seconds if found is not None else _lasts(len(data), form, lambda size: data[:size]).seconds
+    except ManyPiecesError:
+        return len(data) / _TYPICAL.get(form, _TYPICAL["mp3"])
 
 
 def file(given: Mapping[str, Any]) -> Media | None:

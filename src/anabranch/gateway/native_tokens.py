@@ -21,6 +21,7 @@ from anabranch.gateway.prompt_tokens import (
     media_within,
     text_of,
 )
+from anabranch.gateway.sound_packets import one_request
 from anabranch.web.large_json import num_bytes
 from anabranch.web.responses.request import picture_url
 from anabranch.web.responses.tools import arguments_of, told_of
@@ -73,7 +74,14 @@ def count_native(chat: Json, native: Json, counter: Counter | None = None) -> Pr
         chat: what was made of it.
         native: as it came.
         counter: the tokenizer of its model; None for a quarter of the bytes.
+
+    Raises ApiError as `count_prompt`.
     """
+    with one_request("input" if "input" in native else "messages"):
+        return _counted(chat, native, counter)
+
+
+def _counted(chat: Json, native: Json, counter: Counter | None) -> PromptCount:
     count = count_prompt(chat, counter)
     rest = _Rest(chat)
     more = list(rest.of(native))

@@ -6,6 +6,7 @@ from typing import Any
 
 from anabranch.gateway import media_tokens
 from anabranch.gateway.media_tokens import Media
+from anabranch.gateway.sound_packets import one_request
 from anabranch.web.large_json import num_bytes
 
 BYTES_PER_TOKEN = 4
@@ -80,7 +81,15 @@ class PromptCount:
 
 
 def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> PromptCount:
-    """Of a request to ``/v1/chat/completions``, ``/v1/completions`` or ``/v1/embeddings``."""
+    """Of a request to ``/v1/chat/completions``, ``/v1/completions`` or ``/v1/embeddings``.
+
+    Raises ApiError for sound that is made to be read slowly.
+    """
+    with one_request("messages"):
+        return _counted(body, counter)
+
+
+def _counted(body: Mapping[str, Any], counter: Counter | None) -> PromptCount:
     around = 0
     # Of what an upstream may count, and most do not.
     beside = max(0, sum(_setting_bytes(name, value) for name, value in body.items()) - SETTINGS_BYTES)

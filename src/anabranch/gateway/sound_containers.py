@@ -23,7 +23,10 @@ def is_container(head: bytes) -> bool:
 
 
 def contained(data: bytes) -> Contained | None:
-    """Of a whole clip; None for what is no such container, or tells nothing. Takes time in proportion to the clip."""
+    """Of a whole clip; None for what is no such container, or tells nothing. Takes time in proportion to the clip.
+
+    Raises ManyPiecesError.
+    """
     try:
         if data.startswith(b"OggS"):
             found = ogg(data)
@@ -34,6 +37,6 @@ def contained(data: bytes) -> Contained | None:
     except (IndexError, ValueError, OverflowError, struct.error):
         # It ends in the middle of something that says how long it is, or is not made as such containers are.
         return None
-    if found is None or not found.seconds > 0:
+    if found is None or not max(found.seconds, found.at_most) > 0:
         return None
-    return replace(found, seconds=min(found.seconds, LONGEST_S))
+    return replace(found, seconds=min(found.seconds, LONGEST_S), at_most=min(found.at_most, LONGEST_S))

@@ -4,9 +4,10 @@ A decoder walks from frame to frame, and so is it done here: what a note or a ta
 Bytes that are of no frame are told too; whoever sets a limit takes them for the sparsest sound that there is.
 """
 
+import re
 from dataclasses import dataclass
 
-from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_RATES, LONGEST_S
+from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_RATES, LONGEST_S, pieces
 
 # Bits of a second in thousands, by version (1, or 2 and 2.5) and layer, by the mark in a frame's head; 0 where it is not said.
 _RATES: dict[tuple[bool, int], tuple[int, ...]] = {
@@ -20,6 +21,11 @@ _RATES: dict[tuple[bool, int], tuple[int, ...]] = {
 
 # Samples of a second by version (the two bits of a frame's head).
 _SAMPLES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+
+# How frames of FLAC begin, bytes of the longest head of one, and by the marks in it the samples of a block and of a second.
+_FLAC_SYNC, _FLAC_HEAD = re.compile(rb"\xff[\xf8\xf9]"), 16
+_FLAC_BLOCKS = (0, 192, *(576 << one for one in range(4)), 0, 0, *(256 << one for one in range(8)))
+_FLAC_RATES = (0, 88_200, 176_400, 192_000, 8_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
 
 # Frames that follow one another before a place is taken for the beginning of one: two bytes of anything may look like a head.
 _SURE = 3
@@ -42,13 +48,14 @@ class Framed:
 
 
 def framed(data: bytes) -> Framed | None:
-    """Of a clip of MPEG audio or ADTS; None for what does not begin as one."""
+    """Of a clip of MPEG audio or ADTS; None for what does not begin as one. Raises ManyPiecesError."""
     start = notes_end(data)
     if not _follow(data, start, _SURE):
         return None
     at, rest, seconds, tries = start, 0, 0.0, _TRIES
-    size = len(data)
+    size, walked = len(data), pieces()
     while at < size:
+        walked.add()
         frame = _frame(data, at)
         if frame is None:
             # Lost: as decoders do, to the next place where frames follow one another.
@@ -74,14 +81,72 @@ def notes_end(data: bytes) -> int:
     return at if at <= len(data) else 0
 
 
+def flac(data: bytes) -> Framed | None:
+    """Of a FLAC file, by the heads of its frames; None for others. Without any, ``seconds`` are 0. Raises ManyPiecesError."""
+    start = notes_end(data)
+    if data[start : start + 4] != b"fLaC":
+        return None
+    walked, told = pieces(), _flac_told(data[start:])[0]
+    rate, samples = told, 0
+    for found in _FLAC_SYNC.finditer(data, start):
+        walked.add()
+        if (head := _flac_head(data[found.start() : found.start() + _FLAC_HEAD])) is not None:
+            samples += head[0]
+            # It may say another than the file does, and decoders believe either.
+            rate = min(one for one in (rate or head[1], head[1] or rate) if one) if rate or head[1] else 0
+    return Framed(min(samples / rate, LONGEST_S) if rate else 0.0, 0 if samples else len(data) - start)
+
+
 def flac_seconds(head: bytes) -> float | None:
     """Seconds that a FLAC file says it has; None for others, and where it does not say."""
-    head = head[notes_end(head) :]
-    if not head.startswith(b"fLaC") or head[4:5] not in (b"\x00", b"\x80") or len(head) < 26:
-        return None
-    told = int.from_bytes(head[18:26], "big")
-    rate, samples = told >> 44, told & (1 << 36) - 1
+    rate, samples = _flac_told(head[notes_end(head) :])
     return min(samples / rate, LONGEST_S) if rate and samples else None
+
+
+def _flac_told(head: bytes) -> tuple[int, int]:
+    """Samples of a second, and in all, that the head of a file says; 0 for what it does not."""
+    if not head.startswith(b"fLaC") or head[4:5] not in (b"\x00", b"\x80") or len(head) < 26:
+        return 0, 0
+    told = int.from_bytes(head[18:26], "big")
+    return told >> 44, told & (1 << 36) - 1
+
+
+def _flac_head(head: bytes) -> tuple[int, int] | None:
+    """Samples of the frame that begins here, and a second's, 0 where it does not say (RFC 9639, 9.1); None if none does."""
+    if len(head) < 6:
+        return None
+    block, rate, at = head[2] >> 4, head[2] & 15, 4
+    # The number of the frame is as long as its first byte says, as letters are.
+    ones = 8 - (~head[4] & 0xFF).bit_length()
+    at += ones or 1
+    if block == 0 or rate == 15 or head[3] >> 4 > 10 or head[3] & 1 or ones in (1, 8):
+        return None
+    more = {6: 1, 7: 2}.get(block, 0)
+    size = 1 + int.from_bytes(head[at : at + more], "big") if more else _FLAC_BLOCKS[block]
+    at += more
+    more = {12: 1, 13: 2, 14: 2}.get(rate, 0)
+    said = int.from_bytes(head[at : at + more], "big") * {12: 1_000, 14: 10}.get(rate, 1) if more else _FLAC_RATES[rate]
+    at += more
+    if at >= len(head) or _sum8(head[:at]) != head[at]:
+        return None
+    return size, said
+
+
+def _sum8(data: bytes) -> int:
+    """The sum at the end of a head (RFC 9639, 9.1.8)."""
+    found = 0
+    for byte in data:
+        found = _SUMS[found ^ byte]
+    return found
+
+
+def _sum_of(byte: int) -> int:
+    for _ in range(8):
+        byte = byte << 1 & 0xFF ^ (7 if byte & 0x80 else 0)
+    return byte
+
+
+_SUMS = tuple(map(_sum_of, range(256)))
 
 
 def _next_place(data: bytes, at: int, tries: int) -> tuple[int, int]:

@@ -2,12 +2,26 @@
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_RATES, Contained, Pieces
+from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_RATES, ELEMENT, STREAM, Contained, Pieces, pieces
 
 # Boxes with boxes in them, and how deep they are walked through.
-_BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+_BOXES = (
+    b"moov",
+    b"trak",
+    b"mdia",
+    b"minf",
+    b"stbl",
+    b"moof",
+    b"traf",
+    b"edts",
+    b"udta",
+    b"dinf",
+    b"mvex",
+    b"gmhd",
+    b"tref",
+)
 _DEEPEST = 8
 
 # What says how many samples there are, and of what rate.
@@ -22,6 +36,32 @@ _SILENT = (b"vide", b"auxv", b"pict", b"text", b"sbtl", b"subt", b"clcp", b"tmcd
 # Bytes of the config of a codec, and configs of one track; each mostly has one of fewer than 64.
 _CONFIG, _CONFIGS = 4_096, 16
 
+# Seconds that no sample passes, by the codec: of AAC or MP3 at their lowest rates, a block of FLAC, one value of what is not packed, and of
+# all others the longest block of ALAC.
+_SAMPLE_S = {b"mp4a": 0.16, b"fLaC": 8.2}
+_PLAIN = (
+    b"sowt",
+    b"twos",
+    b"lpcm",
+    b"ipcm",
+    b"fpcm",
+    b"in24",
+    b"in32",
+    b"fl32",
+    b"fl64",
+    b"raw ",
+    b"NONE",
+    b"ulaw",
+    b"alaw",
+)
+_PLAIN_S, _OTHER_S = 1 / 8_000, 0.512
+
+# Units of time that are negative, for those who read them so.
+_NEGATIVE = 1 << 31
+
+# Samples that a decoder may take at both ends of a piece, to get into it.
+_AROUND = 2
+
 
 @dataclass(slots=True)
 class _Track:
@@ -30,7 +70,12 @@ class _Track:
     Attributes:
         scale: units of a second of its clock.
         length, told: how long it says it is, by that: in its head, and in its table of times.
-        samples: that it has.
+        each: the shortest that a sample lasts by that table; 0 where they may be at any time.
+        listed: samples that have a size of their own.
+        alike: of those that are all alike, how many are claimed, and their size.
+        chunks: places that samples lie at, one behind the other; places may be the same.
+        edits: how long the pieces are that it is played as, by the clock of the film, and whether there is sound in them.
+        codec: that its samples are of, the one that lasts longest.
         rate: of its AAC, the lowest that is told; 0 for another codec.
         is_sound, is_silent: it says that it is sound; that it is pictures or words.
         rates: configs that were read.
@@ -39,48 +84,96 @@ class _Track:
     scale: int = 0
     length: int = 0
     told: int = 0
-    samples: int = 0
+    each: int | None = None
+    listed: int = 0
+    alike: list[tuple[int, int]] = field(default_factory=list)
+    chunks: int = 0
+    edits: list[tuple[int, bool]] = field(default_factory=list)
+    codec: bytes = b""
     rate: int = 0
     is_sound: bool = False
     is_silent: bool = False
     rates: int = 0
 
+    def samples(self, most: int) -> int:
+        """That it has at most, in a file of ``most`` bytes."""
+        # One chunk lies within the file, its samples side by side.
+        alike = (min(count, max(1, self.chunks) * (most // size)) for count, size in self.alike)
+        return max(self.listed, *alike, 0)
+
+    def played(self, samples: int, film: int, is_whole: bool) -> int:
+        """How many of so many samples are played at most: each edit may play all of them again.
+
+        Args:
+            samples: that it has.
+            film: units of a second of the film's clock; 0 if it does not say.
+            is_whole: nobody knows when its samples are.
+        """
+        in_edits = 0
+        for length, has_sound in self.edits:
+            fits = samples
+            if film and self.each and length and not is_whole:
+                fits = min(samples, length * max(self.scale, 1) // (film * self.each) + _AROUND)
+            in_edits += fits if has_sound else 0
+        return max(samples, in_edits)
+
+    def seconds(self, samples: int, film: int) -> tuple[float, float, float]:
+        """What it says, what was counted (0 for what cannot be), and what no decoder passes, with so many samples to be played."""
+        told = max(self.length, self.told) / max(self.scale, 1)
+        silence = sum(length for length, has_sound in self.edits if not has_sound) / film if film else 0.0
+        in_edits = sum(min(told, length / film) if film and length else told for length, sound in self.edits if sound)
+        counted = samples * AAC_BLOCK / self.rate if self.rate else 0.0
+        longest = samples * (_longest(self.codec) or _OTHER_S)
+        told = max(told, in_edits, counted) + silence
+        return told, counted, max(told, longest + silence)
+
 
 def mp4(data: bytes) -> Contained | None:
-    """Of all its tracks of sound. Raises NoContainerError, IndexError, struct.error."""
+    """Of all its tracks of sound, and of those that do not say that they are none. Raises ManyPiecesError."""
     tracks: list[_Track] = []
-    fragments, seen, is_cut = 0, 0, False
-    for name, begin, end, is_longer in _boxes(data):
+    fragments, film, seen, is_cut, walked = 0, 0, 0, False, pieces()
+    for name, begin, end, is_longer in _boxes(data, walked):
         # Decoders do not agree on what is in a box that is longer than what it is in.
         is_cut |= is_longer and name != b"mdat"
         if name == b"trak":
+            walked.add(STREAM)
             tracks.append(_Track())
         elif name == b"trun":
-            # All sound, as a rule, in a file of sound.
-            fragments += int.from_bytes(data[begin + 4 : begin + 8], "big")
+            # All sound, as a rule, in a file of sound. They lie side by side, each with a byte at least.
+            fragments += min(int.from_bytes(data[begin + 4 : begin + 8], "big"), len(data))
             seen += 1
+        elif name == b"mvhd":
+            film = max(film, _film(data[begin:end]))
         elif tracks and name in _LEARNT:
-            seen += _learn(tracks[-1], name, data[begin:end], len(data))
-    sounds = [track for track in tracks if track.is_sound and track.scale]
+            try:
+                seen += _learn(tracks[-1], name, data[begin:end])
+            except (IndexError, struct.error):
+                # It ends too early: what others read of it nobody knows.
+                is_cut = True
+    sounds = [track for track in tracks if track.is_sound or not track.is_silent]
     if not sounds:
         return None
-    # A sample has a byte at least.
-    fragments = min(fragments, len(data))
-    seconds = [max(track.length, track.told) / track.scale for track in sounds]
-    counted = [
-        (track.samples + (fragments if at == 0 else 0)) * AAC_BLOCK / track.rate if track.rate else 0.0
-        for at, track in enumerate(sounds)
-    ]
-    whole = sum(max(one, other) for one, other in zip(seconds, counted, strict=True))
-    # Where a table stands that was not walked to, another may find it.
-    hidden = _PACKED in data or sum(data.count(name) for name in _TABLES) > seen
-    hidden |= is_cut or any(track.samples and not (track.is_sound or track.is_silent) for track in tracks)
-    return Contained(whole, not hidden and all(counted))
+    is_whole = fragments > 0 or b"ctts" in data
+    found = []
+    for track in sounds:
+        samples = track.samples(len(data)) + fragments
+        found.append(track.seconds(track.played(samples, film, is_whole), film))
+    told, counted, longest = zip(*found, strict=True)
+    # Where a table stands that was not walked to, another may find it; of a track that does not say what it is, others find that.
+    hidden = is_cut or _PACKED in data or sum(data.count(name) for name in _TABLES) > seen
+    hidden |= not all(track.is_sound and track.scale for track in sounds)
+    return Contained(sum(told), not hidden and all(counted), at_most=sum(longest))
 
 
-def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int, bool]]:
+def _film(body: bytes) -> int:
+    """Units of a second of the clock of all tracks, by the head of the film; 0 if it does not say."""
+    at = 20 if body[:1] == b"\x01" else 12
+    return int.from_bytes(body[at : at + 4], "big")
+
+
+def _boxes(data: bytes, walked: Pieces) -> Iterator[tuple[bytes, int, int, bool]]:
     """Each box's name, where its content begins and ends, and whether it says that it is longer; its own boxes behind it."""
-    pieces, at = Pieces(), 0
+    at = 0
     ends = [len(data)]
     while ends:
         end = ends[-1]
@@ -88,7 +181,7 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int, bool]]:
             ends.pop()
             at = end
             continue
-        pieces.add()
+        walked.add(ELEMENT)
         size, name, head = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8], 8
         if size == 1:
             size, head = int.from_bytes(data[at + 8 : at + 16], "big"), 16
@@ -105,11 +198,11 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int, bool]]:
             at = stop
 
 
-_LEARNT = frozenset({b"hdlr", b"mdhd", b"stts", b"stsz", b"stz2", b"stsd"})
+_LEARNT = frozenset({b"hdlr", b"mdhd", b"stts", b"stsz", b"stz2", b"stsd", b"stco", b"co64", b"elst"})
 
 
-def _learn(track: _Track, name: bytes, body: bytes, most: int) -> int:
-    """What a box says of a track, in a file of ``most`` bytes. Gives how many tables were read."""
+def _learn(track: _Track, name: bytes, body: bytes) -> int:
+    """What a box says of a track. Gives how many tables of samples or configs were read."""
     if name == b"hdlr":
         track.is_sound |= body[8:12] == b"soun"
         track.is_silent |= body[8:12] in _SILENT
@@ -120,16 +213,29 @@ def _learn(track: _Track, name: bytes, body: bytes, most: int) -> int:
             # It does not say.
             track.length = 0
     elif name == b"stts":
-        count = min(int.from_bytes(body[4:8], "big"), (len(body) - 8) // 8)
-        track.told = sum(num * each for num, each in struct.iter_unpack(">II", body[8 : 8 + 8 * count]))
+        times = list(struct.iter_unpack(">II", body[8 : 8 + 8 * _rows(body, 8)]))
+        track.told = max(track.told, sum(num * each for num, each in times))
+        least = min((each if each < _NEGATIVE else 0 for num, each in times if num), default=0)
+        track.each = least if track.each is None else min(track.each, least)
+    elif name in (b"stco", b"co64"):
+        track.chunks += _rows(body, 4 if name == b"stco" else 8)
+    elif name == b"elst":
+        row = ">Qq4x" if body[0] == 1 else ">Ii4x"
+        size = struct.calcsize(row)
+        track.edits += (
+            (length, at >= 0) for length, at in struct.iter_unpack(row, body[8 : 8 + size * _rows(body, size)])
+        )
     elif name == b"stsz":
         size, count = struct.unpack_from(">II", body, 4)
-        # Those without a size of their own are all alike; of others there are no more than have one.
-        track.samples = max(track.samples, min(count, most // size if size else (len(body) - 12) // 4))
+        if size:
+            track.alike.append((count, size))
+        else:
+            # There are no more than have a size.
+            track.listed = max(track.listed, min(count, (len(body) - 12) // 4))
         return 1
     elif name == b"stz2":
         bits, count = struct.unpack_from(">BI", body, 7)
-        track.samples = max(track.samples, min(count, (len(body) - 12) * 8 // bits if bits else 0))
+        track.listed = max(track.listed, min(count, (len(body) - 12) * 8 // bits if bits else 0))
         return 1
     else:
         rate, found = _aac_rate(body)
@@ -137,8 +243,19 @@ def _learn(track: _Track, name: bytes, body: bytes, most: int) -> int:
         track.rates += 1
         # One that is no AAC, or of another rate, may be the one that is played.
         track.rate = rate if is_first else min(track.rate, rate)
+        track.codec = max(track.codec, body[12:16], key=_longest)
         return found
     return 0
+
+
+def _longest(codec: bytes) -> float:
+    """Seconds of a sample at most."""
+    return _PLAIN_S if codec in _PLAIN else _SAMPLE_S.get(codec, _OTHER_S) if codec else 0.0
+
+
+def _rows(body: bytes, size: int) -> int:
+    """Of a table, those that it says it has and that are there."""
+    return min(int.from_bytes(body[4:8], "big"), (len(body) - 8) // size)
 
 
 def _aac_rate(body: bytes) -> tuple[int, int]:
@@ -174,7 +291,9 @@ def _told_rate(body: bytes) -> int:
 def _config_rate(bits: int) -> int:
     """Of the first 64 bits of an AudioSpecificConfig: kind, then the rate of the core, by a number or in full."""
     skip = 5 if bits >> 59 != 31 else 11
+    # What is newer (xHE-AAC) has blocks of up to four times as many samples.
+    slower = 4 if skip == 11 and 32 + (bits >> 53 & 63) == 42 else 1
     mark = bits >> 64 - skip - 4 & 15
     if mark == 15:
-        return bits >> 64 - skip - 28 & (1 << 24) - 1
-    return AAC_RATES[mark] if mark < len(AAC_RATES) else 0
+        return (bits >> 64 - skip - 28 & (1 << 24) - 1) // slower
+    return AAC_RATES[mark] // slower if mark < len(AAC_RATES) else 0

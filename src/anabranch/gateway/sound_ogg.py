@@ -3,10 +3,13 @@
 import struct
 import zlib
 
-from anabranch.gateway.sound_packets import Contained, Pieces, opus_ms
+from anabranch.gateway.sound_packets import PAGE, STREAM, Contained, opus_ms, pieces
 
 # Of a packet, what is looked at.
-_HEAD = 48
+_HEAD = 80
+
+# Seconds of a packet at most, of what is not known, and samples of one of FLAC.
+_OTHER_S, _FLAC_SAMPLES = 0.512, 65_535
 
 # Each byte with its bits turned round: Ogg's sum runs through them from the other end than zlib's.
 _TURNED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -18,7 +21,7 @@ def ogg(data: bytes) -> Contained | None:
     A page whose sum is wrong is dropped by most decoders, which look on behind its first byte: it counts, and its bytes do once more.
     """
     streams: dict[bytes, _Stream] = {}
-    pieces = Pieces()
+    walked = pieces()
     at, rest = 0, 0
     while at < len(data):
         if data[at : at + 4] != b"OggS" or at + 27 > len(data):
@@ -29,8 +32,11 @@ def ogg(data: bytes) -> Contained | None:
             continue
         flags, serial, count = data[at + 5], data[at + 14 : at + 18], data[at + 26]
         sizes, body = data[at + 27 : at + 27 + count], at + 27 + count
-        pieces.add(1 + count)
-        stream = streams.setdefault(serial, _Stream())
+        walked.add(PAGE + count)
+        if serial not in streams:
+            walked.add(STREAM)
+            streams[serial] = _Stream()
+        stream = streams[serial]
         stream.begin(is_first=bool(flags & 2), goes_on=bool(flags & 1))
         stream.page(data, body, sizes, struct.unpack_from("<q", data, at + 6)[0])
         end = body + sum(sizes)
@@ -38,7 +44,8 @@ def ogg(data: bytes) -> Contained | None:
             rest += min(end, len(data)) - at
         at = end
     seconds = sum(stream.seconds for stream in streams.values())
-    return Contained(seconds, all(stream.is_opus for stream in streams.values()), rest)
+    at_most = sum(max(stream.seconds, stream.at_most_s) for stream in streams.values())
+    return Contained(seconds, all(stream.is_opus for stream in streams.values()), rest, at_most)
 
 
 def _sum(data: bytes, at: int, end: int) -> bytes:
@@ -56,6 +63,7 @@ class _Stream:
         # What it was at any of its beginnings: a page that decoders drop may call it something else.
         self._was_opus = self._was_other = False
         self.counted_ms, self._told_s, self._begun = 0.0, 0.0, b""
+        self._num_packets, self._packet_s = 0, 0.0
         self._is_open = False
 
     def begin(self, *, is_first: bool, goes_on: bool) -> None:
@@ -83,11 +91,13 @@ class _Stream:
         self._begun, self._is_open = b"", False
 
     def _packet(self, begun: bytes) -> None:
+        self._num_packets += 1
         if self._headers == 0:
             self._headers = 1
             is_opus = begun.startswith(b"OpusHead")
             self._was_opus, self._was_other = self._was_opus or is_opus, self._was_other or not is_opus
             self._rate = _rate(begun) or self._rate
+            self._packet_s = max(self._packet_s, 0.0 if is_opus else _packet_s(begun))
         elif self._was_opus and self._headers == 1 and begun.startswith(b"OpusTags"):
             # What is told of it.
             self._headers = 2
@@ -101,6 +111,25 @@ class _Stream:
     @property
     def seconds(self) -> float:
         return self.counted_ms / 1e3 if self.is_opus else max(self._told_s, self.counted_ms / 1e3)
+
+    @property
+    def at_most_s(self) -> float:
+        """Where its packets are not counted: as many as there are, each as long as its head lets one be."""
+        return self._num_packets * self._packet_s
+
+
+def _packet_s(head: bytes) -> float:
+    """Seconds of a packet at most, by the first one."""
+    rate = _rate(head)
+    if rate and head.startswith(b"\x01vorbis") and len(head) > 28:
+        # Of two blocks that overlap, half of the longer one.
+        return (1 << (head[28] >> 4)) / 2 / rate
+    if rate and head.startswith(b"Speex   ") and len(head) >= 68:
+        mode, frames = (int.from_bytes(head[at : at + 4], "little") for at in (40, 64))
+        return 160 * (1 << min(mode, 2)) * max(1, frames) / rate
+    if rate and head.startswith(b"\x7fFLAC"):
+        return _FLAC_SAMPLES / rate
+    return _OTHER_S
 
 
 def _rate(head: bytes) -> int:

@@ -1,6 +1,11 @@
 """What the readers of sound share: how long a packet of Opus and a block of AAC last, what containers hold, and when readers give up."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+
+from anabranch.web.api_error import wrong
 
 # Milliseconds of a frame of Opus by the five bits that begin a packet (RFC 6716, table 2).
 _OPUS_MS = (*(10, 20, 40, 60) * 3, *(10, 20) * 2, *(2.5, 5, 10, 20) * 4)
@@ -16,9 +21,14 @@ AAC_BLOCK = 1024
 # No clip that is taken anywhere is longer, whatever it says: eleven days.
 LONGEST_S = 1_000_000.0
 
-# Elements, boxes or packets that are walked through: more than five hours of packets of Opus have. What has more is made of next to
-# nothing but heads, and would hold up whoever waits for a turn behind it.
-MOST_PIECES = 1_000_000
+# What is walked through of all clips of one request, in frames: hours of sound have fewer. What has more is made of next to nothing but
+# heads, and would hold up whoever waits for a turn behind it.
+MOST_PIECES = 800_000
+
+# What takes as long to be read as so many frames: an element or a box, and a page; and what is kept of each stream or track, as much room.
+ELEMENT, PAGE, STREAM = 2, 4, 400
+
+_of_request: ContextVar["Pieces | None"] = ContextVar("pieces", default=None)
 
 
 class NoContainerError(ValueError):
@@ -33,11 +43,17 @@ class Contained:
         seconds: of sound.
         is_counted: they were counted, packet by packet; else told.
         rest: bytes that belong to nothing.
+        at_most: seconds that no decoder passes, where they are not counted; 0 where nobody knows.
     """
 
     seconds: float
     is_counted: bool
     rest: int = 0
+    at_most: float = 0.0
+
+
+class ManyPiecesError(Exception):
+    """The clips of a request are made of too many pieces to be read."""
 
 
 class Pieces:
@@ -49,16 +65,57 @@ class Pieces:
         self._left = MOST_PIECES
 
     def add(self, count: int = 1) -> None:
-        """So many more. Raises NoContainerError where they are too many."""
+        """So many more. Raises ManyPiecesError where they are too many."""
         self._left -= count
         if self._left < 0:
-            raise NoContainerError(f"more than {MOST_PIECES:,} pieces")
+            raise ManyPiecesError
+
+
+def pieces() -> Pieces:
+    """Those of the request whose clips are read; of one clip where there is none."""
+    of_request = _of_request.get()
+    return Pieces() if of_request is None else of_request
+
+
+@contextmanager
+def one_request(field: str) -> Iterator[None]:
+    """All clips that are read within are of one request, or of the one around it.
+
+    Args:
+        field: that holds them, as an error names it.
+
+    Raises ApiError where they have too many pieces: how long they are nobody could say, and whoever waits behind them would wait long.
+    """
+    if _of_request.get() is not None:
+        yield
+        return
+    token = _of_request.set(Pieces())
+    try:
+        yield
+    except ManyPiecesError:
+        message = (
+            f"{field}: the sound in this request is made of more than {MOST_PIECES:,} frames, too many to be read; "
+            "send it in several requests, or put together otherwise"
+        )
+        raise wrong(field, message) from None
+    finally:
+        _of_request.reset(token)
+
+
+def _whole_ms(first: int) -> float:
+    """Milliseconds of a packet by its first byte; 0 where that does not say it."""
+    return (1, 2, 2, 0)[first & 3] * _OPUS_MS[first >> 3]
+
+
+# By the first byte, where that says it.
+FIRST_MS = tuple(map(_whole_ms, range(256)))
 
 
 def opus_ms(packet: bytes) -> float:
     """Milliseconds of a packet of Opus, by its first two bytes."""
     if not packet:
         return 0.0
-    code = packet[0] & 3
-    count = (1, 2, 2)[code] if code < 3 else (packet[1] & 63 if len(packet) > 1 else 0)
+    if ms := FIRST_MS[packet[0]]:
+        return ms
+    count = packet[1] & 63 if len(packet) > 1 else 0
     return min(count * _OPUS_MS[packet[0] >> 3], PACKET_MS)

@@ -4,7 +4,17 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from anabranch.gateway.sound_packets import PACKET_MS, Contained, NoContainerError, Pieces, opus_ms
+from anabranch.gateway.sound_packets import (
+    ELEMENT,
+    FIRST_MS,
+    PACKET_MS,
+    STREAM,
+    Contained,
+    NoContainerError,
+    Pieces,
+    opus_ms,
+    pieces,
+)
 
 _SEGMENT, _INFO, _SCALE, _DURATION = 0x18538067, 0x1549A966, 0x2AD7B1, 0x4489
 _TRACKS, _TRACK, _NUMBER, _CODEC, _CODING = 0x1654AE6B, 0xAE, 0xD7, 0x86, 0x6D80
@@ -18,19 +28,30 @@ _SAID = frozenset({_SCALE, _DURATION, _NUMBER, _CODEC, _TIME})
 # Bytes of an element that may say something; decoders take a much longer one for damage.
 _SAYING = 64
 
+# A block says its track, its time and how it is made of frames.
+_BLOCK_HEAD = 4
+
 # No integer has more bytes (RFC 8794, 7.1 and 7.2).
 _INTEGER = 8
+
+# Seconds that a frame lasts at most, by the codec: blocks of AAC and of FLAC, and the longest of Vorbis and ALAC; what is not packed is
+# never sparse.
+_FRAME_S, _OTHER_S = {b"AAC": 0.16, b"FLA": 8.2, b"MPE": 0.15, b"PCM": 1e-3}, 0.512
 
 # How codecs of pictures, words and buttons begin.
 _SILENT = (b"V_", b"S_", b"B_")
 
 
 def webm(data: bytes) -> Contained | None:
-    """Of all its tracks that are no pictures: of those that it does not tell of, too. Raises NoContainerError, IndexError, struct.error."""
-    found = _Found()
-    walk = _Walk(data)
+    """Of all its tracks that are no pictures: of those that it does not tell of, too. Raises ManyPiecesError."""
+    walked = pieces()
+    found, walk = _Found(walked), _Walk(data, walked)
     for id, begin, end in walk:
-        found.take(data, id, begin, end)
+        try:
+            found.take(data, id, begin, end)
+        except (IndexError, NoContainerError, struct.error):
+            # Decoders pass over it, or look for the next cluster.
+            walk.rest += end - begin
     found.entries.append(found.entry)
     return found.result(walk.rest)
 
@@ -43,6 +64,7 @@ class _Entry:
     is_opus: bool = False
     is_silent: bool = False
     is_other: bool = False
+    frame_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -50,6 +72,7 @@ class _Found:
     """What the elements say.
 
     Attributes:
+        walked: what is read of the request's clips.
         scale: nanoseconds of a unit of time.
         told, time_at, last: the length that is told, when the cluster begins, and the last block, in units.
         entry, entries: of the list of tracks, the one that is read, and those before.
@@ -57,6 +80,7 @@ class _Found:
         is_coded: packets do not stand there as they are.
     """
 
+    walked: Pieces
     scale: int = 1_000_000
     told: float = 0.0
     time_at: int = 0
@@ -72,8 +96,11 @@ class _Found:
         if id in _BLOCKS:
             self._block(data, begin, end)
         elif id == _TRACK:
-            self.entries.append(self.entry)
-            self.entry = _Entry()
+            # Of one that says nothing nothing is kept.
+            if self.entry.numbers or _says(self.entry):
+                self.walked.add(STREAM)
+                self.entries.append(self.entry)
+                self.entry = _Entry()
         elif id == _NUMBER:
             self.entry.numbers.append(_integer(data, begin, end))
         elif id == _CODEC:
@@ -81,6 +108,8 @@ class _Found:
             self.entry.is_opus |= codec.startswith(b"A_OPUS")
             self.entry.is_silent |= codec.startswith(_SILENT)
             self.entry.is_other |= not codec.startswith((b"A_OPUS", *_SILENT))
+            if self.entry.is_other:
+                self.entry.frame_s = max(self.entry.frame_s, _FRAME_S.get(codec[2:5], _OTHER_S))
         elif id == _CODING:
             self.is_coded = True
         elif id == _SCALE:
@@ -91,14 +120,21 @@ class _Found:
             self.time_at = _integer(data, begin, end)
 
     def _block(self, data: bytes, begin: int, end: int) -> None:
-        track, size = _number(data, begin)
-        head = begin + size
+        if end - begin < _BLOCK_HEAD:
+            raise NoContainerError(f"a block of {end - begin} bytes; its head has {_BLOCK_HEAD}")
+        first = data[begin]
+        track, head = (first & 0x7F, begin + 1) if first & 0x80 else _tracked(data, begin)
         self.last = max(self.last, self.time_at + struct.unpack_from(">h", data, head)[0])
         # Of several in one block it is not looked at where each begins.
         frames = data[head + 3] + 1 if data[head + 2] & 6 else 0
-        ms = PACKET_MS * frames if frames else opus_ms(data[head + 3 : min(head + 5, end)])
+        if frames:
+            ms = PACKET_MS * frames
+        else:
+            ms = (head + 3 < end and FIRST_MS[data[head + 3]]) or opus_ms(data[head + 3 : min(head + 5, end)])
+        if track not in self.counted_ms:
+            self.walked.add(STREAM)
         self.counted_ms[track] = self.counted_ms.get(track, 0.0) + ms
-        self.frames[track] = self.frames.get(track, 0) + max(frames, 1)
+        self.frames[track] = self.frames.get(track, 0) + (frames or 1)
         self.num_bytes[track] = self.num_bytes.get(track, 0) + end - begin
 
     def result(self, rest: int) -> Contained:
@@ -112,7 +148,15 @@ class _Found:
             # Of a track that it does not tell of nobody knows what it is.
             rest += sum(self.num_bytes[track] for track in heard if track not in sounds)
             return Contained(ms / 1e3, True, rest)
-        return Contained(max(self.told, self.last) * self.scale / 1e9, False, rest)
+        longest = max((entry.frame_s for entry in self.entries), default=_OTHER_S) or _OTHER_S
+        at_most = max(ms / 1e3, longest * sum(self.frames[track] for track in heard))
+        return Contained(max(self.told, self.last) * self.scale / 1e9, False, rest, at_most)
+
+
+def _tracked(data: bytes, at: int) -> tuple[int, int]:
+    """The number of a track in more than one byte, and where it ends."""
+    track, size = _number(data, at)
+    return track, at + size
 
 
 def _says(entry: _Entry) -> bool:
@@ -128,19 +172,23 @@ class _Walk:
         rest: bytes that were walked past, up to here.
     """
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self.rest = data, 0
+    def __init__(self, data: bytes, walked: Pieces) -> None:
+        self._data, self._walked, self.rest = data, walked, 0
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        data, pieces, at = self._data, Pieces(), 0
+        data, walked, at = self._data, self._walked, 0
         # Where what it is in ends, from the outermost on.
         ends = [len(data)]
         while at < len(data):
-            pieces.add()
+            walked.add(ELEMENT)
             while at >= ends[-1] and len(ends) > 1:
                 ends.pop()
-            id, width = _number(data, at, keeps_mark=True)
-            size, more = _number(data, at + width)
+            try:
+                id, width = _number(data, at, keeps_mark=True)
+                size, more = _number(data, at + width)
+            except IndexError:
+                at, ends = self._lost(at), [len(data)]
+                continue
             begin = at + width + more
             is_endless = size == (1 << 7 * more) - 1
             end = begin + size
@@ -153,15 +201,19 @@ class _Walk:
             if is_endless or end > ends[-1]:
                 if id == _CODING or (end <= len(data) and not is_endless):
                     yield id, begin, end
-                again = data.find(_CLUSTER_MARK, at + 1)
-                again = len(data) if again < 0 else again
-                self.rest += again - at
-                at, ends = again, [len(data)]
+                at, ends = self._lost(at), [len(data)]
                 continue
             yield id, begin, end
             if id not in _BLOCKS and (id not in _SAID or end - at > _SAYING):
                 self.rest += end - at
             at = end
+
+    def _lost(self, at: int) -> int:
+        """Where decoders go on: at the next cluster, or nowhere."""
+        again = self._data.find(_CLUSTER_MARK, at + 1)
+        again = len(self._data) if again < 0 else again
+        self.rest += again - at
+        return again
 
 
 def _number(data: bytes, at: int, keeps_mark: bool = False) -> tuple[int, int]:
