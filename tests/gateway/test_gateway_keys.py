@@ -7,7 +7,7 @@ import pytest
 
 from anabranch.config import to_dict
 from anabranch.errors import ConfigError
-from anabranch.gateway.providers.keys import PASSPHRASE, Secret, read_key, write_key
+from anabranch.gateway.providers.keys import PASSPHRASE, UpstreamKey, read_key, write_key
 from anabranch.gateway.providers.openai import OpenAI
 
 KEY = "sk-proj-0123456789abcdef"
@@ -75,9 +75,9 @@ def test_a_key_shows_itself_nowhere(monkeypatch, caplog):
     provider = config.build()
     logging.getLogger("test").debug("%r %s %r", provider, config, to_dict(config))
     failure = provider.error(401, {}, f'{{"error":{{"message":"wrong key {KEY} or {KEY[:9]}*****"}}}}'.encode())
-    assert KEY not in caplog.text + repr(Secret(KEY)) + str(Secret(KEY)) + failure.message
+    assert KEY not in caplog.text + repr(UpstreamKey(KEY)) + str(UpstreamKey(KEY)) + failure.message
     with pytest.raises(TypeError, match="not written anywhere"):
-        pickle.dumps(Secret(KEY))
+        pickle.dumps(UpstreamKey(KEY))
 
 
 @pytest.mark.parametrize(

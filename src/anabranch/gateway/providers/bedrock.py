@@ -21,7 +21,7 @@ from anabranch.gateway.providers.converse import ERRORS, TOO_LONG
 from anabranch.gateway.providers.conversed import ConverseStream
 from anabranch.gateway.providers.error_body import TELLING_KEY
 from anabranch.gateway.providers.eventstream import EventStream
-from anabranch.gateway.providers.keys import Secret, read_key
+from anabranch.gateway.providers.keys import UpstreamKey, read_key
 from anabranch.gateway.providers.openai import unsupported
 from anabranch.gateway.providers.plain_chat import plain
 from anabranch.gateway.providers.provider import (
@@ -169,7 +169,7 @@ def _region(config: Any) -> str:
     return str(found)
 
 
-def _key(config: Any) -> Secret | None:
+def _key(config: Any) -> UpstreamKey | None:
     if config.key_env is not None or config.key_file is not None:
         return read_key(config.key_env, config.key_file)
     signs = config.access_key_env is not None or config.profile is not None

@@ -21,8 +21,8 @@ _MAGIC = b"anabranch-key-1\n"
 _SALT_BYTES, _COST = 16, 2**15
 
 
-class Secret:
-    """A key that shows itself only when asked."""
+class UpstreamKey:
+    """A key that is held, and shows itself only when asked. Where one is, a `Secret` of the config says."""
 
     __slots__ = ("_value",)
 
@@ -34,21 +34,21 @@ class Secret:
         return self._value
 
     def __repr__(self) -> str:
-        return "Secret('***')"
+        return "UpstreamKey('***')"
 
     def __reduce__(self) -> Any:
         raise TypeError("a key is not written anywhere")
 
 
-def read_key(variable: str | None, file: str | None) -> Secret | None:
+def read_key(variable: str | None, file: str | None) -> UpstreamKey | None:
     """The key from ``variable`` of the environment, else from ``file``; None if neither is named.
 
     Raises ConfigError if what is named is not there, or the passphrase is wrong.
     """
     if variable and os.environ.get(variable):
-        return Secret(_checked(os.environ[variable].strip(), f"the environment variable {variable}"))
+        return UpstreamKey(_checked(os.environ[variable].strip(), f"the environment variable {variable}"))
     if file:
-        return Secret(_checked(_decrypt(Path(file)), file))
+        return UpstreamKey(_checked(_decrypt(Path(file)), file))
     if variable:
         raise ConfigError(f"the environment variable {variable} is not set; it is to hold the key of the upstream")
     return None
