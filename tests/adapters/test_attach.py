@@ -292,6 +292,23 @@ def test_on_a_quantised_model(bases, tmp_path):
     assert logits(unload(model)).equal(quantised)
 
 
+def test_a_quantised_head_that_cannot_be_exchanged_leaves_the_model_alone(bases, tmp_path):
+    """Of a tied model, whose head is a matrix of its own once it is rounded."""
+    layers = linear_layers(bases["qwen2"][1], ["q_proj"])
+    extra = {"lm_head.weight": drawn("other head", (61, 32))}
+    make_adapter(tmp_path / "adapter", layers, extra=extra, modules_to_save=["lm_head"])
+    model = open_base(bases, "qwen2")
+    quantize(model, "int8")
+    before, config = logits(model), model.config
+    assert model.head is not None
+    with pytest.raises(ConfigError, match=r"head\.weight is stored in few bits"):
+        load_peft(tmp_path / "adapter", model)
+    assert torch.equal(logits(model), before)
+    assert model.config is config
+    make_adapter(tmp_path / "other", layers)
+    load_peft(tmp_path / "other", model)  # nothing was put on
+
+
 def small(base, tmp_path, **options):
     return make_adapter(tmp_path / "adapter", linear_layers(base, ["q_proj"]), **options)
 

@@ -98,7 +98,8 @@ def load_peft(folder: str | Path, model: Decoder, *, family: str | None = None, 
     made = with_layers(config, _configs(pairs), names.parts)
     check_pools(model, made)
     for name in adapter.saved:
-        if not (unties and name == _HEAD):
+        # A head that is the embedding still becomes one of its own.
+        if name != _HEAD or model.head is not None:
             _tensor(model, names.tensors[name].tensor)
     attached = _begin(model, {"default": adapter}, names, config)
     for name, tensor in adapter.saved.items():
