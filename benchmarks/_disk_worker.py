@@ -28,14 +28,14 @@ def build_ours(vectors: Path, folder: Path, memory: int) -> None:
     from anabranch.graph.disk import build
 
     held = np.load(vectors, mmap_mode="r")
-    build(held, folder / "index.anb", memory=memory, M=M, ef_construction=EF_CONSTRUCTION, num_threads=1).close()
+    build(held, folder / "index.anb", memory=memory, M=M, ef_construction=EF_CONSTRUCTION, workers=1).close()
 
 
 def open_ours(folder: Path, memory: int) -> Search:
     from anabranch.graph.disk import DiskIndex
 
     # No blocks in memory beside the codes: what is compared is reading them.
-    index = DiskIndex(folder / "index.anb", num_threads=1)
+    index = DiskIndex(folder / "index.anb", workers=1)
     return lambda query_QD, ef: index.search(query_QD, K, ef)[0]
 
 

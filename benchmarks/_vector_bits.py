@@ -38,7 +38,7 @@ def builds() -> dict[str, Callable[[np.ndarray], Search]]:
 
 def ours(base_NB: np.ndarray) -> Search:
     """`HNSW` with "hamming"."""
-    index = HNSW(8 * base_NB.shape[1], "hamming", M=M, ef_construction=CANDIDATES, num_threads=1)
+    index = HNSW(8 * base_NB.shape[1], "hamming", M=M, ef_construction=CANDIDATES, workers=1)
     index.add(base_NB)
     return lambda query_QB, ef: index.search(query_QB, K, ef)[0]
 

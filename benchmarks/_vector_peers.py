@@ -127,7 +127,7 @@ class Ours(Built):
 
     def __init__(self, base_ND: np.ndarray, setting: Setting, **options: Any) -> None:
         M, candidates, fill = setting
-        self.index = HNSW(base_ND.shape[1], M=M, ef_construction=candidates, keep_pruned=fill, num_threads=1, **options)
+        self.index = HNSW(base_ND.shape[1], M=M, ef_construction=candidates, keep_pruned=fill, workers=1, **options)
         self.index.add(base_ND)
         self._effort = K
 

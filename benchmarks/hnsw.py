@@ -323,7 +323,7 @@ def two_threads(base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list
     """By the clock, so on a quiet machine."""
 
     def made(threads: int) -> HNSW:
-        index = HNSW(base_ND.shape[1], M=16, ef_construction=100, num_threads=threads)
+        index = HNSW(base_ND.shape[1], M=16, ef_construction=100, workers=threads)
         index.add(base_ND)
         return index
 
@@ -349,7 +349,7 @@ import time
 import numpy as np
 from anabranch.graph.hnsw import HNSW
 begin = time.process_time()
-index = HNSW(16, num_threads=1)
+index = HNSW(16, workers=1)
 index.add(np.eye(16))
 index.search(np.eye(16), 3)
 print(time.process_time() - begin)

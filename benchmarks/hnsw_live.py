@@ -43,7 +43,7 @@ class Ours:
     """By one thread."""
 
     def __init__(self, dim: int, room: int) -> None:
-        self._index = HNSW(dim, M=M, ef_construction=EF_CONSTRUCTION, num_threads=1)
+        self._index = HNSW(dim, M=M, ef_construction=EF_CONSTRUCTION, workers=1)
 
     def add(self, vector_ND: np.ndarray, first: int) -> None:
         self._index.add(vector_ND)

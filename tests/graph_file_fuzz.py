@@ -105,24 +105,24 @@ def made(kind, path):
     elif kind == "rows":
         SparseRows.from_rows([([1, 2], [0.5, 0.25]), ([], []), ([3], [1.0])], 5).save(path)
     elif kind == "hnsw-b1":
-        index = HNSW(48, "hamming", M=4, ef_construction=12, num_threads=1)
+        index = HNSW(48, "hamming", M=4, ef_construction=12, workers=1)
         index.add(VECTORS.view(np.uint8)[:, :6])
         index.remove(np.arange(5))
         index.save(path)
     elif kind in ("hnsw-pq", "hnsw-int4"):
-        index = HNSW(6, M=4, ef_construction=12, quantization=kind[5:], num_threads=1)
+        index = HNSW(6, M=4, ef_construction=12, quantization=kind[5:], workers=1)
         index.add(VECTORS)
         index.remove(np.arange(5))
         index.save(path)
     elif kind.startswith("hnsw"):
-        index = HNSW(6, M=4, ef_construction=12, dtype=kind[5:], num_threads=1)
+        index = HNSW(6, M=4, ef_construction=12, dtype=kind[5:], workers=1)
         index.add(VECTORS)
         index.remove(np.arange(5))
         index.save(path)
     elif kind == "disk":
-        build(VECTORS, path, M=4, ef_construction=12, code_bytes=3, num_threads=1).close()
+        build(VECTORS, path, M=4, ef_construction=12, code_bytes=3, workers=1).close()
     else:
-        index = ShardedHNSW(6, 2, num_threads=1)
+        index = ShardedHNSW(6, 2, workers=1)
         index.add(VECTORS[:300])
         index.save(path)
 

@@ -1,6 +1,7 @@
 """Files are whole or as they were: after an error, on a full disk, when killed in the middle."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -329,6 +330,90 @@ with atomic_folder(sys.argv[1]) as temporary:
     print(temporary, flush=True)
     time.sleep(60)
 """
+
+
+FILL_FILE = """
+import sys, time
+from anabranch.files import atomic_file
+with atomic_file(sys.argv[1], clears=True) as temporary:
+    temporary.write_text("half")
+    print(temporary, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_file_that_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    place = tmp_path / "k[1].anb"
+    theirs = (".k[1].anb.abcdefgh", ".k[1].anb.unfinished-notes", ".k1.anb.unfinished-abcdefgh", ".k[1].anb.bak")
+    for name in theirs:
+        (tmp_path / name).write_text("mine")
+    # Of that very name, and no file.
+    (tmp_path / ".k[1].anb.unfinished-aaaaaaaa").mkdir()
+    (tmp_path / ".k[1].anb.unfinished-bbbbbbbb").symlink_to(theirs[0])
+    os.mkfifo(tmp_path / ".k[1].anb.unfinished-cccccccc")
+    before = {path.name for path in tmp_path.iterdir()}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", FILL_FILE, str(place)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        left, held = (Path(worker.stdout.readline().strip()) for worker in workers)
+        workers[0].kill()
+        workers[0].wait()
+        assert left.read_text() == "half"
+        # Who does not ask for it removes nothing.
+        atomic_write_text(place, "x")
+        assert left.exists()
+        with atomic_file(place, clears=True) as temporary:
+            temporary.write_text("y")
+            # One at work beside it sees that it is held.
+            with atomic_file(place, clears=True) as other:
+                other.write_text("z")
+            assert temporary.read_text() == "y"
+        assert place.read_text() == "y"
+        assert {path.name for path in tmp_path.iterdir()} == before | {held.name, place.name}
+        assert all((tmp_path / name).read_text() == "mine" for name in theirs)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
+
+
+def test_a_long_name_leaves_no_room_for_more(tmp_path):
+    for length in (230, 234, 235, 244):
+        place = tmp_path / ("n" * length)
+        with atomic_file(place, clears=True) as temporary:
+            temporary.write_text("x")
+        assert place.read_text() == "x"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_file_that_was_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    own, taken = files.fcntl.flock, []
+
+    def flock(handle, how):
+        if len(taken) < 2:
+            taken.append(next(tmp_path.iterdir()))
+            taken[-1].unlink()
+        own(handle, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with atomic_file(tmp_path / "a", clears=True) as temporary:
+        temporary.write_text("x")
+    assert len(taken) == 2
+    assert names(tmp_path) == ["a"]
+
+
+def test_without_locks_nothing_is_removed(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    (tmp_path / ".a.unfinished-abcdefgh").write_text("half")
+    with atomic_file(tmp_path / "a", clears=True) as temporary:
+        temporary.write_text("x")
+    assert names(tmp_path) == [".a.unfinished-abcdefgh", "a"]
 
 
 def test_what_a_killed_process_left_is_removed_and_what_one_is_at_work_on_is_not(tmp_path):

@@ -26,7 +26,8 @@ except ImportError:  # not on Windows
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
-_UNFINISHED = "unfinished-"  # in the names of folders that are to take the place of others
+_UNFINISHED = "unfinished-"  # in the names of files and folders that are to take the place of others
+_LONGEST = 255 - len("." + "." + _UNFINISHED) - 8  # bytes of a name that may have it, in most file systems
 # What SQLite keeps beside a database while it is in use, and reads again after a program was killed.
 SQLITE_LOGS = ("-wal", "-shm", "-journal")
 
@@ -78,13 +79,15 @@ def _real(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, mode: int | None = None, clears: bool = False) -> Iterator[Path]:
     """Fill the yielded temporary file, which lies beside ``path``; on a clean exit it is renamed into place.
 
     Args:
         path: the place. A file there is replaced.
         mode: who may read and write the file at most, such as 0o600, or the mode of the secret that it is a copy of. Beyond that it is
             as the file that is replaced, or as the user's umask has it. Until it is whole the file is its owner's alone.
+        clears: remove what killed processes left that were writing the same file with ``clears``: files of a name that nothing else
+            gives, and that no process holds. Not for a name that leaves no room for it.
 
     Raises CapacityError if the disk is full and DataError if the place cannot be written; ``path`` then is as it was.
     `torch.save` hides why it failed unless it is given an open file: ``with open(temporary, "wb") as file: ...``.
@@ -95,9 +98,10 @@ def atomic_file(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise DataError(f"cannot write {path}: it is a device or a pipe, not a file; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        clears = clears and fcntl is not None and len(os.fsencode(path.name)) <= _LONGEST
+        if clears:
+            _remove_leftovers(path, are_folders=False)
+        temporary, held = _unfinished_file(path) if clears else _temporary_file(path)
         try:
             yield temporary
             _fsync(temporary)
@@ -106,6 +110,27 @@ def atomic_file(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
             _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+            if held is not None:
+                os.close(held)
+
+
+def _temporary_file(path: Path) -> tuple[Path, None]:
+    """A new file beside a place, which nothing tells from others."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    return Path(name), None
+
+
+def _unfinished_file(path: Path) -> tuple[Path, int]:
+    """A new file in which another ``path`` is written, and a handle whose lock says so to whoever removes leftovers."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{_UNFINISHED}", dir=path.parent)
+        with suppress(OSError):  # a file system without locks, where nothing is removed
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        # It may have been taken for a leftover before it was held.
+        if os.path.lexists(name):
+            return Path(name), handle
+        os.close(handle)
 
 
 def mode_of(path: str | Path) -> int:
@@ -264,17 +289,24 @@ def _held(folder: Path) -> int | None:
     return handle
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove the folders in which killed processes were making another ``path``, or were removing an old one."""
+def _remove_leftovers(path: Path, *, are_folders: bool = True) -> None:
+    """Remove the folders, or files, in which killed processes were making another ``path``, or were removing an old one."""
     if fcntl is None:
         return
     pattern = re.compile(re.escape(f".{path.name}.{_UNFINISHED}") + "[a-z0-9_]{8}")
+    # A pipe would wait for its other end.
+    kind = os.O_DIRECTORY if are_folders else os.O_NONBLOCK
     for name in filter(pattern.fullmatch, os.listdir(path.parent)):
         with suppress(OSError):  # one at work holds it, or another was quicker to remove it
-            handle = os.open(path.parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            handle = os.open(path.parent / name, os.O_RDONLY | os.O_NOFOLLOW | kind)
             try:
+                if not are_folders and not stat.S_ISREG(os.fstat(handle).st_mode):
+                    continue
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path.parent / name, ignore_errors=True)
+                if are_folders:
+                    shutil.rmtree(path.parent / name, ignore_errors=True)
+                else:
+                    (path.parent / name).unlink()
             finally:
                 os.close(handle)
 

@@ -44,10 +44,10 @@ def place(tmp_path_factory):
     vectors = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
     np.save(folder / "v.npy", vectors)
     made = HNSW(6, M=8, ef_construction=40)
-    made.add(vectors, num_threads=1)
+    made.add(vectors, workers=1)
     made.save(folder / "v.anb")
     small = HNSW(6, M=8, ef_construction=40)
-    small.add(vectors[:6], num_threads=1)
+    small.add(vectors[:6], workers=1)
     small.save(folder / "named.anb")
     write_names(folder / "named.anb", Names(names))
     return folder
@@ -145,7 +145,7 @@ def test_ppr_from_anywhere_is_pagerank(facts, place):
 
 @pytest.mark.parametrize("name", ["all.parquet", "all.csv", "all.anb"])
 def test_ppr_of_all(facts, place, name):
-    found = facts("ppr", "edges.csv", "--all", "--method", "exact", "--top", 2, "--out", name, "--threads", 1)
+    found = facts("ppr", "edges.csv", "--all", "--method", "exact", "--top", 2, "--out", name, "--workers", 1)
     assert (found["sources"], found["entries"], found["wrote"]) == (6, 12, name)
     graph = read_graph(place / "edges.csv")
     ids, _ = PageRank().personalized(graph, 3, 2)
@@ -162,7 +162,7 @@ def test_ppr_of_all(facts, place, name):
 
 
 def test_walks_are_indexed_and_asked(facts, place):
-    found = facts("index", "edges.csv", "--walks", 40, "--out", "walks.anb", "--seed", 3, "--threads", 1)
+    found = facts("index", "edges.csv", "--walks", 40, "--out", "walks.anb", "--seed", 3, "--workers", 1)
     assert (found["nodes"], found["walks"]) == (6, 40)
     graph = read_graph(place / "edges.csv")
     ids, scores = PowerWalk(walks=40, seed=3).build(graph).query(0, 3)
@@ -173,11 +173,11 @@ def test_walks_are_indexed_and_asked(facts, place):
 
 def test_an_index_of_walks_goes_along_with_its_graph(facts, run, place):
     """As building the graph of all edges anew, and its index, would: by tables of edges, with a node that is new."""
-    facts("index", "edges.csv", "--walks", 40, "--out", "before.anb", "--seed", 3, "--threads", 1)
+    facts("index", "edges.csv", "--walks", 40, "--out", "before.anb", "--seed", 3, "--workers", 1)
     (place / "new.csv").write_text("source,target,weight\nann,zoe,2\nzoe,dan,1\n")
     (place / "gone.csv").write_text("source,target\ncat,ann\n")
     options = ["--add", "new.csv", "--remove", "gone.csv", "--out", "after.anb", "--out-graph", "after_graph.anb"]
-    found = facts("rewalk", "before.anb", "edges.csv", *options, "--threads", 1)
+    found = facts("rewalk", "before.anb", "edges.csv", *options, "--workers", 1)
     assert [found[name] for name in ("nodes", "new_nodes", "edges", "added", "removed")] == [7, 1, 7, 2, 1]
     graph = Graph.load(place / "after_graph.anb")
     assert graph.names.tolist() == ["ann", "bob", "cat", "dan", "eve", "x=1", "zoe"]
@@ -194,7 +194,7 @@ def test_an_index_of_walks_goes_along_with_its_graph(facts, run, place):
 
 @pytest.mark.parametrize("name", ["e.npy", "e.npz", "e.parquet", "e.csv", "e.tsv"])
 def test_embed_writes_every_kind_of_file(facts, place, name):
-    found = facts("embed", "edges.csv", "--dim", 8, "--seed", 2, "--out", name, "--threads", 1)
+    found = facts("embed", "edges.csv", "--dim", 8, "--seed", 2, "--out", name, "--workers", 1)
     assert (found["nodes"], found["dim"], found["method"], found["wrote"]) == (6, 8, "fastrp", [name])
     graph = read_graph(place / "edges.csv")
     held = read_vectors(place / name)
@@ -203,7 +203,7 @@ def test_embed_writes_every_kind_of_file(facts, place, name):
 
 
 def test_embed_trains_tests_and_draws(facts, run, place):
-    options = ["--method", "graphvite", "--dim", 4, "--epochs", 20, "--threads", 1, "--set", "partitions=1", "--quiet"]
+    options = ["--method", "graphvite", "--dim", 4, "--epochs", 20, "--workers", 1, "--set", "partitions=1", "--quiet"]
     found = facts("embed", "edges.csv", "--out", "g.npy", *options, "--labels", "labels.csv", "--train", 0.5)
     assert found["params"]["partitions"] == 1
     assert found["classification"]["labels"] == 2
@@ -223,7 +223,7 @@ def test_embed_trains_tests_and_draws(facts, run, place):
 
 def test_index_and_search_find_what_the_library_finds(facts, run, place):
     found = facts(
-        "index", "v.npy", "--out", "i.anb", "--metric", "cosine", "--m", 8, "--ef-construction", 40, "--threads", 1
+        "index", "v.npy", "--out", "i.anb", "--metric", "cosine", "--m", 8, "--ef-construction", 40, "--workers", 1
     )
     assert (found["vectors"], found["dim"], found["metric"], found["named"]) == (300, 6, "cosine", False)
     index = HNSW.load(place / "i.anb")
@@ -240,7 +240,7 @@ def test_index_and_search_find_what_the_library_finds(facts, run, place):
 
 
 def test_an_index_on_disk_finds_what_the_library_finds(facts, run, place):
-    made = facts("index", "v.npy", "--disk", "--memory", "8MiB", "--out", "disk.anb", "--m", 8, "--threads", 1)
+    made = facts("index", "v.npy", "--disk", "--memory", "8MiB", "--out", "disk.anb", "--m", 8, "--workers", 1)
     assert (made["vectors"], made["dtype"], made["shards"], made["memory_limit"]) == (300, "pq6", 1, 8 << 20)
     assert made["memory_bytes"] <= 8 << 20
     assert made["size_bytes"] == (place / "disk.anb").stat().st_size
@@ -306,7 +306,7 @@ def test_elements_are_let_through_by_name_and_deleted_ones_are_told_by_name(fact
 
 def test_elements_are_taken_out_brought_in_and_moved(facts, run, place):
     rows = np.load(place / "v.npy")
-    facts("index", "v.npy", "--out", "c.anb", "--m", 6, "--ef-construction", 30, "--threads", 1)
+    facts("index", "v.npy", "--out", "c.anb", "--m", 6, "--ef-construction", 30, "--workers", 1)
     found = facts("remove", "c.anb", "7", "9")
     assert (found["removed"], found["vectors"], found["deleted"]) == (2, 298, 2)
     found = facts("remove", "c.anb", "--rows", "0-5", "--compact", "--out", "d.anb")
@@ -338,10 +338,29 @@ def test_names_come_and_move_with_their_vectors(facts, here, place):
     assert "vectors of v.npy have none" in one_line(here("graph", "update", "m.anb", "v.npy"))
 
 
+def test_an_empty_index_takes_names(facts, here, place):
+    rows = np.load(place / "v.npy")
+    HNSW(6, workers=1).save(place / "e.anb")
+    write_vectors(place / "e.parquet", Vectors(rows[:2], np.array(["ann", "bob"], object)))
+    found = facts("update", "e.anb", "e.parquet")
+    assert (found["new"], found["vectors"]) == (2, 2)
+    assert read_names(place / "e.anb").array.tolist() == ["ann", "bob"]
+    assert facts("search", "e.anb", "ann")["results"][0]["names"] == ["bob"]
+    # One that holds elements without names does not.
+    facts("index", "v.npy", "--out", "f.anb")
+    assert "calls vectors by names, the index by ids" in one_line(here("graph", "update", "f.anb", "e.parquet"))
+
+
+def test_the_former_name_of_workers_is_taken(facts, here, place):
+    found = [facts("search", "v.anb", "--rows", "0", name, 1)["results"] for name in ("--workers", "--threads")]
+    assert found[0] == found[1]
+    assert "--workers" in one_line(here("graph", "search", "v.anb", "--rows", "0", "--threads", "0"))
+
+
 def test_changes_that_a_server_took_are_read_and_not_written_over(facts, here, place):
     from anabranch.graph.live import LiveIndex
 
-    facts("index", "v.npy", "--out", "l.anb", "--threads", 1)
+    facts("index", "v.npy", "--out", "l.anb", "--workers", 1)
     with LiveIndex.open(place / "l.anb") as live:
         live.delete([7])
         live.upsert([500], np.load(place / "v.npy")[:1] + 3)
@@ -359,7 +378,7 @@ def test_names_that_a_server_took_are_read(facts, here, place):
 
     rows, names = np.load(place / "v.npy")[:20], [f"n{number}" for number in range(20)]
     parquet.write_table(pa.table({"name": names, "vector": rows.tolist()}), place / "named.parquet")
-    facts("index", "named.parquet", "--out", "n.anb", "--threads", 1)
+    facts("index", "named.parquet", "--out", "n.anb", "--workers", 1)
     with LiveIndex.open(place / "n.anb") as live:
         live.upsert_named(["new", "n3"], rows[:2] + 3)
         live.delete_named(["n1"])
@@ -380,7 +399,7 @@ def test_a_server_takes_no_changes_of_an_index_while_it_is_written_over(facts, h
     """What came between the first look and the end would be lost; so would what another of these commands writes."""
     from anabranch.graph.live import LiveIndex
 
-    facts("index", "v.npy", "--out", "w.anb", "--threads", 1)
+    facts("index", "v.npy", "--out", "w.anb", "--workers", 1)
     own, refused = HNSW.save, []
 
     def late(self, path):

@@ -113,7 +113,7 @@ def test_a_radius_that_is_none_is_refused(facts, here, line, says):
 @pytest.mark.parametrize(("quantization", "each"), [("pq", 8), ("int4", 40)])
 def test_codes(facts, here, quantization, each):
     np.save("v.npy", np.random.default_rng(0).normal(size=(1200, 32)).astype(np.float32))
-    found = facts("index", "v.npy", "--out", "i.anb", "--quantization", quantization, "--threads", "1")
+    found = facts("index", "v.npy", "--out", "i.anb", "--quantization", quantization, "--workers", "1")
     assert (found["quantization"], found["code_bytes"]) == (quantization, each)
     assert facts("search", "i.anb", "--check", "--ef", "300", "--sample", "50")["recall"] > 0.95
     assert facts("info", "i.anb")["code_bytes"] == each
@@ -157,7 +157,7 @@ def test_an_index_on_disk_has_other_ways(facts, here):
 def named(here, tmp_path, monkeypatch):
     """An index whose elements have names, and vectors of which one is new."""
     monkeypatch.chdir(tmp_path)
-    index = HNSW(8, num_threads=1)
+    index = HNSW(8, workers=1)
     index.add(np.eye(8, dtype=np.float32))
     index.save("n.anb")
     write_names("n.anb", Names([f"e{number}" for number in range(8)]))

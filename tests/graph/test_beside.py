@@ -3,6 +3,9 @@
 import ast
 import errno
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,7 @@ ROWS = np.eye(4, dtype=np.float32)
 
 
 def made():
-    index = HNSW(4, num_threads=1)
+    index = HNSW(4, workers=1)
     index.add(ROWS)
     return index
 
@@ -342,3 +345,49 @@ def test_a_lock_is_taken_again_where_another_removed_it_and_is_of_its_owner_alon
     assert (folder / "lock").stat().st_mode & 0o777 == 0o600
     lock.release(clean=True)
     assert not folder.exists()
+
+
+KILLED = """
+import os, signal, sys, types, zlib
+from anabranch.graph import array_file
+from anabranch.graph.hnsw import HNSW
+
+def crc32(part, found=0):
+    if isinstance(part, bytes):
+        # Of the header, once the file is begun.
+        os.kill(os.getpid(), signal.SIGKILL)
+    return zlib.crc32(part, found)
+
+array_file.zlib = types.SimpleNamespace(crc32=crc32)
+HNSW(4).save(sys.argv[1])
+"""
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):
+    path = tmp_path / "k.anb"
+    foreign = [
+        ".k.anb.abcdefgh",
+        ".k.anb.unfinished-backup",
+        "k.anb.unfinished-abcdefgh",
+        ".other.anb.unfinished-abcdefgh",
+    ]
+    for name in foreign:
+        (tmp_path / name).write_bytes(beside.MAGIC)
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    left = {file.name for file in tmp_path.iterdir()} - {*foreign}
+    assert len(left) == 1
+    assert left.pop().startswith(".k.anb.unfinished-")
+    made().save(path)
+    assert {file.name for file in tmp_path.iterdir()} == {"k.anb", *foreign}
+
+
+def test_what_a_killed_write_of_parts_left_is_of_the_run(tmp_path):
+    names = [".chunk-1.anb.abcdefgh", ".chunk-1.anb.unfinished-abcdefgh", ".manifest.json.unfinished-abcdefgh"]
+    for name in [*names, ".chunk-1.anb.unfinished-backup"]:
+        (tmp_path / name).write_bytes(beside.MAGIC)
+    assert foreign_parts([*names, ".chunk-1.anb.unfinished-backup"], r"chunk-\d\.anb") == [
+        ".chunk-1.anb.unfinished-backup"
+    ]
+    remove_parts(tmp_path, ["chunk-1.anb"])
+    assert [file.name for file in tmp_path.iterdir()] == [".chunk-1.anb.unfinished-backup"]

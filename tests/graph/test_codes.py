@@ -69,7 +69,7 @@ def test_more_codes_are_nearer():
 
 def test_threads_change_nothing():
     vector_ND = drawn(600, 12)
-    one, two = (ProductCodes.train(vector_ND, 5, seed=3, num_threads=number) for number in (1, 2))
+    one, two = (ProductCodes.train(vector_ND, 5, seed=3, workers=number) for number in (1, 2))
     assert one.centre_MWK.tobytes() == two.centre_MWK.tobytes()
     with Workers(2) as pool:
         assert one.encode(vector_ND, pool).tobytes() == one.encode(vector_ND).tobytes()

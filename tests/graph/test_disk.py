@@ -52,9 +52,9 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def index(place):
-    build(VECTORS, place / "one.anb", M=8, ef_construction=40, num_threads=1).close()
+    build(VECTORS, place / "one.anb", M=8, ef_construction=40, workers=1).close()
     # Without memory for blocks, which are read then.
-    with DiskIndex(place / "one.anb", num_threads=1) as made:
+    with DiskIndex(place / "one.anb", workers=1) as made:
         yield made
 
 
@@ -62,8 +62,8 @@ def index(place):
 def sharded(place):
     """Of ids of one's own, in shards."""
     ids = np.random.default_rng(3).permutation(10 * COUNT)[:COUNT]
-    build(VECTORS, place / "many.anb", ids=ids, M=6, ef_construction=30, num_shards=4, num_threads=1).close()
-    with DiskIndex(place / "many.anb", num_threads=1) as made:
+    build(VECTORS, place / "many.anb", ids=ids, M=6, ef_construction=30, num_shards=4, workers=1).close()
+    with DiskIndex(place / "many.anb", workers=1) as made:
         yield made, ids
 
 
@@ -72,7 +72,7 @@ def sharded(place):
 
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 def test_distances_are_exact_and_neighbours_are_found(metric, tmp_path):
-    with build(VECTORS, tmp_path / "i.anb", metric=metric, M=8, ef_construction=40, num_threads=1) as index:
+    with build(VECTORS, tmp_path / "i.anb", metric=metric, M=8, ef_construction=40, workers=1) as index:
         ids, distances = index.search(QUERIES, 10, 100)
         true, far = true_neighbours(VECTORS, QUERIES, 10, metric)
         assert recall(ids, true) > (0.95 if metric != "ip" else 0.85)
@@ -119,7 +119,7 @@ def test_beams_threads_and_memory_change_nothing_that_is_wrong(index, k, ef, bea
     np.testing.assert_allclose(distances, far, rtol=1e-5)
     assert all(len(set(row)) == k for row in ids.tolist())
     assert (np.diff(distances, axis=1) >= 0).all()
-    again = index.search(query, k, ef, beam=beam, num_threads=2)
+    again = index.search(query, k, ef, beam=beam, workers=2)
     np.testing.assert_array_equal(again[0], ids)
 
 
@@ -133,7 +133,7 @@ def test_tensors_come_back_as_tensors(index):
 
 def test_equal_distances_are_in_the_order_of_ids(tmp_path):
     same = np.repeat(drawn(5), 40, 0)
-    with build(same, tmp_path / "i.anb", M=4, num_threads=1) as index:
+    with build(same, tmp_path / "i.anb", M=4, workers=1) as index:
         ids, distances = index.search(same[:1], 50, 200)
         assert ids[0, :40].tolist() == sorted(ids[0, :40].tolist()) == list(range(40))
         assert (distances[0, :40] == 0).all()
@@ -144,7 +144,7 @@ def test_equal_distances_are_in_the_order_of_ids(tmp_path):
 
 def test_fewer_than_asked_for(tmp_path):
     for count in (1, 2, 7):
-        with build(VECTORS[:count], tmp_path / "i.anb", num_threads=1) as index:
+        with build(VECTORS[:count], tmp_path / "i.anb", workers=1) as index:
             ids, distances = index.search(QUERIES[:2], 9)
             assert (ids[:, count:] == -1).all()
             assert np.isinf(distances[:, count:]).all()
@@ -153,7 +153,7 @@ def test_fewer_than_asked_for(tmp_path):
 
 def test_vectors_wider_than_a_page(tmp_path):
     wide = drawn(60, 2100)
-    with build(wide, tmp_path / "i.anb", M=4, code_bytes=8, num_threads=1) as index:
+    with build(wide, tmp_path / "i.anb", M=4, code_bytes=8, workers=1) as index:
         assert index.stats()["block_bytes"] == 12288
         assert index.stats()["per_block"] == 1
         np.testing.assert_array_equal(index.search(wide, 1, 60)[0][:, 0], np.arange(60))
@@ -170,7 +170,7 @@ def test_wrong_arguments_are_told(index):
         (lambda: index.search(QUERIES, filter=np.ones(3, bool)), "filter is a mask of 3"),
         (lambda: index.vectors([COUNT]), "not in the index"),
         (lambda: index.contains([-1]), "ids are 0 to"),
-        (lambda: DiskIndex(index.path, num_threads=0), "num_threads is 0"),
+        (lambda: DiskIndex(index.path, workers=0), "workers is 0"),
     ):
         with pytest.raises(InputError, match=said):
             call()
@@ -295,10 +295,10 @@ def test_processes_share_one_file(index):
 
 
 def test_a_pickle_is_of_that_file(tmp_path):
-    with build(VECTORS[:50], tmp_path / "i.anb", num_threads=1) as index:
+    with build(VECTORS[:50], tmp_path / "i.anb", workers=1) as index:
         stored = pickle.dumps(index)
         np.testing.assert_array_equal(pickle.loads(stored).search(QUERIES, 3)[0], index.search(QUERIES, 3)[0])
-        build(VECTORS[:50], tmp_path / "i.anb", num_threads=1).close()
+        build(VECTORS[:50], tmp_path / "i.anb", workers=1).close()
         # What was open stays what it was.
         np.testing.assert_array_equal(index.search(VECTORS[:1], 1)[0], [[0]])
         with pytest.raises(DataError, match="replaced"):
@@ -336,7 +336,7 @@ def test_every_byte_of_a_block_is_looked_at(index, tmp_path):
 def test_a_block_of_another_place_or_file_is_not_taken(index, tmp_path):
     header, start = _header(index.path)
     place = start + next(entry["offset"] for entry in header["arrays"] if entry["name"] == "blocks")
-    other = build(VECTORS, tmp_path / "o.anb", M=8, ef_construction=40, num_threads=1)
+    other = build(VECTORS, tmp_path / "o.anb", M=8, ef_construction=40, workers=1)
     data, theirs = bytearray(index.path.read_bytes()), other.path.read_bytes()
     assert len(data) == len(theirs)
     for block in (data[place : place + 4096], theirs[place + 4096 : place + 8192]):
@@ -404,7 +404,7 @@ def test_foreign_files(tmp_path):
 
 
 def test_it_is_what_an_hnsw_was(tmp_path):
-    made = HNSW(DIM, M=8, ef_construction=40, num_threads=1)
+    made = HNSW(DIM, M=8, ef_construction=40, workers=1)
     ids = np.random.default_rng(1).permutation(5000)[:600]
     made.add(VECTORS[:600], ids)
     made.save(tmp_path / "h.anb")
@@ -426,7 +426,7 @@ def test_it_is_what_an_hnsw_was(tmp_path):
 
 def test_what_is_put_on_disk_is_one_state_of_an_index_that_others_change(tmp_path, monkeypatch):
     """One that adds waits until it is written: links to what came later led beyond the end of arrays."""
-    made = HNSW(DIM, M=8, ef_construction=40, num_threads=1)
+    made = HNSW(DIM, M=8, ef_construction=40, workers=1)
     made.add(VECTORS[:600])
     others, sample = [], making._sample
 
@@ -450,7 +450,7 @@ def test_what_is_put_on_disk_is_one_state_of_an_index_that_others_change(tmp_pat
 
 
 def test_an_interrupt_ends_it_between_two_pieces_and_leaves_nothing(tmp_path, monkeypatch):
-    made = HNSW(DIM, M=8, ef_construction=40, num_threads=1)
+    made = HNSW(DIM, M=8, ef_construction=40, workers=1)
     made.add(VECTORS[:600])
     sample = making._sample
 
@@ -467,7 +467,7 @@ def test_an_interrupt_ends_it_between_two_pieces_and_leaves_nothing(tmp_path, mo
 
 
 def test_links_that_lead_beyond_the_last_element_are_told(tmp_path):
-    made = HNSW(DIM, M=8, ef_construction=40, num_threads=1)
+    made = HNSW(DIM, M=8, ef_construction=40, workers=1)
     made.add(VECTORS[:600])
     made._storage.links[7, 3] = 600
     with pytest.raises(DataError, match="links of the index lead to what is not there"):

@@ -136,7 +136,7 @@ def test_where_one_shard_alone_has_room_a_vector_is_in_one():
 def test_equal_vectors_make_an_index_in_shards(tmp_path, shards, dim):
     """With 60 there are more parts that nothing leads between, nor a block, than elements of the entry layer: each is begun at."""
     rows = np.ones((400, dim), np.float32)
-    with build(rows, tmp_path / "i.anb", M=4, code_bytes=2, num_shards=shards, num_threads=1) as index:
+    with build(rows, tmp_path / "i.anb", M=4, code_bytes=2, num_shards=shards, workers=1) as index:
         assert index.stats()["shards"] == shards
         assert (index.stats()["per_block"] == 1) == (dim == 600)
         assert sorted(index.search(rows[:1], 400, 400)[0][0].tolist()) == list(range(400))
@@ -194,12 +194,12 @@ def test_threads_change_no_byte(tmp_path, monkeypatch):
     rows = drawn(400, 6)
     for shards in (1, 3):
         for threads in (1, 2):
-            build(rows, tmp_path / f"{threads}.anb", M=4, num_shards=shards, num_threads=threads).close()
+            build(rows, tmp_path / f"{threads}.anb", M=4, num_shards=shards, workers=threads).close()
         assert (tmp_path / "1.anb").read_bytes() == (tmp_path / "2.anb").read_bytes()
 
 
 def test_the_file_is_one_of_ours_and_blocks_lie_on_pages(tmp_path):
-    build(drawn(100, 6), tmp_path / "i.anb", M=4, num_threads=1).close()
+    build(drawn(100, 6), tmp_path / "i.anb", M=4, workers=1).close()
     found = read_arrays(tmp_path / "i.anb", KIND, mmap=True, verify=True)
     assert found.arrays["blocks"].offset % PAGE == 0
     with DiskIndex(tmp_path / "i.anb") as index:
@@ -210,7 +210,7 @@ def test_the_file_is_one_of_ours_and_blocks_lie_on_pages(tmp_path):
 def test_progress_rises_to_all(tmp_path):
     for shards in (1, 3):
         told = []
-        build(drawn(300, 4), tmp_path / "i.anb", M=4, num_shards=shards, num_threads=1, progress=told.append).close()
+        build(drawn(300, 4), tmp_path / "i.anb", M=4, num_shards=shards, workers=1, progress=told.append).close()
         assert told == sorted(told)
         assert told[-1] == 300
 
@@ -223,7 +223,7 @@ def _killed(place, when, shards):
         Filling.put = kill
     elif when == "checksums":
         Filling.crc = kill
-    build(drawn(300, 4), place, M=4, num_shards=shards, num_threads=1, progress=kill if when == "links" else None)
+    build(drawn(300, 4), place, M=4, num_shards=shards, workers=1, progress=kill if when == "links" else None)
 
 
 @pytest.mark.parametrize("when", ["links", "blocks", "checksums"])
@@ -231,7 +231,7 @@ def _killed(place, when, shards):
 def test_a_build_that_is_killed_leaves_what_was_there(tmp_path, when, is_there):
     place = tmp_path / "i.anb"
     if is_there:
-        build(drawn(50, 4, 1), place, M=4, num_threads=1).close()
+        build(drawn(50, 4, 1), place, M=4, workers=1).close()
     before = place.read_bytes() if is_there else None
     process = multiprocessing.get_context("fork").Process(target=_killed, args=(place, when, 3))
     process.start()
@@ -245,7 +245,7 @@ def test_a_build_that_is_killed_leaves_what_was_there(tmp_path, when, is_there):
     # Links have no name; of the last step a temporary file stays, as of all our files.
     assert len(left) == (when != "links")
     assert all(name.startswith(".i.anb.") for name in left)
-    build(drawn(60, 4), place, M=4, num_threads=1).close()
+    build(drawn(60, 4), place, M=4, workers=1).close()
     assert not held.exists()
 
 
@@ -255,7 +255,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(making.os, "posix_fallocate", full)
     with pytest.raises(CapacityError, match="no room left on disk"):
-        build(drawn(300, 4), tmp_path / "i.anb", M=4, num_shards=3, num_threads=1)
+        build(drawn(300, 4), tmp_path / "i.anb", M=4, num_shards=3, workers=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -272,7 +272,7 @@ def data():
 
 vectors = np.load(sys.argv[1], mmap_mode="r")
 place, memory, shards = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-options = {"M": 4, "ef_construction": 16, "num_threads": 1}
+options = {"M": 4, "ef_construction": 16, "workers": 1}
 # Kernels are compiled or read first.
 small = build(np.array(vectors[:2000]), place, num_shards=3, **options)
 small.search(vectors[:2], 5)

@@ -1,5 +1,6 @@
 """The estimator: results, determinism, resuming, memory, files, errors."""
 
+import math
 import re
 
 import numpy as np
@@ -137,6 +138,46 @@ def test_any_graph_with_an_edge_trains(nodes, edges, directed, weighted, seed):
     found = [GraphVite(dim=4, epochs=3, workers=workers).fit_transform(graph) for workers in (1, 3)]
     assert np.isfinite(found[0]).all()
     assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lr": 1e30}, r"lr is 1e\+30 \(sgd\), negative_weight 5"),
+        ({"negative_weight": 1e30}, r"negative_weight 1e\+30"),
+        ({"weight_decay": 1e30}, r"weight_decay 1e\+30"),
+        ({"lr": 1e30, "executor": "torch"}, r"lr is 1e\+30"),
+        ({"lr": 1e38, "optimizer": "momentum"}, r"lr is 1e\+38 \(momentum\)"),
+    ],
+)
+def test_training_that_diverges_says_so(graph, options, said):
+    if "executor" in options:
+        pytest.importorskip("torch")
+    told = []
+    model = GraphVite(dim=8, epochs=60, pool_size=400, workers=1, callbacks=[told.append], **options)
+    with pytest.raises(InputError, match=f"training diverged: .* (is|are) .*{said}.*take a smaller lr"):
+        model.fit(graph)
+    assert all(math.isfinite(progress.loss) for progress in told)
+    with pytest.raises(InputError, match="fit"):
+        model.transform()
+
+
+@pytest.mark.parametrize("name", ["vertex", "context"])
+def test_numbers_that_the_last_pool_spoils_are_told(graph, monkeypatch, name):
+    model = GraphVite(dim=8, epochs=1, workers=1).fit(graph)
+    kept, own = model.transform().copy(), Parts.get
+
+    def spoiled(self, side, number=0):
+        found = own(self, side, number)
+        if side == {"vertex": "head", "context": "tail"}[name]:
+            found[-1, 3] = np.inf
+        return found
+
+    monkeypatch.setattr(Parts, "get", spoiled)
+    with pytest.raises(InputError, match=rf"training diverged: 1 of {graph.num_nodes} rows of {name} are not finite"):
+        model.resume(graph, 1)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(model.transform(), kept)
 
 
 # Memory

@@ -208,8 +208,8 @@ def test_stats_count():
 def test_bytes_are_the_same_for_any_number_of_threads(dtype):
     vectors = drawn(4000, 12)
     built = []
-    for num_threads in (1, 2, 5):
-        index = HNSW(12, M=6, ef_construction=40, dtype=dtype, num_threads=num_threads)
+    for workers in (1, 2, 5):
+        index = HNSW(12, M=6, ef_construction=40, dtype=dtype, workers=workers)
         index.add(vectors[:3000])
         index.remove(np.arange(0, 300))
         index.compact()
@@ -238,7 +238,7 @@ def test_batches_do_not_cost_recall(monkeypatch):
 
 def test_many_readers_and_a_writer():
     vectors = drawn(3000, 16)
-    index = HNSW(16, M=8, ef_construction=40, num_threads=1)
+    index = HNSW(16, M=8, ef_construction=40, workers=1)
     index.add(vectors[:1000])
     wrong, done = [], threading.Event()
 
@@ -445,7 +445,7 @@ def test_bad_ids(ids, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("k", 0), ("k", -1), ("k", 1.5), ("k", True), ("ef", 0), ("ef", -7), ("num_threads", 0)]
+    ("name", "value"), [("k", 0), ("k", -1), ("k", 1.5), ("k", True), ("ef", 0), ("ef", -7), ("workers", 0)]
 )
 def test_bad_counts_of_searches(name, value):
     index = HNSW(2)

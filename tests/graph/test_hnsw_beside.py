@@ -20,7 +20,7 @@ BITS = np.random.default_rng(0).integers(0, 256, (300, 8), np.uint8)
 
 
 def made(count=0, **options):
-    index = HNSW(16, **{"M": 4, "ef_construction": 40, "num_threads": 1, **options})
+    index = HNSW(16, **{"M": 4, "ef_construction": 40, "workers": 1, **options})
     if count:
         index.add(VECTORS[:count])
     return index
@@ -83,10 +83,10 @@ def test_beside_searches_it_gives_the_same_bytes(name, beside, monkeypatch):
 
 
 def test_bits_come_so_too(beside):
-    index = HNSW(64, "hamming", M=4, ef_construction=40, num_threads=1)
+    index = HNSW(64, "hamming", M=4, ef_construction=40, workers=1)
     for row in BITS:
         index.add(row)
-    whole = HNSW(64, "hamming", M=4, ef_construction=40, num_threads=1)
+    whole = HNSW(64, "hamming", M=4, ef_construction=40, workers=1)
     whole.add(BITS)
     assert beside[0] > 200
     assert graph_bytes(index) == graph_bytes(whole)

@@ -42,7 +42,7 @@ def naive(held, queries, k, ids=None):
 
 
 def made(count=600, dim=64, **options):
-    index = HNSW(dim, "hamming", M=8, ef_construction=60, num_threads=1, **options)
+    index = HNSW(dim, "hamming", M=8, ef_construction=60, workers=1, **options)
     index.add(rows(count, dim))
     return index
 
@@ -90,7 +90,7 @@ def test_all_that_can_be_reached_is_found_in_the_order_of_distance_and_id(dim):
 
 
 def test_few_are_missed_with_a_short_walk():
-    index = HNSW(256, "hamming", M=16, ef_construction=100, num_threads=1)
+    index = HNSW(256, "hamming", M=16, ef_construction=100, workers=1)
     held, queries = rows(3000, 256, flips=0.25), rows(100, 256, 1, 0.25)
     index.add(held)
     found, distances = index.search(queries, 10, ef=64)
@@ -105,7 +105,7 @@ def test_few_are_missed_with_a_short_walk():
 def test_any_bits_with_many_at_one_place(count, width, seed, is_sparse):
     generator = np.random.default_rng(seed)
     held = generator.integers(0, 2 if is_sparse else 256, (count, width), np.uint8)
-    index = HNSW(8 * width, "hamming", M=3, ef_construction=6, num_threads=1)
+    index = HNSW(8 * width, "hamming", M=3, ef_construction=6, workers=1)
     index.add(held, repair=True)
     check_graph(index)
     ids, distances = index.search(held, count, count)
@@ -205,7 +205,7 @@ def test_any_number_of_threads_gives_the_same_bytes():
     held = rows(2500, 128)
     built = []
     for threads in (1, 3):
-        index = HNSW(128, "hamming", M=6, ef_construction=30, num_threads=threads)
+        index = HNSW(128, "hamming", M=6, ef_construction=30, workers=threads)
         index.add(held)
         built.append(graph_bytes(index))
     assert built[0] == built[1]
@@ -213,7 +213,7 @@ def test_any_number_of_threads_gives_the_same_bytes():
 
 def test_an_interrupted_add_leaves_what_is_linked(monkeypatch):
     held, own, calls = rows(3000, 64, flips=0.5), Linker._link_batch, []
-    index = HNSW(64, "hamming", M=8, ef_construction=40, num_threads=1)
+    index = HNSW(64, "hamming", M=8, ef_construction=40, workers=1)
 
     def interrupted(self, *arguments):
         own(self, *arguments)
@@ -294,7 +294,7 @@ def test_a_file_of_other_rows_is_refused(tmp_path):
 def test_a_live_index_keeps_bits_through_its_log_and_snapshots(tmp_path):
     path, held = tmp_path / "i.anb", rows(80, 72)
     made(40, 72).save(path)
-    with LiveIndex.open(path, num_threads=1, snapshot_bytes=2000) as live:
+    with LiveIndex.open(path, workers=1, snapshot_bytes=2000) as live:
         live.upsert(range(40, 80), held[40:])
         live.upsert([3], held[70:71])
         live.delete([5])
@@ -304,7 +304,7 @@ def test_a_live_index_keeps_bits_through_its_log_and_snapshots(tmp_path):
     again = open_index(path)
     assert sorted(again.ids.tolist()) == [id for id in range(80) if id != 5]
     np.testing.assert_array_equal(again.vectors([3, 79]), held[[70, 79]])
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         live.delete([79])
     assert len(open_index(path)) == 78
 
@@ -312,13 +312,13 @@ def test_a_live_index_keeps_bits_through_its_log_and_snapshots(tmp_path):
 def test_a_log_of_other_rows_is_none_of_this_index(tmp_path):
     path = tmp_path / "i.anb"
     made(40, 64).save(path)
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         live.delete([1])
     base = live.base
-    other = HNSW(8, "l2", num_threads=1)
+    other = HNSW(8, "l2", workers=1)
     other.add(np.eye(8))
     other.save(tmp_path / "o.anb")
-    with LiveIndex.open(tmp_path / "o.anb", num_threads=1) as live:
+    with LiveIndex.open(tmp_path / "o.anb", workers=1) as live:
         live.delete([1])
     log = live_folder(path) / "log-00000001"
     log.write_bytes((live_folder(tmp_path / "o.anb") / "log-00000001").read_bytes())

@@ -22,7 +22,7 @@ QUERIES = VECTORS[100:150]
 
 
 def made(kind, metric="l2", **options):
-    return HNSW(12, metric, M=8, ef_construction=40, num_threads=1, **kind, **options)
+    return HNSW(12, metric, M=8, ef_construction=40, workers=1, **kind, **options)
 
 
 def found(index, metric="l2", rows=VECTORS, queries=QUERIES):
@@ -251,7 +251,7 @@ def test_a_file_knows_how_much_has_changed(tmp_path):
     index.add(VECTORS[:800])
     index.update(np.arange(90), FAR[:90])
     index.save(tmp_path / "i.anb")
-    again = HNSW.load(tmp_path / "i.anb", num_threads=1)
+    again = HNSW.load(tmp_path / "i.anb", workers=1)
     assert again._changes.changed == index._changes.changed == 90
     for held in (index, again):
         held.update(np.arange(90, 500), FAR[90:500])
@@ -314,7 +314,7 @@ def test_a_file_keeps_the_centre_that_was_found_later(kind, mmap, tmp_path):
     index.add(VECTORS[:3] + 1e6)
     index.add(VECTORS, ids=np.arange(10, 1310))
     index.save(tmp_path / "i.anb")
-    again = HNSW.load(tmp_path / "i.anb", mmap=mmap, num_threads=1)
+    again = HNSW.load(tmp_path / "i.anb", mmap=mmap, workers=1)
     for one, other in zip(index.search(QUERIES, 5), again.search(QUERIES, 5), strict=True):
         assert one.tolist() == other.tolist()
     # Also one by one, which takes another way.

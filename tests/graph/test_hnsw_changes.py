@@ -18,7 +18,7 @@ VECTORS, QUERIES = drawn(1200, 12, 1), drawn(50, 12, 2)
 
 
 def built(count=1200, **options):
-    index = HNSW(12, **{"M": 8, "ef_construction": 60, "num_threads": 1, **options})
+    index = HNSW(12, **{"M": 8, "ef_construction": 60, "workers": 1, **options})
     index.add(VECTORS[:count])
     return index
 
@@ -432,7 +432,7 @@ def test_shards_merge_exactly():
 
 
 def test_shards_change_and_are_saved(tmp_path):
-    sharded = ShardedHNSW(12, 4, "cosine", dtype="i8", num_threads=2, compact_at=None)
+    sharded = ShardedHNSW(12, 4, "cosine", dtype="i8", workers=2, compact_at=None)
     sharded.add(VECTORS[:500], np.arange(500) * 7)
     sharded.remove([7, 14])
     sharded.update([0], VECTORS[600:601])

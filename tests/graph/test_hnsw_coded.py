@@ -30,7 +30,7 @@ def measured(kind, query, scale, norm, row, aux, slot, width):
 
 
 def made(quantization, rows=VECTORS, metric="l2", **options):
-    index = HNSW(rows.shape[1], metric, M=10, ef_construction=60, quantization=quantization, num_threads=1, **options)
+    index = HNSW(rows.shape[1], metric, M=10, ef_construction=60, quantization=quantization, workers=1, **options)
     index.add(rows)
     return index
 
@@ -195,7 +195,7 @@ def test_wide_walks_and_many_queries(monkeypatch):
     index = made("pq")
     ids, distances = index.search(VECTORS[:300], 4, ef=100)
     monkeypatch.setattr("anabranch.graph.hnsw.searching.TABLES", 20_000)
-    for one, other in zip(index.search(VECTORS[:300], 4, ef=100, num_threads=2), (ids, distances), strict=True):
+    for one, other in zip(index.search(VECTORS[:300], 4, ef=100, workers=2), (ids, distances), strict=True):
         assert one.tolist() == other.tolist()
     truth = naive(VECTORS, VECTORS[:20], 4)[0]
     assert recall(index.search(VECTORS[:20], 4, ef=1500)[0], truth) == 1.0
@@ -258,7 +258,7 @@ def test_what_cannot_be_learned_is_told(monkeypatch):
 
 
 def test_any_number_of_threads_learns_the_same():
-    built = [HNSW(24, M=6, ef_construction=30, quantization="pq", num_threads=count) for count in (1, 3)]
+    built = [HNSW(24, M=6, ef_construction=30, quantization="pq", workers=count) for count in (1, 3)]
     for index in built:
         index.add(VECTORS)
     assert graph_bytes(built[0]) == graph_bytes(built[1])
@@ -431,7 +431,7 @@ def test_files_whose_codes_do_not_fit_are_damaged(tmp_path, change, says):
 def test_a_live_index_has_codes(tmp_path, quantization):
     path = tmp_path / "i.anb"
     made(quantization, VECTORS[:1100]).save(path)
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         live.upsert(range(2000, 2050), VECTORS[1100:1150])
         live.delete([4])
         assert live.index.search(VECTORS[1100:1110], 1)[0][:, 0].tolist() == list(range(2000, 2010))

@@ -40,7 +40,7 @@ def test_groups_of_fifty_are_all_found(kind):
     """200 vectors, 50 times each, in any order; before, most could not be reached, and a tenth of the searches had no exact hit."""
     base = drawn_for(KINDS[kind], 200)
     vectors = np.repeat(base, 50, 0)[ORDER]
-    index = empty(KINDS[kind], num_threads=2)
+    index = empty(KINDS[kind], workers=2)
     index.add(vectors)
     ids, _ = index.search(base, 10)
     assert (vectors[ids] == base[:, None]).all()
@@ -53,7 +53,7 @@ def test_groups_of_fifty_are_all_found(kind):
 @pytest.mark.parametrize("at_once", [True, False])
 def test_one_group_is_found_whole(kind, at_once):
     vectors = np.repeat(drawn_for(KINDS[kind], 1), 1500, 0)
-    index = empty(KINDS[kind], ef_construction=50, num_threads=1)
+    index = empty(KINDS[kind], ef_construction=50, workers=1)
     for part in np.array_split(vectors, 1 if at_once else 7):
         index.add(part)
     ids, _ = index.search(vectors[0], 200, 2000)
@@ -66,7 +66,7 @@ def test_one_group_is_found_whole(kind, at_once):
 def test_a_group_has_its_way_out():
     """1,200 equal vectors, then others: a search that begins among the equals still finds these."""
     others = drawn(300, 16, 2)
-    index = HNSW(16, M=8, ef_construction=60, num_threads=1)
+    index = HNSW(16, M=8, ef_construction=60, workers=1)
     index.add(np.concatenate([np.ones((1200, 16), np.float32), others]))
     ids, _ = index.search(others, 1, 64)
     assert (ids[:, 0] == 1200 + np.arange(300)).mean() > 0.9
@@ -82,7 +82,7 @@ def test_equals_come_to_the_same_bytes_for_any_number_of_threads(kind):
     vectors = np.concatenate([drawn_for(KINDS[kind], 1100, 3), np.repeat(base, 30, 0)[ORDER[ORDER < 1200]]])
     made = []
     for threads in (1, 2, 5):
-        index = empty(KINDS[kind], M=6, ef_construction=40, num_threads=threads)
+        index = empty(KINDS[kind], M=6, ef_construction=40, workers=threads)
         index.add(vectors)
         made.append(graph_bytes(index))
     assert made[0] == made[1] == made[2]
@@ -90,7 +90,7 @@ def test_equals_come_to_the_same_bytes_for_any_number_of_threads(kind):
 
 def test_equals_that_go_and_come_again_are_found():
     vectors = np.concatenate([np.repeat(drawn_for({}, 10), 60, 0), drawn(600, 16, 5)])
-    index = HNSW(16, M=6, ef_construction=50, num_threads=1)
+    index = HNSW(16, M=6, ef_construction=50, workers=1)
     index.add(vectors)
     index.remove(np.arange(0, 600, 2))
     index.add(vectors[:600:2], ids=np.arange(5000, 5300), repair=True)
@@ -102,7 +102,7 @@ def test_equals_that_go_and_come_again_are_found():
 
 
 def test_the_first_of_equals_is_known_by_all_bytes():
-    index = HNSW(16, dtype="i8", num_threads=1)
+    index = HNSW(16, dtype="i8", workers=1)
     row = drawn(1, 16)
     # The codes of one are those of its double; their scales differ.
     index.add(np.concatenate([row, row, 2 * row, -row, row]))
@@ -112,6 +112,6 @@ def test_the_first_of_equals_is_known_by_all_bytes():
 
 def test_the_one_that_makes_room_is_led_to_by_the_one_it_makes_room_for():
     """With M = 2 a new element has one link to an equal: only by what it takes over from that can the others be reached."""
-    index = HNSW(16, M=2, ef_construction=10, num_threads=1)
+    index = HNSW(16, M=2, ef_construction=10, workers=1)
     index.add(np.ones((300, 16), np.float32))
     assert index.stats()["unreachable"] == 0

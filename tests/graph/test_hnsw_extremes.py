@@ -96,7 +96,7 @@ def test_the_longest_there_may_be_are_found(dtype, metric):
 @settings(max_examples=60, deadline=None)
 def test_any_finite_vectors_are_found_or_refused(rows, dtype, metric):
     vectors = np.array(rows, np.float32)
-    index = HNSW(3, metric, M=3, ef_construction=6, dtype=dtype, num_threads=1)
+    index = HNSW(3, metric, M=3, ef_construction=6, dtype=dtype, workers=1)
     if (np.linalg.norm(vectors.astype(np.float64), axis=1) > MAX_LENGTH).any():
         with pytest.raises(InputError, match="longer"):
             index.add(vectors)

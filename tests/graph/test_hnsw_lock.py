@@ -146,7 +146,7 @@ def test_many_of_both_all_come_to_their_end():
 
 def test_searches_go_on_beside_a_writer_that_never_rests():
     vectors = drawn(3000, 16, 5)
-    index = HNSW(16, M=8, ef_construction=60, num_threads=1)
+    index = HNSW(16, M=8, ef_construction=60, workers=1)
     index.add(vectors[:1500])
     done, searches, wrong = threading.Event(), [0], []
 
@@ -172,7 +172,7 @@ def test_searches_go_on_beside_a_writer_that_never_rests():
 
 def test_searches_go_on_beside_a_large_add_and_change_no_byte():
     vectors = drawn(6000, 16, 6)
-    alone, beside = (HNSW(16, M=8, ef_construction=60, num_threads=1) for _ in range(2))
+    alone, beside = (HNSW(16, M=8, ef_construction=60, workers=1) for _ in range(2))
     for index in (alone, beside):
         index.add(vectors[:1500])
     alone.add(vectors[1500:])
@@ -193,7 +193,7 @@ def test_searches_go_on_beside_a_large_add_and_change_no_byte():
 
 def test_what_is_saved_beside_a_large_add_is_whole(tmp_path):
     vectors = drawn(5000, 16, 7)
-    index = HNSW(16, M=8, ef_construction=60, num_threads=1)
+    index = HNSW(16, M=8, ef_construction=60, workers=1)
     index.add(vectors[:1500])
     done, found = threading.Event(), []
 

@@ -39,7 +39,7 @@ def truth(held, queries, radius, ids=None, metric="l2"):
 
 @cache
 def walked():
-    made = HNSW(8, M=12, ef_construction=100, num_threads=1)
+    made = HNSW(8, M=12, ef_construction=100, workers=1)
     made.add(VECTORS)
     made.repair()
     return made
@@ -55,7 +55,7 @@ def whole(count, dim, seed, most=6):
 
 
 def test_worked_by_hand():
-    index = HNSW(1, num_threads=1)
+    index = HNSW(1, workers=1)
     index.add([[0], [1], [2], [5], [-1]], ids=[10, 11, 12, 15, 9])
     found = index.range_search([[0.0], [9.0], [4.0]], [4.0, 1.0, 4.0])
     # Squared: 0, 1 (twice, by id), 4; none; 1, 4.
@@ -76,7 +76,7 @@ def test_every_distance_is_measured_where_it_is_asked_for_or_little(
     count, dim, seed, radius, is_exact, metric, dtype, is_filtered
 ):
     held, queries = whole(count, dim, seed), whole(5, dim, seed + 1)
-    index = HNSW(dim, metric, M=3, ef_construction=6, dtype=dtype, num_threads=1)
+    index = HNSW(dim, metric, M=3, ef_construction=6, dtype=dtype, workers=1)
     index.add(held)
     kept = np.arange(count) % 3 > 0 if is_filtered else None
     found = index.range_search(queries, radius, filter=kept, exact=is_exact)
@@ -92,7 +92,7 @@ def test_every_distance_is_measured_where_it_is_asked_for_or_little(
 def test_the_nearest_within_and_how_many_are_those_of_all(count, seed, radius, is_exact, k, dtype, shards, is_filtered):
     """Whole numbers, so that many are at one distance: those of the smallest ids are kept."""
     held, queries = whole(count, 2, seed), whole(5, 2, seed + 1)
-    index = HNSW(2, M=3, ef_construction=6, dtype=dtype, num_threads=1) if shards == 1 else ShardedHNSW(2, shards)
+    index = HNSW(2, M=3, ef_construction=6, dtype=dtype, workers=1) if shards == 1 else ShardedHNSW(2, shards)
     index.add(held, np.random.default_rng(seed).permutation(1000)[:count])
     kept = index.ids[::2] if is_filtered else None
     asked = queries, np.arange(5) + radius
@@ -169,7 +169,7 @@ def test_what_a_search_costs_is_told(index):
 
 @pytest.mark.parametrize("dtype", ["f16", "i8"])
 def test_short_rows_are_measured_again(dtype):
-    index = HNSW(8, M=12, ef_construction=60, dtype=dtype, num_threads=1)
+    index = HNSW(8, M=12, ef_construction=60, dtype=dtype, workers=1)
     index.add(VECTORS)
     for exact in (False, True):
         found = index.range_search(VECTORS[:30], 5.0, exact=exact)
@@ -184,7 +184,7 @@ def test_short_rows_are_measured_again(dtype):
 
 
 def test_deleted_elements_are_not_within(index):
-    made = HNSW(8, M=8, ef_construction=40, compact_at=None, num_threads=1)
+    made = HNSW(8, M=8, ef_construction=40, compact_at=None, workers=1)
     made.add(VECTORS[:2500])
     made.remove(np.arange(0, 2500, 2))
     for exact in (False, True):
@@ -197,7 +197,7 @@ def test_deleted_elements_are_not_within(index):
 
 
 def test_elements_that_nothing_leads_to_are_measured(monkeypatch):
-    index = HNSW(8, M=6, ef_construction=20, num_threads=1)
+    index = HNSW(8, M=6, ef_construction=20, workers=1)
     index.add(VECTORS[:2000])
 
     def fails(*arguments):
@@ -211,7 +211,7 @@ def test_elements_that_nothing_leads_to_are_measured(monkeypatch):
 
 
 def test_many_at_one_place_are_all_found():
-    index = HNSW(4, M=4, ef_construction=16, num_threads=1)
+    index = HNSW(4, M=4, ef_construction=16, workers=1)
     index.add(np.zeros((2500, 4), np.float32), repair=True)
     index.add(np.ones((5, 4), np.float32), ids=[2**63 - 1, 2**62, 9000, 9001, 9002])
     found = index.range_search(np.zeros((1, 4)), 0.0)
@@ -222,7 +222,7 @@ def test_many_at_one_place_are_all_found():
 
 def test_bits_shards_and_tensors():
     held = np.random.default_rng(0).integers(0, 256, (400, 3), np.uint8)
-    index, shards = HNSW(24, "hamming", num_threads=1), ShardedHNSW(24, 3, "hamming")
+    index, shards = HNSW(24, "hamming", workers=1), ShardedHNSW(24, 3, "hamming")
     index.add(held)
     shards.add(held)
     differ = np.unpackbits(held[:10, None] ^ held[None], axis=2).sum(2)
@@ -281,7 +281,7 @@ def test_no_memory_is_told(index, monkeypatch):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_numbers_that_are_none_are_damage(exact):
-    made = HNSW(8, M=8, ef_construction=40, num_threads=1)
+    made = HNSW(8, M=8, ef_construction=40, workers=1)
     made.add(VECTORS[:2500])
     made._storage.rows.view(np.float32)[:2500, 0] = np.nan
     with pytest.raises(DataError, match="holds numbers that nobody gave it"):
@@ -293,7 +293,7 @@ def test_numbers_that_are_none_are_damage(exact):
 
 @pytest.fixture
 def client(tmp_path):
-    made = HNSW(8, M=8, ef_construction=40, num_threads=1)
+    made = HNSW(8, M=8, ef_construction=40, workers=1)
     made.add(VECTORS[:200])
     made.save(tmp_path / "i.anb")
     with TestClient(create_app(Sources([tmp_path / "i.anb"]), Limits(k=12))) as client:
@@ -303,7 +303,7 @@ def client(tmp_path):
 
 
 def test_http_tells_the_nearest_within_and_how_many_there_are(client):
-    made = HNSW(8, M=8, ef_construction=40, num_threads=1)
+    made = HNSW(8, M=8, ef_construction=40, workers=1)
     made.add(VECTORS[:200])
     wanted = rows(made.range_search(VECTORS[:3], 20.0))
     assert max(map(len, wanted)) > 12
@@ -362,7 +362,7 @@ def test_http_tells_damage(client):
 def test_a_walk_and_a_scan_mean_the_same_by_within(options):
     """Codes without measuring again told their own distances on walks alone, some of them below zero."""
     vectors = drawn(2000, 24, 5)
-    index = HNSW(24, M=10, ef_construction=60, num_threads=1, **options)
+    index = HNSW(24, M=10, ef_construction=60, workers=1, **options)
     index.add(vectors)
     walked, scanned = (index.range_search(vectors[:30], 20.0, ef=32, exact=exact) for exact in (False, True))
     for number in range(30):
@@ -383,7 +383,7 @@ def test_a_walk_and_a_scan_mean_the_same_by_within(options):
 @pytest.mark.parametrize("options", [{"quantization": "int4"}, {"dtype": "i8"}], ids=str)
 def test_no_squared_distance_is_below_zero(options):
     vectors = drawn(1500, 24, 5)
-    index = HNSW(24, M=10, ef_construction=60, num_threads=1, rerank=False, **options)
+    index = HNSW(24, M=10, ef_construction=60, workers=1, rerank=False, **options)
     index.add(vectors)
     few = np.arange(20)
     for ids, far in (

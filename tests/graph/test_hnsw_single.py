@@ -27,7 +27,7 @@ KINDS = [
 
 
 def made(metric="l2", dtype="f32", rerank=True, vectors=VECTORS):
-    index = HNSW(vectors.shape[1], metric=metric, dtype=dtype, rerank=rerank, M=8, ef_construction=60, num_threads=1)
+    index = HNSW(vectors.shape[1], metric=metric, dtype=dtype, rerank=rerank, M=8, ef_construction=60, workers=1)
     index.add(vectors)
     return index
 
@@ -54,7 +54,7 @@ def test_one_query_gives_what_it_gives_among_many(metric, dtype, rerank):
 
 def test_bits_too():
     bits = np.random.default_rng(0).integers(0, 256, (500, 16), np.uint8)
-    index = HNSW(128, metric="hamming", M=8, ef_construction=60, num_threads=1)
+    index = HNSW(128, metric="hamming", M=8, ef_construction=60, workers=1)
     index.add(bits)
     many = index.search(bits[:9], 5)
     for row in range(9):
@@ -102,7 +102,7 @@ def test_a_zero_vector_has_no_direction_and_a_long_one_has():
 
 
 def test_an_empty_index_and_one_that_was_emptied_have_nothing():
-    index = HNSW(24, num_threads=1)
+    index = HNSW(24, workers=1)
     for _ in range(2):
         ids, distances_ = index.search(QUERIES[0], 3)
         assert ids.tolist() == [[-1, -1, -1]]
@@ -114,7 +114,7 @@ def test_an_empty_index_and_one_that_was_emptied_have_nothing():
 
 
 def test_what_is_deleted_is_not_returned():
-    index = HNSW(24, M=8, ef_construction=60, compact_at=None, num_threads=1)
+    index = HNSW(24, M=8, ef_construction=60, compact_at=None, workers=1)
     index.add(VECTORS)
     index.remove(np.arange(0, 700, 3))
     for query in QUERIES:

@@ -21,7 +21,7 @@ VECTORS, QUERIES = drawn(3000, 8, 1), drawn(40, 8, 2)
 
 
 def built(count=1200, **options):
-    index = HNSW(8, **{"M": 6, "ef_construction": 40, "num_threads": 1, "compact_at": None, **options})
+    index = HNSW(8, **{"M": 6, "ef_construction": 40, "workers": 1, "compact_at": None, **options})
     index.add(VECTORS[:count])
     return index
 
@@ -167,7 +167,7 @@ def test_places_of_deleted_elements_are_used_again():
     np.testing.assert_array_equal(ids, np.setdiff1d(np.arange(1600), np.arange(0, 600, 2)))
     np.testing.assert_array_equal(index.vectors(ids), VECTORS[ids])
     truth = naive(VECTORS[ids], QUERIES, 10, ids=ids)[0]
-    fresh = HNSW(8, M=6, ef_construction=40, num_threads=1)
+    fresh = HNSW(8, M=6, ef_construction=40, workers=1)
     fresh.add(VECTORS[ids], ids)
     assert recall(index.search(QUERIES, 10, 30)[0], truth) > recall(fresh.search(QUERIES, 10, 30)[0], truth) - 0.02
 
@@ -257,7 +257,7 @@ def test_of_one_id_that_was_deleted_twice_the_last_comes_back():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bytes_are_the_same_for_any_number_of_threads(threads):
-    index = built(1500, num_threads=threads)
+    index = built(1500, workers=threads)
     index.remove(np.arange(0, 900, 3))
     index.add(VECTORS[1500:2300])
     one = built(1500)
@@ -413,7 +413,7 @@ def test_many_threads_use_one_filter():
     expected = index.search(QUERIES, 5, filter=np.arange(0, 1200, 3))[0]
 
     def search():
-        found = [index.search(QUERIES, 5, filter=made, num_threads=1)[0] for _ in range(20)]
+        found = [index.search(QUERIES, 5, filter=made, workers=1)[0] for _ in range(20)]
         wrong.extend(one for one in found if not (one == expected).all())
 
     threads = [threading.Thread(target=search) for _ in range(4)]

@@ -24,19 +24,19 @@ BEFORE = 3
 
 
 def made(count=600, **options):
-    index = HNSW(16, M=8, ef_construction=40, num_threads=1, **options)
+    index = HNSW(16, M=8, ef_construction=40, workers=1, **options)
     index.add(VECTORS[:count])
     return index
 
 
 def shards():
-    index = ShardedHNSW(16, 2, M=8, ef_construction=40, num_threads=1)
+    index = ShardedHNSW(16, 2, M=8, ef_construction=40, workers=1)
     index.add(VECTORS[:600])
     return index
 
 
 def bits():
-    index = HNSW(64, "hamming", M=8, ef_construction=40, num_threads=1)
+    index = HNSW(64, "hamming", M=8, ef_construction=40, workers=1)
     index.add(np.random.default_rng(0).integers(0, 256, (600, 8), np.uint8))
     return index
 

@@ -77,7 +77,7 @@ def test_a_handler_of_ones_own_is_called_at_the_end_and_the_work_goes_on():
 
 
 def test_a_handler_may_use_the_index_that_was_changed(tmp_path):
-    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index = HNSW(8, M=6, ef_construction=30, workers=1)
     index.add(VECTORS[:1200])
     before = signal.signal(signal.SIGINT, lambda number, frame: index.save(tmp_path / "i.anb"))
     own = Linker.take_out
@@ -143,7 +143,7 @@ def test_an_interrupt_while_a_lock_is_waited_for_keeps_nobody_out(kind):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("at", [0, 1, 7])
 def test_an_interrupted_add_keeps_what_is_linked_and_forgets_the_rest(monkeypatch, threads, at):
-    index, calls = HNSW(8, M=6, ef_construction=30, num_threads=threads), []
+    index, calls = HNSW(8, M=6, ef_construction=30, workers=threads), []
     own = Linker._link_batch
 
     def interrupted(self, batch_B, workers):
@@ -172,7 +172,7 @@ def test_an_interrupted_add_keeps_what_is_linked_and_forgets_the_rest(monkeypatc
 
 
 def test_no_memory_in_the_middle_of_a_batch_leaves_no_link_to_what_is_forgotten(monkeypatch):
-    index, calls = HNSW(8, M=6, ef_construction=30, num_threads=1), []
+    index, calls = HNSW(8, M=6, ef_construction=30, workers=1), []
     own = Linker._link_back
 
     def fails(self, base_S, level, workers):
@@ -193,7 +193,7 @@ def test_no_memory_in_the_middle_of_a_batch_leaves_no_link_to_what_is_forgotten(
 
 
 def test_an_interrupted_update_comes_to_its_end(monkeypatch):
-    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index = HNSW(8, M=6, ef_construction=30, workers=1)
     index.add(VECTORS[:1500])
     own = Linker.take_out
 
@@ -213,7 +213,7 @@ def test_an_interrupted_update_comes_to_its_end(monkeypatch):
 @pytest.mark.parametrize("at", ["take_out", "put_encoded", "link"])
 def test_an_update_that_raises_leaves_all_in_the_graph(monkeypatch, at):
     """Also where all elements were moved: then there was no entry point, and the next search read before the first row."""
-    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index = HNSW(8, M=6, ef_construction=30, workers=1)
     index.add(VECTORS[:300])
     owner = index._storage if at == "put_encoded" else index._linker
     own, calls = getattr(owner, at), []
@@ -238,7 +238,7 @@ def test_an_update_that_raises_leaves_all_in_the_graph(monkeypatch, at):
 
 
 def test_an_index_that_could_not_be_linked_again_finds_nothing_and_can_be_repaired(monkeypatch):
-    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index = HNSW(8, M=6, ef_construction=30, workers=1)
     index.add(VECTORS[:200])
 
     def fails(*arguments):
@@ -257,7 +257,7 @@ def test_an_index_that_could_not_be_linked_again_finds_nothing_and_can_be_repair
 
 
 def test_a_reader_beside_an_interrupted_add_remembers_nothing_that_is_gone(monkeypatch):
-    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index = HNSW(8, M=6, ef_construction=30, workers=1)
     index.add(VECTORS[:1100])
     own, calls = Linker._link_batch, []
 
@@ -288,7 +288,7 @@ def test_a_reader_beside_an_interrupted_add_remembers_nothing_that_is_gone(monke
 
 def test_interrupts_in_a_loop_of_searches_leave_the_lock_whole():
     """At whatever moment they come."""
-    index = HNSW(8, M=6, ef_construction=30, num_threads=1)
+    index = HNSW(8, M=6, ef_construction=30, workers=1)
     index.add(VECTORS[:300])
     for turn in range(60):
         runs = threading.Event()
@@ -337,7 +337,7 @@ def alarms():
 @pytest.mark.parametrize("at", ["_mend", "take_out"])
 @pytest.mark.parametrize("sent", [signal.SIGALRM, signal.SIGUSR1, signal.SIGTERM])
 def test_a_handler_that_raises_does_not_break_compacting(monkeypatch, alarms, at, sent):
-    index = HNSW(8, M=6, ef_construction=30, num_threads=1, compact_at=None)
+    index = HNSW(8, M=6, ef_construction=30, workers=1, compact_at=None)
     index.add(VECTORS[:600])
     index.remove(np.arange(0, 600, 2))
     own = getattr(Linker, at)
@@ -362,7 +362,7 @@ def test_a_handler_that_raises_does_not_break_compacting(monkeypatch, alarms, at
 
 def test_alarms_at_any_moment_leave_an_index_whole(alarms):
     """Every few milliseconds, while an index is changed in all ways: the lock is free afterwards, and the graph is sound."""
-    index = HNSW(8, M=6, ef_construction=30, num_threads=1, compact_at=None)
+    index = HNSW(8, M=6, ef_construction=30, workers=1, compact_at=None)
     index.add(VECTORS[:400])
     raised, changes = (
         0,
@@ -482,12 +482,12 @@ def in_a_fork(work):
 
 
 def test_a_fork_beside_searches_searches_and_changes():
-    index, over = HNSW(8, M=6, ef_construction=30, num_threads=1), threading.Event()
+    index, over = HNSW(8, M=6, ef_construction=30, workers=1), threading.Event()
     index.add(VECTORS[:300])
 
     def search():
         while not over.is_set():
-            index.search(VECTORS[:20], 3, num_threads=2)
+            index.search(VECTORS[:20], 3, workers=2)
 
     thread = threading.Thread(target=search)
     thread.start()
@@ -509,7 +509,7 @@ def test_a_fork_beside_searches_searches_and_changes():
 
 
 def test_a_fork_in_the_middle_of_a_change_is_told_so():
-    index, inside, leave = HNSW(8, M=6, ef_construction=30, num_threads=1), threading.Event(), threading.Event()
+    index, inside, leave = HNSW(8, M=6, ef_construction=30, workers=1), threading.Event(), threading.Event()
     index.add(VECTORS[:300])
 
     def change():

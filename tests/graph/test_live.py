@@ -23,14 +23,14 @@ VECTORS = drawn(600, DIM, 5)
 
 @pytest.fixture
 def path(tmp_path):
-    index = HNSW(DIM, M=6, ef_construction=40, num_threads=1)
+    index = HNSW(DIM, M=6, ef_construction=40, workers=1)
     index.add(VECTORS[:COUNT])
     index.save(tmp_path / "index.anb")
     return tmp_path / "index.anb"
 
 
 def opened(path, **options):
-    return LiveIndex.open(path, num_threads=1, **options)
+    return LiveIndex.open(path, workers=1, **options)
 
 
 def content(index):
@@ -123,11 +123,11 @@ def test_a_snapshot_cuts_the_log_and_a_crash_within_it_loses_nothing(path, tmp_p
         live.delete([2])
         expected, before = content(live.index), live.log_bytes
 
-        def watched(folder, state, base, number):
+        def watched(folder, state, base, number, named):
             seen.append((files(path), after_a_crash(path, tmp_path)))
             # Changes go on meanwhile.
             live.upsert([71], VECTORS[110:111])
-            own(folder, state, base, number)
+            own(folder, state, base, number, named)
             seen.append((files(path), after_a_crash(path, tmp_path)))
 
         monkeypatch.setattr(background, "write_snapshot", watched)
@@ -401,7 +401,7 @@ def changed_and_closed(path, *, snapshot=False):
 
 def test_a_file_that_was_replaced_is_not_taken_for_the_one_that_was_changed(path):
     changed_and_closed(path)
-    index = HNSW(DIM, M=6, num_threads=1)
+    index = HNSW(DIM, M=6, workers=1)
     index.add(VECTORS[:20])
     # By another program: our own would not.
     index.save(path.with_suffix(".new"))

@@ -26,7 +26,7 @@ VECTORS = drawn(200, DIM, 7)
 
 
 def saved(path, rows=COUNT, **options):
-    index = HNSW(DIM, M=6, ef_construction=30, num_threads=1, **options)
+    index = HNSW(DIM, M=6, ef_construction=30, workers=1, **options)
     if rows:
         index.add(VECTORS[:rows])
     index.save(path)
@@ -39,7 +39,7 @@ def path(tmp_path):
 
 
 def opened(path, **options):
-    return LiveIndex.open(path, num_threads=1, **options)
+    return LiveIndex.open(path, workers=1, **options)
 
 
 def in_a_thread(work):

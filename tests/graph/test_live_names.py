@@ -6,6 +6,7 @@ import shutil
 import struct
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ VECTORS = drawn(300, DIM, 3)
 
 
 def saved(path, names):
-    index = HNSW(DIM, M=6, ef_construction=30, num_threads=1)
+    index = HNSW(DIM, M=6, ef_construction=30, workers=1)
     index.add(VECTORS[: len(names)])
     index.save(path)
     write_names(path, Names(names))
@@ -56,11 +57,11 @@ def after_a_crash(path):
     """What a new process finds: a copy of the files as they are now."""
     place = path.parent / f"crash-{time.monotonic_ns()}"
     place.mkdir()
-    for file in (path, names_path(path)):
+    for file in filter(Path.exists, (path, names_path(path))):
         shutil.copy(file, place / file.name)
     if live_folder(path).exists():
         shutil.copytree(live_folder(path), live_folder(place / path.name))
-    with LiveIndex.open(place / path.name, num_threads=1) as live:
+    with LiveIndex.open(place / path.name, workers=1) as live:
         check_graph(live.index)
         found = held(live)
     assert content(*open_named(place / path.name)) == found
@@ -69,7 +70,7 @@ def after_a_crash(path):
 
 
 def test_elements_come_move_and_go_by_name(path):
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         number, known = live.upsert_named(["n3", "ä", "n5", "new"], VECTORS[100:104])
         assert (number, known.tolist()) == (1, [True, False, True, False])
         expected = start() | dict(zip(["n3", "ä", "n5", "new"], VECTORS[100:104].tolist(), strict=True))
@@ -98,7 +99,7 @@ def test_elements_come_move_and_go_by_name(path):
 
 def test_a_snapshot_keeps_names(path, monkeypatch):
     own = background.write_snapshot
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         live.upsert_named(["a", "b"], VECTORS[100:102])
 
         def watched(*arguments):
@@ -131,7 +132,7 @@ def test_a_snapshot_keeps_names(path, monkeypatch):
 def test_any_order_of_changes_is_there_again(tmp_path_factory, steps):
     path = saved(tmp_path_factory.mktemp("names") / "index.anb", list(range(100, 110)))
     expected = {100 + number: VECTORS[number].tolist() for number in range(10)}
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         for place, (kind, numbers) in enumerate(steps):
             names = [95 + number for number in numbers]
             if kind == "u":
@@ -156,7 +157,7 @@ def test_threads_that_bring_one_name_share_its_element(path, monkeypatch):
         own(self)
 
     monkeypatch.setattr(Log, "sync", slow)
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         found = []
 
         def bring(number):
@@ -191,7 +192,7 @@ def test_threads_that_bring_one_name_share_its_element(path, monkeypatch):
     ],
 )
 def test_bad_names_change_nothing(path, names, message):
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         with pytest.raises(InputError, match=message):
             live.upsert_named(names, VECTORS[:2])
         assert not live.has_changes
@@ -202,7 +203,7 @@ def test_bad_names_change_nothing(path, names, message):
 
 def test_long_names_that_are_there_stay(tmp_path):
     path = saved(tmp_path / "index.anb", ["a" * 5000, "b"])
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         assert live.upsert_named(["a" * 5000, "c" * 4096], VECTORS[50:52])[1].tolist() == [True, False]
         assert live.delete_named(["a" * 5000])[1].tolist() == [True]
 
@@ -211,7 +212,7 @@ def test_a_long_name_in_a_log_of_before_is_read(path, monkeypatch):
     """From when names had no bound."""
     check = GrowingNames.check
     monkeypatch.setattr(GrowingNames, "check", lambda self, names, longest=None: check(self, names, longest=None))
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         live.upsert_named(["d" * 5000], VECTORS[50:51])
     monkeypatch.undo()
     assert "d" * 5000 in after_a_crash(path)
@@ -219,7 +220,7 @@ def test_a_long_name_in_a_log_of_before_is_read(path, monkeypatch):
 
 def test_numbers_as_names(tmp_path):
     path = saved(tmp_path / "index.anb", [7, -5, 2**62])
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         live.upsert_named([2**63 - 1, -5], VECTORS[50:52])
         for bad in ("a", True, 2**63, 1.0):
             with pytest.raises(InputError, match=r"names\[0\] is .*; elements are called by whole numbers here"):
@@ -228,20 +229,108 @@ def test_numbers_as_names(tmp_path):
         assert live.names.array.tolist() == [7, -5, 2**62, 2**63 - 1]
     # Without signs where they had none.
     wide = saved(tmp_path / "wide.anb", np.array([2**64 - 1, 5], np.uint64))
-    with LiveIndex.open(wide, num_threads=1) as live:
+    with LiveIndex.open(wide, workers=1) as live:
         live.upsert_named([2**64 - 2, 5], VECTORS[50:52])
         with pytest.raises(InputError, match="called by whole numbers"):
             live.upsert_named([-1], VECTORS[:1])
         assert live.names.array.tolist() == [2**64 - 1, 5, 2**64 - 2]
         assert after_a_crash(wide).keys() == {2**64 - 1, 5, 2**64 - 2}
-    unnamed = tmp_path / "unnamed.anb"
-    HNSW(DIM).save(unnamed)
-    with LiveIndex.open(unnamed) as live, pytest.raises(InputError, match="have no names; give ids"):
-        live.upsert_named([7], VECTORS[:1])
+    unnamed, index = tmp_path / "unnamed.anb", HNSW(DIM)
+    index.add(VECTORS[:1])
+    index.save(unnamed)
+    with LiveIndex.open(unnamed) as live:
+        for change in (lambda: live.upsert_named([7], VECTORS[:1]), lambda: live.delete_named([7])):
+            with pytest.raises(InputError, match="have no names; give ids"):
+                change()
+
+
+def empty(path):
+    HNSW(DIM, M=6, ef_construction=30, workers=1).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "other"),
+    [(["a", "ä"], 3), ([7, -5], "a"), ([2**63, 1], -1)],
+    ids=["text", "numbers", "numbers without signs"],
+)
+@pytest.mark.parametrize("is_snapshot", [False, True])
+def test_the_first_elements_of_an_empty_index_bring_names(tmp_path, names, other, is_snapshot):
+    path = empty(tmp_path / "index.anb")
+    with LiveIndex.open(path, workers=1) as live:
+        assert (live.names, live.takes_names) == (None, True)
+        # Nothing is there to be deleted, which decides nothing.
+        assert live.delete_named(["nobody"])[1].tolist() == live.delete_named([99])[1].tolist() == [False]
+        assert not live.has_changes
+        assert live.upsert_named(names, VECTORS[:2])[1].tolist() == [False, False]
+        if is_snapshot:
+            live.snapshot()
+        assert held(live) == after_a_crash(path) == dict(zip(names, VECTORS[:2].tolist(), strict=True))
+        with pytest.raises(InputError, match=r"names\[0\] is .*; elements are called by"):
+            live.upsert_named([other], VECTORS[:1])
+        with pytest.raises(InputError, match=r"ids\[0\] is 2; elements of this index have names"):
+            live.upsert([2], VECTORS[:1])
+        live.upsert([1], VECTORS[7:8])
+        live.delete_named(names)
+        # They keep their ids, and others are still no names of it.
+        with pytest.raises(InputError, match=r"names\[0\] is .*; elements are called by"):
+            live.upsert_named([other], VECTORS[:1])
+        live.upsert_named([names[1]], VECTORS[5:6])
+        assert held(live) == after_a_crash(path) == {names[1]: VECTORS[5].tolist()}
+        assert live.names.ids_of([names[1]]).tolist() == [1]
+    with LiveIndex.open(path, workers=1) as live:
+        assert live.names.array.tolist() == names
+        assert live.new_names() == names
+        live.snapshot()
+        assert held(live) == after_a_crash(path)
+
+
+def test_the_first_elements_of_an_empty_index_may_have_none(tmp_path):
+    path = empty(tmp_path / "index.anb")
+    with LiveIndex.open(path, workers=1) as live:
+        live.upsert([0, 1], VECTORS[:2])
+        for change in (lambda: live.upsert_named(["a"], VECTORS[:1]), lambda: live.delete_named(["a"])):
+            with pytest.raises(InputError, match="have no names; give ids"):
+                change()
+        # Once it is empty again it is as it was.
+        live.delete([0, 1])
+        live.upsert_named(["a"], VECTORS[5:6])
+        assert held(live) == after_a_crash(path) == {"a": VECTORS[5].tolist()}
+        live.snapshot()
+        assert held(live) == after_a_crash(path)
+
+
+def test_a_file_without_a_name_lets_the_first_say_what_they_are(tmp_path):
+    path = empty(tmp_path / "index.anb")
+    write_names(path, Names([]))
+    with LiveIndex.open(path, workers=1) as live:
+        with pytest.raises(InputError, match=r"ids\[0\] is 0; elements of this index have names"):
+            live.upsert([0], VECTORS[:1])
+        live.upsert_named([5], VECTORS[:1])
+        assert held(live) == after_a_crash(path) == {5: VECTORS[0].tolist()}
+
+
+def test_a_write_that_fails_brings_no_names(tmp_path, monkeypatch):
+    path = empty(tmp_path / "index.anb")
+    with LiveIndex.open(path, workers=1, most=1) as live:
+        with pytest.raises(InputError, match="takes 1; 2 more do not fit"):
+            live.upsert_named(["a", "b"], VECTORS[:2])
+        assert live.names is None
+        live.upsert_named([1], VECTORS[:1])
+        assert held(live) == {1: VECTORS[0].tolist()}
+
+
+def test_names_that_an_index_had_before_are_missed_behind_a_snapshot(path):
+    with LiveIndex.open(path, workers=1) as live:
+        live.upsert_named(["a"], VECTORS[100:101])
+        live.snapshot()
+    names_path(path).unlink()
+    with pytest.raises(DataError, match=r"those that were there before are missing"):
+        open_named(path)
 
 
 def test_names_that_do_not_belong_together_are_told(path):
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         live.upsert_named(["a"], VECTORS[100:101])
     kept, place = names_path(path).read_bytes(), names_path(path)
     place.unlink()
@@ -259,7 +348,7 @@ def test_names_that_do_not_belong_together_are_told(path):
     assert after_a_crash(path).keys() == start().keys() | {"a"}
     # Names that were replaced while they are served.
     shutil.rmtree(live_folder(path))
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         write_names(path, Names([f"m{number}" for number in range(COUNT)]))
         with pytest.raises(DataError, match="was changed by another process"):
             live.delete_named(["n1"])
@@ -267,7 +356,7 @@ def test_names_that_do_not_belong_together_are_told(path):
 
 def test_names_in_a_log_that_are_none_are_damage(path):
     """With checksums that are right: written so by something else."""
-    with LiveIndex.open(path, num_threads=1) as live:
+    with LiveIndex.open(path, workers=1) as live:
         for names, first in (((3,), COUNT), (("n1",), COUNT), (("b", "b"), COUNT), (("b",), COUNT + 1)):
             change = Change(np.array([1]), VECTORS[:1], names, first)
             live.delete([0])
@@ -374,3 +463,24 @@ def test_names_without_a_change_are_no_payload():
     alone = payload_bytes(change) - payload_bytes(Change(np.array([4]), VECTORS[:1]))
     with pytest.raises(ValueError, match="names of no change"):
         decode(encode([change])[:alone], DIM)
+
+
+def test_a_server_lets_an_empty_index_take_names(tmp_path):
+    path = empty(tmp_path / "index.anb")
+    client = served(path)
+    assert not client.get("/v1/info").json()["search"]["named"]
+    assert client.post("/search", json={"vectors": [VECTORS[0].tolist()]}).json()["results"] == [
+        {"ids": [], "distances": []}
+    ]
+    answer = client.post("/upsert", json={"names": ["a", "b"], "vectors": VECTORS[:2].tolist()}).json()
+    assert (answer["upserted"], answer["new"]) == (2, 2)
+    assert client.get("/v1/info").json()["search"]["named"]
+    result = client.post("/search", json={"vectors": [VECTORS[1].tolist()], "k": 1}).json()["results"][0]
+    assert result["names"] == ["b"]
+    refused = client.post("/upsert", json={"ids": [7], "vectors": VECTORS[:1].tolist()})
+    assert (refused.status_code, refused.json()["error"]["field"]) == (400, "ids[0]")
+    assert after_a_crash(path) == {"a": VECTORS[0].tolist(), "b": VECTORS[1].tolist()}
+    client.__exit__(None, None, None)
+    client = served(path)
+    assert client.post("/search", json={"names": ["a"], "k": 1}).json()["results"][0]["names"] == ["b"]
+    client.__exit__(None, None, None)

@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from decimal import Decimal
+from fractions import Fraction
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import networkx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,6 +79,27 @@ def test_equal_to_networkx(call):
         assert list(found) == list(expected)
         assert found == pytest.approx(expected, abs=1e-9)
         assert all(type(score) is float for score in found.values())
+
+
+@pytest.mark.parametrize("name", ["alpha", "tol", "max_iter"])
+@pytest.mark.parametrize("value", ["0.5", b"1", None, [0.5], (0.5,), Fraction(1, 2), Decimal("0.5"), {}, [[1]]])
+def test_what_is_no_number_is_refused_as_there(name, value):
+    graph = networkx.path_graph(4)
+    for function in (oracle, ours):
+        if function is oracle and name == "tol" and isinstance(value, Fraction | Decimal | list | tuple | int):
+            continue  # Compared with a float as it is.
+        with pytest.raises((TypeError, OverflowError)):
+            function(graph, **{name: value})
+    assert backend.pagerank(backend.convert_from_nx(networkx.Graph()), **{name: value}) == {}
+
+
+@pytest.mark.parametrize(
+    "value", [True, 1, np.float32(0.5), np.int64(1), np.array(0.25), np.array([0.25]), np.bool_(True), 0.0, -0.5]
+)
+def test_what_is_a_number_counts_as_there(value):
+    graph = networkx.DiGraph([(0, 1), (1, 2), (2, 0), (0, 2)])
+    assert ours(graph, alpha=value) == pytest.approx(oracle(graph, alpha=value), abs=1e-9)
+    assert ours(graph, tol=abs(value)) == pytest.approx(oracle(graph, tol=abs(value)), abs=1e-9) if value else True
 
 
 def test_one_conversion_serves_every_weight():

@@ -34,7 +34,7 @@ def vectors_of(seed):
 
 def save_index(path, seed, metric="l2"):
     index = HNSW(DIM, metric, M=8, ef_construction=40)
-    index.add(vectors_of(seed), num_threads=1)
+    index.add(vectors_of(seed), workers=1)
     beside = path.with_name(f"new-{path.name}")
     index.save(beside)
     beside.rename(path)
@@ -649,7 +649,7 @@ def test_a_stop_lets_requests_under_way_finish(server):
 
 def test_an_index_on_disk_is_served_and_takes_no_changes(tmp_path):
     path, rows = tmp_path / "disk.anb", vectors_of(0)
-    build(rows, path, M=8, num_threads=1).close()
+    build(rows, path, M=8, workers=1).close()
     server = Server(path)
     assert server.facts["search"]["dtype"] == "pq4"
     with httpx.Client(base_url=server.url, timeout=30) as client:

@@ -103,7 +103,7 @@ def test_an_error_of_a_later_step_is_the_answer(one_thread):
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("gate") / "index.anb"
     index = HNSW(4, M=8, ef_construction=40)
-    index.add(np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32), num_threads=1)
+    index.add(np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32), workers=1)
     index.save(path)
     write_names(path, Names(["long" * 30 if number == 7 else f"n{number}" for number in range(60)]))
     return path

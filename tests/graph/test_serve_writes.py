@@ -30,7 +30,7 @@ HERE = "http://127.0.0.1:8080"
 
 
 def saved(path, metric="l2", rows=None):
-    index = HNSW(DIM, metric, M=6, ef_construction=30, num_threads=1)
+    index = HNSW(DIM, metric, M=6, ef_construction=30, workers=1)
     index.add(VECTORS[:COUNT] if rows is None else rows)
     index.save(path)
     return path

@@ -3,11 +3,16 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import anabranch.graph
 from anabranch import machine
-from anabranch.graph.workers import PIECES, Workers, as_done, in_order, num_workers
+from anabranch.errors import InputError
+from anabranch.graph.disk import DiskIndex, build, from_hnsw
+from anabranch.graph.hnsw import HNSW, ShardedHNSW
+from anabranch.graph.live import LiveIndex, open_index, open_named
+from anabranch.graph.workers import PIECES, Workers, as_done, asked_workers, in_order, num_workers
 
 
 def test_by_default_as_many_as_can_run(monkeypatch):
@@ -119,3 +124,78 @@ def test_no_module_has_threads_of_another_kind():
         if re.search(r"ThreadPoolExecutor|usable_cores\(|machine\.affinity\(", text):
             found.add(str(file.relative_to(package)))
     assert found == {"workers.py", "serve/gate.py", "serve/swap.py"}
+
+
+def test_the_former_name_counts_where_workers_is_not_given():
+    assert asked_workers(None, {}, "f") is None
+    assert asked_workers(2, {}, "f") == asked_workers(None, {"num_threads": 2}, "f") == 2
+    assert asked_workers(2, {"num_threads": None}, "f") == 2
+    with pytest.raises(InputError, match="workers is 2, and num_threads, its former name, 3; give one of them"):
+        asked_workers(2, {"num_threads": 3}, "f")
+    with pytest.raises(TypeError, match=r"^f\(\) got an unexpected keyword argument 'threads'$"):
+        asked_workers(2, {"threads": 3}, "f")
+
+
+ROWS = np.eye(8, dtype=np.float32)
+
+
+def filled(tmp_path):
+    index = HNSW(8, M=4, workers=1)
+    index.add(ROWS)
+    index.save(tmp_path / "index.anb")
+    build(ROWS, tmp_path / "disk.anb", M=4, workers=1).close()
+    return index
+
+
+CALLS = {
+    "HNSW": lambda index, place, how: HNSW(8, **how),
+    "add": lambda index, place, how: index.add(ROWS, **how),
+    "update": lambda index, place, how: index.update([0], ROWS[:1], **how),
+    "compact": lambda index, place, how: index.compact(**how),
+    "search": lambda index, place, how: index.search(ROWS, 1, **how),
+    "search, one": lambda index, place, how: index.search(ROWS[0], 1, **how),
+    "range_search": lambda index, place, how: index.range_search(ROWS, 1.0, **how),
+    "train": lambda index, place, how: trained().train(ROWS, **how),
+    "load": lambda index, place, how: HNSW.load(place / "index.anb", **how),
+    "ShardedHNSW": lambda index, place, how: ShardedHNSW(8, **how),
+    "build": lambda index, place, how: build(ROWS, place / "new.anb", M=4, **how).close(),
+    "from_hnsw": lambda index, place, how: from_hnsw(index, place / "new.anb", **how).close(),
+    "DiskIndex": lambda index, place, how: DiskIndex(place / "disk.anb", **how).close(),
+    "DiskIndex.search": lambda index, place, how: DiskIndex(place / "disk.anb").search(ROWS, 1, **how),
+    "open_index": lambda index, place, how: open_index(place / "index.anb", **how),
+    "open_named": lambda index, place, how: open_named(place / "index.anb", **how),
+    "LiveIndex.open": lambda index, place, how: LiveIndex.open(place / "index.anb", **how).close(),
+}
+
+
+def trained():
+    index = HNSW(8, quantization="int4", workers=1)
+    index.add(ROWS)
+    return index
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_indexes_take_the_former_name(tmp_path, call):
+    index = filled(tmp_path)
+    with pytest.raises(InputError, match="workers is 1, and num_threads, its former name, 2"):
+        CALLS[call](index, tmp_path, {"workers": 1, "num_threads": 2})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'threads'"):
+        CALLS[call](index, tmp_path, {"threads": 1})
+    CALLS[call](index, tmp_path, {"num_threads": 1})
+
+
+def test_the_former_name_is_the_number_that_counts(tmp_path):
+    index = filled(tmp_path)
+    assert HNSW(8, num_threads=3).workers == ShardedHNSW(8, num_threads=3).workers == 3
+    assert HNSW.load(tmp_path / "index.anb", num_threads=3).workers == 3
+    assert LiveIndex.open(tmp_path / "index.anb", num_threads=3).index.workers == 3
+    with DiskIndex(tmp_path / "disk.anb", num_threads=3) as held:
+        assert held.workers == 3
+    with pytest.raises(InputError, match="workers is 0; it must be an integer of at least 1"):
+        index.search(ROWS[:2], 1, num_threads=0)
+    # Pickles of before.
+    state = index.__getstate__()
+    state["num_threads"] = state.pop("workers")
+    again = HNSW.__new__(HNSW)
+    again.__setstate__(state)
+    assert (again.workers, len(again)) == (1, 8)

@@ -90,7 +90,7 @@ def test_recall_by_hand():
 
 def test_distances_at_recall_lie_between_two_searches():
     base, queries = vectors(Case(part="growth", num_queries=40), 600, 0)
-    index = HNSW(128, M=4, ef_construction=20, num_threads=1)
+    index = HNSW(128, M=4, ef_construction=20, workers=1)
     index.add(base)
     truth = nearest(base, queries)
     cost = at_recall(index, queries, truth)

@@ -99,12 +99,14 @@ def replacing(path: str | Path) -> Iterator[None]:
 def new_file(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
     """`anabranch.files.atomic_file`, but nothing takes the place of an index whose changes would be lost.
 
+    What a write of the same file left that was killed is removed.
+
     Raises as `atomic_file`, and as `replacing` where an array file or a folder of changes is there.
     """
     with contextlib.ExitStack() as stack:
         if is_replacing := _may_have_changes(Path(path)):
             stack.enter_context(replacing(path))
-        with atomic_file(path, mode=mode) as temporary:
+        with atomic_file(path, mode=mode, clears=True) as temporary:
             yield temporary
             # Where nothing was when this began, an index may have come since, and taken changes. Held until the file is in place.
             if not is_replacing and _may_have_changes(Path(path)):
@@ -117,7 +119,9 @@ def foreign_parts(names: Iterable[str], ours: str = "") -> list[str]:
     ``ours`` is as of `check_parts`. Of the run are also its manifest and lock, and what a write of its files left that was broken off.
     """
     own = rf"{ours}|{_MANIFEST}" if ours else _MANIFEST
-    known = re.compile(rf"{ours}|{LOCK}|\.(?:{own})\.[a-z0-9_]{{8}}|\.?manifest\.json(?:\.new)?(?:\.crc)?")
+    known = re.compile(
+        rf"{ours}|{LOCK}|\.(?:{own})\.(?:unfinished-)?[a-z0-9_]{{8}}|\.?manifest\.json(?:\.new)?(?:\.crc)?"
+    )
     return sorted(name for name in names if not known.fullmatch(name))
 
 
@@ -174,7 +178,7 @@ def remove_parts(folder: Path, names: Iterable[str]) -> None:
     with explained(folder):
         for name in os.listdir(folder):
             # As `tempfile` calls the file that `atomic_file` makes.
-            left = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", name)
+            left = re.fullmatch(r"\.(.+?)\.(?:unfinished-)?[a-z0-9_]{8}", name)
             place = folder / name
             if name in wanted and place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from anabranch import machine
 from anabranch.errors import CapacityError, InputError
+from anabranch.graph.masks import unmasked
 
 
 def check_room(num_nodes: int) -> None:
@@ -35,6 +36,7 @@ def near_name(unknown: Any, known: Any) -> str:
 
 def checked_ends(source: ArrayLike, target: ArrayLike, num_nodes: int | None) -> tuple[np.ndarray, np.ndarray, int]:
     """Ends as int32 or int64, and the number of nodes. Raises InputError, and CapacityError as `check_room`."""
+    source, target = unmasked(source, "source"), unmasked(target, "target")
     try:
         ends = {"source": np.asarray(source), "target": np.asarray(target)}
     except (TypeError, ValueError) as error:
@@ -75,6 +77,7 @@ def _plain_ids(array: np.ndarray) -> np.ndarray:
 
 def checked_weights(weight: ArrayLike, count: int, drop_zero: bool, allow_negative: bool) -> np.ndarray:
     """float32 [count]. Raises InputError naming the first bad one."""
+    weight = unmasked(weight, "weight")
     try:
         given = np.asarray(weight)
         if given.dtype.kind not in "biuf":
@@ -117,6 +120,7 @@ def checked_names(names: Any, count: int) -> np.ndarray | None:
     """Names as an array of integers or of objects; a list of tuples is a list of names, not a table."""
     if names is None:
         return None
+    names = unmasked(names, "names")
     listed = names if isinstance(names, np.ndarray) else list(names)
     found = np.asarray(listed) if isinstance(listed, np.ndarray) or all(_is_integer(name) for name in listed) else None
     if found is None or found.dtype.kind not in "iu":

@@ -63,14 +63,14 @@ class ProductCodes:
         return len(self.centre_MWK)
 
     @classmethod
-    def train(cls, vector_SD: np.ndarray, num_parts: int, *, seed: int = 0, num_threads: int = 1) -> "ProductCodes":
+    def train(cls, vector_SD: np.ndarray, num_parts: int, *, seed: int = 0, workers: int = 1) -> "ProductCodes":
         """Find centres by k-means, the same for any number of threads.
 
         Args:
             vector_SD: float32 [S, D], finite; a sample of what will be encoded. 32,768 (`ENOUGH` for each centre) are enough.
             num_parts: M, 1 to D.
             seed: of the vectors that k-means begins with.
-            num_threads: parts that are worked on at once.
+            workers: parts that are worked on at once.
 
         Raises InputError for no vectors, or a number of parts that they do not have.
         """
@@ -88,7 +88,7 @@ class ProductCodes:
             centre_MWK[part, : end - begin] = part_SW[first_MK[part]].T
             find_centres(part_SW, centre_MWK[part], ROUNDS)
 
-        with Workers(num_threads) as pool:
+        with Workers(workers) as pool:
             pool.each(one, [(part,) for part in range(num_parts)])
         return cls(dim, centre_MWK)
 

@@ -9,15 +9,32 @@ the walks decide, so counts are the same for any split of the sources and any nu
 """
 # Shapes: N nodes, M edges, W walks
 
+from typing import NamedTuple
+
 import numba as nb
 import numpy as np
 
 from anabranch.graph.random import below, next_bits, stream, to_unit
-from anabranch.graph.walk import step
+from anabranch.graph.walk import Walk, step
 
 # What a walk does at a node without edges: see `anabranch.graph.ppr.rules`. One that vanishes there has counted its visit of
 # the node but ends nowhere.
 SOURCE, ABSORB, UNIFORM, VANISH = 0, 1, 2, 3
+
+
+class Counts(NamedTuple):
+    """Arrays of one thread.
+
+    Attributes:
+        left_W, at_W: int64, scratch of one number per walk.
+        count_N: int32, counts; 0 wherever ``touched_N`` does not say otherwise.
+        touched_N: ids with a count.
+    """
+
+    left_W: np.ndarray
+    at_W: np.ndarray
+    count_N: np.ndarray
+    touched_N: np.ndarray
 
 
 @nb.njit(cache=True, nogil=True)
@@ -36,25 +53,8 @@ def draw_lengths(state, alpha, max_steps, left_W):
 
 
 @nb.njit(cache=True, nogil=True)
-def count_walks(
-    seed,
-    source,
-    part,
-    alpha,
-    dangling,
-    full,
-    max_steps,
-    indptr,
-    indices,
-    keep_M,
-    other_M,
-    left_W,
-    at_W,
-    count_N,
-    touched_N,
-    touched,
-):
-    """Walk ``len(left_W)`` times from ``source`` and add to its counts.
+def count_walks(seed, source, part, alpha, dangling, full, max_steps, walk, counts, touched):
+    """Walk ``len(counts.left_W)`` times from ``source`` and add to its counts.
 
     Args:
         seed, source, part: keys of the stream; ``part`` tells batches of walks of one source apart.
@@ -62,32 +62,31 @@ def count_walks(
         dangling: `SOURCE`, `ABSORB`, `UNIFORM` or `VANISH`.
         full: count every visit (else the end of each walk).
         max_steps: longest walk; 0 for no limit.
-        indptr, indices, keep_M, other_M: of `anabranch.graph.walk.walk_arrays`.
-        left_W, at_W: int64, scratch of one number per walk.
-        count_N: int32, counts; 0 wherever ``touched_N`` does not say otherwise.
-        touched_N: ids with a count.
-        touched: how many there are.
+        walk: of `anabranch.graph.walk.walk_arrays`.
+        counts: a `Counts`.
+        touched: how many ids have a count.
 
     Returns:
         How many ids have a count now, and how many walks were cut.
     """
+    indptr, indices, keep_M, other_M = walk
+    left_W, at_W, count_N, touched_N = counts
     state = stream(seed, source, part)
     state, cut = draw_lengths(state, alpha, max_steps, left_W)
-    walks = len(left_W)
     num_nodes = len(indptr) - 1
-    for walk in range(walks):
-        at_W[walk] = source
-    alive = walks
+    alive = len(left_W)
+    for number in range(alive):
+        at_W[number] = source
     while alive > 0:
         still = 0
-        for walk in range(alive):
-            node = at_W[walk]
-            if full or left_W[walk] == 0:
+        for number in range(alive):
+            node = at_W[number]
+            if full or left_W[number] == 0:
                 if count_N[node] == 0:
                     touched_N[touched] = node
                     touched += 1
                 count_N[node] += 1
-            if left_W[walk] > 0:
+            if left_W[number] > 0:
                 state, bits = next_bits(state)
                 to = step(bits, node, indptr, indices, keep_M, other_M)
                 if to < 0:
@@ -99,10 +98,16 @@ def count_walks(
                     elif dangling == UNIFORM:
                         to = below(bits, num_nodes)
                 at_W[still] = to
-                left_W[still] = left_W[walk] - 1
+                left_W[still] = left_W[number] - 1
                 still += 1
         alive = still
     return touched, cut
+
+
+@nb.njit(cache=True, nogil=True)
+def add_walks(seed, source, part, alpha, dangling, full, max_steps, walk, counts, touched):
+    """`count_walks` for Python, of plain tuples."""
+    return count_walks(seed, source, part, alpha, dangling, full, max_steps, Walk(*walk), Counts(*counts), touched)
 
 
 @nb.njit(cache=True, nogil=True)

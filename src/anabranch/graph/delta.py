@@ -15,6 +15,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.checks import is_known, near_name
 from anabranch.graph.coerce import as_graph
+from anabranch.graph.masks import unmasked
 from anabranch.graph.store import Graph
 
 # Kinds of names in messages.
@@ -66,6 +67,7 @@ def with_changes(graph: Any, added: Any = None, removed: Any = None, *, num_node
 
 def _columns(edges: Any, what: str) -> tuple[list[list[Any]], list[Any] | None]:
     """Sources and targets, and weights or None."""
+    edges = unmasked(edges, what)
     if isinstance(edges, tuple) and len(edges) in (2, 3) and all(_is_column(part) for part in edges):
         columns = [_listed(part) for part in edges]
     else:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from anabranch.errors import ConfigError, InputError
+from anabranch.graph.masks import unmasked
 
 _ROWS = 1 << 14
 
@@ -49,13 +50,13 @@ def most_similar(
     vector is similar to nothing (cosine 0). Fewer than ``k`` others: all of them. Raises InputError for a node or k out of range,
     and for vectors that are not finite numbers.
     """
-    vectors = np.asarray(embedding_ND)
+    vectors = np.asarray(unmasked(embedding_ND, "an embedding"))
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
         raise InputError(
             f"an embedding is numbers of the shape [nodes, dim], this one is {vectors.dtype} {vectors.shape}"
         )
     if names is not None:
-        named = np.asarray(names, object)
+        named = np.asarray(unmasked(names, "names"), object)
         if named.shape != (len(vectors),):
             raise InputError(
                 f"there are {len(vectors):,} vectors and names of the shape {named.shape}; give one per vector"

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from anabranch.errors import AnabranchError, InputError
 from anabranch.extras import require
 from anabranch.graph.coerce import as_graph
+from anabranch.graph.masks import unmasked
 from anabranch.graph.sparse import is_sparse, wide_rows
 from anabranch.graph.store import Graph
 
@@ -341,7 +342,8 @@ def link_auc(
 
 def auc(positive: ArrayLike, negative: ArrayLike) -> float:
     """The probability that a positive scores above a negative, ties counted half; exact. Raises InputError for NaN or an empty side."""
-    above, below = (np.asarray(scores).ravel() for scores in (positive, negative))
+    above = np.asarray(unmasked(positive, "positive")).ravel()
+    below = np.asarray(unmasked(negative, "negative")).ravel()
     for name, scores in (("positive", above), ("negative", below)):
         if not scores.size:
             raise InputError(f"there are no {name} scores; AUC needs both sides")
@@ -368,7 +370,7 @@ def _pair_scores(head: np.ndarray, tail: np.ndarray, pairs_E2: np.ndarray, opera
 
 
 def _vectors(embedding_ND: ArrayLike) -> np.ndarray:
-    found = np.asarray(embedding_ND)
+    found = np.asarray(unmasked(embedding_ND, "an embedding"))
     if found.ndim != 2 or found.dtype.kind not in "fiu":
         raise InputError(f"an embedding is numbers of the shape [nodes, dim], this one is {found.dtype} {found.shape}")
     finite_N = np.isfinite(found).all(1)
@@ -379,7 +381,9 @@ def _vectors(embedding_ND: ArrayLike) -> np.ndarray:
 
 def _label_matrix(labels: Any, count: int) -> np.ndarray:
     """bool [N, C]."""
-    found = (wide_rows(labels, "labels") != 0).toarray() if is_sparse(labels) else np.asarray(labels)
+    found = (
+        (wide_rows(labels, "labels") != 0).toarray() if is_sparse(labels) else np.asarray(unmasked(labels, "labels"))
+    )
     if found.ndim == 1 and found.dtype.kind in "iu" and found.size:
         if found.min() < -1:
             raise InputError(
@@ -394,7 +398,7 @@ def _label_matrix(labels: Any, count: int) -> np.ndarray:
 
 
 def _pairs(name: str, pairs: ArrayLike, count: int) -> np.ndarray:
-    found = np.asarray(pairs)
+    found = np.asarray(unmasked(pairs, name))
     if found.ndim != 2 or found.shape[1] != 2 or (found.size and found.dtype.kind not in "iu"):
         raise InputError(f"{name} is {found.dtype} {found.shape}; it must be integers of the shape [pairs, 2]")
     bad = np.flatnonzero(((found < 0) | (found >= count)).any(1))

@@ -9,13 +9,14 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.beside import new_file, replacing
+from anabranch.graph.masks import unmasked
 
 KIND = "names"
 _HEAD_BYTES = 1 << 16
@@ -28,7 +29,7 @@ class Names:
     """Names of N rows, both ways. ``array`` is [N], integers or text, as in `Graph.names`; they are distinct."""
 
     def __init__(self, array: Any) -> None:
-        found = np.asarray(array)
+        found = np.asarray(unmasked(array, "names"))
         self.array = found if found.dtype.kind in "iu" else np.asarray(found, object)
         self._index = {name: number for number, name in enumerate(self.array.tolist())}
         if self.array.ndim != 1 or len(self._index) != len(self.array):
@@ -59,6 +60,9 @@ class GrowingNames(Names):
 
     Args:
         names: to begin with.
+
+    Attributes:
+        is_open: whether it is not known yet if they are numbers or text: there are none. See `beginning`.
     """
 
     def __init__(self, names: Names) -> None:
@@ -66,6 +70,17 @@ class GrowingNames(Names):
         self._kind = {"i": np.int64, "u": np.uint64}.get(names.array.dtype.kind)
         self._listed = names.array.tolist()
         self._index = dict(names._index)
+        self.is_open = not self._listed and self._kind is None
+
+    @classmethod
+    def beginning(cls, names: Sequence[Any]) -> Self:
+        """None yet, of the kind that these have, which are to be the first: whole numbers as the first of them, or text."""
+        numbers = [name for name in names if isinstance(name, int) and not isinstance(name, bool)]
+        is_number = bool(numbers) and numbers[0] is names[0]
+        kind: Any = np.uint64 if is_number and max(numbers) > np.iinfo(np.int64).max else np.int64
+        made = cls(Names(np.empty(0, kind if is_number else object)))
+        made.is_open = False
+        return made
 
     @property
     def array(self) -> np.ndarray:  # type: ignore[override]

@@ -126,6 +126,7 @@ def pagerank(
 
     Raises:
         ZeroDivisionError: a personalization of 0 in all. networkx.PowerIterationFailedConvergence: after ``max_iter`` rounds.
+        TypeError: ``alpha`` or ``tol`` are no real numbers.
     """
     import networkx
 
@@ -136,6 +137,7 @@ def pagerank(
     x_N = even_N if nstart is None else _shares(graph, nstart)
     start_N = even_N if personalization is None else _shares(graph, personalization, refused=True)
     dangling_N = start_N if dangling is None else _shares(graph, dangling)
+    damping, most = _real("alpha", alpha), count * _real("tol", tol)
     for _ in range(max_iter):
         next_N = np.empty(count)
         change = _round(
@@ -145,12 +147,12 @@ def pagerank(
             matrix.dangling,
             dangling_N,
             start_N,
-            float(alpha),
+            damping,
             x_N,
             next_N,
         )
         x_N = next_N
-        if change < count * tol:
+        if change < most:
             return dict(zip(graph.nodes, x_N.tolist(), strict=True))
     raise networkx.PowerIterationFailedConvergence(max_iter)
 
@@ -161,6 +163,14 @@ def _shares(graph: Converted, values: dict[Any, float], refused: bool = False) -
     if refused and found_N.sum() == 0:
         raise ZeroDivisionError
     return found_N / found_N.sum()
+
+
+def _real(name: str, value: Any) -> float:
+    """A number, also of numpy or as an array of one. Raises TypeError for others, as text that spells one: networkx raises it, too."""
+    found = np.asarray(value)
+    if isinstance(value, list | tuple) or found.size != 1 or found.dtype.kind not in "biuf":
+        raise TypeError(f"{name} is {value!r:.80}; it must be a real number")
+    return float(found.reshape(()))
 
 
 @nb.njit(cache=True, nogil=True)

@@ -303,6 +303,16 @@ def _sift(ids, values, place, count):
 
 
 @nb.njit(cache=True, nogil=True)
+def grown(array, size):
+    """``array``, or a larger copy of it that holds ``size``."""
+    if size <= len(array):
+        return array
+    larger = np.empty(max(size, 2 * len(array)), array.dtype)
+    larger[: len(array)] = array
+    return larger
+
+
+@nb.njit(cache=True, nogil=True)
 def order_top(ids, values, count, top_k):
     """Bring the ``top_k`` first of ``count`` entries to the front, in order, in place; 0 orders all. Returns how many stand there."""
     kept = count if top_k == 0 or top_k > count else top_k

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.graph.masks import unmasked
 
 
 def is_sparse(matrix: Any) -> bool:
@@ -28,7 +29,7 @@ def wide_rows(matrix: Any, called: str) -> Any:
     from scipy.sparse import csr_array
 
     try:
-        entries = matrix.tocoo() if is_sparse(matrix) else np.asarray(matrix)
+        entries = matrix.tocoo() if is_sparse(matrix) else np.asarray(unmasked(matrix, called))
         kind = entries.dtype.kind
         if kind not in "biuf":
             raise InputError(f"entries of {called} are real numbers, not {entries.dtype}")

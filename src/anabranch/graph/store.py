@@ -28,6 +28,7 @@ from anabranch.graph import csr, graph_file, transform
 from anabranch.graph.alias import AliasTable, build_alias
 from anabranch.graph.checks import checked_ends, checked_names, checked_weights, has_text, is_known, near_name
 from anabranch.graph.csr import DUPLICATES, NO_WEIGHTS
+from anabranch.graph.masks import unmasked
 
 
 class GraphBytes(NamedTuple):
@@ -269,7 +270,7 @@ class Graph:
 
     def check_nodes(self, nodes: ArrayLike) -> np.ndarray:
         """``nodes`` as int64 ids. Raises InputError naming the first that is not an id of this graph."""
-        found = np.atleast_1d(np.asarray(nodes))
+        found = np.atleast_1d(np.asarray(unmasked(nodes, "nodes")))
         if found.size and found.dtype.kind not in "iu":
             raise InputError(f"node ids are integers, not {found.dtype}; `ids_of` translates names")
         bad = np.flatnonzero((found < 0) | (found >= self.num_nodes))
@@ -302,6 +303,7 @@ class Graph:
 
         Raises InputError naming the first that is neither.
         """
+        nodes = unmasked(nodes, "nodes")
         if not self.are_names(nodes):
             return self.check_nodes(nodes)
         if self.names is None:

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from anabranch.errors import InputError
 from anabranch.graph import csr
 from anabranch.graph.checks import checked_weights
+from anabranch.graph.masks import unmasked
 
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -79,7 +80,7 @@ def components(graph: Rows) -> np.ndarray:
 
 def aligned_weights(graph: Rows, weights: ArrayLike) -> np.ndarray:
     """float32 [M] of weights given per stored edge or per edge. Raises InputError."""
-    given = np.asarray(weights)
+    given = np.asarray(unmasked(weights, "weights"))
     if given.shape == (graph.num_edges,) and not graph.is_directed and graph.num_edges != len(graph.indices):
         source_E, target_E, _ = graph.edges()
         checked = checked_weights(given, graph.num_edges, False, False)

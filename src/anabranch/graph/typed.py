@@ -23,6 +23,7 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph.checks import near_name
+from anabranch.graph.masks import unmasked
 from anabranch.graph.store import Graph
 
 Share = Literal["edges", "relations"]
@@ -159,13 +160,13 @@ class TypedGraph:
         values = dict(getattr(data, "edge_weight_dict", None) or {})
         edges = {}
         for key, index in indexes.items():
-            ends = np.asarray(index)
+            ends = np.asarray(unmasked(index, f"edges of {key}"))
             for kind, row in zip((key[0], key[2]), ends, strict=True):
                 numbers[kind] = max(numbers.get(kind) or 0, int(row.max(initial=-1)) + 1)
             source, target = (
                 [(kind, n) for n in row.tolist()] for kind, row in zip((key[0], key[2]), ends, strict=True)
             )
-            weight = () if key not in values else (np.asarray(values[key]).reshape(-1),)
+            weight = () if key not in values else (np.asarray(unmasked(values[key], f"weights of {key}")).reshape(-1),)
             edges[" ".join(map(str, key))] = (source, target, *weight)
         names = [(kind, number) for kind, count in numbers.items() for number in range(count)]
         return cls.from_edges(edges, **{"directed": True, "names": names, **options})

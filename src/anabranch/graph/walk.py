@@ -1,4 +1,11 @@
-"""One step of a random walk, for kernels; and what walks do where a node has no way out."""
+"""One step of a random walk, for kernels, and what they know of a graph.
+
+Kernels that work together take arrays in records with names (`Walk`, ...), not one by one. What Python calls takes plain tuples in their
+order, and makes the records itself: numba tells those by their bytes, named ones by slow Python, some 20 microseconds each.
+"""
+# Shapes: N nodes, M edges
+
+from typing import NamedTuple
 
 import numba as nb
 import numpy as np
@@ -10,11 +17,26 @@ from anabranch.graph.store import Graph
 _NO_FLOATS, _NO_INTS = np.empty(0, np.float32), np.empty(0, np.int32)
 
 
-def walk_arrays(graph: Graph) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """indptr, indices, and the alias tables (empty without weights): what `step` takes."""
+class Walk(NamedTuple):
+    """A graph, as walks see it.
+
+    Attributes:
+        indptr: int64 [N + 1].
+        indices: [M].
+        keep_M, other_M: alias tables of its weights, float32 and ids; empty where all edges count the same.
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    keep_M: np.ndarray
+    other_M: np.ndarray
+
+
+def walk_arrays(graph: Graph) -> Walk:
+    """What walks see of a graph; tables are made at the first call."""
     table = graph.alias
     keep_M, other_M = (_NO_FLOATS, _NO_INTS) if table is None else (table.keep_M, table.other_M)
-    return graph.indptr, graph.indices, keep_M, other_M
+    return Walk(graph.indptr, graph.indices, keep_M, other_M)
 
 
 @nb.njit(inline="always")

@@ -5,15 +5,19 @@ the tasks (`in_order`), carry their number (`as_done`), or lie in places of thei
 """
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import Any, Self, TypeVar
 
 from anabranch import machine
+from anabranch.errors import InputError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+# What ``workers`` of an index was called before.
+FORMER = "num_threads"
 
 # Of `Workers.run`, per thread, so that threads finish together.
 PIECES = 4
@@ -28,6 +32,26 @@ def num_workers(asked: int | None = None) -> int:
         return int(asked)
     most = os.environ.get("NUMBA_NUM_THREADS", "").strip()
     return min(machine.usable_cores(), int(most)) if most.isdecimal() and int(most) else machine.usable_cores()
+
+
+def asked_workers(workers: int | None, former: Mapping[str, Any], call: str) -> int | None:
+    """``workers`` of a call; where that is None, what it gives by the former name, ``num_threads``.
+
+    Args:
+        workers: as given.
+        former: all that was given by other names than the call has.
+        call: its name.
+
+    Raises TypeError for other names, as Python does, and InputError where both are given.
+    """
+    if not former:
+        return workers
+    for name in former:
+        if name != FORMER:
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
+    if workers is not None and former[FORMER] is not None:
+        raise InputError(f"workers is {workers!r}, and {FORMER}, its former name, {former[FORMER]!r}; give one of them")
+    return former[FORMER] if workers is None else workers
 
 
 def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:

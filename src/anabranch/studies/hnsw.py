@@ -259,7 +259,7 @@ def our_index(config: Case, base_ND: np.ndarray, seed: int) -> Any:
         extend_candidates=config.extend_candidates,
         keep_pruned=config.keep_pruned,
         flat=config.flat,
-        num_threads=1,
+        workers=1,
     )
     index.add(base_ND)
     return index

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.graph.inputs import element_ids, numbers
-from anabranch.cli.graph.options import Threads, check_extra
+from anabranch.cli.graph.options import Workers, check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet
 from anabranch.cli.output import fact, print_json, size, wrote
@@ -39,7 +39,7 @@ def remove(
         bool, typer.Option("--compact", metavar=FLAG, help="Take all that was deleted out of the file, too.")
     ] = False,
     out: Out = None,
-    threads: Threads = None,
+    workers: Workers = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +52,7 @@ def remove(
     check_extra()
     import numpy as np
 
-    with _opened(index, out, threads, quiet) as (made, called):
+    with _opened(index, out, workers, quiet) as (made, called):
         if names and rows is not None:
             raise InputError("name elements, or give --rows, one of them")
         if not names and rows is None and not compact:
@@ -62,7 +62,7 @@ def remove(
         with waiting("taking out", quiet):
             made.remove(ids)
             if compact:
-                made.compact(num_threads=threads)
+                made.compact(workers=workers)
         _save(made, called, index, out)
     after = made.stats()
     facts = {
@@ -89,7 +89,7 @@ def update(
         str | None, typer.Option(metavar="I,J", help="Their ids, e.g. 0,7 or 0-9. Default: what they are called.")
     ] = None,
     out: Out = None,
-    threads: Threads = None,
+    workers: Workers = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -102,14 +102,14 @@ def update(
     check_extra()
     from anabranch.cli.graph.vectors import read_vectors
 
-    with _opened(index, out, threads, quiet, vectors) as (made, called):
+    with _opened(index, out, workers, quiet, vectors) as (made, called):
         found = read_vectors(vectors, bits=made.metric == "hamming")
         if found.array.shape[1] != made.row_size:
             raise InputError(f"{vectors} has vectors of {found.array.shape[1]} numbers, the index of {made.row_size}")
         ids, called = _ids(found.names, len(found.array), rows, made, called, vectors)
         before = len(made)
         with waiting("bringing in", quiet):
-            made.add(found.array, ids, update=True, repair=True, num_threads=threads)
+            made.add(found.array, ids, update=True, repair=True, workers=workers)
         _save(made, called, index, out)
     new = len(made) - before
     facts = {
@@ -128,7 +128,7 @@ def update(
 
 @contextmanager
 def _opened(
-    index: str, out: Path | None, threads: int | None, quiet: bool, *read: str
+    index: str, out: Path | None, workers: int | None, quiet: bool, *read: str
 ) -> Iterator[tuple[HNSW, Names | None]]:
     """The index, with what a server changed, and its names. Until the end nobody else changes what is written over."""
     from anabranch.graph.disk import DiskIndex
@@ -140,7 +140,7 @@ def _opened(
     with replacing(out or index):
         check_names_place(out or index)
         with waiting(f"reading {index}", quiet):
-            made, called = open_named(index, num_threads=threads)
+            made, called = open_named(index, workers=workers)
         if isinstance(made, DiskIndex):
             raise InputError(f"{index} is on disk and takes no changes; make it anew (anabranch graph index --disk)")
         yield made, called
@@ -165,6 +165,9 @@ def _ids(
         return ids, called
     if called is None:
         if titles is not None and titles.dtype.kind not in "iu":
+            if not len(made):
+                # The first that come say what elements are called.
+                return np.arange(count), Names(titles)
             raise InputError(f"{source} calls vectors by names, the index by ids; say which they are with --rows")
         return (None if titles is None else np.asarray(titles, np.int64)), None
     if titles is None:

@@ -31,7 +31,7 @@ class Wanted:
     links: int
     ef_construction: int
     code_bytes: int | None
-    threads: int | None
+    workers: int | None
     seed: int
 
 
@@ -121,7 +121,7 @@ def _of_vectors(wanted: Wanted, limit: int | None, names: np.ndarray | None, qui
             ef_construction=wanted.ef_construction,
             code_bytes=wanted.code_bytes,
             seed=wanted.seed,
-            num_threads=wanted.threads,
+            workers=wanted.workers,
             progress=Rate(progress, "vectors"),
         )
 
@@ -131,7 +131,7 @@ def _of_index(wanted: Wanted, limit: int | None) -> DiskIndex:
     from anabranch.graph.hnsw import HNSW
     from anabranch.graph.live import open_index
 
-    index = open_index(wanted.vectors, mmap=True, num_threads=wanted.threads)
+    index = open_index(wanted.vectors, mmap=True, workers=wanted.workers)
     if not isinstance(index, HNSW):
         raise InputError(f"{wanted.vectors} is on disk already; make it anew from its vectors")
-    return from_hnsw(index, wanted.out, memory=limit, code_bytes=wanted.code_bytes, num_threads=wanted.threads)
+    return from_hnsw(index, wanted.out, memory=limit, code_bytes=wanted.code_bytes, workers=wanted.workers)

@@ -19,8 +19,8 @@ from anabranch.cli.graph.options import (
     Ids,
     Relation,
     Share,
-    Threads,
     WeightOf,
+    Workers,
     check_extra,
     check_picture,
 )
@@ -90,7 +90,7 @@ def embed(
     directed: Directed = None,
     columns: Columns = None,
     ids: Ids = "auto",
-    threads: Threads = None,
+    workers: Workers = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -116,14 +116,14 @@ def embed(
         return
     _embed(
         source, Path(out), method, dim, epochs, changes, labels, train, save, picture, relation, weight_of, share, directed,
-        columns, ids, threads, seed, quiet, as_json,
+        columns, ids, workers, seed, quiet, as_json,
     )  # fmt: skip
 
 
 def _embed(
     source: str, out: Path, method: str, dim: int, epochs: float | None, changes: list[str] | None, labels: str | None,
     train: float, save: Path | None, picture: Path | None, relation: str | None, weight_of: list[str] | None, share: str,
-    directed: bool | None, columns: str | None, ids: str, threads: int | None, seed: int, quiet: bool, as_json: bool,
+    directed: bool | None, columns: str | None, ids: str, workers: int | None, seed: int, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """On this machine."""
     from anabranch.cli.graph.vectors import Vectors, check_written, write_vectors
@@ -146,7 +146,7 @@ def _embed(
     if save is not None and method == "fastrp":
         # Which vectors of new nodes are made of.
         given.setdefault("keep_powers", True)
-    estimator, vectors_ND, params = _fit(opened, method, dim, epochs, given, threads, seed, quiet)
+    estimator, vectors_ND, params = _fit(opened, method, dim, epochs, given, workers, seed, quiet)
     seconds = time.perf_counter() - started
     write_vectors(out, Vectors(vectors_ND, opened.graph.names))
     scores = None if label_NC is None else _test(vectors_ND, label_NC, train, quiet)
@@ -188,7 +188,7 @@ def _check_split(label_NC: Any, train: float) -> None:
 
 
 def _fit(
-    opened: Opened, method: str, dim: int, epochs: float | None, changes: dict[str, Any], threads: int | None, seed: int,
+    opened: Opened, method: str, dim: int, epochs: float | None, changes: dict[str, Any], workers: int | None, seed: int,
     quiet: bool,
 ) -> tuple[Any, np.ndarray, dict[str, Any]]:  # fmt: skip
     """The estimator, vectors, and the arguments that are not defaults."""
@@ -197,13 +197,13 @@ def _fit(
     if method == "fastrp":
         if epochs is not None:
             raise InputError("--epochs is for graphvite; fastrp is not trained")
-        given = {"dim": dim, "seed": seed, "workers": threads, **changes}
+        given = {"dim": dim, "seed": seed, "workers": workers, **changes}
         estimator: Any = made_of(FastRP, given)
         with waiting("embedding", quiet):
             return estimator, estimator.fit_transform(opened.graph), given
     given = {"dim": dim, "seed": seed, **({} if epochs is None else {"epochs": epochs}), **changes}
-    if threads is not None:
-        given.setdefault("workers", threads)
+    if workers is not None:
+        given.setdefault("workers", workers)
     estimator = made_of(GraphVite, given)
     train_with_progress(estimator, opened.graph, lambda one: one.fit(opened.graph), estimator.epochs, quiet)
     return estimator, estimator.transform(), given

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.graph.cluster import check_engine, edge_files, index_files
-from anabranch.cli.graph.options import Threads, check_extra
+from anabranch.cli.graph.options import Workers, check_extra
 from anabranch.cli.graph.waiting import Rate
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, size, wrote
@@ -104,7 +104,7 @@ def index(
     engine: Annotated[
         str, typer.Option(metavar="E", help="Of --walks: local, or spark for edges in Parquet beyond one machine.")
     ] = "local",
-    threads: Threads = None,
+    workers: Workers = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -135,7 +135,7 @@ def index(
         if walks is None:
             check_names_place(out)
         if walks is not None:
-            given = {"alpha": alpha, "walks": walks, "seed": seed, "workers": threads}
+            given = {"alpha": alpha, "walks": walks, "seed": seed, "workers": workers}
             _index_walks(vectors, Path(out), given, read_assignments(changes), quiet, as_json)
             return
         if changes:
@@ -151,14 +151,14 @@ def index(
                 links,
                 ef_construction,
                 code_bytes,
-                threads,
+                workers,
                 seed,
             )
             index_on_disk(wanted, None if names is None else _names(names, quiet), quiet, as_json)
             return
         codes = {"quantization": quantization, "code_bytes": code_bytes}
         _index_vectors(
-            vectors, Path(out), metric, links, ef_construction, dtype, codes, names, threads, seed, quiet, as_json
+            vectors, Path(out), metric, links, ef_construction, dtype, codes, names, workers, seed, quiet, as_json
         )
 
 
@@ -193,7 +193,7 @@ def _check_disk(
 
 def _index_vectors(
     vectors: str, out: Path, metric: str, links: int, ef_construction: int, dtype: str | None, codes: dict[str, Any],
-    names: str | None, threads: int | None, seed: int, quiet: bool, as_json: bool,
+    names: str | None, workers: int | None, seed: int, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """HNSW."""
     import numpy as np
@@ -213,7 +213,7 @@ def _index_vectors(
         raise DataError(
             f"{vectors}, row {zero[0]}: all numbers are 0, which has no cosine ({zero.size:,} such rows); use --metric l2"
         )
-    made = HNSW(dim, metric, links, ef_construction, dtype, seed, num_threads=threads, **codes)
+    made = HNSW(dim, metric, links, ef_construction, dtype, seed, workers=workers, **codes)
     started = time.perf_counter()
     with Progress(count, "vector", quiet=quiet) as progress:
         rate, step = Rate(progress, "vectors"), max(STEP, count // 50)

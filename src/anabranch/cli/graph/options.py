@@ -37,7 +37,13 @@ Share = Annotated[
     str,
     typer.Option(metavar="HOW", help="With --relation: edges count by their kind (edges), or a walk draws the kind first (relations)."),
 ]  # fmt: skip
-Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads. Default: one per core.")]
+# The second name is the former one.
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", "--threads", metavar="N", min=1, help="Threads that work side by side. Default: one per core."
+    ),
+]
 Top = Annotated[int, typer.Option("--top", "-k", metavar="K", min=1, help="How many results.")]
 
 

@@ -10,7 +10,7 @@ import typer
 
 from anabranch.cli.graph.cluster import edge_files, is_edges, rank_files
 from anabranch.cli.graph.inputs import Opened, check_untyped, open_graph, open_typed, read_table, weighted_nodes
-from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Relation, Share, Threads, Top, WeightOf
+from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Relation, Share, Top, WeightOf, Workers
 from anabranch.cli.graph.tables import ENDINGS, check_ending, write_table
 from anabranch.cli.graph.waiting import Rate, waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, read_assignments
@@ -90,7 +90,7 @@ def ppr(
     directed: Directed = None,
     columns: Columns = None,
     ids: Ids = "auto",
-    threads: Threads = None,
+    workers: Workers = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -108,7 +108,7 @@ def ppr(
         raise InputError("--index answers for seeds; --all does not need it")
     limit = None if memory is None else int(memory * 1e9)
     options: dict[str, Any] = {"alpha": alpha, "method": method, "engine": engine, "dangling": dangling, "top_k": top,
-                               "seed": seed, "walks": walks, "workers": threads, "memory_limit": limit}  # fmt: skip
+                               "seed": seed, "walks": walks, "workers": workers, "memory_limit": limit}  # fmt: skip
     if every and engine == "spark" and is_edges(source):
         if relation is not None:
             raise InputError("--engine spark reads edges of one kind from Parquet; leave out --relation")
@@ -178,7 +178,7 @@ def _known(changes: dict[str, Any]) -> dict[str, Any]:
     check_names(FullyPPR, changes)
     elsewhere = {
         "alpha": "--alpha", "method": "--method", "engine": "--engine", "dangling": "--dangling", "top_k": "--top", "seed": "--seed",
-        "walks": "--walks", "workers": "--threads", "memory_limit": "--memory", "tol": "--tol", "out": "--out",
+        "walks": "--walks", "workers": "--workers", "memory_limit": "--memory", "tol": "--tol", "out": "--out",
         "sources": "nodes as arguments",
     }  # fmt: skip
     for name in changes:

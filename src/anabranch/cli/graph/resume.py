@@ -10,7 +10,7 @@ import typer
 
 from anabranch.cli.graph.embed import train_with_progress
 from anabranch.cli.graph.models import MODEL, check_saved, open_model
-from anabranch.cli.graph.options import GraphSource, Threads
+from anabranch.cli.graph.options import GraphSource, Workers
 from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import duration, fact, print_json, wrote
@@ -31,7 +31,7 @@ def resume(
         Path | None, typer.Option(metavar="FILE", help="Also write vectors: .npy, .npz, .parquet, .csv or .tsv.")
     ] = None,
     reading: Reading = AS_IT_SAYS,
-    threads: Threads = None,
+    workers: Workers = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,8 +53,8 @@ def resume(
 
     if not isinstance(found, GraphVite):
         raise InputError(f"{model} is a {type(found).__name__}, which is not trained; there is nothing to go on with")
-    if threads is not None:
-        found.set_params(workers=threads)
+    if workers is not None:
+        found.set_params(workers=workers)
     started = time.perf_counter()
     train_with_progress(found, opened.graph, lambda one: one.resume(opened.graph, epochs), epochs, quiet)
     seconds = time.perf_counter() - started

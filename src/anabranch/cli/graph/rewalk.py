@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.graph.inputs import read_table
-from anabranch.cli.graph.options import GraphSource, Threads
+from anabranch.cli.graph.options import GraphSource, Workers
 from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet
@@ -41,7 +41,7 @@ def rewalk(
         Path | None, typer.Option(metavar="FILE", help="Table of edges that are gone: source and target.")
     ] = None,
     reading: Reading = AS_IT_SAYS,
-    threads: Threads = None,
+    workers: Workers = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -59,7 +59,7 @@ def rewalk(
     opened = reading.open(source, quiet)
     # Tables call nodes by their names, also where those are numbers.
     named = replace(opened.graph, by_name=opened.graph.names is not None)
-    found = PowerWalk.load(index, named, workers=threads)
+    found = PowerWalk.load(index, named, workers=workers)
     added, removed = (None if path is None else _edges(path, opened.graph) for path in (add, remove))
     if removed is not None:
         # A table that has weights tells the same edges.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.graph.inputs import element_ids, numbers
-from anabranch.cli.graph.options import Threads, Top, check_extra, check_picture
+from anabranch.cli.graph.options import Top, Workers, check_extra, check_picture
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
@@ -71,7 +71,7 @@ def search(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all results as a table (.parquet, .csv, .tsv, .jsonl).")
     ] = None,
-    threads: Threads = None,
+    workers: Workers = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -92,7 +92,7 @@ def search(
         raise InputError("--curve is of the K nearest; leave out --radius")
     from anabranch.graph.live import open_named
 
-    made, called = open_named(index, num_threads=threads)
+    made, called = open_named(index, workers=workers)
     wanted = _wanted(made, called, names, queries, rows, sample if check or curve else None, seed)
     wanted.allow(made, called, only, without)
     started = time.perf_counter()
@@ -160,12 +160,12 @@ class _Wanted:
         self.filter = index.prepare_filter(self.allowed)
 
     def find(
-        self, index: HNSW | DiskIndex, k: int, ef: int, threads: int | None = None
+        self, index: HNSW | DiskIndex, k: int, ef: int, workers: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and distances [Q, k], -1 and infinity behind the last."""
         if self.own is None:
-            return index.search(self.vectors, k, ef, self.filter, num_threads=threads)
-        return _without(self.own, *index.search(self.vectors, k + 1, ef, self.filter, num_threads=threads))
+            return index.search(self.vectors, k, ef, self.filter, workers=workers)
+        return _without(self.own, *index.search(self.vectors, k + 1, ef, self.filter, workers=workers))
 
     def within(self, index: HNSW | DiskIndex, radius: float, ef: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
         """All within a radius, as `find`; as many columns as the most that a query has. Raises InputError for an index on disk."""
@@ -287,7 +287,7 @@ def _curve(index: HNSW | DiskIndex, wanted: _Wanted, truth: np.ndarray, k: int, 
             best = float("inf")
             for _ in range(2):
                 started = time.process_time()
-                ids, _distances = wanted.find(index, k, ef, threads=1)
+                ids, _distances = wanted.find(index, k, ef, workers=1)
                 best = min(best, time.process_time() - started)
         stats = index.stats()
         points.append({

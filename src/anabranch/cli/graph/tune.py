@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.graph.embed import labels_of, made_of
-from anabranch.cli.graph.options import GraphSource, Threads
+from anabranch.cli.graph.options import GraphSource, Workers
 from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
@@ -48,7 +48,7 @@ def tune(
         Path | None, typer.Option(metavar="FILE", help="Write all trials (.parquet, .csv, .tsv, .jsonl).")
     ] = None,
     reading: Reading = AS_IT_SAYS,
-    threads: Threads = None,
+    workers: Workers = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -65,7 +65,7 @@ def tune(
     from anabranch.graph import FastRP
     from anabranch.graph.evaluate import hold_out_edges
 
-    given = {"seed": seed, "workers": threads, **read_assignments(changes)}
+    given = {"seed": seed, "workers": workers, **read_assignments(changes)}
     model = made_of(FastRP, given)
     label_NC = labels_of(opened, labels)
     if label_NC is None and (objective, train) != ("macro_f1", 0.1):

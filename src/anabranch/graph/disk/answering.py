@@ -93,27 +93,17 @@ class Asked:
         ef = min(self.ef, count)
         if self.wanted is not None:
             ef = min(count, max(ef, min(POOL, -(-ef * count // self.wanted.number))))
-        search.search_many(
-            self.form,
+        known = search.Known(
             index.code_NM.ctypes.data,
             index.codes.centre_MWK,
             index.root_R,
             index.slot_E,
             index.link_EL,
             self.cache_CW,
-            marks_B,
-            self._table(),
-            self._rooms(self.beam),
-            self.query_QD,
-            first,
-            last,
-            ef,
-            self.beam,
-            self._allowed,
-            self.id_QK,
-            self.distance_QK,
-            counts,
         )
+        room = search.Room(marks_B, self._table(), self._rooms(self.beam))
+        found = (self.id_QK, self.distance_QK, counts)
+        search.search_many(self.form, known, room, self.query_QD, first, last, ef, self.beam, self._allowed, *found)
         return counts
 
     def _table(self) -> np.ndarray:

@@ -16,7 +16,7 @@ from anabranch.graph.hnsw.arrays import aligned
 from anabranch.graph.hnsw.checks import as_ids, as_positive, as_vectors, like
 from anabranch.graph.hnsw.filters import Filter, Prepared, prepared
 from anabranch.graph.hnsw.lock import ReadWriteLock
-from anabranch.graph.workers import Workers, num_workers
+from anabranch.graph.workers import FORMER, Workers, asked_workers, num_workers
 
 # Queries of one call of a kernel: between two of them an interrupt is seen.
 PIECE = 256
@@ -41,8 +41,9 @@ class DiskIndex:
         memory: bytes it may take in memory, such as 64 << 20. What codes leave of it holds blocks, those that most lead to first; None
             for none.
         mmap: map codes from the file instead of reading them, so that processes share them. Do not write into the file then: replace it.
-        num_threads: of calls that are not told another number; None for all processors. While the disk is waited for, others go on: more
-            threads than processors may be quicker.
+        workers: threads of calls that are not told another number; None for all processors. While the disk is waited for, others go on:
+            more of them than processors may be quicker.
+        former: ``num_threads``, the former name of ``workers``, counts where that is None, also in `search`.
 
     Raises:
         DataError: the file is missing, foreign, truncated or damaged.
@@ -51,9 +52,16 @@ class DiskIndex:
     """
 
     def __init__(
-        self, path: str | Path, *, memory: int | None = None, mmap: bool = False, num_threads: int | None = None
+        self,
+        path: str | Path,
+        *,
+        memory: int | None = None,
+        mmap: bool = False,
+        workers: int | None = None,
+        **former: Any,
     ) -> None:
-        self.num_threads = None if num_threads is None else as_positive(num_threads, "num_threads")
+        workers = asked_workers(workers, former, "DiskIndex")
+        self.workers = None if workers is None else as_positive(workers, "workers")
         self._options = {"memory": None if memory is None else as_positive(memory, "memory"), "mmap": bool(mmap)}
         self.path = Path(path)
         self._held = stored.read(self.path, mmap=mmap)
@@ -150,7 +158,8 @@ class DiskIndex:
         filter: Any = None,
         *,
         beam: int = 4,
-        num_threads: int | None = None,
+        workers: int | None = None,
+        **former: Any,
     ) -> tuple[Any, Any]:
         """The k nearest of each query, measured exactly among all that the walk reads.
 
@@ -162,7 +171,7 @@ class DiskIndex:
                 matches are all measured; of up to a tenth of all, codes are compared and the nearest ef measured; for more, the walk
                 holds ef divided by their share.
             beam: blocks that are asked for together, so that a disk can read them side by side.
-            num_threads: for this call; None for the index's own.
+            workers: for this call; None for the index's own.
 
         Returns:
             As `HNSW.search`.
@@ -173,6 +182,7 @@ class DiskIndex:
             CapacityError: memory does not hold the results.
             DataError: a block that was read is not what was written.
         """
+        workers = asked_workers(workers, former, "search")
         k, beam = as_positive(k, "k"), min(as_positive(beam, "beam"), 256)
         ef = max(64 if ef is None else as_positive(ef, "ef"), k)
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
@@ -182,7 +192,7 @@ class DiskIndex:
             self._held, self._form, self._cache_CW, self._wide(query_QD), wanted, id_QK, distance_QK, ef, beam
         )
         with self._open():
-            self._run(asked, num_threads)
+            self._run(asked, workers)
         return like(id_QK, queries), like(distance_QK, queries)
 
     def exact(self, queries: Any, k: int = 10, filter: Any = None) -> tuple[Any, Any]:
@@ -266,12 +276,12 @@ class DiskIndex:
         return {
             "path": self.path,
             "options": self._options,
-            "num_threads": self.num_threads,
+            "workers": self.workers,
             "seed": self._form.seed,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        DiskIndex.__init__(self, state["path"], **state["options"], num_threads=state["num_threads"])
+        DiskIndex.__init__(self, state["path"], **state["options"], workers=state.get("workers", state.get(FORMER)))
         if self._form.seed != state["seed"]:
             raise DataError(f"{self.path} is another index than the one that was pickled; it was replaced")
 
@@ -290,7 +300,7 @@ class DiskIndex:
                 f"memory is {memory:,} bytes, and {self._held.nbytes:,} of {self.path} must be in it; build it with shorter codes"
             )
         # Searches take some: marks of each thread, and pools.
-        room = memory - self._held.nbytes - SCRATCH - num_workers(self.num_threads) * (form.elements // 4)
+        room = memory - self._held.nbytes - SCRATCH - num_workers(self.workers) * (form.elements // 4)
         number = max(0, min(total, room // form.block))
         cache_CW = np.empty((number, form.block >> 3), np.uint64)
         self._check(int(read_blocks(form, 0, cache_CW)))
@@ -307,7 +317,7 @@ class DiskIndex:
         slots: Any = self._slots
         return filter.on(slots) if isinstance(filter, Filter) else prepared(filter, slots)
 
-    def _run(self, asked: Asked, num_threads: int | None) -> None:
+    def _run(self, asked: Asked, workers: int | None) -> None:
         parts: list[np.ndarray] = []
 
         def piece(begin: int, end: int) -> None:
@@ -315,8 +325,8 @@ class DiskIndex:
                 parts.append(asked.answer(first, min(end, first + PIECE)))
                 self._check(int(parts[-1][search.BAD]))
 
-        with Workers(self.num_threads if num_threads is None else as_positive(num_threads, "num_threads")) as workers:
-            workers.run(piece, len(asked.query_QD))
+        with Workers(self.workers if workers is None else as_positive(workers, "workers")) as pool:
+            pool.run(piece, len(asked.query_QD))
         blocks, codes, exact = (
             sum(int(part[place]) for part in parts) for place in (search.BLOCKS, search.CODES, search.EXACT)
         )

@@ -36,7 +36,7 @@ from anabranch.graph.disk.writing import Graph, write
 from anabranch.graph.hnsw import HNSW, layout
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive
 from anabranch.graph.interrupts import Interrupts
-from anabranch.graph.workers import num_workers
+from anabranch.graph.workers import asked_workers, num_workers
 
 # With shards: one element in so many is in the entry layer, with so many links when it is inserted.
 ENTRY_SHARE, ENTRY_M = 32, 8
@@ -60,13 +60,13 @@ class _Job:
     M: int
     ef_construction: int
     seed: int
-    num_threads: int | None
+    workers: int | None
     progress: Callable[[int], None]
 
     @property
-    def threads(self) -> int:
+    def at_once(self) -> int:
         """How many, if nobody said so."""
-        return num_workers(self.num_threads)
+        return num_workers(self.workers)
 
 
 def build(
@@ -81,8 +81,9 @@ def build(
     code_bytes: int | None = None,
     num_shards: int | None = None,
     seed: int = 0,
-    num_threads: int | None = None,
+    workers: int | None = None,
     progress: Callable[[int], None] | None = None,
+    **former: Any,
 ) -> DiskIndex:
     """Make an index of vectors, which may be more than memory holds, and open it.
 
@@ -98,7 +99,7 @@ def build(
         code_bytes: of a vector, 1 to D. Default: one for 4 numbers and at least 16, or fewer where memory is short (down to one for 16).
         num_shards: in how many parts the graph is built. Default: as few as memory allows.
         seed: of levels, samples and k-means.
-        num_threads: for the build and the index; None for all processors.
+        workers: threads of the build and the index; None for all processors. ``num_threads`` is its former name.
         progress: called with how many vectors are linked so far.
 
     Returns:
@@ -110,6 +111,7 @@ def build(
         DataError: the place cannot be written.
         BackendError: the system cannot read at a place of a file.
     """
+    workers = asked_workers(workers, former, "build")
     check_system()
     if metric not in METRICS:
         raise InputError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
@@ -130,17 +132,17 @@ def build(
     with explained(Path(path)):
         # Here: links wait beside the place, which must be there.
         Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
-        _make(_Job(source, id_N, Path(path), plan, metric, M, ef_construction, seed, num_threads, told))
+        _make(_Job(source, id_N, Path(path), plan, metric, M, ef_construction, seed, workers, told))
     # So that what is held from now on finds room where all that was.
     machine.give_back_freed()
-    return DiskIndex(path, memory=memory, num_threads=num_threads)
+    return DiskIndex(path, memory=memory, workers=workers)
 
 
 def _make(job: _Job) -> None:
     """The whole build; nothing of it is in memory afterwards."""
     plan = job.plan
     sample_SD = _sample(job.source, plan, job.seed)
-    codes = ProductCodes.train(sample_SD, plan.code_bytes, seed=job.seed, num_threads=job.threads)
+    codes = ProductCodes.train(sample_SD, plan.code_bytes, seed=job.seed, workers=job.at_once)
     if plan.num_shards == 1:
         del sample_SD
         index = _linked(job, np.arange(job.source.count), job.progress)
@@ -162,7 +164,8 @@ def from_hnsw(
     *,
     memory: int | None = None,
     code_bytes: int | None = None,
-    num_threads: int | None = None,
+    workers: int | None = None,
+    **former: Any,
 ) -> DiskIndex:
     """Put an index on disk that was built in memory (or is mapped from its file), with its links and ids; and open it.
 
@@ -170,16 +173,17 @@ def from_hnsw(
 
     Args:
         index: without deleted elements (`HNSW.compact`), and not empty. Its vectors of the highest precision are kept.
-        path: as of `build`, and so are ``memory``, ``code_bytes`` and ``num_threads``; what ``index`` takes is not counted.
+        path: as of `build`, and so are ``memory``, ``code_bytes`` and ``workers``; what ``index`` takes is not counted.
 
     Raises as `build`, and InputError where elements are deleted.
     """
+    workers = asked_workers(workers, former, "from_hnsw")
     check_system()
     if index.metric not in METRICS:
         raise InputError(f"an index on disk measures {', '.join(METRICS)}, not {index.metric!r}")
     with index._lock.read(whole=True) as interrupts:
-        memory = _put(index, Path(path), memory, code_bytes, num_threads, interrupts)
-    return DiskIndex(path, memory=memory, num_threads=num_threads)
+        memory = _put(index, Path(path), memory, code_bytes, workers, interrupts)
+    return DiskIndex(path, memory=memory, workers=workers)
 
 
 def _put(
@@ -187,7 +191,7 @@ def _put(
     path: Path,
     memory: int | None,
     code_bytes: int | None,
-    num_threads: int | None,
+    workers: int | None,
     interrupts: Interrupts,
 ) -> int:
     """Write what `from_hnsw` opens, whose caller holds the lock of the index; the limit of memory."""
@@ -209,10 +213,10 @@ def _put(
         is_built=True,
     )
     id_N = None if is_plain else source.id_N
-    job = _Job(source, id_N, path, plan, index.metric, index.M, index.ef_construction, index.seed, num_threads, _silent)
+    job = _Job(source, id_N, path, plan, index.metric, index.M, index.ef_construction, index.seed, workers, _silent)
     with explained(path):
         sample_SD = _sample(source, plan, job.seed)
-        codes = ProductCodes.train(sample_SD, plan.code_bytes, seed=job.seed, num_threads=job.threads)
+        codes = ProductCodes.train(sample_SD, plan.code_bytes, seed=job.seed, workers=job.at_once)
         del sample_SD
         links = index._storage.links
         link_NL = _waiting(job.path, (source.count, links.shape[1]))
@@ -253,7 +257,7 @@ def _linked(job: _Job, row_S: np.ndarray, progress: Callable[[int], None], **cha
     """An `HNSW` of some rows, rising, whose every element can be reached from its entry point."""
     source, piece = job.source, job.plan.piece
     given = {"M": job.M, "ef_construction": job.ef_construction, **changes}
-    made = HNSW(source.dim, job.metric, seed=job.seed, num_threads=job.num_threads, **given)
+    made = HNSW(source.dim, job.metric, seed=job.seed, workers=job.workers, **given)
     # Arrays that grow are there twice for a while.
     made._storage._reserve(len(row_S), len(row_S) // max(made.M - 1, 1) + 64)
     is_all = len(row_S) == source.count
@@ -349,4 +353,4 @@ def _write(job: _Job, codes: ProductCodes, graph: Graph) -> None:
         "seed": secrets.randbits(62),
         "shards": graph.num_shards,
     }
-    write(job.path, job.source, codes, graph, degree_N, job.id_N, meta, job.plan.piece, job.threads)
+    write(job.path, job.source, codes, graph, degree_N, job.id_N, meta, job.plan.piece, job.at_once)

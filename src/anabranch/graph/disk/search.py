@@ -10,6 +10,8 @@ have been in the pool later, or never: what the pool takes only becomes nearer.)
 """
 # Shapes: N slots, Q queries, K neighbours, E elements of the entry layer, L their links, T room for slots that were seen
 
+from typing import NamedTuple
+
 import numpy as np
 
 from anabranch.graph.codes import CENTRES, fill_table
@@ -21,6 +23,7 @@ from anabranch.graph.hnsw.raw import (
     get_i32,
     get_u8,
     helper,
+    jit,
     kernel,
     prefetch,
     set_u8,
@@ -34,6 +37,69 @@ ENTRY_EF = 16
 BLOCKS, CODES, EXACT, BAD = range(4)
 
 _SEEN, _DONE = 1, 2
+
+# A step of one kernel that is written by itself.
+part = jit(inline="always")
+
+
+class Known(NamedTuple):
+    """What is in memory of an index, as kernels take it.
+
+    Attributes:
+        codes: address of uint8 [N, M].
+        centre_MWK: what they stand for.
+        root_R: int32, slots that every walk begins at.
+        slot_E: int32, slots of the entry layer.
+        link_EL: int32, numbers in the layer; -1 behind the last.
+        cache_CW: uint64, blocks.
+    """
+
+    codes: int
+    centre_MWK: np.ndarray
+    root_R: np.ndarray
+    slot_E: np.ndarray
+    link_EL: np.ndarray
+    cache_CW: np.ndarray
+
+
+class Room(NamedTuple):
+    """Of one thread, and the caller's, as what is taken by address must be: an array of a kernel's own is gone after its last use by name.
+
+    Attributes:
+        marks_B: uint8, zeros, a byte for each 4 slots and one more.
+        table_MK: float32 [M, 256], for the table of a query.
+        block_BW: uint64, for a beam of blocks.
+    """
+
+    marks_B: np.ndarray
+    table_MK: np.ndarray
+    block_BW: np.ndarray
+
+
+class Pools(NamedTuple):
+    """Of a walk, distances and numbers: what is nearest by codes, of all slots (``d``, ``i``) and of the entry layer (``near_d``,
+    ``near_e``), and results (``best_d``, and ``best_l``, labels); neighbours of an element (``todo``)."""
+
+    d: np.ndarray
+    i: np.ndarray
+    near_d: np.ndarray
+    near_e: np.ndarray
+    best_d: np.ndarray
+    best_l: np.ndarray
+    todo: np.ndarray
+
+
+class Query(NamedTuple):
+    """Numbers alone, which go from kernel to kernel at no cost: addresses of its vector, its table, the marks of its walk, codes and what
+    it may find (0 for all), bytes of a code, and the size of its pool."""
+
+    vector: int
+    table: int
+    marks: int
+    codes: int
+    allowed: int
+    parts: int
+    ef: int
 
 
 @helper
@@ -90,11 +156,13 @@ def keep_best(best_d, best_l, held, found, label):
 
 
 @helper
-def enter(codes, parts, table, slot_E, link_EL, marks, near_d, near_e):
+def enter(known, query, near_d, near_e):
     """Walk over the entry layer from its first element; how many entries of ``near_e`` (numbers in the layer) are found, and evaluations.
 
     Leaves no marks.
     """
+    slot_E, link_EL = known.slot_E, known.link_EL
+    codes, parts, table, marks = query.codes, query.parts, query.table, query.marks
     clear(near_d, 0)
     near_d[0], near_e[0] = code_distance(codes, parts, np.int64(slot_E[0]), table), 0
     seen = np.empty(ENTRY_EF * 64 + link_EL.shape[1] + 1, np.int32)
@@ -128,11 +196,14 @@ def enter(codes, parts, table, slot_E, link_EL, marks, near_d, near_e):
 
 
 @helper
-def begin(codes, parts, table, root_R, slot_E, link_EL, marks, seen_T, ef, pool_d, pool_i, near_d, near_e):
+def begin(known, query, pools, seen_T):
     """Fill a pool with what the walk begins at; its size, how many slots were seen, evaluations."""
+    slot_E, root_R = known.slot_E, known.root_R
+    pool_d, pool_i, near_d, near_e = pools.d, pools.i, pools.near_d, pools.near_e
+    codes, parts, table, marks, ef = query.codes, query.parts, query.table, query.marks, query.ef
     clear(pool_d, 0)
     size = number = 0
-    found, evaluations = enter(codes, parts, table, slot_E, link_EL, marks, near_d, near_e)
+    found, evaluations = enter(known, query, near_d, near_e)
     for place in range(found + len(root_R)):
         entry = np.int64(near_e[place]) if place < found else np.int64(0)
         slot = np.int64(slot_E[~entry if entry < 0 else entry]) if place < found else np.int64(root_R[place - found])
@@ -150,8 +221,9 @@ def begin(codes, parts, table, root_R, slot_E, link_EL, marks, seen_T, ef, pool_
 
 
 @helper
-def expand(form, block, place, codes, parts, table, marks, seen_T, number, ef, pool_d, pool_i, size, todo):
+def expand(form, query, block, place, pool_d, pool_i, size, seen_T, number, todo):
     """Look at the neighbours of an element: size of the pool, slots seen, and neighbours; -1 of these where its links are damaged."""
+    codes, parts, table, marks, ef = query.codes, query.parts, query.table, query.marks, query.ef
     links = links_at(form, block, place)
     if not are_links_sound(form, links):
         return size, number, -1
@@ -218,130 +290,101 @@ def ask(form, slot_B, count):
             ask_for(form.file, form.place + number * form.block, form.block)
 
 
+@helper
+def with_room(form, seen_T, seen):
+    """Room for slots that are seen, of which there are so many: larger where a block may bring more than it holds."""
+    most = form.per * (form.links + 1)
+    if len(seen_T) - seen >= min(most, form.elements - seen):
+        return seen_T
+    more = np.empty(min(form.elements, 2 * len(seen_T) + most), np.int32)
+    more[:seen] = seen_T[:seen]
+    return more
+
+
+@helper
+def search_one(form, known, query, pools, block_BW, slot_B, seen_T, counts):
+    """Answer one query; the room for slots that are seen, which may have grown. Leaves no marks, unless a block is damaged.
+
+    All elements of a block that is read are measured; the one it was read for is expanded, and those that are near enough for the pool.
+    (One loop: to call a kernel for each block takes a twelfth longer.)
+    """
+    codes, parts, table, marks, ef = query.codes, query.parts, query.table, query.marks, query.ef
+    pool_d, pool_i, best_d, best_l, todo = pools.d, pools.i, pools.best_d, pools.best_l, pools.todo
+    size, seen, evaluations = begin(known, query, pools, seen_T)
+    counts[CODES] += evaluations
+    held = 0
+    while True:
+        count = choose(form, marks, pool_i, size, len(slot_B), slot_B)
+        if count == 0:
+            break
+        ask(form, slot_B, count)
+        for which in range(count):
+            block = slot_B[which] // form.per
+            block_W, is_right = bring(form, known.cache_CW, block_BW[which], block)
+            counts[BLOCKS] += 1
+            if not is_right:
+                counts[BAD] = block
+                return seen_T
+            seen_T = with_room(form, seen_T, seen)
+            for place in range(min(form.per, form.elements - block * form.per)):
+                slot = block * form.per + place
+                held = measure(form, block_W, place, query.vector, query.allowed, slot, best_d, best_l, held)
+                counts[EXACT] += 1
+                if held < 0:
+                    counts[BAD] = block
+                    return seen_T
+                far = code_distance(codes, parts, slot, table)
+                counts[CODES] += 1
+                if slot != slot_B[which] and far > pool_d[ef - 1]:
+                    continue
+                if not has(marks, slot, _SEEN):
+                    put(marks, slot, _SEEN)
+                    seen_T[seen] = slot
+                    seen += 1
+                    if far < pool_d[ef - 1]:
+                        insert(pool_d, pool_i, size, ef, far, ~slot)
+                        size = min(size + 1, ef)
+                put(marks, slot, _DONE)
+                size, seen, evaluations = expand(
+                    form, query, address(block_W), place, pool_d, pool_i, size, seen_T, seen, todo
+                )
+                if evaluations < 0:
+                    counts[BAD] = block
+                    return seen_T
+                counts[CODES] += evaluations
+    forget(marks, seen_T, seen)
+    return seen_T
+
+
 @kernel
-def search_many(
-    form,
-    codes,
-    centre_MWK,
-    root_R,
-    slot_E,
-    link_EL,
-    cache_CW,
-    marks_B,
-    table_MK,
-    room_BW,
-    query_QD,
-    first,
-    last,
-    ef,
-    beam,
-    allowed,
-    id_QK,
-    distance_QK,
-    counts,
-):
+def search_many(form, known, room, query_QD, first, last, ef, beam, allowed, id_QK, distance_QK, counts):
     """Search for queries ``first`` ... ``last``; ids and distances must hold -1 and infinity before.
 
     Args:
         form: of the blocks.
-        codes: address of uint8 [N, M].
-        centre_MWK: what they stand for.
-        root_R: int32, slots that every walk begins at.
-        slot_E: int32, slots of the entry layer.
-        link_EL: int32, numbers in the layer; -1 behind the last.
-        cache_CW: uint64, blocks in memory.
-        marks_B: uint8, zeros, a byte for each 4 slots and one more. The caller's, as what is taken by address must be: an array of a
-            kernel's own is gone after its last use by name.
-        table_MK: float32 [M, 256], room for the table of a query.
-        room_BW: uint64, room for a beam of blocks.
+        known: a `Known`.
+        room: a `Room`.
         query_QD: float32 [Q, width].
         ef: size of the pool.
         beam: blocks that are asked for together.
         allowed: address of uint8 [N], 0 for all.
         id_QK: int64, written.
         distance_QK: float32, written.
-        counts: int64 [4], blocks, codes and vectors measured are added; the last becomes the number of a damaged block.
+        counts: int64 [4], blocks, codes and vectors measured are added; the last becomes the number of a damaged block, -1 for none.
     """
-    parts = len(centre_MWK)
     counts[BAD] = -1
     pool_d, pool_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
     near_d, near_e = np.empty(ENTRY_EF + PADDING, np.float32), np.empty(ENTRY_EF + PADDING, np.int32)
     todo, slot_B = np.empty(form.links + 1, np.int32), np.empty(beam, np.int64)
-    seen_T = np.empty(min(form.elements, 4096 + len(root_R) + form.per * (form.links + 1)), np.int32)
-    table, marks = address(table_MK), address(marks_B)
+    seen_T = np.empty(min(form.elements, 4096 + len(known.root_R) + form.per * (form.links + 1)), np.int32)
+    table, marks, parts = address(room.table_MK), address(room.marks_B), len(known.centre_MWK)
     for number in range(first, last):
-        fill_table(query_QD[number, : form.dim], centre_MWK, form.kind == 0, table_MK)
-        size, seen, evaluations = begin(
-            codes, parts, table, root_R, slot_E, link_EL, marks, seen_T, ef, pool_d, pool_i, near_d, near_e
-        )
-        counts[CODES] += evaluations
-        held = 0
-        while True:
-            count = choose(form, marks, pool_i, size, beam, slot_B)
-            if count == 0:
-                break
-            ask(form, slot_B, count)
-            for which in range(count):
-                block = slot_B[which] // form.per
-                block_W, is_right = bring(form, cache_CW, room_BW[which], block)
-                counts[BLOCKS] += 1
-                if not is_right:
-                    counts[BAD] = block
-                    return
-                if len(seen_T) - seen < min(form.per * (form.links + 1), form.elements - seen):
-                    more = np.empty(min(form.elements, 2 * len(seen_T) + form.per * (form.links + 1)), np.int32)
-                    more[:seen] = seen_T[:seen]
-                    seen_T = more
-                for place in range(min(form.per, form.elements - block * form.per)):
-                    slot = block * form.per + place
-                    held = measure(
-                        form,
-                        block_W,
-                        place,
-                        address(query_QD[number]),
-                        allowed,
-                        slot,
-                        distance_QK[number],
-                        id_QK[number],
-                        held,
-                    )
-                    counts[EXACT] += 1
-                    if held < 0:
-                        counts[BAD] = block
-                        return
-                    far = code_distance(codes, parts, slot, table)
-                    counts[CODES] += 1
-                    if slot != slot_B[which] and far > pool_d[ef - 1]:
-                        continue
-                    if not has(marks, slot, _SEEN):
-                        put(marks, slot, _SEEN)
-                        seen_T[seen] = slot
-                        seen += 1
-                        if far < pool_d[ef - 1]:
-                            insert(pool_d, pool_i, size, ef, far, ~slot)
-                            size = min(size + 1, ef)
-                    put(marks, slot, _DONE)
-                    size, seen, evaluations = expand(
-                        form,
-                        address(block_W),
-                        place,
-                        codes,
-                        parts,
-                        table,
-                        marks,
-                        seen_T,
-                        seen,
-                        ef,
-                        pool_d,
-                        pool_i,
-                        size,
-                        todo,
-                    )
-                    if evaluations < 0:
-                        counts[BAD] = block
-                        return
-                    counts[CODES] += evaluations
-        forget(marks, seen_T, seen)
+        fill_table(query_QD[number, : form.dim], known.centre_MWK, form.kind == 0, room.table_MK)
+        query = Query(address(query_QD[number]), table, marks, known.codes, allowed, parts, ef)
+        pools = Pools(pool_d, pool_i, near_d, near_e, distance_QK[number], id_QK[number], todo)
+        seen_T = search_one(form, known, query, pools, room.block_BW, slot_B, seen_T, counts)
+        if counts[BAD] >= 0:
+            return
 
 
 @kernel

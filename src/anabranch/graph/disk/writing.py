@@ -44,7 +44,7 @@ def write(
     id_N: np.ndarray | None,
     meta: dict[str, Any],
     piece: int,
-    num_threads: int,
+    workers: int,
 ) -> None:
     """Write an index, all or nothing. ``meta`` has all but what is told here; ``degree_N`` is as of `packed`. Raises as `atomic_file`."""
     count, links = source.count, int(meta["links"])
@@ -64,7 +64,7 @@ def write(
     shapes["codes"] = Shape(np.uint8, (count, codes.num_parts))
     shapes["blocks"] = Shape(np.uint64, (-(-count // per), block // 8), PAGE)
     step = max(1, piece // per)
-    with filling_arrays(path, KIND, shapes, meta, VERSION) as file, Workers(num_threads) as pool:
+    with filling_arrays(path, KIND, shapes, meta, VERSION) as file, Workers(workers) as pool:
         for name, array in small.items():
             file.put(name, 0, array)
         for first in range(0, -(-count // per), step):

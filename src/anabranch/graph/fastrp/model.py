@@ -133,7 +133,7 @@ class FastRP(Steps):
             return self._fit_files(graph)
         given = as_graph(graph, allow_negative=self.allow_negative)
         setup = self._prepare(given)
-        with Workers(self._num_threads) as pool:
+        with Workers(self._num_workers) as pool:
             if self.keep_powers:
                 self.powers_ = self._powers(setup, pool, len(self.weights))
                 found = self._combine(self.powers_, tuple(self.weights), self.self_weight, pool)
@@ -252,7 +252,7 @@ class FastRP(Steps):
         count = len(self.weights) if order is None else order
         if count < 1:
             raise InputError(f"order is {order}; it must be at least 1")
-        with Workers(self._num_threads) as pool:
+        with Workers(self._num_workers) as pool:
             return self._powers(self._prepare(graph), pool, count)
 
     def combine(self, powers: Powers, weights: Sequence[float] | None = None) -> np.ndarray:
@@ -263,7 +263,7 @@ class FastRP(Steps):
             raise InputError(
                 f"there are {len(chosen)} weights and {len(powers.power_KND)} powers; call powers(graph, order=...)"
             )
-        with Workers(self._num_threads) as pool:
+        with Workers(self._num_workers) as pool:
             found = self._combine(powers, chosen, self.self_weight, pool)
             self._standardize(found, pool)
         return found

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.graph.masks import unmasked
 from anabranch.graph.products import Operator
 from anabranch.graph.projection import SparseProjection, gaussian_rows, keys_of, sparse_rows
 from anabranch.graph.sparse import is_sparse, wide_rows
@@ -202,6 +203,7 @@ class Features:
 
 
 def _feature_rows(features: Any, num_nodes: int) -> Any:
+    features = unmasked(features, "features")
     values = wide_rows(features, "features") if is_sparse(features) else np.asarray(features)
     if values.ndim != 2 or values.shape[0] != num_nodes:
         raise InputError(f"features have the shape {values.shape}; it must be [{num_nodes}, features]")

@@ -184,7 +184,7 @@ class Steps(Estimator):
         return round(self.feature_ratio * self.dim)
 
     @property
-    def _num_threads(self) -> int:
+    def _num_workers(self) -> int:
         return num_workers(self.threads if self.workers is None else self.workers)
 
     def _weight(self, order: int) -> float:
@@ -195,5 +195,5 @@ class Steps(Estimator):
         wanted = self.chunk
         if wanted is None:
             fits = SCRATCH_BYTES // (2 * np.dtype(self.dtype).itemsize * max(num_nodes, 1))
-            wanted = max(fits // BLOCK, self._num_threads) * BLOCK
+            wanted = max(fits // BLOCK, self._num_workers) * BLOCK
         return min(-(-wanted // BLOCK), -(-self.dim // BLOCK)) * BLOCK

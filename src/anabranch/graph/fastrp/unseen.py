@@ -10,6 +10,7 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph.fastrp.start import Setup, inverse_power
+from anabranch.graph.masks import unmasked
 from anabranch.graph.projection import keys_of
 from anabranch.graph.sparse import wide_rows
 from anabranch.graph.store import Graph
@@ -95,10 +96,10 @@ def edges_of_new(nodes: Graph, source: Any, target: Any, weight: Any) -> tuple[A
     """See `anabranch.graph.fastrp.model.FastRP.edges_of_new`. ``nodes`` are those that were fitted."""
     from scipy.sparse import coo_array
 
-    sources, targets = list(source), list(target)
+    sources, targets = list(unmasked(source, "source")), list(unmasked(target, "target"))
     if len(sources) != len(targets):
         raise InputError(f"there are {len(sources):,} sources and {len(targets):,} targets; give as many of both")
-    weight_E = np.ones(len(sources)) if weight is None else np.asarray(weight, np.float64)
+    weight_E = np.ones(len(sources)) if weight is None else np.asarray(unmasked(weight, "weight"), np.float64)
     if weight_E.shape != (len(sources),):
         raise InputError(f"weight has the shape {weight_E.shape}; there are {len(sources):,} edges")
     known = {

@@ -26,6 +26,7 @@ from anabranch.graph.fully_ppr.partitioned import ENDS, SHARE, Rounds, rows_from
 from anabranch.graph.fully_ppr.result import parquet_facts
 from anabranch.graph.fully_ppr.rounds import Round, Rules, Schedule, best_rows, merged
 from anabranch.graph.fully_ppr.stored import StoredScores
+from anabranch.graph.masks import unmasked
 from anabranch.graph.ppr.rules import CODES
 from anabranch.graph.spark.edges import EdgeFiles, SparkGraph, open_edges, open_run, partitions_for
 from anabranch.graph.spark.run import Run
@@ -238,6 +239,7 @@ def scores_table(ends: pa.Table, top_k: int, least: float) -> pa.Table:
 
 def _listed(sources: Any) -> list[Any]:
     """Ids as they were given, as JSON. Raises InputError for none, or one that is given twice."""
+    sources = unmasked(sources, "sources")
     found = np.asarray(sources).tolist() if not isinstance(sources, list | tuple) else list(sources)
     found = [int(source) if isinstance(source, np.integer) else source for source in found]
     if not found:

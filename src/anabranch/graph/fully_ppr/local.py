@@ -8,20 +8,33 @@ Rounds, pipelines and pieces of hubs are for graphs that do not fit here (`anabr
 
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numba as nb
 import numpy as np
 
-from anabranch.graph.counters import count_walks, take_counts
+from anabranch.graph.counters import Counts, count_walks, take_counts
 from anabranch.graph.powerwalk import PowerWalk
 from anabranch.graph.ppr import Dangling, PageRank
 from anabranch.graph.rows import SparseRows, id_type, order_top
 from anabranch.graph.store import Graph
+from anabranch.graph.walk import Walk
 
 Work = Callable[[np.ndarray], SparseRows]
 
 # L1 error above which a push looks at less of the graph than a solution does.
 LOCAL = 1e-2
+
+
+class How(NamedTuple):
+    """What a row is, as the kernel takes it; see `WalkWork`."""
+
+    seed: int
+    alpha: float
+    dangling: int
+    full: bool
+    top_k: int
+    least: float
 
 
 class WalkWork:
@@ -40,7 +53,7 @@ class WalkWork:
 
     def __init__(
         self,
-        arrays: tuple[np.ndarray, ...],
+        arrays: Walk,
         walks: int,
         alpha: float,
         dangling: int,
@@ -49,14 +62,14 @@ class WalkWork:
         least: float,
         seed: int,
     ) -> None:
-        self.arrays, self.walks, self.alpha, self.dangling = arrays, walks, alpha, dangling
-        self.full, self.top_k, self.least, self.seed = full, top_k, least, np.uint64(int(seed) % 2**64)
+        self.arrays, self.walks, self.full, self.top_k = arrays, walks, full, top_k
+        self.how = How(np.uint64(int(seed) % 2**64), alpha, dangling, full, top_k, least)  # type: ignore[arg-type]
         self._scratch = threading.local()
 
     def __call__(self, source_C: np.ndarray) -> SparseRows:
         """Rows of these sources."""
-        num_nodes = len(self.arrays[0]) - 1
-        scratch = self._buffers(num_nodes)
+        num_nodes = len(self.arrays.indptr) - 1
+        counts, value_N = self._buffers(num_nodes)
         most = min(num_nodes, self.top_k or num_nodes)
         most = most if self.full else min(most, self.walks)
         indptr = np.zeros(len(source_C) + 1, np.int64)
@@ -64,21 +77,8 @@ class WalkWork:
         values = np.empty(len(ids), np.float32)
         done = 0
         while True:
-            done = _walk_rows(  # type: ignore[call-arg]
-                self.seed,
-                source_C,
-                done,
-                self.alpha,
-                self.dangling,
-                self.full,
-                self.top_k,
-                self.least,
-                *self.arrays,
-                *scratch,
-                indptr,
-                ids,
-                values,
-            )
+            filled = (indptr, ids, values)
+            done = _walk_rows(tuple(self.how), tuple(self.arrays), tuple(counts), value_N, source_C, done, filled)
             if done == len(source_C):
                 break
             # Rows are longer than expected: twice the room.
@@ -87,18 +87,17 @@ class WalkWork:
         used = indptr[-1]
         return SparseRows(indptr, ids[:used].copy(), values[:used].copy(), num_nodes)
 
-    def _buffers(self, num_nodes: int) -> tuple[np.ndarray, ...]:
-        """Scratch of this thread."""
-        if not hasattr(self._scratch, "arrays"):
-            ids = id_type(num_nodes)
-            self._scratch.arrays = (
+    def _buffers(self, num_nodes: int) -> tuple[Counts, np.ndarray]:
+        """Scratch of this thread, and room for values."""
+        if not hasattr(self._scratch, "held"):
+            counts = Counts(
                 np.empty(self.walks, np.int64),
                 np.empty(self.walks, np.int64),
                 np.zeros(num_nodes, np.int32),
-                np.empty(num_nodes, ids),
-                np.empty(num_nodes, np.float32),
+                np.empty(num_nodes, id_type(num_nodes)),
             )
-        return self._scratch.arrays
+            self._scratch.held = counts, np.empty(num_nodes, np.float32)
+        return self._scratch.held
 
 
 def scratch_bytes(num_nodes: int, walks: int) -> int:
@@ -107,55 +106,23 @@ def scratch_bytes(num_nodes: int, walks: int) -> int:
 
 
 @nb.njit(cache=True, nogil=True)
-def _walk_rows(
-    seed,
-    source_C,
-    done,
-    alpha,
-    dangling,
-    full,
-    top_k,
-    least,
-    indptr,
-    indices,
-    keep_M,
-    other_M,
-    left_W,
-    at_W,
-    count_N,
-    touched_N,
-    value_N,
-    first,
-    ids,
-    values,
-):
-    """Rows of the sources from ``done`` on, as far as there is room; returns how many are done."""
+def _walk_rows(plain_how, plain_walk, plain_counts, value_N, source_C, done, filled):
+    """Rows of the sources from ``done`` on, as far as there is room; returns how many are done.
+
+    Takes a `How`, a `Walk` and a `Counts` as plain tuples; ``filled`` are starts, ids and values of rows.
+    """
+    how, walk, counts = How(*plain_how), Walk(*plain_walk), Counts(*plain_counts)
+    first, ids, values = filled
+    count_N, touched_N = counts.count_N, counts.touched_N
     used = first[done]
     while done < len(source_C):
-        touched, _ = count_walks(
-            seed,
-            source_C[done],
-            0,
-            alpha,
-            dangling,
-            full,
-            0,
-            indptr,
-            indices,
-            keep_M,
-            other_M,
-            left_W,
-            at_W,
-            count_N,
-            touched_N,
-            0,
-        )
+        touched, _ = count_walks(how.seed, source_C[done], 0, how.alpha, how.dangling, how.full, 0, walk, counts, 0)
         total = 0
         for place in range(touched):
             total += count_N[touched_N[place]]
         take_counts(count_N, touched_N, touched, touched_N, value_N, 1.0 / total)
-        kept = order_top(touched_N, value_N, touched, top_k)
-        while kept > 0 and value_N[kept - 1] < least:
+        kept = order_top(touched_N, value_N, touched, how.top_k)
+        while kept > 0 and value_N[kept - 1] < how.least:
             kept -= 1
         if kept > len(ids) - used:
             # Made again, the same, when there is room.

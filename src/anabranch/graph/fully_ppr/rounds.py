@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba as nb
 import numpy as np
@@ -135,27 +135,11 @@ def _move_piece(walks: Rows, records: Records, ids: np.ndarray | None, rules: Ru
     share = np.empty(0) if records.share is None else records.share
     num_live, num_done = _move(
         np.uint64(stream(np.uint64(rules.seed % 2**64), np.uint64(number))),
-        rules.alpha,
-        rules.dangling,
-        rules.full,
-        rules.num_nodes,
-        rules.unit,
-        walks.source,
-        walks.key,
-        place_W,
-        walks.count,
-        records.indptr,
-        records.kind,
-        records.code,
-        records.keep,
-        records.other,
-        share,
-        live.source,
-        live.key,
-        live.count,
-        done.source,
-        done.key,
-        done.count,
+        tuple(getattr(rules, name) for name in How._fields),
+        (walks.source, walks.key, place_W, walks.count),
+        (records.indptr, records.kind, records.code, records.keep, records.other, share),
+        (live.source, live.key, live.count),
+        (done.source, done.key, done.count),
     )
     return merged(_front(live, num_live)), merged(_front(done, num_done))
 
@@ -164,31 +148,28 @@ def _front(rows: Rows, count: int) -> Rows:
     return Rows(rows.source[:count], rows.key[:count], rows.count[:count])
 
 
+class How(NamedTuple):
+    """`Rules` as the kernel takes them, but for the seed."""
+
+    alpha: float
+    dangling: int
+    full: bool
+    num_nodes: int
+    unit: int
+
+
 @nb.njit(cache=True, nogil=True)
-def _move(
-    key,
-    alpha,
-    dangling,
-    full,
-    num_nodes,
-    unit,
-    source_W,
-    record_W,
-    place_W,
-    count_W,
-    indptr,
-    kind_R,
-    code_E,
-    keep_E,
-    other_E,
-    share_E,
-    live_source,
-    live_key,
-    live_count,
-    done_source,
-    done_key,
-    done_count,
-):
+def _move(key, plain_how, standing, held, live, done):
+    """Walks move into ``live`` and ``done``, sources, keys and counts each: how many rows of both there are.
+
+    Takes a `How` as a plain tuple; ``standing`` are walks (source, record, its place, count), ``held`` are the arrays of `Records`.
+    """
+    how = How(*plain_how)
+    alpha, dangling, full, unit = how.alpha, how.dangling, how.full, how.unit
+    source_W, record_W, place_W, count_W = standing
+    indptr, kind_R, code_E, keep_E, other_E, share_E = held
+    live_source, live_key, live_count = live
+    done_source, done_key, done_count = done
     num_live, num_done = 0, 0
     for row in range(len(source_W)):
         source, record, place = source_W[row], record_W[row], place_W[row]
@@ -228,7 +209,7 @@ def _move(
             elif dangling == VANISH:
                 continue
             else:
-                code = 2 * below(bits, num_nodes)
+                code = 2 * below(bits, how.num_nodes)
             if code & 1:
                 if not full:
                     done_source[num_done] = source

@@ -38,7 +38,7 @@ from anabranch.graph.rows import SparseRows
 from anabranch.graph.spark.session import default_partitions, executor_bytes, session
 from anabranch.graph.store import Graph
 from anabranch.graph.stored_folder import OURS, SCORES, check_place
-from anabranch.graph.walk import walk_arrays
+from anabranch.graph.walk import Walk, walk_arrays
 
 KIND = "walk-graph"
 
@@ -160,7 +160,8 @@ def _rows_of(path: str, settings: dict[str, Any]) -> Callable[[Iterator[pa.Recor
 
     def rows_of(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         found = read_arrays(path, KIND, mmap=True).arrays
-        work = WalkWork((found["indptr"], found["indices"], found["keep"], found["other"]), **settings)
+        walk = Walk(found["indptr"], found["indices"], found["keep"], found["other"])
+        work = WalkWork(walk, **settings)
         names = names_from(found)
         for batch in batches:
             number_C = batch.column(0).to_numpy()

@@ -18,9 +18,10 @@ from anabranch.graph.graphvite.executor import BlockExecutor, Plan, ThreadExecut
 from anabranch.graph.graphvite.partition import Partition, negative_tables, zig_zag
 from anabranch.graph.graphvite.parts import SIDES, MappedParts, Parts
 from anabranch.graph.graphvite.schedule import blocks_in_order
-from anabranch.graph.graphvite.solver import Callback, Counters, train
+from anabranch.graph.graphvite.solver import Callback, Counters, diverged, train
 from anabranch.graph.graphvite.torch_executor import TorchExecutor, auto_micro_batch, devices_of
 from anabranch.graph.graphvite.train import Rule
+from anabranch.graph.masks import unmasked
 from anabranch.graph.store import Graph
 from anabranch.graph.workers import num_workers
 
@@ -137,7 +138,8 @@ class GraphVite(Estimator):
         """Train on a graph (whatever `as_graph` takes). ``y`` is there for scikit-learn.
 
         Raises:
-            InputError: the graph has no edges, negative weights, or fewer nodes than ``partitions``.
+            InputError: the graph has no edges, negative weights, or fewer nodes than ``partitions``; or training diverged, since ``lr``,
+                ``negative_weight`` or ``weight_decay`` are too large. What was fitted before then stays.
             CapacityError: two parts do not fit into ``memory_limit``.
             BackendError: the device or its library is not there.
         """
@@ -222,8 +224,7 @@ class GraphVite(Estimator):
             pool_size=size,
             samplers=self.samplers,
             in_turn=executor.workers if isinstance(executor, ThreadExecutor) else 1,
-            per_positive=1 + self.negatives,
-            lr=self.lr,
+            rule=rule,
             callbacks=self.callbacks,
         )
         executor.finish()
@@ -266,9 +267,14 @@ class GraphVite(Estimator):
         return TorchExecutor(plan, parts, devices, micro_batch, limit, row_bytes)
 
     def _collect(self, graph: Graph, parts: Parts, rule: Rule, counters: Counters) -> None:
+        count = graph.num_nodes
         arrays = {"vertex": parts.get("head"), "context": parts.get("tail")}
         for side in SIDES:
             arrays |= {f"{side}{number}": parts.get(side, number) for number in range(1, 1 + rule.moments)}
+        for name, array in arrays.items():
+            # In the last pool, too late for its loss to tell.
+            if bad := sum(int((~np.isfinite(array[at : at + 65536]).all(1)).sum()) for at in range(0, count, 65536)):
+                raise diverged(rule, f"{bad:,} of {count:,} rows of {name} are not finite")
         arrays["trained"] = (graph.strength_N > 0) | (graph.reversed.strength_N > 0)
         if self.isolated == "zero":
             arrays["vertex"][~arrays["trained"]] = 0
@@ -349,6 +355,7 @@ class GraphVite(Estimator):
 
     def predict(self, edges: Any) -> np.ndarray:
         """Scores V_u . C_v of edges (u, v), [E, 2] of nodes by id or name; float32 [E]. The larger, the likelier is the edge."""
+        edges = unmasked(edges, "edges")
         ends = np.asarray(edges)
         # Text beside integers would be made text.
         ends = np.asarray(edges, object) if ends.dtype.kind in "SU" else ends

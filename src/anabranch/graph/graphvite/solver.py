@@ -1,6 +1,7 @@
 """The loop: make a pool while the one before it is trained, until as many samples as asked for are done."""
 # Shapes: S samples of a pool
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -8,9 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from anabranch.errors import InputError
 from anabranch.graph.graphvite.augmentation import Pool, Sampler, pairs_of_walk
 from anabranch.graph.graphvite.executor import BlockExecutor
-from anabranch.graph.graphvite.train import FLOOR, Rate
+from anabranch.graph.graphvite.train import FLOOR, Rate, Rule
 from anabranch.graph.workers import Workers
 
 
@@ -71,13 +73,14 @@ def train(
     pool_size: int,
     samplers: int,
     in_turn: int = 1,
-    per_positive: int,
-    lr: float,
+    rule: Rule,
     callbacks: Sequence[Callback],
 ) -> bool:
     """Train until the run is done (True), or a callback returns False (False; ``counters`` then say where to go on).
 
     ``samplers`` threads make the next pool meanwhile; with 0 of them it is made before training goes on, by ``in_turn`` threads.
+
+    Raises InputError as `diverged` once a loss is no finite number, before callbacks are told.
     """
     with ExitStack() as stack:
         # One thread waits for those that walk.
@@ -101,15 +104,17 @@ def train(
             if counters.done < counters.total:
                 upcoming = begin(counters)
             loss = float(executor.run(pool, episode, rate).sum()) / max(pool.size, 1)
+            if not math.isfinite(loss):
+                raise diverged(rule, f"the loss of pool {episode + 1} is {loss}")
             now = time.perf_counter()
-            last = lr * max(1 - (counters.done - 1) / counters.total, FLOOR)
+            last = rule.lr * max(1 - (counters.done - 1) / counters.total, FLOOR)
             progress = Progress(
                 counters.done,
                 counters.total,
                 counters.done / num_edges,
                 loss,
                 last,
-                per_positive * pool.size / max(now - clock, 1e-9),
+                (1 + rule.negatives) * pool.size / max(now - clock, 1e-9),
             )
             clock = now
             counters.history.append({"epoch": progress.epoch, "loss": loss, "lr": last})
@@ -118,3 +123,11 @@ def train(
             if any(answer is False for answer in answers):
                 return counters.done >= counters.total
     return True
+
+
+def diverged(rule: Rule, what: str) -> InputError:
+    """The error that says that parameters grew beyond all numbers."""
+    return InputError(
+        f"training diverged: {what}; lr is {rule.lr:g} ({rule.optimizer}), negative_weight {rule.negative_weight:g} and weight_decay "
+        f"{rule.weight_decay:g}: take a smaller lr, or smaller weights"
+    )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.graph.masks import unmasked
 
 # The longest vector there may be: distances are squares of differences in 32 bits, and sums of a few of them are taken.
 MAX_LENGTH = 1e18
@@ -28,6 +29,7 @@ def as_array(value: Any, what: str) -> np.ndarray:
     if is_tensor(value):
         value = value.detach()
         value = (value.float() if value.is_floating_point() else value).cpu().numpy()
+    value = unmasked(value, what)
     try:
         found = np.asarray(value)
     except ValueError as error:

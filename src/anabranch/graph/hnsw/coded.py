@@ -70,10 +70,10 @@ class PQ:
         """Whether it is known what codes stand for."""
         return self.codes is not None
 
-    def trained(self, vector_SD: np.ndarray, seed: int, num_threads: int) -> "PQ":
+    def trained(self, vector_SD: np.ndarray, seed: int, workers: int) -> "PQ":
         """Another one that has learned from vectors."""
         made = PQ(self.dim, self.metric, self.num_parts)
-        made.codes = ProductCodes.train(vector_SD, self.num_parts, seed=seed, num_threads=num_threads)
+        made.codes = ProductCodes.train(vector_SD, self.num_parts, seed=seed, workers=workers)
         return made
 
     def is_worn(self, vector_SD: np.ndarray) -> bool:
@@ -138,7 +138,7 @@ class Int4:
         """Whether it is known what codes stand for."""
         return self.centre_D is not None
 
-    def trained(self, vector_SD: np.ndarray, seed: int, num_threads: int) -> "Int4":
+    def trained(self, vector_SD: np.ndarray, seed: int, workers: int) -> "Int4":
         """Another one that has learned from vectors."""
         made = Int4(self.dim, self.metric)
         made.centre_D = centre_of(vector_SD) if self.metric == "l2" else np.zeros(self.dim, np.float32)
@@ -231,12 +231,12 @@ class Coded:
         return self.is_trained and self.coder.is_worn(vector_SD)
 
     def learned(
-        self, sample_SD: np.ndarray, rows: np.ndarray, count: int, capacity: int, seed: int, num_threads: int
+        self, sample_SD: np.ndarray, rows: np.ndarray, count: int, capacity: int, seed: int, workers: int
     ) -> "Coded":
         """Codes of the first ``count`` rows (float32 [C, D]), learned from a sample; this one stays as it is."""
         made = object.__new__(Coded)
         made.quantization, made.code_bytes, made.trained_on = self.quantization, self.code_bytes, count
-        made.coder = self.coder.trained(np.ascontiguousarray(sample_SD), seed, num_threads)
+        made.coder = self.coder.trained(np.ascontiguousarray(sample_SD), seed, workers)
         made.rows, made.aux = made._room(capacity)
         for begin in range(0, count, SAMPLE):
             slot_S = np.arange(begin, min(begin + SAMPLE, count))

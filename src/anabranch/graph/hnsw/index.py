@@ -1,30 +1,31 @@
-"""`HNSW`: the index as users see it. The kernels are in `search` and `build`, the arrays in `storage`."""
+"""`HNSW`: the index as users see it. The kernels are in `search` and `build`, the arrays in `storage`, files and pickles in `kept`."""
 # Shapes: N vectors, D dimension, Q queries, K neighbours, S slots
 
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from anabranch.errors import CapacityError, DataError, InputError
-from anabranch.graph.hnsw import layout, storage
+from anabranch.errors import CapacityError, InputError
+from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.changing import Changes
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like, warn_of_short
 from anabranch.graph.hnsw.coded import Coded, check_quantization
 from anabranch.graph.hnsw.encoding import BITS
 from anabranch.graph.hnsw.figures import figures
 from anabranch.graph.hnsw.filters import Filter
+from anabranch.graph.hnsw.kept import Kept
 from anabranch.graph.hnsw.linking import Linker
-from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
+from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.options import check_options
 from anabranch.graph.hnsw.ranges import Ranges, Within, as_radius
 from anabranch.graph.hnsw.searching import Searcher
 from anabranch.graph.hnsw.single import Single
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage
+from anabranch.graph.workers import Workers, asked_workers
 
 
-class HNSW:
+class HNSW(Kept):
     """Approximate nearest neighbours of vectors, by a walk through a hierarchy of small-world graphs.
 
     Any number of threads may search at once, and beside one that changes the index: a search waits for single steps of it, never for the
@@ -51,7 +52,8 @@ class HNSW:
         keep_pruned: fill links up with the nearest rejected (algorithm 4).
         flat: put all elements on level 0 alone, which is NSW.
         compact_at: `remove` compacts once more than this share is deleted; None for never.
-        num_threads: of all calls that are not told another number; None for all processors.
+        workers: threads of all calls that are not told another number; None for all processors.
+        former: ``num_threads``, the former name of ``workers``, counts where that is None, here and in all calls that have it.
 
     Raises:
         InputError: an argument has a value it may not have.
@@ -72,10 +74,12 @@ class HNSW:
         keep_pruned: bool = False,
         flat: bool = False,
         compact_at: float | None = 0.2,
-        num_threads: int | None = None,
+        workers: int | None = None,
         quantization: str | None = None,
         code_bytes: int | None = None,
+        **former: Any,
     ) -> None:
+        workers = asked_workers(workers, former, "HNSW")
         self.dim, self.M = as_positive(dim, "dim"), as_positive(M, "M")
         self.ef_construction = max(as_positive(ef_construction, "ef_construction"), self.M)
         dtype = (BITS if metric == "hamming" else "f32") if dtype is None else dtype
@@ -88,7 +92,7 @@ class HNSW:
         self._rerank = bool(rerank) if isinstance(rerank, bool | np.bool_) else as_positive(rerank, "rerank")
         self.extend_candidates, self.keep_pruned, self.flat = bool(extend_candidates), bool(keep_pruned), bool(flat)
         self.compact_at = compact_at
-        self.num_threads = None if num_threads is None else as_positive(num_threads, "num_threads")
+        self.workers = None if workers is None else as_positive(workers, "workers")
         coded = None if quantization is None else Coded(quantization, self.dim, metric, code_bytes)
         self._storage = Storage(self.dim, metric, self.M, self.ef_construction, dtype, bool(rerank), coded)
         self._storage.graph[layout.SIMPLE] = self.heuristic == "simple"
@@ -168,7 +172,8 @@ class HNSW:
         update: bool = False,
         repair: bool = False,
         reuse: bool = True,
-        num_threads: int | None = None,
+        workers: int | None = None,
+        **former: Any,
     ) -> np.ndarray:
         """Insert vectors.
 
@@ -180,7 +185,7 @@ class HNSW:
             update: move elements whose id is there already, instead of raising.
             repair: link elements that level 0 does not lead to afterwards (as `repair`).
             reuse: use the places of deleted elements, which `restore` cannot bring back then.
-            num_threads: for this call; None for the index's own.
+            workers: for this call; None for the index's own.
 
         Returns:
             The ids, int64 [N].
@@ -203,7 +208,7 @@ class HNSW:
                 id_1 = self._changes.insert_beside(vector_ND, given, reuse=reuse)
             if id_1 is not None:
                 return id_1
-        with self._lock.write() as interrupts, self._workers(num_threads) as workers:
+        with self._lock.write() as interrupts, self._pool(workers, former, "add") as pool:
             id_N = self._changes.following(len(vector_ND)) if given is None else given
             known = self._slots.known(id_N) if given is not None else np.zeros(len(id_N), bool)
             if known.any() and not update:
@@ -212,15 +217,15 @@ class HNSW:
                     f"ids[{row}] is {id_N[row]}, which is in the index; update=True moves it to the new vector"
                 )
             if known.any():
-                self._changes.move(self._slots.of(id_N[known]), vector_ND[known], workers)
+                self._changes.move(self._slots.of(id_N[known]), vector_ND[known], pool)
             if not known.all():
-                self._changes.insert(vector_ND[~known], id_N[~known], workers, interrupts, reuse=reuse)
+                self._changes.insert(vector_ND[~known], id_N[~known], pool, interrupts, reuse=reuse)
             if repair:
                 self._changes.repair()
-            self._changes.learn_if_due(workers)
+            self._changes.learn_if_due(pool)
         return id_N
 
-    def train(self, vectors: Any = None, *, num_threads: int | None = None) -> None:
+    def train(self, vectors: Any = None, *, workers: int | None = None, **former: Any) -> None:
         """Learn anew what codes stand for, and code all vectors by it. Searches go on meanwhile.
 
         `add` does so by itself once there are 1,024 vectors, and again at eight times as many, until there are 32,768; and where codes say
@@ -229,7 +234,7 @@ class HNSW:
 
         Args:
             vectors: [S, D] to learn from; None for those that are there, or 32,768 of them.
-            num_threads: for this call; None for the index's own.
+            workers: for this call; None for the index's own.
 
         Raises:
             InputError: the index has no codes, or nothing to learn from; and as `add`.
@@ -238,10 +243,10 @@ class HNSW:
         if self.quantization is None:
             raise InputError("the index has no codes to learn; it was made without quantization")
         sample = None if vectors is None else as_vectors(vectors, self.dim, self.metric, "vectors")
-        with self._lock.write(), self._workers(num_threads) as workers:
-            self._changes.learn(workers, sample)
+        with self._lock.write(), self._pool(workers, former, "train") as pool:
+            self._changes.learn(pool, sample)
 
-    def update(self, ids: Any, vectors: Any, *, repair: bool = True, num_threads: int | None = None) -> None:
+    def update(self, ids: Any, vectors: Any, *, repair: bool = True, workers: int | None = None, **former: Any) -> None:
         """Move elements to new vectors: they are taken out of the graph and inserted again on their levels.
 
         Raises InputError for unknown ids, and as `add`.
@@ -249,11 +254,11 @@ class HNSW:
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         warn_of_short(vector_ND, self.metric, "vectors")
         id_N = as_distinct(as_ids(ids, len(vector_ND)))
-        with self._lock.write(), self._workers(num_threads) as workers:
-            self._changes.move(self._slots.of(id_N), vector_ND, workers)
+        with self._lock.write(), self._pool(workers, former, "update") as pool:
+            self._changes.move(self._slots.of(id_N), vector_ND, pool)
             if repair:
                 self._changes.repair()
-            self._changes.learn_after_loss(workers)
+            self._changes.learn_after_loss(pool)
 
     def remove(self, ids: Any) -> None:
         """Delete elements: searches walk over them and do not return them, until `compact` takes them out.
@@ -267,9 +272,9 @@ class HNSW:
             self._changes.delete(id_N)
             share = self._storage.graph[layout.NUM_DELETED] / max(self._storage.count, 1)
             if self.compact_at is not None and share > self.compact_at:
-                with self._workers(None) as workers:
-                    self._changes.compact(workers, repair=True)
-                    self._changes.learn_after_loss(workers)
+                with self._pool(None, {}, "remove") as pool:
+                    self._changes.compact(pool, repair=True)
+                    self._changes.learn_after_loss(pool)
                 # Some room stays for what comes next.
                 if 4 * self._storage.count < 3 * self._storage.capacity:
                     self._storage.shrink()
@@ -283,14 +288,14 @@ class HNSW:
         with self._lock.write():
             self._changes.restore(id_N)
 
-    def compact(self, *, repair: bool = True, num_threads: int | None = None) -> int:
+    def compact(self, *, repair: bool = True, workers: int | None = None, **former: Any) -> int:
         """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many.
 
         Arrays become as small as what they hold.
         """
-        with self._lock.write(), self._workers(num_threads) as workers:
-            found = self._changes.compact(workers, repair=repair)
-            self._changes.learn_after_loss(workers)
+        with self._lock.write(), self._pool(workers, former, "compact") as pool:
+            found = self._changes.compact(pool, repair=repair)
+            self._changes.learn_after_loss(pool)
             if not self._storage.is_mapped:
                 self._storage.shrink()
             return found
@@ -306,7 +311,14 @@ class HNSW:
     # Searching
 
     def search(
-        self, queries: Any, k: int = 10, ef: int | None = None, filter: Any = None, *, num_threads: int | None = None
+        self,
+        queries: Any,
+        k: int = 10,
+        ef: int | None = None,
+        filter: Any = None,
+        *,
+        workers: int | None = None,
+        **former: Any,
     ) -> tuple[Any, Any]:
         """The k nearest of each query.
 
@@ -316,7 +328,7 @@ class HNSW:
             ef: how many to hold during the walk, at least k; more finds more. Default 64.
             filter: only elements that it lets through: a mask by id (bool, an entry for every id up to the largest), a list of ids, or what
                 `prepare_filter` made of one. Few matches (at most 2 ef, or 1%) are measured one by one, exactly.
-            num_threads: for this call; None for the index's own.
+            workers: for this call; None for the index's own.
 
         Returns:
             ids, int64 [Q, K], and distances, float32 [Q, K], the nearest first, those at one distance by id; -1 and infinity behind the
@@ -326,6 +338,8 @@ class HNSW:
             InputError: queries of another dimension or with numbers that are not finite; k or ef below 1; a filter of another kind.
             CapacityError: memory does not hold the results.
         """
+        if former:
+            workers = asked_workers(workers, former, "search")
         if filter is None or type(filter) is Filter:
             found = self._single.search(queries, k, ef, filter)
             if found is not None:
@@ -336,8 +350,8 @@ class HNSW:
             id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
         except (MemoryError, ValueError) as error:
             raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
-        with self._workers(num_threads) as workers:
-            self._searcher.all(query_QD, ef, filter, id_QK, distance_QK, workers, self._lock)
+        with self._pool(workers, {}, "search") as pool:
+            self._searcher.all(query_QD, ef, filter, id_QK, distance_QK, pool, self._lock)
         return like(id_QK, queries), like(distance_QK, queries)
 
     def range_search(
@@ -348,7 +362,8 @@ class HNSW:
         filter: Any = None,
         *,
         exact: bool = False,
-        num_threads: int | None = None,
+        workers: int | None = None,
+        **former: Any,
     ) -> Within:
         """All within a radius of each query.
 
@@ -364,7 +379,7 @@ class HNSW:
             ef: how many the first walk holds; more finds more. Default 64.
             filter: as of `search`.
             exact: measure every distance.
-            num_threads: for this call; None for the index's own.
+            workers: for this call; None for the index's own.
 
         Returns:
             `Within`: ``indptr``, int64 [Q + 1], ``ids``, int64, and ``distances``, float32: those of query q are from ``indptr[q]`` to
@@ -379,8 +394,8 @@ class HNSW:
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
         radius_Q = as_radius(radius, len(query_QD))
         try:
-            with self._workers(num_threads) as workers:
-                rows, _ = self._ranges.many(query_QD, radius_Q, ef, filter, bool(exact), workers, self._lock)
+            with self._pool(workers, former, "range_search") as pool:
+                rows, _ = self._ranges.many(query_QD, radius_Q, ef, filter, bool(exact), pool, self._lock)
             found = Within.of(rows)
         except MemoryError as error:
             raise CapacityError(
@@ -397,7 +412,7 @@ class HNSW:
         filter: Any = None,
         *,
         exact: bool = False,
-        num_threads: int | None = None,
+        workers: int | None = None,
     ) -> tuple[Any, Any, Any]:
         """The k nearest within a radius of each query, and how many are within: as `range_search`, without holding all of these.
 
@@ -412,9 +427,9 @@ class HNSW:
         radius_Q = as_radius(radius, len(query_QD))
         try:
             id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
-            with self._workers(num_threads) as workers:
+            with self._pool(workers, {}, "nearest_within") as pool:
                 rows, number_Q = self._ranges.many(
-                    query_QD, radius_Q, ef, filter, bool(exact), workers, self._lock, most=k
+                    query_QD, radius_Q, ef, filter, bool(exact), pool, self._lock, most=k
                 )
         except (MemoryError, ValueError) as error:
             raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
@@ -444,80 +459,8 @@ class HNSW:
         with self._lock.read(whole=True):
             return figures(self._storage, self._linker, self.size_bytes, self._searcher.last)
 
-    # On disk
+    # Inside
 
-    def save(self, path: str | Path) -> None:
-        """Write the index into one checked file (`anabranch.graph.array_file`), all or nothing."""
-        with self._lock.read(whole=True):
-            storage.save(self._storage, path, self._facts())
-
-    @classmethod
-    def load(cls, path: str | Path, *, mmap: bool = False, num_threads: int | None = None) -> Self:
-        """Read what `save` wrote.
-
-        Args:
-            path: the file.
-            mmap: leave vectors and links on disk until they are used; the first change copies them into memory. Links are checked all the
-                same, the bytes of vectors only without ``mmap``.
-            num_threads: as for a new index.
-
-        Raises:
-            DataError: the file is missing, foreign, truncated or damaged.
-        """
-        arrays, meta = storage.read(path, mmap=mmap)
-        return cls._made(arrays, meta, mapped=mmap, source=str(path), num_threads=num_threads)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self._state(copy=True)
-
-    def _state(self, *, copy: bool) -> dict[str, Any]:
-        """What a pickle holds. Without ``copy`` arrays are the index's own: whoever writes them keeps changes out meanwhile."""
-        with self._lock.read(whole=True):
-            held = self._storage.arrays()
-            arrays = {name: np.array(array) for name, array in held.items()} if copy else held
-            graph = self._storage.graph
-            meta = {**self._facts(), "entry": int(graph[layout.ENTRY]), "top": int(graph[layout.TOP])}
-            return {"arrays": arrays, "meta": meta, "num_threads": self.num_threads}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        made = type(self)._made(
-            state["arrays"], state["meta"], mapped=False, source="the pickle", num_threads=state["num_threads"]
-        )
-        self.__dict__.update(made.__dict__)
-
-    def _facts(self) -> dict[str, Any]:
-        names = ("dim", "metric", "M", "ef_construction", "dtype", "seed", "rerank", "heuristic", "extend_candidates")
-        options = {name: getattr(self, name) for name in (*names, "keep_pruned", "flat", "compact_at")}
-        if self.quantization is not None:
-            options |= {"quantization": self.quantization, "code_bytes": self.code_bytes}
-        coded = self._storage.coded
-        return {
-            "options": options,
-            **({} if coded is None else {"trained_on": coded.trained_on}),
-            "drawn": self._changes.drawn,
-            "next_id": self._changes.next_id,
-            "changed": self._changes.changed,
-        }
-
-    @classmethod
-    def _made(
-        cls, arrays: dict[str, np.ndarray], meta: dict[str, Any], *, mapped: bool, source: str, num_threads: int | None
-    ) -> Self:
-        try:
-            made = cls(**meta["options"], num_threads=num_threads)
-            drawn, next_id, entry, top = (int(meta[name]) for name in ("drawn", "next_id", "entry", "top"))
-            # Files of earlier releases do not say so.
-            made._changes.changed = int(meta.get("changed", 0))
-            if made._storage.coded is not None:
-                made._storage.coded.trained_on = int(meta["trained_on"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{source} is damaged: its header does not describe an index ({error})") from error
-        made._storage.take_arrays(arrays, entry, top, mapped=mapped, source=source)
-        made._changes.drawn, made._changes.next_id, made._linker.linked = drawn, next_id, made._storage.count
-        made._slots.forget()
-        return made
-
-    # Inside: callers hold the lock
-
-    def _workers(self, num_threads: int | None) -> Workers:
-        return Workers(self.num_threads if num_threads is None else as_positive(num_threads, "num_threads"))
+    def _pool(self, workers: int | None, former: dict[str, Any], call: str) -> Workers:
+        workers = asked_workers(workers, former, call)
+        return Workers(self.workers if workers is None else as_positive(workers, "workers"))

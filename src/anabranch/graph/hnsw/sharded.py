@@ -13,7 +13,7 @@ from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vec
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.index import HNSW
 from anabranch.graph.hnsw.ranges import Within
-from anabranch.graph.workers import Workers, num_workers
+from anabranch.graph.workers import FORMER, Workers, asked_workers, num_workers
 
 KIND = "sharded hnsw index"
 
@@ -28,16 +28,18 @@ class ShardedHNSW:
         dim: numbers in a vector.
         num_shards: how many indexes.
         metric: as of `HNSW`.
-        num_threads: how many shards work at once; None for one per processor.
-        **options: of each `HNSW` (M, ef_construction, dtype, seed ...).
+        workers: how many shards work at once; None for one per processor.
+        **options: of each `HNSW` (M, ef_construction, dtype, seed ...). ``num_threads`` is the former name of ``workers``.
     """
 
     def __init__(
-        self, dim: int, num_shards: int = 2, metric: str = "l2", *, num_threads: int | None = None, **options: Any
+        self, dim: int, num_shards: int = 2, metric: str = "l2", *, workers: int | None = None, **options: Any
     ) -> None:
         self.num_shards = as_positive(num_shards, "num_shards")
-        self.num_threads = None if num_threads is None else as_positive(num_threads, "num_threads")
-        self.shards = [HNSW(dim, metric, **options, num_threads=1) for _ in range(self.num_shards)]
+        former = {FORMER: options.pop(FORMER)} if FORMER in options else {}
+        workers = asked_workers(workers, former, "ShardedHNSW")
+        self.workers = None if workers is None else as_positive(workers, "workers")
+        self.shards = [HNSW(dim, metric, **options, workers=1) for _ in range(self.num_shards)]
         self.dim, self.metric = self.shards[0].dim, metric
 
     def __len__(self) -> int:
@@ -141,23 +143,24 @@ class ShardedHNSW:
         write_arrays(path, KIND, arrays, {"shards": [state["meta"] for state in states]})
 
     @classmethod
-    def load(cls, path: str | Path, *, mmap: bool = False, num_threads: int | None = None) -> Self:
+    def load(cls, path: str | Path, *, mmap: bool = False, workers: int | None = None, **former: Any) -> Self:
         """Read what `save` wrote, as `HNSW.load`."""
+        workers = asked_workers(workers, former, "load")
         found = read_arrays(path, KIND, mmap=mmap)
         shards = []
         for number, meta in enumerate(found.meta["shards"]):
             start = f"{number}/"
             arrays = {name.removeprefix(start): array for name, array in found.arrays.items() if name.startswith(start)}
-            shards.append(HNSW._made(arrays, meta, mapped=mmap, source=f"shard {number} of {path}", num_threads=1))
+            shards.append(HNSW._made(arrays, meta, mapped=mmap, source=f"shard {number} of {path}", workers=1))
         if not shards:
             raise DataError(f"{path} is damaged: it holds no shard")
-        made = cls(shards[0].dim, len(shards), shards[0].metric, num_threads=num_threads)
+        made = cls(shards[0].dim, len(shards), shards[0].metric, workers=workers)
         made.shards = shards
         return made
 
     def _all(self, work: Callable[[HNSW], Any]) -> list[Any]:
-        with Workers(min(num_workers(self.num_threads), self.num_shards)) as workers:
-            return workers.map(work, self.shards)
+        with Workers(min(num_workers(self.workers), self.num_shards)) as pool:
+            return pool.map(work, self.shards)
 
     def _each(self, id_N: np.ndarray, work: Callable[[HNSW, np.ndarray], Any]) -> None:
         """Give every shard the rows of its ids."""

@@ -158,11 +158,11 @@ class Storage:
         """Float32 rows without what they are padded with, [N, D]."""
         return rows.view(np.float32)[:, : self.encoding.dim]
 
-    def learn_codes(self, sample_SD: np.ndarray, seed: int, num_threads: int) -> Coded:
+    def learn_codes(self, sample_SD: np.ndarray, seed: int, workers: int) -> Coded:
         """Codes of all slots, learned from vectors; nothing changes. Raises CapacityError where memory does not suffice."""
         assert self.coded is not None
         try:
-            return self.coded.learned(sample_SD, self._floats(self.rows), self.count, self.capacity, seed, num_threads)
+            return self.coded.learned(sample_SD, self._floats(self.rows), self.count, self.capacity, seed, workers)
         except MemoryError as error:
             raise CapacityError(f"no memory for codes of {self.count:,} elements") from error
 

@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.errors import InputError
 from anabranch.graph.hnsw.checks import MAX_LENGTH, TOO_LONG, too_long
+from anabranch.graph.masks import unmasked
 from anabranch.graph.workers import num_workers
 
 SPACES = ("l2", "ip", "cosine")
@@ -38,7 +40,7 @@ class Base:
         self.num_threads = int(num_threads)
 
     def _vectors(self, data: Any) -> np.ndarray:
-        found = np.ascontiguousarray(data, np.float32)
+        found = np.ascontiguousarray(plain(data, "vectors"), np.float32)
         if found.ndim not in (1, 2):
             raise RuntimeError(
                 f"Input vector data wrong shape. Number of dimensions {found.ndim}. Data must be a 1D or 2D array."
@@ -63,11 +65,19 @@ class Base:
         return 1 if rows <= 4 * threads else threads
 
 
+def plain(value: Any, what: str) -> Any:
+    """`unmasked`, with the error that hnswlib's users expect."""
+    try:
+        return unmasked(value, what)
+    except InputError as error:
+        raise RuntimeError(str(error)) from None
+
+
 def labels_of(ids: Any, rows: int, first: int) -> np.ndarray:
     """Labels of so many vectors; those from ``first`` on where none are given. Raises RuntimeError for another number of them."""
     if ids is None:
         return np.arange(first, first + rows)
-    found = np.asarray(ids)
+    found = np.asarray(plain(ids, "labels"))
     if not (found.shape == (rows,) or (found.ndim == 0 and rows == 1)):
         raise RuntimeError(f"The input label shape {found.ndim} does not match the input data vector shape {rows}")
     found = np.atleast_1d(found)
@@ -84,5 +94,5 @@ def last_of_each(label_N: np.ndarray) -> np.ndarray:
 
 def flat_labels(ids: Any) -> np.ndarray:
     """As many labels as the first dimension is long, in C order, as there."""
-    found = np.asarray(ids)
+    found = np.asarray(plain(ids, "labels"))
     return found.reshape(-1)[: found.shape[0]].astype(np.int64)

@@ -150,11 +150,11 @@ class Index(Base):
             is_known = index._slots.known(label_N)
         threads = self._threads(num_threads, rows)
         if is_known.any():
-            index.update(label_N[is_known], vector_ND[is_known], num_threads=threads)
+            index.update(label_N[is_known], vector_ND[is_known], workers=threads)
         if num_vacant:
             self._replace(vector_ND[new[:num_vacant]], label_N[new[:num_vacant]], threads)
         if len(new) > num_vacant:
-            index.add(vector_ND[new[num_vacant:]], label_N[new[num_vacant:]], reuse=False, num_threads=threads)
+            index.add(vector_ND[new[num_vacant:]], label_N[new[num_vacant:]], reuse=False, workers=threads)
 
     def _replace(self, vector_ND: np.ndarray, label_N: np.ndarray, threads: int) -> None:
         """Put new elements into the slots of deleted ones; those of their own label first."""
@@ -185,7 +185,7 @@ class Index(Base):
             raise RuntimeError(TOO_FEW)
         allowed = None if filter is None else [label for label in index.ids.tolist() if filter(label)]
         ids, distances = index.search(
-            query_QD, k, max(self._ef, 1), allowed, num_threads=self._threads(num_threads, len(query_QD))
+            query_QD, k, max(self._ef, 1), allowed, workers=self._threads(num_threads, len(query_QD))
         )
         if (ids < 0).any():
             raise RuntimeError(TOO_FEW)
@@ -264,7 +264,7 @@ class Index(Base):
                 raise RuntimeError(
                     f"{path_to_index} holds vectors of {meta['options']['dim']} numbers, not {self._dim}"
                 )
-            index = HNSW._made(found.arrays, meta, mapped=False, source=str(path_to_index), num_threads=None)
+            index = HNSW._made(found.arrays, meta, mapped=False, source=str(path_to_index), workers=None)
         except (DataError, KeyError) as error:
             raise RuntimeError(f"Index seems to be corrupted or unsupported: {error}") from error
         with self._alone():

@@ -28,6 +28,7 @@ class Live(Protocol):
     index: Any
     base: str
     snapshot_bytes: int
+    num_named: int
     logs: Logs
     groups: Groups
     is_closed: bool
@@ -134,5 +135,5 @@ class Snapshots:
             turn.close()
         if names:
             state["meta"] = {**state["meta"], "names": names}
-        write_snapshot(live.logs.folder, state, live.base, number)
+        write_snapshot(live.logs.folder, state, live.base, number, live.num_named)
         live.logs.forget_older()

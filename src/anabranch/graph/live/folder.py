@@ -14,6 +14,7 @@ from anabranch.graph.hnsw import HNSW, storage
 from anabranch.graph.live.changes import BYTES, FLOATS, Change
 from anabranch.graph.live.log import Frame, Read, read_log
 from anabranch.graph.names import GrowingNames, Names, fingerprint, names_path, read_names
+from anabranch.graph.workers import asked_workers
 
 SNAPSHOT = "snapshot.anb"
 # Elements that are there already are moved so many at a time, so that each is missing for a short while only.
@@ -32,7 +33,7 @@ class Found:
         number: of the last change that is in it already.
         logs: by segment, rising; the last is the one that was being written.
         names: of elements, with those that changes brought; None where there are none.
-        num_named: how many of them the file beside the index has.
+        num_named: how many of them the file beside the index has; 0 where there is none.
         names_mark: that file's fingerprint; None where there is none.
     """
 
@@ -59,7 +60,7 @@ def log_path(folder: Path, segment: int) -> Path:
     return folder / f"log-{segment:08}"
 
 
-def find(path: Path, *, mmap: bool = False, num_threads: int | None = None, verify: bool = False) -> Found:
+def find(path: Path, *, mmap: bool = False, workers: int | None = None, verify: bool = False) -> Found:
     """What the index file and the folder beside it hold. Changes nothing.
 
     Checksums of all arrays are looked at, but those of an index file that is mapped and has no changes: there ``verify`` says whether.
@@ -74,9 +75,9 @@ def find(path: Path, *, mmap: bool = False, num_threads: int | None = None, veri
             raise DataError(
                 f"{folder} holds a snapshot and no log, so what changed last is not known; bring the log back"
             )
-        index = _load(path, mmap, num_threads, verify=verify or not mmap)
-        return Found(index, base, 0, {}, *_names(path, [], []))
-    index, number, began_with, more = _index(path, folder, has_snapshot, mmap, num_threads)
+        index = _load(path, mmap, workers, verify=verify or not mmap)
+        return Found(index, base, 0, {}, *_names(path, [], None, []))
+    index, number, began_with, more, named = _index(path, folder, has_snapshot, mmap, workers)
     logs = {segment: read_log(log_path(folder, segment), is_last=segment == numbers[-1]) for segment in numbers}
     _check(folder, index, number, logs)
     began_with = began_with or next(iter(logs.values())).header.base
@@ -88,15 +89,16 @@ def find(path: Path, *, mmap: bool = False, num_threads: int | None = None, veri
     changes = [
         change for read in logs.values() for frame in read.frames if frame.number > number for change in frame.changes
     ]
-    return Found(index, base, number, logs, *_names(path, more, changes))
+    return Found(index, base, number, logs, *_names(path, more, named, changes))
 
 
 def _index(
-    path: Path, folder: Path, has_snapshot: bool, mmap: bool, num_threads: int | None
-) -> tuple[HNSW, int, str | None, list[Any]]:
-    """The index that the logs change, the last change in it, what it began with, and names that changes in it brought."""
+    path: Path, folder: Path, has_snapshot: bool, mmap: bool, workers: int | None
+) -> tuple[HNSW, int, str | None, list[Any], int | None]:
+    """The index that the logs change, the last change in it, what it began with, names that changes in it brought, and how many there
+    were before these, if it says so."""
     if not has_snapshot:
-        return _load(path, mmap, num_threads), 0, None, []
+        return _load(path, mmap, workers), 0, None, [], None
     source = folder / SNAPSHOT
     # Also where it is mapped: the next snapshot would give what is damaged here a checksum that is right.
     read = read_arrays(source, storage.KIND, versions=(storage.VERSION,), mmap=mmap, verify=True)
@@ -108,8 +110,8 @@ def _index(
         or not isinstance(more := read.meta.get("names", []), list)
     ):
         raise DataError(f"{source} is an index, but no snapshot of one that takes changes")
-    index = HNSW._made(read.arrays, read.meta, mapped=mmap, source=str(source), num_threads=num_threads)
-    return index, about["number"], about["base"], more
+    index = HNSW._made(read.arrays, read.meta, mapped=mmap, source=str(source), workers=workers)
+    return index, about["number"], about["base"], more, about.get("named")
 
 
 def names_mark(path: Path) -> str | None:
@@ -118,17 +120,24 @@ def names_mark(path: Path) -> str | None:
     return fingerprint(place) if place.exists() else None
 
 
-def _names(path: Path, more: list[Any], changes: list[Change]) -> tuple[GrowingNames | None, int, str | None]:
-    """Names of elements: those beside the index, ``more`` of a snapshot, and those that changes bring."""
+def _names(
+    path: Path, more: list[Any], named: int | None, changes: list[Change]
+) -> tuple[GrowingNames | None, int, str | None]:
+    """Names of elements: those beside the index, ``more`` of a snapshot behind ``named`` others, and those that changes bring."""
     mark, held = names_mark(path), read_names(path)
     brought = [(change.first_named, list(change.names)) for change in changes if change.names]
-    if held is None:
-        if more or brought:
-            raise DataError(
-                f"{live_folder(path)} brings names of elements, and those that were there before are missing: bring {names_path(path)} back"
-            )
+    first_new = more or (brought[0][1] if brought else [])
+    if held is None and not first_new:
         return None, 0, None
-    names, count = GrowingNames(held), len(held)
+    # Of an index that was empty when they came, and had none.
+    is_first = named == 0 if more else bool(brought) and brought[0][0] == 0
+    if held is None and not is_first:
+        raise DataError(
+            f"{live_folder(path)} brings names of elements, and those that were there before are missing: bring {names_path(path)} back"
+        )
+    names, count = None if held is None else GrowingNames(held), 0 if held is None else len(held)
+    if names is None or (names.is_open and first_new):
+        names = GrowingNames.beginning(first_new)
     for first, new in [(count, more), *brought]:
         try:
             # Of a release that knew no bound, maybe.
@@ -153,10 +162,10 @@ def check_named(path: Path, index: HNSW, names: GrowingNames | None) -> None:
         )
 
 
-def _load(path: Path, mmap: bool, num_threads: int | None, *, verify: bool = True) -> HNSW:
+def _load(path: Path, mmap: bool, workers: int | None, *, verify: bool = True) -> HNSW:
     """An index file."""
     read = read_arrays(path, storage.KIND, versions=(storage.VERSION,), mmap=mmap, verify=verify)
-    return HNSW._made(read.arrays, read.meta, mapped=mmap, source=str(path), num_threads=num_threads)
+    return HNSW._made(read.arrays, read.meta, mapped=mmap, source=str(path), workers=workers)
 
 
 def _check(folder: Path, index: HNSW, number: int, logs: dict[int, Read]) -> None:
@@ -181,23 +190,23 @@ def _check(folder: Path, index: HNSW, number: int, logs: dict[int, Read]) -> Non
         )
 
 
-def apply(index: HNSW, change: Change, num_threads: int | None = None) -> np.ndarray:
+def apply(index: HNSW, change: Change, workers: int | None = None) -> np.ndarray:
     """Make a change; which of its ids were there before, bool [N]."""
     known = index.contains(change.ids)
     if change.vectors is None:
         index.remove(change.ids[known])
         return known
     if not known.all():
-        index.add(change.vectors[~known], change.ids[~known], num_threads=num_threads)
+        index.add(change.vectors[~known], change.ids[~known], workers=workers)
     there = np.flatnonzero(known)
     for begin in range(0, len(there), MOVED):
         rows = there[begin : begin + MOVED]
         index.remove(change.ids[rows])
-        index.add(change.vectors[rows], change.ids[rows], num_threads=num_threads)
+        index.add(change.vectors[rows], change.ids[rows], workers=workers)
     return known
 
 
-def replay(index: HNSW, frames: list[Frame], num_threads: int | None = None) -> int:
+def replay(index: HNSW, frames: list[Frame], workers: int | None = None) -> int:
     """Make changes: of each id the last one counts. Returns how many elements came, moved or went."""
     changes = [change for frame in frames for change in frame.changes if len(change.ids)]
     if not changes:
@@ -205,7 +214,7 @@ def replay(index: HNSW, frames: list[Frame], num_threads: int | None = None) -> 
     if index.metric == "l2" and index.dtype != "f32" and not index.rerank:
         # Rows are kept as they lie about a centre of those that came before: it must be what it was.
         for change in changes:
-            apply(index, change, num_threads)
+            apply(index, change, workers)
         return len(np.unique(np.concatenate([change.ids for change in changes])))
     id_N = np.concatenate([change.ids for change in changes])
     owner_N = np.repeat(np.arange(len(changes)), [len(change.ids) for change in changes])
@@ -223,42 +232,45 @@ def replay(index: HNSW, frames: list[Frame], num_threads: int | None = None) -> 
             vectors = changes[owner_N[which]].vectors
             assert vectors is not None
             rows[place] = vectors[row_N[which]]
-        index.add(rows, id_N[coming], num_threads=num_threads)
+        index.add(rows, id_N[coming], workers=workers)
     return len(last_N)
 
 
-def write_snapshot(folder: Path, state: dict[str, Any], base: str, number: int) -> None:
-    """Put a snapshot in the place of the one before. ``state`` is that of a pickled index. Raises as `atomic_file`."""
-    meta = {**state["meta"], "live": {"base": base, "number": number}}
+def write_snapshot(folder: Path, state: dict[str, Any], base: str, number: int, named: int) -> None:
+    """Put a snapshot in the place of the one before. ``state`` is that of a pickled index. Raises as `atomic_file`.
+
+    ``named`` is how many names there were before changes brought some.
+    """
+    meta = {**state["meta"], "live": {"base": base, "number": number, "named": named}}
     write_arrays(folder / SNAPSHOT, storage.KIND, state["arrays"], meta, storage.VERSION, mode=0o600, is_held=True)
 
 
 def open_named(
-    path: str | Path, *, mmap: bool = False, num_threads: int | None = None
+    path: str | Path, *, mmap: bool = False, workers: int | None = None, **former: Any
 ) -> tuple[HNSW | DiskIndex, Names | None]:
     """The index at a path with the changes that a server took, in memory, and the names of its elements; files stay as they are.
 
     One on disk takes no changes. Raises DataError as `HNSW.load` or `DiskIndex`, and where the changes beside it, or its names, are damaged
     or of another index.
     """
-    path = Path(path)
+    path, workers = Path(path), asked_workers(workers, former, "open_named")
     if is_on_disk(path):
-        index = DiskIndex(path, mmap=mmap, num_threads=num_threads)
+        index = DiskIndex(path, mmap=mmap, workers=workers)
         return index, read_names(path, index.ids)
     for attempt in range(TRIES):
         before = segments(live_folder(path))
         try:
-            found = find(path, mmap=mmap, num_threads=num_threads)
+            found = find(path, mmap=mmap, workers=workers)
             break
         except DataError:
             # A server may have put a snapshot in the place of its logs while they were read.
             if attempt == TRIES - 1 or segments(live_folder(path)) == before:
                 raise
-    replay(found.index, found.frames(), num_threads)
+    replay(found.index, found.frames(), workers)
     check_named(path, found.index, found.names)
     return found.index, found.names
 
 
-def open_index(path: str | Path, *, mmap: bool = False, num_threads: int | None = None) -> HNSW | DiskIndex:
+def open_index(path: str | Path, *, mmap: bool = False, workers: int | None = None, **former: Any) -> HNSW | DiskIndex:
     """`open_named` without the names."""
-    return open_named(path, mmap=mmap, num_threads=num_threads)[0]
+    return open_named(path, mmap=mmap, workers=asked_workers(workers, former, "open_index"))[0]

@@ -4,7 +4,6 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +19,9 @@ from anabranch.graph.live.folder import SNAPSHOT, Found, apply, check_named, fin
 from anabranch.graph.live.group import Groups, Waiting
 from anabranch.graph.live.log import check_size
 from anabranch.graph.live.logs import Counts, Logs
-from anabranch.graph.names import fingerprint
+from anabranch.graph.live.naming import Naming, names_for
+from anabranch.graph.names import GrowingNames, fingerprint
+from anabranch.graph.workers import asked_workers
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class LiveIndex:
     Attributes:
         path: of the index file that it began with, which stays as it is.
         index: for searches.
-        names: what its elements are called, by id; None where they have none.
+        names: what its elements are called, by id; None where they have none. Of one that is empty, the first that come say.
+        num_named: how many names the file beside the index has.
         logs: of its changes.
         groups: in which they are made.
         is_closed: whether none are taken any more.
@@ -59,13 +61,14 @@ class LiveIndex:
         most: int | None,
     ) -> None:
         """Use `open`."""
-        self.path, self.index, self.names, self.base = path, found.index, found.names, found.base
+        self.path, self.index, self.base = path, found.index, found.base
+        self.names: GrowingNames | None = found.names
         self.fsync, self.snapshot_bytes, self.most = fsync, snapshot_bytes, most
         self.logs = Logs(path, row_of(found.index), found.base, lock)
         self.groups = Groups(self.check, self._write)
         self.is_closed = False
         self._process = os.getpid()
-        self._names_mark, self._num_named = found.names_mark, found.num_named
+        self._names_mark, self.num_named = found.names_mark, found.num_named
         self._failure: str | None = None
         self._snapshots = Snapshots(self)
         self._flusher: Flusher | None = None
@@ -79,7 +82,8 @@ class LiveIndex:
         snapshot_bytes: int = SNAPSHOT_BYTES,
         most: int | None = None,
         mmap: bool = False,
-        num_threads: int | None = None,
+        workers: int | None = None,
+        **former: Any,
     ) -> Self:
         """An index with all that was acknowledged. Nothing is written before the first change.
 
@@ -90,13 +94,13 @@ class LiveIndex:
             snapshot_bytes: write a snapshot and begin a new log once logs are larger.
             most: vectors that the index may hold; None for as many as there is memory for.
             mmap: as of `HNSW.load`.
-            num_threads: as of `HNSW.load`.
+            workers: as of `HNSW.load`, and so is ``former``.
 
         Raises:
             DataError: files are missing, damaged, or do not belong together; or another process writes the folder.
             InputError: an argument has a value it may not have.
         """
-        path = Path(path)
+        path, workers = Path(path), asked_workers(workers, former, "open")
         if fsync not in FSYNC and (isinstance(fsync, str | bool) or not 0 < fsync < float("inf")):
             raise InputError(f"fsync is {fsync!r}; it must be always, never, or a positive number of seconds")
         snapshot_bytes = as_positive(snapshot_bytes, "snapshot_bytes")
@@ -105,10 +109,10 @@ class LiveIndex:
         held = FolderLock(folder) if segments(folder) else None
         try:
             # The first snapshot would give what is damaged a checksum that is right.
-            found = find(path, mmap=mmap, num_threads=num_threads, verify=True)
+            found = find(path, mmap=mmap, workers=workers, verify=True)
             live = cls(path, found, held, fsync=fsync, snapshot_bytes=snapshot_bytes, most=most)
             if found.logs:
-                live._resume(found, num_threads)
+                live._resume(found, workers)
             check_named(path, found.index, found.names)
         except BaseException:
             if held is not None:
@@ -116,12 +120,12 @@ class LiveIndex:
             raise
         return live
 
-    def _resume(self, found: Found, num_threads: int | None) -> None:
+    def _resume(self, found: Found, workers: int | None) -> None:
         for name in (".log-*", f".{SNAPSHOT}.*"):
             # Of a write that a crash broke off.
             for left in self.logs.folder.glob(name):
                 left.unlink(missing_ok=True)
-        self.counts.replayed = replay(self.index, found.frames(), num_threads)
+        self.counts.replayed = replay(self.index, found.frames(), workers)
         if torn := self.logs.resume(found):
             last = log_path(self.logs.folder, max(found.logs))
             logger.warning("%s: %d bytes of a change that nobody was told of are cut off", last, torn)
@@ -143,6 +147,11 @@ class LiveIndex:
     def counts(self) -> Counts:
         """See `Counts`."""
         return self.logs.counts
+
+    @property
+    def takes_names(self) -> bool:
+        """Whether elements have names, or may have some: those that come into an empty index say so."""
+        return self.names is not None or not len(self.index)
 
     @property
     def has_changes(self) -> bool:
@@ -194,19 +203,13 @@ class LiveIndex:
             DataError: the log cannot be written, or this is closed. Whether the change is there is known when it is opened again.
         """
         vector_ND = as_vectors(vectors, self.index.dim, self.index.metric, "vectors")
-        id_N = as_distinct(as_ids(ids, len(vector_ND)))
-        if self.names is not None and len(id_N) and id_N.max() >= len(self.names):
-            row = int(np.flatnonzero(id_N >= len(self.names))[0])
-            raise InputError(
-                f"ids[{row}] is {id_N[row]}; elements of this index have names, so bring new ones in by name"
-            )
-        return self._make(Waiting(Change(id_N, vector_ND)))
+        return self._make(Waiting(Change(as_distinct(as_ids(ids, len(vector_ND))), vector_ND)))
 
     def upsert_named(self, names: Sequence[Any], vectors: Any) -> tuple[int, np.ndarray]:
-        """`upsert` by names, of an index whose elements have some. A name keeps its id, also while its element is gone.
+        """`upsert` by names, of an index whose elements have some, or which is empty. A name keeps its id, also while its element is gone.
 
         Args:
-            names: N of them, each once: integers or text, as those of the index.
+            names: N of them, each once: integers or text, as those of the index. The first say for all.
             vectors: [N, D].
 
         Returns and raises as `upsert`, and raises InputError where elements have no names.
@@ -239,10 +242,9 @@ class LiveIndex:
         return self._make(Waiting(Change(np.zeros(len(called), np.int64), None), called))
 
     def _called(self, names: Sequence[Any]) -> list[Any]:
-        if self.names is None:
-            raise InputError("elements of this index have no names; give ids")
         called = list(names)
-        self.names.check(called)
+        # Looked at again when it is their turn: until then others may have brought the first.
+        names_for(self.names, called, is_empty=not len(self.index))
         return called
 
     def _make(self, mine: Waiting) -> tuple[int, np.ndarray]:
@@ -272,15 +274,15 @@ class LiveIndex:
         """Log and make changes. Those that cannot be made get their error and are not logged."""
         self.check()
         room = None if self.most is None else self.most - len(self.index)
-        kept, coming = [], dict[Any, int]()
+        kept, naming = [], Naming(self.names, is_empty=not len(self.index))
         for one in group:
             try:
-                change = self._resolved(one, coming)
+                change = naming.resolved(one)
                 room = self._check_room(change, room)
             except AnabranchError as error:
                 one.error = error
                 continue
-            coming.update((name, change.first_named + place) for place, name in enumerate(change.names))
+            naming.take(change)
             one.change = change
             if len(change.ids):
                 kept.append(one)
@@ -291,6 +293,7 @@ class LiveIndex:
             return
         self._begin_log()
         number = self.logs.append([one.change for one in kept], sync=self.fsync == "always")
+        self.names = naming.names
         for one in kept:
             one.number = number
             try:
@@ -301,20 +304,6 @@ class LiveIndex:
                 logger.exception("%s: %s", self.path, self._failure)
                 raise
         self._snapshots.begin_if_due()
-
-    def _resolved(self, one: Waiting, coming: dict[Any, int]) -> Change:
-        """The change with ids in the place of names. ``coming`` are names that changes before it in the group bring."""
-        if one.called is None:
-            return one.change
-        assert self.names is not None
-        found = [coming.get(name) if (id := self.names.find(name)) is None else id for name in one.called]
-        if one.change.vectors is None:
-            return Change(np.array([id for id in found if id is not None], np.int64), None)
-        first = len(self.names) + len(coming)
-        new = [name for name, id in zip(one.called, found, strict=True) if id is None]
-        following = iter(range(first, first + len(new)))
-        ids = np.array([next(following) if id is None else id for id in found], np.int64)
-        return replace(one.change, ids=ids, names=tuple(new), first_named=first)
 
     def _check_room(self, change: Change, room: int | None) -> int | None:
         """What room is left behind a change. Raises NoRoomError, or CapacityError where arrays must grow and memory is short."""
@@ -371,7 +360,7 @@ class LiveIndex:
 
     def new_names(self) -> list[Any]:
         """Names that changes brought."""
-        return [] if self.names is None else self.names.since(self._num_named)
+        return [] if self.names is None else self.names.since(self.num_named)
 
     def _begin_flushing(self) -> None:
         if not isinstance(self.fsync, str) and self._flusher is None:

@@ -10,7 +10,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.powerwalk.batch import backward_rows, forward_rows, prefers_backward
 from anabranch.graph.powerwalk.held import Held
-from anabranch.graph.powerwalk.query import decompose, take
+from anabranch.graph.powerwalk.query import Follow, decompose_one, take
 from anabranch.graph.powerwalk.stored import Index
 from anabranch.graph.ppr.pagerank import PageRank
 from anabranch.graph.ppr.rules import GOES_ON, answer
@@ -61,19 +61,9 @@ class Asking(Held):
         transition = index.transition
         ids, share = self._parsed(seeds)
         buffers = index.take_buffers()
-        touched, _, _ = decompose(
-            *transition.out,
-            transition.inverse_N,
-            self.alpha,
-            ids,
-            transition.start(ids, share),
-            number,
-            budget,
-            _eps(eps),
-            use_index,
-            *index.lookup.arrays,
-            *buffers.arrays,
-        )
+        start, follow = transition.start(ids, share), Follow(number, budget, _eps(eps), use_index)
+        leaky, rows = tuple(index.leaky), tuple(index.lookup)
+        touched, _, _ = decompose_one(leaky, ids, start, tuple(follow), rows, tuple(buffers))
         plain = transition.dangling in GOES_ON or not len(transition.dangling_nodes)
         found, score = take(buffers.result_N, buffers.touched_N, touched, kept if plain else 0)
         index.spare.append(buffers)
@@ -92,19 +82,9 @@ class Asking(Held):
         number, budget = _rounds(rounds)
         transition = index.transition
         buffers = index.take_buffers()
-        touched, dropped, reads = decompose(
-            *transition.out,
-            transition.inverse_N,
-            self.alpha,
-            ids,
-            transition.start(ids, share),
-            number,
-            budget,
-            _eps(eps),
-            True,
-            *index.lookup.arrays,
-            *buffers.arrays,
-        )
+        start, follow = transition.start(ids, share), Follow(number, budget, _eps(eps), True)
+        leaky, rows = tuple(index.leaky), tuple(index.lookup)
+        touched, dropped, reads = decompose_one(leaky, ids, start, tuple(follow), rows, tuple(buffers))
         take(buffers.result_N, buffers.touched_N, touched, 1)
         index.spare.append(buffers)
         bound = 2.0 if budget else min(2.0, self.error_bound(number) + dropped)

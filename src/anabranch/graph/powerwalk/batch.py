@@ -13,7 +13,7 @@ import numba as nb
 import numpy as np
 
 from anabranch.errors import InputError
-from anabranch.graph.powerwalk.query import QueryBuffers, decompose_many, mix_rows, pull_level
+from anabranch.graph.powerwalk.query import Follow, Lookup, decompose_many, mix_rows, pull_level
 from anabranch.graph.powerwalk.stored import Index
 from anabranch.graph.ppr.rules import GOES_ON, Transition
 from anabranch.graph.rows import SparseRows, order_top
@@ -72,20 +72,10 @@ def forward_rows(
     plain = _is_plain(transition)
 
     def work(first: int) -> tuple[np.ndarray, ...]:
-        buffers: QueryBuffers = index.take_buffers()
-        found = decompose_many(
-            *transition.out,
-            transition.inverse_N,
-            transition.alpha,
-            *queries.piece(first, min(first + PIECE, len(queries))),
-            rounds,
-            budget,
-            eps,
-            True,
-            top_k if plain else 0,
-            *index.lookup.arrays,
-            *buffers.arrays,
-        )
+        buffers = index.take_buffers()
+        piece, kept = queries.piece(first, min(first + PIECE, len(queries))), top_k if plain else 0
+        follow = tuple(Follow(rounds, budget, eps, use_index=True))
+        found = decompose_many(tuple(index.leaky), *piece, follow, kept, tuple(index.lookup), tuple(buffers))
         index.spare.append(buffers)
         return found[:3]
 
@@ -119,16 +109,14 @@ def _pull(index: Index, piece: tuple[np.ndarray, ...], rounds: int, top_k: int) 
         )
     buffers = index.take_buffers()
     result_N, touched_N = buffers.result_N, buffers.touched_N
-    below: Any = (_NO_PLACES, *index.lookup.arrays)
+    leaky, place_N, below = tuple(index.leaky), _NO_PLACES, index.lookup
     for nodes in reversed(demand[:-1]):
-        length, ids, values = pull_level(
-            nodes, *transition.out, transition.inverse_N, transition.alpha, result_N, touched_N, *below
-        )
+        length, ids, values = pull_level(nodes, leaky, result_N, touched_N, place_N, tuple(below))
         place_N = np.empty(transition.num_nodes, np.int64)
         place_N[nodes] = np.arange(len(nodes))
         indptr = np.append(0, np.cumsum(length)).astype(np.int64)
-        below = (place_N, indptr, ids, values, _NO_TABLE, np.ones(len(nodes)))
-    found = mix_rows(query_ptr, seeds, starts, top_k, result_N, touched_N, *below)
+        below = Lookup(indptr, ids, values, _NO_TABLE, np.ones(len(nodes)))
+    found = mix_rows(query_ptr, seeds, starts, top_k, result_N, touched_N, place_N, tuple(below))
     index.spare.append(buffers)
     return found
 

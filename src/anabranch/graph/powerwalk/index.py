@@ -13,17 +13,17 @@ chunks and any number of threads, and a row can be made again by itself.
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numba as nb
 import numpy as np
 
-from anabranch.graph.counters import VANISH, count_walks
-from anabranch.graph.powerwalk.moves import count_long_path, count_moves
+from anabranch.graph.counters import VANISH, Counts, count_walks
+from anabranch.graph.powerwalk.moves import Fronts, count_long_path, count_moves
 from anabranch.graph.ppr.rules import NO_WEIGHTS
-from anabranch.graph.rows import SparseRows, id_type, order_top
+from anabranch.graph.rows import SparseRows, grown, id_type, order_top
 from anabranch.graph.store import Graph
-from anabranch.graph.walk import walk_arrays
+from anabranch.graph.walk import Walk, walk_arrays
 from anabranch.graph.workers import in_order
 
 Moves = Literal["walkers", "counts", "rounding"]
@@ -61,6 +61,20 @@ class Plan:
     track: bool
 
 
+class How(NamedTuple):
+    """A `Plan` as kernels take it; ``moves`` is its code."""
+
+    seed: int
+    walks: int
+    alpha: float
+    full: bool
+    moves: int
+    max_steps: int
+    keep: int
+    mass: float
+    track: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
     """Rows of some sources: what a thread hands back.
@@ -86,44 +100,25 @@ class Scratch:
 
     def __init__(self, num_nodes: int, plan: Plan) -> None:
         ids = id_type(num_nodes)
-        self.count_N, self.touched_N = np.zeros(num_nodes, np.int32), np.empty(num_nodes, ids)
-        moving = num_nodes if plan.moves in ("counts", "rounding") else 0
-        self.here_N, self.next_N = np.zeros(moving, np.int32), np.zeros(moving, np.int32)
-        self.front_N, self.ahead_N = np.empty(moving, ids), np.empty(moving, ids)
         walks = plan.walks if plan.moves == "walkers" else 0
-        self.left_W, self.at_W = np.empty(walks, np.int64), np.empty(walks, np.int64)
+        self.counts = Counts(
+            np.empty(walks, np.int64),
+            np.empty(walks, np.int64),
+            np.zeros(num_nodes, np.int32),
+            np.empty(num_nodes, ids),
+        )
+        moving = num_nodes if plan.moves in ("counts", "rounding") else 0
+        self.fronts = Fronts(
+            np.zeros(moving, np.int32), np.zeros(moving, np.int32), np.empty(moving, ids), np.empty(moving, ids)
+        )
 
 
 def make_chunk(graph: Graph, plan: Plan, sources: np.ndarray, scratch: Scratch) -> Chunk:
     """Fingerprints of ``sources``."""
-    indptr, indices, keep_M, other_M = walk_arrays(graph)
     weight_M = NO_WEIGHTS if graph.weights is None else graph.weights
-    parts = _rows(
-        sources,
-        plan.seed,
-        plan.walks,
-        plan.alpha,
-        plan.full,
-        MOVES[plan.moves],
-        plan.max_steps,
-        plan.keep,
-        plan.mass,
-        plan.track,
-        indptr,
-        indices,
-        weight_M,
-        keep_M,
-        other_M,
-        scratch.left_W,
-        scratch.at_W,
-        scratch.here_N,
-        scratch.next_N,
-        scratch.front_N,
-        scratch.ahead_N,
-        scratch.count_N,
-        scratch.touched_N,
-    )
-    return Chunk(*parts)
+    same = {name: getattr(plan, name) for name in How._fields if name != "moves"}
+    how, walk = How(**same, moves=MOVES[plan.moves]), walk_arrays(graph)
+    return Chunk(*_rows(sources, tuple(how), tuple(walk), weight_M, tuple(scratch.fronts), tuple(scratch.counts)))
 
 
 def make_chunks(
@@ -149,134 +144,73 @@ def make_chunks(
 
 
 @nb.njit(cache=True, nogil=True)
-def _grown(array, size):
-    """``array``, or a larger copy of it that holds ``size``."""
-    if size <= len(array):
-        return array
-    larger = np.empty(max(size, 2 * len(array)), array.dtype)
-    larger[: len(array)] = array
-    return larger
+def _count(source, visits, how, walk, weight_M, fronts, counts):
+    """Walks of a source, their visits or ends: how many ids have a count, and how many walks were cut."""
+    if how.moves == 0:
+        return count_walks(how.seed, source, 0, how.alpha, VANISH, visits, how.max_steps, walk, counts, 0)
+    if how.moves == 3:
+        touched, _ = count_long_path(
+            how.seed, source, int(how.walks / how.alpha + 0.5), how.alpha, visits, walk, counts
+        )
+        return touched, 0
+    return count_moves(
+        how.seed, source, how.walks, how.alpha, visits, how.moves == 2, how.max_steps, walk, weight_M, fronts, counts
+    )
 
 
 @nb.njit(cache=True, nogil=True)
-def _rows(
-    sources,
-    seed,
-    walks,
-    alpha,
-    full,
-    moves,
-    max_steps,
-    keep,
-    mass,
-    track,
-    indptr,
-    indices,
-    weight_M,
-    keep_M,
-    other_M,
-    left_W,
-    at_W,
-    here_N,
-    next_N,
-    front_N,
-    ahead_N,
-    count_N,
-    touched_N,
-):
-    size = len(sources)
+def _take_row(counts, touched, ids, values, how):
+    """Move counts into a row, in order, and set them to 0: how many entries are kept, and the sum of all."""
+    count_N, touched_N = counts.count_N, counts.touched_N
+    total = 0
+    for entry in range(touched):
+        node = touched_N[entry]
+        ids[entry] = node
+        values[entry] = count_N[node]
+        total += count_N[node]
+        count_N[node] = 0
+    kept = order_top(ids, values, touched, how.keep)
+    if how.mass < 1.0:
+        running, entry = 0.0, 0
+        while entry < kept and running < how.mass * total:
+            running += values[entry]
+            entry += 1
+        kept = entry
+    return kept, total
+
+
+@nb.njit(cache=True, nogil=True)
+def _rows(sources, plain_how, plain_walk, weight_M, plain_fronts, plain_counts):
+    """Parts of a `Chunk`, in its order. Takes a `How`, a `Walk`, `Fronts` and `Counts` as plain tuples."""
+    how, walk = How(*plain_how), Walk(*plain_walk)
+    fronts, counts = Fronts(*plain_fronts), Counts(*plain_counts)
+    count_N, touched_N, size, track = counts.count_N, counts.touched_N, len(sources), how.track
     length_S, total_S, cut_S = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64)
     seen_length_S = np.zeros(size if track else 0, np.int64)
-    ids, counts = np.empty(1024, touched_N.dtype), np.empty(1024, np.float32)
+    ids, values = np.empty(1024, touched_N.dtype), np.empty(1024, np.float32)
     seen = np.empty(1024 if track else 0, touched_N.dtype)
     filled, watched = 0, 0
     for place in range(size):
-        source = sources[place]
+        touched, cut = 0, 0
         # Ends alone do not say where walks passed: tracked rows count visits first, with the very same walks.
-        for look in range(2 if track and not full else 1):
-            visits = full or (track and not full and look == 0)
-            touched, cut = 0, 0
-            if moves == 0:
-                touched, cut = count_walks(
-                    seed,
-                    source,
-                    0,
-                    alpha,
-                    VANISH,
-                    visits,
-                    max_steps,
-                    indptr,
-                    indices,
-                    keep_M,
-                    other_M,
-                    left_W,
-                    at_W,
-                    count_N,
-                    touched_N,
-                    0,
-                )
-            elif moves == 3:
-                touched, _ = count_long_path(
-                    seed,
-                    source,
-                    int(walks / alpha + 0.5),
-                    alpha,
-                    visits,
-                    indptr,
-                    indices,
-                    keep_M,
-                    other_M,
-                    count_N,
-                    touched_N,
-                )
-            else:
-                touched, cut = count_moves(
-                    seed,
-                    source,
-                    walks,
-                    alpha,
-                    visits,
-                    moves == 2,
-                    max_steps,
-                    indptr,
-                    indices,
-                    weight_M,
-                    keep_M,
-                    other_M,
-                    here_N,
-                    next_N,
-                    front_N,
-                    ahead_N,
-                    count_N,
-                    touched_N,
-                )
-            if track and (look == 0):
-                seen = _grown(seen, watched + touched)
+        for look in range(2 if track and not how.full else 1):
+            visits = how.full or (track and look == 0)
+            touched, cut = _count(sources[place], visits, how, walk, weight_M, fronts, counts)
+            if track and look == 0:
+                seen = grown(seen, watched + touched)
                 seen[watched : watched + touched] = touched_N[:touched]
                 seen[watched : watched + touched].sort()
                 watched += touched
                 seen_length_S[place] = touched
-            if visits != full:
+            if visits != how.full:
                 for entry in range(touched):
                     count_N[touched_N[entry]] = 0
-        ids, counts = _grown(ids, filled + touched), _grown(counts, filled + touched)
-        total = 0
-        for entry in range(touched):
-            node = touched_N[entry]
-            ids[filled + entry] = node
-            counts[filled + entry] = count_N[node]
-            total += count_N[node]
-            count_N[node] = 0
-        kept = order_top(ids[filled : filled + touched], counts[filled : filled + touched], touched, keep)
-        if mass < 1.0:
-            running, entry = 0.0, 0
-            while entry < kept and running < mass * total:
-                running += counts[filled + entry]
-                entry += 1
-            kept = entry
+        ids, values = grown(ids, filled + touched), grown(values, filled + touched)
+        row = slice(filled, filled + touched)
+        kept, total = _take_row(counts, touched, ids[row], values[row], how)
         length_S[place], total_S[place], cut_S[place] = kept, total, cut
         filled += kept
-    return length_S, ids[:filled].copy(), counts[:filled].copy(), total_S, cut_S, seen_length_S, seen[:watched].copy()
+    return length_S, ids[:filled].copy(), values[:filled].copy(), total_S, cut_S, seen_length_S, seen[:watched].copy()
 
 
 def adopted(rows: SparseRows, num_nodes: int) -> Chunk:

@@ -8,11 +8,22 @@ random (the reference implementation): right in expectation, of smaller variance
 """
 # Shapes: N nodes, M edges
 
+from typing import NamedTuple
+
 import numba as nb
 import numpy as np
 
 from anabranch.graph.random import next_bits, stream, to_unit
 from anabranch.graph.walk import step
+
+
+class Fronts(NamedTuple):
+    """Where walkers stand, and where after the step: int32 counts, 0 before and after, and the ids that have one. Empty where none move."""
+
+    here_N: np.ndarray
+    next_N: np.ndarray
+    front_N: np.ndarray
+    ahead_N: np.ndarray
 
 
 @nb.njit(cache=True, nogil=True)
@@ -46,30 +57,15 @@ def rounded(state, amount):
 
 
 @nb.njit(cache=True, nogil=True)
-def count_moves(
-    seed,
-    source,
-    walks,
-    alpha,
-    full,
-    rounding,
-    max_steps,
-    indptr,
-    indices,
-    weight_M,
-    keep_M,
-    other_M,
-    here_N,
-    next_N,
-    front_N,
-    ahead_N,
-    count_N,
-    touched_N,
-):
-    """Visits (or ends) of ``walks`` walks from ``source``, vanishing at dead ends. ``here_N`` and ``next_N`` are 0 before and after.
+def count_moves(seed, source, walks, alpha, full, rounding, max_steps, walk, weight_M, fronts, counts):
+    """Visits (or ends) of ``walks`` walks from ``source``, vanishing at dead ends.
 
-    Returns how many ids have a count, and how many walkers were cut at ``max_steps`` (0: no limit).
+    Takes a `Walk` and its weights, `Fronts`, and `Counts`. Returns how many ids have a count, and how many walkers were cut at
+    ``max_steps`` (0: no limit).
     """
+    indptr, indices, keep_M, other_M = walk
+    here_N, next_N, front_N, ahead_N = fronts
+    count_N, touched_N = counts.count_N, counts.touched_N
     state = stream(seed, source, 0)
     here_N[source] = walks
     front_N[0] = source
@@ -136,11 +132,13 @@ def count_moves(
 
 
 @nb.njit(cache=True, nogil=True)
-def count_long_path(seed, source, visits, alpha, full, indptr, indices, keep_M, other_M, count_N, touched_N):
+def count_long_path(seed, source, visits, alpha, full, walk, counts):
     """``visits`` visits of a walk that goes back to ``source`` whenever it ends or vanishes; or the ends among them.
 
     Returns how many ids have a count, and how many walks ended or vanished.
     """
+    indptr, indices, keep_M, other_M = walk
+    count_N, touched_N = counts.count_N, counts.touched_N
     state = stream(seed, source, 0)
     node, touched, starts = np.int64(source), 0, 1
     for _ in range(visits):

@@ -10,14 +10,14 @@ counted. Where a node that should be looked up has no fingerprint, its flow goes
 """
 # Shapes: N nodes, M edges, Z entries of the index, Q queries
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numba as nb
 import numpy as np
 from numba.extending import overload
 
-from anabranch.graph.rows import id_type, order_top
+from anabranch.graph.ppr.rules import Transition
+from anabranch.graph.rows import grown, id_type, order_top
 
 # Further rounds for nodes without a fingerprint: less than 1e-4 of a flow outlives them.
 EXTRA = 64
@@ -25,8 +25,7 @@ _HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 _NO_TABLE = np.empty(0, np.float32)
 
 
-@dataclass(frozen=True, eq=False)
-class Lookup:
+class Lookup(NamedTuple):
     """The index as kernels read it.
 
     Attributes:
@@ -43,31 +42,60 @@ class Lookup:
     scale_N: np.ndarray
 
     @classmethod
-    def of(cls, indptr: np.ndarray, ids: np.ndarray, counts: np.ndarray, scale_N: np.ndarray) -> "Lookup":
+    def of(cls, indptr: np.ndarray, ids: np.ndarray, counts: np.ndarray, scale_N: np.ndarray) -> Self:
         """From stored arrays."""
         if counts.dtype == np.float16:
             return cls(indptr, ids, counts.view(np.uint16), _HALVES, scale_N)
         return cls(indptr, ids, counts, _NO_TABLE, scale_N)
 
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """In the order kernels take them."""
-        return self.indptr, self.ids, self.values, self.table, self.scale_N
+
+class Leaky(NamedTuple):
+    """The leaky system of a graph.
+
+    Attributes:
+        indptr, ids, weight_M: out-edges; no weights where all are 1.
+        inverse_N: float64, 1 over the sum of each node's weights.
+        alpha: probability to end before each step.
+    """
+
+    indptr: np.ndarray
+    ids: np.ndarray
+    weight_M: np.ndarray
+    inverse_N: np.ndarray
+    alpha: float
+
+    @classmethod
+    def of(cls, transition: Transition) -> Self:
+        """Of the walk on a graph."""
+        return cls(*transition.out, transition.inverse_N, transition.alpha)
 
 
-class QueryBuffers:
-    """Arrays of one thread, clean between queries: 24 bytes of numbers and three ids a node."""
+class Follow(NamedTuple):
+    """How far flows are followed: ``rounds``, or with a ``budget`` > 0 as many of them as keep the entries read below it; flows below
+    ``eps`` are not; and whether what is left is looked up in the index."""
 
-    def __init__(self, num_nodes: int) -> None:
+    rounds: int
+    budget: int
+    eps: float
+    use_index: bool
+
+
+class QueryBuffers(NamedTuple):
+    """Arrays of one thread, clean between queries: 24 bytes of numbers and three ids a node. Ids of what ``result_N`` holds are in
+    ``touched_N``."""
+
+    result_N: np.ndarray
+    flow_N: np.ndarray
+    next_N: np.ndarray
+    front_N: np.ndarray
+    ahead_N: np.ndarray
+    touched_N: np.ndarray
+
+    @classmethod
+    def of(cls, num_nodes: int) -> Self:
+        """New ones."""
         ids = id_type(num_nodes)
-        self.result_N, self.flow_N, self.next_N = np.zeros(num_nodes), np.zeros(num_nodes), np.zeros(num_nodes)
-        self.front_N, self.ahead_N = np.empty(num_nodes, ids), np.empty(num_nodes, ids)
-        self.touched_N = np.empty(num_nodes, ids)
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """In the order kernels take them."""
-        return self.result_N, self.flow_N, self.next_N, self.front_N, self.ahead_N, self.touched_N
+        return cls(*(np.zeros(num_nodes) for _ in range(3)), *(np.empty(num_nodes, ids) for _ in range(3)))
 
 
 def read_count(values: Any, table: Any, place: Any) -> Any:
@@ -83,36 +111,15 @@ def _read_overload(values, table, place):
 
 
 @nb.njit(cache=True, nogil=True)
-def decompose(
-    out_ptr,
-    out_ids,
-    weight_M,
-    inverse_N,
-    alpha,
-    start_ids,
-    start_value,
-    rounds,
-    budget,
-    eps,
-    use_index,
-    row_ptr,
-    row_ids,
-    row_values,
-    table,
-    scale_N,
-    result_N,
-    flow_N,
-    next_N,
-    front_N,
-    ahead_N,
-    touched_N,
-):
-    """One query into ``result_N``; the ids of what it holds are in ``touched_N``.
-
-    ``rounds`` rounds, or with a ``budget`` > 0 as many of them as keep the entries read below it.
+def decompose(leaky, start_ids, start_value, follow, rows, buffers):
+    """One query into ``result_N`` of the buffers. ``rows`` are a `Lookup`.
 
     Returns how many ids there are, the flow that was dropped, and how many entries were read.
     """
+    out_ptr, out_ids, weight_M, inverse_N, alpha = leaky
+    rounds, budget, eps, use_index = follow
+    row_ptr, row_ids, row_values, table, scale_N = rows
+    result_N, flow_N, next_N, front_N, ahead_N, touched_N = buffers
     size, touched, reads, dropped = 0, 0, 0, 0.0
     for place in range(len(start_ids)):
         flow_N[start_ids[place]] = start_value[place]
@@ -179,6 +186,12 @@ def decompose(
 
 
 @nb.njit(cache=True, nogil=True)
+def decompose_one(leaky, start_ids, start_value, follow, rows, buffers):
+    """`decompose` for Python, of plain tuples."""
+    return decompose(Leaky(*leaky), start_ids, start_value, Follow(*follow), Lookup(*rows), QueryBuffers(*buffers))
+
+
+@nb.njit(cache=True, nogil=True)
 def take(result_N, touched_N, touched, top_k):
     """Ids (int64) and scores of a query, in order, cut to ``top_k`` (0: all); ``result_N`` is 0 afterwards."""
     ids, values = np.empty(touched, np.int64), np.empty(touched)
@@ -191,74 +204,20 @@ def take(result_N, touched_N, touched, top_k):
 
 
 @nb.njit(cache=True, nogil=True)
-def _grown(array, size):
-    if size <= len(array):
-        return array
-    larger = np.empty(max(size, 2 * len(array)), array.dtype)
-    larger[: len(array)] = array
-    return larger
-
-
-@nb.njit(cache=True, nogil=True)
-def decompose_many(
-    out_ptr,
-    out_ids,
-    weight_M,
-    inverse_N,
-    alpha,
-    query_ptr,
-    start_ids,
-    start_value,
-    rounds,
-    budget,
-    eps,
-    use_index,
-    top_k,
-    row_ptr,
-    row_ids,
-    row_values,
-    table,
-    scale_N,
-    result_N,
-    flow_N,
-    next_N,
-    front_N,
-    ahead_N,
-    touched_N,
-):
+def decompose_many(plain_leaky, query_ptr, start_ids, start_value, plain_follow, top_k, plain_rows, plain_buffers):
     """`decompose` and `take` of many queries. Returns lengths, ids, scores (float32), and the largest flow that any dropped."""
+    leaky, follow = Leaky(*plain_leaky), Follow(*plain_follow)
+    rows, buffers = Lookup(*plain_rows), QueryBuffers(*plain_buffers)
+    result_N, touched_N = buffers.result_N, buffers.touched_N
     count = len(query_ptr) - 1
     length_Q = np.empty(count, np.int64)
     ids, values = np.empty(1024, touched_N.dtype), np.empty(1024, np.float32)
     filled, worst = 0, 0.0
     for query in range(count):
         start, end = query_ptr[query], query_ptr[query + 1]
-        touched, dropped, _ = decompose(
-            out_ptr,
-            out_ids,
-            weight_M,
-            inverse_N,
-            alpha,
-            start_ids[start:end],
-            start_value[start:end],
-            rounds,
-            budget,
-            eps,
-            use_index,
-            row_ptr,
-            row_ids,
-            row_values,
-            table,
-            scale_N,
-            result_N,
-            flow_N,
-            next_N,
-            front_N,
-            ahead_N,
-            touched_N,
-        )
+        touched, dropped, _ = decompose(leaky, start_ids[start:end], start_value[start:end], follow, rows, buffers)
         worst = max(worst, dropped)
-        ids, values = _grown(ids, filled + touched), _grown(values, filled + touched)
+        ids, values = grown(ids, filled + touched), grown(values, filled + touched)
         for place in range(touched):
             node = touched_N[place]
             ids[filled + place], values[filled + place] = node, result_N[node]
@@ -270,27 +229,14 @@ def decompose_many(
 
 
 @nb.njit(cache=True, nogil=True)
-def pull_level(
-    nodes,
-    out_ptr,
-    out_ids,
-    weight_M,
-    inverse_N,
-    alpha,
-    result_N,
-    touched_N,
-    place_N,
-    row_ptr,
-    row_ids,
-    row_values,
-    table,
-    scale_R,
-):
+def pull_level(nodes, leaky, result_N, touched_N, place_N, rows):
     """One level of the backward variant: y_v = alpha e_v + c sum_w P0(v, w) y_w for each of ``nodes``.
 
     Rows of the level below are read as those of an index; ``place_N`` says which row is a node's (empty: row w is about w).
-    Returns lengths, ids and values (float32), in no order.
+    Takes a `Leaky` and a `Lookup` as plain tuples. Returns lengths, ids and values (float32), in no order.
     """
+    out_ptr, out_ids, weight_M, inverse_N, alpha = leaky
+    row_ptr, row_ids, row_values, table, scale_R = rows
     length = np.empty(len(nodes), np.int64)
     ids, values = np.empty(1024, touched_N.dtype), np.empty(1024, np.float32)
     filled = 0
@@ -310,7 +256,7 @@ def pull_level(
                         touched_N[touched] = target
                         touched += 1
                     result_N[target] += value
-        ids, values = _grown(ids, filled + touched), _grown(values, filled + touched)
+        ids, values = grown(ids, filled + touched), grown(values, filled + touched)
         for place in range(touched):
             target = touched_N[place]
             ids[filled + place], values[filled + place] = target, result_N[target]
@@ -321,10 +267,9 @@ def pull_level(
 
 
 @nb.njit(cache=True, nogil=True)
-def mix_rows(
-    query_ptr, start_ids, start_value, top_k, result_N, touched_N, place_N, row_ptr, row_ids, row_values, table, scale_R
-):
-    """Queries as mixtures of rows: lengths, ids and values (float32), in order, cut to ``top_k`` (0: all)."""
+def mix_rows(query_ptr, start_ids, start_value, top_k, result_N, touched_N, place_N, rows):
+    """Queries as mixtures of rows, a `Lookup` as a plain tuple: lengths, ids and values (float32), in order, cut to ``top_k`` (0: all)."""
+    row_ptr, row_ids, row_values, table, scale_R = rows
     count = len(query_ptr) - 1
     length_Q = np.empty(count, np.int64)
     ids, values = np.empty(1024, touched_N.dtype), np.empty(1024, np.float32)
@@ -341,7 +286,7 @@ def mix_rows(
                         touched_N[touched] = target
                         touched += 1
                     result_N[target] += value
-        ids, values = _grown(ids, filled + touched), _grown(values, filled + touched)
+        ids, values = grown(ids, filled + touched), grown(values, filled + touched)
         for place in range(touched):
             node = touched_N[place]
             ids[filled + place], values[filled + place] = node, result_N[node]

@@ -13,7 +13,7 @@ import numpy as np
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.powerwalk.index import Chunk, stored_counts
-from anabranch.graph.powerwalk.query import Lookup, QueryBuffers, read_count
+from anabranch.graph.powerwalk.query import Leaky, Lookup, QueryBuffers, read_count
 from anabranch.graph.ppr.rules import Transition
 from anabranch.graph.rows import RowFile, SparseRows, check_rows, id_type
 from anabranch.graph.store import Graph
@@ -44,6 +44,11 @@ class Index:
         self.has_N, self.total_N, self.cut_N = arrays["has"], arrays["total"], arrays["cut"]
         self.seen_ptr, self.seen = arrays["seen_ptr"], arrays["seen"]
         self.spare: list[QueryBuffers] = []
+
+    @cached_property
+    def leaky(self) -> Leaky:
+        """What kernels walk on."""
+        return Leaky.of(self.transition)
 
     @cached_property
     def lookup(self) -> Lookup:
@@ -101,7 +106,7 @@ class Index:
         try:
             return self.spare.pop()
         except IndexError:
-            return QueryBuffers(self.transition.num_nodes)
+            return QueryBuffers.of(self.transition.num_nodes)
 
     def stale(self, changed_N: np.ndarray) -> np.ndarray:
         """float64 [N]: the share of each row's counts that lies on changed nodes; at least a trace where walks saw one."""

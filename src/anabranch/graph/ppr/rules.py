@@ -33,6 +33,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.counters import ABSORB, SOURCE, UNIFORM
+from anabranch.graph.masks import unmasked
 from anabranch.graph.ppr.leaky import from_anywhere
 from anabranch.graph.store import Graph
 
@@ -113,7 +114,7 @@ def parse_seeds(graph: Any, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
         share = np.ones(len(ids))
     else:
         try:
-            share = np.asarray(weights, np.float64)
+            share = np.asarray(unmasked(weights, "weights of seeds"), np.float64)
         except (TypeError, ValueError) as error:
             raise InputError(f"weights of seeds are numbers: {error}") from None
         if share.shape != ids.shape:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from anabranch.errors import InputError
-from anabranch.graph.counters import count_walks
+from anabranch.graph.counters import add_walks
 from anabranch.graph.ppr.power import as_transition
 from anabranch.graph.ppr.rules import CODES, Dangling, answer, parse_seeds
 from anabranch.graph.random import stream, to_unit
@@ -60,7 +60,7 @@ def monte_carlo(
     if max_steps is not None:
         check_count("max_steps", max_steps)
     kept, full = check_top_k(top_k), check_mode(mode) == "fullpath"
-    arrays = walk_arrays(transition.graph)
+    arrays = tuple(walk_arrays(transition.graph))
     num_nodes, done = transition.num_nodes, 0
     count_N, touched_N, touched = np.zeros(num_nodes, np.int32), np.empty(num_nodes, np.int64), 0
     # Systematic sampling: seed i gets floor or ceil of W share_i walks, right in expectation.
@@ -72,21 +72,9 @@ def monte_carlo(
     for node, end in zip(ids, ends, strict=True):
         count, done = int(end) - done, int(end)
         if count:
-            touched, _ = count_walks(
-                seed,
-                node,
-                0,
-                transition.alpha,
-                CODES[transition.dangling],
-                full,
-                max_steps or 0,
-                *arrays,
-                left_W[:count],
-                at_W[:count],
-                count_N,
-                touched_N,
-                touched,
-            )
+            counts = (left_W[:count], at_W[:count], count_N, touched_N)
+            code = CODES[transition.dangling]
+            touched, _ = add_walks(seed, node, 0, transition.alpha, code, full, max_steps or 0, arrays, counts, touched)
     found = touched_N[:touched].copy()
     value = count_N[found].astype(np.float64)
     value *= transition.alpha / walks if full and unbiased else 1.0 / value.sum()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError, InputError
+from anabranch.graph.masks import unmasked
 
 
 def read_clicks(
@@ -84,6 +85,7 @@ def _column(values: Any, name: str) -> np.ndarray:
             row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
             raise DataError(f"click {row} has no {name}")
         values = values.to_numpy(zero_copy_only=False) if hasattr(values, "chunks") is False else values.to_numpy()
+    values = unmasked(values, name)
     found = np.asarray(values) if not isinstance(values, list) else _of_list(values)
     if found.ndim != 1:
         raise InputError(f"{name} has the shape {found.shape}; it must be a list")

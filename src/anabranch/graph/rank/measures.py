@@ -5,11 +5,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from anabranch.errors import InputError
+from anabranch.graph.masks import unmasked
 
 
 def rank_distance(first: ArrayLike, second: ArrayLike) -> int:
     """The sum over items of |position in one - position in the other|. Raises InputError unless both rank the same items once each."""
-    one, two = np.asarray(first), np.asarray(second)
+    one, two = np.asarray(unmasked(first, "first")), np.asarray(unmasked(second, "second"))
     items, place = np.unique(one, return_inverse=True)
     other, other_place = np.unique(two, return_inverse=True)
     if one.ndim != 1 or len(items) != len(one) or len(other) != len(two) or not np.array_equal(items, other):
@@ -29,7 +30,7 @@ def positions(score_TL: np.ndarray) -> np.ndarray:
 
 def ndcg(gain: ArrayLike, k: int) -> float:
     """Normalised discounted cumulative gain of a ranking at ``k``: gains in the order shown, all items included; 0 where none is gained."""
-    values = np.asarray(gain, np.float64)
+    values = np.asarray(unmasked(gain, "gain"), np.float64)
     discount = 1 / np.log2(np.arange(2, min(k, len(values)) + 2))
     ideal = float(np.sort(values)[::-1][: len(discount)] @ discount)
     return float(values[: len(discount)] @ discount) / ideal if ideal else 0.0

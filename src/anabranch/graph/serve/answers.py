@@ -92,11 +92,11 @@ def _found(index: Any, query: np.ndarray, wanted: Search, own: np.ndarray | None
     k = wanted.k + (own is not None)
     try:
         if wanted.radius is None:
-            ids, distances = index.search(query, k, wanted.ef, filter, num_threads=1)
+            ids, distances = index.search(query, k, wanted.ef, filter, workers=1)
             within = np.zeros(len(ids), np.int64)
         else:
             ids, distances, within = index.nearest_within(
-                query, wanted.radius, k, wanted.ef, filter, exact=wanted.is_exact, num_threads=1
+                query, wanted.radius, k, wanted.ef, filter, exact=wanted.is_exact, workers=1
             )
     except DataError as error:
         # Of one on disk: a block that was read is not what was written.

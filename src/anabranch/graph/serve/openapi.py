@@ -154,7 +154,10 @@ def _schemas(limits: Limits) -> dict[str, Any]:
             "oneOf": by,
             "properties": {
                 "ids": {**_list(id, limits.batch, "One for each vector."), "uniqueItems": True},
-                "names": {**named, "description": "Or names, of an index whose elements have some; new ones are kept."},
+                "names": {
+                    **named,
+                    "description": "Or names, of an index whose elements have some, or which is empty; new ones are kept.",
+                },
                 "vectors": _list(
                     _list({"type": "number"}), limits.batch, "As long as those of the index; packed bits as bytes."
                 ),

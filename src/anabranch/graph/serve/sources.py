@@ -41,17 +41,22 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class Vectors:
-    """An index of vectors with its names; what takes its changes, or why nothing does."""
+    """An index of vectors; what takes its changes, or why nothing does, and then the names of its elements."""
 
     index: Any
-    names: Names | None
+    fixed_names: Names | None
     about: dict[str, Any]
     live: "LiveIndex | None" = None
     why_read_only: str = "it was started so"
 
+    @property
+    def names(self) -> Names | None:
+        """Of elements; None where they have none. The first that come into an empty index may bring some."""
+        return self.fixed_names if self.live is None else self.live.names
+
     def to_dict(self) -> dict[str, Any]:
         """What is served, as it is now."""
-        found = {**self.about, "vectors": len(self.index)}
+        found = {**self.about, "vectors": len(self.index), "named": self.names is not None}
         if self.live is not None:
             found["writes"] = {
                 "fsync": self.live.fsync,
@@ -209,16 +214,15 @@ class Sources:
             query = np.ones((1, index.row_size), row_of(index)[1])
             # One is measured, many are walked among.
             for ids in (index.ids[:1], index.ids[: max(3, len(index) // 50)]):
-                index.search(query, 1, 1, index.prepare_filter(ids), num_threads=1)
+                index.search(query, 1, 1, index.prepare_filter(ids), workers=1)
             for queries in (query, query.repeat(2, 0)):
-                index.search(queries, 1, num_threads=1)
+                index.search(queries, 1, workers=1)
         about = {
             "file": str(path),
             "vectors": len(index),
             "dim": index.dim,
             "metric": index.metric,
             "dtype": index.dtype,
-            "named": names is not None,
         }
         return Vectors(index, names, about, live, why)
 

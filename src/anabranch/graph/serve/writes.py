@@ -107,7 +107,7 @@ def _refused(error: InputError) -> RequestError:
 
 def _known(live: LiveIndex, names: list[Any]) -> list[Any]:
     """The names. Raises RequestError where elements have none."""
-    if live.names is None:
+    if not live.takes_names:
         message = "names cannot be used: elements of this index have none; give ids"
         raise RequestError(400, "invalid_request", message, field="names")
     return names

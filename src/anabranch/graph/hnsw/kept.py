@@ -1,0 +1,101 @@
+"""What an `HNSW` is outside of this process: a checked file, or a pickle."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from anabranch.errors import DataError
+from anabranch.graph.hnsw import layout, storage
+from anabranch.graph.hnsw.changing import Changes
+from anabranch.graph.hnsw.linking import Linker
+from anabranch.graph.hnsw.lock import ReadWriteLock
+from anabranch.graph.hnsw.slots import Slots
+from anabranch.graph.hnsw.storage import Storage
+from anabranch.graph.workers import FORMER, asked_workers
+
+# Arguments of an `HNSW`, and its attributes of these names, that a file or pickle has; those of codes where there are some.
+_LINKS = ("heuristic", "extend_candidates", "keep_pruned", "flat")
+OPTIONS = ("dim", "metric", "M", "ef_construction", "dtype", "seed", "rerank", *_LINKS, "compact_at")
+OF_CODES = ("quantization", "code_bytes")
+
+
+class Kept:
+    """Base of `HNSW`, which makes all that is used here."""
+
+    quantization: str | None
+    workers: int | None
+    _storage: Storage
+    _lock: ReadWriteLock
+    _linker: Linker
+    _slots: Slots
+    _changes: Changes
+
+    def save(self, path: str | Path) -> None:
+        """Write the index into one checked file (`anabranch.graph.array_file`), all or nothing."""
+        with self._lock.read(whole=True):
+            storage.save(self._storage, path, self._facts())
+
+    @classmethod
+    def load(cls, path: str | Path, *, mmap: bool = False, workers: int | None = None, **former: Any) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            mmap: leave vectors and links on disk until they are used; the first change copies them into memory. Links are checked all the
+                same, the bytes of vectors only without ``mmap``.
+            workers: as for a new index, and so is ``former``.
+
+        Raises:
+            DataError: the file is missing, foreign, truncated or damaged.
+        """
+        workers = asked_workers(workers, former, "load")
+        arrays, meta = storage.read(path, mmap=mmap)
+        return cls._made(arrays, meta, mapped=mmap, source=str(path), workers=workers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._state(copy=True)
+
+    def _state(self, *, copy: bool) -> dict[str, Any]:
+        """What a pickle holds. Without ``copy`` arrays are the index's own: whoever writes them keeps changes out meanwhile."""
+        with self._lock.read(whole=True):
+            held = self._storage.arrays()
+            arrays = {name: np.array(array) for name, array in held.items()} if copy else held
+            graph = self._storage.graph
+            meta = {**self._facts(), "entry": int(graph[layout.ENTRY]), "top": int(graph[layout.TOP])}
+            return {"arrays": arrays, "meta": meta, "workers": self.workers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # By its former name in what was pickled before.
+        workers = state.get("workers", state.get(FORMER))
+        made = type(self)._made(state["arrays"], state["meta"], mapped=False, source="the pickle", workers=workers)
+        self.__dict__.update(made.__dict__)
+
+    def _facts(self) -> dict[str, Any]:
+        names = OPTIONS if self.quantization is None else (*OPTIONS, *OF_CODES)
+        coded = self._storage.coded
+        return {
+            "options": {name: getattr(self, name) for name in names},
+            **({} if coded is None else {"trained_on": coded.trained_on}),
+            "drawn": self._changes.drawn,
+            "next_id": self._changes.next_id,
+            "changed": self._changes.changed,
+        }
+
+    @classmethod
+    def _made(
+        cls, arrays: dict[str, np.ndarray], meta: dict[str, Any], *, mapped: bool, source: str, workers: int | None
+    ) -> Self:
+        try:
+            made = cls(**{**meta["options"], "workers": workers})
+            drawn, next_id, entry, top = (int(meta[name]) for name in ("drawn", "next_id", "entry", "top"))
+            # Files of earlier releases do not say so.
+            made._changes.changed = int(meta.get("changed", 0))
+            if made._storage.coded is not None:
+                made._storage.coded.trained_on = int(meta["trained_on"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{source} is damaged: its header does not describe an index ({error})") from error
+        made._storage.take_arrays(arrays, entry, top, mapped=mapped, source=source)
+        made._changes.drawn, made._changes.next_id, made._linker.linked = drawn, next_id, made._storage.count
+        made._slots.forget()
+        return made
