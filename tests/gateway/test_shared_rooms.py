@@ -177,7 +177,10 @@ def test_what_waits_to_be_told_is_bounded(monkeypatch):
     found = rooms.RedisRooms(None, lambda: woken.append(1))
     for at in range(4):
         found.spent(deployment(tpm=9), at + 1)
-    assert found._untold == [("spent", "d", "1"), ("spent", "d", "2")]
+    assert [(kind, whose, tokens) for kind, whose, tokens, *_ in found._untold] == [
+        ("spent", "d", "1"),
+        ("spent", "d", "2"),
+    ]
     assert len(woken) == 2
 
 
