@@ -210,3 +210,19 @@ def test_a_value_weighs_about_what_its_json_has_and_is_weighed_no_further_than_i
         assert weight_of({"value": large}) > LARGE
     assert weight_of(endless) > LARGE
     assert weight_of({}) == weight_of(None) < weight_of([None])
+
+
+def test_copies_of_long_lists_are_made_some_at_a_time(monkeypatch):
+    """Thousands of objects at once would bring a collection of garbage, which stops every thread."""
+    seen, inner = [], large_json._mapped
+
+    def noted(value, change):
+        seen.append(value)
+        return inner(value, change)
+
+    body = {"messages": [{"role": "user", "content": "words"}] * 300, "input": list(range(10_000))}
+    monkeypatch.setattr(large_json, "_mapped", noted)
+    assert dump_large(body) == json.dumps(body, separators=(",", ":")).encode()
+    lists = [value for value in seen if isinstance(value, list)]
+    assert max(map(len, lists)) <= large_json._ITEMS
+    assert max(len(value) for value in lists if isinstance(value[0], dict)) == 1

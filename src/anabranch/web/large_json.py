@@ -10,7 +10,6 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -180,7 +179,7 @@ def dump_large(value: Any, *, allow_nan: bool = False) -> bytes:
         texts.append(text)
         return f"{mark}{len(texts) - 1}."
 
-    rest = "".join(_pieces(_mapped(value, placed), allow_nan))
+    rest = "".join(_pieces(value, placed, allow_nan))
     if not texts:
         return rest.encode()
     first, *others = rest.split(mark)
@@ -193,15 +192,21 @@ def dump_large(value: Any, *, allow_nan: bool = False) -> bytes:
     return b"".join(pieces)
 
 
-def _pieces(value: Any, allow_nan: bool) -> Iterator[str]:
-    """JSON of a value, the items of the lists of an object (messages, vectors, ids of tokens) some at a time."""
-    dump = partial(json.dumps, separators=(",", ":"), allow_nan=allow_nan)
+def _pieces(value: Any, change: Callable[[str], str], allow_nan: bool) -> Iterator[str]:
+    """JSON of a value with other texts, the items of the lists of an object (messages, vectors, ids of tokens) some at a time.
+
+    So are their copies made: tens of thousands of objects at once would bring collections of garbage, which hold up all threads.
+    """
+
+    def dump(part: Any) -> str:
+        return json.dumps(_mapped(part, change), separators=(",", ":"), allow_nan=allow_nan)
+
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         yield dump(value)
         return
     comma = "{"
     for name, inner in value.items():
-        yield f"{comma}{json.dumps(name)}:"
+        yield f"{comma}{json.dumps(change(name))}:"
         comma = ","
         if not isinstance(inner, list | tuple) or len(inner) < 2:
             yield dump(inner)
