@@ -64,6 +64,7 @@ def test_what_does_not_begin_with_frames_is_not_walked(data):
 def test_notes_that_end_behind_the_clip_are_none():
     assert notes_end(b"ID3\x04\x00\x00\x7f\x7f\x7f\x7f" + b"x" * 99) == 0
     assert notes_end(NOTES) == len(NOTES)
+    assert notes_end(NOTES * 1_000) == len(NOTES) * 100
     # Their foot counts too.
     assert notes_end(b"ID3\x04\x00\x10\x00\x00\x00\x05" + b"x" * 15) == 25
 
@@ -96,6 +97,14 @@ def test_what_looks_like_many_beginnings_takes_no_time_to_speak_of(junk):
     assert time.process_time() - began < 2
     assert found.rest <= len(junk)
     assert found.seconds + found.rest / 1_000 >= 3 * 1152 / 44_100
+
+
+def test_frames_behind_anything_count():
+    # 0.13 s of 8 bytes each.
+    sparse = b"\xff\xf1\x6c\x80\x01\x1f\xfc\x00" * 2_000
+    for before in (b"\x00", b"junk" * 20):
+        assert sound(before + sparse, "aac").at_most >= 2_000 * 1024 / 8_000 * AUDIO_A_SECOND
+        assert framed(before + sparse) is None
 
 
 # FLAC

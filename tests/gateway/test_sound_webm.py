@@ -116,6 +116,13 @@ def test_what_came_before_something_broken_counts_and_the_cluster_behind_it(brok
     assert contained(whole + broken + CLUSTER + TIME + SMALL * 100).seconds == pytest.approx(500 * 0.12 + 100 * 0.02)
 
 
+@pytest.mark.parametrize("id", ["42F7", "EC", "18530167"])
+def test_a_cluster_within_what_is_not_known_counts(id):
+    hidden = element(id, TRACKS + track() + CLUSTER + TIME + block(b"\xfb\x06") * 500)
+    assert sound(HEAD + hidden, "webm").at_most >= 500 * 0.12 * AUDIO_A_SECOND
+    assert sound(OPUS + hidden, "webm").at_most >= 500 * 0.12 * AUDIO_A_SECOND
+
+
 @pytest.mark.parametrize(
     ("codec", "each_s"), [(b"A_AAC", 0.139), (b"A_VORBIS", 0.5), (b"A_FLAC", 8.19), (b"A_ALAC", 0.5)]
 )

@@ -161,7 +161,8 @@ def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes]) -> _Lasts:
     if (found := framed(head(num_bytes)) if first.startswith(_FRAMED) else None) is not None:
         seconds = found.seconds + found.rest / _TYPICAL.get(form, _TYPICAL["mp3"])
         return _Lasts(seconds, found.seconds + found.rest / _FEWEST, True)
-    if is_container(first) and (within := contained(head(num_bytes))) is not None:
+    wave = _wave_rate(first) or _wave_rate(head(_HEAD))
+    if (within := contained(head(num_bytes)) if is_container(first) or wave is None else None) is not None:
         # What is only told is what it is mostly; what it may be at most, its bytes say.
         at_most = within.seconds if within.is_counted else max(num_bytes / _FEWEST, within.at_most)
         at_most = max(within.seconds, at_most) + within.rest / _FEWEST
@@ -173,9 +174,12 @@ def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes]) -> _Lasts:
             return _Lasts(found.seconds, max(found.seconds, declared), True)
         # Silence takes next to no bytes there.
         return _Lasts(declared or num_bytes / _TYPICAL["flac"], max(declared, num_bytes / _FEWEST))
-    rate, is_plain = _wave_rate(first) or _wave_rate(head(_HEAD)) or (_FEWEST, False)
+    rate, is_plain = wave or (_FEWEST, False)
     seconds = num_bytes / (rate if is_plain else _TYPICAL.get(form, _TYPICAL["mp3"]))
     at_most = max(seconds, num_bytes / rate)
+    if wave is None and (found := framed(head(num_bytes), is_sure=False)) is not None:
+        # Something stands before what may be frames.
+        at_most = max(at_most, found.seconds)
     return _Lasts(seconds, at_most)
 
 

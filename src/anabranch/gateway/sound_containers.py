@@ -33,7 +33,8 @@ def contained(data: bytes) -> Contained | None:
         elif data.startswith(b"\x1aE\xdf\xa3"):
             found = webm(data)
         else:
-            found = mp4(data) if is_container(data[:8]) else None
+            # Whatever stands before it: a box of any name is passed over.
+            found = mp4(data) if is_container(data[:8]) or b"moov" in data else None
     except (IndexError, ValueError, OverflowError, struct.error):
         # It ends in the middle of something that says how long it is, or is not made as such containers are.
         return None

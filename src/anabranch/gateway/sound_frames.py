@@ -27,6 +27,9 @@ _FLAC_SYNC, _FLAC_HEAD = re.compile(rb"\xff[\xf8\xf9]"), 16
 _FLAC_BLOCKS = (0, 192, *(576 << one for one in range(4)), 0, 0, *(256 << one for one in range(8)))
 _FLAC_RATES = (0, 88_200, 176_400, 192_000, 8_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
 
+# Notes that a clip begins with.
+_NOTES = 100
+
 # Frames that follow one another before a place is taken for the beginning of one: two bytes of anything may look like a head.
 _SURE = 3
 
@@ -47,10 +50,15 @@ class Framed:
     rest: int
 
 
-def framed(data: bytes) -> Framed | None:
-    """Of a clip of MPEG audio or ADTS; None for what does not begin as one. Raises ManyPiecesError."""
+def framed(data: bytes, *, is_sure: bool = True) -> Framed | None:
+    """Of a clip of MPEG audio or ADTS; None for what does not begin as one. Raises ManyPiecesError.
+
+    Args:
+        data: the clip.
+        is_sure: it is none unless it begins so; else frames are looked for anywhere, as decoders do that know of nothing else.
+    """
     start = notes_end(data)
-    if not _follow(data, start, _SURE):
+    if is_sure and not _follow(data, start, _SURE):
         return None
     at, rest, seconds, tries = start, 0, 0.0, _TRIES
     size, walked = len(data), pieces()
@@ -72,7 +80,9 @@ def framed(data: bytes) -> Framed | None:
 def notes_end(data: bytes) -> int:
     """Where the notes (ID3) end that a clip may begin with; 0 where they do not end within it."""
     at = 0
-    while data[at : at + 3] == b"ID3" and len(data) >= at + 10:
+    for _ in range(_NOTES):
+        if data[at : at + 3] != b"ID3" or len(data) < at + 10:
+            break
         size = 0
         for byte in data[at + 6 : at + 10]:
             size = size << 7 | byte & 0x7F

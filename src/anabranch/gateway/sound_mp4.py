@@ -98,7 +98,7 @@ class _Track:
     def samples(self, most: int) -> int:
         """That it has at most, in a file of ``most`` bytes."""
         # One chunk lies within the file, its samples side by side.
-        alike = (min(count, max(1, self.chunks) * (most // size)) for count, size in self.alike)
+        alike = (min(count, max(1, self.chunks) * -(-most // size)) for count, size in self.alike)
         return max(self.listed, *alike, 0)
 
     def played(self, samples: int, film: int, is_whole: bool) -> int:
@@ -222,9 +222,9 @@ def _learn(track: _Track, name: bytes, body: bytes) -> int:
     elif name == b"elst":
         row = ">Qq4x" if body[0] == 1 else ">Ii4x"
         size = struct.calcsize(row)
-        track.edits += (
-            (length, at >= 0) for length, at in struct.iter_unpack(row, body[8 : 8 + size * _rows(body, size)])
-        )
+        edits = struct.iter_unpack(row, body[8 : 8 + size * _rows(body, size)])
+        # A gap stands before all else; elsewhere some play the track there.
+        track.edits += [(length, at >= 0 or place > 0) for place, (length, at) in enumerate(edits)]
     elif name == b"stsz":
         size, count = struct.unpack_from(">II", body, 4)
         if size:

@@ -204,6 +204,10 @@ class _Walk:
                 at, ends = self._lost(at), [len(data)]
                 continue
             yield id, begin, end
+            if id not in _BLOCKS and data.find(_CLUSTER_MARK, at + 1, end) >= 0:
+                # Of one that they do not know decoders pass over no more than they have to.
+                at, ends = self._lost(at), [len(data)]
+                continue
             if id not in _BLOCKS and (id not in _SAID or end - at > _SAYING):
                 self.rest += end - at
             at = end
