@@ -27,13 +27,11 @@ import numpy as np
 from anabranch.errors import DataError, InputError
 from anabranch.files import atomic_file, parse_json
 from anabranch.graph.beside import MAGIC, new_file
+from anabranch.graph.header import KINDS, check_header
 
 ALIGN = 64
 _CHUNK = 1 << 24
 _PIECE = 1 << 18
-
-# Of numpy types: those whose bytes say all.
-_KINDS = "biufcSU"
 
 
 @dataclass(frozen=True)
@@ -321,14 +319,8 @@ def _parsed(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     start = _padded(len(MAGIC) + 16 + length + 4)
     try:
         found = parse_json(header)
-        found["kind"], found["version"], found["meta"]
-        for entry in found["arrays"]:
-            dtype, shape, offset = np.dtype(entry["dtype"]), entry["shape"], entry["offset"]
-            if dtype.kind not in _KINDS or offset < 0 or any(side < 0 for side in shape):
-                raise ValueError(f"{entry['name']!r} of type {dtype}, shape {shape}, at {offset}")
-            if start + offset + math.prod(shape) * dtype.itemsize > size:
-                raise ValueError(f"{entry['name']!r} would reach beyond the end")
-    except (KeyError, TypeError, ValueError) as error:
+        check_header(found, start, size)
+    except ValueError as error:
         # Its sum is right: written so by something else.
         raise DataError(f"{path} has a header that this release cannot read: {error}") from error
     return found, start
@@ -336,7 +328,7 @@ def _parsed(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
 
 def _little(name: str, array: np.ndarray) -> np.ndarray:
     array = np.asarray(array, order="C")
-    if array.dtype.kind not in _KINDS:
+    if array.dtype.kind not in KINDS:
         raise InputError(f"{name!r} is of type {array.dtype}; a file holds numbers, truth values and fixed-length text")
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import InputError
 from anabranch.graph import csr
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.header import described
 from anabranch.graph.names import names_arrays, names_from
 
 KIND = "graph"
@@ -38,11 +39,8 @@ def write(
 def read(path: str | Path, *, mmap: bool, verify: bool) -> Stored:
     """``indptr``, ``indices``, ``weights``, ``is_directed`` and ``names`` of a graph. Raises as `Graph.load`."""
     found = read_arrays(path, KIND, mmap=mmap, verify=verify)
-    try:
+    with described(path, "a graph"):
         return _checked(found.arrays, found.meta)
-    # Sums were right: written so, not damaged.
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} does not hold a graph that this release can read ({error})") from error
 
 
 def _checked(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Stored:

@@ -16,6 +16,7 @@ import numpy as np
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.beside import new_file, replacing
+from anabranch.graph.header import described
 from anabranch.graph.masks import unmasked
 
 KIND = "names"
@@ -209,11 +210,8 @@ def read_names(index: str | Path, ids: np.ndarray | None = None) -> Names | None
     found = read_arrays(path, KIND)
     if fingerprint(Path(index)) not in (found.meta.get("index"), found.meta.get("before")):
         raise DataError(f"{path} belongs to another index than {index}; build the index again, or remove the file")
-    try:
-        names = Names(names_from(found.arrays))
-    except ValueError as error:
-        # Sums are right: written so.
-        raise DataError(f"{path} does not hold names that this release can read ({error})") from error
+    with described(path, "names"):
+        names = Names(_of_names(found.arrays))
     if ids is not None and len(ids) and ids.max() >= len(names):
         raise DataError(
             f"{path} has {len(names):,} names, and an id of the index is {ids.max()}; build the index again"
@@ -234,6 +232,14 @@ def names_arrays(names: np.ndarray | None) -> dict[str, np.ndarray]:
         raise InputError(f"the name {error.object!r:.80} cannot be written: it is no text in UTF-8") from None
     ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
     return {"name_ends": ends, "name_bytes": np.frombuffer(b"".join(encoded), np.uint8)}
+
+
+def _of_names(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Names that there must be. Raises ValueError."""
+    names = names_from(arrays)
+    if names is None or names.ndim != 1 or names.dtype.kind not in "iuO":
+        raise ValueError("there are none")
+    return names
 
 
 def names_from(arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:

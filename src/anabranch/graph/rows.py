@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.beside import check_unchanged
+from anabranch.graph.header import described, whole
 
 KIND = "sparse-rows"
 INT32 = np.iinfo(np.int32).max
@@ -190,9 +191,10 @@ class SparseRows:
     def checked(cls, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], path: str | Path) -> Self:
         """Rows of a file. Raises DataError if they do not fit together, or reach out of range."""
         indptr, ids, values, nodes = (arrays.get(name) for name in ("indptr", "ids", "values", "nodes"))
-        num_columns = meta.get("num_columns")
-        if not isinstance(num_columns, int) or num_columns < 0 or values is None:
-            raise DataError(f"{path} is damaged: it does not hold rows of scores; make it again")
+        with described(path, "rows of scores"):
+            num_columns = whole(meta["num_columns"], "num_columns")
+            if values is None:
+                raise ValueError("there are no values")
         check_rows(indptr, ids, values, num_columns, None, str(path))
         if nodes is not None:
             has_place = nodes.dtype.kind in "iu" and nodes.shape == (len(indptr) - 1,)  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from anabranch.graph.array_file import Left, kind_of, read_beside
 from anabranch.graph.codes import ProductCodes
 from anabranch.graph.disk.blocks import Form, block_of, element_bytes, padded_width
 from anabranch.graph.guarded import held
+from anabranch.graph.header import described, whole
 
 KIND = "disk vector index"
 VERSION = 1
@@ -104,16 +105,12 @@ def _described(arrays: dict[str, np.ndarray], meta: dict[str, Any], left: Left, 
     needed = {"codes", "centres", "slots", "roots", "entry_slots", "entry_links"}
     if {*arrays} - {"ids"} != needed:
         raise DataError(f"{source} is damaged: it holds the arrays {sorted(arrays)}")
-    try:
-        dim, metric, M, links, seed, shards = (meta[name] for name in ("dim", "metric", "M", "links", "seed", "shards"))
-        numbers = [int(number) for number in (dim, M, links, seed, shards)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{source} is damaged: its header does not describe an index ({error})") from error
-    dim, M, links, seed, shards = numbers
-    if metric not in METRICS or not (1 <= dim <= 2**16 and 0 <= links <= 2**16 and 0 <= seed < 2**63):
-        raise DataError(
-            f"{source} is damaged: its header does not describe an index ({metric!r}, {dim} numbers, {links} links)"
-        )
+    with described(source, "an index"):
+        dim, links = whole(meta["dim"], "dim", 1, 2**16), whole(meta["links"], "links", 0, 2**16)
+        M, seed, shards = (whole(meta[name], name) for name in ("M", "seed", "shards"))
+        metric = meta["metric"]
+        if metric not in METRICS:
+            raise ValueError(f"metric is {metric!r:.40}")
     try:
         codes = ProductCodes(dim, arrays["centres"])
     except DataError as error:

@@ -35,6 +35,7 @@ from anabranch.graph.fastrp.steps import Powers, Steps
 from anabranch.graph.fastrp.stored import StoredVectors
 from anabranch.graph.fastrp.tuning import Tuning, tune
 from anabranch.graph.fastrp.unseen import edges_of_new, new_rows, powers_of_new, start_of_new
+from anabranch.graph.header import described
 from anabranch.graph.spark.edges import EdgeFiles
 from anabranch.graph.store import Graph
 from anabranch.graph.vectors import shift_columns
@@ -234,10 +235,10 @@ class FastRP(Steps):
         Raises DataError for a file that is missing, foreign, truncated or damaged.
         """
         params, arrays, nodes, setup = storage.read(path)
-        try:
+        with described(path, "a FastRP of this release"):
             made = cls(**params)
-        except (TypeError, InputError) as error:
-            raise DataError(f"{path} holds a FastRP of arguments that this release does not know: {error}") from error
+            if made.dim != arrays["embedding"].shape[1]:
+                raise ValueError(f"dim is {made.dim}, and vectors have {arrays['embedding'].shape[1]} numbers")
         made.embedding_, made._nodes, made._setup = arrays["embedding"], nodes, setup
         made._mean_D, made._factor_D = arrays["mean"], arrays["factor"]
         if setup is not None:

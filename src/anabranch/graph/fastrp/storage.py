@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.fastrp.start import Features, Projection, Setup
+from anabranch.graph.header import described
 from anabranch.graph.store import Graph
 
 KIND = "fastrp"
@@ -48,7 +49,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray], Graph
     """What `write` was given. Raises DataError for a file that is missing, foreign, truncated or damaged."""
     found = read_arrays(path, KIND)
     arrays, meta = found.arrays, found.meta
-    try:
+    with described(path, "a FastRP"):
         count, names = len(arrays["embedding"]), arrays.get("names")
         if names is not None and names.dtype.kind not in "iu":
             names = names.astype(object)
@@ -56,8 +57,6 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray], Graph
         _check(arrays, count)
         setup = _setup(arrays, meta) if "start" in meta else None
         return dict(meta["params"]), arrays, nodes, setup
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} does not hold a FastRP that this release can read ({error})") from error
 
 
 def _setup(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Setup:

@@ -18,6 +18,7 @@ from anabranch.files import atomic_write_json, parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.beside import new_file
 from anabranch.graph.checks import is_known
+from anabranch.graph.header import described
 from anabranch.graph.names import names_arrays, names_from
 from anabranch.graph.rows import SparseRows, id_type
 from anabranch.graph.stored_folder import FACTS, SCORES, read_facts, read_table
@@ -156,7 +157,11 @@ class FullyPPRResult:
         rows = SparseRows.checked(found.arrays, found.meta, path)
         if rows.nodes is not None and rows.nodes.max(initial=-1) >= rows.num_columns:
             raise DataError(f"{path} is damaged: its sources are not nodes of its graph; make it again")
-        return cls(rows, names_from(found.arrays), found.meta["facts"])
+        with described(path, "scores"):
+            names, facts = names_from(found.arrays), dict(found.meta["facts"])
+            if names is not None and names.shape != (rows.num_columns,):
+                raise ValueError(f"{len(names):,} names of {rows.num_columns:,} nodes")
+        return cls(rows, names, facts)
 
     @classmethod
     def _from_parquet(cls, path: Path) -> Self:

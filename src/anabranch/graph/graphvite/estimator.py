@@ -21,6 +21,7 @@ from anabranch.graph.graphvite.schedule import blocks_in_order
 from anabranch.graph.graphvite.solver import Callback, Counters, diverged, train
 from anabranch.graph.graphvite.torch_executor import TorchExecutor, auto_micro_batch, devices_of
 from anabranch.graph.graphvite.train import Rule
+from anabranch.graph.header import described, whole
 from anabranch.graph.masks import unmasked
 from anabranch.graph.store import Graph
 from anabranch.graph.workers import num_workers
@@ -411,11 +412,13 @@ class GraphVite(Estimator):
         """Read what `save` wrote (from text: vectors alone). Raises DataError for a file that is missing, foreign or damaged."""
         saved = storage.read(path)
         arrays, meta = saved.arrays, saved.meta
-        try:
+        with described(path, "a GraphVite of this release"):
             found = cls(**meta.get("params", {"dim": arrays["vertex"].shape[1]}))
             found._counters = Counters(**meta.get("counters", {}))
-        except (TypeError, InputError) as error:
-            raise storage.DataError(f"{path} is not a saved GraphVite of this release: {error}") from error
+            for name in ("walks", "episodes", "pairs", "done", "total"):
+                whole(getattr(found._counters, name), name)
+            if not all(isinstance(entry, dict) for entry in found._counters.history):
+                raise ValueError("history is no list of objects")
         if "names" in arrays and arrays["names"].dtype.kind not in "iu":
             arrays["names"] = arrays["names"].astype(object)
         found._arrays, count = arrays, len(arrays["vertex"])

@@ -169,10 +169,12 @@ def as_distinct(id_N: np.ndarray, what: str = "ids") -> np.ndarray:
     return id_N
 
 
-def as_positive(value: Any, name: str) -> int:
-    """An integer of at least 1. Raises InputError for others."""
+def as_positive(value: Any, name: str, most: int | None = None) -> int:
+    """An integer of at least 1, and at most ``most``. Raises InputError for others."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise InputError(f"{name} is {value!r}; it must be an integer of at least 1")
+    if most is not None and value > most:
+        raise InputError(f"{name} is {value}; it must be at most {most:,}")
     return int(value)
 
 

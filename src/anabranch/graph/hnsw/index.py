@@ -16,7 +16,7 @@ from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.kept import Kept
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock
-from anabranch.graph.hnsw.options import check_options
+from anabranch.graph.hnsw.options import MAX_EF, MAX_RERANK, check_options
 from anabranch.graph.hnsw.ranges import Ranges, Within, as_radius
 from anabranch.graph.hnsw.searching import Searcher
 from anabranch.graph.hnsw.single import Single
@@ -39,7 +39,7 @@ class HNSW(Kept):
         metric: "l2" (squared), "ip" (1 - inner product; no metric, so recall may suffer), "cosine" (vectors are scaled to length 1) or
             "hamming" (how many bits differ; vectors are packed bits, uint8 [N, dim / 8], or bool [N, dim]).
         M: links of a new element; at most 2 M accumulate on level 0. 5 to 48, more for more dimensions.
-        ef_construction: candidates considered for them; at least M.
+        ef_construction: candidates considered for them; at least M, at most 1,048,576.
         dtype: how vectors are searched, "f32", "f16" (half the bytes) or "i8" (a quarter); "b1" for "hamming". None for "f32", or "b1".
         seed: of the levels.
         rerank: whether to keep float32 vectors beside shorter ones and measure the best results again by them (2 k + 16; with codes all
@@ -81,7 +81,7 @@ class HNSW(Kept):
     ) -> None:
         workers = asked_workers(workers, former, "HNSW")
         self.dim, self.M = as_positive(dim, "dim"), as_positive(M, "M")
-        self.ef_construction = max(as_positive(ef_construction, "ef_construction"), self.M)
+        self.ef_construction = max(as_positive(ef_construction, "ef_construction", MAX_EF), self.M)
         dtype = (BITS if metric == "hamming" else "f32") if dtype is None else dtype
         check_options(
             self.dim, self.M, metric=metric, dtype=dtype, heuristic=heuristic, compact_at=compact_at, seed=seed
@@ -89,7 +89,7 @@ class HNSW(Kept):
         check_quantization(quantization, code_bytes, dim=self.dim, metric=metric, dtype=dtype)
         self.metric, self.dtype, self.seed, self.heuristic = metric, dtype, int(seed), heuristic
         self.quantization, self.code_bytes = quantization, None if code_bytes is None else int(code_bytes)
-        self._rerank = bool(rerank) if isinstance(rerank, bool | np.bool_) else as_positive(rerank, "rerank")
+        self._rerank = bool(rerank) if isinstance(rerank, bool | np.bool_) else as_positive(rerank, "rerank", MAX_RERANK)
         self.extend_candidates, self.keep_pruned, self.flat = bool(extend_candidates), bool(keep_pruned), bool(flat)
         self.compact_at = compact_at
         self.workers = None if workers is None else as_positive(workers, "workers")

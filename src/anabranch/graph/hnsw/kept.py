@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from anabranch.errors import DataError
+from anabranch.graph.header import described, whole
 from anabranch.graph.hnsw import layout, storage
 from anabranch.graph.hnsw.changing import Changes
 from anabranch.graph.hnsw.linking import Linker
@@ -86,15 +86,16 @@ class Kept:
     def _made(
         cls, arrays: dict[str, np.ndarray], meta: dict[str, Any], *, mapped: bool, source: str, workers: int | None
     ) -> Self:
-        try:
+        with described(source, "an index"):
             made = cls(**{**meta["options"], "workers": workers})
-            drawn, next_id, entry, top = (int(meta[name]) for name in ("drawn", "next_id", "entry", "top"))
+            drawn, next_id = whole(meta["drawn"], "drawn"), whole(meta["next_id"], "next_id", most=2**63)
+            entry, top = whole(meta["entry"], "entry", -1), whole(meta["top"], "top", -1)
             # Files of earlier releases do not say so.
-            made._changes.changed = int(meta.get("changed", 0))
+            made._changes.changed = whole(meta.get("changed", 0), "changed")
             if made._storage.coded is not None:
-                made._storage.coded.trained_on = int(meta["trained_on"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{source} is damaged: its header does not describe an index ({error})") from error
+                made._storage.coded.trained_on = whole(meta["trained_on"], "trained_on")
+            if next_id <= (largest := int(arrays["label"].max(initial=-1))):
+                raise ValueError(f"next_id is {next_id}, and there is an element {largest}")
         made._storage.take_arrays(arrays, entry, top, mapped=mapped, source=source)
         made._changes.drawn, made._changes.next_id, made._linker.linked = drawn, next_id, made._storage.count
         made._slots.forget()

@@ -11,6 +11,9 @@ from anabranch.graph.hnsw.storage import METRICS
 HEURISTICS = ("diverse", "simple")
 MAX_DIM, MAX_M = 2**16, 1024
 
+# Candidates of an insertion, which each thread has room for; and results that are measured again, of all that there may be.
+MAX_EF, MAX_RERANK = 2**20, 2**31 - 1
+
 
 def check_options(
     dim: int, M: int, *, metric: Any, dtype: Any, heuristic: Any, compact_at: float | None, seed: Any
@@ -33,7 +36,8 @@ def check_options(
         raise InputError(
             f"dim is {dim}; with the metric 'hamming' it is a number of bits in whole bytes, a multiple of 8"
         )
-    if compact_at is not None and not 0 <= compact_at < 1:
-        raise InputError(f"compact_at is {compact_at}; it must be a share from 0 to below 1, or None")
+    is_share = isinstance(compact_at, int | float | np.number)
+    if compact_at is not None and not (is_share and 0 <= compact_at < 1):
+        raise InputError(f"compact_at is {compact_at!r}; it must be a share from 0 to below 1, or None")
     if not isinstance(seed, int | np.integer):
         raise InputError(f"seed is {seed!r}; it must be an integer")

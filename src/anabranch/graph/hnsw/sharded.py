@@ -9,6 +9,7 @@ import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.header import described
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.index import HNSW
@@ -148,12 +149,16 @@ class ShardedHNSW:
         workers = asked_workers(workers, former, "load")
         found = read_arrays(path, KIND, mmap=mmap)
         shards = []
-        for number, meta in enumerate(found.meta["shards"]):
+        with described(path, "an index of shards"):
+            metas = list(found.meta["shards"])
+        for number, meta in enumerate(metas):
             start = f"{number}/"
             arrays = {name.removeprefix(start): array for name, array in found.arrays.items() if name.startswith(start)}
             shards.append(HNSW._made(arrays, meta, mapped=mmap, source=f"shard {number} of {path}", workers=1))
         if not shards:
             raise DataError(f"{path} is damaged: it holds no shard")
+        if len({(shard.dim, shard.metric) for shard in shards}) > 1:
+            raise DataError(f"{path} is damaged: its shards hold vectors of different kinds")
         made = cls(shards[0].dim, len(shards), shards[0].metric, workers=workers)
         made.shards = shards
         return made

@@ -22,6 +22,8 @@ def check_shapes(arrays: dict[str, np.ndarray], wanted: Wanted, optional: Wanted
         if name in arrays and (arrays[name].shape != shape or arrays[name].dtype != dtype):
             found = f"{arrays[name].dtype} {list(arrays[name].shape)}"
             raise DataError(f"{source} is damaged: {name!r} is {found}, not {np.dtype(dtype)} {list(shape)}")
+    if "centre" in arrays and not np.isfinite(arrays["centre"]).all():
+        raise DataError(f"{source} is damaged: its centre is not finite")
 
 
 def check_links(arrays: dict[str, np.ndarray], entry: int, top: int, source: str) -> None:
@@ -39,6 +41,8 @@ def _is_sound(arrays: dict[str, np.ndarray], entry: int, top: int) -> bool:
     if not (0 <= entry < count and level.min() >= 0 and level[entry] == top == level.max() <= MAX_LEVEL):
         return False
     if first.min() < 0 or (first + level).max() > num_upper or len(np.unique(live)) != len(live):
+        return False
+    if live.min(initial=0) < 0:
         return False
     # No two have a list in common: one that is taken out would take the other's along.
     above = np.flatnonzero(level > 0)

@@ -8,6 +8,7 @@ import numpy as np
 
 from anabranch.errors import DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.header import described, whole
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.search import scan_many
 from anabranch.graph.hnsw.storage import Storage
@@ -143,16 +144,20 @@ class BFIndex(Base):
         """Read what `save_index` wrote, in place of what there is; ``max_elements`` is not looked at, as there."""
         try:
             found = read_arrays(path_to_index, KIND)
+            with described(path_to_index, "an index"):
+                vectors, labels = found.arrays["vectors"], found.arrays["labels"]
+                most = whole(found.meta["max_elements"], "max_elements")
+                if vectors.dtype != np.float32 or labels.dtype.kind not in "iu" or labels.ndim != 1:
+                    raise ValueError(f"vectors are {vectors.dtype}, labels {labels.dtype}")
         except DataError as error:
             raise RuntimeError(f"Index seems to be corrupted or unsupported: {error}") from error
-        vectors, labels = found.arrays["vectors"], found.arrays["labels"]
         if vectors.shape != (len(labels), self._dim):
             raise RuntimeError(
                 f"{path_to_index} holds vectors of the shape {list(vectors.shape)}, not of {self._dim} numbers"
             )
         with self._lock.write():
             self._take(vectors, labels)
-            self._max_elements, self._next = int(found.meta["max_elements"]), len(labels)
+            self._max_elements, self._next = most, len(labels)
 
     def _take(self, vectors: np.ndarray, labels: np.ndarray) -> None:
         """Hold these in place of what there is."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from anabranch.errors import DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.header import described, whole
 from anabranch.graph.hnsw import HNSW
 from anabranch.graph.hnsw.lock import LOOK_S
 from anabranch.graph.hnswlib_compat.base import FULL, METRIC, Base, flat_labels, labels_of, last_of_each
@@ -258,20 +259,19 @@ class Index(Base):
         """Read what `save_index` wrote, in place of what there is. Distances are those of this index's space."""
         try:
             found = read_arrays(path_to_index, KIND)
-            meta = found.meta["hnsw"]
-            meta["options"]["metric"] = METRIC[self._space]
-            if meta["options"]["dim"] != self._dim:
-                raise RuntimeError(
-                    f"{path_to_index} holds vectors of {meta['options']['dim']} numbers, not {self._dim}"
-                )
+            with described(path_to_index, "an index"):
+                meta, most = found.meta["hnsw"], whole(found.meta["max_elements"], "max_elements")
+                meta["options"]["metric"], dim = METRIC[self._space], whole(meta["options"]["dim"], "dim")
+            if dim != self._dim:
+                raise RuntimeError(f"{path_to_index} holds vectors of {dim} numbers, not {self._dim}")
             index = HNSW._made(found.arrays, meta, mapped=False, source=str(path_to_index), workers=None)
-        except (DataError, KeyError) as error:
+        except DataError as error:
             raise RuntimeError(f"Index seems to be corrupted or unsupported: {error}") from error
         with self._alone():
             self._index, self._ef = index, DEFAULT_EF
             self._M, self._ef_construction = index.M, index.ef_construction
             self._next = self.element_count
-            self._max_elements = max_elements if max_elements >= self.element_count > 0 else found.meta["max_elements"]
+            self._max_elements = max_elements if max_elements >= self.element_count > 0 else most
             self._allow_replace = bool(allow_replace_deleted)
             self._find_deleted()
 

@@ -8,8 +8,9 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import InputError
 from anabranch.graph.coerce import as_graph
+from anabranch.graph.header import described
 from anabranch.graph.powerwalk.asking import Asking
 from anabranch.graph.powerwalk.changing import Changing
 from anabranch.graph.powerwalk.held import DTYPES
@@ -241,7 +242,7 @@ class PowerWalk(Asking, Changing):
         else:
             arrays, meta = read(path, mmap=mmap)
             check_mark(path, meta["graph"], graph)
-            made = cls._of(path, meta["params"], workers)
+            made = cls._of(path, meta.get("params", {}), workers)
             made._index = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit())
             # Of an older release the rows say it.
             chosen = meta.get("chosen")
@@ -253,10 +254,8 @@ class PowerWalk(Asking, Changing):
 
     @classmethod
     def _of(cls, path: str | Path, params: dict[str, Any], workers: int | None) -> Self:
-        try:
+        with described(path, "walks of parameters that this release knows"):
             return cls(**params, workers=workers)
-        except (TypeError, InputError) as error:
-            raise DataError(f"{path} holds an index of parameters that this release does not know: {error}") from error
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

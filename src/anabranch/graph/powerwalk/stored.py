@@ -12,6 +12,7 @@ import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.header import described, whole
 from anabranch.graph.powerwalk.index import Chunk, stored_counts
 from anabranch.graph.powerwalk.query import Leaky, Lookup, QueryBuffers, read_count
 from anabranch.graph.ppr.rules import Transition
@@ -250,14 +251,13 @@ def _numbers(column: Any, graph: Graph) -> np.ndarray:
 
 def _check(arrays: dict[str, np.ndarray], meta: dict[str, Any], path: str) -> None:
     """Kernels follow rows without looking, so they are looked at here, also where they are mapped. Raises DataError."""
-    try:
-        num_nodes = int(meta["graph"]["num_nodes"])
+    with described(path, "an index of walks"):
+        of = {name: whole(meta["graph"][name], name) for name in ("num_nodes", "num_stored_edges", "crc")}
+        num_nodes = of["num_nodes"]
         facts = [arrays[name] for name in ("has", "total", "cut")]
         starts, ids, counts, seen_starts, seen = (
             arrays[name] for name in ("indptr", "ids", "values", "seen_ptr", "seen")
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: it does not hold an index ({error}); build it again") from None
     kinds = (bool, np.int64, np.int64)
     if any(array.dtype != kind or array.shape != (num_nodes,) for array, kind in zip(facts, kinds, strict=True)):
         raise DataError(f"{path} is damaged: what it says of nodes is not one number for each; build it again")

@@ -1,6 +1,5 @@
 """What a peer lets others do to it. Every field is a defence by itself, and each is measured in the study."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,7 +50,7 @@ class Defences:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < limit:
                 raise InputError(f"{name} is {value!r}; it is a whole number of at least {limit}")
-        if self.ttl is not None and not (self.ttl > 0 and math.isfinite(self.ttl)):
+        if self.ttl is not None and not (isinstance(self.ttl, int | float) and 0 < self.ttl < float("inf")):
             raise InputError(f"ttl is {self.ttl!r}; it is a positive number of seconds, or None")
 
 

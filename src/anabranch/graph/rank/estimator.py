@@ -17,8 +17,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.header import described
 from anabranch.graph.rank.clicks import read_clicks
 from anabranch.graph.rank.defences import Defences
 from anabranch.graph.rank.formula import check_parameters, raw_similarity, saturated, top_terms_mask
@@ -299,14 +300,17 @@ class GRank:
         Raises DataError for a file that is missing, foreign or damaged.
         """
         file = read_arrays(path, KIND)
-        model = cls(**{**file.meta["parameters"], **others})
-        model._library = by_id(Item(**{**item, "tags": tuple(item["tags"])}) for item in file.meta["library"])
-        names = {name: np.array(values, dtype=None if values else str) for name, values in file.meta["names"].items()}
-        model.nodes_, model.terms_, model.items_ = names["nodes"], names["terms"], names["items"]
-        model._count_D, model._node_D = file.arrays["cell_count"], file.arrays["cell_node"]
-        model._term_D, model._item_D = file.arrays["cell_term"], file.arrays["cell_item"]
-        if len({len(model._count_D), len(model._node_D), len(model._term_D), len(model._item_D)}) != 1:
-            raise DataError(f"{path} is damaged: its columns have different lengths")
+        with described(path, "a G-Rank"):
+            model = cls(**{**dict(file.meta["parameters"]), **others})
+            model._defences()
+            model._library = by_id(Item(**{**item, "tags": tuple(item["tags"])}) for item in file.meta["library"])
+            model.nodes_, model.terms_, model.items_ = (
+                _distinct(file.meta["names"][name], name) for name in ("nodes", "terms", "items")
+            )
+            model._count_D, model._node_D, model._term_D, model._item_D = (
+                file.arrays[f"cell_{name}"] for name in ("count", "node", "term", "item")
+            )
+            _check_cells(model, file.arrays)
         model.num_clicks_ = int(model._count_D.sum())
         model._index()
         return model
@@ -316,6 +320,30 @@ class GRank:
             f"{name}={getattr(self, name)!r}" for name in PARAMETERS if name not in ("term_key", "match")
         )
         return f"GRank({changed})"
+
+
+def _distinct(values: Any, name: str) -> np.ndarray:
+    """Names of a file: all integers or all text, in rising order. Raises ValueError."""
+    found = np.array(values, dtype=None if values else str)
+    if not isinstance(values, list) or found.ndim != 1 or found.dtype.kind not in "iuU":
+        raise ValueError(f"{name} are no list of integers, and none of texts")
+    if len({type(value) for value in values}) > 1 or (found[1:] <= found[:-1]).any():
+        raise ValueError(f"{name} are not in order")
+    return found
+
+
+def _check_cells(model: GRank, arrays: dict[str, np.ndarray]) -> None:
+    """Raise ValueError unless cells are those of nodes, terms and items that there are, in order."""
+    most = {"count": 2**62, "node": len(model.nodes_), "term": len(model.terms_), "item": len(model.items_)}
+    for name, end in most.items():
+        cell_D = arrays[f"cell_{name}"]
+        if cell_D.dtype != np.int64 or cell_D.shape != arrays["cell_count"].shape or cell_D.ndim != 1:
+            raise ValueError(f"cell_{name} is {cell_D.dtype} {list(cell_D.shape)}")
+        if len(cell_D) and not 0 <= cell_D.min() <= cell_D.max() < end:
+            raise ValueError(f"cell_{name} is out of range")
+    rising = np.lexsort((model._node_D, model._item_D, model._term_D))
+    if (rising != np.arange(len(rising))).any():
+        raise ValueError("cells are not in order")
 
 
 def _inverted(lists: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:

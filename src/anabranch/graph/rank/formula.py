@@ -59,7 +59,7 @@ def top_terms_mask(count_NT: np.ndarray, number: int) -> np.ndarray:
 
 def check_parameters(F: float, explore: float, top_terms: int) -> None:
     """Raises InputError for an F below 0, an ``explore`` outside 0 to 1, a negative or fractional ``top_terms``."""
-    if not (isinstance(F, int | float) and np.isfinite(F) and F >= 0):
+    if not (isinstance(F, int | float) and 0 <= F < float("inf")):
         raise InputError(f"F is {F}; the isolation constant is a finite number of at least 0")
     if not (isinstance(explore, int | float) and 0 <= explore <= 1):
         raise InputError(f"explore is {explore}; it is a probability, 0 to 1")

@@ -10,9 +10,10 @@ import numpy as np
 
 from anabranch.files import parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.header import described, whole
 from anabranch.graph.rank.defences import Defences
 from anabranch.graph.rank.items import Item
-from anabranch.graph.rank.rows import row_from_json
+from anabranch.graph.rank.rows import check_vector, is_node, row_from_json
 
 KIND = "rank peer"
 # A kind of peer (`anabranch.graph.rank.peer`), which reads and writes itself by these.
@@ -47,19 +48,34 @@ def read(path: str | Path, kind: Callable[..., P], others: dict[str, Any]) -> P:
     """See `Peer.load`; ``kind`` is the class."""
     file = read_arrays(path, KIND)
     meta = file.meta
-    items = [
-        Item(id, title, artist, tuple(tags)) for id, title, artist, tags in parse_json(file.arrays["library"].tobytes())
-    ]
-    defences = Defences(**meta["defences"])
-    peer: Any = kind(items, meta["node_id"], meta["F"], meta["explore"], meta["top_terms"], defences=defences, **others)
-    lines = file.arrays["rows"].tobytes().splitlines()
-    peer._take([row_from_json(parse_json(line)) for line in lines], is_ours=True)
-    for origin, ends in meta["held"].items():
+    with described(path, "a peer"):
+        entries = parse_json(file.arrays["library"].tobytes())
+        items = [Item(id, title, artist, tuple(tags)) for id, title, artist, tags in entries]
+        defences = Defences(**meta["defences"])
+        named = [meta[name] for name in ("node_id", "F", "explore", "top_terms")]
+        lines = file.arrays["rows"].tobytes().splitlines()
+        rows = [row_from_json(parse_json(line)) for line in lines]
+        held, known = check_vector(meta["held"]), [_node(name) for name in meta["known"]]
+        marked = {_node(name): whole(count, "marks") for name, count in dict(meta["marked"]).items()}
+        distrusted, next_query = [_node(name) for name in meta["distrusted"]], whole(meta["next_query"], "next_query")
+        generator = np.random.default_rng()
+        generator.bit_generator.state = meta["generator"]
+        # What the caller brings is theirs to answer for.
+        kind(items, *named, defences=Defences())
+    peer: Any = kind(items, *named, defences=defences, **others)
+    peer._take(rows, is_ours=True)
+    for origin, ends in held.items():
         peer.log.restore(origin, ends)
-    for node in meta["known"]:
+    for node in known:
         peer.learn(node)
-    peer.log.marked.update(meta["marked"])
-    peer.log.distrusted.update(meta["distrusted"])
-    peer._next_query = max(peer._next_query, meta["next_query"])
-    peer._generator.bit_generator.state = meta["generator"]
+    peer.log.marked.update(marked)
+    peer.log.distrusted.update(distrusted)
+    peer._next_query = max(peer._next_query, next_query)
+    peer._generator = generator
     return peer
+
+
+def _node(name: Any) -> str:
+    if not is_node(name):
+        raise ValueError(f"{name!r:.80} is no name of a node")
+    return str(name)

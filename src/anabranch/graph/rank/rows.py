@@ -118,7 +118,7 @@ def is_node(value: Any) -> bool:
 
 
 def check_vector(value: Any) -> Vector:
-    """A vector from the wire. Raises DataError if it is none."""
+    """A vector from the wire or a file. Raises DataError if it is none."""
     if not isinstance(value, Mapping):
         raise DataError("a vector is an object of ranges by origin")
     for origin, ranges in value.items():
