@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import DataError
 
 # Of numpy types: those whose bytes say all.
 KINDS = "biufcSU"
@@ -92,9 +92,9 @@ def described(source: object, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except DataError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, InputError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, DataError) as error:
+        if isinstance(error, DataError) and str(source) in str(error):
+            raise
         reason = str(error).partition("\n")[0]
         why = f"there is no {reason}" if isinstance(error, KeyError) else reason or type(error).__name__
         raise DataError(f"{source} is damaged: its header does not describe {what} ({why}); make it again") from error

@@ -237,7 +237,8 @@ class FastRP(Steps):
         params, arrays, nodes, setup = storage.read(path)
         with described(path, "a FastRP of this release"):
             made = cls(**params)
-            if made.dim != arrays["embedding"].shape[1]:
+            # Several times as many where powers stand side by side.
+            if arrays["embedding"].shape[1] % made.dim or arrays.get("power0", arrays["embedding"]).shape[1] < made.dim:
                 raise ValueError(f"dim is {made.dim}, and vectors have {arrays['embedding'].shape[1]} numbers")
         made.embedding_, made._nodes, made._setup = arrays["embedding"], nodes, setup
         made._mean_D, made._factor_D = arrays["mean"], arrays["factor"]

@@ -56,7 +56,7 @@ def devices_of(device: str, workers: int) -> list[Any]:
         return [torch.device(name) for name in names]
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise BackendError(
             f"device is {device!r}, which PyTorch does not know; use 'cpu', 'cuda' or 'cuda:*'"
         ) from error

@@ -48,8 +48,8 @@ class Defences:
         least |= {} if self.rows_per_origin is None else {"rows_per_origin": 1}
         for name, limit in least.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < limit:
-                raise InputError(f"{name} is {value!r}; it is a whole number of at least {limit}")
+            if isinstance(value, bool) or not isinstance(value, int) or not limit <= value < 2**63:
+                raise InputError(f"{name} is {value!r}; it is a whole number of at least {limit}, below 2**63")
         if self.ttl is not None and not (isinstance(self.ttl, int | float) and 0 < self.ttl < float("inf")):
             raise InputError(f"ttl is {self.ttl!r}; it is a positive number of seconds, or None")
 
