@@ -169,10 +169,10 @@ def test_numbers_of_an_index_that_cannot_be(tmp_path, name, value, message):
     assert name in state["arrays"]
     # One that went may have any.
     state["arrays"]["label"][5] = -1
-    HNSW._made(state["arrays"], state["meta"], mapped=False, source="s", num_threads=1)
+    HNSW._made(state["arrays"], state["meta"], mapped=False, source="s", workers=1)
     state["arrays"][name][0] = value
     with pytest.raises(DataError, match=message):
-        HNSW._made(state["arrays"], state["meta"], mapped=False, source="s", num_threads=1)
+        HNSW._made(state["arrays"], state["meta"], mapped=False, source="s", workers=1)
 
 
 def test_options_that_no_memory_holds():

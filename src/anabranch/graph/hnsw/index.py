@@ -89,7 +89,9 @@ class HNSW(Kept):
         check_quantization(quantization, code_bytes, dim=self.dim, metric=metric, dtype=dtype)
         self.metric, self.dtype, self.seed, self.heuristic = metric, dtype, int(seed), heuristic
         self.quantization, self.code_bytes = quantization, None if code_bytes is None else int(code_bytes)
-        self._rerank = bool(rerank) if isinstance(rerank, bool | np.bool_) else as_positive(rerank, "rerank", MAX_RERANK)
+        self._rerank = (
+            bool(rerank) if isinstance(rerank, bool | np.bool_) else as_positive(rerank, "rerank", MAX_RERANK)
+        )
         self.extend_candidates, self.keep_pruned, self.flat = bool(extend_candidates), bool(keep_pruned), bool(flat)
         self.compact_at = compact_at
         self.workers = None if workers is None else as_positive(workers, "workers")
