@@ -245,6 +245,32 @@ def test_a_look_is_for_many_changes(kind, monkeypatch):
     assert len(looks if "dtype" in kind else worn) == 2
 
 
+def test_what_is_linked_anew_is_led_to():
+    """Those that stay lie far from all that moved, and nothing led there."""
+    index = made({"dtype": "i8"})
+    index.add(FAR[:1150], np.arange(1150))
+    index.add(VECTORS[:900], np.arange(900), update=True)
+    assert np.abs(index._storage.encoding.centre_D).max() < 9
+    assert index.stats()["unreachable"] == 0
+
+
+def test_who_comes_while_what_is_left_is_looked_at_finds_it_by_its_new_places(monkeypatch):
+    index, whole, seen = made(KINDS[2], compact_at=None), changing.better_centre, []
+    index.add(VECTORS, np.arange(1300) + 7)
+    index.remove(np.arange(400) + 7)
+
+    def look(*asked):
+        reader = thread(lambda: seen.append((index.vectors(np.arange(900) + 407), index.contains([7, 406, 407]))))
+        reader.join(WAIT_S)
+        return whole(*asked)
+
+    monkeypatch.setattr(changing, "better_centre", look)
+    assert index.compact() == 400
+    ((rows, known),) = seen
+    np.testing.assert_array_equal(rows, VECTORS[400:])
+    assert known.tolist() == [False, False, True]
+
+
 def test_a_file_knows_how_much_has_changed(tmp_path):
     """So that what comes later is the same, whether it was loaded in between or not."""
     index = made(KINDS[2])
