@@ -21,8 +21,8 @@ WORTH = 4096
 # Elements are linked anew in so many parts.
 PARTS = 8
 
-# What rows and codes are rounded about is looked at again once one in so many elements was moved or went: a look costs as much as some
-# hundred changes.
+# What rows and codes are rounded about is looked at again once one in so many elements came, was moved, or went: a look costs as much as
+# some hundred changes.
 LOOKS = 8
 
 
@@ -32,7 +32,7 @@ class Changes:
     Attributes:
         drawn: levels so far.
         next_id: after the largest so far.
-        changed: elements that were moved, or went, since what rows and codes are rounded about was looked at.
+        changed: elements that came, were moved, or went, since what rows and codes are rounded about was looked at.
     """
 
     def __init__(
@@ -85,14 +85,16 @@ class Changes:
             self._linker.take(prepared)
             self._slots.put(id_1, prepared[0])
         self.drawn += 1
+        self.changed += 1
         self.next_id = max(self.next_id, int(id_1[0]) + 1)
         return id_1
 
     def _is_due(self, more: int) -> bool:
-        """Whether rows want another look at their centre with so many more: twice as many, or enough of what there was went."""
-        count = self._storage.count
-        live = count - int(self._storage.graph[layout.NUM_DELETED])
-        return 0 < self.changed >= live / LOOKS or count.bit_length() < (count + more).bit_length()
+        """Whether what rows and codes are rounded about, if they are, wants another look with so many more."""
+        held, changed = self._storage, self.changed + more
+        if held.encoding.is_settled and held.encoding.centre_D is None and held.coded is None:
+            return False
+        return 0 < changed and held.count - int(held.graph[layout.NUM_DELETED]) <= LOOKS * changed
 
     def _is_vacated(self, count: int) -> bool:
         """Whether some of so many new elements have places of deleted ones, once those are made vacant where that is worth it."""
@@ -110,7 +112,8 @@ class Changes:
         held, count, done = self._storage, len(vector_ND), 0
         again = self._vacate(count, workers) if reuse else 0
         # What rows are rounded about may be far from them by now.
-        is_anew = self._is_due(count - again) and self._settle(vector_ND, workers)
+        is_due = self._is_due(count - again)
+        is_anew = is_due and self._settle(vector_ND, workers)
         # A table that a reader makes from now on has all of them.
         had_table = self._slots.is_made
         slot_S = self._append(vector_ND[again:], id_N[again:])
@@ -123,6 +126,8 @@ class Changes:
                 done = self._linker.num_done if len(slot_S) == count else 0
                 self._take_back(slot_S[done:], count - again, workers)
             self.drawn += max(done - again, 0)
+            # Those that a look has seen do not count.
+            self.changed += 0 if is_due else max(done - again, 0)
             if done:
                 self.next_id = max(self.next_id, int(id_N[:done].max()) + 1)
             if done < count:

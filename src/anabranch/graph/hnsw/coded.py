@@ -35,6 +35,10 @@ SAMPLE = 1 << 15
 # Codes are worn out where vectors use fewer than one in so many of the centres that they could.
 WORN = 4
 
+# So are they where more than one in so many vectors lies farther from its centre than any centre from the middle of all: what is so far off
+# looks near, and fills a walk.
+OUTSIDE = 16
+
 # Vectors that are looked at for that.
 LOOKED_AT = 1024
 
@@ -77,17 +81,22 @@ class PQ:
         return made
 
     def is_worn(self, vector_SD: np.ndarray) -> bool:
-        """Whether these vectors fall upon few of the centres of a part, although they differ there."""
+        """Whether these vectors fall upon few of the centres of a part, although they differ there; or some lie far outside of all."""
         assert self.codes is not None
         if not len(vector_SD):
             return False
         code_SM = self.codes.encode(vector_SD)
+        off_SD = vector_SD.astype(np.float64) - self.codes.decode(code_SM)
         for part in range(self.num_parts):
             begin, end = part * self.dim // self.num_parts, (part + 1) * self.dim // self.num_parts
             used = len(np.unique(code_SM[:, part]))
             # As bytes: sorting rows of numbers is slow.
             part_S = np.ascontiguousarray(vector_SD[:, begin:end]).view(f"V{4 * (end - begin)}")
             if WORN * used < min(CENTRES, len(np.unique(part_S))):
+                return True
+            centre_WK = self.codes.centre_MWK[part, : end - begin].astype(np.float64)
+            reach = ((centre_WK - centre_WK.mean(1, keepdims=True)) ** 2).sum(0).max()
+            if OUTSIDE * int(((off_SD[:, begin:end] ** 2).sum(1) > reach).sum()) > len(vector_SD):
                 return True
         return False
 

@@ -231,7 +231,7 @@ class HNSW(Kept):
         """Learn anew what codes stand for, and code all vectors by it. Searches go on meanwhile.
 
         `add` does so by itself once there are 1,024 vectors, and again at eight times as many, until there are 32,768; and where codes say
-        little of the vectors that there are by then, `add` and `update` (as they become twice as many, or one in 8 was moved or has gone)
+        little of the vectors that there are by then, `add` and `update` (whenever one in 8 has come, was moved or has gone)
         and `compact`. This is for vectors that have become others since. Before, there are no codes, and distances are exact.
 
         Args:
