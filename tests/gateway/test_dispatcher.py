@@ -297,6 +297,7 @@ def test_an_answer_that_was_not_accepted_is_better_than_none():
         ({"rpm": 1, "max_in_flight": 1}, {"busy": True}, True),
         # An answer that would not do, better than none.
         ({}, {"accept": lambda model, answer: False, "others": {"fails": 1.0}}, True),
+        ({}, {"accept": lambda model, answer: False, "others": {"script": ("422",) * 9}}, True),
         ({}, {"accept": lambda model, answer: False, "poor": True}, True),
     ],
 )

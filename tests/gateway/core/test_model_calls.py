@@ -36,6 +36,9 @@ def test_a_call_is_paid_for_and_noted():
         said = [piece async for piece in calls.stream("small", "which?")]
         assert isinstance(said[-1], Answered)
         assert "".join(piece.text for piece in said if isinstance(piece, Said)) == said[-1].text
+        # Each by its own prompt, for what is known of one that was lost.
+        await calls("small", "a much longer question " * 9)
+        assert calls.made[-1].prompt_tokens > call.prompt_tokens > 0
         assert calls.made[1].purpose == "draft"
 
     run(work)
