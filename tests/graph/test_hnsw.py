@@ -141,6 +141,7 @@ def test_size_of_short_rows():
     assert size == {"f32": 512, "f16": 256, "i8": 128}
 
 
+@pytest.mark.filterwarnings("ignore:row .* of vectors holds a number")
 def test_numbers_beyond_half_precision_are_not_infinite():
     index = HNSW(2, "ip", dtype="f16")
     index.add([[1e6, 0], [0, 1.0]])

@@ -12,6 +12,9 @@ from anabranch.graph.hnsw.checks import MAX_LENGTH
 from anabranch.graph.hnsw.coded import PQ
 from hnsw_checks import WAIT_S, check_graph, drawn, graph_bytes, naive, recall, thread
 
+# Vectors lie far from all others on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:row .* of vectors holds a number")
+
 KINDS = (
     *({"dtype": dtype, "rerank": rerank} for dtype in ("f16", "i8") for rerank in (True, False)),
     *({"quantization": quantization} for quantization in ("int4", "pq")),

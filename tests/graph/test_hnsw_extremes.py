@@ -59,8 +59,7 @@ def test_vectors_whose_squares_vanish_are_told_of_by_row():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         index.add(np.concatenate([np.zeros((2, 4)), vectors * 1e-17]))
-        for metric in ("cosine", "ip"):
-            HNSW(4, metric).add(vectors * np.float32(1e-30))
+        HNSW(4, "cosine").add(vectors * np.float32(1e-30))
         HNSW(32, "hamming").add(np.zeros((2, 4), np.uint8))
 
 
@@ -72,6 +71,7 @@ def test_directions_may_be_of_any_length():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.filterwarnings("ignore:row .* of vectors holds a number")
 def test_the_longest_there_may_be_are_found(dtype, metric):
     generator = np.random.default_rng(0)
     vectors = generator.standard_normal((300, 16))
@@ -86,7 +86,64 @@ def test_the_longest_there_may_be_are_found(dtype, metric):
         assert (ids[:, 0] == np.arange(300)).mean() > 0.99
 
 
-@pytest.mark.filterwarnings("ignore:row .* is shorter than")
+def test_inner_products_of_vectors_that_are_all_short_are_told():
+    """1 - inner product has 24 bits for its 1, and few are left for what is far below."""
+    vectors = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    index = HNSW(4, "ip")
+    with pytest.warns(
+        UserWarning, match=r"row \d+ of vectors is shorter than 0.001, and the longest: 1 - inner product"
+    ):
+        index.add(vectors * np.float32(1e-5))
+    with pytest.warns(UserWarning, match="row 0 of vectors is shorter than 0.001"):
+        index.add(vectors[:1] * np.float32(1e-5))
+    with pytest.warns(UserWarning, match="row 1 of vectors is shorter than 0.001"):
+        index.update([3, 4], [[0, 0, 0, 0], [1e-30, 0, 0, 0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Among longer ones such are as good as zero.
+        index.add(np.concatenate([vectors, vectors * np.float32(1e-5), np.zeros((2, 4))]))
+        index.add(np.zeros((3, 4)))
+        index.add(np.empty((0, 4)))
+
+
+def test_numbers_that_16_bits_do_not_hold_are_told():
+    vectors = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    for metric in ("l2", "ip"):
+        with pytest.warns(
+            UserWarning,
+            match=r"row \d+ of vectors holds a number that lies \S+ from the centre, and 16 bits reach 65504",
+        ):
+            HNSW(4, metric, dtype="f16").add(vectors * np.float32(1e6))
+    index = HNSW(4, dtype="f16")
+    with pytest.warns(UserWarning, match=r"all others hold numbers below 6.1e-05 alone, of which 16 bits keep little"):
+        index.add(vectors * np.float32(1e-6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        index.add(np.concatenate([vectors, np.zeros((2, 4))]))
+        index.add(np.zeros((2, 4)))
+        for dtype in ("f32", "i8"):
+            HNSW(4, dtype=dtype).add(vectors * np.float32(1e6))
+        # A centre is taken off first.
+        far = HNSW(4, dtype="f16")
+        far.add(vectors + np.float32(1e6))
+        far.add(vectors[:1] + np.float32(1e6))
+        HNSW(4, "cosine", dtype="f16").add(vectors * np.float32(1e6))
+    with pytest.warns(UserWarning, match="row 1 of vectors holds a number that lies"):
+        far.update([0, 1], np.array([[1e6] * 4, [0] * 4], np.float32))
+    with pytest.warns(UserWarning, match="row 0 of vectors holds a number that lies"):
+        far.add(np.zeros((1, 4), np.float32))
+
+
+def test_shards_have_no_ids_after_the_largest():
+    index = ShardedHNSW(4, 2)
+    vectors = np.eye(4, dtype=np.float32)
+    index.add(vectors[:1], [2**63 - 2])
+    assert index.add(vectors[:1]).tolist() == [2**63 - 1]
+    with pytest.raises(InputError, match="there are no 2 ids after the largest, 9223372036854775807"):
+        index.add(vectors[:2])
+
+
+@pytest.mark.filterwarnings("ignore:row .* is shorter than", "ignore:row .* of vectors")
 @given(
     st.lists(
         st.lists(st.floats(-LARGEST, LARGEST, width=32), min_size=3, max_size=3), min_size=1, max_size=40

@@ -17,6 +17,15 @@ TOO_LONG = "squared distances would not be finite as 32-bit numbers; scale all v
 # Below that, squares of differences vanish as 32-bit numbers, and all such vectors lie at distance 0 from each other.
 MIN_LENGTH = 1e-18
 
+# Where no vector is longer, 1 - inner product is rounded to less than some sixteen values, for its 1: distances do not tell them apart.
+MIN_PRODUCT_LENGTH = 1e-3
+
+# Numbers that 16 bits hold with their full precision, in absolute value.
+HALF_LEAST, HALF_MOST = float(np.finfo(np.float16).smallest_normal), float(np.finfo(np.float16).max)
+
+# Rows that are looked at together.
+_LOOKED_AT = 1 << 14
+
 
 def is_tensor(value: Any) -> bool:
     """Whether this is a torch tensor; torch is not imported for it."""
@@ -128,6 +137,43 @@ def warn_of_short(vector_ND: np.ndarray, metric: str, what: str) -> None:
         message = (
             f"row {short[0]} of {what} is shorter than {MIN_LENGTH:g}, and not zero: squared distances between such vectors are 0 as "
             "32-bit numbers, so that they are not told apart; scale all vectors up"
+        )
+        warnings.warn(message, stacklevel=3)
+
+
+def warn_of_rounding(vector_ND: np.ndarray, metric: str, dtype: str, centre_D: np.ndarray | None, what: str) -> None:
+    """Tell of rows of which distances ("ip"), or short rows about a centre ("f16"), keep little. Ranks suffer, so it is no error.
+
+    For "ip" where the longest is shorter than `MIN_PRODUCT_LENGTH`; for "f16" of the first that holds a number beyond `HALF_MOST`, and
+    where all numbers are below `HALF_LEAST`. Vectors that are all zero are as good as any.
+    """
+    if metric == "ip" and len(vector_ND):
+        square_N = np.einsum("nd,nd->n", vector_ND, vector_ND, dtype=np.float64)
+        row = int(square_N.argmax())
+        if vector_ND.any() and square_N[row] < MIN_PRODUCT_LENGTH**2:
+            message = (
+                f"row {row} of {what} is shorter than {MIN_PRODUCT_LENGTH:g}, and the longest: 1 - inner product of such vectors is "
+                "rounded to a few 32-bit numbers, so that they are hardly told apart; scale all vectors up"
+            )
+            warnings.warn(message, stacklevel=3)
+    if dtype != "f16":
+        return
+    largest = 0.0
+    for first in range(0, len(vector_ND), _LOOKED_AT):
+        part_PD = vector_ND[first : first + _LOOKED_AT]
+        largest = max(largest, float(np.abs(part_PD).max(initial=0.0)))
+        far_P = np.abs(part_PD if centre_D is None else part_PD - centre_D).max(1, initial=0.0)
+        if (far_P > HALF_MOST).any():
+            message = (
+                f"row {first + int(np.argmax(far_P > HALF_MOST))} of {what} holds a number that lies {far_P.max():.3g} from the centre, "
+                f"and 16 bits reach {HALF_MOST:g}: such numbers are cut off; scale all vectors down, or use dtype 'i8'"
+            )
+            warnings.warn(message, stacklevel=3)
+            return
+    if 0 < largest < HALF_LEAST:
+        message = (
+            f"row 0 of {what} and all others hold numbers below {HALF_LEAST:.2g} alone, of which 16 bits keep little; scale all vectors "
+            "up, or use dtype 'i8'"
         )
         warnings.warn(message, stacklevel=3)
 

@@ -8,7 +8,15 @@ import numpy as np
 from anabranch.errors import CapacityError, InputError
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.changing import Changes
-from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like, warn_of_short
+from anabranch.graph.hnsw.checks import (
+    as_distinct,
+    as_ids,
+    as_positive,
+    as_vectors,
+    like,
+    warn_of_rounding,
+    warn_of_short,
+)
 from anabranch.graph.hnsw.coded import Coded, check_quantization
 from anabranch.graph.hnsw.encoding import BITS
 from anabranch.graph.hnsw.figures import figures
@@ -36,8 +44,9 @@ class HNSW(Kept):
 
     Args:
         dim: numbers in a vector; bits for "hamming", a multiple of 8.
-        metric: "l2" (squared), "ip" (1 - inner product; no metric, so recall may suffer), "cosine" (vectors are scaled to length 1) or
-            "hamming" (how many bits differ; vectors are packed bits, uint8 [N, dim / 8], or bool [N, dim]).
+        metric: "l2" (squared), "ip" (1 - inner product in 32 bits, which says little of vectors that are all shorter than 1e-3; no metric,
+            so recall may suffer), "cosine" (vectors are scaled to length 1) or "hamming" (how many bits
+            differ; vectors are packed bits, uint8 [N, dim / 8], or bool [N, dim]).
         M: links of a new element; at most 2 M accumulate on level 0. 5 to 48, more for more dimensions.
         ef_construction: candidates considered for them; at least M, at most 1,048,576.
         dtype: how vectors are searched, "f32", "f16" (half the bytes) or "i8" (a quarter); "b1" for "hamming". None for "f32", or "b1".
@@ -195,7 +204,8 @@ class HNSW(Kept):
         An interrupt (Ctrl-C) ends it between batches: elements that are in the graph by then stay, the others are not there.
 
         Warns (UserWarning), with the row, of a vector for "l2" that is not zero and shorter than 1e-18 (`MIN_LENGTH`): squared distances
-        between such ones are 0, so that they are not told apart.
+        between such ones are 0, so that they are not told apart. And of vectors that are rounded to too little: for "ip" where all are
+        shorter than 1e-3, with "f16" where numbers lie over 65,504 from the centre, or are all below 6.1e-5.
 
         Raises:
             InputError: vectors of another dimension, with numbers that are not finite or too long to be squared (`MAX_LENGTH`), ids that do
@@ -209,6 +219,7 @@ class HNSW(Kept):
             with self._lock.write_beside():
                 id_1 = self._changes.insert_beside(vector_ND, given, reuse=reuse)
             if id_1 is not None:
+                warn_of_rounding(vector_ND, self.metric, self.dtype, self._storage.encoding.centre_D, "vectors")
                 return id_1
         with self._lock.write() as interrupts, self._pool(workers, former, "add") as pool:
             id_N = self._changes.following(len(vector_ND)) if given is None else given
@@ -225,6 +236,7 @@ class HNSW(Kept):
             if repair:
                 self._changes.repair()
             self._changes.learn_if_due(pool)
+        warn_of_rounding(vector_ND, self.metric, self.dtype, self._storage.encoding.centre_D, "vectors")
         return id_N
 
     def train(self, vectors: Any = None, *, workers: int | None = None, **former: Any) -> None:
@@ -261,6 +273,7 @@ class HNSW(Kept):
             if repair:
                 self._changes.repair()
             self._changes.learn_after_loss(pool)
+        warn_of_rounding(vector_ND, self.metric, self.dtype, self._storage.encoding.centre_D, "vectors")
 
     def remove(self, ids: Any) -> None:
         """Delete elements: searches walk over them and do not return them, until `compact` takes them out.

@@ -62,7 +62,11 @@ class ShardedHNSW:
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         if ids is None:
             begin = max((shard._changes.next_id for shard in self.shards), default=0)
-            id_N = np.arange(begin, begin + len(vector_ND))
+            if begin + len(vector_ND) > 2**63:
+                raise InputError(
+                    f"there are no {len(vector_ND):,} ids after the largest, {begin - 1}; give ids that are free"
+                )
+            id_N = begin + np.arange(len(vector_ND), dtype=np.int64)
         else:
             id_N = as_distinct(as_ids(ids, len(vector_ND)))
         if not update:
