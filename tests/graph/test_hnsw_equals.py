@@ -1,12 +1,16 @@
 """Equal vectors: groups larger than a list stay connected, among themselves and outwards, and nothing else changes."""
 
+import threading
+
 import numpy as np
 import pytest
 
-from anabranch.graph.hnsw import HNSW, layout
-from hnsw_checks import check_graph, drawn, graph_bytes, lists
+from anabranch.graph.hnsw import HNSW, changing, layout
+from anabranch.graph.hnsw.linking import Linker
+from hnsw_checks import WAIT_S, check_graph, drawn, graph_bytes, lists
 
 ORDER = np.random.default_rng(1).permutation(10_000)
+VECTORS_16 = drawn(40, 16, 9)
 KINDS = {
     "l2": {},
     "cosine": {"metric": "cosine"},
@@ -47,6 +51,71 @@ def test_groups_of_fifty_are_all_found(kind):
     assert index.stats()["unreachable"] == 0
     check_graph(index)
     check_halves(index, vectors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("M", [2, 4])
+def test_with_few_links_every_exact_hit_can_be_reached(kind, M):
+    """As before, where a list has room for less than there are copies of one vector near it: whole groups were cut off."""
+    base = drawn_for(KINDS[kind], 60)
+    vectors = np.repeat(base, 30, 0)[ORDER[ORDER < 1800]]
+    index = empty(KINDS[kind], M=M, ef_construction=60, workers=1)
+    index.add(vectors)
+    assert index.stats()["unreachable"] == 0
+    ids, _ = index.search(base, 30, len(vectors))
+    assert (vectors[ids] == base[:, None]).all()
+    check_graph(index)
+
+
+def test_copies_that_come_singly_can_be_reached_after_a_while(tmp_path):
+    base = drawn_for({}, 40)
+    vectors = np.repeat(base, 20, 0)[ORDER[ORDER < 800]]
+    made = [HNSW(16, M=3, ef_construction=30, workers=1) for _ in range(2)]
+    for index in made:
+        index.add(vectors[:400])
+        assert index.stats()["unreachable"] == 0
+    for row in vectors[400:]:
+        made[0].add(row)
+    # In two parts, and read from a file between them: the same bytes.
+    for row in vectors[400:530]:
+        made[1].add(row)
+    made[1].save(tmp_path / "i.anb")
+    again = HNSW.load(tmp_path / "i.anb", workers=1)
+    for row in vectors[530:]:
+        again.add(row)
+    assert graph_bytes(again) == graph_bytes(made[0])
+    # At most an eighth of them came since it was looked.
+    assert made[0]._linker.num_copies <= 100
+    made[0].add(vectors[:200])
+    assert made[0].stats()["unreachable"] == 0
+
+
+def test_lists_of_many_are_looked_at_beside_searches(monkeypatch):
+    monkeypatch.setattr(changing, "LOOKED_BESIDE", 500)
+    index, seen, own = HNSW(16, M=3, ef_construction=30, workers=1), [], Linker.reached
+
+    def reached(linker):
+        # Another thread's search comes in.
+        one = threading.Thread(target=lambda: seen.append(len(index.search(VECTORS_16[:3], 1)[0])))
+        one.start()
+        one.join(WAIT_S)
+        return own(linker)
+
+    monkeypatch.setattr(Linker, "reached", reached)
+    index.add(np.repeat(VECTORS_16, 20, 0))
+    assert seen
+    assert set(seen) == {3}
+    assert index.stats()["unreachable"] == 0
+
+
+def test_different_vectors_are_no_copies(monkeypatch):
+    index = HNSW(16, M=2, ef_construction=20, workers=1)
+    monkeypatch.setattr(index._linker, "reached", None)
+    index.add(drawn(1500, 16, 3))
+    assert index._linker.num_copies == 0
+    # Some cannot be reached with so few links, which is as it was: `repair` is for that.
+    monkeypatch.undo()
+    assert index.repair() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,8 @@ nobody sees yet. `link_back` then adds the batch to the lists of its targets, on
 any way: each list is written once, from what the step before left, so the bytes are the same for any number of threads.
 
 Equal vectors would fill each other's lists until nothing leads out of them or to the last that came. So at most half of a list leads to
-equals of its element (`select`), and one that finds this half full stands between its equal and another (`stand_between`).
+equals of its element (`select`), and one that finds this half full stands between its equal and another (`stand_between`). Where many are
+equal, candidates are of few places, and with few links whole groups may be cut off: `Changes.repair_if_due` looks for that.
 """
 # Shapes: B batch, T targets, K candidates
 
@@ -147,9 +148,22 @@ def extend(graph, base, level, query, scale, norm, count, visited, found_d, foun
     return count
 
 
+@helper
+def leads_to_equal(graph, base, chosen, count):
+    """Whether one of ``count`` slots is equal to the base."""
+    for place in range(count):
+        if is_equal(graph, base, np.int64(chosen[place])):
+            return True
+    return False
+
+
 @kernel
 def link_new(graph, visited, slot_B, begin, end):
-    """Write the links of new elements ``begin`` ... ``end`` of a batch on every level that the graph has and they have."""
+    """Write the links of new elements ``begin`` ... ``end`` of a batch on every level that the graph has and they have.
+
+    Returns how many of them lead to an equal.
+    """
+    num_copies = 0
     ef = graph[EF]
     found_d, found_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
     todo = np.empty(graph[CAP0] + 1, np.int32)
@@ -170,6 +184,8 @@ def link_new(graph, visited, slot_B, begin, end):
                 count = extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i)
             count = select(graph, base, count, graph[CAP], found_d, found_i, chosen, address(other))
             write_links(links_of(graph, base, level), cap_of(graph, level), chosen, count)
+            num_copies += level == 0 and leads_to_equal(graph, base, chosen, count)
+    return num_copies
 
 
 @helper
@@ -341,14 +357,16 @@ def come_prepared(graph, slot_B, number, target_TP, list_TC, count):
 
 @kernel
 def insert_singly(graph, visited, slot_B, begin, end):
-    """Insert elements one after the other: batches of one."""
+    """Insert elements one after the other: batches of one. Returns as `link_new`."""
+    num_copies = 0
     for number in range(begin, end):
         if graph[ENTRY] >= 0:
-            link_new(graph, visited, slot_B, number, number + 1)
+            num_copies += link_new(graph, visited, slot_B, number, number + 1)
         most = graph[CAP0] + graph[CAP] * max(graph[TOP], 0)
         target_TP, list_TC = np.empty((most, 2), np.int64), np.empty((most, graph[CAP0]), np.int32)
         count = prepare(graph, slot_B, number, target_TP, list_TC)
         lead_to(graph, slot_B, number, target_TP, list_TC, count)
+    return num_copies
 
 
 @kernel

@@ -1,7 +1,7 @@
 """Elements that come into an index, move and go: slots, labels, links and the table of ids in step, also where something comes between."""
 # Shapes: N vectors, D dimension, S slots
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import numpy as np
 
@@ -20,6 +20,12 @@ WORTH = 4096
 
 # Elements are linked anew in so many parts.
 PARTS = 8
+
+# One copy of another in so many elements makes a look at all lists worth it.
+COPIES = 8
+
+# Above so many elements all lists are looked at beside searches: some milliseconds.
+LOOKED_BESIDE = 1 << 14
 
 # What rows and codes are rounded about is looked at again once one in so many elements came, was moved, or went: a look costs as much as
 # some hundred changes.
@@ -283,6 +289,23 @@ class Changes:
             return 0
         self._storage.own()
         return self._linker.repair()
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether an eighth of the elements came as copies of others since it was looked whether all can be reached."""
+        return self._linker.num_copies * COPIES > self._storage.count
+
+    def repair_if_due(self) -> None:
+        """`repair` where that `is_crowded`: what copies find near are copies, and they may have put out the only link to another group."""
+        held, linker = self._storage, self._linker
+        if not self.is_crowded:
+            return
+        linker.num_copies = 0
+        # A look at few takes no longer than to let searches in and out.
+        with self._lock.open_to_readers() if held.count > LOOKED_BESIDE else nullcontext():
+            is_whole = bool((linker.reached() | (held.level[: held.count] < 0)).all())
+        if not is_whole:
+            self.repair()
 
     def learn_if_due(self, workers: Workers) -> None:
         """Learn codes where there are now enough vectors for that, far more than they were learned from, or others."""

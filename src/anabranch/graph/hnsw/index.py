@@ -194,7 +194,8 @@ class HNSW(Kept):
             vectors: [N, D] numbers; for "hamming" packed bits.
             ids: int [N], not negative, each once; None for those after the largest so far.
             update: move elements whose id is there already, instead of raising.
-            repair: link elements that level 0 does not lead to afterwards (as `repair`).
+            repair: link elements that level 0 does not lead to afterwards (as `repair`). So it is whenever an eighth of the elements came
+                as copies of others.
             reuse: use the places of deleted elements, which `restore` cannot bring back then.
             workers: for this call; None for the index's own.
 
@@ -219,6 +220,9 @@ class HNSW(Kept):
             with self._lock.write_beside():
                 id_1 = self._changes.insert_beside(vector_ND, given, reuse=reuse)
             if id_1 is not None:
+                if self._changes.is_crowded:
+                    with self._lock.write():
+                        self._changes.repair_if_due()
                 warn_of_rounding(vector_ND, self.metric, self.dtype, self._storage.encoding.centre_D, "vectors")
                 return id_1
         with self._lock.write() as interrupts, self._pool(workers, former, "add") as pool:
@@ -235,6 +239,7 @@ class HNSW(Kept):
                 self._changes.insert(vector_ND[~known], id_N[~known], pool, interrupts, reuse=reuse)
             if repair:
                 self._changes.repair()
+            self._changes.repair_if_due()
             self._changes.learn_if_due(pool)
         warn_of_rounding(vector_ND, self.metric, self.dtype, self._storage.encoding.centre_D, "vectors")
         return id_N

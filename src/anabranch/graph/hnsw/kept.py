@@ -80,6 +80,7 @@ class Kept:
             "drawn": self._changes.drawn,
             "next_id": self._changes.next_id,
             "changed": self._changes.changed,
+            "copies": self._linker.num_copies,
         }
 
     @classmethod
@@ -92,6 +93,7 @@ class Kept:
             entry, top = whole(meta["entry"], "entry", -1), whole(meta["top"], "top", -1)
             # Files of earlier releases do not say so.
             made._changes.changed = whole(meta.get("changed", 0), "changed")
+            made._linker.num_copies = whole(meta.get("copies", 0), "copies")
             if made._storage.coded is not None:
                 made._storage.coded.trained_on = whole(meta["trained_on"], "trained_on")
             if next_id <= (largest := int(arrays["label"].max(initial=-1))):

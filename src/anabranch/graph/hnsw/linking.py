@@ -44,12 +44,13 @@ class Linker:
 
     Attributes:
         linked: how many elements are in the graph.
+        num_copies: how many came since the last `repair` that lead to equals of theirs.
         num_done: how many of those that `link` was last given are.
     """
 
     def __init__(self, held: Storage, lock: ReadWriteLock) -> None:
         self._storage, self._lock = held, lock
-        self.linked = self.num_done = 0
+        self.linked = self.num_done = self.num_copies = 0
 
     def link(self, slot_S: np.ndarray, workers: Workers, interrupts: Interrupts | None = None) -> int:
         """Insert slots that no list points at, and whose own lists are empty, into the graph, in their order; how many.
@@ -82,7 +83,7 @@ class Linker:
         graph = self._storage.graph
         if len(slot_S) > 1 or graph[layout.ENTRY] < 0:
             with Marks(self._storage) as marks:
-                insert_singly(graph, marks, slot_S, 0, count)
+                self.num_copies += insert_singly(graph, marks, slot_S, 0, count)
             self.linked += count
             return
         # Nearly all of the work, and nothing leads there yet.
@@ -96,7 +97,7 @@ class Linker:
         most = 2 * held.M + held.M * int(graph[layout.TOP])
         target_TP, list_TC = np.empty((most, 2), np.int64), np.empty((most, 2 * held.M), np.int32)
         with Marks(held) as marks:
-            link_new(graph, marks, slot_1, 0, 1)
+            self.num_copies += link_new(graph, marks, slot_1, 0, 1)
         return slot_1, target_TP, list_TC, int(prepare_singly(graph, slot_1, 0, target_TP, list_TC))
 
     def take(self, prepared: Prepared) -> None:
@@ -112,19 +113,21 @@ class Linker:
         again_B = batch_B[~is_first_B]
         for begin in range(0, len(again_B), EQUALS):
             with Marks(held) as marks:
-                insert_singly(held.graph, marks, again_B, begin, min(begin + EQUALS, len(again_B)))
+                self.num_copies += insert_singly(held.graph, marks, again_B, begin, min(begin + EQUALS, len(again_B)))
             self._lock.make_room()
 
     def _link_beside(self, batch_B: np.ndarray, workers: Workers) -> None:
         held, graph = self._storage, self._storage.graph
+        copies: list[int] = []
 
         def forward(begin: int, end: int) -> None:
             with Marks(held) as marks:
-                link_new(graph, marks, batch_B, begin, end)
+                copies.append(link_new(graph, marks, batch_B, begin, end))
 
         # It writes the lists of the new elements alone, which nothing leads to yet.
         with self._lock.open_to_readers():
             workers.run(forward, len(batch_B), 4)
+        self.num_copies += sum(copies)
         for level in range(int(min(held.level[batch_B].max(), graph[layout.TOP])) + 1):
             self._link_back(batch_B[held.level[batch_B] >= level], level, workers)
 
@@ -193,6 +196,7 @@ class Linker:
 
     def repair(self) -> int:
         """Link what level 0 does not lead to, by `repair_links`; how many."""
+        self.num_copies = 0
         if self._storage.graph[layout.ENTRY] < 0:
             # Nothing leads anywhere, since memory ended while all were taken out.
             self.linked = 0
