@@ -178,13 +178,18 @@ def test_each_edit_plays_its_samples_again(long):
 
 
 @pytest.mark.parametrize(
-    "hidden", [(stts(50, 1), b""), (stts(50, 1_024), box(b"free", b"ctts")), (stts(50, 1 << 31), b"")]
+    ("times", "more", "scale"),
+    [
+        (stts(50, 1), b"", 1 << 30),
+        (stts(50, 1_024), box(b"free", b"ctts"), 44_100),
+        (stts(50, 1 << 31), b"", 44_100),
+        (stts(50, 0), b"", 44_100),
+    ],
 )
-def test_where_nobody_knows_when_samples_are_each_edit_may_play_all(hidden):
-    times, more = hidden
+def test_where_nobody_knows_when_samples_are_each_edit_may_play_all(times, more, scale):
     tables = (times, stsz(50), box(b"edts", elst(*[(2, 0)] * 100)))
-    raw = file(tables=tables, more=box(b"moov", mvhd()) + more, scale=1 << 30)
-    assert contained(raw).seconds == pytest.approx(100 * 50 * SAMPLE_S)
+    raw = file(tables=tables, more=box(b"moov", mvhd()) + more, scale=scale)
+    assert contained(raw).seconds >= 100 * 50 * SAMPLE_S - 1e-6
     raw = file(tables=tables, more=box(b"moof", box(b"traf", box(b"trun", b"\x00" * 4, struct.pack(">I", 7)))))
     assert contained(raw).seconds >= 100 * 57 * SAMPLE_S - 1e-6
 
