@@ -418,6 +418,26 @@ def test_a_file_that_was_replaced_is_not_taken_for_the_one_that_was_changed(path
             live.delete([1])
 
 
+@pytest.mark.parametrize("what", ["folder", "log", "index"])
+def test_nothing_is_acknowledged_that_nobody_would_find(path, tmp_path, what):
+    """A file or the folder went, or has another name now: what is written would be lost. It may come back."""
+    with opened(path) as live:
+        live.upsert([100], VECTORS[100:101])
+        place = {"folder": live_folder(path), "log": live_folder(path) / "log-00000001", "index": path}[what]
+        aside = tmp_path / "aside"
+        place.rename(aside)
+        for _ in range(2):
+            with pytest.raises(DataError, match="was removed or renamed while"):
+                live.upsert([101], VECTORS[101:102])
+        assert 101 not in live.index
+        aside.rename(place)
+        live.delete([100])
+        live.upsert([102], VECTORS[102:103])
+        held = content(live.index)
+    assert content(open_index(path)) == held
+    assert 102 in held
+
+
 def test_what_is_missing_is_told(path):
     changed_and_closed(path, snapshot=True)
     folder = live_folder(path)

@@ -292,6 +292,7 @@ class LiveIndex:
         if not kept:
             return
         self._begin_log()
+        self._check_there()
         number = self.logs.append([one.change for one in kept], sync=self.fsync == "always")
         self.names = naming.names
         for one in kept:
@@ -327,6 +328,15 @@ class LiveIndex:
         if not self.has_changes:
             self.logs.begin(check)
             self._begin_flushing()
+
+    def _check_there(self) -> None:
+        """Raise DataError where nobody would find what is written now: a file was removed or renamed. Nothing has changed then."""
+        log = self.logs.current
+        assert log is not None
+        # Another file in the index's place is told when that is read (`is_current`); changes of the old one go on.
+        gone = log.path if not log.is_there() else self.path if not self.path.exists() else None
+        if gone is not None:
+            raise DataError(f"{gone} was removed or renamed while changes are taken; bring it back, or start again")
 
     def _apply(self, one: Waiting) -> np.ndarray:
         change = one.change

@@ -227,6 +227,13 @@ class Log:
                 self.failure = f"{self.path} could not be brought to the disk ({error.strerror})"
                 raise _told(self.path, error) from error
 
+    def is_there(self) -> bool:
+        """Whether its name still leads to it: who removes or renames the file, or the folder, would lose what comes."""
+        try:
+            return self._handle is not None and os.path.samestat(os.fstat(self._handle), os.stat(self.path))
+        except OSError:
+            return False
+
     def check(self) -> None:
         """Raise DataError if nothing can be written any more."""
         if self.failure is not None:
