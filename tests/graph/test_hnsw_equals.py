@@ -108,6 +108,20 @@ def test_lists_of_many_are_looked_at_beside_searches(monkeypatch):
     assert index.stats()["unreachable"] == 0
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_copies_are_counted_however_they_come(threads):
+    vectors = drawn(1200, 16, 11)
+    index = HNSW(16, M=8, ef_construction=60, workers=threads)
+    index.add(vectors)
+    # Side by side: each is the first of its kind in its batch.
+    index.add(vectors[:40])
+    assert index._linker.num_copies == 40
+    # One after the other, and alone.
+    index.add(np.repeat(vectors[50:51], 9, 0))
+    index.add(vectors[60])
+    assert index._linker.num_copies == 50
+
+
 def test_different_vectors_are_no_copies(monkeypatch):
     index = HNSW(16, M=2, ef_construction=20, workers=1)
     monkeypatch.setattr(index._linker, "reached", None)
