@@ -81,6 +81,7 @@ def test_copies_that_come_singly_can_be_reached_after_a_while(tmp_path):
         made[1].add(row)
     made[1].save(tmp_path / "i.anb")
     again = HNSW.load(tmp_path / "i.anb", workers=1)
+    assert again._linker.num_copies == made[1]._linker.num_copies > 0
     for row in vectors[530:]:
         again.add(row)
     assert graph_bytes(again) == graph_bytes(made[0])
