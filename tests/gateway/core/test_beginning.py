@@ -9,7 +9,7 @@ from anabranch.gateway.config import LimitsConfig, StrategyConfig, Target
 from anabranch.gateway.config.ab import ABConfig
 from anabranch.gateway.core import beginning
 from anabranch.gateway.core.decision_log import Collecting
-from anabranch.gateway.store import COLLECT, KeyRecord
+from anabranch.gateway.store import COLLECT, SHADOW, KeyRecord
 from anabranch.web.api_error import ApiError
 from anabranch.web.large_json import LARGE
 from gateway_states import at_once, begun, config, run, services, state_of
@@ -64,11 +64,23 @@ def test_a_request_is_its_key_s_its_team_s_and_its_tags():
     )
     tags = ("x", "y", "k0123456789ab/z")
     assert (state.user, state.named_user, state.tags, state.tpm, state.is_counted) == ("ann", "ann", tags, 10_000, True)
-    assert (state.tenant, state.sender) == ("k0123456789ab", "ml")
+    assert (state.tenant, state.sender) == ("k0123456789ab", "team:ml")
     assert state_of().sender == ""
     lone = state_of()
     lone.record = KeyRecord(id="k2")
-    assert lone.sender == "k2"
+    assert lone.sender == "key:k2"
+
+
+def test_a_team_a_user_and_a_key_of_one_name_are_three_senders_and_the_gateway_is_a_fourth():
+    senders = []
+    for fields in ({"id": "k1", "team": "acme"}, {"id": "k2", "user": "acme"}, {"id": "acme"}):
+        state = state_of()
+        state.record = KeyRecord(**fields)
+        senders.append(state.sender)
+    assert senders == ["team:acme", "user:acme", "key:acme"]
+    # It comes without a key, and is not whoever else does.
+    own = [state_of(collecting=Collecting("k", 0, tag)).sender for tag in (COLLECT, SHADOW)]
+    assert own == ["gateway:collect", "gateway:shadow"]
 
 
 def test_tags_of_the_gateway_s_own_are_for_it_alone():

@@ -251,6 +251,16 @@ def test_keys_take_turns_and_share_no_prefixes():
     assert {request.key: request.cache_salt for request in script.requests} == {"a": "1 a ", "b": "1 b ", "": ""}
 
 
+def test_whoever_has_no_key_cannot_spell_the_salt_of_one():
+    script = Script()
+
+    async def work(made):
+        return await asyncio.gather(ask(made, key="a", max_tokens=1), ask(made, cache_salt="1 a ", max_tokens=1))
+
+    assert run(script, work)
+    assert {request.key: request.cache_salt for request in script.requests} == {"a": "1 a ", "": "0  1 a "}
+
+
 FIELD = st.sampled_from(
     ["model", "messages", "stream", "max_tokens", "n", "stop", "tools", "response_format", "prompt", "input", "x"]
 )

@@ -266,7 +266,7 @@ class ModelCalls:
             try:
                 deadline = runtime.dispatcher.now() + deadline_s - self._elapsed()
                 request = upstream_request(body, call.id, looked)
-                plan = paid_plan(runtime, self._purse, hold, model, most, call.report, deadline, sender=self.sender)
+                plan = paid_plan(runtime, self._purse, hold, model, most, call.report, deadline, self.sender)
                 plan = replace(plan, trace=self._trace)
                 answer = await (
                     runtime.dispatcher.complete(plan, request)
@@ -391,7 +391,7 @@ def paid_plan(
     most: Usage,
     report: Report,
     deadline: float,
-    sender: str = "",
+    sender: str,
 ) -> Plan:
     """A plan to ask one model, every attempt at it paid out of a purse.
 

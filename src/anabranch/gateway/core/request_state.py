@@ -20,6 +20,7 @@ from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Report
+from anabranch.gateway.dispatch.senders import own_sender
 from anabranch.gateway.media_requests import is_media
 from anabranch.gateway.metrics import StageClock
 from anabranch.gateway.prompt_tokens import PromptCount
@@ -105,9 +106,17 @@ class RequestState:
 
     @property
     def sender(self) -> str:
-        """Whose requests may fail together for a reason of their own: a team, or whoever has the key."""
+        """Whose requests may fail together for a reason of their own: ``team:NAME``, else the ``user:NAME`` or the ``key:ID`` it came with.
+
+        What the gateway asks for itself is a sender of its own, though it comes without a key: "" is whoever sends none, and would find
+        in a model's prefix cache what was asked here of tenants.
+        """
         record = self.record
-        return "" if record is None else record.team or record.user or record.id
+        if record is None:
+            return "" if self.collecting is None else own_sender(self.collecting.tag)
+        if record.team:
+            return f"team:{record.team}"
+        return f"user:{record.user}" if record.user else f"key:{record.id}"
 
     def elapsed(self) -> float:
         """Seconds so far."""

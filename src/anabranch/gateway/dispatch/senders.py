@@ -15,6 +15,11 @@ TIMED_OUT = 8
 KEPT = 1000
 
 
+def own_sender(what: str) -> str:
+    """The sender of what the gateway asks for itself, such as ``shadow``; others are ``team:``, ``user:`` or ``key:`` and a name."""
+    return f"gateway:{what}"
+
+
 class Senders:
     """Of one deployment.
 

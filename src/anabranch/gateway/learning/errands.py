@@ -13,6 +13,7 @@ from anabranch.gateway.core.ledger_row import told_by
 from anabranch.gateway.core.model_calls import bounded, check_priced, paid_plan, upstream_request, worst_nano
 from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.dispatch import Report
+from anabranch.gateway.dispatch.senders import own_sender
 from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.gateway.store import LEARNING, KeyRecord, LedgerRow, Reservation
@@ -86,7 +87,7 @@ class LaneErrands:
                 async with purse.holding(worst_nano(runtime, model, most)) as hold:
                     self.asked += 1
                     deadline = runtime.dispatcher.now() + LONGEST_S
-                    plan = paid_plan(runtime, purse, hold, model, most, report, deadline)
+                    plan = paid_plan(runtime, purse, hold, model, most, report, deadline, own_sender(LEARNING))
                     try:
                         answer = await runtime.dispatcher.complete(plan, request)
                         status = "ok"

@@ -79,7 +79,8 @@ class Frontend:
         self.error = ""
         self.failed = asyncio.Event()
         self.num_cut = 0
-        self.admission = config.admission.build(is_shared=len(config.api_keys) > 1 if is_shared is None else is_shared)
+        self._is_shared = len(config.api_keys) > 1 if is_shared is None else is_shared
+        self.admission = config.admission.build(is_shared=self._is_shared)
         self._reading = Turns(
             "anabranch-reading", "long requests wait to be read", threads=4, at_once=3, most_waiting=256
         )
@@ -287,7 +288,10 @@ class Frontend:
 
     def salt_of(self, key: str, salt: str) -> str:
         """What the prefixes of a request are shared by: times, and usage, would tell one key what another has asked."""
-        return salt if self.config.shared_prefixes or not key else f"{len(key)} {key} {salt}"
+        if self.config.shared_prefixes or not (key or (salt and self._is_shared)):
+            return salt
+        # Without a key too, where others have one: a salt of theirs could spell what a key's is made to.
+        return f"{len(key)} {key} {salt}"
 
     def _become(self, state: State) -> None:
         self.state = state
