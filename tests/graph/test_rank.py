@@ -501,6 +501,12 @@ def test_one_row_of_a_far_number_drops_no_others():
     peer.merge(message([Row("b", 2**53 - 1, "t", 9)]))
     assert sorted(peer.log.rows["b"]) == [0, 1, 2**53 - 1]
     assert peer.vector() == {"b": [0, 2, 2**53 - 1, 2**53]}
+    # Another that begins late: what it left out is not asked for, as there is no place for it.
+    peer.merge(message([Row("c", number, "t", 1) for number in (5, 7, 9)]))
+    assert peer.vector()["c"] == [0, 6, 7, 8, 9, 10]
+    assert peer.merge(message([Row("c", 3, "t", 1), Row("c", 8, "t", 1)])).known == 1
+    assert sorted(peer.log.rows.pop("c")) == [7, 8, 9]
+    del peer.log.held["c"]
     # One more than there may be.
     assert peer.merge(message(rows)).added == 2
     assert sorted(peer.log.rows["b"]) == [2, 3, 2**53 - 1]
@@ -631,6 +637,7 @@ def test_signatures_without_the_package_name_it(monkeypatch):
     [
         ({"F": -0.1}, "F is -0.1"),
         ({"F": float("nan")}, "F is nan"),
+        ({"F": 10**400}, "F is 1000"),
         ({"explore": 1.5}, "explore is 1.5"),
         ({"top_terms": -1}, "top_terms is -1"),
         ({"top_terms": 1.5}, "top_terms is 1.5"),

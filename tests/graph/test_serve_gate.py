@@ -242,6 +242,33 @@ def test_bodies_are_counted_as_they_come(path):
     asyncio.run(run())
 
 
+def test_a_body_that_was_read_takes_no_room(path, monkeypatch):
+    begun, go, search = threading.Event(), threading.Event(), HNSW.search
+
+    def slow(index, *rest, **others):
+        begun.set()
+        assert go.wait(30)
+        return search(index, *rest, **others)
+
+    async def run():
+        app = create_app(Sources([path]), Limits())
+        async with app.router.lifespan_context(app):
+            while app.state.serving.holder.current is None:
+                await asyncio.sleep(0.01)
+            monkeypatch.setattr(HNSW, "search", slow)
+            one = Sending(app, "a")
+            await one.send(b'{"ids": [1], "k": 1}', more=False)
+            while not begun.is_set():
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
+            assert (app.state.serving.gate.taken, app.state.serving.bodies.num_bytes) == (1, 0)
+            go.set()
+            await asyncio.wait_for(one.task, 5)
+            assert one.status == 200
+
+    asyncio.run(run())
+
+
 def test_limits_of_bodies_that_make_no_sense():
     with pytest.raises(InputError, match="four times body_bytes"):
         Limits(body_bytes=100, bodies_bytes=399)

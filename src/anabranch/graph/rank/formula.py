@@ -1,6 +1,7 @@
 """The two formulas of G-Rank, on numbers and on arrays alike; everything else only counts for them."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,7 @@ def top_terms_mask(count_NT: np.ndarray, number: int) -> np.ndarray:
 
 def check_parameters(F: float, explore: float, top_terms: int) -> None:
     """Raises InputError for an F below 0, an ``explore`` outside 0 to 1, a negative or fractional ``top_terms``."""
-    if not (isinstance(F, int | float) and 0 <= F < float("inf")):
+    if not (isinstance(F, int | float) and 0 <= F <= sys.float_info.max):
         raise InputError(f"F is {F}; the isolation constant is a finite number of at least 0")
     if not (isinstance(explore, int | float) and 0 <= explore <= 1):
         raise InputError(f"explore is {explore}; it is a probability, 0 to 1")
