@@ -1,7 +1,7 @@
 """One step of a random walk, for kernels, and what they know of a graph.
 
 Kernels that work together take arrays in records with names (`Walk`, ...), not one by one. What Python calls takes plain tuples in their
-order, and makes the records itself: numba tells those by their bytes, named ones by slow Python, some 20 microseconds each.
+order, and makes the records itself: numba tells those by their bytes, and named ones by slow Python.
 """
 # Shapes: N nodes, M edges
 

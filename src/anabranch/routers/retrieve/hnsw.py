@@ -35,7 +35,7 @@ class WalkedRows:
 
     def __init__(self, dim: int, *, by: str, seed: int = 0, **options: Any) -> None:
         # The inner product of such vectors is the cosine, and takes zeros too.
-        self._graph = _graph_class(by)(dim, metric="ip", seed=seed, num_threads=1, **options)
+        self._graph = _graph_class(by)(dim, metric="ip", seed=seed, workers=1, **options)
 
     def add(self, vector_ND: np.ndarray) -> None:
         """Append rows."""
@@ -67,7 +67,7 @@ class WalkedRows:
         """What `state` gave, once more."""
         made, graph_class = cls.__new__(cls), _graph_class(by)
         made._graph = graph_class.__new__(graph_class)
-        made._graph.__setstate__({"arrays": arrays, "meta": facts, "num_threads": 1})
+        made._graph.__setstate__({"arrays": arrays, "meta": facts, "workers": 1})
         return made
 
 
@@ -77,7 +77,7 @@ class HnswShard(Shard):
     def __init__(self, config: Any, dim: int) -> None:
         self._ef = config.ef
         self._graph = _graph_class("the index hnsw")(
-            dim, metric="ip", M=config.M, ef_construction=config.ef_construction, seed=config.seed, num_threads=1
+            dim, metric="ip", M=config.M, ef_construction=config.ef_construction, seed=config.seed, workers=1
         )
 
     def add(self, id_N: np.ndarray, vector_ND: np.ndarray) -> None:
