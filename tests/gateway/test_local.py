@@ -12,6 +12,7 @@ import pytest
 from anabranch.errors import ConfigError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig, load_config
 from anabranch.gateway.config.needs import inside, lacking
+from anabranch.gateway.core.call_bodies import CallBodies
 from anabranch.gateway.dispatch.breaker import Breaker
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers import local, local_engines
@@ -314,6 +315,85 @@ def test_what_nobody_waits_for_is_not_read_on_though_it_has_a_price(tmp_path):
                 await asyncio.sleep(0.001)
             assert not gateway.runtime.dispatcher.late
             assert live.breaker.counts == ()
+
+    asyncio.run(work())
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 40
+PRICE = Price(input=10**9, output=2 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("ask", "least"),
+    [
+        ({"model": "a", "messages": ASKED, "tools": TOOLS}, 300),
+        ({"model": "a", "messages": TURNS}, 400),
+        ({"model": "auto/cheapest", "messages": ASKED, "tools": TOOLS}, 300),
+        # One that fails before it: each attempt is paid for.
+        ({"model": "first", "messages": ASKED, "tools": TOOLS}, 300),
+        # A deployment elsewhere beside that of the engine.
+        ({"model": "both", "messages": ASKED, "tools": TOOLS}, 300),
+    ],
+)
+def test_what_is_reserved_is_what_the_engine_reads_and_not_less(tmp_path, ask, least):
+    failing = DeploymentConfig(provider=Mock.Config(fails=1.0), price=Price(input=1, output=1))
+    both = (DeploymentConfig(provider=provider(), price=PRICE), DeploymentConfig(provider=Mock.Config(), weight=1e-9))
+    models = (
+        model("a", provider(), price=PRICE),
+        ModelConfig(name="first", deployments=(failing,)),
+        ModelConfig(name="both", deployments=both, price=PRICE),
+    )
+
+    async def work():
+        async with Gateway(config(tmp_path, *models, fallbacks={"first": ("a",)})) as gateway:
+            usage = (await gateway.achat({**ask, "max_tokens": 1}))["usage"]
+            await gateway.settled()
+            [row] = await gateway.store.ledger(LedgerQuery())
+            assert usage["prompt_tokens"] > least
+            assert row.cost_nano == 1000 * usage["prompt_tokens"] + 2000 * usage["completion_tokens"]
+            assert row.reserved_nano >= row.cost_nano
+            if ask["model"] == "a":
+                assert row.reserved_nano == 1000 * usage["prompt_tokens"] + 2000
+
+    asyncio.run(work())
+
+
+def test_what_a_strategy_asks_of_an_engine_is_paid_for_as_the_engine_reads_it(tmp_path):
+    async def work():
+        async with Gateway(config(tmp_path, model("a", provider(), price=PRICE))) as gateway:
+            body = {"model": "a", "messages": TURNS, "max_tokens": 1}
+            looked = await CallBodies(gateway.runtime, "key:k").look(body)
+            said = (await gateway.achat(body))["usage"]["prompt_tokens"]
+            assert (looked.count.tokens, looked.count.at_most, looked.count.is_estimate) == (said, said, False)
+            # Where the engine has no time to say, it is the most that it can read.
+            [live] = gateway.runtime.dispatcher.lives()
+            live.provider._lent.inside.frontend.drain()
+            looked = await CallBodies(gateway.runtime, "key:k").look(body)
+            assert looked.count.at_most == live.provider.context == 2048
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("chat", {"messages": TURNS, "tools": TOOLS}),
+        ("completions", {"prompt": ["one", "three"]}),
+        ("embeddings", {"input": ["one", "three"]}),
+    ],
+)
+def test_an_engine_counts_what_it_will_say(tmp_path, kind, body):
+    async def work():
+        async with Gateway(config(tmp_path, model("a", provider()))) as gateway:
+            [live] = gateway.runtime.dispatcher.lives()
+            call = live.provider.build(UpstreamRequest(kind, {"model": "a", **body}))
+            reply = await live.provider.ask(call)
+            usage = json.loads(await reply.read_some())["usage"]
+            assert await live.provider.prompt_tokens(call) == usage["prompt_tokens"]
+            # It would refuse this.
+            call = live.provider.build(UpstreamRequest(kind, {"model": "a", "messages": 5, "prompt": 5, "input": 5}))
+            assert await live.provider.prompt_tokens(call) is None
 
     asyncio.run(work())
 

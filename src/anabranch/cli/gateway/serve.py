@@ -84,6 +84,12 @@ def serve(
         from anabranch.gateway.config.prices import unpriced
 
         held = load(config, store, router, reads_models=True)
+        if workers > 1:
+            from anabranch.gateway.config.source import told_where
+            from anabranch.gateway.http.workers import check_apart
+
+            with told_where(config):
+                check_apart(held, workers)
         try_out(held, config)
         for line in unpriced(held.models):
             say(f"no price  {line}")

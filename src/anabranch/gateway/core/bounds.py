@@ -22,6 +22,7 @@ class Bounds:
 
     Attributes:
         prepared: messages that the strategy sends to a model in place of the sender's.
+        counted: of models whose engine has read what it is sent, how long that is.
 
     Args:
         endpoint: of OpenAI's.
@@ -36,6 +37,7 @@ class Bounds:
     ) -> None:
         self.endpoint, self.body, self.runtime, self.count, self.asked = endpoint, body, runtime, count, asked
         self.prepared: Mapping[str, Any] = {}
+        self.counted: dict[str, PromptCount] = {}
 
     def most_tokens(self, model: str) -> int:
         """The most completion tokens this may cost at a model."""
@@ -60,17 +62,19 @@ class Bounds:
         if isinstance(budget, int) and budget >= most:
             # Thoughts are part of an answer's tokens, and must leave some.
             most += budget
-        return room_of(most, given.context, self._count(model))
+        return room_of(most, given.context, self.count_of(model))
 
-    def _count(self, model: str) -> PromptCount:
+    def count_of(self, model: str) -> PromptCount:
         """Of what is sent to a model."""
+        if model in self.counted:
+            return self.counted[model]
         if model not in self.prepared:
             return self.count
         return count_prompt({**self.body, "messages": self.prepared[model]})
 
     def most(self, model: str, report: Report | None) -> Usage:
         """The most tokens that one call of a model may be billed for, after what was tried so far."""
-        count = self._count(model)
+        count = self.count_of(model)
         if is_media(self.endpoint) and all(
             is_by_second(live.price) for live in self.runtime.dispatcher.groups[model].lives
         ):

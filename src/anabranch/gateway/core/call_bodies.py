@@ -8,14 +8,16 @@ as another, takes a moment too, and samples are drawn all at once: they take tur
 import asyncio
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import InputError
 from anabranch.gateway.asked import Asked, asked_of
 from anabranch.gateway.core.call_room import MOST_BYTES
+from anabranch.gateway.core.engine_counts import engine_count
 from anabranch.gateway.prompt_tokens import PromptCount, count_prompt
+from anabranch.gateway.providers.provider import UpstreamRequest
 from anabranch.gateway.validate import check_chat, check_depth
 from anabranch.web.api_error import ApiError
 from anabranch.web.large_json import LARGE, weight_of
@@ -79,9 +81,13 @@ class CallBodies:
                 if size > _TAKES_TIME:
                     await asyncio.sleep(0)
             # Whoever stops waiting leaves it to the others who wait for it.
-            return found if isinstance(found, Looked) else await asyncio.shield(found)
+            looked = found if isinstance(found, Looked) else await asyncio.shield(found)
         except ApiError as error:
             raise InputError(f"a strategy asks a model what cannot be asked: {error}") from None
+        tokens, size = looked.count.tokens, looked.num_bytes
+        request = UpstreamRequest("chat", body, prompt_tokens=tokens, num_bytes=size)
+        count = await engine_count(self._runtime, body["model"], request, looked.count, self._sender)
+        return replace(looked, count=count)
 
     def _begun(self, body: Json) -> "tuple[int, Looked | asyncio.Future[Looked]]":
         """How large a body is, and what is known of it; of a large one, what will be. Raises ApiError."""

@@ -7,6 +7,7 @@ from typing import Any
 from anabranch.errors import BudgetError
 from anabranch.gateway.core.cached_answers import CachedAnswers
 from anabranch.gateway.core.choice import allowed, fits
+from anabranch.gateway.core.engine_counts import engine_count
 from anabranch.gateway.core.payable import payable
 from anabranch.gateway.core.purse import Hold
 from anabranch.gateway.core.request_state import RequestState
@@ -39,6 +40,7 @@ class ModelAnswer:
         candidates = await payable(state.runtime, state.asked, usable, state.purse.is_limited)
         refused: BudgetError | None = None
         for at, candidate in enumerate(candidates):
+            await self._count(candidate.model)
             try:
                 self._hold = await state.purse.hold(state.bounds.worst_nano(candidate.model, state.report))
             except BudgetError as error:
@@ -62,7 +64,14 @@ class ModelAnswer:
             None if strategy is None else state.runtime.decider.acceptance(strategy, state.decided.query, state.calls)
         )
         state.dispatched, state.calls.purpose = state.elapsed(), "judge"
-        request = UpstreamRequest(
+        request = self._request()
+        state.report = Report(is_stopgap=self._is_poor)
+        plan = self._plan(request, state.report, judge)
+        return await (dispatcher.stream(plan, request) if request.stream else dispatcher.complete(plan, request))
+
+    def _request(self) -> UpstreamRequest:
+        state = self._state
+        return UpstreamRequest(
             state.endpoint,
             state.body,
             request_id=state.id,
@@ -70,9 +79,16 @@ class ModelAnswer:
             num_bytes=state.num_bytes,
             native=state.native,
         )
-        state.report = Report(is_stopgap=self._is_poor)
-        plan = self._plan(request, state.report, judge)
-        return await (dispatcher.stream(plan, request) if request.stream else dispatcher.complete(plan, request))
+
+    async def _count(self, model: str) -> None:
+        """How long its prompt is to a model of this process, which is known before it is paid for."""
+        state, bounds = self._state, self._state.bounds
+        if model not in bounds.counted:
+            request, said = self._request(), state.prepared.get(model)
+            request = request if said is None else request.with_body(messages=list(said))
+            bounds.counted[model] = await engine_count(
+                state.runtime, model, request, bounds.count_of(model), state.sender
+            )
 
     def _plan(
         self, request: UpstreamRequest, report: Report, judge: Callable[[str, Any], Awaitable[bool]] | None
@@ -110,6 +126,7 @@ class ModelAnswer:
     async def _allow(self, model: str, spent_nano: int) -> bool:
         """Whether a further attempt may be paid for, asked before each one but the first; not while the store cannot write."""
         state = self._state
+        await self._count(model)
         worst = state.bounds.worst_nano(model, state.report)
         return await state.purse.can_raise(self._hold, spent_nano + self._open_nano() + worst)
 

@@ -85,7 +85,7 @@ def run_workers(
         raise InputError("several workers need SO_REUSEPORT, which this system does not have; start one")
     config = load(path, store, router)
     with told_where(path):
-        _check_apart(config, num)
+        check_apart(config, num)
     logging.getLogger("anabranch").setLevel(config.log.level.upper())
     admin = config.admin
     with contextlib.ExitStack() as stack:
@@ -106,7 +106,7 @@ def run_workers(
         asyncio.run(Supervisor(task).run(lambda url, admin_url: on_ready(url, admin_url, config)))
 
 
-def _check_apart(config: GatewayConfig, num: int) -> None:
+def check_apart(config: GatewayConfig, num: int) -> None:
     """Raises ConfigError if each worker would load a model of its own."""
     if found := inside(config):
         raise ConfigError(

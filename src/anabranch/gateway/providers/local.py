@@ -34,6 +34,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamError,
     UpstreamRequest,
 )
+from anabranch.web.api_error import ApiError
 
 if TYPE_CHECKING:
     from anabranch.serving.http.inside import Inside, Kind
@@ -53,6 +54,8 @@ _KINDS: dict[str, FailureKind] = {
 }
 # Of a call: how long an answer may be whose sender names no end.
 _DEFAULT = "x-default-tokens"
+# A prompt that is not counted in so many seconds is taken for the longest there is.
+COUNT_S = 5.0
 LOADING = Failure(kind="busy", message="the model is being loaded", status=503, code="loading", retry_after_s=2.0)
 
 
@@ -165,6 +168,18 @@ class Local(Provider, kind="local"):
         assert reader is not None, "it has started"
         self.context, self.series = info.max_positions, inside.metrics_text
         self.counter = lambda text: len(reader.tokenizer.encode(text))
+        self.prompt_tokens = self._prompt_tokens
+
+    async def _prompt_tokens(self, call: HttpCall) -> int | None:
+        """See `Provider.prompt_tokens`: by the engine's own reader, in its threads. Where that is too busy to say, the most it reads."""
+        assert self._lent is not None, "it has started"
+        try:
+            async with asyncio.timeout(COUNT_S):
+                return await self._lent.inside.count(_ENDPOINTS[call.url], call.body, key=call.sender)
+        except TimeoutError:
+            return self.context
+        except ApiError as error:
+            return self.context if error.status == 429 or error.status >= 500 else None
 
     async def close(self) -> None:
         """Give the engine back."""

@@ -12,7 +12,7 @@ A provider is written with what is imported here: what it is given (`upstream_re
 (`answer`), and what may go wrong (`failures`, `error_body`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ClassVar, Protocol
 
 from anabranch.config import Config as BaseConfig
@@ -99,6 +99,9 @@ class Provider(Part, family="provider"):
 
     # Tokens of a text, of one that has the model's tokenizer; None where the config has to name it.
     counter: Callable[[str], int] | None = None
+
+    # Prompt tokens of a call as its model reads them, of one that can say so before it is asked; None of a call where it would refuse that.
+    prompt_tokens: Callable[[HttpCall], Awaitable[int | None]] | None = None
 
     # What it counts itself, as text for Prometheus; None where it counts nothing.
     series: Callable[[], bytes] | None = None

@@ -105,6 +105,7 @@ class Record(Provider, kind="record"):
         """As the other."""
         await self.inner.start()
         self.context, self.counter, self.series = self.inner.context, self.inner.counter, self.inner.series
+        self.prompt_tokens = self.inner.prompt_tokens
 
     async def close(self) -> None:
         """As the other."""

@@ -54,12 +54,7 @@ class Embeddings:
         """Vectors of texts. Raises ApiError: 501 for an engine that makes none."""
         frontend = self._frontend
         info, reader = frontend.check_ready()
-        body = await context.body()
-        check_model(body, frontend.names)
-        for name, value in body.items():
-            if name in KNOWN and value is not None:
-                fields.expect(name, value, KNOWN[name])
-        context.warn(tuple(name for name in body if name not in KNOWN), KNOWN)
+        body = await self._body(context)
         if info.pooling is None:
             raise ApiError(501, "not_supported", "this engine makes no embeddings")
         size = body.get("dimensions") or info.width
@@ -80,6 +75,22 @@ class Embeddings:
         context.facts |= {"prompt_tokens": tokens, "cached_tokens": cached, "n": len(prompts)}
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return context.json({"object": "list", "data": data, "model": model, "usage": usage})
+
+    async def count(self, context: Asked) -> int:
+        """Tokens of a request's texts, of which no vectors are made. Raises ApiError."""
+        info, reader = self._frontend.check_ready()
+        body = await self._body(context)
+        return sum(map(len, await self._read(context, body.get("input"), reader, info)))
+
+    async def _body(self, context: Asked) -> dict[str, Any]:
+        """A request whose fields have been checked. Raises ApiError."""
+        body = await context.body()
+        check_model(body, self._frontend.names)
+        for name, value in body.items():
+            if name in KNOWN and value is not None:
+                fields.expect(name, value, KNOWN[name])
+        context.warn(tuple(name for name in body if name not in KNOWN), KNOWN)
+        return body
 
     async def _read(self, context: Asked, given: Any, reader: Reader, info: EngineInfo) -> Prompts:
         length = (

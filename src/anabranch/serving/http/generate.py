@@ -80,6 +80,11 @@ class Generate:
                 ticket.close()
             self._count(context, request, choices)
 
+    async def count(self, context: Asked, kind: str) -> int:
+        """Prompt tokens of a request that is read, and not answered. Raises ApiError."""
+        info, reader = self._frontend.check_ready()
+        return (await self._read(context, kind, info, reader)).prompt_tokens
+
     async def _read(self, context: Asked, kind: str, info: EngineInfo, reader: Reader) -> GenerationRequest:
         # Not only the longest prompt there is, but what else a request says.
         body = await context.body(most_tokens=2 * info.max_positions)

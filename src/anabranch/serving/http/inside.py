@@ -114,6 +114,17 @@ class Inside:
             raise
         return reply
 
+    async def count(self, kind: Kind, body: bytes, *, key: str = "") -> int:
+        """Prompt tokens of what `ask` would be asked, as the engine is given them: of a chat by its template, tools among it.
+
+        Nothing is made, and nobody waits for the engine. Args: see `ask`. Raises ApiError where that would be the answer.
+        """
+        asked = _AskedInside(self.frontend.config, self.frontend.apart, body, key, InsideReply())
+        try:
+            return await (self._embeddings.count(asked) if kind == "embeddings" else self._generate.count(asked, kind))
+        finally:
+            asked.let_go()
+
     async def _answer(self, asked: "_AskedInside", kind: Kind) -> None:
         try:
             response = await answered(asked, self._answered(asked, kind), f"{kind} inside")

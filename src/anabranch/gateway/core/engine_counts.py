@@ -1,0 +1,56 @@
+"""Prompts as the engine of a model in this process reads them: what is reserved for a call is not less than what it is billed.
+
+What is counted beforehand is texts. A chat template puts marks around each, writes tools in its own words, and may say more than anybody
+asked: how much that is, only the engine's own reader knows.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from anabranch.gateway.dispatch.outgoing import built
+from anabranch.gateway.prompt_tokens import PromptCount
+from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest, Usage
+
+if TYPE_CHECKING:
+    from anabranch.gateway.dispatch.deployment_state import Live
+    from anabranch.gateway.runtime import Runtime
+
+# Of each kind: whether they cost anything is asked for, not how much.
+_MANY = 10**6
+
+
+async def engine_count(
+    runtime: "Runtime", model: str, request: UpstreamRequest, count: PromptCount, sender: str
+) -> PromptCount:
+    """``count``, or where deployments of the model read the prompt here, and cost something, what it is to them.
+
+    Args:
+        runtime: that the request began on.
+        model: to be asked.
+        request: what it is asked.
+        count: of its texts.
+        sender: whose it is: senders take turns.
+    """
+    group = runtime.dispatcher.groups[model]
+    inside = [live for live in group.lives if live.provider.prompt_tokens is not None]
+    if not inside or not group.worst_nano(Usage(_MANY, _MANY)):
+        return count
+    found = [await _of(runtime, live, request, sender) for live in inside]
+    known = [tokens for tokens in found if tokens is not None]
+    if not known:
+        # They will refuse it.
+        return count
+    if len(inside) < len(group.lives):
+        return replace(count, at_most=max(count.at_most, *known))
+    return replace(count, tokens=max(known), at_most=max(known), is_estimate=False)
+
+
+async def _of(runtime: "Runtime", live: "Live", request: UpstreamRequest, sender: str) -> int | None:
+    provider = live.provider
+    try:
+        call = await built(live, request, runtime.dispatcher.turns, sender)
+    except UpstreamError:
+        return None
+    call.sender = sender
+    assert provider.prompt_tokens is not None, "who asks has looked"
+    return await provider.prompt_tokens(call)
