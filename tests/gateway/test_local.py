@@ -313,8 +313,11 @@ def test_what_nobody_waits_for_is_not_read_on_though_it_has_a_price(tmp_path):
             await asyncio.gather(task, return_exceptions=True)
             while frontend.admission.in_flight:
                 await asyncio.sleep(0.001)
+            await gateway.settled()
             assert not gateway.runtime.dispatcher.late
             assert live.breaker.counts == ()
+            [row] = await gateway.store.ledger(LedgerQuery())
+            assert row.completion_tokens < 1500
 
     asyncio.run(work())
 
@@ -322,6 +325,42 @@ def test_what_nobody_waits_for_is_not_read_on_though_it_has_a_price(tmp_path):
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 40
 PRICE = Price(input=10**9, output=2 * 10**9)
+
+
+@pytest.mark.parametrize("price", [PRICE, None])
+@pytest.mark.parametrize("how", ["whole", "stream", "waits", "deadline"])
+def test_what_is_given_up_is_charged_what_the_engine_made_of_it(tmp_path, how, price):
+    more = {"deadline_s": 0.2} if how == "deadline" else {}
+    one = model("a", provider(engine={**ENGINE, "max_seqs": 1}), price=price, **more)
+    ask = {"model": "a", "messages": ASKED, "tools": TOOLS, "max_tokens": 1300, "logit_bias": {"256": -100}}
+
+    async def work():
+        async with Gateway(config(tmp_path, one)) as gateway:
+            [live] = gateway.runtime.dispatcher.lives()
+            frontend = live.provider._lent.inside.frontend
+            if how == "deadline":
+                with pytest.raises(ApiError, match="is up"):
+                    await gateway.achat(ask)
+            elif how == "stream":
+                stream = await gateway.achat({**ask, "stream": True})
+                for _ in range(5):
+                    await anext(stream)
+                await stream.aclose()
+            else:
+                # Of a stream too before its first token.
+                task = asyncio.create_task(gateway.achat({**ask, "stream": how == "waits"}))
+                while not frontend.admission.in_flight:
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            await gateway.settled()
+            [row] = await gateway.store.ledger(LedgerQuery())
+            made = frontend.metrics.generation_tokens._value.get()
+            assert (row.prompt_tokens, row.completion_tokens, row.is_estimated) == (468, made, False)
+            assert row.cost_nano == (0 if price is None else 1000 * 468 + 2000 * made)
+            assert made < 1300
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize(

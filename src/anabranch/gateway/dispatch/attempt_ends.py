@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # We ended it, and the upstream notices; in all else it is the upstream's end that we noticed.
 OURS: tuple[FailureKind, ...] = ("timeout", "first_token", "deadline")
 
+# For a provider of this process to stop, and say what it made.
+TELL_S = 10.0
+
 
 class AttemptEnds:
     """Those of one request.
@@ -70,6 +73,8 @@ class AttemptEnds:
         if usage is not None:
             attempt.is_guess = usage.is_estimated
             self.charge(live, attempt, usage, attempt.seen)
+            if usage.is_estimated and not attempt.is_late:
+                self._be_told(live, attempt)
         if not attempt.is_late:
             attempt.call = None
         self._leave_room(live, attempt)
@@ -83,6 +88,26 @@ class AttemptEnds:
         if failure.cause in DOUBTED and live.senders.doubted(self.plan.sender, now):
             live.is_doubted = True
         live.end(attempt.ticket, self._outcome(live, attempt, failure), now, failure, was_heard)
+
+    def _be_told(self, live: Live, attempt: Attempt) -> None:
+        """What was made of an attempt takes the place of the most that can have been, where its provider says so once it has stopped."""
+        made = None if attempt.call is None else attempt.call.made
+        if made is None:
+            return
+        telling = asyncio.ensure_future(_result(made))
+
+        def known() -> None:
+            attempt.is_late, attempt.call = False, None
+            if not telling.cancelled():
+                usage = telling.result()
+                attempt.is_guess = False
+                self.charge(live, attempt, usage, max(0, usage.completion - attempt.seen))
+                attempt.seen = max(attempt.seen, usage.completion)
+            self.report.now_known()
+
+        attempt.is_late = self.dispatcher.late.take(telling, 0, known, TELL_S, self.plan.sender)
+        if not attempt.is_late:
+            telling.cancel()
 
     def leave(self, live: Live, request: UpstreamRequest, attempt: Attempt, exchange: Exchange) -> None:
         """Nobody waits for a whole answer any more; call it before the attempt is `lost`.
@@ -183,3 +208,8 @@ class AttemptEnds:
         limit_s = min(own.first_token_timeout_s, own.timeout_s) if self._streams else own.timeout_s
         began_s = attempt.total_s if attempt.total_s is not None and attempt.first_token_s is None else 0.0
         return began_s >= 0.5 * limit_s
+
+
+async def _result(made: "asyncio.Future[Usage]") -> Usage:
+    """What is told; whoever gives this up leaves that alone."""
+    return await asyncio.shield(made)

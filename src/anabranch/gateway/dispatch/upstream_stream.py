@@ -137,8 +137,9 @@ class Opened:
                 quiet_s = self.run.dispatcher.now() - self._heard_at
                 hidden_s = (self.attempt.first_token_s or 0.0) + quiet_s + self.run.rules.margin_s
                 usage = broken_off(most, self.told, 0, None, 0.0) if is_behind else self._at_most(most, hidden_s)
+        reads_on = self.attempt.is_late
         self.run.ends.lost(self.live, self.attempt, failure, usage)
-        if not self.attempt.is_late:
+        if not reads_on:
             self.reply.close()
 
     def _read_on(self) -> None:

@@ -1,10 +1,12 @@
 """What goes over the wire, and what carries it: `HttpCall`, `Reply` and `Transport`."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from anabranch.gateway.providers.failures import excess
+from anabranch.gateway.providers.usage import Usage
 
 Headers = Mapping[str, str]
 
@@ -24,6 +26,8 @@ class HttpCall:
         sender: whose request it is, for an upstream that is in this process; it goes nowhere else.
         is_sent: it may have gone out, and be billed: set when a transport is given it. One that knows better sets it to False until
             the body goes out.
+        made: of an upstream in this process that tells it: what it has done for the call, once it does no more, whoever has gone; None
+            where nobody will say.
     """
 
     url: str
@@ -32,6 +36,7 @@ class HttpCall:
     proxy: str | None = None
     sender: str = ""
     is_sent: bool = False
+    made: "asyncio.Future[Usage] | None" = None
 
     def __repr__(self) -> str:
         return f"HttpCall({self.url!r}, headers of {sorted(self.headers)}, {len(self.body)} bytes)"

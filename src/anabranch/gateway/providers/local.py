@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from anabranch.gateway.providers.provider import (
     Transport,
     UpstreamError,
     UpstreamRequest,
+    Usage,
 )
 from anabranch.web.api_error import ApiError
 
@@ -191,12 +193,21 @@ class Local(Provider, kind="local"):
         """The engine's answer. Raises UpstreamError (``busy``) before it is loaded."""
         if self._lent is None:
             raise UpstreamError(LOADING)
-        default = call.headers.get(_DEFAULT)
+        default, kind = call.headers.get(_DEFAULT), _ENDPOINTS[call.url]
+        told: Callable[[int, int, int], None] | None = None
+        if kind != "embeddings":
+            made = call.made = asyncio.get_running_loop().create_future()
+
+            def told(prompt: int, completion: int, cached: int) -> None:
+                if not made.done():
+                    made.set_result(Usage(prompt, completion, cached))
+
         return await self._lent.inside.ask(
-            _ENDPOINTS[call.url],
+            kind,
             call.body,
             key=call.sender,
             default_tokens=None if default is None else int(default),
+            on_end=told,
         )
 
 

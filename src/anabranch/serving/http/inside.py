@@ -89,7 +89,15 @@ class Inside:
         assert self.frontend.info is not None, "it has started"
         return self.frontend.info
 
-    async def ask(self, kind: Kind, body: bytes, *, key: str = "", default_tokens: int | None = None) -> "InsideReply":
+    async def ask(
+        self,
+        kind: Kind,
+        body: bytes,
+        *,
+        key: str = "",
+        default_tokens: int | None = None,
+        on_end: Callable[[int, int, int], None] | None = None,
+    ) -> "InsideReply":
         """Ask for something; returns when the status of the answer is known.
 
         Args:
@@ -97,6 +105,8 @@ class Inside:
             body: JSON, as for that.
             key: whose request it is. Keys take turns, none fills the queue, and what one has in the prefix cache shows nobody else.
             default_tokens: see `Asked`.
+            on_end: called once, when nothing more is made of it, whether or not anybody waits for the answer: with the tokens of its
+                prompts, those that were made, and those of the prompts that were in the prefix cache; zeros where the engine was not asked.
         """
         reply = InsideReply()
         asked = _AskedInside(self.frontend.config, self.frontend.apart, body, key, reply)
@@ -106,6 +116,8 @@ class Inside:
         task.add_done_callback(self._answering.discard)
         # A task that is cancelled before it begins runs nothing of its own.
         task.add_done_callback(lambda _: reply.end(_CUT))
+        if on_end is not None:
+            task.add_done_callback(lambda _: on_end(*asked.done_tokens))
         reply.task = task
         try:
             await reply.begun.wait()
@@ -241,6 +253,14 @@ class _AskedInside(Asked):
     def length(self) -> int | None:
         """Bytes of its body."""
         return self._length
+
+    @property
+    def done_tokens(self) -> tuple[int, int, int]:
+        """Of its prompts, made, and of the prompts in the prefix cache; zeros until the engine has been asked."""
+        facts = self.facts
+        if "completion_tokens" not in facts:
+            return 0, 0, 0
+        return facts["prompt_tokens"], facts["completion_tokens"], facts["cached_tokens"]
 
     async def body(self, most_tokens: int = 0) -> dict[str, Any]:
         """Its JSON."""
