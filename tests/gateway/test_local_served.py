@@ -114,6 +114,15 @@ def test_text_vectors_and_other_forms(client, gateway):
     assert (status, message["type"], message["usage"]["output_tokens"] > 0) == (200, "message", True)
 
 
+def test_a_prompt_is_counted_as_the_engine_reads_it(gateway):
+    tools = [{"name": "look", "input_schema": {"type": "object", "properties": {}}}]
+    said = {"model": "river", "messages": HELLO, "tools": tools}
+    status, counted, _ = call(gateway.url, "POST", "/v1/messages/count_tokens", said)
+    _, message, _ = call(gateway.url, "POST", "/v1/messages", {**said, "max_tokens": 1})
+    assert (status, counted["input_tokens"]) == (200, message["usage"]["input_tokens"])
+    assert counted["input_tokens"] > 300
+
+
 def test_tools_and_forms_are_kept(client):
     answer = client.chat.completions.create(
         model="river",

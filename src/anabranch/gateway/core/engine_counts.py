@@ -20,7 +20,13 @@ _MANY = 10**6
 
 
 async def engine_count(
-    runtime: "Runtime", model: str, request: UpstreamRequest, count: PromptCount, sender: str
+    runtime: "Runtime",
+    model: str,
+    request: UpstreamRequest,
+    count: PromptCount,
+    sender: str,
+    *,
+    is_free_too: bool = False,
 ) -> PromptCount:
     """``count``, or where deployments of the model read the prompt here, and cost something, what it is to them.
 
@@ -30,10 +36,11 @@ async def engine_count(
         request: what it is asked.
         count: of its texts.
         sender: whose it is: senders take turns.
+        is_free_too: also where they cost nothing.
     """
     group = runtime.dispatcher.groups[model]
     inside = [live for live in group.lives if live.provider.prompt_tokens is not None]
-    if not inside or not group.worst_nano(Usage(_MANY, _MANY)):
+    if not inside or not (is_free_too or group.worst_nano(Usage(_MANY, _MANY))):
         return count
     found = [await _of(runtime, live, request, sender) for live in inside]
     known = [tokens for tokens in found if tokens is not None]

@@ -106,7 +106,7 @@ class RequestState:
 
     @property
     def sender(self) -> str:
-        """Whose requests may fail together for a reason of their own: ``team:NAME``, else the ``user:NAME`` or the ``key:ID`` it came with.
+        """See `KeyRecord.sender`.
 
         What the gateway asks for itself is a sender of its own, though it comes without a key: "" is whoever sends none, and would find
         in a model's prefix cache what was asked here of tenants.
@@ -114,9 +114,7 @@ class RequestState:
         record = self.record
         if record is None:
             return "" if self.collecting is None else own_sender(self.collecting.tag)
-        if record.team:
-            return f"team:{record.team}"
-        return f"user:{record.user}" if record.user else f"key:{record.id}"
+        return record.sender
 
     def elapsed(self) -> float:
         """Seconds so far."""

@@ -1,14 +1,16 @@
-"""Tokens of a prompt, counted here: by the model's tokenizer where it has one, else a quarter of the bytes."""
+"""Tokens of a prompt, counted here: as a model of this process reads it, else by the model's tokenizer, else a quarter of the bytes."""
 
 import asyncio
 from functools import partial
 
 from anabranch.errors import InputError, UnknownModelError
 from anabranch.gateway.config import find_target
+from anabranch.gateway.core.engine_counts import engine_count
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.exchange import Exchange, Received
 from anabranch.gateway.native_tokens import count_native
 from anabranch.gateway.prompt_tokens import count_prompt
+from anabranch.gateway.providers.provider import UpstreamRequest
 from anabranch.gateway.validate import check_model
 from anabranch.web.api_error import ApiError
 
@@ -42,4 +44,11 @@ async def _counted(gateway: Gateway, exchange: Exchange, received: Received, is_
         counter = runtime.counters.get(target.model or "")
         work = partial(count_native, chat, received.body) if is_native else partial(count_prompt, chat)
         count = await exchange.apart(received.key, received.num_bytes, partial(work, counter))
-        return count.tokens
+        if target.model is None:
+            return count.tokens
+        sender, request = (
+            "" if record is None else record.sender,
+            UpstreamRequest("chat", chat, num_bytes=received.num_bytes),
+        )
+        with runtime.used():
+            return (await engine_count(runtime, target.model, request, count, sender, is_free_too=True)).tokens

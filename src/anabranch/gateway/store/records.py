@@ -119,6 +119,13 @@ class KeyRecord:
     max_in_flight: int | None = None
     speaks_for: tuple[str, ...] = ()
 
+    @property
+    def sender(self) -> str:
+        """Whose requests may fail together for a reason of their own: ``team:NAME``, else ``user:NAME``, else ``key:ID``."""
+        if self.team:
+            return f"team:{self.team}"
+        return f"user:{self.user}" if self.user else f"key:{self.id}"
+
     def is_valid(self, now_us: int) -> bool:
         """Neither revoked nor expired."""
         return self.revoked_us is None and (self.expires_us is None or now_us < self.expires_us)
