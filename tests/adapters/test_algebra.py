@@ -176,3 +176,12 @@ def other_widths():
 def test_what_cannot_be_combined(make, weights, method, message):
     with pytest.raises(ConfigError, match=message):
         combine(make(), weights, method)
+
+
+@pytest.mark.parametrize("method", ["exact", "svd", "linear"])
+def test_a_sum_that_its_type_cannot_hold_is_refused(method):
+    """And not written, as nobody reads it."""
+    one = adapter([2, 2, 2], alpha=2e9, dtype=torch.float32)
+    message = r"the sum has numbers in \S+ that float32 cannot hold; give weights nearer to 0"
+    with pytest.raises(ConfigError, match=message):
+        combine([one] * 2, [3e38, 3e38], method)

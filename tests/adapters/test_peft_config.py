@@ -132,3 +132,34 @@ def test_a_pattern_that_is_none_or_never_ends_is_told(pattern, message):
 def test_plain_words_need_no_process(monkeypatch):
     monkeypatch.setattr("anabranch.adapters.patterns.Sandbox", None)
     assert matching(["q", "a.q", "x"], ["a.q", "q", "b"], is_ending=True, what="") == [{"a.q", "q"}, {"a.q"}, set()]
+
+
+class Word(str):
+    """Counts how often a name is compared with it."""
+
+    looked = 0
+
+    def __eq__(self, other):
+        Word.looked += 1
+        return str.__eq__(self, other)
+
+    def __radd__(self, other):
+        Word.looked += 1
+        return other + str(self)
+
+    def __format__(self, spec):
+        Word.looked += 1
+        return str(self)
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_full_names_are_looked_up_not_compared_one_by_one(field):
+    """A folder that we write names each layer; of a large mixture they are many thousand."""
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(8) for expert in range(16)]
+    words = [Word(name) for name in names]
+    fields = {"target_modules": words} if field == "target_modules" else {"target_modules": None, field: words}
+    Word.looked = 0
+    assert table(**fields).targets(names) == (set(names) if field == "target_modules" else set())
+    assert Word.looked < 20 * len(names)

@@ -201,3 +201,18 @@ def test_a_table_is_made_true_of_other_pairs(folder, tmp_path):
         described(
             {}, {"a": pairs["model.layers.0.mlp.up_proj"], "b": Pair(torch.ones(1, 8), torch.ones(6, 1), 1.0, True)}
         )
+
+
+def test_a_page_without_an_adapter_beside_it_is_not_replaced(folder, tmp_path):
+    """And with one it is its card."""
+    place = tmp_path / "pages"
+    place.mkdir()
+    (place / "README.md").write_text("mine")
+    with pytest.raises(DataError, match=r"README\.md"):
+        write_peft(place, read_peft(folder))
+    assert (place / "README.md").read_text() == "mine"
+    (place / "README.md").unlink()
+    write_peft(place, read_peft(folder))
+    (place / "README.md").write_text("card")
+    write_peft(place, read_peft(folder))
+    assert not (place / "README.md").exists()

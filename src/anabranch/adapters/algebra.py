@@ -62,7 +62,8 @@ def combine(
         rank: of the result of ``svd``; None for the greatest that a layer has in any of them.
 
     Raises ConfigError: no adapters, another number of weights, one that is not finite, an unknown method, layers of other widths, ranks
-    that differ (``linear``), a ``rank`` below 1 or for another method, or adapters that bring whole tensors, which have no sum.
+    that differ (``linear``), a sum that the type of the adapters cannot hold, a ``rank`` below 1 or for another method, or adapters that
+    bring whole tensors, which have no sum.
     """
     _check(adapters, weights, method, rank)
     modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.pairs))
@@ -74,11 +75,11 @@ def combine(
             if module in adapter.pairs
         ]
         _check_sizes(module, parts, method)
-        exact = _side_by_side(parts)
+        exact = _finite(module, _side_by_side(parts))
         if method == "svd":
             pairs[module], cut_off = _truncated(exact, rank or max(pair.rank for pair, _ in parts))
         elif method == "linear":
-            pairs[module] = _linear(parts)
+            pairs[module] = _finite(module, _linear(parts))
             cut_off = _square(_side_by_side([(pairs[module], 1.0), (exact, -1.0)]))
         else:
             pairs[module], cut_off = exact, 0.0
@@ -124,6 +125,17 @@ def _check_sizes(module: str, parts: Sequence[tuple[Pair, float]], method: str) 
     ranks = {pair.rank for pair, _ in parts}
     if method == "linear" and len(ranks) > 1:
         raise ConfigError(f"{module} has ranks {sorted(ranks)}; method 'linear' needs one, 'exact' does not")
+
+
+def _finite(module: str, pair: Pair) -> Pair:
+    """The pair. Raises ConfigError where weights and scales made it too great for its type: no program would read it."""
+    for half in (pair.a_RC, pair.b_OR):
+        if not half.isfinite().all():
+            kind = str(half.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"the sum has numbers in {module} that {kind} cannot hold; give weights nearer to 0, or adapters of lesser scales"
+            )
+    return pair
 
 
 def _side_by_side(parts: Sequence[tuple[Pair, float]]) -> Pair:

@@ -10,7 +10,7 @@
 The adapter stands beside matrices by the linear seam, so a model with one is a plain `Decoder` whose config names its `LowRank` layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from anabranch.adapters.fits import check_fits
 from anabranch.adapters.graft import check_pools, graft, layers_of, strip, with_layers
-from anabranch.adapters.low_rank import LowRank, Pair
+from anabranch.adapters.low_rank import LowRank, Pair, scale_of
 from anabranch.adapters.names import Names, Place, names_of
 from anabranch.adapters.peft_folder import Adapter, described, read_peft, write_peft
 from anabranch.adapters.routed import RoutedLowRank, chosen_rows
-from anabranch.adapters.stacked import expanded
+from anabranch.adapters.stacked import Stack, expanded
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty, some
@@ -35,6 +35,8 @@ __all__ = ["adapter_of", "load_peft", "load_pool", "merge", "rows_for", "save_pe
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # How a model remembers what was put onto it.
 _ATTACHED = "_attached_adapter"
+# In which weights of rows are multiplied.
+_GREATEST = torch.finfo(torch.float32).max
 
 
 @dataclass(eq=False)
@@ -49,6 +51,8 @@ class _Attached:
         learned: which parameters of the base learned before.
         head: of the model before.
         merged: the adapter as it was added to the matrices; None where it stands beside them.
+        is_pool: whether rows choose from the adapters, be it one.
+        trainable: whether the adapter learns while it stands beside.
     """
 
     adapters: Mapping[str, Adapter]
@@ -58,15 +62,16 @@ class _Attached:
     learned: list[str] = field(default_factory=list)
     head: Any = None
     merged: Adapter | None = None
+    is_pool: bool = False
+    trainable: bool = False
 
     @property
     def adapter(self) -> Adapter:
-        """The one that there is. Raises ConfigError for several."""
-        if len(self.adapters) > 1:
-            raise ConfigError(
-                f"the model has {len(self.adapters)} adapters ({', '.join(self.adapters)}), for rows to choose from; "
-                "combine makes one of them"
-            )
+        """The one that there is for all rows. Raises ConfigError for a pool."""
+        if self.is_pool:
+            many = f"{len(self.adapters)} adapters" if len(self.adapters) > 1 else "a pool of one adapter"
+            ways = "combine makes one of them" if len(self.adapters) > 1 else "load_peft puts it on for all"
+            raise ConfigError(f"the model has {many} ({', '.join(self.adapters)}), for rows to choose from; {ways}")
         return next(iter(self.adapters.values()))
 
 
@@ -104,6 +109,7 @@ def load_peft(folder: str | Path, model: Decoder, *, family: str | None = None, 
     attached = _begin(model, {"default": adapter}, names, config)
     for name, tensor in adapter.saved.items():
         attached.before[name] = _exchange(model, names, name, tensor)
+    attached.trainable = trainable
     _put_on(model, made, pairs, trainable=trainable)
     return model
 
@@ -140,7 +146,7 @@ def load_pool(folders: Mapping[str, str | Path], model: Decoder, *, family: str 
     pairs = {part: [one.get(part) for one in own] for part in dict.fromkeys(part for one in own for part in one)}
     made = with_layers(config, {part: RoutedLowRank.config_of(own) for part, own in pairs.items()}, names.parts)
     check_pools(model, made)
-    _begin(model, adapters, names, config)
+    _begin(model, adapters, names, config).is_pool = True
     device = model.embedding.weight.device
     graft(model, made, lambda part, layer: layer.put(pairs[part], device))
     return model
@@ -154,18 +160,43 @@ def rows_for(model: Decoder, rows: Sequence[str | Mapping[str, float] | None], l
         rows: for each row a name, names with weights (a mixture), or None for the base.
         length: L of the pass.
 
-    Raises ConfigError for a name that there is not.
+    Raises ConfigError for a name that there is not, a model without a pool, and a weight that is not finite, be it only once it is
+    multiplied by the scale of its adapter: what is not finite in one row can end the pass of all.
     """
-    known = list(_attached(model).adapters)
+    attached = _attached(model)
+    if not attached.is_pool:
+        raise ConfigError("the model has an adapter of load_peft, which all rows get; load_pool lets them choose")
+    known = list(attached.adapters)
     told = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
     unknown = [name for row in told for name in row if name not in known]
     if unknown:
         raise ConfigError(f"adapter {unknown[0]!r} is not on the model; there are {', '.join(map(repr, known))}")
+    _check_weights(attached.adapters, told)
     most = max([1, *map(len, told)])
     index_BK = torch.tensor([[*map(known.index, row), *[-1] * (most - len(row))] for row in told]).view(-1, most)
     weight_BK = torch.tensor([[*row.values(), *[0.0] * (most - len(row))] for row in told]).view(-1, most)
     device = model.embedding.weight.device
     return chosen_rows(index_BK.to(device), length, weight_BK.to(device))
+
+
+def _check_weights(adapters: Mapping[str, Adapter], told: Sequence[Mapping[str, float]]) -> None:
+    """Raise ConfigError for a weight that is none in float32, alone or times a scale."""
+    scales = {
+        name: max(1.0, *(abs(scale_of(one.rank, one.alpha, one.rslora)) for one in _parts_of(adapters[name])))
+        for name in {name for row in told for name in row}
+    }
+    for number, row in enumerate(told):
+        for name, weight in row.items():
+            # A NaN is not less.
+            if not abs(weight) * scales[name] <= _GREATEST:
+                raise ConfigError(
+                    f"row {number} has weight {weight} for adapter {name!r}, whose greatest scale is {scales[name]:g}; their product must "
+                    f"be a number of at most {_GREATEST:.3g}"
+                )
+
+
+def _parts_of(adapter: Adapter) -> list[Pair | Stack]:
+    return [*adapter.pairs.values(), *adapter.stacks.values()]
 
 
 def adapter_of(model: Decoder) -> Adapter:
@@ -225,8 +256,14 @@ def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) 
 
 @torch.no_grad()
 def unload(model: Decoder) -> Decoder:
-    """Take the adapter off, in place: the model computes what it did before `load_peft`. Raises ConfigError where there is none."""
+    """Take the adapter off, in place: the model computes what it did before `load_peft`.
+
+    Raises ConfigError where there is none, or a matrix that must be given back is stored in few bits by now; the model is as it was then.
+    """
     attached = _attached(model)
+    # Nothing is taken off where one of them cannot be given back.
+    for name in attached.before:
+        _tensor(model, attached.names.tensors[name].tensor)
     if attached.merged is not None:
         unmerge(model)
     strip(model)
@@ -253,9 +290,7 @@ def merge(model: Decoder) -> Decoder:
         raise ConfigError("the adapter is merged already")
     adapter = adapter_of(model)
     pairs = _ours(attached.names, adapter, model.config)
-    # Nothing is added where one of them cannot be.
-    for part in pairs:
-        _tensor(model, attached.names.of_part(part).tensor)
+    _check_parts(model, attached.names, pairs)
     strip(model)
     for part, pair in pairs.items():
         _add(model, attached.names.of_part(part), pair.delta())
@@ -267,16 +302,19 @@ def merge(model: Decoder) -> Decoder:
 def unmerge(model: Decoder) -> Decoder:
     """Take what `merge` added out of the matrices, and put the adapter beside them again.
 
-    Raises ConfigError where there is no adapter, or it is not merged.
+    Raises ConfigError where there is no adapter, it is not merged, or a matrix is stored in few bits by now; the model is as it was then.
     """
     attached = _attached(model)
     if attached.merged is None:
         raise ConfigError("the adapter is not merged")
     names = attached.names
     pairs = _ours(names, attached.merged, model.config)
+    _check_parts(model, names, pairs)
+    made = with_layers(model.config, _configs(pairs), names.parts)
+    check_pools(model, made)
     for part, pair in pairs.items():
         _add(model, names.of_part(part), -pair.delta())
-    _put_on(model, with_layers(model.config, _configs(pairs), names.parts), pairs)
+    _put_on(model, made, pairs, trainable=attached.trainable)
     attached.merged = None
     return model
 
@@ -369,6 +407,12 @@ def _saved(model: Decoder, attached: _Attached) -> dict[str, Tensor]:
         stored = attached.names.tensors[name]
         found[name] = stored.piece.write(_tensor(model, stored.tensor)).detach()
     return found
+
+
+def _check_parts(model: Decoder, names: Names, parts: Iterable[str]) -> None:
+    """Raise ConfigError where one of them cannot be added to, before any is."""
+    for part in parts:
+        _tensor(model, names.of_part(part).tensor)
 
 
 def _add(model: Decoder, place: Place, delta_OC: Tensor) -> None:

@@ -32,7 +32,8 @@ def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: P
     _check_saved(adapter, names, folder)
     _check_stacks(adapter, names, config, folder)
     table = LoraTable(adapter.table, folder / CONFIG)
-    outside = [module for module in adapter.pairs if module not in table.targets(adapter.pairs)]
+    targets = table.targets(adapter.pairs)
+    outside = [module for module in adapter.pairs if module not in targets]
     if outside:
         raise CheckpointError(
             f"{folder} holds numbers for {some(outside)}, which target_modules in {table.path} does not name"

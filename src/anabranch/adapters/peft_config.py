@@ -123,13 +123,13 @@ class LoraTable:
         elif isinstance(wanted, str):
             found = self._fitting("target_modules", wanted, modules)
         else:
-            named = {name for name in modules if any(ends_with(name, word) for word in wanted)}
+            named = _ending(modules, wanted)
             found = {name for name in named if self._is_in_layer(name)}
         excluded = self.table.get("exclude_modules")
         if isinstance(excluded, str):
             found -= self._fitting("exclude_modules", excluded, found)
         elif excluded:
-            found = {name for name in found if not any(ends_with(name, word) for word in excluded)}
+            found -= _ending(found, excluded)
         return {name for name in found if not self.is_saved(name)}
 
     def is_saved(self, module: str) -> bool:
@@ -190,3 +190,14 @@ class LoraTable:
 
 def _is_index(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _ending(names: Collection[str], words: Collection[str]) -> set[str]:
+    """Which names `ends_with` holds of for any word: looked up, since words may be as many as names, the full names of them all."""
+    known = set(words)
+    found = set()
+    for name in names:
+        pieces = name.split(".")
+        if any(".".join(pieces[start:]) in known for start in range(len(pieces))):
+            found.add(name)
+    return found

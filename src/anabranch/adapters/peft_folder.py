@@ -209,7 +209,9 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.b_OR
     tensors |= _stacked(adapter.stacks)
     tensors |= {f"{_PREFIX}{_in_peft(name, adapter.pairs)}": tensor for name, tensor in adapter.saved.items()}
-    with atomic_folder(folder, replacing=_OURS.pattern) as temporary:
+    # A README.md alone is somebody's page, and no card of an adapter.
+    replaced = _OURS.pattern if (Path(folder) / CONFIG).exists() else ""
+    with atomic_folder(folder, replacing=replaced) as temporary:
         atomic_write_json(temporary / CONFIG, dict(adapter.table))
         write_file(temporary / WEIGHTS, tensors)
 

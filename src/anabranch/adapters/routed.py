@@ -141,17 +141,26 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """What is added to y, in the pool's type, which may be wider than that of ``x``."""
         x_NC = x.flatten(0, -2)
-        routing = self._told(x_NC, context) if self.router is None else self.router(x_NC, context)
+        routing = self._told(x_NC, context, x.shape[:-1]) if self.router is None else self.router(x_NC, context)
         if routing is None:
             return x.new_zeros(*x.shape[:-1], self.pool.out_dim)
         y_NO = self.pool(x_NC.to(self.pool.a.dtype), routing, context=context)
         return y_NO.view(*x.shape[:-1], self.pool.out_dim)
 
-    def _told(self, x_NC: Tensor, context: Any) -> Routing | None:
-        """What the caller chose for these items; None for nothing. Raises InputError for adapters that there are not."""
+    def _told(self, x_NC: Tensor, context: Any, shape: Sequence[int] | None = None) -> Routing | None:
+        """What the caller chose for these items, of a pass of ``shape``; None for nothing.
+
+        Raises InputError for adapters that there are not, and for rows or a length that the pass has not.
+        """
         state = {} if context is None else context.state
         if _INDEX not in state:
             return None
+        told = state[_INDEX].shape[:-1]
+        # As many tokens of other rows would give them each other's adapters.
+        if shape is not None and len(shape) == len(told) and tuple(shape) != tuple(told) and told.numel() == len(x_NC):
+            raise InputError(
+                f"adapters are chosen for {told[0]} rows of {told[1]} tokens in a pass of {shape[0]} rows of {shape[1]}"
+            )
         index_NK, weight_NK = (state[name].flatten(0, -2) for name in (_INDEX, _WEIGHT))
         if len(index_NK) != len(x_NC):
             raise InputError(f"adapters are chosen for {len(index_NK)} tokens of a pass of {len(x_NC)}")

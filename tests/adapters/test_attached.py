@@ -1,0 +1,107 @@
+"""What is put onto a model knows of what kind it is, and a call that fails leaves the model as it was."""
+
+import pytest
+import torch
+
+from adapter_models import TOKENS, drawn, linear_layers, logits, make_adapter, make_base
+from anabranch.adapters import adapter_of, load_peft, load_pool, merge, read_peft, rows_for, save_peft, unload, unmerge
+from anabranch.adapters.fits import check_fits
+from anabranch.adapters.names import names_of
+from anabranch.adapters.peft_config import LoraTable
+from anabranch.errors import ConfigError, InputError
+from anabranch.lm import load_model
+from anabranch.nn.quantize import quantize
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """With a base, and adapters a and b of its q and down, s that brings a head."""
+    root = tmp_path_factory.mktemp("attached")
+    layers = linear_layers(make_base(root / "base", "llama"), ["q_proj", "down_proj"])
+    make_adapter(root / "a", layers, seed="a")
+    make_adapter(root / "b", layers, seed="b")
+    head = {"lm_head.weight": drawn("head", (61, 32))}
+    make_adapter(root / "s", layers, extra=head, modules_to_save=["lm_head"])
+    return root
+
+
+def opened(place):
+    return load_model(place / "base")[0].eval()
+
+
+@pytest.mark.parametrize("call", [unmerge, unload])
+def test_nothing_is_taken_out_where_a_matrix_is_stored_in_few_bits(place, call):
+    model = merge(load_peft(place / "a", opened(place)))
+    quantize(model, "int8", head=None, skip=("feed_forward",))
+    before = logits(model)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="stored in few bits"):
+            call(model)
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapter_stays_on_where_the_head_cannot_be_given_back(place, merged):
+    model = load_peft(place / "s", opened(place))
+    if merged:
+        merge(model)
+    quantize(model, "int8", skip=("blocks",))
+    before, config = logits(model), model.config
+    with pytest.raises(ConfigError, match=r"head\.weight is stored in few bits"):
+        unload(model)
+    assert torch.equal(logits(model), before)
+    assert model.config == config
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_an_adapter_learns_after_a_merge_as_before(place, trainable):
+    model = load_peft(place / "a", opened(place), trainable=trainable)
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert bool(before) == trainable
+    unmerge(merge(model))
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+
+
+def test_a_pool_of_one_is_a_pool(place, tmp_path):
+    model = load_pool({"one": place / "a"}, opened(place))
+    for call in (merge, adapter_of, lambda model: save_peft(tmp_path / "x", model)):
+        with pytest.raises(
+            ConfigError, match=r"a pool of one adapter \(one\), for rows to choose from; load_peft puts it on"
+        ):
+            call(model)
+    assert torch.equal(logits(unload(model)), logits(opened(place)))
+
+
+def test_rows_do_not_choose_from_an_adapter_that_all_get(place):
+    with pytest.raises(ConfigError, match="adapter of load_peft, which all rows get; load_pool lets them choose"):
+        rows_for(load_peft(place / "a", opened(place)), [None, "default"], 6)
+
+
+def test_as_many_tokens_of_other_rows_are_refused(place):
+    model = load_pool({"a": place / "a", "b": place / "b"}, opened(place))
+    with pytest.raises(InputError, match="chosen for 3 rows of 4 tokens in a pass of 2 rows of 6"), torch.no_grad():
+        model(TOKENS, state=rows_for(model, ["a", "b", "a"], 4))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1e39, 3e38])
+def test_weights_that_no_row_can_have(place, weight):
+    """The last is a number, and not once it is multiplied by the scale of the adapter, 2."""
+    model = load_pool({"a": place / "a"}, opened(place))
+    with pytest.raises(
+        ConfigError, match=r"row 1 has weight \S+ for adapter 'a', whose greatest scale is 2; .* at most 3.4e"
+    ):
+        rows_for(model, [None, {"a": weight}], 6)
+    rows_for(model, [None, {"a": 1.5e38}], 6)
+
+
+def test_which_modules_are_meant_is_asked_once_for_all(place, monkeypatch):
+    """And not for each of them, of which a mixture has thousands."""
+    asked, targets = [], LoraTable.targets
+    monkeypatch.setattr(
+        LoraTable, "targets", lambda table, modules: asked.append(len(modules)) or targets(table, modules)
+    )
+    adapter = read_peft(place / "a")
+    asked.clear()
+    config = opened(place).config
+    check_fits(adapter, names_of(config, adapter.pairs), config, place / "a")
+    assert len(asked) == 2
