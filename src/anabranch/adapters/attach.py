@@ -182,7 +182,7 @@ def rows_for(model: Decoder, rows: Sequence[str | Mapping[str, float] | None], l
 def _check_weights(adapters: Mapping[str, Adapter], told: Sequence[Mapping[str, float]]) -> None:
     """Raise ConfigError for a weight that is none in float32, alone or times a scale."""
     scales = {
-        name: max(1.0, *(abs(scale_of(one.rank, one.alpha, one.rslora)) for one in _parts_of(adapters[name])))
+        name: max([1.0, *(abs(scale_of(one.rank, one.alpha, one.rslora)) for one in _parts_of(adapters[name]))])
         for name in {name for row in told for name in row}
     }
     for number, row in enumerate(told):
