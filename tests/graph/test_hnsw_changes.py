@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.errors import BackendError, CapacityError, DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
@@ -284,6 +286,58 @@ def test_flipped_bits_are_seen(tmp_path):
         ids, _ = loaded.search(np.nan_to_num(QUERIES), 5)
         assert ((ids >= -1) & (ids < 2**62)).all()
     assert seen > 100
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("compact_at", [0.2, None])
+def test_what_is_left_when_the_highest_went_is_read_again(tmp_path, compact_at, mmap):
+    """Places that wait to be used again keep their level, which may be above all that is left."""
+    vectors = drawn(620, 8, 3)
+    index = HNSW(8, M=8, ef_construction=40, compact_at=compact_at, workers=1)
+    index.add(vectors[:500])
+    level_S = index._storage.level[:500]
+    index.remove(np.union1d([0, 1], np.flatnonzero(level_S == level_S.max())))
+    index.add(vectors[500])
+    assert len(index._storage.vacant_S)
+    index.save(tmp_path / "x.anb")
+    again = HNSW.load(tmp_path / "x.anb", mmap=mmap)
+    for one in (index, again, pickle.loads(pickle.dumps(index))):
+        assert sorted(one.ids.tolist()) == sorted(index.ids.tolist())
+        assert np.array_equal(one.search(vectors[:50], 5, 64)[0], index.search(vectors[:50], 5, 64)[0])
+    # Those places are used again, at their level.
+    for vector in vectors[501:]:
+        again.add(vector)
+    found = again.search(vectors[501:], 1, 64)[1]
+    assert (found[:, 0] < 1e-6).mean() > 0.95
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_an_index_whose_elements_all_went_is_read_again(tmp_path, mmap):
+    index = HNSW(8, M=8, ef_construction=40, compact_at=None, workers=1)
+    index.add(drawn(100, 8, 3))
+    index.remove(index.ids)
+    index.save(tmp_path / "x.anb")
+    again = HNSW.load(tmp_path / "x.anb", mmap=mmap)
+    assert len(again) == 0
+    again.add(drawn(50, 8, 4))
+    again.save(tmp_path / "x.anb")
+    assert len(HNSW.load(tmp_path / "x.anb")) == 50
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.2, None]))
+def test_whatever_came_and_went_is_read_again(seed, compact_at):
+    generator = np.random.default_rng(seed)
+    index = HNSW(4, M=4, ef_construction=8, compact_at=compact_at, seed=seed, workers=1)
+    for _ in range(8):
+        index.add(generator.standard_normal((int(generator.integers(1, 40)), 4)).astype(np.float32))
+        ids = index.ids
+        level_N = index._storage.level[: index._storage.count]
+        high = np.intersect1d(ids, index._storage.label[np.flatnonzero(level_N == level_N.max())])
+        gone = generator.choice(ids, int(generator.integers(0, len(ids))), replace=False)
+        index.remove(np.union1d(gone, high[: int(generator.integers(0, 2)) * len(high)]))
+        again = pickle.loads(pickle.dumps(index))
+        assert sorted(again.ids.tolist()) == sorted(index.ids.tolist())
 
 
 def changed(arrays, name, place, value):

@@ -37,8 +37,9 @@ def _is_sound(arrays: dict[str, np.ndarray], entry: int, top: int) -> bool:
     if not count:
         return entry == top == -1
     level, first = arrays["level"].astype(np.int64), arrays["first"].astype(np.int64)
-    live = arrays["label"][arrays["deleted"] == 0]
-    if not (0 <= entry < count and level.min() >= 0 and level[entry] == top == level.max() <= MAX_LEVEL):
+    is_live = arrays["deleted"] == 0
+    live, highest = arrays["label"][is_live], int(level.max())
+    if not (level.min() >= 0 and highest <= MAX_LEVEL and _leads_in(level, is_live, entry, top)):
         return False
     if first.min() < 0 or (first + level).max() > num_upper or len(np.unique(live)) != len(live):
         return False
@@ -51,10 +52,17 @@ def _is_sound(arrays: dict[str, np.ndarray], entry: int, top: int) -> bool:
         return False
     lists = [arrays["links"]]
     lists += [
-        np.ascontiguousarray(arrays["upper"][first[level >= number] + number - 1]) for number in range(1, top + 1)
+        np.ascontiguousarray(arrays["upper"][first[level >= number] + number - 1]) for number in range(1, highest + 1)
     ]
     level_N = np.array(arrays["level"])
     return all(links_are_sound(links.ctypes.data, *links.shape, level_N, number) for number, links in enumerate(lists))
+
+
+def _leads_in(level_N: np.ndarray, is_live_N: np.ndarray, entry: int, top: int) -> bool:
+    """Whether walks begin at an element of the highest level of those in the graph. Deleted ones that left it may have had a higher one."""
+    if entry == top == -1:
+        return not is_live_N.any()
+    return 0 <= entry < len(level_N) and level_N[entry] == top >= level_N[is_live_N].max(initial=0)
 
 
 @kernel
