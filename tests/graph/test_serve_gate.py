@@ -96,6 +96,33 @@ def test_an_error_of_a_later_step_is_the_answer(one_thread):
     asyncio.run(run())
 
 
+def test_one_address_leaves_places_to_others():
+    gate = Gate(Limits(concurrency=1, waiting=7))
+    stay = threading.Event()
+
+    def steps():
+        stay.wait(20)
+        yield
+        return 1
+
+    async def run():
+        asked = [asyncio.ensure_future(gate.run(steps, FOREVER, source="a")) for _ in range(6)]
+        await asyncio.sleep(0)
+        with pytest.raises(FullError, match="6 requests of this address are under way or waiting, of 8 that may be"):
+            await gate.run(steps, FOREVER, source="a")
+        asked += [asyncio.ensure_future(gate.run(steps, FOREVER, source="b")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(FullError, match="8 requests are under way or waiting, which is the limit"):
+            await gate.run(steps, FOREVER, source="c")
+        stay.set()
+        assert await asyncio.gather(*asked) == [1] * 8
+        assert gate.why_full("a") is None
+        assert not gate._of_source
+
+    asyncio.run(run())
+    gate.close()
+
+
 # Of a server
 
 

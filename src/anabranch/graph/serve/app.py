@@ -98,8 +98,9 @@ class Serving:
         # Say so before the body is read.
         if is_write:
             live_of(loaded)
-        if gate.is_full:
-            raise self._full(gate)
+        source = source_of(request)
+        if (why := gate.why_full(source)) is not None:
+            raise full(why)
         kept = self._room(request)
         try:
             bodies, loop = [await self._body(request, deadline, kept)], asyncio.get_running_loop()
@@ -118,9 +119,9 @@ class Serving:
 
         try:
             self.metrics.in_flight.inc()
-            return Response(await gate.run(work, deadline, kept.close), media_type=JSON)
-        except FullError:
-            raise self._full(gate) from None
+            return Response(await gate.run(work, deadline, kept.close, source), media_type=JSON)
+        except FullError as error:
+            raise full(str(error)) from None
         except LateError:
             after = "it may be made all the same, and can be sent again" if is_write else "ask for less at once"
             raise RequestError(
@@ -141,18 +142,9 @@ class Serving:
         finally:
             self.metrics.in_flight.dec()
 
-    def _full(self, gate: Gate) -> RequestError:
-        most = gate.room
-        return RequestError(
-            429,
-            "busy",
-            f"{most} requests are under way or waiting, which is the limit; try again",
-            headers={"Retry-After": RETRY_S},
-        )
-
     def _room(self, request: Request) -> Kept:
         """Room for a body that comes. Raises RequestError where there is none for what it says it has."""
-        source = request.client.host if request.client is not None else ""
+        source = source_of(request)
         length = request.headers.get("content-length", "")
         said = int(length) if length.isdigit() and len(length) < 20 else None
         try:
@@ -370,3 +362,13 @@ class _Counted:
         finally:
             endpoint = scope["path"] if scope["path"] in self._paths else "other"
             self._state.serving.metrics.answered(endpoint, status or 499, started)
+
+
+def source_of(request: Request) -> str:
+    """The address that a request comes from."""
+    return request.client.host if request.client is not None else ""
+
+
+def full(why: str) -> RequestError:
+    """The refusal of a request for which there is no place."""
+    return RequestError(429, "busy", f"{why}; try again", headers={"Retry-After": RETRY_S})

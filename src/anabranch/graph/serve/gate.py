@@ -7,7 +7,9 @@ than ``concurrency`` at a time.
 """
 
 import asyncio
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +24,9 @@ Steps = Generator[None, None, T]
 
 # Seconds of a turn; what is begun by then goes on to the end of its step.
 TURN_S = 0.05
+
+# Of all places, those that one address may take: others are let in beside one that asks without end.
+SHARE = 0.75
 
 
 class FullError(Exception):
@@ -51,29 +56,43 @@ class Gate:
         self._threads = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="answer")
         # Requests under way or waiting.
         self.taken = 0
+        self._of_source: Counter[str] = Counter()
+        self.most_of_source = math.ceil(SHARE * self.room)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether another request would be turned away."""
-        return self.taken >= self.room
+    def why_full(self, source: str) -> str | None:
+        """Why another request of an address would be turned away."""
+        if self.taken >= self.room:
+            return f"{self.room} requests are under way or waiting, which is the limit"
+        if self._of_source[source] >= self.most_of_source:
+            return (
+                f"{self.most_of_source} requests of this address are under way or waiting, of {self.room} that may be"
+            )
+        return None
 
-    async def run(self, work: Callable[[], Steps[T]], deadline: float, over: Callable[[], None] = lambda: None) -> T:
+    async def run(
+        self, work: Callable[[], Steps[T]], deadline: float, over: Callable[[], None] = lambda: None, source: str = ""
+    ) -> T:
         """What the steps of ``work()`` return, made in threads, by ``deadline`` (of `time.monotonic`).
 
         Args:
             work: of the request.
             deadline: no step is begun after it.
             over: called in the event loop when no thread has to do with it any more, which may be after this raised.
+            source: the address that asks.
 
-        Raises FullError, or LateError; and whatever a step raises.
+        Raises FullError with the reason, or LateError; and whatever a step raises.
         """
-        if self.is_full:
+        if (why := self.why_full(source)) is not None:
             over()
-            raise FullError
+            raise FullError(why)
         self.taken += 1
+        self._of_source[source] += 1
 
         def done(_: object) -> None:
             self.taken -= 1
+            self._of_source[source] -= 1
+            if not self._of_source[source]:
+                del self._of_source[source]
             over()
 
         job = _Job(work(), deadline)
