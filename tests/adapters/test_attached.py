@@ -8,7 +8,7 @@ from anabranch.adapters import adapter_of, load_peft, load_pool, merge, read_pef
 from anabranch.adapters.fits import check_fits
 from anabranch.adapters.names import names_of
 from anabranch.adapters.peft_config import LoraTable
-from anabranch.errors import ConfigError, InputError
+from anabranch.errors import CheckpointError, ConfigError, InputError
 from anabranch.lm import load_model
 from anabranch.nn.quantize import quantize
 
@@ -20,8 +20,9 @@ def place(tmp_path_factory):
     layers = linear_layers(make_base(root / "base", "llama"), ["q_proj", "down_proj"])
     make_adapter(root / "a", layers, seed="a")
     make_adapter(root / "b", layers, seed="b")
+    make_adapter(root / "learns", layers, lora_dropout=0.0)
     head = {"lm_head.weight": drawn("head", (61, 32))}
-    make_adapter(root / "s", layers, extra=head, modules_to_save=["lm_head"])
+    make_adapter(root / "s", layers, extra=head, modules_to_save=["lm_head"], lora_dropout=0.0)
     return root
 
 
@@ -55,7 +56,7 @@ def test_an_adapter_stays_on_where_the_head_cannot_be_given_back(place, merged):
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_an_adapter_learns_after_a_merge_as_before(place, trainable):
-    model = load_peft(place / "a", opened(place), trainable=trainable)
+    model = load_peft(place / "learns", opened(place), trainable=trainable)
     before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert bool(before) == trainable
     unmerge(merge(model))
@@ -105,3 +106,46 @@ def test_which_modules_are_meant_is_asked_once_for_all(place, monkeypatch):
     config = opened(place).config
     check_fits(adapter, names_of(config, adapter.pairs), config, place / "a")
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a", r"says lora_dropout 0\.05, and adapters learn without dropout here; say 0 in"),
+        ("s", r"brings lm_head\.weight whole, which does not learn here, as it does in peft"),
+    ],
+)
+def test_what_would_be_trained_otherwise_than_in_peft_is_refused(place, name, message):
+    model = opened(place)
+    with pytest.raises(ConfigError, match=message):
+        load_peft(place / name, model, trainable=True)
+    load_peft(place / name, model)  # nothing was put on
+
+
+def test_a_merge_that_the_type_of_the_model_cannot_hold_changes_nothing(place, tmp_path):
+    layers = linear_layers(make_base(tmp_path / "base", "llama"), ["q_proj", "down_proj"])
+    make_adapter(tmp_path / "great", layers, alpha_pattern={"layers.1.self_attn.q_proj": 1e9})
+    model = load_model(place / "base", dtype=torch.float16)[0]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    load_peft(tmp_path / "great", model)
+    with pytest.raises(
+        ConfigError, match="has numbers that float16 cannot hold; leave it beside, or load the model in float32"
+    ):
+        merge(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unload(model).state_dict().items())
+
+
+def test_a_mixture_whose_file_lost_the_experts_of_a_layer_is_refused(tmp_path):
+    """Where all layers lack them, peft saw them as one tensor; where one does, the file is not whole."""
+    layers = linear_layers(make_base(tmp_path / "base", "olmoe"), ["q_proj", "up_proj"])
+    held = {name: size for name, size in layers.items() if not ("layers.1." in name and ".experts." in name)}
+    make_adapter(tmp_path / "torn", held)
+    model = load_model(tmp_path / "base")[0]
+    with pytest.raises(CheckpointError, match=r"lacks lora_A and lora_B of model\.layers\.1\.mlp\.experts\.0\.up_proj"):
+        load_peft(tmp_path / "torn", model)
+    make_adapter(
+        tmp_path / "none",
+        {name: size for name, size in layers.items() if "q_proj" in name},
+        target_modules=["q_proj", "up_proj"],
+    )
+    load_peft(tmp_path / "none", model)

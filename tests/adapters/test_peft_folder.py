@@ -216,3 +216,24 @@ def test_a_page_without_an_adapter_beside_it_is_not_replaced(folder, tmp_path):
     (place / "README.md").write_text("card")
     write_peft(place, read_peft(folder))
     assert not (place / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(1).expand(3, 10**12),
+        lambda: torch.zeros(3, 32).to_sparse(),
+        lambda: torch.zeros(3, 32).to_sparse_csr(),
+        lambda: torch.zeros(3, 32, device="meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_pickled_tensors_that_say_more_than_they_hold_are_refused(folder, make):
+    """A file of 2 kB that asks for 12 TB."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    torch.save({**tensors, name: make()}, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError) as error:
+        read_peft(folder)
+    assert "no plain tensor with a number for each of its places" in str(error.value)

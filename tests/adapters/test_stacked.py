@@ -225,3 +225,21 @@ def test_what_is_not_done_with_stacks(base, tmp_path):
     )
     with pytest.raises(CheckpointError, match="and the model has no such experts; is it another model's adapter"):
         load_peft(tmp_path / "b", load_model(tmp_path / "dense")[0])
+
+
+def test_parameters_of_one_layer_alone_may_be_named(base, tmp_path):
+    """As peft writes it for target_parameters that name a layer; another that is named must be there."""
+    extra = {
+        name.replace(".base_layer", ""): tensor for name, tensor in stacked([1]).items() if ".base_layer" not in name
+    }
+    write(tmp_path / "a", base, extra, target_parameters=["layers.1.mlp.experts.down_proj"])
+    model = load_model(base[0])[0]
+    before = logits(model)
+    load_peft(tmp_path / "a", model)
+    assert not torch.equal(logits(model), before)
+    both = [f"layers.{layer}.mlp.experts.down_proj" for layer in (0, 1)]
+    write(tmp_path / "b", base, extra, target_parameters=both)
+    with pytest.raises(
+        CheckpointError, match="lacks lora_A and lora_B of down_proj in layer 0, which target_parameters names"
+    ):
+        load_peft(tmp_path / "b", load_model(base[0])[0])

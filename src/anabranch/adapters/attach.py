@@ -87,7 +87,8 @@ def load_peft(folder: str | Path, model: Decoder, *, family: str | None = None, 
     Raises:
         CheckpointError: as `read_peft`, or the adapter is of another model: it has layers that this one lacks or widths that do not fit,
             or lacks layers that its config names.
-        ConfigError: the model has an adapter, or other ``linears``, already.
+        ConfigError: the model has an adapter, or other ``linears``, already; ``trainable`` for one that has dropout, brings whole tensors
+            or adapts stacked experts, which do not learn here.
     """
     adapter = read_peft(folder)
     _check_bare(model)
@@ -95,10 +96,8 @@ def load_peft(folder: str | Path, model: Decoder, *, family: str | None = None, 
     config = model.config.replace(tie_embeddings=False) if unties else model.config
     names = names_of(config, adapter.pairs, family)
     check_fits(adapter, names, config, Path(folder))
-    if trainable and adapter.stacks:
-        raise ConfigError(
-            f"{folder} adapts experts that are stacked, whose gate and up share a matrix; such an adapter cannot learn here"
-        )
+    if trainable:
+        _check_learns(adapter, folder)
     pairs = _ours(names, adapter, config)
     made = with_layers(config, _configs(pairs), names.parts)
     check_pools(model, made)
@@ -283,7 +282,10 @@ def merge(model: Decoder) -> Decoder:
     The model then runs, converts and saves as one that never had an adapter; `unmerge` takes the numbers out again, to the rounding of
     the matrices' type.
 
-    Raises ConfigError where there is no adapter, it is merged already, or a matrix is stored in few bits.
+    What is added and taken out is rounded each time, relative to the greater of matrix and adapter: an adapter that is far greater than
+    the matrices leaves little of them.
+
+    Raises ConfigError where there is no adapter, it is merged already, a matrix is stored in few bits, or its type cannot hold the sum.
     """
     attached = _attached(model)
     if attached.merged is not None:
@@ -291,6 +293,14 @@ def merge(model: Decoder) -> Decoder:
     adapter = adapter_of(model)
     pairs = _ours(attached.names, adapter, model.config)
     _check_parts(model, attached.names, pairs)
+    for part, pair in pairs.items():
+        place = attached.names.of_part(part)
+        found = _sum(model, place, pair.delta())
+        if not found.isfinite().all():
+            kind = str(found.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{place.tensor} with the adapter in it has numbers that {kind} cannot hold; leave it beside, or load the model in float32"
+            )
     strip(model)
     for part, pair in pairs.items():
         _add(model, attached.names.of_part(part), pair.delta())
@@ -317,6 +327,24 @@ def unmerge(model: Decoder) -> Decoder:
     _put_on(model, made, pairs, trainable=attached.trainable)
     attached.merged = None
     return model
+
+
+def _check_learns(adapter: Adapter, folder: str | Path) -> None:
+    """Raise ConfigError for what peft trains otherwise than we do: another training would be got than the config says."""
+    if adapter.stacks:
+        raise ConfigError(
+            f"{folder} adapts experts that are stacked, whose gate and up share a matrix; such an adapter cannot learn here"
+        )
+    if adapter.table.get("lora_dropout"):
+        raise ConfigError(
+            f"{folder} says lora_dropout {adapter.table['lora_dropout']!r}, and adapters learn without dropout here; say 0 in its "
+            "adapter_config.json to train it so"
+        )
+    if adapter.saved:
+        raise ConfigError(
+            f"{folder} brings {next(iter(adapter.saved))} whole, which does not learn here, as it does in peft; leave out trainable, or "
+            "train an adapter of linear layers alone"
+        )
 
 
 def _attached(model: Decoder) -> _Attached:
@@ -416,6 +444,11 @@ def _check_parts(model: Decoder, names: Names, parts: Iterable[str]) -> None:
 
 
 def _add(model: Decoder, place: Place, delta_OC: Tensor) -> None:
+    _tensor(model, place.tensor)[place.where].copy_(_sum(model, place, delta_OC))
+
+
+def _sum(model: Decoder, place: Place, delta_OC: Tensor) -> Tensor:
+    """What the matrix is with ``delta_OC``, summed in the wider type and rounded to its own."""
     part = _tensor(model, place.tensor)[place.where]
     wide = torch.promote_types(part.dtype, delta_OC.dtype)
-    part.copy_(part.to(wide) + delta_OC.to(part.device, wide))
+    return (part.to(wide) + delta_OC.to(part.device, wide)).to(part.dtype)

@@ -1,5 +1,6 @@
 """`check_fits`: whether an adapter is one of this model, before anything of the model is touched."""
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
 
 __all__ = ["check_fits"]
+
+_LAYER = re.compile(r"(?<=layers\.)\d+")
 
 
 def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: Path) -> None:
@@ -39,7 +42,9 @@ def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: P
             f"{folder} holds numbers for {some(outside)}, which target_modules in {table.path} does not name"
         )
     missing = [module for module in sorted(table.targets(names.places)) if module not in adapter.pairs]
-    missing = [module for module in missing if not _is_left_out(module, table, adapter.pairs)]
+    # Single experts that the file has; the rest of what is named may lack, see below.
+    single = {module.rpartition(".")[2] for module in adapter.pairs if ".experts." in module}
+    missing = [module for module in missing if not _is_left_out(module, table, single)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks lora_A and lora_B of {some(missing)}, which target_modules in {table.path} names; copy it again, or is it an "
@@ -48,7 +53,7 @@ def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: P
 
 
 def _check_stacks(adapter: Adapter, names: Names, config: Decoder.Config, folder: Path) -> None:
-    """The same of experts that are stacked: each once, and each parameter in all layers that have experts, or in none."""
+    """The same of experts that are stacked: each once, and each parameter in all layers that are named, or in none."""
     parts = expanded(adapter.stacks, config, str(folder))
     places = {place.part for place in names.places.values()}
     homeless = [part for part in parts if part not in places]
@@ -60,9 +65,16 @@ def _check_stacks(adapter: Adapter, names: Names, config: Decoder.Config, folder
             f"{folder} adapts {some(twice)} alone and in a stack of all experts; it must be one of the two"
         )
     routed = {str(layer) for layer in range(config.num_layers) if config.feed_forward_of(layer).is_routed}
+    table = LoraTable(adapter.table, folder / CONFIG)
     for parameter in PARAMETERS:
-        layers = {name.split("layers.")[1].split(".")[0] for name in adapter.stacks if name.endswith(f".{parameter}")}
-        missing = sorted(routed - layers, key=int) if layers else []
+        held = [name.removesuffix(f".{parameter}") for name in adapter.stacks if name.endswith(f".{parameter}")]
+        layers = {module.split("layers.")[1].split(".")[0]: module for module in held}
+        # target_parameters may name some layers alone, as its words are endings of whole names.
+        missing = [
+            layer
+            for layer in (sorted(routed - layers.keys(), key=int) if held else [])
+            if table.parameters(_LAYER.sub(layer, held[0], count=1), [parameter])
+        ]
         if missing:
             raise CheckpointError(
                 f"{folder} lacks lora_A and lora_B of {parameter} in layer {missing[0]}, which target_parameters names; copy it again, or "
@@ -81,10 +93,11 @@ def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:
             )
 
 
-def _is_left_out(module: str, table: LoraTable, pairs: Collection[str]) -> bool:
-    """Whether a layer may lack though it is named: experts that peft saw as one stacked tensor, in which it adapts no single one."""
-    before, is_expert, after = module.partition(".experts.")
-    if not is_expert:
-        return table.target_modules is None
-    last = after.rpartition(".")[2]
-    return not any(other.startswith(f"{before}.experts.") and other.endswith(f".{last}") for other in pairs)
+def _is_left_out(module: str, table: LoraTable, single: Collection[str]) -> bool:
+    """Whether a layer may lack though it is named: experts that peft saw as one stacked tensor, in which it adapts no single one.
+
+    It does so in all layers of a model, so that no expert of the file has a layer of this last word, which ``single`` are.
+    """
+    if table.target_modules is None:
+        return True
+    return ".experts." in module and module.rpartition(".")[2] not in single

@@ -162,7 +162,14 @@ def _read(source: TensorSource, name: str, where: Path) -> Tensor:
     if source.dtype(name) not in FLOATS:
         kind = str(source.dtype(name)).removeprefix("torch.")
         raise CheckpointError(f"{shown(name)} in {where} is stored as {kind}; it must be float32, float16 or bfloat16")
-    tensor = source.read(name).clone()
+    tensor = source.read(name)
+    # A pickled file of a few bytes may say a tensor of any size: one number for all places, or none.
+    is_plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
+    if not is_plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise CheckpointError(
+            f"{shown(name)} in {where} is no plain tensor with a number for each of its places; save it again, as safetensors"
+        )
+    tensor = tensor.clone()
     if not torch.isfinite(tensor).all():
         raise CheckpointError(
             f"{shown(name)} in {where} holds NaN or infinity; the adapter is damaged, or its training failed"
