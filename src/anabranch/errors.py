@@ -22,7 +22,13 @@ from collections.abc import Sequence
 
 
 class AnabranchError(Exception):
-    """Base of every error a user can cause."""
+    """Base of every error a user can cause.
+
+    Attributes:
+        is_for_room: there was no room (of money, of calls, at a model): asked again with less beside it, the same may succeed.
+    """
+
+    is_for_room: bool = False
 
 
 class ConfigError(AnabranchError, ValueError):
@@ -53,6 +59,8 @@ class LimitError(AnabranchError):
     Attributes:
         retry_after_s: seconds after which it may have; None if waiting does not help.
     """
+
+    is_for_room = True
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)

@@ -323,6 +323,31 @@ def test_it_is_said_where_an_answer_stands_in_for_another(first, fields, is_stop
     run(work)
 
 
+@pytest.mark.parametrize(
+    ("fields", "is_for_room"),
+    [
+        ({"max_in_flight": 1, "rpm": 1}, True),
+        ({"tpm": 1}, True),
+        ({"script": ("429",) * 9}, True),
+        ({"script": ("500",) * 9}, False),
+        # Its breaker is open.
+        ({"script": ("401",) * 9}, False),
+        ({"script": ("401",) * 9, "rpm": 1}, False),
+    ],
+)
+def test_it_is_said_where_limits_alone_are_in_the_way(fields, is_for_room):
+    async def work() -> None:
+        dispatcher = Dispatcher([group("a", fields)], QUICK)
+        for _ in range(2):
+            try:
+                await dispatcher.complete(plan(dispatcher, "a"), chat())
+            except UpstreamError as error:
+                last = error
+        assert last.is_for_room is is_for_room
+
+    run(work)
+
+
 def test_another_model_that_was_quicker_stands_in_for_the_first():
     async def work() -> None:
         rules = DispatchRules(hedge=True, min_extra=10)

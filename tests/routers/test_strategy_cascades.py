@@ -4,13 +4,14 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.errors import AnabranchError, BackendError, ConfigError, DataError, InputError
+from anabranch.errors import AnabranchError, BackendError, ConfigError, DataError, InputError, LimitError
 from anabranch.routers import strategies
 from anabranch.routers.contract.ask import Answered, Said
 from anabranch.routers.contract.dataset import Recorded
@@ -337,7 +338,11 @@ class Models:
     """What models say, in turn; an exception is raised in place of an answer."""
 
     def __init__(self, **said):
-        self.said, self.asked = {name: list(answers) for name, answers in said.items()}, []
+        self.said, self.asked, self.most = {name: list(answers) for name, answers in said.items()}, [], math.inf
+
+    @property
+    def left(self):
+        return self.most - len(self.asked)
 
     async def __call__(self, arm, messages, **how):
         name, settings = (arm, {}) if isinstance(arm, str) else (arm.model, arm.settings)
@@ -579,7 +584,7 @@ def test_a_verdict_that_cannot_be_read_counts_against(answer):
     assert (step.facts["is_given"], done.model) == (False, "middle")
 
 
-GONE = BackendError("no room")
+GONE = LimitError("no room")
 
 
 def test_votes_that_did_not_come_tell_nothing():
@@ -604,6 +609,32 @@ def test_votes_for_which_there_was_no_room_are_asked_for_one_after_another():
     # Against it speak those that came, too.
     step, *_, done = answered(one, Models(small=["four", *["Incorrect"] * 2, GONE, GONE, GONE], middle=["five"]))
     assert (step.facts["votes"], done.model) == (2, "middle")
+
+
+@pytest.mark.parametrize(("most", "again"), [(6, 0), (7, 1), (8, 2), (9, 2)])
+def test_votes_asked_again_leave_the_calls_that_the_answer_wants(most, again):
+    one = strategies.make("automix", votes=4, trade_off=0.03).fit(four_votes())
+    models = Models(small=["four", *["Incorrect"] * 2, GONE, GONE, *["Incorrect"] * again], middle=["five"])
+    models.most = most
+    step, *_, done = answered(one, models)
+    assert (step.facts["votes"], done.model, len(models.asked)) == (2 + again, "middle", 6 + again)
+
+
+def test_votes_asked_again_leave_the_votes_of_the_chain_s_other_models():
+    one = AutoMix.Config(models=("small", "middle", "large"), trade_off=30.0).build().fit(made_outcomes(500))
+    request = ProgramRequest(query=QUERY, pool=POOL, decision=one.route(QUERY, POOL))
+    wanted = [one._later_calls(request, name) for name in ("small", "middle", "large")]
+    assert wanted == [1 + 8 + 1, 1, 0]
+
+
+def test_votes_that_failed_of_anything_but_room_are_not_asked_for_again():
+    one = strategies.make("automix", votes=4, trade_off=0.03).fit(four_votes())
+    slow = BackendError("it took too long")
+    models = Models(small=["four", "Correct", slow, slow, GONE, "Correct"], middle=["five"])
+    step, *_, done = answered(one, models)
+    assert (step.facts["votes"], step.facts["missing"], done.model) == (2, 2, "small")
+    # As many as there was no room for, and no more.
+    assert [name for name, _ in models.asked] == ["small"] * 6
 
 
 def four_votes():

@@ -33,6 +33,8 @@ class MadeModels:
             raise BackendError(f"{name} does not answer")
         return Answered.saying(*[f"{name} says yes"] * (n or 1), model=name, completion_tokens=3)
 
+    left = float("inf")
+
     async def stream(self, arm: Arm | str, messages: Messages, **how: Any) -> AsyncIterator[Said | Answered]:
         """Word by word."""
         whole = await self(arm, messages, **how)

@@ -140,6 +140,11 @@ class ModelCalls:
         yield task.result()
 
     @property
+    def left(self) -> int:
+        """See `Ask`."""
+        return max(0, self._runtime.config.limits.strategy_calls - self._num_asked)
+
+    @property
     def busy_s(self) -> float:
         """Seconds in which at least one was under way."""
         return self._busy_s + (self._elapsed() - self._busy_since_s if self._live else 0.0)

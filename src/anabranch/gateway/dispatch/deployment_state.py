@@ -127,10 +127,14 @@ class Live:
         self.waiting -= 1
         self._heard_at = now
 
+    def is_shut(self, now: float) -> bool:
+        """Nobody may be sent there, however much room there is: it is thought broken, or asked to be left alone."""
+        return now < self.rests_until or not would_admit(self.breaker, self.rules, now)
+
     def can_take(self, now: float, tokens: int) -> bool:
         """Whether a request of so many tokens may go there."""
         own = self.deployment
-        if now < self.rests_until or not would_admit(self.breaker, self.rules, now):
+        if self.is_shut(now):
             return False
         if now < self.full_until and tokens >= self.full_tokens:
             return False

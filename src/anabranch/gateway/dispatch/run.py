@@ -385,7 +385,11 @@ class Run:
         lives = [live for model in self.plan.candidates if model in groups for live in groups[model].lives]
         waits = [wait for live in lives if 0 < (wait := live.free_in_s(now, self.tokens)) < float("inf")]
         message = f"no model can be asked now ({skipped})"
-        return UpstreamError(Failure(kind="unavailable", message=message, retry_after_s=min(waits, default=None)))
+        is_crowded = any(not live.is_shut(now) for live in lives)
+        failure = Failure(
+            kind="unavailable", message=message, retry_after_s=min(waits, default=None), is_crowded=is_crowded
+        )
+        return UpstreamError(failure)
 
     def timed_out(self, live: Live, limit_s: float, kind: Any) -> UpstreamError:
         """The failure of a wait that ended: the deployment's limit, or the deadline of all."""

@@ -63,6 +63,7 @@ class Failure:
         type: the upstream's own word, of OpenAI's ``error.type``.
         code: of ``error.code``.
         param: of ``error.param``.
+        is_crowded: of ``unavailable``: limits alone keep a deployment from taking it, none that is thought broken.
         hint: what its words sound like. It decides only where the request goes next, never what is held against the deployment: a sender
             may have written them.
     """
@@ -73,6 +74,7 @@ class Failure:
     retry_after_s: float | None = None
     type: str | None = None
     code: str | None = None
+    is_crowded: bool = False
     param: str | None = None
     hint: Hint | None = None
 
@@ -93,6 +95,7 @@ class UpstreamError(AnabranchError):
     def __init__(self, failure: Failure, report: Any = None) -> None:
         super().__init__(failure.message)
         self.failure, self.report = failure, report
+        self.is_for_room = failure.kind in ("rate_limit", "busy") or failure.is_crowded
 
     @property
     def status(self) -> int:

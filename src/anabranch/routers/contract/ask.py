@@ -103,8 +103,13 @@ class Ask(Protocol):
         stop: texts at which an answer ends.
         purpose: None for ``route`` while a strategy decides, ``judge`` while it judges an answer, ``draft`` in a program.
 
-    Both raise an AnabranchError if no answer comes, or the call may not be made.
+    Both raise an AnabranchError if no answer comes, or the call may not be made; it says whether that was for want of room
+    (``is_for_room``).
     """
+
+    @property
+    def left(self) -> float:
+        """Calls that may still be made for the request; infinity where nobody counts them."""
 
     def __call__(
         self,

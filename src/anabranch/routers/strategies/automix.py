@@ -311,14 +311,20 @@ class AutoMix(Chained, kind="automix"):
     async def examine(self, request: ProgramRequest, model: str, found: Answered, ask: Ask) -> tuple[float, Facts]:
         """Let the model verify its answer k times. A verdict that cannot be read counts against the answer; one that did not come, not.
 
-        All at once; those for which there was no room (of money, or at the model) one after another, until one does not come again. NaN
-        where none came.
+        All at once; those for which there was no room (of money, or at the model) one after another, until one does not come again, and
+        as long as the rest of the chain has all the calls that it may want. NaN where none came.
         """
         text = VERIFY.format(question=request.query.text, answer=found.text)
         told = await asyncio.gather(*(self._verdict(model, text, ask) for _ in range(self.config.votes)))
-        verdicts = [verdict for verdict in told if verdict is not None]
-        while len(verdicts) < self.config.votes and (more := await self._verdict(model, text, ask)) is not None:
+        verdicts = [verdict for verdict in told if isinstance(verdict, bool)]
+        again = sum(isinstance(verdict, AnabranchError) and verdict.is_for_room for verdict in told)
+        wanted = self._later_calls(request, model)
+        while again and ask.left > wanted:
+            more = await self._verdict(model, text, ask)
+            if not isinstance(more, bool):
+                break
             verdicts.append(more)
+            again -= 1
         missing = self.config.votes - len(verdicts)
         facts: Facts = {"votes": len(verdicts)} | ({"missing": missing} if missing else {})
         return Share(sum(verdicts), len(verdicts)), facts
@@ -345,12 +351,18 @@ class AutoMix(Chained, kind="automix"):
         told = {draft.model: draft.confidence for draft in earlier}
         return [told.get(name, float("nan")) for name in self.models[first:place]], first
 
-    async def _verdict(self, model: str, text: str, ask: Ask) -> bool | None:
-        """None where none came."""
+    def _later_calls(self, request: ProgramRequest, model: str) -> int:
+        """The most calls of the models after this one in the chain: an answer each, and votes on all but the last's."""
+        names, chain = request.names, request.decision.details["chain"]
+        later = [name for name in names[names.index(model) + 1 :] if name in chain]
+        return len(later) + self.config.votes * max(0, len(later) - 1)
+
+    async def _verdict(self, model: str, text: str, ask: Ask) -> bool | AnabranchError:
+        """Or why none came."""
         try:
             said = (await ask(model, text, max_tokens=8, temperature=self.config.temperature, purpose="judge")).text
-        except AnabranchError:
-            return None
+        except AnabranchError as error:
+            return error
         return re.fullmatch(r"\W*correct\W*", said.strip(), re.IGNORECASE) is not None
 
     # -- judging
