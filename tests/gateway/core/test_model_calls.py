@@ -67,7 +67,9 @@ def test_what_makes_no_call_is_said_and_nothing_is_asked(arm, how, error, messag
 def test_there_are_so_many_and_none_once_the_request_is_over():
     async def work():
         _, calls = asking(limits=LimitsConfig(strategy_calls=1))
+        assert calls.left == 1
         await calls("small", "a")
+        assert calls.left == 0
         with pytest.raises(LimitError, match="may make 1 calls"):
             await calls("small", "b")
         ended = []
