@@ -237,3 +237,12 @@ def test_pickled_tensors_that_say_more_than_they_hold_are_refused(folder, make):
     with pytest.raises(CheckpointError) as error:
         read_peft(folder)
     assert "no plain tensor with a number for each of its places" in str(error.value)
+
+
+def test_one_half_under_two_names_is_refused(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("lora_B.weight"))
+    again = name.removeprefix("base_model.model.")
+    save_file({**tensors, again: tensors[name] + 1}, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="which are of one tensor"):
+        read_peft(folder)

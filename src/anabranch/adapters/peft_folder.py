@@ -146,7 +146,9 @@ def _put(stored: str, halves: dict[str, dict[str, str]], saved: dict[str, str], 
     name = stored.removeprefix(_PREFIX)
     found = _HALF.fullmatch(name)
     if found:
-        halves.setdefault(found["module"], {})[found["half"]] = stored
+        before = halves.setdefault(found["module"], {}).setdefault(found["half"], stored)
+        if before != stored:
+            raise CheckpointError(f"{where} holds {shown(stored)} and {shown(before)}, which are of one tensor")
         return
     other = next((what for part, what in _OTHER.items() if part in name), None)
     if other is not None:
