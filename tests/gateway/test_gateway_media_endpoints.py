@@ -5,6 +5,7 @@ import io
 import json
 import threading
 import wave
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -32,6 +33,7 @@ from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamRequest
 from anabranch.gateway.providers.scenes import Behaviour
 from anabranch.gateway.providers.usage import Usage
+from anabranch.gateway.sound_packets import OtherSoundError
 from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
 
@@ -308,7 +310,8 @@ def test_how_long_sound_is():
 def test_any_sound_has_a_length(data, form):
     for head in (b"", b"ID3", b"\xff\xfb", b"fLaC\x00", b"RIFF"):
         assert heard_seconds(head + data, form) >= 0
-        assert sound(head + data, form).at_most >= 0
+        with suppress(OtherSoundError):
+            assert sound(head + data, form).at_most >= 0
 
 
 def answered(endpoint, body, data, most):

@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.gateway.sound_containers import contained, is_container
-from anabranch.gateway.sound_frames import flac, flac_seconds, framed
-from anabranch.gateway.sound_packets import ManyPiecesError
+from anabranch.gateway.sound_frames import flac, flac_seconds, framed, notes_end
+from anabranch.gateway.sound_others import LOOKED_AT, refuse_others
+from anabranch.gateway.sound_packets import ManyPiecesError, OtherSoundError
+from anabranch.gateway.sound_wave import wave_rate
 
 # Of an image whose size is not known.
 IMAGE_TOKENS, IMAGE_MOST = 1_600, 4_784
@@ -51,14 +53,8 @@ _FEWEST = 1_000
 # Likewise of sound that was counted: silence that takes next to no bytes.
 _SPARSEST = 100
 
-# Samples a second, channels, and bits of a sample that files of sound have; what says more is none, or lies.
-_SOUND = (384_000, 32, 64)
-
 # Samples of OpenAI's ``pcm``: 24,000 a second of two bytes.
 _PCM = 48_000
-
-# Samples that the densest code of speech puts into a byte.
-_PACKED = 16
 
 # How clips begin that are walked through: with notes, or with a frame.
 _FRAMED = (b"ID3", b"\xff")
@@ -158,10 +154,12 @@ class _Lasts:
 
 def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes]) -> _Lasts:
     first = head(_FORMAT * 3 // 4)
+    is_noted = first.startswith(b"ID3")
+    refuse_others(head(num_bytes if is_noted else LOOKED_AT), notes_end(head(num_bytes)) if is_noted else 0)
     if (found := framed(head(num_bytes)) if first.startswith(_FRAMED) else None) is not None:
         seconds = found.seconds + found.rest / _TYPICAL.get(form, _TYPICAL["mp3"])
         return _Lasts(seconds, found.seconds + found.rest / _FEWEST, True)
-    wave = _wave_rate(first) or _wave_rate(head(_HEAD))
+    wave = wave_rate(first) or (wave_rate(head(num_bytes)) if first.startswith(b"RIFF") else None)
     if (within := contained(head(num_bytes)) if is_container(first) or wave is None else None) is not None:
         # What is only told is what it is mostly; what it may be at most, its bytes say.
         at_most = within.seconds if within.is_counted else max(num_bytes / _FEWEST, within.at_most)
@@ -174,9 +172,8 @@ def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes]) -> _Lasts:
             return _Lasts(found.seconds, max(found.seconds, declared), True)
         # Silence takes next to no bytes there.
         return _Lasts(declared or num_bytes / _TYPICAL["flac"], max(declared, num_bytes / _FEWEST))
-    rate, is_plain = wave or (_FEWEST, False)
-    seconds = num_bytes / (rate if is_plain else _TYPICAL.get(form, _TYPICAL["mp3"]))
-    at_most = max(seconds, num_bytes / rate)
+    seconds = num_bytes / (wave or _TYPICAL.get(form, _TYPICAL["mp3"]))
+    at_most = max(seconds, num_bytes / (wave or _FEWEST))
     if wave is None and (found := framed(head(num_bytes), is_sure=False)) is not None:
         # Something stands before what may be frames.
         at_most = max(at_most, found.seconds)
@@ -190,7 +187,7 @@ def heard_seconds(data: bytes, form: str) -> float:
     try:
         found = framed(data)
         return found.seconds if found is not None else _lasts(len(data), form, lambda size: data[:size]).seconds
-    except ManyPiecesError:
+    except (ManyPiecesError, OtherSoundError):
         return len(data) / _TYPICAL.get(form, _TYPICAL["mp3"])
 
 
@@ -334,37 +331,3 @@ def _jpeg_size(head: bytes) -> tuple[int, int] | None:
                 return None
             at += 2 + size
     return None
-
-
-def _wave_rate(head: bytes) -> tuple[int, bool] | None:
-    """Fewest bytes of a second of a WAV file, of all that it says, and whether its samples are plain.
-
-    None for others, and where its samples do not begin.
-    """
-    if not head.startswith(b"RIFF") or head[8:12] != b"WAVE":
-        return None
-    at, found = 12, list[tuple[int, bool]]()
-    while at + 8 <= len(head):
-        name, size = head[at : at + 4], int.from_bytes(head[at + 4 : at + 8], "little")
-        if name == b"data":
-            # Some take the first of several formats, some the last.
-            return min(found, default=None)
-        if name == b"fmt ":
-            rate = _format_rate(head[at + 8 : at + 24]) if size >= 16 else None
-            if rate is None:
-                return None
-            found.append(rate)
-        at += 8 + size + size % 2
-    return None
-
-
-def _format_rate(told: bytes) -> tuple[int, bool] | None:
-    """Of one format: see `_wave_rate`; None for what cannot be."""
-    if len(told) < 16:
-        return None
-    form, channels, samples, rate, _, bits = struct.unpack("<HHIIHH", told)
-    if form not in (1, 3, 0xFFFE):
-        return max(1, min(_FEWEST, samples // _PACKED)), False
-    can_be = all(0 < said <= most for said, most in zip((samples, channels, bits), _SOUND, strict=True))
-    found = min(rate, samples * channels * bits // 8)
-    return (found, True) if can_be and found > 0 else None

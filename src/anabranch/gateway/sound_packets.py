@@ -21,12 +21,15 @@ AAC_BLOCK = 1024
 # No clip that is taken anywhere is longer, whatever it says: eleven days.
 LONGEST_S = 1_000_000.0
 
-# What is walked through of all clips of one request, in frames: hours of sound have fewer. What has more is made of next to nothing but
-# heads, and would hold up whoever waits for a turn behind it.
-MOST_PIECES = 800_000
+# What is walked through of all clips of one request, in frames: an hour of sound has fewer, even if sent live, as Ogg with a page for each
+# packet of 10 ms (360,000 of them). What has more is made of next to nothing but heads, and would hold up whoever waits for a turn behind
+# it.
+MOST_PIECES = 1_100_000
 
 # What takes as long to be read as so many frames: an element or a box, and a page; and what is kept of each stream or track, as much room.
-ELEMENT, PAGE, STREAM = 2, 4, 400
+ELEMENT, PAGE, STREAM = 2, 2, 400
+
+_TAKEN = "send WAV of PCM (float, A-law, mu-law or ADPCM, too), MP3, FLAC, Ogg, WebM, M4A (MP4) or AAC as ADTS"
 
 _of_request: ContextVar["Pieces | None"] = ContextVar("pieces", default=None)
 
@@ -54,6 +57,10 @@ class Contained:
 
 class ManyPiecesError(Exception):
     """The clips of a request are made of too many pieces to be read."""
+
+
+class OtherSoundError(Exception):
+    """A clip is of a form that nobody can say the length of before it is decoded; it says which."""
 
 
 class Pieces:
@@ -84,7 +91,8 @@ def one_request(field: str) -> Iterator[None]:
     Args:
         field: that holds them, as an error names it.
 
-    Raises ApiError where they have too many pieces: how long they are nobody could say, and whoever waits behind them would wait long.
+    Raises ApiError where they have too many pieces, and for clips of a form that is not read: how long they are nobody could say, and
+    whoever waits behind the many would wait long.
     """
     if _of_request.get() is not None:
         yield
@@ -98,6 +106,10 @@ def one_request(field: str) -> Iterator[None]:
             "send it in several requests, or put together otherwise"
         )
         raise wrong(field, message) from None
+    except OtherSoundError as error:
+        raise wrong(
+            field, f"{field}: a clip is {error}, and how long it lasts cannot be told before it is decoded; {_TAKEN}"
+        ) from None
     finally:
         _of_request.reset(token)
 
