@@ -70,6 +70,13 @@ provider = {{ kind = "openai", model = "m", base_url = "{url}/up", key_env = "" 
             slow["messages"][0]["content"] *= 4
             status, told = asked(slow, one)
             assert (status, told["error"]["param"]) == (400, "messages"), told
+            # Of what lasts far longer than its bytes say nothing is sent on.
+            packed = (
+                b"RIFF\0\0\0\0WAVEfmt " + struct.pack("<IHHIIHH", 16, 0xF1AC, 1, 8_000, 8_000, 1, 16) + b"data\0\0\0\0"
+            )
+            status, told = asked(clip(packed, "wav"), one)
+            assert (status, told["error"]["param"]) == (400, "messages"), told
+            assert "a clip is WAV of FLAC" in told["error"]["message"]
             # Samples that are played again and again are paid for as often.
             edits = box(b"elst", b"\0" * 4, struct.pack(">I", 5_000), struct.pack(">IiI", 1_160, 0, 1 << 16) * 5_000)
             song = m4a(50, length=1).replace(b"trak", b"trak" + box(b"edts", edits), 1)
