@@ -291,6 +291,10 @@ def test_an_answer_that_was_not_accepted_is_better_than_none():
         ({"script": ("context",)}, {}, False),
         ({"script": ("filter",)}, {}, False),
         ({}, {"accept": lambda model, answer: model == "b"}, False),
+        # Of the config, or of its key.
+        ({"script": ("401",) * 9}, {}, False),
+        ({"script": ("404",) * 9}, {}, False),
+        ({"tpm": 1}, {}, False),
         # What may pass.
         ({"script": ("500",) * 9}, {}, True),
         ({"script": ("credit",) * 9}, {}, True),
@@ -319,6 +323,19 @@ def test_it_is_said_where_an_answer_stands_in_for_another(first, fields, is_stop
         answer = await dispatcher.stream(chosen, chat(stream=True))
         await read(answer)
         assert answer.report.is_stopgap is is_stopgap
+
+    run(work)
+
+
+def test_it_is_said_when_what_was_passed_over_may_be_asked_again():
+    async def work() -> None:
+        for script, is_stopgap in (("402", True), ("401", False)):
+            dispatcher = Dispatcher([group("a", {"script": (script,) * 9}), group("b", {})], QUICK)
+            told = [(await dispatcher.complete(plan(dispatcher, "a", "b"), chat())).report for _ in range(2)]
+            # Of the second it is known before it is asked: its breaker is open.
+            assert [len(report.attempts) for report in told] == [2, 1]
+            assert [report.is_stopgap for report in told] == [is_stopgap] * 2
+            assert (0 < told[1].passes_s <= 5.0) is is_stopgap
 
     run(work)
 

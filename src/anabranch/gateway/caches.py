@@ -95,13 +95,24 @@ class Caches:
         context: tuple[bytes, str] | None,
         vector: Any,
         entry: Entry,
+        ttl_s: float | None = None,
     ) -> None:
-        """Keep an answer wherever it was looked for; ``exact`` is `exact` or `named`, and the key."""
+        """Keep an answer wherever it was looked for; ``exact`` is `exact` or `named`, and the key.
+
+        ``ttl_s``: seconds that it is good for, if that is less than usual: for the very same request alone. One with a name is held as long
+        as any.
+        """
         if exact is not None:
             cache, key = exact
-            cache.put(tenant, key, entry)  # type: ignore[arg-type]
-            if self._shared is not None and isinstance(cache, ExactCache) and isinstance(key, bytes):
-                self._shared.put(tenant, self._mark + key, entry, cache.ttl_s)
+            if isinstance(cache, ExactCache) and isinstance(key, bytes):
+                ttl_s_here = cache.ttl_s if ttl_s is None else min(cache.ttl_s, ttl_s)
+                cache.put(tenant, key, entry, ttl_s_here)
+                if self._shared is not None:
+                    self._shared.put(tenant, self._mark + key, entry, ttl_s_here)
+            else:
+                cache.put(tenant, key, entry)  # type: ignore[arg-type]
+        if ttl_s is not None:
+            return
         if context is not None and vector is not None and self.semantic is not None:
             self.semantic.put(tenant, context[0], vector, entry)
             if self._abroad is not None:

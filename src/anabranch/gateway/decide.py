@@ -33,11 +33,13 @@ class Decided:
         decision: candidates are all in the pool.
         bypassed: why the strategy that was asked for did not make it; "" if it did.
         query: with its vector, if one was made.
+        lasts: why it was bypassed does not pass.
     """
 
     decision: Decision
     bypassed: str
     query: Query
+    lasts: bool = False
 
 
 class Decider:
@@ -97,21 +99,21 @@ class Decider:
 
         ``ask`` is how it asks models, on account of the request.
         """
-        bypassed = ""
+        bypassed, does_last = "", True
         for asked in dict.fromkeys((name, self.default)):
             lane = self.lanes[asked]
             try:
                 decision, seen = await lane.decide(query if asked == name else replace(query, knobs={}), pool, ask)
-                return Decided(decision, bypassed, seen)
+                return Decided(decision, bypassed, seen, bool(bypassed) and does_last)
             except BypassError as error:
                 self._on_bypass(asked, error.why)
-                bypassed = bypassed or str(error)
+                bypassed, does_last = bypassed or str(error), does_last and error.lasts
         pool = self.lanes[name].narrowed(pool)
         ready = sorted(pool.models, key=lambda model: not model.is_available)
         candidates = tuple(Candidate(model=model.name, score=-float(at)) for at, model in enumerate(ready))
         reason = "the order of the config, since no strategy could decide"
         decision = Decision(candidates=candidates, strategy="order", reason=reason, probability=1.0)
-        return Decided(decision, bypassed, query)
+        return Decided(decision, bypassed, query, does_last)
 
     def program(self, name: str) -> Program | None:
         """The strategy, if it answers itself."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from anabranch.config import to_dict
-from anabranch.errors import InputError, LimitError
+from anabranch.errors import BudgetError, InputError, LimitError, RateError
 from anabranch.gateway.config import StrategyConfig
 from anabranch.gateway.logged_error import raised
 from anabranch.routers.contract.ask import Ask
@@ -46,11 +46,18 @@ ASKING_S = 10.0
 
 
 class BypassError(Exception):
-    """A strategy cannot be asked, or said what cannot be; ``why`` is one word for the counter."""
+    """A strategy cannot be asked, or said what cannot be; ``why`` is one word for the counter, ``lasts`` as in `Decided`."""
 
-    def __init__(self, why: str, message: str) -> None:
+    def __init__(self, why: str, message: str, lasts: bool = False) -> None:
         super().__init__(message)
-        self.why = why
+        self.why, self.lasts = why, lasts
+
+
+def lasts(error: Exception) -> bool:
+    """Whether a strategy meets the same limit whenever it is asked the same: one of the config's or the key's, which no waiting changes."""
+    if isinstance(error, BudgetError):
+        return error.subject == "request"
+    return isinstance(error, LimitError) and not isinstance(error, RateError) and error.retry_after_s is None
 
 
 class Lane:
@@ -231,7 +238,7 @@ class Lane:
             raise BypassError("slow", f"it took longer than {self.timeout_s:g} s") from None
         except LimitError as error:
             # Of what it asks. The words are ours, and quote nobody.
-            raise BypassError("limit", str(error)) from None
+            raise BypassError("limit", str(error), lasts(error)) from None
         except InputError:
             raise
         except Exception as error:

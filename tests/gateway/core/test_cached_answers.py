@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from anabranch.gateway.cache import Entry
+from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import CacheConfig
 from anabranch.gateway.core import beginning
 from anabranch.gateway.core.cached_answers import CachedAnswers
@@ -133,30 +136,59 @@ def test_only_whole_answers_are_kept_unless_they_have_a_name():
     assert run(work, {"idempotency-key": "a"}, reason="content_filter")
 
 
-@pytest.mark.parametrize("why", ["stopgap", "bypassed", ""])
-def test_what_stands_in_for_another_answer_is_given_to_those_who_wait_and_kept_for_none_but_who_names_it(why):
-    """A draft that would not do, or a fallback's answer, was given as long as it was kept: long after the outage it was for."""
-    lent, _ = services(cache=ON)
+@pytest.mark.parametrize(
+    ("why", "passes_s", "kept_s"),
+    [
+        ("stopgap", 0.0, 5.0),
+        ("stopgap", 40.0, 40.0),
+        ("stopgap", 300.0, 60.0),
+        ("bypassed", 0.0, 5.0),
+        # Of the config or the key.
+        ("lasts", 0.0, 3600.0),
+        ("", 0.0, 3600.0),
+    ],
+)
+def test_what_stands_in_for_another_answer_is_kept_for_a_while_unless_it_has_a_name(why, passes_s, kept_s):
+    """A draft that would not do was given long after the outage it was for; and where none is kept, all who ask in an outage pay."""
+    now = [0.0]
 
     async def work(headers):
+        lent, _ = services(cache=ON)
+        lent.caches.exact._clock = lent.caches.named._clock = lambda: now[0]
         held, state = cached(lent=lent, headers=headers)
         assert await held.look() is None
         waits = asyncio.ensure_future(cached(lent=lent, headers=headers)[0].look())
         await asyncio.sleep(0.01)
-        state.report = Report(model="small", is_stopgap=why == "stopgap")
-        state.decided = Decided(
-            Decision(candidates=(), strategy="", reason=""), why if why == "bypassed" else "", Query(text="")
-        )
+        state.report = Report(model="small", is_stopgap=why == "stopgap", passes_s=passes_s)
+        bypassed = why if why in ("bypassed", "lasts") else ""
+        decision = Decision(candidates=(), strategy="", reason="")
+        state.decided = Decided(decision, bypassed, Query(text=""), why == "lasts")
         held.keep(answer())
         held.end()
         _, which = await waits
-        again, _ = cached(lent=lent, headers=headers)
-        found = await again.look()
-        again.end()
-        return which, found is not None
+        found = []
+        for at in (kept_s - 1, kept_s + 1):
+            now[0] += at - now[0] % 10_000
+            again, _ = cached(lent=lent, headers=headers)
+            found.append(await again.look() is not None)
+            again.end()
+        return which, found
 
-    assert run(work, {}) == ("shared", not why)
-    assert run(work, {"idempotency-key": "a"}) == ("shared", True)
+    assert CacheConfig().ttl_s == 3600
+    assert run(work, {}) == ("shared", [True, False])
+    now[0] = 10_000.0
+    assert run(work, {"idempotency-key": "a"}) == ("shared", [True, kept_s < 3600])
+
+
+def test_what_stands_in_for_another_answer_is_kept_elsewhere_as_briefly_and_for_nobody_who_means_the_same():
+    told = []
+    shared = SimpleNamespace(put=lambda tenant, key, entry, ttl_s: told.append(ttl_s))
+    caches = Caches(ON, None, shared=shared)
+    caches.semantic = SimpleNamespace(put=lambda *given: told.append("alike"))
+    entry = Entry(body=b"{}", model="small", prompt_tokens=1, completion_tokens=1, nano=1)
+    for ttl_s in (5.0, None):
+        caches.put("k", (caches.exact, b"key"), (b"context", "text"), [1.0], entry, ttl_s)
+    assert told == [5.0, 3600, "alike"]
 
 
 def test_a_name_is_for_one_request():

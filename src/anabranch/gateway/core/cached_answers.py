@@ -27,6 +27,9 @@ from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.large_json import LARGE, shortened
 
+# Seconds that an answer is kept at most which stands in for another one.
+STOPGAP_S = 60.0
+
 
 class CachedAnswers:
     """See the module.
@@ -192,7 +195,8 @@ class CachedAnswers:
     def keep(self, answer: Answer) -> None:
         """Give the answer to those who wait for the same, and keep it for those who come later; only whole ones.
 
-        What stands in for another answer is not kept for them, but for who comes back for it by its name.
+        What stands in for another answer, for a reason that may pass, is kept for them until it may have passed, and as long as any for who
+        comes back for it by its name.
         """
         if self._exact is None and self._context is None:
             return
@@ -200,16 +204,20 @@ class CachedAnswers:
         is_kept_anyway = state.endpoint == "embeddings" or (self.is_named and not state.body.get("stream"))
         if not is_kept_anyway and not answer.is_whole:
             return
-        is_stopgap = state.last_report.is_stopgap or (state.decided is not None and bool(state.decided.bypassed))
-        is_kept = self.is_named or not is_stopgap
-        self._share(answer, state.last_report.model or "", state.cost_nano, is_kept=is_kept)
+        report, decided = state.last_report, state.decided
+        is_bypassed = decided is not None and bool(decided.bypassed) and not decided.lasts
+        ttl_s = None
+        if (report.is_stopgap or is_bypassed) and not self.is_named:
+            # As long as the model that failed is left alone.
+            ttl_s = min(STOPGAP_S, max(state.runtime.config.breaker.open_s, report.passes_s))
+        self._share(answer, report.model or "", state.cost_nano, ttl_s=ttl_s)
 
     def come_late(self, attempt: Attempt, answer: Answer) -> None:
         """The answer to a request with a name has come after it was given up."""
         if self._ticket is not None and self._ticket.is_open:
             self._share(answer, attempt.model, attempt.cost)
 
-    def _share(self, answer: Answer, model: str, nano: int, *, is_kept: bool = True) -> None:
+    def _share(self, answer: Answer, model: str, nano: int, *, ttl_s: float | None = None) -> None:
         usage = answer.usage
         entry = Entry(
             body=answer.data,
@@ -218,8 +226,7 @@ class CachedAnswers:
             completion_tokens=usage.completion,
             nano=nano,
         )
-        if is_kept:
-            self._caches.put(self._state.tenant, self._exact, self._context, self._state.vector, entry)
+        self._caches.put(self._state.tenant, self._exact, self._context, self._state.vector, entry, ttl_s)
         if self._ticket is not None:
             self._ticket.land(entry)
 

@@ -234,8 +234,10 @@ class ModelCalls:
         return min(self.deadline_s, now_s + left_s)
 
     def _too_long(self) -> LimitError:
+        # Models are not always as slow.
         return LimitError(
-            f"calls of a strategy may take {self.limit_s:g} s of one request (limits.strategy_calls_s), and have taken them"
+            f"calls of a strategy may take {self.limit_s:g} s of one request (limits.strategy_calls_s), and have taken them",
+            retry_after_s=1.0,
         )
 
     async def _make(

@@ -9,6 +9,7 @@ from anabranch.gateway.core.payable import payable
 from anabranch.gateway.core.program_run import ProgramRun
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.decide import Decided
+from anabranch.gateway.lane import lasts
 from anabranch.gateway.providers.provider import Answer
 from anabranch.routers.contract.program import Program, ProgramRequest
 from anabranch.web.api_error import wrong
@@ -48,7 +49,7 @@ async def ask_program(state: RequestState) -> Answer | ProgramRun | None:
     except Exception as error:
         await running.aclose()
         await state.calls.stop()
-        state.decided = replace(decided, bypassed=state.runtime.decider.bypass(name, error))
+        state.decided = replace(decided, bypassed=state.runtime.decider.bypass(name, error), lasts=lasts(error))
         return None
     except BaseException:
         await running.aclose()

@@ -11,7 +11,7 @@ from anabranch.gateway.dispatch.deployments import Deployment
 from anabranch.gateway.dispatch.senders import Senders
 from anabranch.gateway.dispatch.shared_rooms import Full
 from anabranch.gateway.dispatch.window import SlidingSum
-from anabranch.gateway.providers.provider import Failure, Provider, Transport, Usage
+from anabranch.gateway.providers.provider import Failure, FailureKind, Provider, Transport, Usage
 from anabranch.routers.money import Price
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,8 @@ class Live:
         self._odd_tiers: set[str] = set()
         self.senders = Senders(rules.window_s, rules.senders)
         self.is_doubted = False
+        # The last of what its breaker counts; None after a success.
+        self.failed_of: FailureKind | None = None
 
     def bill(self, usage: Usage, asked: Usage | None = None) -> int:
         """Nano-dollars of a call of it; see `bill`."""
@@ -184,6 +186,7 @@ class Live:
         if outcome == "success":
             self._heard_at, self.is_doubted = now, False
         if outcome != "ignored":
+            self.failed_of = None if failure is None else failure.kind
             self.failing += ALPHA * ((outcome != "success") - self.failing)
         before = self.breaker
         wait_s = None if failure is None else failure.retry_after_s
@@ -276,6 +279,7 @@ class Live:
             "full_until",
             "full_tokens",
             "is_doubted",
+            "failed_of",
             "requests",
             "tokens",
         ):

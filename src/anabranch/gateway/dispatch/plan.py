@@ -126,6 +126,7 @@ class Report:
         deployment: likewise.
         is_stitched: another model went on where the first broke off.
         is_stopgap: what answered stands in for what would have: that failed, was not to be had, or was too dear, which may pass.
+        passes_s: seconds after which what would have answered may be asked again, as far as known; 0 if not.
     """
 
     attempts: list[Attempt] = field(default_factory=list)
@@ -134,6 +135,7 @@ class Report:
     deployment: str | None = None
     is_stitched: bool = False
     is_stopgap: bool = False
+    passes_s: float = 0.0
     _waiting: list[Callable[[], None]] = field(default_factory=list, init=False, repr=False)
 
     @property

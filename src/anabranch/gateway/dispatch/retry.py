@@ -44,8 +44,11 @@ ACTION: dict[FailureKind, Action] = {
     "deadline": "give_up",
 }
 
-# Of the request itself: the same model would fail of it later too, so that whoever answers in its place does so for good.
-LASTING: frozenset[FailureKind] = frozenset({"excess", "context", "filter", "unsupported"})
+# Of the request itself, or of what the config says of key and address: the same model would fail of it later too, so that whoever answers
+# in its place does so for good.
+LASTING: frozenset[FailureKind] = frozenset(
+    {"excess", "context", "filter", "unsupported", "auth", "forbidden", "missing", "not_found"}
+)
 
 OUTCOME: dict[FailureKind, Outcome] = {
     "connect": "failure",

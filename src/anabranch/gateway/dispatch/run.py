@@ -9,6 +9,7 @@ There is one deadline, and every wait is cut to what is left of it.
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -143,9 +144,12 @@ class Run:
     def _next_model(self) -> None:
         self._at, self._retry = self._at + 1, 0
 
-    def _skip(self, model: str, why: str) -> None:
+    def _skip(self, model: str, why: str, passes_s: float = 0.0) -> None:
+        """On to the next candidate. What is in the way passes after so many seconds: 0 if nobody knows, infinity if it never does."""
         self.report.skipped.append((model, why))
-        self.report.is_stopgap = True
+        if math.isfinite(passes_s):
+            self.report.is_stopgap = True
+            self.report.passes_s = max(self.report.passes_s, passes_s)
         self._next_model()
 
     # Which deployment is next
@@ -165,7 +169,7 @@ class Run:
                 continue
             group = self.dispatcher.groups.get(model)
             if group is None:
-                self._skip(model, "no such model")
+                self._skip(model, "no such model", math.inf)
                 continue
             if not self._free(group, now):
                 await self._wait_or_skip(group, now)
@@ -183,7 +187,13 @@ class Run:
         if self.is_last and 0 < wait_s <= min(self.rules.max_backoff_s, self.left_s):
             await asyncio.sleep(wait_s)
         else:
-            self._skip(group.name, "no deployment takes requests")
+            passes_s = min(self._passes_s(live, now) for live in group.lives)
+            self._skip(group.name, "no deployment takes requests", passes_s)
+
+    def _passes_s(self, live: Live, now: float) -> float:
+        """As `_skip`: never for a prompt of more tokens than it may have in a minute, nor where it is thought broken for what lasts."""
+        is_lasting = live.is_shut(now) and live.failed_of in LASTING
+        return math.inf if is_lasting else live.free_in_s(now, self.tokens)
 
     async def _may_go_on(self, model: str, now: float) -> bool:
         """Whether this attempt may be made; waits as long as a retry has to. Raises UpstreamError if no more may.

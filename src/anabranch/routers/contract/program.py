@@ -100,8 +100,8 @@ class Done:
         model: whose answer it is, as headers and ledger tell it.
         finish_reason: OpenAI's.
         logprobs: likewise.
-        is_spare: better than none: what the program would give could not be had now. Whoever asks the same later is not given it from a
-            cache.
+        is_spare: better than none: what the program would give could not be had now. Whoever asks the same later than a while is not
+            given it from a cache.
     """
 
     message: Mapping[str, Any] | None = None
