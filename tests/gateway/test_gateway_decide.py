@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from anabranch.errors import ConfigError, InputError
+from anabranch.errors import BudgetError, ConfigError, InputError, LimitError, RateError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.gateway import Gateway
@@ -63,6 +63,11 @@ def say(*names):
     return work
 
 
+def spent(subject):
+    told = {"period": "total", "limit_nano": 1, "remaining_nano": 0, "resets_s": None, "retry_after_s": None}
+    return BudgetError("spent", subject=subject, **told)
+
+
 def config(**strategies):
     deployment = DeploymentConfig(provider=OpenAI.Config(base_url="http://127.0.0.1:1", key_env=None))
     models = tuple(ModelConfig(name=model.name, deployments=(deployment,)) for model in POOL.models)
@@ -113,6 +118,32 @@ def test_what_is_wrong_is_bypassed_to_the_default_and_counted(work, why, is_fast
     assert decided.bypassed
     assert counted == [("tested", why)]
     assert "private" not in decided.bypassed + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "does_last"),
+    [
+        (LimitError("limits.strategy_calls"), True),
+        (LimitError("limits.strategy_calls_s", retry_after_s=1.0), False),
+        (RateError("full", limit="max_in_flight", retry_after_s=None), False),
+        (spent("request"), True),
+        (spent("key:k"), False),
+        (ValueError("odd"), False),
+    ],
+)
+def test_it_is_known_whether_what_it_is_bypassed_for_lasts(error, does_last):
+    async def refuses(*args, **how):
+        raise error
+
+    async def main():
+        decider = Decider(config(one={}), None, strategies={"one": Asking(None)})
+        try:
+            return await decider.decide("one", Query(text="hello"), POOL, refuses)
+        finally:
+            decider.close()
+
+    decided = asyncio.run(main())
+    assert (bool(decided.bypassed), decided.lasts) == (True, does_last)
 
 
 def test_a_slow_strategy_is_bypassed_in_time_and_the_loop_goes_on():

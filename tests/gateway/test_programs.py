@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import AnabranchError, InputError, LimitError
 from anabranch.gateway.config import (
+    BreakerConfig,
     CacheConfig,
     DeploymentConfig,
     GatewayConfig,
@@ -341,7 +342,7 @@ def test_an_answer_of_a_program_is_kept_and_given_again(tmp_path):
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_a_spare_answer_of_a_program_is_given_and_not_kept(tmp_path, streams):
+def test_a_spare_answer_of_a_program_is_given_and_not_kept_for_long(tmp_path, streams):
     """A draft that would not do was given again after the model was back that had been down."""
 
     async def work_of(request, ask):
@@ -352,13 +353,17 @@ def test_a_spare_answer_of_a_program_is_given_and_not_kept(tmp_path, streams):
 
     async def work(gateway):
         for _ in range(3):
+            # Longer than a breaker is open.
+            await asyncio.sleep(0.01)
             replies.append(await gateway.handle("chat", ask(temperature=0, stream=streams)))
             if streams:
                 async for _ in replies[-1].stream:
                     pass
         return [one.headers.get("x-cache") for one in replies]
 
-    found, rows, program = run(config(tmp_path, cache=CacheConfig(exact=True)), work, work_of)
+    found, rows, program = run(
+        config(tmp_path, cache=CacheConfig(exact=True), breaker=BreakerConfig(open_s=1e-3)), work, work_of
+    )
     assert found[2] == "exact"
     assert [row.cache for row in rows if not row.parent_id] == ["", "", "exact"]
     assert len(program.requests) == 2

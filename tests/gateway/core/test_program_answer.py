@@ -2,6 +2,7 @@
 
 import pytest
 
+from anabranch.errors import LimitError
 from anabranch.gateway.core import choice
 from anabranch.gateway.core.program_answer import ask_program
 from anabranch.gateway.core.program_run import ProgramRun
@@ -79,6 +80,23 @@ def test_a_model_answers_where_there_is_no_program_or_it_failed_before_it_said_a
         assert len(program.requests) == 1
 
     run(work)
+
+
+@pytest.mark.parametrize(
+    ("error", "does_last"),
+    [(LimitError("the config's"), True), (LimitError("slow", retry_after_s=1.0), False), (ValueError(), False)],
+)
+def test_it_is_known_whether_it_fails_of_what_lasts(error, does_last):
+    async def raises(request, ask):
+        raise error
+        yield
+
+    async def work():
+        state, _ = await decided(raises)
+        assert await ask_program(state) is None
+        return bool(state.decided.bypassed), state.decided.lasts
+
+    assert run(work) == (True, does_last)
 
 
 @pytest.mark.parametrize(("body", "endpoint"), [({"n": 2}, "chat"), ({"prompt": "x"}, "completions")])
