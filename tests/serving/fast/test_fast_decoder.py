@@ -459,8 +459,24 @@ def test_a_watched_or_foreign_model_is_not_supported():
     assert "layer 0: a Identity" in FastDecoder.supports(model)
 
 
+class Named(Dense):
+    """A matrix by another name."""
+
+    @configclass
+    class Config(Dense.Config):
+        pass
+
+
+class Beside(Dense):
+    """A matrix beside the head's own."""
+
+    @configclass
+    class Config(Dense.Config):
+        is_added = True
+
+
 class Doubled(Dense):
-    """Twice the matrix: not its weight alone."""
+    """It computes otherwise, and may look at its context."""
 
     @configclass
     class Config(Dense.Config):
@@ -470,26 +486,30 @@ class Doubled(Dense):
         return 2 * super().forward(x, context)
 
 
-class DoubledBeside(Doubled):
-    @configclass
-    class Config(Doubled.Config):
-        is_added = True
+def model_with_head(kind):
+    return Decoder.Config(
+        vocab_size=100,
+        dim=64,
+        num_layers=2,
+        init_std=0.2,
+        attention=SelfAttention.Config(num_heads=4),
+        linears={"head": kind.Config()},
+    ).build(seed=1)
 
 
-@pytest.mark.parametrize("kind", [Doubled, DoubledBeside])
+@pytest.mark.parametrize("kind", [Named, Beside])
 def test_a_head_that_is_not_one_matrix_is_run_by_the_model(kind):
-    def made(**fields):
-        return Decoder.Config(
-            vocab_size=100, dim=64, num_layers=2, init_std=0.2, attention=SelfAttention.Config(num_heads=4), **fields
-        ).build(seed=1)
-
-    replaced, put = made(linears={"head": kind.Config()}).eval(), made().eval()
+    replaced, put = model_with_head(kind).eval(), model_with_head(Named).eval()
     put.head = kind.Config().build(Projection("head", 64, 100), BuildContext(64, init_std=0.2))
     given = prompts(9, 3)
     for model in (replaced, put):
         assert FastDecoder.supports(model) is None
         logits, _ = Sequences(model).run(list(enumerate(given)))
         assert torch.allclose(logits, torch.cat([ordinary(model, tokens) for tokens in given]), atol=1e-4)
+
+
+def test_a_head_that_computes_otherwise_is_left_to_the_model():
+    assert FastDecoder.supports(model_with_head(Doubled).eval()) == "the head is a Split"
 
 
 def test_stores_of_another_shape():
