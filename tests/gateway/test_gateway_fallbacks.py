@@ -110,7 +110,8 @@ def test_the_answer_of_a_fallback_is_not_kept_longer_than_what_it_is_for(tmp_pat
         store=str(tmp_path / "g.db"),
         retries=RetryConfig(attempts=1, base_s=0.0),
         fallbacks={"short": ("spare",)},
-        breaker=BreakerConfig(failures=100),
+        # What stands in while the cause may pass is kept for so long.
+        breaker=BreakerConfig(failures=100, open_s=0.01),
     )
 
     async def main():
@@ -128,6 +129,7 @@ def test_the_answer_of_a_fallback_is_not_kept_longer_than_what_it_is_for(tmp_pat
                     async for _ in reply.stream:
                         pass
                 found.append((reply.headers["x-route-model"], reply.headers.get("x-cache")))
+                await asyncio.sleep(0.05)
             return found
 
     first, second, third = asyncio.run(main())

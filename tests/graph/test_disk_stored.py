@@ -55,9 +55,9 @@ def test_ids_that_are_numbers_of_rows_are_not_kept(tmp_path):
 
 
 META = {
-    "dim": (0, r"does not describe an index \('l2', 0 numbers"),
-    "metric": ("hamming", r"does not describe an index \('hamming'"),
-    "links": (-1, "-1 links"),
+    "dim": (0, r"does not describe an index \(dim is 0; it is a whole number from 1"),
+    "metric": ("hamming", r"does not describe an index \(metric is 'hamming'\)"),
+    "links": (-1, r"does not describe an index \(links is -1; it is a whole number from 0"),
     "seed": (-1, "does not describe an index"),
     "M": ("many", "does not describe an index"),
     "shards": (None, "does not describe an index"),
