@@ -1,0 +1,108 @@
+"""What has been put onto a model, which the model remembers: adapters by name, and all that takes them off again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from anabranch.adapters.graft import graft
+from anabranch.adapters.low_rank import LowRank, Pair
+from anabranch.adapters.names import Names
+from anabranch.adapters.peft_folder import Adapter
+from anabranch.adapters.stacked import expanded
+from anabranch.adapters.whole import part_head
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.nn import Linear
+
+__all__ = ["ATTACHED", "Attached", "attached_on", "begin", "check_bare", "configs_of", "our_pairs", "put_on"]
+
+# How a model remembers what was put onto it.
+ATTACHED = "_attached_adapter"
+
+
+@dataclass(eq=False)
+class Attached:
+    """What was put onto a model.
+
+    Attributes:
+        adapters: as they were read, by name; several share a pool.
+        names: of the model's layers.
+        config: of the model before.
+        before: what stood where the adapter's whole tensors are now, by the names of transformers.
+        learned: which parameters of the base learned before.
+        head: of the model before.
+        merged: the adapter as it was added to the matrices; None where it stands beside them.
+        is_pool: whether rows choose from the adapters, be it one.
+        trainable: whether the adapter learns while it stands beside.
+    """
+
+    adapters: Mapping[str, Adapter]
+    names: Names
+    config: Decoder.Config
+    before: dict[str, Tensor] = field(default_factory=dict)
+    learned: list[str] = field(default_factory=list)
+    head: Any = None
+    merged: Adapter | None = None
+    is_pool: bool = False
+    trainable: bool = False
+
+    @property
+    def adapter(self) -> Adapter:
+        """The one that there is for all rows. Raises ConfigError for a pool."""
+        if self.is_pool:
+            many = f"{len(self.adapters)} adapters" if len(self.adapters) > 1 else "a pool of one adapter"
+            ways = "combine makes one of them" if len(self.adapters) > 1 else "load_peft puts it on for all"
+            raise ConfigError(f"the model has {many} ({', '.join(self.adapters)}), for rows to choose from; {ways}")
+        return next(iter(self.adapters.values()))
+
+
+def attached_on(model: Decoder) -> Attached:
+    """What was put onto ``model``. Raises ConfigError where nothing was."""
+    attached = getattr(model, ATTACHED, None)
+    if attached is None:
+        raise ConfigError("the model has no adapter that load_peft put onto it")
+    return attached
+
+
+def begin(model: Decoder, adapters: Mapping[str, Adapter], names: Names, config: Decoder.Config) -> Attached:
+    """Note what the model is, freeze it, and give it the head of its own that ``config`` may say."""
+    attached = Attached(adapters, names, model.config, head=model.head)
+    attached.learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    if model.config.tie_embeddings and not config.tie_embeddings:
+        part_head(model, config)
+    object.__setattr__(model, ATTACHED, attached)
+    return attached
+
+
+def our_pairs(names: Names, adapter: Adapter, config: Decoder.Config) -> dict[str, Pair]:
+    """The pairs by our parts, with rows in our order; those of stacked experts one by one."""
+    own = {names.places[module].part: names.places[module].ours(pair) for module, pair in adapter.pairs.items()}
+    return own | expanded(adapter.stacks, config, "the adapter")
+
+
+def configs_of(pairs: Mapping[str, Pair]) -> dict[str, Linear.Config]:
+    """The layers that hold them, by our parts."""
+    return {
+        part: LowRank.Config(rank=pair.rank, alpha=float(pair.alpha), rslora=pair.rslora)
+        for part, pair in pairs.items()
+    }
+
+
+def put_on(model: Decoder, made: Decoder, pairs: Mapping[str, Pair], *, trainable: bool = False) -> None:
+    """Put the layers of ``made`` beside the matrices of ``model``, with the numbers of ``pairs``."""
+    device = model.embedding.weight.device
+    graft(model, made, lambda part, layer: layer.put(pairs[part], device, trainable=trainable))
+
+
+def check_bare(model: Decoder) -> None:
+    """Raise ConfigError where something stands beside, or instead of, matrices of the model already."""
+    if getattr(model, ATTACHED, None) is not None:
+        raise ConfigError("the model has an adapter already; unload it first, or make one adapter of both (combine)")
+    if model.config.linears:
+        first = next(iter(model.config.linears))
+        raise ConfigError(
+            f"linears of the model has {first!r} already, and an adapter is put onto plain matrices alone"
+        )

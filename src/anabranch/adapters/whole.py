@@ -1,0 +1,48 @@
+"""Tensors that an adapter brings whole (``modules_to_save``, biases): exchanged for those of the model, and given back."""
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.adapters.names import Names
+from anabranch.adapters.peft_folder import Adapter
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import build_empty
+
+__all__ = ["EMBEDDING", "HEAD", "exchange", "part_head", "parts_head", "tensor_of"]
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def parts_head(adapter: Adapter) -> bool:
+    """Whether head and embedding, one matrix so far, are two with this adapter."""
+    return bool({HEAD, EMBEDDING} & adapter.saved.keys()) or "lm_head" in adapter.pairs
+
+
+@torch.no_grad()
+def part_head(model: Decoder, config: Decoder.Config) -> None:
+    """Give a model whose head is its embedding a head of its own, with the same numbers."""
+    if model.head is None:
+        model.head = build_empty(config).head
+        model.head.weight = nn.Parameter(model.embedding.weight.detach().clone(), requires_grad=False)
+    model.config = config
+
+
+def tensor_of(model: Decoder, name: str) -> Tensor:
+    """One of our tensors by its name in a model without adapters. Raises ConfigError where it is stored in few bits."""
+    state = model.state_dict(keep_vars=True)
+    owner, _, leaf = name.rpartition(".")
+    found = state.get(name, state.get(f"{owner}.matrix.{leaf}"))
+    if found is None or not found.is_floating_point():
+        raise ConfigError(f"{name} is stored in few bits, which cannot be added to; dequantise the model first")
+    return found
+
+
+@torch.no_grad()
+def exchange(model: Decoder, names: Names, name: str, tensor: Tensor) -> Tensor:
+    """Put ``tensor`` in the place that transformers calls ``name``, and return what was there."""
+    stored = names.tensors[name]
+    piece, target = stored.piece, tensor_of(model, stored.tensor)
+    before = piece.write(target).detach().clone()
+    target[piece.where].copy_(piece.read(tensor))
+    return before
