@@ -99,12 +99,8 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "fastrp": frozenset({Bar(100, "tuned, .*", "DeepWalk.*")}),
     # Against blocks; those before were against loops.
     "fully_ppr": frozenset(BARS["fully_ppr"]),
-    # Whose peers prepare, too.
-    "ppr": frozenset(BARS["ppr"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
-    "routing_decisions": frozenset(BARS["routing_decisions"]),
-    "hnsw_disk": frozenset(BARS["hnsw_disk"]),
 }
 
 

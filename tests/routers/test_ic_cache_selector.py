@@ -19,7 +19,7 @@ from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.ic_cache import baselines
 from anabranch.routers.ic_cache.cross_encoder import CrossEncoder, torch_logits
 from anabranch.routers.ic_cache.example import Example
-from anabranch.routers.ic_cache.features import NAMES, Pairs, is_opposite, pairs
+from anabranch.routers.ic_cache.features import NAMES, NEGATIONS, OPPOSITES, Pairs, is_opposite, pairs
 from anabranch.routers.ic_cache.mlp import Network
 from anabranch.routers.ic_cache.pool import ExamplePool
 from anabranch.routers.ic_cache.prompt import INSTRUCTION, PER_MESSAGE, build, fit
@@ -96,6 +96,25 @@ def test_features_by_hand():
 def test_opposites(first, second, opposite):
     sets = frozenset(first.split()), frozenset(second.split())
     assert is_opposite(*sets) is is_opposite(*sets[::-1]) is opposite
+
+
+WORDS = st.frozensets(st.sampled_from([*sorted(frozenset().union(*OPPOSITES, NEGATIONS)), "a", "file"]), max_size=8)
+
+
+@given(WORDS, WORDS)
+def test_opposites_are_pairs_split_between_the_two_or_a_negation_in_one(first, second):
+    only_first, only_second = first - second, second - first
+    split = any(pair & only_first and pair & only_second for pair in OPPOSITES)
+    negated = bool(NEGATIONS & only_first) != bool(NEGATIONS & only_second)
+    assert is_opposite(first, second) is (split or negated)
+
+
+@given(WORDS, WORDS)
+def test_shared_words_are_of_the_sets(first, second):
+    found = pairs(" ".join(first), [example(request=" ".join(second))], np.ones(1), "m")
+    value = dict(zip(NAMES, found.feature_KF[0], strict=True))
+    assert value["shared words"] == len(first & second) / max(len(first | second), 1)
+    assert value["differing words"] == math.log1p(len(first ^ second))
 
 
 # Proxies

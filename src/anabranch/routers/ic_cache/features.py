@@ -21,6 +21,12 @@ OPPOSITES = tuple(
         "upload/download read/write success/failure"
     ).split()
 )
+# Of each word, those that it is the opposite of.
+OPPOSITE_OF = {
+    word: frozenset().union(*(pair for pair in OPPOSITES if word in pair)) - {word}
+    for word in frozenset().union(*OPPOSITES)
+}
+_OPPOSED = frozenset(OPPOSITE_OF)
 NEGATIONS = frozenset("not no never without none except isn don doesn cannot exclude excluding non".split())
 MODEL_BUCKETS = 4
 NAMES = (
@@ -90,11 +96,13 @@ def _overlap(asked: Traits, example: Example) -> list[float]:
     then, answer = example.traits
     both = len(asked.words & then.words)
     shared = len(asked.literals & then.literals)
+    # Counted, not made: every request does this for every candidate.
+    either = len(asked.words) + len(then.words) - both
     return [
-        both / max(len(asked.words | then.words), 1),
+        both / max(either, 1),
         both / max(len(asked.words), 1),
         both / max(len(then.words), 1),
-        math.log1p(len(asked.words ^ then.words)),
+        math.log1p(either - both),
         shared / len(asked.literals) if asked.literals else 1.0,
         1 - shared / len(then.literals) if then.literals else 0.0,
         len(asked.words & answer.words) / max(len(asked.words), 1),
@@ -122,7 +130,8 @@ def _copying(asked: Traits, example: Example) -> list[float]:
 
 def is_opposite(first: frozenset[str], second: frozenset[str]) -> bool:
     """Whether one asks what the other forbids: a pair of opposites is split between them, or just one has a negation."""
-    only_first, only_second = first - second, second - first
-    if any(pair & only_first and pair & only_second for pair in OPPOSITES):
+    only_second = second - first
+    # Few texts have a word that has an opposite, so the pairs themselves are hardly ever looked at.
+    if any(word not in second and not only_second.isdisjoint(OPPOSITE_OF[word]) for word in _OPPOSED & first):
         return True
-    return bool(NEGATIONS & only_first) != bool(NEGATIONS & only_second)
+    return NEGATIONS.isdisjoint(first - second) != NEGATIONS.isdisjoint(only_second)

@@ -99,8 +99,8 @@ class Router(Part):
             load_half_life_s: of the average of load.
             autoscale_half_life_s: of the average of the push.
             temperature: of the softmax; 0 takes the best.
-        explore: share of requests that go to any arm, so that none is never seen and the log can value other policies.
-        prior: log-odds by which an arm of C = 1 is thought better before anything is known: what is unknown goes to the dear arm.
+            explore: share of requests that go to any arm, so that none is never seen and the log can value other policies.
+            prior: log-odds by which an arm of C = 1 is thought better before anything is known: what is unknown goes to the dear arm.
             uncertain_below: spread of mu below which feedback is sought.
             ask_share: of uncertain requests that get a second answer.
         """
