@@ -108,6 +108,7 @@ class Example:
     replays: int = 0
     source: str = ""
     _traits: tuple[Traits, Traits] | None = field(default=None, repr=False, compare=False)
+    _copied: tuple[float, float] | None = field(default=None, repr=False, compare=False)
 
     @property
     def size_bytes(self) -> int:
@@ -121,9 +122,21 @@ class Example:
             self._traits = (Traits.of(self.request), Traits.of(self.response))
         return self._traits
 
+    @property
+    def copied(self) -> tuple[float, float]:
+        """Shares of the response's words and of its literals that stand in the request, 0 for none of either."""
+        if self._copied is None:
+            then, answer = self.traits
+            self._copied = (
+                len(answer.words & then.words) / max(len(answer.words), 1),
+                len(answer.literals & then.literals) / max(len(answer.literals), 1),
+            )
+        return self._copied
+
     def replace_response(self, response: str, quality: float | None) -> None:
         """Another answer to the same request."""
-        self.response, self.quality, self._traits = response, quality, None
+        self.response, self.quality = response, quality
+        self._traits = self._copied = None
 
     def is_alive(self, now_s: float) -> bool:
         """Whether it has not expired."""
@@ -131,4 +144,4 @@ class Example:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "_traits"}
+        return {name: getattr(self, name) for name in self.__slots__ if not name.startswith("_")}

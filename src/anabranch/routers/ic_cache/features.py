@@ -82,50 +82,65 @@ def pairs(request: str, examples: Sequence[Example], similarity_K: np.ndarray, m
     """
     asked = Traits.of(request)
     bucket = zlib.crc32(model.encode()) % MODEL_BUCKETS
-    one_hot = [float(at == bucket) for at in range(MODEL_BUCKETS)]
-    best = float(similarity_K[0]) if len(examples) else 0.0
-    rows = []
-    for rank, (example, similarity) in enumerate(zip(examples, similarity_K, strict=True)):
-        near = [float(similarity), best - float(similarity), math.log1p(rank)]
-        rows.append([*near, *_overlap(asked, example), *_history(example), *_copying(asked, example), *one_hot])
-    texts = [(request, example.request, example.response) for example in examples]
-    return Pairs(np.array(rows, np.float64).reshape(len(examples), len(NAMES)), texts)
+    feature_KF = np.zeros((len(examples), len(NAMES)))
+    if len(examples):
+        similarity_K = np.asarray(similarity_K, np.float64)
+        near = [similarity_K, similarity_K[0] - similarity_K, np.log1p(np.arange(len(examples)))]
+        columns = [*near, *_overlap(asked, examples), *_history(examples), *_copying(asked, examples)]
+        feature_KF[:, : len(columns)] = np.array(columns).T
+        feature_KF[:, len(columns) + bucket] = 1.0
+    return Pairs(feature_KF, [(request, example.request, example.response) for example in examples])
 
 
-def _overlap(asked: Traits, example: Example) -> list[float]:
-    then, answer = example.traits
-    both = len(asked.words & then.words)
-    shared = len(asked.literals & then.literals)
-    # Counted, not made: every request does this for every candidate.
-    either = len(asked.words) + len(then.words) - both
+def _overlap(asked: Traits, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Counted for each candidate, and computed for all together: every request does this, with all of its candidates."""
+    words, literals = asked.words, asked.literals
+    counted_KN = np.array(
+        [
+            (
+                len(words & then.words),
+                len(then.words),
+                len(literals & then.literals) if literals else 0,
+                len(then.literals),
+                len(words & answer.words),
+                then.length,
+                answer.length,
+            )
+            for then, answer in (example.traits for example in examples)
+        ],
+        np.float64,
+    )
+    both_K, words_K, shared_K, literals_K, answered_K, length_K, answer_K = counted_KN.T
+    either_K, asked_words = len(words) + words_K - both_K, max(len(words), 1)
     return [
-        both / max(either, 1),
-        both / max(len(asked.words), 1),
-        both / max(len(then.words), 1),
-        math.log1p(either - both),
-        shared / len(asked.literals) if asked.literals else 1.0,
-        1 - shared / len(then.literals) if then.literals else 0.0,
-        len(asked.words & answer.words) / max(len(asked.words), 1),
-        math.log1p(asked.length),
-        math.log1p(then.length),
-        math.log1p(answer.length),
-        abs(math.log((1 + asked.length) / (1 + then.length))),
+        both_K / np.maximum(either_K, 1),
+        both_K / asked_words,
+        both_K / np.maximum(words_K, 1),
+        np.log1p(either_K - both_K),
+        shared_K / len(literals) if literals else np.ones(len(examples)),
+        np.where(literals_K > 0, 1 - shared_K / np.maximum(literals_K, 1), 0.0),
+        answered_K / asked_words,
+        np.full(len(examples), math.log1p(asked.length)),
+        np.log1p(length_K),
+        np.log1p(answer_K),
+        np.abs(np.log((1 + asked.length) / (1 + length_K))),
     ]
 
 
-def _history(example: Example) -> list[float]:
+def _history(examples: Sequence[Example]) -> list[np.ndarray]:
     """Mean rating with one good and one bad added, uses, quality (half if unknown), trust."""
-    rate = (example.helped + 1) / (example.rated + 2)
-    return [rate, math.log1p(example.uses), 0.5 if example.quality is None else example.quality, float(example.trust)]
+    known_KN = np.array(
+        [(one.helped, one.rated, one.uses, 0.5 if one.quality is None else one.quality, one.trust) for one in examples],
+        np.float64,
+    )
+    helped_K, rated_K, uses_K, quality_K, trust_K = known_KN.T
+    return [(helped_K + 1) / (rated_K + 2), np.log1p(uses_K), quality_K, trust_K]
 
 
-def _copying(asked: Traits, example: Example) -> list[float]:
-    then, answer = example.traits
-    return [
-        float(is_opposite(asked.words, then.words)),
-        len(answer.words & then.words) / max(len(answer.words), 1),
-        len(answer.literals & then.literals) / len(answer.literals) if answer.literals else 0.0,
-    ]
+def _copying(asked: Traits, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Opposite requests, and how much of an answer stands in its own request."""
+    rows = [(is_opposite(asked.words, example.traits[0].words), *example.copied) for example in examples]
+    return list(np.array(rows, np.float64).T)
 
 
 def is_opposite(first: frozenset[str], second: frozenset[str]) -> bool:

@@ -29,7 +29,9 @@ CountTokens = Callable[[str], int]
 
 def estimate_tokens(text: str) -> int:
     """Tokens of a text where no tokenizer is at hand: a quarter of its bytes, rounded up."""
-    return -(-len(text.encode("utf-8", "surrogatepass")) // 4)
+    # What is ASCII has as many bytes as characters, and knows it.
+    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    return -(-size // 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

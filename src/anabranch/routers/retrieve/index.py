@@ -98,14 +98,20 @@ class Index(Part, family="vector_index"):
     def namespace_of(self, id: int) -> str:
         """Where an id is. Raises InputError for an unknown one."""
         with self._lock:
-            if int(id) not in self._namespace:
-                raise InputError(f"no vector with id {id} in the index")
-            return self._namespace[int(id)]
+            return self._place(int(id))
+
+    def _place(self, id: int) -> str:
+        if id not in self._namespace:
+            raise InputError(f"no vector with id {id} in the index")
+        return self._namespace[id]
+
+    def _vector(self, id: int) -> np.ndarray:
+        return self._shards[self._place(id)].vector(id)
 
     def vectors(self, ids: Iterable[int]) -> np.ndarray:
         """Unit vectors of these ids, float32 [N, D]. Raises InputError for an unknown one."""
         with self._lock:
-            found = [self._shards[self.namespace_of(id)].vector(int(id)) for id in ids]
+            found = [self._vector(int(id)) for id in ids]
         return np.array(found, np.float32).reshape(len(found), self.dim)
 
     def sizes(self) -> dict[str, int]:
