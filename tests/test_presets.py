@@ -22,11 +22,22 @@ def test_every_preset_has_every_size(name, size):
 @pytest.mark.parametrize("size", presets.BUDGETS)
 def test_designs_of_one_size_do_the_same_work_per_token(size):
     configs = {name: presets.find(name)(size).model for name in presets.PRESETS}
+    # What adapters add is beside the work of their model.
+    configs = {name: config for name, config in configs.items() if not config.linears}
     counts = {name: config.count(256) for name, config in configs.items() if config.streams is None}
     for name, count in counts.items():
         assert count.active == pytest.approx(counts["moe"].active, rel=0.025), name  # they differ by their routers only
         if name not in ("dense", "duo", "versatile"):  # which have no experts
             assert count.parameters == pytest.approx(counts["moe"].parameters, rel=0.01), name
+
+
+@pytest.mark.parametrize("size", presets.BUDGETS)
+@pytest.mark.parametrize("name", ["dynmole", "lora-mixer"])
+def test_adapters_are_few_numbers_beside_the_dense_model(name, size):
+    config, dense = presets.find(name)(size).model, presets.find("dense")(size).model
+    assert config.replace(linears={}) == dense
+    added = config.count().parameters - dense.count().parameters
+    assert 0.02 < added / dense.count().parameters < 0.6
 
 
 @pytest.mark.parametrize("size", presets.BUDGETS)

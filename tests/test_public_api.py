@@ -12,7 +12,7 @@ PUBLIC = {
     "anabranch.config": "Config Field Part Repeats Seed Size configclass from_dict override parse_assignment to_dict",
     "anabranch.routing": """
         UNUSED Balancer BiasBalancer Candidates CosineScore Decisions DeviceLoss DispatchPlan ExpertChoice GroupTopK HashScore
-        EntropyLoss OfPass
+        EntropyLoss HybridEntropy OfPass SoftLoss UncertaintyLoss uncertainty
         ImportanceLoss LinearScore Override PoolLoss Recorder Router Routing RoutingContext RoutingTrace Score Select SwitchLoss Threshold
         TopK TopP TraceBuilder TraceLayer TraceWriter WeightField ZLoss capacity_of combine count_destinations discard_loads dispatch
         export_correction_bias export_history import_correction_bias
@@ -54,6 +54,8 @@ PUBLIC = {
     "anabranch.adapters": """
         Adapter Combined LowRank LowRankPool Pair RoutedLowRank adapter_of chosen_rows combine load_peft load_pool merge read_peft
         rows_for save_peft unload unmerge write_peft
+        DynMoLE Labelled MixedLowRank MixtureReport MixtureTask SoftThenTopK SpecialisationLoss add_layers fit_joint fit_router
+        labelled_rows load_mixture lora_moe mixture_report mola mu static_mixture
     """,
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
+from anabranch.adapters import DynMoLE, MixedLowRank
 from anabranch.data import BpeTokenizer, ByteTokenizer, DataConfig, Tokenizer
 from anabranch.depth.duo_llm import DuoFFN
 from anabranch.errors import ConfigError
@@ -160,6 +161,23 @@ def chain(size: str = "tiny") -> RunConfig:
     )
 
 
+def dynmole(size: str = "tiny") -> RunConfig:
+    """DynMoLE: six LoRA experts beside each feed-forward matrix, all or few by the router's entropy; for --from a trained model."""
+    run = dense(size)
+    # A rank that is small beside the matrices, as the paper's 24 is beside 4096.
+    settings = DynMoLE(rank=max(2, run.model.dim // 32), alpha=2.0 * max(2, run.model.dim // 32))
+    return run.replace(model=settings.on(run.model))
+
+
+def lora_mixer(size: str = "tiny") -> RunConfig:
+    """LoRA-Mixer: six LoRA experts beside attention's projections, one router for q, k, v and one for o; for --from a trained model."""
+    run = dense(size)
+    rank = max(2, run.model.dim // 32)
+    experts = MixedLowRank.Config(ranks=(rank,) * 6, alphas=(2.0 * rank,) * 6)
+    linears = {"blocks.*.attention.[qkv]": experts.replace(router_group="qkv"), "blocks.*.attention.o": experts}
+    return run.replace(model=run.model.replace(linears=linears))
+
+
 PRESETS: dict[str, Preset] = {
     "demo": demo,
     "dense": dense,
@@ -175,6 +193,8 @@ PRESETS: dict[str, Preset] = {
     "versatile": versatile,
     "rmoe": rmoe,
     "chain": chain,
+    "dynmole": dynmole,
+    "lora-mixer": lora_mixer,
 }
 
 

@@ -26,7 +26,9 @@ BUILTIN: dict[str, dict[str, str]] = {
         "top_p": "anabranch.routing.select:TopP",
         "threshold": "anabranch.routing.select:Threshold",
         "expert_choice": "anabranch.routing.select:ExpertChoice",
+        "hybrid_entropy": "anabranch.routing.hybrid:HybridEntropy",
         "mixture": "anabranch.depth.duo_llm:Mixture",
+        "soft_then_top_k": "anabranch.adapters:SoftThenTopK",
     },
     "balance": {
         "switch": "anabranch.routing.balance:SwitchLoss",
@@ -35,8 +37,11 @@ BUILTIN: dict[str, dict[str, str]] = {
         "importance": "anabranch.routing.balance:ImportanceLoss",
         "device": "anabranch.routing.balance:DeviceLoss",
         "entropy": "anabranch.routing.balance:EntropyLoss",
+        "uncertainty": "anabranch.routing.uncertainty:UncertaintyLoss",
+        "soft": "anabranch.routing.uncertainty:SoftLoss",
         "bias": "anabranch.routing.bias:BiasBalancer",
         "budget": "anabranch.depth.duo_llm:BudgetLoss",
+        "specialisation": "anabranch.adapters:SpecialisationLoss",
     },
     "candidates": {
         "psr": "anabranch.experts.rexmoe:ProgressiveScaling",
@@ -62,6 +67,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "dense": "anabranch.nn.linear:Dense",
         "low_rank": "anabranch.adapters:LowRank",
         "routed_low_rank": "anabranch.adapters:RoutedLowRank",
+        "mixed_low_rank": "anabranch.adapters:MixedLowRank",
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",
@@ -154,6 +160,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "language_model": "anabranch.train.language_model:LanguageModel",
         "text": "anabranch.train.language_model:TextTask",
         "labelled_routes": "anabranch.depth.duo_llm:LabelledRoutes",
+        "lora_mixer": "anabranch.adapters:MixtureTask",
     },
 }
 

@@ -694,6 +694,29 @@ def test_a_run_starts_from_a_trained_model_and_goes_on_without_naming_it(here, t
     assert not (tmp_path / "none").exists()
 
 
+def test_experts_beside_a_trained_model_learn_and_it_stays(here, tmp_path, tiny, data):
+    """`train dynmole --from`: the base to the bit, its experts another; the run goes on, is measured, and generates."""
+    sizes = [option for option in tiny if not option.startswith("--set=model.")]
+    small = [*tiny, "--steps", 2, "--quiet", "--json", *data]
+    assert here("train", "dense", "--out", tmp_path / "plain", *small)[0] == 0
+    begun = ["--from", tmp_path / "plain", "--steps", 2, "--quiet", "--json", *sizes, *data]
+    assert here("train", "dynmole", "--out", tmp_path / "experts", *begun)[0] == 0
+    held = json.loads((tmp_path / "experts/config.json").read_text())
+    assert (held["start"]["recipe"], held["start"]["learns"]) == (["added_layers"], ".beside.")
+    assert held["model"]["linears"]["blocks.*.feed_forward.up"]["router"]["select"]["kind"] == "hybrid_entropy"
+    assert here("train", "--out", tmp_path / "experts", "--resume", "--steps", 3, "--quiet")[0] == 0
+    base, made = (load_model(tmp_path / name)[0].state_dict() for name in ("plain", "experts"))
+    for name, value in base.items():
+        owner, _, leaf = name.rpartition(".")
+        assert torch.equal(made.get(name, made.get(f"{owner}.matrix.{leaf}")), value), name
+    assert any(value.any() for name, value in made.items() if name.endswith("pool.b"))
+    assert here("generate", tmp_path / "experts", "--prompt", "def", "--max-tokens", 4, "--quiet")[0] == 0
+    code, _, err = here("train", "lora-mixer", "--out", tmp_path / "none", "--from", tmp_path / "experts", *begun[2:])
+    assert code == 2
+    assert "already, and not as the design wants it; start from its base" in err
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_report_at_windows_and_caches_is_the_measures_of_its_trace(trained, here, work, text_file, caplog):
     folder, _ = trained
     sizes = ["--m", 4, "--window", 16, "--m", 99, "--rho", 1, "--cache", 1.5]

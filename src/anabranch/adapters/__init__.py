@@ -6,30 +6,62 @@ require("lm", by=__name__)
 
 from anabranch.adapters.algebra import Combined, combine
 from anabranch.adapters.attach import load_peft, unload
+from anabranch.adapters.dynmole import DynMoLE, lora_moe, mola
+from anabranch.adapters.fresh import add_layers
+from anabranch.adapters.lora_mixer import (
+    Labelled,
+    MixedLowRank,
+    MixtureTask,
+    SoftThenTopK,
+    SpecialisationLoss,
+    fit_joint,
+    fit_router,
+    labelled_rows,
+    load_mixture,
+)
 from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.adapters.merging import merge, unmerge
+from anabranch.adapters.mixture_report import MixtureReport, mixture_report
 from anabranch.adapters.peft_folder import Adapter, read_peft, write_peft
 from anabranch.adapters.pool import LowRankPool
 from anabranch.adapters.pooled import load_pool, rows_for
 from anabranch.adapters.routed import RoutedLowRank, chosen_rows
 from anabranch.adapters.saving import adapter_of, save_peft
+from anabranch.adapters.static import mu, static_mixture
 
 __all__ = [
     "Adapter",
     "Combined",
+    "DynMoLE",
+    "Labelled",
     "LowRank",
     "LowRankPool",
+    "MixedLowRank",
+    "MixtureReport",
+    "MixtureTask",
     "Pair",
     "RoutedLowRank",
+    "SoftThenTopK",
+    "SpecialisationLoss",
     "adapter_of",
+    "add_layers",
     "chosen_rows",
     "combine",
+    "fit_joint",
+    "fit_router",
+    "labelled_rows",
+    "load_mixture",
     "load_peft",
     "load_pool",
+    "lora_moe",
     "merge",
+    "mixture_report",
+    "mola",
+    "mu",
     "read_peft",
     "rows_for",
     "save_peft",
+    "static_mixture",
     "unload",
     "unmerge",
     "write_peft",

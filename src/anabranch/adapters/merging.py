@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from anabranch.adapters.attached import attached_on, configs_of, our_pairs, put_on
-from anabranch.adapters.graft import check_pools, strip, with_layers
+from anabranch.adapters.graft import check_pools, layers_of, strip, with_layers
 from anabranch.adapters.names import Names, Place
+from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.saving import adapter_of
 from anabranch.adapters.whole import tensor_of
 from anabranch.errors import ConfigError
@@ -26,8 +27,10 @@ def merge(model: Decoder) -> Decoder:
     What is added and taken out is rounded each time, relative to the greater of matrix and adapter: an adapter that is far greater than
     the matrices leaves little of them.
 
-    Raises ConfigError where there is no adapter, it is merged already, a matrix is stored in few bits, or its type cannot hold the sum.
+    Raises ConfigError where there is no adapter, it is merged already, a matrix is stored in few bits, its type cannot hold the sum, or
+    routers choose among adapters.
     """
+    _check_unrouted(model)
     attached = attached_on(model)
     if attached.merged is not None:
         raise ConfigError("the adapter is merged already")
@@ -68,6 +71,16 @@ def unmerge(model: Decoder) -> Decoder:
     put_on(model, made, pairs, trainable=attached.trainable)
     attached.merged = None
     return model
+
+
+def _check_unrouted(model: Decoder) -> None:
+    """Raise ConfigError where routers choose: what a token gets is known with the token alone."""
+    for part, layer in layers_of(model).items():
+        if isinstance(layer, RoutedLowRank) and layer.router is not None:
+            raise ConfigError(
+                f"{part} has experts that a router chooses: which experts a token has depends on the token, so they cannot be merged; "
+                "mu(model) makes one adapter of their average, static_mixture(model, weights) one of a mixture"
+            )
 
 
 def _check_parts(model: Decoder, names: Names, parts: Iterable[str]) -> None:

@@ -9,10 +9,11 @@ A row is told by `chosen_rows`: the adapters of each sequence, and their weights
 # Shapes: B batch, L positions, N items, K choices per item, E adapters, C inputs
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.adapters.low_rank import Pair
@@ -50,6 +51,11 @@ def chosen_rows(index_BK: Tensor, length: int, weight_BK: Tensor | None = None) 
     return {_INDEX: index_BK.unsqueeze(1).expand(shape), _WEIGHT: weight_BK.unsqueeze(1).expand(shape)}
 
 
+def is_told(state: Mapping[str, Any]) -> bool:
+    """Whether the state of a pass says which adapters rows have."""
+    return _INDEX in state
+
+
 class RoutedLowRank(Linear, kind="routed_low_rank"):
     """sum_k w_k scale_e B_e A_e x of the adapters e that a router, or the caller, chooses. B is zero at first."""
 
@@ -63,6 +69,7 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
             rslora: scales are alpha / sqrt(rank).
             router: chooses for each token, by what goes into the matrix; None where the caller chooses for each row.
             recompute: keep nothing of the forward pass for the backward one.
+            dropout: share of the inputs of A that is zero in training, as LoRA's; the router sees all of them.
         """
 
         is_added: ClassVar[bool] = True
@@ -72,6 +79,7 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
         rslora: bool = False
         router: Router.Config | None = Router.Config(select=TopK.Config(top_k=1))
         recompute: bool = False
+        dropout: float = Field(default=0.0, ge=0, lt=1)
 
         def __post_init__(self) -> None:
             if min(self.ranks) < 1:
@@ -115,6 +123,7 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
                 generator=context.generator,
                 share=context.share,
             )
+            self.router.place = projection.name
 
     @classmethod
     def config_of(cls, pairs: Sequence[Pair | None]) -> Config:
@@ -140,12 +149,17 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """What is added to y, in the pool's type, which may be wider than that of ``x``."""
-        x_NC = x.flatten(0, -2)
-        routing = self._told(x_NC, context, x.shape[:-1]) if self.router is None else self.router(x_NC, context)
+        routing = self.route(x, context)
         if routing is None:
             return x.new_zeros(*x.shape[:-1], self.pool.out_dim)
+        x_NC = F.dropout(x.flatten(0, -2), self.config.dropout, self.training and self.config.dropout > 0)
         y_NO = self.pool(x_NC.to(self.pool.a.dtype), routing, context=context)
         return y_NO.view(*x.shape[:-1], self.pool.out_dim)
+
+    def route(self, x: Tensor, context: Any) -> Routing | None:
+        """Who uses which adapters, of the items of ``x``; None where nobody uses any."""
+        x_NC = x.flatten(0, -2)
+        return self._told(x_NC, context, x.shape[:-1]) if self.router is None else self.router(x_NC, context)
 
     def _told(self, x_NC: Tensor, context: Any, shape: Sequence[int] | None = None) -> Routing | None:
         """What the caller chose for these items, of a pass of ``shape``; None for nothing.

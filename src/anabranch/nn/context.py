@@ -50,6 +50,7 @@ class BuildContext:
         path: name of the module being built, as in the state dict, ``blocks.3.attention``; see `at`.
         linears: which linear layers are not plain, by patterns of their names, see `anabranch.nn.linear`.
         projections: names of the parts of all linear layers built so far.
+        companions: what layers of one model leave for others that are built (or counted) after them, by a name; nobody registers it.
         attention: attention of the block being built; None where a part is built outside a model.
         feed_forward: feed-forward of the block being built, likewise.
         norm_eps: epsilon of the block's norms.
@@ -69,6 +70,7 @@ class BuildContext:
     path: str = ""
     linears: Mapping[str, Linear.Config] = field(default_factory=dict)
     projections: list[str] = field(default_factory=list)
+    companions: dict[str, Any] = field(default_factory=dict)
     attention: "Attention.Config | None" = None
     feed_forward: "FeedForward.Config | None" = None
     norm_eps: float = 1e-5

@@ -31,6 +31,7 @@ from anabranch.routing.dispatch import (
     unpad_rows,
 )
 from anabranch.routing.hash_score import HashScore
+from anabranch.routing.hybrid import HybridEntropy
 from anabranch.routing.layer_overrides import override_routing
 from anabranch.routing.override import Override
 from anabranch.routing.record import Recorder, record_routing
@@ -41,6 +42,7 @@ from anabranch.routing.select import ExpertChoice, GroupTopK, Select, Threshold,
 from anabranch.routing.trace import Decisions, RoutingTrace
 from anabranch.routing.trace_builder import TraceBuilder, TraceWriter
 from anabranch.routing.trace_schema import TraceLayer
+from anabranch.routing.uncertainty import SoftLoss, UncertaintyLoss, uncertainty
 
 __all__ = [
     "UNUSED",
@@ -55,6 +57,7 @@ __all__ = [
     "ExpertChoice",
     "GroupTopK",
     "HashScore",
+    "HybridEntropy",
     "ImportanceLoss",
     "LinearScore",
     "OfPass",
@@ -67,6 +70,7 @@ __all__ = [
     "RoutingTrace",
     "Score",
     "Select",
+    "SoftLoss",
     "SwitchLoss",
     "Threshold",
     "TopK",
@@ -74,6 +78,7 @@ __all__ = [
     "TraceBuilder",
     "TraceLayer",
     "TraceWriter",
+    "UncertaintyLoss",
     "WeightField",
     "ZLoss",
     "capacity_of",
@@ -91,5 +96,6 @@ __all__ = [
     "record_routing",
     "replay_routing",
     "sync_loads",
+    "uncertainty",
     "unpad_rows",
 ]

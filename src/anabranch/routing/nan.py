@@ -22,7 +22,7 @@ def is_seen_at_once(score_NE: Tensor) -> bool:
     return is_here and (not dist.is_initialized() or dist.get_world_size() == 1)
 
 
-def refuse_nan(score_NE: Tensor, context: RoutingContext, layer: int, *, who: str = "router") -> None:
+def refuse_nan(score_NE: Tensor, context: RoutingContext, layer: int | str, *, who: str = "router") -> None:
     """Raise NotFiniteError, which names ``who`` and its ``layer``, if a real item has a score that is NaN. Padding may hold anything.
 
     Where items are positions of sequences it names the first such row of the batch. Where ``context.refuses_nan`` is off, or looking

@@ -1,0 +1,184 @@
+"""`passing`: the context of a forward pass through a model that is not ours, whose modules hand none on; and layers beside its matrices.
+
+    with passing(model, mask_BL=mask, labels=labelled_rows(expert_B, length)) as seen:
+        logits = model(input_ids=token_BL).logits
+        loss = cross_entropy(logits, target) + seen.loss()
+        loss.backward()                     # inside: checkpointed parts run again and need the labels
+
+Without it the model routes all the same; nothing is labelled, masked or emitted then. Checkpointing must not be the reentrant kind, in
+which nothing that is emitted has a gradient.
+"""
+# Shapes: B rows, L positions
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anabranch.errors import ConfigError
+from anabranch.nn.linear import call_linear
+from anabranch.routing import RoutingContext
+
+__all__ = ["Beside", "Seen", "passing"]
+
+_CURRENT: ContextVar["Seen | None"] = ContextVar("adapters_pass", default=None)
+
+
+@dataclass(eq=False)
+class Seen:
+    """What is seen of a forward pass.
+
+    Attributes:
+        context: which all mixed layers of the pass get.
+        called: of them, those that ran.
+    """
+
+    context: RoutingContext
+    called: set[int] = field(default_factory=set)
+    _again: RoutingContext | None = None
+
+    def losses(self) -> dict[str, Tensor]:
+        """Each loss that layers emitted, the mean over layers. What is emitted from now on is dropped."""
+        if self._again is None:
+            self._again = self.context.fork()
+        return self.context.mean_losses()
+
+    def loss(self) -> Tensor:
+        """The sum of `losses`; 0 where there are none."""
+        return sum(self.losses().values(), start=torch.zeros(()))
+
+    def of_call(self) -> RoutingContext:
+        """The context for one layer. What runs again in the backward pass has emitted its losses before."""
+        if self._again is None:
+            return self.context
+        self._again.losses, self._again.loads, self._again.parts, self._again.metrics = {}, [], [], {}
+        return self._again
+
+
+class Beside(nn.Module):
+    """A linear layer of somebody's model with a layer of ours beside it: y = matrix(x) + beside(x).
+
+    Attributes:
+        matrix: the layer of before.
+        beside: ours.
+        name: of the place in its model.
+    """
+
+    def __init__(self, matrix: nn.Module, beside: nn.Module, name: str) -> None:
+        super().__init__()
+        self.matrix, self.beside, self.name = matrix, beside, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y."""
+        return self.added(self.matrix(x), x)
+
+    def added(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y`` with what ours makes of ``x``."""
+        seen = _CURRENT.get()
+        if seen is None:
+            return y + call_linear(self.beside, x, None).to(y.dtype)
+        seen.called.add(id(self))
+        return y + call_linear(self.beside, x, seen.of_call()).to(y.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, for code that multiplies by it in the place of calling the layer; such a product has ours added, too."""
+        return _Matrix.of(self)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the matrix."""
+        return self.matrix.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        """C."""
+        return self.matrix.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.matrix.out_features  # type: ignore[return-value]
+
+
+class _Matrix(Tensor):
+    """A matrix whose products with inputs, ``W @ x`` of columns and ``linear(x, W)`` of rows, have added what stands beside it.
+
+    transformers' Mamba multiplies by ``dt_proj.weight`` and never calls ``dt_proj``. All else sees the plain matrix.
+    """
+
+    _place: Beside
+
+    @classmethod
+    def of(cls, place: Beside) -> "_Matrix":
+        plain: Any = place.matrix.weight
+        made = plain.as_subclass(cls)
+        made._place = place
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _BY_COLUMNS and isinstance(args[0], cls) and len(args) == 2 and not kwargs:
+            matrix, x = args
+            place, plain = matrix._place, matrix.as_subclass(Tensor)
+            y = plain @ x
+            if x.dim() == 1:
+                return place.added(y.unsqueeze(0), x.unsqueeze(0)).squeeze(0)
+            return place.added(y.transpose(-1, -2), x.transpose(-1, -2)).transpose(-1, -2)
+        if func is F.linear and len(args) >= 2 and isinstance(args[1], cls):
+            x, matrix, *rest = args
+            return matrix._place.added(F.linear(x, matrix.as_subclass(Tensor), *rest, **kwargs), x)
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **kwargs)
+        return found.as_subclass(Tensor) if isinstance(found, cls) else found
+
+
+_BY_COLUMNS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+@contextmanager
+def passing(
+    model: nn.Module,
+    *,
+    mask_BL: Tensor | None = None,
+    labels: Mapping[str, Any] | None = None,
+    length: int | None = None,
+) -> Iterator[Seen]:
+    """One forward pass of ``model``, and its backward pass.
+
+    Args:
+        model: with mixed layers.
+        mask_BL: bool, False for padding, which neither routes nor counts.
+        labels: of `labelled_rows`.
+        length: L, where there is no mask to tell it.
+
+    Raises ConfigError where some mixed layers ran and others were passed by: code that reads their matrix, as fused kernels do, leaves the
+    experts out without a word.
+    """
+    length = mask_BL.shape[1] if mask_BL is not None else length
+    context = RoutingContext(
+        item_mask_N=None if mask_BL is None else mask_BL.reshape(-1).bool(),
+        sequence_length=length,
+        training=model.training,
+        state=dict(labels or {}),
+    )
+    seen = Seen(context)
+    token = _CURRENT.set(seen)
+    try:
+        yield seen
+    finally:
+        _CURRENT.reset(token)
+    context.commit()
+    places = [module for module in model.modules() if isinstance(module, Beside)]
+    missed = [place.name for place in places if id(place) not in seen.called]
+    if seen.called and missed:
+        raise ConfigError(
+            f"the model computed past the experts beside {missed[0]}: it reads that matrix and does not call the layer, as fused kernels "
+            "do; switch them off, or leave the layer out of the mixture"
+        )

@@ -1,0 +1,309 @@
+"""What LoRA-Mixer trains: labelled rows, and the task that leads experts and routers through the stages."""
+# Shapes: N rows, B of a batch, L positions, E experts, V vocabulary
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anabranch.adapters.beside import passing
+from anabranch.adapters.fresh import BESIDE
+from anabranch.adapters.lora_mixer.layer import labelled_rows
+from anabranch.adapters.lora_mixer.load import mixed_layers
+from anabranch.adapters.mixture_report import Rows, mixture_report
+from anabranch.config import Field, configclass
+from anabranch.data import Tokenizer
+from anabranch.errors import ConfigError, DataError, InputError
+from anabranch.lm.checkpoint import load_weights, write_model
+from anabranch.lm.decoder import Decoder
+from anabranch.train import Examples, Losses, Task, TaskContext
+from anabranch.train.examples import fingerprint
+
+__all__ = ["Labelled", "MixtureTask"]
+
+# Positions that count for no loss.
+IGNORED = -100
+_POOL, _ROUTER = ".pool.", ".router."
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Rows of several tasks, each with the expert of its task.
+
+    Attributes:
+        token_NL: int64.
+        target_NL: int64, what is to follow each token; -100 where nothing is asked.
+        expert_N: int64, -1 for a row of no expert's task.
+        mask_NL: bool, False for padding, which stands on the left.
+    """
+
+    token_NL: Tensor
+    target_NL: Tensor
+    expert_N: Tensor
+    mask_NL: Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.token_NL.shape
+        if len(shape) != 2 or self.target_NL.shape != shape or self.mask_NL.shape != shape:
+            raise DataError(
+                f"tokens, targets and mask have shapes {list(shape)}, {list(self.target_NL.shape)} and {list(self.mask_NL.shape)}; they "
+                "must be one [rows, length]"
+            )
+        if self.expert_N.shape != shape[:1]:
+            raise DataError(f"there are {len(self.expert_N)} labels for {shape[0]} rows; give one for each")
+        if not len(self.token_NL):
+            raise DataError("there are no rows to learn from")
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[tuple[Sequence[int], Sequence[int], str | None]], experts: Sequence[str], *, pad: int = 0
+    ) -> "Labelled":
+        """Of (ids of a prompt, ids of its answer, name of its task's expert, or None): the answer is what is learned.
+
+        Raises InputError for a name that is not one of ``experts``, DataError for a row without an answer or of fewer than two tokens, and
+        where there are none.
+        """
+        known = {name: number for number, name in enumerate(experts)}
+        length = max((len(prompt) + len(answer) - 1 for prompt, answer, _ in rows), default=0)
+        token_NL = torch.full((len(rows), length), pad)
+        target_NL = torch.full((len(rows), length), IGNORED)
+        mask_NL = torch.zeros(len(rows), length, dtype=torch.bool)
+        labels = []
+        for number, (prompt, answer, name) in enumerate(rows):
+            if not answer or len(prompt) + len(answer) < 2:
+                raise DataError(
+                    f"row {number} has {len(prompt)} tokens and an answer of {len(answer)}; nothing can be learned from it"
+                )
+            if name is not None and name not in known:
+                raise InputError(
+                    f"row {number} is of task {name!r}, which has no expert; there are {', '.join(map(repr, known))}"
+                )
+            ids = [*prompt, *answer]
+            asked = [IGNORED] * (len(prompt) - 1) + list(answer) if prompt else list(answer[1:])
+            start = length - (len(ids) - 1)
+            token_NL[number, start:] = torch.tensor(ids[:-1])
+            target_NL[number, start:] = torch.tensor(asked)
+            mask_NL[number, start:] = True
+            labels.append(-1 if name is None else known[name])
+        return cls(token_NL, target_NL, torch.tensor(labels, dtype=torch.int64), mask_NL)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All, in the order of the attributes."""
+        return self.token_NL, self.target_NL, self.expert_N, self.mask_NL
+
+    def batches(self, size: int) -> Iterator[Rows]:
+        """(token_BL, mask_BL, expert_B) in order, for `mixture_report`."""
+        for start in range(0, len(self.token_NL), size):
+            part = slice(start, start + size)
+            yield self.token_NL[part], self.mask_NL[part], self.expert_N[part]
+
+
+class MixtureTask(Task, kind="lora_mixer"):
+    """The next token of labelled rows, learned by experts, routers, or both.
+
+    Stages follow from how far the training is. While it is *hard*, labels choose, and experts learn, each from its own task; while it is
+    *soft*, routers choose and learn, and experts are frozen, held by the preservation loss, or free.
+
+    Args:
+        config: the stages.
+        model: with mixed layers; a `Decoder`, or a module that is called with ``input_ids`` and gives ``logits``.
+        data: what is learned.
+        held_out: what is measured; None for nothing.
+        tokenizer: saved beside a model of ours.
+
+    Raises ConfigError for a model without mixed layers, or one whose own checkpointing is on; InputError for labels that name no expert.
+    """
+
+    headline: ClassVar[str] = "nats_per_token"
+    unit: ClassVar[str] = "tokens"
+    material: ClassVar[str] = "labelled rows"
+
+    @configclass
+    class Config(Task.Config):
+        """The stages.
+
+        Attributes:
+            stages: ``soft``: routers alone choose (plug and play, experts given); ``hard``: labels alone (experts trained);
+                ``hard_soft``: hard for the first half; ``anneal``: hard for a third, then p = (1 - a) onehot + a softmax with a from 0
+                to 1 over the second third, then soft.
+            experts: what they do where routers choose: stay ``frozen``, are ``preserved``, or are ``free``.
+            beta: of the preservation loss.
+            alignment: c_T of the loss that draws a row's mean scores to its expert; None for 0 where stages are ``soft``, else 0.1.
+        """
+
+        stages: Literal["soft", "hard", "hard_soft", "anneal"] = "soft"
+        experts: Literal["frozen", "preserved", "free"] = "frozen"
+        beta: float = Field(default=0.01, ge=0)
+        alignment: float | None = Field(default=None, ge=0)
+
+        def soft_at(self, fraction: float) -> float:
+            """a, after this share of the training: 0 hard, 1 soft."""
+            if self.stages == "hard_soft":
+                return float(fraction >= 0.5)
+            if self.stages == "anneal":
+                return min(1.0, max(0.0, 3 * fraction - 1))
+            return float(self.stages == "soft")
+
+        @property
+        def c_t(self) -> float:
+            """The weight of the alignment."""
+            if self.alignment is not None:
+                return self.alignment
+            return 0.0 if self.stages == "soft" else 0.1
+
+        @property
+        def experts_learn(self) -> bool:
+            """Whether they do at any time."""
+            return self.stages != "soft" or self.experts != "frozen"
+
+    config: Config
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        model: nn.Module,
+        data: Labelled,
+        held_out: Labelled | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(config, model=model)
+        self.data, self.held_out, self.tokenizer = data, held_out, tokenizer
+        self.layers = mixed_layers(model)
+        number = next(iter(self.layers.values())).pool.num_experts
+        for rows in (data, held_out):
+            if rows is not None and int(rows.expert_N.max()) >= number:
+                raise InputError(f"label {int(rows.expert_N.max())} names no expert; there are 0 to {number - 1}")
+        if config.stages in ("hard", "hard_soft") and bool((data.expert_N < 0).any()):
+            raise InputError(
+                f"row {int((data.expert_N < 0).nonzero()[0])} has no label, by which stage 'hard' chooses; leave it out, or train 'soft'"
+            )
+        if config.experts == "preserved" and not all(layer.config.preserved for layer in self.layers.values()):
+            raise ConfigError(
+                "experts is 'preserved', and the model keeps nothing of them; load_mixture(..., preserved=True)"
+            )
+        if getattr(model, "is_gradient_checkpointing", False):
+            raise ConfigError(
+                "the model's own gradient checkpointing is on, which runs parts again without labels; switch it off"
+            )
+
+    def learns(self, name: str, parameter: nn.Parameter) -> bool:
+        """Routers, but where labels alone choose and nothing aligns them; and experts, where they learn at any time."""
+        if BESIDE not in name:
+            return False
+        if _ROUTER in name:
+            return self.config.stages != "hard" or self.config.c_t > 0
+        return _POOL in name and self.config.experts_learn
+
+    def before_step(self, step: int, fraction: float) -> None:
+        """Freeze and free experts as the stage wants, and note what they are where they are preserved from now on."""
+        soft = self.config.soft_at(fraction)
+        learn = self.config.experts_learn and (soft == 0 or self.config.experts != "frozen")
+        before = self.config.soft_at(fraction * (step - 1) / step) if step else 0.0
+        for layer in self.layers.values():
+            layer.pool.requires_grad_(learn)
+            if soft > 0 and before == 0:
+                layer.keep()
+
+    def training_data(self, context: TaskContext) -> Examples:
+        """Rows in an order drawn anew for each epoch."""
+        return Examples(
+            *self.data.tensors, seed=context.settings.seed, rank=context.rank, world_size=context.world_size
+        )
+
+    def validation_data(self, context: TaskContext) -> Any:
+        """Batches of the held-out rows."""
+        if self.held_out is None:
+            return None
+        return [
+            tuple(tensor[start : start + context.batch_size] for tensor in self.held_out.tensors)
+            for start in range(0, len(self.held_out.token_NL), context.batch_size)
+        ]
+
+    def units_per_item(self, context: TaskContext) -> int:
+        """L."""
+        return self.data.token_NL.shape[1]
+
+    def fingerprint(self) -> str:
+        """Of the rows."""
+        held = () if self.held_out is None else self.held_out.tensors
+        return fingerprint(*self.data.tensors, *held)
+
+    def step(self, model: nn.Module, batch: Any, context: TaskContext) -> Losses:
+        """Cross-entropy of what is asked, what layers emit, and the preservation loss."""
+        token_BL, target_BL, expert_B, mask_BL = batch
+        soft = self.config.soft_at(context.fraction)
+        labels = labelled_rows(expert_B, token_BL.shape[1], soft=soft, alignment=self.config.c_t)
+        main, auxiliary, metrics = self._losses(model, token_BL, target_BL, mask_BL, labels)
+        if self.config.experts == "preserved" and soft > 0:
+            drift = torch.stack([layer.drift() for layer in self.layers.values()]).sum()
+            auxiliary = {**auxiliary, "preservation": self.config.beta * drift}
+        return Losses(sum(auxiliary.values(), start=main), {"cross_entropy": main, **auxiliary}, metrics)
+
+    def _losses(
+        self, model: nn.Module, token_BL: Tensor, target_BL: Tensor, mask_BL: Tensor, labels: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """(cross-entropy, auxiliary losses, metrics)."""
+        if isinstance(self.model, Decoder):
+            output = model(token_BL, target_BL, token_mask_BL=mask_BL, state=dict(labels))
+            auxiliary = sum(output.auxiliary.values(), start=torch.zeros(()))
+            # What it gives apart has no gradient; only their sum has.
+            main = output.loss - auxiliary.detach()
+            return main, dict(output.auxiliary), dict(output.metrics)
+        with passing(model, mask_BL=mask_BL, labels=labels) as seen:
+            logits_BLV = cast(Any, model)(input_ids=token_BL, attention_mask=mask_BL.long()).logits
+            main = _cross_entropy(logits_BLV, target_BL)
+            losses = seen.losses()
+        return main, losses, seen.context.mean_metrics()
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, data: Any, context: TaskContext) -> dict[str, Any]:
+        """Nats per asked token, the share of them that is right, and what routers do (`mixture_report`)."""
+        nats, right, asked = 0.0, 0, 0
+        for token_BL, target_BL, _, mask_BL in data:
+            logits_BLV = self._logits(model, token_BL, mask_BL).float()
+            is_asked_BL = target_BL != IGNORED
+            nats += float(
+                F.cross_entropy(logits_BLV.flatten(0, 1), target_BL.flatten(), ignore_index=IGNORED, reduction="sum")
+            )
+            right += int((logits_BLV.argmax(-1) == target_BL)[is_asked_BL].sum())
+            asked += int(is_asked_BL.sum())
+        assert self.model is not None
+        report = mixture_report(self.model, [(token, mask, expert) for token, _, expert, mask in data])
+        return {
+            "nats_per_token": nats / max(asked, 1),
+            "accuracy": right / max(asked, 1),
+            "active_experts": report.mean("active"),
+            "routing_nats": report.mean("nats"),
+            "task_information": report.mean("information"),
+            "load": [list(facts.load) for facts in report.routers],
+        }
+
+    def _logits(self, model: nn.Module, token_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        if isinstance(self.model, Decoder):
+            return model(token_BL, token_mask_BL=mask_BL).logits_BLV
+        with passing(model, mask_BL=mask_BL):
+            return cast(Any, model)(input_ids=token_BL, attention_mask=mask_BL.long()).logits
+
+    def save(self, folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """A model folder where the model is ours; else all tensors."""
+        if isinstance(model, Decoder):
+            write_model(folder, model, self.tokenizer, state=tensors)
+        else:
+            super().save(folder, model, tensors)
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        """What `save` wrote."""
+        if isinstance(model, Decoder):
+            load_weights(model, folder)
+        else:
+            super().load(folder, model)
+
+
+def _cross_entropy(logits_BLV: Tensor, target_BL: Tensor) -> Tensor:
+    return F.cross_entropy(logits_BLV.float().flatten(0, 1), target_BL.flatten(), ignore_index=IGNORED)

@@ -1,0 +1,323 @@
+"""Mixtures in models that are not ours: transformers' Mamba and Llama, and modules of torch."""
+
+import pytest
+import torch
+from torch import nn
+
+from adapter_models import make_adapter
+from anabranch.adapters import (
+    Labelled,
+    fit_router,
+    labelled_rows,
+    load_mixture,
+    mixture_report,
+    read_peft,
+    static_mixture,
+    write_peft,
+)
+from anabranch.adapters.beside import Beside, passing
+from anabranch.adapters.lora_mixer import mixed_layers
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.train import Constant, TrainConfig
+
+transformers = pytest.importorskip("transformers")
+TOKENS = torch.tensor([[3, 17, 60, 8, 8, 41], [0, 5, 22, 1, 59, 30]])
+MAMBA = ["in_proj", "x_proj", "dt_proj", "out_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def mamba():
+    config = transformers.MambaConfig(
+        vocab_size=61,
+        hidden_size=16,
+        state_size=4,
+        num_hidden_layers=2,
+        intermediate_size=32,
+        time_step_rank=3,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return transformers.MambaForCausalLM(config).eval()
+
+
+def llama(**changes):
+    config = transformers.LlamaConfig(
+        **{
+            "vocab_size": 61,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "initializer_range": 0.3,
+            **changes,
+        }
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def linears(model, words):
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in words
+    }
+
+
+MODELS = {"mamba": (mamba, MAMBA), "llama": (llama, ATTENTION)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def place(request, tmp_path_factory):
+    """(how to make the model, adapter folders by name, their scales): of other ranks and layers."""
+    make, words = MODELS[request.param]
+    root = tmp_path_factory.mktemp(request.param)
+    layers = linears(make(), words)
+    make_adapter(root / "a", layers, seed="a", rank=4)
+    make_adapter(root / "b", layers, seed="b", rank=2, use_rslora=True)
+    make_adapter(root / "c", linears(make(), words[-1:]), seed="c", rank=3)
+    return make, {name: root / name for name in "abc"}
+
+
+def logits(model, **options):
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False, **options).logits
+
+
+def changed(make, folder, weight=1.0):
+    """The model with an adapter in its matrices, by the formula."""
+    model = make()
+    with torch.no_grad():
+        for name, pair in read_peft(folder).pairs.items():
+            model.get_submodule(name).weight += weight * pair.delta()
+    return model
+
+
+def hard(expert):
+    return labelled_rows(torch.full((2,), expert), 6)
+
+
+def test_each_expert_alone_is_its_adapter(place):
+    """All projections of a state space are adapted, also the one that the model multiplies by and never calls."""
+    make, folders = place
+    model = load_mixture(folders, make())
+    for number, name in enumerate(folders):
+        with passing(model, labels=hard(number), length=6) as seen:
+            found = logits(model)
+        torch.testing.assert_close(found, logits(changed(make, folders[name])), rtol=1e-4, atol=1e-5)
+        assert len(seen.called) == len([module for module in model.modules() if isinstance(module, Beside)])
+    assert not torch.allclose(logits(model), logits(make()))
+
+
+def test_with_all_b_zero_it_is_the_base_to_the_bit(place):
+    make, folders = place
+    model = load_mixture(folders, make())
+    for layer in mixed_layers(model).values():
+        layer.pool.b.data.zero_()
+    assert torch.equal(logits(model), logits(make()))
+
+
+def test_a_static_mixture_is_one_adapter(place, tmp_path):
+    make, folders = place
+    model = load_mixture(folders, make())
+    write_peft(tmp_path / "made", static_mixture(model, (0.5, 1.0, -1.0)))
+    found = changed(make, tmp_path / "made")
+    expected = make()
+    with torch.no_grad():
+        for name, weight in zip(folders, (0.5, 1.0, -1.0), strict=True):
+            for module, pair in read_peft(folders[name]).pairs.items():
+                expected.get_submodule(module).weight += weight * pair.delta()
+    torch.testing.assert_close(logits(found), logits(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_routers_learn_and_all_else_stays(place, tmp_path):
+    make, folders = place
+    model = load_mixture(folders, make())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = Labelled.of([([1, 2, 3 + row % 7], [9 + row % 2], "ab"[row % 2]) for row in range(8)], "abc")
+    train = TrainConfig(steps=4, batch_size=4, learning_rate=0.05, schedule=Constant.Config(), device="cpu")
+    fitted = fit_router(model, rows, tmp_path / "run", train=train, held_out=rows)
+    state = model.state_dict()
+    moved = [name for name, value in before.items() if not torch.equal(value, state[name])]
+    assert moved
+    assert all(".router." in name for name in moved)
+    assert set(fitted.report.routers[0].by_task) == {0, 1}
+    again = load_mixture(folders, make())
+    train = train.replace(steps=6)
+    fit_router(again, rows, tmp_path / "run", train=train, held_out=rows, resume=True)
+    straight = load_mixture(folders, make())
+    fit_router(straight, rows, tmp_path / "straight", train=train, held_out=rows)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.fixture
+def load_llama(tmp_path):
+    """Makes mixtures of two adapters of all of attention."""
+    for name in "ab":
+        make_adapter(tmp_path / name, linears(llama(), ATTENTION), seed=name)
+    return lambda model, **options: load_mixture({name: tmp_path / name for name in "ab"}, model, **options)
+
+
+def test_losses_come_out_once_where_parts_run_again(load_llama):
+    model = load_llama(llama())
+    model.train()
+    for layer in mixed_layers(model).values():
+        layer.router.requires_grad_(True)
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        with passing(model, labels=labelled_rows(torch.tensor([0, 1]), 6, soft=0.5, alignment=0.1), length=6) as seen:
+            output = model(TOKENS, use_cache=False).logits
+            losses = seen.losses()
+            (output.square().mean() + sum(losses.values())).backward()
+        found.append((losses, [layer.router.score.weight.grad.clone() for layer in mixed_layers(model).values()]))
+    (plain, plain_grads), (again, again_grads) = found
+    assert plain.keys() == {"specialisation", "task_alignment"}
+    for name in plain:
+        torch.testing.assert_close(again[name], plain[name])
+    for one, other in zip(again_grads, plain_grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_one_router_for_queries_keys_and_values(load_llama):
+    model = load_llama(llama())
+    names = [name for name, _ in model.named_parameters() if name.endswith("router.score.weight")]
+    assert [name.split(".")[-5] for name in names] == ["q_proj", "o_proj"] * 2
+    assert {layer.group.size for layer in mixed_layers(model).values()} == {1, 3}
+    apart = load_llama(llama(), groups={})
+    assert len([1 for name, _ in apart.named_parameters() if name.endswith("router.score.weight")]) == 8
+
+
+def test_padding_neither_routes_nor_counts(load_llama):
+    model = load_llama(llama())
+    mask = torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    report = mixture_report(model, [(TOKENS, mask, None)])
+    assert {facts.tokens for facts in report.routers} == {10}
+    with passing(model, mask_BL=mask):
+        found = model(TOKENS, attention_mask=mask.long(), use_cache=False).logits
+        alone = None
+    with passing(model, length=4):
+        alone = model(TOKENS[:1, 2:], use_cache=False).logits
+    torch.testing.assert_close(found[:1, 2:], alone, rtol=1e-4, atol=1e-5)
+
+
+class Fused(nn.Module):
+    """Queries, keys and values in one matrix, as some models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.ModuleDict({"qkv_proj": nn.Linear(8, 14), "o_proj": nn.Linear(6, 8)})
+
+    def forward(self, x):
+        return self.attention["o_proj"](self.attention["qkv_proj"](x)[..., :6])
+
+
+def test_parts_of_a_fused_matrix(tmp_path):
+    parts = {"attention.q_proj": (8, 6), "attention.v_proj": (8, 4)}
+    make_adapter(tmp_path / "a", parts, seed="a", rank=2)
+    make_adapter(tmp_path / "b", {"attention.k_proj": (8, 4), "attention.o_proj": (6, 8)}, seed="b", rank=3)
+    fused = {"qkv_proj": (("q_proj", 6), ("k_proj", 4), ("v_proj", 4))}
+    torch.manual_seed(0)
+    base = Fused()
+    x = torch.randn(2, 3, 8)
+    model = Fused()
+    model.load_state_dict(base.state_dict())
+    load_mixture({name: tmp_path / name for name in "ab"}, model, fused=fused)
+    pairs = read_peft(tmp_path / "a").pairs
+    with passing(model, labels=labelled_rows(torch.zeros(2, dtype=torch.int64), 3), length=3):
+        found = model.attention["qkv_proj"](x)
+        model.attention["o_proj"](found[..., :6])
+    whole = base.attention["qkv_proj"](x)
+    expected = torch.cat(
+        [
+            whole[..., :6] + x @ pairs["attention.q_proj"].delta().T,
+            whole[..., 6:10],
+            whole[..., 10:] + x @ pairs["attention.v_proj"].delta().T,
+        ],
+        -1,
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert mixed_layers(model)["attention.o_proj"].config.closed == (0,)
+    with pytest.raises(
+        CheckpointError, match=r"b adapts attention\.k_proj with 8 inputs and 4 outputs, and the model's has 8 and 14"
+    ):
+        load_mixture(
+            {name: tmp_path / name for name in "ab"},
+            Fused(),
+            fused={"qkv_proj": (("q_proj", 6), ("k_proj", 4), ("v_proj", 5))},
+        )
+
+
+def test_a_matrix_is_multiplied_by_in_any_way(load_llama):
+    model = load_llama(llama())
+    place = model.model.layers[0].self_attn.o_proj
+    x = torch.randn(2, 3, 16)
+    expected = place(x)
+    with torch.no_grad():
+        torch.testing.assert_close((place.weight @ x.transpose(1, 2)).transpose(1, 2), expected)
+        torch.testing.assert_close(torch.matmul(place.weight, x.transpose(1, 2)).transpose(1, 2), expected)
+        torch.testing.assert_close(nn.functional.linear(x, place.weight), expected)
+        torch.testing.assert_close(place.weight @ x[0, 0], expected[0, 0])
+    assert type(place.weight.float()) is torch.Tensor
+    assert place.weight.dtype == torch.float32
+    assert (place.in_features, place.out_features, place.bias) == (16, 16, None)
+
+
+class PastIt(nn.Module):
+    """Reads a matrix in a way that nobody can add to."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return self.one(x) + torch.einsum("oc,nc->no", self.two.weight, x)
+
+
+def test_what_is_passed_by_is_told(tmp_path):
+    for name in "ab":
+        make_adapter(tmp_path / name, {"one": (4, 4), "two": (4, 4)}, seed=name)
+    model = load_mixture({name: tmp_path / name for name in "ab"}, PastIt())
+    with (
+        pytest.raises(ConfigError, match="the model computed past the experts beside two: it reads that matrix"),
+        passing(model),
+    ):
+        model(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("layers", "extra", "error", "message"),
+    [
+        ({"three": (4, 4)}, {}, CheckpointError, "b adapts three, which the model has not; is it another model's"),
+        ({"one": (4, 5)}, {}, CheckpointError, "b adapts one with 4 inputs and 5 outputs, and the model's has 4 and 4"),
+        ({"norm": (4, 4)}, {}, CheckpointError, "b adapts norm, which is a LayerNorm in the model and no linear layer"),
+        (
+            {"one": (4, 4)},
+            {"norm.weight": torch.ones(4)},
+            ConfigError,
+            r"b brings norm\.weight, which has no place in a mixture",
+        ),
+    ],
+)
+def test_adapters_that_do_not_fit(tmp_path, layers, extra, error, message):
+    make_adapter(tmp_path / "a", {"one": (4, 4)}, seed="a")
+    make_adapter(tmp_path / "b", layers, seed="b", extra=extra, modules_to_save=["norm"] if extra else None)
+    model = PastIt()
+    model.norm = nn.LayerNorm(4)
+    with pytest.raises(error, match=message):
+        load_mixture({name: tmp_path / name for name in "ab"}, model)
+    assert not any(isinstance(module, Beside) for module in model.modules())
+
+
+def test_a_second_mixture_and_a_models_own_checkpointing_are_refused(load_llama, tmp_path):
+    model = load_llama(llama())
+    with pytest.raises(ConfigError, match="has a mixture already"):
+        load_llama(model)
+    model.gradient_checkpointing_enable()
+    rows = Labelled.of([([1, 2], [3], "a")], "ab")
+    with pytest.raises(ConfigError, match="own gradient checkpointing is on"):
+        fit_router(model, rows, tmp_path / "run", train=TrainConfig(steps=1, batch_size=1))
