@@ -187,7 +187,7 @@ class MixtureTask(Task, kind="lora_mixer"):
             raise ConfigError(
                 "experts is 'preserved', and the model keeps nothing of them; load_mixture(..., preserved=True)"
             )
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
             raise ConfigError(
                 "the model's own gradient checkpointing is on, which runs parts again without labels; switch it off"
             )
