@@ -162,7 +162,7 @@ def chain(size: str = "tiny") -> RunConfig:
 
 
 def dynmole(size: str = "tiny") -> RunConfig:
-    """DynMoLE: six LoRA experts beside each feed-forward matrix, all or few by the router's entropy; for --from a trained model."""
+    """DynMoLE, for --from a model: LoRA experts beside feed-forward matrices, all or few by the router's entropy."""
     run = dense(size)
     # A rank that is small beside the matrices, as the paper's 24 is beside 4096.
     settings = DynMoLE(rank=max(2, run.model.dim // 32), alpha=2.0 * max(2, run.model.dim // 32))
@@ -170,7 +170,7 @@ def dynmole(size: str = "tiny") -> RunConfig:
 
 
 def lora_mixer(size: str = "tiny") -> RunConfig:
-    """LoRA-Mixer: six LoRA experts beside attention's projections, one router for q, k, v and one for o; for --from a trained model."""
+    """LoRA-Mixer, for --from a model: LoRA experts beside attention's projections, one router for q, k and v."""
     run = dense(size)
     rank = max(2, run.model.dim // 32)
     experts = MixedLowRank.Config(ranks=(rank,) * 6, alphas=(2.0 * rank,) * 6)

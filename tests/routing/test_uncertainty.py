@@ -228,6 +228,6 @@ def test_scores_that_are_not_finite_are_told_with_the_layer():
     from anabranch.errors import NotFiniteError
 
     router = Router.Config(select=HybridEntropy.Config(), check_finite=True).build(4, 6)
-    router.place = "blocks.3.feed_forward.up"
+    router.matrix = "blocks.3.feed_forward.up"
     with pytest.raises(NotFiniteError, match=r"layer blocks\.3\.feed_forward\.up has NaN or infinite logits"):
         router(torch.full((2, 4), torch.inf), RoutingContext())

@@ -123,7 +123,7 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
                 generator=context.generator,
                 share=context.share,
             )
-            self.router.place = projection.name
+            self.router.matrix = projection.name
 
     @classmethod
     def config_of(cls, pairs: Sequence[Pair | None]) -> Config:

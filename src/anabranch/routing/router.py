@@ -31,7 +31,7 @@ class Router(Part, nn.Module):
 
     Attributes:
         layer: index of the layer it routes for, written into traces.
-        place: what messages call that layer; a name, where a layer has several routers.
+        matrix: name of the matrix beside which it chooses, which messages then say in the place of the layer; None for no such.
         destinations: what they are, beside how many: whose, and which are open.
     """
 
@@ -79,7 +79,7 @@ class Router(Part, nn.Module):
         self.config = config
         self.num_destinations = num_destinations
         self.layer = layer
-        self.place: int | str = layer
+        self.matrix: str | None = None
         # It has balancers of several routers, which are not registered here: whoever they belong to has them.
         self.destinations = destinations or Destinations()
         self.score: Score = config.score.build(dim, num_destinations, generator=generator)
@@ -121,7 +121,9 @@ class Router(Part, nn.Module):
             )
         logit_NE = self.score.project(x_ND, context)
         if self.config.check_finite and not torch.isfinite(logit_NE).all():
-            raise NotFiniteError(f"router of layer {self.place} has NaN or infinite logits; lower the learning rate")
+            raise NotFiniteError(
+                f"router of layer {self.matrix or self.layer} has NaN or infinite logits; lower the learning rate"
+            )
         open_NE = None if self.candidates is None else self.candidates.open_NE(x_ND.shape[0], context)
         masked_NE = logit_NE
         if open_NE is not None and self.candidates.stage == "pre_softmax":  # type: ignore[union-attr]
@@ -129,7 +131,7 @@ class Router(Part, nn.Module):
         score_NE = self.score.activate(masked_NE)
         if open_NE is not None:
             score_NE = score_NE.masked_fill(~open_NE, 0.0)
-        refuse_nan(score_NE, context, self.place)
+        refuse_nan(score_NE, context, self.matrix or self.layer)
         bias_NE, may_NE = self._shift(score_NE), open_NE
         for override in overrides:
             bias_NE, may_NE = override.biased(bias_NE, score_NE), override.opened(may_NE, score_NE)

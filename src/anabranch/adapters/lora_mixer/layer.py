@@ -109,6 +109,8 @@ class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
             return alone + Count(-parameters, -parameters, -score.num_flops(*size))
 
     config: Config
+    kept_a: Tensor
+    kept_b: Tensor
     # A router is not asked where labels decide, and experts may be frozen in the midst of a training.
     has_idle_parameters = True
 
@@ -261,6 +263,7 @@ class Lacking(Candidates):
     """Closes experts that a matrix lacks."""
 
     stage = "pre_softmax"
+    open_E: Tensor
 
     def __init__(self, num_experts: int, closed: tuple[int, ...]) -> None:
         nn.Module.__init__(self)

@@ -91,11 +91,11 @@ def load_mixture(
         router = Router.Config(score=score, select=SoftThenTopK.Config(top_k=top_k), balance=(balance,))
     shared = MixedLowRank.Config(ranks=(1,) * len(folders), router=router, preserved=preserved)
     if isinstance(model, Decoder):
-        made = _onto_decoder(folders, model, shared, groups, family, seed)
+        _onto_decoder(folders, model, shared, groups, family, seed)
     else:
-        made = _onto_module(folders, model, shared, groups, fused or {}, seed)
+        _onto_module(folders, model, shared, groups, fused or {}, seed)
     _warn_of_bases(folders)
-    return made
+    return model
 
 
 def mixed_layers(model: nn.Module) -> dict[str, MixedLowRank]:
@@ -120,7 +120,7 @@ def _onto_decoder(
     groups: Mapping[str, Sequence[str]],
     family: str | None,
     seed: int,
-) -> Decoder:
+) -> None:
     load_pool(folders, model, family=family)
     pooled: dict[str, RoutedLowRank] = layers_of(model)
     plain = model.config.replace(linears={})
@@ -133,7 +133,6 @@ def _onto_decoder(
     strip(model)
     device = model.embedding.weight.device
     graft(model, made, lambda part, layer: _take(layer.to(device), pooled[part].pool.a, pooled[part].pool.b))
-    return model
 
 
 def _lacking(layer: RoutedLowRank) -> tuple[int, ...]:
@@ -189,7 +188,7 @@ def _onto_module(
     groups: Mapping[str, Sequence[str]],
     fused: Mapping[str, Sequence[tuple[str, int]]],
     seed: int,
-) -> nn.Module:
+) -> None:
     if any(isinstance(module, Beside) for module in model.modules()):
         raise ConfigError("the model has a mixture already; start from one without")
     adapters = {name: read_peft(folder) for name, folder in folders.items()}
@@ -207,7 +206,7 @@ def _onto_module(
     }
     lacking = {place: tuple(number for number, pair in enumerate(pairs[place]) if pair is None) for place in order}
     configs = _configs(shared, sizes, lacking, groups)
-    generator, companions = torch.Generator().manual_seed(seed), {}
+    generator, companions = torch.Generator().manual_seed(seed), dict[str, Any]()
     made = {}
     for place, config in configs.items():
         linear: Any = model.get_submodule(place)
@@ -223,7 +222,6 @@ def _onto_module(
     for place, layer in made.items():
         owner, _, leaf = place.rpartition(".")
         setattr(model.get_submodule(owner), leaf, Beside(model.get_submodule(place), layer, place))
-    return model
 
 
 def _placed(
