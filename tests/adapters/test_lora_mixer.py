@@ -157,7 +157,7 @@ def test_soft_in_training_and_the_best_afterwards():
     assert soft.weight_NK.tolist() == [pytest.approx([0.5, 0.3, 0.1, 0.1])]
     assert best.index_NK.tolist() == [[0, 2]]
     assert best.weight_NK.tolist() == [pytest.approx([0.625, 0.375])]
-    assert SoftThenTopK.Config().most_choices(2) == 2
+    assert (SoftThenTopK.Config().kept(2), select.num_choices) == (2, None)
 
 
 # The layer

@@ -710,7 +710,7 @@ def test_experts_beside_a_trained_model_learn_and_it_stays(here, tmp_path, tiny,
         owner, _, leaf = name.rpartition(".")
         assert torch.equal(made.get(name, made.get(f"{owner}.matrix.{leaf}")), value), name
     assert any(value.any() for name, value in made.items() if name.endswith("pool.b"))
-    assert here("generate", tmp_path / "experts", "--prompt", "def", "--max-tokens", 4, "--quiet")[0] == 0
+    assert here("generate", tmp_path / "experts", "--prompt", "def", "--max-tokens", 4)[0] == 0
     code, _, err = here("train", "lora-mixer", "--out", tmp_path / "none", "--from", tmp_path / "experts", *begun[2:])
     assert code == 2
     assert "already, and not as the design wants it; start from its base" in err

@@ -24,8 +24,12 @@ class SoftThenTopK(Select, kind="soft_then_top_k"):
         normalize: Literal["none", "sum", "softmax"] = "sum"
         top_k: int = Field(default=3, ge=1)
 
-        def most_choices(self, num_destinations: int) -> int:
-            """Afterwards."""
+        def most_choices(self, num_destinations: int) -> None:
+            """All in training, few afterwards."""
+            return
+
+        def kept(self, num_destinations: int) -> int:
+            """How many afterwards."""
             return min(self.top_k, num_destinations)
 
     config: Config
@@ -33,7 +37,7 @@ class SoftThenTopK(Select, kind="soft_then_top_k"):
     def __init__(self, config: Config, num_destinations: int) -> None:
         super().__init__(config, num_destinations)
         self.soft = TopK.Config(top_k=num_destinations, scale=config.scale).build(num_destinations)
-        best = TopK.Config(top_k=config.most_choices(num_destinations), normalize=config.normalize, scale=config.scale)
+        best = TopK.Config(top_k=config.kept(num_destinations), normalize=config.normalize, scale=config.scale)
         self.best = best.build(num_destinations)
 
     def of_pass(self, training: bool) -> Select:
