@@ -14,6 +14,7 @@ from anabranch.graph import HNSW
 from anabranch.graph.names import Names, write_names
 from anabranch.graph.serve import Limits, Sources, answers, create_app, gate
 from anabranch.graph.serve.gate import FullError, Gate, LateError
+from asgi_sending import Sending
 
 FOREVER = time.monotonic() + 3600
 
@@ -196,39 +197,6 @@ def test_names_of_results_have_a_limit(path):
         many = client.post("/v1/search", json={"vectors": one["vectors"] * 3, "k": 1})
         assert (many.status_code, many.json()["error"]["code"]) == (400, "over_limit")
         assert "over 300 characters" in many.json()["error"]["message"]
-
-
-class Sending:
-    """A request whose body comes in pieces, to an application without a server."""
-
-    def __init__(self, app, host, length=None):
-        self.pieces, self.status, self.answer = asyncio.Queue(), None, b""
-        headers = [(b"content-type", b"application/json")]
-        if length is not None:
-            headers.append((b"content-length", str(length).encode()))
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v1/search",
-            "raw_path": b"/v1/search",
-            "root_path": "",
-            "query_string": b"",
-            "headers": headers,
-            "client": (host, 1),
-            "server": ("x", 80),
-            "scheme": "http",
-            "app": app,
-        }
-        self.task = asyncio.ensure_future(app(scope, self.pieces.get, self._send))
-
-    async def _send(self, message):
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        self.answer += message.get("body", b"")
-
-    async def send(self, body, more=True):
-        self.pieces.put_nowait({"type": "http.request", "body": body, "more_body": more})
-        await asyncio.sleep(0.01)
 
 
 def test_bodies_are_counted_as_they_come(path):

@@ -1,6 +1,7 @@
 """What every HTTP server of ours is made of; it knows neither the gateway nor the engine.
 
     server      the process: sockets, signals, bounds of connections, uvloop
+    readers     who does not read what is written to them is cut off
     answers     reading a body, answering in JSON, errors in OpenAI's form
     api_error   `ApiError`, an answer that is an error
     body        JSON that is checked, and how an error shows a value

@@ -53,10 +53,12 @@ def parse_large(raw: bytes) -> dict[str, Any]:
     return parse(raw) if body is None else body
 
 
-def load_large(raw: bytes) -> Any:
-    """What ``json.loads`` gives, or raises, of the same text."""
-    value = _in_steps(raw, json.loads)
-    return json.loads(raw) if value is None else value
+def load_large(raw: bytes, read: Callable[[str], Any] | None = None) -> Any:
+    """What ``json.loads``, or ``read``, gives of the same text, or raises: a ValueError, or RecursionError."""
+    value = _in_steps(raw, read or json.loads)
+    if value is not None:
+        return value
+    return json.loads(raw) if read is None else read(raw.decode("utf-8"))
 
 
 def _in_steps(raw: bytes, read: Callable[[str], Any]) -> dict[str, Any] | None:

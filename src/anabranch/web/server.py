@@ -8,13 +8,14 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from anabranch.errors import AnabranchError
 from anabranch.web.places import Places
+from anabranch.web.readers import PATIENCE_S, Readers, Watched
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -29,15 +30,23 @@ Refuse = Callable[[int, str], web.Response]
 
 
 class Connection(RequestHandler):
-    """aiohttp's, but the first request's headers have to come soon, and what is no HTTP is refused in OpenAI's form."""
+    """aiohttp's, but the first request's headers have to come soon, what is no HTTP is refused in OpenAI's form, and answers are read."""
 
-    __slots__ = ("_began", "_header_timeout_s", "_late", "_places", "_refuse", "is_beyond")
+    __slots__ = ("_began", "_header_timeout_s", "_late", "_places", "_readers", "_refuse", "_watched", "is_beyond")
 
     def __init__(
-        self, manager: Any, refuse: Refuse, header_timeout_s: float, places: Places["Connection"], **settings: Any
+        self,
+        manager: Any,
+        refuse: Refuse,
+        header_timeout_s: float,
+        places: Places["Connection"],
+        readers: Readers,
+        **settings: Any,
     ) -> None:
         super().__init__(manager, **settings)
         self._refuse, self._header_timeout_s, self._places = refuse, header_timeout_s, places
+        self._readers = readers
+        self._watched: Watched | None = None
         self._late: asyncio.TimerHandle | None = None
         self._began = self._loop.time()
         # There was no place for it: it may ask whether the server lives, and is closed.
@@ -45,18 +54,34 @@ class Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Someone has connected."""
-        super().connection_made(transport)
         peer = transport.get_extra_info("peername")
-        self.is_beyond = not self._places.enter(self, str(peer[0]) if isinstance(peer, tuple) else "")
+        address = str(peer[0]) if isinstance(peer, tuple) else ""
+        self._watched = self._readers.enter(transport, address)
+        super().connection_made(cast(asyncio.BaseTransport, self._watched))
+        self.is_beyond = not self._places.enter(self, address)
         patience_s = min(self._header_timeout_s, BEYOND_S) if self.is_beyond else self._header_timeout_s
         self._late = self._loop.call_later(patience_s, self._close_silent)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """They have gone."""
         self._places.leave(self)
+        if self._watched is not None:
+            self._watched.is_lost()
         if self._late is not None:
             self._late.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """What is written is not read as fast."""
+        super().pause_writing()
+        if self._watched is not None:
+            self._watched.is_behind()
+
+    def resume_writing(self) -> None:
+        """It was read."""
+        super().resume_writing()
+        if self._watched is not None:
+            self._watched.has_caught_up()
 
     @property
     def is_idle(self) -> bool:
@@ -92,12 +117,19 @@ class Server(web.Server):
         refuse: answers what is no HTTP.
         header_timeout_s: the first request's head has to come within it.
         places: for how many there are; None for as many as come.
+        stall_s: who is behind with reading and takes less than a kibibyte a second for so long is cut off, see `Readers`.
     """
 
     def __init__(
-        self, handler: Handler, refuse: Refuse, header_timeout_s: float, places: Places[Connection] | None = None
+        self,
+        handler: Handler,
+        refuse: Refuse,
+        header_timeout_s: float,
+        places: Places[Connection] | None = None,
+        stall_s: float = PATIENCE_S,
     ) -> None:
         super().__init__(handler, handler_cancellation=True)
+        self._readers = Readers(stall_s)
         self._refuse, self._header_timeout_s = refuse, header_timeout_s
         self._places: Places[Connection] = Places(None) if places is None else places
 
@@ -108,6 +140,7 @@ class Server(web.Server):
             self._refuse,
             self._header_timeout_s,
             self._places,
+            self._readers,
             loop=self._loop,
             access_log=None,
             keepalive_timeout=KEEP_ALIVE_S,

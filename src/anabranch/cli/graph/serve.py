@@ -74,6 +74,12 @@ def serve(
     ] = None,
     waiting: Annotated[int, typer.Option(metavar="N", help="Requests that may wait; more get 429.")] = 64,
     timeout: Annotated[float, typer.Option(metavar="S", help="Seconds a request may take.")] = 10.0,
+    connections: Annotated[
+        int, typer.Option(metavar="N", help="Connections open at once; on those beyond only /healthz answers.")
+    ] = 1024,
+    stall: Annotated[
+        float, typer.Option(metavar="S", help="Cut off who is silent, or hardly reads an answer, for S seconds.")
+    ] = 10.0,
     drain: Annotated[
         float, typer.Option(metavar="S", help="Seconds to go on after a signal to stop, while /readyz says 503.")
     ] = 0.0,
@@ -104,7 +110,7 @@ def serve(
         raise InputError(f"--drain is {drain}; it must be a number of seconds, 0 or more")
     limits = Limits(
         body_bytes=max_body, batch=max_batch, k=max_k, concurrency=concurrency or machine.usable_cores(), waiting=waiting,
-        timeout_s=timeout,
+        timeout_s=timeout, connections=connections, stall_s=stall,
     )  # fmt: skip
     if not quiet:
         logging.getLogger("anabranch").setLevel(logging.INFO)

@@ -16,11 +16,15 @@ from typing import Any
 from anabranch.graph.rank.defences import Defences
 from anabranch.graph.rank.items import Id, Item
 from anabranch.graph.rank.rows import END, NUMBER_LIMIT, START, Key, Part, Ranges, Row, Vector, dump
+from anabranch.graph.rank.window import Window
 
 TermKey = Callable[[str], Any]
 
 # Bytes of JSON around an origin and its ranges: a colon, brackets, a comma.
 AROUND_ORIGIN = 4
+
+# Times that are remembered of rows that went, beside as many as there are rows.
+STALE_TIMES = 1024
 
 
 class ClickLog:
@@ -52,16 +56,23 @@ class ClickLog:
         self.marked: Counter[str] = Counter()
         self.distrusted: set[str] = set()
         self.num_rows = self.num_bytes = 0
+        # A heap of the times of rows that are kept, and of some that went.
         self._by_time: list[tuple[float, str, int]] = []
-        # Heaps of the numbers of rows that are kept, and of some that went.
-        self._lowest: dict[str, list[int]] = {}
+        # Of origins that have rows, where these are counted.
+        self._windows: dict[str, Window] = {}
 
     # Taking rows in
 
-    def add(self, row: Row, *, is_ours: bool = False, now: float | None = None) -> str:
+    def add(self, row: Row, *, is_ours: bool = False, now: float | None = None, teller: str = "") -> str:
         """Take a row in: "added", "known" if it was there or is too old to count, else why it is refused.
 
         The reasons: "signature", "forged" (in our own name), "conflict", "future", "full".
+
+        Args:
+            row: to take.
+            is_ours: it comes from this node itself, or from its own store.
+            now: seconds; None without a clock.
+            teller: the neighbour who told it; "" for this node.
         """
         if self.defences.signed and not self._is_signed(row):
             return "signature"
@@ -92,9 +103,9 @@ class ClickLog:
         own = self.rows.setdefault(row.origin, {})
         own[row.number] = row
         if self.defences.rows_per_origin is not None:
-            self._make_room(row, self.defences.rows_per_origin)
-        if row.time is not None and ttl is not None:
-            heapq.heappush(self._by_time, (row.time, row.origin, row.number))
+            self._make_room(row, teller, self.defences.rows_per_origin)
+        if row.time is not None and ttl is not None and row.number in own:
+            self._note_time(row.time, row)
         return "added" if row.number in own else "known"
 
     def _conflict(self, row: Row) -> str:
@@ -109,41 +120,68 @@ class ClickLog:
     def _hold(self, row: Row) -> None:
         held = self.held.setdefault(row.origin, Ranges())
         held.add(row.number)
-        # Rows that expire leave what was held of them: no more of it than there may be rows.
-        if len(held.ends) > 2 * self._most:
-            held.add(0, held.ends[2])
+        # Rows that expire, or are pushed out, leave what was held of them.
+        if self.defences.signed:
+            # No more of it than there may be rows.
+            if len(held.ends) > 2 * self._most:
+                held.add(0, held.ends[2])
+        elif len(held.ends) > 4 * self._most:
+            # Anyone may have written the high numbers, and who does must not end what the low ones say: what went may come again.
+            kept = sorted(self.rows.get(row.origin, {}).keys() | {row.number})
+            self.held[row.origin] = fresh = Ranges()
+            for number in kept:
+                fresh.add(number)
+
+    def _note_time(self, time: float, row: Row) -> None:
+        heapq.heappush(self._by_time, (time, *row.key))
+        if len(self._by_time) > 2 * self.num_rows + STALE_TIMES:
+            self._by_time = sorted({entry for entry in self._by_time if self._is_of(*entry)})
+
+    def _is_of(self, time: float, origin: str, number: int) -> bool:
+        """Whether the row is there, and has this time."""
+        row = self.rows.get(origin, {}).get(number)
+        return row is not None and row.time == time
 
     @property
     def _most(self) -> int:
         """Rows of an origin, at most."""
         return self.defences.rows_per_origin or self.defences.max_rows
 
-    def _make_room(self, row: Row, limit: int) -> None:
-        """Keep the ``limit`` newest rows of the origin of a row that came: rows are counted, not numbers, which anyone may leave out."""
-        own, lowest = self.rows[row.origin], self._lowest.setdefault(row.origin, [])
-        heapq.heappush(lowest, row.number)
-        if len(own) < limit:
-            return
-        # Some expired.
-        while lowest[0] not in own or len(own) > limit:
-            self._drop(row.origin, heapq.heappop(lowest))
-        # What is older than the newest ones is not asked for again.
-        self.held[row.origin].add(0, lowest[0])
+    def _make_room(self, row: Row, teller: str, limit: int) -> None:
+        """Keep ``limit`` rows of the origin of a row that came: rows are counted, not numbers, which anyone may leave out.
+
+        Signed, these are the newest. Unsigned, whoever told most gives way, see `Window`.
+        """
+        own, window = self.rows[row.origin], self._windows.setdefault(row.origin, Window())
+        window.add(row.number, teller)
+        while len(own) > limit:
+            self._drop(row.origin, window.next_to_go())
+        # What is older than the newest ones is not asked for again. Where numbers may be anybody's, that would end an origin's rows.
+        if self.defences.signed and len(own) == limit:
+            self.held[row.origin].add(0, window.lowest())
 
     def expire(self, now: float) -> set[str]:
         """Drop rows that are older than ``ttl``; the origins that lost some."""
         touched: set[str] = set()
         while self._by_time and self.defences.ttl is not None and self._by_time[0][0] < now - self.defences.ttl:
-            _, origin, number = heapq.heappop(self._by_time)
-            if self._drop(origin, number):
+            time, origin, number = heapq.heappop(self._by_time)
+            if self._is_of(time, origin, number):
+                self._drop(origin, number)
                 touched.add(origin)
         return touched
 
-    def _drop(self, origin: str, number: int) -> bool:
-        row = self.rows.get(origin, {}).pop(number, None)
-        if row is not None:
-            self._count(row, -1)
-        return row is not None
+    def _drop(self, origin: str, number: int) -> None:
+        self._count(self.rows[origin].pop(number), -1)
+        window = self._windows.get(origin)
+        if window is not None:
+            window.remove(number)
+            if not window:
+                del self._windows[origin]
+
+    def teller_of(self, row: Row) -> str:
+        """The neighbour who told a row that is kept; "" for this node, and where that is not noted."""
+        window = self._windows.get(row.origin)
+        return "" if window is None else window.teller_of(row.number)
 
     def _count(self, row: Row, change: int) -> None:
         """O(1) updates of every count; what falls to 0 is removed, so that sizes of dictionaries are numbers of distinct things."""

@@ -110,8 +110,8 @@ class Peer:
         self._next_query = 0
         self._matching: dict[str, list[Id]] = {}
         self._store = None if store is None else RowStore(store, self.node_id)
-        # Rows that the store has still to take: a full disk may have room later.
-        self._unsaved: list[Row] = []
+        # Rows that the store has still to take, and who told them: a full disk may have room later.
+        self._unsaved: list[tuple[Row, str]] = []
         if self._store is not None:
             self._take(self._store.rows(), is_ours=True, stored=True)
 
@@ -205,7 +205,7 @@ class Peer:
         row = Row(*fields, tuple(islice(shown, SHOWN_LIMIT)), time)
         if self._key is not None:
             row = replace(row, signature=self._key.sign(row.signed_bytes()))
-        self._take([row], is_ours=True)
+        self._take([(row, "")], is_ours=True)
         return row
 
     # Similarity
@@ -318,7 +318,7 @@ class Peer:
             sent.append(row.to_json())
         return {"from": self.node_id, "rows": sent, "more": len(sent) < available}
 
-    def merge(self, reply: Mapping[str, Any], *, solicited: bool = True) -> Merged:
+    def merge(self, reply: Mapping[str, Any], *, solicited: bool = True, teller: str | None = None) -> Merged:
         """Take in the rows of a message. The sender and all origins become known peers.
 
         A bad row is refused by itself and the others are taken. Rows beyond the quotas are refused; they come again with the next message.
@@ -326,6 +326,8 @@ class Peer:
         Args:
             reply: what `make_reply` or `make_bootstrap` of a peer gave, or its JSON.
             solicited: whether this node asked for it; if not, ``pull_only`` refuses all of it.
+            teller: who told it, by what they cannot choose freely, such as the address that was asked: where rows are not signed,
+                one teller's rows push out no more than their share of what others told of an origin. None is the name in the message.
 
         Raises DataError if it is no message at all.
         """
@@ -356,24 +358,25 @@ class Peer:
                 good.append(row)
         if len(rows) > self.defences.reply_rows:
             refused["quota"] += len(rows) - self.defences.reply_rows
-        taken = self._take(good)
+        who = reply["from"] if teller is None else teller
+        taken = self._take((row, who) for row in good)
         return Merged(taken.added, taken.known, dict(refused + Counter(taken.refused)))
 
-    def _take(self, rows: Iterable[Row], *, is_ours: bool = False, stored: bool = False) -> Merged:
-        """Add rows to the log and the store."""
+    def _take(self, told: Iterable[tuple[Row, str]], *, is_ours: bool = False, stored: bool = False) -> Merged:
+        """Add rows, each with who told it, to the log and the store."""
         now = None if self._clock is None else float(self._clock())
         outcome: Counter[str] = Counter()
-        added: list[Row] = []
+        added: list[tuple[Row, str]] = []
         touched: set[str] = set()
-        for row in rows:
-            what = self.log.add(row, is_ours=is_ours, now=now)
+        for row, teller in told:
+            what = self.log.add(row, is_ours=is_ours, now=now, teller=teller)
             outcome[what] += 1
             if what == "added":
-                added.append(row)
+                added.append((row, teller))
             # A row that is too old may still push older ones out.
             if what in ("added", "known"):
                 touched.add(row.origin)
-        for origin in dict.fromkeys(row.origin for row in added):
+        for origin in dict.fromkeys(row.origin for row, _ in added):
             self.learn(origin)
         self._touch(touched)
         if self._store is not None and not stored:

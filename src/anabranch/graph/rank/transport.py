@@ -141,7 +141,8 @@ class GossipServer:
     def _take_rows(self, answer: dict[str, Any], address: Address) -> Merged:
         if answer.get("type") != "rows":
             raise DataError(f"{address[0]}:{address[1]} answered with {str(answer.get('message', answer))[:200]!r}")
-        merged = self.peer.merge(answer)
+        # By the address that was asked: a name is what anyone says.
+        merged = self.peer.merge(answer, teller=f"{address[0]}:{address[1]}")
         self.addresses[answer["from"]] = address
         told = answer.get("peers")
         for name, place in list(told.items())[:ADDRESSES] if isinstance(told, dict) else []:
@@ -176,7 +177,7 @@ class GossipServer:
                 try:
                     if len(self._open) > self.max_connections:
                         raise DataError(f"busy: {self.max_connections} connections are open")
-                    answer = self._answer(await self._read(reader))
+                    answer = self._answer(await self._read(reader), writer.get_extra_info("peername"))
                 except AnabranchError as error:
                     self._count_error(str(error))
                     answer = {"type": "error", "message": str(error)[:500]}
@@ -201,12 +202,14 @@ class GossipServer:
         if reason in self.errors or len(self.errors) < 1000:
             self.errors[reason] = self.errors.get(reason, 0) + 1
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, request: dict[str, Any], place: Any) -> dict[str, Any]:
         kind, asker = request.get("type"), request.get("from")
         if not is_node(asker):
             raise DataError('a request says who it is from, in "from"')
         if kind == "push":
-            merged = self.peer.merge({"from": asker, "rows": request.get("rows")}, solicited=False)
+            # The port is another for each connection.
+            teller = str(place[0]) if isinstance(place, tuple) else ""
+            merged = self.peer.merge({"from": asker, "rows": request.get("rows")}, solicited=False, teller=teller)
             if "unsolicited" in merged.refused:
                 raise DataError("this peer takes no rows that it did not ask for")
             vector, _ = self.peer.log.part(START, self._room)

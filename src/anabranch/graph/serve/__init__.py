@@ -7,10 +7,12 @@
     swap      the files in use, and how new ones take their place
     requests  JSON in: what a request may be
     answers   what is computed for it
+    text      JSON out, in steps, and sent as it is read; `answer_room` counts it
     writes    the same for changes of an index of vectors (`anabranch.graph.live`)
     senders   who may change something
     gate      how many at once, and for how long
     app       routes; `metrics` and `openapi` are what the names say
+    connections   how many, and how slow they may be
     server    the process: socket, signals, graceful stop
 
 Needs the extra ``graph``.

@@ -14,13 +14,14 @@ from anabranch.graph.serve.gate import Steps
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.requests import Ppr, RequestError, Search, SeedSet
 from anabranch.graph.serve.sources import Loaded
+from anabranch.graph.serve.text import Text
 
 # Of each query: ids, distances, and with a radius how many are within.
 Rows = list[tuple[np.ndarray, np.ndarray, int]]
 
 
-def answer_search(loaded: Loaded, wanted: Search, limits: Limits) -> Steps[dict[str, Any]]:
-    """Nearest neighbours of each query, nearest first; a step for every few of them. Raises RequestError."""
+def answer_search(loaded: Loaded, wanted: Search, limits: Limits, text: Text) -> Steps[None]:
+    """Nearest neighbours of each query, nearest first; a step for every few of them, and for the text of each. Raises RequestError."""
     held = loaded.vectors
     if held is None:
         raise RequestError(404, "not_served", "this server holds no index of vectors, so it answers no searches")
@@ -33,13 +34,14 @@ def answer_search(loaded: Loaded, wanted: Search, limits: Limits) -> Steps[dict[
         assert wanted.vectors is not None
         query = fitting(wanted.vectors, index)
     filter = _filter(wanted, held.names, index)
-    step, told, results = _step(index, wanted), _Told(limits), []
+    step, told = _step(index, wanted), _Told(limits)
     for first in range(0, len(query), step):
         part = slice(first, first + step)
         mine = None if own is None else own[part]
-        results += _results(_found(index, query[part], wanted, mine, filter), wanted, mine, held.names, told)
+        results = _results(_found(index, query[part], wanted, mine, filter), wanted, mine, held.names, told)
         yield
-    return {"results": results, "generation": loaded.generation}
+        yield from text.rows(results)
+    text.end(generation=loaded.generation)
 
 
 def _step(index: Any, wanted: Search) -> int:
@@ -111,19 +113,20 @@ def _damaged(message: str) -> RequestError:
     return RequestError(500, "damaged_index", message)
 
 
-def answer_ppr(loaded: Loaded, wanted: Ppr, limits: Limits) -> Steps[dict[str, Any]]:
+def answer_ppr(loaded: Loaded, wanted: Ppr, limits: Limits, text: Text) -> Steps[None]:
     """The nodes most related to each set of seeds, highest score first; a step for each. Raises RequestError."""
     held = loaded.scores
     if held is None:
         raise RequestError(404, "not_served", "this server holds no graph, so it answers no PageRank requests")
-    told, results = _Told(limits), []
+    told = _Told(limits)
     for seeds, field in zip(wanted.queries, wanted.field_of, strict=True):
         ids = _seeds(seeds, field, held.names, held.num_nodes)
         found, scores = held.top(ids, seeds.weights, wanted.k)
         result = {"ids": found.tolist(), "scores": scores.tolist()}
-        results.append(result if held.names is None else {**result, "names": told.names(held.names, found)})
+        result = result if held.names is None else {**result, "names": told.names(held.names, found)}
         yield
-    return {"results": results, "generation": loaded.generation}
+        yield from text.rows([result])
+    text.end(generation=loaded.generation)
 
 
 def _rows(index: Any, own: np.ndarray, names: list[Any] | None) -> np.ndarray:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anabranch.errors import AnabranchError, CapacityError, DataError
+from anabranch.graph.serve.answer_room import AnswerRoom
 from anabranch.graph.serve.answers import answer_ppr, answer_search
 from anabranch.graph.serve.gate import FullError, Gate, LateError, Steps
 from anabranch.graph.serve.limits import Limits
@@ -25,6 +26,7 @@ from anabranch.graph.serve.requests import RequestError, parse, read_ppr, read_s
 from anabranch.graph.serve.senders import check_sender
 from anabranch.graph.serve.sources import Loaded, Sources
 from anabranch.graph.serve.swap import Holder
+from anabranch.graph.serve.text import CONNECTION, JSON, SHORT, Sent, Text
 from anabranch.graph.serve.writes import (
     WRITERS,
     answer_delete,
@@ -42,9 +44,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-JSON = "application/json"
 RETRY_S = "1"
-SHORT = (",", ":")
+
+# What is answered on a connection for which there was no place, too.
+OPEN = ("/healthz",)
 
 # Of the room for bodies that others leave, so much is for one address.
 BODY_SHARE = 0.5
@@ -64,6 +67,8 @@ class Serving:
         # Changes wait for the disk, so they have threads of their own.
         self.write_gate = Gate(replace(limits, concurrency=WRITERS))
         self.bodies = BodyRoom(limits.room_for_bodies, BODY_SHARE, 429)
+        self.answers = AnswerRoom(limits.answers_bytes, lambda: self.metrics.cut_off("room"))
+        self.metrics.answer_bytes.set_function(lambda: self.answers.num_bytes)
         self.holder = Holder(sources, self._reloaded)
         self.is_stopping = False
 
@@ -87,7 +92,7 @@ class Serving:
         request: Request,
         name: str,
         read: Callable[[dict[str, Any], Limits], T],
-        compute: Callable[[Loaded, T, Limits], Steps[dict[str, Any]]],
+        compute: Callable[[Loaded, T, Limits, Text], Steps[None]],
         *,
         is_write: bool = False,
     ) -> Response:
@@ -107,19 +112,33 @@ class Serving:
         except BaseException:
             kept.close()
             raise
+        held = self.answers.enter(source, is_sure=is_write)
 
-        def work() -> Steps[bytes]:
+        def work() -> Steps[Text]:
             wanted = read(parse(bodies.pop()), self.limits)
             # What is kept of it now is small.
             loop.call_soon_threadsafe(kept.close)
-            found = yield from compute(loaded, wanted, self.limits)
+            text = Text(held)
+            yield from compute(loaded, wanted, self.limits, text)
             if not is_write:
-                self.metrics.queries(name, len(found["results"]))
-            return to_json(found, SHORT)
+                self.metrics.queries(name, text.num_rows)
+            return text
 
         try:
             self.metrics.in_flight.inc()
-            return Response(await gate.run(work, deadline, kept.close, source), media_type=JSON)
+            with self._refusals(is_write):
+                return Sent(await gate.run(work, deadline, kept.close, source), held)
+        except BaseException:
+            held.close()
+            raise
+        finally:
+            self.metrics.in_flight.dec()
+
+    @contextlib.contextmanager
+    def _refusals(self, is_write: bool) -> Iterator[None]:
+        """Around what is computed: why it was not is a RequestError."""
+        try:
+            yield
         except FullError as error:
             raise full(str(error)) from None
         except LateError:
@@ -139,8 +158,6 @@ class Serving:
             raise RequestError(503, "not_written", str(error), headers={"Retry-After": RETRY_S}) from None
         except AnabranchError as error:
             raise RequestError(400, "invalid_request", str(error)) from None
-        finally:
-            self.metrics.in_flight.dec()
 
     def _room(self, request: Request) -> Kept:
         """Room for a body that comes. Raises RequestError where there is none for what it says it has."""
@@ -264,6 +281,10 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.serving = made = Serving(sources, limits, token)
+        bounds = getattr(app.state, "bounds", None)
+        if bounds is not None:
+            made.metrics.connections.set_function(lambda: len(bounds.places))
+            bounds.readers.on_cut = made.metrics.cut_off
         tasks = [asyncio.create_task(_first(made.holder, on_ready, on_failure))]
         if watch_s is not None:
             tasks.append(asyncio.create_task(made.holder.watch(watch_s)))
@@ -341,16 +362,21 @@ class _Counted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0
+        started, status, seconds = time.perf_counter(), 0, 0.0
+        connection = (scope.get("extensions") or {}).get(CONNECTION)
+        is_beyond = connection is not None and connection.is_beyond and scope["path"] not in OPEN
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, seconds
             if message["type"] == "http.response.start":
-                status = message["status"]
+                # How long somebody reads it says nothing of us.
+                status, seconds = message["status"], time.perf_counter() - started
+                if connection is not None and connection.is_beyond:
+                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            await (_beyond if is_beyond else self._app)(scope, receive, watched)
         except ClientDisconnect:
             logger.debug("%s %s: the client went away", scope["method"], scope["path"])
         except Exception:
@@ -361,7 +387,15 @@ class _Counted:
             await _json(failed.to_dict(), 500)(scope, receive, watched)
         finally:
             endpoint = scope["path"] if scope["path"] in self._paths else "other"
-            self._state.serving.metrics.answered(endpoint, status or 499, started)
+            self._state.serving.metrics.answered(endpoint, status or 499, seconds or time.perf_counter() - started)
+
+
+async def _beyond(scope: Scope, receive: Receive, send: Send) -> None:
+    """On a connection for which there was no place."""
+    message = "too many connections are open, in all or from this address; try again"
+    error = RequestError(503, "too_many_connections", message, headers={"Retry-After": RETRY_S})
+    scope["app"].state.serving.metrics.refused(error.code)
+    await _json(error.to_dict(), error.status, error.headers)(scope, receive, send)
 
 
 def source_of(request: Request) -> str:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from anabranch.errors import InputError
 from anabranch.graph.live.index import FSYNC, SNAPSHOT_BYTES
 
+LEAST_ANSWERS = 1 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -24,8 +26,15 @@ class Limits:
         timeout_s: seconds a request may take, waiting and its body included; then 503 (408 for a body that does not come).
         stop_s: seconds that a stop waits for requests under way.
         answer_names: characters of all names in one answer.
+        answers_bytes: of all answers that are made, or not read yet; more get 429. One address may have half of what others leave; where
+            room is short, an answer that has been read for more than 2 s gives way, and its connection is cut off.
+        connections: open at once, or as many as the process may open files; 503 on those beyond, for all but ``/healthz``. One address
+            may have three quarters of what others leave; one that is idle gives way.
+        stall_s: seconds after which a connection is cut off that has not sent the whole head of a request, or is behind with reading and
+            takes less than 4 KiB a second. In `run` only: another ASGI server has bounds of its own.
 
-    Raises InputError for a value that is not positive (``waiting`` may be 0), and for ``bodies_bytes`` below four times ``body_bytes``.
+    Raises InputError for a value that is not positive (``waiting`` may be 0), for ``bodies_bytes`` below four times ``body_bytes``, and for
+    ``answers_bytes`` below 1 MiB.
     """
 
     body_bytes: int = 8 << 20
@@ -39,6 +48,9 @@ class Limits:
     timeout_s: float = 10.0
     stop_s: float = 30.0
     answer_names: int = 64 << 20
+    answers_bytes: int = 256 << 20
+    connections: int = 1024
+    stall_s: float = 10.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -50,6 +62,8 @@ class Limits:
                     raise InputError(f"{field.name} is {value}; it must be a positive number of seconds")
             elif isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{field.name} is {value!r}; it must be a whole number of at least {least}")
+        if self.answers_bytes < LEAST_ANSWERS:
+            raise InputError(f"answers_bytes is {self.answers_bytes:,}; it must be at least {LEAST_ANSWERS:,}")
         if self.bodies_bytes is not None and self.bodies_bytes < 4 * self.body_bytes:
             raise InputError(
                 f"bodies_bytes is {self.bodies_bytes:,}; it must be at least {4 * self.body_bytes:,}, four times body_bytes, so that "

@@ -1,7 +1,6 @@
 """What a server counts, in the form that Prometheus reads."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,8 @@ class Metrics:
     """Counters of one server, in a registry of its own.
 
     ``anabranch_requests_total`` by endpoint and status, ``anabranch_request_seconds`` by endpoint, ``anabranch_queries_total`` (vectors and
-    seed sets answered) by endpoint, ``anabranch_refused_total`` by reason, ``anabranch_in_flight``, ``anabranch_reloads_total`` by outcome,
+    seed sets answered) by endpoint, ``anabranch_refused_total`` by reason, ``anabranch_in_flight``, ``anabranch_connections``,
+    ``anabranch_answer_bytes``, ``anabranch_cut_off_total`` by reason, ``anabranch_reloads_total`` by outcome,
     ``anabranch_generation``, ``anabranch_loaded_timestamp_seconds``, ``anabranch_vectors``, ``anabranch_nodes``, those of the process, and
     where changes are taken those of `_Written`.
 
@@ -47,16 +47,21 @@ class Metrics:
         self._queries = Counter("anabranch_queries", "Vectors and seed sets answered.", ["endpoint"], registry=registry)
         self._refused = Counter("anabranch_refused", "Requests not answered, by reason.", ["reason"], registry=registry)
         self.in_flight = Gauge("anabranch_in_flight", "Requests under way or waiting.", registry=registry)
+        self.connections = Gauge("anabranch_connections", "Connections that are open.", registry=registry)
+        self.answer_bytes = Gauge("anabranch_answer_bytes", "Of answers made and not read yet.", registry=registry)
+        self._cut_off = Counter(
+            "anabranch_cut_off", "Connections cut off for what they did not read.", ["reason"], registry=registry
+        )
         self._reloads = Counter("anabranch_reloads", "Attempts to load files.", ["outcome"], registry=registry)
         self._generation = Gauge("anabranch_generation", "How often files were loaded.", registry=registry)
         self._loaded_at = Gauge("anabranch_loaded_timestamp_seconds", "When they were, last.", registry=registry)
         self._vectors = Gauge("anabranch_vectors", "Vectors in the index.", registry=registry)
         self._nodes = Gauge("anabranch_nodes", "Nodes of the graph.", registry=registry)
 
-    def answered(self, endpoint: str, status: int, started: float) -> None:
-        """A request that began at ``started`` (of `time.perf_counter`) was answered."""
+    def answered(self, endpoint: str, status: int, seconds: float) -> None:
+        """A request was answered; its answer began after so long."""
         self._requests.labels(endpoint, str(status)).inc()
-        self._seconds.labels(endpoint).observe(time.perf_counter() - started)
+        self._seconds.labels(endpoint).observe(seconds)
 
     def queries(self, endpoint: str, count: int) -> None:
         """So many vectors or seed sets were answered."""
@@ -65,6 +70,10 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """A request was not answered."""
         self._refused.labels(reason).inc()
+
+    def cut_off(self, reason: str) -> None:
+        """A connection was: "slow", or for "room"."""
+        self._cut_off.labels(reason).inc()
 
     def reloaded(self, new: Loaded | None) -> None:
         """Files were loaded, or could not be."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.graph.serve.limits import Limits
+from anabranch.web.large_json import LARGE, load_large
 
 DEFAULT_K = 10
 
@@ -82,7 +83,8 @@ def default_k(limits: Limits) -> int:
 def parse(body: bytes) -> dict[str, Any]:
     """The JSON object in a body. Raises RequestError."""
     try:
-        found = json.loads(body.decode(), parse_constant=_constant)
+        # In steps, between which other threads have their turns.
+        found = load_large(body, _read) if len(body) > LARGE else _read(body.decode())
     except UnicodeDecodeError as error:
         raise RequestError(400, "invalid_json", f"the body is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -286,6 +288,10 @@ def known_fields(found: dict[str, Any], known: set[str], where: str) -> None:
 
 def _wrong(field: str, message: str) -> RequestError:
     return RequestError(400, "invalid_request", message, field=field)
+
+
+def _read(text: str) -> Any:
+    return json.loads(text, parse_constant=_constant)
 
 
 def _constant(word: str) -> float:

@@ -12,6 +12,7 @@ import uvicorn
 
 from anabranch.errors import AnabranchError
 from anabranch.graph.serve.app import create_app
+from anabranch.graph.serve.connections import Bounds, Config
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.sources import Loaded, Sources
 from anabranch.sockets import listening
@@ -68,8 +69,10 @@ def run(
             on_ready=lambda loaded: on_ready(url, loaded),
             on_failure=failed,
         )
-        config = uvicorn.Config(
+        app.state.bounds = bounds = Bounds(limits)
+        config = Config(
             app,
+            bounds,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -12,6 +12,7 @@ from anabranch.graph.serve.gate import Steps
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.requests import RequestError, known_fields, read_ids, read_matrix, read_named
 from anabranch.graph.serve.sources import Loaded
+from anabranch.graph.serve.text import Text
 
 # Changes that wait for the disk together; each has a thread.
 WRITERS = 8
@@ -65,7 +66,7 @@ def _elements(found: dict[str, Any], limits: Limits) -> tuple[np.ndarray | None,
     return None, read_named(found["names"], "names", limits.batch)
 
 
-def answer_upsert(loaded: Loaded, wanted: Upsert, limits: Limits) -> Steps[dict[str, Any]]:
+def answer_upsert(loaded: Loaded, wanted: Upsert, limits: Limits, text: Text) -> Steps[None]:
     """Bring elements in for good, in one step. Raises RequestError."""
     yield from ()
     live = live_of(loaded)
@@ -79,10 +80,10 @@ def answer_upsert(loaded: Loaded, wanted: Upsert, limits: Limits) -> Steps[dict[
         raise RequestError(409, "index_full", str(error)) from None
     except InputError as error:
         raise _refused(error) from None
-    return _done(loaded, live, number, upserted=len(known), new=int((~known).sum()))
+    _done(text, loaded, live, number, upserted=len(known), new=int((~known).sum()))
 
 
-def answer_delete(loaded: Loaded, wanted: Delete, limits: Limits) -> Steps[dict[str, Any]]:
+def answer_delete(loaded: Loaded, wanted: Delete, limits: Limits, text: Text) -> Steps[None]:
     """Take elements out for good, in one step. Those that are not there are named, which is no error: the request may be sent again."""
     yield from ()
     live = live_of(loaded)
@@ -96,7 +97,7 @@ def answer_delete(loaded: Loaded, wanted: Delete, limits: Limits) -> Steps[dict[
             missing = wanted.ids[~known].tolist()
     except InputError as error:
         raise _refused(error) from None
-    return _done(loaded, live, number, deleted=int(known.sum()), missing=missing)
+    _done(text, loaded, live, number, deleted=int(known.sum()), missing=missing)
 
 
 def _refused(error: InputError) -> RequestError:
@@ -139,5 +140,5 @@ def _distinct(ids: np.ndarray) -> np.ndarray:
     return ids
 
 
-def _done(loaded: Loaded, live: LiveIndex, number: int, **what: Any) -> dict[str, Any]:
-    return {**what, "vectors": len(live), "number": number, "generation": loaded.generation}
+def _done(text: Text, loaded: Loaded, live: LiveIndex, number: int, **what: Any) -> None:
+    text.whole({**what, "vectors": len(live), "number": number, "generation": loaded.generation})

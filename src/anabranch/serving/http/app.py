@@ -79,7 +79,8 @@ class App:
 
     def server(self) -> Server:
         """For `asyncio.loop.create_server`."""
-        return Server(self, self.refuse, self.config.limits.header_timeout_s, self.places)
+        limits = self.config.limits
+        return Server(self, self.refuse, limits.header_timeout_s, self.places, limits.stall_s)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""

@@ -1,0 +1,36 @@
+"""A request to an ASGI application, without a server between."""
+
+import asyncio
+
+
+class Sending:
+    """A request whose body comes in pieces, to an application without a server."""
+
+    def __init__(self, app, host, length=None):
+        self.pieces, self.status, self.answer = asyncio.Queue(), None, b""
+        headers = [(b"content-type", b"application/json")]
+        if length is not None:
+            headers.append((b"content-length", str(length).encode()))
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/search",
+            "raw_path": b"/v1/search",
+            "root_path": "",
+            "query_string": b"",
+            "headers": headers,
+            "client": (host, 1),
+            "server": ("x", 80),
+            "scheme": "http",
+            "app": app,
+        }
+        self.task = asyncio.ensure_future(app(scope, self.pieces.get, self._send))
+
+    async def _send(self, message):
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        self.answer += message.get("body", b"")
+
+    async def send(self, body, more=True):
+        self.pieces.put_nowait({"type": "http.request", "body": body, "more_body": more})
+        await asyncio.sleep(0.01)

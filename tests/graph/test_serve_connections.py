@@ -1,0 +1,172 @@
+"""Connections of a real server: how many there are, and that who is silent or does not read is let go of."""
+
+import contextlib
+import http.client
+import json
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from anabranch.graph import HNSW
+from anabranch.graph.serve import Limits
+from anabranch.graph.serve.connections import Bounds
+from server_process import started
+
+COUNT, DIM, CONNECTIONS = 3000, 4, 8
+LARGE = {"ids": [*range(500)], "k": 1000, "ef": 1000}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    path = tmp_path_factory.mktemp("connections") / "index.anb"
+    index = HNSW(DIM, M=8, ef_construction=40)
+    index.add(np.random.default_rng(0).normal(size=(COUNT, DIM)).astype(np.float32))
+    index.save(path)
+    with started(
+        *["graph", "serve", str(path), "--read-only", "--stall", "1", "--connections", str(CONNECTIONS), "--quiet"]
+    ) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def connected(server, receive=None):
+    with socket.socket() as made:
+        if receive is not None:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+        made.settimeout(20)
+        made.connect(("127.0.0.1", server.port))
+        yield made
+
+
+def head(path, body=b"", method="POST"):
+    return (
+        f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    ).encode() + body
+
+
+def ask(server, path, body=None):
+    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    try:
+        link.request(
+            "GET" if body is None else "POST",
+            path,
+            None if body is None else json.dumps(body),
+            {"content-type": "application/json"},
+        )
+        answer = link.getresponse()
+        return answer.status, answer.read()
+    finally:
+        link.close()
+
+
+def metric(server, name):
+    """A number of ``/metrics``; 0 for one that is not there yet."""
+    status, text = ask(server, "/metrics")
+    assert status == 200
+    lines = [line for line in text.decode().splitlines() if line.startswith(name + " ")]
+    return float(lines[0].split()[-1]) if lines else 0.0
+
+
+def until(holds, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.05)
+
+
+SLOW = 'anabranch_cut_off_total{reason="slow"}'
+
+
+def test_answers_that_nobody_reads_are_let_go_of(server):
+    before = metric(server, SLOW)
+    request = head("/search", json.dumps(LARGE).encode())
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(connected(server, 4096)).sendall(request)
+        until(lambda: metric(server, SLOW) == before + 2)
+        assert metric(server, "anabranch_answer_bytes") == 0.0
+        assert ask(server, "/search", {"ids": [1], "k": 3})[0] == 200
+    until(lambda: metric(server, "anabranch_connections") == 1)
+
+
+def test_one_who_reads_gets_all_of_it(server):
+    status, text = ask(server, "/search", LARGE)
+    assert (status, len(text) > 10 << 20) == (200, True)
+    results = json.loads(text)["results"]
+    assert [len(row["ids"]) for row in results] == [1000] * 500
+
+
+def test_a_slow_reader_gets_all_of_it(server):
+    """More than the system keeps for it, over a time longer than ``--stall``."""
+    body = {**LARGE, "ids": [*range(400)]}
+    cut = metric(server, SLOW)
+    with connected(server, 4096) as made:
+        made.sendall(head("/search", json.dumps(body).encode()))
+        found = bytearray(made.recv(1 << 16))
+        length = int(found.partition(b"content-length: ")[2].split()[0])
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            found += made.recv(1 << 13)
+            time.sleep(0.01)
+        while len(found) < length:
+            found += made.recv(1 << 20)
+    assert len(json.loads(found.partition(b"\r\n\r\n")[2])["results"]) == 400
+    assert metric(server, SLOW) == cut
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"POST /search HT", head("/healthz", method="GET") + b"GET /he"],
+    ids=["nothing", "half a head", "half of the next"],
+)
+def test_who_is_silent_is_let_go_of(server, said):
+    with connected(server) as made:
+        made.sendall(said)
+        heard = b""
+        while part := made.recv(1 << 16):
+            heard += part
+    assert (b" 200 OK" in heard) == (b"healthz" in said)
+
+
+def test_one_who_drips_a_head_is_let_go_of(server):
+    with connected(server) as made:
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            made.sendall(b"GET /healthz HTTP/1.1\r\n")
+            while time.monotonic() < began + 20:
+                made.sendall(b"x: y\r\n")
+                time.sleep(0.1)
+        assert time.monotonic() < began + 15
+
+
+def test_beyond_the_limit_only_whether_it_lives_is_told(server):
+    """One address has three quarters of the places; idle ones give way."""
+    working = head("/search", b"x" * 10)[:-5]
+    with contextlib.ExitStack() as stack:
+        # Requests under way: their bodies do not come.
+        held = [stack.enter_context(connected(server)) for _ in range(CONNECTIONS * 3 // 4)]
+        for one in held:
+            one.sendall(working)
+        until(lambda: ask(server, "/search", {"ids": [1]})[0] == 503)
+        status, text = ask(server, "/search", {"ids": [1]})
+        assert (status, json.loads(text)["error"]["code"]) == (503, "too_many_connections")
+        assert ask(server, "/healthz")[0] == 200
+    until(lambda: ask(server, "/search", {"ids": [1]})[0] == 200)
+    assert metric(server, 'anabranch_refused_total{reason="too_many_connections"}') >= 2
+    with contextlib.ExitStack() as stack:
+        # Kept alive, with nothing under way: the oldest makes place.
+        for _ in range(CONNECTIONS):
+            one = stack.enter_context(connected(server))
+            one.sendall(head("/healthz", method="GET"))
+            assert b" 200 OK" in one.recv(1 << 16)
+        assert ask(server, "/search", {"ids": [1]})[0] == 200
+
+
+def test_no_more_connections_than_files(monkeypatch):
+    asked = []
+    monkeypatch.setattr("anabranch.graph.serve.connections.room_for_files", lambda most: [asked.append(most), 5][1])
+    bounds = Bounds(Limits(connections=7, stall_s=3.0, answers_bytes=2 << 20))
+    assert (asked, bounds.places._limit) == ([7], 5)
+    assert (bounds.readers.patience_s, bounds.readers.rate, bounds.readers.most_bytes) == (3.0, 4096, 2 << 20)
