@@ -24,6 +24,7 @@ from anabranch.graph.rank import (
     rank_distance,
 )
 from anabranch.graph.rank.formula import raw_similarity, saturated, top_terms, top_terms_mask
+from anabranch.graph.rank.log import MORE_ENDS
 from anabranch.graph.rank.rows import END, START, Ranges, check_vector, row_from_json
 
 PLAIN = {"explore": 0.0, "defences": NONE}
@@ -517,14 +518,14 @@ def test_one_row_of_a_far_number_drops_no_others():
 def test_rows_that_expire_leave_few_gaps():
     now = [0.0]
     peer = Peer((), "a", defences=Defences(rows_per_origin=3, ttl=1.0), clock=lambda: now[0])
-    for number in range(0, 40, 2):
+    for number in range(0, 160, 2):
         now[0] += 10.0
         peer.merge(message([Row("b", number, "t", 1, time=now[0])]))
         assert sorted(peer.log.rows["b"])[-1] == number
         assert number in peer.log.held["b"]
         # Too old to be kept.
         peer.merge(message([Row("b", number + 1_000_000, "t", 1, time=0.0)]))
-        assert len(peer.vector()["b"]) <= 12
+        assert len(peer.vector()["b"]) <= 4 * 3 + MORE_ENDS
         peer.rank("t")
     assert peer.log.num_rows == 1
 
@@ -762,8 +763,15 @@ def test_origins_are_bounded_too():
     """Rows too old to be kept must not fill the memory with the names of their origins."""
     peer = Peer((), "a", defences=Defences(max_rows=3, ttl=1.0), clock=lambda: 100.0)
     found = peer.merge(message([Row(f"n{number}", 0, "t", 1, time=5.0) for number in range(9)]))
-    assert (found.known, found.refused) == (3, {"full": 6})
+    assert (found.known, found.refused) == (9, {})
     assert len(peer.vector()) == 3
+    # Those that have rows stay, and so does the number of our own next one.
+    assert peer.record("t", 1).number == 0
+    peer._clock = lambda: 1000.0
+    assert peer.rank("t") == []
+    found = peer.merge(message([Row(f"m{number}", 0, "t", 1, time=1000.0) for number in range(9)]))
+    assert (found.added, found.refused) == (2, {"full": 7})
+    assert peer.record("t", 1).number == 1
 
 
 def test_a_store_holds_every_row_as_it_comes(tmp_path):

@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import json
 import random
+import socket
 
 import pytest
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph.rank import NONE, Defences, GossipServer, Peer, Row, run_swarm
+from anabranch.graph.rank.rows import Ranges
 
 
 def peer(name, clicks=(), **others):
@@ -144,6 +146,57 @@ def test_slow_and_many_strangers_are_dropped():
                 writer.close()
             async with GossipServer(peer("b")) as other:
                 assert (await other.pull(server.address)).added == 1
+
+    asyncio.run(run())
+
+
+LARGE = Defences(max_message_bytes=16 << 20, reply_rows_per_origin=10_000)
+
+
+def narrow(made):
+    """A socket that takes little that is not read."""
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    return made
+
+
+def test_answers_that_nobody_reads_are_let_go_of():
+    async def run():
+        mine = peer("a", defences=LARGE)
+        for number in range(800):
+            mine.record("t", number, ["x" * 120] * 100)
+        async with GossipServer(mine, timeout=0.4) as server:
+            with narrow(socket.socket()) as stranger:
+                stranger.connect(server.address)
+                stranger.sendall(frame({"type": "pull", "from": "x", "since": {}}))
+                await asyncio.sleep(0.1)
+                (task,) = server._open
+                await asyncio.wait_for(asyncio.wait([task]), 5)
+                assert not server._open
+                assert server.errors == {"TimeoutError": 1}
+                # Hung up on, with bytes left.
+                stranger.settimeout(5)
+                heard = 0
+                with contextlib.suppress(ConnectionResetError):
+                    while part := stranger.recv(1 << 20):
+                        heard += len(part)
+                assert heard < server.sent_bytes
+            async with GossipServer(peer("b", defences=LARGE)) as other:
+                assert (await other.pull(server.address)).added == 800
+
+    asyncio.run(run())
+
+
+def test_a_question_that_nobody_reads_ends_in_time():
+    async def run():
+        mine = peer("a", defences=LARGE)
+        mine.merge({"from": "x", "rows": [Row("x", 0, "t", 1).to_json()]})
+        mine.log.held["x"] = Ranges([0, 1, *range(10**15, 10**15 + 600_000)])
+        with narrow(socket.socket()) as deaf:
+            deaf.bind(("127.0.0.1", 0))
+            deaf.listen(4)
+            asker = GossipServer(mine, timeout=0.5)
+            with pytest.raises(DataError, match="did not answer within"):
+                await asyncio.wait_for(asker.pull(deaf.getsockname()), 10)
 
     asyncio.run(run())
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from anabranch.errors import DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.rank import Defences, GossipServer, Peer, Row, SigningKey
-from anabranch.graph.rank.log import STALE_TIMES, ClickLog
+from anabranch.graph.rank.log import MORE_ENDS, STALE_TIMES, ClickLog
 from anabranch.graph.rank.rows import NUMBER_LIMIT
 from anabranch.graph.rank.window import STALE, Window
 
@@ -56,7 +56,7 @@ def test_one_who_floods_an_origin_pushes_out_what_they_told_themselves(flood, is
         assert peer.merge(message("h", [10], "b")).added == 1
         assert 10 in numbers_of(peer)
     # What a flood leaves of itself is bounded.
-    assert len(peer.vector()["h"]) <= 4 * WINDOW + 2
+    assert len(peer.vector()["h"]) <= 4 * WINDOW + MORE_ENDS
 
 
 def test_what_the_flood_took_from_others_is_at_most_their_older_half():
@@ -92,6 +92,32 @@ def test_signed_numbers_are_the_origins_own():
     assert taker.merge({"from": "c", "rows": rows[7:]}).added == 2
     assert numbers_of(taker, giver.node_id) == [6, 7, 8]
     assert taker.merge({"from": "c", "rows": rows[:4]}).known == 4
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_one_who_fills_the_log_makes_place_for_others(signed):
+    """With rows of made-up origins, which signatures do not stop."""
+    peer = Peer((), "me", defences=Defences(max_rows=100))
+    if signed:
+        peer.log.defences = Defences(max_rows=100, signed=True)
+        peer.log._is_signed = lambda row: True
+    for first in range(0, 200, 10):
+        peer.merge({"from": "evil", "rows": [Row(f"o{first + n}", 0, "t", "x").to_json() for n in range(10)]})
+    assert peer.log.num_rows == 100
+    assert peer.similarity("o1") == 0.0
+    assert peer.merge(message("h", range(70), "b")).added == 50
+    assert peer.log.num_rows == 100
+    assert len(numbers_of(peer)) == 50
+    # Both have as much: nobody gives way, and what was refused may come again.
+    assert peer.merge(message("h", range(50, 60), "b")).refused == {"full": 10}
+    assert peer.merge(message("o1000", [0], "evil")).refused == {"full": 1}
+    assert peer.merge(message("c", range(3), "c")).added == 3
+    # What went is not taken for held, nor counted.
+    assert sum(len(ranges) for ranges in peer.vector().values()) == 2 * sum(map(bool, peer.log.rows.values()))
+    assert sum(row[0] == "h" for row in peer.make_reply({})["rows"]) == len(numbers_of(peer))
+    assert peer.log.popularity["x"] == sum(row.item == "x" for row in peer.log.all_rows())
+    assert peer.rank("t")
+    assert peer.record("t", "i").number == 0
 
 
 @pytest.mark.parametrize("how", ["file", "store"])

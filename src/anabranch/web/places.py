@@ -1,6 +1,5 @@
 """`Places`: how many connections a server keeps open, in all and from one address."""
 
-import resource
 from collections import Counter
 from typing import Generic, Protocol, TypeVar
 
@@ -87,6 +86,11 @@ class Places(Generic[T]):
 
 def room_for_files(connections: int) -> int:
     """How many of so many connections this process can have open, once it is allowed as many files as it may have."""
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such limit.
+        return connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + NUM_BEYOND + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -26,6 +26,12 @@ AROUND_ORIGIN = 4
 # Times that are remembered of rows that went, beside as many as there are rows.
 STALE_TIMES = 1024
 
+# Ends of ranges that are kept of an origin, beside four for each of its rows.
+MORE_ENDS = 64
+
+# Of a log that is full, what is freed at once.
+FREED = 0.01
+
 
 class ClickLog:
     """Rows by origin and number.
@@ -58,8 +64,11 @@ class ClickLog:
         self.num_rows = self.num_bytes = 0
         # A heap of the times of rows that are kept, and of some that went.
         self._by_time: list[tuple[float, str, int]] = []
-        # Of origins that have rows, where these are counted.
+        # Of origins that have rows.
         self._windows: dict[str, Window] = {}
+        # Rows that each neighbour told.
+        self._told: Counter[str] = Counter()
+        self._lost: set[str] = set()
 
     # Taking rows in
 
@@ -85,9 +94,6 @@ class ClickLog:
             return "known"
         if row.origin == self.own and not is_ours and not self.defences.signed:
             return "forged"
-        limit = self.defences.max_rows
-        if row.origin != self.own and (self.num_rows >= limit or (held is None and len(self.held) >= limit)):
-            return "full"
         ttl = self.defences.ttl
         if ttl is not None and now is not None and row.time is not None:
             # It would outlive all others.
@@ -95,15 +101,23 @@ class ClickLog:
                 return "future"
             if row.time < now - ttl:
                 # It comes again where it is not noted, which is better than that it costs others their place.
-                if held is None or len(held.ends) < 2 * self._most:
+                is_short = (
+                    len(held.ends) < 2 * self._most if held is not None else len(self.held) < self.defences.max_rows
+                )
+                if is_short:
                     self._hold(row)
                 return "known"
+        # Last: what makes place for a row is gone, so the row has to come.
+        if row.origin != self.own and not self._has_place(row.origin, teller):
+            return "full"
         self._hold(row)
         self._count(row, 1)
         own = self.rows.setdefault(row.origin, {})
         own[row.number] = row
+        self._windows.setdefault(row.origin, Window()).add(row.number, teller)
+        self._told[teller] += 1
         if self.defences.rows_per_origin is not None:
-            self._make_room(row, teller, self.defences.rows_per_origin)
+            self._make_room(row.origin, self.defences.rows_per_origin)
         if row.time is not None and ttl is not None and row.number in own:
             self._note_time(row.time, row)
         return "added" if row.number in own else "known"
@@ -125,12 +139,9 @@ class ClickLog:
             # No more of it than there may be rows.
             if len(held.ends) > 2 * self._most:
                 held.add(0, held.ends[2])
-        elif len(held.ends) > 4 * self._most:
+        elif len(held.ends) > 4 * self._most + MORE_ENDS:
             # Anyone may have written the high numbers, and who does must not end what the low ones say: what went may come again.
-            kept = sorted(self.rows.get(row.origin, {}).keys() | {row.number})
-            self.held[row.origin] = fresh = Ranges()
-            for number in kept:
-                fresh.add(number)
+            self._hold_kept(row.origin, row.number)
 
     def _note_time(self, time: float, row: Row) -> None:
         heapq.heappush(self._by_time, (time, *row.key))
@@ -147,18 +158,67 @@ class ClickLog:
         """Rows of an origin, at most."""
         return self.defences.rows_per_origin or self.defences.max_rows
 
-    def _make_room(self, row: Row, teller: str, limit: int) -> None:
-        """Keep ``limit`` rows of the origin of a row that came: rows are counted, not numbers, which anyone may leave out.
+    def _make_room(self, origin: str, limit: int) -> None:
+        """Keep ``limit`` rows of an origin: rows are counted, not numbers, which anyone may leave out.
 
         Signed, these are the newest. Unsigned, whoever told most gives way, see `Window`.
         """
-        own, window = self.rows[row.origin], self._windows.setdefault(row.origin, Window())
-        window.add(row.number, teller)
+        own, window = self.rows[origin], self._windows[origin]
         while len(own) > limit:
-            self._drop(row.origin, window.next_to_go())
+            self._drop(origin, window.lowest() if self.defences.signed else window.next_to_go())
         # What is older than the newest ones is not asked for again. Where numbers may be anybody's, that would end an origin's rows.
         if self.defences.signed and len(own) == limit:
-            self.held[row.origin].add(0, window.lowest())
+            self.held[origin].add(0, window.lowest())
+
+    def _has_place(self, origin: str, teller: str) -> bool:
+        """Whether one more row of another may come in. Where the log is full, the neighbour who told most of it makes place for others."""
+        limit = self.defences.max_rows
+        # One may be our own.
+        if origin not in self.held and len(self.held) >= limit and len(self.held) > len(self._windows) + 1:
+            # Of these nothing is left but what was once held. Our own say which number is next.
+            for name in [name for name in self.held if name not in self._windows and name != self.own]:
+                self._forget(name)
+        if origin not in self.held and len(self.held) >= limit > self.num_rows:
+            return False
+        if self.num_rows >= limit:
+            most = max((name for name in self._told if name), key=self._told.__getitem__, default="")
+            if self._told[teller] + 1 >= self._told[most]:
+                return False
+            self._free(most, max(1, int(FREED * limit)))
+        return True
+
+    def _free(self, teller: str, count: int) -> None:
+        """Drop so many rows that one told, oldest first, of the origins of which they told most; others may tell them again."""
+        told = {origin: window.count_of(teller) for origin, window in self._windows.items() if origin != self.own}
+        for origin in sorted(told, key=lambda origin: (-told[origin], origin)):
+            gone = min(count, told[origin])
+            if not gone:
+                return
+            for _ in range(gone):
+                self._drop(origin, self._windows[origin].lowest_of(teller))
+            self._lost.add(origin)
+            self._hold_kept(origin)
+            count -= gone
+
+    def _hold_kept(self, origin: str, *more: int) -> None:
+        """Forget what was held of an origin but for the rows that are kept, and ``more``."""
+        kept = sorted({*self.rows.get(origin, ()), *more})
+        if not kept:
+            self._forget(origin)
+            return
+        self.held[origin] = held = Ranges()
+        for number in kept:
+            held.add(number)
+
+    def _forget(self, origin: str) -> None:
+        """An origin without rows."""
+        for table in (self.held, self.rows, self.clicks, self.terms, self.items):
+            table.pop(origin, None)  # type: ignore[attr-defined]
+
+    def take_lost(self) -> set[str]:
+        """Origins that lost rows to those of others since the last call."""
+        lost, self._lost = self._lost, set()
+        return lost
 
     def expire(self, now: float) -> set[str]:
         """Drop rows that are older than ``ttl``; the origins that lost some."""
@@ -172,16 +232,15 @@ class ClickLog:
 
     def _drop(self, origin: str, number: int) -> None:
         self._count(self.rows[origin].pop(number), -1)
-        window = self._windows.get(origin)
-        if window is not None:
-            window.remove(number)
-            if not window:
-                del self._windows[origin]
+        window = self._windows[origin]
+        _change(self._told, window.teller_of(number), -1)
+        window.remove(number)
+        if not window:
+            del self._windows[origin]
 
     def teller_of(self, row: Row) -> str:
-        """The neighbour who told a row that is kept; "" for this node, and where that is not noted."""
-        window = self._windows.get(row.origin)
-        return "" if window is None else window.teller_of(row.number)
+        """The neighbour who told a row that is kept; "" for this node, and where that was not noted."""
+        return self._windows[row.origin].teller_of(row.number)
 
     def _count(self, row: Row, change: int) -> None:
         """O(1) updates of every count; what falls to 0 is removed, so that sizes of dictionaries are numbers of distinct things."""

@@ -378,7 +378,7 @@ class Peer:
                 touched.add(row.origin)
         for origin in dict.fromkeys(row.origin for row, _ in added):
             self.learn(origin)
-        self._touch(touched)
+        self._touch(touched | self.log.take_lost())
         if self._store is not None and not stored:
             self._unsaved += added
             self._store.add(self._unsaved)

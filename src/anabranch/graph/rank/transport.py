@@ -19,7 +19,7 @@ side nothing.
 import asyncio
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Self
 
 from anabranch.errors import AnabranchError, DataError, InputError
@@ -154,13 +154,9 @@ class GossipServer:
         try:
             async with asyncio.timeout(self.timeout):
                 reader, writer = await asyncio.open_connection(*address)
-                try:
+                async with _ending(writer):
                     await self._write(writer, request)
                     return await self._read(reader)
-                finally:
-                    writer.close()
-                    with contextlib.suppress(OSError):
-                        await writer.wait_closed()
         except TimeoutError:
             raise DataError(f"{address[0]}:{address[1]} did not answer within {self.timeout:g} s") from None
         except (OSError, EOFError) as error:
@@ -173,7 +169,7 @@ class GossipServer:
         assert task is not None
         self._open.add(task)
         try:
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.timeout), _ending(writer):
                 try:
                     if len(self._open) > self.max_connections:
                         raise DataError(f"busy: {self.max_connections} connections are open")
@@ -193,9 +189,6 @@ class GossipServer:
             self._count_error(type(error).__name__)
         finally:
             self._open.discard(task)
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
 
     def _count_error(self, reason: str) -> None:
         reason = reason[:120]
@@ -277,3 +270,22 @@ class GossipServer:
         writer.write(len(body).to_bytes(LENGTH, "big") + body)
         self.sent_bytes += LENGTH + len(body)
         await writer.drain()
+
+
+@contextlib.asynccontextmanager
+async def _ending(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    """Around what is said: closes the connection. What was written has been read then, or an error ends it now.
+
+    A connection that is closed with bytes that nobody reads would stay, and keep them, for as long as the other side likes.
+    """
+    # So that `drain` waits for all of it.
+    writer.transport.set_write_buffer_limits(0)
+    try:
+        yield
+    except BaseException:
+        writer.transport.abort()
+        raise
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()

@@ -49,18 +49,23 @@ class Window:
 
     def next_to_go(self) -> int:
         """The lowest number of those that the neighbour told of whom most are kept; of several such, the lowest of all. There is one."""
-        teller = min(self._count, key=lambda teller: (-self._count[teller], self._lowest_of(teller)))
-        return self._lowest_of(teller)
+        teller = min(self._count, key=lambda teller: (-self._count[teller], self.lowest_of(teller)))
+        return self.lowest_of(teller)
 
     def lowest(self) -> int:
         """Of all numbers. There is one."""
-        return min(map(self._lowest_of, self._lowest))
+        return min(map(self.lowest_of, self._lowest))
 
     def teller_of(self, number: int) -> str:
         """Who told a row that is kept."""
         return self._teller[number]
 
-    def _lowest_of(self, teller: str) -> int:
+    def count_of(self, teller: str) -> int:
+        """Rows that one told."""
+        return self._count[teller]
+
+    def lowest_of(self, teller: str) -> int:
+        """The lowest number that one told, who told some."""
         heap = self._lowest[teller]
         while self._teller.get(heap[0]) != teller:
             heapq.heappop(heap)
