@@ -40,7 +40,7 @@ class Transport:
         self.size = 0
 
     def get_extra_info(self, name):
-        return name
+        return name if name == "peername" else None
 
 
 class Loop:

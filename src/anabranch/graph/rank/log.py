@@ -213,7 +213,7 @@ class ClickLog:
     def _forget(self, origin: str) -> None:
         """An origin without rows."""
         for table in (self.held, self.rows, self.clicks, self.terms, self.items):
-            table.pop(origin, None)  # type: ignore[attr-defined]
+            table.pop(origin, None)
 
     def take_lost(self) -> set[str]:
         """Origins that lost rows to those of others since the last call."""

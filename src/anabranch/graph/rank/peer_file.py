@@ -41,7 +41,7 @@ def write(path: str | Path, peer: Any) -> None:
         "tellers": list(place_of),
         "generator": peer._generator.bit_generator.state,
     }
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "rows": np.frombuffer(rows, np.uint8),
         "library": np.frombuffer(json.dumps(library).encode(), np.uint8),
         "teller": np.array(tellers, np.int32),

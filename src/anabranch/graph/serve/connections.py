@@ -76,7 +76,7 @@ class Connection(Protocol):
         extensions = {**(scope.get("extensions") or {}), CONNECTION: self}
         await self._asked({**scope, "extensions": extensions}, receive, send)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Someone has connected."""
         peer = transport.get_extra_info("peername")
         address = str(peer[0]) if isinstance(peer, tuple) else ""
