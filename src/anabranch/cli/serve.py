@@ -81,6 +81,27 @@ def serve(
             help="Parallel streams of requests that do not say num_streams, of a model that has them (engine.num_streams).",
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="An adapter in a folder of peft's, which requests use as the model NAME, or several as A+B (engine.adapters.load). "
+            "May be repeated.",
+        ),
+    ] = None,
+    adapter_root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder below which POST /v1/adapters may load adapters while it serves (http.adapter_root).",
+        ),
+    ] = None,
+    adapter_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory for all adapters, such as 2GiB; default: 1GiB (engine.adapters.memory)."
+        ),
+    ] = None,
     drain_timeout: Annotated[
         float | None,
         typer.Option(metavar="S", help="Seconds that requests under way have to end after a signal to stop."),
@@ -102,8 +123,9 @@ def serve(
 ) -> None:
     """Serve a model to any OpenAI client, with a chat page at /.
 
-    POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings, /tokenize, /detokenize; GET /v1/models, /health/live,
-    /health/ready, /metrics, /version, /openapi.json. Variables ANABRANCH_SERVE_... set any field: ANABRANCH_SERVE_HTTP__PORT=9000.
+    POST /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings, /v1/adapters, /tokenize, /detokenize; GET /v1/models,
+    /v1/adapters, /health/live, /health/ready, /metrics, /version, /openapi.json. Variables ANABRANCH_SERVE_... set any field:
+    ANABRANCH_SERVE_HTTP__PORT=9000.
 
     SIGTERM and Ctrl-C stop when the requests under way are answered; a second one stops at once.
 
@@ -115,6 +137,8 @@ def serve(
         "engine.expert_budget": expert_budget, "engine.quantize": quantize,
         "http.name": served_name[0] if served_name else None, "http.names": served_name[1:] if served_name else None,
         "devices": devices, "engine.num_streams": streams,
+        "engine.adapters.load": adapter, "http.adapter_root": None if adapter_root is None else str(adapter_root),
+        "engine.adapters.memory": adapter_memory,
         "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
     }  # fmt: skip
     settings = {path: value for path, value in given.items() if value is not None}

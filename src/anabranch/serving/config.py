@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from anabranch.config import Config, Field, Repeats, Seed, Size, configclass
 from anabranch.errors import CapacityError, ConfigError
+from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.core.client import EngineClient
 from anabranch.serving.core.kinds import most_new
 from anabranch.serving.experts import ExpertsConfig
@@ -73,6 +74,7 @@ class ServingConfig(Config):
         pooling: how ``/v1/embeddings`` makes a vector of a text's states: of the ``last`` token, or their ``mean``; ``auto`` as the model's
             folder says (``1_Pooling/config.json`` of sentence-transformers), else the last, as Qwen3-Embedding does.
         num_streams: parallel streams of requests that do not say it, of a model that has them; None for the number it was saved with.
+        adapters: that requests may use, see there.
     """
 
     model: str = ""
@@ -107,6 +109,7 @@ class ServingConfig(Config):
     max_depth: Repeats | None = Field(default=None, ge=1)
     pooling: Literal["auto", "last", "mean"] = "auto"
     num_streams: Repeats | None = Field(default=None, ge=1)
+    adapters: AdaptersConfig = AdaptersConfig()
 
     @property
     def is_async(self) -> bool:
@@ -136,6 +139,7 @@ class ServingConfig(Config):
             raise ConfigError("disk_kv is set, but host_kv is not; blocks reach the disk by way of main memory")
         self._check_experts()
         self._check_lookup()
+        self._check_adapters()
 
     def _check_experts(self) -> None:
         self.experts.check_budget(self.expert_budget is not None or self.memory is not None)
@@ -168,6 +172,15 @@ class ServingConfig(Config):
         for name, (is_set, why) in others.items():
             if is_set:
                 raise ConfigError(f"prompt_lookup is {self.prompt_lookup}, which {why}; leave {name} out")
+
+    def _check_adapters(self) -> None:
+        if not self.adapters.load:
+            return
+        if self.memory is not None:
+            raise ConfigError(
+                f"memory is {self.memory}, which is for everything, and does not count adapters; leave it out, and say kv_memory and "
+                "adapters.memory"
+            )
 
     def planned(self) -> "ServingConfig":
         """With what ``memory`` means in its place, see `anabranch.serving.memory.plan_memory`; itself without it.

@@ -11,7 +11,7 @@ import torch
 
 from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import ConfigError
-from anabranch.lm.checkpoint import find_model, load_model, quantization_of
+from anabranch.lm.checkpoint import find_model, load_config, load_model, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.quantized import load_quantized
 from anabranch.lm.quantized_form import check_scheme
@@ -140,6 +140,12 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
     saved = quantization_of(found)
     if saved is not None and config.quantize != "none":
         check_scheme(saved, config.quantize, None, found)
+    if config.adapters.load:
+        from anabranch.serving.engine.adapter_reader import AdapterReader
+
+        read = AdapterReader(load_config(config.model))
+        for _, folder in config.adapters.folders:
+            read(folder)
     if config.expert_budget is None:
         return
     from anabranch.lm.outline import outline

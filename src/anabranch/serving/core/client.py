@@ -34,6 +34,7 @@ class EngineInfo:
         pooling: how it makes vectors of texts where a request does not say; None where it makes none. See `Request.pooling`.
         width: numbers in a vector.
         experts: how experts come where only some are in memory, as `anabranch.serving.expertflow.served.describe` has it; else empty.
+        adapters: names of those that are there from the start; None where requests can have none.
     """
 
     model: str
@@ -48,6 +49,7 @@ class EngineInfo:
     pooling: str | None = None
     width: int = 0
     experts: dict[str, Any] = field(default_factory=dict)
+    adapters: tuple[str, ...] | None = None
 
     def check_streams(self, num_streams: int | None) -> None:
         """Raises InputError for a number of parallel streams that a request cannot have."""
@@ -100,7 +102,10 @@ class EngineClient(Protocol):
         """How it is. Counters are zero, not missing, before traffic."""
 
     async def control(self, name: str, **arguments: Any) -> Any:
-        """A command of an operator's: ``reset_prefix_cache``, ``expert_cache``, ``scale``. Raises InputError for an unknown one."""
+        """A command of an operator's: ``reset_prefix_cache``, ``expert_cache``, ``load_adapter``, ``scale``.
+
+        Raises InputError for an unknown one.
+        """
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Take no more requests, let those under way end for up to ``drain_s`` seconds, abort the rest, free everything."""

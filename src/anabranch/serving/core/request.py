@@ -13,6 +13,7 @@ from typing import Any
 
 from anabranch.bounds import MOST_SIZE, shown
 from anabranch.errors import InputError
+from anabranch.serving.core.mixture import Mixture, check_mixture, pairs_of
 
 _MAY_BE_NONE = ("seed", "logprobs", "prompt_logprobs")
 _WHOLE = ("max_tokens", "min_tokens", "top_k", *_MAY_BE_NONE)
@@ -196,6 +197,8 @@ class Request:
             of (`ServingConfig.max_depth`).
         pooling: make a vector of the prompt (`Output.embedding`) of the model's last states, after the norm: that of the ``last`` token, or
             their ``mean``, for which the whole prompt is computed; it makes no tokens (`Sampling.max_tokens` is 0). None makes none.
+        adapters: names and weights of the adapters that are added up for it; none for the base. A name, or a mapping, is taken too.
+        bound: what the engine has found for ``adapters``; for the engine alone.
         buffer: outputs that wait for its reader before it is paused; None for `core.stream.BUFFER`.
         stall_s: seconds that its reader may leave it paused before it is ended; None for `core.stream.STALL_S`, infinity for no end.
     """
@@ -213,10 +216,13 @@ class Request:
     num_streams: int | None = None
     path: tuple[int, ...] | None = None
     pooling: str | None = None
+    adapters: Mixture = ()
+    bound: Any = field(default=None, repr=False, compare=False)
     buffer: int | None = None
     stall_s: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "adapters", pairs_of(self.adapters))
         object.__setattr__(self, "prompt", _tokens(self.prompt))
         object.__setattr__(self, "path", _tokens(self.path))
         object.__setattr__(self, "num_streams", _plain(self.num_streams))
@@ -241,6 +247,7 @@ class Request:
             raise InputError(f"pooling is {shown(self.pooling)}; it must be one of {', '.join(POOLINGS)}, or None")
         if self.pooling is not None and self.sampling.max_tokens:
             raise InputError(f"pooling makes no tokens; max_tokens is {self.sampling.max_tokens}, and must be 0")
+        check_mixture(self.adapters)
         pairs = self.options if isinstance(self.options, tuple | list) else [self.options]
         for pair in pairs:
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):

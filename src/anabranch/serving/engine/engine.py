@@ -19,11 +19,13 @@ from anabranch.serving.core.offload import PeakMemory
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
 from anabranch.serving.core.tier import KVTier, Memory
+from anabranch.serving.engine.futures import both
 from anabranch.serving.engine.kinds import Kinds
 from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Event
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.engine.runner import WARM_TOKENS, ModelRunner, TokenSampler
+from anabranch.serving.engine.served_adapters import ServedAdapters
 from anabranch.serving.engine.tiered import second_place
 from anabranch.serving.sampling import Sampler
 
@@ -38,6 +40,7 @@ class Engine:
         is_async: see `ServingConfig.is_async`.
         controls: an operator's commands by name, see `EngineLoop`.
         sources: what adds to pictures of the engine.
+        adapters: that requests may use.
     """
 
     info: EngineInfo
@@ -46,6 +49,7 @@ class Engine:
     is_async: bool = True
     controls: dict[str, Callable[..., Any]] = field(default_factory=dict)
     sources: list[Callable[[], EngineStats]] = field(default_factory=list)
+    adapters: ServedAdapters
 
     @classmethod
     def of(
@@ -112,6 +116,7 @@ class Engine:
             takes_weights=takes_weights,
             kinds=kinds,
         )
+        adapters = runner.adapters = ServedAdapters(model, config.adapters)
         limits = _limits(config, num_blocks, most_positions or model.config.max_positions, stop_tokens).replace(
             num_streams=runner.num_streams,
             window=kinds.windows[0],
@@ -133,11 +138,14 @@ class Engine:
                 pooling=pooling_of(config),
                 width=model.config.dim,
                 experts=dict(experts),
+                adapters=adapters.shelf.names,
             ),
             scheduler=scheduler,
             runner=runner,
             is_async=limits.is_async,
-            controls={"reset_prefix_cache": scheduler.reset_prefixes, **(controls or {})},
+            controls={"reset_prefix_cache": scheduler.reset_prefixes, **adapters.controls, **(controls or {})},
+            sources=[adapters.shelf.stats],
+            adapters=adapters,
         )
         engine._listen(hooks)
         return engine
@@ -164,9 +172,16 @@ class Engine:
             sampler.check(request.sampling)
 
     def prepare(self, request: Request) -> "Future[Any] | None":
-        """What a request needs before it can run: its grammar, compiled in another thread. None for nothing."""
+        """What a request needs before it can run: its grammar, compiled in another thread, its adapters, read in one. None for nothing."""
         sampler = self.runner.sampler
-        return sampler.prepare(request) if isinstance(sampler, Sampler) else None
+        grammar = sampler.prepare(request) if isinstance(sampler, Sampler) else None
+        try:
+            adapters = self.adapters.prepare(request)
+        except Exception:
+            if grammar is not None:
+                grammar.cancel()
+            raise
+        return both(grammar, adapters)
 
     def warm_up(self) -> None:
         """Run a request of nobody's, so that the first one waits for nothing but itself; before `loop`."""
@@ -181,6 +196,8 @@ class Engine:
             is_async=self.is_async,
             check=self.check,
             prepare=self.prepare,
+            bind=self.adapters.bind,
+            release=self.adapters.release,
             controls=self.controls,
             sources=self.sources,
         )

@@ -15,6 +15,7 @@ from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.engine.messages import (
     Abort,
     Add,
+    Answered,
     Begun,
     Close,
     Closed,
@@ -78,7 +79,9 @@ class EngineLoop:
         check: raises InputError for a request that this engine can never run, beyond what the scheduler checks.
         prepare: begins, in another thread, what a request needs before it can run, such as a grammar that is compiled; None for nothing.
             What its future gives is held while the request is under way.
-        controls: functions by name, called in the loop's thread between steps.
+        bind: the request as the scheduler and the runner get it, once it is prepared; None for as it came.
+        release: told the id of each request that was begun by ``prepare`` and has ended.
+        controls: functions by name, called in the loop's thread between steps. One that gives a future is answered when that is done.
         sources: each gives counters, gauges and samples that are added to a picture.
     """
 
@@ -91,11 +94,14 @@ class EngineLoop:
         is_async: bool = False,
         check: Callable[[Request], None] | None = None,
         prepare: Callable[[Request], Future[Any] | None] | None = None,
+        bind: Callable[[Request], Request] | None = None,
+        release: Callable[[str], None] | None = None,
         controls: Mapping[str, Callable[..., Any]] | None = None,
         sources: Sequence[Callable[[], EngineStats]] = (),
     ) -> None:
         self.scheduler, self.runner = scheduler, runner
         self._emit, self._check, self._prepare = emit, check, prepare
+        self._bind, self._release = bind, release
         self._controls, self._sources = dict(controls or {}), tuple(sources)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._live: set[str] = set()
@@ -221,7 +227,9 @@ class EngineLoop:
             case Resume(id):
                 self.scheduler.resume(id)
             case Control():
-                self._emit([self._answer(command)])
+                self._control(command)
+            case Answered(number, future):
+                self._emit([_reply(number, future.result)])
             case Close(drain_s):
                 self._closing_at = time.monotonic() + drain_s
 
@@ -251,19 +259,19 @@ class EngineLoop:
         if request is None or future is None or not future.done():
             return
         del self._preparing[id]
-        self._live.discard(id)
         error = AnabranchError("the engine ends") if future.cancelled() else future.exception()
         if error is None:
             self._held[id] = future.result()
             self._schedule(request)
             return
+        self._forget(id)
         if not isinstance(error, AnabranchError):
             logger.error("request %s could not be prepared: %s", id, error, exc_info=error)
         self._emit([Refused(id, str(error) or type(error).__name__, is_busy=isinstance(error, BusyError))])
 
     def _schedule(self, request: Request) -> None:
         try:
-            self.scheduler.add(request)
+            self.scheduler.add(request if self._bind is None else self._bind(request))
         except Exception as error:
             self._forget(request.id)
             self._refuse(request, error)
@@ -294,6 +302,15 @@ class EngineLoop:
     def _forget(self, id: str) -> None:
         self._live.discard(id)
         self._held.pop(id, None)
+        if self._release is not None:
+            self._release(id)
+
+    def _control(self, command: Control) -> None:
+        reply, number = self._answer(command), command.number
+        if isinstance(reply.value, Future):
+            reply.value.add_done_callback(lambda future: self.put(Answered(number, future)))
+        else:
+            self._emit([reply])
 
     def _answer(self, command: Control) -> Reply:
         if command.name == PING:
@@ -349,3 +366,14 @@ class EngineLoop:
         stats.samples["step_time"], self._step_times = self._step_times, []
         self._picture_at = time.monotonic()
         return stats
+
+
+def _reply(number: int, value: Callable[[], Any]) -> Reply:
+    """What a control's future gave, or the error that it raised; one that nobody foresaw is told without its trace."""
+    try:
+        return Reply(number, value())
+    except AnabranchError as error:
+        return Reply(number, error=error)
+    except Exception as error:
+        logger.error("a control failed", exc_info=error)
+        return Reply(number, error=AnabranchError(f"it failed: {type(error).__name__}: {error}"))

@@ -1,5 +1,6 @@
 """What goes between an engine's loop and whoever asks it: plain values, so that a thread or a pipe may lie between."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +61,15 @@ class Prepared:
     id: str
 
 
-Command = Add | Abort | Pause | Resume | Control | Close | Prepared
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The future that a control has given is done; the loop tells itself."""
+
+    number: int
+    future: Future[Any]
+
+
+Command = Add | Abort | Pause | Resume | Control | Close | Prepared | Answered
 
 # Events, from the loop
 

@@ -1,7 +1,7 @@
 """`Pass`: the part of a step that goes through the model at once, since its requests are computed alike.
 
-Requests that run the model otherwise, in another number of parallel streams or over other blocks, take turns within the step. Each pass
-computes what a step of these requests alone would.
+Requests that run the model otherwise, in another number of parallel streams, over other blocks or with adapters, take turns within the
+step. Each pass computes what a step of these requests alone would.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -12,10 +12,12 @@ from anabranch.serving.core.batch import Chunk
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How a request runs the model: in ``num_streams`` parallel streams, over the blocks of ``path``; None for each once."""
+    """How a request runs the model: in ``num_streams`` parallel streams, over the blocks of ``path`` (None for each once), with adapters
+    or without."""
 
     num_streams: int = 1
     path: tuple[int, ...] | None = None
+    is_adapted: bool = False
 
 
 @dataclass

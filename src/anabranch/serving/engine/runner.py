@@ -1,8 +1,11 @@
 """`ModelRunner`: one step of a batch on a model, from tokens to sampled tokens."""
 # Shapes: P streams, T tokens of a step, R rows that sample or score, V vocabulary, D width
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +33,7 @@ from anabranch.serving.engine.passes import Variant, passes_of
 from anabranch.serving.engine.pool import Pooling
 from anabranch.serving.engine.record import Route, RoutingTap
 from anabranch.serving.engine.score import score, scored_rows
+from anabranch.serving.engine.served_adapters import ServedAdapters
 from anabranch.serving.engine.steady import steady
 from anabranch.serving.engine.stores import Stores
 from anabranch.serving.engine.verify import sampled_rows, verify, without_drafts
@@ -73,6 +77,11 @@ class ModelRunner:
         max_depth: most blocks of a request's own path, see `ServingConfig`.
         takes_weights: the model is nobody else's, see `FastDecoder`.
         kinds: of its layers, by how far back they see, with memory for each; None for one kind that keeps all.
+
+    Attributes:
+        adapters: that requests may have; None for none.
+
+    Requests with adapters run through the modules one by one, apart from the others of a step, which run as if these were not there.
 
     While hooks listen inside the model (`record_routing` around an engine), and always with a hook that overrides requests, steps go
     through its modules one by one, as with ``use_kernel=False``. Of a request that is computed again after it was preempted, recorders are
@@ -130,6 +139,7 @@ class ModelRunner:
             self.fast = FastDecoder(
                 self.model, *pool_ASGD, block_tokens=self.pool.block_tokens, takes_weights=takes_weights
             )
+        self.adapters: ServedAdapters | None = None
         self.tap, self.watch = RoutingTap(model), Watch(model)
         # Requests that want to know where their tokens go.
         self._recorded: set[str] = set()
@@ -218,6 +228,8 @@ class ModelRunner:
         """Tell the hooks that the engine ends."""
         for hook in self.hooks:
             hook.close()
+        if self.adapters is not None:
+            self.adapters.close()
         if isinstance(self.sampler, Sampler):
             self.sampler.close()
 
@@ -237,6 +249,8 @@ class ModelRunner:
                 self._recorded.add(request.id)
             if request.sampling.prompt_logprobs is not None:
                 self._tops[request.id] = request.sampling.prompt_logprobs
+            if self.adapters is not None:
+                self.adapters.add(request)
         # First, as what is saved may be overwritten at once.
         self.pool.swap_out(batch.swaps_out)
         self.pool.copy(batch.copies)
@@ -250,6 +264,8 @@ class ModelRunner:
         self._tops.pop(id, None)
         self._pooling.forget(id)
         self._variants.pop(id, None)
+        if self.adapters is not None:
+            self.adapters.forget(id)
         if self._overrides is not None:
             self._overrides.forget(id)
 
@@ -259,9 +275,10 @@ class ModelRunner:
         scored, pooled_rows = scored_rows(chunks), self._pooling.rows(chunks)
         x_RD = self._hidden_of(chunks, tokens, [*rows, *scored, *pooled_rows], routes)
         first = len(rows) + len(scored)
-        told = score(x_RD[len(rows) : first], lambda x_SD, at: self._head(x_SD, len(rows) + at), chunks, self._tops)
+        head = partial(self._head_of, ids=_ids_of([*rows, *scored], chunks) if self._adapted() is not None else None)
+        told = score(x_RD[len(rows) : first], lambda x_SD, at: head(x_SD, len(rows) + at), chunks, self._tops)
         pooled = self._pooling.of(x_RD[first:], chunks)
-        logits_RV = self._head(x_RD[: len(rows)], 0) if rows else None
+        logits_RV = head(x_RD[: len(rows)], 0) if rows else None
         # Behind all that may route.
         self._tell(chunks)
         # Last of what may fail: a sample that is taken cannot be taken back.
@@ -282,6 +299,18 @@ class ModelRunner:
         ids = [chunk.id for chunk in chunks for _ in range(chunk.num_samples)]
         return {row: {} for row, id in zip(sampled_rows(chunks), ids, strict=True) if id in self._recorded}
 
+    def _head_of(self, x_RD: Tensor, first: int, *, ids: Sequence[str] | None) -> Tensor:
+        """`_head`, with what adapters add to it; ``ids`` are the requests of all rows, None where none has adapters."""
+        logits_RV = self._head(x_RD, first)
+        adapters = self._adapted()
+        if ids is None or adapters is None:
+            return logits_RV
+        return adapters.add_to_head(logits_RV, x_RD, ids[first : first + len(x_RD)])
+
+    def _adapted(self) -> ServedAdapters | None:
+        """The adapters, where requests under way use some."""
+        return self.adapters if self.adapters is not None and self.adapters.is_used else None
+
     def _head(self, x_RD: Tensor, first: int = 0) -> Tensor:
         """logits_RV of hidden states of the step, from the ``first`` on."""
         # A listener may have come or gone since the layers ran, so hidden states are of either path.
@@ -296,8 +325,9 @@ class ModelRunner:
         return None if self.fast is None or self.watch.is_watched else self.fast
 
     def _compiled_for(self, chunks: Sequence[Chunk]) -> FastDecoder | None:
-        """The same, for chunks that run the model alike: it knows no path but the usual one."""
-        return self._compiled() if self._variant_of(chunks[0]).path is None else None
+        """The same, for chunks that run the model alike: it knows no path but the usual one, and no adapters."""
+        variant = self._variant_of(chunks[0])
+        return self._compiled() if variant.path is None and not variant.is_adapted else None
 
     def _hidden_of(
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
@@ -305,21 +335,25 @@ class ModelRunner:
         """x_RD of ``rows``; fills in ``routes``."""
         # One that failed may have left its context.
         self._context_run, self._passes = None, []
-        if not self._variants and self._overrides is None:
+        if not self._variants and self._overrides is None and self._adapted() is None:
             x_RD = self._hidden_alike(chunks, tokens, rows, routes)
             self._note_pass(range(len(rows)), rows)
             return x_RD
-        made_RD: Tensor | None = None
+        made: list[tuple[list[int], Tensor]] = []
         for part in passes_of(chunks, tokens, self._variant_of):
             wanted = [number for number, row in enumerate(rows) if row in part.place]
             own = {part.place[row]: route for row, route in routes.items() if row in part.place}
             places = [part.place[rows[number]] for number in wanted]
             x_WD = self._hidden_alike(part.chunks, part.tokens, places, own)
             self._note_pass(wanted, places)
-            if made_RD is None:
-                made_RD = x_WD.new_empty(len(rows), x_WD.shape[-1])
-            made_RD[wanted] = x_WD.to(made_RD.dtype)
-        assert made_RD is not None, "a step has chunks"
+            made.append((wanted, x_WD))
+        if len(made) == 1:
+            return made[0][1]
+        # The compiled step's are wider than those of modules in few bits, and stay as they are.
+        wide = functools.reduce(torch.promote_types, [x_WD.dtype for _, x_WD in made])
+        made_RD = made[0][1].new_empty(len(rows), made[0][1].shape[-1], dtype=wide)
+        for wanted, x_WD in made:
+            made_RD[wanted] = x_WD.to(wide)
         return made_RD
 
     def _note_pass(self, numbers: Sequence[int], rows: Sequence[int]) -> None:
@@ -331,7 +365,9 @@ class ModelRunner:
     def _variant_of(self, chunk: Chunk) -> Variant:
         """How a request runs the model."""
         own = self._variants.get(chunk.id, self._usual)
-        return own if self._overrides is None else self._overrides.variant_of(chunk.id, own)
+        if self._overrides is not None:
+            own = self._overrides.variant_of(chunk.id, own)
+        return own if self.adapters is None or not self.adapters.has(chunk) else replace(own, is_adapted=True)
 
     def check_variant(self, num_streams: int | None, path: Sequence[int] | None) -> None:
         """Raise ConfigError for streams or a path that no request can have; None is the usual."""
@@ -373,9 +409,21 @@ class ModelRunner:
         context = self._context(layout, token_1T, chunks)
         keep_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self._context_run = context
-        with steady(model) if self.deterministic else nullcontext():
+        with self._running(chunks, context):
             x_PRD = model.hidden(token_1T, context, keep_L=keep_R)
             return (x_PRD if model.streams is None or not rows else model.streams.merge(x_PRD, context))[0]
+
+    @contextmanager
+    def _running(self, chunks: Sequence[Chunk], context: ForwardContext) -> Iterator[None]:
+        """How a pass through the modules runs: with the adapters of its requests, and steadily where that is asked for."""
+        adapters = self.adapters if self._variant_of(chunks[0]).is_adapted else None
+        if adapters is not None:
+            context.state |= adapters.of_pass(chunks).state(context.num_streams, self.device)
+        with (
+            nullcontext() if adapters is None else adapters.on(),
+            steady(self.model) if self.deterministic else nullcontext(),
+        ):
+            yield
 
     def _fast_hidden(
         self,
@@ -442,6 +490,12 @@ class ModelRunner:
         for record in self._recordings:
             record()
         self._recordings.clear()
+
+
+def _ids_of(rows: Sequence[int], chunks: Sequence[Chunk]) -> list[str]:
+    """The requests of rows of a step."""
+    ids = [chunk.id for chunk in chunks for _ in chunk.tokens]
+    return [ids[row] for row in rows]
 
 
 @torch.no_grad()

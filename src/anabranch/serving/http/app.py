@@ -11,13 +11,15 @@ from aiohttp import web
 
 from anabranch import __version__
 from anabranch.serving.core.client import Mends
+from anabranch.serving.http.adapter_routes import PATH as ADAPTERS
+from anabranch.serving.http.adapter_routes import AdapterRoutes, is_operator
 from anabranch.serving.http.admin import Admin
 from anabranch.serving.http.asked import answered
 from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.embeddings import Embeddings
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.generate import Generate
-from anabranch.serving.http.keys import Keys
+from anabranch.serving.http.keys import Keys, is_token
 from anabranch.serving.http.openapi import describe
 from anabranch.serving.http.stream import SlowReaderError, write
 from anabranch.serving.http.tokens import Tokens
@@ -50,7 +52,7 @@ class App:
         self._keys = Keys(self.config.api_keys)
         self._gate = Gate(self.config.host, self.config.hosts, self.config.cors_origins, "http.")
         self._generate, self._tokens, self._admin = Generate(frontend), Tokens(frontend), Admin(frontend)
-        self._embeddings = Embeddings(frontend)
+        self._embeddings, self._adapters = Embeddings(frontend), AdapterRoutes(frontend)
         limits, admission = self.config.limits, self.config.admission
         self.places: Places[Connection] = Places(connections or limits.connections, limits.address_share)
         refused = self.metrics.rejections.labels("bodies").inc
@@ -126,6 +128,10 @@ class App:
         if path.startswith("/v1/admin/"):
             context.endpoint = "admin"
             return await self._admin.answer(context, path[len("/v1/admin/") :])
+        if path == ADAPTERS or path.startswith(f"{ADAPTERS}/"):
+            context.endpoint = "adapters"
+            self._check_operator(context)
+            return await self._adapters.answer(context)
         if path in self._keyed:
             context.endpoint, methods = self._keyed[path]
             self._authenticate(context)
@@ -135,6 +141,14 @@ class App:
             self._authenticate(context)
             return await _method(context, {"GET": self._model})
         raise ApiError(404, "not_found", f"there is no {path!r:.80}; GET /openapi.json lists what there is")
+
+    def _check_operator(self, context: RequestContext) -> None:
+        """Raises ApiError unless whoever asks may see adapters, or load and unload them where that is asked for."""
+        token, bearer = self.config.admin_token, context.bearer
+        if context.request.method != "GET":
+            is_operator(self.config, bearer)
+        elif token is None or not is_token(bearer, token):
+            self._authenticate(context)
 
     def _authenticate(self, context: RequestContext) -> None:
         try:
@@ -187,12 +201,13 @@ class App:
 
     async def _models(self, context: RequestContext) -> web.StreamResponse:
         names = self.frontend.names if self.frontend.info is not None else ()
-        made = [self._facts(name) for name in names]
+        adapters = self.frontend.adapters.all if names else ()
+        made = [self._facts(name) for name in (*names, *adapters)]
         return context.json({"object": "list", "data": made})
 
     async def _model(self, context: RequestContext) -> web.StreamResponse:
         name = unquote(context.request.rel_url.raw_path[len(MODELS) :])
-        if self.frontend.info is None or name not in self.frontend.names:
+        if self.frontend.info is None or (name not in self.frontend.names and name not in self.frontend.adapters):
             shown = name[:80] if name.isprintable() else "?"
             raise ApiError(404, "model_not_found", f"there is no model {shown!r}; GET /v1/models lists what there is")
         return context.json(self._facts(name))
@@ -200,8 +215,9 @@ class App:
     def _facts(self, name: str) -> dict[str, Any]:
         info = self.frontend.info
         assert info is not None
+        parent = {} if name in self.frontend.names else {"parent": self.frontend.name}
         return {
-            "id": name, "object": "model", "created": self._created, "owned_by": "anabranch",
+            "id": name, "object": "model", "created": self._created, "owned_by": "anabranch", **parent,
             "max_model_len": info.max_positions, "routed_layers": {str(at): count for at, count in info.routed_layers.items()},
         }  # fmt: skip
 

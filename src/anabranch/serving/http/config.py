@@ -93,6 +93,7 @@ class HttpConfig(Config):
         access_log: one line of JSON for each request on stderr.
         log_prompts: with the text of prompts, which are private otherwise.
         page: serve the chat page at ``/``.
+        adapter_root: folder below which ``POST /v1/adapters`` may load adapters; None lets it load none.
     """
 
     host: str = Field(default="127.0.0.1", min_length=1)
@@ -117,6 +118,7 @@ class HttpConfig(Config):
     access_log: bool = True
     log_prompts: bool = False
     page: bool = True
+    adapter_root: str | None = Field(default=None, min_length=1)
 
     def __post_init__(self) -> None:
         check_names("hosts", self.hosts)

@@ -16,7 +16,7 @@ from anabranch.web.body_room import BodyRoom, Kept
 from anabranch.web.ids import new_id
 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
-EXPOSED = "x-request-id, x-route-model, x-route-layers, x-route-streams, x-route-experts, x-warning, retry-after"
+EXPOSED = "x-request-id, x-route-model, x-route-layers, x-route-streams, x-route-adapters, x-route-experts, x-warning, retry-after"
 
 
 class RequestContext(Asked):

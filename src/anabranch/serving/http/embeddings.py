@@ -15,12 +15,13 @@ from aiohttp import web
 from anabranch.errors import InputError
 from anabranch.serving.core.admission import Admission, Ticket
 from anabranch.serving.core.client import BusyError, EngineInfo
+from anabranch.serving.core.mixture import Mixture
 from anabranch.serving.core.request import Output, Request, Sampling
 from anabranch.serving.http import fields
+from anabranch.serving.http.adapter_names import chosen
 from anabranch.serving.http.asked import LONG_CHARACTERS, Asked
 from anabranch.serving.http.choice import refused
 from anabranch.serving.http.frontend import Frontend
-from anabranch.serving.http.generation_request import check_model
 from anabranch.serving.http.reading import Reader
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
@@ -28,7 +29,7 @@ from anabranch.web.body import is_int, said
 KNOWN = {
     "model": fields.text(256), "input": (lambda value: isinstance(value, str | list), "text, texts or lists of token ids"),
     "encoding_format": (lambda value: value in ("float", "base64"), '"float" or "base64"'), "user": fields.text(512),
-    "dimensions": fields.integer(1, 2**20), "cache_salt": fields.text(256),
+    "dimensions": fields.integer(1, 2**20), "cache_salt": fields.text(256), "adapters": fields.ADAPTERS,
 }  # fmt: skip
 MOST_INPUTS = 2048
 # Sequences of one request in the engine at a time: the others wait for them, not among everybody's.
@@ -62,11 +63,11 @@ class Embeddings:
             raise wrong("dimensions", f"dimensions is {size:,}; this model's vectors have {info.width:,}")
         prompts = await self._read(context, body.get("input"), reader, info)
         salt, is_packed = str(body.get("cache_salt") or ""), body.get("encoding_format") == "base64"
-        model = body["model"]
+        model, adapters = body["model"], chosen(body, frontend.names, frontend.adapters)
         # Texts that wait for the engine take no room from bodies that others send.
         del body
         context.let_go()
-        vectors, cached = await self._made(context, prompts, info, salt)
+        vectors, cached = await self._made(context, prompts, info, salt, adapters)
         tokens = sum(map(len, prompts))
         data = [
             {"object": "embedding", "index": at, "embedding": _shown(vector[:size], is_packed)}
@@ -85,7 +86,7 @@ class Embeddings:
     async def _body(self, context: Asked) -> dict[str, Any]:
         """A request whose fields have been checked. Raises ApiError."""
         body = await context.body()
-        check_model(body, self._frontend.names)
+        chosen(body, self._frontend.names, self._frontend.adapters)
         for name, value in body.items():
             if name in KNOWN and value is not None:
                 fields.expect(name, value, KNOWN[name])
@@ -103,7 +104,7 @@ class Embeddings:
         return read_inputs(given, reader, info)
 
     async def _made(
-        self, context: Asked, prompts: Prompts, info: EngineInfo, salt: str
+        self, context: Asked, prompts: Prompts, info: EngineInfo, salt: str, adapters: Mixture
     ) -> tuple[list[tuple[float, ...]], int]:
         """Vectors of prompts, and how many of their tokens were there. Raises ApiError."""
         frontend, left_s = self._frontend, context.left_s()
@@ -113,7 +114,7 @@ class Embeddings:
         requests = [
             Request(
                 id=f"{context.id}-embed-{self._serial}-{at}", prompt=prompt, sampling=Sampling(max_tokens=0), key=context.key,
-                arrival=time.monotonic(), cache_salt=salt, pooling=info.pooling, stall_s=math.inf,
+                arrival=time.monotonic(), cache_salt=salt, pooling=info.pooling, stall_s=math.inf, adapters=adapters,
             )
             for at, prompt in enumerate(prompts)
         ]  # fmt: skip

@@ -70,6 +70,7 @@ def _is_kwargs(value: Any) -> bool:
 
 BOOL: Check = (lambda value: isinstance(value, bool), "true or false")
 OBJECT: Check = (lambda value: isinstance(value, dict), "an object")
+ADAPTERS: Check = (OBJECT[0], "an object of adapters and their weights")
 KWARGS: Check = (
     _is_kwargs,
     "an object of at most 16 names, nested at most 8 deep, with at most 10,000 characters as JSON",
@@ -101,6 +102,7 @@ SHARED: dict[str, Check] = {
     "metadata": (_is_metadata, "an object of at most 16 texts"),
     "routing": BOOL,
     "num_streams": integer(1, 2**31 - 1),
+    "adapters": ADAPTERS,
 }
 CHAT: dict[str, Check] = {
     **SHARED,

@@ -14,6 +14,7 @@ from anabranch.serving.core.admission import OverloadError, Ticket
 from anabranch.serving.core.client import BusyError, EngineClient, EngineInfo, NotBegunError
 from anabranch.serving.core.request import Output, Request
 from anabranch.serving.core.turns import Turns
+from anabranch.serving.http.adapter_names import AdapterNames
 from anabranch.serving.http.choice import ENGINE_FAILED, Choice
 from anabranch.serving.http.completion import Completion
 from anabranch.serving.http.config import HttpConfig
@@ -53,6 +54,7 @@ class Frontend:
     Attributes:
         state: ``loading`` (also while a crashed engine is started again), ``ready``, ``draining`` or ``failed``.
         info, reader: of the model; set once it was ready for the first time.
+        adapters: names that requests may use beside those of the model.
         failed: set when the engine is given up.
         num_cut: requests whose answers ended early for no fault of theirs or of their senders': the engine failed, or the server stopped.
 
@@ -76,6 +78,7 @@ class Frontend:
         self.state: State = "loading"
         self.info: EngineInfo | None = None
         self.reader: Reader | None = None
+        self.adapters = AdapterNames()
         self.error = ""
         self.failed = asyncio.Event()
         self.num_cut = 0
@@ -125,6 +128,7 @@ class Frontend:
         reading = None if self.reader is not None else asyncio.ensure_future(asyncio.to_thread(self._make_reader))
         try:
             self.info = await engine.start()
+            await self.adapters.begin(engine, self.info)
         except BaseException:
             if reading is not None:
                 await asyncio.gather(reading, return_exceptions=True)
@@ -281,7 +285,7 @@ class Frontend:
         return Request(
             id=f"{id}-{at}", prompt=prompt, sampling=request.sampling_of(choice), key=key, arrival=time.monotonic(), cache_salt=salt,
             priority=request.priority if is_above else 0, own_priority=0 if is_above else request.priority,
-            record_routing=request.is_routing, num_streams=request.num_streams,
+            record_routing=request.is_routing, num_streams=request.num_streams, adapters=request.adapters,
             # How long one may wait for a reader is the connection's to say.
             buffer=config.limits.stream_events, stall_s=math.inf,
         )  # fmt: skip

@@ -3,17 +3,19 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from aiohttp import web
 
 from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.http.adapter_names import chosen
 from anabranch.serving.http.asked import LONG_CHARACTERS, Asked
 from anabranch.serving.http.choice import Choice, ChoiceDelta
 from anabranch.serving.http.completion import Completion
 from anabranch.serving.http.fields import KNOWN
 from anabranch.serving.http.frontend import Frontend
-from anabranch.serving.http.generation_request import GenerationRequest, check_model, read_chat, read_completion
+from anabranch.serving.http.generation_request import GenerationRequest, read_chat, read_completion
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.responses import ResponseShape, read_response
 from anabranch.serving.http.shape import ChatShape, CompletionShape, Shape
@@ -61,6 +63,9 @@ class Generate:
                     "x-route-model": _header(frontend.name),
                     "x-route-layers": str(len(info.routed_layers)),
                 }
+                if request.adapters:
+                    told = [f"{name}*{weight:.6g}" for name, weight in request.adapters]
+                    context.headers["x-route-adapters"] = ",".join(told)
                 if info.stream_choices != (1,):
                     context.headers["x-route-streams"] = str(request.num_streams or info.num_streams)
                 if request.is_stream:
@@ -88,7 +93,7 @@ class Generate:
     async def _read(self, context: Asked, kind: str, info: EngineInfo, reader: Reader) -> GenerationRequest:
         # Not only the longest prompt there is, but what else a request says.
         body = await context.body(most_tokens=2 * info.max_positions)
-        check_model(body, self._frontend.names)
+        adapters = chosen(body, self._frontend.names, self._frontend.adapters)
         limit = self._frontend.config.limits.most_n
         length = context.length
         read = partial(_READ[kind], default_tokens=context.default_tokens)
@@ -99,6 +104,9 @@ class Generate:
             )
         else:
             request = read(body, reader, info, limit)
+        if adapters:
+            request = replace(request, adapters=adapters)
+            context.facts["adapters"] = dict(adapters)
         context.warn(request.unknown, KNOWN[request.kind])
         if self._frontend.config.log_prompts:
             context.facts["prompts"] = [reader.decode(prompt) for prompt in request.prompts]

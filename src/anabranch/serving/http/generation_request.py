@@ -8,6 +8,7 @@ from anabranch.errors import InputError
 from anabranch.serving.chat import Dialect, FieldError, Tools, read_tools
 from anabranch.serving.chat.reasoning import Reasoning
 from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.core.mixture import Mixture
 from anabranch.serving.core.request import Sampling
 from anabranch.serving.grammar.forms import key_of
 from anabranch.serving.http import fields
@@ -44,7 +45,7 @@ class GenerationRequest:
         tools: what may be called.
         reasoning: how the model's reasoning is told apart; None where it is part of the text.
         is_routing: tell which experts each token went to.
-        priority, cache_salt, num_streams: see `Request`.
+        priority, cache_salt, num_streams, adapters: see `Request`.
         unknown: fields that nobody knows.
         response_of: the request to ``/v1/responses`` that this chat is made of; None for any other.
     """
@@ -67,6 +68,7 @@ class GenerationRequest:
     priority: int = 0
     cache_salt: str = ""
     num_streams: int | None = None
+    adapters: Mixture = ()
     unknown: tuple[str, ...] = ()
     response_of: dict[str, Any] | None = None
 

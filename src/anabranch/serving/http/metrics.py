@@ -10,8 +10,19 @@ from anabranch.serving.core.admission import REASONS
 from anabranch.serving.core.client import EngineStats
 
 PREFIX = "anabranch_serving_"
-ENDPOINTS = ("chat", "completions", "responses", "embeddings", "tokenize", "detokenize", "models", "admin", "other")
-CODES = ("200", "400", "401", "404", "405", "408", "413", "415", "429", "499", "500", "501", "503", "504")
+ENDPOINTS = (
+    "chat",
+    "completions",
+    "responses",
+    "embeddings",
+    "tokenize",
+    "detokenize",
+    "models",
+    "adapters",
+    "admin",
+    "other",
+)
+CODES = ("200", "400", "401", "403", "404", "405", "408", "409", "413", "415", "429", "499", "500", "501", "503", "504")
 # Beside those of `anabranch.serving.core.admission`.
 HTTP_REASONS = ("bodies", "connections")
 ABORTS = ("client_gone", "deadline", "slow_reader", "shutdown", "engine_failed", "request_failed")
@@ -23,6 +34,8 @@ ENGINE_COUNTERS = {
     "steps": "Steps of the engine",
     "drafted_tokens": "Tokens that prompt lookup guessed (engine.prompt_lookup)",
     "accepted_draft_tokens": "Of them, those that the model chose; their share of drafted_tokens is the rate of acceptance",
+    "adapter_loads": "Adapters that were read",
+    "adapter_evictions": "Adapters that left memory for others",
     "expert_hits": "Experts that were there when needed",
     "expert_misses": "Experts that were not",
     "expert_late": "Experts whose loading was under way when they were needed",
@@ -37,6 +50,8 @@ ENGINE_GAUGES = {
     "waiting": "Sequences that wait in the engine",
     "queued_tokens": "Prompt tokens that wait in the engine",
     "kv_usage_ratio": "Share of the key-value blocks in use",
+    "adapters_in_memory": "Adapters in memory",
+    "adapter_resident_bytes": "Bytes of adapters in memory",
     "expert_resident_bytes": "Bytes of experts in memory",
 }
 

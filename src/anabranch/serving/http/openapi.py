@@ -55,7 +55,14 @@ def _shared(most_n: int) -> dict[str, Any]:
         "metadata": _maybe("object", maxProperties=16, additionalProperties=_TEXT),
         "routing": {**_maybe("boolean"), "description": "tell which experts each token went to"},
         "num_streams": {**_integer(1), "description": "parallel streams, of a model that has them (ParScale)"},
+        "adapters": _adapters(),
     }
+
+
+def _adapters() -> dict[str, Any]:
+    weight = {"type": "number", "minimum": -1000, "maximum": 1000}
+    what = "adapters and the weights with which they are added up, where model names none"
+    return {**_maybe("object", maxProperties=16, additionalProperties=weight), "description": what}
 
 
 def _texts() -> dict[str, Any]:
@@ -121,12 +128,13 @@ def _bodies(most_n: int) -> dict[str, dict[str, Any]]:
         ),
         "Embeddings": body(["model", "input"], model=_NAME, input=_texts(), encoding_format={"enum": ["float", "base64", None]},
             dimensions={**_integer(1), "description": "of the vectors: as many of their first numbers, of length 1 again"},
-            cache_salt=_maybe("string", maxLength=256)),
+            cache_salt=_maybe("string", maxLength=256), adapters=_adapters()),
         "Tokenize": body(
             [], model=_NAME, prompt=_TEXT, messages=messages, add_generation_prompt=_maybe("boolean"),
             chat_template_kwargs=_maybe("object", maxProperties=16), return_token_strs=_maybe("boolean"),
         ),
         "Detokenize": body(["tokens"], model=_NAME, tokens={"type": "array", "items": {"type": "integer", "minimum": 0}}),
+        "Adapter": body(["name", "folder"], name={"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, folder=_TEXT),
         "Scale": body(["devices"], devices={"type": "integer", "minimum": 1, "maximum": 1024}),
         "Error": _error(),
     }  # fmt: skip
@@ -172,6 +180,14 @@ def describe(version: str, most_n: int) -> dict[str, Any]:
             "/v1/embeddings": {"post": post("Embeddings", "Turn texts into vectors", "501")},
             "/v1/models": {"get": act("The model", "401", scheme="key")},
             "/v1/models/{id}": {"get": {**act("The model", "401", "404", scheme="key"), "parameters": [name]}},
+            "/v1/adapters": {
+                "get": act("The adapters", "401", "501", "503", scheme="key"),
+                "post": post("Adapter", "Load an adapter", "403", "409", "501", scheme="admin"),
+            },
+            "/v1/adapters/{id}": {
+                "get": {**act("An adapter", "401", "404", "501", "503", scheme="key"), "parameters": [name]},
+                "delete": {**act("Unload an adapter", *closed, "403", "409", "501", scheme="admin"), "parameters": [name]},
+            },
             "/tokenize": {"post": post("Tokenize", "A text or conversation as token ids")},
             "/detokenize": {"post": post("Detokenize", "The text of token ids")},
             "/health/live": {"get": act("The process is alive", "503")},

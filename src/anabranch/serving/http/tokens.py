@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from anabranch.serving.http import fields
+from anabranch.serving.http.adapter_names import chosen
 from anabranch.serving.http.asked import LONG_CHARACTERS
 from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.frontend import Frontend
-from anabranch.serving.http.generation_request import check_model
 from anabranch.web.api_error import wrong
 from anabranch.web.body import is_int
 
@@ -74,7 +74,7 @@ class Tokens:
     ) -> dict[str, Any]:
         info, _ = self._frontend.check_ready()
         body = await context.body(most_tokens=2 * info.max_positions)
-        check_model(body, self._frontend.names, is_needed=is_model_needed)
+        chosen(body, self._frontend.names, self._frontend.adapters, is_needed=is_model_needed)
         for name, value in body.items():
             if name in known and value is not None:
                 fields.expect(name, value, known[name])

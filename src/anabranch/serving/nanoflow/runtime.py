@@ -45,8 +45,8 @@ class NanoRunner(ModelRunner):
         options: of `ModelRunner`.
 
     Models of parallel streams, of a head that routes, or of other blocks and attention than the plain ones, deterministic
-    runners, hooks that override requests, requests with paths of their own, and steps that record routing or are watched by hooks run
-    whole.
+    runners, hooks that override requests, requests with paths or adapters of their own, and steps that record routing or are watched by
+    hooks run whole.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class NanoRunner(ModelRunner):
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         is_recorded = any(chunk.id in self._recorded for chunk in chunks)
         is_whole = self.deterministic or self.model.streams is not None or is_recorded or self.watch.is_watched
-        is_whole = is_whole or not self._is_known or self._variant_of(chunks[0]).path is not None
+        variant = self._variant_of(chunks[0])
+        is_whole = is_whole or not self._is_known or variant.path is not None or variant.is_adapted
         if is_whole or self._overrides is not None or len(tokens) < self.min_tokens:
             return super()._hidden(chunks, tokens, rows)
         step = _Step(self, chunks, tokens)

@@ -1,0 +1,45 @@
+"""`AdaptersConfig`: the adapters that a model is served with."""
+
+from anabranch.bounds import shown
+from anabranch.config import Config, configclass
+from anabranch.errors import ConfigError, InputError
+from anabranch.serving.core.mixture import check_name
+from anabranch.sizes import parse_bytes
+
+__all__ = ["AdaptersConfig"]
+
+
+@configclass
+class AdaptersConfig(Config):
+    """Adapters of an engine: those it starts with, and how much memory all of them may take.
+
+    Attributes:
+        load: ``NAME=FOLDER`` of each adapter that is there from the start and never leaves memory.
+        memory: bytes of all adapters in memory, such as ``2GiB``; those that no request uses leave when others come.
+    """
+
+    load: tuple[str, ...] = ()
+    memory: str = "1GiB"
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.memory, "memory")
+        names = [name for name, _ in self.folders]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"load has the adapter {twice!r} twice; give each a name of its own")
+
+    @property
+    def folders(self) -> list[tuple[str, str]]:
+        """(name, folder) of each that is there from the start. Raises ConfigError for an entry that is none."""
+        made = []
+        for place, entry in enumerate(self.load):
+            name, sign, folder = entry.partition("=") if isinstance(entry, str) else ("", "", "")
+            if not sign or not folder:
+                raise ConfigError(
+                    f"load.{place} is {shown(entry)}; it must be NAME=FOLDER, such as french=adapters/french"
+                )
+            try:
+                made.append((check_name(name), folder))
+            except InputError as error:
+                raise ConfigError(f"load.{place}: {error}") from None
+        return made

@@ -1,0 +1,292 @@
+"""`AdapterShelf`: which adapters there are, which of them are in memory, and who uses them.
+
+An adapter is known by a name and comes from a folder. The least recently used ones leave memory where there is no room, and are read
+again when somebody asks for them; those that are pinned stay, and so does what a request under way uses. Under a name another adapter may
+take the place of the one before: requests that began with that one end with it.
+
+Reading is for a thread of the shelf's own. All methods may be called from any thread.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from anabranch.errors import CapacityError, InputError
+from anabranch.serving.core.client import BusyError, EngineStats
+from anabranch.serving.core.mixture import Mixture, check_name
+
+__all__ = ["AdapterShelf", "Held"]
+
+
+class Held(Protocol):
+    """An adapter in memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+
+    @property
+    def version(self) -> str:
+        """Equal where the numbers are, whatever the name or folder."""
+
+
+H = TypeVar("H", bound=Held)
+R = TypeVar("R")
+
+
+@dataclass(eq=False)
+class _Entry(Generic[H]):
+    """One adapter.
+
+    Attributes:
+        name, folder: see above.
+        is_pinned: it never leaves memory.
+        held: its numbers; None where they are not in memory.
+        uses: requests under way with it.
+        used_at: when one last began, by a count.
+    """
+
+    name: str
+    folder: str
+    is_pinned: bool = False
+    held: H | None = None
+    uses: int = 0
+    used_at: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.held is None else self.held.nbytes
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "folder": self.folder,
+            "pinned": self.is_pinned,
+            "in_memory": self.held is not None,
+            "bytes": self.nbytes,
+            "version": None if self.held is None else self.held.version,
+            "requests": self.uses,
+        }
+
+
+@dataclass(frozen=True)
+class _Lease(Generic[H]):
+    """What one request uses."""
+
+    uses: tuple[tuple[_Entry[H], float], ...] = field(default=())
+
+
+class AdapterShelf(Generic[H]):
+    """See the module.
+
+    Attributes:
+        most_bytes: that all adapters in memory may take together, beside the one that is being read.
+
+    Args:
+        read: what is in a folder; raises AnabranchError for one that cannot be had.
+        most_bytes: see above.
+    """
+
+    def __init__(self, read: Callable[[str], H], most_bytes: int) -> None:
+        self._read, self.most_bytes = read, most_bytes
+        self._lock = threading.Lock()
+        self._worker: ThreadPoolExecutor | None = None
+        self._entries: dict[str, _Entry[H]] = {}
+        # Unloaded or replaced, and still in use.
+        self._leaving: list[_Entry[H]] = []
+        self._leases: dict[str, _Lease[H]] = {}
+        self._clock = itertools.count(1)
+        self._num_loads = self._num_evictions = 0
+
+    # What an operator does
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all that there are, in the order in which they came."""
+        with self._lock:
+            return tuple(self._entries)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Each adapter: name, folder, whether it is pinned and in memory, bytes, version, requests under way."""
+        with self._lock:
+            return [entry.facts() for entry in self._entries.values()]
+
+    def load_now(self, name: str, folder: str, *, is_pinned: bool = False) -> dict[str, Any]:
+        """Read an adapter, in this thread; its facts. It takes the place of one of the same name once it is there.
+
+        Raises InputError for a name that cannot be or is that of a pinned one, CapacityError or `BusyError` where it has no room, and what
+        ``read`` raises; all is as it was then.
+        """
+        self._check_place(name, is_pinned)
+        entry = _Entry[H](name, folder, is_pinned)
+        held = self._read(folder)
+        with self._lock:
+            before = self._entries.get(name)
+            self._make_room(entry, held, before)
+            if before is not None:
+                self._retire(before)
+            entry.held, entry.used_at = held, next(self._clock)
+            self._num_loads += 1
+            self._entries[name] = entry
+            return entry.facts()
+
+    def load(self, name: str, folder: str) -> "Future[dict[str, Any]]":
+        """`load_now` in the shelf's thread."""
+        self._check_place(name, False)
+        return self._submit(lambda: self.load_now(name, folder))
+
+    def register(self, name: str, folder: str) -> None:
+        """Know an adapter that is read when the first request asks for it; nothing for a name that there is. Raises InputError."""
+        check_name(name)
+        with self._lock:
+            self._entries.setdefault(name, _Entry(name, folder))
+
+    def remove(self, name: str) -> dict[str, Any]:
+        """Know an adapter no more; its last facts. Requests under way end with it, and its memory is free then.
+
+        Raises InputError for one that there is not, and for a pinned one.
+        """
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                raise InputError(self._unknown(name))
+            if entry.is_pinned:
+                raise InputError(f"adapter {name!r} is pinned, and stays as long as the engine")
+            told = entry.facts()
+            del self._entries[name]
+            self._retire(entry)
+            return told
+
+    def stats(self) -> EngineStats:
+        """For pictures of the engine."""
+        with self._lock:
+            held = [entry for entry in (*self._entries.values(), *self._leaving) if entry.held is not None]
+            return EngineStats(
+                counters={"adapter_loads": self._num_loads, "adapter_evictions": self._num_evictions},
+                gauges={
+                    "adapters_in_memory": len(held),
+                    "adapter_resident_bytes": sum(entry.nbytes for entry in held),
+                },
+            )
+
+    # What requests do
+
+    def lease(self, id: str, mixture: Mixture) -> "Future[None] | None":
+        """Begin a request with these adapters; a future where some of them have to be read first, None where all are there.
+
+        Until `release` they stay in memory. Raises InputError for a name that there is not. The future raises `BusyError` where there is no
+        room beside those that others use, and what ``read`` raises.
+        """
+        with self._lock:
+            unknown = [name for name, _ in mixture if name not in self._entries]
+            if unknown:
+                raise InputError(self._unknown(unknown[0]))
+            uses = tuple((self._entries[name], weight) for name, weight in mixture)
+            for entry, _ in uses:
+                entry.uses += 1
+                entry.used_at = next(self._clock)
+            self._leases[id] = _Lease(uses)
+            absent = [entry for entry, _ in uses if entry.held is None]
+        return self._submit(lambda: self._fill(absent)) if absent else None
+
+    def held_by(self, id: str) -> tuple[tuple[H, float], ...]:
+        """What a request uses, whose adapters are all there; nothing for one that has begun with none."""
+        with self._lock:
+            lease = self._leases.get(id)
+            made = [] if lease is None else [(entry.held, weight) for entry, weight in lease.uses]
+        return tuple((held, weight) for held, weight in made if held is not None)
+
+    def release(self, id: str) -> None:
+        """A request has ended. Nothing for one that has begun with none."""
+        with self._lock:
+            lease = self._leases.pop(id, _Lease())
+            for entry, _ in lease.uses:
+                entry.uses -= 1
+                if not entry.uses and entry in self._leaving:
+                    self._leaving.remove(entry)
+                    entry.held = None
+
+    def close(self) -> None:
+        """End the shelf's thread."""
+        if self._worker is not None:
+            self._worker.shutdown(wait=False, cancel_futures=True)
+
+    # In the shelf's thread
+
+    def _submit(self, work: Callable[[], R]) -> "Future[R]":
+        with self._lock:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, "anabranch-adapters")
+            return self._worker.submit(work)
+
+    def _fill(self, entries: Sequence[_Entry[H]]) -> None:
+        for entry in entries:
+            # Another request may have waited for the same.
+            if entry.held is not None:
+                continue
+            held = self._read(entry.folder)
+            with self._lock:
+                self._make_room(entry, held, None)
+                entry.held = held
+                self._num_loads += 1
+
+    # With the lock
+
+    def _check_place(self, name: str, is_pinned: bool) -> None:
+        check_name(name)
+        with self._lock:
+            before = self._entries.get(name)
+            if before is not None and (before.is_pinned or is_pinned):
+                what = "is there already" if is_pinned else "is pinned, and nothing takes its place"
+                raise InputError(f"adapter {name!r} {what}; give the other one another name")
+
+    def _make_room(self, entry: _Entry[H], held: H, before: "_Entry[H] | None") -> None:
+        """Let go of adapters that nobody uses, the least recently used first, until there is room for one more.
+
+        Args:
+            entry: whose it is.
+            held: what comes.
+            before: what it takes the place of.
+
+        Raises CapacityError where there never is, `BusyError` where there is none now; nobody has left then.
+        """
+        others = [other for other in (*self._entries.values(), *self._leaving) if other is not before]
+        if before is not None and before.uses:
+            others.append(before)
+        pinned = sum(other.nbytes for other in others if other.is_pinned)
+        if pinned + held.nbytes > self.most_bytes:
+            beside = f" beside {pinned:,} of those that are pinned" if pinned else ""
+            raise CapacityError(
+                f"adapter {entry.name!r} takes {held.nbytes:,} bytes{beside}, and adapters may take {self.most_bytes:,}; allow more with "
+                "engine.adapters.memory"
+            )
+        total = sum(other.nbytes for other in others)
+        free = [other for other in others if other.held is not None and not other.uses and not other.is_pinned]
+        leaving = []
+        for other in sorted(free, key=lambda other: other.used_at):
+            if total + held.nbytes <= self.most_bytes:
+                break
+            leaving.append(other)
+            total -= other.nbytes
+        if total + held.nbytes > self.most_bytes:
+            raise BusyError(
+                f"adapter {entry.name!r} takes {held.nbytes:,} bytes, and those in use {total:,} of {self.most_bytes:,}; ask again"
+            )
+        for other in leaving:
+            other.held = None
+            self._num_evictions += 1
+
+    def _retire(self, entry: _Entry[H]) -> None:
+        """An adapter that no request to come gets."""
+        if entry.uses:
+            self._leaving.append(entry)
+        else:
+            entry.held = None
+
+    def _unknown(self, name: str) -> str:
+        known = [repr(other) for other in itertools.islice(self._entries, 10)]
+        more = f" and {len(self._entries) - len(known)} more" if len(self._entries) > len(known) else ""
+        return f"there is no adapter {name!r:.80}; there {'are ' + ', '.join(known) + more if known else 'is none'}"

@@ -1,0 +1,107 @@
+"""`AdapterReader`: a folder of peft's as an adapter that can be served."""
+
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anabranch.adapters import Adapter, Pair, read_peft
+from anabranch.adapters.fits import check_fits
+from anabranch.adapters.names import Names, names_of
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import some
+from anabranch.serving.core.mixture import MOST_WEIGHT
+from anabranch.serving.engine.adapter_rows import ServedAdapter
+
+__all__ = ["HEAD", "AdapterReader"]
+
+# Our name of the head, which every row that samples goes through behind the pass, and transformers' name.
+HEAD, _HEAD = "head", "lm_head"
+_GREATEST = torch.finfo(torch.float32).max
+
+
+class AdapterReader:
+    """Reads adapters of one model.
+
+    Args:
+        config: the model's, without adapters.
+        parts: of its linear layers, those that can be adapted where it is served; None to say so of all.
+        device: where the numbers shall be.
+    """
+
+    def __init__(
+        self, config: Decoder.Config, parts: Collection[str] | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        if config.linears:
+            first = next(iter(config.linears))
+            raise ConfigError(
+                f"linears of the model has {first!r} already, and adapters are served beside plain matrices alone"
+            )
+        self._config, self._parts, self._device = config, parts, torch.device(device)
+        self._names: Names | None = None
+
+    def __call__(self, folder: str) -> ServedAdapter:
+        """The adapter in ``folder``, in float32.
+
+        Raises:
+            CheckpointError: as `anabranch.adapters.load_peft`: there is none, it is damaged, or it is of another model.
+            ConfigError: it changes what cannot be changed for some rows alone: whole tensors, or experts.
+        """
+        adapter = read_peft(folder)
+        if adapter.saved:
+            raise ConfigError(
+                f"{folder} brings {next(iter(adapter.saved))} whole, which all requests would get; serve the model that it was merged into"
+            )
+        if adapter.stacks:
+            raise ConfigError(_OF_EXPERTS.format(folder=folder, name=next(iter(adapter.stacks))))
+        names = self._names_for(adapter)
+        check_fits(adapter, names, self._config, Path(folder))
+        pairs = {names.places[module].part: names.places[module].ours(pair) for module, pair in adapter.pairs.items()}
+        self._check_parts(pairs, folder)
+        return self._served(pairs, folder)
+
+    def _names_for(self, adapter: Adapter) -> Names:
+        """Of the family that has all of the adapter's layers, which those of one model share: to find it takes a while."""
+        if self._names is None or not self._names.places.keys() >= adapter.pairs.keys():
+            # A head that is the embedding is a layer too, which adapters may add to.
+            config = self._config.replace(tie_embeddings=False)
+            self._names = names_of(config, adapter.pairs)
+        return self._names
+
+    def _check_parts(self, pairs: Collection[str], folder: str) -> None:
+        """Raise ConfigError for layers that cannot be adapted for some rows alone."""
+        if self._parts is None:
+            return
+        homeless = [part for part in pairs if part != HEAD and part not in self._parts]
+        if not homeless:
+            return
+        if any(".experts." in part for part in homeless):
+            raise ConfigError(_OF_EXPERTS.format(folder=folder, name=some(homeless)))
+        raise ConfigError(
+            f"{folder} adapts {some(homeless)}, which is computed with as a matrix of all rows; serve the model that it was merged into"
+        )
+
+    def _served(self, pairs: dict[str, Pair], folder: str) -> ServedAdapter:
+        digest = hashlib.sha256()
+        parts: dict[str, tuple[Tensor, Tensor, float]] = {}
+        for part, pair in sorted(pairs.items()):
+            # Those of 16 bits too, as peft keeps them.
+            a_RC, b_OR = (half.detach().to("cpu", torch.float32).contiguous() for half in (pair.a_RC, pair.b_OR))
+            if not abs(pair.scale) * MOST_WEIGHT <= _GREATEST:
+                raise CheckpointError(
+                    f"{folder} multiplies what it adds to {part} by {pair.scale:g}, which is too much for float32"
+                )
+            digest.update(f"{part} {list(a_RC.shape)} {list(b_OR.shape)} {pair.scale!r}\n".encode())
+            for half in (a_RC, b_OR):
+                digest.update(half.numpy().data)
+            parts[part] = a_RC.to(self._device), b_OR.to(self._device), pair.scale
+        return ServedAdapter(parts, digest.hexdigest(), max(pair.rank for pair in pairs.values()))
+
+
+_OF_EXPERTS = (
+    "{folder} adapts experts ({name}), which are served as they are; serve the model that it was merged into, or an adapter of attention "
+    "and dense layers"
+)

@@ -1,0 +1,164 @@
+"""``/v1/adapters``: which adapters there are; they come and go while requests are answered."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from anabranch.errors import AnabranchError, CapacityError, InputError
+from anabranch.serving.core.client import BusyError
+from anabranch.serving.core.mixture import check_name
+from anabranch.serving.http.adapter_names import BASE, AdapterNames
+from anabranch.serving.http.config import HttpConfig
+from anabranch.serving.http.context import RequestContext
+from anabranch.serving.http.frontend import Frontend
+from anabranch.serving.http.keys import is_token
+from anabranch.web.answers import wrong_method
+from anabranch.web.api_error import ApiError, wrong
+from anabranch.web.body import said
+
+__all__ = ["AdapterRoutes", "folder_below", "is_operator"]
+
+PATH = "/v1/adapters"
+_FIELDS = ("name", "folder")
+
+
+class AdapterRoutes:
+    """These routes.
+
+    Args:
+        frontend: whose engine has the adapters.
+    """
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    @property
+    def _names(self) -> AdapterNames:
+        return self._frontend.adapters
+
+    async def answer(self, context: RequestContext) -> web.StreamResponse:
+        """``/v1/adapters`` and ``/v1/adapters/NAME``, for whoever `may_ask`. Raises ApiError."""
+        raw = context.request.rel_url.raw_path[len(PATH) + 1 :]
+        name = unquote(raw) if raw else None
+        methods = (
+            {"GET": self._list, "POST": self._load} if name is None else {"GET": self._get, "DELETE": self._remove}
+        )
+        work = methods.get(context.request.method)
+        if work is None:
+            raise wrong_method(context.request, methods)
+        self._frontend.check_ready()
+        if not self._names.is_there:
+            raise ApiError(501, "not_supported", "this engine serves no adapters")
+        return context.json(await work(context, name or ""))
+
+    async def _list(self, context: RequestContext, name: str) -> dict[str, Any]:
+        return {"object": "list", "data": [self._shown(facts) for facts in await self._control("adapters")]}
+
+    async def _get(self, context: RequestContext, name: str) -> dict[str, Any]:
+        found = next((facts for facts in await self._control("adapters") if facts["name"] == name), None)
+        if found is None:
+            raise _unknown(name)
+        return self._shown(found)
+
+    async def _load(self, context: RequestContext, name: str) -> dict[str, Any]:
+        body = await context.body()
+        unknown = next((field for field in body if field not in _FIELDS), None)
+        if unknown is not None:
+            raise wrong(unknown[:80], f"nobody knows {unknown:.80}; an adapter is loaded by {' and '.join(_FIELDS)}")
+        try:
+            name = check_name(body.get("name"))
+        except InputError as error:
+            raise wrong("name", str(error)) from None
+        if name in self._frontend.names or name == BASE:
+            raise wrong(
+                "name", f"name is {name!r}, as the model without adapters is called; give the adapter another one"
+            )
+        if name in self._names.pinned:
+            raise _pinned(name)
+        folder = folder_below(self._frontend.config, body.get("folder"))
+        context.let_go()
+        facts = await self._control("load_adapter", name=name, folder=str(folder))
+        self._names.folders[name] = str(folder)
+        return self._shown(facts)
+
+    async def _remove(self, context: RequestContext, name: str) -> dict[str, Any]:
+        if name in self._names.pinned:
+            raise _pinned(name)
+        if name not in self._names:
+            raise _unknown(name)
+        # From now on nobody is given it, whatever the engine is doing.
+        del self._names.folders[name]
+        return {**self._shown(await self._control("remove_adapter", name=name)), "deleted": True}
+
+    async def _control(self, command: str, **arguments: Any) -> Any:
+        """Raises ApiError for what cannot be loaded."""
+        try:
+            return await self._frontend.engine.control(command, **arguments)
+        except ApiError:
+            raise
+        except BusyError as error:
+            raise ApiError(503, "busy", str(error), headers={"Retry-After": "1"}) from None
+        except CapacityError as error:
+            raise wrong("folder", str(error), "adapter_too_large") from None
+        except AnabranchError as error:
+            raise wrong("folder", str(error)) from None
+
+    def _shown(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """What is told of an adapter: nothing of where it lies beyond the root."""
+        told = {name: value for name, value in facts.items() if name not in ("name", "folder")}
+        return {"id": facts["name"], "object": "adapter", "parent": self._frontend.name, **told}
+
+
+def is_operator(config: HttpConfig, bearer: str | None) -> bool:
+    """Whether whoever comes with this secret may load and unload adapters.
+
+    Raises ApiError: 401 without the admin token where there is one, 403 where callers have keys and there is none.
+    """
+    if config.admin_token is None:
+        if config.api_keys:
+            raise ApiError(
+                403,
+                "adapters_closed",
+                "adapters are loaded with an admin token, which this server has not; set http.admin_token",
+            )
+        return True
+    if not is_token(bearer, config.admin_token):
+        raise ApiError(401, "wrong_admin_token", "this needs the admin token", headers={"WWW-Authenticate": "Bearer"})
+    return True
+
+
+def folder_below(config: HttpConfig, given: Any) -> Path:
+    """The folder that a request names, below ``http.adapter_root`` whatever links there are.
+
+    Raises ApiError: 403 where there is no root, 400 for what is not below it, or has files that lie elsewhere.
+    """
+    if config.adapter_root is None:
+        raise ApiError(403, "adapters_closed", "no folder may be loaded here; start the server with --adapter-root")
+    if not isinstance(given, str) or not given or len(given) > 4096 or "\0" in given:
+        raise wrong(
+            "folder", f"folder is {said(given)}; it must be the path of a folder below the server's --adapter-root"
+        )
+    try:
+        root = Path(config.adapter_root).resolve()
+        folder = (root / given).resolve()
+        # What is told of a folder elsewhere would tell that it is there.
+        if not folder.is_relative_to(root) or folder == root:
+            raise wrong("folder", f"folder is {said(given)}; it must be below the server's --adapter-root")
+        strays = [file.name for file in folder.iterdir() if not file.resolve().is_relative_to(root)]
+    except (OSError, RuntimeError) as error:
+        what = error.strerror if isinstance(error, OSError) else None
+        raise wrong("folder", f"folder is {said(given)}, which cannot be read: {what or error}") from None
+    if strays:
+        raise wrong("folder", f"folder has {strays[0]!r:.80}, which lies outside of the server's --adapter-root")
+    return folder
+
+
+def _unknown(name: str) -> ApiError:
+    shown = name[:80] if name.isprintable() else "?"
+    return ApiError(404, "adapter_not_found", f"there is no adapter {shown!r}; GET {PATH} lists what there is")
+
+
+def _pinned(name: str) -> ApiError:
+    return ApiError(409, "adapter_pinned", f"adapter {name!r} was given when the server started, and stays as it is")

@@ -1,0 +1,96 @@
+"""A small model that the compiled step runs, adapters for it, and runs of an engine with requests of several adapters."""
+
+from adapter_models import make_adapter
+from anabranch.lm import Decoder
+from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.routing import Router, TopK
+from anabranch.serving import Sampling
+from anabranch.serving.core.request import Output, Request
+from anabranch.serving.core.stream import joined
+from anabranch.serving.engine.messages import Add, Refused
+
+DIM, HIDDEN, VOCAB, LAYERS = 64, 96, 257, 2
+SIZES = {
+    "self_attn.q_proj": (DIM, DIM),
+    "self_attn.k_proj": (DIM, DIM // 2),
+    "self_attn.v_proj": (DIM, DIM // 2),
+    "self_attn.o_proj": (DIM, DIM),
+    "mlp.gate_proj": (DIM, HIDDEN),
+    "mlp.up_proj": (DIM, HIDDEN),
+    "mlp.down_proj": (HIDDEN, DIM),
+}
+ATTENTION = tuple(name for name in SIZES if "attn" in name)
+
+
+def make_model(*, is_moe=False, **changes):
+    """Random, of the family llama (a mixture of experts: qwen3_moe), so large in its weights that greedy tokens vary."""
+    feed_forward = SwiGLU.Config(hidden_dim=HIDDEN)
+    if is_moe:
+        router = Router.Config(select=TopK.Config(top_k=2, normalize="sum"))
+        feed_forward = MoE.Config(num_experts=4, hidden_dim=32, router=router)
+    attention = SelfAttention.Config(num_heads=4, num_kv_heads=2, qk_norm="head" if is_moe else "none")
+    config = Decoder.Config(
+        vocab_size=VOCAB, dim=DIM, num_layers=LAYERS, attention=attention, feed_forward=feed_forward, init_std=0.2, max_positions=256,
+    )  # fmt: skip
+    return config.replace(**changes).build(seed=0).eval().requires_grad_(False)
+
+
+def layers_of(words=tuple(SIZES)):
+    """{module: (inputs, outputs)} of all layers' parts."""
+    return {f"model.layers.{layer}.{word}": SIZES[word] for layer in range(LAYERS) for word in words}
+
+
+def make_adapters(root):
+    """Folders by name: of other ranks and layers; ``huge`` is finite, and what it makes is not; ``head`` adapts the head too."""
+    made = {
+        "a": {"layers": layers_of(("self_attn.q_proj", "self_attn.v_proj")), "rank": 4},
+        "b": {"layers": layers_of(), "rank": 6},
+        "c": {"layers": layers_of(ATTENTION), "rank": 2},
+        "huge": {"layers": layers_of(ATTENTION), "rank": 2, "lora_alpha": 1e37},
+        "head": {"layers": {**layers_of(("self_attn.q_proj",)), "lm_head": (DIM, VOCAB)}, "rank": 3},
+    }
+    for name, options in made.items():
+        make_adapter(root / name, options.pop("layers"), seed=name, **options)
+    return {name: str(root / name) for name in made}
+
+
+class Runs:
+    """An engine and its loop, which stays between runs."""
+
+    def __init__(self, engine):
+        self.engine, self.events = engine, []
+        self.loop = engine.loop(self.events.extend)
+        self._count = 0
+
+    def put(self, adapters, prompt, *, max_tokens=8, **more):
+        """Ask for something; its id."""
+        self._count += 1
+        sampling = Sampling(
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, prompt_logprobs=more.pop("scores", 0)
+        )
+        request = Request(id=f"r{self._count}", prompt=tuple(prompt), sampling=sampling, adapters=adapters, **more)
+        self.loop.put(Add(request))
+        return request.id
+
+    def outputs(self):
+        """All that was answered since, by id: an `Output`, or what was refused."""
+        self.loop.run(until_idle=True)
+        found = {}
+        for event in self.events:
+            if isinstance(event, Refused):
+                found[event.id] = event
+            elif isinstance(event, Output):
+                found[event.id] = joined(found[event.id], event) if event.id in found else event
+        self.events.clear()
+        return found
+
+    def __call__(self, asked, **more):
+        """The outputs of requests (adapters, prompt) that are asked at once, in order."""
+        ids = [self.put(adapters, prompt, **more) for adapters, prompt in asked]
+        found = self.outputs()
+        return [found[id] for id in ids]
+
+
+def scores(output):
+    """Log probabilities of prompt and answer."""
+    return [told.logprob for told in (*output.prompt_logprobs, *output.logprobs)]

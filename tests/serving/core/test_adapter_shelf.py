@@ -1,0 +1,209 @@
+"""The shelf of adapters: names, room, and who uses what, with made-up adapters."""
+
+import threading
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anabranch.errors import CapacityError, CheckpointError, InputError
+from anabranch.serving.core.adapter_shelf import AdapterShelf
+from anabranch.serving.core.client import BusyError
+
+
+@dataclass(eq=False)
+class Fake:
+    nbytes: int
+    version: str
+
+
+class Folders:
+    """``SIZE`` or ``SIZE/VERSION`` is a folder of so many bytes; ``gone`` is not there."""
+
+    def __init__(self):
+        self.read = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, folder):
+        assert self.gate.wait(10)
+        self.read.append(folder)
+        if folder == "gone":
+            raise CheckpointError("no adapter at gone")
+        return Fake(int(folder.partition("/")[0]), folder)
+
+
+@pytest.fixture
+def folders():
+    return Folders()
+
+
+@pytest.fixture
+def shelf(folders):
+    made = AdapterShelf(folders, 100)
+    yield made
+    folders.gate.set()
+    made.close()
+
+
+def in_memory(shelf):
+    return {facts["name"] for facts in shelf.facts() if facts["in_memory"]}
+
+
+def begin(shelf, id, *names):
+    """A request with these adapters, once all are read."""
+    future = shelf.lease(id, tuple((name, 1.0) for name in names))
+    if future is not None:
+        future.result(10)
+    return [held.version for held, _ in shelf.held_by(id)]
+
+
+def test_the_least_recently_used_leaves_and_comes_again(shelf, folders):
+    for name in "abc":
+        assert shelf.load(name, f"40/{name}").result(10)["in_memory"]
+    assert in_memory(shelf) == {"b", "c"}
+    assert begin(shelf, "1", "b") == ["40/b"]
+    shelf.release("1")
+    assert begin(shelf, "2", "a") == ["40/a"]  # c was used less recently than b
+    assert in_memory(shelf) == {"a", "b"}
+    assert folders.read == ["40/a", "40/b", "40/c", "40/a"]
+    assert shelf.names == ("a", "b", "c")
+    stats = shelf.stats()
+    assert stats.counters == {"adapter_loads": 4, "adapter_evictions": 2}
+    assert stats.gauges == {"adapters_in_memory": 2, "adapter_resident_bytes": 80}
+
+
+def test_what_is_used_or_pinned_stays(shelf):
+    shelf.load_now("p", "50", is_pinned=True)
+    shelf.load("a", "50/a").result(10)
+    assert begin(shelf, "1", "a") == ["50/a"]
+    with pytest.raises(BusyError, match="'b' takes 50 bytes, and those in use 100 of 100"):
+        shelf.load("b", "50/b").result(10)
+    assert shelf.names == ("p", "a")
+    shelf.register("b", "50/b")
+    with pytest.raises(BusyError):
+        begin(shelf, "2", "b")
+    shelf.release("2")
+    shelf.release("1")
+    assert begin(shelf, "3", "b") == ["50/b"]
+    assert in_memory(shelf) == {"p", "b"}
+    with pytest.raises(
+        CapacityError, match="takes 60 bytes beside 50 of those that are pinned, and adapters may take 100"
+    ):
+        shelf.load("c", "60").result(10)
+    assert in_memory(shelf) == {"p", "b"}
+
+
+def test_one_takes_the_place_of_another(shelf):
+    shelf.load("a", "40/1").result(10)
+    assert begin(shelf, "old", "a") == ["40/1"]
+    shelf.load("a", "40/2").result(10)
+    assert [held.version for held, _ in shelf.held_by("old")] == ["40/1"]
+    assert begin(shelf, "new", "a") == ["40/2"]
+    assert shelf.stats().gauges["adapters_in_memory"] == 2
+    shelf.release("old")
+    assert shelf.stats().gauges == {"adapters_in_memory": 1, "adapter_resident_bytes": 40}
+    shelf.release("new")
+    # Nobody uses the one before, which gives its room.
+    assert shelf.load("a", "100").result(10)["bytes"] == 100
+    with pytest.raises(CheckpointError):
+        shelf.load("a", "gone").result(10)
+    assert begin(shelf, "1", "a") == ["100"]
+
+
+def test_unloading(shelf):
+    shelf.load("a", "40/a").result(10)
+    begin(shelf, "1", "a")
+    assert shelf.remove("a") == {
+        "name": "a", "folder": "40/a", "pinned": False, "in_memory": True, "bytes": 40, "version": "40/a", "requests": 1,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="no adapter 'a'; there is none"):
+        shelf.lease("2", (("a", 1.0),))
+    with pytest.raises(InputError, match="no adapter 'a'"):
+        shelf.remove("a")
+    assert [held.version for held, _ in shelf.held_by("1")] == ["40/a"]
+    shelf.release("1")
+    assert shelf.stats().gauges["adapter_resident_bytes"] == 0
+    shelf.release("1")  # nothing
+    shelf.load_now("p", "1", is_pinned=True)
+    for refused in (
+        lambda: shelf.remove("p"),
+        lambda: shelf.load("p", "2"),
+        lambda: shelf.load_now("p", "2", is_pinned=True),
+    ):
+        with pytest.raises(InputError, match="'p' is"):
+            refused()
+
+
+def test_what_cannot_be_read_leaves_nothing(shelf):
+    with pytest.raises(CheckpointError):
+        shelf.load("a", "gone").result(10)
+    with pytest.raises(InputError, match="name of an adapter"):
+        shelf.load("a+b", "40")
+    with pytest.raises(InputError, match="name of an adapter"):
+        shelf.register("", "40")
+    assert shelf.names == ()
+    shelf.register("a", "gone")
+    with pytest.raises(CheckpointError):
+        begin(shelf, "1", "a")
+    shelf.release("1")
+    assert shelf.facts()[0]["requests"] == 0
+    with pytest.raises(InputError, match="no adapter 'b'; there are 'a'"):
+        shelf.lease("2", (("a", 1.0), ("b", 1.0)))
+    assert shelf.facts()[0]["requests"] == 0
+
+
+def test_reading_holds_nobody_up_and_is_done_once(shelf, folders):
+    shelf.load_now("b", "10/b")
+    folders.gate.clear()
+    shelf.register("a", "10/a")
+    first, second = shelf.lease("1", (("a", 1.0),)), shelf.lease("2", (("a", 0.5), ("b", 2.0)))
+    assert begin(shelf, "3", "b") == ["10/b"]
+    assert not first.done()
+    assert shelf.facts()[0]["requests"] == 2
+    folders.gate.set()
+    first.result(10), second.result(10)
+    assert folders.read == ["10/b", "10/a"]
+    assert [(held.version, weight) for held, weight in shelf.held_by("2")] == [("10/a", 0.5), ("10/b", 2.0)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["load", "begin", "end", "remove"]), st.sampled_from("abcd"), st.integers(1, 60)),
+        max_size=40,
+    )
+)
+def test_no_room_is_ever_overdrawn_and_nobody_loses_an_adapter(steps):
+    shelf, running, versions = AdapterShelf(lambda folder: Fake(int(folder.partition("/")[0]), folder), 100), {}, {}
+    for number, (step, name, size) in enumerate(steps):
+        try:
+            if step == "load":
+                shelf.load_now(name, f"{size}/{number}")
+                versions[name] = f"{size}/{number}"
+            elif step == "remove":
+                shelf.remove(name)
+                del versions[name]
+            elif step == "begin":
+                future = shelf.lease(str(number), ((name, 1.0),))
+                try:
+                    if future is not None:
+                        future.result(10)
+                except BusyError:
+                    shelf.release(str(number))
+                else:
+                    running[str(number)] = versions[name]
+            elif running:
+                id = next(iter(running))
+                shelf.release(id)
+                del running[id]
+        except (InputError, BusyError):
+            pass
+        assert {id: shelf.held_by(id)[0][0].version for id in running} == running
+        assert shelf.stats().gauges["adapter_resident_bytes"] <= 100
+        assert set(shelf.names) == set(versions)
+    for id in running:
+        shelf.release(id)
+    assert all(facts["requests"] == 0 for facts in shelf.facts())
+    shelf.close()

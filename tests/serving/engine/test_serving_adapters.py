@@ -1,0 +1,322 @@
+"""Adapters in an engine: each request its own, exactly as alone, whoever is beside; and as the model that has the adapter put on."""
+
+import copy
+import functools
+import threading
+
+import pytest
+import torch
+
+from adapter_models import drawn, make_adapter, stacked
+from anabranch.adapters import load_peft, load_pool, rows_for
+from anabranch.errors import CapacityError, CheckpointError, ConfigError
+from anabranch.nn.quantize import quantize
+from anabranch.serving import LLM, Sampling
+from anabranch.serving.adapters import AdaptersConfig
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.request import Finish
+from anabranch.serving.engine import ModelRunner
+from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.messages import Control, Refused, Reply
+from served_adapters import ATTENTION, DIM, VOCAB, Runs, layers_of, make_adapters, make_model, scores
+
+PROMPTS = [
+    tuple((7 * at + 31 * number) % VOCAB for at in range(length))
+    for number, length in enumerate((21, 5, 40, 33, 2, 18, 9))
+]
+ASKED = [None, "a", "b", (("a", 0.5), ("b", 0.5)), {"a": 0.7, "c": -0.3}, "c", None]
+SMALL = {"num_blocks": 200, "block_tokens": 4, "max_batched_tokens": 24, "long_prefill_chunk": 9, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@functools.cache
+def model_of(kind):
+    model = make_model(is_moe=kind == "moe", tie_embeddings=kind == "tied")
+    if kind == "int8":
+        quantize(model, 8)
+    return model
+
+
+def engine_of(kind, folders, names=("a", "b", "c"), *, engine=None, **options):
+    config = ServingConfig(
+        **{**SMALL, **options}, adapters=AdaptersConfig(load=tuple(f"{name}={folders[name]}" for name in names))
+    )
+    more = {} if kind != "modules" else {"make_runner": functools.partial(ModelRunner, use_kernel=False)}
+    return Runs(Engine.of(copy.deepcopy(model_of(kind)), config, **more, **(engine or {})))
+
+
+def parts_of(kind, folders, tmp_path):
+    """Adapters that a kind of model has places for."""
+    if kind != "moe":
+        return folders
+    made = {}
+    for name, words in (("a", ATTENTION[:2]), ("b", ATTENTION), ("c", ATTENTION[2:])):
+        make_adapter(tmp_path / name, layers_of(words), seed=name, rank=3)
+        made[name] = str(tmp_path / name)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["compiled", "modules", "int8", "moe", "tied"])
+def test_a_row_of_a_mixed_batch_is_as_alone(kind, folders, tmp_path):
+    folders = parts_of(kind, folders, tmp_path)
+    runs = engine_of(kind, folders)
+    assert (runs.engine.runner.fast is None) == (kind == "modules")
+    together = runs(zip(ASKED, PROMPTS, strict=True))
+    assert len({output.tokens for output in together}) == len(together)
+    for adapters, prompt, output in zip(ASKED, PROMPTS, together, strict=True):
+        [alone] = engine_of(kind, folders)([(adapters, prompt)])
+        assert output.tokens == alone.tokens
+        assert scores(output) == pytest.approx(scores(alone), abs=1e-5)
+        assert output.finish is Finish.LENGTH
+    assert all(facts["requests"] == 0 for facts in runs.engine.adapters.shelf.facts())
+
+
+@pytest.mark.parametrize("kind", ["compiled", "modules"])
+def test_it_is_the_model_with_the_adapter_put_on(kind, folders):
+    runs = engine_of(kind, folders, ("a", "b", "c", "head"))
+    for name in ("a", "b", "c", "head"):
+        model = load_peft(folders[name], copy.deepcopy(model_of(kind)))
+        wanted = model(torch.tensor([PROMPTS[2]])).logits_BLV.log_softmax(-1)[0]
+        [output] = runs([(name, PROMPTS[2])], max_tokens=1)
+        found = [told.logprob for told in output.prompt_logprobs]
+        assert found == pytest.approx([float(wanted[at, token]) for at, token in enumerate(PROMPTS[2][1:])], abs=2e-5)
+        assert output.tokens == (int(wanted[-1].argmax()),)
+    pool = load_pool({name: folders[name] for name in "abc"}, copy.deepcopy(model_of(kind)))
+    row = {"a": 0.7, "c": -0.3}
+    wanted = pool(torch.tensor([PROMPTS[3]]), state=rows_for(pool, [row], len(PROMPTS[3]))).logits_BLV.log_softmax(-1)[
+        0
+    ]
+    [output] = runs([(row, PROMPTS[3])], max_tokens=1)
+    found = [told.logprob for told in output.prompt_logprobs]
+    assert found == pytest.approx([float(wanted[at, token]) for at, token in enumerate(PROMPTS[3][1:])], abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["compiled", "modules"])
+def test_the_base_is_to_the_bit_as_if_there_were_no_adapters(kind, folders):
+    plain, with_some = engine_of(kind, folders, ()), engine_of(kind, folders)
+    asked = [(None, prompt) for prompt in PROMPTS]
+    wanted = plain(asked)
+    assert [scores(output) for output in with_some(asked)] == [scores(output) for output in wanted]
+    # Nor do those beside change what the base's rows are.
+    [alone] = plain([(None, PROMPTS[1])])
+    beside = with_some([(None, PROMPTS[1]), ("a", PROMPTS[2]), ("b", PROMPTS[3])])
+    assert scores(beside[0]) == scores(alone)
+
+
+def test_the_model_itself_is_left_as_it_is(folders):
+    runs = engine_of("modules", folders)
+    names = [name for name, _ in runs.engine.runner.model.named_modules()]
+    runs([("a", PROMPTS[0])])
+    assert [name for name, _ in runs.engine.runner.model.named_modules()] == names
+    assert runs.engine.runner.model.config.linears == {}
+
+
+@pytest.mark.parametrize("kind", ["compiled", "modules"])
+def test_a_hostile_neighbour_harms_itself_alone(kind, folders):
+    runs = engine_of(kind, folders, ("a", "b", "huge"))
+    asked = [
+        (None, PROMPTS[0]),
+        ("huge", PROMPTS[1]),
+        ("a", PROMPTS[2]),
+        ({"a": 1.0, "huge": 1000.0}, PROMPTS[3]),
+        ("b", PROMPTS[5]),
+    ]
+    outputs = runs(asked)
+    for number in (1, 3):
+        assert outputs[number].finish is Finish.ERROR
+        assert not outputs[number].engine_failed
+    for number in (0, 2, 4):
+        [alone] = engine_of(kind, folders, ("a", "b"))([asked[number]])
+        assert outputs[number].tokens == alone.tokens
+        assert scores(outputs[number]) == pytest.approx(scores(alone), abs=1e-5)
+    # What it left in the cache is nobody's.
+    assert runs([(None, PROMPTS[1])])[0].tokens == engine_of(kind, folders, ())([(None, PROMPTS[1])])[0].tokens
+
+
+def test_deterministic_rows_are_to_the_bit_as_alone(folders):
+    runs = engine_of("modules", folders, deterministic=True)
+    together = runs(zip(ASKED, PROMPTS, strict=True))
+    for adapters, prompt, output in zip(ASKED, PROMPTS, together, strict=True):
+        [alone] = runs([(adapters, prompt)])
+        assert scores(output) == scores(alone)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_blocks": 30, "max_seqs": 4},
+        {"prompt_lookup": 4},
+        {"scheduling": "async"},
+        {"scheduling": "async", "nano_batches": True},
+        {"host_kv": "1MiB", "num_blocks": 30},
+    ],
+    ids=["scarce", "drafts", "async", "nano", "host"],
+)
+def test_however_steps_are_formed(options, folders):
+    asked = list(zip(ASKED, [*PROMPTS[:2], (9, 8, 7) * 8, *PROMPTS[3:]], strict=True))
+    wanted = engine_of("compiled", folders)(asked, max_tokens=24)
+    found = engine_of("compiled", folders, **options)(asked, max_tokens=24)
+    assert [output.tokens for output in found] == [output.tokens for output in wanted]
+
+
+def test_the_prefix_cache_knows_numbers_not_names(folders, tmp_path):
+    runs = engine_of("compiled", folders)
+    shelf, prompt = runs.engine.adapters.shelf, PROMPTS[2]
+    more = {"scores": None}
+    first = {str(adapters): runs([(adapters, prompt)], **more)[0] for adapters in ASKED}
+    assert first["None"].cached_tokens > 0  # the second of two bases
+    assert [first[str(adapters)].cached_tokens for adapters in ASKED[1:-1]] == [0] * 5
+    for adapters in ASKED:
+        again = runs([(adapters, prompt)], **more)[0]
+        assert again.cached_tokens == 36
+        assert again.tokens == first[str(adapters)].tokens
+    # Another order, and another name of the same numbers.
+    assert runs([({"c": -0.3, "a": 0.7}, prompt)], **more)[0].cached_tokens == 36
+    assert runs([({"c": -0.3, "a": 0.71}, prompt)], **more)[0].cached_tokens == 0
+    shelf.load_now("also", folders["a"])
+    assert runs([("also", prompt)], **more)[0].cached_tokens == 36
+    # Others under the same name; then those of before again.
+    shelf.load_now("also", folders["b"])
+    output = runs([("also", prompt)], **more)[0]
+    assert output.tokens == first["b"].tokens
+    make_adapter(tmp_path / "other", layers_of(), seed="other", rank=6)
+    shelf.load_now("also", str(tmp_path / "other"))
+    output = runs([("also", prompt)], **more)[0]
+    assert output.cached_tokens == 0
+    assert output.tokens != first["b"].tokens
+    # A weight of zero is the base.
+    assert runs([({"a": 0.0}, prompt)], **more)[0].cached_tokens == 36
+
+
+def test_a_request_ends_with_the_adapter_that_it_began_with(folders):
+    runs = engine_of("compiled", folders, ())
+    shelf = runs.engine.adapters.shelf
+    shelf.load_now("x", folders["a"])
+    [alone] = runs([("x", PROMPTS[0])], max_tokens=20)
+    id = runs.put("x", PROMPTS[0], max_tokens=20)
+    for _ in range(5):
+        runs.loop._turn()
+    runs.loop.put(Control(1, "remove_adapter", {"name": "x"}))
+    other = runs.put("x", PROMPTS[0])
+    found = runs.outputs()
+    assert found[id].tokens == alone.tokens
+    assert isinstance(found[other], Refused)
+    assert "no adapter 'x'" in found[other].error
+    assert shelf.stats().gauges["adapter_resident_bytes"] == 0
+
+
+def test_a_load_holds_no_step_up(folders):
+    runs = engine_of("compiled", folders, ())
+    shelf, gate, read = runs.engine.adapters.shelf, threading.Event(), runs.engine.adapters.shelf._read
+
+    def slow(folder):
+        assert gate.wait(20)
+        return read(folder)
+
+    shelf._read = slow
+    runs.loop.put(Control(1, "load_adapter", {"name": "x", "folder": folders["a"]}))
+    runs.loop.put(Control(2, "load_adapter", {"name": "y", "folder": "nowhere"}))
+    assert len(runs([(None, PROMPTS[0])])[0].tokens) == 8
+    gate.set()
+    replies = {}
+    while len(replies) < 2:
+        runs.loop._turn()
+        replies |= {event.number: event for event in runs.events if isinstance(event, Reply)}
+        runs.events.clear()
+    assert replies[1].value["in_memory"]
+    assert isinstance(replies[2].error, CheckpointError)
+    assert runs([("x", PROMPTS[0])])[0].tokens == engine_of("compiled", folders)([("a", PROMPTS[0])])[0].tokens
+
+
+def test_adapters_come_from_their_folders_as_they_are_asked_for(folders):
+    size = engine_of("compiled", folders, ("c",)).engine.adapters.shelf.facts()[0]["bytes"]
+    runs = Runs(
+        Engine.of(
+            copy.deepcopy(model_of("compiled")), ServingConfig(**SMALL, adapters=AdaptersConfig(memory=f"{size}B"))
+        )
+    )
+    shelf = runs.engine.adapters.shelf
+    assert size >= shelf.most_bytes
+    shelf.register("c", folders["c"])
+    shelf.register("d", folders["c"])
+    shelf.register("b", folders["b"])
+    wanted = engine_of("compiled", folders)([("c", PROMPTS[0])])[0].tokens
+    for name in ("c", "d", "c"):
+        assert runs([(name, PROMPTS[0])])[0].tokens == wanted
+    assert shelf.stats().counters == {"adapter_loads": 3, "adapter_evictions": 2}
+    # Two at a time have no room; the first to come has it.
+    outputs = runs([("c", PROMPTS[0]), ("d", PROMPTS[1]), ("b", PROMPTS[2]), ("none", PROMPTS[2])])
+    assert outputs[0].tokens == wanted
+    assert outputs[1].is_busy
+    assert "takes" in outputs[1].error
+    assert not outputs[2].is_busy
+    assert not outputs[3].is_busy
+    assert runs([("d", PROMPTS[0])])[0].tokens == wanted
+
+
+def test_texts_as_vectors(folders):
+    runs = engine_of("compiled", folders)
+    sampling = {"max_tokens": 0, "scores": None}
+    for pooling in ("last", "mean"):
+        base, a, b = runs([(name, PROMPTS[0]) for name in (None, "a", "b")], pooling=pooling, **sampling)
+        [alone] = engine_of("compiled", folders)([("a", PROMPTS[0])], pooling=pooling, **sampling)
+        assert a.embedding == pytest.approx(alone.embedding, abs=1e-5)
+        assert len({base.embedding, a.embedding, b.embedding}) == 3
+
+
+def test_in_python(folders):
+    llm = LLM(copy.deepcopy(model_of("compiled")), **SMALL, adapters=AdaptersConfig(load=(f"a={folders['a']}",)))
+    greedy = Sampling(temperature=0, max_tokens=6, ignore_eos=True)
+    tokens = {
+        str(adapters): llm.generate([PROMPTS[0]], greedy, adapters=adapters)[0].tokens
+        for adapters in (None, "a", {"a": 0.5})
+    }
+    assert len(set(tokens.values())) == 3
+    assert llm.engine.info.adapters == ("a",)
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "what"),
+    [
+        (lambda folder: None, CheckpointError, "no adapter at"),
+        (
+            lambda folder: make_adapter(folder, {"model.layers.0.self_attn.q_proj": (DIM, DIM + 1)}),
+            CheckpointError,
+            "inputs",
+        ),
+        (
+            lambda folder: make_adapter(folder, layers_of(), extra={"lm_head.weight": drawn("h", (VOCAB, DIM))}),
+            ConfigError,
+            "whole",
+        ),
+        (lambda folder: make_adapter(folder, layers_of(), lora_alpha=1e300), CheckpointError, "too much for float32"),
+    ],
+    ids=["none", "widths", "whole", "scale"],
+)
+def test_what_cannot_be_served_is_refused_when_the_engine_starts(make, error, what, tmp_path):
+    make(tmp_path / "x")
+    with pytest.raises(error, match=what):
+        engine_of("compiled", {"x": str(tmp_path / "x")}, ("x",))
+
+
+def test_adapters_of_experts_are_refused_by_name(tmp_path):
+    name = "model.layers.0.mlp.experts.1.up_proj"
+    make_adapter(tmp_path / "one", {name: (DIM, 32)}, target_modules=[name])
+    tensors = stacked([0, 1], dim=DIM, hidden=32)
+    make_adapter(
+        tmp_path / "all", {}, extra=tensors, rank=3, target_modules=[], target_parameters=["gate_up_proj", "down_proj"]
+    )
+    for folder in ("one", "all"):
+        with pytest.raises(ConfigError, match="adapts experts"):
+            engine_of("moe", {"x": str(tmp_path / folder)}, ("x",))
+
+
+def test_adapters_that_never_fit(folders):
+    config = ServingConfig(**SMALL, adapters=AdaptersConfig(load=(f"a={folders['a']}",), memory="1KiB"))
+    with pytest.raises(CapacityError, match=r"engine\.adapters\.memory"):
+        Engine.of(copy.deepcopy(model_of("compiled")), config)
