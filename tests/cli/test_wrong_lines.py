@@ -134,6 +134,14 @@ serve trained --port 99999999
 serve trained --memory many
 serve trained --memory 1MiB
 serve trained --memory 2GiB --devices 2
+serve trained --adapter text
+serve trained --adapter a=nowhere
+serve trained --adapter a+b=nowhere
+serve trained --adapter a=text --adapter a=text
+serve trained --adapter trained=text
+serve trained --adapter a=nowhere --devices 2
+serve trained --adapter-root nowhere
+serve trained --adapter-memory many
 serve no.gguf
 graph info deep.json
 graph info nan.csv
