@@ -326,6 +326,7 @@ def test_configs_that_cannot_be(tmp_path, root):
         ({"engine.adapters.load": (f"a={root / 'a'}",), "devices": 2}, "engine.adapters is for one engine"),
         ({"http.adapter_root": str(root), "devices": 2}, "adapter_root is for one engine"),
         ({"engine.adapters.load": (f"a={root / 'a'}",), "engine.memory": "2GiB"}, "does not count adapters"),
+        ({"http.adapter_root": str(root), "engine.memory": "2GiB"}, "does not count adapters"),
     ):
         with pytest.raises(ConfigError, match=what):
             override(ServeConfig(engine=ServingConfig(model=str(tmp_path / "demo"))), config).check_model()

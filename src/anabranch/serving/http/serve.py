@@ -157,6 +157,11 @@ class ServeConfig(Config):
         root = self.http.adapter_root
         if root is not None and not Path(root).is_dir():
             raise ConfigError(f"http.adapter_root is {root!r}, which is no folder")
+        if root is not None and self.engine.memory is not None:
+            raise ConfigError(
+                f"engine.memory is {self.engine.memory}, which is for everything, and does not count adapters; leave it or "
+                "http.adapter_root out"
+            )
         if root is not None and self.devices is not None:
             raise ConfigError(
                 f"devices is {self.devices}, but http.adapter_root is for one engine; leave one of them out"
