@@ -46,7 +46,7 @@ def make_adapters(root):
         "a": {"layers": layers_of(("self_attn.q_proj", "self_attn.v_proj")), "rank": 4},
         "b": {"layers": layers_of(), "rank": 6},
         "c": {"layers": layers_of(ATTENTION), "rank": 2},
-        "huge": {"layers": layers_of(ATTENTION), "rank": 2, "lora_alpha": 1e37},
+        "huge": {"layers": layers_of(ATTENTION), "rank": 2, "lora_alpha": 9e29},
         "head": {"layers": {**layers_of(("self_attn.q_proj",)), "lm_head": (DIM, VOCAB)}, "rank": 3},
     }
     for name, options in made.items():

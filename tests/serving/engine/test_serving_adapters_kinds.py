@@ -56,7 +56,7 @@ def test_experts_with_a_budget(mixture, more):
     model, adapter = mixture
     options = {**SMALL, **more, "adapters": AdaptersConfig(load=(f"a={adapter}",))}
     prompts, found = [PROMPT, OTHER], []
-    for budget in (None, "40KiB"):
+    for budget in (None, "72KiB"):
         llm = LLM(model, **options, expert_budget=budget)
         found.append([answer.tokens for name in (None, "a") for answer in llm.generate(prompts, GREEDY, adapters=name)])
         runs = Runs(llm.engine)

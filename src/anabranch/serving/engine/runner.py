@@ -301,11 +301,20 @@ class ModelRunner:
 
     def _head_of(self, x_RD: Tensor, first: int, *, ids: Sequence[str] | None) -> Tensor:
         """`_head`, with what adapters add to it; ``ids`` are the requests of all rows, None where none has adapters."""
-        logits_RV = self._head(x_RD, first)
         adapters = self._adapted()
         if ids is None or adapters is None:
-            return logits_RV
-        return adapters.add_to_head(logits_RV, x_RD, ids[first : first + len(x_RD)])
+            return self._head(x_RD, first)
+        ids = ids[first : first + len(x_RD)]
+        groups = [[row for row, id in enumerate(ids) if adapters.is_of(id) == is_own] for is_own in (False, True)]
+        if self._compiled() is not None or takes_context(self.model.head) or not all(groups):
+            # Rows are computed apart by itself, or there is nothing to be apart from.
+            logits_RV = self._head(x_RD, first)
+        else:
+            made = [self._head(x_RD[rows]) for rows in groups]
+            logits_RV = made[0].new_empty(len(ids), made[0].shape[-1])
+            for rows, made_MV in zip(groups, made, strict=True):
+                logits_RV[rows] = made_MV
+        return adapters.add_to_head(logits_RV, x_RD, ids)
 
     def _adapted(self) -> ServedAdapters | None:
         """The adapters, where requests under way use some."""
@@ -367,7 +376,7 @@ class ModelRunner:
         own = self._variants.get(chunk.id, self._usual)
         if self._overrides is not None:
             own = self._overrides.variant_of(chunk.id, own)
-        return own if self.adapters is None or not self.adapters.has(chunk) else replace(own, is_adapted=True)
+        return own if self.adapters is None or not self.adapters.is_of(chunk.id) else replace(own, is_adapted=True)
 
     def check_variant(self, num_streams: int | None, path: Sequence[int] | None) -> None:
         """Raise ConfigError for streams or a path that no request can have; None is the usual."""

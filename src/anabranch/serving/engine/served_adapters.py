@@ -68,12 +68,12 @@ class ServedAdapters:
 
     @property
     def controls(self) -> dict[str, Callable[..., Any]]:
-        """Commands of an operator's."""
+        """Commands of an operator's; they call an adapter's name ``adapter``, as a command has a name too."""
         return {
             "adapters": self.shelf.facts,
-            "load_adapter": self.shelf.load,
-            "register_adapter": self.shelf.register,
-            "remove_adapter": self.shelf.remove,
+            "load_adapter": lambda adapter, folder: self.shelf.load(adapter, folder),
+            "register_adapter": lambda adapter, folder: self.shelf.register(adapter, folder),
+            "remove_adapter": lambda adapter: self.shelf.remove(adapter),
         }
 
     def prepare(self, request: Request) -> "Future[None] | None":
@@ -113,9 +113,9 @@ class ServedAdapters:
         """Whether any request that the runner has uses adapters."""
         return bool(self._mixed)
 
-    def has(self, chunk: Chunk) -> bool:
-        """Whether the chunk's request uses adapters."""
-        return chunk.id in self._mixed
+    def is_of(self, id: str) -> bool:
+        """Whether a request uses adapters."""
+        return id in self._mixed
 
     def of_pass(self, chunks: Sequence[Chunk]) -> PassAdapters:
         """The adapters of a forward pass of these chunks."""

@@ -43,7 +43,7 @@ class AdapterNames:
         """An engine has been started: tell it of those that its predecessor was told of."""
         self.is_there, self.pinned = info.adapters is not None, info.adapters or ()
         for name, folder in self.folders.items():
-            await engine.control("register_adapter", name=name, folder=folder)
+            await engine.control("register_adapter", adapter=name, folder=folder)
 
 
 def chosen(body: Mapping[str, Any], bases: Sequence[str], known: AdapterNames, *, is_needed: bool = True) -> Mixture:

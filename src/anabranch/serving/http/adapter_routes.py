@@ -79,7 +79,7 @@ class AdapterRoutes:
             raise _pinned(name)
         folder = folder_below(self._frontend.config, body.get("folder"))
         context.let_go()
-        facts = await self._control("load_adapter", name=name, folder=str(folder))
+        facts = await self._control("load_adapter", adapter=name, folder=str(folder))
         self._names.folders[name] = str(folder)
         return self._shown(facts)
 
@@ -90,7 +90,7 @@ class AdapterRoutes:
             raise _unknown(name)
         # From now on nobody is given it, whatever the engine is doing.
         del self._names.folders[name]
-        return {**self._shown(await self._control("remove_adapter", name=name)), "deleted": True}
+        return {**self._shown(await self._control("remove_adapter", adapter=name)), "deleted": True}
 
     async def _control(self, command: str, **arguments: Any) -> Any:
         """Raises ApiError for what cannot be loaded."""
