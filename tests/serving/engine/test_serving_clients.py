@@ -201,7 +201,7 @@ def test_controls(config, prompts):
     async def body(engine):
         await all_of(engine, prompts)
         assert await engine.control("reset_prefix_cache") > 0
-        with pytest.raises(InputError, match="no control 'scale'; known: adapters, .*, reset_prefix_cache"):
+        with pytest.raises(InputError, match=r"no control 'scale'; known: adapters, .*, reset_prefix_cache"):
             await engine.control("scale", devices=2)
 
     running(in_thread(config), body)
