@@ -230,6 +230,7 @@ class EngineLoop:
                 self._control(command)
             case Answered(number, future):
                 self._emit([_reply(number, future.result)])
+                self._is_idle_told = False
             case Close(drain_s):
                 self._closing_at = time.monotonic() + drain_s
 
@@ -311,6 +312,8 @@ class EngineLoop:
             reply.value.add_done_callback(lambda future: self.put(Answered(number, future)))
         else:
             self._emit([reply])
+        # An engine that has nothing to do is another one now, and says so.
+        self._is_idle_told = self._is_idle_told and command.name == PING
 
     def _answer(self, command: Control) -> Reply:
         if command.name == PING:
