@@ -54,6 +54,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "chat x": "lm",
     "report x --out x": "lm,plots",
     "experts fit-predictor x x": "lm",
+    "adapt x y --out z": "lm",
     "adapters card x": "lm",
     "adapters merge x --out y": "lm",
     "convert x y --to native": "lm",

@@ -68,6 +68,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "low_rank": "anabranch.adapters:LowRank",
         "routed_low_rank": "anabranch.adapters:RoutedLowRank",
         "mixed_low_rank": "anabranch.adapters:MixedLowRank",
+        "multi_head_routed": "anabranch.adapters.mhr:MultiHeadRouted",
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",
@@ -161,6 +162,12 @@ BUILTIN: dict[str, dict[str, str]] = {
         "text": "anabranch.train.language_model:TextTask",
         "labelled_routes": "anabranch.depth.duo_llm:LabelledRoutes",
         "lora_mixer": "anabranch.adapters:MixtureTask",
+        "adapt": "anabranch.adapters.adapt:AdaptTask",
+    },
+    "adapter_method": {
+        "lora": "anabranch.adapters.adapt.lora:Lora",
+        "mhr": "anabranch.adapters.mhr.method:Mhr",
+        "poly": "anabranch.adapters.mhr.method:Poly",
     },
 }
 

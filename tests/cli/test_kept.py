@@ -76,6 +76,11 @@ COMMANDS = {
         {"model": "m/config.json", "data": "r.npz"},
         {"OUT": "o.npz", "SAVE_ROUTES": "s.npz"},
     ),
+    "adapt": (
+        "{model} {data} --eval-data {evaluation} --from {source} --method mhr --out {OUT}",
+        {"model": "m/config.json", "data": "m/r.jsonl", "evaluation": "m/e.jsonl", "source": "m/adapter.json"},
+        {"OUT": "m"},
+    ),
     "adapters merge": ("{adapters} --out {OUT}", {"adapters": "a/adapter_config.json"}, {"OUT": "a"}),
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),

@@ -112,6 +112,20 @@ convert no.gguf z --to native
 convert trained z --to native --quantize int4 --group {HUGE}
 convert trained /dev/null --to native
 eval trained --adapter text
+eval trained --adapter text --task x
+adapt trained text --out z
+adapt trained no.jsonl --out z
+adapt trained deep.jsonl --out z
+adapt trained cut.txt.gz --out z
+adapt no.gguf text/alpha/0.py --out z
+adapt trained deep.jsonl --out z --method lorra
+adapt trained deep.jsonl --out z --learning-rate nan
+adapt trained deep.jsonl --out z --steps {HUGE}
+adapt trained deep.jsonl --out z --rank {HUGE}
+adapt trained deep.jsonl --out z --seed {HUGE}
+adapt trained deep.jsonl --out z --mode z
+adapt trained deep.jsonl --out z --from text
+adapt --out trained --resume
 adapters card trained
 adapters merge trained --out z
 adapters merge text deep.json --weights nan,1 --out z

@@ -1,9 +1,11 @@
 """``anabranch eval``: how well a model predicts text."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
 import typer
 
+from anabranch.bounds import shown
 from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Model, Quantize, Quiet, Streams, parts
 from anabranch.cli.output import fact, print_json, quantity, say, table
 from anabranch.errors import ConfigError
@@ -37,7 +39,12 @@ def evaluate(
     ] = False,
     adapter: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Put a LoRA adapter onto the model first: a folder that peft saved."),
+        typer.Option(
+            metavar="DIR", help="Put an adapter onto the model first: a folder that peft or anabranch adapt saved."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of an adapter that routes by task, the task of the text.")
     ] = None,
     streams: Streams = None,
     quantize: Quantize = None,
@@ -53,13 +60,16 @@ def evaluate(
     """
     require("lm", by="anabranch eval")
     from anabranch.adapters import load_peft
+    from anabranch.adapters.own_folder import is_own, read_own
     from anabranch.cli.corpora import Tracked, default_length, run_of, say_defaults, windows_of
     from anabranch.lm.on_path import OnPath
     from anabranch.train import evaluate as measure
 
     with parts(model, dtype, device, quantize, expert_budget) as (network, tokenizer):
         if adapter is not None:
-            load_peft(adapter, network)
+            put = read_own if is_own(adapter) else load_peft
+            put(adapter, network)
+        told = _task_of(network, task)
         used = network.streams_of(streams)[0]
         run = run_of(model)
         length = sequence_length or default_length(run, network.config.max_positions)
@@ -70,7 +80,8 @@ def evaluate(
         measured = OnPath(
             network, None if path is None else read_path(path), chunk=PIECE if cached else None, num_streams=streams
         )
-        result = measure(measured, Tracked(windows, quiet))
+        with told:
+            result = measure(measured, Tracked(windows, quiet))
     if as_json:
         how: dict[str, Any] = {
             "path": None if measured.path is None else list(measured.path),
@@ -78,12 +89,13 @@ def evaluate(
             "streams": used,
         }
         how |= {} if adapter is None else {"adapter": adapter}
+        how |= {} if task is None else {"task": task}
         print_json({**result.to_dict(), "model": model, "data": name, "sequence_length": length, **how})
         return
     counts = network.config.count(length)
     fact("model", f"{model}   {quantity(counts.parameters)} parameters, {quantity(counts.active)} active")
     if adapter is not None:
-        fact("adapter", adapter)
+        fact("adapter", adapter if task is None else f"{adapter}   task {task}")
     if measured.path is not None:
         fact("path", ", ".join(map(str, measured.path)))
     if streams is not None:
@@ -99,6 +111,19 @@ def evaluate(
             for part, found in rows
         ],
     )
+
+
+def _task_of(network: Any, task: str | None) -> AbstractContextManager[None]:
+    """The block in which the text is of ``task``. Raises ConfigError where a task is needed and not given, or the other way round."""
+    from anabranch.adapters.tasks import on_tasks, task_names
+
+    routes = any(getattr(module, "routes_by_task", False) for module in network.modules())
+    if routes and task is None:
+        names = task_names(network)
+        raise ConfigError(f"the model routes by task; name the text's with --task, one of {shown(list(names))}")
+    if task is not None and not routes:
+        raise ConfigError(f"--task is {task!r}, and the model does not route by task; leave it out")
+    return nullcontext() if task is None else on_tasks(network, task)
 
 
 def read_path(text: str) -> list[int]:

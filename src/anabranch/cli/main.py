@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from anabranch import __version__
+from anabranch.cli.adapt import adapt
 from anabranch.cli.adapters import app as adapters
 from anabranch.cli.boundary import debug_wanted, guarded
 from anabranch.cli.chat import chat
@@ -68,6 +69,7 @@ def _root(
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
+    "adapt": adapt,
     "compare": compare,
     "eval": evaluate,
     "generate": generate,

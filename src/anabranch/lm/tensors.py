@@ -10,7 +10,9 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +52,8 @@ _MOST_PACKED = 16
 # Bytes that devices read whole.
 BLOCK = 4096
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Whether parameters have numbers although the model around them is built empty, see `with_memory`.
+_IS_KEPT: ContextVar[bool] = ContextVar("is_kept", default=False)
 
 
 @dataclass(frozen=True)
@@ -357,6 +361,16 @@ def state_once(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in first.values()}
 
 
+@contextmanager
+def with_memory() -> Iterator[None]:
+    """Inside `build_empty`, modules that are made in this block have parameters with numbers."""
+    before = _IS_KEPT.set(True)
+    try:
+        yield
+    finally:
+        _IS_KEPT.reset(before)
+
+
 def build_empty(config: Config) -> Any:
     """``config.build()`` with parameters that take no memory (on the meta device) and buffers as they should be."""
 
@@ -364,7 +378,7 @@ def build_empty(config: Config) -> Any:
 
     def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         # The hook sees the parameters of the whole process.
-        if parameter is None or parameter.is_meta or threading.get_ident() != builder:
+        if parameter is None or parameter.is_meta or threading.get_ident() != builder or _IS_KEPT.get():
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 

@@ -1,6 +1,7 @@
 """AdamW over the right groups of parameters, and its state as named tensors."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +12,47 @@ from anabranch.routing import Router
 from anabranch.train.config import TrainConfig
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, fused. Decays matrices and stacks of them; the config says whether routers and the embedding are among them."""
+@dataclass(frozen=True)
+class Speed:
+    """How a parameter learns, where not as all others.
+
+    Attributes:
+        factor: times the learning rate.
+        weight_decay: its own; None as the config says.
+    """
+
+    factor: float = 1.0
+    weight_decay: float | None = None
+
+
+# In a group of the optimizer: times the learning rate.
+FACTOR = "factor"
+
+
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, speed: Callable[[str, nn.Parameter], Speed | None] | None = None
+) -> torch.optim.AdamW:
+    """AdamW, fused. Decays matrices and stacks of them; the config says whether routers and the embedding are among them.
+
+    ``speed`` says of a parameter by its name whether it learns otherwise. The groups carry the factor of their learning rate as
+    ``factor``, and whoever sets rates multiplies by it.
+    """
     spared = {id(parameter) for parameter in _spared(model, config)}
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    # In this order, so that a run without speeds has the groups that it always had.
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, config.weight_decay): []}
+    groups.setdefault((1.0, 0.0), [])
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (rest if parameter.dim() < 2 or id(parameter) in spared else decayed).append(parameter)
-    groups = [
-        {"params": alike, "weight_decay": decay}
-        for parameters, decay in ((decayed, config.weight_decay), (rest, 0.0))
+            own = (speed(name, parameter) if speed is not None else None) or Speed()
+            decay = 0.0 if parameter.dim() < 2 or id(parameter) in spared else config.weight_decay
+            decay = decay if own.weight_decay is None else own.weight_decay
+            groups.setdefault((own.factor, decay), []).append(parameter)
+    made = [
+        {"params": alike, "weight_decay": decay, "lr": config.learning_rate * factor, FACTOR: factor}
+        for (factor, decay), parameters in groups.items()
         for alike in by_layout(parameters)
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(made, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _spared(model: nn.Module, config: TrainConfig) -> Iterable[nn.Parameter]:

@@ -13,7 +13,7 @@ from anabranch.errors import ConfigError
 from anabranch.routing import discard_loads
 from anabranch.train.evaluate import autocast
 from anabranch.train.hooks import StepHooks
-from anabranch.train.optimizer import by_layout, full_tensor
+from anabranch.train.optimizer import FACTOR, by_layout, full_tensor
 from anabranch.train.parallel import Workers
 from anabranch.train.task import Losses, Stream, Task, TaskContext, moved
 
@@ -125,7 +125,7 @@ class Stepper:
             for alike in by_layout(self.parameters):
                 torch.nn.utils.clip_grads_with_norm_(alike, clip, torch.tensor(norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            group["lr"] = self.learning_rate(step) * group.get(FACTOR, 1.0)
         self.optimizer.step()
 
     def learning_rate(self, step: int) -> float:

@@ -32,6 +32,7 @@ from anabranch.lm.tensors import Piece, open_tensors, overwrite, state_once
 
 if TYPE_CHECKING:
     from anabranch.train.config import TrainConfig
+    from anabranch.train.optimizer import Speed
 
 __all__ = ["Losses", "Stream", "Task", "TaskContext", "moved"]
 
@@ -158,6 +159,10 @@ class Task(Part, family="task"):
     def learns(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether the parameter of this name learns; the others stay as they are. Default: as ``requires_grad`` says."""
         return parameter.requires_grad
+
+    def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
+        """How a parameter learns, where not at the run's learning rate and weight decay. Default: None, as all others."""
+        return None
 
     def sharded_parts(self, model: nn.Module) -> Iterable[nn.Module]:
         """What is gathered on its own where weights are in shards (``parallel="fsdp"``). Default: nothing, the model is one unit."""

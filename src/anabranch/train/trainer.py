@@ -89,7 +89,7 @@ class Trainer(Generic[R]):
         wrapped = self.workers.wrap(self.model, self.task.sharded_parts(self.model))
         self._meter = LoadMeter(self.model)
         self._idle = IdleWatch(config.train.steps)
-        self.optimizer = make_optimizer(self.model, config.train)
+        self.optimizer = make_optimizer(self.model, config.train, self.task.speed)
         self._hooks = StepHooks(self.model, config.train.steps, [self.task])
         self._stepper = Stepper(
             self.task, self.model, wrapped, self.optimizer, self.workers, self._hooks, self._context

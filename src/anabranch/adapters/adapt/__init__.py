@@ -1,0 +1,12 @@
+"""Adapting a frozen model to tasks: methods by name, one task of the trainer, and what the command `anabranch adapt` does.
+
+config = TaskRunConfig(task=AdaptTask.Config(model="SmolLM2-135M", data="rows.jsonl", method=Lora.Config()), train=TrainConfig())
+Trainer(config, "runs/mine").fit()
+"""
+
+from anabranch.adapters.adapt.lora import Lora
+from anabranch.adapters.adapt.method import Method, Written
+from anabranch.adapters.adapt.rows import Row, read_rows
+from anabranch.adapters.adapt.task import AdaptTask, Answers
+
+__all__ = ["AdaptTask", "Answers", "Lora", "Method", "Row", "Written", "read_rows"]

@@ -1,0 +1,102 @@
+"""`Method`: one way to adapt a frozen model. Training, checkpoints, reports and the command line know no method by name.
+
+    class Mine(Method, kind="mine"):
+        def layer(self, tasks): return MyLayer.Config(rank=self.config.rank)
+
+A method says which layer stands beside the matrices that are adapted; the rest has defaults. It gets a name by a line in
+`anabranch.registry`, or by an entry point in the group ``anabranch.adapter_method``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from anabranch.adapters.own_folder import write_own
+from anabranch.adapters.put_on import put_on
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
+from anabranch.lm.decoder import Decoder
+from anabranch.nn import Linear
+from anabranch.train.optimizer import Speed
+
+__all__ = ["Method", "Written", "patterns_of_targets"]
+
+# For --target: what is meant by one word.
+_ALL = "blocks.*"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a finished adaptation wrote.
+
+    Attributes:
+        folder: where.
+        form: ``peft``, a folder that peft and `anabranch eval --adapter` read, or ``anabranch``, one of our own.
+        note: what there is to say of it; empty for nothing.
+    """
+
+    folder: Path
+    form: str
+    note: str = ""
+
+
+class Method(Part, family="adapter_method"):
+    """How a frozen model is adapted.
+
+    Attributes:
+        needs_task: whether it routes by task, so that each row must name one.
+        summary: what it is, in a few words.
+    """
+
+    needs_task: ClassVar[bool] = False
+    summary: ClassVar[str] = ""
+
+    @configclass
+    class Config(BaseConfig):
+        """Attributes: ``targets``, which linear layers: patterns of their names, words such as ``q`` and ``down``, or ``all``."""
+
+        targets: tuple[str, ...] = Field(default=("*.attention.*",), min_length=1)
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def layer(self, tasks: Sequence[str]) -> Linear.Config:
+        """What stands beside each target; ``tasks`` are the names of the rows' tasks, sorted."""
+        raise NotImplementedError  # abstract
+
+    def linears(self, tasks: Sequence[str]) -> dict[str, Linear.Config]:
+        """The layers by patterns of names."""
+        made = self.layer(tasks)
+        return dict.fromkeys(patterns_of_targets(self.config.targets), made)
+
+    def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
+        """Put the layers on, in place: what learns has ``requires_grad``, all else has not."""
+        return put_on(model, self.linears(tasks), seed=seed)
+
+    def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
+        """How quickly a parameter learns, see `Task.speed`; None as all others."""
+        return None
+
+    def unlikelihood(self) -> float:
+        """What a loss weighs that punishes an answer's likelihood under a task that is not its own; 0 for none."""
+        return 0.0
+
+    def write(self, folder: Path, model: Decoder, base: str) -> Written:
+        """Write the adapter as others use it. Default: a folder of our own, which `read_own` puts onto a model.
+
+        Args:
+            folder: not there, empty, or with an adapter, which is replaced.
+            model: the adapted one.
+            base: the model that was adapted, for the record.
+        """
+        write_own(folder, model, base=base)
+        return Written(folder, "anabranch")
+
+
+def patterns_of_targets(targets: Sequence[str]) -> list[str]:
+    """Patterns of names of linear layers: ``q`` is the last word of a name, ``all`` every layer of the blocks."""
+    found = [_ALL if word == "all" else word if set(word) & set(".*?[") else f"*.{word}" for word in targets]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,212 @@
+"""Rows of tasks out of JSON lines: what is asked, what is to be answered, and of which task it is.
+
+    {"task": "summaries", "input": "...", "output": "..."}
+
+What is asked may be called ``input``, ``prompt``, ``question`` or ``instruction``, the answer ``output``, ``target``, ``completion`` or
+``answer``; a ``definition`` or ``instruction`` beside an input stands before it. Of several answers the first is learned. Rows whose
+``split`` is test, validation, dev or eval are held out, others learned; where no row says so, a share of each task is held out, by what
+the rows say, so that it stays so when others are added.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.bounds import shown
+from anabranch.data import Tokenizer
+from anabranch.data.reading import read_bytes
+from anabranch.errors import DataError
+from anabranch.files import parse_json
+
+__all__ = ["Encoded", "Row", "digest_of", "encoded", "parted", "read_rows"]
+
+_BEFORE = ("definition", "instruction")
+_ASKED = ("input", "prompt", "question")
+_ANSWERED = ("output", "target", "completion", "answer")
+_HELD_OUT = frozenset({"test", "validation", "valid", "val", "dev", "eval"})
+# Bytes of a line: a row of a book is no row.
+_LONGEST = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.
+
+    Attributes:
+        task: its name; empty where the row names none.
+        prompt: what is asked.
+        answer: what is to be said.
+        split: as the row says; empty where it says nothing.
+    """
+
+    task: str
+    prompt: str
+    answer: str
+    split: str = ""
+
+
+def read_rows(path: str | Path, *, needs_task: bool = False) -> list[Row]:
+    """The rows of a file of JSON lines, which may be gzip (``.gz``).
+
+    Args:
+        path: the file.
+        needs_task: whether a row without a task is an error.
+
+    Raises DataError: a file that cannot be read or has no rows, and a line that is no row, with its number.
+    """
+    place = Path(path)
+    if place.is_dir():
+        raise DataError(f"{place} is a folder; name a file of JSON lines, one row each")
+    try:
+        text = read_bytes(place).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place} is no UTF-8 text ({error.reason} at byte {error.start})") from None
+    rows = []
+    # Not splitlines: JSON may hold other line separators in its strings.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            rows.append(_row(line, f"{place}, line {number}", needs_task))
+    if not rows:
+        raise DataError(
+            f'{place} holds no rows; each line is to be one, as {{"task": ..., "input": ..., "output": ...}}'
+        )
+    return rows
+
+
+def _row(line: str, where: str, needs_task: bool) -> Row:
+    if len(line) > _LONGEST:
+        raise DataError(f"{where}: {len(line):,} characters; a row has at most {_LONGEST:,}")
+    try:
+        table = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{where}: this is no JSON ({error}); the file is to be JSON lines, one object each") from None
+    if not isinstance(table, dict):
+        raise DataError(f'{where}: {shown(table)} is no object; write {{"task": ..., "input": ..., "output": ...}}')
+    asked = [_text(table, name, where) for name in _BEFORE] + _first(table, _ASKED, where)
+    prompt = "\n\n".join(part for part in asked if part)
+    if not prompt:
+        raise DataError(f"{where}: nothing is asked; one of {', '.join((*_ASKED, *_BEFORE))} must be a text")
+    answers = [found for name in _ANSWERED if (found := _text(table, name, where))]
+    if not answers:
+        raise DataError(f"{where}: there is no answer; one of {', '.join(_ANSWERED)} must be a text, or a list of them")
+    task = _text(table, "task", where)
+    if needs_task and not task:
+        raise DataError(f"{where}: the row names no task, by which this method routes; give each row a task")
+    return Row(task, prompt, answers[0], _text(table, "split", where).lower())
+
+
+def _first(table: dict[str, Any], names: Sequence[str], where: str) -> list[str]:
+    return [found for name in names if (found := _text(table, name, where))][:1]
+
+
+def _text(table: dict[str, Any], name: str, where: str) -> str:
+    """A text of a row, of a list the first; empty where there is none."""
+    value = table.get(name)
+    if isinstance(value, list) and value:
+        value = value[0]
+    if value is None or value == []:
+        return ""
+    if isinstance(value, bool | dict | list):
+        raise DataError(f"{where}: {name} is {shown(value)}; it must be a text")
+    return str(value)
+
+
+def parted(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """(rows to learn, rows held out), as the rows say, or by ``share`` of what they are where none does.
+
+    Raises DataError where nothing is left to learn.
+    """
+    if any(row.split in _HELD_OUT for row in rows):
+        out = [row.split in _HELD_OUT for row in rows]
+    else:
+        out = [_place(row) < share for row in rows]
+    kept = [row for row, is_out in zip(rows, out, strict=True) if not is_out]
+    if not kept:
+        raise DataError(
+            f"all {len(rows)} rows are held out, so there is nothing to learn; give more rows, or task.held_out=0"
+        )
+    return kept, [row for row, is_out in zip(rows, out, strict=True) if is_out]
+
+
+def _place(row: Row) -> float:
+    """A number from 0 to 1 that follows from what is asked: equal questions never stand on both sides."""
+    digest = hashlib.sha256(f"{row.task}\0{row.prompt}".encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def digest_of(rows: Sequence[Row]) -> str:
+    """Names rows by their content, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.task, row.prompt, row.answer]).encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows as tokens, padded on the right.
+
+    Attributes:
+        token_NL: int32 ids: prompt, answer, end of text.
+        start_N: where the answer begins.
+        length_N: tokens of each row.
+        task_N: the number of its task; -1 where nobody routes by it.
+        num_cut: rows that were too long, and lost the front of their prompt or the end of their answer.
+    """
+
+    token_NL: Tensor
+    start_N: Tensor
+    length_N: Tensor
+    task_N: Tensor
+    num_cut: int
+
+    def __len__(self) -> int:
+        return len(self.token_NL)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in this order."""
+        return self.token_NL, self.start_N, self.length_N, self.task_N
+
+
+def encoded(
+    rows: Sequence[Row], numbers: Sequence[int], tokenizer: Tokenizer, template: str, most_tokens: int
+) -> Encoded:
+    """``rows`` as tokens, at most ``most_tokens`` each.
+
+    Args:
+        rows: what is encoded.
+        numbers: of their tasks.
+        tokenizer: of the model.
+        template: what is written around a prompt, ``{prompt}`` standing for it.
+        most_tokens: of a row. A prompt loses its front first, down to one token, then an answer its end.
+    """
+    ids, starts, cut = [], [], 0
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    for prompt, answer in _texts(rows, template):
+        # As it is encoded when the model is asked; what stands in an answer is data.
+        asked = tokenizer.encode_prompt(prompt)
+        said = tokenizer.encode(answer, parse_special=False) + end
+        cut += len(asked) + len(said) > most_tokens
+        said = said[: most_tokens - 1]
+        room = most_tokens - len(said)
+        asked = asked[-room:] or end[:1] or [0]
+        ids.append(asked + said)
+        starts.append(len(asked))
+    token_NL = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int32)
+    for number, row in enumerate(ids):
+        token_NL[number, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    lengths = torch.tensor([len(row) for row in ids])
+    return Encoded(token_NL, torch.tensor(starts), lengths, torch.tensor(list(numbers)), cut)
+
+
+def _texts(rows: Sequence[Row], template: str) -> Iterator[tuple[str, str]]:
+    for row in rows:
+        # Not format: a prompt may hold braces.
+        yield template.replace("{prompt}", row.prompt), row.answer

@@ -1,0 +1,118 @@
+"""Poly and MHR as methods of `anabranch adapt`, and their few-shot forms, which start from an adapter that was trained before."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from anabranch.adapters.adapt.method import Method, Written
+from anabranch.adapters.attach import save_peft
+from anabranch.adapters.mhr.few_shot import adapt
+from anabranch.adapters.mhr.layer import MultiHeadRouted
+from anabranch.adapters.mhr.penalties import Penalties
+from anabranch.adapters.mhr.table import Granularity
+from anabranch.adapters.mhr.weights import Weights
+from anabranch.adapters.own_folder import read_own, write_own
+from anabranch.config import Field, Size, configclass
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.train.optimizer import Speed
+
+__all__ = ["Mhr", "Poly"]
+
+
+class Poly(Method, kind="poly"):
+    """K skills and a routing table of tasks, with one head (Ponti et al. 2022, arXiv 2202.13914)."""
+
+    needs_task: ClassVar[bool] = True
+    summary: ClassVar[str] = "an inventory of adapters, weighed by task"
+
+    @configclass
+    class Config(Method.Config):
+        """As `MultiHeadRouted.Config`, and how it is trained.
+
+        Attributes:
+            table_speed: learning rate of routing tables, over that of skills: 0.1 for 1e-3. They have no weight decay.
+            start: the folder of an adapter that was trained before, whose skills a new task learns with; None to begin anew.
+            mode: with ``start``, what learns: ``full``, ``z``, ``mu`` or ``random``, see `anabranch.adapters.mhr.adapt`.
+        """
+
+        rank: Size = Field(default=16, ge=1)
+        skills: Size = Field(default=8, ge=1)
+        heads: Size = Field(default=1, ge=1)
+        alpha: float = 1.0
+        granularity: Granularity = "finegrained"
+        mixes: Literal["weights", "outputs"] = "weights"
+        anneal: float = Field(default=0.0, ge=0, le=1)
+        weights: Weights = Weights()
+        penalties: Penalties = Penalties()
+        table_speed: float = Field(default=100.0, gt=0)
+        start: str | None = None
+        mode: Literal["full", "z", "mu", "random"] = "full"
+
+        def __post_init__(self) -> None:
+            if self.start is None and self.mode != "full":
+                raise ConfigError(
+                    f"mode is {self.mode!r}, which goes on from skills that were trained before; name their folder in start"
+                )
+
+    config: Config
+
+    def layer(self, tasks: Sequence[str]) -> MultiHeadRouted.Config:
+        """An inventory for these tasks."""
+        config = self.config
+        return MultiHeadRouted.Config(
+            tasks=tuple(tasks),
+            skills=config.skills,
+            heads=config.heads,
+            rank=config.rank,
+            alpha=config.alpha,
+            granularity=config.granularity,
+            mixes=config.mixes,
+            anneal=config.anneal,
+            weights=config.weights,
+            penalties=config.penalties,
+        )
+
+    def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
+        """Fresh skills, or those of ``start`` for new tasks."""
+        if self.config.start is None:
+            return super().begin(model, tasks, seed=seed)
+        read_own(self.config.start, model, trainable=True)
+        names = () if self.config.mode == "mu" else tuple(tasks)
+        return adapt(model, names, mode=self.config.mode, seed=seed)
+
+    def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
+        """Routing tables learn quickly, and do not decay."""
+        is_table = name.endswith("table.z") or (".routing_table_" in name and name.endswith(".z"))
+        return Speed(self.config.table_speed, 0.0) if is_table else None
+
+    def unlikelihood(self) -> float:
+        """As configured."""
+        return self.config.penalties.unlikelihood
+
+    def write(self, folder: Path, model: Decoder, base: str) -> Written:
+        """A folder of our own with skills and table; the average alone is plain LoRA, in a folder of peft's."""
+        if self.config.mode == "mu":
+            try:
+                save_peft(folder, model)
+            except CheckpointError as error:
+                write_own(folder, model, base=base)
+                return Written(folder, "anabranch", f"peft has no names for the layers of this model: {error}")
+            return Written(folder, "peft")
+        return super().write(folder, model, base)
+
+
+class Mhr(Poly, kind="mhr"):
+    """The same with many heads, each of which has weights of its own (Caccia et al. 2023, arXiv 2211.03831)."""
+
+    summary: ClassVar[str] = "an inventory of adapters of many heads, weighed by task head by head"
+
+    @configclass
+    class Config(Poly.Config):
+        """As of `Poly`, with ``heads`` 8."""
+
+        heads: Size = Field(default=8, ge=1)
+
+    config: Config

@@ -1,0 +1,137 @@
+"""Folders of adapters of any kind that stands beside matrices: which layers there are, and their numbers; without the base.
+
+    write_own("my-adapter", model)              # of a model with layers that were put on
+    read_own("my-adapter", base)                # onto the same base, in place
+
+    adapter.json            the linear layers by pattern, as in a model's config; what the base was
+    adapter.safetensors     their numbers, by our names
+
+LoRA is better kept as peft keeps it (`save_peft`), which other programs read; these are for what peft has no form for.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anabranch.adapters.put_on import added_names, put_on, take_off
+from anabranch.config import Config, configclass, from_dict, to_dict
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.shards import write_file
+from anabranch.lm.tensors import FLOATS, SafetensorsFiles, read_json, some
+from anabranch.nn import Linear
+
+__all__ = ["OWN", "is_own", "load_numbers", "read_own", "write_own"]
+
+OWN, NUMBERS = "adapter.json", "adapter.safetensors"
+FORMAT, SCHEMA = "anabranch-adapter", 1
+_REPLACED = rf"{re.escape(OWN)}|{re.escape(NUMBERS)}"
+
+
+@configclass
+class _Layers(Config):
+    """Of adapter.json: the layers."""
+
+    linears: dict[str, Linear.Config]
+
+
+def is_own(folder: str | Path) -> bool:
+    """Whether ``folder`` holds an adapter of this form."""
+    return (Path(folder) / OWN).is_file()
+
+
+def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) -> None:
+    """Write the layers beside the matrices of ``model``, all or nothing.
+
+    Args:
+        folder: not there, empty, or with an adapter of this form and nothing else, which is replaced.
+        model: with layers.
+        base: what the model was without, for the record.
+
+    Raises ConfigError for a model without any, DataError where the folder holds something else or cannot be written, CapacityError where
+    the disk is full.
+    """
+    if not model.config.linears:
+        raise ConfigError("the model has no adapter to save; put layers onto it first")
+    state = model.state_dict()
+    numbers = {name: state[name].detach() for name in added_names(model)}
+    told = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "base": base,
+        "dim": model.config.dim,
+        "num_layers": model.config.num_layers,
+    }
+    replaced = _REPLACED if is_own(folder) else ""
+    with atomic_folder(folder, replacing=replaced) as temporary:
+        atomic_write_json(temporary / OWN, {**told, **to_dict(_Layers(linears=model.config.linears))})
+        write_file(temporary / NUMBERS, numbers)
+
+
+def read_own(folder: str | Path, model: Decoder, *, trainable: bool = False) -> Decoder:
+    """Put the adapter in ``folder`` onto ``model``, in place, and return it.
+
+    Args:
+        folder: as `write_own` wrote it.
+        model: the base.
+        trainable: whether the adapter learns. The base does not.
+
+    Raises CheckpointError where there is none, it is damaged or of another model; ConfigError as `put_on`. The model is then as it was.
+    """
+    place = Path(folder)
+    if not is_own(place):
+        raise CheckpointError(f"no adapter of anabranch's in {place} (looked for {OWN})")
+    table = read_json(place / OWN)
+    if table.get("format") != FORMAT or table.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{place / OWN} is of format {table.get('format')!r}, schema {table.get('schema')!r}; this version reads {FORMAT!r}, {SCHEMA}"
+        )
+    for name, ours in (("dim", model.config.dim), ("num_layers", model.config.num_layers)):
+        if table.get(name) != ours:
+            raise CheckpointError(
+                f"{place} is of a model whose {name} is {table.get(name)!r}, and this one's is {ours}"
+            )
+    try:
+        layers = from_dict(_Layers, {"linears": table.get("linears")})
+    except ConfigError as error:
+        raise CheckpointError(f"{place / OWN} does not describe an adapter: {error}") from None
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    put_on(model, layers.linears)
+    try:
+        load_numbers(model, place / NUMBERS)
+    except BaseException:
+        take_off(model)
+        for parameter in learned:
+            parameter.requires_grad_(True)
+        raise
+    if not trainable:
+        model.requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def load_numbers(model: Any, path: Path, *, prefix: str = "") -> None:
+    """Copy the numbers of a file into the layers of ``model``. Raises CheckpointError for others than it has, or that are not finite."""
+    if not path.is_file():
+        raise CheckpointError(f"no numbers of an adapter at {path}; copy the folder again")
+    source, state = SafetensorsFiles([path]), model.state_dict()
+    names = added_names(model)
+    missing = sorted(set(names) - {name.removeprefix(prefix) for name in source.names})
+    extra = sorted({name.removeprefix(prefix) for name in source.names} - set(names))
+    if missing or extra:
+        what = f"lacks {some(missing)}" if missing else f"has {some(extra)}, for which the model has no layer"
+        raise CheckpointError(f"{path} {what}; is it of another model, or damaged?")
+    for name in names:
+        value, target = source.read(prefix + name), state[name]
+        if value.shape != target.shape:
+            raise CheckpointError(
+                f"{name} in {path} has shape {list(value.shape)}, and the model's {list(target.shape)}; is it of another model?"
+            )
+        if value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{name} in {path} holds NaN or infinity; the adapter is damaged, or its training failed"
+            )
+        target.copy_(value)

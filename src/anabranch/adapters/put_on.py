@@ -1,0 +1,109 @@
+"""`put_on`: layers beside the matrices of a model that is there, with the numbers that training starts from; and off again.
+
+    put_on(model, {"*.attention.q": LowRank.Config(rank=8)}, seed=0)    # the base is frozen, what was put on learns
+    take_off(model)                                                     # the base again
+
+Any kind of linear layer that stands beside a matrix can be put on. Its first numbers follow from the seed and from its name alone, so
+that they are the same whatever else is adapted.
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.adapters.graft import check_pools, graft, layers_of, strip
+from anabranch.config import configclass
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import build_empty, with_memory
+from anabranch.nn import BuildContext, Count, Linear
+from anabranch.nn.linear import Projection
+
+__all__ = ["added_names", "put_on", "take_off"]
+
+
+class _Drawn(Linear):
+    """Builds the layer of ``inner`` with numbers in it, where the model around it is built empty."""
+
+    @configclass
+    class Config(Linear.Config):
+        """Attributes: ``inner``, what is built; ``seed`` of its numbers."""
+
+        is_added: ClassVar[bool] = True
+        inner: Linear.Config
+        seed: int = 0
+
+        def count(self, projection: Projection, context: BuildContext) -> Count:
+            """Of what is built."""
+            return self.inner.count(projection, context)
+
+        def build(self, projection: Projection, context: BuildContext) -> Any:  # type: ignore[override]
+            """What is built, in place of this."""
+            own = (self.seed * 0x9E3779B97F4A7C15 + zlib.crc32(projection.name.encode())) % 2**63
+            generator = torch.Generator().manual_seed(own)
+            with with_memory():
+                return self.inner.build(projection, replace(context, generator=generator))
+
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+        """There is none of these in a model."""
+        raise AssertionError("a layer that is never built")
+
+
+def put_on(model: Decoder, linears: Mapping[str, Linear.Config], *, seed: int = 0) -> Decoder:
+    """Put the layers of ``linears`` beside matrices of ``model``, in place, and return it. The base stays as it is; what is new learns.
+
+    Args:
+        model: without layers of the kind so far; its matrices may be of any type, the layers are in float32.
+        linears: by patterns of names, as `Decoder.Config.linears`.
+        seed: of the first numbers.
+
+    Raises ConfigError: no pattern, one that fits no layer, a kind that does not stand beside a matrix, a model that has ``linears``
+    already, experts that nothing can stand beside, and what a kind itself refuses.
+    """
+    if not linears:
+        raise ConfigError("there is nothing to put on: name at least one pattern of layers, such as '*.attention.q'")
+    if model.config.linears:
+        first = next(iter(model.config.linears))
+        raise ConfigError(f"linears of the model has {first!r} already; take it off first, or merge it")
+    for pattern, config in linears.items():
+        if not config.is_added:
+            raise ConfigError(
+                f"linears has {pattern!r} of kind {config.owner.kind!r}, which takes the place of a matrix; an adapter stands beside one"
+            )
+    base = model.config
+    # Checked as it will be, whose errors speak of what was asked for.
+    wanted = base.replace(linears=dict(linears))
+    made = build_empty(
+        base.replace(linears={key: _Drawn.Config(inner=kind, seed=seed) for key, kind in linears.items()})
+    )
+    check_pools(model, made)
+    model.requires_grad_(False)
+    device = model.embedding.weight.device
+    graft(model, made, lambda part, layer: layer.to(device))
+    for name, module in made.shared.items():
+        if name not in model.shared:
+            model.shared[name] = module.to(device)
+    model.config = wanted
+    return model
+
+
+def take_off(model: Decoder) -> Decoder:
+    """Take off what `put_on` put on, in place, and return the model: the base again, frozen still. Raises ConfigError without any."""
+    if not layers_of(model):
+        raise ConfigError("the model has no layers beside its matrices that could be taken off")
+    kept = build_empty(model.config.replace(linears={})).shared
+    strip(model)
+    for name in [name for name in model.shared if name not in kept]:
+        del model.shared[name]
+    return model
+
+
+def added_names(model: nn.Module) -> list[str]:
+    """Names of the parameters and buffers that are no matrices of the base, as in the state dict."""
+    decoder = model if isinstance(model, Decoder) else next(m for m in model.modules() if isinstance(m, Decoder))
+    base = build_empty(decoder.config.replace(linears={})).state_dict().keys()
+    return [name for name in decoder.state_dict() if name.replace(".matrix.", ".") not in base]

@@ -1,0 +1,329 @@
+"""``anabranch adapt``: a frozen model learns tasks by an adapter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from anabranch.cli.options import AsJson, Assignments, Quiet, only_file, read_assignments, read_toml
+from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, table, wrote
+from anabranch.cli.progress import Progress
+from anabranch.cli.train import INTERRUPTED
+from anabranch.errors import ConfigError, DataError
+from anabranch.extras import require
+from anabranch.files import check_apart
+
+if TYPE_CHECKING:
+    from anabranch.adapters.adapt import AdaptTask
+    from anabranch.train import Event, TaskRunConfig, Trainer, TrainResult
+
+ADAPTER, REPORT = "adapter", "report.json"
+# What an adaptation trains with unless somebody says otherwise: rows are few and the adapter starts at nothing.
+_TRAIN = {
+    "steps": 200,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.01,
+    "eval_every": None,
+    "checkpoint_every": 50,
+}
+
+
+def adapt(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the adapter is DIR/adapter.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="The base: a training run, a saved model, a Hugging Face folder or a .gguf file."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DATA", help="Rows as JSON lines (also .gz): task, input, output. See docs/adapters-guide.md."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="lora, poly, mhr, or another that is installed. Default: lora.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="LAYERS",
+            help="Linear layers to adapt: a word (q, down), a pattern (blocks.3.*), or all. May be repeated. Default: attention.",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", min=1, help="Of the adapter (method.rank).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Optimizer steps (train.steps). Default: 200.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="B", min=1, help="Rows a step (train.batch_size). Default: 16.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(metavar="RATE", min=0, help="The peak (train.learning_rate). Default: 0.001.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval-data",
+            metavar="FILE",
+            help="Rows that are held out. Default: those whose split says so, else a tenth.",
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="ADAPTER",
+            help="With poly and mhr: learn new tasks with the skills of this adapter, DIR/adapter of an earlier run.",
+        ),
+    ] = None,
+    mode: Annotated[
+        Literal["full", "z", "mu", "random"] | None,
+        typer.Option(
+            help="With --from, what learns: all, the routing table, the average of all skills, or skills drawn anew."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="S", min=0, help="Of first numbers and order (train.seed).")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", metavar=" ", help="Go on with the run in DIR, with the config it was started with."),
+    ] = False,
+    assignments: Assignments = None,
+    config_files: Annotated[
+        list[Path] | None,
+        typer.Option("--config", metavar="FILE", help="TOML file with any fields: [method], [train], [task]."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Adapt a frozen model to tasks, and say what each task gained.
+
+    The loss is that of the answers alone. Ctrl-C saves; --resume goes on to the bit.
+
+    Example: anabranch adapt SmolLM2-135M rows.jsonl --out runs/mine && anabranch eval SmolLM2-135M --adapter runs/mine/adapter
+    """
+    require("lm", by="anabranch adapt")
+    from anabranch.train import Trainer
+
+    settings = {**_of_file(only_file(config_files)), **_under_task(read_assignments(assignments))}
+    said = {
+        "task.method.targets": None if targets is None else list(targets),
+        "task.method.rank": rank,
+        "task.method.start": None if source is None else str(source.absolute()),
+        "task.method.mode": mode,
+        "train.steps": steps,
+        "train.batch_size": batch_size,
+        "train.learning_rate": learning_rate,
+        "task.evaluation": None if evaluation is None else str(evaluation.absolute()),
+        "train.seed": seed,
+    }
+    settings |= {name: value for name, value in said.items() if value is not None}
+    config = _resumed(out, model, data, method, settings) if resume else _started(out, model, data, method, settings)
+    first = int(os.environ.get("RANK", "0")) == 0
+    progress = Progress(config.train.steps, "step", quiet=quiet or not first)
+    with progress:
+        trainer = Trainer(config, out, resume=resume, on_event=lambda event: _show(event, progress))
+        if first and not quiet:
+            _introduce(trainer)
+        result = trainer.fit()
+    if first:
+        _conclude(trainer, result, out, as_json=as_json)
+    if result.status == "interrupted":
+        raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
+
+
+def _of_file(path: Path | None) -> dict[str, Any]:
+    from anabranch.cli.runs import flatten
+
+    return {} if path is None else _under_task(flatten(read_toml(path)))
+
+
+def _under_task(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What belongs to the task by its whole path: ``method.rank`` is ``task.method.rank``."""
+    return {f"task.{name}" if name.startswith("method.") else name: value for name, value in settings.items()}
+
+
+def _started(
+    out: Path, model: str | None, data: Path | None, method: str | None, settings: dict[str, Any]
+) -> TaskRunConfig:
+    """The config of a new run."""
+    from anabranch.adapters.adapt import AdaptTask
+    from anabranch.config import override
+    from anabranch.lm.folder import files_of
+    from anabranch.registry import resolve
+    from anabranch.train import TaskRunConfig, TrainConfig
+    from anabranch.train.run import check_free, check_new
+
+    if model is None or data is None:
+        raise ConfigError(
+            f"{'MODEL' if model is None else 'DATA'} is not given; say anabranch adapt MODEL DATA --out DIR, or --resume"
+        )
+    read = [data, settings.get("task.evaluation"), settings.get("task.method.start")]
+    check_apart([out], [*read, *(files_of(model) if Path(model).exists() else [model])])
+    check_free(out)
+    check_new(out)
+    place = str(Path(model).absolute()) if Path(model).exists() else model
+    named = settings.pop("task.method.kind", "lora")
+    chosen: Any = resolve("adapter_method", method or named)
+    task = AdaptTask.Config(model=place, data=str(data.absolute()), method=chosen.Config())
+    return override(TaskRunConfig(task=task, train=TrainConfig(**_TRAIN)), settings)
+
+
+def _resumed(
+    out: Path, model: str | None, data: Path | None, method: str | None, settings: dict[str, Any]
+) -> TaskRunConfig:
+    """That of the run in ``out``, with what is set anew."""
+    from anabranch.adapters.adapt import AdaptTask
+    from anabranch.config import override
+    from anabranch.train import read_task_run_config
+
+    config = read_task_run_config(out, AdaptTask)
+    task: Any = config.task
+    for name, value, held in (("MODEL", model, task.model), ("DATA", data, task.data)):
+        if value is not None and str(Path(value).absolute()) != held and str(value) != held:
+            raise ConfigError(
+                f"{name} is {str(value)!r}, but the run in {out} began with {held}; leave it out to go on"
+            )
+    if method is not None and method != task.method.owner.kind:
+        raise ConfigError(
+            f"--method is {method!r}, but the run in {out} is of {task.method.owner.kind!r}; leave it out to go on"
+        )
+    return override(config, settings)
+
+
+def _introduce(trainer: Trainer[Any]) -> None:
+    task: Any = trainer.task
+    learns, everything = _sizes(task)
+    fact("base", f"{task.config.model}   {quantity(everything - learns)} parameters, frozen", to=sys.stderr)
+    fact(
+        "method",
+        f"{task.method.kind}   {quantity(learns)} parameters learn, {learns / everything:.2%} of all",
+        to=sys.stderr,
+    )
+    held = 0 if task.held_out is None else len(task.held_out)
+    tasks = "" if task.names == ("",) else f" of {len(task.names)} tasks"
+    cut = f", {task.num_cut} cut to {task.config.sequence_length} tokens" if task.num_cut else ""
+    fact(
+        "data",
+        f"{task.config.data}   {len(task.learned)} rows{tasks}, {held} held out{cut}   {trainer.workers.device}",
+        to=sys.stderr,
+    )
+
+
+def _sizes(task: AdaptTask) -> tuple[int, int]:
+    """(parameters that learn, all)."""
+    parameters = list(task.base.parameters())
+    return sum(each.numel() for each in parameters if each.requires_grad), sum(each.numel() for each in parameters)
+
+
+def _show(event: Event, progress: Progress) -> None:
+    if event.kind == "step":
+        rate = quantity(event.values["tokens_per_second"])
+        progress.update(event.step, f"loss {event.values['loss']:.3f}  {rate} tokens/s")
+    elif event.kind == "evaluation":
+        width = len(str(event.steps))
+        progress.note(
+            f"step {event.step:>{width}}/{event.steps}  held-out answers: {event.values['nats_per_token']:.3f} nats/token"
+        )
+
+
+def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json: bool) -> None:
+    task: Any = trainer.task
+    learns, _ = _sizes(task)
+    told: dict[str, Any] = {
+        "folder": str(out),
+        "method": task.method.kind,
+        "model": task.config.model,
+        "status": result.status,
+        "step": result.step,
+        "steps": trainer.config.train.steps,
+        "parameters": learns,
+        "tasks": len(task.names) if task.names != ("",) else 0,
+        "before": _measured(task.before),
+        "after": _measured(result.measures),
+        "seconds": result.seconds,
+        "trained_tokens": result.units,
+        "skipped_steps": result.skipped_steps,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "checkpoint": str(result.checkpoint) if result.checkpoint else None,
+    }
+    note = ""
+    if result.status == "finished":
+        written = _write(trainer, out / ADAPTER)
+        told |= {"adapter": str(written.folder), "form": written.form}
+        note = written.note
+        _save_report(out / REPORT, told)
+    if as_json:
+        print_json(told)
+        return
+    _tell(told, note)
+    if result.status == "interrupted":
+        wrote(f"{result.checkpoint}", f"anabranch adapt --out {shell_word(out)} --resume")
+        return
+    base, adapter = shell_word(task.config.model), shell_word(told["adapter"])
+    following = f"anabranch eval {base} --adapter {adapter}"
+    if told["form"] != "peft" and task.method.needs_task:
+        following = f"anabranch adapters export {base} {adapter} --task {shell_word(task.names[0])} --out DIR"
+    wrote(told["adapter"], following)
+
+
+def _write(trainer: Trainer[Any], folder: Path) -> Any:
+    """The adapter as others use it. Raises DataError where each process has a part of it only."""
+    if trainer.workers.is_sharded:
+        raise DataError(
+            "weights are in shards, so the adapter is in the last checkpoint alone; --resume in one process writes it out"
+        )
+    task: Any = trainer.task
+    return task.write(folder)
+
+
+def _save_report(path: Path, told: Mapping[str, Any]) -> None:
+    from anabranch.files import atomic_write_json
+
+    atomic_write_json(path, dict(told))
+
+
+def _measured(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What of an evaluation is told; None where there was none."""
+    names = ("nats_per_token", "tokens", "by_task")
+    return {name: values[name] for name in names} if values and "nats_per_token" in values else None
+
+
+def _tell(told: Mapping[str, Any], note: str) -> None:
+    fact("method", f"{told['method']}   {quantity(told['parameters'])} parameters")
+    fact(
+        "work",
+        f"{told['step']} of {told['steps']} steps, {quantity(told['trained_tokens'])} tokens in {duration(told['seconds'])}, "
+        f"{size(told['peak_memory_bytes'])} memory",
+    )
+    if note:
+        fact("note", note)
+    before, after = told["before"], told["after"]
+    if after is None or before is None:
+        return
+    rows = [
+        [name, *_change(before["by_task"].get(name), found), str(found["rows"])]
+        for name, found in after["by_task"].items()
+    ]
+    rows.append(["all", *_change(before, after), str(sum(found["rows"] for found in after["by_task"].values()) or "")])
+    table(["held-out answers, nats/token", "before", "after", "change", "rows"], rows)
+
+
+def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[str]:
+    now = after["nats_per_token"]
+    if before is None:
+        return ["", f"{now:.3f}", ""]
+    was = before["nats_per_token"]
+    return [f"{was:.3f}", f"{now:.3f}", f"{now - was:+.3f}"]

@@ -1,0 +1,119 @@
+"""Rows of tasks: read, parted, encoded."""
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.adapters.adapt.rows import Row, digest_of, encoded, parted, read_rows
+from anabranch.data import ByteTokenizer
+from anabranch.errors import DataError
+
+BYTES = ByteTokenizer.Config().build()
+
+
+def written(tmp_path, *rows, name="rows.jsonl"):
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_the_forms_of_rows(tmp_path, name):
+    path = written(
+        tmp_path,
+        {"task": "a", "input": "x", "output": "y"},
+        {"prompt": "x", "completion": "y"},
+        {"instruction": "do", "target": 7},
+        "",
+        {"task": "b", "definition": "do", "input": "x", "output": ["first", "second"], "split": "TEST"},
+        {"instruction": "do", "input": "", "output": "y", "more": {"is": "kept apart"}},
+        name=name,
+    )
+    assert read_rows(path) == [
+        Row("a", "x", "y"),
+        Row("", "x", "y"),
+        Row("", "do", "7"),
+        Row("b", "do\n\nx", "first", "test"),
+        Row("", "do", "y"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "line 2: this is no JSON"),
+        ("[1]", "line 2: .* is no object"),
+        ('{"output": "y"}', "line 2: nothing is asked"),
+        ('{"input": "x"}', "line 2: there is no answer"),
+        ('{"input": "x", "output": []}', "line 2: there is no answer"),
+        ('{"input": {"a": 1}, "output": "y"}', "line 2: input is .*; it must be a text"),
+        ('{"input": "x", "output": true}', "line 2: output is"),
+        ('{"input": "x", "output": "y"}', "line 2: the row names no task"),
+        ("[" * 5000, "line 2: this is no JSON"),
+    ],
+)
+def test_lines_that_are_no_rows(tmp_path, line, told):
+    path = written(tmp_path, {"task": "a", "input": "x", "output": "y"}, line)
+    with pytest.raises(DataError, match=told):
+        read_rows(path, needs_task=True)
+
+
+def test_files_that_hold_none(tmp_path):
+    for path, told in [(tmp_path, "folder"), (tmp_path / "no", "cannot read"), (written(tmp_path, ""), "no rows")]:
+        with pytest.raises(DataError, match=told):
+            read_rows(path)
+    (tmp_path / "bad").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(DataError, match="UTF-8"):
+        read_rows(tmp_path / "bad")
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"x" * 99)[:20])
+    with pytest.raises(DataError, match="cannot read"):
+        read_rows(tmp_path / "cut.gz")
+
+
+def test_rows_are_held_out_as_they_say():
+    rows = [Row("a", str(number), "y", split) for number, split in enumerate(["", "train", "dev", "example", "test"])]
+    kept, out = parted(rows, 0.5)
+    assert [row.prompt for row in out] == ["2", "4"]
+    assert [row.prompt for row in kept] == ["0", "1", "3"]
+
+
+@given(st.integers(20, 200), st.sampled_from([0.0, 0.1, 0.5]))
+def test_or_by_a_share_of_what_they_are(number, share):
+    rows = [Row("a", str(place // 2), str(place)) for place in range(number)]
+    kept, out = parted(rows, share)
+    assert sorted([*kept, *out], key=rows.index) == rows
+    assert not {row.prompt for row in kept} & {row.prompt for row in out}
+    more = [*rows, Row("b", "new", "y")]
+    assert [row for row in parted(more, share)[1] if row in rows] == out
+    assert bool(share) or not out
+
+
+def test_nothing_left_to_learn():
+    with pytest.raises(DataError, match="all 2 rows are held out"):
+        parted([Row("a", "x", "y", "test")] * 2, 0.1)
+
+
+def test_the_digest_is_of_content_and_order():
+    one, two = Row("a", "x", "y"), Row("a", "x", "z")
+    assert digest_of([one, two]) == digest_of([one, two])
+    assert len({digest_of([one, two]), digest_of([two, one]), digest_of([one])}) == 3
+
+
+def test_tokens_by_hand():
+    made = encoded([Row("a", "ab", "c"), Row("b", "d", "ef")], [0, 1], BYTES, "<{prompt}>", 16)
+    eos = BYTES.eos_id
+    assert made.token_NL.tolist() == [[60, 97, 98, 62, 99, eos], [60, 100, 62, 101, 102, eos]]
+    assert (made.start_N.tolist(), made.length_N.tolist(), made.task_N.tolist()) == ([4, 3], [6, 6], [0, 1])
+    assert made.num_cut == 0
+
+
+def test_what_is_too_long_loses_the_front_of_its_prompt_and_then_the_end_of_its_answer():
+    made = encoded([Row("a", "{}abc", "xy"), Row("a", "abc", "vwxyz")], [0, 0], BYTES, "{prompt}", 4)
+    eos = BYTES.eos_id
+    assert made.token_NL.tolist() == [[99, 120, 121, eos], [99, 118, 119, 120]]
+    assert made.start_N.tolist() == [1, 1]
+    assert made.num_cut == 2

@@ -1,0 +1,170 @@
+"""Poly and MHR trained by the trainer: two speeds, what is kept, new tasks, the average at the end."""
+
+import json
+
+import pytest
+import torch
+
+from anabranch.adapters.adapt import AdaptTask
+from anabranch.adapters.mhr import MultiHeadRouted, Penalties, RoutingTable, Weights
+from anabranch.adapters.mhr.method import Mhr, Poly
+from anabranch.adapters.own_folder import read_own
+from anabranch.adapters.tasks import task_names, task_rows
+from anabranch.data import ByteTokenizer
+from anabranch.errors import ConfigError, DataError
+from anabranch.lm import Decoder, load_model, save_model
+from anabranch.nn import SelfAttention, SwiGLU
+from anabranch.testing import check_task
+from anabranch.train import TaskRunConfig, TrainConfig, Trainer, checkpoints, read_metrics
+
+CONFIG = Decoder.Config(
+    vocab_size=257,
+    dim=32,
+    num_layers=2,
+    attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+    feed_forward=SwiGLU.Config(hidden_dim=48),
+    max_positions=64,
+)
+SMALL = Mhr.Config(skills=2, heads=2, rank=2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mhr")
+    save_model(root / "base", CONFIG.build(seed=1), ByteTokenizer.Config().build())
+    made = {"back": lambda word: word[::-1], "up": str.upper, "double": lambda word: word * 2}
+    words = ["ab", "cde", "fghi", "jk", "lmnop", "qr", "stu", "vw"]
+    rows = [{"task": task, "input": word, "output": make(word)} for word in words for task, make in made.items()]
+    for name, chosen in (("rows", ("back", "up")), ("new", ("double",))):
+        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows if row["task"] in chosen))
+    return root
+
+
+def config(place, method=SMALL, data="rows", **train):
+    train = {
+        "steps": 4,
+        "batch_size": 4,
+        "eval_every": 2,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "device": "cpu",
+        **train,
+    }
+    task = AdaptTask.Config(model=str(place / "base"), data=str(place / f"{data}.jsonl"), method=method, held_out=0.3)
+    return TaskRunConfig(task=task, train=TrainConfig(**train))
+
+
+def test_two_speeds(place, tmp_path):
+    trainer = Trainer(config(place, learning_rate=1e-3, weight_decay=0.1), tmp_path / "run")
+    model = trainer.model
+    tables = {id(module.z) for module in model.modules() if isinstance(module, RoutingTable)}
+    assert tables
+    for group in trainer.optimizer.param_groups:
+        of_tables = {id(parameter) in tables for parameter in group["params"]}
+        if not group["params"]:
+            continue
+        assert len(of_tables) == 1
+        rate, decay = (0.1, 0.0) if of_tables.pop() else (1e-3, 0.1)
+        assert group["lr"] == pytest.approx(rate)
+        assert group["weight_decay"] == decay
+    trainer.fit()
+    rates = {group["lr"] for group in trainer.optimizer.param_groups if group["params"]}
+    assert max(rates) == pytest.approx(100 * min(rates))
+
+
+@pytest.mark.parametrize("granularity", ["finegrained", "coarsegrained"])
+def test_the_contract_of_tasks(place, granularity):
+    check_task(config(place, SMALL.replace(granularity=granularity)), ranks=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["finegrained", "coarsegrained"])
+def test_the_contract_of_tasks_in_two_processes(place, granularity):
+    check_task(config(place, SMALL.replace(granularity=granularity)))
+
+
+def test_random_weights_are_resumed_to_the_bit(place):
+    check_task(config(place, Poly.Config(skills=2, rank=2, weights=Weights(relaxed=True))), ranks=False, is_random=True)
+
+
+def test_tasks_are_kept_by_name_and_answers_differ_by_task(place, tmp_path):
+    trainer = Trainer(config(place, steps=40, learning_rate=0.02, eval_every=None), tmp_path / "run")
+    result = trainer.fit()
+    assert result.measures["nats_per_token"] < trainer.task.before["nats_per_token"] - 1
+    written = trainer.task.write(tmp_path / "adapter")
+    assert written.form == "anabranch"
+    model = read_own(tmp_path / "adapter", load_model(place / "base")[0].eval())
+    assert task_names(model) == ("back", "up")
+    token_BL = torch.tensor([[97, 98, 10]] * 2)
+    with torch.no_grad():
+        found = model(token_BL, state=task_rows(model, ["up", "back"], 3)).logits_BLV
+        swapped = model(token_BL, state=task_rows(model, ["back", "up"], 3)).logits_BLV
+    assert not torch.allclose(found, swapped)
+    torch.testing.assert_close(found[0], swapped[1])
+
+
+@pytest.mark.parametrize("mode", ["full", "z", "mu", "random"])
+def test_new_tasks_from_an_adapter(place, tmp_path, mode):
+    first = Trainer(config(place, steps=2), tmp_path / "first")
+    first.fit()
+    first.task.write(tmp_path / "adapter")
+    method = SMALL.replace(start=str(tmp_path / "adapter"), mode=mode)
+    trainer = Trainer(config(place, method, data="new"), tmp_path / mode)
+    learns = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    routed = [module for module in trainer.model.modules() if isinstance(module, MultiHeadRouted)]
+    if mode == "z":
+        assert learns == len(routed) * 2 * 2
+    if mode == "mu":
+        assert not routed
+    trainer.fit()
+    assert trainer.task.write(tmp_path / f"{mode}-adapter").form == ("peft" if mode == "mu" else "anabranch")
+    again = Trainer(config(place, method, data="new", steps=6), tmp_path / mode, resume=True)
+    assert again.fit().step == 6
+
+
+def test_weights_move_to_the_average_at_the_end(place, tmp_path):
+    method = SMALL.replace(anneal=0.5)
+    trainer = Trainer(config(place, method, steps=4), tmp_path / "run")
+    trainer.fit()
+    shares = {float(module.share) for module in trainer.model.modules() if isinstance(module, RoutingTable)}
+    assert shares == {pytest.approx(0.0, abs=1e-6)}
+    half = Trainer(config(place, method, steps=4), tmp_path / "half")
+    half.task.method  # noqa: B018
+    for module in half.model.modules():
+        if isinstance(module, MultiHeadRouted):
+            module.on_step(3, 0.75)
+            assert float(module.table.share) == pytest.approx(2**-0.5)
+    half.close()
+
+
+def test_what_is_added_to_the_loss_is_logged(place, tmp_path):
+    penalties = Penalties(sparsity=0.1, prediction=0.1, information=0.1, orthogonality=0.1, unlikelihood=0.5)
+    Trainer(config(place, SMALL.replace(penalties=penalties), steps=2), tmp_path / "run").fit()
+    record = next(record for record in read_metrics(tmp_path / "run") if record["kind"] == "train")
+    assert record["auxiliary"].keys() == {
+        "mhr_sparsity",
+        "mhr_prediction",
+        "mhr_information",
+        "mhr_orthogonality",
+        "unlikelihood",
+    }
+    assert record["loss"] == pytest.approx(record["answer"] + sum(record["auxiliary"].values()), rel=1e-4)
+    assert checkpoints(tmp_path / "run")
+
+
+def test_rows_of_a_task_that_is_not_learned(place, tmp_path):
+    run = config(place)
+    run = run.replace(task=run.task.replace(evaluation=str(place / "new.jsonl")))
+    with pytest.raises(Exception, match="task 'double' is not one of the 2") as error:
+        Trainer(run, tmp_path / "run")
+    assert isinstance(error.value, DataError | ValueError)
+    (tmp_path / "bare.jsonl").write_text('{"input": "x", "output": "y"}')
+    with pytest.raises(DataError, match="names no task"):
+        run.task.replace(data=str(tmp_path / "bare.jsonl"), evaluation=None).build()
+
+
+def test_modes_go_on_from_something():
+    with pytest.raises(ConfigError, match="mode is 'z'"):
+        Poly.Config(mode="z")
+    assert Mhr.Config().heads == 8
+    assert Poly.Config().heads == 1

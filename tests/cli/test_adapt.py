@@ -1,0 +1,110 @@
+"""``anabranch adapt``, from rows to an adapter that others read."""
+
+import json
+
+import pytest
+
+from anabranch.data import ByteTokenizer
+from anabranch.lm import Decoder, export_huggingface
+from anabranch.nn import SelfAttention, SwiGLU
+
+QUICK = [
+    "--set=train.batch_size=4",
+    "--set=train.device=cpu",
+    "--set=train.checkpoint_every=3",
+    "--set=task.held_out=0.3",
+]
+
+
+@pytest.fixture(scope="module")
+def base(work):
+    """In ``work/adapt``: a Hugging Face folder of a model that reads bytes, and rows of two tasks."""
+    root = work / "adapt"
+    config = Decoder.Config(
+        vocab_size=257,
+        dim=32,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+        feed_forward=SwiGLU.Config(hidden_dim=48),
+        max_positions=64,
+    )
+    export_huggingface(root / "base", config.build(seed=1), ByteTokenizer.Config().build(), family="llama")
+    rows = [
+        {"task": task, "input": f"{task}: {word}", "output": word.upper()}
+        for word in ("ab", "cde", "fghi", "jk", "lmnop", "qr", "stu")
+        for task in ("one", "two")
+    ]
+    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def adapted(here, *arguments):
+    code, out, err = here("adapt", *arguments, *QUICK, "--json", "--quiet")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_lora_from_rows_to_a_folder_of_pefts(here, base):
+    told = adapted(here, base / "base", base / "rows.jsonl", "--out", base / "lora", "--steps", 6, "--rank", 2)
+    assert (told["method"], told["status"], told["step"], told["form"]) == ("lora", "finished", 6, "peft")
+    assert told["tasks"] == 2
+    assert told["after"]["by_task"].keys() == told["before"]["by_task"].keys() == {"one", "two"}
+    assert told["after"]["nats_per_token"] != told["before"]["nats_per_token"]
+    report = json.loads((base / "lora" / "report.json").read_text())
+    assert report == told
+    code, out, err = here("adapters", "card", base / "lora" / "adapter")
+    assert (code, err) == (0, "")
+    assert "rank   2" in " ".join(out.split(" ")) or "2" in out
+    given = ["--data", "text/alpha", "--tokens", 128, "--sequence-length", 32, "--json", "--quiet"]
+    plain = json.loads(here("eval", base / "base", *given)[1])
+    changed = json.loads(here("eval", base / "base", "--adapter", base / "lora" / "adapter", *given)[1])
+    assert plain["nats_per_token"] != changed["nats_per_token"]
+
+
+def test_resumed_to_the_bit(here, base):
+    straight = adapted(here, base / "base", base / "rows.jsonl", "--out", base / "straight", "--steps", 6)
+    adapted(here, base / "base", base / "rows.jsonl", "--out", base / "parts", "--steps", 3)
+    code, out, err = here("adapt", "--out", base / "parts", "--resume", "--steps", 6, "--json", "--quiet")
+    assert code == 0, err
+    resumed = json.loads(out)
+    assert resumed["after"] == straight["after"]
+    assert resumed["before"] == straight["before"]
+    one, other = (
+        (base / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("straight", "parts")
+    )
+    assert one == other
+
+
+def test_what_it_says(here, base):
+    code, out, err = here("adapt", base / "base", base / "rows.jsonl", "--out", base / "said", "--steps", 2, *QUICK)
+    assert code == 0, err
+    assert "frozen" in err
+    assert "14 rows" not in err  # some are held out
+    assert "held out" in err
+    for word in ("one", "two", "all", "before", "after", "anabranch eval"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--out", "z"], "MODEL is not given"),
+        (["{base}/base", "--out", "z"], "DATA is not given"),
+        (["{base}/base", "{base}/no.jsonl", "--out", "z"], "cannot read"),
+        (["{base}/base", "text/alpha/0.py", "--out", "z"], "line 1: this is no JSON"),
+        (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--method", "lorra"], "did you mean 'lora'"),
+        (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--target", "w1"], "fits no linear layer"),
+        (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--mode", "z"], "mode"),
+        (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--set", "method.rnk=2"], "did you mean"),
+        (["no", "{base}/rows.jsonl", "--out", "z"], "no model at"),
+        (["--out", "z", "--resume"], "no training run in z"),
+        (["{base}/base", "{base}/rows.jsonl", "--out", "{base}/base"], "holds|read"),
+    ],
+)
+def test_mistakes_in_one_line(here, base, arguments, told):
+    import re
+
+    code, out, err = here("adapt", *(one.format(base=base) for one in arguments), "--quiet")
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1
+    assert re.search(told, err), err
