@@ -17,7 +17,7 @@ from anabranch.nn import MoE, SelfAttention
 Q = {"*.attention.q": LowRank.Config(rank=2)}
 KINDS = {
     "low_rank": {"*.attention.*": LowRank.Config(rank=2)},
-    "routed": {"*.attention.q": RoutedLowRank.Config(ranks=(2, 3)), "blocks.1.*": LowRank.Config(rank=1)},
+    "routed": {"blocks.0.attention.o": RoutedLowRank.Config(ranks=(2, 3)), "blocks.1.*": LowRank.Config(rank=1)},
 }
 
 
@@ -133,7 +133,7 @@ def test_folders_that_do_not_fit(tmp_path):
             {key: value for key, value in numbers.items() if key != name}, folder / "adapter.safetensors"
         ),
         "for which the model has no layer": lambda: save_file(
-            numbers | {"blocks.9.x": numbers[name]}, folder / "adapter.safetensors"
+            numbers | {"blocks.9.x": numbers[name].clone()}, folder / "adapter.safetensors"
         ),
         "has shape": lambda: save_file(numbers | {name: numbers[name][:1]}, folder / "adapter.safetensors"),
         "NaN or infinity": lambda: save_file(

@@ -12,6 +12,7 @@ QUICK = [
     "--set=train.batch_size=4",
     "--set=train.device=cpu",
     "--set=train.checkpoint_every=3",
+    "--set=train.schedule.kind=constant",
     "--set=task.held_out=0.3",
 ]
 

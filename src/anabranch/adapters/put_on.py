@@ -41,7 +41,7 @@ class _Drawn(Linear):
             """Of what is built."""
             return self.inner.count(projection, context)
 
-        def build(self, projection: Projection, context: BuildContext) -> Any:  # type: ignore[override]
+        def build(self, projection: Projection, context: BuildContext) -> Any:
             """What is built, in place of this."""
             own = (self.seed * 0x9E3779B97F4A7C15 + zlib.crc32(projection.name.encode())) % 2**63
             generator = torch.Generator().manual_seed(own)

@@ -37,7 +37,8 @@ def task_names(model: nn.Module) -> tuple[str, ...]:
 
     Raises ConfigError where no layer routes by task, or two do by other names.
     """
-    found = {tuple(module.tasks) for module in model.modules() if getattr(module, "routes_by_task", False)}
+    routed: list[Any] = [module for module in model.modules() if getattr(module, "routes_by_task", False)]
+    found = {tuple(module.tasks) for module in routed}
     if not found:
         raise ConfigError("no layer of the model routes by task; put such layers on first, e.g. MultiHeadRouted")
     if len(found) > 1:

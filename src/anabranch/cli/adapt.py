@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ADAPTER, REPORT = "adapter", "report.json"
 # What an adaptation trains with unless somebody says otherwise: rows are few and the adapter starts at nothing.
-_TRAIN = {
+_TRAIN: dict[str, Any] = {
     "steps": 200,
     "batch_size": 16,
     "learning_rate": 1e-3,

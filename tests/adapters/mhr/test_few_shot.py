@@ -231,7 +231,7 @@ def poly_of_peft(folder):
             b.copy_(drawn(f"{name}.B", b.shape))
             router = layer.poly_router["default"].module_logits
             router.copy_((drawn(f"{name}.Z", (3, 2, 3)) * 4).flatten(1))
-        made = model(input_ids=TOKENS, task_ids=torch.tensor([2, 0])).logits
+        made = model.base_model(input_ids=TOKENS, task_ids=torch.tensor([2, 0])).logits
     return made[:, -1].float()
 
 

@@ -24,6 +24,8 @@ CONFIG = Decoder.Config(
     attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
     feed_forward=SwiGLU.Config(hidden_dim=48),
     max_positions=64,
+    # Its head is not learned, and must be able to say something.
+    init_std=0.2,
 )
 SMALL = Mhr.Config(skills=2, heads=2, rank=2)
 
@@ -88,7 +90,10 @@ def test_random_weights_are_resumed_to_the_bit(place):
 
 
 def test_tasks_are_kept_by_name_and_answers_differ_by_task(place, tmp_path):
-    trainer = Trainer(config(place, steps=40, learning_rate=0.02, eval_every=None), tmp_path / "run")
+    run = config(place, SMALL.replace(targets=("q", "v", "down")), steps=40, learning_rate=0.02, eval_every=None)
+    # Measured on what it learns: a base of random numbers has nothing to say of anything else.
+    run = run.replace(task=run.task.replace(evaluation=run.task.data))
+    trainer = Trainer(run, tmp_path / "run")
     result = trainer.fit()
     assert result.measures["nats_per_token"] < trainer.task.before["nats_per_token"] - 1
     written = trainer.task.write(tmp_path / "adapter")
@@ -126,10 +131,9 @@ def test_weights_move_to_the_average_at_the_end(place, tmp_path):
     method = SMALL.replace(anneal=0.5)
     trainer = Trainer(config(place, method, steps=4), tmp_path / "run")
     trainer.fit()
-    shares = {float(module.share) for module in trainer.model.modules() if isinstance(module, RoutingTable)}
-    assert shares == {pytest.approx(0.0, abs=1e-6)}
+    shares = [float(module.share) for module in trainer.model.modules() if isinstance(module, RoutingTable)]
+    assert shares == pytest.approx([0.0] * len(shares), abs=1e-6)
     half = Trainer(config(place, method, steps=4), tmp_path / "half")
-    half.task.method  # noqa: B018
     for module in half.model.modules():
         if isinstance(module, MultiHeadRouted):
             module.on_step(3, 0.75)

@@ -232,7 +232,7 @@ class AdaptTask(Task, kind="adapt"):
         """The loss of the answers, what layers add, and what the method punishes."""
         given = _batch(*batch)
         weight = self.method.unlikelihood() if self.method.needs_task else 0.0
-        task_B = given.pop("task_B")
+        task_B: Any = given.pop("task_B")
         task_B = task_B if self.method.needs_task else None
         rows = len(given["token_BL"])
         if weight:
