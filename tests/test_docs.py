@@ -24,6 +24,8 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 STUDIES = ROOT / "src" / "anabranch" / "studies"
 # Folders of designs that are parts of a model; other systems have names and tests of several kinds.
 OF_TOKENS = ("experts", "heads", "depth", "adapters", "subnets")
+# What these have in common, and is no system.
+SHARED_PARTS = {("adapters", "adapt")}
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
 
@@ -254,7 +256,7 @@ def designs() -> list[tuple[str, str]]:
     A part that is registered by the folder alone is shared by its systems.
     """
     targets = {tuple(target.partition(":")[0].split(".")) for kinds in BUILTIN.values() for target in kinds.values()}
-    return sorted({(folder, name[0]) for _, folder, *name in targets if folder in OF_TOKENS and name})
+    return sorted({(folder, name[0]) for _, folder, *name in targets if folder in OF_TOKENS and name} - SHARED_PARTS)
 
 
 def studies() -> list[str]:

@@ -209,6 +209,7 @@ def test_g_outputs_are_those_of_pefts_poly(tmp_path):
 
 
 @pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+@pytest.mark.filterwarnings("ignore")
 def test_the_golden_is_what_peft_computes(tmp_path):
     torch.testing.assert_close(torch.tensor(poly_golden()), poly_of_peft(tmp_path), rtol=1e-4, atol=2e-5)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from anabranch.adapters.adapt.method import Method, Written
-from anabranch.adapters.attach import save_peft
 from anabranch.adapters.low_rank import LowRank
 from anabranch.adapters.own_folder import write_own
+from anabranch.adapters.saving import save_peft
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder

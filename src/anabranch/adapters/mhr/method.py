@@ -7,13 +7,13 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from anabranch.adapters.adapt.method import Method, Written
-from anabranch.adapters.attach import save_peft
 from anabranch.adapters.mhr.few_shot import adapt
 from anabranch.adapters.mhr.layer import MultiHeadRouted
 from anabranch.adapters.mhr.penalties import Penalties
 from anabranch.adapters.mhr.table import Granularity
 from anabranch.adapters.mhr.weights import Weights
 from anabranch.adapters.own_folder import read_own, write_own
+from anabranch.adapters.saving import save_peft
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder

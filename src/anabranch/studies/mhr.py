@@ -1,0 +1,325 @@
+"""Does routing over an inventory of adapters beat one shared adapter of as many numbers, and what is left of it at lesser prices?
+
+"Multi-Head Adapter Routing for Cross-Task Generalization", NeurIPS 2023, arXiv 2211.03831. The paper: MHR above Poly at a comparable
+budget, MHR-z competitive, MHR-mu as good as a router when a task is learned from few examples; gradient alignment of MHR the highest.
+
+Scaled down: the bench of `anabranch.studies.adapter_bench`. A byte decoder of 6 layers of width 192 (2.7M parameters), pre-trained on 8
+single steps; 48 pairs of steps are learned together by adapters on all linear layers of the blocks; 8 pairs are then learned from 32
+examples each. All arms have the same numbers in A and B: LoRA has rank K r, Poly and MHR K = 8 skills of rank r = 2 (tables apart, which
+have 8 or 64 numbers a task and layer). The same learning rate for adapters in all arms, tables at 100 times.
+
+Arms, on one base, the same rows in the same order for one seed:
+
+    lora   one adapter of rank 16
+    poly   8 skills of rank 2, one head
+    mhr    the same with 8 heads
+
+Each run gives accuracy on unseen words of the 48 tasks, and of the 8 new ones after 60 steps on 32 examples: all learns (full), the table
+alone (z), the average (mu), skills drawn anew (random); LoRA goes on as it is (full).
+
+The rule, fixed before any run. PRIMARY: Poly's accuracy on the 48 tasks is above LoRA's by .05. A claim is about a paired difference over
+seeds, ours - baseline - margin. It holds where that is above 0 by a two-sided paired t-test at 5% after Holm's correction over all claims
+of this study that have run; it does not hold where it is below 0 by the same test; else, and with fewer than five seeds, it is not
+resolved. Few-shot MHR against LoRA is an open question: it is told which way it goes, or that it is not resolved.
+
+Not run yet. It is planned for 5 seeds, about 25 minutes of two cores each; a pilot of another code and one seed (docs/systems/mhr.md) is no
+run of this. The bench on Super-NaturalInstructions with SmolLM2-135M is a study of its own, not written.
+"""
+
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from anabranch.adapters.adapt import AdaptTask, Lora, Method
+from anabranch.adapters.mhr import gradient_alignment
+from anabranch.adapters.mhr.method import Mhr, Poly
+from anabranch.adapters.tasks import task_rows
+from anabranch.config import Config, Field, configclass
+from anabranch.studies.adapter_bench import (
+    FEW,
+    LEARNED,
+    Bench,
+    BenchSize,
+    accuracy,
+    bench_words,
+    name_of,
+    pair_rows,
+    write_rows,
+)
+from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
+from anabranch.studies.paired import SIGNS_NEEDED, Verdict, t_probability
+from anabranch.train import TaskRunConfig, TrainConfig, Trainer
+
+MARGIN = 0.05
+LEVEL = 0.05
+COLUMNS = (
+    Column("accuracy", "48 tasks", ".3f"),
+    Column("few_full", "new, full", ".3f"),
+    Column("few_z", "new, z", ".3f"),
+    Column("few_mu", "new, mu", ".3f"),
+    Column("alignment", "gradients\naligned", ".3f"),
+)
+
+
+@configclass
+class Size(Config):
+    """What all arms share.
+
+    Attributes:
+        bench: the base, words, shots.
+        skills, rank, heads: of the inventory; LoRA has rank ``skills * rank``.
+        steps, batch_size, learning_rate: of learning the 48 tasks, ``per_task`` rows each.
+        few_steps: of learning a new one.
+        new_tasks: how many of them; ``learned_tasks`` likewise.
+    """
+
+    bench: BenchSize = BenchSize()
+    skills: int = 8
+    rank: int = 2
+    heads: int = 8
+    steps: int = Field(default=1500, ge=1)
+    batch_size: int = 48
+    learning_rate: float = 3e-3
+    per_task: int = 100
+    few_steps: int = Field(default=60, ge=1)
+    few_batch: int = 16
+    new_tasks: int = 8
+    learned_tasks: int = 48
+    base_seed: int = 0
+
+
+@configclass
+class ArmConfig(Config):
+    """One arm: its method, and the size."""
+
+    method: Literal["lora", "poly", "mhr"]
+    size: Size = Size()
+
+    def of(self, **changes: Any) -> Method.Config:
+        """The config of the method."""
+        size = self.size
+        if self.method == "lora":
+            return Lora.Config(targets=("all",), rank=size.skills * size.rank, alpha=float(size.skills))
+        kind: type[Poly] = Mhr if self.method == "mhr" else Poly
+        heads = size.heads if self.method == "mhr" else 1
+        return kind.Config(targets=("all",), skills=size.skills, rank=size.rank, heads=heads, **changes)
+
+
+def make(full: bool = False, **changes: Any) -> Study:
+    """The study in one of its two sizes; ``changes`` are fields of `Size`."""
+    small = BenchSize(dim=64, num_layers=2, num_heads=4, base_steps=60, words_learned=60, words_measured=8, shots=8)
+    size = (Size() if full else Size(bench=small, steps=20, few_steps=4, new_tasks=2, learned_tasks=6)).replace(
+        **changes
+    )
+    arms = {
+        "lora": "one adapter of rank K r",
+        "poly": "K skills of rank r, weighed by task",
+        "mhr": "the same with 8 heads",
+    }
+    return Study(
+        name="mhr",
+        title="an inventory of adapters, weighed by task, against one shared adapter of as many numbers",
+        settings={"size": "full" if full else "smoke", **_settings(size)},
+        arms=[Arm(name, about, ArmConfig(method=name, size=size)) for name, about in arms.items()],
+        seeds=(0, 1, 2, 3, 4) if full else (0, 1),
+        run=run,
+        judge=judge,
+        columns=COLUMNS,
+    )
+
+
+def _settings(size: Size) -> dict[str, Any]:
+    from anabranch.config import to_dict
+
+    return to_dict(size)
+
+
+def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
+    """Learn the tasks together, then each new one from few examples."""
+    size = config.size
+    pairs, new = LEARNED[: size.learned_tasks], FEW[: size.new_tasks]
+    words, _ = bench_words(size.bench)
+    with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
+        place = Path(folder)
+        progress("base")
+        bench = Bench.make(place / "base", size.bench)
+        rows = write_rows(place / "rows.jsonl", pair_rows(pairs, words, per_task=size.per_task, seed=seed))
+        progress(f"{len(pairs)} tasks")
+        trainer = _train(config.of(), bench, rows, place / "all", size.steps, size.batch_size, size, seed)
+        task: Any = trainer.task
+        routed = config.method != "lora"
+        found: Metrics = {
+            "accuracy": accuracy(task.base, pairs, size.bench, routed=routed),
+            "alignment": _alignment(task, pairs, words, routed),
+            "parameters": sum(each.numel() for each in task.base.parameters() if each.requires_grad),
+        }
+        adapter = task.write(place / "adapter").folder
+        modes = ("full", "z", "mu", "random") if routed else ("full",)
+        few: dict[str, list[float]] = {mode: [] for mode in modes}
+        for number, pair in enumerate(new):
+            shots = write_rows(
+                place / f"new-{number}.jsonl", pair_rows([pair], words, per_task=size.bench.shots, seed=seed + 1000)
+            )
+            for mode in modes:
+                progress(f"{name_of(pair)}: {mode}")
+                out = place / f"{mode}-{number}"
+                few[mode].append(_few(config, adapter, bench, shots, out, pair, mode, seed))
+        return {**found, **{f"few_{mode}": sum(values) / len(values) for mode, values in few.items()}}
+
+
+def _train(
+    method: Method.Config,
+    bench: Bench,
+    rows: Path,
+    out: Path,
+    steps: int,
+    batch: int,
+    size: Size,
+    seed: int,
+    model: Any = None,
+) -> Trainer[Any]:
+    task = AdaptTask.Config(model=str(bench.folder), data=str(rows), method=method, sequence_length=96, held_out=0.0)
+    train = TrainConfig(
+        steps=steps,
+        batch_size=batch,
+        learning_rate=size.learning_rate,
+        weight_decay=0.0,
+        eval_every=None,
+        checkpoint_every=None,
+        device="cpu",
+        seed=seed,
+    )
+    trainer = Trainer(TaskRunConfig(task=task, train=train), out)
+    if model is not None:
+        trainer.model.decoder.load_state_dict(model)
+    trainer.fit()
+    return trainer
+
+
+def _few(
+    config: ArmConfig, adapter: Path, bench: Bench, shots: Path, out: Path, pair: Any, mode: str, seed: int
+) -> float:
+    """Accuracy of a new task on unseen words."""
+    size = config.size
+    if config.method == "lora":
+        from anabranch.adapters.own_folder import is_own, read_own
+        from anabranch.lm import load_model
+
+        base, _ = load_model(bench.folder)
+        if is_own(adapter):
+            read_own(adapter, base)
+        else:
+            from anabranch.adapters import load_peft
+
+            load_peft(adapter, base)
+        method, model = config.of(), base.state_dict()
+    else:
+        method, model = config.of(start=str(adapter), mode=mode), None
+    trainer = _train(
+        method, bench, shots, out, size.few_steps, min(size.few_batch, size.bench.shots), size, seed, model
+    )
+    task: Any = trainer.task
+    return accuracy(task.base, [pair], size.bench, routed=config.method != "lora" and mode != "mu")
+
+
+def _alignment(task: AdaptTask, pairs: Any, words: Any, routed: bool) -> float:
+    """The mean cosine of gradients of the tasks, each on 16 rows."""
+    from anabranch.studies.adapter_bench import _tensors
+
+    def loss_of(pair: Any) -> Any:
+        rows = pair_rows([pair], words, per_task=16, seed=2)
+        token_NL, target_NL = _tensors(rows, task.tokenizer)
+
+        def loss() -> torch.Tensor:
+            names = [name_of(pair)] * len(rows)
+            state = task_rows(task.base, names, token_NL.shape[1]) if routed else None
+            return task.base(token_NL.long(), target_NL.long(), state=state).loss
+
+        return loss
+
+    return gradient_alignment(task.base.eval(), {name_of(pair): loss_of(pair) for pair in pairs[:16]})[0]
+
+
+_TOGETHER = "MHR and Poly above LoRA"
+# Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
+_ASKED = (
+    ("accuracy", "poly", "accuracy", "lora", MARGIN, "PRIMARY: Poly beats one LoRA by 5 points on 48 tasks", _TOGETHER),
+    ("accuracy", "mhr", "accuracy", "lora", MARGIN, "MHR beats one LoRA by 5 points on 48 tasks", _TOGETHER),
+    ("accuracy", "mhr", "accuracy", "poly", 0.0, "MHR beats Poly on 48 tasks", "a few points after 100,000 steps"),
+    ("few_z", "mhr", "few_z", "poly", 0.0, "tables alone: MHR learns new tasks better than Poly", "MHR-z competitive"),
+    (
+        "few_mu",
+        "mhr",
+        "few_mu",
+        "poly",
+        0.0,
+        "MHR-mu learns new tasks better than Poly-mu",
+        "MHR-mu as good as a router",
+    ),
+    ("few_full", "mhr", "few_full", "lora", 0.0, "MHR learns new tasks better than LoRA (open)", "MHR above LoRA"),
+    ("few_full", "mhr", "few_random", "mhr", 0.0, "learned skills help new tasks (PolyRand)", "PolyRand below"),
+    ("alignment", "mhr", "alignment", "poly", 0.0, "gradients agree more in MHR than in Poly", "highest in MHR"),
+    ("alignment", "poly", "alignment", "lora", 0.0, "gradients agree more in Poly than in LoRA", "lowest in LoRA"),
+)
+
+
+def judge(results: Results) -> list[Claim]:
+    """The claims; see the rule in the module's docstring."""
+    found = [_differences(results, *one[:5]) for one in _ASKED]
+    verdicts = holm({number: values for number, values in enumerate(found) if values})
+    return [_claim(results, *one, verdict=verdicts.get(number, "not run")) for number, one in enumerate(_ASKED)]
+
+
+def _differences(results: Results, ours: str, arm: str, theirs: str, other: str, margin: float) -> list[float]:
+    left, right = results.values(arm, ours), results.values(other, theirs)
+    return [left[seed] - right[seed] - margin for seed in sorted(left.keys() & right.keys())]
+
+
+def _claim(
+    results: Results,
+    ours: str,
+    arm: str,
+    theirs: str,
+    other: str,
+    margin: float,
+    claim: str,
+    paper: str,
+    *,
+    verdict: Verdict,
+) -> Claim:
+    left, right = results.values(arm, ours), results.values(other, theirs)
+    common = sorted(left.keys() & right.keys())
+    if not common:
+        return Claim.not_run(claim, paper)
+    from anabranch.studies.paired import estimate
+
+    difference = estimate([left[seed] - right[seed] for seed in common])
+    means = [sum(values[seed] for seed in common) / len(common) for values in (right, left)]
+    return Claim(
+        claim, paper, *means, difference.mean, difference.interval, verdict, limit=means[0] + margin if margin else None
+    )
+
+
+def holm(differences: Mapping[int, list[float]]) -> dict[int, Verdict]:
+    """A verdict for each list of paired differences: two-sided t-tests against 0, corrected by Holm's rule over all of them."""
+    enough = {name: values for name, values in differences.items() if len(values) >= SIGNS_NEEDED}
+    found: dict[int, Verdict] = dict.fromkeys(differences, "not resolved")
+    in_order = sorted(enough, key=lambda name: p_value(enough[name]))
+    for place, name in enumerate(in_order):
+        if p_value(enough[name]) > LEVEL / (len(in_order) - place):
+            break
+        found[name] = "holds" if sum(enough[name]) > 0 else "does not hold"
+    return found
+
+
+def p_value(values: list[float]) -> float:
+    """Of a two-sided t-test that their mean is 0."""
+    count, mean = len(values), math.fsum(values) / len(values)
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    if error == 0:
+        return 0.0 if mean else 1.0
+    return 2 * (1 - t_probability(abs(mean) / error, count - 1))
