@@ -233,6 +233,20 @@ ALONE = "model_list:\n- model_name: a\n  litellm_params: {{model: {model}, api_k
             Price(input=2_500_000_000, output=10**10, cached_input=10**9),
         ),
         ("openai/my-own", "input_cost_per_token: 0.000002", "{mode: embedding}", Price(input=2 * 10**9)),
+        # The list knows better than a mode.
+        (
+            "openai/gpt-4o",
+            "input_cost_per_token: 0.000002",
+            "{mode: embedding}",
+            Price(input=2 * 10**9, output=10**10),
+        ),
+        # What is less than can be counted.
+        (
+            "openai/my-own",
+            "input_cost_per_token: 1.0e-17, output_cost_per_token: 1.0e-17",
+            "{}",
+            Price(input=1, output=1),
+        ),
         ("openai/my-own", "input_cost_per_token: null", "{input_cost_per_token: 0, output_cost_per_token: 0}", Price()),
         ("openai/my-own", "input_cost_per_token: 0.000002", "{}", "but no output_cost_per_token, and the price list"),
         ("openai/my-own", "input_cost_per_token: 0", "{}", "but no output_cost_per_token, and the price list"),

@@ -95,14 +95,21 @@ def _changed(config: Any) -> Any:
 
 
 def _price(price: Price, *, is_inner: bool = False) -> dict[str, Any]:
-    """In dollars, as people write it. One of a tier names its tokens' prices always: it would be read as its outer one's otherwise."""
+    """In dollars, as people write it. One that prices tokens of text names both sides, as one of a tier does always: what it does not name
+    would be read as its outer one's, or the list's.
+    """
     from anabranch.routers.money import TOKEN_RATES
 
     made: dict[str, Any] = {}
+    is_of_text = (
+        is_inner
+        or any((price.input, price.output))
+        or any(getattr(price, name) is not None for name in ("cached_input", "cache_write", "cache_write_1h"))
+    )
     for field in dataclasses.fields(price):
         value = getattr(price, field.name)
         if field.name in (*TOKEN_RATES, "web_search", "request"):
-            if value != _default(field) or (is_inner and field.name in ("input", "output")):
+            if value != _default(field) or (is_of_text and field.name in ("input", "output")):
                 made[f"{field.name}_usd"] = _dollars(value)
         elif field.name == "tiers":
             made |= {"tiers": {name: _price(tier, is_inner=True) for name, tier in value.items()}} if value else {}

@@ -9,6 +9,7 @@ What files may write shorter than `to_dict` does:
 
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from anabranch.config import from_dict
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.gateway.config.gateway import GatewayConfig
 from anabranch.gateway.config.lines import Lines, join, parse
+from anabranch.gateway.config.price_sides import with_both_sides
 from anabranch.gateway.config.secret import MUST, VARIABLE, is_reference
 from anabranch.gateway.config.source import LocatedError, Source, read_text
 from anabranch.gateway.config.strategies import StrategyConfig
@@ -81,7 +83,7 @@ def _plain_model(model: Any, path: str, source: Source) -> Any:
             _plain_deployment(table, f"{path}.deployments.{place}", source)
             for place, table in enumerate(out["deployments"])
         ]
-    return out
+    return with_both_sides(out, path, source)
 
 
 def _plain_price(price: dict[str, Any], path: str, source: Source) -> dict[str, Any]:
@@ -111,6 +113,8 @@ def _plain_price(price: dict[str, Any], path: str, source: Source) -> dict[str, 
                 f"{field} is {shown(value)}; it must be dollars per million tokens, from 0 to {MOST_NANO // NANO:,}",
                 field,
             )
+        if nano == 0 and Decimal(str(value)) > 0:
+            source.fail(f"{field} is {shown(value)}; the least is 0.000000001, and 0 where it costs nothing", field)
         out[plain] = nano
     if isinstance(out.get("tiers"), dict):
         out["tiers"] = {

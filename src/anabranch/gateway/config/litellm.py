@@ -190,16 +190,20 @@ class _Import:
         deployment = self._deployment(params, f"{field}.litellm_params") | {"provider": provider}
         own = self._own_price(params, info, field)
         facts = self._facts(params, info, field)
-        # Of a model that answers with vectors nothing else is billed.
-        if own and own.keys() >= ({"input"} if info.get("mode") == "embedding" else {"input", "output"}):
+        if own.keys() >= {"input", "output"}:
             deployment["price"] = own
         elif (based := self._based(params, info, provider, field)) is not None:
             if own:
                 deployment["price"] = _completed(own, based)
             else:
                 self.based.append((deployment, to_dict(based)))
-        elif own and (listed := self._listed(own, provider, field)) is not None:
+        elif own and (listed := listed_price(from_dict(Provider.Config, provider))) is not None:
             deployment["price"] = _completed(own, listed)
+        elif "input" in own and info.get("mode") == "embedding":
+            # Of a model that answers with vectors nothing else is billed.
+            deployment["price"] = {**own, "output": 0}
+        elif own:
+            self._leave_in_part(own, field)
         if (given := info.get("id")) is not None:
             deployment["name"] = str(given)
             self.named.append((deployment, f"{field}.model_info.id"))
@@ -294,14 +298,13 @@ class _Import:
             table, where = (params, "litellm_params") if params.get(theirs) is not None else (info, "model_info")
             value = self._price(table.get(theirs), f"{field}.{where}.{theirs}")
             if value is not None:
-                price[ours] = int((value * NANO_MILLION).to_integral_value())
+                nano = int((value * NANO_MILLION).to_integral_value())
+                # What costs less than can be counted is not free.
+                price[ours] = max(nano, 1) if value > 0 else nano
         return price
 
-    def _listed(self, own: Table, provider: Table, field: str) -> Price | None:
-        """What the list that ships says of a model whose entry gives its price in part; None, which is said, if it does not know it."""
-        listed = listed_price(from_dict(Provider.Config, provider))
-        if listed is not None:
-            return listed
+    def _leave_in_part(self, own: Table, field: str) -> None:
+        """A price in part, of a model that the list that ships does not know."""
         missing = " and no ".join(
             name for name, ours in COSTS.items() if ours in ("input", "output") and ours not in own
         )
@@ -310,7 +313,6 @@ class _Import:
             "(input_usd and output_usd, 0 for what costs nothing)"
         )
         self._leave(field, why)
-        return None
 
     def _facts(self, params: Table, info: Table, field: str) -> Table:
         made: Table = {}
