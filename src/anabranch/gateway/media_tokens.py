@@ -158,11 +158,11 @@ def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes]) -> _Lasts:
     refuse_others(head(num_bytes if is_noted else LOOKED_AT), notes_end(head(num_bytes)) if is_noted else 0)
     if (found := framed(head(num_bytes)) if first.startswith(_FRAMED) else None) is not None:
         seconds = found.seconds + found.rest / _TYPICAL.get(form, _TYPICAL["mp3"])
-        return _Lasts(seconds, found.seconds + found.rest / _FEWEST, True)
+        return _Lasts(seconds, found.at_most + found.rest / _FEWEST, True)
     wave = wave_rate(first) or (wave_rate(head(num_bytes)) if first.startswith(b"RIFF") else None)
     if (within := contained(head(num_bytes)) if is_container(first) or wave is None else None) is not None:
         # What is only told is what it is mostly; what it may be at most, its bytes say.
-        at_most = within.seconds if within.is_counted else max(num_bytes / _FEWEST, within.at_most)
+        at_most = within.at_most if within.is_counted else max(num_bytes / _FEWEST, within.at_most)
         at_most = max(within.seconds, at_most) + within.rest / _FEWEST
         seconds = within.seconds or num_bytes / _TYPICAL.get(form, _TYPICAL["m4a"])
         return _Lasts(seconds, at_most, within.is_counted)
@@ -176,7 +176,7 @@ def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes]) -> _Lasts:
     at_most = max(seconds, num_bytes / (wave or _FEWEST))
     if wave is None and (found := framed(head(num_bytes), is_sure=False)) is not None:
         # Something stands before what may be frames.
-        at_most = max(at_most, found.seconds)
+        at_most = max(at_most, found.at_most)
     return _Lasts(seconds, at_most)
 
 

@@ -7,7 +7,7 @@ Bytes that are of no frame are told too; whoever sets a limit takes them for the
 import re
 from dataclasses import dataclass
 
-from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_RATES, LONGEST_S, pieces
+from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_LEAST, AAC_RATES, LONGEST_S, pieces
 
 # Bits of a second in thousands, by version (1, or 2 and 2.5) and layer, by the mark in a frame's head; 0 where it is not said.
 _RATES: dict[tuple[bool, int], tuple[int, ...]] = {
@@ -23,9 +23,12 @@ _RATES: dict[tuple[bool, int], tuple[int, ...]] = {
 _SAMPLES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 
 # How frames of FLAC begin, bytes of the longest head of one, and by the marks in it the samples of a block and of a second.
-_FLAC_SYNC, _FLAC_HEAD = re.compile(rb"\xff[\xf8\xf9]"), 16
+FLAC_SYNC, FLAC_HEAD = re.compile(rb"\xff[\xf8\xf9]"), 16
 _FLAC_BLOCKS = (0, 192, *(576 << one for one in range(4)), 0, 0, *(256 << one for one in range(8)))
 _FLAC_RATES = (0, 88_200, 176_400, 192_000, 8_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
+
+# Bytes of the head of a frame of AAC.
+_ADTS_HEAD = 7
 
 # Notes that a clip begins with.
 _NOTES = 100
@@ -44,10 +47,12 @@ class Framed:
     Attributes:
         seconds: of all its frames.
         rest: bytes that are of none, notes at the beginning left out.
+        at_most: seconds that no decoder passes: frames of AAC may hold more than they say.
     """
 
     seconds: float
     rest: int
+    at_most: float
 
 
 def framed(data: bytes, *, is_sure: bool = True) -> Framed | None:
@@ -60,7 +65,7 @@ def framed(data: bytes, *, is_sure: bool = True) -> Framed | None:
     start = notes_end(data)
     if is_sure and not _follow(data, start, _SURE):
         return None
-    at, rest, seconds, tries = start, 0, 0.0, _TRIES
+    at, rest, seconds, at_most, tries = start, 0, 0.0, 0.0, _TRIES
     size, walked = len(data), pieces()
     while at < size:
         walked.add()
@@ -71,10 +76,11 @@ def framed(data: bytes, *, is_sure: bool = True) -> Framed | None:
             rest += again - at
             at = again
             continue
-        length, lasts_s = frame
+        length, lasts_s, most_s = frame
         seconds += lasts_s
+        at_most += most_s
         at += length
-    return Framed(seconds, rest)
+    return Framed(seconds, rest, at_most)
 
 
 def notes_end(data: bytes) -> int:
@@ -98,13 +104,14 @@ def flac(data: bytes) -> Framed | None:
         return None
     walked, told = pieces(), _flac_told(data[start:])[0]
     rate, samples = told, 0
-    for found in _FLAC_SYNC.finditer(data, start):
+    for found in FLAC_SYNC.finditer(data, start):
         walked.add()
-        if (head := _flac_head(data[found.start() : found.start() + _FLAC_HEAD])) is not None:
+        if (head := flac_head(data[found.start() : found.start() + FLAC_HEAD])) is not None:
             samples += head[0]
             # It may say another than the file does, and decoders believe either.
             rate = min(one for one in (rate or head[1], head[1] or rate) if one) if rate or head[1] else 0
-    return Framed(min(samples / rate, LONGEST_S) if rate else 0.0, 0 if samples else len(data) - start)
+    seconds = min(samples / rate, LONGEST_S) if rate else 0.0
+    return Framed(seconds, 0 if samples else len(data) - start, seconds)
 
 
 def flac_seconds(head: bytes) -> float | None:
@@ -121,7 +128,7 @@ def _flac_told(head: bytes) -> tuple[int, int]:
     return told >> 44, told & (1 << 36) - 1
 
 
-def _flac_head(head: bytes) -> tuple[int, int] | None:
+def flac_head(head: bytes) -> tuple[int, int] | None:
     """Samples of the frame that begins here, and a second's, 0 where it does not say (RFC 9639, 9.1); None if none does."""
     if len(head) < 6:
         return None
@@ -180,9 +187,9 @@ def _follow(data: bytes, at: int, count: int) -> bool:
     return True
 
 
-def _frame(data: bytes, at: int) -> tuple[int, float] | None:
-    """Bytes and seconds of the frame that begins here; None if none does."""
-    head = data[at : at + 7]
+def _frame(data: bytes, at: int) -> tuple[int, float, float] | None:
+    """Bytes and seconds of the frame that begins here, and seconds at most; None if none does."""
+    head = data[at : at + _ADTS_HEAD]
     if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
         return None
     version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
@@ -194,17 +201,18 @@ def _frame(data: bytes, at: int) -> tuple[int, float] | None:
     rate = _SAMPLES[version][samples]
     kilobits, padding = _RATES[version == 3, layer][bits], head[2] >> 1 & 1
     if layer == 1:
-        return (12_000 * kilobits // rate + padding) * 4, 384 / rate
+        return (12_000 * kilobits // rate + padding) * 4, 384 / rate, 384 / rate
     num_samples = 576 if layer == 3 and version != 3 else 1152
-    return num_samples * 125 * kilobits // rate + padding, num_samples / rate
+    return num_samples * 125 * kilobits // rate + padding, num_samples / rate, num_samples / rate
 
 
-def _adts(head: bytes) -> tuple[int, float] | None:
-    """Of a frame of AAC."""
-    if len(head) < 7 or head[1] < 0xF0:
+def _adts(head: bytes) -> tuple[int, float, float] | None:
+    """Of a frame of AAC, which says how many blocks it has, and may have more."""
+    if len(head) < _ADTS_HEAD or head[1] < 0xF0:
         return None
     mark = head[2] >> 2 & 15
     length = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
-    if mark >= len(AAC_RATES) or length < 7:
+    if mark >= len(AAC_RATES) or length < _ADTS_HEAD:
         return None
-    return length, (1 + (head[6] & 3)) * AAC_BLOCK / AAC_RATES[mark]
+    said, rate = 1 + (head[6] & 3), AAC_RATES[mark]
+    return length, said * AAC_BLOCK / rate, max(said, (length - _ADTS_HEAD) // AAC_LEAST) * AAC_BLOCK / rate

@@ -1,10 +1,24 @@
 """Seconds of sound in M4A (ISO/IEC 14496-12, -14; fragments too), by its samples; see `sound_containers`."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_RATES, ELEMENT, STREAM, Contained, Pieces, pieces
+import numpy as np
+
+from anabranch.gateway.sound_aac import config_rate, flac_frame_s
+from anabranch.gateway.sound_packets import (
+    AAC_BLOCK,
+    AAC_LEAST,
+    AAC_RATES,
+    ELEMENT,
+    FLAC_LEAST,
+    STREAM,
+    Contained,
+    Pieces,
+    pieces,
+)
 
 # Boxes with boxes in them, and how deep they are walked through.
 _BOXES = (
@@ -36,9 +50,7 @@ _SILENT = (b"vide", b"auxv", b"pict", b"text", b"sbtl", b"subt", b"clcp", b"tmcd
 # Bytes of the config of a codec, and configs of one track; each mostly has one of fewer than 64.
 _CONFIG, _CONFIGS = 4_096, 16
 
-# Seconds that no sample passes, by the codec: of AAC or MP3 at their lowest rates, a block of FLAC, one value of what is not packed, and of
-# all others the longest block of ALAC.
-_SAMPLE_S = {b"mp4a": 0.16, b"fLaC": 8.2}
+# Codecs of which no sample is longer than one block: of one value each, as it is; and the longest block of ALAC, with that of Opus.
 _PLAIN = (
     b"sowt",
     b"twos",
@@ -54,7 +66,11 @@ _PLAIN = (
     b"ulaw",
     b"alaw",
 )
-_PLAIN_S, _OTHER_S = 1 / 8_000, 0.512
+_PLAIN_S = 1 / 8_000
+_WHOLE = (b"alac", b"Opus")
+
+# Seconds at most of a sample of any other, and of each of its bytes: it may hold many blocks, the sparsest those of AAC at its lowest rate.
+_OTHER = (0.512, AAC_BLOCK / AAC_RATES[-1] / AAC_LEAST)
 
 # Units of time that are negative, for those who read them so.
 _NEGATIVE = 1 << 31
@@ -75,7 +91,7 @@ class _Track:
         alike: of those that are all alike, how many are claimed, and their size.
         chunks: places that samples lie at, one behind the other; places may be the same.
         edits: how long the pieces are that it is played as, by the clock of the film, and whether there is sound in them.
-        codec: that its samples are of, the one that lasts longest.
+        codecs: that its samples may be of.
         rate: of its AAC, the lowest that is told; 0 for another codec.
         is_sound, is_silent: it says that it is sound; that it is pictures or words.
         rates: configs that were read.
@@ -85,53 +101,96 @@ class _Track:
     length: int = 0
     told: int = 0
     each: int | None = None
-    listed: int = 0
+    listed: "_Samples" = field(default_factory=lambda: _Samples())
     alike: list[tuple[int, int]] = field(default_factory=list)
     chunks: int = 0
     edits: list[tuple[int, bool]] = field(default_factory=list)
-    codec: bytes = b""
+    codecs: set[bytes] = field(default_factory=set)
     rate: int = 0
     is_sound: bool = False
     is_silent: bool = False
     rates: int = 0
 
-    def samples(self, most: int) -> int:
-        """That it has at most, in a file of ``most`` bytes."""
-        # One chunk lies within the file, its samples side by side.
-        alike = (min(count, max(1, self.chunks) * -(-most // size)) for count, size in self.alike)
-        return max(self.listed, *alike, 0)
+    def samples(self, most: int) -> "_Samples":
+        """Those that it has at most, in a file of ``most`` bytes."""
+        found = [self.listed]
+        for count, size in self.alike:
+            # One chunk lies within the file, its samples side by side.
+            num = min(count, max(1, self.chunks) * -(-most // size))
+            found.append(_Samples(num, num * min(size, most), min(size, most)))
+        return _most(found)
 
-    def played(self, samples: int, film: int, is_whole: bool) -> int:
-        """How many of so many samples are played at most: each edit may play all of them again.
+    def played(self, samples: "_Samples", film: int, is_whole: bool) -> "_Samples":
+        """How many of these samples are played at most: each edit may play all of them again.
 
         Args:
             samples: that it has.
             film: units of a second of the film's clock; 0 if it does not say.
             is_whole: nobody knows when its samples are.
         """
-        in_edits = 0
+        count = num_bytes = 0
         for length, has_sound in self.edits:
-            fits = samples
+            fits = samples.count
             if film and self.each and length and not is_whole:
-                fits = min(samples, length * max(self.scale, 1) // (film * self.each) + _AROUND)
-            in_edits += fits if has_sound else 0
-        return max(samples, in_edits)
+                fits = min(fits, length * max(self.scale, 1) // (film * self.each) + _AROUND)
+            count += fits if has_sound else 0
+            num_bytes += min(samples.num_bytes, fits * samples.longest) if has_sound else 0
+        return _Samples(max(samples.count, count), max(samples.num_bytes, num_bytes), samples.longest)
 
-    def seconds(self, samples: int, film: int) -> tuple[float, float, float]:
-        """What it says, what was counted (0 for what cannot be), and what no decoder passes, with so many samples to be played."""
+    def seconds(self, samples: "_Samples", film: int, flac_s: float) -> tuple[float, float, float]:
+        """What it says, what was counted (0 for what cannot be), and what no decoder passes.
+
+        Args:
+            samples: that are played.
+            film: as in `played`.
+            flac_s: of the longest frame of FLAC in the file.
+        """
         told = max(self.length, self.told) / max(self.scale, 1)
         silence = sum(length for length, has_sound in self.edits if not has_sound) / film if film else 0.0
         in_edits = sum(min(told, length / film) if film and length else told for length, sound in self.edits if sound)
-        counted = samples * AAC_BLOCK / self.rate if self.rate else 0.0
-        longest = samples * (_longest(self.codec) or _OTHER_S)
+        counted = samples.count * AAC_BLOCK / self.rate if self.rate else 0.0
+        sample_s, byte_s = self._lasts(flac_s)
         told = max(told, in_edits, counted) + silence
-        return told, counted, max(told, longest + silence)
+        return told, counted, max(told, max(samples.count * sample_s, samples.num_bytes * byte_s) + silence)
+
+    def _lasts(self, flac_s: float) -> tuple[float, float]:
+        """Seconds of a sample, and of each of its bytes, at most, of the codec that lasts longest."""
+        if self.rate:
+            return AAC_BLOCK / self.rate, AAC_BLOCK / self.rate / AAC_LEAST
+        lasts = [_lasts(codec, flac_s) for codec in self.codecs] or [_OTHER]
+        return max(one[0] for one in lasts), max(one[1] for one in lasts)
+
+
+class _Samples(NamedTuple):
+    """How many samples, their bytes together, and those of the longest."""
+
+    count: int = 0
+    num_bytes: int = 0
+    longest: int = 0
+
+
+def _most(found: Sequence[_Samples]) -> _Samples:
+    return _Samples(*(max(one[place] for one in found) for place in range(3)))
+
+
+def _sized(sizes_N: np.ndarray, most: int) -> _Samples:
+    """Of samples of these sizes in a file of ``most`` bytes."""
+    sizes_N = np.minimum(sizes_N.astype(np.int64), most)
+    return _Samples(len(sizes_N), int(sizes_N.sum()), int(sizes_N.max(initial=0)))
+
+
+def _lasts(codec: bytes, flac_s: float) -> tuple[float, float]:
+    if codec in _PLAIN:
+        return _PLAIN_S, 0.0
+    if codec == b"fLaC":
+        return flac_s, flac_s / FLAC_LEAST
+    return (0.512, 0.0) if codec in _WHOLE else _OTHER
 
 
 def mp4(data: bytes) -> Contained | None:
     """Of all its tracks of sound, and of those that do not say that they are none. Raises ManyPiecesError."""
     tracks: list[_Track] = []
-    fragments, film, seen, is_cut, walked = 0, 0, 0, False, pieces()
+    fragments, film, seen, is_cut, walked = _Samples(), 0, 0, False, pieces()
     for name, begin, end, is_longer in _boxes(data, walked):
         # Decoders do not agree on what is in a box that is longer than what it is in.
         is_cut |= is_longer and name != b"mdat"
@@ -139,30 +198,50 @@ def mp4(data: bytes) -> Contained | None:
             walked.add(STREAM)
             tracks.append(_Track())
         elif name == b"trun":
-            # All sound, as a rule, in a file of sound. They lie side by side, each with a byte at least.
-            fragments += min(int.from_bytes(data[begin + 4 : begin + 8], "big"), len(data))
+            # All sound, as a rule, in a file of sound.
+            run = _run(data[begin:end], len(data))
+            fragments = _Samples(
+                fragments.count + run.count, fragments.num_bytes + run.num_bytes, max(fragments.longest, run.longest)
+            )
             seen += 1
         elif name == b"mvhd":
             film = max(film, _film(data[begin:end]))
         elif tracks and name in _LEARNT:
             try:
-                seen += _learn(tracks[-1], name, data[begin:end])
+                seen += _learn(tracks[-1], name, data[begin:end], len(data))
             except (IndexError, struct.error):
                 # It ends too early: what others read of it nobody knows.
                 is_cut = True
     sounds = [track for track in tracks if track.is_sound or not track.is_silent]
     if not sounds:
         return None
-    is_whole = fragments > 0 or b"ctts" in data
+    is_whole = fragments.count > 0 or b"ctts" in data
+    flac_s = flac_frame_s(data) if any(b"fLaC" in track.codecs for track in sounds) else 0.0
     found = []
     for track in sounds:
-        samples = track.samples(len(data)) + fragments
-        found.append(track.seconds(track.played(samples, film, is_whole), film))
+        own = track.samples(len(data))
+        samples = _Samples(
+            own.count + fragments.count,
+            own.num_bytes + fragments.num_bytes,
+            max(own.longest, fragments.longest),
+        )
+        found.append(track.seconds(track.played(samples, film, is_whole), film, flac_s))
     told, counted, longest = zip(*found, strict=True)
     # Where a table stands that was not walked to, another may find it; of a track that does not say what it is, others find that.
     hidden = is_cut or _PACKED in data or sum(data.count(name) for name in _TABLES) > seen
     hidden |= not all(track.is_sound and track.scale for track in sounds)
     return Contained(sum(told), not hidden and all(counted), at_most=sum(longest))
+
+
+def _run(body: bytes, most: int) -> _Samples:
+    """Of a run of samples (``trun``), in a file of ``most`` bytes: they lie side by side, each with a byte at least."""
+    flags, count = int.from_bytes(body[1:4], "big"), min(int.from_bytes(body[4:8], "big"), most)
+    # Each of the fields of a sample that are there has four bytes; its size comes behind its length.
+    fields, head = (flags >> 8 & 15).bit_count(), 8 + 4 * (flags & 1) + (flags & 4)
+    if flags & 0x200 and len(body) >= head + 4 * fields * count:
+        table = np.frombuffer(body, ">u4", fields * count, head).reshape(count, fields)
+        return _sized(table[:, flags >> 8 & 1], most)
+    return _Samples(count, most, most)
 
 
 def _film(body: bytes) -> int:
@@ -201,8 +280,8 @@ def _boxes(data: bytes, walked: Pieces) -> Iterator[tuple[bytes, int, int, bool]
 _LEARNT = frozenset({b"hdlr", b"mdhd", b"stts", b"stsz", b"stz2", b"stsd", b"stco", b"co64", b"elst"})
 
 
-def _learn(track: _Track, name: bytes, body: bytes) -> int:
-    """What a box says of a track. Gives how many tables of samples or configs were read."""
+def _learn(track: _Track, name: bytes, body: bytes, most: int) -> int:
+    """What a box says of a track, in a file of ``most`` bytes. Gives how many tables of samples or configs were read."""
     if name == b"hdlr":
         track.is_sound |= body[8:12] == b"soun"
         track.is_silent |= body[8:12] in _SILENT
@@ -231,11 +310,19 @@ def _learn(track: _Track, name: bytes, body: bytes) -> int:
             track.alike.append((count, size))
         else:
             # There are no more than have a size.
-            track.listed = max(track.listed, min(count, (len(body) - 12) // 4))
+            sizes_N = np.frombuffer(body, ">u4", min(count, (len(body) - 12) // 4), 12)
+            track.listed = _most([track.listed, _sized(sizes_N, most)])
         return 1
     elif name == b"stz2":
         bits, count = struct.unpack_from(">BI", body, 7)
-        track.listed = max(track.listed, min(count, (len(body) - 12) * 8 // bits if bits else 0))
+        num = min(count, (len(body) - 12) * 8 // bits if bits else 0)
+        if bits in (8, 16):
+            sized = _sized(np.frombuffer(body, f">u{bits // 8}", num, 12), most)
+        else:
+            # As long as each may say that it is.
+            longest = min((1 << min(bits, 32)) - 1, most)
+            sized = _Samples(num, num * longest, longest)
+        track.listed = _most([track.listed, sized])
         return 1
     else:
         rate, found = _aac_rate(body)
@@ -243,14 +330,9 @@ def _learn(track: _Track, name: bytes, body: bytes) -> int:
         track.rates += 1
         # One that is no AAC, or of another rate, may be the one that is played.
         track.rate = rate if is_first else min(track.rate, rate)
-        track.codec = max(track.codec, body[12:16], key=_longest)
+        track.codecs.add(body[12:16])
         return found
     return 0
-
-
-def _longest(codec: bytes) -> float:
-    """Seconds of a sample at most."""
-    return _PLAIN_S if codec in _PLAIN else _SAMPLE_S.get(codec, _OTHER_S) if codec else 0.0
 
 
 def _rows(body: bytes, size: int) -> int:
@@ -282,18 +364,7 @@ def _told_rate(body: bytes) -> int:
             if not byte & 0x80:
                 break
         if tag == 5:
-            return _config_rate(int.from_bytes(body[at : at + min(size, 8)].ljust(8, b"\0"), "big"))
+            return config_rate(body[at : at + min(size, 8)])
         # A number and flags before what is in them; what hangs on a flag is not used in files.
         at += {3: 3, 4: 13}.get(tag, size)
     return 0
-
-
-def _config_rate(bits: int) -> int:
-    """Of the first 64 bits of an AudioSpecificConfig: kind, then the rate of the core, by a number or in full."""
-    skip = 5 if bits >> 59 != 31 else 11
-    # What is newer (xHE-AAC) has blocks of up to four times as many samples.
-    slower = 4 if skip == 11 and 32 + (bits >> 53 & 63) == 42 else 1
-    mark = bits >> 64 - skip - 4 & 15
-    if mark == 15:
-        return (bits >> 64 - skip - 28 & (1 << 24) - 1) // slower
-    return AAC_RATES[mark] // slower if mark < len(AAC_RATES) else 0

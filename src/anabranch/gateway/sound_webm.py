@@ -4,9 +4,14 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from anabranch.gateway.sound_aac import config_rate, flac_frame_s
 from anabranch.gateway.sound_packets import (
+    AAC_BLOCK,
+    AAC_LEAST,
+    AAC_RATES,
     ELEMENT,
     FIRST_MS,
+    FLAC_LEAST,
     PACKET_MS,
     STREAM,
     Contained,
@@ -17,13 +22,13 @@ from anabranch.gateway.sound_packets import (
 )
 
 _SEGMENT, _INFO, _SCALE, _DURATION = 0x18538067, 0x1549A966, 0x2AD7B1, 0x4489
-_TRACKS, _TRACK, _NUMBER, _CODEC, _CODING = 0x1654AE6B, 0xAE, 0xD7, 0x86, 0x6D80
+_TRACKS, _TRACK, _NUMBER, _CODEC, _PRIVATE, _CODING = 0x1654AE6B, 0xAE, 0xD7, 0x86, 0x63A2, 0x6D80
 _CLUSTER, _TIME, _SIMPLE, _GROUP, _BLOCK = 0x1F43B675, 0xE7, 0xA3, 0xA0, 0xA1
 _WITHIN = (_SEGMENT, _INFO, _TRACKS, _TRACK, _CLUSTER, _GROUP)
 _CLUSTER_MARK = _CLUSTER.to_bytes(4, "big")
 
 _BLOCKS = (_SIMPLE, _BLOCK)
-_SAID = frozenset({_SCALE, _DURATION, _NUMBER, _CODEC, _TIME})
+_SAID = frozenset({_SCALE, _DURATION, _NUMBER, _CODEC, _PRIVATE, _TIME})
 
 # Bytes of an element that may say something; decoders take a much longer one for damage.
 _SAYING = 64
@@ -34,9 +39,10 @@ _BLOCK_HEAD = 4
 # No integer has more bytes (RFC 8794, 7.1 and 7.2).
 _INTEGER = 8
 
-# Seconds that a frame lasts at most, by the codec: blocks of AAC and of FLAC, and the longest of Vorbis and ALAC; what is not packed is
-# never sparse.
-_FRAME_S, _OTHER_S = {b"AAC": 0.16, b"FLA": 8.2, b"MPE": 0.15, b"PCM": 1e-3}, 0.512
+# Seconds that a frame lasts at most, and each of its bytes, by the codec: what has one packet in a frame, or is never sparse; MPEG's audio
+# has 1,000 bytes a second or more. Of any other, a frame may hold many of the shortest blocks that there are.
+_LASTS = {b"MPE": (0.15, 1e-3), b"PCM": (1e-3, 0.0), b"VOR": (0.512, 0.0), b"ALA": (0.512, 0.0), b"OPU": (0.12, 0.0)}
+_OTHER = (0.512, AAC_BLOCK / AAC_RATES[-1] / AAC_LEAST)
 
 # How codecs of pictures, words and buttons begin.
 _SILENT = (b"V_", b"S_", b"B_")
@@ -53,18 +59,35 @@ def webm(data: bytes) -> Contained | None:
             # Decoders pass over it, or look for the next cluster.
             walk.rest += end - begin
     found.entries.append(found.entry)
-    return found.result(walk.rest)
+    return found.result(data, walk.rest)
 
 
 @dataclass(slots=True)
 class _Entry:
-    """One entry of the list of tracks, whatever order it tells of itself in."""
+    """One entry of the list of tracks, whatever order it tells of itself in.
+
+    Attributes:
+        numbers: of the track.
+        is_opus, is_silent, is_other: what it says that it is: Opus, no sound, or another codec.
+        codecs, configs: of the latter, three letters of each, and what each has for its decoder.
+    """
 
     numbers: list[int] = field(default_factory=list)
     is_opus: bool = False
     is_silent: bool = False
     is_other: bool = False
-    frame_s: float = 0.0
+    codecs: list[bytes] = field(default_factory=list)
+    configs: list[bytes] = field(default_factory=list)
+
+    def lasts(self, codec: bytes, flac_s: float) -> tuple[float, float]:
+        """Seconds of a frame, and of a byte, at most, if it is of this codec; ``flac_s``: of a frame of FLAC."""
+        if codec == b"AAC":
+            # Without a config that says its rate it may be the lowest.
+            rate = min(map(config_rate, self.configs), default=0) or AAC_RATES[-1]
+            return AAC_BLOCK / rate, AAC_BLOCK / rate / AAC_LEAST
+        if codec == b"FLA":
+            return flac_s, flac_s / FLAC_LEAST
+        return _LASTS.get(codec, _OTHER)
 
 
 @dataclass(slots=True)
@@ -107,9 +130,11 @@ class _Found:
             codec = data[begin : min(end, begin + _INTEGER)]
             self.entry.is_opus |= codec.startswith(b"A_OPUS")
             self.entry.is_silent |= codec.startswith(_SILENT)
-            self.entry.is_other |= not codec.startswith((b"A_OPUS", *_SILENT))
-            if self.entry.is_other:
-                self.entry.frame_s = max(self.entry.frame_s, _FRAME_S.get(codec[2:5], _OTHER_S))
+            if not codec.startswith((b"A_OPUS", *_SILENT)):
+                self.entry.is_other = True
+                self.entry.codecs.append(codec[2:5])
+        elif id == _PRIVATE:
+            self.entry.configs.append(data[begin : min(end, begin + _INTEGER)])
         elif id == _CODING:
             self.is_coded = True
         elif id == _SCALE:
@@ -137,8 +162,8 @@ class _Found:
         self.frames[track] = self.frames.get(track, 0) + (frames or 1)
         self.num_bytes[track] = self.num_bytes.get(track, 0) + end - begin
 
-    def result(self, rest: int) -> Contained:
-        """In all; ``rest`` are the bytes that were walked past."""
+    def result(self, data: bytes, rest: int) -> Contained:
+        """In all; ``rest`` are the bytes of ``data`` that were walked past."""
         silent, sounds = set[int](), set[int]()
         for entry in self.entries:
             (sounds if entry.is_opus or entry.is_other else silent).update(entry.numbers if _says(entry) else ())
@@ -148,8 +173,11 @@ class _Found:
             # Of a track that it does not tell of nobody knows what it is.
             rest += sum(self.num_bytes[track] for track in heard if track not in sounds)
             return Contained(ms / 1e3, True, rest)
-        longest = max((entry.frame_s for entry in self.entries), default=_OTHER_S) or _OTHER_S
-        at_most = max(ms / 1e3, longest * sum(self.frames[track] for track in heard))
+        flac_s = flac_frame_s(data) if any(b"FLA" in entry.codecs for entry in self.entries) else 0.0
+        lasts = [entry.lasts(codec, flac_s) for entry in self.entries for codec in entry.codecs] or [_OTHER]
+        frame_s, byte_s = (max(one[place] for one in lasts) for place in range(2))
+        longest = sum(max(frame_s * self.frames[track], byte_s * self.num_bytes[track]) for track in heard)
+        at_most = max(ms / 1e3, longest)
         return Contained(max(self.told, self.last) * self.scale / 1e9, False, rest, at_most)
 
 
