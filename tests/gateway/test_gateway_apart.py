@@ -1,6 +1,7 @@
 """Large bodies are read, counted and written in other threads than the loop's; and how many requests a key may have under way."""
 
 import asyncio
+import io
 import json
 import threading
 
@@ -14,11 +15,12 @@ from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConf
 from anabranch.gateway.core import beginning, cached_answers, call_bodies
 from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.http import exchange
+from anabranch.gateway.http import counting, exchange
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers import upstream_request
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.providers.upstream_request import UpstreamRequest
 from anabranch.web.api_error import ApiError
 from anabranch.web.large_json import LARGE
 
@@ -68,7 +70,7 @@ WORK = [
     (beginning, "check_chat"),
     (cached_answers, "exact_key"),
     (cached_answers, "shortened"),
-    (upstream_request, "dump_large"),
+    (upstream_request, "dump_parts"),
 ]
 
 
@@ -96,7 +98,7 @@ def test_large_bodies_are_worked_on_in_other_threads_and_small_ones_at_once(tmp_
 
 def test_a_cascade_s_calls_with_a_large_body_are_worked_on_in_other_threads(tmp_path, monkeypatch):
     seen = {}
-    for module, name in ((call_bodies, "count_prompt"), (upstream_request, "dump_large")):
+    for module, name in ((call_bodies, "count_prompt"), (upstream_request, "dump_parts")):
         noted(monkeypatch, module, name, seen)
     counted = []
     inner = call_bodies.count_prompt
@@ -116,7 +118,7 @@ def test_a_cascade_s_calls_with_a_large_body_are_worked_on_in_other_threads(tmp_
     cascade = StrategyConfig(use="consistency", fields={"models": ("small", "large"), "samples": 4})
     asked = served(config(tmp_path, made[0].deployments[0].provider, models=made, strategies={"c": cascade}), work)
     assert asked >= 4
-    assert (seen, len(counted)) == ({"count_prompt": {False}, "dump_large": {False}}, 1)
+    assert (seen, len(counted)) == ({"count_prompt": {False}, "dump_parts": {False}}, 1)
 
 
 def test_a_large_body_arrives_whole_and_without_a_warning(tmp_path):
@@ -141,6 +143,59 @@ def test_a_large_body_arrives_whole_and_without_a_warning(tmp_path):
     asyncio.run(main())
     assert got[0]["messages"] == [{"role": "user", "content": text}]
     assert got[0]["model"] == "theirs"
+
+
+@pytest.mark.parametrize("path", ["messages/count_tokens", "responses/input_tokens"])
+def test_tokens_of_a_large_body_are_counted_in_another_thread_and_it_is_written_nowhere(tmp_path, monkeypatch, path):
+    seen = {}
+    for module, name in (*WORK, (counting, "count_prompt"), (counting, "count_native")):
+        noted(monkeypatch, module, name, seen)
+
+    async def work(gateway, session, url):
+        text = "long " * (LARGE // 4)
+        asked = {"messages": [{"role": "user", "content": text}]} if "messages" in path else {"input": text}
+        async with session.post(f"{url}/v1/{path}", data=json.dumps({"model": "small", **asked})) as answer:
+            assert answer.status == 200, await answer.text()
+            return (await answer.json())["input_tokens"]
+
+    assert served(config(tmp_path, Mock.Config(model="m")), work) > LARGE // 4
+    assert seen == {name: {False} for name in ("check_json_size", "parse_large", "count_prompt")}
+
+
+def test_a_large_body_in_many_parts_is_put_together_in_another_thread(tmp_path, monkeypatch):
+    """However it comes: its parts are read as they come, and nothing is made of them on the loop."""
+    seen, text, parts = {}, "x" * 3_000_000, []
+    noted(monkeypatch, exchange, "parse_large", seen)
+    inner = exchange.read_parts
+
+    async def read(*given, **named):
+        parts.extend(found := await inner(*given, **named))
+        return found
+
+    monkeypatch.setattr(exchange, "read_parts", read)
+
+    async def work(gateway, session, url):
+        body = {"model": "small", "messages": [{"role": "user", "content": text}]}
+        data = io.BytesIO(json.dumps(body).encode())
+        async with session.post(f"{url}/v1/messages/count_tokens", data=data) as answer:
+            return (await answer.json())["input_tokens"]
+
+    assert served(config(tmp_path, Mock.Config(model="m")), work) == pytest.approx(len(text) / 4, rel=1e-3)
+    assert (seen, len(parts) > 1) == ({"parse_large": {False}}, True)
+    assert sum(map(len, parts)) > len(text)
+
+
+def test_other_messages_of_a_large_request_are_not_written_to_see_how_long_they_are(monkeypatch):
+    seen = {}
+    noted(monkeypatch, upstream_request, "dump_parts", seen)
+    text = "long " * (LARGE // 4)
+    request = UpstreamRequest("chat", {"messages": []}, prompt_tokens=7, num_bytes=len(text))
+    other = request.with_body(messages=[{"role": "user", "content": text}])
+    assert not seen
+    assert other.prompt_tokens == pytest.approx(len(text) / 4, rel=1e-2)
+    # A small one to the byte.
+    small = UpstreamRequest("chat", {"messages": []}, prompt_tokens=7).with_body(a="x" * 8)
+    assert small.prompt_tokens == len(b'{"model":"","messages":[],"a":"xxxxxxxx"}') // 4
 
 
 def test_a_large_body_with_a_mistake_is_told_so(tmp_path):

@@ -1,12 +1,14 @@
 """Reading what a client sent, and answering it: JSON, errors in OpenAI's form."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
 from aiohttp import web
 
 from anabranch.web.api_error import ApiError
+from anabranch.web.body_beside import BodyBeside
 from anabranch.web.ids import new_id
 from anabranch.web.json_text import to_json
 
@@ -41,7 +43,19 @@ async def read_body(
     timeout_s: float,
     keep: Callable[[int, asyncio.Timeout], None] | None = None,
 ) -> bytes:
-    """The whole body.
+    """The whole body; see `read_parts`."""
+    return b"".join(await read_parts(request, most_bytes, timeout_s, keep))
+
+
+async def read_parts(
+    request: web.BaseRequest,
+    most_bytes: int,
+    timeout_s: float,
+    keep: Callable[[int, asyncio.Timeout], None] | None = None,
+    *,
+    is_beside: bool = False,
+) -> list[bytes]:
+    """The whole body, in the parts that it came in: to put megabytes together takes an event loop milliseconds.
 
     Args:
         request: whose it is.
@@ -49,6 +63,7 @@ async def read_body(
         timeout_s: it has to come in.
         keep: told of the bytes of each part before it is kept, and given the time that the body has, which it may cut short; what it
             raises ends the reading.
+        is_beside: a large one may be read in another thread; who answers closes the connection then (`body_beside.TAKEN`).
 
     Raises ApiError if it is too large or too slow, or compressed.
     """
@@ -62,11 +77,11 @@ async def read_body(
         raise large
     content = request.content
     if keep is None and content.is_eof() and length is not None:  # it came with the headers
-        return content.read_nowait()
+        return [content.read_nowait()]
     parts, size, began = [], 0, asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(timeout_s) as left:
-            while part := await content.readany():
+        async with asyncio.timeout(timeout_s) as left, contextlib.aclosing(_parts(request, is_beside)) as coming:
+            async for part in coming:
                 size += len(part)
                 if size > most_bytes:
                     raise large
@@ -85,7 +100,21 @@ async def read_body(
         raise ApiError(
             400, "invalid_body", "the body is broken: its length or its chunks are wrong", headers=close
         ) from None
-    return b"".join(parts)
+    return parts
+
+
+async def _parts(request: web.BaseRequest, is_beside: bool) -> AsyncGenerator[bytes, None]:
+    apart, begun = BodyBeside.of(request) if is_beside else (None, [])
+    with contextlib.nullcontext() if apart is None else apart:
+        for part in begun:
+            yield part
+        if apart is None:
+            while part := await request.content.readany():
+                yield part
+            return
+        while found := await apart.some():
+            for part in found:
+                yield part
 
 
 def wrong_method(request: web.BaseRequest, methods: Mapping[str, Any]) -> ApiError:

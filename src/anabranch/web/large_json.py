@@ -172,6 +172,11 @@ def _cut(raw: bytes, start: int, end: int) -> int:
 
 def dump_large(value: Any, *, allow_nan: bool = False) -> bytes:
     """The same as ``json.dumps(value, separators=(",", ":"), allow_nan=allow_nan).encode()``."""
+    return b"".join(dump_parts(value, allow_nan=allow_nan))
+
+
+def dump_parts(value: Any, *, allow_nan: bool = False) -> list[bytes]:
+    """`dump_large` in parts: to put megabytes together from bytes takes no lock of Python's, and to copy them as they grow does."""
     texts: list[str] = []
     mark = secrets.token_hex(16)
 
@@ -181,17 +186,17 @@ def dump_large(value: Any, *, allow_nan: bool = False) -> bytes:
         texts.append(text)
         return f"{mark}{len(texts) - 1}."
 
-    rest = "".join(_pieces(value, placed, allow_nan))
-    if not texts:
-        return rest.encode()
-    first, *others = rest.split(mark)
-    pieces = [first.encode()]
-    for other in others:
-        number, _, behind = other.partition(".")
-        text = texts[int(number)]
-        pieces += (json.dumps(text[at : at + _STEP])[1:-1].encode() for at in range(0, len(text), _STEP))
-        pieces.append(behind.encode())
-    return b"".join(pieces)
+    parts: list[bytes] = []
+    # Each piece has whole texts in it, and so whole places of long ones.
+    for piece in _pieces(value, placed, allow_nan):
+        first, *others = piece.split(mark)
+        parts.append(first.encode())
+        for other in others:
+            number, _, behind = other.partition(".")
+            text = texts[int(number)]
+            parts += (json.dumps(text[at : at + _STEP])[1:-1].encode() for at in range(0, len(text), _STEP))
+            parts.append(behind.encode())
+    return parts
 
 
 def _pieces(value: Any, change: Callable[[str], str], allow_nan: bool) -> Iterator[str]:

@@ -34,7 +34,7 @@ def worked(monkeypatch):
         (call_bodies, "check_depth"),
         (call_bodies, "count_prompt"),
         (call_bodies, "asked_of"),
-        (upstream_request, "dump_large"),
+        (upstream_request, "dump_parts"),
     ):
         monkeypatch.setattr(module, name, partial(_noting, done, getattr(module, name)))
     return done
@@ -49,13 +49,13 @@ def test_samples_of_a_long_conversation_are_looked_at_once_and_in_another_thread
         drawn = [ask(arm, LONG, seed=number, temperature=number / 4, max_tokens=5 + number) for number in range(4)]
         await asyncio.gather(*drawn, ask(Arm("large", arm.settings, system="be kind"), LONG))
         counted = [call.report.usage.prompt for call in ask.made]
-        assert [one for one in worked if one[0] != "dump_large"] == [
+        assert [one for one in worked if one[0] != "dump_parts"] == [
             ("check_depth", False),
             ("count_prompt", False),
             ("asked_of", False),
         ]
         # Each is written for its own deployment.
-        assert [one for one in worked if one[0] == "dump_large"] == [("dump_large", False)] * 5
+        assert [one for one in worked if one[0] == "dump_parts"] == [("dump_parts", False)] * 5
         worked.clear()
         # Another conversation, and the same text told anew.
         text = "word " * LARGE

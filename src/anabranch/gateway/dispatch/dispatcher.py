@@ -20,7 +20,7 @@ from anabranch.gateway.dispatch.retry import RetryBudget
 from anabranch.gateway.dispatch.run import Run
 from anabranch.gateway.dispatch.shared_rooms import SharedRooms
 from anabranch.gateway.dispatch.stream import Stream, linger
-from anabranch.gateway.dispatch.upstream import Upstream
+from anabranch.gateway.dispatch.upstream_beside import UpstreamBeside
 from anabranch.gateway.providers.answer_bounds import most_bytes
 from anabranch.gateway.providers.provider import (
     Answer,
@@ -121,7 +121,7 @@ class Dispatcher:
         self.on_change: Callable[[Live], None] = lambda live: None
         # Limits of deployments that are kept with other processes; None where each keeps its own.
         self.rooms: SharedRooms | None = None
-        self._http: Transport = Upstream() if http is None else http
+        self._http: Transport = UpstreamBeside() if http is None else http
         self._owns_http = http is None
         self._lingering: set[asyncio.Future[None]] = set()
         self.turns = Turns(_READERS)

@@ -29,6 +29,7 @@ from anabranch.gateway.metrics_text import labelled
 from anabranch.gateway.refusals import unavailable
 from anabranch.web.answers import Route, error_response, json_response, wrong_method
 from anabranch.web.api_error import ApiError
+from anabranch.web.body_beside import TAKEN
 from anabranch.web.gate import Gate
 from anabranch.web.server import Server
 
@@ -145,6 +146,12 @@ class App:
             raise
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        response = await self._of_route(request)
+        if request.get(TAKEN):
+            response.force_close()
+        return response
+
+    async def _of_route(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
             self._check_sender(request)
             methods = self._table.get(self._known(request.path))
@@ -213,6 +220,9 @@ class App:
             raise ApiError(503, "stopping", "the server is stopping", headers={"Retry-After": "5"})
         if not self.gateway.is_loaded:
             raise ApiError(503, "loading", "a model is being loaded", headers={"Retry-After": "2"})
+        if names := self.gateway.runtime.given_up:
+            message = f"the engine of {', '.join(names)} has died too often and was given up; reload the config, or start anew"
+            raise ApiError(503, "failed", message)
         return json_response({"status": "ready", "models": len(self.gateway.config.models)})
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -48,7 +48,8 @@ async def _counted(gateway: Gateway, exchange: Exchange, received: Received, is_
             return count.tokens
         sender, request = (
             "" if record is None else record.sender,
-            UpstreamRequest("chat", chat, num_bytes=received.num_bytes),
+            # Counted already: to write it down to see how long it is would take this thread as long as all else.
+            UpstreamRequest("chat", chat, prompt_tokens=count.tokens, num_bytes=received.num_bytes),
         )
         with runtime.used():
             return (await engine_count(runtime, target.model, request, count, sender, is_free_too=True)).tokens

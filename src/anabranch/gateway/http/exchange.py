@@ -20,9 +20,10 @@ from anabranch.gateway.http.access import KEY_ID
 from anabranch.gateway.http.chat_form import ChatForm, translated
 from anabranch.gateway.http.cors import for_origin
 from anabranch.gateway.providers.provider import Native
-from anabranch.web.answers import SAFE, bearer, read_body
+from anabranch.web.answers import SAFE, bearer, read_parts
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse
+from anabranch.web.body_beside import TAKEN
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 from anabranch.web.json_text import to_json
 from anabranch.web.large_json import LARGE, load_large, parse_large
@@ -115,7 +116,8 @@ class Exchange:
         kind, limits = request.headers.get("content-type", ""), self._gateway.config.limits
         is_form = kind.lower().startswith("multipart/form-data")
         keep = None if held is None else held.more
-        raw = await read_body(request, limits.body_bytes, limits.body_timeout_s, keep)
+        parts = await read_parts(request, limits.body_bytes, limits.body_timeout_s, keep, is_beside=True)
+        size = sum(map(len, parts))
         if held is not None:
             held.is_whole()
         if is_form and not takes_forms:
@@ -123,11 +125,13 @@ class Exchange:
             raise ApiError(400, "invalid_body", message)
 
         def read() -> tuple[dict[str, Any], dict[str, Any]]:
+            raw = b"".join(parts)
+            parts.clear()
             body = parse_form(raw, kind) if is_form else _parsed(raw)
             return body, chat(body)
 
-        body, made = await self._beside(key, read) if is_form else await self.apart(key, len(raw), read)
-        return Received(body, len(raw), key, held, made)
+        body, made = await self._beside(key, read) if is_form else await self.apart(key, size, read)
+        return Received(body, size, key, held, made)
 
     async def apart(self, key: KnownKey, size: int, work: Callable[[], T]) -> T:
         """``work()`` on so many bytes of a request, or of its answer: large ones would hold up all other requests."""
@@ -195,6 +199,8 @@ class Exchange:
         headers = {**reply.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
         response = web.StreamResponse(status=reply.status, headers=headers)
         response.content_type = "text/event-stream"
+        if request.get(TAKEN):
+            response.force_close()
         try:
             async with asyncio.timeout(self._gateway.config.longest_deadline_s + STALL_S):
                 await response.prepare(request)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from anabranch.gateway.providers.failures import Failure, UpstreamError
 from anabranch.gateway.providers.http_call import Headers
-from anabranch.web.large_json import LARGE, dump_large
+from anabranch.web.large_json import LARGE, dump_parts, weight_of
 
 Endpoint = Literal[
     "chat",
@@ -22,6 +22,9 @@ Endpoint = Literal[
     "moderations",
     "rerank",
 ]
+
+# No body is longer, so that all of it is looked at.
+MOST_WEIGHT = 1 << 40
 
 # Endpoints that write text, token by token.
 WRITES = ("chat", "completions")
@@ -103,9 +106,13 @@ class UpstreamRequest:
             is_foreign or (native is not None and native.form == "messages"),
         )
         self.stream = bool(body.get("stream")) and endpoint in WRITES
-        self._rest: dict[bool, bytes] = {}
+        self._rest: dict[bool, list[bytes]] = {}
         self.bound: int | None = None
-        self.prompt_tokens = len(self.encoded("", False)) // 4 if prompt_tokens is None else prompt_tokens
+        self.prompt_tokens = self._num_bytes() // 4 if prompt_tokens is None else prompt_tokens
+
+    def _num_bytes(self) -> int:
+        """Of its JSON; of a large one about, since whoever makes it may be the event loop, and to write it takes long."""
+        return weight_of(self.body, MOST_WEIGHT) if self.num_bytes > LARGE else len(self.encoded("", False))
 
     @property
     def wants_usage(self) -> bool:
@@ -126,15 +133,20 @@ class UpstreamRequest:
             if asks_usage:
                 options = fields.get("stream_options")
                 fields["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-            rest = self._rest[asks_usage] = self.dumped(fields)
-        return b'{"model":' + json.dumps(model).encode() + (b"," + rest[1:] if len(rest) > 2 else b"}")
+            first, *others = self._parts(fields)
+            rest = self._rest[asks_usage] = [first[1:], *others]
+        # At once, and of bytes alone: each copy of megabytes would be made with Python's lock held.
+        return b"".join([b'{"model":', json.dumps(model).encode(), b"," if rest != [b"}"] else b"", *rest])
 
     def dumped(self, value: Any) -> bytes:
         """``value``, made of the body, as JSON. Raises UpstreamError for a number that JSON cannot carry."""
+        return b"".join(self._parts(value))
+
+    def _parts(self, value: Any) -> list[bytes]:
         try:
             if self.num_bytes > LARGE:
-                return dump_large(value)
-            return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+                return dump_parts(value)
+            return [json.dumps(value, separators=(",", ":"), allow_nan=False).encode()]
         except ValueError:
             message = "the request holds a number that JSON cannot carry (NaN or infinite)"
             raise UpstreamError(Failure(kind="request", message=message, status=400)) from None
