@@ -6,15 +6,25 @@ import json
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import aiohttp
 import pytest
 
 from anabranch.errors import ConfigError
-from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig, load_config
+from anabranch.gateway.config import (
+    DeploymentConfig,
+    GatewayConfig,
+    HedgeConfig,
+    ModelConfig,
+    StrategyConfig,
+    load_config,
+)
 from anabranch.gateway.config.needs import inside, lacking
 from anabranch.gateway.core.call_bodies import CallBodies
 from anabranch.gateway.dispatch.breaker import Breaker
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http.app import App
 from anabranch.gateway.providers import local, local_engines
 from anabranch.gateway.providers.local import Local
 from anabranch.gateway.providers.mock import Mock
@@ -491,6 +501,80 @@ def test_what_is_found_out_while_a_reload_loads_is_known_after_it(tmp_path, monk
             assert [live.breaker.phase for live in gateway.runtime.dispatcher.lives()] == ["open", "closed"]
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hedge_whose_attempts_are_both_on_the_engine_is_paid_for_what_both_made(tmp_path, stream):
+    deployments = tuple(DeploymentConfig(provider=provider(), price=PRICE) for _ in range(2))
+    both = ModelConfig(name="a", deployments=deployments)
+    hedged = config(tmp_path, both, hedge=HedgeConfig(min_s=0.0, samples=1))
+    ask = {"model": "a", "messages": ASKED, "max_tokens": 60, "logit_bias": {"256": -100}, "stream": stream}
+
+    async def work():
+        async with Gateway(hedged) as gateway:
+            assert engines() == 1
+            group = gateway.runtime.dispatcher.groups["a"]
+            frontend = group.lives[0].provider._lent.inside.frontend
+            # Every first token has come at once so far.
+            for seen in (group.hedge, group.hedge_whole):
+                seen.observe(0.0)
+            if stream:
+                chunks = [
+                    chunk async for chunk in await gateway.achat({**ask, "stream_options": {"include_usage": True}})
+                ]
+                usage = chunks[-1]["usage"]
+            else:
+                usage = (await gateway.achat(ask))["usage"]
+            await gateway.settled()
+            [row] = await gateway.store.ledger(LedgerQuery())
+            made = frontend.metrics.generation_tokens._value.get()
+            assert (row.attempts, row.status, usage["completion_tokens"]) == (2, "ok", 60)
+            assert 60 <= made <= 120
+            assert row.cost_nano == 2 * 1000 * usage["prompt_tokens"] + 2000 * made
+            assert row.reserved_nano >= row.cost_nano
+            # Nothing is left of the one that lost, and nothing is held against it.
+            assert frontend.admission.in_flight == 0
+            assert [(live.in_flight, live.breaker.phase) for live in group.lives] == [(0, "closed")] * 2
+
+    asyncio.run(work())
+
+
+def test_once_its_engine_was_given_up_a_gateway_is_not_ready_until_a_reload(tmp_path):
+    made = config(tmp_path, model("a", provider()), model("b", Mock.Config()))
+
+    async def work():
+        async with Gateway(made) as gateway, aiohttp.ClientSession() as session:
+            server = App(gateway).server()
+            listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+            url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/ready"
+
+            async def ready():
+                async with session.get(url) as answer:
+                    return answer.status, await answer.json()
+
+            assert (await ready())[0] == 200
+            inside = gateway.runtime.dispatcher.groups["a"].lives[0].provider._lent.inside
+            inside.frontend.state = "failed"
+            status, told = await ready()
+            assert (status, told["error"]["code"]) == (503, "failed")
+            assert "the engine of a has died" in told["error"]["message"]
+            inside.frontend.state = "ready"
+            assert (await ready())[0] == 200
+            inside.frontend.state = "failed"
+            await gateway.reload(made)
+            assert (await ready())[0] == 200
+            listener.close()
+            await server.shutdown(0.1)
+
+    asyncio.run(work())
+
+
+def test_who_looks_on_says_too_that_an_engine_was_given_up(tmp_path):
+    looking = Record.Config(provider=provider(), path=str(tmp_path / "r.jsonl")).build()
+    assert not looking.has_failed
+    looking.inner._lent = SimpleNamespace(inside=SimpleNamespace(has_failed=True))
+    assert looking.has_failed
+    assert not Mock.Config().build().has_failed
 
 
 def test_nothing_of_the_engine_is_imported_before_a_model_is_named():

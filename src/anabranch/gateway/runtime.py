@@ -90,6 +90,11 @@ class Runtime:
                 self.counters[name] = counters[0]
         self.is_loaded = True
 
+    @property
+    def given_up(self) -> list[str]:
+        """Deployments whose engine in this process has died too often: they answer nothing until a reload."""
+        return [live.name for live in self.dispatcher.lives() if live.provider.has_failed]
+
     @contextmanager
     def used(self) -> Iterator[Self]:
         """It is in use until the block ends, and is not closed by a reload before."""

@@ -183,6 +183,11 @@ class Local(Provider, kind="local"):
         except ApiError as error:
             return self.context if error.status == 429 or error.status >= 500 else None
 
+    @property
+    def has_failed(self) -> bool:
+        """See `Provider`: the engine has died more often than it may."""
+        return self._lent is not None and self._lent.inside.has_failed
+
     async def close(self) -> None:
         """Give the engine back."""
         lent, self._lent = self._lent, None

@@ -109,6 +109,11 @@ class Provider(Part, family="provider"):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @property
+    def has_failed(self) -> bool:
+        """What it has in this process was given up, and comes back with another config alone."""
+        return False
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config.model!r})"
 

@@ -107,6 +107,11 @@ class Record(Provider, kind="record"):
         self.context, self.counter, self.series = self.inner.context, self.inner.counter, self.inner.series
         self.prompt_tokens = self.inner.prompt_tokens
 
+    @property
+    def has_failed(self) -> bool:
+        """As the other."""
+        return self.inner.has_failed
+
     async def close(self) -> None:
         """As the other."""
         await self.inner.close()
