@@ -144,13 +144,13 @@ def test_config_error_is_a_value_error_of_ours():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"seed": "x"}, "seed is 'x'; it must be a valid integer"),
-        ({"seed": 1.0}, "seed is 1.0; it must be a valid integer"),
-        ({"seed": True}, "seed is True; it must be a valid integer"),
-        ({"open": 1}, "open is 1; it must be a valid boolean"),
+        ({"seed": "x"}, "seed is 'x'; it must be an integer"),
+        ({"seed": 1.0}, "seed is 1.0; it must be an integer"),
+        ({"seed": True}, "seed is True; it must be an integer"),
+        ({"open": 1}, "open is 1; it must be true or false"),
         ({"limit": 0}, "limit is 0; it must be greater than or equal to 1"),
-        ({"sizes": [1]}, "sizes is [1]; it must be a valid tuple"),
-        ({"sizes": (1, "a")}, "sizes.1 is 'a'; it must be a valid integer"),
+        ({"sizes": [1]}, "sizes is [1]; it must be a tuple"),
+        ({"sizes": (1, "a")}, "sizes.1 is 'a'; it must be an integer"),
         ({"sede": 1}, "Kitchen has no field 'sede'; did you mean 'seed'?"),
     ],
 )
@@ -160,7 +160,7 @@ def test_message_names_the_field_the_value_and_what_is_allowed(fields, message):
 
 def test_message_tells_every_wrong_field():
     message = error_of(Kitchen, seed="x", limit=0)
-    assert "seed is 'x'; it must be a valid integer" in message
+    assert "seed is 'x'; it must be an integer" in message
     assert "limit is 0; it must be greater than or equal to 1" in message
 
 
@@ -176,7 +176,7 @@ def test_message_of_a_length_is_a_sentence():
     class Row(Config):
         items: tuple[int, ...] = Field(default=(1,), min_length=1)
 
-    assert error_of(Row, items=()) == "items is (): tuple should have at least 1 item after validation, not 0"
+    assert error_of(Row, items=()) == "items is (); it must have at least 1 item"
 
 
 # Printing and reading back
@@ -269,10 +269,10 @@ def test_changing_the_kind_keeps_the_fields_both_have(start, goal):
         ({"sede": 1}, "Kitchen has no field 'sede'; did you mean 'seed'?"),
         ({"spot": {"y": 1.0}}, "spot.x is missing in Point"),
         ({"spot": {"x": 1.0, "z": 1.0}}, "spot: Point has no field 'z'; known: x, y"),
-        ({"points": [{"x": 1.0}, {"x": "a"}]}, "points.1.x is 'a'; it must be a valid number"),
-        ({"pair": [1, {"x": "a"}]}, "pair.1.x is 'a'; it must be a valid number"),
+        ({"points": [{"x": 1.0}, {"x": "a"}]}, "points.1.x is 'a'; it must be a number"),
+        ({"pair": [1, {"x": "a"}]}, "pair.1.x is 'a'; it must be a number"),
         ({"pair": [1]}, "pair.1 is missing in Kitchen"),
-        ({"shelves": {"top": {"x": "a"}}}, "shelves.top.x is 'a'; it must be a valid number"),
+        ({"shelves": {"top": {"x": "a"}}}, "shelves.top.x is 'a'; it must be a number"),
         ({"first": {"kind": "tea", "leaves": 0}}, "first.leaves is 0; it must be greater than or equal to 1"),
         ({"first": {"kind": "tae"}}, "first: no brew of kind 'tae'; did you mean 'tea'?"),
         ({"first": {"kind": "lemonade"}}, "first: no brew of kind 'lemonade'; known: coffee, tea, water"),
@@ -376,7 +376,7 @@ def test_override_of_a_part_config_itself():
         ("first.kind", 3, "first has kind 3; it must be one of: coffee, tea, water"),
         ("spot.kind", "tea", "spot takes no 'kind' (got 'tea')"),
         ("first.leaves", 0, "first.leaves is 0; it must be greater than or equal to 1"),
-        ("first.leaves", "many", "first.leaves is 'many'; it must be a valid integer"),
+        ("first.leaves", "many", "first.leaves is 'many'; it must be an integer"),
         ("first", None, "first is None; it must be a table of fields"),
         ("", 1, "cannot set : Kitchen has no field ''"),
     ],

@@ -118,6 +118,18 @@ def _inner_limits(annotation: Any) -> list[Any]:
     return found + [limit for inner in typing.get_args(annotation) for limit in _inner_limits(inner)]
 
 
+# What pydantic calls the kinds of values, and what who writes a config does.
+_WORDS = {
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid tuple": "a tuple",
+    "a valid list": "a list",
+    "a valid dictionary": "a table",
+}
+
+
 def _explain(cls: type, item: Any) -> str:
     """One pydantic complaint as: field, value, what is allowed."""
     if item["type"] == "value_error":  # raised by a __post_init__ of ours: already a full sentence
@@ -128,9 +140,13 @@ def _explain(cls: type, item: Any) -> str:
     if item["type"] == "missing":
         return f"{name} is missing in {_label(cls)}"
     message = item["msg"]
-    if not message.startswith("Input should be "):  # a length or a pattern: pydantic says it in a sentence of its own
-        return f"{name} is {shown(item['input'])}: {message[0].lower()}{message[1:]}"
-    return f"{name} is {shown(item['input'])}; it must be {message.removeprefix('Input should be ')}"
+    if message.startswith("Input should be "):
+        wanted = message.removeprefix("Input should be ")
+        return f"{name} is {shown(item['input'])}; it must be {_WORDS.get(wanted, wanted)}"
+    # A length or a pattern: "tuple should have at least 1 item after validation, not 0".
+    of_what = re.fullmatch(r"\w+ should (.*?)(?: after validation, not .*)?", message)
+    said = f"; it must {of_what[1]}" if of_what else f": {message[0].lower()}{message[1:]}"
+    return f"{name} is {shown(item['input'])}{said}"
 
 
 def _label(cls: type) -> str:

@@ -235,3 +235,19 @@ def test_keys_of_a_store_of_before_whose_names_are_alike_are_told_apart(url, mon
         return [key.name for key in await store.keys()]
 
     assert on(url, names) == ["twice", "twice k2", "twice", "", "", "once"]
+
+
+def test_a_key_that_was_revoked_is_told_to_be_so_under_its_name_too(url):
+    async def work(store):
+        _, key = await store.create_key("ci")
+        await store.revoke_key("ci")
+        for change in (store.edit_key("ci", team="x"), store.rotate_key("ci"), store.revoke_key("ci")):
+            with pytest.raises(InputError, match=rf"the key 'ci' \({key.id}\) was revoked, which is for good"):
+                await change
+        # Its name is free.
+        _, other = await store.create_key("ci")
+        assert (await store.edit_key("ci", team="x")).id == other.id
+        with pytest.raises(InputError, match="no keys have the name 'web'"):
+            await store.edit_key("web")
+
+    on(url, work)

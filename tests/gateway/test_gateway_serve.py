@@ -349,7 +349,8 @@ def test_a_check_looks_where_the_store_would_be_and_makes_none(tmp_path, monkeyp
     assert main(["gateway", "serve", "--check", "-c", path]) == 0
     assert not (tmp_path / "gateway.db").exists()
     for store, says in (
-        (tmp_path, "which is a folder"), (f"{path}/g.db", "is no folder"), ("mysql://x/y", "the URL of the store cannot be read"),
+        (tmp_path, "which is a folder"), (f"{path}/g.db", "there is no folder"), (tmp_path / "none/g.db", "there is no folder"),
+        ("mysql://x/y", "the URL of the store cannot be read"),
     ):  # fmt: skip
         assert main(["gateway", "serve", "--check", "-c", path, "--store", str(store)]) == 2
         assert says in capsys.readouterr().err

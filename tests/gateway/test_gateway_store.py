@@ -1021,3 +1021,12 @@ def test_a_store_that_is_not_there_is_not_made_by_those_who_look(tmp_path):
     with pytest.raises(DataError, match="not there"):
         open_store(str(tmp_path / "none.db"), serves=False, makes=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["{}/none/g.db", "sqlite:///{}/none/g.db"])
+def test_no_folder_is_made_for_a_store(tmp_path, url):
+    with pytest.raises(
+        DataError, match=r"cannot open the store .*: there is no folder .*none; make it, or name another"
+    ):
+        open_store(url.format(tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -442,3 +442,12 @@ deployments = [{{ provider = {{ kind = "openai", model = "m", responses = true, 
             body = {"model": "native", "input": "hi"}
             assert call(server.url, "POST", "/v1/responses", body, key=made["secret"])[0] == 200
             assert len(sent) == 1
+
+
+def test_fields_with_nothing_in_them_count_by_a_quarter_of_their_bytes():
+    names = ("annotations", "logprobs", "title", "url", "data", "detail", "name", "filename")
+    part = {"type": "input_text", "text": "a", **dict.fromkeys(names, "")}
+    body = {"input": [{"type": "message", "role": "user", "content": [part] * 3_000}]}
+    native, chat = counts(body)
+    assert native.at_most >= chat.at_most + 3_000 * sum(len(f'"{name}":"",') for name in names) // 4
+    assert native.tokens == chat.tokens

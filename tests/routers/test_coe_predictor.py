@@ -169,7 +169,7 @@ def test_knobs_of_the_sender():
     router = fitted()
     assert first(router, "chat", knobs={"trade_off_params": "0.002"}).model == "tiny"
     assert first(router, "maths", knobs={"budget_params": "8"}).model in ("maths", "poet", "tiny")
-    assert first(router, "maths", knobs={"min_confidence": "1.1"}).details["abstained"]
+    assert first(router, "maths", knobs={"min_confidence": "1"}).details["abstained"]
     assert first(router, "maths").model == "maths"  # the next sender's are not changed
     with pytest.raises(InputError, match="budget_params is 'much'"):
         first(router, "maths", knobs={"budget_params": "much"})
@@ -509,3 +509,12 @@ def test_penalties_order_models_but_do_not_change_what_is_expected(penalty, want
 )
 def test_contract(fields):
     check_strategy(CompositionOfExperts.Config(**fields))
+
+
+@pytest.mark.parametrize("value", ["1.5", "-1", "nan"])
+def test_a_confidence_that_nobody_can_have_is_refused(value):
+    router = fitted()
+    with pytest.raises(InputError, match=r"min_confidence is '.*'; it must be a number from 0 to 1"):
+        first(router, "maths", knobs={"min_confidence": value})
+    # Sizes have no such bound.
+    first(router, "maths", knobs={"budget_params": "100"})

@@ -655,3 +655,12 @@ def test_a_store_is_read_while_it_is_there(tmp_path, monkeypatch, page):
     np.testing.assert_array_equal(data.signals["probability"], [[0.5]])
     with pytest.raises(DataError, match="no such file"):
         load_outcomes(tmp_path / "none.db")
+
+
+def test_words_among_which_one_could_be_a_number_are_words(tmp_path):
+    text = "prompt,small,large,note\nhi,1,0,fine\nho,0,1,0x1\nhu,1,1,see 1/2\nha,1,1,1/2\n"
+    data = load_csv(written(tmp_path, text, "a.csv"))
+    assert (data.models, data.reading.left_out) == (("small", "large"), {"note": "no numbers"})
+    # Where most are, the column is meant to hold numbers.
+    with pytest.raises(DataError, match=r"line 2: score of 'small' \(column 'small'\) is '1/2'"):
+        load_csv(written(tmp_path, "prompt,small,large\nhi,1/2,0\nho,3/4,1\nhu,x,1\n", "b.csv"))

@@ -310,3 +310,27 @@ def test_each_field_of_the_library_is_taken_or_refused_in_words():
             else:
                 assert name not in ("background", "conversation", "previous_response_id", "prompt")
                 json.dumps(chat)
+
+
+@pytest.mark.parametrize(
+    ("include", "param", "says"),
+    [
+        (["bogus"], "include[0]", "include[0] is 'bogus'; it must be one of message.output_text.logprobs, reasoning"),
+        (["reasoning.encrypted_content", 7], "include[1]", "include[1] is 7; it must be one of"),
+        ("reasoning.encrypted_content", "include", "it must be a list"),
+    ],
+)
+def test_what_nobody_can_include_is_refused(include, param, says):
+    error = refused(include=include)
+    assert (error.status, error.param) == (400, param)
+    assert says in str(error)
+
+
+def test_what_the_library_can_ask_to_be_included_is_taken():
+    pytest.importorskip("openai")
+    from openai.types.responses import ResponseIncludable
+
+    words = list(words_of(ResponseIncludable))
+    assert "reasoning.encrypted_content" in words
+    assert to_chat({**ASKED, "include": words})["logprobs"] is True
+    assert "logprobs" not in to_chat({**ASKED, "include": None})

@@ -53,6 +53,9 @@ _INNER = _NAMES | {"images", "tool_calls", "function", "file", "thinking_blocks"
 _WORDS, _SHORT = frozenset({"verbosity", "effort"}), 16
 _ID_BYTES = 64
 
+# Bytes around the name of a field with nothing in it.
+_EMPTY = 6
+
 # How deep parts lie within parts: the source of a picture that a tool gave, within a message.
 _DEEPEST = 6
 
@@ -108,7 +111,7 @@ class _Rest:
         chat: see `count_native`.
 
     Attributes:
-        label_bytes: of names of items, which providers give them and no model reads.
+        label_bytes: of names of items, which providers give them and no model reads, and of fields with nothing in them.
     """
 
     def __init__(self, chat: Json) -> None:
@@ -170,6 +173,8 @@ class _Rest:
                 rest = [one for inner in parts if (one := self._part(inner, depth + 1)) is not None]
             if name not in _NAMES or rest:
                 left[name] = rest
+            elif not value:
+                label_bytes += len(name) + _EMPTY
         if self._num_met == num_met:
             return part
         self.label_bytes += label_bytes

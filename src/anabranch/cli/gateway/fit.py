@@ -71,6 +71,8 @@ def fit(
     check_router_folder(out)
     with waiting(f"reading {data}", quiet):
         recorded, pool = read_data(data, columns, prices)
+    if len(recorded.models) == 1:
+        say(f"{data} holds outcomes of one model, {recorded.models[0]}: there is none to choose between")
     chosen = read_strategies(strategy, fields)
     learned = _learned(recorded, hold_out, seed)
     made = make_embedder(embedder)

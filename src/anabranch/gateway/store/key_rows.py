@@ -121,6 +121,11 @@ def meant(keys: Sequence[KeyRecord], named: str) -> KeyRecord:
     found = [key for key in keys if named and key.id == named]
     found = found or [key for key in keys if named and key.name == named and key.revoked_us is None]
     found = found or [key for key in keys if named and key.id.startswith(named)]
+    revoked = [key for key in keys if named and key.name == named and key.revoked_us is not None]
+    if revoked and not found:
+        raise UnknownKeyError(
+            f"the key {named!r:.100} ({revoked[-1].id}) was revoked, which is for good; make another, which may have its name"
+        )
     if len(found) != 1:
         raise UnknownKeyError(
             f"{len(found) or 'no'} keys have the name {named!r:.100} or an id that begins so; anabranch gateway keys list shows them"

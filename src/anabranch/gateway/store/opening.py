@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from anabranch.errors import DataError
 from anabranch.gateway.store.database import Database
+from anabranch.gateway.store.sqlite import SqliteDatabase, check_folder
 from anabranch.gateway.store.store import Store
 
 
@@ -50,9 +51,7 @@ def check_place(url: str) -> None:
         return
     if file.is_dir():
         raise DataError(f"the store is {str(file)!r}, which is a folder; name a file in it")
-    above = next((folder for folder in file.resolve().parents if folder.exists()), None)
-    if above is not None and not above.is_dir():
-        raise DataError(f"the store is {str(file)!r}, and {above} is no folder")
+    check_folder(file, f"open the store {file}")
 
 
 def _database(url: str) -> Database:
@@ -60,8 +59,6 @@ def _database(url: str) -> Database:
         from anabranch.gateway.store.postgres import PostgresDatabase
 
         return PostgresDatabase(url.replace("postgres://", "postgresql://", 1))
-    from anabranch.gateway.store.sqlite import SqliteDatabase
-
     if "://" not in url:
         return SqliteDatabase(url)
     parts = urlsplit(url)

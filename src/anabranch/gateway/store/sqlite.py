@@ -175,12 +175,19 @@ class SqliteConnection:
         self._drop()
 
 
+def check_folder(path: Path, what: str) -> None:
+    """Raises DataError where there is no folder for a file: "cannot ``what``: there is no folder ...".
+
+    None is made: where a disk is not mounted the file would lie on another one, and nobody would know.
+    """
+    if not path.absolute().parent.is_dir():
+        raise DataError(f"cannot {what}: there is no folder {path.parent}; make it, or name another")
+
+
 def _check_replaceable(path: Path, source: Path) -> None:
     """Raise InputError or DataError if something would be lost were a copy of ``source`` to take the place of ``path``."""
     check_apart([path], [source])
-    if not path.absolute().parent.is_dir():
-        # Not made: where a disk for backups is not mounted, the copy would lie on that of the store, and nobody would know.
-        raise DataError(f"cannot write {path}: there is no folder {path.parent}; make it, or name another")
+    check_folder(path, f"write {path}")
     logs = (Path(f"{path}{ending}") for ending in SQLITE_LOGS)
     log = next((log for log in logs if log.exists()), None)
     if log is not None:
@@ -243,8 +250,8 @@ class SqliteDatabase:
             raise DataError(
                 f"{self.path} is no store of a gateway: it is {'empty' if self.path.is_file() else 'not there'}"
             )
+        check_folder(self.path, f"open the store {self.path}")
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
             # A file that is there is not even opened: closing it would free the locks that other connections of this process have on it.
             if not self._file.exists():
                 os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))

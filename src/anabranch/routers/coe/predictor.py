@@ -141,7 +141,8 @@ class CompositionOfExperts(Fitting, Predictor, kind="coe"):
     def predict_one(self, query: Query) -> Prediction:
         """With category, confidence and expert in the details."""
         assert query.vector_D is not None
-        knobs = {name: knob_of(query.knobs, name) for name in self.sender_knobs}
+        mosts = {"min_confidence": 1.0}
+        knobs = {name: knob_of(query.knobs, name, mosts.get(name, float("inf"))) for name in self.sender_knobs}
         row_N, found = self._classified(query.vector_D[None], knobs["min_confidence"])
         plan = self.plan(budget_params=knobs["budget_params"], trade_off_params=knobs["trade_off_params"])
         row = int(row_N[0])

@@ -29,7 +29,10 @@ _UNKNOWN = ("", "nan", "none", "null", "na")
 
 # As numbers are written in such files, and as some write them otherwise: what is meant as one must not take a model away without a word.
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?inf(?:inity)?", re.ASCII)
-_MEANT = re.compile(r"[+-]?(?:[\d_]+[.,]?[\d_]*|[.,]\d+)(?:e[+-]?\d+)?\s*%?|[+-]?0[xbo][0-9a-f]+|\d+\s*/\s*\d+")
+_MEANT = re.compile(r"[+-]?(?:[\d_]+[.,]?[\d_]*|[.,]\d+)(?:e[+-]?\d+)?\s*%?")
+
+# Likewise, but found among words as well: a column is of numbers where most of its cells are such.
+_ODD = re.compile(r"[+-]?0[xbo][0-9a-f]+|\d+\s*/\s*\d+")
 _HINT = ". If the column holds something else, say which columns count, such as query=prompt,score:small=small_correct (--columns)"
 
 
@@ -81,7 +84,7 @@ class Columns(Config):
     @classmethod
     def guess(cls, header: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> "Columns":
         """From the names in the header, and from which columns hold numbers. Raises DataError if that is not clear."""
-        query, task, tables, _ = guess(header, rows, path, _looks_like_number)
+        query, task, tables, _ = guess(header, rows, path, _hold_numbers)
         return cls(query=query, task=task, **tables)
 
 
@@ -101,7 +104,7 @@ def load_csv(
     header, lines, rows = _read(path)
     is_guessed = columns is None
     if columns is None:
-        query, task, tables, left = guess(header, rows, path, _looks_like_number)
+        query, task, tables, left = guess(header, rows, path, _hold_numbers)
         columns = Columns(query=query, task=task, **tables)
     else:
         left = dict.fromkeys((name for name in header if name not in _named(columns)), "not named by the mapping")
@@ -162,10 +165,13 @@ def _read(path: Path, *, is_spaced: bool = False) -> tuple[list[str], list[int],
     return header, lines, rows
 
 
-def _looks_like_number(cell: str) -> bool:
-    """Also of infinities, percentages and the like, which are no scores: what holds one is meant to hold numbers."""
-    text = cell.strip().lower()
-    return text in _TRUTH or _NUMBER.fullmatch(text) is not None or _MEANT.fullmatch(text) is not None
+def _hold_numbers(cells: Sequence[str]) -> bool:
+    """Also of infinities, percentages and the like, which are no scores: a column that holds one is meant to hold numbers."""
+    texts = [cell.strip().lower() for cell in cells]
+    if any(text in _TRUTH or _NUMBER.fullmatch(text) or _MEANT.fullmatch(text) for text in texts):
+        return True
+    said = [text for text in texts if text not in _UNKNOWN]
+    return 2 * sum(_ODD.fullmatch(text) is not None for text in said) > len(said)
 
 
 def _value(cell: str, what: str) -> float | None:

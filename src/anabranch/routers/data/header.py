@@ -42,7 +42,7 @@ Tables = dict[str, dict[str, str]]
 
 
 def guess(
-    header: Sequence[str], rows: Sequence[Sequence[str]], path: Path, is_number: Callable[[str], bool]
+    header: Sequence[str], rows: Sequence[Sequence[str]], path: Path, hold_numbers: Callable[[Sequence[str]], bool]
 ) -> tuple[str, str | None, Tables, dict[str, str]]:
     """Which column is what.
 
@@ -50,7 +50,7 @@ def guess(
         header: names of the columns.
         rows: cells.
         path: named in errors.
-        is_number: whether a cell holds a number, be it one that is no score.
+        hold_numbers: whether the cells of a column hold numbers, be it such as are no scores.
 
     Returns the column of texts, that of tasks or None, by part the column of each model, and of columns that are left out why. Raises
     DataError if it is not clear.
@@ -70,7 +70,7 @@ def guess(
         if name in marks:
             _put(tables, *marks[name], name, path)
         elif (
-            why := _why_not(name, [row[column] for row in rows], has_scores, is_number, is_owner=name in owners)
+            why := _why_not(name, [row[column] for row in rows], has_scores, hold_numbers, is_owner=name in owners)
         ) is not None:
             left[name] = why
         else:
@@ -118,7 +118,7 @@ def _put(tables: Tables, part: str, model: str, name: str, path: Path) -> None:
 
 
 def _why_not(
-    name: str, cells: list[str], has_scores: bool, is_number: Callable[[str], bool], *, is_owner: bool
+    name: str, cells: list[str], has_scores: bool, hold_numbers: Callable[[Sequence[str]], bool], *, is_owner: bool
 ) -> str | None:
     """Why a column with a bare name holds no model's scores; None if it does. ``is_owner``: other columns are of a model of that name."""
     if IGNORED.fullmatch(name):
@@ -128,7 +128,7 @@ def _why_not(
     words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
     if words & _OTHER and not is_owner:
         return "not scores, by its name"
-    if not any(map(is_number, cells)):
+    if not hold_numbers(cells):
         return "no numbers" if any(cell.strip() for cell in cells) else "empty"
     return "other columns are marked as scores" if has_scores else None
 

@@ -28,6 +28,18 @@ _HERE = frozenset(
 )
 # Of ``include``: log-probabilities of what is said.
 LOGPROBS = "message.output_text.logprobs"
+
+# What may be asked to be included; all but log-probabilities and thoughts are of tools that run at a provider, of which there are none.
+_INCLUDED = (
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)
 # What a server would have to keep.
 _STATE = ("previous_response_id", "conversation", "background", "prompt")
 _ROLES = ("system", "developer", "user", "assistant")
@@ -82,11 +94,23 @@ def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str,
     if verbosity := table_of(body, "text").get("verbosity"):
         chat["verbosity"] = verbosity
     included = body.get("include")
+    _check_included(included)
     if body.get("top_logprobs") or (isinstance(included, list) and LOGPROBS in included):
         chat["logprobs"] = True
     if body.get("stream"):
         chat["stream_options"] = {"include_usage": True}
     return chat
+
+
+def _check_included(included: Any) -> None:
+    """Raises ApiError for what nobody can include: who asks for it would miss it without a word."""
+    if included is None:
+        return
+    if not isinstance(included, list):
+        raise wrong("include", f"include is {said(included)}; it must be a list")
+    for at, name in enumerate(included):
+        if name not in _INCLUDED:
+            raise wrong(f"include[{at}]", f"include[{at}] is {said(name)}; it must be one of {', '.join(_INCLUDED)}")
 
 
 def _messages(body: dict[str, Any], keeps_reasoning: bool) -> list[dict[str, Any]]:

@@ -56,7 +56,12 @@ def _tool(tool: Any, at: int) -> dict[str, Any]:
             raise wrong(f"tools[{at}].name", f"tools[{at}].name is {said(tool['name'])}; it must be text")
         return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
     if kind != "custom":
-        what = f"tools[{at}] is of type {str(kind)[:40]!r}; only functions and custom tools can be offered"
+        if not isinstance(kind, str):
+            raise wrong(f"tools[{at}].type", f"tools[{at}].type is {said(kind)}; it must be function or custom")
+        what = (
+            f"tools[{at}] is {kind[:40]!r}, a tool that runs at a provider; no model that is asked here has it: "
+            "they are offered tools of type function and custom"
+        )
         raise wrong(f"tools[{at}]", what, "unsupported")
     if not isinstance(tool.get("name"), str):
         raise wrong(f"tools[{at}].name", f"tools[{at}].name must be text")
