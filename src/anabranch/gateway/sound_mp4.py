@@ -130,12 +130,12 @@ class _Track:
         """
         count = num_bytes = 0
         for length, has_sound in self.edits:
-            fits = samples.count
+            fits = samples.num
             if film and self.each and length and not is_whole:
                 fits = min(fits, length * max(self.scale, 1) // (film * self.each) + _AROUND)
             count += fits if has_sound else 0
             num_bytes += min(samples.num_bytes, fits * samples.longest) if has_sound else 0
-        return _Samples(max(samples.count, count), max(samples.num_bytes, num_bytes), samples.longest)
+        return _Samples(max(samples.num, count), max(samples.num_bytes, num_bytes), samples.longest)
 
     def seconds(self, samples: "_Samples", film: int, flac_s: float) -> tuple[float, float, float]:
         """What it says, what was counted (0 for what cannot be), and what no decoder passes.
@@ -148,10 +148,10 @@ class _Track:
         told = max(self.length, self.told) / max(self.scale, 1)
         silence = sum(length for length, has_sound in self.edits if not has_sound) / film if film else 0.0
         in_edits = sum(min(told, length / film) if film and length else told for length, sound in self.edits if sound)
-        counted = samples.count * AAC_BLOCK / self.rate if self.rate else 0.0
+        counted = samples.num * AAC_BLOCK / self.rate if self.rate else 0.0
         sample_s, byte_s = self._lasts(flac_s)
         told = max(told, in_edits, counted) + silence
-        return told, counted, max(told, max(samples.count * sample_s, samples.num_bytes * byte_s) + silence)
+        return told, counted, max(told, max(samples.num * sample_s, samples.num_bytes * byte_s) + silence)
 
     def _lasts(self, flac_s: float) -> tuple[float, float]:
         """Seconds of a sample, and of each of its bytes, at most, of the codec that lasts longest."""
@@ -164,7 +164,7 @@ class _Track:
 class _Samples(NamedTuple):
     """How many samples, their bytes together, and those of the longest."""
 
-    count: int = 0
+    num: int = 0
     num_bytes: int = 0
     longest: int = 0
 
@@ -201,7 +201,7 @@ def mp4(data: bytes) -> Contained | None:
             # All sound, as a rule, in a file of sound.
             run = _run(data[begin:end], len(data))
             fragments = _Samples(
-                fragments.count + run.count, fragments.num_bytes + run.num_bytes, max(fragments.longest, run.longest)
+                fragments.num + run.num, fragments.num_bytes + run.num_bytes, max(fragments.longest, run.longest)
             )
             seen += 1
         elif name == b"mvhd":
@@ -215,13 +215,13 @@ def mp4(data: bytes) -> Contained | None:
     sounds = [track for track in tracks if track.is_sound or not track.is_silent]
     if not sounds:
         return None
-    is_whole = fragments.count > 0 or b"ctts" in data
+    is_whole = fragments.num > 0 or b"ctts" in data
     flac_s = flac_frame_s(data) if any(b"fLaC" in track.codecs for track in sounds) else 0.0
     found = []
     for track in sounds:
         own = track.samples(len(data))
         samples = _Samples(
-            own.count + fragments.count,
+            own.num + fragments.num,
             own.num_bytes + fragments.num_bytes,
             max(own.longest, fragments.longest),
         )

@@ -93,11 +93,16 @@ class BodyBeside:
     async def _readable(self, loop: asyncio.AbstractEventLoop) -> None:
         ready = loop.create_future()
         number = self._sock.fileno()
-        loop.add_reader(number, lambda: ready.done() or ready.set_result(None))
+        loop.add_reader(number, _set, ready)
         try:
             await ready
         finally:
             loop.remove_reader(number)
+
+
+def _set(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 def _taken(sock: socket.socket, most: int) -> tuple[list[bytes], bool]:
