@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.low_rank import Pair, draw_a, scale_of
+from anabranch.adapters.segmented import can_segment, segmented
 from anabranch.adapters.side_by_side import is_mostly_used, side_by_side
 from anabranch.errors import ConfigError
 from anabranch.nn.expert_call import WeightOn
@@ -38,8 +39,9 @@ class LowRankPool(nn.Module):
         rslora: whether scales are alpha / sqrt(rank), of each adapter or of all; otherwise they are alpha / rank.
         generator: source of the initial A; the default generator if None.
         recompute: keep nothing of the forward pass for the backward one.
-        backend: how to compute, see `anabranch.nn.grouped`; its compiled kernels do not compute this form. ``auto`` computes all adapters
-            at once where items use most of them (`anabranch.adapters.side_by_side`).
+        backend: how to compute, see `anabranch.nn.grouped`; its compiled kernels do not compute this form. On a CPU ``auto`` goes adapter
+            by adapter (`anabranch.adapters.segmented`), or computes all at once where items use most of them
+            (`anabranch.adapters.side_by_side`).
 
     Attributes:
         a: parameter [E, R, C].
@@ -156,8 +158,11 @@ class LowRankPool(nn.Module):
         # Choices that name nobody have weight 0, whatever the scale.
         scale_NK = routing.weight_NK.new_tensor(self.scales)[routing.index_NK.clamp_min(0)]
         weight_NK = routing.weight_NK * scale_NK
-        if self.backend == "auto" and not self.recompute and is_mostly_used(routing):
-            return side_by_side(x_NC, routing, weight_NK, self.a, self.b)
+        if self.backend == "auto" and not self.recompute:
+            if is_mostly_used(routing):
+                return side_by_side(x_NC, routing, weight_NK, self.a, self.b)
+            if can_segment(x_NC, weight_NK, self.a, self.b):
+                return segmented(x_NC, plan_dispatch(routing), weight_NK, self.a, self.b)
         return expert_mlp(
             x_NC,
             plan_dispatch(routing),

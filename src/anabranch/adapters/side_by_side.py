@@ -17,7 +17,7 @@ from anabranch.routing.decision import Routing
 __all__ = ["is_mostly_used", "side_by_side"]
 
 # Of all pairs of item and adapter, from which on computing all costs less, as `benchmarks/adapter_dispatch.py` measures.
-MOSTLY = 0.4
+MOSTLY = 0.25
 
 
 def is_mostly_used(routing: Routing) -> bool:
