@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from adapter_models import make_adapter
 from anabranch.adapters import Adapter, Pair, combine, read_peft, write_peft
+from anabranch.adapters.algebra import METHODS
+from anabranch.adapters.thinning import RULES, merged
 from anabranch.errors import ConfigError
 
 NAMES = [f"model.layers.{layer}.mlp.up_proj" for layer in range(3)]
@@ -63,7 +65,7 @@ def test_linear_sums_halves_and_says_what_that_costs():
         c1, c2 = math.sqrt(0.5 * 4), math.sqrt(0.25 * 2)
         found = made.adapter.pairs[name]
         assert found.rank == 2
-        torch.testing.assert_close(found.delta(), (c1 * b1 - c2 * b2) @ (c1 * a1 + c2 * a2))
+        torch.testing.assert_close(found.delta(), (c1 * b1 + c2 * b2) @ (c1 * a1 - c2 * a2))
         wanted = 2 * b1 @ a1 - 0.5 * b2 @ a2
         missed, total = missed + (found.delta() - wanted).square().sum(), total + wanted.square().sum()
     assert made.error == pytest.approx(float((missed / total).sqrt()))
@@ -102,6 +104,67 @@ def test_svd_of_nothing_is_one_rank_of_nothing():
 def test_ranks_that_cannot_be(method, rank, message):
     with pytest.raises(ConfigError, match=message):
         combine([adapter([1, 1, 1])], [1.0], method, rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "message"),
+    [
+        ("exact", {"density": 0.5}, "density is 0.5, and method 'exact' keeps all numbers"),
+        ("ties", {"density": 0.0}, "density is 0.0; it is the share of numbers that are kept"),
+        ("ties", {"density": math.nan}, "density is nan; it is the share"),
+        ("ties", {"density": 1.5}, "density is 1.5; it is the share"),
+        ("ties", {"seed": 1}, "seed is 1, and method 'ties' draws nothing"),
+        ("dare", {"seed": -1}, "seed is -1; it must be from 0 to"),
+        ("dare", {"majority": "total"}, "majority is total, and method 'dare' elects no signs"),
+        ("ties", {"majority": "most"}, "majority is 'most'; use one of total, frequency"),
+        ("ties", {"rank": 2}, "rank is 2, and method 'ties' has none to choose"),
+    ],
+)
+def test_options_that_cannot_be(method, option, message):
+    with pytest.raises(ConfigError, match=message):
+        combine([adapter([1, 1, 1])], [1.0], method, **option)
+
+
+def test_ties_of_halves_and_of_matrices():
+    """Against the rule on the tensors themselves, and errors against matrices made here."""
+    adapters, weights = [adapter([2, 2, 2]), adapter([2, 2, 2], 4.0, seed=1)], [0.5, -0.25]
+    rule, roots = RULES["ties"], [math.sqrt(0.5 * 4), math.sqrt(0.25 * 2)]
+    halves = combine(adapters, weights, "ties", density=0.5)
+    whole = combine(adapters, weights, "ties_svd", density=0.5, rank=2)
+    missed = cut = total = held = 0.0
+    for name in NAMES:
+        pairs = [one.pairs[name] for one in adapters]
+        a = merged([pair.a_RC for pair in pairs], [roots[0], -roots[1]], rule, 0.5, ())
+        b = merged([pair.b_OR for pair in pairs], roots, rule, 0.5, ())
+        torch.testing.assert_close(halves.adapter.pairs[name].delta(), b @ a)
+        matrix = merged([pair.delta() for pair in pairs], weights, rule, 0.5, ())
+        left, value, right = torch.linalg.svd(matrix)
+        found = whole.adapter.pairs[name].delta()
+        torch.testing.assert_close(found, left[:, :2] @ torch.diag(value[:2]) @ right[:2])
+        exact = sum(weight * pair.delta() for weight, pair in zip(weights, pairs, strict=True))
+        missed, total = missed + float((found - exact).square().sum()), total + float(exact.square().sum())
+        cut, held = cut + float(value[2:].square().sum()), held + float(matrix.square().sum())
+    assert whole.error == pytest.approx(math.sqrt(missed / total))
+    assert whole.cut_off == pytest.approx(math.sqrt(cut / held))
+    assert halves.cut_off == 0 < halves.error
+
+
+@pytest.mark.parametrize("method", ["dare", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
+def test_what_is_dropped_depends_on_the_seed_and_on_the_layer_alone(method):
+    one, other = adapter([2, 2, 2]), adapter([2, 2, 2], seed=1)
+    made = combine([one, other], [1, 1], method, density=0.4, seed=5).adapter.pairs
+    torch.manual_seed(9)
+    few = [Adapter(each.table, {NAMES[2]: each.pairs[NAMES[2]]}) for each in (one, other)]
+    again = combine(few, [1, 1], method, density=0.4, seed=5).adapter.pairs
+    assert torch.equal(again[NAMES[2]].delta(), made[NAMES[2]].delta())
+    another = combine([one, other], [1, 1], method, density=0.4, seed=6).adapter.pairs
+    assert not torch.equal(another[NAMES[2]].delta(), made[NAMES[2]].delta())
+
+
+def test_dare_is_dare_linear():
+    adapters = [adapter([2, 2, 2]), adapter([2, 2, 2], seed=1)]
+    first, second = (combine(adapters, [1, 1], name).adapter.pairs[NAMES[0]] for name in ("dare", "dare_linear"))
+    assert torch.equal(first.delta(), second.delta())
 
 
 def test_an_adapter_minus_itself_is_nothing():
@@ -152,7 +215,7 @@ def other_widths():
         (lambda: [], [], "exact", "there are 0 weights for 0 adapters; give one for each"),
         (lambda: [adapter([1, 1, 1])], [1, 2], "exact", "there are 2 weights for 1 adapters"),
         (lambda: [adapter([1, 1, 1])], [math.nan], "exact", "a weight is nan; it must be a finite number"),
-        (lambda: [adapter([1, 1, 1])], [1], "ties", "method is 'ties'; use one of exact, svd, linear"),
+        (lambda: [adapter([1, 1, 1])], [1], "cat", "method is 'cat'; use one of exact, svd, linear"),
         (
             lambda: [adapter([1, 0, 0]), other_widths()],
             [1, 1],
@@ -163,7 +226,13 @@ def other_widths():
             lambda: [adapter([1, 2, 0]), adapter([1, 3, 0])],
             [1, 1],
             "linear",
-            r"has ranks \[2, 3\]; method 'linear' needs one",
+            r"has ranks \[2, 3\]; method 'linear' needs one, 'exact' does not",
+        ),
+        (
+            lambda: [adapter([1, 2, 0]), adapter([1, 3, 0])],
+            [1, 1],
+            "dare",
+            r"has ranks \[2, 3\]; method 'dare' needs one, 'dare_linear_svd' does not",
         ),
         (
             lambda: [adapter([1, 1, 1]), Adapter({}, adapter([1, 1, 1]).pairs, {"lm_head.weight": torch.ones(1)})],
@@ -178,7 +247,7 @@ def test_what_cannot_be_combined(make, weights, method, message):
         combine(make(), weights, method)
 
 
-@pytest.mark.parametrize("method", ["exact", "svd", "linear"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_sum_that_its_type_cannot_hold_is_refused(method):
     """And not written, as nobody reads it."""
     one = adapter([2, 2, 2], alpha=2e9, dtype=torch.float32)

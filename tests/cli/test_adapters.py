@@ -1,14 +1,18 @@
 """``anabranch eval --adapter`` and ``anabranch adapters merge``, from folders to figures; and what is wrong with a folder, in one line."""
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from adapter_models import linear_layers, make_adapter, stacked
+from anabranch.adapters import load_peft, read_peft
+from anabranch.adapters.algebra import METHODS
+from anabranch.cli.adapters.merge import merge
 from anabranch.data import ByteTokenizer
-from anabranch.lm import Decoder, export_huggingface
+from anabranch.lm import Decoder, export_huggingface, load_model, save_model
 from anabranch.nn import SelfAttention, SwiGLU
 
 
@@ -107,6 +111,52 @@ def test_svd_of_a_rank(here, adapted):
     assert (code, said["ranks"], said["layers"], said["targets"]) == (0, [5], 4, ["down_proj", "q_proj"])
 
 
+def test_rules_of_peft_tell_what_they_are_given(here, adapted):
+    line = ["adapters", "merge", adapted / "first", adapted / "second", "--weights", "0.5,0.5", "-o", adapted / "thin"]
+    code, out, _ = here(*line, "--method", "ties", "--density", 0.5, "--majority", "frequency", "--json")
+    said = json.loads(out)
+    assert (code, said["density"], said["majority"], said["ranks"], said["cut_off"]) == (0, 0.5, "frequency", [4], 0)
+    code, out, _ = here(*line, "--method", "dare_linear_svd", "--seed", 3, "--rank", 2, "--json")
+    said = json.loads(out)
+    assert (code, said["seed"], said["rank"], said["ranks"]) == (0, 3, 2, [2])
+    assert 0 < said["cut_off"] < 1
+    code, out, _ = here(*line, "--method", "magnitude_prune_svd")
+    assert code == 0
+    assert "of what magnitude_prune made, which the rank could not hold" in out
+
+
+def test_methods_of_the_command_are_those_of_the_library():
+    assert get_args(get_type_hints(merge)["method"]) == METHODS
+
+
+def test_a_mixture_is_exported(here, adapted, tmp_path):
+    line = ["adapters", "export", adapted / "base", adapted / "first", adapted / "second", "--weights", "0.5,0.5"]
+    code, out, err = here(*line, "--out", tmp_path / "sum", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert (said["layers"], said["ranks"], said["error"], said["weights"]) == (4, [8], 0, [0.5, 0.5])
+    assert said["difference"] < 1e-5 < said["greatest_logit"]
+    found, wanted = (
+        measured(here, adapted / "base", "--adapter", tmp_path / "sum"),
+        measured(here, adapted / "merged"),
+    )
+    assert found["nats_per_token"] == pytest.approx(wanted["nats_per_token"], rel=1e-5)
+    code, out, _ = here(*line, "--out", tmp_path / "low", "--rank", 2)
+    assert code == 0
+    assert "4 layers, rank 2, " in out
+    assert "from the mixture's at most" in out
+
+
+def test_adapters_in_a_model_are_exported(here, adapted, tmp_path):
+    model = load_peft(adapted / "first", load_model(adapted / "base")[0])
+    save_model(tmp_path / "model", model)
+    code, out, err = here("adapters", "export", tmp_path / "model", "--out", tmp_path / "own", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["layers"], json.loads(out)["ranks"]) == (4, [4])
+    pairs = [read_peft(place).pairs for place in (adapted / "first", tmp_path / "own")]
+    assert all(torch.equal(pairs[0][name].a_RC, pairs[1][name].a_RC) for name in pairs[0])
+
+
 def test_a_card(here, adapted):
     code, out, _ = here("adapters", "card", adapted / "first", "--json")
     assert code == 0
@@ -159,6 +209,16 @@ def test_a_card(here, adapted):
         ("adapters card {0}/nan", "holds NaN or infinity"),
         ("adapters merge {0}/first --rank 3 --out z", "rank is 3, and method 'exact' has none to choose"),
         ("adapters merge {0}/first --method best --out z", "method is 'best'"),
+        ("adapters merge {0}/first --density 0.5 --out z", "density is 0.5, and method 'exact' keeps all numbers"),
+        ("adapters merge {0}/first --method ties --density 0 --out z", "density is 0.0; it is the share"),
+        ("adapters merge {0}/first --method ties --seed 2 --out z", "seed is 2, and method 'ties' draws nothing"),
+        ("adapters export {0}/base {0}/first {0}/first --out z", "is given twice"),
+        ("adapters export {0}/base --rank 2 --out z", "--rank is 2, and there is no ADAPTER"),
+        ("adapters export {0}/base --out z", "the model has no adapter to save"),
+        ("adapters export {0}/base {0}/nan --out z", "holds NaN or infinity"),
+        ("adapters export {0}/base {0}/first --out {0}/base", "would be lost"),
+        ("adapters export {0}/base {0}/first --weights 1,2 --out z", "give a finite number for each of the 1 adapters"),
+        ("adapters export trained {0}/first --out z", "adapt|inputs"),
     ],
 )
 def test_what_is_wrong_is_one_line(here, adapted, trained, work, line, message):

@@ -1,30 +1,57 @@
 """`combine`: one adapter out of several, by rules that say what is lost.
 
-    exact    sum_i w_i scale_i B_i A_i, by putting ranks side by side: nothing is lost, ranks add up
-    svd      the best adapter of a given rank for that sum, by its singular values (Eckart-Young); ``error`` tells what is cut off
-    linear   A = sum_i c_i A_i and B = sum_i c_i' B_i with c c' = w scale, as peft's ``linear``: ranks stay, and the products of halves of
-             different adapters, which are in no sum, come in (``error`` tells how much)
+    exact    sum_i w_i scale_i B_i A_i, by putting ranks side by side: nothing is lost, ranks add up (peft calls it ``cat``)
+    svd      the best adapter of a given rank for that sum, by its singular values (Eckart-Young)
+    linear   A = sum_i c_i A_i and B = sum_i |c_i| B_i with c_i = sign(w_i scale_i) sqrt |w_i scale_i|: ranks stay, and the products of
+             halves of different adapters, which are in no sum, come in
+    ties     halves as in ``linear``, each by TIES: trimmed to its greatest numbers, signs elected, mean of those that have them
+    dare     halves as in ``linear``, of each of which random numbers are dropped and the others rescaled; also called ``dare_linear``
+    dare_ties, magnitude_prune
+             dropped, and signs elected; trimmed, and no election
+    ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd
+             the same of what adapters add, matrix by matrix, and the best adapter of a given rank for that; ranks may differ
 
-Each result is one plain LoRA adapter, which every program reads that reads peft's.
+Each but ``exact`` and ``dare`` has the name that the package peft gives it in ``add_weighted_adapter``, and makes what peft makes, but for
+three things: one adapter alone goes through the rule, where peft takes ``linear``; a density has a usual value; and what is dropped depends
+on the seed, the layer and the place of the adapter among those that have it, not on what drew before.
+
+Each result is one plain LoRA adapter, which every program reads that reads peft's. How far it is from the exact sum is told.
 """
 # Shapes: C inputs, O outputs, R rank
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.peft_folder import Adapter, described
+from anabranch.adapters.thinning import RULES, Majority, Rule, merged
+from anabranch.bounds import MOST_SEED
 from anabranch.errors import ConfigError
 
 __all__ = ["METHODS", "Combined", "Method", "combine"]
 
-Method = Literal["exact", "svd", "linear"]
-METHODS: tuple[Method, ...] = ("exact", "svd", "linear")
+Method = Literal[
+    "exact",
+    "svd",
+    "linear",
+    "ties",
+    "dare",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+]
+METHODS: tuple[Method, ...] = get_args(Method)
+_SVD = "_svd"
 # What a config says of how an adapter was trained or made, which the sum was not.
 _OF_TRAINING = (
     "init_lora_weights",
@@ -44,60 +71,146 @@ class Combined:
     Attributes:
         adapter: it.
         error: the Frobenius norm of its difference to the exact sum, over that of the sum, of all layers together; 0 where that is exact.
+        cut_off: likewise what a rank could not hold, over what it was to hold: the sum, or what a rule made of it; 0 where none was cut.
     """
 
     adapter: Adapter
     error: float
+    cut_off: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How layers are combined: the arguments of `combine`, checked."""
+
+    method: str
+    rank: int | None
+    density: float
+    seed: int
+    majority: Majority
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule of halves, or of matrices where the method ends so; None for sums."""
+        return RULES.get(self.method.removesuffix(_SVD))
+
+    def generator(self, module: str, half: str, number: int) -> torch.Generator:
+        """What drops numbers of one tensor: the same whichever layers and adapters are beside it."""
+        told = hashlib.sha256(f"{self.seed} {module} {half} {number}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(told[:7], "big"))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one layer became, and squared norms: of what it lacks of the sum, of the sum, of what a rank cut off, and of what from."""
+
+    pair: Pair
+    missed: float = 0.0
+    total: float = 0.0
+    cut: float = 0.0
+    whole: float = 0.0
 
 
 def combine(
-    adapters: Sequence[Adapter], weights: Sequence[float], method: Method = "exact", *, rank: int | None = None
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    method: Method = "exact",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    majority: Majority | None = None,
 ) -> Combined:
-    """One adapter that adds ``sum_i weight_i delta_i``, or nearly so.
+    """One adapter that adds ``sum_i weight_i delta_i``, or nearly so, or what a rule makes of them.
 
     Args:
         adapters: of one model; they may have other layers, ranks and scales.
         weights: of each; negative ones take away.
         method: see the top of this file.
-        rank: of the result of ``svd``; None for the greatest that a layer has in any of them.
+        rank: of the result of ``svd`` and of what ends so; None for the greatest that a layer has in any of them.
+        density: the share of numbers that TIES, DARE and magnitude pruning keep; None for a fifth where it trims, half where it drops.
+        seed: of what DARE drops; None for 0.
+        majority: which sign wins where signs are elected: that of the ``"total"`` of numbers (None too), or their ``"frequency"``.
 
     Raises ConfigError: no adapters, another number of weights, one that is not finite, an unknown method, layers of other widths, ranks
-    that differ (``linear``), a sum that the type of the adapters cannot hold, a ``rank`` below 1 or for another method, or adapters that
-    bring whole tensors, which have no sum.
+    that differ where halves are combined, a sum that the type of the adapters cannot hold, a ``rank`` below 1, a ``density`` that is not
+    above 0 and at most 1, a seed that no generator takes, any of them for a method that has no use for it, or adapters that bring whole
+    tensors, which have no sum.
     """
-    _check(adapters, weights, method, rank)
-    modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.pairs))
-    pairs, missed, total = {}, 0.0, 0.0
-    for module in modules:
+    way = _way(method, rank, density, seed, majority)
+    _check(adapters, weights)
+    layers = {}
+    for module in dict.fromkeys(module for adapter in adapters for module in adapter.pairs):
         parts = [
             (adapter.pairs[module], float(weight))
             for adapter, weight in zip(adapters, weights, strict=True)
             if module in adapter.pairs
         ]
-        _check_sizes(module, parts, method)
-        exact = _finite(module, _side_by_side(parts))
-        if method == "svd":
-            pairs[module], cut_off = _truncated(exact, rank or max(pair.rank for pair, _ in parts))
-        elif method == "linear":
-            pairs[module] = _finite(module, _linear(parts))
-            cut_off = _square(_side_by_side([(pairs[module], 1.0), (exact, -1.0)]))
-        else:
-            pairs[module], cut_off = exact, 0.0
-        missed, total = missed + cut_off, total + (_square(exact) if method != "exact" else 0.0)
+        _check_sizes(module, parts, way)
+        layers[module] = _layer(module, parts, way)
+    pairs = {module: layer.pair for module, layer in layers.items()}
     table = {name: value for name, value in adapters[0].table.items() if name not in _OF_TRAINING}
     bases = {adapter.table.get("base_model_name_or_path") for adapter in adapters}
     table["base_model_name_or_path"] = bases.pop() if len(bases) == 1 else None
-    error = 0.0 if not missed else math.inf if not total else math.sqrt(missed / total)
-    return Combined(Adapter(described({**table, "inference_mode": True}, pairs), pairs), error)
+    missed, total, cut, whole = (
+        sum(getattr(layer, name) for layer in layers.values()) for name in ("missed", "total", "cut", "whole")
+    )
+    adapter = Adapter(described({**table, "inference_mode": True}, pairs), pairs)
+    return Combined(adapter, _share(missed, total), _share(cut, whole))
 
 
-def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: str, rank: int | None) -> None:
+def _share(part: float, whole: float) -> float:
+    """The root of a part of squares over that of all."""
+    return 0.0 if not part else math.inf if not whole else math.sqrt(part / whole)
+
+
+def _layer(module: str, parts: Sequence[tuple[Pair, float]], way: _Way) -> _Layer:
+    """One layer, of the adapters that have it."""
+    exact = _finite(module, _side_by_side(parts))
+    if way.method == "exact":
+        return _Layer(exact)
+    rank = way.rank or max(pair.rank for pair, _ in parts)
+    if way.method == "svd":
+        made, cut = _truncated(exact, rank)
+        total = _square(exact)
+        return _Layer(made, cut, total, cut, total)
+    if way.method.endswith(_SVD):
+        matrix_OC = _by_matrix(module, parts, way)
+        made, cut = _truncated_matrix(_finite_matrix(module, matrix_OC), rank)
+        whole = float(matrix_OC.double().square().sum())
+    else:
+        made, cut, whole = _finite(module, _by_halves(module, parts, way)), 0.0, 0.0
+    missed = _square(_side_by_side([(made, 1.0), (exact, -1.0)]))
+    return _Layer(made, missed, _square(exact), cut, whole)
+
+
+def _way(method: str, rank: int | None, density: float | None, seed: int | None, majority: Majority | None) -> _Way:
+    """The arguments of `combine` that say how. Raises ConfigError."""
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}; use one of {', '.join(METHODS)}")
-    if rank is not None and method != "svd":
-        raise ConfigError(f"rank is {rank}, and method {method!r} has none to choose; use 'svd', or leave it out")
+    rule = RULES.get(method.removesuffix(_SVD), Rule())
+    unused = {
+        "rank": (rank, method.endswith("svd"), "has none to choose; use 'svd', or leave it out"),
+        "density": (density, rule.thins is not None, "keeps all numbers; use one of TIES or DARE, or leave it out"),
+        "seed": (seed, rule.thins == "drop", "draws nothing; leave it out"),
+        "majority": (majority, rule.elects, "elects no signs; use 'ties', or leave it out"),
+    }
+    for name, (value, is_used, why) in unused.items():
+        if value is not None and not is_used:
+            raise ConfigError(f"{name} is {value}, and method {method!r} {why}")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank is {rank}; it must be at least 1")
+    # A NaN is neither.
+    if density is not None and not 0 < density <= 1:
+        raise ConfigError(f"density is {density}; it is the share of numbers that are kept, above 0 and at most 1")
+    if seed is not None and not 0 <= seed <= MOST_SEED:
+        raise ConfigError(f"seed is {seed}; it must be from 0 to {MOST_SEED}")
+    if majority not in (None, *get_args(Majority)):
+        raise ConfigError(f"majority is {majority!r}; use one of {', '.join(get_args(Majority))}")
+    return _Way(method, rank, rule.density if density is None else density, seed or 0, majority or "total")
+
+
+def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"there are {len(weights)} weights for {len(adapters)} adapters; give one for each")
     wrong = [weight for weight in weights if not math.isfinite(weight)]
@@ -116,26 +229,33 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: str, r
             )
 
 
-def _check_sizes(module: str, parts: Sequence[tuple[Pair, float]], method: str) -> None:
+def _check_sizes(module: str, parts: Sequence[tuple[Pair, float]], way: _Way) -> None:
     sizes = {(pair.a_RC.shape[1], pair.b_OR.shape[0]) for pair, _ in parts}
     if len(sizes) > 1:
         raise ConfigError(
             f"{module} has (inputs, outputs) {sorted(sizes)} in these adapters; they must be of one model"
         )
     ranks = {pair.rank for pair, _ in parts}
-    if method == "linear" and len(ranks) > 1:
-        raise ConfigError(f"{module} has ranks {sorted(ranks)}; method 'linear' needs one, 'exact' does not")
+    if way.rule is not None and not way.method.endswith(_SVD) and len(ranks) > 1:
+        other = {"linear": "exact", "dare": "dare_linear_svd"}.get(way.method, way.method + _SVD)
+        raise ConfigError(f"{module} has ranks {sorted(ranks)}; method {way.method!r} needs one, {other!r} does not")
 
 
 def _finite(module: str, pair: Pair) -> Pair:
     """The pair. Raises ConfigError where weights and scales made it too great for its type: no program would read it."""
     for half in (pair.a_RC, pair.b_OR):
-        if not half.isfinite().all():
-            kind = str(half.dtype).removeprefix("torch.")
-            raise ConfigError(
-                f"the sum has numbers in {module} that {kind} cannot hold; give weights nearer to 0, or adapters of lesser scales"
-            )
+        _finite_matrix(module, half)
     return pair
+
+
+def _finite_matrix(module: str, matrix: Tensor) -> Tensor:
+    """The same of one tensor."""
+    if not matrix.isfinite().all():
+        kind = str(matrix.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"the sum has numbers in {module} that {kind} cannot hold; give weights nearer to 0, or adapters of lesser scales"
+        )
+    return matrix
 
 
 def _side_by_side(parts: Sequence[tuple[Pair, float]]) -> Pair:
@@ -162,21 +282,46 @@ def _truncated(pair: Pair, rank: int) -> tuple[Pair, float]:
     """The pair of at most this rank that is nearest, and the square of what is cut off."""
     q_b, r_b, q_a, r_a = _halves(pair)
     left, value, right = torch.linalg.svd(r_b @ r_a.T)
+    made, cut = _kept(left, value, right, rank)
+    halves = Pair((made.a_RC @ q_a.T).to(pair.a_RC.dtype), (q_b @ made.b_OR).to(pair.b_OR.dtype), made.alpha)
+    return halves, cut
+
+
+def _truncated_matrix(matrix_OC: Tensor, rank: int) -> tuple[Pair, float]:
+    """The same of a matrix that is there whole, in its type."""
+    left, value, right = torch.linalg.svd(matrix_OC, full_matrices=False)
+    return _kept(left, value, right, rank)
+
+
+def _kept(left: Tensor, value: Tensor, right: Tensor, rank: int) -> tuple[Pair, float]:
+    """The first singular values as a pair, each half with their roots, and the sum of the squares of the others."""
     # What is zero is kept out, but something must stay.
-    rank = min(rank, max(1, int((value > value[0] * 1e-12).sum())))
+    least = value[0] * (1e-12 if value.dtype == torch.float64 else 1e-7)
+    rank = min(rank, max(1, int((value > least).sum())))
     root = value[:rank].sqrt()
-    b_OR, a_RC = (q_b @ left[:, :rank]) * root, root[:, None] * (right[:rank] @ q_a.T)
-    made = Pair(a_RC.to(pair.a_RC.dtype), b_OR.to(pair.b_OR.dtype), float(rank))
-    return made, float(value[rank:].square().sum())
+    made = Pair(root[:, None] * right[:rank], left[:, :rank] * root, float(rank))
+    return made, float(value[rank:].double().square().sum())
 
 
-def _linear(parts: Sequence[tuple[Pair, float]]) -> Pair:
-    """Halves summed apart, each with the root of its weight; the sign of a weight is in B."""
+def _by_halves(module: str, parts: Sequence[tuple[Pair, float]], way: _Way) -> Pair:
+    """A of all A and B of all B by the rule, each with the root of its weight; the sign of a weight is in A, as in peft."""
     roots = [math.sqrt(abs(weight * pair.scale)) for pair, weight in parts]
-    signs = [math.copysign(1.0, weight * pair.scale) for pair, weight in parts]
-    a_RC: Any = sum(_wide(pair.a_RC) * root for (pair, _), root in zip(parts, roots, strict=True))
-    b_OR: Any = sum(_wide(pair.b_OR) * (root * sign) for (pair, _), root, sign in zip(parts, roots, signs, strict=True))
+    signed = [math.copysign(root, weight * pair.scale) for root, (pair, weight) in zip(roots, parts, strict=True)]
+    a_RC = _by_rule(module, "A", [_wide(pair.a_RC) for pair, _ in parts], signed, way)
+    b_OR = _by_rule(module, "B", [_wide(pair.b_OR) for pair, _ in parts], roots, way)
     return Pair(a_RC, b_OR, float(len(a_RC)))
+
+
+def _by_matrix(module: str, parts: Sequence[tuple[Pair, float]], way: _Way) -> Tensor:
+    """What the rule makes of what the adapters add, whole."""
+    deltas = [_finite_matrix(module, pair.delta()) for pair, _ in parts]
+    return _by_rule(module, "BA", deltas, [weight for _, weight in parts], way)
+
+
+def _by_rule(module: str, half: str, tensors: Sequence[Tensor], weights: Sequence[float], way: _Way) -> Tensor:
+    assert way.rule is not None
+    generators = (way.generator(module, half, number) for number in range(len(tensors)))
+    return merged(tensors, weights, way.rule, way.density, generators, way.majority)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+"""``anabranch adapters export``: a mixture with fixed weights as one plain LoRA, held against the mixture itself."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anabranch.cli.adapters.merge import read_weights
+from anabranch.cli.options import AsJson, Device, Dtype, Quiet, read_device, read_dtype
+from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
+from anabranch.errors import ConfigError
+from anabranch.extras import require
+from anabranch.files import check_apart
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The base of the adapters; or a saved model that has adapters in it.")
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="The new folder.")],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ADAPTER...", help="Folders of peft's. Without them, what the model has in it is written."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="W,W,...", help="What each is multiplied by. Default: 1 each."),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            min=1,
+            help="The nearest adapter of this rank. Default: all ranks together, which loses nothing.",
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a mixture of adapters as one plain LoRA that peft and every server load, and say how its logits differ from the mixture's.
+
+    The model is run twice on tokens drawn at random: with the adapters beside its matrices, and with what was written.
+
+    Example: anabranch adapters export SmolLM2-135M french-lora sql-lora --weights 0.5,0.25 --out both
+    """
+    require("lm", by="anabranch adapters export")
+    from anabranch.lm import load_model
+    from anabranch.lm.folder import files_of
+
+    folders = adapters or []
+    numbers = [1.0] * len(folders) if weights is None else read_weights(weights, len(folders))
+    if len(set(folders)) < len(folders):
+        twice = next(folder for folder in folders if folders.count(folder) > 1)
+        raise ConfigError(f"{twice} is given twice; give it once, with the sum of its weights")
+    if rank is not None and not folders:
+        raise ConfigError(f"--rank is {rank}, and there is no ADAPTER whose mixture could be made one of that rank")
+    check_apart([out], [*folders, *(files_of(model) if Path(model).is_dir() else [model])])
+    base, _ = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
+    from anabranch.adapters import export_mixture, read_peft, save_peft
+
+    told: dict[str, object] = {"folder": out, "model": model, "adapters": folders, "weights": numbers}
+    if folders:
+        done = export_mixture(out, base, dict(zip(folders, numbers, strict=True)), rank=rank)
+        made = done.made.adapter
+        told |= {"error": done.made.error, "difference": done.difference, "greatest_logit": done.greatest}
+    else:
+        save_peft(out, base)
+        made = read_peft(out)
+    num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
+    ranks = sorted({pair.rank for pair in made.pairs.values()})
+    if as_json:
+        print_json(
+            {
+                **told,
+                "layers": len(made.pairs),
+                "ranks": ranks,
+                "parameters": made.num_parameters,
+                "size_bytes": num_bytes,
+            }
+        )
+    elif not quiet:
+        of_rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        fact("adapter", f"{len(made.pairs)} layers, {of_rank}, {quantity(made.num_parameters)} parameters")
+        if folders:
+            fact("logits", f"{done.difference:.2g} from the mixture's at most, whose greatest is {done.greatest:.3g}")
+        wrote(f"{out}   {size(num_bytes)}", f"anabranch eval {shell_word(model)} --adapter {shell_word(out)}")
