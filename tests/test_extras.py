@@ -49,8 +49,8 @@ def test_extras_bring_what_users_expect():
     # A gateway maps none of these, and an image of one should not hold them.
     heavy = {"numba", "scipy", "networkx", "tokenizers", "pyarrow", "starlette", "uvicorn"}
     assert not heavy & set(found["gateway"].modules)
-    # Spark needs Java; adapters are for who has their framework.
-    users = set(found) - {"all", "bench", "dev", "docs", "spark", "langchain", "llama-index"}
+    # Spark needs Java; adapters are for who has their framework, peft for who wants its long tail of methods.
+    users = set(found) - {"all", "bench", "dev", "docs", "spark", "langchain", "llama-index", "peft"}
     assert set(found["all"].modules) == {name for extra in users for name in found[extra].modules}
 
 

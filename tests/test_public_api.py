@@ -52,10 +52,10 @@ PUBLIC = {
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.adapters": """
-        Adapter Combined LowRank LowRankPool Pair RoutedLowRank adapter_of chosen_rows combine load_peft load_pool merge read_peft
-        rows_for save_peft unload unmerge write_peft
-        DynMoLE Labelled MixedLowRank MixtureReport MixtureTask SoftThenTopK SpecialisationLoss add_layers fit_joint fit_router
-        labelled_rows load_mixture lora_moe mixture_report mola mu static_mixture
+        Adapter Bottleneck Combined DynMoLE Exported HashedDelta Labelled LowRank LowRankPool MixedLowRank MixtureReport
+        MixtureTask NestedLowRank Pair RoutedLowRank SoftThenTopK SparseDelta SpecialisationLoss adapter_of add_layers
+        chosen_rows combine export_mixture fit_joint fit_router labelled_rows load_mixture load_peft load_pool lora_moe merge
+        mixture_report mola mu read_peft rows_for save_peft static_mixture unload unmerge write_peft
     """,
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config

@@ -69,6 +69,10 @@ BUILTIN: dict[str, dict[str, str]] = {
         "routed_low_rank": "anabranch.adapters:RoutedLowRank",
         "mixed_low_rank": "anabranch.adapters:MixedLowRank",
         "multi_head_routed": "anabranch.adapters.mhr:MultiHeadRouted",
+        "nested_low_rank": "anabranch.adapters:NestedLowRank",
+        "bottleneck": "anabranch.adapters:Bottleneck",
+        "sparse_delta": "anabranch.adapters:SparseDelta",
+        "hashed_delta": "anabranch.adapters:HashedDelta",
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",

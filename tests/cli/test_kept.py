@@ -82,6 +82,9 @@ COMMANDS = {
         {"OUT": "m"},
     ),
     "adapters merge": ("{adapters} --out {OUT}", {"adapters": "a/adapter_config.json"}, {"OUT": "a"}),
+    "adapters export": (
+        "{model} {adapters} --out {OUT}", {"adapters": "a/adapter_config.json", "model": "m/config.json"}, {"OUT": "a"}
+    ),
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
 }  # fmt: skip
@@ -94,7 +97,7 @@ READ = {
     "gateway replay router", "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",
     "adapt config_files",
     "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",
-    "routers replay router", "routers replay prices", "routers route router",
+    "routers replay router", "routers replay prices", "routers route router", "adapters recommend",
 }  # fmt: skip
 # What is named on the command line is not the file but its folder.
 FOLDERS = {"model": "m", "router": "routers", "adapters": "a"}

@@ -127,9 +127,24 @@ adapt trained deep.jsonl --out z --mode z
 adapt trained deep.jsonl --out z --from text
 adapt --out trained --resume
 adapters card trained
+adapters list --family ''
+adapters estimate trained lora --rank {HUGE}
+adapters estimate trained lora --set rank={HUGE}
+adapters estimate trained lora --set alpha=nan
+adapters estimate trained lora --set targets=3
+adapters estimate text lora
+adapters recommend trained --max-share inf
+adapters recommend trained --max-file nan
+adapters recommend trained --measurements deep.json
+adapters recommend trained --measurements half.jsonl
 adapters merge trained --out z
 adapters merge text deep.json --weights nan,1 --out z
 adapters merge text --weights {HUGE}{"0" * 400} --out z
+adapters merge text --method ties --density nan --out z
+adapters merge text --method dare --seed {HUGE} --out z
+adapters export trained text --out z
+adapters export trained --out z
+adapters export trained --rank 2 --out z
 experts fit-predictor trained no.npz --out z
 experts fit-predictor trained text --out z --expert-budget nan
 experts fit-predictor trained holes.parquet --out z

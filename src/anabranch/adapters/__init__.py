@@ -6,8 +6,11 @@ require("lm", by=__name__)
 
 from anabranch.adapters.algebra import Combined, combine
 from anabranch.adapters.attach import load_peft, unload
+from anabranch.adapters.bottleneck import Bottleneck
 from anabranch.adapters.dynmole import DynMoLE, lora_moe, mola
+from anabranch.adapters.export import Exported, export_mixture
 from anabranch.adapters.fresh import add_layers
+from anabranch.adapters.hashed_delta import HashedDelta
 from anabranch.adapters.lora_mixer import (
     Labelled,
     MixedLowRank,
@@ -22,31 +25,39 @@ from anabranch.adapters.lora_mixer import (
 from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.adapters.merging import merge, unmerge
 from anabranch.adapters.mixture_report import MixtureReport, mixture_report
+from anabranch.adapters.nested import NestedLowRank
 from anabranch.adapters.peft_folder import Adapter, read_peft, write_peft
 from anabranch.adapters.pool import LowRankPool
 from anabranch.adapters.pooled import load_pool, rows_for
 from anabranch.adapters.routed import RoutedLowRank, chosen_rows
 from anabranch.adapters.saving import adapter_of, save_peft
+from anabranch.adapters.sparse_delta import SparseDelta
 from anabranch.adapters.static import mu, static_mixture
 
 __all__ = [
     "Adapter",
+    "Bottleneck",
     "Combined",
     "DynMoLE",
+    "Exported",
+    "HashedDelta",
     "Labelled",
     "LowRank",
     "LowRankPool",
     "MixedLowRank",
     "MixtureReport",
     "MixtureTask",
+    "NestedLowRank",
     "Pair",
     "RoutedLowRank",
     "SoftThenTopK",
+    "SparseDelta",
     "SpecialisationLoss",
     "adapter_of",
     "add_layers",
     "chosen_rows",
     "combine",
+    "export_mixture",
     "fit_joint",
     "fit_router",
     "labelled_rows",

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from anabranch.adapters.algebra import Combined, combine
-from anabranch.adapters.attach import load_peft, load_pool, rows_for, unload
+from anabranch.adapters.attach import load_peft, unload
 from anabranch.adapters.peft_folder import read_peft, write_peft
+from anabranch.adapters.pooled import load_pool, rows_for
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 

@@ -21,7 +21,7 @@ from anabranch.lm.tensors import Change, Layout, Piece, build_empty, state_once
 from anabranch.nn import BuildContext, Count, ExpertPool, Linear
 from anabranch.nn.linear import Added, Projection
 
-__all__ = ["Names", "Place", "Stored", "names_of"]
+__all__ = ["Names", "Place", "Stored", "names_of", "projections_of"]
 
 # Our tensor, number of the expert in it, first row, rows.
 _Key = tuple[str, int | None, int, int]
@@ -144,6 +144,11 @@ def names_of(config: Decoder.Config, wanted: Collection[str], family: str | None
             f"adapters of peft name the layers of a Hugging Face model, and this model is none: {error}"
         ) from None
     raise AssertionError("a family that no loop over all families finds")
+
+
+def projections_of(config: Decoder.Config) -> list[Projection]:
+    """Each part of each linear layer of a model of ``config``, with its sizes; an expert's as often as there are experts."""
+    return [projection for _, projection in _parts(config.replace(linears={}))]
 
 
 def _parts(config: Decoder.Config) -> Iterator[tuple[_Key, Projection]]:

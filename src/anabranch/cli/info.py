@@ -42,7 +42,7 @@ def info(
     if model is None:
         _list_presets(size_dial, as_json)
         return
-    config, length = _config(model, size_dial)
+    config, length = config_of(model, size_dial)
     facts = describe(config, sequence_length or length, dtype)
     if as_json:
         print_json({"model": model, **facts})
@@ -75,7 +75,7 @@ def describe(config: Decoder.Config, length: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def _config(model: str, size_dial: str) -> tuple[Decoder.Config, int]:
+def config_of(model: str, size_dial: str) -> tuple[Decoder.Config, int]:
     """The config of a model or preset, and the length it is trained at or reads at once."""
     from anabranch import presets
     from anabranch.errors import CheckpointError

@@ -3,16 +3,22 @@
 import typer
 
 from anabranch.cli.adapters.card import card
+from anabranch.cli.adapters.catalogue import estimate, list_methods, recommend
+from anabranch.cli.adapters.export import export
 from anabranch.cli.adapters.merge import merge
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="""Work on low-rank adapters in the folders of the package peft, which need not be installed.
+    help="""Work on adapters in the folders of the package peft, which need not be installed, and choose among methods of making some.
 
     anabranch eval MODEL --adapter FOLDER measures a model with one.""",
 )
 
+app.command("list")(list_methods)
 app.command("card")(card)
+app.command("estimate")(estimate)
+app.command("recommend")(recommend)
 app.command("merge")(merge)
+app.command("export")(export)

@@ -1,26 +1,37 @@
-"""``anabranch adapters card``: what is in an adapter's folder."""
+"""``anabranch adapters card``: what is in an adapter's folder, or what the catalogue knows of a method."""
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from anabranch.cli.adapters.catalogue import show_card
 from anabranch.cli.options import AsJson
 from anabranch.cli.output import fact, print_json, quantity, size
 from anabranch.extras import require
 
 
 def card(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder of peft's with a LoRA adapter.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER|METHOD", help="A folder of peft's with an adapter, or a method of anabranch adapters list."
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Show what an adapter changes: which layers, of what rank and scale, and what it brings beside.
+    """Show what an adapter changes: which layers, of what rank and scale, and what it brings beside; or what a method is.
 
-    All of its numbers are read, so an adapter that is damaged is told.
+    All numbers of an adapter are read, so one that is damaged is told. A folder goes before a method of the same name.
     """
     require("lm", by="anabranch adapters card")
     from anabranch.adapters import read_peft
+    from anabranch.adapters.catalogue import CARDS, find
 
+    if not Path(adapter).exists() and (adapter in CARDS or _is_word(adapter)):
+        show_card(find(adapter), as_json)
+        return
     found = read_peft(adapter)
     layers: list[Any] = [*found.pairs.values(), *found.stacks.values()]
     ranks, alphas = (sorted({getattr(layer, name) for layer in layers}) for name in ("rank", "alpha"))
@@ -50,6 +61,13 @@ def card(
     if found.saved:
         fact("whole", ", ".join(sorted(found.saved)[:6]) + (" ..." if len(found.saved) > 6 else ""))
     fact("size", f"{quantity(found.num_parameters)} parameters, {size(num_bytes)}")
+
+
+def _is_word(adapter: str) -> bool:
+    """Whether it looks like a method's id, and not like a place."""
+    from anabranch.adapters.catalogue import CARDS
+
+    return bool(difflib.get_close_matches(adapter, CARDS, n=1, cutoff=0.6))
 
 
 def _span(values: list[float]) -> str:

@@ -1,0 +1,353 @@
+"""`apply`: a method of the catalogue put onto a model of ours, in place, and off again; merged, saved and loaded by itself.
+
+    applied = apply(model, "shira", rank=4, targets=("q", "v"))
+    ...                                     # train: only what the method says learns
+    applied.save("my-shira")
+    load_applied("my-shira", another_model)
+    applied.merge()
+
+What stands beside matrices does so by the linear seam: the model's config says it, and the whole model saves, loads, trains as any other.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.adapters.bottleneck import Bottleneck
+from anabranch.adapters.catalogue.card import Card
+from anabranch.adapters.catalogue.cost import estimate, settings
+from anabranch.adapters.catalogue.shape import Matrix, Shape, is_bias, is_norm
+from anabranch.adapters.catalogue.table import CARDS, find
+from anabranch.adapters.graft import check_pools, graft, layers_of, strip, with_layers
+from anabranch.adapters.hashed_delta import HashedDelta
+from anabranch.adapters.low_rank import LowRank
+from anabranch.adapters.nested import NestedLowRank
+from anabranch.adapters.sparse_delta import SparseDelta
+from anabranch.config import to_dict
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.shards import write_file
+from anabranch.lm.tensors import SafetensorsFiles, read_json, some
+from anabranch.nn import ExpertPool, Linear
+from anabranch.nn.linear import Added
+
+__all__ = ["TABLE", "WEIGHTS", "Applied", "apply", "load_applied"]
+
+TABLE, WEIGHTS = "catalogue_adapter.json", "catalogue_adapter.safetensors"
+_LOW_RANK = ("lora", "rslora", "lora-plus", "lora-fa", "llm-adapters", "adapter-drop")
+# Of the base itself, so little that what it was is kept.
+_SMALL = ("bitfit", "ln-tuning")
+_MASKS = ("shira", "fish-mask", "lt-sft")
+
+
+@dataclass(eq=False)
+class Applied:
+    """A method on a model.
+
+    Attributes:
+        model: that has it.
+        card: the method.
+        options: what was set.
+        matched: linear layers that are adapted, or whose parameters learn.
+        skipped: the others.
+        trainable: names of the parameters that learn.
+    """
+
+    model: Decoder
+    card: Card
+    options: Mapping[str, Any]
+    matched: tuple[str, ...]
+    skipped: tuple[str, ...]
+    trainable: tuple[str, ...]
+    _before: dict[str, bool]
+    _config: Decoder.Config
+    _base: dict[str, Tensor]
+
+    @property
+    def num_trainable(self) -> int:
+        """Numbers that learn."""
+        return sum(parameter.numel() for parameter in self._learning())
+
+    def _learning(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def state(self) -> dict[str, Tensor]:
+        """What the method has made of the model, by the model's names: layers beside it, or the parameters that learn."""
+        names = set(self.trainable)
+        held = self.model.state_dict()
+        return {name: value for name, value in held.items() if name in names or _is_beside(name, self.card)}
+
+    def merge(self) -> Decoder:
+        """Add what was learned to the matrices, take the layers off, and return the model, which is a plain one.
+
+        Raises ConfigError for a method that cannot be merged, a matrix that is stored in few bits, and one whose type cannot hold the sum;
+        the model is as it was then.
+        """
+        if self.card.merges == "no":
+            raise ConfigError(
+                f"{self.card.id} cannot be merged: {self.card.limits or 'no matrix computes what it does'}"
+            )
+        with torch.no_grad():
+            found = [(part, layer, _matrix(self.model, part)) for part, layer in layers_of(self.model).items()]
+            # All of them before any is changed.
+            for part, layer, matrix_OC in found:
+                if not _sum(matrix_OC, layer).isfinite().all():
+                    kind = str(matrix_OC.dtype).removeprefix("torch.")
+                    raise ConfigError(
+                        f"{part} with what was learned has numbers that {kind} cannot hold; leave it beside"
+                    )
+            for _, layer, matrix_OC in found:
+                matrix_OC.copy_(_sum(matrix_OC, layer))
+        self._take_off(keeps_base=True)
+        return self.model
+
+    def remove(self) -> Decoder:
+        """Take it off: the model is what it was before `apply`.
+
+        Raises ConfigError for a method that trained the model's own matrices, of which nobody has kept a copy.
+        """
+        if self.card.trains_base and self.card.id not in _SMALL:
+            raise ConfigError(
+                f"{self.card.id} trains the model's own matrices; load the model again to have it as it was"
+            )
+        self._take_off(keeps_base=False)
+        return self.model
+
+    def _take_off(self, *, keeps_base: bool) -> None:
+        if layers_of(self.model):
+            strip(self.model)
+        for name in [name for name in self.model.shared if name.startswith("hashed_delta_")]:
+            del self.model.shared[name]
+        self.model.config = self._config
+        named = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in ({} if keeps_base else self._base).items():
+                named[name].copy_(value)
+        for name, learned in self._before.items():
+            named[name].requires_grad_(learned)
+
+    def save(self, folder: str | Path) -> None:
+        """Write it into a folder, all or nothing; `load_applied` puts it onto a model like this one.
+
+        Raises DataError for a folder that holds something else, CapacityError for a full disk.
+        """
+        replaced = f"{TABLE}|{WEIGHTS}" if (Path(folder) / TABLE).exists() else ""
+        table = {
+            "method": self.card.id,
+            "options": {
+                name: list(value) if isinstance(value, tuple) else value for name, value in self.options.items()
+            },
+            "base": _fingerprint(self._config),
+        }
+        with atomic_folder(folder, replacing=replaced) as temporary:
+            atomic_write_json(temporary / TABLE, table)
+            write_file(temporary / WEIGHTS, {name: value.contiguous() for name, value in self.state().items()})
+
+
+def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
+    """Put a method onto ``model``, in place: nothing but what it says learns from then on.
+
+    Args:
+        model: without adapters.
+        id: of a card whose backend is ``own``; those of ``peft`` are put on by `apply_peft`.
+        seed: of what is drawn.
+        options: of the card, such as ``rank`` and ``targets``.
+
+    Raises ConfigError: no such method or option, a method that nobody runs here or that is another backend's, targets that name nothing,
+    a model that has layers beside its matrices already, and a method that would train nothing on it.
+    """
+    card = find(id)
+    if card.backend != "own":
+        way = (
+            "apply_peft puts it onto a model of transformers" if card.backend == "peft" else "its card tells what it is"
+        )
+        raise ConfigError(f"{card.id} is not one of our own methods; {way}")
+    if model.config.linears:
+        raise ConfigError(f"linears of the model has {next(iter(model.config.linears))!r} already; take that off first")
+    shape = Shape.of(model.config)
+    found = estimate(card, shape, options)
+    chosen = [matrix for matrix in shape.matrices if matrix.part in set(found.matched)]
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    config = model.config
+    made = None if card.trains_base else _made(model, card, chosen, found.options)
+    model.requires_grad_(False)
+    if made is not None:
+        _put_on(model, made, seed)
+    learns = {name for name, _ in model.named_parameters() if _learns(name, card, model, found.matched)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learns)
+    kept = learns if card.id in _SMALL else ()
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if name in kept}
+    trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return Applied(model, card, found.options, found.matched, found.skipped, trainable, before, config, base)
+
+
+def load_applied(folder: str | Path, model: Decoder) -> Applied:
+    """Put what `Applied.save` wrote onto ``model``, in place.
+
+    Raises CheckpointError: no such folder, a damaged one, one of another base, or NaN in it; ConfigError as `apply`.
+    """
+    place = Path(folder)
+    if not (place / TABLE).is_file():
+        raise CheckpointError(f"no adapter of the catalogue at {place}: it holds no {TABLE}")
+    table = read_json(place / TABLE)
+    method, options = table.get("method"), table.get("options")
+    if not isinstance(method, str) or method not in CARDS or not isinstance(options, dict):
+        raise CheckpointError(f"{place / TABLE} names method {method!r}, of which there is no card, or has no options")
+    if table.get("base") != _fingerprint(model.config):
+        raise CheckpointError(f"{place} is of another base: a model of other sizes or parts than this one")
+    source = SafetensorsFiles([place / WEIGHTS])
+    held = {name: source.read(name).clone() for name in source.names}
+    wrong = [name for name, value in held.items() if value.is_floating_point() and not value.isfinite().all()]
+    if wrong:
+        raise CheckpointError(f"{place / WEIGHTS} holds NaN or infinity in {some(wrong)}")
+    made = settings(find(method), options)
+    # A few words may ask for any number of numbers; the file has them.
+    asked = estimate(find(method), Shape.of(model.config), made).trainable
+    if asked > sum(value.numel() for value in held.values()):
+        raise CheckpointError(f"{place / WEIGHTS} does not hold the {asked} numbers that its options say")
+    applied = apply(model, method, **made)
+    state = applied.state()
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if {name: tuple(value.shape) for name, value in held.items()} != shapes:
+        _drop(applied)
+        odd = sorted(shapes.keys() ^ held.keys()) or [
+            name for name in shapes if tuple(held[name].shape) != shapes[name]
+        ]
+        raise CheckpointError(f"{place / WEIGHTS} does not hold what its options say: {some(odd)}")
+    try:
+        _check_places(applied, held, place / WEIGHTS)
+    except CheckpointError:
+        _drop(applied)
+        raise
+    with torch.no_grad():
+        for name, value in held.items():
+            state[name].copy_(value)
+    return applied
+
+
+def _drop(applied: Applied) -> None:
+    """Take off what was just put on and has changed nothing."""
+    applied._take_off(keeps_base=True)
+
+
+def _check_places(applied: Applied, held: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError for places of entries that a matrix has not, or has twice."""
+    for part, layer in layers_of(applied.model).items():
+        if isinstance(layer, SparseDelta):
+            name = next(name for name, value in applied.state().items() if value.data_ptr() == layer.index.data_ptr())
+            index_K = held[name]
+            is_in = (
+                index_K.dtype == torch.int64
+                and 0 <= int(index_K.min())
+                and int(index_K.max()) < layer.in_dim * layer.out_dim
+            )
+            if not is_in or bool((index_K.diff() <= 0).any()):
+                raise CheckpointError(f"{path} names places of {part} that the matrix has not, or not in order")
+
+
+def _fingerprint(config: Decoder.Config) -> str:
+    """What an adapter's base must be like; the same for all models of these sizes and parts."""
+    told = to_dict(config.replace(linears={}))
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _made(model: Decoder, card: Card, chosen: list[Matrix], options: Mapping[str, Any]) -> Decoder:
+    """An empty model with the method's layers. Raises ConfigError where something cannot stand beside a matrix of ``model``."""
+    parts = [matrix.part for matrix in Shape.of(model.config).matrices]
+    made = with_layers(model.config, {matrix.part: _layer(card, matrix, options) for matrix in chosen}, parts)
+    check_pools(model, made)
+    return made
+
+
+def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any]) -> Linear.Config:
+    """The config of the layer beside one matrix."""
+    if card.id == "dylora":
+        return NestedLowRank.Config(rank=options["rank"], alpha=float(options["alpha"]))
+    if card.id in _LOW_RANK:
+        return LowRank.Config(rank=options["rank"], alpha=float(options["alpha"]), rslora=card.id == "rslora")
+    if card.id in _MASKS:
+        return SparseDelta.Config(entries=min(options["rank"] * (matrix.in_dim + matrix.out_dim), matrix.size))
+    if card.id == "intrinsic":
+        return HashedDelta.Config(size=options["size"])
+    if card.id == "adapter-parallel":
+        return Bottleneck.Config(
+            width=options["width"], activation=options["activation"], scale=float(options["scale"])
+        )
+    raise AssertionError(f"{card.id} is said to be our own, and nothing builds it")
+
+
+def _put_on(model: Decoder, made: Decoder, seed: int) -> None:
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in made.shared.items():
+        if name not in model.shared:
+            model.shared[name] = module
+    graft(model, made, lambda part, layer: layer.begin(device, generator))
+
+
+def _learns(name: str, card: Card, model: Decoder, matched: tuple[str, ...]) -> bool:
+    """Whether a parameter of the model is one that the method trains."""
+    if card.id == "full":
+        return True
+    if card.id == "bitfit":
+        return is_bias(name)
+    if card.id == "ln-tuning":
+        return is_norm(name)
+    if card.id == "attention-tuning":
+        return ".attention." in name and name.endswith("weight") and not is_norm(name)
+    if card.id == "lora-fa":
+        return _is_beside(name, card) and name.endswith(".b")
+    return _is_beside(name, card)
+
+
+def _is_beside(name: str, card: Card) -> bool:
+    """Whether a tensor belongs to a layer that stands beside a matrix."""
+    if card.trains_base:
+        return False
+    words = name.split(".")
+    return "beside" in words or (words[:1] == ["shared"] and words[1].startswith("hashed_delta_")) or ".layers." in name
+
+
+def _sum(matrix_OC: Tensor, layer: Any) -> Tensor:
+    """What the matrix is with what the layer adds, summed in float32 at least and rounded to its type."""
+    wide = torch.promote_types(matrix_OC.dtype, torch.float32)
+    return (matrix_OC.to(wide) + layer.delta().to(wide)).to(matrix_OC.dtype)
+
+
+def _matrix(model: Decoder, part: str) -> Tensor:
+    """The rows of a matrix that are a part. Raises ConfigError where it is stored in few bits."""
+    owner, _, word = part.rpartition(".")
+    for name, module in model.named_modules():
+        if isinstance(module, Added) and name.rpartition(".")[0] == owner and word in module.rows:
+            weight, start = getattr(module.matrix, "weight", None), 0
+            for row_word, rows in module.rows.items():
+                if row_word == word:
+                    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+                        raise ConfigError(
+                            f"{name} is stored in few bits, which cannot be added to; dequantise the model first"
+                        )
+                    return weight[start : start + rows]
+                start += rows
+        elif isinstance(module, ExpertPool) and module.layers is not None and owner.startswith(f"{name}."):
+            number = int(owner.removeprefix(f"{name}."))
+            if word == "down":
+                return _stack(module.w2)[number]
+            start = 0
+            for row_word, rows in module.layers.rows[0].items():
+                if row_word == word:
+                    return _stack(module.w13)[number, start : start + rows]
+                start += rows
+    raise ConfigError(f"the model has no matrix {part}")
+
+
+def _stack(weights: Tensor | None) -> Tensor:
+    assert weights is not None, "layers stand beside experts whose matrices are in one stack"
+    return weights

@@ -1,0 +1,139 @@
+"""`Card`: one method of parameter-efficient fine-tuning, as a machine and a person can read it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from anabranch.adapters.catalogue.shape import Matrix, Shape
+
+__all__ = ["Backend", "Card", "Op", "Options", "Paper", "Work"]
+
+Options = Mapping[str, Any]
+Backend = Literal["own", "peft", "none"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from; ``arxiv`` is None where it is not there."""
+
+    name: str
+    year: int
+    arxiv: str | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """A product of matrices that a method adds to one linear layer.
+
+    Attributes:
+        flops: of a token, forward.
+        trains: whether its matrix learns, so that its gradient is computed.
+        takes_x: whether it multiplies what comes into the layer, or what another product of the adapter gave.
+        per_call: FLOPs of a forward pass, whatever the number of tokens: of building a matrix.
+    """
+
+    flops: float
+    trains: bool = True
+    takes_x: bool = True
+    per_call: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a method computes beside each adapted matrix: in words, per token, and product by product."""
+
+    told: str
+    ops: Callable[[Matrix, Options], list[Op]]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of one method.
+
+    Attributes:
+        id: the name that commands know it by.
+        name: as its paper writes it.
+        family: ``additive/prompt``, ``selective``, ``reparameterised/low-rank``, ...
+        rule: what it computes, or what it trains.
+        where: where it sits in a model.
+        formula: trainable parameters, in words of ``symbols``.
+        papers: where it comes from.
+        backend: ``own`` code, through ``peft``, or ``none``: described, and not run here.
+        peft_type: of the package peft, where it has the method.
+        options: what may be set, with usual values.
+        count: trainable parameters, of chosen matrices of a model; None where they depend on what the card cannot know.
+        frozen: numbers of 4 bytes that are kept and stored besides those that learn; None for none.
+        work: what it adds to a matrix; None where nobody has counted that.
+        added_tokens: tokens that it puts in front of every sequence.
+        prefix_positions: positions that every layer's attention sees besides.
+        starts_as_base: whether a new adapter leaves the model's outputs as they were.
+        merges: whether a trained adapter can become part of the matrices.
+        mixed: how rows of a batch have adapters of their own: in our pool, by peft's ``adapter_names``, or not.
+        trains_base: whether what learns are parameters of the base.
+        memory: what it saves or costs in memory besides the bytes of its parameters.
+        limits: what it cannot do, or where it fails.
+        needs_bias: whether the model must have biases.
+    """
+
+    id: str
+    name: str
+    family: str
+    rule: str
+    where: str
+    formula: str
+    papers: tuple[Paper, ...]
+    backend: Backend = "none"
+    peft_type: str | None = None
+    options: Options = field(default_factory=dict)
+    count: Callable[[Sequence[Matrix], Shape, Options], int] | None = None
+    frozen: Callable[[Sequence[Matrix], Shape, Options], int] | None = None
+    work: Work | None = None
+    added_tokens: Callable[[Options], int] | None = None
+    prefix_positions: Callable[[Options], int] | None = None
+    starts_as_base: bool = True
+    merges: Literal["yes", "no", "per task", "is the base"] = "no"
+    mixed: Literal["pool", "peft", "no"] = "no"
+    trains_base: bool = False
+    memory: str = ""
+    limits: str = ""
+    needs_bias: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the functions, JSON-ready."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "family": self.family,
+            "rule": self.rule,
+            "where": self.where,
+            "trainable": self.formula,
+            "added_flops": self.flops_told(),
+            "backend": self.backend,
+            "peft_type": self.peft_type,
+            "options": dict(self.options),
+            "starts_as_base": self.starts_as_base,
+            "merges": self.merges,
+            "mixed_batch": self.mixed,
+            "needs_bias": self.needs_bias,
+            "memory": self.memory,
+            "limits": self.limits,
+            "papers": [{"name": one.name, "year": one.year, "arxiv": one.arxiv} for one in self.papers],
+        }
+
+    def flops_told(self) -> dict[str, str]:
+        """FLOPs per token and adapted layer, in words: forward, backward, and once merged."""
+        if self.added_tokens is not None:
+            forward = "those of p more tokens in every sequence"
+        elif self.prefix_positions is not None:
+            forward = "4 p d_q in attention of every layer"
+        elif self.trains_base:
+            forward = "0"
+        else:
+            forward = "not modelled" if self.work is None else self.work.told
+        merged = {"yes": "0", "is the base": "0", "per task": "0 for one task"}.get(self.merges, forward)
+        backward = "twice the forward ones, less what need not reach below the first adapted layer"
+        return {
+            "forward": forward,
+            "backward": backward if forward != "0" else "of the gradients of what learns",
+            "merged": merged,
+        }

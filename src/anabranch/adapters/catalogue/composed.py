@@ -1,0 +1,331 @@
+"""Cards of what combines adapters: many LoRAs under a router, kinds of adapters together, and ways to make any of them cheaper."""
+
+from dataclasses import replace
+
+from anabranch.adapters.catalogue.card import Card, Options, Paper
+from anabranch.adapters.catalogue.low_rank import CARDS as _LOW_RANK
+from anabranch.adapters.catalogue.shape import Matrix
+from anabranch.adapters.catalogue.works import LOW_RANK, each, low_rank
+
+__all__ = ["CARDS"]
+
+_QV = ("q", "v")
+_UNIFIED = Paper("Towards a Unified View of Parameter-Efficient Transfer Learning", 2021, "2110.04366")
+_LORA = next(card for card in _LOW_RANK if card.id == "lora")
+
+
+def _many(matrix: Matrix, options: Options) -> int:
+    return options["number"] * low_rank(matrix, options)
+
+
+def _routed(id: str, name: str, rule: str, paper: Paper, *, limits: str = "", merges: str = "no") -> Card:
+    """K LoRAs of a layer and a router of K C weights."""
+    return Card(
+        id,
+        name,
+        "reparameterised/multi-LoRA",
+        rule,
+        "beside each chosen linear layer",
+        "K r (C + O) + K C of a router",
+        (paper,),
+        backend="none",
+        options={"rank": 8, "number": 4, "targets": _QV},
+        count=each(lambda matrix, options: _many(matrix, options) + options["number"] * matrix.in_dim),
+        merges=merges,  # type: ignore[arg-type]
+        mixed="pool",
+        limits=limits or "the pool of this package (RoutedLowRank) runs and trains it: routed, so nothing to merge",
+    )
+
+
+def _tasks(id: str, name: str, rule: str, formula: str, paper: Paper, heads: int) -> Card:
+    """K LoRAs that tasks share by learned selectors."""
+    return Card(
+        id,
+        name,
+        "reparameterised/multi-LoRA",
+        rule,
+        "beside each chosen linear layer",
+        formula,
+        (paper,),
+        peft_type="POLY",
+        options={"rank": 8, "number": 4, "tasks": 1, "heads": heads, "targets": _QV},
+        count=each(
+            lambda matrix, options: _many(matrix, options) + options["tasks"] * options["number"] * options["heads"]
+        ),
+        starts_as_base=False,
+        merges="per task",
+        mixed="pool",
+        limits="a task's mixture is one LoRA, which `adapters export` writes",
+    )
+
+
+_ROUTED = (
+    Card(
+        "lorahub",
+        "LoRAHub",
+        "reparameterised/multi-LoRA",
+        "halves of K trained LoRAs added up with weights that a search without gradients finds",
+        "as the LoRAs that it mixes",
+        "K numbers",
+        (Paper("LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition", 2023, "2307.13269"),),
+        options={"number": 4},
+        count=lambda matrices, shape, options: options["number"],
+        merges="yes",
+        mixed="pool",
+        limits="its sum is `adapters merge --method linear`",
+    ),
+    _routed(
+        "molora",
+        "MoLoRA",
+        "y = W x + sum_k p_k(x) s B_k A_k x with soft weights of every token",
+        Paper(
+            "Pushing Mixture of Experts to the Limit: Extremely Parameter Efficient MoE for Instruction Tuning",
+            2023,
+            "2309.05444",
+        ),
+    ),
+    _routed(
+        "mole",
+        "MoLE",
+        "trained LoRAs, weighed layer by layer by a learned gate",
+        Paper("Mixture of LoRA Experts", 2024, "2404.13628"),
+    ),
+    _routed(
+        "mixlora",
+        "MixLoRA",
+        "LoRAs of the feed-forward layer as experts, the best two of which a router takes for each token, with a loss for balance",
+        Paper(
+            "MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts",
+            2024,
+            "2404.15159",
+        ),
+    ),
+    _routed(
+        "mola",
+        "MoLA",
+        "MixLoRA with more experts in higher layers",
+        Paper("Higher Layers Need More LoRA Experts", 2024, "2402.08562"),
+    ),
+    _tasks(
+        "poly",
+        "Poly",
+        "sum_k z_tk s B_k A_k with learned selectors z of task t and skill k",
+        "K r (C + O) + T K per layer",
+        Paper("Combining Parameter-efficient Modules for Task-level Generalisation", 2022, "2202.13914"),
+        1,
+    ),
+    _tasks(
+        "mhr",
+        "MHR",
+        "Poly whose selectors choose for each of h slices of the inputs apart",
+        "K r (C + O) + T K h per layer",
+        Paper("Multi-Head Adapter Routing for Cross-Task Generalization", 2022, "2211.03831"),
+        4,
+    ),
+    _routed(
+        "xlora",
+        "X-LoRA",
+        "trained LoRAs, weighed for each token and layer by what the model without them has seen",
+        Paper("X-LoRA: Mixture of Low-Rank Adapter Experts", 2024, "2402.07148"),
+        limits="runs the model twice; in peft it wants use_cache=False",
+    ),
+    Card(
+        "arrow",
+        "Arrow",
+        "reparameterised/multi-LoRA",
+        "trained LoRAs, chosen for each token by the first right singular vector of each",
+        "as the LoRAs that it chooses among",
+        "none",
+        (Paper("Towards Modular LLMs by Building and Reusing a Library of LoRAs", 2024, "2405.11157"),),
+        count=lambda matrices, shape, options: 0,
+        mixed="pool",
+    ),
+)
+
+_HYBRID = (
+    Card(
+        "mam",
+        "MAM adapter",
+        "hybrid",
+        "a short prefix in attention, and a parallel adapter beside the feed-forward layer",
+        "attention and feed-forward of every layer",
+        "2 n p d_kv + (2 d m + m + d) per layer",
+        (_UNIFIED,),
+        options={"tokens": 30, "width": 64, "targets": ("down",)},
+        count=lambda matrices, shape, options: (
+            2 * shape.num_layers * options["tokens"] * shape.kv_width
+            + shape.num_layers * (options["width"] * (2 * shape.dim + 1) + shape.dim)
+        ),
+        starts_as_base=False,
+    ),
+    Card(
+        "unipelt",
+        "UniPELT",
+        "hybrid",
+        "prefix, LoRA and adapter at once, each under a learned sigmoid gate of the layer's input",
+        "every layer",
+        "the sum of the three, and d + 1 for each gate",
+        (Paper("UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", 2021, "2110.07577"),),
+        options={"tokens": 10, "rank": 8, "width": 48, "targets": _QV},
+        count=lambda matrices, shape, options: (
+            2 * shape.num_layers * options["tokens"] * shape.kv_width
+            + sum(low_rank(matrix, options) for matrix in matrices)
+            + shape.num_layers * (options["width"] * (2 * shape.dim + 1) + shape.dim + 3 * (shape.dim + 1))
+        ),
+        starts_as_base=False,
+    ),
+    Card(
+        "llm-adapters",
+        "LLM-Adapters",
+        "hybrid",
+        "which of serial, parallel, LoRA and prompt stands at which layer, as found by trials: LoRA at attention and feed-forward both",
+        "attention and feed-forward of every layer",
+        "r (C + O), at q, k, v, up and down",
+        (
+            Paper(
+                "LLM-Adapters: An Adapter Family for Parameter-Efficient Fine-Tuning of Large Language Models",
+                2023,
+                "2304.01933",
+            ),
+        ),
+        backend="own",
+        options={"rank": 32, "alpha": 64.0, "targets": ("q", "k", "v", "up", "down")},
+        count=each(low_rank),
+        work=LOW_RANK,
+        merges="yes",
+        mixed="pool",
+    ),
+    Card(
+        "s4",
+        "S4",
+        "hybrid",
+        "four groups of layers, each with its own choice of prefix, adapter, LoRA and biases, found by a search",
+        "every layer, by group",
+        "by the search",
+        (Paper("Parameter-Efficient Fine-Tuning Design Spaces", 2023, "2301.01821"),),
+    ),
+)
+
+_CHEAPER = (
+    replace(
+        _LORA,
+        id="adapter-drop",
+        name="AdapterDrop",
+        family="efficient",
+        rule="leaves the first n layers without adapters, in training and after it",
+        where="the upper layers",
+        papers=(Paper("AdapterDrop: On the Efficiency of Adapters in Transformers", 2020, "2010.11918"),),
+        peft_type=None,
+        options={**_LORA.options, "drop": 1},
+        count=lambda matrices, shape, options: sum(
+            low_rank(matrix, options) for matrix in matrices if (matrix.layer or 0) >= options["drop"]
+        ),
+        formula="r (C + O), of the layers that keep theirs",
+        memory="no backward pass below the first adapter",
+        limits="here of LoRA",
+    ),
+    Card(
+        "sparse-adapter",
+        "SparseAdapter",
+        "efficient",
+        "a wide adapter of which most weights are pruned before it trains",
+        "as the adapter that it prunes",
+        "a share of its adapter's",
+        (
+            Paper(
+                "SparseAdapter: An Easy Approach for Improving the Parameter-Efficiency of Adapters", 2022, "2210.04284"
+            ),
+        ),
+    ),
+    replace(
+        _LORA,
+        id="qlora",
+        name="QLoRA",
+        family="efficient",
+        rule="LoRA beside matrices of 4 bits (NF4), whose scales are quantised too",
+        papers=(Paper("QLoRA: Efficient Finetuning of Quantized LLMs", 2023, "2305.14314"),),
+        backend="none",
+        merges="no",
+        memory="the base takes 0.53 bytes a weight in place of 2",
+        limits="ours stands beside int8 and int4 matrices; NF4 is not there, and merging into few bits loses what the adapter adds",
+    ),
+    Card(
+        "peqa",
+        "PEQA",
+        "efficient",
+        "trains the scales of a quantised base, one of each row or group",
+        "the scales of quantised matrices",
+        "O",
+        (
+            Paper(
+                "Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer Quantization",
+                2023,
+                "2305.14152",
+            ),
+        ),
+        options={"targets": ("all",)},
+        count=each(lambda matrix, options: matrix.out_dim),
+        merges="is the base",
+        memory="the base stays in few bits",
+    ),
+    Card(
+        "lst",
+        "Ladder side-tuning",
+        "efficient",
+        "a network of d / k beside the model, fed by its detached hidden states through learned gates",
+        "beside the whole model",
+        "those of a model k times narrower, and gates",
+        (Paper("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", 2022, "2206.06522"),),
+        memory="no backward pass through the base: side activations alone are kept",
+        starts_as_base=False,
+    ),
+    Card(
+        "side-tuning",
+        "Side-tuning",
+        "efficient",
+        "a small network whose output is blended with the model's: a f(x) + (1 - a) g(x)",
+        "beside the whole model",
+        "those of the small network, and one",
+        (Paper("Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", 2019, "1912.13503"),),
+        memory="no backward pass through the base",
+        starts_as_base=False,
+    ),
+    Card(
+        "mezo",
+        "MeZO",
+        "efficient",
+        "no gradients: two forward passes with weights moved to and fro along a random direction that a seed makes anew",
+        "every parameter, or those of an adapter",
+        "of what it trains",
+        (Paper("Fine-Tuning Language Models with Just Forward Passes", 2023, "2305.17333"),),
+        memory="that of inference",
+        limits="many more steps than with gradients",
+    ),
+    Card(
+        "galore",
+        "GaLore",
+        "efficient",
+        "gradients of whole matrices, projected onto r directions that are renewed now and then; moments of AdamW live there",
+        "every matrix",
+        "all of them",
+        (Paper("GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", 2024, "2403.03507"),),
+        options={"targets": ("all",)},
+        count=each(lambda matrix, options: matrix.size),
+        merges="is the base",
+        trains_base=True,
+        memory="optimizer state of r (C + O) in place of 2 C O",
+    ),
+    Card(
+        "gradient-checkpointing",
+        "Gradient checkpointing",
+        "efficient",
+        "keeps the input of each block, and computes the block again in the backward pass",
+        "every block",
+        "none",
+        (Paper("Training Deep Nets with Sublinear Memory Cost", 2016, "1604.06174"),),
+        count=lambda matrices, shape, options: 0,
+        memory="one block's activations and each block's input, for a third more work; `Decoder.recompute` here",
+    ),
+)
+
+CARDS = (*_ROUTED, *_HYBRID, *_CHEAPER)

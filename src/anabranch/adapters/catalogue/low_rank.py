@@ -1,0 +1,316 @@
+"""Cards of what changes matrices by products of small ones: LoRA and what came of it."""
+
+from collections.abc import Sequence
+
+from anabranch.adapters.catalogue.card import Card, Op, Options, Paper, Work
+from anabranch.adapters.catalogue.shape import Matrix, Shape
+from anabranch.adapters.catalogue.works import DENSE, FROZEN_PAIR, LOW_RANK, LOW_RANK_B, each, low_rank
+
+__all__ = ["CARDS"]
+
+_LORA = Paper("LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685")
+_QV = ("q", "v")
+_RANK = {"rank": 8, "alpha": 16.0, "targets": _QV}
+_START = "starts in the base's own directions, so the base that it stands beside is another: save it as plain LoRA to move it"
+
+
+def _widest(matrices: Sequence[Matrix], shape: Shape, options: Options) -> int:
+    """A and B of the largest sizes, which all layers share."""
+    return options["rank"] * (max(one.in_dim for one in matrices) + max(one.out_dim for one in matrices))
+
+
+def _bases(matrix: Matrix, options: Options) -> int:
+    """How many pairs of r ranks reach the full rank of a matrix."""
+    return -(-min(matrix.in_dim, matrix.out_dim) // options["rank"])
+
+
+def _randlora_bases(matrices: Sequence[Matrix], shape: Shape, options: Options) -> int:
+    """One A and as many B as the largest layer needs, which all layers share."""
+    smaller = max(min(one.in_dim, one.out_dim) for one in matrices)
+    larger = max(max(one.in_dim, one.out_dim) for one in matrices)
+    return options["rank"] * (smaller + -(-smaller // options["rank"]) * larger)
+
+
+def _randlora_ops(matrix: Matrix, options: Options) -> list[Op]:
+    width = options["rank"] * _bases(matrix, options)
+    return [Op(2 * width * matrix.in_dim, trains=False), Op(2 * width * matrix.out_dim, trains=False, takes_x=False)]
+
+
+def _start(id: str, name: str, rule: str, paper: Paper, limits: str = _START) -> Card:
+    """LoRA that starts elsewhere: the same numbers and products."""
+    return Card(
+        id,
+        name,
+        "reparameterised/low-rank start",
+        rule,
+        "beside each chosen linear layer",
+        "r (C + O)",
+        (paper,),
+        backend="peft",
+        peft_type="LORA",
+        options=dict(_RANK),
+        count=each(low_rank),
+        work=LOW_RANK,
+        merges="yes",
+        mixed="pool",
+        limits=limits,
+    )
+
+
+CARDS = (
+    Card(
+        "lora",
+        "LoRA",
+        "reparameterised/low-rank",
+        "y = W x + (alpha / r) B A x",
+        "beside each chosen linear layer",
+        "r (C + O)",
+        (_LORA,),
+        backend="own",
+        peft_type="LORA",
+        options=dict(_RANK),
+        count=each(low_rank),
+        work=LOW_RANK,
+        merges="yes",
+        mixed="pool",
+    ),
+    Card(
+        "rslora",
+        "rsLoRA",
+        "reparameterised/low-rank",
+        "y = W x + (alpha / sqrt r) B A x",
+        "beside each chosen linear layer",
+        "r (C + O)",
+        (Paper("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023, "2312.03732"),),
+        backend="own",
+        peft_type="LORA",
+        options=dict(_RANK),
+        count=each(low_rank),
+        work=LOW_RANK,
+        merges="yes",
+        mixed="pool",
+    ),
+    Card(
+        "lora-plus",
+        "LoRA+",
+        "reparameterised/low-rank",
+        "LoRA whose B learns 16 times as fast as A",
+        "beside each chosen linear layer",
+        "r (C + O)",
+        (Paper("LoRA+: Efficient Low Rank Adaptation of Large Models", 2024, "2402.12354"),),
+        backend="own",
+        peft_type="LORA",
+        options=dict(_RANK),
+        count=each(low_rank),
+        work=LOW_RANK,
+        merges="yes",
+        mixed="pool",
+        limits="the adapter is LoRA's; its two learning rates are the optimizer's matter",
+    ),
+    Card(
+        "lora-fa",
+        "LoRA-FA",
+        "reparameterised/low-rank",
+        "LoRA whose A stays as it was drawn",
+        "beside each chosen linear layer",
+        "r O",
+        (Paper("LoRA-FA: Memory-efficient Low-rank Adaptation for LLM Fine-tuning", 2023, "2308.03303"),),
+        backend="own",
+        peft_type="LORA",
+        options=dict(_RANK),
+        count=each(lambda matrix, options: options["rank"] * matrix.out_dim),
+        frozen=each(lambda matrix, options: options["rank"] * matrix.in_dim),
+        work=LOW_RANK_B,
+        merges="yes",
+        mixed="pool",
+        memory="keeps r numbers of a token for the backward pass where LoRA keeps C",
+    ),
+    _start(
+        "pissa",
+        "PiSSA",
+        "LoRA that starts as the greatest singular directions of W, and leaves the rest frozen",
+        Paper("PiSSA: Principal Singular Values and Singular Vectors Adaptation", 2024, "2404.02948"),
+    ),
+    _start(
+        "olora",
+        "OLoRA",
+        "LoRA that starts as the first columns of W's QR decomposition",
+        Paper("OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", 2024, "2406.01775"),
+    ),
+    _start(
+        "eva",
+        "EVA",
+        "LoRA whose A starts as the main directions of the layer's inputs, with ranks given out by how much those explain",
+        Paper("Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024, "2410.07170"),
+        "needs batches of data before it starts; ranks differ from layer to layer afterwards",
+    ),
+    _start(
+        "loftq",
+        "LoftQ",
+        "LoRA that starts as what quantising W has lost",
+        Paper("LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023, "2310.08659"),
+    ),
+    Card(
+        "adalora",
+        "AdaLoRA",
+        "reparameterised/low-rank budget",
+        "W + P diag(l) Q, whose l of least importance are cut while it trains",
+        "beside each chosen linear layer",
+        "r (C + O) + r, with the rank that it starts with",
+        (Paper("Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023, "2303.10512"),),
+        backend="peft",
+        peft_type="ADALORA",
+        options={**_RANK, "rank": 12},
+        count=each(lambda matrix, options: low_rank(matrix, options) + options["rank"]),
+        work=LOW_RANK,
+        merges="yes",
+        limits="needs the number of steps beforehand, and a call after each one",
+    ),
+    Card(
+        "dylora",
+        "DyLoRA",
+        "reparameterised/low-rank budget",
+        "W + (alpha / b) B_b A_b with the first b ranks, b drawn in each step",
+        "beside each chosen linear layer",
+        "r (C + O)",
+        (
+            Paper(
+                "DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low Rank Adaptation",
+                2022,
+                "2210.07558",
+            ),
+        ),
+        backend="own",
+        options=dict(_RANK),
+        count=each(low_rank),
+        work=LOW_RANK,
+        merges="yes",
+        mixed="pool",
+    ),
+    Card(
+        "sora",
+        "SoRA",
+        "reparameterised/low-rank budget",
+        "W + B diag(g) A with gates g that a proximal step sets to zero",
+        "beside each chosen linear layer",
+        "r (C + O) + r",
+        (Paper("Sparse Low-rank Adaptation of Pre-trained Language Models", 2023, "2311.11696"),),
+        options=dict(_RANK),
+        count=each(lambda matrix, options: low_rank(matrix, options) + options["rank"]),
+        work=LOW_RANK,
+        merges="yes",
+    ),
+    Card(
+        "dora",
+        "DoRA",
+        "reparameterised/low-rank",
+        "m * (W + s B A) / |W + s B A|, column by column, with learned lengths m",
+        "in each chosen linear layer",
+        "r (C + O) + O",
+        (Paper("DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, "2402.09353"),),
+        backend="peft",
+        peft_type="LORA",
+        options=dict(_RANK),
+        count=each(lambda matrix, options: low_rank(matrix, options) + matrix.out_dim),
+        work=Work(
+            "2 r (C + O) + building B A once per pass",
+            lambda matrix, options: [
+                *LOW_RANK.ops(matrix, options),
+                Op(0, trains=False, per_call=2 * options["rank"] * matrix.size),
+            ],
+        ),
+        merges="yes",
+        memory="norms of whole matrices are computed in every pass",
+    ),
+    Card(
+        "vera",
+        "VeRA",
+        "reparameterised/shared projections",
+        "W + diag(b) B diag(d) A with random A and B that all layers share",
+        "beside each chosen linear layer",
+        "O + r",
+        (Paper("VeRA: Vector-based Random Matrix Adaptation", 2023, "2310.11454"),),
+        backend="peft",
+        peft_type="VERA",
+        options={"rank": 256, "targets": _QV},
+        count=each(lambda matrix, options: matrix.out_dim + options["rank"]),
+        frozen=_widest,
+        work=FROZEN_PAIR,
+        merges="yes",
+        limits="its shared matrices are of the largest layer's size; peft stores them in the file unless told not to",
+    ),
+    Card(
+        "randlora",
+        "RandLoRA",
+        "reparameterised/shared projections",
+        "a sum of random low-rank pairs, as many as reach full rank, with learned diagonals",
+        "beside each chosen linear layer",
+        "k (r + min(C, O)) with k = min(C, O) / r",
+        (Paper("RandLoRA: Full-rank parameter-efficient fine-tuning of large models", 2025, "2502.00987"),),
+        backend="peft",
+        peft_type="RANDLORA",
+        options={"rank": 32, "targets": _QV},
+        count=each(
+            lambda matrix, options: _bases(matrix, options) * (options["rank"] + min(matrix.in_dim, matrix.out_dim))
+        ),
+        frozen=_randlora_bases,
+        work=Work("2 k r (C + O) with k = min(C, O) / r", _randlora_ops),
+        merges="yes",
+        limits="its products are as large as the matrix's own, so it is slow until it is merged",
+    ),
+    Card(
+        "lily",
+        "Lily",
+        "reparameterised/shared projections",
+        "A of neighbouring layers is one, and B is mixed out of k by a router",
+        "beside each chosen linear layer",
+        "shared, by how layers are grouped",
+        (Paper("Low-Rank Interconnected Adaptation across Layers", 2024, "2407.09946"),),
+        peft_type="LILY",
+        limits="a router chooses for each token, so it cannot be merged",
+    ),
+    Card(
+        "unilora",
+        "Uni-LoRA",
+        "reparameterised/intrinsic",
+        "all A and B of LoRA are one short vector, projected by a fixed sparse isometry",
+        "beside each chosen linear layer",
+        "K for the whole model",
+        (Paper("Uni-LoRA: One Vector is All You Need", 2025, "2506.00799"),),
+        peft_type="UNILORA",
+        options={"size": 256, "targets": _QV},
+        count=lambda matrices, shape, options: options["size"],
+        merges="yes",
+    ),
+    Card(
+        "tinylora",
+        "TinyLoRA",
+        "reparameterised/intrinsic",
+        "a few numbers, shared by layers, along the main singular directions of each matrix",
+        "beside each chosen linear layer",
+        "u for each group of layers",
+        (Paper("TinyLoRA", 2026, "2602.04118"),),
+        peft_type="TINYLORA",
+        merges="yes",
+    ),
+    Card(
+        "intrinsic",
+        "Intrinsic dimension",
+        "reparameterised/intrinsic",
+        "theta = theta_0 + P z with a fixed P",
+        "in each chosen linear layer",
+        "K for the whole model",
+        (
+            Paper(
+                "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning", 2020, "2012.13255"
+            ),
+        ),
+        backend="own",
+        options={"size": 256, "targets": ("q", "k", "v", "o")},
+        count=lambda matrices, shape, options: options["size"],
+        work=DENSE,
+        merges="yes",
+        memory="P is never stored: its places come of a hash, made anew in each pass",
+        limits="until it is merged it costs a second product with the whole matrix; P has one entry in a row, where the paper has Fastfood",
+    ),
+)

@@ -1,0 +1,62 @@
+"""All cards, by their ids."""
+
+import difflib
+
+from anabranch.adapters.catalogue import additive, composed, low_rank, selective, structured
+from anabranch.adapters.catalogue.card import Card
+from anabranch.errors import ConfigError
+
+__all__ = ["CARDS", "find", "listed"]
+
+CARDS: dict[str, Card] = {
+    card.id: card for module in (additive, selective, low_rank, structured, composed) for card in module.CARDS
+}
+
+
+def find(id: str) -> Card:
+    """The card of this id. Raises ConfigError for another word, with the nearest ids."""
+    card = CARDS.get(id)
+    if card is None:
+        near = difflib.get_close_matches(id, CARDS, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "anabranch adapters list shows them all"
+        raise ConfigError(f"there is no method {id!r}; {hint}")
+    return card
+
+
+def listed(
+    *,
+    family: str | None = None,
+    backend: str | None = None,
+    merges: bool | None = None,
+    mixed: bool | None = None,
+    needs_bias: bool | None = None,
+) -> list[Card]:
+    """The cards that fit.
+
+    Args:
+        family: the beginning of theirs, or a part of it: ``additive``, ``prompt``.
+        backend: ``own``, ``peft`` or ``none``.
+        merges: whether a trained adapter can become part of the matrices.
+        mixed: whether rows of a batch can have adapters of their own.
+        needs_bias: whether the model must have biases.
+
+    Raises ConfigError for a family or backend of none.
+    """
+    families = sorted({card.family for card in CARDS.values()})
+    if family is not None and not any(family and _is_of(one, family) for one in families):
+        raise ConfigError(f"there is no family {family!r}; use one of {', '.join(families)}")
+    if backend not in (None, "own", "peft", "none"):
+        raise ConfigError(f"backend is {backend!r}; use one of own, peft, none")
+    return [
+        card
+        for card in CARDS.values()
+        if (family is None or _is_of(card.family, family))
+        and backend in (None, card.backend)
+        and merges in (None, card.merges in ("yes", "is the base", "per task"))
+        and mixed in (None, card.mixed != "no")
+        and needs_bias in (None, card.needs_bias)
+    ]
+
+
+def _is_of(family: str, wanted: str) -> bool:
+    return family.startswith(wanted) or wanted in family.split("/")

@@ -1,0 +1,112 @@
+"""`apply_peft`: the methods that the package peft runs, under the ids, options and names of the catalogue."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from anabranch.adapters.catalogue.card import Card
+from anabranch.adapters.catalogue.cost import settings
+from anabranch.adapters.catalogue.table import find
+from anabranch.errors import ConfigError
+from anabranch.extras import require
+
+__all__ = ["apply_peft", "peft_config"]
+
+# Our names of options, and what peft calls them; by method where it has a name of its own.
+_NAMES = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "tokens": "num_virtual_tokens",
+    "entries": "n_frequency",
+    "block": "block_size",
+}
+_OWN_NAMES: dict[str, dict[str, str]] = {
+    "oft": {"block": "oft_block_size"},
+    "boft": {"block": "boft_block_size"},
+    "adalora": {"rank": "init_r"},
+    "multitask-prompt-tuning": {"rank": "num_ranks", "tasks": "num_tasks"},
+    "vblora": {"vectors": "num_vectors", "length": "vector_length"},
+    "ia3": {"feedforward": "feedforward_modules"},
+    "road": {"group": "group_size"},
+    "p-tuning": {"hidden": "encoder_hidden_size"},
+}
+# What else peft must be told for a method to be what its card says.
+_TOLD: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "adalora": {"total_step": 1000},
+    "boft": {"boft_n_butterfly_factor": 1},
+    "oft": {"r": 0},
+    "c3a": {"init_weights": True},
+    "delora": {"init_weights": True},
+    "hra": {"init_weights": True},
+}
+_THEIRS = {word: f"{word}_proj" for word in ("q", "k", "v", "o", "gate", "up", "down")}
+# Methods that peft needs more for than a config: data, or a quantised base.
+_NEEDS_MORE = {
+    "eva": "batches of data, see peft.initialize_lora_eva_weights",
+    "loftq": "a LoftQConfig, see peft.LoftQConfig",
+}
+
+
+def peft_config(id: str, options: Mapping[str, Any] | None = None) -> Any:
+    """The config of the package peft for a method of the catalogue.
+
+    Raises ConfigError for a method that peft does not run by a config alone, and for an option that its card has not; MissingExtraError
+    where peft is not installed.
+    """
+    card = find(id)
+    if card.peft_type is None or card.backend == "none":
+        raise ConfigError(f"{card.id} is not run through peft; {_why(card)}")
+    if card.id in _NEEDS_MORE:
+        raise ConfigError(f"{card.id} needs {_NEEDS_MORE[card.id]}")
+    require("peft", by=f"the method {card.id}")
+    from peft import PeftType, TaskType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    names = _NAMES | _OWN_NAMES.get(card.id, {})
+    told: dict[str, Any] = dict(_TOLD.get(card.id, {}))
+    for name, value in settings(card, options or {}).items():
+        if name == "targets":
+            told["target_modules"] = _modules(value)
+        elif name == "feedforward":
+            told[names[name]] = _modules(value)
+        else:
+            told[names.get(name, name)] = value
+    if card.peft_type == "LN_TUNING":
+        told["target_modules"] = ".*norm"
+    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[card.peft_type]]
+    return kind(task_type=TaskType.CAUSAL_LM, **told)
+
+
+def apply_peft(model: Any, id: str, **options: Any) -> Any:
+    """peft's model around a model of transformers, with a method of the catalogue on it; only what it says learns.
+
+    Args:
+        model: of transformers, for causal language modelling.
+        id: of a card that peft runs, those of our own that peft has too among them.
+        options: of the card.
+
+    Raises as `peft_config`; ConfigError also where peft refuses the options.
+    """
+    config = peft_config(id, options)
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"peft refuses {id}: {' '.join(str(error).split())}") from None
+
+
+def _modules(targets: Any) -> Any:
+    """Targets as peft knows them."""
+    if tuple(targets) == ("all",):
+        return "all-linear"
+    return [_THEIRS.get(target, target) for target in targets]
+
+
+def _why(card: Card) -> str:
+    if card.backend == "own":
+        return "apply puts it onto a model of ours"
+    return card.limits or "its card tells what it is"

@@ -1,0 +1,46 @@
+"""What methods compute beside a matrix, and how many numbers they learn: shared by the cards.
+
+In words, C are a matrix's inputs, O its outputs, r a rank, d the model's width, p virtual tokens, n layers, d_kv the width of the keys.
+"""
+
+from collections.abc import Callable, Sequence
+
+from anabranch.adapters.catalogue.card import Op, Options, Work
+from anabranch.adapters.catalogue.shape import Matrix, Shape
+
+__all__ = [
+    "DENSE",
+    "ELEMENTWISE",
+    "FROZEN_PAIR",
+    "LOW_RANK",
+    "LOW_RANK_B",
+    "each",
+    "low_rank",
+]
+
+Count = Callable[[Sequence[Matrix], Shape, Options], int]
+
+
+def each(count: Callable[[Matrix, Options], int]) -> Count:
+    """The sum over matrices of what is counted for one."""
+    return lambda matrices, shape, options: sum(count(matrix, options) for matrix in matrices)
+
+
+def low_rank(matrix: Matrix, options: Options) -> int:
+    """r (C + O)."""
+    return options["rank"] * (matrix.in_dim + matrix.out_dim)
+
+
+def _low_rank_ops(trains_a: bool, trains_b: bool) -> Callable[[Matrix, Options], list[Op]]:
+    return lambda matrix, options: [
+        Op(2 * options["rank"] * matrix.in_dim, trains_a),
+        Op(2 * options["rank"] * matrix.out_dim, trains_b, takes_x=False),
+    ]
+
+
+LOW_RANK = Work("2 r (C + O)", _low_rank_ops(True, True))
+LOW_RANK_B = Work("2 r (C + O)", _low_rank_ops(False, True))
+FROZEN_PAIR = Work("2 r (C + O)", _low_rank_ops(False, False))
+# A matrix of its own beside the first: entries that are masked or made from few numbers.
+DENSE = Work("2 C O", lambda matrix, options: [Op(2 * matrix.size)])
+ELEMENTWISE = Work("0 (elementwise)", lambda matrix, options: [])

@@ -1,0 +1,231 @@
+"""Formulas against what is measured: numbers and bytes of tensors, bytes of files, FLOPs as torch counts them, within 15 %."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from anabranch.adapters import catalogue
+from anabranch.adapters.catalogue.applied import WEIGHTS
+from anabranch.errors import ConfigError
+from anabranch.lm import Decoder
+from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.routing import Router, TopK
+from with_peft import needs_peft
+
+BATCH, LENGTH = 2, 24
+CONFIG = Decoder.Config(
+    vocab_size=96,
+    dim=64,
+    num_layers=3,
+    attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, qkv_bias=True),
+    feed_forward=SwiGLU.Config(hidden_dim=160),
+    max_positions=64,
+)
+SHAPE = catalogue.Shape.of(CONFIG)
+# By id: options.
+CASES = {
+    "lora": {"rank": 16},
+    "rslora": {"rank": 16, "targets": ("all",)},
+    "lora-fa": {"rank": 16},
+    "dylora": {"rank": 16},
+    "adapter-drop": {"rank": 16, "drop": 2},
+    "adapter-parallel": {"width": 16},
+    "shira": {"rank": 8},
+    "intrinsic": {"size": 512},
+    "bitfit": {},
+    "ln-tuning": {},
+    "attention-tuning": {},
+    "full": {},
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return CONFIG.build()
+
+
+def counted(model, *, backward):
+    """FLOPs as torch counts them: of its own products, so in float64, which our kernels leave to it, and attention written out.
+
+    Attention is counted over the whole square there, of which the causal half is meant.
+    """
+    model = copy.deepcopy(model).double()
+    token_BL = torch.randint(96, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model.train()(token_BL, target_BL=token_BL).loss
+        if backward:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def estimated(id, options, shape=SHAPE):
+    return catalogue.estimate(catalogue.find(id), shape, options, batch=BATCH, length=LENGTH)
+
+
+@pytest.mark.parametrize("id", CASES)
+def test_numbers_and_bytes(id, base, tmp_path):
+    model, found = copy.deepcopy(base), estimated(id, CASES[id])
+    applied = catalogue.apply(model, id, **CASES[id])
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in learning) == found.trainable
+    assert found.share == found.trainable / sum(parameter.numel() for parameter in base.parameters())
+    if not applied.card.trains_base:
+        measured = sum(value.numel() * value.element_size() for value in applied.state().values())
+        assert found.adapter_bytes == pytest.approx(measured, rel=0.15)
+    optimizer = torch.optim.AdamW(learning)
+    model(torch.zeros(1, 4, dtype=torch.int64), target_BL=torch.ones(1, 4, dtype=torch.int64)).loss.backward()
+    gradients = sum(one.grad.numel() * one.grad.element_size() for one in learning)
+    optimizer.step()
+    moments = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name != "step"
+    )
+    assert found.gradient_bytes == pytest.approx(gradients, rel=0.15)
+    assert found.optimizer_bytes == pytest.approx(moments, rel=0.15)
+    applied.save(tmp_path / "saved")
+    size = (tmp_path / "saved" / WEIGHTS).stat().st_size
+    # A file's header has the names of its tensors, which are a part of the smallest ones.
+    header = int.from_bytes((tmp_path / "saved" / WEIGHTS).read_bytes()[:8], "little") + 8
+    assert found.file_bytes == pytest.approx(size - header, rel=0.15)
+
+
+@pytest.mark.parametrize("id", CASES)
+def test_flops(id, base):
+    plain, model = counted(base, backward=False), copy.deepcopy(base)
+    found = estimated(id, CASES[id])
+    tokens = BATCH * LENGTH
+    catalogue.apply(model, id, **CASES[id])
+    forward = counted(model, backward=False)
+    assert found.base_flops * tokens == pytest.approx(plain, rel=0.05)
+    assert found.added_flops * tokens == pytest.approx(forward - plain)
+    assert found.training_flops * tokens == pytest.approx(counted(model, backward=True), rel=0.05)
+
+
+def test_flops_of_experts():
+    """A token goes through a part of them, and so do adapters beside them."""
+    moe = MoE.Config(num_experts=4, hidden_dim=64, router=Router.Config(select=TopK.Config(top_k=2)))
+    config = CONFIG.replace(feed_forward=moe)
+    shape = catalogue.Shape.of(config)
+    assert {matrix.share for matrix in shape.matrices if "experts" in matrix.part} == {0.5}
+    found = estimated("lora", {"targets": ("mlp",), "rank": 8}, shape)
+    assert found.trainable == 3 * 4 * 8 * (3 * (64 + 64))
+    assert found.added_flops == pytest.approx(3 * 2 * 2 * 8 * (3 * (64 + 64)))
+
+
+def test_prompts_and_prefixes_make_sequences_longer():
+    tokens, length = 6, LENGTH
+    prompt, prefix = estimated("prompt-tuning", {"tokens": tokens}), estimated("prefix-tuning", {"tokens": tokens})
+    assert prompt.trainable == tokens * 64
+    assert prompt.added_flops == pytest.approx(prompt.base_flops * tokens / length)
+    assert prefix.trainable == 2 * 3 * tokens * 32
+    assert prefix.added_flops == 3 * 4 * 64 * tokens
+    assert prompt.merged_flops is None
+    # Vectors in front of the first layer learn through all of the model.
+    assert prompt.training_flops > estimated("lora", {}).training_flops
+
+
+@given(rank=st.integers(1, 64), layers=st.integers(1, 4), dim=st.sampled_from([32, 64]))
+def test_what_learns_less_costs_less(rank, layers, dim):
+    shape = catalogue.Shape.of(CONFIG.replace(num_layers=layers, dim=dim))
+    lora, fixed = (estimated(id, {"rank": rank}, shape) for id in ("lora", "lora-fa"))
+    full = estimated("full", {}, shape)
+    assert fixed.trainable < lora.trainable
+    assert fixed.optimizer_bytes < lora.optimizer_bytes
+    assert fixed.training_flops <= lora.training_flops
+    assert lora.training_flops - 3 * lora.added_flops < full.training_flops
+    assert full.training_flops == pytest.approx(full.full_flops)
+    assert lora.merged_flops == 0
+
+
+PEFT = {
+    "lora": {"rank": 16},
+    "dora": {"rank": 16},
+    "vera": {"rank": 64},
+    "randlora": {"rank": 8},
+    "loha": {"rank": 8},
+    "hira": {"rank": 16},
+    "miss": {"rank": 16},
+    "delora": {"rank": 16},
+    "fourierft": {"entries": 100},
+    "oft": {"block": 16},
+    "ia3": {},
+    "prompt-tuning": {"tokens": 6},
+    "prefix-tuning": {"tokens": 6},
+}
+
+
+@needs_peft
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("id", PEFT)
+def test_flops_of_peft(id):
+    """The whole forward pass, of transformers' Llama of the same sizes."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = catalogue.apply_peft(transformers.LlamaForCausalLM(config), id, **PEFT[id])
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model.eval()(torch.zeros(BATCH, LENGTH, dtype=torch.int64))
+    found = estimated(id, PEFT[id])
+    assert (found.base_flops + found.added_flops) * BATCH * LENGTH == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_an_estimate_is_json():
+    for card in catalogue.CARDS.values():
+        if card.count is not None:
+            told = json.loads(json.dumps(catalogue.estimate(card, SHAPE).to_dict()))
+            assert told["id"] == card.id
+            assert told["bytes"]["optimizer"] == 8 * told["trainable"]
+
+
+@pytest.mark.parametrize(
+    ("id", "options", "more", "message"),
+    [
+        ("lora", {"rank": 0}, {}, "rank of lora is 0; it must be a whole number, at least 1"),
+        ("lora", {"rank": True}, {}, "rank of lora is True"),
+        ("lora", {"rank": "8"}, {}, "rank of lora is '8'"),
+        ("lora", {"alpha": "x"}, {}, "alpha of lora is 'x'; it must be a finite number"),
+        ("lora", {"alpha": float("nan")}, {}, "alpha of lora is nan"),
+        (
+            "lora",
+            {"rank": 10**12},
+            {},
+            "rank of lora is 1000000000000; it must be a whole number, at least 1 and at most",
+        ),
+        ("lora", {"targets": 3}, {}, "targets of lora is 3; it must be names of linear layers"),
+        (
+            "adapter-parallel",
+            {"activation": 3},
+            {},
+            "activation of adapter-parallel is 3; it must be a word, such as relu",
+        ),
+        ("lora", {"width": 1}, {}, "lora has no option 'width'; it has rank, alpha, targets"),
+        ("bitfit", {"rank": 1}, {}, "bitfit has no option 'rank'; it has none"),
+        ("lora", {"targets": ("up_proi",)}, {}, "targets has 'up_proi', which names no linear layer"),
+        ("lora", {}, {"batch": 0}, "batch is 0; it must be at least 1"),
+        ("lora", {}, {"length": 0}, "length is 0; it must be at least 1"),
+        ("s4", {}, {}, "s4 trains by the search, which cannot be told beforehand"),
+        ("adapter-drop", {"drop": 3}, {}, "adapter-drop would train nothing: no linear layer is left to adapt"),
+    ],
+)
+def test_what_cannot_be_estimated(id, options, more, message):
+    with pytest.raises(ConfigError, match=message):
+        catalogue.estimate(catalogue.find(id), SHAPE, options, **more)

@@ -1,0 +1,112 @@
+"""What is recommended: hard limits first, then what was measured, and which measurements those were."""
+
+import json
+
+import pytest
+
+from anabranch.adapters import catalogue
+from anabranch.adapters.catalogue import CARDS, MEASURED, Limits, Measurement, read_measurements, recommend
+from anabranch.errors import ConfigError, DataError
+from anabranch.lm import Decoder
+from anabranch.nn import SelfAttention, SwiGLU
+
+SHAPE = catalogue.Shape.of(
+    Decoder.Config(
+        vocab_size=512,
+        dim=256,
+        num_layers=4,
+        attention=SelfAttention.Config(num_heads=4),
+        feed_forward=SwiGLU.Config(hidden_dim=640),
+    )
+)
+
+
+def ids(found):
+    return [choice.estimate.card.id for choice in found.choices]
+
+
+def test_measured_ones_come_first_best_first():
+    found = recommend(SHAPE)
+    measured = [choice.measurement for choice in found.choices]
+    accuracies = [row.accuracy for row in measured if row is not None]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert found.used == len(accuracies) > 10
+    assert measured[: found.used] == [row for row in measured if row is not None]
+    assert ids(found)[0] == "rslora"
+    assert found.sources == (MEASURED[0].source,)
+    # The best of a method's runs ranks it.
+    ia3 = next(choice for choice in found.choices if choice.estimate.card.id == "ia3")
+    assert (ia3.measurement.accuracy, ia3.measurement.variant) == (0.455, "all attention, learning rate 5e-3")
+    rest = [choice.estimate.trainable for choice in found.choices[found.used :]]
+    assert rest == sorted(rest)
+
+
+@pytest.mark.parametrize(
+    ("limits", "inside", "outside", "why"),
+    [
+        (Limits(merges=True), "lora", "adapter-parallel", "cannot be merged"),
+        (Limits(mixed=True), "lora", "vera", "rows of a batch cannot"),
+        (Limits(starts_as_base=True), "lora", "prefix-tuning", "a new adapter changes"),
+        (Limits(max_parameters=3000), "road", "lora", "learns 3.277e+04 numbers, above 3000"),
+        (Limits(max_share=0.001), "road", "lora", "of the model's parameters, above 0.001"),
+        (Limits(max_file_bytes=20_000), "ia3", "lora", "bytes in a file, above"),
+        (Limits(max_training_bytes=20_000_000), "lora", "full", "bytes in training, above"),
+        (Limits(max_added_flops=0.0), "lora", "adapter-parallel", "of the model's FLOPs, above 0"),
+        (Limits(backends=("own",)), "lora", "vera", "run by peft"),
+        (Limits(), "lora", "mezo", "nobody runs it here"),
+        (Limits(), "ln-tuning", "bitfit", "this model has no biases"),
+    ],
+)
+def test_limits_are_hard(limits, inside, outside, why):
+    found = recommend(SHAPE, limits)
+    assert inside in ids(found)
+    assert outside not in ids(found)
+    assert why in found.rejected[outside]
+    assert set(ids(found)) | set(found.rejected) == set(CARDS)
+    json.dumps(found.to_dict())
+
+
+def test_measurements_of_ones_own(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(
+        json.dumps([{"method": "vera", "accuracy": 0.9}, {"method": "lora", "accuracy": 0.5, "seconds": 3}])
+    )
+    rows = read_measurements(path, list(CARDS))
+    assert rows[1] == Measurement("lora", "", 0.5, None, None, 3, str(path))
+    found = recommend(SHAPE, measurements=rows)
+    assert ids(found)[:2] == ["vera", "lora"]
+    assert found.sources == (str(path),)
+    assert found.used == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "is not JSON"),
+        ("{}", "must hold a list of measurements"),
+        ("[]", "must hold a list of measurements"),
+        ("[1]", "must hold a list of measurements"),
+        ('[{"method": "no", "accuracy": 1}]', "measurement 1 in .* is of method 'no'"),
+        ('[{"method": "lora"}]', "accuracy of measurement 1 in .* is None; it must be a number, from 0 to 1"),
+        ('[{"method": "lora", "accuracy": 1.5}]', "it must be a number, from 0 to 1"),
+        ('[{"method": ["lora"], "accuracy": 1}]', "of which there is no card"),
+        ('[{"method": "lora", "accuracy": NaN}]', "accuracy of measurement 1 in .* is nan"),
+        ('[{"method": "lora", "accuracy": 1' + "0" * 400 + "}]", "is an integer of about 401 digits"),
+        ('[{"method": "lora", "accuracy": 1, "seconds": -1}]', "seconds of measurement 1 in .* is -1"),
+    ],
+)
+def test_measurements_that_cannot_be_read(tmp_path, text, message):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_measurements(path, list(CARDS))
+    with pytest.raises(DataError, match="cannot read"):
+        read_measurements(tmp_path / "none.json", list(CARDS))
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(max_parameters=0), Limits(max_share=float("nan")), Limits(max_file_bytes=-1)]
+)
+def test_limits_that_are_none(limits):
+    with pytest.raises(ConfigError, match="it must be above 0"):
+        recommend(SHAPE, limits)

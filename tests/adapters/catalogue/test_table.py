@@ -1,0 +1,95 @@
+"""Cards: every method of the survey's table has one, and each says what a machine can read."""
+
+import json
+import re
+
+import pytest
+
+from anabranch.adapters import catalogue
+from anabranch.adapters.catalogue import CARDS, find, listed
+from anabranch.errors import ConfigError
+
+# The survey's methods, row by row.
+SURVEY = """
+    adapter-houlsby adapter-pfeiffer adapter-parallel
+    adapter-fusion adamix adapter-soup mera
+    prompt-tuning p-tuning prefix-tuning multitask-prompt-tuning cpt cartridge
+    ia3 ssf
+    diff-pruning fish-mask lt-sft shira
+    bitfit ln-tuning attention-tuning beft
+    intrinsic unilora tinylora
+    lora rslora lora-plus pissa olora eva loftq
+    adalora dylora sora
+    dora vera randlora loha lokr hira miss gralora delora fourierft waveft c3a vblora oft boft hra road psoft
+    lorahub molora mole mixlora mola poly mhr xlora arrow
+    mam unipelt llm-adapters s4
+    adapter-drop sparse-adapter qlora peqa lst side-tuning lora-fa mezo galore gradient-checkpointing
+    lily full
+"""
+
+
+def test_every_method_of_the_survey_has_a_card():
+    assert set(SURVEY.split()) == set(CARDS)
+
+
+@pytest.mark.parametrize("id", CARDS)
+def test_a_card_says_what_it_must(id):
+    card = CARDS[id]
+    told = json.loads(json.dumps(card.to_dict()))
+    assert told["id"] == id == find(id).id
+    assert all(told[name] for name in ("name", "family", "rule", "where", "trainable", "backend"))
+    assert set(told["added_flops"]) == {"forward", "backward", "merged"}
+    assert re.fullmatch(r"[a-z0-9-]+", id)
+    assert card.papers or id == "full"
+    assert all(re.fullmatch(r"\d{4}\.\d{5}", one.arxiv) for one in card.papers if one.arxiv)
+    # What is run, is run by somebody; what learns of it is known.
+    if card.backend == "peft":
+        assert card.peft_type
+    if card.backend != "none":
+        assert card.count is not None
+
+
+def test_lists_are_of_what_was_asked():
+    assert [card.id for card in listed(family="selective", needs_bias=True)] == ["bitfit"]
+    assert {card.backend for card in listed(backend="own")} == {"own"}
+    assert all(card.merges == "no" for card in listed(merges=False))
+    assert {card.id for card in listed(family="prompt")} >= {"prompt-tuning", "cartridge"}
+    assert len(listed()) == len(CARDS) > 60
+    assert "lora" in {card.id for card in listed(mixed=True, merges=True)}
+    for wrong, message in (
+        ({"family": "x"}, "no family 'x'; use one of additive"),
+        ({"backend": "x"}, "backend is 'x'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            listed(**wrong)
+
+
+def test_a_name_that_is_nearly_one():
+    with pytest.raises(ConfigError, match="there is no method 'lorra'; did you mean 'lora'"):
+        find("lorra")
+    with pytest.raises(ConfigError, match="there is no method 'zzzz'; anabranch adapters list"):
+        find("zzzz")
+
+
+def test_counts_that_were_measured_with_peft_on_a_small_llama():
+    """Of the survey's spec: two layers of width 64, q and v adapted."""
+    from anabranch.lm import Decoder
+    from anabranch.nn import SelfAttention, SwiGLU
+
+    attention = SelfAttention.Config(num_heads=4)
+    config = Decoder.Config(dim=64, num_layers=2, attention=attention, feed_forward=SwiGLU.Config(hidden_dim=128))
+    shape = catalogue.Shape.of(config)
+    wanted = {
+        ("lora", "rank", 8): 4096,
+        ("vera", "rank", 256): 1280,
+        ("lokr", "rank", 8): 512,
+        ("fourierft", "entries", 50): 200,
+        ("oft", "block", 16): 1920,
+        ("boft", "block", 8): 2304,
+        ("prefix-tuning", "tokens", 8): 2048,
+        ("prompt-tuning", "tokens", 8): 512,
+    }
+    for (id, name, value), number in wanted.items():
+        assert catalogue.estimate(find(id), shape, {name: value}).trainable == number, id
+    ia3 = catalogue.estimate(find("ia3"), shape, {"targets": ("q", "v")})
+    assert ia3.trainable == 256

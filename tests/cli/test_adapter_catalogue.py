@@ -1,0 +1,105 @@
+"""``anabranch adapters list``, ``card METHOD``, ``estimate`` and ``recommend``, from the command line to figures."""
+
+import json
+
+import pytest
+
+
+def told(here, *line):
+    code, out, err = here("adapters", *line, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_methods_are_listed(here):
+    every = told(here, "list")["methods"]
+    assert len(every) > 60
+    assert {"lora", "ia3", "prefix-tuning", "mhr"} <= {one["id"] for one in every}
+    prompts = told(here, "list", "--family", "prompt")["methods"]
+    assert {one["family"] for one in prompts} == {"additive/prompt"}
+    assert all(one["merges"] == "no" for one in told(here, "list", "--stays")["methods"])
+    code, out, err = here("adapters", "list", "--backend", "own", "--mixed", "--merges")
+    assert code == 0
+    assert out.splitlines()[1].startswith("lora ")
+    assert "adapters card METHOD" in err
+
+
+def test_a_card_of_a_method(here):
+    card = told(here, "card", "dora")
+    assert (card["name"], card["backend"], card["peft_type"]) == ("DoRA", "peft", "LORA")
+    assert card["papers"][0]["arxiv"] == "2402.09353"
+    code, out, _ = here("adapters", "card", "qlora")
+    assert code == 0
+    for part in (
+        "rule    LoRA beside matrices of 4 bits",
+        "run by  nobody here",
+        "arXiv 2305.14314",
+        "memory ",
+        "limits ",
+    ):
+        assert part in out
+
+
+def test_costs_are_calculated(here, trained):
+    trained, _ = trained
+    found = told(here, "estimate", trained, "lora", "--rank", 4, "--targets", "q,v", "--sequence-length", 32)
+    assert found["options"]["rank"] == 4
+    assert found["trainable"] > 0
+    assert found["bytes"]["optimizer"] == 8 * found["trainable"]
+    assert found["flops_per_token"]["added_merged"] == 0
+    half = told(here, "estimate", trained, "lora", "--dtype", "bfloat16")
+    assert half["bytes"]["base"] * 2 == found["bytes"]["base"]
+    wide = told(here, "estimate", "dense", "adapter-parallel", "--set", "width=8", "--set", "activation=gelu")
+    assert (wide["options"]["width"], wide["options"]["activation"]) == (8, "gelu")
+    code, out, _ = here("adapters", "estimate", "dense", "lora")
+    assert code == 0
+    assert "more (none once merged)" in out
+    code, out, _ = here("adapters", "estimate", "dense", "gralora")
+    assert code == 0
+    assert "what the method adds nobody has counted" in out
+
+
+def test_methods_are_recommended(here, tmp_path):
+    found = told(here, "recommend", "dense", "--merges", "--own", "--max-share", "0.5")
+    assert found["choices"][0]["id"] == "rslora"
+    assert found["choices"][0]["measurement"]["accuracy"] == 0.513
+    assert found["measurements_used"] >= 3
+    assert "MetaMathQA" in found["measured_by"][0]
+    assert found["rejected"]["adapter-parallel"] == "cannot be merged"
+    path = tmp_path / "mine.json"
+    path.write_text('[{"method": "lora-fa", "accuracy": 0.7, "source": "last week"}]')
+    code, out, err = here("adapters", "recommend", "dense", "--measurements", path, "--rank", 4)
+    assert code == 0
+    assert out.splitlines()[1].split()[:2] == ["lora-fa", "0.700"]
+    assert "by      last week" in out
+    assert "methods do not keep to the limits" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("list --family cheap", "there is no family 'cheap'; use one of additive"),
+        ("list --backend others", "backend is 'others'"),
+        ("card lorra", "there is no method 'lorra'; did you mean 'lora'"),
+        ("card nowhere/at/all", "no adapter at nowhere/at/all"),
+        ("estimate dense lorra", "there is no method 'lorra'"),
+        ("estimate nomodel lora", "'nomodel' is no model and no preset"),
+        ("estimate dense lora --rank 0", "rank"),
+        ("estimate dense lora --targets w", "names no linear layer of this model"),
+        ("estimate dense lora --set width=3", "lora has no option 'width'"),
+        ("estimate dense lora --set rank=many", "rank of lora is 'many'"),
+        ("estimate dense s4", "cannot be told beforehand"),
+        ("estimate dense bitfit", "bitfit would train nothing: this model has no biases"),
+        ("estimate dense lora --dtype float8", "--dtype is 'float8'"),
+        ("recommend dense --max-share nan", "--max-share is nan; it must be a finite number"),
+        ("recommend dense --max-file big", "--max-file"),
+        ("recommend dense --max-parameters 1 --own", "no method keeps to these limits"),
+        ("recommend dense --measurements none.json", "cannot read none.json"),
+        ("recommend dense --targets w", "names no linear layer of this model"),
+    ],
+)
+def test_what_is_wrong_is_one_line(here, line, message):
+    code, out, err = here("adapters", *line.split())
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
+    assert message in err
+    assert "fault inside" not in err
