@@ -90,7 +90,8 @@ def _measurement(row: dict[str, Any], number: int, place: Path, known: Sequence[
     for name in ("accuracy", "parameters", "memory_gib", "seconds"):
         value, most = row.get(name), 1.0 if name == "accuracy" else 1e30
         # A NaN is not at most anything.
-        if not (type(value) in (int, float) and 0 <= value <= most) and (value is not None or name == "accuracy"):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+        if not is_number and (value is not None or name == "accuracy"):
             allowed = "from 0 to 1" if name == "accuracy" else "at least 0"
             raise DataError(f"{name} of {where} is {shown(value)}; it must be a number, {allowed}")
     return Measurement(
