@@ -32,7 +32,7 @@ class Run {
       join(m.blocks[from].experts);
     for (int64_t layer = from + 1; layer < m.layers; ++layer) {
       const Block& block = m.blocks[layer];
-      if (block.qkv.rows) attention(block);
+      if (block.qkv.rows) attention(block, layer);
       if (block.loops.gate) {
         versatile(block);
       } else if (block.experts.router) {
@@ -41,7 +41,7 @@ class Run {
         compute(block.experts, nullptr);
         join(block.experts);
       } else {
-        dense(block.w13, block.w2, block.feed_forward_norm, nullptr);
+        dense(block.w13, block.w2, block.feed_forward_norm, nullptr, s.use_first ? layer : -1);
       }
     }
     for (int64_t t = own.begin; t < own.end; ++t) norm_row(row(t), m.last_norm, m.D, m.norm_eps, row(t));
@@ -64,7 +64,7 @@ class Run {
     Activations a = left_of(e.w13), b = left_of(e.w2);
     each_row([&](int64_t r) { put_row(a, r, w.normed + w.token_of_row[r] * m.D); });
 #pragma omp barrier
-    each([&](int64_t slot, int64_t first, int64_t count) { hidden(e.w13.of(slot), a, first, count); });
+    each([&](int64_t slot, int64_t first, int64_t count) { hidden(e.w13.of(slot), a, first, count, false); });
 #pragma omp barrier
     each_row([&](int64_t r) { put_row(b, r, w.hidden + r * m.F); });
 #pragma omp barrier
@@ -91,7 +91,16 @@ class Run {
   }
   int64_t width_of(const Matrix& matrix, int64_t panel) const { return std::min<int64_t>(WIDE, matrix.rows - panel * WIDE); }
 
-  void attention(const Block& block) {
+  // What the adapters of a token add to y, an output of a matrix, by the input x that it had.
+  void adapt(int64_t layer, Site site, int64_t t, const float* x, int64_t depth, float* y) const {
+    for (int32_t use = s.use_first[t]; use < s.use_first[t + 1]; ++use) {
+      const Adapter& adapter = *s.adapters[use];
+      const int32_t* first = adapter.first + layer * SITES + site;
+      for (int32_t i = first[0]; i < first[1]; ++i) add_part(adapter.parts[i], s.use_weight[use], x, depth, y);
+    }
+  }
+
+  void attention(const Block& block, int64_t layer) {
     const int64_t Q = m.H * m.W, S = m.G * m.W, N = Q + 2 * S;
     Activations a = left_of(block.qkv);
     float* normed = scratch.get<float>(MIDDLE, m.D);
@@ -106,7 +115,13 @@ class Run {
       for (int64_t c = 0; c < width; ++c) to[c] = out[c] + (block.qkv_bias ? block.qkv_bias[j * WIDE + c] : 0.f);
     });
 #pragma omp barrier
-    for (int64_t t = own.begin; t < own.end; ++t) place(block, t, w.qkv + t * N, Q, S);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      if (s.use_first) {
+        norm_row(row(t), block.attention_norm, m.D, m.norm_eps, normed);
+        adapt(layer, QKV, t, normed, m.D, w.qkv + t * N);
+      }
+      place(block, t, w.qkv + t * N, Q, S);
+    }
 #pragma omp barrier
     const int64_t per = m.H / m.G;
     const bool together = s.T >= 4 * threads;  // all key heads of a token, which lie beside one another
@@ -132,6 +147,8 @@ class Run {
       if (block.out_bias) add(row(t) + j * WIDE, block.out_bias + j * WIDE, width_of(block.out, j));
     });
 #pragma omp barrier
+    // All that follows of a row, up to the next barrier, is its owner's.
+    for (int64_t t = own.begin; s.use_first && t < own.end; ++t) adapt(layer, OUT, t, w.y + t * Q, Q, row(t));
   }
 
   // Norms of queries and keys, clipping, rotation, scaling; keys and values to their slot.
@@ -157,24 +174,30 @@ class Run {
     }
   }
 
-  // silu(gate) * up of `count` rows from `first` on into `hidden`.
-  void hidden(const Matrix& w13, const Activations& a, int64_t first, int64_t count) {
+  // silu(gate) * up of `count` rows from `first` on into `hidden`; or `apart`: gate there, and up into `up`.
+  void hidden(const Matrix& w13, const Activations& a, int64_t first, int64_t count, bool apart) {
     const int64_t F = w13.rows / 2, panels = F / WIDE;
     Range mine = share_of(panels, thread, threads);
     multiply(w13, a, first, count, mine.begin, mine.end, [&](int64_t r, int64_t j, const float* out) {
       memcpy(w.hidden + r * m.F + j * WIDE, out, WIDE * sizeof(float));
     });
     multiply(w13, a, first, count, panels + mine.begin, panels + mine.end, [&](int64_t r, int64_t j, const float* out) {
-      float* to = w.hidden + r * m.F + (j - panels) * WIDE;
-      for (int c = 0; c < WIDE; c += VL) {
-        vec gate = load(to + c);
-        store(to + c, gate * sigmoid(gate) * load(out + c));
-      }
+      const int64_t at = r * m.F + (j - panels) * WIDE;
+      if (apart)
+        memcpy(w.up + at, out, WIDE * sizeof(float));
+      else
+        close(w.hidden + at, out, WIDE);
     });
   }
+  static void close(float* gate, const float* up, int64_t width) {
+    for (int64_t c = 0; c < width; c += VL) {
+      vec open = load(gate + c);
+      store(gate + c, open * sigmoid(open) * load(up + c));
+    }
+  }
 
-  // x += swiglu(norm(x)), times `factor` of each token where there is one.
-  void dense(const Matrix& w13, const Matrix& w2, const float* norm, const float* factor) {
+  // x += swiglu(norm(x)), times `factor` of each token where there is one. `layer` is whose adapters count; -1 for nobody's.
+  void dense(const Matrix& w13, const Matrix& w2, const float* norm, const float* factor, int64_t layer) {
     Activations a = left_of(w13);
     for (int64_t t = own.begin; t < own.end; ++t) {
       float* normed = w.normed + t * m.D;
@@ -182,10 +205,19 @@ class Run {
       put_row(a, t, normed);
     }
 #pragma omp barrier
-    hidden(w13, a, 0, s.T);
+    hidden(w13, a, 0, s.T, layer >= 0);
 #pragma omp barrier
     Activations b = left_of(w2);
-    for (int64_t t = own.begin; t < own.end; ++t) put_row(b, t, w.hidden + t * m.F);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      float* unit = w.hidden + t * m.F;
+      if (layer >= 0) {
+        const float* normed = w.normed + t * m.D;
+        adapt(layer, GATE, t, normed, m.D, unit);
+        adapt(layer, UP, t, normed, m.D, w.up + t * m.F);
+        close(unit, w.up + t * m.F, w13.rows / 2);
+      }
+      put_row(b, t, unit);
+    }
 #pragma omp barrier
     times(w2, b, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
       float* to = row(t) + j * WIDE;
@@ -193,6 +225,7 @@ class Run {
       for (int64_t c = 0; c < width; ++c) to[c] += factor ? out[c] * factor[t] : out[c];
     });
 #pragma omp barrier
+    for (int64_t t = own.begin; layer >= 0 && t < own.end; ++t) adapt(layer, DOWN, t, w.hidden + t * m.F, w2.depth, row(t));
   }
 
   // Products of a recurrent router, whose states all are where the routers before left them.
@@ -252,7 +285,7 @@ class Run {
         row(t)[c] += sum;
       }
 #pragma omp barrier
-    if (e.shared13.rows) dense(e.shared13, e.shared2, nullptr, e.gate ? shared_gates() : nullptr);
+    if (e.shared13.rows) dense(e.shared13, e.shared2, nullptr, e.gate ? shared_gates() : nullptr, -1);
   }
 
   void tell_routes(const Experts& e, int64_t t) {
@@ -277,7 +310,7 @@ class Run {
     Activations a = left_of(block.w13), b = left_of(block.w2);
     norm_rows(block, a, s.T, [](int64_t t) { return t; }, nullptr);
 #pragma omp barrier
-    hidden(block.w13, a, 0, s.T);
+    hidden(block.w13, a, 0, s.T, false);
 #pragma omp single
     sort_loops(loops);
     float* mixed = scratch.get<float>(SUM, F);
@@ -306,7 +339,7 @@ class Run {
       Range rows = share_of(count, thread, threads);
       norm_rows(block, a, count, [&](int64_t p) { return w.order[p]; }, w.out);
 #pragma omp barrier
-      hidden(block.w13, a, 0, count);
+      hidden(block.w13, a, 0, count, false);
 #pragma omp barrier
       for (int64_t p = rows.begin; p < rows.end; ++p) put_row(b, p, w.hidden + p * m.F);
 #pragma omp barrier
@@ -407,16 +440,16 @@ bool is_in_range(const Model& m, const Step& s) {
 Work work_of(const Model& m, const Step& s) {
   Memory memory(false);
   memory.start = s.memory;
-  return cut(memory, m, s.T);
+  return cut(memory, m, s.T, s.use_first);
 }
 
 }  // namespace
 
-// Bytes of `memory` for a step of T tokens. It begins with what the experts of a layer see, float32 [T, D], and behind that, from the next
+// Bytes of `memory` for a step of T tokens, some of which use adapters or none. It begins with what the experts of a layer see, float32 [T, D], and behind that, from the next
 // multiple of 64 bytes on, the states of recurrent routers, [T, P].
-extern "C" int64_t anabranch_decode_bytes(const Model* model, int64_t T) {
+extern "C" int64_t anabranch_decode_bytes(const Model* model, int64_t T, int64_t adapts) {
   Memory size(true);
-  cut(size, *model, T);
+  cut(size, *model, T, adapts);
   return size.used;
 }
 

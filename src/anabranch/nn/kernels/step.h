@@ -44,6 +44,20 @@ struct Block {  // without attention (qkv of no rows) it is one more pass over t
   Loops loops;
 };
 
+enum Site { QKV, OUT, GATE, UP, DOWN, SITES };  // the matrices of a layer that adapters may add to; gate and up are of a dense layer
+
+struct Part {  // scale B A x of an adapter, added to `size` outputs from `start` on
+  const float *a, *b;  // [rank, inputs], [rank, size]: B lies transposed
+  int64_t rank, start, size;
+  float scale;
+  int32_t unused;
+};
+
+struct Adapter {
+  const Part* parts;
+  const int32_t* first;  // [layers * SITES + 1]: of each matrix the first of its parts
+};
+
 struct Model {
   int64_t layers, D, H, G, W, F, block_tokens, slots;  // F: the widest hidden layer
   int64_t most_experts, most_top_k, state;  // state: P, 0 without recurrences
@@ -65,6 +79,9 @@ struct Step {
   float* x;                // [T, D], embedded tokens in, normed hidden states out
   int32_t* routes;         // [routed layers, T, most_top_k] or null
   char* memory;            // of anabranch_decode_bytes, kept from one part of a step to the next
+  const int32_t* use_first;        // [T + 1]: of each token the first of its uses of adapters; null where nobody uses any
+  const Adapter* const* adapters;  // of each use
+  const float* use_weight;         // of each use
 };
 
 // ---- small pieces ----
@@ -95,6 +112,24 @@ void keep_row(char* to, const float* from, int64_t W, bool half) {
     return;
   }
   for (int64_t i = 0; i < W; i += VL) store((bf16*)to + i, load(from + i));
+}
+
+// y += weight scale B A x. A row at a time, so that no token meets another's adapter.
+void add_part(const Part& p, float weight, const float* x, int64_t depth, float* y) {
+  const float scale = p.scale * weight;
+  y += p.start;
+  for (int64_t r = 0; r < p.rank; ++r) {
+    const float *a = p.a + r * depth, *b = p.b + r * p.size;
+    vec sum{};
+    int64_t k = 0;
+    for (; k + VL <= depth; k += VL) sum = fused(load(x + k), load(a + k), sum);
+    float h = total(sum);
+    for (; k < depth; ++k) h += x[k] * a[k];
+    h *= scale;
+    const vec all = spread(h);
+    for (k = 0; k + VL <= p.size; k += VL) store(y + k, fused(all, load(b + k), load(y + k)));
+    for (; k < p.size; ++k) y[k] += h * b[k];
+  }
 }
 
 // ---- routing of one token ----

@@ -18,6 +18,7 @@ struct Work {  // what a step needs beside its tensors
   float *state, *projected, *gates;  // of recurrent routers: [T, P], [T, P], [T][2][3 P]
   int32_t *loops, *order, *beside;   // of looping feed-forwards: loops of each token, tokens by them, rows of width paths
   int64_t* still;                    // [n]: tokens that take more than n loops
+  float* up;                         // [T, F] of dense layers with adapters
 };
 
 class Memory {  // one piece, cut up
@@ -59,7 +60,7 @@ int64_t left_bytes(const Model& m, int64_t T) {
   return most;
 }
 
-Work cut(Memory& memory, const Model& m, int64_t T) {
+Work cut(Memory& memory, const Model& m, int64_t T, bool adapts) {
   const int64_t R = T * m.rows, E = m.most_experts;
   Work w;
   w.normed = memory.take<float>(T * m.D);  // these two are read from outside
@@ -85,6 +86,7 @@ Work cut(Memory& memory, const Model& m, int64_t T) {
   w.order = memory.take<int32_t>(T);
   w.beside = memory.take<int32_t>(T);
   w.still = memory.take<int64_t>(m.most_loops + 1);
+  w.up = memory.take<float>(adapts ? T * m.F : 0);
   return w;
 }
 

@@ -87,11 +87,11 @@ class AdapterReader:
         parts: dict[str, tuple[Tensor, Tensor, float]] = {}
         for part, pair in sorted(pairs.items()):
             # Those of 16 bits too, as peft keeps them.
-            a_RC, b_OR = (half.detach().to("cpu", torch.float32).contiguous() for half in (pair.a_RC, pair.b_OR))
-            digest.update(f"{part} {list(a_RC.shape)} {list(b_OR.shape)} {pair.scale!r}\n".encode())
-            for half in (a_RC, b_OR):
+            a_RC, b_RO = (half.detach().to("cpu", torch.float32).contiguous() for half in (pair.a_RC, pair.b_OR.T))
+            digest.update(f"{part} {list(a_RC.shape)} {list(b_RO.shape)} {pair.scale!r}\n".encode())
+            for half in (a_RC, b_RO):
                 digest.update(half.numpy().data)
-            parts[part] = a_RC.to(self._device), b_OR.to(self._device), pair.scale
+            parts[part] = a_RC.to(self._device), b_RO.to(self._device), pair.scale
         return ServedAdapter(parts, digest.hexdigest(), max(pair.rank for pair in pairs.values()))
 
 

@@ -38,7 +38,7 @@ class ServedAdapter:
     """An adapter in memory, of no model in particular.
 
     Attributes:
-        parts: A ``[R, C]``, B ``[O, R]`` and the scale of each part of a linear layer that it adapts, by our names
+        parts: A ``[R, C]``, B transposed ``[R, O]`` and the scale of each part of a linear layer that it adapts, by our names
             (``blocks.3.attention.q``).
         version: equal where all numbers are.
         rank: the greatest.
@@ -51,7 +51,7 @@ class ServedAdapter:
     @property
     def nbytes(self) -> int:
         """Of all A and B."""
-        return sum(half.nbytes for a_RC, b_OR, _ in self.parts.values() for half in (a_RC, b_OR))
+        return sum(half.nbytes for a_RC, b_RO, _ in self.parts.values() for half in (a_RC, b_RO))
 
 
 # A request's adapters with their weights.
@@ -111,8 +111,8 @@ class PassAdapters:
             pair = adapter.parts.get(part)
             if pair is None:
                 continue
-            a_RC, b_OR, scale = pair
-            own_NO = F.linear(F.linear(x_NC.to(a_RC.dtype), a_RC), b_OR) * (scale * weight)
+            a_RC, b_RO, scale = pair
+            own_NO = torch.matmul(F.linear(x_NC.to(a_RC.dtype), a_RC), b_RO) * (scale * weight)
             total = own_NO if total is None else total + own_NO
         return total
 

@@ -116,7 +116,8 @@ class Engine:
             takes_weights=takes_weights,
             kinds=kinds,
         )
-        adapters = runner.adapters = ServedAdapters(model, config.adapters)
+        tables = None if runner.fast is None else runner.fast.adapters
+        adapters = runner.adapters = ServedAdapters(model, config.adapters, tables)
         limits = _limits(config, num_blocks, most_positions or model.config.max_positions, stop_tokens).replace(
             num_streams=runner.num_streams,
             window=kinds.windows[0],

@@ -12,8 +12,8 @@ from anabranch.serving.core.batch import Chunk
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How a request runs the model: in ``num_streams`` parallel streams, over the blocks of ``path`` (None for each once), with adapters
-    or without."""
+    """How a request runs the model: in ``num_streams`` parallel streams, over the blocks of ``path`` (None for each once); ``is_adapted``:
+    module by module, with adapters."""
 
     num_streams: int = 1
     path: tuple[int, ...] | None = None

@@ -81,7 +81,7 @@ class ModelRunner:
     Attributes:
         adapters: that requests may have; None for none.
 
-    Requests with adapters run through the modules one by one, apart from the others of a step, which run as if these were not there.
+    Requests with adapters that the compiled step does not know run through the modules one by one, apart from the others of a step.
 
     While hooks listen inside the model (`record_routing` around an engine), and always with a hook that overrides requests, steps go
     through its modules one by one, as with ``use_kernel=False``. Of a request that is computed again after it was preempted, recorders are
@@ -334,7 +334,7 @@ class ModelRunner:
         return None if self.fast is None or self.watch.is_watched else self.fast
 
     def _compiled_for(self, chunks: Sequence[Chunk]) -> FastDecoder | None:
-        """The same, for chunks that run the model alike: it knows no path but the usual one, and no adapters."""
+        """The same, for chunks that run the model alike: it knows no path but the usual one."""
         variant = self._variant_of(chunks[0])
         return self._compiled() if variant.path is None and not variant.is_adapted else None
 
@@ -376,7 +376,11 @@ class ModelRunner:
         own = self._variants.get(chunk.id, self._usual)
         if self._overrides is not None:
             own = self._overrides.variant_of(chunk.id, own)
-        return own if self.adapters is None or not self.adapters.is_of(chunk.id) else replace(own, is_adapted=True)
+        adapters = self.adapters
+        if adapters is None or not adapters.is_of(chunk.id):
+            return own
+        is_compiled = own.path is None and self._compiled() is not None and adapters.is_compiled(chunk)
+        return own if is_compiled else replace(own, is_adapted=True)
 
     def check_variant(self, num_streams: int | None, path: Sequence[int] | None) -> None:
         """Raise ConfigError for streams or a path that no request can have; None is the usual."""
@@ -443,13 +447,14 @@ class ModelRunner:
         routes: Mapping[int, Route],
     ) -> Tensor:
         """`_hidden` by the compiled step; fills in ``routes``."""
-        layout = StepLayout(chunks, self.pool.block_tokens)
+        layout, adapters = StepLayout(chunks, self.pool.block_tokens), self._adapted()
         x_TD, route_ATK = fast.hidden(
             torch.tensor(tokens, dtype=torch.int64),
             torch.from_numpy(layout.position_T),
             layout.sequence_N4,
             layout.table_U,
             with_routes=bool(routes),
+            adapters=None if adapters is None else adapters.uses(chunks),
         )
         if route_ATK is not None:
             for layer, route_TK in zip(self.tap.layers, route_ATK, strict=True):

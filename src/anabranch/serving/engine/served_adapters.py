@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from anabranch.serving.core.client import BusyError
 from anabranch.serving.core.request import Request
 from anabranch.serving.engine.adapter_reader import HEAD, AdapterReader
 from anabranch.serving.engine.adapter_rows import Mixed, PassAdapters, ServedAdapter, Sites
+from anabranch.serving.fast.adapters import AdapterTable, AdapterTables, AdapterUses
 from anabranch.sizes import parse_bytes
 
 __all__ = ["OPTION", "ServedAdapters"]
@@ -36,15 +38,20 @@ class ServedAdapters:
     Args:
         model: as the runner runs it.
         config: which are there from the start, and how much memory there is.
+        tables: what the runner's compiled step is told of adapters; None where it has none.
 
     Raises as `AdapterReader` for one that cannot be had.
     """
 
-    def __init__(self, model: Decoder, config: AdaptersConfig) -> None:
+    def __init__(self, model: Decoder, config: AdaptersConfig, tables: AdapterTables | None = None) -> None:
         self._model, self._device = model, model.embedding.weight.device
+        self._tables = tables
         self.shelf: AdapterShelf[ServedAdapter] = AdapterShelf(self._read, parse_bytes(config.memory))
         # Of requests that the runner has, by id; in its thread alone.
         self._mixed: dict[str, Mixed] = {}
+        # The same for the compiled step, of requests whose adapters it can all add.
+        self._used: dict[str, tuple[tuple[AdapterTable, float], ...]] = {}
+        self._table_of: WeakKeyDictionary[ServedAdapter, AdapterTable] = WeakKeyDictionary()
         for name, folder in config.folders:
             try:
                 self.shelf.load_now(name, folder, is_pinned=True)
@@ -101,12 +108,28 @@ class ServedAdapters:
 
     def add(self, request: Request) -> None:
         """Note a request that appears in a step."""
-        if request.bound:
-            self._mixed[request.id] = request.bound
+        if not request.bound:
+            return
+        self._mixed[request.id] = request.bound
+        tables = [self._table(adapter) for adapter, _ in request.bound]
+        used = [(table, weight) for table, (_, weight) in zip(tables, request.bound, strict=True) if table is not None]
+        if len(used) == len(tables):
+            self._used[request.id] = tuple(used)
 
     def forget(self, id: str) -> None:
         """Drop what is kept of it."""
         self._mixed.pop(id, None)
+        self._used.pop(id, None)
+
+    def _table(self, adapter: ServedAdapter) -> AdapterTable | None:
+        """What the compiled step is told of an adapter; None where it cannot add all of it."""
+        # The head is behind the step.
+        parts = {name: part for name, part in adapter.parts.items() if name != HEAD}
+        if self._tables is None or not self._tables.takes(parts):
+            return None
+        if adapter not in self._table_of:
+            self._table_of[adapter] = self._tables.table(parts)
+        return self._table_of[adapter]
 
     @property
     def is_used(self) -> bool:
@@ -116,6 +139,15 @@ class ServedAdapters:
     def is_of(self, id: str) -> bool:
         """Whether a request uses adapters."""
         return id in self._mixed
+
+    def is_compiled(self, chunk: Chunk) -> bool:
+        """Whether the compiled step can add all that the request's adapters do."""
+        return chunk.id in self._used
+
+    def uses(self, chunks: Sequence[Chunk]) -> AdapterUses | None:
+        """What the compiled step is told of these chunks; None where none uses adapters."""
+        used = [self._used.get(chunk.id, ()) for chunk in chunks]
+        return AdapterUses(used, [len(chunk.tokens) for chunk in chunks]) if any(used) else None
 
     def of_pass(self, chunks: Sequence[Chunk]) -> PassAdapters:
         """The adapters of a forward pass of these chunks."""

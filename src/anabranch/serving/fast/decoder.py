@@ -8,7 +8,7 @@ if FastDecoder.supports(model) is None:
 # Shapes: A layers, S slots, G key heads, W head width, T tokens of a step, N sequences, U numbers of blocks, D width, K experts per token
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from anabranch.nn.packed import SHARE, Packed
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import PackedEmbedding, QuantizedLinear, QuantizedPool, replace
 from anabranch.routing.router import Router
+from anabranch.serving.fast.adapters import AdapterTables, AdapterUses
 from anabranch.serving.fast.layout import (
     BYTES,
     EXPERTS,
@@ -73,6 +74,7 @@ class FastDecoder:
 
     Attributes:
         routed: the layer of each routing, in order; one that routes several times is there as often.
+        adapters: makes what a step is told of adapters.
 
     Raises:
         ConfigError: a model that is not supported, or stores of another shape.
@@ -102,7 +104,10 @@ class FastDecoder:
         self._offloaded: dict[int, OffloadedPool] = {}
         self.routed: list[int] = []
         routers: list[Any] = []
-        made = [part for number in range(len(model.blocks)) for part in self._blocks(number, routers)]
+        of_layers = [list(self._blocks(number, routers)) for number in range(len(model.blocks))]
+        first_block = [0, *accumulate(map(len, of_layers))]
+        made = [part for of_layer in of_layers for part in of_layer]
+        self.adapters = AdapterTables(model, first_block[:-1], len(made))
         blocks = (CBlock * len(made))(*made)
         self._stops = [
             block for block, part in enumerate(made) if part.experts.router and part.experts.number in self._offloaded
@@ -139,6 +144,7 @@ class FastDecoder:
         table_U: NDArray[np.int32],
         *,
         with_routes: bool = False,
+        adapters: AdapterUses | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(x_TD, route_ATK): float32 hidden states after the last norm; writes the store.
 
@@ -149,6 +155,7 @@ class FastDecoder:
                 ``table_U``.
             table_U: int32 numbers of blocks.
             with_routes: also give int32 ``[routed layers, T, K]``, the experts of each token, -1 where a layer has fewer.
+            adapters: of the tokens; None where none has any.
         """
         model = self.model
         x_TD = model.embedding(token_T).float()
@@ -157,13 +164,15 @@ class FastDecoder:
         if with_routes or self._stops:
             routes = torch.empty(len(self.routed), len(token_T), self._most_top_k, dtype=torch.int32)
         sequence_N4, table_U = np.ascontiguousarray(sequence_N4), np.ascontiguousarray(table_U)
-        self._make_room(len(token_T))
+        self._make_room(len(token_T), adapters is not None)
         count, angles = len(token_T), (1, 1, len(token_T), self._model.width)
         step = CStep(
             count, array_address(sequence_N4, "int64", None, 4), len(sequence_N4), array_address(table_U, "int32", None), len(table_U),
             address(cos, "float32", *angles), address(sin, "float32", *angles), address(x_TD, "float32", count, self._model.dim),
             None if routes is None else address(routes), address(self._memory),
         )  # fmt: skip
+        if adapters is not None:
+            adapters.put(step)
         for first, last in pairwise((-1, *self._stops, -1)):
             self._run(step, first, last)
             if last >= 0:
@@ -178,9 +187,9 @@ class FastDecoder:
         bias = None if self.model.head is None else self.model.head.bias
         return native.linear(self._head[0], x_RD, bias)
 
-    def _make_room(self, num_tokens: int) -> None:
+    def _make_room(self, num_tokens: int, adapts: bool) -> None:
         """For what a step works out on its way."""
-        wanted = BYTES(self._model, num_tokens)
+        wanted = BYTES(self._model, num_tokens, int(adapts))
         if wanted > len(self._memory):
             self._memory = torch.empty(wanted, dtype=torch.uint8)
 

@@ -12,7 +12,8 @@ from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import Kind
 
 __all__ = [
-    "BYTES", "EXPERTS", "KIND_OF", "STEP", "CBlock", "CExperts", "CLoops", "CModel", "CRecurrence", "CStep", "check_sizes", "floats",
+    "BYTES", "EXPERTS", "KIND_OF", "STEP", "CAdapter", "CBlock", "CExperts", "CLoops", "CModel", "CPart", "CRecurrence", "CStep",
+    "check_sizes", "floats",
 ]  # fmt: skip
 
 KIND_OF: dict[torch.dtype, Kind] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -75,11 +76,28 @@ class CStep(ctypes.Structure):
         ("tokens", _int), ("sequence", _pointer), ("sequences", _int), ("table", _pointer),
         ("table_length", _int),
         ("cos", _pointer), ("sin", _pointer), ("x", _pointer), ("routes", _pointer), ("memory", _pointer),
+        ("use_first", _pointer), ("adapters", _pointer), ("use_weight", _pointer),
     )  # fmt: skip
 
 
+class CPart(ctypes.Structure):
+    """`Part` of step.h."""
+
+    _fields_ = (
+        ("a", _pointer), ("b", _pointer), ("rank", _int), ("start", _int), ("size", _int), ("scale", _float), ("unused", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class CAdapter(ctypes.Structure):
+    """`Adapter` of step.h."""
+
+    _fields_ = (("parts", ctypes.POINTER(CPart)), ("first", _pointer))
+
+
 _STRUCTURES = {"CModel": CModel, "CStep": CStep}
-BYTES = Kernel("anabranch_decode_bytes", "model: CModel, tokens: int64", structures=_STRUCTURES, result="int64")
+BYTES = Kernel(
+    "anabranch_decode_bytes", "model: CModel, tokens: int64, adapts: int64", structures=_STRUCTURES, result="int64"
+)
 STEP = Kernel(
     "anabranch_decode",
     "model: CModel, step: CStep, first: int64, last: int64, threads",
