@@ -107,6 +107,25 @@ def test_the_base_is_to_the_bit_as_if_there_were_no_adapters(kind, folders):
     assert scores(beside[0]) == scores(alone)
 
 
+def test_the_compiled_step_runs_all_rows_but_those_that_it_cannot_add_to(tmp_path, folders, monkeypatch):
+    ran = []
+    runs = engine_of("compiled", folders)
+    hidden = runs.engine.runner.model.hidden
+    monkeypatch.setattr(
+        runs.engine.runner.model, "hidden", lambda *args, **more: ran.append(1) or hidden(*args, **more)
+    )
+    wanted = runs(zip(ASKED, PROMPTS, strict=True))
+    assert not ran
+    # Of whoever listens inside the model, each row is seen, and is what it is.
+    handle = runs.engine.runner.model.blocks[0].attention.register_forward_hook(lambda *_: ran.append(2))
+    found = runs(zip(ASKED, PROMPTS, strict=True))
+    handle.remove()
+    assert set(ran) == {1, 2}
+    for one, other in zip(found, wanted, strict=True):
+        assert one.tokens == other.tokens
+        assert scores(one) == pytest.approx(scores(other), abs=1e-4)
+
+
 def test_the_model_itself_is_left_as_it_is(folders):
     runs = engine_of("modules", folders)
     names = [name for name, _ in runs.engine.runner.model.named_modules()]

@@ -127,5 +127,5 @@ def compiled():
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_a_step_is_bounded_by_what_the_compiled_one_takes_and_five_times_that(name, tokens, compiled):
     """Module by module a step takes more, and it is the bound of both."""
-    taken = BYTES(compiled[name]._model, tokens)
+    taken = BYTES(compiled[name]._model, tokens, 0)
     assert taken <= step_bytes(form_of(SHAPES[name]), tokens, 1, 64) <= 5 * taken
